@@ -1,0 +1,35 @@
+"""KV-cache software for NVIDIA GPUs: paged caches, attention and a small LLM runtime.
+
+NumPy arrays run the NumPy reference, CuPy arrays run CUDA kernels that NVRTC compiles on first
+import and keeps as cubins; no compiler is installed and none is needed.
+
+    from pykv.ops import paged_append   one module for each operation
+    pykv.PagedKVCache                   the arrays of one cache
+    pykv.LLM("smollm2-135m")            a model that answers through it
+
+Environment: PYKV_CACHE_DIR (where cubins and models are kept) and PYKV_COMPILE=lazy (compile at
+first use instead of at import).
+"""
+
+__version__ = "0.1.0"
+
+import os as _os
+
+from pykv.arrays import asarray, from_pointer
+from pykv.errors import PykvError
+
+__all__ = ["PykvError", "asarray", "from_pointer"]
+
+
+def _prepare() -> None:
+    """Compile the usual kernels for the GPUs present; without a driver, do nothing at all."""
+    from pykv import cuda
+
+    if _os.environ.get("PYKV_COMPILE") == "lazy" or not cuda.has_driver():
+        return
+    archs = cuda.architectures()
+    if archs:
+        cuda.warmup(archs)
+
+
+_prepare()

@@ -1,0 +1,249 @@
+"""What an op may assume about its arrays, and the one door for arrays of other libraries.
+
+NumPy arrays mean the host, CuPy arrays a GPU. CuPy is looked up, never imported: whoever holds a
+CuPy array has imported it already.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+FLOAT32 = (FLOATS[0],)
+INT32 = (np.dtype(np.int32),)
+UINT64 = (np.dtype(np.uint64),)
+UINT8 = (np.dtype(np.uint8),)
+
+VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element arrays
+
+
+def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
+    """Check shapes, dtypes, strides and devices of an op's arrays, and return its sizes.
+
+    Args:
+        op: name for messages.
+        arguments: name=(array, spec, dtypes). `spec` is one word per dimension: a letter binds to
+            the size it meets first and must agree later, "B+1" and "2F" are computed from a bound
+            letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have any
+            stride; the others must be contiguous. `dtypes` is a dtype or a tuple of allowed ones.
+            An array that is None is skipped.
+
+    Raises:
+        ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
+        DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
+        DeviceError: host and device arrays are mixed, or a device array is not on the current GPU.
+    """
+    cupy = sys.modules.get("cupy")
+    sizes: dict[str, int] = {}
+    device = None  # -1 is the host
+    for name, (array, spec, dtypes) in arguments.items():
+        if array is None:
+            continue
+        if isinstance(array, np.ndarray):
+            where = -1
+        elif cupy is not None and isinstance(array, cupy.ndarray):
+            where = array.data.device_id
+        else:
+            raise DtypeError(
+                f"{op}: {name} is a {type(array).__name__}, expected a NumPy or CuPy array "
+                "(pykv.asarray takes torch, JAX and other arrays)"
+            )
+        if device is None:
+            device, first = where, name
+        elif where != device:
+            raise DeviceError(
+                f"{op}: {name} is on {_place(where)}, expected {_place(device)} like {first}"
+            )
+        dtype = array.dtype
+        if (dtype not in dtypes) if isinstance(dtypes, tuple) else (dtype != dtypes):
+            raise DtypeError(f"{op}: {name} has dtype {dtype}, expected {_names(dtypes)}")
+        words, loose = _parse(spec)
+        _bind(op, name, array.shape, spec, words, sizes)
+        if not array.flags.c_contiguous and not (loose and _rows_contiguous(array, loose)):
+            raise ShapeError(
+                f"{op}: {name} has strides {array.strides} for shape {array.shape}, expected "
+                f"{'contiguous rows' if loose else 'a contiguous array'} ([{spec}])"
+            )
+        if where >= 0 and len(words) > 1 and dtype.kind != "i" and not _is_aligned(array, loose):
+            raise ShapeError(
+                f"{op}: {name} has address {array.data.ptr:#x} and strides {array.strides}, "
+                f"expected multiples of {VECTOR_BYTES} bytes"
+            )
+    if device is not None and device >= 0:
+        current = cupy.cuda.runtime.getDevice()  # type: ignore[union-attr]
+        if device != current:
+            raise DeviceError(
+                f"{op}: {first} is on {_place(device)}, expected the current device, GPU {current}"
+            )
+    return sizes
+
+
+def on_gpu(array: Any) -> bool:
+    """Whether a checked array lives on a GPU."""
+    return not isinstance(array, np.ndarray)
+
+
+def asarray(x: Any) -> Any:
+    """The NumPy or CuPy array that shares memory with `x`, for use with every op.
+
+    Args:
+        x: a NumPy or CuPy array, or an object with DLPack or `__cuda_array_interface__`: torch
+            tensors (bfloat16 included), JAX and Numba arrays.
+
+    Returns:
+        The array itself, or a view of the same memory; CuPy for device memory, NumPy for host
+        memory. The view keeps `x` alive.
+
+    Raises:
+        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
+
+    Does not copy. DLPack orders the producer's stream before CuPy's current one.
+    """
+    cupy = sys.modules.get("cupy")
+    if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
+        return x
+    try:
+        if hasattr(x, "__dlpack__"):
+            on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
+            if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
+                return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
+            return np.from_dlpack(x) if on_host else _cupy().from_dlpack(x)
+        if hasattr(x, "__cuda_array_interface__"):
+            return _cupy().asarray(x)
+    except (TypeError, BufferError, RuntimeError) as error:
+        if isinstance(error, DeviceError):
+            raise
+        raise DtypeError(f"asarray: x is a {type(x).__name__}, {error}") from error
+    raise DtypeError(
+        f"asarray: x is a {type(x).__name__}, expected an array with __dlpack__ or "
+        "__cuda_array_interface__"
+    )
+
+
+def from_pointer(
+    address: int, shape: tuple[int, ...], dtype: Any, *, device: int = 0, owner: Any = None
+) -> Any:
+    """A CuPy array over device memory that somebody else allocated.
+
+    Args:
+        address: device address of the first element, in bytes; aligned to the element.
+        shape: sizes, row-major and contiguous.
+        dtype: NumPy or ml_dtypes element type.
+        device: ordinal of the GPU that holds the memory.
+        owner: an object to keep alive as long as the array; the memory itself is not freed.
+
+    Raises:
+        ParameterError: the address is null, negative or misaligned, or a size is negative.
+        DeviceError: CuPy is missing.
+    """
+    dtype = np.dtype(dtype)
+    if any(size < 0 for size in shape):
+        raise ParameterError(f"from_pointer: shape is {shape}, expected sizes of at least 0")
+    if address <= 0 or address % dtype.alignment:
+        raise ParameterError(
+            f"from_pointer: address is {address:#x}, expected a positive multiple of "
+            f"{dtype.alignment} for {dtype}"
+        )
+    cupy = _cupy()
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
+    xp = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+    return xp.empty(shape, dtype)
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(
+            "GPU arrays need CuPy: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        ) from error
+    return cupy
+
+
+@cache
+def _parse(spec: str) -> tuple[list[tuple[str, int, int]], int]:
+    """Words as (letter, times, plus) and the number of dimensions left of the bar."""
+    left, bar, right = spec.partition("|")
+    words = []
+    for word in (left + right).split():
+        body, _, plus = word.partition("+")
+        digits = body[: len(body) - len(body.lstrip("0123456789"))]
+        letter = body[len(digits) :]
+        if letter:
+            words.append((letter, int(digits or 1), int(plus or 0)))
+        else:
+            words.append(("", 0, int(digits)))
+    return words, len(left.split()) if bar else 0
+
+
+def _bind(
+    op: str,
+    name: str,
+    shape: tuple[int, ...],
+    spec: str,
+    words: list[tuple[str, int, int]],
+    sizes: dict[str, int],
+) -> None:
+    """Bind letters that are new and compare those that are known."""
+    if len(shape) != len(words):
+        raise ShapeError(f"{op}: {name} has shape {shape}, expected [{spec}]")
+    for (letter, times, plus), size in zip(words, shape, strict=True):
+        if letter not in sizes and letter:
+            count, rest = divmod(size - plus, times)
+            if rest or count < 0:
+                word = _word(letter, times, plus)
+                raise ShapeError(f"{op}: {name} has size {size}, expected {word} ([{spec}])")
+            sizes[letter] = count
+        want = times * sizes[letter] + plus if letter else plus
+        if size != want:
+            word = _word(letter, times, plus)
+            word = (
+                f"{word}={size}, expected {word}={want}" if letter else f"{size}, expected {want}"
+            )
+            raise ShapeError(f"{op}: {name} has {word} ([{spec}])")
+
+
+def _rows_contiguous(array: Any, loose: int) -> bool:
+    """Whether the dimensions after the first `loose` ones are contiguous."""
+    stride = array.itemsize
+    for axis in range(array.ndim - 1, loose - 1, -1):
+        if array.shape[axis] > 1 and array.strides[axis] != stride:
+            return False
+        stride *= array.shape[axis]
+    return True
+
+
+def _is_aligned(array: Any, loose: int) -> bool:
+    if array.data.ptr % VECTOR_BYTES:
+        return False
+    return all(
+        stride % VECTOR_BYTES == 0
+        for size, stride in zip(array.shape[:loose], array.strides, strict=False)
+        if size > 1
+    )
+
+
+def _word(letter: str, times: int, plus: int) -> str:
+    return (f"{times}" if times > 1 else "") + letter + (f"+{plus}" if letter and plus else "")
+
+
+def _place(device: int) -> str:
+    return "the host" if device < 0 else f"GPU {device}"
+
+
+def _names(dtypes: Any) -> str:
+    return " or ".join(map(str, dtypes)) if isinstance(dtypes, tuple) else str(dtypes)

@@ -1,0 +1,398 @@
+"""Everything pykv asks of CUDA: source, cubin, kernel, launch.
+
+A kernel file of `kernels_cu` becomes one string (`source`), one cubin for each SM and set of
+defines (`compile`, kept on disk), one kernel handle for each name in it (`kernel`), and runs on the
+caller's stream (`launch`). Nothing here creates a CUDA context; CuPy does when it makes an array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from pykv.errors import CompileError, DtypeError, UnsupportedError
+
+_HERE = Path(__file__).resolve().parent
+# Inside the package when installed from a wheel, beside it in a checkout or editable install.
+KERNELS = next(p for p in (_HERE / "kernels_cu", _HERE.parent / "kernels_cu") if p.is_dir())
+
+TYPE_NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}  # dtype to kernel type
+
+
+def cache_dir() -> Path:
+    """Where cubins and models are kept: PYKV_CACHE_DIR, else the user's cache folder."""
+    return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver seems present, without touching it."""
+    if sys.platform == "linux":
+        return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
+    return True
+
+
+def architectures() -> list[str]:
+    """The SMs of the GPUs present, such as ["sm_90"], asked of NVML: no context is created.
+
+    Empty where there is no GPU, no driver or no CUDA package.
+    """
+    if not has_driver():
+        return []
+    try:
+        from cuda.core import system
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError:
+        return []
+    try:
+        devices = [system.Device(index=i) for i in range(system.get_num_devices())]
+    except DynamicLibNotFoundError:
+        return []
+    return sorted({"sm_{}{}".format(*d.cuda_compute_capability) for d in devices})
+
+
+# --- Source and cubin -----------------------------------------------------------------------------
+
+
+@cache
+def source(stem: str) -> str:
+    """The text of kernels_cu/<stem>.cu with `common.cuh` pasted in.
+
+    `#line` marks keep the compiler's messages on the true file and line. Pasting makes the text
+    the whole truth, so the cache key covers it and no include path exists.
+    """
+    path = KERNELS / f"{stem}.cu"
+    if not path.is_file():
+        raise UnsupportedError(f"cuda.source: stem is {stem!r}, expected one of {stems()}")
+    lines = [f'#line 1 "{path.name}"']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith('#include "'):
+            name = line.split('"')[1]
+            lines.append(f'#line 1 "{name}"')
+            lines.append((KERNELS / name).read_text(encoding="utf-8").rstrip())
+            lines.append(f'#line {number + 1} "{path.name}"')
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def stems() -> list[str]:
+    """The names of all kernel files."""
+    return sorted(path.stem for path in KERNELS.glob("*.cu"))
+
+
+def compile(stem: str, arch: str, **defines: int | str) -> Any:
+    """The cubin of kernels_cu/<stem>.cu for one SM and one set of defines.
+
+    Args:
+        stem: name of the kernel file.
+        arch: "sm_75" and the like; no GPU is needed.
+        defines: `-D` macros; an integer, or a type name such as "f16".
+
+    Returns:
+        cuda.core.ObjectCode, from the cache folder where it holds a sound copy.
+
+    Raises:
+        UnsupportedError: this NVRTC cannot target the SM.
+        CompileError: NVRTC refused the source.
+    """
+    from cuda.core import ObjectCode, Program
+
+    _check_arch(arch)
+    key, options = _key(stem, arch, defines)
+    cubin = _load(key)
+    if cubin is None:
+        try:
+            cubin = bytes(Program(source(stem), "c++", options).compile("cubin").code)
+        except Exception as error:
+            if type(error).__name__ != "NVRTCError":  # cuda.core does not export the class
+                raise
+            raise CompileError(f"{stem}.cu for {arch} with {defines}:\n{error}") from error
+        _store(key, cubin)
+    return ObjectCode.from_cubin(cubin, name=stem)
+
+
+def _key(stem: str, arch: str, defines: dict[str, int | str]) -> tuple[bytes, Any]:
+    """The cache key and the compiler's options: source, SM, defines and NVRTC version decide."""
+    from cuda.core import ProgramOptions
+    from cuda.core.utils import make_program_cache_key
+
+    text = source(stem)
+    options = ProgramOptions(
+        name=f"{stem}.cu",
+        arch=arch,
+        std="c++17",
+        lineinfo=True,  # profilers name the source line; the code is the same
+        define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
+    )
+    key = make_program_cache_key(code=text, code_type="c++", options=options, target_type="cubin")
+    return key, options
+
+
+def _check_arch(arch: str) -> None:
+    known = _targets()
+    number = int(arch.removeprefix("sm_")) if arch.removeprefix("sm_").isdigit() else -1
+    if number in known:
+        return
+    advice = "expected a newer NVRTC"
+    if number < 75 and min(known) >= 75:
+        advice = "install the CUDA 12 packages instead: pip install 'pykv-cuda[cu12]'"
+    raise UnsupportedError(
+        f"cuda.compile: arch is {arch}, but NVRTC {nvrtc_version()} targets "
+        f"sm_{min(known)} to sm_{max(known)}: {advice}"
+    )
+
+
+@cache
+def _targets() -> tuple[int, ...]:
+    from cuda.bindings import nvrtc
+
+    return tuple(nvrtc.nvrtcGetSupportedArchs()[1])
+
+
+def nvrtc_version() -> str:
+    """The version of the NVRTC library that is loaded, such as "13.5"."""
+    from cuda.bindings import nvrtc
+
+    return "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
+
+
+# --- Cache of cubins ------------------------------------------------------------------------------
+
+_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
+_warned: set[str] = set()
+
+
+@cache
+def _store_at(path: Path) -> Any:
+    from cuda.core.utils import FileStreamProgramCache
+
+    return FileStreamProgramCache(path)
+
+
+def _load(key: bytes) -> bytes | None:
+    """A cubin from the cache folder whose checksum holds; a damaged one is dropped."""
+    if key in _memory:
+        return _memory[key]
+    try:
+        store = _store_at(cubin_dir())
+        entry = store.get(key)
+    except OSError:
+        return None
+    if entry is None:
+        return None
+    cubin, digest = entry[:-32], entry[-32:]
+    if hashlib.sha256(cubin).digest() == digest:
+        return bytes(cubin)
+    with suppress(OSError, KeyError):
+        del store[key]
+    return None
+
+
+def _store(key: bytes, cubin: bytes) -> None:
+    """Keep a cubin, followed by its SHA-256, which tools that read ELF files overlook."""
+    try:
+        _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
+    except OSError as error:
+        _memory[key] = cubin
+        if "folder" not in _warned:
+            _warned.add("folder")
+            warnings.warn(
+                f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
+                "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def cubin_dir() -> Path:
+    """The part of the cache folder that holds cubins."""
+    return cache_dir() / "cubin"
+
+
+# --- Kernel and launch ----------------------------------------------------------------------------
+
+
+def kernel(stem: str, name: str, **defines: int | str) -> Any:
+    """The kernel `name` of kernels_cu/<stem>.cu for the current GPU; compiled at first use."""
+    return _kernel(_arch(_cupy().cuda.runtime.getDevice()), stem, name, **defines)
+
+
+_lock = threading.Lock()
+
+
+@cache
+def _kernel(arch: str, stem: str, name: str, **defines: int | str) -> Any:
+    with _lock:
+        return _module(arch, stem, **defines).get_kernel(name)
+
+
+@cache
+def _module(arch: str, stem: str, **defines: int | str) -> Any:
+    return compile(stem, arch, **defines)
+
+
+@cache
+def _arch(device: int) -> str:
+    return f"sm_{_cupy().cuda.Device(device).compute_capability}"
+
+
+@cache
+def num_sms(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def launch(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    *args: Any,
+    shared_bytes: int = 0,
+) -> None:
+    """Enqueue a kernel on CuPy's current stream.
+
+    Args:
+        kernel: what `kernel` returned.
+        grid, block: sizes in blocks and threads.
+        args: CuPy arrays (passed as addresses), None (a null pointer) and NumPy scalars. A bare
+            Python number is refused: it would travel as eight bytes whatever the kernel expects.
+        shared_bytes: dynamic shared memory of a block.
+
+    Does not synchronise.
+    """
+    from cuda.core import launch
+
+    values: list[Any] = []
+    for position, arg in enumerate(args):
+        if isinstance(arg, np.generic):
+            values.append(arg)
+        elif arg is None:
+            values.append(0)
+        elif hasattr(arg, "data") and hasattr(arg.data, "ptr"):
+            values.append(arg.data.ptr)
+        else:
+            raise DtypeError(
+                f"cuda.launch: argument {position} is a {type(arg).__name__}, "
+                "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
+            )
+    cuda = _cupy().cuda
+    stream = _stream(cuda.get_current_stream().ptr, cuda.runtime.getDevice())
+    launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int, device: int) -> Any:
+    """A cuda.core stream over a handle; made once, because making one costs more than a launch."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+@lru_cache(maxsize=4096)
+def _config(grid: Any, block: Any, shared_bytes: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Make `stream` CuPy's current stream inside the block, so that launches, allocations and
+    CuPy's own operations go there.
+
+    Args:
+        stream: None (nothing changes), a CuPy, torch or cuda.core stream, any object with
+            `__cuda_stream__`, or an integer handle.
+    """
+    if stream is None:
+        yield
+        return
+    with _cupy().cuda.ExternalStream(stream_handle(stream)):
+        yield
+
+
+def stream_handle(stream: Any) -> int:
+    """The integer handle (cudaStream_t) of any library's stream.
+
+    Raises:
+        DtypeError: the object is no stream.
+    """
+    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+        return int(stream)
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    for name in ("cuda_stream", "ptr"):  # torch, older CuPy
+        if isinstance(getattr(stream, name, None), int):
+            return int(getattr(stream, name))
+    raise DtypeError(
+        f"stream is a {type(stream).__name__}, expected a CuPy, torch or cuda.core stream, "
+        "an object with __cuda_stream__, or an integer handle"
+    )
+
+
+def _cupy() -> Any:
+    from pykv.arrays import _cupy
+
+    return _cupy()
+
+
+# --- Warm-up --------------------------------------------------------------------------------------
+
+
+def variants() -> list[tuple[str, dict[str, int | str]]]:
+    """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations."""
+    from importlib import import_module
+
+    return [
+        (stem, defines)
+        for stem in stems()
+        for defines in import_module(f"pykv.ops.{stem}").VARIANTS
+    ]
+
+
+def warmup(archs: list[str], *, force: bool = False) -> int:
+    """Compile the variants that the cache folder lacks, in parallel, and return their number.
+
+    Prints one progress line on stderr when something is compiled. With `force` a failure raises;
+    else it becomes one warning, so that `import pykv` works on a GPU that cannot be targeted.
+    """
+    jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants()]
+    started = done = 0
+    try:
+        missing = [job for job in jobs if not is_cached(*job)]
+        started = len(missing)
+        if missing:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
+                    done += 1
+                    _progress(f"pykv: compiling kernels for {', '.join(archs)}: {done}/{started}")
+    except (UnsupportedError, CompileError) as error:
+        if force:
+            raise
+        warnings.warn(f"pykv cannot compile its kernels: {error}", RuntimeWarning, stacklevel=2)
+    finally:
+        if started:
+            _progress("\n")
+    return done
+
+
+def is_cached(arch: str, stem: str, defines: dict[str, int | str]) -> bool:
+    """Whether a sound cubin is at hand."""
+    _check_arch(arch)
+    return _load(_key(stem, arch, defines)[0]) is not None
+
+
+def _progress(text: str) -> None:
+    print(text, end="" if text == "\n" else "\r", file=sys.stderr, flush=True)

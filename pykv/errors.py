@@ -1,0 +1,61 @@
+"""Every exception of pykv.
+
+    PykvError
+      ShapeError        (ValueError)           a size, stride or alignment is wrong
+      DtypeError        (TypeError)            an element type is wrong
+      ParameterError    (ValueError)           a value is out of its range
+      CapacityError     (MemoryError)          a pool, a context or a workspace is too small
+      UnsupportedError  (NotImplementedError)  a legal request that nothing here covers
+      DeviceError       (RuntimeError)         mixed devices, or no usable GPU
+      CompileError      (RuntimeError)         NVRTC refused a kernel
+      CudaError         (RuntimeError)         a driver call failed
+      FormatError       (ValueError)           the bytes of a file are not what they claim
+      FetchError        (RuntimeError)         a model could not be fetched
+
+Each has a second, built-in parent, so `except ValueError` works for people who do not know pykv.
+Texts read `op: argument has X, expected Y`.
+"""
+
+
+class PykvError(Exception):
+    """Parent of every exception that pykv raises on purpose."""
+
+
+class ShapeError(PykvError, ValueError):
+    """A size, stride or alignment is wrong."""
+
+
+class DtypeError(PykvError, TypeError):
+    """An element type is wrong."""
+
+
+class ParameterError(PykvError, ValueError):
+    """A value is out of its range."""
+
+
+class CapacityError(PykvError, MemoryError):
+    """A pool, a context or a workspace is too small for the request."""
+
+
+class UnsupportedError(PykvError, NotImplementedError):
+    """A legal request that no kernel or reader covers: a head size, an SM, a file's tensor type."""
+
+
+class DeviceError(PykvError, RuntimeError):
+    """Host and device arrays are mixed, or a GPU was needed and none is usable."""
+
+
+class CompileError(PykvError, RuntimeError):
+    """NVRTC refused a kernel; the text carries stem, SM, defines and the compiler's log."""
+
+
+class CudaError(PykvError, RuntimeError):
+    """A driver call failed; the text carries the call and the code."""
+
+
+class FormatError(PykvError, ValueError):
+    """The bytes of a file or container are not what they claim to be."""
+
+
+class FetchError(PykvError, RuntimeError):
+    """A model could not be fetched; the text names the ways out."""

@@ -65,11 +65,20 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
         dtype = array.dtype
         if (dtype not in dtypes) if isinstance(dtypes, tuple) else (dtype != dtypes):
             raise DtypeError(f"{op}: {name} has dtype {dtype}, expected {_names(dtypes)}")
-        words, loose = _parse(spec)
-        _bind(op, name, array.shape, spec, words, sizes)
+        words, loose, derived = _parse(spec)
+        shape = array.shape
+        if len(shape) != len(words):
+            raise ShapeError(f"{op}: {name} has shape {shape}, expected [{spec}]")
+        for word, size in zip(words, shape):  # noqa: B905 - lengths agree and this runs often
+            if sizes.setdefault(word, size) != size:
+                raise ShapeError(
+                    f"{op}: {name} has {word}={size}, expected {word}={sizes[word]} ([{spec}])"
+                )
+        for formula in derived:
+            _relate(op, name, spec, sizes, *formula)
         if not array.flags.c_contiguous and not (loose and _rows_contiguous(array, loose)):
             raise ShapeError(
-                f"{op}: {name} has strides {array.strides} for shape {array.shape}, expected "
+                f"{op}: {name} has strides {array.strides} for shape {shape}, expected "
                 f"{'contiguous rows' if loose else 'a contiguous array'} ([{spec}])"
             )
         if where >= 0 and len(words) > 1 and dtype.kind != "i" and not _is_aligned(array, loose):
@@ -175,46 +184,40 @@ def _cupy() -> Any:
 
 
 @cache
-def _parse(spec: str) -> tuple[list[tuple[str, int, int]], int]:
-    """Words as (letter, times, plus) and the number of dimensions left of the bar."""
+def _parse(spec: str) -> tuple[list[str], int, list[tuple[str, str, int, int]]]:
+    """The words, how many stand left of the bar, and (word, letter, times, plus) of words that
+    are more than a letter."""
     left, bar, right = spec.partition("|")
-    words = []
-    for word in (left + right).split():
+    words = (left + right).split()
+    derived = []
+    for word in words:
         body, _, plus = word.partition("+")
-        digits = body[: len(body) - len(body.lstrip("0123456789"))]
-        letter = body[len(digits) :]
-        if letter:
-            words.append((letter, int(digits or 1), int(plus or 0)))
-        else:
-            words.append(("", 0, int(digits)))
-    return words, len(left.split()) if bar else 0
+        letter = body.lstrip("0123456789")
+        times = body[: len(body) - len(letter)]
+        if not letter:
+            derived.append((word, "", 0, int(times)))
+        elif times or plus:
+            derived.append((word, letter, int(times or 1), int(plus or 0)))
+    return words, len(left.split()) if bar else 0, derived
 
 
-def _bind(
+def _relate(
     op: str,
     name: str,
-    shape: tuple[int, ...],
     spec: str,
-    words: list[tuple[str, int, int]],
     sizes: dict[str, int],
+    word: str,
+    letter: str,
+    times: int,
+    plus: int,
 ) -> None:
-    """Bind letters that are new and compare those that are known."""
-    if len(shape) != len(words):
-        raise ShapeError(f"{op}: {name} has shape {shape}, expected [{spec}]")
-    for (letter, times, plus), size in zip(words, shape, strict=True):
-        if letter not in sizes and letter:
-            count, rest = divmod(size - plus, times)
-            if rest or count < 0:
-                word = _word(letter, times, plus)
-                raise ShapeError(f"{op}: {name} has size {size}, expected {word} ([{spec}])")
-            sizes[letter] = count
-        want = times * sizes[letter] + plus if letter else plus
-        if size != want:
-            word = _word(letter, times, plus)
-            word = (
-                f"{word}={size}, expected {word}={want}" if letter else f"{size}, expected {want}"
-            )
-            raise ShapeError(f"{op}: {name} has {word} ([{spec}])")
+    """Hold a word such as "B+1", "2F" or "3" against its letter, or bind the letter by it."""
+    size = sizes[word]
+    if letter and letter not in sizes:
+        sizes[letter] = max(0, (size - plus) // times)
+    want = times * sizes[letter] + plus if letter else plus
+    if size != want:
+        raise ShapeError(f"{op}: {name} has size {size}, expected {word}={want} ([{spec}])")
 
 
 def _rows_contiguous(array: Any, loose: int) -> bool:
@@ -235,10 +238,6 @@ def _is_aligned(array: Any, loose: int) -> bool:
         for size, stride in zip(array.shape[:loose], array.strides, strict=False)
         if size > 1
     )
-
-
-def _word(letter: str, times: int, plus: int) -> str:
-    return (f"{times}" if times > 1 else "") + letter + (f"+{plus}" if letter and plus else "")
 
 
 def _place(device: int) -> str:

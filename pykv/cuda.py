@@ -12,9 +12,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,15 @@ from typing import Any
 import numpy as np
 import platformdirs
 
+from pykv.arrays import FLOATS
 from pykv.errors import CompileError, DtypeError, UnsupportedError
 
 _HERE = Path(__file__).resolve().parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
 KERNELS = next(p for p in (_HERE / "kernels_cu", _HERE.parent / "kernels_cu") if p.is_dir())
 
-TYPE_NAMES = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}  # dtype to kernel type
+# Element type to its name in kernels_cu. Keyed by dtype: looking up dtype.name takes microseconds.
+TYPE_NAMES = dict(zip(FLOATS, ("float", "f16", "bf16"), strict=True))
 
 
 def cache_dir() -> Path:
@@ -226,7 +227,7 @@ def cubin_dir() -> Path:
 
 def kernel(stem: str, name: str, **defines: int | str) -> Any:
     """The kernel `name` of kernels_cu/<stem>.cu for the current GPU; compiled at first use."""
-    return _kernel(_arch(_cupy().cuda.runtime.getDevice()), stem, name, **defines)
+    return _kernel(_arch(_launcher()[3]()), stem, name, **defines)
 
 
 _lock = threading.Lock()
@@ -272,24 +273,31 @@ def launch(
 
     Does not synchronise.
     """
-    from cuda.core import launch
-
+    core_launch, array, current_stream, current_device = _launcher()
     values: list[Any] = []
     for position, arg in enumerate(args):
-        if isinstance(arg, np.generic):
+        if type(arg) is array:
+            values.append(arg.data.ptr)
+        elif isinstance(arg, np.generic):
             values.append(arg)
         elif arg is None:
             values.append(0)
-        elif hasattr(arg, "data") and hasattr(arg.data, "ptr"):
-            values.append(arg.data.ptr)
         else:
             raise DtypeError(
                 f"cuda.launch: argument {position} is a {type(arg).__name__}, "
                 "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
             )
-    cuda = _cupy().cuda
-    stream = _stream(cuda.get_current_stream().ptr, cuda.runtime.getDevice())
-    launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+    stream = _stream(current_stream().ptr, current_device())
+    core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+
+
+@cache
+def _launcher() -> tuple[Any, ...]:
+    """What `launch` needs, looked up once: an import statement costs as much as a launch."""
+    from cuda.core import launch
+
+    cupy = _cupy()
+    return launch, cupy.ndarray, cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
 
 
 @lru_cache(maxsize=256)
@@ -307,9 +315,11 @@ def _config(grid: Any, block: Any, shared_bytes: int) -> Any:
     return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
 
 
-@contextmanager
-def on_stream(stream: Any) -> Iterator[None]:
-    """Make `stream` CuPy's current stream inside the block, so that launches, allocations and
+_NO_CHANGE = nullcontext()
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """A context that makes `stream` CuPy's current stream, so that launches, allocations and
     CuPy's own operations go there.
 
     Args:
@@ -317,10 +327,9 @@ def on_stream(stream: Any) -> Iterator[None]:
             `__cuda_stream__`, or an integer handle.
     """
     if stream is None:
-        yield
-        return
-    with _cupy().cuda.ExternalStream(stream_handle(stream)):
-        yield
+        return _NO_CHANGE
+    external: AbstractContextManager[Any] = _cupy().cuda.ExternalStream(stream_handle(stream))
+    return external
 
 
 def stream_handle(stream: Any) -> int:

@@ -70,8 +70,8 @@ def _cuda(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any, stream: Any) -> 
     kernel = cuda.kernel(
         "paged_append",
         "paged_append",
-        NEW_T=cuda.TYPE_NAMES[k.dtype.name],
-        KV_T=cuda.TYPE_NAMES[k_pool.dtype.name],
+        NEW_T=cuda.TYPE_NAMES[k.dtype],
+        KV_T=cuda.TYPE_NAMES[k_pool.dtype],
         ROW=H * D,
     )
     k_stride, v_stride = (np.int64(x.strides[0] // x.itemsize) for x in (k, v))

@@ -95,7 +95,7 @@ def test_errors_name_the_argument(xp, rng):
         append(k, v, k_pool, v_pool, slots[:4])
     with pytest.raises(ShapeError, match="k_pool has strides"):
         append(k, v, k_pool[:, ::2], v_pool[:, ::2], slots)
-    with pytest.raises(ShapeError, match="a row has 1 x 4 elements, expected 8n"):
+    with pytest.raises(ShapeError, match="a row has 1 x 4 elements, expected a multiple of 8"):
         append(*(xp.zeros((1, 1, 4), "f4"),) * 2, *(xp.zeros((1, 1, 1, 4), "f4"),) * 2, slots[:1])
     with pytest.raises(DtypeError, match="slots has dtype int64, expected int32"):
         append(k, v, k_pool, v_pool, slots.astype(np.int64))

@@ -1,0 +1,105 @@
+"""PagedKVCache: the arrays, dtype and layout of one cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import BFLOAT16
+from pykv.blocks import PageAllocator
+from pykv.errors import CapacityError, ParameterError
+from pykv.ops import paged_append, paged_decode, prefill
+
+KV_DTYPES = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
+
+
+class PagedKVCache:
+    """Keys and values of every layer, in pages of P tokens.
+
+    Args:
+        layers, heads, head_dim: L, H and D of the model; H counts KV heads.
+        pages: N, pages in each layer's pools.
+        page_size: P, tokens a page.
+        dtype: "fp16", "bf16" or "fp32".
+        xp: the array module that decides where the cache lives, `numpy` or `cupy`.
+
+    Attributes:
+        k, v: [L, N, P, H, D], one array each.
+        layers: (k, v) views of each layer, [N, P, H, D], as the ops take them.
+        allocator: who owns which page.
+
+    Raises:
+        ParameterError: a size is not positive or the dtype has another name.
+        CapacityError: the memory cannot be had.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        heads: int,
+        head_dim: int,
+        *,
+        page_size: int = 16,
+        dtype: str = "fp16",
+        xp: Any = np,
+    ):
+        sizes = dict(
+            layers=layers, pages=pages, heads=heads, head_dim=head_dim, page_size=page_size
+        )
+        for name, size in sizes.items():
+            if size < 1:
+                raise ParameterError(f"PagedKVCache: {name} is {size}, expected at least 1")
+        self.dtype = kv_dtype(dtype)
+        self.page_size = page_size
+        shape = (layers, pages, page_size, heads, head_dim)
+        try:
+            self.k, self.v = xp.zeros(shape, self.dtype), xp.zeros(shape, self.dtype)
+        except MemoryError as error:
+            need = 2 * np.prod(shape, dtype=np.int64) * self.dtype.itemsize
+            raise CapacityError(
+                f"PagedKVCache: {pages} pages of {page_size} tokens need {need:,} bytes: {error}"
+            ) from error
+        self.layers = list(zip(self.k, self.v, strict=True))
+        self.allocator = PageAllocator(pages, page_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V that one token takes in all layers."""
+        return bytes_per_token(len(self.layers), *self.k.shape[-2:], self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return int(self.k.nbytes + self.v.nbytes)
+
+    def append(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
+        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append."""
+        paged_append.append(k, v, *self.layers[layer], slots, stream=stream)
+
+    def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
+        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
+        return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
+
+    def prefill(
+        self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
+    ) -> Any:
+        """Attention of several tokens a sequence over one layer; see prefill.prefill."""
+        return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
+
+
+def kv_dtype(name: str) -> np.dtype[Any]:
+    """The element type of a cache kind.
+
+    Raises:
+        ParameterError: no such kind.
+    """
+    if name not in KV_DTYPES:
+        raise ParameterError(f"kv_dtype is {name!r}, expected one of {', '.join(KV_DTYPES)}")
+    return KV_DTYPES[name]
+
+
+def bytes_per_token(layers: int, heads: int, head_dim: int, dtype: np.dtype[Any]) -> int:
+    """Bytes of K and V that one token takes in all layers."""
+    return 2 * layers * heads * head_dim * dtype.itemsize

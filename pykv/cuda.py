@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -222,12 +223,27 @@ def cubin_dir() -> Path:
     return cache_dir() / "cubin"
 
 
+def clear_cubins() -> int:
+    """Delete all compiled kernels and return the bytes that they took."""
+    files = [path for path in cubin_dir().rglob("*") if path.is_file()]
+    freed = sum(path.stat().st_size for path in files)
+    shutil.rmtree(cubin_dir(), ignore_errors=True)
+    _store_at.cache_clear()
+    _memory.clear()
+    return freed
+
+
 # --- Kernel and launch ----------------------------------------------------------------------------
 
 
 def kernel(stem: str, name: str, **defines: int | str) -> Any:
     """The kernel `name` of kernels_cu/<stem>.cu for the current GPU; compiled at first use."""
-    return _kernel(_arch(_launcher()[3]()), stem, name, **defines)
+    return _kernel(current_arch(), stem, name, **defines)
+
+
+def current_arch() -> str:
+    """The SM of the current GPU, such as "sm_90"."""
+    return _arch(_launcher()[3]())
 
 
 _lock = threading.Lock()

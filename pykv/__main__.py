@@ -1,0 +1,7 @@
+"""`python -m pykv` is the command `pykv`."""
+
+import sys
+
+from pykv.cli import main
+
+sys.exit(main())

@@ -1,0 +1,245 @@
+"""The command line: argument parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from typing import Any
+
+from pykv import __version__
+from pykv.errors import PykvError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 a mistake or fault."""
+    warnings.showwarning = _show_warning
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except PykvError as error:
+        print(f"pykv: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"pykv: {error.name} is not installed: pip install 'pykv-cuda[llm]'", file=sys.stderr)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 2
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"pykv: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pykv", description="KV-cache software for NVIDIA GPUs")
+    parser.add_argument("--version", action="version", version=f"pykv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="continue a prompt")
+    run.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    run.set_defaults(run=_run)
+    chat = commands.add_parser("chat", help="talk with a model; an empty line or Ctrl-D ends")
+    chat.add_argument("--system", help="what the model should know first")
+    chat.set_defaults(run=_chat)
+    for command in (run, chat):
+        _add_model(command)
+        _add_sampling(command)
+
+    inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
+    inspect.add_argument("file", help="a GGUF file or the name of a model")
+    inspect.set_defaults(run=_inspect)
+
+    size = commands.add_parser("size", help="say how large a model's KV cache is")
+    size.add_argument("file", help="a GGUF file or the name of a model")
+    size.add_argument("--ctx", type=int, help="tokens (the model's context)")
+    size.add_argument("--kv", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    size.set_defaults(run=_size)
+
+    doctor = commands.add_parser("doctor", help="say whether this machine's GPU can be used")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
+
+    verify = commands.add_parser("verify", help="hold every op against its float64 oracle")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.add_argument("--seed", type=int, default=0, help="of the random inputs (%(default)s)")
+    verify.set_defaults(run=_verify)
+
+    cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("info", help="show the folder and its sizes").set_defaults(run=_cache_info)
+    clear = actions.add_parser("clear", help="delete compiled kernels")
+    clear.add_argument("--models", action="store_true", help="delete fetched models as well")
+    clear.set_defaults(run=_cache_clear)
+    warmup = actions.add_parser("warmup", help="compile the usual kernels now")
+    warmup.add_argument("--arch", action="append", help="sm_75 and the like; no GPU is needed")
+    warmup.set_defaults(run=_cache_warmup)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--kv", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (%(default)s)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0 keeps all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
+
+
+def _open(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the sampling parameters; the latter first, as they are quick to refuse."""
+    from pykv.llm import LLM, SamplingParams
+
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop),
+    )
+    llm = LLM(
+        args.model, device=args.device, kv_dtype=args.kv, context=args.ctx, progress=_on_terminal()
+    )
+    return llm, params
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _run(args: argparse.Namespace) -> None:
+    llm, params = _open(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    _print_pieces(llm.stream(prompt, params))
+    stats = llm.stats
+    decode = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else 0.0
+    per_token = llm.cache.bytes_per_token
+    print(
+        f"{llm.device}: prompt {stats.prompt_tokens} tokens, "
+        f"{stats.prompt_tokens / stats.prompt_seconds:.1f} tokens/s; "
+        f"decode {stats.decode_tokens} tokens, {decode:.1f} tokens/s; "
+        f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all",
+        file=sys.stderr,
+    )
+
+
+def _chat(args: argparse.Namespace) -> None:
+    llm, params = _open(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    while line := _ask("> "):
+        messages.append({"role": "user", "content": line})
+        answer = _print_pieces(llm.stream(llm.chat_ids(messages), params))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def _print_pieces(pieces: Any) -> str:
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from pykv.llm import gguf, models
+
+    print(gguf.describe(gguf.read(models.fetch(args.file))))
+
+
+def _size(args: argparse.Namespace) -> None:
+    from pykv.errors import ParameterError
+    from pykv.llm import gguf, models
+    from pykv.llm.model import read_config
+    from pykv.pool import bytes_per_token, kv_dtype
+
+    dtype = kv_dtype(args.kv)
+    config = read_config(gguf.read(models.fetch(args.file)))
+    tokens = config.context if args.ctx is None else args.ctx
+    if tokens < 1:
+        raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
+    per_token = bytes_per_token(config.num_layers, config.kv_heads, config.head_dim, dtype)
+    print(
+        f"{args.kv}: {per_token:,} bytes a token "
+        f"(2 x {config.num_layers} layers x {config.kv_heads} heads x {config.head_dim} x "
+        f"{dtype.itemsize} bytes), {per_token * tokens:,} bytes for {tokens:,} tokens"
+    )
+    if tokens > config.context:
+        print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pykv import doctor
+
+    report = doctor.examine()
+    print(json.dumps(report.as_dict(), indent=2) if args.json else report.as_text())
+    return 0 if report.ok else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pykv import verify
+
+    ok = True
+    rows = []
+    for row in verify.run(args.seed):
+        ok &= row.ok
+        rows.append(row.as_dict())
+        if not args.json:
+            print(row.as_text(), flush=True)
+    if args.json:
+        print(json.dumps({"ok": ok, "seed": args.seed, "cases": rows}, indent=2))
+    elif not ok:
+        print("pykv: some results are outside their bounds", file=sys.stderr)
+    return 0 if ok else 1
+
+
+def _cache_info(args: argparse.Namespace) -> None:
+    from pykv import cuda
+
+    print(f"folder   {cuda.cache_dir()}")
+    for name, pattern in (("kernels", "cubin/**/*"), ("models", "models/*.gguf")):
+        files = [path for path in cuda.cache_dir().glob(pattern) if path.is_file()]
+        print(f"{name:<8} {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
+
+
+def _cache_clear(args: argparse.Namespace) -> None:
+    from pykv import cuda
+
+    print(f"kernels  {cuda.clear_cubins():,} bytes deleted")
+    if args.models:
+        from pykv.llm import models
+
+        print(f"models   {models.remove():,} bytes deleted")
+
+
+def _cache_warmup(args: argparse.Namespace) -> None:
+    from pykv import cuda
+    from pykv.errors import DeviceError
+
+    archs = args.arch or cuda.architectures()
+    if not archs:
+        raise DeviceError("cache warmup: no GPU was found, expected --arch sm_75 or the like")
+    print(f"{cuda.warmup(archs, force=True)} kernels compiled for {', '.join(archs)}")

@@ -1,0 +1,196 @@
+"""`pykv doctor`: what of this machine works, and the one command that mends what does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tempfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykv import __version__, cuda
+from pykv.errors import PykvError
+
+CUDA_13_DRIVER = 580  # first driver branch of the CUDA 13 line
+
+
+@dataclass
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        value: what was found.
+        mend: the command that mends it, or what else to do; empty where nothing is wrong.
+    """
+
+    name: str
+    value: str
+    mend: str = ""
+
+
+@dataclass
+class Report:
+    """All findings, in the order in which they depend on each other."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not any(finding.mend for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
+
+    def as_text(self) -> str:
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{'FAULT' if finding.mend else 'ok':<6}{finding.name:<12}{finding.value}")
+            if finding.mend:
+                lines.append(f"{'':<18}mend it: {finding.mend}")
+        return "\n".join(lines)
+
+
+def examine() -> Report:
+    """Look at driver, GPU, packages, compiler, cache folder and cuBLAS, then compile and run one
+    kernel. Stops at the first fault on which the rest depends. A machine without a GPU is no
+    fault: NumPy runs there."""
+    report = Report()
+    add = report.findings.append
+    add(Finding("pykv", f"{__version__}, Python {platform.python_version()}, {platform.system()}"))
+    add(_cache_folder())
+    if not cuda.has_driver():
+        add(Finding("gpu", "no NVIDIA driver: the NumPy reference runs"))
+        return report
+    for step in (_driver, _packages, _gpu, _compiler, _run_kernel):
+        finding = step()
+        add(finding)
+        if finding.mend:
+            return report
+    add(_cublas())
+    return report
+
+
+def _cache_folder() -> Finding:
+    folder = cuda.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding(
+            "cache", f"{folder}: {error.strerror}", "export PYKV_CACHE_DIR=/a/writable/one"
+        )
+    return Finding("cache", str(folder))
+
+
+def _driver() -> Finding:
+    """The driver's own version, which decides the CUDA line, without any CUDA package."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return Finding("driver", "present")
+    found = re.search(r"\b(\d{3})\.[\d.]+", text)
+    version = found.group(0) if found else "of unknown version"
+    return Finding("driver", f"{version} (CUDA {_cuda_line()} line)")
+
+
+def _cuda_line() -> int:
+    """The newest CUDA line that the driver runs, 12 or 13; 12 where that cannot be told."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return 12
+    found = re.search(r"\b(\d{3})\.[\d.]+", text)
+    return 13 if found and int(found.group(1)) >= CUDA_13_DRIVER else 12
+
+
+def _packages() -> Finding:
+    """cuda-core, cuda-bindings, NVRTC and CuPy, by name and version."""
+    line = _cuda_line()
+    names = ["cuda-core", "cuda-bindings"]
+    for choices in (
+        ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
+        ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    ):
+        names.append(next((name for name in choices if _version(name)), choices[line == 12]))
+    missing = [name for name in names if not _version(name)]
+    if missing:
+        return Finding(
+            "packages", f"missing: {', '.join(missing)}", f"pip install 'pykv-cuda[cu{line}]'"
+        )
+    return Finding("packages", ", ".join(f"{name} {_version(name)}" for name in names))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpu() -> Finding:
+    import cupy
+
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        mend = "reboot or reinstall the NVIDIA driver"
+        if "insufficient" in str(error).lower():  # a CUDA 13 runtime on a CUDA 12 driver
+            mend = "pip uninstall -y cupy-cuda13x && pip install 'pykv-cuda[cu12]'"
+        return Finding("gpu", f"the driver answers {error}", mend)
+    if not count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return Finding(
+            "gpu", f"none is visible (CUDA_VISIBLE_DEVICES={visible})", "unset CUDA_VISIBLE_DEVICES"
+        )
+    names = []
+    for i in range(count):
+        facts = cupy.cuda.runtime.getDeviceProperties(i)
+        memory = facts["totalGlobalMem"] / 2**30
+        sm = f"sm_{facts['major']}{facts['minor']}"
+        names.append(f"{facts['name'].decode()} ({sm}, {memory:.0f} GiB)")
+    return Finding("gpu", "; ".join(names))
+
+
+def _compiler() -> Finding:
+    """NVRTC, and whether it can target the current GPU."""
+    try:
+        arch = cuda.current_arch()
+        cuda.compile("paged_append", arch, NEW_T="float", KV_T="f16", ROW=64)
+    except PykvError as error:
+        found = re.search(r"pip install '[^']+'", str(error))
+        return Finding("compiler", str(error), found.group(0) if found else "report this to pykv")
+    return Finding("compiler", f"NVRTC {cuda.nvrtc_version()} targets {arch}")
+
+
+def _run_kernel() -> Finding:
+    """One append, checked."""
+    import cupy
+
+    from pykv.ops import paged_append
+
+    rows = cupy.arange(64, dtype=np.float32).reshape(1, 1, 64)
+    pool = cupy.zeros((2, 1, 2, 1, 64), np.float16)
+    paged_append.append(rows, rows, pool[0], pool[1], cupy.ones(1, np.int32))
+    wrong = int((pool[:, 0, 1] != rows[0]).sum()) + int((pool[:, 0, 0] != 0).sum())
+    if wrong:
+        return Finding("kernel", f"{wrong} of 256 values are wrong", "report this to pykv")
+    return Finding("kernel", "compiled, ran, and gave the right values")
+
+
+def _cublas() -> Finding:
+    """Optional: without it the own kernels run everywhere, slower on long prompts."""
+    from pykv.ops import linear
+
+    if linear.has_cublas():
+        return Finding("cublas", "found")
+    package = "nvidia-cublas-cu12" if _cuda_line() == 12 else "nvidia-cublas"
+    return Finding(
+        "cublas", f"not found: own kernels run (pip install {package} speeds up prompts)"
+    )

@@ -1,0 +1,87 @@
+"""SamplingParams: how one completion is drawn and when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pykv.errors import ParameterError
+from pykv.ops import sample
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one completion is drawn and when it ends.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy, the most likely token each time.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the shortest list of likeliest tokens with this mass; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        seed: the same seed, prompt and parameters give the same draw in any batch.
+        max_tokens: tokens to generate at most; the model's context ends a completion as well.
+        stop: a string or strings that end the completion; the text ends before them.
+        ignore_eos: go on after the model's own end tokens.
+
+    Raises:
+        ParameterError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 128
+    stop: str | tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name, valid, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
+            ("top_k", _is_integer(self.top_k) and 0 <= self.top_k < 2**31, "an integer from 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("seed", _is_integer(self.seed) and 0 <= self.seed < 2**64, "an integer from 0"),
+            ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+        ):
+            if not valid:
+                raise ParameterError(
+                    f"SamplingParams: {name} is {getattr(self, name)!r}, expected {expected}"
+                )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -> list[int]:
+    """One token for each row of `logits` [B, V] float32, as Python integers.
+
+    Args:
+        logits: on any device.
+        params: one for each row.
+        steps: index of the token that each row draws; with the seed it decides the draw.
+        xp: the array module of `logits`.
+
+    Synchronises: the ids come to the host.
+    """
+    if all(p.temperature == 0 for p in params):
+        ids = sample.argmax(logits)
+    else:
+        ids = sample.sample(
+            logits,
+            xp.asarray(np.array([p.temperature for p in params], np.float32)),
+            xp.asarray(np.array([p.top_k for p in params], np.int32)),
+            xp.asarray(np.array([p.top_p for p in params], np.float32)),
+            xp.asarray(np.array([p.min_p for p in params], np.float32)),
+            xp.asarray(np.array([p.seed for p in params], np.uint64)),
+            xp.asarray(np.array(steps, np.int32)),
+        )
+    return [int(i) for i in ids.tolist()]

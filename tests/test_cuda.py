@@ -1,0 +1,305 @@
+"""The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import CompileError, DtypeError, UnsupportedError
+from pykv.ops import paged_append
+
+ROOT = Path(__file__).parent.parent
+JOB = dict(stem="paged_append", arch="sm_75", NEW_T="float", KV_T="f16", ROW=64)
+nvrtc = pytest.mark.nvrtc
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache folder, and a memory that has forgotten every cubin."""
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "_memory", {})
+    monkeypatch.setattr(cuda, "_warned", set())
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """How often NVRTC really ran."""
+    import cuda.core
+
+    calls = []
+
+    class Counted(cuda.core.Program):
+        def compile(self, *args, **kwargs):
+            calls.append(args)
+            return super().compile(*args, **kwargs)
+
+    monkeypatch.setattr(cuda.core, "Program", Counted)
+    return calls
+
+
+def entries(folder):
+    return [path for path in (folder / "cubin" / "entries").rglob("*") if path.is_file()]
+
+
+# --- Source ---
+
+
+def test_source_keeps_true_lines():
+    text = cuda.source("paged_append")
+    assert "#include" not in text
+    lines = (cuda.KERNELS / "paged_append.cu").read_text().splitlines()
+    include = lines.index('#include "common.cuh"')
+    assert f'#line {include + 2} "paged_append.cu"\n{lines[include + 1]}\n' in text
+
+
+def test_kernels_include_nothing_but_common():
+    for path in cuda.KERNELS.iterdir():
+        for line in path.read_text().splitlines():
+            if line.lstrip().startswith("#include"):
+                assert line == '#include "common.cuh"', f"{path.name}: {line}"
+
+
+def test_unknown_stem_names_the_known_ones():
+    with pytest.raises(UnsupportedError, match="stem is 'nothing', expected one of .*paged_append"):
+        cuda.source("nothing")
+
+
+@nvrtc
+def test_compile_error_names_file_and_line(folder):
+    line = next(
+        number
+        for number, text in enumerate(
+            (cuda.KERNELS / "paged_append.cu").read_text().splitlines(), 1
+        )
+        if text.startswith("static_assert")
+    )
+    with pytest.raises(CompileError, match=rf"paged_append\.cu\({line}\): .*eight elements"):
+        cuda.compile(**{**JOB, "ROW": 63})
+
+
+@nvrtc
+def test_arch_that_this_line_cannot_target_names_the_extra(folder):
+    if 70 in cuda._targets():
+        pytest.skip("this NVRTC still targets sm_70")
+    with pytest.raises(
+        UnsupportedError, match=r"arch is sm_70, .* pip install 'pykv-cuda\[cu12\]'"
+    ):
+        cuda.compile(**{**JOB, "arch": "sm_70"})
+    with pytest.raises(UnsupportedError, match="arch is sm_999, .* newer NVRTC"):
+        cuda.compile(**{**JOB, "arch": "sm_999"})
+
+
+# --- Cache ---
+
+
+@nvrtc
+def test_second_compile_is_a_cache_hit(folder, compiles):
+    first = cuda.compile(**JOB).code
+    assert cuda.compile(**JOB).code == first and len(compiles) == 1
+    cuda.compile(**{**JOB, "ROW": 128})
+    cuda.compile(**{**JOB, "arch": "sm_80"})
+    assert len(compiles) == 3 and len(entries(folder)) == 3
+
+
+@nvrtc
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "foreign"])
+def test_damaged_entry_is_rebuilt(folder, compiles, damage):
+    first = cuda.compile(**JOB).code
+    (path,) = entries(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(
+        {"cut": data[:-100], "empty": b"", "flip": bytes(data), "foreign": b"not a cubin" * 9}[
+            damage
+        ]
+    )
+    assert cuda.compile(**JOB).code == first
+    assert len(compiles) == 2
+    assert cuda.compile(**JOB).code == first and len(compiles) == 2
+
+
+@nvrtc
+def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles):
+    folder.write_text("a file stands where the folder should be")
+    with pytest.warns(
+        RuntimeWarning, match="cannot keep compiled kernels .* PYKV_CACHE_DIR"
+    ) as seen:
+        first = cuda.compile(**JOB).code
+        cuda.compile(**{**JOB, "ROW": 128})
+    assert len(seen) == 1
+    assert cuda.compile(**JOB).code == first and len(compiles) == 2
+
+
+@nvrtc
+def test_full_disk_means_memory_and_one_warning(folder, compiles, monkeypatch):
+    cuda.compile(**{**JOB, "ROW": 128})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        first = cuda.compile(**JOB).code
+    assert cuda.compile(**JOB).code == first and len(compiles) == 2
+
+
+@nvrtc
+def test_processes_compile_side_by_side(folder):
+    code = "from pykv import cuda; print(len(cuda.compile('paged_append', 'sm_75', NEW_T='float', "
+    code += "KV_T='f16', ROW=64).code))"
+    command = [sys.executable, "-W", "error", "-c", code]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) for _ in range(4)]
+    sizes = {process.communicate()[0] for process in running}
+    assert all(process.returncode == 0 for process in running) and len(sizes) == 1
+    assert len(entries(folder)) == 1
+
+
+@nvrtc
+def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatch):
+    some = [("paged_append", dict(NEW_T="float", KV_T="f16", ROW=row)) for row in (64, 128)]
+    monkeypatch.setattr(cuda, "variants", lambda: some)
+    assert cuda.warmup(["sm_75", "sm_90"]) == 4
+    assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
+    assert cuda.warmup(["sm_75", "sm_90"]) == 0
+    assert capsys.readouterr().err == "" and len(compiles) == 4
+
+
+@nvrtc
+def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
+    monkeypatch.setattr(cuda, "variants", lambda: [("paged_append", dict(ROW=64))])
+    with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
+        cuda.warmup(["sm_75"])
+    with pytest.raises(CompileError):
+        cuda.warmup(["sm_75"], force=True)
+
+
+# --- Import ---
+
+
+def run_python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_without_a_driver_touches_no_cuda_package():
+    if cuda.has_driver():
+        pytest.skip("this machine has a driver")
+    loaded = run_python("import sys, pykv; print(*sys.modules)").split()
+    assert not [name for name in loaded if name.split(".")[0] in ("cuda", "cupy")]
+
+
+@pytest.mark.gpu
+def test_import_creates_no_context():
+    code = """
+    import pykv
+    from cuda.bindings import driver
+    driver.cuInit(0)
+    print(*driver.cuDevicePrimaryCtxGetState(driver.cuDeviceGet(0)[1])[1:])
+    """
+    assert run_python(code).split()[-1] == "0"
+
+
+@pytest.mark.gpu
+def test_lazy_import_compiles_nothing(tmp_path):
+    run_python("import pykv", PYKV_COMPILE="lazy", PYKV_CACHE_DIR=str(tmp_path))
+    assert not any(tmp_path.iterdir())
+    run_python("import pykv", PYKV_CACHE_DIR=str(tmp_path))
+    assert any(tmp_path.rglob("*"))
+
+
+def test_no_ctypes_anywhere():
+    for path in (ROOT / "pykv").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) ctypes", path.read_text(), re.MULTILINE), path
+
+
+# --- Launch and streams ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scalar", [3, 0.5, True, "3"])
+def test_launch_takes_typed_scalars_only(scalar):
+    kernel = cuda.kernel("paged_append", "paged_append", NEW_T="float", KV_T="f16", ROW=64)
+    with pytest.raises(DtypeError, match=r"argument 1 is a .*expected .* np\.int32\(n\)"):
+        cuda.launch(kernel, 1, 128, None, scalar)
+
+
+def test_stream_handles_of_every_library():
+    class Protocol:
+        def __cuda_stream__(self):
+            return 0, 7
+
+    class Torch:
+        cuda_stream = 8
+
+    class OldCuPy:
+        ptr = 9
+
+    handles = [cuda.stream_handle(s) for s in (Protocol(), Torch(), OldCuPy(), 10, np.int64(11))]
+    assert handles == [7, 8, 9, 10, 11]
+    for wrong in ("stream", 1.5, True):
+        with pytest.raises(DtypeError, match="expected a CuPy, torch or cuda.core stream"):
+            cuda.stream_handle(wrong)
+
+
+@pytest.mark.gpu
+def test_work_goes_to_the_given_stream():
+    """Behind a long copy on the same stream, and not before it."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    slow = cupy.zeros(1 << 28, np.float32)
+    rows = cupy.zeros((1, 1, 64), np.float32)
+    pool = cupy.zeros((2, 1, 1, 1, 64), np.float32)
+    slots = cupy.zeros(1, np.int32)
+    paged_append.append(rows, rows, pool[0], pool[1], slots)  # compiled and loaded by now
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for _ in range(20):
+            slow += 1
+        rows[...] = slow[-1]
+    for handle in (stream, stream.ptr):
+        pool[...] = 0
+        cupy.cuda.get_current_stream().synchronize()
+        paged_append.append(rows, rows, pool[0], pool[1], slots, stream=handle)
+        stream.synchronize()
+        assert bool((pool == 20).all())
+
+
+@pytest.mark.gpu
+def test_launches_are_captured_in_a_graph():
+    import cupy
+
+    rows = cupy.zeros((1, 1, 64), np.float32)
+    pool = cupy.zeros((2, 1, 1, 1, 64), np.float32)
+    slots = cupy.zeros(1, np.int32)
+    paged_append.append(rows, rows, pool[0], pool[1], slots)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        paged_append.append(rows, rows, pool[0], pool[1], slots)
+        graph = stream.end_capture()
+        rows[...] = 5
+        graph.launch(stream)
+        stream.synchronize()
+    assert bool((pool == 5).all())
+
+
+def test_warnings_are_errors_here():
+    """Else the tests above could miss a second warning."""
+    with pytest.raises(UserWarning):
+        warnings.warn("seen", UserWarning, stacklevel=1)

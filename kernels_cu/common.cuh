@@ -86,6 +86,19 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Four elements, aligned to four elements.
+__device__ __forceinline__ void store4(float* p, const float (&x)[4]) {
+    *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
+    uint2 words;
+    words.x = from_float<T>(x[0]).bits | (u32)from_float<T>(x[1]).bits << 16;
+    words.y = from_float<T>(x[2]).bits | (u32)from_float<T>(x[3]).bits << 16;
+    *reinterpret_cast<uint2*>(p) = words;
+}
+
 // Eight elements from one array to another; bits stay as they are where the types agree.
 template <typename T> __device__ __forceinline__ void move8(T* to, const T* from) {
 #pragma unroll

@@ -1,0 +1,240 @@
+// prefill.cu: causal attention of many query tokens over paged keys and values.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/prefill.py):
+//   out                     [T, HQ, D]     Q_T
+//   lse                     [T, HQ] float  natural log of the sum of exp(scale * q.k); may be null
+//   q                const  [T, HQ, D]     Q_T, token stride q_stride elements
+//   k_pool, v_pool   const  [N, P, H, D]   KV_T
+//   page_table       const  [B, M] int32   read where the sequence has visible keys alone
+//   lengths          const  [B] int32      keys, the new ones included; clamped to 0 .. M * P
+//   q_starts         const  [B + 1] int32  prefix sums of the query counts
+// Scalars:  causal: query i of Lq with Lk keys stands at Lk - Lq + i, sees no key after that and
+//           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
+//           scale_log2 = scale * log2(e)
+// Defines:  HEAD_DIM, a multiple of 8 up to 256; ROWS, a multiple of 8; Q_T, KV_T = float, f16 or
+//           bf16
+// Launch:   grid (T * G / ROWS + B, H), block (128), static shared memory below 48 KiB
+// Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
+// Order:    no atomics; float accumulation in key order
+//
+// The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
+// each key serves them all. A block holds ROWS rows and walks tiles of KEYS keys: scores, online
+// softmax, weights times values. Thread (y, x) of 8 x 16 owns rows y, y + 8, ... throughout, with
+// the softmax state in registers; of the scores it computes keys x, x + 16, ..., of the output the
+// columns 4 (x + 16 j).
+#include "common.cuh"
+
+#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(KV_T)
+#error "prefill.cu needs HEAD_DIM, ROWS, Q_T and KV_T"
+#endif
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 256, "tiles move in eights");
+
+constexpr int D = HEAD_DIM;
+constexpr int KEYS = D <= 128 ? 32 : 16;
+constexpr int THREADS = 128;
+constexpr int X = 16, Y = THREADS / X;
+constexpr int MY_ROWS = ROWS / Y;
+constexpr int MY_KEYS = KEYS / X;
+constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
+
+// Four floats of padding put consecutive rows on different banks for 16-byte reads.
+constexpr int ROW_PITCH = D + 4;
+constexpr int WEIGHT_PITCH = KEYS + 4;
+
+static_assert(ROWS % Y == 0, "each thread owns whole rows");
+static_assert(((ROWS + KEYS) * ROW_PITCH + ROWS * WEIGHT_PITCH) * 4 <= 48 << 10, "static shared");
+
+constexpr float LN_2 = 0.693147180559945f;
+
+// The KEYS keys from `first` on, as floats. From `end` on the last key is repeated, to be masked
+// later: loads without branches overlap.
+__device__ __forceinline__ void load_tile(float* tile, const KV_T* pool, const int* pages,
+                                          int first, int end, int P, int H, int kv_head) {
+    constexpr int VECTORS = KEYS * (D / 8);
+#pragma unroll
+    for (int turn = 0; turn < (VECTORS + THREADS - 1) / THREADS; turn++) {
+        const int i = turn * THREADS + threadIdx.x;
+        if (VECTORS % THREADS && i >= VECTORS) break;
+        const u32 key = min(first + i / (D / 8), end - 1);
+        const int d = i % (D / 8) * 8;
+        const i64 row = (i64)pages[key / P] * P + key % P;
+        float x[8];
+        load8(x, pool + (row * H + kv_head) * D + d);
+        store8(tile + i / (D / 8) * ROW_PITCH + d, x);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
+        const KV_T* __restrict__ k_pool, const KV_T* __restrict__ v_pool,
+        const int* __restrict__ page_table, const int* __restrict__ lengths,
+        const int* __restrict__ q_starts, i64 q_stride, int B, int HQ, int H, int P, int M,
+        int causal, int window, float scale_log2) {
+    __shared__ __align__(16) float queries[ROWS * ROW_PITCH];
+    __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
+    __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
+
+    // Sequence b gets the blocks from q_starts[b] * G / ROWS + b on: at least as many as it needs,
+    // in all T * G / ROWS + B. Long rows start first, so that they do not run alone at the end.
+    const int G = HQ / H;
+    const int block = gridDim.x - 1 - blockIdx.x;
+    int b = 0;
+    for (int above = B; above - b > 1;) {
+        const int middle = (b + above) / 2;
+        if ((int)((i64)q_starts[middle] * G / ROWS) + middle <= block) b = middle;
+        else above = middle;
+    }
+    const int q_start = q_starts[b];
+    const int num_queries = q_starts[b + 1] - q_start;
+    const int first_row = (block - (int)((i64)q_start * G / ROWS) - b) * ROWS;
+    const int num_rows = min(ROWS, num_queries * G - first_row);
+    if (num_rows <= 0) return;
+
+    const int kv_head = blockIdx.y;
+    const int length = (int)max((i64)0, min((i64)lengths[b], (i64)M * P));
+    const int* pages = page_table + (i64)b * M;
+    const int x = threadIdx.x % X;
+    const int y = threadIdx.x / X;
+
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        const int row = i / (D / 8);
+        const int d = i % (D / 8) * 8;
+        float values[8] = {};
+        if (row < num_rows) {
+            const int token = (first_row + row) / G;
+            const int head = kv_head * G + (first_row + row) % G;
+            load8(values, q + (i64)(q_start + token) * q_stride + (i64)head * D + d);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) values[j] *= scale_log2;
+        store8(queries + row * ROW_PITCH + d, values);
+    }
+
+    // Row r sees the keys first_key[r] .. last_key[r].
+    int first_key[MY_ROWS], last_key[MY_ROWS];
+    float m[MY_ROWS], l[MY_ROWS], acc[MY_ROWS][MY_VECTORS][4] = {};
+#pragma unroll
+    for (int r = 0; r < MY_ROWS; r++) {
+        const int token = (first_row + min(y + r * Y, num_rows - 1)) / G;
+        last_key[r] = causal ? max(length - num_queries + token, -1) : length - 1;
+        first_key[r] = max(last_key[r] - window + 1, 0);
+        m[r] = -INF;
+        l[r] = 0.0f;
+    }
+    const int first_token = first_row / G;
+    const int last_token = (first_row + num_rows - 1) / G;
+    const int begin =
+        causal ? max(max(length - num_queries + first_token, -1) - window + 1, 0) : 0;
+    const int end = causal ? length - num_queries + last_token + 1 : length;
+
+    for (int first = begin; first < end; first += KEYS) {
+        __syncthreads();  // the last tile's values are used up; the first time, queries are written
+        load_tile(tile, k_pool, pages, first, end, P, H, kv_head);
+        __syncthreads();
+
+        float score[MY_ROWS][MY_KEYS] = {};
+#pragma unroll 4
+        for (int d = 0; d < D; d += 4) {
+            float4 k[MY_KEYS];
+#pragma unroll
+            for (int j = 0; j < MY_KEYS; j++) {
+                k[j] = *reinterpret_cast<const float4*>(tile + (x + j * X) * ROW_PITCH + d);
+            }
+#pragma unroll
+            for (int r = 0; r < MY_ROWS; r++) {
+                const float4 a =
+                    *reinterpret_cast<const float4*>(queries + (y + r * Y) * ROW_PITCH + d);
+#pragma unroll
+                for (int j = 0; j < MY_KEYS; j++) {
+                    score[r][j] += a.x * k[j].x;
+                    score[r][j] += a.y * k[j].y;
+                    score[r][j] += a.z * k[j].z;
+                    score[r][j] += a.w * k[j].w;
+                }
+            }
+        }
+        __syncthreads();  // keys are used up
+        load_tile(tile, v_pool, pages, first, end, P, H, kv_head);
+
+#pragma unroll
+        for (int r = 0; r < MY_ROWS; r++) {
+            float peak = m[r];
+#pragma unroll
+            for (int j = 0; j < MY_KEYS; j++) {
+                const int key = first + x + j * X;
+                if (key < first_key[r] || key > last_key[r]) score[r][j] = -INF;
+                peak = fmaxf(peak, score[r][j]);
+            }
+#pragma unroll
+            for (int lane = X / 2; lane > 0; lane /= 2) {
+                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
+            }
+            const float base = peak == -INF ? 0.0f : peak;  // -INF: no key seen so far
+            const float keep = exp2f(m[r] - base);
+            m[r] = peak;
+            l[r] *= keep;  // of this thread's keys; summed over x at the end
+#pragma unroll
+            for (int j = 0; j < MY_KEYS; j++) {
+                const float weight = exp2f(score[r][j] - base);
+                l[r] += weight;
+                weights[(y + r * Y) * WEIGHT_PITCH + x + j * X] = weight;
+            }
+#pragma unroll
+            for (int j = 0; j < MY_VECTORS; j++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) acc[r][j][c] *= keep;
+            }
+        }
+        __syncthreads();  // values and weights are written
+
+#pragma unroll 2
+        for (int key = 0; key < KEYS; key += 4) {
+            float weight[MY_ROWS][4];
+#pragma unroll
+            for (int r = 0; r < MY_ROWS; r++) {
+                const float4 w =
+                    *reinterpret_cast<const float4*>(weights + (y + r * Y) * WEIGHT_PITCH + key);
+                weight[r][0] = w.x, weight[r][1] = w.y, weight[r][2] = w.z, weight[r][3] = w.w;
+            }
+#pragma unroll
+            for (int j = 0; j < MY_VECTORS; j++) {
+                const int column = min(4 * (x + j * X), D - 4);  // idle threads repeat the last
+#pragma unroll
+                for (int u = 0; u < 4; u++) {
+                    const float4 v =
+                        *reinterpret_cast<const float4*>(tile + (key + u) * ROW_PITCH + column);
+#pragma unroll
+                    for (int r = 0; r < MY_ROWS; r++) {
+                        acc[r][j][0] += weight[r][u] * v.x;
+                        acc[r][j][1] += weight[r][u] * v.y;
+                        acc[r][j][2] += weight[r][u] * v.z;
+                        acc[r][j][3] += weight[r][u] * v.w;
+                    }
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int r = 0; r < MY_ROWS; r++) {
+#pragma unroll
+        for (int lane = X / 2; lane > 0; lane /= 2) l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
+        const int row = y + r * Y;
+        if (row < num_rows) {
+            const int token = q_start + (first_row + row) / G;
+            const int head = kv_head * G + (first_row + row) % G;
+            const i64 at = (i64)token * HQ + head;
+#pragma unroll
+            for (int j = 0; j < MY_VECTORS; j++) {
+                const int column = 4 * (x + j * X);
+                float values[4];
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    values[c] = l[r] == 0.0f ? 0.0f : acc[r][j][c] / l[r];
+                }
+                if (column < D) store4(out + at * D + column, values);
+            }
+            if (lse && x == 0) lse[at] = l[r] == 0.0f ? -INF : m[r] * LN_2 + logf(l[r]);
+        }
+    }
+}

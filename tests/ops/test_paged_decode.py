@@ -1,0 +1,317 @@
+"""paged_decode: softmax attention of one query a sequence, over its own keys and no others."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
+from pykv.ops import paged_decode
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+
+WILD = 2147480000  # page id that faults, or raises, wherever it is used
+
+BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
+CHANGES = (
+    *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
+    *({"D": D} for D in (8, 40, 80, 128, 192, 256)),
+    *({"P": P} for P in (1, 3, 64)),
+    *({"lengths": n} for n in ((0,), (1,), (15, 16, 17), (97, 0, 1, 300), (1025,), (1, 1025) * 5)),
+    *({"window": w} for w in (1, 16, 17, 1000)),
+    *({"q": "float16"}, {"q": "bfloat16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
+    {"H": 1, "G": 7, "D": 128, "lengths": (1025,), "window": 600},
+    {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "kv": "float32"},
+    {"H": 1, "G": 1, "D": 8, "P": 1, "lengths": (600, 3)},
+)
+CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+
+
+def paged(rng, keys, P, H, D, kv, unseen=None):
+    """Pools that hold `keys[b]` random keys and values of each sequence on permuted pages.
+
+    Every other row is NaN, every other page id wild; so are the first `unseen[b]` keys and the
+    pages that hold nothing else.
+    """
+    kv = np.dtype(getattr(ml_dtypes, kv, kv))
+    unseen = unseen or [0] * len(keys)
+    pages = [-(-n // P) for n in keys]
+    N, M = sum(pages) + 2, max(pages, default=0) + 1
+    order = iter(rng.permutation(N).astype(np.int32))
+    k_pool, v_pool = np.full((2, N, P, H, D), np.nan, kv)
+    table = np.full((len(keys), M), WILD, np.int32)
+    for b, n in enumerate(keys):
+        for s in range(unseen[b], n):
+            if table[b, s // P] == WILD:
+                table[b, s // P] = next(order)
+            k_pool[table[b, s // P], s % P] = rng.standard_normal((H, D))
+            v_pool[table[b, s // P], s % P] = rng.standard_normal((H, D))
+    return k_pool, v_pool, table
+
+
+def inputs(rng, lengths, G, H, D, P, window, q, kv):
+    """Arguments of `decode`, with everything that must not be read poisoned."""
+    unseen = [max(n - window, 0) if window else 0 for n in lengths]
+    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    queries = rng.standard_normal((len(lengths), H * G, D)).astype(q_dtype)
+    return queries, *paged(rng, lengths, P, H, D, kv, unseen), np.array(lengths, np.int32)
+
+
+def oracle(q, k_pool, v_pool, *rest):
+    """The reference in float64."""
+    wide = [x.astype(np.float64) for x in (q, k_pool, v_pool)]
+    return paged_decode.reference(*wide, *rest)
+
+
+def assert_lse_close(lse, low, exact):
+    """The same rows are empty, and the others are close."""
+    lse = to_numpy(lse)
+    assert lse.dtype == np.float32
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact))
+    seen = ~np.isneginf(exact)
+    assert_close_to_oracle(lse[seen], low[seen], exact[seen])
+
+
+def loop(q, k_pool, v_pool, table, length, window, scale):
+    """Attention of one query head row by row, in Python floats: q [D], pools [N, P, D]."""
+    P = k_pool.shape[1]
+    seen = range(max(0, length - window) if window else 0, length)
+    rows = [(int(table[s // P]), s % P) for s in seen]
+    scores = [
+        scale * sum(float(a) * float(b) for a, b in zip(q, k_pool[r], strict=True)) for r in rows
+    ]
+    total = sum(math.exp(s) for s in scores)
+    out = [0.0] * len(q)
+    for s, r in zip(scores, rows, strict=True):
+        for d in range(len(q)):
+            out[d] += math.exp(s) / total * float(v_pool[r][d])
+    return out, math.log(total) if total else -math.inf
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("P", [1, 3, 4])
+def test_matches_a_plain_loop(xp, rng, P, window):
+    lengths, G, H, D = (0, 1, 2, 3, 4, 7), 3, 2, 8
+    args = inputs(rng, lengths, G, H, D, P, window, "float32", "float32")
+    out, lse = paged_decode.decode(
+        *map(xp.asarray, args), scale=0.7, window=window, return_lse=True
+    )
+    out, lse = to_numpy(out), to_numpy(lse)
+    q, k_pool, v_pool, table, _ = args
+    for b, length in enumerate(lengths):
+        for head in range(H * G):
+            h = head // G
+            want = loop(q[b, head], k_pool[:, :, h], v_pool[:, :, h], table[b], length, window, 0.7)
+            np.testing.assert_allclose(out[b, head], want[0], rtol=0, atol=2e-6)  # 16 ulp of 1
+            np.testing.assert_allclose(lse[b, head], want[1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(xp, rng, case):
+    args = inputs(rng, **case)
+    scale, window = case["D"] ** -0.5, case["window"]
+    out, lse = paged_decode.decode(*map(xp.asarray, args), window=window, return_lse=True)
+    low, low_lse = paged_decode.reference(*args, scale, window)
+    exact, exact_lse = oracle(*args, scale, window)
+    assert out.dtype == args[0].dtype
+    assert_close_to_oracle(out, low, exact)
+    assert_lse_close(lse, low_lse, exact_lse)
+
+
+def test_one_key_returns_its_value(xp, rng):
+    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (1, 1)})
+    got = paged_decode.decode(*map(xp.asarray, (q, k_pool, v_pool, table, lengths)))
+    values = v_pool[table[:, 0], 0].astype(np.float32)  # [B, H, D]
+    assert_same_bits(got, np.repeat(values, BASE["G"], axis=1))
+
+
+def test_equal_keys_return_the_mean(xp, rng):
+    L, D, P = 50, 16, 16
+    k_pool = np.ones((4, P, 1, D), np.float32)
+    v_pool = rng.standard_normal((4, P, 1, D)).astype(np.float32)
+    q = np.full((1, 2, D), 0.5, np.float32)
+    table, lengths = np.array([[2, 0, 3, 1]], np.int32), np.array([L], np.int32)
+    out, lse = paged_decode.decode(
+        *map(xp.asarray, (q, k_pool, v_pool, table, lengths)), scale=1.0, return_lse=True
+    )
+    rows = v_pool[table[0]].reshape(-1, D)[:L].astype(np.float64)
+    np.testing.assert_allclose(to_numpy(out), [[rows.mean(0)] * 2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(lse), 0.5 * D + math.log(L), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2.0**13, 2.0**100])
+def test_huge_scores_do_not_overflow(xp, rng, size):
+    """One key beats the others by far more than exp can hold, or all are equally far below 0.
+
+    Powers of two: their sums are exact in any order, so that equal keys have equal scores.
+    """
+    L, D, P = 70, 64, 16
+    k_pool = rng.uniform(-1, -0.5, (5, P, 1, D)).astype(np.float32)
+    v_pool = rng.standard_normal((5, P, 1, D)).astype(np.float32)
+    table, lengths = rng.permutation(5).astype(np.int32)[None], np.array([L], np.int32)
+    q = np.full((1, 1, D), size, np.float32)
+    k_pool[table[0, 2], 3] = 1  # the key at 2 * P + 3
+    args = [xp.asarray(a) for a in (q, k_pool, v_pool, table, lengths)]
+    out, lse = paged_decode.decode(*args, return_lse=True)
+    assert_same_bits(out[0, 0], v_pool[table[0, 2], 3, 0])
+    np.testing.assert_allclose(to_numpy(lse), size * D**0.5, rtol=1e-6)
+
+    args[1] = xp.full(k_pool.shape, -1, np.float32)
+    out, lse = paged_decode.decode(*args, return_lse=True)
+    rows = v_pool[table[0]].reshape(-1, D)[:L].astype(np.float64)
+    np.testing.assert_allclose(to_numpy(out[0, 0]), rows.mean(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(lse), -size * D**0.5, rtol=1e-3)
+
+
+def test_pages_may_be_shared(xp, rng):
+    """Two sequences with one prefix give what they give with copies of it."""
+    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (40, 37)})
+    copies = table.copy()
+    k_pool[table[1, :2]], v_pool[table[1, :2]] = k_pool[table[0, :2]], v_pool[table[0, :2]]
+    table[1, :2] = table[0, :2]
+    shared, separate = (
+        paged_decode.decode(*map(xp.asarray, (q, k_pool, v_pool, pages, lengths)))
+        for pages in (table, copies)
+    )
+    assert_same_bits(shared, separate)
+
+
+def test_parts_merge_to_the_whole(xp, rng):
+    """Any cut of the keys: outputs weighted by exp(lse) give the output over all keys."""
+    q, k_pool, v_pool, table, _ = map(xp.asarray, inputs(rng, **{**BASE, "lengths": (700,)}))
+
+    def attend(first_page, keys):
+        pages = xp.ascontiguousarray(table[:, first_page:])
+        n = xp.asarray(np.array([keys], np.int32))
+        parts = paged_decode.decode(q, k_pool, v_pool, pages, n, return_lse=True)
+        return [to_numpy(x).astype(np.float64) for x in parts]
+
+    whole, whole_lse = attend(0, 700)
+    for cut in (1, 20, 43):
+        (a, a_lse), (b, b_lse) = attend(0, 16 * cut), attend(cut, 700 - 16 * cut)
+        lse = np.logaddexp(a_lse, b_lse)
+        merged = a * np.exp(a_lse - lse)[..., None] + b * np.exp(b_lse - lse)[..., None]
+        np.testing.assert_allclose(merged, whole, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(lse, whole_lse, rtol=0, atol=4e-6)
+
+
+def test_queries_may_be_strided_and_outputs_given(xp, rng):
+    """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
+    q, *rest = (xp.asarray(a) for a in inputs(rng, **BASE))
+    B, HQ, D = q.shape
+    fused = xp.full((B, HQ + 4, D), np.nan, np.float32)
+    fused[:, :HQ] = q
+    out, lse = xp.full((B + 2, HQ, D), np.nan, np.float32), xp.full((B + 2, HQ), np.nan, np.float32)
+    result = paged_decode.decode(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
+    want, want_lse = paged_decode.decode(q, *rest, return_lse=True)
+    assert result.shape == want.shape
+    assert_same_bits(out[1:-1], want)
+    assert_same_bits(lse[1:-1], want_lse)
+    for guard in (out[0], out[-1], lse[0], lse[-1]):
+        assert bool(xp.isnan(guard).all())
+
+
+def test_a_poisoned_workspace_does_not_show(xp, rng):
+    q, *rest = (xp.asarray(a) for a in inputs(rng, **{**BASE, "lengths": (3, 0, 900)}))
+    B, HQ, D = q.shape
+    M, P, H = rest[2].shape[1], BASE["P"], BASE["H"]
+    size = 0 if xp is np else paged_decode.workspace_size(B, HQ, H, D, M * P)
+    assert xp is np or size > 0
+    workspace = xp.full(size + 8, np.nan, np.float32)
+    got = paged_decode.decode(q, *rest, workspace=workspace)
+    assert_same_bits(got, paged_decode.decode(q, *rest))
+    assert bool(xp.isnan(workspace[size:]).all())
+    if xp is not np:
+        with pytest.raises(CapacityError, match="workspace has 8 elements, expected "):
+            paged_decode.decode(q, *rest, workspace=workspace[:8])
+
+
+def test_workspace_suffices_for_smaller_batches(monkeypatch):
+    """By hand for 132 SMs: batches of 1 .. 5 split 32, 25, 17, 13 and 10 ways; 4 needs most."""
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    size = paged_decode.workspace_size(5, 32, 8, 128, 4096, device=0)
+    assert size == 4 * 13 * 32 * (128 + 2)
+    assert paged_decode.workspace_size(5, 32, 8, 128, 128, device=0) == 0
+    assert paged_decode.workspace_size(0, 32, 8, 128, 4096, device=0) == 0
+
+
+def test_lengths_beyond_the_table(xp, rng):
+    q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (48,)})
+    full = [xp.asarray(a) for a in (q, k_pool, v_pool, table[:, :3].copy(), lengths)]
+    beyond = [*full[:4], full[4] + 1]
+    if xp is np:
+        with pytest.raises(
+            CapacityError, match=r"lengths\[0\] is 49, expected at most M \* P = 48"
+        ):
+            paged_decode.decode(*beyond)
+    else:
+        assert_same_bits(paged_decode.decode(*beyond), paged_decode.decode(*full))
+
+
+def test_without_keys_the_output_is_zero(xp, rng):
+    q, k_pool, v_pool, table, _ = map(xp.asarray, inputs(rng, **BASE))
+    lengths = xp.asarray(np.array([0, -1, -7], np.int32))
+    out, lse = paged_decode.decode(q, k_pool, v_pool, table, lengths, return_lse=True)
+    assert_same_bits(out, np.zeros(out.shape, np.float32))
+    assert_same_bits(lse, np.full(lse.shape, -np.inf, np.float32))
+
+    nothing = paged_decode.decode(q[:0], k_pool, v_pool, table[:0], lengths[:0])
+    assert nothing.shape == (0, *q.shape[1:])
+
+
+@pytest.mark.slow
+def test_offsets_are_64_bit(xp, rng):
+    """A page past 2^31 elements."""
+    N, D = 2**31 // 128 + 8, 128
+    try:
+        pool = xp.zeros((N, 1, 1, D), np.float16)
+    except MemoryError:
+        pytest.skip("needs 4 GiB")
+    row = rng.standard_normal(D).astype(np.float16)
+    pool[N - 1, 0, 0] = xp.asarray(row)
+    q, table, one = xp.ones((1, 1, D), np.float16), np.array([[N - 1]], np.int32), np.ones(1, "i4")
+    assert_same_bits(
+        paged_decode.decode(q, pool, pool, xp.asarray(table), xp.asarray(one))[0, 0], row
+    )
+
+
+def test_errors_name_the_argument(xp, rng):
+    q, k_pool, v_pool, table, lengths = (xp.asarray(a) for a in inputs(rng, **BASE))
+    decode = paged_decode.decode
+    with pytest.raises(ShapeError, match="q has HQ=7, expected a multiple of H=2"):
+        decode(q[:, :7].copy(), k_pool, v_pool, table, lengths)
+    odd = [xp.zeros((1, 1, 12), np.float32), *[xp.zeros((1, 1, 1, 12), np.float32)] * 2]
+    with pytest.raises(ShapeError, match="q has D=12, expected a multiple of 8"):
+        decode(*odd, table[:1], lengths[:1])
+    wide = [xp.zeros((1, 1, 264), np.float32), *[xp.zeros((1, 1, 1, 264), np.float32)] * 2]
+    with pytest.raises(UnsupportedError, match="q has D=264, expected at most 256"):
+        decode(*wide, table[:1], lengths[:1])
+    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H D\]\)"):
+        decode(q, k_pool, v_pool[..., :32].copy(), table, lengths)
+    with pytest.raises(ShapeError, match="lengths has B=2, expected B=3"):
+        decode(q, k_pool, v_pool, table, lengths[:2])
+    with pytest.raises(DtypeError, match="v_pool has dtype float32, expected float16"):
+        decode(q, k_pool, v_pool.astype(np.float32), table, lengths)
+    with pytest.raises(DtypeError, match="out has dtype float16, expected float32"):
+        decode(q, k_pool, v_pool, table, lengths, out=q.astype(np.float16))
+    with pytest.raises(ParameterError, match="window is 0, expected None or at least 1"):
+        decode(q, k_pool, v_pool, table, lengths, window=0)
+    with pytest.raises(ParameterError, match="scale is nan, expected a finite number"):
+        decode(q, k_pool, v_pool, table, lengths, scale=float("nan"))
+
+
+def test_the_host_checks_pages(rng):
+    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    table[1, 2] = -1
+    with pytest.raises(
+        ParameterError, match=r"page_table\[1, 2\] is -1, expected a page of 0 .. 6"
+    ):
+        paged_decode.decode(q, k_pool, v_pool, table, lengths)
+    paged_decode.decode(q, k_pool, v_pool, table, lengths - 1)  # the page is not read

@@ -1,0 +1,249 @@
+"""prefill: each query sees the keys up to its own position, through its sequence's pages."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.ops import paged_decode, prefill
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.ops.test_paged_decode import assert_lse_close, paged
+
+# sequences: (queries, keys) of each
+BASE = dict(
+    sequences=((7, 7), (3, 40), (1, 16)),
+    G=4,
+    H=2,
+    D=64,
+    P=16,
+    window=None,
+    causal=True,
+    q="float32",
+    kv="float16",
+)
+EDGES = tuple((n, n + 5) for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65))
+CHANGES = (
+    *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
+    *({"D": D} for D in (8, 40, 80, 128, 192, 256)),
+    *({"P": P} for P in (1, 3, 64)),
+    *({"sequences": s} for s in (((0, 0),), ((1, 1),), ((0, 5), (9, 9), (0, 0), (2, 20), (0, 3)))),
+    *({"sequences": s} for s in (((70, 97),), ((33, 1025),), ((6, 2), (4, 4), (3, 0)))),
+    *({"sequences": EDGES, "G": 1, "D": D} for D in (64, 128, 136)),
+    *({"window": w} for w in (1, 16, 17, 1000)),
+    {"window": 40, "sequences": ((100, 130), (5, 2), (64, 300))},
+    *({"q": "float16"}, {"q": "bfloat16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
+    *({"causal": False}, {"causal": False, "sequences": ((5, 3), (2, 50), (3, 0))}),
+    {"H": 3, "G": 3, "D": 40, "P": 3, "sequences": ((50, 50), (1, 7)), "kv": "float32"},
+)
+CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+
+
+def inputs(rng, sequences, G, H, D, P, window, causal, q, kv):
+    """Arguments of `prefill`, with everything that must not be read poisoned."""
+    keys = [n for _, n in sequences]
+    unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
+    starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
+    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
+    return queries, *paged(rng, keys, P, H, D, kv, unseen), np.array(keys, np.int32), starts
+
+
+def loop(q, k, v, scale):
+    """Attention of one query over the keys given, in Python floats."""
+    weights = [math.exp(scale * sum(map(float, q * row))) for row in k.astype(np.float64)]
+    total = sum(weights)
+    pairs = list(zip(weights, v.tolist(), strict=True))
+    out = [sum(w * row[d] for w, row in pairs) / (total or 1) for d in range(len(q))]
+    return out, math.log(total) if total else -math.inf
+
+
+@pytest.mark.parametrize(
+    "window, causal", [(None, True), (1, True), (3, True), (100, True), (None, False)]
+)
+@pytest.mark.parametrize("P", [1, 3, 8])
+def test_matches_a_plain_loop(xp, rng, P, window, causal):
+    sequences, G, H, D = ((5, 9), (0, 4), (6, 3), (1, 1), (4, 4), (2, 0)), 3, 2, 8
+    args = inputs(rng, sequences, G, H, D, P, window, causal, "float32", "float32")
+    got = prefill.prefill(
+        *map(xp.asarray, args), scale=0.7, window=window, causal=causal, return_lse=True
+    )
+    out, lse = map(to_numpy, got)
+    q, k_pool, v_pool, table, lengths, starts = args
+    t = 0
+    for b, (num_queries, num_keys) in enumerate(sequences):
+        for i in range(num_queries):
+            last = num_keys - num_queries + i if causal else num_keys - 1
+            first = max(0, last - window + 1) if window else 0
+            rows = [(table[b, s // P], s % P) for s in range(first, last + 1)]
+            pages, entries = np.array(rows, int).reshape(-1, 2).T
+            for head in range(H * G):
+                k, v = (pool[pages, entries, head // G] for pool in (k_pool, v_pool))
+                want = loop(q[t, head], k, v, 0.7)
+                np.testing.assert_allclose(out[t, head], want[0], rtol=0, atol=2e-6)
+                np.testing.assert_allclose(lse[t, head], want[1], rtol=0, atol=2e-6)
+            t += 1
+    assert t == len(out)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(xp, rng, case):
+    args = inputs(rng, **case)
+    options = case["D"] ** -0.5, case["window"], case["causal"]
+    out, lse = prefill.prefill(
+        *map(xp.asarray, args), window=case["window"], causal=case["causal"], return_lse=True
+    )
+    low, low_lse = prefill.reference(*args, *options)
+    wide = [x.astype(np.float64) for x in args[:3]]
+    exact, exact_lse = prefill.reference(*wide, *args[3:], *options)
+    assert out.dtype == args[0].dtype
+    assert_close_to_oracle(out, low, exact)
+    assert_lse_close(lse, low_lse, exact_lse)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_one_query_is_decode(xp, rng, window):
+    case = {**BASE, "sequences": ((1, 1), (1, 97), (1, 700), (1, 0)), "window": window}
+    *args, starts = map(xp.asarray, inputs(rng, **case))
+    out, lse = prefill.prefill(*args, starts, window=window, return_lse=True)
+    want, want_lse = paged_decode.decode(*args, window=window, return_lse=True)
+    np.testing.assert_allclose(to_numpy(out), to_numpy(want), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(to_numpy(lse), to_numpy(want_lse), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("cut", [1, 16, 99])
+def test_two_chunks_are_the_whole(xp, rng, cut, window):
+    """A prompt of 100 tokens at once, and its first `cut` tokens followed by the others."""
+    case = {**BASE, "sequences": ((100, 100),), "window": window}
+    q, *pools, _, _ = map(xp.asarray, inputs(rng, **case))
+    whole = prefill.prefill(q, *pools, *ragged(xp, (100, 100)), window=window)
+    first = prefill.prefill(q[:cut], *pools, *ragged(xp, (cut, cut)), window=window)
+    second = prefill.prefill(q[cut:], *pools, *ragged(xp, (100 - cut, 100)), window=window)
+    np.testing.assert_allclose(to_numpy(first), to_numpy(whole[:cut]), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(to_numpy(second), to_numpy(whole[cut:]), rtol=0, atol=2e-6)
+
+
+def ragged(xp, sequence):
+    """`lengths` and `q_starts` of a batch of one."""
+    queries, keys = sequence
+    return xp.asarray(np.array([keys], np.int32)), xp.asarray(np.array([0, queries], np.int32))
+
+
+def test_a_batch_is_its_sequences(xp, rng):
+    """Each sequence gives the same bits alone as among others."""
+    sequences = ((0, 9), (70, 80), (1, 33), (0, 0), (20, 20))
+    args = inputs(rng, **{**BASE, "sequences": sequences})
+    q, k_pool, v_pool, table, _, starts = map(xp.asarray, args)
+    out = prefill.prefill(*map(xp.asarray, args))
+    for b, sequence in enumerate(sequences):
+        part = slice(args[-1][b], args[-1][b + 1])
+        alone = prefill.prefill(q[part], k_pool, v_pool, table[b : b + 1], *ragged(xp, sequence))
+        assert_same_bits(alone, out[part])
+
+
+def test_equal_keys_return_prefix_means(xp, rng):
+    L, D, P = 50, 16, 16
+    v_pool = rng.standard_normal((4, P, 1, D)).astype(np.float32)
+    k_pool = np.ones_like(v_pool)
+    q, table = np.full((L, 2, D), 0.5, np.float32), np.array([[2, 0, 3, 1]], np.int32)
+    out, lse = prefill.prefill(
+        *map(xp.asarray, (q, k_pool, v_pool, table)),
+        *ragged(xp, (L, L)),
+        scale=1.0,
+        return_lse=True,
+    )
+    count = np.arange(1, L + 1)[:, None]
+    means = np.cumsum(v_pool[table[0]].reshape(-1, D)[:L].astype(np.float64), axis=0) / count
+    np.testing.assert_allclose(to_numpy(out), np.stack([means] * 2, 1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(lse), np.tile(0.5 * D + np.log(count), 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2.0**13, 2.0**100])
+def test_huge_scores_do_not_overflow(xp, rng, size):
+    """Every query sees its own key far above all earlier ones, so it returns that key's value."""
+    L, D, P = 70, 64, 16
+    v_pool = rng.standard_normal((5, P, 1, D)).astype(np.float32)
+    table = rng.permutation(5).astype(np.int32)[None]
+    k_pool = np.zeros_like(v_pool)
+    rising = np.arange(5 * P, dtype=np.float32).reshape(5, P, 1, 1)
+    k_pool[table[0]] = rising
+    args = [xp.asarray(a) for a in (np.full((L, 1, D), size, np.float32), k_pool, v_pool, table)]
+    out, lse = prefill.prefill(*args, *ragged(xp, (L, L)), return_lse=True)
+    assert_same_bits(out, v_pool[table[0]].reshape(-1, 1, D)[:L])
+    want = size * D**0.5 * np.arange(L, dtype=np.float64)[:, None]
+    np.testing.assert_allclose(to_numpy(lse), want, rtol=1e-6)
+
+
+def test_queries_may_be_strided_and_outputs_given(xp, rng):
+    """Queries as a view of fused QKV rows; the rows around the outputs stay untouched."""
+    q, *rest = (xp.asarray(a) for a in inputs(rng, **BASE))
+    T, HQ, D = q.shape
+    fused = xp.full((T, HQ + 4, D), np.nan, np.float32)
+    fused[:, :HQ] = q
+    out, lse = xp.full((T + 2, HQ, D), np.nan, np.float32), xp.full((T + 2, HQ), np.nan, np.float32)
+    # Rows of lse are 16-byte aligned because HQ is a multiple of four.
+    result = prefill.prefill(fused[:, :HQ], *rest, out=out[1:-1], lse=lse[1:-1])
+    want, want_lse = prefill.prefill(q, *rest, return_lse=True)
+    assert result.shape == want.shape
+    assert_same_bits(out[1:-1], want)
+    assert_same_bits(lse[1:-1], want_lse)
+    for guard in (out[0], out[-1], lse[0], lse[-1]):
+        assert bool(xp.isnan(guard).all())
+
+
+@pytest.mark.parametrize("window", [None, 25])
+def test_the_reference_may_work_in_chunks(rng, monkeypatch, window):
+    args = inputs(rng, **{**BASE, "sequences": ((70, 97), (5, 3)), "window": window})
+    whole = prefill.reference(*args, 0.125, window)
+    monkeypatch.setattr(prefill, "SCORE_BYTES", 3 * 8 * 97 * 4)  # three queries of 8 heads
+    chunked = prefill.reference(*args, 0.125, window)
+    for got, want in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_empty_batches(xp, rng):
+    q, k_pool, v_pool, table, lengths, starts = map(xp.asarray, inputs(rng, **BASE))
+    none = prefill.prefill(q[:0], k_pool, v_pool, table, lengths, xp.zeros_like(starts))
+    assert none.shape == (0, *q.shape[1:])
+    none = prefill.prefill(q[:0], k_pool, v_pool, table[:0], lengths[:0], starts[:1])
+    assert none.shape == (0, *q.shape[1:])
+
+
+def test_errors_name_the_argument(xp, rng):
+    args = [xp.asarray(a) for a in inputs(rng, **BASE)]
+    q, k_pool, v_pool, table, lengths, starts = args
+    run = prefill.prefill
+    with pytest.raises(ShapeError, match="q has HQ=7, expected a multiple of H=2"):
+        run(q[:, :7].copy(), *args[1:])
+    odd = [xp.zeros((11, 1, 12), np.float32), *[xp.zeros((1, 1, 1, 12), np.float32)] * 2]
+    with pytest.raises(ShapeError, match="q has D=12, expected a multiple of 8"):
+        run(*odd, *args[3:])
+    wide = [xp.zeros((11, 1, 264), np.float32), *[xp.zeros((1, 1, 1, 264), np.float32)] * 2]
+    with pytest.raises(UnsupportedError, match="q has D=264, expected at most 256"):
+        run(*wide, *args[3:])
+    with pytest.raises(ShapeError, match=r"q_starts has size 3, expected B\+1=4"):
+        run(*args[:5], starts[:3])
+    with pytest.raises(DtypeError, match="q_starts has dtype int64, expected int32"):
+        run(*args[:5], starts.astype(np.int64))
+    with pytest.raises(DtypeError, match="lse has dtype float64, expected float32"):
+        run(*args, lse=xp.zeros(q.shape[:2], np.float64))
+    with pytest.raises(ParameterError, match="window is -1, expected None or at least 1"):
+        run(*args, window=-1)
+    with pytest.raises(ParameterError, match="window is 5, expected None with causal=False"):
+        run(*args, window=5, causal=False)
+
+
+def test_the_host_checks_starts_lengths_and_pages(rng):
+    q, k_pool, v_pool, table, lengths, starts = inputs(rng, **BASE)
+    for wrong in ([0, 7, 10, 12], [1, 7, 10, 11], [0, 10, 7, 11]):
+        with pytest.raises(ParameterError, match="q_starts is .* expected to rise from 0 to T=11"):
+            prefill.prefill(q, k_pool, v_pool, table, lengths, np.array(wrong, np.int32))
+    with pytest.raises(CapacityError, match=r"lengths\[1\] is 65, expected at most M \* P = 64"):
+        long = np.array([7, 65, 16], np.int32)
+        prefill.prefill(q, k_pool, v_pool, table, long, starts)
+    table[1, 0] = 99
+    with pytest.raises(ParameterError, match=r"page_table\[1, 0\] is 99, expected a page"):
+        prefill.prefill(q, k_pool, v_pool, table, lengths, starts)
+    prefill.prefill(q, k_pool, v_pool, table, lengths, starts, window=20)  # page 0 is not read

@@ -128,6 +128,26 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes trade
+// half of their values at each step: N - 1 + log2(32 / N) shuffles, not 5 * N. Uses up x.
+template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
+    static_assert(N >= 1 && N <= WARP && (N & (N - 1)) == 0, "a power of two up to 32");
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const bool upper = threadIdx.x & half;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = upper ? x[i] : x[i + half];
+            const float kept = upper ? x[i + half] : x[i];
+            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, half);
+        }
+    }
+    float sum = x[0];
+#pragma unroll
+    for (int lane = N; lane < WARP; lane *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, lane);
+    return sum;
+}
+
 // Sum over a block of THREADS threads, which all call it; `scratch` holds THREADS / 32 floats and
 // may be used again at once.
 template <int THREADS>

@@ -1,0 +1,262 @@
+// linear.cu: out = x @ w.T + bias, weights in rows as GGUF stores them.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear.py):
+//   out               [T, O]  X_T, written; where `accumulate` is 1 also read and added to
+//   x          const  [T, I]  X_T, row stride x_stride elements, a multiple of 8
+//   w          const  [O, I]  W_T, I a multiple of 8
+//   bias       const  [O]     B_T, or null
+//   pieces            [PIECES<W_T>, T, I] W_T, written by `split`, see there
+//   scalars           [8] float; [0] largest |x| (zero before `absmax`), [1..3] weight of each
+//                     piece, [4] = 1
+// Defines:  X_T, W_T, B_T = float, f16 or bf16
+//           ROWS = 1, 2, 4 or 8 and WIDE = 0 or 1 compile `gemv`; without them the other kernels
+// Launch:   gemv     grid (ceil(O / (WIDE ? 16 : 2)), ceil(T / ROWS)), block (128)
+//           gemm     grid (ceil(O / 64), ceil(T / 64)), block (256)
+//           add_bias, absmax, split   grid (T), block (256)
+// Traffic:  gemv     O * I weights for each ROWS rows of x; x stays in L1 and L2
+//           gemm     ceil(T / 64) * O * I weights and ceil(O / 64) * T * I elements of x
+//           add_bias, absmax, split   each array once
+// Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
+//           in every bit. absmax uses an atomic maximum, which has no order.
+#include "common.cuh"
+
+#if !defined(X_T) || !defined(W_T) || !defined(B_T)
+#error "linear.cu needs X_T, W_T and B_T"
+#endif
+
+__device__ __forceinline__ void finish(X_T* out, float sum, const B_T* bias, int o,
+                                       int accumulate) {
+    if (bias) sum += to_float(bias[o]);
+    if (accumulate) sum += to_float(*out);
+    *out = from_float<X_T>(sum);
+}
+
+#if defined(ROWS) && defined(WIDE)
+
+// A warp multiplies OUTS rows of weights with ROWS rows of x, so that each weight is read once and
+// each element of x once for OUTS weights. A wide layer has enough rows for one warp each; in a
+// narrow one, where latency rules, all warps of a block share the rows and split I among them.
+constexpr int WARPS = 4;
+constexpr int OUTS = WIDE ? 4 : 2;
+constexpr int PARTS = WIDE ? 1 : WARPS;  // of I
+constexpr int SUMS = ROWS * OUTS;
+constexpr int UNROLL = ROWS <= 2 ? 2 : 1;  // loads in flight against registers
+constexpr int RESIDENT = ROWS == 1 ? 6 : ROWS <= 4 ? 4 : 3;  // blocks on an SM that registers allow
+static_assert(SUMS <= WARP, "a lane for each sum");
+
+extern "C" __global__ void __launch_bounds__(WARPS * WARP, RESIDENT)
+gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
+     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, int accumulate) {
+    __shared__ float partial[WARPS][SUMS];
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int part = PARTS > 1 ? warp : 0;
+    const int o0 = (PARTS > 1 ? blockIdx.x : blockIdx.x * WARPS + warp) * OUTS;
+    const int t0 = blockIdx.y * ROWS;
+
+    // Past the edge the last row is read again and its sum dropped.
+    const W_T* w_rows[OUTS];
+    const X_T* x_rows[ROWS];
+#pragma unroll
+    for (int o = 0; o < OUTS; o++) w_rows[o] = w + (i64)min(o0 + o, O - 1) * I;
+#pragma unroll
+    for (int t = 0; t < ROWS; t++) x_rows[t] = x + min(t0 + t, T - 1) * x_stride;
+
+    float sums[SUMS] = {};
+#pragma unroll UNROLL
+    for (int i = (part * WARP + lane) * 8; i < I; i += PARTS * WARP * 8) {
+        float weights[OUTS][8];
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) load8(weights[o], w_rows[o] + i);
+#pragma unroll
+        for (int t = 0; t < ROWS; t++) {
+            float values[8];
+            load8(values, x_rows[t] + i);
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    sums[t * OUTS + o] = fmaf(weights[o][j], values[j], sums[t * OUTS + o]);
+                }
+            }
+        }
+    }
+
+    float sum = warp_sums(sums);  // lane l: token l / OUTS, output l % OUTS
+    if (PARTS > 1) {
+        if (lane < SUMS) partial[warp][lane] = sum;
+        __syncthreads();
+        if (warp > 0) return;
+        sum = 0.0f;
+        if (lane < SUMS) {
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) sum += partial[p][lane];
+        }
+    }
+    const int o = o0 + lane % OUTS;
+    const int t = t0 + lane / OUTS;
+    if (lane < SUMS && o < O && t < T) finish(out + (i64)t * O + o, sum, bias, o, accumulate);
+}
+
+#else
+
+constexpr int BLOCK = 256;
+
+// --- A tile of 64 tokens by 64 outputs ------------------------------------------------------------
+
+constexpr int TILE = 64;   // tokens and outputs of a block
+constexpr int DEPTH = 16;  // of I, held in shared memory at a time
+constexpr int OWN = 4;     // tokens and outputs of a thread
+
+// Eight elements of row `row` of [rows, I] at column i; zeros outside.
+template <typename T>
+__device__ __forceinline__ void load_or_zero(float (&v)[8], const T* p, i64 stride, int row,
+                                             int rows, int i, int I) {
+    if (row < rows && i < I) {
+        load8(v, p + row * stride + i);
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = 0.0f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
+     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, int accumulate) {
+    __shared__ __align__(16) float x_tile[DEPTH][TILE];  // transposed: a thread's tokens adjoin
+    __shared__ __align__(16) float w_tile[DEPTH][TILE];
+    const int t0 = blockIdx.y * TILE;
+    const int o0 = blockIdx.x * TILE;
+
+    // Half of the threads carry x, half carry w, eight elements each.
+    const bool carries_x = threadIdx.x < BLOCK / 2;
+    const int row = threadIdx.x % (BLOCK / 2) / 2;
+    const int column = threadIdx.x % 2 * 8;
+    float (*const tile)[TILE] = carries_x ? x_tile : w_tile;
+
+    const int own_t = threadIdx.x / (TILE / OWN) * OWN;
+    const int own_o = threadIdx.x % (TILE / OWN) * OWN;
+    float sums[OWN][OWN] = {};
+
+    float next[8];
+    for (int i0 = -DEPTH; i0 < I; i0 += DEPTH) {
+        if (i0 >= 0) {
+            __syncthreads();  // the tile before is used up
+#pragma unroll
+            for (int j = 0; j < 8; j++) tile[column + j][row] = next[j];
+            __syncthreads();
+        }
+        const int i = i0 + DEPTH + column;  // on its way while this tile is multiplied
+        if (carries_x) {
+            load_or_zero(next, x, x_stride, t0 + row, T, i, I);
+        } else {
+            load_or_zero(next, w, I, o0 + row, O, i, I);
+        }
+        if (i0 < 0) continue;
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++) {
+            const float4 a = *reinterpret_cast<const float4*>(&x_tile[k][own_t]);
+            const float4 b = *reinterpret_cast<const float4*>(&w_tile[k][own_o]);
+            const float values[OWN] = {a.x, a.y, a.z, a.w};
+            const float weights[OWN] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+            for (int t = 0; t < OWN; t++) {
+#pragma unroll
+                for (int o = 0; o < OWN; o++) sums[t][o] = fmaf(values[t], weights[o], sums[t][o]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int t = 0; t < OWN; t++) {
+#pragma unroll
+        for (int o = 0; o < OWN; o++) {
+            const int token = t0 + own_t + t, output = o0 + own_o + o;
+            if (token < T && output < O) {
+                finish(out + (i64)token * O + output, sums[t][o], bias, output, accumulate);
+            }
+        }
+    }
+}
+
+// --- Around a library product ---------------------------------------------------------------------
+
+// out = bias, or out += bias.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+add_bias(X_T* __restrict__ out, const B_T* __restrict__ bias, int O, int accumulate) {
+    X_T* row = out + (i64)blockIdx.x * O;
+    for (int o = threadIdx.x; o < O; o += BLOCK) finish(row + o, 0.0f, bias, o, accumulate);
+}
+
+// `split` writes x as a weighted sum of PIECES matrices of the type of the weights, which tensor
+// cores multiply: x = scalars[1] * pieces[0] + scalars[2] * pieces[1] + ... First x is scaled by a
+// power of two that brings the largest finite |x| to 2^14 .. 2^15. Each piece is the rest rounded,
+// and the next rest is scaled by STEP, the inverse of the rounding error, so all pieces have the
+// same range. Two f16 pieces keep 22 bits, three bf16 pieces all 24, of every element down to 2^-28
+// of the largest; smaller ones keep an absolute error under 2^-50 of the largest.
+template <typename T> constexpr int PIECES = 1;
+template <> constexpr int PIECES<f16> = 2;
+template <> constexpr int PIECES<bf16> = 3;
+template <typename T> constexpr float STEP = 1.0f;
+template <> constexpr float STEP<f16> = 2048.0f;  // 11 significant bits
+template <> constexpr float STEP<bf16> = 256.0f;  // 8 significant bits
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+absmax(float* __restrict__ scalars, const X_T* __restrict__ x, int I, i64 x_stride) {
+    __shared__ float scratch[BLOCK / WARP];
+    const X_T* row = x + blockIdx.x * x_stride;
+    float largest = 0.0f;
+    for (int i = threadIdx.x * 8; i < I; i += BLOCK * 8) {
+        float values[8];
+        load8(values, row + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float size = fabsf(values[j]);
+            if (size < INF) largest = fmaxf(largest, size);  // NaN and infinity set no scale
+        }
+    }
+    largest = warp_max(largest);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = largest;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+#pragma unroll
+    for (int warp = 0; warp < BLOCK / WARP; warp++) largest = fmaxf(largest, scratch[warp]);
+    // Floats that are not negative are ordered like their bits.
+    atomicMax(reinterpret_cast<u32*>(scalars), __float_as_uint(largest));
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+split(W_T* __restrict__ pieces, float* __restrict__ scalars, const X_T* __restrict__ x, int T,
+      int I, i64 x_stride) {
+    // Exponents as float stores them, 127 for 1.0; the bound keeps every weight a normal number.
+    const int exponent = max((int)(__float_as_uint(scalars[0]) >> 23), 40);
+    const float scale = __uint_as_float((u32)(127 + 141 - exponent) << 23);
+
+    const X_T* row = x + blockIdx.x * x_stride;
+    for (int i = threadIdx.x * 8; i < I; i += BLOCK * 8) {
+        float rest[8];
+        load8(rest, row + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) rest[j] *= scale;
+#pragma unroll
+        for (int piece = 0; piece < PIECES<W_T>; piece++) {
+            store8(pieces + ((i64)piece * T + blockIdx.x) * I + i, rest);
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float rounded = to_float(from_float<W_T>(rest[j]));
+                rest[j] = fabsf(rounded) < INF ? (rest[j] - rounded) * STEP<W_T> : 0.0f;
+            }
+        }
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        float weight = __uint_as_float((u32)(127 - 141 + exponent) << 23);
+#pragma unroll
+        for (int piece = 0; piece < 3; piece++) {
+            scalars[1 + piece] = weight;
+            weight /= STEP<W_T>;
+        }
+        scalars[4] = 1.0f;
+    }
+}
+
+#endif

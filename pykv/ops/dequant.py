@@ -1,0 +1,99 @@
+"""Expand the blocks of a GGUF file into plain numbers.
+
+Dimensions: R rows, W bytes a row, C elements a row.
+Kernel: kernels_cu/dequant.cu, which also describes the formats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOATS, UINT8, check, like, on_gpu
+from pykv.errors import DtypeError, ShapeError, UnsupportedError
+
+KINDS = {
+    **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)},
+    **{"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34)},
+    **{"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)},
+}
+"""Elements and bytes of a block, by the name of the GGUF tensor type."""
+
+VARIANTS = [
+    dict(KIND=kind, OUT_T="f16") for kind in ("F32", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
+]
+
+
+def dequantize(
+    blocks: Any, kind: str, *, out: Any = None, dtype: Any = "float16", stream: Any = None
+) -> Any:
+    """The values that `blocks` stand for.
+
+    Args:
+        blocks: [R, W] uint8; each row is a whole number of blocks, as GGUF stores a matrix.
+        kind: a name of `KINDS`.
+        out: [R, C] float32, float16 or bfloat16, with C = elements of W bytes; allocated when
+            missing.
+        dtype: element type of an `out` that is allocated.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: W is no multiple of the block's bytes, or `out` has another shape.
+        DtypeError: an array has another dtype, or `dtype` is none of the three.
+        DeviceError: host and device arrays are mixed.
+        UnsupportedError: `kind` is unknown, or on the host the package gguf is missing.
+
+    Runs where the arrays are. On a GPU it only enqueues. Bit-exact to the package gguf in float32;
+    other dtypes are that float32 rounded to nearest even, past their range to infinity. Source:
+    ggml-common.h and ggml-quants.c of llama.cpp.
+    """
+    op = "dequant.dequantize"
+    if kind not in KINDS:
+        raise UnsupportedError(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    dtype = np.dtype(dtype)
+    if dtype not in FLOATS:
+        raise DtypeError(f"{op}: dtype is {dtype}, expected float32, float16 or bfloat16")
+    dims = check(op, blocks=(blocks, "R W", UINT8), out=(out, "R C", FLOATS))
+    elements, block_bytes = KINDS[kind]
+    num_blocks, rest = divmod(dims["W"], block_bytes)
+    if rest:
+        raise ShapeError(
+            f"{op}: blocks has W={dims['W']}, expected a multiple of {block_bytes} bytes ({kind})"
+        )
+    C = num_blocks * elements
+    if dims.get("C", C) != C:
+        raise ShapeError(f"{op}: out has C={dims['C']}, expected C={C}")
+    if out is None:
+        out = like(blocks, (dims["R"], C), dtype)
+    if out.size == 0:
+        return out
+    if on_gpu(blocks):
+        _cuda(blocks, kind, out, stream)
+    else:
+        reference(blocks, kind, out)
+    return out
+
+
+def reference(blocks: Any, kind: str, out: Any) -> None:
+    """The definition: the dequantiser of the package gguf, which is NumPy."""
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError as error:
+        raise UnsupportedError(
+            "dequant.dequantize: blocks is on the host, which needs the package gguf: "
+            "pip install 'pykv-cuda[llm]'"
+        ) from error
+    with np.errstate(over="ignore"):
+        out[...] = quants.dequantize(blocks, GGMLQuantizationType[kind])
+
+
+def _cuda(blocks: Any, kind: str, out: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=cuda.TYPE_NAMES[out.dtype])
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, -(-out.size // 2048), 256, out, blocks, np.int64(out.size))

@@ -1,0 +1,283 @@
+"""Multiply activations with a weight matrix: out = x @ w.T + bias.
+
+Dimensions: T tokens, I features in, O features out.
+Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, check, like, on_gpu
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
+
+GEMMS = ("auto", "own", "cublas")
+
+_TYPES = dict(X_T="float", W_T="f16", B_T="float")
+VARIANTS = [
+    dict(_TYPES),
+    *(dict(_TYPES, ROWS=rows, WIDE=wide) for rows in (1, 8) for wide in (0, 1)),
+]
+
+
+def linear(
+    x: Any,
+    w: Any,
+    *,
+    bias: Any = None,
+    out: Any = None,
+    accumulate: bool = False,
+    gemm: str = "auto",
+    stream: Any = None,
+) -> Any:
+    """`x @ w.T + bias`, added to what `out` holds if `accumulate`.
+
+    Args:
+        x: [T, I] float32, float16 or bfloat16; tokens at any stride. I is a multiple of 8.
+        w: [O, I] float32, float16 or bfloat16; one row for each output, as GGUF stores it.
+        bias: [O] float32 or the dtype of `w`.
+        out: [T, O] dtype of `x`; allocated when missing.
+        accumulate: add to `out`, which then must be given: a residual connection in one step.
+        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, cuBLAS for
+            more where it is installed and the stream is not being captured. "own": never cuBLAS.
+            "cublas": for any number of tokens. The host ignores it.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree, or I is no multiple of 8.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `gemm` is unknown, or `accumulate` lacks `out`.
+        UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being
+            captured (CuPy refuses), or for dtypes that differ with `x` not float32.
+
+    Runs where the arrays are. On a GPU it only enqueues. Sums in float32, never through TF32.
+
+    cuBLAS multiplies equal types, but float32 activations meet 16-bit weights here. Casting the
+    activations down loses 13 bits and overflows at 65504; casting the weights up gives away the
+    tensor cores and doubles the traffic. So `x` is split into two float16 or three bfloat16
+    matrices whose weighted sum is `x` to 22 or 24 bits, each is multiplied by itself, and the
+    products add up in float32 in `out`. Tensor cores truncate their running sums (M. Fasi et al.,
+    "Numerical behavior of NVIDIA tensor cores", 2021), an error that grows with I; the leading
+    product therefore starts anew every 1024 features, which keeps the result within 1e-5 of the
+    largest output. The split takes 2 or 3 times T * I elements from CuPy's memory pool.
+    """
+    op = "linear.linear"
+    dims = check(
+        op,
+        x=(x, "T | I", FLOATS),
+        w=(w, "O I", FLOATS),
+        bias=(bias, "O", (FLOATS[0], w.dtype)),
+        out=(out, "T O", x.dtype),
+    )
+    if dims["I"] % 8:
+        raise ShapeError(f"{op}: x has I={dims['I']}, expected a multiple of 8")
+    if gemm not in GEMMS:
+        raise ParameterError(f"{op}: gemm is {gemm!r}, expected one of {GEMMS}")
+    if accumulate and out is None:
+        raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
+    if out is None:
+        out = like(x, (dims["T"], dims["O"]), x.dtype)
+    if out.size == 0:
+        return out
+    if on_gpu(x):
+        _cuda(x, w, bias, out, accumulate, gemm, stream)
+    else:
+        reference(x, w, bias, out, accumulate)
+    return out
+
+
+@cache
+def has_cublas() -> bool:
+    """Whether CuPy finds the cuBLAS library; pip install nvidia-cublas where it does not."""
+    try:
+        from cupy.cuda import cublas  # noqa: F401 - CuPy loads the library here
+    except ImportError:
+        return False
+    return True
+
+
+def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
+    """The definition, in NumPy: what `linear` computes, and what the kernels are tested against."""
+    dtype = np.result_type(x.dtype, np.float32)
+    x, w = x.astype(dtype, copy=False), w.astype(dtype, copy=False)
+    y = (w @ x[0])[None] if len(x) == 1 else x @ w.T  # for one token BLAS reads w in storage order
+    if bias is not None:
+        y += bias
+    if accumulate:
+        y += out
+    out[...] = y
+
+
+_GEMV_ROWS = 8  # tokens that share one reading of the weights
+_GEMV_TOKENS = 32  # without cuBLAS: up to here, reading the weights again beats the tile kernel
+_WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
+
+
+def _cuda(x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, stream: Any) -> None:
+    from pykv import cuda
+
+    with cuda.on_stream(stream):
+        if gemm != "own" and _uses_cublas(x, w, gemm):
+            _cublas(x, w, bias, out, accumulate)
+        else:
+            _own(x, w, bias, out, accumulate)
+
+
+def _own(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
+    """Launch `gemv` or `gemm`."""
+    from pykv import cuda
+
+    (T, I), O = x.shape, len(w)
+    args = (
+        *(out, x, w, bias, np.int32(T), np.int32(O), np.int32(I)),
+        *(np.int64(x.strides[0] // x.itemsize), np.int32(accumulate)),
+    )
+    if T > _GEMV_TOKENS:
+        cuda.launch(_kernel("gemm", x, w, bias), (-(-O // 64), -(-T // 64)), 256, *args)
+        return
+    rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
+    wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
+    kernel = _kernel("gemv", x, w, bias, ROWS=rows, WIDE=int(wide))
+    cuda.launch(kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, *args)
+
+
+def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:
+    from pykv import cuda
+
+    names = cuda.TYPE_NAMES
+    bias_name = "float" if bias is None else names[bias.dtype]
+    return cuda.kernel(
+        "linear", name, X_T=names[x.dtype], W_T=names[w.dtype], B_T=bias_name, **defines
+    )
+
+
+# --- cuBLAS ---------------------------------------------------------------------------------------
+
+_CUDA_R = dict(zip(FLOATS, (0, 2, 14), strict=True))  # cudaDataType: CUDA_R_32F, _16F, _16BF
+_PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # PIECES in linear.cu
+_PANEL = 1024  # features that one running sum of the tensor cores covers, see `linear`
+_FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, and no TF32
+_ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)
+
+
+def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
+    """Whether cuBLAS multiplies; for gemm="cublas" an error says why it cannot."""
+    if gemm == "auto" and len(x) <= _GEMV_ROWS:
+        return False
+    obstacle = _obstacle(x, w)
+    if obstacle and gemm == "cublas":
+        raise UnsupportedError(f"linear.linear: gemm is 'cublas', but {obstacle}")
+    return not obstacle
+
+
+def _obstacle(x: Any, w: Any) -> str | None:
+    """Why cuBLAS cannot multiply these arrays now, or None."""
+    import cupy
+
+    if not has_cublas():
+        return (
+            "CuPy finds no cuBLAS: pip install nvidia-cublas (CUDA 13) or nvidia-cublas-cu12 "
+            "(CUDA 12)"
+        )
+    if x.dtype != w.dtype and x.dtype not in FLOAT32:
+        return f"x has dtype {x.dtype} and w {w.dtype}, expected equal ones or x float32"
+    if w.dtype == BFLOAT16 and int(cupy.cuda.Device().compute_capability) < 80:
+        return "bfloat16 needs sm_80 or newer there"
+    if not x.shape[1]:
+        return "x has I=0"
+    stream = cupy.cuda.get_current_stream()
+    if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
+        return "CuPy refuses it while a graph is being captured"
+    return None
+
+
+def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
+    """`out` starts as the bias, itself or zero; products add to it."""
+    import cupy
+    from cupy.cuda import cublas
+
+    from pykv import cuda
+
+    T, O = out.shape
+    if bias is not None:
+        args = (out, bias, np.int32(O), np.int32(accumulate))
+        cuda.launch(_kernel("add_bias", x, w, bias), T, 256, *args)
+        accumulate = True
+    handle = cupy.cuda.device.get_cublas_handle()
+    mode = cublas.getMathMode(handle)
+    cublas.setMathMode(handle, _FLOAT32_SUMS)
+    try:
+        if x.dtype == w.dtype:
+            if x.strides[0] < x.shape[1] * x.itemsize:  # broadcast or reversed: unknown to cuBLAS
+                x = cupy.ascontiguousarray(x)
+            alpha, beta = (ctypes.addressof(_ONE if one else _ZERO) for one in (True, accumulate))
+            _gemm_ex(handle, x.data.ptr, x.strides[0], w, 0, x.shape[1], out, alpha, beta)
+        else:
+            if not accumulate:
+                out.data.memset_async(0, out.nbytes)
+            _add_split_product(handle, x, w, bias, out)
+    finally:
+        cublas.setMathMode(handle, mode)
+
+
+def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None:
+    """out += x @ w.T with float32 `x` and 16-bit `w`, see `linear`."""
+    import cupy
+    from cupy.cuda import cublas
+
+    from pykv import cuda
+
+    T, I = x.shape
+    pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)
+    scalars = cupy.zeros(8, np.float32)  # the layout is in linear.cu
+    sizes = (np.int32(I), np.int64(x.strides[0] // x.itemsize))
+    cuda.launch(_kernel("absmax", x, w, bias), T, 256, scalars, x, *sizes)
+    cuda.launch(_kernel("split", x, w, bias), T, 256, pieces, scalars, x, np.int32(T), *sizes)
+
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    try:
+        one = scalars.data.ptr + 4 * scalars.itemsize
+        for number, piece in enumerate(pieces):
+            alpha = scalars.data.ptr + (1 + number) * scalars.itemsize
+            panel = _PANEL if number == 0 else I  # truncation in a lesser piece does not show
+            for first in range(0, I, panel):
+                last = min(I, first + panel)
+                _gemm_ex(handle, piece.data.ptr, I * w.itemsize, w, first, last, out, alpha, one)
+    finally:
+        cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
+
+
+def _gemm_ex(
+    handle: int,
+    x_address: int,
+    x_stride_bytes: int,
+    w: Any,
+    first: int,
+    last: int,
+    out: Any,
+    alpha: int,
+    beta: int,
+) -> None:
+    """out = alpha * x @ w.T + beta * out over the features first .. last - 1; `x` has w's dtype.
+
+    A row-major matrix is its own transpose to column-major cuBLAS: out.T = w.T.T @ x.T.
+    """
+    from cupy.cuda import cublas
+
+    T, O = out.shape
+    kind, offset = _CUDA_R[w.dtype], first * w.itemsize
+    cublas.gemmEx(
+        *(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, O, T, last - first, alpha),
+        *(w.data.ptr + offset, kind, w.shape[1]),
+        *(x_address + offset, kind, x_stride_bytes // w.itemsize, beta),
+        *(out.data.ptr, _CUDA_R[out.dtype], O),
+        *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
+    )

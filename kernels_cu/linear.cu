@@ -153,6 +153,7 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
             load_or_zero(next, w, I, o0 + row, O, i, I);
         }
         if (i0 < 0) continue;
+        float part[OWN][OWN] = {};  // a sum of sums errs less than one long sum
 #pragma unroll
         for (int k = 0; k < DEPTH; k++) {
             const float4 a = *reinterpret_cast<const float4*>(&x_tile[k][own_t]);
@@ -162,8 +163,13 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
 #pragma unroll
             for (int t = 0; t < OWN; t++) {
 #pragma unroll
-                for (int o = 0; o < OWN; o++) sums[t][o] = fmaf(values[t], weights[o], sums[t][o]);
+                for (int o = 0; o < OWN; o++) part[t][o] = fmaf(values[t], weights[o], part[t][o]);
             }
+        }
+#pragma unroll
+        for (int t = 0; t < OWN; t++) {
+#pragma unroll
+            for (int o = 0; o < OWN; o++) sums[t][o] += part[t][o];
         }
     }
 

@@ -14,11 +14,24 @@ first use instead of at import).
 __version__ = "0.1.0"
 
 import os as _os
+from typing import Any as _Any
 
+from pykv import blocks
 from pykv.arrays import asarray, from_pointer
 from pykv.errors import PykvError
+from pykv.pool import PagedKVCache
 
-__all__ = ["PykvError", "asarray", "from_pointer"]
+_RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
+
+__all__ = ["PagedKVCache", "PykvError", "asarray", "blocks", "from_pointer", *_RUNTIME]
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _RUNTIME:
+        from pykv import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module 'pykv' has no attribute {name!r}")
 
 
 def _prepare() -> None:

@@ -23,7 +23,13 @@ import numpy as np
 import platformdirs
 
 from pykv.arrays import FLOATS
-from pykv.errors import CompileError, DtypeError, UnsupportedError
+from pykv.errors import (
+    CompileError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    UnsupportedError,
+)
 
 _HERE = Path(__file__).resolve().parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
@@ -62,6 +68,45 @@ def architectures() -> list[str]:
     except DynamicLibNotFoundError:
         return []
     return sorted({"sm_{}{}".format(*d.cuda_compute_capability) for d in devices})
+
+
+def array_module(device: str) -> Any:
+    """The array module for a device name: `numpy`, or `cupy` with a usable GPU.
+
+    Args:
+        device: "cpu", "cuda" or "auto". "auto" takes the CPU where there is no GPU, and says so
+            in a warning where there is one whose packages are missing.
+
+    Raises:
+        ParameterError: another name.
+        DeviceError: no GPU is usable, or the driver does not work; the text says what to do.
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise ParameterError(f"device is {device!r}, expected auto, cuda or cpu")
+    if device == "cpu" or (device == "auto" and not has_driver()):
+        return np
+    try:
+        import cupy
+        from cuda.core import Device  # noqa: F401 - launches need the package
+    except ImportError as error:
+        reason = f"{error.name} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        if device == "cuda":
+            raise DeviceError(f"device is 'cuda', but {reason}") from error
+        warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)
+        return np
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        no_device = 100  # cudaErrorNoDevice
+        if error.status == no_device and device == "auto":
+            return np
+        raise DeviceError(
+            f"device is {device!r}, but the NVIDIA driver answers {error}; see `pykv doctor`, "
+            "or pass device='cpu'"
+        ) from error
+    if not count and device == "cuda":
+        raise DeviceError("device is 'cuda', but the driver shows no GPU; see `pykv doctor`")
+    return cupy if count else np
 
 
 # --- Source and cubin -----------------------------------------------------------------------------
@@ -344,8 +389,10 @@ def on_stream(stream: Any) -> AbstractContextManager[Any]:
     """
     if stream is None:
         return _NO_CHANGE
-    external: AbstractContextManager[Any] = _cupy().cuda.ExternalStream(stream_handle(stream))
-    return external
+    cuda = _cupy().cuda
+    borrowed = _stream(stream_handle(stream), cuda.runtime.getDevice())
+    context: AbstractContextManager[Any] = cuda.Stream.from_external(borrowed)
+    return context
 
 
 def stream_handle(stream: Any) -> int:

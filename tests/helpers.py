@@ -2,10 +2,9 @@
 
 import numpy as np
 
+from pykv.verify import error_and_bound, host
 
-def to_numpy(x):
-    """A host copy of a NumPy or CuPy array."""
-    return x.get() if hasattr(x, "get") else np.asarray(x)
+to_numpy = host
 
 
 def bits(x):
@@ -26,18 +25,6 @@ def assert_same_bits(got, want):
 
 
 def assert_close_to_oracle(got, low, oracle):
-    """max|got - oracle| <= 2 * max|low - oracle| + tiny.
-
-    `low` is the reference fed the kernel's own dtype, `oracle` the reference fed float64. `tiny`
-    is four units in the last place of the output's dtype at the oracle's largest value.
-    """
-    got = to_numpy(got)
-    assert got.shape == oracle.shape and got.shape == low.shape
-    assert np.isfinite(got.astype(np.float64)).all(), "not finite"
-    if not got.size:
-        return
-    eps = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-7  # bfloat16
-    tiny = 4 * eps * float(np.abs(oracle).max())
-    bound = 2 * float(np.abs(low.astype(np.float64) - oracle).max()) + tiny
-    error = float(np.abs(got.astype(np.float64) - oracle).max())
+    """The rule of pykv.verify.error_and_bound, which says what the three are."""
+    error, bound = error_and_bound(got, low, oracle)
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"

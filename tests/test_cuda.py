@@ -219,7 +219,7 @@ def test_import_creates_no_context():
 def test_lazy_import_compiles_nothing(tmp_path):
     run_python("import pykv", PYKV_COMPILE="lazy", PYKV_CACHE_DIR=str(tmp_path))
     assert not any(tmp_path.iterdir())
-    run_python("import pykv", PYKV_CACHE_DIR=str(tmp_path))
+    run_python("import pykv", PYKV_COMPILE="", PYKV_CACHE_DIR=str(tmp_path))
     assert any(tmp_path.rglob("*"))
 
 

@@ -7,7 +7,6 @@ One step of the loop is the same for one prompt and for many: pack the tokens th
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.errors import CapacityError, DeviceError, ParameterError
+from pykv.errors import CapacityError, ParameterError
 from pykv.llm import gguf, models, sampling
 from pykv.llm.chat import chat_prompt
 from pykv.llm.model import Batch, Model, forward, load
@@ -103,7 +102,7 @@ class LLM:
         progress: bool = False,
     ):
         check_kv_dtype(kv_dtype)
-        self.xp = pick_device(device)
+        self.xp = cuda.array_module(device)
         self.file = gguf.read(models.fetch(str(model)))
         self.tokenizer = Tokenizer.from_file(self.file)
         self.model = _load(self.file, self.xp, progress)
@@ -431,42 +430,3 @@ def _load(file: gguf.ModelFile, xp: Any, progress: bool) -> Model:
 def check_kv_dtype(name: str) -> None:
     """Refuse an unknown kind of cache before a model is fetched or read."""
     kv_dtype(name)
-
-
-def pick_device(device: str) -> Any:
-    """The array module for a device name: `numpy`, or `cupy` with a usable GPU.
-
-    Args:
-        device: "cpu", "cuda" or "auto". "auto" takes the CPU where there is no GPU, and says so
-            in a warning where there is one whose packages are missing.
-
-    Raises:
-        ParameterError: another name.
-        DeviceError: no GPU is usable, or the driver does not work; the text says what to do.
-    """
-    if device not in ("auto", "cuda", "cpu"):
-        raise ParameterError(f"device is {device!r}, expected auto, cuda or cpu")
-    if device == "cpu" or (device == "auto" and not cuda.has_driver()):
-        return np
-    try:
-        import cupy
-        from cuda.core import Device  # noqa: F401 - launches need the package
-    except ImportError as error:
-        reason = f"{error.name} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        if device == "cuda":
-            raise DeviceError(f"device is 'cuda', but {reason}") from error
-        warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)
-        return np
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        no_device = 100  # cudaErrorNoDevice
-        if error.status == no_device and device == "auto":
-            return np
-        raise DeviceError(
-            f"device is {device!r}, but the NVIDIA driver answers {error}; see `pykv doctor`, "
-            "or pass device='cpu'"
-        ) from error
-    if not count and device == "cuda":
-        raise DeviceError("device is 'cuda', but the driver shows no GPU; see `pykv doctor`")
-    return cupy if count else np

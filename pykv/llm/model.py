@@ -192,9 +192,19 @@ def read_config(file: ModelFile) -> Config:
 
 
 def _windows(file: ModelFile, name: str, num_layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer; files may state the pattern as a period or layer by
+    layer (true: sliding)."""
     every = ARCHITECTURES[name].global_every
     window = file.get(f"{name}.attention.sliding_window", 0) if every else 0
-    return tuple(window if window and (i + 1) % every else None for i in range(num_layers))
+    pattern = file.get(f"{name}.attention.sliding_window_pattern", every)
+    if not isinstance(pattern, list):
+        pattern = [bool(pattern) and (i + 1) % pattern != 0 for i in range(num_layers)]
+    if len(pattern) != num_layers:
+        raise FormatError(
+            f"{file.path}: {name}.attention.sliding_window_pattern has {len(pattern)} entries, "
+            f"expected {num_layers}"
+        )
+    return tuple(window if window and sliding else None for sliding in pattern)
 
 
 def _frequencies(

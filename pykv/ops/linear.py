@@ -6,7 +6,6 @@ Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is i
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from typing import Any
 
@@ -165,7 +164,8 @@ _CUDA_R = dict(zip(FLOATS, (0, 2, 14), strict=True))  # cudaDataType: CUDA_R_32F
 _PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # PIECES in linear.cu
 _PANEL = 1024  # features that one running sum of the tensor cores covers, see `linear`
 _FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, and no TF32
-_ZERO, _ONE = ctypes.c_float(0.0), ctypes.c_float(1.0)
+_BETA = np.array([0, 1], np.float32)  # cuBLAS takes the address of a host scalar
+_BETA_ADDRESS = _BETA.__array_interface__["data"][0]
 
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
@@ -218,7 +218,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
         if x.dtype == w.dtype:
             if x.strides[0] < x.shape[1] * x.itemsize:  # broadcast or reversed: unknown to cuBLAS
                 x = cupy.ascontiguousarray(x)
-            alpha, beta = (ctypes.addressof(_ONE if one else _ZERO) for one in (True, accumulate))
+            alpha, beta = (_BETA_ADDRESS + _BETA.itemsize * flag for flag in (1, accumulate))
             _gemm_ex(handle, x.data.ptr, x.strides[0], w, 0, x.shape[1], out, alpha, beta)
         else:
             if not accumulate:

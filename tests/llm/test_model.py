@@ -1,0 +1,315 @@
+"""The runtime against Hugging Face transformers: tiny random models of every wiring and kind, and
+the two published models. How the numbers were made: tools/make_tiny_truth.py and
+tools/make_model_truth.py."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.llm import LLM, SamplingParams, gguf
+from pykv.llm.model import read_config
+from tests.llm import tiny
+
+DATA = Path(__file__).parent / "data"
+TINY = json.loads((DATA / "tiny.json").read_text())
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+MODELS = ["smollm2-135m", "gemma3-270m"]
+
+# Float16 weights and cache move tiny logits (std 4) by less than this; the smallest planted
+# mistake in wiring that the tool records moves them by 0.03.
+TINY_BOUND = 0.02
+CLOSE_CALL = 2e-2  # of the two best logits: below it float16 storage may decide either way
+
+
+def greedy(tokens, **options):
+    return SamplingParams(max_tokens=tokens, ignore_eos=True, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_tiny_models_agree_with_transformers(tmp_path, name, device):
+    tiny.write_case(tmp_path / "tiny.gguf", name)
+    truth = TINY["cases"][name]
+    llm = LLM(tmp_path / "tiny.gguf", device=device)
+    got = llm.logits(truth["input_ids"])[TINY["positions"]]
+    assert got.argmax(axis=1).tolist() == truth["argmax"]
+    for row, want in zip(got, truth["logits"], strict=True):
+        row = row if len(want) == len(row) else row[TINY["some_ids"]]
+        np.testing.assert_allclose(row, want, rtol=0, atol=TINY_BOUND)
+    (answer,) = llm.generate([truth["input_ids"]], greedy(8))
+    assert answer.token_ids == truth["greedy"]
+
+
+def test_planted_mistakes_would_show():
+    """The bound above is below the effect of every mistake the tool planted."""
+    for name, case in TINY["cases"].items():
+        for mistake, move in case["sensitivity"].items():
+            assert move > TINY_BOUND, (name, mistake)
+
+
+@pytest.fixture(scope="module")
+def llms(model_path):
+    """One LLM a model and device, opened when first asked for."""
+    opened = {}
+
+    def open_(model, device):
+        if (model, device) not in opened:
+            opened.clear()  # two models at once would need 2 GB
+            opened[model, device] = LLM(model, device=device)
+        return opened[model, device]
+
+    return open_
+
+
+def truth_of(model):
+    return json.loads((DATA / f"truth_{model}.json").read_text())
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS)
+def test_published_models_agree_with_transformers(llms, model, device):
+    """Logits, greedy tokens of all prompts in one batch, and perplexity."""
+    truth, llm = truth_of(model), llms(model, device)
+    prompts = truth["prompts"]
+    for prompt in prompts[:5]:
+        assert llm.tokenize(prompt["text"]) == prompt["ids"]
+        last = llm.logits(prompt["ids"])[-1]
+        ids, values = zip(*prompt["top"], strict=True)
+        np.testing.assert_allclose(last[list(ids)], values, rtol=0, atol=CLOSE_CALL)
+        np.testing.assert_allclose(
+            last[truth["other_ids"]], prompt["other"], rtol=0, atol=CLOSE_CALL
+        )
+
+    answers = llm.generate([prompt["ids"] for prompt in prompts], greedy(48))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.token_ids) == 48 and answer.finish_reason == "length"
+        for got, want, gap in zip(answer.token_ids, prompt["greedy"], prompt["gaps"], strict=True):
+            if got != want:  # what follows another token cannot be compared
+                assert gap < CLOSE_CALL, (prompt["text"], got, want, gap)
+                break
+
+    want = truth["perplexity"]
+    assert llm.perplexity(want["ids"]) == pytest.approx(want["perplexity"], rel=5e-3)
+    logits = llm.logits(want["ids"][: 513 if model == "gemma3-270m" else 256])
+    for place in want["positions"]:
+        if place["position"] < len(logits):
+            row = logits[place["position"]]
+            np.testing.assert_allclose(row[truth["other_ids"]], place["other"], rtol=0, atol=0.03)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_capital_of_france(llms, device):
+    llm = llms("smollm2-135m", device)
+    (answer,) = llm.generate("The capital of France is", SamplingParams(max_tokens=8))
+    assert answer.text.startswith(" Paris")
+    pieces = list(llm.stream("The capital of France is", SamplingParams(max_tokens=8)))
+    assert "".join(pieces) == answer.text and len(pieces) > 1
+    assert llm.cache.allocator.num_free == llm.cache.allocator.num_pages
+
+
+@pytest.mark.model
+def test_chat(llms):
+    llm = llms("smollm2-135m", "cpu")
+    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
+    assert "<|im_end|>" not in answer.text
+
+
+# --- Behaviour of the loop, on a tiny model ---
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    tiny.write_case(path, "llama")
+    return path
+
+
+@pytest.fixture(params=DEVICES)
+def llm(tiny_path, request):
+    return LLM(tiny_path, device=request.param)
+
+
+def test_a_batch_equals_its_prompts_one_by_one(llm, rng):
+    prompts = [rng.integers(3, 250, n).tolist() for n in (1, 2, 17, 33, 64)]
+    params = [greedy(n) for n in (12, 1, 20, 5, 9)]
+    together = llm.generate(prompts, params)
+    for prompt, param, answer in zip(prompts, params, together, strict=True):
+        assert llm.generate([prompt], param) == [answer]
+        assert answer.prompt_token_ids == prompt and len(answer.token_ids) == param.max_tokens
+
+
+def test_prompts_longer_than_one_step(llm, rng, monkeypatch):
+    """Chunked prompts give what one step gives."""
+    prompts = [rng.integers(3, 250, n).tolist() for n in (40, 3, 25)]
+    want = llm.generate(prompts, greedy(4))
+    monkeypatch.setattr("pykv.llm.generate.PREFILL_TOKENS", 7)
+    assert llm.generate(prompts, greedy(4)) == want
+    np.testing.assert_allclose(llm.logits(prompts[0])[-1], llm.logits(prompts[0])[-1])
+
+
+def test_seeded_draws_do_not_depend_on_the_batch(llm):
+    params = [
+        SamplingParams(temperature=1.5, top_k=40, seed=seed, max_tokens=16) for seed in (1, 2)
+    ]
+    prompt = [5, 6, 7]
+    first, second = llm.generate([prompt, prompt], params)
+    assert first.token_ids != second.token_ids
+    assert llm.generate([prompt], params[1]) == [second]
+
+
+def test_stop_strings_end_the_text_and_are_held_back(llm):
+    (free,) = llm.generate([[5, 6, 7]], greedy(24))
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 3]
+    params = greedy(24, stop=stop)
+    (answer,) = llm.generate([[5, 6, 7]], params)
+    assert answer.finish_reason == "stop"
+    assert answer.text == free.text[: free.text.find(stop)]
+    assert "".join(llm.stream([5, 6, 7], params)) == answer.text
+
+
+def test_closing_a_stream_frees_its_pages(llm):
+    stream = llm.stream([5, 6, 7], greedy(50))
+    next(stream)
+    assert llm.cache.allocator.num_free < llm.cache.allocator.num_pages
+    stream.close()
+    assert llm.cache.allocator.num_free == llm.cache.allocator.num_pages
+
+
+def test_context_ends_a_completion(tiny_path):
+    llm = LLM(tiny_path, device="cpu", context=20)
+    (answer,) = llm.generate([[5] * 15], greedy(50))
+    assert len(answer.token_ids) == 5 and answer.finish_reason == "length"
+
+
+def test_bad_requests_are_refused_before_any_work(tiny_path):
+    llm = LLM(tiny_path, device="cpu", context=64, pool_tokens=64)
+    vocab = llm.model.config.vocab
+    for prompt, error, text in (
+        ("", ParameterError, "prompt is empty"),
+        ([], ParameterError, "prompt is empty"),
+        ([vocab], ParameterError, f"token id {vocab}, expected 0 to {vocab - 1}"),
+        ([-1], ParameterError, "token id -1"),
+        ([5] * 65, CapacityError, "prompt has 65 tokens, expected at most the context of 64"),
+    ):
+        with pytest.raises(error, match=text):
+            llm.generate([prompt])
+    with pytest.raises(CapacityError, match="pool exhausted: 5 pages wanted, 4 free of 4"):
+        llm.generate([[5] * 60, [6]], SamplingParams(max_tokens=4))
+    with pytest.raises(ParameterError, match="1 params, expected one for each of 2 prompts"):
+        llm.generate([[5], [6]], [SamplingParams()])
+    assert llm.cache.allocator.num_free == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.5},
+        {"seed": -1},
+        {"stop": ""},
+    ],
+    ids=str,
+)
+def test_sampling_params_are_checked(wrong):
+    (name,) = wrong
+    with pytest.raises(ParameterError, match=f"SamplingParams: {name} is .*, expected "):
+        SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"device": "tpu"}, "device is 'tpu', expected auto, cuda or cpu"),
+        ({"kv_dtype": "int7"}, "kv_dtype is 'int7', expected one of fp16, bf16, fp32"),
+        ({"context": 0}, "context is 0, expected 1 to"),
+        ({"page_size": 0}, "page_size is 0, expected at least 1"),
+        ({"pool_tokens": 0}, "pool_tokens is 0, expected at least 1"),
+    ],
+)
+def test_options_are_checked(tiny_path, wrong, text):
+    with pytest.raises(ParameterError, match=text):
+        LLM(tiny_path, **{"device": "cpu", **wrong})
+
+
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "fp32"])
+def test_cache_kinds(tiny_path, kv):
+    """The cache's precision moves the logits a little, and by no more than that."""
+    exact = LLM(tiny_path, device="cpu", kv_dtype="fp32").logits(range(5, 29))
+    got = LLM(tiny_path, device="cpu", kv_dtype=kv).logits(range(5, 29))
+    assert np.abs(got - exact).max() <= {"fp32": 0, "fp16": 0.02, "bf16": 0.2}[kv]
+
+
+# --- Files that are not what they should be ---
+
+
+def test_unknown_architecture(tmp_path, monkeypatch):
+    path = tmp_path / "x.gguf"
+    tiny.write_case(path, "llama")
+    file = gguf.read(path)
+    file.metadata["general.architecture"] = "mamba"
+    with pytest.raises(UnsupportedError, match="is 'mamba', expected one of llama, qwen2"):
+        read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("blk.1.attn_q.weight", "layers.1.attention.wq.weight"),
+        ("output_norm.weight", "norm.weight"),
+    ],
+)
+def test_missing_tensor_names_all_names_tried(tmp_path, name, names):
+    from pykv.llm.model import load
+
+    path = tmp_path / "x.gguf"
+    tiny.write_case(path, "llama")
+    file = gguf.read(path)
+    del file.tensors[name]
+    with pytest.raises(FormatError, match=f"(?s){name}.*{names}"):
+        load(file)
+
+
+def test_wrong_shapes_are_named(tmp_path):
+    from pykv.llm.model import load
+
+    path = tmp_path / "x.gguf"
+    tiny.write_case(path, "llama")
+    file = gguf.read(path)
+    file.tensors["blk.0.ffn_down.weight"] = file.tensors["blk.0.ffn_up.weight"]
+    with pytest.raises(FormatError, match=r"ffn_up.weight has shape \(\d+, \d+\), expected"):
+        load(file)
+
+
+def test_metadata_is_checked(tmp_path):
+    path = tmp_path / "x.gguf"
+    tiny.write_case(path, "llama")
+    for key, value, text in (
+        ("llama.block_count", 0, "block_count is 0, expected a positive integer"),
+        ("llama.attention.head_count_kv", 3, "no multiple of 3 KV heads"),
+        ("llama.attention.layer_norm_rms_epsilon", -1.0, "epsilon is -1.0, expected a positive"),
+    ):
+        file = gguf.read(path)
+        file.metadata[key] = value
+        with pytest.raises(FormatError, match=text):
+            read_config(file)
+    for key, value, text in (
+        ("llama.expert_count", 8, "mixtures do not run here"),
+        ("llama.rope.scaling.type", "yarn", "is 'yarn', expected none, linear or llama3"),
+        ("llama.attention.value_length", 8, "different sizes"),
+    ):
+        file = gguf.read(path)
+        file.metadata[key] = value
+        with pytest.raises(UnsupportedError, match=text):
+            read_config(file)

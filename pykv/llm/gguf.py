@@ -71,7 +71,7 @@ TENSOR_TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TensorInfo:
     """One tensor of a file.
 
@@ -90,7 +90,7 @@ class TensorInfo:
         return self.blocks.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFile:
     """An open model file; the mapping lives as long as this object or any tensor view does."""
 
@@ -133,7 +133,7 @@ def read(path: str | os.PathLike[str]) -> ModelFile:
     """
     path = Path(path)
     cursor = Cursor.open(path)
-    if (magic := cursor.bytes(4, "the magic")) != b"GGUF":
+    if (magic := cursor.take(4, "the magic")) != b"GGUF":
         raise FormatError(f"{path}: has magic {magic!r}, expected b'GGUF'")
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
@@ -212,7 +212,7 @@ def _entry(cursor: Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
 def describe(file: ModelFile) -> str:
     """What `pykv inspect` prints: metadata, tensors, and totals by kind."""
     tensors = list(file.tensors.values())
-    sections = [
+    sections: list[list[tuple[str, ...]]] = [
         [(_plain(key), _brief(value)) for key, value in file.metadata.items()],
         [
             (_plain(t.name), t.kind, " x ".join(map(str, t.shape)), f"{t.nbytes} bytes")

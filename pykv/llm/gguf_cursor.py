@@ -12,19 +12,7 @@ from typing import Any
 from pykv.errors import FormatError, UnsupportedError
 
 STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = dict(enumerate("BbHhIif?..Qqd"))  # letters of struct; the dots are the two above
 
 
 @dataclass
@@ -50,23 +38,20 @@ class Cursor:
                 raise
             raise FormatError(f"{path}: cannot be opened ({error})") from None
 
-    def step(self, num_bytes: int, what: str) -> int:
-        """Move over `num_bytes`, and return where they start."""
+    def take(self, num_bytes: int, what: str) -> bytes:
+        """The next `num_bytes`."""
         start, left = self.at, len(self.data) - self.at
         if num_bytes > left:
             raise FormatError(
-                f"{self.path}: {what} needs {num_bytes} bytes at offset {start}, the file has {left}"
+                f"{self.path}: {what} needs {num_bytes} bytes at offset {start}, "
+                f"the file has {left} there"
             )
         self.at += num_bytes
-        return start
-
-    def bytes(self, num_bytes: int, what: str) -> bytes:
-        start = self.step(num_bytes, what)
         return self.data[start : self.at]
 
     def numbers(self, letter: str, count: int, what: str) -> list[Any]:
-        form = f"<{count}{letter}"
-        return list(struct.unpack(form, self.bytes(struct.calcsize("<" + letter) * count, what)))
+        data = self.take(struct.calcsize("<" + letter) * count, what)
+        return list(struct.unpack(f"<{count}{letter}", data))
 
     def number(self, letter: str, what: str) -> Any:
         return self.numbers(letter, 1, what)[0]

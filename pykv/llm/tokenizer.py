@@ -1,0 +1,181 @@
+"""Text to token ids and back, from nothing but a GGUF file's own metadata."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from pykv.errors import FormatError, ParameterError, UnsupportedError
+from pykv.llm import bpe, spm
+from pykv.llm.gguf import ModelFile
+from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder
+
+# by tokenizer.ggml.model
+ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
+    "gpt2": bpe.Encoder,
+    "llama": spm.Encoder,
+}
+
+# Tokens that end a turn or a text; chat models use more than the one named in eos_token_id.
+ENDINGS = {
+    *("<|endoftext|>", "<|end_of_text|>", "<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<end_of_turn>", "<EOT>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+}
+
+
+class Tokenizer:
+    """Encodes and decodes; holds no state between calls, so threads may share it.
+
+    Attributes:
+        bos_id, eos_id: ids, or None where the file names none.
+        stop_ids: every id after which generation is over: eos, end of turn, end of text.
+        add_bos: whether `encode` puts BOS first when it is not told.
+        vocab_size: number of tokens.
+    """
+
+    def __init__(self, file: ModelFile) -> None:
+        """See `from_file`."""
+        name = file.require("tokenizer.ggml.model", str)
+        if name not in ENCODERS:
+            raise UnsupportedError(
+                f"{file.path}: tokenizer.ggml.model has {name!r}, "
+                f"expected one of {', '.join(ENCODERS)}"
+            )
+        self._tokens = file.require("tokenizer.ggml.tokens", list)
+        if not self._tokens or not isinstance(self._tokens[0], str):
+            raise FormatError(f"{file.path}: key tokenizer.ggml.tokens holds no strings")
+        types = file.get("tokenizer.ggml.token_type", [NORMAL] * len(self._tokens), list)
+        if len(types) != len(self._tokens):
+            raise FormatError(
+                f"{file.path}: key tokenizer.ggml.token_type has {len(types)} values, "
+                f"expected one for each of the {len(self._tokens)} tokens"
+            )
+        self.vocab_size = len(self._tokens)
+        self.bos_id = self._id(file, "bos")
+        self.eos_id = self._id(file, "eos")
+        self._hidden = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
+        control = {self._tokens[i]: i for i, kind in enumerate(types) if kind == CONTROL}
+        user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
+        ends = [self.eos_id, self._id(file, "eot"), self._id(file, "eom")]
+        ends += [i for token, i in (control | user_defined).items() if token in ENDINGS]
+        self.stop_ids = frozenset(i for i in ends if i is not None)
+
+        self._id(file, "unknown")  # its range, before the encoder relies on it
+        self._encoder = ENCODERS[name](file, self._tokens, types)
+        add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
+        self.add_bos = add_bos and self.bos_id is not None
+        self._control = Finder(control)
+        self._user_defined = Finder(
+            {self._encoder.spell(token): i for token, i in user_defined.items()}
+        )
+
+    @classmethod
+    def from_file(cls, file: ModelFile) -> Tokenizer:
+        """The tokenizer of a model file.
+
+        Raises:
+            FormatError: the metadata are missing or contradict each other.
+            UnsupportedError: a tokenizer model or a pre-tokenizer that is not known here.
+        """
+        return cls(file)
+
+    def _id(self, file: ModelFile, role: str) -> int | None:
+        i: int | None = file.get(f"tokenizer.ggml.{role}_token_id", None, int)
+        if i is not None and not 0 <= i < self.vocab_size:
+            raise FormatError(
+                f"{file.path}: key tokenizer.ggml.{role}_token_id has {i}, "
+                f"expected less than {self.vocab_size}"
+            )
+        return i
+
+    def encode(self, text: str, *, bos: bool | None = None, special: bool = False) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: any text; it must be valid Unicode, without lone surrogates.
+            bos: put BOS first. None does what the file says, but not where the text brings BOS
+                itself, as many chat templates do.
+            special: read control tokens such as <|im_start|> in the text as what they are;
+                otherwise they are letters like any others, as a user's words should be.
+
+        Raises:
+            ParameterError: the text is not valid, or BOS is asked for and the model has none.
+
+        An EOS is never added, whatever the file says: a prompt is there to be continued.
+        """
+        if not isinstance(text, str):
+            raise ParameterError(f"encode: text has type {type(text).__name__}, expected str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ParameterError(
+                f"encode: text has {text[error.start]!r} at position {error.start}, "
+                "expected no lone surrogates"
+            ) from None
+        if bos and self.bos_id is None:
+            raise ParameterError("encode: bos has True, but this model has no BOS token")
+        ids: list[int] = []
+        for part in self._control.split(text) if special else [text]:
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            for piece in self._user_defined.split(self._encoder.normalize(part)):
+                ids += [piece] if isinstance(piece, int) else self._encoder.encode(piece)
+        if bos is None:
+            bos = self.add_bos and not (special and ids[:1] == [self.bos_id])
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(
+        self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False
+    ) -> str:
+        """Text of some ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+            skip_special: leave out control tokens and the unknown token.
+            continues: the ids carry on an earlier text, so that a leading blank is a real one.
+                Matters to models that encode a text with one blank more in front.
+
+        Raises:
+            ParameterError: an id is no token of this model.
+        """
+        stream = self.stream_decoder(skip_special=skip_special, continues=continues)
+        return "".join([stream.push(i) for i in ids]) + stream.finish()
+
+    def stream_decoder(self, *, skip_special: bool = True, continues: bool = True) -> StreamDecoder:
+        """A decoder to feed one id at a time; arguments as in `decode`."""
+        return StreamDecoder(self, skip_special, continues)
+
+    def token(self, i: int) -> str:
+        """A token as the file spells it. ParameterError if there is none."""
+        if not 0 <= i < self.vocab_size:
+            raise ParameterError(f"token: id has {i}, expected 0 to {self.vocab_size - 1}")
+        token: str = self._tokens[i]
+        return token
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as its characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, continues: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._at_start = not continues
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """Text that became certain with this id; empty inside a character of several tokens."""
+        t = self._tokenizer
+        token = t.token(i)
+        if i in t._hidden:
+            self._at_start = True
+            return "" if self._skip_special else self._utf8.decode(token.encode())
+        data = t._encoder.decode(i, token)
+        if self._at_start and t._encoder.prefix:
+            data = data.removeprefix(b" ")
+        self._at_start = False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for a character that was begun only."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,453 @@
+"""Tokenizers from small vocabularies worked by hand, from SentencePiece itself, and real ones."""
+
+import functools
+import io
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import gguf as library
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pykv.errors import FormatError, ParameterError, UnsupportedError
+from pykv.llm import bpe, gguf
+from pykv.llm.token_types import Finder
+from pykv.llm.tokenizer import Tokenizer
+
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def build(path, model, tokens, **keys):
+    """The tokenizer of a file with these tokens and tokenizer.ggml.* keys, lists and scalars."""
+    writer = library.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    for key, value in keys.items():
+        key = f"tokenizer.ggml.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return Tokenizer.from_file(gguf.read(path))
+
+
+# ---- byte-level BPE
+
+# Ids 0 to 255 are the bytes, so that every id below can be worked out by hand.
+BYTES = [c for c, _ in sorted(bpe.alphabet().items(), key=lambda item: item[1])]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "12 3", "Ċ Ċ"]
+MERGED = ["he", "ll", "hell", "hello", "Ġhello", "12", "123", "ĊĊ"]  # ids 256 to 263
+ADDED = ["<|bos|>", "<|im_end|>", "<tool>", "<tool><tool>", "  "]  # ids 264 to 268
+TYPES = [1] * 264 + [3, 3, 4, 4, 4]
+
+
+def byte_level(path, **keys):
+    base = {"pre": "gpt-2", "merges": MERGES, "token_type": TYPES}
+    ids = {"bos_token_id": 264, "eos_token_id": 265}
+    return build(path, "gpt2", BYTES + MERGED + ADDED, **(base | ids | keys))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tokenizer.gguf"
+
+
+def test_alphabet():
+    """The characters that stand for bytes: GPT-2's, as the `tokenizers` package has them."""
+    ours = bpe.alphabet()
+    assert set(ours) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert ours["Ġ"] == 0x20 and ours["Ċ"] == 0x0A and ours["Ā"] == 0 and ours["Ń"] == 0xAD
+    assert sorted(ours.values()) == list(range(256))
+
+
+def test_byte_level_ids_by_hand(path):
+    t = byte_level(path)
+    assert t.encode("hello") == [259]
+    assert t.encode("hello hello") == [259, 260]
+    assert t.encode("hel") == [256, ord("l")]
+    assert t.encode("ll he") == [257, ord(" "), 256]
+    assert t.encode("é") == [0xC3, 0xA9]
+    assert t.encode("") == []
+    assert t.encode("\n\nx") == [ord("\n"), ord("\n"), ord("x")]  # cut before the last newline
+    assert t.encode("\n\n") == [263]
+    assert t.encode("1234") == [262, ord("4")]
+
+
+CUT = "Don't  pay 12345 €!\n\n x"
+PIECES = {
+    "gpt-2": ["Don", "'t", " ", " pay", " 12345", " €!", "\n\n", " x"],
+    "smollm": ["Don", "'t", " ", " pay", " ", *"12345", " €!", "\n\n", " x"],
+    "llama-bpe": ["Don", "'t", " ", " pay", " ", "123", "45", " €!\n\n", " x"],
+    "qwen2": ["Don", "'t", " ", " pay", " ", *"12345", " €!\n\n", " x"],
+    "tekken": ["Don", "'t", " ", " pay", " ", *"12345", " €!\n\n", " x"],
+    "gpt-4o": ["Don't", " ", " pay", " ", "123", "45", " €!\n\n", " x"],
+    "default": ["Don", "'", "t", " ", " pay", " ", "123", "45", " €", "!", "\n\n", " x"],
+}
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_texts_are_cut_as_the_named_model_cuts(path, pre):
+    cutter = byte_level(path, pre=pre)._encoder.bpe.pre_tokenizer
+    spans = [span for _, span in cutter.pre_tokenize_str(CUT)]
+    assert [CUT[start:end] for start, end in spans] == PIECES[pre]
+
+
+def test_smollm_digits_stand_alone(path):
+    assert byte_level(path, pre="smollm").encode("123") == [ord(c) for c in "123"]
+
+
+def test_every_cut_compiles(path):
+    for pre in bpe.CUTS:
+        assert byte_level(path, pre=pre).decode(byte_level(path, pre=pre).encode(CUT)) == CUT
+
+
+def test_llama_takes_whole_words_from_the_vocabulary(path):
+    """Without the merge that makes "hello", only a model of this sort finds the token."""
+    keys = {"merges": [m for m in MERGES if m != "hell o"]}
+    assert byte_level(path, pre="llama-bpe", **keys).encode("hello", bos=False) == [259]
+    assert byte_level(path, pre="qwen2", **keys).encode("hello") == [258, ord("o")]
+
+
+@settings(deadline=None)
+@given(UNICODE)
+def test_byte_level_round_trip(byte_tokenizer, text):
+    assert byte_tokenizer.decode(byte_tokenizer.encode(text)) == text
+    ids = byte_tokenizer.encode(text, special=True)
+    assert byte_tokenizer.decode(ids, skip_special=False) == text
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    return byte_level(tmp_path_factory.mktemp("bpe") / "file")
+
+
+# ---- tokens found whole
+
+
+def test_control_tokens_are_letters_unless_asked_for(path):
+    t = byte_level(path)
+    letters = [*b"<|im_end|>"]
+    assert t.encode("hello<|im_end|>") == [259, *letters]
+    assert t.encode("hello<|im_end|>", special=True) == [259, 265]
+    assert t.encode("<|bos|><|im_end|>he", special=True) == [264, 265, 256]
+    assert t.encode("<|im_end", special=True) == letters[:-2]
+
+
+def test_user_defined_tokens_are_always_found_longest_first(path):
+    t = byte_level(path)
+    assert t.encode("<tool>") == [266]
+    assert t.encode("he<tool><tool><tool>he") == [256, 267, 266, 256]
+    assert t.encode("<<tool>") == [ord("<"), 266]
+    assert t.encode("     ") == [268, 268, ord(" ")]
+
+
+def test_finder():
+    def split(text, *tokens):
+        return list(Finder({token: i for i, token in enumerate(tokens)}).split(text))
+
+    assert split("xaaab", "aab", "aaaa") == ["xa", 0]  # starts that come to nothing
+    assert split("aaaa", "aa", "aaa") == [1, "a"]
+    assert split("ab b", "b", "ab", "b b") == [1, " ", 0]
+    assert split("", "a") == [] and split("a") == ["a"] and split("abc", "") == ["abc"]
+
+
+def test_bos(path, tmp_path):
+    t = byte_level(path)
+    assert t.bos_id == 264 and not t.add_bos
+    assert t.encode("he") == [256] and t.encode("he", bos=True) == [264, 256]
+    t = byte_level(tmp_path / "a", add_bos_token=True)
+    assert t.encode("he") == [264, 256] and t.encode("he", bos=False) == [256]
+    assert t.encode("") == [264]
+    assert t.encode("<|bos|>he", special=True) == [264, 256], "the text brings its own"
+    assert t.encode("<|bos|>he", special=True, bos=True) == [264, 264, 256], "unless told"
+    assert byte_level(tmp_path / "b", pre="llama-bpe").encode("he") == [264, 256]
+    t = build(tmp_path / "c", "gpt2", [*BYTES, "ab"], merges=["a b"])
+    assert t.bos_id is None and t.eos_id is None and t.encode("a") == [ord("a")]
+    with pytest.raises(ParameterError, match="bos has True, but this model has no BOS token"):
+        t.encode("a", bos=True)
+
+
+def test_stop_ids(path, tmp_path):
+    assert byte_level(path).stop_ids == {265}
+    t = byte_level(tmp_path / "a", eos_token_id=0, eot_token_id=1, eom_token_id=2)
+    assert t.eos_id == 0 and t.stop_ids == {0, 1, 2, 265}
+    t = byte_level(tmp_path / "b", eos_token_id=0, token_type=[1] * 269)
+    assert t.stop_ids == {0}, "an ordinary token that is spelled <|im_end|> ends nothing"
+
+
+def test_vocabulary(path):
+    t = byte_level(path)
+    assert t.vocab_size == 269 and t.token(260) == "Ġhello" and t.token(265) == "<|im_end|>"
+    for i in (-1, 269):
+        with pytest.raises(ParameterError, match=f"id has {i}, expected 0 to 268"):
+            t.token(i)
+        with pytest.raises(ParameterError, match=f"id has {i}"):
+            t.decode([0, i])
+
+
+# ---- decoding
+
+
+def test_decode(path):
+    t = byte_level(path)
+    ids = [264, 259, 266, 268, 265]
+    assert t.decode(ids) == "hello<tool>  "
+    assert t.decode(ids, skip_special=False) == "<|bos|>hello<tool>  <|im_end|>"
+    assert t.decode([]) == ""
+    assert t.decode([0xFF, 256]) == "\ufffdhe"
+
+
+def test_stream_never_cuts_a_character(path):
+    t = byte_level(path)
+    stream = t.stream_decoder()
+    assert [stream.push(i) for i in [256, *"é👋".encode(), 259]] == [
+        *("he", "", "é", "", "", "", "👋", "hello")
+    ]
+    assert stream.finish() == ""
+    stream = t.stream_decoder()
+    assert [stream.push(i) for i in (0xF0, 0x9F, 0xF0)] == ["", "", "\ufffd"]
+    assert stream.finish() == "\ufffd"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 268), max_size=40), st.booleans())
+def test_stream_and_decode_agree(byte_tokenizer, ids, skip):
+    stream = byte_tokenizer.stream_decoder(skip_special=skip)
+    text = "".join(map(stream.push, ids)) + stream.finish()
+    assert text == byte_tokenizer.decode(ids, skip_special=skip)
+    if max(ids, default=0) < 256:
+        assert text == bytes(ids).decode(errors="replace")
+
+
+# ---- SentencePiece
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "She sells sea shells; the shells she sells are surely sea shells.",
+    "for i in range(10):\n\tprint(i, end='')",
+    "Die Würde des Menschen ist unantastbar.",
+    "    four blanks, then  two,   then three",
+    "日本語のテキスト と 中文",
+    "aaaa aaa aa a abababab </b> <b>bold</b> x > y",
+] * 3
+USER_DEFINED = ["<b>", "</b>", "\t", "▁▁", "▁▁▁▁", "▁=▁"]  # blanks as pieces spell them
+
+
+@functools.cache
+def trained(prefix, byte_fallback):
+    """A SentencePiece model, small enough to lack most characters."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420 if byte_fallback else 160,
+        byte_fallback=byte_fallback,
+        add_dummy_prefix=prefix,
+        user_defined_symbols=USER_DEFINED,
+        control_symbols=["<turn>"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+SPM_CASES = [(True, True), (False, True), (True, False), (False, False)]
+
+
+@pytest.fixture(scope="module", params=SPM_CASES, ids=str)
+def pair(request, tmp_path_factory):
+    """A tokenizer of ours and the SentencePiece model that its file was made from."""
+    prefix, byte_fallback = request.param
+    sp = trained(prefix, byte_fallback)
+    ids = range(sp.vocab_size())
+    tokens = [sp.id_to_piece(i) for i in ids]
+    types = [
+        4 if tokens[i] in USER_DEFINED else 6 if sp.is_byte(i) else 3 if sp.is_control(i) else 1
+        for i in ids
+    ]
+    types[sp.unk_id()] = 2
+    assert types.count(4) == len(USER_DEFINED)
+    tokenizer = build(
+        tmp_path_factory.mktemp("spm") / "file",
+        "llama",
+        # as the public converter spells them: user-defined tokens with plain blanks
+        [t.replace("▁", " ") if types[i] == 4 else t for i, t in enumerate(tokens)],
+        scores=[sp.get_score(i) for i in ids],
+        token_type=types,
+        add_space_prefix=prefix,
+        bos_token_id=sp.bos_id(),
+        eos_token_id=sp.eos_id(),
+        unknown_token_id=sp.unk_id(),
+    )
+    return tokenizer, sp
+
+
+SPM_TEXT = st.one_of(
+    UNICODE,
+    st.lists(
+        st.sampled_from([*SENTENCES[:7], *USER_DEFINED, " ", "<s>", "<turn>", "<0x41>", "ß"])
+    ).map("".join),
+    st.text("aeshl .\n\tT<b>/=▁", max_size=60),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(SPM_TEXT)
+def test_ids_are_those_of_sentencepiece(pair, text):
+    tokenizer, sp = pair
+    ids = tokenizer.encode(text, bos=False)
+    assert ids == sp.encode(text)
+    if sp.unk_id() not in ids:
+        assert tokenizer.decode(ids) == text.replace("▁", " ") == sp.decode(ids)
+
+
+def test_sentencepiece_bos_and_control_tokens(pair):
+    tokenizer, sp = pair
+    the = sp.encode("The")
+    assert tokenizer.encode("The") == [sp.bos_id(), *the]
+    turn = sp.piece_to_id("<turn>")
+    ids = tokenizer.encode("The<turn>The", special=True)
+    assert ids == [sp.bos_id(), *the, turn, *the]
+    assert tokenizer.decode(ids) == "TheThe"
+    assert tokenizer.decode(ids, skip_special=False) == "<s>The<turn>The"
+    assert turn not in tokenizer.encode("The<turn>The")
+    assert tokenizer.encode("") == [sp.bos_id()]
+
+
+def test_text_that_continues_keeps_its_blank(pair):
+    tokenizer, sp = pair
+    ids = sp.encode("quick the")[len(sp.encode("quick")) :]
+    assert tokenizer.decode(ids, continues=True) == " the"
+    stream = tokenizer.stream_decoder()
+    assert "".join(map(stream.push, ids)) == " the"
+    stripped = "the" if tokenizer._encoder.prefix else " the"
+    assert tokenizer.decode(ids) == stripped
+
+
+# Score before position, leftmost among equals; a piece that holds a blank inside.
+PIECES_BY_HAND = {"a": 0, "b": 0, "c": 0, "▁": 0, "ab": -2, "bc": -1, "aa": -3, "c▁": -4, "c▁a": -5}
+
+
+def by_hand(path, **keys):
+    tokens = ["<unk>", *PIECES_BY_HAND, "cb"]
+    scores = [0.0, *map(float, PIECES_BY_HAND.values()), 9.0]
+    keys = {"add_space_prefix": False, "unknown_token_id": 0} | keys
+    return build(path, "llama", tokens, scores=scores, token_type=[2] + [1] * 9 + [3], **keys)
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("abc", ["a", "bc"]),
+        ("aaa", ["aa", "a"]),
+        ("abab", ["ab", "ab"]),
+        ("bc a", ["bc", "▁", "a"]),
+        ("c a", ["c▁a"]),
+        ("a a", ["a", "▁", "a"]),
+        ("aXYa", ["a", "<unk>", "a"]),
+        ("X X", ["<unk>", "▁", "<unk>"]),
+        ("cb", ["c", "b"]),  # a control token is no result of a merge
+    ],
+)
+def test_merges_by_hand(path, text, pieces):
+    t = by_hand(path)
+    assert [t.token(i) for i in t.encode(text)] == pieces
+
+
+def test_the_unknown_token_decodes_to_nothing(path):
+    t = by_hand(path)
+    assert t.decode([1, 0, 1]) == "aa" and t.decode([1, 0], skip_special=False) == "a<unk>"
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_lone_surrogates_are_refused(path, model):
+    t = byte_level(path) if model == "gpt2" else by_hand(path)
+    with pytest.raises(ParameterError, match=r"text has '\\ud83d' at position 2, expected no lone"):
+        t.encode("ab\ud83d")
+    with pytest.raises(ParameterError, match="text has type bytes, expected str"):
+        t.encode(b"ab")
+
+
+@pytest.mark.parametrize(
+    "keys, error, message",
+    [
+        ({"pre": "klingon"}, UnsupportedError, "pre has 'klingon', expected one of default, gpt-2"),
+        ({"merges": ["h e", "q"]}, FormatError, "merges does not fit the tokens"),
+        ({"merges": ["h x"]}, FormatError, "merges does not fit the tokens"),
+        ({"merges": [1, 2]}, FormatError, "merges does not fit the tokens"),
+        ({"token_type": [1]}, FormatError, "token_type has 1 values, expected one for each of the"),
+        ({"eos_token_id": 269}, FormatError, "eos_token_id has 269, expected less than 269"),
+        ({"eot_token_id": "no"}, FormatError, r"eot_token_id has 'no' \(str\), expected int"),
+    ],
+)
+def test_bad_byte_level_files(path, keys, error, message):
+    with pytest.raises(error, match=message) as caught:
+        byte_level(path, **keys)
+    assert str(path) in str(caught.value)
+
+
+def test_bad_files(path, tmp_path):
+    with pytest.raises(UnsupportedError, match="model has 'bert', expected one of gpt2, llama"):
+        build(path, "bert", ["a"])
+    with pytest.raises(FormatError, match="tokens holds no strings"):
+        build(tmp_path / "a", "llama", [1, 2])
+    with pytest.raises(FormatError, match="tokenizer.ggml.scores is missing"):
+        build(tmp_path / "b", "llama", ["a"])
+    with pytest.raises(FormatError, match="scores has 1 values, expected one float for each"):
+        build(tmp_path / "c", "llama", ["a", "b"], scores=[0.0])
+    with pytest.raises(FormatError, match="has 0 byte tokens and no unknown token"):
+        build(tmp_path / "d", "llama", ["a"], scores=[0.0])
+
+
+# ---- real models
+
+TRUTH = Path(__file__).with_name("data") / "tokenizer_truth.json"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_real_tokenizers(model_path, name):
+    """Ids made by tools/make_tokenizer_truth.py with transformers and sentencepiece."""
+    truth = json.loads(TRUTH.read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(gguf.read(model_path(name)))
+    for kind in ("plain", "special"):
+        assert len(truth[kind]) == len(truth[name][kind]) > 5
+        for text, ids in zip(truth[kind], truth[name][kind], strict=True):
+            got = tokenizer.encode(text, bos=False, special=kind == "special")
+            assert got == ids, text
+            if kind == "plain":
+                assert tokenizer.decode(ids) == text
+
+
+def test_truth_covers_what_breaks_tokenizers():
+    texts = "".join(json.loads(TRUTH.read_text(encoding="utf-8"))["plain"])
+    assert {unicodedata.category(c) for c in texts} >= {
+        *"Lu Ll Lo Mn Nd No Po Sc So Sm Zs Cf Cc".split()
+    }
+    for pattern in (
+        "\r\n",
+        "\t\t",
+        " {40}",
+        "\n{3}",
+        "\u200d",
+        "[\u4e00-\u9fff]",
+        "[\u0600-\u06ff]",
+    ):
+        assert re.search(pattern, texts), pattern

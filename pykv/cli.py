@@ -86,6 +86,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     parser.add_argument("--kv", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
 
 
@@ -113,13 +114,14 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
         stop=tuple(args.stop),
     )
     llm = LLM(
-        args.model, device=args.device, kv_dtype=args.kv, context=args.ctx, progress=_on_terminal()
+        args.model,
+        device=args.device,
+        kv_dtype=args.kv,
+        weights=args.weights,
+        context=args.ctx,
+        progress=sys.stderr.isatty(),
     )
     return llm, params
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -174,9 +176,9 @@ def _size(args: argparse.Namespace) -> None:
     from pykv.errors import ParameterError
     from pykv.llm import gguf, models
     from pykv.llm.model import read_config
-    from pykv.pool import bytes_per_token, kv_dtype
+    from pykv.pool import bytes_per_token, float_kind
 
-    dtype = kv_dtype(args.kv)
+    dtype = float_kind("--kv", args.kv)
     config = read_config(gguf.read(models.fetch(args.file)))
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:

@@ -11,7 +11,7 @@ from pykv.blocks import PageAllocator
 from pykv.errors import CapacityError, ParameterError
 from pykv.ops import paged_append, paged_decode, prefill
 
-KV_DTYPES = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
+FLOAT_KINDS = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
 
 
 class PagedKVCache:
@@ -51,7 +51,7 @@ class PagedKVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ParameterError(f"PagedKVCache: {name} is {size}, expected at least 1")
-        self.dtype = kv_dtype(dtype)
+        self.dtype = float_kind("dtype", dtype)
         self.page_size = page_size
         shape = (layers, pages, page_size, heads, head_dim)
         try:
@@ -89,15 +89,15 @@ class PagedKVCache:
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
 
-def kv_dtype(name: str) -> np.dtype[Any]:
-    """The element type of a cache kind.
+def float_kind(argument: str, name: str) -> np.dtype[Any]:
+    """The element type that "fp16", "bf16" or "fp32" names.
 
     Raises:
-        ParameterError: no such kind.
+        ParameterError: no such kind; the text names the argument.
     """
-    if name not in KV_DTYPES:
-        raise ParameterError(f"kv_dtype is {name!r}, expected one of {', '.join(KV_DTYPES)}")
-    return KV_DTYPES[name]
+    if name not in FLOAT_KINDS:
+        raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(FLOAT_KINDS)}")
+    return FLOAT_KINDS[name]
 
 
 def bytes_per_token(layers: int, heads: int, head_dim: int, dtype: np.dtype[Any]) -> int:

@@ -40,7 +40,7 @@ def test_sizes_are_checked(name):
 
 
 def test_dtype_is_checked():
-    with pytest.raises(ParameterError, match="kv_dtype is 'int7', expected one of fp16, bf16"):
+    with pytest.raises(ParameterError, match="dtype is 'int7', expected one of fp16, bf16"):
         PagedKVCache(1, 1, 1, 8, dtype="int7")
 
 

@@ -20,7 +20,7 @@ from pykv.llm.chat import chat_prompt
 from pykv.llm.model import Batch, Model, forward, load
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.tokenizer import Tokenizer
-from pykv.pool import PagedKVCache, kv_dtype
+from pykv.pool import PagedKVCache, float_kind
 
 PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
 LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
@@ -77,6 +77,7 @@ class LLM:
         model: "smollm2-135m", "gemma3-270m" (fetched at the first use) or the path of a GGUF file.
         device: "cuda", "cpu", or "auto": the GPU where one is usable.
         kv_dtype: what the cache stores, "fp16", "bf16" or "fp32".
+        weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
         page_size: tokens a page.
@@ -96,16 +97,18 @@ class LLM:
         *,
         device: str = "auto",
         kv_dtype: str = "fp16",
+        weights: str = "fp16",
         context: int | None = None,
         pool_tokens: int | None = None,
         page_size: int = 16,
         progress: bool = False,
     ):
-        check_kv_dtype(kv_dtype)
+        for name, kind in (("kv_dtype", kv_dtype), ("weights", weights)):
+            float_kind(name, kind)  # refuse it before a model is fetched
         self.xp = cuda.array_module(device)
         self.file = gguf.read(models.fetch(str(model)))
         self.tokenizer = Tokenizer.from_file(self.file)
-        self.model = _load(self.file, self.xp, progress)
+        self.model = _load(self.file, self.xp, float_kind("weights", weights), progress)
         limit = self.model.config.context
         if context is not None and not 1 <= context <= limit:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {limit}")
@@ -192,7 +195,7 @@ class LLM:
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer."""
         prompt = chat_prompt(self.file, list(messages))
-        return self.tokenizer.encode(prompt, bos=False, special=True)
+        return self.tokenizer.encode(prompt, special=True)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the start token where the model wants one."""
@@ -417,16 +420,11 @@ def _safe_length(sequence: _Sequence) -> int:
     return len(text) - hold
 
 
-def _load(file: gguf.ModelFile, xp: Any, progress: bool) -> Model:
+def _load(file: gguf.ModelFile, xp: Any, dtype: Any, progress: bool) -> Model:
     if not progress:
-        return load(file, xp)
+        return load(file, xp, dtype=dtype)
     from tqdm import tqdm
 
     total = sum(info.nbytes for info in file.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False) as bar:
-        return load(file, xp, progress=bar.update)
-
-
-def check_kv_dtype(name: str) -> None:
-    """Refuse an unknown kind of cache before a model is fetched or read."""
-    kv_dtype(name)
+        return load(file, xp, dtype=dtype, progress=bar.update)

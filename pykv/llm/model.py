@@ -1,9 +1,9 @@
 """A decoder-only model: its configuration, its weights, and one forward step.
 
 The same `forward` runs on NumPy and on CuPy arrays, because every op decides by its arrays.
-Activations are float32 and the cache has its own dtype. Weights are rounded to float16 on every
-device, so that a CPU and a GPU run the same model; the CPU keeps the rounded values as float32,
-which its matrix products want.
+Activations are float32 and the cache has its own dtype. Weights are rounded to one dtype, float16
+unless asked otherwise, on every device, so that a CPU and a GPU run the same model; the CPU keeps
+the rounded values as float32, which its matrix products want.
 
 Dimensions: T tokens of all sequences, B sequences, M pages a sequence at most, HQ query heads,
 H KV heads, D head size, E embedding, F feed-forward size, V vocabulary.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -274,12 +273,13 @@ REQUIRED = {  # of each layer, beyond the matrices
 }
 
 
-def load(file: ModelFile, xp: Any = np, *, progress: Any = None) -> Model:
+def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: Any = None) -> Model:
     """Read and dequantise every weight.
 
     Args:
         file: an open GGUF file.
         xp: `numpy` or `cupy`; where the weights go.
+        dtype: float16, bfloat16 or float32; what matrices are rounded to. Vectors stay float32.
         progress: called with the bytes of each tensor that has been read.
 
     Raises:
@@ -309,7 +309,7 @@ def load(file: ModelFile, xp: Any = np, *, progress: Any = None) -> Model:
 
     def matrix(roles: dict[str, int], columns: int, i: int = 0) -> Any:
         infos = [find(role, (rows, columns), i) for role, rows in roles.items()]
-        weights = _matrix(xp, infos)
+        weights = _matrix(xp, infos, dtype)
         report(sum(info.nbytes for info in infos))
         return weights
 
@@ -369,15 +369,14 @@ def _vector(xp: Any, info: TensorInfo) -> Any:
     return _floats(xp, info, np.float32).reshape(-1)
 
 
-def _matrix(xp: Any, infos: Iterable[TensorInfo]) -> Any:
+def _matrix(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
     """Matrices one below the other, as one: several projections of one input in one product."""
-    infos = list(infos)
     rows = sum(info.shape[0] for info in infos)
-    out = xp.empty((rows, infos[0].shape[1]), np.float32 if xp is np else np.float16)
+    out = xp.empty((rows, infos[0].shape[1]), np.float32 if xp is np else dtype)
     start = 0
     for info in infos:
         stop = start + info.shape[0]
-        out[start:stop] = _floats(xp, info, np.float16)
+        out[start:stop] = _floats(xp, info, dtype)
         start = stop
     return out
 

@@ -11,7 +11,7 @@ from pykv.blocks import PageAllocator
 from pykv.errors import CapacityError, ParameterError
 from pykv.ops import paged_append, paged_decode, prefill
 
-FLOAT_KINDS = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
+FLOAT_KINDS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
 
 
 class PagedKVCache:
@@ -67,7 +67,8 @@ class PagedKVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V that one token takes in all layers."""
-        return bytes_per_token(len(self.layers), *self.k.shape[-2:], self.dtype)
+        layers, _, _, heads, head_dim = self.k.shape
+        return bytes_per_token(layers, heads, head_dim, self.dtype)
 
     @property
     def nbytes(self) -> int:

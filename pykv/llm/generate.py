@@ -7,7 +7,8 @@ One step of the loop is the same for one prompt and for many: pack the tokens th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,11 +172,12 @@ class LLM:
         Args, Raises: as `generate`. Closing the iterator frees the sequence's pages.
         """
         sequence = self._sequence(prompt, params or SamplingParams())
-        for _ in self._run([sequence]):
-            piece = sequence.text[sequence.emitted : _safe_length(sequence)]
-            sequence.emitted += len(piece)
-            if piece:
-                yield piece
+        with closing(self._run([sequence])) as steps:  # or pages stay taken when we are closed
+            for _ in steps:
+                piece = sequence.text[sequence.emitted : _safe_length(sequence)]
+                sequence.emitted += len(piece)
+                if piece:
+                    yield piece
 
     def chat(
         self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None
@@ -232,7 +234,7 @@ class LLM:
 
     # --- The loop ---
 
-    def _run(self, sequences: list[_Sequence]) -> Iterator[None]:
+    def _run(self, sequences: list[_Sequence]) -> Generator[None, None, None]:
         """Step until every sequence is finished; yields after each step."""
         self._reserve(sequences)
         self.stats = stats = Stats(prompt_tokens=sum(len(s.prompt) for s in sequences))

@@ -1,0 +1,222 @@
+"""Gated activations, residual add and embedding rows.
+
+Dimensions: T tokens, F features of a gated layer, E features of a token, V vocabulary.
+Kernel: kernels_cu/activation.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOATS, INT32, check, like, on_gpu
+from pykv.errors import DtypeError, ParameterError
+
+VARIANTS = [dict(X_T="float", TABLE_T="f16")]
+
+_PER_BLOCK = 1024  # elements
+
+
+def swiglu(x: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """`silu(gate) * up` with `x = [gate | up]` and silu(g) = g / (1 + exp(-g)).
+
+    Args:
+        x: [T, 2F] float32, float16 or bfloat16; tokens at any stride.
+        out: [T, F] dtype of `x`; allocated when missing.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Computes in float32, without overflow.
+    Source: GLU variants (Shazeer, 2020).
+    """
+    return _gated("swiglu", x, out, stream)
+
+
+def geglu(x: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """`gelu(gate) * up` with `x = [gate | up]` and GELU by its tanh approximation, as Gemma has it.
+
+    Arguments, errors and remarks as of `swiglu`. Source of the approximation: Gaussian error linear
+    units (Hendrycks and Gimpel, 2016).
+    """
+    return _gated("geglu", x, out, stream)
+
+
+def add(x: Any, y: Any, *, stream: Any = None) -> None:
+    """`x += y`: the residual connection.
+
+    Args:
+        x: [T, E] float32, float16 or bfloat16; updated in place.
+        y: shape and dtype of `x`.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Adds in float32 and rounds to nearest
+    even, bit-exact.
+    """
+    dims = check("activation.add", x=(x, "T E", FLOATS), y=(y, "T E", getattr(x, "dtype", None)))
+    if dims["T"] * dims["E"] == 0:
+        return
+    if on_gpu(x):
+        _cuda_add(x, y, stream)
+    else:
+        reference_add(x, y)
+
+
+def embed(
+    table: Any,
+    ids: Any,
+    *,
+    scale: float = 1.0,
+    out: Any = None,
+    dtype: Any = np.float32,
+    stream: Any = None,
+) -> Any:
+    """`table[ids] * scale`: the embeddings of tokens.
+
+    Args:
+        table: [V, E] float32, float16 or bfloat16.
+        ids: [T] int32, rows of the table.
+        scale: rounded to float32.
+        out: [T, E] float32, float16 or bfloat16; allocated when missing.
+        dtype: element type of a new array.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype, or `dtype` is none of the three.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `scale` is not finite; on the host also: an id is outside the table.
+
+    Runs where the arrays are. On a GPU it only enqueues, and ids are not range-checked there: one
+    outside the table reads as zeros. Multiplies in float32 and rounds to nearest even, bit-exact.
+    """
+    op = "activation.embed"
+    dims = check(op, table=(table, "V E", FLOATS), ids=(ids, "T", INT32), out=(out, "T E", FLOATS))
+    if not math.isfinite(scale):
+        raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
+    gpu = on_gpu(table)
+    if not gpu:
+        _check_ids(op, ids, dims["V"])
+    if out is None:
+        if np.dtype(dtype) not in FLOATS:
+            raise DtypeError(
+                f"{op}: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16"
+            )
+        out = like(table, (dims["T"], dims["E"]), dtype)
+    if dims["T"] * dims["E"] == 0:
+        return out
+    if gpu:
+        _cuda_embed(table, ids, scale, out, stream)
+    else:
+        out[...] = reference_embed(table, ids, scale)
+    return out
+
+
+def reference(name: str, x: Any) -> Any:
+    """The definition of `swiglu` and `geglu`, in NumPy, and what the kernels are tested against."""
+    wide = x.astype(np.result_type(x.dtype, np.float32))
+    gate, up = np.split(wide, 2, axis=-1)
+    with np.errstate(over="ignore"):  # the cube, whose sigmoid is then 0 or 1
+        u = gate if name == "swiglu" else 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    z = np.exp(-np.abs(u))  # (1 + tanh(u / 2)) / 2 = 1 / (1 + exp(-u)), which does not cancel
+    sigmoid = np.where(u < 0, z, 1) / (1 + z)
+    return (gate * sigmoid * up).astype(x.dtype)
+
+
+def reference_add(x: Any, y: Any) -> None:
+    """The definition of `add`, in NumPy."""
+    x += y
+
+
+def reference_embed(table: Any, ids: Any, scale: float) -> Any:
+    """The definition of `embed`, in NumPy: float32 rows."""
+    return table[ids].astype(np.float32) * np.float32(scale)
+
+
+def _check_ids(op: str, ids: Any, V: int) -> None:
+    wrong = np.flatnonzero((ids < 0) | (ids >= V))
+    if len(wrong):
+        index = int(wrong[0])
+        raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {V - 1}")
+
+
+def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
+    # Contiguous tokens may have any size; a GPU wants tokens at another stride to be aligned.
+    flags = getattr(x, "flags", None)
+    spec = "T 2F" if flags is not None and flags.c_contiguous else "T | 2F"
+    dims = check(
+        f"activation.{name}",
+        x=(x, spec, FLOATS),
+        out=(out, "T F", getattr(x, "dtype", None)),
+    )
+    T, F = dims["T"], dims["F"]
+    if out is None:
+        out = like(x, (T, F), x.dtype)
+    if T * F == 0:
+        return out
+    if on_gpu(x):
+        _cuda_gated(name, x, out, stream)
+    else:
+        out[...] = reference(name, x)
+    return out
+
+
+def _cuda_gated(name: str, x: Any, out: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    T, F = out.shape
+    kernel = _kernel(name, x.dtype)
+    x_stride = np.int64(x.strides[0] // x.itemsize)
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, (T, -(-F // _PER_BLOCK)), 128, out, x, x_stride, np.int32(F))
+
+
+def _cuda_add(x: Any, y: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    kernel = _kernel("add", x.dtype)
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, np.int64(x.size))
+
+
+def _cuda_embed(table: Any, ids: Any, scale: float, out: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    T, E = out.shape
+    kernel = _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype])
+    grid = (T, -(-E // _PER_BLOCK))
+    with cuda.on_stream(stream):
+        cuda.launch(
+            kernel,
+            grid,
+            128,
+            out,
+            table,
+            ids,
+            np.float32(scale),
+            np.int32(table.shape[0]),
+            np.int32(E),
+        )
+
+
+def _kernel(name: str, dtype: Any, table: str = "f16") -> Any:
+    """One cubin holds all four kernels; those without a table share that of the usual one."""
+    from pykv import cuda
+
+    return cuda.kernel("activation", name, X_T=cuda.TYPE_NAMES[dtype], TABLE_T=table)

@@ -1,0 +1,120 @@
+"""Scale rows to unit root mean square.
+
+Dimensions: T tokens, H heads, D elements that are normalised together.
+Kernel: kernels_cu/norm.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOATS, check, like, on_gpu
+from pykv.errors import ParameterError
+
+VARIANTS = [dict(X_T="float", W_T="float")]
+
+_WARP_MAX_D = 512  # up to here a warp takes a row: heads; above, a block: model widths
+_ROWS_PER_BLOCK = 8  # of the warp kernel
+
+
+def rms_norm(
+    x: Any,
+    weight: Any,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """`x / sqrt(mean(x**2) + eps) * (weight + offset)` over the last dimension.
+
+    Args:
+        x: [T, D], or [T, H, D] to normalise each head on its own; float32, float16 or bfloat16;
+            tokens at any stride.
+        weight: [D] float32, float16 or bfloat16.
+        eps: added to the mean square.
+        offset: added to the weights; 1 where a checkpoint stores them minus one, as Gemma's do.
+        out: shape and dtype of `x`, tokens at any stride; may be `x` itself. Allocated when
+            missing.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `eps` is not positive and finite, or `offset` not finite.
+
+    Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32. A row's result
+    does not depend on the other rows. Source: RMSNorm (Zhang and Sennrich, 2019).
+    """
+    op = "norm.rms_norm"
+    row = "H D" if getattr(x, "ndim", 2) == 3 else "D"
+    dims = check(
+        op,
+        x=(x, _spec(x, row), FLOATS),
+        weight=(weight, "D", FLOATS),
+        out=(out, _spec(out, row), getattr(x, "dtype", None)),
+    )
+    if not 0 < eps < math.inf:
+        raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
+    if not math.isfinite(offset):
+        raise ParameterError(f"{op}: offset is {offset}, expected a finite number")
+    if out is None:
+        out = like(x, x.shape, x.dtype)
+    if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
+        return out
+    if on_gpu(x):
+        _cuda(x, weight, eps, offset, out, stream)
+    else:
+        out[...] = reference(x, weight, eps, offset)
+    return out
+
+
+def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
+    """The definition, in NumPy: what `rms_norm` computes, and what the kernel is tested against."""
+    wide = x.astype(np.result_type(x.dtype, np.float32))
+    mean = np.mean(wide * wide, axis=-1, keepdims=True)
+    scale = 1 / np.sqrt(mean + wide.dtype.type(eps))
+    return (wide * (scale * (weight.astype(wide.dtype) + wide.dtype.type(offset)))).astype(x.dtype)
+
+
+def _cuda(x: Any, weight: Any, eps: float, offset: float, out: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    T, D = x.shape[0], x.shape[-1]
+    H = x.shape[1] if x.ndim == 3 else 1
+    by_warp = D <= _WARP_MAX_D
+    kernel = cuda.kernel(
+        "norm",
+        "rms_norm_warp" if by_warp else "rms_norm",
+        X_T=cuda.TYPE_NAMES[x.dtype],
+        W_T=cuda.TYPE_NAMES[weight.dtype],
+    )
+    with cuda.on_stream(stream):
+        cuda.launch(
+            kernel,
+            -(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
+            256,
+            out,
+            x,
+            weight,
+            np.int64(out.strides[0] // out.itemsize),
+            np.int64(x.strides[0] // x.itemsize),
+            np.int32(T * H),
+            np.int32(H),
+            np.int32(D),
+            np.float32(eps),
+            np.float32(offset),
+        )
+
+
+def _spec(array: Any, row: str) -> str:
+    """Contiguous rows may have any size; a GPU wants rows at another stride to be aligned."""
+    flags = getattr(array, "flags", None)
+    return f"T {row}" if flags is not None and flags.c_contiguous else f"T | {row}"

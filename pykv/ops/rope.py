@@ -1,0 +1,181 @@
+"""Rotary position embedding of queries and keys.
+
+Dimensions: T tokens, HQ query heads, H KV heads, D head size, F rotated pairs of a head.
+Kernel: kernels_cu/rope.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOAT32, FLOATS, INT32, check, on_gpu
+from pykv.errors import ParameterError, ShapeError
+
+VARIANTS = [dict(X_T="float")]
+
+PAIRINGS = ("half", "adjacent")
+SCALINGS = ("none", "linear", "llama3")
+
+_HEADS_PER_THREAD = 4
+
+
+def rotate(
+    q: Any,
+    k: Any,
+    positions: Any,
+    inv_freq: Any,
+    *,
+    pairing: str = "half",
+    stream: Any = None,
+) -> None:
+    """Rotate pair j of every head by the angle `positions[t] * inv_freq[j]`, in place.
+
+    A pair (a, b) becomes (a cos - b sin, a sin + b cos). The first 2F elements of a head are
+    rotated, the others stay.
+
+    Args:
+        q: [T, HQ, D] float32, float16 or bfloat16; tokens at any stride.
+        k: [T, H, D] dtype of `q`; tokens at any stride.
+        positions: [T] int32.
+        inv_freq: [F] float32, radians per position, 2F <= D; see `frequencies`.
+        pairing: "half" pairs elements (j, j + F), "adjacent" pairs (2j, 2j + 1).
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ShapeError: dimensions disagree, or 2F exceeds D.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `pairing` is unknown.
+
+    Runs where the arrays are; on a GPU it only enqueues. Angles are computed in double precision,
+    sine and cosine are rounded to float32. Source: RoFormer (Su et al., 2021).
+    """
+    op = "rope.rotate"
+    dims = check(
+        op,
+        q=(q, "T | HQ D", FLOATS),
+        k=(k, "T | H D", getattr(q, "dtype", None)),
+        positions=(positions, "T", INT32),
+        inv_freq=(inv_freq, "F", FLOAT32),
+    )
+    T, D, F = dims["T"], dims["D"], dims["F"]
+    if pairing not in PAIRINGS:
+        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {PAIRINGS}")
+    if 2 * F > D:
+        raise ShapeError(f"{op}: inv_freq has F={F}, expected at most D / 2 = {D // 2}")
+    if T * F * (dims["HQ"] + dims["H"]) == 0:
+        return
+    if on_gpu(q):
+        _cuda(q, k, positions, inv_freq, pairing, stream)
+    else:
+        reference(q, k, positions, inv_freq, pairing)
+
+
+def reference(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str) -> None:
+    """The definition, in NumPy: what `rotate` computes, and what the kernel is tested against."""
+    F = len(inv_freq)
+    first, second = (
+        (slice(0, F), slice(F, 2 * F))
+        if pairing == "half"
+        else (slice(0, 2 * F, 2), slice(1, 2 * F, 2))
+    )
+    wide = np.result_type(q.dtype, np.float32)
+    angles = positions.astype(np.float64)[:, None, None] * inv_freq.astype(np.float64)
+    sine, cosine = np.sin(angles).astype(wide), np.cos(angles).astype(wide)
+    for x in (q, k):
+        a, b = x[..., first].astype(wide), x[..., second].astype(wide)
+        x[..., first] = a * cosine - b * sine
+        x[..., second] = a * sine + b * cosine
+
+
+def frequencies(
+    dim: int,
+    base: float,
+    *,
+    scaling: str = "none",
+    factor: float = 1.0,
+    low_factor: float = 1.0,
+    high_factor: float = 4.0,
+    original_context: int = 8192,
+    divisors: Any = None,
+) -> Any:
+    """The angles per position, base ** (-2j / dim) for j < dim / 2, stretched for long contexts.
+
+    Args:
+        dim: elements of a head that are rotated; even.
+        base: 10000 in the paper, 500000 in Llama 3.
+        scaling: "none"; "linear" divides by `factor`; "llama3" divides by `factor` where the
+            wavelength 2 pi / f is above original_context / low_factor tokens, keeps f where it is
+            below original_context / high_factor, and between the two goes from one to the other
+            linearly in original_context / wavelength.
+        factor, low_factor, high_factor, original_context: of the scaling.
+        divisors: NumPy [dim / 2], divides the result; GGUF's tensor rope_freqs.weight.
+
+    Returns:
+        NumPy float32 [dim / 2], radians per position; computed in float64.
+
+    Raises:
+        ParameterError: a value is out of its range.
+        ShapeError: `divisors` has another shape.
+
+    Sources: RoFormer (Su et al., 2021); position interpolation (Chen et al., 2023) for "linear";
+    the scaling that Meta published with Llama 3.1 for "llama3".
+    """
+    op = "rope.frequencies"
+    for name, value, valid, expected in (
+        ("dim", dim, dim > 0 and dim % 2 == 0, "a positive even number"),
+        ("base", base, 0 < base < math.inf, "a positive finite number"),
+        ("scaling", repr(scaling), scaling in SCALINGS, f"one of {SCALINGS}"),
+        ("factor", factor, 0 < factor < math.inf, "a positive finite number"),
+        ("low_factor", low_factor, 0 < low_factor < math.inf, "a positive finite number"),
+        ("high_factor", high_factor, low_factor < high_factor < math.inf, "more than low_factor"),
+        ("original_context", original_context, original_context > 0, "a positive number"),
+    ):
+        if not valid:
+            raise ParameterError(f"{op}: {name} is {value}, expected {expected}")
+    freq = float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if scaling == "linear":
+        freq /= factor
+    elif scaling == "llama3":
+        waves = original_context * freq / (2 * math.pi)  # wavelengths in the original context
+        keep = np.clip((waves - low_factor) / (high_factor - low_factor), 0, 1)
+        freq *= keep + (1 - keep) / factor
+    if divisors is not None:
+        divisors = np.asarray(divisors, np.float64)
+        if divisors.shape != freq.shape:
+            raise ShapeError(f"{op}: divisors has shape {divisors.shape}, expected {freq.shape}")
+        if not ((divisors > 0) & np.isfinite(divisors)).all():
+            raise ParameterError(f"{op}: divisors has values that are not positive and finite")
+        freq /= divisors
+    return freq.astype(np.float32)
+
+
+def _cuda(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str, stream: Any) -> None:
+    from pykv import cuda
+
+    T, HQ, D = q.shape
+    H, F = k.shape[1], len(inv_freq)
+    kernel = cuda.kernel("rope", "rope", X_T=cuda.TYPE_NAMES[q.dtype])
+    width = min(-(-F // 32) * 32, 256)  # threads along the pairs; the others along the heads
+    height = 256 // width
+    with cuda.on_stream(stream):
+        cuda.launch(
+            kernel,
+            (T, -(-(HQ + H) // (height * _HEADS_PER_THREAD))),
+            (width, height),
+            q,
+            k,
+            positions,
+            inv_freq,
+            np.int64(q.strides[0] // q.itemsize),
+            np.int64(k.strides[0] // k.itemsize),
+            np.int32(HQ),
+            np.int32(H),
+            np.int32(D),
+            np.int32(F),
+            np.int32(1 if pairing == "half" else 2),
+            np.int32(F if pairing == "half" else 1),
+        )

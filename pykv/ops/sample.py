@@ -1,0 +1,267 @@
+"""Choose the next token of each sequence from its logits.
+
+Dimensions: B sequences, V vocabulary.
+Kernel: kernels_cu/sample.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOAT32, INT32, UINT64, check, like, on_gpu
+from pykv.errors import ParameterError, ShapeError
+
+VARIANTS: list[dict[str, int | str]] = [{}]
+
+MAX_V = 2**23  # weights up to 2^40 then add up below 2^63
+
+# Levels: how far a probability lies below the largest, in 2^-26 of a halving.
+_STEP_BITS = 26
+_LAST_LEVEL = 40 << _STEP_BITS  # of weight 1; below it no token is drawn
+_STEPS_PER_NAT = np.float32(1.4426950408889634) * np.float32(1 << _STEP_BITS)
+
+# Minimax polynomial of 2^-y on 0 .. 1 with exact ends, in units of 2^-32:
+# 1 - y (c0 - y (c1 - y (c2 - ...))).
+_POWER = (2977044050, 1031756795, 238335112, 41149757, 5481172, 470133)
+
+
+def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """The index of the largest logit of each row, the lowest where several are equal.
+
+    Args:
+        logits: [B, V] float32, V from 1 to MAX_V. NaN is ignored; a row of NaN alone gives 0.
+        out: [B] int32; allocated when missing.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree, or V is out of its range.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Exact.
+    """
+    op = "sample.argmax"
+    dims = check(op, logits=(logits, "B V", FLOAT32), out=(out, "B", INT32))
+    _check_vocabulary(op, dims["V"])
+    if out is None:
+        out = like(logits, (dims["B"],), np.int32)
+    if dims["B"] == 0:
+        return out
+    if on_gpu(logits):
+        _cuda_argmax(logits, out, stream)
+    else:
+        out[:] = reference_argmax(logits)
+    return out
+
+
+def sample(
+    logits: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seeds: Any,
+    steps: Any,
+    *,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Draw a token from softmax(logits / temperature) of each row, after its filters.
+
+    The filters drop tokens in this order, likelier tokens first and lower indices first among
+    equals; it is the order of vLLM, while llama.cpp applies the temperature last by default:
+    min_p keeps the tokens with p >= min_p * p_max; top_k the first k of those left; top_p the
+    shortest prefix of those left whose mass reaches top_p of theirs, at least one token. The draw
+    is by inverse CDF over the kept tokens in the order of their indices.
+
+    Args:
+        logits: [B, V] float32, V from 1 to MAX_V. NaN and -inf are never drawn.
+        temperature: [B] float32, finite and at least 0; 0 takes `argmax`.
+        top_k: [B] int32, at least 0; 0 is off, 1 takes `argmax`.
+        top_p: [B] float32, above 0 and at most 1; 1 is off.
+        min_p: [B] float32, 0 to 1; 0 is off.
+        seeds: [B] uint64.
+        steps: [B] int32, at least 0; index of the token that is drawn. The random number is a
+            function of seed and step alone.
+        out: [B] int32; allocated when missing.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or a new array. A row whose largest logit is -inf or NaN takes `argmax`.
+
+    Raises:
+        ShapeError: dimensions disagree, or V is out of its range.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: on the host, a parameter is out of its range.
+
+    Runs where the arrays are. On a GPU it only enqueues, and parameters are not range-checked
+    there: a temperature that is not above 0 takes `argmax`; top_k below 0 is off; top_p and min_p
+    are clamped to 0 .. 1, NaN to 0, and a top_p of 0 keeps one token.
+
+    Host and GPU choose the same token, bit for bit. Both turn a logit into a level with three
+    float32 operations that IEEE 754 defines, (max - logit) * (2^26 log2(e) / temperature)
+    truncated, and go on with integers: a token of level n weighs 2^(40 - n / 2^26), as a
+    polynomial in fixed point, so that sums are exact in any order. Tokens of one level count as
+    equally likely; those below 2^-40 of the largest probability are never drawn.
+    Random numbers: splitmix64 (Steele, Lea and Flood, 2014), as 64-bit fractions.
+    """
+    op = "sample.sample"
+    dims = check(
+        op,
+        logits=(logits, "B V", FLOAT32),
+        temperature=(temperature, "B", FLOAT32),
+        top_k=(top_k, "B", INT32),
+        top_p=(top_p, "B", FLOAT32),
+        min_p=(min_p, "B", FLOAT32),
+        seeds=(seeds, "B", UINT64),
+        steps=(steps, "B", INT32),
+        out=(out, "B", INT32),
+    )
+    _check_vocabulary(op, dims["V"])
+    gpu = on_gpu(logits)
+    if not gpu:
+        _check_parameters(op, temperature, top_k, top_p, min_p, steps)
+    if out is None:
+        out = like(logits, (dims["B"],), np.int32)
+    if dims["B"] == 0:
+        return out
+    if gpu:
+        _cuda_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out, stream)
+    else:
+        out[:] = reference(logits, temperature, top_k, top_p, min_p, seeds, steps)
+    return out
+
+
+def reference_argmax(logits: Any) -> Any:
+    """The definition of `argmax`, in NumPy."""
+    known = np.where(np.isnan(logits), -np.inf, logits)
+    best = np.argmax(known, axis=1)
+    only = np.isneginf(known[np.arange(len(best)), best])  # then NaN must not win over -inf
+    best[only] = np.argmax(np.isneginf(logits[only]), axis=1)
+    return best.astype(np.int32)
+
+
+def reference(
+    logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seeds: Any, steps: Any
+) -> Any:
+    """The definition of `sample`, in NumPy: what the kernel is tested against."""
+    tokens = reference_argmax(logits)
+    for b, best in enumerate(tokens):
+        if temperature[b] > 0 and top_k[b] != 1 and logits[b, best] > -np.inf:
+            random = _random(int(seeds[b]), int(steps[b]))
+            tokens[b] = _draw(
+                logits[b], logits[b, best], temperature[b], top_k[b], top_p[b], min_p[b], random
+            )
+    return tokens
+
+
+def _draw(
+    logits: Any, largest: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, random: int
+) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):
+        levels = (largest - logits) * (_STEPS_PER_NAT / temperature)
+    levels[logits == largest] = 0
+    tokens = np.flatnonzero(levels <= _LAST_LEVEL)
+    levels = levels[tokens].astype(np.uint64)
+    weights = _weights(levels)
+    if min_p > 0:
+        likely = weights >= np.uint64(float(min_p) * 2.0**40)
+        tokens, levels, weights = tokens[likely], levels[likely], weights[likely]
+    if 0 < top_k < len(tokens) or top_p < 1:
+        places = np.arange(len(tokens), dtype=np.uint64)
+        order = np.sort(levels << np.uint64(32) | places) & np.uint64(2**32 - 1)
+        if top_k > 0:
+            order = order[:top_k]
+        if top_p < 1:
+            masses = np.cumsum(weights[order])
+            goal = max(int(float(top_p) * 2.0**64) * int(masses[-1]) >> 64, 1)
+            order = order[: np.searchsorted(masses, np.uint64(goal)) + 1]
+        kept = np.sort(order)
+        tokens, weights = tokens[kept], weights[kept]
+    masses = np.cumsum(weights)
+    goal = random * int(masses[-1]) >> 64
+    return tokens[np.searchsorted(masses, np.uint64(goal), side="right")]
+
+
+def _weights(levels: Any) -> Any:
+    """2^(40 - level / 2^26) in integers; off by less than 5e-9 of itself, never rising."""
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    y = levels << np.uint64(32 - _STEP_BITS) & low  # the part after the point
+    t = np.uint64(_POWER[-1])
+    for c in reversed(_POWER[:-1]):
+        t = np.uint64(c) - (y * t >> half)
+    power = np.uint64(1 << 32) - (y * t >> half)
+    return power << np.uint64(8) >> (levels >> np.uint64(_STEP_BITS))
+
+
+def _random(seed: int, step: int) -> int:
+    """64 random bits."""
+    return _mix(_mix(seed) + (step + 1) * 0x9E3779B97F4A7C15)
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x &= 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def _check_vocabulary(op: str, V: int) -> None:
+    if not 1 <= V <= MAX_V:
+        raise ShapeError(f"{op}: logits has V={V}, expected 1 to {MAX_V}")
+
+
+def _check_parameters(
+    op: str, temperature: Any, top_k: Any, top_p: Any, min_p: Any, steps: Any
+) -> None:
+    for name, values, valid, expected in (
+        (
+            "temperature",
+            temperature,
+            (temperature >= 0) & np.isfinite(temperature),
+            "a finite number of at least 0",
+        ),
+        ("top_k", top_k, top_k >= 0, "at least 0"),
+        ("top_p", top_p, (top_p > 0) & (top_p <= 1), "above 0 and at most 1"),
+        ("min_p", min_p, (min_p >= 0) & (min_p <= 1), "0 to 1"),
+        ("steps", steps, steps >= 0, "at least 0"),
+    ):
+        if not valid.all():
+            row = int(np.argmin(valid))
+            raise ParameterError(f"{op}: {name}[{row}] is {values[row]}, expected {expected}")
+
+
+def _cuda_argmax(logits: Any, out: Any, stream: Any) -> None:
+    from pykv import cuda
+
+    B, V = logits.shape
+    kernel = cuda.kernel("sample", "argmax")
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, B, 1024, out, logits, np.int32(V))
+
+
+def _cuda_sample(
+    logits: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    seeds: Any,
+    steps: Any,
+    out: Any,
+    stream: Any,
+) -> None:
+    from pykv import cuda
+
+    B, V = logits.shape
+    kernel = cuda.kernel("sample", "sample")
+    arrays = (out, logits, temperature, top_k, top_p, min_p, seeds, steps)
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, B, 1024, *arrays, np.int32(V))

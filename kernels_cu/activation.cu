@@ -1,0 +1,111 @@
+// activation.cu: gated activations, residual add and embedding rows.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/activation.py):
+//   swiglu, geglu   out            [T, F]    X_T
+//                   x       const  [T, 2F]   X_T, gate then up; token stride x_stride elements
+//   add             x              [count]   X_T, updated in place, x += y
+//                   y       const  [count]   X_T; may be x
+//   embed           out            [T, E]    X_T
+//                   table   const  [V, E]    TABLE_T
+//                   ids     const  [T] int32; outside 0 .. V-1: a row of zeros
+// Defines:  X_T, TABLE_T = float, f16 or bf16; TABLE_T concerns embed alone
+// Launch:   block (128), eight elements a thread. swiglu, geglu: grid (T, F / 1024 rounded up);
+//           embed: grid (T, E / 1024 rounded up); add: grid (count / 1024 rounded up).
+//           Arrays are 16-byte aligned, and so are the rows of x where F % 8 == 0
+// Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
+//           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
+// Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
+#include "common.cuh"
+
+#if !defined(X_T) || !defined(TABLE_T)
+#error "activation.cu needs X_T and TABLE_T"
+#endif
+
+constexpr int THREADS = 128;
+
+// 1 / (1 + exp(-x)) without overflow.
+__device__ __forceinline__ float sigmoid(float x) {
+    const float z = expf(-fabsf(x));
+    return (x < 0.0f ? z : 1.0f) / (1.0f + z);
+}
+
+struct Silu {
+    static __device__ __forceinline__ float of(float x) { return x * sigmoid(x); }
+};
+
+// The tanh approximation of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel.
+struct Gelu {
+    static __device__ __forceinline__ float of(float x) {
+        constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+        return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
+    }
+};
+
+template <typename Activation>
+__device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __restrict__ x,
+                                         i64 x_stride, int F) {
+    const X_T* gate = x + blockIdx.x * x_stride;
+    const X_T* up = gate + F;
+    out += (i64)blockIdx.x * F;
+    const int first = (blockIdx.y * THREADS + threadIdx.x) * 8;
+    if (F % 8 == 0) {
+        if (first >= F) return;
+        float g[8], u[8];
+        load8(g, gate + first);
+        load8(u, up + first);
+#pragma unroll
+        for (int i = 0; i < 8; i++) g[i] = Activation::of(g[i]) * u[i];
+        store8(out + first, g);
+    } else {
+        for (int i = first; i < min(first + 8, F); i++) {
+            out[i] = from_float<X_T>(Activation::of(to_float(gate[i])) * to_float(up[i]));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+swiglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
+    gate_row<Silu>(out, x, x_stride, F);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+geglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
+    gate_row<Gelu>(out, x, x_stride, F);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+add(X_T* x, const X_T* y, i64 count) {
+    const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 8;
+    if (first + 8 <= count) {
+        float a[8], b[8];
+        load8(a, x + first);
+        load8(b, y + first);
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i] += b[i];
+        store8(x + first, a);
+    } else {
+        for (i64 i = first; i < count; i++) x[i] = from_float<X_T>(to_float(x[i]) + to_float(y[i]));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+embed(X_T* __restrict__ out, const TABLE_T* __restrict__ table, const int* __restrict__ ids,
+      float scale, int V, int E) {
+    const int id = ids[blockIdx.x];
+    const bool known = id >= 0 && id < V;
+    const TABLE_T* row = table + (i64)(known ? id : 0) * E;
+    out += (i64)blockIdx.x * E;
+    const int first = (blockIdx.y * THREADS + threadIdx.x) * 8;
+    if (E % 8 == 0) {
+        if (first >= E) return;
+        float x[8] = {};
+        if (known) load8(x, row + first);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= scale;
+        store8(out + first, x);
+    } else {
+        for (int i = first; i < min(first + 8, E); i++) {
+            out[i] = from_float<X_T>(known ? to_float(row[i]) * scale : 0.0f);
+        }
+    }
+}

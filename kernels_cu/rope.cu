@@ -1,0 +1,78 @@
+// rope.cu: rotate pairs of elements of query and key heads, further at each position.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/rope.py):
+//   q                 [T, HQ, D]     X_T, token stride q_stride elements, updated in place
+//   k                 [T, H, D]      X_T, token stride k_stride elements, updated in place
+//   positions  const  [T] int32
+//   inv_freq   const  [F] float      radians per position; 2 * F <= D
+// Scalars:  pair j of a head is its elements j * step and j * step + gap: step 1, gap F (half) or
+//           step 2, gap 1 (adjacent)
+// Defines:  X_T = float, f16 or bf16
+// Launch:   grid (T, (HQ + H) / (4 * blockDim.y) rounded up), block (x, y) with x * y <= 256;
+//           a thread takes one pair of four heads, which share sine and cosine
+// Traffic:  T * (HQ + H) * 4 * F * sizeof(X_T) bytes
+// Order:    no atomics, no sums
+#include "common.cuh"
+
+#ifndef X_T
+#error "rope.cu needs X_T"
+#endif
+
+constexpr int HEADS = 4;  // of a thread
+
+// Sine and cosine of `angle` radians; both are off by less than 1e-7 for |angle| up to 2^31.
+// The angle stays in double until it is within a quarter turn of zero. Then Taylor series serve:
+// the first term left out is below 2e-9 at pi / 4.
+__device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine) {
+    constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
+    const double turns = rint(angle * 0.6366197723675814);  // quarters of a turn: 2 / pi
+    const float x = (float)fma(-turns, HALF_PI_REST, fma(-turns, HALF_PI, angle));
+    const float y = x * x;
+    float s = 1.0f / 362880;
+    s = s * y - 1.0f / 5040;
+    s = s * y + 1.0f / 120;
+    s = s * y - 1.0f / 6;
+    s = s * y * x + x;
+    float c = -1.0f / 3628800;
+    c = c * y + 1.0f / 40320;
+    c = c * y - 1.0f / 720;
+    c = c * y + 1.0f / 24;
+    c = c * y - 0.5f;
+    c = c * y + 1.0f;
+    const int quarter = (int)((i64)turns & 3);
+    sine = quarter & 1 ? c : s;
+    cosine = quarter & 1 ? s : c;
+    if (quarter & 2) sine = -sine;
+    if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+rope(X_T* __restrict__ q, X_T* __restrict__ k, const int* __restrict__ positions,
+     const float* __restrict__ inv_freq, i64 q_stride, i64 k_stride, int HQ, int H, int D, int F,
+     int step, int gap) {
+    const i64 token = blockIdx.x;
+    const double position = positions[token];
+    const int first = blockIdx.y * blockDim.y * HEADS + threadIdx.y;
+    for (int j = threadIdx.x; j < F; j += blockDim.x) {
+        float sine, cosine;
+        sin_cos(position * inv_freq[j], sine, cosine);
+        X_T* pair[HEADS];
+        float a[HEADS], b[HEADS];
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {  // all loads before the first store
+            const int head = first + i * blockDim.y;
+            if (head >= HQ + H) continue;
+            pair[i] = head < HQ ? q + token * q_stride + (i64)head * D
+                                : k + token * k_stride + (i64)(head - HQ) * D;
+            pair[i] += j * step;
+            a[i] = to_float(pair[i][0]);
+            b[i] = to_float(pair[i][gap]);
+        }
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {
+            if (first + i * (int)blockDim.y >= HQ + H) continue;
+            pair[i][0] = from_float<X_T>(a[i] * cosine - b[i] * sine);
+            pair[i][gap] = from_float<X_T>(a[i] * sine + b[i] * cosine);
+        }
+    }
+}

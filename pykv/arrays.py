@@ -36,40 +36,73 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
             stride; the others must be contiguous. `dtypes` is a dtype or a tuple of allowed ones.
             An array that is None is skipped.
 
+    Returns:
+        The size of every word; shared between calls, so not to be changed.
+
     Raises:
         ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
         DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
         DeviceError: host and device arrays are mixed, or a device array is not on the current GPU.
     """
+    key: list[Any] = [op]
+    try:
+        for array, spec, dtypes in arguments.values():
+            if array is None:
+                key.append(None)
+            else:
+                key += (type(array), array.shape, array.strides, array.dtype, spec, dtypes)
+        found = _passed.get(tuple(key))
+    except (AttributeError, TypeError):  # not an array; _check_layout says so
+        found = None
+    if found is None:
+        found = _check_layout(op, arguments)
+        if len(_passed) >= 4096:  # shapes that change all the time must not fill the memory
+            _passed.clear()
+        _passed[tuple(key)] = found
+    sizes, vectors = found
+    if vectors is not None:
+        _check_addresses(op, arguments, vectors)
+    return sizes
+
+
+# What `check` has seen pass: sizes, and for GPU arrays whether each must start at a vector's
+# address. A decode step makes the same 300 calls a token, so the work is done once.
+_passed: dict[tuple[Any, ...], tuple[dict[str, int], list[bool] | None]] = {}
+
+
+def _check_layout(
+    op: str, arguments: dict[str, tuple[Any, str, Any]]
+) -> tuple[dict[str, int], list[bool] | None]:
+    """All that types, shapes, strides and dtypes decide."""
     cupy = sys.modules.get("cupy")
     sizes: dict[str, int] = {}
-    device = None  # -1 is the host
+    vectors: list[bool] = []
+    first, first_on_host = "", True
     for name, (array, spec, dtypes) in arguments.items():
         if array is None:
+            vectors.append(False)
             continue
-        if isinstance(array, np.ndarray):
-            where = -1
-        elif cupy is not None and isinstance(array, cupy.ndarray):
-            where = array.data.device_id
-        else:
+        on_host = isinstance(array, np.ndarray)
+        if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
             raise DtypeError(
                 f"{op}: {name} is a {type(array).__name__}, expected a NumPy or CuPy array "
                 "(pykv.asarray takes torch, JAX and other arrays)"
             )
-        if device is None:
-            device, first = where, name
-        elif where != device:
+        if not first:
+            first, first_on_host = name, on_host
+        elif on_host != first_on_host:
+            places = ("a GPU", "the host")
             raise DeviceError(
-                f"{op}: {name} is on {_place(where)}, expected {_place(device)} like {first}"
+                f"{op}: {name} is on {places[on_host]}, expected {places[first_on_host]} "
+                f"like {first}"
             )
-        dtype = array.dtype
+        shape, strides, dtype = array.shape, array.strides, array.dtype
         if (dtype not in dtypes) if isinstance(dtypes, tuple) else (dtype != dtypes):
             raise DtypeError(f"{op}: {name} has dtype {dtype}, expected {_names(dtypes)}")
         words, loose, derived = _parse(spec)
-        shape = array.shape
         if len(shape) != len(words):
             raise ShapeError(f"{op}: {name} has shape {shape}, expected [{spec}]")
-        for word, size in zip(words, shape):  # noqa: B905 - lengths agree and this runs often
+        for word, size in zip(words, shape, strict=True):
             if sizes.setdefault(word, size) != size:
                 raise ShapeError(
                     f"{op}: {name} has {word}={size}, expected {word}={sizes[word]} ([{spec}])"
@@ -78,21 +111,40 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
             _relate(op, name, spec, sizes, *formula)
         if not array.flags.c_contiguous and not (loose and _rows_contiguous(array, loose)):
             raise ShapeError(
-                f"{op}: {name} has strides {array.strides} for shape {shape}, expected "
+                f"{op}: {name} has strides {strides} for shape {shape}, expected "
                 f"{'contiguous rows' if loose else 'a contiguous array'} ([{spec}])"
             )
-        if where >= 0 and len(words) > 1 and dtype.kind != "i" and not _is_aligned(array, loose):
-            raise ShapeError(
-                f"{op}: {name} has address {array.data.ptr:#x} and strides {array.strides}, "
-                f"expected multiples of {VECTOR_BYTES} bytes"
-            )
-    if device is not None and device >= 0:
-        current = cupy.cuda.runtime.getDevice()  # type: ignore[union-attr]
-        if device != current:
+        # Kernels read matrices by vectors, index tables and plain vectors by elements.
+        vectors.append(len(shape) > 1 and dtype.kind != "i")
+        if vectors[-1] and not on_host:
+            pairs = zip(shape[:loose], strides[:loose], strict=True)
+            if any(size > 1 and stride % VECTOR_BYTES for size, stride in pairs):
+                raise ShapeError(
+                    f"{op}: {name} has strides {strides}, expected multiples of "
+                    f"{VECTOR_BYTES} bytes"
+                )
+    return sizes, None if first_on_host else vectors
+
+
+def _check_addresses(
+    op: str, arguments: dict[str, tuple[Any, str, Any]], vectors: list[bool]
+) -> None:
+    """Device and alignment, which may differ between arrays of one layout."""
+    current = sys.modules["cupy"].cuda.runtime.getDevice()
+    for (name, (array, _, _)), vector in zip(arguments.items(), vectors, strict=True):
+        if array is None:
+            continue
+        memory = array.data
+        if memory.device_id != current:
             raise DeviceError(
-                f"{op}: {first} is on {_place(device)}, expected the current device, GPU {current}"
+                f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
+                f"GPU {current}"
             )
-    return sizes
+        if vector and memory.ptr % VECTOR_BYTES:
+            raise ShapeError(
+                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
+                f"{VECTOR_BYTES} bytes"
+            )
 
 
 def on_gpu(array: Any) -> bool:
@@ -228,20 +280,6 @@ def _rows_contiguous(array: Any, loose: int) -> bool:
             return False
         stride *= array.shape[axis]
     return True
-
-
-def _is_aligned(array: Any, loose: int) -> bool:
-    if array.data.ptr % VECTOR_BYTES:
-        return False
-    return all(
-        stride % VECTOR_BYTES == 0
-        for size, stride in zip(array.shape[:loose], array.strides, strict=False)
-        if size > 1
-    )
-
-
-def _place(device: int) -> str:
-    return "the host" if device < 0 else f"GPU {device}"
 
 
 def _names(dtypes: Any) -> str:

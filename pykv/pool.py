@@ -11,7 +11,11 @@ from pykv.blocks import PageAllocator
 from pykv.errors import CapacityError, ParameterError
 from pykv.ops import paged_append, paged_decode, prefill
 
-FLOAT_KINDS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
+FLOAT_KINDS: dict[str, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": BFLOAT16,
+    "fp32": np.dtype(np.float32),
+}
 
 
 class PagedKVCache:

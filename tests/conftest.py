@@ -36,6 +36,14 @@ def xp(request):
     return import_module(request.param)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_allocations():
+    """With PYKV_NO_POOL=1 every GPU array is an allocation of its own, so that compute-sanitizer
+    sees the first byte past its end."""
+    if os.environ.get("PYKV_NO_POOL") == "1":
+        import_module("cupy").cuda.set_allocator(None)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20261121)

@@ -51,10 +51,24 @@ def test_alignment():
 
     a = cupy.zeros((4, 10), "f4")
     check("op", a=(a, "T D", FLOATS), b=(a[0, 1:], "E", FLOATS))  # vectors may start anywhere
-    with pytest.raises(ShapeError, match="expected multiples of 16 bytes"):
+    with pytest.raises(ShapeError, match="a has address .*, expected a multiple of 16 bytes"):
         check("op", a=(a.ravel()[1:33].reshape(4, 8), "T D", FLOATS))
-    with pytest.raises(ShapeError, match="expected multiples of 16 bytes"):
+    with pytest.raises(ShapeError, match="a has strides .*, expected multiples of 16 bytes"):
         check("op", a=(a[:, :8], "T | D", FLOATS))
+
+
+def test_what_passed_once_is_still_checked():
+    """The memory of past calls covers neither another op, nor other dtypes, nor None."""
+    a, b = floats(2, 3), floats(3, 4)
+    for _ in range(2):
+        check("op", a=(a, "T H", FLOATS), b=(b, "H D", FLOATS))
+        check("op", a=(a, "T H", FLOATS), b=(None, "H D", FLOATS))
+        with pytest.raises(DtypeError):
+            check("op", a=(a, "T H", FLOATS), b=(b, "H D", INT32))
+        with pytest.raises(ShapeError):
+            check("op", a=(a, "T H", FLOATS), b=(b[::-1], "H D", FLOATS))
+        with pytest.raises(ShapeError):
+            check("op", a=(a, "T D", FLOATS), b=(b, "H D", FLOATS))
 
 
 def test_dtypes():
@@ -70,7 +84,7 @@ def test_dtypes():
 def test_devices():
     import cupy
 
-    with pytest.raises(DeviceError, match="b is on the host, expected GPU 0 like a"):
+    with pytest.raises(DeviceError, match="b is on the host, expected a GPU like a"):
         check("op", a=(cupy.zeros(3, "f4"), "T", FLOATS), b=(floats(3), "T", FLOATS))
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import like
+from pykv.arrays import like, on_gpu
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import activation, dequant, linear, norm, rope
+from pykv.ops import activation, dequant, linear, norm, paged_decode, rope
 from pykv.pool import PagedKVCache
 
 
@@ -410,6 +410,11 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
     gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
     hidden = like(x, (T, config.feed_forward), np.float32)
     qkv_rows, attended_rows = qkv.reshape(T, -1), attended.reshape(T, -1)
+    workspace = None
+    if batch.q_starts is None and on_gpu(x):  # scratch of split keys, the same for all layers
+        capacity = batch.page_table.shape[1] * cache.page_size
+        size = paged_decode.workspace_size(T, HQ, H, config.head_dim, capacity)
+        workspace = like(x, (size,), np.float32)
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
 
     for i, layer in enumerate(model.layers):
@@ -422,7 +427,8 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
         cache.append(i, k, v, batch.slots)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
         if batch.q_starts is None:
-            cache.decode(i, q, batch.page_table, batch.lengths, **options)
+            where = (batch.page_table, batch.lengths)
+            cache.decode(i, q, *where, workspace=workspace, **options)
         else:
             cache.prefill(i, q, batch.page_table, batch.lengths, batch.q_starts, **options)
         _add_product(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOATS, INT32, check, like, on_gpu
 from pykv.errors import DtypeError, ParameterError
 
@@ -178,8 +179,6 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
 
 
 def _cuda_gated(name: str, x: Any, out: Any, stream: Any) -> None:
-    from pykv import cuda
-
     T, F = out.shape
     kernel = _kernel(name, x.dtype)
     x_stride = np.int64(x.strides[0] // x.itemsize)
@@ -188,16 +187,12 @@ def _cuda_gated(name: str, x: Any, out: Any, stream: Any) -> None:
 
 
 def _cuda_add(x: Any, y: Any, stream: Any) -> None:
-    from pykv import cuda
-
     kernel = _kernel("add", x.dtype)
     with cuda.on_stream(stream):
         cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, np.int64(x.size))
 
 
 def _cuda_embed(table: Any, ids: Any, scale: float, out: Any, stream: Any) -> None:
-    from pykv import cuda
-
     T, E = out.shape
     kernel = _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype])
     grid = (T, -(-E // _PER_BLOCK))
@@ -217,6 +212,4 @@ def _cuda_embed(table: Any, ids: Any, scale: float, out: Any, stream: Any) -> No
 
 def _kernel(name: str, dtype: Any, table: str = "f16") -> Any:
     """One cubin holds all four kernels; those without a table share that of the usual one."""
-    from pykv import cuda
-
     return cuda.kernel("activation", name, X_T=cuda.TYPE_NAMES[dtype], TABLE_T=table)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOATS, UINT8, check, like, on_gpu
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 
@@ -92,8 +93,6 @@ def reference(blocks: Any, kind: str, out: Any) -> None:
 
 
 def _cuda(blocks: Any, kind: str, out: Any, stream: Any) -> None:
-    from pykv import cuda
-
     kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=cuda.TYPE_NAMES[out.dtype])
     with cuda.on_stream(stream):
         cuda.launch(kernel, -(-out.size // 2048), 256, out, blocks, np.int64(out.size))

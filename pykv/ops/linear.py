@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, check, like, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 
@@ -121,8 +122,6 @@ _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows:
 
 
 def _cuda(x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, stream: Any) -> None:
-    from pykv import cuda
-
     with cuda.on_stream(stream):
         if gemm != "own" and _uses_cublas(x, w, gemm):
             _cublas(x, w, bias, out, accumulate)
@@ -132,8 +131,6 @@ def _cuda(x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, stre
 
 def _own(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     """Launch `gemv` or `gemm`."""
-    from pykv import cuda
-
     (T, I), O = x.shape, len(w)
     args = (
         *(out, x, w, bias, np.int32(T), np.int32(O), np.int32(I)),
@@ -149,8 +146,6 @@ def _own(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:
-    from pykv import cuda
-
     names = cuda.TYPE_NAMES
     bias_name = "float" if bias is None else names[bias.dtype]
     return cuda.kernel(
@@ -204,8 +199,6 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     import cupy
     from cupy.cuda import cublas
 
-    from pykv import cuda
-
     T, O = out.shape
     if bias is not None:
         args = (out, bias, np.int32(O), np.int32(accumulate))
@@ -232,8 +225,6 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
     """out += x @ w.T with float32 `x` and 16-bit `w`, see `linear`."""
     import cupy
     from cupy.cuda import cublas
-
-    from pykv import cuda
 
     T, I = x.shape
     pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOATS, check, like, on_gpu
 from pykv.errors import ParameterError
 
@@ -85,8 +86,6 @@ def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
 
 
 def _cuda(x: Any, weight: Any, eps: float, offset: float, out: Any, stream: Any) -> None:
-    from pykv import cuda
-
     T, D = x.shape[0], x.shape[-1]
     H = x.shape[1] if x.ndim == 3 else 1
     by_warp = D <= _WARP_MAX_D

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOATS, INT32, check, on_gpu
 from pykv.errors import ShapeError
 
@@ -64,8 +65,6 @@ def reference(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any) -> None:
 
 
 def _cuda(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any, stream: Any) -> None:
-    from pykv import cuda
-
     T, H, D = k.shape
     kernel = cuda.kernel(
         "paged_append",

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, check, like, on_gpu
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 
-VARIANTS = [dict(HEAD_DIM=d, HEADS=4, Q_T="float", KV_T="f16") for d in (64, 128, 256)]
+VARIANTS = [
+    dict(HEAD_DIM=d, HEADS=heads, Q_T="float", KV_T="f16")
+    for d, heads in ((64, 3), (64, 4), (128, 3), (128, 4), (256, 4))
+]
 
 ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
 MAX_HEADS = 4  # query heads a block serves: their state fills the registers of three blocks an SM
@@ -118,8 +122,6 @@ def workspace_size(
     Raises:
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
-    from pykv import cuda
-
     if device is None:
         from pykv.arrays import _cupy
 
@@ -248,11 +250,11 @@ def _num_splits(blocks: int, keys: int, num_sms: int) -> int:
 
     Three blocks an SM run at once (the kernel's launch bound) and keep 48 KiB of float16 keys and
     values in flight there, more than bandwidth times latency asks for (H200: 4.8 TB/s at 1 us over
-    132 SMs is 36 KiB). A split of 128 float16 keys reads 512 * D bytes, its partial results of four
-    heads take 16 * D: shorter splits would not pay. Only capacities enter, never lengths, so there
-    is nothing to synchronise and a captured graph stays valid.
+    132 SMs is 36 KiB). More than one split costs a second launch, so one is not made for less than
+    256 keys. Only capacities enter, never lengths, so there is nothing to synchronise and a
+    captured graph stays valid.
     """
-    return max(1, min(-(-3 * num_sms // blocks), -(-keys // 128)))
+    return max(1, min(-(-3 * num_sms // blocks), -(-keys // 256)))
 
 
 def _cuda(
@@ -269,13 +271,11 @@ def _cuda(
     dims: dict[str, int],
     stream: Any,
 ) -> None:
-    from pykv import cuda
-
     B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
     G = HQ // H
     tiles = _head_tiles(G)
     keys = M * P if window is None else min(M * P, window)
-    splits = _num_splits(B * H * tiles, keys, cuda.num_sms(q.device.id))
+    splits = _num_splits(B * H * tiles, keys, cuda.num_sms(q.data.device_id))
     size = B * HQ * splits * (D + 2) if splits > 1 else 0
     if workspace is not None and workspace.size < size:
         raise CapacityError(

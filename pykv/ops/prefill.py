@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, check, like, on_gpu
 from pykv.errors import ParameterError
 from pykv.ops.paged_decode import ALL_KEYS, check_attention, check_pages, gather, weigh
@@ -206,8 +207,6 @@ def _cuda(
     dims: dict[str, int],
     stream: Any,
 ) -> None:
-    from pykv import cuda
-
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
     rows = _block_rows(D)
     kernel = cuda.kernel(

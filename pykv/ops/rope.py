@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, check, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
@@ -154,8 +155,6 @@ def frequencies(
 
 
 def _cuda(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str, stream: Any) -> None:
-    from pykv import cuda
-
     T, HQ, D = q.shape
     H, F = k.shape[1], len(inv_freq)
     kernel = cuda.kernel("rope", "rope", X_T=cuda.TYPE_NAMES[q.dtype])

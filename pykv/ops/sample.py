@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, UINT64, check, like, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
@@ -239,8 +240,6 @@ def _check_parameters(
 
 
 def _cuda_argmax(logits: Any, out: Any, stream: Any) -> None:
-    from pykv import cuda
-
     B, V = logits.shape
     kernel = cuda.kernel("sample", "argmax")
     with cuda.on_stream(stream):
@@ -258,8 +257,6 @@ def _cuda_sample(
     out: Any,
     stream: Any,
 ) -> None:
-    from pykv import cuda
-
     B, V = logits.shape
     kernel = cuda.kernel("sample", "sample")
     arrays = (out, logits, temperature, top_k, top_p, min_p, seeds, steps)

@@ -1,8 +1,8 @@
 """Read GGUF model files: metadata as Python values, tensors as views of the mapped file.
 
 The header is parsed here because the `gguf` package makes NumPy views of every string in it:
-opening takes 2.0 s with 49 152 tokens and 9.5 s with 262 144, here 0.03 s and 0.1 s. Its
-dequantisers and its writer are used elsewhere; its table of block sizes judges the one below.
+opening takes 2.0 s with 49 152 tokens and 9.5 s with 262 144, here 0.03 s and 0.1 s. Its table of
+tensor types and its dequantisers are used.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,42 +34,15 @@ class TensorType(NamedTuple):
     size: int
 
 
-TENSOR_TYPES = {
-    0: TensorType("F32", 1, 4),
-    1: TensorType("F16", 1, 2),
-    2: TensorType("Q4_0", 32, 18),
-    3: TensorType("Q4_1", 32, 20),
-    6: TensorType("Q5_0", 32, 22),
-    7: TensorType("Q5_1", 32, 24),
-    8: TensorType("Q8_0", 32, 34),
-    9: TensorType("Q8_1", 32, 40),
-    10: TensorType("Q2_K", 256, 84),
-    11: TensorType("Q3_K", 256, 110),
-    12: TensorType("Q4_K", 256, 144),
-    13: TensorType("Q5_K", 256, 176),
-    14: TensorType("Q6_K", 256, 210),
-    15: TensorType("Q8_K", 256, 292),
-    16: TensorType("IQ2_XXS", 256, 66),
-    17: TensorType("IQ2_XS", 256, 74),
-    18: TensorType("IQ3_XXS", 256, 98),
-    19: TensorType("IQ1_S", 256, 50),
-    20: TensorType("IQ4_NL", 32, 18),
-    21: TensorType("IQ3_S", 256, 110),
-    22: TensorType("IQ2_S", 256, 82),
-    23: TensorType("IQ4_XS", 256, 136),
-    24: TensorType("I8", 1, 1),
-    25: TensorType("I16", 1, 2),
-    26: TensorType("I32", 1, 4),
-    27: TensorType("I64", 1, 8),
-    28: TensorType("F64", 1, 8),
-    29: TensorType("IQ1_M", 256, 56),
-    30: TensorType("BF16", 1, 2),
-    34: TensorType("TQ1_0", 256, 54),
-    35: TensorType("TQ2_0", 256, 66),
-    39: TensorType("MXFP4", 32, 17),
-    40: TensorType("NVFP4", 64, 36),
-    41: TensorType("Q1_0", 128, 18),
-}
+@cache
+def tensor_types() -> dict[int, TensorType]:
+    """The types of GGUF tensors by their code in files."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {
+        int(kind): TensorType(kind.name, elements, size)
+        for kind, (elements, size) in GGML_QUANT_SIZES.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +172,9 @@ def _entry(cursor: Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
         raise FormatError(f"{path}: tensor {name} has rank {rank}, expected 1 to {MAX_RANK}")
     shape = tuple(reversed(cursor.numbers("Q", rank, f"the shape of tensor {name}")))
     code = cursor.number("I", f"the type of tensor {name}")
-    if code not in TENSOR_TYPES:
+    if code not in tensor_types():
         raise UnsupportedError(f"{path}: tensor {name} has type {code}, which this reader lacks")
-    block = TENSOR_TYPES[code]
+    block = tensor_types()[code]
     if 0 in shape or shape[-1] % block.elements:
         raise FormatError(
             f"{path}: tensor {name} has shape {shape}, expected no zero and "

@@ -25,6 +25,7 @@ import platformdirs
 from pykv.arrays import FLOATS
 from pykv.errors import (
     CompileError,
+    CudaError,
     DeviceError,
     DtypeError,
     ParameterError,
@@ -288,7 +289,13 @@ def kernel(stem: str, name: str, **defines: int | str) -> Any:
 
 def current_arch() -> str:
     """The SM of the current GPU, such as "sm_90"."""
-    return _arch(_launcher()[3]())
+    return _arch(current_device())
+
+
+def current_device() -> int:
+    """The ordinal of CuPy's current GPU."""
+    device: int = _launcher()[3]()
+    return device
 
 
 _lock = threading.Lock()
@@ -332,6 +339,10 @@ def launch(
             Python number is refused: it would travel as eight bytes whatever the kernel expects.
         shared_bytes: dynamic shared memory of a block.
 
+    Raises:
+        DtypeError: an argument is none of these.
+        CudaError: the driver refused the launch, or reports an earlier kernel's failure.
+
     Does not synchronise.
     """
     core_launch, array, current_stream, current_device = _launcher()
@@ -349,7 +360,12 @@ def launch(
                 "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
             )
     stream = _stream(current_stream().ptr, current_device())
-    core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+    try:
+        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+    except Exception as error:
+        if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
+            raise
+        raise CudaError(f"launch of grid {grid} and block {block}: {error}") from error
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.errors import CompileError, DtypeError, UnsupportedError
+from pykv.errors import CompileError, CudaError, DtypeError, UnsupportedError
 from pykv.ops import paged_append
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +240,13 @@ def test_launch_takes_typed_scalars_only(scalar):
     kernel = cuda.kernel("paged_append", "paged_append", NEW_T="float", KV_T="f16", ROW=64)
     with pytest.raises(DtypeError, match=r"argument 1 is a .*expected .* np\.int32\(n\)"):
         cuda.launch(kernel, 1, 128, None, scalar)
+
+
+@pytest.mark.gpu
+def test_refused_launch_is_a_cuda_error():
+    kernel = cuda.kernel("paged_append", "paged_append", NEW_T="float", KV_T="f16", ROW=64)
+    with pytest.raises(CudaError, match=r"launch of grid 1 and block 4096: .*INVALID"):
+        cuda.launch(kernel, 1, 4096, *(None,) * 5, np.int64(64), np.int64(64))
 
 
 def test_stream_handles_of_every_library():

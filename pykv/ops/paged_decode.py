@@ -122,11 +122,7 @@ def workspace_size(
     Raises:
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
-    if device is None:
-        from pykv.arrays import _cupy
-
-        device = _cupy().cuda.runtime.getDevice()
-    num_sms = cuda.num_sms(device)
+    num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
     blocks = H * _head_tiles(HQ // H)
     splits = [(b, _num_splits(b * blocks, capacity, num_sms)) for b in range(1, B + 1)]
     return max((b * s * HQ * (D + 2) for b, s in splits if s > 1), default=0)

@@ -106,7 +106,7 @@ def call_times():
     return found
 
 
-def per_call(run, calls=500):
+def per_call(run, calls=100):
     """Seconds of one call, from batches that the queue of launches can hold."""
     import cupy
 

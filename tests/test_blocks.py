@@ -77,6 +77,11 @@ def test_free_refuses_what_nobody_owns():
         with pytest.raises(ParameterError, match="expected distinct pages in use"):
             pool.free(wrong)
     assert pool.num_free == 2
+    copy = list(pages)
+    pool.free(pages)
+    with pytest.raises(ParameterError, match="expected distinct pages in use"):
+        pool.free(copy)
+    assert pool.num_free == 4
 
 
 @pytest.mark.parametrize("arguments", [(-1, 16), (4, 0)])

@@ -198,6 +198,17 @@ def test_prompts_longer_than_one_step(llm, rng, monkeypatch):
     np.testing.assert_allclose(llm.logits(prompts[0])[-1], llm.logits(prompts[0])[-1])
 
 
+def test_perplexity_is_that_of_the_logits(llm, rng, monkeypatch):
+    """One token at a time, in float64, over several steps."""
+    monkeypatch.setattr("pykv.llm.generate.PREFILL_TOKENS", 7)
+    ids = rng.integers(3, 250, 30).tolist()
+    logits = llm.logits(ids).astype(np.float64)
+    surprise = [np.log(np.exp(row - row[i]).sum()) for row, i in zip(logits, ids[1:], strict=False)]
+    assert llm.perplexity(ids) == pytest.approx(np.exp(np.mean(surprise)), rel=1e-5)
+    with pytest.raises(ParameterError, match="1 tokens, expected at least 2"):
+        llm.perplexity([5])
+
+
 def test_seeded_draws_do_not_depend_on_the_batch(llm):
     params = [
         SamplingParams(temperature=1.5, top_k=40, seed=seed, max_tokens=16) for seed in (1, 2)

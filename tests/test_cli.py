@@ -1,0 +1,683 @@
+"""The command line: every command, every kind of bad input, and how it ends."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import pykv
+from pykv import cli, cuda, doctor, verify
+from pykv.arrays import FLOATS
+from pykv.ops import norm
+from tests.llm import tiny
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}[assistant:"
+COMMAND = [sys.executable, "-m", "pykv"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny chat model, the same without a chat template, and damaged files."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.write_case(folder / "base.gguf", "llama")
+    with pytest.MonkeyPatch.context() as patch:
+        add_tokenizer = tiny._add_tokenizer
+
+        def with_template(writer, model):
+            add_tokenizer(writer, model)
+            writer.add_chat_template(TEMPLATE)
+
+        patch.setattr(tiny, "_add_tokenizer", with_template)
+        tiny.write_case(folder / "chat.gguf", "llama")
+    whole = (folder / "base.gguf").read_bytes()
+    (folder / "truncated.gguf").write_bytes(whole[:-1000])
+    (folder / "header.gguf").write_bytes(whole[:50])
+    (folder / "text.gguf").write_text("no model at all")
+    (folder / "empty.gguf").touch()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder(files, monkeypatch, tmp_path):
+    """Files are named as a user in their folder would; nothing reaches the user's own cache."""
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of one command."""
+    capsys.readouterr()
+    code = cli.main(list(map(str, argv)))
+    return code, *capsys.readouterr()
+
+
+def tiny_run(capsys, *argv):
+    return run(capsys, "run", "--model", "chat.gguf", "--device", "cpu", *argv)
+
+
+def say(monkeypatch, *lines):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def answer(prompt, **params):
+    llm = pykv.LLM("chat.gguf", device="cpu")
+    return llm.generate(prompt, pykv.SamplingParams(**params))[0].text
+
+
+class Fake:
+    """Stands in for pykv.LLM: keeps what it was given and answers in set pieces."""
+
+    pieces = ["one", " two"]
+    device = "Fake GPU"
+
+    def __init__(self, model, **options):
+        Fake.model, Fake.options, Fake.asked = model, options, []
+        self.stats = types.SimpleNamespace(
+            prompt_tokens=30,
+            prompt_seconds=0.1,
+            decode_tokens=8,
+            decode_seconds=0.5,
+            cached_tokens=38,
+        )
+        self.cache = types.SimpleNamespace(bytes_per_token=40_000)
+
+    def stream(self, prompt, params):
+        Fake.asked.append((prompt, params))
+        yield from self.pieces
+
+    def chat_ids(self, messages):
+        return [dict(message) for message in messages]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr("pykv.llm.LLM", Fake)
+    return Fake
+
+
+# --- run ---
+
+
+def test_run_prints_the_text_and_one_summary_line(capsys):
+    code, out, err = tiny_run(capsys, "hello", "--max-tokens", 8)
+    assert code == 0 and out == answer("hello", max_tokens=8) + "\n"
+    # "hello" is the start token, "he", "l", "l" and "o". The last of the 8 tokens is not cached.
+    # A token: K and V of 2 layers, 2 heads of 16, 2 bytes each.
+    speed = r"\d+\.\d tokens/s"
+    assert re.fullmatch(
+        rf"CPU: prompt 5 tokens, {speed}; decode 7 tokens, {speed}; "
+        r"KV 256 bytes a token, 3,072 in all\n",
+        err,
+    )
+
+
+@pytest.mark.gpu
+def test_run_on_the_gpu_names_it(capsys):
+    import cupy
+
+    code, out, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--device", "cuda")
+    assert code == 0 and out
+    assert err.startswith(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode() + ": prompt 5")
+
+
+def test_summary_worked_by_hand(capsys, fake):
+    assert run(capsys, "run", "x") == (
+        0,
+        "one two\n",
+        "Fake GPU: prompt 30 tokens, 300.0 tokens/s; decode 8 tokens, 16.0 tokens/s; "
+        "KV 40,000 bytes a token, 1,520,000 in all\n",
+    )
+
+
+def test_one_token_needs_no_decode_step(capsys):
+    code, _, err = tiny_run(capsys, "hello", "--max-tokens", 1)
+    assert code == 0
+    assert "decode 0 tokens, 0.0 tokens/s; KV 256 bytes a token, 1,280 in all" in err
+
+
+def test_run_streams(monkeypatch, fake):
+    """Each piece is flushed before the next is computed."""
+    flushed = []
+
+    class Recorder(io.StringIO):
+        def flush(self):
+            flushed.append(self.getvalue())
+
+    monkeypatch.setattr("sys.stdout", Recorder())
+    assert cli.main(["run", "x"]) == 0
+    assert flushed[:2] == ["one", "one two"] and flushed[-1] == "one two\n"
+
+
+def test_run_reads_the_prompt_from_stdin(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    code, out, err = tiny_run(capsys, "-", "--max-tokens", 8)
+    assert code == 0 and out == answer("hello", max_tokens=8) + "\n" and "prompt 5 tokens" in err
+
+
+def test_stop_ends_the_text_before_it(capsys):
+    text = answer("hello", max_tokens=12)
+    stop = text[4:6]
+    code, out, _ = tiny_run(capsys, "hello", "--max-tokens", 12, "--stop", "\0", "--stop", stop)
+    assert code == 0 and out == text[: text.index(stop)] + "\n"
+
+
+def test_the_seed_decides_the_draw(capsys):
+    flags = ("hello", "--max-tokens", 12, "--temperature", 1.5)
+    first, again, other = (tiny_run(capsys, *flags, "--seed", s)[1] for s in (1, 1, 2))
+    assert first == again != other
+    assert first == answer("hello", max_tokens=12, temperature=1.5, seed=1) + "\n"
+
+
+def test_every_flag_reaches_the_model(capsys, fake):
+    flags = "--model m --device cuda --kv bf16 --weights fp32 --ctx 77 --max-tokens 5 "
+    flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b"
+    assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
+    assert fake.model == "m"
+    options = dict(device="cuda", kv_dtype="bf16", weights="fp32", context=77, progress=False)
+    assert fake.options == options
+    params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
+    assert fake.asked == [("a prompt", pykv.SamplingParams(**params, stop=("a", "b")))]
+
+
+def test_defaults(capsys, fake):
+    assert run(capsys, "run", "x")[0] == 0
+    assert fake.model == "smollm2-135m"
+    options = dict(device="auto", kv_dtype="fp16", weights="fp16", context=None, progress=False)
+    assert fake.options == options and fake.asked == [("x", pykv.SamplingParams())]
+
+
+@pytest.mark.parametrize("kv, nbytes", [("fp16", 256), ("bf16", 256), ("fp32", 512)])
+def test_kv_and_weights(capsys, kv, nbytes):
+    code, out, err = tiny_run(capsys, "hello", "--kv", kv, "--weights", kv, "--max-tokens", 2)
+    assert code == 0 and f"KV {nbytes} bytes a token, {6 * nbytes:,} in all" in err
+
+
+def test_ctx_ends_the_answer(capsys):
+    code, _, err = tiny_run(capsys, "hello", "--ctx", 8)
+    assert code == 0 and "decode 2 tokens" in err  # 5 of the prompt, one from it, two more
+
+
+def test_what_a_console_cannot_show_is_replaced(monkeypatch, fake):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(fake, "pieces", ["caf\u00e9", " \u2192"])
+    assert cli.main(["run", "x"]) == 0
+    assert raw.getvalue() == b"caf? ?\n"
+
+
+# --- chat ---
+
+
+def test_chat_keeps_the_history(capsys, monkeypatch):
+    say(monkeypatch, "hi", "  and then ", "", "not read")
+    code, out, err = run(
+        capsys,
+        "chat",
+        "--model",
+        "chat.gguf",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        6,
+        "--system",
+        "S",
+    )
+    llm = pykv.LLM("chat.gguf", device="cpu")
+    first = llm.generate([llm.tokenize("[system:S][user:hi][assistant:")], LIMIT)[0].text
+    history = f"[system:S][user:hi][assistant:{first}][user:and then][assistant:"
+    second = llm.generate([llm.tokenize(history)], LIMIT)[0].text
+    assert (code, err) == (0, "")
+    assert out == f"> {first}\n> {second}\n> " and first != second
+
+
+LIMIT = pykv.SamplingParams(max_tokens=6)
+
+
+def test_chat_messages(capsys, monkeypatch, fake):
+    say(monkeypatch, "a", "b")
+    code, out, err = run(capsys, "chat", "--temperature", 0.5)
+    assert (code, out, err) == (0, "> one two\n> one two\n> \n", "")  # the end of input ends it
+    asked = [message for message, _ in fake.asked]
+    assert asked[0] == [{"role": "user", "content": "a"}]
+    assert asked[1] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "one two"},
+        {"role": "user", "content": "b"},
+    ]
+    assert fake.asked[0][1] == pykv.SamplingParams(temperature=0.5)
+
+
+# --- inspect and size ---
+
+
+def test_inspect(capsys):
+    code, out, err = run(capsys, "inspect", "chat.gguf")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith("chat.gguf: GGUF version 3, ")
+    assert "general.architecture 'llama'" in lines
+    assert "llama.context_length 128" in lines
+    assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
+
+
+@pytest.mark.parametrize(
+    "case, flags, out",
+    [
+        # 2 (K and V) x 2 layers x 2 heads x 16 x 2 bytes = 256, times the file's context of 128.
+        ("llama", (), "fp16: 256 bytes a token (2 x 2 layers x 2 heads x 16 x 2 bytes), 32,768"),
+        (
+            "llama",
+            ("--kv", "bf16", "--ctx", 1),
+            "bf16: 256 bytes a token ({}), 256 bytes for 1 tok",
+        ),
+        ("llama", ("--kv", "fp32", "--ctx", 100), "fp32: 512 bytes a token ({}), 51,200 bytes for"),
+        # 2 x 7 layers x 2 heads x 32 x 2 bytes = 1,792.
+        ("gemma3", ("--ctx", 10), "fp16: 1,792 bytes a token ({}), 17,920 bytes for 10 tokens"),
+    ],
+)
+def test_size_worked_by_hand(capsys, tmp_path, case, flags, out):
+    tiny.write_case(tmp_path / "m.gguf", case)
+    code, printed, err = run(capsys, "size", tmp_path / "m.gguf", *flags)
+    assert (code, err) == (0, "") and printed.count("\n") == 1
+    assert re.sub(r"\(.*\)", "({})", printed).startswith(re.sub(r"\(.*\)", "({})", out))
+    if "{}" not in out:
+        assert printed.startswith(out)
+
+
+def test_size_beyond_the_models_context_is_noted(capsys):
+    code, out, err = run(capsys, "size", "base.gguf", "--ctx", 1000)
+    assert code == 0 and out.endswith("256,000 bytes for 1,000 tokens\n")
+    assert err == "note: the model's own context is 128 tokens\n"
+
+
+# --- doctor and verify ---
+
+
+@pytest.mark.parametrize("mend, code", [("", 0), ("do this", 1)])
+def test_doctor(capsys, monkeypatch, mend, code):
+    report = doctor.Report([doctor.Finding("gpu", "found", mend)])
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    assert run(capsys, "doctor") == (code, report.as_text() + "\n", "")
+    got, out, err = run(capsys, "doctor", "--json")
+    assert (got, err) == (code, "")
+    assert json.loads(out) == {
+        "ok": not code,
+        "findings": [{"name": "gpu", "value": "found", "mend": mend}],
+    }
+
+
+def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "has_driver", lambda: False)
+    code, out, err = run(capsys, "doctor")
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["ok", "pykv"],
+        ["ok", "cache"],
+        ["ok", "gpu"],
+    ]
+    assert str(tmp_path / "cache") in out
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    families = {name: verify.FAMILIES[name] for name in ("norm", "rope")}
+    monkeypatch.setattr(verify, "FAMILIES", families)
+    return ["norm"] * 3 + ["rope"] * 2
+
+
+def test_verify(capsys, few_rows):
+    code, out, err = run(capsys, "verify")
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()] == [["ok", op] for op in few_rows]
+
+
+def test_verify_json_and_seed(capsys, few_rows):
+    reports = []
+    for seed in (3, 3, 4):
+        code, out, err = run(capsys, "verify", "--json", "--seed", seed)
+        assert (code, err) == (0, "")
+        reports.append(json.loads(out))
+    first, again, other = reports
+    assert first == again and first["cases"] != other["cases"]
+    assert first["ok"] is True and (first["seed"], other["seed"]) == (3, 4)
+    assert [case["op"] for case in first["cases"]] == few_rows
+    assert set(first["cases"][0]) == {"op", "case", "error", "bound", "ok"}
+
+
+@pytest.mark.parametrize("wrong", [2.0, np.nan])
+def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
+    op = norm.rms_norm
+    monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: op(*args, **kwargs) * wrong)
+    code, out, err = run(capsys, "verify")
+    assert (code, err) == (1, "pykv: some results are outside their bounds\n")
+    assert [line.split()[0] for line in out.splitlines()] == ["WRONG"] * 3 + ["ok"] * 2
+
+    def no_constants(name):
+        raise ValueError(f"{name} is no JSON")
+
+    code, out, err = run(capsys, "verify", "--json")
+    report = json.loads(out, parse_constant=no_constants)
+    assert (code, err, report["ok"]) == (1, "", False)
+    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 2
+
+
+# --- cache ---
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A cache folder with 10 bytes of cubins and 7 bytes of models."""
+    for name, size in (("cubin/entries/ab/x", 4), ("cubin/entries/cd/y", 6), ("models/m.gguf", 7)):
+        path = tmp_path / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    return tmp_path / "cache"
+
+
+def test_cache_info(capsys, filled):
+    assert run(capsys, "cache", "info") == (
+        0,
+        f"folder   {filled}\nkernels  2 files, 10 bytes\nmodels   1 files, 7 bytes\n",
+        "",
+    )
+
+
+def test_cache_info_without_a_folder(capsys, tmp_path):
+    code, out, err = run(capsys, "cache", "info")
+    assert (code, err) == (0, "") and out.count(" 0 files, 0 bytes\n") == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cache_clear_keeps_models(capsys, filled):
+    assert run(capsys, "cache", "clear") == (0, "kernels  10 bytes deleted\n", "")
+    assert not (filled / "cubin").exists() and (filled / "models" / "m.gguf").exists()
+
+
+def test_cache_clear_models(capsys, filled):
+    out = "kernels  10 bytes deleted\nmodels   7 bytes deleted\n"
+    assert run(capsys, "cache", "clear", "--models") == (0, out, "")
+    assert list(filled.iterdir()) == []
+    out = "kernels  0 bytes deleted\nmodels   0 bytes deleted\n"
+    assert run(capsys, "cache", "clear", "--models") == (0, out, "")
+
+
+@pytest.fixture
+def one_variant(monkeypatch):
+    pytest.importorskip("cuda.core")
+    variant = ("norm", dict(X_T=cuda.TYPE_NAMES[FLOATS[0]], W_T="float"))
+    monkeypatch.setattr(cuda, "variants", lambda: [variant])
+
+
+@pytest.mark.nvrtc
+def test_cache_warmup(capsys, one_variant):
+    code, out, err = run(capsys, "cache", "warmup", "--arch", "sm_80", "--arch", "sm_90")
+    assert (code, out) == (0, "2 kernels compiled for sm_80, sm_90\n")
+    assert err.endswith("compiling kernels for sm_80, sm_90: 2/2\r\n")
+    again = run(capsys, "cache", "warmup", "--arch", "sm_90")
+    assert again == (0, "0 kernels compiled for sm_90\n", "")
+    assert "kernels  0 files" not in run(capsys, "cache", "info")[1]
+
+
+@pytest.mark.nvrtc
+def test_cache_warmup_takes_the_gpus_present(capsys, monkeypatch, one_variant):
+    monkeypatch.setattr(cuda, "architectures", lambda: ["sm_75"])
+    assert run(capsys, "cache", "warmup")[:2] == (0, "1 kernels compiled for sm_75\n")
+
+
+# --- Bad input: one line on stderr, nothing on stdout, exit code 2 ---
+
+
+def assert_one_line(result, text):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("pykv: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert re.search(text, err), err
+
+
+GOOD = ["run", "hello", "--model", "chat.gguf", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("command", ["run hello --device cpu --model", "inspect", "size"])
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("missing.gguf", "model is 'missing.gguf', .* no such file exists"),
+        ("", "model is '', expected a GGUF file"),
+        (".", "model is '.', expected a GGUF file"),
+        ("text.gguf", r"text.gguf: has magic b'no m', expected b'GGUF'"),
+        ("empty.gguf", "empty.gguf: is empty, expected a GGUF file"),
+        ("header.gguf", "header.gguf: .* needs .* the file has"),
+        ("truncated.gguf", "truncated.gguf: tensor .* has bytes .* the file has"),
+        ("no-such-model", "one of smollm2-135m, gemma3-270m"),
+        (5000 * "a", "File name too long"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_bad_file(capsys, command, file, text):
+    assert_one_line(run(capsys, *command.split(), file), text)
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        ("--device gpu", "device is 'gpu', expected auto, cuda or cpu"),
+        ("--kv fp8", "kv_dtype is 'fp8', expected one of fp16, bf16, fp32"),
+        ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
+        ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
+        ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
+        ("--temperature -1", "temperature is -1.0, expected a finite number"),
+        ("--temperature nan", "temperature is nan, expected a finite number"),
+        ("--top-k -1", "top_k is -1, expected an integer from 0"),
+        ("--top-p 0", "top_p is 0.0, expected above 0"),
+        ("--min-p 2", "min_p is 2.0, expected from 0 to 1"),
+        ("--seed -1", "seed is -1, expected an integer from 0"),
+        ("--stop=", "expected non-empty strings"),
+        ("--ctx 0", "context is 0, expected 1 to 128"),
+        ("--ctx 129", "context is 129, expected 1 to 128"),
+        ("--ctx 4", "prompt has 5 tokens, expected at most the context of 4"),
+    ],
+)
+def test_bad_flag(capsys, flags, text):
+    assert_one_line(run(capsys, *GOOD, *flags.split()), text)
+
+
+def test_empty_prompt(capsys, monkeypatch):
+    assert_one_line(tiny_run(capsys, ""), "prompt is empty, expected at least one character")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert_one_line(tiny_run(capsys, "-"), "prompt is empty, expected at least one character")
+
+
+def test_prompt_that_is_no_text(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
+    assert_one_line(tiny_run(capsys, "-"), "the text given is not valid utf-8")
+    assert_one_line(tiny_run(capsys, "a\udcff"), "expected no lone surrogates")
+
+
+def test_chat_with_a_base_model(capsys, monkeypatch):
+    say(monkeypatch, "hi")
+    code, out, err = run(capsys, "chat", "--model", "base.gguf", "--device", "cpu")
+    assert_one_line((code, out.removeprefix("> "), err), "base.gguf has no chat template")
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        ("--ctx 0", "--ctx is 0, expected at least 1"),
+        ("--kv fp8", "--kv is 'fp8', expected one of fp16, bf16, fp32"),
+    ],
+)
+def test_bad_size(capsys, flags, text):
+    assert_one_line(run(capsys, "size", "base.gguf", *flags.split()), text)
+
+
+@pytest.mark.parametrize("arch", ["volta", "90", "sm_90a", ""])
+def test_warmup_of_what_is_no_sm(capsys, arch):
+    text = f"--arch is '{arch}', expected sm_75 or the like"
+    assert_one_line(run(capsys, "cache", "warmup", "--arch", "sm_90", "--arch", arch), text)
+
+
+@pytest.mark.nvrtc
+def test_warmup_of_an_unknown_sm(capsys, one_variant):
+    text = "arch is sm_999, .* expected a newer NVRTC"
+    assert_one_line(run(capsys, "cache", "warmup", "--arch", "sm_999"), text)
+
+
+def test_warmup_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "has_driver", lambda: False)
+    text = "no GPU was found, expected --arch sm_75 or the like"
+    assert_one_line(run(capsys, "cache", "warmup"), text)
+
+
+def test_cuda_without_its_packages(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    text = r"device is 'cuda', but cupy is not installed: pip install 'pykv-cuda\[cu13\]'"
+    assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
+
+
+@pytest.mark.parametrize("packages_find", ["an error", "no GPU"])
+def test_cuda_without_a_gpu(capsys, monkeypatch, packages_find):
+    pytest.importorskip("cuda.core")
+
+    class CUDARuntimeError(RuntimeError):
+        status = 100
+
+    def count():
+        if packages_find == "an error":
+            raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return 0
+
+    runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CUDARuntimeError)
+    stub = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", stub)
+    text = "device is 'cuda', but the .*driver .*see `pykv doctor`"
+    assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
+
+
+def raising(error):
+    def stream(self, prompt, params):
+        raise error
+        yield
+
+    return stream
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (MemoryError("2 GiB"), "out of memory: 2 GiB"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ModuleNotFoundError(name="jinja2"), r"jinja2 is not installed: .*'pykv-cuda\[llm\]'"),
+        (ModuleNotFoundError(name="cuda.core"), r"cuda.core is not .*\[cu13\]' \(or \[cu12\]\)"),
+    ],
+    ids=repr,
+)
+def test_faults_on_the_way(capsys, monkeypatch, fake, error, text):
+    monkeypatch.setattr(fake, "stream", raising(error))
+    assert_one_line(run(capsys, "run", "x"), text)
+
+
+def test_what_is_a_bug_shows_its_traceback(capsys, monkeypatch, fake):
+    monkeypatch.setattr(fake, "stream", raising(IndexError("list index out of range")))
+    with pytest.raises(IndexError):
+        run(capsys, "run", "x")
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
+    say(monkeypatch, "hi")
+    monkeypatch.setattr(fake, "stream", raising(KeyboardInterrupt()))
+    code, _, err = run(capsys, command, *(["x"] if command == "run" else []))
+    assert (code, err) == (130, "\n")
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    if not cuda.has_driver():
+        monkeypatch.setattr(cuda, "has_driver", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr("warnings.filters", [])  # as in a user's process, not an error
+    code, _, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--max-tokens", "1")
+    warning, summary = err.splitlines()
+    assert code == 0 and summary.startswith("CPU: prompt 5")
+    assert warning.startswith("pykv: running on the CPU: cupy is not installed: pip install")
+
+
+# --- Usage ---
+
+
+@pytest.mark.parametrize(
+    "argv", ["", "nothing", "run", "run x --max-tokens many", "cache", "cache burn", "size"]
+)
+def test_usage_errors(capsys, argv):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv.split())
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("usage: pykv")
+
+
+def test_version_and_help(capsys):
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([flag])
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"pykv {pykv.__version__}\n")
+    for command in ("run", "chat", "inspect", "size", "doctor", "verify", "cache"):
+        assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
+
+
+# --- As a process ---
+
+
+def process(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_as_a_process():
+    done = process(*COMMAND, "run", "-", *GOOD[2:], "--max-tokens", "4", input="hello")
+    assert done.returncode == 0 and done.stdout == answer("hello", max_tokens=4) + "\n"
+    assert done.stderr.startswith("CPU: prompt 5 tokens") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["size", "chat.gguf"]])
+def test_a_reader_that_left(command, unbuffered):
+    """However the output is buffered, nothing is said when nobody reads it."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *command],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (2, b"")
+
+
+def test_a_closed_stdout():
+    done = process("sh", "-c", f'"{sys.executable}" -m pykv size chat.gguf >&-')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "package, extra, argv",
+    [
+        ("tokenizers", "[llm]", GOOD),
+        ("jinja2", "[llm]", ["chat", *GOOD[2:]]),
+        ("cuda", "[cu13]", ["cache", "warmup", "--arch", "sm_90"]),
+    ],
+)
+def test_a_missing_package(package, extra, argv):
+    code = f"import sys; sys.modules[{package!r}] = None; from pykv.cli import main; "
+    code += f"sys.exit(main({argv}))"
+    done = process(sys.executable, "-c", code, input="hi\n")
+    result = done.returncode, done.stdout.removeprefix("> "), done.stderr
+    text = rf"{package}\S* is not installed: pip install 'pykv-cuda{re.escape(extra)}'"
+    assert_one_line(result, text)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +284,14 @@ def test_work_goes_to_the_given_stream():
         for _ in range(20):
             slow += 1
         rows[...] = slow[-1]
-    for handle in (stream, stream.ptr):
+    from cuda.core import Stream
+
+    streams = [stream, stream.ptr, Stream.from_handle(stream.ptr)]
+    if find_spec("torch"):
+        import torch
+
+        streams.append(torch.cuda.ExternalStream(stream.ptr))
+    for handle in streams:
         pool[...] = 0
         cupy.cuda.get_current_stream().synchronize()
         paged_append.append(rows, rows, pool[0], pool[1], slots, stream=handle)

@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import re
 import sys
 import warnings
 from typing import Any
 
 from pykv import __version__
-from pykv.errors import PykvError
+from pykv.errors import DeviceError, ParameterError, PykvError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a check failed, 2 a mistake or fault."""
+    """Run one command and return its exit code.
+
+    0: done; 1: a check failed; 2: a mistake or a fault, which one line on stderr explains, or the
+    reader of our output left; 130: Ctrl-C.
+    """
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what a console cannot show
     args = _parser().parse_args(argv)
     try:
-        return int(args.run(args) or 0)
-    except PykvError as error:
-        print(f"pykv: {error}", file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f"pykv: {error.name} is not installed: pip install 'pykv-cuda[llm]'", file=sys.stderr)
+        code = int(args.run(args) or 0)
+        if sys.stdout:  # None where it was closed before we started
+            sys.stdout.flush()  # a reader that left is noticed here, not when Python exits
+        return code
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left
+        # What is still buffered goes nowhere, or Python would complain about it when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
+        extra = "'pykv-cuda[cu13]' (or [cu12])" if cuda else "'pykv-cuda[llm]'"
+        _complain(f"{error.name} is not installed: pip install {extra}")
+    except UnicodeDecodeError as error:
+        _complain(f"the text given is not valid {error.encoding}: {error.reason}")
+    except (PykvError, OSError) as error:
+        _complain(error)
+    except MemoryError as error:
+        _complain(f"out of memory: {error}")
     return 2
 
 
-def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+def _complain(message: object) -> None:
     print(f"pykv: {message}", file=sys.stderr)
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    _complain(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,7 +196,6 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
-    from pykv.errors import ParameterError
     from pykv.llm import gguf, models
     from pykv.llm.model import read_config
     from pykv.pool import bytes_per_token, float_kind
@@ -214,7 +236,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": ok, "seed": args.seed, "cases": rows}, indent=2))
     elif not ok:
-        print("pykv: some results are outside their bounds", file=sys.stderr)
+        _complain("some results are outside their bounds")
     return 0 if ok else 1
 
 
@@ -239,8 +261,10 @@ def _cache_clear(args: argparse.Namespace) -> None:
 
 def _cache_warmup(args: argparse.Namespace) -> None:
     from pykv import cuda
-    from pykv.errors import DeviceError
 
+    for arch in args.arch or []:
+        if not re.fullmatch(r"sm_\d+", arch):
+            raise ParameterError(f"cache warmup: --arch is {arch!r}, expected sm_75 or the like")
     archs = args.arch or cuda.architectures()
     if not archs:
         raise DeviceError("cache warmup: no GPU was found, expected --arch sm_75 or the like")

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from pykv import __version__, cuda
-from pykv.errors import PykvError
+from pykv.errors import CompileError, UnsupportedError
 
 CUDA_13_DRIVER = 580  # first driver branch of the CUDA 13 line
+CUDA_12_DRIVER = 525  # and of the CUDA 12 line
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # of cudaError_t
 
 
 @dataclass
@@ -50,7 +54,8 @@ class Report:
     def as_text(self) -> str:
         lines = []
         for finding in self.findings:
-            lines.append(f"{'FAULT' if finding.mend else 'ok':<6}{finding.name:<12}{finding.value}")
+            value = finding.value.replace("\n", f"\n{'':<18}")
+            lines.append(f"{'FAULT' if finding.mend else 'ok':<6}{finding.name:<12}{value}")
             if finding.mend:
                 lines.append(f"{'':<18}mend it: {finding.mend}")
         return "\n".join(lines)
@@ -67,8 +72,15 @@ def examine() -> Report:
     if not cuda.has_driver():
         add(Finding("gpu", "no NVIDIA driver: the NumPy reference runs"))
         return report
-    for step in (_driver, _packages, _gpu, _compiler, _run_kernel):
-        finding = step()
+    for name, step in STEPS.items():
+        try:
+            finding = step()
+        except Exception as error:  # whatever a broken installation raises is what we look for
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            mend = f"{_install(_wanted_line())} --force-reinstall, or report this to pykv"
+            if step is _run_kernel:
+                mend = "see with nvidia-smi what else uses the GPU, or report this to pykv"
+            finding = Finding(name, text, mend)
         add(finding)
         if finding.mend:
             return report
@@ -90,29 +102,39 @@ def _cache_folder() -> Finding:
 
 
 def _driver() -> Finding:
-    """The driver's own version, which decides the CUDA line, without any CUDA package."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return Finding("driver", "present")
-    found = re.search(r"\b(\d{3})\.[\d.]+", text)
-    version = found.group(0) if found else "of unknown version"
+    version = _driver_version() or "of unknown version"
     return Finding("driver", f"{version} (CUDA {_cuda_line()} line)")
+
+
+def _driver_version() -> str:
+    """Such as "580.65.06", without any CUDA package; empty where it cannot be told (Windows)."""
+    try:
+        found = re.search(r"\b\d{3}\.[\d.]+", DRIVER_FILE.read_text())
+    except OSError:
+        return ""
+    return found.group(0) if found else ""
 
 
 def _cuda_line() -> int:
     """The newest CUDA line that the driver runs, 12 or 13; 12 where that cannot be told."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return 12
-    found = re.search(r"\b(\d{3})\.[\d.]+", text)
-    return 13 if found and int(found.group(1)) >= CUDA_13_DRIVER else 12
+    return 13 if int(_driver_version().partition(".")[0] or 0) >= CUDA_13_DRIVER else 12
+
+
+def _wanted_line() -> int:
+    """The line to install: what the driver runs, unless the user has chosen the older one."""
+    return 12 if _version("cupy-cuda12x") else _cuda_line()
+
+
+def _install(line: int) -> str:
+    """The command that installs one CUDA line; two CuPy packages would share one folder."""
+    other = f"cupy-cuda{25 - line}x"
+    remove = f"pip uninstall -y {other} && " if _version(other) else ""
+    return f"{remove}pip install 'pykv-cuda[cu{line}]'"
 
 
 def _packages() -> Finding:
     """cuda-core, cuda-bindings, NVRTC and CuPy, by name and version."""
-    line = _cuda_line()
+    line = _wanted_line()
     names = ["cuda-core", "cuda-bindings"]
     for choices in (
         ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
@@ -121,9 +143,7 @@ def _packages() -> Finding:
         names.append(next((name for name in choices if _version(name)), choices[line == 12]))
     missing = [name for name in names if not _version(name)]
     if missing:
-        return Finding(
-            "packages", f"missing: {', '.join(missing)}", f"pip install 'pykv-cuda[cu{line}]'"
-        )
+        return Finding("packages", f"missing: {', '.join(missing)}", _install(line))
     return Finding("packages", ", ".join(f"{name} {_version(name)}" for name in names))
 
 
@@ -140,15 +160,20 @@ def _gpu() -> Finding:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        mend = "reboot or reinstall the NVIDIA driver"
-        if "insufficient" in str(error).lower():  # a CUDA 13 runtime on a CUDA 12 driver
-            mend = "pip uninstall -y cupy-cuda13x && pip install 'pykv-cuda[cu12]'"
-        return Finding("gpu", f"the driver answers {error}", mend)
+        if error.status != NO_DEVICE:
+            mend = "reboot, or reinstall the NVIDIA driver"
+            if error.status == INSUFFICIENT_DRIVER:
+                mend = f"update the NVIDIA driver to {CUDA_12_DRIVER} or newer"
+                if _version("cupy-cuda13x"):
+                    mend = _install(12)
+            return Finding("gpu", f"the driver answers {error}", mend)
+        count = 0
     if not count:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return Finding(
-            "gpu", f"none is visible (CUDA_VISIBLE_DEVICES={visible})", "unset CUDA_VISIBLE_DEVICES"
-        )
+        if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            value = f"CUDA_VISIBLE_DEVICES={visible!r} hides all"
+            return Finding("gpu", value, "unset CUDA_VISIBLE_DEVICES")
+        mend = "see whether nvidia-smi lists one; containers need docker run --gpus all"
+        return Finding("gpu", "the driver shows none", mend)
     names = []
     for i in range(count):
         facts = cupy.cuda.runtime.getDeviceProperties(i)
@@ -163,9 +188,11 @@ def _compiler() -> Finding:
     try:
         arch = cuda.current_arch()
         cuda.compile("paged_append", arch, NEW_T="float", KV_T="f16", ROW=64)
-    except PykvError as error:
-        found = re.search(r"pip install '[^']+'", str(error))
-        return Finding("compiler", str(error), found.group(0) if found else "report this to pykv")
+    except UnsupportedError as error:
+        newer = "pip install --upgrade nvidia-cuda-nvrtc"
+        return Finding("compiler", str(error), _install(12) if "[cu12]" in str(error) else newer)
+    except CompileError as error:
+        return Finding("compiler", str(error), "report this to pykv")
     return Finding("compiler", f"NVRTC {cuda.nvrtc_version()} targets {arch}")
 
 
@@ -190,7 +217,17 @@ def _cublas() -> Finding:
 
     if linear.has_cublas():
         return Finding("cublas", "found")
-    package = "nvidia-cublas-cu12" if _cuda_line() == 12 else "nvidia-cublas"
+    package = "nvidia-cublas-cu12" if _wanted_line() == 12 else "nvidia-cublas"
     return Finding(
         "cublas", f"not found: own kernels run (pip install {package} speeds up prompts)"
     )
+
+
+# Each depends on those before it.
+STEPS: dict[str, Callable[[], Finding]] = {
+    "driver": _driver,
+    "packages": _packages,
+    "gpu": _gpu,
+    "compiler": _compiler,
+    "kernel": _run_kernel,
+}

@@ -46,7 +46,12 @@ class Row:
         return self.error <= self.bound  # false for NaN
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "ok": self.ok}
+        """Ready for JSON, which knows no infinity and no NaN: those become None."""
+        finite = {
+            name: value if np.isfinite(value) else None
+            for name, value in (("error", self.error), ("bound", self.bound))
+        }
+        return {**vars(self), **finite, "ok": self.ok}
 
     def as_text(self) -> str:
         verdict = "ok" if self.ok else "WRONG"
@@ -74,10 +79,11 @@ def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
         oracle: the reference in float64, in NumPy.
 
     The bound is twice the largest error of `low`, and four units in the last place of `got`'s
-    dtype at the oracle's largest value. An error that is not finite stays so, and fails.
+    dtype at the oracle's largest value. An error that is not finite stays so, and fails; so does
+    another shape or dtype than that of `low`.
     """
     got = host(got)
-    if got.shape != oracle.shape or low.shape != oracle.shape:
+    if got.shape != oracle.shape or low.shape != oracle.shape or got.dtype != low.dtype:
         return np.inf, 0.0
     if not got.size:
         return 0.0, 0.0
@@ -233,9 +239,11 @@ def _dequant(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 def _sample(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     logits = rng.standard_normal((64, 3000)).astype(F32) * 3
-    logits[:, 100] = logits[:, 2000] = 20  # a tie
-    got = sample.argmax(xp.asarray(logits))
-    yield "argmax, lowest index on ties", float((host(got) != 100).sum()), 0.0
+    tied = logits.copy()
+    tied[:, [100, 2000]] = 20
+    got = sample.argmax(xp.asarray(tied))
+    wrong = wrong_values(got, np.full(len(logits), 100, np.int32))
+    yield "argmax, lowest index on ties", wrong, 0.0
     B = len(logits)
     for name, (k, top_p, min_p) in (
         ("temperature", (0, 1.0, 0.0)),
@@ -251,9 +259,9 @@ def _sample(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             np.arange(B, dtype=np.uint64),
             np.zeros(B, np.int32),
         ]
-        want = sample.sample(logits, *params)
+        want = sample.reference(logits, *params)
         got = sample.sample(*(xp.asarray(x) for x in (logits, *params)))
-        yield f"{name}, draws that differ", float((host(got) != want).sum()), 0.0
+        yield f"{name}, draws that differ", wrong_values(got, want), 0.0
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {

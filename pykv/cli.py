@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         _complain(error)
     except MemoryError as error:
         _complain(f"out of memory: {error}")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _complain(f"fault inside pykv, please report it: {what} (python -X dev shows where)")
     return 2
 
 
@@ -224,8 +229,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pykv import verify
+    from pykv import cuda, verify
 
+    device = cuda.device_name(cuda.array_module("auto"))
+    if not args.json:
+        print(f"on {device}")
     ok = True
     rows = []
     for row in verify.run(args.seed):
@@ -234,7 +242,7 @@ def _verify(args: argparse.Namespace) -> int:
         if not args.json:
             print(row.as_text(), flush=True)
     if args.json:
-        print(json.dumps({"ok": ok, "seed": args.seed, "cases": rows}, indent=2))
+        print(json.dumps({"ok": ok, "device": device, "seed": args.seed, "cases": rows}, indent=2))
     elif not ok:
         _complain("some results are outside their bounds")
     return 0 if ok else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import threading
@@ -47,9 +48,9 @@ def cache_dir() -> Path:
 
 def has_driver() -> bool:
     """Whether an NVIDIA driver seems present, without touching it."""
-    if sys.platform == "linux":
-        return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
-    return True
+    if sys.platform == "win32":
+        return Path(os.environ.get("SystemRoot", "C:/Windows"), "System32/nvcuda.dll").exists()
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
 
 
 def architectures() -> list[str]:
@@ -90,7 +91,9 @@ def array_module(device: str) -> Any:
         import cupy
         from cuda.core import Device  # noqa: F401 - launches need the package
     except ImportError as error:
-        reason = f"{error.name} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        reason = (
+            f"{error.name or error} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        )
         if device == "cuda":
             raise DeviceError(f"device is 'cuda', but {reason}") from error
         warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)
@@ -108,6 +111,14 @@ def array_module(device: str) -> Any:
     if not count and device == "cuda":
         raise DeviceError("device is 'cuda', but the driver shows no GPU; see `pykv doctor`")
     return cupy if count else np
+
+
+def device_name(xp: Any) -> str:
+    """What `xp` computes on: the current GPU's name for `cupy`, else "CPU"."""
+    if xp is np:
+        return "CPU"
+    facts = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    return str(facts["name"].decode())
 
 
 # --- Source and cubin -----------------------------------------------------------------------------
@@ -189,8 +200,9 @@ def _key(stem: str, arch: str, defines: dict[str, int | str]) -> tuple[bytes, An
 
 
 def _check_arch(arch: str) -> None:
-    known = _targets()
-    number = int(arch.removeprefix("sm_")) if arch.removeprefix("sm_").isdigit() else -1
+    if not re.fullmatch(r"sm_\d+", arch):
+        raise ParameterError(f"cuda.compile: arch is {arch!r}, expected sm_75 or the like")
+    known, number = _targets(), int(arch[3:])
     if number in known:
         return
     advice = "expected a newer NVRTC"
@@ -204,16 +216,27 @@ def _check_arch(arch: str) -> None:
 
 @cache
 def _targets() -> tuple[int, ...]:
-    from cuda.bindings import nvrtc
-
-    return tuple(nvrtc.nvrtcGetSupportedArchs()[1])
+    return tuple(_nvrtc().nvrtcGetSupportedArchs()[1])
 
 
 def nvrtc_version() -> str:
     """The version of the NVRTC library that is loaded, such as "13.5"."""
-    from cuda.bindings import nvrtc
+    return "{}.{}".format(*_nvrtc().nvrtcVersion()[1:])
 
-    return "{}.{}".format(*nvrtc.nvrtcVersion()[1:])
+
+@cache
+def _nvrtc() -> Any:
+    """The bindings of NVRTC, whose library is present."""
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    try:
+        nvrtc.nvrtcVersion()
+    except DynamicLibNotFoundError as error:
+        raise DeviceError(
+            "the NVRTC library is missing: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        ) from error
+    return nvrtc
 
 
 # --- Cache of cubins ------------------------------------------------------------------------------
@@ -466,7 +489,7 @@ def warmup(archs: list[str], *, force: bool = False) -> int:
                 for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
                     done += 1
                     _progress(f"pykv: compiling kernels for {', '.join(archs)}: {done}/{started}")
-    except (UnsupportedError, CompileError) as error:
+    except (UnsupportedError, CompileError, DeviceError) as error:
         if force:
             raise
         warnings.warn(f"pykv cannot compile its kernels: {error}", RuntimeWarning, stacklevel=2)

@@ -337,7 +337,9 @@ def few_rows(monkeypatch):
 def test_verify(capsys, few_rows):
     code, out, err = run(capsys, "verify")
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()] == [["ok", op] for op in few_rows]
+    device, *rows = out.splitlines()
+    assert device == f"on {cuda.device_name(cuda.array_module('auto'))}"
+    assert [row.split()[:2] for row in rows] == [["ok", op] for op in few_rows]
 
 
 def test_verify_json_and_seed(capsys, few_rows):
@@ -348,6 +350,7 @@ def test_verify_json_and_seed(capsys, few_rows):
         reports.append(json.loads(out))
     first, again, other = reports
     assert first == again and first["cases"] != other["cases"]
+    assert first["device"] == cuda.device_name(cuda.array_module("auto"))
     assert first["ok"] is True and (first["seed"], other["seed"]) == (3, 4)
     assert [case["op"] for case in first["cases"]] == few_rows
     assert set(first["cases"][0]) == {"op", "case", "error", "bound", "ok"}
@@ -359,7 +362,7 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: op(*args, **kwargs) * wrong)
     code, out, err = run(capsys, "verify")
     assert (code, err) == (1, "pykv: some results are outside their bounds\n")
-    assert [line.split()[0] for line in out.splitlines()] == ["WRONG"] * 3 + ["ok"] * 2
+    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 2
 
     def no_constants(name):
         raise ValueError(f"{name} is no JSON")
@@ -584,10 +587,12 @@ def test_faults_on_the_way(capsys, monkeypatch, fake, error, text):
     assert_one_line(run(capsys, "run", "x"), text)
 
 
-def test_what_is_a_bug_shows_its_traceback(capsys, monkeypatch, fake):
-    monkeypatch.setattr(fake, "stream", raising(IndexError("list index out of range")))
-    with pytest.raises(IndexError):
-        run(capsys, "run", "x")
+def test_a_bug_of_ours_is_one_line_too(capsys, monkeypatch, fake):
+    monkeypatch.setattr(fake, "stream", raising(IndexError("list index\nout of range")))
+    code, _, err = run(capsys, "run", "x")
+    assert code == 2 and err.count("\n") == 1
+    assert "fault inside pykv, please report it: IndexError: list index out of range" in err
+    assert "python -X dev" in err
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])

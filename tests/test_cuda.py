@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.errors import CompileError, CudaError, DtypeError, UnsupportedError
+from pykv.errors import (
+    CompileError,
+    CudaError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    UnsupportedError,
+)
 from pykv.ops import paged_append
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +104,32 @@ def test_arch_that_this_line_cannot_target_names_the_extra(folder):
         cuda.compile(**{**JOB, "arch": "sm_70"})
     with pytest.raises(UnsupportedError, match="arch is sm_999, .* newer NVRTC"):
         cuda.compile(**{**JOB, "arch": "sm_999"})
+
+
+@nvrtc
+@pytest.mark.parametrize("arch", ["90", "sm_", "sm_9x", "compute-90", ""])
+def test_malformed_arch_is_refused(folder, arch):
+    with pytest.raises(ParameterError, match=f"arch is '{arch}', expected sm_75 or the like"):
+        cuda.compile(**{**JOB, "arch": arch})
+
+
+@nvrtc
+def test_missing_nvrtc_names_the_packages(folder, monkeypatch):
+    from cuda.bindings import nvrtc as bindings
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    def missing():
+        raise DynamicLibNotFoundError("nvrtc")
+
+    monkeypatch.setattr(bindings, "nvrtcVersion", missing)
+    for function in (cuda._nvrtc, cuda._targets):
+        function.cache_clear()
+    with pytest.raises(
+        DeviceError, match=r"NVRTC library is missing: pip install 'pykv-cuda\[cu13"
+    ):
+        cuda.compile(**JOB)
+    with pytest.warns(RuntimeWarning, match="cannot compile its kernels: the NVRTC library"):
+        cuda.warmup(["sm_75"])
 
 
 # --- Cache ---

@@ -18,7 +18,7 @@ from pykv import blocks, cuda
 from pykv.errors import CapacityError, ParameterError
 from pykv.llm import gguf, models, sampling
 from pykv.llm.chat import chat_prompt
-from pykv.llm.model import Batch, Model, forward, load
+from pykv.llm.model import Batch, Model, forward, load, read_config
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.tokenizer import Tokenizer
 from pykv.pool import PagedKVCache, float_kind
@@ -105,17 +105,17 @@ class LLM:
         progress: bool = False,
     ):
         for name, kind in (("kv_dtype", kv_dtype), ("weights", weights)):
-            float_kind(name, kind)  # refuse it before a model is fetched
-        self.xp = cuda.array_module(device)
-        self.file = gguf.read(models.fetch(str(model)))
-        self.tokenizer = Tokenizer.from_file(self.file)
-        self.model = _load(self.file, self.xp, float_kind("weights", weights), progress)
-        limit = self.model.config.context
-        if context is not None and not 1 <= context <= limit:
-            raise ParameterError(f"LLM: context is {context}, expected 1 to {limit}")
+            float_kind(name, kind)
         for name, value in (("pool_tokens", pool_tokens), ("page_size", page_size)):
             if value is not None and value < 1:
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
+        self.xp = cuda.array_module(device)
+        self.file = gguf.read(models.fetch(str(model)))
+        limit = read_config(self.file).context
+        if context is not None and not 1 <= context <= limit:
+            raise ParameterError(f"LLM: context is {context}, expected 1 to {limit}")
+        self.tokenizer = Tokenizer.from_file(self.file)
+        self.model = _load(self.file, self.xp, float_kind("weights", weights), progress)
         self.context = context or limit
         self.kv_dtype = kv_dtype
         self.page_size = page_size
@@ -126,10 +126,7 @@ class LLM:
     @property
     def device(self) -> str:
         """The name of the device that the model runs on."""
-        if self.xp is np:
-            return "CPU"
-        device = self.xp.cuda.runtime.getDevice()
-        return str(self.xp.cuda.runtime.getDeviceProperties(device)["name"].decode())
+        return cuda.device_name(self.xp)
 
     # --- Text ---
 
@@ -322,6 +319,11 @@ class LLM:
 
     def _sequence(self, prompt: str | Sequence[int], params: SamplingParams) -> _Sequence:
         ids = self._ids(prompt)
+        if len(ids) == self.context:
+            raise CapacityError(
+                f"prompt has {len(ids)} tokens, expected fewer than the context of {self.context}: "
+                "the answer needs room"
+            )
         limit = min(self.context, len(ids) + params.max_tokens)
         return _Sequence(ids, params, self.tokenizer.stream_decoder(), limit)
 

@@ -253,6 +253,7 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
         ([vocab], ParameterError, f"token id {vocab}, expected 0 to {vocab - 1}"),
         ([-1], ParameterError, "token id -1"),
         ([5] * 65, CapacityError, "prompt has 65 tokens, expected at most the context of 64"),
+        ([5] * 64, CapacityError, "prompt has 64 tokens, expected fewer than the context of 64"),
     ):
         with pytest.raises(error, match=text):
             llm.generate([prompt])

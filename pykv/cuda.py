@@ -3,6 +3,9 @@
 A kernel file of `kernels_cu` becomes one string (`source`), one cubin for each SM and set of
 defines (`compile`, kept on disk), one kernel handle for each name in it (`kernel`), and runs on the
 caller's stream (`launch`). Nothing here creates a CUDA context; CuPy does when it makes an array.
+
+PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the
+code that an M40 gets, `__CUDA_ARCH__` included.
 """
 
 from __future__ import annotations
@@ -152,57 +155,98 @@ def stems() -> list[str]:
 
 
 def compile(stem: str, arch: str, **defines: int | str) -> Any:
-    """The cubin of kernels_cu/<stem>.cu for one SM and one set of defines.
+    """The cubin or PTX of kernels_cu/<stem>.cu for one SM and one set of defines.
 
     Args:
         stem: name of the kernel file.
-        arch: "sm_75" and the like; no GPU is needed.
+        arch: "sm_75" and the like for a cubin, "compute_75" and the like for PTX, which the
+            driver turns into code for the GPU it finds. No GPU is needed.
         defines: `-D` macros; an integer, or a type name such as "f16".
 
     Returns:
         cuda.core.ObjectCode, from the cache folder where it holds a sound copy.
 
     Raises:
+        ParameterError: `arch` is malformed.
         UnsupportedError: this NVRTC cannot target the SM.
         CompileError: NVRTC refused the source.
     """
-    from cuda.core import ObjectCode, Program
+    from cuda.core import ObjectCode
 
-    _check_arch(arch)
+    kind, _ = _split_arch(arch)
     key, options = _key(stem, arch, defines)
-    cubin = _load(key)
-    if cubin is None:
+    code = _load(key)
+    if code is None:
+        _check_arch(arch)
         try:
-            cubin = bytes(Program(source(stem), "c++", options).compile("cubin").code)
-        except Exception as error:
-            if type(error).__name__ != "NVRTCError":  # cuda.core does not export the class
-                raise
+            code = (_make_ptx if kind == "compute" else _make_cubin)(source(stem), options)
+        except CompileError as error:
             raise CompileError(f"{stem}.cu for {arch} with {defines}:\n{error}") from error
-        _store(key, cubin)
-    return ObjectCode.from_cubin(cubin, name=stem)
+        _store(key, code)
+    return (ObjectCode.from_ptx if kind == "compute" else ObjectCode.from_cubin)(code, name=stem)
+
+
+def _make_cubin(text: str, options: Any) -> bytes:
+    from cuda.core import Program
+
+    try:
+        return bytes(Program(text, "c++", options).compile("cubin").code)
+    except Exception as error:
+        if type(error).__name__ != "NVRTCError":  # cuda.core does not export the class
+            raise
+        raise CompileError(str(error)) from error
+
+
+def _make_ptx(text: str, options: Any) -> bytes:
+    """By NVRTC's own functions, because `Program` asks the driver before it makes PTX."""
+    nvrtc = _nvrtc()
+    program = nvrtc.nvrtcCreateProgram(text.encode(), options.name.encode(), 0, [], [])[1]
+    arguments = options.as_bytes("nvrtc")
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+    refused = status != nvrtc.nvrtcResult.NVRTC_SUCCESS
+    answer = "ProgramLog" if refused else "PTX"
+    content = bytearray(getattr(nvrtc, f"nvrtcGet{answer}Size")(program)[1])
+    getattr(nvrtc, f"nvrtcGet{answer}")(program, content)
+    nvrtc.nvrtcDestroyProgram(program)
+    if refused:
+        raise CompileError(content.rstrip(b"\0").decode())
+    return bytes(content)
 
 
 def _key(stem: str, arch: str, defines: dict[str, int | str]) -> tuple[bytes, Any]:
-    """The cache key and the compiler's options: source, SM, defines and NVRTC version decide."""
+    """The cache key and the compiler's options: source, SM, defines and NVRTC version decide.
+
+    The version is left out for PTX, so that a cache folder can bring PTX for an SM that the NVRTC
+    at hand no longer targets.
+    """
     from cuda.core import ProgramOptions
     from cuda.core.utils import make_program_cache_key
 
     text = source(stem)
+    macros = [(name, str(value)) for name, value in sorted(defines.items())]
     options = ProgramOptions(
         name=f"{stem}.cu",
         arch=arch,
         std="c++17",
         lineinfo=True,  # profilers name the source line; the code is the same
-        define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
+        define_macro=macros or None,
     )
+    if _split_arch(arch)[0] == "compute":
+        return hashlib.sha256(repr((text, arch, macros)).encode()).digest(), options
     key = make_program_cache_key(code=text, code_type="c++", options=options, target_type="cubin")
     return key, options
 
 
+def _split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
+    """("sm", 75) for a cubin, ("compute", 75) for PTX."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)", arch)
+    if not found:
+        raise ParameterError(f"{name} is {arch!r}, expected sm_75 or the like, or compute_75")
+    return found[1], int(found[2])
+
+
 def _check_arch(arch: str) -> None:
-    if not re.fullmatch(r"sm_\d+", arch):
-        raise ParameterError(f"cuda.compile: arch is {arch!r}, expected sm_75 or the like")
-    known, number = _targets(), int(arch[3:])
+    known, (_, number) = _targets(), _split_arch(arch)
     if number in known:
         return
     advice = "expected a newer NVRTC"
@@ -311,7 +355,7 @@ def kernel(stem: str, name: str, **defines: int | str) -> Any:
 
 
 def current_arch() -> str:
-    """The SM of the current GPU, such as "sm_90"."""
+    """The SM of the current GPU, such as "sm_90", or what PYKV_ARCH says instead."""
     return _arch(current_device())
 
 
@@ -327,7 +371,13 @@ _lock = threading.Lock()
 @cache
 def _kernel(arch: str, stem: str, name: str, **defines: int | str) -> Any:
     with _lock:
-        return _module(arch, stem, **defines).get_kernel(name)
+        module = _module(arch, stem, **defines)
+        try:
+            return module.get_kernel(name)
+        except Exception as error:
+            if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
+                raise
+            raise CudaError(f"loading {stem}.cu for {arch}: {error}") from error
 
 
 @cache
@@ -337,6 +387,9 @@ def _module(arch: str, stem: str, **defines: int | str) -> Any:
 
 @cache
 def _arch(device: int) -> str:
+    if wanted := os.environ.get("PYKV_ARCH"):
+        _split_arch(wanted, "PYKV_ARCH")
+        return wanted
     return f"sm_{_cupy().cuda.Device(device).compute_capability}"
 
 

@@ -8,6 +8,7 @@ Kernel: kernels_cu/paged_decode.cu.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -268,44 +269,59 @@ def _cuda(
     stream: Any,
 ) -> None:
     B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
-    G = HQ // H
-    tiles = _head_tiles(G)
-    keys = M * P if window is None else min(M * P, window)
-    splits = _num_splits(B * H * tiles, keys, cuda.num_sms(q.data.device_id))
-    size = B * HQ * splits * (D + 2) if splits > 1 else 0
+    q_stride = q.strides[0] // q.itemsize
+    plan = _plan(
+        *(q.data.device_id, q.dtype, k_pool.dtype, q_stride, B, HQ, H, D, P, M, scale, window)
+    )
+    defines, grid, size, scalars, splits = plan
     if workspace is not None and workspace.size < size:
         raise CapacityError(
             f"paged_decode.decode: workspace has {workspace.size} elements, expected {size}"
         )
-    defines: dict[str, int | str] = dict(
-        HEAD_DIM=D,
-        HEADS=-(-G // tiles),
-        Q_T=cuda.TYPE_NAMES[q.dtype],
-        KV_T=cuda.TYPE_NAMES[k_pool.dtype],
-    )
+    kernel = cuda.kernel("paged_decode", "paged_decode", **defines)
+    arrays = (q, k_pool, v_pool, page_table, lengths)
     with cuda.on_stream(stream):
         if workspace is None and size:
             workspace = like(q, (size,), np.float32)
-        cuda.launch(
-            cuda.kernel("paged_decode", "paged_decode", **defines),
-            (B * H * tiles, splits),
-            128,
-            out,
-            lse,
-            workspace,
-            q,
-            k_pool,
-            v_pool,
-            page_table,
-            lengths,
-            np.int64(q.strides[0] // q.itemsize),
-            np.int32(HQ),
-            np.int32(H),
-            np.int32(P),
-            np.int32(M),
-            np.int32(ALL_KEYS if window is None else min(window, ALL_KEYS)),
-            np.float32(scale * math.log2(math.e)),
-        )
-        if splits > 1:
+        cuda.launch(kernel, grid, 128, out, lse, workspace, *arrays, *scalars)
+        if size:
             merge = cuda.kernel("paged_decode", "paged_decode_merge", **defines)
-            cuda.launch(merge, B * HQ, 128, out, lse, workspace, np.int32(splits))
+            cuda.launch(merge, B * HQ, 128, out, lse, workspace, splits)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    device: int,
+    q_dtype: Any,
+    kv_dtype: Any,
+    q_stride: int,
+    B: int,
+    HQ: int,
+    H: int,
+    D: int,
+    P: int,
+    M: int,
+    scale: float,
+    window: int | None,
+) -> tuple[dict[str, Any], tuple[int, int], int, tuple[Any, ...], Any]:
+    """What sizes alone decide: defines, grid, workspace elements (0 where the keys are not split),
+    scalars and splits. Kept, because making so many NumPy scalars costs as much as a launch."""
+    G = HQ // H
+    tiles = _head_tiles(G)
+    keys = M * P if window is None else min(M * P, window)
+    splits = _num_splits(B * H * tiles, keys, cuda.num_sms(device))
+    defines = dict(
+        HEAD_DIM=D,
+        HEADS=-(-G // tiles),
+        Q_T=cuda.TYPE_NAMES[q_dtype],
+        KV_T=cuda.TYPE_NAMES[kv_dtype],
+    )
+    scalars = (
+        np.int64(q_stride),
+        *map(np.int32, (HQ, H, P, M)),
+        np.int32(ALL_KEYS if window is None else min(window, ALL_KEYS)),
+        np.float32(scale * math.log2(math.e)),
+    )
+    size = B * HQ * splits * (D + 2) if splits > 1 else 0
+    grid = (B * H * tiles, splits)
+    return defines, grid, size, scalars, np.int32(splits)

@@ -202,10 +202,12 @@ def _run_kernel() -> Finding:
 
     from pykv.ops import paged_append
 
-    rows = cupy.arange(64, dtype=np.float32).reshape(1, 1, 64)
+    rows = np.arange(64, dtype=np.float32).reshape(1, 1, 64)
     pool = cupy.zeros((2, 1, 2, 1, 64), np.float16)
-    paged_append.append(rows, rows, pool[0], pool[1], cupy.ones(1, np.int32))
-    wrong = int((pool[:, 0, 1] != rows[0]).sum()) + int((pool[:, 0, 0] != 0).sum())
+    slots = cupy.asarray(np.ones(1, np.int32))
+    paged_append.append(cupy.asarray(rows), cupy.asarray(rows), pool[0], pool[1], slots)
+    found = cupy.asnumpy(pool)[:, 0]
+    wrong = int((found[:, 1] != rows[0]).sum() + (found[:, 0] != 0).sum())
     if wrong:
         return Finding("kernel", f"{wrong} of 256 values are wrong", "report this to pykv")
     return Finding("kernel", "compiled, ran, and gave the right values")

@@ -57,7 +57,8 @@ class Machine:
         )
         stub = types.SimpleNamespace(
             cuda=types.SimpleNamespace(runtime=self.runtime),
-            **{name: getattr(np, name) for name in ("arange", "zeros", "ones")},
+            **{name: getattr(np, name) for name in ("zeros", "asarray")},
+            asnumpy=np.asarray,
         )
         monkeypatch.setitem(sys.modules, "cupy", stub)
         monkeypatch.setattr(cuda, "current_arch", lambda: "sm_90")

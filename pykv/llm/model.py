@@ -318,7 +318,12 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
         present = [has(role, i) for role in parts]
         if not any(present):
             return None
-        return xp.concatenate([_vector(xp, find(role, (n,), i)) for role, n in parts.items()])
+        joined = xp.empty((1, sum(parts.values())), np.float32)
+        start = 0
+        for role, n in parts.items():
+            _fill(xp, joined[:, start : start + n], find(role, (n,), i), np.float32)
+            start += n
+        return joined[0]
 
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
 
@@ -354,19 +359,25 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
 ALWAYS = ("attention_norm", "ffn_norm", "output_norm")
 
 
-def _floats(xp: Any, info: TensorInfo, dtype: Any) -> Any:
-    """A tensor's values, [rows, columns]; the GPU dequantises the kinds that it knows."""
-    blocks = info.blocks
-    if info.kind in dequant.KINDS:
-        return dequant.dequantize(xp.asarray(blocks), info.kind, dtype=dtype)
-    import gguf
+def _fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
+    """Write a tensor's values, rounded to `dtype`, into `out` [rows, columns]: on a GPU of that
+    dtype, on the host float32. The GPU dequantises the kinds that it knows."""
+    if info.kind in dequant.KINDS and xp is not np:
+        dequant.dequantize(xp.asarray(info.blocks), info.kind, out=out)
+    elif info.kind in dequant.KINDS:
+        out[...] = dequant.dequantize(info.blocks, info.kind, dtype=dtype)
+    else:
+        import gguf
 
-    kind = gguf.GGMLQuantizationType[info.kind]
-    return xp.asarray(gguf.quants.dequantize(blocks, kind).astype(dtype))
+        kind = gguf.GGMLQuantizationType[info.kind]
+        values = gguf.quants.dequantize(info.blocks, kind).astype(dtype)
+        out[...] = xp.asarray(values)
 
 
 def _vector(xp: Any, info: TensorInfo) -> Any:
-    return _floats(xp, info, np.float32).reshape(-1)
+    out = xp.empty((1, info.shape[-1]), np.float32)
+    _fill(xp, out, info, np.float32)
+    return out[0]
 
 
 def _matrix(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
@@ -376,7 +387,7 @@ def _matrix(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
     start = 0
     for info in infos:
         stop = start + info.shape[0]
-        out[start:stop] = _floats(xp, info, dtype)
+        _fill(xp, out[start:stop], info, dtype)
         start = stop
     return out
 
@@ -441,7 +452,7 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
         _add_product(x, hidden, layer.down, layer.post_ffn_norm, config, normed)
 
     if rows is not None:
-        x = x[rows]
+        x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
     norm.rms_norm(x, model.output_norm, eps=config.eps, out=normed)
     return linear.linear(normed, model.head)

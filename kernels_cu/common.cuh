@@ -1,7 +1,8 @@
-// common.cuh: storage types, conversions, vector moves and warp sums shared by all kernels.
+// common.cuh: storage types, instructions, conversions, vector moves and warp sums shared by all
+// kernels.
 //
-// Pasted into each .cu by pykv.cuda.source; includes nothing. Inline PTX stands only here, in small
-// named wrappers. Storage types hold bits; arithmetic is done in float.
+// Pasted into each .cu by pykv.cuda.source; includes nothing. Inline PTX stands only in the section
+// "Instructions". Storage types hold bits; arithmetic is done in float.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -16,18 +17,169 @@ constexpr u32 FULL_MASK = 0xffffffffu;
 
 struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
+struct e4m3 { u8 bits; };  // OCP FP8: no infinities, NaN is 0x7f and 0xff, largest 448
+struct e5m2 { u8 bits; };  // OCP FP8: the upper byte of an f16, largest finite 57344
 
-// --- Conversions: exact to float, round to nearest even from float --------------------------------
+// --- Instructions: all the inline PTX, under the names of its manual's sections ------------------
+//
+// tests/simt/ptx.hpp holds a C++ twin of each wrapper, with the same result bit for bit.
+#ifndef PYKV_SIMT
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-
-__device__ __forceinline__ float to_float(f16 x) {
+// [cvt] NaN becomes 0x7fffffff.
+__device__ __forceinline__ float f16_bits_to_float(u16 x) {
     float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
 }
 
+// [cvt] To nearest even; NaN becomes 0x7fff.
+__device__ __forceinline__ u16 float_to_f16_bits(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+#if __CUDA_ARCH__ >= 890
+// [cvt] Two codes, `lower` in the lower byte, to nearest even. What exceeds the largest finite
+// value, infinities too, becomes that value; NaN becomes 0x7f.
+__device__ __forceinline__ u16 floats_to_e4m3x2(float lower, float upper) {
+    u16 y;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+
+__device__ __forceinline__ u16 floats_to_e5m2x2(float lower, float upper) {
+    u16 y;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+
+// [cvt] Two f16, exact; NaN becomes 0x7fff. (e5m2 needs no instruction: it is half an f16.)
+__device__ __forceinline__ u32 e4m3x2_to_f16x2(u16 x) {
+    u32 y;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(x));
+    return y;
+}
+#endif
+
+// [cp.async] Starts a copy of 16 bytes, both addresses aligned to 16, past L1. Below sm_80 an
+// ordinary copy, and the two that follow do nothing.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+#else
+    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+#endif
+}
+
+// [cp.async.commit_group] Closes this thread's group of copies started so far.
+__device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// [cp.async.wait_group] Waits until at most the N latest groups of this thread are under way; other
+// threads' copies need a barrier after it.
+template <int N> __device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 750
+// [ldmatrix] Four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * i + j gives the
+// address of row j of matrix i, 16 bytes aligned to 16. Lane 4 * g + t gets in r[i] row g, columns
+// 2t (lower half) and 2t + 1 of matrix i; with _trans, of its transpose.
+__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+
+// [mma] D += A B, where A is 16 x K, B is K x 8 and D is 16 x 8. Products are exact; order and
+// rounding of the sums are the hardware's, so bits are defined only where all sums are exact.
+// [Matrix Fragments] Lane 4 * g + t holds, the lower index in the lower half of a register:
+//   a[0], a[1]  rows g and g + 8 of A, columns 2t and 2t + 1
+//   a[2], a[3]  the same rows, columns 2t + 8 and 2t + 9
+//   b[0], b[1]  column g of B, rows 2t and 2t + 1, then 2t + 8 and 2t + 9
+//   d[0..1]     row g of D, columns 2t and 2t + 1; d[2..3] row g + 8
+__device__ __forceinline__ void mma_m16n8k8_f16(float (&d)[4], const u32 (&a)[2],
+                                                const u32 (&b)[1]) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+#endif
+
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4],
+                                                 const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4],
+                                                  const u32 (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+// [dp4a] c plus the products of the four signed bytes of a and b; wraps at 32 bits.
+__device__ __forceinline__ int dot4(int a, int b, int c) {
+#if __CUDA_ARCH__ >= 610
+    int d;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#else
+    u32 sum = c;  // unsigned, so that wrapping is defined
+#pragma unroll
+    for (int i = 0; i < 32; i += 8) sum += (i8)(a >> i) * (i8)(b >> i);
+    return (int)sum;
+#endif
+}
+
+#endif  // PYKV_SIMT
+
+// --- Conversions: exact to float, round to nearest even from float --------------------------------
+//
+// To the fp8 kinds what exceeds the largest finite value, infinities too, becomes that value. From
+// float NaN becomes what NumPy and ml_dtypes make of it; from f16 and fp8 it becomes 0x7fffffff.
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+
+__device__ __forceinline__ float to_float(f16 x) { return f16_bits_to_float(x.bits); }
+
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+
+// What an SM without fp8 instructions does: as an f16 the bits of an e4m3 mean 2^-8 of its value.
+__device__ __forceinline__ float e4m3_to_float(e4m3 x) {
+    if ((x.bits & 0x7fu) == 0x7fu) return __uint_as_float(0x7fffffffu);
+    return f16_bits_to_float((u16)((x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7)) * 256.0f;
+}
+
+__device__ __forceinline__ float to_float(e4m3 x) {
+#if __CUDA_ARCH__ >= 890
+    return f16_bits_to_float((u16)e4m3x2_to_f16x2(x.bits));
+#else
+    return e4m3_to_float(x);
+#endif
+}
+
+__device__ __forceinline__ float to_float(e5m2 x) { return f16_bits_to_float((u16)(x.bits << 8)); }
 
 template <typename T> __device__ __forceinline__ T from_float(float x);
 
@@ -38,9 +190,7 @@ template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
     if ((u & 0x7fffffffu) > 0x7f800000u) {  // NaN keeps sign and upper payload, as in NumPy
         return f16{(u16)((u >> 16 & 0x8000u) | 0x7e00u | (u >> 13 & 0x3ffu))};
     }
-    f16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    return y;
+    return f16{float_to_f16_bits(x)};
 }
 
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
@@ -49,6 +199,43 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
         return bf16{(u16)((u >> 16 & 0x8000u) | 0x7fc0u)};
     }
     return bf16{(u16)((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
+}
+
+// What an SM without fp8 instructions does, NaN aside: a code with MANTISSA bits of mantissa and
+// the exponent bias BIAS, whose largest finite magnitude is LARGEST.
+template <int MANTISSA, int BIAS, u32 LARGEST>
+__device__ __forceinline__ u8 float_to_fp8(float x) {
+    constexpr int DROPPED = 23 - MANTISSA;
+    constexpr u32 NORMAL = (u32)(128 - BIAS) << 23;  // the smallest normal number, as a float
+    constexpr u32 GRID = NORMAL + (DROPPED << 23);   // its last place is the smallest subnormal
+    const u32 sign = __float_as_uint(x) >> 24 & 0x80u;
+    const u32 a = __float_as_uint(x) & 0x7fffffffu;
+    if (a < NORMAL) {  // the addition rounds
+        return (u8)(sign | (__float_as_uint(__uint_as_float(a) + __uint_as_float(GRID)) - GRID));
+    }
+    const u32 rounded = (a + (1u << (DROPPED - 1)) - 1u + (a >> DROPPED & 1u)) >> DROPPED;
+    const u32 magnitude = rounded - ((u32)(127 - BIAS) << MANTISSA);
+    return (u8)(sign | (magnitude < LARGEST ? magnitude : LARGEST));
+}
+
+template <> __device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
+    const u32 u = __float_as_uint(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return e4m3{(u8)((u >> 24 & 0x80u) | 0x7fu)};
+#if __CUDA_ARCH__ >= 890
+    return e4m3{(u8)floats_to_e4m3x2(x, 0.0f)};
+#else
+    return e4m3{float_to_fp8<3, 7, 0x7e>(x)};
+#endif
+}
+
+template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
+    const u32 u = __float_as_uint(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return e5m2{(u8)((u >> 24 & 0x80u) | 0x7eu)};
+#if __CUDA_ARCH__ >= 890
+    return e5m2{(u8)floats_to_e5m2x2(x, 0.0f)};
+#else
+    return e5m2{float_to_fp8<2, 15, 0x7b>(x)};
+#endif
 }
 
 // --- Vectors: eight elements, 16-byte aligned -----------------------------------------------------
@@ -62,6 +249,7 @@ __device__ __forceinline__ void load8(float (&x)[8], const float* p) {
 
 template <typename T>  // f16 or bf16
 __device__ __forceinline__ void load8(float (&x)[8], const T* p) {
+    static_assert(sizeof(T) == 2, "f16 or bf16");
     const uint4 a = *reinterpret_cast<const uint4*>(p);
     const u32 words[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
@@ -78,6 +266,7 @@ __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
 
 template <typename T>  // f16 or bf16
 __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
+    static_assert(sizeof(T) == 2, "f16 or bf16");
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -93,6 +282,7 @@ __device__ __forceinline__ void store4(float* p, const float (&x)[4]) {
 
 template <typename T>  // f16 or bf16
 __device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
+    static_assert(sizeof(T) == 2, "f16 or bf16");
     uint2 words;
     words.x = from_float<T>(x[0]).bits | (u32)from_float<T>(x[1]).bits << 16;
     words.y = from_float<T>(x[2]).bits | (u32)from_float<T>(x[3]).bits << 16;
@@ -101,6 +291,7 @@ __device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
 
 // Eight elements from one array to another; bits stay as they are where the types agree.
 template <typename T> __device__ __forceinline__ void move8(T* to, const T* from) {
+    static_assert(sizeof(T) >= 2, "pieces of 16 bytes");
 #pragma unroll
     for (int i = 0; i < (int)sizeof(T) / 2; i++) {
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];

@@ -1,0 +1,199 @@
+// ptx.cu: every wrapper of common.cuh's section "Instructions", and every conversion, on arrays.
+//
+// Arrays, row-major (CODE = the bits of a KIND; registers as common.cuh numbers them):
+//   widen, widen_plain    codes const [n] CODE -> floats [n]
+//   narrow, narrow_plain  floats const [n] -> codes [n] CODE
+//   widen_f16             codes const [n] u16 -> floats [n], by the bare instruction
+//   narrow_f16            floats const [n] -> codes [n] u16, likewise
+//   widen_e4m3x2          pairs const [n] u16 -> halves [n, 2] u16
+//   narrow_pairs          floats const [n, 2] -> codes [n, 2] CODE
+//   copy                  from const [2, 128, 4] u32 -> to [2, 128, 4], the 128 in reverse order
+//   load_matrices         rows const [32, 8] u16 -> plain, then transposed [2, 4, 32] u32
+//   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
+//   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
+//   dot                   a, b, c const [n] int32 -> d [n] int32
+// Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2. widen_plain does nothing but for
+//           e4m3, narrow_plain and narrow_pairs nothing but for the fp8 kinds, and no kernel
+//           anything where the SM lacks its instruction
+// Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
+//           (1), (32)
+// Order:    no atomics, bit-exact
+#include "common.cuh"
+
+#if !defined(SM) || !defined(KIND)
+#error "ptx.cu needs SM, and KIND = f16, bf16, e4m3 or e5m2"
+#endif
+static_assert(SM * 10 == __CUDA_ARCH__, "compiled for the SM that the test expects");
+using CODE = decltype(KIND::bits);
+
+__device__ __forceinline__ int item() { return blockIdx.x * blockDim.x + threadIdx.x; }
+
+// --- Conversions ----------------------------------------------------------------------------------
+
+extern "C" __global__ void widen(float* floats, const CODE* codes, int n) {
+    if (item() < n) floats[item()] = to_float(KIND{codes[item()]});
+}
+
+extern "C" __global__ void narrow(CODE* codes, const float* floats, int n) {
+    if (item() < n) codes[item()] = from_float<KIND>(floats[item()]).bits;
+}
+
+extern "C" __global__ void widen_f16(float* floats, const u16* codes, int n) {
+    if (item() < n) floats[item()] = f16_bits_to_float(codes[item()]);
+}
+
+extern "C" __global__ void narrow_f16(u16* codes, const float* floats, int n) {
+    if (item() < n) codes[item()] = float_to_f16_bits(floats[item()]);
+}
+
+template <typename T> struct Fp8 {  // f16 and bf16 have none of these
+    static __device__ void widen_plain(float*, const CODE*) {}
+    static __device__ void narrow_plain(CODE*, const float*) {}
+    static __device__ void narrow_pair(CODE*, const float*) {}
+};
+
+template <> struct Fp8<e4m3> {
+    static __device__ void widen_plain(float* y, const u8* x) { *y = e4m3_to_float(e4m3{*x}); }
+    static __device__ void narrow_plain(u8* y, const float* x) { *y = float_to_fp8<3, 7, 0x7e>(*x); }
+    static __device__ void narrow_pair(u8* y, const float* x) {
+#if __CUDA_ARCH__ >= 890
+        const u16 pair = floats_to_e4m3x2(x[0], x[1]);
+        y[0] = (u8)pair, y[1] = (u8)(pair >> 8);
+#endif
+    }
+};
+
+template <> struct Fp8<e5m2> {
+    static __device__ void widen_plain(float*, const u8*) {}
+    static __device__ void narrow_plain(u8* y, const float* x) { *y = float_to_fp8<2, 15, 0x7b>(*x); }
+    static __device__ void narrow_pair(u8* y, const float* x) {
+#if __CUDA_ARCH__ >= 890
+        const u16 pair = floats_to_e5m2x2(x[0], x[1]);
+        y[0] = (u8)pair, y[1] = (u8)(pair >> 8);
+#endif
+    }
+};
+
+extern "C" __global__ void widen_plain(float* floats, const CODE* codes, int n) {
+    if (item() < n) Fp8<KIND>::widen_plain(floats + item(), codes + item());
+}
+
+extern "C" __global__ void narrow_plain(CODE* codes, const float* floats, int n) {
+    if (item() < n) Fp8<KIND>::narrow_plain(codes + item(), floats + item());
+}
+
+extern "C" __global__ void narrow_pairs(CODE* codes, const float* floats, int n) {
+    if (item() < n) Fp8<KIND>::narrow_pair(codes + 2 * item(), floats + 2 * item());
+}
+
+extern "C" __global__ void widen_e4m3x2(u16* halves, const u16* pairs, int n) {
+#if __CUDA_ARCH__ >= 890
+    if (item() >= n) return;
+    const u32 two = e4m3x2_to_f16x2(pairs[item()]);
+    halves[2 * item()] = (u16)two;
+    halves[2 * item() + 1] = (u16)(two >> 16);
+#endif
+}
+
+// --- Copies and fragments -------------------------------------------------------------------------
+
+extern "C" __global__ void copy(u32* to, const u32* from) {
+    __shared__ __align__(16) u32 pieces[2][128][4];
+    const int i = threadIdx.x;
+    for (int half = 0; half < 2; half++) {
+        cp_async16(pieces[half][i], from + (half * 128 + i) * 4);
+        cp_async_commit();
+    }
+    cp_async_wait<1>();  // the first half is there
+    __syncthreads();
+    for (int j = 0; j < 4; j++) to[i * 4 + j] = pieces[0][127 - i][j];
+    cp_async_wait<0>();
+    __syncthreads();
+    for (int j = 0; j < 4; j++) to[(128 + i) * 4 + j] = pieces[1][127 - i][j];
+}
+
+extern "C" __global__ void load_matrices(u32* matrices, const u16* rows) {
+    __shared__ __align__(16) u16 tile[32][8];
+    const int lane = threadIdx.x;
+    for (int i = 0; i < 8; i++) tile[lane][i] = rows[lane * 8 + i];
+    __syncthreads();
+#if __CUDA_ARCH__ >= 750
+    u32 r[4];
+    ldmatrix_x4(r, tile[lane]);
+    for (int i = 0; i < 4; i++) matrices[i * WARP + lane] = r[i];
+    ldmatrix_x4_trans(r, tile[lane]);
+    for (int i = 0; i < 4; i++) matrices[(4 + i) * WARP + lane] = r[i];
+#endif
+}
+
+template <int N, typename T> __device__ __forceinline__ void load(T (&r)[N], const T* registers) {
+#pragma unroll
+    for (int i = 0; i < N; i++) r[i] = registers[i * WARP + threadIdx.x];
+}
+
+__device__ __forceinline__ void store(float* registers, const float (&r)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) registers[i * WARP + threadIdx.x] = r[i];
+}
+
+extern "C" __global__ void mma_k8_f16(float* d, const u32* a, const u32* b) {
+#if __CUDA_ARCH__ >= 750
+    u32 ra[2], rb[1];
+    float rd[4];
+    load(ra, a), load(rb, b), load(rd, d);
+    mma_m16n8k8_f16(rd, ra, rb);
+    store(d, rd);
+#endif
+}
+
+extern "C" __global__ void mma_k16_f16(float* d, const u32* a, const u32* b) {
+#if __CUDA_ARCH__ >= 800
+    u32 ra[4], rb[2];
+    float rd[4];
+    load(ra, a), load(rb, b), load(rd, d);
+    mma_m16n8k16_f16(rd, ra, rb);
+    store(d, rd);
+#endif
+}
+
+extern "C" __global__ void mma_k16_bf16(float* d, const u32* a, const u32* b) {
+#if __CUDA_ARCH__ >= 800
+    u32 ra[4], rb[2];
+    float rd[4];
+    load(ra, a), load(rb, b), load(rd, d);
+    mma_m16n8k16_bf16(rd, ra, rb);
+    store(d, rd);
+#endif
+}
+
+// What ldmatrix loads is what mma takes: A as it lies, B transposed.
+extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
+    __shared__ __align__(16) u16 tiles[2][16][16];
+    const int lane = threadIdx.x;
+    for (int i = lane; i < 256; i += WARP) {
+        tiles[0][i / 16][i % 16] = a[i];
+        tiles[1][i / 16][i % 16] = b[i];
+    }
+    __syncthreads();
+#if __CUDA_ARCH__ >= 800
+    u32 ra[4], rb[4];
+    ldmatrix_x4(ra, &tiles[0][lane % 16][lane / 16 * 8]);
+    ldmatrix_x4_trans(rb, &tiles[1][lane % 16][lane / 16 * 8]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {  // columns 0 to 7 and 8 to 15 of B
+        const u32 columns[2] = {rb[2 * half], rb[2 * half + 1]};
+        float rd[4] = {};
+        mma_m16n8k16_f16(rd, ra, columns);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            d[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = rd[i];
+        }
+    }
+#endif
+}
+
+// --- Integers -------------------------------------------------------------------------------------
+
+extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c, int n) {
+    if (item() < n) d[item()] = dot4(a[item()], b[item()], c[item()]);
+}

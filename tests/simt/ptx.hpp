@@ -1,0 +1,164 @@
+// ptx.hpp: C++ twins of the wrappers around inline PTX in kernels_cu/common.cuh, which says what
+// each does. Same names, signatures and results, bit for bit; integer arithmetic where an
+// instruction rounds, because not every compiler has 16-bit floats.
+#pragma once
+
+namespace simt {
+
+// --- Small floats: `mantissa` bits of mantissa, exponent bias `bias`, no sign ---------------------
+
+constexpr unsigned NAN_BITS = 0x7fffffffu;  // the NaN that NVIDIA's instructions make
+
+inline bool is_nan(float x) { return (__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
+
+// The finite value of a code.
+inline float decode(unsigned code, int mantissa, int bias) {
+    const unsigned exponent = code >> mantissa, fraction = code & ((1u << mantissa) - 1);
+    const unsigned significand = exponent ? fraction | 1u << mantissa : fraction;
+    const int scale = (int)(exponent ? exponent : 1) - bias - mantissa;
+    return (float)significand * __uint_as_float((unsigned)(scale + 127) << 23);
+}
+
+// The code nearest to |x|, ties to even, as if the exponent had no upper limit; x is no NaN.
+inline unsigned encode(float x, int mantissa, int bias) {
+    const int exponent = (int)(__float_as_uint(x) >> 23 & 0xffu) - 127;
+    const unsigned significand = (__float_as_uint(x) & 0x7fffffu) | 0x800000u;
+    const int target = exponent > 1 - bias ? exponent : 1 - bias;  // of the code's leading bit
+    const int dropped = 23 - mantissa + target - exponent;
+    if (dropped > 24) return 0;  // below half the smallest subnormal, as zero and float's own are
+    const unsigned rest = significand & ((1u << dropped) - 1), half = 1u << (dropped - 1);
+    unsigned kept = significand >> dropped;
+    kept += rest > half || (rest == half && (kept & 1));
+    return ((unsigned)(target + bias - 1) << mantissa) + kept;  // the leading bit adds one exponent
+}
+
+inline unsigned float_to_fp8(float x, int mantissa, int bias, unsigned largest) {
+    if (is_nan(x)) return 0x7fu;
+    const unsigned code = encode(x, mantissa, bias);
+    return (__float_as_uint(x) >> 24 & 0x80u) | (code < largest ? code : largest);
+}
+
+inline float bf16_bits_to_float(unsigned short x) { return __uint_as_float((unsigned)x << 16); }
+}  // namespace simt
+
+inline float f16_bits_to_float(unsigned short x) {
+    const unsigned sign = (unsigned)(x & 0x8000) << 16, code = x & 0x7fffu;
+    if (code > 0x7c00u) return __uint_as_float(simt::NAN_BITS);
+    if (code == 0x7c00u) return __uint_as_float(sign | 0x7f800000u);
+    return __uint_as_float(sign | __float_as_uint(simt::decode(code, 10, 15)));
+}
+
+inline unsigned short float_to_f16_bits(float x) {
+    if (simt::is_nan(x)) return 0x7fff;
+    const unsigned code = simt::encode(x, 10, 15);
+    return (unsigned short)((__float_as_uint(x) >> 16 & 0x8000u) | (code < 0x7c00u ? code : 0x7c00u));
+}
+
+inline unsigned short floats_to_e4m3x2(float lower, float upper) {
+    return (unsigned short)(simt::float_to_fp8(lower, 3, 7, 0x7e) |
+                            simt::float_to_fp8(upper, 3, 7, 0x7e) << 8);
+}
+
+inline unsigned short floats_to_e5m2x2(float lower, float upper) {
+    return (unsigned short)(simt::float_to_fp8(lower, 2, 15, 0x7b) |
+                            simt::float_to_fp8(upper, 2, 15, 0x7b) << 8);
+}
+
+inline unsigned e4m3x2_to_f16x2(unsigned short x) {
+    unsigned y = 0;
+    for (int i = 0; i < 2; i++) {
+        const unsigned sign = x >> 8 * i & 0x80u, code = x >> 8 * i & 0x7fu;
+        const unsigned half =
+            code == 0x7fu ? 0x7fffu : sign << 8 | float_to_f16_bits(simt::decode(code, 3, 7));
+        y |= half << 16 * i;
+    }
+    return y;
+}
+
+// --- Copies and fragments -------------------------------------------------------------------------
+
+// At once, as a GPU may: a wait that is missing shows on a GPU alone.
+inline void cp_async16(void* shared, const void* global) {
+    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+}
+
+inline void cp_async_commit() {}
+
+template <int N> inline void cp_async_wait() {}
+
+namespace simt {
+struct Rows { unsigned words[WARP][4]; };  // what the 32 lanes of an ldmatrix point at
+
+inline Rows rows_of_lanes(const void* row, const char* file, int line) {
+    uint4 rows[WARP];
+    all_lanes(rows, *reinterpret_cast<const uint4*>(row), file, line);
+    Rows all;
+    for (int i = 0; i < WARP; i++) {
+        all.words[i][0] = rows[i].x, all.words[i][1] = rows[i].y;
+        all.words[i][2] = rows[i].z, all.words[i][3] = rows[i].w;
+    }
+    return all;
+}
+}  // namespace simt
+
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_SITE) {
+    const simt::Rows all = simt::rows_of_lanes(row, file, line);
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    for (int i = 0; i < 4; i++) r[i] = all.words[8 * i + g][t];
+}
+
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, SIMT_SITE) {
+    const simt::Rows all = simt::rows_of_lanes(row, file, line);
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        const unsigned lower = all.words[8 * i + 2 * t][g / 2] >> g % 2 * 16 & 0xffffu;
+        const unsigned upper = all.words[8 * i + 2 * t + 1][g / 2] >> g % 2 * 16 & 0xffffu;
+        r[i] = lower | upper << 16;
+    }
+}
+
+namespace simt {
+// D += A B for a 16 x K matrix A and a K x 8 matrix B of 16-bit floats. The sums are taken in
+// double and rounded once.
+template <int K, class ToFloat>
+void mma(float (&d)[4], const unsigned (&a)[K / 4], const unsigned (&b)[K / 8], ToFloat to_float,
+         const char* file, int line) {
+    struct Elements { float a[K / 2], b[K / 4]; } mine, all[WARP];
+    for (int i = 0; i < K / 2; i++) mine.a[i] = to_float((unsigned short)(a[i / 2] >> i % 2 * 16));
+    for (int i = 0; i < K / 4; i++) mine.b[i] = to_float((unsigned short)(b[i / 2] >> i % 2 * 16));
+    all_lanes(all, mine, file, line);
+    for (int i = 0; i < 4; i++) {
+        const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+        double sum = d[i];
+        for (int k = 0; k < K; k++) {  // registers of A: rows by 8, then columns by 8
+            const float x = all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
+            const float y = all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+            sum += (double)x * y;
+        }
+        d[i] = sum == sum ? (float)sum : __uint_as_float(NAN_BITS);
+    }
+}
+}  // namespace simt
+
+inline void mma_m16n8k8_f16(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1],
+                            SIMT_SITE) {
+    simt::mma<8>(d, a, b, f16_bits_to_float, file, line);
+}
+
+inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                             SIMT_SITE) {
+    simt::mma<16>(d, a, b, f16_bits_to_float, file, line);
+}
+
+inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                              SIMT_SITE) {
+    simt::mma<16>(d, a, b, simt::bf16_bits_to_float, file, line);
+}
+
+// --- Integers -------------------------------------------------------------------------------------
+
+inline int dot4(int a, int b, int c) {
+    unsigned sum = (unsigned)c;
+    for (int i = 0; i < 32; i += 8) sum += (unsigned)((signed char)(a >> i) * (signed char)(b >> i));
+    return (int)sum;
+}

@@ -5,7 +5,7 @@
 
 namespace simt {
 
-// --- Small floats: `mantissa` bits of mantissa, exponent bias `bias`, no sign ---------------------
+// --- Small floats: `mantissa` bits of mantissa, exponent bias `bias`, no sign --------------------
 
 constexpr unsigned NAN_BITS = 0x7fffffffu;  // the NaN that NVIDIA's instructions make
 
@@ -51,7 +51,8 @@ inline float f16_bits_to_float(unsigned short x) {
 inline unsigned short float_to_f16_bits(float x) {
     if (simt::is_nan(x)) return 0x7fff;
     const unsigned code = simt::encode(x, 10, 15);
-    return (unsigned short)((__float_as_uint(x) >> 16 & 0x8000u) | (code < 0x7c00u ? code : 0x7c00u));
+    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000u;
+    return (unsigned short)(sign | (code < 0x7c00u ? code : 0x7c00u));
 }
 
 inline unsigned short floats_to_e4m3x2(float lower, float upper) {
@@ -75,7 +76,7 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
     return y;
 }
 
-// --- Copies and fragments -------------------------------------------------------------------------
+// --- Copies and fragments ------------------------------------------------------------------------
 
 // At once, as a GPU may: a wait that is missing shows on a GPU alone.
 inline void cp_async16(void* shared, const void* global) {
@@ -155,10 +156,12 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsig
     simt::mma<16>(d, a, b, simt::bf16_bits_to_float, file, line);
 }
 
-// --- Integers -------------------------------------------------------------------------------------
+// --- Integers ------------------------------------------------------------------------------------
 
 inline int dot4(int a, int b, int c) {
     unsigned sum = (unsigned)c;
-    for (int i = 0; i < 32; i += 8) sum += (unsigned)((signed char)(a >> i) * (signed char)(b >> i));
+    for (int i = 0; i < 32; i += 8) {
+        sum += (unsigned)((signed char)(a >> i) * (signed char)(b >> i));
+    }
     return (int)sum;
 }

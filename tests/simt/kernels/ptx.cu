@@ -28,7 +28,7 @@ using CODE = decltype(KIND::bits);
 
 __device__ __forceinline__ int item() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-// --- Conversions ----------------------------------------------------------------------------------
+// --- Conversions ---------------------------------------------------------------------------------
 
 extern "C" __global__ void widen(float* floats, const CODE* codes, int n) {
     if (item() < n) floats[item()] = to_float(KIND{codes[item()]});
@@ -54,7 +54,9 @@ template <typename T> struct Fp8 {  // f16 and bf16 have none of these
 
 template <> struct Fp8<e4m3> {
     static __device__ void widen_plain(float* y, const u8* x) { *y = e4m3_to_float(e4m3{*x}); }
-    static __device__ void narrow_plain(u8* y, const float* x) { *y = float_to_fp8<3, 7, 0x7e>(*x); }
+    static __device__ void narrow_plain(u8* y, const float* x) {
+        *y = float_to_fp8<3, 7, 0x7e>(*x);
+    }
     static __device__ void narrow_pair(u8* y, const float* x) {
 #if __CUDA_ARCH__ >= 890
         const u16 pair = floats_to_e4m3x2(x[0], x[1]);
@@ -65,7 +67,9 @@ template <> struct Fp8<e4m3> {
 
 template <> struct Fp8<e5m2> {
     static __device__ void widen_plain(float*, const u8*) {}
-    static __device__ void narrow_plain(u8* y, const float* x) { *y = float_to_fp8<2, 15, 0x7b>(*x); }
+    static __device__ void narrow_plain(u8* y, const float* x) {
+        *y = float_to_fp8<2, 15, 0x7b>(*x);
+    }
     static __device__ void narrow_pair(u8* y, const float* x) {
 #if __CUDA_ARCH__ >= 890
         const u16 pair = floats_to_e5m2x2(x[0], x[1]);
@@ -95,7 +99,7 @@ extern "C" __global__ void widen_e4m3x2(u16* halves, const u16* pairs, int n) {
 #endif
 }
 
-// --- Copies and fragments -------------------------------------------------------------------------
+// --- Copies and fragments ------------------------------------------------------------------------
 
 extern "C" __global__ void copy(u32* to, const u32* from) {
     __shared__ __align__(16) u32 pieces[2][128][4];
@@ -192,7 +196,7 @@ extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
 #endif
 }
 
-// --- Integers -------------------------------------------------------------------------------------
+// --- Integers ------------------------------------------------------------------------------------
 
 extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c, int n) {
     if (item() < n) d[item()] = dot4(a[item()], b[item()], c[item()]);

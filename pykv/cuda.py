@@ -177,7 +177,7 @@ def compile(stem: str, arch: str, **defines: int | str) -> Any:
     key, options = _key(stem, arch, defines)
     code = _load(key)
     if code is None:
-        _check_arch(arch)
+        _check_arch(arch, f"{stem}.cu with {defines}")
         try:
             code = (_make_ptx if kind == "compute" else _make_cubin)(source(stem), options)
         except CompileError as error:
@@ -245,13 +245,15 @@ def _split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def _check_arch(arch: str) -> None:
-    known, (_, number) = _targets(), _split_arch(arch)
+def _check_arch(arch: str, wanted: str = "the kernels") -> None:
+    known, (kind, number) = _targets(), _split_arch(arch)
     if number in known:
         return
     advice = "expected a newer NVRTC"
     if number < 75 and min(known) >= 75:
         advice = "install the CUDA 12 packages instead: pip install 'pykv-cuda[cu12]'"
+    if kind == "compute":
+        advice += f", or bring PTX of {wanted} in {cubin_dir()}, as tools/make_ptx.py does"
     raise UnsupportedError(
         f"cuda.compile: arch is {arch}, but NVRTC {nvrtc_version()} targets "
         f"sm_{min(known)} to sm_{max(known)}: {advice}"
@@ -357,6 +359,11 @@ def kernel(stem: str, name: str, **defines: int | str) -> Any:
 def current_arch() -> str:
     """The SM of the current GPU, such as "sm_90", or what PYKV_ARCH says instead."""
     return _arch(current_device())
+
+
+def current_sm() -> int:
+    """The number in `current_arch`, such as 90: what a choice between kernels goes by."""
+    return _split_arch(current_arch())[1]
 
 
 def current_device() -> int:

@@ -1,5 +1,6 @@
 """The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
 
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,8 @@ from pykv.errors import (
 from pykv.ops import paged_append
 
 ROOT = Path(__file__).parent.parent
-JOB = dict(stem="paged_append", arch="sm_75", NEW_T="float", KV_T="f16", ROW=64)
+JOB_DEFINES = dict(NEW_T="float", KV_T="f16", ROW=64)
+JOB = dict(stem="paged_append", arch="sm_75", **JOB_DEFINES)
 nvrtc = pytest.mark.nvrtc
 
 
@@ -219,6 +221,98 @@ def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
         cuda.warmup(["sm_75"], force=True)
 
 
+# --- PTX and PYKV_ARCH ---
+
+
+@nvrtc
+def test_ptx_is_cached_and_errors_are_the_same(folder, monkeypatch):
+    first = cuda.compile(**{**JOB, "arch": "compute_75"}).code
+    assert b".target sm_75\n" in first and b".entry paged_append(" in first
+    with pytest.raises(CompileError, match=r"for compute_75 with .*'ROW': 63[^$]*eight elements"):
+        cuda.compile(**{**JOB, "arch": "compute_75", "ROW": 63})
+    with pytest.raises(UnsupportedError, match="arch is compute_999, .* newer NVRTC"):
+        cuda.compile(**{**JOB, "arch": "compute_999"})
+    monkeypatch.delattr(cuda, "_make_ptx")
+    assert cuda.compile(**{**JOB, "arch": "compute_75"}).code == first
+    assert len(entries(folder)) == 1
+
+
+@nvrtc
+def test_ptx_of_a_test_run_is_made_ahead(folder, tmp_path, monkeypatch):
+    """tools/make_ptx.py notes what a run loads; its folder then serves any NVRTC."""
+    (tmp_path / "test_it.py").write_text(
+        textwrap.dedent("""
+        from pykv import cuda
+
+        def test_it():
+            for row in (64, 8, 64):
+                cuda._module("sm_75", "paged_append", NEW_T="float", KV_T="f16", ROW=row)
+        """)
+    )
+    file = tmp_path / "kernels.json"
+    plugin = ["-p", "tools.make_ptx", "--kernels", str(file), "-p", "no:cacheprovider"]
+    for arguments in (
+        ["-m", "pytest", *plugin, str(tmp_path)],
+        ["tools/make_ptx.py", "compute_75", str(folder), str(file)],
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(file.read_text()) == [
+        ["paged_append", {**JOB_DEFINES, "ROW": row}] for row in (64, 8)
+    ]
+
+    monkeypatch.setattr(cuda, "_targets", lambda: (999,))
+    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", lambda: (0, 99, 9))
+    for row in (64, 8):
+        code = cuda.compile(**{**JOB, "arch": "compute_75", "ROW": row}).code
+        assert b".target sm_75\n" in code
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^cuda.compile: arch is compute_75, but NVRTC 99.9 targets sm_999 .*"
+        r"bring PTX of paged_append.cu with .*'ROW': 72.* in .*, as tools/make_ptx.py does$",
+    ):
+        cuda.compile(**{**JOB, "arch": "compute_75", "ROW": 72})
+
+
+def test_pykv_arch_replaces_the_sm_of_the_gpu(monkeypatch):
+    arch = cuda._arch.__wrapped__
+    monkeypatch.setattr(cuda, "current_arch", lambda: arch(0))
+    for value, number in (("compute_52", 52), ("sm_80", 80)):
+        monkeypatch.setenv("PYKV_ARCH", value)
+        assert arch(0) == value and cuda.current_sm() == number
+    for value in ("52", "sm80", "compute_", "compute_5x", "volta", " sm_80"):
+        monkeypatch.setenv("PYKV_ARCH", value)
+        with pytest.raises(ParameterError, match=f"^PYKV_ARCH is '{value}', expected .*compute_75"):
+            arch(0)
+
+
+@pytest.mark.gpu
+def test_ptx_runs_here(monkeypatch):
+    """As PYKV_ARCH=compute_75 would have it."""
+    import cupy
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    if 1000 * major + 10 * minor > cupy.cuda.runtime.driverGetVersion():
+        pytest.skip("a driver refuses PTX of an NVRTC newer than itself")
+    monkeypatch.setattr(cuda, "current_arch", lambda: "compute_75")
+    rows = cupy.arange(64, dtype=np.float32).reshape(1, 1, 64)
+    pool = cupy.zeros((2, 1, 1, 1, 64), np.float32)
+    paged_append.append(rows, rows, pool[0], pool[1], cupy.zeros(1, np.int32))
+    assert bool((pool == rows).all())
+
+
+@pytest.mark.gpu
+def test_cubin_of_another_gpu_is_a_cuda_error():
+    import cupy
+
+    other = "sm_80" if cupy.cuda.Device().compute_capability.startswith("7") else "sm_75"
+    with pytest.raises(CudaError, match=f"loading paged_append.cu for {other}: .*NO_BINARY"):
+        cuda._kernel(other, "paged_append", "paged_append", **JOB_DEFINES)
+
+
 # --- Import ---
 
 
@@ -237,7 +331,9 @@ def run_python(code, **env):
 def test_import_without_a_driver_touches_no_cuda_package():
     if cuda.has_driver():
         pytest.skip("this machine has a driver")
-    loaded = run_python("import sys, pykv; print(*sys.modules)").split()
+    code = "import sys; old = set(sys.modules); import pykv; print(*set(sys.modules) - old)"
+    loaded = run_python(code).split()
+    assert "pykv" in loaded
     assert not [name for name in loaded if name.split(".")[0] in ("cuda", "cupy")]
 
 

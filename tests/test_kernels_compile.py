@@ -1,5 +1,7 @@
-"""Every kernel file compiles, for every SM of this NVRTC's line, without a GPU."""
+"""Every kernel file compiles for every SM that the installed NVRTC answers for, and keeps to the
+stack that its header declares; no GPU is needed."""
 
+import re
 from importlib import import_module
 
 import pytest
@@ -7,19 +9,19 @@ import pytest
 from pykv import cuda
 
 pytest.importorskip("cuda.core")
-pytestmark = pytest.mark.nvrtc
 
-# NVRTC 13 begins at sm_75; the older ones need NVRTC 12.
-ARCHS = [
-    arch
-    for arch in ("sm_52", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
-    + ("sm_100", "sm_120")
-    if int(arch[3:]) in cuda._targets()
-]
+from tools import kernel_report  # noqa: E402 - what it names is asked of NVRTC below
+
+pytestmark = pytest.mark.nvrtc
+ARCHS = kernel_report.archs()
 
 
 def test_the_line_is_covered():
-    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"} <= set(ARCHS)
+    assert ARCHS in (
+        ["sm_52", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_90"],  # NVRTC 12
+        ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],  # NVRTC 13
+    )
+    assert {int(arch[3:]) for arch in ARCHS} <= set(cuda._targets())
 
 
 @pytest.mark.parametrize("stem", cuda.stems())
@@ -30,6 +32,100 @@ def test_stem_has_module_and_variants(stem):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("stem", cuda.stems())
-def test_variants_compile(stem, arch):
+def test_variants_compile_and_keep_to_their_stack(stem, arch):
     for defines in import_module(f"pykv.ops.{stem}").VARIANTS:
-        assert cuda.compile(stem, arch, **defines).code[:4] == b"\x7fELF"
+        usages = kernel_report.measure(stem, arch, defines)
+        assert usages
+        for kernel, usage in usages.items():
+            assert usage.stack_bytes <= kernel_report.declared_stack(stem), (kernel, usage)
+
+
+@pytest.mark.parametrize("stem", cuda.stems())
+def test_variants_become_ptx_of_the_oldest_sm(stem):
+    """What PYKV_ARCH=compute_52 loads on a newer GPU."""
+    number = ARCHS[0][3:]
+    for defines in import_module(f"pykv.ops.{stem}").VARIANTS:
+        code = cuda.compile(stem, f"compute_{number}", **defines).code
+        assert f".target sm_{number}\n".encode() in code and b".entry " in code
+
+
+# --- The report itself ---
+
+MANY = ", ".join(f"x{i} = in[{i} * step]" for i in range(64))
+USES = " + ".join(f"x{i} * x{63 - i}" for i in range(64))
+STACKED = f"""// stacked.cu: more values than registers, and an array indexed at run time.
+//
+// Stack: 512 bytes, because tests need one
+extern "C" __global__ void __launch_bounds__(1024, 2)
+spills(float* out, const float* in, int step) {{
+    float {MANY};
+    __syncthreads();
+    out[threadIdx.x] = {USES};
+}}
+extern "C" __global__ void indexes(float* out, const float* in, int step) {{
+    float x[64];
+    __shared__ float y[32];
+    for (int i = 0; i < 64; ++i) x[i * step & 63] = in[i];
+    y[threadIdx.x] = x[step];
+    __syncthreads();
+    out[threadIdx.x] = y[step];
+}}
+extern "C" __global__ void frugal(float* out) {{ *out = 1; }}
+"""
+
+
+@pytest.fixture
+def stacked(tmp_path, monkeypatch):
+    """Writes the one kernel file that there is, with a cache folder of its own."""
+    monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
+    monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
+
+    def write(text):
+        (tmp_path / "stacked.cu").write_text(text)
+        cuda.source.cache_clear()
+
+    yield write
+    cuda.source.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_report_agrees_with_ptxas(stacked, arch):
+    stacked(STACKED)
+    usages = kernel_report.measure("stacked", arch, {"A": 1})
+    log = kernel_report.ptxas_log("stacked", arch, {"A": 1})
+    assert set(usages) == {"spills", "indexes", "frugal"}
+    for kernel, usage in usages.items():
+        facts = log.partition(f"Function properties for {kernel}\n")[2].partition("Compile time")[0]
+        assert f" {usage.registers} registers" in facts
+        assert f" {usage.stack_bytes} bytes stack frame" in facts
+        assert f" {usage.spill_store_bytes} bytes spill stores" in facts
+        assert f" {usage.spill_load_bytes} bytes spill loads" in facts
+        assert usage.shared_bytes == sum(map(int, re.findall(r"(\d+) bytes smem", facts)))
+    assert usages["spills"].spill_store_bytes > 0 and usages["indexes"].spill_store_bytes == 0
+    assert usages["indexes"].shared_bytes == 128 and usages["indexes"].stack_bytes == 256
+    assert str(usages["frugal"]).isdigit()
+
+
+def test_report_fails_on_a_stack_that_no_header_declares(stacked, monkeypatch, capsys):
+    monkeypatch.setattr(kernel_report, "archs", lambda: ARCHS[-2:])
+    line = "// Stack: 512 bytes, because tests need one"
+    stacked(STACKED)
+    assert kernel_report.main(["stacked"]) == 0
+    title, head, *rows, total = capsys.readouterr().out.splitlines()
+    assert head.split() == [*ARCHS[-2:], "kernel"] and "registers" in title
+    (row,) = (row.split() for row in rows if " indexes " in row)
+    assert [cell.split("/")[1:] for cell in row[:2]] == [["128", "256"]] * 2
+    assert row[2:] == ["stacked.cu", "indexes", "A=1"]
+    assert len(rows) == 3 and "6 kernels, 0 with a stack" in total
+
+    for wrong in ("", "// Stack: 255 bytes, too few", "// Stack: 512 bytes"):
+        stacked(STACKED.replace(line, wrong))
+        assert kernel_report.main([]) == 1
+        fault = f"stacked.cu indexes A=1 on {ARCHS[-1]} has 256 bytes of stack and spills 0; the"
+        assert fault in capsys.readouterr().out
+
+
+def test_report_refuses_an_unknown_stem():
+    with pytest.raises(SystemExit, match="nothing: no such kernel file, expected .*paged_append"):
+        kernel_report.main(["nothing"])

@@ -184,7 +184,7 @@ def _obstacle(x: Any, w: Any) -> str | None:
         )
     if x.dtype != w.dtype and x.dtype not in FLOAT32:
         return f"x has dtype {x.dtype} and w {w.dtype}, expected equal ones or x float32"
-    if w.dtype == BFLOAT16 and int(cupy.cuda.Device().compute_capability) < 80:
+    if w.dtype == BFLOAT16 and cuda.current_sm() < 80:
         return "bfloat16 needs sm_80 or newer there"
     if not x.shape[1]:
         return "x has I=0"

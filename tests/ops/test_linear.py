@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import linear
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
@@ -57,7 +58,7 @@ def need_cublas(xp, gemm, w="float16"):
         return
     if not linear.has_cublas():
         pytest.skip("CuPy finds no cuBLAS")
-    if w == "bfloat16" and int(xp.cuda.Device().compute_capability) < 80:
+    if w == "bfloat16" and cuda.current_sm() < 80:
         pytest.skip("cuBLAS multiplies bfloat16 from sm_80 on")
 
 
@@ -222,6 +223,18 @@ def test_cublas_refuses_other_mixes():
     with pytest.raises(UnsupportedError, match="x has dtype float16 and w float32"):
         linear.linear(x, w, gemm="cublas")
     assert bool((linear.linear(x, w) == 16).all())
+
+
+@pytest.mark.gpu
+def test_cublas_refuses_bfloat16_before_sm_80(monkeypatch):
+    """Also where PYKV_ARCH says so, as a T4 would."""
+    import cupy
+
+    need_cublas(cupy, "cublas")
+    monkeypatch.setattr(cuda, "current_arch", lambda: "compute_75")
+    x = cupy.ones((20, 16), ml_dtypes.bfloat16)
+    with pytest.raises(UnsupportedError, match="bfloat16 needs sm_80 or newer"):
+        linear.linear(x, x, gemm="cublas")
 
 
 def test_cublas_is_absent_without_cupy(monkeypatch):

@@ -210,11 +210,13 @@ def _linear(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     for gemm in gemms:
         for T, O, I in ((1, 576, 576), (3, 1000, 1536), (70, 576, 576)):
             x = rng.standard_normal((T, I)).astype(F32)
-            w = rng.standard_normal((O, I)).astype(F16)
+            w, bias = rng.standard_normal((O, I)).astype(F16), rng.standard_normal(O).astype(F32)
             low, oracle = np.empty((T, O), F32), np.empty((T, O))
-            linear.reference(x, w, None, low, False)
-            linear.reference(x.astype(np.float64), w.astype(np.float64), None, oracle, False)
-            got = linear.linear(xp.asarray(x), xp.asarray(w), gemm=gemm)
+            linear.reference(x, w, bias, low, False)
+            exact: Any = [a.astype(np.float64) for a in (x, w, bias)]
+            linear.reference(*exact, oracle, False)
+            on_device = [xp.asarray(a) for a in (x, w, bias)]
+            got = linear.linear(*on_device[:2], bias=on_device[2], gemm=gemm)
             error, bound = error_and_bound(got, low, oracle)
             if gemm == "cublas":  # tensor cores truncate; what linear.linear promises
                 bound = 1e-5 * float(np.abs(oracle).max())

@@ -1,12 +1,14 @@
-"""Fixtures `xp` (one body for both devices) and `rng`; the rule for skipping GPU tests."""
+"""Fixtures `xp` (one body for all machines) and `rng`; the rule for skipping tests."""
 
 import os
+import sys
 from importlib import import_module
 
 import numpy as np
 import pytest
 
 from pykv import cuda
+from pykv.ops import linear
 
 
 def no_gpu() -> str | None:
@@ -21,19 +23,63 @@ def no_gpu() -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(config, items):
-    if os.environ.get("PYKV_REQUIRE_GPU") == "1":
-        return
-    reason = no_gpu()
-    for item in items:
-        if reason and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=f"{reason} (PYKV_REQUIRE_GPU=1: error)"))
+def no_simt() -> str | None:
+    """Why kernels cannot run on this CPU, or None."""
+    from tests.simt import machine
+
+    return machine.unavailable()
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def pytest_report_header():
+    from tests.simt import machine
+
+    if machine.unavailable():
+        return f"simt: {machine.unavailable()}"
+    return f"simt: {machine.version()}{'' if machine.poisons_locals() else ', locals not poisoned'}"
+
+
+def pytest_collection_modifyitems(items):
+    for marker, find_reason in (("gpu", no_gpu), ("simt", no_simt)):
+        variable = f"PYKV_REQUIRE_{marker.upper()}"
+        reason = None if os.environ.get(variable) == "1" else find_reason()
+        for item in items:
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{reason} ({variable}=1: error)"))
+
+
+MACHINES = [
+    pytest.param("simt", marks=pytest.mark.simt),
+    pytest.param("cupy", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=["numpy", *MACHINES])
 def xp(request):
-    """NumPy (the reference runs), then CuPy (the kernel runs)."""
-    return import_module(request.param)
+    """The array module: NumPy (the reference runs), the SIMT machine's (the kernel runs on the
+    CPU), then CuPy (the kernel runs on the GPU)."""
+    return array_module(request)
+
+
+@pytest.fixture(params=MACHINES)
+def device(request):
+    """As `xp`, where only kernels are of interest."""
+    return array_module(request)
+
+
+def array_module(request):
+    if request.param != "simt":
+        return import_module(request.param)
+    from tests.simt import cupy, machine
+
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
+    monkeypatch.setattr(cuda, "kernel", machine.kernel)
+    monkeypatch.setattr(cuda, "launch", machine.launch)
+    monkeypatch.setattr(cuda, "current_device", lambda: cupy.DEVICE)
+    monkeypatch.setattr(cuda, "current_arch", lambda: machine.ARCH)
+    monkeypatch.setattr(linear, "has_cublas", lambda: True)
+    return cupy
 
 
 @pytest.fixture(scope="session", autouse=True)

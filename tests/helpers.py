@@ -1,10 +1,16 @@
 """Comparisons: bit for bit, and against a float64 oracle."""
 
 import numpy as np
+import pytest
 
 from pykv.verify import error_and_bound, host
 
 to_numpy = host
+
+# For tests that take thousands of blocks, or do not ask about kernels.
+without_simt = pytest.mark.parametrize(
+    "xp", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def bits(x):

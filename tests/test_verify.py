@@ -18,6 +18,7 @@ from pykv.ops import (
     rope,
     sample,
 )
+from tests.helpers import without_simt
 
 F16, F32, F64 = np.float16, np.float32, np.float64
 
@@ -44,6 +45,7 @@ def test_the_seed_decides(monkeypatch):
     assert first == again and first != other
 
 
+@without_simt
 def test_every_block_type_is_judged(xp):
     assert [row.case for row in judge("dequant", xp)] == list(dequant.KINDS)
 
@@ -230,6 +232,7 @@ FAULTS = {
 }
 
 
+@without_simt
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_shows(monkeypatch, xp, name):
     module, function, plant = FAULTS[name]

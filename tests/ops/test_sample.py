@@ -7,7 +7,7 @@ import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import sample
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, to_numpy, without_simt
 
 MASK = 2**64 - 1
 OFF = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -203,10 +203,10 @@ FILTERS = (
 def test_draws_equal_a_plain_loop(xp, rng, options, ties):
     """Only decisions that tip within 1e-6 may fall differently; they are left out, and rare."""
     options = {**OFF, **options}
-    logits = (2 * rng.standard_normal((300, 12))).astype(np.float32)
+    logits = (2 * rng.standard_normal((60, 12))).astype(np.float32)
     if ties:
         logits = np.round(logits)
-    seeds = rng.integers(0, 2**63, 300).astype(np.uint64)
+    seeds = rng.integers(0, 2**63, 60).astype(np.uint64)
     got = draw(xp, logits, **options, seeds=seeds, steps=4)
     clear = 0
     for row, seed, token in zip(logits, seeds.tolist(), got.tolist(), strict=True):
@@ -217,9 +217,10 @@ def test_draws_equal_a_plain_loop(xp, rng, options, ties):
             clear += 1
             assert token == want, (row, kept)
     # min_p = 1 and ties at top_p lie on the border, exactly; other tests look at them.
-    assert clear > 280 or options["min_p"] == 1 or (ties and options["top_p"] < 1)
+    assert clear > 56 or options["min_p"] == 1 or (ties and options["top_p"] < 1)
 
 
+@without_simt
 @pytest.mark.parametrize("options", FILTERS[1:], ids=str)
 def test_no_dropped_token_is_drawn(xp, options):
     """And every kept one of 30 expected draws or more is."""
@@ -236,6 +237,7 @@ def test_no_dropped_token_is_drawn(xp, options):
     "options", [{}, {"temperature": 0.7}, {"top_k": 5, "top_p": 0.9, "min_p": 0.05}], ids=str
 )
 @pytest.mark.parametrize("vary", ["seeds", "steps"])
+@without_simt
 def test_frequencies_follow_the_distribution(xp, options, vary):
     """Chi-square at a fixed set of seeds, or of steps; 0.1 percent of good generators exceed it."""
     limits = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}  # by degree of freedom
@@ -284,14 +286,14 @@ def test_unusual_logits(xp):
         ([nan, nan, nan, nan], {0}),
         ([-3e38, -3e38, -inf, -3e38], {0, 1, 3}),
         ([1e-45, 0, -0.0, -1e-45], {0, 1, 2, 3}),
-        ([0, -29, -27, -100], {0}),  # exp(-27) is 2^-39: possible, but not in 100 draws
+        ([0, -29, -27, -100], {0}),  # exp(-27) is 2^-39: possible, but not in 40 draws
     ]
     for temperature, top_p in ((1.0, 1.0), (1.0, 0.9999), (1e-30, 1.0), (1e-45, 0.9999)):
         for row, want in rows:
             if temperature == 1e-45 and 1e-45 in row:
                 want = {0}  # 2^26 log2(e) / temperature overflows
             got = draw(
-                xp, repeat(row, 100), temperature=temperature, top_p=top_p, seeds=np.arange(100)
+                xp, repeat(row, 40), temperature=temperature, top_p=top_p, seeds=np.arange(40)
             )
             assert set(got.tolist()) == want, (row, temperature)
 
@@ -306,15 +308,13 @@ def test_out_is_filled_and_empty_batches_pass(xp):
     assert len(draw(xp, np.zeros((0, 5)))) == 0
 
 
-# --- GPU and host ---------------------------------------------------------------------------------
+# --- Kernel and reference -------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("V", [1, 100, 1025, 32000, 151936, 262144])
 @pytest.mark.parametrize("kind", ["normal", "ties", "peaked", "flat", "holes"])
-def test_gpu_draws_what_numpy_draws(rng, V, kind):
-    cupy = pytest.importorskip("cupy")
-    B = 48
+def test_kernel_draws_what_numpy_draws(device, rng, V, kind):
+    B = 48 if V < 2000 else 8
     logits = rng.standard_normal((B, V)).astype(np.float32) * np.float32(2.5)
     if kind == "ties":
         logits = np.round(logits)
@@ -333,23 +333,21 @@ def test_gpu_draws_what_numpy_draws(rng, V, kind):
         seeds=rng.integers(0, 2**64, B, dtype=np.uint64),
         steps=rng.integers(0, 2**31, B),
     )
-    assert_same_bits(draw(cupy, logits, **options), draw(np, logits, **options))
+    assert_same_bits(draw(device, logits, **options), draw(np, logits, **options))
 
 
-@pytest.mark.gpu
-def test_gpu_clamps_parameters(rng):
-    cupy = pytest.importorskip("cupy")
-    logits = rng.standard_normal((50, 300)).astype(np.float32)
-    best = to_numpy(sample.argmax(cupy.asarray(logits)))
-    seeds = np.arange(50)
+def test_kernel_clamps_parameters(device, rng):
+    logits = rng.standard_normal((20, 300)).astype(np.float32)
+    best = to_numpy(sample.argmax(device.asarray(logits)))
+    seeds = np.arange(20)
     for temperature in (-1, math.nan, -math.inf):
-        assert_same_bits(draw(cupy, logits, temperature=temperature, seeds=seeds), best)
+        assert_same_bits(draw(device, logits, temperature=temperature, seeds=seeds), best)
     free = draw(np, logits, seeds=seeds)
     for off in ({"top_k": -5}, {"top_p": 1.5}, {"top_p": math.inf}, {"min_p": -1}):
-        assert_same_bits(draw(cupy, logits, **off, seeds=seeds), free)
-    assert_same_bits(draw(cupy, logits, min_p=math.nan, seeds=seeds), free)
+        assert_same_bits(draw(device, logits, **off, seeds=seeds), free)
+    assert_same_bits(draw(device, logits, min_p=math.nan, seeds=seeds), free)
     for tight in ({"top_p": 0}, {"top_p": -1}, {"top_p": math.nan}, {"min_p": 2}):
-        assert_same_bits(draw(cupy, logits, **tight, seeds=seeds), best)
+        assert_same_bits(draw(device, logits, **tight, seeds=seeds), best)
 
 
 # --- Errors ---------------------------------------------------------------------------------------

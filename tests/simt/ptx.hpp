@@ -78,14 +78,13 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
-// At once, as a GPU may: a wait that is missing shows on a GPU alone.
 inline void cp_async16(void* shared, const void* global) {
-    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+    simt::copy_later(shared, global);
 }
 
-inline void cp_async_commit() {}
+inline void cp_async_commit() { simt::commit_copies(); }
 
-template <int N> inline void cp_async_wait() {}
+template <int N> inline void cp_async_wait() { simt::wait_for_copies(N); }
 
 namespace simt {
 struct Rows { unsigned words[WARP][4]; };  // what the 32 lanes of an ldmatrix point at

@@ -60,14 +60,10 @@ class Probe:
 
 
 @pytest.fixture
-def probe(device, monkeypatch, tmp_path):
-    for path in (cuda.KERNELS / "common.cuh", HERE / "kernels" / "ptx.cu"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
+def probe(device, kernel_folder, monkeypatch):
+    shutil.copy(HERE / "kernels" / "ptx.cu", kernel_folder)
     monkeypatch.setattr(machine, "ARCH", machine.ARCH)  # to be restored
-    cuda.source.cache_clear()
-    yield Probe(device)
-    cuda.source.cache_clear()
+    return Probe(device)
 
 
 # --- Conversions ----------------------------------------------------------------------------------

@@ -1,0 +1,17 @@
+"""Fixture `kernel_folder`: kernel files of a test's own."""
+
+import shutil
+
+import pytest
+
+from pykv import cuda
+
+
+@pytest.fixture
+def kernel_folder(monkeypatch, tmp_path):
+    """An empty folder but for common.cuh, from which pykv takes its kernels during a test."""
+    shutil.copy(cuda.KERNELS / "common.cuh", tmp_path)
+    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
+    cuda.source.cache_clear()
+    yield tmp_path
+    cuda.source.cache_clear()

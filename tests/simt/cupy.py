@@ -1,0 +1,162 @@
+"""As much of CuPy as pykv's ops and their tests use, over host memory.
+
+Like CuPy's, its arrays do not turn into NumPy's unasked: an op that mixes the two fails here as it
+would on a GPU. What `empty` returns is poisoned.
+"""
+
+import math
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+
+DEVICE = 1000  # an ordinal that no GPU has, since pykv keeps facts by ordinal
+NUM_SMS = 16
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns
+GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
+
+
+class ndarray:
+    """A device array; `host` is the NumPy array behind it."""
+
+    __array_ufunc__ = None  # NumPy leaves mixed arithmetic to this class, which has none
+
+    def __init__(self, host):
+        self.host = host
+
+    @property
+    def data(self):
+        def memset_async(value, nbytes):
+            self.host.reshape(-1).view(np.uint8)[:nbytes] = value
+
+        address = self.host.ctypes.data
+        return SimpleNamespace(ptr=address, device_id=DEVICE, memset_async=memset_async)
+
+    def get(self):
+        return self.host.copy()
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("a device array becomes a NumPy array by .get() alone")
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # or NumPy would find the host's __array_interface__
+            raise AttributeError(name)
+        return _device(getattr(self.host, name))
+
+    def __getitem__(self, key):
+        return _device(self.host[_host(key)])
+
+    def __setitem__(self, key, value):
+        self.host[_host(key)] = _host(value)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __bool__(self):
+        return bool(self.host)
+
+
+def _operator(name):
+    return lambda self, *others: _device(getattr(self.host, name)(*_host(others)))
+
+
+for _name in ("add", "sub", "mul", "neg", "invert", "and", "eq", "ne", "lt", "gt"):
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _host(x):
+    if isinstance(x, tuple):
+        return tuple(map(_host, x))
+    if isinstance(x, np.ndarray):
+        raise TypeError("a NumPy array beside a device array")
+    return x.host if isinstance(x, ndarray) else x
+
+
+def _device(x):
+    """Arrays become device arrays; functions become such that take and return them."""
+    if isinstance(x, np.ndarray | np.generic):
+        x = np.asarray(x)
+        # New memory gets its guard; sparse giants have a mapping of their own.
+        return array(x) if x.flags.owndata and x.nbytes < 1 << 24 else ndarray(x)
+    if not callable(x) or isinstance(x, type):
+        return x
+    return lambda *args, **options: _device(
+        x(*_host(args), **{name: _host(option) for name, option in options.items()})
+    )
+
+
+def __getattr__(name):
+    """All else is NumPy's."""
+    return _device(getattr(np, name))
+
+
+def asarray(x, dtype=None):
+    return x.astype(dtype, copy=False) if isinstance(x, ndarray) else array(x, dtype)
+
+
+def array(x, dtype=None):
+    x = np.asarray(x.host if isinstance(x, ndarray) else x, dtype)
+    made = empty(x.shape, x.dtype)
+    made.host[...] = x
+    return made
+
+
+def empty(shape, dtype=np.float32):
+    dtype = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
+    start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
+    inside = memory[start : start + nbytes]
+    inside.fill(0xFF)  # NaN in every float type
+    return ndarray(inside.view(dtype).reshape(shape))
+
+
+# --- cuBLAS ---------------------------------------------------------------------------------------
+
+
+def _at(address, shape, dtype, strides):
+    """The array at an address, strides in elements."""
+    import cffi
+
+    ffi = cffi.FFI()
+    dtype = np.dtype(dtype)
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    memory = ffi.buffer(ffi.cast("char*", address), count * dtype.itemsize)
+    strides = [stride * dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(np.frombuffer(memory, dtype), shape, strides)
+
+
+def _gemm_ex(
+    handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c, ldc, *rest
+):
+    """c = alpha * a.T @ b + beta * c, column-major, for the one pair of operations in use."""
+    assert (op_a, op_b) == (cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N)
+    alpha, beta = (_at(scalar, (1,), np.float32, (1,))[0] for scalar in (alpha, beta))
+    a, b = _at(a, (m, k), TYPES[type_a], (lda, 1)), _at(b, (n, k), TYPES[type_b], (ldb, 1))
+    c = _at(c, (n, m), TYPES[type_c], (ldc, 1))
+    product = alpha * (b.astype(np.float64) @ a.T.astype(np.float64))
+    c[...] = (product + (beta * c.astype(np.float64) if beta else 0)).astype(c.dtype)
+
+
+TYPES = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType
+cublas = SimpleNamespace(
+    CUBLAS_OP_N=0,
+    CUBLAS_OP_T=1,
+    CUBLAS_POINTER_MODE_HOST=0,
+    CUBLAS_POINTER_MODE_DEVICE=1,
+    CUBLAS_COMPUTE_32F=68,
+    CUBLAS_GEMM_DEFAULT=-1,
+    getMathMode=lambda handle: 0,
+    setMathMode=lambda handle, mode: None,
+    setPointerMode=lambda handle, mode: None,
+    gemmEx=_gemm_ex,
+)
+
+cuda = SimpleNamespace(
+    cublas=cublas,
+    device=SimpleNamespace(get_cublas_handle=lambda: 0),
+    get_current_stream=lambda: SimpleNamespace(ptr=0),
+    runtime=SimpleNamespace(getDevice=lambda: DEVICE),
+    Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
+)

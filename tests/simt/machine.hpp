@@ -1,0 +1,340 @@
+// machine.hpp: CUDA's built-ins for a C++17 compiler, so that kernels_cu/<stem>.cu runs on a CPU.
+//
+// tests/simt/machine.py puts this file before the text of pykv.cuda.source(stem) and compiles both
+// with -fsanitize=thread and -fsanitize=undefined. Neither sanitizer's library is linked: the
+// compiler's calls before each memory access and after each failed check land in machine.cpp,
+// which knows every array and every thread. A thread is a fibre that runs until it waits for
+// others; hence the site (file and line) that every waiting function takes from its caller.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include <typeinfo>
+#include <utility>
+
+// --- Declarations and types -----------------------------------------------------------------------
+
+#define PYKV_SIMT
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static const
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __shared__ static __attribute__((section("simt_shared")))  // machine.py handles extern ones
+
+struct uint3 { unsigned x, y, z; };
+using dim3 = uint3;
+struct alignas(8) int2 { int x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) longlong2 { long long x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
+
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// --- The machine ----------------------------------------------------------------------------------
+
+#define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace simt {
+constexpr int WARP = 32;
+constexpr int VALUE_BYTES = 64;  // the most that one lane hands to the others at once
+
+// Constant for a thread, so the compiler may keep what they return.
+__attribute__((const)) uint3 thread_index();
+__attribute__((const)) uint3 block_index();
+__attribute__((const)) dim3 block_size();
+__attribute__((const)) dim3 grid_size();
+__attribute__((const)) int lane();
+__attribute__((const)) char* dynamic_shared();
+
+// All live threads of the block meet; returns how many of them brought `predicate`.
+int meet_block(const char* name, bool predicate, const char* file, int line);
+
+// The lanes of `mask` meet; returns what each of them brought. Entries of other lanes are stale.
+const char (*meet_lanes(const char* name, unsigned mask, const void* value, int bytes,
+                        const char* file, int line))[VALUE_BYTES];
+
+unsigned converged_lanes(const char* file, int line);  // those that wait at this site
+void order_memory();                                   // of the lanes that have just met
+void atomic_access(const void* address, int bytes, const void* caller);
+
+// Asynchronous copies of this thread. The target is poison, and nobody's to touch, until the thread
+// has waited until at most `groups` of its committed groups are left.
+void copy_later(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(int groups);
+
+[[noreturn]] void fail(const char* file, int line, const char* format, ...);
+
+template <class T>
+const T value_of(const char (*values)[VALUE_BYTES], int lane) {
+    static_assert(sizeof(T) <= VALUE_BYTES, "fits a lane's slot");
+    T x;
+    memcpy(&x, values[lane], sizeof x);
+    return x;
+}
+
+// What every lane of a whole warp holds, for twins of warp-wide instructions.
+template <class T>
+void all_lanes(T (&out)[WARP], const T& mine, SIMT_SITE) {
+    const auto values = meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
+    for (int i = 0; i < WARP; i++) out[i] = value_of<T>(values, i);
+}
+
+template <class T>
+T shuffle(const char* name, unsigned mask, const T& mine, int from, const char* file, int line) {
+    const auto values = meet_lanes(name, mask, &mine, sizeof mine, file, line);
+    if (!(mask >> from & 1)) fail(file, line, "%s reads lane %d, not in mask %08x", name, from, mask);
+    return value_of<T>(values, from);
+}
+
+// Folds what the lanes of `mask` hold, in the order of the lanes.
+template <class T, class Fold>
+T reduce(const char* name, unsigned mask, const T& mine, Fold fold, const char* file, int line) {
+    const auto values = meet_lanes(name, mask, &mine, sizeof mine, file, line);
+    T total = value_of<T>(values, __builtin_ctz(mask));
+    for (int i = __builtin_ctz(mask) + 1; i < WARP; i++) {
+        if (mask >> i & 1) total = fold(total, value_of<T>(values, i));
+    }
+    return total;
+}
+
+template <class T, class Change>
+__attribute__((no_sanitize("thread"))) inline T atomic(T* at, Change change) {
+    atomic_access(at, sizeof(T), __builtin_return_address(0));
+    const T old = *at;
+    *at = change(old);
+    return old;
+}
+
+// How machine.py calls a kernel, and what it may know of its parameters.
+template <class... P>
+struct Signature {
+    static constexpr int count = sizeof...(P);
+    static const char* name(int i) {
+        const char* names[] = {typeid(P).name()..., ""};
+        return names[i];
+    }
+    template <int... I>
+    __attribute__((no_sanitize("thread")))
+    static void call(void (*kernel)(P...), void** values, std::integer_sequence<int, I...>) {
+        kernel(*static_cast<P*>(values[I])...);
+    }
+};
+template <class... P> Signature<P...> signature(void (*)(P...)) { return {}; }
+constexpr int max_threads(int threads = 1024, int = 0) { return threads; }
+}  // namespace simt
+
+#define SIMT_EXPORT(kernel, bounds)                                                               \
+    extern "C" const char* simt_parameter_##kernel(int i) {                                       \
+        using S = decltype(simt::signature(kernel));                                              \
+        return i < S::count ? S::name(i) : nullptr;                                               \
+    }                                                                                             \
+    extern "C" void simt_call_##kernel(void** values) {                                           \
+        using S = decltype(simt::signature(kernel));                                              \
+        S::call(kernel, values, std::make_integer_sequence<int, S::count>());                     \
+    }                                                                                             \
+    extern "C" int simt_max_threads_##kernel() { return simt::max_threads bounds; }
+
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+#define warpSize 32
+
+// --- Barriers and fences --------------------------------------------------------------------------
+
+inline void __syncthreads(SIMT_SITE) { simt::meet_block("__syncthreads", false, file, line); }
+inline int __syncthreads_count(int predicate, SIMT_SITE) {
+    return simt::meet_block("__syncthreads_count", predicate, file, line);
+}
+inline int __syncthreads_or(int predicate, SIMT_SITE) {
+    return simt::meet_block("__syncthreads_or", predicate, file, line) > 0;
+}
+inline int __syncthreads_and(int predicate, SIMT_SITE) {
+    return simt::meet_block("__syncthreads_and", !predicate, file, line) == 0;
+}
+inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) {
+    simt::meet_lanes("__syncwarp", mask, "", 0, file, line);
+    simt::order_memory();
+}
+inline void __threadfence() {}  // threads run one at a time
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+
+// --- Warp functions -------------------------------------------------------------------------------
+
+template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, SIMT_SITE) {
+    from = (simt::lane() & -width) | (from & (width - 1));
+    return simt::shuffle("__shfl_sync", mask, x, from, file, line);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned step, int width = 32, SIMT_SITE) {
+    const int lane = simt::lane(), from = lane - (int)step;
+    return simt::shuffle("__shfl_up_sync", mask, x, from < (lane & -width) ? lane : from, file, line);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned step, int width = 32, SIMT_SITE) {
+    const int lane = simt::lane(), from = lane + (int)step;
+    return simt::shuffle("__shfl_down_sync", mask, x, from > (lane | (width - 1)) ? lane : from, file,
+                         line);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int flip, int width = 32, SIMT_SITE) {
+    const int lane = simt::lane(), from = lane ^ flip;
+    return simt::shuffle("__shfl_xor_sync", mask, x, from > (lane | (width - 1)) ? lane : from, file,
+                         line);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
+    const unsigned mine = predicate ? 1u << simt::lane() : 0;
+    return simt::reduce(
+        "__ballot_sync", mask, mine, [](unsigned a, unsigned b) { return a | b; }, file, line);
+}
+inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
+    return __ballot_sync(mask, predicate, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
+    return __ballot_sync(mask, predicate, file, line) == mask;
+}
+inline unsigned __activemask(SIMT_SITE) { return simt::converged_lanes(file, line); }
+
+template <class T> unsigned __match_any_sync(unsigned mask, T x, SIMT_SITE) {
+    const auto values = simt::meet_lanes("__match_any_sync", mask, &x, sizeof x, file, line);
+    unsigned same = 0;
+    for (int i = 0; i < simt::WARP; i++) {
+        same |= (mask >> i & 1 && !memcmp(values[i], &x, sizeof x)) ? 1u << i : 0;
+    }
+    return same;
+}
+template <class T> unsigned __match_all_sync(unsigned mask, T x, int* all, SIMT_SITE) {
+    *all = __match_any_sync(mask, x, file, line) == mask;
+    return *all ? mask : 0;
+}
+
+#define SIMT_REDUCE(op, T, expression)                                                           \
+    inline T __reduce_##op##_sync(unsigned mask, T x, SIMT_SITE) {                               \
+        return simt::reduce(                                                                     \
+            "__reduce_" #op "_sync", mask, x, [](T a, T b) -> T { return expression; }, file,    \
+            line);                                                                               \
+    }
+SIMT_REDUCE(add, unsigned, a + b)
+SIMT_REDUCE(min, unsigned, a < b ? a : b)
+SIMT_REDUCE(max, unsigned, a > b ? a : b)
+SIMT_REDUCE(add, int, (int)((unsigned)a + (unsigned)b))
+SIMT_REDUCE(min, int, a < b ? a : b)
+SIMT_REDUCE(max, int, a > b ? a : b)
+SIMT_REDUCE(and, unsigned, a & b)
+SIMT_REDUCE(or, unsigned, a | b)
+SIMT_REDUCE(xor, unsigned, a ^ b)
+#undef SIMT_REDUCE
+
+// --- Atomics: the old value comes back ------------------------------------------------------------
+
+#define SIMT_ATOMIC(name, T, expression)                                  \
+    inline T name(T* at, T x) {                                           \
+        return simt::atomic(at, [x](T old) -> T { return expression; });  \
+    }
+#define SIMT_INTEGER_ATOMICS(T)                          \
+    SIMT_ATOMIC(atomicExch, T, x)                        \
+    SIMT_ATOMIC(atomicMin, T, x < old ? x : old)         \
+    SIMT_ATOMIC(atomicMax, T, x > old ? x : old)         \
+    SIMT_ATOMIC(atomicAnd, T, old & x)                   \
+    SIMT_ATOMIC(atomicOr, T, old | x)                    \
+    SIMT_ATOMIC(atomicXor, T, old ^ x)                   \
+    inline T atomicCAS(T* at, T expected, T x) {         \
+        return simt::atomic(at, [=](T old) -> T { return old == expected ? x : old; }); \
+    }
+SIMT_INTEGER_ATOMICS(int)
+SIMT_INTEGER_ATOMICS(unsigned)
+SIMT_INTEGER_ATOMICS(unsigned long long)
+SIMT_ATOMIC(atomicAdd, int, (int)((unsigned)old + (unsigned)x))
+SIMT_ATOMIC(atomicAdd, unsigned, old + x)
+SIMT_ATOMIC(atomicAdd, unsigned long long, old + x)
+SIMT_ATOMIC(atomicAdd, float, old + x)
+SIMT_ATOMIC(atomicAdd, double, old + x)  // sm_60 and later
+SIMT_ATOMIC(atomicExch, float, x)
+SIMT_ATOMIC(atomicSub, int, (int)((unsigned)old - (unsigned)x))
+SIMT_ATOMIC(atomicSub, unsigned, old - x)
+SIMT_ATOMIC(atomicInc, unsigned, old >= x ? 0 : old + 1)
+SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > x ? x : old - 1)
+#undef SIMT_INTEGER_ATOMICS
+#undef SIMT_ATOMIC
+
+// --- Arithmetic -----------------------------------------------------------------------------------
+
+template <class T> T __ldg(const T* at) { return *at; }
+
+template <class To, class From> To simt_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+inline unsigned __float_as_uint(float x) { return simt_bits<unsigned>(x); }
+inline int __float_as_int(float x) { return simt_bits<int>(x); }
+inline float __uint_as_float(unsigned x) { return simt_bits<float>(x); }
+inline float __int_as_float(int x) { return simt_bits<float>(x); }
+inline long long __double_as_longlong(double x) { return simt_bits<long long>(x); }
+inline double __longlong_as_double(long long x) { return simt_bits<double>(x); }
+
+// Rounded to nearest even by themselves: the compiler is told not to fuse.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __float2int_rn(float x) { return (int)rintf(x); }
+
+inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned __int128)a * b >> 64;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __brev(unsigned x) {
+    unsigned y = 0;
+    for (int i = 0; i < 32; i++) y |= (x >> i & 1) << (31 - i);
+    return y;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const unsigned long long bytes = (unsigned long long)y << 32 | x;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) {
+        const unsigned pick = selector >> 4 * i & 0xf;
+        unsigned byte = bytes >> 8 * (pick & 7) & 0xff;
+        if (pick & 8) byte = byte & 0x80 ? 0xff : 0;  // copies of the sign
+        out |= byte << 8 * i;
+    }
+    return out;
+}
+
+#define SIMT_MIN_MAX(T)                                     \
+    inline T min(T a, T b) { return b < a ? b : a; }        \
+    inline T max(T a, T b) { return a < b ? b : a; }
+SIMT_MIN_MAX(int)
+SIMT_MIN_MAX(unsigned)
+SIMT_MIN_MAX(long long)
+SIMT_MIN_MAX(unsigned long long)
+#undef SIMT_MIN_MAX
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+#include "ptx.hpp"

@@ -1,0 +1,357 @@
+"""Runs kernels_cu on the CPU: builds a kernel file with g++ and launches it on the SIMT machine.
+
+`kernel` and `launch` take the place of those of pykv.cuda. Compiled files are kept in the cache
+folder under a hash of all that went into them. machine.cpp says what a kernel is held to.
+
+PYKV_SIMT_SEED sets the order of blocks, warps and lanes; PYKV_ARCH the SM whose limits hold and
+which __CUDA_ARCH__ names.
+"""
+
+import hashlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from pykv import cuda
+from pykv.errors import PykvError
+from tests.simt import cupy
+
+HERE = Path(__file__).parent
+ARCH = os.environ.get("PYKV_ARCH", "sm_90").replace("compute_", "sm_")
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_BLOCK = (1024, 1024, 64)
+STATIC_SHARED = 48 << 10
+# Bytes of shared memory that a block may ask for (CUDA programming guide, compute capabilities).
+SHARED = {
+    52: 48,
+    60: 48,
+    61: 48,
+    70: 96,
+    75: 64,
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}
+
+# A parameter's type as the Itanium C++ ABI spells it, and the dtype that may be passed.
+DTYPES = {
+    "a": np.int8,
+    "h": np.uint8,
+    "t": np.uint16,
+    "i": np.int32,
+    "j": np.uint32,
+    "x": np.int64,
+    "y": np.uint64,
+    "f": np.float32,
+    "d": np.float64,
+    "3f16": np.float16,
+    "4bf16": ml_dtypes.bfloat16,
+    "4e4m3": ml_dtypes.float8_e4m3fn,
+    "4e5m2": ml_dtypes.float8_e5m2,
+}
+DECLARATIONS = """
+struct Array { const char* name; char* begin; uint64_t bytes; int writable, shared; };
+struct Launch {
+    void (*call)(void**);
+    void** values;
+    uint32_t grid[3], block[3];
+    struct Array* arrays;
+    int num_arrays;
+    char* dynamic_shared;
+    uint64_t seed;
+    char fault[1000];
+    char module[1000];
+    uint64_t offset;
+};
+int simt_run(struct Launch*);
+"""
+FLAGS = [
+    *("-std=c++17", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"),
+    *("-g1", "-gdwarf-4"),  # lines; addr2line takes #line's names from this version alone
+    "-ffp-contract=off",
+]
+CHECKS = [
+    "-O1",
+    "-fsanitize=thread",
+    "-fsanitize=alignment,null,bounds,signed-integer-overflow,shift-exponent",
+    "-fsanitize=integer-divide-by-zero,float-cast-overflow",
+    "-Werror=uninitialized",
+    *("-nostdlib", "-lstdc++", "-lm", "-lc", "-lgcc"),  # without the sanitizers' libraries
+]
+
+POISON = "-ftrivial-auto-var-init=pattern"  # of locals; from g++ 12 and clang++ 16 on
+
+launched = set()  # (stem, kernel) of every launch so far
+_lock = threading.Lock()  # the machine is one
+
+
+class SimtError(PykvError):
+    """A kernel did what no kernel may do, or was launched as none can be."""
+
+
+@cache
+def unavailable():
+    """Why kernels cannot run here, or None."""
+    try:
+        import cffi  # noqa: F401
+    except ImportError:
+        return "cffi is not installed: pip install 'pykv-cuda[test]'"
+    if _compiler() is None:
+        return "there is no C++ compiler: install g++, or name one in CXX"
+    if shutil.which("objdump") is None or shutil.which("addr2line") is None:
+        return "objdump and addr2line are missing: install binutils"
+    return None
+
+
+@cache
+def _compiler():
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+@cache
+def version():
+    """The first line of what the compiler says of itself."""
+    done = subprocess.run([_compiler(), "--version"], capture_output=True, text=True)
+    return done.stdout.partition("\n")[0]
+
+
+@cache
+def poisons_locals():
+    """Whether the compiler can; without it, a local that is read before it is set goes unseen."""
+    command = [_compiler(), "-x", "c++", "-fsyntax-only", POISON, "-"]
+    return subprocess.run(command, input="", capture_output=True, text=True).returncode == 0
+
+
+# --- Build ----------------------------------------------------------------------------------------
+
+
+def build(name, text, flags):
+    """The shared library made of a C++ text, from the cache folder if it is there."""
+    headers = [(HERE / file).read_text() for file in ("machine.hpp", "ptx.hpp")]
+    parts = [version(), text, *headers, *FLAGS, *flags]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    library = cuda.cache_dir() / "simt" / f"{name}-{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    scratch = library.with_suffix(f".{os.getpid()}")
+    if "__global__" in text:
+        text = f'#include "machine.hpp"\n{text}\n{_exports(name, text, flags)}'
+    _run_compiler(name, text, ["-o", str(scratch), *FLAGS, *flags])
+    os.replace(scratch, library)  # at once, so that two processes do no harm
+    return library
+
+
+def _exports(name, text, flags):
+    """What makes the kernels of a text known: those that the preprocessor leaves in it."""
+    head = r"__global__\s+void\s+(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)"
+    lines, names = [], []
+    for bounds, kernel, listed in re.findall(head, _run_compiler(name, text, ["-E", *flags])):
+        parameters = [re.search(r"\w+$", parameter.strip())[0] for parameter in listed.split(",")]
+        names.append(" ".join([kernel, *parameters]))
+        lines.append(f"SIMT_EXPORT({kernel}, ({bounds}))")
+    lines.append(f'extern "C" const char* simt_kernels() {{ return "{";".join(names)}"; }}')
+    return "\n".join(lines)
+
+
+def _run_compiler(name, text, flags):
+    command = [_compiler(), "-x", "c++", "-", *flags]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise SimtError(f"{name} does not compile:\n{done.stderr}")
+    return done.stdout
+
+
+@cache
+def _machine():
+    """(cffi, the loaded machine). Global, because kernels take their built-ins from it."""
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef(DECLARATIONS)
+    library = build("machine", (HERE / "machine.cpp").read_text(), ["-O2"])
+    return ffi, ffi.dlopen(str(library), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
+
+
+@cache
+def _library(stem, source, arch, macros):
+    """A kernel file, built and loaded.
+
+    Returns:
+        (cffi, library, {kernel: names of its parameters}, [(owner, name, address, bytes)]): the
+        last are its shared variables, whose owner is a kernel or a helper.
+    """
+    import cffi
+
+    _machine()
+    dynamic = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
+    text = re.sub(dynamic, r"\1* const \2 = (\1*)simt::dynamic_shared();", source)
+    flags = [f"-I{HERE}", f"-D__CUDA_ARCH__={arch[3:]}0"]
+    flags += [f"-D{name}={value}" for name, value in macros]
+    path = build(stem, text, [*flags, *CHECKS, *[POISON] * poisons_locals()])
+
+    ffi = cffi.FFI()
+    ffi.cdef("const char* simt_kernels();")
+    library = ffi.dlopen(str(path))
+    rows = [row.split() for row in ffi.string(library.simt_kernels()).decode().split(";")]
+    for name, *_ in rows:
+        ffi.cdef(
+            f"void simt_call_{name}(void**); const char* simt_parameter_{name}(int);"
+            f"int simt_max_threads_{name}();"
+        )
+    symbols = subprocess.run(["objdump", "-tC", path], capture_output=True, text=True, check=True)
+    at = int(re.search(r"^(\w+) .* simt_kernels$", symbols.stdout, re.MULTILINE)[1], 16)
+    base = _address(ffi, library.simt_kernels) - at
+    found = re.findall(
+        r"^(\w+) .* simt_shared\s+(\w+)\s+(?:\w+ )?(\w+)[^:]*::(?:.*::)?(\w+)",
+        symbols.stdout,
+        re.MULTILINE,
+    )
+    shared = [(owner, name, base + int(at, 16), int(size, 16)) for at, size, owner, name in found]
+    return ffi, library, {name: parameters for name, *parameters in rows}, shared
+
+
+def _address(ffi, pointer):
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+# --- Kernel and launch ----------------------------------------------------------------------------
+
+
+class Kernel:
+    """One kernel of a loaded library, and what it may be given."""
+
+    def __init__(self, name, stem, *build):
+        ffi, library, kernels, self.shared = _library(stem, *build)
+        self.stem, self.name, self.label = stem, name, f"{stem}.cu {name}"
+        self.call = _address(ffi, getattr(library, f"simt_call_{name}"))
+        self.max_threads = getattr(library, f"simt_max_threads_{name}")()
+        kind = getattr(library, f"simt_parameter_{name}")
+        self.parameters = [  # (name, type)
+            (parameter, ffi.string(kind(i)).decode()) for i, parameter in enumerate(kernels[name])
+        ]
+        # A helper's variables count for every kernel: which of them calls it is not known.
+        self.shared_bytes = sum(
+            size for owner, _, _, size in self.shared if owner == name or owner not in kernels
+        )
+
+
+_kernel = cache(Kernel)
+
+
+def kernel(stem, name, **defines):
+    """As pykv.cuda.kernel."""
+    macros = tuple((key, str(value)) for key, value in sorted(defines.items()))
+    return _kernel(name, stem, cuda.source(stem), ARCH, macros)
+
+
+def launch(kernel, grid, block, *args, shared_bytes=0):
+    """As pykv.cuda.launch, with arrays of tests/simt/cupy.py. Has run when it returns.
+
+    Raises:
+        SimtError: the arguments, the sizes or the kernel itself are at fault.
+    """
+    grid, block = ((*np.atleast_1d(n).tolist(), 1, 1)[:3] for n in (grid, block))
+    _check_sizes(kernel, grid, block, shared_bytes)
+    if len(args) != len(kernel.parameters):
+        raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
+    values, arrays = [], []
+    for (name, kind), arg in zip(kernel.parameters, args, strict=True):
+        values.append(_value(kernel.label, name, kind, arg))
+        if isinstance(arg, cupy.ndarray):
+            begin, end = byte_bounds(arg.host)
+            arrays.append((name, begin, end, not kind.startswith("PK"), False))
+    dynamic = np.empty(shared_bytes + 128, np.uint8)
+    start = dynamic.ctypes.data + -dynamic.ctypes.data % 128
+    regions = [(name, at, at + size, True, True) for _, name, at, size in kernel.shared]
+    regions += [("dynamic shared memory", start, start + shared_bytes, True, True)]
+    regions += _joined(arrays)
+
+    ffi, machine = _machine()
+    names = [ffi.new("char[]", name.encode()) for name, *_ in regions]
+    state = ffi.new("struct Launch*")
+    state.call = ffi.cast("void (*)(void**)", kernel.call)
+    pointers = ffi.new("void*[]", [ffi.cast("void*", value.ctypes.data) for value in values])
+    table = ffi.new("struct Array[]", len(regions))
+    state.values, state.arrays, state.num_arrays = pointers, table, len(regions)
+    state.grid, state.block = grid, block
+    state.dynamic_shared = ffi.cast("char*", start)
+    state.seed = int(os.environ.get("PYKV_SIMT_SEED", "0"))
+    for to, name, (_, begin, end, writable, shared) in zip(table, names, regions, strict=True):
+        to.name, to.begin, to.bytes = name, ffi.cast("char*", begin), end - begin
+        to.writable, to.shared = writable, shared
+    with _lock:
+        failed = machine.simt_run(state)
+    launched.add((kernel.stem, kernel.name))
+    if failed < 0:
+        raise MemoryError(f"{kernel.label}: no memory to watch its arrays")
+    if failed:
+        raise SimtError(f"{kernel.label}, {ffi.string(state.fault).decode()}{_place(ffi, state)}")
+
+
+def _check_sizes(kernel, grid, block, shared_bytes):
+    threads = math.prod(block)
+    for what, sizes, limits in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
+        if not all(0 < size <= limit for size, limit in zip(sizes, limits, strict=True)):
+            raise SimtError(f"{kernel.label}: {what} is {sizes}, expected 1 to {limits}")
+    if threads > kernel.max_threads:
+        raise SimtError(
+            f"{kernel.label}: block is {block}, expected at most {kernel.max_threads} threads"
+        )
+    static, limit = kernel.shared_bytes, SHARED[int(ARCH[3:])] << 10
+    if static > STATIC_SHARED or static + shared_bytes > limit:
+        raise SimtError(
+            f"{kernel.label}: {static} bytes of static and {shared_bytes} of dynamic shared "
+            f"memory, expected at most {STATIC_SHARED}, and {limit} in all on {ARCH}"
+        )
+
+
+def _value(label, name, kind, arg):
+    """The bytes that a kernel's parameter receives, as an array of one element."""
+    pointee = kind.removeprefix("P").removeprefix("K") if kind.startswith("P") else None
+    wanted = np.dtype(DTYPES[pointee or kind])
+    if pointee and arg is None:
+        return np.zeros(1, np.uint64)
+    if pointee and isinstance(arg, cupy.ndarray) and arg.dtype == wanted:
+        return np.array([arg.data.ptr], np.uint64)
+    if not pointee and isinstance(arg, np.generic) and arg.dtype == wanted:
+        return np.array([arg])
+    given = f"{type(arg).__name__} of {getattr(arg, 'dtype', 'no dtype')}"
+    expected = f"{'an array' if pointee else 'a scalar'} of {wanted}"
+    raise SimtError(f"{label}: {name} is a {given}, expected {expected}")
+
+
+def _joined(arrays):
+    """The same memory, with arrays that overlap made one."""
+    joined = []
+    for array in sorted(arrays, key=lambda array: array[1:3]):
+        if joined and array[1] < joined[-1][2]:
+            name, begin, end, writable, _ = joined[-1]
+            joined[-1] = (
+                *(f"{name}, {array[0]}", begin, max(end, array[2]), writable or array[3], False),
+            )
+        else:
+            joined.append(array)
+    return joined
+
+
+def _place(ffi, state):
+    """The source lines of a fault's address, innermost first."""
+    if state.module[0] == b"\0":
+        return ""
+    command = ["addr2line", "-i", "-e", ffi.string(state.module).decode(), hex(state.offset)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = [Path(line.split(" (")[0]).name for line in lines if "machine.hpp" not in line]
+    return f" at {', called at '.join(lines)}"

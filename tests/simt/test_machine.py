@@ -1,0 +1,452 @@
+"""The machine itself: planted faults are caught, and their mended twins run."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pykv import cuda, verify
+from tests.simt import cupy as simt
+from tests.simt import machine
+
+pytestmark = pytest.mark.simt
+
+SIZES = dict(grid=1, block=128, n=1000)  # of `in` and `out`, both int32 with out[i] = -1, in[i] = i
+
+
+def fault(wrong, right, error, want=None, *, shared="", **sizes):
+    """Kernel bodies with and without a fault, the pattern of its error, and what `out` begins with
+    when the mended one has run."""
+    return SimpleNamespace(
+        **{**SIZES, **sizes}, wrong=wrong, right=right, error=error, want=want, shared=shared
+    )
+
+
+FAULTS = {
+    "barrier missing": fault(
+        "s[t] = in[t]; out[t] = s[127 - t];",
+        "s[t] = in[t]; __syncthreads(); out[t] = s[127 - t];",
+        r"of s, which (thread \(\d+, 0, 0\) (reads or )?writes without|no thread has written)",
+        range(127, -1, -1),
+        shared="__shared__ int s[128];",
+    ),
+    "barrier missing before shared memory is used again": fault(
+        "s[t] = in[t]; __syncthreads(); int x = s[127 - t]; s[t] = x; out[t] = x;",
+        "s[t] = in[t]; __syncthreads(); int x = s[127 - t]; __syncthreads(); s[t] = x; out[t] = x;",
+        r"(writes|reads) byte \d+ of s, which thread .* without a barrier",
+        range(127, -1, -1),
+        shared="__shared__ int s[128];",
+    ),
+    "read before another warp has read and written": fault(
+        "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; if (t < 32) s[t] = 0;",
+        "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; __syncthreads();"
+        " if (t < 32) s[t] = 0;",
+        r"(writes byte .* which .*(thread|warp).* reads or writes|reads byte .* writes without)",
+        list(range(32)) * 4,
+        shared="__shared__ int s[32];",
+    ),
+    "race between warps": fault(
+        "s[0] = 0; __syncthreads(); s[0] += 1; __syncthreads(); out[t] = s[0];",
+        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        r"(writes|reads) byte 0 of s, which ",
+        [128] * 128,
+        shared="__shared__ int s[1];",
+    ),
+    "lost updates": fault(
+        "if (t == 0) s[0] = 0; __syncthreads(); s[0] += 1; __syncthreads(); out[t] = s[0];",
+        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        r"(writes|reads) byte 0 of s, which ",
+        [128] * 128,
+        shared="__shared__ int s[1];",
+    ),
+    "plain read beside atomics": fault(
+        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); out[t] = s[0];",
+        "if (t == 0) s[0] = 0; __syncthreads(); atomicAdd(s, 1); __syncthreads(); out[t] = s[0];",
+        r"byte 0 of s, which ",
+        [128] * 128,
+        shared="__shared__ int s[1];",
+    ),
+    "race between blocks": fault(
+        "out[t] = blockIdx.x;",
+        "out[blockIdx.x * 128 + t] = blockIdx.x;",
+        r"writes byte \d+ of out, which another block reads or writes",
+        [0] * 128 + [1] * 128,
+        grid=2,
+    ),
+    "race through global memory": fault(
+        "out[t] = in[t]; out[200 + t] = out[127 - t];",
+        "out[t] = in[t]; __syncthreads(); out[200 + t] = out[127 - t];",
+        r"(reads|writes) byte \d+ of out, which thread",
+        range(128),
+    ),
+    "syncwarp missing": fault(
+        "s[t] = in[t]; out[t] = s[t ^ 1];",
+        "s[t] = in[t]; __syncwarp(); out[t] = s[t ^ 1];",
+        r"of s, which (thread|no thread)",
+        [i ^ 1 for i in range(128)],
+        shared="__shared__ int s[128];",
+    ),
+    "syncwarp where a barrier is due": fault(
+        "s[t] = in[t]; __syncwarp(); out[t] = s[t ^ 32];",
+        "s[t] = in[t]; __syncthreads(); out[t] = s[t ^ 32];",
+        r"of s, which (thread|no thread)",
+        [i ^ 32 for i in range(128)],
+        shared="__shared__ int s[128];",
+    ),
+    "a shuffle orders no memory": fault(
+        "s[t] = in[t]; __shfl_sync(~0u, t, 0); out[t] = s[t ^ 1];",
+        "s[t] = in[t]; __shfl_sync(~0u, t, 0); __syncwarp(); out[t] = s[t ^ 1];",
+        r"of s, which (thread|no thread)",
+        [i ^ 1 for i in range(128)],
+        shared="__shared__ int s[128];",
+    ),
+    "uninitialised shared memory": fault(
+        "if (t < 127) s[t] = in[t]; __syncthreads(); out[t] = s[t];",
+        "if (t < 128) s[t] = in[t]; __syncthreads(); out[t] = s[t];",
+        r"thread \(127, 0, 0\) reads byte 508 of s, which no thread has written",
+        range(128),
+        shared="__shared__ int s[128];",
+    ),
+    "shared memory of the block before": fault(
+        "if (blockIdx.x == 0) s[t] = in[t]; __syncthreads(); out[blockIdx.x * 128 + t] = s[t];",
+        "s[t] = in[t]; __syncthreads(); out[blockIdx.x * 128 + t] = s[t];",
+        r"block \(1, 0, 0\).* of s, which no thread has written",
+        [*range(128), *range(128)],
+        shared="__shared__ int s[128];",
+        grid=2,
+    ),
+    "uninitialised dynamic shared memory": fault(
+        "out[t] = s[t];",
+        "s[t] = in[t]; out[t] = s[t];",
+        r"of dynamic shared memory, which no thread has written",
+        range(128),
+        shared="extern __shared__ __align__(16) int s[];",
+        shared_bytes=512,
+    ),
+    "write past the end": fault(
+        "out[t * 8] = t;",
+        "if (t < 125) out[t * 8] = t;",
+        r"thread \(\d+, 0, 0\) writes 4 bytes at byte 40\d\d of out, which has 4000 bytes",
+        [0, -1, -1, -1, -1, -1, -1, -1, 1],
+    ),
+    "write one past the end": fault(
+        "for (int i = t; i <= n; i += 128) out[i] = i;",
+        "for (int i = t; i < n; i += 128) out[i] = i;",
+        r"writes 4 bytes at byte 4000 of out, which has 4000 bytes",
+        range(1000),
+    ),
+    "read before the beginning": fault(
+        "out[t] = in[t - 1];",
+        "out[t] = in[t ? t - 1 : 0];",
+        r"thread \(0, 0, 0\) reads 4 bytes at byte -4 of in, which has 4000 bytes",
+        [0, *range(127)],
+    ),
+    "write far away": fault(
+        "out[(1ll << 33) + t] = t;",
+        "out[t] = t;",
+        r"writes 4 bytes at byte 34359\d+ of (in|out)",
+        range(128),
+    ),
+    "index past a shared array": fault(
+        "s[t + 1] = t; __syncthreads(); out[t] = s[t];",
+        "s[t] = t; __syncthreads(); out[t] = s[t];",
+        r"thread \(127, 0, 0\) indexes past an array's end at faulty.cu:\d+",
+        range(128),
+        shared="__shared__ int s[128];",
+    ),
+    "past dynamic shared memory": fault(
+        "s[t + 1] = t; __syncthreads(); out[t] = s[t];",
+        "s[t] = t; __syncthreads(); out[t] = s[t];",
+        r"thread \(127, 0, 0\) writes 4 bytes at byte 512 of dynamic shared memory",
+        range(128),
+        shared="extern __shared__ int s[];",
+        shared_bytes=512,
+    ),
+    "write to a const array": fault(
+        "const_cast<int*>(in)[t] = t;",
+        "out[t] = t;",
+        r"writes in, which is const",
+        range(128),
+    ),
+    "null pointer": fault(
+        "int* p = n > 0 ? nullptr : out; p[t] = t;",
+        "int* p = n < 0 ? nullptr : out; p[t] = t;",
+        r"writes 4 bytes at 0x\w+, outside of every array|dereferences a null or mis",
+        range(128),
+    ),
+    "misaligned 16-byte load": fault(
+        "int4 x = *reinterpret_cast<const int4*>(in + t); out[t] = x.x;",
+        "int4 x = *reinterpret_cast<const int4*>(in + 4 * t); out[t] = x.x;",
+        r"dereferences a null or misaligned pointer at faulty.cu:\d+",
+        range(0, 512, 4),
+    ),
+    "divergent barrier": fault(
+        "if (t < 64) __syncthreads();\n__syncthreads(); out[t] = t;",
+        "__syncthreads(); out[t] = t;",
+        r"thread .* waits in __syncthreads at faulty.cu:\d+, but thread .* waits in __syncthreads",
+        range(128),
+    ),
+    "barrier within half a warp": fault(
+        "if (t % 32 < 16) __syncthreads(); else __shfl_sync(~0u, t, 0); out[t] = t;",
+        "__syncthreads(); __shfl_sync(~0u, t, 0); out[t] = t;",
+        r"waits in __shfl_sync at faulty.cu:\d+ .* for lane \d+, which waits in __syncthreads",
+        range(128),
+    ),
+    "shuffle mask with absent lanes": fault(
+        "if (t % 32 < 16) out[t] = __shfl_xor_sync(~0u, t, 1);",
+        "if (t % 32 < 16) out[t] = __shfl_xor_sync(0xffffu, t, 1);",
+        r"waits in __shfl_xor_sync at .* with mask ffffffff for lane \d+, which has exited",
+        [i ^ 1 for i in range(16)] + [-1] * 16,
+    ),
+    "shuffle mask without the caller": fault(
+        "out[t] = __shfl_xor_sync(0xffffu, t, 1);",
+        "out[t] = __shfl_xor_sync(~0u, t, 1);",
+        r"calls __shfl_xor_sync at faulty.cu:\d+ with mask 0000ffff, in which it is not",
+        [i ^ 1 for i in range(128)],
+    ),
+    "shuffle from a lane outside the mask": fault(
+        "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 16);",
+        "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 15);",
+        r"__shfl_sync reads lane 16, not in mask 0000ffff at faulty.cu:\d+",
+        [15] * 16 + [-1] * 16 + [47] * 16,
+    ),
+    "lanes at different shuffles": fault(
+        "out[t] = t & 1 ? __shfl_sync(~0u, t, 0) : __shfl_up_sync(~0u, t, 1);",
+        "out[t] = __shfl_sync(~0u, t, 0);",
+        r"waits in __shfl\w+ at .* for lane \d+, which waits in __shfl",
+        [0] * 32 + [32] * 32,
+    ),
+    "signed overflow of an index": fault(
+        "out[(n * n * n) % 1000 + t] = t;",
+        "out[(i64)n * n * n * n % 1000 + t] = t;",
+        r"overflows a signed product at faulty.cu:\d+",
+        range(128),
+        n=2000,
+    ),
+    "shift by too much": fault(
+        "out[t] = 1 << t;",
+        "out[t] = 1 << t % 32;",
+        r"thread \(\d+, 0, 0\) shifts by a negative or too large number at faulty.cu:\d+",
+        [1 << i for i in range(31)],
+    ),
+    "division by zero": fault(
+        "out[t] = n / t;",
+        "out[t] = n / (t + 1);",
+        r"thread \(0, 0, 0\) divides by zero, or overflows at faulty.cu:\d+",
+        [1000 // (i + 1) for i in range(128)],
+    ),
+    "float that no integer holds": fault(
+        "out[t] = (int)(n * 1e9f);",
+        "out[t] = (int)(n * 1e6f);",
+        r"casts a float to an integer that cannot hold it at faulty.cu:\d+",
+        [10**9] * 128,
+    ),
+    "asynchronous copy not waited for": fault(
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); out[t] = s[t].x;",
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>(); out[t] = s[t].x;",
+        r"reads byte \d+ of s, which an asynchronous copy",
+        range(0, 512, 4),
+        shared="__shared__ uint4 s[128];",
+    ),
+    "asynchronous copies waited for one too few": fault(
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async16(s + t + 128, in + 4 * t);"
+        " cp_async_commit(); cp_async_wait<1>(); out[t] = s[t].x + s[t + 128].x;",
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async16(s + t + 128, in + 4 * t);"
+        " cp_async_commit(); cp_async_wait<1>(); out[t] = s[t].x; cp_async_wait<0>();"
+        " out[t] += s[t + 128].x;",
+        r"reads byte \d+ of s, which an asynchronous copy",
+        range(0, 1024, 8),
+        shared="__shared__ uint4 s[256];",
+    ),
+    "asynchronous copy, barrier missing": fault(
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>();"
+        " out[t] = s[t ^ 32].x;",
+        "cp_async16(s + t, in + 4 * t); cp_async_commit(); cp_async_wait<0>(); __syncthreads();"
+        " out[t] = s[t ^ 32].x;",
+        r"of s, which (thread|no thread|an asynchronous copy)",
+        [4 * (i ^ 32) for i in range(128)],
+        shared="__shared__ uint4 s[128];",
+    ),
+}
+
+
+def add_kernel(folder, text, name="faulty"):
+    (folder / f"{name}.cu").write_text(f'#include "common.cuh"\n{text}\n')
+    cuda.source.cache_clear()
+    return machine.kernel(name, name)
+
+
+def run(folder, body, case):
+    """`out` after the launch of a kernel with this body."""
+    kernel = add_kernel(
+        folder,
+        'extern "C" __global__ void faulty(int* out, const int* in, int n) {\n'
+        f"    {case.shared}\n    const int t = threadIdx.x;\n    {body}\n}}",
+    )
+    out, given = (
+        simt.asarray(np.full(1000, -1, np.int32)),
+        simt.asarray(np.arange(1000, dtype="i4")),
+    )
+    options = {"shared_bytes": case.shared_bytes} if hasattr(case, "shared_bytes") else {}
+    machine.launch(kernel, case.grid, case.block, out, given, np.int32(case.n), **options)
+    return out.get()
+
+
+@pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
+def test_planted_faults_are_caught(kernel_folder, monkeypatch, case):
+    for seed in range(3):
+        monkeypatch.setenv("PYKV_SIMT_SEED", str(seed))
+        with pytest.raises(machine.SimtError, match=case.error) as caught:
+            run(kernel_folder, case.wrong, case)
+        text = str(caught.value)
+        assert re.match(r"faulty.cu faulty, block \(\d, 0, 0\), thread \(\d+, 0, 0\) ", text), text
+        assert " at faulty.cu:" in text, text
+        got = run(kernel_folder, case.right, case)
+        assert got[: len(case.want)].tolist() == list(case.want)
+
+
+def test_an_index_beyond_32_bits(kernel_folder):
+    """4.5 GB of which a page or two are touched: a wrapped index would land elsewhere in it."""
+    body = "out[(u64)blockIdx.x * stride + threadIdx.x] = threadIdx.x + 1;"
+    text = f'extern "C" __global__ void rows(u8* out, u32 stride) {{ {body} }}'
+    stride, blocks = 1_500_000_000, 3
+    out = simt.ndarray(np.zeros(blocks * stride + 32, np.uint8))
+    machine.launch(add_kernel(kernel_folder, text, "rows"), blocks, 32, out, np.uint32(stride))
+    wrapped = 2 * stride - 2**32 % (2 * stride)
+    rows = [out.host[b * stride : b * stride + 32].tolist() for b in range(blocks)]
+    assert rows == [list(range(1, 33))] * blocks and wrapped != 0
+
+    wrong = text.replace("(u64)", "(int)").replace("u32 stride", "int stride")
+    kernel = add_kernel(kernel_folder, wrong, "rows")
+    with pytest.raises(machine.SimtError, match="overflows a signed product at rows.cu:2"):
+        machine.launch(kernel, blocks, 32, out, np.int32(stride))
+
+
+def test_locals_are_poisoned(kernel_folder):
+    if not machine.poisons_locals():
+        pytest.skip(f"{machine.version()} has no {machine.POISON}")
+    text = (
+        'extern "C" __global__ void faulty(float* out, int n) {\n'
+        "    float x[4]; for (int i = 0; i < n; i++) x[i] = 1; out[threadIdx.x] = x[threadIdx.x]; }"
+    )
+    out = simt.zeros(4, np.float32)
+    machine.launch(add_kernel(kernel_folder, text), 1, 4, out, np.int32(3))
+    got = out.get().tolist()
+    assert got[:3] == [1, 1, 1] and abs(got[3]) > 1e30
+
+
+def test_the_seed_decides_the_order(kernel_folder, monkeypatch):
+    """Tickets are drawn in the order of the threads: another for each seed, the same twice."""
+    text = (
+        'extern "C" __global__ void faulty(int* out, int* next) {\n'
+        "    out[blockIdx.x * 64 + threadIdx.x] = atomicAdd(next, 1); }"
+    )
+    kernel = add_kernel(kernel_folder, text)
+
+    def tickets(seed):
+        monkeypatch.setenv("PYKV_SIMT_SEED", str(seed))
+        out = simt.zeros(4 * 64, np.int32)
+        machine.launch(kernel, 4, 64, out, simt.zeros(1, np.int32))
+        return out.get().tolist()
+
+    orders = [tickets(seed) for seed in range(4)]
+    assert all(sorted(order) == list(range(256)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4 and tickets(2) == orders[2]
+
+
+LIMITED = (
+    'extern "C" __global__ void __launch_bounds__(64) faulty(float* out, const f16* in, int n) {\n'
+    "    __shared__ int s[1024]; extern __shared__ int d[];\n"
+    "    if (n < 0) out[0] = s[threadIdx.x] + d[0]; }"
+)
+ARRAYS = dict(out=("zeros", "f4"), given=("zeros", "f2"), n=np.int32(1))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({}, None),
+        ({"block": 64}, None),
+        ({"block": (8, 8)}, None),
+        ({"grid": 0}, r"grid is \(0, 1, 1\), expected 1 to \(2147483647, 65535, 65535\)"),
+        ({"grid": (1, 65536)}, r"grid is \(1, 65536, 1\)"),
+        ({"block": (1, 1, 128)}, r"block is \(1, 1, 128\), expected 1 to \(1024, 1024, 64\)"),
+        ({"block": 65}, r"block is \(65, 1, 1\), expected at most 64 threads"),
+        ({"shared_bytes": 60 << 10}, None),
+        ({"shared_bytes": (60 << 10) + 4}, r"4096 bytes of static and 61444 of dynamic .*sm_75"),
+        ({"out": ("zeros", "f8")}, r"out is a ndarray of float64, expected an array of float32"),
+        ({"out": np.float32(1)}, r"out is a float32 of float32, expected an array of float32"),
+        ({"given": None}, None),
+        ({"n": np.int64(1)}, r"n is a int64 of int64, expected a scalar of int32"),
+        ({"n": 1}, r"n is a int of no dtype, expected a scalar of int32"),
+    ],
+    ids=str,
+)
+def test_launches_that_no_gpu_takes(kernel_folder, monkeypatch, change, error):
+    monkeypatch.setattr(machine, "ARCH", "sm_75")
+    sizes = dict(grid=1, block=32, shared_bytes=0)
+    options = {**sizes, **ARRAYS, **change}
+    args = [
+        getattr(simt, value[0])(8, value[1]) if isinstance(value, tuple) else value
+        for value in (options[name] for name in ARRAYS)
+    ]
+    options = {name: options[name] for name in sizes}
+    kernel = add_kernel(kernel_folder, LIMITED)
+    if error is None:
+        machine.launch(kernel, options.pop("grid"), options.pop("block"), *args, **options)
+        return
+    with pytest.raises(machine.SimtError, match=f"^faulty.cu faulty: {error}"):
+        machine.launch(kernel, options.pop("grid"), options.pop("block"), *args, **options)
+
+
+def test_a_wrong_number_of_arguments(kernel_folder):
+    kernel = add_kernel(kernel_folder, LIMITED)
+    with pytest.raises(machine.SimtError, match="faulty.cu faulty takes 3 arguments, not 1"):
+        machine.launch(kernel, 1, 32, simt.zeros(8))
+
+
+def test_static_shared_memory_has_a_limit(kernel_folder):
+    kernel = add_kernel(kernel_folder, LIMITED.replace("s[1024]", "s[12289]"))
+    with pytest.raises(machine.SimtError, match="49156 bytes of static .* expected at most 49152"):
+        machine.launch(kernel, 1, 32, simt.zeros(8), None, np.int32(1))
+
+
+def test_text_that_does_not_compile_shows_the_line(kernel_folder):
+    with pytest.raises(machine.SimtError, match=r"faulty does not compile:[^$]*faulty.cu:3"):
+        add_kernel(kernel_folder, LIMITED.replace("int s[1024]", "int s[x]"))
+
+
+def test_device_arrays_do_not_become_numpy_arrays_unasked():
+    x = simt.zeros(3)
+    for mix in (lambda: np.asarray(x), lambda: x + np.ones(3), lambda: np.ones(3) + x):
+        with pytest.raises(TypeError):
+            mix()
+    assert (x + x).get().tolist() == [0, 0, 0]
+
+
+# --- The kernels of pykv --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)
+def test_every_kernel_runs(device):
+    """`pykv verify` on the machine: every op is right, and no kernel of any file is left out."""
+    machine.launched.clear()
+    wrong = [
+        (op, row)
+        for op, family in verify.FAMILIES.items()
+        for row in family(np.random.default_rng(0), device)
+        if not row[1] <= row[2]
+    ]
+    assert not wrong
+    declared = {
+        (path.stem, name)
+        for path in cuda.KERNELS.glob("*.cu")
+        for name in re.findall(r"__global__[^;{]*?(\w+)\(", strip_bounds(path.read_text()))
+    }
+    assert {stem for stem, _ in declared} == set(cuda.stems())
+    assert machine.launched == declared
+
+
+def strip_bounds(text):
+    return re.sub(r"__launch_bounds__\([^)]*\)", "", text)

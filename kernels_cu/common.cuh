@@ -340,12 +340,11 @@ template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
 }
 
 // Sum over a block of THREADS threads, which all call it; `scratch` holds THREADS / 32 floats and
-// may be used again at once.
+// may be used again after a barrier.
 template <int THREADS>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     static_assert(THREADS % WARP == 0, "whole warps");
     x = warp_sum(x);
-    __syncthreads();  // an earlier use of scratch is over
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();
     float sum = 0.0f;

@@ -66,7 +66,8 @@ __device__ __forceinline__ u64 warp_scan(u64 x) {
     return x;
 }
 
-// Index of the largest logit, the lowest where several are equal; 0 if all are NaN.
+// Index of the largest logit, the lowest where several are equal; 0 if all are NaN. Leaves s.sums
+// in use until the next barrier.
 __device__ int largest_index(const float* __restrict__ logits, int V, Scratch& s) {
     u32 best = 0, at = 0;
 #pragma unroll 4
@@ -78,7 +79,6 @@ __device__ int largest_index(const float* __restrict__ logits, int V, Scratch& s
     if (threadIdx.x % WARP == 0) s.sums[threadIdx.x / WARP] = mine;
     __syncthreads();
     const u64 all = warp_max(s.sums[threadIdx.x % WARP]);
-    __syncthreads();
     return all >> 32 ? (int)~(u32)all : 0;
 }
 

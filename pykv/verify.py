@@ -213,10 +213,10 @@ def _linear(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             w, bias = rng.standard_normal((O, I)).astype(F16), rng.standard_normal(O).astype(F32)
             low, oracle = np.empty((T, O), F32), np.empty((T, O))
             linear.reference(x, w, bias, low, False)
-            exact: Any = [a.astype(np.float64) for a in (x, w, bias)]
-            linear.reference(*exact, oracle, False)
-            on_device = [xp.asarray(a) for a in (x, w, bias)]
-            got = linear.linear(*on_device[:2], bias=on_device[2], gemm=gemm)
+            exact = [a.astype(np.float64) for a in (x, w, bias)]
+            linear.reference(exact[0], exact[1], exact[2], oracle, False)
+            given = {name: xp.asarray(a) for name, a in (("x", x), ("w", w), ("bias", bias))}
+            got = linear.linear(**given, gemm=gemm)
             error, bound = error_and_bound(got, low, oracle)
             if gemm == "cublas":  # tensor cores truncate; what linear.linear promises
                 bound = 1e-5 * float(np.abs(oracle).max())

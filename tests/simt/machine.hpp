@@ -317,11 +317,8 @@ inline unsigned __brev(unsigned x) {
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const unsigned long long bytes = (unsigned long long)y << 32 | x;
     unsigned out = 0;
-    for (int i = 0; i < 4; i++) {
-        const unsigned pick = selector >> 4 * i & 0xf;
-        unsigned byte = bytes >> 8 * (pick & 7) & 0xff;
-        if (pick & 8) byte = byte & 0x80 ? 0xff : 0;  // copies of the sign
-        out |= byte << 8 * i;
+    for (int i = 0; i < 32; i += 8) {  // three bits of each half byte count
+        out |= (unsigned)(bytes >> 8 * (selector >> i / 2 & 7) & 0xff) << i;
     }
     return out;
 }

@@ -92,11 +92,7 @@ def test_warp_functions(run, rng):
 
 
 def permuted(x, y, selector):
-    taken = []
-    for i in range(4):
-        pick = selector >> 4 * i & 15
-        byte = (y << 32 | x) >> 8 * (pick & 7) & 255
-        taken.append((255 if byte & 128 else 0) if pick & 8 else byte)
+    taken = [(y << 32 | x) >> 8 * (selector >> 4 * i & 7) & 255 for i in range(4)]
     return int.from_bytes(bytes(taken), "little")
 
 

@@ -71,6 +71,7 @@ def array_module(request):
         return import_module(request.param)
     from tests.simt import cupy, machine
 
+    assert machine.unavailable() is None, machine.unavailable()
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)

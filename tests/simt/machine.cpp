@@ -36,16 +36,18 @@ constexpr size_t PAGE = 4096;
 
 struct uint3 { u32 x, y, z; };
 
-// --- What Python passes and reads (machine.py holds the same declarations) ------------------------
+#define CALLER __builtin_return_address(0)
 
-extern "C" struct Array {
+// --- What Python passes and reads (machine.py holds the same declarations) -----------------------
+
+struct Array {
     const char* name;
     char* begin;
     u64 bytes;
     int writable, shared;
 };
 
-extern "C" struct Launch {
+struct Launch {
     void (*call)(void**);
     void** values;  // addresses of the kernel's arguments
     u32 grid[3], block[3];
@@ -53,12 +55,12 @@ extern "C" struct Launch {
     int num_arrays;
     char* dynamic_shared;
     u64 seed;
-    char fault[1000];  // empty if there was none
-    char module[1000];  // where the fault's address lies, if the place is not known yet
-    u64 offset;
+    char fault[1000];   // empty if there was none
+    char module[1000];  // the library with the fault, where the text does not name its place
+    u64 offset;         // in that library
 };
 
-// --- State ----------------------------------------------------------------------------------------
+// --- State ---------------------------------------------------------------------------------------
 
 // The last accesses to a byte. `who`: 0 nobody, thread + 1, MANY_LANES | warp or MANY_WARPS.
 struct Cell {
@@ -81,20 +83,20 @@ struct Copy {
 enum State { READY, AT_BARRIER, AT_MEETING, AT_CONVERGENCE, EXITED };
 
 struct Thread {
+    uint3 index;
     void* here[5];
     bool started;  // `here` is valid
     State state;
     const char *name, *file;  // of the function in which it waits
     int line;
     u32 mask;
+    char brought[VALUE_BYTES];
     u32 met_at;                 // time of its last meeting
     u32 block_time, warp_time;  // of its last barrier and __syncwarp
-    uint3 index;
-    alignas(16) char brought[VALUE_BYTES];
-    std::vector<Copy> copies;  // not waited for
-    int groups;                // committed so far
-    u32 converged;  // what __activemask returns
-    int predicates;  // how many brought one to the last barrier
+    int predicates;             // how many brought one to its last barrier
+    u32 converged;              // what __activemask returns
+    std::vector<Copy> copies;   // not waited for
+    int groups;                 // of copies, committed so far
 };
 
 static Thread threads[MAX_THREADS];
@@ -136,9 +138,9 @@ static uint3 position(u32 i, const u32 (&sizes)[3]) {
     return {i % sizes[0], i / sizes[0] % sizes[1], i / sizes[0] / sizes[1]};
 }
 
-// --- Fibres ---------------------------------------------------------------------------------------
+// --- Fibres --------------------------------------------------------------------------------------
 
-// The compiler's own setjmp: five words and no system call. Its longjmp must be in another function.
+// The compiler's own setjmp: five words, no system call. Its longjmp must be in another function.
 __attribute__((noinline)) static void jump(void** to) { __builtin_longjmp(to, 1); }
 
 __attribute__((noinline)) static void suspend() {
@@ -186,7 +188,7 @@ static bool make_stacks() {
     return stacks;
 }
 
-// --- Faults ---------------------------------------------------------------------------------------
+// --- Faults --------------------------------------------------------------------------------------
 
 static std::string format(const char* text, ...) {
     char line[600];
@@ -220,7 +222,7 @@ static std::string waiting(const Thread& t) {
     return format("waits in %s at %s:%d", t.name, t.file, t.line);
 }
 
-// --- Memory ---------------------------------------------------------------------------------------
+// --- Memory --------------------------------------------------------------------------------------
 
 static std::string who_text(u16 who) {
     who &= ~ATOMIC;
@@ -241,15 +243,6 @@ static bool is_ordered(u16 who, u32 time) {
     return warp == me / WARP && time <= current->warp_time;
 }
 
-[[noreturn]] static void race(const Region& region, u64 offset, const char* did, u16 who, u32 time,
-                              const void* caller) {
-    const std::string other = time < block_start ? "another block" : who_text(who);
-    stop(*current, caller,
-         format("%s byte %llu of %s, which %s %s without a barrier between", did,
-                (ull)offset, region.array.name, other.c_str(),
-                strncmp(did, "writes", 6) ? "writes" : "reads or writes"));
-}
-
 static Region* find(u64 address, u64 bytes) {
     for (Region& r : regions) {
         const u64 offset = address - (u64)r.array.begin;
@@ -258,9 +251,14 @@ static Region* find(u64 address, u64 bytes) {
     return nullptr;
 }
 
-[[noreturn]] static void out_of_bounds(u64 address, u64 bytes, bool writes, const void* caller) {
-    std::string text = format("%s %llu bytes at %p, outside of every array",
-                              writes ? "writes" : "reads", (ull)bytes,
+struct Access {
+    bool writes, atomic;
+    const void* caller;
+    const char* verb() const { return writes ? "writes" : "reads"; }
+};
+
+[[noreturn]] static void out_of_bounds(u64 address, u64 bytes, const Access& by) {
+    std::string text = format("%s %llu bytes at %p, outside of every array", by.verb(), (ull)bytes,
                               (void*)address);
     u64 nearest = 1ull << 40;  // what is further off is no overflow of an index
     for (const Region& r : regions) {
@@ -268,65 +266,76 @@ static Region* find(u64 address, u64 bytes) {
         const u64 distance = address < begin ? begin - address : address - end;
         if (r.array.bytes == 0 || distance >= nearest) continue;
         nearest = distance;
-        text = format("%s %llu bytes at byte %lld of %s, which has %llu bytes",
-                      writes ? "writes" : "reads", (ull)bytes,
-                      (long long)(address - begin), r.array.name,
-                      (ull)r.array.bytes);
+        text = format("%s %llu bytes at byte %lld of %s, which has %llu bytes", by.verb(),
+                      (ull)bytes, (long long)(address - begin), r.array.name, (ull)r.array.bytes);
     }
-    stop(*current, caller, text);
+    stop(*current, by.caller, text);
 }
 
-static void access(u64 address, u64 bytes, bool writes, bool atomic, const void* caller) {
+[[noreturn]] static void race(const Region& region, u64 i, const Access& by, u16 who, u32 time,
+                              const char* other_did) {
+    const std::string other = time < block_start ? "another block" : who_text(who);
+    stop(*current, by.caller,
+         format("%s byte %llu of %s, which %s %s without a barrier between", by.verb(), (ull)i,
+                region.array.name, other.c_str(), other_did));
+}
+
+// Who has touched a byte when the current thread does after `who` did at `time`.
+static u16 joined(u16 who, u32 time) {
+    const u16 me = (u16)(index_of(*current) + 1), my_warp = MANY_LANES | (me - 1) / WARP;
+    who &= ~ATOMIC;
+    if (who == me || is_ordered(who, time)) return me;
+    const bool one_thread = !(who & (MANY_WARPS | MANY_LANES));
+    if (who == my_warp || (one_thread && (who - 1) / WARP == (me - 1) / WARP)) return my_warp;
+    return MANY_WARPS;
+}
+
+static void touch(Region& region, u64 i, const Access& by) {
+    Cell& cell = region.cells[i];
+    if (region.array.shared) {  // what an earlier block did there does not count
+        if (cell.write_time < block_start) cell.writer = 0;
+        if (cell.read_time < block_start) cell.reader = 0;
+    }
+    if (cell.writer & COPYING) {
+        stop(*current, by.caller, format("%s byte %llu of %s, which an asynchronous copy writes",
+                                         by.verb(), (ull)i, region.array.name));
+    }
+    const bool both_atomic = by.atomic && cell.writer & ATOMIC;
+    if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
+        race(region, i, by, cell.writer, cell.write_time, "writes");
+    }
+    if (by.writes && !is_ordered(cell.reader, cell.read_time)) {
+        race(region, i, by, cell.reader, cell.read_time, "reads");
+    }
+    if (region.array.shared && cell.writer == 0 && (!by.writes || by.atomic)) {
+        stop(*current, by.caller, format("reads byte %llu of %s, which no thread has written",
+                                         (ull)i, region.array.name));
+    }
+    if (by.writes) {
+        cell.writer = joined(cell.writer, cell.write_time) | (by.atomic ? ATOMIC : 0);
+        cell.write_time = now;
+        cell.reader = 0;
+    } else {
+        cell.reader = joined(cell.reader, cell.read_time);
+        cell.read_time = now;
+    }
+}
+
+static void access(u64 address, u64 bytes, const Access& by) {
     if (!launch) return;  // the library is being loaded or asked for its kernels
     if (address - (u64)stacks < MAX_THREADS * STACK_BYTES) return;  // locals
     if (address - (u64)handed < sizeof handed) return;
     Region* const region = find(address, bytes);
-    if (!region) out_of_bounds(address, bytes, writes, caller);
+    if (!region) out_of_bounds(address, bytes, by);
     const u64 begin = address - (u64)region->array.begin;
-    if (!region->cells) {
-        if (writes) stop(*current, caller, format("writes %s, which is const", region->array.name));
-        return;
-    }
-    const u16 me = (u16)(index_of(*current) + 1);
-    const u16 my_warp = (u16)(MANY_LANES | index_of(*current) / WARP);
-    for (u64 i = begin; i < begin + bytes; i++) {
-        Cell& cell = region->cells[i];
-        if (region->array.shared) {
-            if (cell.write_time < block_start) cell.writer = 0;
-            if (cell.read_time < block_start) cell.reader = 0;
-        }
-        if (cell.writer & COPYING) {
-            stop(*current, caller, format("%s byte %llu of %s, which an asynchronous copy still writes",
-                                          writes ? "writes" : "reads", (ull)i,
-                                          region->array.name));
-        }
-        const bool both_atomic = atomic && cell.writer & ATOMIC;
-        if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
-            race(*region, i, writes ? "writes" : "reads", cell.writer, cell.write_time, caller);
-        }
-        if (region->array.shared && (!writes || atomic) && cell.writer == 0) {
-            stop(*current, caller, format("reads byte %llu of %s, which no thread has written",
-                                         (ull)i, region->array.name));
-        }
-        if (writes) {
-            if (!is_ordered(cell.reader, cell.read_time)) {
-                race(*region, i, "writes", cell.reader, cell.read_time, caller);
-            }
-            cell.writer = atomic ? me | ATOMIC : me;
-            cell.write_time = now;
-            cell.reader = 0;
-        } else {
-            const bool alone = cell.reader == me || is_ordered(cell.reader, cell.read_time);
-            const bool in_warp =
-                cell.reader == my_warp ||
-                (!(cell.reader & (MANY_WARPS | MANY_LANES)) && (cell.reader - 1) / WARP == (me - 1) / WARP);
-            cell.reader = alone ? me : in_warp ? my_warp : MANY_WARPS;
-            cell.read_time = now;
-        }
+    if (region->cells) {
+        for (u64 i = begin; i < begin + bytes; i++) touch(*region, i, by);
+    } else if (by.writes) {
+        stop(*current, by.caller, format("writes %s, which is const", region->array.name));
     }
 }
 
-// --- Meetings -------------------------------------------------------------------------------------
+// --- Meetings ------------------------------------------------------------------------------------
 
 static void wait(State state, const char* name, u32 mask, const char* file, int line) {
     current->state = state;
@@ -476,7 +485,7 @@ extern "C" int simt_run(Launch* given) {
     return watched ? given->fault[0] != 0 : -1;
 }
 
-// --- What machine.hpp declares --------------------------------------------------------------------
+// --- What machine.hpp declares -------------------------------------------------------------------
 
 namespace simt {
 uint3 thread_index() { return current->index; }
@@ -496,7 +505,8 @@ const char (*meet_lanes(const char* name, u32 mask, const void* value, int bytes
                         int line))[VALUE_BYTES] {
     if (!(mask >> lane() & 1)) {
         stop(*current, nullptr,
-             format("calls %s at %s:%d with mask %08x, in which it is not", name, file, line, mask));
+             format("calls %s at %s:%d with mask %08x, in which it is not", name, file, line,
+                    mask));
     }
     memcpy(current->brought, value, bytes);
     wait(AT_MEETING, name, mask, file, line);
@@ -511,28 +521,27 @@ u32 converged_lanes(const char* file, int line) {
 void order_memory() { current->warp_time = current->met_at; }
 
 void atomic_access(const void* address, int bytes, const void* caller) {
-    access((u64)address, bytes, true, true, caller);
+    access((u64)address, bytes, {true, true, caller});
     if (!find((u64)address, bytes)->array.shared) block_is_ordered = true;
 }
 
-static void set_copying(char* to, bool copying) {
-    Region* region = find((u64)to, sizeof(Copy::data));
+static void set_copying(const Copy& copy, bool copying) {
+    Region* const region = find((u64)copy.to, sizeof copy.data);
     if (!region->cells) return;
-    for (size_t i = 0; i < sizeof(Copy::data); i++) {
-        u16& writer = region->cells[to - region->array.begin + i].writer;
+    for (size_t i = 0; i < sizeof copy.data; i++) {
+        u16& writer = region->cells[copy.to - region->array.begin + i].writer;
         writer = copying ? writer | COPYING : writer & ~COPYING;
     }
 }
 
 void copy_later(void* to, const void* from) {
-    const void* caller = __builtin_return_address(0);
-    access((u64)from, sizeof(Copy::data), false, false, caller);
-    access((u64)to, sizeof(Copy::data), true, false, caller);
     Copy copy{(char*)to, {}, current->groups};
+    access((u64)from, sizeof copy.data, {false, false, CALLER});
+    access((u64)to, sizeof copy.data, {true, false, CALLER});
     memcpy(copy.data, from, sizeof copy.data);
-    current->copies.push_back(copy);
     memset(to, 0xff, sizeof copy.data);
-    set_copying(copy.to, true);
+    set_copying(copy, true);
+    current->copies.push_back(copy);
 }
 
 void commit_copies() { current->groups++; }
@@ -544,48 +553,44 @@ void wait_for_copies(int groups) {
             left.push_back(copy);
             continue;
         }
-        set_copying(copy.to, false);
-        access((u64)copy.to, sizeof copy.data, true, false, __builtin_return_address(0));
+        set_copying(copy, false);
+        access((u64)copy.to, sizeof copy.data, {true, false, CALLER});
         memcpy(copy.to, copy.data, sizeof copy.data);
     }
     current->copies.swap(left);
 }
 
-[[noreturn]] void fail(const char* file, int line, const char* text, ...) {
-    char what[600];
-    va_list values;
-    va_start(values, text);
-    vsnprintf(what, sizeof what, text, values);
-    va_end(values);
-    stop(*current, nullptr, format("%s at %s:%d", what, file, line));
+[[noreturn]] void fail_shuffle(const char* name, u32 mask, int from, const char* file, int line) {
+    stop(*current, nullptr, format("calls %s at %s:%d with mask %08x to read lane %d, not in it",
+                                   name, file, line, mask, from));
 }
 }  // namespace simt
 
-// --- What -fsanitize=thread calls before each access ----------------------------------------------
+// --- What -fsanitize=thread calls before each access ---------------------------------------------
 
-#define CALLER __builtin_return_address(0)
-#define ACCESS(bytes)                                                                    \
-    extern "C" void __tsan_read##bytes(u64 at) { access(at, bytes, false, false, CALLER); } \
-    extern "C" void __tsan_write##bytes(u64 at) { access(at, bytes, true, false, CALLER); } \
-    extern "C" void __tsan_unaligned_read##bytes(u64 at) { misaligned(at, bytes, CALLER); } \
-    extern "C" void __tsan_unaligned_write##bytes(u64 at) { misaligned(at, bytes, CALLER); }
 [[noreturn]] static void misaligned(u64 at, int bytes, const void* caller) {
     stop(*current, caller, format("accesses %d bytes at %p, misaligned", bytes, (void*)at));
 }
+
+#define ACCESS(bytes)                                                                        \
+    extern "C" void __tsan_read##bytes(u64 at) { access(at, bytes, {false, false, CALLER}); } \
+    extern "C" void __tsan_write##bytes(u64 at) { access(at, bytes, {true, false, CALLER}); } \
+    extern "C" void __tsan_unaligned_read##bytes(u64 at) { misaligned(at, bytes, CALLER); }   \
+    extern "C" void __tsan_unaligned_write##bytes(u64 at) { misaligned(at, bytes, CALLER); }
 ACCESS(1)
 ACCESS(2)
 ACCESS(4)
 ACCESS(8)
 ACCESS(16)
-extern "C" void __tsan_read_range(u64 at, u64 bytes) { access(at, bytes, false, false, CALLER); }
-extern "C" void __tsan_write_range(u64 at, u64 bytes) { access(at, bytes, true, false, CALLER); }
+extern "C" void __tsan_read_range(u64 at, u64 bytes) { access(at, bytes, {false, false, CALLER}); }
+extern "C" void __tsan_write_range(u64 at, u64 bytes) { access(at, bytes, {true, false, CALLER}); }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 
-// --- What -fsanitize=undefined calls after a failed check -----------------------------------------
+// --- What -fsanitize=undefined calls after a failed check ----------------------------------------
 
-extern "C" struct Place { const char* file; u32 line, column; };  // first in every check's data
+struct Place { const char* file; u32 line, column; };  // first in every check's data
 
 #define CHECK(name, what)                                                                     \
     extern "C" void __ubsan_handle_##name(const Place* at) {                                  \

@@ -12,7 +12,7 @@
 #include <typeinfo>
 #include <utility>
 
-// --- Declarations and types -----------------------------------------------------------------------
+// --- Declarations and types ----------------------------------------------------------------------
 
 #define PYKV_SIMT
 #define __global__
@@ -43,7 +43,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// --- The machine ----------------------------------------------------------------------------------
+// --- The machine ---------------------------------------------------------------------------------
 
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -76,7 +76,8 @@ void copy_later(void* to, const void* from);
 void commit_copies();
 void wait_for_copies(int groups);
 
-[[noreturn]] void fail(const char* file, int line, const char* format, ...);
+[[noreturn]] void fail_shuffle(const char* name, unsigned mask, int from, const char* file,
+                               int line);
 
 template <class T>
 const T value_of(const char (*values)[VALUE_BYTES], int lane) {
@@ -96,7 +97,7 @@ void all_lanes(T (&out)[WARP], const T& mine, SIMT_SITE) {
 template <class T>
 T shuffle(const char* name, unsigned mask, const T& mine, int from, const char* file, int line) {
     const auto values = meet_lanes(name, mask, &mine, sizeof mine, file, line);
-    if (!(mask >> from & 1)) fail(file, line, "%s reads lane %d, not in mask %08x", name, from, mask);
+    if (!(mask >> from & 1)) fail_shuffle(name, mask, from, file, line);
     return value_of<T>(values, from);
 }
 
@@ -154,7 +155,7 @@ constexpr int max_threads(int threads = 1024, int = 0) { return threads; }
 #define gridDim (simt::grid_size())
 #define warpSize 32
 
-// --- Barriers and fences --------------------------------------------------------------------------
+// --- Barriers and fences -------------------------------------------------------------------------
 
 inline void __syncthreads(SIMT_SITE) { simt::meet_block("__syncthreads", false, file, line); }
 inline int __syncthreads_count(int predicate, SIMT_SITE) {
@@ -174,26 +175,24 @@ inline void __threadfence() {}  // threads run one at a time
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 
-// --- Warp functions -------------------------------------------------------------------------------
+// --- Warp functions ------------------------------------------------------------------------------
 
 template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, SIMT_SITE) {
     from = (simt::lane() & -width) | (from & (width - 1));
     return simt::shuffle("__shfl_sync", mask, x, from, file, line);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned step, int width = 32, SIMT_SITE) {
-    const int lane = simt::lane(), from = lane - (int)step;
-    return simt::shuffle("__shfl_up_sync", mask, x, from < (lane & -width) ? lane : from, file, line);
+    const int lane = simt::lane(), first = lane & -width, from = lane - (int)step;
+    return simt::shuffle("__shfl_up_sync", mask, x, from < first ? lane : from, file, line);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T x, unsigned step, int width = 32, SIMT_SITE) {
-    const int lane = simt::lane(), from = lane + (int)step;
-    return simt::shuffle("__shfl_down_sync", mask, x, from > (lane | (width - 1)) ? lane : from, file,
-                         line);
+    const int lane = simt::lane(), last = lane | (width - 1), from = lane + (int)step;
+    return simt::shuffle("__shfl_down_sync", mask, x, from > last ? lane : from, file, line);
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T x, int flip, int width = 32, SIMT_SITE) {
-    const int lane = simt::lane(), from = lane ^ flip;
-    return simt::shuffle("__shfl_xor_sync", mask, x, from > (lane | (width - 1)) ? lane : from, file,
-                         line);
+    const int lane = simt::lane(), last = lane | (width - 1), from = lane ^ flip;
+    return simt::shuffle("__shfl_xor_sync", mask, x, from > last ? lane : from, file, line);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
@@ -239,7 +238,7 @@ SIMT_REDUCE(or, unsigned, a | b)
 SIMT_REDUCE(xor, unsigned, a ^ b)
 #undef SIMT_REDUCE
 
-// --- Atomics: the old value comes back ------------------------------------------------------------
+// --- Atomics: the old value comes back -----------------------------------------------------------
 
 #define SIMT_ATOMIC(name, T, expression)                                  \
     inline T name(T* at, T x) {                                           \
@@ -271,7 +270,7 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > x ? x : old - 1)
 #undef SIMT_INTEGER_ATOMICS
 #undef SIMT_ATOMIC
 
-// --- Arithmetic -----------------------------------------------------------------------------------
+// --- Arithmetic ----------------------------------------------------------------------------------
 
 template <class T> T __ldg(const T* at) { return *at; }
 

@@ -117,7 +117,8 @@ def unavailable():
 
 @cache
 def _compiler():
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 @cache

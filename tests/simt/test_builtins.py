@@ -19,9 +19,9 @@ def run(device, kernel_folder):
     shutil.copy(Path(__file__).parent / "kernels" / "builtins.cu", kernel_folder)
     cuda.source.cache_clear()
 
-    def launch(name, out, given, grid=1):
+    def launch(name, out, given, grid=1, **options):
         arrays = [device.asarray(x) for x in (out, given)]
-        cuda.launch(cuda.kernel("builtins", name), grid, 64, *arrays)
+        cuda.launch(cuda.kernel("builtins", name), grid, 64, *arrays, **options)
         return to_numpy(arrays[0])
 
     return launch
@@ -146,6 +146,13 @@ def test_float_functions(run, rng):
         ]
     )
     assert_same_bits(run("floats", np.zeros((10, 64), np.float32), x), want)
+
+
+def test_memories(run, rng):
+    x = numbers(rng)
+    primes = np.array([2, 3, 5, 7] * 16, U32)
+    got = run("memories", np.zeros(64, U32), x, shared_bytes=512)
+    assert_same_bits(got, x[np.arange(64) ^ 32] + (x * primes)[::-1])
 
 
 def test_atomics(run, rng):

@@ -42,7 +42,7 @@ FAULTS = {
         "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; if (t < 32) s[t] = 0;",
         "if (t < 32) s[t] = t; __syncthreads(); out[t] = s[t % 32]; __syncthreads();"
         " if (t < 32) s[t] = 0;",
-        r"(writes byte .* which .*(thread|warp).* reads or writes|reads byte .* writes without)",
+        r"(writes byte .* which .*(thread|warp).* reads|reads byte .* writes without)",
         list(range(32)) * 4,
         shared="__shared__ int s[32];",
     ),
@@ -70,7 +70,7 @@ FAULTS = {
     "race between blocks": fault(
         "out[t] = blockIdx.x;",
         "out[blockIdx.x * 128 + t] = blockIdx.x;",
-        r"writes byte \d+ of out, which another block reads or writes",
+        r"writes byte \d+ of out, which another block (reads|writes)",
         [0] * 128 + [1] * 128,
         grid=2,
     ),
@@ -208,7 +208,7 @@ FAULTS = {
     "shuffle from a lane outside the mask": fault(
         "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 16);",
         "if (t % 32 < 16) out[t] = __shfl_sync(0xffffu, t, 15);",
-        r"__shfl_sync reads lane 16, not in mask 0000ffff at faulty.cu:\d+",
+        r"calls __shfl_sync at faulty.cu:\d+ with mask 0000ffff to read lane 16, not in it",
         [15] * 16 + [-1] * 16 + [47] * 16,
     ),
     "lanes at different shuffles": fault(

@@ -2,7 +2,8 @@
 //
 // Arrays:   out [rows, 64] u32, as BUILTINS of tests/simt/test_builtins.py names the rows;
 //           cells [16] u32, in place; in const [64] u32
-// Launch:   warps, integers, floats: grid (1), block (64); counters: grid (2), block (64)
+// Launch:   warps, integers, floats: grid (1), block (64); counters: grid (2), block (64);
+//           memories: grid (1), block (64), 512 bytes of dynamic shared memory
 // Order:    atomics on integers, exact in any order
 #include "common.cuh"
 
@@ -53,7 +54,8 @@ extern "C" __global__ void integers(u32* out, const u32* in) {
     const u32 x = in[t], y = in[63 - t];
     const u64 wide = (u64)x << 32 | y;
     const u32 results[] = {
-        (u32)__popc(x), (u32)__popcll(wide), (u32)__clz((int)(x >> t % 32)), (u32)__clzll(wide >> t),
+        (u32)__popc(x), (u32)__popcll(wide),
+        (u32)__clz((int)(x >> t % 32)), (u32)__clzll(wide >> t),
         (u32)__ffs((int)(x << t % 32)), (u32)__ffsll((i64)(wide << t)), __brev(x),
         __byte_perm(x, y, 0x7250), __byte_perm(x, y, 0x8c3f), __umulhi(x, y),
         (u32)__mulhi((int)x, (int)y), (u32)__umul64hi(wide, wide ^ 0xabcdef0123456789ull),
@@ -72,6 +74,21 @@ extern "C" __global__ void floats(float* out, const float* in) {
         __int_as_float(__float_as_int(x) ^ 1)};
 #pragma unroll
     for (int i = 0; i < 10; i++) out[64 * i + t] = results[i];
+}
+
+__constant__ u32 primes[4] = {2, 3, 5, 7};
+
+// Constant, static and dynamic shared memory, and a fence.
+extern "C" __global__ void memories(u32* out, const u32* in) {
+    __shared__ u32 fixed[64];
+    extern __shared__ __align__(16) uint2 asked[];
+    const int t = threadIdx.x;
+    fixed[t] = in[t];
+    asked[t] = make_uint2(in[t], primes[t % 4]);
+    __threadfence_block();
+    __syncthreads();
+    const uint2 other = asked[63 - t];
+    out[t] = fixed[t ^ 32] + other.x * other.y;
 }
 
 // Every thread of both blocks, on integers: whatever the order, the cells end alike.

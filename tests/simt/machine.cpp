@@ -84,7 +84,7 @@ enum State { READY, AT_BARRIER, AT_MEETING, AT_CONVERGENCE, EXITED };
 
 struct Thread {
     uint3 index;
-    void* here[5];
+    jmp_buf here;
     bool started;  // `here` is valid
     State state;
     const char *name, *file;  // of the function in which it waits
@@ -103,7 +103,7 @@ static Thread threads[MAX_THREADS];
 static char handed[MAX_THREADS][VALUE_BYTES];  // what each brought to its last meeting
 static char* stacks;
 static Thread* current;
-static void* scheduler[5];
+static jmp_buf scheduler;
 static jmp_buf stopped;
 static Launch* launch;
 static std::vector<Region> regions;
@@ -140,11 +140,8 @@ static uint3 position(u32 i, const u32 (&sizes)[3]) {
 
 // --- Fibres --------------------------------------------------------------------------------------
 
-// The compiler's own setjmp: five words, no system call. Its longjmp must be in another function.
-__attribute__((noinline)) static void jump(void** to) { __builtin_longjmp(to, 1); }
-
-__attribute__((noinline)) static void suspend() {
-    if (__builtin_setjmp(current->here) == 0) jump(scheduler);
+static void suspend() {
+    if (_setjmp(current->here) == 0) _longjmp(scheduler, 1);
 }
 
 static void live_and_die() {
@@ -166,10 +163,10 @@ static void start(Thread& thread) {
     setcontext(&context);
 }
 
-__attribute__((noinline)) static void resume(Thread& thread) {
+static void resume(Thread& thread) {
     current = &thread;
-    if (__builtin_setjmp(scheduler) != 0) return;
-    if (thread.started) jump(thread.here);
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.here, 1);
     start(thread);
 }
 
@@ -568,20 +565,22 @@ void wait_for_copies(int groups) {
 
 // --- What -fsanitize=thread calls before each access ---------------------------------------------
 
-[[noreturn]] static void misaligned(u64 at, int bytes, const void* caller) {
-    stop(*current, caller, format("accesses %d bytes at %p, misaligned", bytes, (void*)at));
-}
-
-#define ACCESS(bytes)                                                                        \
-    extern "C" void __tsan_read##bytes(u64 at) { access(at, bytes, {false, false, CALLER}); } \
-    extern "C" void __tsan_write##bytes(u64 at) { access(at, bytes, {true, false, CALLER}); } \
-    extern "C" void __tsan_unaligned_read##bytes(u64 at) { misaligned(at, bytes, CALLER); }   \
-    extern "C" void __tsan_unaligned_write##bytes(u64 at) { misaligned(at, bytes, CALLER); }
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
+#define ACCESS(kind, bytes)                              \
+    extern "C" void __tsan_##kind##read##bytes(u64 at) {  \
+        access(at, bytes, {false, false, CALLER});        \
+    }                                                     \
+    extern "C" void __tsan_##kind##write##bytes(u64 at) { \
+        access(at, bytes, {true, false, CALLER});         \
+    }
+ACCESS(, 1)
+ACCESS(, 2)
+ACCESS(, 4)
+ACCESS(, 8)
+ACCESS(, 16)
+ACCESS(unaligned_, 2)  // of a type that need not be aligned; the others are checked below
+ACCESS(unaligned_, 4)
+ACCESS(unaligned_, 8)
+ACCESS(unaligned_, 16)
 extern "C" void __tsan_read_range(u64 at, u64 bytes) { access(at, bytes, {false, false, CALLER}); }
 extern "C" void __tsan_write_range(u64 at, u64 bytes) { access(at, bytes, {true, false, CALLER}); }
 extern "C" void __tsan_init() {}

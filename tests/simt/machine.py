@@ -212,15 +212,15 @@ def _library(stem, source, arch, macros):
             f"void simt_call_{name}(void**); const char* simt_parameter_{name}(int);"
             f"int simt_max_threads_{name}();"
         )
-    symbols = subprocess.run(["objdump", "-tC", path], capture_output=True, text=True, check=True)
-    at = int(re.search(r"^(\w+) .* simt_kernels$", symbols.stdout, re.MULTILINE)[1], 16)
+    symbols = subprocess.run(["objdump", "-t", path], capture_output=True, text=True).stdout
+    at = int(re.search(r"^(\w+) .* simt_kernels$", symbols, re.MULTILINE)[1], 16)
     base = _address(ffi, library.simt_kernels) - at
-    found = re.findall(
-        r"^(\w+) .* simt_shared\s+(\w+)\s+(?:\w+ )?(\w+)[^:]*::(?:.*::)?(\w+)",
-        symbols.stdout,
-        re.MULTILINE,
-    )
-    shared = [(owner, name, base + int(at, 16), int(size, 16)) for at, size, owner, name in found]
+    # Statics of a function, as the C++ ABI spells them: _ZZ6samplePiE1s is s of sample.
+    pattern = r"^(\w+) .* simt_shared\s+(\w+) .*_ZZ(\d+)(\w+)E\d+(\w+?)(?:[._]\d+)*$"
+    shared = [
+        (owner[: int(length)], name, base + int(at, 16), int(size, 16))
+        for at, size, length, owner, name in re.findall(pattern, symbols, re.MULTILINE)
+    ]
     return ffi, library, {name: parameters for name, *parameters in rows}, shared
 
 

@@ -94,6 +94,8 @@ def test_report_agrees_with_ptxas(stacked, arch):
     stacked(STACKED)
     usages = kernel_report.measure("stacked", arch, {"A": 1})
     log = kernel_report.ptxas_log("stacked", arch, {"A": 1})
+    if "Function properties" not in log:
+        pytest.skip(f"NVRTC {cuda.nvrtc_version()} does not pass on what ptxas says")
     assert set(usages) == {"spills", "indexes", "frugal"}
     for kernel, usage in usages.items():
         facts = log.partition(f"Function properties for {kernel}\n")[2].partition("Compile time")[0]

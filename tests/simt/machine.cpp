@@ -257,7 +257,7 @@ struct Access {
 [[noreturn]] static void out_of_bounds(u64 address, u64 bytes, const Access& by) {
     std::string text = format("%s %llu bytes at %p, outside of every array", by.verb(), (ull)bytes,
                               (void*)address);
-    u64 nearest = 1ull << 40;  // what is further off is no overflow of an index
+    u64 nearest = address < PAGE ? 0 : 1ull << 40;  // further off it is no overflow of an index
     for (const Region& r : regions) {
         const u64 begin = (u64)r.array.begin, end = begin + r.array.bytes;
         const u64 distance = address < begin ? begin - address : address - end;

@@ -5,6 +5,7 @@ would on a GPU. What `empty` returns is poisoned.
 """
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -14,6 +15,7 @@ DEVICE = 1000  # an ordinal that no GPU has, since pykv keeps facts by ordinal
 NUM_SMS = 16
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
+_live = weakref.WeakValueDictionary()  # (first address, end) of each allocation to its memory
 
 
 class ndarray:
@@ -109,7 +111,16 @@ def empty(shape, dtype=np.float32):
     start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
     inside = memory[start : start + nbytes]
     inside.fill(0xFF)  # NaN in every float type
+    _live[inside.ctypes.data, inside.ctypes.data + nbytes] = memory
     return ndarray(inside.view(dtype).reshape(shape))
+
+
+def allocations_at(addresses):
+    """(first address, end) of every live allocation that one of the addresses lies in."""
+    bounds = np.array(sorted(_live), np.uint64).reshape(-1, 2)
+    found = np.searchsorted(bounds[:, 0], addresses.reshape(-1), "right").astype(np.int64) - 1
+    inside = (found >= 0) & (addresses.reshape(-1) < bounds[found, 1])
+    return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
 
 
 # --- cuBLAS ---------------------------------------------------------------------------------------

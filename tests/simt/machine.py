@@ -274,6 +274,9 @@ def launch(kernel, grid, block, *args, shared_bytes=0):
         if isinstance(arg, cupy.ndarray):
             begin, end = byte_bounds(arg.host)
             arrays.append((name, begin, end, not kind.startswith("PK"), False))
+            if arg.dtype == np.uint64:  # may be a table of addresses
+                found = cupy.allocations_at(arg.host)
+                arrays += [(f"memory that {name} names", *bounds, True, False) for bounds in found]
     dynamic = np.empty(shared_bytes + 128, np.uint8)
     start = dynamic.ctypes.data + -dynamic.ctypes.data % 128
     regions = [(name, at, at + size, True, True) for _, name, at, size in kernel.shared]

@@ -402,6 +402,25 @@ def test_launches_that_no_gpu_takes(kernel_folder, monkeypatch, change, error):
         machine.launch(kernel, options.pop("grid"), options.pop("block"), *args, **options)
 
 
+def test_tables_of_addresses(kernel_folder):
+    """What a table names belongs to the launch; what it does not name is out of bounds."""
+    text = (
+        'extern "C" __global__ void faulty(const u64* table, int at) {\n'
+        "    ((int*)table[threadIdx.x])[at] += threadIdx.x; }"
+    )
+    kernel = add_kernel(kernel_folder, text)
+    arrays = [simt.zeros(4, np.int32) for _ in range(3)]
+    named = [arrays[0][1:], arrays[2]]
+    table = simt.asarray(np.array([x.data.ptr for x in named], np.uint64))
+    machine.launch(kernel, 1, 2, table, np.int32(2))
+    assert [x.get().tolist() for x in arrays] == [[0, 0, 0, 0], [0] * 4, [0, 0, 1, 0]]
+    with pytest.raises(machine.SimtError, match=r"at byte (16|20) of memory that table names"):
+        machine.launch(kernel, 1, 2, table, np.int32(4))
+    del arrays, named
+    with pytest.raises(machine.SimtError, match="outside of every array|which has"):
+        machine.launch(kernel, 1, 2, table, np.int32(0))
+
+
 def test_a_wrong_number_of_arguments(kernel_folder):
     kernel = add_kernel(kernel_folder, LIMITED)
     with pytest.raises(machine.SimtError, match="faulty.cu faulty takes 3 arguments, not 1"):

@@ -150,6 +150,12 @@ def _gemm_ex(
     c[...] = (product + (beta * c.astype(np.float64) if beta else 0)).astype(c.dtype)
 
 
+def _attributes(address):
+    """Memory that no array here holds is what a GPU calls pageable."""
+    known = len(allocations_at(np.array([address], np.uint64))) > 0
+    return SimpleNamespace(type=2 if known else 0)  # cudaMemoryTypeDevice, ...Unregistered
+
+
 TYPES = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType
 cublas = SimpleNamespace(
     CUBLAS_OP_N=0,
@@ -167,7 +173,12 @@ cublas = SimpleNamespace(
 cuda = SimpleNamespace(
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
-    get_current_stream=lambda: SimpleNamespace(ptr=0),
-    runtime=SimpleNamespace(getDevice=lambda: DEVICE),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    runtime=SimpleNamespace(
+        getDevice=lambda: DEVICE,
+        getDeviceCount=lambda: 1,
+        pointerGetAttributes=_attributes,
+        memoryTypeUnregistered=0,
+    ),
     Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
 )

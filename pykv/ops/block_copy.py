@@ -1,0 +1,438 @@
+"""Copy many ranges of bytes from address to address in one launch: KV blocks between host and
+device, between pools, between layouts whose pieces are contiguous.
+
+Dimensions: C pairs of a source and a destination.
+Kernel: kernels_cu/block_copy.cu.
+
+Addresses do not say where they lie, so `device` does: "cuda" for what a GPU can reach (its own
+memory and pinned host memory, on either side), "cpu" for host memory. Arrays do say it:
+`copy_arrays` and `prepare_arrays` take lists of them and need no such word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import UINT64, asarray, check, on_gpu
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+
+BLOCK = 256  # threads
+TILE = 4096  # bytes that a warp moves at a time: 32 lanes with 8 loads of 16 bytes each
+CTAS_PER_SM = 4
+VARIANTS = [dict(BLOCK=BLOCK, CTAS_PER_SM=CTAS_PER_SM, UNROLL=8, TILE=TILE)]
+
+ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
+
+
+def vectorized_copy(
+    src_ptrs: Any,
+    dst_ptrs: Any,
+    size: Any,
+    num_pairs: int | None = None,
+    *,
+    max_ctas: int | None = None,
+    device: str = "cuda",
+    validate: bool = False,
+    stream: Any = None,
+) -> None:
+    """Copy `size` bytes from address `src_ptrs[i]` to address `dst_ptrs[i]`, for each pair i.
+
+    Args:
+        src_ptrs, dst_ptrs: [C] uint64 or int64; addresses of any alignment. NumPy tables are
+            looked through (adjacent pairs become one) and uploaded; CuPy tables are used as they
+            are. None where there is nothing to copy.
+        size: bytes of every pair, an integer; or [C] int64 on the host, bytes of each.
+        num_pairs: how many pairs to copy, if fewer than the tables hold; all if None.
+        max_ctas: how many thread blocks may run, so that concurrent kernels keep their SMs; between
+            host and device 32 suffice. As many as fit the GPU if None.
+        device: "cuda" for device or pinned host memory, "cpu" for host memory; see above.
+        validate: make sure first that no destination overlaps another range and, with "cuda", that
+            no address is pageable host memory. Costs about a microsecond an address, and waits
+            for CuPy tables to come to the host.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ParameterError: a table or an address is null, a count or a size negative, `max_ctas` below
+            1, `device` unknown; with `validate`, two ranges overlap.
+        ShapeError: the tables differ in length, or have fewer than `num_pairs` addresses.
+        DtypeError: a table is no array of addresses, or `size` neither integer nor int64.
+        DeviceError: the tables lie on different devices, no GPU is usable; with `validate`, an
+            address is pageable.
+
+    With no pairs, or sizes of zero, succeeds and launches nothing, even if tables are None. Bit
+    for bit; pairs in no order; where a destination overlaps another range, what it holds is
+    undefined. Widest where both addresses are equally far from a multiple of 16. On a GPU only
+    enqueues, and allocates nothing where the tables are CuPy's and `size` is an integer. Source:
+    vectorized_copy of NVIDIA Dynamo's kvbm-kernels.
+    """
+    op = "block_copy.vectorized_copy"
+    options = (max_ctas, device, validate)
+    if device == "cuda":
+        with cuda.on_stream(stream):
+            _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, *options).run()
+    else:
+        _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, *options).run()
+
+
+def prepare(
+    src_ptrs: Any,
+    dst_ptrs: Any,
+    size: Any,
+    num_pairs: int | None = None,
+    *,
+    max_ctas: int | None = None,
+    device: str = "cuda",
+    validate: bool = False,
+) -> DeviceCopy | HostCopy:
+    """The same copy, made ready to run many times.
+
+    Args and errors are those of `vectorized_copy`. Tables go to the GPU here, once, and this call
+    waits until they are there, so that the copy may run on any stream. CuPy tables are read at
+    each run, not here.
+
+    Returns:
+        An object whose `run(stream=None)` copies. On a GPU a run only enqueues, one launch at most:
+        it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as well
+        as the memory that the addresses name, until its runs have finished.
+    """
+    op = "block_copy.prepare"
+    work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate)
+    work.wait_for_tables()
+    return work
+
+
+def copy_arrays(
+    sources: Sequence[Any],
+    destinations: Sequence[Any],
+    *,
+    max_ctas: int | None = None,
+    validate: bool = False,
+    stream: Any = None,
+) -> None:
+    """Copy the bytes of `sources[i]` to `destinations[i]`, for each i.
+
+    Args:
+        sources, destinations: contiguous arrays of any dtype, NumPy, CuPy or what pykv.asarray
+            takes; the two of a pair have the same number of bytes. Where all are on the host, the
+            host copies; else the GPU does, and host arrays must be pinned.
+        max_ctas, validate, stream: see `vectorized_copy`.
+
+    Raises:
+        ShapeError: the lists differ in length, two arrays in bytes, or one is not contiguous.
+        DeviceError: a host array is pageable where a GPU copies, or an array is on another GPU.
+        ParameterError: a destination is read-only, `max_ctas` below 1; with `validate`, two arrays
+            overlap.
+
+    On a GPU only enqueues: keep pinned arrays until the stream has passed. Bit for bit.
+    """
+    op = "block_copy.copy_arrays"
+    src, dst, sizes, device = _tables(op, sources, destinations)
+    with cuda.on_stream(stream if device == "cuda" else None):
+        _prepare(op, src, dst, sizes, None, max_ctas, device, validate).run()
+
+
+def prepare_arrays(
+    sources: Sequence[Any],
+    destinations: Sequence[Any],
+    *,
+    max_ctas: int | None = None,
+    validate: bool = False,
+) -> DeviceCopy | HostCopy:
+    """What `prepare` is to `vectorized_copy`, to `copy_arrays`. Keeps the arrays alive."""
+    op = "block_copy.prepare_arrays"
+    src, dst, sizes, device = _tables(op, sources, destinations)
+    work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate)
+    work.arrays = (list(sources), list(destinations))
+    work.wait_for_tables()
+    return work
+
+
+class HostCopy:
+    """A prepared copy of host memory.
+
+    Attributes:
+        num_pairs: pairs that are copied: adjacent ones count as one, empty ones not at all.
+        num_bytes: bytes that a run copies.
+        arrays: what is kept alive.
+    """
+
+    def __init__(self, src: Any, dst: Any, sizes: Any) -> None:
+        sizes = np.broadcast_to(sizes, src.shape)
+        triples = list(zip(src.tolist(), dst.tolist(), sizes.tolist(), strict=True))
+        self._moves = [(_bytes_at(to, n), _bytes_at(at, n)) for at, to, n in triples]
+        self.num_pairs = len(triples)
+        self.num_bytes = sum(n for _, _, n in triples)
+        self.arrays: Any = None
+
+    def run(self, stream: Any = None) -> None:
+        """Copy. `stream` is there for the sake of DeviceCopy's."""
+        for to, source in self._moves:
+            to[:] = source
+
+    def wait_for_tables(self) -> None:
+        """There are none."""
+
+
+class DeviceCopy:
+    """A prepared copy by a GPU.
+
+    Attributes:
+        num_pairs, num_bytes, arrays: as of HostCopy; pairs of CuPy tables are not merged.
+        num_ctas: thread blocks that a run launches; 0 where there is nothing to copy.
+    """
+
+    def __init__(self, op: str, src: Any, dst: Any, sizes: Any, max_ctas: int | None) -> None:
+        self.num_pairs = C = len(src)
+        self.num_ctas = 0
+        self.arrays: Any = None
+        tiles = -(-sizes // TILE)
+        if isinstance(sizes, int):
+            self.num_bytes, num_tiles = C * sizes, C * tiles
+        else:
+            self.num_bytes, num_tiles = int(sizes.sum()), int(tiles.sum())
+        if num_tiles == 0:
+            return
+        if num_tiles >= 2**31:
+            raise ParameterError(
+                f"{op}: the pairs make {num_tiles} tiles of {TILE} bytes, expected below 2^31"
+            )
+        tables = [] if on_gpu(src) else [src, dst]
+        if not isinstance(sizes, int):
+            first_tile = np.zeros(C + 1, np.int32)
+            np.cumsum(tiles, out=first_tile[1:])
+            tables += [sizes, first_tile]
+        arrays = [*([src, dst] if on_gpu(src) else []), *_upload(tables)]
+        arrays += [None] * (4 - len(arrays))  # one size needs no tables of sizes and tiles
+        size = sizes if isinstance(sizes, int) else 1
+        self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
+        self._kernel = cuda.kernel("block_copy", "block_copy", **VARIANTS[0])
+        self._device = cuda.current_device()
+        self.num_ctas = min(num_tiles, CTAS_PER_SM * cuda.num_sms(self._device))
+        if max_ctas is not None:
+            self.num_ctas = min(self.num_ctas, max_ctas)
+
+    def run(self, stream: Any = None) -> None:
+        """Enqueue the copy.
+
+        Args:
+            stream: see pykv.cuda.on_stream.
+
+        Raises:
+            DeviceError: the current GPU is not the one that the copy was prepared on.
+        """
+        if self.num_ctas == 0:
+            return
+        if cuda.current_device() != self._device:
+            raise DeviceError(
+                f"block_copy.run: GPU {cuda.current_device()} is the current one, expected "
+                f"GPU {self._device}, which the copy was prepared on"
+            )
+        with cuda.on_stream(stream):
+            cuda.launch(self._kernel, self.num_ctas, BLOCK, *self._arguments)
+
+    def wait_for_tables(self) -> None:
+        """Wait until the current stream has uploaded the tables."""
+        if self.num_ctas:
+            cuda.array_module("cuda").cuda.get_current_stream().synchronize()
+
+
+def _prepare(
+    op: str,
+    src_ptrs: Any,
+    dst_ptrs: Any,
+    size: Any,
+    num_pairs: int | None,
+    max_ctas: int | None,
+    device: str,
+    validate: bool,
+) -> DeviceCopy | HostCopy:
+    if device not in ("cuda", "cpu"):
+        raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
+    if max_ctas is not None and max_ctas < 1:
+        raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
+    src, dst, sizes = _check_pairs(op, src_ptrs, dst_ptrs, size, num_pairs)
+    if len(src) and device == "cpu" and on_gpu(src):
+        raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
+    if validate and len(src):
+        host = [x.get() if on_gpu(x) else x for x in (src, dst)]
+        _check_ranges(op, host[0], host[1], sizes, device)
+    if not on_gpu(src):
+        src, dst, sizes = _merge(src, dst, sizes)
+    return (
+        HostCopy(src, dst, sizes) if device == "cpu" else DeviceCopy(op, src, dst, sizes, max_ctas)
+    )
+
+
+def _check_pairs(
+    op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, num_pairs: int | None
+) -> tuple[Any, Any, Any]:
+    """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64. None where no byte is
+    to be copied."""
+    by_pair = isinstance(size, np.ndarray)
+    if not by_pair and (not isinstance(size, int | np.integer) or isinstance(size, bool)):
+        raise DtypeError(
+            f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
+            "int64 (the host counts the tiles)"
+        )
+    found = check(op, src_ptrs=(src_ptrs, "C", ADDRESSES), dst_ptrs=(dst_ptrs, "D", ADDRESSES))
+    lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
+    if by_pair:
+        lengths["size"] = check(op, size=(size, "C", (np.dtype(np.int64),)))["C"]
+    first, shared = next(iter(lengths.items()), ("", 1))  # 1 leads to the error of a null table
+    for name, length in lengths.items():
+        if num_pairs is None and length != shared:
+            raise ShapeError(f"{op}: {name} has {length} entries, expected {shared} like {first}")
+        if num_pairs is not None and length < num_pairs:
+            raise ShapeError(f"{op}: {name} has {length} entries, expected num_pairs={num_pairs}")
+    count = shared if num_pairs is None else int(num_pairs)
+    if by_pair:
+        size = size[: max(count, 0)]
+    if count == 0 or not np.any(size):
+        return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
+
+    for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
+        if table is None:
+            raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
+    if count < 0:
+        raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
+    if np.min(size) < 0:
+        at = f"size[{np.argmin(size)}]" if by_pair else "size"
+        raise ParameterError(f"{op}: {at} is {np.min(size)}, expected at least 0")
+    src, dst = (table[:count].view(np.uint64) for table in (src_ptrs, dst_ptrs))
+    if not on_gpu(src):
+        for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+            is_null = (table == 0) & (np.asarray(size) > 0)
+            if is_null.any():
+                raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
+    return src, dst, size if by_pair else int(size)
+
+
+def _check_ranges(op: str, src: Any, dst: Any, sizes: Any, device: str) -> None:
+    """Check that no destination overlaps another range and that the GPU can reach all."""
+    sizes = np.broadcast_to(sizes, src.shape).astype(np.uint64)
+    pairs = np.flatnonzero(sizes)
+    pairs = pairs[np.argsort(dst[pairs], kind="stable")]
+    starts, ends = dst[pairs], dst[pairs] + sizes[pairs]
+    text = "{}: the destination of pair {} overlaps the {} of pair {}, expected disjoint ranges"
+    overlaps = ends[:-1] > starts[1:]
+    if overlaps.any():
+        i = int(np.argmax(overlaps))
+        raise ParameterError(text.format(op, pairs[i], "destination", pairs[i + 1]))
+    # Destinations are disjoint, so the first to end after a source starts is the one that can meet
+    # it.
+    nearest = np.searchsorted(ends, src[pairs], "right")
+    inside = np.minimum(nearest, len(pairs) - 1)
+    overlaps = (nearest < len(pairs)) & (starts[inside] < src[pairs] + sizes[pairs])
+    if overlaps.any():
+        i = int(np.argmax(overlaps))
+        raise ParameterError(text.format(op, pairs[inside[i]], "source", pairs[i]))
+    if device == "cuda":
+        for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+            for i in pairs.tolist():
+                if _is_pageable(int(table[i])):
+                    raise DeviceError(
+                        f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU "
+                        "or pinned host memory"
+                    )
+
+
+def _is_pageable(address: int) -> bool:
+    runtime = cuda.array_module("cuda").cuda.runtime
+    return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
+
+
+def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+    """The same copy with fewer pairs: none empty, and none whose source and destination both
+    continue those of the pair before."""
+    if not isinstance(sizes, int) and not sizes.all():
+        kept = sizes > 0
+        src, dst, sizes = src[kept], dst[kept], sizes[kept]
+    lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
+    starts = (src[1:] - src[:-1] != lengths) | (dst[1:] - dst[:-1] != lengths)
+    if not starts.all():
+        first = np.concatenate(([0], np.flatnonzero(starts) + 1))
+        sizes = np.add.reduceat(np.broadcast_to(np.int64(sizes), src.shape), first)
+        src, dst = src[first], dst[first]
+    if not isinstance(sizes, int) and sizes.min() == sizes.max():
+        sizes = int(sizes[0])
+    return src, dst, sizes
+
+
+def _tables(
+    op: str, sources: Sequence[Any], destinations: Sequence[Any]
+) -> tuple[Any, Any, Any, str]:
+    """Addresses, sizes and device of two lists of arrays."""
+    if len(sources) != len(destinations):
+        raise ShapeError(
+            f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
+            "sources"
+        )
+    lists = {"sources": list(map(asarray, sources))}
+    lists["destinations"] = list(map(asarray, destinations))
+    device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
+    tables = []
+    for name, arrays in lists.items():
+        for i, array in enumerate(arrays):
+            if not array.flags.c_contiguous:
+                raise ShapeError(f"{op}: {name}[{i}] has strides {array.strides}, expected none")
+            if array.nbytes != lists["sources"][i].nbytes:
+                raise ShapeError(
+                    f"{op}: {name}[{i}] has {array.nbytes} bytes, expected "
+                    f"{lists['sources'][i].nbytes} like sources[{i}]"
+                )
+            if name == "destinations" and not on_gpu(array) and not array.flags.writeable:
+                raise ParameterError(f"{op}: {name}[{i}] is read-only")
+            if device == "cuda" and array.nbytes:
+                _check_reach(op, f"{name}[{i}]", array)
+        tables.append(np.array([_address(array) for array in arrays], np.uint64))
+    sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
+    return tables[0], tables[1], sizes, device
+
+
+def _check_reach(op: str, name: str, array: Any) -> None:
+    """Check that the current GPU can reach an array."""
+    if not on_gpu(array):
+        if _is_pageable(_address(array)):
+            raise DeviceError(
+                f"{op}: {name} is in pageable host memory, expected it pinned, as "
+                "cupyx.empty_pinned makes it"
+            )
+    elif array.data.device_id != cuda.current_device():
+        raise DeviceError(
+            f"{op}: {name} is on GPU {array.data.device_id}, expected the current one, "
+            f"GPU {cuda.current_device()}"
+        )
+
+
+def _address(array: Any) -> int:
+    return int(array.data.ptr if on_gpu(array) else array.__array_interface__["data"][0])
+
+
+class _Range:
+    """Host memory as NumPy asks for it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__array_interface__ = dict(
+            data=(address, False), shape=(size,), typestr="|u1", version=3
+        )
+
+
+def _bytes_at(address: int, size: int) -> Any:
+    """A NumPy view of host memory, which its owner must keep."""
+    return np.asarray(_Range(address, size))
+
+
+def _upload(tables: list[Any]) -> list[Any]:
+    """Host tables on the GPU, by one transfer; those of wider elements come first."""
+    if not tables:
+        return []
+    packed = cuda.array_module("cuda").asarray(np.concatenate([t.view(np.uint8) for t in tables]))
+    ends = np.cumsum([table.nbytes for table in tables]).tolist()
+    return [
+        packed[end - table.nbytes : end].view(table.dtype)
+        for end, table in zip(ends, tables, strict=True)
+    ]

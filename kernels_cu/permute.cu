@@ -1,0 +1,99 @@
+// permute.cu: move KV blocks between layouts.
+//
+// Arrays (letters and layouts as in pykv/layout.py):
+//   dst_ptrs, src_ptrs  const  u64  addresses of allocations, in device or pinned host memory, at
+//                                   any alignment; chunk c of block b is that at
+//                                   b * entries + (entries > 1 ? c : 0)
+// Scalars, of which dst and src have their own; strides and offsets in bytes:
+//   entries        allocations of a block: 1, or at least its chunks
+//   offset, chunk  chunk c begins at offset + c * chunk of its allocation
+//   outer, inner   a chunk is a nest of runs, contiguous on both sides; strides of its two loops
+//   run, num_inner, tiles, num_chunks  bytes of a run, runs of an inner loop, tiles of a chunk, chunks
+//                  of a block; each is below 2^31 and comes with ceil(2^63 / it), called magic
+//   chunk_bytes    moved bytes of a chunk, below 2^31
+//   tile_bytes     of the destination's order that one block moves at a time, a multiple of 16
+//   num_tiles      in all, below 2^31
+//   alignment      `run` and the strides of the loops, or-ed; with the addresses it tells how wide a
+//                  piece may be
+// Defines:  BLOCK = threads of a block, at most 1024; UNROLL = loads that a thread has in flight, of
+//           16 bytes where addresses, strides and runs allow, else of 8, 4, 2 or 1
+// Launch:   grid (at most num_tiles; blocks take tiles in turn), block (BLOCK), no shared memory
+// Traffic:  2 * bytes moved + 16 a chunk for the tables; no byte twice, no multiplication an element,
+//           so the ceiling is a contiguous copy. Stores follow the destination's order and fill whole
+//           sectors; loads of runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
+// Order:    no atomics; bit-exact; undefined where a destination overlaps another one or a source
+#include "common.cuh"
+
+#if !defined(BLOCK) || !defined(UNROLL)
+#error "permute.cu needs BLOCK and UNROLL"
+#endif
+
+struct Divisor { u32 n; u64 magic; };
+
+// x / by.n by a multiplication, exact for x below 2^31: magic exceeds 2^63 / n by less than one.
+__device__ __forceinline__ u32 divide(u32 x, Divisor by) {
+    return (u32)__umul64hi((u64)(2 * x), by.magic);
+}
+
+// The two loops of a chunk on one side; strides in bytes.
+struct Loops { i64 outer, inner; };
+
+// Bytes begin .. end - 1 of a chunk, in pieces of T. All that is loaded in one turn is under way
+// before the first store.
+template <typename T>
+__device__ __forceinline__ void move(u8* dst, const u8* src, u32 begin, u32 end,
+                                     Divisor run, Divisor num_inner, Loops to, Loops from) {
+    constexpr u32 STEP = BLOCK * sizeof(T);
+    for (u32 at = begin + threadIdx.x * sizeof(T); at < end; at += UNROLL * STEP) {
+        T x[UNROLL];
+        u8* target[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const u32 byte = at + i * STEP;
+            if (byte >= end) continue;
+            const u32 row = divide(byte, run), outer = divide(row, num_inner);
+            const u32 inner = row - outer * num_inner.n, in_run = byte - row * run.n;
+            target[i] = dst + (outer * to.outer + inner * to.inner + in_run);
+            x[i] = __ldg((const T*)(src + (outer * from.outer + inner * from.inner + in_run)));
+        }
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            if (at + i * STEP < end) *(T*)target[i] = x[i];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+permute(const u64* __restrict__ dst_ptrs, const u64* __restrict__ src_ptrs,
+        int dst_entries, i64 dst_offset, i64 dst_chunk, i64 dst_outer, i64 dst_inner,
+        int src_entries, i64 src_offset, i64 src_chunk, i64 src_outer, i64 src_inner,
+        u32 run, u64 run_magic, u32 num_inner, u64 num_inner_magic,
+        u32 tiles, u64 tiles_magic, u32 num_chunks, u64 num_chunks_magic,
+        u32 chunk_bytes, u32 tile_bytes, u32 num_tiles, u32 alignment) {
+    const Divisor by_run{run, run_magic}, by_inner{num_inner, num_inner_magic};
+    const Loops to{dst_outer, dst_inner}, from{src_outer, src_inner};
+    for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+        const u32 nth = divide(tile, Divisor{tiles, tiles_magic});  // of all chunks
+        const u32 block = divide(nth, Divisor{num_chunks, num_chunks_magic});
+        const u32 c = nth - block * num_chunks;
+        u8* dst = (u8*)dst_ptrs[(i64)block * dst_entries + (dst_entries > 1 ? c : 0)];
+        const u8* src = (const u8*)src_ptrs[(i64)block * src_entries + (src_entries > 1 ? c : 0)];
+        dst += dst_offset + c * dst_chunk;
+        src += src_offset + c * src_chunk;
+
+        const u32 begin = (tile - nth * tiles) * tile_bytes;
+        const u32 end = min(begin + tile_bytes, chunk_bytes);
+        const u32 bits = alignment | (u32)(u64)dst | (u32)(u64)src;
+        if (bits % 16 == 0) {
+            move<uint4>(dst, src, begin, end, by_run, by_inner, to, from);
+        } else if (bits % 8 == 0) {
+            move<uint2>(dst, src, begin, end, by_run, by_inner, to, from);
+        } else if (bits % 4 == 0) {
+            move<u32>(dst, src, begin, end, by_run, by_inner, to, from);
+        } else if (bits % 2 == 0) {
+            move<u16>(dst, src, begin, end, by_run, by_inner, to, from);
+        } else {
+            move<u8>(dst, src, begin, end, by_run, by_inner, to, from);
+        }
+    }
+}

@@ -189,16 +189,24 @@ class Move:
 
     Attributes:
         num_bytes: bytes that a call reads, and as many that it writes.
+        num_ctas: thread blocks of a launch; 0 where nothing moves, or on the host.
     """
 
     def __init__(self, num_bytes: int, launch: tuple[Any, ...], pairs: Any, owner: Any) -> None:
         self.num_bytes = num_bytes
+        self.num_ctas = launch[1] if launch else 0
         self._launch = launch  # what cuda.launch takes, or nothing
+        self._device = cuda.current_device() if launch else None
         self._pairs = pairs  # chunks of the host
         self._owner = owner
 
     def __call__(self, *, stream: Any = None) -> None:
         if self._launch:
+            if cuda.current_device() != self._device:
+                raise DeviceError(
+                    f"permute: GPU {cuda.current_device()} is the current one, expected "
+                    f"GPU {self._device}, which the move was prepared on"
+                )
             with cuda.on_stream(stream):
                 cuda.launch(*self._launch)
         for dst, src in self._pairs:

@@ -4,10 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.layout import AXES, NAMES, BlockShape, Layout
+from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout
 from pykv.ops import permute
-from tests.helpers import assert_same_bits, bits
+from tests.helpers import assert_same_bits, bits, without_simt
 
 BASE = dict(N=3, H=3, L=2, O=2, P=4, D=5, dtype="float16")  # the sizes of kvbm's tests
 CHANGES = (
@@ -15,6 +16,7 @@ CHANGES = (
     *({"D": 8}, {"D": 64, "dtype": "uint8"}, {"D": 80}, {"D": 576, "H": 1, "O": 1}),  # MLA
     *({"N": 1}, {"N": 70}, {"H": 1}, {"P": 1}, {"P": 17}, {"L": 1, "O": 1}, {"D": 1}),
     {"H": 1, "P": 1, "D": 1, "dtype": "uint8"},
+    {"N": 1, "H": 8, "L": 1, "O": 1, "P": 64, "dtype": "uint8"},  # three turns, byte by byte
     {"N": 1, "H": 8, "L": 1, "P": 16, "D": 128, "dtype": "float64"},  # 8 tiles a chunk
     {"N": 1, "H": 3, "L": 1, "O": 1, "P": 43, "D": 80, "dtype": "float32"},  # no whole tile
 )
@@ -124,7 +126,7 @@ def test_addresses_move(device, rng, dst, src, dtype, on_device):
     given = random_blocks(rng, src, *sizes, dtype)
     to = device.asarray(flat_blocks(dst, *sizes, dtype))
     of = device.asarray(given)
-    tables = [addresses(to), addresses(of)]
+    tables = [addresses(to).view(np.int64), addresses(of)]
     if on_device:
         tables = [device.asarray(t) for t in tables]
     shape = BlockShape(*sizes[1:], dtype.itemsize)
@@ -187,6 +189,15 @@ def test_lists_of_blocks_and_chunks(xp, rng, layout):
         want = expected("HND", "NHD", given, *sizes).reshape(N * L * O, H, P, D)
         for got, chunk in zip(sum(other, []), want, strict=True):
             assert_same_bits(got, chunk)
+
+
+def test_strides_of_single_rows_do_not_matter(xp, rng):
+    """A list of chunks with one token and one head each, cut from arrays of other widths."""
+    pools = [rng.integers(0, 256, (1, n, 8), np.uint8) for n in (1, 2, 3)]
+    chunks = [xp.asarray(pool)[:, -1:] for pool in pools]
+    out = xp.zeros((3, 1, 1, 1, 1, 8), np.uint8)
+    permute.universal_from_block(out, [[chunk] for chunk in chunks])
+    assert_same_bits(out.reshape(3, 8), np.array([pool[0, -1] for pool in pools]))
 
 
 def test_positions_by_hand(xp):
@@ -364,8 +375,37 @@ def test_few_blocks_of_threads_take_all_tiles(device, rng):
     given = random_blocks(rng, "NHD", *sizes, dtype)
     to, of = device.asarray(flat_blocks("universal", *sizes, dtype)), device.asarray(given)
     shape = BlockShape(*sizes[1:], 2)
-    permute.universal_from_block(addresses(to), addresses(of), shape, max_ctas=5)
+    tables = addresses(to), "universal", addresses(of), "NHD"
+    assert (
+        permute.prepare(*tables, shape).num_ctas
+        == permute.prepare(*tables, shape, max_ctas=99).num_ctas
+        == 12
+    )
+    move = permute.prepare(*tables, shape, max_ctas=5)
+    assert move.num_ctas == 5
+    move()
     assert_same_bits(to, expected("universal", "NHD", given, *sizes))
+
+
+@pytest.mark.parametrize(
+    "dst, src, want",
+    [  # bytes of a run, sizes of the loops, strides of the outer and of the inner one
+        ("universal", "HND", (4096, 1, 8, (0, 0), (655360, 4096))),
+        ("HND", "universal", (4096, 1, 8, (0, 0), (4096, 655360))),
+        ("universal", "NHD", (256, 8, 16, (655360, 256), (256, 2048))),
+        ("NHD", "universal", (256, 16, 8, (2048, 256), (256, 655360))),
+        ("NHD", "HND", (256, 16, 8, (2048, 256), (256, 4096))),
+        ("operational_NHD", "NHD", (32768, 1, 1, (0, 0), (0, 0))),
+        ("operational_HND", "HND", (32768, 1, 1, (0, 0), (0, 0))),
+    ],
+)
+def test_loops_follow_the_destination_and_melt(dst, src, want):
+    shape = BlockShape(H=8, L=80, O=2, P=16, D=128, itemsize=2)
+    tables = {name: table_of(1 if name not in STACKS else 160) for name in (dst, src)}
+    sides = [
+        permute._address_side("op", name, tables[name], Layout(name), shape) for name in (dst, src)
+    ]
+    assert permute.nest(*sides, shape) == want
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 641, 2**16 + 1, 2**30 + 1, 2**31 - 1])
@@ -468,6 +508,7 @@ def test_universal_blocks_may_be_pinned_host_memory(rng, layout):
     assert_same_bits(of, given)
 
 
+@without_simt  # which knows no memory that was made too large to fill
 @pytest.mark.slow
 def test_offsets_are_64_bit(xp, rng):
     """Heads of a universal block 2^31 bytes apart, and chunks past that."""
@@ -607,4 +648,20 @@ def test_bad_arrays(xp):
 def test_host_and_device_do_not_mix(device):
     universal, blocks = np.zeros((1, 3, 2, 2, 4, 8), "f2"), device.zeros((1, 2, 2, 4, 3, 8), "f2")
     with pytest.raises(DeviceError, match="universal is on the host, expected a GPU like blocks"):
+        permute.universal_from_block(universal, blocks)
+
+
+def test_a_move_keeps_to_its_gpu(device, monkeypatch):
+    universal, blocks = (
+        device.zeros((1, 1, 1, 1, 1, 8), "f2"),
+        device.zeros((1, 1, 1, 1, 1, 8), "f2"),
+    )
+    move = permute.prepare(universal, "universal", blocks, "NHD")
+    here = cuda.current_device()
+    monkeypatch.setattr(cuda, "current_device", lambda: here + 1)
+    with pytest.raises(
+        DeviceError, match=f"GPU {here + 1} is the current one, expected GPU {here}"
+    ):
+        move()
+    with pytest.raises(DeviceError, match=f"universal is on GPU {here}, expected the current one"):
         permute.universal_from_block(universal, blocks)

@@ -7,20 +7,21 @@
 // Scalars, of which dst and src have their own; strides and offsets in bytes:
 //   entries        allocations of a block: 1, or at least its chunks
 //   offset, chunk  chunk c begins at offset + c * chunk of its allocation
-//   outer, inner   a chunk is a nest of runs, contiguous on both sides; strides of its two loops
-//   run, num_inner, tiles, num_chunks  bytes of a run, runs of an inner loop, tiles of a chunk, chunks
-//                  of a block; each is below 2^31 and comes with ceil(2^63 / it), called magic
-//   chunk_bytes    moved bytes of a chunk, below 2^31
-//   tile_bytes     of the destination's order that one block moves at a time, a multiple of 16
-//   num_tiles      in all, below 2^31
-//   alignment      `run` and the strides of the loops, or-ed; with the addresses it tells how wide a
-//                  piece may be
-// Defines:  BLOCK = threads of a block, at most 1024; UNROLL = loads that a thread has in flight, of
-//           16 bytes where addresses, strides and runs allow, else of 8, 4, 2 or 1
+//   outer, inner   a chunk is two loops over runs, contiguous on both sides; strides of the loops
+// Scalars of both, below 2^31; those that divide come with ceil(2^63 / n), called magic:
+//   run, num_inner, tiles, num_chunks  bytes of a run, runs of an inner loop, tiles of a chunk,
+//                                      chunks of a block
+//   chunk_bytes    moved bytes of a chunk
+//   tile_bytes     how many of them, in the order of the loops, are a tile; a multiple of 16
+//   num_tiles      in all
+//   alignment      `run` and the strides of the loops, or-ed; with the addresses it tells how wide
+//                  a piece may be
+// Defines:  BLOCK = threads of a block, at most 1024; UNROLL = loads that a thread has in flight,
+//           of 16 bytes where addresses, strides and runs allow, else of 8, 4, 2 or 1
 // Launch:   grid (at most num_tiles; blocks take tiles in turn), block (BLOCK), no shared memory
-// Traffic:  2 * bytes moved + 16 a chunk for the tables; no byte twice, no multiplication an element,
-//           so the ceiling is a contiguous copy. Stores follow the destination's order and fill whole
-//           sectors; loads of runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
+// Traffic:  2 * bytes moved + 16 a chunk for the tables, read and written once; the ceiling is a
+//           contiguous copy. Loops in the destination's order let stores fill whole sectors; loads of
+//           runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another one or a source
 #include "common.cuh"
 

@@ -239,7 +239,7 @@ def prepare(
 
     Raises:
         ParameterError: a layout is unknown, a size negative, a range or stride out of bounds, a
-            table or an address null.
+            table or an address null, or a NumPy destination read-only.
         ShapeError: dimensions or lengths of tables disagree.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes, or
             differ in size.
@@ -321,6 +321,8 @@ def _prepare(
     if num_bytes == 0:
         return Move(0, (), (), None)
     if to.chunks:
+        if not all(chunk.flags.writeable for chunk in to.chunks):
+            raise ParameterError(f"{op}: {to.name} is read-only")
         views = (_host_chunks(side, moved, heads[0], layers[0]) for side in (to, from_))
         return Move(num_bytes, (), list(zip(*views, strict=True)), None)
     with cuda.on_stream(stream):
@@ -547,7 +549,7 @@ def _array_side(
         if "I" in axes:
             x, axes = _split(op, name, x, axes, layout.name, known)
         lead = "".join(letter for letter in "NLO" if letter in axes)
-        view = x.transpose([axes.index(letter) for letter in f"{lead}HPD"])
+        view = x.transpose(*(axes.index(letter) for letter in f"{lead}HPD"))
         steps = [step if n > 1 else 0 for n, step in zip(view.shape, view.strides, strict=True)]
         facts.append((view, lead, (view.shape[len(lead) :], steps[-3:], x.itemsize, type(x))))
     if not facts:
@@ -576,7 +578,8 @@ def _array_side(
     if isinstance(view, np.ndarray):
         chunks = [x[i] for x, lead, _ in facts for i in np.ndindex(x.shape[: len(lead)])]
     else:
-        _check_device(op, name, view)
+        for x, *_ in facts:
+            _check_device(op, name, x)
         table = np.concatenate([_addresses(x, len(lead)) for x, lead, _ in facts])
     sizes = dict(N=N, H=H, L=L, O=O, P=P, D=D, itemsize=itemsize)
     return (

@@ -645,6 +645,13 @@ def test_bad_arrays(xp):
     assert not bool(universal.any())
 
 
+def test_read_only_destinations():
+    universal, blocks = np.zeros((1, 1, 1, 1, 1, 8)), np.zeros((1, 1, 1, 1, 1, 8))
+    universal.flags.writeable = False
+    with pytest.raises(ParameterError, match="universal is read-only"):
+        permute.universal_from_block(universal, blocks)
+
+
 def test_host_and_device_do_not_mix(device):
     universal, blocks = np.zeros((1, 3, 2, 2, 4, 8), "f2"), device.zeros((1, 2, 2, 4, 3, 8), "f2")
     with pytest.raises(DeviceError, match="universal is on the host, expected a GPU like blocks"):

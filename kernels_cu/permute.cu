@@ -20,8 +20,8 @@
 //           of 16 bytes where addresses, strides and runs allow, else of 8, 4, 2 or 1
 // Launch:   grid (at most num_tiles; blocks take tiles in turn), block (BLOCK), no shared memory
 // Traffic:  2 * bytes moved + 16 a chunk for the tables, read and written once; the ceiling is a
-//           contiguous copy. Loops in the destination's order let stores fill whole sectors; loads of
-//           runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
+//           contiguous copy. Loops in the destination's order let stores fill whole sectors; loads
+//           of runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another one or a source
 #include "common.cuh"
 

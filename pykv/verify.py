@@ -23,6 +23,7 @@ from pykv.ops import (
     norm,
     paged_append,
     paged_decode,
+    permute,
     prefill,
     rope,
     sample,
@@ -138,6 +139,19 @@ def _pages(rng: np.random.Generator, H: int, D: int, kv: Any, lengths: list[int]
 
 
 SHAPES = [(64, 3, F16), (80, 7, F16), (128, 4, BFLOAT16), (256, 4, F32), (64, 1, F16)]  # D, G, pool
+
+
+def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    to_universal = {"NHD": (0, 4, 1, 2, 3, 5), "HND": (0, 3, 1, 2, 4, 5)}
+    for layout, axes in to_universal.items():
+        for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
+            blocks = rng.integers(0, 256, (3, 2, 2, 4, 4, 80), np.uint8).astype(dtype)
+            want = blocks.transpose(axes)
+            universal, back = xp.zeros(want.shape, dtype), xp.zeros(blocks.shape, dtype)
+            permute.universal_from_block(universal, xp.asarray(blocks), layout=layout)
+            permute.block_from_universal(back, universal, layout=layout)
+            error = wrong_values(universal, want) + wrong_values(back, blocks)
+            yield f"{layout} and universal, {np.dtype(dtype).itemsize} bytes", error, 0.0
 
 
 def _paged_decode(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -268,6 +282,7 @@ def _sample(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "paged_append": _paged_append,
+    "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,
     "norm": _norm,

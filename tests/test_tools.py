@@ -139,6 +139,7 @@ def test_roofline_figure():
     assert [text.get_text() for text in h2d.texts] == ["80.0%"]
     assert [label.get_text() for label in copy.get_yticklabels()] == ["size=1", "size=2"]
     assert list(copy.lines[-1].get_xdata()) == [4200.0, 4200.0]
+    assert copy.get_title("right") == "ceiling 4200 GB/s"
     assert figure.get_suptitle() == "Fake GPU, pykv 1.2.3"
     whisker = copy.collections[0].get_segments()[0][:, 0]  # 12 us and 9 us
     assert sorted(whisker) == pytest.approx([2100.0 * 10 / 12, 2100.0 * 10 / 9])
@@ -252,7 +253,10 @@ def test_figures_are_written(tmp_path, capsys):
     for name in ("roof", "sweep"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
-    assert "ceiling 55 GB/s" not in capsys.readouterr().err
+    assert "ceiling 55 GB/s" in (tmp_path / "sweep.svg").read_text()
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / f"{name}.{kind}") for name in ("roof", "sweep") for kind in ("png", "svg")
+    ]
 
 
 def test_a_file_without_ceilings_is_refused(tmp_path, capsys):

@@ -55,11 +55,11 @@ def draw(records):
         axis.barh(range(len(cases)), rates, xerr=spread, color="#4c8bb8", ecolor="#333333")
         for i, rate in enumerate(rates):
             axis.text(0.01 * ceiling, i, f"{rate / ceiling:.1%}", va="center", color="white")
-        axis.axvline(ceiling, linestyle="--", color="#b03a2e", label=f"ceiling {ceiling:.0f} GB/s")
+        axis.axvline(ceiling, linestyle="--", color="black")
+        axis.set_title(f"ceiling {ceiling:.0f} GB/s", loc="right", size=9)
         axis.set_yticks(range(len(cases)), [report.label(one["case"]) for one in cases], size=8)
         axis.invert_yaxis()
         axis.set_xlabel(f"GB/s, {TITLES.get(name, name)}")
-        axis.legend(loc="lower right")
     return figure
 
 

@@ -127,9 +127,11 @@ def draw(points, ceilings, x):
             ceiling = ceilings.get(direction, best)
             what = "ceiling" if direction in ceilings else "best"
             label = f"{what} {ceiling:.0f} GB/s"
-            axis.axhline(ceiling, linestyle="--", color="#b03a2e", label=label)
+            axis.axhline(ceiling, linestyle="--", color="black", label=label)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatted("{x:g}")
             axis.set_title(direction if tokens is None else f"{direction}, {tokens} tokens a block")
             axis.set_xlabel({"copy_size": "bytes of a copy", "total_bytes": "bytes in all"}[x])
             axis.set_ylabel("GB/s")

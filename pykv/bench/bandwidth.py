@@ -66,7 +66,7 @@ def _words(xp: Any, size: int, seed: int) -> Any:
 def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
     x = _words(xp, size, seed)
     tiles = -(-len(x) // (256 * vectors))
-    sums = xp.full(-(-tiles // _TILES_A_SUM), seed, np.uint32)
+    sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
 
     def check() -> bool:
         return int(sums.sum(dtype=np.uint32)) == int(x.sum(dtype=np.uint32))

@@ -166,9 +166,9 @@ def test_on_the_gpu_every_ceiling_is_found(small):
 def test_a_graph_replays_on_the_gpu():
     import cupy
 
-    total = cupy.zeros(1, np.int32)
     timer = timing.Timer(cupy)
     with timer.stream():
+        total = cupy.zeros(1, np.int32)
         times = timer.time(lambda: cupy.add(total, 1, out=total), graph=True)
         timer.synchronize()
     # One call before the capture; none in it; then the replays.

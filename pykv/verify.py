@@ -126,6 +126,19 @@ def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield f"{new} rows into {kv} pages", wrong_values(got, want), 0.0
 
 
+def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    axes_of = {"NHD": (0, 4, 1, 2, 3, 5), "HND": (0, 3, 1, 2, 4, 5)}
+    for layout, axes in axes_of.items():
+        for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
+            blocks = rng.integers(0, 256, (3, 2, 2, 5, 4, 80), np.uint8).astype(dtype)
+            want = blocks.transpose(axes)
+            universal, back = xp.zeros(want.shape, dtype), xp.zeros(blocks.shape, dtype)
+            permute.universal_from_block(universal, xp.asarray(blocks), layout=layout)
+            permute.block_from_universal(back, universal, layout=layout)
+            error = wrong_values(universal, want) + wrong_values(back, blocks)
+            yield f"{layout} and universal, {np.dtype(dtype).itemsize} bytes", error, 0.0
+
+
 def _pages(rng: np.random.Generator, H: int, D: int, kv: Any, lengths: list[int]) -> Any:
     """Pools [N, P, H, D] with NaN wherever nothing may be read, page table and lengths."""
     P = 16
@@ -140,19 +153,6 @@ def _pages(rng: np.random.Generator, H: int, D: int, kv: Any, lengths: list[int]
 
 
 SHAPES = [(64, 3, F16), (80, 7, F16), (128, 4, BFLOAT16), (256, 4, F32), (64, 1, F16)]  # D, G, pool
-
-
-def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    to_universal = {"NHD": (0, 4, 1, 2, 3, 5), "HND": (0, 3, 1, 2, 4, 5)}
-    for layout, axes in to_universal.items():
-        for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
-            blocks = rng.integers(0, 256, (3, 2, 2, 4, 4, 80), np.uint8).astype(dtype)
-            want = blocks.transpose(axes)
-            universal, back = xp.zeros(want.shape, dtype), xp.zeros(blocks.shape, dtype)
-            permute.universal_from_block(universal, xp.asarray(blocks), layout=layout)
-            permute.block_from_universal(back, universal, layout=layout)
-            error = wrong_values(universal, want) + wrong_values(back, blocks)
-            yield f"{layout} and universal, {np.dtype(dtype).itemsize} bytes", error, 0.0
 
 
 def _paged_decode(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

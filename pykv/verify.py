@@ -18,6 +18,7 @@ from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
+    block_copy,
     dequant,
     linear,
     norm,
@@ -109,6 +110,19 @@ def host(x: Any) -> Any:
 
 
 # --- Families -------------------------------------------------------------------------------------
+
+
+def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for size, src_at, dst_at in ((8192, 0, 0), (4097, 5, 21), (700, 4, 0), (333, 0, 1)):
+        rows = rng.integers(0, 256, (2, 7, size + 32), np.uint8)
+        order = rng.permutation(7)
+        src, dst, want = xp.asarray(rows[0]), xp.asarray(rows[1]), rows[1].copy()
+        want[order, dst_at : dst_at + size] = rows[0, :, src_at : src_at + size]
+        block_copy.copy_arrays(
+            [src[i, src_at : src_at + size] for i in range(7)],
+            [dst[i, dst_at : dst_at + size] for i in order.tolist()],
+        )
+        yield f"{size} bytes, offsets {src_at} and {dst_at}", wrong_values(dst, want), 0.0
 
 
 def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -267,6 +281,7 @@ def _sample(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
+    "block_copy": _block_copy,
     "paged_append": _paged_append,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

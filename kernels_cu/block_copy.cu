@@ -8,8 +8,8 @@
 //           UNROLL = loads that a thread has in flight; TILE = bytes of a tile, a multiple of 128
 // Launch:   block (BLOCK), any grid, no shared memory. A pair of n bytes is ceil(n / TILE) tiles,
 //           and one of no bytes has none; num_tiles in all, below 2^31. Warps take tiles in turn.
-// Traffic:  2 * sum of sizes + 16 * C bytes, read and written once; the ceiling is a contiguous copy.
-//           Between host and device half of it crosses the link, whose ceiling then counts.
+// Traffic:  2 * sum of sizes + 16 * C bytes. The ceiling is a contiguous copy: 4270 GB/s on an H200;
+//           between host and device, where half of it crosses the link, 55 GB/s each way.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another range of the call
 #include "common.cuh"
 

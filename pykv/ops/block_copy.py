@@ -250,6 +250,7 @@ def _prepare(
     device: str,
     validate: bool,
 ) -> DeviceCopy | HostCopy:
+    """What all entries share: check, merge what the host can see, and make the copy ready."""
     if device not in ("cuda", "cpu"):
         raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
     if max_ctas is not None and max_ctas < 1:
@@ -270,8 +271,8 @@ def _prepare(
 def _check_pairs(
     op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, num_pairs: int | None
 ) -> tuple[Any, Any, Any]:
-    """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64. None where no byte is
-    to be copied."""
+    """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64; no pairs where no byte
+    is to be copied."""
     by_pair = isinstance(size, np.ndarray)
     if not by_pair and (not isinstance(size, int | np.integer) or isinstance(size, bool)):
         raise DtypeError(

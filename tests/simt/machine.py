@@ -78,7 +78,7 @@ struct Launch {
 int simt_run(struct Launch*);
 """
 FLAGS = [
-    *("-std=c++17", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE"),
+    *("-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"),
     *("-g1", "-gdwarf-4"),  # lines; addr2line takes #line's names from this version alone
     "-ffp-contract=off",
 ]

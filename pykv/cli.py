@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--seed", type=int, default=0, help="of the random inputs (%(default)s)")
     verify.set_defaults(run=_verify)
 
+    bench = commands.add_parser("bench", help="time one job on this machine's GPU")
+    bench.add_argument("name", help="bandwidth or another; a wrong name lists them all")
+    bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
+    bench.set_defaults(run=_bench)
+
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("info", help="show the folder and its sizes").set_defaults(run=_cache_info)
@@ -246,6 +251,53 @@ def _verify(args: argparse.Namespace) -> int:
     elif not ok:
         _complain("some results are outside their bounds")
     return 0 if ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pykv import bench, cuda
+    from pykv.bench import report
+
+    module = bench.load(args.name)
+    parser = argparse.ArgumentParser(
+        prog=f"pykv bench {args.name}", description=module.__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--json", help="write a record for each case, ceilings included")
+    parser.add_argument("--csv", help="write a row for each case; - prints it, without the table")
+    parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+    options = parser.parse_args(args.options)
+    cases = module.select(options) if hasattr(module, "select") else module.CASES
+    for path in {options.json, options.csv} - {None, "-"}:
+        with open(path, "a"):  # or minutes later there would be no place for the results
+            pass
+
+    records: list[report.Record] = []
+    own: list[report.Record] = []
+    xp = cuda.array_module(options.device)
+    try:
+        for record in bench.run(args.name, cases, xp, samples=options.samples, seed=options.seed):
+            records.append(record)
+            if record["bench"] == args.name:
+                own.append(record)
+    finally:  # what is measured is kept when somebody interrupts the rest
+        table = report.to_csv(own, getattr(module, "row", report.row))
+        if options.json and records:
+            report.write_json(options.json, records)
+        if options.csv not in (None, "-") and own:
+            with open(options.csv, "w", encoding="utf-8", newline="") as file:
+                file.write(table)
+    print(
+        table if options.csv == "-" else report.to_table(records), end="\n" * (options.csv != "-")
+    )
+    if hasattr(module, "conclude"):
+        print(module.conclude(own), file=sys.stderr)
+    if all(record["ok"] for record in records):
+        return 0
+    _complain("some results are wrong")
+    return 1
 
 
 def _cache_info(args: argparse.Namespace) -> None:

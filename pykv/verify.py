@@ -18,6 +18,7 @@ from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
+    bandwidth,
     block_copy,
     dequant,
     linear,
@@ -280,6 +281,21 @@ def _sample(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield f"{name}, draws that differ", wrong_values(got, want), 0.0
 
 
+def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    x = rng.integers(0, 2**32, (5000, 4), np.uint32)
+    sums, out = np.empty(3, np.uint32), np.empty_like(x)
+    bandwidth.reference_read(x, sums, vectors=4)
+    bandwidth.reference_write(out, 2**32 - 9)
+    given = xp.asarray(x)
+    got_sums, got = (xp.zeros(a.shape, a.dtype) for a in (sums, out))
+    bandwidth.read(given, got_sums, vectors=4)
+    yield "read", wrong_values(got_sums, sums), 0.0
+    bandwidth.write(got, 2**32 - 9)
+    yield "write", wrong_values(got, out), 0.0
+    bandwidth.copy(given, got)
+    yield "copy", wrong_values(got, x), 0.0
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
@@ -291,4 +307,5 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "linear": _linear,
     "dequant": _dequant,
     "sample": _sample,
+    "bandwidth": _bandwidth,
 }

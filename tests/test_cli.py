@@ -632,7 +632,7 @@ def test_version_and_help(capsys):
         assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"pykv {pykv.__version__}\n")
-    for command in ("run", "chat", "inspect", "size", "doctor", "verify", "cache"):
+    for command in ("run", "chat", "inspect", "size", "doctor", "verify", "bench", "cache"):
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
 
 

@@ -9,6 +9,7 @@ from pykv import cuda, verify
 from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
+    bandwidth,
     block_copy,
     dequant,
     linear,
@@ -236,6 +237,9 @@ FAULTS = {
     "sample: no min-p": (sample, "sample", with_argument(4, lambda x: x * 0)),
     "sample: another seed": (sample, "sample", with_argument(5, lambda x: x + 1)),
     "sample: another step": (sample, "sample", with_argument(6, lambda x: x + 1)),
+    "read: other words": (bandwidth, "read", with_argument(0, lambda x: x + 1)),
+    "write: another seed": (bandwidth, "write", with_argument(1, lambda seed: seed + 1)),
+    "copy: other words": (bandwidth, "copy", with_argument(0, lambda x: x + 1)),
 }
 
 

@@ -273,6 +273,8 @@ SIMT_ATOMIC(atomicDec, unsigned, old == 0 || old > x ? x : old - 1)
 // --- Arithmetic ----------------------------------------------------------------------------------
 
 template <class T> T __ldg(const T* at) { return *at; }
+template <class T> T __ldcs(const T* at) { return *at; }
+template <class T> void __stcs(T* at, T x) { *at = x; }
 
 template <class To, class From> To simt_bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");

@@ -1,0 +1,148 @@
+"""Benchmarks: check a result, then time how it is made, and set it against this device's ceilings.
+
+A benchmark is a module of this package, found by its name, with
+
+    CASES                a list of flat dicts, one for each case
+    make(case, xp, rng)  the `Work` of a case on an array module; None where that has no such thing
+
+and, where it wants them,
+
+    add_arguments(parser), select(args)  options of its own, and the cases that they leave
+    row(record)          the columns of its CSV instead of `report.row`
+    conclude(records)    a closing line for people
+
+The ceilings come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import numpy as np
+
+from pykv.bench import report, timing
+from pykv.bench.report import Record
+from pykv.errors import ParameterError
+
+CEILINGS = "bandwidth"  # the benchmark that measures them
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one case does.
+
+    Attributes:
+        run: makes one call, enqueued on CuPy's current stream; allocates nothing.
+        check: whether what the last `run` left is right.
+        bytes: moved by one call, as its ceiling counts them.
+        flops: arithmetic operations of one call.
+        ceiling: name of the ceiling that `bytes` is held to: "read", "write", "copy" (bytes read
+            and written), "h2d" or "d2h"; None where there is none.
+        reads_only: the call writes next to nothing, see `timing.Flush`.
+        graph: time replays of a captured graph instead of calls.
+    """
+
+    run: Callable[[], object]
+    check: Callable[[], bool]
+    bytes: int
+    flops: int = 0
+    ceiling: str | None = None
+    reads_only: bool = False
+    graph: bool = False
+
+
+def names() -> list[str]:
+    """The benchmarks there are."""
+    shared = ("report", "timing")
+    return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
+
+
+def load(name: str) -> Any:
+    """The module of a benchmark.
+
+    Raises:
+        ParameterError: there is none of this name.
+    """
+    if name not in names():
+        raise ParameterError(f"bench: {name!r} is no benchmark, expected one of {names()}")
+    return import_module(f"pykv.bench.{name}")
+
+
+def run(
+    name: str, cases: Iterable[dict[str, Any]], xp: Any, *, samples: int = 20, seed: int = 0
+) -> Iterator[Record]:
+    """Measure this device's ceilings, then the cases of a benchmark; a record for each.
+
+    Args:
+        name: of the benchmark.
+        cases: which of its cases.
+        xp: `numpy` or `cupy`.
+        samples: timed calls of a case, at least 20.
+        seed: of the random inputs.
+
+    Raises:
+        ParameterError: no such benchmark, or too few samples.
+
+    A case whose result is wrong has a record without samples. Reports progress on stderr.
+    """
+    if samples < 20:
+        raise ParameterError(f"bench: samples is {samples}, expected at least 20")
+    module = load(name)
+    timer = timing.Timer(xp, samples=samples)
+    facts = report.environment(xp)
+    jobs = [(module, name, list(cases))]
+    if name != CEILINGS:
+        ceilings = load(CEILINGS)
+        jobs.insert(0, (ceilings, CEILINGS, ceilings.CASES))
+    total = sum(len(wanted) for *_, wanted in jobs)
+    done = 0
+    found: dict[str, float] = {}
+    for module, bench, wanted in jobs:
+        held = []  # the ceilings' own shares are known when all of them are measured
+        for case in wanted:
+            done += 1
+            label = f"[{done}/{total}] {bench} {report.label(case)}"
+            record = _measure(module, bench, case, xp, timer, facts, np.random.default_rng(seed))
+            if record is None:
+                print(f"{label}: not on this device", file=sys.stderr)
+                continue
+            print(f"{label}: {report.summary(record)}", file=sys.stderr, flush=True)
+            if bench == CEILINGS:
+                held.append(record)
+            else:
+                yield report.with_share(record, found)
+        if bench == CEILINGS:
+            found = report.ceilings(held)
+            yield from (report.with_share(record, found) for record in held)
+
+
+def _measure(
+    module: Any,
+    bench: str,
+    case: dict[str, Any],
+    xp: Any,
+    timer: timing.Timer,
+    facts: dict[str, Any],
+    rng: np.random.Generator,
+) -> Record | None:
+    """Check, then time. All that the case allocates is given back when it ends."""
+    try:
+        with timer.stream():
+            work: Work | None = module.make(case, xp, rng)
+            if work is None:
+                return None
+            work.run()
+            timer.synchronize()
+            ok = bool(work.check())
+            times = (
+                timer.time(work.run, reads_only=work.reads_only, graph=work.graph) if ok else None
+            )
+        return report.record(bench, case, work, times, facts)
+    finally:
+        work = None
+        timer.free()

@@ -1,0 +1,140 @@
+"""The ceilings of this device: memory read, written and copied, and the link to the host.
+
+Each is the best of the ways that its cases name, on contiguous memory larger than any cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import VECTOR_BYTES
+from pykv.bench import Work
+from pykv.errors import ParameterError
+from pykv.ops import bandwidth
+
+GIB = 1 << 30
+
+CASES: list[dict[str, Any]] = [
+    *(dict(what="read", by=f"kernel{n}", size=GIB) for n in (4, 8)),
+    *(dict(what="write", by=by, size=GIB) for by in ("kernel4", "memset")),
+    *(dict(what="copy", by=by, size=GIB) for by in ("kernel4", "kernel8", "memcpy")),
+    *(dict(what=what, by="memcpy", size=GIB) for what in ("h2d", "d2h")),
+]
+
+_TILES_A_SUM = 8  # enough for each block to amortise its end, few enough to spread evenly
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # of cudaMemcpyKind
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=int, default=GIB, help="bytes of each array (%(default)s)", metavar="BYTES"
+    )
+
+
+def select(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.size < VECTOR_BYTES or args.size % VECTOR_BYTES:
+        raise ParameterError(
+            f"bench bandwidth: --size is {args.size}, expected a multiple of {VECTOR_BYTES} above 0"
+        )
+    return [{**case, "size": args.size} for case in CASES]
+
+
+def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
+    """The work of a case: what = read, write, copy, h2d or d2h; by = kernelN with N vectors in
+    flight, memset or memcpy; size = bytes of an array."""
+    what, by, size = case["what"], case["by"], case["size"]
+    seed = int(rng.integers(2**32))
+    if by.startswith("kernel"):
+        vectors = int(by.removeprefix("kernel"))
+        return {"read": _read, "write": _write, "copy": _copy}[what](xp, size, seed, vectors)
+    if xp is np:
+        return None
+    return {"memset": _memset, "memcpy": _memcpy}[by](xp, what, size, seed)
+
+
+def _words(xp: Any, size: int, seed: int) -> Any:
+    """[V, 4] uint32 of `size` bytes, all words different up to 16 GiB."""
+    words = xp.arange(size // 4, dtype=np.uint32)
+    words *= np.uint32(2654435761)  # odd, so that no two products are equal
+    words += np.uint32(seed)
+    return words.reshape(-1, 4)
+
+
+def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
+    x = _words(xp, size, seed)
+    tiles = -(-len(x) // (256 * vectors))
+    sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
+
+    def check() -> bool:
+        return int(sums.sum(dtype=np.uint32)) == int(x.sum(dtype=np.uint32))
+
+    return Work(
+        run=lambda: bandwidth.read(x, sums, vectors=vectors),
+        check=check,
+        bytes=size,  # read once; the sums are next to nothing
+        ceiling="read",
+        reads_only=True,
+    )
+
+
+def _write(xp: Any, size: int, seed: int, vectors: int) -> Work:
+    out = xp.zeros((size // VECTOR_BYTES, 4), np.uint32)
+
+    def check() -> bool:
+        words = out.reshape(-1)
+        return int(words[0]) == seed and bool((words[1:] - words[:-1] == 1).all())
+
+    return Work(
+        run=lambda: bandwidth.write(out, seed, vectors=vectors),
+        check=check,
+        bytes=size,  # written once
+        ceiling="write",
+    )
+
+
+def _copy(xp: Any, size: int, seed: int, vectors: int) -> Work:
+    x = _words(xp, size, seed)
+    out = xp.zeros_like(x)
+    return Work(
+        run=lambda: bandwidth.copy(x, out, vectors=vectors),
+        check=lambda: bool((out == x).all()),
+        bytes=2 * size,  # read and written
+        ceiling="copy",
+    )
+
+
+def _memset(xp: Any, what: str, size: int, seed: int) -> Work:
+    out = xp.zeros(size, np.uint8)
+    return Work(
+        run=lambda: out.data.memset_async(165, size),
+        check=lambda: bool((out == 165).all()),
+        bytes=size,  # written once
+        ceiling="write",
+    )
+
+
+def _memcpy(xp: Any, what: str, size: int, seed: int) -> Work:
+    """The driver's own copy, host memory being pinned."""
+    words = _words(xp, size, seed)
+    if what == "copy":
+        x, out = words, xp.zeros_like(words)
+        kind, moved = _DEVICE_TO_DEVICE, 2 * size  # read and written
+    else:
+        host = np.frombuffer(xp.cuda.alloc_pinned_memory(size), np.uint32, size // 4)
+        host = host.reshape(words.shape)
+        host[...] = 0 if what == "d2h" else words.get()
+        x, out = (words, host) if what == "d2h" else (host, xp.zeros_like(words))
+        kind, moved = {"h2d": _HOST_TO_DEVICE, "d2h": _DEVICE_TO_HOST}[what], size  # over the link
+    from_, to = (a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr for a in (x, out))
+
+    def run() -> None:
+        stream = xp.cuda.get_current_stream().ptr
+        xp.cuda.runtime.memcpyAsync(to, from_, size, kind, stream)
+
+    def check() -> bool:
+        return bool((xp.asarray(out) == xp.asarray(x)).all())
+
+    return Work(run, check, bytes=moved, ceiling=what)

@@ -1,0 +1,198 @@
+"""One record for each case: a flat dict, ready for JSON; tables, CSV and figures are made of these.
+
+Keys of a record:
+    bench, case           names of the benchmark and of its case, the latter a dict
+    ok                    whether the result was right; where not, nothing was timed
+    unit                  of all times: "us"
+    samples, host_samples each call's time on the device, and how long it kept the host
+    median, p5, p95, host_median
+    warmup, flush_bytes, graph   how it was timed, see pykv.bench.timing
+    bytes, flops          of one call; gbps: bytes / median, in 1e9 bytes a second
+    ceiling, ceiling_gbps, share   what gbps is held to, measured in the same run, and their ratio
+    device, sm, driver, cuda, nvrtc, pykv, commit   where and with what; None where not known
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pykv import __version__, cuda, doctor
+from pykv.bench.timing import Times, summarize
+from pykv.errors import FormatError
+
+if TYPE_CHECKING:
+    from pykv.bench import Work
+
+Record = dict[str, Any]
+
+
+def environment(xp: Any) -> dict[str, Any]:
+    """What a record says of the machine and the software."""
+    facts: dict[str, Any] = {
+        "device": cuda.device_name(xp),
+        **dict.fromkeys(("sm", "driver", "cuda", "nvrtc")),
+        "pykv": __version__,
+        "commit": _commit(Path(__file__).parents[2]),
+    }
+    if xp is not np:
+        number = xp.cuda.runtime.driverGetVersion()
+        facts["sm"] = cuda.current_arch()
+        facts["driver"] = doctor._driver_version() or None
+        facts["cuda"] = f"{number // 1000}.{number % 1000 // 10}"
+        facts["nvrtc"] = cuda.nvrtc_version()
+    return facts
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a checkout, with "+" where files differ from it; None without git."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changes)
+
+
+def record(
+    bench: str, case: dict[str, Any], work: Work, times: Times | None, facts: dict[str, Any]
+) -> Record:
+    """The record of a case, whose share is not known yet; `times` is None where it was wrong."""
+    made: Record = {"bench": bench, "case": case, "ok": times is not None, "unit": "us"}
+    made |= dict.fromkeys(("samples", "host_samples", "median", "p5", "p95", "host_median"))
+    made |= dict.fromkeys(("warmup", "flush_bytes", "graph"))
+    made |= {"bytes": work.bytes, "flops": work.flops, "gbps": None}
+    made |= {"ceiling": work.ceiling, "ceiling_gbps": None, "share": None}
+    if times is not None:
+        made["samples"] = [round(us, 3) for us in times.device_us]
+        made["host_samples"] = [round(us, 3) for us in times.host_us]
+        made |= vars(summarize(times.device_us))
+        if times.host_us:
+            made["host_median"] = summarize(times.host_us).median
+        for name in ("warmup", "flush_bytes", "graph"):
+            made[name] = getattr(times, name)
+        made["gbps"] = work.bytes / made["median"] / 1e3
+    return made | facts
+
+
+def ceilings(records: list[Record]) -> dict[str, float]:
+    """The best rate under each ceiling's name."""
+    best: dict[str, float] = {}
+    for one in records:
+        name, gbps = one["ceiling"], one["gbps"]
+        if name is not None and gbps is not None:
+            best[name] = max(gbps, best.get(name, 0.0))
+    return best
+
+
+def with_share(one: Record, found: dict[str, float]) -> Record:
+    """The record with its ceiling and its share of it, where both are known."""
+    ceiling = found.get(one["ceiling"] or "")
+    share = one["gbps"] / ceiling if ceiling and one["gbps"] is not None else None
+    return {**one, "ceiling_gbps": ceiling, "share": share}
+
+
+def label(case: dict[str, Any]) -> str:
+    """A case on one line."""
+    return " ".join(f"{name}={value}" for name, value in case.items())
+
+
+def summary(one: Record) -> str:
+    """A result on one line."""
+    if not one["ok"]:
+        return "WRONG result, not timed"
+    return f"{one['median']:.1f} us, {one['gbps']:.1f} GB/s"
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def write_json(path: str, records: list[Record]) -> None:
+    """A JSON array with a record a line."""
+    lines = ",\n".join(json.dumps(one, allow_nan=False) for one in records)
+    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def read_json(path: str) -> list[Record]:
+    """The records of a file.
+
+    Raises:
+        FormatError: it holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is no JSON: {error}") from error
+    if not isinstance(records, list) or not all(
+        isinstance(one, dict) and {"bench", "case", "ok"} <= one.keys() for one in records
+    ):
+        raise FormatError(f"{path} holds no list of benchmark records")
+    return records
+
+
+def row(one: Record) -> dict[str, Any]:
+    """The columns of CSV: the case's fields, then what was measured."""
+    numbers = {
+        "median_us": (one["median"], 3),
+        "p5_us": (one["p5"], 3),
+        "p95_us": (one["p95"], 3),
+        "host_us": (one["host_median"], 3),
+        "bytes": (one["bytes"], 0),
+        "gbps": (one["gbps"], 2),
+        "share": (one["share"], 4),
+    }
+    return {
+        "bench": one["bench"],
+        **one["case"],
+        "ok": one["ok"],
+        **{name: "" if x is None else f"{x:.{digits}f}" for name, (x, digits) in numbers.items()},
+        "ceiling": one["ceiling"] or "",
+    }
+
+
+def to_csv(records: list[Record], make_row: Callable[[Record], dict[str, Any]] = row) -> str:
+    """CSV of records; a column that only some have is empty in the others."""
+    rows = [make_row(one) for one in records]
+    columns: dict[str, None] = {}
+    for made in sorted(rows, key=len, reverse=True):
+        columns |= dict.fromkeys(made)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_table(records: list[Record]) -> str:
+    """A table for people: medians with their spread, rates, and shares of the ceilings."""
+    head = ["case", "us", "p5", "p95", "host us", "GB/s", "of", "ceiling"]
+    rows = [head]
+    for one in records:
+        name = f"{one['bench']} {label(one['case'])}"
+        if not one["ok"]:
+            rows.append([name, "WRONG", *[""] * 6])
+            continue
+        times = (one["median"], one["p5"], one["p95"], one["host_median"])
+        cells = ["" if us is None else f"{us:.1f}" for us in times]
+        share = "" if one["share"] is None else f"{one['share']:.1%}"
+        rows.append([name, *cells, f"{one['gbps']:.1f}", share, one["ceiling"] or ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells, ceiling in rows:
+        middle = "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths[1:-1], strict=True))
+        lines.append(f"{name:<{widths[0]}}  {middle}  {ceiling}".rstrip())
+    return "\n".join(lines)

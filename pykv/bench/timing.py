@@ -1,0 +1,161 @@
+"""How long one call takes: on the device by events, on the host by the clock; never both in one.
+
+Device time is what CUDA events around one call say. Before each call the L2 cache is filled with
+other data, which also keeps the GPU busy while the host enqueues the call; nothing waits between
+calls, so the host runs ahead. Where it takes longer than flush and call take the device, the device
+waits for it, and the figure says so, as it would in use; `graph` leaves the host out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import VECTOR_BYTES
+from pykv.ops import bandwidth
+
+WARMUP = 5  # calls before the first that counts
+
+# The flush writes this many times the L2's size: more than once, because lines are not replaced
+# strictly by age, and because 200 MB keep an H200 busy for 50 us, longer than most calls the host.
+_FLUSH_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of each sample. `device_us` is wall time where there is no GPU, and `host_us`
+    is empty there."""
+
+    device_us: list[float]
+    host_us: list[float]
+    warmup: int
+    flush_bytes: int
+    graph: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is reported of samples: median, 5th and 95th percentile, linear between samples."""
+
+    median: float
+    p5: float
+    p95: float
+
+
+def summarize(samples: list[float]) -> Summary:
+    """The percentiles of at least one sample."""
+    p5, median, p95 = np.percentile(samples, [5, 50, 95])
+    return Summary(float(median), float(p5), float(p95))
+
+
+class Timer:
+    """Times calls on one device.
+
+    Args:
+        xp: `numpy` or `cupy`.
+        samples: how many calls count.
+        clock: seconds, for host time.
+    """
+
+    def __init__(
+        self, xp: Any, *, samples: int = 20, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._xp = xp
+        self._cuda: Any = None if xp is np else xp.cuda
+        self._samples = samples
+        self._clock = clock
+        # Not the legacy default stream, which waits for others and cannot be captured.
+        self._stream: Any = self._cuda.Stream(non_blocking=True) if self._cuda else None
+        self._flush: Flush | None = None
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """A context in which CuPy's current stream is the one that `time` uses."""
+        context: AbstractContextManager[Any] = self._stream or nullcontext()
+        return context
+
+    def synchronize(self) -> None:
+        """Wait for all that was enqueued."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def free(self) -> None:
+        """Give memory that no array holds back to the device."""
+        if self._cuda:
+            self._xp.get_default_memory_pool().free_all_blocks()
+            self._xp.get_default_pinned_memory_pool().free_all_blocks()
+
+    def time(
+        self, run: Callable[[], object], *, reads_only: bool = False, graph: bool = False
+    ) -> Times:
+        """Time calls of `run`.
+
+        Args:
+            run: enqueues one call on the current stream.
+            reads_only: the call writes next to nothing, see `Flush`.
+            graph: capture one call, and time replays of it; host time is a replay's too.
+        """
+        if self._cuda is None:
+            walls = self._wall(run)
+            return Times(walls, [], WARMUP, 0, False)
+        with self.stream():
+            if self._flush is None:
+                self._flush = Flush(self._xp)
+            if graph:
+                run()  # compiles what a capture cannot
+                self._stream.begin_capture()
+                run()
+                run = self._stream.end_capture().launch
+            device = self._events(run, partial(self._flush, reads_only))
+            host = self._wall(run)
+        return Times(device, host, WARMUP, self._flush.nbytes, graph)
+
+    def _events(self, run: Callable[[], object], flush: Callable[[], object]) -> list[float]:
+        """Microseconds between events around each call. Nothing waits in between."""
+        event = self._cuda.Event
+        pairs = [(event(), event()) for _ in range(WARMUP + self._samples)]
+        for start, stop in pairs:
+            flush()
+            start.record(self._stream)
+            run()
+            stop.record(self._stream)
+        self.synchronize()
+        elapsed = self._cuda.get_elapsed_time  # milliseconds
+        return [1e3 * elapsed(start, stop) for start, stop in pairs[WARMUP:]]
+
+    def _wall(self, run: Callable[[], object]) -> list[float]:
+        """Microseconds that each call keeps the host, the queue being empty before it."""
+        times = []
+        for _ in range(WARMUP + self._samples):
+            self.synchronize()
+            started = self._clock()
+            run()
+            times.append(1e6 * (self._clock() - started))
+        self.synchronize()
+        return times[WARMUP:]
+
+
+class Flush:
+    """Fills the L2 cache with data that no call uses.
+
+    The lines are left dirty: the call then writes back as much of them as of its own lines stay
+    behind, as in a run of calls. A call that only reads would pay for what it did not write, so
+    before such a call they are made clean.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        cache_bytes = int(xp.cuda.Device().attributes["L2CacheSize"])
+        num_vectors = max(_FLUSH_FACTOR * cache_bytes // VECTOR_BYTES, 1)
+        self._written, self._read = (xp.zeros((num_vectors, 4), np.uint32) for _ in range(2))
+        self._sums = xp.zeros(-(-num_vectors // 4096), np.uint32)  # two tiles a block
+        self.nbytes = int(self._written.nbytes)
+
+    def __call__(self, clean: bool = False) -> None:
+        self._written.data.memset_async(0, self.nbytes)
+        if clean:
+            bandwidth.read(self._read, self._sums)

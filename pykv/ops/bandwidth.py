@@ -1,0 +1,146 @@
+"""Read, write and copy device memory as fast as it goes: the ceilings that others are held to.
+
+Dimensions: V vectors of 16 bytes, each four uint32 words; G sums. A tile is 256 * `vectors` of V.
+Kernel: kernels_cu/bandwidth.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import check, on_gpu
+from pykv.errors import ParameterError, ShapeError
+
+VARIANTS = [dict(VECTORS=n) for n in (4, 8)]
+
+UINT32 = (np.dtype(np.uint32),)
+
+_THREADS = 256
+
+
+def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
+    """Read all of `x`; what is summed shows that it was.
+
+    Args:
+        x: [V, 4] uint32.
+        sums: [G] uint32, overwritten: entry g becomes the sum, modulo 2^32, of the words of the
+            tiles g, g + G, g + 2G, ... of `x`. On a GPU, G is the number of blocks.
+        vectors: how many loads each thread may have in flight; 1 to 16.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ShapeError: dimensions disagree, or G is 0.
+        DtypeError: an array has another dtype.
+        ParameterError: `vectors` is out of its range.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Bit-exact.
+    """
+    op = "bandwidth.read"
+    _check_vectors(op, vectors)
+    dims = check(op, x=(x, "V 4", UINT32), sums=(sums, "G", UINT32))
+    if dims["G"] == 0:
+        raise ShapeError(f"{op}: sums has G=0, expected at least 1")
+    if on_gpu(x):
+        _cuda("read", dims["G"], vectors, stream, sums, x, np.int64(dims["V"]))
+    else:
+        reference_read(x, sums, vectors)
+
+
+def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
+    """Write all of `out`: word i becomes `seed` + i, modulo 2^32.
+
+    Args:
+        out: [V, 4] uint32, overwritten.
+        seed: 0 to 2^32 - 1.
+        vectors: how many stores each thread makes; 1 to 16.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        DtypeError: `out` has another dtype.
+        ParameterError: `seed` or `vectors` is out of its range.
+
+    Runs where the array is; on a GPU it only enqueues. Bit-exact.
+    """
+    op = "bandwidth.write"
+    _check_vectors(op, vectors)
+    if not 0 <= seed < 2**32:
+        raise ParameterError(f"{op}: seed is {seed}, expected 0 to {2**32 - 1}")
+    V = check(op, out=(out, "V 4", UINT32))["V"]
+    if V == 0:
+        return
+    if on_gpu(out):
+        _cuda("write", _tiles(V, vectors), vectors, stream, out, np.int64(V), np.uint32(seed))
+    else:
+        reference_write(out, seed)
+
+
+def copy(x: Any, out: Any, *, vectors: int = 8, stream: Any = None) -> None:
+    """Copy all of `x` to `out`.
+
+    Args:
+        x: [V, 4] uint32.
+        out: [V, 4] uint32, overwritten; shares no memory with `x`.
+        vectors: how many loads each thread may have in flight; 1 to 16.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype.
+        ParameterError: `vectors` is out of its range.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Bit-exact.
+    """
+    op = "bandwidth.copy"
+    _check_vectors(op, vectors)
+    V = check(op, x=(x, "V 4", UINT32), out=(out, "V 4", UINT32))["V"]
+    if V == 0:
+        return
+    if on_gpu(x):
+        _cuda("copy", _tiles(V, vectors), vectors, stream, out, x, np.int64(V))
+    else:
+        reference_copy(x, out)
+
+
+def reference_read(x: Any, sums: Any, vectors: int) -> None:
+    """The definition of `read`, in NumPy."""
+    words = x.reshape(-1)
+    sums[:] = 0
+    if not words.size:
+        return
+    starts = np.arange(0, words.size, 4 * _THREADS * vectors)
+    tiles = np.add.reduceat(words, starts, dtype=np.uint32)
+    for first in range(0, tiles.size, sums.size):
+        turn = tiles[first : first + sums.size]
+        sums[: turn.size] += turn
+
+
+def reference_write(out: Any, seed: int) -> None:
+    """The definition of `write`, in NumPy."""
+    words = out.reshape(-1)
+    words[:] = np.arange(words.size, dtype=np.uint32)
+    words += np.uint32(seed)
+
+
+def reference_copy(x: Any, out: Any) -> None:
+    """The definition of `copy`, in NumPy."""
+    out[...] = x
+
+
+def _check_vectors(op: str, vectors: int) -> None:
+    if not 1 <= vectors <= 16:
+        raise ParameterError(f"{op}: vectors is {vectors}, expected 1 to 16")
+
+
+def _tiles(V: int, vectors: int) -> int:
+    return -(-V // (_THREADS * vectors))
+
+
+def _cuda(name: str, grid: int, vectors: int, stream: Any, *args: Any) -> None:
+    kernel = cuda.kernel("bandwidth", f"bandwidth_{name}", VECTORS=vectors)
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, grid, _THREADS, *args)

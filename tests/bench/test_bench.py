@@ -1,0 +1,251 @@
+"""The frame: check, then the clock; ceilings and shares of them; bandwidth's cases; the CLI."""
+
+import csv
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pykv import bench, cli
+from pykv.bench import Work, bandwidth, report, timing
+from pykv.errors import ParameterError
+from pykv.ops import bandwidth as op
+from tests.helpers import without_simt
+
+SMALL = 1 << 12
+SMALL_CASES = [{**case, "size": SMALL} for case in bandwidth.CASES]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Ceilings of a few KiB."""
+    monkeypatch.setattr(bandwidth, "CASES", SMALL_CASES)
+
+
+@pytest.fixture
+def toy(monkeypatch, small):
+    """A benchmark named "toy" whose cases do as `what` says; returns what happened."""
+    log = []
+
+    def make(case, xp, rng):
+        log.append(("make", case["what"], int(rng.integers(1000))))
+        if case["what"] == "absent":
+            return None
+
+        def check():
+            log.append(("check", case["what"]))
+            return case["what"] != "wrong"
+
+        return Work(lambda: log.append(("run",)), check, bytes=1000, ceiling="copy")
+
+    module = SimpleNamespace(
+        __doc__="A toy.\n\nMore.",
+        CASES=[dict(what=what) for what in ("right", "wrong", "absent")],
+        make=make,
+    )
+    monkeypatch.setitem(sys.modules, "pykv.bench.toy", module)
+    monkeypatch.setattr(bench, "names", lambda: ["bandwidth", "toy"])
+    return SimpleNamespace(module=module, log=log)
+
+
+def run(capsys, *argv):
+    capsys.readouterr()
+    code = cli.main(["bench", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+# --- The frame ---
+
+
+def test_benchmarks_are_found_by_file():
+    assert "bandwidth" in bench.names()
+    assert not {"report", "timing"} & set(bench.names())
+    for name in bench.names():
+        module = bench.load(name)
+        assert module.CASES and module.make and module.__doc__
+
+
+def test_the_check_comes_first_and_a_wrong_result_is_not_timed(toy, capsys):
+    records = list(bench.run("toy", toy.module.CASES, np))
+    right, wrong = (one for one in records if one["bench"] == "toy")
+    assert right["ok"] and len(right["samples"]) == 20
+    assert not wrong["ok"] and wrong["samples"] is None
+    calls = timing.WARMUP + 20
+    made = [entry for entry in toy.log if entry[0] != "make"]
+    assert made[:2] == [("run",), ("check", "right")]
+    assert made[2:] == [("run",)] * calls + [("run",), ("check", "wrong")]
+    err = capsys.readouterr().err
+    assert "toy what=wrong: WRONG result, not timed" in err
+    assert "toy what=absent: not on this device" in err
+
+
+def test_ceilings_are_measured_first_and_shares_are_of_them(toy):
+    records = list(bench.run("toy", toy.module.CASES, np))
+    names = [one["bench"] for one in records]
+    assert names == sorted(names) and set(names) == {"bandwidth", "toy"}
+    best = max(one["gbps"] for one in records if one["case"].get("what") == "copy")
+    toys = [one for one in records if one["bench"] == "toy"]
+    assert toys[0]["ceiling_gbps"] == best
+    assert toys[0]["share"] == toys[0]["gbps"] / best
+    shares = {}
+    for one in records:
+        if one["bench"] == "bandwidth":
+            shares.setdefault(one["ceiling"], []).append(one["share"])
+    assert all(max(some) == 1 and min(some) > 0 for some in shares.values())
+
+
+def test_the_seed_decides_the_inputs(toy):
+    for seed in (1, 1, 2):
+        list(bench.run("toy", toy.module.CASES[:1], np, seed=seed))
+    first, again, other = (entry[2] for entry in toy.log if entry[0] == "make")
+    assert first == again != other
+
+
+def test_bad_requests(toy):
+    with pytest.raises(ParameterError, match=r"'x' is no benchmark, expected one of \['bandwidth"):
+        list(bench.run("x", [], np))
+    with pytest.raises(ParameterError, match="samples is 19, expected at least 20"):
+        list(bench.run("toy", [], np, samples=19))
+
+
+# --- Bandwidth ---
+
+
+@without_simt
+@pytest.mark.parametrize("case", SMALL_CASES, ids=report.label)
+def test_a_case_does_what_it_says(xp, rng, case):
+    """Its check fails before the call and holds after it. Bytes: read and written for copies."""
+    work = bandwidth.make(case, xp, rng)
+    if work is None:
+        assert xp is np and not case["by"].startswith("kernel")
+        return
+    assert work.bytes == (2 if case["what"] == "copy" else 1) * SMALL
+    assert work.ceiling == case["what"] and work.reads_only == (case["what"] == "read")
+    assert not work.check()
+    work.run()
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+    assert work.check()
+
+
+def test_the_words_of_the_inputs_all_differ():
+    words = bandwidth._words(np, 1 << 22, seed=5)
+    assert words.shape == (1 << 18, 4) and len(np.unique(words)) == words.size
+    assert words[0, 0] == 5 and words[0, 2] == (2 * 2654435761 + 5) % 2**32
+
+
+@pytest.mark.parametrize("what", ["read", "write", "copy"])
+def test_a_kernel_at_fault_is_not_timed(monkeypatch, capsys, what):
+    broken = {
+        "read": lambda x, sums, **options: sums.fill(1),
+        "write": lambda out, seed, **options: out.fill(seed),
+        "copy": lambda x, out, **options: op.reference_copy(x[:-1], out[:-1]),
+    }
+    monkeypatch.setattr(op, what, broken[what])
+    cases = [case for case in SMALL_CASES if case["by"] == "kernel4"]
+    ok = {one["case"]["what"]: one["ok"] for one in bench.run("bandwidth", cases, np)}
+    assert ok == {name: name != what for name in ("read", "write", "copy")}
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_every_ceiling_is_found(small):
+    import cupy
+
+    records = list(bench.run("bandwidth", SMALL_CASES, cupy))
+    assert len(records) == len(SMALL_CASES) and all(one["ok"] for one in records)
+    assert set(report.ceilings(records)) == {"read", "write", "copy", "h2d", "d2h"}
+    for one in records:
+        assert one["driver"] and one["nvrtc"] and one["sm"].startswith("sm_")
+        assert one["median"] > 0 and one["host_median"] > 0 and one["flush_bytes"] > 0
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_on_the_gpu():
+    import cupy
+
+    timer = timing.Timer(cupy)
+    with timer.stream():
+        total = cupy.zeros(1, np.int32)
+        times = timer.time(lambda: cupy.add(total, 1, out=total), graph=True)
+        timer.synchronize()
+    # One call before the capture; none in it; then the replays.
+    assert int(total[0]) == 1 + 2 * (timing.WARMUP + 20)
+    assert times.graph and len(times.device_us) == len(times.host_us) == 20
+
+
+# --- The command ---
+
+
+def test_command(capsys, tmp_path, small):
+    paths = [tmp_path / "x.json", tmp_path / "x.csv"]
+    code, out, err = run(
+        *(capsys, "bandwidth", "--device", "cpu", "--size", SMALL, "--samples", 21),
+        *("--json", paths[0], "--csv", paths[1]),
+    )
+    records = report.read_json(str(paths[0]))
+    assert code == 0 and out == report.to_table(records) + "\n"
+    assert {one["case"]["what"] for one in records} == {"read", "write", "copy"}
+    assert all(len(one["samples"]) == 21 and one["case"]["size"] == SMALL for one in records)
+    assert paths[1].read_text() == report.to_csv(records)
+    assert err.count("\n") == len(bandwidth.CASES) and "h2d by=memcpy size=4096: not on" in err
+
+
+def test_command_of_another_benchmark(capsys, tmp_path, toy):
+    """JSON holds the ceilings, CSV only its own rows; a wrong result is exit code 1."""
+    path = tmp_path / "x.json"
+    code, out, err = run(capsys, "toy", "--device", "cpu", "--json", path, "--csv", "-")
+    assert code == 1 and err.endswith("pykv: some results are wrong\n")
+    assert [row["what"] for row in csv.DictReader(out.splitlines())] == ["right", "wrong"]
+    assert {one["bench"] for one in json.loads(path.read_text())} == {"bandwidth", "toy"}
+
+
+def test_a_benchmark_has_options_rows_and_a_conclusion_of_its_own(capsys, toy):
+    toy.module.add_arguments = lambda parser: parser.add_argument("--only")
+    toy.module.select = lambda options: [dict(what=options.only)]
+    toy.module.row = lambda record: {"what": record["case"]["what"], "ok": record["ok"]}
+    toy.module.conclude = lambda records: f"{len(records)} done"
+    code, out, err = run(capsys, "toy", "--only", "right", "--device", "cpu", "--csv", "-")
+    assert code == 0 and out == "what,ok\nright,True\n" and err.endswith("\n1 done\n")
+
+
+def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
+    path = tmp_path / "x.json"
+    make = toy.module.make
+
+    def interrupted(case, xp, rng):
+        if case["what"] == "wrong":
+            raise KeyboardInterrupt
+        return make(case, xp, rng)
+
+    toy.module.make = interrupted
+    code, out, _ = run(capsys, "toy", "--device", "cpu", "--json", path)
+    assert code == 130 and out == ""
+    assert [one["case"]["what"] for one in report.read_json(str(path))][-1] == "right"
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["nothing"], "'nothing' is no benchmark, expected one of .*bandwidth"),
+        (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
+        (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cuda or cpu"),
+        (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),
+        (["bandwidth", "--device", "cpu", "--size", "0"], "--size is 0, expected a multiple of 16"),
+        (["bandwidth", "--device", "cpu", "--json", "no/such/x"], "No such file or directory"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(capsys, argv, text):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert re.fullmatch(f"pykv: .*{text}.*\n", err), err
+
+
+def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as where it is not installed
+    code, out, err = run(capsys, "bandwidth")
+    assert code == 2 and out == ""
+    assert err.startswith("pykv: device is 'cuda', but ") and err.count("\n") == 1

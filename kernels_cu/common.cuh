@@ -62,20 +62,6 @@ __device__ __forceinline__ u32 e4m3x2_to_f16x2(u16 x) {
 }
 #endif
 
-// [ld] 16 bytes, aligned to 16, that are read once: first to leave the caches.
-__device__ __forceinline__ uint4 load_streaming16(const void* from) {
-    uint4 x;
-    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
-    return x;
-}
-
-// [st] 16 bytes, aligned to 16, that this kernel does not read: first to leave the caches.
-__device__ __forceinline__ void store_streaming16(void* to, uint4 x) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-
 // [cp.async] Starts a copy of 16 bytes, both addresses aligned to 16, past L1. Below sm_80 an
 // ordinary copy, and the two that follow do nothing.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

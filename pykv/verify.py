@@ -19,6 +19,7 @@ from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
     bandwidth,
+    block_copy,
     dequant,
     linear,
     norm,
@@ -111,6 +112,19 @@ def host(x: Any) -> Any:
 
 
 # --- Families -------------------------------------------------------------------------------------
+
+
+def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for size, src_at, dst_at in ((8192, 0, 0), (4097, 5, 21), (700, 4, 0), (333, 0, 1)):
+        rows = rng.integers(0, 256, (2, 7, size + 32), np.uint8)
+        order = rng.permutation(7)
+        src, dst, want = xp.asarray(rows[0]), xp.asarray(rows[1]), rows[1].copy()
+        want[order, dst_at : dst_at + size] = rows[0, :, src_at : src_at + size]
+        block_copy.copy_arrays(
+            [src[i, src_at : src_at + size] for i in range(7)],
+            [dst[i, dst_at : dst_at + size] for i in order.tolist()],
+        )
+        yield f"{size} bytes, offsets {src_at} and {dst_at}", wrong_values(dst, want), 0.0
 
 
 def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -286,7 +300,8 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     sums, out = np.empty(3, np.uint32), np.empty_like(x)
     bandwidth.reference_read(x, sums, vectors=4)
     bandwidth.reference_write(out, 2**32 - 9)
-    given, got_sums, got = xp.asarray(x), xp.zeros_like(sums), xp.zeros_like(out)
+    given = xp.asarray(x)
+    got_sums, got = (xp.zeros(a.shape, a.dtype) for a in (sums, out))
     bandwidth.read(given, got_sums, vectors=4)
     yield "read", wrong_values(got_sums, sums), 0.0
     bandwidth.write(got, 2**32 - 9)
@@ -296,6 +311,7 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
+    "block_copy": _block_copy,
     "paged_append": _paged_append,
     "permute": _permute,
     "paged_decode": _paged_decode,

@@ -10,6 +10,7 @@ from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
     bandwidth,
+    block_copy,
     dequant,
     linear,
     norm,
@@ -199,7 +200,13 @@ def as_int64(op):
     return lambda *args: op(*args).astype(np.int64)
 
 
+def without_the_last_byte(op):
+    return lambda *lists: op(*([x[:-1] for x in arrays] for arrays in lists))
+
+
 FAULTS = {
+    "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
+    "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
     "append: padding is written": (paged_append, "append", with_argument(4, abs)),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),

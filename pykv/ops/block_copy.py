@@ -20,10 +20,10 @@ from pykv import cuda
 from pykv.arrays import UINT64, asarray, check, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
-BLOCK = 256  # threads
+BLOCK = 128  # threads
+WARPS = BLOCK // 32
 TILE = 4096  # bytes that a warp moves at a time: 32 lanes with 8 loads of 16 bytes each
-CTAS_PER_SM = 4
-VARIANTS = [dict(BLOCK=BLOCK, CTAS_PER_SM=CTAS_PER_SM, UNROLL=8, TILE=TILE)]
+VARIANTS = [dict(BLOCK=BLOCK, CTAS_PER_SM=8, UNROLL=8, TILE=TILE)]
 
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
 
@@ -48,7 +48,7 @@ def vectorized_copy(
         size: bytes of every pair, an integer; or [C] int64 on the host, bytes of each.
         num_pairs: how many pairs to copy, if fewer than the tables hold; all if None.
         max_ctas: how many thread blocks may run, so that concurrent kernels keep their SMs; between
-            host and device 32 suffice. As many as fit the GPU if None.
+            host and device 32 suffice. A warp for each tile if None.
         device: "cuda" for device or pinned host memory, "cpu" for host memory; see above.
         validate: make sure first that no destination overlaps another range and, with "cuda", that
             no address is pageable host memory. Costs about a microsecond an address, and waits
@@ -211,7 +211,7 @@ class DeviceCopy:
         self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
         self._kernel = cuda.kernel("block_copy", "block_copy", **VARIANTS[0])
         self._device = cuda.current_device()
-        self.num_ctas = min(num_tiles, CTAS_PER_SM * cuda.num_sms(self._device))
+        self.num_ctas = -(-num_tiles // WARPS)  # blocks that stay and take more are slower
         if max_ctas is not None:
             self.num_ctas = min(self.num_ctas, max_ctas)
 
@@ -250,6 +250,7 @@ def _prepare(
     device: str,
     validate: bool,
 ) -> DeviceCopy | HostCopy:
+    """What all entries share: check, merge what the host can see, and make the copy ready."""
     if device not in ("cuda", "cpu"):
         raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
     if max_ctas is not None and max_ctas < 1:
@@ -270,8 +271,8 @@ def _prepare(
 def _check_pairs(
     op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, num_pairs: int | None
 ) -> tuple[Any, Any, Any]:
-    """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64. None where no byte is
-    to be copied."""
+    """The pairs to copy: [C] uint64, [C] uint64, and an int or [C] int64; no pairs where no byte
+    is to be copied."""
     by_pair = isinstance(size, np.ndarray)
     if not by_pair and (not isinstance(size, int | np.integer) or isinstance(size, bool)):
         raise DtypeError(

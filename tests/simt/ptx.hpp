@@ -78,12 +78,6 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
-inline uint4 load_streaming16(const void* from) {
-    return *reinterpret_cast<const uint4*>(from);
-}
-
-inline void store_streaming16(void* to, uint4 x) { *reinterpret_cast<uint4*>(to) = x; }
-
 inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global);
 }

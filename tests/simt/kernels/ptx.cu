@@ -101,10 +101,6 @@ extern "C" __global__ void widen_e4m3x2(u16* halves, const u16* pairs, int n) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
-extern "C" __global__ void stream(u32* to, const u32* from) {
-    store_streaming16(to + threadIdx.x * 4, load_streaming16(from + threadIdx.x * 4));
-}
-
 extern "C" __global__ void copy(u32* to, const u32* from) {
     __shared__ __align__(16) u32 pieces[2][128][4];
     const int i = threadIdx.x;

@@ -37,7 +37,7 @@ from pykv.errors import (
 )
 from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout, strides
 
-VARIANTS = [dict(BLOCK=256, UNROLL=4)]
+VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
 ITEMSIZES = (1, 2, 4, 8)

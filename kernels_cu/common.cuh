@@ -19,6 +19,10 @@ struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
 struct e4m3 { u8 bits; };  // OCP FP8: no infinities, NaN is 0x7f and 0xff, largest 448
 struct e5m2 { u8 bits; };  // OCP FP8: the upper byte of an f16, largest finite 57344
+struct i4 { u8 bits; };    // two codes, each two's complement, the even element in the lower half
+
+template <typename T> constexpr int ELEMENTS_IN = 1;  // how many one T holds
+template <> constexpr int ELEMENTS_IN<i4> = 2;
 
 // --- Instructions: all the inline PTX, under the names of its manual's sections ------------------
 //
@@ -38,6 +42,21 @@ __device__ __forceinline__ u16 float_to_f16_bits(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
+
+#if __CUDA_ARCH__ >= 800
+// [cvt] Two floats to nearest even, `lower` in the lower half; NaN becomes 0x7fff.
+__device__ __forceinline__ u32 floats_to_f16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+
+__device__ __forceinline__ u32 floats_to_bf16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+#endif
 
 #if __CUDA_ARCH__ >= 890
 // [cvt] Two codes, `lower` in the lower byte, to nearest even. What exceeds the largest finite
@@ -201,6 +220,21 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return bf16{(u16)((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
 
+// Two f16 or bf16 in a word, as `from_float` makes them of floats that are no NaN.
+template <typename T> __device__ __forceinline__ u32 pack2(float lower, float upper) {
+    return from_float<T>(lower).bits | (u32)from_float<T>(upper).bits << 16;
+}
+
+#if __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ u32 pack2<f16>(float lower, float upper) {
+    return floats_to_f16x2(lower, upper);
+}
+
+template <> __device__ __forceinline__ u32 pack2<bf16>(float lower, float upper) {
+    return floats_to_bf16x2(lower, upper);
+}
+#endif
+
 // What an SM without fp8 instructions does, NaN aside: a code with MANTISSA bits of mantissa and
 // the exponent bias BIAS, whose largest finite magnitude is LARGEST.
 template <int MANTISSA, int BIAS, u32 LARGEST>
@@ -268,9 +302,16 @@ template <typename T>  // f16 or bf16
 __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
     static_assert(sizeof(T) == 2, "f16 or bf16");
     u32 words[4];
+    bool has_nan = false;  // rare, and its bits take longer than all else
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+    for (int i = 0; i < 8; i++) has_nan |= x[i] != x[i];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+    if (has_nan) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+        }
     }
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -288,6 +329,69 @@ __device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
     words.y = from_float<T>(x[2]).bits | (u32)from_float<T>(x[3]).bits << 16;
     *reinterpret_cast<uint2*>(p) = words;
 }
+
+// --- Codes: eight of a kind that pykv/kinds.py defines, aligned to eight --------------------------
+
+// Byte `i` of x as a float, less `bias`. A float of 2^23 has its units in the lowest bit, so the
+// byte goes there, at the full rate, where an SM converts integers at a quarter of it.
+__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
+    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ void i8_to_floats(float (&x)[8], uint2 codes) {
+    const u32 words[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u};  // codes + 128
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i / 4], i % 4, 128.0f);
+}
+
+__device__ __forceinline__ void i4_to_floats(float (&x)[8], u32 codes) {
+    codes ^= 0x88888888u;  // codes + 8
+    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
+}
+
+__device__ __forceinline__ void e4m3_to_floats(float (&x)[8], uint2 codes) {
+    const u32 words[2] = {codes.x, codes.y};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
+#if __CUDA_ARCH__ >= 890
+        const u32 halves = e4m3x2_to_f16x2(pair);
+        x[i] = f16_bits_to_float((u16)halves);
+        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
+#else
+        x[i] = to_float(e4m3{(u8)pair});
+        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
+#endif
+    }
+}
+
+__device__ __forceinline__ void e5m2_to_floats(float (&x)[8], uint2 codes) {
+    const u32 words[2] = {codes.x, codes.y};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        x[i] = f16_bits_to_float((u16)((words[i / 4] >> i % 4 * 8) << 8));
+    }
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const i8* p) {
+    i8_to_floats(x, *reinterpret_cast<const uint2*>(p));
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const i4* p) {
+    i4_to_floats(x, *reinterpret_cast<const u32*>(p));
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) {
+    e4m3_to_floats(x, *reinterpret_cast<const uint2*>(p));
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) {
+    e5m2_to_floats(x, *reinterpret_cast<const uint2*>(p));
+}
+
+// --- From array to array --------------------------------------------------------------------------
 
 // Eight elements from one array to another; bits stay as they are where the types agree.
 template <typename T> __device__ __forceinline__ void move8(T* to, const T* from) {

@@ -78,7 +78,7 @@ KINDS = {
         Kind("fp16", FLOATS[1], "f16", 16),
         Kind("bf16", BFLOAT16, "bf16", 16),
         Kind("int8", np.dtype(np.int8), "i8", 8, 127),
-        Kind("int4", np.dtype(np.uint8), "int4", 4, 7),
+        Kind("int4", np.dtype(np.uint8), "i4", 4, 7),
         Kind("e4m3", np.dtype(np.uint8), "e4m3", 8, 448),
         Kind("e5m2", np.dtype(np.uint8), "e5m2", 8, 57344),
     )

@@ -19,10 +19,7 @@ struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
 struct e4m3 { u8 bits; };  // OCP FP8: no infinities, NaN is 0x7f and 0xff, largest 448
 struct e5m2 { u8 bits; };  // OCP FP8: the upper byte of an f16, largest finite 57344
-struct i4 { u8 bits; };    // two codes, each two's complement, the even element in the lower half
-
-template <typename T> constexpr int ELEMENTS_IN = 1;  // how many one T holds
-template <> constexpr int ELEMENTS_IN<i4> = 2;
+struct i4 { u8 bits; };    // two int4 in two's complement, the even element in the lower half
 
 // --- Instructions: all the inline PTX, under the names of its manual's sections ------------------
 //
@@ -220,21 +217,6 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return bf16{(u16)((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
 
-// Two f16 or bf16 in a word, as `from_float` makes them of floats that are no NaN.
-template <typename T> __device__ __forceinline__ u32 pack2(float lower, float upper) {
-    return from_float<T>(lower).bits | (u32)from_float<T>(upper).bits << 16;
-}
-
-#if __CUDA_ARCH__ >= 800
-template <> __device__ __forceinline__ u32 pack2<f16>(float lower, float upper) {
-    return floats_to_f16x2(lower, upper);
-}
-
-template <> __device__ __forceinline__ u32 pack2<bf16>(float lower, float upper) {
-    return floats_to_bf16x2(lower, upper);
-}
-#endif
-
 // What an SM without fp8 instructions does, NaN aside: a code with MANTISSA bits of mantissa and
 // the exponent bias BIAS, whose largest finite magnitude is LARGEST.
 template <int MANTISSA, int BIAS, u32 LARGEST>
@@ -293,6 +275,16 @@ __device__ __forceinline__ void load8(float (&x)[8], const T* p) {
     }
 }
 
+// Two f16 or bf16 in a word, as `from_float` makes them of floats that are no NaN.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ u32 two_halves(float a, float b, f16) { return floats_to_f16x2(a, b); }
+__device__ __forceinline__ u32 two_halves(float a, float b, bf16) { return floats_to_bf16x2(a, b); }
+#else
+template <typename T> __device__ __forceinline__ u32 two_halves(float a, float b, T) {
+    return from_float<T>(a).bits | (u32)from_float<T>(b).bits << 16;
+}
+#endif
+
 __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
     reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
     reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
@@ -306,7 +298,7 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) has_nan |= x[i] != x[i];
 #pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
     if (has_nan) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -330,69 +322,6 @@ __device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
     *reinterpret_cast<uint2*>(p) = words;
 }
 
-// --- Codes: eight of a kind that pykv/kinds.py defines, aligned to eight --------------------------
-
-// Byte `i` of x as a float, less `bias`. A float of 2^23 has its units in the lowest bit, so the
-// byte goes there, at the full rate, where an SM converts integers at a quarter of it.
-__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
-    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
-}
-
-__device__ __forceinline__ void i8_to_floats(float (&x)[8], uint2 codes) {
-    const u32 words[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u};  // codes + 128
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i / 4], i % 4, 128.0f);
-}
-
-__device__ __forceinline__ void i4_to_floats(float (&x)[8], u32 codes) {
-    codes ^= 0x88888888u;  // codes + 8
-    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
-}
-
-__device__ __forceinline__ void e4m3_to_floats(float (&x)[8], uint2 codes) {
-    const u32 words[2] = {codes.x, codes.y};
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
-#if __CUDA_ARCH__ >= 890
-        const u32 halves = e4m3x2_to_f16x2(pair);
-        x[i] = f16_bits_to_float((u16)halves);
-        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
-#else
-        x[i] = to_float(e4m3{(u8)pair});
-        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
-#endif
-    }
-}
-
-__device__ __forceinline__ void e5m2_to_floats(float (&x)[8], uint2 codes) {
-    const u32 words[2] = {codes.x, codes.y};
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        x[i] = f16_bits_to_float((u16)((words[i / 4] >> i % 4 * 8) << 8));
-    }
-}
-
-__device__ __forceinline__ void load8(float (&x)[8], const i8* p) {
-    i8_to_floats(x, *reinterpret_cast<const uint2*>(p));
-}
-
-__device__ __forceinline__ void load8(float (&x)[8], const i4* p) {
-    i4_to_floats(x, *reinterpret_cast<const u32*>(p));
-}
-
-__device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) {
-    e4m3_to_floats(x, *reinterpret_cast<const uint2*>(p));
-}
-
-__device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) {
-    e5m2_to_floats(x, *reinterpret_cast<const uint2*>(p));
-}
-
-// --- From array to array --------------------------------------------------------------------------
-
 // Eight elements from one array to another; bits stay as they are where the types agree.
 template <typename T> __device__ __forceinline__ void move8(T* to, const T* from) {
     static_assert(sizeof(T) >= 2, "pieces of 16 bytes");
@@ -409,6 +338,206 @@ __device__ __forceinline__ void move8(To* to, const From* from) {
     store8(to, x);
 }
 
+// Eight elements as they are: loaded now, made use of later.
+template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
+template <> struct Eight<i8> { uint2 words; };
+template <> struct Eight<i4> { u32 words; };
+template <> struct Eight<e4m3> { uint2 words; };
+template <> struct Eight<e5m2> { uint2 words; };
+
+template <typename T> __device__ __forceinline__ Eight<T> get8(const T* p) {
+    Eight<T> eight;
+    if constexpr (sizeof(T) == 1) {
+        eight.words = *reinterpret_cast<const decltype(eight.words)*>(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            eight.words[i] = reinterpret_cast<const uint4*>(p)[i];
+        }
+    }
+    return eight;
+}
+
+template <typename T> __device__ __forceinline__ void put8(T* p, const Eight<T>& eight) {
+    if constexpr (sizeof(T) == 1) {
+        *reinterpret_cast<Eight<T>*>(p) = eight;
+    } else {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            reinterpret_cast<uint4*>(p)[i] = eight.words[i];
+        }
+    }
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<float>& eight) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint4 a = eight.words[i];
+        x[4 * i] = __uint_as_float(a.x), x[4 * i + 1] = __uint_as_float(a.y);
+        x[4 * i + 2] = __uint_as_float(a.z), x[4 * i + 3] = __uint_as_float(a.w);
+    }
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<T>& eight) {
+    const uint4 a = eight.words[0];
+    const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = to_float(T{(u16)words[i]});
+        x[2 * i + 1] = to_float(T{(u16)(words[i] >> 16)});
+    }
+}
+
+// --- Codes, bit for bit as pykv/kinds.py defines them ---------------------------------------------
+
+template <typename T> constexpr float LARGEST = 0.0f;  // of the codes of a kind; 0: it holds floats
+template <> constexpr float LARGEST<i8> = 127.0f;
+template <> constexpr float LARGEST<i4> = 7.0f;
+template <> constexpr float LARGEST<e4m3> = 448.0f;
+template <> constexpr float LARGEST<e5m2> = 57344.0f;
+template <typename T> constexpr int PACKED = 1;  // elements of one T
+template <> constexpr int PACKED<i4> = 2;
+template <typename T> constexpr bool IS_FP8 = false;
+template <> constexpr bool IS_FP8<e4m3> = true;
+template <> constexpr bool IS_FP8<e5m2> = true;
+
+// How many lanes hold a row of `elements`, eight each at a time: a power of two up to a warp.
+__device__ constexpr int lanes_of_row(int elements) {
+    int lanes = 1;
+    while (lanes < WARP && lanes * 8 < elements) lanes *= 2;
+    return lanes;
+}
+
+// The scale that a row is stored with. `amax` holds the bits of its largest |x|; compared as bits,
+// a NaN exceeds infinity, and infinity all else.
+template <typename T, typename SCALE>
+__device__ __forceinline__ SCALE row_scale(u32 amax) {
+    constexpr float FINITE = sizeof(SCALE) == 2 ? 65504.0f : 3.402823466e38f;
+    if (amax >= 0x7f800000u) return from_float<SCALE>(__uint_as_float(0x7fc00000u));
+    const float scale = __fdiv_rn(fmaxf(__uint_as_float(amax), 1e-8f), LARGEST<T>);
+    return from_float<SCALE>(fminf(scale, FINITE));
+}
+
+// What a row with this scale is multiplied by; 0, for codes that are all 0, where there is no such.
+template <typename SCALE> __device__ __forceinline__ float inverse_scale(SCALE scale) {
+    const float x = to_float(scale);
+    return x > 0.0f ? __fdiv_rn(1.0f, x) : 0.0f;
+}
+
+// An integer between -limit and limit in the lower bits, to nearest even; y is no NaN.
+__device__ __forceinline__ u32 round_to_int(float y, float limit) {
+    constexpr float ONES = 12582912.0f;  // 1.5 * 2^23: the last place of a sum with it is 1
+    return __float_as_uint(__fadd_rn(fminf(fmaxf(y, -limit), limit), ONES));
+}
+
+// Rows that are multiplied by their inverse scale, as codes: clamped, to nearest even. Integers
+// take no NaN; to fp8 every NaN is 0x7f.
+__device__ __forceinline__ void store8(i8* p, const float (&y)[8]) {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 pairs[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float* at = y + 4 * i + 2 * j;
+            pairs[j] = __byte_perm(round_to_int(at[0], 127), round_to_int(at[1], 127), 0x40);
+        }
+        words[i] = __byte_perm(pairs[0], pairs[1], 0x5410);
+    }
+    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+__device__ __forceinline__ void store8(i4* p, const float (&y)[8]) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) word |= (round_to_int(y[i], 7) & 15u) << 4 * i;
+    *reinterpret_cast<u32*>(p) = word;
+}
+
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 two_codes(float a, float b, e4m3) { return floats_to_e4m3x2(a, b); }
+__device__ __forceinline__ u32 two_codes(float a, float b, e5m2) { return floats_to_e5m2x2(a, b); }
+#else
+template <typename T> __device__ __forceinline__ u32 two_codes(float a, float b, T) {
+    const u32 lower = a == a ? from_float<T>(a).bits : 0x7fu;
+    return lower | (b == b ? from_float<T>(b).bits : 0x7fu) << 8;
+}
+#endif
+
+template <typename T> __device__ __forceinline__ void store8_fp8(T* p, const float (&y)[8]) {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        words[i] = two_codes(y[4 * i], y[4 * i + 1], T{}) |
+                   two_codes(y[4 * i + 2], y[4 * i + 3], T{}) << 16;
+    }
+    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+__device__ __forceinline__ void store8(e4m3* p, const float (&y)[8]) { store8_fp8(p, y); }
+__device__ __forceinline__ void store8(e5m2* p, const float (&y)[8]) { store8_fp8(p, y); }
+
+// Byte `i` of x as a float, less `bias`. A float of 2^23 has its units in the lowest bit, so the
+// byte goes there, at the full rate, where an SM converts integers at a quarter of it.
+__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
+    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i8>& eight) {
+    const u32 words[2] = {eight.words.x ^ 0x80808080u, eight.words.y ^ 0x80808080u};  // + 128
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i / 4], i % 4, 128.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i4>& eight) {
+    const u32 codes = eight.words ^ 0x88888888u;                                   // + 8
+    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e4m3>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
+#if __CUDA_ARCH__ >= 890
+        const u32 halves = e4m3x2_to_f16x2(pair);
+        x[i] = f16_bits_to_float((u16)halves);
+        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
+#else
+        x[i] = to_float(e4m3{(u8)pair});
+        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
+#endif
+    }
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e5m2>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        x[i] = f16_bits_to_float((u16)((words[i / 4] >> i % 4 * 8) << 8));
+    }
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const i8* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
+
+// --- Tables ---------------------------------------------------------------------------------------
+
+// The last of n ascending entries, n above 0, that is at most x; 0 where none is.
+__device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
+    int low = 0;
+    for (int end = n; end - low > 1;) {
+        const int middle = low + (end - low) / 2;
+        if (entries[middle] <= x) low = middle; else end = middle;
+    }
+    return low;
+}
+
 // --- Sums and maxima: every lane gets the result --------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -421,6 +550,15 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int lane = WARP / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, lane));
     return x;
+}
+
+// N maxima at once over aligned groups of LANES lanes.
+template <int LANES, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
+#pragma unroll
+    for (int lane = LANES / 2; lane > 0; lane /= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
+    }
 }
 
 // N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes trade

@@ -179,6 +179,7 @@ cuda = SimpleNamespace(
         getDeviceCount=lambda: 1,
         pointerGetAttributes=_attributes,
         memoryTypeUnregistered=0,
+        streamIsCapturing=lambda handle: False,
     ),
     Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
 )

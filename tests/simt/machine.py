@@ -58,7 +58,7 @@ DTYPES = {
     "d": np.float64,
     "3f16": np.float16,
     "4bf16": ml_dtypes.bfloat16,
-    "4e4m3": np.uint8,  # CuPy has no dtype for them
+    "4e4m3": np.uint8,  # CuPy has no such dtypes
     "4e5m2": np.uint8,
     "2i4": np.uint8,
 }

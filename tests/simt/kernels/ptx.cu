@@ -57,7 +57,7 @@ template <typename T> struct Halves {  // fp8 kinds have none of these
 template <typename T> struct TwoBytes {
     static __device__ void narrow(u16* y, const float* x) {
 #if __CUDA_ARCH__ >= 800
-        const u32 word = pack2<T>(x[0], x[1]);
+        const u32 word = two_halves(x[0], x[1], T{});
         y[0] = (u16)word, y[1] = (u16)(word >> 16);
 #endif
     }
@@ -117,7 +117,7 @@ extern "C" __global__ void narrow_words(CODE* codes, const float* floats, int n)
 extern "C" __global__ void load_eight(float* floats, const u8* codes, int n) {
     if (item() >= n) return;
     float x[8];
-    load8(x, (const CODES*)codes + (i64)item() * 8 / ELEMENTS_IN<CODES>);
+    load8(x, (const CODES*)codes + (i64)item() * 8 / PACKED<CODES>);
     store8(floats + 8 * item(), x);
 }
 

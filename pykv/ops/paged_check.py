@@ -264,7 +264,8 @@ def _starts_error(
 
 def _value(array: Any, index: Any) -> int:
     """An element, wherever the array lies."""
-    return int(array[index])
+    value = array[index]
+    return int(value.get() if on_gpu(array) else value)
 
 
 # --- The first offender ---------------------------------------------------------------------------

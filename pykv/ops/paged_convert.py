@@ -219,7 +219,15 @@ def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, i
         k_pool=(k_pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
         pages=(pages, "n", INT32),
     )
+    _check_head_dim(op, "k_pool", sizes["D"])
     return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
+
+
+def _check_head_dim(op: str, name: str, D: int) -> None:
+    if D % 8:
+        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
+    if D > 512:
+        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most 512")
 
 
 def _move(
@@ -249,10 +257,7 @@ def _move(
         wanted |= dict(indptr=(rows[0], "B+1", INT32), starts=(rows[1], "B+1", INT32))
     sizes = arrays.check(op, **wanted)
     n, P, H, D = (sizes[letter] for letter in "nPHD")
-    if D % 8:
-        raise ShapeError(f"{op}: {source.names[0]} has D={D}, expected a multiple of 8")
-    if D > 512:
-        raise UnsupportedError(f"{op}: {source.names[0]} has D={D}, expected at most 512")
+    _check_head_dim(op, source.names[0], D)
     if n * P * H >= 2**31:
         raise UnsupportedError(f"{op}: there are {n * P * H} rows, expected less than 2^31")
     if n * P * H * D == 0 or 0 in (len(source.pools[0]), len(target.pools[0]), sizes.get("B")):

@@ -21,7 +21,7 @@ QUICK_SIZE = 1 << 22  # fits caches: good for a try, not for a ceiling
 CASES: list[dict[str, Any]] = [
     *(dict(what="read", by=f"kernel{n}", size=GIB) for n in (4, 8)),
     *(dict(what="write", by=by, size=GIB) for by in ("kernel4", "memset")),
-    *(dict(what="copy", by=by, size=GIB) for by in ("kernel4", "kernel8", "memcpy")),
+    *(dict(what="copy", by=by, size=GIB) for by in ("kernel2", "kernel4", "memcpy")),
     *(dict(what=what, by="memcpy", size=GIB) for what in ("h2d", "d2h")),
 ]
 
@@ -68,7 +68,7 @@ def _words(xp: Any, size: int, seed: int) -> Any:
 
 def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
     x = _words(xp, size, seed)
-    tiles = -(-len(x) // (256 * vectors))
+    tiles = -(-len(x) // (bandwidth.THREADS * vectors))
     sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
 
     def check() -> bool:

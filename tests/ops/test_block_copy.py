@@ -327,7 +327,7 @@ def test_arrays_must_agree(xp):
 
 def test_tiles_fit_an_int(monkeypatch):
     monkeypatch.setattr(cuda, "kernel", None)
-    with pytest.raises(ParameterError, match="make 2147483648 tiles of 4096 bytes"):
+    with pytest.raises(ParameterError, match="make 4294967296 tiles of 2048 bytes"):
         block_copy.prepare(table(4096), table(8192), 2**31 * TILE)
 
 

@@ -354,7 +354,7 @@ def check_overlaps(op: str, src: Ranges, dst: Ranges) -> None:
     # Destinations are disjoint, so the first to end after a source starts is the one that can meet
     # it.
     sizes = np.broadcast_to(src_sizes, src_at.shape).astype(np.uint64)
-    nearest = np.searchsorted(ends, src_at, "right")
+    nearest: Any = np.searchsorted(ends, src_at, "right")
     overlaps = (nearest < len(ends)) & (sizes > 0)
     overlaps[overlaps] = starts[nearest[overlaps]] < src_at[overlaps] + sizes[overlaps]
     if overlaps.any():

@@ -130,7 +130,7 @@ def copy_arrays(
     On a GPU only enqueues: keep pinned arrays until the stream has passed. Bit for bit.
     """
     op = "block_copy.copy_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
     with cuda.on_stream(stream if device == "cuda" else None):
         _prepare(op, src, dst, sizes, None, max_ctas, device, validate).run()
 
@@ -144,7 +144,7 @@ def prepare_arrays(
 ) -> DeviceCopy | HostCopy:
     """What `prepare` is to `vectorized_copy`, to `copy_arrays`. Keeps the arrays alive."""
     op = "block_copy.prepare_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
     work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate)
     work.arrays = (list(sources), list(destinations))
     work.wait_for_tables()
@@ -260,9 +260,11 @@ def _prepare(
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
     if validate and len(src):
         host = [x.get() if on_gpu(x) else x for x in (src, dst)]
-        _check_ranges(op, host[0], host[1], sizes, device)
+        check_overlaps(op, host[0], host[1], sizes)
+        if device == "cuda":
+            _check_pageable(op, host[0], host[1], sizes)
     if not on_gpu(src):
-        src, dst, sizes = _merge(src, dst, sizes)
+        src, dst, sizes = merge(src, dst, sizes)
     return (
         HostCopy(src, dst, sizes) if device == "cpu" else DeviceCopy(op, src, dst, sizes, max_ctas)
     )
@@ -312,8 +314,8 @@ def _check_pairs(
     return src, dst, size if by_pair else int(size)
 
 
-def _check_ranges(op: str, src: Any, dst: Any, sizes: Any, device: str) -> None:
-    """Check that no destination overlaps another range and that the GPU can reach all."""
+def check_overlaps(op: str, src: Any, dst: Any, sizes: Any) -> None:
+    """Check that no destination overlaps another range."""
     sizes = np.broadcast_to(sizes, src.shape).astype(np.uint64)
     pairs = np.flatnonzero(sizes)
     pairs = pairs[np.argsort(dst[pairs], kind="stable")]
@@ -331,14 +333,18 @@ def _check_ranges(op: str, src: Any, dst: Any, sizes: Any, device: str) -> None:
     if overlaps.any():
         i = int(np.argmax(overlaps))
         raise ParameterError(text.format(op, pairs[inside[i]], "source", pairs[i]))
-    if device == "cuda":
-        for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-            for i in pairs.tolist():
-                if _is_pageable(int(table[i])):
-                    raise DeviceError(
-                        f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU "
-                        "or pinned host memory"
-                    )
+
+
+def _check_pageable(op: str, src: Any, dst: Any, sizes: Any) -> None:
+    """Check that the GPU can reach all."""
+    pairs = np.flatnonzero(np.broadcast_to(sizes, src.shape))
+    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+        for i in pairs.tolist():
+            if _is_pageable(int(table[i])):
+                raise DeviceError(
+                    f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU "
+                    "or pinned host memory"
+                )
 
 
 def _is_pageable(address: int) -> bool:
@@ -346,9 +352,11 @@ def _is_pageable(address: int) -> bool:
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
 
-def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same copy with fewer pairs: none empty, and none whose source and destination both
     continue those of the pair before."""
+    if isinstance(sizes, int) and len(src) < 2:
+        return src, dst, sizes
     if not isinstance(sizes, int) and not sizes.all():
         kept = sizes > 0
         src, dst, sizes = src[kept], dst[kept], sizes[kept]
@@ -363,10 +371,11 @@ def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     return src, dst, sizes
 
 
-def _tables(
-    op: str, sources: Sequence[Any], destinations: Sequence[Any]
+def addresses_of(
+    op: str, sources: Sequence[Any], destinations: Sequence[Any], *, any_memory: bool = False
 ) -> tuple[Any, Any, Any, str]:
-    """Addresses, sizes and device of two lists of arrays."""
+    """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
+    `any_memory` will do."""
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
@@ -375,7 +384,7 @@ def _tables(
     lists = {"sources": list(map(asarray, sources))}
     lists["destinations"] = list(map(asarray, destinations))
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
-    tables = []
+    addresses = []
     for name, arrays in lists.items():
         for i, array in enumerate(arrays):
             if not array.flags.c_contiguous:
@@ -387,11 +396,11 @@ def _tables(
                 )
             if name == "destinations" and not on_gpu(array) and not array.flags.writeable:
                 raise ParameterError(f"{op}: {name}[{i}] is read-only")
-            if device == "cuda" and array.nbytes:
+            if device == "cuda" and array.nbytes and not any_memory:
                 _check_reach(op, f"{name}[{i}]", array)
-        tables.append(np.array([_address(array) for array in arrays], np.uint64))
+        addresses.append(np.array([_address(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
-    return tables[0], tables[1], sizes, device
+    return addresses[0], addresses[1], sizes, device
 
 
 def _check_reach(op: str, name: str, array: Any) -> None:

@@ -25,15 +25,17 @@ UINT8 = (np.dtype(np.uint8),)
 VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element arrays
 
 
-def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
+def check(op: str, **arguments: tuple[Any, ...]) -> dict[str, int]:
     """Check shapes, dtypes, strides and devices of an op's arrays, and return its sizes.
 
     Args:
         op: name for messages.
         arguments: name=(array, spec, dtypes). `spec` is one word per dimension: a letter binds to
-            the size it meets first and must agree later, "B+1" and "2F" are computed from a bound
-            letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have any
-            stride; the others must be contiguous. `dtypes` is a dtype or a tuple of allowed ones.
+            the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from a
+            bound letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have
+            any stride; the others must be contiguous. `dtypes` is a dtype or a tuple of allowed
+            ones. A fourth item is what address and strides must be multiples of on a GPU, in bytes;
+            without it that is a vector for matrices, and an element for tables and plain vectors.
             An array that is None is skipped.
 
     Returns:
@@ -46,11 +48,11 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
     """
     key: list[Any] = [op]
     try:
-        for array, spec, dtypes in arguments.values():
+        for array, *rules in arguments.values():
             if array is None:
                 key.append(None)
             else:
-                key += (type(array), array.shape, array.strides, array.dtype, spec, dtypes)
+                key += (type(array), array.shape, array.strides, array.dtype, *rules)
         found = _passed.get(tuple(key))
     except (AttributeError, TypeError):  # not an array; _check_layout says so
         found = None
@@ -59,28 +61,28 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, int]:
         if len(_passed) >= 4096:  # shapes that change all the time must not fill the memory
             _passed.clear()
         _passed[tuple(key)] = found
-    sizes, vectors = found
-    if vectors is not None:
-        _check_addresses(op, arguments, vectors)
+    sizes, alignments = found
+    if alignments is not None:
+        _check_addresses(op, arguments, alignments)
     return sizes
 
 
-# What `check` has seen pass: sizes, and for GPU arrays whether each must start at a vector's
-# address. A decode step makes the same 300 calls a token, so the work is done once.
-_passed: dict[tuple[Any, ...], tuple[dict[str, int], list[bool] | None]] = {}
+# What `check` has seen pass: sizes, and for GPU arrays what each address must be a multiple of. A
+# decode step makes the same 300 calls a token, so the work is done once.
+_passed: dict[tuple[Any, ...], tuple[dict[str, int], list[int] | None]] = {}
 
 
 def _check_layout(
-    op: str, arguments: dict[str, tuple[Any, str, Any]]
-) -> tuple[dict[str, int], list[bool] | None]:
+    op: str, arguments: dict[str, tuple[Any, ...]]
+) -> tuple[dict[str, int], list[int] | None]:
     """All that types, shapes, strides and dtypes decide."""
     cupy = sys.modules.get("cupy")
     sizes: dict[str, int] = {}
-    vectors: list[bool] = []
+    alignments: list[int] = []
     first, first_on_host = "", True
-    for name, (array, spec, dtypes) in arguments.items():
+    for name, (array, spec, dtypes, *alignment) in arguments.items():
         if array is None:
-            vectors.append(False)
+            alignments.append(1)
             continue
         on_host = isinstance(array, np.ndarray)
         if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
@@ -115,23 +117,22 @@ def _check_layout(
                 f"{'contiguous rows' if loose else 'a contiguous array'} ([{spec}])"
             )
         # Kernels read matrices by vectors, index tables and plain vectors by elements.
-        vectors.append(len(shape) > 1 and dtype.kind != "i")
-        if vectors[-1] and not on_host:
+        is_matrix = len(shape) > 1 and dtype.kind != "i"
+        alignments.append(alignment[0] if alignment else VECTOR_BYTES if is_matrix else 1)
+        if not on_host:
             pairs = zip(shape[:loose], strides[:loose], strict=True)
-            if any(size > 1 and stride % VECTOR_BYTES for size, stride in pairs):
+            if any(size > 1 and stride % alignments[-1] for size, stride in pairs):
                 raise ShapeError(
                     f"{op}: {name} has strides {strides}, expected multiples of "
-                    f"{VECTOR_BYTES} bytes"
+                    f"{alignments[-1]} bytes"
                 )
-    return sizes, None if first_on_host else vectors
+    return sizes, None if first_on_host else alignments
 
 
-def _check_addresses(
-    op: str, arguments: dict[str, tuple[Any, str, Any]], vectors: list[bool]
-) -> None:
+def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
     """Device and alignment, which may differ between arrays of one layout."""
     current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for (name, (array, _, _)), vector in zip(arguments.items(), vectors, strict=True):
+    for (name, (array, *_)), alignment in zip(arguments.items(), alignments, strict=True):
         if array is None:
             continue
         memory = array.data
@@ -140,10 +141,10 @@ def _check_addresses(
                 f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
                 f"GPU {current}"
             )
-        if vector and memory.ptr % VECTOR_BYTES:
+        if memory.ptr % alignment:
             raise ShapeError(
                 f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
-                f"{VECTOR_BYTES} bytes"
+                f"{alignment} bytes"
             )
 
 
@@ -236,20 +237,21 @@ def _cupy() -> Any:
 
 
 @cache
-def _parse(spec: str) -> tuple[list[str], int, list[tuple[str, str, int, int]]]:
-    """The words, how many stand left of the bar, and (word, letter, times, plus) of words that
-    are more than a letter."""
+def _parse(spec: str) -> tuple[list[str], int, list[tuple[str, str, int, int, int]]]:
+    """The words, how many stand left of the bar, and (word, letter, times, plus, over) of words
+    that are more than a letter."""
     left, bar, right = spec.partition("|")
     words = (left + right).split()
     derived = []
     for word in words:
-        body, _, plus = word.partition("+")
+        body, _, over = word.partition("/")
+        body, _, plus = body.partition("+")
         letter = body.lstrip("0123456789")
         times = body[: len(body) - len(letter)]
         if not letter:
-            derived.append((word, "", 0, int(times)))
-        elif times or plus:
-            derived.append((word, letter, int(times or 1), int(plus or 0)))
+            derived.append((word, "", 0, int(times), 1))
+        elif times or plus or over:
+            derived.append((word, letter, int(times or 1), int(plus or 0), int(over or 1)))
     return words, len(left.split()) if bar else 0, derived
 
 
@@ -262,12 +264,13 @@ def _relate(
     letter: str,
     times: int,
     plus: int,
+    over: int,
 ) -> None:
-    """Hold a word such as "B+1", "2F" or "3" against its letter, or bind the letter by it."""
+    """Hold a word such as "B+1", "2F", "D/2" or "3" against its letter, or bind that by it."""
     size = sizes[word]
     if letter and letter not in sizes:
-        sizes[letter] = max(0, (size - plus) // times)
-    want = times * sizes[letter] + plus if letter else plus
+        sizes[letter] = max(0, (size * over - plus) // times)
+    want = (times * sizes[letter] + plus) // over if letter else plus
     if size != want:
         raise ShapeError(f"{op}: {name} has size {size}, expected {word}={want} ([{spec}])")
 

@@ -171,10 +171,14 @@ def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
 
 def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any) -> tuple[Any, Any, Any]:
     """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0."""
-    sizes = _integers(op, "size", size)
-    if sizes.size and sizes.min() < 0:
-        raise ParameterError(f"{op}: size is {sizes.min()}, expected at least 0")
-    if not sizes.any():
+    sizes: Any = size if type(size) is int else _integers(op, "size", size)
+    by_pair = type(sizes) is not int and sizes.ndim > 0
+    if not by_pair:
+        sizes = int(sizes)
+    smallest, largest = (sizes.min(initial=0), sizes.max(initial=0)) if by_pair else (sizes, sizes)
+    if smallest < 0:
+        raise ParameterError(f"{op}: size is {smallest}, expected at least 0")
+    if largest == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
     tables = []
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
@@ -185,8 +189,8 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any) -> tuple[Any,
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
-    if sizes.ndim == 0:
-        return src, dst, int(sizes)
+    if not by_pair:
+        return src, dst, sizes
     if len(sizes) != len(src):
         raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
     sizes = sizes.astype(np.int64, copy=False)

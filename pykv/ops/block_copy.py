@@ -20,10 +20,11 @@ from pykv import cuda
 from pykv.arrays import UINT64, asarray, check, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
-BLOCK = 128  # threads
-WARPS = BLOCK // 32
-TILE = 4096  # bytes that a warp moves at a time: 32 lanes with 8 loads of 16 bytes each
-VARIANTS = [dict(BLOCK=BLOCK, CTAS_PER_SM=8, UNROLL=8, TILE=TILE)]
+# What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
+# deal out; but where the caller limits the blocks, each must keep more bytes in flight.
+MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048)  # threads, blocks an SM, loads, bytes
+FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096)
+VARIANTS = [MANY, FEW]
 
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
 
@@ -95,12 +96,13 @@ def prepare(
     each run, not here.
 
     Returns:
-        An object whose `run(stream=None)` copies. On a GPU a run only enqueues, one launch at most:
-        it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as well
-        as the memory that the addresses name, until its runs have finished.
+        An object whose `run(stream=None)` copies; pairs of NumPy tables in the order of their
+        destinations, runs of adjacent ones as one. On a GPU a run only enqueues, one launch at
+        most: it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as
+        well as the memory that the addresses name, until its runs have finished.
     """
     op = "block_copy.prepare"
-    work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate)
+    work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate, sort=True)
     work.wait_for_tables()
     return work
 
@@ -145,7 +147,7 @@ def prepare_arrays(
     """What `prepare` is to `vectorized_copy`, to `copy_arrays`. Keeps the arrays alive."""
     op = "block_copy.prepare_arrays"
     src, dst, sizes, device = addresses_of(op, sources, destinations)
-    work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate)
+    work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate, sort=True)
     work.arrays = (list(sources), list(destinations))
     work.wait_for_tables()
     return work
@@ -189,7 +191,9 @@ class DeviceCopy:
         self.num_pairs = C = len(src)
         self.num_ctas = 0
         self.arrays: Any = None
-        tiles = -(-sizes // TILE)
+        self._shape = MANY if max_ctas is None else FEW
+        tile = self._shape["TILE"]
+        tiles = -(-sizes // tile)
         if isinstance(sizes, int):
             self.num_bytes, num_tiles = C * sizes, C * tiles
         else:
@@ -198,7 +202,7 @@ class DeviceCopy:
             return
         if num_tiles >= 2**31:
             raise ParameterError(
-                f"{op}: the pairs make {num_tiles} tiles of {TILE} bytes, expected below 2^31"
+                f"{op}: the pairs make {num_tiles} tiles of {tile} bytes, expected below 2^31"
             )
         tables = [] if on_gpu(src) else [src, dst]
         if not isinstance(sizes, int):
@@ -209,9 +213,10 @@ class DeviceCopy:
         arrays += [None] * (4 - len(arrays))  # one size needs no tables of sizes and tiles
         size = sizes if isinstance(sizes, int) else 1
         self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
-        self._kernel = cuda.kernel("block_copy", "block_copy", **VARIANTS[0])
+        self._kernel = cuda.kernel("block_copy", "block_copy", **self._shape)
         self._device = cuda.current_device()
-        self.num_ctas = -(-num_tiles // WARPS)  # blocks that stay and take more are slower
+        # Blocks that stay and take more tiles are slower, so each warp has one where it may.
+        self.num_ctas = -(-num_tiles // (self._shape["BLOCK"] // 32))
         if max_ctas is not None:
             self.num_ctas = min(self.num_ctas, max_ctas)
 
@@ -232,7 +237,7 @@ class DeviceCopy:
                 f"GPU {self._device}, which the copy was prepared on"
             )
         with cuda.on_stream(stream):
-            cuda.launch(self._kernel, self.num_ctas, BLOCK, *self._arguments)
+            cuda.launch(self._kernel, self.num_ctas, self._shape["BLOCK"], *self._arguments)
 
     def wait_for_tables(self) -> None:
         """Wait until the current stream has uploaded the tables."""
@@ -249,8 +254,12 @@ def _prepare(
     max_ctas: int | None,
     device: str,
     validate: bool,
+    sort: bool = False,
 ) -> DeviceCopy | HostCopy:
-    """What all entries share: check, merge what the host can see, and make the copy ready."""
+    """What all entries share: check, merge what the host can see, and make the copy ready.
+
+    `sort` puts pairs into the order of their destinations: 1 to 2 percent faster on an H200, and
+    finds more to merge, but 20,000 pairs cost the host a millisecond."""
     if device not in ("cuda", "cpu"):
         raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
     if max_ctas is not None and max_ctas < 1:
@@ -264,6 +273,10 @@ def _prepare(
         if device == "cuda":
             _check_pageable(op, host[0], host[1], sizes)
     if not on_gpu(src):
+        if sort and len(src) > 1:
+            order = np.argsort(dst)
+            src, dst = src[order], dst[order]
+            sizes = sizes if isinstance(sizes, int) else sizes[order]
         src, dst, sizes = merge(src, dst, sizes)
     return (
         HostCopy(src, dst, sizes) if device == "cpu" else DeviceCopy(op, src, dst, sizes, max_ctas)
@@ -361,9 +374,11 @@ def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
         kept = sizes > 0
         src, dst, sizes = src[kept], dst[kept], sizes[kept]
     lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
-    starts = (src[1:] - src[:-1] != lengths) | (dst[1:] - dst[:-1] != lengths)
-    if not starts.all():
-        first = np.concatenate(([0], np.flatnonzero(starts) + 1))
+    follows = src[1:] - src[:-1] == lengths
+    if np.count_nonzero(follows):  # mostly not, and then the destinations need no look
+        follows &= dst[1:] - dst[:-1] == lengths
+    if np.count_nonzero(follows):
+        first = np.concatenate(([0], np.flatnonzero(~follows) + 1))
         sizes = np.add.reduceat(np.broadcast_to(np.int64(sizes), src.shape), first)
         src, dst = src[first], dst[first]
     if not isinstance(sizes, int) and sizes.min() == sizes.max():

@@ -6,9 +6,9 @@ import pytest
 from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import block_copy
-from pykv.ops.block_copy import TILE
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
+TILE = block_copy.FEW["TILE"]  # the larger one, and a multiple of the other
 LINE = 128  # where tiles meet
 
 BASE = dict(sizes=[256] * 4, src_at=0, dst_at=0, spread=512)
@@ -88,7 +88,8 @@ def test_any_grid_copies_all(xp, rng, sizes, max_ctas):
     copy.run()
     assert_same_bits(dst, want)
     if xp is not np:
-        assert copy.num_ctas == min(max_ctas, -(-int((-(-sizes // TILE)).sum()) // 4))
+        num_tiles = int((-(-sizes // TILE)).sum())
+        assert copy.num_ctas == min(max_ctas, -(-num_tiles // 4))  # four warps a block
 
 
 def test_one_large_pair_takes_every_sm(xp, rng):
@@ -102,7 +103,7 @@ def test_one_large_pair_takes_every_sm(xp, rng):
     assert_same_bits(dst, want)
     assert copy.num_bytes == size and copy.num_pairs == 1
     if xp is not np:
-        assert copy.num_ctas == -(-size // (TILE * block_copy.WARPS)) > 16
+        assert copy.num_ctas == -(-size // block_copy.MANY["TILE"]) > 16  # a warp a block
 
 
 @without_simt
@@ -326,7 +327,7 @@ def test_arrays_must_agree(xp):
 
 def test_tiles_fit_an_int(monkeypatch):
     monkeypatch.setattr(cuda, "kernel", None)
-    with pytest.raises(ParameterError, match="make 2147483648 tiles of 4096 bytes"):
+    with pytest.raises(ParameterError, match="make 4294967296 tiles of 2048 bytes"):
         block_copy.prepare(table(4096), table(8192), 2**31 * TILE)
 
 

@@ -1,0 +1,300 @@
+"""What a cache stores: element kinds, their codes, and the scales that go with the codes.
+
+Dimensions: D head size, W elements of an array that D codes take (D, but D / 2 for int4).
+
+A row is the D elements of one token and one KV head. Float kinds store a row rounded to nearest
+even. Code kinds store codes and a scale, in arrays of their own; a row decodes to scale * codes:
+
+    kind   codes                                   largest
+    int8   -127 ... 127                                127
+    int4   -7 ... 7, two's complement, two a byte        7   the even element in the lower half
+    e4m3   OCP FP8 without infinities                  448
+    e5m2   OCP FP8 with infinities, never written    57344
+
+How a row x is encoded, in float32, so that every device writes the same bits:
+
+    scale = max(max |x|, 1e-8) / largest, rounded to the dtype of the scales, but finite
+    code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where scale is 0
+
+The scale is the one that is stored, so decoding meets no second rounding; float16 scales are
+subnormal for rows below 8e-3 and 0 below 4e-6. A row with a NaN or an infinity gets the scale NaN
+and codes 0: all of it decodes to NaN, as visible as in a cache of floats. Scales for a whole head
+or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN stays NaN
+in fp8 and becomes 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with the stored
+scale in place of the exact one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pykv.arrays import BFLOAT16, FLOATS
+from pykv.errors import ParameterError, ShapeError
+
+SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How elements of keys or values are stored.
+
+    Attributes:
+        name: as users write it.
+        dtype: of the array.
+        c_type: what kernels call an element.
+        bits: of an element.
+        largest: the code of the largest magnitude; 0 where floats are stored as they are.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    c_type: str
+    bits: int
+    largest: int = 0
+
+    @property
+    def width(self) -> str:
+        """The size of a row in its array, as `pykv.arrays.check` writes it."""
+        return "D/2" if self.bits == 4 else "D"
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of eight elements, at most 16: what kernels assume rows to be aligned to."""
+        return min(self.bits, 16)
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of a row, without its scale."""
+        return head_dim * self.bits // 8
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("fp32", FLOATS[0], "float", 32),
+        Kind("fp16", FLOATS[1], "f16", 16),
+        Kind("bf16", BFLOAT16, "bf16", 16),
+        Kind("int8", np.dtype(np.int8), "i8", 8, 127),
+        Kind("int4", np.dtype(np.uint8), "int4", 4, 7),
+        Kind("e4m3", np.dtype(np.uint8), "e4m3", 8, 448),
+        Kind("e5m2", np.dtype(np.uint8), "e5m2", 8, 57344),
+    )
+}
+SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
+GRANULARITIES = {"token": "N P H", "head": "H", "tensor": "1"}  # the scales' dimensions, in NHD
+LAYOUTS = ("NHD", "HND")
+
+# What `KVSpec.parse` takes for a spec, besides the names of kinds.
+SHORT = {"fp8": ("e4m3", "e4m3"), "k8v4": ("int8", "int4")}
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """What the pools of a cache hold.
+
+    Args:
+        k, v: names of `KINDS`.
+        granularity: what shares a scale: "token" (a scale for each token and head), "head" or
+            "tensor". Of no meaning where both kinds are floats.
+        scale_dtype: "fp16" or "fp32".
+        layout: "NHD", pools [N, P, H, W], or "HND", pools [N, H, P, W]; scales likewise.
+
+    Raises:
+        ParameterError: a name is unknown.
+    """
+
+    k: str = "fp16"
+    v: str = "fp16"
+    granularity: str = "token"
+    scale_dtype: str = "fp16"
+    layout: str = "NHD"
+
+    def __post_init__(self) -> None:
+        for field, names in (
+            ("k", KINDS),
+            ("v", KINDS),
+            ("granularity", GRANULARITIES),
+            ("scale_dtype", SCALE_DTYPES),
+            ("layout", LAYOUTS),
+        ):
+            if getattr(self, field) not in names:
+                raise ParameterError(
+                    f"KVSpec: {field} is {getattr(self, field)!r}, "
+                    f"expected one of {', '.join(names)}"
+                )
+
+    @staticmethod
+    def parse(text: str) -> KVSpec:
+        """The spec of a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3" (keys, then
+        values), and after colons, in any order, a granularity, a scale dtype and a layout:
+        "int8:head:fp32".
+
+        Raises:
+            ParameterError: a word is unknown.
+        """
+        kinds, *rest = text.split(":")
+        k, plus, v = kinds.partition("+")
+        if not plus:
+            k, v = SHORT.get(kinds, (kinds, kinds))
+        if k not in KINDS or v not in KINDS:
+            raise ParameterError(
+                f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
+            )
+        fields: dict[str, str] = {}
+        for word in rest:
+            for field, names in (
+                ("granularity", GRANULARITIES),
+                ("scale_dtype", SCALE_DTYPES),
+                ("layout", LAYOUTS),
+            ):
+                if word in names:
+                    fields[field] = word
+                    break
+            else:
+                raise ParameterError(
+                    f"KVSpec: {word!r} of {text!r} is unknown, expected one of "
+                    f"{', '.join((*GRANULARITIES, *SCALE_DTYPES, *LAYOUTS))}"
+                )
+        return KVSpec(k, v, **fields)
+
+    def __str__(self) -> str:
+        """A text that `parse` reads as this spec, and that leaves out what has no meaning."""
+        short = {kinds: name for name, kinds in SHORT.items()}
+        words = [self.k if self.k == self.v else short.get((self.k, self.v), f"{self.k}+{self.v}")]
+        if self.has_scales:
+            words += [self.granularity] * (self.granularity != "token")
+            words += [self.scale_dtype] * (self.scale_dtype != "fp16")
+        return ":".join(words + [self.layout] * (self.layout != "NHD"))
+
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """Of keys and values."""
+        return KINDS[self.k], KINDS[self.v]
+
+    @property
+    def has_scales(self) -> bool:
+        return any(kind.largest for kind in self.kinds)
+
+    @property
+    def finds_scales(self) -> bool:
+        """Whether each row gets a scale of its own when it is written."""
+        return self.has_scales and self.granularity == "token"
+
+    def checks(
+        self, op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+    ) -> dict[str, tuple[Any, ...]]:
+        """Arguments of `pykv.arrays.check` for pools of this spec.
+
+        Raises:
+            ParameterError: codes without scales, or floats with them.
+        """
+        dims = "N P H |" if self.layout == "NHD" else "N H P |"
+        scales = GRANULARITIES[self.granularity]
+        scales = dims if scales == "N P H" else scales
+        dtype = SCALE_DTYPES[self.scale_dtype]
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, kind, pool, scale in (
+            ("k", KINDS[self.k], k_pool, k_scales),
+            ("v", KINDS[self.v], v_pool, v_scales),
+        ):
+            found[f"{name}_pool"] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
+            if (scale is None) == bool(kind.largest):
+                raise ParameterError(
+                    f"{op}: {name}_scales is {'missing' if kind.largest else 'given'}, "
+                    f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
+                )
+            found[f"{name}_scales"] = (scale, scales, dtype, 1)
+        return found
+
+    def bytes_per_token(self, heads: int, head_dim: int) -> int:
+        """Bytes of K and V that one token takes in one layer, its scales included."""
+        scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.finds_scales else 0
+        return sum(
+            heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
+            for kind in self.kinds
+        )
+
+
+def quantize(
+    x: Any, kind: Kind, *, scale: Any = None, scale_dtype: Any = SCALE_DTYPES["fp16"]
+) -> tuple[Any, Any]:
+    """Encode rows, in NumPy: the definition of what every kernel writes.
+
+    Args:
+        x: [..., D] float32, float16 or bfloat16; D is even.
+        kind: any of `KINDS`.
+        scale: [...] or what broadcasts to it; given scales, in their stored dtype. None: found for
+            each row.
+        scale_dtype: of scales that are found, float16 or float32.
+
+    Returns:
+        codes [..., W] of the kind's dtype, and the scales as stored; None for a float kind.
+    """
+    if not kind.largest:
+        return x.astype(kind.dtype), None
+    x = x.astype(np.float32)
+    found = scale is None
+    if found:
+        scale = row_scales(x, kind, scale_dtype)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        inverse = np.float32(1) / np.asarray(scale).astype(np.float32)
+        inverse = np.where(np.asarray(scale) > 0, inverse, np.float32(0))[..., None]
+        y = np.clip(x * inverse, -kind.largest, kind.largest)
+        if found:  # a row of a NaN scale
+            y = np.where(inverse == 0, np.float32(0), y)
+    return encode(y, kind), scale
+
+
+def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
+    """The scale that each row of x [..., D] float32 is stored with."""
+    amax = np.abs(x).max(-1, initial=0)
+    finite = np.isfinite(amax)  # NaN wins a maximum
+    scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
+    scale = np.minimum(scale, np.finfo(dtype).max).astype(dtype)
+    return np.where(finite, scale, dtype.type(np.nan))
+
+
+def encode(y: Any, kind: Kind) -> Any:
+    """Codes [..., W] of values y [..., D] float32 between -largest and largest, or NaN."""
+    if kind.name == "e4m3":
+        return y.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    if kind.name == "e5m2":
+        return y.astype(ml_dtypes.float8_e5m2).view(np.uint8)
+    codes = np.rint(np.where(np.isnan(y), np.float32(0), y)).astype(np.int8)
+    return codes if kind.name == "int8" else pack(codes)
+
+
+def decode(codes: Any, kind: Kind) -> Any:
+    """Values [..., D] float32 of codes [..., W], or of elements of a float kind."""
+    if kind.name == "e4m3":
+        codes = codes.view(ml_dtypes.float8_e4m3fn)
+    elif kind.name == "e5m2":
+        codes = codes.view(ml_dtypes.float8_e5m2)
+    elif kind.name == "int4":
+        codes = unpack(codes)
+    return codes.astype(np.float32)
+
+
+def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
+    """Rows [..., D] float32 of codes [..., W] and the scales [...], which may broadcast."""
+    x = decode(codes, kind)
+    if not kind.largest:
+        return x
+    return x * np.asarray(scale).astype(np.float32)[..., None]
+
+
+def pack(codes: Any) -> Any:
+    """Bytes [..., D / 2] of int4 codes [..., D]."""
+    if codes.shape[-1] % 2:
+        raise ShapeError(f"kinds.pack: codes has D={codes.shape[-1]}, expected an even number")
+    halves = codes.astype(np.uint8) & 15
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def unpack(packed: Any) -> Any:
+    """The int4 codes, int8 [..., D], of bytes [..., D / 2]."""
+    halves = np.stack([packed << 4, packed & 0xF0], -1).reshape(*packed.shape[:-1], -1)
+    return halves.view(np.int8) >> 4

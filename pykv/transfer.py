@@ -151,11 +151,9 @@ def memcpy_batch(
     _check_word(op, "mode", mode, MODES)
     _check_word(op, "direction", direction, (None, *DIRECTIONS))
     _check_word(op, "device", device, ("cuda", "cpu"))
-    src, dst, sizes = check_tables(op, src_ptrs, dst_ptrs, size)
+    src, dst, sizes = check_tables(op, src_ptrs, dst_ptrs, size, validate)
     if not len(src):
         return _NOTHING
-    if validate:
-        block_copy.check_overlaps(op, src, dst, sizes)
     if device == "cpu":
         return _copy_on_host(op, src, dst, sizes, mode)
     with cuda.on_stream(stream):
@@ -169,7 +167,9 @@ def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
         raise ParameterError(f"{op}: {name} is {word!r}, expected one of {known}")
 
 
-def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any) -> tuple[Any, Any, Any]:
+def check_tables(
+    op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False
+) -> tuple[Any, Any, Any]:
     """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0."""
     sizes: Any = size if type(size) is int else _integers(op, "size", size)
     by_pair = type(sizes) is not int and sizes.ndim > 0
@@ -189,11 +189,13 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any) -> tuple[Any,
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
+    if by_pair and len(sizes) != len(src):
+        raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
+    sizes = sizes.astype(np.int64, copy=False) if by_pair else sizes
+    if validate:
+        block_copy.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
     if not by_pair:
         return src, dst, sizes
-    if len(sizes) != len(src):
-        raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
-    sizes = sizes.astype(np.int64, copy=False)
     wanted = sizes > 0
     return (src, dst, sizes) if wanted.all() else (src[wanted], dst[wanted], sizes[wanted])
 
@@ -293,11 +295,12 @@ def start(
     _check_word(op, "direction", direction, (None, *DIRECTIONS))
     lists = [x if isinstance(x, list | tuple) else [x] for x in (sources, destinations)]
     src, dst, sizes, device = block_copy.addresses_of(op, lists[0], lists[1], any_memory=True)
+    if validate:
+        ranges = [("sources", src, sizes), ("destinations", dst, sizes)]
+        block_copy.check_overlaps(op, *ranges)
     src, dst, sizes = check_tables(op, src, dst, sizes)
     if not len(src):
         return Transfer(_NOTHING)
-    if validate:
-        block_copy.check_overlaps(op, src, dst, sizes)
     if device == "cpu":
         began = time.perf_counter()
         report = _copy_on_host(op, src, dst, sizes, mode)

@@ -249,9 +249,14 @@ def test_the_loop_stops_at_the_first_error(driver):
         ({"direction": "h2h"}, ParameterError, "direction is 'h2h', expected one of"),
         ({"device": "gpu"}, ParameterError, "device is 'gpu', expected one of"),
         (
-            {"validate": True, "size": 2000},
+            {
+                "validate": True,
+                "size": [0, 2000, 9],  # pairs keep their numbers
+                "src_ptrs": [1, 160, 320],
+                "dst_ptrs": [1, 1600, 3200],
+            },
             ParameterError,
-            "the destination of pair 0 overlaps the destination of pair 1",
+            r"dst_ptrs\[1\] overlaps dst_ptrs\[2\]",
         ),
         ({"src_ptrs": None}, ParameterError, "src_ptrs is None, expected addresses"),
         ({"dst_ptrs": None}, ParameterError, "dst_ptrs is None"),
@@ -825,7 +830,9 @@ def test_transfers_check_their_arrays(machine, forced):
         transfer.start(x, y)
     with pytest.raises(ShapeError, match=r"sources\[0\] has strides"):
         transfer.start(x[:, ::2], x)
-    with pytest.raises(ParameterError, match="overlaps the source of pair 0, expected disjoint"):
+    with pytest.raises(
+        ParameterError, match=r"destinations\[0\] overlaps sources\[0\], expected disj"
+    ):
         transfer.start(x, x, validate=True)
     with pytest.raises(ParameterError, match="mode is 'fast', expected one of"):
         transfer.start(x, x, mode="fast")

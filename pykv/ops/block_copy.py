@@ -26,6 +26,7 @@ MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048)  # threads, blocks an
 FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096)
 VARIANTS = [MANY, FEW]
 
+Ranges = tuple[str, Any, Any]
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
 
 
@@ -269,9 +270,11 @@ def _prepare(
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
     if validate and len(src):
         host = [x.get() if on_gpu(x) else x for x in (src, dst)]
-        check_overlaps(op, host[0], host[1], sizes)
+        ranges = [(name, x, sizes) for name, x in zip(("src_ptrs", "dst_ptrs"), host, strict=True)]
+        check_overlaps(op, *ranges)
         if device == "cuda":
-            _check_pageable(op, host[0], host[1], sizes)
+            for one in ranges:
+                check_reachable(op, *one)
     if not on_gpu(src):
         if sort and len(src) > 1:
             order = np.argsort(dst)
@@ -327,37 +330,50 @@ def _check_pairs(
     return src, dst, size if by_pair else int(size)
 
 
-def check_overlaps(op: str, src: Any, dst: Any, sizes: Any) -> None:
-    """Check that no destination overlaps another range."""
-    sizes = np.broadcast_to(sizes, src.shape).astype(np.uint64)
-    pairs = np.flatnonzero(sizes)
-    pairs = pairs[np.argsort(dst[pairs], kind="stable")]
-    starts, ends = dst[pairs], dst[pairs] + sizes[pairs]
-    text = "{}: the destination of pair {} overlaps the {} of pair {}, expected disjoint ranges"
+def check_overlaps(op: str, src: Ranges, dst: Ranges) -> None:
+    """Check that no destination overlaps another range, destination or source.
+
+    Args:
+        op: name for messages.
+        src, dst: what to call them, [C] uint64 addresses, and bytes: an integer or [C] int64; the
+            two may differ in length. Ranges of no bytes overlap nothing.
+
+    Raises:
+        ParameterError: two ranges overlap.
+    """
+    (dst_name, dst_at, dst_sizes), (src_name, src_at, src_sizes) = dst, src
+    sizes = np.broadcast_to(dst_sizes, dst_at.shape).astype(np.uint64)
+    order: Any = np.argsort(dst_at, kind="stable")
+    order = order[sizes[order] > 0]
+    starts, ends = dst_at[order], dst_at[order] + sizes[order]
+    text = "{}: {}[{}] overlaps {}[{}], expected disjoint ranges"
     overlaps = ends[:-1] > starts[1:]
     if overlaps.any():
         i = int(np.argmax(overlaps))
-        raise ParameterError(text.format(op, pairs[i], "destination", pairs[i + 1]))
+        raise ParameterError(text.format(op, dst_name, order[i], dst_name, order[i + 1]))
     # Destinations are disjoint, so the first to end after a source starts is the one that can meet
     # it.
-    nearest = np.searchsorted(ends, src[pairs], "right")
-    inside = np.minimum(nearest, len(pairs) - 1)
-    overlaps = (nearest < len(pairs)) & (starts[inside] < src[pairs] + sizes[pairs])
+    sizes = np.broadcast_to(src_sizes, src_at.shape).astype(np.uint64)
+    nearest = np.searchsorted(ends, src_at, "right")
+    overlaps = (nearest < len(ends)) & (sizes > 0)
+    overlaps[overlaps] = starts[nearest[overlaps]] < src_at[overlaps] + sizes[overlaps]
     if overlaps.any():
         i = int(np.argmax(overlaps))
-        raise ParameterError(text.format(op, pairs[inside[i]], "source", pairs[i]))
+        raise ParameterError(text.format(op, dst_name, order[nearest[i]], src_name, i))
 
 
-def _check_pageable(op: str, src: Any, dst: Any, sizes: Any) -> None:
-    """Check that the GPU can reach all."""
-    pairs = np.flatnonzero(np.broadcast_to(sizes, src.shape))
-    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-        for i in pairs.tolist():
-            if _is_pageable(int(table[i])):
-                raise DeviceError(
-                    f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU "
-                    "or pinned host memory"
-                )
+def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
+    """Check that no address of `table` [C] whose size is not 0 is in pageable host memory.
+
+    Raises:
+        DeviceError: one is.
+    """
+    for i in np.flatnonzero(np.broadcast_to(sizes, table.shape)).tolist():
+        if _is_pageable(int(table[i])):
+            raise DeviceError(
+                f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU or "
+                "pinned host memory"
+            )
 
 
 def _is_pageable(address: int) -> bool:

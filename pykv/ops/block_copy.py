@@ -133,7 +133,7 @@ def copy_arrays(
     On a GPU only enqueues: keep pinned arrays until the stream has passed. Bit for bit.
     """
     op = "block_copy.copy_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
     with cuda.on_stream(stream if device == "cuda" else None):
         _prepare(op, src, dst, sizes, None, max_ctas, device, validate).run()
 
@@ -147,7 +147,7 @@ def prepare_arrays(
 ) -> DeviceCopy | HostCopy:
     """What `prepare` is to `vectorized_copy`, to `copy_arrays`. Keeps the arrays alive."""
     op = "block_copy.prepare_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
     work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate, sort=True)
     work.arrays = (list(sources), list(destinations))
     work.wait_for_tables()
@@ -280,7 +280,7 @@ def _prepare(
             order = np.argsort(dst)
             src, dst = src[order], dst[order]
             sizes = sizes if isinstance(sizes, int) else sizes[order]
-        src, dst, sizes = _merge(src, dst, sizes)
+        src, dst, sizes = merge(src, dst, sizes)
     return (
         HostCopy(src, dst, sizes) if device == "cpu" else DeviceCopy(op, src, dst, sizes, max_ctas)
     )
@@ -381,16 +381,20 @@ def _is_pageable(address: int) -> bool:
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
 
-def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same copy with fewer pairs: none empty, and none whose source and destination both
     continue those of the pair before."""
+    if isinstance(sizes, int) and len(src) < 2:
+        return src, dst, sizes
     if not isinstance(sizes, int) and not sizes.all():
         kept = sizes > 0
         src, dst, sizes = src[kept], dst[kept], sizes[kept]
     lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
-    starts = (src[1:] - src[:-1] != lengths) | (dst[1:] - dst[:-1] != lengths)
-    if not starts.all():
-        first = np.concatenate(([0], np.flatnonzero(starts) + 1))
+    follows = src[1:] - src[:-1] == lengths
+    if np.count_nonzero(follows):  # mostly not, and then the destinations need no look
+        follows &= dst[1:] - dst[:-1] == lengths
+    if np.count_nonzero(follows):
+        first = np.concatenate(([0], np.flatnonzero(~follows) + 1))
         sizes = np.add.reduceat(np.broadcast_to(np.int64(sizes), src.shape), first)
         src, dst = src[first], dst[first]
     if not isinstance(sizes, int) and sizes.min() == sizes.max():
@@ -398,10 +402,11 @@ def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     return src, dst, sizes
 
 
-def _tables(
-    op: str, sources: Sequence[Any], destinations: Sequence[Any]
+def addresses_of(
+    op: str, sources: Sequence[Any], destinations: Sequence[Any], *, any_memory: bool = False
 ) -> tuple[Any, Any, Any, str]:
-    """Addresses, sizes and device of two lists of arrays."""
+    """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
+    `any_memory` will do."""
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
@@ -410,7 +415,7 @@ def _tables(
     lists = {"sources": list(map(asarray, sources))}
     lists["destinations"] = list(map(asarray, destinations))
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
-    tables = []
+    addresses = []
     for name, arrays in lists.items():
         for i, array in enumerate(arrays):
             if not array.flags.c_contiguous:
@@ -422,11 +427,11 @@ def _tables(
                 )
             if name == "destinations" and not on_gpu(array) and not array.flags.writeable:
                 raise ParameterError(f"{op}: {name}[{i}] is read-only")
-            if device == "cuda" and array.nbytes:
+            if device == "cuda" and array.nbytes and not any_memory:
                 _check_reach(op, f"{name}[{i}]", array)
-        tables.append(np.array([_address(array) for array in arrays], np.uint64))
+        addresses.append(np.array([_address(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
-    return tables[0], tables[1], sizes, device
+    return addresses[0], addresses[1], sizes, device
 
 
 def _check_reach(op: str, name: str, array: Any) -> None:

@@ -101,7 +101,7 @@ def test_blocks_are_scattered_and_no_two_pairs_are_one(rng):
         for slot in (at, to):
             assert len(set(slot.tolist())) == count and 0 <= slot.min() and slot.max() < slots
         tables = (256 * x.astype(np.uint64) + np.uint64(4096) for x in (at, to))
-        assert len(block_copy._merge(*tables, 256)[0]) == count
+        assert len(block_copy.merge(*tables, 256)[0]) == count
 
 
 def test_the_layers_of_a_block_lie_side_by_side(rng, monkeypatch):

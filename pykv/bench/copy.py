@@ -7,7 +7,7 @@ Backends, `wall` ones timed with what the host submits (see pykv.bench.Work):
     vectorized    wall: block_copy.vectorized_copy, which uploads the tables
     batched       wall: transfer.memcpy_batch, CUDA's batch call where there is one
     memcpy_async  wall: transfer.memcpy_batch, a call for each copy
-    auto          wall: transfer.memcpy_batch, which chooses
+    auto          wall: transfer.memcpy_batch, which is told the direction, and chooses
 
 The names from `vectorized` on, like the options and columns of --profile, are those of kvbench in
 NVIDIA Dynamo's kvbm-kernels, so that rows compare; only `auto` is ours. pykv joins neighbouring
@@ -235,8 +235,8 @@ def _runner(case: dict[str, Any], xp: Any, src: Any, dst: Any) -> Callable[[], o
     backend, size, max_ctas = case["backend"], case["copy_size"], case.get("max_ctas")
     device = "cpu" if xp is np else "cuda"
     if backend in MODES:
-        mode = MODES[backend]
-        return lambda: transfer.memcpy_batch(src, dst, size, mode=mode)
+        mode, direction = MODES[backend], case["direction"]
+        return lambda: transfer.memcpy_batch(src, dst, size, mode=mode, direction=direction)
     if backend == "vectorized":
         return lambda: block_copy.vectorized_copy(src, dst, size, max_ctas=max_ctas, device=device)
     if backend == "prepared" or xp is np:

@@ -310,7 +310,7 @@ def _check_pairs(
     count = shared if num_pairs is None else int(num_pairs)
     if by_pair:
         size = size[: max(count, 0)]
-    if count == 0 or not np.any(size):
+    if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
@@ -318,15 +318,17 @@ def _check_pairs(
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
     if count < 0:
         raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
-    if np.min(size) < 0:
+    smallest = size.min() if by_pair else size
+    if smallest < 0:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"
-        raise ParameterError(f"{op}: {at} is {np.min(size)}, expected at least 0")
+        raise ParameterError(f"{op}: {at} is {smallest}, expected at least 0")
     src, dst = (table[:count].view(np.uint64) for table in (src_ptrs, dst_ptrs))
     if not on_gpu(src):
         for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-            is_null = (table == 0) & (np.asarray(size) > 0)
-            if is_null.any():
-                raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
+            if not table.all():
+                is_null = (table == 0) & (np.asarray(size) > 0)
+                if is_null.any():
+                    raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
     return src, dst, size if by_pair else int(size)
 
 
@@ -471,7 +473,9 @@ def _upload(tables: list[Any]) -> list[Any]:
     """Host tables on the GPU, by one transfer; those of wider elements come first."""
     if not tables:
         return []
-    packed = cuda.array_module("cuda").asarray(np.concatenate([t.view(np.uint8) for t in tables]))
+    on_host = np.concatenate([t.view(np.uint8) for t in tables])
+    packed = cuda.array_module("cuda").empty(on_host.size, np.uint8)
+    packed.set(on_host)  # a third of the time that asarray takes, which pins memory first
     ends = np.cumsum([table.nbytes for table in tables]).tolist()
     return [
         packed[end - table.nbytes : end].view(table.dtype)

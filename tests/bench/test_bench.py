@@ -252,7 +252,7 @@ def test_command_quick(capsys, tmp_path):
     path = tmp_path / "x.json"
     assert run(capsys, "bandwidth", "--device", "cpu", "--quick", "--json", path)[0] == 0
     sizes = {one["case"]["size"] for one in report.read_json(str(path))}
-    assert sizes == {bandwidth.QUICK_SIZE}
+    assert sizes == {bandwidth.QUICK_SIZE, 4 * bandwidth.QUICK_SIZE}
 
 
 def test_command_of_another_benchmark(capsys, tmp_path, toy):

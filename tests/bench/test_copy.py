@@ -52,7 +52,7 @@ def machine(xp, request, monkeypatch):
         monkeypatch.setattr(memory, "on_device", lambda xp, x: xp.asarray(x))
         monkeypatch.setattr(xp.cuda.runtime, "memcpyAsync", moved, raising=False)
 
-        def memcpy_batch(src, dst, size, mode):
+        def memcpy_batch(src, dst, size, mode, direction):
             assert mode in copy.MODES.values()
             for at, to in zip(src.tolist(), dst.tolist(), strict=True):
                 ctypes.memmove(to, at, size)

@@ -38,6 +38,9 @@ class ndarray:
     def get(self):
         return self.host.copy()
 
+    def set(self, values):
+        self.host[...] = values
+
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array becomes a NumPy array by .get() alone")
 

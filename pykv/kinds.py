@@ -192,7 +192,7 @@ class KVSpec:
         v_pool: Any,
         k_scales: Any,
         v_scales: Any,
-        names: tuple[str, str, str, str] = ("k_pool", "v_pool", "k_scales", "v_scales"),
+        names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
         pages: str = "N",
     ) -> dict[str, tuple[Any, ...]]:
         """Arguments of `pykv.arrays.check` for pools of this spec.
@@ -255,9 +255,7 @@ def spec_of(
     return _spec(*names, granularity, "fp32" if scales.dtype == FLOATS[0] else "fp16")
 
 
-_BY_DTYPE: dict[Any, Kind] = {
-    kind.dtype: kind for kind in KINDS.values() if kind.dtype != np.uint8
-}
+_BY_DTYPE: dict[Any, Kind] = {kind.dtype: kind for kind in KINDS.values() if kind.dtype != np.uint8}
 _spec = cache(KVSpec)
 
 

@@ -570,7 +570,6 @@ __device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, g
 __device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
 __device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
 
-<<<<<<< HEAD
 // --- Operands of mma: words of elements as pairs of f16, or of bf16 ------------------------------
 
 template <typename T> constexpr bool IS_BF16 = false;
@@ -649,7 +648,6 @@ template <typename T> __device__ __forceinline__ u32 take_halves(float (&x)[2]) 
     x[0] -= to_float(T{(u16)pair});
     x[1] -= to_float(T{(u16)(pair >> 16)});
     return pair;
-=======
 // --- Tables ---------------------------------------------------------------------------------------
 
 // The last of n ascending entries, n above 0, that is at most x; 0 where none is.
@@ -660,7 +658,6 @@ __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
         if (entries[middle] <= x) low = middle; else end = middle;
     }
     return low;
->>>>>>> pages
 }
 
 // --- Sums and maxima: every lane gets the result --------------------------------------------------

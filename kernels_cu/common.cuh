@@ -648,6 +648,8 @@ template <typename T> __device__ __forceinline__ u32 take_halves(float (&x)[2]) 
     x[0] -= to_float(T{(u16)pair});
     x[1] -= to_float(T{(u16)(pair >> 16)});
     return pair;
+}
+
 // --- Tables ---------------------------------------------------------------------------------------
 
 // The last of n ascending entries, n above 0, that is at most x; 0 where none is.

@@ -22,7 +22,7 @@
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
 // Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (STAGES *
-//           (K_BYTES + V_BYTES) + R * (4 * D + 24)) bytes of dynamic shared memory
+//           (K_BYTES + V_BYTES) + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
@@ -271,10 +271,21 @@ __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, 
 #endif
 }
 
-// One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K.
+// One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
+// wait in shared memory, in this lane's place, for want of registers.
+constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
+constexpr bool Q_IN_SHARED = D > 128;
+constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
+
 struct Query {
-    u32 high[D / 8], low[Q_HAS_LOW ? D / 8 : 1], rest[Q_HAS_REST ? D / 8 : 1];
+    uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
+    uint2* shared;
     float unit;  // of the pairs: f16 would not hold all that q may be
+
+    __device__ __forceinline__ uint2 step(int term, int i) const {
+        if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
+        return steps[term][Q_IN_SHARED ? 0 : i];
+    }
 };
 
 __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row) {
@@ -302,15 +313,26 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
         q.unit = __uint_as_float((exponent - 7u) << 23);
     }
 #pragma unroll
-    for (int p = 0; p < D / 8; p++) {
-        constexpr int PAIRS = IN_WORD<K_T> / 2;
-        const int word = p / PAIRS * IN_WORD<K_T>, pair = p % PAIRS;
-        float two[2];
+    for (int i = 0; i < D / 16; i++) {
+        u32 pairs[TERMS][2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) two[i] = x[word + element_of_pair<K_T>(pair, i)] * factor;
-        q.high[p] = take_halves<KM>(two);
-        if constexpr (Q_HAS_LOW) q.low[p] = take_halves<KM>(two);
-        if constexpr (Q_HAS_REST) q.rest[p] = take_halves<KM>(two);
+        for (int j = 0; j < 2; j++) {
+            constexpr int PAIRS = IN_WORD<K_T> / 2;
+            const int p = 2 * i + j, word = p / PAIRS * IN_WORD<K_T>;
+            float two[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                two[k] = x[word + element_of_pair<K_T>(p % PAIRS, k)] * factor;
+            }
+#pragma unroll
+            for (int term = 0; term < TERMS; term++) pairs[term][j] = take_halves<KM>(two);
+        }
+#pragma unroll
+        for (int term = 0; term < TERMS; term++) {
+            const uint2 step = make_uint2(pairs[term][0], pairs[term][1]);
+            if constexpr (Q_IN_SHARED) q.shared[(term * (D / 16) + i) * WARP] = step;
+            else q.steps[term][Q_IN_SHARED ? 0 : i] = step;
+        }
     }
 }
 
@@ -319,27 +341,35 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
                                               const u8* queue) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
+    float d[KEYS / 8][4] = {};
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        float d[4] = {};
+    for (int i = 0; i < S::COUNT; i++) {
+        u32 pairs[KEYS / 8][S::WORDS][PAIRS];
 #pragma unroll
-        for (int i = 0; i < S::COUNT; i++) {
-            u32 words[S::WORDS], pairs[S::WORDS][PAIRS];
+        for (int n = 0; n < KEYS / 8; n++) {
+            u32 words[S::WORDS];
             load_words(words, queue + (n * S::COUNT + i) * WARP * S::BYTES);
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[w], words[w], K_T{});
-#pragma unroll
-            for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
-                const u32 b0 = pairs[p / PAIRS][p % PAIRS];
-                const u32 b1 = pairs[(p + 1) / PAIRS][(p + 1) % PAIRS];
-                const int a = i * S::ELEMENTS / 2 + p;
-                multiply<KM>(d, q.high[a], Q_HAS_LOW ? q.low[Q_HAS_LOW ? a : 0] : 0, q.high[a + 1],
-                             Q_HAS_LOW ? q.low[Q_HAS_LOW ? a + 1 : 0] : 0, b0, b1);
-                if constexpr (Q_HAS_REST) multiply<KM>(d, q.rest[a], 0, q.rest[a + 1], 0, b0, b1);
-            }
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], K_T{});
         }
 #pragma unroll
-        for (int c = 0; c < 2; c++) scores[2 * n + c] = Q_HAS_LOW ? d[c] + d[c + 2] : d[c];
+        for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+            const int step = (i * S::ELEMENTS / 2 + p) / 2;
+            const uint2 high = q.step(0, step);
+            const uint2 low = Q_HAS_LOW ? q.step(TERMS > 1 ? 1 : 0, step) : make_uint2(0, 0);
+            const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
+                const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
+                multiply<KM>(d[n], high.x, low.x, high.y, low.y, b0, b1);
+                if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) {
+        scores[i] = Q_HAS_LOW ? d[i / 2][i % 2] + d[i / 2][i % 2 + 2] : d[i / 2][i % 2];
     }
 }
 
@@ -474,13 +504,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const Rows<SCALE_T> value_scales{v_scales + kv_head * vs_head, vs_page, vs_token};
 
     constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
-    u8* const queue = shared + warp * STAGES * STAGE_BYTES;
+    u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
     u8* const k_queue = queue + lane * KShare::BYTES;
     u8* const v_queue = queue + K_BYTES + lane * VShare::BYTES;
 
     // The states of the warps, and in the workspace those of pieces.
     constexpr int PITCH = D + 4;
-    float* const warp_x = (float*)(shared + WARPS * STAGES * STAGE_BYTES);
+    float* const warp_x = (float*)(shared + WARPS * (STAGES * STAGE_BYTES + Q_BYTES));
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
     float* const piece_x = workspace + COUNTERS;
@@ -515,6 +545,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int b = piece.b, length = piece.seen.length;
         const Table table{page_table + (i64)b * M, piece.seen.first, length - 1};
         Query query;
+        query.shared = (uint2*)(queue + STAGES * STAGE_BYTES) + lane;
         load_query(query, query_row + b * q_stride, g < num_rows);
         const float factor = score_scale * query.unit / IN_PAIRS<K_T>;
 

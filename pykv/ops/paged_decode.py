@@ -190,13 +190,12 @@ def workspace_size(
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
     spec = spec or KVSpec()
     sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
-    return max(
-        mma.workspace_size(sizes, spec, num_sms, fixed_split),
-        *(
-            _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
-            for b in range(1, B + 1)
-        ),
-    )
+    ranges = mma.num_ranges(sizes, spec, 2 * num_sms, fixed_split)
+    plain = [
+        _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
+        for b in range(1, B + 1)
+    ]
+    return max(mma.workspace_size(sizes, spec, ranges, fixed_split), *plain, 0)
 
 
 def kernel_for(
@@ -467,7 +466,9 @@ def _plan(
     merge = None
     if stem == "paged_decode_mma":
         defines["PAGE"] = sizes.P
-        grid, shared_bytes, size, ints = mma.launch(sm, spec, sizes, window, num_sms, fixed_split)
+        grid, shared_bytes, size, ints = mma.launch(
+            sm, spec, q_dtype, sizes, window, num_sms, fixed_split
+        )
     else:
         defines["ROWS"] = _tile_rows(sizes)
         splits, size = _plain_splits(sizes, window, num_sms, fixed_split)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 
 VARIANTS: list[dict[str, Any]] = [
@@ -18,7 +19,6 @@ VARIANTS: list[dict[str, Any]] = [
 
 ROWS = 8  # query rows of a tile
 WARPS = 4
-BLOCKS = 2  # on an SM, which registers and shared memory allow
 MIN_KEYS = 128  # of a range
 COUNTERS = 4096  # at the start of the workspace, zero before and after each call
 
@@ -71,48 +71,70 @@ def stages(sm: int, spec: KVSpec, D: int) -> int:
     return max(1, min(4, queue // tile))
 
 
-def num_ranges(sizes: Sizes, spec: KVSpec, num_sms: int, fixed_split: int | None) -> int:
+def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
+    """Of a block: queues of the warps, long queries, and the warps' states."""
+    k, v = spec.kinds
+    D = sizes.D
+    queue = stages(sm, spec, D) * tile_keys(spec) * (k.row_bytes(D) + v.row_bytes(D))
+    if D > 128:
+        rounds_half = k.name == "bf16" and q_dtype != BFLOAT16
+        terms = 1 + (q_dtype.itemsize == 4 or rounds_half) + (q_dtype.itemsize == 4 and rounds_half)
+        queue += terms * D * 16
+    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
+
+
+def num_blocks(sm: int, shared: int, num_sms: int) -> int:
+    """Blocks that run at once: two an SM where shared memory allows (the kernel's launch bound)."""
+    of_sm = {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
+    return num_sms * max(1, min(2, of_sm // (shared + 1024)))  # the system's own 1 KiB each
+
+
+def num_ranges(sizes: Sizes, spec: KVSpec, blocks: int, fixed_split: int | None) -> int:
     """Parts into which the keys of all sequences are cut, for each tile.
 
     As many as run at once, or a small multiple of them where that wastes less, but no more than
     there can be work for. Lengths do not enter, so a captured graph stays valid.
     """
-    at_once = BLOCKS * num_sms
-    best = 1
+    tiles = sizes.tiles
+    best = max(1, min(blocks, COUNTERS) // tiles)
     for waves in range(1, 9):
-        ranges = min(waves * at_once, COUNTERS) // sizes.tiles
-        if ranges and ranges * sizes.tiles >= 0.9 * waves * at_once:
+        ranges = min(waves * blocks, COUNTERS) // tiles
+        if ranges * tiles >= 0.9 * waves * blocks:
             best = ranges
             break
-        best = max(best, ranges if waves == 1 else 0)
     unit = fixed_split or max(MIN_KEYS, tile_keys(spec))
     return max(1, min(best, sizes.B * max(1, -(-sizes.capacity // unit))))
 
 
-def workspace_size(sizes: Sizes, spec: KVSpec, num_sms: int, fixed_split: int | None = None) -> int:
-    """Elements of workspace; 0 where no row is ever cut."""
-    slots = _num_slots(sizes, spec, num_sms, fixed_split)
-    return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
-
-
-def _num_slots(sizes: Sizes, spec: KVSpec, num_sms: int, fixed_split: int | None) -> int:
+def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
+    """States that rows may leave in the workspace, for each tile; 0 where no row is ever cut."""
     if fixed_split:
         pieces = -(-sizes.capacity // fixed_split)
         return sizes.B * pieces if pieces > 1 else 0
-    ranges = num_ranges(sizes, spec, num_sms, None)
     return 2 * ranges if ranges > 1 else 0
 
 
+def workspace_size(sizes: Sizes, spec: KVSpec, ranges: int, fixed_split: int | None) -> int:
+    """Elements of workspace."""
+    slots = num_slots(sizes, ranges, fixed_split)
+    return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
+
+
 def launch(
-    sm: int, spec: KVSpec, sizes: Sizes, window: int, num_sms: int, fixed_split: int | None
+    sm: int,
+    spec: KVSpec,
+    q_dtype: Any,
+    sizes: Sizes,
+    window: int,
+    num_sms: int,
+    fixed_split: int | None,
 ) -> tuple[int, int, int, tuple[int, ...]]:
     """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
-    ranges = num_ranges(sizes, spec, num_sms, fixed_split)
-    keys = tile_keys(spec)
-    queue = stages(sm, spec, sizes.D) * keys * sum(kind.row_bytes(sizes.D) for kind in spec.kinds)
-    states = min(sizes.rows, ROWS) * (4 * sizes.D + 24)
+    shared = shared_bytes(sm, spec, q_dtype, sizes)
+    ranges = num_ranges(sizes, spec, num_blocks(sm, shared, num_sms), fixed_split)
     B, T, HQ, H, _, _, M = sizes
-    slots = _num_slots(sizes, spec, num_sms, fixed_split)
-    ints = (B, T, HQ, H, M, sizes.capacity, window, (fixed_split or 0) // keys, slots)
-    size = workspace_size(sizes, spec, num_sms, fixed_split)
-    return sizes.tiles * ranges, WARPS * (queue + states), size, ints
+    slots = num_slots(sizes, ranges, fixed_split)
+    piece_tiles = (fixed_split or 0) // tile_keys(spec)
+    ints = (B, T, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
+    size = workspace_size(sizes, spec, ranges, fixed_split)
+    return sizes.tiles * ranges, shared, size, ints

@@ -385,12 +385,16 @@ def test_errors_name_the_argument(xp, rng):
     wide = [xp.zeros((1, 1, 520), np.float32), *[xp.zeros((1, 1, 1, 520), np.float32)] * 2]
     with pytest.raises(UnsupportedError, match="q has D=520, expected at most 512"):
         decode(*wide, table[:1], lengths[:1])
-    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H D\]\)"):
+    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H \| D\]\)"):
         decode(q, k_pool, v_pool[..., :32].copy(), table, lengths)
     with pytest.raises(ShapeError, match="lengths has B=2, expected B=3"):
         decode(q, k_pool, v_pool, table, lengths[:2])
     with pytest.raises(DtypeError, match="v_pool has dtype float32, expected float16"):
-        decode(q, k_pool, v_pool.astype(np.float32), table, lengths)
+        decode(q, k_pool, v_pool.astype(np.float32), table, lengths, spec=kinds.KVSpec())
+    with pytest.raises(ParameterError, match="spec is missing, and v_pool is uint8"):
+        decode(q, k_pool, xp.zeros(v_pool.shape, np.uint8), table, lengths)
+    with pytest.raises(DtypeError, match="lengths has dtype int64, expected int32"):
+        decode(q, k_pool, v_pool, table, lengths.astype(np.int64))
     with pytest.raises(DtypeError, match="out has dtype float16, expected float32"):
         decode(q, k_pool, v_pool, table, lengths, out=q.astype(np.float16))
     with pytest.raises(ParameterError, match="window is 0, expected None or at least 1"):

@@ -4,6 +4,7 @@ Like CuPy's, its arrays do not turn into NumPy's unasked: an op that mixes the t
 would on a GPU. What `empty` returns is poisoned.
 """
 
+import ctypes
 import math
 import weakref
 from types import SimpleNamespace
@@ -36,6 +37,9 @@ class ndarray:
 
     def get(self):
         return self.host.copy()
+
+    def set(self, values):
+        self.host[...] = values
 
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array becomes a NumPy array by .get() alone")
@@ -153,7 +157,21 @@ def _gemm_ex(
 def _attributes(address):
     """Memory that no array here holds is what a GPU calls pageable."""
     known = len(allocations_at(np.array([address], np.uint64))) > 0
-    return SimpleNamespace(type=2 if known else 0)  # cudaMemoryTypeDevice, ...Unregistered
+    # cudaMemoryTypeDevice, cudaMemoryTypeUnregistered
+    return SimpleNamespace(type=2 if known else 0, device=DEVICE)
+
+
+class CUDARuntimeError(RuntimeError):
+    """Nothing here raises it."""
+
+
+class Event:
+    """Everything is done when the call returns, so every event has happened."""
+
+    ptr = 0
+
+    def synchronize(self):
+        pass
 
 
 TYPES = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType
@@ -174,11 +192,20 @@ cuda = SimpleNamespace(
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    Event=Event,
+    get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(
         getDevice=lambda: DEVICE,
         getDeviceCount=lambda: 1,
         pointerGetAttributes=_attributes,
         memoryTypeUnregistered=0,
+        memoryTypeHost=1,
+        memoryTypeDevice=2,
+        memcpyAsync=lambda dst, src, size, kind, stream: ctypes.memmove(dst, src, size),
+        streamIsCapturing=lambda stream: False,
+        eventRecord=lambda event, stream: None,
+        eventQuery=lambda event: 0,
+        CUDARuntimeError=CUDARuntimeError,
     ),
     Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
 )

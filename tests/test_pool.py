@@ -20,7 +20,7 @@ def test_one_token_is_answered_by_its_value(xp, rng, dtype):
     cache = PagedKVCache(2, 4, 2, 64, page_size=4, dtype=dtype, xp=xp)
     k, v = xp.asarray(rng.standard_normal((2, 1, 2, 64)).astype(cache.dtype))
     q = xp.asarray(rng.standard_normal((1, 4, 64)).astype(np.float32))
-    pages = cache.allocator.allocate(1)
+    pages = cache.manager.allocate(1)
     slot = xp.asarray(np.array([pages[0] * 4], np.int32))
     table, length = xp.asarray(np.array([pages], np.int32)), xp.asarray(np.ones(1, np.int32))
 

@@ -45,10 +45,10 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work:
     }[case["what"]]
     pool = BlockManager(PAGES, P)
     run = make_round(pool, case["operations"], rng)
-    free = pool.num_free  # a round gives back what it takes
+    before = pool.num_free, pool.num_cached  # a round leaves as much behind as it finds
 
     def check() -> bool:
-        return pool.num_free == free
+        return (pool.num_free, pool.num_cached) == before
 
     return Work(run, check, bytes=0)
 

@@ -177,7 +177,8 @@ def tiny_path(tmp_path_factory):
 
 @pytest.fixture(params=DEVICES)
 def llm(tiny_path, request):
-    return LLM(tiny_path, device=request.param)
+    """Every call computes all its tokens; tests/llm/test_reuse.py has the other."""
+    return LLM(tiny_path, device=request.param, prefix_cache=False)
 
 
 def test_a_batch_equals_its_prompts_one_by_one(llm, rng):

@@ -11,13 +11,16 @@ from pykv.blocks import BlockManager
 def calls(monkeypatch):
     """How often each verb was called."""
     counts = {}
-    for name in ("allocate", "extend", "fork", "free", "publish", "reuse"):
 
-        def counted(self, *args, call=getattr(BlockManager, name), name=name):
+    def counted(name, call):
+        def method(self, *args):
             counts[name] = counts.get(name, 0) + 1
             return call(self, *args)
 
-        monkeypatch.setattr(BlockManager, name, counted)
+        return method
+
+    for name in ("allocate", "extend", "fork", "free", "publish", "reuse"):
+        monkeypatch.setattr(BlockManager, name, counted(name, getattr(BlockManager, name)))
     return counts
 
 

@@ -118,9 +118,9 @@ def memcpy_batch(
             "batch_without_fallback" raises instead of falling back. "auto" makes neighbours one
             copy and takes the way with the shortest predicted time: see `calibrate`, which the
             first such call runs. Pageable host memory, and another GPU's, gets one call for each
-            copy. In a stream capture "auto" takes the kernel, whose tables of up to 28 bytes a
-            pair then stay for the rest of the process, since a graph may be replayed for ever;
-            block_copy.prepare leaves them to the caller.
+            copy. In a stream capture "auto" takes the kernel in place of the batch call; the
+            kernel's tables of up to 28 bytes a pair then stay for the rest of the process, since a
+            graph may be replayed for ever; block_copy.prepare leaves them to the caller.
         direction: what "auto" may rely on: "h2d" (all sources pinned host memory, all destinations
             memory of the current GPU), "d2h" or "d2d". None: it asks the driver, some microseconds
             for each allocation that the addresses lie in.
@@ -358,7 +358,8 @@ def _plan(
 ) -> tuple[Any, Any, Any, str, str]:
     """The pairs to copy, and the path for them with its reason."""
     if mode == "auto":
-        src, dst, sizes = block_copy.merge(src, dst, sizes)
+        if len(src) > 1:
+            src, dst, sizes = block_copy.merge(src, dst, sizes)
         return src, dst, sizes, *_choose(src, dst, sizes, direction, handle)
     if mode == "fallback_only":
         return src, dst, sizes, "loop", "mode is fallback_only"
@@ -379,6 +380,9 @@ def _submit(
         return CopyReport("kernel", reason, *facts), handle
     if path == "batch":
         refusal, used = _run_batch(op, src, dst, sizes, handle)
+        if refusal and mode == "auto" and _is_capturing(handle):
+            _run_captured_kernel(op, src, dst, sizes)
+            return CopyReport("kernel", refusal, *facts), handle
         if not refusal:
             if used != handle:
                 reason += ", on a side stream because it refuses the legacy default stream"
@@ -577,16 +581,17 @@ def _end_of_allocation(address: int) -> int:
 
 def _choose(src: Any, dst: Any, sizes: Any, direction: str | None, handle: int) -> tuple[str, str]:
     """Path and reason of mode "auto"."""
-    capturing, device, count = _is_capturing(handle), cuda.current_device(), len(src)
+    device, count = cuda.current_device(), len(src)
+    may_predict = device in _tables or not _is_capturing(handle)  # or it would calibrate
     size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
     if direction is None:
-        if not capturing and _fastest_anywhere(device, size, count) == "loop":
+        if may_predict and _fastest_anywhere(device, size, count) == "loop":
             return "loop", "calibrated: fastest in every direction"  # and reaches all memory
         direction, why = _direction(src, dst)
         if direction not in DIRECTIONS:
             return "kernel" if direction else "loop", why
-    if capturing:
-        return "kernel", "the stream is being captured, and a graph replays one kernel fastest"
+    if not may_predict:
+        return "kernel", "the stream is being captured, and nothing is calibrated"
     return _fastest(device, direction, size, count)
 
 

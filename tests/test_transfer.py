@@ -61,7 +61,7 @@ def forced(monkeypatch):
 
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
-        monkeypatch.setattr(transfer, "_table", lambda device: table)
+        monkeypatch.setattr(transfer, "_tables", {0: table})
         transfer._fastest.cache_clear()
         transfer._fastest_anywhere.cache_clear()
 
@@ -393,6 +393,14 @@ def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
         ("memory of GPU 3", 50),
         ("d", 50),  # managed memory goes where it is wanted
     ]
+
+
+def test_a_capture_takes_the_kernel_in_place_of_the_batch_call(driver, forced):
+    forced("batch")
+    driver.capturing = True
+    report = auto(SRC, DST, 5)
+    assert report.path == "kernel" and report.reason.endswith("cannot be captured in a graph")
+    assert driver.captured == [([160, 320], DST, 5)] and not driver.batches
 
 
 def test_a_capture_takes_the_kernel_without_a_calibration(driver, monkeypatch):
@@ -963,11 +971,14 @@ def test_a_copy_overlaps_compute(rng, forced, path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", ["kernel", "batch"])
 @pytest.mark.parametrize("mode", ["Relaxed", "ThreadLocal", "Global"])
-def test_a_graph_captures_auto(rng, mode):
-    """Also in the modes that forbid to allocate, torch's among them."""
+def test_a_graph_captures_auto(rng, forced, mode, path):
+    """Also in the modes that forbid to allocate, torch's among them, and where it would have taken
+    what cannot be captured."""
     import cupy
 
+    forced(path)
     sizes = np.array([3000, 17, 4096])
     src, dst = cupy.asarray(rng.integers(0, 256, 10_000, np.uint8)), cupy.zeros(10_000, np.uint8)
     offsets = np.array([0, 3500, 5000], np.uint64)

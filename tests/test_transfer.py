@@ -62,6 +62,7 @@ def forced(monkeypatch):
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
         monkeypatch.setattr(transfer, "_tables", {0: table})
+        monkeypatch.setattr(transfer, "_table", lambda device: table)
         transfer._fastest.cache_clear()
         transfer._fastest_anywhere.cache_clear()
 

@@ -14,26 +14,28 @@ even. Code kinds store codes and a scale, in arrays of their own; a row decodes 
 How a row x is encoded, in float32, so that every device writes the same bits:
 
     scale = max(max |x|, 1e-8) / largest, rounded to the dtype of the scales, but finite
-    code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where scale is 0
+    code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where the scale is
+            not above 0 or 1 / scale is 0
 
 The scale is the one that is stored, so decoding meets no second rounding; float16 scales are
 subnormal for rows below 8e-3 and 0 below 4e-6. A row with a NaN or an infinity gets the scale NaN
 and codes 0: all of it decodes to NaN, as visible as in a cache of floats. Scales for a whole head
-or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN stays NaN
-in fp8 and becomes 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with the stored
-scale in place of the exact one.
+or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN becomes
+0x7f in fp8, which is NaN, and 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with
+the stored scale in place of the exact one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -78,7 +80,7 @@ KINDS = {
         Kind("fp16", FLOATS[1], "f16", 16),
         Kind("bf16", BFLOAT16, "bf16", 16),
         Kind("int8", np.dtype(np.int8), "i8", 8, 127),
-        Kind("int4", np.dtype(np.uint8), "int4", 4, 7),
+        Kind("int4", np.dtype(np.uint8), "i4", 4, 7),
         Kind("e4m3", np.dtype(np.uint8), "e4m3", 8, 448),
         Kind("e5m2", np.dtype(np.uint8), "e5m2", 8, 57344),
     )
@@ -218,6 +220,32 @@ class KVSpec:
         )
 
 
+def spec_of(op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any) -> KVSpec:
+    """The spec that the arrays of a call speak for themselves: NHD, each kind by its dtype, a scale
+    for each token and head.
+
+    Raises:
+        DtypeError: a pool's dtype names no kind; the text names the op and the argument.
+    """
+    scales = k_scales if k_scales is not None else v_scales
+    return _spec_of(op, *(getattr(x, "dtype", None) for x in (k_pool, v_pool, scales)))
+
+
+@lru_cache
+def _spec_of(op: str, k: Any, v: Any, scales: Any) -> KVSpec:
+    names = {kind.dtype: kind.name for kind in KINDS.values() if kind.dtype != np.uint8}
+    for pool, dtype in (("k_pool", k), ("v_pool", v)):
+        if dtype is None:
+            raise DtypeError(f"{op}: {pool} is no array, expected a NumPy or CuPy array")
+        if dtype not in names:
+            expected = " or ".join(map(str, names))
+            raise DtypeError(
+                f"{op}: {pool} has dtype {dtype}, expected {expected} where spec is None"
+            )
+    scale_dtype = "fp32" if scales == SCALE_DTYPES["fp32"] else "fp16"
+    return KVSpec(names[k], names[v], scale_dtype=scale_dtype)
+
+
 def quantize(
     x: Any, kind: Kind, *, scale: Any = None, scale_dtype: Any = SCALE_DTYPES["fp16"]
 ) -> tuple[Any, Any]:
@@ -236,15 +264,13 @@ def quantize(
     if not kind.largest:
         return x.astype(kind.dtype), None
     x = x.astype(np.float32)
-    found = scale is None
-    if found:
+    if scale is None:
         scale = row_scales(x, kind, scale_dtype)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inverse = np.float32(1) / np.asarray(scale).astype(np.float32)
         inverse = np.where(np.asarray(scale) > 0, inverse, np.float32(0))[..., None]
         y = np.clip(x * inverse, -kind.largest, kind.largest)
-        if found:  # a row of a NaN scale
-            y = np.where(inverse == 0, np.float32(0), y)
+        y = np.where(inverse == 0, np.float32(0), y)  # also of NaN and infinity
     return encode(y, kind), scale
 
 
@@ -259,10 +285,10 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
 
 def encode(y: Any, kind: Kind) -> Any:
     """Codes [..., W] of values y [..., D] float32 between -largest and largest, or NaN."""
-    if kind.name == "e4m3":
-        return y.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    if kind.name == "e5m2":
-        return y.astype(ml_dtypes.float8_e5m2).view(np.uint8)
+    if kind.name in ("e4m3", "e5m2"):
+        dtype = ml_dtypes.float8_e4m3fn if kind.name == "e4m3" else ml_dtypes.float8_e5m2
+        codes = y.astype(dtype).view(np.uint8)
+        return np.where(np.isnan(y), np.uint8(0x7F), codes)
     codes = np.rint(np.where(np.isnan(y), np.float32(0), y)).astype(np.int8)
     return codes if kind.name == "int8" else pack(codes)
 

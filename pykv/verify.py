@@ -16,6 +16,7 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
+from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import (
     activation,
     bandwidth,
@@ -128,16 +129,41 @@ def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 
 def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    for new, kv in ((F16, F16), (F32, F16), (F32, BFLOAT16), (F32, F32)):
-        k: Any = rng.standard_normal((40, 3, 64)).astype(new)
-        want = np.full((2, 8, 16, 3, 64), np.nan, kv)  # K and V pool
-        got = xp.array(want)
-        slots = rng.permutation(8 * 16)[:40].astype(np.int32)
-        slots[::5] = -1
-        paged_append.reference(k, -k, want[0], want[1], slots)
-        rows = xp.asarray(k)
-        paged_append.append(rows, -rows, got[0], got[1], xp.asarray(slots))
-        yield f"{new} rows into {kv} pages", wrong_values(got, want), 0.0
+    T, H, D, P, N = 40, 3, 64, 16, 8
+    slots = rng.permutation(N * P)[:T].astype(np.int32)
+    slots[::5] = -1
+    where = xp.asarray(slots)
+    for new, text in (
+        *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
+        *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
+        (F16, "k8v4:head"),
+    ):
+        spec = KVSpec.parse(text)
+        k: Any = rng.standard_normal((T, H, D)).astype(new)
+        k[1] = 1e-5  # where scales of 16 bits are subnormal
+        k[2, 0, 3] = np.nan
+        arrays = _cache(spec, N, P, H, D)
+        got = [None if x is None else xp.array(x) for x in arrays]
+        places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
+        judged: Any = (k, -k, *arrays, spec, *places)
+        paged_append.reference(*judged)
+        rows, options = xp.asarray(k), dict(k_scales=got[2], v_scales=got[3], spec=spec)
+        paged_append.append(rows, -rows, got[0], got[1], where, **options)
+        error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
+        yield f"{new} rows into {text} pages", error, 0.0
+
+
+def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
+    """Pools of K and V and their scales, or None: NaN, and codes and given scales of one."""
+    shape = (N, P, H) if spec.layout == "NHD" else (N, H, P)
+    scale_shape = {"token": shape, "head": (H,), "tensor": (1,)}[spec.granularity]
+    pools, scales = [], []
+    for kind in spec.kinds:
+        pool = np.ones((*shape, D // 2 if kind.bits == 4 else D), kind.dtype)
+        pools.append(pool if kind.largest else pool * kind.dtype.type(np.nan))
+        fill = np.nan if spec.finds_scales else 1.0 / kind.largest if kind.largest else 1.0
+        scales.append(np.full(scale_shape, fill, SCALE_DTYPES[spec.scale_dtype]))
+    return pools + [x if k.largest else None for x, k in zip(scales, spec.kinds, strict=True)]
 
 
 def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

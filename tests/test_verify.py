@@ -189,7 +189,28 @@ def last_bit(op):
 
 
 def keys_for_values(op):
-    return lambda k, v, *rest: op(k, k, *rest)
+    return lambda k, v, *rest, **options: op(k, k, *rest, **options)
+
+
+def half_the_scales(op):
+    """The scales that are stored are half of what codes were made with."""
+
+    def faulty(*args, **options):
+        op(*args, **options)
+        if options["k_scales"] is not None:
+            options["k_scales"][...] = options["k_scales"] * F16(0.5)
+
+    return faulty
+
+
+def truncated(op):
+    """Rows are cut to what sixteen bits less hold, before they become codes."""
+
+    def faulty(k, v, *rest, **options):
+        bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
+        op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
+
+    return faulty
 
 
 def ties_to_the_last(op):
@@ -209,6 +230,8 @@ FAULTS = {
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
     "append: padding is written": (paged_append, "append", with_argument(4, abs)),
+    "append: scales halved": (paged_append, "append", half_the_scales),
+    "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),

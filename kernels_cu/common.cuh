@@ -40,6 +40,21 @@ __device__ __forceinline__ u16 float_to_f16_bits(float x) {
     return y;
 }
 
+#if __CUDA_ARCH__ >= 800
+// [cvt] Two floats to nearest even, `lower` in the lower half; NaN becomes 0x7fff.
+__device__ __forceinline__ u32 floats_to_f16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+
+__device__ __forceinline__ u32 floats_to_bf16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+#endif
+
 #if __CUDA_ARCH__ >= 890
 // [cvt] Two codes, `lower` in the lower byte, to nearest even. What exceeds the largest finite
 // value, infinities too, becomes that value; NaN becomes 0x7f.
@@ -255,6 +270,34 @@ template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
 #endif
 }
 
+// --- Angles ---------------------------------------------------------------------------------------
+
+// Sine and cosine of `angle` radians; both are off by less than 1e-7 for |angle| up to 2^31.
+// The angle stays in double until it is within a quarter turn of zero. Then Taylor series serve:
+// the first term left out is below 2e-9 at pi / 4.
+__device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine) {
+    constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
+    const double turns = rint(angle * 0.6366197723675814);  // quarters of a turn: 2 / pi
+    const float x = (float)fma(-turns, HALF_PI_REST, fma(-turns, HALF_PI, angle));
+    const float y = x * x;
+    float s = 1.0f / 362880;
+    s = s * y - 1.0f / 5040;
+    s = s * y + 1.0f / 120;
+    s = s * y - 1.0f / 6;
+    s = s * y * x + x;
+    float c = -1.0f / 3628800;
+    c = c * y + 1.0f / 40320;
+    c = c * y - 1.0f / 720;
+    c = c * y + 1.0f / 24;
+    c = c * y - 0.5f;
+    c = c * y + 1.0f;
+    const int quarter = (int)((i64)turns & 3);
+    sine = quarter & 1 ? c : s;
+    cosine = quarter & 1 ? s : c;
+    if (quarter & 2) sine = -sine;
+    if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
 // --- Vectors: eight elements, 16-byte aligned -----------------------------------------------------
 
 __device__ __forceinline__ void load8(float (&x)[8], const float* p) {
@@ -276,6 +319,16 @@ __device__ __forceinline__ void load8(float (&x)[8], const T* p) {
     }
 }
 
+// Two f16 or bf16 in a word, as `from_float` makes them of floats that are no NaN.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ u32 two_halves(float a, float b, f16) { return floats_to_f16x2(a, b); }
+__device__ __forceinline__ u32 two_halves(float a, float b, bf16) { return floats_to_bf16x2(a, b); }
+#else
+template <typename T> __device__ __forceinline__ u32 two_halves(float a, float b, T) {
+    return from_float<T>(a).bits | (u32)from_float<T>(b).bits << 16;
+}
+#endif
+
 __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
     reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
     reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
@@ -285,9 +338,16 @@ template <typename T>  // f16 or bf16
 __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
     static_assert(sizeof(T) == 2, "f16 or bf16");
     u32 words[4];
+    bool has_nan = false;  // rare, and its bits take longer than all else
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+    for (int i = 0; i < 8; i++) has_nan |= x[i] != x[i];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
+    if (has_nan) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+        }
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -327,9 +387,27 @@ __device__ __forceinline__ void move8(To* to, const From* from) {
     store8(to, x);
 }
 
-// Eight elements of a float type as they are.
+// Eight elements as they are.
 template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
+template <> struct Eight<i8> { uint2 words; };
+template <> struct Eight<i4> { u32 words; };
+template <> struct Eight<e4m3> { uint2 words; };
+template <> struct Eight<e5m2> { uint2 words; };
 
+template <typename T> __device__ __forceinline__ Eight<T> get8(const T* p) {
+    Eight<T> eight;
+    if constexpr (sizeof(T) == 1) {
+        eight.words = *reinterpret_cast<const decltype(eight.words)*>(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            eight.words[i] = reinterpret_cast<const uint4*>(p)[i];
+        }
+    }
+    return eight;
+}
+
+// The same by load16_now, for floats.
 template <typename T> __device__ __forceinline__ Eight<T> get8_now(const T* p) {
     Eight<T> eight;
 #pragma unroll
@@ -340,9 +418,13 @@ template <typename T> __device__ __forceinline__ Eight<T> get8_now(const T* p) {
 }
 
 template <typename T> __device__ __forceinline__ void put8(T* p, const Eight<T>& eight) {
+    if constexpr (sizeof(T) == 1) {
+        *reinterpret_cast<Eight<T>*>(p) = eight;
+    } else {
 #pragma unroll
-    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
-        store16(reinterpret_cast<uint4*>(p) + i, eight.words[i]);
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            store16(reinterpret_cast<uint4*>(p) + i, eight.words[i]);
+        }
     }
 }
 
@@ -392,6 +474,13 @@ template <typename T> constexpr bool IS_FP8 = false;
 template <> constexpr bool IS_FP8<e4m3> = true;
 template <> constexpr bool IS_FP8<e5m2> = true;
 
+// How many lanes hold a row of `elements`, eight each at a time: a power of two up to a warp.
+__device__ constexpr int lanes_of_row(int elements) {
+    int lanes = 1;
+    while (lanes < WARP && lanes * 8 < elements) lanes *= 2;
+    return lanes;
+}
+
 // Magnitudes as unsigned numbers in the upper bits, whose order is theirs: a NaN exceeds infinity,
 // and infinity all else. `as_float` undoes it; a NaN stays some NaN.
 template <typename T> __device__ __forceinline__ u32 max_magnitude(const Eight<T>& eight) {
@@ -426,15 +515,16 @@ template <typename T> __device__ __forceinline__ float over_largest(float x) {
     return __fmaf_rn(__fmaf_rn(-y, LARGEST<T>, x), INVERSE, y);
 }
 
-// The scale that a row is stored with, `amax` being its largest |x|.
-template <typename T> __device__ __forceinline__ void row_scale(float& scale, float amax) {
-    scale = over_largest<T>(fmaxf(amax, 1e-8f));
-    if (!(amax < INF)) scale = __uint_as_float(0x7fc00000u);
-}
-
-template <typename T> __device__ __forceinline__ void row_scale(f16& scale, float amax) {
-    scale.bits = float_to_f16_bits(fminf(over_largest<T>(fmaxf(amax, 1e-8f)), 65504.0f));
-    if (!(amax < INF)) scale.bits = 0x7e00;
+// The scale that a row is stored with. `amax` holds the bits of its largest |x|; compared as bits,
+// a NaN exceeds infinity, and infinity all else.
+template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale(u32 amax) {
+    const bool finite = amax < 0x7f800000u;
+    const float scale = over_largest<T>(fmaxf(__uint_as_float(amax), 1e-8f));
+    if constexpr (sizeof(SCALE) == 2) {
+        return SCALE{finite ? float_to_f16_bits(fminf(scale, 65504.0f)) : (u16)0x7e00};
+    } else {
+        return finite ? scale : __uint_as_float(0x7fc00000u);
+    }
 }
 
 // What a row with this scale is multiplied by; 0, for codes that are all 0, where there is no such.
@@ -491,6 +581,66 @@ template <typename T> __device__ __forceinline__ void store8_fp8(T* p, const flo
 
 __device__ __forceinline__ void store8(e4m3* p, const float (&y)[8]) { store8_fp8(p, y); }
 __device__ __forceinline__ void store8(e5m2* p, const float (&y)[8]) { store8_fp8(p, y); }
+
+// Byte `i` of x as a float, less `bias`. A float of 2^23 has its units in the lowest bit, so the
+// byte goes there, at the full rate, where an SM converts integers at a quarter of it.
+__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
+    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i8>& eight) {
+    const u32 words[2] = {eight.words.x ^ 0x80808080u, eight.words.y ^ 0x80808080u};  // + 128
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i / 4], i % 4, 128.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i4>& eight) {
+    const u32 codes = eight.words ^ 0x88888888u;                                   // + 8
+    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e4m3>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
+#if __CUDA_ARCH__ >= 890
+        const u32 halves = e4m3x2_to_f16x2(pair);
+        x[i] = f16_bits_to_float((u16)halves);
+        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
+#else
+        x[i] = to_float(e4m3{(u8)pair});
+        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
+#endif
+    }
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e5m2>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        x[i] = f16_bits_to_float((u16)((words[i / 4] >> i % 4 * 8) << 8));
+    }
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const i8* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
+
+// --- Tables ---------------------------------------------------------------------------------------
+
+// The last of n ascending entries, n above 0, that is at most x; 0 where none is.
+__device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
+    int low = 0;
+    for (int end = n; end - low > 1;) {
+        const int middle = low + (end - low) / 2;
+        if (entries[middle] <= x) low = middle; else end = middle;
+    }
+    return low;
+}
 
 // --- Sums and maxima: every lane gets the result --------------------------------------------------
 

@@ -160,9 +160,8 @@ __device__ __forceinline__ void store_codes(T* to, SCALE_T* scale_at, Row row, u
     float inverse;
     bool clamps = !IS_FP8<T>;  // which clamps by itself
     if constexpr (SCALES == FOUND) {
-        SCALE_T scale;
         const float amax = as_float(largest, NEW_T{});
-        row_scale<T>(scale, amax);
+        const SCALE_T scale = row_scale<T, SCALE_T>(__float_as_uint(amax));
         if (threadIdx.x % LANES == 0) *scale_at = scale;
         inverse = inverse_scale(scale);
         if (inverse == 0.0f) row = Row{};  // NaN and infinity too

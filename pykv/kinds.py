@@ -28,14 +28,14 @@ the stored scale in place of the exact one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS
-from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.errors import ParameterError, ShapeError
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -186,29 +186,40 @@ class KVSpec:
         return self.has_scales and self.granularity == "token"
 
     def checks(
-        self, op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+        self,
+        op: str,
+        k_pool: Any,
+        v_pool: Any,
+        k_scales: Any,
+        v_scales: Any,
+        names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
+        pages: str = "N",
     ) -> dict[str, tuple[Any, ...]]:
         """Arguments of `pykv.arrays.check` for pools of this spec.
+
+        Args:
+            op: name for messages.
+            k_pool, v_pool, k_scales, v_scales: the arrays.
+            names: what the op calls them.
+            pages: letter of how many pages they have.
 
         Raises:
             ParameterError: codes without scales, or floats with them.
         """
-        dims = "N P H |" if self.layout == "NHD" else "N H P |"
-        scales = GRANULARITIES[self.granularity]
-        scales = dims if scales == "N P H" else scales
+        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
+        scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
         dtype = SCALE_DTYPES[self.scale_dtype]
         found: dict[str, tuple[Any, ...]] = {}
-        for name, kind, pool, scale in (
-            ("k", KINDS[self.k], k_pool, k_scales),
-            ("v", KINDS[self.v], v_pool, v_scales),
+        for kind, pool, scale, pool_name, scale_name in zip(
+            self.kinds, (k_pool, v_pool), (k_scales, v_scales), names[:2], names[2:], strict=True
         ):
-            found[f"{name}_pool"] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
+            found[pool_name] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
             if (scale is None) == bool(kind.largest):
                 raise ParameterError(
-                    f"{op}: {name}_scales is {'missing' if kind.largest else 'given'}, "
+                    f"{op}: {scale_name} is {'missing' if kind.largest else 'given'}, "
                     f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
                 )
-            found[f"{name}_scales"] = (scale, scales, dtype, 1)
+            found[scale_name] = (scale, scales, dtype, 1)
         return found
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
@@ -220,30 +231,32 @@ class KVSpec:
         )
 
 
-def spec_of(op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any) -> KVSpec:
-    """The spec that the arrays of a call speak for themselves: NHD, each kind by its dtype, a scale
-    for each token and head.
+def spec_of(
+    op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
+) -> KVSpec:
+    """The spec that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
 
     Raises:
-        DtypeError: a pool's dtype names no kind; the text names the op and the argument.
+        ParameterError: an array of bytes, which may be int4 or fp8, or of another dtype.
     """
-    scales = k_scales if k_scales is not None else v_scales
-    return _spec_of(op, *(getattr(x, "dtype", None) for x in (k_pool, v_pool, scales)))
-
-
-@lru_cache
-def _spec_of(op: str, k: Any, v: Any, scales: Any) -> KVSpec:
-    names = {kind.dtype: kind.name for kind in KINDS.values() if kind.dtype != np.uint8}
-    for pool, dtype in (("k_pool", k), ("v_pool", v)):
-        if dtype is None:
-            raise DtypeError(f"{op}: {pool} is no array, expected a NumPy or CuPy array")
-        if dtype not in names:
-            expected = " or ".join(map(str, names))
-            raise DtypeError(
-                f"{op}: {pool} has dtype {dtype}, expected {expected} where spec is None"
+    names = []
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        kind = _BY_DTYPE.get(getattr(pool, "dtype", None))
+        if kind is None:
+            raise ParameterError(
+                f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
+                f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
             )
-    scale_dtype = "fp32" if scales == SCALE_DTYPES["fp32"] else "fp16"
-    return KVSpec(names[k], names[v], scale_dtype=scale_dtype)
+        names.append(kind.name)
+    scales = v_scales if k_scales is None else k_scales
+    if scales is None:
+        return _spec(*names, "token", "fp16")
+    granularity = "token" if scales.ndim == 3 else "tensor" if len(scales) == 1 else "head"
+    return _spec(*names, granularity, "fp32" if scales.dtype == FLOATS[0] else "fp16")
+
+
+_BY_DTYPE: dict[Any, Kind] = {kind.dtype: kind for kind in KINDS.values() if kind.dtype != np.uint8}
+_spec = cache(KVSpec)
 
 
 def quantize(

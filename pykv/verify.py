@@ -21,6 +21,7 @@ from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
@@ -151,6 +152,33 @@ def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         paged_append.append(rows, -rows, got[0], got[1], where, **options)
         error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
         yield f"{new} rows into {text} pages", error, 0.0
+
+
+def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
+    lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
+    inv_freq = rope.frequencies(48, 10000.0)
+    for new, kv in ((F32, F16), (BFLOAT16, F32)):
+        k, v = (rng.standard_normal((B, T, H, D)).astype(new) for D in (K, V))
+        for pairing in (None, "half", "adjacent"):
+            freq = None if pairing is None else inv_freq
+            judged: Any = (lengths, slots, freq, pairing)
+            low = [np.zeros((len(lengths), C, H, D), kv) for D in (K, V)]
+            exact: Any = [x.astype(np.float64) for x in (k, v, *low)]
+            got = [xp.array(x) for x in low]
+            contiguous_append.reference(k, v, low[0], low[1], *judged)
+            contiguous_append.reference(*exact, *judged)
+            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            options: Any = dict(slots=xp.asarray(slots))
+            if pairing is not None:
+                options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)
+            contiguous_append.append(*given, **options)
+            name = f"{new} rows into {kv}, "
+            if pairing is None:
+                wrong = wrong_values(got[0], low[0]) + wrong_values(got[1], low[1])
+                yield f"{name}not rotated", wrong, 0.0
+            else:
+                yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
 
 
 def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
@@ -339,6 +367,7 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
+    "contiguous_append": _contiguous_append,
     "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

@@ -11,6 +11,7 @@ from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
@@ -233,6 +234,12 @@ FAULTS = {
     "append: scales halved": (paged_append, "append", half_the_scales),
     "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
+    "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
+    "contiguous: no values": (
+        *(contiguous_append, "append"),
+        lambda op: lambda k, v, *rest, **options: op(k, v * 0, *rest, **options),
+    ),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

@@ -62,15 +62,14 @@ def append(
         k_scales, v_scales: what `spec` asks for, None for kinds of floats. A scale for each token
             and head, [N, P, H] or [N, H, P] at any stride, is found and written with the row; one
             for each head [H], or for all [1], is given.
-        spec: what the pools hold. None: NHD, kinds by dtype (floats and int8), a scale for each
-            token and head.
+        spec: what the pools hold; None: what the arrays show of floats and int8, in NHD.
         stream: see pykv.cuda.on_stream.
 
     Raises:
         ShapeError: dimensions disagree, or D is no multiple of 8.
         DtypeError: an array has another dtype.
         DeviceError: host and device arrays are mixed.
-        ParameterError: scales are missing, or given for floats.
+        ParameterError: scales are missing, or given for floats; no spec for arrays of bytes.
         UnsupportedError: D is above 512.
 
     Runs where the arrays are. On a GPU it only enqueues, one launch for K and V, and slots are not

@@ -204,6 +204,7 @@ cublas = SimpleNamespace(
 )
 
 cuda = SimpleNamespace(
+    alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),

@@ -111,8 +111,7 @@ block_copy(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
     const u32 tiles_a_pair = (u32)((size - 1) / TILE + 1);  // of no meaning with `sizes`
     u64 src = 0, dst = 0;
     int first = 0, end = 0;  // tiles of the pair at hand
-    // Tiles go round the blocks first: a few blocks then occupy as many SMs, and many blocks are
-    // 15 percent faster on an H200 than with neighbouring tiles for the warps of one.
+    // Tiles go round the blocks first, so that a few tiles still occupy as many SMs.
     for (u32 next = blockIdx.x + gridDim.x * (threadIdx.x / WARP); next < (u32)num_tiles;
          next += gridDim.x * WARPS) {
         const int tile = (int)next;

@@ -19,6 +19,7 @@ struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
 struct e4m3 { u8 bits; };  // OCP FP8: no infinities, NaN is 0x7f and 0xff, largest 448
 struct e5m2 { u8 bits; };  // OCP FP8: the upper byte of an f16, largest finite 57344
+struct i4 { u8 bits; };    // two int4 in two's complement, the even element in the lower half
 
 // --- Instructions: all the inline PTX, under the names of its manual's sections ------------------
 //
@@ -38,6 +39,21 @@ __device__ __forceinline__ u16 float_to_f16_bits(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
+
+#if __CUDA_ARCH__ >= 800
+// [cvt] Two floats to nearest even, `lower` in the lower half; NaN becomes 0x7fff.
+__device__ __forceinline__ u32 floats_to_f16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+
+__device__ __forceinline__ u32 floats_to_bf16x2(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
+    return y;
+}
+#endif
 
 #if __CUDA_ARCH__ >= 890
 // [cvt] Two codes, `lower` in the lower byte, to nearest even. What exceeds the largest finite
@@ -61,6 +77,22 @@ __device__ __forceinline__ u32 e4m3x2_to_f16x2(u16 x) {
     return y;
 }
 #endif
+
+// [ld] 16 bytes, aligned to 16. Stays before the next __syncwarp, where other loads from memory that
+// a kernel does not write sink to where their values are used.
+__device__ __forceinline__ uint4 load16_now(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+    return x;
+}
+
+// [st] 16 bytes to global memory, aligned to 16. What is made of parts is else at times stored by
+// parts.
+__device__ __forceinline__ void store16(void* p, const uint4& x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 
 // [cp.async] Starts a copy of 16 bytes, both addresses aligned to 16, past L1. Below sm_80 an
 // ordinary copy, and the two that follow do nothing.
@@ -238,6 +270,34 @@ template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
 #endif
 }
 
+// --- Angles ---------------------------------------------------------------------------------------
+
+// Sine and cosine of `angle` radians; both are off by less than 1e-7 for |angle| up to 2^31.
+// The angle stays in double until it is within a quarter turn of zero. Then Taylor series serve:
+// the first term left out is below 2e-9 at pi / 4.
+__device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine) {
+    constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
+    const double turns = rint(angle * 0.6366197723675814);  // quarters of a turn: 2 / pi
+    const float x = (float)fma(-turns, HALF_PI_REST, fma(-turns, HALF_PI, angle));
+    const float y = x * x;
+    float s = 1.0f / 362880;
+    s = s * y - 1.0f / 5040;
+    s = s * y + 1.0f / 120;
+    s = s * y - 1.0f / 6;
+    s = s * y * x + x;
+    float c = -1.0f / 3628800;
+    c = c * y + 1.0f / 40320;
+    c = c * y - 1.0f / 720;
+    c = c * y + 1.0f / 24;
+    c = c * y - 0.5f;
+    c = c * y + 1.0f;
+    const int quarter = (int)((i64)turns & 3);
+    sine = quarter & 1 ? c : s;
+    cosine = quarter & 1 ? s : c;
+    if (quarter & 2) sine = -sine;
+    if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
 // --- Vectors: eight elements, 16-byte aligned -----------------------------------------------------
 
 __device__ __forceinline__ void load8(float (&x)[8], const float* p) {
@@ -259,20 +319,42 @@ __device__ __forceinline__ void load8(float (&x)[8], const T* p) {
     }
 }
 
+// Two f16 or bf16 in a word, as `from_float` makes them of floats that are no NaN.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ u32 two_halves(float a, float b, f16) { return floats_to_f16x2(a, b); }
+__device__ __forceinline__ u32 two_halves(float a, float b, bf16) { return floats_to_bf16x2(a, b); }
+#else
+template <typename T> __device__ __forceinline__ u32 two_halves(float a, float b, T) {
+    return from_float<T>(a).bits | (u32)from_float<T>(b).bits << 16;
+}
+#endif
+
 __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
     reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
     reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
 template <typename T>  // f16 or bf16
-__device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
+__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
     static_assert(sizeof(T) == 2, "f16 or bf16");
     u32 words[4];
+    bool has_nan = false;  // rare, and its bits take longer than all else
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+    for (int i = 0; i < 8; i++) has_nan |= x[i] != x[i];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
+    if (has_nan) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
+        }
     }
-    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(p) = pack8<T>(x);
 }
 
 // Four elements, aligned to four elements.
@@ -305,6 +387,261 @@ __device__ __forceinline__ void move8(To* to, const From* from) {
     store8(to, x);
 }
 
+// Eight elements as they are.
+template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
+template <> struct Eight<i8> { uint2 words; };
+template <> struct Eight<i4> { u32 words; };
+template <> struct Eight<e4m3> { uint2 words; };
+template <> struct Eight<e5m2> { uint2 words; };
+
+template <typename T> __device__ __forceinline__ Eight<T> get8(const T* p) {
+    Eight<T> eight;
+    if constexpr (sizeof(T) == 1) {
+        eight.words = *reinterpret_cast<const decltype(eight.words)*>(p);
+    } else {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            eight.words[i] = reinterpret_cast<const uint4*>(p)[i];
+        }
+    }
+    return eight;
+}
+
+// The same by load16_now, for floats.
+template <typename T> __device__ __forceinline__ Eight<T> get8_now(const T* p) {
+    Eight<T> eight;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+        eight.words[i] = load16_now(reinterpret_cast<const uint4*>(p) + i);
+    }
+    return eight;
+}
+
+template <typename T> __device__ __forceinline__ void put8(T* p, const Eight<T>& eight) {
+    if constexpr (sizeof(T) == 1) {
+        *reinterpret_cast<Eight<T>*>(p) = eight;
+    } else {
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+            store16(reinterpret_cast<uint4*>(p) + i, eight.words[i]);
+        }
+    }
+}
+
+__device__ __forceinline__ void pack8(Eight<float>& eight, const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        eight.words[i] = make_uint4(__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
+                                    __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3]));
+    }
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void pack8(Eight<T>& eight, const float (&x)[8]) {
+    eight.words[0] = pack8<T>(x);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<float>& eight) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint4 a = eight.words[i];
+        x[4 * i] = __uint_as_float(a.x), x[4 * i + 1] = __uint_as_float(a.y);
+        x[4 * i + 2] = __uint_as_float(a.z), x[4 * i + 3] = __uint_as_float(a.w);
+    }
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<T>& eight) {
+    const uint4 a = eight.words[0];
+    const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = to_float(T{(u16)words[i]});
+        x[2 * i + 1] = to_float(T{(u16)(words[i] >> 16)});
+    }
+}
+
+// --- Codes, bit for bit as pykv/kinds.py defines them ---------------------------------------------
+
+template <typename T> constexpr float LARGEST = 0.0f;  // of the codes of a kind; 0: it holds floats
+template <> constexpr float LARGEST<i8> = 127.0f;
+template <> constexpr float LARGEST<i4> = 7.0f;
+template <> constexpr float LARGEST<e4m3> = 448.0f;
+template <> constexpr float LARGEST<e5m2> = 57344.0f;
+template <typename T> constexpr int PACKED = 1;  // elements of one T
+template <> constexpr int PACKED<i4> = 2;
+template <typename T> constexpr bool IS_FP8 = false;
+template <> constexpr bool IS_FP8<e4m3> = true;
+template <> constexpr bool IS_FP8<e5m2> = true;
+
+// How many lanes hold a row of `elements`, eight each at a time: a power of two up to a warp.
+__device__ constexpr int lanes_of_row(int elements) {
+    int lanes = 1;
+    while (lanes < WARP && lanes * 8 < elements) lanes *= 2;
+    return lanes;
+}
+
+// Magnitudes as unsigned numbers in the upper bits, whose order is theirs: a NaN exceeds infinity,
+// and infinity all else. `as_float` undoes it; a NaN stays some NaN.
+template <typename T> __device__ __forceinline__ u32 max_magnitude(const Eight<T>& eight) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+        const uint4 a = eight.words[i];
+        const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // the shift drops the sign; bits below do no harm
+            largest = max(largest, words[j] << 1);
+            if (sizeof(T) == 2) largest = max(largest, words[j] << 17);
+        }
+    }
+    return largest;
+}
+
+__device__ __forceinline__ float as_float(u32 magnitude, float) {
+    return __uint_as_float(magnitude >> 1);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ float as_float(u32 magnitude, T) {
+    return to_float(T{(u16)(magnitude >> 17)});
+}
+
+// x / LARGEST<T>, to nearest even, for x from 1e-8 on: the remainder mends the last place, as
+// division of every mantissa by 127 and by 7 has shown; the other two are 7 times a power of two.
+template <typename T> __device__ __forceinline__ float over_largest(float x) {
+    constexpr float INVERSE = 1.0f / LARGEST<T>;
+    const float y = __fmul_rn(x, INVERSE);
+    return __fmaf_rn(__fmaf_rn(-y, LARGEST<T>, x), INVERSE, y);
+}
+
+// The scale that a row is stored with. `amax` holds the bits of its largest |x|; compared as bits,
+// a NaN exceeds infinity, and infinity all else.
+template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale(u32 amax) {
+    const bool finite = amax < 0x7f800000u;
+    const float scale = over_largest<T>(fmaxf(__uint_as_float(amax), 1e-8f));
+    if constexpr (sizeof(SCALE) == 2) {
+        return SCALE{finite ? float_to_f16_bits(fminf(scale, 65504.0f)) : (u16)0x7e00};
+    } else {
+        return finite ? scale : __uint_as_float(0x7fc00000u);
+    }
+}
+
+// What a row with this scale is multiplied by; 0, for codes that are all 0, where there is no such.
+template <typename SCALE> __device__ __forceinline__ float inverse_scale(SCALE scale) {
+    const float x = to_float(scale);
+    const float inverse = __frcp_rn(x > 0.0f ? x : 1.0f);
+    return x > 0.0f ? inverse : 0.0f;
+}
+
+// y rounded to nearest even, in the lower bits.
+__device__ __forceinline__ u32 round_to_int(float y) {
+    return __float_as_uint(__fadd_rn(y, 12582912.0f));  // 1.5 * 2^23, where the last place is 1
+}
+
+// Eight codes, to nearest even. Integers take what rounds to between -LARGEST and LARGEST alone; fp8
+// clamps, and makes 0x7f of every NaN.
+__device__ __forceinline__ void store8(i8* p, const float (&y)[8]) {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 lower = __byte_perm(round_to_int(y[4 * i]), round_to_int(y[4 * i + 1]), 0x40);
+        const u32 upper = __byte_perm(round_to_int(y[4 * i + 2]), round_to_int(y[4 * i + 3]), 0x40);
+        words[i] = __byte_perm(lower, upper, 0x5410);
+    }
+    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+__device__ __forceinline__ void store8(i4* p, const float (&y)[8]) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) word |= (round_to_int(y[i]) & 15u) << 4 * i;
+    *reinterpret_cast<u32*>(p) = word;
+}
+
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 two_codes(float a, float b, e4m3) { return floats_to_e4m3x2(a, b); }
+__device__ __forceinline__ u32 two_codes(float a, float b, e5m2) { return floats_to_e5m2x2(a, b); }
+#else
+template <typename T> __device__ __forceinline__ u32 two_codes(float a, float b, T) {
+    const u32 lower = a == a ? from_float<T>(a).bits : 0x7fu;
+    return lower | (b == b ? from_float<T>(b).bits : 0x7fu) << 8;
+}
+#endif
+
+template <typename T> __device__ __forceinline__ void store8_fp8(T* p, const float (&y)[8]) {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        words[i] = two_codes(y[4 * i], y[4 * i + 1], T{}) |
+                   two_codes(y[4 * i + 2], y[4 * i + 3], T{}) << 16;
+    }
+    *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+}
+
+__device__ __forceinline__ void store8(e4m3* p, const float (&y)[8]) { store8_fp8(p, y); }
+__device__ __forceinline__ void store8(e5m2* p, const float (&y)[8]) { store8_fp8(p, y); }
+
+// Byte `i` of x as a float, less `bias`. A float of 2^23 has its units in the lowest bit, so the
+// byte goes there, at the full rate, where an SM converts integers at a quarter of it.
+__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
+    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i8>& eight) {
+    const u32 words[2] = {eight.words.x ^ 0x80808080u, eight.words.y ^ 0x80808080u};  // + 128
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i / 4], i % 4, 128.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i4>& eight) {
+    const u32 codes = eight.words ^ 0x88888888u;                                   // + 8
+    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e4m3>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
+#if __CUDA_ARCH__ >= 890
+        const u32 halves = e4m3x2_to_f16x2(pair);
+        x[i] = f16_bits_to_float((u16)halves);
+        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
+#else
+        x[i] = to_float(e4m3{(u8)pair});
+        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
+#endif
+    }
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e5m2>& eight) {
+    const u32 words[2] = {eight.words.x, eight.words.y};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        x[i] = f16_bits_to_float((u16)((words[i / 4] >> i % 4 * 8) << 8));
+    }
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const i8* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
+__device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
+
+// --- Tables ---------------------------------------------------------------------------------------
+
+// The last of n ascending entries, n above 0, that is at most x; 0 where none is.
+__device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
+    int low = 0;
+    for (int end = n; end - low > 1;) {
+        const int middle = low + (end - low) / 2;
+        if (entries[middle] <= x) low = middle; else end = middle;
+    }
+    return low;
+}
+
 // --- Sums and maxima: every lane gets the result --------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -317,6 +654,15 @@ __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int lane = WARP / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, lane));
     return x;
+}
+
+// N maxima at once over aligned groups of WIDTH lanes.
+template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
+#pragma unroll
+    for (int lane = WIDTH / 2; lane > 0; lane /= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
+    }
 }
 
 // N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes trade

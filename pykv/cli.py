@@ -287,8 +287,10 @@ def _bench(args: argparse.Namespace) -> int:
     parser.add_argument("--json", help="write a record for each case, ceilings included")
     parser.add_argument("--csv", help="write a row for each case; - prints it, without the table")
     parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
     parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
     if hasattr(module, "add_arguments"):
         module.add_arguments(parser)
     options = parser.parse_args(args.options)
@@ -301,7 +303,8 @@ def _bench(args: argparse.Namespace) -> int:
     own: list[report.Record] = []
     xp = cuda.array_module(options.device)
     try:
-        for record in bench.run(args.name, cases, xp, samples=options.samples, seed=options.seed):
+        how = {name: getattr(options, name) for name in ("samples", "warmup", "seed", "quick")}
+        for record in bench.run(args.name, cases, xp, **how):
             records.append(record)
             if record["bench"] == args.name:
                 own.append(record)

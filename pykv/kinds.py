@@ -14,19 +14,21 @@ even. Code kinds store codes and a scale, in arrays of their own; a row decodes 
 How a row x is encoded, in float32, so that every device writes the same bits:
 
     scale = max(max |x|, 1e-8) / largest, rounded to the dtype of the scales, but finite
-    code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where scale is 0
+    code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where the scale is
+            not above 0 or 1 / scale is 0
 
 The scale is the one that is stored, so decoding meets no second rounding; float16 scales are
 subnormal for rows below 8e-3 and 0 below 4e-6. A row with a NaN or an infinity gets the scale NaN
 and codes 0: all of it decodes to NaN, as visible as in a cache of floats. Scales for a whole head
-or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN stays NaN
-in fp8 and becomes 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with the stored
-scale in place of the exact one.
+or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN becomes
+0x7f in fp8, which is NaN, and 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with
+the stored scale in place of the exact one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -78,7 +80,7 @@ KINDS = {
         Kind("fp16", FLOATS[1], "f16", 16),
         Kind("bf16", BFLOAT16, "bf16", 16),
         Kind("int8", np.dtype(np.int8), "i8", 8, 127),
-        Kind("int4", np.dtype(np.uint8), "int4", 4, 7),
+        Kind("int4", np.dtype(np.uint8), "i4", 4, 7),
         Kind("e4m3", np.dtype(np.uint8), "e4m3", 8, 448),
         Kind("e5m2", np.dtype(np.uint8), "e5m2", 8, 57344),
     )
@@ -184,29 +186,40 @@ class KVSpec:
         return self.has_scales and self.granularity == "token"
 
     def checks(
-        self, op: str, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+        self,
+        op: str,
+        k_pool: Any,
+        v_pool: Any,
+        k_scales: Any,
+        v_scales: Any,
+        names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
+        pages: str = "N",
     ) -> dict[str, tuple[Any, ...]]:
         """Arguments of `pykv.arrays.check` for pools of this spec.
+
+        Args:
+            op: name for messages.
+            k_pool, v_pool, k_scales, v_scales: the arrays.
+            names: what the op calls them.
+            pages: letter of how many pages they have.
 
         Raises:
             ParameterError: codes without scales, or floats with them.
         """
-        dims = "N P H |" if self.layout == "NHD" else "N H P |"
-        scales = GRANULARITIES[self.granularity]
-        scales = dims if scales == "N P H" else scales
+        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
+        scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
         dtype = SCALE_DTYPES[self.scale_dtype]
         found: dict[str, tuple[Any, ...]] = {}
-        for name, kind, pool, scale in (
-            ("k", KINDS[self.k], k_pool, k_scales),
-            ("v", KINDS[self.v], v_pool, v_scales),
+        for kind, pool, scale, pool_name, scale_name in zip(
+            self.kinds, (k_pool, v_pool), (k_scales, v_scales), names[:2], names[2:], strict=True
         ):
-            found[f"{name}_pool"] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
+            found[pool_name] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
             if (scale is None) == bool(kind.largest):
                 raise ParameterError(
-                    f"{op}: {name}_scales is {'missing' if kind.largest else 'given'}, "
+                    f"{op}: {scale_name} is {'missing' if kind.largest else 'given'}, "
                     f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
                 )
-            found[f"{name}_scales"] = (scale, scales, dtype, 1)
+            found[scale_name] = (scale, scales, dtype, 1)
         return found
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
@@ -216,6 +229,34 @@ class KVSpec:
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
             for kind in self.kinds
         )
+
+
+def spec_of(
+    op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
+) -> KVSpec:
+    """The spec that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
+
+    Raises:
+        ParameterError: an array of bytes, which may be int4 or fp8, or of another dtype.
+    """
+    names = []
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        kind = _BY_DTYPE.get(getattr(pool, "dtype", None))
+        if kind is None:
+            raise ParameterError(
+                f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
+                f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
+            )
+        names.append(kind.name)
+    scales = v_scales if k_scales is None else k_scales
+    if scales is None:
+        return _spec(*names, "token", "fp16")
+    granularity = "token" if scales.ndim == 3 else "tensor" if len(scales) == 1 else "head"
+    return _spec(*names, granularity, "fp32" if scales.dtype == FLOATS[0] else "fp16")
+
+
+_BY_DTYPE: dict[Any, Kind] = {kind.dtype: kind for kind in KINDS.values() if kind.dtype != np.uint8}
+_spec = cache(KVSpec)
 
 
 def quantize(
@@ -236,15 +277,13 @@ def quantize(
     if not kind.largest:
         return x.astype(kind.dtype), None
     x = x.astype(np.float32)
-    found = scale is None
-    if found:
+    if scale is None:
         scale = row_scales(x, kind, scale_dtype)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inverse = np.float32(1) / np.asarray(scale).astype(np.float32)
         inverse = np.where(np.asarray(scale) > 0, inverse, np.float32(0))[..., None]
         y = np.clip(x * inverse, -kind.largest, kind.largest)
-        if found:  # a row of a NaN scale
-            y = np.where(inverse == 0, np.float32(0), y)
+        y = np.where(inverse == 0, np.float32(0), y)  # also of NaN and infinity
     return encode(y, kind), scale
 
 
@@ -259,10 +298,10 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
 
 def encode(y: Any, kind: Kind) -> Any:
     """Codes [..., W] of values y [..., D] float32 between -largest and largest, or NaN."""
-    if kind.name == "e4m3":
-        return y.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    if kind.name == "e5m2":
-        return y.astype(ml_dtypes.float8_e5m2).view(np.uint8)
+    if kind.name in ("e4m3", "e5m2"):
+        dtype = ml_dtypes.float8_e4m3fn if kind.name == "e4m3" else ml_dtypes.float8_e5m2
+        codes = y.astype(dtype).view(np.uint8)
+        return np.where(np.isnan(y), np.uint8(0x7F), codes)
     codes = np.rint(np.where(np.isnan(y), np.float32(0), y)).astype(np.int8)
     return codes if kind.name == "int8" else pack(codes)
 

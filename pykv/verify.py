@@ -16,10 +16,12 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
+from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
@@ -128,16 +130,68 @@ def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 
 def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    for new, kv in ((F16, F16), (F32, F16), (F32, BFLOAT16), (F32, F32)):
-        k: Any = rng.standard_normal((40, 3, 64)).astype(new)
-        want = np.full((2, 8, 16, 3, 64), np.nan, kv)  # K and V pool
-        got = xp.array(want)
-        slots = rng.permutation(8 * 16)[:40].astype(np.int32)
-        slots[::5] = -1
-        paged_append.reference(k, -k, want[0], want[1], slots)
-        rows = xp.asarray(k)
-        paged_append.append(rows, -rows, got[0], got[1], xp.asarray(slots))
-        yield f"{new} rows into {kv} pages", wrong_values(got, want), 0.0
+    T, H, D, P, N = 40, 3, 64, 16, 8
+    slots = rng.permutation(N * P)[:T].astype(np.int32)
+    slots[::5] = -1
+    where = xp.asarray(slots)
+    for new, text in (
+        *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
+        *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
+        (F16, "k8v4:head"),
+    ):
+        spec = KVSpec.parse(text)
+        k: Any = rng.standard_normal((T, H, D)).astype(new)
+        k[1] = 1e-5  # where scales of 16 bits are subnormal
+        k[2, 0, 3] = np.nan
+        arrays = _cache(spec, N, P, H, D)
+        got = [None if x is None else xp.array(x) for x in arrays]
+        places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
+        judged: Any = (k, -k, *arrays, spec, *places)
+        paged_append.reference(*judged)
+        rows, options = xp.asarray(k), dict(k_scales=got[2], v_scales=got[3], spec=spec)
+        paged_append.append(rows, -rows, got[0], got[1], where, **options)
+        error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
+        yield f"{new} rows into {text} pages", error, 0.0
+
+
+def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
+    lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
+    inv_freq = rope.frequencies(48, 10000.0)
+    for new, kv in ((F32, F16), (BFLOAT16, F32)):
+        k, v = (rng.standard_normal((B, T, H, D)).astype(new) for D in (K, V))
+        for pairing in (None, "half", "adjacent"):
+            freq = None if pairing is None else inv_freq
+            judged: Any = (lengths, slots, freq, pairing)
+            low = [np.zeros((len(lengths), C, H, D), kv) for D in (K, V)]
+            exact: Any = [x.astype(np.float64) for x in (k, v, *low)]
+            got = [xp.array(x) for x in low]
+            contiguous_append.reference(k, v, low[0], low[1], *judged)
+            contiguous_append.reference(*exact, *judged)
+            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            options: Any = dict(slots=xp.asarray(slots))
+            if pairing is not None:
+                options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)
+            contiguous_append.append(*given, **options)
+            name = f"{new} rows into {kv}, "
+            if pairing is None:
+                wrong = wrong_values(got[0], low[0]) + wrong_values(got[1], low[1])
+                yield f"{name}not rotated", wrong, 0.0
+            else:
+                yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
+
+
+def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
+    """Pools of K and V and their scales, or None: NaN, and codes and given scales of one."""
+    shape = (N, P, H) if spec.layout == "NHD" else (N, H, P)
+    scale_shape = {"token": shape, "head": (H,), "tensor": (1,)}[spec.granularity]
+    pools, scales = [], []
+    for kind in spec.kinds:
+        pool = np.ones((*shape, D // 2 if kind.bits == 4 else D), kind.dtype)
+        pools.append(pool if kind.largest else pool * kind.dtype.type(np.nan))
+        fill = np.nan if spec.finds_scales else 1.0 / kind.largest if kind.largest else 1.0
+        scales.append(np.full(scale_shape, fill, SCALE_DTYPES[spec.scale_dtype]))
+    return pools + [x if k.largest else None for x, k in zip(scales, spec.kinds, strict=True)]
 
 
 def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -313,6 +367,7 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
+    "contiguous_append": _contiguous_append,
     "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

@@ -1,4 +1,4 @@
-"""tools/compare_bench.py, plot_roofline.py and plot_sweep.py on records and CSV made by hand."""
+"""tools/compare_bench.py, plot_*.py and readme_tables.py on records and CSV made by hand."""
 
 import io
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from pykv.bench import report
 from pykv.errors import FormatError
-from tools import compare_bench, plot_roofline, plot_sweep
+from tools import compare_bench, plot_roofline, plot_sweep, readme_tables
 
 TOOLS = Path(plot_sweep.__file__).parent
 
@@ -177,11 +177,11 @@ def test_sweep_reads_kvbench(tmp_path, monkeypatch):
     assert plot_sweep.read("-")[0] == points
     assert plot_sweep.axis_of(points) == "total_bytes"
     assert plot_sweep.panels(points, "total_bytes") == {
-        ("h2d", 16): {
+        ("h2d", "16 tokens a block"): {
             "vectorized fc_to_fc": [(5242880, 2.81), (671088640, 25.22)],
             "vectorized lw_to_fc": [(671088640, 25.23)],
         },
-        ("h2d", 64): {"batched fc_to_fc": [(20971520, 25.16)]},
+        ("h2d", "64 tokens a block"): {"batched fc_to_fc": [(20971520, 25.16)]},
     }
 
 
@@ -198,10 +198,10 @@ def test_sweep_reads_records_and_counts_bytes_once(tmp_path):
     assert plot_sweep.axis_of(points) == "copy_size"
     # 4 x 5000 bytes in 10 us
     assert plot_sweep.panels(points, "copy_size") == {
-        ("d2d", None): {"kernel": [(2500, 1.0), (5000, 2.0)]}
+        ("d2d", ""): {"kernel": [(2500, 1.0), (5000, 2.0)]}
     }
     more = [*points, {**points[0], "num_copies": 16}]
-    assert list(plot_sweep.panels(more, "copy_size")["d2d", None]) == ["kernel x 4", "kernel x 16"]
+    assert list(plot_sweep.panels(more, "copy_size")) == [("d2d", "4 copies"), ("d2d", "16 copies")]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,113 @@ def csv_points():
         plot_sweep.from_row("x", dict(zip(HEAD.strip().split(","), row.split(","), strict=True)))
         for row in CSV.splitlines()[1:]
     ]
+
+
+# --- readme_tables ---
+
+
+def shared(share, direction="d2d", backend="prepared", size=4096, count=8192, *, gbps=1.0):
+    case = dict(direction=direction, backend=backend, copy_size=size, num_copies=count)
+    return made(1.0, gbps=gbps, **case) | {"share": share, "host_median": 9.84}
+
+
+def moved(share, src="NHD", dst="universal", direction="d2d", **shape):
+    return made(1.0, bench="permute", src=src, dst=dst, direction=direction, **shape) | {
+        "share": share
+    }
+
+
+RECORDS = {
+    "copy": [
+        *CEILING_RECORDS,
+        shared(0.9512, count=20_000),
+        shared(0.86, gbps=3600.0),
+        shared(0.07, backend="batched"),
+        shared(None, backend="batched", count=20_000),  # wrong
+        shared(0.95, backend="contiguous", size=4096 * 8192, count=1, gbps=4000.0),
+        shared(0.97, "h2d"),
+        shared(0.1, "h2d", "batched"),
+        shared(0.5, "h2d", size=1 << 20, count=512),
+        shared(0.99, "h2d", "contiguous", size=4096 * 8192, count=1, gbps=50.0),
+    ],
+    "permute": [
+        moved(0.95, itemsize=1, D=64),
+        moved(0.93, itemsize=1, D=128),
+        moved(0.96, itemsize=2, D=128),
+        moved(None, itemsize=2, D=80),  # wrong
+        moved(0.98, direction="d2h", itemsize=2, D=128),
+        moved(0.89, "HND", "NHD", itemsize=2, D=128),
+    ],
+    "copy_sweep": [
+        made(10.0, direction="d2d", backend=name, copy_size=1024, num_copies=count)
+        | {"median": median}
+        for count, of_auto in ((1, 10.0), (16, 12.5))
+        for name, median in (("vectorized", 10.0), ("auto", of_auto))
+    ],
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with README.md; `write(name, ...)` adds records."""
+    (tmp_path / readme_tables.RESULTS).mkdir(parents=True)
+    (tmp_path / "README.md").write_text(
+        f"before\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\nafter\n"
+    )
+    return tmp_path
+
+
+def write(project, *names):
+    for name in names:
+        report.write_json(str(project / readme_tables.RESULTS / f"{name}.json"), RECORDS[name])
+
+
+def test_readme_gets_its_tables(project, capsys):
+    write(project, *RECORDS)
+    (project / readme_tables.RESULTS / "copy_sweep.svg").touch()
+    assert readme_tables.main(["--check"], project) == 1
+    assert "not up to date" in capsys.readouterr().err
+    assert readme_tables.main([], project) == 0 == readme_tables.main(["--check"], project)
+    text = (project / "README.md").read_text()
+    assert text.startswith(f"before\n{readme_tables.BEGIN}\n\nScattered blocks on one Fake GPU")
+    assert text.endswith(f"(tools/results/h200/copy_sweep.svg)\n\n{readme_tables.END}\nafter\n")
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| blocks | d2d | d2d, of as many bytes | h2d | d2h |",
+        "| --- | --- | --- | --- | --- |",
+        "| 4 KiB x 20000 | 95.1 % |  |  |  |",
+        "| 4 KiB x 8192 | 86.0 % (7.0 %) | 90.0 % | 97.0 % (10.0 %) |  |",
+        "| 1 MiB x 512 |  |  | 50.0 % |  |",
+        "| move | 1 byte | 2 bytes | over the link |",
+        "| --- | --- | --- | --- |",
+        "| NHD to universal | 93.0 % | 96.0 % | 98.0 % |",
+        "| HND to NHD |  | 89.0 % |  |",
+    ]
+    assert "(4,200 GB/s read + written, 55 GB/s h2d, 50 GB/s d2h)" in text
+    assert "A prepared copy of 20,000 pairs keeps the host for 9.8 us." in text
+    assert "head sizes 64, 128." in text
+    assert "in 1 of 2\ncells of `pykv bench copy --sweep`; the worst is 0.80." in text
+
+
+def test_readme_without_records_stays_as_it_is(project):
+    assert readme_tables.main(["--check"], project) == 0 == readme_tables.main([], project)
+    assert "\nold\n" in (project / "README.md").read_text()
+
+
+def test_readme_gets_what_there_is(project):
+    write(project, "permute")
+    assert readme_tables.main([], project) == 0
+    text = (project / "README.md").read_text()
+    assert "old" not in text and "Permutes" in text and "Scattered" not in text
+
+
+def test_readme_without_markers_is_refused(project, capsys):
+    (project / "README.md").write_text("text")
+    assert readme_tables.main([], project) == 2
+    assert "README.md lacks the lines" in capsys.readouterr().err
+
+
+def test_readme_is_up_to_date():
+    assert readme_tables.main(["--check"]) == 0
 
 
 # --- As commands ---
@@ -277,7 +384,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch, tool
     assert "pip install 'pykv-cuda[plot]'" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare_bench", "plot_roofline", "plot_sweep"])
+@pytest.mark.parametrize("name", ["compare_bench", "plot_roofline", "plot_sweep", "readme_tables"])
 def test_a_tool_runs_as_a_script(name):
     done = subprocess.run(
         [sys.executable, TOOLS / f"{name}.py", "--help"], capture_output=True, text=True

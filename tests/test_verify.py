@@ -11,6 +11,7 @@ from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
@@ -189,7 +190,28 @@ def last_bit(op):
 
 
 def keys_for_values(op):
-    return lambda k, v, *rest: op(k, k, *rest)
+    return lambda k, v, *rest, **options: op(k, k, *rest, **options)
+
+
+def half_the_scales(op):
+    """The scales that are stored are half of what codes were made with."""
+
+    def faulty(*args, **options):
+        op(*args, **options)
+        if options["k_scales"] is not None:
+            options["k_scales"][...] = options["k_scales"] * F16(0.5)
+
+    return faulty
+
+
+def truncated(op):
+    """Rows are cut to what sixteen bits less hold, before they become codes."""
+
+    def faulty(k, v, *rest, **options):
+        bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
+        op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
+
+    return faulty
 
 
 def ties_to_the_last(op):
@@ -209,7 +231,15 @@ FAULTS = {
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
     "append: padding is written": (paged_append, "append", with_argument(4, abs)),
+    "append: scales halved": (paged_append, "append", half_the_scales),
+    "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
+    "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
+    "contiguous: no values": (
+        *(contiguous_append, "append"),
+        lambda op: lambda k, v, *rest, **options: op(k, v * 0, *rest, **options),
+    ),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

@@ -1,13 +1,13 @@
 """Draw a sweep of block copies: rate over size, a line for each backend and pattern.
 
-    pykv bench copy --json sweep.json
+    pykv bench copy --sweep --json sweep.json
     python tools/plot_sweep.py sweep.json --out sweep         # sweep.png and sweep.svg
     python tools/plot_sweep.py kvbench.csv --ceilings bandwidth.json
 
 Reads records of `pykv bench`, or CSV with kvbench's columns, from a file or (-) standard input. A
-panel for each direction and number of tokens a block; rates count each byte once. Dashed lines are
-ceilings: those measured in the run, else those of --ceilings, else the best rate of the panel.
-Needs matplotlib: pip install 'pykv-cuda[plot]'
+panel for each direction and number of tokens a block, or of copies; rates count each byte once.
+Dashed lines are ceilings: those measured in the run, else those of --ceilings, else the best rate
+of the panel. Needs matplotlib: pip install 'pykv-cuda[plot]'
 """
 
 import argparse
@@ -89,15 +89,17 @@ def axis_of(points):
 
 
 def panels(points, x):
-    """{(direction, tokens_per_block): {name of a line: [(x, GB/s)]}}, in the order of the file but
-    for the points of a line, which are sorted."""
+    """{(direction, title): {name of a line: [(x, GB/s)]}}, in the order of the file but for the
+    points of a line, which are sorted."""
     found = {}
     several = x == "copy_size" and len({point["num_copies"] for point in points}) > 1
     for point in points:
         name = " ".join(filter(None, (point["backend"], point["pattern"])))
-        if several and point["pattern"] is None:
-            name += f" x {point['num_copies']}"
-        lines = found.setdefault((point["direction"], point["tokens_per_block"]), {})
+        tokens, count = point["tokens_per_block"], point["num_copies"]
+        title = "" if tokens is None else f"{tokens} tokens a block"
+        if several and tokens is None:
+            title = f"{count} {'copy' if count == 1 else 'copies'}"
+        lines = found.setdefault((point["direction"], title), {})
         lines.setdefault(name, []).append((point[x], point["bandwidth_gbps"]))
     return {
         panel: {name: sorted(line) for name, line in lines.items()}
@@ -106,7 +108,7 @@ def panels(points, x):
 
 
 def draw(points, ceilings, x):
-    """The figure: directions down, tokens a block across."""
+    """The figure: directions down, tokens a block or numbers of copies across."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
     wanted = panels(points, x)
@@ -115,9 +117,9 @@ def draw(points, ceilings, x):
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, direction in enumerate(rows):
-        for j, tokens in enumerate(columns):
+        for j, title in enumerate(columns):
             axis = axes[i, j]
-            lines = wanted.get((direction, tokens))
+            lines = wanted.get((direction, title))
             if lines is None:
                 axis.set_visible(False)
                 continue
@@ -130,9 +132,10 @@ def draw(points, ceilings, x):
             axis.axhline(ceiling, linestyle="--", color="black", label=label)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
-            for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatted("{x:g}")
-            axis.set_title(direction if tokens is None else f"{direction}, {tokens} tokens a block")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")  # or they overlap
+            axis.set_title(", ".join(filter(None, (direction, title))))
             axis.set_xlabel({"copy_size": "bytes of a copy", "total_bytes": "bytes in all"}[x])
             axis.set_ylabel("GB/s")
             axis.grid(True, alpha=0.3)

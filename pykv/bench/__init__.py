@@ -7,11 +7,13 @@ A benchmark is a module of this package, found by its name, with
 
 and, where it wants them,
 
-    add_arguments(parser), select(args)  options of its own, and the cases that they leave
+    add_arguments(parser), select(args)  options of its own, and the cases that they leave;
+                                         with args.quick, small ones that only show that it works
     row(record)          the columns of its CSV instead of `report.row`
     conclude(records)    a closing line for people
 
-The ceilings come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
+What cases allocate is freed after each; pinned memory comes from `pykv.bench.memory`. The ceilings
+come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import report, timing
+from pykv.bench import memory, report, timing
 from pykv.bench.report import Record
 from pykv.errors import ParameterError
 
@@ -45,6 +47,7 @@ class Work:
             and written), "h2d" or "d2h"; None where there is none.
         reads_only: the call writes next to nothing, see `timing.Flush`.
         graph: time replays of a captured graph instead of calls.
+        wall: time from the call to the stream's end by the clock, as what the host submits counts.
     """
 
     run: Callable[[], object]
@@ -54,11 +57,12 @@ class Work:
     ceiling: str | None = None
     reads_only: bool = False
     graph: bool = False
+    wall: bool = False
 
 
 def names() -> list[str]:
     """The benchmarks there are."""
-    shared = ("report", "timing")
+    shared = ("caches", "memory", "report", "timing")
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 
@@ -74,7 +78,14 @@ def load(name: str) -> Any:
 
 
 def run(
-    name: str, cases: Iterable[dict[str, Any]], xp: Any, *, samples: int = 20, seed: int = 0
+    name: str,
+    cases: Iterable[dict[str, Any]],
+    xp: Any,
+    *,
+    samples: int = 20,
+    warmup: int = timing.WARMUP,
+    seed: int = 0,
+    quick: bool = False,
 ) -> Iterator[Record]:
     """Measure this device's ceilings, then the cases of a benchmark; a record for each.
 
@@ -83,22 +94,41 @@ def run(
         cases: which of its cases.
         xp: `numpy` or `cupy`.
         samples: timed calls of a case, at least 20.
+        warmup: calls before those.
         seed: of the random inputs.
+        quick: measure ceilings on small arrays, which are no ceilings then.
 
     Raises:
-        ParameterError: no such benchmark, or too few samples.
+        ParameterError: no such benchmark, too few samples, or a negative warm-up.
 
     A case whose result is wrong has a record without samples. Reports progress on stderr.
     """
     if samples < 20:
         raise ParameterError(f"bench: samples is {samples}, expected at least 20")
+    if warmup < 0:
+        raise ParameterError(f"bench: warmup is {warmup}, expected at least 0")
     module = load(name)
-    timer = timing.Timer(xp, samples=samples)
+    timer = timing.Timer(xp, samples=samples, warmup=warmup)
     facts = report.environment(xp)
     jobs = [(module, name, list(cases))]
     if name != CEILINGS:
         ceilings = load(CEILINGS)
-        jobs.insert(0, (ceilings, CEILINGS, ceilings.CASES))
+        of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
+        jobs.insert(0, (ceilings, CEILINGS, of_ceilings))
+    try:
+        yield from _run(jobs, xp, timer, facts, seed)
+    finally:
+        memory.free()
+
+
+def _run(
+    jobs: list[tuple[Any, str, list[dict[str, Any]]]],
+    xp: Any,
+    timer: timing.Timer,
+    facts: dict[str, Any],
+    seed: int,
+) -> Iterator[Record]:
+    """The records of the cases of (module, name, cases), those of the ceilings first."""
     total = sum(len(wanted) for *_, wanted in jobs)
     done = 0
     found: dict[str, float] = {}
@@ -139,9 +169,8 @@ def _measure(
             work.run()
             timer.synchronize()
             ok = bool(work.check())
-            times = (
-                timer.time(work.run, reads_only=work.reads_only, graph=work.graph) if ok else None
-            )
+            modes = dict(reads_only=work.reads_only, graph=work.graph, wall=work.wall)
+            times = timer.time(work.run, **modes) if ok else None
         return report.record(bench, case, work, times, facts)
     finally:
         work = None

@@ -6,7 +6,7 @@ Keys of a record:
     unit                  of all times: "us"
     samples, host_samples each call's time on the device, and how long it kept the host
     median, p5, p95, host_median
-    warmup, flush_bytes, graph   how it was timed, see pykv.bench.timing
+    warmup, flush_bytes, graph, wall   how it was timed, see pykv.bench.timing
     bytes, flops          of one call; gbps: bytes / median, in 1e9 bytes a second
     ceiling, ceiling_gbps, share   what gbps is held to, measured in the same run, and their ratio
     device, sm, driver, cuda, nvrtc, pykv, commit   where and with what; None where not known
@@ -73,7 +73,7 @@ def record(
     """The record of a case, whose share is not known yet; `times` is None where it was wrong."""
     made: Record = {"bench": bench, "case": case, "ok": times is not None, "unit": "us"}
     made |= dict.fromkeys(("samples", "host_samples", "median", "p5", "p95", "host_median"))
-    made |= dict.fromkeys(("warmup", "flush_bytes", "graph"))
+    made |= dict.fromkeys(("warmup", "flush_bytes", "graph", "wall"))
     made |= {"bytes": work.bytes, "flops": work.flops, "gbps": None}
     made |= {"ceiling": work.ceiling, "ceiling_gbps": None, "share": None}
     if times is not None:
@@ -82,7 +82,7 @@ def record(
         made |= vars(summarize(times.device_us))
         if times.host_us:
             made["host_median"] = summarize(times.host_us).median
-        for name in ("warmup", "flush_bytes", "graph"):
+        for name in ("warmup", "flush_bytes", "graph", "wall"):
             made[name] = getattr(times, name)
         made["gbps"] = work.bytes / made["median"] / 1e3
     return made | facts

@@ -3,7 +3,8 @@
 Device time is what CUDA events around one call say. Before each call the L2 cache is filled with
 other data, which also keeps the GPU busy while the host enqueues the call; nothing waits between
 calls, so the host runs ahead. Where it takes longer than flush and call take the device, the device
-waits for it, and the figure says so, as it would in use; `graph` leaves the host out.
+waits for it, and the figure says so, as it would in use; `graph` leaves the host out. `wall` counts
+the host in: it is the time from an idle device and the call to an idle device again, by the clock.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _FLUSH_FACTOR = 4
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of each sample. `device_us` is wall time where there is no GPU, and `host_us`
-    is empty there."""
+    """Microseconds of each sample. Where there is no GPU, `wall` is true and `host_us` empty."""
 
     device_us: list[float]
     host_us: list[float]
     warmup: int
     flush_bytes: int
     graph: bool
+    wall: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,21 @@ class Timer:
     Args:
         xp: `numpy` or `cupy`.
         samples: how many calls count.
+        warmup: how many go before them.
         clock: seconds, for host time.
     """
 
     def __init__(
-        self, xp: Any, *, samples: int = 20, clock: Callable[[], float] = time.perf_counter
+        self,
+        xp: Any,
+        *,
+        samples: int = 20,
+        warmup: int = WARMUP,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._xp = xp
         self._cuda: Any = None if xp is np else xp.cuda
-        self._samples = samples
+        self._warmup, self._samples = warmup, samples
         self._clock = clock
         # Not the legacy default stream, which waits for others and cannot be captured.
         self._stream: Any = self._cuda.Stream(non_blocking=True) if self._cuda else None
@@ -91,7 +98,12 @@ class Timer:
             self._xp.get_default_pinned_memory_pool().free_all_blocks()
 
     def time(
-        self, run: Callable[[], object], *, reads_only: bool = False, graph: bool = False
+        self,
+        run: Callable[[], object],
+        *,
+        reads_only: bool = False,
+        graph: bool = False,
+        wall: bool = False,
     ) -> Times:
         """Time calls of `run`.
 
@@ -99,10 +111,10 @@ class Timer:
             run: enqueues one call on the current stream.
             reads_only: the call writes next to nothing, see `Flush`.
             graph: capture one call, and time replays of it; host time is a replay's too.
+            wall: time from the call to the end of what it enqueued, by the clock.
         """
         if self._cuda is None:
-            walls = self._wall(run)
-            return Times(walls, [], WARMUP, 0, False)
+            return Times(self._host(run), [], self._warmup, 0, False, True)
         with self.stream():
             if self._flush is None:
                 self._flush = Flush(self._xp)
@@ -111,14 +123,17 @@ class Timer:
                 self._stream.begin_capture()
                 run()
                 run = self._stream.end_capture().launch
-            device = self._events(run, partial(self._flush, reads_only))
-            host = self._wall(run)
-        return Times(device, host, WARMUP, self._flush.nbytes, graph)
+            flush = partial(self._flush, reads_only)
+            if wall:
+                device, host = self._wall(run, flush)
+            else:
+                device, host = self._events(run, flush), self._host(run)
+        return Times(device, host, self._warmup, self._flush.nbytes, graph, wall)
 
     def _events(self, run: Callable[[], object], flush: Callable[[], object]) -> list[float]:
         """Microseconds between events around each call. Nothing waits in between."""
         event = self._cuda.Event
-        pairs = [(event(), event()) for _ in range(WARMUP + self._samples)]
+        pairs = [(event(), event()) for _ in range(self._warmup + self._samples)]
         for start, stop in pairs:
             flush()
             start.record(self._stream)
@@ -126,18 +141,34 @@ class Timer:
             stop.record(self._stream)
         self.synchronize()
         elapsed = self._cuda.get_elapsed_time  # milliseconds
-        return [1e3 * elapsed(start, stop) for start, stop in pairs[WARMUP:]]
+        return [1e3 * elapsed(start, stop) for start, stop in pairs[self._warmup :]]
 
-    def _wall(self, run: Callable[[], object]) -> list[float]:
+    def _wall(
+        self, run: Callable[[], object], flush: Callable[[], object]
+    ) -> tuple[list[float], list[float]]:
+        """Microseconds from each call until the device has done it, and until the host goes on;
+        the queue is empty before."""
+        done, host = [], []
+        for _ in range(self._warmup + self._samples):
+            flush()
+            self.synchronize()
+            started = self._clock()
+            run()
+            host.append(1e6 * (self._clock() - started))
+            self.synchronize()
+            done.append(1e6 * (self._clock() - started))
+        return done[self._warmup :], host[self._warmup :]
+
+    def _host(self, run: Callable[[], object]) -> list[float]:
         """Microseconds that each call keeps the host, the queue being empty before it."""
         times = []
-        for _ in range(WARMUP + self._samples):
+        for _ in range(self._warmup + self._samples):
             self.synchronize()
             started = self._clock()
             run()
             times.append(1e6 * (self._clock() - started))
         self.synchronize()
-        return times[WARMUP:]
+        return times[self._warmup :]
 
 
 class Flush:

@@ -1,6 +1,6 @@
 """Read, write and copy device memory as fast as it goes: the ceilings that others are held to.
 
-Dimensions: V vectors of 16 bytes, each four uint32 words; G sums. A tile is 256 * `vectors` of V.
+Dimensions: V vectors of 16 bytes, each four uint32 words; G sums. A tile is 128 * `vectors` of V.
 Kernel: kernels_cu/bandwidth.cu.
 """
 
@@ -14,11 +14,11 @@ from pykv import cuda
 from pykv.arrays import check, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
-VARIANTS = [dict(VECTORS=n) for n in (4, 8)]
+VARIANTS = [dict(VECTORS=n) for n in (2, 4, 8)]
 
 UINT32 = (np.dtype(np.uint32),)
 
-_THREADS = 256
+THREADS = 128  # of a block
 
 
 def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
@@ -78,7 +78,7 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
         reference_write(out, seed)
 
 
-def copy(x: Any, out: Any, *, vectors: int = 8, stream: Any = None) -> None:
+def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
     """Copy all of `x` to `out`.
 
     Args:
@@ -112,7 +112,7 @@ def reference_read(x: Any, sums: Any, vectors: int) -> None:
     sums[:] = 0
     if not words.size:
         return
-    starts = np.arange(0, words.size, 4 * _THREADS * vectors)
+    starts = np.arange(0, words.size, 4 * THREADS * vectors)
     tiles = np.add.reduceat(words, starts, dtype=np.uint32)
     for first in range(0, tiles.size, sums.size):
         turn = tiles[first : first + sums.size]
@@ -137,10 +137,10 @@ def _check_vectors(op: str, vectors: int) -> None:
 
 
 def _tiles(V: int, vectors: int) -> int:
-    return -(-V // (_THREADS * vectors))
+    return -(-V // (THREADS * vectors))
 
 
 def _cuda(name: str, grid: int, vectors: int, stream: Any, *args: Any) -> None:
     kernel = cuda.kernel("bandwidth", f"bandwidth_{name}", VECTORS=vectors)
     with cuda.on_stream(stream):
-        cuda.launch(kernel, grid, _THREADS, *args)
+        cuda.launch(kernel, grid, THREADS, *args)

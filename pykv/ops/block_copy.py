@@ -20,11 +20,13 @@ from pykv import cuda
 from pykv.arrays import UINT64, asarray, check, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
-BLOCK = 128  # threads
-WARPS = BLOCK // 32
-TILE = 4096  # bytes that a warp moves at a time: 32 lanes with 8 loads of 16 bytes each
-VARIANTS = [dict(BLOCK=BLOCK, CTAS_PER_SM=8, UNROLL=8, TILE=TILE)]
+# What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
+# deal out; but where the caller limits the blocks, each must keep more bytes in flight.
+MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048)  # threads, blocks an SM, loads, bytes
+FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096)
+VARIANTS = [MANY, FEW]
 
+Ranges = tuple[str, Any, Any]
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
 
 
@@ -95,12 +97,13 @@ def prepare(
     each run, not here.
 
     Returns:
-        An object whose `run(stream=None)` copies. On a GPU a run only enqueues, one launch at most:
-        it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as well
-        as the memory that the addresses name, until its runs have finished.
+        An object whose `run(stream=None)` copies; pairs of NumPy tables in the order of their
+        destinations, runs of adjacent ones as one. On a GPU a run only enqueues, one launch at
+        most: it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as
+        well as the memory that the addresses name, until its runs have finished.
     """
     op = "block_copy.prepare"
-    work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate)
+    work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate, sort=True)
     work.wait_for_tables()
     return work
 
@@ -130,7 +133,7 @@ def copy_arrays(
     On a GPU only enqueues: keep pinned arrays until the stream has passed. Bit for bit.
     """
     op = "block_copy.copy_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
     with cuda.on_stream(stream if device == "cuda" else None):
         _prepare(op, src, dst, sizes, None, max_ctas, device, validate).run()
 
@@ -144,8 +147,8 @@ def prepare_arrays(
 ) -> DeviceCopy | HostCopy:
     """What `prepare` is to `vectorized_copy`, to `copy_arrays`. Keeps the arrays alive."""
     op = "block_copy.prepare_arrays"
-    src, dst, sizes, device = _tables(op, sources, destinations)
-    work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate)
+    src, dst, sizes, device = addresses_of(op, sources, destinations)
+    work = _prepare(op, src, dst, sizes, None, max_ctas, device, validate, sort=True)
     work.arrays = (list(sources), list(destinations))
     work.wait_for_tables()
     return work
@@ -189,7 +192,9 @@ class DeviceCopy:
         self.num_pairs = C = len(src)
         self.num_ctas = 0
         self.arrays: Any = None
-        tiles = -(-sizes // TILE)
+        self._shape = MANY if max_ctas is None else FEW
+        tile = self._shape["TILE"]
+        tiles = -(-sizes // tile)
         if isinstance(sizes, int):
             self.num_bytes, num_tiles = C * sizes, C * tiles
         else:
@@ -198,7 +203,7 @@ class DeviceCopy:
             return
         if num_tiles >= 2**31:
             raise ParameterError(
-                f"{op}: the pairs make {num_tiles} tiles of {TILE} bytes, expected below 2^31"
+                f"{op}: the pairs make {num_tiles} tiles of {tile} bytes, expected below 2^31"
             )
         tables = [] if on_gpu(src) else [src, dst]
         if not isinstance(sizes, int):
@@ -209,9 +214,10 @@ class DeviceCopy:
         arrays += [None] * (4 - len(arrays))  # one size needs no tables of sizes and tiles
         size = sizes if isinstance(sizes, int) else 1
         self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
-        self._kernel = cuda.kernel("block_copy", "block_copy", **VARIANTS[0])
+        self._kernel = cuda.kernel("block_copy", "block_copy", **self._shape)
         self._device = cuda.current_device()
-        self.num_ctas = -(-num_tiles // WARPS)  # blocks that stay and take more are slower
+        # Blocks that stay and take more tiles are slower, so each warp has one where it may.
+        self.num_ctas = -(-num_tiles // (self._shape["BLOCK"] // 32))
         if max_ctas is not None:
             self.num_ctas = min(self.num_ctas, max_ctas)
 
@@ -232,7 +238,7 @@ class DeviceCopy:
                 f"GPU {self._device}, which the copy was prepared on"
             )
         with cuda.on_stream(stream):
-            cuda.launch(self._kernel, self.num_ctas, BLOCK, *self._arguments)
+            cuda.launch(self._kernel, self.num_ctas, self._shape["BLOCK"], *self._arguments)
 
     def wait_for_tables(self) -> None:
         """Wait until the current stream has uploaded the tables."""
@@ -249,8 +255,12 @@ def _prepare(
     max_ctas: int | None,
     device: str,
     validate: bool,
+    sort: bool = False,
 ) -> DeviceCopy | HostCopy:
-    """What all entries share: check, merge what the host can see, and make the copy ready."""
+    """What all entries share: check, merge what the host can see, and make the copy ready.
+
+    `sort` puts pairs into the order of their destinations: 1 to 2 percent faster on an H200, and
+    finds more to merge, but 20,000 pairs cost the host a millisecond."""
     if device not in ("cuda", "cpu"):
         raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
     if max_ctas is not None and max_ctas < 1:
@@ -260,9 +270,17 @@ def _prepare(
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
     if validate and len(src):
         host = [x.get() if on_gpu(x) else x for x in (src, dst)]
-        _check_ranges(op, host[0], host[1], sizes, device)
+        ranges = [(name, x, sizes) for name, x in zip(("src_ptrs", "dst_ptrs"), host, strict=True)]
+        check_overlaps(op, *ranges)
+        if device == "cuda":
+            for one in ranges:
+                check_reachable(op, *one)
     if not on_gpu(src):
-        src, dst, sizes = _merge(src, dst, sizes)
+        if sort and len(src) > 1:
+            order = np.argsort(dst)
+            src, dst = src[order], dst[order]
+            sizes = sizes if isinstance(sizes, int) else sizes[order]
+        src, dst, sizes = merge(src, dst, sizes)
     return (
         HostCopy(src, dst, sizes) if device == "cpu" else DeviceCopy(op, src, dst, sizes, max_ctas)
     )
@@ -292,7 +310,7 @@ def _check_pairs(
     count = shared if num_pairs is None else int(num_pairs)
     if by_pair:
         size = size[: max(count, 0)]
-    if count == 0 or not np.any(size):
+    if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
@@ -300,45 +318,64 @@ def _check_pairs(
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
     if count < 0:
         raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
-    if np.min(size) < 0:
+    smallest = size.min() if by_pair else size
+    if smallest < 0:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"
-        raise ParameterError(f"{op}: {at} is {np.min(size)}, expected at least 0")
+        raise ParameterError(f"{op}: {at} is {smallest}, expected at least 0")
     src, dst = (table[:count].view(np.uint64) for table in (src_ptrs, dst_ptrs))
     if not on_gpu(src):
         for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-            is_null = (table == 0) & (np.asarray(size) > 0)
-            if is_null.any():
-                raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
+            if not table.all():
+                is_null = (table == 0) & (np.asarray(size) > 0)
+                if is_null.any():
+                    raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
     return src, dst, size if by_pair else int(size)
 
 
-def _check_ranges(op: str, src: Any, dst: Any, sizes: Any, device: str) -> None:
-    """Check that no destination overlaps another range and that the GPU can reach all."""
-    sizes = np.broadcast_to(sizes, src.shape).astype(np.uint64)
-    pairs = np.flatnonzero(sizes)
-    pairs = pairs[np.argsort(dst[pairs], kind="stable")]
-    starts, ends = dst[pairs], dst[pairs] + sizes[pairs]
-    text = "{}: the destination of pair {} overlaps the {} of pair {}, expected disjoint ranges"
+def check_overlaps(op: str, src: Ranges, dst: Ranges) -> None:
+    """Check that no destination overlaps another range, destination or source.
+
+    Args:
+        op: name for messages.
+        src, dst: what to call them, [C] uint64 addresses, and bytes: an integer or [C] int64; the
+            two may differ in length. Ranges of no bytes overlap nothing.
+
+    Raises:
+        ParameterError: two ranges overlap.
+    """
+    (dst_name, dst_at, dst_sizes), (src_name, src_at, src_sizes) = dst, src
+    sizes = np.broadcast_to(dst_sizes, dst_at.shape).astype(np.uint64)
+    order: Any = np.argsort(dst_at, kind="stable")
+    order = order[sizes[order] > 0]
+    starts, ends = dst_at[order], dst_at[order] + sizes[order]
+    text = "{}: {}[{}] overlaps {}[{}], expected disjoint ranges"
     overlaps = ends[:-1] > starts[1:]
     if overlaps.any():
         i = int(np.argmax(overlaps))
-        raise ParameterError(text.format(op, pairs[i], "destination", pairs[i + 1]))
+        raise ParameterError(text.format(op, dst_name, order[i], dst_name, order[i + 1]))
     # Destinations are disjoint, so the first to end after a source starts is the one that can meet
     # it.
-    nearest = np.searchsorted(ends, src[pairs], "right")
-    inside = np.minimum(nearest, len(pairs) - 1)
-    overlaps = (nearest < len(pairs)) & (starts[inside] < src[pairs] + sizes[pairs])
+    sizes = np.broadcast_to(src_sizes, src_at.shape).astype(np.uint64)
+    nearest: Any = np.searchsorted(ends, src_at, "right")
+    overlaps = (nearest < len(ends)) & (sizes > 0)
+    overlaps[overlaps] = starts[nearest[overlaps]] < src_at[overlaps] + sizes[overlaps]
     if overlaps.any():
         i = int(np.argmax(overlaps))
-        raise ParameterError(text.format(op, pairs[inside[i]], "source", pairs[i]))
-    if device == "cuda":
-        for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-            for i in pairs.tolist():
-                if _is_pageable(int(table[i])):
-                    raise DeviceError(
-                        f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU "
-                        "or pinned host memory"
-                    )
+        raise ParameterError(text.format(op, dst_name, order[nearest[i]], src_name, i))
+
+
+def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
+    """Check that no address of `table` [C] whose size is not 0 is in pageable host memory.
+
+    Raises:
+        DeviceError: one is.
+    """
+    for i in np.flatnonzero(np.broadcast_to(sizes, table.shape)).tolist():
+        if _is_pageable(int(table[i])):
+            raise DeviceError(
+                f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU or "
+                "pinned host memory"
+            )
 
 
 def _is_pageable(address: int) -> bool:
@@ -346,16 +383,20 @@ def _is_pageable(address: int) -> bool:
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
 
-def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same copy with fewer pairs: none empty, and none whose source and destination both
     continue those of the pair before."""
+    if isinstance(sizes, int) and len(src) < 2:
+        return src, dst, sizes
     if not isinstance(sizes, int) and not sizes.all():
         kept = sizes > 0
         src, dst, sizes = src[kept], dst[kept], sizes[kept]
     lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
-    starts = (src[1:] - src[:-1] != lengths) | (dst[1:] - dst[:-1] != lengths)
-    if not starts.all():
-        first = np.concatenate(([0], np.flatnonzero(starts) + 1))
+    follows = src[1:] - src[:-1] == lengths
+    if np.count_nonzero(follows):  # mostly not, and then the destinations need no look
+        follows &= dst[1:] - dst[:-1] == lengths
+    if np.count_nonzero(follows):
+        first = np.concatenate(([0], np.flatnonzero(~follows) + 1))
         sizes = np.add.reduceat(np.broadcast_to(np.int64(sizes), src.shape), first)
         src, dst = src[first], dst[first]
     if not isinstance(sizes, int) and sizes.min() == sizes.max():
@@ -363,10 +404,11 @@ def _merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     return src, dst, sizes
 
 
-def _tables(
-    op: str, sources: Sequence[Any], destinations: Sequence[Any]
+def addresses_of(
+    op: str, sources: Sequence[Any], destinations: Sequence[Any], *, any_memory: bool = False
 ) -> tuple[Any, Any, Any, str]:
-    """Addresses, sizes and device of two lists of arrays."""
+    """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
+    `any_memory` will do."""
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
@@ -375,7 +417,7 @@ def _tables(
     lists = {"sources": list(map(asarray, sources))}
     lists["destinations"] = list(map(asarray, destinations))
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
-    tables = []
+    addresses = []
     for name, arrays in lists.items():
         for i, array in enumerate(arrays):
             if not array.flags.c_contiguous:
@@ -387,11 +429,11 @@ def _tables(
                 )
             if name == "destinations" and not on_gpu(array) and not array.flags.writeable:
                 raise ParameterError(f"{op}: {name}[{i}] is read-only")
-            if device == "cuda" and array.nbytes:
+            if device == "cuda" and array.nbytes and not any_memory:
                 _check_reach(op, f"{name}[{i}]", array)
-        tables.append(np.array([_address(array) for array in arrays], np.uint64))
+        addresses.append(np.array([_address(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
-    return tables[0], tables[1], sizes, device
+    return addresses[0], addresses[1], sizes, device
 
 
 def _check_reach(op: str, name: str, array: Any) -> None:
@@ -431,9 +473,12 @@ def _upload(tables: list[Any]) -> list[Any]:
     """Host tables on the GPU, by one transfer; those of wider elements come first."""
     if not tables:
         return []
-    packed = cuda.array_module("cuda").asarray(np.concatenate([t.view(np.uint8) for t in tables]))
-    ends = np.cumsum([table.nbytes for table in tables]).tolist()
-    return [
-        packed[end - table.nbytes : end].view(table.dtype)
-        for end, table in zip(ends, tables, strict=True)
-    ]
+    cupy = cuda.array_module("cuda")
+    on_host = np.frombuffer(b"".join(tables), np.uint8)
+    packed = cupy.empty(on_host.size, np.uint8)
+    packed.set(on_host)  # a third of the time that asarray takes, which pins memory first
+    arrays, at = [], packed.data
+    for table in tables:
+        arrays.append(cupy.ndarray(len(table), table.dtype, at))  # half of a slice and a view
+        at = at + table.nbytes  # += would move the pointer of the array just made
+    return arrays

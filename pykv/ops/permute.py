@@ -36,6 +36,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout, strides
+from pykv.ops.block_copy import check_overlaps, check_reachable
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 
@@ -224,6 +225,7 @@ def prepare(
     layers: Range = None,
     num_blocks: int | None = None,
     max_ctas: int | None = None,
+    validate: bool = False,
 ) -> Move:
     """A move from any layout to any, to be enqueued as often as wanted.
 
@@ -236,14 +238,19 @@ def prepare(
             is. None: what both sides hold, which must be the same unless a Layout names a part.
         num_blocks: N; None: as many as the tables have.
         max_ctas: thread blocks at most, to leave SMs to others; 32 fill a link to the host.
+        validate: make sure first, of addresses, that none is pageable host memory and, where chunks
+            are dense, that no destination overlaps another range. Costs about a microsecond an
+            address, and waits for CuPy tables to come to the host.
 
     Raises:
         ParameterError: a layout is unknown, a size negative, a range or stride out of bounds, a
-            table or an address null, or a NumPy destination read-only.
+            table or an address null, a NumPy destination read-only; with `validate`, two ranges
+            overlap.
         ShapeError: dimensions or lengths of tables disagree.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes, or
             differ in size.
-        DeviceError: host and device arrays are mixed, or arrays are not on the current GPU.
+        DeviceError: host and device arrays are mixed, or arrays are not on the current GPU; with
+            `validate`, an address is pageable.
         UnsupportedError: a chunk has 2 GiB or more.
 
     Uploads tables on CuPy's current stream and waits for it, so that the move may run on any.
@@ -254,7 +261,7 @@ def prepare(
         "permute.prepare",
         ("dst", dst, _layout("permute.prepare", "dst_layout", dst_layout, NAMES)),
         ("src", src, _layout("permute.prepare", "src_layout", src_layout, NAMES)),
-        *(shape, heads, layers, num_blocks, max_ctas, None),
+        *(shape, heads, layers, num_blocks, max_ctas, None, validate),
     )
     if move._launch:
         _cupy().cuda.get_current_stream().synchronize()
@@ -299,6 +306,7 @@ def _prepare(
     num_blocks: int | None,
     max_ctas: int | None,
     stream: Any,
+    validate: bool = False,
 ) -> Move:
     """All checks, then the move."""
     if max_ctas is not None and max_ctas < 1:
@@ -325,6 +333,15 @@ def _prepare(
             raise ParameterError(f"{op}: {to.name} is read-only")
         views = (_host_chunks(side, moved, heads[0], layers[0]) for side in (to, from_))
         return Move(num_bytes, (), list(zip(*views, strict=True)), None)
+    if validate:
+        on_host = [x if isinstance(x, np.ndarray) else x.get() for x in (from_.table, to.table)]
+        ranges = [
+            (side.name, table, _entry_bytes(side, moved))
+            for side, table in zip((from_, to), on_host, strict=True)
+        ]
+        check_overlaps(op, *ranges)
+        for name, table, _ in ranges:
+            check_reachable(op, name, table, 1)
     with cuda.on_stream(stream):
         launch = _cuda(op, to, from_, moved, heads[0], layers[0], max_ctas)
     return Move(num_bytes, launch, (), (to.owner, from_.owner))
@@ -613,6 +630,17 @@ def _split(
         raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of P * D = {P} * {D}")
     sizes = dict(H=H, P=P, D=D)
     return x.reshape(*x.shape[:-1], *(sizes[n] for n in order)), axes.replace("I", order)
+
+
+def _entry_bytes(side: _Side, moved: BlockShape) -> int:
+    """Bytes of an allocation; 0 for a strided chunk, whose gaps others may fill."""
+    H, L = (end - first for first, end in (side.heads, side.layers))
+    run = moved.D * moved.itemsize
+    chunk = H * moved.P * run
+    if side.chunk_stride:
+        return L * moved.O * chunk
+    extent = run + (H - 1) * side.head_stride + (moved.P - 1) * side.token_stride
+    return chunk if extent == chunk else 0
 
 
 def _addresses(x: Any, lead: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pykv import bench, cli
-from pykv.bench import Work, bandwidth, report, timing
+from pykv.bench import Work, bandwidth, memory, report, timing
 from pykv.errors import ParameterError
 from pykv.ops import bandwidth as op
 from tests.helpers import without_simt
@@ -62,7 +62,7 @@ def run(capsys, *argv):
 
 def test_benchmarks_are_found_by_file():
     assert "bandwidth" in bench.names()
-    assert not {"report", "timing"} & set(bench.names())
+    assert not {"caches", "memory", "report", "timing"} & set(bench.names())
     for name in bench.names():
         module = bench.load(name)
         assert module.CASES and module.make and module.__doc__
@@ -107,8 +107,63 @@ def test_the_seed_decides_the_inputs(toy):
 def test_bad_requests(toy):
     with pytest.raises(ParameterError, match=r"'x' is no benchmark, expected one of \['bandwidth"):
         list(bench.run("x", [], np))
+    with pytest.raises(ParameterError, match="warmup is -1, expected at least 0"):
+        list(bench.run("toy", [], np, warmup=-1))
     with pytest.raises(ParameterError, match="samples is 19, expected at least 20"):
         list(bench.run("toy", [], np, samples=19))
+
+
+def test_quick_runs_have_small_ceilings(toy, monkeypatch):
+    monkeypatch.setattr(bandwidth, "QUICK_SIZE", 2 * SMALL)
+    records = list(bench.run("toy", toy.module.CASES[:1], np, quick=True, warmup=2))
+    sizes = {one["case"]["size"] for one in records if one["bench"] == "bandwidth"}
+    assert sizes == {2 * SMALL} and {one["warmup"] for one in records} == {2}
+
+
+# --- Memory ---
+
+
+def test_pinned_memory_is_kept_until_more_is_wanted():
+    """On an allocator that is made up."""
+    made = []
+
+    def pin(size):
+        if size > 1000:
+            raise RuntimeError("out of memory")
+        made.append(size)
+        return bytearray(size)
+
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeError)
+    xp = SimpleNamespace(
+        cuda=SimpleNamespace(PinnedMemory=pin, PinnedMemoryPointer=lambda m, at: m, runtime=runtime)
+    )
+    try:
+        first = memory.pinned(xp, 100)
+        assert first.size == 100 and memory.address(first) == memory.address(memory.pinned(xp, 99))
+        assert memory.pinned(xp, 100).size == 100 and made == [100]
+        assert memory.pinned(xp, 200).size == 200 and made == [100, 200]
+        with pytest.raises(MemoryError, match="1,001 bytes of host memory cannot be pinned"):
+            memory.pinned(xp, 1001)
+        assert memory.pinned(xp, 50).size == 50 and made == [100, 200, 50]
+        memory.free()
+        assert memory.pinned(xp, 50).size == 50 and made == [100, 200, 50, 50]
+    finally:
+        memory.free()
+
+
+@pytest.mark.gpu
+def test_what_is_placed_on_the_host_comes_back():
+    import cupy
+
+    words = memory.words(cupy, 4096, seed=3)
+    host = memory.place(cupy, words, on_host=True)
+    assert isinstance(host, np.ndarray) and memory.place(cupy, words, on_host=False) is words
+    assert (host == words.get()).all()
+    assert bool((memory.on_device(cupy, host) == words).all())
+    kind = cupy.cuda.runtime.pointerGetAttributes(memory.address(host)).type
+    assert kind == cupy.cuda.runtime.memoryTypeHost
+    assert memory.fits(cupy, 1) and not memory.fits(cupy, 1 << 50)
+    memory.free()
 
 
 # --- Bandwidth ---
@@ -132,9 +187,9 @@ def test_a_case_does_what_it_says(xp, rng, case):
 
 
 def test_the_words_of_the_inputs_all_differ():
-    words = bandwidth._words(np, 1 << 22, seed=5)
-    assert words.shape == (1 << 18, 4) and len(np.unique(words)) == words.size
-    assert words[0, 0] == 5 and words[0, 2] == (2 * 2654435761 + 5) % 2**32
+    words = memory.words(np, 1 << 22, seed=5)
+    assert words.shape == (1 << 20,) and len(np.unique(words)) == words.size
+    assert words[0] == 5 and words[2] == (2 * 2654435761 + 5) % 2**32
 
 
 @pytest.mark.parametrize("what", ["read", "write", "copy"])
@@ -191,6 +246,13 @@ def test_command(capsys, tmp_path, small):
     assert all(len(one["samples"]) == 21 and one["case"]["size"] == SMALL for one in records)
     assert paths[1].read_text() == report.to_csv(records)
     assert err.count("\n") == len(bandwidth.CASES) and "h2d by=memcpy size=4096: not on" in err
+
+
+def test_command_quick(capsys, tmp_path):
+    path = tmp_path / "x.json"
+    assert run(capsys, "bandwidth", "--device", "cpu", "--quick", "--json", path)[0] == 0
+    sizes = {one["case"]["size"] for one in report.read_json(str(path))}
+    assert sizes == {bandwidth.QUICK_SIZE, 4 * bandwidth.QUICK_SIZE}
 
 
 def test_command_of_another_benchmark(capsys, tmp_path, toy):

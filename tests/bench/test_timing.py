@@ -85,8 +85,9 @@ class Gpu:
         return SimpleNamespace(nbytes=nbytes, data=memory)
 
 
-def timed(gpu, samples=20, **options):
-    return timing.Timer(gpu, samples=samples, clock=gpu.clock).time(gpu.run, **options)
+def timed(gpu, samples=20, warmup=timing.WARMUP, **options):
+    timer = timing.Timer(gpu, samples=samples, warmup=warmup, clock=gpu.clock)
+    return timer.time(gpu.run, **options)
 
 
 def test_device_time_is_between_the_events_and_leaves_the_host_out():
@@ -147,6 +148,21 @@ def test_a_call_that_only_reads_finds_clean_lines(monkeypatch):
     assert times.device_us == pytest.approx([100.0] * 20)
 
 
+def test_wall_time_is_from_the_call_to_its_end_on_the_device():
+    gpu = Gpu()
+    times = timed(gpu, warmup=3, wall=True)
+    assert times.device_us == pytest.approx([8.0 + 100.0] * 20)
+    assert times.host_us == pytest.approx([8.0] * 20)
+    assert (times.warmup, times.wall) == (3, True)
+    assert gpu.log == [f"flush {4 << 20}", "wait", "run", "wait"] * 23
+    assert not timed(Gpu()).wall
+
+
+def test_the_warm_up_can_be_longer():
+    gpu = Gpu(device_us=[900.0] * 9 + [100.0] * 1000)
+    assert timed(gpu, warmup=9).device_us == pytest.approx([100.0] * 20)
+
+
 def test_without_a_gpu_calls_take_wall_time():
     seconds = iter(range(1000))
     calls = []
@@ -155,7 +171,7 @@ def test_without_a_gpu_calls_take_wall_time():
     first = 2 * timing.WARMUP  # each call looks at the clock twice
     want = [(first + 2 * i + 1) ** 2 - (first + 2 * i) ** 2 for i in range(25)]
     assert times.device_us == pytest.approx(want) and len(calls) == timing.WARMUP + 25
-    assert times.host_us == [] and times.flush_bytes == 0
+    assert times.host_us == [] and times.flush_bytes == 0 and times.wall
 
 
 def test_percentiles_by_hand():

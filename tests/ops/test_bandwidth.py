@@ -21,7 +21,7 @@ def test_read_sums_every_word_once(xp, rng, V, vectors, G):
     x = words(rng, V)
     want = [0] * G
     for i, vector in enumerate(x.tolist()):
-        tile = i // (256 * vectors)
+        tile = i // (128 * vectors)
         want[tile % G] = (want[tile % G] + sum(vector)) % 2**32
 
     sums = xp.full(G, 12345, np.uint32)

@@ -672,3 +672,35 @@ def test_a_move_keeps_to_its_gpu(device, monkeypatch):
         move()
     with pytest.raises(DeviceError, match=f"universal is on GPU {here}, expected the current one"):
         permute.universal_from_block(universal, blocks)
+
+
+def test_bad_memory_is_found_on_request(device, rng):
+    """Overlapping blocks and pageable memory, before anything is written."""
+    sizes, dtype = (3, 3, 2, 2, 4, 5), np.dtype(np.float32)
+    shape = BlockShape(*sizes[1:], dtype.itemsize)
+    to = device.asarray(flat_blocks("universal", *sizes, dtype))
+    of = device.asarray(random_blocks(rng, "NHD", *sizes, dtype))
+    before = to.copy()
+    universal, blocks = addresses(to), addresses(of)
+
+    def move(universal, blocks, **options):
+        sides = (universal, "universal", blocks, options.pop("layout", "NHD"))
+        permute.prepare(*sides, shape, validate=True, **options)()
+
+    close = universal.copy()
+    close[2] = close[1] + 8
+    with pytest.raises(ParameterError, match=r"dst\[1\] overlaps dst\[2\], expected disjoint"):
+        move(close, blocks)
+    with pytest.raises(ParameterError, match=r"dst\[2\] overlaps dst\[1\]|dst\[1\] overlaps dst"):
+        move(device.asarray(close), blocks)
+    inside = blocks.copy()
+    inside[7] = universal[0] + 4
+    with pytest.raises(ParameterError, match=r"dst\[0\] overlaps src\[7\]"):
+        move(universal, inside)
+    pageable = rng.integers(0, 9, to[0].size, np.int32)
+    universal[1] = pageable.ctypes.data
+    with pytest.raises(DeviceError, match=r"dst\[1\] is in pageable host memory, expected memory"):
+        move(universal, blocks)
+    assert_same_bits(to, before)
+    move(addresses(to), blocks)
+    assert_same_bits(to, expected("universal", "NHD", of.get(), *sizes))

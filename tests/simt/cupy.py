@@ -4,6 +4,7 @@ Like CuPy's, its arrays do not turn into NumPy's unasked: an op that mixes the t
 would on a GPU. What `empty` returns is poisoned.
 """
 
+import ctypes
 import math
 import weakref
 from types import SimpleNamespace
@@ -18,24 +19,42 @@ GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
 _live = weakref.WeakValueDictionary()  # (first address, end) of each allocation to its memory
 
 
+class MemoryPointer:
+    """The address of a NumPy array, or one within it, that keeps the memory alive."""
+
+    device_id = DEVICE
+
+    def __init__(self, host):
+        self.host, self.ptr = host, host.ctypes.data
+
+    def __add__(self, offset):
+        return MemoryPointer(self.bytes()[offset:])
+
+    def bytes(self):
+        return self.host.reshape(-1).view(np.uint8)
+
+    def memset_async(self, value, nbytes):
+        self.bytes()[:nbytes] = value
+
+
 class ndarray:
     """A device array; `host` is the NumPy array behind it."""
 
     __array_ufunc__ = None  # NumPy leaves mixed arithmetic to this class, which has none
 
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, host, dtype=None, memptr=None):
+        """Around a NumPy array, or as CuPy's: a shape, and the memory from where on it lies."""
+        self.host = host if memptr is None else np.ndarray(host, dtype, memptr.bytes())
 
     @property
     def data(self):
-        def memset_async(value, nbytes):
-            self.host.reshape(-1).view(np.uint8)[:nbytes] = value
-
-        address = self.host.ctypes.data
-        return SimpleNamespace(ptr=address, device_id=DEVICE, memset_async=memset_async)
+        return MemoryPointer(self.host)
 
     def get(self):
         return self.host.copy()
+
+    def set(self, values):
+        self.host[...] = values
 
     def __array__(self, *args, **kwargs):
         raise TypeError("a device array becomes a NumPy array by .get() alone")
@@ -153,7 +172,21 @@ def _gemm_ex(
 def _attributes(address):
     """Memory that no array here holds is what a GPU calls pageable."""
     known = len(allocations_at(np.array([address], np.uint64))) > 0
-    return SimpleNamespace(type=2 if known else 0)  # cudaMemoryTypeDevice, ...Unregistered
+    # cudaMemoryTypeDevice, cudaMemoryTypeUnregistered
+    return SimpleNamespace(type=2 if known else 0, device=DEVICE)
+
+
+class CUDARuntimeError(RuntimeError):
+    """Nothing here raises it."""
+
+
+class Event:
+    """Everything is done when the call returns, so every event has happened."""
+
+    ptr = 0
+
+    def synchronize(self):
+        pass
 
 
 TYPES = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}  # cudaDataType
@@ -171,14 +204,24 @@ cublas = SimpleNamespace(
 )
 
 cuda = SimpleNamespace(
+    alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    Event=Event,
+    get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(
         getDevice=lambda: DEVICE,
         getDeviceCount=lambda: 1,
         pointerGetAttributes=_attributes,
         memoryTypeUnregistered=0,
+        memoryTypeHost=1,
+        memoryTypeDevice=2,
+        memcpyAsync=lambda dst, src, size, kind, stream: ctypes.memmove(dst, src, size),
+        streamIsCapturing=lambda stream: False,
+        eventRecord=lambda event, stream: None,
+        eventQuery=lambda event: 0,
+        CUDARuntimeError=CUDARuntimeError,
     ),
     Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
 )

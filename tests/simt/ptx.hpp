@@ -55,6 +55,21 @@ inline unsigned short float_to_f16_bits(float x) {
     return (unsigned short)(sign | (code < 0x7c00u ? code : 0x7c00u));
 }
 
+inline unsigned floats_to_f16x2(float lower, float upper) {
+    return float_to_f16_bits(lower) | (unsigned)float_to_f16_bits(upper) << 16;
+}
+
+inline unsigned floats_to_bf16x2(float lower, float upper) {
+    unsigned y = 0;
+    for (int i = 0; i < 2; i++) {
+        const unsigned u = __float_as_uint(i ? upper : lower);
+        const unsigned half =
+            simt::is_nan(i ? upper : lower) ? 0x7fffu : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+        y |= half << 16 * i;
+    }
+    return y;
+}
+
 inline unsigned short floats_to_e4m3x2(float lower, float upper) {
     return (unsigned short)(simt::float_to_fp8(lower, 3, 7, 0x7e) |
                             simt::float_to_fp8(upper, 3, 7, 0x7e) << 8);
@@ -77,6 +92,10 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
 }
 
 // --- Copies and fragments ------------------------------------------------------------------------
+
+inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+
+inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global);

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, kinds
 from tests.helpers import assert_same_bits, bits, to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
@@ -42,12 +42,13 @@ class Probe:
         if self.sm < sm:
             pytest.skip(f"sm_{sm} is the first with this instruction, this is sm_{self.sm}")
 
-    def run(self, name, out, *inputs, n=None, block=128, kind="f16"):
+    def run(self, name, out, *inputs, n=None, block=128, kind="f16", codes="i8"):
         """`out` as the kernel leaves it; over n items, or by one block."""
         arrays = [self.device.asarray(x) for x in (out, *inputs)]
         sizes = [] if n is None else [np.int32(n)]
         grid = 1 if n is None else -(-n // block)
-        cuda.launch(cuda.kernel("ptx", name, SM=self.sm, KIND=kind), grid, block, *arrays, *sizes)
+        kernel = cuda.kernel("ptx", name, SM=self.sm, KIND=kind, CODES=codes)
+        cuda.launch(kernel, grid, block, *arrays, *sizes)
         return to_numpy(arrays[0])
 
     def widen(self, codes, kind="f16", name="widen"):
@@ -152,6 +153,35 @@ def test_f16_instructions(probe, rng):
     assert_same_bits(probe.widen(codes, name="widen_f16"), values(codes))
     want = np.where(np.isnan(x), np.uint16(0x7FFF), bits(rounded(x, "f16")))
     assert_same_bits(bits(probe.narrow(x, name="narrow_f16")), want)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_words_of_two(probe, rng, kind):
+    """The instruction, then eight at a time, where NaN gets what NumPy gives it."""
+    x = floats(rng, kind)
+    x = x[: x.size // 8 * 8]
+    out = np.zeros(x.size, np.uint16)
+    probe.needs(80)
+    want = np.where(np.isnan(x), np.uint16(0x7FFF), bits(rounded(x, kind)))
+    assert_same_bits(probe.run("narrow_words", out, x, n=x.size // 2, kind=kind), want)
+    for sm in (90, 75):
+        probe.imitate(sm)
+        got = probe.run("store_eight", out, x, n=x.size // 8, kind=kind)
+        assert_same_bits(got, bits(rounded(x, kind)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS.values() if kind.largest], ids=str)
+def test_eight_codes_load(probe, rng, kind):
+    """Every byte in every place, with the instructions and without."""
+    row = rng.permutation(np.arange(256).astype(np.uint8))
+    codes = np.stack([np.roll(row, i) for i in range(kind.bits)])  # bytes of eight codes
+    want = kinds.decode(codes.view(kind.dtype), kind)
+    want = np.where(np.isnan(want), np.uint32(NAN_BITS).view(np.float32), want)
+    for sm in (90, 75):
+        probe.imitate(sm)
+        out = np.zeros(want.size, np.float32)
+        got = probe.run("load_eight", out, codes, n=want.size // 8, codes=kind.c_type)
+        assert_same_bits(got.reshape(want.shape), want)
 
 
 @pytest.mark.parametrize("kind", FP8)
@@ -305,5 +335,5 @@ def test_inline_ptx_stands_in_one_section_and_has_twins():
     assert not any(re.search(r"\basm\b", text) for text in (before, after, *others))
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 14
+    assert len(wrappers) == 18
     assert wrappers == {name: twins.get(name) for name in wrappers}

@@ -5,6 +5,9 @@
 //   narrow, narrow_plain  floats const [n] -> codes [n] CODE
 //   widen_f16             codes const [n] u16 -> floats [n], by the bare instruction
 //   narrow_f16            floats const [n] -> codes [n] u16, likewise
+//   narrow_words          floats const [n, 2] -> codes [n, 2] CODE, f16 or bf16
+//   load_eight            codes const [n, 8] of CODES, as bytes -> floats [n, 8]
+//   store_eight           floats const [n, 8] -> codes [n, 8] CODE, f16 or bf16
 //   widen_e4m3x2          pairs const [n] u16 -> halves [n, 2] u16
 //   narrow_pairs          floats const [n, 2] -> codes [n, 2] CODE
 //   copy                  from const [2, 128, 4] u32 -> to [2, 128, 4], the 128 in reverse order
@@ -12,16 +15,16 @@
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
-// Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2. widen_plain does nothing but for
-//           e4m3, narrow_plain and narrow_pairs nothing but for the fp8 kinds, and no kernel
-//           anything where the SM lacks its instruction
+// Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2; CODES = i8, i4, e4m3 or e5m2.
+//           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
+//           fp8 kinds, and no kernel anything where the SM lacks its instruction
 // Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
 //           (1), (32)
 // Order:    no atomics, bit-exact
 #include "common.cuh"
 
-#if !defined(SM) || !defined(KIND)
-#error "ptx.cu needs SM, and KIND = f16, bf16, e4m3 or e5m2"
+#if !defined(SM) || !defined(KIND) || !defined(CODES)
+#error "ptx.cu needs SM, KIND = f16, bf16, e4m3 or e5m2, and CODES = i8, i4, e4m3 or e5m2"
 #endif
 static_assert(SM * 10 == __CUDA_ARCH__, "compiled for the SM that the test expects");
 using CODE = decltype(KIND::bits);
@@ -45,6 +48,23 @@ extern "C" __global__ void widen_f16(float* floats, const u16* codes, int n) {
 extern "C" __global__ void narrow_f16(u16* codes, const float* floats, int n) {
     if (item() < n) codes[item()] = float_to_f16_bits(floats[item()]);
 }
+
+template <typename T> struct Halves {  // fp8 kinds have none of these
+    static __device__ void narrow(CODE*, const float*) {}
+    static __device__ void store(CODE*, const float (&)[8]) {}
+};
+
+template <typename T> struct TwoBytes {
+    static __device__ void narrow(u16* y, const float* x) {
+#if __CUDA_ARCH__ >= 800
+        const u32 word = two_halves(x[0], x[1], T{});
+        y[0] = (u16)word, y[1] = (u16)(word >> 16);
+#endif
+    }
+    static __device__ void store(u16* y, const float (&x)[8]) { store8((T*)y, x); }
+};
+template <> struct Halves<f16> : TwoBytes<f16> {};
+template <> struct Halves<bf16> : TwoBytes<bf16> {};
 
 template <typename T> struct Fp8 {  // f16 and bf16 have none of these
     static __device__ void widen_plain(float*, const CODE*) {}
@@ -88,6 +108,24 @@ extern "C" __global__ void narrow_plain(CODE* codes, const float* floats, int n)
 
 extern "C" __global__ void narrow_pairs(CODE* codes, const float* floats, int n) {
     if (item() < n) Fp8<KIND>::narrow_pair(codes + 2 * item(), floats + 2 * item());
+}
+
+extern "C" __global__ void narrow_words(CODE* codes, const float* floats, int n) {
+    if (item() < n) Halves<KIND>::narrow(codes + 2 * item(), floats + 2 * item());
+}
+
+extern "C" __global__ void load_eight(float* floats, const u8* codes, int n) {
+    if (item() >= n) return;
+    float x[8];
+    load8(x, (const CODES*)codes + (i64)item() * 8 / PACKED<CODES>);
+    store8(floats + 8 * item(), x);
+}
+
+extern "C" __global__ void store_eight(CODE* codes, const float* floats, int n) {
+    if (item() >= n) return;
+    float x[8];
+    load8(x, floats + 8 * item());
+    Halves<KIND>::store(codes + 8 * item(), x);
 }
 
 extern "C" __global__ void widen_e4m3x2(u16* halves, const u16* pairs, int n) {

@@ -1,0 +1,120 @@
+// paged_check.cu: find the first entry of page tables and slots that no paged op may be given.
+//
+// Arrays (letters as in pykv/ops/paged_check.py), all int32 unless said otherwise:
+//   found                 [1] u64    ~0 before; the least (reason << 32 | index) of all offenders
+//   slots          const  [n] INDEX  int or i64; negative: none
+//   seen                  [mask + 1] u64  hash table, ~0 before, at least twice as large as slots
+//   indptr, starts const  [B+1]
+//   indices, pages const  [n]
+//   last_page_len, lengths  const  [B]
+//   page_table     const  [B, M]     rows row_stride elements apart
+//   batch_indices, positions  const  [n]
+// Defines:  INDEX = int or i64
+// Launch:   grid (ceil(threads / 256)), block (256), threads as each kernel says, no shared memory
+// Traffic:  each array once
+// Order:    atomic minima, so the same offender in every run
+#include "common.cuh"
+
+#ifndef INDEX
+#error "paged_check.cu needs INDEX = int or i64"
+#endif
+
+// The reasons, in the order in which they are reported; pykv/ops/paged_check.py has their texts.
+enum Reason { BAD_START, BAD_ORDER, BAD_END, NO_PAGE, BAD_COUNT, BAD_ENTRY, REPEATED };
+
+__device__ __forceinline__ i64 item() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
+
+__device__ __forceinline__ void report(u64* found, Reason reason, i64 index) {
+    atomicMin(found, (u64)reason << 32 | (u64)index);
+}
+
+// Threads: n. Entries between `low` and `end` - 1, or below 0 where `low` is 0 and negative ones
+// are skipped.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_range(u64* found, const INDEX* values, i64 n, i64 low, i64 end) {
+    if (item() >= n) return;
+    const i64 value = values[item()];
+    if (value < low || value >= end) report(found, BAD_ENTRY, item());
+}
+
+// Threads: n. Slots below `end`, none of them twice; the later one of two is reported.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_slots(u64* found, u64* seen, u32 mask, const INDEX* slots, i64 n, i64 end) {
+    if (item() >= n) return;
+    const i64 slot = slots[item()];
+    if (slot < 0) return;
+    if (slot >= end) return report(found, BAD_ENTRY, item());
+
+    // An entry of `seen` is slot << 32 | index, its slot for good and its index falling. Of a slot's
+    // entries a < b < c ... b meets a whichever comes first, and nothing before b is reported.
+    const u64 mine = (u64)slot << 32 | (u64)item();
+    for (u32 at = (u32)slot * 2654435761u;; at++) {
+        u64* const entry = seen + (at & mask);
+        u64 old = atomicCAS(entry, ~0ull, mine);
+        if (old == ~0ull) return;
+        if (old >> 32 != (u64)slot) continue;
+        old = atomicMin(entry, mine);
+        return report(found, REPEATED, max((i64)(old & 0xffffffffu), item()));
+    }
+}
+
+// The checks that all tables of starts share: from 0, growing, not past `end`.
+__device__ __forceinline__ void check_starts(u64* found, const int* starts, i64 i, i64 last,
+                                             i64 end) {
+    if (i == 0 && starts[0] != 0) report(found, BAD_START, 0);
+    if (i < last && starts[i + 1] < starts[i]) report(found, BAD_ORDER, i + 1);
+    if (i <= last && starts[i] > end) report(found, BAD_END, i);
+}
+
+// Threads: B + 1.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_starts(u64* found, const int* starts, i64 B, i64 end) {
+    check_starts(found, starts, item(), B, end);
+}
+
+// Threads: max(n, B + 1). Pages that a request has are 0 to num_pages - 1; last_page_len, if not
+// null, is `low` to `high` for requests with pages; with `needs_page`, all have one. With `starts`,
+// not null, a request has enough pages for starts[b+1] - starts[b] tokens, and the rest may be
+// anything.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_table(u64* found, const int* indptr, const int* indices, const int* last_page_len,
+                  const int* starts, i64 n, i64 B, i64 num_pages, i64 page_size, int low, int high,
+                  int needs_page) {
+    const i64 i = item();
+    check_starts(found, indptr, i, B, n);
+    if (B > 0 && i < n && i < indptr[B] && (indices[i] < 0 || indices[i] >= num_pages)) {
+        const int b = last_up_to(indptr, (int)B, i);
+        const bool is_used = !starts || (i - indptr[b]) * page_size < starts[b + 1] - starts[b];
+        if (is_used) report(found, BAD_ENTRY, i);
+    }
+    if (i >= B) return;
+    const i64 pages = indptr[i + 1] - indptr[i];
+    const i64 tokens = starts ? starts[i + 1] - starts[i] : needs_page;
+    if (pages * page_size < tokens) report(found, NO_PAGE, i);
+    if (last_page_len && pages > 0 && (last_page_len[i] < low || last_page_len[i] > high)) {
+        report(found, BAD_COUNT, i);
+    }
+}
+
+// Threads: B * M. Lengths are 0 to M * page_size, pages that they reach 0 to num_pages - 1.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_page_table(u64* found, const int* page_table, const int* lengths, i64 row_stride,
+                       i64 B, i64 M, i64 num_pages, i64 page_size) {
+    if (item() >= B * M) return;
+    const i64 b = item() / M, m = item() - b * M, length = lengths[b];
+    if (m == 0 && (length < 0 || length > M * page_size)) report(found, BAD_COUNT, b);
+    const i64 page = page_table[b * row_stride + m];
+    if (m * page_size < length && (page < 0 || page >= num_pages)) report(found, BAD_ENTRY, item());
+}
+
+// Threads: n. Positions lie in the pages of their request; negative requests are skipped.
+extern "C" __global__ void __launch_bounds__(256)
+paged_check_positions(u64* found, const int* batch_indices, const int* positions, const int* indptr,
+                      i64 n, int B, i64 page_size) {
+    const i64 i = item();
+    if (i >= n || batch_indices[i] < 0) return;
+    const int b = batch_indices[i];
+    if (b >= B) return report(found, BAD_ENTRY, i);
+    const i64 end = ((i64)indptr[b + 1] - indptr[b]) * page_size;
+    if (positions[i] < 0 || positions[i] >= end) report(found, BAD_COUNT, i);
+}

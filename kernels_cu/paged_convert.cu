@@ -1,0 +1,216 @@
+// paged_convert.cu: move rows between paged pools of any kinds, layouts and scales.
+//
+// Dense arrays of floats are pools too, without scales and with pages that follow each other, so
+// that one kernel gathers (code pool to float pool), scatters (float to code) and converts.
+//
+// Arrays (letters as in pykv/ops/paged_convert.py); a row is D contiguous elements:
+//   k_dst, v_dst                [N', P, H]  rows of DST, updated in place
+//   k_dst_scales, v_dst_scales  [N', P, H]  DST_SCALE; with FIND written, else read; null for floats
+//   k_src, v_src         const  [N, P, H]   rows of SRC
+//   k_src_scales, v_src_scales  [N, P, H]   SRC_SCALE; null for floats
+//   dst_pages, src_pages const  [n] int32   page i goes from src_pages[i] to dst_pages[i]; null: i;
+//                                           negative on either side: the page is skipped
+//   indptr, starts       const  [B+1] int32 with SEQUENCES: pages indptr[b] to indptr[b+1] - 1 of the
+//                                           list hold tokens starts[b] to starts[b+1] - 1 of dst,
+//                                           below num_tokens, where a page is a token
+// Strides in elements of the arrays, the same for K and V. The rows of a page are two loops, over
+// tokens and heads in either order, `inner` the faster one; with SEQUENCES tokens are the outer.
+// Divisors, below 2^31, come with magic and shift: see `divide`.
+// Defines:  SRC, DST = float, f16, bf16, i8, i4, e4m3 or e5m2; SRC_SCALE, DST_SCALE = f16 or float;
+//           HEAD_DIM = D, a multiple of 8 up to 512;
+//           FIND = 1: each row of codes gets a scale of its own, 0: scales of DST are given;
+//           MOVE = 1: bits and scales of rows stay as they are (SRC = DST, FIND as of SRC);
+//           SEQUENCES = 1: dst is the tokens of sequences one after the other, 0: it has pages;
+//           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32;
+//           ROWS = how many rows these have in flight
+// Launch:   grid (ceil(num_rows / (BLOCK / LANES * ROWS)), 2), or (..., 1) for K alone;
+//           block (BLOCK), no shared memory
+// Traffic:  num_rows * (bytes of a row and its scale, of SRC and of DST) for each of K and V
+// Order:    no atomics; bit-exact; undefined where a row is written twice, or is written and read,
+//           unless by itself: DST may be SRC's memory if each row and its scale keep their bytes
+#include "common.cuh"
+
+#if !defined(SRC) || !defined(DST) || !defined(SRC_SCALE) || !defined(DST_SCALE) ||               \
+    !defined(HEAD_DIM) || !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES)
+#error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, HEAD_DIM, FIND, MOVE, SEQUENCES"
+#endif
+#if !defined(BLOCK) || !defined(LANES) || !defined(ROWS)
+#error "paged_convert.cu needs BLOCK, LANES and ROWS"
+#endif
+
+constexpr int EIGHTS = HEAD_DIM / 8;
+constexpr int PIECES = (EIGHTS + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
+constexpr int GROUPS = BLOCK / LANES;
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
+
+struct Divisor { u32 n, magic, shift; };
+
+// x / by.n, exact for x below 2^31: shift is ceil(log2 n), magic ceil(2^(31 + shift) / n).
+__device__ __forceinline__ u32 divide(u32 x, Divisor by) {
+    return __umulhi(2 * x, by.magic) >> by.shift;
+}
+
+struct Strides { i64 page, outer, inner; };
+
+__device__ __forceinline__ i64 offset(Strides by, i64 page, u32 outer, u32 inner) {
+    return page * by.page + outer * by.outer + inner * by.inner;
+}
+
+// Rows as floats.
+__device__ __forceinline__ void decode8(float (&x)[8], const Eight<SRC>& eight, SRC_SCALE scale) {
+    unpack8(x, eight);
+    if (LARGEST<SRC> == 0) return;
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
+}
+
+// Products as f16 or bf16; a NaN among them is the one that conversion makes, too.
+template <typename T> __device__ __forceinline__ void store_products(T* p, const float (&x)[8]) {
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
+    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Rows as values of codes, to be rounded.
+__device__ __forceinline__ void scale8(float (&x)[8], float inverse) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float y = inverse == 0.0f ? 0.0f : __fmul_rn(x[i], inverse);  // also of NaN
+        x[i] = fminf(fmaxf(y, -LARGEST<DST>), LARGEST<DST>);
+        if (!FIND && y != y) x[i] = IS_FP8<DST> ? y : 0.0f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_scales,
+              const SRC* k_src, const SRC* v_src,
+              const SRC_SCALE* k_src_scales, const SRC_SCALE* v_src_scales,
+              const int* dst_pages, const int* src_pages, const int* indptr, const int* starts,
+              int num_sequences, int page_size, int num_tokens,
+              i64 dst_page, i64 dst_outer, i64 dst_inner,
+              i64 dst_scale_page, i64 dst_scale_outer, i64 dst_scale_inner,
+              i64 src_page, i64 src_outer, i64 src_inner,
+              i64 src_scale_page, i64 src_scale_outer, i64 src_scale_inner,
+              u32 num_rows, u32 page_rows, u32 page_magic, u32 page_shift,
+              u32 num_inner, u32 inner_magic, u32 inner_shift) {
+    const bool is_v = blockIdx.y;
+    DST* const dst = is_v ? v_dst : k_dst;
+    DST_SCALE* const dst_scales = is_v ? v_dst_scales : k_dst_scales;
+    const SRC* const src = is_v ? v_src : k_src;
+    const SRC_SCALE* const src_scales = is_v ? v_src_scales : k_src_scales;
+
+    const Divisor by_page{page_rows, page_magic, page_shift};
+    const Divisor by_inner{num_inner, inner_magic, inner_shift};
+    const Strides to{dst_page, dst_outer, dst_inner};
+    const Strides to_scale{dst_scale_page, dst_scale_outer, dst_scale_inner};
+    const Strides from{src_page, src_outer, src_inner};
+    const Strides from_scale{src_scale_page, src_scale_outer, src_scale_inner};
+
+    const u32 lane = threadIdx.x % LANES;
+    const u32 first = blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
+    bool exists[ROWS];
+    u32 outers[ROWS], inners[ROWS];
+    i64 to_pages[ROWS], from_pages[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const u32 row = min(first + r * GROUPS, num_rows - 1);
+        const u32 item = divide(row, by_page), in_page = row - item * page_rows;
+        outers[r] = divide(in_page, by_inner), inners[r] = in_page - outers[r] * num_inner;
+        from_pages[r] = src_pages ? src_pages[item] : (int)item;
+        exists[r] = first + r * GROUPS < num_rows && from_pages[r] >= 0;
+#if SEQUENCES
+        const int b = last_up_to(indptr, num_sequences, item);
+        const i64 nth = (i64)item - indptr[b];  // page of the sequence
+        to_pages[r] = starts[b] + nth * page_size;
+        exists[r] &= nth >= 0 && (int)item < indptr[b + 1];
+        exists[r] &= to_pages[r] + outers[r] < min(starts[b + 1], num_tokens);
+#else
+        to_pages[r] = dst_pages ? dst_pages[item] : (int)item;
+        exists[r] &= to_pages[r] >= 0;
+#endif
+    }
+
+    Eight<SRC> eights[ROWS][PIECES];  // zeros where there is no element
+    SRC_SCALE scales[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const SRC* const from_row = src + offset(from, from_pages[r], outers[r], inners[r]);
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            const u32 eighth = lane + j * LANES;
+            eights[r][j] = Eight<SRC>{};
+            if (exists[r] && eighth < EIGHTS) {
+                eights[r][j] = get8(from_row + eighth * 8 / PACKED<SRC>);
+            }
+        }
+        scales[r] = SRC_SCALE{};
+        if (LARGEST<SRC> > 0 && exists[r]) {
+            scales[r] = src_scales[offset(from_scale, from_pages[r], outers[r], inners[r])];
+        }
+    }
+
+#if MOVE
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (!exists[r]) continue;
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            const u32 eighth = lane + j * LANES;
+            if (eighth < EIGHTS) put8(to_row + eighth * 8 / PACKED<DST>, eights[r][j]);
+        }
+        if (FIND && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = scales[r];
+    }
+#else
+    DST_SCALE new_scales[ROWS];
+#if FIND
+    u32 amax[ROWS];  // bits of the largest |x|
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        amax[r] = 0;
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            float x[8];
+            decode8(x, eights[r][j], scales[r]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) amax[r] = max(amax[r], __float_as_uint(x[i]) & 0x7fffffffu);
+        }
+    }
+    group_max<LANES>(amax);
+    __syncwarp();  // all lanes have read the old scales, which may lie where the new ones will
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        new_scales[r] = row_scale<DST, DST_SCALE>(amax[r]);
+        if (exists[r] && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = new_scales[r];
+    }
+#else
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        new_scales[r] = DST_SCALE{};
+        if (LARGEST<DST> > 0 && exists[r]) new_scales[r] = dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])];
+    }
+#endif
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        if (!exists[r]) continue;
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
+        const float inverse = LARGEST<DST> > 0 ? inverse_scale(new_scales[r]) : 1.0f;
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+            const u32 eighth = lane + j * LANES;
+            if (eighth >= EIGHTS) continue;
+            float x[8];
+            decode8(x, eights[r][j], scales[r]);
+            if (LARGEST<DST> > 0) scale8(x, inverse);
+            DST* const at = to_row + eighth * 8 / PACKED<DST>;
+            if constexpr (LARGEST<SRC> > 0 && sizeof(DST) == 2) {
+                store_products(at, x);
+            } else {
+                store8(at, x);
+            }
+        }
+    }
+#endif
+}

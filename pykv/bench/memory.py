@@ -1,0 +1,79 @@
+"""Memory of benchmarks: words that all differ, on the device or pinned on the host.
+
+Pinning takes longer than most cases, so one piece of pinned memory serves them all in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+POISON = np.uint32(0xDEADBEEF)  # what a word holds before a call writes it
+
+_pinned: Any = None
+
+
+def words(xp: Any, size: int, seed: int) -> Any:
+    """[size / 4] uint32 on the device, all different up to 16 GiB."""
+    made = xp.arange(size // 4, dtype=np.uint32)
+    made *= np.uint32(2654435761)  # odd, so that no two products are equal
+    made += np.uint32(seed)
+    return made
+
+
+def poison(xp: Any, size: int) -> Any:
+    """[size / 4] uint32 on the device, all `POISON`."""
+    return xp.full(size // 4, POISON, np.uint32)
+
+
+def place(xp: Any, values: Any, on_host: bool) -> Any:
+    """Device values as they are, or with `on_host` in pinned memory, valid for this case only."""
+    if not on_host:
+        return values
+    host = pinned(xp, values.nbytes).view(values.dtype).reshape(values.shape)
+    values.get(out=host)
+    return host
+
+
+def on_device(xp: Any, array: Any) -> Any:
+    """The array, or its copy where it lies in pinned memory; CuPy's asarray would pin once more."""
+    if xp is np or not isinstance(array, np.ndarray):
+        return array
+    made = xp.empty(array.shape, array.dtype)
+    made.set(array)
+    return made
+
+
+def pinned(xp: Any, size: int) -> Any:
+    """[size] uint8 of pinned host memory: the same as last time, unless that was too small.
+
+    Raises:
+        MemoryError: the host has no more that can be pinned.
+    """
+    global _pinned
+    if _pinned is None or _pinned.size < size:
+        _pinned = None
+        try:
+            # Not from CuPy's pool, which would keep the smaller piece too.
+            memory = xp.cuda.PinnedMemory(size)
+        except xp.cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(f"{size:,} bytes of host memory cannot be pinned") from error
+        _pinned = np.frombuffer(xp.cuda.PinnedMemoryPointer(memory, 0), np.uint8, size)
+    return _pinned[:size]
+
+
+def free() -> None:
+    """Unpin, once nobody holds what `pinned` gave."""
+    global _pinned
+    _pinned = None
+
+
+def fits(xp: Any, size: int) -> bool:
+    """Whether the device has room for so many bytes; of the host nobody knows."""
+    return xp is np or size <= xp.cuda.runtime.memGetInfo()[0]
+
+
+def address(array: Any) -> int:
+    """Of the first byte, wherever it lies."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)

@@ -1,0 +1,387 @@
+"""Validation: find the first entry of slots and page tables that a paged op may not be given.
+
+Dimensions: n entries, B sequences, M pages a sequence at most, N pages in the pool, P tokens a
+page.
+Kernel: kernels_cu/paged_check.cu.
+
+Kernels do not range-check what they are given: a wrong page id reads or writes somebody else's
+memory. Ops of paged caches take `check=True` to look first, at the price of waiting for the GPU;
+with PYKV_CHECK=1 in the environment when pykv is imported, all of them do unless told
+`check=False`. While a CUDA graph is captured nothing can be waited for, and nothing is checked.
+
+Each function raises ParameterError, which names array, index, value and what was expected; of
+several offenders the first, on every device and in every run the same. Nothing is written. All
+synchronise with CuPy's current stream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import INT32, _cupy, check, on_gpu
+from pykv.errors import ParameterError
+
+VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
+BLOCK = 256
+
+INDICES = (*INT32, np.dtype(np.int64))
+ALWAYS = os.environ.get("PYKV_CHECK") == "1"
+
+# As in the kernel: reasons in the order in which they are reported.
+BAD_START, BAD_ORDER, BAD_END, NO_PAGE, BAD_COUNT, BAD_ENTRY, REPEATED = range(7)
+NOTHING = np.uint64(2**64 - 1)
+
+Offender = tuple[int, int]  # reason and index
+
+
+def enabled(wanted: bool | None, array: Any) -> bool:
+    """Whether an op shall check.
+
+    Args:
+        wanted: its argument `check`; None: what PYKV_CHECK says.
+        array: one of its arrays, which says whether there is a stream that may be capturing.
+    """
+    if not (ALWAYS if wanted is None else wanted):
+        return False
+    if not on_gpu(array):
+        return True
+    runtime = _cupy().cuda
+    return not runtime.runtime.streamIsCapturing(runtime.get_current_stream().ptr)
+
+
+def check_pages(
+    pages: Any,
+    num_pages: int,
+    *,
+    may_skip: bool = True,
+    op: str = "paged_check.check_pages",
+    name: str = "pages",
+) -> None:
+    """A list of pages.
+
+    Args:
+        pages: [n] int32 or int64.
+        num_pages: N.
+        may_skip: negative entries are fine.
+        op, name: for the text.
+    """
+    n = check(op, **{name: (pages, "n", INDICES)})["n"]
+    low = -(2**63) if may_skip else 0
+    found = _first(pages, "range", n, np.int64(n), np.int64(low), np.int64(num_pages))
+    if found:
+        allowed = f"{'below' if may_skip else '0 to'} {num_pages if may_skip else num_pages - 1}"
+        raise _error(op, name, pages, found[1], allowed)
+
+
+def check_slots(
+    slots: Any, num_slots: int, *, op: str = "paged_check.check_slots", name: str = "slots"
+) -> None:
+    """Flat slots to be written: in range, and none twice; negative ones are skipped.
+
+    Args:
+        slots: [n] int32 or int64.
+        num_slots: N * P, below 2^32.
+        op, name: for the text.
+    """
+    n = check(op, **{name: (slots, "n", INDICES)})["n"]
+    if found := _first(slots, "slots", n, np.int64(n), np.int64(num_slots)):
+        reason, index = found
+        expected = f"below {num_slots}"
+        if reason == REPEATED:
+            expected = "no slot twice"
+        raise _error(op, name, slots, index, expected)
+
+
+def check_starts(
+    starts: Any, end: int, *, op: str = "paged_check.check_starts", name: str = "starts"
+) -> None:
+    """Where the parts of a ragged batch begin: from 0, growing, not past `end`.
+
+    Args:
+        starts: [B+1] int32.
+        end: how many rows there are.
+        op, name: for the text.
+    """
+    B = _count(op, name, starts)
+    if found := _first(starts, "starts", B + 1, np.int64(B), np.int64(end)):
+        raise _starts_error(op, name, starts, *found, end)
+
+
+def check_table(
+    indices: Any,
+    indptr: Any,
+    last_page_len: Any,
+    num_pages: int,
+    page_size: int,
+    *,
+    counts: str | None = None,
+    starts: Any = None,
+    op: str = "paged_check.check_table",
+) -> None:
+    """A page table as lists one after the other (CSR).
+
+    Args:
+        indices: [n] int32; page ids, of which those past indptr[B] are nobody's.
+        indptr: [B+1] int32; request b has indices indptr[b] to indptr[b+1] - 1.
+        last_page_len: [B] int32; tokens in the last page; None where lengths are told otherwise.
+        num_pages, page_size: N and P.
+        counts: None for a read, where `last_page_len` is 0 to P. For an append of a token to each
+            request "before", 0 to P - 1, or "after", 1 to P; then every request must have a page.
+        starts: [B+1] int32 that `check_starts` has passed, or None; request b has
+            starts[b+1] - starts[b] tokens, for which its pages must do. Indices past them may be
+            anything.
+        op: for the text.
+    """
+    sizes = check(
+        op,
+        indices=(indices, "n", INT32),
+        indptr=(indptr, "C", INT32),
+        starts=(starts, "C", INT32),
+    )
+    n, B = sizes["n"], _count(op, "indptr", indptr)
+    check(op, indptr=(indptr, "B+1", INT32), last_page_len=(last_page_len, "B", INT32))
+    low, high = int(counts == "after"), page_size - (counts == "before")
+    found = _first(
+        *(indptr, "table", max(n, B + 1), indices, last_page_len, starts),
+        *map(np.int64, (n, B, num_pages, page_size)),
+        *map(np.int32, (low, high, counts is not None)),
+    )
+    if not found:
+        return
+    reason, index = found
+    if reason == BAD_ENTRY:
+        raise _error(op, "indices", indices, index, f"0 to {num_pages - 1}")
+    if reason == BAD_COUNT:
+        raise _error(op, "last_page_len", last_page_len, index, f"{low} to {high}")
+    if reason == NO_PAGE:
+        tokens = 1
+        if starts is not None:
+            tokens = _value(starts, index + 1) - _value(starts, index)
+        raise _error(
+            *(op, "indptr", indptr, index + 1),
+            f"at least {_value(indptr, index) - (-tokens // page_size)}, because request {index} "
+            f"needs pages for {tokens} tokens",
+        )
+    raise _starts_error(op, "indptr", indptr, reason, index, n)
+
+
+def check_page_table(
+    page_table: Any,
+    lengths: Any,
+    num_pages: int,
+    page_size: int,
+    *,
+    op: str = "paged_check.check_page_table",
+) -> None:
+    """A page table with a row for each sequence.
+
+    Args:
+        page_table: [B, M] int32, rows at any stride; entries past a length may be anything.
+        lengths: [B] int32; tokens of each sequence, 0 to M * P.
+        num_pages, page_size: N and P.
+        op: for the text.
+    """
+    sizes = check(op, page_table=(page_table, "B | M", INT32), lengths=(lengths, "B", INT32))
+    B, M = sizes["B"], sizes["M"]
+    if M == 0:
+        found = _first(lengths, "range", B, np.int64(B), np.int64(0), np.int64(1))
+        found = found and (BAD_COUNT, found[1])
+    else:
+        stride = page_table.strides[0] // page_table.itemsize
+        numbers = map(np.int64, (stride, B, M, num_pages, page_size))
+        found = _first(page_table, "page_table", B * M, lengths, *numbers)
+    if not found:
+        return
+    reason, index = found
+    if reason == BAD_COUNT:
+        raise _error(op, "lengths", lengths, index, f"0 to {M * page_size}")
+    raise _error(op, "page_table", page_table, divmod(index, M), f"0 to {num_pages - 1}")
+
+
+def check_positions(
+    batch_indices: Any,
+    positions: Any,
+    indptr: Any,
+    page_size: int,
+    *,
+    op: str = "paged_check.check_positions",
+) -> None:
+    """Tokens named by request and position; negative requests are skipped.
+
+    Args:
+        batch_indices, positions: [n] int32.
+        indptr: [B+1] int32; of a table that `check_table` has passed.
+        page_size: P.
+        op: for the text.
+    """
+    sizes = check(
+        op,
+        batch_indices=(batch_indices, "n", INT32),
+        positions=(positions, "n", INT32),
+        indptr=(indptr, "B+1", INT32),
+    )
+    n, B = sizes["n"], _count(op, "indptr", indptr)
+    found = _first(
+        *(batch_indices, "positions", n, positions, indptr, np.int64(n), np.int32(B)),
+        np.int64(page_size),
+    )
+    if not found:
+        return
+    reason, index = found
+    if reason == BAD_ENTRY:
+        raise _error(op, "batch_indices", batch_indices, index, f"below {B}")
+    b = _value(batch_indices, index)
+    tokens = (_value(indptr, b + 1) - _value(indptr, b)) * page_size
+    raise _error(op, "positions", positions, index, f"0 to {tokens - 1}, the pages of request {b}")
+
+
+def _count(op: str, name: str, starts: Any) -> int:
+    """B of a table of B + 1 starts."""
+    n: int = check(op, **{name: (starts, "n", INT32)})["n"]
+    if n == 0:
+        raise ParameterError(f"{op}: {name} is empty, expected B + 1 entries")
+    return n - 1
+
+
+def _error(op: str, name: str, array: Any, index: Any, expected: str) -> ParameterError:
+    at = ", ".join(map(str, np.atleast_1d(index).tolist()))
+    return ParameterError(f"{op}: {name}[{at}] is {_value(array, index)}, expected {expected}")
+
+
+def _starts_error(
+    op: str, name: str, starts: Any, reason: int, index: int, end: int
+) -> ParameterError:
+    expected = {BAD_START: "0", BAD_END: f"at most {end}"}.get(reason)
+    if expected is None:
+        expected = f"at least {_value(starts, index - 1)} like {name}[{index - 1}]"
+    return _error(op, name, starts, index, expected)
+
+
+def _value(array: Any, index: Any) -> int:
+    """An element, wherever the array lies."""
+    value = array[index]
+    return int(value.get() if on_gpu(array) else value)
+
+
+# --- The first offender ---------------------------------------------------------------------------
+
+
+def _first(values: Any, what: str, threads: int, *rest: Any) -> Offender | None:
+    """Reason and index of the first offender, by the kernel `what` or its reference.
+
+    Args:
+        values: the array that decides where.
+        what: the kernel's name after "paged_check_".
+        threads: that it takes.
+        rest: its arguments after `values`.
+    """
+    if threads == 0:
+        return None
+    run = _cuda if on_gpu(values) else reference
+    return run(what, threads, values, *rest)
+
+
+def reference(what: str, threads: int, *arguments: Any) -> Offender | None:
+    """The definition, in NumPy: the least (reason, index) of what the kernels report."""
+    return min(_REFERENCES[what](*arguments), default=None)
+
+
+def _at(reason: int, wrong: Any) -> Iterator[Offender]:
+    """The first place where `wrong` holds."""
+    if wrong.any():
+        yield reason, int(np.argmax(wrong))
+
+
+def _range(values: Any, n: Any, low: Any, end: Any) -> Iterator[Offender]:
+    yield from _at(BAD_ENTRY, (values < low) | (values >= end))
+
+
+def _slots(slots: Any, n: Any, end: Any) -> Iterator[Offender]:
+    yield from _at(BAD_ENTRY, slots >= end)
+    used = np.flatnonzero((slots >= 0) & (slots < end))
+    _, first, group = np.unique(slots[used], return_index=True, return_inverse=True)
+    repeated = np.zeros(len(slots), bool)
+    repeated[used] = first[group] != np.arange(len(used))
+    yield from _at(REPEATED, repeated)
+
+
+def _starts(starts: Any, last: Any, end: Any) -> Iterator[Offender]:
+    if starts[0] != 0:
+        yield BAD_START, 0
+    for reason, index in _at(BAD_ORDER, starts[1:] < starts[:-1]):
+        yield reason, index + 1
+    yield from _at(BAD_END, starts > end)
+
+
+def _table(
+    indptr: Any,
+    indices: Any,
+    last_page_len: Any,
+    starts: Any,
+    n: Any,
+    B: Any,
+    num_pages: Any,
+    page_size: Any,
+    low: Any,
+    high: Any,
+    needs_page: Any,
+) -> Iterator[Offender]:
+    yield from _starts(indptr, B, n)
+    used = np.arange(n) < indptr[-1]
+    pages = indptr[1:].astype(np.int64) - indptr[:-1]
+    tokens = needs_page
+    if starts is not None and B:
+        tokens = starts[1:].astype(np.int64) - starts[:-1]
+        b = np.clip(np.searchsorted(indptr, np.arange(n), "right") - 1, 0, B - 1)
+        used &= (np.arange(n) - indptr[b]) * page_size < tokens[b]
+    yield from _at(BAD_ENTRY, used & ((indices < 0) | (indices >= num_pages)))
+    yield from _at(NO_PAGE, pages * page_size < tokens)
+    if last_page_len is not None:
+        yield from _at(BAD_COUNT, (pages > 0) & ((last_page_len < low) | (last_page_len > high)))
+
+
+def _page_table(
+    page_table: Any, lengths: Any, stride: Any, B: Any, M: Any, num_pages: Any, page_size: Any
+) -> Iterator[Offender]:
+    yield from _at(BAD_COUNT, (lengths < 0) | (lengths > M * page_size))
+    used = np.arange(M) * page_size < lengths[:, None]
+    yield from _at(BAD_ENTRY, used & ((page_table < 0) | (page_table >= num_pages)))
+
+
+def _positions(
+    batch_indices: Any, positions: Any, indptr: Any, n: Any, B: Any, page_size: Any
+) -> Iterator[Offender]:
+    yield from _at(BAD_ENTRY, batch_indices >= B)
+    known = (batch_indices >= 0) & (batch_indices < B)
+    b = np.where(known, batch_indices, 0)
+    tokens = (indptr[1:].astype(np.int64) - indptr[:-1])[b] * page_size if B else 0
+    yield from _at(BAD_COUNT, known & ((positions < 0) | (positions >= tokens)))
+
+
+_REFERENCES: dict[str, Callable[..., Iterator[Offender]]] = dict(
+    range=_range,
+    slots=_slots,
+    starts=_starts,
+    table=_table,
+    page_table=_page_table,
+    positions=_positions,
+)
+
+
+def _cuda(what: str, threads: int, values: Any, *rest: Any) -> Offender | None:
+    xp = _cupy()
+    index = "i64" if values.dtype == np.int64 else "int"
+    kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index)
+    found = xp.full(1, NOTHING, np.uint64)
+    scratch = []
+    if what == "slots":
+        size = 1 << (2 * threads - 1).bit_length()
+        scratch = [xp.full(size, NOTHING, np.uint64), np.uint32(size - 1)]
+    cuda.launch(kernel, -(-threads // BLOCK), BLOCK, found, *scratch, values, *rest)
+    code = int(found.get()[0])
+    return None if code == NOTHING else (code >> 32, code & 0xFFFFFFFF)

@@ -1,0 +1,469 @@
+"""Move pages between a paged KV cache and dense arrays, or between caches of different kinds.
+
+Dimensions: N pages in the pool (M in another pool), P tokens a page, H KV heads, D head size, W
+elements that D codes take, n listed pages, B sequences, T tokens of them.
+Kernel: kernels_cu/paged_convert.cu.
+
+Kinds, scales, layouts and what is written where are those of pykv.kinds. Page lists are [n] int32;
+a negative page is skipped and what it would have filled stays as it is. A list that writes a page
+twice leaves either; on a GPU pages are not range-checked (see pykv.ops.paged_check).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import arrays, cuda
+from pykv.arrays import FLOATS, INT32, like, on_gpu
+from pykv.errors import ShapeError, UnsupportedError
+from pykv.kinds import KINDS, Kind, KVSpec, dequantize, quantize, spec_of
+from pykv.ops import paged_check
+
+BLOCK = 128  # threads
+
+_FLOAT_KINDS = {kind.dtype: kind for kind in KINDS.values() if not kind.largest}
+_CACHE = ("k_pool", "v_pool", "k_scales", "v_scales", "pages")
+
+
+def _variant(src: str, dst: str, head_dim: int) -> dict[str, Any]:
+    return _defines(KVSpec(src, src), KVSpec(dst, dst), 0, head_dim)
+
+
+def gather(
+    k_pool: Any,
+    v_pool: Any,
+    pages: Any = None,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    k_out: Any = None,
+    v_out: Any = None,
+    dtype: Any = np.float16,
+    check: bool | None = None,
+    stream: Any = None,
+) -> tuple[Any, Any]:
+    """Read pages into dense arrays of floats.
+
+    Args:
+        k_pool, v_pool, k_scales, v_scales, spec: a cache, as pykv.kinds.KVSpec says; None for
+            `spec` is NHD with the kinds of the dtypes.
+        pages: [n] int32, negative entries are skipped; None: all pages in order.
+        k_out, v_out: [n, P, H, D] float32, float16 or bfloat16, all but D at any stride. None: made
+            in `dtype`; where a page is skipped they hold anything.
+        dtype: of arrays that are made.
+        check: see pykv.ops.paged_check.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        Keys and values, [n, P, H, D]: scale * code in float32, rounded to nearest even.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: an array does not fit the spec or the others.
+        ParameterError: scales are missing or not wanted; a page does not exist (on the host, or
+            when checking).
+        UnsupportedError: D exceeds 512, or there are 2^31 rows.
+
+    On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
+    """
+    op = "paged_convert.gather"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    if k_out is None or v_out is None:
+        shape = _dense_shape(op, spec, k_pool, pages)
+        with cuda.on_stream(stream):
+            k_out, v_out = (like(k_pool, shape, dtype) if x is None else x for x in (k_out, v_out))
+    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
+    target = _dense(op, k_out, v_out, ("k_out", "v_out"))
+    _move(op, source, target, check, stream)
+    return k_out, v_out
+
+
+def gather_rows(
+    k_pool: Any,
+    v_pool: Any,
+    indices: Any,
+    indptr: Any,
+    starts: Any,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    k_out: Any,
+    v_out: Any,
+    check: bool | None = None,
+    stream: Any = None,
+) -> None:
+    """Read the tokens of sequences into dense rows, one sequence after the other.
+
+    Args:
+        k_pool, v_pool, k_scales, v_scales, spec: as in `gather`.
+        indices: [n] int32; page ids.
+        indptr: [B+1] int32; sequence b has pages indptr[b] to indptr[b+1] - 1 of `indices`. A page
+            table [B, M] is `page_table.ravel()` with M * arange(B + 1).
+        starts: [B+1] int32; the tokens of sequence b become rows starts[b] to starts[b+1] - 1;
+            pages that these do not reach are not read, nor their ids.
+        k_out, v_out: [T, H, D] float32, float16 or bfloat16, tokens and heads at any stride; rows
+            that are nobody's stay as they are.
+        check, stream: as in `gather`.
+
+    Raises: as `gather`.
+    """
+    op = "paged_convert.gather_rows"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    arrays.check(op, k_out=(k_out, "T H | D", FLOATS), v_out=(v_out, "T H | D", FLOATS))
+    names = (*_CACHE[:4], "indices")
+    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, names)
+    target = _dense(op, k_out[:, None], v_out[:, None], ("k_out", "v_out"))
+    _move(op, source, target, check, stream, (indptr, starts))
+
+
+def scatter(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    pages: Any = None,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    check: bool | None = None,
+    stream: Any = None,
+) -> None:
+    """Write dense arrays of floats to pages, in place: what `gather` is, the other way round.
+
+    Args:
+        k, v: [n, P, H, D] float32, float16 or bfloat16, all but D at any stride.
+        k_pool, v_pool, k_scales, v_scales, spec, pages, check, stream: as in `gather`. Scales of
+            rows are written, those of heads or tensors are used. No page twice.
+
+    Raises: as `gather`.
+    """
+    op = "paged_convert.scatter"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    source = _dense(op, k, v, ("k", "v"))
+    target = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
+    _move(op, source, target, check, stream)
+
+
+def convert(
+    k_pool: Any,
+    v_pool: Any,
+    k_out: Any,
+    v_out: Any,
+    *,
+    spec: KVSpec,
+    out_spec: KVSpec,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    k_out_scales: Any = None,
+    v_out_scales: Any = None,
+    pages: Any = None,
+    out_pages: Any = None,
+    check: bool | None = None,
+    stream: Any = None,
+) -> None:
+    """Write pages of one cache to pages of another: other kinds, layout, granularity or strides.
+
+    Args:
+        k_pool, v_pool, k_scales, v_scales: the cache that is read, of `spec`.
+        k_out, v_out, k_out_scales, v_out_scales: the one that is written, of `out_spec`, which has
+            the same P, H and D. Scales of rows are written, those of heads or tensors are used. May
+            be the memory that is read where rows keep their bytes: kinds of one width, the same
+            layout, strides and pages; likewise the scales of rows.
+        spec, out_spec: KVSpec.
+        pages, out_pages: [n] int32 each; page pages[i] becomes page out_pages[i], unless one of
+            the two is negative. None: 0, 1, 2 ... No page twice in `out_pages`.
+        check, stream: as in `gather`.
+
+    Raises: as `gather`.
+
+    Codes and row scales stay as they are, bit for bit, where kind and dtype of scales agree.
+    """
+    op = "paged_convert.convert"
+    out_names = ("k_out", "v_out", "k_out_scales", "v_out_scales", "out_pages")
+    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
+    target = _Side(out_spec, (k_out, v_out), (k_out_scales, v_out_scales), out_pages, out_names)
+    _move(op, source, target, check, stream)
+
+
+class _Side(NamedTuple):
+    """What is read or written: a cache, or dense arrays as pools without scales."""
+
+    spec: KVSpec
+    pools: tuple[Any, Any]  # of keys and of values
+    scales: tuple[Any, Any]
+    pages: Any
+    names: tuple[str, ...]  # of the pools, the scales and the pages
+
+
+def _dense(op: str, k: Any, v: Any, names: tuple[str, str]) -> _Side:
+    """Arrays of floats, [n, P, H, D]."""
+    kinds = []
+    for name, x in zip(names, (k, v), strict=True):
+        if getattr(x, "dtype", None) not in _FLOAT_KINDS:
+            arrays.check(op, **{name: (x, "n P H | D", FLOATS)})  # says what is wrong
+        kinds.append(_FLOAT_KINDS[x.dtype].name)
+    scale_names = [f"{name}_scales" for name in names]
+    return _Side(KVSpec(*kinds), (k, v), (None, None), None, (*names, *scale_names, ""))
+
+
+def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
+    """n, P, H and D."""
+    dims = "N P H |" if spec.layout == "NHD" else "N H P |"
+    kind = spec.kinds[0]
+    sizes = arrays.check(
+        op,
+        k_pool=(k_pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
+        pages=(pages, "n", INT32),
+    )
+    _check_head_dim(op, "k_pool", sizes["D"])
+    return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
+
+
+def _check_head_dim(op: str, name: str, D: int) -> None:
+    if D % 8:
+        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
+    if D > 512:
+        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most 512")
+
+
+def _move(
+    op: str,
+    source: _Side,
+    target: _Side,
+    check: bool | None,
+    stream: Any,
+    rows: tuple[Any, Any] | None = None,
+) -> None:
+    """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
+    letters = ("N", "M") if rows is None else ("N", "T")
+    wanted: dict[str, tuple[Any, ...]] = {}
+    for side, letter in zip((source, target), letters, strict=True):
+        if side.pages is None and rows is None:
+            letter = "n"  # page i is page i
+        found = side.spec.checks(op, *side.pools, *side.scales, side.names[:4], letter)
+        if side is target and rows is not None:
+            found = {
+                name: (x, dims.replace("P", "1"), *facts)
+                for name, (x, dims, *facts) in found.items()
+            }
+        wanted |= found
+        if side.pages is not None:
+            wanted[side.names[4]] = (side.pages, "n", INT32)
+    if rows is not None:
+        wanted |= dict(indptr=(rows[0], "B+1", INT32), starts=(rows[1], "B+1", INT32))
+    sizes = arrays.check(op, **wanted)
+    n, P, H, D = (sizes[letter] for letter in "nPHD")
+    _check_head_dim(op, source.names[0], D)
+    if n * P * H >= 2**31:
+        raise UnsupportedError(f"{op}: there are {n * P * H} rows, expected less than 2^31")
+    if n * P * H * D == 0 or 0 in (len(source.pools[0]), len(target.pools[0]), sizes.get("B")):
+        return
+    with cuda.on_stream(stream):
+        if not on_gpu(source.pools[0]) or paged_check.enabled(check, source.pools[0]):
+            _check_pages(op, source, target, rows, P)
+        if on_gpu(source.pools[0]):
+            _cuda(source, target, n, P, H, D, rows)
+        else:
+            reference(source, target, rows)
+
+
+def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:
+    """Check that pages exist."""
+    if rows is not None:
+        indptr, starts = rows
+        paged_check.check_starts(starts, len(target.pools[0]), op=op)
+        paged_check.check_table(
+            *(source.pages, indptr, None, len(source.pools[0]), P), starts=starts, op=op
+        )
+        return
+    for side in (source, target):
+        if side.pages is not None:
+            paged_check.check_pages(side.pages, len(side.pools[0]), op=op, name=side.names[4])
+
+
+# --- Definition -----------------------------------------------------------------------------------
+
+
+def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None) -> None:
+    """The definition, in NumPy: what all functions do once their arguments are checked."""
+    from_page, from_offset, to_page, to_offset = _places(source, target, rows)
+    for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
+        pool, scales = _nhd(source.spec, source.pools[i], source.scales[i])
+        to_pool, to_scales = _nhd(target.spec, target.pools[i], target.scales[i])
+        codes, scale = pool[from_page, from_offset], None  # [tokens, H, W]
+        if kind.largest:
+            scale = scales[from_page, from_offset]
+        if _keeps_bits(source.spec, target.spec, kind, to_kind):
+            bits = f"u{codes.itemsize}"  # NaN keeps its payload
+            to_pool.view(bits)[to_page, to_offset] = codes.view(bits)
+        else:
+            given = None
+            if to_kind.largest and not _finds(target.spec, to_kind):
+                given = to_scales[to_page, to_offset]
+            with np.errstate(over="ignore", invalid="ignore"):
+                x = dequantize(codes, kind, scale)
+                dtype = None if to_scales is None else to_scales.dtype
+                codes, scale = quantize(x, to_kind, scale=given, scale_dtype=dtype)
+            to_pool[to_page, to_offset] = codes
+        if _finds(target.spec, to_kind):
+            to_scales[to_page, to_offset] = scale
+
+
+def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
+    """Page and offset of each token that moves, in the source and in the target."""
+    if rows is None:
+        n, P = (
+            (len(source.pools[0]) if source.pages is None else len(source.pages)),
+            _page_size(source),
+        )
+        from_pages, to_pages = (
+            np.arange(n) if side.pages is None else side.pages for side in (source, target)
+        )
+        moved = (from_pages >= 0) & (to_pages >= 0)
+        offset = np.tile(np.arange(P), int(moved.sum()))
+        return np.repeat(from_pages[moved], P), offset, np.repeat(to_pages[moved], P), offset
+    indptr, starts = rows
+    P = _page_size(source)
+    token = np.arange(starts[0], starts[-1])
+    b = np.searchsorted(starts, token, "right") - 1
+    position = token - starts[b]
+    return source.pages[indptr[b] + position // P], position % P, token, 0 * token
+
+
+def _page_size(side: _Side) -> int:
+    size: int = side.pools[0].shape[1 if side.spec.layout == "NHD" else 2]
+    return size
+
+
+def _nhd(spec: KVSpec, pool: Any, scales: Any) -> tuple[Any, Any]:
+    """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
+    if spec.layout == "HND":
+        pool = pool.swapaxes(1, 2)
+    if scales is None:
+        return pool, None
+    if spec.granularity != "token":
+        return pool, np.broadcast_to(scales, pool.shape[:3])
+    return pool, scales if spec.layout == "NHD" else scales.swapaxes(1, 2)
+
+
+def _finds(spec: KVSpec, kind: Kind) -> bool:
+    """Whether rows get scales of their own."""
+    return bool(kind.largest) and spec.granularity == "token"
+
+
+def _keeps_bits(spec: KVSpec, out_spec: KVSpec, kind: Kind, out_kind: Kind) -> bool:
+    """Whether rows may stay as they are."""
+    if kind != out_kind:
+        return False
+    return not kind.largest or (
+        (spec.granularity, spec.scale_dtype) == (out_spec.granularity, out_spec.scale_dtype)
+        and spec.granularity == "token"
+    )
+
+
+# --- Launch ---------------------------------------------------------------------------------------
+
+
+def _defines(
+    spec: KVSpec, out_spec: KVSpec, which: int, head_dim: int, by_sequence: bool = False
+) -> dict[str, Any]:
+    """What the kernel is compiled for; `which` is 0 for keys and 1 for values."""
+    kind, out_kind = spec.kinds[which], out_spec.kinds[which]
+    return dict(
+        SRC=kind.c_type,
+        DST=out_kind.c_type,
+        SRC_SCALE=_scale_type(spec, kind),
+        DST_SCALE=_scale_type(out_spec, out_kind),
+        HEAD_DIM=head_dim,
+        FIND=int(_finds(out_spec, out_kind)),
+        MOVE=int(_keeps_bits(spec, out_spec, kind, out_kind)),
+        SEQUENCES=int(by_sequence),
+        BLOCK=BLOCK,
+        **_shares(kind, head_dim),
+    )
+
+
+def _shares(kind: Kind, head_dim: int) -> dict[str, int]:
+    """How many lanes share a row, and how many rows they have in flight: two pieces of eight
+    elements or a little more for a lane, because each row's addresses cost as much as a piece; in
+    all 64 to 128 bytes, more than which take registers from other warps."""
+    eighths = head_dim // 8
+    lanes = min(32, 1 << max(eighths // 2, 1).bit_length() - 1)
+    pieces = -(-eighths // lanes)
+    return dict(LANES=lanes, ROWS=max(1, (4 if kind.bits == 32 else 8) // pieces))
+
+
+def _scale_type(spec: KVSpec, kind: Kind) -> str:
+    return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
+
+
+def _cuda(
+    source: _Side, target: _Side, n: int, P: int, H: int, D: int, rows: tuple[Any, Any] | None
+) -> None:
+    loops = (P, H) if target.spec.layout == "NHD" else (H, P)
+    counts = [np.uint32(n * P * H), *_divisor(P * H), *_divisor(loops[1])]
+    tables = [None, source.pages, *(rows or (None, None))]
+    if rows is None:
+        tables[0] = target.pages
+        numbers = (0, 0, 0)
+    else:
+        numbers = (len(rows[0]) - 1, P, len(target.pools[0]))
+    works = []
+    for which in (0, 1):
+        strides = []
+        for side in (target, source):
+            strides += _strides(side, which, target.spec.layout)
+        if rows is not None:
+            strides[1] = strides[0]  # tokens follow each other from page to page
+        works.append((_defines(source.spec, target.spec, which, D, rows is not None), strides))
+    shared = works[0] == works[1]  # one launch does for both
+    for which, (defines, strides) in enumerate(works[:1] if shared else works):
+        tile = BLOCK // defines["LANES"] * defines["ROWS"]
+        pick = slice(None) if shared else slice(which, which + 1)
+        pointers: list[Any] = []
+        for side in (target, source):
+            for pair in (side.pools, side.scales):
+                pointers += (*pair[pick], *pair[pick])[:2]
+        cuda.launch(
+            cuda.kernel("paged_convert", "paged_convert", **defines),
+            *((-(-(n * P * H) // tile), 2 if shared else 1), BLOCK, *pointers, *tables),
+            *map(np.int32, numbers),
+            *map(np.int64, strides),
+            *counts,
+        )
+
+
+def _strides(side: _Side, which: int, layout: str) -> list[int]:
+    """Elements between pages and along the outer and the inner loop, of rows and then of scales;
+    the loops are those of the target's layout."""
+    strides = []
+    for x in (side.pools[which], side.scales[which]):
+        if x is None:
+            strides += [0, 0, 0]
+        elif x.ndim == 1:
+            head = x.strides[0] // x.itemsize if len(x) > 1 else 0
+            strides += [0, 0, head] if layout == "NHD" else [0, head, 0]
+        else:
+            page, outer, inner = (step // x.itemsize for step in x.strides[:3])
+            if side.spec.layout != layout:
+                outer, inner = inner, outer
+            strides += [page, outer, inner]
+    return strides
+
+
+def _divisor(n: int) -> tuple[Any, Any, Any]:
+    """A number below 2^31, and what the kernel multiplies and shifts by to divide by it."""
+    shift = (n - 1).bit_length()
+    return np.uint32(n), np.uint32(-(-(2 ** (31 + shift)) // n)), np.uint32(shift)
+
+
+VARIANTS = [
+    *(_variant("int8", "fp16", D) for D in (64, 128)),
+    *(_variant("fp16", "int8", D) for D in (64, 128)),
+    _variant("fp16", "fp16", 128),
+    _variant("int8", "int4", 128),
+]

@@ -1,0 +1,267 @@
+"""paged_check: the first offender is named, on every device the same."""
+
+import numpy as np
+import pytest
+
+from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.ops import paged_check
+
+INT_MAX = 2147483647
+
+
+def table(xp, *lists, dtype=np.int32):
+    return [None if x is None else xp.asarray(np.array(x, dtype)) for x in lists]
+
+
+def fails(text, check, *arguments, **options):
+    with pytest.raises(ParameterError) as caught:
+        check(*arguments, **options)
+    assert str(caught.value) == text
+
+
+# --- Slots ---
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize(
+    "slots, text",
+    [
+        ([], None),
+        ([5, 0, -1, 63, -1, -7], None),
+        ([5, 64], "slots[1] is 64, expected below 64"),
+        ([3, 99, 3, 70], "slots[1] is 99, expected below 64"),  # range before repetition
+        ([3, 0, 3], "slots[2] is 3, expected no slot twice"),
+        ([9, 3, 7, 3, 9, 9, 3], "slots[3] is 3, expected no slot twice"),
+        ([0, 0], "slots[1] is 0, expected no slot twice"),
+        (list(range(64)), None),
+        ([*range(64), 63], "slots[64] is 63, expected no slot twice"),
+    ],
+    ids=str,
+)
+def test_slots(xp, slots, text, dtype):
+    (slots,) = table(xp, slots, dtype=dtype)
+    if text is None:
+        paged_check.check_slots(slots, 64)
+    else:
+        fails(
+            f"paged_append.append: {text}",
+            paged_check.check_slots,
+            slots,
+            64,
+            op="paged_append.append",
+        )
+
+
+def test_many_slots(xp, rng):
+    """Hashes collide; the first repetition is found among several."""
+    n = 3000
+    slots = rng.permutation(10 * n)[:n].astype(np.int32)
+    slots[rng.permutation(n)[:100]] = -1
+    paged_check.check_slots(xp.asarray(slots), 10 * n)
+    pairs = np.sort(rng.permutation(np.flatnonzero(slots >= 0))[:40].reshape(2, 20), 0)
+    slots[pairs[1]] = slots[pairs[0]]
+    seen, first = set(), None
+    for i, slot in enumerate(slots.tolist()):
+        if slot in seen:
+            first = i
+            break
+        seen |= {slot} - {-1}
+    fails(
+        f"paged_check.check_slots: slots[{first}] is {slots[first]}, expected no slot twice",
+        *(paged_check.check_slots, xp.asarray(slots), 10 * n),
+    )
+
+
+# --- Lists of pages ---
+
+
+def test_pages(xp):
+    pages, wrong = table(xp, [0, 3, -1, -(2**31)], [0, 3, 4, -1, 9])
+    paged_check.check_pages(pages, 4)
+    op = "paged_check.check_pages"
+    fails(f"{op}: pages[2] is 4, expected below 4", paged_check.check_pages, wrong, 4)
+    fails(
+        f"{op}: ids[2] is -1, expected 0 to 3",
+        *(paged_check.check_pages, pages, 4),
+        may_skip=False,
+        name="ids",
+    )
+
+
+# --- Starts ---
+
+
+@pytest.mark.parametrize(
+    "starts, text",
+    [
+        ([0], None),
+        ([0, 0, 3, 3, 10], None),
+        ([1, 2], "starts[0] is 1, expected 0"),
+        ([-1, 2], "starts[0] is -1, expected 0"),
+        ([0, 4, 2, 1], "starts[2] is 2, expected at least 4 like starts[1]"),
+        ([0, 4, 11], "starts[2] is 11, expected at most 10"),
+        ([0, 40, 3], "starts[2] is 3, expected at least 40 like starts[1]"),
+        ([3], "starts[0] is 3, expected 0"),
+    ],
+    ids=str,
+)
+def test_starts(xp, starts, text):
+    (starts,) = table(xp, starts)
+    if text is None:
+        paged_check.check_starts(starts, 10)
+    else:
+        fails(f"paged_check.check_starts: {text}", paged_check.check_starts, starts, 10)
+
+
+# --- Tables as lists ---
+
+GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_len=[16, 77, 1])
+
+
+@pytest.mark.parametrize(
+    "change, options, text",
+    [
+        ({}, {}, None),
+        ({"last_page_len": None}, {}, None),
+        ({"last_page_len": [0, 0, 16]}, {}, None),
+        ({}, {"counts": "before"}, "indptr[2] is 2, expected at least 3, because request 1 needs "
+         "pages for 1 tokens"),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "after"}, None),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "before"},
+         "last_page_len[0] is 16, expected 0 to 15"),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [3, 0, 1]}, {"counts": "after"},
+         "last_page_len[1] is 0, expected 1 to 16"),
+        ({"last_page_len": [16, 77, 17]}, {}, "last_page_len[2] is 17, expected 0 to 16"),
+        ({"last_page_len": [-1, 77, 17]}, {}, "last_page_len[0] is -1, expected 0 to 16"),
+        ({"indices": [4, 10, 2, -1, 1, 3]}, {}, "indices[1] is 10, expected 0 to 9"),
+        ({"indices": [4, 0, 2, 9, -1, 3]}, {}, "indices[4] is -1, expected 0 to 9"),
+        ({"indptr": [0, 3, 2, 5]}, {}, "indptr[2] is 2, expected at least 3 like indptr[1]"),
+        ({"indptr": [0, 2, 2, 7]}, {}, "indptr[3] is 7, expected at most 6"),
+        ({"indptr": [1, 2, 2, 5]}, {}, "indptr[0] is 1, expected 0"),
+        ({"indices": [99] * 6, "indptr": [0, -5, 2, 5]}, {},
+         "indptr[1] is -5, expected at least 0 like indptr[0]"),
+        ({"indices": [], "indptr": [0], "last_page_len": []}, {}, None),
+        ({"indices": [99], "indptr": [1], "last_page_len": []}, {}, "indptr[0] is 1, expected 0"),
+        ({"indices": [4, 99, 2, 9, 77, 1]}, {"starts": [0, 16, 16, 40]}, None),
+        ({"indices": [4, 99, 2, 9, 77, 1]}, {"starts": [0, 17, 17, 40]},
+         "indices[1] is 99, expected 0 to 9"),
+        ({}, {"starts": [0, 33, 33, 40]}, "indptr[1] is 2, expected at least 3, because request 0 "
+         "needs pages for 33 tokens"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_table(xp, change, options, text):
+    arrays = table(xp, *{**GOOD, **change}.values())
+    if "starts" in options:
+        options = dict(starts=table(xp, options["starts"])[0])
+    if text is None:
+        paged_check.check_table(*arrays, 10, 16, **options)
+    else:
+        text = f"paged_check.check_table: {text}"
+        fails(text, paged_check.check_table, *arrays, 10, 16, **options)
+
+
+def test_a_long_table(xp):
+    """Several thread blocks."""
+    indices = np.arange(3000, dtype=np.int32)
+    indptr = np.arange(0, 3001, 3).astype(np.int32)
+    paged_check.check_table(*table(xp, indices, indptr, None), 3000, 16)
+    indices[[2000, 1999, 2900]] = -1
+    with pytest.raises(ParameterError, match=r"indices\[1999\] is -1"):
+        paged_check.check_table(*table(xp, indices, indptr, None), 3000, 16)
+
+
+# --- Tables with rows ---
+
+
+@pytest.mark.parametrize(
+    "page_table, lengths, text",
+    [
+        ([[1, 2, 99], [0, -1, -1], [-7, -7, -7]], [32, 1, 0], None),
+        ([[1, 2, 99], [0, -1, -1]], [33, 1], "page_table[0, 2] is 99, expected 0 to 9"),
+        ([[1, 2, 3], [0, -1, -1]], [48, 17], "page_table[1, 1] is -1, expected 0 to 9"),
+        ([[1, 99, 3], [0, 1, 2]], [48, 49], "lengths[1] is 49, expected 0 to 48"),
+        ([[1, 2, 3]], [-1], "lengths[0] is -1, expected 0 to 48"),
+        (np.zeros((2, 0)), [0, 0], None),
+        (np.zeros((2, 0)), [0, 3], "lengths[1] is 3, expected 0 to 0"),
+        (np.zeros((0, 4)), [], None),
+    ],
+    ids=str,
+)
+def test_page_table(xp, page_table, lengths, text):
+    arrays = table(xp, page_table, lengths)
+    if text is None:
+        paged_check.check_page_table(*arrays, 10, 16)
+    else:
+        text = f"paged_check.check_page_table: {text}"
+        fails(text, paged_check.check_page_table, *arrays, 10, 16)
+
+
+def test_page_table_rows_may_be_strided(xp):
+    wide, lengths = table(xp, [[1, 2, 99, 99], [3, 10, 99, 99]], [17, 16])
+    paged_check.check_page_table(wide[:, :2], lengths, 10, 16)
+    (lengths,) = table(xp, [17, 17])
+    with pytest.raises(ParameterError, match=r"page_table\[1, 1\] is 10"):
+        paged_check.check_page_table(wide[:, :2], lengths, 10, 16)
+
+
+# --- Positions ---
+
+
+@pytest.mark.parametrize(
+    "batch_indices, positions, text",
+    [
+        ([0, 0, 2, -1, 2], [0, 31, 47, 9999, 16], None),
+        ([0, 3], [0, 0], "batch_indices[1] is 3, expected below 3"),
+        ([0, 1], [0, 0], "positions[1] is 0, expected 0 to -1, the pages of request 1"),
+        ([0, 0], [31, 32], "positions[1] is 32, expected 0 to 31, the pages of request 0"),
+        ([2], [-1], "positions[0] is -1, expected 0 to 47, the pages of request 2"),
+        ([], [], None),
+    ],
+    ids=str,
+)
+def test_positions(xp, batch_indices, positions, text):
+    arrays = table(xp, batch_indices, positions, [0, 2, 2, 5])
+    if text is None:
+        paged_check.check_positions(*arrays, 16)
+    else:
+        text = f"paged_check.check_positions: {text}"
+        fails(text, paged_check.check_positions, *arrays, 16)
+
+
+# --- When ---
+
+
+def test_the_environment_turns_it_on(xp, monkeypatch):
+    (array,) = table(xp, [0])
+    for always, wanted, want in (
+        *((False, None, False), (False, True, True), (False, False, False)),
+        *((True, None, True), (True, True, True), (True, False, False)),
+    ):
+        monkeypatch.setattr(paged_check, "ALWAYS", always)
+        assert paged_check.enabled(wanted, array) is want
+
+
+@pytest.mark.gpu
+def test_nothing_is_checked_while_a_graph_is_captured():
+    import cupy
+
+    array = cupy.zeros(1, np.int32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        assert not paged_check.enabled(True, array)
+        stream.end_capture()
+        assert paged_check.enabled(True, array)
+
+
+def test_errors_of_the_arrays(xp):
+    slots, indices = table(xp, [0], [0])
+    with pytest.raises(DtypeError, match="slots has dtype float32, expected int32 or int64"):
+        paged_check.check_slots(slots.astype(np.float32), 4)
+    with pytest.raises(ShapeError, match=r"lengths has B=1, expected B=2"):
+        paged_check.check_page_table(*table(xp, [[0], [0]], [0]), 4, 16)
+    with pytest.raises(ParameterError, match="indptr is empty"):
+        paged_check.check_table(*table(xp, [0], [], []), 4, 16)
+    with pytest.raises(ShapeError, match="last_page_len has B=2, expected B=1"):
+        paged_check.check_table(*table(xp, [0], [0, 1], [1, 1]), 4, 16)

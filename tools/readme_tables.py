@@ -1,0 +1,177 @@
+"""Write the benchmark tables of README.md from the records of one H200.
+
+    cd tools/results/h200
+    pykv bench copy --json copy.json
+    pykv bench copy --sweep --json copy_sweep.json
+    pykv bench permute --json permute.json
+    python ../../plot_sweep.py copy_sweep.json --out copy_sweep  # the svg goes into README.md
+    python ../../readme_tables.py  # --check: exit code 1 where README.md is not up to date
+
+What stands between the two marker comments of README.md is replaced. Of records that are missing
+nothing is written; where there are none at all, the text stays as it is.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pykv.bench import CEILINGS, copy, report
+from pykv.errors import FormatError, PykvError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path("tools/results/h200")
+BEGIN, END = "<!-- tools/readme_tables.py writes from here -->", "<!-- to here -->"
+
+
+def section(root):
+    """The text between the markers; "" without records."""
+    records = {
+        name: report.read_json(str(path))
+        for name in ("copy", "copy_sweep", "permute")
+        if (path := root / RESULTS / f"{name}.json").exists()
+    }
+    parts = []
+    if "copy" in records:
+        parts += copies(records["copy"])
+    if "permute" in records:
+        parts += permutes(records["permute"])
+    if "copy_sweep" in records:
+        parts += choices(records["copy_sweep"])
+    figure = RESULTS / "copy_sweep.svg"
+    if parts and (root / figure).exists():
+        parts.append(f"![rates of copies by size, count and backend]({figure.as_posix()})")
+    return "\n\n".join(parts)
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share):
+    return f"{100 * share:.1f} %"
+
+
+def copies(records):
+    """Shares of a contiguous copy for each size: by the kernel and, in brackets, the batch call."""
+    ceilings = report.ceilings([one for one in records if one["bench"] == CEILINGS])
+    found = {}  # (size, count): {(direction, backend): record}
+    whole = {}  # bytes: the rate of a contiguous copy of as many on the device
+    for one in records:
+        case = one["case"]
+        if one["bench"] != "copy" or one["share"] is None:
+            continue
+        if case["backend"] == "contiguous":
+            if case["direction"] == "d2d":
+                whole[case["copy_size"]] = one["gbps"]
+            continue
+        cell = found.setdefault((case["copy_size"], case["num_copies"]), {})
+        cell[case["direction"], case["backend"]] = one
+    rows = []
+    for (size, count), cell in found.items():
+        row = [f"{copy.size_text(size)} x {count}"]
+        for direction in ("d2d", "h2d", "d2h"):
+            ours, batch = (cell.get((direction, name)) for name in ("prepared", "batched"))
+            text = percent(ours["share"]) if ours else ""
+            row.append(text + (f" ({percent(batch['share'])})" if ours and batch else ""))
+        ours, alike = cell.get(("d2d", "prepared")), whole.get(size * count)
+        row.insert(2, percent(ours["gbps"] / alike) if ours and alike else "")
+        rows.append(row)
+    rates = ", ".join(
+        f"{ceilings[name]:,.0f} GB/s {what}"
+        for name, what in (("copy", "read + written"), ("h2d", "h2d"), ("d2h", "d2h"))
+        if name in ceilings
+    )
+    text = (
+        f"Scattered blocks on one {records[0]['device']} (`pykv bench copy`), as a share of a "
+        "contiguous copy of 1 GiB in the same run\n"
+        f"({rates}); in brackets CUDA's batch call. Over the link the kernel takes "
+        f"{copy.LINK_CTAS} thread blocks."
+    )
+    host = found.get((4096, 20_000), {}).get(("d2d", "prepared"))
+    if host:
+        text += (
+            f"\nA prepared copy of 20,000 pairs keeps the host for {host['host_median']:.1f} us."
+        )
+    order = sorted(range(len(rows)), key=lambda i: list(found)[i][0])
+    head = ["blocks", "d2d", "d2d, of as many bytes", "h2d", "d2h"]
+    return [text, table(head, [rows[i] for i in order])]
+
+
+def permutes(records):
+    """The least share of a copy over head sizes for each move, and shares of the link."""
+    shares, link, sizes = {}, {}, set()
+    for one in records:
+        case = one["case"]
+        if one["bench"] != "permute" or one["share"] is None:
+            continue
+        move = f"{case['src']} to {case['dst']}"
+        if case["direction"] == "d2d":
+            sizes.add(case["D"])
+            cell = shares.setdefault(move, {})
+            cell[case["itemsize"]] = min(one["share"], cell.get(case["itemsize"], one["share"]))
+        else:
+            link[move] = percent(one["share"])
+    widths = sorted({itemsize for cell in shares.values() for itemsize in cell})
+    rows = [
+        [
+            move,
+            *(percent(cell[size]) if size in cell else "" for size in widths),
+            link.get(move, ""),
+        ]
+        for move, cell in shares.items()
+    ]
+    text = (
+        "Permutes (`pykv bench permute`; 8 heads, 80 layers, keys and values, 16 tokens a block) "
+        "as a share of a copy, by\nbytes of an element: the least of head sizes "
+        f"{', '.join(map(str, sorted(sizes)))}. Last column: fused with the transfer, the\n"
+        "universal side in pinned memory, as a share of the link."
+    )
+    head = ["move", *(f"{n} byte{'s' * (n > 1)}" for n in widths), "over the link"]
+    return [text, table(head, rows)]
+
+
+def choices(records):
+    """How well `auto` chose."""
+    found = [ratio for ratio, *_ in copy.auto_choices([o for o in records if o["bench"] == "copy"])]
+    if not found:
+        return []
+    good = sum(ratio >= copy.NEARLY for ratio in found)
+    return [
+        f'`memcpy_batch(mode="auto")` is at least {copy.NEARLY} times as fast as the best single '
+        f"way in {good} of {len(found)}\ncells of `pykv bench copy --sweep`; the worst is "
+        f"{min(found):.2f}."
+    ]
+
+
+def rewritten(text, inside):
+    """README's text with another section; as it is where there is nothing to say."""
+    before, begin, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not begin or not end:
+        raise FormatError(f"README.md lacks the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{inside}\n\n{end}{after}" if inside else text
+
+
+def main(argv=None, root=ROOT):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    readme = root / "README.md"
+    try:
+        old = readme.read_text(encoding="utf-8")
+        new = rewritten(old, section(root))
+    except (PykvError, OSError) as error:
+        print(f"readme_tables: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if new != old:
+            print("README.md is not up to date: run tools/readme_tables.py", file=sys.stderr)
+        return int(new != old)
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

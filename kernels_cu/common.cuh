@@ -78,6 +78,22 @@ __device__ __forceinline__ u32 e4m3x2_to_f16x2(u16 x) {
 }
 #endif
 
+// [ld] 16 bytes, aligned to 16. Stays before the next __syncwarp, where other loads from memory that
+// a kernel does not write sink to where their values are used.
+__device__ __forceinline__ uint4 load16_now(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+    return x;
+}
+
+// [st] 16 bytes to global memory, aligned to 16. What is made of parts is else at times stored by
+// parts.
+__device__ __forceinline__ void store16(void* p, const uint4& x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // [cp.async] Starts a copy of 16 bytes, both addresses aligned to 16, past L1. Below sm_80 an
 // ordinary copy, and the two that follow do nothing.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
@@ -285,6 +301,34 @@ template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
 #endif
 }
 
+// --- Angles ---------------------------------------------------------------------------------------
+
+// Sine and cosine of `angle` radians; both are off by less than 1e-7 for |angle| up to 2^31.
+// The angle stays in double until it is within a quarter turn of zero. Then Taylor series serve:
+// the first term left out is below 2e-9 at pi / 4.
+__device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine) {
+    constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
+    const double turns = rint(angle * 0.6366197723675814);  // quarters of a turn: 2 / pi
+    const float x = (float)fma(-turns, HALF_PI_REST, fma(-turns, HALF_PI, angle));
+    const float y = x * x;
+    float s = 1.0f / 362880;
+    s = s * y - 1.0f / 5040;
+    s = s * y + 1.0f / 120;
+    s = s * y - 1.0f / 6;
+    s = s * y * x + x;
+    float c = -1.0f / 3628800;
+    c = c * y + 1.0f / 40320;
+    c = c * y - 1.0f / 720;
+    c = c * y + 1.0f / 24;
+    c = c * y - 0.5f;
+    c = c * y + 1.0f;
+    const int quarter = (int)((i64)turns & 3);
+    sine = quarter & 1 ? c : s;
+    cosine = quarter & 1 ? s : c;
+    if (quarter & 2) sine = -sine;
+    if (quarter == 1 || quarter == 2) cosine = -cosine;
+}
+
 // --- Vectors: eight elements, 16-byte aligned -----------------------------------------------------
 
 __device__ __forceinline__ void load8(float (&x)[8], const float* p) {
@@ -322,7 +366,7 @@ __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
 }
 
 template <typename T>  // f16 or bf16
-__device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
+__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
     static_assert(sizeof(T) == 2, "f16 or bf16");
     u32 words[4];
     bool has_nan = false;  // rare, and its bits take longer than all else
@@ -336,7 +380,12 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
             words[i] = from_float<T>(x[2 * i]).bits | (u32)from_float<T>(x[2 * i + 1]).bits << 16;
         }
     }
-    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
+    *reinterpret_cast<uint4*>(p) = pack8<T>(x);
 }
 
 // Four elements, aligned to four elements.
@@ -382,7 +431,7 @@ __device__ __forceinline__ void move8(To* to, const From* from) {
     store8(to, x);
 }
 
-// Eight elements as they are: loaded now, made use of later.
+// Eight elements as they are.
 template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
 template <> struct Eight<i8> { uint2 words; };
 template <> struct Eight<i4> { u32 words; };
@@ -402,15 +451,38 @@ template <typename T> __device__ __forceinline__ Eight<T> get8(const T* p) {
     return eight;
 }
 
+// The same by load16_now, for floats.
+template <typename T> __device__ __forceinline__ Eight<T> get8_now(const T* p) {
+    Eight<T> eight;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+        eight.words[i] = load16_now(reinterpret_cast<const uint4*>(p) + i);
+    }
+    return eight;
+}
+
 template <typename T> __device__ __forceinline__ void put8(T* p, const Eight<T>& eight) {
     if constexpr (sizeof(T) == 1) {
         *reinterpret_cast<Eight<T>*>(p) = eight;
     } else {
 #pragma unroll
         for (int i = 0; i < (int)sizeof(T) / 2; i++) {
-            reinterpret_cast<uint4*>(p)[i] = eight.words[i];
+            store16(reinterpret_cast<uint4*>(p) + i, eight.words[i]);
         }
     }
+}
+
+__device__ __forceinline__ void pack8(Eight<float>& eight, const float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        eight.words[i] = make_uint4(__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
+                                    __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3]));
+    }
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void pack8(Eight<T>& eight, const float (&x)[8]) {
+    eight.words[0] = pack8<T>(x);
 }
 
 __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<float>& eight) {
@@ -453,41 +525,73 @@ __device__ constexpr int lanes_of_row(int elements) {
     return lanes;
 }
 
+// Magnitudes as unsigned numbers in the upper bits, whose order is theirs: a NaN exceeds infinity,
+// and infinity all else. `as_float` undoes it; a NaN stays some NaN.
+template <typename T> __device__ __forceinline__ u32 max_magnitude(const Eight<T>& eight) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(T) / 2; i++) {
+        const uint4 a = eight.words[i];
+        const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // the shift drops the sign; bits below do no harm
+            largest = max(largest, words[j] << 1);
+            if (sizeof(T) == 2) largest = max(largest, words[j] << 17);
+        }
+    }
+    return largest;
+}
+
+__device__ __forceinline__ float as_float(u32 magnitude, float) {
+    return __uint_as_float(magnitude >> 1);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ float as_float(u32 magnitude, T) {
+    return to_float(T{(u16)(magnitude >> 17)});
+}
+
+// x / LARGEST<T>, to nearest even, for x from 1e-8 on: the remainder mends the last place, as
+// division of every mantissa by 127 and by 7 has shown; the other two are 7 times a power of two.
+template <typename T> __device__ __forceinline__ float over_largest(float x) {
+    constexpr float INVERSE = 1.0f / LARGEST<T>;
+    const float y = __fmul_rn(x, INVERSE);
+    return __fmaf_rn(__fmaf_rn(-y, LARGEST<T>, x), INVERSE, y);
+}
+
 // The scale that a row is stored with. `amax` holds the bits of its largest |x|; compared as bits,
 // a NaN exceeds infinity, and infinity all else.
-template <typename T, typename SCALE>
-__device__ __forceinline__ SCALE row_scale(u32 amax) {
-    constexpr float FINITE = sizeof(SCALE) == 2 ? 65504.0f : 3.402823466e38f;
-    if (amax >= 0x7f800000u) return from_float<SCALE>(__uint_as_float(0x7fc00000u));
-    const float scale = __fdiv_rn(fmaxf(__uint_as_float(amax), 1e-8f), LARGEST<T>);
-    return from_float<SCALE>(fminf(scale, FINITE));
+template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale(u32 amax) {
+    const bool finite = amax < 0x7f800000u;
+    const float scale = over_largest<T>(fmaxf(__uint_as_float(amax), 1e-8f));
+    if constexpr (sizeof(SCALE) == 2) {
+        return SCALE{finite ? float_to_f16_bits(fminf(scale, 65504.0f)) : (u16)0x7e00};
+    } else {
+        return finite ? scale : __uint_as_float(0x7fc00000u);
+    }
 }
 
 // What a row with this scale is multiplied by; 0, for codes that are all 0, where there is no such.
 template <typename SCALE> __device__ __forceinline__ float inverse_scale(SCALE scale) {
     const float x = to_float(scale);
-    return x > 0.0f ? __fdiv_rn(1.0f, x) : 0.0f;
+    const float inverse = __frcp_rn(x > 0.0f ? x : 1.0f);
+    return x > 0.0f ? inverse : 0.0f;
 }
 
-// An integer between -limit and limit in the lower bits, to nearest even; y is no NaN.
-__device__ __forceinline__ u32 round_to_int(float y, float limit) {
-    constexpr float ONES = 12582912.0f;  // 1.5 * 2^23: the last place of a sum with it is 1
-    return __float_as_uint(__fadd_rn(fminf(fmaxf(y, -limit), limit), ONES));
+// y rounded to nearest even, in the lower bits.
+__device__ __forceinline__ u32 round_to_int(float y) {
+    return __float_as_uint(__fadd_rn(y, 12582912.0f));  // 1.5 * 2^23, where the last place is 1
 }
 
-// Rows that are multiplied by their inverse scale, as codes: clamped, to nearest even. Integers
-// take no NaN; to fp8 every NaN is 0x7f.
+// Eight codes, to nearest even. Integers take what rounds to between -LARGEST and LARGEST alone; fp8
+// clamps, and makes 0x7f of every NaN.
 __device__ __forceinline__ void store8(i8* p, const float (&y)[8]) {
     u32 words[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        u32 pairs[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const float* at = y + 4 * i + 2 * j;
-            pairs[j] = __byte_perm(round_to_int(at[0], 127), round_to_int(at[1], 127), 0x40);
-        }
-        words[i] = __byte_perm(pairs[0], pairs[1], 0x5410);
+        const u32 lower = __byte_perm(round_to_int(y[4 * i]), round_to_int(y[4 * i + 1]), 0x40);
+        const u32 upper = __byte_perm(round_to_int(y[4 * i + 2]), round_to_int(y[4 * i + 3]), 0x40);
+        words[i] = __byte_perm(lower, upper, 0x5410);
     }
     *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
 }
@@ -495,7 +599,7 @@ __device__ __forceinline__ void store8(i8* p, const float (&y)[8]) {
 __device__ __forceinline__ void store8(i4* p, const float (&y)[8]) {
     u32 word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) word |= (round_to_int(y[i], 7) & 15u) << 4 * i;
+    for (int i = 0; i < 8; i++) word |= (round_to_int(y[i]) & 15u) << 4 * i;
     *reinterpret_cast<u32*>(p) = word;
 }
 
@@ -676,10 +780,10 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// N maxima at once over aligned groups of LANES lanes.
-template <int LANES, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
+// N maxima at once over aligned groups of WIDTH lanes.
+template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
 #pragma unroll
-    for (int lane = LANES / 2; lane > 0; lane /= 2) {
+    for (int lane = WIDTH / 2; lane > 0; lane /= 2) {
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
     }

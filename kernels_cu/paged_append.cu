@@ -1,32 +1,245 @@
-// paged_append.cu: write new key and value rows into a paged KV pool.
+// paged_append.cu: write new key and value rows into the pages of a pool, as what its kinds hold.
 //
-// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/paged_append.py):
-//   k_pool, v_pool          [N, P, H, D]  KV_T, updated in place
-//   k, v             const  [T, H, D]     NEW_T, new rows; token strides k_stride, v_stride elements
-//   slots            const  [T] int32     page * P + offset; negative: skip the row
-// Defines:  NEW_T, KV_T = float, f16 or bf16; ROW = H * D elements, a multiple of 8
-// Launch:   grid (T), block (128), no shared memory; one block moves one K and one V row
-// Traffic:  2 * T * ROW * (sizeof(NEW_T) + sizeof(KV_T)) + 4 * T bytes
-// Order:    no atomics; bit-exact, rounds to nearest even where the types differ; two equal slots leave either row
+// Arrays (letters as in pykv/ops/paged_append.py); strides are counted in elements of an array:
+//   k_pool, v_pool             pages of K_T, V_T, updated in place: strides page, token, head; the
+//                              elements of a row are contiguous
+//   k_scales, v_scales         SCALE_T, found and written or given, by SCALES: strides page, token,
+//                              head, 0 where they have no such dimension. Null for float kinds
+//   k, v                const  [T, H, D] NEW_T: strides token, head
+//   rows                const  by ADDRESS:
+//     SLOTS    [T] ROW_T       page * PAGE + offset
+//     RAGGED   [B+1] ROW_T     request b brings rows rows[b] ... rows[b+1] - 1
+//     INDEXED  [T] ROW_T       the request of each row
+//     DECODE                   null: row b is request b's
+//   indices             const  [I] int    pages of all requests; null for SLOTS, like the next two
+//   indptr              const  [B+1] int  request b has pages indices[indptr[b] ... indptr[b+1] - 1]
+//   counts                     DECODE, RAGGED: [B] int, tokens in a request's last page; those
+//                              before the call, or after it where AFTER. INDEXED: [T] int,
+//                              positions. ADVANCE adds 1 where a row was written
+// Scalars:  num_rows = T * H; num_requests = B, for RAGGED alone
+// Defines:  NEW_T = float, f16 or bf16; K_T, V_T = those or i8, i4, e4m3, e5m2; SCALE_T = f16 or
+//           float; HEAD_DIM = D, a multiple of 8; HEADS = H; PAGE = tokens a page; ROW_T = int or
+//           i64; ADDRESS, SCALES = FOUND or GIVEN, AFTER and ADVANCE = 0 or 1;
+//           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32
+// Launch:   block (BLOCK), no dynamic shared memory; grid (T * H / (BLOCK / LANES) rounded up), and
+//           with ADVANCE (T)
+// Traffic:  T * H * (2 * D * sizeof(NEW_T) + bytes of a row of K and V with its scales) bytes
+// Order:    no atomics; bit-exact; two rows for one slot leave either row, or a mixture
+// Nowhere:  a row is not written whose slot, request or page is negative, or whose position lies
+//           outside its request's pages; RAGGED: or that lies past the last request's rows
 #include "common.cuh"
 
-#if !defined(NEW_T) || !defined(KV_T) || !defined(ROW)
-#error "paged_append.cu needs NEW_T, KV_T and ROW = H * D"
+#define SLOTS 0
+#define DECODE 1
+#define RAGGED 2
+#define INDEXED 3
+#define FOUND 0
+#define GIVEN 1
+#if !defined(NEW_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T) || !defined(HEAD_DIM)
+#error "paged_append.cu needs NEW_T, K_T, V_T, SCALE_T and HEAD_DIM"
 #endif
-static_assert(ROW % 8 == 0, "rows move in pieces of eight elements");
+#if !defined(HEADS) || !defined(PAGE) || !defined(ROW_T) || !defined(BLOCK) || !defined(LANES)
+#error "paged_append.cu needs HEADS, PAGE, ROW_T, BLOCK and LANES"
+#endif
+#if !defined(ADDRESS) || !defined(SCALES) || !defined(AFTER) || !defined(ADVANCE)
+#error "paged_append.cu needs ADDRESS, SCALES, AFTER and ADVANCE"
+#endif
+constexpr int D = HEAD_DIM, H = HEADS;
+static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
+constexpr int GROUPS = BLOCK / LANES;
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
+static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
-extern "C" __global__ void __launch_bounds__(128)
-paged_append(KV_T* __restrict__ k_pool, KV_T* __restrict__ v_pool,
-             const NEW_T* __restrict__ k, const NEW_T* __restrict__ v,
-             const int* __restrict__ slots, i64 k_stride, i64 v_stride) {
-    const i64 slot = slots[blockIdx.x];
-    if (slot < 0) return;  // padding row of a captured graph
+// --- Where a row goes -----------------------------------------------------------------------------
 
-    const i64 dst = slot * ROW;  // 64 bits: pools pass 2^31 elements
-    const NEW_T* k_row = k + blockIdx.x * k_stride;
-    const NEW_T* v_row = v + blockIdx.x * v_stride;
-    for (int i = threadIdx.x * 8; i < ROW; i += blockDim.x * 8) {
-        move8(k_pool + dst + i, k_row + i);
-        move8(v_pool + dst + i, v_row + i);
+struct Place { int page, offset; };  // page is negative: nowhere
+
+__device__ __forceinline__ Place place_of(const int* indices, const int* indptr, int request,
+                                          int position) {
+    const int listed = indptr[request] + position / PAGE;
+    if (position < 0 || listed >= indptr[request + 1]) return Place{-1, 0};
+    return Place{indices[listed], position % PAGE};
+}
+
+// How many tokens a request has where its last page has `last`.
+__device__ __forceinline__ int length_of(const int* indptr, int request, int last) {
+    return (indptr[request + 1] - indptr[request] - 1) * PAGE + last;
+}
+
+// How many of n ascending entries are at most x. The lanes of a group ask together, and cut what is
+// left into LANES + 1 parts each round; groups may ask for different x.
+template <typename T>
+__device__ __forceinline__ int count_up_to(const T* entries, int n, i64 x) {
+    const int lane = threadIdx.x % LANES, first = threadIdx.x % WARP - lane;
+    int low = 0;
+    for (int left = n + 1; left > 1;) {
+        left = (left + LANES) / (LANES + 1);
+        const i64 probe = low + (i64)(lane + 1) * left - 1;
+        const u32 passed = __ballot_sync(FULL_MASK, probe < n && entries[probe] <= x);
+        low += __popc(passed >> first & (FULL_MASK >> (WARP - LANES))) * left;
+    }
+    return low;
+}
+
+__device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indices,
+                                            const int* indptr, const int* counts,
+                                            int num_requests, int token) {
+#if ADDRESS == SLOTS
+    const ROW_T slot = rows[token];
+    if (slot < 0) return Place{-1, 0};
+    if (sizeof(slot) == 4) return Place{(int)((u32)slot / PAGE), (int)((u32)slot % PAGE)};
+    return Place{(int)((u64)slot / PAGE), (int)((u64)slot % PAGE)};
+#elif ADDRESS == DECODE
+    return place_of(indices, indptr, token, length_of(indptr, token, counts[token] - AFTER));
+#elif ADDRESS == RAGGED
+    const int request = count_up_to(rows + 1, num_requests, token);
+    if (request >= num_requests) return Place{-1, 0};
+    const int before = (int)(token - rows[AFTER ? request + 1 : request]);
+    return place_of(indices, indptr, request, length_of(indptr, request, counts[request] + before));
+#else
+    const int request = (int)rows[token];
+    if (request < 0) return Place{-1, 0};
+    return place_of(indices, indptr, request, counts[token]);
+#endif
+}
+
+// --- Rows -----------------------------------------------------------------------------------------
+
+// A lane's share of a row: piece i is the eight elements from column_of(i) on.
+struct Row { Eight<NEW_T> pieces[PIECES]; };
+
+__device__ __forceinline__ u32 column_of(int piece) {
+    return (piece * LANES + threadIdx.x % LANES) * 8;
+}
+
+__device__ __forceinline__ Row load_row(const NEW_T* from) {
+    Row row = {};  // zeros do not change a maximum
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if (column_of(i) < D) row.pieces[i] = get8_now(from + column_of(i));
+    }
+    return row;
+}
+
+template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
+
+// The largest magnitude of a lane's share, where somebody asks for it.
+template <typename T> __device__ __forceinline__ u32 max_of(const Row& row) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if constexpr (FINDS_SCALE<T>) largest = max(largest, max_magnitude(row.pieces[i]));
+    }
+    return largest;
+}
+
+template <typename T, typename U> constexpr bool SAME = false;
+template <typename T> constexpr bool SAME<T, T> = true;
+
+// Write a lane's share as it is, or rounded to another kind of floats.
+template <typename T> __device__ __forceinline__ void store_floats(T* to, const Row& row) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if (column_of(i) >= D) continue;
+        if constexpr (SAME<T, NEW_T>) {
+            put8(to + column_of(i), row.pieces[i]);
+        } else {
+            float x[8];
+            Eight<T> eight;
+            unpack8(x, row.pieces[i]);
+            pack8(eight, x);
+            put8(to + column_of(i), eight);
+        }
+    }
+}
+
+// Write a lane's share as codes; `largest` is the row's magnitude.
+template <typename T>
+__device__ __forceinline__ void store_codes(T* to, SCALE_T* scale_at, Row row, u32 largest) {
+    float inverse;
+    bool clamps = !IS_FP8<T>;  // which clamps by itself
+    if constexpr (SCALES == FOUND) {
+        const float amax = as_float(largest, NEW_T{});
+        const SCALE_T scale = row_scale<T, SCALE_T>(__float_as_uint(amax));
+        if (threadIdx.x % LANES == 0) *scale_at = scale;
+        inverse = inverse_scale(scale);
+        if (inverse == 0.0f) row = Row{};  // NaN and infinity too
+        // A scale that is subnormal, or limited by its dtype, may be far below what was asked for.
+        clamps = clamps && amax * inverse > LARGEST<T> + 0.25f;
+    } else {
+        inverse = inverse_scale(*scale_at);
+        if (inverse == 0.0f) row = Row{};
+    }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if (column_of(i) >= D) continue;
+        float x[8];
+        unpack8(x, row.pieces[i]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            x[j] = __fmul_rn(x[j], inverse);
+            if (SCALES == GIVEN && !IS_FP8<T> && x[j] != x[j]) x[j] = 0.0f;
+        }
+        if (clamps) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = fminf(fmaxf(x[j], -LARGEST<T>), LARGEST<T>);
+        }
+        store8(to + column_of(i) / PACKED<T>, x);
+    }
+}
+
+// Write a lane's share of the row that goes to a place, and its scale.
+template <typename T>
+__device__ __forceinline__ void store_row(T* pool, i64 page_stride, i64 token_stride,
+                                          i64 head_stride, SCALE_T* scales, i64 scale_page_stride,
+                                          i64 scale_token_stride, i64 scale_head_stride,
+                                          Place place, u32 head, const Row& row, u32 largest) {
+    const u32 page = place.page, offset = place.offset;
+    T* to = pool + page * page_stride + offset * token_stride + head * head_stride;
+    if constexpr (LARGEST<T> > 0) {
+        scales += page * scale_page_stride + offset * scale_token_stride + head * scale_head_stride;
+        store_codes(to, scales, row, largest);
+    } else {
+        store_floats(to, row);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __restrict__ k_scales,
+             SCALE_T* __restrict__ v_scales, const NEW_T* __restrict__ k,
+             const NEW_T* __restrict__ v, const ROW_T* __restrict__ rows,
+             const int* __restrict__ indices, const int* __restrict__ indptr,
+             int* __restrict__ counts,
+             i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+             i64 v_pool_page, i64 v_pool_token, i64 v_pool_head,
+             i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
+             i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
+             i64 k_token, i64 k_head, i64 v_token, i64 v_head, int num_rows, int num_requests) {
+    constexpr u32 ROWS_OF_BLOCK = ADVANCE ? H : GROUPS;
+    bool written = false;
+#pragma unroll 1
+    for (u32 start = 0; start < ROWS_OF_BLOCK; start += GROUPS) {
+        const u32 of_block = start + threadIdx.x / LANES;
+        const u32 row = blockIdx.x * ROWS_OF_BLOCK + of_block;
+        const bool wanted = row < num_rows && (!ADVANCE || of_block < H);
+        const u32 known = wanted ? row : num_rows - 1;  // no lane leaves its warp
+        const u32 token = known / H, head = known % H;
+        const Row k_row = load_row(k + token * k_token + head * k_head);
+        const Row v_row = load_row(v + token * v_token + head * v_head);
+        __syncwarp();  // loads are under way before it is known where the rows go
+        const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
+        u32 largest[2] = {max_of<K_T>(k_row), max_of<V_T>(v_row)};
+        if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
+        if (!wanted || place.page < 0) continue;
+        written = true;
+        store_row(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales, k_scales_page,
+                  k_scales_token, k_scales_head, place, head, k_row, largest[0]);
+        store_row(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales, v_scales_page,
+                  v_scales_token, v_scales_head, place, head, v_row, largest[1]);
+    }
+    if constexpr (ADVANCE) {
+        __syncthreads();  // all have read it
+        if (threadIdx.x == 0 && written) counts[blockIdx.x] += 1;
     }
 }

@@ -185,9 +185,11 @@ def _gpu() -> Finding:
 
 def _compiler() -> Finding:
     """NVRTC, and whether it can target the current GPU."""
+    from pykv.ops import paged_append
+
     try:
         arch = cuda.current_arch()
-        cuda.compile("paged_append", arch, NEW_T="float", KV_T="f16", ROW=64)
+        cuda.compile("paged_append", arch, **paged_append.VARIANTS[0])
     except UnsupportedError as error:
         newer = "pip install --upgrade nvidia-cuda-nvrtc"
         return Finding("compiler", str(error), _install(12) if "[cu12]" in str(error) else newer)

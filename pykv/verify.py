@@ -16,14 +16,19 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
+from pykv.errors import ParameterError
+from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
     paged_append,
+    paged_check,
+    paged_convert,
     paged_decode,
     permute,
     prefill,
@@ -128,16 +133,156 @@ def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 
 
 def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    for new, kv in ((F16, F16), (F32, F16), (F32, BFLOAT16), (F32, F32)):
-        k: Any = rng.standard_normal((40, 3, 64)).astype(new)
-        want = np.full((2, 8, 16, 3, 64), np.nan, kv)  # K and V pool
-        got = xp.array(want)
-        slots = rng.permutation(8 * 16)[:40].astype(np.int32)
-        slots[::5] = -1
-        paged_append.reference(k, -k, want[0], want[1], slots)
-        rows = xp.asarray(k)
-        paged_append.append(rows, -rows, got[0], got[1], xp.asarray(slots))
-        yield f"{new} rows into {kv} pages", wrong_values(got, want), 0.0
+    T, H, D, P, N = 40, 3, 64, 16, 8
+    slots = rng.permutation(N * P)[:T].astype(np.int32)
+    slots[::5] = -1
+    where = xp.asarray(slots)
+    for new, text in (
+        *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
+        *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
+        (F16, "k8v4:head"),
+    ):
+        spec = KVSpec.parse(text)
+        k: Any = rng.standard_normal((T, H, D)).astype(new)
+        k[1] = 1e-5  # where scales of 16 bits are subnormal
+        k[2, 0, 3] = np.nan
+        arrays = _cache(spec, N, P, H, D)
+        got = [None if x is None else xp.array(x) for x in arrays]
+        places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
+        judged: Any = (k, -k, *arrays, spec, *places)
+        paged_append.reference(*judged)
+        rows, options = xp.asarray(k), dict(k_scales=got[2], v_scales=got[3], spec=spec)
+        paged_append.append(rows, -rows, got[0], got[1], where, **options)
+        error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
+        yield f"{new} rows into {text} pages", error, 0.0
+
+
+def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
+    lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
+    inv_freq = rope.frequencies(48, 10000.0)
+    for new, kv in ((F32, F16), (BFLOAT16, F32)):
+        k, v = (rng.standard_normal((B, T, H, D)).astype(new) for D in (K, V))
+        for pairing in (None, "half", "adjacent"):
+            freq = None if pairing is None else inv_freq
+            judged: Any = (lengths, slots, freq, pairing)
+            low = [np.zeros((len(lengths), C, H, D), kv) for D in (K, V)]
+            exact: Any = [x.astype(np.float64) for x in (k, v, *low)]
+            got = [xp.array(x) for x in low]
+            contiguous_append.reference(k, v, low[0], low[1], *judged)
+            contiguous_append.reference(*exact, *judged)
+            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            options: Any = dict(slots=xp.asarray(slots))
+            if pairing is not None:
+                options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)
+            contiguous_append.append(*given, **options)
+            name = f"{new} rows into {kv}, "
+            if pairing is None:
+                wrong = wrong_values(got[0], low[0]) + wrong_values(got[1], low[1])
+                yield f"{name}not rotated", wrong, 0.0
+            else:
+                yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
+
+
+def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
+    """Pools of K and V and their scales, or None: NaN, and codes and given scales of one."""
+    shape = (N, P, H) if spec.layout == "NHD" else (N, H, P)
+    scale_shape = {"token": shape, "head": (H,), "tensor": (1,)}[spec.granularity]
+    pools, scales = [], []
+    for kind in spec.kinds:
+        pool = np.ones((*shape, D // 2 if kind.bits == 4 else D), kind.dtype)
+        pools.append(pool if kind.largest else pool * kind.dtype.type(np.nan))
+        fill = np.nan if spec.finds_scales else 1.0 / kind.largest if kind.largest else 1.0
+        scales.append(np.full(scale_shape, fill, SCALE_DTYPES[spec.scale_dtype]))
+    return pools + [x if k.largest else None for x, k in zip(scales, spec.kinds, strict=True)]
+
+
+def _paged_convert(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    N, P, H, D = 7, 4, 3, 80
+    ids, out_ids = np.array([5, -1, 0, 6], np.int32), np.array([2, 3, 8, 0], np.int32)
+    kept = ids >= 0
+    for text, out_text in (
+        *(("int8", "fp16"), ("fp16", "int8"), ("k8v4:HND", "fp32"), ("bf16", "k8v4:fp32")),
+        *(("fp32", "e4m3"), ("e5m2", "int4:HND"), ("int8:head", "int8"), ("int4", "int4:HND")),
+    ):
+        spec, out_spec = KVSpec.parse(text), KVSpec.parse(out_text)
+        source, want = _cache(spec, N, P, H, D), _cache(out_spec, 9, P, H, D)
+        for i, kind in enumerate(spec.kinds):
+            x = rng.standard_normal((N, P, H, D)).astype(F32)
+            _encode(spec, kind, source, i, slice(None), x)
+        got = [None if x is None else xp.array(x) for x in want]
+        for i, kind in enumerate(out_spec.kinds):
+            x = _decode(spec, spec.kinds[i], source, i)[ids[kept]]
+            _encode(out_spec, kind, want, i, out_ids[kept], x)
+        k, v, k_scales, v_scales = (None if x is None else xp.asarray(x) for x in source)
+        paged_convert.convert(
+            *(k, v, got[0], got[1]),
+            spec=spec,
+            out_spec=out_spec,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            k_out_scales=got[2],
+            v_out_scales=got[3],
+            pages=xp.asarray(ids),
+            out_pages=xp.asarray(out_ids),
+        )
+        error = sum(wrong_values(x, y) for x, y in zip(got, want, strict=True) if y is not None)
+        yield f"{text} to {out_text}", error, 0.0
+
+    lengths = [5, 0, 9]
+    tables = [np.array(x, np.int32) for x in ([6, 1, 4, 0, 2], [0, 2, 2, 5], [0, 5, 5, 14])]
+    pool: Any = rng.standard_normal((2, N, P, H, D)).astype(F16)
+    flat = pool[:, tables[0]].reshape(2, -1, H, D)
+    rows = [flat[:, P * first : P * first + n] for first, n in zip((0, 2, 2), lengths, strict=True)]
+    out = xp.zeros((2, 14, H, D), F32)
+    given = xp.asarray(pool)
+    paged_convert.gather_rows(*given, *map(xp.asarray, tables), k_out=out[0], v_out=out[1])
+    error = wrong_values(out, np.concatenate(rows, 1).astype(F32))
+    yield "rows of sequences", error, 0.0
+
+
+def _encode(spec: KVSpec, kind: Any, arrays: list[Any], which: int, pages: Any, x: Any) -> None:
+    """Write pages [n, P, H, D] of floats as the spec says; arrays as of `_cache`."""
+    pool, scales = (_nhd(spec, arrays[i]) for i in (which, which + 2))
+    given = None if scales is None or scales.ndim == 3 else scales
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    pool[pages], found = quantize(x, kind, scale=given, scale_dtype=dtype)
+    if kind.largest and given is None:
+        scales[pages] = found
+
+
+def _decode(spec: KVSpec, kind: Any, arrays: list[Any], which: int) -> Any:
+    return dequantize(*(_nhd(spec, arrays[which]), kind, _nhd(spec, arrays[which + 2])))
+
+
+def _nhd(spec: KVSpec, x: Any) -> Any:
+    """A view with the layout NHD."""
+    return x.swapaxes(1, 2) if x is not None and x.ndim > 1 and spec.layout == "HND" else x
+
+
+def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    slots = rng.permutation(4000)[:1000].astype(np.int32)
+    table, lengths = np.arange(600, dtype=np.int32).reshape(100, 6), np.full(100, 96, np.int32)
+    for what, array, index, value, look in (
+        ("slots, sound", slots, 0, slots[0], paged_check.check_slots),
+        ("slots, one beyond the pool", slots, 700, 4000, paged_check.check_slots),
+        ("slots, one twice", slots, 900, slots[3], paged_check.check_slots),
+        ("page table, sound", table, (99, 5), 599, None),
+        ("page table, a page beyond the pool", table, (57, 2), 600, None),
+    ):
+        given = array.copy()
+        given[index] = value
+        try:
+            if look:
+                look(xp.asarray(given), 4000)
+            else:
+                paged_check.check_page_table(xp.asarray(given), xp.asarray(lengths), 600, 16)
+            found = "nothing"
+        except ParameterError as error:
+            found = str(error)
+        at = ", ".join(map(str, np.atleast_1d(index)))
+        want = "nothing" if what.endswith("sound") else f"[{at}] is {value}, expected"
+        yield f"{what}, verdicts that differ", float(want not in found), 0.0
 
 
 def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -156,9 +301,9 @@ def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 def _pages(rng: np.random.Generator, H: int, D: int, kv: Any, lengths: list[int]) -> Any:
     """Pools [N, P, H, D] with NaN wherever nothing may be read, page table and lengths."""
     P = 16
-    allocator = blocks.PageAllocator(sum(map(blocks.PageAllocator(0, P).pages_for, lengths)) + 1, P)
-    sequences = [allocator.allocate(n) for n in lengths]
-    pools = np.full((2, allocator.num_pages, P, H, D), np.nan, kv)
+    manager = blocks.BlockManager(sum(-(-n // P) for n in lengths) + 1, P)
+    sequences = [manager.allocate(n) for n in lengths]
+    pools = np.full((2, manager.num_pages, P, H, D), np.nan, kv)
     for pages, n in zip(sequences, lengths, strict=True):
         slots = blocks.slots(pages, 0, n, P)
         pools.reshape(2, -1, H, D)[:, slots] = rng.standard_normal((2, n, H, D)).astype(kv)
@@ -313,6 +458,9 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
+    "contiguous_append": _contiguous_append,
+    "paged_convert": _paged_convert,
+    "paged_check": _paged_check,
     "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

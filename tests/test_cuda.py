@@ -25,7 +25,7 @@ from pykv.errors import (
 from pykv.ops import paged_append
 
 ROOT = Path(__file__).parent.parent
-JOB_DEFINES = dict(NEW_T="float", KV_T="f16", ROW=64)
+JOB_DEFINES = paged_append.VARIANTS[0]
 JOB = dict(stem="paged_append", arch="sm_75", **JOB_DEFINES)
 nvrtc = pytest.mark.nvrtc
 
@@ -93,7 +93,7 @@ def test_compile_error_names_file_and_line(folder):
         if text.startswith("static_assert")
     )
     with pytest.raises(CompileError, match=rf"paged_append\.cu\({line}\): .*eight elements"):
-        cuda.compile(**{**JOB, "ROW": 63})
+        cuda.compile(**{**JOB, "HEAD_DIM": 63})
 
 
 @nvrtc
@@ -141,7 +141,7 @@ def test_missing_nvrtc_names_the_packages(folder, monkeypatch):
 def test_second_compile_is_a_cache_hit(folder, compiles):
     first = cuda.compile(**JOB).code
     assert cuda.compile(**JOB).code == first and len(compiles) == 1
-    cuda.compile(**{**JOB, "ROW": 128})
+    cuda.compile(**{**JOB, "HEAD_DIM": 128})
     cuda.compile(**{**JOB, "arch": "sm_80"})
     assert len(compiles) == 3 and len(entries(folder)) == 3
 
@@ -170,14 +170,14 @@ def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles
         RuntimeWarning, match="cannot keep compiled kernels .* PYKV_CACHE_DIR"
     ) as seen:
         first = cuda.compile(**JOB).code
-        cuda.compile(**{**JOB, "ROW": 128})
+        cuda.compile(**{**JOB, "HEAD_DIM": 128})
     assert len(seen) == 1
     assert cuda.compile(**JOB).code == first and len(compiles) == 2
 
 
 @nvrtc
 def test_full_disk_means_memory_and_one_warning(folder, compiles, monkeypatch):
-    cuda.compile(**{**JOB, "ROW": 128})
+    cuda.compile(**{**JOB, "HEAD_DIM": 128})
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -190,8 +190,7 @@ def test_full_disk_means_memory_and_one_warning(folder, compiles, monkeypatch):
 
 @nvrtc
 def test_processes_compile_side_by_side(folder):
-    code = "from pykv import cuda; print(len(cuda.compile('paged_append', 'sm_75', NEW_T='float', "
-    code += "KV_T='f16', ROW=64).code))"
+    code = f"from pykv import cuda; print(len(cuda.compile(**{JOB}).code))"
     command = [sys.executable, "-W", "error", "-c", code]
     env = {**os.environ, "PYKV_COMPILE": "lazy"}
     running = [
@@ -204,7 +203,7 @@ def test_processes_compile_side_by_side(folder):
 
 @nvrtc
 def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatch):
-    some = [("paged_append", dict(NEW_T="float", KV_T="f16", ROW=row)) for row in (64, 128)]
+    some = [("paged_append", {**JOB_DEFINES, "HEAD_DIM": size}) for size in (64, 128)]
     monkeypatch.setattr(cuda, "variants", lambda: some)
     assert cuda.warmup(["sm_75", "sm_90"]) == 4
     assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
@@ -214,7 +213,7 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
 
 @nvrtc
 def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
-    monkeypatch.setattr(cuda, "variants", lambda: [("paged_append", dict(ROW=64))])
+    monkeypatch.setattr(cuda, "variants", lambda: [("paged_append", dict(HEAD_DIM=64))])
     with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
         cuda.warmup(["sm_75"])
     with pytest.raises(CompileError):
@@ -228,8 +227,10 @@ def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
 def test_ptx_is_cached_and_errors_are_the_same(folder, monkeypatch):
     first = cuda.compile(**{**JOB, "arch": "compute_75"}).code
     assert b".target sm_75\n" in first and b".entry paged_append(" in first
-    with pytest.raises(CompileError, match=r"for compute_75 with .*'ROW': 63[^$]*eight elements"):
-        cuda.compile(**{**JOB, "arch": "compute_75", "ROW": 63})
+    with pytest.raises(
+        CompileError, match=r"for compute_75 with .*'HEAD_DIM': 63[^$]*eight elements"
+    ):
+        cuda.compile(**{**JOB, "arch": "compute_75", "HEAD_DIM": 63})
     with pytest.raises(UnsupportedError, match="arch is compute_999, .* newer NVRTC"):
         cuda.compile(**{**JOB, "arch": "compute_999"})
     monkeypatch.delattr(cuda, "_make_ptx")
@@ -241,12 +242,12 @@ def test_ptx_is_cached_and_errors_are_the_same(folder, monkeypatch):
 def test_ptx_of_a_test_run_is_made_ahead(folder, tmp_path, monkeypatch):
     """tools/make_ptx.py notes what a run loads; its folder then serves any NVRTC."""
     (tmp_path / "test_it.py").write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
         from pykv import cuda
 
         def test_it():
-            for row in (64, 8, 64):
-                cuda._module("sm_75", "paged_append", NEW_T="float", KV_T="f16", ROW=row)
+            for size in (64, 8, 64):
+                cuda._module("sm_75", "paged_append", **{{**{JOB_DEFINES}, "HEAD_DIM": size}})
         """)
     )
     file = tmp_path / "kernels.json"
@@ -260,20 +261,20 @@ def test_ptx_of_a_test_run_is_made_ahead(folder, tmp_path, monkeypatch):
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(file.read_text()) == [
-        ["paged_append", {**JOB_DEFINES, "ROW": row}] for row in (64, 8)
+        ["paged_append", {**JOB_DEFINES, "HEAD_DIM": size}] for size in (64, 8)
     ]
 
     monkeypatch.setattr(cuda, "_targets", lambda: (999,))
     monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", lambda: (0, 99, 9))
-    for row in (64, 8):
-        code = cuda.compile(**{**JOB, "arch": "compute_75", "ROW": row}).code
+    for size in (64, 8):
+        code = cuda.compile(**{**JOB, "arch": "compute_75", "HEAD_DIM": size}).code
         assert b".target sm_75\n" in code
     with pytest.raises(
         UnsupportedError,
         match=r"^cuda.compile: arch is compute_75, but NVRTC 99.9 targets sm_999 .*"
-        r"bring PTX of paged_append.cu with .*'ROW': 72.* in .*, as tools/make_ptx.py does$",
+        r"bring PTX of paged_append.cu with .*'HEAD_DIM': 72.* in .*, as tools/make_ptx.py does$",
     ):
-        cuda.compile(**{**JOB, "arch": "compute_75", "ROW": 72})
+        cuda.compile(**{**JOB, "arch": "compute_75", "HEAD_DIM": 72})
 
 
 def test_pykv_arch_replaces_the_sm_of_the_gpu(monkeypatch):
@@ -367,16 +368,16 @@ def test_no_ctypes_anywhere():
 @pytest.mark.gpu
 @pytest.mark.parametrize("scalar", [3, 0.5, True, "3"])
 def test_launch_takes_typed_scalars_only(scalar):
-    kernel = cuda.kernel("paged_append", "paged_append", NEW_T="float", KV_T="f16", ROW=64)
+    kernel = cuda.kernel("paged_append", "paged_append", **JOB_DEFINES)
     with pytest.raises(DtypeError, match=r"argument 1 is a .*expected .* np\.int32\(n\)"):
         cuda.launch(kernel, 1, 128, None, scalar)
 
 
 @pytest.mark.gpu
 def test_refused_launch_is_a_cuda_error():
-    kernel = cuda.kernel("paged_append", "paged_append", NEW_T="float", KV_T="f16", ROW=64)
+    kernel = cuda.kernel("paged_append", "paged_append", **JOB_DEFINES)
     with pytest.raises(CudaError, match=r"launch of grid 1 and block 4096: .*INVALID"):
-        cuda.launch(kernel, 1, 4096, *(None,) * 5, np.int64(64), np.int64(64))
+        cuda.launch(kernel, 1, 4096, *(None,) * 10, *(np.int64(64),) * 16, *(np.int32(1),) * 2)
 
 
 def test_stream_handles_of_every_library():

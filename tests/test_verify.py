@@ -11,10 +11,13 @@ from pykv.ops import (
     activation,
     bandwidth,
     block_copy,
+    contiguous_append,
     dequant,
     linear,
     norm,
     paged_append,
+    paged_check,
+    paged_convert,
     paged_decode,
     permute,
     prefill,
@@ -189,7 +192,28 @@ def last_bit(op):
 
 
 def keys_for_values(op):
-    return lambda k, v, *rest: op(k, k, *rest)
+    return lambda k, v, *rest, **options: op(k, k, *rest, **options)
+
+
+def half_the_scales(op):
+    """The scales that are stored are half of what codes were made with."""
+
+    def faulty(*args, **options):
+        op(*args, **options)
+        if options["k_scales"] is not None:
+            options["k_scales"][...] = options["k_scales"] * F16(0.5)
+
+    return faulty
+
+
+def truncated(op):
+    """Rows are cut to what sixteen bits less hold, before they become codes."""
+
+    def faulty(k, v, *rest, **options):
+        bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
+        op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
+
+    return faulty
 
 
 def ties_to_the_last(op):
@@ -204,12 +228,35 @@ def without_the_last_byte(op):
     return lambda *lists: op(*([x[:-1] for x in arrays] for arrays in lists))
 
 
+def with_changed_option(name, change):
+    return lambda op: lambda *args, **options: op(*args, **{**options, name: change(options[name])})
+
+
 FAULTS = {
     "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
     "append: padding is written": (paged_append, "append", with_argument(4, abs)),
+    "append: scales halved": (paged_append, "append", half_the_scales),
+    "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
+    "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
+    "contiguous: no values": (
+        *(contiguous_append, "append"),
+        lambda op: lambda k, v, *rest, **options: op(k, v * 0, *rest, **options),
+    ),
+    "convert: pages in reverse": (
+        *(paged_convert, "convert"),
+        with_changed_option("out_pages", lambda pages: pages[::-1].copy()),
+    ),
+    "convert: skipped pages are read": (
+        *(paged_convert, "convert"),
+        with_changed_option("pages", abs),
+    ),
+    "rows: one too few": (paged_convert, "gather_rows", with_argument(4, lambda x: x - (x > 5))),
+    "check: slots are never wrong": (paged_check, "check_slots", lambda op: lambda *args: None),
+    "check: page 600 is fine": (paged_check, "check_page_table", with_argument(2, lambda n: n + 1)),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

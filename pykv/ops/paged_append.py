@@ -1,78 +1,458 @@
-"""Write new key and value rows into a paged KV pool.
+"""Write new key and value rows into the pages of a KV pool, encoded as its kinds ask for.
 
-Dimensions: T new tokens, H KV heads, D head size, N pages in the pool, P tokens a page.
+Dimensions: T new tokens, H KV heads, D head size, N pages in the pool, P tokens a page, B requests,
+I listed pages, W elements of a pool that D codes take.
 Kernel: kernels_cu/paged_append.cu.
+
+Four functions differ in how they say where a row goes:
+
+    append          slots[t], a page and an offset in one number
+    append_decode   behind the last token of request t
+    append_ragged   behind the last token of the request whose rows append_indptr counts
+    append_indexed  position positions[t] of request batch_indices[t]
+
+The last three know requests by lists of pages: request b has the pages indices[indptr[b]] ...
+indices[indptr[b + 1] - 1], and its position p lies in the p // P-th of them, at offset p % P. A
+request of n pages has (n - 1) * P + last_page_len[b] tokens. Pages may be listed ahead of need;
+last_page_len[b] is then not positive, P less for each such page. In all four a negative slot,
+request or page, and a position outside the listed pages, mean that the row is not written.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, check, on_gpu
-from pykv.errors import ShapeError
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import KINDS, KVSpec, quantize, spec_of
 
-VARIANTS = [dict(NEW_T="float", KV_T="f16", ROW=row) for row in (192, 256, 1024)]
+SLOTS = (*INT32, np.dtype(np.int64))
+COUNTS = ("before", "after")
+MAX_HEAD_DIM = 512
+
+BLOCK = 128  # threads
+LANE_ELEMENTS = 16  # of a row that a thread has: its loads are in flight together
 
 
-def append(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any, *, stream: Any = None) -> None:
+def append(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    slots: Any,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    stream: Any = None,
+) -> None:
     """Write row t of `k` and `v` to slot `slots[t]` of the pools, in place.
 
     Args:
-        k, v: [T, H, D] float32, float16 or bfloat16; the new rows, tokens at any stride.
-        k_pool, v_pool: [N, P, H, D] float32, float16 or bfloat16; rows are rounded to their dtype.
-        slots: [T] int32; page * P + offset, or negative to skip the row. Distinct where not
-            negative.
+        k, v: [T, H, D] float32, float16 or bfloat16; the new rows, tokens and heads at any stride.
+            D is a multiple of 8, at most 512.
+        k_pool, v_pool: [N, P, H, W], or [N, H, P, W] where `spec` says HND; pages, tokens and heads
+            at any stride, so that both may be views of one array.
+        slots: [T] int32 or int64; page * P + offset, or negative to skip the row. Distinct where
+            not negative.
+        k_scales, v_scales: what `spec` asks for, None for kinds of floats. A scale for each token
+            and head, [N, P, H] or [N, H, P] at any stride, is found and written with the row; one
+            for each head [H], or for all [1], is given.
+        spec: what the pools hold; None: what the arrays show of floats and int8, in NHD.
         stream: see pykv.cuda.on_stream.
 
     Raises:
-        ShapeError: dimensions disagree, or H * D is no multiple of 8.
+        ShapeError: dimensions disagree, or D is no multiple of 8.
         DtypeError: an array has another dtype.
         DeviceError: host and device arrays are mixed.
+        ParameterError: scales are missing, or given for floats; no spec for arrays of bytes.
+        UnsupportedError: D is above 512.
 
-    Runs where the arrays are. On a GPU it only enqueues, and slots are not range-checked.
-    Rounds to nearest even, bit-exact. Source: vLLM's slot mapping.
+    Runs where the arrays are. On a GPU it only enqueues, one launch for K and V, and slots are not
+    range-checked. Bit-exact: floats are rounded to nearest even, codes are those of
+    pykv.kinds.quantize. Source: vLLM's slot mapping.
     """
     op = "paged_append.append"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
     dims = check(
         op,
-        k=(k, "T | H D", FLOATS),
-        v=(v, "T | H D", k.dtype),
-        k_pool=(k_pool, "N P H D", FLOATS),
-        v_pool=(v_pool, "N P H D", k_pool.dtype),
-        slots=(slots, "T", INT32),
+        k=(k, "T H | D", FLOATS),
+        v=(v, "T H | D", getattr(k, "dtype", None)),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
+        slots=(slots, "T", SLOTS),
     )
-    if dims["H"] * dims["D"] % 8:
-        raise ShapeError(
-            f"{op}: a row has {dims['H']} x {dims['D']} elements, expected a multiple of 8"
+    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, slots, None, None, None)
+    _append(op, "SLOTS", spec, dims, arrays, False, False, stream)
+
+
+def append_decode(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    indices: Any,
+    indptr: Any,
+    last_page_len: Any,
+    *,
+    counts: str,
+    advance: bool = False,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    stream: Any = None,
+) -> None:
+    """Write row b of `k` and `v` behind the last token of request b: one token a request.
+
+    Args:
+        k, v: [B, H, D], else as of `append`.
+        k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        indices: [I] int32; pages, distinct where rows go. A negative page is not written to.
+        indptr: [B + 1] int32; where each request's pages begin, and the end. A request without
+            pages is skipped.
+        last_page_len: [B] int32; tokens in each request's last page; see the module.
+        counts: what `last_page_len` counts: "before" the tokens before this call, so that the row
+            goes to offset last_page_len[b] of the last page; "after" those after it, so that it
+            goes to offset last_page_len[b] - 1. A full page, which is P "before" and P + 1
+            "after", is not written to and takes no token: list another page and subtract P.
+        advance: add 1 to last_page_len[b] where a row was written; for "before" alone. A captured
+            graph then appends the next token at each replay, into as many pages as were listed
+            ahead.
+
+    Raises:
+        As `append`; ParameterError also for another `counts`, or `advance` with "after".
+
+    As `append`. Sources: FlashInfer's CSR table counts "after", baracuda's append plan "before".
+    """
+    op = "paged_append.append_decode"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    dims = check(
+        op,
+        k=(k, "B H | D", FLOATS),
+        v=(v, "B H | D", getattr(k, "dtype", None)),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
+        indices=(indices, "I", INT32),
+        indptr=(indptr, "B+1", INT32),
+        last_page_len=(last_page_len, "B", INT32),
+    )
+    after = _counts_after(op, counts)
+    if after and advance:
+        raise ParameterError(
+            f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
+            "a call cannot be changed by it"
         )
-    if dims["T"] == 0 or dims["H"] * dims["D"] == 0:
+    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, None, indices, indptr, last_page_len)
+    _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
+
+
+def append_ragged(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    append_indptr: Any,
+    indices: Any,
+    indptr: Any,
+    last_page_len: Any,
+    *,
+    counts: str,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    stream: Any = None,
+) -> None:
+    """Write rows append_indptr[b] ... append_indptr[b + 1] - 1 behind the last token of request b.
+
+    Args:
+        k, v, k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        append_indptr: [B + 1] int32; where each request's rows begin, from 0 on, and the end. Rows
+            past the end are skipped, so that a captured graph may be padded.
+        indices, indptr, last_page_len: as of `append_decode`.
+        counts: what `last_page_len` counts, and pages are listed for: the tokens "before" this
+            call, or those "after" it, all new ones included.
+
+    Raises:
+        As `append`; ParameterError also for another `counts`.
+
+    As `append`; the kernel finds each row's request by itself. With "before", the pages that the
+    new tokens need are listed ahead. Source: FlashInfer's append_paged_kv_cache and its helper
+    get_batch_indices_positions.
+    """
+    op = "paged_append.append_ragged"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    dims = check(
+        op,
+        k=(k, "T H | D", FLOATS),
+        v=(v, "T H | D", getattr(k, "dtype", None)),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
+        append_indptr=(append_indptr, "B+1", INT32),
+        indices=(indices, "I", INT32),
+        indptr=(indptr, "B+1", INT32),
+        last_page_len=(last_page_len, "B", INT32),
+    )
+    after = _counts_after(op, counts)
+    rows = (append_indptr, indices, indptr, last_page_len)
+    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, *rows)
+    _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
+
+
+def append_indexed(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    batch_indices: Any,
+    positions: Any,
+    indices: Any,
+    indptr: Any,
+    *,
+    advance: bool = False,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    stream: Any = None,
+) -> None:
+    """Write row t of `k` and `v` to position `positions[t]` of request `batch_indices[t]`.
+
+    Args:
+        k, v, k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        batch_indices: [T] int32; the request of each row, or negative to skip the row.
+        positions: [T] int32; from 0 on.
+        indices, indptr: as of `append_decode`.
+        advance: add 1 to positions[t] where a row was written. With one row a request, positions
+            are then the lengths that attention over all tokens asks for, and a captured graph
+            appends the next token at each replay.
+
+    Raises:
+        As `append`.
+
+    As `append`. Source: FlashInfer's append_paged_kv_cache.
+    """
+    op = "paged_append.append_indexed"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    dims = check(
+        op,
+        k=(k, "T H | D", FLOATS),
+        v=(v, "T H | D", getattr(k, "dtype", None)),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
+        batch_indices=(batch_indices, "T", INT32),
+        positions=(positions, "T", INT32),
+        indices=(indices, "I", INT32),
+        indptr=(indptr, "B+1", INT32),
+    )
+    rows = (batch_indices, indices, indptr, positions)
+    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, *rows)
+    _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)
+
+
+def _counts_after(op: str, counts: str) -> bool:
+    if counts not in COUNTS:
+        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
+    return counts == "after"
+
+
+def _append(
+    op: str,
+    address: str,
+    spec: KVSpec,
+    dims: dict[str, int],
+    arrays: tuple[Any, ...],
+    after: bool,
+    advance: bool,
+    stream: Any,
+) -> None:
+    """What the four share; `arrays` as the kernel takes them."""
+    D = dims["D"]
+    if D % 8:
+        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
+    k, v, k_pool, v_pool, k_scales, v_scales, rows, indices, indptr, counts = arrays
+    if k.size == 0:
         return
     if on_gpu(k):
-        _cuda(k, v, k_pool, v_pool, slots, stream)
-    else:
-        reference(k, v, k_pool, v_pool, slots)
+        _cuda(address, spec, dims["P"], arrays, after, advance, stream)
+        return
+    pages, offsets = places(address, len(k), dims["P"], rows, indices, indptr, counts, after)
+    reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, pages, offsets)
+    if advance:
+        counts[pages >= 0] += 1
 
 
-def reference(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any) -> None:
-    """The definition, in NumPy: what `append` computes, and what the kernel is tested against."""
-    N, P, H, D = k_pool.shape
-    keep = slots >= 0
-    k_pool.reshape(N * P, H, D)[slots[keep]] = k[keep]
-    v_pool.reshape(N * P, H, D)[slots[keep]] = v[keep]
+def places(
+    address: str, T: int, P: int, rows: Any, indices: Any, indptr: Any, counts: Any, after: bool
+) -> tuple[Any, Any]:
+    """Where rows go, in NumPy: the page of each, negative where it is skipped, and the offset.
+
+    Args:
+        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        T, P: rows, and tokens a page.
+        rows, indices, indptr, counts: the arrays that go by these names in the kernel.
+        after: whether `counts` includes the new tokens.
+    """
+    if address == "SLOTS":
+        return np.where(rows < 0, -1, rows // P), rows % P
+    pages, offsets = np.full(T, -1, np.int64), np.zeros(T, np.int64)
+    for t in range(T):
+        new = 0  # how far the row lies behind the request's tokens
+        if address == "RAGGED":
+            b = int(np.searchsorted(rows[1:], t, "right"))
+            if b == len(rows) - 1:
+                continue
+            new = t - int(rows[b + 1] if after else rows[b])
+        elif address == "DECODE":
+            b, new = t, -int(after)
+        elif (b := int(rows[t])) < 0:
+            continue
+        first, end = int(indptr[b]), int(indptr[b + 1])
+        if address == "INDEXED":
+            position = int(counts[t])
+        else:
+            position = (end - first - 1) * P + int(counts[b]) + new
+        if 0 <= position < (end - first) * P:
+            pages[t], offsets[t] = indices[first + position // P], position % P
+    return pages, offsets
 
 
-def _cuda(k: Any, v: Any, k_pool: Any, v_pool: Any, slots: Any, stream: Any) -> None:
+def reference(
+    k: Any,
+    v: Any,
+    k_pool: Any,
+    v_pool: Any,
+    k_scales: Any,
+    v_scales: Any,
+    spec: KVSpec,
+    pages: Any,
+    offsets: Any,
+) -> None:
+    """The definition, in NumPy: rows of `k` and `v` [T, H, D] become what the kinds of `spec` hold,
+    at a page, or nowhere where that is negative, and an offset. What the kernel is tested against.
+    """
+    keep = pages >= 0
+    where = pages[keep], offsets[keep]
+    sides = ((k, k_pool, k_scales), (v, v_pool, v_scales))
+    for kind, (x, pool, scales) in zip(spec.kinds, sides, strict=True):
+        given = None if spec.finds_scales or scales is None else scales
+        dtype = None if scales is None else scales.dtype
+        with np.errstate(over="ignore"):  # to infinity, as floats round
+            codes, found = quantize(x[keep], kind, scale=given, scale_dtype=dtype)
+        _as_nhd(pool, spec)[where] = codes
+        if spec.finds_scales and scales is not None:
+            _as_nhd(scales, spec)[where] = found
+
+
+def _as_nhd(array: Any, spec: KVSpec) -> Any:
+    return array if spec.layout == "NHD" else array.swapaxes(1, 2)
+
+
+def _cuda(
+    address: str,
+    spec: KVSpec,
+    P: int,
+    arrays: tuple[Any, ...],
+    after: bool,
+    advance: bool,
+    stream: Any,
+) -> None:
+    k, v, k_pool, v_pool, k_scales, v_scales, rows, _, indptr, _ = arrays
     T, H, D = k.shape
-    kernel = cuda.kernel(
-        "paged_append",
-        "paged_append",
-        NEW_T=cuda.TYPE_NAMES[k.dtype],
-        KV_T=cuda.TYPE_NAMES[k_pool.dtype],
-        ROW=H * D,
+    defines, rows_a_block = _defines(
+        k.dtype, spec, D, H, P, address, None if rows is None else rows.dtype, after, advance
     )
-    k_stride, v_stride = (np.int64(x.strides[0] // x.itemsize) for x in (k, v))
+    steps = _steps(
+        spec,
+        *(k.strides, v.strides, k.itemsize, k_pool.strides, v_pool.strides),
+        None if k_scales is None else k_scales.strides,
+        None if v_scales is None else v_scales.strides,
+    )
+    num_requests = 0 if indptr is None else len(indptr) - 1
+    kernel = cuda.kernel("paged_append", "paged_append", **defines)
     with cuda.on_stream(stream):
-        cuda.launch(kernel, T, 128, k_pool, v_pool, k, v, slots, k_stride, v_stride)
+        cuda.launch(
+            kernel,
+            -(-T * H // rows_a_block),
+            defines["BLOCK"],
+            *(k_pool, v_pool, k_scales, v_scales, k, v, *arrays[6:], *steps),
+            np.int32(T * H),
+            np.int32(num_requests),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _defines(
+    dtype: Any,
+    spec: KVSpec,
+    D: int,
+    H: int,
+    P: int,
+    address: str = "SLOTS",
+    row_dtype: Any = INT32[0],
+    after: bool = False,
+    advance: bool = False,
+) -> tuple[dict[str, Any], int]:
+    """The kernel's defines, and the rows of a block."""
+    lanes = 1
+    while lanes < 32 and lanes * LANE_ELEMENTS < D:
+        lanes *= 2
+    # With `advance` all heads of a token meet in one block.
+    block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
+    defines = dict(
+        NEW_T=cuda.TYPE_NAMES[dtype],
+        K_T=KINDS[spec.k].c_type,
+        V_T=KINDS[spec.v].c_type,
+        SCALE_T="f16" if spec.scale_dtype == "fp16" else "float",
+        SCALES="FOUND" if spec.granularity == "token" else "GIVEN",
+        HEAD_DIM=D,
+        HEADS=H,
+        PAGE=P,
+        ADDRESS=address,
+        ROW_T="i64" if row_dtype == SLOTS[1] else "int",
+        AFTER=int(after),
+        ADVANCE=int(advance),
+        BLOCK=block,
+        LANES=lanes,
+    )
+    return defines, H if advance else block // lanes
+
+
+@lru_cache(maxsize=1024)
+def _steps(
+    spec: KVSpec,
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    itemsize: int,
+    k_pool: tuple[int, ...],
+    v_pool: tuple[int, ...],
+    k_scales: tuple[int, ...] | None,
+    v_scales: tuple[int, ...] | None,
+) -> tuple[Any, ...]:
+    """Strides in elements, from those in bytes, in the order of the kernel."""
+    nhd = (0, 1, 2) if spec.layout == "NHD" else (0, 2, 1)
+    steps = []
+    for kind, strides in zip(spec.kinds, (k_pool, v_pool), strict=True):
+        steps += [strides[axis] // kind.dtype.itemsize for axis in nhd]
+    for strides_or_none in (k_scales, v_scales):
+        size = 2 if spec.scale_dtype == "fp16" else 4
+        if strides_or_none is None or spec.granularity == "tensor":
+            steps += [0, 0, 0]
+        elif spec.granularity == "head":
+            steps += [0, 0, strides_or_none[0] // size]
+        else:
+            steps += [strides_or_none[axis] // size for axis in nhd]
+    steps += [step // itemsize for strides in (k, v) for step in strides[:2]]
+    return tuple(map(np.int64, steps))
+
+
+# Slots for the models that `pykv.models` names and for a Llama of 8 x 128, of floats and of codes;
+# a captured decode step for the latter.
+VARIANTS = [
+    _defines(FLOATS[0], KVSpec(kind, kind), D, H, 16)[0]
+    for kind in ("fp16", "int8")
+    for H, D in ((3, 64), (1, 256), (8, 128))
+] + [
+    _defines(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
+    for kind in ("fp16", "int8")
+]

@@ -1,47 +1,393 @@
-"""paged_append: rows land in their slots and nowhere else."""
+"""paged_append: rows land where they should, as their kinds ask, and nowhere else."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.errors import DtypeError, ShapeError
+from pykv import kinds
+from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_append
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, to_numpy
 
-BASE = dict(T=5, H=2, D=64, N=4, P=16, new="float16", kv="float16")
+BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
+INT8 = {**BASE, "spec": "int8"}
 CHANGES = (
-    *({"T": 0}, {"T": 1}, {"T": 257, "N": 40}, {"H": 1}, {"H": 17, "D": 128}),
-    *({"D": 8}, {"D": 80}, {"D": 256}, {"P": 1, "N": 9}),
-    *({"new": "float32"}, {"new": "float32", "kv": "float32"}, {"new": "bfloat16"}),
-    *({"new": "float32", "kv": "bfloat16"}, {"new": "bfloat16", "kv": "bfloat16"}),
+    *({"T": 0}, {"T": 1}, {"T": 131}, {"H": 1}, {"H": 7}, {"H": 17, "D": 128}),
+    *({"D": d} for d in (8, 24, 80, 96, 128, 256, 264, 512)),
+    *({"P": p} for p in (1, 3, 16)),
+    *({"address": a} for a in ("slots64", "decode", "decode after", "ragged", "ragged after")),
+    *({"address": "indexed"}, {"form": "one"}, {"form": "loose"}),
+    *({"form": form, "spec": "fp16:HND"} for form in ("two", "one", "loose")),
 )
-CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+CASES = [
+    *(BASE, INT8),
+    *({**base, **change} for base in (BASE, INT8) for change in CHANGES if "spec" not in change),
+    *({**BASE, **change} for change in CHANGES if "spec" in change),
+    *({**INT8, "form": form, "spec": "int8:HND"} for form in ("two", "one", "loose")),
+    # Kinds, granularities and dtypes of scales; and what meets what.
+    *(
+        {**BASE, "spec": f"{kind}:{rest}"}
+        for kind in ("int8", "int4", "e4m3", "e5m2")
+        for rest in ("token", "fp32", "head", "tensor:fp32")
+    ),
+    *(
+        {**BASE, "spec": spec}
+        for spec in ("k8v4", "fp16+int8", "int4+e4m3:fp32:HND", "bf16+fp32", "e5m2+bf16:head")
+    ),
+    *(
+        {**BASE, "new": new, "spec": spec}
+        for new in ("float32", "bfloat16")
+        for spec in ("fp16", "fp32", "bf16", "int8", "int4:fp32", "e4m3:tensor")
+    ),
+    *(
+        {**BASE, "address": address, "spec": spec, "D": 80, "P": 3, "form": "loose"}
+        for address, spec in zip(
+            ("decode", "decode after", "ragged", "ragged after", "indexed"),
+            ("k8v4:HND", "e4m3:fp32", "int4:HND:head", "e5m2:HND", "k8v4:tensor"),
+            strict=True,
+        )
+    ),
+]
 
 
-def inputs(rng, T, H, D, N, P, new, kv):
-    """Pools start as NaN, so a row that should not be written shows."""
-    new, kv = (np.dtype(getattr(ml_dtypes, name, name)) for name in (new, kv))
-    k, v = rng.standard_normal((2, T, H, D)).astype(new)
-    k_pool, v_pool = np.full((2, N, P, H, D), np.nan, kv)
-    slots = rng.permutation(N * P)[:T].astype(np.int32)
-    slots[::3] = -1
-    return k, v, k_pool, v_pool, slots
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_rows_land_in_their_slots(xp, rng, case):
-    k, v, k_pool, v_pool, slots = inputs(rng, **case)
-    want_k, want_v = k_pool.copy(), v_pool.copy()
-    for t, slot in enumerate(slots):  # the definition, one row at a time
-        if slot >= 0:
-            want_k[slot // case["P"], slot % case["P"]] = k[t].astype(k_pool.dtype)
-            want_v[slot // case["P"], slot % case["P"]] = v[t].astype(k_pool.dtype)
+class Cache:
+    """Pools and scales of a spec; what nobody may write is poison.
 
-    got = [xp.asarray(a) for a in (k, v, k_pool, v_pool, slots)]
-    paged_append.append(*got)
+    `whole` are the arrays, `views` makes pools and scales of them: "two" arrays, K and V in "one",
+    or parts of larger ones, so that every stride is "loose".
+    """
 
-    assert_same_bits(got[2], want_k)
-    assert_same_bits(got[3], want_v)
+    def __init__(self, rng, spec, N, P, H, D, form):
+        self.spec, self.form = spec, form
+        self.whole = []
+        inner = (P, H) if spec.layout == "NHD" else (H, P)
+        for side in range(2):
+            kind = spec.kinds[side]
+            width = D // 2 if kind.bits == 4 else D
+            shape = (N, *inner, width)
+            if form == "one":
+                shape = (N, 2, *inner, width)
+            elif form == "loose":
+                shape = (N + 2, inner[0] + 1, inner[1] + 3, width)
+            poison = 0xA5 if kind.largest else np.nan
+            pool = np.full(shape, np.array(poison).astype(kind.dtype), kind.dtype)
+            scales = None
+            dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+            if kind.largest and spec.granularity == "token":
+                scales = np.full(shape[:-1], np.nan, dtype)
+            elif kind.largest:  # some of them too small for the rows
+                scales = (rng.uniform(0.3, 3, H if spec.granularity == "head" else 1)).astype(dtype)
+                scales = (scales / kind.largest).astype(dtype)
+            self.whole += [pool, scales]
+        if form == "one":
+            self.whole[2:] = [None, self.whole[3] if spec.granularity != "token" else None]
+
+    def views(self, whole):
+        """(k_pool, v_pool, k_scales, v_scales) of arrays like self.whole."""
+        found = []
+        for side in range(2):
+            pool, scales = whole[2 * side : 2 * side + 2]
+            if self.form == "one":
+                pool = whole[0][:, side]
+                if self.spec.finds_scales:
+                    scales = whole[1][:, side]
+            elif self.form == "loose":
+                pool = pool[1:-1, 1:, 2:-1]
+                if scales is not None and self.spec.finds_scales:
+                    scales = scales[1:-1, 1:, 2:-1]
+            found += [pool, scales]
+        return found[0], found[2], found[1], found[3]
+
+    def copy(self):
+        return [None if x is None else x.copy() for x in self.whole]
+
+    def write(self, whole, page, offset, k, v):
+        """One token's rows [H, D], as kinds.quantize encodes them."""
+        k_pool, v_pool, k_scales, v_scales = self.views(whole)
+        where = (page, offset) if self.spec.layout == "NHD" else (page, slice(None), offset)
+        sides = ((k, k_pool, k_scales), (v, v_pool, v_scales))
+        for kind, (x, pool, scales) in zip(self.spec.kinds, sides, strict=True):
+            given = None if self.spec.finds_scales else scales
+            dtype = kinds.SCALE_DTYPES[self.spec.scale_dtype]
+            with np.errstate(over="ignore"):
+                pool[where], found = kinds.quantize(x, kind, scale=given, scale_dtype=dtype)
+            if kind.largest and self.spec.finds_scales:
+                scales[where] = found
+
+
+def table(rng, pages_of):
+    """(indices, indptr) of requests with so many pages each, and the pages in the pool."""
+    N = sum(pages_of) + 1
+    indptr = np.cumsum([0, *pages_of]).astype(np.int32)
+    return rng.permutation(N)[: N - 1].astype(np.int32), indptr, N
+
+
+def addressed(rng, address, T, P):
+    """(arguments, options, places, pages of the pool) of a call: what says where T rows go, and by
+    a plain loop where that is: (page, offset), or None."""
+    if address.startswith("slots"):
+        N = T // P + 3
+        slots = rng.permutation(N * P)[:T].astype("i8" if address == "slots64" else "i4")
+        slots[::3] = -1 - slots[::3]
+        places = [None if s < 0 else (s // P, s % P) for s in slots.tolist()]
+        return [slots], {}, places, N
+    if address == "indexed":
+        indices, indptr, N = table(rng, [T // P + 2, 0, T // P + 1])
+        request = rng.integers(0, 3, T).astype(np.int32)
+        request[::4] = -1
+        positions = rng.permutation((T // P + 3) * P)[:T].astype(np.int32) - 2
+        rows = zip(request.tolist(), positions.tolist(), strict=True)
+        places = [at(indices, indptr, P, b, p) for b, p in rows]
+        return [request, positions, indices, indptr], {}, places, N
+
+    new = [1] * T if address.startswith("decode") else split(T)
+    after = address.endswith("after")
+    # Tokens there are before the call; pages that the new ones need, one too few or two too many.
+    before = [(0, P - 1, P, 2 * P - 1, 2 * P, 3)[b % 6] for b in range(len(new))]
+    pages_of = [-(-(old + n) // P) for old, n in zip(before, new, strict=True)]
+    spare = [(0, 2, 0, -1)[b % 4] for b in range(len(new))]
+    pages_of = [max(0, n + more) for n, more in zip(pages_of, spare, strict=True)]
+    indices, indptr, N = table(rng, pages_of)
+    if len(indices) > 9:
+        indices[9] = -7
+    lengths = [old + n if after else old for old, n in zip(before, new, strict=True)]
+    last = [n - (pages - 1) * P for n, pages in zip(lengths, pages_of, strict=True)]
+    places = []
+    for b, (old, n) in enumerate(zip(before, new, strict=True)):
+        places += [at(indices, indptr, P, b, p) for p in range(old, old + n)]
+    places += [None] * (T - len(places))  # padding
+    arguments = [indices, indptr, np.array(last, np.int32)]
+    if address.startswith("ragged"):
+        arguments.insert(0, np.cumsum([0, *new]).astype(np.int32))
+    return arguments, {"counts": "after" if after else "before"}, places, N
+
+
+def split(T):
+    """Numbers of rows of many requests, some of none; two rows at the end are nobody's."""
+    counts, left = [], max(0, T - 2)
+    for n in [0, 1, 0, 0, 5, 2, 0, *[1, 0, 3, 0, 0] * 100]:
+        counts.append(min(n, left))
+        left -= counts[-1]
+    return counts
+
+
+def at(indices, indptr, P, b, position):
+    """Where a position of a request lies."""
+    pages = indices[indptr[b] : indptr[b + 1]].tolist() if b >= 0 else []
+    if not 0 <= position < len(pages) * P or pages[position // P] < 0:
+        return None
+    return pages[position // P], position % P
+
+
+def functions(address):
+    name = address.split()[0].removesuffix("64")
+    return getattr(paged_append, "append" if name == "slots" else f"append_{name}")
+
+
+def on(xp, arrays):
+    return [None if x is None else xp.asarray(x) for x in arrays]
+
+
+def options_of(cache, whole):
+    """The pools, and the keyword arguments that go with them."""
+    k_pool, v_pool, k_scales, v_scales = cache.views(whole)
+    return (k_pool, v_pool), dict(k_scales=k_scales, v_scales=v_scales, spec=cache.spec)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_rows_land_in_their_places(xp, rng, case):
+    address, T, H, D, P, new, text, form = case.values()
+    spec = KVSpec.parse(text)
+    arguments, options, places, N = addressed(rng, address, T, P)
+    cache = Cache(rng, spec, N, P, H, D, form)
+    k, v = rng.standard_normal((2, T, H, D)).astype(dtype_of(new))
+    want = cache.copy()
+    for t, place in enumerate(places):
+        if place is not None:
+            cache.write(want, *place, k[t], v[t])
+    assert T < 9 or sum(place is not None for place in places) >= T // 3
+
+    got = on(xp, cache.copy())
+    given = on(xp, arguments)
+    pools, more = options_of(cache, got)
+    functions(address)(*on(xp, (k, v)), *pools, *given, **options, **more)
+
+    for got_array, want_array in zip((*got, *given), (*want, *arguments), strict=True):
+        assert (got_array is None) == (want_array is None)
+        if got_array is not None:
+            assert_same_bits(got_array, want_array)
+
+
+def test_places_by_hand(xp):
+    """Page lists of three requests, P = 4: 2 pages and 5 tokens, 1 and 4, 3 and 8."""
+    indices, indptr, rows = (
+        *([9, 2, 5, 7, 1, 3], [0, 2, 3, 6]),
+        np.arange(1, 4, dtype=np.float32)[:, None, None] * np.ones((1, 1, 8), np.float32),
+    )
+    arguments = on(xp, (np.array(indices, np.int32), np.array(indptr, np.int32)))
+
+    def call(function, *more, **options):
+        pool = xp.zeros((2, 10, 4, 1, 8), np.float32)
+        given = on(xp, [np.array(x, np.int32) for x in more])
+        if function is paged_append.append_ragged:
+            given = [given[0], *arguments, given[1]]
+        elif function is paged_append.append_indexed:
+            given = [*given, *arguments]
+        else:
+            given = [*arguments, *given]
+        function(*on(xp, (rows, -rows)), pool[0], pool[1], *given, **options)
+        k_pool, v_pool = to_numpy(pool)
+        assert (k_pool == -v_pool).all()
+        assert (k_pool == k_pool[..., :1]).all()
+        return {
+            (int(page), int(offset)): int(k_pool[page, offset, 0, 0])
+            for page, offset in np.argwhere(k_pool[:, :, 0, 0])
+        }
+
+    decode, ragged = paged_append.append_decode, paged_append.append_ragged
+    assert call(decode, [1, 4, 0], counts="before") == {(2, 1): 1, (3, 0): 3}  # 1 is full
+    assert call(decode, [2, 4, 1], counts="after") == {(2, 1): 1, (5, 3): 2, (3, 0): 3}
+    assert call(decode, [-3, 0, -1], counts="before") == {(9, 1): 1, (5, 0): 2, (1, 3): 3}
+    assert call(decode, [-4, -1, -9], counts="before") == {(9, 0): 1}
+    assert call(ragged, [0, 1, 1, 3], [1, 9, 0], counts="before") == {
+        (2, 1): 1,
+        (3, 0): 2,
+        (3, 1): 3,
+    }
+    assert call(ragged, [0, 1, 1, 3], [1, 9, 1], counts="after") == {
+        (2, 0): 1,
+        (1, 3): 2,
+        (3, 0): 3,
+    }
+    assert call(ragged, [0, 0, 2, 2], [0, 3, 0], counts="before") == {(5, 3): 1}
+    assert call(paged_append.append_indexed, [2, -1, 0], [11, 0, 4]) == {(3, 3): 1, (2, 0): 3}
+    assert call(paged_append.append_indexed, [1, 1, 0], [4, -1, 8]) == {}
+
+
+@pytest.mark.parametrize("H, D", [(2, 16), (33, 128)])
+@pytest.mark.parametrize("address", ["decode", "indexed"])
+@pytest.mark.parametrize("spec", ["fp16", "int8"])
+def test_advance_is_a_token_a_call(xp, rng, address, spec, H, D):
+    """Pages are listed ahead; what is written equals an append by slots. Request 1 fills its page
+    and stops, request 2 has no page."""
+    P, spec = 3, KVSpec.parse(spec)
+    pages = [[4, 0, 6], [1], [], [5, 2, 3, 8]]
+    lengths = np.array([1, 0, 0, 4], np.int32)
+    listed = np.array([len(of_request) for of_request in pages], np.int32)
+    ahead = (listed - 1) * P if address == "decode" else 0 * listed  # of what is kept
+    cache = Cache(rng, spec, 9, P, H, D, "two")
+    want, got = on(xp, cache.copy()), on(xp, cache.copy())
+    indices = np.array(sum(pages, []), np.int32)
+    indptr = np.cumsum([0, *listed]).astype(np.int32)
+    table = on(xp, (indices, indptr))
+    state, requests = on(xp, (lengths - ahead, np.arange(4, dtype=np.int32)))
+    for _ in range(8):
+        k, v = on(xp, rng.standard_normal((2, 4, H, D)).astype(np.float16))
+        fits = lengths < listed * P
+        slots = [
+            of_request[n // P] * P + n % P if fit else -1
+            for of_request, n, fit in zip(pages, lengths, fits, strict=True)
+        ]
+        lengths += fits
+        rows, options = options_of(cache, want)
+        paged_append.append(k, v, *rows, xp.asarray(np.array(slots, np.int32)), **options)
+        rows, options = options_of(cache, got)
+        options["advance"] = True
+        if address == "decode":
+            paged_append.append_decode(k, v, *rows, *table, state, counts="before", **options)
+        else:
+            paged_append.append_indexed(k, v, *rows, requests, state, *table, **options)
+    for x, y in zip(got, want, strict=True):
+        if x is not None:
+            assert_same_bits(x, y)
+    assert lengths.tolist() == [9, 3, 0, 12] == (to_numpy(state) + ahead).tolist()
+
+
+# --- Values ---
+
+ROWS = [
+    lambda rng, x: x,
+    lambda rng, x: x * 0,
+    lambda rng, x: -x * 0,
+    lambda rng, x: x * 1e-6,
+    lambda rng, x: x * 1e-10,
+    lambda rng, x: x * 1e-4,
+    lambda rng, x: x * 3e-5,
+    lambda rng, x: x * 1e4,
+    lambda rng, x: x * 1e9,
+    lambda rng, x: x / np.abs(x).max() * 3.4e38,
+    lambda rng, x: np.r_[1000.0, x[1:] * 1e-3],
+    lambda rng, x: np.r_[127.0, np.arange(len(x) - 1) - 7.5],
+    lambda rng, x: np.r_[7.0, np.arange(len(x) - 1) % 14 - 6.5],
+    lambda rng, x: np.r_[np.inf, x[1:]],
+    lambda rng, x: np.r_[x[1:], -np.inf],
+    lambda rng, x: np.r_[np.nan, x[1:]],
+    lambda rng, x: np.r_[x[1:], -np.nan],
+    lambda rng, x: np.r_[np.inf, -np.nan, x[2:]],
+    lambda rng, x: np.r_[1e-40, x[1:] * 0],
+]
+
+
+def nasty_rows(rng, D, dtype):
+    with np.errstate(over="ignore"):
+        rows = [make(rng, rng.standard_normal(D)).astype(np.float32) for make in ROWS]
+        return np.stack(rows)[:, None].astype(dtype)
+
+
+@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("new", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "e4m3", "e5m2"])
+def test_codes_are_those_of_kinds(xp, rng, kind, new, scale_dtype):
+    """Zeros, tiny, huge and subnormal rows, halves, NaN and infinities, bit for bit."""
+    x = np.concatenate([nasty_rows(rng, 24, dtype_of(new)) for _ in range(4)])
+    spec = KVSpec(kind, kind, scale_dtype=scale_dtype)
+    cache = Cache(rng, spec, len(x), 1, 1, 24, "two")
+    want, got = cache.copy(), on(xp, cache.copy())
+    for t in range(len(x)):
+        cache.write(want, t, 0, x[t], -x[t])
+    pools, options = options_of(cache, got)
+    slots = xp.asarray(np.arange(len(x), dtype=np.int32))
+    paged_append.append(*on(xp, (x, -x)), *pools, slots, **options)
+    for array, expected in zip(got, want, strict=True):
+        assert_same_bits(array, expected)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "e4m3", "e5m2"])
+def test_codes_of_given_scales(xp, rng, kind):
+    """Any number may be given as a scale; given scales stay as they are."""
+    scales = [1.0, 0.01, 0.0, -0.0, -1.0, np.nan, np.inf, 1e-39, 1e-45, 3e38, 1e-30]
+    x = np.repeat(nasty_rows(rng, 16, np.float32), len(scales), 1)
+    spec = KVSpec(kind, kind, "head", "fp32")
+    cache = Cache(rng, spec, len(x), 1, len(scales), 16, "two")
+    cache.whole[1][:] = cache.whole[3][:] = scales
+    want, got = cache.copy(), on(xp, cache.copy())
+    with np.errstate(over="ignore", invalid="ignore"):
+        for t in range(len(x)):
+            cache.write(want, t, 0, x[t], -x[t])
+        pools, options = options_of(cache, got)
+        slots = xp.asarray(np.arange(len(x), dtype=np.int32))
+        paged_append.append(*on(xp, (x, -x)), *pools, slots, **options)
+    for array, expected in zip(got, want, strict=True):
+        assert_same_bits(array, expected)
+
+
+@pytest.mark.parametrize("largest", [127, 7])
+def test_division_by_the_largest_code(device, rng, largest):
+    """Scales in float32, of rows of one value each: the kernel divides by multiplying."""
+    bits = rng.integers(0x33000000, 0x7F000000, 4096, np.uint32)
+    x = np.repeat(bits.view(np.float32)[:, None, None], 8, 2)
+    kind = "int8" if largest == 127 else "int4"
+    spec = KVSpec(kind, kind, scale_dtype="fp32")
+    cache = Cache(rng, spec, len(x), 1, 1, 8, "two")
+    pools, options = options_of(cache, on(device, cache.copy()))
+    slots = device.asarray(np.arange(len(x), dtype=np.int32))
+    paged_append.append(*on(device, (x, x)), *pools, slots, **options)
+    assert_same_bits(options["k_scales"].ravel(), x[:, 0, 0] / np.float32(largest))
 
 
 @pytest.mark.parametrize("kv", ["float16", ml_dtypes.bfloat16])
@@ -54,52 +400,129 @@ def test_rounding_is_to_nearest_even(xp, kv):
         want = x.astype(kv)
     pool = xp.zeros((2, 1, 1, 1, 16), kv)
     rows = xp.asarray(x.reshape(1, 1, 16))
-    with np.errstate(over="ignore"):
-        paged_append.append(rows, rows, pool[0], pool[1], xp.zeros(1, np.int32))
+    paged_append.append(rows, rows, pool[0], pool[1], xp.zeros(1, np.int32))
     for half in pool:
         assert_same_bits(half.ravel(), want)
 
 
-def test_tokens_may_be_strided(xp, rng):
-    """K and V as views of one fused QKV row, as a model makes them."""
+# --- Arrays ---
+
+
+def test_rows_may_be_strided(xp, rng):
+    """K and V as views of one fused QKV row, as a model makes them; and heads first."""
     qkv = xp.asarray(rng.standard_normal((3, 8, 16)).astype(np.float32))
-    k, v = qkv[:, 4:6], qkv[:, 6:8]
-    pool = xp.full((2, 1, 4, 2, 16), np.nan, np.float32)
-    paged_append.append(k, v, pool[0], pool[1], xp.asarray(np.array([2, -1, 0], np.int32)))
-    for half, rows in zip(pool, (k, v), strict=True):
-        assert_same_bits(half[0, 2], rows[0])
-        assert_same_bits(half[0, 0], rows[2])
-        assert bool(xp.isnan(half[0, 1]).all()) and bool(xp.isnan(half[0, 3]).all())
+    by_head = xp.asarray(rng.standard_normal((2, 3, 16)).astype(np.float32)).transpose(1, 0, 2)
+    for k, v in ((qkv[:, 4:6], qkv[:, 6:8]), (by_head, qkv[:, :2]), (qkv[:, ::4], by_head)):
+        pool = xp.full((2, 1, 4, 2, 16), np.nan, np.float32)
+        paged_append.append(k, v, pool[0], pool[1], xp.asarray(np.array([2, -1, 0], np.int32)))
+        for half, rows in zip(pool, (k, v), strict=True):
+            assert_same_bits(half[0, 2], rows[0])
+            assert_same_bits(half[0, 0], rows[2])
+            assert bool(xp.isnan(half[0, 1]).all()) and bool(xp.isnan(half[0, 3]).all())
 
 
 @pytest.mark.slow
-def test_offsets_are_64_bit(xp, rng):
-    """A slot past 2^31 elements."""
-    N, row = 2**31 // 1024 + 8, 1024
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_offsets_are_64_bit(xp, rng, kind):
+    """A slot past 2^31 elements; simt and NumPy touch only the pages that are written."""
+    N, spec = 2**31 // 1024 + 8, KVSpec(kind, kind)
     try:
-        pool = xp.zeros((N, 1, 1, row), np.float16)
+        pool = xp.zeros((N, 1, 2, 512), KINDS[kind].dtype)
+        scales = None if kind == "fp16" else xp.zeros((N, 1, 2), np.float16)
     except MemoryError:
         pytest.skip("needs 4 GiB")
-    rows = xp.asarray(rng.standard_normal((1, 1, row)).astype(np.float16))
-    slot = N - 1
-    paged_append.append(rows, rows, pool, pool, xp.asarray(np.array([slot], np.int32)))
-    assert_same_bits(pool[slot, 0], rows[0])
+    rows = rng.standard_normal((1, 2, 512)).astype(np.float16)
+    for dtype in (np.int32, np.int64):
+        slot = N - 1 if dtype == np.int32 else N - 2
+        where = xp.asarray(np.array([slot], dtype))
+        given = xp.asarray(rows)
+        options = dict(k_scales=scales, v_scales=scales, spec=spec)
+        paged_append.append(given, given, pool, pool, where, **options)
+        codes, _ = kinds.quantize(rows[0], KINDS[kind])
+        assert_same_bits(pool[slot, 0], codes)
+
+
+# --- Errors ---
 
 
 def test_errors_name_the_argument(xp, rng):
-    k, v, k_pool, v_pool, slots = (xp.asarray(a) for a in inputs(rng, **BASE))
+    k, v = on(xp, rng.standard_normal((2, 5, 2, 64)).astype(np.float16))
+    k_pool, v_pool = xp.zeros((4, 16, 2, 64), np.float16), xp.zeros((4, 16, 2, 64), np.float16)
+    slots = xp.asarray(np.arange(5, dtype=np.int32))
     append = paged_append.append
-    with pytest.raises(ShapeError, match=r"k_pool has H=1, expected H=2 \(\[N P H D\]\)"):
+    with pytest.raises(ShapeError, match=r"k_pool has H=1, expected H=2 \(\[N P H \| D\]\)"):
         append(k, v, k_pool[:, :, :1].copy(), v_pool, slots)
     with pytest.raises(ShapeError, match="slots has T=4, expected T=5"):
         append(k, v, k_pool, v_pool, slots[:4])
+    with pytest.raises(ShapeError, match="v has T=4, expected T=5"):
+        append(k, v[:4], k_pool, v_pool, slots)
     with pytest.raises(ShapeError, match="k_pool has strides"):
-        append(k, v, k_pool[:, ::2], v_pool[:, ::2], slots)
-    with pytest.raises(ShapeError, match="a row has 1 x 4 elements, expected a multiple of 8"):
+        append(k[..., :32], v[..., :32], k_pool[..., ::2], v_pool[..., ::2], slots)
+    with pytest.raises(ShapeError, match="a row has D=4 elements, expected a multiple of 8"):
         append(*(xp.zeros((1, 1, 4), "f4"),) * 2, *(xp.zeros((1, 1, 1, 4), "f4"),) * 2, slots[:1])
-    with pytest.raises(DtypeError, match="slots has dtype int64, expected int32"):
-        append(k, v, k_pool, v_pool, slots.astype(np.int64))
-    with pytest.raises(DtypeError, match="v_pool has dtype float32, expected float16"):
-        append(k, v, k_pool, v_pool.astype(np.float32), slots)
+    with pytest.raises(UnsupportedError, match="a row has D=520 elements, expected at most 512"):
+        rows, pool = xp.zeros((1, 1, 520), "f4"), xp.zeros((1, 1, 1, 520), "f4")
+        append(rows, rows, pool, pool, slots[:1])
+    with pytest.raises(DtypeError, match="slots has dtype float32, expected int32 or int64"):
+        append(k, v, k_pool, v_pool, slots.astype(np.float32))
+    with pytest.raises(DtypeError, match="v has dtype float32, expected float16"):
+        append(k, v.astype(np.float32), k_pool, v_pool, slots)
     with pytest.raises(DtypeError, match="slots is a list, expected a NumPy or CuPy array"):
         append(k, v, k_pool, v_pool, slots.tolist())
+    with pytest.raises(ParameterError, match="spec is missing, and k_pool is <class 'NoneType'>"):
+        append(k, v, None, v_pool, slots)
+
+
+def test_errors_of_specs(xp, rng):
+    k = xp.zeros((5, 2, 64), np.float16)
+    pool, codes = xp.zeros((4, 16, 2, 64), np.float16), xp.zeros((4, 16, 2, 64), np.uint8)
+    int8, scales = xp.zeros((4, 16, 2, 64), np.int8), xp.zeros((4, 16, 2), np.float16)
+    slots = xp.asarray(np.arange(5, dtype=np.int32))
+    append = paged_append.append
+    with pytest.raises(ParameterError, match="spec is missing, and k_pool is uint8"):
+        append(k, k, codes, codes, slots)
+    with pytest.raises(ParameterError, match="k_scales is missing, expected scales for int8"):
+        append(k, k, int8, int8, slots, v_scales=scales)
+    with pytest.raises(ParameterError, match="v_scales is given, expected None for fp16"):
+        append(k, k, int8, pool, slots, k_scales=scales, v_scales=scales)
+    both = dict(k_scales=scales, v_scales=scales)
+    with pytest.raises(DtypeError, match="k_scales has dtype float16, expected float32"):
+        append(k, k, int8, int8, slots, **both, spec=KVSpec("int8", "int8", scale_dtype="fp32"))
+    with pytest.raises(ShapeError, match=r"v_scales has shape \(4, 16, 2\), expected \[H\]"):
+        given = dict(k_scales=scales[0, 0], v_scales=scales)
+        append(k, k, int8, int8, slots, **given, spec=KVSpec("int8", "int8", "head"))
+    with pytest.raises(ShapeError, match=r"k_pool has H=16, expected H=2 \(\[N H P \| D\]\)"):
+        append(k, k, pool, pool, slots, spec=KVSpec(layout="HND"))
+    with pytest.raises(
+        ShapeError, match=r"k_pool has size 64, expected D/2=32 \(\[N P H \| D/2\]\)"
+    ):
+        append(k, k, codes, codes, slots, **both, spec=KVSpec("int4", "int4"))
+    with pytest.raises(DtypeError, match="k_pool has dtype int8, expected uint8"):
+        append(k, k, int8, int8, slots, **both, spec=KVSpec("e4m3", "e4m3"))
+
+
+def test_errors_of_tables(xp):
+    k = xp.zeros((3, 1, 8), np.float32)
+    pool = xp.zeros((4, 2, 1, 8), np.float32)
+    three, four = xp.zeros(3, np.int32), xp.zeros(4, np.int32)
+    decode, ragged, indexed = (
+        getattr(paged_append, f"append_{name}") for name in ("decode", "ragged", "indexed")
+    )
+    with pytest.raises(ParameterError, match="append_decode: counts is 'now', expected one of"):
+        decode(k, k, pool, pool, three, four, three, counts="now")
+    with pytest.raises(ParameterError, match="advance is True and counts 'after'"):
+        decode(k, k, pool, pool, three, four, three, counts="after", advance=True)
+    with pytest.raises(TypeError, match="counts"):
+        decode(k, k, pool, pool, three, four, three)
+    with pytest.raises(ShapeError, match=r"indptr has size 3, expected B\+1=4"):
+        decode(k, k, pool, pool, three, three, three, counts="before")
+    with pytest.raises(ShapeError, match="last_page_len has B=4, expected B=3"):
+        decode(k, k, pool, pool, three, four, four, counts="before")
+    with pytest.raises(DtypeError, match="indices has dtype int64, expected int32"):
+        decode(k, k, pool, pool, three.astype(np.int64), four, three, counts="before")
+    with pytest.raises(ParameterError, match="append_ragged: counts is '', expected one of"):
+        ragged(k, k, pool, pool, four, three, four, three, counts="")
+    with pytest.raises(ShapeError, match=r"indptr has B\+1=3, expected B\+1=4"):
+        ragged(k, k, pool, pool, four, three, three, three, counts="before")
+    with pytest.raises(ShapeError, match="positions has T=4, expected T=3"):
+        indexed(k, k, pool, pool, three, four, three, four)

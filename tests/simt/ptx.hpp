@@ -93,6 +93,10 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
+inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+
+inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
+
 inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global, 16);
 }

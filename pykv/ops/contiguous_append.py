@@ -1,0 +1,239 @@
+"""Write new key and value rows into caches without pages: each slot holds up to C tokens in a row.
+
+Dimensions: B batch rows, T new tokens of each, S slots, C tokens a slot can hold, H KV heads, K and
+V head sizes of keys and of values, F rotated pairs of a key.
+Kernel: kernels_cu/contiguous_append.cu.
+
+A slot is whatever has tokens of its own: a sequence in one layer, say. Caches of codes are pages of
+C tokens, which pykv.ops.paged_append writes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, check, on_gpu
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import LAYOUTS
+from pykv.ops import rope
+
+LENGTHS = (*INT32, np.dtype(np.int64))
+MAX_HEAD_DIM = 1024
+
+BLOCK = 128  # threads
+
+
+def append(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    *,
+    slots: Any = None,
+    inv_freq: Any = None,
+    pairing: str = "half",
+    layout: str = "NHD",
+    advance: bool = False,
+    stream: Any = None,
+) -> None:
+    """Write token t of batch row b to position lengths[s] + t of slot s = slots[b], in place.
+
+    Args:
+        k, v: [B, T, H, K] and [B, T, H, V] float32, float16 or bfloat16; batch rows, tokens and
+            heads at any stride. K and V are multiples of 8, at most 1024.
+        k_cache, v_cache: [S, C, H, K] and [S, C, H, V] float32, float16 or bfloat16; slots, tokens
+            and heads at any stride. Rows are rounded to their dtype.
+        lengths: [S] int32 or int64; tokens that each slot has before this call; negative to skip
+            what goes there. Tokens that find their slot full are not written.
+        slots: [B] int32; distinct, or negative to skip the batch row. None: 0, 1, ... S - 1.
+        inv_freq: [F] float32, radians per position, 2F <= K: keys are rotated by their position in
+            the slot on the way in; see pykv.ops.rope. None: they are not.
+        pairing: "half" or "adjacent"; see pykv.ops.rope.
+        layout: "NHD" as above, or "HND": [B, H, T, K], [S, H, C, K] and so on.
+        advance: add to lengths[s] the tokens that were written. With T above 1 this is a second
+            launch.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ShapeError: dimensions disagree, K or V is no multiple of 8, or 2F exceeds K.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `pairing` or `layout` is unknown.
+        UnsupportedError: K or V is above 1024.
+
+    Runs where the arrays are; on a GPU it only enqueues, and slots are not range-checked. Rounds
+    once, to nearest even, and is bit-exact but for rotated keys, which are computed in float32.
+    Sources: the FP16 cache of m40-llm, with lengths on the device; baracuda's KvCacheAppendPlan,
+    which has the layout HND, offsets of 64 bits and K apart from V.
+    """
+    op = "contiguous_append.append"
+    if layout not in LAYOUTS:
+        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
+    new, old = ("B T H |", "S C H |") if layout == "NHD" else ("B H T |", "S H C |")
+    dims = check(
+        op,
+        k=(k, f"{new} K", FLOATS),
+        v=(v, f"{new} V", getattr(k, "dtype", None)),
+        k_cache=(k_cache, f"{old} K", FLOATS),
+        v_cache=(v_cache, f"{old} V", FLOATS),
+        lengths=(lengths, "S", LENGTHS),
+        slots=(slots, "B", INT32),
+        inv_freq=(inv_freq, "F", FLOAT32),
+    )
+    for name in ("K", "V"):
+        if dims[name] % 8:
+            raise ShapeError(f"{op}: {name} is {dims[name]}, expected a multiple of 8")
+        if dims[name] > MAX_HEAD_DIM:
+            raise UnsupportedError(f"{op}: {name} is {dims[name]}, expected at most {MAX_HEAD_DIM}")
+    if slots is None and dims["B"] != dims["S"]:
+        raise ShapeError(f"{op}: k has B={dims['B']}, expected S={dims['S']} where slots is None")
+    if pairing not in rope.PAIRINGS:
+        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
+    F = 0 if inv_freq is None else dims["F"]
+    if 2 * F > dims["K"]:
+        raise ShapeError(f"{op}: inv_freq has F={F}, expected at most K / 2 = {dims['K'] // 2}")
+    if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
+        return
+    if layout == "HND":
+        k, v, k_cache, v_cache = (x.swapaxes(1, 2) for x in (k, v, k_cache, v_cache))
+    if on_gpu(k):
+        _cuda(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing, F, advance, stream)
+        return
+    reference(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing)
+    if advance:
+        for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
+            if 0 <= lengths[slot] < dims["C"]:
+                lengths[slot] = min(lengths[slot] + dims["T"], dims["C"])
+
+
+def read_token(
+    k_cache: Any, v_cache: Any, slot: int, token: int, *, layout: str = "NHD"
+) -> tuple[Any, Any]:
+    """One token of one slot, for debugging.
+
+    Args:
+        k_cache, v_cache, layout: as of `append`.
+        slot: 0 ... S - 1.
+        token: 0 ... C - 1; that it was written is not checked.
+
+    Returns:
+        Copies on the host: NumPy [H, K] and [H, V] of the caches' dtypes.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        ParameterError: `slot`, `token` or `layout` is out of its range.
+
+    Waits for the current stream where the caches are on a GPU.
+    """
+    op = "contiguous_append.read_token"
+    if layout not in LAYOUTS:
+        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
+    dims = "S C H |" if layout == "NHD" else "S H C |"
+    sizes = check(
+        op, k_cache=(k_cache, f"{dims} K", FLOATS), v_cache=(v_cache, f"{dims} V", FLOATS)
+    )
+    for name, value, end in (("slot", slot, sizes["S"]), ("token", token, sizes["C"])):
+        if not 0 <= value < end:
+            raise ParameterError(f"{op}: {name} is {value}, expected 0 to {end - 1}")
+    where = (slot, token) if layout == "NHD" else (slot, slice(None), token)
+    rows = k_cache[where], v_cache[where]
+    k, v = (row.get() if on_gpu(row) else row.copy() for row in rows)
+    return k, v
+
+
+def reference(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    slots: Any,
+    inv_freq: Any,
+    pairing: str,
+) -> None:
+    """The definition, in NumPy, of layout NHD and without `advance`: what `append` computes, and
+    what the kernel is tested against. Float64 arrays make it the oracle."""
+    B, T = k.shape[:2]
+    capacity = k_cache.shape[1]
+    for b in range(B):
+        slot = b if slots is None else int(slots[b])
+        if slot < 0 or lengths[slot] < 0:
+            continue
+        positions = int(lengths[slot]) + np.arange(T)
+        keep = positions < capacity
+        rows = k[b, keep]
+        if inv_freq is not None:
+            rows = rows.astype(np.result_type(k.dtype, np.float32))
+            rope.reference(rows, rows[:, :0], positions[keep], inv_freq, pairing)
+        with np.errstate(over="ignore"):  # to infinity, as floats round
+            k_cache[slot, positions[keep]] = rows
+            v_cache[slot, positions[keep]] = v[b, keep]
+
+
+def _cuda(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    slots: Any,
+    inv_freq: Any,
+    pairing: str,
+    F: int,
+    advance: bool,
+    stream: Any,
+) -> None:
+    B, T, H, K = k.shape
+    at_once = advance and T == 1
+    dtypes = (k.dtype, k_cache.dtype, v_cache.dtype, lengths.dtype)
+    defines = _defines(*dtypes, K, v.shape[3], H, at_once)
+    rows = T * H
+    blocks = 1 if at_once else -(-rows // (defines["BLOCK"] // defines["LANES"]))
+    steps = [
+        np.int64(stride // x.itemsize) for x in (k_cache, v_cache, k, v) for stride in x.strides[:3]
+    ]
+    capacity = np.int32(k_cache.shape[1])
+    step, gap = (1, F) if pairing == "half" else (2, 1)
+    sizes = (np.int32(rows), capacity, np.int32(F), np.int32(step), np.int32(gap))
+    arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
+    stem = "contiguous_append"
+    with cuda.on_stream(stream):
+        kernel = cuda.kernel(stem, stem, **defines)
+        cuda.launch(kernel, (blocks, B), defines["BLOCK"], *arrays, *steps, *sizes)
+        if advance and not at_once:
+            kernel = cuda.kernel(stem, "advance_lengths", **defines)
+            counts = (np.int32(B), np.int32(T), capacity)
+            cuda.launch(kernel, -(-B // 128), 128, lengths, slots, *counts)
+
+
+@lru_cache(maxsize=1024)
+def _defines(
+    new: Any, k_dtype: Any, v_dtype: Any, lengths: Any, K: int, V: int, H: int, advance: bool
+) -> dict[str, Any]:
+    lanes = 1
+    while lanes < 32 and lanes * 8 < max(K, V):
+        lanes *= 2
+    return dict(
+        NEW_T=cuda.TYPE_NAMES[new],
+        K_T=cuda.TYPE_NAMES[k_dtype],
+        V_T=cuda.TYPE_NAMES[v_dtype],
+        LENGTH_T="i64" if lengths == LENGTHS[1] else "int",
+        K_DIM=K,
+        V_DIM=V,
+        HEADS=H,
+        ADVANCE=int(advance),
+        BLOCK=min(512, -(-H * lanes // 32) * 32) if advance else BLOCK,
+        LANES=lanes,
+    )
+
+
+# The FP16 cache of a Llama of 4 x 64, as m40-llm has it: prompts, then a token a call.
+VARIANTS = [
+    _defines(FLOATS[0], FLOATS[1], FLOATS[1], INT32[0], 64, 64, 4, advance)
+    for advance in (False, True)
+]

@@ -1,0 +1,91 @@
+"""bench append, convert, gather and pages: what a run moves, and that its check can fail."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from pykv import bench
+from pykv.bench import append, caches, convert, gather, memory, pages, report
+from pykv.kinds import KVSpec
+from tests.helpers import without_simt
+
+QUICK = Namespace(quick=True)
+CASES = [
+    pytest.param(module, case, id=f"{module.__name__.rpartition('.')[2]} {report.label(case)}")
+    for module in (append, convert, gather, pages)
+    for case in module.select(QUICK)
+]
+
+
+@without_simt
+@pytest.mark.parametrize("module, case", CASES)
+def test_a_case_does_what_it_says(xp, rng, module, case):
+    """Its check fails before the call and holds after it."""
+    work = module.make(case, xp, rng)
+    if work is None:
+        assert xp is np and case["op"].startswith("swap")
+        return
+    assert not work.check()
+    work.run()
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+    assert work.check()
+    memory.free()
+
+
+# Of QUICK's sizes: 6 pages of 4 x 2 rows of 16 elements, or 20 rows of 2 x 16; K and V.
+@pytest.mark.parametrize(
+    "module, change, want",
+    [
+        (gather, {}, 2 * 48 * (16 + 2 + 32)),
+        (gather, {"kv": "int8:head"}, 2 * 48 * (16 + 32)),
+        (gather, {"op": "rows", "kv": "int8:fp32", "dtype": "fp32"}, 2 * 48 * (16 + 4 + 64)),
+        (gather, {"op": "scatter", "kv": "k8v4"}, 48 * (16 + 8 + 2 * 2 + 2 * 32)),
+        (convert, {"kv": "fp16", "to": "int8:fp32"}, 2 * 48 * (32 + 16 + 4)),
+        (append, {"kv": "fp16"}, 2 * 40 * (32 + 32) + 4 * 20),
+        (append, {"kv": "int4", "dtype": "fp32"}, 2 * 40 * (64 + 8 + 2) + 4 * 20),
+        (pages, {"op": "fork", "kv": "int8"}, 2 * 2 * 2 * 5 * 8 * (16 + 2)),
+        (pages, {"op": "zero", "kv": "fp16"}, 2 * 2 * 5 * 8 * 32),
+    ],
+    ids=str,
+)
+def test_bytes_by_hand(rng, module, change, want):
+    case = {**module.select(QUICK)[0], **change}
+    assert module.make(case, np, rng).bytes == want
+
+
+def test_cases_are_those_of_the_records():
+    """4096 pages of 16 x 8 x 128, and 4096 rows of 8 x 128."""
+    for module in (convert, gather, pages):
+        assert (4096, 16, 8, 128) in {
+            tuple(case[n] for n in ("pages", "P", "H", "D")) for case in module.CASES
+        }
+    assert {(case["tokens"], case["H"], case["D"]) for case in append.CASES} == {
+        (4096, 8, 128),
+        (8, 8, 128),
+    }
+    for module in (append, convert, gather, pages):
+        assert module.select(Namespace(quick=False)) is module.CASES
+
+
+def test_caches_hold_numbers():
+    """No NaN, no infinity, and hardly a value twice in a row."""
+    for name in ("fp32", "fp16", "bf16", "int8", "int4", "e4m3", "e5m2", "int8:head:HND"):
+        cache = caches.cache(np, KVSpec.parse(name), 1, 5, 4, 2, 16, 3)
+        for which in (0, 1):
+            x = caches.means(cache, which, np.arange(5))
+            assert x.shape == (5, 4, 2, 16) and np.isfinite(x).all()
+            assert len(np.unique(x)) > 8 and (np.diff(x.reshape(-1)) == 0).mean() < 0.3
+        assert not caches.means(caches.empty(np, cache), 0, np.arange(5)).any()
+        assert not caches.holds(cache, 0, np.arange(5), x + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["append", "convert", "gather", "pages"])
+def test_on_the_gpu_every_quick_case_runs(name):
+    import cupy
+
+    cases = bench.load(name).select(QUICK)
+    records = [one for one in bench.run(name, cases, cupy, quick=True) if one["bench"] == name]
+    assert len(records) == len(cases) and all(one["ok"] for one in records)

@@ -695,35 +695,40 @@ template <typename T> constexpr float IN_PAIRS = 1.0f;
 template <> constexpr float IN_PAIRS<e4m3> = 1.0f / 256.0f;
 #endif
 
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, f16) { pairs[0] = word; }
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, bf16) { pairs[0] = word; }
+// The codes of a word that `to_pairs` treats at once. Who hides this constant from the compiler, in a
+// value that it cannot know, saves as many moves: an instruction with two constants needs one.
+template <typename T> constexpr u32 PAIR_MASK = 0x00ff00ffu;
+template <> constexpr u32 PAIR_MASK<i4> = 0x000f000fu;
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, u32, f16) { pairs[0] = word; }
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, u32, bf16) { pairs[0] = word; }
 
 #if __CUDA_ARCH__ >= 750
 // An f16 of 1024 has its units in the lowest bit. A code c with its sign flipped is c + 128 there.
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, i8) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32 mask, i8) {
     constexpr u32 BIAS = 0x64806480u;  // 1024 + 128
-    pairs[0] = sub_f16x2((word & 0x00ff00ffu) ^ BIAS, BIAS);
-    pairs[1] = sub_f16x2((word >> 8 & 0x00ff00ffu) ^ BIAS, BIAS);
+    pairs[0] = sub_f16x2((word & mask) ^ BIAS, BIAS);
+    pairs[1] = sub_f16x2((word >> 8 & mask) ^ BIAS, BIAS);
 }
 
 // The same for c + 8; one place higher codes count 16, hence a sixteenth of 1024 + 16 (c + 8).
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, i4) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, u32 mask, i4) {
     constexpr u32 BIAS = 0x64086408u, HIGH_BIAS = 0x64806480u;
     constexpr u32 SIXTEENTH = 0x2c002c00u, MINUS_72 = 0xd480d480u;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        pairs[i] = sub_f16x2((word & 0x000f000fu) ^ BIAS, BIAS);
-        pairs[i + 1] = fma_f16x2((word & 0x00f000f0u) ^ HIGH_BIAS, SIXTEENTH, MINUS_72);
+        pairs[i] = sub_f16x2((word & mask) ^ BIAS, BIAS);
+        pairs[i + 1] = fma_f16x2((word & mask << 4) ^ HIGH_BIAS, SIXTEENTH, MINUS_72);
         word >>= 8;
     }
 }
 
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e5m2) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32, e5m2) {
     pairs[0] = __byte_perm(word, 0, 0x1404);
     pairs[1] = __byte_perm(word, 0, 0x3424);
 }
 
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32, e4m3) {
 #if __CUDA_ARCH__ >= 890
     pairs[0] = e4m3x2_to_f16x2((u16)word);
     pairs[1] = e4m3x2_to_f16x2((u16)(word >> 16));

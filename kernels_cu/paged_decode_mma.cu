@@ -22,7 +22,7 @@
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
 // Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (STAGES *
-//           (K_BYTES + V_BYTES) + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+//           STAGE_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
@@ -60,7 +60,7 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = 8;  // of queries in a tile
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
-constexpr int KEYS = HAS_CODES ? 32 : 16;  // of a tile; with codes a lane for each scale
+constexpr int KEYS = HAS_CODES && D <= 128 ? 32 : 16;  // of a tile; more would spill registers
 constexpr int MIN_KEYS = 128;  // of a range; less is not worth a merge
 constexpr int COUNTERS = 4096;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
@@ -80,18 +80,22 @@ using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
 constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
 constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 
-// Tiles that each warp has under way, such that two blocks fit an SM's shared memory.
-#ifndef STAGES
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int QUEUE_BYTES = 16 << 10;
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int QUEUE_BYTES = 24 << 10;
+// Tiles that each warp has under way, such that two blocks fit an SM's shared memory. Without
+// asynchronous copies it is one, in registers.
+#if __CUDA_ARCH__ >= 800
+constexpr bool HAS_QUEUE = true;
 #else
-constexpr int QUEUE_BYTES = 8 << 10;
+constexpr bool HAS_QUEUE = false;
 #endif
-constexpr int FITTING = QUEUE_BYTES / (K_BYTES + V_BYTES);
-constexpr int STAGES = FITTING < 1 ? 1 : FITTING > 4 ? 4 : FITTING;
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int FITTING = (16 << 10) / (K_BYTES + V_BYTES);
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int FITTING = (24 << 10) / (K_BYTES + V_BYTES);
+#else
+constexpr int FITTING = (8 << 10) / (K_BYTES + V_BYTES);
 #endif
+constexpr int STAGES = !HAS_QUEUE || FITTING < 1 ? 1 : FITTING > 4 ? 4 : FITTING;
+constexpr int STAGE_BYTES = HAS_QUEUE ? K_BYTES + V_BYTES : 0;
 
 // The float type of an mma; what it rounds is kept in further terms where queries are finer.
 template <typename T> struct Operand { using Type = f16; };
@@ -99,7 +103,6 @@ template <> struct Operand<bf16> { using Type = bf16; };
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
-constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
@@ -183,7 +186,7 @@ struct Table {
     const int* pages;
     int first, last;
 
-    __device__ __forceinline__ int key(int k) const { return max(first, min(k, last)); }
+    __device__ __forceinline__ u32 key(int k) const { return max(first, min(k, last)); }
     __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
 
     // The pages of a tile: of each 16 keys, or else of this lane's key.
@@ -195,51 +198,19 @@ struct Table {
     }
 };
 
-// The rows of one KV head; strides in elements.
+// The rows of one KV head, or their scales.
 template <typename T> struct Rows {
     const T* at;
-    i64 page_stride, token_stride;
+    i64 page_stride;   // in elements
+    u32 token_bytes;   // which the host keeps below 2^32: a product takes one instruction then
 
-    __device__ __forceinline__ const T* row(int page, int key) const {
-        return at + page * page_stride + key % PAGE * token_stride;
+    __device__ __forceinline__ Rows(const T* pool, i64 page, int token, i64 head, int kv_head)
+        : at(pool + kv_head * head), page_stride(page), token_bytes((u32)token * sizeof(T)) {}
+
+    __device__ __forceinline__ const T* row(int page, u32 key) const {
+        return (const T*)((const u8*)(at + page * page_stride) + (u64)(key % PAGE) * token_bytes);
     }
 };
-
-// Starts copies of row `k` of a tile, k in the sixteen keys from 16 * sixteen on.
-template <typename S, typename T>
-__device__ __forceinline__ void copy_row(u8* queue, const Rows<T>& rows, const Table& table,
-                                         const int (&ids)[PAGE_IDS], int tile, int sixteen, int k,
-                                         int part) {
-    const int page = TILES_IN_PAGES ? ids[TILES_IN_PAGES ? sixteen : 0]
-                                    : __shfl_sync(FULL_MASK, ids[0], k);
-    const u8* row = (const u8*)rows.row(page, table.key(tile * KEYS + k));
-#pragma unroll
-    for (int i = 0; i < S::COUNT; i++) {
-        cp_async<S::BYTES>(queue + i * WARP * S::BYTES, row + (i * S::LANES + part) * S::BYTES);
-    }
-}
-
-// Key 8n + g for lane 4g + t.
-__device__ __forceinline__ void copy_keys(u8* queue, const Rows<K_T>& rows, const Table& table,
-                                          const int (&ids)[PAGE_IDS], int tile) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        copy_row<KShare>(queue + n * WARP * KShare::ROW_BYTES, rows, table, ids, tile, n / 2,
-                         8 * n + lane / 4, lane % 4);
-    }
-}
-
-// Values 2t, 2t + 1, 2t + 8, 2t + 9 of each sixteen for lane 4g + t.
-__device__ __forceinline__ void copy_values(u8* queue, const Rows<V_T>& rows, const Table& table,
-                                            const int (&ids)[PAGE_IDS], int tile) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int n = 0; n < KEYS / 4; n++) {
-        copy_row<VShare>(queue + n * WARP * VShare::ROW_BYTES, rows, table, ids, tile, n / 4,
-                         n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8, lane / 4);
-    }
-}
 
 template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS], const u8* from) {
     if constexpr (WORDS == 4) {
@@ -250,6 +221,60 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
         w[0] = x.x, w[1] = x.y;
     } else {
         w[0] = *reinterpret_cast<const u32*>(from);
+    }
+}
+
+// What a lane has under way of N rows a tile, and reads back itself.
+template <typename S, int N> struct Queue {
+#if __CUDA_ARCH__ >= 800
+    u8* at;  // of this lane in the first stage, in shared memory
+
+    __device__ __forceinline__ explicit Queue(u8* of_warp)
+        : at(of_warp + threadIdx.x % WARP * S::BYTES) {}
+
+    __device__ __forceinline__ void start(int stage, int n, int i, const u8* from) {
+        cp_async<S::BYTES>(place(stage, n, i), from);
+    }
+    __device__ __forceinline__ void get(u32 (&w)[S::WORDS], int stage, int n, int i) const {
+        load_words(w, place(stage, n, i));
+    }
+    __device__ __forceinline__ u8* place(int stage, int n, int i) const {
+        return at + stage * STAGE_BYTES + (n * S::COUNT + i) * WARP * S::BYTES;
+    }
+#else
+    u32 words[N][S::COUNT][S::WORDS];
+
+    __device__ __forceinline__ explicit Queue(u8*) {}
+
+    __device__ __forceinline__ void start(int, int n, int i, const u8* from) {
+        load_words(words[n][i], from);
+    }
+    __device__ __forceinline__ void get(u32 (&w)[S::WORDS], int, int n, int i) const {
+#pragma unroll
+        for (int j = 0; j < S::WORDS; j++) w[j] = words[n][i][j];
+    }
+#endif
+};
+
+// Starts copies of the rows of a tile: of keys 8n + g for lane 4g + t, of values 2t, 2t + 1, 2t + 8
+// and 2t + 9 of each sixteen.
+template <typename S, int N, typename T>
+__device__ __forceinline__ void copy_rows(Queue<S, N>& queue, int stage, const Rows<T>& rows,
+                                          const Table& table, const int (&ids)[PAGE_IDS],
+                                          int tile) {
+    constexpr bool IS_KEY = N == KEYS / 8;
+    const int lane = threadIdx.x % WARP, part = IS_KEY ? lane % 4 : lane / 4;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int k = IS_KEY ? 8 * n + lane / 4
+                             : n / 4 * 16 + n / 2 % 2 * 8 + lane % 4 * 2 + n % 2;
+        const int page = TILES_IN_PAGES ? ids[TILES_IN_PAGES ? n * (KEYS / 16) / N : 0]
+                                        : __shfl_sync(FULL_MASK, ids[0], k);
+        const u8* row = (const u8*)rows.row(page, table.key(tile * KEYS + k));
+#pragma unroll
+        for (int i = 0; i < S::COUNT; i++) {
+            queue.start(stage, n, i, row + (i * S::LANES + part) * S::BYTES);
+        }
     }
 }
 
@@ -273,7 +298,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, 
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
-constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
+constexpr int TERMS = 2 + Q_HAS_REST;
 constexpr bool Q_IN_SHARED = D > 128;
 constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
 
@@ -338,7 +363,8 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
 
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
-                                              const u8* queue) {
+                                              const Queue<KShare, KEYS / 8>& queue, int stage,
+                                              u32 mask) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
     float d[KEYS / 8][4] = {};
@@ -348,15 +374,15 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             u32 words[S::WORDS];
-            load_words(words, queue + (n * S::COUNT + i) * WARP * S::BYTES);
+            queue.get(words, stage, n, i);
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], K_T{});
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], mask, K_T{});
         }
 #pragma unroll
         for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
             const int step = (i * S::ELEMENTS / 2 + p) / 2;
             const uint2 high = q.step(0, step);
-            const uint2 low = Q_HAS_LOW ? q.step(TERMS > 1 ? 1 : 0, step) : make_uint2(0, 0);
+            const uint2 low = q.step(1, step);
             const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
@@ -369,7 +395,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
     }
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
-        scores[i] = Q_HAS_LOW ? d[i / 2][i % 2] + d[i / 2][i % 2 + 2] : d[i / 2][i % 2];
+        scores[i] = d[i / 2][i % 2] + d[i / 2][i % 2 + 2];
     }
 }
 
@@ -377,7 +403,8 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
 // holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began. Sums of one
 // tile are added as floats: an mma would cut off what is below the last place.
 __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (&weights)[KEYS / 4],
-                                           const u8* queue) {
+                                           const Queue<VShare, KEYS / 4>& queue, int stage,
+                                           u32 mask) {
     using S = VShare;
     constexpr int PAIRS = IN_WORD<V_T> / 2;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
@@ -392,16 +419,14 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
     for (int i = 0; i < S::COUNT; i++) {
         u32 words[KEYS / 4][S::WORDS];
 #pragma unroll
-        for (int n = 0; n < KEYS / 4; n++) {
-            load_words(words[n], queue + (n * S::COUNT + i) * WARP * S::BYTES);
-        }
+        for (int n = 0; n < KEYS / 4; n++) queue.get(words[n], stage, n, i);
 #pragma unroll
         for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
             u32 b[KEYS / 8][PAIRS];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 two = zip<V_T>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
-                to_pairs(b[n], two, V_T{});
+                to_pairs(b[n], two, mask, V_T{});
             }
 #pragma unroll
             for (int p = 0; p < PAIRS; p++) {
@@ -458,9 +483,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
                  const int* __restrict__ lengths, const float* __restrict__ slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-                 i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
-                 i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
-                 i64 vs_head, int B, int T, int HQ, int H, int M, int capacity, int window,
+                 i64 q_token_stride, i64 k_page, i64 k_head, i64 v_page, i64 v_head, i64 ks_page,
+                 i64 ks_head, i64 vs_page, i64 vs_head, int k_token, int v_token, int ks_token,
+                 int vs_token, int B, int T, int HQ, int H, int M, int capacity, int window,
                  int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(16) u8 shared[];
@@ -493,20 +518,22 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int begin = range * share, end = min(begin + share, total);
     if (begin >= end) return;
 
+    // Unknown to the compiler, see PAIR_MASK.
+    const u32 k_mask = B > 0 ? PAIR_MASK<K_T> : 0, v_mask = B > 0 ? PAIR_MASK<V_T> : 0;
+
     // This lane's query row, for all pieces.
     const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
-    const Rows<K_T> keys{k_pool + kv_head * k_head, k_page, k_token};
-    const Rows<V_T> values{v_pool + kv_head * v_head, v_page, v_token};
-    const Rows<SCALE_T> key_scales{k_scales + kv_head * ks_head, ks_page, ks_token};
-    const Rows<SCALE_T> value_scales{v_scales + kv_head * vs_head, vs_page, vs_token};
+    const Rows<K_T> keys(k_pool, k_page, k_token, k_head, kv_head);
+    const Rows<V_T> values(v_pool, v_page, v_token, v_head, kv_head);
+    const Rows<SCALE_T> key_scales(k_scales, ks_page, ks_token, ks_head, kv_head);
+    const Rows<SCALE_T> value_scales(v_scales, vs_page, vs_token, vs_head, kv_head);
 
-    constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
     u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
-    u8* const k_queue = queue + lane * KShare::BYTES;
-    u8* const v_queue = queue + K_BYTES + lane * VShare::BYTES;
+    Queue<KShare, KEYS / 8> k_queue(queue);
+    Queue<VShare, KEYS / 4> v_queue(queue + K_BYTES);
 
     // The states of the warps, and in the workspace those of pieces.
     constexpr int PITCH = D + 4;
@@ -528,13 +555,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
             const int tile = piece.tile + warp + i * WARPS;
-            if (tile < piece.tile_end) {
-                copy_keys(k_queue + i * STAGE_BYTES, keys, table, ids[i], tile);
-            }
+            if (tile < piece.tile_end) copy_rows(k_queue, i, keys, table, ids[i], tile);
             cp_async_commit();
-            if (tile < piece.tile_end) {
-                copy_values(v_queue + i * STAGE_BYTES, values, table, ids[i], tile);
-            }
+            if (tile < piece.tile_end) copy_rows(v_queue, i, values, table, ids[i], tile);
             cp_async_commit();
         }
     };
@@ -576,14 +599,14 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float k_scale = 1.0f, v_scale = 1.0f, next_k_scale = 1.0f, next_v_scale = 1.0f;
         int scale_page = 0;
         const auto load_scales = [&](int of_tile) {
-            const int key = table.key(of_tile * KEYS + lane);
+            const u32 key = table.key(of_tile * KEYS + lane % KEYS);
             if (K_HAS_CODES) next_k_scale = to_float(*key_scales.row(scale_page, key));
             if (V_HAS_CODES) next_v_scale = to_float(*value_scales.row(scale_page, key));
             const int following = of_tile + WARPS;
-            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane);
+            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane % KEYS);
         };
         if (HAS_CODES && tile < piece.tile_end) {
-            scale_page = table.page(tile * KEYS + lane);
+            scale_page = table.page(tile * KEYS + lane % KEYS);
             load_scales(tile);
         }
 
@@ -597,8 +620,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
             float scores[KEYS / 4];
             cp_async_wait<2 * STAGES - 1>();
-            multiply_keys(scores, query, k_queue + stage * STAGE_BYTES);
-            if (has_later) copy_keys(k_queue + stage * STAGE_BYTES, keys, table, ids, later);
+            multiply_keys(scores, query, k_queue, stage, k_mask);
+            if (has_later) copy_rows(k_queue, stage, keys, table, ids, later);
             cp_async_commit();
 
             const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
@@ -659,8 +682,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             }
 
             cp_async_wait<2 * STAGES - 1>();
-            add_values(acc, scores, v_queue + stage * STAGE_BYTES);
-            if (has_later) copy_values(v_queue + stage * STAGE_BYTES, values, table, ids, later);
+            add_values(acc, scores, v_queue, stage, v_mask);
+            if (has_later) copy_rows(v_queue, stage, values, table, ids, later);
             cp_async_commit();
             if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
             stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -188,27 +188,24 @@ def workspace_size(
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
-    spec = spec or KVSpec()
     sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
-    ranges = mma.num_ranges(sizes, spec, 2 * num_sms, fixed_split)
+    ranges = mma.num_ranges(sizes, 2 * num_sms, fixed_split)
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, B + 1)
     ]
-    return max(mma.workspace_size(sizes, spec, ranges, fixed_split), *plain, 0)
+    return max(mma.workspace_size(sizes, ranges, fixed_split), *plain, 0)
 
 
-def kernel_for(
-    spec: KVSpec, D: int, *, q_dtype: Any = None, sm: int | None = None, aligned: bool = True
-) -> str:
+def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
     """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
 
     Args:
         spec: kinds of the pools.
         D: head size.
-        q_dtype: of the queries; does not matter so far.
         sm: 90 and the like, that of the current GPU if None.
-        aligned: addresses and strides of the pools are multiples of 16 bytes.
+        aligned: addresses and strides of the pools are multiples of 16 bytes, and tokens of a page
+            less than 2^30 elements apart.
     """
     covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
     return "paged_decode_mma" if covered and aligned else "paged_decode"
@@ -435,8 +432,6 @@ def _plan(
         misalignment: 0 where both pools begin at multiples of 16 bytes.
         The others as in `decode`; strides in bytes.
     """
-    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
-    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned)
     num_sms = cuda.num_sms(device)
     k, v = spec.kinds
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
@@ -452,15 +447,21 @@ def _plan(
     if soft_cap is not None:
         defines["SOFT_CAP"] = 1
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    steps = [n // q_dtype.itemsize for n in q_strides[: len(q_strides) - 2]]
-    strides = [*steps, 0][:2]
-    for of_array, dtype in (
-        (k_strides, k.dtype),
-        (v_strides, v.dtype),
-        (k_scale_strides, scale_dtype),
-        (v_scale_strides, scale_dtype),
-    ):
-        strides += _page_token_head(of_array, dtype.itemsize, spec)
+    q_steps = [n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]]
+    steps = [
+        _page_token_head(of_array, dtype.itemsize, spec)
+        for of_array, dtype in (
+            (k_strides, k.dtype),
+            (v_strides, v.dtype),
+            (k_scale_strides, scale_dtype),
+            (v_scale_strides, scale_dtype),
+        )
+    ]
+    # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a token to
+    # the next that 32 bits hold.
+    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
+    near = all(0 <= token < 2**30 for _, token, _ in steps)
+    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
     floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
     merge = None
@@ -469,15 +470,18 @@ def _plan(
         grid, shared_bytes, size, ints = mma.launch(
             sm, spec, q_dtype, sizes, window, num_sms, fixed_split
         )
+        longs = [*q_steps, *(n for page, _, head in steps for n in (page, head))]
+        ints = (*(token for _, token, _ in steps), *ints)
     else:
         defines["ROWS"] = _tile_rows(sizes)
         splits, size = _plain_splits(sizes, window, num_sms, fixed_split)
         grid, shared_bytes = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits, 0
         B, T, HQ, H, D, P, M = sizes
+        longs = [*q_steps, *(n for step in steps for n in step)]
         ints = (T, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
         if splits > 1:
             merge = (B * T * HQ, (np.int32(HQ), np.int32(splits), floats[2]))
-    scalars = (*map(np.int64, strides), *map(np.int32, ints), *floats)
+    scalars = (*map(np.int64, longs), *map(np.int32, ints), *floats)
     return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
 
 

@@ -466,7 +466,7 @@ def bind(
     return enqueue
 
 
-def _values(array: type, args: tuple[Any, ...]) -> list[Any]:
+def _values(array: Any, args: tuple[Any, ...]) -> list[Any]:
     """Arguments of a kernel as cuda.core takes them."""
     values: list[Any] = []
     for position, arg in enumerate(args):

@@ -10,36 +10,39 @@
 //   k_src_scales, v_src_scales  [N, P, H]   SRC_SCALE; null for floats
 //   dst_pages, src_pages const  [n] int32   page i goes from src_pages[i] to dst_pages[i]; null: i;
 //                                           negative on either side: the page is skipped
-//   indptr, starts       const  [B+1] int32 null, or pages indptr[b] to indptr[b+1] - 1 of the list
-//                                           hold tokens starts[b] to starts[b+1] - 1 of dst, whose
-//                                           pages are tokens (P = 1) there, below num_tokens
-// Strides in elements of the arrays, the same for K and V; those of the pages of dst_pages count
-// tokens where there are `starts`. Rows of a page are two loops, `inner` the faster one; loops of
-// tokens and heads in either order, but tokens outside where there are `starts`.
+//   indptr, starts       const  [B+1] int32 with SEQUENCES: pages indptr[b] to indptr[b+1] - 1 of the
+//                                           list hold tokens starts[b] to starts[b+1] - 1 of dst,
+//                                           below num_tokens, where a page is a token
+// Strides in elements of the arrays, the same for K and V. The rows of a page are two loops, over
+// tokens and heads in either order, `inner` the faster one; with SEQUENCES tokens are the outer.
 // Divisors, below 2^31, come with magic and shift: see `divide`.
 // Defines:  SRC, DST = float, f16, bf16, i8, i4, e4m3 or e5m2; SRC_SCALE, DST_SCALE = f16 or float;
 //           HEAD_DIM = D, a multiple of 8 up to 512;
 //           FIND = 1: each row of codes gets a scale of its own, 0: scales of DST are given;
-//           MOVE = 1: bits and scales of rows stay as they are (SRC = DST, FIND as of SRC)
-// Launch:   grid (ceil(num_rows / TILE), 2), or (..., 1) for K alone; block (BLOCK), no shared memory
+//           MOVE = 1: bits and scales of rows stay as they are (SRC = DST, FIND as of SRC);
+//           SEQUENCES = 1: dst is the tokens of sequences one after the other, 0: it has pages;
+//           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32;
+//           ROWS = how many rows these have in flight
+// Launch:   grid (ceil(num_rows / (BLOCK / LANES * ROWS)), 2), or (..., 1) for K alone;
+//           block (BLOCK), no shared memory
 // Traffic:  num_rows * (bytes of a row and its scale, of SRC and of DST) for each of K and V
 // Order:    no atomics; bit-exact; undefined where a row is written twice, or is written and read,
 //           unless by itself: DST may be SRC's memory if each row and its scale keep their bytes
 #include "common.cuh"
 
 #if !defined(SRC) || !defined(DST) || !defined(SRC_SCALE) || !defined(DST_SCALE) ||               \
-    !defined(HEAD_DIM) || !defined(FIND) || !defined(MOVE)
-#error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, HEAD_DIM, FIND and MOVE"
+    !defined(HEAD_DIM) || !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES)
+#error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, HEAD_DIM, FIND, MOVE, SEQUENCES"
+#endif
+#if !defined(BLOCK) || !defined(LANES) || !defined(ROWS)
+#error "paged_convert.cu needs BLOCK, LANES and ROWS"
 #endif
 
-constexpr int BLOCK = 128;
 constexpr int EIGHTS = HEAD_DIM / 8;
-constexpr int LANES = lanes_of_row(HEAD_DIM);
-constexpr int PER_LANE = (EIGHTS + LANES - 1) / LANES;
-constexpr int ROWS = 4 / PER_LANE;  // that a lane has in flight
+constexpr int PIECES = (EIGHTS + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
 constexpr int GROUPS = BLOCK / LANES;
-constexpr int TILE = GROUPS * ROWS;  // pykv/ops/paged_convert.py counts it as well
-static_assert(HEAD_DIM % 8 == 0 && PER_LANE <= 2, "a lane has one piece of eight elements, or two");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 
 struct Divisor { u32 n, magic, shift; };
 
@@ -60,6 +63,14 @@ __device__ __forceinline__ void decode8(float (&x)[8], const Eight<SRC>& eight, 
     if (LARGEST<SRC> == 0) return;
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
+}
+
+// Products as f16 or bf16; a NaN among them is the one that conversion makes, too.
+template <typename T> __device__ __forceinline__ void store_products(T* p, const float (&x)[8]) {
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
+    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Rows as values of codes, to be rounded.
@@ -98,34 +109,36 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     const Strides from_scale{src_scale_page, src_scale_outer, src_scale_inner};
 
     const u32 lane = threadIdx.x % LANES;
-    const u32 first = blockIdx.x * (u32)TILE + threadIdx.x / LANES;
+    const u32 first = blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
     bool exists[ROWS];
-    i64 to_row[ROWS], to_scales[ROWS];
-    Eight<SRC> eights[ROWS][PER_LANE];  // zeros where there is no element
-    SRC_SCALE scales[ROWS];
+    u32 outers[ROWS], inners[ROWS];
+    i64 to_pages[ROWS], from_pages[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const u32 row = min(first + r * GROUPS, num_rows - 1);
         const u32 item = divide(row, by_page), in_page = row - item * page_rows;
-        const u32 outer = divide(in_page, by_inner), inner = in_page - outer * num_inner;
-        exists[r] = first + r * GROUPS < num_rows;
-        i64 to_page = (int)item;
-        if (starts) {
-            const int b = last_up_to(indptr, num_sequences, item);
-            exists[r] &= to_page >= indptr[b] && to_page < indptr[b + 1];
-            to_page = starts[b] + (to_page - indptr[b]) * page_size;
-            exists[r] &= to_page + outer < min(starts[b + 1], num_tokens);
-        } else if (dst_pages) {
-            to_page = dst_pages[item];
-        }
-        const i64 from_page = src_pages ? src_pages[item] : (int)item;
-        exists[r] &= to_page >= 0 && from_page >= 0;
-        to_row[r] = offset(to, to_page, outer, inner);
-        to_scales[r] = offset(to_scale, to_page, outer, inner);
+        outers[r] = divide(in_page, by_inner), inners[r] = in_page - outers[r] * num_inner;
+        from_pages[r] = src_pages ? src_pages[item] : (int)item;
+        exists[r] = first + r * GROUPS < num_rows && from_pages[r] >= 0;
+#if SEQUENCES
+        const int b = last_up_to(indptr, num_sequences, item);
+        const i64 nth = (i64)item - indptr[b];  // page of the sequence
+        to_pages[r] = starts[b] + nth * page_size;
+        exists[r] &= nth >= 0 && (int)item < indptr[b + 1];
+        exists[r] &= to_pages[r] + outers[r] < min(starts[b + 1], num_tokens);
+#else
+        to_pages[r] = dst_pages ? dst_pages[item] : (int)item;
+        exists[r] &= to_pages[r] >= 0;
+#endif
+    }
 
-        const SRC* const from_row = src + offset(from, from_page, outer, inner);
+    Eight<SRC> eights[ROWS][PIECES];  // zeros where there is no element
+    SRC_SCALE scales[ROWS];
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
+    for (int r = 0; r < ROWS; r++) {
+        const SRC* const from_row = src + offset(from, from_pages[r], outers[r], inners[r]);
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
             const u32 eighth = lane + j * LANES;
             eights[r][j] = Eight<SRC>{};
             if (exists[r] && eighth < EIGHTS) {
@@ -134,7 +147,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
         }
         scales[r] = SRC_SCALE{};
         if (LARGEST<SRC> > 0 && exists[r]) {
-            scales[r] = src_scales[offset(from_scale, from_page, outer, inner)];
+            scales[r] = src_scales[offset(from_scale, from_pages[r], outers[r], inners[r])];
         }
     }
 
@@ -142,12 +155,13 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (!exists[r]) continue;
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
+        for (int j = 0; j < PIECES; j++) {
             const u32 eighth = lane + j * LANES;
-            if (eighth < EIGHTS) put8(dst + to_row[r] + eighth * 8 / PACKED<DST>, eights[r][j]);
+            if (eighth < EIGHTS) put8(to_row + eighth * 8 / PACKED<DST>, eights[r][j]);
         }
-        if (FIND && lane == 0) dst_scales[to_scales[r]] = scales[r];
+        if (FIND && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = scales[r];
     }
 #else
     DST_SCALE new_scales[ROWS];
@@ -157,7 +171,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     for (int r = 0; r < ROWS; r++) {
         amax[r] = 0;
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
+        for (int j = 0; j < PIECES; j++) {
             float x[8];
             decode8(x, eights[r][j], scales[r]);
 #pragma unroll
@@ -169,27 +183,33 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         new_scales[r] = row_scale<DST, DST_SCALE>(amax[r]);
-        if (exists[r] && lane == 0) dst_scales[to_scales[r]] = new_scales[r];
+        if (exists[r] && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = new_scales[r];
     }
 #else
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         new_scales[r] = DST_SCALE{};
-        if (LARGEST<DST> > 0 && exists[r]) new_scales[r] = dst_scales[to_scales[r]];
+        if (LARGEST<DST> > 0 && exists[r]) new_scales[r] = dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])];
     }
 #endif
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (!exists[r]) continue;
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
         const float inverse = LARGEST<DST> > 0 ? inverse_scale(new_scales[r]) : 1.0f;
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) {
+        for (int j = 0; j < PIECES; j++) {
             const u32 eighth = lane + j * LANES;
             if (eighth >= EIGHTS) continue;
             float x[8];
             decode8(x, eights[r][j], scales[r]);
             if (LARGEST<DST> > 0) scale8(x, inverse);
-            store8(dst + to_row[r] + eighth * 8 / PACKED<DST>, x);
+            DST* const at = to_row + eighth * 8 / PACKED<DST>;
+            if constexpr (LARGEST<SRC> > 0 && sizeof(DST) == 2) {
+                store_products(at, x);
+            } else {
+                store8(at, x);
+            }
         }
     }
 #endif

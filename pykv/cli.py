@@ -67,8 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pykv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="continue a prompt")
-    run.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    run = commands.add_parser("run", help="continue prompts")
+    run.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="a text to continue; - reads it from standard input. Several are answered in turn, "
+        "and what they have in common is computed once",
+    )
     run.set_defaults(run=_run)
     chat = commands.add_parser("chat", help="talk with a model; an empty line or Ctrl-D ends")
     chat.add_argument("--system", help="what the model should know first")
@@ -84,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     size = commands.add_parser("size", help="say how large a model's KV cache is")
     size.add_argument("file", help="a GGUF file or the name of a model")
     size.add_argument("--ctx", type=int, help="tokens (the model's context)")
-    size.add_argument("--kv", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    _add_kv_dtype(size)
     size.set_defaults(run=_size)
 
     doctor = commands.add_parser("doctor", help="say whether this machine's GPU can be used")
@@ -118,9 +124,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
-    parser.add_argument("--kv", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+
+
+def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-dtype",
+        default="fp16",
+        metavar="KIND",
+        help="fp16, bf16, fp32, int8, int4, fp8 or k8v4; or keys and values apart, a scale for "
+        "each head, of fp32: int8+e4m3:head:fp32 (%(default)s)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +165,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
     llm = LLM(
         args.model,
         device=args.device,
-        kv_dtype=args.kv,
+        kv_dtype=args.kv_dtype,
         weights=args.weights,
         context=args.ctx,
         progress=sys.stderr.isatty(),
@@ -159,17 +175,22 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _run(args: argparse.Namespace) -> None:
     llm, params = _open(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    _print_pieces(llm.stream(prompt, params))
+    for prompt in args.prompts:
+        _print_pieces(llm.stream(sys.stdin.read() if prompt == "-" else prompt, params))
+        print(_summary(llm), file=sys.stderr, flush=True)
+
+
+def _summary(llm: Any) -> str:
+    """What the last call did, on one line."""
     stats = llm.stats
+    computed = stats.prompt_tokens - stats.reused_tokens
     decode = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else 0.0
     per_token = llm.cache.bytes_per_token
-    print(
-        f"{llm.device}: prompt {stats.prompt_tokens} tokens, "
-        f"{stats.prompt_tokens / stats.prompt_seconds:.1f} tokens/s; "
+    return (
+        f"{llm.device}: prompt {stats.prompt_tokens} tokens, reused {stats.reused_tokens} tokens, "
+        f"{computed / stats.prompt_seconds:.1f} tokens/s; "
         f"decode {stats.decode_tokens} tokens, {decode:.1f} tokens/s; "
-        f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all",
-        file=sys.stderr,
+        f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all"
     )
 
 
@@ -206,20 +227,22 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
+    from pykv.kinds import KVSpec
     from pykv.llm import gguf, models
     from pykv.llm.model import read_config
-    from pykv.pool import bytes_per_token, float_kind
 
-    dtype = float_kind("--kv", args.kv)
+    spec = KVSpec.parse(args.kv_dtype)
     config = read_config(gguf.read(models.fetch(args.file)))
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
-    per_token = bytes_per_token(config.num_layers, config.kv_heads, config.head_dim, dtype)
+    of_head = spec.bytes_per_token(1, config.head_dim)
+    per_token = config.num_layers * config.kv_heads * of_head
     print(
-        f"{args.kv}: {per_token:,} bytes a token "
-        f"(2 x {config.num_layers} layers x {config.kv_heads} heads x {config.head_dim} x "
-        f"{dtype.itemsize} bytes), {per_token * tokens:,} bytes for {tokens:,} tokens"
+        f"{spec}: {per_token:,} bytes a token "
+        f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
+        f"{', V and scales' if spec.finds_scales else ' and V'}), "
+        f"{per_token * tokens:,} bytes for {tokens:,} tokens"
     )
     if tokens > config.context:
         print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16
-from pykv.blocks import PageAllocator
+from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
 from pykv.ops import paged_append, paged_decode, prefill
 
@@ -31,7 +31,7 @@ class PagedKVCache:
     Attributes:
         k, v: [L, N, P, H, D], one array each.
         layers: (k, v) views of each layer, [N, P, H, D], as the ops take them.
-        allocator: who owns which page.
+        manager: who holds which page.
 
     Raises:
         ParameterError: a size is not positive or the dtype has another name.
@@ -58,15 +58,10 @@ class PagedKVCache:
         self.dtype = float_kind("dtype", dtype)
         self.page_size = page_size
         shape = (layers, pages, page_size, heads, head_dim)
-        try:
-            self.k, self.v = xp.zeros(shape, self.dtype), xp.zeros(shape, self.dtype)
-        except MemoryError as error:
-            need = 2 * np.prod(shape, dtype=np.int64) * self.dtype.itemsize
-            raise CapacityError(
-                f"PagedKVCache: {pages} pages of {page_size} tokens need {need:,} bytes: {error}"
-            ) from error
+        self._xp = xp
+        self.k, self.v = self._zeros(shape)
         self.layers = list(zip(self.k, self.v, strict=True))
-        self.allocator = PageAllocator(pages, page_size)
+        self.manager = BlockManager(pages, page_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -78,6 +73,37 @@ class PagedKVCache:
     def nbytes(self) -> int:
         """Bytes of the whole cache."""
         return int(self.k.nbytes + self.v.nbytes)
+
+    def extend(self, pages: list[int], start: int, stop: int) -> None:
+        """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
+        that it shared, if any; see BlockManager.extend. Only enqueues on a GPU.
+        """
+        copy = self.manager.extend(pages, start, stop)
+        if copy is not None:
+            source, destination = copy
+            for pool in (self.k, self.v):
+                pool[:, destination] = pool[:, source]
+
+    def enlarge(self, pages: int) -> None:
+        """Make room for so many pages in each layer; those there are keep numbers and contents.
+
+        Old and new arrays take memory together until the old are copied; views of the old ones,
+        which `layers` had, hold what they held.
+
+        Raises:
+            CapacityError: the memory cannot be had.
+            ParameterError: the cache has more pages.
+        """
+        layers, num_pages, *page = self.k.shape
+        if pages < num_pages:
+            raise ParameterError(
+                f"PagedKVCache.enlarge: pages is {pages}, expected at least {num_pages}"
+            )
+        k, v = self._zeros((layers, pages, *page))
+        k[:, :num_pages], v[:, :num_pages] = self.k, self.v
+        self.k, self.v = k, v
+        self.layers = list(zip(self.k, self.v, strict=True))
+        self.manager.enlarge(pages)
 
     def append(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
         """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append."""
@@ -92,6 +118,16 @@ class PagedKVCache:
     ) -> Any:
         """Attention of several tokens a sequence over one layer; see prefill.prefill."""
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
+
+    def _zeros(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """New arrays for K and V."""
+        try:
+            return self._xp.zeros(shape, self.dtype), self._xp.zeros(shape, self.dtype)
+        except MemoryError as error:
+            need = 2 * np.prod(shape, dtype=np.int64) * self.dtype.itemsize
+            raise CapacityError(
+                f"PagedKVCache: {shape[1]} pages of {shape[2]} tokens need {need:,} bytes: {error}"
+            ) from error
 
 
 def float_kind(argument: str, name: str) -> np.dtype[Any]:

@@ -11,36 +11,31 @@ pieces when this GPU was calibrated (`calibrate`). `start` does the same with ar
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import tempfile
 import threading
 import time
-import warnings
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import calibration, cuda
+from pykv.calibration import DIRECTIONS, Table
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
 from pykv.ops import block_copy
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
-DIRECTIONS = ("h2d", "d2h", "d2d")  # h: pinned host memory, d: memory of the current GPU
 
 # Answers that mean "not this way", by cudaError_t: invalid value, which the legacy default stream
 # gets too; a driver older than the call; not supported.
-_REFUSALS = {1: "cudaErrorInvalidValue", 36: "cudaErrorCallRequiresNewerDriver"}
-_REFUSALS[801] = "cudaErrorNotSupported"
+_REFUSALS = {
+    1: "cudaErrorInvalidValue",
+    36: "cudaErrorCallRequiresNewerDriver",
+    801: "cudaErrorNotSupported",
+}
 _NOT_READY = 600  # cudaErrorNotReady
 _ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses say where they lie
 _LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy is 1
@@ -118,9 +113,9 @@ def memcpy_batch(
             "batch_without_fallback" raises instead of falling back. "auto" makes neighbours one
             copy and takes the way with the shortest predicted time: see `calibrate`, which the
             first such call runs. Pageable host memory, and another GPU's, gets one call for each
-            copy. In a stream capture "auto" takes the kernel, whose tables of up to 28 bytes a
-            pair then stay for the rest of the process, since a graph may be replayed for ever;
-            block_copy.prepare leaves them to the caller.
+            copy. In a stream capture "auto" takes the kernel in place of the batch call; the
+            kernel's tables of up to 28 bytes a pair then stay for the rest of the process, since a
+            graph may be replayed for ever; block_copy.prepare leaves them to the caller.
         direction: what "auto" may rely on: "h2d" (all sources pinned host memory, all destinations
             memory of the current GPU), "d2h" or "d2d". None: it asks the driver, some microseconds
             for each allocation that the addresses lie in.
@@ -184,14 +179,14 @@ def check_tables(
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected addresses")
-        table = _integers(op, name, table).reshape(-1)
+        table = _integers(op, name, table).ravel()  # contiguous, unlike what reshape gives
         tables.append(table.astype(np.uint64, copy=False))
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
     if by_pair and len(sizes) != len(src):
         raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
-    sizes = sizes.astype(np.int64, copy=False) if by_pair else sizes
+    sizes = np.ascontiguousarray(sizes, np.int64) if by_pair else sizes
     if validate:
         block_copy.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
     if not by_pair:
@@ -358,7 +353,8 @@ def _plan(
 ) -> tuple[Any, Any, Any, str, str]:
     """The pairs to copy, and the path for them with its reason."""
     if mode == "auto":
-        src, dst, sizes = block_copy.merge(src, dst, sizes)
+        if len(src) > 1:
+            src, dst, sizes = block_copy.merge(src, dst, sizes)
         return src, dst, sizes, *_choose(src, dst, sizes, direction, handle)
     if mode == "fallback_only":
         return src, dst, sizes, "loop", "mode is fallback_only"
@@ -379,6 +375,9 @@ def _submit(
         return CopyReport("kernel", reason, *facts), handle
     if path == "batch":
         refusal, used = _run_batch(op, src, dst, sizes, handle)
+        if refusal and mode == "auto" and _is_capturing(handle):
+            _run_captured_kernel(op, src, dst, sizes)
+            return CopyReport("kernel", refusal, *facts), handle
         if not refusal:
             if used != handle:
                 reason += ", on a side stream because it refuses the legacy default stream"
@@ -574,82 +573,6 @@ def _end_of_allocation(address: int) -> int:
 
 # --- The choice -----------------------------------------------------------------------------------
 
-
-def _choose(src: Any, dst: Any, sizes: Any, direction: str | None, handle: int) -> tuple[str, str]:
-    """Path and reason of mode "auto"."""
-    capturing, device, count = _is_capturing(handle), cuda.current_device(), len(src)
-    size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
-    if direction is None:
-        if not capturing and _fastest_anywhere(device, size, count) == "loop":
-            return "loop", "calibrated: fastest in every direction"  # and reaches all memory
-        direction, why = _direction(src, dst)
-        if direction not in DIRECTIONS:
-            return "kernel" if direction else "loop", why
-    if capturing:
-        return "kernel", "the stream is being captured, and a graph replays one kernel fastest"
-    return _fastest(device, direction, size, count)
-
-
-@lru_cache(maxsize=4096)
-def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
-    """The path with the shortest predicted time, and the predictions."""
-    paths = _table(device)[direction]
-    times = {path: predict(cells, size, count) for path, cells in paths.items()}
-    texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
-    return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"
-
-
-@lru_cache(maxsize=4096)
-def _fastest_anywhere(device: int, size: int, count: int) -> str:
-    """The path that is fastest in every direction, or ""."""
-    paths = {_fastest(device, direction, size, count)[0] for direction in DIRECTIONS}
-    return paths.pop() if len(paths) == 1 else ""
-
-
-Cells = dict[int, dict[int, float]]  # microseconds by bytes of a piece, then by number of pieces
-Table = dict[str, dict[str, Cells]]  # by direction, then by path
-
-
-def predict(cells: Cells, size: float, count: float) -> float:
-    """Microseconds that `count` pieces of `size` bytes take, from measured cells around them."""
-    sizes = sorted(cells)
-    i = _segment(sizes, size)
-    near = [(n, _interpolate(sorted(cells[n].items()), count)) for n in sizes[i : i + 2]]
-    return _interpolate(near, size)
-
-
-def _segment(xs: Sequence[float], x: float) -> int:
-    """The i for which `x` lies between xs[i] and xs[i + 1], or beyond the end that it is at."""
-    return max(0, min(bisect_left(xs, x), len(xs) - 1) - 1)
-
-
-def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Time at `x` from (x, time) in ascending order.
-
-    Between points, times are straight lines on logarithmic axes. Below the first only what every
-    call costs is left; beyond the last, each further piece or byte costs what the last ones did.
-    """
-    i = _segment([at for at, _ in points], x)
-    (x0, y0), (x1, y1) = points[i], points[min(i + 1, len(points) - 1)]
-    if x <= x0:
-        return y0
-    if x0 == x1:  # a single point
-        return y0 * x / x0
-    if x > x1:
-        return y1 + (x - x1) * max(0.0, (y1 - y0) / (x1 - x0))
-    return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
-
-
-# --- Calibration ----------------------------------------------------------------------------------
-
-CALIBRATION = 1  # part of the file's name: to be raised when what is measured changes
-CELL_SIZES = tuple(1 << n for n in range(10, 23, 2))  # bytes of a piece: 1 KiB to 4 MiB
-CELL_COUNTS = (1, 16, 128, 1024, 16384)
-_CELL_BYTES = 128 << 20  # at most, twice on the GPU and once on the host
-_BUDGET_S = 1.5  # after which larger cells are left to `predict`
-_SAMPLES = 7  # of a cell; the shortest counts
-_ENOUGH_US = 5000.0  # after which a cell gets no further sample
-
 _tables: dict[int, Table] = {}  # of this process, by device
 _tables_lock = threading.Lock()
 
@@ -673,153 +596,64 @@ def calibrate(*, force: bool = False) -> Table:
     it ahead, on a GPU that nothing else runs on, and not while any stream is being captured.
     """
     cuda.array_module("cuda")
-    device = cuda.current_device()
-    if force:
-        with _tables_lock:
-            _tables.pop(device, None)
-            _calibration_file().unlink(missing_ok=True)
-    table = _table(device)
+    table = _table(cuda.current_device(), force)
     if force:
         _fastest.cache_clear()
         _fastest_anywhere.cache_clear()
     return table
 
 
-def _table(device: int) -> Table:
+def _table(device: int, force: bool = False) -> Table:
     """Of the current device: from this process, from the cache folder, or measured."""
-    if device not in _tables:
+    if force or device not in _tables:
         with _tables_lock:  # a second thread must not measure while the first does
-            if device not in _tables:
-                path = _calibration_file()
-                _tables[device] = _load(path) or _store(path, _measure())
+            if force or device not in _tables:
+                ways = _ways()
+                kept = None if force else calibration.load(ways)
+                _tables[device] = kept or calibration.store(calibration.measure(ways))
     return _tables[device]
 
 
-def _calibration_file() -> Path:
-    """A GPU, a driver and a version have a file of their own."""
-    name, uuid, driver = _identity()
-    words = re.sub(r"\W+", "-", f"{name} {uuid} driver {driver} v{CALIBRATION}")
-    return cuda.cache_dir() / "calibration" / f"{words}.json"
-
-
-def _identity() -> tuple[str, str, str]:
-    """Name, UUID and driver of the current GPU."""
-    from cuda.core import Device
-
-    cupy = cuda.array_module("cuda")
-    driver = cupy.cuda.runtime.driverGetVersion()
-    return cuda.device_name(cupy), str(Device(cuda.current_device()).uuid), str(driver)
-
-
-def _load(path: Path) -> Table | None:
-    """The figures in a file, or None if there are none that can be used."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        table: Table = {
-            direction: {
-                name: {
-                    int(size): {int(count): float(us) for count, us in row.items()}
-                    for size, row in cells.items()
-                }
-                for name, cells in read[direction].items()
-            }
-            for direction in DIRECTIONS
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    rows = [row for paths in table.values() for cells in paths.values() for row in cells.values()]
-    sound = all(row and all(0 < us < math.inf for us in row.values()) for row in rows)
-    complete = all(set(paths) == set(_paths()) and all(paths.values()) for paths in table.values())
-    return table if sound and complete else None
-
-
-def _store(path: Path, table: Table) -> Table:
-    """Write the figures, so that no reader sees half a file, and return them."""
-    text = json.dumps(table, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        warnings.warn(
-            f"pykv cannot keep its calibration in {path.parent} ({error.strerror}); it is measured "
-            "again in every process. Set PYKV_CACHE_DIR to a writable folder",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return table
-
-
-def _paths() -> tuple[str, ...]:
+def _ways() -> dict[str, calibration.Way]:
     """The ways that this machine has."""
-    return ("kernel", "batch", "loop") if is_memcpy_batch_available() else ("kernel", "loop")
+    op = "transfer.calibrate"
+    ways: dict[str, calibration.Way] = {
+        "kernel": lambda src, dst, size, handle: _run_kernel(op, src, dst, size),
+        "batch": partial(_run_batch, op),
+        "loop": partial(_run_loop, op),
+    }
+    if not is_memcpy_batch_available():
+        del ways["batch"]
+    return ways
 
 
-def _measure() -> Table:
-    """Time every path in every direction, small cells first, until the budget is spent."""
-    import cupy
-
-    op, random = "transfer.calibrate", np.random.default_rng(0)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    table: Table = {direction: {path: {} for path in _paths()} for direction in DIRECTIONS}
-    with stream, _scratch() as (room, places):
-        started = time.perf_counter()
-        for size, count in _cells(room):
-            orders = [random.permutation(count).astype(np.uint64) for _ in range(2)]
-            for direction, pair in places.items():
-                offsets = zip(pair, orders, strict=True)
-                src, dst = (np.uint64(at) + order * np.uint64(size) for at, order in offsets)
-                ways: dict[str, Callable[[], object]] = {
-                    "kernel": partial(_run_kernel, op, src, dst, size),
-                    "batch": partial(_run_batch, op, src, dst, size, stream.ptr),
-                    "loop": partial(_run_loop, op, src, dst, size, stream.ptr),
-                }
-                for path, cells in table[direction].items():
-                    us = _time_us(ways[path], stream.synchronize)
-                    cells.setdefault(size, {})[count] = us
-            if time.perf_counter() - started > _BUDGET_S:
-                break
-    return table
+def _choose(src: Any, dst: Any, sizes: Any, direction: str | None, handle: int) -> tuple[str, str]:
+    """Path and reason of mode "auto"."""
+    device, count = cuda.current_device(), len(src)
+    may_predict = device in _tables or not _is_capturing(handle)  # or it would calibrate
+    size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
+    if direction is None:
+        if may_predict and _fastest_anywhere(device, size, count) == "loop":
+            return "loop", "calibrated: fastest in every direction"  # and reaches all memory
+        direction, why = _direction(src, dst)
+        if direction not in DIRECTIONS:
+            return "kernel" if direction else "loop", why
+    if not may_predict:
+        return "kernel", "the stream is being captured, and nothing is calibrated"
+    return _fastest(device, direction, size, count)
 
 
-def _cells(room: int) -> list[tuple[int, int]]:
-    """(size, count) of what fits, quickest first: a copy costs about what 64 KiB do."""
-    cells = [(size, count) for size in CELL_SIZES for count in CELL_COUNTS if size * count <= room]
-    return sorted(cells, key=lambda cell: cell[1] * (cell[0] + (1 << 16)))
+@lru_cache(maxsize=4096)
+def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
+    """The path with the shortest predicted time, and the predictions."""
+    paths = _table(device)[direction]
+    times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
+    texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
+    return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"
 
 
-def _time_us(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
-    """The shortest of a few samples: what the machine can do when nothing disturbs it."""
-    samples: list[float] = []
-    while len(samples) < _SAMPLES and sum(samples) < _ENOUGH_US:
-        began = time.perf_counter()
-        run()
-        synchronize()
-        samples.append(1e6 * (time.perf_counter() - began))
-    return min(samples)
-
-
-@contextmanager
-def _scratch() -> Iterator[tuple[int, dict[str, tuple[int, int]]]]:
-    """Bytes of each of three buffers, and by direction the addresses of two of them. Not from
-    CuPy's pools, which would keep the memory."""
-    import cupy
-
-    room = _CELL_BYTES
-    while True:
-        try:
-            memory = [cupy.cuda.Memory(room), cupy.cuda.Memory(room), cupy.cuda.PinnedMemory(room)]
-            break
-        except (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError) as failure:
-            room //= 2
-            if room < CELL_SIZES[0]:
-                raise CudaError(f"transfer.calibrate: no memory is left: {failure}") from failure
-    near, far, host = (buffer.ptr for buffer in memory)
-    yield room, {"h2d": (host, near), "d2h": (near, host), "d2d": (near, far)}
+@lru_cache(maxsize=4096)
+def _fastest_anywhere(device: int, size: int, count: int) -> str:
+    """The path that is fastest in every direction, or ""."""
+    paths = {_fastest(device, direction, size, count)[0] for direction in DIRECTIONS}
+    return paths.pop() if len(paths) == 1 else ""

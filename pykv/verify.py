@@ -210,9 +210,9 @@ def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 def _pages(rng: np.random.Generator, H: int, D: int, kv: Any, lengths: list[int]) -> Any:
     """Pools [N, P, H, D] with NaN wherever nothing may be read, page table and lengths."""
     P = 16
-    allocator = blocks.PageAllocator(sum(map(blocks.PageAllocator(0, P).pages_for, lengths)) + 1, P)
-    sequences = [allocator.allocate(n) for n in lengths]
-    pools = np.full((2, allocator.num_pages, P, H, D), np.nan, kv)
+    manager = blocks.BlockManager(sum(-(-n // P) for n in lengths) + 1, P)
+    sequences = [manager.allocate(n) for n in lengths]
+    pools = np.full((2, manager.num_pages, P, H, D), np.nan, kv)
     for pages, n in zip(sequences, lengths, strict=True):
         slots = blocks.slots(pages, 0, n, P)
         pools.reshape(2, -1, H, D)[:, slots] = rng.standard_normal((2, n, H, D)).astype(kv)

@@ -1,82 +1,335 @@
-"""PageAllocator: no page is lost, none has two owners, and a refusal changes nothing."""
+"""BlockManager: no page is lost, none changes under a sequence that holds it, and prefixes that are
+found again are the right ones."""
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pykv import blocks
 from pykv.errors import CapacityError, ParameterError
 
-NUM_PAGES, PAGE_SIZE = 7, 4
+P = 3
 
 
 class Pool(RuleBasedStateMachine):
-    """Random allocate, grow and free, against a plain account of who owns what."""
+    """Random calls on a small pool whose entries are modelled: what stands at a position is the
+    whole prefix up to it, which is what keys and values depend on.
+
+    The model of the cache is a list of (prefix, page) in the order of their last use; tokens are
+    few, so that prefixes meet.
+    """
+
+    NUM_PAGES = 9
 
     def __init__(self):
         super().__init__()
-        self.pool = blocks.PageAllocator(NUM_PAGES, PAGE_SIZE)
-        self.sequences = []
+        self.pool = blocks.BlockManager(self.NUM_PAGES, P)
+        self.contents = {}  # (page, offset): the prefix that was written there last
+        self.sequences = []  # [pages, tokens written]
+        self.offers = {}  # page: the prefix that it was published with, held or not
+        self.found = {}  # prefix: the page that is offered for it
+        self.idle = []  # offered pages that nobody holds, oldest first
 
-    @rule(tokens=st.integers(0, 40))
-    def allocate(self, tokens):
-        if self.pool.pages_for(tokens) > self.pool.num_free:
-            with pytest.raises(CapacityError):
-                self.pool.allocate(tokens)
-        else:
-            pages = self.pool.allocate(tokens)
-            assert len(pages) * PAGE_SIZE >= tokens > (len(pages) - 1) * PAGE_SIZE
-            self.sequences.append(pages)
+    # The model ------------------------------------------------------------------------------------
 
-    @rule(data=st.data(), tokens=st.integers(0, 40))
-    def grow(self, data, tokens):
-        if not self.sequences:
+    def held(self, page):
+        return sum(pages.count(page) for pages, _ in self.sequences)
+
+    def evict(self, num_pages):
+        """What the pool must do when it hands out so many pages."""
+        empty = self.NUM_PAGES - len(self.idle) - len(self.all_held())
+        for _ in range(max(num_pages - empty, 0)):
+            self.forget(self.idle.pop(0))
+
+    def forget(self, page):
+        prefix = self.offers.pop(page, None)
+        if self.found.get(prefix) == page:
+            del self.found[prefix]
+
+    def all_held(self):
+        return {page for pages, _ in self.sequences for page in pages}
+
+    def state(self):
+        """All that a caller can see."""
+        pool = self.pool
+        return pool.num_pages, pool.num_free, pool.num_cached, [list(p) for p, _ in self.sequences]
+
+    def write(self, sequence, start, tokens):
+        """Extend a sequence from `start` on, and write the tokens' entries."""
+        pages, old = sequence
+        stop = start + len(tokens)
+        fresh = [i for i in range(start // P, len(pages)) if self.held(pages[i]) > 1]
+        num_new = max(-(-stop // P) - len(pages), 0)
+        before, state = list(pages), self.state()
+        room = self.NUM_PAGES - len(self.all_held())
+        if len(fresh) + num_new > room:
+            with pytest.raises(CapacityError, match=f"{len(fresh) + num_new} pages wanted, {room}"):
+                self.pool.extend(pages, start, stop)
+            assert self.state() == state
             return
-        pages = data.draw(st.sampled_from(self.sequences))
-        before = list(pages)
-        try:
-            self.pool.grow(pages, tokens)
-        except CapacityError:
-            assert pages == before
-        assert pages[: len(before)] == before
-        assert len(pages) == len(before) or len(pages) == -(-tokens // PAGE_SIZE)
+        for page in before[start // P :]:
+            if self.held(page) == 1:
+                self.forget(page)
+        self.evict(len(fresh) + num_new)
+        others = {page for other, _ in self.sequences if other is not pages for page in other}
 
+        copy = self.pool.extend(pages, start, stop)
+
+        assert [i for i in range(len(before)) if before[i] != pages[i]] == fresh
+        assert len(pages) == len(before) + num_new and len(set(pages)) == len(pages)
+        partial = bool(fresh) and fresh[0] == start // P and start % P > 0
+        assert (copy is not None) == partial
+        new = {pages[i] for i in fresh} | set(pages[len(before) :])
+        assert not new & set(before) and not new & set(self.idle)  # none that holds something
+        if copy is not None:
+            assert copy == (before[fresh[0]], pages[fresh[0]])
+            for offset in range(P):
+                self.contents[copy[1], offset] = self.contents.get((copy[0], offset))
+        sequence[1] = old[:start] + tokens
+        for position in range(start, stop):
+            page = pages[position // P]
+            assert page not in others and page not in self.found.values()
+            self.contents[page, position % P] = tuple(sequence[1][: position + 1])
+
+    # Rules ----------------------------------------------------------------------------------------
+
+    some_tokens = st.lists(st.integers(0, 1), max_size=5 * P)
+    few_tokens = st.lists(st.integers(0, 1), max_size=P + 1)
+
+    @rule(tokens=some_tokens)
+    def allocate(self, tokens):
+        if -(-len(tokens) // P) > self.pool.num_free:
+            state = self.state()
+            with pytest.raises(CapacityError, match="pool exhausted"):
+                self.pool.allocate(len(tokens))
+            assert self.state() == state
+            return
+        self.sequences.append([[], []])
+        self.write(self.sequences[-1], 0, tokens)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), tokens=few_tokens, back=st.integers(0, P + 1))
+    def append(self, data, tokens, back):
+        """`back` of 0 appends; more rewrites the sequence's end."""
+        sequence = data.draw(st.sampled_from(self.sequences))
+        self.write(sequence, max(len(sequence[1]) - back, 0), tokens)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def fork(self, data):
+        pages, tokens = data.draw(st.sampled_from(self.sequences))
+        self.sequences.append([self.pool.fork(pages), list(tokens)])
+        assert self.sequences[-1][0] == pages and self.sequences[-1][0] is not pages
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def publish(self, data):
+        pages, tokens = data.draw(st.sampled_from(self.sequences))
+        self.offer(pages, tokens[: max(len(tokens) - data.draw(st.integers(0, P)), 0)])
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), back=st.integers(1, P))
+    def rewrite(self, data, back):
+        """Publish all of a sequence, and write its end again."""
+        sequence = data.draw(st.sampled_from(self.sequences))
+        self.offer(*sequence)
+        end = sequence[1][-back:]
+        self.write(sequence, len(sequence[1]) - len(end), [1 - token for token in end])
+
+    def offer(self, pages, tokens):
+        self.pool.publish(pages, tokens)
+        for i in range(len(tokens) // P):
+            prefix = tuple(tokens[: (i + 1) * P])
+            if self.offers.setdefault(pages[i], prefix) == prefix:
+                self.found.setdefault(prefix, pages[i])
+
+    @rule(tokens=some_tokens)
+    def reuse(self, tokens):
+        want = []
+        while prefix := tuple(tokens[: len(want) * P + P]):
+            if len(prefix) <= len(want) * P or len(prefix) % P or prefix not in self.found:
+                break
+            want.append(self.found[prefix])
+        pages = self.pool.reuse(tokens)
+        assert pages == want
+        for position in range(len(pages) * P):
+            entry = self.contents[pages[position // P], position % P]
+            assert entry == tuple(tokens[: position + 1])
+        self.idle = [page for page in self.idle if page not in pages]
+        self.sequences.append([pages, tokens[: len(pages) * P]])
+
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def free(self, data):
-        if self.sequences:
-            index = data.draw(st.integers(0, len(self.sequences) - 1))
-            pages = self.sequences.pop(index)
-            self.pool.free(pages)
-            assert pages == []
+        pages, _ = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+        for page in reversed(pages):
+            if not self.held(page) and page in self.offers:
+                if self.found.setdefault(self.offers[page], page) == page:
+                    self.idle.append(page)
+                else:
+                    del self.offers[page]
+        self.pool.free(pages)
+        assert pages == []
+
+    @precondition(lambda self: self.NUM_PAGES < 14)
+    @rule(more=st.integers(0, 2))
+    def enlarge(self, more):
+        self.NUM_PAGES += more
+        self.pool.enlarge(self.NUM_PAGES)
+
+    # Invariants -----------------------------------------------------------------------------------
 
     @invariant()
-    def every_page_has_one_owner(self):
-        owned = [page for pages in self.sequences for page in pages]
-        assert len(set(owned)) == len(owned)
-        assert len(owned) + self.pool.num_free == NUM_PAGES
+    def no_page_is_lost(self):
+        assert self.pool.num_pages == self.NUM_PAGES
+        assert self.pool.num_free == self.NUM_PAGES - len(self.all_held())
+        assert self.pool.num_cached == len(self.found)
+
+    @invariant()
+    def every_sequence_holds_what_it_wrote(self):
+        for pages, tokens in self.sequences:
+            assert len(set(pages)) == len(pages) and len(tokens) <= len(pages) * P
+            for position in range(len(tokens)):
+                entry = self.contents[pages[position // P], position % P]
+                assert entry == tuple(tokens[: position + 1])
+
+    def teardown(self):
+        """The free pages are those that nobody holds, each once."""
+        held = self.all_held()
+        rest = self.pool.allocate(self.pool.num_free * P)
+        assert held.isdisjoint(rest) and held.union(rest) == set(range(self.NUM_PAGES))
+        assert len(set(rest)) == len(rest) and self.pool.num_free == 0
 
 
-Pool.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+Pool.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPool = Pool.TestCase
 
 
+# --- By hand ---
+
+
+def test_a_page_is_copied_before_one_of_two_holders_writes_to_it():
+    pool = blocks.BlockManager(4, 16)
+    first = pool.allocate(20)
+    second = pool.fork(first)
+    assert first == second == [0, 1] and pool.num_free == 2
+    assert pool.extend(second, 20, 21) == (1, 2)
+    assert second == [0, 2] and pool.num_free == 1
+    assert pool.extend(second, 21, 22) is None and pool.extend(first, 20, 21) is None
+    assert pool.extend(first, 32, 33) is None and first == [0, 1, 3]  # a full page stays shared
+    pool.free(first)
+    assert pool.num_free == 2 and pool.extend(second, 0, 1) is None and second == [0, 2]
+
+
+def test_what_lies_behind_the_start_is_given_up_without_a_copy():
+    pool = blocks.BlockManager(6, 16)
+    first = pool.allocate(48)
+    second = pool.fork(first)
+    assert pool.extend(second, 16, 17) is None and second == [0, 3, 4]
+    assert pool.extend(second, 5, 6) == (0, 5) and second == [5, 3, 4]
+
+
+def test_a_published_page_is_no_longer_offered_when_it_is_written_to():
+    pool = blocks.BlockManager(3, 4)
+    pages = pool.allocate(8)
+    pool.publish(pages, range(8))
+    assert pool.num_cached == 2
+    assert pool.extend(pages, 6, 8) is None and pages == [0, 1]
+    assert pool.num_cached == 1 and pool.reuse(range(8)) == [0]
+
+
+def test_the_longest_prefix_is_found_page_by_page():
+    pool = blocks.BlockManager(8, 4)
+    pages = pool.allocate(14)
+    pool.publish(pages, range(100, 114))
+    pool.free(pages)
+    assert pool.num_free == 8 and pool.num_cached == 3
+    for tokens, want in (
+        (range(100, 114), [0, 1, 2]),
+        (range(100, 111), [0, 1]),
+        ([*range(100, 107), 0, *range(108, 112)], [0]),
+        (range(104, 112), []),  # the right tokens in another place
+        ([], []),
+    ):
+        found = pool.reuse(tokens)
+        assert found == want
+        pool.free(found)
+
+
+def test_pages_are_evicted_by_last_use_and_leaves_before_their_parents():
+    pool = blocks.BlockManager(6, 4)
+    old, new = pool.allocate(8), pool.allocate(8)
+    pool.publish(old, range(8))
+    pool.publish(new, range(50, 58))
+    pool.free(old)
+    pool.free(new)
+    pool.free(pool.reuse(range(8)))  # used again, so now the later of the two
+    pool.allocate(12)  # two empty pages, and one
+    assert pool.num_cached == 3 and pool.reuse(range(50, 58)) == [2]
+    pool.allocate(4)
+    assert pool.num_free == 1 and pool.reuse(range(8)) == [0]
+
+
+def test_of_equal_pages_another_takes_over():
+    pool = blocks.BlockManager(3, 4)
+    first, second = pool.allocate(4), pool.allocate(4)
+    pool.publish(first, range(4))
+    pool.publish(second, range(4))
+    pool.free(first)
+    third = pool.allocate(8)  # evicts the first
+    assert third == [2, 0] and pool.num_cached == 0
+    pool.free(second)
+    assert pool.num_cached == 1 and pool.reuse(range(4)) == [1]
+
+
+def test_keys_tell_all_tokens_of_63_bits_apart():
+    pool = blocks.BlockManager(200, 2)
+    values = [0, 1, -1, 2**31, -(2**31), 2**63 - 1, -(2**63)]
+    pairs = [(a, b) for a in values for b in values]
+    for pair in pairs:
+        pool.publish(pool.allocate(2), pair)
+    assert pool.num_cached == len(pairs)
+    for page, pair in enumerate(pairs):
+        assert pool.reuse(pair) == [page]
+    for call in (pool.reuse, lambda tokens: pool.publish(pool.allocate(2), tokens)):
+        with pytest.raises(ParameterError, match="tokens are .*9223372036854775808"):
+            call((0, 2**63))
+
+
+def test_a_larger_pool_keeps_numbers():
+    pool = blocks.BlockManager(1, 4)
+    pages = pool.allocate(4)
+    pool.enlarge(3)
+    assert pool.num_pages == 3 and pool.num_free == 2
+    assert pool.extend(pages, 4, 12) is None and pages == [0, 1, 2]
+    with pytest.raises(ParameterError, match="num_pages is 2, expected at least 3"):
+        pool.enlarge(2)
+
+
+# --- Bad input ---
+
+
 def test_exhausted_pool_names_pages_wanted_and_free():
-    pool = blocks.PageAllocator(4, 16)
+    pool = blocks.BlockManager(4, 16)
     held = pool.allocate(40)
     with pytest.raises(CapacityError, match="pool exhausted: 5 pages wanted, 1 free of 4"):
-        pool.grow(held, 8 * 16)
-    assert len(held) == 3 and pool.num_free == 1
+        pool.extend(held, 40, 8 * 16)
+    with pytest.raises(CapacityError, match="pool exhausted: 2 pages wanted, 1 free of 4"):
+        pool.require(2)
+    assert held == [0, 1, 2] and pool.num_free == 1
 
 
-def test_free_refuses_what_nobody_owns():
-    pool = blocks.PageAllocator(4, 16)
+def test_no_call_takes_what_nobody_holds():
+    pool = blocks.BlockManager(4, 16)
     pages = pool.allocate(20)
+    calls = (pool.free, pool.fork, lambda pages: pool.publish(pages, [1]))
     for wrong in ([3], [4], [-1], [pages[0], pages[0]]):
-        with pytest.raises(ParameterError, match="expected distinct pages in use"):
-            pool.free(wrong)
-    assert pool.num_free == 2
+        for call in calls:
+            with pytest.raises(ParameterError, match="expected distinct pages in use"):
+                call(wrong)
+    assert pool.num_free == 2 and pool.num_cached == 0
     copy = list(pages)
     pool.free(pages)
     with pytest.raises(ParameterError, match="expected distinct pages in use"):
@@ -87,7 +340,21 @@ def test_free_refuses_what_nobody_owns():
 @pytest.mark.parametrize("arguments", [(-1, 16), (4, 0)])
 def test_sizes_are_checked(arguments):
     with pytest.raises(ParameterError, match="expected at least 0 and 1"):
-        blocks.PageAllocator(*arguments)
+        blocks.BlockManager(*arguments)
+
+
+@pytest.mark.parametrize("start, stop", [(-1, 1), (5, 4), (33, 40)])
+def test_positions_are_checked(start, stop):
+    pool = blocks.BlockManager(4, 16)
+    pages = pool.allocate(20)
+    with pytest.raises(ParameterError, match=f"start is {start} and stop {stop}, expected start"):
+        pool.extend(pages, start, stop)
+    with pytest.raises(ParameterError, match="33 tokens, expected at most the 32"):
+        pool.publish(pages, range(33))
+    assert pages == [0, 1] and pool.num_free == 2
+
+
+# --- Tables ---
 
 
 def test_slots_follow_the_pages():

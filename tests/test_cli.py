@@ -81,6 +81,7 @@ class Fake:
         Fake.model, Fake.options, Fake.asked = model, options, []
         self.stats = types.SimpleNamespace(
             prompt_tokens=30,
+            reused_tokens=16,
             prompt_seconds=0.1,
             decode_tokens=8,
             decode_seconds=0.5,
@@ -112,7 +113,7 @@ def test_run_prints_the_text_and_one_summary_line(capsys):
     # A token: K and V of 2 layers, 2 heads of 16, 2 bytes each.
     speed = r"\d+\.\d tokens/s"
     assert re.fullmatch(
-        rf"CPU: prompt 5 tokens, {speed}; decode 7 tokens, {speed}; "
+        rf"CPU: prompt 5 tokens, reused 0 tokens, {speed}; decode 7 tokens, {speed}; "
         r"KV 256 bytes a token, 3,072 in all\n",
         err,
     )
@@ -131,8 +132,8 @@ def test_summary_worked_by_hand(capsys, fake):
     assert run(capsys, "run", "x") == (
         0,
         "one two\n",
-        "Fake GPU: prompt 30 tokens, 300.0 tokens/s; decode 8 tokens, 16.0 tokens/s; "
-        "KV 40,000 bytes a token, 1,520,000 in all\n",
+        "Fake GPU: prompt 30 tokens, reused 16 tokens, 140.0 tokens/s; "
+        "decode 8 tokens, 16.0 tokens/s; KV 40,000 bytes a token, 1,520,000 in all\n",
     )
 
 
@@ -176,7 +177,7 @@ def test_the_seed_decides_the_draw(capsys):
 
 
 def test_every_flag_reaches_the_model(capsys, fake):
-    flags = "--model m --device cuda --kv bf16 --weights fp32 --ctx 77 --max-tokens 5 "
+    flags = "--model m --device cuda --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
     flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
@@ -195,8 +196,21 @@ def test_defaults(capsys, fake):
 
 @pytest.mark.parametrize("kv, nbytes", [("fp16", 256), ("bf16", 256), ("fp32", 512)])
 def test_kv_and_weights(capsys, kv, nbytes):
-    code, out, err = tiny_run(capsys, "hello", "--kv", kv, "--weights", kv, "--max-tokens", 2)
+    code, out, err = tiny_run(capsys, "hello", "--kv-dtype", kv, "--weights", kv, "--max-tokens", 2)
     assert code == 0 and f"KV {nbytes} bytes a token, {6 * nbytes:,} in all" in err
+
+
+def test_prompts_in_turn_reuse_what_they_have_in_common(capsys, monkeypatch):
+    """Pages of 16 tokens: the second prompt begins with one, the third with two. The last token of
+    a prompt is computed, even where all of it is known."""
+    start = "x" * 31  # a token each, after the start token
+    monkeypatch.setattr("sys.stdin", io.StringIO(start))
+    code, out, err = tiny_run(capsys, start + "y", start[:20], start + "z", "-", "--max-tokens", 2)
+    texts = [answer(text, max_tokens=2) for text in (start + "y", start[:20], start + "z", start)]
+    assert code == 0 and out == "".join(f"{text}\n" for text in texts)
+    found = re.findall(r"prompt (\d+) tokens, reused (\d+) tokens", err)
+    assert found == [("33", "0"), ("21", "16"), ("33", "32"), ("32", "16")]
+    assert err.count("\n") == 4
 
 
 def test_ctx_ends_the_answer(capsys):
@@ -267,30 +281,33 @@ def test_inspect(capsys):
     assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
 
 
-LLAMA = "(2 x 2 layers x 2 heads x 16 x {} bytes)"
-GEMMA = "(2 x 7 layers x 2 heads x 32 x 2 bytes)"
+LLAMA = "(2 layers x 2 heads x {} bytes of K{})"
+GEMMA = "(7 layers x 2 heads x {} bytes of K{})"
+BOTH, WITH_SCALES = " and V", ", V and scales"  # heads of 16 and of 32
 
 
 @pytest.mark.parametrize(
     "case, flags, out",
     [
-        ("llama", "", f"fp16: 256 bytes a token {LLAMA.format(2)}, 32,768 bytes for 128"),
+        ("llama", "", f"fp16: 256 bytes a token {LLAMA.format(64, BOTH)}, 32,768 bytes for 128"),
+        ("llama", "bf16 --ctx 1", f"bf16: 256 bytes a token {LLAMA.format(64, BOTH)}, 256 bytes"),
+        ("llama", "fp32 --ctx 9", f"fp32: 512 bytes a token {LLAMA.format(128, BOTH)}, 4,608"),
+        ("llama", "int8 --ctx 1", f"int8: 144 bytes a token {LLAMA.format(36, WITH_SCALES)}, 144"),
         (
             "llama",
-            "--kv bf16 --ctx 1",
-            f"bf16: 256 bytes a token {LLAMA.format(2)}, 256 bytes for 1",
+            "fp8:fp32",
+            f"e4m3:fp32: 160 bytes a token {LLAMA.format(40, WITH_SCALES)}, 20,4",
         ),
-        (
-            "llama",
-            "--kv fp32 --ctx 9",
-            f"fp32: 512 bytes a token {LLAMA.format(4)}, 4,608 bytes for 9",
-        ),
-        ("gemma3", "--ctx 10", f"fp16: 1,792 bytes a token {GEMMA}, 17,920 bytes for 10"),
+        ("llama", "int4:head", f"int4:head: 64 bytes a token {LLAMA.format(16, BOTH)}, 8,192"),
+        ("llama", "k8v4", f"k8v4: 112 bytes a token {LLAMA.format(28, WITH_SCALES)}, 14,336"),
+        ("gemma3", "fp16 --ctx 10", f"fp16: 1,792 bytes a token {GEMMA.format(128, BOTH)}, 17,920"),
     ],
 )
 def test_size_worked_by_hand(capsys, tmp_path, case, flags, out):
     tiny.write_case(tmp_path / "m.gguf", case)
-    assert run(capsys, "size", tmp_path / "m.gguf", *flags.split()) == (0, f"{out} tokens\n", "")
+    flags = f"--kv-dtype {flags}".split() if flags else []
+    code, got, err = run(capsys, "size", tmp_path / "m.gguf", *flags)
+    assert (code, err) == (0, "") and got.startswith(out) and got.endswith(" tokens\n")
 
 
 def test_size_beyond_the_models_context_is_noted(capsys):
@@ -472,7 +489,7 @@ def test_bad_file(capsys, command, file, text):
     "flags, text",
     [
         ("--device gpu", "device is 'gpu', expected auto, cuda or cpu"),
-        ("--kv fp8", "kv_dtype is 'fp8', expected one of fp16, bf16, fp32"),
+        ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
         ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
         ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
@@ -514,7 +531,8 @@ def test_chat_with_a_base_model(capsys, monkeypatch):
     "flags, text",
     [
         ("--ctx 0", "--ctx is 0, expected at least 1"),
-        ("--kv fp8", "--kv is 'fp8', expected one of fp16, bf16, fp32"),
+        ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
+        ("--kv-dtype int8:row", "'row' of 'int8:row' is unknown, expected one of token, head"),
     ],
 )
 def test_bad_size(capsys, flags, text):

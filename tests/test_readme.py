@@ -20,8 +20,8 @@ def test_example(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_there_are_three():
-    assert len(EXAMPLES) == 3
+def test_there_are_four():
+    assert len(EXAMPLES) == 4
 
 
 def test_the_tree_names_what_exists():

@@ -1,8 +1,7 @@
 """memcpy_batch and start: the rules with a driver that answers as told, the copies on all machines,
-and the calibration without a clock."""
+and when a calibration is measured."""
 
 import gc
-import json
 import threading
 import weakref
 from types import SimpleNamespace
@@ -10,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import cuda, transfer
+from pykv import calibration, cuda, transfer
+from pykv.calibration import DIRECTIONS
 from pykv.errors import (
     CudaError,
     DeviceError,
@@ -20,7 +20,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.ops import block_copy
-from pykv.transfer import DIRECTIONS, MODES, CopyReport, memcpy_batch
+from pykv.transfer import MODES, CopyReport, memcpy_batch
 from tests.helpers import assert_same_bits, to_numpy
 
 PATHS = ("kernel", "batch", "loop")
@@ -61,6 +61,7 @@ def forced(monkeypatch):
 
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
+        monkeypatch.setattr(transfer, "_tables", {0: table})
         monkeypatch.setattr(transfer, "_table", lambda device: table)
         transfer._fastest.cache_clear()
         transfer._fastest_anywhere.cache_clear()
@@ -395,6 +396,14 @@ def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
     ]
 
 
+def test_a_capture_takes_the_kernel_in_place_of_the_batch_call(driver, forced):
+    forced("batch")
+    driver.capturing = True
+    report = auto(SRC, DST, 5)
+    assert report.path == "kernel" and report.reason.endswith("cannot be captured in a graph")
+    assert driver.captured == [([160, 320], DST, 5)] and not driver.batches
+
+
 def test_a_capture_takes_the_kernel_without_a_calibration(driver, monkeypatch):
     monkeypatch.setattr(transfer, "_table", None)
     driver.capturing = True
@@ -535,60 +544,28 @@ def test_nothing_to_start():
     assert transfer.start([], []).stats.bytes == 0
 
 
-# --- The forecast ---------------------------------------------------------------------------------
-
-SOME = {s: {c: 3.0 * s**0.7 * c**0.4 for c in (1, 16, 128)} for s in (1024, 4096, 65536)}
-
-
-def test_forecasts_are_exact_at_the_cells_and_on_power_laws_between():
-    for size, row in SOME.items():
-        for count, us in row.items():
-            assert transfer.predict(SOME, size, count) == pytest.approx(us)
-    for size, count in ((2000, 3), (60_000, 127), (1024, 100), (5000, 1)):
-        want = 3.0 * size**0.7 * count**0.4
-        assert transfer.predict(SOME, size, count) == pytest.approx(want)
-
-
-def test_forecasts_go_on_by_the_last_cost_of_a_piece_and_of_a_byte():
-    cells = {s: {c: 5 + c * (2 + s / 1000) for c in (1, 10, 100)} for s in (1000, 10_000)}
-    for size, count in ((1000, 5000), (10_000, 101), (10_000, 5000), (50_000, 100), (10**6, 10)):
-        want = 5 + count * (2 + size / 1000)
-        assert transfer.predict(cells, size, count) == pytest.approx(want)
-    assert transfer.predict(cells, 1, 10) == cells[1000][10]
-
-
-def test_forecasts_from_rows_of_unequal_lengths_and_single_cells():
-    assert transfer.predict({1024: {1: 7.0}}, 10, 1) == 7
-    assert transfer.predict({1024: {1: 7.0}}, 2048, 3) == 42
-    cells = {1024: {1: 4.0, 16: 8.0}, 4096: {1: 4.0}}
-    assert transfer.predict(cells, 4096, 16) == 64
-    assert transfer.predict(cells, 1024, 16) == 8
-    assert transfer.predict({1024: {1: 9.0, 16: 8.0}}, 1024, 1000) == 8  # noise, never negative
-
-
 # --- The calibration ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path, forced):
-    """A GPU whose measurement takes no time, and its cache folder."""
-    fake = SimpleNamespace(measured=0, identity=["NVIDIA H200", "GPU-1-2", "13000"], batch=True)
+    """A GPU whose measurement takes no time, and a cache folder."""
+    fake = SimpleNamespace(measured=0, batch=True)
     fake.gate = threading.Event()
     fake.gate.set()
 
-    def measure():
+    def measure(ways):
         fake.measured += 1
         fake.gate.wait(0.05)  # nobody opens it: a moment for other threads
-        return table_for("batch", transfer._paths())
+        return table_for("batch", ways)
 
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(transfer, "_tables", {})
-    monkeypatch.setattr(transfer, "_measure", measure)
-    monkeypatch.setattr(transfer, "_identity", lambda: tuple(fake.identity))
+    monkeypatch.setattr(calibration, "measure", measure)
+    monkeypatch.setattr(calibration, "_identity", lambda: ("H200", "GPU-1", "13000"))
     monkeypatch.setattr(transfer, "is_memcpy_batch_available", lambda: fake.batch)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "array_module", lambda device: None)
-    fake.folder = tmp_path / "calibration"
     fake.new_process = lambda: transfer._tables.clear()
     return fake
 
@@ -598,51 +575,8 @@ def test_a_calibration_is_measured_once_and_kept(gpu):
     assert transfer.calibrate() is table and gpu.measured == 1
     gpu.new_process()
     assert transfer.calibrate() == table and gpu.measured == 1
-    (file,) = gpu.folder.iterdir()  # and no temporary one
-    assert file.name == "NVIDIA-H200-GPU-1-2-driver-13000-v1.json"
-    transfer.calibrate(force=True)
-    assert gpu.measured == 2
-
-
-@pytest.mark.parametrize("change", [(1, "GPU-other"), (2, "13010")])
-def test_a_calibration_of_another_gpu_or_driver_is_ignored(gpu, change):
-    transfer.calibrate()
-    gpu.new_process()
-    gpu.identity[change[0]] = change[1]
-    transfer.calibrate()
-    assert gpu.measured == 2 and len(list(gpu.folder.iterdir())) == 2
-
-
-def damaged():
-    good = table_for("loop")
-    yield "half a file", json.dumps(good)[:300]
-    yield "no file", "\0" * 100
-    yield "a list", "[1, 2]"
-    yield "a number", "3"
-    yield "no direction", json.dumps({d: good[d] for d in DIRECTIONS[:2]})
-    yield "no path", json.dumps({**good, "d2d": {"kernel": good["d2d"]["kernel"]}})
-    for name, cells in (
-        ("no cells", {}),
-        ("no counts", {"1024": {}}),
-        ("a word", {"1024": {"1": "fast"}}),
-        ("a time of nought", {"1024": {"1": 0}}),
-        ("no number", {"1024": {"1": float("nan")}}),
-        ("no size", {"big": {"1": 1.0}}),
-        ("no row", {"1024": 1.0}),
-    ):
-        yield name, json.dumps({**good, "h2d": {**good["h2d"], "loop": cells}})
-
-
-@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in damaged()])
-def test_a_damaged_calibration_is_measured_again(gpu, text):
-    transfer.calibrate()
-    (file,) = gpu.folder.iterdir()
-    file.write_text(text)
-    gpu.new_process()
-    table = transfer.calibrate()
-    assert gpu.measured == 2
-    gpu.new_process()
-    assert transfer.calibrate() == table and gpu.measured == 2
+    forced = transfer.calibrate(force=True)
+    assert transfer.calibrate() is forced is not table and gpu.measured == 2
 
 
 def test_a_calibration_without_the_batch_call_is_measured_again_with_it(gpu):
@@ -653,15 +587,8 @@ def test_a_calibration_without_the_batch_call_is_measured_again_with_it(gpu):
     assert "batch" in transfer.calibrate()["h2d"] and gpu.measured == 2
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(gpu):
-    gpu.folder.write_text("in the way")
-    with pytest.warns(RuntimeWarning, match="cannot keep its calibration"):
-        table = transfer.calibrate()
-    assert transfer.calibrate() is table and gpu.measured == 1
-
-
 def test_threads_share_one_measurement(gpu, monkeypatch):
-    monkeypatch.setattr(transfer, "_store", lambda path, table: table)  # a file would be shared too
+    monkeypatch.setattr(calibration, "store", lambda table: table)  # a file would be shared too
     gpu.gate.clear()
     in_threads(4, lambda i: transfer.calibrate())
     assert gpu.measured == 1
@@ -671,69 +598,23 @@ def test_the_first_auto_call_calibrates(gpu, driver, monkeypatch):
     transfer._fastest.cache_clear()
     assert auto(SRC, DST, 5).path == "batch" and gpu.measured == 1
     assert auto(SRC, DST, 6).path == "batch" and gpu.measured == 1
-    monkeypatch.setattr(transfer, "_measure", lambda: table_for("loop"))
+    monkeypatch.setattr(calibration, "measure", lambda ways: table_for("loop"))
     assert auto(SRC, DST, 5).path == "batch"
     transfer.calibrate(force=True)
     assert auto(SRC, DST, 5).path == "loop"
 
 
-def test_cells_fit_and_the_quick_ones_come_first():
-    cells = transfer._cells(128 << 20)
-    assert cells[0] == (1024, 1) and max(s * c for s, c in cells) == 128 << 20
-    assert (4096, 16384) in cells and (16384, 16384) not in cells
-    assert {s for s, _ in cells} == set(transfer.CELL_SIZES)
-    assert transfer._cells(2048) == [(1024, 1)]
-
-
-@pytest.mark.parametrize("budget, cells", [(60, 9), (0, 1)])
-def test_what_is_measured(driver, monkeypatch, budget, cells):
-    """Every path in every direction with buffers that fit, within the budget; nothing merged."""
-    taken = []
-
-    class Buffer:
-        def __init__(self, size):
-            if size > 1 << 18:
-                raise driver.Failure("cudaErrorMemoryAllocation")
-            self.ptr = 1 << 30 << len(taken)
-            taken.append(size)
-
-    class Stream(SimpleNamespace):
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *args):
-            pass
-
-    fake = __import__("sys").modules["cupy"].cuda
-    fake.Memory = fake.PinnedMemory = Buffer
-    fake.Stream = lambda non_blocking: Stream(ptr=3, synchronize=lambda: None)
-    fake.memory = SimpleNamespace(OutOfMemoryError=MemoryError)
-    monkeypatch.setattr(transfer, "_BUDGET_S", budget)
-    table = transfer._measure()
-    assert taken == [1 << 18] * 3
-    near, far, host = (1 << 30 << i for i in range(3))
-    for direction, pair in {"h2d": (host, near), "d2h": (near, host), "d2d": (near, far)}.items():
-        assert set(table[direction]) == set(PATHS)
-        for timed in table[direction].values():
-            assert sum(map(len, timed.values())) == cells
-        ends = {
-            (at, to)
-            for src, dst, _ in driver.kernels
-            for at, to in zip(src, dst, strict=True)
-            if pair[0] <= at < pair[0] * 2 and pair[1] <= to < pair[1] * 2
-        }
-        assert pair in ends
-        assert all(at - pair[0] < 1 << 18 and to - pair[1] < 1 << 18 for at, to in ends)
-    assert len(driver.kernels) <= transfer._SAMPLES * 3 * cells
-    assert {handle for *_, handle in driver.copies} == {3} == {call[3] for call in driver.batches}
-
-
-def test_the_shortest_sample_counts(monkeypatch):
-    now = iter([0, 3e-3, 0, 1e-3, 0, 2e-3, 0, 0.5e-3])
-    monkeypatch.setattr(transfer.time, "perf_counter", lambda: next(now))
-    done = []
-    us = transfer._time_us(lambda: done.append("run"), lambda: done.append("wait"))
-    assert us == pytest.approx(1000) and done == ["run", "wait"] * 3  # 5 ms are enough
+def test_the_ways_that_are_measured(driver):
+    """Those that a call takes, with neighbours left apart."""
+    src, dst = np.array([[100, 105], [500, 505]], np.uint64)
+    for way in transfer._ways().values():
+        way(src, dst, 5, 3)
+    assert driver.kernels == [([100, 105], [500, 505], 5)]
+    assert driver.batches == [([100, 105], [500, 505], [5, 5], 3)]
+    assert driver.copies == [(500, 100, 5, 4, 3), (505, 105, 5, 4, 3)]
+    assert tuple(transfer._ways()) == PATHS
+    driver.status = "missing"
+    assert tuple(transfer._ways()) == ("kernel", "loop")
 
 
 # --- Copies on every machine ----------------------------------------------------------------------
@@ -783,6 +664,21 @@ def test_auto_moves_every_byte_and_no_other(machine, rng, forced, path, sizes):
     assert_same_bits(dst, want)
     assert_same_bits(src, before)
     assert (report.path, report.bytes) == (expected(machine, path), sum(sizes))
+
+
+def test_tables_may_be_strided(machine, rng, forced):
+    forced("kernel")
+    src, dst = (machine.asarray(rng.integers(0, 256, 99, np.uint8)) for _ in range(2))
+    want = to_numpy(dst).copy()
+    for piece in (slice(40, 43), slice(8)):
+        want[piece] = to_numpy(src)[piece]
+    rows = np.array([[40, 40, 3], [0, 0, 8]], np.uint64)
+    rows[:, :2] += np.array([block_copy._address(x) for x in (src, dst)], np.uint64)
+    place = "cpu" if machine is np else "cuda"
+    at, to, sizes = rows.T
+    memcpy_batch(at, to, sizes.view(np.int64), mode="auto", device=place)
+    finish(machine)
+    assert_same_bits(dst, want)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -922,12 +818,12 @@ def test_a_calibration_of_this_gpu(monkeypatch, tmp_path):
 
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(transfer, "_tables", {})
-    monkeypatch.setattr(transfer, "_CELL_BYTES", 1 << 20)
+    monkeypatch.setattr(calibration, "_CELL_BYTES", 1 << 20)
     pool = cupy.get_default_memory_pool()
     before = pool.total_bytes()
     table = transfer.calibrate()
     for direction in DIRECTIONS:
-        assert set(table[direction]) == set(transfer._paths())
+        assert set(table[direction]) == set(transfer._ways())
         for cells in table[direction].values():
             assert cells[1024][1] > 0
     assert pool.total_bytes() - before < 1 << 20  # no more than the kernel's tables
@@ -963,11 +859,14 @@ def test_a_copy_overlaps_compute(rng, forced, path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("path", ["kernel", "batch"])
 @pytest.mark.parametrize("mode", ["Relaxed", "ThreadLocal", "Global"])
-def test_a_graph_captures_auto(rng, mode):
-    """Also in the modes that forbid to allocate, torch's among them."""
+def test_a_graph_captures_auto(rng, forced, mode, path):
+    """Also in the modes that forbid to allocate, torch's among them, and where it would have taken
+    what cannot be captured."""
     import cupy
 
+    forced(path)
     sizes = np.array([3000, 17, 4096])
     src, dst = cupy.asarray(rng.integers(0, 256, 10_000, np.uint8)), cupy.zeros(10_000, np.uint8)
     offsets = np.array([0, 3500, 5000], np.uint64)

@@ -16,6 +16,7 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.errors import CapacityError, ParameterError
+from pykv.kinds import KVSpec
 from pykv.llm import gguf, models, sampling
 from pykv.llm.chat import chat_prompt
 from pykv.llm.model import Batch, Model, forward, load, read_config
@@ -46,9 +47,14 @@ class Completion:
 
 @dataclass
 class Stats:
-    """Tokens and seconds of the last call, and the tokens that its cache held."""
+    """Tokens and seconds of the last call, and the tokens that its cache held.
+
+    Of the prompts' tokens, `reused_tokens` were in the cache from earlier calls; the seconds are
+    those of the others.
+    """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     prompt_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
@@ -77,11 +83,14 @@ class LLM:
     Args:
         model: "smollm2-135m", "gemma3-270m" (fetched at the first use) or the path of a GGUF file.
         device: "cuda", "cpu", or "auto": the GPU where one is usable.
-        kv_dtype: what the cache stores, "fp16", "bf16" or "fp32".
+        kv_dtype: what the cache stores: "fp16", "int8", "k8v4", ..., see KVSpec.parse.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
         page_size: tokens a page.
+        prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
+            that begin alike. Logits may then differ in their last bits, as they do between one
+            prompt step and two.
         progress: show a bar on stderr while weights are read.
 
     Raises:
@@ -102,10 +111,11 @@ class LLM:
         context: int | None = None,
         pool_tokens: int | None = None,
         page_size: int = 16,
+        prefix_cache: bool = True,
         progress: bool = False,
     ):
-        for name, kind in (("kv_dtype", kv_dtype), ("weights", weights)):
-            float_kind(name, kind)
+        self.spec = KVSpec.parse(kv_dtype)
+        weights_dtype = float_kind("weights", weights)
         for name, value in (("pool_tokens", pool_tokens), ("page_size", page_size)):
             if value is not None and value < 1:
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
@@ -115,10 +125,10 @@ class LLM:
         if context is not None and not 1 <= context <= limit:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {limit}")
         self.tokenizer = Tokenizer.from_file(self.file)
-        self.model = _load(self.file, self.xp, float_kind("weights", weights), progress)
+        self.model = _load(self.file, self.xp, weights_dtype, progress)
         self.context = context or limit
-        self.kv_dtype = kv_dtype
         self.page_size = page_size
+        self.prefix_cache = prefix_cache
         self.stats = Stats()
         self._may_grow = pool_tokens is None
         self.cache = self._new_cache(-(-(pool_tokens or 1) // page_size))
@@ -233,8 +243,11 @@ class LLM:
 
     def _run(self, sequences: list[_Sequence]) -> Generator[None, None, None]:
         """Step until every sequence is finished; yields after each step."""
-        self._reserve(sequences)
-        self.stats = stats = Stats(prompt_tokens=sum(len(s.prompt) for s in sequences))
+        self._reserve(sequences, reuse=self.prefix_cache)
+        self.stats = stats = Stats(
+            prompt_tokens=sum(len(s.prompt) for s in sequences),
+            reused_tokens=sum(s.cached for s in sequences),
+        )
         try:
             waiting = list(sequences)
             while waiting:
@@ -255,8 +268,7 @@ class LLM:
                 yield
         finally:
             stats.cached_tokens = sum(s.cached for s in sequences)
-            for sequence in sequences:
-                self.cache.allocator.free(sequence.pages)
+            self._release(sequences)
 
     def _prompt_step(self, waiting: list[_Sequence]) -> None:
         """The next tokens of the prompts, up to PREFILL_TOKENS, as one ragged batch."""
@@ -270,11 +282,11 @@ class LLM:
         ids = [s.prompt[s.cached : s.cached + n] for s, n in due]
         batch = self._ragged_batch([s for s, _ in due], ids)
         last = np.cumsum([n for _, n in due]) - 1
-        for sequence, count in due:
-            sequence.cached += count
-        done = [i for i, (s, _) in enumerate(due) if s.cached == len(s.prompt)]
+        done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
         rows = self.xp.asarray(last[done].astype(np.int32))
         logits = forward(self.model, batch, self.cache, rows)
+        for sequence, count in due:
+            sequence.cached += count
         if done:
             self._draw([due[i][0] for i in done], logits)
 
@@ -284,11 +296,13 @@ class LLM:
         packed = np.empty((4, len(active)), np.int32)  # one transfer for all four
         for column, s in zip(packed.T, active, strict=True):
             slot = s.pages[s.cached // P] * P + s.cached % P
-            s.cached += 1
-            column[:] = s.generated[-1], s.cached - 1, slot, s.cached
+            column[:] = s.generated[-1], s.cached, slot, s.cached + 1
         ids, positions, slots, lengths = self.xp.asarray(packed)
         batch = Batch(ids, positions, slots, None, table, lengths)
-        self._draw(active, forward(self.model, batch, self.cache))
+        logits = forward(self.model, batch, self.cache)
+        for s in active:
+            s.cached += 1
+        self._draw(active, logits)
 
     def _draw(self, sequences: list[_Sequence], logits: Any) -> None:
         params = [s.params for s in sequences]
@@ -343,21 +357,34 @@ class LLM:
             )
         return ids
 
-    def _reserve(self, sequences: list[_Sequence]) -> None:
-        """Pages for all tokens that the sequences may reach, or an error before any work."""
-        allocator = self.cache.allocator
-        wanted = sum(allocator.pages_for(s.limit) for s in sequences)
-        idle = allocator.num_free == allocator.num_pages
-        if wanted > allocator.num_pages and self._may_grow and idle:
-            self.cache = self._new_cache(wanted)
-            allocator = self.cache.allocator
-        if wanted > allocator.num_free:
-            raise CapacityError(
-                f"pool exhausted: {wanted} pages wanted, {allocator.num_free} free of "
-                f"{allocator.num_pages} ({self.page_size} tokens a page)"
-            )
-        for sequence in sequences:
-            allocator.grow(sequence.pages, sequence.limit)
+    def _reserve(self, sequences: list[_Sequence], *, reuse: bool) -> None:
+        """Pages for all tokens that the sequences may reach, or an error before any work. With
+        `reuse`, a prompt's pages that are known begin it; its last token is always computed, as
+        somebody must make its logits."""
+        cache, manager = self.cache, self.cache.manager
+        for s in sequences:
+            if reuse:
+                s.pages = manager.reuse(s.prompt[:-1])
+                s.cached = len(s.pages) * self.page_size
+        try:
+            wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
+            missing = wanted - manager.num_free
+            if missing > 0 and self._may_grow:
+                cache.enlarge(manager.num_pages + missing)
+            manager.require(wanted)
+        except CapacityError:
+            self._release(sequences)
+            raise
+        for s in sequences:
+            cache.extend(s.pages, s.cached, s.limit)
+
+    def _release(self, sequences: list[_Sequence]) -> None:
+        """Give all pages back; what was computed on them may be reused."""
+        for s in sequences:
+            if self.prefix_cache:
+                tokens = s.prompt + s.generated
+                self.cache.manager.publish(s.pages, tokens[: s.cached])
+            self.cache.manager.free(s.pages)
 
     def _new_cache(self, pages: int) -> PagedKVCache:
         config = self.model.config
@@ -367,7 +394,7 @@ class LLM:
             config.kv_heads,
             config.head_dim,
             page_size=self.page_size,
-            dtype=self.kv_dtype,
+            dtype=str(self.spec),
             xp=self.xp,
         )
 
@@ -398,16 +425,16 @@ class LLM:
         ids = self._ids(token_ids)
         step = max(1, min(PREFILL_TOKENS, LOGIT_BYTES // (4 * self.model.config.vocab)))
         sequence = _Sequence(ids, SamplingParams(), None, len(ids))
-        self._reserve([sequence])
+        self._reserve([sequence], reuse=False)  # or logits would be missing
         try:
             for start in range(0, len(ids), step):
                 part = ids[start : start + step]
                 batch = self._ragged_batch([sequence], [part])
-                sequence.cached += len(part)
                 logits = forward(self.model, batch, self.cache)
+                sequence.cached += len(part)
                 yield (logits if self.xp is np else logits.get()), start
         finally:
-            self.cache.allocator.free(sequence.pages)
+            self._release([sequence])
 
 
 def _safe_length(sequence: _Sequence) -> int:

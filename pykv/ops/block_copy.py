@@ -473,11 +473,12 @@ def _upload(tables: list[Any]) -> list[Any]:
     """Host tables on the GPU, by one transfer; those of wider elements come first."""
     if not tables:
         return []
-    on_host = np.concatenate([t.view(np.uint8) for t in tables])
-    packed = cuda.array_module("cuda").empty(on_host.size, np.uint8)
+    cupy = cuda.array_module("cuda")
+    on_host = np.frombuffer(b"".join(tables), np.uint8)
+    packed = cupy.empty(on_host.size, np.uint8)
     packed.set(on_host)  # a third of the time that asarray takes, which pins memory first
-    ends = np.cumsum([table.nbytes for table in tables]).tolist()
-    return [
-        packed[end - table.nbytes : end].view(table.dtype)
-        for end, table in zip(ends, tables, strict=True)
-    ]
+    arrays, at = [], packed.data
+    for table in tables:
+        arrays.append(cupy.ndarray(len(table), table.dtype, at))  # half of a slice and a view
+        at = at + table.nbytes  # += would move the pointer of the array just made
+    return arrays

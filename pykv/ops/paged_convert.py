@@ -27,7 +27,7 @@ _FLOAT_KINDS = {kind.dtype: kind for kind in KINDS.values() if not kind.largest}
 _CACHE = ("k_pool", "v_pool", "k_scales", "v_scales", "pages")
 
 
-def _variant(src: str, dst: str, head_dim: int) -> dict[str, int | str]:
+def _variant(src: str, dst: str, head_dim: int) -> dict[str, Any]:
     return _defines(KVSpec(src, src), KVSpec(dst, dst), 0, head_dim)
 
 
@@ -368,7 +368,9 @@ def _keeps_bits(spec: KVSpec, out_spec: KVSpec, kind: Kind, out_kind: Kind) -> b
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def _defines(spec: KVSpec, out_spec: KVSpec, which: int, head_dim: int) -> dict[str, int | str]:
+def _defines(
+    spec: KVSpec, out_spec: KVSpec, which: int, head_dim: int, by_sequence: bool = False
+) -> dict[str, Any]:
     """What the kernel is compiled for; `which` is 0 for keys and 1 for values."""
     kind, out_kind = spec.kinds[which], out_spec.kinds[which]
     return dict(
@@ -379,7 +381,20 @@ def _defines(spec: KVSpec, out_spec: KVSpec, which: int, head_dim: int) -> dict[
         HEAD_DIM=head_dim,
         FIND=int(_finds(out_spec, out_kind)),
         MOVE=int(_keeps_bits(spec, out_spec, kind, out_kind)),
+        SEQUENCES=int(by_sequence),
+        BLOCK=BLOCK,
+        **_shares(kind, head_dim),
     )
+
+
+def _shares(kind: Kind, head_dim: int) -> dict[str, int]:
+    """How many lanes share a row, and how many rows they have in flight: two pieces of eight
+    elements or a little more for a lane, because each row's addresses cost as much as a piece; in
+    all 64 to 128 bytes, more than which take registers from other warps."""
+    eighths = head_dim // 8
+    lanes = min(32, 1 << max(eighths // 2, 1).bit_length() - 1)
+    pieces = -(-eighths // lanes)
+    return dict(LANES=lanes, ROWS=max(1, (4 if kind.bits == 32 else 8) // pieces))
 
 
 def _scale_type(spec: KVSpec, kind: Kind) -> str:
@@ -404,10 +419,10 @@ def _cuda(
             strides += _strides(side, which, target.spec.layout)
         if rows is not None:
             strides[1] = strides[0]  # tokens follow each other from page to page
-        works.append((_defines(source.spec, target.spec, which, D), strides))
-    grid = -(-(n * P * H) // _tile(D))
+        works.append((_defines(source.spec, target.spec, which, D, rows is not None), strides))
     shared = works[0] == works[1]  # one launch does for both
     for which, (defines, strides) in enumerate(works[:1] if shared else works):
+        tile = BLOCK // defines["LANES"] * defines["ROWS"]
         pick = slice(None) if shared else slice(which, which + 1)
         pointers: list[Any] = []
         for side in (target, source):
@@ -415,7 +430,7 @@ def _cuda(
                 pointers += (*pair[pick], *pair[pick])[:2]
         cuda.launch(
             cuda.kernel("paged_convert", "paged_convert", **defines),
-            *((grid, 2 if shared else 1), BLOCK, *pointers, *tables),
+            *((-(-(n * P * H) // tile), 2 if shared else 1), BLOCK, *pointers, *tables),
             *map(np.int32, numbers),
             *map(np.int64, strides),
             *counts,
@@ -438,13 +453,6 @@ def _strides(side: _Side, which: int, layout: str) -> list[int]:
                 outer, inner = inner, outer
             strides += [page, outer, inner]
     return strides
-
-
-def _tile(head_dim: int) -> int:
-    """Rows of a thread block, as the kernel counts them."""
-    eighths = head_dim // 8
-    lanes = min(32, 1 << (eighths - 1).bit_length())
-    return BLOCK // lanes * (4 // -(-eighths // lanes))
 
 
 def _divisor(n: int) -> tuple[Any, Any, Any]:

@@ -154,7 +154,7 @@ def test_the_capital_of_france(llms, device):
     assert answer.text.startswith(" Paris")
     pieces = list(llm.stream("The capital of France is", SamplingParams(max_tokens=8)))
     assert "".join(pieces) == answer.text and len(pieces) > 1
-    assert llm.cache.allocator.num_free == llm.cache.allocator.num_pages
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 @pytest.mark.model
@@ -177,7 +177,8 @@ def tiny_path(tmp_path_factory):
 
 @pytest.fixture(params=DEVICES)
 def llm(tiny_path, request):
-    return LLM(tiny_path, device=request.param)
+    """Every call computes all its tokens; tests/llm/test_reuse.py has the other."""
+    return LLM(tiny_path, device=request.param, prefix_cache=False)
 
 
 def test_a_batch_equals_its_prompts_one_by_one(llm, rng):
@@ -233,9 +234,9 @@ def test_stop_strings_end_the_text_and_are_held_back(llm):
 def test_closing_a_stream_frees_its_pages(llm):
     stream = llm.stream([5, 6, 7], greedy(50))
     next(stream)
-    assert llm.cache.allocator.num_free < llm.cache.allocator.num_pages
+    assert llm.cache.manager.num_free < llm.cache.manager.num_pages
     stream.close()
-    assert llm.cache.allocator.num_free == llm.cache.allocator.num_pages
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 def test_context_ends_a_completion(tiny_path):
@@ -261,7 +262,7 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
         llm.generate([[5] * 60, [6]], SamplingParams(max_tokens=4))
     with pytest.raises(ParameterError, match="1 params, expected one for each of 2 prompts"):
         llm.generate([[5], [6]], [SamplingParams()])
-    assert llm.cache.allocator.num_free == 4
+    assert llm.cache.manager.num_free == 4
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_sampling_params_are_checked(wrong):
     ("wrong", "text"),
     [
         ({"device": "tpu"}, "device is 'tpu', expected auto, cuda or cpu"),
-        ({"kv_dtype": "int7"}, "kv_dtype is 'int7', expected one of fp16, bf16, fp32"),
+        ({"kv_dtype": "int7"}, "'int7' is no kind, expected one of fp32, fp16, bf16"),
         ({"context": 0}, "context is 0, expected 1 to"),
         ({"page_size": 0}, "page_size is 0, expected at least 1"),
         ({"pool_tokens": 0}, "pool_tokens is 0, expected at least 1"),

@@ -19,21 +19,36 @@ GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
 _live = weakref.WeakValueDictionary()  # (first address, end) of each allocation to its memory
 
 
+class MemoryPointer:
+    """The address of a NumPy array, or one within it, that keeps the memory alive."""
+
+    device_id = DEVICE
+
+    def __init__(self, host):
+        self.host, self.ptr = host, host.ctypes.data
+
+    def __add__(self, offset):
+        return MemoryPointer(self.bytes()[offset:])
+
+    def bytes(self):
+        return self.host.reshape(-1).view(np.uint8)
+
+    def memset_async(self, value, nbytes):
+        self.bytes()[:nbytes] = value
+
+
 class ndarray:
     """A device array; `host` is the NumPy array behind it."""
 
     __array_ufunc__ = None  # NumPy leaves mixed arithmetic to this class, which has none
 
-    def __init__(self, host):
-        self.host = host
+    def __init__(self, host, dtype=None, memptr=None):
+        """Around a NumPy array, or as CuPy's: a shape, and the memory from where on it lies."""
+        self.host = host if memptr is None else np.ndarray(host, dtype, memptr.bytes())
 
     @property
     def data(self):
-        def memset_async(value, nbytes):
-            self.host.reshape(-1).view(np.uint8)[:nbytes] = value
-
-        address = self.host.ctypes.data
-        return SimpleNamespace(ptr=address, device_id=DEVICE, memset_async=memset_async)
+        return MemoryPointer(self.host)
 
     def get(self):
         return self.host.copy()
@@ -189,6 +204,7 @@ cublas = SimpleNamespace(
 )
 
 cuda = SimpleNamespace(
+    alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),

@@ -1,0 +1,200 @@
+"""How long each way of copying takes on a GPU: measured once, kept in a file, interpolated.
+
+A way copies many pieces of one size between addresses; pykv.transfer has them, and hands them in.
+Cells are what is measured of a way: some sizes of a piece, some numbers of pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.errors import CudaError
+
+DIRECTIONS = ("h2d", "d2h", "d2d")  # h: pinned host memory, d: memory of the current GPU
+
+Cells = dict[int, dict[int, float]]  # microseconds by bytes of a piece, then by number of pieces
+Table = dict[str, dict[str, Cells]]  # by direction, then by name of a way
+
+# Enqueues one call: [C] uint64 sources and destinations, bytes of a piece, handle of the stream,
+# which is CuPy's current one.
+Way = Callable[[Any, Any, int, int], object]
+
+
+# --- The forecast ---------------------------------------------------------------------------------
+
+
+def predict(cells: Cells, size: float, count: float) -> float:
+    """Microseconds that `count` pieces of `size` bytes take, from measured cells around them."""
+    sizes = sorted(cells)
+    i = _segment(sizes, size)
+    near = [(n, _interpolate(sorted(cells[n].items()), count)) for n in sizes[i : i + 2]]
+    return _interpolate(near, size)
+
+
+def _segment(xs: Sequence[float], x: float) -> int:
+    """The i for which `x` lies between xs[i] and xs[i + 1], or beyond the end that it is at."""
+    return max(0, min(bisect_left(xs, x), len(xs) - 1) - 1)
+
+
+def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Time at `x` from (x, time) in ascending order.
+
+    Between points, times are straight lines on logarithmic axes. Below the first only what every
+    call costs is left; beyond the last, each further piece or byte costs what the last ones did.
+    """
+    i = _segment([at for at, _ in points], x)
+    (x0, y0), (x1, y1) = points[i], points[min(i + 1, len(points) - 1)]
+    if x <= x0:
+        return y0
+    if x0 == x1:  # a single point
+        return y0 * x / x0
+    if x > x1:
+        return y1 + (x - x1) * max(0.0, (y1 - y0) / (x1 - x0))
+    return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
+
+
+# --- The file -------------------------------------------------------------------------------------
+
+VERSION = 1  # part of the file's name: to be raised when what is measured changes
+
+
+def load(ways: Iterable[str]) -> Table | None:
+    """The figures of the current GPU, or None if the cache folder has none of all these ways."""
+    try:
+        read = json.loads(_file().read_text(encoding="utf-8"))
+        return {where: {name: _sound(read[where][name]) for name in ways} for where in DIRECTIONS}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _sound(read: Any) -> Cells:
+    """Cells as JSON has them, with keys that are numbers again."""
+    cells = {
+        int(size): {int(count): float(us) for count, us in row.items()}
+        for size, row in read.items()
+    }
+    times = [us for row in cells.values() for us in row.values()]
+    if not (cells and all(cells.values()) and all(0 < us < math.inf for us in times)):
+        raise ValueError("a time is missing, or none that a clock shows")
+    return cells
+
+
+def store(table: Table) -> Table:
+    """Keep the figures of the current GPU, or warn that it cannot be done, and return them."""
+    file = _file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its final place, so that the last step is one atomic rename.
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".store-") as folder:
+            written = Path(folder) / file.name
+            written.write_text(json.dumps(table, indent=1), encoding="utf-8")
+            os.replace(written, file)
+    except OSError as error:
+        warnings.warn(
+            f"pykv cannot keep its calibration in {file.parent} ({error.strerror}); it is measured "
+            "again in every process. Set PYKV_CACHE_DIR to a writable folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return table
+
+
+def _file() -> Path:
+    """A GPU, a driver and a version have a file of their own."""
+    name, uuid, driver = _identity()
+    words = re.sub(r"\W+", "-", f"{name} {uuid} driver {driver} v{VERSION}")
+    return cuda.cache_dir() / "calibration" / f"{words}.json"
+
+
+def _identity() -> tuple[str, str, str]:
+    """Name, UUID and driver of the current GPU."""
+    from cuda.core import Device
+
+    cupy = cuda.array_module("cuda")
+    driver = cupy.cuda.runtime.driverGetVersion()
+    return cuda.device_name(cupy), str(Device(cuda.current_device()).uuid), str(driver)
+
+
+# --- The measurement ------------------------------------------------------------------------------
+
+CELL_SIZES = tuple(1 << n for n in range(10, 23, 2))  # bytes of a piece: 1 KiB to 4 MiB
+CELL_COUNTS = (1, 16, 128, 1024, 16384)
+_CELL_BYTES = 128 << 20  # at most, twice on the GPU and once on the host
+_BUDGET_S = 1.5  # after which larger cells are left to `predict`
+_SAMPLES = 7  # of a cell; the shortest counts
+_ENOUGH_US = 5000.0  # after which a cell gets no further sample
+
+
+def measure(ways: Mapping[str, Way]) -> Table:
+    """Time every way in every direction, small cells first, until the budget is spent.
+
+    Raises:
+        CudaError: there is no memory for the smallest cell. What a way raises goes through.
+    """
+    import cupy
+
+    stream, random = cupy.cuda.Stream(non_blocking=True), np.random.default_rng(0)
+    room, buffers = _buffers()
+    near, far, host = (np.uint64(buffer.ptr) for buffer in buffers)
+    places = {"h2d": (host, near), "d2h": (near, host), "d2d": (near, far)}
+    table: Table = {direction: {name: {} for name in ways} for direction in DIRECTIONS}
+    with stream:
+        began = time.perf_counter()
+        for size, count in _cells(room):
+            orders = [random.permutation(count).astype(np.uint64) for _ in range(2)]
+            offsets = [order * np.uint64(size) for order in orders]
+            for direction, pair in places.items():
+                src, dst = (at + offset for at, offset in zip(pair, offsets, strict=True))
+                for name, way in ways.items():
+                    us = _time_us(partial(way, src, dst, size, stream.ptr), stream.synchronize)
+                    table[direction][name].setdefault(size, {})[count] = us
+            if time.perf_counter() - began > _BUDGET_S:
+                break
+    return table
+
+
+def _cells(room: int) -> list[tuple[int, int]]:
+    """(size, count) of what fits, quickest first: a copy costs about what 64 KiB do."""
+    cells = [(size, count) for size in CELL_SIZES for count in CELL_COUNTS if size * count <= room]
+    return sorted(cells, key=lambda cell: cell[1] * (cell[0] + (1 << 16)))
+
+
+def _time_us(run: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """The shortest of a few samples: what the machine can do when nothing disturbs it."""
+    samples: list[float] = []
+    while len(samples) < _SAMPLES and sum(samples) < _ENOUGH_US:
+        began = time.perf_counter()
+        run()
+        synchronize()
+        samples.append(1e6 * (time.perf_counter() - began))
+    return min(samples)
+
+
+def _buffers() -> tuple[int, list[Any]]:
+    """Bytes of each of three buffers, two on the GPU and one pinned; and the buffers. Not from
+    CuPy's pools, which would keep the memory."""
+    import cupy
+
+    room = _CELL_BYTES
+    while True:
+        try:
+            memory = (cupy.cuda.Memory, cupy.cuda.Memory, cupy.cuda.PinnedMemory)
+            return room, [allocate(room) for allocate in memory]
+        except (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError) as failure:
+            room //= 2
+            if room < CELL_SIZES[0]:
+                raise CudaError(f"transfer.calibrate: no memory is left: {failure}") from failure

@@ -1,0 +1,492 @@
+"""Whole pages of a cache: zero, copy, swap to host memory, save to disk. Scales go with the data.
+
+Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
+take.
+
+A cache here is any object with the attributes `k`, `v`, `k_scales`, `v_scales` and `spec`, such as
+pykv.PagedKVCache or `Pages`: pools [L, N, P, H, W] ([L, N, H, P, W] where the spec says HND) whose
+pages are contiguous, and scales [L, N, P, H] likewise, or [L, H] or [L, 1] where heads or tensors
+have given ones, or None for kinds of floats. Scales of heads and tensors belong to the cache, not
+to its pages: pages may only go where those are the same.
+
+Lists of pages are sequences of integers on the host, such as pykv.blocks makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import _cupy, check, on_gpu
+from pykv.errors import FormatError, ParameterError
+from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.ops import block_copy
+
+LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
+
+Ids = Sequence[int] | Any  # or a NumPy array
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Pages that are no cache of their own: on a device, or on the host where they were swapped to.
+
+    Attributes: see the module.
+    """
+
+    k: Any
+    v: Any
+    k_scales: Any
+    v_scales: Any
+    spec: KVSpec
+
+
+def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
+    """Fill pages with zeros, and the scales of their rows: they decode to zeros.
+
+    Args:
+        cache: see the module.
+        pages: page ids.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ParameterError: a page does not exist.
+        ShapeError, DtypeError: the cache's arrays do not fit its spec.
+    """
+    op = "pages.zero_pages"
+    ids = _ids(op, "pages", pages, _facts(op, "cache", cache)["pages"])
+    with cuda.on_stream(stream):
+        at = _cupy().asarray(ids) if on_gpu(cache.k) else ids
+        for array in _moving(cache).values():
+            bits = array.view(f"u{array.itemsize}")
+            bits[:, at] = 0
+
+
+def copy_pages(
+    source: Any, target: Any, source_pages: Ids, target_pages: Ids, *, stream: Any = None
+) -> None:
+    """Copy page source_pages[i] of one cache to page target_pages[i] of another, or of the same
+    one: fork, copy-on-write, and what `swap_out` and `swap_in` do. In all layers, bit for bit.
+
+    Args:
+        source, target: caches of the same spec, layout and sizes but N; each on the GPU or, where
+            the other one is on a GPU, in pinned host memory.
+        source_pages, target_pages: page ids, as many of one as of the other. No page is a target
+            twice, or both source and target.
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ParameterError: specs or sizes differ, a page does not exist or may not be a target, or
+            given scales differ (to see that, the host waits for them).
+        ShapeError, DtypeError: a cache's arrays do not fit its spec.
+        DeviceError: host memory is pageable where a GPU copies.
+
+    On a GPU only enqueues.
+    """
+    tables, options = _plan("pages.copy_pages", source, target, source_pages, target_pages)
+    block_copy.vectorized_copy(*tables, **options, stream=stream)
+
+
+def prepare_copy(
+    source: Any, target: Any, source_pages: Ids, target_pages: Ids
+) -> block_copy.DeviceCopy | block_copy.HostCopy:
+    """What block_copy.prepare is to block_copy.vectorized_copy, to `copy_pages`: the same copy made
+    ready to run many times. Waits until its tables are on the GPU."""
+    tables, options = _plan("pages.prepare_copy", source, target, source_pages, target_pages)
+    work = block_copy.prepare(*tables, **options)
+    work.arrays = (source, target)
+    return work
+
+
+def host_pages(cache: Any, num_pages: int) -> Pages:
+    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU.
+
+    Raises:
+        ParameterError: `num_pages` is negative.
+        MemoryError: the host has not as much that can be pinned.
+    """
+    op = "pages.host_pages"
+    if num_pages < 0:
+        raise ParameterError(f"{op}: num_pages is {num_pages}, expected at least 0")
+    _facts(op, "cache", cache)
+    moving = _moving(cache)
+    made = {}
+    for name in ("k", "v", "k_scales", "v_scales"):
+        array = getattr(cache, name)
+        if name in moving:
+            shape = (len(array), num_pages, *array.shape[2:])
+            made[name] = _host_memory(shape, array.dtype, on_gpu(cache.k))
+        else:
+            made[name] = array  # given scales are shared
+    return Pages(**made, spec=cache.spec)
+
+
+def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any = None) -> Pages:
+    """Copy pages to host memory: page pages[i] of the cache becomes page i of the store.
+
+    Args:
+        cache: see the module.
+        pages: page ids.
+        store: what `host_pages` made; None: made, of len(pages) pages.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        The store. On a GPU the copy is only enqueued: the host may read it, and the cache's pages
+        may go to others on other streams, when the stream has passed.
+
+    Raises: as `copy_pages`.
+    """
+    if store is None:
+        store = host_pages(cache, len(pages))
+    copy_pages(cache, store, pages, range(len(pages)), stream=stream)
+    return store
+
+
+def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
+    """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
+    copy_pages(store, cache, range(len(pages)), pages, stream=stream)
+
+
+# --- Arrays and pages -----------------------------------------------------------------------------
+
+
+def _facts(op: str, name: str, cache: Any) -> dict[str, Any]:
+    """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
+    spec: KVSpec = cache.spec
+    page = "P H" if spec.layout == "NHD" else "H P"
+    wanted: dict[str, tuple[Any, ...]] = {}
+    scales: dict[str, Any] = {}
+    for letter, kind in zip("kv", spec.kinds, strict=True):
+        pool, scale = getattr(cache, letter), getattr(cache, f"{letter}_scales")
+        wanted[f"{name}.{letter}"] = (pool, f"L N | {page} {kind.width}", kind.dtype, 1)
+        scales[f"{name}.{letter}_scales"] = scale
+        if (scale is None) == bool(kind.largest):
+            raise ParameterError(
+                f"{op}: {name}.{letter}_scales is {'missing' if kind.largest else 'given'}, "
+                f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
+            )
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    if spec.granularity == "token":
+        wanted |= {key: (x, f"L N | {page}", dtype, 1) for key, x in scales.items()}
+    sizes = check(op, **wanted)
+    if spec.granularity != "token":  # they may be elsewhere than pages that were swapped out
+        dims = f"{sizes['L']} {sizes['H'] if spec.granularity == 'head' else 1}"
+        check(op, **{key: (x, dims, dtype, 1) for key, x in scales.items()})
+    return dict(
+        spec=str(spec),
+        layers=sizes["L"],
+        page_size=sizes["P"],
+        heads=sizes["H"],
+        head_dim=sizes["D"],
+        pages=sizes["N"],
+    )
+
+
+def _moving(cache: Any) -> dict[str, Any]:
+    """The arrays [L, N, ...] that pages are made of."""
+    names = ["k", "v"]
+    if cache.spec.finds_scales:
+        names += ["k_scales", "v_scales"]
+    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+
+
+def _given_scales(cache: Any) -> dict[str, Any]:
+    """The scales that belong to the whole cache."""
+    names = () if cache.spec.finds_scales else ("k_scales", "v_scales")
+    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+
+
+def _ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
+    """[n] int64, all of them pages."""
+    ids = np.asarray(pages)
+    if ids.size == 0:
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
+    wrong = (ids < 0) | (ids >= num_pages)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected 0 to {num_pages - 1}")
+    return ids.astype(np.int64)
+
+
+def _plan(
+    op: str, source: Any, target: Any, source_pages: Ids, target_pages: Ids
+) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+    """Check, and find what block_copy takes: addresses of both sides and sizes, and its options."""
+    facts, to_facts = _facts(op, "source", source), _facts(op, "target", target)
+    for name, fact in facts.items():
+        if name != "pages" and to_facts[name] != fact:
+            raise ParameterError(f"{op}: target has {name}={to_facts[name]}, expected {fact}")
+    from_ids = _ids(op, "source_pages", source_pages, facts["pages"])
+    to_ids = _ids(op, "target_pages", target_pages, to_facts["pages"])
+    if len(from_ids) != len(to_ids):
+        raise ParameterError(
+            f"{op}: target_pages has {len(to_ids)} pages, expected {len(from_ids)} like "
+            "source_pages"
+        )
+    _check_targets(op, from_ids, to_ids, source.k is target.k)
+    for name, scales in _given_scales(source).items():
+        others = getattr(target, name)
+        if scales is not others and not _same_values(scales, others):
+            raise ParameterError(f"{op}: target.{name} differ, expected those of source")
+
+    places = {on_gpu(source.k), on_gpu(target.k)}
+    device = "cuda" if True in places else "cpu"
+    tables = []
+    for name, array in _moving(source).items():
+        pair = []
+        for side, x, ids in (
+            ("source", array, from_ids),
+            ("target", getattr(target, name), to_ids),
+        ):
+            addresses = _page_addresses(x, ids)
+            if device == "cuda" and not on_gpu(x):
+                block_copy.check_reachable(op, f"{side}.{name}", addresses[:1], array.itemsize)
+            pair.append(addresses)
+        page_bytes = int(np.prod(array.shape[2:])) * array.itemsize
+        tables.append((*pair, np.full(pair[0].size, page_bytes, np.int64)))
+    addresses, to_addresses, sizes = map(np.concatenate, zip(*tables, strict=True))
+    size: Any = sizes
+    if sizes.size and sizes.min() == sizes.max():
+        size = int(sizes[0])
+    over_link = len(places) == 2
+    options = dict(device=device, max_ctas=LINK_CTAS if over_link else None)
+    return (addresses, to_addresses, size), options
+
+
+def _check_targets(op: str, from_ids: Any, to_ids: Any, same_cache: bool) -> None:
+    _, first, group = np.unique(to_ids, return_index=True, return_inverse=True)
+    repeated = first[group] != np.arange(len(to_ids))
+    if repeated.any():
+        i = int(np.argmax(repeated))
+        raise ParameterError(f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page twice")
+    if same_cache and (both := np.isin(to_ids, from_ids)).any():
+        i = int(np.argmax(both))
+        raise ParameterError(
+            f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
+        )
+
+
+def _page_addresses(array: Any, ids: Any) -> Any:
+    """[L * n] uint64."""
+    layers = np.arange(len(array), dtype=np.int64) * array.strides[0]
+    offsets = np.add.outer(layers, ids * array.strides[1]).reshape(-1)
+    return (np.int64(array.data.ptr if on_gpu(array) else array.ctypes.data) + offsets).view(
+        np.uint64
+    )
+
+
+def _same_values(a: Any, b: Any) -> bool:
+    a, b = (x.get() if on_gpu(x) else x for x in (a, b))
+    return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN too
+
+
+def _host_memory(shape: tuple[int, ...], dtype: Any, pinned: bool) -> Any:
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    if not pinned or nbytes == 0:
+        return np.empty(shape, dtype)
+    memory = _cupy().cuda.alloc_pinned_memory(nbytes)
+    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+#
+# A file is a safetensors file: 8 bytes with the size of a JSON header, the header, and the arrays
+# [L, n, ...] (those of given scales [L, ...]), each contiguous, bfloat16 as its bits. The header's
+# "__metadata__" holds the fingerprint and a SHA-256 of it and of all bytes of the arrays. Source:
+# https://github.com/huggingface/safetensors#format.
+
+FORMAT = "pykv.pages.1"
+_MAX_HEADER = 1 << 20  # bytes; ours take less than 1 KiB
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
+
+
+def save(
+    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str = ""
+) -> None:
+    """Write pages to a file, which any reader of safetensors opens.
+
+    Args:
+        path: of the file; replaced at once, when all is written.
+        cache: see the module.
+        pages: page ids; None: all.
+        model: whatever tells whose cache this is; `load` compares it.
+
+    Raises:
+        ParameterError: a page does not exist.
+        OSError: the file cannot be written; what was there before is still there.
+
+    Waits for CuPy's current stream. Needs host memory for the pages.
+    """
+    op = "pages.save"
+    facts = _facts(op, "cache", cache)
+    ids = _ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
+    store = swap_out(cache, ids)
+    if on_gpu(cache.k):
+        _cupy().cuda.get_current_stream().synchronize()
+    tensors = {**_moving(store), **{name: _host(x) for name, x in _given_scales(store).items()}}
+    metadata, table = _metadata(facts, len(ids), model), _table(tensors)
+    metadata["sha256"] = _digest(metadata, table, tensors)
+    text = json.dumps({"__metadata__": metadata, **table}).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for x in tensors.values():
+                file.write(_bytes(x))
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+def load(
+    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str | None = None
+) -> int:
+    """Read what `save` wrote into pages of a cache.
+
+    Args:
+        path: of the file.
+        cache: of the spec and sizes that the file was saved with, but any N.
+        pages: page ids, as many as the file has; its page i becomes page pages[i], and given scales
+            must be those of the file. None: the file has all N pages of the cache, and given scales
+            are replaced by the file's.
+        model: what the file must have been saved with; None: anything.
+
+    Returns:
+        How many pages there are.
+
+    Raises:
+        FormatError: this is no such file, it is damaged, or of another spec, size or model. The
+            cache is as before.
+        ParameterError: a page does not exist, or is listed twice.
+        OSError: the file cannot be read.
+
+    Waits for CuPy's current stream. Needs host memory for the pages.
+    """
+    op = "pages.load"
+    facts = _facts(op, "cache", cache)
+    with open(path, "rb") as file:
+        metadata, table, begin = _read_header(op, file, os.fspath(path))
+        count = _check_metadata(op, path, metadata, facts, model)
+        if pages is None and count != facts["pages"]:
+            raise FormatError(
+                f"{op}: {path} has {count} pages, expected all {facts['pages']}, or a list of pages"
+            )
+        ids = _ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
+        _check_targets(op, ids[:0], ids, False)
+        if len(ids) != count:
+            raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
+        store = host_pages(cache, count)
+        given = {name: _host(x).copy() for name, x in _given_scales(cache).items()}
+        tensors = {**_moving(store), **given}
+        expected = _table(tensors)
+        for name in {**expected, **table}:
+            if table.get(name) != expected.get(name):
+                raise FormatError(
+                    f"{op}: {path} has {name}={table.get(name)}, expected {expected.get(name)}"
+                )
+        size = os.fstat(file.fileno()).st_size
+        want = begin + sum(x.nbytes for x in tensors.values())
+        if size != want:
+            raise FormatError(f"{op}: {path} has {size} bytes, expected {want}")
+        for x in tensors.values():
+            file.readinto(_bytes(x))  # too few show in the checksum
+    if _digest(metadata, table, tensors) != metadata["sha256"]:
+        raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
+    for name, x in given.items():
+        if pages is None:
+            scales = getattr(cache, name)
+            scales[...] = _cupy().asarray(x) if on_gpu(scales) else x
+        elif not _same_values(x, getattr(cache, name)):
+            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
+    swap_in(cache, ids, store)
+    if on_gpu(cache.k):
+        _cupy().cuda.get_current_stream().synchronize()
+    return count
+
+
+def _host(x: Any) -> Any:
+    return x.get() if on_gpu(x) else x
+
+
+def _bytes(x: Any) -> memoryview:
+    return memoryview(x.reshape(-1).view(np.uint8))
+
+
+def _table(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The header of a file with these arrays."""
+    table: dict[str, Any] = {}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        table[name] = dict(
+            dtype=_CODES[x.dtype.name], shape=list(x.shape), data_offsets=[begin, end]
+        )
+    return table
+
+
+def _metadata(facts: dict[str, Any], count: int, model: str) -> dict[str, str]:
+    """The fingerprint; safetensors takes text alone."""
+    found = {name: str(fact) for name, fact in facts.items()}
+    return {**found, "format": FORMAT, "pages": str(count), "model": model}
+
+
+def _digest(metadata: dict[str, str], table: dict[str, Any], tensors: dict[str, Any]) -> str:
+    facts = {name: text for name, text in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps([facts, table], sort_keys=True).encode())
+    for x in tensors.values():
+        digest.update(_bytes(x))
+    return digest.hexdigest()
+
+
+def _read_header(op: str, file: BinaryIO, path: str) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Metadata, tensors, and where the arrays begin."""
+    first = file.read(8)
+    size = int.from_bytes(first, "little")
+    if len(first) < 8 or size > _MAX_HEADER:
+        raise FormatError(f"{op}: {path} is no file of pages: its header has {size} bytes")
+    try:
+        header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise FormatError(
+                f"{op}: {path} has format {metadata['format']!r}, expected {FORMAT!r}"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged") from error
+    return metadata, header, 8 + size
+
+
+def _check_metadata(
+    op: str, path: Any, metadata: dict[str, str], facts: dict[str, Any], model: str | None
+) -> int:
+    """Hold the fingerprint against the cache; returns the number of pages."""
+    wanted = {name: str(fact) for name, fact in facts.items() if name != "pages"}
+    if model is not None:
+        wanted["model"] = model
+    for name, want in wanted.items():
+        if metadata.get(name) != want:
+            raise FormatError(f"{op}: {path} has {name}={metadata.get(name)}, expected {want}")
+    count = metadata.get("pages", "")
+    if not (
+        isinstance(count, str) and count.isdecimal() and isinstance(metadata.get("sha256"), str)
+    ):
+        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged")
+    return int(count)

@@ -1,0 +1,173 @@
+"""Prompts that begin alike: pages of earlier calls are reused, and the text does not change."""
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import CapacityError
+from pykv.llm import LLM, SamplingParams
+from tests.helpers import without_simt
+from tests.llm import tiny
+
+P = 16
+
+
+@pytest.fixture(scope="module")
+def tiny_paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("llama", "gemma3"):
+        tiny.write_case(folder / f"{name}.gguf", name)
+    return folder
+
+
+@pytest.fixture
+def open_llm(tiny_paths, xp, monkeypatch):
+    """A tiny model whose arrays are of `xp`."""
+    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
+    return lambda name="llama", **options: LLM(tiny_paths / f"{name}.gguf", **options)
+
+
+def greedy(tokens):
+    return SamplingParams(max_tokens=tokens, ignore_eos=True)
+
+
+def tokens_of(rng, count):
+    return rng.integers(3, 250, count).tolist()
+
+
+def test_the_text_is_the_same_with_and_without_reuse(open_llm, rng):
+    check_the_text(open_llm, rng, "llama")
+
+
+@without_simt
+def test_the_text_is_the_same_with_windows(open_llm, rng):
+    check_the_text(open_llm, rng, "gemma3")  # windows of 8 keys
+
+
+def check_the_text(open_llm, rng, name):
+    llm, plain = open_llm(name), open_llm(name, prefix_cache=False)
+    start = tokens_of(rng, 50)
+    prompts = [start + tokens_of(rng, n) for n in (3, 20)] + [start[:40] + tokens_of(rng, 5)]
+    for prompt, reused in zip(prompts, (0, 48, 32), strict=True):
+        assert llm.generate([prompt], greedy(6)) == plain.generate([prompt], greedy(6))
+        assert (llm.stats.reused_tokens, plain.stats.reused_tokens) == (reused, 0)
+        assert llm.stats.prompt_tokens == len(prompt)
+        assert llm.stats.cached_tokens == len(prompt) + 5  # the last token has no entry
+    assert plain.cache.manager.num_cached == 0
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@without_simt
+def test_reused_pages_are_not_computed_again(open_llm, rng):
+    """NaN in the page that a prompt should not need, then in one that it needs."""
+    llm = open_llm()
+    prompt = tokens_of(rng, 40)
+    (want,) = llm.generate([prompt], greedy(4))
+    llm.cache.k[:, 2] = np.nan  # tokens 32 to 47: 40 were known, so this is no full page
+    assert llm.generate([prompt], greedy(4)) == [want] and llm.stats.reused_tokens == 32
+    llm.cache.k[:, 0] = np.nan
+    assert llm.generate([prompt], greedy(4)) != [want] and llm.stats.reused_tokens == 32
+
+
+@without_simt
+@pytest.mark.parametrize("length, reused", [(15, 0), (16, 0), (17, 16), (32, 16), (33, 32)])
+def test_at_least_the_last_token_is_computed(open_llm, rng, length, reused):
+    llm = open_llm()
+    prompt = tokens_of(rng, length)
+    want = llm.generate([prompt], greedy(3))
+    assert llm.generate([prompt], greedy(3)) == want
+    assert llm.stats.reused_tokens == reused
+
+
+@without_simt
+def test_answers_are_reused_too_as_in_a_chat(open_llm, rng):
+    llm, plain = open_llm(), open_llm(prefix_cache=False)
+    talk, reused = tokens_of(rng, 10), []
+    for _ in range(3):
+        (answer,) = llm.generate([talk], greedy(12))
+        assert [answer] == plain.generate([talk], greedy(12))
+        reused.append(llm.stats.reused_tokens)
+        talk = talk + answer.token_ids + tokens_of(rng, 4)
+    # 10 + 12 - 1 tokens have entries, then 10 + 16 + 12 - 1 = 37.
+    assert reused == [0, 16, 32]
+
+
+@without_simt
+def test_prompts_of_one_call_share_what_an_earlier_call_left(open_llm, rng):
+    llm, plain = open_llm(), open_llm(prefix_cache=False)
+    start = tokens_of(rng, 40)
+    llm.generate([start], greedy(1))
+    prompts = [start + tokens_of(rng, n) for n in (1, 7, 20)]
+    assert llm.generate(prompts, greedy(5)) == plain.generate(prompts, greedy(5))
+    assert llm.stats.reused_tokens == 3 * 32
+    assert llm.cache.manager.num_pages < plain.cache.manager.num_pages  # shared pages count once
+
+
+@without_simt
+def test_the_pool_keeps_its_size_and_evicts(open_llm, rng):
+    llm = open_llm(pool_tokens=6 * P)
+    first, second = tokens_of(rng, 40), tokens_of(rng, 40)
+    want = llm.generate([first], greedy(8))
+    llm.generate([second], greedy(8))  # 3 pages each, of which 2 are full
+    assert llm.generate([first], greedy(8)) == want and llm.stats.reused_tokens == 32
+    llm.generate([tokens_of(rng, 40)], greedy(8))  # of the second, used least recently, a page goes
+    llm.generate([first], greedy(8))
+    assert llm.stats.reused_tokens == 32
+    llm.generate([second], greedy(8))
+    assert llm.stats.reused_tokens == 16
+    assert llm.cache.manager.num_pages == 6 and llm.cache.manager.num_free == 6
+    with pytest.raises(CapacityError, match="pool exhausted: 3 pages wanted, 2 free of 6"):
+        llm.generate([second[:33], first, first], greedy(8))
+    assert llm.cache.manager.num_free == 6
+    llm.generate([second], greedy(8))
+    assert llm.stats.reused_tokens == 32  # a refusal forgets nothing
+
+
+@without_simt
+def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
+    llm = open_llm()
+    prompt = tokens_of(rng, 20)
+    stream = llm.stream(prompt, greedy(20))
+    pieces = [next(stream)]
+    longer = prompt + tokens_of(rng, 60)
+    assert llm.generate([longer], greedy(8)) == open_llm().generate([longer], greedy(8))
+    assert llm.cache.manager.num_pages == 3 + 6  # the other stream holds its own
+    pieces += stream
+    assert "".join(pieces) == open_llm().generate([prompt], greedy(20))[0].text
+    llm.generate([longer[:50]], greedy(2))
+    assert llm.stats.reused_tokens == 48
+
+
+@without_simt
+def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
+    """A step that ends in an error may have left its entries unwritten."""
+    llm = open_llm()
+    prompt = tokens_of(rng, 40)
+    from pykv.llm import generate
+
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 16)
+    forward, calls = generate.forward, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(generate, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([prompt], greedy(4))
+    assert llm.cache.manager.num_cached == 1
+    want = open_llm(prefix_cache=False).generate([prompt], greedy(4))
+    assert llm.generate([prompt], greedy(4)) == want and llm.stats.reused_tokens == 16
+
+
+@without_simt
+def test_logits_are_computed_for_every_token(open_llm, rng):
+    llm = open_llm()
+    ids = tokens_of(rng, 40)
+    first = llm.logits(ids)
+    assert len(first) == len(llm.logits(ids)) == 40
+    np.testing.assert_array_equal(first, llm.logits(ids))
+    llm.generate([ids], greedy(2))
+    assert llm.stats.reused_tokens == 32

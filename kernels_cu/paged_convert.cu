@@ -112,7 +112,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     const u32 first = blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
     bool exists[ROWS];
     u32 outers[ROWS], inners[ROWS];
-    i64 to_pages[ROWS], from_pages[ROWS];
+    int to_pages[ROWS], from_pages[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const u32 row = min(first + r * GROUPS, num_rows - 1);
@@ -122,10 +122,11 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
         exists[r] = first + r * GROUPS < num_rows && from_pages[r] >= 0;
 #if SEQUENCES
         const int b = last_up_to(indptr, num_sequences, item);
-        const i64 nth = (i64)item - indptr[b];  // page of the sequence
-        to_pages[r] = starts[b] + nth * page_size;
+        const int nth = (int)item - indptr[b];  // page of the sequence
+        const i64 token = starts[b] + (i64)nth * page_size;
         exists[r] &= nth >= 0 && (int)item < indptr[b + 1];
-        exists[r] &= to_pages[r] + outers[r] < min(starts[b + 1], num_tokens);
+        exists[r] &= token + outers[r] < min(starts[b + 1], num_tokens);
+        to_pages[r] = (int)token;
 #else
         to_pages[r] = dst_pages ? dst_pages[item] : (int)item;
         exists[r] &= to_pages[r] >= 0;

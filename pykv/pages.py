@@ -1,4 +1,4 @@
-"""Whole pages of a cache: zero, copy, swap to host memory, save to disk. Scales go with the data.
+"""Whole pages of a cache: zero, copy, convert, swap to the host, save. Scales go with the data.
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
 take.
@@ -29,7 +29,7 @@ from pykv import cuda
 from pykv.arrays import _cupy, check, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
-from pykv.ops import block_copy
+from pykv.ops import block_copy, paged_convert
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
@@ -105,6 +105,67 @@ def prepare_copy(
     work = block_copy.prepare(*tables, **options)
     work.arrays = (source, target)
     return work
+
+
+def convert_pages(
+    source: Any,
+    target: Any,
+    source_pages: Ids | None = None,
+    target_pages: Ids | None = None,
+    *,
+    stream: Any = None,
+) -> None:
+    """Write pages of one cache to pages of another of other kinds, layout or scales, in all layers.
+
+    Args:
+        source, target: caches of the same L, P, H and D, on one device. `target` may be views of
+            the source's memory, to convert in place, as pykv.ops.paged_convert.convert says.
+        source_pages, target_pages: page ids, as many of one as of the other, no target twice; None:
+            0, 1, 2 ...
+        stream: see pykv.cuda.on_stream.
+
+    Raises:
+        ParameterError: a page does not exist, a target is listed twice, or L differs.
+        Others as pykv.ops.paged_convert.convert.
+
+    On a GPU only enqueues, a launch or two for each layer.
+    """
+    op = "pages.convert_pages"
+    facts, to_facts = _facts(op, "source", source), _facts(op, "target", target)
+    for name in ("layers", "page_size", "heads", "head_dim"):
+        if facts[name] != to_facts[name]:
+            raise ParameterError(
+                f"{op}: target has {name}={to_facts[name]}, expected {facts[name]}"
+            )
+    lists: list[Any] = []
+    for name, ids, pages in (
+        ("source_pages", source_pages, facts["pages"]),
+        ("target_pages", target_pages, to_facts["pages"]),
+    ):
+        lists.append(None if ids is None else _ids(op, name, ids, pages).astype(np.int32))
+    if lists[1] is not None:
+        _check_targets(op, lists[1][:0], lists[1], False)
+    with cuda.on_stream(stream):
+        if on_gpu(source.k):
+            lists = [None if ids is None else _cupy().asarray(ids) for ids in lists]
+        for layer in range(facts["layers"]):
+            of_layer = [
+                [x if x is None else x[layer] for x in (c.k, c.v, c.k_scales, c.v_scales)]
+                for c in (source, target)
+            ]
+            (k, v, k_scales, v_scales), (k_out, v_out, k_out_scales, v_out_scales) = of_layer
+            paged_convert.convert(
+                *(k, v, k_out, v_out),
+                spec=source.spec,
+                out_spec=target.spec,
+                k_scales=k_scales,
+                v_scales=v_scales,
+                k_out_scales=k_out_scales,
+                v_out_scales=v_out_scales,
+                pages=lists[0],
+                out_pages=lists[1],
+                check=False,
+            )
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:

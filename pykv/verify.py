@@ -16,7 +16,8 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.errors import ParameterError
+from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import (
     activation,
     bandwidth,
@@ -26,6 +27,8 @@ from pykv.ops import (
     linear,
     norm,
     paged_append,
+    paged_check,
+    paged_convert,
     paged_decode,
     permute,
     prefill,
@@ -192,6 +195,94 @@ def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
         fill = np.nan if spec.finds_scales else 1.0 / kind.largest if kind.largest else 1.0
         scales.append(np.full(scale_shape, fill, SCALE_DTYPES[spec.scale_dtype]))
     return pools + [x if k.largest else None for x, k in zip(scales, spec.kinds, strict=True)]
+
+
+def _paged_convert(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    N, P, H, D = 7, 4, 3, 80
+    ids, out_ids = np.array([5, -1, 0, 6], np.int32), np.array([2, 3, 8, 0], np.int32)
+    kept = ids >= 0
+    for text, out_text in (
+        *(("int8", "fp16"), ("fp16", "int8"), ("k8v4:HND", "fp32"), ("bf16", "k8v4:fp32")),
+        *(("fp32", "e4m3"), ("e5m2", "int4:HND"), ("int8:head", "int8"), ("int4", "int4:HND")),
+    ):
+        spec, out_spec = KVSpec.parse(text), KVSpec.parse(out_text)
+        source, want = _cache(spec, N, P, H, D), _cache(out_spec, 9, P, H, D)
+        for i, kind in enumerate(spec.kinds):
+            x = rng.standard_normal((N, P, H, D)).astype(F32)
+            _encode(spec, kind, source, i, slice(None), x)
+        got = [None if x is None else xp.array(x) for x in want]
+        for i, kind in enumerate(out_spec.kinds):
+            x = _decode(spec, spec.kinds[i], source, i)[ids[kept]]
+            _encode(out_spec, kind, want, i, out_ids[kept], x)
+        k, v, k_scales, v_scales = (None if x is None else xp.asarray(x) for x in source)
+        paged_convert.convert(
+            *(k, v, got[0], got[1]),
+            spec=spec,
+            out_spec=out_spec,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            k_out_scales=got[2],
+            v_out_scales=got[3],
+            pages=xp.asarray(ids),
+            out_pages=xp.asarray(out_ids),
+        )
+        error = sum(wrong_values(x, y) for x, y in zip(got, want, strict=True) if y is not None)
+        yield f"{text} to {out_text}", error, 0.0
+
+    lengths = [5, 0, 9]
+    tables = [np.array(x, np.int32) for x in ([6, 1, 4, 0, 2], [0, 2, 2, 5], [0, 5, 5, 14])]
+    pool: Any = rng.standard_normal((2, N, P, H, D)).astype(F16)
+    flat = pool[:, tables[0]].reshape(2, -1, H, D)
+    rows = [flat[:, P * first : P * first + n] for first, n in zip((0, 2, 2), lengths, strict=True)]
+    out = xp.zeros((2, 14, H, D), F32)
+    given = xp.asarray(pool)
+    paged_convert.gather_rows(*given, *map(xp.asarray, tables), k_out=out[0], v_out=out[1])
+    error = wrong_values(out, np.concatenate(rows, 1).astype(F32))
+    yield "rows of sequences", error, 0.0
+
+
+def _encode(spec: KVSpec, kind: Any, arrays: list[Any], which: int, pages: Any, x: Any) -> None:
+    """Write pages [n, P, H, D] of floats as the spec says; arrays as of `_cache`."""
+    pool, scales = (_nhd(spec, arrays[i]) for i in (which, which + 2))
+    given = None if scales is None or scales.ndim == 3 else scales
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    pool[pages], found = quantize(x, kind, scale=given, scale_dtype=dtype)
+    if kind.largest and given is None:
+        scales[pages] = found
+
+
+def _decode(spec: KVSpec, kind: Any, arrays: list[Any], which: int) -> Any:
+    return dequantize(*(_nhd(spec, arrays[which]), kind, _nhd(spec, arrays[which + 2])))
+
+
+def _nhd(spec: KVSpec, x: Any) -> Any:
+    """A view with the layout NHD."""
+    return x.swapaxes(1, 2) if x is not None and x.ndim > 1 and spec.layout == "HND" else x
+
+
+def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    slots = rng.permutation(4000)[:1000].astype(np.int32)
+    table, lengths = np.arange(600, dtype=np.int32).reshape(100, 6), np.full(100, 96, np.int32)
+    for what, array, index, value, look in (
+        ("slots, sound", slots, 0, slots[0], paged_check.check_slots),
+        ("slots, one beyond the pool", slots, 700, 4000, paged_check.check_slots),
+        ("slots, one twice", slots, 900, slots[3], paged_check.check_slots),
+        ("page table, sound", table, (99, 5), 599, None),
+        ("page table, a page beyond the pool", table, (57, 2), 600, None),
+    ):
+        given = array.copy()
+        given[index] = value
+        try:
+            if look:
+                look(xp.asarray(given), 4000)
+            else:
+                paged_check.check_page_table(xp.asarray(given), xp.asarray(lengths), 600, 16)
+            found = "nothing"
+        except ParameterError as error:
+            found = str(error)
+        at = ", ".join(map(str, np.atleast_1d(index)))
+        want = "nothing" if what.endswith("sound") else f"[{at}] is {value}, expected"
+        yield f"{what}, verdicts that differ", float(want not in found), 0.0
 
 
 def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -368,6 +459,8 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
     "contiguous_append": _contiguous_append,
+    "paged_convert": _paged_convert,
+    "paged_check": _paged_check,
     "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

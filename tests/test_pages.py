@@ -124,6 +124,50 @@ def test_a_prepared_copy_runs_often(xp, rng):
         assert_holds(cache, want)
 
 
+@pytest.mark.parametrize("specs", [("int8", "fp16"), ("fp16", "k8v4:HND"), ("int8:head", "int8")])
+def test_convert(xp, rng, specs):
+    """Every layer, by the definition; pages that are no targets stay."""
+    source, target = (make(xp, rng, spec, **SIZES) for spec in specs)
+    for name in ARRAYS:  # random bits of floats and scales may be NaN
+        x = getattr(source, name)
+        if x is not None and x.dtype.kind == "f":
+            x[...] = xp.asarray(rng.random(x.shape).astype(to_numpy(x).dtype))
+    want, before = host(target), host(source)
+    ids, to_ids = [5, 0, 6], [1, 2, 6]
+
+    def nhd(spec, x):
+        return x if x is None or x.ndim < 4 or spec.layout == "NHD" else x.swapaxes(2, 3)
+
+    for letter, kind, to_kind in zip("kv", source.spec.kinds, target.spec.kinds, strict=True):
+        codes, scales = nhd(source.spec, before[letter]), before.get(f"{letter}_scales")
+        if scales is not None and scales.ndim == 2:
+            scales = np.broadcast_to(scales[:, None, None], codes.shape[:4])
+        x = kinds.dequantize(codes, kind, scales)[:, ids]
+        codes, found = kinds.quantize(x, to_kind)
+        nhd(target.spec, want[letter])[:, to_ids] = codes
+        if found is not None:
+            nhd(target.spec, want[f"{letter}_scales"])[:, to_ids] = found
+    pages.convert_pages(source, target, ids, to_ids)
+    assert_holds(target, want)
+    assert_holds(source, before)
+
+
+def test_convert_in_place(xp, rng):
+    cache = make(xp, rng, "int8", **SIZES)
+    for name in ("k_scales", "v_scales"):
+        getattr(cache, name)[...] = xp.asarray(np.ones(cache.k_scales.shape, np.float16))
+    other = make(xp, rng, "e4m3", **SIZES)
+    pages.convert_pages(cache, other)
+    views = Pages(
+        *(x.view(np.uint8) for x in (cache.k, cache.v)),
+        cache.k_scales,
+        cache.v_scales,
+        KVSpec("e4m3", "e4m3"),
+    )
+    pages.convert_pages(cache, views)
+    assert_holds(views, host(other))
+
+
 # --- To the host and back ---
 
 
@@ -381,6 +425,13 @@ def test_errors(xp, rng):
     ):
         other = make(xp, rng, spec, **{**SIZES, **sizes})
         fails(ParameterError, text, copy, cache, other, [0], [0])
+    convert = pages.convert_pages
+    other = make(xp, rng, "fp16", **{**SIZES, "L": 1})
+    fails(ParameterError, "target has layers=3, expected 1", convert, other, cache)
+    other = make(xp, rng, "fp16", **SIZES)
+    fails(ParameterError, r"target_pages\[1\] is 2, expected no page twice",
+          convert, other, cache, [0, 1], [2, 2])  # fmt: skip
+    fails(ParameterError, r"source_pages\[0\] is 7", convert, other, cache, [7], [2])
     lost = Pages(cache.k, cache.v, None, cache.v_scales, cache.spec)
     fails(ParameterError, "source.k_scales is missing, expected scales for int8",
           copy, lost, cache, [0], [1])  # fmt: skip

@@ -16,6 +16,8 @@ from pykv.ops import (
     linear,
     norm,
     paged_append,
+    paged_check,
+    paged_convert,
     paged_decode,
     permute,
     prefill,
@@ -226,6 +228,10 @@ def without_the_last_byte(op):
     return lambda *lists: op(*([x[:-1] for x in arrays] for arrays in lists))
 
 
+def with_changed_option(name, change):
+    return lambda op: lambda *args, **options: op(*args, **{**options, name: change(options[name])})
+
+
 FAULTS = {
     "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
@@ -240,6 +246,17 @@ FAULTS = {
         *(contiguous_append, "append"),
         lambda op: lambda k, v, *rest, **options: op(k, v * 0, *rest, **options),
     ),
+    "convert: pages in reverse": (
+        *(paged_convert, "convert"),
+        with_changed_option("out_pages", lambda pages: pages[::-1].copy()),
+    ),
+    "convert: skipped pages are read": (
+        *(paged_convert, "convert"),
+        with_changed_option("pages", abs),
+    ),
+    "rows: one too few": (paged_convert, "gather_rows", with_argument(4, lambda x: x - (x > 5))),
+    "check: slots are never wrong": (paged_check, "check_slots", lambda op: lambda *args: None),
+    "check: page 600 is fine": (paged_check, "check_page_table", with_argument(2, lambda n: n + 1)),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

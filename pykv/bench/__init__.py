@@ -46,7 +46,7 @@ class Work:
         ceiling: name of the ceiling that `bytes` is held to: "read", "write", "copy" (bytes read
             and written), "h2d" or "d2h"; None where there is none.
         reads_only: the call writes next to nothing, see `timing.Flush`.
-        graph: time replays of a captured graph instead of calls.
+        graph: time replays of a captured graph of so many calls instead of calls; 0: calls.
         wall: time from the call to the stream's end by the clock, as what the host submits counts.
     """
 
@@ -56,7 +56,7 @@ class Work:
     flops: int = 0
     ceiling: str | None = None
     reads_only: bool = False
-    graph: bool = False
+    graph: int = 0
     wall: bool = False
 
 
@@ -169,8 +169,11 @@ def _measure(
             work.run()
             timer.synchronize()
             ok = bool(work.check())
-            modes = dict(reads_only=work.reads_only, graph=work.graph, wall=work.wall)
-            times = timer.time(work.run, **modes) if ok else None
+            times = None
+            if ok:
+                times = timer.time(
+                    work.run, reads_only=work.reads_only, graph=work.graph, wall=work.wall
+                )
         return report.record(bench, case, work, times, facts)
     finally:
         work = None

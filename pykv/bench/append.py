@@ -13,6 +13,7 @@ from pykv.kinds import KVSpec
 from pykv.ops import paged_append
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
+GRAPH = 20  # calls: new rows come from a product that has just left them in the L2
 QUICK = dict(N=6, P=4, H=2, D=16)
 
 
@@ -59,4 +60,5 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         ),
         bytes=T * H * (2 * D * dtype.itemsize + of_pool) + 4 * T,  # rows, scales and slots
         ceiling="copy",
+        graph=GRAPH,
     )

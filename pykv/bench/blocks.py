@@ -50,7 +50,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work:
     def check() -> bool:
         return (pool.num_free, pool.num_cached) == before
 
-    return Work(run, check, bytes=0)
+    return Work(run, check, bytes=0, wall=True)
 
 
 def rate(record: Record) -> float:

@@ -3,8 +3,9 @@
 Device time is what CUDA events around one call say. Before each call the L2 cache is filled with
 other data, which also keeps the GPU busy while the host enqueues the call; nothing waits between
 calls, so the host runs ahead. Where it takes longer than flush and call take the device, the device
-waits for it, and the figure says so, as it would in use; `graph` leaves the host out. `wall` counts
-the host in: it is the time from an idle device and the call to an idle device again, by the clock.
+waits for it, and the figure says so, as it would in use; `graph` leaves the host out, and with
+several calls the microsecond that events take and the flushed cache too. `wall` counts the host in:
+it is the time from an idle device and the call to an idle device again, by the clock.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Times:
     host_us: list[float]
     warmup: int
     flush_bytes: int
-    graph: bool
+    graph: int
     wall: bool = False
 
 
@@ -102,7 +103,7 @@ class Timer:
         run: Callable[[], object],
         *,
         reads_only: bool = False,
-        graph: bool = False,
+        graph: int = 0,
         wall: bool = False,
     ) -> Times:
         """Time calls of `run`.
@@ -110,29 +111,33 @@ class Timer:
         Args:
             run: enqueues one call on the current stream.
             reads_only: the call writes next to nothing, see `Flush`.
-            graph: capture one call, and time replays of it; host time is a replay's too.
+            graph: capture so many calls, and time replays of them: device time is a call's share,
+                and of several calls all but the first find the L2 as the one before left it.
             wall: time from the call to the end of what it enqueued, by the clock.
         """
         if self._cuda is None:
-            return Times(self._host(run), [], self._warmup, 0, False, True)
+            return Times(self._host(run), [], self._warmup, 0, 0, True)
         with self.stream():
             if self._flush is None:
                 self._flush = Flush(self._xp)
-            if graph:
-                run()  # compiles what a capture cannot
-                self._stream.begin_capture()
-                run()
-                run = self._stream.end_capture().launch
             flush = partial(self._flush, reads_only)
             if wall:
                 device, host = self._wall(run, flush)
             else:
-                device, host = self._events(run, flush), self._host(run)
+                device, host = self._events(run, flush, graph), self._host(run)
         return Times(device, host, self._warmup, self._flush.nbytes, graph, wall)
 
-    def _events(self, run: Callable[[], object], flush: Callable[[], object]) -> list[float]:
+    def _events(
+        self, run: Callable[[], object], flush: Callable[[], object], graph: int
+    ) -> list[float]:
         """Microseconds between events around each call. Nothing waits in between."""
         event = self._cuda.Event
+        if graph:
+            run()  # compiles what a capture cannot
+            self._stream.begin_capture()
+            for _ in range(graph):
+                run()
+            run = self._stream.end_capture().launch
         pairs = [(event(), event()) for _ in range(self._warmup + self._samples)]
         for start, stop in pairs:
             flush()
@@ -141,7 +146,8 @@ class Timer:
             stop.record(self._stream)
         self.synchronize()
         elapsed = self._cuda.get_elapsed_time  # milliseconds
-        return [1e3 * elapsed(start, stop) for start, stop in pairs[self._warmup :]]
+        times = [1e3 * elapsed(start, stop) for start, stop in pairs[self._warmup :]]
+        return [us / max(graph, 1) for us in times]
 
     def _wall(
         self, run: Callable[[], object], flush: Callable[[], object]

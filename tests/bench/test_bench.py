@@ -224,11 +224,11 @@ def test_a_graph_replays_on_the_gpu():
     timer = timing.Timer(cupy)
     with timer.stream():
         total = cupy.zeros(1, np.int32)
-        times = timer.time(lambda: cupy.add(total, 1, out=total), graph=True)
+        times = timer.time(lambda: cupy.add(total, 1, out=total), graph=3)
         timer.synchronize()
-    # One call before the capture; none in it; then the replays.
-    assert int(total[0]) == 1 + 2 * (timing.WARMUP + 20)
-    assert times.graph and len(times.device_us) == len(times.host_us) == 20
+    # One call before the capture; none in it; then replays of three, and calls for host time.
+    assert int(total[0]) == 1 + 4 * (timing.WARMUP + 20)
+    assert times.graph == 3 and len(times.device_us) == len(times.host_us) == 20
 
 
 # --- The command ---

@@ -34,44 +34,39 @@ def test_a_case_does_what_it_says(xp, rng, module, case):
     memory.free()
 
 
+# Of QUICK's sizes: 6 pages of 4 x 2 rows of 16 elements, or 20 rows of 2 x 16; K and V.
 @pytest.mark.parametrize(
     "module, change, want",
     [
-        # Rows are of 128 elements, 4096 pages of 16 x 8 rows; K and V.
-        (gather, {}, 2 * 4096 * 128 * (128 + 2 + 256)),
-        (gather, {"kv": "int8:head"}, 2 * 4096 * 128 * (128 + 256)),
-        (gather, {"op": "scatter", "kv": "int4"}, 2 * 4096 * 128 * (64 + 2 + 256)),
-        (convert, {"kv": "fp16", "to": "int8:fp32"}, 2 * 4096 * 128 * (256 + 128 + 4)),
-        (append, {"kv": "fp16"}, 2 * 4096 * 8 * (256 + 256) + 4 * 4096),
-        (append, {"kv": "int8", "dtype": "fp16"}, 2 * 4096 * 8 * (256 + 130) + 4 * 4096),
-        (pages, {"op": "fork", "kv": "int8"}, 2 * 2 * 4096 * 128 * 130),
-        (pages, {"op": "zero", "kv": "fp16"}, 2 * 4096 * 128 * 256),
+        (gather, {}, 2 * 48 * (16 + 2 + 32)),
+        (gather, {"kv": "int8:head"}, 2 * 48 * (16 + 32)),
+        (gather, {"op": "rows", "kv": "int8:fp32", "dtype": "fp32"}, 2 * 48 * (16 + 4 + 64)),
+        (gather, {"op": "scatter", "kv": "k8v4"}, 48 * (16 + 8 + 2 * 2 + 2 * 32)),
+        (convert, {"kv": "fp16", "to": "int8:fp32"}, 2 * 48 * (32 + 16 + 4)),
+        (append, {"kv": "fp16"}, 2 * 40 * (32 + 32) + 4 * 20),
+        (append, {"kv": "int4", "dtype": "fp32"}, 2 * 40 * (64 + 8 + 2) + 4 * 20),
+        (pages, {"op": "fork", "kv": "int8"}, 2 * 2 * 2 * 5 * 8 * (16 + 2)),
+        (pages, {"op": "zero", "kv": "fp16"}, 2 * 2 * 5 * 8 * 32),
     ],
     ids=str,
 )
-def test_bytes_of_the_cases(monkeypatch, rng, module, change, want):
-    """By hand, at the sizes of the records; nothing is made."""
+def test_bytes_by_hand(rng, module, change, want):
+    case = {**module.select(QUICK)[0], **change}
+    assert module.make(case, np, rng).bytes == want
 
-    class Nothing:
-        """Whatever is asked of it, it is nothing."""
 
-        def __getattr__(self, name):
-            return lambda *args, **options: self
-
-        def __iter__(self):
-            return iter((self, self))
-
-        __getitem__ = __add__ = lambda self, *_: self
-
-    monkeypatch.setattr(caches, "cache", lambda *_: Nothing())
-    monkeypatch.setattr(caches, "empty", lambda *_: Nothing())
-    monkeypatch.setattr(caches, "values", lambda *_: Nothing())
-    monkeypatch.setattr(
-        caches, "layer", lambda *_: dict(k_pool=0, v_pool=0, k_scales=0, v_scales=0)
-    )
-    monkeypatch.setattr(pages.pages, "prepare_copy", lambda *_: Nothing())
-    case = {**module.CASES[0], **change}
-    assert module.make(case, Nothing(), rng).bytes == want
+def test_cases_are_those_of_the_records():
+    """4096 pages of 16 x 8 x 128, and 4096 rows of 8 x 128."""
+    for module in (convert, gather, pages):
+        assert (4096, 16, 8, 128) in {
+            tuple(case[n] for n in ("pages", "P", "H", "D")) for case in module.CASES
+        }
+    assert {(case["tokens"], case["H"], case["D"]) for case in append.CASES} == {
+        (4096, 8, 128),
+        (8, 8, 128),
+    }
+    for module in (append, convert, gather, pages):
+        assert module.select(Namespace(quick=False)) is module.CASES
 
 
 def test_caches_hold_numbers():

@@ -1,0 +1,303 @@
+"""Measure what each way to store keys and values costs in quality, on real models and real text.
+
+    python tools/measure_kinds.py tools/results/h200/kinds.json  # --model, --specs, --tokens
+    python tools/measure_kinds.py tools/results/h200/kinds.json --readme
+
+The second writes the record's tables into README.md and measures nothing. The text is the first
+4,096 tokens of two chapters of Python's language reference, as pydoc has them; it differs a little
+between Python's versions, so the record says which.
+
+A first pass keeps exact (float32) keys, values and some queries of every layer. They give, for each
+spec, the errors of keys, values and attention outputs when these very rows are stored as the spec
+says: encoded and decoded by pykv.kinds, which all kernels agree with bit for bit. Then one pass for
+each spec, in which every layer reads such rows, gives its perplexity. Scales of a head or a tensor
+(one layer's keys, or its values) come from the largest magnitudes of the first pass: as good as
+calibration can be. Runs on the GPU where there is one.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy as np
+
+import pykv
+from pykv import kinds
+from pykv.errors import FormatError, PykvError
+from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.llm.model import Batch, forward
+from pykv.ops import paged_decode, prefill
+from pykv.verify import host
+
+TOPICS = ("execmodel", "import")
+MODELS = ("smollm2-135m", "gemma3-270m")
+CODES = ("int8", "e4m3", "e5m2", "k8v4", "int4")
+SPECS = [
+    *("fp32", "fp16", "bf16"),
+    *(spec for code in CODES for spec in (code, f"{code}:fp32", f"{code}:head", f"{code}:tensor")),
+]
+EVERY = 64  # of so many positions, one gives a query of which the attention output is judged
+STEP_TOKENS, STEP_LOGIT_BYTES = 512, 1 << 28  # of one forward step, at most
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- tools/measure_kinds.py writes from here -->", "<!-- to here -->"
+
+
+# --- Passes ---------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The cache of one sequence, in a single page a layer, whose rows went through `store`.
+
+    What `pykv.llm.model.forward` asks of a cache; keeps one query of EVERY.
+
+    Args:
+        store: of the layer, 0 for keys or 1 for values, and rows [T, H, D]: rows to keep.
+    """
+
+    def __init__(self, config, tokens, xp, store):
+        self.page_size = tokens
+        shape = (config.num_layers, 2, 1, tokens, config.kv_heads, config.head_dim)
+        self.pools = xp.zeros(shape, np.float32)
+        self.queries = [[] for _ in range(config.num_layers)]
+        self.start = 0  # position of the first token of a step
+        self._store = store
+
+    def append(self, layer, k, v, slots):
+        stop = self.start + len(k)
+        for part, rows in enumerate((k, v)):
+            self.pools[layer, part, 0, self.start : stop] = self._store(layer, part, rows)
+
+    def prefill(self, layer, q, *where, **options):
+        first = -(self.start + 1) % EVERY
+        self.queries[layer].append(q[first::EVERY].copy())
+        return prefill.prefill(q, *self.pools[layer], *where, **options)
+
+
+def perplexity(llm, ids, cache):
+    """Run all tokens through the model, filling the cache."""
+    xp = llm.xp
+    step = max(1, min(STEP_TOKENS, STEP_LOGIT_BYTES // (4 * llm.model.config.vocab)))
+    total = 0.0
+    for start in range(0, len(ids), step):
+        part = ids[start : start + step]
+        where = np.arange(start, start + len(part), dtype=np.int32)
+        counts = np.array([0, len(part), start + len(part)], np.int32)
+        positions, counts = xp.asarray(where), xp.asarray(counts)
+        table = xp.zeros((1, 1), np.int32)
+        cache.start = start
+        tokens = xp.asarray(np.array(part, np.int32))
+        batch = Batch(tokens, positions, positions, counts[:2], table, counts[2:])
+        logits = forward(llm.model, batch, cache)
+        targets = np.array(ids[start + 1 : start + 1 + len(part)])
+        logits = logits[: len(targets)]
+        chosen = logits[xp.arange(len(targets)), xp.asarray(targets)]
+        top = logits.max(axis=1)
+        logits -= top[:, None]
+        xp.exp(logits, out=logits)
+        losses = xp.log(logits.sum(axis=1)) + top - chosen
+        total += float(losses.sum(dtype=np.float64))
+    return float(np.exp(total / (len(ids) - 1)))
+
+
+def stored(rows, kind, spec, scale=None):
+    """What rows [..., D] are after they were stored, float32 on the host."""
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    codes, scale = kinds.quantize(host(rows), kind, scale=scale, scale_dtype=dtype)
+    return kinds.dequantize(codes, kind, scale)
+
+
+def static_scale(rows, kind, spec):
+    """The scales of rows [T, H, D] that a spec wants to be given, [H] or [1]; None if none."""
+    if not kind.largest or spec.finds_scales:
+        return None
+    by_head = host(rows).swapaxes(0, 1).reshape(rows.shape[1], -1)
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    groups = by_head if spec.granularity == "head" else by_head.reshape(1, -1)
+    return kinds.row_scales(groups, kind, dtype)
+
+
+def scales_of(exact, spec):
+    """Given scales of every layer, for keys and values."""
+    return [
+        [static_scale(rows[0], kind, spec) for rows, kind in zip(pair, spec.kinds, strict=True)]
+        for pair in exact.pools
+    ]
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+class Error:
+    """How far rows are from exact ones: the mean cosine of rows, and the norm of all differences
+    over that of all rows."""
+
+    def __init__(self):
+        self._cosines, self._rows, self._difference, self._whole = 0.0, 0, 0.0, 0.0
+
+    def add(self, got, exact):
+        got, exact = (host(x).astype(np.float64) for x in (got, exact))
+        norms = np.linalg.norm(got, axis=-1) * np.linalg.norm(exact, axis=-1)
+        cosines = (got * exact).sum(-1)[norms > 0] / norms[norms > 0]  # rows of zeros have none
+        self._cosines += cosines.sum()
+        self._rows += norms.size
+        self._difference += ((got - exact) ** 2).sum()
+        self._whole += (exact**2).sum()
+
+    def as_dict(self):
+        return {
+            "cosine": float(self._cosines / self._rows),
+            "relative_error": float(np.sqrt(self._difference / self._whole)),
+        }
+
+
+def attend(llm, cache, layer, k, v):
+    """Attention outputs of a layer for the queries that the cache kept."""
+    xp, config = llm.xp, llm.model.config
+    lengths = xp.arange(EVERY, cache.page_size + 1, EVERY, dtype=np.int32)
+    table = xp.zeros((len(lengths), 1), np.int32)
+    q = xp.concatenate(cache.queries[layer])
+    options = dict(scale=config.attention_scale, window=config.windows[layer])
+    return host(paged_decode.decode(q, k, v, table, lengths, **options))
+
+
+def errors(llm, exact, outputs, spec, scales):
+    """Errors of keys, values and attention outputs, over all layers."""
+    found = {name: Error() for name in ("k", "v", "attention")}
+    for layer, pair in enumerate(exact.pools):
+        rounded = [
+            stored(rows, kind, spec, scale)
+            for rows, kind, scale in zip(pair, spec.kinds, scales[layer], strict=True)
+        ]
+        for name, got, rows in zip("kv", rounded, pair, strict=True):
+            found[name].add(got, rows)
+        got = attend(llm, exact, layer, *(llm.xp.asarray(rows) for rows in rounded))
+        found["attention"].add(got, outputs[layer])
+    return {name: error.as_dict() for name, error in found.items()}
+
+
+def measure(model, specs, tokens, device="auto"):
+    """The record of one model."""
+    llm = pykv.LLM(model, device=device)
+    config = llm.model.config
+    text = "\n\n".join(topics.topics[name] for name in TOPICS)
+    ids = llm.tokenize(text)[:tokens]
+    if len(ids) < tokens or tokens < EVERY:
+        raise FormatError(f"measure_kinds: {len(ids)} tokens, expected {EVERY} to {tokens}")
+    exact = Rows(config, tokens, llm.xp, lambda layer, part, rows: rows)
+    exact_perplexity = perplexity(llm, ids, exact)
+    outputs = [attend(llm, exact, layer, *pair) for layer, pair in enumerate(exact.pools)]
+    rows = []
+    for spec in specs:
+        started = time.perf_counter()
+        scales = scales_of(exact, spec)
+
+        def store(layer, part, values, spec=spec, scales=scales):
+            return llm.xp.asarray(stored(values, spec.kinds[part], spec, scales[layer][part]))
+
+        row = {
+            "spec": str(spec),
+            "bytes_per_token": config.num_layers
+            * spec.bytes_per_token(config.kv_heads, config.head_dim),
+            **errors(llm, exact, outputs, spec, scales),
+            "perplexity": exact_perplexity
+            if spec == KVSpec.parse("fp32")
+            else perplexity(llm, ids, Rows(config, tokens, llm.xp, store)),
+        }
+        rows.append(row)
+        seconds = time.perf_counter() - started
+        print(f"{model} {spec}: perplexity {row['perplexity']:.4f}, {seconds:.0f} s", flush=True)
+    return {
+        "device": llm.device,
+        "pykv": pykv.__version__,
+        "python": platform.python_version(),
+        "text": list(TOPICS),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": tokens,
+        "rows": rows,
+    }
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def section(record):
+    """A table for each model, as Markdown."""
+    parts = []
+    for model, one in record.items():
+        base = next((row["perplexity"] for row in one["rows"] if row["spec"] == "fp16"), None)
+        head = ["K, V", "a scale for each", "of", "bytes a token", "K", "V", "attention"]
+        lines = [[*head, "perplexity", "to fp16"], ["---"] * 9]
+        for row in one["rows"]:
+            spec = KVSpec.parse(row["spec"])
+            number = row["perplexity"]
+            names = spec.k if spec.k == spec.v else f"{spec.k}, {spec.v}"
+            each = {"token": "token and head"}.get(spec.granularity, spec.granularity)
+            lines.append(
+                [
+                    names,
+                    *((each, spec.scale_dtype) if spec.has_scales else ("", "")),
+                    f"{row['bytes_per_token']:,}",
+                    *(quality(row[name]) for name in ("k", "v", "attention")),
+                    f"{number:.3f}",
+                    "" if base is None else f"{number / base - 1:+.2%}",
+                ]
+            )
+        title = (
+            f"{model}, {one['tokens']:,} tokens of Python's language reference, {one['device']}:"
+        )
+        parts += [title, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    return "\n\n".join(parts)
+
+
+def quality(error):
+    """Relative error, then cosine."""
+    return f"{error['relative_error']:.3%}, {error['cosine']:.5f}"
+
+
+def rewritten(text, inside):
+    """README's text with another section."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise FormatError(f"README.md lacks the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{inside}\n\n{end}{after}"
+
+
+def main(argv=None, readme=README):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("record", type=Path, help="JSON; other models in it are kept")
+    parser.add_argument("--readme", action="store_true", help="write its tables into README.md")
+    parser.add_argument("--model", action="append", help=f"one of {', '.join(MODELS)}, or a file")
+    parser.add_argument("--specs", nargs="+", default=SPECS, help="int8:head:fp32 and the like")
+    parser.add_argument("--tokens", type=int, default=4096, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        specs = [KVSpec.parse(text) for text in args.specs]
+        record = {}
+        if args.readme or args.record.exists():
+            record = json.loads(args.record.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise FormatError(f"{args.record} holds no record of this tool")
+        if args.readme:
+            text = rewritten(readme.read_text(encoding="utf-8"), section(record))
+            readme.write_text(text, encoding="utf-8")
+            return 0
+        for model in args.model or MODELS:
+            name = Path(model).stem
+            record[name] = measure(model, specs, args.tokens, args.device)
+            args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(section(record))
+    except (PykvError, OSError, ValueError) as error:
+        print(f"measure_kinds: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -105,6 +105,22 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
 #endif
 }
 
+// The same for 4 or 8 bytes, aligned to as many; these pass through L1.
+template <int BYTES> __device__ __forceinline__ void cp_async(void* shared, const void* global) {
+    if constexpr (BYTES == 16) {
+        cp_async16(shared, global);
+    } else {
+        static_assert(BYTES == 4 || BYTES == 8, "what the instruction copies");
+#if __CUDA_ARCH__ >= 800
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :: "r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "n"(BYTES)
+                     : "memory");
+#else
+        for (int i = 0; i < BYTES / 4; i++) ((u32*)shared)[i] = ((const u32*)global)[i];
+#endif
+    }
+}
+
 // [cp.async.commit_group] Closes this thread's group of copies started so far.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
@@ -167,6 +183,21 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+#if __CUDA_ARCH__ >= 750
+// [sub, fma] On two f16 at once, to nearest even.
+__device__ __forceinline__ u32 sub_f16x2(u32 a, u32 b) {
+    u32 y;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+__device__ __forceinline__ u32 fma_f16x2(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
 }
 #endif
 
@@ -358,6 +389,19 @@ __device__ __forceinline__ void store8(T* p, const float (&x)[8]) {
 }
 
 // Four elements, aligned to four elements.
+__device__ __forceinline__ void load4(float (&x)[4], const float* p) {
+    const float4 a = *reinterpret_cast<const float4*>(p);
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void load4(float (&x)[4], const T* p) {
+    static_assert(sizeof(T) == 2, "f16 or bf16");
+    const uint2 a = *reinterpret_cast<const uint2*>(p);
+    x[0] = to_float(T{(u16)a.x}), x[1] = to_float(T{(u16)(a.x >> 16)});
+    x[2] = to_float(T{(u16)a.y}), x[3] = to_float(T{(u16)(a.y >> 16)});
+}
+
 __device__ __forceinline__ void store4(float* p, const float (&x)[4]) {
     *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
 }
@@ -629,6 +673,86 @@ __device__ __forceinline__ void load8(float (&x)[8], const i8* p) { unpack8(x, g
 __device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, get8(p)); }
 __device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
 __device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
+
+// --- Operands of mma: words of elements as pairs of f16, or of bf16 ------------------------------
+
+template <typename T> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<bf16> = true;
+
+// Elements of a 32-bit word, two, four or eight. `to_pairs` makes pairs of them: pair p holds elements
+// 2p and 2p + 1 of an fp8 word, p and p + half a word of any other.
+template <typename T> constexpr int IN_WORD = 4 / (int)sizeof(T) * PACKED<T>;
+
+template <typename T> __device__ constexpr int element_of_pair(int pair, int upper) {
+    return IS_FP8<T> ? 2 * pair + upper : pair + upper * IN_WORD<T> / 2;
+}
+
+// The value of a code 1 in pairs.
+#if __CUDA_ARCH__ >= 890
+template <typename T> constexpr float IN_PAIRS = 1.0f;
+#else
+template <typename T> constexpr float IN_PAIRS = 1.0f;
+template <> constexpr float IN_PAIRS<e4m3> = 1.0f / 256.0f;
+#endif
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, f16) { pairs[0] = word; }
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, bf16) { pairs[0] = word; }
+
+#if __CUDA_ARCH__ >= 750
+// An f16 of 1024 has its units in the lowest bit. A code c with its sign flipped is c + 128 there.
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, i8) {
+    constexpr u32 BIAS = 0x64806480u;  // 1024 + 128
+    pairs[0] = sub_f16x2((word & 0x00ff00ffu) ^ BIAS, BIAS);
+    pairs[1] = sub_f16x2((word >> 8 & 0x00ff00ffu) ^ BIAS, BIAS);
+}
+
+// The same for c + 8; one place higher codes count 16, hence a sixteenth of 1024 + 16 (c + 8).
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, i4) {
+    constexpr u32 BIAS = 0x64086408u, HIGH_BIAS = 0x64806480u;
+    constexpr u32 SIXTEENTH = 0x2c002c00u, MINUS_72 = 0xd480d480u;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        pairs[i] = sub_f16x2((word & 0x000f000fu) ^ BIAS, BIAS);
+        pairs[i + 1] = fma_f16x2((word & 0x00f000f0u) ^ HIGH_BIAS, SIXTEENTH, MINUS_72);
+        word >>= 8;
+    }
+}
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e5m2) {
+    pairs[0] = __byte_perm(word, 0, 0x1404);
+    pairs[1] = __byte_perm(word, 0, 0x3424);
+}
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
+#if __CUDA_ARCH__ >= 890
+    pairs[0] = e4m3x2_to_f16x2((u16)word);
+    pairs[1] = e4m3x2_to_f16x2((u16)(word >> 16));
+#else
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 x = __byte_perm(word, 0, i ? 0x3424 : 0x1404);
+        const u32 magnitude = x & 0x7f007f00u;
+        const u32 is_nan = (magnitude + 0x01000100u) >> 1 & 0x40004000u;  // makes the exponent 31
+        pairs[i] = (x & 0x80008000u) | magnitude >> 1 | is_nan;
+    }
+#endif
+}
+#endif
+
+// Half a word of a and half a word of b, such that `to_pairs` pairs element i of one with element i
+// of the other, in order.
+template <typename T> __device__ __forceinline__ u32 zip(u32 a, u32 b, int upper) {
+    if (IS_FP8<T>) return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
+    return __byte_perm(a, b, upper ? 0x7632 : 0x5410);
+}
+
+// x rounded to two f16 or bf16; what is left of x, exactly, takes its place.
+template <typename T> __device__ __forceinline__ u32 take_halves(float (&x)[2]) {
+    const u32 pair = two_halves(x[0], x[1], T{});
+    x[0] -= to_float(T{(u16)pair});
+    x[1] -= to_float(T{(u16)(pair >> 16)});
+    return pair;
+}
 
 // --- Tables ---------------------------------------------------------------------------------------
 

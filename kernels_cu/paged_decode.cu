@@ -1,215 +1,337 @@
-// paged_decode.cu: attention of one query token a sequence over its paged keys and values.
+// paged_decode.cu: attention of the last queries of each sequence over its paged keys and values, on
+// CUDA cores: any kind, head size and SM.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/paged_decode.py):
-//   out                     [B, HQ, D]     Q_T
-//   lse                     [B, HQ] float  natural log of the sum of exp(scale * q.k); may be null
-//   partials                [B, HQ, splits, D + 2] float  a split's weighted sum of values, maximum
-//                           (base 2) and weight sum; touched where splits > 1 alone
-//   q                const  [B, HQ, D]     Q_T, token stride q_stride elements
-//   k_pool, v_pool   const  [N, P, H, D]   KV_T
-//   page_table       const  [B, M] int32   read where the sequence has visible keys alone
-//   lengths          const  [B] int32      clamped to 0 .. M * P
-// Scalars:  window = number of last keys seen, INT_MAX for all; scale_log2 = scale * log2(e)
-// Defines:  HEAD_DIM, a multiple of 8 up to 256; HEADS = query heads a block serves, 1 to 4;
-//           Q_T, KV_T = float, f16 or bf16
-// Launch:   paged_decode: grid (B * H * ceil(G / HEADS), splits), block (128)
-//           paged_decode_merge: grid (B * HQ), block (128), where splits > 1
-// Traffic:  2 * ceil(G / HEADS) * H * D * sizeof(KV_T) bytes a key, of which a group's later tiles
-//           hit the L2 cache; 8 * (D + 2) bytes a query head and split
-// Order:    no atomics; float accumulation in an order set by the sizes and the number of splits
+//   out                     [B, T, HQ, D] Q_T
+//   lse                     [B, T, HQ] float, log-sum-exp; may be null
+//   workspace               COUNTERS floats that are left alone, then [B, T, HQ, splits, D + 2]: a
+//                           split's weighted sum of values, maximum (base 2) and weight sum; touched
+//                           where splits > 1 alone
+//   q                const  [B, T, HQ, D] Q_T, strides of B and T in elements
+//   k_pool, v_pool   const  [N, P, H, D] in any order, strides of page, token and head in array
+//                           elements: K_T, V_T
+//   k_scales,        const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
+//   v_scales
+//   page_table       const  [B, M] int32, read where the sequence has visible keys alone
+//   lengths          const  [B] int32, clamped to 0 .. capacity
+//   slopes, sinks    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
+// Scalars:  capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys = keys
+//           of a split, 0 where `splits` share those that are visible; score_scale = scale *
+//           log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2 for natural
+//           logarithms, 1 for those of base 2
+// Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
+//           a block serves, 1 to 4, above 256 elements 1 or 2; Q_T = float, f16 or bf16; K_T, V_T =
+//           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS,
+//           TREE = 0 or 1
+// Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (128)
+//           paged_decode_merge: grid (B * T * HQ), block (128), where splits > 1
+// Traffic:  K and V once for each tile of ROWS query rows of a KV head, of which the later ones hit
+//           the L2 cache; 8 * (D + 2) bytes a query row and split
+// Order:    no atomics; float accumulation in an order set by the sizes and the number of splits,
+//           with split_keys by the sequence alone
 //
-// LANES lanes hold one key, eight elements each, and keep the state of an online softmax in
-// registers: running maximum m (base 2), weight sum l, unscaled output acc. The block's SLOTS lane
-// groups take keys in turn; their states are joined at the end, over lanes, warps, then splits.
+// LANES lanes hold one key, eight elements each (above 256 twice eight), and keep the state of an
+// online softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The
+// block's SLOTS lane groups take keys in turn; their states are joined at the end, over lanes,
+// warps, then splits.
 #include "common.cuh"
 
-#if !defined(HEAD_DIM) || !defined(HEADS) || !defined(Q_T) || !defined(KV_T)
-#error "paged_decode.cu needs HEAD_DIM, HEADS, Q_T and KV_T"
+#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
+    !defined(SCALE_T)
+#error "paged_decode.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
 #endif
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 256, "lanes hold eight elements");
-static_assert(HEADS >= 1 && HEADS <= 4, "q and acc of all heads stay in registers");
+#ifndef SOFT_CAP
+#define SOFT_CAP 0
+#endif
+#ifndef ALIBI
+#define ALIBI 0
+#endif
+#ifndef SINKS
+#define SINKS 0
+#endif
+#ifndef TREE
+#define TREE 0
+#endif
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold eight elements");
+static_assert(ROWS >= 1 && ROWS <= (HEAD_DIM > 256 ? 2 : 4), "q and acc stay in registers");
 
 constexpr int D = HEAD_DIM;
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
+constexpr int COUNTERS = 4096;  // of the tensor-core kernel, which may share the workspace
 
-__device__ constexpr int power_of_two_from(int n) {
-    return n <= 1 ? 1 : 2 * power_of_two_from((n + 1) / 2);
-}
-constexpr int LANES = power_of_two_from(D / 8);
+constexpr int LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / LANES;
-constexpr int AHEAD = 4;  // keys a lane group loads at once; more would spill registers
+constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
+constexpr int AHEAD = EIGHTS == 2 ? 2 : 4;    // keys a lane group loads at once; more would spill
+constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 
-constexpr float LN_2 = 0.693147180559945f;
+constexpr float LOG2_E = 1.442695040888963f;
 
 // The finite number that exponents are taken relative to: 0 while no key has been seen.
 __device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 
-__device__ __forceinline__ float natural_lse(float m, float l) {
-    return l == 0.0f ? -INF : m * LN_2 + logf(l);
+// Where the weights of a row and their maximum stand once its sink is among them.
+__device__ __forceinline__ void add_sink(float& m, float& l, float& keep, const float* sinks,
+                                         int head) {
+    keep = 1.0f;
+#if SINKS
+    const float sink = sinks[head] * LOG2_E, peak = fmaxf(m, sink);
+    keep = exp2f(m - finite_base(peak));
+    l = l * keep + exp2f(sink - finite_base(peak));
+    m = peak;
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__ partials,
-             const Q_T* __restrict__ q, const KV_T* __restrict__ k_pool,
-             const KV_T* __restrict__ v_pool, const int* __restrict__ page_table,
-             const int* __restrict__ lengths, i64 q_stride, int HQ, int H, int P, int M, int window,
-             float scale_log2) {
-    __shared__ __align__(16) float warp_acc[WARPS][HEADS][D];
-    __shared__ float warp_m[WARPS][HEADS], warp_l[WARPS][HEADS];
+paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace,
+             const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
+             const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
+             const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
+             const int* __restrict__ lengths, const float* __restrict__ slopes,
+             const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
+             i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
+             i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
+             i64 vs_head, int T, int HQ, int H, int P, int M, int capacity, int window,
+             int split_keys, int splits, float score_scale, float cap, float lse_unit) {
+    __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
+    __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
 
     const int G = HQ / H;
-    const int tiles = (G + HEADS - 1) / HEADS;
-    const int tile = blockIdx.x % tiles;
-    const int kv_head = blockIdx.x / tiles % H;
-    const int b = blockIdx.x / tiles / H;
-    const i64 first_row = (i64)b * HQ + kv_head * G + tile * HEADS;  // of out and lse
-    const int num_heads = min(HEADS, G - tile * HEADS);
+    const int tiles = (G * T + ROWS - 1) / ROWS;
+    const int split = blockIdx.x % splits, block = blockIdx.x / splits;
+    const int tile = block % tiles;
+    const int kv_head = block / tiles % H;
+    const int b = block / tiles / H;
+    const int num_rows = min(ROWS, G * T - tile * ROWS);
 
     // This split's share of the visible keys, in whole steps of the block.
-    const int length = (int)max((i64)0, min((i64)lengths[b], (i64)M * P));
-    const int first_key = length > window ? length - window : 0;
+    const int length = max(0, min(lengths[b], capacity));
+    const int first_key = (int)max((i64)length - (T - 1) - window, (i64)0);
     const int steps = (length - first_key + SLOTS * AHEAD - 1) / (SLOTS * AHEAD);
-    const int splits = gridDim.y;
-    const int share = (steps + splits - 1) / splits * (SLOTS * AHEAD);
-    const int begin = (int)min(first_key + (i64)blockIdx.y * share, (i64)length);
-    const int end = min(begin + share, length);
+    const int share = split_keys ? split_keys : (steps + splits - 1) / splits * (SLOTS * AHEAD);
+    const int begin = (int)min(first_key + (i64)split * share, (i64)length);
+    const int end = (int)min(begin + (i64)share, (i64)length);
 
     const int warp = threadIdx.x / WARP;
     const int slot = threadIdx.x / LANES;
-    const int d = threadIdx.x % LANES * 8;
-    const bool active = d < D;  // else the lane pads a head size that is no power of two
-    const int safe_d = active ? d : 0;
+    const int lane_d = threadIdx.x % LANES * 8;
 
-    float query[HEADS][8], acc[HEADS][8] = {}, m[HEADS], l[HEADS];
+    float query[ROWS][EIGHTS][8], acc[ROWS][EIGHTS][8] = {}, m[ROWS], l[ROWS];
+    int row_position[ROWS];  // of the query in its sequence
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        m[h] = -INF;
-        l[h] = 0.0f;
-        const int head = kv_head * G + tile * HEADS + min(h, num_heads - 1);
-        load8(query[h], q + b * q_stride + (i64)head * D + safe_d);
+    for (int r = 0; r < ROWS; r++) {
+        const int row = tile * ROWS + min(r, num_rows - 1);
+        m[r] = -INF;
+        l[r] = 0.0f;
+        row_position[r] = length - T + row / G;
+        const Q_T* at = q + b * q_stride + row / G * q_token_stride +
+                        (i64)(kv_head * G + row % G) * D;
 #pragma unroll
-        for (int i = 0; i < 8; i++) query[h][i] *= scale_log2;
+        for (int e = 0; e < EIGHTS; e++) {
+            const int d = e * LANES * 8 + lane_d;
+            load8(query[r][e], at + (d < D ? d : 0));
+#pragma unroll
+            for (int i = 0; i < 8; i++) query[r][e][i] = d < D ? query[r][e][i] * score_scale : 0.0f;
+        }
     }
 
+    const K_T* const k_at = k_pool + kv_head * k_head;
+    const V_T* const v_at = v_pool + kv_head * v_head;
     for (int step = begin; step < end; step += SLOTS * AHEAD) {
         const int key = step + slot;  // of this lane group: key, key + SLOTS, ...
-        float k[AHEAD][8], v[AHEAD][8];
+        Eight<K_T> k[AHEAD][EIGHTS];
+        Eight<V_T> v[AHEAD][EIGHTS];
+        float k_scale[AHEAD], v_scale[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
             // Lanes past the end read the last key again: loads without branches overlap.
             const u32 position = min(key + u * SLOTS, end - 1);
-            const i64 page = page_table[(i64)b * M + position / P];
-            const i64 at = ((page * P + position % P) * H + kv_head) * D + safe_d;
-            load8(k[u], k_pool + at);
-            load8(v[u], v_pool + at);
+            const i64 page = page_table[(i64)b * M + position / P], token = position % P;
+            const K_T* k_row = k_at + page * k_page + token * k_token;
+            const V_T* v_row = v_at + page * v_page + token * v_token;
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                const int d = e * LANES * 8 + lane_d, safe = d < D ? d : 0;
+                k[u][e] = get8(k_row + safe / PACKED<K_T>);
+                v[u][e] = get8(v_row + safe / PACKED<V_T>);
+            }
+            k_scale[u] = v_scale[u] = 1.0f;
+            if (K_HAS_CODES) {
+                k_scale[u] = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+            }
+            if (V_HAS_CODES) {
+                v_scale[u] = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
+            }
         }
+        float score[ROWS][AHEAD];
 #pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            float score[AHEAD], peak = m[h];
+        for (int u = 0; u < AHEAD; u++) {
+            float x[EIGHTS][8];
 #pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
+            for (int e = 0; e < EIGHTS; e++) unpack8(x[e], k[u][e]);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
                 float dot = 0.0f;
 #pragma unroll
-                for (int i = 0; i < 8; i++) dot += query[h][i] * k[u][i];
-                if (!active) dot = 0.0f;
+                for (int e = 0; e < EIGHTS; e++) {
+                    const bool is_active = (e * LANES + LANES) * 8 <= D || e * LANES * 8 + lane_d < D;
+                    float part = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 8; i++) part += query[r][e][i] * x[e][i];
+                    dot += is_active ? part : 0.0f;
+                }
 #pragma unroll
                 for (int lane = LANES / 2; lane > 0; lane /= 2) {
                     dot += __shfl_xor_sync(FULL_MASK, dot, lane);
                 }
-                score[u] = key + u * SLOTS < end ? dot : -INF;
-                peak = fmaxf(peak, score[u]);
+                if (K_HAS_CODES) dot *= k_scale[u];
+#if SOFT_CAP
+                dot = tanhf(dot) * cap;
+#endif
+                const int position = key + u * SLOTS;
+#if ALIBI
+                const int row = tile * ROWS + min(r, num_rows - 1);
+                dot += slopes[kv_head * G + row % G] * LOG2_E * (position - row_position[r]);
+#endif
+                bool is_seen = position < end;
+#if TREE
+                const int branch = position - (length - T), token = (tile * ROWS + r) / G;
+                if (branch >= 0) {
+                    is_seen = is_seen && (tree[(i64)b * T + min(token, T - 1)] >> (branch & 63) & 1);
+                } else {
+                    is_seen = is_seen && row_position[r] - position < window;
+                }
+#else
+                if (T > 1) {
+                    is_seen = is_seen && position <= row_position[r] &&
+                              row_position[r] - position < window;
+                }
+#endif
+                score[r][u] = is_seen ? dot : -INF;
             }
-            const float base = finite_base(peak);
-            const float keep = exp2f(m[h] - base);
-            m[h] = peak;
-            l[h] *= keep;
+        }
+        float keep[ROWS];
 #pragma unroll
-            for (int i = 0; i < 8; i++) acc[h][i] *= keep;
+        for (int r = 0; r < ROWS; r++) {
+            float peak = m[r];
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) peak = fmaxf(peak, score[r][u]);
+            const float base = finite_base(peak);
+            keep[r] = exp2f(m[r] - base);
+            m[r] = peak;
+            l[r] *= keep[r];
 #pragma unroll
             for (int u = 0; u < AHEAD; u++) {
-                const float weight = exp2f(score[u] - base);
-                l[h] += weight;
+                score[r][u] = exp2f(score[r][u] - base);
+                l[r] += score[r][u];
+            }
 #pragma unroll
-                for (int i = 0; i < 8; i++) acc[h][i] += weight * v[u][i];
+            for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) acc[r][e][i] *= keep[r];
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                float x[8];
+                unpack8(x, v[u][e]);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    const float weight = V_HAS_CODES ? score[r][u] * v_scale[u] : score[r][u];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) acc[r][e][i] += weight * x[i];
+                }
             }
         }
     }
 
     // Join the lane groups of a warp, then leave one state a warp in shared memory.
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        float peak = m[h];
+    for (int r = 0; r < ROWS; r++) {
+        float peak = m[r];
 #pragma unroll
         for (int lane = LANES; lane < WARP; lane *= 2) {
             peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
         }
-        const float keep = exp2f(m[h] - finite_base(peak));
-        l[h] *= keep;
-#pragma unroll
-        for (int i = 0; i < 8; i++) acc[h][i] *= keep;
+        const float keep = exp2f(m[r] - finite_base(peak));
+        l[r] *= keep;
 #pragma unroll
         for (int lane = LANES; lane < WARP; lane *= 2) {
-            l[h] += __shfl_xor_sync(FULL_MASK, l[h], lane);
-#pragma unroll
-            for (int i = 0; i < 8; i++) acc[h][i] += __shfl_xor_sync(FULL_MASK, acc[h][i], lane);
+            l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
         }
-        if (threadIdx.x % WARP < LANES && active) {
-            store8(&warp_acc[warp][h][d], acc[h]);
-            if (d == 0) {
-                warp_m[warp][h] = peak;
-                warp_l[warp][h] = l[h];
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                acc[r][e][i] *= keep;
+#pragma unroll
+                for (int lane = LANES; lane < WARP; lane *= 2) {
+                    acc[r][e][i] += __shfl_xor_sync(FULL_MASK, acc[r][e][i], lane);
+                }
             }
+            const int d = e * LANES * 8 + lane_d;
+            if (threadIdx.x % WARP < LANES && d < D) store8(&warp_acc[warp][r][d], acc[r][e]);
+        }
+        if (threadIdx.x % WARP == 0) {
+            warp_m[warp][r] = peak;
+            warp_l[warp][r] = l[r];
         }
     }
     __syncthreads();
 
     // Join the warps, one output element a thread.
-    for (int i = threadIdx.x; i < num_heads * D; i += THREADS) {
-        const int h = i / D;
+    for (int i = threadIdx.x; i < num_rows * D; i += THREADS) {
+        const int r = i / D, row = tile * ROWS + r, head = kv_head * G + row % G;
         float peak = -INF, sum = 0.0f, value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, warp_m[w][h]);
+        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, warp_m[w][r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float keep = exp2f(warp_m[w][h] - finite_base(peak));
-            sum += keep * warp_l[w][h];
-            value += keep * warp_acc[w][h][i % D];
+            const float keep = exp2f(warp_m[w][r] - finite_base(peak));
+            sum += keep * warp_l[w][r];
+            value += keep * warp_acc[w][r][i % D];
         }
-        const i64 row = first_row + h;
+        const i64 at = ((i64)b * T + row / G) * HQ + head;
         if (splits > 1) {
-            float* partial = partials + (row * splits + blockIdx.y) * (D + 2);
+            float* partial = workspace + COUNTERS + (at * splits + split) * (D + 2);
             partial[i % D] = value;
             if (i % D == 0) {
                 partial[D] = peak;
                 partial[D + 1] = sum;
             }
         } else {
-            out[row * D + i % D] = from_float<Q_T>(sum == 0.0f ? 0.0f : value / sum);
-            if (lse && i % D == 0) lse[row] = natural_lse(peak, sum);
+            float keep;
+            add_sink(peak, sum, keep, sinks, head);
+            out[at * D + i % D] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * keep / sum);
+            if (lse && i % D == 0) lse[at] = sum == 0.0f ? -INF : (peak + log2f(sum)) * lse_unit;
         }
     }
 }
 
-// Join the splits of one query head.
+// Join the splits of one query row.
 extern "C" __global__ void __launch_bounds__(THREADS)
 paged_decode_merge(Q_T* __restrict__ out, float* __restrict__ lse,
-                   const float* __restrict__ partials, int splits) {
+                   const float* __restrict__ workspace, const float* __restrict__ sinks, int HQ,
+                   int splits, float lse_unit) {
     const i64 row = blockIdx.x;
-    const float* partial = partials + row * splits * (D + 2);
+    const float* partial = workspace + COUNTERS + row * splits * (D + 2);
 
     float peak = -INF;
     for (int s = 0; s < splits; s++) peak = fmaxf(peak, partial[s * (D + 2) + D]);
     const float base = finite_base(peak);
     for (int d = threadIdx.x; d < D; d += THREADS) {
-        float sum = 0.0f, value = 0.0f;
+        float sum = 0.0f, value = 0.0f, m = peak, keep;
         for (int s = 0; s < splits; s++) {
             const float* p = partial + s * (D + 2);
-            const float keep = exp2f(p[D] - base);
-            sum += keep * p[D + 1];
-            value += keep * p[d];
+            const float weight = exp2f(p[D] - base);
+            sum += weight * p[D + 1];
+            value += weight * p[d];
         }
-        out[row * D + d] = from_float<Q_T>(sum == 0.0f ? 0.0f : value / sum);
-        if (lse && d == 0) lse[row] = natural_lse(peak, sum);
+        add_sink(m, sum, keep, sinks, (int)(row % HQ));
+        out[row * D + d] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * keep / sum);
+        if (lse && d == 0) lse[row] = sum == 0.0f ? -INF : (m + log2f(sum)) * lse_unit;
     }
 }

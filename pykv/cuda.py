@@ -41,6 +41,8 @@ _HERE = Path(__file__).resolve().parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
 KERNELS = next(p for p in (_HERE / "kernels_cu", _HERE.parent / "kernels_cu") if p.is_dir())
 
+SHARED_BYTES = 48 << 10  # of dynamic shared memory that every kernel may have
+
 # Element type to its name in kernels_cu. Keyed by dtype: looking up dtype.name takes microseconds.
 TYPE_NAMES = dict(zip(FLOATS, ("float", "f16", "bf16"), strict=True))
 
@@ -432,6 +434,8 @@ def launch(
     core_launch, array, current_stream, current_device = _launcher()
     values = _values(array, args)
     stream = _stream(current_stream().ptr, current_device())
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, current_device())
     try:
         core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
     except Exception as error:
@@ -455,6 +459,8 @@ def bind(
     """
     core_launch, array, current_stream, current_device = _launcher()
     values, config = _values(array, args), _config(grid, block, shared_bytes)
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, current_device())
 
     def enqueue() -> None:
         try:
@@ -497,6 +503,22 @@ def _launcher() -> tuple[Any, ...]:
 
     cupy = _cupy()
     return launch, cupy.ndarray, cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
+
+
+@lru_cache(maxsize=256)
+def _allow_shared(kernel: Any, shared_bytes: int, device: int) -> None:
+    """Let a kernel have more dynamic shared memory than any may have unasked, and as many blocks
+    on an SM as its whole shared memory holds."""
+    from cuda.bindings import driver
+
+    attributes = driver.CUfunction_attribute
+    for attribute, value in (
+        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+        (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+    ):
+        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
 
 
 @lru_cache(maxsize=256)

@@ -97,7 +97,7 @@ def call_times():
     found = {}
     for name, pages in (("256", 16), ("1024", 64)):
         table = cupy.zeros((1, pages), np.int32)
-        scratch = cupy.empty(paged_decode.workspace_size(1, 9, 3, 64, 16 * pages), np.float32)
+        scratch = cupy.zeros(paged_decode.workspace_size(1, 9, 3, 64, 16 * pages), np.float32)
 
         def decode(table=table, scratch=scratch):
             paged_decode.decode(q, k_pool, v_pool, table, lengths, out=out, workspace=scratch)

@@ -426,6 +426,7 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
         capacity = batch.page_table.shape[1] * cache.page_size
         size = paged_decode.workspace_size(T, HQ, H, config.head_dim, capacity)
         workspace = like(x, (size,), np.float32)
+        workspace[: paged_decode.COUNTERS] = 0
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
 
     for i, layer in enumerate(model.layers):

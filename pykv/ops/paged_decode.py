@@ -1,29 +1,36 @@
-"""Attention of one query token a sequence over a paged KV pool.
+"""Attention of the last queries of each sequence over a paged KV pool, of any kind.
 
-Dimensions: B sequences, HQ query heads, H KV heads, G = HQ / H, D head size, N pages in the pool,
-P tokens a page, M pages a sequence can have.
-Kernel: kernels_cu/paged_decode.cu.
+Dimensions: B sequences, T queries of each, HQ query heads, H KV heads, G = HQ / H, D head size, W
+elements that D codes take, N pages in the pool, P tokens a page, M pages a sequence can have, E
+elements of workspace.
+Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head sizes and SMs that
+`kernel_for` names; kernels_cu/paged_decode.cu on CUDA cores, for all else.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, check, like, on_gpu
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
+from pykv.kinds import decode as decode_codes
+from pykv.ops import paged_decode_mma as mma
 
-VARIANTS = [
-    dict(HEAD_DIM=d, HEADS=heads, Q_T="float", KV_T="f16")
-    for d, heads in ((64, 3), (64, 4), (128, 3), (128, 4), (256, 4))
+VARIANTS: list[dict[str, Any]] = [
+    dict(HEAD_DIM=d, ROWS=4, Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16") for d in (64, 128)
 ]
 
 ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
-MAX_HEADS = 4  # query heads a block serves: their state fills the registers of three blocks an SM
+MAX_ROWS = 4  # query rows a block serves: their state fills the registers of three blocks an SM
+MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
+COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
+LOG2_E = math.log2(math.e)
 
 
 def decode(
@@ -33,31 +40,55 @@ def decode(
     page_table: Any,
     lengths: Any,
     *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
+    slopes: Any = None,
+    sinks: Any = None,
+    tree: Any = None,
+    fixed_split: int | None = None,
     return_lse: bool = False,
+    lse_base: str = "e",
     out: Any = None,
     lse: Any = None,
     workspace: Any = None,
     stream: Any = None,
 ) -> Any:
-    """Softmax attention of one query token for each sequence over the keys of its pages.
+    """Softmax attention of the last queries of each sequence over the keys of its pages.
 
     Args:
-        q: [B, HQ, D] float32, float16 or bfloat16; tokens at any stride. HQ is a multiple of H,
-            D of 8 and at most 256.
-        k_pool, v_pool: [N, P, H, D] float32, float16 or bfloat16.
+        q: [B, HQ, D], one query a sequence, or [B, T, HQ, D], its last T tokens; float32, float16
+            or bfloat16; sequences and tokens at any stride. HQ is a multiple of H, D of 8 and at
+            most 512.
+        k_pool, v_pool: [N, P, H, W], in layout HND [N, H, P, W], of the dtypes of `spec`; pages,
+            tokens and heads at any stride.
         page_table: [B, M] int32; physical pages of each sequence, in order. Entries that hold no
             visible key (past the length, before the window) are not read.
-        lengths: [B] int32; keys of each sequence, the current token's included. Where it is not
+        lengths: [B] int32; keys of each sequence, those of the queries included. Where it is not
             positive, the output is zero and `lse` minus infinity.
+        k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
+        spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
-        window: number of last keys that are seen; all if None.
+        window: number of last keys that a query sees, up to its own; all if None.
+        soft_cap: scores are soft_cap * tanh(score / soft_cap); not capped if None.
+        slopes: [HQ] float32; slope * (key - query), positions in the sequence, is added to scores
+            (ALiBi).
+        sinks: [HQ] float32; a score for each head whose weight has no value (attention sink).
+        tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
+            before them. Where None, query t sees the keys up to its own.
+        fixed_split: keys that are summed apart, a multiple of 32: a sequence's result then has the
+            same bits in any batch and on any GPU of one kind. None: the keys of the whole batch are
+            cut evenly, which is faster where lengths differ.
         return_lse: return `lse` as well.
-        out: [B, HQ, D], dtype of `q`; allocated if None.
-        lse: [B, HQ] float32; natural logarithm of the sum of exp(scale * q.k), filled if given.
-        workspace: [at least workspace_size(...)] float32, scratch memory of a GPU; allocated if
-            None and needed.
+        lse_base: "e", or "2" for logarithms of base 2.
+        out: shape and dtype of `q`; allocated if None.
+        lse: shape of `q` without D, float32; logarithm of the sum of exp(score), filled if given.
+        workspace: [at least workspace_size(...)] float32, scratch memory of a GPU, for one stream
+            at a time; its first COUNTERS elements are zeros before its first use, and calls leave
+            them so. Allocated if None and needed.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -66,51 +97,81 @@ def decode(
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
         DtypeError: an array has another dtype.
-        UnsupportedError: D exceeds 256.
-        ParameterError: `scale` is not finite, `window` is below 1, or, on the host, a page does not
-            exist.
+        UnsupportedError: D exceeds 512, or T 64 with a tree.
+        ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
+            host, a page does not exist.
         CapacityError: the workspace is too small, or, on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are. On a GPU it only enqueues; lengths are clamped to M * P and pages are
-    not range-checked. Accumulates in float32, in an order (hence with last bits) that depends on B,
-    M * P and the GPU's number of SMs. Source: split-KV decoding (Flash-Decoding), with the number
-    of splits fixed by capacities so that a captured graph stays valid as lengths grow.
+    not range-checked. Accumulates in float32, in an order (hence with last bits) that depends on
+    the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV decoding
+    (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured graph stays
+    valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
+    SpecInfer for trees.
     """
     op = "paged_decode.decode"
+    if spec is None:
+        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    many = getattr(q, "ndim", 3) == 4
     dims = check(
         op,
-        q=(q, "B | HQ D", FLOATS),
-        k_pool=(k_pool, "N P H D", FLOATS),
-        v_pool=(v_pool, "N P H D", k_pool.dtype),
+        q=(q, "B T | HQ D" if many else "B | HQ D", FLOATS),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
         page_table=(page_table, "B M", INT32),
         lengths=(lengths, "B", INT32),
-        out=(out, "B HQ D", q.dtype),
-        lse=(lse, "B HQ", FLOAT32),
-        workspace=(workspace, "W", FLOAT32),
+        slopes=(slopes, "HQ", FLOAT32),
+        sinks=(sinks, "HQ", FLOAT32),
+        tree=(tree, "B T" if many else "B 1", UINT64, 8),
+        out=(out, "B T HQ D" if many else "B HQ D", q.dtype),
+        lse=(lse, "B T HQ" if many else "B HQ", FLOAT32),
+        workspace=(workspace, "E", FLOAT32),
     )
-    scale = check_attention(op, dims, scale, window)
+    T = dims["T"] if many else 1
+    scale = check_attention(op, dims, scale, window, 512)
+    _check_options(op, soft_cap, tree, T, fixed_split, lse_base)
     if not on_gpu(q):
-        check_pages(op, page_table, lengths, np.zeros_like(lengths), window, k_pool.shape)
+        check_pages(
+            op, page_table, lengths, np.full(len(lengths), T - 1), window, (dims["N"], dims["P"])
+        )
     if out is None:
         out = like(q, q.shape, q.dtype)
     if lse is None and return_lse:
-        lse = like(q, q.shape[:2], np.float32)
-    if dims["B"] * dims["HQ"] == 0:
+        lse = like(q, q.shape[:-1], np.float32)
+    if out.size == 0:
         pass
     elif on_gpu(q):
         _cuda(
-            q, k_pool, v_pool, page_table, lengths, scale, window, out, lse, workspace, dims, stream
+            *(q, k_pool, v_pool, page_table, lengths, k_scales, v_scales, spec, scale, window),
+            *(soft_cap, slopes, sinks, tree, fixed_split, lse_base, out, lse, workspace),
+            mma.Sizes(*(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))),
+            stream,
         )
     else:
-        out[...], sums = reference(q, k_pool, v_pool, page_table, lengths, scale, window)
+        options = dict(k_scales=k_scales, v_scales=v_scales, spec=spec, soft_cap=soft_cap)
+        out[...], sums = reference(
+            *(q, k_pool, v_pool, page_table, lengths, scale, window),
+            **options,
+            slopes=slopes,
+            sinks=sinks,
+            tree=tree,
+        )
         if lse is not None:
-            lse[...] = sums
+            lse[...] = sums * (1 if lse_base == "e" else math.log2(math.e))
     return (out, lse) if return_lse else out
 
 
 def workspace_size(
-    B: int, HQ: int, H: int, D: int, capacity: int, *, device: int | None = None
+    B: int,
+    HQ: int,
+    H: int,
+    D: int,
+    capacity: int,
+    *,
+    T: int = 1,
+    spec: KVSpec | None = None,
+    fixed_split: int | None = None,
+    device: int | None = None,
 ) -> int:
     """Float32 elements of workspace that suffice for `decode` on a GPU.
 
@@ -118,19 +179,47 @@ def workspace_size(
         B: sequences; the size suffices for every smaller batch as well.
         HQ, H, D: query heads, KV heads, head size.
         capacity: tokens a sequence can have, M * P; suffices for every smaller one.
+        T: queries of a sequence.
+        spec: of the pools; float16 where None.
+        fixed_split: as in `decode`.
         device: ordinal of the GPU, the current one if None.
 
     Raises:
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
-    blocks = H * _head_tiles(HQ // H)
-    splits = [(b, _num_splits(b * blocks, capacity, num_sms)) for b in range(1, B + 1)]
-    return max((b * s * HQ * (D + 2) for b, s in splits if s > 1), default=0)
+    spec = spec or KVSpec()
+    sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
+    ranges = mma.num_ranges(sizes, spec, 2 * num_sms, fixed_split)
+    plain = [
+        _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
+        for b in range(1, B + 1)
+    ]
+    return max(mma.workspace_size(sizes, spec, ranges, fixed_split), *plain, 0)
+
+
+def kernel_for(
+    spec: KVSpec, D: int, *, q_dtype: Any = None, sm: int | None = None, aligned: bool = True
+) -> str:
+    """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
+
+    Args:
+        spec: kinds of the pools.
+        D: head size.
+        q_dtype: of the queries; does not matter so far.
+        sm: 90 and the like, that of the current GPU if None.
+        aligned: addresses and strides of the pools are multiples of 16 bytes.
+    """
+    covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
+    return "paged_decode_mma" if covered and aligned else "paged_decode"
 
 
 def check_attention(
-    op: str, dims: dict[str, int], scale: float | None, window: int | None
+    op: str,
+    dims: dict[str, int],
+    scale: float | None,
+    window: int | None,
+    largest: int = 256,
 ) -> float:
     """Check head counts, head size and scalars of an attention op, and return the scale."""
     HQ, H, D = dims["HQ"], dims["H"], dims["D"]
@@ -138,8 +227,8 @@ def check_attention(
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
     if D == 0 or D % 8:
         raise ShapeError(f"{op}: q has D={D}, expected a multiple of 8")
-    if D > 256:
-        raise UnsupportedError(f"{op}: q has D={D}, expected at most 256")
+    if D > largest:
+        raise UnsupportedError(f"{op}: q has D={D}, expected at most {largest}")
     if dims["P"] == 0:
         raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
     if window is not None and window < 1:
@@ -151,6 +240,19 @@ def check_attention(
     return float(scale)
 
 
+def _check_options(
+    op: str, soft_cap: float | None, tree: Any, T: int, fixed_split: int | None, lse_base: str
+) -> None:
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
+    if tree is not None and T > MAX_TREE:
+        raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
+    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
+        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+    if lse_base not in ("e", "2"):
+        raise ParameterError(f"{op}: lse_base is {lse_base!r}, expected 'e' or '2'")
+
+
 def check_pages(
     op: str, page_table: Any, lengths: Any, earlier: Any, window: int | None, pool: tuple[int, ...]
 ) -> None:
@@ -159,7 +261,7 @@ def check_pages(
     Args:
         page_table, lengths, window: as in `decode`.
         earlier: [B]; how many keys before the last one the first query stands.
-        pool: shape of the pool, [N, P, H, D].
+        pool: N and P, which may have more sizes behind them.
     """
     N, P = pool[:2]
     M = page_table.shape[1]
@@ -190,23 +292,75 @@ def reference(
     lengths: Any,
     scale: float,
     window: int | None = None,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    soft_cap: float | None = None,
+    slopes: Any = None,
+    sinks: Any = None,
+    tree: Any = None,
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
-    B, HQ, D = q.shape
-    H = k_pool.shape[2]
+    many = q if q.ndim == 4 else q[:, None]  # [B, T, HQ, D]
+    B, T, HQ, D = many.shape
     dtype = np.result_type(q.dtype, np.float32)
-    out = np.zeros((B, HQ, D), dtype)
-    lse = np.full((B, HQ), -np.inf, dtype)
+    out = np.zeros((B, T, HQ, D), dtype)
+    lse = np.full((B, T, HQ), -np.inf, dtype)
+    if sinks is not None:
+        lse[...] = sinks
     for b, length in enumerate(lengths.tolist()):
-        first = max(length - window, 0) if window else 0
         if length <= 0:
             continue
-        k = gather(k_pool, page_table[b], first, length, dtype)
-        v = gather(v_pool, page_table[b], first, length, dtype)
-        scores = q[b].astype(dtype).reshape(H, HQ // H, D) @ k.transpose(1, 2, 0) * scale
-        values, sums = weigh(scores, v.transpose(1, 0, 2))
-        out[b], lse[b] = values.reshape(HQ, D), sums.reshape(HQ)
-    return out.astype(q.dtype, copy=False), lse
+        first = max(length - (T - 1) - window, 0) if window else 0
+        k = _rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        v = _rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        H = k.shape[1]
+        grouped = many[b].astype(dtype).reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
+        scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale  # [H, G, T, keys]
+        if soft_cap is not None:
+            scores = np.tanh(scores / soft_cap) * soft_cap
+        key, query = np.arange(first, length), length - T + np.arange(T)[:, None]
+        if slopes is not None:
+            scores += slopes.astype(dtype).reshape(H, -1, 1, 1) * (key - query)
+        seen = key <= query
+        if window:
+            seen &= key > query - window
+        if tree is not None:
+            branch = np.maximum(key - (length - T), 0)
+            bits = tree[b][:, None] >> branch.astype(np.uint64) & np.uint64(1)
+            seen = np.where(key < length - T, seen, bits.astype(bool))
+        scores = np.where(seen, scores, -np.inf)
+        extra = None if sinks is None else sinks.astype(dtype).reshape(H, -1, 1)
+        values, sums = weigh(scores, v.transpose(1, 0, 2)[:, None], extra)
+        out[b] = values.transpose(2, 0, 1, 3).reshape(T, HQ, D)
+        lse[b] = sums.transpose(2, 0, 1).reshape(T, HQ)
+    return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
+
+
+def _rows(
+    pool: Any,
+    scales: Any,
+    spec: KVSpec | None,
+    of_values: int,
+    pages: Any,
+    first: int,
+    end: int,
+    dtype: Any,
+) -> Any:
+    """Decoded rows `first` .. `end` - 1 of a sequence, [end - first, H, D]."""
+    if spec is None:
+        return gather(pool, pages, first, end, dtype)
+    if spec.layout == "HND":
+        pool = pool.swapaxes(1, 2)
+        scales = scales.swapaxes(1, 2) if scales is not None and scales.ndim == 3 else scales
+    P = pool.shape[1]
+    position = np.arange(first, end)
+    where = pages[position // P], position % P
+    rows = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
+    if scales is None:
+        return rows
+    return rows * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
 
 
 def gather(pool: Any, pages: Any, first: int, end: int, dtype: Any) -> Any:
@@ -217,33 +371,142 @@ def gather(pool: Any, pages: Any, first: int, end: int, dtype: Any) -> Any:
     return rows[first - skipped * P : end - skipped * P].astype(dtype)
 
 
-def weigh(scores: Any, v: Any) -> tuple[Any, Any]:
+def weigh(scores: Any, v: Any, extra: Any = None) -> tuple[Any, Any]:
     """Values averaged by the softmax of scores, and the scores' log-sum-exp.
 
     Args:
         scores: [..., R, S]; rows without a finite score give zero and minus infinity.
         v: [..., S, D].
+        extra: [..., R] or what broadcasts to it, one more score of each row, of no value.
 
     Returns:
         ([..., R, D], [..., R])
     """
     peak = scores.max(axis=-1, keepdims=True)
+    if extra is not None:
+        peak = np.maximum(peak, extra[..., None])
     peak = np.where(peak == -np.inf, 0, peak)
     weights = np.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
+    if extra is not None:
+        total = total + np.exp(extra[..., None] - peak)
     is_empty = total == 0
     with np.errstate(divide="ignore"):
         lse = peak + np.log(total)
     return (weights @ v) / np.where(is_empty, 1, total), lse[..., 0]
 
 
-def _head_tiles(G: int) -> int:
-    """Blocks that share the query heads of one KV head."""
-    return -(-G // MAX_HEADS)
+class Plan(NamedTuple):
+    """What all but the contents of arrays decides of a call."""
+
+    stem: str
+    defines: dict[str, Any]
+    grid: int
+    shared_bytes: int
+    size: int  # of the workspace, in elements
+    scalars: tuple[Any, ...]
+    merge: tuple[int, tuple[Any, ...]] | None  # grid and scalars of a second launch
 
 
-def _num_splits(blocks: int, keys: int, num_sms: int) -> int:
-    """Parts into which the keys of each sequence are cut.
+@lru_cache(maxsize=1024)
+def _plan(
+    sm: int,
+    device: int,
+    q_dtype: Any,
+    spec: KVSpec,
+    sizes: mma.Sizes,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    misalignment: int,
+    k_scale_strides: tuple[int, ...] | None,
+    v_scale_strides: tuple[int, ...] | None,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    flags: tuple[str, ...],
+    fixed_split: int | None,
+    lse_base: str,
+) -> Plan:
+    """Kept, because making so many NumPy scalars costs as much as a launch.
+
+    Args:
+        flags: which of the defines ALIBI, SINKS and TREE are on.
+        misalignment: 0 where both pools begin at multiples of 16 bytes.
+        The others as in `decode`; strides in bytes.
+    """
+    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
+    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned)
+    num_sms = cuda.num_sms(device)
+    k, v = spec.kinds
+    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
+    defines: dict[str, Any] = dict(
+        HEAD_DIM=sizes.D,
+        Q_T=cuda.TYPE_NAMES[q_dtype],
+        K_T=k.c_type,
+        V_T=v.c_type,
+        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
+        **dict.fromkeys(flags, 1),
+    )
+    score_scale, cap = scale * LOG2_E, 0.0
+    if soft_cap is not None:
+        defines["SOFT_CAP"] = 1
+        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
+    steps = [n // q_dtype.itemsize for n in q_strides[: len(q_strides) - 2]]
+    strides = [*steps, 0][:2]
+    for of_array, dtype in (
+        (k_strides, k.dtype),
+        (v_strides, v.dtype),
+        (k_scale_strides, scale_dtype),
+        (v_scale_strides, scale_dtype),
+    ):
+        strides += _page_token_head(of_array, dtype.itemsize, spec)
+    floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
+    window = ALL_KEYS if window is None else min(window, ALL_KEYS)
+    merge = None
+    if stem == "paged_decode_mma":
+        defines["PAGE"] = sizes.P
+        grid, shared_bytes, size, ints = mma.launch(
+            sm, spec, q_dtype, sizes, window, num_sms, fixed_split
+        )
+    else:
+        defines["ROWS"] = _tile_rows(sizes)
+        splits, size = _plain_splits(sizes, window, num_sms, fixed_split)
+        grid, shared_bytes = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits, 0
+        B, T, HQ, H, D, P, M = sizes
+        ints = (T, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
+        if splits > 1:
+            merge = (B * T * HQ, (np.int32(HQ), np.int32(splits), floats[2]))
+    scalars = (*map(np.int64, strides), *map(np.int32, ints), *floats)
+    return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
+
+
+def _page_token_head(
+    strides: tuple[int, ...] | None, itemsize: int, spec: KVSpec
+) -> tuple[int, int, int]:
+    """Strides of page, token and head in elements, 0 where a dimension does not exist.
+
+    Args:
+        strides: in bytes, of a pool, of scales by token, of scales [H] or [1], or None.
+    """
+    if strides is None or (len(strides) == 1 and spec.granularity == "tensor"):
+        return 0, 0, 0
+    if len(strides) == 1:
+        return 0, 0, strides[0] // itemsize
+    page, token, head = (n // itemsize for n in strides[:3])
+    return (page, token, head) if spec.layout == "NHD" else (page, head, token)
+
+
+def _tile_rows(sizes: mma.Sizes) -> int:
+    """Query rows that a block of the plain kernel serves."""
+    tiles = -(-sizes.rows // (MAX_ROWS if sizes.D <= 256 else MAX_ROWS // 2))
+    return -(-sizes.rows // tiles)
+
+
+def _plain_splits(
+    sizes: mma.Sizes, window: int, num_sms: int, fixed_split: int | None
+) -> tuple[int, int]:
+    """Parts into which the plain kernel cuts the keys of each sequence, and its workspace.
 
     Three blocks an SM run at once (the kernel's launch bound) and keep 48 KiB of float16 keys and
     values in flight there, more than bandwidth times latency asks for (H200: 4.8 TB/s at 1 us over
@@ -251,7 +514,14 @@ def _num_splits(blocks: int, keys: int, num_sms: int) -> int:
     256 keys. Only capacities enter, never lengths, so there is nothing to synchronise and a
     captured graph stays valid.
     """
-    return max(1, min(-(-3 * num_sms // blocks), -(-keys // 256)))
+    keys = min(sizes.capacity, window + sizes.T - 1)
+    if fixed_split:
+        splits = max(1, -(-keys // fixed_split))
+    else:
+        blocks = sizes.B * sizes.H * -(-sizes.rows // _tile_rows(sizes))
+        splits = max(1, min(-(-3 * num_sms // blocks), -(-keys // 256)))
+    states = sizes.B * sizes.T * sizes.HQ * splits * (sizes.D + 2)
+    return splits, mma.COUNTERS + states if splits > 1 else 0
 
 
 def _cuda(
@@ -260,68 +530,49 @@ def _cuda(
     v_pool: Any,
     page_table: Any,
     lengths: Any,
+    k_scales: Any,
+    v_scales: Any,
+    spec: KVSpec,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
+    slopes: Any,
+    sinks: Any,
+    tree: Any,
+    fixed_split: int | None,
+    lse_base: str,
     out: Any,
     lse: Any,
     workspace: Any,
-    dims: dict[str, int],
+    sizes: mma.Sizes,
     stream: Any,
 ) -> None:
-    B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
-    q_stride = q.strides[0] // q.itemsize
+    flags: tuple[str, ...] = ()
+    if slopes is not None or sinks is not None or tree is not None:
+        given = (("ALIBI", slopes), ("SINKS", sinks), ("TREE", tree))
+        flags = tuple(name for name, array in given if array is not None)
     plan = _plan(
-        *(q.data.device_id, q.dtype, k_pool.dtype, q_stride, B, HQ, H, D, P, M, scale, window)
+        *(cuda.current_sm(), q.data.device_id, q.dtype, spec, sizes, q.strides),
+        *(k_pool.strides, v_pool.strides, (k_pool.data.ptr | v_pool.data.ptr) % 16),
+        None if k_scales is None else k_scales.strides,
+        None if v_scales is None else v_scales.strides,
+        *(scale, window, soft_cap, flags, fixed_split, lse_base),
     )
-    defines, grid, size, scalars, splits = plan
-    if workspace is not None and workspace.size < size:
+    if workspace is not None and workspace.size < plan.size:
         raise CapacityError(
-            f"paged_decode.decode: workspace has {workspace.size} elements, expected {size}"
+            f"paged_decode.decode: workspace has {workspace.size} elements, expected {plan.size}"
         )
-    kernel = cuda.kernel("paged_decode", "paged_decode", **defines)
-    arrays = (q, k_pool, v_pool, page_table, lengths)
+    kernel = cuda.kernel(plan.stem, plan.stem, **plan.defines)
     with cuda.on_stream(stream):
-        if workspace is None and size:
-            workspace = like(q, (size,), np.float32)
-        cuda.launch(kernel, grid, 128, out, lse, workspace, *arrays, *scalars)
-        if size:
-            merge = cuda.kernel("paged_decode", "paged_decode_merge", **defines)
-            cuda.launch(merge, B * HQ, 128, out, lse, workspace, splits)
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    device: int,
-    q_dtype: Any,
-    kv_dtype: Any,
-    q_stride: int,
-    B: int,
-    HQ: int,
-    H: int,
-    D: int,
-    P: int,
-    M: int,
-    scale: float,
-    window: int | None,
-) -> tuple[dict[str, Any], tuple[int, int], int, tuple[Any, ...], Any]:
-    """What sizes alone decide: defines, grid, workspace elements (0 where the keys are not split),
-    scalars and splits. Kept, because making so many NumPy scalars costs as much as a launch."""
-    G = HQ // H
-    tiles = _head_tiles(G)
-    keys = M * P if window is None else min(M * P, window)
-    splits = _num_splits(B * H * tiles, keys, cuda.num_sms(device))
-    defines = dict(
-        HEAD_DIM=D,
-        HEADS=-(-G // tiles),
-        Q_T=cuda.TYPE_NAMES[q_dtype],
-        KV_T=cuda.TYPE_NAMES[kv_dtype],
-    )
-    scalars = (
-        np.int64(q_stride),
-        *map(np.int32, (HQ, H, P, M)),
-        np.int32(ALL_KEYS if window is None else min(window, ALL_KEYS)),
-        np.float32(scale * math.log2(math.e)),
-    )
-    size = B * HQ * splits * (D + 2) if splits > 1 else 0
-    grid = (B * H * tiles, splits)
-    return defines, grid, size, scalars, np.int32(splits)
+        if workspace is None and plan.size:
+            workspace = like(q, (plan.size,), np.float32)
+            workspace[:COUNTERS] = 0
+        cuda.launch(
+            *(kernel, plan.grid, 128, out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales),
+            *(page_table, lengths, slopes, sinks, tree, *plan.scalars),
+            shared_bytes=plan.shared_bytes,
+        )
+        if plan.merge is not None:
+            grid, scalars = plan.merge
+            merge = cuda.kernel(plan.stem, "paged_decode_merge", **plan.defines)
+            cuda.launch(merge, grid, 128, out, lse, workspace, sinks, *scalars)

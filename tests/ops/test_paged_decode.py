@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, kinds
 from pykv.errors import (
     CapacityError,
     DtypeError,
@@ -62,6 +62,93 @@ def inputs(rng, lengths, G, H, D, P, window, q, kv):
     q_dtype = np.dtype(getattr(ml_dtypes, q, q))
     queries = rng.standard_normal((len(lengths), H * G, D)).astype(q_dtype)
     return queries, *paged(rng, lengths, P, H, D, kv, unseen), np.array(lengths, np.int32)
+
+
+# Kinds, scales and layouts; each meets lengths that cut tiles, a group that fills half a tile, and
+# more keys than one block takes.
+SPECS = (
+    *("bf16", "int8", "int4", "e4m3", "e5m2", "k8v4", "fp16+int4", "e4m3+bf16"),
+    *("int8:head", "e4m3:tensor:fp32", "int8:fp32:HND", "fp16:HND", "int4:head:HND", "fp32+int8"),
+)
+CODE_BASE = dict(lengths=(5, 0, 47, 400), G=4, H=2, D=64, P=16, window=None, q="float16")
+CODE_CASES = [
+    *({**CODE_BASE, "spec": spec} for spec in SPECS),
+    *({**CODE_BASE, "spec": spec, "D": 128} for spec in ("fp16", "bf16", "int8", "int4", "e4m3")),
+    *({**CODE_BASE, "spec": "int8", "P": P} for P in (1, 3, 17, 64)),
+    *({**CODE_BASE, "spec": "int8", "D": D} for D in (32, 96, 80, 256)),
+    *({**CODE_BASE, "spec": "int8", "G": G, "H": 1} for G in (1, 7, 8, 12)),
+    *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("bf16", "int8", "e4m3", "k8v4")),
+    {**CODE_BASE, "spec": "e4m3", "q": "bfloat16", "window": 33},
+    {**CODE_BASE, "spec": "int4", "D": 8, "H": 1},
+    {**CODE_BASE, "spec": "int8", "D": 512, "H": 1, "G": 3},
+]
+
+
+def cache(rng, keys, P, H, D, spec, unseen=None):
+    """Pools and scales of a spec, by name, and a page table; as `paged` makes them.
+
+    Unseen codes are the largest there are, or NaN, and so are their scales, where rows have them.
+    """
+    spec = kinds.KVSpec.parse(spec)
+    *pools, table = paged(rng, keys, P, H, D, "float32", unseen)
+    arrays = {}
+    for name, kind, pool in zip("kv", spec.kinds, pools, strict=True):
+        scales = None
+        if kind.largest:
+            dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+            if spec.granularity == "token":
+                pool, scales = kinds.quantize(pool, kind, scale_dtype=dtype)
+            else:
+                n = H if spec.granularity == "head" else 1
+                scales = (rng.uniform(3, 4, n) / kind.largest).astype(dtype)
+                pool, _ = kinds.quantize(np.where(np.isnan(pool), 1e9, pool), kind, scale=scales)
+        else:
+            pool, _ = kinds.quantize(pool, kind)
+        if spec.layout == "HND":
+            pool = np.ascontiguousarray(pool.swapaxes(1, 2))
+            if scales is not None and scales.ndim == 3:
+                scales = np.ascontiguousarray(scales.swapaxes(1, 2))
+        arrays[f"{name}_pool"], arrays[f"{name}_scales"] = pool, scales
+    return spec, arrays, table
+
+
+def call(xp, q, spec, arrays, table, lengths, **options):
+    """`decode` of host arrays on a device."""
+    arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
+    q, table, lengths = map(xp.asarray, (q, table, lengths))
+    for name in ("slopes", "sinks", "tree"):
+        if options.get(name) is not None:
+            options[name] = xp.asarray(options[name])
+    return paged_decode.decode(
+        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **arrays, **options
+    )
+
+
+def judge(got, q, spec, arrays, table, lengths, scale, **options):
+    """Hold `out` and `lse` to the reference, at the precision of the queries and in float64."""
+    low, exact = (
+        paged_decode.reference(
+            x, page_table=table, lengths=lengths, scale=scale, spec=spec, **arrays, **options
+        )
+        for x in (q, q.astype(np.float64))
+    )
+    assert got[0].dtype == q.dtype
+    assert_close_to_oracle(got[0], low[0], exact[0])
+    assert_lse_close(got[1], low[1], exact[1])
+
+
+def queries_of(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
+@pytest.mark.parametrize("case", CODE_CASES, ids=str)
+def test_every_kind_matches_the_oracle(xp, rng, case):
+    lengths, window, D = case["lengths"], case["window"], case["D"]
+    unseen = [max(n - window, 0) if window else 0 for n in lengths]
+    store = cache(rng, lengths, case["P"], case["H"], D, case["spec"], unseen)
+    q = queries_of(rng, (len(lengths), case["G"] * case["H"], D), case["q"])
+    args = (q, *store, np.array(lengths, np.int32))
+    judge(call(xp, *args, window=window), *args, D**-0.5, window=window)
 
 
 def oracle(q, k_pool, v_pool, *rest):
@@ -225,6 +312,8 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
     size = 0 if xp is np else paged_decode.workspace_size(B, HQ, H, D, M * P)
     assert xp is np or size > 0
     workspace = xp.full(size + 8, np.nan, np.float32)
+    if xp is not np:
+        workspace[: paged_decode.COUNTERS] = 0
     got = paged_decode.decode(q, *rest, workspace=workspace)
     assert_same_bits(got, paged_decode.decode(q, *rest))
     assert bool(xp.isnan(workspace[size:]).all())
@@ -234,11 +323,14 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
 
 
 def test_workspace_suffices_for_smaller_batches(monkeypatch):
-    """By hand for 132 SMs: batches of 1 .. 5 split 32, 25, 17, 13 and 10 ways; 4 needs most."""
+    """By hand for 132 SMs: batches of 1 .. 5 split 16, 16, 16, 13 and 10 ways on CUDA cores, where
+    4 needs most; on tensor cores 33 ranges leave two states of 4 heads for each of 8."""
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     size = paged_decode.workspace_size(5, 32, 8, 128, 4096, device=0)
-    assert size == 4 * 13 * 32 * (128 + 2)
-    assert paged_decode.workspace_size(5, 32, 8, 128, 128, device=0) == 0
+    assert size == 4096 + max(4 * 13 * 32, 2 * 33 * 32) * (128 + 2)
+    fixed = paged_decode.workspace_size(5, 32, 8, 128, 4096, fixed_split=512, device=0)
+    assert fixed == 4096 + 5 * 8 * 32 * (128 + 2)
+    assert paged_decode.workspace_size(1, 32, 8, 128, 128, device=0) == 0
     assert paged_decode.workspace_size(0, 32, 8, 128, 4096, device=0) == 0
 
 
@@ -290,15 +382,19 @@ def test_errors_name_the_argument(xp, rng):
     odd = [xp.zeros((1, 1, 12), np.float32), *[xp.zeros((1, 1, 1, 12), np.float32)] * 2]
     with pytest.raises(ShapeError, match="q has D=12, expected a multiple of 8"):
         decode(*odd, table[:1], lengths[:1])
-    wide = [xp.zeros((1, 1, 264), np.float32), *[xp.zeros((1, 1, 1, 264), np.float32)] * 2]
-    with pytest.raises(UnsupportedError, match="q has D=264, expected at most 256"):
+    wide = [xp.zeros((1, 1, 520), np.float32), *[xp.zeros((1, 1, 1, 520), np.float32)] * 2]
+    with pytest.raises(UnsupportedError, match="q has D=520, expected at most 512"):
         decode(*wide, table[:1], lengths[:1])
-    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H D\]\)"):
+    with pytest.raises(ShapeError, match=r"v_pool has D=32, expected D=64 \(\[N P H \| D\]\)"):
         decode(q, k_pool, v_pool[..., :32].copy(), table, lengths)
     with pytest.raises(ShapeError, match="lengths has B=2, expected B=3"):
         decode(q, k_pool, v_pool, table, lengths[:2])
     with pytest.raises(DtypeError, match="v_pool has dtype float32, expected float16"):
-        decode(q, k_pool, v_pool.astype(np.float32), table, lengths)
+        decode(q, k_pool, v_pool.astype(np.float32), table, lengths, spec=kinds.KVSpec())
+    with pytest.raises(ParameterError, match="spec is missing, and v_pool is uint8"):
+        decode(q, k_pool, xp.zeros(v_pool.shape, np.uint8), table, lengths)
+    with pytest.raises(DtypeError, match="lengths has dtype int64, expected int32"):
+        decode(q, k_pool, v_pool, table, lengths.astype(np.int64))
     with pytest.raises(DtypeError, match="out has dtype float16, expected float32"):
         decode(q, k_pool, v_pool, table, lengths, out=q.astype(np.float16))
     with pytest.raises(ParameterError, match="window is 0, expected None or at least 1"):

@@ -77,7 +77,7 @@ struct Region {
 
 struct Copy {
     char *to, data[16];
-    int group;
+    int bytes, group;
 };
 
 enum State { READY, AT_BARRIER, AT_MEETING, AT_CONVERGENCE, EXITED };
@@ -523,20 +523,20 @@ void atomic_access(const void* address, int bytes, const void* caller) {
 }
 
 static void set_copying(const Copy& copy, bool copying) {
-    Region* const region = find((u64)copy.to, sizeof copy.data);
+    Region* const region = find((u64)copy.to, copy.bytes);
     if (!region->cells) return;
-    for (size_t i = 0; i < sizeof copy.data; i++) {
+    for (int i = 0; i < copy.bytes; i++) {
         u16& writer = region->cells[copy.to - region->array.begin + i].writer;
         writer = copying ? writer | COPYING : writer & ~COPYING;
     }
 }
 
-void copy_later(void* to, const void* from) {
-    Copy copy{(char*)to, {}, current->groups};
-    access((u64)from, sizeof copy.data, {false, false, CALLER});
-    access((u64)to, sizeof copy.data, {true, false, CALLER});
-    memcpy(copy.data, from, sizeof copy.data);
-    memset(to, 0xff, sizeof copy.data);
+void copy_later(void* to, const void* from, int bytes) {
+    Copy copy{(char*)to, {}, bytes, current->groups};
+    access((u64)from, bytes, {false, false, CALLER});
+    access((u64)to, bytes, {true, false, CALLER});
+    memcpy(copy.data, from, bytes);
+    memset(to, 0xff, bytes);
     set_copying(copy, true);
     current->copies.push_back(copy);
 }
@@ -551,8 +551,8 @@ void wait_for_copies(int groups) {
             continue;
         }
         set_copying(copy, false);
-        access((u64)copy.to, sizeof copy.data, {true, false, CALLER});
-        memcpy(copy.to, copy.data, sizeof copy.data);
+        access((u64)copy.to, copy.bytes, {true, false, CALLER});
+        memcpy(copy.to, copy.data, copy.bytes);
     }
     current->copies.swap(left);
 }

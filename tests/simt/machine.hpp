@@ -72,7 +72,7 @@ void atomic_access(const void* address, int bytes, const void* caller);
 
 // Asynchronous copies of this thread. The target is poison, and nobody's to touch, until the thread
 // has waited until at most `groups` of its committed groups are left.
-void copy_later(void* to, const void* from);
+void copy_later(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_for_copies(int groups);
 

@@ -98,7 +98,12 @@ inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {
-    simt::copy_later(shared, global);
+    simt::copy_later(shared, global, 16);
+}
+
+template <int BYTES> inline void cp_async(void* shared, const void* global) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what the instruction copies");
+    simt::copy_later(shared, global, BYTES);
 }
 
 inline void cp_async_commit() { simt::commit_copies(); }
@@ -172,6 +177,38 @@ inline void mma_m16n8k16_f16(float (&d)[4], const unsigned (&a)[4], const unsign
 inline void mma_m16n8k16_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                               SIMT_SITE) {
     simt::mma<16>(d, a, b, simt::bf16_bits_to_float, file, line);
+}
+
+// --- Pairs of f16 --------------------------------------------------------------------------------
+
+namespace simt {
+// To nearest even. What float drops is kept as its lowest bit, so that the second rounding is right.
+inline unsigned short double_to_f16_bits(double x) {
+    float y = (float)x;
+    if (x == x && (double)y != x) {
+        if (fabs((double)y) > fabs(x)) y = nextafterf(y, 0.0f);
+        y = __uint_as_float(__float_as_uint(y) | 1u);
+    }
+    return float_to_f16_bits(y);
+}
+
+template <class F> unsigned of_halves(F f) { return f(0) | (unsigned)f(16) << 16; }
+inline double half_at(unsigned x, int shift) { return f16_bits_to_float((unsigned short)(x >> shift)); }
+}  // namespace simt
+
+inline unsigned sub_f16x2(unsigned a, unsigned b) {
+    return simt::of_halves([=](int i) {
+        return simt::double_to_f16_bits(simt::half_at(a, i) - simt::half_at(b, i));
+    });
+}
+
+// A product has 22 bits. Where it and c do not fit into a double, one is far below half a unit of
+// the other, or the result is infinite.
+inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+    return simt::of_halves([=](int i) {
+        return simt::double_to_f16_bits(fma(simt::half_at(a, i), simt::half_at(b, i),
+                                            simt::half_at(c, i)));
+    });
 }
 
 // --- Integers ------------------------------------------------------------------------------------

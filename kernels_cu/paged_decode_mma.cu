@@ -1,0 +1,763 @@
+// paged_decode_mma.cu: paged_decode on tensor cores, from sm_75 on; bf16 pools from sm_80 on.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/paged_decode.py; T queries of
+// each sequence, the last ones of its keys):
+//   out                        [B, T, HQ, D] Q_T
+//   lse                        [B, T, HQ] float  log-sum-exp; may be null
+//   workspace                  COUNTERS u32, 0 before and after; sums of values [slots, TILES, R, D]
+//                              float; (maximum, sum of weights) [slots, TILES, R] float2. TILES =
+//                              H * ceil(G * T / 8), R = min(G * T, 8) rows of a tile
+//   q                   const  [B, T, HQ, D] Q_T, strides of B and T in elements
+//   k_pool, v_pool      const  [N, P, H, D] in any order, strides of page, token and head in array
+//                              elements: K_T, V_T
+//   k_scales, v_scales  const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
+//   page_table          const  [B, M] int32, read where the sequence has visible keys alone
+//   lengths             const  [B] int32, clamped to 0 .. capacity
+//   slopes, sinks       const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
+// Scalars:  capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
+//           of a piece, 0 where blocks cut the keys among them; slots of the workspace; score_scale
+//           = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2
+//           for natural logarithms, 1 for those of base 2
+// Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
+//           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
+//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
+// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (STAGES *
+//           (K_BYTES + V_BYTES) + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+// Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
+//           states of R * (D + 2) floats a block, written and read
+// Order:    a counter decides which block merges a row, always in the order of its keys: same bits
+//           for the same lengths and grid; with piece_tiles for any batch and grid
+//
+// A tile is up to eight query rows (heads of a group, times queries) of one KV head. The blocks of a
+// tile share the keys of all sequences, laid end to end, evenly: each derives its range from the
+// lengths. Within it a warp takes every fourth KEYS keys. Rows 0 to 7 of the matrix A of an mma are
+// the query rows, or their probabilities, rounded; rows 8 to 15 are what rounding left, so that
+// products are as good as those of floats. Lanes load what they need of B, and nothing else: any
+// order of the keys and of the head's elements will do, as long as A follows it. So shared memory is
+// a queue of each lane for itself, and warps meet at the end of a piece only.
+#include "common.cuh"
+
+#if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
+    !defined(SCALE_T)
+#error "paged_decode_mma.cu needs HEAD_DIM, PAGE, Q_T, K_T, V_T and SCALE_T"
+#endif
+#ifndef SOFT_CAP
+#define SOFT_CAP 0
+#endif
+#ifndef ALIBI
+#define ALIBI 0
+#endif
+#ifndef SINKS
+#define SINKS 0
+#endif
+#ifndef TREE
+#define TREE 0
+#endif
+
+constexpr int D = HEAD_DIM;
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+constexpr int ROWS = 8;  // of queries in a tile
+constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
+constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
+constexpr int KEYS = HAS_CODES ? 32 : 16;  // of a tile; with codes a lane for each scale
+constexpr int MIN_KEYS = 128;  // of a range; less is not worth a merge
+constexpr int COUNTERS = 4096;
+static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
+
+// What one of N lanes holds of a row: COUNT pieces, piece i of lane l at (i * N + l) * BYTES.
+template <typename T, int N> struct Share {
+    static constexpr int LANES = N;
+    static constexpr int ROW_BYTES = D / PACKED<T> * (int)sizeof(T) / N;
+    static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
+    static constexpr int COUNT = ROW_BYTES / BYTES;
+    static constexpr int WORDS = BYTES / 4;
+    static constexpr int ELEMENTS = WORDS * IN_WORD<T>;
+    static_assert(ROW_BYTES % 4 == 0 && ELEMENTS * COUNT * N == D, "whole words");
+};
+using KShare = Share<K_T, 4>;  // of one key for each lane / 4
+using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
+constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
+constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
+
+// Tiles that each warp has under way, such that two blocks fit an SM's shared memory.
+#ifndef STAGES
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int QUEUE_BYTES = 16 << 10;
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int QUEUE_BYTES = 24 << 10;
+#else
+constexpr int QUEUE_BYTES = 8 << 10;
+#endif
+constexpr int FITTING = QUEUE_BYTES / (K_BYTES + V_BYTES);
+constexpr int STAGES = FITTING < 1 ? 1 : FITTING > 4 ? 4 : FITTING;
+#endif
+
+// The float type of an mma; what it rounds is kept in further terms where queries are finer.
+template <typename T> struct Operand { using Type = f16; };
+template <> struct Operand<bf16> { using Type = bf16; };
+using KM = Operand<K_T>::Type;
+using VM = Operand<V_T>::Type;
+constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
+constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
+constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
+constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
+
+constexpr float LOG2_E = 1.442695040888963f;
+
+// --- Work: which keys are whose ------------------------------------------------------------------
+
+// The keys that the queries of a sequence see, in tiles of KEYS and in units, at least one, of which
+// ranges are made.
+struct Seen { int length, first, tile, tile_end, units; };
+
+struct Batch {
+    const int* lengths;
+    int size, capacity, window, tokens, unit_tiles;
+
+    __device__ __forceinline__ Seen seen(int b) const {
+        Seen s;
+        s.length = max(0, min(lengths[b], capacity));
+        s.first = (int)max((i64)s.length - (tokens - 1) - window, (i64)0);
+        s.tile = s.first / KEYS;
+        s.tile_end = s.length / KEYS + (s.length % KEYS != 0);
+        s.units = max(1, (s.tile_end - s.tile + unit_tiles - 1) / unit_tiles);
+        return s;
+    }
+};
+
+__device__ __forceinline__ int warp_total(int x) {
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    return x;
+}
+
+// Part of a range that lies in one sequence.
+struct Piece {
+    int b, start;     // the sequence, and the unit at which it begins
+    int unit, count;  // the piece's first unit, and how many it has
+    int tile, tile_end;
+    Seen seen;
+};
+
+__device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, int unit, int end,
+                                          bool one_unit) {
+    Piece p{b, start, unit, 1, 0, 0, batch.seen(b)};
+    if (!one_unit) p.count = min(end, start + p.seen.units) - unit;
+    p.tile = p.seen.tile + (unit - start) * batch.unit_tiles;
+    p.tile_end = min(p.tile + p.count * batch.unit_tiles, p.seen.tile_end);
+    return p;
+}
+
+// The first piece of a range, found by every warp for itself.
+__device__ __forceinline__ Piece first_piece(const Batch& batch, int begin, int end,
+                                             bool one_unit) {
+    const int lane = threadIdx.x % WARP;
+    int first = 0, start = 0;
+    for (;; first += WARP) {
+        const int units = first + lane < batch.size ? batch.seen(first + lane).units : 0;
+        const int all = warp_total(units);
+        if (start + all <= begin) {
+            start += all;
+            continue;
+        }
+        int upto = units;  // of the lanes up to this one
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int below = __shfl_up_sync(FULL_MASK, upto, step);
+            if (lane >= step) upto += below;
+        }
+        const int found = __ffs(__ballot_sync(FULL_MASK, start + upto > begin)) - 1;
+        start += __shfl_sync(FULL_MASK, upto - units, found);
+        return piece_at(batch, first + found, start, begin, end, one_unit);
+    }
+}
+
+// --- Copies: from pages to this lane's queue ------------------------------------------------------
+
+constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
+constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
+
+// One sequence's pages; keys beyond `first` .. `last` are not read, these instead.
+struct Table {
+    const int* pages;
+    int first, last;
+
+    __device__ __forceinline__ int key(int k) const { return max(first, min(k, last)); }
+    __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
+
+    // The pages of a tile: of each 16 keys, or else of this lane's key.
+    __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
+#pragma unroll
+        for (int i = 0; i < PAGE_IDS; i++) {
+            ids[i] = page(tile * KEYS + (TILES_IN_PAGES ? 16 * i : threadIdx.x % KEYS));
+        }
+    }
+};
+
+// The rows of one KV head; strides in elements.
+template <typename T> struct Rows {
+    const T* at;
+    i64 page_stride, token_stride;
+
+    __device__ __forceinline__ const T* row(int page, int key) const {
+        return at + page * page_stride + key % PAGE * token_stride;
+    }
+};
+
+// Starts copies of row `k` of a tile, k in the sixteen keys from 16 * sixteen on.
+template <typename S, typename T>
+__device__ __forceinline__ void copy_row(u8* queue, const Rows<T>& rows, const Table& table,
+                                         const int (&ids)[PAGE_IDS], int tile, int sixteen, int k,
+                                         int part) {
+    const int page = TILES_IN_PAGES ? ids[TILES_IN_PAGES ? sixteen : 0]
+                                    : __shfl_sync(FULL_MASK, ids[0], k);
+    const u8* row = (const u8*)rows.row(page, table.key(tile * KEYS + k));
+#pragma unroll
+    for (int i = 0; i < S::COUNT; i++) {
+        cp_async<S::BYTES>(queue + i * WARP * S::BYTES, row + (i * S::LANES + part) * S::BYTES);
+    }
+}
+
+// Key 8n + g for lane 4g + t.
+__device__ __forceinline__ void copy_keys(u8* queue, const Rows<K_T>& rows, const Table& table,
+                                          const int (&ids)[PAGE_IDS], int tile) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        copy_row<KShare>(queue + n * WARP * KShare::ROW_BYTES, rows, table, ids, tile, n / 2,
+                         8 * n + lane / 4, lane % 4);
+    }
+}
+
+// Values 2t, 2t + 1, 2t + 8, 2t + 9 of each sixteen for lane 4g + t.
+__device__ __forceinline__ void copy_values(u8* queue, const Rows<V_T>& rows, const Table& table,
+                                            const int (&ids)[PAGE_IDS], int tile) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < KEYS / 4; n++) {
+        copy_row<VShare>(queue + n * WARP * VShare::ROW_BYTES, rows, table, ids, tile, n / 4,
+                         n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8, lane / 4);
+    }
+}
+
+template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS], const u8* from) {
+    if constexpr (WORDS == 4) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        w[0] = x.x, w[1] = x.y, w[2] = x.z, w[3] = x.w;
+    } else if constexpr (WORDS == 2) {
+        const uint2 x = *reinterpret_cast<const uint2*>(from);
+        w[0] = x.x, w[1] = x.y;
+    } else {
+        w[0] = *reinterpret_cast<const u32*>(from);
+    }
+}
+
+// --- Products -------------------------------------------------------------------------------------
+
+// D += A B for 16 rows of B; a[0] and a[2] are row g, a[1] and a[3] row g + 8.
+template <typename M>
+__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                         u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (IS_BF16<M>) {
+        mma_m16n8k16_bf16(d, {a0, a1, a2, a3}, {b0, b1});
+    } else {
+        mma_m16n8k16_f16(d, {a0, a1, a2, a3}, {b0, b1});
+    }
+#elif __CUDA_ARCH__ >= 750
+    mma_m16n8k8_f16(d, {a0, a1}, {b0});
+    mma_m16n8k8_f16(d, {a2, a3}, {b1});
+#endif
+}
+
+// One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
+// wait in shared memory, in this lane's place, for want of registers.
+constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
+constexpr bool Q_IN_SHARED = D > 128;
+constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
+
+struct Query {
+    uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
+    uint2* shared;
+    float unit;  // of the pairs: f16 would not hold all that q may be
+
+    __device__ __forceinline__ uint2 step(int term, int i) const {
+        if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
+        return steps[term][Q_IN_SHARED ? 0 : i];
+    }
+};
+
+__device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row) {
+    using S = KShare;
+    float x[D / 4];
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < D / 4; i += 4) {
+        const int d = i / S::ELEMENTS * S::ELEMENTS * 4 + threadIdx.x % 4 * S::ELEMENTS;
+        float four[4] = {};
+        if (is_row) load4(four, row + d + i % S::ELEMENTS);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[i + j] = four[j];
+            largest = max(largest, __float_as_uint(four[j]) & 0x7fffffffu);
+        }
+    }
+    float factor = 1.0f;
+    q.unit = 1.0f;
+    if constexpr (!Q_IS_EXACT) {  // the largest becomes 128 to 256
+        largest = max(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
+        largest = max(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
+        const u32 exponent = max(largest >> 23, 8u);
+        factor = __uint_as_float((261u - exponent) << 23);
+        q.unit = __uint_as_float((exponent - 7u) << 23);
+    }
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        u32 pairs[TERMS][2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            constexpr int PAIRS = IN_WORD<K_T> / 2;
+            const int p = 2 * i + j, word = p / PAIRS * IN_WORD<K_T>;
+            float two[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                two[k] = x[word + element_of_pair<K_T>(p % PAIRS, k)] * factor;
+            }
+#pragma unroll
+            for (int term = 0; term < TERMS; term++) pairs[term][j] = take_halves<KM>(two);
+        }
+#pragma unroll
+        for (int term = 0; term < TERMS; term++) {
+            const uint2 step = make_uint2(pairs[term][0], pairs[term][1]);
+            if constexpr (Q_IN_SHARED) q.shared[(term * (D / 16) + i) * WARP] = step;
+            else q.steps[term][Q_IN_SHARED ? 0 : i] = step;
+        }
+    }
+}
+
+// Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
+__device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
+                                              const u8* queue) {
+    using S = KShare;
+    constexpr int PAIRS = IN_WORD<K_T> / 2;
+    float d[KEYS / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < S::COUNT; i++) {
+        u32 pairs[KEYS / 8][S::WORDS][PAIRS];
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+            u32 words[S::WORDS];
+            load_words(words, queue + (n * S::COUNT + i) * WARP * S::BYTES);
+#pragma unroll
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], K_T{});
+        }
+#pragma unroll
+        for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+            const int step = (i * S::ELEMENTS / 2 + p) / 2;
+            const uint2 high = q.step(0, step);
+            const uint2 low = Q_HAS_LOW ? q.step(TERMS > 1 ? 1 : 0, step) : make_uint2(0, 0);
+            const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
+                const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
+                multiply<KM>(d[n], high.x, low.x, high.y, low.y, b0, b1);
+                if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) {
+        scores[i] = Q_HAS_LOW ? d[i / 2][i % 2] + d[i / 2][i % 2 + 2] : d[i / 2][i % 2];
+    }
+}
+
+// Adds the tile's values, weighted by `weights` of the keys 8n + 2t and 8n + 2t + 1. Lane 4g + t
+// holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began. Sums of one
+// tile are added as floats: an mma would cut off what is below the last place.
+__device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (&weights)[KEYS / 4],
+                                           const u8* queue) {
+    using S = VShare;
+    constexpr int PAIRS = IN_WORD<V_T> / 2;
+    u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        float two[2] = {weights[2 * n], weights[2 * n + 1]};
+        high[n] = take_halves<VM>(two);
+        low[n] = take_halves<VM>(two);
+        if constexpr (P_HAS_REST) rest[n] = take_halves<VM>(two);
+    }
+#pragma unroll
+    for (int i = 0; i < S::COUNT; i++) {
+        u32 words[KEYS / 4][S::WORDS];
+#pragma unroll
+        for (int n = 0; n < KEYS / 4; n++) {
+            load_words(words[n], queue + (n * S::COUNT + i) * WARP * S::BYTES);
+        }
+#pragma unroll
+        for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
+            u32 b[KEYS / 8][PAIRS];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                const u32 two = zip<V_T>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
+                to_pairs(b[n], two, V_T{});
+            }
+#pragma unroll
+            for (int p = 0; p < PAIRS; p++) {
+                float d[4] = {};
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    multiply<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
+                    if constexpr (P_HAS_REST) {
+                        multiply<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
+                    }
+                }
+                const int column = i * S::ELEMENTS + w * PAIRS + p;
+#pragma unroll
+                for (int c = 0; c < 2; c++) acc[column][c] += d[c] + d[c + 2];
+            }
+        }
+    }
+}
+
+// --- States of the softmax ------------------------------------------------------------------------
+
+// The finite number that exponents are taken relative to: 0 while no key has been seen.
+__device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
+
+// Four elements of a row's weighted sum of values, relative to 2^m, and the sum of its weights.
+struct State { float m, l, x[4]; };
+
+// Joins the states whose (maximum, sum) and elements `at` names.
+template <typename At> __device__ __forceinline__ State join(int count, At at) {
+    State s{-INF, 0.0f, {}};
+#pragma unroll 4
+    for (int i = 0; i < count; i++) s.m = fmaxf(s.m, at(i).stat->x);
+    const float base = finite_base(s.m);
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+        const auto from = at(i);
+        const float2 stat = *from.stat;
+        const float4 x = *from.x;
+        const float keep = exp2f(stat.x - base);
+        s.l += keep * stat.y;
+        s.x[0] += keep * x.x, s.x[1] += keep * x.y, s.x[2] += keep * x.z, s.x[3] += keep * x.w;
+    }
+    return s;
+}
+
+struct Stored { float2* stat; float4* x; };
+
+// --- Kernel ---------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
+                 const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
+                 const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
+                 const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
+                 const int* __restrict__ lengths, const float* __restrict__ slopes,
+                 const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
+                 i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
+                 i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
+                 i64 vs_head, int B, int T, int HQ, int H, int M, int capacity, int window,
+                 int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
+#if __CUDA_ARCH__ >= 750
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ int is_last;
+    const int lane = threadIdx.x % WARP;
+    const int warp = threadIdx.x / WARP;
+    const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
+
+    const int G = HQ / H;
+    const int head_tiles = (G * T + ROWS - 1) / ROWS;
+    const int tiles = H * head_tiles;
+    const int max_rows = min(G * T, ROWS);
+    const int tile_of_head = blockIdx.x % head_tiles;
+    const int kv_head = blockIdx.x / head_tiles % H;
+    const int head_tile = blockIdx.x % tiles;
+    const int range = blockIdx.x / tiles, ranges = gridDim.x / tiles;
+    const int num_rows = min(ROWS, G * T - tile_of_head * ROWS);
+
+    // This block's range of units.
+    const bool fixed = piece_tiles > 0;
+    const Batch batch{lengths, B, capacity, window, T, fixed ? piece_tiles : 1};
+    int total = 0;
+    for (int b = lane; b < B; b += WARP) total += batch.seen(b).units;
+    total = warp_total(total);
+    int share = (total + ranges - 1) / ranges;
+    if (!fixed) {
+        share = max(share, MIN_KEYS / KEYS);
+        if (share < 16 * WARPS) share = (share + WARPS - 1) / WARPS * WARPS;  // even for the warps
+    }
+    const int begin = range * share, end = min(begin + share, total);
+    if (begin >= end) return;
+
+    // This lane's query row, for all pieces.
+    const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
+    const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
+    const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
+
+    const Rows<K_T> keys{k_pool + kv_head * k_head, k_page, k_token};
+    const Rows<V_T> values{v_pool + kv_head * v_head, v_page, v_token};
+    const Rows<SCALE_T> key_scales{k_scales + kv_head * ks_head, ks_page, ks_token};
+    const Rows<SCALE_T> value_scales{v_scales + kv_head * vs_head, vs_page, vs_token};
+
+    constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
+    u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
+    u8* const k_queue = queue + lane * KShare::BYTES;
+    u8* const v_queue = queue + K_BYTES + lane * VShare::BYTES;
+
+    // The states of the warps, and in the workspace those of pieces.
+    constexpr int PITCH = D + 4;
+    float* const warp_x = (float*)(shared + WARPS * (STAGES * STAGE_BYTES + Q_BYTES));
+    float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
+    u32* const counters = (u32*)workspace;
+    float* const piece_x = workspace + COUNTERS;
+    float2* const piece_stats = (float2*)(piece_x + (i64)slots * tiles * max_rows * D);
+
+    // A piece's first tiles are under way before the piece before it is brought to its end.
+    const auto start_copies = [&](const Piece& piece) {
+        const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
+        int ids[STAGES][PAGE_IDS];
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            const int tile = piece.tile + warp + i * WARPS;
+            if (tile < piece.tile_end) table.find(ids[i], tile);
+        }
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            const int tile = piece.tile + warp + i * WARPS;
+            if (tile < piece.tile_end) {
+                copy_keys(k_queue + i * STAGE_BYTES, keys, table, ids[i], tile);
+            }
+            cp_async_commit();
+            if (tile < piece.tile_end) {
+                copy_values(v_queue + i * STAGE_BYTES, values, table, ids[i], tile);
+            }
+            cp_async_commit();
+        }
+    };
+
+    Piece piece = first_piece(batch, begin, end, fixed);
+    start_copies(piece);
+    for (;;) {
+        const int b = piece.b, length = piece.seen.length;
+        const Table table{page_table + (i64)b * M, piece.seen.first, length - 1};
+        Query query;
+        query.shared = (uint2*)(queue + STAGES * STAGE_BYTES) + lane;
+        load_query(query, query_row + b * q_stride, g < num_rows);
+        const float factor = score_scale * query.unit / IN_PAIRS<K_T>;
+
+        // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
+        const int position = length - T + token;
+        const int row_first = (int)max((i64)position + 1 - window, (i64)0);
+        const int full_first = (int)max((i64)length - window, (i64)0);
+        const int full_end = length - T + (TREE ? 0 : 1);
+#if ALIBI
+        const float slope = slopes[head] * LOG2_E;
+#endif
+#if TREE
+        const u64 ancestors = tree[(i64)b * T + token];
+#endif
+
+        float acc[D / 8][2] = {};
+        float m = -INF, l = 0.0f;  // l: of this lane's keys
+        // Values are weighted relative to `scale_unit`, a power of two above all their scales so
+        // far, because f16 would not hold what the scales themselves may be.
+        float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
+        float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
+
+        int tile = piece.tile + warp;
+        int stage = 0;
+        int ids[PAGE_IDS];  // of the tile to be copied next
+        if (tile + STAGES * WARPS < piece.tile_end) table.find(ids, tile + STAGES * WARPS);
+        // Scales of this tile and the next, keys and values of this lane's number.
+        float k_scale = 1.0f, v_scale = 1.0f, next_k_scale = 1.0f, next_v_scale = 1.0f;
+        int scale_page = 0;
+        const auto load_scales = [&](int of_tile) {
+            const int key = table.key(of_tile * KEYS + lane);
+            if (K_HAS_CODES) next_k_scale = to_float(*key_scales.row(scale_page, key));
+            if (V_HAS_CODES) next_v_scale = to_float(*value_scales.row(scale_page, key));
+            const int following = of_tile + WARPS;
+            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane);
+        };
+        if (HAS_CODES && tile < piece.tile_end) {
+            scale_page = table.page(tile * KEYS + lane);
+            load_scales(tile);
+        }
+
+        for (; tile < piece.tile_end; tile += WARPS) {
+            const int later = tile + STAGES * WARPS;
+            const bool has_later = later < piece.tile_end;
+            if (HAS_CODES) {
+                k_scale = next_k_scale, v_scale = next_v_scale;
+                if (tile + WARPS < piece.tile_end) load_scales(tile + WARPS);
+            }
+
+            float scores[KEYS / 4];
+            cp_async_wait<2 * STAGES - 1>();
+            multiply_keys(scores, query, k_queue + stage * STAGE_BYTES);
+            if (has_later) copy_keys(k_queue + stage * STAGE_BYTES, keys, table, ids, later);
+            cp_async_commit();
+
+            const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
+            float largest = -INF;
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) {
+                const int k = i / 2 * 8 + 2 * t + i % 2;
+                float s = scores[i] * factor;
+                if (K_HAS_CODES) s *= __shfl_sync(FULL_MASK, k_scale, k);
+#if SOFT_CAP
+                s = tanhf(s) * cap;
+#endif
+#if ALIBI
+                s += slope * (tile * KEYS + k - position);
+#endif
+                if (!is_full) {
+                    const int key = tile * KEYS + k;
+                    bool is_seen = key >= row_first && key <= position;
+#if TREE
+                    const int branch = key - (length - T);
+                    if (branch >= 0) is_seen = key < length && (ancestors >> (branch & 63) & 1);
+#endif
+                    if (!is_seen) s = -INF;
+                }
+                scores[i] = s;
+                largest = fmaxf(largest, s);
+            }
+
+            // m is the maximum to within a factor of 2^8 of the weights, so that it seldom moves.
+            const bool grows = largest > m + 8.0f || (V_HAS_CODES && fabsf(v_scale) > scale_unit);
+            if (__any_sync(FULL_MASK, grows)) {
+                largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
+                largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
+                const float peak = fmaxf(m, largest);
+                float keep = exp2f(m - finite_base(peak));
+                m = peak;
+                l *= keep;
+                if (V_HAS_CODES) {
+                    const float above = fmaxf(warp_max(fabsf(v_scale)), scale_unit);
+                    const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
+                    inverse_unit = __uint_as_float((254u - exponent) << 23);
+                    keep *= scale_unit * inverse_unit;
+                    scale_unit = __uint_as_float(exponent << 23);
+                }
+#pragma unroll
+                for (int i = 0; i < D / 8; i++) acc[i][0] *= keep, acc[i][1] *= keep;
+            }
+            const float base = finite_base(m);
+            v_scale *= inverse_unit;
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) {
+                const float weight = exp2f(scores[i] - base);
+                l += weight;
+                scores[i] = weight;
+                if (V_HAS_CODES) {
+                    scores[i] *= __shfl_sync(FULL_MASK, v_scale, i / 2 * 8 + 2 * t + i % 2);
+                }
+            }
+
+            cp_async_wait<2 * STAGES - 1>();
+            add_values(acc, scores, v_queue + stage * STAGE_BYTES);
+            if (has_later) copy_values(v_queue + stage * STAGE_BYTES, values, table, ids, later);
+            cp_async_commit();
+            if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+        }
+
+        const Piece done = piece;
+        const int next = piece.unit + piece.count;
+        const bool has_next = next < end;
+        if (has_next) {
+            const bool same = next < piece.start + piece.seen.units;
+            const int next_start = same ? piece.start : piece.start + piece.seen.units;
+            piece = piece_at(batch, same ? b : b + 1, next_start, next, end, fixed);
+            start_copies(piece);
+        }
+
+        // This warp's states.
+        l += __shfl_xor_sync(FULL_MASK, l, 1);
+        l += __shfl_xor_sync(FULL_MASK, l, 2);
+        if (g < num_rows) {
+            const float unit = scale_unit / IN_PAIRS<V_T>;
+            float* row = warp_x + (warp * max_rows + g) * PITCH;
+            if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
+#pragma unroll
+            for (int i = 0; i < D / 8; i += 2) {
+                constexpr int E = VShare::ELEMENTS;
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int d = (i / E * 8 + 2 * t + c) * E + i % E;
+                    *(float2*)(row + d) = make_float2(acc[i][c] * unit, acc[i + 1][c] * unit);
+                }
+            }
+        }
+        __syncthreads();
+
+        // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
+        // state is done; else it is merged by the last of its blocks.
+        const int first_range = done.start / share;
+        const int arrivals = (done.start + done.seen.units - 1) / share - first_range + 1;
+        const int states = fixed ? done.seen.units : arrivals;
+        const auto slot = [&](int i) -> i64 {
+            if (fixed) return done.start + i;
+            return 2 * (first_range + i) + (i == 0 && done.start % share != 0);
+        };
+        const auto in_workspace = [&](int i, int row, int d) {
+            const i64 at = (slot(i) * tiles + head_tile) * max_rows + row;
+            return Stored{piece_stats + at, (float4*)(piece_x + at * D + d)};
+        };
+        const auto write = [&](State s, int row, int d) {
+            const int in_group = tile_of_head * ROWS + row;
+            const int q_head = kv_head * G + in_group % G;
+#if SINKS
+            const float sink = sinks[q_head] * LOG2_E, peak = fmaxf(s.m, sink);
+            const float keep = exp2f(s.m - finite_base(peak));
+            s.m = peak;
+            s.l = s.l * keep + exp2f(sink - finite_base(peak));
+#pragma unroll
+            for (int i = 0; i < 4; i++) s.x[i] *= keep;
+#endif
+            const i64 at = ((i64)done.b * T + in_group / G) * HQ + q_head;
+#pragma unroll
+            for (int i = 0; i < 4; i++) s.x[i] = s.l == 0.0f ? 0.0f : s.x[i] / s.l;
+            store4(out + at * D + d, s.x);
+            if (lse && d == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
+        };
+        for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
+            const int row = i / (D / 4), d = i % (D / 4) * 4;
+            const State s = join(WARPS, [&](int w) {
+                const int at = w * max_rows + row;
+                return Stored{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
+            });
+            if (states == 1) {
+                write(s, row, d);
+                continue;
+            }
+            const Stored to = in_workspace(fixed ? done.unit - done.start : range - first_range,
+                                           row, d);
+            *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
+            if (d == 0) *to.stat = make_float2(s.m, s.l);
+        }
+        if (states > 1 && (!has_next || piece.b != b)) {
+            __threadfence();
+            __syncthreads();
+            if (threadIdx.x == 0) {  // a row that leaves a range is the only one that does
+                u32* counter = counters + first_range * tiles + head_tile;
+                is_last = arrivals == 1 || atomicInc(counter, arrivals - 1) == arrivals - 1;
+            }
+            __syncthreads();
+            if (is_last) {
+                __threadfence();
+                for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
+                    const int row = i / (D / 4), d = i % (D / 4) * 4;
+                    write(join(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
+                }
+            }
+        }
+        if (!has_next) break;
+        __syncthreads();  // before the states of the next piece
+    }
+#endif
+}

@@ -1,0 +1,140 @@
+"""The tensor-core kernel of `pykv.ops.paged_decode`: what it covers, and how it is launched.
+
+Dimensions: as in pykv/ops/paged_decode.py; T queries of a sequence, TILES tiles of eight query rows
+(heads of a group, times queries), W workspace elements.
+Kernel: kernels_cu/paged_decode_mma.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pykv.arrays import BFLOAT16
+from pykv.kinds import KVSpec
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(HEAD_DIM=d, PAGE=16, Q_T="float", K_T=kv, V_T=kv, SCALE_T="f16")
+    for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
+]
+
+ROWS = 8  # query rows of a tile
+WARPS = 4
+MIN_KEYS = 128  # of a range
+COUNTERS = 4096  # at the start of the workspace, zero before and after each call
+
+
+class Sizes(NamedTuple):
+    """The dimensions of a call; `capacity` is M * P."""
+
+    B: int
+    T: int
+    HQ: int
+    H: int
+    D: int
+    P: int
+    M: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head."""
+        return self.HQ // self.H * self.T
+
+    @property
+    def tiles(self) -> int:
+        return self.H * -(-self.rows // ROWS)
+
+    @property
+    def capacity(self) -> int:
+        return min(self.M * self.P, 2**31 - 1)
+
+
+def covers(sm: int, spec: KVSpec, D: int) -> bool:
+    """Whether the kernel takes pools of this kind and head size on this SM.
+
+    Four lanes share a row of K and eight a row of V, in whole words of 32 bits.
+    """
+    k, v = spec.kinds
+    if 32 in (k.bits, v.bits) or sm < (80 if "bf16" in (k.name, v.name) else 75):
+        return False
+    return D % 16 == 0 and D <= 256 and k.bits * D % 128 == 0 and v.bits * D % 256 == 0
+
+
+def tile_keys(spec: KVSpec) -> int:
+    """Keys of a tile: the kernel's KEYS."""
+    return 32 if spec.has_scales else 16
+
+
+def stages(sm: int, spec: KVSpec, D: int) -> int:
+    """Tiles that a warp has under way: the kernel's STAGES."""
+    tile = tile_keys(spec) * sum(kind.row_bytes(D) for kind in spec.kinds)
+    queue = 16 << 10 if sm in (80, 87) else 24 << 10 if 90 <= sm < 120 else 8 << 10
+    return max(1, min(4, queue // tile))
+
+
+def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
+    """Of a block: queues of the warps, long queries, and the warps' states."""
+    k, v = spec.kinds
+    D = sizes.D
+    queue = stages(sm, spec, D) * tile_keys(spec) * (k.row_bytes(D) + v.row_bytes(D))
+    if D > 128:
+        rounds_half = k.name == "bf16" and q_dtype != BFLOAT16
+        terms = 1 + (q_dtype.itemsize == 4 or rounds_half) + (q_dtype.itemsize == 4 and rounds_half)
+        queue += terms * D * 16
+    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
+
+
+def num_blocks(sm: int, shared: int, num_sms: int) -> int:
+    """Blocks that run at once: two an SM where shared memory allows (the kernel's launch bound)."""
+    of_sm = {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
+    return num_sms * max(1, min(2, of_sm // (shared + 1024)))  # the system's own 1 KiB each
+
+
+def num_ranges(sizes: Sizes, spec: KVSpec, blocks: int, fixed_split: int | None) -> int:
+    """Parts into which the keys of all sequences are cut, for each tile.
+
+    As many as run at once, or a small multiple of them where that wastes less, but no more than
+    there can be work for. Lengths do not enter, so a captured graph stays valid.
+    """
+    tiles = sizes.tiles
+    best = max(1, min(blocks, COUNTERS) // tiles)
+    for waves in range(1, 9):
+        ranges = min(waves * blocks, COUNTERS) // tiles
+        if ranges * tiles >= 0.9 * waves * blocks:
+            best = ranges
+            break
+    unit = fixed_split or max(MIN_KEYS, tile_keys(spec))
+    return max(1, min(best, sizes.B * max(1, -(-sizes.capacity // unit))))
+
+
+def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
+    """States that rows may leave in the workspace, for each tile; 0 where no row is ever cut."""
+    if fixed_split:
+        pieces = -(-sizes.capacity // fixed_split)
+        return sizes.B * pieces if pieces > 1 else 0
+    return 2 * ranges if ranges > 1 else 0
+
+
+def workspace_size(sizes: Sizes, spec: KVSpec, ranges: int, fixed_split: int | None) -> int:
+    """Elements of workspace."""
+    slots = num_slots(sizes, ranges, fixed_split)
+    return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
+
+
+def launch(
+    sm: int,
+    spec: KVSpec,
+    q_dtype: Any,
+    sizes: Sizes,
+    window: int,
+    num_sms: int,
+    fixed_split: int | None,
+) -> tuple[int, int, int, tuple[int, ...]]:
+    """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
+    shared = shared_bytes(sm, spec, q_dtype, sizes)
+    ranges = num_ranges(sizes, spec, num_blocks(sm, shared, num_sms), fixed_split)
+    B, T, HQ, H, _, _, M = sizes
+    slots = num_slots(sizes, ranges, fixed_split)
+    piece_tiles = (fixed_split or 0) // tile_keys(spec)
+    ints = (B, T, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
+    size = workspace_size(sizes, spec, ranges, fixed_split)
+    return sizes.tiles * ranges, shared, size, ints

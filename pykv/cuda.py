@@ -17,6 +17,7 @@ import shutil
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, lru_cache
@@ -431,6 +432,48 @@ def launch(
     Does not synchronise.
     """
     core_launch, array, current_stream, current_device = _launcher()
+    values = _values(array, args)
+    stream = _stream(current_stream().ptr, current_device())
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, current_device())
+    try:
+        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+    except Exception as error:
+        _translate(error, grid, block)
+        raise
+
+
+def bind(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    *args: Any,
+    shared_bytes: int = 0,
+) -> Callable[[], None]:
+    """What `launch` does, made ready to be done many times on whatever stream is current.
+
+    Args and errors are those of `launch`. Addresses are read here: keep the arrays.
+
+    Returns:
+        A function without arguments that enqueues the kernel, at about the driver's own cost.
+    """
+    core_launch, array, current_stream, current_device = _launcher()
+    values, config = _values(array, args), _config(grid, block, shared_bytes)
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, current_device())
+
+    def enqueue() -> None:
+        try:
+            core_launch(_stream(current_stream().ptr, current_device()), config, kernel, *values)
+        except Exception as error:
+            _translate(error, grid, block)
+            raise
+
+    return enqueue
+
+
+def _values(array: Any, args: tuple[Any, ...]) -> list[Any]:
+    """Arguments of a kernel as cuda.core takes them."""
     values: list[Any] = []
     for position, arg in enumerate(args):
         if type(arg) is array:
@@ -444,14 +487,12 @@ def launch(
                 f"cuda.launch: argument {position} is a {type(arg).__name__}, "
                 "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
             )
-    stream = _stream(current_stream().ptr, current_device())
-    if shared_bytes > SHARED_BYTES:
-        _allow_shared(kernel, shared_bytes, current_device())
-    try:
-        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
-    except Exception as error:
-        if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
-            raise
+    return values
+
+
+def _translate(error: Exception, grid: Any, block: Any) -> None:
+    """Raise a refused launch as pykv's own error."""
+    if type(error).__name__ == "CUDAError":  # cuda.core does not export the class
         raise CudaError(f"launch of grid {grid} and block {block}: {error}") from error
 
 

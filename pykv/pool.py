@@ -1,14 +1,17 @@
-"""PagedKVCache: the arrays, dtype and layout of one cache."""
+"""Caches: the arrays of all layers and sequences, or of one sequence alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from pykv import blocks, cuda
 from pykv.arrays import BFLOAT16
 from pykv.blocks import BlockManager
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, prefill
 
 FLOAT_KINDS: dict[str, np.dtype[Any]] = {
@@ -22,19 +25,23 @@ class PagedKVCache:
     """Keys and values of every layer, in pages of P tokens.
 
     Args:
-        layers, heads, head_dim: L, H and D of the model; H counts KV heads.
+        layers, heads, head_dim: L, H and D of the model; H counts KV heads, D is a multiple of 8.
         pages: N, pages in each layer's pools.
         page_size: P, tokens a page.
-        dtype: "fp16", "bf16" or "fp32".
+        spec: what the pools hold, a KVSpec or a text that KVSpec.parse takes: "fp16", "int8", ...
         xp: the array module that decides where the cache lives, `numpy` or `cupy`.
 
     Attributes:
-        k, v: [L, N, P, H, D], one array each.
-        layers: (k, v) views of each layer, [N, P, H, D], as the ops take them.
+        spec: a KVSpec.
+        k, v: [L, N, P, H, W], one array each, or [L, N, H, P, W] where the spec says HND.
+        k_scales, v_scales: None for kinds of floats; [L, N, P, H], or [L, N, H, P], where each
+            token and head has a scale; else [L, H] or [L, 1], ones until the caller sets them.
+        layers: (k, v) views of each layer, as the ops take them.
+        scales: (k_scales, v_scales) of each layer, or (None, None).
         manager: who holds which page.
 
     Raises:
-        ParameterError: a size is not positive or the dtype has another name.
+        ParameterError: a size is not positive, `head_dim` no multiple of 8, or the spec is unknown.
         CapacityError: the memory cannot be had.
     """
 
@@ -46,7 +53,7 @@ class PagedKVCache:
         head_dim: int,
         *,
         page_size: int = 16,
-        dtype: str = "fp16",
+        spec: KVSpec | str = "fp16",
         xp: Any = np,
     ):
         sizes = dict(
@@ -55,24 +62,26 @@ class PagedKVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ParameterError(f"PagedKVCache: {name} is {size}, expected at least 1")
-        self.dtype = float_kind("dtype", dtype)
+        if head_dim % 8:
+            raise ParameterError(f"PagedKVCache: head_dim is {head_dim}, expected a multiple of 8")
+        self.spec = spec if isinstance(spec, KVSpec) else KVSpec.parse(spec)
         self.page_size = page_size
-        shape = (layers, pages, page_size, heads, head_dim)
+        self._sizes = (layers, heads, head_dim)
         self._xp = xp
-        self.k, self.v = self._zeros(shape)
-        self.layers = list(zip(self.k, self.v, strict=True))
+        self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V that one token takes in all layers."""
-        layers, _, _, heads, head_dim = self.k.shape
-        return bytes_per_token(layers, heads, head_dim, self.dtype)
+        """Bytes of K and V, scales included, that one token takes in all layers."""
+        layers, heads, head_dim = self._sizes
+        return layers * self.spec.bytes_per_token(heads, head_dim)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole cache."""
-        return int(self.k.nbytes + self.v.nbytes)
+        arrays = (self.k, self.v, self.k_scales, self.v_scales)
+        return sum(int(array.nbytes) for array in arrays if array is not None)
 
     def extend(self, pages: list[int], start: int, stop: int) -> None:
         """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
@@ -81,53 +90,240 @@ class PagedKVCache:
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy
-            for pool in (self.k, self.v):
-                pool[:, destination] = pool[:, source]
+            for array in self._paged():
+                array[:, destination] = array[:, source]
 
     def enlarge(self, pages: int) -> None:
         """Make room for so many pages in each layer; those there are keep numbers and contents.
 
         Old and new arrays take memory together until the old are copied; views of the old ones,
-        which `layers` had, hold what they held.
+        which `layers` and `scales` had, hold what they held.
 
         Raises:
             CapacityError: the memory cannot be had.
             ParameterError: the cache has more pages.
         """
-        layers, num_pages, *page = self.k.shape
+        num_pages = self.k.shape[1]
         if pages < num_pages:
             raise ParameterError(
                 f"PagedKVCache.enlarge: pages is {pages}, expected at least {num_pages}"
             )
-        k, v = self._zeros((layers, pages, *page))
-        k[:, :num_pages], v[:, :num_pages] = self.k, self.v
-        self.k, self.v = k, v
-        self.layers = list(zip(self.k, self.v, strict=True))
+        old = (self.k, self.v, self.k_scales, self.v_scales)
+        new = self._zeros(pages)
+        for array, larger in zip(old, new, strict=True):
+            if array is not None and len(array.shape) > 2:
+                larger[:, :num_pages] = array
+            elif array is not None:  # given scales are not of pages
+                larger[...] = array
+        self._set_arrays(new)
         self.manager.enlarge(pages)
 
     def append(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
         """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append."""
-        paged_append.append(k, v, *self.layers[layer], slots, stream=stream)
+        k_scales, v_scales = self.scales[layer]
+        options = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
+        paged_append.append(k, v, *self.layers[layer], slots, **options, stream=stream)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
+        options |= self._of_spec(layer)
         return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
         """Attention of several tokens a sequence over one layer; see prefill.prefill."""
+        options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
-    def _zeros(self, shape: tuple[int, ...]) -> tuple[Any, Any]:
-        """New arrays for K and V."""
+    def _of_spec(self, layer: int) -> dict[str, Any]:
+        """What attention must be told of other pools than floats in NHD."""
+        if not self.spec.has_scales and self.spec.layout == "NHD":
+            return {}
+        k_scales, v_scales = self.scales[layer]
+        return dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
+
+    def _paged(self) -> list[Any]:
+        """The arrays [L, N, ...]."""
+        scales = (self.k_scales, self.v_scales) if self.spec.finds_scales else ()
+        return [array for array in (self.k, self.v, *scales) if array is not None]
+
+    def _set_arrays(self, arrays: list[Any]) -> None:
+        self.k, self.v, self.k_scales, self.v_scales = arrays
+        self.layers = list(zip(self.k, self.v, strict=True))
+        none = [None] * len(self.layers)
+        k_scales, v_scales = (none if x is None else x for x in arrays[2:])
+        self.scales = list(zip(k_scales, v_scales, strict=True))
+
+    def _zeros(self, pages: int) -> list[Any]:
+        """New arrays for K, V and their scales."""
+        layers, heads, head_dim = self._sizes
+        spec, dtype = self.spec, SCALE_DTYPES[self.spec.scale_dtype]
+        inner = (self.page_size, heads) if spec.layout == "NHD" else (heads, self.page_size)
+        given = {"head": (layers, heads), "tensor": (layers, 1)}.get(spec.granularity)
+        arrays: list[Any] = []
         try:
-            return self._xp.zeros(shape, self.dtype), self._xp.zeros(shape, self.dtype)
+            for kind in spec.kinds:
+                width = kind.row_bytes(head_dim) // kind.dtype.itemsize
+                arrays.append(self._xp.zeros((layers, pages, *inner, width), kind.dtype))
+            for kind in spec.kinds:
+                if not kind.largest:
+                    arrays.append(None)
+                elif given is None:
+                    arrays.append(self._xp.zeros((layers, pages, *inner), dtype))
+                else:
+                    arrays.append(self._xp.ones(given, dtype))
         except MemoryError as error:
-            need = 2 * np.prod(shape, dtype=np.int64) * self.dtype.itemsize
+            need = pages * self.page_size * self.bytes_per_token
             raise CapacityError(
-                f"PagedKVCache: {shape[1]} pages of {shape[2]} tokens need {need:,} bytes: {error}"
+                f"PagedKVCache: {pages} pages of {self.page_size} tokens need {need:,} bytes: "
+                f"{error}"
             ) from error
+        return arrays
+
+
+class SequenceCache:
+    """One layer of one sequence, with its block table and its length on the device.
+
+    Args:
+        max_blocks: blocks that the sequence can have.
+        block_size: P, tokens a block.
+        heads, head_dim: H KV heads and D of the model.
+        spec: as of PagedKVCache; int8 with a float16 scale for each token and head.
+        xp: `numpy` or `cupy`.
+
+    Attributes:
+        k, v: [max_blocks, P, H, W], and `k_scales`, `v_scales`, as of one layer of PagedKVCache.
+        block_table: [max_blocks] int32, where logical blocks lie; set by `assign`.
+        context_lens: [1] int32, zero until `advance`.
+        blocks: the block table on the host, as far as it is assigned.
+        length: the context length on the host.
+        capacity: tokens, max_blocks * P.
+
+    Raises: as PagedKVCache.
+
+    Source: the paged int8 cache of ferrum-kernels. As there, `append` does not change the length;
+    `advance` does, when all layers have their rows.
+    """
+
+    def __init__(
+        self,
+        max_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        *,
+        spec: KVSpec | str = "int8",
+        xp: Any = np,
+    ):
+        pages = PagedKVCache(1, max_blocks, heads, head_dim, page_size=block_size, spec=spec, xp=xp)
+        self.spec = pages.spec
+        (self.k, self.v), (self.k_scales, self.v_scales) = pages.layers[0], pages.scales[0]
+        self.block_size = block_size
+        self.capacity = max_blocks * block_size
+        self.block_table = xp.zeros(max_blocks, np.int32)
+        self.context_lens = xp.zeros(1, np.int32)
+        self.blocks: list[int] = []
+        self.length = 0
+        self._pages, self._xp = pages, xp
+
+    def assign(self, block_ids: Sequence[int]) -> None:
+        """Say where the sequence's blocks lie, in order.
+
+        Raises:
+            CapacityError: there are more than `max_blocks`.
+            ParameterError: a block does not exist.
+        """
+        num_blocks = len(self.k)
+        if len(block_ids) > num_blocks:
+            raise CapacityError(
+                f"SequenceCache.assign: block_ids has {len(block_ids)} blocks, expected at most "
+                f"{num_blocks}"
+            )
+        for i, block in enumerate(block_ids):
+            if not 0 <= block < num_blocks:
+                raise ParameterError(
+                    f"SequenceCache.assign: block_ids[{i}] is {block}, expected 0 to "
+                    f"{num_blocks - 1}"
+                )
+        self.blocks = list(block_ids)
+        self.block_table[: len(self.blocks)] = self._xp.asarray(np.array(self.blocks, np.int32))
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were appended, on the host and, enqueued, on the device.
+
+        Raises:
+            CapacityError: the blocks hold fewer; nothing changes.
+        """
+        held = len(self.blocks) * self.block_size
+        if not 0 <= self.length + tokens <= held:
+            raise CapacityError(
+                f"SequenceCache.advance: tokens is {tokens} after {self.length}, expected at most "
+                f"the {held} that the blocks hold"
+            )
+        self.length += tokens
+        self.context_lens[...] = self.length
+
+    def append(
+        self, k: Any, v: Any, *, length_before: int | None = None, stream: Any = None
+    ) -> None:
+        """Write rows [T, H, D] behind the first `length_before` tokens, `length` if None.
+
+        Raises:
+            CapacityError: the blocks end before the rows do; nothing is written.
+            As paged_append.append else.
+
+        Computes the slots on the host and uploads them; else only enqueues on a GPU. Nothing to do
+        for T = 0.
+        """
+        start = self.length if length_before is None else length_before
+        if start < 0:
+            raise ParameterError(
+                f"SequenceCache.append: length_before is {start}, expected at least 0"
+            )
+        slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
+        with cuda.on_stream(stream):
+            self._pages.append(0, k, v, self._xp.asarray(slots))
+
+    def decode(
+        self,
+        q: Any,
+        *,
+        length: int | None = None,
+        scale: float | None = None,
+        out: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Attention of one query token over the first `length` tokens, `context_lens` if None.
+
+        Args:
+            q: [HQ, D]; HQ is a multiple of H, and head h reads KV head h // (HQ / H).
+            length: tokens that are seen; 0 gives zeros.
+            scale: factor of q.k; 1 / sqrt(D) if None.
+            out: [HQ, D], dtype of `q`; allocated if None.
+            options: further ones of paged_decode.decode.
+
+        Returns:
+            `out`.
+
+        Raises:
+            CapacityError: the blocks hold fewer tokens.
+            As paged_decode.decode else.
+        """
+        if len(q.shape) != 2:
+            raise ShapeError(f"SequenceCache.decode: q has shape {q.shape}, expected [HQ D]")
+        lengths = self.context_lens
+        if length is not None:
+            held = len(self.blocks) * self.block_size
+            if not 0 <= length <= held:
+                raise CapacityError(
+                    f"SequenceCache.decode: length is {length}, expected at most the {held} that "
+                    "the blocks hold"
+                )
+            lengths = self._xp.full(1, length, np.int32)
+        options |= dict(scale=scale, out=None if out is None else out[None])
+        attended = self._pages.decode(0, q[None], self.block_table[None], lengths, **options)
+        return attended[0] if out is None else out
 
 
 def float_kind(argument: str, name: str) -> np.dtype[Any]:
@@ -139,8 +335,3 @@ def float_kind(argument: str, name: str) -> np.dtype[Any]:
     if name not in FLOAT_KINDS:
         raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(FLOAT_KINDS)}")
     return FLOAT_KINDS[name]
-
-
-def bytes_per_token(layers: int, heads: int, head_dim: int, dtype: np.dtype[Any]) -> int:
-    """Bytes of K and V that one token takes in all layers."""
-    return 2 * layers * heads * head_dim * dtype.itemsize

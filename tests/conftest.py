@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -77,6 +78,9 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda, "kernel", machine.kernel)
     monkeypatch.setattr(cuda, "launch", machine.launch)
+    monkeypatch.setattr(
+        cuda, "bind", lambda *args, **sizes: partial(machine.launch, *args, **sizes)
+    )
     monkeypatch.setattr(cuda, "current_device", lambda: cupy.DEVICE)
     monkeypatch.setattr(cuda, "current_arch", lambda: machine.ARCH)
     monkeypatch.setattr(linear, "has_cublas", lambda: True)

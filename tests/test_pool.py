@@ -3,23 +3,94 @@
 import numpy as np
 import pytest
 
+from pykv import kinds
 from pykv.errors import CapacityError, ParameterError
+from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy
 
 
 def test_sizes_and_bytes(xp):
-    cache = PagedKVCache(3, 5, 2, 64, page_size=16, dtype="fp16", xp=xp)
+    cache = PagedKVCache(3, 5, 2, 64, page_size=16, spec="fp16", xp=xp)
     assert cache.k.shape == (3, 5, 16, 2, 64)
     assert cache.bytes_per_token == 3 * 2 * 2 * 64 * 2
     assert cache.nbytes == 5 * 16 * cache.bytes_per_token
     assert [k.shape for k, _ in cache.layers] == [(5, 16, 2, 64)] * 3
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_one_token_is_answered_by_its_value(xp, rng, dtype):
-    cache = PagedKVCache(2, 4, 2, 64, page_size=4, dtype=dtype, xp=xp)
-    k, v = xp.asarray(rng.standard_normal((2, 1, 2, 64)).astype(cache.dtype))
+SPECS = ["int8", "int8:HND", "k8v4:fp32", "fp16+e4m3:HND", "e5m2:head", "int4:tensor:fp32"]
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_arrays_of_a_spec(xp, text):
+    L, N, P, H, D = 3, 5, 16, 2, 64
+    cache = PagedKVCache(L, N, H, D, page_size=P, spec=text, xp=xp)
+    spec = KVSpec.parse(text)
+    assert cache.spec == spec
+    inner = (P, H) if spec.layout == "NHD" else (H, P)
+    given = {"token": (L, N, *inner), "head": (L, H), "tensor": (L, 1)}[spec.granularity]
+    total = 0
+    for kind, pool, scales in zip(
+        spec.kinds, (cache.k, cache.v), (cache.k_scales, cache.v_scales), strict=True
+    ):
+        assert pool.shape == (L, N, *inner, D // 2 if kind.name == "int4" else D)
+        assert pool.dtype == kind.dtype and not bool((pool != 0).any())
+        total += pool.nbytes
+        assert (scales is None) == (not kind.largest)
+        if scales is not None:
+            assert scales.shape == given
+            assert scales.dtype == (np.float32 if spec.scale_dtype == "fp32" else np.float16)
+            assert bool((scales == (0 if spec.finds_scales else 1)).all())
+            total += scales.nbytes
+    assert cache.nbytes == total
+    if spec.finds_scales:
+        assert total == N * P * cache.bytes_per_token
+    for layer in range(L):
+        k_scales, v_scales = cache.scales[layer]
+        assert (k_scales is None) == (cache.k_scales is None)
+        assert v_scales is None or v_scales.shape == given[1:]
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_rows_are_encoded_in_their_layer(xp, rng, text):
+    """And survive a copy on write and a larger cache, scales with them."""
+    cache = PagedKVCache(2, 2, 2, 64, page_size=4, spec=text, xp=xp)
+    if not cache.spec.finds_scales:
+        for scales in (cache.k_scales, cache.v_scales):
+            scales[1] = xp.asarray(rng.uniform(0.001, 0.5, scales.shape[1:]).astype(scales.dtype))
+    k, v = rng.standard_normal((2, 5, 2, 64)).astype(np.float32)
+    pages = cache.manager.allocate(5)
+    assert pages == [0, 1]
+    cache.append(1, xp.asarray(k), xp.asarray(v), xp.asarray(np.arange(5, dtype=np.int32)))
+
+    def check(found):
+        sides = ((k, cache.k, cache.k_scales), (v, cache.v, cache.v_scales))
+        for kind, (x, pool, scales) in zip(cache.spec.kinds, sides, strict=True):
+            given = None if scales is None or cache.spec.finds_scales else to_numpy(scales)[1]
+            dtype = kinds.SCALE_DTYPES[cache.spec.scale_dtype]
+            codes, of_rows = kinds.quantize(x, kind, scale=given, scale_dtype=dtype)
+            arrays = [(pool, codes)] + [(scales, of_rows)] * (given is None and scales is not None)
+            for array, want in arrays:
+                array = to_numpy(array)
+                if cache.spec.layout == "HND":
+                    array = array.swapaxes(2, 3)
+                assert_same_bits(array[1, found[0]], want[:4])
+                assert_same_bits(array[1, found[1], 0], want[4])
+                assert not (array[0] != 0).any()  # the other layer
+
+    check(pages)
+    cache.enlarge(4)
+    check(pages)
+    forked = cache.manager.fork(pages)
+    cache.extend(forked, 5, 6)
+    assert forked == [0, 2]
+    check(forked)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
+def test_one_token_is_answered_by_its_value(xp, rng, kind):
+    cache = PagedKVCache(2, 4, 2, 64, page_size=4, spec=kind, xp=xp)
+    k, v = xp.asarray(rng.standard_normal((2, 1, 2, 64)).astype(cache.k.dtype))
     q = xp.asarray(rng.standard_normal((1, 4, 64)).astype(np.float32))
     pages = cache.manager.allocate(1)
     slot = xp.asarray(np.array([pages[0] * 4], np.int32))
@@ -40,9 +111,11 @@ def test_sizes_are_checked(name):
         PagedKVCache(**{**sizes, name: 0})
 
 
-def test_dtype_is_checked():
-    with pytest.raises(ParameterError, match="dtype is 'int7', expected one of fp16, bf16"):
-        PagedKVCache(1, 1, 1, 8, dtype="int7")
+def test_spec_and_head_size_are_checked():
+    with pytest.raises(ParameterError, match="'int7' is no kind, expected one of fp32, fp16"):
+        PagedKVCache(1, 1, 1, 8, spec="int7")
+    with pytest.raises(ParameterError, match="head_dim is 12, expected a multiple of 8"):
+        PagedKVCache(1, 1, 1, 12)
 
 
 def test_too_large_a_cache_says_how_large():
@@ -51,7 +124,7 @@ def test_too_large_a_cache_says_how_large():
 
 
 def test_a_shared_page_is_copied_before_it_is_written(xp, rng):
-    cache = PagedKVCache(2, 4, 2, 8, page_size=4, dtype="fp32", xp=xp)
+    cache = PagedKVCache(2, 4, 2, 8, page_size=4, spec="fp32", xp=xp)
     first = cache.manager.allocate(6)
     cache.k[...], cache.v[...] = (
         xp.asarray(rng.standard_normal(cache.k.shape).astype(np.float32)) for _ in range(2)
@@ -68,7 +141,7 @@ def test_a_shared_page_is_copied_before_it_is_written(xp, rng):
 
 
 def test_a_larger_cache_keeps_pages(xp, rng):
-    cache = PagedKVCache(2, 3, 2, 8, page_size=4, dtype="fp16", xp=xp)
+    cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec="fp16", xp=xp)
     cache.k[...], cache.v[...] = (
         xp.asarray(rng.standard_normal(cache.k.shape).astype(np.float16)) for _ in range(2)
     )

@@ -394,7 +394,7 @@ class LLM:
             config.kv_heads,
             config.head_dim,
             page_size=self.page_size,
-            dtype=str(self.spec),
+            spec=self.spec,
             xp=self.xp,
         )
 

@@ -188,12 +188,33 @@ def _cuda(
     advance: bool,
     stream: Any,
 ) -> None:
+    calls = kernel_calls(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing, F, advance)
+    with cuda.on_stream(stream):
+        for name, defines, grid, block, arguments in calls:
+            kernel = cuda.kernel("contiguous_append", name, **defines)
+            cuda.launch(kernel, grid, block, *arguments)
+
+
+def kernel_calls(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    lengths: Any,
+    slots: Any,
+    inv_freq: Any,
+    pairing: str,
+    F: int,
+    advance: bool,
+) -> list[tuple[Any, ...]]:
+    """(name, defines, grid, block, arguments) of each launch, for arrays that are checked, of
+    layout NHD."""
     B, T, H, K = k.shape
     at_once = advance and T == 1
     dtypes = (k.dtype, k_cache.dtype, v_cache.dtype, lengths.dtype)
     defines = _defines(*dtypes, K, v.shape[3], H, at_once)
-    rows = T * H
-    blocks = 1 if at_once else -(-rows // (defines["BLOCK"] // defines["LANES"]))
+    rows, block = T * H, defines["BLOCK"]
+    blocks = 1 if at_once else -(-rows // (block // defines["LANES"]))
     steps = [
         np.int64(stride // x.itemsize) for x in (k_cache, v_cache, k, v) for stride in x.strides[:3]
     ]
@@ -201,14 +222,11 @@ def _cuda(
     step, gap = (1, F) if pairing == "half" else (2, 1)
     sizes = (np.int32(rows), capacity, np.int32(F), np.int32(step), np.int32(gap))
     arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
-    stem = "contiguous_append"
-    with cuda.on_stream(stream):
-        kernel = cuda.kernel(stem, stem, **defines)
-        cuda.launch(kernel, (blocks, B), defines["BLOCK"], *arrays, *steps, *sizes)
-        if advance and not at_once:
-            kernel = cuda.kernel(stem, "advance_lengths", **defines)
-            counts = (np.int32(B), np.int32(T), capacity)
-            cuda.launch(kernel, -(-B // 128), 128, lengths, slots, *counts)
+    calls = [("contiguous_append", defines, (blocks, B), block, (*arrays, *steps, *sizes))]
+    if advance and not at_once:
+        arguments = (lengths, slots, np.int32(B), np.int32(T), capacity)
+        calls.append(("advance_lengths", defines, -(-B // 128), 128, arguments))
+    return calls
 
 
 @lru_cache(maxsize=1024)

@@ -357,6 +357,26 @@ def _cuda(
     advance: bool,
     stream: Any,
 ) -> None:
+    defines, grid, arguments = kernel_call(address, spec, P, arrays, after, advance)
+    kernel = cuda.kernel("paged_append", "paged_append", **defines)
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, grid, defines["BLOCK"], *arguments)
+
+
+def kernel_call(
+    address: str, spec: KVSpec, P: int, arrays: tuple[Any, ...], after: bool, advance: bool
+) -> tuple[dict[str, Any], int, tuple[Any, ...]]:
+    """The defines, the grid and the arguments of the kernel, for arrays that are checked.
+
+    Args:
+        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        spec: of the pools.
+        P: tokens a page.
+        arrays: k, v, k_pool, v_pool, k_scales, v_scales, rows, indices, indptr and counts, by the
+            kernel's names; None where there is no such array.
+        after: whether `counts` includes the new tokens.
+        advance: whether the kernel adds to `counts`.
+    """
     k, v, k_pool, v_pool, k_scales, v_scales, rows, _, indptr, _ = arrays
     T, H, D = k.shape
     defines, rows_a_block = _defines(
@@ -369,16 +389,9 @@ def _cuda(
         None if v_scales is None else v_scales.strides,
     )
     num_requests = 0 if indptr is None else len(indptr) - 1
-    kernel = cuda.kernel("paged_append", "paged_append", **defines)
-    with cuda.on_stream(stream):
-        cuda.launch(
-            kernel,
-            -(-T * H // rows_a_block),
-            defines["BLOCK"],
-            *(k_pool, v_pool, k_scales, v_scales, k, v, *arrays[6:], *steps),
-            np.int32(T * H),
-            np.int32(num_requests),
-        )
+    pools = (k_pool, v_pool, k_scales, v_scales, k, v)
+    sizes = (np.int32(T * H), np.int32(num_requests))
+    return defines, -(-T * H // rows_a_block), (*pools, *arrays[6:], *steps, *sizes)
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,224 @@
+"""SequenceCache, and the four parity tests that ferrum's int8 cache comes with: same shapes, seeds
+and thresholds, and tighter ones."""
+
+from inspect import signature
+
+import numpy as np
+import pytest
+
+from pykv import kinds
+from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.ops import paged_append, paged_decode
+from pykv.pool import SequenceCache
+from tests.helpers import assert_same_bits, to_numpy
+
+reads_codes = pytest.mark.skipif(
+    "spec" not in signature(paged_decode.decode).parameters, reason="attention reads floats alone"
+)
+INT8 = kinds.KINDS["int8"]
+
+
+def generate(state, shape, scale):
+    """Numbers of [-1, 1) from a 64-bit linear congruential generator, scaled, in float16; and the
+    state that follows."""
+    numbers = []
+    for _ in range(int(np.prod(shape))):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        numbers.append((state >> 33 & 0xFFFFFF) / 2**23 - 1)
+    return (np.array(numbers).reshape(shape) * scale).astype(np.float16), state
+
+
+def attention(q, k, v):
+    """Of one query [HQ, D] over keys and values [L, H, D], in float64."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    groups = len(q) // k.shape[1]
+    k, v = (x.repeat(groups, 1) for x in (k, v))
+    scores = np.einsum("hd,lhd->hl", q, k) / np.sqrt(q.shape[1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hl,lhd->hd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def cosine(a, b):
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
+def relative_error(got, want):
+    return np.abs(got.astype(np.float64) - want).max() / np.abs(want).max()
+
+
+def read_back(k, v, k_scales, v_scales, slots):
+    """Rows [T, H, D] that flat slots hold, decoded on the host."""
+    rows = []
+    for pool, scales in ((k, k_scales), (v, v_scales)):
+        x = kinds.dequantize(to_numpy(pool), INT8, to_numpy(scales))
+        rows.append(x.reshape(-1, *x.shape[2:])[slots])
+    return rows
+
+
+def test_the_generator():
+    """Its first number by hand: the increment itself, whose bits 33 to 56 are 0x027E79."""
+    state = 1442695040888963407
+    x, after = generate(0, (1,), 1.0)
+    assert after == state
+    assert x[0] == np.float16((state >> 33 & 0xFFFFFF) / 2**23 - 1)
+    assert -1 <= x[0] < 1
+
+
+def test_parity_1_append_then_read_back(xp):
+    T, H, D = 16, 4, 128
+    k, state = generate(0xDEADBEEF, (T, H, D), 0.1)
+    v, _ = generate(state, (T, H, D), 0.1)
+    cache = SequenceCache(4, 16, H, D, xp=xp)  # 64 tokens
+    slots = 3 + 4 * np.arange(T, dtype=np.int32)
+    options = dict(k_scales=cache.k_scales, v_scales=cache.v_scales, spec=cache.spec)
+    given = (xp.asarray(k), xp.asarray(v), cache.k, cache.v, xp.asarray(slots))
+    paged_append.append(*given, **options)
+    rows = read_back(cache.k, cache.v, cache.k_scales, cache.v_scales, slots)
+    for x, got in zip((k, v), rows, strict=True):
+        error = np.abs(got - x.astype(np.float32))
+        assert error.max() < 0.002
+        # Half a step, and what rounding the scale to float16 adds to the largest code.
+        steps = np.abs(x.astype(np.float32)).max(-1, keepdims=True) / 127
+        assert (error <= 0.5 * steps + 127 * steps * 2.0**-11).all()
+    untouched = np.delete(np.arange(64), slots)
+    for pool in (cache.k, cache.v, cache.k_scales, cache.v_scales):
+        pool = to_numpy(pool)
+        assert not pool.reshape(64, -1)[untouched].any()
+
+
+def quantized(xp, k, v, block_ids):
+    """A cache of rows that the host has encoded."""
+    L, H, D = k.shape
+    cache = SequenceCache(8, 16, H, D, xp=xp)
+    cache.assign(block_ids)
+    cache.advance(L)
+    slots = np.array([block_ids[p // 16] * 16 + p % 16 for p in range(L)])
+    for pool, scales, x in ((cache.k, cache.k_scales, k), (cache.v, cache.v_scales, v)):
+        codes, of_rows = kinds.quantize(x, INT8)
+        filled, filled_scales = to_numpy(pool).copy(), to_numpy(scales).copy()
+        filled.reshape(-1, H, D)[slots] = codes
+        filled_scales.reshape(-1, H)[slots] = of_rows
+        pool[...], scales[...] = xp.asarray(filled), xp.asarray(filled_scales)
+    return cache, slots
+
+
+@reads_codes
+@pytest.mark.parametrize("block_ids", [[0, 1, 2, 3, 4, 5], [7, 0, 5, 2, 6, 1]], ids=str)
+@pytest.mark.parametrize("L", [96, 91])
+def test_parity_2_decode_of_encoded_rows(xp, L, block_ids):
+    HQ, H, D = 8, 2, 128
+    q, state = generate(0xCAFEF00D, (HQ, D), 0.5)
+    k, state = generate(state, (96, H, D), 0.3)
+    v, _ = generate(state, (96, H, D), 0.3)
+    k, v = k[:L], v[:L]
+    cache, slots = quantized(xp, k, v, block_ids)
+    rows = read_back(cache.k, cache.v, cache.k_scales, cache.v_scales, slots)
+    got = to_numpy(cache.decode(xp.asarray(q)))
+    assert got.shape == (HQ, D) and got.dtype == np.float16
+    want = attention(q, *rows)
+    assert cosine(got, want) > 0.999 and relative_error(got, want) < 0.02
+    assert cosine(got, want) > 0.999999 and relative_error(got, want) < 0.001
+    assert cosine(got, attention(q, k, v)) > 0.9999
+
+
+@pytest.mark.parametrize("decodes", ["host", pytest.param("op", marks=reads_codes)])
+def test_parity_3_append_then_decode(xp, decodes):
+    HQ, H, D, L = 8, 2, 128, 64
+    q, state = generate(0xBEEFF00D, (HQ, D), 0.5)
+    k, state = generate(state, (L, H, D), 0.3)
+    v, _ = generate(state, (L, H, D), 0.3)
+    cache = SequenceCache(8, 16, H, D, xp=xp)
+    cache.assign(range(4))
+    slots = np.arange(L, dtype=np.int32)
+    options = dict(k_scales=cache.k_scales, v_scales=cache.v_scales, spec=cache.spec)
+    given = (xp.asarray(k), xp.asarray(v), cache.k, cache.v, xp.asarray(slots))
+    paged_append.append(*given, **options)
+    if decodes == "op":
+        got = to_numpy(cache.decode(xp.asarray(q), length=L))
+    else:
+        got = attention(q, *read_back(cache.k, cache.v, cache.k_scales, cache.v_scales, slots))
+    want = attention(q, k, v)
+    assert cosine(got, want) > 0.999 and relative_error(got, want) < 0.02
+    assert cosine(got, want) > 0.9999 and relative_error(got, want) < 0.01
+
+
+@pytest.mark.parametrize("decodes", ["host", pytest.param("op", marks=reads_codes)])
+def test_parity_4_through_the_cache(xp, decodes):
+    HQ, H, D, L = 8, 2, 128, 64
+    q, state = generate(0xCAFEFACE, (HQ, D), 0.5)
+    k, state = generate(state, (L, H, D), 0.3)
+    v, _ = generate(state, (L, H, D), 0.3)
+    cache = SequenceCache(8, 16, H, D, xp=xp)
+    block_ids = [6, 1, 4, 3]
+    cache.assign(block_ids)
+    rows = xp.asarray(k), xp.asarray(v)
+    for start, stop in ((0, 37), (37, 38), (38, 38), (38, L)):  # a prompt, then tokens
+        cache.append(rows[0][start:stop], rows[1][start:stop])
+        cache.advance(stop - start)
+    assert cache.length == L and to_numpy(cache.context_lens).tolist() == [L]
+    if decodes == "op":
+        got = to_numpy(cache.decode(xp.asarray(q)))
+        assert_same_bits(cache.decode(xp.asarray(q), length=L), got)
+        out = xp.zeros((HQ, D), np.float16)
+        assert cache.decode(xp.asarray(q), out=out) is out
+        assert_same_bits(out, got)
+        assert not to_numpy(cache.decode(xp.asarray(q), length=0)).any()
+    else:
+        slots = np.array([block_ids[p // 16] * 16 + p % 16 for p in range(L)])
+        got = attention(q, *read_back(cache.k, cache.v, cache.k_scales, cache.v_scales, slots))
+    want = attention(q, k, v)
+    assert cosine(got, want) > 0.999
+    assert cosine(got, want) > 0.9999 and relative_error(got, want) < 0.01
+
+
+# --- The object ---
+
+
+def test_sizes_of_a_new_cache(xp):
+    """What ferrum's constructor allocates, all of it zero."""
+    cache = SequenceCache(6, 16, 4, 128, xp=xp)
+    assert (cache.capacity, cache.block_size, cache.length, cache.blocks) == (96, 16, 0, [])
+    for pool, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        assert pool.dtype == np.int8 and pool.size == 96 * 4 * 128
+        assert scales.dtype == np.float16 and scales.size == 96 * 4
+        assert not to_numpy(pool).any() and not to_numpy(scales).any()
+    assert cache.block_table.shape == (6,) and cache.block_table.dtype == np.int32
+    assert to_numpy(cache.context_lens).tolist() == [0]
+
+
+def test_append_goes_where_it_is_told(xp, rng):
+    cache = SequenceCache(3, 4, 1, 8, spec="fp32", xp=xp)
+    cache.assign([2, 0])
+    x = xp.asarray(rng.standard_normal((3, 1, 8)).astype(np.float32))
+    cache.append(x, -x, length_before=3)
+    assert cache.length == 0 and to_numpy(cache.context_lens).tolist() == [0]
+    for pool, rows in ((cache.k, x), (cache.v, -x)):
+        assert_same_bits(pool[2, 3], rows[0])
+        assert_same_bits(pool[0, :2], rows[1:])
+        assert (to_numpy(pool) != 0).sum() == 24
+    cache.append(x[:0], x[:0])
+
+
+def test_errors(xp):
+    cache = SequenceCache(3, 4, 1, 8, xp=xp)
+    x = xp.zeros((3, 1, 8), np.float16)
+    with pytest.raises(CapacityError, match="stop is 3, but 0 pages hold 0 tokens"):
+        cache.append(x, x)
+    with pytest.raises(CapacityError, match="block_ids has 4 blocks, expected at most 3"):
+        cache.assign([0, 1, 2, 0])
+    with pytest.raises(ParameterError, match=r"block_ids\[1\] is 3, expected 0 to 2"):
+        cache.assign([0, 3])
+    assert cache.blocks == []
+    cache.assign([1])
+    with pytest.raises(CapacityError, match="tokens is 5 after 0, expected at most the 4"):
+        cache.advance(5)
+    with pytest.raises(ParameterError, match="length_before is -1"):
+        cache.append(x, x, length_before=-1)
+    with pytest.raises(CapacityError, match="length is 5, expected at most the 4"):
+        cache.decode(x[0], length=5)
+    with pytest.raises(ShapeError, match="q has shape"):
+        cache.decode(x)
+    with pytest.raises(ParameterError, match="pages is 0, expected at least 1"):
+        SequenceCache(0, 4, 1, 8)
+    assert not to_numpy(cache.k).any() and cache.length == 0

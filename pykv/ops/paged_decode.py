@@ -144,7 +144,7 @@ def decode(
         _cuda(
             *(q, k_pool, v_pool, page_table, lengths, k_scales, v_scales, spec, scale, window),
             *(soft_cap, slopes, sinks, tree, fixed_split, lse_base, out, lse, workspace),
-            mma.Sizes(*(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))),
+            mma.Sizes(dims["B"], T, dims["HQ"], dims["H"], dims["D"], dims["P"], dims["M"]),
             stream,
         )
     else:
@@ -573,7 +573,8 @@ def _cuda(
             workspace[:COUNTERS] = 0
         cuda.launch(
             *(kernel, plan.grid, 128, out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales),
-            *(page_table, lengths, slopes, sinks, tree, *plan.scalars),
+            *(page_table, lengths, slopes, sinks, tree),
+            scalars=plan.scalars,
             shared_bytes=plan.shared_bytes,
         )
         if plan.merge is not None:

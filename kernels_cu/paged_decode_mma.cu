@@ -14,7 +14,8 @@
 //   page_table          const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths             const  [B] int32, clamped to 0 .. capacity
 //   slopes, sinks       const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
-// Scalars:  capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
+// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
+//           capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
 //           of a piece, 0 where blocks cut the keys among them; slots of the workspace; score_scale
 //           = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2
 //           for natural logarithms, 1 for those of base 2
@@ -116,12 +117,12 @@ struct Seen { int length, first, tile, tile_end, units; };
 
 struct Batch {
     const int* lengths;
-    int size, capacity, window, tokens, unit_tiles;
+    int size, capacity, window, behind, unit_tiles;
 
     __device__ __forceinline__ Seen seen(int b) const {
         Seen s;
         s.length = max(0, min(lengths[b], capacity));
-        s.first = (int)max((i64)s.length - (tokens - 1) - window, (i64)0);
+        s.first = (int)max((i64)s.length - behind - window, (i64)0);
         s.tile = s.first / KEYS;
         s.tile_end = s.length / KEYS + (s.length % KEYS != 0);
         s.units = max(1, (s.tile_end - s.tile + unit_tiles - 1) / unit_tiles);
@@ -485,7 +486,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
                  i64 q_token_stride, i64 k_page, i64 k_head, i64 v_page, i64 v_head, i64 ks_page,
                  i64 ks_head, i64 vs_page, i64 vs_head, int k_token, int v_token, int ks_token,
-                 int vs_token, int B, int T, int HQ, int H, int M, int capacity, int window,
+                 int vs_token, int B, int T, int behind, int HQ, int H, int M, int capacity, int window,
                  int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(16) u8 shared[];
@@ -506,7 +507,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // This block's range of units.
     const bool fixed = piece_tiles > 0;
-    const Batch batch{lengths, B, capacity, window, T, fixed ? piece_tiles : 1};
+    const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
     int total = 0;
     for (int b = lane; b < B; b += WARP) total += batch.seen(b).units;
     total = warp_total(total);
@@ -573,10 +574,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const float factor = score_scale * query.unit / IN_PAIRS<K_T>;
 
         // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
-        const int position = length - T + token;
+        const int position = length - 1 - max(behind - token, 0);
         const int row_first = (int)max((i64)position + 1 - window, (i64)0);
         const int full_first = (int)max((i64)length - window, (i64)0);
-        const int full_end = length - T + (TREE ? 0 : 1);
+        const int full_end = length - behind - TREE;
 #if ALIBI
         const float slope = slopes[head] * LOG2_E;
 #endif
@@ -641,7 +642,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                     const int key = tile * KEYS + k;
                     bool is_seen = key >= row_first && key <= position;
 #if TREE
-                    const int branch = key - (length - T);
+                    const int branch = key - (length - 1 - behind);
                     if (branch >= 0) is_seen = key < length && (ancestors >> (branch & 63) & 1);
 #endif
                     if (!is_seen) s = -INF;

@@ -125,6 +125,7 @@ def launch(
     q_dtype: Any,
     sizes: Sizes,
     window: int,
+    behind: int,
     num_sms: int,
     fixed_split: int | None,
 ) -> tuple[int, int, int, tuple[int, ...]]:
@@ -134,6 +135,6 @@ def launch(
     B, T, HQ, H, D, _, M = sizes
     slots = num_slots(sizes, ranges, fixed_split)
     piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
-    ints = (B, T, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
+    ints = (B, T, behind, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
     size = workspace_size(sizes, ranges, fixed_split)
     return sizes.tiles * ranges, shared, size, ints

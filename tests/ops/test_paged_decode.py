@@ -222,6 +222,8 @@ FEATURES = (
     dict(T=3, G=7),
     dict(T=5, tree=True),
     dict(T=3, tree=True, window=2),
+    dict(T=4, causal=False),
+    dict(T=20, causal=False, window=40, slopes=True, H=1),
     dict(fixed_split=32),
     dict(fixed_split=64, T=2, window=90),
     dict(T=3, window=70, soft_cap=3.0, slopes=True, sinks=True, tree=True, fixed_split=96),
@@ -231,7 +233,8 @@ FEATURES = (
 def feature_case(rng, spec, lengths=(1, 0, 47, 200), G=3, H=2, T=1, window=None, **features):
     """(q, spec, arrays, table, lengths) and options of `decode`."""
     D, HQ = 64, G * H
-    unseen = [max(n - (T - 1) - window, 0) if window else 0 for n in lengths]
+    behind = T - 1 if features.get("causal", True) else 0
+    unseen = [max(n - behind - window, 0) if window else 0 for n in lengths]
     store = cache(rng, lengths, 16, H, D, spec, unseen)
     q = queries_of(rng, (len(lengths), T, HQ, D) if T > 1 else (len(lengths), HQ, D), "float32")
     options = dict(features, window=window)
@@ -254,11 +257,11 @@ def test_features_match_the_oracle(xp, rng, features, spec):
     judge(got, *args, 64**-0.5, **options)
 
 
-def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree):
+def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
     """(score, page, offset) of the keys that query t of T sees, one after another."""
     P, found = k_pool.shape[1], []
     for key in range(length):
-        behind = (length - T + t) - key
+        behind = (length - T + t if causal else length - 1) - key
         if key >= length - T and tree is not None:
             is_seen = bool(int(tree) >> (key - (length - T)) & 1)
         else:
@@ -294,12 +297,13 @@ def test_features_match_a_plain_loop(rng, features):
     out, lse = out.reshape(4, T, HQ, -1), lse.reshape(4, T, HQ)
     slopes, sinks, tree = (options.get(name) for name in ("slopes", "sinks", "tree"))
     for b, t, head in np.ndindex(4, T, HQ):
-        h = head * 2 // HQ
+        h = head * arrays["k_pool"].shape[2] // HQ
         found = loop_of_scores(
             *(many[b, t, head], arrays["k_pool"][:, :, h], table[b], int(lengths[b]), t, T, 0.7),
             *(options["window"], options.get("soft_cap")),
             0.0 if slopes is None else float(slopes[head]),
             None if tree is None else tree[b, t],
+            options.get("causal", True),
         )
         weights = [math.exp(score) for score, *_ in found]
         total = sum(weights) + (0.0 if sinks is None else math.exp(sinks[head]))

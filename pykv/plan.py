@@ -709,7 +709,7 @@ def _check_shape(name: str, argument: str, array: Any, expected: tuple[int, ...]
 def _check_rows(name: str, args: Any, arguments: tuple[str, ...]) -> None:
     for argument in arguments:
         array = getattr(args, argument)
-        if array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+        if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
             raise UnsupportedError(
                 f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
             )

@@ -5,9 +5,9 @@
 
 A descriptor says what stays the same over the calls, arguments are the arrays of one call. `select`
 refuses what no kernel covers, `can_implement` what does not fit the plan, each with one error, in a
-fixed order; `run` does so first, and then enqueues. Where the arguments are the very object of the
-call before, as in a decode loop, they are not looked at again: kernel, launch shape and addresses
-are bound.
+fixed order; `run` does so first, and then enqueues. An object of arguments that a plan has run is
+not looked at again, as one for each layer in a decode loop: kernel, launch shape and addresses are
+bound, and the arrays are kept.
 
 The protocol and the order of checks are those of baracuda-kernels' plans. These cover more: rows of
 any float kind go into pages of any kind, of head sizes that are multiples of 8, at any strides, in
@@ -118,17 +118,19 @@ class PagedCacheDescriptor:
         return pools, {"token": of_rows, "head": (H,), "tensor": (1,)}[self.spec.granularity]
 
 
+MAX_BOUND = 256  # arguments that a plan remembers: more than models have layers
+
+
 class _Plan:
-    """What all plans have: what was selected, and the call that is bound."""
+    """What all plans have: what was selected, and the calls that are bound."""
 
     op: str
     covers: str
     accumulator: str | None = None  # None: the element, of which there are only copies
-    _bound_to: Any = None
-    _enqueue: Callable[[], None]
 
     def __init__(self, element: Any, spec: KVSpec, preference: Preference | None, xp: Any) -> None:
         self._element, self._spec, self._xp = np.dtype(element), spec, xp
+        self._bound: dict[int, tuple[Any, Callable[..., None]]] = {}  # by identity
         preference = preference or Preference()
         if preference.backend not in (None, "pykv"):
             raise UnsupportedError(
@@ -165,18 +167,22 @@ class _Plan:
             precision=self.precision_guarantee(),
         )
 
-    def _run(self, args: Any, stream: Any) -> None:
-        with cuda.on_stream(stream):
-            if args is not self._bound_to:
-                self.can_implement(args)
-                self._enqueue = self._bind(args)
-                self._bound_to = args
-            self._enqueue()
+    def _call_of(self, args: Any) -> Callable[..., None]:
+        """What `_bind` made of arguments, which are checked once."""
+        known = self._bound.get(id(args))
+        if known is not None and known[0] is args:
+            return known[1]
+        self.can_implement(args)
+        call = self._bind(args)
+        if len(self._bound) >= MAX_BOUND:
+            self._bound.clear()
+        self._bound[id(args)] = args, call
+        return call
 
     def can_implement(self, args: Any) -> None:
         raise NotImplementedError
 
-    def _bind(self, args: Any) -> Callable[[], None]:
+    def _bind(self, args: Any) -> Callable[..., None]:
         raise NotImplementedError
 
 
@@ -301,10 +307,10 @@ class PagedAppendPlan(_Plan):
         _check_arrays(name, args, self._spec, ("key", "value"), "B H | D")
 
     def run(self, args: PagedAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
-        """Append. `args` that are the object of the call before are not checked again.
+        """Append.
 
         Args:
-            args: the arrays.
+            args: the arrays; an object that has run before is not checked again.
             workspace: not needed.
             stream: see pykv.cuda.on_stream.
 
@@ -312,7 +318,8 @@ class PagedAppendPlan(_Plan):
 
         On a GPU only enqueues, one launch.
         """
-        self._run(args, stream)
+        with cuda.on_stream(stream):
+            self._call_of(args)()
 
     def _bind(self, args: PagedAppendArgs) -> Callable[[], None]:
         after, advance = self._after, self.descriptor.advance
@@ -461,7 +468,8 @@ class ContiguousAppendPlan(_Plan):
     def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
         """Append; tokens past the caches' ends are dropped. As PagedAppendPlan.run, but with
         `advance` and several new tokens two launches."""
-        self._run(args, stream)
+        with cuda.on_stream(stream):
+            self._call_of(args)()
 
     def _bind(self, args: ContiguousAppendArgs) -> Callable[[], None]:
         advance, layout = self.descriptor.advance, self.descriptor.layout
@@ -635,10 +643,10 @@ class PagedDecodePlan(_Plan):
                 f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
             )
         with cuda.on_stream(stream):
-            if args is not self._bound_to:
-                self.can_implement(args)
-                self._bound_to = args
-            self._decode(args, workspace)
+            self._call_of(args)(workspace)
+
+    def _bind(self, args: PagedDecodeArgs) -> Callable[..., None]:
+        return lambda workspace: self._decode(args, workspace)
 
     def _decode(self, args: PagedDecodeArgs, workspace: Any) -> None:
         B, M = self.descriptor.batch_size, self._max_pages

@@ -25,7 +25,13 @@ from pykv.pool import PagedKVCache, SequenceCache
 _RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
 
 __all__ = [
-    *("KVSpec", "PagedKVCache", "PykvError", "SequenceCache", "asarray", "blocks", "from_pointer"),
+    "KVSpec",
+    "PagedKVCache",
+    "PykvError",
+    "SequenceCache",
+    "asarray",
+    "blocks",
+    "from_pointer",
     *_RUNTIME,
 ]
 

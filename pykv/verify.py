@@ -375,9 +375,10 @@ def _attention_mass(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         where: Any = (k_pool, k_pool, table, lengths, 0.1, 500)
         _, lse = paged_decode.reference(exact, *where)
         given: Any = [q, k_pool, table, lengths, lse.astype(F32)]
-        low = attention_mass.reference(*given, scale=0.1, window=500)
-        oracle = attention_mass.reference(exact, *given[1:4], lse, scale=0.1, window=500)
-        got = attention_mass.mass(*map(xp.asarray, given), scale=0.1, window=500)
+        options: Any = dict(scale=0.1, window=500)
+        low = attention_mass.reference(*given, **options)
+        oracle = attention_mass.reference(exact, *given[1:4], lse, **options)
+        got = attention_mass.mass(*map(xp.asarray, given), **options)
         yield f"D={D} G={G} {kv}", *error_and_bound(got, low, oracle)
 
 

@@ -205,39 +205,49 @@ template <typename T> struct Rows {
     }
 };
 
-// Starts copies of row `k` of a tile, k in the sixteen keys from 16 * sixteen on.
+// How the rows of a tile lie in shared memory. The lanes of a warp copy them together, so that what
+// they ask for at once are whole lines: the L2 cache answers half lines at half the rate. Chunks of
+// 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
+template <typename S> struct Stored {
+    static constexpr int ROW = S::ROW_BYTES * S::LANES;
+    static constexpr int CHUNK = ROW % 16 == 0 ? 16 : ROW % 8 == 0 ? 8 : 4;
+    static constexpr int CHUNKS = ROW / CHUNK;
+    static constexpr bool TURNS = CHUNK == 16 && CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
+    static constexpr bool IS_KEYS = S::LANES == 4;
+
+    // Of keys lanes read rows r and r + 1 at once, four chunks each; of values r, r + 2, r + 4 and
+    // r + 6, two chunks each.
+    static __device__ __forceinline__ int turn(int row) {
+        return !TURNS ? 0 : IS_KEYS ? row % 2 * 4 : row / 2 % 4 * 2;
+    }
+    static __device__ __forceinline__ int place(int row, int chunk) {
+        return row * ROW + (chunk ^ turn(row)) * CHUNK;
+    }
+    // Piece i of lane `part`.
+    static __device__ __forceinline__ int place_of(int row, int i, int part) {
+        const int byte = (i * S::LANES + part) * S::BYTES;
+        return place(row, byte / CHUNK) + byte % CHUNK;
+    }
+};
+
+// Starts the copies of a tile.
 template <typename S, typename T>
-__device__ __forceinline__ void copy_row(u8* queue, const Rows<T>& rows, const Table& table,
-                                         const int (&ids)[PAGE_IDS], int tile, int sixteen, int k,
-                                         int part) {
-    const int page = TILES_IN_PAGES ? ids[TILES_IN_PAGES ? sixteen : 0]
-                                    : __shfl_sync(FULL_MASK, ids[0], k);
-    const u8* row = (const u8*)rows.row(page, table.key(tile * KEYS + k));
-#pragma unroll
-    for (int i = 0; i < S::COUNT; i++) {
-        cp_async<S::BYTES>(queue + i * WARP * S::BYTES, row + (i * S::LANES + part) * S::BYTES);
-    }
-}
-
-// Key 8n + g for lane 4g + t.
-__device__ __forceinline__ void copy_keys(u8* queue, const Rows<K_T>& rows, const Table& table,
+__device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile) {
-    const int lane = threadIdx.x % WARP;
+    using At = Stored<S>;
+    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        copy_row<KShare>(queue + n * WARP * KShare::ROW_BYTES, rows, table, ids, tile, n / 2,
-                         8 * n + lane / 4, lane % 4);
-    }
-}
-
-// Values 2t, 2t + 1, 2t + 8, 2t + 9 of each sixteen for lane 4g + t.
-__device__ __forceinline__ void copy_values(u8* queue, const Rows<V_T>& rows, const Table& table,
-                                            const int (&ids)[PAGE_IDS], int tile) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int n = 0; n < KEYS / 4; n++) {
-        copy_row<VShare>(queue + n * WARP * VShare::ROW_BYTES, rows, table, ids, tile, n / 4,
-                         n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8, lane / 4);
+    for (int i = 0; i < KEYS * At::CHUNKS / WARP; i++) {
+        const int n = i * WARP + threadIdx.x % WARP;
+        const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
+        int page = ids[0];
+        if (!TILES_IN_PAGES) {
+            page = __shfl_sync(FULL_MASK, page, row);
+        } else if (row >= 16) {
+            page = ids[PAGE_IDS - 1];
+        }
+        const u8* from = (const u8*)rows.row(page, table.key(tile * KEYS + row));
+        cp_async<At::CHUNK>(queue + At::place(row, chunk), from + chunk * At::CHUNK);
     }
 }
 
@@ -341,6 +351,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
                                               const u8* queue) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
+    const int lane = threadIdx.x % WARP;
     float d[KEYS / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
@@ -348,7 +359,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             u32 words[S::WORDS];
-            load_words(words, queue + (n * S::COUNT + i) * WARP * S::BYTES);
+            load_words(words, queue + Stored<S>::place_of(8 * n + lane / 4, i, lane % 4));
 #pragma unroll
             for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], K_T{});
         }
@@ -380,6 +391,7 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
                                            const u8* queue) {
     using S = VShare;
     constexpr int PAIRS = IN_WORD<V_T> / 2;
+    const int lane = threadIdx.x % WARP;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
@@ -393,7 +405,8 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
         u32 words[KEYS / 4][S::WORDS];
 #pragma unroll
         for (int n = 0; n < KEYS / 4; n++) {
-            load_words(words[n], queue + (n * S::COUNT + i) * WARP * S::BYTES);
+            const int row = n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8;
+            load_words(words[n], queue + Stored<S>::place_of(row, i, lane / 4));
         }
 #pragma unroll
         for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
@@ -447,7 +460,7 @@ template <typename At> __device__ __forceinline__ State join(int count, At at) {
     return s;
 }
 
-struct Stored { float2* stat; float4* x; };
+struct Kept { float2* stat; float4* x; };
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
@@ -505,8 +518,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
     u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
-    u8* const k_queue = queue + lane * KShare::BYTES;
-    u8* const v_queue = queue + K_BYTES + lane * VShare::BYTES;
+    u8* const k_queue = queue;
+    u8* const v_queue = queue + K_BYTES;
 
     // The states of the warps, and in the workspace those of pieces.
     constexpr int PITCH = D + 4;
@@ -529,11 +542,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         for (int i = 0; i < STAGES; i++) {
             const int tile = piece.tile + warp + i * WARPS;
             if (tile < piece.tile_end) {
-                copy_keys(k_queue + i * STAGE_BYTES, keys, table, ids[i], tile);
+                copy_tile<KShare>(k_queue + i * STAGE_BYTES, keys, table, ids[i], tile);
             }
             cp_async_commit();
             if (tile < piece.tile_end) {
-                copy_values(v_queue + i * STAGE_BYTES, values, table, ids[i], tile);
+                copy_tile<VShare>(v_queue + i * STAGE_BYTES, values, table, ids[i], tile);
             }
             cp_async_commit();
         }
@@ -597,8 +610,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
             float scores[KEYS / 4];
             cp_async_wait<2 * STAGES - 1>();
+            __syncwarp();  // what the others have copied too
             multiply_keys(scores, query, k_queue + stage * STAGE_BYTES);
-            if (has_later) copy_keys(k_queue + stage * STAGE_BYTES, keys, table, ids, later);
+            __syncwarp();  // all have read what is copied over
+            if (has_later) copy_tile<KShare>(k_queue + stage * STAGE_BYTES, keys, table, ids, later);
             cp_async_commit();
 
             const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
@@ -659,8 +674,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             }
 
             cp_async_wait<2 * STAGES - 1>();
+            __syncwarp();
             add_values(acc, scores, v_queue + stage * STAGE_BYTES);
-            if (has_later) copy_values(v_queue + stage * STAGE_BYTES, values, table, ids, later);
+            __syncwarp();
+            if (has_later) copy_tile<VShare>(v_queue + stage * STAGE_BYTES, values, table, ids, later);
             cp_async_commit();
             if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -706,7 +723,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         };
         const auto in_workspace = [&](int i, int row, int d) {
             const i64 at = (slot(i) * tiles + head_tile) * max_rows + row;
-            return Stored{piece_stats + at, (float4*)(piece_x + at * D + d)};
+            return Kept{piece_stats + at, (float4*)(piece_x + at * D + d)};
         };
         const auto write = [&](State s, int row, int d) {
             const int in_group = tile_of_head * ROWS + row;
@@ -729,13 +746,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const int row = i / (D / 4), d = i % (D / 4) * 4;
             const State s = join(WARPS, [&](int w) {
                 const int at = w * max_rows + row;
-                return Stored{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
+                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
             });
             if (states == 1) {
                 write(s, row, d);
                 continue;
             }
-            const Stored to = in_workspace(fixed ? done.unit - done.start : range - first_range,
+            const Kept to = in_workspace(fixed ? done.unit - done.start : range - first_range,
                                            row, d);
             *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
             if (d == 0) *to.stat = make_float2(s.m, s.l);

@@ -476,7 +476,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  i64 vs_head, int B, int T, int HQ, int H, int M, int capacity, int window,
                  int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
-    extern __shared__ __align__(16) u8 shared[];
+    extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut in two, and read twice
     __shared__ int is_last;
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;

@@ -186,6 +186,10 @@ struct Table {
     __device__ __forceinline__ int key(int k) const { return max(first, min(k, last)); }
     __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
 
+    __device__ __forceinline__ bool holds(int tile) const {
+        return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
+    }
+
     // The pages of a tile: of each 16 keys, or else of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
 #pragma unroll
@@ -235,10 +239,28 @@ template <typename S, typename T>
 __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile) {
     using At = Stored<S>;
-    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
+    constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
+    const int lane = threadIdx.x % WARP;
+    if constexpr (TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16) {
+        if (table.holds(tile)) {  // the usual case, with few instructions: these count
+            const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
+            const i64 stride = rows.token_stride * (i64)sizeof(T);
+            const i64 offset = row * stride + chunk * At::CHUNK;
 #pragma unroll
-    for (int i = 0; i < KEYS * At::CHUNKS / WARP; i++) {
-        const int n = i * WARP + threadIdx.x % WARP;
+            for (int s = 0; s < KEYS / 16; s++) {
+                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
+#pragma unroll
+                for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
+                    cp_async<At::CHUNK>(queue + At::place(i + row, chunk), from);
+                    from += AT_ONCE * stride;
+                }
+            }
+            return;
+        }
+    }
+    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
+#pragma unroll 1
+    for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) {
         const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
         int page = ids[0];
         if (!TILES_IN_PAGES) {

@@ -683,8 +683,10 @@ template <> constexpr bool IS_BF16<bf16> = true;
 // 2p and 2p + 1 of an fp8 word, p and p + half a word of any other.
 template <typename T> constexpr int IN_WORD = 4 / (int)sizeof(T) * PACKED<T>;
 
+template <typename T> constexpr bool PAIRS_NEIGHBOURS = IS_FP8<T>;
+
 template <typename T> __device__ constexpr int element_of_pair(int pair, int upper) {
-    return IS_FP8<T> ? 2 * pair + upper : pair + upper * IN_WORD<T> / 2;
+    return PAIRS_NEIGHBOURS<T> ? 2 * pair + upper : pair + upper * IN_WORD<T> / 2;
 }
 
 // The value of a code 1 in pairs.
@@ -742,8 +744,38 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
 // Half a word of a and half a word of b, such that `to_pairs` pairs element i of one with element i
 // of the other, in order.
 template <typename T> __device__ __forceinline__ u32 zip(u32 a, u32 b, int upper) {
-    if (IS_FP8<T>) return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
+    if (PAIRS_NEIGHBOURS<T>) return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
     return __byte_perm(a, b, upper ? 0x7632 : 0x5410);
+}
+
+// Integer codes as they come, but from 0 on: as bits of an f16 they are that many times 2^-24, which
+// mma takes. Pair p of an i4 word holds 16 times its codes where p is odd.
+template <typename T> struct Raw {};
+template <typename T> constexpr float RAW_ZERO = 0.0f;  // what the code 0 becomes, times 2^24
+template <> constexpr float RAW_ZERO<Raw<i8>> = 128.0f;
+template <> constexpr float RAW_ZERO<Raw<i4>> = 8.0f;
+template <typename T> __device__ constexpr float raw_factor(int pair) { return 1.0f; }
+template <> __device__ constexpr float raw_factor<Raw<i4>>(int pair) {
+    return pair % 2 ? 16.0f : 1.0f;
+}
+template <> constexpr int IN_WORD<Raw<i8>> = 4;
+template <> constexpr int IN_WORD<Raw<i4>> = 8;
+template <> constexpr bool PAIRS_NEIGHBOURS<Raw<i8>> = true;
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, Raw<i8>) {
+    word ^= 0x80808080u;
+    pairs[0] = __byte_perm(word, 0, 0x4140);
+    pairs[1] = __byte_perm(word, 0, 0x4342);
+}
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, Raw<i4>) {
+    word ^= 0x88888888u;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        pairs[i] = word & 0x000f000fu;
+        pairs[i + 1] = word & 0x00f000f0u;
+        word >>= 8;
+    }
 }
 
 // x rounded to two f16 or bf16; what is left of x, exactly, takes its place.

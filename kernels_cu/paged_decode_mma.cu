@@ -103,6 +103,17 @@ constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
+// What the host gets is rounded to 16 bits: then sums may stay in the mma, which cuts off what is
+// below their last place, and integer codes need not become floats one by one.
+constexpr bool IS_COARSE = sizeof(Q_T) == 2;
+template <typename T, bool> struct Encoding { using Type = T; };
+template <> struct Encoding<i8, true> { using Type = Raw<i8>; };
+template <> struct Encoding<i4, true> { using Type = Raw<i4>; };
+using KE = Encoding<K_T, IS_COARSE>::Type;
+using VE = Encoding<V_T, IS_COARSE>::Type;
+constexpr bool K_IS_RAW = RAW_ZERO<KE> > 0.0f, V_IS_RAW = RAW_ZERO<VE> > 0.0f;
+constexpr float RAW_UNIT = 16777216.0f;  // 2^24
+
 constexpr float LOG2_E = 1.442695040888963f;
 
 // --- Work: which keys are whose ------------------------------------------------------------------
@@ -313,6 +324,7 @@ struct Query {
     uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
     uint2* shared;
     float unit;  // of the pairs: f16 would not hold all that q may be
+    float sum;   // of them
 
     __device__ __forceinline__ uint2 step(int term, int i) const {
         if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
@@ -344,6 +356,7 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
         factor = __uint_as_float((261u - exponent) << 23);
         q.unit = __uint_as_float((exponent - 7u) << 23);
     }
+    q.sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         u32 pairs[TERMS][2];
@@ -354,10 +367,14 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             float two[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                two[k] = x[word + element_of_pair<K_T>(p % PAIRS, k)] * factor;
+                two[k] = x[word + element_of_pair<KE>(p % PAIRS, k)] * factor;
+                two[k] *= 1.0f / raw_factor<KE>(p % PAIRS);
+                q.sum += two[k] * raw_factor<KE>(p % PAIRS);
             }
 #pragma unroll
             for (int term = 0; term < TERMS; term++) pairs[term][j] = take_halves<KM>(two);
+            // What was rounded away is no part of the products.
+            q.sum -= (two[0] + two[1]) * raw_factor<KE>(p % PAIRS);
         }
 #pragma unroll
         for (int term = 0; term < TERMS; term++) {
@@ -365,6 +382,10 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             if constexpr (Q_IN_SHARED) q.shared[(term * (D / 16) + i) * WARP] = step;
             else q.steps[term][Q_IN_SHARED ? 0 : i] = step;
         }
+    }
+    if constexpr (K_IS_RAW) {
+        q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 1);
+        q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 2);
     }
 }
 
@@ -374,7 +395,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
     const int lane = threadIdx.x % WARP;
-    float d[KEYS / 8][4] = {};
+    float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
         u32 pairs[KEYS / 8][S::WORDS][PAIRS];
@@ -383,33 +404,43 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
             u32 words[S::WORDS];
             load_words(words, queue + Stored<S>::place_of(8 * n + lane / 4, i, lane % 4));
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], K_T{});
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], KE{});
         }
 #pragma unroll
         for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+            // One term leaves rows 8 to 15 free: they hold the next step of it, which gives two
+            // steps the registers of one, and each takes the half of the sums that is its own.
             const int step = (i * S::ELEMENTS / 2 + p) / 2;
-            const uint2 high = q.step(0, step);
-            const uint2 low = Q_HAS_LOW ? q.step(TERMS > 1 ? 1 : 0, step) : make_uint2(0, 0);
+            const int even = TERMS == 1 ? step / 2 * 2 : step;
+            const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
+            const uint2 upper = q.step(0, even), lower = q.step(TERMS > 1 ? 1 : 0, next);
             const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
                 const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
-                multiply<KM>(d[n], high.x, low.x, high.y, low.y, b0, b1);
+                multiply<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
+                             b1);
                 if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
             }
         }
     }
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
-        scores[i] = Q_HAS_LOW ? d[i / 2][i % 2] + d[i / 2][i % 2 + 2] : d[i / 2][i % 2];
+        scores[i] = d[i / 2][i % 2] + (TERMS == 1 ? odd : d)[i / 2][i % 2 + 2];
     }
 }
 
+// Sums of values, by the columns of the fragments of mma: those of row g first, and in the other two
+// what is to be added to them. `weights` are sums of the weights, which raw codes need.
+__device__ __forceinline__ float (&pick(float (&x)[4], float (&)[4]))[4] { return x; }
+__device__ __forceinline__ float (&pick(float (&)[2], float (&x)[4]))[4] { return x; }
+
+struct Sums { float x[D / 8][IS_COARSE ? 4 : 2], weights[4]; };
+
 // Adds the tile's values, weighted by `weights` of the keys 8n + 2t and 8n + 2t + 1. Lane 4g + t
-// holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began. Sums of one
-// tile are added as floats: an mma would cut off what is below the last place.
-__device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (&weights)[KEYS / 4],
+// holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began.
+__device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KEYS / 4],
                                            const u8* queue) {
     using S = VShare;
     constexpr int PAIRS = IN_WORD<V_T> / 2;
@@ -421,6 +452,13 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
         high[n] = take_halves<VM>(two);
         low[n] = take_halves<VM>(two);
         if constexpr (P_HAS_REST) rest[n] = take_halves<VM>(two);
+    }
+    if constexpr (V_IS_RAW) {
+        constexpr u32 ONES = 0x3c003c00u;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n += 2) {
+            multiply<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
+        }
     }
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
@@ -435,12 +473,14 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
             u32 b[KEYS / 8][PAIRS];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                const u32 two = zip<V_T>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
-                to_pairs(b[n], two, V_T{});
+                const u32 two = zip<VE>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
+                to_pairs(b[n], two, VE{});
             }
 #pragma unroll
             for (int p = 0; p < PAIRS; p++) {
-                float d[4] = {};
+                float of_tile[4] = {};  // unless they stay: a sum of floats cuts nothing off
+                float (&x)[IS_COARSE ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
+                float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
                     multiply<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
@@ -448,9 +488,7 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
                         multiply<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
-                const int column = i * S::ELEMENTS + w * PAIRS + p;
-#pragma unroll
-                for (int c = 0; c < 2; c++) acc[column][c] += d[c] + d[c + 2];
+                if constexpr (!IS_COARSE) x[0] += d[0] + d[2], x[1] += d[1] + d[3];
             }
         }
     }
@@ -582,7 +620,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         Query query;
         query.shared = (uint2*)(queue + STAGES * STAGE_BYTES) + lane;
         load_query(query, query_row + b * q_stride, g < num_rows);
-        const float factor = score_scale * query.unit / IN_PAIRS<K_T>;
+        float factor = score_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
+        if constexpr (K_IS_RAW) {
+            zero_score = RAW_ZERO<KE> * query.sum * factor;
+            factor *= RAW_UNIT;
+        }
 
         // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
         const int position = length - T + token;
@@ -596,7 +638,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const u64 ancestors = tree[(i64)b * T + token];
 #endif
 
-        float acc[D / 8][2] = {};
+        Sums sums = {};
         float m = -INF, l = 0.0f;  // l: of this lane's keys
         // Values are weighted relative to `scale_unit`, a power of two above all their scales so
         // far, because f16 would not hold what the scales themselves may be.
@@ -643,7 +685,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
                 const int k = i / 2 * 8 + 2 * t + i % 2;
-                float s = scores[i] * factor;
+                float s = scores[i] * factor - zero_score;
                 if (K_HAS_CODES) s *= __shfl_sync(FULL_MASK, k_scale, k);
 #if SOFT_CAP
                 s = tanhf(s) * cap;
@@ -681,7 +723,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                     scale_unit = __uint_as_float(exponent << 23);
                 }
 #pragma unroll
-                for (int i = 0; i < D / 8; i++) acc[i][0] *= keep, acc[i][1] *= keep;
+                for (int i = 0; i < D / 8; i++) {
+                    for (float& x : sums.x[i]) x *= keep;
+                }
+                for (float& x : sums.weights) x *= keep;
             }
             const float base = finite_base(m);
             v_scale *= inverse_unit;
@@ -697,7 +742,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
             cp_async_wait<2 * STAGES - 1>();
             __syncwarp();
-            add_values(acc, scores, v_queue + stage * STAGE_BYTES);
+            add_values(sums, scores, v_queue + stage * STAGE_BYTES);
             __syncwarp();
             if (has_later) copy_tile<VShare>(v_queue + stage * STAGE_BYTES, values, table, ids, later);
             cp_async_commit();
@@ -720,6 +765,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
             const float unit = scale_unit / IN_PAIRS<V_T>;
+            const float zero = RAW_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
+            const auto value = [&](int column, int c) {
+                float x = sums.x[column][c];
+                if constexpr (IS_COARSE) x += sums.x[column][c + 2];
+                if constexpr (V_IS_RAW) {
+                    x = x * (RAW_UNIT / raw_factor<VE>(column % (IN_WORD<V_T> / 2))) - zero;
+                }
+                return x * unit;
+            };
             float* row = warp_x + (warp * max_rows + g) * PITCH;
             if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
 #pragma unroll
@@ -728,7 +782,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int d = (i / E * 8 + 2 * t + c) * E + i % E;
-                    *(float2*)(row + d) = make_float2(acc[i][c] * unit, acc[i + 1][c] * unit);
+                    *(float2*)(row + d) = make_float2(value(i, c), value(i + 1, c));
                 }
             }
         }

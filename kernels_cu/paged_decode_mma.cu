@@ -21,8 +21,8 @@
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
-// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (STAGES *
-//           (K_BYTES + V_BYTES) + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (K_BYTES
+//           + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
@@ -60,7 +60,7 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = 8;  // of queries in a tile
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
-constexpr int KEYS = HAS_CODES ? 32 : 16;  // of a tile; with codes a lane for each scale
+constexpr int KEYS = HAS_CODES && D <= 128 ? 32 : 16;  // of a tile; more would spill registers
 constexpr int MIN_KEYS = 128;  // of a range; less is not worth a merge
 constexpr int COUNTERS = 4096;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
@@ -80,18 +80,8 @@ using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
 constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
 constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 
-// Tiles that each warp has under way, such that two blocks fit an SM's shared memory.
-#ifndef STAGES
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int QUEUE_BYTES = 16 << 10;
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int QUEUE_BYTES = 24 << 10;
-#else
-constexpr int QUEUE_BYTES = 8 << 10;
-#endif
-constexpr int FITTING = QUEUE_BYTES / (K_BYTES + V_BYTES);
-constexpr int STAGES = FITTING < 1 ? 1 : FITTING > 4 ? 4 : FITTING;
-#endif
+// Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
+constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
 
 // The float type of an mma; what it rounds is kept in further terms where queries are finer.
 template <typename T> struct Operand { using Type = f16; };
@@ -524,7 +514,7 @@ struct Kept { float2* stat; float4* x; };
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
                  const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
                  const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
@@ -576,14 +566,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const Rows<SCALE_T> key_scales{k_scales + kv_head * ks_head, ks_page, ks_token};
     const Rows<SCALE_T> value_scales{v_scales + kv_head * vs_head, vs_page, vs_token};
 
-    constexpr int STAGE_BYTES = K_BYTES + V_BYTES;
-    u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
+    u8* const queue = shared + warp * (K_BYTES + V_BYTES + Q_BYTES);
     u8* const k_queue = queue;
     u8* const v_queue = queue + K_BYTES;
 
     // The states of the warps, and in the workspace those of pieces.
     constexpr int PITCH = D + 4;
-    float* const warp_x = (float*)(shared + WARPS * (STAGES * STAGE_BYTES + Q_BYTES));
+    float* const warp_x = (float*)(shared + WARPS * (K_BYTES + V_BYTES + Q_BYTES));
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
     float* const piece_x = workspace + COUNTERS;
@@ -592,24 +581,16 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     // A piece's first tiles are under way before the piece before it is brought to its end.
     const auto start_copies = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
-        int ids[STAGES][PAGE_IDS];
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            const int tile = piece.tile + warp + i * WARPS;
-            if (tile < piece.tile_end) table.find(ids[i], tile);
+        const int tile = piece.tile + warp;
+        const bool has_tile = tile < piece.tile_end;
+        int ids[PAGE_IDS];
+        if (has_tile) {
+            table.find(ids, tile);
+            copy_tile<KShare>(k_queue, keys, table, ids, tile);
         }
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            const int tile = piece.tile + warp + i * WARPS;
-            if (tile < piece.tile_end) {
-                copy_tile<KShare>(k_queue + i * STAGE_BYTES, keys, table, ids[i], tile);
-            }
-            cp_async_commit();
-            if (tile < piece.tile_end) {
-                copy_tile<VShare>(v_queue + i * STAGE_BYTES, values, table, ids[i], tile);
-            }
-            cp_async_commit();
-        }
+        cp_async_commit();
+        if (has_tile) copy_tile<VShare>(v_queue, values, table, ids, tile);
+        cp_async_commit();
     };
 
     Piece piece = first_piece(batch, begin, end, fixed);
@@ -618,7 +599,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int b = piece.b, length = piece.seen.length;
         const Table table{page_table + (i64)b * M, piece.seen.first, length - 1};
         Query query;
-        query.shared = (uint2*)(queue + STAGES * STAGE_BYTES) + lane;
+        query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
         load_query(query, query_row + b * q_stride, g < num_rows);
         float factor = score_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
         if constexpr (K_IS_RAW) {
@@ -646,9 +627,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
 
         int tile = piece.tile + warp;
-        int stage = 0;
         int ids[PAGE_IDS];  // of the tile to be copied next
-        if (tile + STAGES * WARPS < piece.tile_end) table.find(ids, tile + STAGES * WARPS);
+        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
         // Scales of this tile and the next, keys and values of this lane's number.
         float k_scale = 1.0f, v_scale = 1.0f, next_k_scale = 1.0f, next_v_scale = 1.0f;
         int scale_page = 0;
@@ -665,7 +645,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         }
 
         for (; tile < piece.tile_end; tile += WARPS) {
-            const int later = tile + STAGES * WARPS;
+            const int later = tile + WARPS;
             const bool has_later = later < piece.tile_end;
             if (HAS_CODES) {
                 k_scale = next_k_scale, v_scale = next_v_scale;
@@ -673,11 +653,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             }
 
             float scores[KEYS / 4];
-            cp_async_wait<2 * STAGES - 1>();
+            cp_async_wait<1>();
             __syncwarp();  // what the others have copied too
-            multiply_keys(scores, query, k_queue + stage * STAGE_BYTES);
+            multiply_keys(scores, query, k_queue);
             __syncwarp();  // all have read what is copied over
-            if (has_later) copy_tile<KShare>(k_queue + stage * STAGE_BYTES, keys, table, ids, later);
+            if (has_later) copy_tile<KShare>(k_queue, keys, table, ids, later);
             cp_async_commit();
 
             const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
@@ -740,14 +720,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
             }
 
-            cp_async_wait<2 * STAGES - 1>();
+            cp_async_wait<1>();
             __syncwarp();
-            add_values(sums, scores, v_queue + stage * STAGE_BYTES);
+            add_values(sums, scores, v_queue);
             __syncwarp();
-            if (has_later) copy_tile<VShare>(v_queue + stage * STAGE_BYTES, values, table, ids, later);
+            if (has_later) copy_tile<VShare>(v_queue, values, table, ids, later);
             cp_async_commit();
             if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
 
         const Piece done = piece;

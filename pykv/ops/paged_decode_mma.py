@@ -59,23 +59,16 @@ def covers(sm: int, spec: KVSpec, D: int) -> bool:
     return D % 16 == 0 and D <= 256 and k.bits * D % 128 == 0 and v.bits * D % 256 == 0
 
 
-def tile_keys(spec: KVSpec) -> int:
+def tile_keys(spec: KVSpec, D: int) -> int:
     """Keys of a tile: the kernel's KEYS."""
-    return 32 if spec.has_scales else 16
-
-
-def stages(sm: int, spec: KVSpec, D: int) -> int:
-    """Tiles that a warp has under way: the kernel's STAGES."""
-    tile = tile_keys(spec) * sum(kind.row_bytes(D) for kind in spec.kinds)
-    queue = 16 << 10 if sm in (80, 87) else 24 << 10 if 90 <= sm < 120 else 8 << 10
-    return max(1, min(4, queue // tile))
+    return 32 if spec.has_scales and D <= 128 else 16
 
 
 def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     """Of a block: queues of the warps, long queries, and the warps' states."""
     k, v = spec.kinds
     D = sizes.D
-    queue = stages(sm, spec, D) * tile_keys(spec) * (k.row_bytes(D) + v.row_bytes(D))
+    queue = tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
     if D > 128:
         rounds_half = k.name == "bf16" and q_dtype != BFLOAT16
         terms = 1 + (q_dtype.itemsize == 4 or rounds_half) + (q_dtype.itemsize == 4 and rounds_half)
@@ -83,10 +76,11 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
 
 
-def num_blocks(sm: int, shared: int, num_sms: int) -> int:
-    """Blocks that run at once: two an SM where shared memory allows (the kernel's launch bound)."""
+def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
+    """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
+    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 else 2
     of_sm = {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
-    return num_sms * max(1, min(2, of_sm // (shared + 1024)))  # the system's own 1 KiB each
+    return num_sms * max(1, min(most, of_sm // (shared + 1024)))  # the system's own 1 KiB each
 
 
 def num_ranges(sizes: Sizes, spec: KVSpec, blocks: int, fixed_split: int | None) -> int:
@@ -102,7 +96,7 @@ def num_ranges(sizes: Sizes, spec: KVSpec, blocks: int, fixed_split: int | None)
         if ranges * tiles >= 0.9 * waves * blocks:
             best = ranges
             break
-    unit = fixed_split or max(MIN_KEYS, tile_keys(spec))
+    unit = fixed_split or MIN_KEYS
     return max(1, min(best, sizes.B * max(1, -(-sizes.capacity // unit))))
 
 
@@ -131,10 +125,10 @@ def launch(
 ) -> tuple[int, int, int, tuple[int, ...]]:
     """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
     shared = shared_bytes(sm, spec, q_dtype, sizes)
-    ranges = num_ranges(sizes, spec, num_blocks(sm, shared, num_sms), fixed_split)
+    ranges = num_ranges(sizes, spec, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
     B, T, HQ, H, _, _, M = sizes
     slots = num_slots(sizes, ranges, fixed_split)
-    piece_tiles = (fixed_split or 0) // tile_keys(spec)
+    piece_tiles = (fixed_split or 0) // tile_keys(spec, sizes.D)
     ints = (B, T, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
     size = workspace_size(sizes, spec, ranges, fixed_split)
     return sizes.tiles * ranges, shared, size, ints

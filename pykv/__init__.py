@@ -19,11 +19,21 @@ from typing import Any as _Any
 from pykv import blocks
 from pykv.arrays import asarray, from_pointer
 from pykv.errors import PykvError
-from pykv.pool import PagedKVCache
+from pykv.kinds import KVSpec
+from pykv.pool import PagedKVCache, SequenceCache
 
 _RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
 
-__all__ = ["PagedKVCache", "PykvError", "asarray", "blocks", "from_pointer", *_RUNTIME]
+__all__ = [
+    "KVSpec",
+    "PagedKVCache",
+    "PykvError",
+    "SequenceCache",
+    "asarray",
+    "blocks",
+    "from_pointer",
+    *_RUNTIME,
+]
 
 
 def __getattr__(name: str) -> _Any:

@@ -26,6 +26,7 @@ from pykv.ops import (
     dequant,
     linear,
     norm,
+    page_table,
     paged_append,
     paged_check,
     paged_convert,
@@ -285,6 +286,19 @@ def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield f"{what}, verdicts that differ", float(want not in found), 0.0
 
 
+def _page_table(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    counts = [3, 0, 1, 130, 7]
+    indptr = np.cumsum([0, *counts]).astype(np.int32)
+    indices = rng.permutation(int(indptr[-1])).astype(np.int32)
+    last = np.array([16, 0, 0, 5, -100], np.int32)
+    want: Any = (np.empty((5, 130), np.int32), np.empty(5, np.int32))
+    page_table.reference(indices, indptr, last, 16, *want)
+    lists = [xp.asarray(x) for x in (indices, indptr, last)]
+    got = page_table.from_lists(lists[0], lists[1], lists[2], page_size=16, width=130)
+    yield "tables", wrong_values(got[0], want[0]), 0.0
+    yield "lengths", wrong_values(got[1], want[1]), 0.0
+
+
 def _permute(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     axes_of = {"NHD": (0, 4, 1, 2, 3, 5), "HND": (0, 3, 1, 2, 4, 5)}
     for layout, axes in axes_of.items():
@@ -461,6 +475,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "contiguous_append": _contiguous_append,
     "paged_convert": _paged_convert,
     "paged_check": _paged_check,
+    "page_table": _page_table,
     "permute": _permute,
     "paged_decode": _paged_decode,
     "prefill": _prefill,

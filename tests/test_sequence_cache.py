@@ -1,20 +1,15 @@
 """SequenceCache, and the four parity tests that ferrum's int8 cache comes with: same shapes, seeds
 and thresholds, and tighter ones."""
 
-from inspect import signature
-
 import numpy as np
 import pytest
 
 from pykv import kinds
 from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.ops import paged_append, paged_decode
+from pykv.ops import paged_append
 from pykv.pool import SequenceCache
 from tests.helpers import assert_same_bits, to_numpy
 
-reads_codes = pytest.mark.skipif(
-    "spec" not in signature(paged_decode.decode).parameters, reason="attention reads floats alone"
-)
 INT8 = kinds.KINDS["int8"]
 
 
@@ -103,7 +98,6 @@ def quantized(xp, k, v, block_ids):
     return cache, slots
 
 
-@reads_codes
 @pytest.mark.parametrize("block_ids", [[0, 1, 2, 3, 4, 5], [7, 0, 5, 2, 6, 1]], ids=str)
 @pytest.mark.parametrize("L", [96, 91])
 def test_parity_2_decode_of_encoded_rows(xp, L, block_ids):
@@ -122,7 +116,7 @@ def test_parity_2_decode_of_encoded_rows(xp, L, block_ids):
     assert cosine(got, attention(q, k, v)) > 0.9999
 
 
-@pytest.mark.parametrize("decodes", ["host", pytest.param("op", marks=reads_codes)])
+@pytest.mark.parametrize("decodes", ["host", "op"])
 def test_parity_3_append_then_decode(xp, decodes):
     HQ, H, D, L = 8, 2, 128, 64
     q, state = generate(0xBEEFF00D, (HQ, D), 0.5)
@@ -143,7 +137,7 @@ def test_parity_3_append_then_decode(xp, decodes):
     assert cosine(got, want) > 0.9999 and relative_error(got, want) < 0.01
 
 
-@pytest.mark.parametrize("decodes", ["host", pytest.param("op", marks=reads_codes)])
+@pytest.mark.parametrize("decodes", ["host", "op"])
 def test_parity_4_through_the_cache(xp, decodes):
     HQ, H, D, L = 8, 2, 128, 64
     q, state = generate(0xCAFEFACE, (HQ, D), 0.5)

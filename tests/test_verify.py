@@ -15,6 +15,7 @@ from pykv.ops import (
     dequant,
     linear,
     norm,
+    page_table,
     paged_append,
     paged_check,
     paged_convert,
@@ -257,6 +258,8 @@ FAULTS = {
     "rows: one too few": (paged_convert, "gather_rows", with_argument(4, lambda x: x - (x > 5))),
     "check: slots are never wrong": (paged_check, "check_slots", lambda op: lambda *args: None),
     "check: page 600 is fine": (paged_check, "check_page_table", with_argument(2, lambda n: n + 1)),
+    "table: other pages": (page_table, "from_lists", with_argument(0, lambda pages: pages ^ 1)),
+    "table: lengths one more": (page_table, "from_lists", with_argument(2, lambda n: n + 1)),
     "permute: heads in reverse": (
         *(permute, "universal_from_block"),
         with_argument(1, lambda blocks: blocks[..., ::-1, :]),

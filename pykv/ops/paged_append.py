@@ -379,7 +379,7 @@ def kernel_call(
     """
     k, v, k_pool, v_pool, k_scales, v_scales, rows, _, indptr, _ = arrays
     T, H, D = k.shape
-    defines, rows_a_block = _defines(
+    defines, rows_a_block = defines_of(
         k.dtype, spec, D, H, P, address, None if rows is None else rows.dtype, after, advance
     )
     steps = _steps(
@@ -395,7 +395,7 @@ def kernel_call(
 
 
 @lru_cache(maxsize=1024)
-def _defines(
+def defines_of(
     dtype: Any,
     spec: KVSpec,
     D: int,
@@ -462,10 +462,10 @@ def _steps(
 # Slots for the models that `pykv.models` names and for a Llama of 8 x 128, of floats and of codes;
 # a captured decode step for the latter.
 VARIANTS = [
-    _defines(FLOATS[0], KVSpec(kind, kind), D, H, 16)[0]
+    defines_of(FLOATS[0], KVSpec(kind, kind), D, H, 16)[0]
     for kind in ("fp16", "int8")
     for H, D in ((3, 64), (1, 256), (8, 128))
 ] + [
-    _defines(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
+    defines_of(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
     for kind in ("fp16", "int8")
 ]

@@ -7,7 +7,7 @@ import pytest
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
-from pykv.ops import paged_append
+from pykv.ops import paged_append, paged_decode
 from tests.helpers import assert_same_bits, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
@@ -306,6 +306,71 @@ def test_advance_is_a_token_a_call(xp, rng, address, spec, H, D):
         if x is not None:
             assert_same_bits(x, y)
     assert lengths.tolist() == [9, 3, 0, 12] == (to_numpy(state) + ahead).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["fp16", "int8"])
+def test_a_captured_step_is_a_token_a_replay(rng, spec):
+    """Append with `advance`, then attention: captured once, replayed while lengths grow on the
+    device, equal to the same calls made one by one with slots and lengths from the host."""
+    import cupy
+
+    B, HQ, H, D, P, M, steps = 3, 4, 2, 64, 16, 65, 1000
+    spec = KVSpec(spec, spec)
+    starts = np.array([1, 16, 40], np.int32)
+    pages = rng.permutation(B * M).astype(np.int32).reshape(B, M)
+    caches = [Cache(rng, spec, B * M, P, H, D, "two") for _ in range(2)]
+    wholes = [on(cupy, cache.copy()) for cache in caches]
+    for whole in wholes:
+        for array in whole:
+            if array is not None:
+                array[...] = 0
+    size = paged_decode.workspace_size(B, HQ, H, D, M * P, spec=spec)
+    scratch = cupy.zeros((2, size), np.float32)
+    outs = cupy.zeros((2, B, HQ, D), np.float32)
+    new = rng.standard_normal((steps + 1, 2, B, H, D)).astype(np.float16)
+    k, v = (cupy.zeros((B, H, D), np.float16) for _ in range(2))
+    q, table = cupy.asarray(rng.standard_normal((B, HQ, D)).astype(np.float32)), cupy.asarray(pages)
+    indices, indptr = table.ravel(), cupy.arange(B + 1, dtype=np.int32) * M
+    requests, positions = cupy.arange(B, dtype=np.int32), cupy.asarray(starts)
+
+    def attend(whole, lengths, side):
+        pools, options = options_of(caches[0], whole)
+        options |= dict(out=outs[side], workspace=scratch[side])
+        paged_decode.decode(q, *pools, table, lengths, **options)
+
+    def step():
+        pools, options = options_of(caches[0], wholes[0])
+        where = (requests, positions, indices, indptr)
+        paged_append.append_indexed(k, v, *pools, *where, advance=True, **options)
+        attend(wholes[0], positions, 0)
+
+    def eager(lengths):
+        slots = pages[np.arange(B), lengths // P] * P + lengths % P
+        pools, options = options_of(caches[0], wholes[1])
+        paged_append.append(k, v, *pools, cupy.asarray(slots.astype(np.int32)), **options)
+        attend(wholes[1], cupy.asarray((lengths + 1).astype(np.int32)), 1)
+
+    k[...], v[...] = cupy.asarray(new[0, 0]), cupy.asarray(new[0, 1])
+    step()  # compiled and loaded by now
+    eager(starts)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        step()
+        graph = stream.end_capture()
+        for i in range(1, steps + 1):
+            k[...], v[...] = cupy.asarray(new[i, 0]), cupy.asarray(new[i, 1])
+            graph.launch(stream)
+            eager(starts + i)
+            if i % 100 in (0, 1):
+                assert_same_bits(outs[0], to_numpy(outs[1]))
+        stream.synchronize()
+        assert to_numpy(positions).tolist() == (starts + steps + 1).tolist()
+        for x, y in zip(*wholes, strict=True):
+            if x is not None:
+                assert_same_bits(x, to_numpy(y))
 
 
 # --- Values ---

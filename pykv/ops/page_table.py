@@ -1,0 +1,99 @@
+"""The dense page table of requests whose pages are listed one after another.
+
+Dimensions: B requests, I listed pages, M pages that a row of the table has room for.
+Kernel: kernels_cu/page_table.cu.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import INT32, check, like, on_gpu
+from pykv.errors import CapacityError, ParameterError
+
+VARIANTS: list[dict[str, int | str]] = [{}]
+
+
+def from_lists(
+    indices: Any,
+    indptr: Any,
+    last_page_len: Any,
+    *,
+    page_size: int,
+    width: int | None = None,
+    table: Any = None,
+    lengths: Any = None,
+    stream: Any = None,
+) -> tuple[Any, Any]:
+    """What attention over a page table asks for, from what FlashInfer's callers have.
+
+    Args:
+        indices: [I] int32; pages of all requests.
+        indptr: [B + 1] int32; request b has the pages indices[indptr[b]] ... indices[indptr[b + 1]
+            - 1].
+        last_page_len: [B] int32; tokens in each request's last page. It has (n - 1) * page_size +
+            last_page_len[b] tokens on n pages, none where that is negative or it has no page.
+        page_size: P, tokens a page.
+        width: M; of `table` if None. Pages past it are left out.
+        table: [B, M] int32, allocated if None.
+        lengths: [B] int32, allocated if None.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        table: the pages of each request in order, then -1.
+        lengths: its tokens.
+
+    Raises:
+        ShapeError: dimensions disagree.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: `page_size` or `width` is not positive, or neither `width` nor `table` is
+            given.
+        CapacityError: on the host, a request has more than M pages.
+
+    Runs where the arrays are; on a GPU it only enqueues, and M is not checked. Source:
+    get_seq_lens of FlashInfer for the lengths.
+    """
+    op = "page_table.from_lists"
+    dims = check(
+        op,
+        indices=(indices, "I", INT32),
+        indptr=(indptr, "B+1", INT32),
+        last_page_len=(last_page_len, "B", INT32),
+        table=(table, "B M", INT32),
+        lengths=(lengths, "B", INT32),
+    )
+    B, M = dims["B"], dims.get("M", width)
+    if M is None or M < 1 or (width is not None and width != M):
+        raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
+    if page_size < 1:
+        raise ParameterError(f"{op}: page_size is {page_size}, expected at least 1")
+    with cuda.on_stream(stream):
+        table = like(indptr, (B, M), np.int32) if table is None else table
+        lengths = like(indptr, (B,), np.int32) if lengths is None else lengths
+        if B == 0:
+            return table, lengths
+        if on_gpu(indptr):
+            arrays = (table, lengths, indices, indptr, last_page_len)
+            kernel = cuda.kernel("page_table", "page_table")
+            cuda.launch(kernel, (-(-M // 128), B), 128, *arrays, np.int32(M), np.int32(page_size))
+            return table, lengths
+    most = int(np.diff(indptr).max())
+    if most > M:
+        raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
+    reference(indices, indptr, last_page_len, page_size, table, lengths)
+    return table, lengths
+
+
+def reference(
+    indices: Any, indptr: Any, last_page_len: Any, page_size: int, table: Any, lengths: Any
+) -> None:
+    """The definition, in NumPy, for what fits the table."""
+    table[...] = -1
+    for b, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
+        table[b, : end - first] = indices[first:end]
+        length = (end - first - 1) * page_size + last_page_len[b]
+        lengths[b] = max(0, length) if end > first else 0

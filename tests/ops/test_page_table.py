@@ -1,0 +1,64 @@
+"""page_table: lists of pages become rows of a table."""
+
+import numpy as np
+import pytest
+
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.ops import page_table
+from tests.helpers import assert_same_bits, to_numpy
+
+
+@pytest.mark.parametrize("counts", [[], [0], [1], [3, 0, 2], [0, 0, 5, 1], [200, 1, 0]], ids=str)
+def test_tables_and_lengths(xp, rng, counts):
+    P, M = 16, max([1, *counts])
+    indptr = np.cumsum([0, *counts]).astype(np.int32)
+    indices = rng.permutation(int(indptr[-1])).astype(np.int32)
+    last = rng.integers(-2 * P, P + 1, len(counts)).astype(np.int32)
+    want = np.full((len(counts), M), -1, np.int32)
+    lengths = np.zeros(len(counts), np.int32)
+    for b, n in enumerate(counts):
+        for i in range(n):
+            want[b, i] = indices[indptr[b] + i]
+        if n:
+            lengths[b] = max(0, (n - 1) * P + last[b])
+
+    lists = [xp.asarray(x) for x in (indices, indptr, last)]
+    got = page_table.from_lists(*lists, page_size=P, width=M)
+    given = xp.zeros((len(counts), M), np.int32), xp.zeros(len(counts), np.int32)
+    again = page_table.from_lists(*lists, page_size=P, table=given[0], lengths=given[1])
+    assert again[0] is given[0] and again[1] is given[1]
+    for table, of in (got, again):
+        assert_same_bits(table, want)
+        assert_same_bits(of, lengths)
+
+
+def test_pages_past_the_table_are_left_out(device):
+    """On a GPU; nothing is written beside the table."""
+    lists = [device.asarray(np.array(x, np.int32)) for x in ([4, 2, 7], [0, 3], [1])]
+    around = device.zeros((3, 2), np.int32)
+    page_table.from_lists(*lists, page_size=4, table=around[1:2])
+    assert to_numpy(around).tolist() == [[0, 0], [4, 2], [0, 0]]
+
+
+def test_errors(xp):
+    three, four = xp.zeros(3, np.int32), xp.zeros(4, np.int32)
+    make = page_table.from_lists
+    with pytest.raises(ShapeError, match=r"last_page_len has B=4, expected B=3"):
+        make(three, four, four, page_size=1, width=1)
+    with pytest.raises(ShapeError, match="lengths has B=4, expected B=3"):
+        make(three, four, three, page_size=1, width=1, lengths=four)
+    with pytest.raises(DtypeError, match="indptr has dtype float32, expected int32"):
+        make(three, four.astype(np.float32), three, page_size=1, width=1)
+    for width in (None, 0):
+        with pytest.raises(ParameterError, match=f"width is {width}, expected"):
+            make(three, four, three, page_size=1, width=width)
+    with pytest.raises(ParameterError, match="width is 2, expected the positive width of the tab"):
+        make(three, four, three, page_size=1, width=2, table=xp.zeros((3, 1), np.int32))
+    with pytest.raises(ParameterError, match="page_size is 0"):
+        make(three, four, three, page_size=0, width=1)
+
+
+def test_a_table_too_narrow_is_refused_on_the_host():
+    lists = [np.array(x, np.int32) for x in ([4, 2, 7], [0, 3], [1])]
+    with pytest.raises(CapacityError, match="width is 2, but a request has 3 pages"):
+        page_table.from_lists(*lists, page_size=4, width=2)

@@ -1,0 +1,363 @@
+"""Plans: the errors of baracuda's protocol in their order, and the results of the functions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pykv.errors import (
+    CapacityError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
+from pykv.kinds import KVSpec
+from pykv.ops import page_table, paged_append, paged_decode
+from pykv.plan import (
+    ContiguousAppendArgs,
+    ContiguousAppendDescriptor,
+    ContiguousAppendPlan,
+    PagedAppendArgs,
+    PagedAppendDescriptor,
+    PagedAppendPlan,
+    PagedCacheDescriptor,
+    PagedDecodeArgs,
+    PagedDecodeDescriptor,
+    PagedDecodePlan,
+    PrecisionGuarantee,
+    Preference,
+)
+from tests.helpers import assert_same_bits, to_numpy
+
+CACHE = PagedCacheDescriptor(page_size=4, num_total_pages=7, num_kv_heads=2, head_dim=64)
+F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
+
+
+def pools(xp, cache):
+    """Zeros: pools, and scales or None."""
+    (k, v), scales = cache.shapes()
+    dtype = np.float16 if cache.spec.scale_dtype == "fp16" else np.float32
+    of_kinds = [xp.ones(scales, dtype) if kind.largest else None for kind in cache.spec.kinds]
+    kinds = cache.spec.kinds
+    return xp.zeros(k, kinds[0].dtype), xp.zeros(v, kinds[1].dtype), *of_kinds
+
+
+def append_args(xp, rng, cache, element=F16):
+    """Three requests: 2 pages and 6 tokens, none, and 1 page that is full."""
+    key, value = (
+        xp.asarray(rng.standard_normal((3, cache.num_kv_heads, cache.head_dim)).astype(element))
+        for _ in range(2)
+    )
+    lists = [xp.asarray(np.array(x, np.int32)) for x in ([5, 1, 3], [0, 2, 2, 3], [2, 0, 4])]
+    k, v, k_scales, v_scales = pools(xp, cache)
+    return PagedAppendArgs(key, value, k, v, *lists, k_scales, v_scales)
+
+
+# --- Paged append ---
+
+
+@pytest.mark.parametrize("text", ["fp16:HND", "fp32", "int8", "k8v4:HND:fp32", "e4m3:head"])
+@pytest.mark.parametrize("counts", ["before", "after"])
+def test_append_is_append_decode(xp, rng, text, counts):
+    cache = replace(CACHE, spec=KVSpec.parse(text))
+    descriptor = PagedAppendDescriptor(3, cache, counts=counts)
+    plan = PagedAppendPlan.select(descriptor, F16, xp=xp)
+    args = append_args(xp, rng, cache)
+    want = args._replace(
+        **{
+            name: xp.array(getattr(args, name))
+            for name in ("k_data", "v_data", "k_scales", "v_scales")
+            if getattr(args, name) is not None
+        }
+    )
+    options = dict(k_scales=want.k_scales, v_scales=want.v_scales, spec=cache.spec)
+    paged_append.append_decode(*want[:7], counts=counts, **options)
+    plan.run(args)
+    for got, expected in zip(args, want, strict=True):
+        if got is not None:
+            assert_same_bits(got, expected)
+    assert to_numpy(args.k_data).any()
+
+
+def test_a_run_is_bound_to_its_arguments(xp, rng, monkeypatch):
+    """The same object again is not looked at; another one is."""
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE, advance=True), F16, xp=xp)
+    looks = []
+    check = plan.can_implement
+    monkeypatch.setattr(plan, "can_implement", lambda args: (looks.append(args), check(args)))
+    args = append_args(xp, rng, CACHE)
+    for n in (3, 4, 4):  # then the page is full
+        plan.run(args)
+        assert to_numpy(args.last_page_len).tolist() == [n, 0, 4]
+    assert len(looks) == 1
+    for rows in (1, 5):
+        page = to_numpy(args.k_data)[rows]
+        assert (page != 0).any(-1).sum() == (2 * 2 if rows == 1 else 0)
+    other = append_args(xp, rng, CACHE)
+    for n in (3, 4):
+        plan.run(other)
+        plan.run(args, stream=None)
+        assert to_numpy(other.last_page_len).tolist() == [n, 0, 4]
+    assert len(looks) == 2
+    for _ in range(300):
+        plan.run(append_args(xp, rng, CACHE))
+    plan.run(other)
+    assert len(looks) == 303  # forgotten by now
+    with pytest.raises(ShapeError, match="key has shape"):
+        plan.run(args._replace(key=args.key[:2]))
+    plan.run(args)
+
+
+def test_append_select_errors_in_order():
+    select = PagedAppendPlan.select
+
+    def refused(error, match, element=F16, preference=None, **changes):
+        given = {"batch_size": 3, "counts": "before", "advance": False, **changes}
+        cache = replace(CACHE, **{k: v for k, v in given.items() if hasattr(CACHE, k)})
+        rest = {k: v for k, v in given.items() if not hasattr(CACHE, k)}
+        with pytest.raises(error, match=match):
+            select(PagedAppendDescriptor(cache=cache, **rest), element, preference=preference)
+
+    for size in ("batch_size", "num_kv_heads", "page_size", "num_total_pages"):
+        refused(ParameterError, f"select: {size} is 0, expected", **{size: 0}, head_dim=60)
+    refused(UnsupportedError, "head_dim is 60, expected a multiple of 8", np.int32, head_dim=60)
+    refused(UnsupportedError, "head_dim is 520, expected .* up to 512", head_dim=520)
+    refused(UnsupportedError, "element is float64, expected one of float32", "f8", counts="then")
+    refused(ParameterError, "counts is 'then'", counts="then", advance=True)
+    wants = Preference(backend="FlashInfer")
+    refused(ParameterError, "advance is True", preference=wants, counts="after", advance=True)
+    refused(UnsupportedError, "backend is 'FlashInfer', expected pykv", preference=wants)
+    for changes in ({"head_dim": 8}, {"head_dim": 512}, {"page_size": 1}):
+        select(PagedAppendDescriptor(1, replace(CACHE, **changes)), F32)
+
+
+def test_append_argument_errors_in_order(xp, rng):
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE), F16)
+    args = append_args(xp, rng, CACHE)
+
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=rf"PagedAppendPlan.can_implement: {match}"):
+            plan.can_implement(args._replace(**changes))
+
+    plan.can_implement(args)
+    flat, cut = xp.zeros((4, 2, 64), np.float16), args.k_data[:6]
+    loose = xp.zeros((7, 2, 4, 128), np.float16)[..., ::2]
+    refused(ShapeError, r"key has shape \(4, 2, 64\), expected \(3, 2, 64\)", key=flat, k_data=cut)
+    refused(ShapeError, "value has shape", value=flat, k_data=cut)
+    refused(ShapeError, r"k_data has shape \(6, 2, 4, 64\), expected", k_data=cut, indptr=flat)
+    refused(ShapeError, "v_data has shape", v_data=cut, indptr=flat)
+    refused(ShapeError, r"indptr has shape \(3,\), expected \(4,\)", indptr=args.indptr[:3])
+    refused(ShapeError, "last_page_len has shape", last_page_len=args.indptr, k_data=loose)
+    refused(UnsupportedError, "k_data has strides .* expected contiguous rows", k_data=loose)
+    refused(DtypeError, "key is a list, expected a NumPy or CuPy array", key=[1])
+    wide = args.key.astype(np.float32)
+    refused(DtypeError, "key has dtype float32, expected float16", key=wide, value=wide)
+    refused(DtypeError, "value has dtype float32, expected float16", value=wide)
+    refused(DtypeError, "k_data has dtype", k_data=args.k_data.astype(np.float32))
+    refused(DtypeError, "indices has dtype float16", indices=args.key[0, 0])
+    refused(ParameterError, "k_scales is given, expected None", k_scales=args.key)
+    if xp is not np:
+        refused(DeviceError, "value is on the host", value=to_numpy(args.value))
+    with pytest.raises(ShapeError, match="key has shape"):
+        plan.run(args._replace(key=flat))
+    assert not to_numpy(args.k_data).any()
+
+
+def test_facts_of_an_append_plan():
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE), F16)
+    assert plan.workspace_size() == 0
+    assert plan.precision_guarantee() == PrecisionGuarantee("float32", "float16", True, True)
+    sku = plan.sku()
+    assert (sku.category, sku.op, sku.element) == ("attention", "paged_append", "float16")
+    assert (sku.layout, sku.aux_element, sku.arch) == ("HND", "fp16:HND", "cpu")
+    assert (sku.backend, sku.epilogue, sku.precision) == ("pykv", None, plan.precision_guarantee())
+    assert "multiples of 8 up to 512" in sku.covers
+    assert hash(sku) == hash(PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE), F16).sku())
+
+
+def test_an_sku_names_the_sm(device):
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE), F16, xp=device)
+    assert plan.sku().arch.startswith(("sm_", "compute_"))
+
+
+# --- Contiguous append ---
+
+CONTIGUOUS = ContiguousAppendDescriptor(2, 3, 2, 5, 16, 8)
+
+
+def contiguous_args(xp, rng, descriptor, element=F32, cache=F16):
+    B, H, T, C = (
+        getattr(descriptor, s) for s in ("batch_size", "num_heads", "new_tokens", "max_tokens")
+    )
+    nhd = descriptor.layout == "NHD"
+    arrays = []
+    for n, dtype in ((T, element), (C, cache)):
+        for D in (descriptor.k_dim, descriptor.v_dim):
+            shape = (B, n, H, D) if nhd else (B, H, n, D)
+            arrays.append(xp.asarray(rng.standard_normal(shape).astype(dtype)))
+    return ContiguousAppendArgs(*arrays, xp.asarray(np.array([1, 4][:B], np.int64)))
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("advance", [False, True])
+def test_contiguous_append(xp, rng, layout, tokens, advance):
+    """cache[b, h, offset[b] + l] = new[b, h, l]; what passes the end is dropped."""
+    descriptor = replace(
+        CONTIGUOUS, layout=layout, new_tokens=tokens, advance=advance, cache_element=F16
+    )
+    plan = ContiguousAppendPlan.select(descriptor, F32, xp=xp)
+    args = contiguous_args(xp, rng, descriptor)
+    want = [to_numpy(x).copy() for x in args]
+    offsets = [1, 4]
+    for _ in range(2):
+        for b, offset in enumerate(offsets):
+            for t in range(tokens):
+                if offset + t < 5:
+                    for new, cache in zip(want[:2], want[2:4], strict=True):
+                        if layout == "HND":
+                            cache[b, :, offset + t] = new[b, :, t]
+                        else:
+                            cache[b, offset + t] = new[b, t]
+        if advance:
+            offsets = [min(5, offset + tokens) for offset in offsets]
+        plan.run(args)
+    for got, expected in zip(args[:4], want, strict=False):
+        assert_same_bits(got, expected)
+    assert to_numpy(args.cache_offsets).tolist() == offsets
+
+
+@pytest.mark.parametrize("size", ["batch_size", "num_heads", "new_tokens"])
+def test_nothing_to_append(xp, rng, size):
+    descriptor = replace(CONTIGUOUS, **{size: 0})
+    args = contiguous_args(xp, rng, descriptor, F32, F32)
+    before = to_numpy(args.k_cache).copy()
+    ContiguousAppendPlan.select(descriptor, F32, xp=xp).run(args)
+    assert_same_bits(args.k_cache, before)
+
+
+def test_contiguous_errors_in_order(xp, rng):
+    select = ContiguousAppendPlan.select
+    for size in ("batch_size", "num_heads", "new_tokens", "max_tokens", "k_dim", "v_dim"):
+        with pytest.raises(ParameterError, match=f"select: {size} is -1, expected at least 0"):
+            select(replace(CONTIGUOUS, **{size: -1, "layout": "x"}), F32)
+    with pytest.raises(ParameterError, match="layout is 'x'"):
+        select(replace(CONTIGUOUS, layout="x", v_dim=12), F32)
+    with pytest.raises(UnsupportedError, match="v_dim is 12, expected a multiple of 8 up to 1024"):
+        select(replace(CONTIGUOUS, v_dim=12), "f8")
+    with pytest.raises(UnsupportedError, match="element is float64"):
+        select(CONTIGUOUS, "f8")
+    with pytest.raises(UnsupportedError, match="cache_element is int8"):
+        select(replace(CONTIGUOUS, cache_element=np.int8), F32)
+
+    plan = select(replace(CONTIGUOUS, cache_element=F16), F32)
+    args = contiguous_args(xp, rng, CONTIGUOUS)
+
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=f"can_implement: {match}"):
+            plan.can_implement(args._replace(**changes))
+
+    plan.can_implement(args)
+    for name in args._fields:
+        refused(ShapeError, f"{name} has shape", **{name: getattr(args, name)[:1]})
+    loose = xp.zeros((2, 3, 5, 32), np.float16)[..., ::2]
+    refused(UnsupportedError, "k_cache has strides", k_cache=loose, k_new=args.k_new)
+    refused(DtypeError, "k_new has dtype float16", k_new=args.k_new.astype(F16))
+    refused(DtypeError, "v_new has dtype float16", v_new=args.v_new.astype(F16))
+    refused(DtypeError, "k_cache has dtype float32", k_cache=args.k_cache.astype(F32))
+    refused(DtypeError, "cache_offsets has dtype", cache_offsets=args.cache_offsets.astype("f4"))
+    assert plan.workspace_size() == 0
+    assert plan.precision_guarantee().accumulator == "float32"
+    assert "apart" in plan.sku().covers and plan.sku().aux_element == "fp16:HND"
+
+
+# --- Paged decode ---
+
+
+def decode_args(xp, rng, cache, HQ, element=F32, lse=True):
+    append = append_args(xp, rng, cache, element)
+    for pool in (append.k_data, append.v_data):
+        numbers = rng.integers(-100, 100, pool.shape)
+        pool[...] = xp.asarray((numbers / (1 if pool.dtype == np.int8 else 50)).astype(pool.dtype))
+    q = xp.asarray(rng.standard_normal((3, HQ, cache.head_dim)).astype(element))
+    out, sums = xp.zeros(q.shape, element), xp.zeros(q.shape[:2], np.float32) if lse else None
+    scales = append.k_scales, append.v_scales
+    return PagedDecodeArgs(q, *append[2:7], out, sums, *scales)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("text", ["fp16", "fp16:HND", "int8", "int8:HND:head"])
+def test_decode_is_attention_over_the_listed_pages(xp, rng, text, lse):
+    cache = replace(CACHE, spec=KVSpec.parse(text))
+    descriptor = PagedDecodeDescriptor(3, 6, cache, max_pages=3, sm_scale=0.1)
+    plan = PagedDecodePlan.select(descriptor, F32, xp=xp)
+    args = decode_args(xp, rng, cache, 6, lse=lse)
+    workspace = None if xp is np else xp.zeros(plan.workspace_size(), np.uint8)
+    plan.run(args, workspace=workspace)
+
+    table, lengths = page_table.from_lists(*args[3:6], page_size=4, width=3)
+    assert to_numpy(lengths).tolist() == [6, 0, 4]
+    options = dict(k_scales=args.k_scales, v_scales=args.v_scales, spec=cache.spec)
+    given = (args.q, args.k_data, args.v_data, table, lengths)
+    want, sums = paged_decode.decode(*given, scale=0.1, return_lse=True, **options)
+    np.testing.assert_allclose(to_numpy(args.o), to_numpy(want), rtol=1e-5, atol=1e-6)
+    assert not to_numpy(args.o)[1].any() and to_numpy(args.o)[0].any()
+    if lse:
+        np.testing.assert_allclose(to_numpy(args.lse), to_numpy(sums) / np.log(2), rtol=1e-5)
+
+
+def test_decode_errors_in_order(xp, rng):
+    cache = replace(CACHE, spec=KVSpec())
+    select = PagedDecodePlan.select
+
+    def excluded(error, match, element=F32, preference=None, HQ=6, max_pages=3, B=3, **changes):
+        descriptor = PagedDecodeDescriptor(B, HQ, replace(cache, **changes), max_pages)
+        with pytest.raises(error, match=f"PagedDecodePlan.select: {match}"):
+            select(descriptor, element, preference=preference)
+
+    excluded(ParameterError, "num_q_heads is 0", HQ=0)
+    excluded(ParameterError, "max_pages is 0", max_pages=0)
+    excluded(ParameterError, "batch_size is 0", B=0, head_dim=4)
+    excluded(UnsupportedError, "head_dim is 4", head_dim=4, element="f8")
+    excluded(UnsupportedError, "element is float64", element="f8", HQ=7)
+    excluded(ParameterError, "num_q_heads is 7, expected a multiple of num_kv_heads=2", HQ=7)
+
+    plan = select(PagedDecodeDescriptor(3, 6, cache, 3), F32, xp=xp)
+    args = decode_args(xp, rng, cache, 6, lse=False)
+
+    def refused(error, match, **changes):
+        with pytest.raises(error, match=f"can_implement: {match}"):
+            plan.can_implement(args._replace(**changes))
+
+    plan.can_implement(args)
+    refused(ShapeError, "q has shape", q=args.q[:, :2], k_data=args.q)
+    refused(ShapeError, "o has shape", o=args.o[:2])
+    refused(ShapeError, "k_data has shape", k_data=args.k_data[:2], indptr=args.q)
+    refused(ShapeError, "indptr has shape", indptr=args.last_page_len)
+    refused(ShapeError, "lse has shape", lse=args.last_page_len)
+    refused(UnsupportedError, "q has strides", q=xp.zeros((3, 6, 128), F32)[..., ::2])
+    refused(DtypeError, "o has dtype float16, expected float32", o=args.o.astype(F16))
+    refused(DtypeError, "k_data has dtype", k_data=args.k_data.astype(F32))
+    assert plan.precision_guarantee().accumulator == "float32"
+    assert plan.sku().op == "paged_decode"
+
+
+def test_decode_says_what_workspace_it_needs(device, rng):
+    cache = replace(CACHE, spec=KVSpec())
+    descriptor = PagedDecodeDescriptor(3, 6, cache, 3)
+    plan = PagedDecodePlan.select(descriptor, F32, xp=device)
+    needed = plan.workspace_size()
+    assert needed >= 4 * (3 * 3 + 3)
+    args = decode_args(device, rng, cache, 6, lse=False)
+    short = device.zeros(needed - 1, np.uint8)
+    for workspace, given in ((None, 0), (short, needed - 1)):
+        text = f"the workspace has {given} bytes, expected at least {needed}"
+        with pytest.raises(CapacityError, match=text):
+            plan.run(args, workspace=workspace)
+    with pytest.raises(DtypeError, match="workspace has dtype float32, expected uint8"):
+        plan.run(args, workspace=device.zeros(needed, np.float32))
+    preference = Preference(max_workspace_bytes=needed - 1)
+    with pytest.raises(CapacityError, match=f"takes {needed} bytes, expected at most {needed - 1}"):
+        PagedDecodePlan.select(descriptor, F32, preference=preference, xp=device)

@@ -15,7 +15,8 @@
 //   page_table       const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths          const  [B] int32, clamped to 0 .. capacity
 //   slopes, sinks    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
-// Scalars:  capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys = keys
+// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
+//           capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys = keys
 //           of a split, 0 where `splits` share those that are visible; score_scale = scale *
 //           log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2 for natural
 //           logarithms, 1 for those of base 2
@@ -92,7 +93,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
              i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
              i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
-             i64 vs_head, int T, int HQ, int H, int P, int M, int capacity, int window,
+             i64 vs_head, int T, int behind, int HQ, int H, int P,
+             int M, int capacity, int window,
              int split_keys, int splits, float score_scale, float cap, float lse_unit) {
     __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
     __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
@@ -107,7 +109,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 
     // This split's share of the visible keys, in whole steps of the block.
     const int length = max(0, min(lengths[b], capacity));
-    const int first_key = (int)max((i64)length - (T - 1) - window, (i64)0);
+    const int first_key = (int)max((i64)length - behind - window, (i64)0);
     const int steps = (length - first_key + SLOTS * AHEAD - 1) / (SLOTS * AHEAD);
     const int share = split_keys ? split_keys : (steps + splits - 1) / splits * (SLOTS * AHEAD);
     const int begin = (int)min(first_key + (i64)split * share, (i64)length);
@@ -124,7 +126,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         const int row = tile * ROWS + min(r, num_rows - 1);
         m[r] = -INF;
         l[r] = 0.0f;
-        row_position[r] = length - T + row / G;
+        row_position[r] = length - 1 - max(behind - row / G, 0);
         const Q_T* at = q + b * q_stride + row / G * q_token_stride +
                         (i64)(kv_head * G + row % G) * D;
 #pragma unroll
@@ -196,7 +198,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 #endif
                 bool is_seen = position < end;
 #if TREE
-                const int branch = position - (length - T), token = (tile * ROWS + r) / G;
+                const int branch = position - (length - 1 - behind), token = (tile * ROWS + r) / G;
                 if (branch >= 0) {
                     is_seen = is_seen && (tree[(i64)b * T + min(token, T - 1)] >> (branch & 63) & 1);
                 } else {

@@ -14,7 +14,8 @@
 //   page_table          const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths             const  [B] int32, clamped to 0 .. capacity
 //   slopes, sinks       const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
-// Scalars:  capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
+// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
+//           capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
 //           of a piece, 0 where blocks cut the keys among them; slots of the workspace; score_scale
 //           = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2
 //           for natural logarithms, 1 for those of base 2
@@ -114,12 +115,12 @@ struct Seen { int length, first, tile, tile_end, units; };
 
 struct Batch {
     const int* lengths;
-    int size, capacity, window, tokens, unit_tiles;
+    int size, capacity, window, behind, unit_tiles;
 
     __device__ __forceinline__ Seen seen(int b) const {
         Seen s;
         s.length = max(0, min(lengths[b], capacity));
-        s.first = (int)max((i64)s.length - (tokens - 1) - window, (i64)0);
+        s.first = (int)max((i64)s.length - behind - window, (i64)0);
         s.tile = s.first / KEYS;
         s.tile_end = s.length / KEYS + (s.length % KEYS != 0);
         s.units = max(1, (s.tile_end - s.tile + unit_tiles - 1) / unit_tiles);
@@ -184,7 +185,7 @@ struct Table {
     const int* pages;
     int first, last;
 
-    __device__ __forceinline__ int key(int k) const { return max(first, min(k, last)); }
+    __device__ __forceinline__ u32 key(int k) const { return max(first, min(k, last)); }
     __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
 
     __device__ __forceinline__ bool holds(int tile) const {
@@ -200,13 +201,17 @@ struct Table {
     }
 };
 
-// The rows of one KV head; strides in elements.
+// The rows of one KV head, or their scales.
 template <typename T> struct Rows {
     const T* at;
-    i64 page_stride, token_stride;
+    i64 page_stride;  // in elements
+    u32 token_bytes;  // which the host keeps below 2^32: a product takes one instruction then
 
-    __device__ __forceinline__ const T* row(int page, int key) const {
-        return at + page * page_stride + key % PAGE * token_stride;
+    __device__ __forceinline__ Rows(const T* pool, i64 page, int token, i64 head, int kv_head)
+        : at(pool + kv_head * head), page_stride(page), token_bytes((u32)token * sizeof(T)) {}
+
+    __device__ __forceinline__ const T* row(int page, u32 key) const {
+        return (const T*)((const u8*)(at + page * page_stride) + (u64)(key % PAGE) * token_bytes);
     }
 };
 
@@ -245,15 +250,14 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
     if constexpr (TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16) {
         if (table.holds(tile)) {  // the usual case, with few instructions: these count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
-            const i64 stride = rows.token_stride * (i64)sizeof(T);
-            const i64 offset = row * stride + chunk * At::CHUNK;
+            const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
             for (int s = 0; s < KEYS / 16; s++) {
                 const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
 #pragma unroll
                 for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
                     cp_async<At::CHUNK>(queue + At::place(i + row, chunk), from);
-                    from += AT_ONCE * stride;
+                    from += (u64)rows.token_bytes * AT_ONCE;
                 }
             }
             return;
@@ -521,10 +525,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
                  const int* __restrict__ lengths, const float* __restrict__ slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-                 i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
-                 i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
-                 i64 vs_head, int B, int T, int HQ, int H, int M, int capacity, int window,
-                 int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
+                 i64 q_token_stride, i64 k_page, i64 k_head, i64 v_page, i64 v_head, i64 ks_page,
+                 i64 ks_head, i64 vs_page, i64 vs_head, int k_token, int v_token, int ks_token,
+                 int vs_token, int B, int T, int behind, int HQ, int H, int M, int capacity,
+                 int window, int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut in two, and read twice
     __shared__ int is_last;
@@ -544,7 +548,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // This block's range of units.
     const bool fixed = piece_tiles > 0;
-    const Batch batch{lengths, B, capacity, window, T, fixed ? piece_tiles : 1};
+    const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
     int total = 0;
     for (int b = lane; b < B; b += WARP) total += batch.seen(b).units;
     total = warp_total(total);
@@ -561,10 +565,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
-    const Rows<K_T> keys{k_pool + kv_head * k_head, k_page, k_token};
-    const Rows<V_T> values{v_pool + kv_head * v_head, v_page, v_token};
-    const Rows<SCALE_T> key_scales{k_scales + kv_head * ks_head, ks_page, ks_token};
-    const Rows<SCALE_T> value_scales{v_scales + kv_head * vs_head, vs_page, vs_token};
+    const Rows<K_T> keys(k_pool, k_page, k_token, k_head, kv_head);
+    const Rows<V_T> values(v_pool, v_page, v_token, v_head, kv_head);
+    const Rows<SCALE_T> key_scales(k_scales, ks_page, ks_token, ks_head, kv_head);
+    const Rows<SCALE_T> value_scales(v_scales, vs_page, vs_token, vs_head, kv_head);
 
     u8* const queue = shared + warp * (K_BYTES + V_BYTES + Q_BYTES);
     u8* const k_queue = queue;
@@ -608,10 +612,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         }
 
         // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
-        const int position = length - T + token;
+        const int position = length - 1 - max(behind - token, 0);
         const int row_first = (int)max((i64)position + 1 - window, (i64)0);
         const int full_first = (int)max((i64)length - window, (i64)0);
-        const int full_end = length - T + (TREE ? 0 : 1);
+        const int full_end = length - behind - TREE;
 #if ALIBI
         const float slope = slopes[head] * LOG2_E;
 #endif
@@ -677,7 +681,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                     const int key = tile * KEYS + k;
                     bool is_seen = key >= row_first && key <= position;
 #if TREE
-                    const int branch = key - (length - T);
+                    const int branch = key - (length - 1 - behind);
                     if (branch >= 0) is_seen = key < length && (ancestors >> (branch & 63) & 1);
 #endif
                     if (!is_seen) s = -INF;

@@ -240,6 +240,7 @@ def _key(stem: str, arch: str, defines: dict[str, int | str]) -> tuple[bytes, An
     return key, options
 
 
+@cache
 def _split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
     """("sm", 75) for a cubin, ("compute", 75) for PTX."""
     found = re.fullmatch(r"(sm|compute)_(\d+)", arch)
@@ -414,6 +415,7 @@ def launch(
     grid: int | tuple[int, ...],
     block: int | tuple[int, ...],
     *args: Any,
+    scalars: tuple[Any, ...] = (),
     shared_bytes: int = 0,
 ) -> None:
     """Enqueue a kernel on CuPy's current stream.
@@ -423,6 +425,8 @@ def launch(
         grid, block: sizes in blocks and threads.
         args: CuPy arrays (passed as addresses), None (a null pointer) and NumPy scalars. A bare
             Python number is refused: it would travel as eight bytes whatever the kernel expects.
+        scalars: NumPy scalars that follow `args`, kept by the caller; they are not looked at, which
+            where there are many saves a third of the time.
         shared_bytes: dynamic shared memory of a block.
 
     Raises:
@@ -437,7 +441,7 @@ def launch(
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, current_device())
     try:
-        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values)
+        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values, *scalars)
     except Exception as error:
         _translate(error, grid, block)
         raise

@@ -49,6 +49,7 @@ def decode(
     slopes: Any = None,
     sinks: Any = None,
     tree: Any = None,
+    causal: bool = True,
     fixed_split: int | None = None,
     return_lse: bool = False,
     lse_base: str = "e",
@@ -79,6 +80,8 @@ def decode(
         sinks: [HQ] float32; a score for each head whose weight has no value (attention sink).
         tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
             before them. Where None, query t sees the keys up to its own.
+        causal: where False, every query stands behind the last key, as queries of many sequences
+            do behind a prefix that they share (see `merge_states` for the rest of each).
         fixed_split: keys that are summed apart, a multiple of 32: a sequence's result then has the
             same bits in any batch and on any GPU of one kind. None: the keys of the whole batch are
             cut evenly, which is faster where lengths differ.
@@ -108,7 +111,7 @@ def decode(
     the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV decoding
     (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured graph stays
     valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
-    SpecInfer for trees.
+    SpecInfer for trees; Hydragen for shared prefixes.
     """
     op = "paged_decode.decode"
     if spec is None:
@@ -129,10 +132,11 @@ def decode(
     )
     T = dims["T"] if many else 1
     scale = check_attention(op, dims, scale, window, 512)
-    _check_options(op, soft_cap, tree, T, fixed_split, lse_base)
+    _check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
+    behind = T - 1 if causal else 0  # keys between the first query and the last key
     if not on_gpu(q):
         check_pages(
-            op, page_table, lengths, np.full(len(lengths), T - 1), window, (dims["N"], dims["P"])
+            op, page_table, lengths, np.full(len(lengths), behind), window, (dims["N"], dims["P"])
         )
     if out is None:
         out = like(q, q.shape, q.dtype)
@@ -143,8 +147,8 @@ def decode(
     elif on_gpu(q):
         _cuda(
             *(q, k_pool, v_pool, page_table, lengths, k_scales, v_scales, spec, scale, window),
-            *(soft_cap, slopes, sinks, tree, fixed_split, lse_base, out, lse, workspace),
-            mma.Sizes(*(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))),
+            *(soft_cap, slopes, sinks, tree, behind, fixed_split, lse_base, out, lse, workspace),
+            mma.Sizes(dims["B"], T, dims["HQ"], dims["H"], dims["D"], dims["P"], dims["M"]),
             stream,
         )
     else:
@@ -155,6 +159,7 @@ def decode(
             slopes=slopes,
             sinks=sinks,
             tree=tree,
+            causal=causal,
         )
         if lse is not None:
             lse[...] = sums * (1 if lse_base == "e" else math.log2(math.e))
@@ -188,27 +193,24 @@ def workspace_size(
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
-    spec = spec or KVSpec()
     sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
-    ranges = mma.num_ranges(sizes, spec, 2 * num_sms, fixed_split)
+    ranges = mma.num_ranges(sizes, 3 * num_sms, fixed_split)  # not all kinds have as many
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, B + 1)
     ]
-    return max(mma.workspace_size(sizes, spec, ranges, fixed_split), *plain, 0)
+    return max(mma.workspace_size(sizes, ranges, fixed_split), *plain, 0)
 
 
-def kernel_for(
-    spec: KVSpec, D: int, *, q_dtype: Any = None, sm: int | None = None, aligned: bool = True
-) -> str:
+def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
     """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
 
     Args:
         spec: kinds of the pools.
         D: head size.
-        q_dtype: of the queries; does not matter so far.
         sm: 90 and the like, that of the current GPU if None.
-        aligned: addresses and strides of the pools are multiples of 16 bytes.
+        aligned: addresses and strides of the pools are multiples of 16 bytes, and tokens of a page
+            less than 2^30 elements apart.
     """
     covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
     return "paged_decode_mma" if covered and aligned else "paged_decode"
@@ -241,12 +243,20 @@ def check_attention(
 
 
 def _check_options(
-    op: str, soft_cap: float | None, tree: Any, T: int, fixed_split: int | None, lse_base: str
+    op: str,
+    soft_cap: float | None,
+    tree: Any,
+    T: int,
+    causal: bool,
+    fixed_split: int | None,
+    lse_base: str,
 ) -> None:
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
     if tree is not None and T > MAX_TREE:
         raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
+    if tree is not None and not causal:
+        raise ParameterError(f"{op}: causal is False, expected True with a tree")
     if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
         raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
     if lse_base not in ("e", "2"):
@@ -300,6 +310,7 @@ def reference(
     slopes: Any = None,
     sinks: Any = None,
     tree: Any = None,
+    causal: bool = True,
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
     many = q if q.ndim == 4 else q[:, None]  # [B, T, HQ, D]
@@ -312,7 +323,7 @@ def reference(
     for b, length in enumerate(lengths.tolist()):
         if length <= 0:
             continue
-        first = max(length - (T - 1) - window, 0) if window else 0
+        first = max(length - (T - 1) * causal - window, 0) if window else 0
         k = _rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
         v = _rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         H = k.shape[1]
@@ -320,7 +331,8 @@ def reference(
         scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale  # [H, G, T, keys]
         if soft_cap is not None:
             scores = np.tanh(scores / soft_cap) * soft_cap
-        key, query = np.arange(first, length), length - T + np.arange(T)[:, None]
+        behind = np.arange(T - 1, -1, -1)[:, None] * causal
+        key, query = np.arange(first, length), length - 1 - behind
         if slopes is not None:
             scores += slopes.astype(dtype).reshape(H, -1, 1, 1) * (key - query)
         seen = key <= query
@@ -425,6 +437,7 @@ def _plan(
     window: int | None,
     soft_cap: float | None,
     flags: tuple[str, ...],
+    behind: int,
     fixed_split: int | None,
     lse_base: str,
 ) -> Plan:
@@ -432,11 +445,10 @@ def _plan(
 
     Args:
         flags: which of the defines ALIBI, SINKS and TREE are on.
+        behind: keys between the first query and the last key.
         misalignment: 0 where both pools begin at multiples of 16 bytes.
         The others as in `decode`; strides in bytes.
     """
-    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
-    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned)
     num_sms = cuda.num_sms(device)
     k, v = spec.kinds
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
@@ -452,32 +464,41 @@ def _plan(
     if soft_cap is not None:
         defines["SOFT_CAP"] = 1
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    steps = [n // q_dtype.itemsize for n in q_strides[: len(q_strides) - 2]]
-    strides = [*steps, 0][:2]
-    for of_array, dtype in (
-        (k_strides, k.dtype),
-        (v_strides, v.dtype),
-        (k_scale_strides, scale_dtype),
-        (v_scale_strides, scale_dtype),
-    ):
-        strides += _page_token_head(of_array, dtype.itemsize, spec)
+    q_steps = [n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]]
+    steps = [
+        _page_token_head(of_array, dtype.itemsize, spec)
+        for of_array, dtype in (
+            (k_strides, k.dtype),
+            (v_strides, v.dtype),
+            (k_scale_strides, scale_dtype),
+            (v_scale_strides, scale_dtype),
+        )
+    ]
+    # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a token to
+    # the next that 32 bits hold.
+    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
+    near = all(0 <= token < 2**30 for _, token, _ in steps)
+    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
     floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
     merge = None
     if stem == "paged_decode_mma":
         defines["PAGE"] = sizes.P
         grid, shared_bytes, size, ints = mma.launch(
-            sm, spec, q_dtype, sizes, window, num_sms, fixed_split
+            sm, spec, q_dtype, sizes, window, behind, num_sms, fixed_split
         )
+        longs = [*q_steps, *(n for page, _, head in steps for n in (page, head))]
+        ints = (*(token for _, token, _ in steps), *ints)
     else:
         defines["ROWS"] = _tile_rows(sizes)
         splits, size = _plain_splits(sizes, window, num_sms, fixed_split)
         grid, shared_bytes = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits, 0
         B, T, HQ, H, D, P, M = sizes
-        ints = (T, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
+        longs = [*q_steps, *(n for step in steps for n in step)]
+        ints = (T, behind, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
         if splits > 1:
             merge = (B * T * HQ, (np.int32(HQ), np.int32(splits), floats[2]))
-    scalars = (*map(np.int64, strides), *map(np.int32, ints), *floats)
+    scalars = (*map(np.int64, longs), *map(np.int32, ints), *floats)
     return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
 
 
@@ -539,6 +560,7 @@ def _cuda(
     slopes: Any,
     sinks: Any,
     tree: Any,
+    behind: int,
     fixed_split: int | None,
     lse_base: str,
     out: Any,
@@ -556,7 +578,7 @@ def _cuda(
         *(k_pool.strides, v_pool.strides, (k_pool.data.ptr | v_pool.data.ptr) % 16),
         None if k_scales is None else k_scales.strides,
         None if v_scales is None else v_scales.strides,
-        *(scale, window, soft_cap, flags, fixed_split, lse_base),
+        *(scale, window, soft_cap, flags, behind, fixed_split, lse_base),
     )
     if workspace is not None and workspace.size < plan.size:
         raise CapacityError(
@@ -569,7 +591,8 @@ def _cuda(
             workspace[:COUNTERS] = 0
         cuda.launch(
             *(kernel, plan.grid, 128, out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales),
-            *(page_table, lengths, slopes, sinks, tree, *plan.scalars),
+            *(page_table, lengths, slopes, sinks, tree),
+            scalars=plan.scalars,
             shared_bytes=plan.shared_bytes,
         )
         if plan.merge is not None:

@@ -70,8 +70,10 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     D = sizes.D
     queue = tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
     if D > 128:
-        rounds_half = k.name == "bf16" and q_dtype != BFLOAT16
-        terms = 1 + (q_dtype.itemsize == 4 or rounds_half) + (q_dtype.itemsize == 4 and rounds_half)
+        is_fine, is_bf16 = q_dtype.itemsize == 4, k.name == "bf16"
+        terms = (
+            3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
+        )
         queue += terms * D * 16
     return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
 
@@ -83,7 +85,7 @@ def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms
     return num_sms * max(1, min(most, of_sm // (shared + 1024)))  # the system's own 1 KiB each
 
 
-def num_ranges(sizes: Sizes, spec: KVSpec, blocks: int, fixed_split: int | None) -> int:
+def num_ranges(sizes: Sizes, blocks: int, fixed_split: int | None) -> int:
     """Parts into which the keys of all sequences are cut, for each tile.
 
     As many as run at once, or a small multiple of them where that wastes less, but no more than
@@ -108,7 +110,7 @@ def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
     return 2 * ranges if ranges > 1 else 0
 
 
-def workspace_size(sizes: Sizes, spec: KVSpec, ranges: int, fixed_split: int | None) -> int:
+def workspace_size(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
     """Elements of workspace."""
     slots = num_slots(sizes, ranges, fixed_split)
     return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
@@ -120,15 +122,16 @@ def launch(
     q_dtype: Any,
     sizes: Sizes,
     window: int,
+    behind: int,
     num_sms: int,
     fixed_split: int | None,
 ) -> tuple[int, int, int, tuple[int, ...]]:
     """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
     shared = shared_bytes(sm, spec, q_dtype, sizes)
-    ranges = num_ranges(sizes, spec, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
-    B, T, HQ, H, _, _, M = sizes
+    ranges = num_ranges(sizes, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
+    B, T, HQ, H, D, _, M = sizes
     slots = num_slots(sizes, ranges, fixed_split)
-    piece_tiles = (fixed_split or 0) // tile_keys(spec, sizes.D)
-    ints = (B, T, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
-    size = workspace_size(sizes, spec, ranges, fixed_split)
+    piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
+    ints = (B, T, behind, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
+    size = workspace_size(sizes, ranges, fixed_split)
     return sizes.tiles * ranges, shared, size, ints

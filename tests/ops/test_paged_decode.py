@@ -212,6 +212,214 @@ def test_matches_the_oracle(xp, rng, case):
     assert_lse_close(lse, low_lse, exact_lse)
 
 
+# What is added to scores, what is seen, and how keys are cut; the last case has all of it.
+FEATURES = (
+    dict(soft_cap=2.0),
+    dict(slopes=True),
+    dict(sinks=True),
+    dict(T=3),
+    dict(T=3, window=7),
+    dict(T=3, G=7),
+    dict(T=5, tree=True),
+    dict(T=3, tree=True, window=2),
+    dict(T=4, causal=False),
+    dict(T=20, causal=False, window=40, slopes=True, H=1),
+    dict(fixed_split=32),
+    dict(fixed_split=64, T=2, window=90),
+    dict(T=3, window=70, soft_cap=3.0, slopes=True, sinks=True, tree=True, fixed_split=96),
+)
+
+
+def feature_case(rng, spec, lengths=(1, 0, 47, 200), G=3, H=2, T=1, window=None, **features):
+    """(q, spec, arrays, table, lengths) and options of `decode`."""
+    D, HQ = 64, G * H
+    behind = T - 1 if features.get("causal", True) else 0
+    unseen = [max(n - behind - window, 0) if window else 0 for n in lengths]
+    store = cache(rng, lengths, 16, H, D, spec, unseen)
+    q = queries_of(rng, (len(lengths), T, HQ, D) if T > 1 else (len(lengths), HQ, D), "float32")
+    options = dict(features, window=window)
+    if features.get("slopes"):
+        options["slopes"] = (0.5 ** np.arange(1, HQ + 1)).astype(np.float32)
+    if features.get("sinks"):
+        options["sinks"] = rng.standard_normal(HQ).astype(np.float32)
+    if features.get("tree"):
+        own = np.uint64(1) << np.arange(T, dtype=np.uint64)
+        options["tree"] = rng.integers(0, 2**T, (len(lengths), T)).astype(np.uint64) | own
+    return (q, *store, np.array(lengths, np.int32)), options
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "fp32"])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_features_match_the_oracle(xp, rng, features, spec):
+    args, options = feature_case(rng, spec, **features)
+    got = call(xp, *args, **options)
+    options.pop("fixed_split", None)
+    judge(got, *args, 64**-0.5, **options)
+
+
+def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
+    """(score, page, offset) of the keys that query t of T sees, one after another."""
+    P, found = k_pool.shape[1], []
+    for key in range(length):
+        behind = (length - T + t if causal else length - 1) - key
+        if key >= length - T and tree is not None:
+            is_seen = bool(int(tree) >> (key - (length - T)) & 1)
+        else:
+            is_seen = behind >= 0 and (window is None or behind < window)
+        if not is_seen:
+            continue
+        page, offset = int(table[key // P]), key % P
+        score = scale * sum(
+            float(a) * float(b) for a, b in zip(q, k_pool[page, offset], strict=True)
+        )
+        score = score if soft_cap is None else soft_cap * math.tanh(score / soft_cap)
+        found.append((score - slope * behind, page, offset))
+    return found
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_features_match_a_plain_loop(rng, features):
+    """The reference, by a definition that shares nothing with it."""
+    args, options = feature_case(rng, "fp32", lengths=(1, 0, 5, 11), **features)
+    q, spec, arrays, table, lengths = args
+    options.pop("fixed_split", None)
+    out, lse = paged_decode.reference(
+        q.astype(np.float64),
+        page_table=table,
+        lengths=lengths,
+        scale=0.7,
+        spec=spec,
+        **arrays,
+        **options,
+    )
+    many = q.reshape(4, -1, *q.shape[-2:])
+    T, HQ = many.shape[1:3]
+    out, lse = out.reshape(4, T, HQ, -1), lse.reshape(4, T, HQ)
+    slopes, sinks, tree = (options.get(name) for name in ("slopes", "sinks", "tree"))
+    for b, t, head in np.ndindex(4, T, HQ):
+        h = head * arrays["k_pool"].shape[2] // HQ
+        found = loop_of_scores(
+            *(many[b, t, head], arrays["k_pool"][:, :, h], table[b], int(lengths[b]), t, T, 0.7),
+            *(options["window"], options.get("soft_cap")),
+            0.0 if slopes is None else float(slopes[head]),
+            None if tree is None else tree[b, t],
+            options.get("causal", True),
+        )
+        weights = [math.exp(score) for score, *_ in found]
+        total = sum(weights) + (0.0 if sinks is None else math.exp(sinks[head]))
+        want = np.zeros(64)
+        for weight, (_, page, offset) in zip(weights, found, strict=True):
+            want += weight / total * arrays["v_pool"][page, offset, h].astype(np.float64)
+        np.testing.assert_allclose(out[b, t, head], want, rtol=0, atol=1e-12)
+        want_lse = math.log(total) if total else -math.inf
+        np.testing.assert_allclose(lse[b, t, head], want_lse, rtol=0, atol=1e-12)
+
+
+def test_logarithms_of_base_2(xp, rng):
+    args, options = feature_case(rng, "fp16", sinks=True)
+    natural, binary = (to_numpy(call(xp, *args, lse_base=base, **options)[1]) for base in "e2")
+    seen = np.isfinite(natural)
+    np.testing.assert_allclose(binary[seen], natural[seen] / math.log(2), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(np.isneginf(binary), np.isneginf(natural))
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "fp32"])
+def test_fixed_splits_give_the_same_bits_in_any_batch(device, rng, spec):
+    """Alone, in two batches, and with more pages to come."""
+    lengths = (40, 300, 1, 0, 129)
+    q, spec, arrays, table, lengths = feature_case(rng, spec, lengths=lengths)[0]
+    out, lse = call(device, q, spec, arrays, table, lengths, fixed_split=64)
+    for rows in ([1], [4, 1, 0], [3, 2]):
+        wider = np.full((len(rows), table.shape[1] + 9), WILD, np.int32)
+        wider[:, : table.shape[1]] = table[rows]
+        got = call(device, q[rows], spec, arrays, wider, lengths[rows], fixed_split=64)
+        assert_same_bits(got[0], to_numpy(out)[rows])
+        assert_same_bits(got[1], to_numpy(lse)[rows])
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "int4"])
+def test_pools_may_be_views_of_one_array(xp, rng, spec):
+    """Keys and values in one tensor, between layers and heads that nobody may read."""
+    q, spec, arrays, table, lengths = feature_case(rng, spec)[0]
+    want = call(xp, q, spec, arrays, table, lengths)
+    views = {}
+    for name in ("pool", "scales"):
+        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
+        if k is None:
+            views[f"k_{name}"] = views[f"v_{name}"] = None
+            continue
+        N, P, H, *rest = k.shape
+        filling = np.nan if k.dtype.kind == "f" else 127
+        joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
+        joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
+        views[f"k_{name}"], views[f"v_{name}"] = joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H]
+    q, table, lengths = map(xp.asarray, (q, table, lengths))
+    got = paged_decode.decode(
+        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **views
+    )
+    assert_same_bits(got[0], want[0])
+    assert_same_bits(got[1], want[1])
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND", "e4m3", "int4"])
+def test_rows_that_no_vector_fits_take_cuda_cores(xp, rng, spec):
+    """Pools eight elements off a multiple of 16 bytes."""
+    args = feature_case(rng, spec)[0]
+    q, spec, arrays, table, lengths = args
+    shifted = {}
+    for name, x in arrays.items():
+        if x is not None and name.endswith("pool"):
+            eight = 8 * x.shape[-1] // 64
+            room = xp.zeros(x.size + eight, x.dtype)
+            room[eight:] = xp.asarray(x.reshape(-1))
+            x = room[eight:].reshape(x.shape)
+        elif x is not None:
+            x = xp.asarray(x)
+        shifted[name] = x
+    q, table, lengths = map(xp.asarray, (q, table, lengths))
+    got = paged_decode.decode(
+        q, page_table=table, lengths=lengths, spec=spec, return_lse=True, **shifted
+    )
+    judge(got, *args, 64**-0.5)
+
+
+def test_the_kernel_for_a_cache():
+    choices = {
+        ("fp16", 128, 75): "paged_decode_mma",
+        ("bf16", 128, 75): "paged_decode",
+        ("bf16", 128, 80): "paged_decode_mma",
+        ("fp32", 128, 90): "paged_decode",
+        ("fp32+int8", 128, 90): "paged_decode",
+        ("int8", 128, 70): "paged_decode",
+        ("int8", 80, 90): "paged_decode",  # a lane's part of a value is no whole word
+        ("fp16", 80, 90): "paged_decode_mma",
+        ("int4", 64, 90): "paged_decode_mma",
+        ("int4", 96, 90): "paged_decode",
+        ("fp16", 512, 90): "paged_decode",
+        ("fp16", 72, 90): "paged_decode",
+    }
+    for (spec, D, sm), stem in choices.items():
+        assert paged_decode.kernel_for(kinds.KVSpec.parse(spec), D, sm=sm) == stem
+    assert paged_decode.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "paged_decode"
+
+
+def test_a_workspace_serves_calls_of_any_size(device, rng):
+    """Whatever one call leaves there, the next one finds what it needs."""
+    workspace = None
+    for spec, lengths in (
+        ("fp16", (900, 3)),
+        ("fp32", (900,)),
+        ("int8", (5, 700, 800)),
+        ("fp16", (640,)),
+    ):
+        args, _ = feature_case(rng, spec, lengths=lengths)
+        if workspace is None:
+            workspace = device.zeros(1 << 18, np.float32)
+        got = call(device, *args, workspace=workspace)
+        judge(got, *args, 64**-0.5)
+        assert not to_numpy(workspace[: paged_decode.COUNTERS]).any()
+
+
 def test_one_key_returns_its_value(xp, rng):
     q, k_pool, v_pool, table, lengths = inputs(rng, **{**BASE, "lengths": (1, 1)})
     got = paged_decode.decode(*map(xp.asarray, (q, k_pool, v_pool, table, lengths)))

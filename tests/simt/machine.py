@@ -259,7 +259,7 @@ def kernel(stem, name, **defines):
     return _kernel(name, stem, cuda.source(stem), ARCH, macros)
 
 
-def launch(kernel, grid, block, *args, shared_bytes=0):
+def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0):
     """As pykv.cuda.launch, with arrays of tests/simt/cupy.py. Has run when it returns.
 
     Raises:
@@ -267,6 +267,7 @@ def launch(kernel, grid, block, *args, shared_bytes=0):
     """
     grid, block = ((*np.atleast_1d(n).tolist(), 1, 1)[:3] for n in (grid, block))
     _check_sizes(kernel, grid, block, shared_bytes)
+    args += scalars
     if len(args) != len(kernel.parameters):
         raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
     values, arrays = [], []

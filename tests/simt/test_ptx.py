@@ -3,6 +3,7 @@ held to NumPy and ml_dtypes. What passes on both is a proof that the twins tell 
 
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -297,6 +298,93 @@ def test_loaded_matrices_multiply(probe, rng):
     codes = [bits(x.astype(np.float16)) for x in (a, b)]
     got = probe.run("multiply", np.zeros((16, 16), np.float32), *codes, block=32)
     assert_same_bits(got, (a @ b).astype(np.float32))
+
+
+# --- Operands of mma ------------------------------------------------------------------------------
+
+
+def random_halves(rng, n):
+    """Two f16 of any finite bits in each u32."""
+    halves = rng.integers(0, 2**16, (n, 2)).astype(np.uint16)
+    halves[(halves & 0x7C00) == 0x7C00] ^= 0x4000
+    return halves.view(np.float16)
+
+
+def nearest_half(x):
+    """The f16 nearest to a Fraction, ties to even."""
+    with np.errstate(over="ignore"):
+        guess = np.float16(float(x))
+    if not np.isfinite(guess):
+        return guess
+    near = [
+        guess,
+        np.nextafter(guess, np.float16(np.inf)),
+        np.nextafter(guess, np.float16(-np.inf)),
+    ]
+    near = [y for y in near if np.isfinite(y)]
+    return min(near, key=lambda y: (abs(Fraction(float(y)) - x), int(y.view(np.uint16)) & 1))
+
+
+def test_halves_subtract(probe, rng):
+    probe.needs(75)
+    a, b = random_halves(rng, 4096), random_halves(rng, 4096)
+    with np.errstate(over="ignore"):
+        want = (a.astype(np.float64) - b.astype(np.float64)).astype(
+            np.float16
+        )  # exact, then rounded
+    words = [x.view(np.uint32)[:, 0] for x in (a, b, want)]
+    assert_same_bits(
+        probe.run("subtract_halves", np.zeros_like(words[0]), *words[:2], n=4096), words[2]
+    )
+
+
+def test_halves_multiply_and_add(probe, rng):
+    probe.needs(75)
+    a, b, c = (random_halves(rng, 1500) for _ in range(3))
+    a[:500] *= np.float16(2**-8)  # products as large as c: their sums are rounded at any place
+    with np.errstate(over="ignore"):
+        c[500:800] = np.nan_to_num(-a[500:800] * b[500:800])  # rounding's rest of a product is left
+    finite = [[Fraction(float(y)) for y in x.ravel()] for x in (a, b, c)]
+    want = [nearest_half(x * y + z) for x, y, z in zip(*finite, strict=True)]
+    words = [np.ascontiguousarray(x).view(np.uint32)[:, 0] for x in (a, b, c)]
+    got = probe.run("fuse_halves", np.zeros_like(words[0]), *words, n=1500).view(np.float16)
+    np.testing.assert_array_equal(got, np.array(want))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS.values() if kind.largest], ids=str)
+def test_words_become_pairs(probe, rng, kind):
+    """Every byte in every place; alone, and zipped with another word."""
+    probe.needs(75)
+    row = rng.permutation(np.arange(256).astype(np.uint8))
+    codes = np.stack([np.roll(row, i) for i in range(8)]).reshape(-1, 4)
+    words, n = codes.view(np.uint32)[:, 0], len(codes)
+    values = kinds.decode(codes.view(kind.dtype), kind)  # [n, elements]
+    elements = values.shape[1]
+    pair = np.arange(elements // 2)
+    near = kind.name in FP8
+    first, second = (2 * pair, 2 * pair + 1) if near else (pair, pair + elements // 2)
+    for sm in (90, 75):
+        probe.imitate(sm)
+        unit = 256 if kind.name == "e4m3" and probe.sm < 89 else 1
+        out = np.zeros((n, elements // 2), np.uint32)
+        got = probe.run("pair_words", out, words, n=n, codes=kind.c_type).view(np.float16)
+        want = np.stack([values[:, first], values[:, second]], -1) / unit
+        np.testing.assert_array_equal(got.reshape(want.shape), want)
+        out = np.zeros((n // 2, elements), np.uint32)
+        got = probe.run("pair_zipped", out, words, n=n // 2, codes=kind.c_type).view(np.float16)
+        want = values.reshape(n // 2, 2, elements).swapaxes(1, 2) / unit
+        np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_floats_split(probe, rng, kind):
+    x = rng.standard_normal((2048, 2)).astype(np.float32)
+    halves, rest = probe.device.zeros(2048, np.uint32), probe.device.zeros((2048, 2), np.float32)
+    kernel = cuda.kernel("ptx", "split_floats", SM=probe.sm, KIND=kind, CODES="i8")
+    cuda.launch(kernel, 16, 128, halves, rest, probe.device.asarray(x), np.int32(2048))
+    want = x.astype(KINDS[kind])
+    assert_same_bits(bits(to_numpy(halves)).view(np.uint16), bits(want).ravel())
+    assert_same_bits(rest, x - want.astype(np.float32))
 
 
 # --- Integers -------------------------------------------------------------------------------------

@@ -15,6 +15,11 @@
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
+//   subtract_halves       a, b const [n] u32, two f16 each -> y [n] u32
+//   fuse_halves           a, b, c const [n] u32, likewise -> y [n] u32
+//   pair_words            words const [n] u32 of CODES -> pairs [n, elements / 2] u32 of one word
+//   pair_zipped           words const [n, 2] u32 of CODES -> pairs [n, elements] u32 of both
+//   split_floats          x const [n, 2] float -> halves [n] u32 of KIND, rest [n, 2] float
 // Defines:  SM it is compiled for; KIND = f16, bf16, e4m3 or e5m2; CODES = i8, i4, e4m3 or e5m2.
 //           widen_plain does nothing but for e4m3, narrow_plain and narrow_pairs nothing but for the
 //           fp8 kinds, and no kernel anything where the SM lacks its instruction
@@ -143,7 +148,14 @@ extern "C" __global__ void copy(u32* to, const u32* from) {
     __shared__ __align__(16) u32 pieces[2][128][4];
     const int i = threadIdx.x;
     for (int half = 0; half < 2; half++) {
-        cp_async16(pieces[half][i], from + (half * 128 + i) * 4);
+        const u32* piece = from + (half * 128 + i) * 4;
+        if (half == 0) {
+            cp_async<16>(pieces[half][i], piece);
+        } else {
+            cp_async<8>(pieces[half][i], piece);
+            cp_async<4>(pieces[half][i] + 2, piece + 2);
+            cp_async<4>(pieces[half][i] + 3, piece + 3);
+        }
         cp_async_commit();
     }
     cp_async_wait<1>();  // the first half is there
@@ -238,4 +250,58 @@ extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
 
 extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c, int n) {
     if (item() < n) d[item()] = dot4(a[item()], b[item()], c[item()]);
+}
+
+// --- Operands of mma ------------------------------------------------------------------------------
+
+extern "C" __global__ void subtract_halves(u32* y, const u32* a, const u32* b, int n) {
+#if __CUDA_ARCH__ >= 750
+    if (item() < n) y[item()] = sub_f16x2(a[item()], b[item()]);
+#endif
+}
+
+extern "C" __global__ void fuse_halves(u32* y, const u32* a, const u32* b, const u32* c, int n) {
+#if __CUDA_ARCH__ >= 750
+    if (item() < n) y[item()] = fma_f16x2(a[item()], b[item()], c[item()]);
+#endif
+}
+
+extern "C" __global__ void pair_words(u32* pairs, const u32* words, int n) {
+#if __CUDA_ARCH__ >= 750
+    if (item() >= n) return;
+    u32 of_word[IN_WORD<CODES> / 2];
+    to_pairs(of_word, words[item()], CODES{});
+    for (int i = 0; i < IN_WORD<CODES> / 2; i++) pairs[item() * IN_WORD<CODES> / 2 + i] = of_word[i];
+#endif
+}
+
+extern "C" __global__ void pair_zipped(u32* pairs, const u32* words, int n) {
+#if __CUDA_ARCH__ >= 750
+    if (item() >= n) return;
+    for (int half = 0; half < 2; half++) {
+        u32 of_half[IN_WORD<CODES> / 2];
+        const u32 both = zip<CODES>(words[2 * item()], words[2 * item() + 1], half);
+        to_pairs(of_half, both, CODES{});
+        for (int i = 0; i < IN_WORD<CODES> / 2; i++) {
+            pairs[item() * IN_WORD<CODES> + half * IN_WORD<CODES> / 2 + i] = of_half[i];
+        }
+    }
+#endif
+}
+
+template <typename T> struct Split {  // fp8 kinds have none
+    static __device__ void run(u32*, float*, const float*) {}
+};
+template <typename T> struct SplitHalves {
+    static __device__ void run(u32* halves, float* rest, const float* x) {
+        float two[2] = {x[0], x[1]};
+        *halves = take_halves<T>(two);
+        rest[0] = two[0], rest[1] = two[1];
+    }
+};
+template <> struct Split<f16> : SplitHalves<f16> {};
+template <> struct Split<bf16> : SplitHalves<bf16> {};
+
+extern "C" __global__ void split_floats(u32* halves, float* rest, const float* x, int n) {
+    if (item() < n) Split<KIND>::run(halves + item(), rest + 2 * item(), x + 2 * item());
 }

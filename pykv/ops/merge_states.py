@@ -1,0 +1,132 @@
+"""Merge attention over parts of the keys: what several calls gave is what one call would give.
+
+Dimensions: S states, T tokens, HQ query heads, D head size.
+Kernel: kernels_cu/merge_states.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, FLOATS, check, like, on_gpu
+from pykv.errors import ParameterError, ShapeError
+
+VARIANTS: list[dict[str, Any]] = [dict(X_T="float", HEAD_DIM=128)]
+
+
+def merge(
+    values: Any,
+    lse: Any,
+    *,
+    lse_base: str = "e",
+    return_lse: bool = False,
+    out: Any = None,
+    out_lse: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Attention of T tokens over all keys, from states that each cover some of them.
+
+    Args:
+        values: [S, T, HQ, D] float32, float16 or bfloat16; outputs over disjoint sets of keys, the
+            states at any stride. D is a multiple of 8.
+        lse: [S, T, HQ] float32; their log-sum-exp, states at any stride. Minus infinity means no
+            keys: the values of that state do not count, whatever they are.
+        lse_base: "e", or "2" for logarithms of base 2.
+        return_lse: return `out_lse` as well.
+        out: [T, HQ, D], dtype of `values`; allocated if None.
+        out_lse: [T, HQ] float32; log-sum-exp over all keys, in the same base, filled if given.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `out`, or (`out`, `out_lse`) with `return_lse`. Zero and minus infinity where no state has
+        keys, also where S is 0.
+
+    Raises:
+        ShapeError: dimensions disagree, or D is no multiple of 8.
+        DtypeError: an array has another dtype.
+        ParameterError: the base is another one.
+        DeviceError: host and device arrays are mixed.
+
+    Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
+    the states. Sources: Flash-Decoding; Hydragen and cascade inference for shared prefixes.
+    """
+    op = "merge_states.merge"
+    dims = check(
+        op,
+        values=(values, "S | T HQ D", FLOATS),
+        lse=(lse, "S | T HQ", FLOAT32, 4),
+        out=(out, "T HQ D", values.dtype),
+        out_lse=(out_lse, "T HQ", FLOAT32, 4),
+    )
+    if dims["D"] == 0 or dims["D"] % 8:
+        raise ShapeError(f"{op}: values has D={dims['D']}, expected a multiple of 8")
+    if lse_base not in ("e", "2"):
+        raise ParameterError(f"{op}: lse_base is {lse_base!r}, expected 'e' or '2'")
+    if out is None:
+        out = like(values, values.shape[1:], values.dtype)
+    if out_lse is None and return_lse:
+        out_lse = like(values, lse.shape[1:], np.float32)
+    if out.size == 0:
+        pass
+    elif on_gpu(values):
+        _cuda(values, lse, lse_base, out, out_lse, dims, stream)
+    else:
+        out[...], merged = reference(values, lse, lse_base)
+        if out_lse is not None:
+            out_lse[...] = merged
+    return (out, out_lse) if return_lse else out
+
+
+def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:
+    """The definition, in NumPy: `out` in the dtype of `values`, the log-sum-exp in that of the
+    accumulation."""
+    dtype = np.result_type(values.dtype, np.float32)
+    base = dtype.type(2 if lse_base == "2" else math.e)
+    lse = lse.astype(dtype)
+    peak = lse.max(0, initial=-np.inf)
+    finite = np.where(peak == -np.inf, 0, peak)
+    weights = np.power(base, lse - finite)[..., None]
+    total = weights.sum(0)
+    sums = np.where(weights == 0, 0, weights * values.astype(dtype)).sum(0)
+    with np.errstate(divide="ignore"):
+        merged = finite + np.log(total[..., 0]) / np.log(base)
+    return (sums / np.where(total == 0, 1, total)).astype(values.dtype), merged
+
+
+def _cuda(
+    values: Any,
+    lse: Any,
+    lse_base: str,
+    out: Any,
+    out_lse: Any,
+    dims: dict[str, int],
+    stream: Any,
+) -> None:
+    S, T, HQ, D = (dims[letter] for letter in ("S", "T", "HQ", "D"))
+    steps = values.strides[0] // values.itemsize, lse.strides[0] // lse.itemsize
+    grid, scalars = _plan(S, T * HQ, D, steps, lse_base)
+    kernel = cuda.kernel(
+        "merge_states", "merge_states", X_T=cuda.TYPE_NAMES[values.dtype], HEAD_DIM=D
+    )
+    with cuda.on_stream(stream):
+        cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    S: int, rows: int, D: int, steps: tuple[int, int], lse_base: str
+) -> tuple[int, tuple[Any, ...]]:
+    """Grid and scalars; kept, because making NumPy scalars takes as long as a launch."""
+    binary = 1.0 if lse_base == "2" else math.log2(math.e)
+    scalars = (
+        *map(np.int64, steps),
+        np.int32(S),
+        np.int64(rows),
+        *map(np.float32, (binary, 1 / binary)),
+    )
+    return -(-rows * (D // 4) // 128), scalars

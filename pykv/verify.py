@@ -25,6 +25,7 @@ from pykv.ops import (
     contiguous_append,
     dequant,
     linear,
+    merge_states,
     norm,
     page_table,
     paged_append,
@@ -341,6 +342,41 @@ def _paged_decode(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             yield f"D={D} G={G} {kv} window={window}", *error_and_bound(got, low, oracle)
 
 
+def _paged_decode_mma(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    lengths = [1, 16, 0, 700]
+    for text in ("fp16", "int8", "int4", "e4m3", "e5m2", "k8v4:HND", "int8:fp32"):
+        spec = KVSpec.parse(text)
+        *pools, table, counts = _pages(rng, 2, 128, F32, lengths)
+        arrays: dict[str, Any] = {}
+        for name, kind, pool in zip("kv", spec.kinds, pools, strict=True):
+            codes = quantize(pool, kind, scale_dtype=SCALE_DTYPES[spec.scale_dtype])
+            for what, x in zip(("pool", "scales"), codes, strict=True):
+                swap = x is not None and spec.layout == "HND"
+                arrays[f"{name}_{what}"] = np.ascontiguousarray(x.swapaxes(1, 2)) if swap else x
+        options: Any = dict(scale=0.1, window=300, soft_cap=20.0, spec=spec)
+        options["sinks"] = rng.standard_normal(8).astype(F32)
+        for T in (1, 3):
+            q = rng.standard_normal((4, T, 8, 128)).astype(F16)
+            given = dict(page_table=table, lengths=counts, **arrays)
+            low, _ = paged_decode.reference(q, **given, **options)
+            oracle, _ = paged_decode.reference(q.astype(np.float64), **given, **options)
+            sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
+            sinks = xp.asarray(options["sinks"])
+            got = paged_decode.decode(xp.asarray(q), **sent, **{**options, "sinks": sinks})
+            yield f"{text} T={T}", *error_and_bound(got, low, oracle)
+
+
+def _merge_states(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for S, D, dtype in ((2, 128, F16), (3, 64, F32), (9, 256, BFLOAT16)):
+        values = rng.standard_normal((S, 6, 5, D)).astype(dtype)
+        lse = (3 * rng.standard_normal((S, 6, 5))).astype(F32)
+        lse[1, ::2], values[1, ::2] = -np.inf, np.nan
+        low, _ = merge_states.reference(values, lse)
+        oracle, _ = merge_states.reference(values.astype(np.float64), lse)
+        got = merge_states.merge(xp.asarray(values), xp.asarray(lse))
+        yield f"S={S} D={D} {dtype}", *error_and_bound(got, low, oracle)
+
+
 def _prefill(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     counts, lengths = [1, 5, 40, 100], [1, 21, 40, 300]  # new tokens, and all keys
     starts = np.cumsum([0, *counts]).astype(np.int32)
@@ -478,6 +514,8 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "page_table": _page_table,
     "permute": _permute,
     "paged_decode": _paged_decode,
+    "paged_decode_mma": _paged_decode_mma,
+    "merge_states": _merge_states,
     "prefill": _prefill,
     "norm": _norm,
     "rope": _rope,

@@ -14,6 +14,7 @@ from pykv.ops import (
     contiguous_append,
     dequant,
     linear,
+    merge_states,
     norm,
     page_table,
     paged_append,
@@ -233,6 +234,14 @@ def with_changed_option(name, change):
     return lambda op: lambda *args, **options: op(*args, **{**options, name: change(options[name])})
 
 
+def halved(x):
+    return x if x is None else x * F16(0.5)
+
+
+def without_the_first_state(op):
+    return lambda values, lse, **options: op(values[1:], lse[1:], **options)
+
+
 FAULTS = {
     "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
@@ -268,6 +277,16 @@ FAULTS = {
     "decode: 1e-4 off": (paged_decode, "decode", scaled(1e-4)),
     "decode: one key too few": (paged_decode, "decode", with_argument(4, lambda x: x - (x > 1))),
     "decode: no window": (paged_decode, "decode", with_option(window=None)),
+    "decode of codes: no sinks": (
+        *(paged_decode, "decode", with_option(sinks=None)),
+        "paged_decode_mma",
+    ),
+    "decode of codes: scales halved": (
+        *(paged_decode, "decode", with_changed_option("v_scales", halved)),
+        "paged_decode_mma",
+    ),
+    "merge: a state is left out": (merge_states, "merge", without_the_first_state),
+    "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
     "decode: window one too wide": (paged_decode, "decode", with_option(window=101)),
     "prefill: 1e-4 off": (prefill, "prefill", scaled(1e-4)),
     "prefill: no window": (prefill, "prefill", with_option(window=None)),
@@ -299,17 +318,21 @@ FAULTS = {
 }
 
 
+def family_of(fault):
+    """The name of the op's module, unless the fault names another family."""
+    module, _, _, *family = fault
+    return family[0] if family else module.__name__.rpartition(".")[2]
+
+
 @without_simt
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_shows(monkeypatch, xp, name):
-    module, function, plant = FAULTS[name]
+    module, function, plant, *_ = FAULTS[name]
     monkeypatch.setattr(module, function, plant(getattr(module, function)))
-    rows = judge(module.__name__.rpartition(".")[2], xp)
+    rows = judge(family_of(FAULTS[name]), xp)
     assert any(not row.ok for row in rows), [row.as_text() for row in rows]
     assert any(row.as_text().startswith("WRONG") for row in rows)
 
 
 def test_every_op_has_a_planted_fault():
-    assert {module.__name__.rpartition(".")[2] for module, _, _ in FAULTS.values()} == set(
-        verify.FAMILIES
-    )
+    assert set(map(family_of, FAULTS.values())) == set(verify.FAMILIES)

@@ -683,8 +683,10 @@ template <> constexpr bool IS_BF16<bf16> = true;
 // 2p and 2p + 1 of an fp8 word, p and p + half a word of any other.
 template <typename T> constexpr int IN_WORD = 4 / (int)sizeof(T) * PACKED<T>;
 
+template <typename T> constexpr bool PAIRS_NEIGHBOURS = IS_FP8<T>;
+
 template <typename T> __device__ constexpr int element_of_pair(int pair, int upper) {
-    return IS_FP8<T> ? 2 * pair + upper : pair + upper * IN_WORD<T> / 2;
+    return PAIRS_NEIGHBOURS<T> ? 2 * pair + upper : pair + upper * IN_WORD<T> / 2;
 }
 
 // The value of a code 1 in pairs.
@@ -695,40 +697,35 @@ template <typename T> constexpr float IN_PAIRS = 1.0f;
 template <> constexpr float IN_PAIRS<e4m3> = 1.0f / 256.0f;
 #endif
 
-// The codes of a word that `to_pairs` treats at once. Who hides this constant from the compiler, in a
-// value that it cannot know, saves as many moves: an instruction with two constants needs one.
-template <typename T> constexpr u32 PAIR_MASK = 0x00ff00ffu;
-template <> constexpr u32 PAIR_MASK<i4> = 0x000f000fu;
-
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, u32, f16) { pairs[0] = word; }
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, u32, bf16) { pairs[0] = word; }
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, f16) { pairs[0] = word; }
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[1], u32 word, bf16) { pairs[0] = word; }
 
 #if __CUDA_ARCH__ >= 750
 // An f16 of 1024 has its units in the lowest bit. A code c with its sign flipped is c + 128 there.
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32 mask, i8) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, i8) {
     constexpr u32 BIAS = 0x64806480u;  // 1024 + 128
-    pairs[0] = sub_f16x2((word & mask) ^ BIAS, BIAS);
-    pairs[1] = sub_f16x2((word >> 8 & mask) ^ BIAS, BIAS);
+    pairs[0] = sub_f16x2((word & 0x00ff00ffu) ^ BIAS, BIAS);
+    pairs[1] = sub_f16x2((word >> 8 & 0x00ff00ffu) ^ BIAS, BIAS);
 }
 
 // The same for c + 8; one place higher codes count 16, hence a sixteenth of 1024 + 16 (c + 8).
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, u32 mask, i4) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, i4) {
     constexpr u32 BIAS = 0x64086408u, HIGH_BIAS = 0x64806480u;
     constexpr u32 SIXTEENTH = 0x2c002c00u, MINUS_72 = 0xd480d480u;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-        pairs[i] = sub_f16x2((word & mask) ^ BIAS, BIAS);
-        pairs[i + 1] = fma_f16x2((word & mask << 4) ^ HIGH_BIAS, SIXTEENTH, MINUS_72);
+        pairs[i] = sub_f16x2((word & 0x000f000fu) ^ BIAS, BIAS);
+        pairs[i + 1] = fma_f16x2((word & 0x00f000f0u) ^ HIGH_BIAS, SIXTEENTH, MINUS_72);
         word >>= 8;
     }
 }
 
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32, e5m2) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e5m2) {
     pairs[0] = __byte_perm(word, 0, 0x1404);
     pairs[1] = __byte_perm(word, 0, 0x3424);
 }
 
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32, e4m3) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
 #if __CUDA_ARCH__ >= 890
     pairs[0] = e4m3x2_to_f16x2((u16)word);
     pairs[1] = e4m3x2_to_f16x2((u16)(word >> 16));
@@ -747,8 +744,38 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, u32, e4m3) {
 // Half a word of a and half a word of b, such that `to_pairs` pairs element i of one with element i
 // of the other, in order.
 template <typename T> __device__ __forceinline__ u32 zip(u32 a, u32 b, int upper) {
-    if (IS_FP8<T>) return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
+    if (PAIRS_NEIGHBOURS<T>) return __byte_perm(a, b, upper ? 0x7362 : 0x5140);
     return __byte_perm(a, b, upper ? 0x7632 : 0x5410);
+}
+
+// Integer codes as they come, but from 0 on: as bits of an f16 they are that many times 2^-24, which
+// mma takes. Pair p of an i4 word holds 16 times its codes where p is odd.
+template <typename T> struct Raw {};
+template <typename T> constexpr float RAW_ZERO = 0.0f;  // what the code 0 becomes, times 2^24
+template <> constexpr float RAW_ZERO<Raw<i8>> = 128.0f;
+template <> constexpr float RAW_ZERO<Raw<i4>> = 8.0f;
+template <typename T> __device__ constexpr float raw_factor(int pair) { return 1.0f; }
+template <> __device__ constexpr float raw_factor<Raw<i4>>(int pair) {
+    return pair % 2 ? 16.0f : 1.0f;
+}
+template <> constexpr int IN_WORD<Raw<i8>> = 4;
+template <> constexpr int IN_WORD<Raw<i4>> = 8;
+template <> constexpr bool PAIRS_NEIGHBOURS<Raw<i8>> = true;
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, Raw<i8>) {
+    word ^= 0x80808080u;
+    pairs[0] = __byte_perm(word, 0, 0x4140);
+    pairs[1] = __byte_perm(word, 0, 0x4342);
+}
+
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, Raw<i4>) {
+    word ^= 0x88888888u;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        pairs[i] = word & 0x000f000fu;
+        pairs[i + 1] = word & 0x00f000f0u;
+        word >>= 8;
+    }
 }
 
 // x rounded to two f16 or bf16; what is left of x, exactly, takes its place.

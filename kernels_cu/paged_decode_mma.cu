@@ -22,8 +22,8 @@
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
-// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (STAGES *
-//           STAGE_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (K_BYTES
+//           + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
@@ -81,22 +81,8 @@ using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
 constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
 constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 
-// Tiles that each warp has under way, such that two blocks fit an SM's shared memory. Without
-// asynchronous copies it is one, in registers.
-#if __CUDA_ARCH__ >= 800
-constexpr bool HAS_QUEUE = true;
-#else
-constexpr bool HAS_QUEUE = false;
-#endif
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int FITTING = (16 << 10) / (K_BYTES + V_BYTES);
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int FITTING = (24 << 10) / (K_BYTES + V_BYTES);
-#else
-constexpr int FITTING = (8 << 10) / (K_BYTES + V_BYTES);
-#endif
-constexpr int STAGES = !HAS_QUEUE || FITTING < 1 ? 1 : FITTING > 4 ? 4 : FITTING;
-constexpr int STAGE_BYTES = HAS_QUEUE ? K_BYTES + V_BYTES : 0;
+// Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
+constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
 
 // The float type of an mma; what it rounds is kept in further terms where queries are finer.
 template <typename T> struct Operand { using Type = f16; };
@@ -104,8 +90,20 @@ template <> struct Operand<bf16> { using Type = bf16; };
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
+constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
+
+// What the host gets is rounded to 16 bits: then sums may stay in the mma, which cuts off what is
+// below their last place, and integer codes need not become floats one by one.
+constexpr bool IS_COARSE = sizeof(Q_T) == 2;
+template <typename T, bool> struct Encoding { using Type = T; };
+template <> struct Encoding<i8, true> { using Type = Raw<i8>; };
+template <> struct Encoding<i4, true> { using Type = Raw<i4>; };
+using KE = Encoding<K_T, IS_COARSE>::Type;
+using VE = Encoding<V_T, IS_COARSE>::Type;
+constexpr bool K_IS_RAW = RAW_ZERO<KE> > 0.0f, V_IS_RAW = RAW_ZERO<VE> > 0.0f;
+constexpr float RAW_UNIT = 16777216.0f;  // 2^24
 
 constexpr float LOG2_E = 1.442695040888963f;
 
@@ -190,6 +188,10 @@ struct Table {
     __device__ __forceinline__ u32 key(int k) const { return max(first, min(k, last)); }
     __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
 
+    __device__ __forceinline__ bool holds(int tile) const {
+        return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
+    }
+
     // The pages of a tile: of each 16 keys, or else of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
 #pragma unroll
@@ -202,8 +204,8 @@ struct Table {
 // The rows of one KV head, or their scales.
 template <typename T> struct Rows {
     const T* at;
-    i64 page_stride;   // in elements
-    u32 token_bytes;   // which the host keeps below 2^32: a product takes one instruction then
+    i64 page_stride;  // in elements
+    u32 token_bytes;  // which the host keeps below 2^32: a product takes one instruction then
 
     __device__ __forceinline__ Rows(const T* pool, i64 page, int token, i64 head, int kv_head)
         : at(pool + kv_head * head), page_stride(page), token_bytes((u32)token * sizeof(T)) {}
@@ -212,6 +214,69 @@ template <typename T> struct Rows {
         return (const T*)((const u8*)(at + page * page_stride) + (u64)(key % PAGE) * token_bytes);
     }
 };
+
+// How the rows of a tile lie in shared memory. The lanes of a warp copy them together, so that what
+// they ask for at once are whole lines: the L2 cache answers half lines at half the rate. Chunks of
+// 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
+template <typename S> struct Stored {
+    static constexpr int ROW = S::ROW_BYTES * S::LANES;
+    static constexpr int CHUNK = ROW % 16 == 0 ? 16 : ROW % 8 == 0 ? 8 : 4;
+    static constexpr int CHUNKS = ROW / CHUNK;
+    static constexpr bool TURNS = CHUNK == 16 && CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
+    static constexpr bool IS_KEYS = S::LANES == 4;
+
+    // Of keys lanes read rows r and r + 1 at once, four chunks each; of values r, r + 2, r + 4 and
+    // r + 6, two chunks each.
+    static __device__ __forceinline__ int turn(int row) {
+        return !TURNS ? 0 : IS_KEYS ? row % 2 * 4 : row / 2 % 4 * 2;
+    }
+    static __device__ __forceinline__ int place(int row, int chunk) {
+        return row * ROW + (chunk ^ turn(row)) * CHUNK;
+    }
+    // Piece i of lane `part`.
+    static __device__ __forceinline__ int place_of(int row, int i, int part) {
+        const int byte = (i * S::LANES + part) * S::BYTES;
+        return place(row, byte / CHUNK) + byte % CHUNK;
+    }
+};
+
+// Starts the copies of a tile.
+template <typename S, typename T>
+__device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const Table& table,
+                                          const int (&ids)[PAGE_IDS], int tile) {
+    using At = Stored<S>;
+    constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
+    const int lane = threadIdx.x % WARP;
+    if constexpr (TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16) {
+        if (table.holds(tile)) {  // the usual case, with few instructions: these count
+            const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
+            const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
+#pragma unroll
+            for (int s = 0; s < KEYS / 16; s++) {
+                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
+#pragma unroll
+                for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
+                    cp_async<At::CHUNK>(queue + At::place(i + row, chunk), from);
+                    from += (u64)rows.token_bytes * AT_ONCE;
+                }
+            }
+            return;
+        }
+    }
+    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
+#pragma unroll 1
+    for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) {
+        const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
+        int page = ids[0];
+        if (!TILES_IN_PAGES) {
+            page = __shfl_sync(FULL_MASK, page, row);
+        } else if (row >= 16) {
+            page = ids[PAGE_IDS - 1];
+        }
+        const u8* from = (const u8*)rows.row(page, table.key(tile * KEYS + row));
+        cp_async<At::CHUNK>(queue + At::place(row, chunk), from + chunk * At::CHUNK);
+    }
+}
 
 template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS], const u8* from) {
     if constexpr (WORDS == 4) {
@@ -222,60 +287,6 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
         w[0] = x.x, w[1] = x.y;
     } else {
         w[0] = *reinterpret_cast<const u32*>(from);
-    }
-}
-
-// What a lane has under way of N rows a tile, and reads back itself.
-template <typename S, int N> struct Queue {
-#if __CUDA_ARCH__ >= 800
-    u8* at;  // of this lane in the first stage, in shared memory
-
-    __device__ __forceinline__ explicit Queue(u8* of_warp)
-        : at(of_warp + threadIdx.x % WARP * S::BYTES) {}
-
-    __device__ __forceinline__ void start(int stage, int n, int i, const u8* from) {
-        cp_async<S::BYTES>(place(stage, n, i), from);
-    }
-    __device__ __forceinline__ void get(u32 (&w)[S::WORDS], int stage, int n, int i) const {
-        load_words(w, place(stage, n, i));
-    }
-    __device__ __forceinline__ u8* place(int stage, int n, int i) const {
-        return at + stage * STAGE_BYTES + (n * S::COUNT + i) * WARP * S::BYTES;
-    }
-#else
-    u32 words[N][S::COUNT][S::WORDS];
-
-    __device__ __forceinline__ explicit Queue(u8*) {}
-
-    __device__ __forceinline__ void start(int, int n, int i, const u8* from) {
-        load_words(words[n][i], from);
-    }
-    __device__ __forceinline__ void get(u32 (&w)[S::WORDS], int, int n, int i) const {
-#pragma unroll
-        for (int j = 0; j < S::WORDS; j++) w[j] = words[n][i][j];
-    }
-#endif
-};
-
-// Starts copies of the rows of a tile: of keys 8n + g for lane 4g + t, of values 2t, 2t + 1, 2t + 8
-// and 2t + 9 of each sixteen.
-template <typename S, int N, typename T>
-__device__ __forceinline__ void copy_rows(Queue<S, N>& queue, int stage, const Rows<T>& rows,
-                                          const Table& table, const int (&ids)[PAGE_IDS],
-                                          int tile) {
-    constexpr bool IS_KEY = N == KEYS / 8;
-    const int lane = threadIdx.x % WARP, part = IS_KEY ? lane % 4 : lane / 4;
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        const int k = IS_KEY ? 8 * n + lane / 4
-                             : n / 4 * 16 + n / 2 % 2 * 8 + lane % 4 * 2 + n % 2;
-        const int page = TILES_IN_PAGES ? ids[TILES_IN_PAGES ? n * (KEYS / 16) / N : 0]
-                                        : __shfl_sync(FULL_MASK, ids[0], k);
-        const u8* row = (const u8*)rows.row(page, table.key(tile * KEYS + k));
-#pragma unroll
-        for (int i = 0; i < S::COUNT; i++) {
-            queue.start(stage, n, i, row + (i * S::LANES + part) * S::BYTES);
-        }
     }
 }
 
@@ -299,7 +310,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, 
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
-constexpr int TERMS = 2 + Q_HAS_REST;
+constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
 constexpr bool Q_IN_SHARED = D > 128;
 constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
 
@@ -307,6 +318,7 @@ struct Query {
     uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
     uint2* shared;
     float unit;  // of the pairs: f16 would not hold all that q may be
+    float sum;   // of them
 
     __device__ __forceinline__ uint2 step(int term, int i) const {
         if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
@@ -338,6 +350,7 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
         factor = __uint_as_float((261u - exponent) << 23);
         q.unit = __uint_as_float((exponent - 7u) << 23);
     }
+    q.sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         u32 pairs[TERMS][2];
@@ -348,10 +361,14 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             float two[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                two[k] = x[word + element_of_pair<K_T>(p % PAIRS, k)] * factor;
+                two[k] = x[word + element_of_pair<KE>(p % PAIRS, k)] * factor;
+                two[k] *= 1.0f / raw_factor<KE>(p % PAIRS);
+                q.sum += two[k] * raw_factor<KE>(p % PAIRS);
             }
 #pragma unroll
             for (int term = 0; term < TERMS; term++) pairs[term][j] = take_halves<KM>(two);
+            // What was rounded away is no part of the products.
+            q.sum -= (two[0] + two[1]) * raw_factor<KE>(p % PAIRS);
         }
 #pragma unroll
         for (int term = 0; term < TERMS; term++) {
@@ -360,54 +377,68 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             else q.steps[term][Q_IN_SHARED ? 0 : i] = step;
         }
     }
+    if constexpr (K_IS_RAW) {
+        q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 1);
+        q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 2);
+    }
 }
 
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
-                                              const Queue<KShare, KEYS / 8>& queue, int stage,
-                                              u32 mask) {
+                                              const u8* queue) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
-    float d[KEYS / 8][4] = {};
+    const int lane = threadIdx.x % WARP;
+    float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
         u32 pairs[KEYS / 8][S::WORDS][PAIRS];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             u32 words[S::WORDS];
-            queue.get(words, stage, n, i);
+            load_words(words, queue + Stored<S>::place_of(8 * n + lane / 4, i, lane % 4));
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], mask, K_T{});
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], KE{});
         }
 #pragma unroll
         for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+            // One term leaves rows 8 to 15 free: they hold the next step of it, which gives two
+            // steps the registers of one, and each takes the half of the sums that is its own.
             const int step = (i * S::ELEMENTS / 2 + p) / 2;
-            const uint2 high = q.step(0, step);
-            const uint2 low = q.step(1, step);
+            const int even = TERMS == 1 ? step / 2 * 2 : step;
+            const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
+            const uint2 upper = q.step(0, even), lower = q.step(TERMS > 1 ? 1 : 0, next);
             const uint2 rest = Q_HAS_REST ? q.step(TERMS - 1, step) : make_uint2(0, 0);
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
                 const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
-                multiply<KM>(d[n], high.x, low.x, high.y, low.y, b0, b1);
+                multiply<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
+                             b1);
                 if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
             }
         }
     }
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
-        scores[i] = d[i / 2][i % 2] + d[i / 2][i % 2 + 2];
+        scores[i] = d[i / 2][i % 2] + (TERMS == 1 ? odd : d)[i / 2][i % 2 + 2];
     }
 }
 
+// Sums of values, by the columns of the fragments of mma: those of row g first, and in the other two
+// what is to be added to them. `weights` are sums of the weights, which raw codes need.
+__device__ __forceinline__ float (&pick(float (&x)[4], float (&)[4]))[4] { return x; }
+__device__ __forceinline__ float (&pick(float (&)[2], float (&x)[4]))[4] { return x; }
+
+struct Sums { float x[D / 8][IS_COARSE ? 4 : 2], weights[4]; };
+
 // Adds the tile's values, weighted by `weights` of the keys 8n + 2t and 8n + 2t + 1. Lane 4g + t
-// holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began. Sums of one
-// tile are added as floats: an mma would cut off what is below the last place.
-__device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (&weights)[KEYS / 4],
-                                           const Queue<VShare, KEYS / 4>& queue, int stage,
-                                           u32 mask) {
+// holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began.
+__device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KEYS / 4],
+                                           const u8* queue) {
     using S = VShare;
     constexpr int PAIRS = IN_WORD<V_T> / 2;
+    const int lane = threadIdx.x % WARP;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
@@ -416,22 +447,34 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
         low[n] = take_halves<VM>(two);
         if constexpr (P_HAS_REST) rest[n] = take_halves<VM>(two);
     }
+    if constexpr (V_IS_RAW) {
+        constexpr u32 ONES = 0x3c003c00u;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n += 2) {
+            multiply<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
+        }
+    }
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
         u32 words[KEYS / 4][S::WORDS];
 #pragma unroll
-        for (int n = 0; n < KEYS / 4; n++) queue.get(words[n], stage, n, i);
+        for (int n = 0; n < KEYS / 4; n++) {
+            const int row = n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8;
+            load_words(words[n], queue + Stored<S>::place_of(row, i, lane / 4));
+        }
 #pragma unroll
         for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
             u32 b[KEYS / 8][PAIRS];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                const u32 two = zip<V_T>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
-                to_pairs(b[n], two, mask, V_T{});
+                const u32 two = zip<VE>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
+                to_pairs(b[n], two, VE{});
             }
 #pragma unroll
             for (int p = 0; p < PAIRS; p++) {
-                float d[4] = {};
+                float of_tile[4] = {};  // unless they stay: a sum of floats cuts nothing off
+                float (&x)[IS_COARSE ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
+                float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
                     multiply<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
@@ -439,9 +482,7 @@ __device__ __forceinline__ void add_values(float (&acc)[D / 8][2], const float (
                         multiply<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
-                const int column = i * S::ELEMENTS + w * PAIRS + p;
-#pragma unroll
-                for (int c = 0; c < 2; c++) acc[column][c] += d[c] + d[c + 2];
+                if constexpr (!IS_COARSE) x[0] += d[0] + d[2], x[1] += d[1] + d[3];
             }
         }
     }
@@ -473,11 +514,11 @@ template <typename At> __device__ __forceinline__ State join(int count, At at) {
     return s;
 }
 
-struct Stored { float2* stat; float4* x; };
+struct Kept { float2* stat; float4* x; };
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
                  const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
                  const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
@@ -486,10 +527,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
                  i64 q_token_stride, i64 k_page, i64 k_head, i64 v_page, i64 v_head, i64 ks_page,
                  i64 ks_head, i64 vs_page, i64 vs_head, int k_token, int v_token, int ks_token,
-                 int vs_token, int B, int T, int behind, int HQ, int H, int M, int capacity, int window,
-                 int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
+                 int vs_token, int B, int T, int behind, int HQ, int H, int M, int capacity,
+                 int window, int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
-    extern __shared__ __align__(16) u8 shared[];
+    extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut in two, and read twice
     __shared__ int is_last;
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -519,9 +560,6 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int begin = range * share, end = min(begin + share, total);
     if (begin >= end) return;
 
-    // Unknown to the compiler, see PAIR_MASK.
-    const u32 k_mask = B > 0 ? PAIR_MASK<K_T> : 0, v_mask = B > 0 ? PAIR_MASK<V_T> : 0;
-
     // This lane's query row, for all pieces.
     const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
@@ -532,13 +570,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const Rows<SCALE_T> key_scales(k_scales, ks_page, ks_token, ks_head, kv_head);
     const Rows<SCALE_T> value_scales(v_scales, vs_page, vs_token, vs_head, kv_head);
 
-    u8* const queue = shared + warp * (STAGES * STAGE_BYTES + Q_BYTES);
-    Queue<KShare, KEYS / 8> k_queue(queue);
-    Queue<VShare, KEYS / 4> v_queue(queue + K_BYTES);
+    u8* const queue = shared + warp * (K_BYTES + V_BYTES + Q_BYTES);
+    u8* const k_queue = queue;
+    u8* const v_queue = queue + K_BYTES;
 
     // The states of the warps, and in the workspace those of pieces.
     constexpr int PITCH = D + 4;
-    float* const warp_x = (float*)(shared + WARPS * (STAGES * STAGE_BYTES + Q_BYTES));
+    float* const warp_x = (float*)(shared + WARPS * (K_BYTES + V_BYTES + Q_BYTES));
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
     float* const piece_x = workspace + COUNTERS;
@@ -547,20 +585,16 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     // A piece's first tiles are under way before the piece before it is brought to its end.
     const auto start_copies = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
-        int ids[STAGES][PAGE_IDS];
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            const int tile = piece.tile + warp + i * WARPS;
-            if (tile < piece.tile_end) table.find(ids[i], tile);
+        const int tile = piece.tile + warp;
+        const bool has_tile = tile < piece.tile_end;
+        int ids[PAGE_IDS];
+        if (has_tile) {
+            table.find(ids, tile);
+            copy_tile<KShare>(k_queue, keys, table, ids, tile);
         }
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            const int tile = piece.tile + warp + i * WARPS;
-            if (tile < piece.tile_end) copy_rows(k_queue, i, keys, table, ids[i], tile);
-            cp_async_commit();
-            if (tile < piece.tile_end) copy_rows(v_queue, i, values, table, ids[i], tile);
-            cp_async_commit();
-        }
+        cp_async_commit();
+        if (has_tile) copy_tile<VShare>(v_queue, values, table, ids, tile);
+        cp_async_commit();
     };
 
     Piece piece = first_piece(batch, begin, end, fixed);
@@ -569,9 +603,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int b = piece.b, length = piece.seen.length;
         const Table table{page_table + (i64)b * M, piece.seen.first, length - 1};
         Query query;
-        query.shared = (uint2*)(queue + STAGES * STAGE_BYTES) + lane;
+        query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
         load_query(query, query_row + b * q_stride, g < num_rows);
-        const float factor = score_scale * query.unit / IN_PAIRS<K_T>;
+        float factor = score_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
+        if constexpr (K_IS_RAW) {
+            zero_score = RAW_ZERO<KE> * query.sum * factor;
+            factor *= RAW_UNIT;
+        }
 
         // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
         const int position = length - 1 - max(behind - token, 0);
@@ -585,7 +623,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const u64 ancestors = tree[(i64)b * T + token];
 #endif
 
-        float acc[D / 8][2] = {};
+        Sums sums = {};
         float m = -INF, l = 0.0f;  // l: of this lane's keys
         // Values are weighted relative to `scale_unit`, a power of two above all their scales so
         // far, because f16 would not hold what the scales themselves may be.
@@ -593,26 +631,25 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
 
         int tile = piece.tile + warp;
-        int stage = 0;
         int ids[PAGE_IDS];  // of the tile to be copied next
-        if (tile + STAGES * WARPS < piece.tile_end) table.find(ids, tile + STAGES * WARPS);
+        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
         // Scales of this tile and the next, keys and values of this lane's number.
         float k_scale = 1.0f, v_scale = 1.0f, next_k_scale = 1.0f, next_v_scale = 1.0f;
         int scale_page = 0;
         const auto load_scales = [&](int of_tile) {
-            const u32 key = table.key(of_tile * KEYS + lane % KEYS);
+            const int key = table.key(of_tile * KEYS + lane);
             if (K_HAS_CODES) next_k_scale = to_float(*key_scales.row(scale_page, key));
             if (V_HAS_CODES) next_v_scale = to_float(*value_scales.row(scale_page, key));
             const int following = of_tile + WARPS;
-            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane % KEYS);
+            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane);
         };
         if (HAS_CODES && tile < piece.tile_end) {
-            scale_page = table.page(tile * KEYS + lane % KEYS);
+            scale_page = table.page(tile * KEYS + lane);
             load_scales(tile);
         }
 
         for (; tile < piece.tile_end; tile += WARPS) {
-            const int later = tile + STAGES * WARPS;
+            const int later = tile + WARPS;
             const bool has_later = later < piece.tile_end;
             if (HAS_CODES) {
                 k_scale = next_k_scale, v_scale = next_v_scale;
@@ -620,9 +657,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             }
 
             float scores[KEYS / 4];
-            cp_async_wait<2 * STAGES - 1>();
-            multiply_keys(scores, query, k_queue, stage, k_mask);
-            if (has_later) copy_rows(k_queue, stage, keys, table, ids, later);
+            cp_async_wait<1>();
+            __syncwarp();  // what the others have copied too
+            multiply_keys(scores, query, k_queue);
+            __syncwarp();  // all have read what is copied over
+            if (has_later) copy_tile<KShare>(k_queue, keys, table, ids, later);
             cp_async_commit();
 
             const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
@@ -630,7 +669,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
                 const int k = i / 2 * 8 + 2 * t + i % 2;
-                float s = scores[i] * factor;
+                float s = scores[i] * factor - zero_score;
                 if (K_HAS_CODES) s *= __shfl_sync(FULL_MASK, k_scale, k);
 #if SOFT_CAP
                 s = tanhf(s) * cap;
@@ -668,7 +707,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                     scale_unit = __uint_as_float(exponent << 23);
                 }
 #pragma unroll
-                for (int i = 0; i < D / 8; i++) acc[i][0] *= keep, acc[i][1] *= keep;
+                for (int i = 0; i < D / 8; i++) {
+                    for (float& x : sums.x[i]) x *= keep;
+                }
+                for (float& x : sums.weights) x *= keep;
             }
             const float base = finite_base(m);
             v_scale *= inverse_unit;
@@ -682,12 +724,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
             }
 
-            cp_async_wait<2 * STAGES - 1>();
-            add_values(acc, scores, v_queue, stage, v_mask);
-            if (has_later) copy_rows(v_queue, stage, values, table, ids, later);
+            cp_async_wait<1>();
+            __syncwarp();
+            add_values(sums, scores, v_queue);
+            __syncwarp();
+            if (has_later) copy_tile<VShare>(v_queue, values, table, ids, later);
             cp_async_commit();
             if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
 
         const Piece done = piece;
@@ -705,6 +748,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
             const float unit = scale_unit / IN_PAIRS<V_T>;
+            const float zero = RAW_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
+            const auto value = [&](int column, int c) {
+                float x = sums.x[column][c];
+                if constexpr (IS_COARSE) x += sums.x[column][c + 2];
+                if constexpr (V_IS_RAW) {
+                    x = x * (RAW_UNIT / raw_factor<VE>(column % (IN_WORD<V_T> / 2))) - zero;
+                }
+                return x * unit;
+            };
             float* row = warp_x + (warp * max_rows + g) * PITCH;
             if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
 #pragma unroll
@@ -713,7 +765,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int d = (i / E * 8 + 2 * t + c) * E + i % E;
-                    *(float2*)(row + d) = make_float2(acc[i][c] * unit, acc[i + 1][c] * unit);
+                    *(float2*)(row + d) = make_float2(value(i, c), value(i + 1, c));
                 }
             }
         }
@@ -730,7 +782,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         };
         const auto in_workspace = [&](int i, int row, int d) {
             const i64 at = (slot(i) * tiles + head_tile) * max_rows + row;
-            return Stored{piece_stats + at, (float4*)(piece_x + at * D + d)};
+            return Kept{piece_stats + at, (float4*)(piece_x + at * D + d)};
         };
         const auto write = [&](State s, int row, int d) {
             const int in_group = tile_of_head * ROWS + row;
@@ -753,13 +805,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const int row = i / (D / 4), d = i % (D / 4) * 4;
             const State s = join(WARPS, [&](int w) {
                 const int at = w * max_rows + row;
-                return Stored{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
+                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
             });
             if (states == 1) {
                 write(s, row, d);
                 continue;
             }
-            const Stored to = in_workspace(fixed ? done.unit - done.start : range - first_range,
+            const Kept to = in_workspace(fixed ? done.unit - done.start : range - first_range,
                                            row, d);
             *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
             if (d == 0) *to.stat = make_float2(s.m, s.l);

@@ -194,7 +194,7 @@ def workspace_size(
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
     sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
-    ranges = mma.num_ranges(sizes, 2 * num_sms, fixed_split)
+    ranges = mma.num_ranges(sizes, 3 * num_sms, fixed_split)  # not all kinds have as many
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, B + 1)

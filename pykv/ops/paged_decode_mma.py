@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 
 VARIANTS: list[dict[str, Any]] = [
@@ -63,29 +64,25 @@ def tile_keys(spec: KVSpec, D: int) -> int:
     return 32 if spec.has_scales and D <= 128 else 16
 
 
-def stages(sm: int, spec: KVSpec, D: int) -> int:
-    """Tiles that a warp has under way in shared memory: the kernel's STAGES, 0 without a queue."""
-    if sm < 80:
-        return 0
-    tile = tile_keys(spec, D) * sum(kind.row_bytes(D) for kind in spec.kinds)
-    queue = 16 << 10 if sm in (80, 87) else 24 << 10 if 90 <= sm < 120 else 8 << 10
-    return max(1, min(4, queue // tile))
-
-
 def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     """Of a block: queues of the warps, long queries, and the warps' states."""
     k, v = spec.kinds
     D = sizes.D
-    queue = stages(sm, spec, D) * tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
+    queue = tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
     if D > 128:
-        queue += (3 if k.name == "bf16" and q_dtype.itemsize == 4 else 2) * D * 16
+        is_fine, is_bf16 = q_dtype.itemsize == 4, k.name == "bf16"
+        terms = (
+            3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
+        )
+        queue += terms * D * 16
     return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
 
 
-def num_blocks(sm: int, shared: int, num_sms: int) -> int:
-    """Blocks that run at once: two an SM where shared memory allows (the kernel's launch bound)."""
+def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
+    """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
+    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 else 2
     of_sm = {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
-    return num_sms * max(1, min(2, of_sm // (shared + 1024)))  # the system's own 1 KiB each
+    return num_sms * max(1, min(most, of_sm // (shared + 1024)))  # the system's own 1 KiB each
 
 
 def num_ranges(sizes: Sizes, blocks: int, fixed_split: int | None) -> int:
@@ -131,7 +128,7 @@ def launch(
 ) -> tuple[int, int, int, tuple[int, ...]]:
     """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
     shared = shared_bytes(sm, spec, q_dtype, sizes)
-    ranges = num_ranges(sizes, num_blocks(sm, shared, num_sms), fixed_split)
+    ranges = num_ranges(sizes, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
     B, T, HQ, H, D, _, M = sizes
     slots = num_slots(sizes, ranges, fixed_split)
     piece_tiles = (fixed_split or 0) // tile_keys(spec, D)

@@ -270,7 +270,7 @@ extern "C" __global__ void pair_words(u32* pairs, const u32* words, int n) {
 #if __CUDA_ARCH__ >= 750
     if (item() >= n) return;
     u32 of_word[IN_WORD<CODES> / 2];
-    to_pairs(of_word, words[item()], PAIR_MASK<CODES>, CODES{});
+    to_pairs(of_word, words[item()], CODES{});
     for (int i = 0; i < IN_WORD<CODES> / 2; i++) pairs[item() * IN_WORD<CODES> / 2 + i] = of_word[i];
 #endif
 }
@@ -281,7 +281,7 @@ extern "C" __global__ void pair_zipped(u32* pairs, const u32* words, int n) {
     for (int half = 0; half < 2; half++) {
         u32 of_half[IN_WORD<CODES> / 2];
         const u32 both = zip<CODES>(words[2 * item()], words[2 * item() + 1], half);
-        to_pairs(of_half, both, PAIR_MASK<CODES>, CODES{});
+        to_pairs(of_half, both, CODES{});
         for (int i = 0; i < IN_WORD<CODES> / 2; i++) {
             pairs[item() * IN_WORD<CODES> + half * IN_WORD<CODES> / 2 + i] = of_half[i];
         }

@@ -26,6 +26,7 @@
 //           + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
+// Stack: 80 bytes, with rows of 256 elements, whose sums alone fill half of the registers
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -522,7 +523,7 @@ struct State { float m, l, x[4]; };
 // Joins the states whose (maximum, sum) and elements `at` names.
 template <typename At> __device__ __forceinline__ State join(int count, At at) {
     State s{-INF, 0.0f, {}};
-#pragma unroll 16  // loads that do not wait for each other: a row may have a state of every SM
+#pragma unroll 8  // loads that do not wait for each other: a row may have a state of every SM
     for (int i = 0; i < count; i++) s.m = fmaxf(s.m, at(i).stat->x);
     const float base = finite_base(s.m);
 #pragma unroll 8

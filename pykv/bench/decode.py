@@ -112,7 +112,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         flops=4 * int(lengths.sum()) * HQ * D,
         ceiling="read",
         reads_only=True,
-        graph=1,
+        graph=GRAPH,
     )
 
 

@@ -291,6 +291,8 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
     }
 }
 
+#if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
+
 // --- Products -------------------------------------------------------------------------------------
 
 // D += A B for 16 rows of B; a[0] and a[2] are row g, a[1] and a[3] row g + 8.
@@ -539,6 +541,8 @@ template <typename At> __device__ __forceinline__ State join(int count, At at) {
 }
 
 struct Kept { float2* stat; float4* x; };
+
+#endif
 
 // --- Kernel ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 // block_copy.cu: copy many ranges of bytes between addresses that tables name.
 //
 // Arrays (letters as in pykv/ops/block_copy.py):
-//   src_ptrs, dst_ptrs  const  [C] u64    addresses of device or pinned host memory, of any alignment
+//   src_ptrs, dst_ptrs  const  [C] u64    addresses of device or pinned host memory, any alignment
 //   sizes               const  [C] i64    bytes of each pair; null: `size` for all
 //   groups              const  [G+1, 2] i32  the first tile and the first pair of each group, and
 //                              num_tiles and C; null with `sizes`. A group is one pair, or up to
@@ -12,8 +12,8 @@
 //           UNROLL = loads that a thread has in flight; TILE = bytes of a tile, a multiple of 128;
 //           GROUP = how many pairs may share a tile, a power of two up to 32
 // Launch:   block (BLOCK), any grid, no shared memory. A pair of n bytes is ceil(n / TILE) tiles,
-//           with `sizes` at least one, unless it shares one, where the host says so: small pairs
-//           cost as much as a tile each. num_tiles in all, below 2^31. Warps take tiles in turn.
+//           with `sizes` at least one; but small pairs, each of which would occupy a warp as long
+//           as a tile, may share one. num_tiles in all, below 2^31. Warps take tiles in turn.
 // Traffic:  2 * sum of sizes + 16 * C bytes; with `sizes` also 8 * C + 8 * G + num_tiles / 8. The
 //           ceiling is a contiguous copy: 4270 GB/s on an H200; between host and device, where half
 //           of it crosses the link, 55 GB/s each way.
@@ -78,8 +78,8 @@ __device__ __forceinline__ void move_few(u8* to, const u8* from, int n) {
     }
 }
 
-// n bytes: up to the first multiple of V by bytes, then by V, then the rest by bytes. `to` and `from`
-// are equally far from a multiple of V.
+// n bytes: up to the first multiple of V by bytes, then by V, then the rest by bytes. `to` and
+// `from` are equally far from a multiple of V.
 template <int LANES, typename V>
 __device__ __forceinline__ void move_aligned(u8* to, const u8* from, int n) {
     constexpr int WIDTH = sizeof(V);
@@ -109,13 +109,13 @@ __device__ __forceinline__ void move_bytes(u8* to, const u8* from, int n) {
 }
 
 // The group that a tile belongs to: the last one that begins at or before it. The whole warp asks.
-// Every group has a tile, so that of 32 tiles the last belongs to one of the 32 groups from the first
-// one's on.
+// Every group has a tile, so that of 32 tiles the last belongs to one of the 32 groups from that of
+// the first on.
 __device__ __forceinline__ int find_group(const int* groups, const int* nearest, int num_groups,
                                           int tile) {
     const int low = nearest[tile / WARP];
     const int probe = low + threadIdx.x % WARP;
-    const bool begun = probe < num_groups && groups[2 * probe] <= tile;
+    const bool begun = probe < num_groups && groups[2 * (i64)probe] <= tile;
     return low + __popc(__ballot_sync(FULL_MASK, begun)) - 1;
 }
 
@@ -133,14 +133,14 @@ block_copy(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
         if (tile >= end) {
             int pair;
             if (sizes) {
-                const int* group = groups + 2 * find_group(groups, nearest, num_groups, tile);
+                const int* group = groups + 2 * (i64)find_group(groups, nearest, num_groups, tile);
                 first = group[0], end = group[2];
                 pair = group[1];
-                const int next = group[3];
-                if (next - pair > 1) {
+                const int end_pair = group[3];
+                if (end_pair - pair > 1) {
                     constexpr int TEAM = WARP / GROUP;
                     pair += threadIdx.x % WARP / TEAM;
-                    if (pair < next) {
+                    if (pair < end_pair) {
                         src = src_ptrs[pair];
                         dst = dst_ptrs[pair];
                         size = sizes[pair];

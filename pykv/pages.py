@@ -221,13 +221,13 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     """
     if store is None:
         store = host_pages(cache, len(pages))
-    copy_pages(cache, store, pages, range(len(pages)), stream=stream)
+    copy_pages(cache, store, pages, np.arange(len(pages)), stream=stream)
     return store
 
 
 def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
-    copy_pages(store, cache, range(len(pages)), pages, stream=stream)
+    copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 
 
 # --- Arrays and pages -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import (
     activation,
+    attention_mass,
     bandwidth,
     block_copy,
     contiguous_append,
@@ -366,6 +367,22 @@ def _paged_decode_mma(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             yield f"{text} T={T}", *error_and_bound(got, low, oracle)
 
 
+def _attention_mass(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for D, G, kv in ((64, 3, F16), (128, 4, BFLOAT16), (40, 1, F32)):
+        k_pool, _, table, lengths = _pages(rng, 2, D, kv, [1, 16, 0, 600])
+        q = rng.standard_normal((4, 2 * G, D)).astype(F32)
+        exact = q.astype(np.float64)
+        where: Any = (k_pool, k_pool, table, lengths, 0.1, 500)
+        _, lse = paged_decode.reference(exact, *where)
+        given: Any = [q, k_pool, table, lengths, lse.astype(F32)]
+        options: Any = dict(scale=0.1, window=500)
+        low = attention_mass.reference(*given, **options)
+        got = attention_mass.mass(*map(xp.asarray, given), **options)
+        given[0], given[4] = exact, lse
+        oracle = attention_mass.reference(*given, **options)
+        yield f"D={D} G={G} {kv}", *error_and_bound(got, low, oracle)
+
+
 def _merge_states(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     for S, D, dtype in ((2, 128, F16), (3, 64, F32), (9, 256, BFLOAT16)):
         values = rng.standard_normal((S, 6, 5, D)).astype(dtype)
@@ -516,6 +533,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "paged_decode": _paged_decode,
     "paged_decode_mma": _paged_decode_mma,
     "merge_states": _merge_states,
+    "attention_mass": _attention_mass,
     "prefill": _prefill,
     "norm": _norm,
     "rope": _rope,

@@ -9,6 +9,7 @@ from pykv import cuda, verify
 from pykv.arrays import BFLOAT16
 from pykv.ops import (
     activation,
+    attention_mass,
     bandwidth,
     block_copy,
     contiguous_append,
@@ -285,6 +286,8 @@ FAULTS = {
         *(paged_decode, "decode", with_changed_option("v_scales", halved)),
         "paged_decode_mma",
     ),
+    "mass: one key too few": (*(attention_mass, "mass", with_argument(3, lambda x: x - (x > 1))),),
+    "mass: no window": (attention_mass, "mass", with_option(window=None)),
     "merge: a state is left out": (merge_states, "merge", without_the_first_state),
     "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
     "decode: window one too wide": (paged_decode, "decode", with_option(window=101)),

@@ -132,7 +132,7 @@ def decode(
     )
     T = dims["T"] if many else 1
     scale = check_attention(op, dims, scale, window, 512)
-    _check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
+    check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
     behind = T - 1 if causal else 0  # keys between the first query and the last key
     if not on_gpu(q):
         check_pages(
@@ -242,7 +242,7 @@ def check_attention(
     return float(scale)
 
 
-def _check_options(
+def check_options(
     op: str,
     soft_cap: float | None,
     tree: Any,
@@ -251,6 +251,7 @@ def _check_options(
     fixed_split: int | None,
     lse_base: str,
 ) -> None:
+    """Check the options that attention ops share; `fixed_split` may be None."""
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
     if tree is not None and T > MAX_TREE:
@@ -324,25 +325,13 @@ def reference(
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = _rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
-        v = _rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        k = rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        v = rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         H = k.shape[1]
-        grouped = many[b].astype(dtype).reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
-        scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale  # [H, G, T, keys]
-        if soft_cap is not None:
-            scores = np.tanh(scores / soft_cap) * soft_cap
-        behind = np.arange(T - 1, -1, -1)[:, None] * causal
-        key, query = np.arange(first, length), length - 1 - behind
-        if slopes is not None:
-            scores += slopes.astype(dtype).reshape(H, -1, 1, 1) * (key - query)
-        seen = key <= query
-        if window:
-            seen &= key > query - window
-        if tree is not None:
-            branch = np.maximum(key - (length - T), 0)
-            bits = tree[b][:, None] >> branch.astype(np.uint64) & np.uint64(1)
-            seen = np.where(key < length - T, seen, bits.astype(bool))
-        scores = np.where(seen, scores, -np.inf)
+        scores = score(
+            *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
+            *(None if tree is None else tree[b], causal),
+        )
         extra = None if sinks is None else sinks.astype(dtype).reshape(H, -1, 1)
         values, sums = weigh(scores, v.transpose(1, 0, 2)[:, None], extra)
         out[b] = values.transpose(2, 0, 1, 3).reshape(T, HQ, D)
@@ -350,7 +339,41 @@ def reference(
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
 
 
-def _rows(
+def score(
+    q: Any,
+    k: Any,
+    first: int,
+    length: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    slopes: Any,
+    tree: Any,
+    causal: bool,
+) -> Any:
+    """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
+    from `first` to `length` - 1; minus infinity where a query does not see a key."""
+    T, HQ, D = q.shape
+    H = k.shape[1]
+    grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
+    scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale
+    if soft_cap is not None:
+        scores = np.tanh(scores / soft_cap) * soft_cap
+    behind = np.arange(T - 1, -1, -1)[:, None] * causal
+    key, query = np.arange(first, length), length - 1 - behind
+    if slopes is not None:
+        scores += slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
+    seen = key <= query
+    if window:
+        seen &= key > query - window
+    if tree is not None:
+        branch = np.maximum(key - (length - T), 0)
+        bits = tree[:, None] >> branch.astype(np.uint64) & np.uint64(1)
+        seen = np.where(key < length - T, seen, bits.astype(bool))
+    return np.where(seen, scores, -np.inf)
+
+
+def rows(
     pool: Any,
     scales: Any,
     spec: KVSpec | None,
@@ -369,10 +392,10 @@ def _rows(
     P = pool.shape[1]
     position = np.arange(first, end)
     where = pages[position // P], position % P
-    rows = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
+    decoded = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
     if scales is None:
-        return rows
-    return rows * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
+        return decoded
+    return decoded * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
 
 
 def gather(pool: Any, pages: Any, first: int, end: int, dtype: Any) -> Any:
@@ -466,7 +489,7 @@ def _plan(
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
     q_steps = [n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]]
     steps = [
-        _page_token_head(of_array, dtype.itemsize, spec)
+        page_token_head(of_array, dtype.itemsize, spec)
         for of_array, dtype in (
             (k_strides, k.dtype),
             (v_strides, v.dtype),
@@ -502,7 +525,7 @@ def _plan(
     return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
 
 
-def _page_token_head(
+def page_token_head(
     strides: tuple[int, ...] | None, itemsize: int, spec: KVSpec
 ) -> tuple[int, int, int]:
     """Strides of page, token and head in elements, 0 where a dimension does not exist.

@@ -532,10 +532,10 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
 
 def test_workspace_suffices_for_smaller_batches(monkeypatch):
     """By hand for 132 SMs: batches of 1 .. 5 split 16, 16, 16, 13 and 10 ways on CUDA cores, where
-    4 needs most; on tensor cores 33 ranges leave two states of 4 heads for each of 8."""
+    4 needs most; on tensor cores 49 ranges leave two states of 4 heads for each of 8."""
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     size = paged_decode.workspace_size(5, 32, 8, 128, 4096, device=0)
-    assert size == 4096 + max(4 * 13 * 32, 2 * 33 * 32) * (128 + 2)
+    assert size == 4096 + max(4 * 13 * 32, 2 * 49 * 32) * (128 + 2)
     fixed = paged_decode.workspace_size(5, 32, 8, 128, 4096, fixed_split=512, device=0)
     assert fixed == 4096 + 5 * 8 * 32 * (128 + 2)
     assert paged_decode.workspace_size(1, 32, 8, 128, 128, device=0) == 0

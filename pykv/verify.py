@@ -33,6 +33,7 @@ from pykv.ops import (
     paged_check,
     paged_convert,
     paged_decode,
+    paged_qkv,
     permute,
     prefill,
     rope,
@@ -158,6 +159,50 @@ def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         paged_append.append(rows, -rows, got[0], got[1], where, **options)
         error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
         yield f"{new} rows into {text} pages", error, 0.0
+
+
+def _paged_qkv(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    T, HQ, H, P, N = 20, 4, 2, 16, 3
+    positions = rng.integers(0, 2**17, T).astype(np.int32)
+    slots = rng.permutation(N * P)[:T].astype(np.int32)
+    slots[::5] = -1
+    for new, text, D, F, pairing in (
+        *((F32, "fp16", 128, 64, "adjacent"), (F32, "fp32", 256, 128, "half")),
+        *((F16, "int8", 80, 16, "half"), (BFLOAT16, "k8v4:HND", 64, 32, "half")),
+        (F32, "e4m3:fp32", 64, 31, "half"),
+    ):
+        spec = KVSpec.parse(text)
+        heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(new)
+        weights = (1 + rng.standard_normal((2, D)) / 4).astype(F32)
+        inv_freq = rope.frequencies(2 * F, 10000.0)
+        judged: Any = (H, positions, inv_freq, pairing, *weights, 1e-2)
+        low, oracle = (paged_qkv.split(x, *judged) for x in (heads, heads.astype(np.float64)))
+        want = _cache(spec, N, P, H, D)
+        got = [None if x is None else xp.array(x) for x in want]
+        places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
+        rows: Any = (*low[1:], *want, spec, *places)
+        paged_append.reference(*rows)
+        q = paged_qkv.append(
+            *(xp.asarray(heads.reshape(T, -1)), *got[:2], xp.asarray(slots)),
+            positions=xp.asarray(positions),
+            inv_freq=xp.asarray(inv_freq),
+            pairing=pairing,
+            q_norm=xp.asarray(weights[0]),
+            k_norm=xp.asarray(weights[1]),
+            eps=1e-2,
+            k_scales=got[2],
+            v_scales=got[3],
+            spec=spec,
+        )
+        name = f"{new} into {text}"
+        yield f"{name}, Q", *error_and_bound(q, low[0].astype(new), oracle[0])
+        kept = slots >= 0
+        where = places[0][kept], places[1][kept]
+        held = [None if x is None else host(x) for x in got]
+        k, low_k = (_decode(spec, spec.kinds[0], x, 0)[where] for x in (held, want))
+        yield f"{name}, K", *error_and_bound(k, low_k, oracle[1][kept])
+        sides = ((held[i], want[i]) for i in (1, 3) if want[i] is not None)
+        yield f"{name}, V", sum(wrong_values(x, y) for x, y in sides), 0.0
 
 
 def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -525,6 +570,7 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
+    "paged_qkv": _paged_qkv,
     "contiguous_append": _contiguous_append,
     "paged_convert": _paged_convert,
     "paged_check": _paged_check,

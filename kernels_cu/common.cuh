@@ -686,8 +686,6 @@ template <int TOKENS, typename T> __device__ __forceinline__ Place place_of_slot
 
 // A lane's share of a row: piece i is the eight elements from column(i) on.
 template <typename T, int N, int WIDTH> struct RowShare {
-    static_assert(N % 8 == 0 && N > 0, "rows move in pieces of eight elements");
-    static_assert(WARP % WIDTH == 0, "whole groups in a warp");
     static constexpr int PIECES = (N / 8 + WIDTH - 1) / WIDTH;
     Eight<T> pieces[PIECES];
 

@@ -44,9 +44,9 @@
 #if !defined(ADDRESS) || !defined(SCALES) || !defined(AFTER) || !defined(ADVANCE)
 #error "paged_append.cu needs ADDRESS, SCALES, AFTER and ADVANCE"
 #endif
-constexpr int D = HEAD_DIM, H = HEADS;
-constexpr int GROUPS = BLOCK / LANES;
-static_assert(BLOCK % WARP == 0, "whole warps");
+constexpr int D = HEAD_DIM, H = HEADS, GROUPS = BLOCK / LANES;
+static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
 // --- Where a row goes -----------------------------------------------------------------------------

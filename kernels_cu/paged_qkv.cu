@@ -44,7 +44,8 @@
 #error "paged_qkv.cu needs BLOCK and LANES"
 #endif
 constexpr int D = HEAD_DIM, HQ = Q_HEADS, H = HEADS, GROUPS = BLOCK / LANES;
-static_assert(BLOCK % WARP == 0, "whole warps");
+static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(2 * PAIRS <= D, "pairs of one head");
 
 using Taken = RowShare<NEW_T, D, LANES>;

@@ -219,7 +219,7 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             got = [xp.array(x) for x in low]
             contiguous_append.reference(k, v, low[0], low[1], *judged)
             contiguous_append.reference(*exact, *judged)
-            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            given: Any = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
             options: Any = dict(slots=xp.asarray(slots))
             if pairing is not None:
                 options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)

@@ -232,7 +232,7 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
                 yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
         counts = xp.array(lengths)
         options = dict(slots=xp.asarray(slots), advance=True)
-        contiguous_append.append(*given[:4], counts, **options)
+        contiguous_append.append(given[0], given[1], got[0], got[1], counts, **options)
         want = np.array([34, 0, 40, 7], np.int32)  # slot 2 has room for two of its tokens
         yield f"{new} rows into {kv}, lengths after it", wrong_values(counts, want), 0.0
 

@@ -330,13 +330,12 @@ class PagedAppendPlan(_Plan):
                 *args[:7], counts=counts, advance=advance, **options
             )
         key, value, k_data, v_data, indices, indptr, last_page_len, k_scales, v_scales = args
-        arrays = (key, value, k_data, v_data, k_scales, v_scales, None)
-        defines, grid, arguments = paged_append.kernel_call(
-            *("DECODE", self._spec, self.descriptor.cache.page_size),
-            *((*arrays, indices, indptr, last_page_len), after, advance),
+        pools = (k_data, v_data, k_scales, v_scales)
+        arrays = (*pools, key, value, None, indices, indptr, last_page_len)
+        launch = paged_append.launch_of(
+            "DECODE", self._spec, self.descriptor.cache.page_size, arrays, after, advance
         )
-        kernel = cuda.kernel("paged_append", "paged_append", **defines)
-        return cuda.bind(kernel, grid, defines["BLOCK"], *arguments)
+        return cuda.bind(launch.kernel, launch.grid, launch.block, *arrays, *launch.scalars)
 
 
 # --- Contiguous append ----------------------------------------------------------------------------

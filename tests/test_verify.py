@@ -22,6 +22,7 @@ from pykv.ops import (
     paged_check,
     paged_convert,
     paged_decode,
+    paged_qkv,
     permute,
     prefill,
     rope,
@@ -251,6 +252,17 @@ FAULTS = {
     "append: scales halved": (paged_append, "append", half_the_scales),
     "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "qkv: a position late": (
+        *(paged_qkv, "append"),
+        with_changed_option("positions", lambda x: x + 1),
+    ),
+    "qkv: always half": (paged_qkv, "append", with_option(pairing="half")),
+    "qkv: K by the norm of Q": (
+        *(paged_qkv, "append"),
+        lambda op: lambda *args, **options: op(*args, **options | {"k_norm": options["q_norm"]}),
+    ),
+    "qkv: epsilon doubled": (paged_qkv, "append", with_changed_option("eps", lambda x: 2 * x)),
+    "qkv: padding is written": (paged_qkv, "append", with_argument(3, abs)),
     "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
     "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
     "contiguous: no values": (

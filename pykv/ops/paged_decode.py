@@ -205,6 +205,9 @@ def workspace_size(
 def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
     """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
 
+    Where head size and query rows ask for more shared memory than the SM has (some with D above 128
+    on SMs with 64 or 100 KiB), "paged_decode" takes them all the same.
+
     Args:
         spec: kinds of the pools.
         D: head size.
@@ -502,6 +505,8 @@ def _plan(
     aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
     near = all(0 <= token < 2**30 for _, token, _ in steps)
     stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
+    if not mma.fits(sm, spec, q_dtype, sizes):
+        stem = "paged_decode"
     floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
     merge = None

@@ -1,5 +1,6 @@
 """paged_decode: softmax attention of one query a sequence, over its own keys and no others."""
 
+import itertools
 import math
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.ops import paged_decode
+from pykv.ops import paged_decode, paged_decode_mma
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 WILD = 2147480000  # page id that faults, or raises, wherever it is used
@@ -401,6 +402,23 @@ def test_the_kernel_for_a_cache():
     for (spec, D, sm), stem in choices.items():
         assert paged_decode.kernel_for(kinds.KVSpec.parse(spec), D, sm=sm) == stem
     assert paged_decode.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "paged_decode"
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("q", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_no_block_asks_for_more_shared_memory_than_there_is(sm, q):
+    """CUDA programming guide, compute capabilities: shared memory of a block."""
+    limit = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[sm] << 10
+    for text, D, G in itertools.product(
+        ("fp16", "bf16", "int8", "int4"), (64, 128, 256), (1, 4, 8)
+    ):
+        spec, sizes = kinds.KVSpec.parse(text), paged_decode_mma.Sizes(2, 1, G, 1, D, 16, 8)
+        if not paged_decode_mma.covers(sm, spec, D):
+            continue
+        asked = paged_decode_mma.shared_bytes(sm, spec, np.dtype(q), sizes)
+        fits = paged_decode_mma.fits(sm, spec, np.dtype(q), sizes)
+        assert fits == (asked + 128 <= limit)
+        assert fits or D == 256
 
 
 def test_a_workspace_serves_calls_of_any_size(device, rng):

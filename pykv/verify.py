@@ -219,7 +219,7 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             got = [xp.array(x) for x in low]
             contiguous_append.reference(k, v, low[0], low[1], *judged)
             contiguous_append.reference(*exact, *judged)
-            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            given: Any = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
             options: Any = dict(slots=xp.asarray(slots))
             if pairing is not None:
                 options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)
@@ -230,6 +230,11 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
                 yield f"{name}not rotated", wrong, 0.0
             else:
                 yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
+        counts = xp.array(lengths)
+        options = dict(slots=xp.asarray(slots), advance=True)
+        contiguous_append.append(given[0], given[1], got[0], got[1], counts, **options)
+        want = np.array([34, 0, 40, 7], np.int32)  # slot 2 has room for two of its tokens
+        yield f"{new} rows into {kv}, lengths after it", wrong_values(counts, want), 0.0
 
 
 def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
@@ -309,28 +314,54 @@ def _nhd(spec: KVSpec, x: Any) -> Any:
 
 
 def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    """Verdicts on tables that are sound, and on such with one wrong entry."""
     slots = rng.permutation(4000)[:1000].astype(np.int32)
     table, lengths = np.arange(600, dtype=np.int32).reshape(100, 6), np.full(100, 96, np.int32)
-    for what, array, index, value, look in (
-        ("slots, sound", slots, 0, slots[0], paged_check.check_slots),
-        ("slots, one beyond the pool", slots, 700, 4000, paged_check.check_slots),
-        ("slots, one twice", slots, 900, slots[3], paged_check.check_slots),
-        ("page table, sound", table, (99, 5), 599, None),
-        ("page table, a page beyond the pool", table, (57, 2), 600, None),
-    ):
-        given = array.copy()
-        given[index] = value
-        try:
-            if look:
-                look(xp.asarray(given), 4000)
-            else:
-                paged_check.check_page_table(xp.asarray(given), xp.asarray(lengths), 600, 16)
-            found = "nothing"
-        except ParameterError as error:
-            found = str(error)
-        at = ", ".join(map(str, np.atleast_1d(index)))
-        want = "nothing" if what.endswith("sound") else f"[{at}] is {value}, expected"
-        yield f"{what}, verdicts that differ", float(want not in found), 0.0
+    indptr, last = np.arange(0, 606, 6, dtype=np.int32), np.full(100, 16, np.int32)
+    requests, positions = np.arange(100, dtype=np.int32), np.full(100, 95, np.int32)
+    on = xp.asarray
+
+    def pages(x: Any) -> None:
+        paged_check.check_pages(x, 600)
+
+    def repeated(x: Any) -> None:
+        paged_check.check_slots(x, 4000)
+
+    def starts(x: Any) -> None:
+        paged_check.check_starts(x, 600)
+
+    def csr(x: Any) -> None:
+        paged_check.check_table(x, on(indptr), on(last), 600, 16)
+
+    def dense(x: Any) -> None:
+        paged_check.check_page_table(x, on(lengths), 600, 16)
+
+    def places(x: Any) -> None:
+        paged_check.check_positions(on(requests), x, on(indptr), 16)
+
+    cases: tuple[tuple[str, Any, Any, Any, Any], ...] = (
+        ("pages, one beyond the pool", pages, table.ravel(), 333, 600),
+        ("slots, one beyond the pool", repeated, slots, 700, 4000),
+        ("slots, one twice", repeated, slots, 900, slots[3]),
+        ("starts, one that falls", starts, indptr, 50, 293),
+        ("indices, one beyond the pool", csr, table.ravel(), 444, 600),
+        ("page table, a page beyond the pool", dense, table, (57, 2), 600),
+        ("positions, one past its pages", places, positions, 61, 96),
+    )
+    for what, look, array, index, value in cases:
+        for is_sound in (True, False):
+            given = array.copy()
+            if not is_sound:
+                given[index] = value
+            try:
+                look(on(given))
+                found = "nothing"
+            except ParameterError as error:
+                found = str(error)
+            at = ", ".join(map(str, np.atleast_1d(index)))
+            want = "nothing" if is_sound else f"[{at}] is {value}, expected"
+            text = f"{what.partition(',')[0]}, sound" if is_sound else what
+            yield f"{text}, verdicts that differ", float(want not in found), 0.0
 
 
 def _page_table(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

@@ -202,7 +202,7 @@ def decodes(records):
     ]
     text = (
         "Attention of one query a sequence (`pykv bench decode`): microseconds a call in a "
-        "captured graph, and the share of\nwhat the memory can be read at. Small caches stay in the L2."
+        "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be read at."
     )
     return [text, table(["sequences x keys", "heads", "D", "P", *kinds], rows)]
 

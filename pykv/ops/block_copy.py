@@ -21,11 +21,9 @@ from pykv.arrays import UINT64, asarray, check, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
-# deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small
-# pairs, such as the scales of pages, share a tile: alone, each occupies a warp as long as a tile.
-# Threads, blocks an SM, loads, bytes, pairs:
-MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048, GROUP=8)
-FEW = dict(BLOCK=128, CTAS_PER_SM=7, UNROLL=8, TILE=4096, GROUP=8)
+# deal out; but where the caller limits the blocks, each must keep more bytes in flight.
+MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048)  # threads, blocks an SM, loads, bytes
+FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096)
 VARIANTS = [MANY, FEW]
 
 Ranges = tuple[str, Any, Any]
@@ -195,35 +193,31 @@ class DeviceCopy:
         self.num_ctas = 0
         self.arrays: Any = None
         self._shape = MANY if max_ctas is None else FEW
-        tile, warps = self._shape["TILE"], self._shape["BLOCK"] // 32
-        tiles: Any = -(-sizes // tile)
+        tile = self._shape["TILE"]
+        tiles = -(-sizes // tile)
         if isinstance(sizes, int):
             self.num_bytes, num_tiles = C * sizes, C * tiles
         else:
-            tiles = np.maximum(tiles, 1)
             self.num_bytes, num_tiles = int(sizes.sum()), int(tiles.sum())
-        if self.num_bytes == 0:
+        if num_tiles == 0:
             return
         if num_tiles >= 2**31:
             raise ParameterError(
                 f"{op}: the pairs make {num_tiles} tiles of {tile} bytes, expected below 2^31"
             )
-        self._device = cuda.current_device()
-        tables, num_groups = [] if on_gpu(src) else [src, dst], 0
+        tables = [] if on_gpu(src) else [src, dst]
         if not isinstance(sizes, int):
-            ctas = max_ctas or self._shape["CTAS_PER_SM"] * cuda.num_sms(self._device)
-            # Where every tile has a warp at once, sharing would only make pairs slower.
-            most = self._shape["GROUP"] if num_tiles > ctas * warps else 1
-            groups, nearest = _groups(tiles, sizes <= tile // 4, most)
-            num_groups, num_tiles = len(groups) - 1, int(groups[-1, 0])
-            tables += [sizes, groups.reshape(-1), nearest]
+            first_tile = np.zeros(C + 1, np.int32)
+            np.cumsum(tiles, out=first_tile[1:])
+            tables += [sizes, first_tile]
         arrays = [*([src, dst] if on_gpu(src) else []), *_upload(tables)]
-        arrays += [None] * (5 - len(arrays))  # one size needs no tables of sizes and groups
+        arrays += [None] * (4 - len(arrays))  # one size needs no tables of sizes and tiles
         size = sizes if isinstance(sizes, int) else 1
-        self._arguments = (*arrays, np.int64(size), np.int32(num_groups), np.int32(num_tiles))
+        self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
         self._kernel = cuda.kernel("block_copy", "block_copy", **self._shape)
+        self._device = cuda.current_device()
         # Blocks that stay and take more tiles are slower, so each warp has one where it may.
-        self.num_ctas = -(-num_tiles // warps)
+        self.num_ctas = -(-num_tiles // (self._shape["BLOCK"] // 32))
         if max_ctas is not None:
             self.num_ctas = min(self.num_ctas, max_ctas)
 
@@ -473,31 +467,6 @@ class _Range:
 def _bytes_at(address: int, size: int) -> Any:
     """A NumPy view of host memory, which its owner must keep."""
     return np.asarray(_Range(address, size))
-
-
-def _groups(tiles: Any, small: Any, most: int) -> tuple[Any, Any]:
-    """The tables of block_copy.cu that say which pairs a tile belongs to.
-
-    Args:
-        tiles: [C] int64, how many each pair has, at least one.
-        small: [C] bool, whether a pair may share a tile with neighbours; it has but one.
-        most: how many pairs may.
-
-    Returns:
-        groups: [G+1, 2] int32.
-        nearest: [ceil(num_tiles / 32)] int32.
-    """
-    C = len(tiles)
-    first = np.arange(C)
-    if most > 1:
-        leads = (first % most == 0) | ~small
-        leads[1:] |= ~small[:-1]
-        first, tiles = first[leads], tiles[leads]
-    groups = np.zeros((len(first) + 1, 2), np.int32)
-    np.cumsum(tiles, out=groups[1:, 0])
-    groups[:-1, 1], groups[-1, 1] = first, C
-    every = np.arange(0, int(groups[-1, 0]), 32, dtype=np.int32)
-    return groups, np.searchsorted(groups[1:, 0], every, "right").astype(np.int32)
 
 
 def _upload(tables: list[Any]) -> list[Any]:

@@ -324,8 +324,8 @@ def reference(
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = _rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
-        v = _rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         H = k.shape[1]
         grouped = many[b].astype(dtype).reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
         scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale  # [H, G, T, keys]
@@ -350,7 +350,7 @@ def reference(
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
 
 
-def _rows(
+def decoded_rows(
     pool: Any,
     scales: Any,
     spec: KVSpec | None,
@@ -466,7 +466,7 @@ def _plan(
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
     q_steps = [n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]]
     steps = [
-        _page_token_head(of_array, dtype.itemsize, spec)
+        page_token_head(of_array, dtype.itemsize, spec)
         for of_array, dtype in (
             (k_strides, k.dtype),
             (v_strides, v.dtype),
@@ -502,7 +502,7 @@ def _plan(
     return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
 
 
-def _page_token_head(
+def page_token_head(
     strides: tuple[int, ...] | None, itemsize: int, spec: KVSpec
 ) -> tuple[int, int, int]:
     """Strides of page, token and head in elements, 0 where a dimension does not exist.

@@ -1,38 +1,43 @@
-// prefill.cu: causal attention of many query tokens over paged keys and values.
+// prefill.cu: causal attention of many query tokens over paged keys and values of any kind.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/prefill.py):
 //   out                     [T, HQ, D]     Q_T
 //   lse                     [T, HQ] float  natural log of the sum of exp(scale * q.k); may be null
 //   q                const  [T, HQ, D]     Q_T, token stride q_stride elements
-//   k_pool, v_pool   const  [N, P, H, D]   KV_T
+//   k_pool, v_pool   const  [N, P, H, D] in any order, strides of page, token and head in array
+//                           elements: K_T, V_T
+//   k_scales,        const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
+//   v_scales
 //   page_table       const  [B, M] int32   read where the sequence has visible keys alone
 //   lengths          const  [B] int32      keys, the new ones included; clamped to 0 .. M * P
 //   q_starts         const  [B + 1] int32  prefix sums of the query counts
 // Scalars:  causal: query i of Lq with Lk keys stands at Lk - Lq + i, sees no key after that and
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
 //           scale_log2 = scale * log2(e)
-// Defines:  HEAD_DIM, a multiple of 8 up to 256; ROWS, a multiple of 8; Q_T, KV_T = float, f16 or
-//           bf16
-// Launch:   grid (T * G / ROWS + B, H), block (128), static shared memory below 48 KiB
+// Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS, a multiple of 8; Q_T = float, f16 or bf16;
+//           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float
+// Launch:   grid (T * G / ROWS + B, H), block (128), above 256 elements (64), static shared memory
+//           below 48 KiB
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
 // each key serves them all. A block holds ROWS rows and walks tiles of KEYS keys: scores, online
-// softmax, weights times values. Thread (y, x) of 8 x 16 owns rows y, y + 8, ... throughout, with
-// the softmax state in registers; of the scores it computes keys x, x + 16, ..., of the output the
-// columns 4 (x + 16 j).
+// softmax, weights times values; codes are decoded on their way into a tile. Thread (y, x) of Y x X
+// owns rows y, y + Y, ... throughout, with the softmax state in registers; of the scores it computes
+// keys x, x + X, ..., of the output the columns 4 (x + X j).
 #include "common.cuh"
 
-#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(KV_T)
-#error "prefill.cu needs HEAD_DIM, ROWS, Q_T and KV_T"
+#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
+    !defined(SCALE_T)
+#error "prefill.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
 #endif
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 256, "tiles move in eights");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move in eights");
 
 constexpr int D = HEAD_DIM;
-constexpr int KEYS = D <= 128 ? 32 : 16;
-constexpr int THREADS = 128;
-constexpr int X = 16, Y = THREADS / X;
+constexpr int KEYS = D <= 128 ? 32 : D <= 256 ? 16 : 8;
+constexpr int X = D <= 256 ? 16 : 8, Y = 8;
+constexpr int THREADS = X * Y;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
 constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
@@ -46,10 +51,18 @@ static_assert(((ROWS + KEYS) * ROW_PITCH + ROWS * WEIGHT_PITCH) * 4 <= 48 << 10,
 
 constexpr float LN_2 = 0.693147180559945f;
 
-// The KEYS keys from `first` on, as floats. From `end` on the last key is repeated, to be masked
+// Rows of one KV head and their scales, with the strides of pages and tokens.
+template <typename T> struct Rows {
+    const T* pool;
+    const SCALE_T* scales;
+    i64 page, token, scale_page, scale_token;
+};
+
+// The KEYS rows from `first` on, as floats. From `end` on the last row is repeated, to be masked
 // later: loads without branches overlap.
-__device__ __forceinline__ void load_tile(float* tile, const KV_T* pool, const int* pages,
-                                          int first, int end, int P, int H, int kv_head) {
+template <typename T>
+__device__ __forceinline__ void load_tile(float* tile, const Rows<T>& rows, const int* pages,
+                                          int first, int end, int P) {
     constexpr int VECTORS = KEYS * (D / 8);
 #pragma unroll
     for (int turn = 0; turn < (VECTORS + THREADS - 1) / THREADS; turn++) {
@@ -57,19 +70,28 @@ __device__ __forceinline__ void load_tile(float* tile, const KV_T* pool, const i
         if (VECTORS % THREADS && i >= VECTORS) break;
         const u32 key = min(first + i / (D / 8), end - 1);
         const int d = i % (D / 8) * 8;
-        const i64 row = (i64)pages[key / P] * P + key % P;
+        const i64 page = pages[key / P], token = key % P;
         float x[8];
-        load8(x, pool + (row * H + kv_head) * D + d);
+        load8(x, rows.pool + page * rows.page + token * rows.token + d / PACKED<T>);
+        if (LARGEST<T> > 0.0f) {
+            const float scale =
+                to_float(rows.scales[page * rows.scale_page + token * rows.scale_token]);
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] *= scale;
+        }
         store8(tile + i / (D / 8) * ROW_PITCH + d, x);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 4 : 3)
 prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
-        const KV_T* __restrict__ k_pool, const KV_T* __restrict__ v_pool,
+        const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
+        const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
         const int* __restrict__ page_table, const int* __restrict__ lengths,
-        const int* __restrict__ q_starts, i64 q_stride, int B, int HQ, int H, int P, int M,
-        int causal, int window, float scale_log2) {
+        const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
+        i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
+        i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int causal, int window,
+        float scale_log2) {
     __shared__ __align__(16) float queries[ROWS * ROW_PITCH];
     __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
     __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
@@ -93,6 +115,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     const int kv_head = blockIdx.y;
     const int length = (int)max((i64)0, min((i64)lengths[b], (i64)M * P));
     const int* pages = page_table + (i64)b * M;
+    const Rows<K_T> k_rows = {k_pool + kv_head * k_head, k_scales + kv_head * ks_head,
+                              k_page, k_token, ks_page, ks_token};
+    const Rows<V_T> v_rows = {v_pool + kv_head * v_head, v_scales + kv_head * vs_head,
+                              v_page, v_token, vs_page, vs_token};
     const int x = threadIdx.x % X;
     const int y = threadIdx.x / X;
 
@@ -129,7 +155,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 
     for (int first = begin; first < end; first += KEYS) {
         __syncthreads();  // the last tile's values are used up; the first time, queries are written
-        load_tile(tile, k_pool, pages, first, end, P, H, kv_head);
+        load_tile(tile, k_rows, pages, first, end, P);
         __syncthreads();
 
         float score[MY_ROWS][MY_KEYS] = {};
@@ -154,7 +180,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
             }
         }
         __syncthreads();  // keys are used up
-        load_tile(tile, v_pool, pages, first, end, P, H, kv_head);
+        load_tile(tile, v_rows, pages, first, end, P);
 
 #pragma unroll
         for (int r = 0; r < MY_ROWS; r++) {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pykv import blocks, cuda
+from pykv import blocks, cuda, kinds
 from pykv.arrays import BFLOAT16
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, ShapeError
@@ -29,6 +30,9 @@ class PagedKVCache:
         pages: N, pages in each layer's pools.
         page_size: P, tokens a page.
         spec: what the pools hold, a KVSpec or a text that KVSpec.parse takes: "fp16", "int8", ...
+        margin: where heads or tensors share a scale, each layer's are found from the first rows
+            that are appended to it, `margin` times what their largest magnitude needs, and stay;
+            what later exceeds them is clamped. None: they are ones until the caller sets them.
         xp: the array module that decides where the cache lives, `numpy` or `cupy`.
 
     Attributes:
@@ -41,7 +45,8 @@ class PagedKVCache:
         manager: who holds which page.
 
     Raises:
-        ParameterError: a size is not positive, `head_dim` no multiple of 8, or the spec is unknown.
+        ParameterError: a size or `margin` is not positive, `head_dim` no multiple of 8, or the spec
+            is unknown.
         CapacityError: the memory cannot be had.
     """
 
@@ -54,6 +59,7 @@ class PagedKVCache:
         *,
         page_size: int = 16,
         spec: KVSpec | str = "fp16",
+        margin: float | None = None,
         xp: Any = np,
     ):
         sizes = dict(
@@ -64,7 +70,12 @@ class PagedKVCache:
                 raise ParameterError(f"PagedKVCache: {name} is {size}, expected at least 1")
         if head_dim % 8:
             raise ParameterError(f"PagedKVCache: head_dim is {head_dim}, expected a multiple of 8")
+        if margin is not None and not 0 < margin < math.inf:
+            raise ParameterError(f"PagedKVCache: margin is {margin}, expected a positive number")
         self.spec = spec if isinstance(spec, KVSpec) else KVSpec.parse(spec)
+        shares = self.spec.has_scales and not self.spec.finds_scales
+        self._margin = margin
+        self._without_scales = set(range(layers)) if shares and margin is not None else set()
         self.page_size = page_size
         self._sizes = (layers, heads, head_dim)
         self._xp = xp
@@ -119,7 +130,13 @@ class PagedKVCache:
         self.manager.enlarge(pages)
 
     def append(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
-        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append."""
+        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append.
+
+        On a GPU only enqueues, but waits where it finds a layer's scales; see `margin`.
+        """
+        if layer in self._without_scales and len(k):
+            with cuda.on_stream(stream):
+                self._find_scales(layer, k, v)
         k_scales, v_scales = self.scales[layer]
         options = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
         paged_append.append(k, v, *self.layers[layer], slots, **options, stream=stream)
@@ -135,6 +152,18 @@ class PagedKVCache:
         """Attention of several tokens a sequence over one layer; see prefill.prefill."""
         options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
+
+    def _find_scales(self, layer: int, k: Any, v: Any) -> None:
+        """Set the scales that a layer's heads, or its K and its V, share."""
+        axes = (0, 2) if self.spec.granularity == "head" else (0, 1, 2)
+        for kind, rows, scales in zip(self.spec.kinds, (k, v), self.scales[layer], strict=True):
+            if scales is None:
+                continue
+            amax = self._xp.abs(rows.astype(np.float32)).max(axis=axes)
+            amax = amax if self._xp is np else amax.get()
+            wanted = np.float32(self._margin) * amax.reshape(-1, 1)
+            scales[...] = self._xp.asarray(kinds.row_scales(wanted, kind, scales.dtype))
+        self._without_scales.remove(layer)
 
     def _of_spec(self, layer: int) -> dict[str, Any]:
         """What attention must be told of other pools than floats in NHD."""

@@ -87,6 +87,38 @@ def test_rows_are_encoded_in_their_layer(xp, rng, text):
     check(forked)
 
 
+@pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor:fp32", "fp16+int4:head:HND"])
+def test_shared_scales_are_found_from_a_layers_first_rows(xp, text):
+    """Largest magnitudes of 6 and 2 in the two heads of K, of 1 and 4 in those of V."""
+    cache = PagedKVCache(3, 2, 2, 8, page_size=4, spec=text, margin=1.5, xp=xp)
+    k, v = np.full((2, 3, 2, 8), 0.5, np.float32)
+    k[1, 0, 3], k[2, 1, 0], v[0, 0, 7], v[2, 1, 1] = -6, 2, 1, -4
+    slots = xp.asarray(np.arange(3, dtype=np.int32))
+    nothing = xp.zeros((0, 2, 8), np.float32)
+    cache.append(1, nothing, nothing, slots[:0])  # nothing to find them from
+    cache.append(1, *map(xp.asarray, (k, v)), slots)
+    cache.append(1, *map(xp.asarray, (9 * k, 9 * v)), slots)  # they stay
+    cache.enlarge(4)
+    cache.append(1, *map(xp.asarray, (9 * k, 9 * v)), slots)
+
+    sides = ((cache.k, cache.k_scales, (6, 2)), (cache.v, cache.v_scales, (1, 4)))
+    for kind, (pool, scales, peaks) in zip(cache.spec.kinds, sides, strict=True):
+        if scales is None:
+            continue
+        peaks = np.array(peaks if cache.spec.granularity == "head" else [max(peaks)], np.float32)
+        scales = to_numpy(scales)
+        assert_same_bits(scales[1], (1.5 * peaks / kind.largest).astype(scales.dtype))
+        assert (scales[[0, 2]] == 1).all()
+        clamped = np.abs(kinds.decode(to_numpy(pool), kind)).max()
+        assert clamped == kind.largest
+
+
+@pytest.mark.parametrize("margin", [0.0, -1.0, float("inf"), float("nan")])
+def test_the_margin_is_checked(margin):
+    with pytest.raises(ParameterError, match=f"margin is {margin}, expected a positive number"):
+        PagedKVCache(1, 1, 1, 8, spec="int8:head", margin=margin)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
 def test_one_token_is_answered_by_its_value(xp, rng, kind):
     cache = PagedKVCache(2, 4, 2, 64, page_size=4, spec=kind, xp=xp)

@@ -25,6 +25,10 @@ from pykv.llm.tokenizer import Tokenizer
 from pykv.pool import PagedKVCache, float_kind
 
 PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
+# Of scales that are found from the first tokens alone, see LLM. After a prompt of five tokens, the
+# perplexity of SmolLM2 with int8:head is 13.72 for a margin of 1, 13.03 for 1.5, 13.06 for 2, while
+# that with fp16 is 12.99.
+SCALE_MARGIN = 1.5
 LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
 
 
@@ -83,7 +87,11 @@ class LLM:
     Args:
         model: "smollm2-135m", "gemma3-270m" (fetched at the first use) or the path of a GGUF file.
         device: "cuda", "cpu", or "auto": the GPU where one is usable.
-        kv_dtype: what the cache stores: "fp16", "int8", "k8v4", ..., see KVSpec.parse.
+        kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
+            token and head has a scale; where heads or tensors share one instead ("int8:head"), it
+            is found from the first tokens that the LLM is given, of up to PREFILL_TOKENS, as
+            SCALE_MARGIN times what their largest magnitude needs, and stays: what later exceeds it
+            is clamped, so such an LLM should first be given a text like those to come.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
@@ -395,6 +403,7 @@ class LLM:
             config.head_dim,
             page_size=self.page_size,
             spec=self.spec,
+            margin=SCALE_MARGIN,
             xp=self.xp,
         )
 

@@ -153,7 +153,9 @@ def reference(
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = paged_decode.rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        k = paged_decode.decoded_rows(
+            k_pool, k_scales, spec, 0, page_table[b], first, length, dtype
+        )
         scores = paged_decode.score(
             *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
             *(None if tree is None else tree[b], causal),

@@ -328,8 +328,8 @@ def reference(
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
-        v = rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         H = k.shape[1]
         scores = score(
             *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
@@ -376,7 +376,7 @@ def score(
     return np.where(seen, scores, -np.inf)
 
 
-def rows(
+def decoded_rows(
     pool: Any,
     scales: Any,
     spec: KVSpec | None,

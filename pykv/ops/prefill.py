@@ -1,14 +1,14 @@
-"""Attention of many query tokens, ragged over sequences, over a paged KV pool.
+"""Attention of many query tokens, ragged over sequences, over a paged KV pool of any kind.
 
 Dimensions: T query tokens of all sequences, B sequences, HQ query heads, H KV heads, G = HQ / H,
 D head size, N pages in the pool, P tokens a page, M pages a sequence can have; Lq queries and Lk
-keys of one sequence.
+keys of one sequence; W elements that D codes take.
 Kernel: kernels_cu/prefill.cu.
 """
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,46 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, check, like, on_gpu
 from pykv.errors import ParameterError
-from pykv.ops.paged_decode import ALL_KEYS, check_attention, check_pages, gather, weigh
+from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
+from pykv.ops.paged_decode import (
+    ALL_KEYS,
+    LOG2_E,
+    check_attention,
+    check_pages,
+    decoded_rows,
+    page_token_head,
+    weigh,
+)
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 
 
 def _block_rows(D: int) -> int:
     """Rows of a block: as many as its shared memory and registers hold at head size D."""
-    return 64 if D <= 64 else 32 if D <= 128 else 16
+    return 64 if D <= 64 else 32 if D <= 128 else 16 if D <= 256 else 8
 
 
-VARIANTS = [dict(HEAD_DIM=d, ROWS=_block_rows(d), Q_T="float", KV_T="f16") for d in (64, 128, 256)]
+def _block_threads(D: int) -> int:
+    """Threads of a block: fewer where its rows and keys are few."""
+    return 128 if D <= 256 else 64
+
+
+def _defines(D: int, q_dtype: Any, spec: KVSpec) -> dict[str, Any]:
+    k, v = spec.kinds
+    return dict(
+        HEAD_DIM=D,
+        ROWS=_block_rows(D),
+        Q_T=cuda.TYPE_NAMES[q_dtype],
+        K_T=k.c_type,
+        V_T=v.c_type,
+        SCALE_T="float" if spec.has_scales and spec.scale_dtype == "fp32" else "f16",
+    )
+
+
+VARIANTS = [
+    *(_defines(D, FLOATS[0], KVSpec()) for D in (64, 128, 256)),
+    *(_defines(D, FLOATS[0], KVSpec("int8", "int8")) for D in (64, 128)),
+]
 
 
 def prefill(
@@ -37,6 +66,9 @@ def prefill(
     lengths: Any,
     q_starts: Any,
     *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
     scale: float | None = None,
     window: int | None = None,
     causal: bool = True,
@@ -53,12 +85,15 @@ def prefill(
 
     Args:
         q: [T, HQ, D] float32, float16 or bfloat16; the sequences' queries one after another, tokens
-            at any stride. HQ is a multiple of H, D of 8 and at most 256.
-        k_pool, v_pool: [N, P, H, D] float32, float16 or bfloat16.
+            at any stride. HQ is a multiple of H, D of 8 and at most 512.
+        k_pool, v_pool: [N, P, H, W], in layout HND [N, H, P, W], of the dtypes of `spec`; pages,
+            tokens and heads at any stride.
         page_table: [B, M] int32; physical pages of each sequence, in order. Entries that hold no
             visible key (past the length, before the first query's window) are not read.
         lengths: [B] int32; keys of each sequence, those of the queries' tokens included.
         q_starts: [B+1] int32; where each sequence's queries begin in `q`: 0, ..., T.
+        k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
+        spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
         window: number of last keys that a query sees; all if None. Causal attention only.
         causal: whether later keys are hidden.
@@ -73,9 +108,10 @@ def prefill(
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
         DtypeError: an array has another dtype.
-        UnsupportedError: D exceeds 256.
-        ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`, or, on
-            the host, `q_starts` does not rise from 0 to T or a page does not exist.
+        UnsupportedError: D exceeds 512.
+        ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`, scales
+            are missing or too many, or, on the host, `q_starts` does not rise from 0 to T or a page
+            does not exist.
         CapacityError: on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
@@ -84,18 +120,19 @@ def prefill(
     softmax, with the query heads of a KV head packed as rows.
     """
     op = "prefill.prefill"
+    if spec is None:
+        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
     dims = check(
         op,
         q=(q, "T | HQ D", FLOATS),
-        k_pool=(k_pool, "N P H D", FLOATS),
-        v_pool=(v_pool, "N P H D", k_pool.dtype),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
         page_table=(page_table, "B M", INT32),
         lengths=(lengths, "B", INT32),
         q_starts=(q_starts, "B+1", INT32),
         out=(out, "T HQ D", q.dtype),
         lse=(lse, "T HQ", FLOAT32),
     )
-    scale = check_attention(op, dims, scale, window)
+    scale = check_attention(op, dims, scale, window, 512)
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if not on_gpu(q):
@@ -105,7 +142,7 @@ def prefill(
                 f"{op}: q_starts is {q_starts}, expected to rise from 0 to T={dims['T']}"
             )
         read = np.where(counts > 0, lengths, 0)
-        check_pages(op, page_table, read, counts - 1, window, k_pool.shape)
+        check_pages(op, page_table, read, counts - 1, window, (dims["N"], dims["P"]))
     if out is None:
         out = like(q, q.shape, q.dtype)
     if lse is None and return_lse:
@@ -114,23 +151,15 @@ def prefill(
         pass
     elif on_gpu(q):
         _cuda(
-            q,
-            k_pool,
-            v_pool,
-            page_table,
-            lengths,
-            q_starts,
-            scale,
-            window,
-            causal,
-            out,
-            lse,
-            dims,
-            stream,
+            *(q, k_pool, v_pool, page_table, lengths, q_starts, k_scales, v_scales, spec, scale),
+            *(window, causal, out, lse, dims, stream),
         )
     else:
         out[...], sums = reference(
-            q, k_pool, v_pool, page_table, lengths, q_starts, scale, window, causal
+            *(q, k_pool, v_pool, page_table, lengths, q_starts, scale, window, causal),
+            k_scales=k_scales,
+            v_scales=v_scales,
+            spec=spec,
         )
         if lse is not None:
             lse[...] = sums
@@ -147,10 +176,14 @@ def reference(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
     T, HQ, D = q.shape
-    H = k_pool.shape[2]
+    H = k_pool.shape[1 if spec is not None and spec.layout == "HND" else 2]
     G = HQ // H
     dtype = np.result_type(q.dtype, np.float32)
     out = np.zeros((T, HQ, D), dtype)
@@ -165,8 +198,8 @@ def reference(
         if start >= stop or length <= 0:
             continue
         first = max(start + shift + 1 - window, 0) if window else 0
-        k = gather(k_pool, page_table[b], first, length, dtype)
-        v = gather(v_pool, page_table[b], first, length, dtype)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
+        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         step = max(1, SCORE_BYTES // (HQ * len(k) * dtype.itemsize))
         for t in range(start, stop, step):
             n = min(step, stop - t)
@@ -192,6 +225,32 @@ def reference(
     return out.astype(q.dtype, copy=False), lse
 
 
+@lru_cache(maxsize=1024)
+def _scalars(
+    spec: KVSpec,
+    q: tuple[int, int],
+    pools: tuple[tuple[int, ...], tuple[int, ...]],
+    scales: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    sizes: tuple[int, ...],
+    scale: float,
+) -> tuple[Any, ...]:
+    """What the kernel takes besides arrays; kept, because making it costs as much as a launch.
+
+    Args:
+        spec: of the pools.
+        q: token stride and element size.
+        pools, scales: strides of K's and V's.
+        sizes: B, HQ, H, P, M, causal, window.
+        scale: factor of q.k.
+    """
+    steps = [q[0] // q[1]]
+    for strides, kind in zip(pools, spec.kinds, strict=True):
+        steps += page_token_head(strides, kind.dtype.itemsize, spec)
+    for of_scales in scales:
+        steps += page_token_head(of_scales, SCALE_DTYPES[spec.scale_dtype].itemsize, spec)
+    return (*map(np.int64, steps), *map(np.int32, sizes), np.float32(scale * LOG2_E))
+
+
 def _cuda(
     q: Any,
     k_pool: Any,
@@ -199,6 +258,9 @@ def _cuda(
     page_table: Any,
     lengths: Any,
     q_starts: Any,
+    k_scales: Any,
+    v_scales: Any,
+    spec: KVSpec,
     scale: float,
     window: int | None,
     causal: bool,
@@ -208,35 +270,19 @@ def _cuda(
     stream: Any,
 ) -> None:
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
-    rows = _block_rows(D)
-    kernel = cuda.kernel(
-        "prefill",
-        "prefill",
-        HEAD_DIM=D,
-        ROWS=rows,
-        Q_T=cuda.TYPE_NAMES[q.dtype],
-        KV_T=cuda.TYPE_NAMES[k_pool.dtype],
+    kernel = cuda.kernel("prefill", "prefill", **_defines(D, q.dtype, spec))
+    keys = ALL_KEYS if window is None else min(window, ALL_KEYS)
+    scalars = _scalars(
+        spec,
+        (q.strides[0], q.itemsize),
+        (k_pool.strides, v_pool.strides),
+        tuple(None if x is None else x.strides for x in (k_scales, v_scales)),
+        (B, HQ, H, P, M, int(causal), keys),
+        scale,
     )
     with cuda.on_stream(stream):
         cuda.launch(
-            kernel,
-            (T * (HQ // H) // rows + B, H),
-            128,
-            out,
-            lse,
-            q,
-            k_pool,
-            v_pool,
-            page_table,
-            lengths,
-            q_starts,
-            np.int64(q.strides[0] // q.itemsize),
-            np.int32(B),
-            np.int32(HQ),
-            np.int32(H),
-            np.int32(P),
-            np.int32(M),
-            np.int32(causal),
-            np.int32(ALL_KEYS if window is None else min(window, ALL_KEYS)),
-            np.float32(scale * math.log2(math.e)),
+            *(kernel, (T * (HQ // H) // _block_rows(D) + B, H), _block_threads(D), out, lse, q),
+            *(k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts),
+            scalars=scalars,
         )

@@ -44,8 +44,14 @@ def test_the_text_is_the_same_with_windows(open_llm, rng):
     check_the_text(open_llm, rng, "gemma3")  # windows of 8 keys
 
 
-def check_the_text(open_llm, rng, name):
-    llm, plain = open_llm(name), open_llm(name, prefix_cache=False)
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8:HND", "k8v4:fp32", "int8:head"])
+def test_scales_are_reused_with_their_pages(open_llm, rng, kv_dtype):
+    check_the_text(open_llm, rng, "llama", kv_dtype=kv_dtype)
+
+
+def check_the_text(open_llm, rng, name, **options):
+    llm, plain = open_llm(name, **options), open_llm(name, prefix_cache=False, **options)
     start = tokens_of(rng, 50)
     prompts = [start + tokens_of(rng, n) for n in (3, 20)] + [start[:40] + tokens_of(rng, 5)]
     for prompt, reused in zip(prompts, (0, 48, 32), strict=True):

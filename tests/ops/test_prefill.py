@@ -6,10 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pykv import kinds
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_decode, prefill
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
-from tests.ops.test_paged_decode import assert_lse_close, paged
+from tests.ops.test_paged_decode import assert_lse_close, cache, paged
 
 # sequences: (queries, keys) of each
 BASE = dict(
@@ -26,7 +27,7 @@ BASE = dict(
 EDGES = tuple((n, n + 5) for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65))
 CHANGES = (
     *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
-    *({"D": D} for D in (8, 40, 80, 128, 192, 256)),
+    *({"D": D} for D in (8, 40, 80, 128, 192, 256, 264)),
     *({"P": P} for P in (1, 3, 64)),
     *({"sequences": s} for s in (((0, 0),), ((1, 1),), ((0, 5), (9, 9), (0, 0), (2, 20), (0, 3)))),
     *({"sequences": s} for s in (((70, 97),), ((33, 1025),), ((6, 2), (4, 4), (3, 0)))),
@@ -100,6 +101,97 @@ def test_matches_the_oracle(xp, rng, case):
     assert out.dtype == args[0].dtype
     assert_close_to_oracle(out, low, exact)
     assert_lse_close(lse, low_lse, exact_lse)
+
+
+# Kinds, scales and layouts; tiles that are cut, and a sequence that no row is of.
+CODE_BASE = {**BASE, "sequences": ((20, 50), (0, 9), (3, 40)), "spec": "int8"}
+CODE_CHANGES = (
+    *({"spec": s} for s in ("bf16", "int8", "int4", "e4m3", "e5m2", "k8v4", "fp16+int4")),
+    *({"spec": s} for s in ("e4m3+bf16", "fp32+int8", "fp16:HND", "int8:HND", "k8v4:fp32:HND")),
+    *({"spec": s} for s in ("int8:head", "int4:head:HND", "e4m3:tensor", "e5m2:tensor:fp32")),
+    *({"spec": s, "D": 128} for s in ("int8:fp32", "int4", "e4m3")),
+    *({"D": D} for D in (8, 40, 256, 264)),
+    {"D": 512, "H": 1, "G": 3, "spec": "k8v4"},
+    *({"P": P} for P in (1, 3, 64)),
+    *({"G": G} for G in (1, 3)),
+    *({"window": w} for w in (1, 17)),
+    *({"q": "float16"}, {"q": "bfloat16"}, {"causal": False}),
+)
+CODE_CASES = [{**CODE_BASE, **change} for change in CODE_CHANGES]
+
+
+def code_inputs(rng, sequences, G, H, D, P, window, causal, q, kv, spec):
+    """As `inputs`: arguments and, by name, what a spec adds."""
+    keys = [n for _, n in sequences]
+    unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
+    starts = np.cumsum([0] + [m for m, _ in sequences]).astype(np.int32)
+    q_dtype = np.dtype(getattr(ml_dtypes, q, q))
+    queries = rng.standard_normal((starts[-1], H * G, D)).astype(q_dtype)
+    spec, arrays, table = cache(rng, keys, P, H, D, spec, unseen)
+    where = (table, np.array(keys, np.int32), starts)
+    return queries, arrays, where, spec
+
+
+def of_spec(xp, spec, arrays):
+    """Arrays by name, on a device, and the spec."""
+    return {name: x if x is None else xp.asarray(x) for name, x in arrays.items()} | {"spec": spec}
+
+
+@pytest.mark.parametrize("case", CODE_CASES, ids=str)
+def test_every_kind_matches_the_oracle(xp, rng, case):
+    q, arrays, (table, lengths, starts), spec = code_inputs(rng, **case)
+    given = dict(page_table=table, lengths=lengths, q_starts=starts)
+    options = dict(window=case["window"], causal=case["causal"])
+    sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
+    out, lse = prefill.prefill(xp.asarray(q), **sent, **options, return_lse=True)
+    (low, low_lse), (exact, exact_lse) = (
+        prefill.reference(x, **given, **arrays, spec=spec, scale=case["D"] ** -0.5, **options)
+        for x in (q, q.astype(np.float64))
+    )
+    assert out.dtype == q.dtype
+    assert_close_to_oracle(out, low, exact)
+    assert_lse_close(lse, low_lse, exact_lse)
+
+
+@pytest.mark.parametrize("spec", ["int8", "k8v4:HND", "e4m3:head", "e5m2:tensor:fp32", "int4:fp32"])
+def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
+    """Decoded by hand into float32 pools, the scale of each row, head or tensor applied."""
+    case = {**CODE_BASE, "spec": spec}
+    q, arrays, where, spec = code_inputs(rng, **case)
+    q, *where = map(xp.asarray, (q, *where))
+    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
+    got = prefill.prefill(q, **names, **of_spec(xp, spec, arrays))
+    pools = []
+    for name, kind in zip("kv", spec.kinds, strict=True):
+        pool = kinds.decode(arrays[f"{name}_pool"], kind)
+        factors = arrays[f"{name}_scales"].astype(np.float32)
+        if spec.granularity == "token":
+            pool *= factors[..., None]
+        else:
+            pool *= factors[:, None] if spec.layout == "NHD" else factors[:, None, None]
+        pools.append(pool.swapaxes(1, 2).copy() if spec.layout == "HND" else pool)
+    want = prefill.prefill(q, *map(xp.asarray, pools), *where)
+    np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "int4"])
+def test_pools_may_be_views_of_one_array(xp, rng, spec):
+    """Keys and values in one tensor, between layers and heads that nobody may read."""
+    q, arrays, where, spec = code_inputs(rng, **{**CODE_BASE, "spec": spec})
+    q, *where = map(xp.asarray, (q, *where))
+    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
+    want = prefill.prefill(q, **names, **of_spec(xp, spec, arrays))
+    views = {"k_scales": None, "v_scales": None, "spec": spec}
+    for name in ("pool", "scales"):
+        k, v = arrays[f"k_{name}"], arrays[f"v_{name}"]
+        if k is not None:
+            N, P, H, *rest = k.shape
+            filling = np.nan if k.dtype.kind == "f" else 127
+            joined = xp.full((N, 3, 2, P, H + 1, *rest), filling, k.dtype)
+            joined[:, 1, 0, :, :H], joined[:, 1, 1, :, :H] = xp.asarray(k), xp.asarray(v)
+            views[f"k_{name}"] = joined[:, 1, 0, :, :H]
+            views[f"v_{name}"] = joined[:, 1, 1, :, :H]
+    assert_same_bits(prefill.prefill(q, **names, **views), want)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -220,9 +312,19 @@ def test_errors_name_the_argument(xp, rng):
     odd = [xp.zeros((11, 1, 12), np.float32), *[xp.zeros((1, 1, 1, 12), np.float32)] * 2]
     with pytest.raises(ShapeError, match="q has D=12, expected a multiple of 8"):
         run(*odd, *args[3:])
-    wide = [xp.zeros((11, 1, 264), np.float32), *[xp.zeros((1, 1, 1, 264), np.float32)] * 2]
-    with pytest.raises(UnsupportedError, match="q has D=264, expected at most 256"):
+    wide = [xp.zeros((11, 1, 520), np.float32), *[xp.zeros((1, 1, 1, 520), np.float32)] * 2]
+    with pytest.raises(UnsupportedError, match="q has D=520, expected at most 512"):
         run(*wide, *args[3:])
+    codes = xp.zeros(k_pool.shape, np.uint8)
+    with pytest.raises(ParameterError, match="spec is missing, and k_pool is uint8"):
+        run(q, codes, codes, *args[3:])
+    e4m3 = kinds.KVSpec.parse("e4m3")
+    with pytest.raises(ParameterError, match="k_scales is missing, expected scales for e4m3"):
+        run(q, codes, codes, *args[3:], spec=e4m3)
+    with pytest.raises(DtypeError, match="v_pool has dtype float16, expected uint8"):
+        run(q, codes, v_pool, *args[3:], spec=e4m3, **scales(xp, (*k_pool.shape[:3],)))
+    with pytest.raises(ShapeError, match="k_scales has N=1, expected N="):
+        run(q, codes, codes, *args[3:], spec=e4m3, **scales(xp, (1, *k_pool.shape[1:3])))
     with pytest.raises(ShapeError, match=r"q_starts has size 3, expected B\+1=4"):
         run(*args[:5], starts[:3])
     with pytest.raises(DtypeError, match="q_starts has dtype int64, expected int32"):
@@ -233,6 +335,10 @@ def test_errors_name_the_argument(xp, rng):
         run(*args, window=-1)
     with pytest.raises(ParameterError, match="window is 5, expected None with causal=False"):
         run(*args, window=5, causal=False)
+
+
+def scales(xp, shape):
+    return dict.fromkeys(("k_scales", "v_scales"), xp.ones(shape, np.float16))
 
 
 def test_the_host_checks_starts_lengths_and_pages(rng):

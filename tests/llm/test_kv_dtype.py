@@ -1,0 +1,148 @@
+"""Caches of every kind under a model: codes are written, read by both attentions, and kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykv import cuda, kinds, pool
+from pykv.kinds import KVSpec
+from pykv.llm import LLM, SamplingParams, generate
+from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.llm import tiny
+
+DATA = Path(__file__).parent / "data"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SPECS = ("int8", "fp8", "int4", "k8v4", "fp16+e5m2", "int8:HND:fp32", "fp16:HND")
+SHARED = ("int8:head", "e4m3:tensor:fp32", "k8v4:head:HND")
+
+
+@pytest.fixture(scope="module")
+def tiny_paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("llama", "gemma3"):
+        tiny.write_case(folder / f"{name}.gguf", name)
+    return folder
+
+
+@pytest.fixture
+def open_llm(tiny_paths, xp, monkeypatch):
+    """A tiny model whose arrays are of `xp`."""
+    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
+    return lambda name="llama", **options: LLM(tiny_paths / f"{name}.gguf", **options)
+
+
+def greedy(tokens):
+    return SamplingParams(max_tokens=tokens, ignore_eos=True)
+
+
+def tokens_of(rng, count):
+    return rng.integers(3, 250, count).tolist()
+
+
+def patch_append(monkeypatch, spec):
+    """Make caches of floats keep what `spec` would make of rows, by pykv.kinds alone."""
+    append, found = pool.PagedKVCache.append, {}
+    dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+
+    def stored(layer, i, rows):
+        kind = spec.kinds[i]
+        if kind.largest and not spec.finds_scales and (layer, i) not in found:
+            peak = np.abs(rows).max((0, 2) if spec.granularity == "head" else None)
+            found[layer, i] = (generate.SCALE_MARGIN * peak / kind.largest).astype(dtype)
+        scale = found.get((layer, i))
+        codes, scale = kinds.quantize(rows, kind, scale=scale, scale_dtype=dtype)
+        return kinds.dequantize(codes, kind, scale)
+
+    def append_stored(self, layer, k, v, slots, **options):
+        rows = (stored(layer, i, to_numpy(rows)) for i, rows in enumerate((k, v)))
+        append(self, layer, *map(self._xp.asarray, rows), slots, **options)
+
+    monkeypatch.setattr(pool.PagedKVCache, "append", append_stored)
+
+
+@without_simt
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("kv_dtype", [*SPECS, *SHARED])
+def test_a_model_reads_what_the_kinds_define(open_llm, rng, monkeypatch, name, kv_dtype):
+    check_a_model(open_llm, rng, monkeypatch, name, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "e4m3+int4:head:HND"])
+def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, kv_dtype):
+    check_a_model(open_llm, rng, monkeypatch, "llama", kv_dtype)
+
+
+def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):
+    """Logits are those of floats that hold decoded codes; answers agree with the logits. Logits
+    have a standard deviation of 4."""
+    llm = open_llm(name, kv_dtype=kv_dtype)
+    ids = tokens_of(rng, 40)
+    logits = llm.logits(ids)
+    (answer,) = llm.generate([ids], greedy(12))
+    after = llm.logits(ids + answer.token_ids)[len(ids) - 1 : -1]
+    chosen = after[np.arange(12), answer.token_ids]
+    assert (chosen > after.max(axis=1) - 0.2).all()
+
+    exact = open_llm(name, kv_dtype="fp32").logits(ids)
+    patch_append(monkeypatch, KVSpec.parse(kv_dtype))
+    want = open_llm(name, kv_dtype="fp32").logits(ids)
+    np.testing.assert_allclose(logits, want, rtol=0, atol=2e-3)
+    assert np.abs(want - exact).max() > 4e-3  # or the bound would say nothing
+
+
+@without_simt
+def test_scales_of_pages_are_read(open_llm, rng):
+    """A NaN among the scales of a page that a prompt reuses, then of one that it computes."""
+    llm = open_llm(kv_dtype="int8")
+    prompt = tokens_of(rng, 40)
+    (want,) = llm.generate([prompt], greedy(4))
+    llm.cache.v_scales[:, 2] = np.nan
+    assert llm.generate([prompt], greedy(4)) == [want] and llm.stats.reused_tokens == 32
+    llm.cache.v_scales[:, 0] = np.nan
+    assert llm.generate([prompt], greedy(4)) != [want] and llm.stats.reused_tokens == 32
+
+
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["int8", "int8:head"])
+def test_a_pool_that_grows_keeps_its_scales(open_llm, rng, kv_dtype):
+    llm = open_llm(kv_dtype=kv_dtype)
+    prompt = tokens_of(rng, 20)
+    stream = llm.stream(prompt, greedy(20))
+    pieces = [next(stream)]
+    llm.generate([tokens_of(rng, 90)], greedy(8))
+    pieces += stream
+    assert "".join(pieces) == open_llm(kv_dtype=kv_dtype).generate([prompt], greedy(20))[0].text
+
+
+@without_simt
+def test_shared_scales_come_from_the_first_tokens(open_llm, rng):
+    first, second = tokens_of(rng, 30), tokens_of(rng, 60)
+    llm = open_llm(kv_dtype="int8:head")
+    assert (to_numpy(llm.cache.k_scales) == 1).all()
+    llm.generate([first], greedy(3))
+    scales = [to_numpy(x).copy() for x in (llm.cache.k_scales, llm.cache.v_scales)]
+    llm.generate([second], greedy(3))
+    for now, before in zip((llm.cache.k_scales, llm.cache.v_scales), scales, strict=True):
+        assert_same_bits(now, before)
+        assert ((before > 1e-3) & (before < 0.5)).all()
+    other = open_llm(kv_dtype="int8:head")
+    other.generate([second], greedy(3))
+    assert (to_numpy(other.cache.k_scales) != scales[0]).any()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["smollm2-135m", "gemma3-270m"])
+def test_greedy_text_with_int8_is_that_with_fp16(model_path, model, device):
+    """For 4 of 5 prompts at least, 48 tokens each."""
+    truth = json.loads((DATA / f"truth_{model}.json").read_text())
+    prompts = [prompt["ids"] for prompt in truth["prompts"][:5]]
+    plain, codes = (
+        [a.text for a in LLM(model, device=device, kv_dtype=k).generate(prompts, greedy(48))]
+        for k in ("fp16", "int8")
+    )
+    same = [a == b for a, b in zip(plain, codes, strict=True)]
+    assert sum(same) >= 4, [pair for pair in zip(plain, codes, strict=True) if pair[0] != pair[1]]

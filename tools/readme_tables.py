@@ -170,8 +170,8 @@ def caches(records):
         return []
     text = (
         "Paged caches, 8 KV heads of 128 elements, 16 tokens a page (`pykv bench append`, "
-        "`gather`, `pages`). Appended rows\ncome from the L2 cache, where a product has just left them, so "
-        "they may beat a copy through memory."
+        "`gather`, `pages`). Appended rows\ncome from the L2 cache, where a product has just left "
+        "them, so they may beat a copy through memory."
     )
     return [text, table(["what", "kind", "time", "share"], rows)]
 
@@ -202,7 +202,8 @@ def decodes(records):
     ]
     text = (
         "Attention of one query a sequence (`pykv bench decode`): microseconds a call in a "
-        "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be read at."
+        "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be "
+        "read at."
     )
     return [text, table(["sequences x keys", "heads", "D", "P", *kinds], rows)]
 

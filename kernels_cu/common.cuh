@@ -674,6 +674,119 @@ __device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, g
 __device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
 __device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
 
+// --- Rows of pools: WIDTH lanes share one of N elements, and write it as its kind asks ------------
+
+struct Place { int page, offset; };  // page is negative: nowhere
+
+template <int TOKENS, typename T> __device__ __forceinline__ Place place_of_slot(T slot) {
+    if (slot < 0) return Place{-1, 0};
+    if (sizeof(slot) == 4) return Place{(int)((u32)slot / TOKENS), (int)((u32)slot % TOKENS)};
+    return Place{(int)((u64)slot / TOKENS), (int)((u64)slot % TOKENS)};
+}
+
+// A lane's share of a row: piece i is the eight elements from column(i) on.
+template <typename T, int N, int WIDTH> struct RowShare {
+    static constexpr int PIECES = (N / 8 + WIDTH - 1) / WIDTH;
+    Eight<T> pieces[PIECES];
+
+    static __device__ __forceinline__ u32 column(int piece) {
+        return (piece * WIDTH + threadIdx.x % WIDTH) * 8;
+    }
+};
+
+template <int N, int WIDTH, typename T>
+__device__ __forceinline__ RowShare<T, N, WIDTH> load_share(const T* from) {
+    RowShare<T, N, WIDTH> share = {};  // zeros do not change a maximum
+#pragma unroll
+    for (int i = 0; i < share.PIECES; i++) {
+        if (share.column(i) < N) share.pieces[i] = get8_now(from + share.column(i));
+    }
+    return share;
+}
+
+// The largest magnitude of a share; see max_magnitude.
+template <typename T, int N, int WIDTH>
+__device__ __forceinline__ u32 max_of(const RowShare<T, N, WIDTH>& share) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < share.PIECES; i++) largest = max(largest, max_magnitude(share.pieces[i]));
+    return largest;
+}
+
+template <typename T, typename U> constexpr bool SAME = false;
+template <typename T> constexpr bool SAME<T, T> = true;
+
+// Write a share as it is, or rounded to another kind of floats.
+template <typename To, typename T, int N, int WIDTH>
+__device__ __forceinline__ void store_floats(To* to, const RowShare<T, N, WIDTH>& share) {
+#pragma unroll
+    for (int i = 0; i < share.PIECES; i++) {
+        if (share.column(i) >= N) continue;
+        if constexpr (SAME<To, T>) {
+            put8(to + share.column(i), share.pieces[i]);
+        } else {
+            float x[8];
+            Eight<To> eight;
+            unpack8(x, share.pieces[i]);
+            pack8(eight, x);
+            put8(to + share.column(i), eight);
+        }
+    }
+}
+
+// Write a share as codes, with a scale that it FINDS from the row's largest magnitude, or is given.
+template <bool FINDS, typename To, typename SCALE, typename T, int N, int WIDTH>
+__device__ __forceinline__ void store_codes(To* to, SCALE* scale_at, RowShare<T, N, WIDTH> share,
+                                            u32 largest) {
+    float inverse;
+    bool clamps = !IS_FP8<To>;  // which clamps by itself
+    if constexpr (FINDS) {
+        const float amax = as_float(largest, T{});
+        const SCALE scale = row_scale<To, SCALE>(__float_as_uint(amax));
+        if (threadIdx.x % WIDTH == 0) *scale_at = scale;
+        inverse = inverse_scale(scale);
+        if (inverse == 0.0f) share = RowShare<T, N, WIDTH>{};  // NaN and infinity too
+        // A scale that is subnormal, or limited by its dtype, may be far below what was asked for.
+        clamps = clamps && amax * inverse > LARGEST<To> + 0.25f;
+    } else {
+        inverse = inverse_scale(*scale_at);
+        if (inverse == 0.0f) share = RowShare<T, N, WIDTH>{};
+    }
+#pragma unroll
+    for (int i = 0; i < share.PIECES; i++) {
+        if (share.column(i) >= N) continue;
+        float x[8];
+        unpack8(x, share.pieces[i]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            x[j] = __fmul_rn(x[j], inverse);
+            if (!FINDS && !IS_FP8<To> && x[j] != x[j]) x[j] = 0.0f;
+        }
+        if (clamps) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = fminf(fmaxf(x[j], -LARGEST<To>), LARGEST<To>);
+        }
+        store8(to + share.column(i) / PACKED<To>, x);
+    }
+}
+
+// Write a share of the row that goes to a place, and its scale; strides in elements.
+template <bool FINDS, typename To, typename SCALE, typename T, int N, int WIDTH>
+__device__ __forceinline__ void store_row(To* pool, i64 page_stride, i64 token_stride,
+                                          i64 head_stride, SCALE* scales, i64 scale_page_stride,
+                                          i64 scale_token_stride, i64 scale_head_stride,
+                                          Place place, u32 head, const RowShare<T, N, WIDTH>& share,
+                                          u32 largest) {
+    const u32 page = place.page, offset = place.offset;
+    To* to = pool + page * page_stride + offset * token_stride + head * head_stride;
+    if constexpr (LARGEST<To> > 0) {
+        scales += page * scale_page_stride + offset * scale_token_stride + head * scale_head_stride;
+        store_codes<FINDS>(to, scales, share, largest);
+    } else {
+        store_floats(to, share);
+    }
+}
+
 // --- Operands of mma: words of elements as pairs of f16, or of bf16 ------------------------------
 
 template <typename T> constexpr bool IS_BF16 = false;
@@ -819,6 +932,13 @@ template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
     }
+}
+
+// The sum over each aligned group of WIDTH lanes.
+template <int WIDTH> __device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+    for (int lane = WIDTH / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    return x;
 }
 
 // N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes trade

@@ -44,16 +44,12 @@
 #if !defined(ADDRESS) || !defined(SCALES) || !defined(AFTER) || !defined(ADVANCE)
 #error "paged_append.cu needs ADDRESS, SCALES, AFTER and ADVANCE"
 #endif
-constexpr int D = HEAD_DIM, H = HEADS;
+constexpr int D = HEAD_DIM, H = HEADS, GROUPS = BLOCK / LANES;
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
-constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
-constexpr int GROUPS = BLOCK / LANES;
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
 // --- Where a row goes -----------------------------------------------------------------------------
-
-struct Place { int page, offset; };  // page is negative: nowhere
 
 __device__ __forceinline__ Place place_of(const int* indices, const int* indptr, int request,
                                           int position) {
@@ -86,10 +82,7 @@ __device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indice
                                             const int* indptr, const int* counts,
                                             int num_requests, int token) {
 #if ADDRESS == SLOTS
-    const ROW_T slot = rows[token];
-    if (slot < 0) return Place{-1, 0};
-    if (sizeof(slot) == 4) return Place{(int)((u32)slot / PAGE), (int)((u32)slot % PAGE)};
-    return Place{(int)((u64)slot / PAGE), (int)((u64)slot % PAGE)};
+    return place_of_slot<PAGE>(rows[token]);
 #elif ADDRESS == DECODE
     return place_of(indices, indptr, token, length_of(indptr, token, counts[token] - AFTER));
 #elif ADDRESS == RAGGED
@@ -104,106 +97,7 @@ __device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indice
 #endif
 }
 
-// --- Rows -----------------------------------------------------------------------------------------
-
-// A lane's share of a row: piece i is the eight elements from column_of(i) on.
-struct Row { Eight<NEW_T> pieces[PIECES]; };
-
-__device__ __forceinline__ u32 column_of(int piece) {
-    return (piece * LANES + threadIdx.x % LANES) * 8;
-}
-
-__device__ __forceinline__ Row load_row(const NEW_T* from) {
-    Row row = {};  // zeros do not change a maximum
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if (column_of(i) < D) row.pieces[i] = get8_now(from + column_of(i));
-    }
-    return row;
-}
-
 template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
-
-// The largest magnitude of a lane's share, where somebody asks for it.
-template <typename T> __device__ __forceinline__ u32 max_of(const Row& row) {
-    u32 largest = 0;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if constexpr (FINDS_SCALE<T>) largest = max(largest, max_magnitude(row.pieces[i]));
-    }
-    return largest;
-}
-
-template <typename T, typename U> constexpr bool SAME = false;
-template <typename T> constexpr bool SAME<T, T> = true;
-
-// Write a lane's share as it is, or rounded to another kind of floats.
-template <typename T> __device__ __forceinline__ void store_floats(T* to, const Row& row) {
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if (column_of(i) >= D) continue;
-        if constexpr (SAME<T, NEW_T>) {
-            put8(to + column_of(i), row.pieces[i]);
-        } else {
-            float x[8];
-            Eight<T> eight;
-            unpack8(x, row.pieces[i]);
-            pack8(eight, x);
-            put8(to + column_of(i), eight);
-        }
-    }
-}
-
-// Write a lane's share as codes; `largest` is the row's magnitude.
-template <typename T>
-__device__ __forceinline__ void store_codes(T* to, SCALE_T* scale_at, Row row, u32 largest) {
-    float inverse;
-    bool clamps = !IS_FP8<T>;  // which clamps by itself
-    if constexpr (SCALES == FOUND) {
-        const float amax = as_float(largest, NEW_T{});
-        const SCALE_T scale = row_scale<T, SCALE_T>(__float_as_uint(amax));
-        if (threadIdx.x % LANES == 0) *scale_at = scale;
-        inverse = inverse_scale(scale);
-        if (inverse == 0.0f) row = Row{};  // NaN and infinity too
-        // A scale that is subnormal, or limited by its dtype, may be far below what was asked for.
-        clamps = clamps && amax * inverse > LARGEST<T> + 0.25f;
-    } else {
-        inverse = inverse_scale(*scale_at);
-        if (inverse == 0.0f) row = Row{};
-    }
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        if (column_of(i) >= D) continue;
-        float x[8];
-        unpack8(x, row.pieces[i]);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            x[j] = __fmul_rn(x[j], inverse);
-            if (SCALES == GIVEN && !IS_FP8<T> && x[j] != x[j]) x[j] = 0.0f;
-        }
-        if (clamps) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) x[j] = fminf(fmaxf(x[j], -LARGEST<T>), LARGEST<T>);
-        }
-        store8(to + column_of(i) / PACKED<T>, x);
-    }
-}
-
-// Write a lane's share of the row that goes to a place, and its scale.
-template <typename T>
-__device__ __forceinline__ void store_row(T* pool, i64 page_stride, i64 token_stride,
-                                          i64 head_stride, SCALE_T* scales, i64 scale_page_stride,
-                                          i64 scale_token_stride, i64 scale_head_stride,
-                                          Place place, u32 head, const Row& row, u32 largest) {
-    const u32 page = place.page, offset = place.offset;
-    T* to = pool + page * page_stride + offset * token_stride + head * head_stride;
-    if constexpr (LARGEST<T> > 0) {
-        scales += page * scale_page_stride + offset * scale_token_stride + head * scale_head_stride;
-        store_codes(to, scales, row, largest);
-    } else {
-        store_floats(to, row);
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __restrict__ k_scales,
@@ -225,18 +119,22 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         const bool wanted = row < num_rows && (!ADVANCE || of_block < H);
         const u32 known = wanted ? row : num_rows - 1;  // no lane leaves its warp
         const u32 token = known / H, head = known % H;
-        const Row k_row = load_row(k + token * k_token + head * k_head);
-        const Row v_row = load_row(v + token * v_token + head * v_head);
+        const auto k_row = load_share<D, LANES>(k + token * k_token + head * k_head);
+        const auto v_row = load_share<D, LANES>(v + token * v_token + head * v_head);
         __syncwarp();  // loads are under way before it is known where the rows go
         const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
-        u32 largest[2] = {max_of<K_T>(k_row), max_of<V_T>(v_row)};
+        u32 largest[2] = {};
+        if constexpr (FINDS_SCALE<K_T>) largest[0] = max_of(k_row);
+        if constexpr (FINDS_SCALE<V_T>) largest[1] = max_of(v_row);
         if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
         if (!wanted || place.page < 0) continue;
         written = true;
-        store_row(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales, k_scales_page,
-                  k_scales_token, k_scales_head, place, head, k_row, largest[0]);
-        store_row(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales, v_scales_page,
-                  v_scales_token, v_scales_head, place, head, v_row, largest[1]);
+        store_row<SCALES == FOUND>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
+                                   k_scales_page, k_scales_token, k_scales_head, place, head,
+                                   k_row, largest[0]);
+        store_row<SCALES == FOUND>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
+                                   v_scales_page, v_scales_token, v_scales_head, place, head,
+                                   v_row, largest[1]);
     }
     if constexpr (ADVANCE) {
         __syncthreads();  // all have read it

@@ -26,6 +26,7 @@
 //           + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
+// Stack: 80 bytes, with rows of 256 elements, whose sums alone fill half of the registers
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -290,6 +291,8 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
     }
 }
 
+#if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
+
 // --- Products -------------------------------------------------------------------------------------
 
 // D += A B for 16 rows of B; a[0] and a[2] are row g, a[1] and a[3] row g + 8.
@@ -383,22 +386,51 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
     }
 }
 
+// What a lane holds of the keys of a tile, and of its values: out of shared memory, which the copies
+// of the next tile may fill while this one is worked on.
+struct Keys { u32 words[KEYS / 8][KShare::COUNT][KShare::WORDS]; };
+struct Values { u32 words[KEYS / 4][VShare::COUNT][VShare::WORDS]; };
+
+// Of key 8n + g.
+__device__ __forceinline__ void load_keys(Keys& keys, const u8* queue) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < KShare::COUNT; i++) {
+            const int place = Stored<KShare>::place_of(8 * n + lane / 4, i, lane % 4);
+            load_words(keys.words[n][i], queue + place);
+        }
+    }
+}
+
+// Of keys 2t, 2t + 1, 2t + 8 and 2t + 9 of each sixteen.
+__device__ __forceinline__ void load_values(Values& values, const u8* queue) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int n = 0; n < KEYS / 4; n++) {
+        const int row = n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < VShare::COUNT; i++) {
+            const int place = Stored<VShare>::place_of(row, i, lane / 4);
+            load_words(values.words[n][i], queue + place);
+        }
+    }
+}
+
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
-                                              const u8* queue) {
+                                              const Keys& keys) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
-    const int lane = threadIdx.x % WARP;
     float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
         u32 pairs[KEYS / 8][S::WORDS][PAIRS];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
-            u32 words[S::WORDS];
-            load_words(words, queue + Stored<S>::place_of(8 * n + lane / 4, i, lane % 4));
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], words[w], KE{});
+            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], keys.words[n][i][w], KE{});
         }
 #pragma unroll
         for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
@@ -435,10 +467,9 @@ struct Sums { float x[D / 8][IS_COARSE ? 4 : 2], weights[4]; };
 // Adds the tile's values, weighted by `weights` of the keys 8n + 2t and 8n + 2t + 1. Lane 4g + t
 // holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began.
 __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KEYS / 4],
-                                           const u8* queue) {
+                                           const Values& values) {
     using S = VShare;
     constexpr int PAIRS = IN_WORD<V_T> / 2;
-    const int lane = threadIdx.x % WARP;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
@@ -456,18 +487,13 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
     }
 #pragma unroll
     for (int i = 0; i < S::COUNT; i++) {
-        u32 words[KEYS / 4][S::WORDS];
-#pragma unroll
-        for (int n = 0; n < KEYS / 4; n++) {
-            const int row = n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8;
-            load_words(words[n], queue + Stored<S>::place_of(row, i, lane / 4));
-        }
 #pragma unroll
         for (int w = 0; w < 2 * S::WORDS; w++) {  // half words
             u32 b[KEYS / 8][PAIRS];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
-                const u32 two = zip<VE>(words[2 * n][w / 2], words[2 * n + 1][w / 2], w % 2);
+                const u32 two = zip<VE>(values.words[2 * n][i][w / 2],
+                                        values.words[2 * n + 1][i][w / 2], w % 2);
                 to_pairs(b[n], two, VE{});
             }
 #pragma unroll
@@ -499,10 +525,10 @@ struct State { float m, l, x[4]; };
 // Joins the states whose (maximum, sum) and elements `at` names.
 template <typename At> __device__ __forceinline__ State join(int count, At at) {
     State s{-INF, 0.0f, {}};
-#pragma unroll 4
+#pragma unroll 8  // loads that do not wait for each other: a row may have a state of every SM
     for (int i = 0; i < count; i++) s.m = fmaxf(s.m, at(i).stat->x);
     const float base = finite_base(s.m);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < count; i++) {
         const auto from = at(i);
         const float2 stat = *from.stat;
@@ -515,6 +541,8 @@ template <typename At> __device__ __forceinline__ State join(int count, At at) {
 }
 
 struct Kept { float2* stat; float4* x; };
+
+#endif
 
 // --- Kernel ---------------------------------------------------------------------------------------
 
@@ -659,10 +687,12 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             float scores[KEYS / 4];
             cp_async_wait<1>();
             __syncwarp();  // what the others have copied too
-            multiply_keys(scores, query, k_queue);
+            Keys of_keys;
+            load_keys(of_keys, k_queue);
             __syncwarp();  // all have read what is copied over
             if (has_later) copy_tile<KShare>(k_queue, keys, table, ids, later);
             cp_async_commit();
+            multiply_keys(scores, query, of_keys);
 
             const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
             float largest = -INF;
@@ -726,10 +756,12 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
             cp_async_wait<1>();
             __syncwarp();
-            add_values(sums, scores, v_queue);
+            Values of_values;
+            load_values(of_values, v_queue);
             __syncwarp();
             if (has_later) copy_tile<VShare>(v_queue, values, table, ids, later);
             cp_async_commit();
+            add_values(sums, scores, of_values);
             if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
         }
 

@@ -48,11 +48,12 @@ def check(op: str, **arguments: tuple[Any, ...]) -> dict[str, int]:
     """
     key: list[Any] = [op]
     try:
-        for array, *rules in arguments.values():
+        for argument in arguments.values():
+            array = argument[0]
             if array is None:
                 key.append(None)
             else:
-                key += (type(array), array.shape, array.strides, array.dtype, *rules)
+                key += (type(array), array.shape, array.strides, array.dtype, argument[1:])
         found = _passed.get(tuple(key))
     except (AttributeError, TypeError):  # not an array; _check_layout says so
         found = None
@@ -132,20 +133,22 @@ def _check_layout(
 def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
     """Device and alignment, which may differ between arrays of one layout."""
     current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for (name, (array, *_)), alignment in zip(arguments.items(), alignments, strict=True):
-        if array is None:
+    for argument, alignment in zip(arguments.values(), alignments, strict=True):
+        if argument[0] is None:
             continue
-        memory = array.data
-        if memory.device_id != current:
-            raise DeviceError(
-                f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
-                f"GPU {current}"
-            )
-        if memory.ptr % alignment:
-            raise ShapeError(
-                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
-                f"{alignment} bytes"
-            )
+        memory = argument[0].data
+        if memory.device_id != current or memory.ptr % alignment:
+            break
+    else:
+        return
+    name = next(name for name, of_name in arguments.items() if of_name is argument)
+    if memory.device_id != current:
+        raise DeviceError(
+            f"{op}: {name} is on GPU {memory.device_id}, expected the current one, GPU {current}"
+        )
+    raise ShapeError(
+        f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of {alignment} bytes"
+    )
 
 
 def on_gpu(array: Any) -> bool:

@@ -452,6 +452,7 @@ def bind(
     grid: int | tuple[int, ...],
     block: int | tuple[int, ...],
     *args: Any,
+    scalars: tuple[Any, ...] = (),
     shared_bytes: int = 0,
 ) -> Callable[[], None]:
     """What `launch` does, made ready to be done many times on whatever stream is current.
@@ -462,7 +463,7 @@ def bind(
         A function without arguments that enqueues the kernel, at about the driver's own cost.
     """
     core_launch, array, current_stream, current_device = _launcher()
-    values, config = _values(array, args), _config(grid, block, shared_bytes)
+    values, config = (*_values(array, args), *scalars), _config(grid, block, shared_bytes)
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, current_device())
 

@@ -206,20 +206,17 @@ class KVSpec:
         Raises:
             ParameterError: codes without scales, or floats with them.
         """
-        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
-        scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
-        dtype = SCALE_DTYPES[self.scale_dtype]
         found: dict[str, tuple[Any, ...]] = {}
-        for kind, pool, scale, pool_name, scale_name in zip(
-            self.kinds, (k_pool, v_pool), (k_scales, v_scales), names[:2], names[2:], strict=True
-        ):
-            found[pool_name] = (pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes)
-            if (scale is None) == bool(kind.largest):
+        arrays = ((k_pool, k_scales), (v_pool, v_scales))
+        for i, (kind, of_pool, of_scales) in enumerate(_rules(self, pages)):
+            pool, scales = arrays[i]
+            if (scales is None) == bool(kind.largest):
                 raise ParameterError(
-                    f"{op}: {scale_name} is {'missing' if kind.largest else 'given'}, "
+                    f"{op}: {names[i + 2]} is {'missing' if kind.largest else 'given'}, "
                     f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
                 )
-            found[scale_name] = (scale, scales, dtype, 1)
+            found[names[i]] = (pool, *of_pool)
+            found[names[i + 2]] = (scales, *of_scales)
         return found
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
@@ -229,6 +226,21 @@ class KVSpec:
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
             for kind in self.kinds
         )
+
+
+@cache
+def _rules(spec: KVSpec, pages: str) -> list[tuple[Kind, tuple[Any, ...], tuple[Any, ...]]]:
+    """The kind of keys, and what `check` is told of their pool and their scales; then of values."""
+    dims = f"{pages} P H |" if spec.layout == "NHD" else f"{pages} H P |"
+    of_scales = dims if spec.granularity == "token" else GRANULARITIES[spec.granularity]
+    return [
+        (
+            kind,
+            (f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
+            (of_scales, SCALE_DTYPES[spec.scale_dtype], 1),
+        )
+        for kind in spec.kinds
+    ]
 
 
 def spec_of(

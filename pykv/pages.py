@@ -64,11 +64,24 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     """
     op = "pages.zero_pages"
     ids = _ids(op, "pages", pages, _facts(op, "cache", cache)["pages"])
-    with cuda.on_stream(stream):
-        at = _cupy().asarray(ids) if on_gpu(cache.k) else ids
-        for array in _moving(cache).values():
-            bits = array.view(f"u{array.itemsize}")
-            bits[:, at] = 0
+    if on_gpu(cache.k):
+        with cuda.on_stream(stream):
+            tables, _ = _plan_zeros(cache, ids)
+            block_copy.vectorized_copy(*tables)
+        return
+    for array in _moving(cache).values():
+        array.view(f"u{array.itemsize}")[:, ids] = 0
+
+
+def prepare_zero(cache: Any, pages: Ids) -> block_copy.DeviceCopy | block_copy.HostCopy:
+    """What `prepare_copy` is to `copy_pages`, to `zero_pages`."""
+    op = "pages.prepare_zero"
+    tables, zeros = _plan_zeros(
+        cache, _ids(op, "pages", pages, _facts(op, "cache", cache)["pages"])
+    )
+    work = block_copy.prepare(*tables, device="cuda" if on_gpu(cache.k) else "cpu")
+    work.arrays = (cache, zeros)
+    return work
 
 
 def copy_pages(
@@ -144,7 +157,7 @@ def convert_pages(
     ):
         lists.append(None if ids is None else _ids(op, name, ids, pages).astype(np.int32))
     if lists[1] is not None:
-        _check_targets(op, lists[1][:0], lists[1], False)
+        _check_targets(op, lists[1][:0], lists[1], to_facts["pages"], False)
     with cuda.on_stream(stream):
         if on_gpu(source.k):
             lists = [None if ids is None else _cupy().asarray(ids) for ids in lists]
@@ -208,13 +221,13 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     """
     if store is None:
         store = host_pages(cache, len(pages))
-    copy_pages(cache, store, pages, range(len(pages)), stream=stream)
+    copy_pages(cache, store, pages, np.arange(len(pages)), stream=stream)
     return store
 
 
 def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
-    copy_pages(store, cache, range(len(pages)), pages, stream=stream)
+    copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 
 
 # --- Arrays and pages -----------------------------------------------------------------------------
@@ -295,7 +308,7 @@ def _plan(
             f"{op}: target_pages has {len(to_ids)} pages, expected {len(from_ids)} like "
             "source_pages"
         )
-    _check_targets(op, from_ids, to_ids, source.k is target.k)
+    _check_targets(op, from_ids, to_ids, to_facts["pages"], source.k is target.k)
     for name, scales in _given_scales(source).items():
         others = getattr(target, name)
         if scales is not others and not _same_values(scales, others):
@@ -314,25 +327,44 @@ def _plan(
             if device == "cuda" and not on_gpu(x):
                 block_copy.check_reachable(op, f"{side}.{name}", addresses[:1], array.itemsize)
             pair.append(addresses)
-        page_bytes = int(np.prod(array.shape[2:])) * array.itemsize
-        tables.append((*pair, np.full(pair[0].size, page_bytes, np.int64)))
-    addresses, to_addresses, sizes = map(np.concatenate, zip(*tables, strict=True))
-    size: Any = sizes
-    if sizes.size and sizes.min() == sizes.max():
-        size = int(sizes[0])
+        tables.append((*pair, np.full(pair[0].size, _page_bytes(array), np.int64)))
     over_link = len(places) == 2
-    options = dict(device=device, max_ctas=LINK_CTAS if over_link else None)
-    return (addresses, to_addresses, size), options
+    return _joined(tables), dict(device=device, max_ctas=LINK_CTAS if over_link else None)
 
 
-def _check_targets(op: str, from_ids: Any, to_ids: Any, same_cache: bool) -> None:
-    _, first, group = np.unique(to_ids, return_index=True, return_inverse=True)
-    repeated = first[group] != np.arange(len(to_ids))
-    if repeated.any():
-        i = int(np.argmax(repeated))
+def _plan_zeros(cache: Any, ids: Any) -> tuple[tuple[Any, Any, Any], Any]:
+    """What block_copy takes to copy one page of zeros to all of these, and that page, which a GPU
+    reads from its caches only."""
+    moving = _moving(cache).values()
+    is_target = np.zeros(cache.k.shape[1], bool)
+    is_target[ids] = True
+    ids = np.flatnonzero(is_target)  # none twice, which block_copy does not allow
+    xp = _cupy() if on_gpu(cache.k) else np
+    zeros = xp.zeros(max(map(_page_bytes, moving)), np.uint8)
+    tables = []
+    for array in moving:
+        to = _page_addresses(array, ids)
+        size = np.full(to.size, _page_bytes(array), np.int64)
+        tables.append((np.full(to.size, _address(zeros), np.uint64), to, size))
+    return _joined(tables), zeros
+
+
+def _joined(tables: list[tuple[Any, Any, Any]]) -> tuple[Any, Any, Any]:
+    """One table each of sources, destinations and sizes; one size if all are equal."""
+    src, dst, sizes = map(np.concatenate, zip(*tables, strict=True))
+    same = sizes.size and sizes.min() == sizes.max()
+    return src, dst, int(sizes[0]) if same else sizes
+
+
+def _check_targets(op: str, from_ids: Any, to_ids: Any, num_pages: int, same_cache: bool) -> None:
+    is_target = np.zeros(num_pages, bool)  # a tenth of the time that sorting takes
+    is_target[to_ids] = True
+    if np.count_nonzero(is_target) < len(to_ids):
+        _, first, group = np.unique(to_ids, return_index=True, return_inverse=True)
+        i = int(np.argmax(first[group] != np.arange(len(to_ids))))
         raise ParameterError(f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page twice")
-    if same_cache and (both := np.isin(to_ids, from_ids)).any():
-        i = int(np.argmax(both))
+    if same_cache and is_target[from_ids].any():
+        i = int(np.argmax(np.isin(to_ids, from_ids)))
         raise ParameterError(
             f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
         )
@@ -342,9 +374,15 @@ def _page_addresses(array: Any, ids: Any) -> Any:
     """[L * n] uint64."""
     layers = np.arange(len(array), dtype=np.int64) * array.strides[0]
     offsets = np.add.outer(layers, ids * array.strides[1]).reshape(-1)
-    return (np.int64(array.data.ptr if on_gpu(array) else array.ctypes.data) + offsets).view(
-        np.uint64
-    )
+    return (np.int64(_address(array)) + offsets).view(np.uint64)
+
+
+def _address(array: Any) -> int:
+    return int(array.data.ptr if on_gpu(array) else array.ctypes.data)
+
+
+def _page_bytes(array: Any) -> int:
+    return int(np.prod(array.shape[2:]) * array.itemsize)
 
 
 def _same_values(a: Any, b: Any) -> bool:
@@ -449,7 +487,7 @@ def load(
                 f"{op}: {path} has {count} pages, expected all {facts['pages']}, or a list of pages"
             )
         ids = _ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
-        _check_targets(op, ids[:0], ids, False)
+        _check_targets(op, ids[:0], ids, facts["pages"], False)
         if len(ids) != count:
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
         store = host_pages(cache, count)

@@ -118,6 +118,7 @@ class PagedCacheDescriptor:
         return pools, {"token": of_rows, "head": (H,), "tensor": (1,)}[self.spec.granularity]
 
 
+OF_CACHE = ("k_data", "v_data", "k_scales", "v_scales")  # what arguments call pools and scales
 MAX_BOUND = 256  # arguments that a plan remembers: more than models have layers
 
 
@@ -276,7 +277,15 @@ class PagedAppendPlan(_Plan):
             )
         super().__init__(element, cache.spec, preference, xp)
         B, H, D = descriptor.batch_size, cache.num_kv_heads, cache.head_dim
-        self._shapes = ((B, H, D), *cache.shapes())
+        (k_pool, v_pool), rows = cache.shapes()[0], (B, H, D)
+        self._shapes = dict(
+            key=rows,
+            value=rows,
+            k_data=k_pool,
+            v_data=v_pool,
+            indptr=(B + 1,),
+            last_page_len=(B,),
+        )
         if xp is not np:
             options = ("DECODE", None, self._after, descriptor.advance)
             defines, _ = paged_append.defines_of(
@@ -295,13 +304,7 @@ class PagedAppendPlan(_Plan):
                 paged_append.append_decode.
         """
         name = f"{self._name()}.can_implement"
-        rows, (k_pool, v_pool), _ = self._shapes
-        B = rows[0]
-        for argument, expected in (
-            *(("key", rows), ("value", rows), ("k_data", k_pool), ("v_data", v_pool)),
-            *(("indptr", (B + 1,)), ("last_page_len", (B,))),
-        ):
-            _check_shape(name, argument, getattr(args, argument), expected)
+        _check_shapes(name, args, self._shapes)
         _check_rows(name, args, ("key", "value", "k_data", "v_data"))
         _check_dtype(name, "key", args.key, self._element)
         _check_arrays(name, args, self._spec, ("key", "value"), "B H | D")
@@ -330,13 +333,13 @@ class PagedAppendPlan(_Plan):
                 *args[:7], counts=counts, advance=advance, **options
             )
         key, value, k_data, v_data, indices, indptr, last_page_len, k_scales, v_scales = args
-        arrays = (key, value, k_data, v_data, k_scales, v_scales, None)
-        defines, grid, arguments = paged_append.kernel_call(
-            *("DECODE", self._spec, self.descriptor.cache.page_size),
-            *((*arrays, indices, indptr, last_page_len), after, advance),
+        pools = (k_data, v_data, k_scales, v_scales)
+        arrays = (*pools, key, value, None, indices, indptr, last_page_len)
+        launch = paged_append.launch_of(
+            "DECODE", self._spec, self.descriptor.cache.page_size, arrays, after, advance
         )
-        kernel = cuda.kernel("paged_append", "paged_append", **defines)
-        return cuda.bind(kernel, grid, defines["BLOCK"], *arguments)
+        sizes = (launch.grid, launch.block)
+        return cuda.bind(launch.kernel, *sizes, *arrays, scalars=launch.scalars)
 
 
 # --- Contiguous append ----------------------------------------------------------------------------
@@ -433,11 +436,12 @@ class ContiguousAppendPlan(_Plan):
         super().__init__(element, KVSpec(kind, kind, layout=descriptor.layout), preference, xp)
         B, H, T, C = (getattr(descriptor, size) for size in sizes[:4])
         nhd = descriptor.layout == "NHD"
-        self._shapes = {
+        self._shapes: dict[str, tuple[int, ...]] = {
             f"{letter}_{which}": (B, n, H, D) if nhd else (B, H, n, D)
-            for letter, D in (("k", descriptor.k_dim), ("v", descriptor.v_dim))
             for which, n in (("new", T), ("cache", C))
+            for letter, D in (("k", descriptor.k_dim), ("v", descriptor.v_dim))
         }
+        self._shapes["cache_offsets"] = (B,)
 
     def can_implement(self, args: ContiguousAppendArgs) -> None:
         """Check arguments.
@@ -449,11 +453,8 @@ class ContiguousAppendPlan(_Plan):
             DtypeError, ShapeError, DeviceError: all else, as of contiguous_append.append.
         """
         name = f"{self._name()}.can_implement"
-        of_arrays = ("k_new", "v_new", "k_cache", "v_cache")
-        for argument in of_arrays:
-            _check_shape(name, argument, getattr(args, argument), self._shapes[argument])
-        _check_shape(name, "cache_offsets", args.cache_offsets, (self.descriptor.batch_size,))
-        _check_rows(name, args, of_arrays)
+        _check_shapes(name, args, self._shapes)
+        _check_rows(name, args, ("k_new", "v_new", "k_cache", "v_cache"))
         _check_dtype(name, "k_new", args.k_new, self._element)
         _check_dtype(name, "k_cache", args.k_cache, self._cache_element)
         check(
@@ -582,6 +583,16 @@ class PagedDecodePlan(_Plan):
                 f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads="
                 f"{cache.num_kv_heads}"
             )
+        (k_pool, v_pool), B = cache.shapes()[0], descriptor.batch_size
+        of_queries = (B, HQ, cache.head_dim)
+        self._shapes = dict(
+            q=of_queries,
+            o=of_queries,
+            k_data=k_pool,
+            v_data=v_pool,
+            indptr=(B + 1,),
+            last_page_len=(B,),
+        )
         self._max_pages = max_pages
         self._scratch = 0  # bytes that the attention asks for
         if xp is not np:
@@ -606,15 +617,10 @@ class PagedDecodePlan(_Plan):
             UnsupportedError: rows of q, o or the pools are not contiguous.
             DtypeError, ShapeError, DeviceError, ParameterError: all else.
         """
-        name, descriptor = f"{self._name()}.can_implement", self.descriptor
-        B, HQ, D = descriptor.batch_size, descriptor.num_q_heads, descriptor.cache.head_dim
-        (k_pool, v_pool), _ = descriptor.cache.shapes()
-        for argument, expected in (
-            *(("q", (B, HQ, D)), ("o", (B, HQ, D)), ("k_data", k_pool), ("v_data", v_pool)),
-            *(("indptr", (B + 1,)), ("last_page_len", (B,)), ("lse", (B, HQ))),
-        ):
-            if argument != "lse" or args.lse is not None:
-                _check_shape(name, argument, getattr(args, argument), expected)
+        name = f"{self._name()}.can_implement"
+        _check_shapes(name, args, self._shapes)
+        if args.lse is not None:
+            _check_shapes(name, args, {"lse": self._shapes["q"][:2]})
         _check_rows(name, args, ("q", "o", "k_data", "v_data"))
         for argument in ("q", "o"):
             _check_dtype(name, argument, getattr(args, argument), self._element)
@@ -704,22 +710,25 @@ def _check_element(name: str, argument: str, element: Any) -> None:
         )
 
 
-def _check_shape(name: str, argument: str, array: Any, expected: tuple[int, ...]) -> None:
-    shape = getattr(array, "shape", None)
-    if shape is None:
-        raise DtypeError(
-            f"{name}: {argument} is a {type(array).__name__}, expected a NumPy or CuPy array"
-        )
-    if shape != expected:
-        raise ShapeError(f"{name}: {argument} has shape {shape}, expected {expected}")
+def _check_shapes(name: str, args: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    for argument, expected in shapes.items():
+        array = getattr(args, argument)
+        shape = getattr(array, "shape", None)
+        if shape is None:
+            raise DtypeError(
+                f"{name}: {argument} is a {type(array).__name__}, expected a NumPy or CuPy array"
+            )
+        if shape != expected:
+            raise ShapeError(f"{name}: {argument} has shape {shape}, expected {expected}")
 
 
 def _check_rows(name: str, args: Any, arguments: tuple[str, ...]) -> None:
     for argument in arguments:
         array = getattr(args, argument)
-        if array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+        strides = array.strides
+        if strides[-1] != array.itemsize and array.shape[-1] > 1 and array.size:
             raise UnsupportedError(
-                f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
+                f"{name}: {argument} has strides {strides}, expected contiguous rows"
             )
 
 
@@ -730,13 +739,12 @@ def _check_dtype(name: str, argument: str, array: Any, dtype: Any) -> None:
 
 def _check_arrays(name: str, args: Any, spec: KVSpec, rows: tuple[str, str], dims: str) -> None:
     """All else that the ops check, under the plan's names."""
-    first, second = (getattr(args, argument) for argument in rows)
+    first, second = getattr(args, rows[0]), getattr(args, rows[1])
     pools = (args.k_data, args.v_data, args.k_scales, args.v_scales)
-    names = ("k_data", "v_data", "k_scales", "v_scales")
     check(
         name,
         **{rows[0]: (first, dims, FLOATS), rows[1]: (second, dims, first.dtype)},
-        **spec.checks(name, *pools, names=names),
+        **spec.checks(name, *pools, names=OF_CACHE),
         indices=(args.indices, "I", INT32),
         indptr=(args.indptr, "B+1", INT32),
         last_page_len=(args.last_page_len, "B", INT32),

@@ -21,6 +21,7 @@ from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import (
     activation,
+    attention_mass,
     bandwidth,
     block_copy,
     contiguous_append,
@@ -33,6 +34,7 @@ from pykv.ops import (
     paged_check,
     paged_convert,
     paged_decode,
+    paged_qkv,
     permute,
     prefill,
     rope,
@@ -166,6 +168,50 @@ def _paged_append(
         yield f"{new} rows into {text} pages", error, 0.0
 
 
+def _paged_qkv(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    T, HQ, H, P, N = 20, 4, 2, 16, 3
+    positions = rng.integers(0, 2**17, T).astype(np.int32)
+    slots = rng.permutation(N * P)[:T].astype(np.int32)
+    slots[::5] = -1
+    for new, text, D, F, pairing in (
+        *((F32, "fp16", 128, 64, "adjacent"), (F32, "fp32", 256, 128, "half")),
+        *((F16, "int8", 80, 16, "half"), (BFLOAT16, "k8v4:HND", 64, 32, "half")),
+        (F32, "e4m3:fp32", 64, 31, "half"),
+    ):
+        spec = KVSpec.parse(text)
+        heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(new)
+        weights = (1 + rng.standard_normal((2, D)) / 4).astype(F32)
+        inv_freq = rope.frequencies(2 * F, 10000.0)
+        judged: Any = (H, positions, inv_freq, pairing, *weights, 1e-2)
+        low, oracle = (paged_qkv.split(x, *judged) for x in (heads, heads.astype(np.float64)))
+        want = _cache(spec, N, P, H, D)
+        got = [None if x is None else xp.array(x) for x in want]
+        places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
+        rows: Any = (*low[1:], *want, spec, *places)
+        paged_append.reference(*rows)
+        q = paged_qkv.append(
+            *(xp.asarray(heads.reshape(T, -1)), *got[:2], xp.asarray(slots)),
+            positions=xp.asarray(positions),
+            inv_freq=xp.asarray(inv_freq),
+            pairing=pairing,
+            q_norm=xp.asarray(weights[0]),
+            k_norm=xp.asarray(weights[1]),
+            eps=1e-2,
+            k_scales=got[2],
+            v_scales=got[3],
+            spec=spec,
+        )
+        name = f"{new} into {text}"
+        yield f"{name}, Q", *error_and_bound(q, low[0].astype(new), oracle[0])
+        kept = slots >= 0
+        where = places[0][kept], places[1][kept]
+        held = [None if x is None else host(x) for x in got]
+        k, low_k = (_decode(spec, spec.kinds[0], x, 0)[where] for x in (held, want))
+        yield f"{name}, K", *error_and_bound(k, low_k, oracle[1][kept])
+        sides = ((held[i], want[i]) for i in (1, 3) if want[i] is not None)
+        yield f"{name}, V", sum(wrong_values(x, y) for x, y in sides), 0.0
+
+
 def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
     lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
@@ -180,7 +226,7 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             got = [xp.array(x) for x in low]
             contiguous_append.reference(k, v, low[0], low[1], *judged)
             contiguous_append.reference(*exact, *judged)
-            given = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
+            given: Any = (xp.asarray(k), xp.asarray(v), *got, xp.asarray(lengths))
             options: Any = dict(slots=xp.asarray(slots))
             if pairing is not None:
                 options |= dict(inv_freq=xp.asarray(freq), pairing=pairing)
@@ -191,6 +237,11 @@ def _contiguous_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
                 yield f"{name}not rotated", wrong, 0.0
             else:
                 yield f"{name}{pairing}", *error_and_bound(got[0], low[0], exact[2])
+        counts = xp.array(lengths)
+        options = dict(slots=xp.asarray(slots), advance=True)
+        contiguous_append.append(given[0], given[1], got[0], got[1], counts, **options)
+        want = np.array([34, 0, 40, 7], np.int32)  # slot 2 has room for two of its tokens
+        yield f"{new} rows into {kv}, lengths after it", wrong_values(counts, want), 0.0
 
 
 def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
@@ -275,28 +326,54 @@ def _nhd(spec: KVSpec, x: Any) -> Any:
 
 
 def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    """Verdicts on tables that are sound, and on such with one wrong entry."""
     slots = rng.permutation(4000)[:1000].astype(np.int32)
     table, lengths = np.arange(600, dtype=np.int32).reshape(100, 6), np.full(100, 96, np.int32)
-    for what, array, index, value, look in (
-        ("slots, sound", slots, 0, slots[0], paged_check.check_slots),
-        ("slots, one beyond the pool", slots, 700, 4000, paged_check.check_slots),
-        ("slots, one twice", slots, 900, slots[3], paged_check.check_slots),
-        ("page table, sound", table, (99, 5), 599, None),
-        ("page table, a page beyond the pool", table, (57, 2), 600, None),
-    ):
-        given = array.copy()
-        given[index] = value
-        try:
-            if look:
-                look(xp.asarray(given), 4000)
-            else:
-                paged_check.check_page_table(xp.asarray(given), xp.asarray(lengths), 600, 16)
-            found = "nothing"
-        except ParameterError as error:
-            found = str(error)
-        at = ", ".join(map(str, np.atleast_1d(index)))
-        want = "nothing" if what.endswith("sound") else f"[{at}] is {value}, expected"
-        yield f"{what}, verdicts that differ", float(want not in found), 0.0
+    indptr, last = np.arange(0, 606, 6, dtype=np.int32), np.full(100, 16, np.int32)
+    requests, positions = np.arange(100, dtype=np.int32), np.full(100, 95, np.int32)
+    on = xp.asarray
+
+    def pages(x: Any) -> None:
+        paged_check.check_pages(x, 600)
+
+    def repeated(x: Any) -> None:
+        paged_check.check_slots(x, 4000)
+
+    def starts(x: Any) -> None:
+        paged_check.check_starts(x, 600)
+
+    def csr(x: Any) -> None:
+        paged_check.check_table(x, on(indptr), on(last), 600, 16)
+
+    def dense(x: Any) -> None:
+        paged_check.check_page_table(x, on(lengths), 600, 16)
+
+    def places(x: Any) -> None:
+        paged_check.check_positions(on(requests), x, on(indptr), 16)
+
+    cases: tuple[tuple[str, Any, Any, Any, Any], ...] = (
+        ("pages, one beyond the pool", pages, table.ravel(), 333, 600),
+        ("slots, one beyond the pool", repeated, slots, 700, 4000),
+        ("slots, one twice", repeated, slots, 900, slots[3]),
+        ("starts, one that falls", starts, indptr, 50, 293),
+        ("indices, one beyond the pool", csr, table.ravel(), 444, 600),
+        ("page table, a page beyond the pool", dense, table, (57, 2), 600),
+        ("positions, one past its pages", places, positions, 61, 96),
+    )
+    for what, look, array, index, value in cases:
+        for is_sound in (True, False):
+            given = array.copy()
+            if not is_sound:
+                given[index] = value
+            try:
+                look(on(given))
+                found = "nothing"
+            except ParameterError as error:
+                found = str(error)
+            at = ", ".join(map(str, np.atleast_1d(index)))
+            want = "nothing" if is_sound else f"[{at}] is {value}, expected"
+            text = f"{what.partition(',')[0]}, sound" if is_sound else what
+            yield f"{text}, verdicts that differ", float(want not in found), 0.0
 
 
 def _page_table(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -390,6 +467,22 @@ def _paged_decode_mma(
             sinks = xp.asarray(options["sinks"])
             got = paged_decode.decode(xp.asarray(q), **sent, **{**options, "sinks": sinks})
             yield f"{text} T={T}", *error_and_bound(got, low, oracle)
+
+
+def _attention_mass(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for D, G, kv in ((64, 3, F16), (128, 4, BFLOAT16), (40, 1, F32)):
+        k_pool, _, table, lengths = _pages(rng, 2, D, kv, [1, 16, 0, 600])
+        q = rng.standard_normal((4, 2 * G, D)).astype(F32)
+        exact = q.astype(np.float64)
+        where: Any = (k_pool, k_pool, table, lengths, 0.1, 500)
+        _, lse = paged_decode.reference(exact, *where)
+        given: Any = [q, k_pool, table, lengths, lse.astype(F32)]
+        options: Any = dict(scale=0.1, window=500)
+        low = attention_mass.reference(*given, **options)
+        got = attention_mass.mass(*map(xp.asarray, given), **options)
+        given[0], given[4] = exact, lse
+        oracle = attention_mass.reference(*given, **options)
+        yield f"D={D} G={G} {kv}", *error_and_bound(got, low, oracle)
 
 
 def _merge_states(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -553,6 +646,7 @@ def _bandwidth(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "block_copy": _block_copy,
     "paged_append": _paged_append,
+    "paged_qkv": _paged_qkv,
     "contiguous_append": _contiguous_append,
     "paged_convert": _paged_convert,
     "paged_check": _paged_check,
@@ -561,6 +655,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "paged_decode": _paged_decode,
     "paged_decode_mma": _paged_decode_mma,
     "merge_states": _merge_states,
+    "attention_mass": _attention_mass,
     "prefill": _prefill,
     "norm": _norm,
     "rope": _rope,

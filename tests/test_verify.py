@@ -10,6 +10,7 @@ from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 from pykv.ops import (
     activation,
+    attention_mass,
     bandwidth,
     block_copy,
     contiguous_append,
@@ -22,6 +23,7 @@ from pykv.ops import (
     paged_check,
     paged_convert,
     paged_decode,
+    paged_qkv,
     permute,
     prefill,
     rope,
@@ -264,6 +266,17 @@ FAULTS = {
     "append: scales halved": (paged_append, "append", half_the_scales),
     "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "qkv: a position late": (
+        *(paged_qkv, "append"),
+        with_changed_option("positions", lambda x: x + 1),
+    ),
+    "qkv: always half": (paged_qkv, "append", with_option(pairing="half")),
+    "qkv: K by the norm of Q": (
+        *(paged_qkv, "append"),
+        lambda op: lambda *args, **options: op(*args, **options | {"k_norm": options["q_norm"]}),
+    ),
+    "qkv: epsilon doubled": (paged_qkv, "append", with_changed_option("eps", lambda x: 2 * x)),
+    "qkv: padding is written": (paged_qkv, "append", with_argument(3, abs)),
     "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
     "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
     "contiguous: no values": (
@@ -299,6 +312,8 @@ FAULTS = {
         *(paged_decode, "decode", with_changed_option("v_scales", halved)),
         "paged_decode_mma",
     ),
+    "mass: one key too few": (*(attention_mass, "mass", with_argument(3, lambda x: x - (x > 1))),),
+    "mass: no window": (attention_mass, "mass", with_option(window=None)),
     "merge: a state is left out": (merge_states, "merge", without_the_first_state),
     "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
     "decode: window one too wide": (paged_decode, "decode", with_option(window=101)),

@@ -3,7 +3,7 @@
     cd tools/results/h200
     pykv bench copy --json copy.json
     pykv bench copy --sweep --json copy_sweep.json
-    pykv bench permute --json permute.json
+    pykv bench permute --json permute.json  # and append, gather, pages, decode likewise
     python ../../plot_sweep.py copy_sweep.json --out copy_sweep  # the svg goes into README.md
     python ../../readme_tables.py  # --check: exit code 1 where README.md is not up to date
 
@@ -27,7 +27,7 @@ def section(root):
     """The text between the markers; "" without records."""
     records = {
         name: report.read_json(str(path))
-        for name in ("copy", "copy_sweep", "permute")
+        for name in ("copy", "copy_sweep", "permute", "append", "gather", "pages", "decode")
         if (path := root / RESULTS / f"{name}.json").exists()
     }
     parts = []
@@ -40,6 +40,11 @@ def section(root):
     figure = RESULTS / "copy_sweep.svg"
     if parts and (root / figure).exists():
         parts.append(f"![rates of copies by size, count and backend]({figure.as_posix()})")
+    parts += caches(
+        [one for name in ("append", "gather", "pages") for one in records.get(name, [])]
+    )
+    if "decode" in records:
+        parts += decodes(records["decode"])
     return "\n\n".join(parts)
 
 
@@ -142,6 +147,65 @@ def choices(records):
         f"way in {good} of {len(found)}\ncells of `pykv bench copy --sweep`; the worst is "
         f"{min(found):.2f}."
     ]
+
+
+def caches(records):
+    """What writes and moves paged caches: microseconds, and shares of a copy or the link."""
+    rows = []
+    for one in records:
+        case = one["case"]
+        if one["bench"] == CEILINGS or one["median"] is None:
+            continue
+        if case["kv"] not in ("fp16", "int8", "int4", "e4m3") or case.get("L", 1) != 1:
+            continue  # the records hold more
+        if case.get("dtype", "fp16") != "fp16":
+            continue
+        if one["bench"] == "append":
+            what = f"append {case['tokens']} tokens of {case['dtype']}"
+        else:
+            what = f"{case['op'].replace('_', ' ')} {case['pages']} pages"
+        share = f"{percent(one['share'])} of {one['ceiling']}" if one["share"] is not None else ""
+        rows.append([what, case["kv"], f"{one['median']:.1f} us", share])
+    if not rows:
+        return []
+    text = (
+        "Paged caches, 8 KV heads of 128 elements, 16 tokens a page (`pykv bench append`, "
+        "`gather`, `pages`). Appended rows\ncome from the L2 cache, where a product has just left "
+        "them, so they may beat a copy through memory."
+    )
+    return [text, table(["what", "kind", "time", "share"], rows)]
+
+
+def decodes(records):
+    """Microseconds and shares of the read ceiling, by batch and kind."""
+    found = {}
+    for one in records:
+        case = one["case"]
+        if one["bench"] != "decode" or one["median"] is None:
+            continue
+        length = f"{case['L']:,}" if case["L"] else "1 to 16,384"
+        shape = (f"{case['B']} x {length}", f"{case['HQ']}/{case['H']}", case["D"], case["P"])
+        found.setdefault(shape, {})[case["kv"]] = one
+    kinds = ["bf16", "int8", "e4m3", "int4"]
+    rows = [
+        [
+            shape[0],
+            *map(str, shape[1:]),
+            *(
+                f"{cell[kind]['median']:.1f} ({100 * cell[kind]['share']:.0f} %)"
+                if kind in cell
+                else ""
+                for kind in kinds
+            ),
+        ]
+        for shape, cell in found.items()
+    ]
+    text = (
+        "Attention of one query a sequence (`pykv bench decode`): microseconds a call in a "
+        "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be "
+        "read at."
+    )
+    return [text, table(["sequences x keys", "heads", "D", "P", *kinds], rows)]
 
 
 def rewritten(text, inside):

@@ -43,7 +43,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     ids, others = order[:n], order[n:]
     if op == "zero":
         return Work(
-            run=lambda: pages.zero_pages(cache, ids),
+            run=pages.prepare_zero(cache, ids).run,
             check=lambda: all(not x[:, xp.asarray(ids)].any() for x in _arrays(cache)),
             bytes=size,  # written
             ceiling="write",

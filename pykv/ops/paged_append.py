@@ -21,14 +21,14 @@ request or page, and a position outside the listed pages, mean that the row is n
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, check, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, KVSpec, quantize, spec_of
+from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
 COUNTS = ("before", "after")
@@ -85,7 +85,7 @@ def append(
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
         slots=(slots, "T", SLOTS),
     )
-    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, slots, None, None, None)
+    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, slots, None, None, None)
     _append(op, "SLOTS", spec, dims, arrays, False, False, stream)
 
 
@@ -144,7 +144,7 @@ def append_decode(
             f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
             "a call cannot be changed by it"
         )
-    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, None, indices, indptr, last_page_len)
+    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, None, indices, indptr, last_page_len)
     _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
 
 
@@ -195,7 +195,7 @@ def append_ragged(
     )
     after = _counts_after(op, counts)
     rows = (append_indptr, indices, indptr, last_page_len)
-    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, *rows)
+    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
 
 
@@ -244,7 +244,7 @@ def append_indexed(
         indptr=(indptr, "B+1", INT32),
     )
     rows = (batch_indices, indices, indptr, positions)
-    arrays = (k, v, k_pool, v_pool, k_scales, v_scales, *rows)
+    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)
 
 
@@ -270,7 +270,7 @@ def _append(
         raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
     if D > MAX_HEAD_DIM:
         raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
-    k, v, k_pool, v_pool, k_scales, v_scales, rows, indices, indptr, counts = arrays
+    k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr, counts = arrays
     if k.size == 0:
         return
     if on_gpu(k):
@@ -357,44 +357,84 @@ def _cuda(
     advance: bool,
     stream: Any,
 ) -> None:
-    defines, grid, arguments = kernel_call(address, spec, P, arrays, after, advance)
-    kernel = cuda.kernel("paged_append", "paged_append", **defines)
+    launch = launch_of(address, spec, P, arrays, after, advance)
     with cuda.on_stream(stream):
-        cuda.launch(kernel, grid, defines["BLOCK"], *arguments)
+        cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
 
 
-def kernel_call(
+class Launch(NamedTuple):
+    """What all but the addresses of arrays decides of a launch; scalars follow the arrays."""
+
+    kernel: Any
+    grid: int | tuple[int, ...]
+    block: int
+    scalars: tuple[Any, ...]
+
+
+def launch_of(
     address: str, spec: KVSpec, P: int, arrays: tuple[Any, ...], after: bool, advance: bool
-) -> tuple[dict[str, Any], int, tuple[Any, ...]]:
-    """The defines, the grid and the arguments of the kernel, for arrays that are checked.
+) -> Launch:
+    """The launch for arrays that are checked.
 
     Args:
         address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
         spec: of the pools.
         P: tokens a page.
-        arrays: k, v, k_pool, v_pool, k_scales, v_scales, rows, indices, indptr and counts, by the
-            kernel's names; None where there is no such array.
+        arrays: k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr and counts, by the
+            kernel's names and in its order; None where there is no such array.
         after: whether `counts` includes the new tokens.
         advance: whether the kernel adds to `counts`.
     """
-    k, v, k_pool, v_pool, k_scales, v_scales, rows, _, indptr, _ = arrays
-    T, H, D = k.shape
-    defines, rows_a_block = defines_of(
-        k.dtype, spec, D, H, P, address, None if rows is None else rows.dtype, after, advance
-    )
-    steps = _steps(
-        spec,
-        *(k.strides, v.strides, k.itemsize, k_pool.strides, v_pool.strides),
+    k_pool, v_pool, k_scales, v_scales, k, v, rows, _, indptr, _ = arrays
+    return _launch(
+        *(cuda.current_device(), address, spec, P, after, advance, k.dtype, k.shape),
+        None if rows is None else rows.dtype,
+        0 if indptr is None else len(indptr) - 1,
+        *(k.strides, v.strides, k_pool.strides, v_pool.strides),
         None if k_scales is None else k_scales.strides,
         None if v_scales is None else v_scales.strides,
     )
-    num_requests = 0 if indptr is None else len(indptr) - 1
-    pools = (k_pool, v_pool, k_scales, v_scales, k, v)
-    sizes = (np.int32(T * H), np.int32(num_requests))
-    return defines, -(-T * H // rows_a_block), (*pools, *arrays[6:], *steps, *sizes)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
+def _launch(
+    device: int,
+    address: str,
+    spec: KVSpec,
+    P: int,
+    after: bool,
+    advance: bool,
+    dtype: Any,
+    shape: tuple[int, int, int],
+    row_dtype: Any,
+    num_requests: int,
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    *pools: Any,
+) -> Launch:
+    """Kept, because making it costs as much as several launches.
+
+    Args:
+        device: for which the kernel is.
+        dtype, shape: of k and v.
+        k, v, pools: strides in bytes; the last four of the pools and their scales.
+    """
+    T, H, D = shape
+    defines, rows_a_block = defines_of(dtype, spec, D, H, P, address, row_dtype, after, advance)
+    steps = (stride // dtype.itemsize for strides in (k, v) for stride in strides[:2])
+    return Launch(
+        cuda.kernel("paged_append", "paged_append", **defines),
+        -(-T * H // rows_a_block),
+        defines["BLOCK"],
+        (
+            *pool_steps(spec, *pools),
+            *map(np.int64, steps),
+            np.int32(T * H),
+            np.int32(num_requests),
+        ),
+    )
+
+
 def defines_of(
     dtype: Any,
     spec: KVSpec,
@@ -407,20 +447,12 @@ def defines_of(
     advance: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """The kernel's defines, and the rows of a block."""
-    lanes = 1
-    while lanes < 32 and lanes * LANE_ELEMENTS < D:
-        lanes *= 2
+    lanes = lanes_of(D)
     # With `advance` all heads of a token meet in one block.
     block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
     defines = dict(
         NEW_T=cuda.TYPE_NAMES[dtype],
-        K_T=KINDS[spec.k].c_type,
-        V_T=KINDS[spec.v].c_type,
-        SCALE_T="f16" if spec.scale_dtype == "fp16" else "float",
-        SCALES="FOUND" if spec.granularity == "token" else "GIVEN",
-        HEAD_DIM=D,
-        HEADS=H,
-        PAGE=P,
+        **pool_defines(spec, D, H, P),
         ADDRESS=address,
         ROW_T="i64" if row_dtype == SLOTS[1] else "int",
         AFTER=int(after),
@@ -431,31 +463,47 @@ def defines_of(
     return defines, H if advance else block // lanes
 
 
-@lru_cache(maxsize=1024)
-def _steps(
+def lanes_of(D: int) -> int:
+    """How many lanes share a row."""
+    lanes = 1
+    while lanes < 32 and lanes * LANE_ELEMENTS < D:
+        lanes *= 2
+    return lanes
+
+
+def pool_defines(spec: KVSpec, D: int, H: int, P: int) -> dict[str, Any]:
+    """Those of the kernel's defines that say what the pools are."""
+    return dict(
+        K_T=KINDS[spec.k].c_type,
+        V_T=KINDS[spec.v].c_type,
+        SCALE_T="f16" if spec.scale_dtype == "fp16" else "float",
+        SCALES="FOUND" if spec.granularity == "token" else "GIVEN",
+        HEAD_DIM=D,
+        HEADS=H,
+        PAGE=P,
+    )
+
+
+def pool_steps(
     spec: KVSpec,
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    itemsize: int,
     k_pool: tuple[int, ...],
     v_pool: tuple[int, ...],
     k_scales: tuple[int, ...] | None,
     v_scales: tuple[int, ...] | None,
 ) -> tuple[Any, ...]:
-    """Strides in elements, from those in bytes, in the order of the kernel."""
+    """Strides of page, token and head in elements, from those in bytes, in that order of arrays."""
     nhd = (0, 1, 2) if spec.layout == "NHD" else (0, 2, 1)
     steps = []
     for kind, strides in zip(spec.kinds, (k_pool, v_pool), strict=True):
         steps += [strides[axis] // kind.dtype.itemsize for axis in nhd]
     for strides_or_none in (k_scales, v_scales):
-        size = 2 if spec.scale_dtype == "fp16" else 4
+        size = SCALE_DTYPES[spec.scale_dtype].itemsize
         if strides_or_none is None or spec.granularity == "tensor":
             steps += [0, 0, 0]
         elif spec.granularity == "head":
             steps += [0, 0, strides_or_none[0] // size]
         else:
             steps += [strides_or_none[axis] // size for axis in nhd]
-    steps += [step // itemsize for strides in (k, v) for step in strides[:2]]
     return tuple(map(np.int64, steps))
 
 

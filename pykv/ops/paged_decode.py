@@ -132,7 +132,7 @@ def decode(
     )
     T = dims["T"] if many else 1
     scale = check_attention(op, dims, scale, window, 512)
-    _check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
+    check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
     behind = T - 1 if causal else 0  # keys between the first query and the last key
     if not on_gpu(q):
         check_pages(
@@ -205,6 +205,9 @@ def workspace_size(
 def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
     """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
 
+    Where head size and query rows ask for more shared memory than the SM has (some with D above 128
+    on SMs with 64 or 100 KiB), "paged_decode" takes them all the same.
+
     Args:
         spec: kinds of the pools.
         D: head size.
@@ -242,7 +245,7 @@ def check_attention(
     return float(scale)
 
 
-def _check_options(
+def check_options(
     op: str,
     soft_cap: float | None,
     tree: Any,
@@ -251,6 +254,7 @@ def _check_options(
     fixed_split: int | None,
     lse_base: str,
 ) -> None:
+    """Check the options that attention ops share; `fixed_split` may be None."""
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
     if tree is not None and T > MAX_TREE:
@@ -327,27 +331,49 @@ def reference(
         k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
         v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
         H = k.shape[1]
-        grouped = many[b].astype(dtype).reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
-        scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale  # [H, G, T, keys]
-        if soft_cap is not None:
-            scores = np.tanh(scores / soft_cap) * soft_cap
-        behind = np.arange(T - 1, -1, -1)[:, None] * causal
-        key, query = np.arange(first, length), length - 1 - behind
-        if slopes is not None:
-            scores += slopes.astype(dtype).reshape(H, -1, 1, 1) * (key - query)
-        seen = key <= query
-        if window:
-            seen &= key > query - window
-        if tree is not None:
-            branch = np.maximum(key - (length - T), 0)
-            bits = tree[b][:, None] >> branch.astype(np.uint64) & np.uint64(1)
-            seen = np.where(key < length - T, seen, bits.astype(bool))
-        scores = np.where(seen, scores, -np.inf)
+        scores = score(
+            *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
+            *(None if tree is None else tree[b], causal),
+        )
         extra = None if sinks is None else sinks.astype(dtype).reshape(H, -1, 1)
         values, sums = weigh(scores, v.transpose(1, 0, 2)[:, None], extra)
         out[b] = values.transpose(2, 0, 1, 3).reshape(T, HQ, D)
         lse[b] = sums.transpose(2, 0, 1).reshape(T, HQ)
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
+
+
+def score(
+    q: Any,
+    k: Any,
+    first: int,
+    length: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    slopes: Any,
+    tree: Any,
+    causal: bool,
+) -> Any:
+    """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
+    from `first` to `length` - 1; minus infinity where a query does not see a key."""
+    T, HQ, D = q.shape
+    H = k.shape[1]
+    grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
+    scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale
+    if soft_cap is not None:
+        scores = np.tanh(scores / soft_cap) * soft_cap
+    behind = np.arange(T - 1, -1, -1)[:, None] * causal
+    key, query = np.arange(first, length), length - 1 - behind
+    if slopes is not None:
+        scores += slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
+    seen = key <= query
+    if window:
+        seen &= key > query - window
+    if tree is not None:
+        branch = np.maximum(key - (length - T), 0)
+        bits = tree[:, None] >> branch.astype(np.uint64) & np.uint64(1)
+        seen = np.where(key < length - T, seen, bits.astype(bool))
+    return np.where(seen, scores, -np.inf)
 
 
 def decoded_rows(
@@ -369,10 +395,10 @@ def decoded_rows(
     P = pool.shape[1]
     position = np.arange(first, end)
     where = pages[position // P], position % P
-    rows = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
+    decoded = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
     if scales is None:
-        return rows
-    return rows * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
+        return decoded
+    return decoded * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
 
 
 def gather(pool: Any, pages: Any, first: int, end: int, dtype: Any) -> Any:
@@ -479,6 +505,8 @@ def _plan(
     aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
     near = all(0 <= token < 2**30 for _, token, _ in steps)
     stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
+    if not mma.fits(sm, spec, q_dtype, sizes):
+        stem = "paged_decode"
     floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
     merge = None

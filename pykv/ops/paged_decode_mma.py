@@ -78,11 +78,21 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
 
 
+def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
+    """Whether a block may have that much shared memory."""
+    limit = 64 << 10 if sm == 75 else _shared_of_sm(sm) - 1024
+    return shared_bytes(sm, spec, q_dtype, sizes) + 128 <= limit  # and its static variables
+
+
+def _shared_of_sm(sm: int) -> int:
+    return {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
+
+
 def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
     """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
     most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 else 2
-    of_sm = {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
-    return num_sms * max(1, min(most, of_sm // (shared + 1024)))  # the system's own 1 KiB each
+    in_sm = _shared_of_sm(sm) // (shared + 1024)  # the system's own 1 KiB each
+    return num_sms * max(1, min(most, in_sm))
 
 
 def num_ranges(sizes: Sizes, blocks: int, fixed_split: int | None) -> int:

@@ -1,5 +1,6 @@
 """paged_decode: softmax attention of one query a sequence, over its own keys and no others."""
 
+import itertools
 import math
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.ops import paged_decode
+from pykv.ops import paged_decode, paged_decode_mma
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 WILD = 2147480000  # page id that faults, or raises, wherever it is used
@@ -403,6 +404,23 @@ def test_the_kernel_for_a_cache():
     assert paged_decode.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "paged_decode"
 
 
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("q", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_no_block_asks_for_more_shared_memory_than_there_is(sm, q):
+    """CUDA programming guide, compute capabilities: shared memory of a block."""
+    limit = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[sm] << 10
+    for text, D, G in itertools.product(
+        ("fp16", "bf16", "int8", "int4"), (64, 128, 256), (1, 4, 8)
+    ):
+        spec, sizes = kinds.KVSpec.parse(text), paged_decode_mma.Sizes(2, 1, G, 1, D, 16, 8)
+        if not paged_decode_mma.covers(sm, spec, D):
+            continue
+        asked = paged_decode_mma.shared_bytes(sm, spec, np.dtype(q), sizes)
+        fits = paged_decode_mma.fits(sm, spec, np.dtype(q), sizes)
+        assert fits == (asked + 128 <= limit)
+        assert fits or D == 256
+
+
 def test_a_workspace_serves_calls_of_any_size(device, rng):
     """Whatever one call leaves there, the next one finds what it needs."""
     workspace = None
@@ -532,10 +550,10 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
 
 def test_workspace_suffices_for_smaller_batches(monkeypatch):
     """By hand for 132 SMs: batches of 1 .. 5 split 16, 16, 16, 13 and 10 ways on CUDA cores, where
-    4 needs most; on tensor cores 33 ranges leave two states of 4 heads for each of 8."""
+    4 needs most; on tensor cores 49 ranges leave two states of 4 heads for each of 8."""
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     size = paged_decode.workspace_size(5, 32, 8, 128, 4096, device=0)
-    assert size == 4096 + max(4 * 13 * 32, 2 * 33 * 32) * (128 + 2)
+    assert size == 4096 + max(4 * 13 * 32, 2 * 49 * 32) * (128 + 2)
     fixed = paged_decode.workspace_size(5, 32, 8, 128, 4096, fixed_split=512, device=0)
     assert fixed == 4096 + 5 * 8 * 32 * (128 + 2)
     assert paged_decode.workspace_size(1, 32, 8, 128, 128, device=0) == 0

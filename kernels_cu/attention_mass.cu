@@ -1,0 +1,143 @@
+// attention_mass.cu: how much of the attention each key of a paged cache got.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/attention_mass.py):
+//   mass                 [B, H, C] float  C = M * P; sum of the weights that the query rows of a KV
+//                                         head gave to a key; 0 where none sees it
+//   q             const  [B, T, HQ, D]    Q_T, strides of B and T in elements
+//   k_pool        const  [N, P, H, D] in any order, strides of page, token and head in array
+//                        elements: K_T
+//   k_scales      const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
+//   page_table    const  [B, M] int32, read where the sequence has visible keys alone
+//   lengths       const  [B] int32, clamped to 0 .. C
+//   lse           const  [B, T, HQ] float, log-sum-exp of each query row
+//   slopes        const  [HQ] float, with ALIBI; tree const [B, T] u64 with TREE
+// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
+//           window = number of last keys seen, INT_MAX for all; accumulate = 1: the weights are
+//           added to `mass`; score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap =
+//           cap * log2(e); lse_unit = what turns lse into binary logarithms
+// Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; K_T = float, f16, bf16,
+//           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, TREE = 0 or 1
+// Launch:   grid (B * H * ceil(C / 256)), block (128)
+// Traffic:  K once, later query rows hit the caches; 4 bytes a key of `mass`
+// Order:    no atomics; sums in the order of the query rows
+//
+// LANES lanes hold one key and score it against ROWS query rows at a time.
+#include "common.cuh"
+
+#if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T)
+#error "attention_mass.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
+#endif
+#ifndef SOFT_CAP
+#define SOFT_CAP 0
+#endif
+#ifndef ALIBI
+#define ALIBI 0
+#endif
+#ifndef TREE
+#define TREE 0
+#endif
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold eight elements");
+
+constexpr int D = HEAD_DIM;
+constexpr int THREADS = 128;
+constexpr int KEYS = 256;  // of a block
+constexpr int LANES = lanes_of_row(D);
+constexpr int SLOTS = THREADS / LANES;
+constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
+constexpr int ROWS = EIGHTS == 2 ? 2 : 4;     // whose queries stay in registers
+constexpr float LOG2_E = 1.442695040888963f;
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
+               const SCALE_T* __restrict__ k_scales, const int* __restrict__ page_table,
+               const int* __restrict__ lengths, const float* __restrict__ lse,
+               const float* __restrict__ slopes, const u64* __restrict__ tree, i64 q_stride,
+               i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 ks_page, i64 ks_token,
+               i64 ks_head, int T, int behind, int HQ, int H, int P, int M, int capacity,
+               int window, int accumulate, float score_scale, float cap, float lse_unit) {
+    const int G = HQ / H;
+    const int chunks = capacity / KEYS + (capacity % KEYS != 0);
+    const int begin = blockIdx.x % chunks * KEYS;
+    const int kv_head = blockIdx.x / chunks % H;
+    const int b = blockIdx.x / chunks / H;
+    const int length = max(0, min(lengths[b], capacity));
+    const int first_key = (int)max((i64)length - behind - window, (i64)0);
+    const int slot = threadIdx.x / LANES;
+    const int lane_d = threadIdx.x % LANES * 8;
+    const bool has_seen = begin < length && begin + KEYS > first_key;
+
+    __shared__ float sums[KEYS];  // each a matter of the first lane of one group
+    const bool is_first = threadIdx.x % LANES == 0;
+    for (int i = slot; is_first && i < KEYS; i += SLOTS) sums[i] = 0.0f;
+    for (int tile = 0; has_seen && tile < G * T; tile += ROWS) {
+        float query[ROWS][EIGHTS][8], row_lse[ROWS], slope[ROWS];
+        int position[ROWS];
+        u64 branches[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const int row = min(tile + r, G * T - 1), token = row / G, head = kv_head * G + row % G;
+            position[r] = length - 1 - max(behind - token, 0);
+            // A row past the last one gets no weight: nothing exceeds infinity.
+            row_lse[r] = tile + r < G * T ? lse[((i64)b * T + token) * HQ + head] * lse_unit : INF;
+            slope[r] = ALIBI ? slopes[head] * LOG2_E : 0.0f;
+            branches[r] = TREE ? tree[(i64)b * T + token] : 0;
+            const Q_T* at = q + b * q_stride + token * q_token_stride + (i64)head * D;
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                const int d = e * LANES * 8 + lane_d;
+                load8(query[r][e], at + (d < D ? d : 0));
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    query[r][e][i] = d < D ? query[r][e][i] * score_scale : 0.0f;
+                }
+            }
+        }
+#pragma unroll(LANES <= 8 ? 2 : 4)
+        for (int i = slot; i < KEYS; i += SLOTS) {
+            const int key = begin + i;
+            const u32 safe = max(first_key, min(key, length - 1));
+            const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
+            float x[EIGHTS][8];
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                const int d = e * LANES * 8 + lane_d;
+                const K_T* row = k_pool + page * k_page + token * k_token + kv_head * k_head;
+                load8(x[e], row + (d < D ? d : 0) / PACKED<K_T>);
+            }
+            float k_scale = 1.0f, weight = 0.0f;
+            if (LARGEST<K_T> > 0.0f) {
+                k_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float score = 0.0f;
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++) {
+                    float part = 0.0f;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) part += query[r][e][j] * x[e][j];
+                    score += e * LANES * 8 + lane_d < D ? part : 0.0f;
+                }
+#pragma unroll
+                for (int lane = LANES / 2; lane > 0; lane /= 2) {
+                    score += __shfl_xor_sync(FULL_MASK, score, lane);
+                }
+                score *= k_scale;
+#if SOFT_CAP
+                score = tanhf(score) * cap;
+#endif
+                score += slope[r] * (key - position[r]);
+                bool is_seen = key <= position[r] && position[r] - key < window;
+                const int branch = key - (length - 1 - behind);
+                if (TREE && branch >= 0) is_seen = key < length && branches[r] >> (branch & 63) & 1;
+                if (is_seen && row_lse[r] != -INF) weight += exp2f(score - row_lse[r]);
+            }
+            if (is_first) sums[i] += weight;
+        }
+    }
+    __syncthreads();
+    float* const row = mass + ((i64)b * H + kv_head) * capacity + begin;
+    for (int i = threadIdx.x; i < min(KEYS, capacity - begin); i += THREADS) {
+        row[i] = accumulate ? row[i] + sums[i] : sums[i];
+    }
+}

@@ -1,0 +1,178 @@
+// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; write K and V into
+// the pages of a pool, as what its kinds hold.
+//
+// Arrays (letters as in pykv/ops/paged_qkv.py); strides are counted in elements of an array:
+//   q_out                      [T, HQ, D] NEW_T: strides token, head
+//   k_pool, v_pool             pages of K_T, V_T, updated in place: strides page, token, head; the
+//                              elements of a row are contiguous
+//   k_scales, v_scales         SCALE_T, found and written or given, by SCALES: strides page, token,
+//                              head, 0 where they have no such dimension. Null for float kinds
+//   qkv                 const  [T, HQ + 2H, D] NEW_T: stride token; heads of Q, then K, then V
+//   slots               const  [T] ROW_T  page * PAGE + offset; negative: K and V are not written
+//   positions           const  [T] int; null where PAIRS is 0
+//   inv_freq            const  [PAIRS] float  radians per position; null where PAIRS is 0
+//   q_norm, k_norm      const  [D] W_T, 16-byte aligned; null where NORM is 0
+// Scalars:  eps of the norm
+// Defines:  NEW_T, W_T = float, f16 or bf16; K_T, V_T = those or i8, i4, e4m3, e5m2; SCALE_T = f16
+//           or float; HEAD_DIM = D, a multiple of 8; Q_HEADS = HQ; HEADS = H; PAGE = tokens a page;
+//           ROW_T = int or i64; SCALES = FOUND or GIVEN; NORM = 0 or 1, x / sqrt(mean(x^2) + eps) *
+//           weight of each head; PAIRS = pairs that are rotated, 2 * PAIRS <= D; PAIRING = HALF,
+//           elements (j, j + PAIRS), or ADJACENT, (2j, 2j + 1); BLOCK = threads; LANES = how many
+//           of them share a head, a power of two up to 32
+// Launch:   grid (T, (HQ + 2H) / (BLOCK / LANES) rounded up), block (BLOCK), no dynamic shared
+//           memory: a block has heads of one token, which share sines and cosines
+// Traffic:  T * ((2 * HQ + 2H) * D * sizeof(NEW_T) + H * bytes of a row of K and V with its scales)
+// Order:    no atomics; floats from reading to storing, sums in an order that D decides; V, and all
+//           where there is neither norm nor rotation, is bit-exact; two tokens for one slot leave
+//           either row, or a mixture
+#include "common.cuh"
+
+#define FOUND 0
+#define GIVEN 1
+#define HALF 0
+#define ADJACENT 1
+#if !defined(NEW_T) || !defined(W_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
+#error "paged_qkv.cu needs NEW_T, W_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(HEAD_DIM) || !defined(Q_HEADS) || !defined(HEADS) || !defined(PAGE) || !defined(ROW_T)
+#error "paged_qkv.cu needs HEAD_DIM, Q_HEADS, HEADS, PAGE and ROW_T"
+#endif
+#if !defined(SCALES) || !defined(NORM) || !defined(PAIRS) || !defined(PAIRING)
+#error "paged_qkv.cu needs SCALES, NORM, PAIRS and PAIRING"
+#endif
+#if !defined(BLOCK) || !defined(LANES)
+#error "paged_qkv.cu needs BLOCK and LANES"
+#endif
+constexpr int D = HEAD_DIM, HQ = Q_HEADS, H = HEADS, GROUPS = BLOCK / LANES;
+static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
+static_assert(2 * PAIRS <= D, "pairs of one head");
+
+using Taken = RowShare<NEW_T, D, LANES>;
+constexpr int PIECES = Taken::PIECES;
+// Whether both elements of every pair lie in one lane, as of neighbours they do.
+constexpr bool IN_LANE = PAIRING == ADJACENT || (PIECES == 2 && PAIRS == LANES * 8);
+
+template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
+
+__device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weight, float eps) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) squares += x[i][j] * x[i][j];
+    }
+    const float scale = 1.0f / sqrtf(group_sum<LANES>(squares) / (float)D + eps);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        if (Taken::column(i) >= D) continue;
+        float w[8];
+        load8(w, weight + Taken::column(i));
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[i][j] *= scale * w[j];
+    }
+}
+
+struct Turn { float cosine, sine; };
+
+__device__ __forceinline__ void rotate(float& a, float& b, Turn by) {
+    const float first = a * by.cosine - b * by.sine;
+    b = a * by.sine + b * by.cosine;
+    a = first;
+}
+
+// Pair j by turns[j]. Where lanes hold halves of pairs, `row` is the group's place to meet.
+__device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Turn* turns, float* row) {
+    if constexpr (PAIRING == ADJACENT) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int pair = Taken::column(i) / 2;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (pair + j < PAIRS) rotate(x[i][2 * j], x[i][2 * j + 1], turns[pair + j]);
+            }
+        }
+    } else if constexpr (IN_LANE) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) rotate(x[0][j], x[1][j], turns[Taken::column(0) + j]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            if (Taken::column(i) < D) store8(row + Taken::column(i), x[i]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int column = Taken::column(i) + j;
+                if (column >= 2 * PAIRS) continue;
+                const bool is_first = column < PAIRS;
+                float other = row[is_first ? column + PAIRS : column - PAIRS];
+                const Turn by = turns[is_first ? column : column - PAIRS];
+                if (is_first) rotate(x[i][j], other, by); else rotate(other, x[i][j], by);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__ v_pool,
+          SCALE_T* __restrict__ k_scales, SCALE_T* __restrict__ v_scales,
+          const NEW_T* __restrict__ qkv, const ROW_T* __restrict__ slots,
+          const int* __restrict__ positions, const float* __restrict__ inv_freq,
+          const W_T* __restrict__ q_norm, const W_T* __restrict__ k_norm,
+          i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+          i64 v_pool_page, i64 v_pool_token, i64 v_pool_head,
+          i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
+          i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
+          i64 q_token, i64 q_head, i64 qkv_token, float eps) {
+    const u32 token = blockIdx.x, group = threadIdx.x / LANES;
+    const u32 head = blockIdx.y * GROUPS + group;
+    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
+    const Taken taken = load_share<D, LANES>(qkv + token * qkv_token + known * D);
+    const Place place = place_of_slot<PAGE>(slots[token]);
+
+#if NORM || PAIRS > 0
+    float x[PIECES][8];
+    RowShare<float, D, LANES> row;
+#if PAIRS > 0
+    __shared__ Turn turns[PAIRS];
+    __shared__ __align__(16) float meeting[IN_LANE ? 1 : GROUPS][D];
+    const double position = positions[token];
+    for (int j = threadIdx.x; j < PAIRS; j += BLOCK) {
+        sin_cos(position * inv_freq[j], turns[j].sine, turns[j].cosine);
+    }
+    __syncthreads();
+#endif
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
+    if constexpr (NORM) normalise(x, known < HQ ? q_norm : k_norm, eps);
+#if PAIRS > 0
+    rotate_pairs(x, turns, meeting[IN_LANE ? 0 : group]);
+#endif
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
+#else
+    const Taken& row = taken;
+#endif
+
+    const bool is_value = known >= HQ + H;
+    u32 largest[1] = {};
+    if (FINDS_SCALE<K_T> && !is_value) largest[0] = max_of(row);
+    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_of(taken);
+    if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
+    if (head < HQ) {
+        store_floats(q_out + token * q_token + head * q_head, row);
+    } else if (head >= HQ + 2 * H || place.page < 0) {
+        return;
+    } else if (!is_value) {
+        store_row<SCALES == FOUND>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
+                                   k_scales_page, k_scales_token, k_scales_head, place, head - HQ,
+                                   row, largest[0]);
+    } else {
+        store_row<SCALES == FOUND>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
+                                   v_scales_page, v_scales_token, v_scales_head, place,
+                                   head - HQ - H, taken, largest[0]);
+    }
+}

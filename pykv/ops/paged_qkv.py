@@ -1,0 +1,262 @@
+"""From the fused projection of a layer to its queries and its KV pool, in one launch: split into Q,
+K and V, normalise and rotate the heads of Q and K, encode K and V and write them into their pages.
+
+Dimensions: T tokens of all sequences, HQ query heads, H KV heads, D head size, R = (HQ + 2H) * D,
+F rotated pairs of a head, N pages in the pool, P tokens a page, W elements of a pool that D codes
+take.
+Kernel: kernels_cu/paged_qkv.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, check, like, on_gpu
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import KVSpec, spec_of
+from pykv.ops import norm, paged_append, rope
+from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
+
+BLOCK = 128  # threads at most
+
+
+def append(
+    qkv: Any,
+    k_pool: Any,
+    v_pool: Any,
+    slots: Any,
+    *,
+    positions: Any = None,
+    inv_freq: Any = None,
+    pairing: str = "half",
+    q_norm: Any = None,
+    k_norm: Any = None,
+    eps: float = 1e-6,
+    q_out: Any = None,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    stream: Any = None,
+) -> Any:
+    """Write K and V of token t to slot `slots[t]` of the pools, in place, and return the queries.
+
+    Tokens may be of any sequences, in any order.
+
+    Args:
+        qkv: [T, R] float32, float16 or bfloat16; for each token the heads of Q, then those of K,
+            then those of V; tokens at any stride. H and D are those of the pools, D a multiple of 8
+            and at most 512; HQ is what is left.
+        k_pool, v_pool, k_scales, v_scales, spec: as of paged_append.append.
+        slots: [T] int32 or int64; page * P + offset, or negative to write neither K nor V, as for
+            the padding of a captured graph; its queries come out all the same. Distinct where not
+            negative.
+        positions: [T] int32; what heads of Q and K are rotated by. None where `inv_freq` is.
+        inv_freq: [F] float32, radians per position, 2F <= D; see rope.frequencies. None: no
+            rotation.
+        pairing: as of rope.rotate.
+        q_norm, k_norm: [D] float32, float16 or bfloat16, of one dtype, 16-byte aligned; weights by
+            which heads of Q and K are normalised before they are rotated, as by norm.rms_norm.
+            None, both: no norm.
+        eps: of the norm.
+        q_out: [T, HQ, D], dtype of `qkv`; tokens and heads at any stride. Allocated when missing.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        `q_out`, or a new array.
+
+    Raises:
+        ShapeError: dimensions disagree, D is no multiple of 8, R leaves no query head, or 2F
+            exceeds D.
+        DtypeError: an array has another dtype.
+        DeviceError: host and device arrays are mixed.
+        ParameterError: scales are missing, or given for floats; no spec for arrays of bytes;
+            `pairing` is unknown, `eps` not positive and finite; one of `q_norm` and `k_norm`, or of
+            `positions` and `inv_freq`, is missing.
+        UnsupportedError: D is above 512.
+
+    Runs where the arrays are. On a GPU it only enqueues, one launch, and slots are not
+    range-checked. Accumulates in float32 and rounds once, where a value is stored: K is not rounded
+    to the dtype of `qkv` before it is encoded, as it is by separate ops. V, and all where nothing
+    is normalised or rotated, is bit-exact. A token's result does not depend on the others.
+    Sources: ferrum's fused kernel of one sequence; RMSNorm; RoFormer.
+    """
+    op = "paged_qkv.append"
+    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    dims = check(
+        op,
+        qkv=(qkv, "T | R", FLOATS),
+        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
+        slots=(slots, "T", SLOTS),
+        positions=(positions, "T", INT32),
+        inv_freq=(inv_freq, "F", FLOAT32),
+        q_norm=(q_norm, "D", FLOATS, VECTOR_BYTES),
+        k_norm=(k_norm, "D", getattr(q_norm, "dtype", FLOATS), VECTOR_BYTES),
+        q_out=(q_out, "T HQ | D", getattr(qkv, "dtype", None)),
+    )
+    HQ = _query_heads(op, dims)
+    for names, first, second in (
+        ("positions and inv_freq", positions, inv_freq),
+        ("q_norm and k_norm", q_norm, k_norm),
+    ):
+        if (first is None) != (second is None):
+            raise ParameterError(f"{op}: one of {names} is None, expected both or neither")
+    if pairing not in rope.PAIRINGS:
+        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
+    if not 0 < eps < math.inf:
+        raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
+    if q_out is None:
+        q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype)
+    if dims["T"] == 0:
+        return q_out
+    if on_gpu(qkv):
+        arrays = (q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots)
+        _cuda(spec, (*arrays, positions, inv_freq, q_norm, k_norm), dims["P"], pairing, eps, stream)
+        return q_out
+    H, D = dims["H"], dims["D"]
+    q, k, v = split(
+        qkv.reshape(-1, HQ + 2 * H, D), H, positions, inv_freq, pairing, q_norm, k_norm, eps
+    )
+    q_out[...] = q
+    places = paged_append.places("SLOTS", len(qkv), dims["P"], slots, None, None, None, False)
+    paged_append.reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, *places)
+    return q_out
+
+
+def _query_heads(op: str, dims: dict[str, int]) -> int:
+    R, H, D = dims["R"], dims["H"], dims["D"]
+    if D == 0 or D % 8:
+        raise ShapeError(f"{op}: a head has D={D} elements, expected a multiple of 8")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: a head has D={D} elements, expected at most {MAX_HEAD_DIM}")
+    HQ = R // D - 2 * H
+    if R % D or HQ < 1:
+        raise ShapeError(
+            f"{op}: qkv has R={R}, expected (HQ + 2H) * D with H={H}, D={D} and HQ of at least 1"
+        )
+    if dims.get("HQ", HQ) != HQ:
+        raise ShapeError(f"{op}: q_out has HQ={dims['HQ']}, expected {HQ} as in qkv")
+    if 2 * dims.get("F", 0) > D:
+        raise ShapeError(f"{op}: inv_freq has F={dims['F']}, expected at most D / 2 = {D // 2}")
+    return HQ
+
+
+def split(
+    heads: Any,
+    H: int,
+    positions: Any,
+    inv_freq: Any,
+    pairing: str,
+    q_norm: Any,
+    k_norm: Any,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """The definition, in NumPy: Q [T, HQ, D], K and V [T, H, D] of `heads` [T, HQ + 2H, D], K and V
+    as paged_append.reference stores them. Q and K are wider than `heads` where they are changed.
+    """
+    q, k, v = heads[:, : -2 * H], heads[:, -2 * H : -H], heads[:, -H:]
+    if q_norm is None and inv_freq is None:
+        return q, k, v
+    q, k = (x.astype(np.result_type(x.dtype, np.float32)) for x in (q, k))
+    if q_norm is not None:
+        q, k = norm.reference(q, q_norm, eps, 0.0), norm.reference(k, k_norm, eps, 0.0)
+    if inv_freq is not None:
+        rope.reference(q, k, positions, inv_freq, pairing)
+    return q, k, v
+
+
+def _cuda(
+    spec: KVSpec, arrays: tuple[Any, ...], P: int, pairing: str, eps: float, stream: Any
+) -> None:
+    """Arrays as the kernel takes them."""
+    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
+    launch = _launch(
+        *(cuda.current_device(), spec, P, qkv.dtype, q_out.shape, qkv.shape[1], slots.dtype),
+        *(0 if inv_freq is None else len(inv_freq), pairing),
+        *(None if q_norm is None else q_norm.dtype, float(eps)),
+        *(q_out.strides, qkv.strides, k_pool.strides, v_pool.strides),
+        None if k_scales is None else k_scales.strides,
+        None if v_scales is None else v_scales.strides,
+    )
+    with cuda.on_stream(stream):
+        cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    device: int,
+    spec: KVSpec,
+    P: int,
+    dtype: Any,
+    shape: tuple[int, int, int],
+    R: int,
+    slot_dtype: Any,
+    F: int,
+    pairing: str,
+    norm_dtype: Any,
+    eps: float,
+    q_out: tuple[int, ...],
+    qkv: tuple[int, ...],
+    *pools: Any,
+) -> paged_append.Launch:
+    """Kept, because making it costs as much as several launches.
+
+    Args:
+        device: for which the kernel is.
+        shape: of q_out.
+        q_out, qkv, pools: strides in bytes; the last four of the pools and their scales.
+        The others as in `defines_of`.
+    """
+    T, HQ, D = shape
+    H = (R // D - HQ) // 2
+    defines = defines_of(dtype, spec, HQ, H, D, P, F, pairing, norm_dtype, slot_dtype)
+    steps = (step // dtype.itemsize for step in (*q_out[:2], qkv[0]))
+    return paged_append.Launch(
+        cuda.kernel("paged_qkv", "paged_qkv", **defines),
+        (T, -(-(HQ + 2 * H) * defines["LANES"] // defines["BLOCK"])),
+        defines["BLOCK"],
+        (*paged_append.pool_steps(spec, *pools), *map(np.int64, steps), np.float32(eps)),
+    )
+
+
+def defines_of(
+    dtype: Any,
+    spec: KVSpec,
+    HQ: int,
+    H: int,
+    D: int,
+    P: int,
+    F: int = 0,
+    pairing: str = "half",
+    norm_dtype: Any = None,
+    slot_dtype: Any = INT32[0],
+) -> dict[str, Any]:
+    """The kernel's defines. `norm_dtype` is of the norms' weights, None where there is no norm."""
+    lanes = paged_append.lanes_of(D)
+    heads = HQ + 2 * H
+    blocks = -(-heads * lanes // BLOCK)  # of a token
+    rows = -(-heads // blocks)  # of a block, the same in all
+    return dict(
+        NEW_T=cuda.TYPE_NAMES[dtype],
+        W_T="float" if norm_dtype is None else cuda.TYPE_NAMES[norm_dtype],
+        **paged_append.pool_defines(spec, D, H, P),
+        Q_HEADS=HQ,
+        ROW_T="i64" if slot_dtype == SLOTS[1] else "int",
+        NORM=int(norm_dtype is not None),
+        PAIRS=F,
+        PAIRING="ADJACENT" if F and pairing == "adjacent" else "HALF",
+        BLOCK=-(-rows * lanes // 32) * 32,
+        LANES=lanes,
+    )
+
+
+# SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
+VARIANTS = [
+    defines_of(FLOATS[0], KVSpec(), 9, 3, 64, 16, 32, "adjacent"),
+    defines_of(FLOATS[0], KVSpec(), 32, 8, 128, 16, 64, "adjacent"),
+    defines_of(FLOATS[0], KVSpec(), 4, 1, 256, 16, 128, "half", FLOATS[0]),
+]

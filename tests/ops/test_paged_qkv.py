@@ -1,0 +1,326 @@
+"""paged_qkv: one launch does what split, norm, rotation and append do one after the other."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pykv import kinds
+from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.kinds import KVSpec
+from pykv.ops import norm, paged_append, paged_qkv, rope
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.ops.test_paged_append import Cache, dtype_of, on, options_of
+
+BASE = dict(
+    T=7, HQ=5, H=2, D=64, F=32, pairing="half", norm="float32", new="float32", spec="fp16", P=4
+)
+CASES = [
+    BASE,
+    # Shapes: lanes that idle, rows in one lane and in all, blocks of one token that are not full.
+    *({**BASE, **change} for change in ({"T": 0}, {"T": 1}, {"HQ": 1, "H": 1}, {"HQ": 40, "H": 8})),
+    *(
+        {**BASE, "D": D, "F": F, "pairing": pairing, "spec": spec}
+        for D, F, pairing, spec in (
+            *((8, 4, "half", "fp32"), (8, 3, "adjacent", "int8"), (16, 8, "half", "fp16")),
+            *((24, 12, "half", "fp16"), (80, 40, "half", "int8"), (80, 16, "adjacent", "fp16")),
+            *((128, 64, "adjacent", "fp16"), (128, 64, "half", "int8"), (128, 1, "half", "fp16")),
+            *((64, 8, "half", "fp32"), (64, 31, "half", "fp16"), (64, 0, "half", "int8")),
+            *((256, 128, "half", "fp16"), (264, 132, "half", "int8"), (512, 256, "half", "fp16")),
+        )
+    ),
+    # What is not asked for.
+    {**BASE, "norm": None},
+    {**BASE, "norm": None, "spec": "int4"},
+    {**BASE, "F": 0},
+    # Kinds, layouts, scales, and dtypes of rows and weights.
+    *(
+        {**BASE, "new": new, "norm": weight, "spec": spec}
+        for new, weight, spec in (
+            *(("float16", "float16", "fp16"), ("bfloat16", "float32", "bf16:HND")),
+            *(("bfloat16", "bfloat16", "int8:HND"), ("float32", "float32", "int4:fp32")),
+            *(("float16", "float32", "e4m3"), ("float32", "bfloat16", "e5m2:fp32")),
+            *(("float32", "float32", "k8v4:HND"), ("float16", "float16", "int8:tensor:fp32")),
+            *(("float32", "float32", "int4+bf16:head"), ("float32", "float16", "fp16+e4m3")),
+        )
+    ),
+]
+EXACT = [  # nothing is computed, so every bit is that of an append
+    {**BASE, "norm": None, "F": 0, "new": new, "spec": spec, "D": D}
+    for new, spec, D in (
+        *(("float32", "fp16", 64), ("float16", "fp16", 80), ("float16", "int8", 128)),
+        *(("bfloat16", "k8v4:HND", 8), ("float32", "e4m3:head", 264)),
+    )
+]
+
+
+def identify(case):
+    return "-".join(map(str, case.values()))
+
+
+def inputs(rng, T, HQ, H, D, F, pairing, norm, new, spec, P):
+    """(qkv [T, HQ + 2H, D], slots, options); every third slot is negative."""
+    heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(dtype_of(new))
+    slots = rng.permutation((T + 3) * P)[:T].astype(np.int32)
+    slots[::3] = -1 - slots[::3]
+    options = {}
+    if F:
+        options["positions"] = rng.integers(0, 2**20, T).astype(np.int32)
+        options["inv_freq"] = (10000.0 ** -rng.random(F)).astype(np.float32)
+        options["pairing"] = pairing
+    if norm:
+        for name in ("q_norm", "k_norm"):
+            options[name] = (1 + rng.standard_normal(D) / 4).astype(dtype_of(norm))
+        options["eps"] = 0.25
+    return heads, slots, options
+
+
+def judge(heads, H, options):
+    """What is to come of heads, at their precision: the definition."""
+    names = ("positions", "inv_freq", "pairing", "q_norm", "k_norm", "eps")
+    return paged_qkv.split(heads, H, *(options.get(name) for name in names))
+
+
+def run(xp, case, heads, slots, options, got, cache, **more):
+    """Call it; `got` are arrays like cache.whole, of `xp`."""
+    pools, rest = options_of(cache, got)
+    given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    qkv = xp.asarray(heads.reshape(len(heads), math.prod(heads.shape[1:])))
+    return paged_qkv.append(qkv, *pools, xp.asarray(slots), **given, **rest, **more)
+
+
+def steps_between(kind, x, y):
+    """How many codes lie between two, at most."""
+    if kind.name == "int4":
+        x, y = kinds.unpack(x), kinds.unpack(y)
+    x, y = x.astype(np.int32), y.astype(np.int32)
+    if kind.name in ("e4m3", "e5m2"):  # sign and magnitude
+        x, y = (np.where(z < 128, z, 128 - z) for z in (x, y))
+    return np.abs(x - y).max(initial=0)
+
+
+def by_slot(spec, x):
+    """A pool or scales, [slots, H, ...]."""
+    x = x if spec.layout == "NHD" else x.swapaxes(1, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=identify)
+def test_it_is_norm_rotation_and_append(xp, rng, case):
+    spec = KVSpec.parse(case["spec"])
+    T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    cache = Cache(rng, spec, T + 3, P, H, D, "two")
+    got = on(xp, cache.copy())
+    q = run(xp, case, heads, slots, options, got, cache)
+
+    low, oracle = judge(heads, H, options), judge(heads.astype(np.float64), H, options)
+    assert_close_to_oracle(q, low[0].astype(heads.dtype), oracle[0])
+    want = cache.copy()
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            cache.write(want, *divmod(slot, P), low[1][t], low[2][t])
+    k_pool, k_scales, *of_values = (None if x is None else to_numpy(x) for x in got)
+    for x, y in zip(of_values, want[2:], strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert_same_bits(x, y)
+
+    kept = slots[slots >= 0]
+    stored, expected = by_slot(spec, k_pool), by_slot(spec, want[0])
+    assert_same_bits(np.delete(stored, kept, 0), np.delete(expected, kept, 0))
+    stored, expected = stored[kept], expected[kept]
+    kind = spec.kinds[0]
+    if not kind.largest:
+        assert_close_to_oracle(stored, expected, oracle[1][slots >= 0])
+        return
+    assert steps_between(kind, stored, expected) <= 1
+    assert np.sum(stored != expected) <= 1 + stored.size // 100
+    if not spec.finds_scales:
+        assert_same_bits(k_scales, want[1])
+        return
+    stored, expected = by_slot(spec, k_scales), by_slot(spec, want[1])
+    assert_same_bits(np.delete(stored, kept, 0), np.delete(expected, kept, 0))
+    eps = float(np.finfo(stored.dtype).eps)
+    np.testing.assert_allclose(
+        *(x[kept].astype(np.float64) for x in (stored, expected)), rtol=4 * eps, atol=0
+    )
+
+
+@pytest.mark.parametrize("case", EXACT, ids=identify)
+def test_without_norm_and_rotation_it_is_an_append(xp, rng, case):
+    """Bit for bit, NaN and infinities too."""
+    spec = KVSpec.parse(case["spec"])
+    T, HQ, H, D, P = (case[x] for x in ("T", "HQ", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    heads[1, ::2, 3], heads[2, :, 5], heads[4, :, 0] = np.nan, -np.inf, -0.0
+    assert options == {}
+    cache = Cache(rng, spec, T + 3, P, H, D, "two")
+    got, want = on(xp, cache.copy()), on(xp, cache.copy())
+    q = run(xp, case, heads, slots, options, got, cache)
+    pools, rest = options_of(cache, want)
+    k, v = on(xp, (heads[:, HQ : HQ + H], heads[:, HQ + H :]))
+    paged_append.append(k, v, *pools, xp.asarray(slots), **rest)
+    assert_same_bits(q, heads[:, :HQ])
+    for x, y in zip(got, want, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("pairing", rope.PAIRINGS)
+def test_it_equals_the_separate_ops(xp, rng, pairing):
+    """The public functions of this device, one after the other, in float32."""
+    case = {**BASE, "D": 80, "F": 24, "pairing": pairing, "spec": "fp32"}
+    T, HQ, H, D, P = (case[x] for x in ("T", "HQ", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    cache = Cache(rng, KVSpec("fp32", "fp32"), T + 3, P, H, D, "loose")
+    got, want = on(xp, cache.copy()), on(xp, cache.copy())
+    q_out = run(xp, case, heads, slots, options, got, cache)
+
+    qkv, slots = on(xp, (heads, slots))
+    q, k, v = qkv[:, :HQ], qkv[:, HQ : HQ + H], qkv[:, HQ + H :]
+    for x, name in ((q, "q_norm"), (k, "k_norm")):
+        norm.rms_norm(x, xp.asarray(options[name]), eps=options["eps"], out=x)
+    where = on(xp, (options["positions"], options["inv_freq"]))
+    rope.rotate(q, k, *where, pairing=pairing)
+    pools, rest = options_of(cache, want)
+    paged_append.append(k, v, *pools, slots, **rest)
+    for x, y in ((q_out, q), (got[0], want[0])):
+        x, y = to_numpy(x), to_numpy(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=4e-6)  # values to 4, and a NaN where none is
+        assert np.isfinite(x).sum() == np.isfinite(y).sum() > 0
+    assert_same_bits(got[2], want[2])
+
+
+@pytest.mark.parametrize("pairing", rope.PAIRINGS)
+def test_split_by_hand(pairing):
+    """The definition against a plain loop in Python's floats."""
+    rng = np.random.default_rng(5)
+    HQ, H, D, F = 3, 2, 16, 6
+    heads = rng.standard_normal((4, HQ + 2 * H, D))
+    positions, inv_freq = np.array([0, 3, 3, 99], np.int32), np.float32([1, 0.5, 0.3, 0.1, 0.02, 0])
+    weights = rng.standard_normal((2, D))
+    q, k, v = paged_qkv.split(heads, H, positions, inv_freq, pairing, *weights, 0.5)
+    assert q.shape == (4, HQ, D) and (v == heads[:, HQ + H :]).all()
+    for t, position in enumerate(positions.tolist()):
+        for head in range(HQ + H):
+            row = heads[t, head].tolist()
+            weight = weights[int(head >= HQ)].tolist()
+            root = math.sqrt(sum(x * x for x in row) / D + 0.5)
+            row = [x / root * w for x, w in zip(row, weight, strict=True)]
+            for j, freq in enumerate(inv_freq.tolist()):
+                i, other = (j, j + F) if pairing == "half" else (2 * j, 2 * j + 1)
+                cosine, sine = math.cos(position * freq), math.sin(position * freq)
+                a, b = row[i], row[other]
+                row[i], row[other] = a * cosine - b * sine, a * sine + b * cosine
+            got = q[t, head] if head < HQ else k[t, head - HQ]
+            np.testing.assert_allclose(got, row, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", ["fp16:HND", "int8:fp32"])
+@pytest.mark.parametrize("form", ["one", "loose"])
+def test_arrays_may_be_strided(xp, rng, form, spec):
+    """Tokens of qkv and q_out within larger rows, slots of 64 bits, pools as views."""
+    case = {**BASE, "spec": spec}
+    T, HQ, H, D, P = (case[x] for x in ("T", "HQ", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    caches = Cache(rng, KVSpec.parse(spec), T + 3, P, H, D, form)
+    want, got = on(xp, caches.copy()), on(xp, caches.copy())
+    q = run(xp, case, heads, slots, options, want, caches)
+
+    wide = xp.full((T, (HQ + 2 * H + 1) * D), np.nan, np.float32)
+    wide[:, D:] = xp.asarray(heads.reshape(T, -1))
+    out = xp.full((T, 2, HQ + 1, D), np.nan, np.float32)
+    pools, rest = options_of(caches, got)
+    given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    slots = xp.asarray(slots.astype(np.int64))
+    q_out = out[:, 1, 1:]
+    returned = paged_qkv.append(wide[:, D:], *pools, slots, q_out=q_out, **given, **rest)
+    assert returned is q_out
+    assert_same_bits(out[:, 1, 1:], q)
+    assert bool(xp.isnan(out[:, 0]).all()) and bool(xp.isnan(out[:, 1, 0]).all())
+    for x, y in zip(got, want, strict=True):
+        if x is not None:
+            assert_same_bits(x, y)
+
+
+def test_a_token_does_not_depend_on_the_others(device, rng):
+    case = {**BASE, "spec": "int8"}
+    T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
+    together, alone = on(device, cache.copy()), on(device, cache.copy())
+    q = run(device, case, heads, slots, options, together, cache)
+    for t in range(T):
+        of_token = dict(options, positions=options["positions"][t : t + 1])
+        row = heads[t : t + 1], slots[t : t + 1]
+        assert_same_bits(run(device, case, *row, of_token, alone, cache), q[t : t + 1])
+    for x, y in zip(together, alone, strict=True):
+        assert_same_bits(x, y)
+
+
+# --- Errors ---
+
+
+def test_errors_name_the_argument(xp, rng):
+    T, HQ, H, D = 5, 3, 2, 64
+    qkv = xp.zeros((T, (HQ + 2 * H) * D), np.float16)
+    pools = [xp.zeros((4, 16, H, D), np.float16) for _ in range(2)]
+    slots = xp.asarray(np.arange(T, dtype=np.int32))
+    positions, freq = xp.zeros(T, np.int32), xp.zeros(D // 2, np.float32)
+    weight = xp.zeros(D, np.float16)
+
+    def call(x=qkv, where=slots, **options):
+        return paged_qkv.append(x, *pools, where, **options)
+
+    assert to_numpy(call()).shape == (T, HQ, D)
+    with pytest.raises(ShapeError, match=r"qkv has R=256, expected \(HQ \+ 2H\) \* D with H=2, D="):
+        call(qkv[:, : 2 * H * D])
+    with pytest.raises(ShapeError, match=r"qkv has R=440, expected \(HQ \+ 2H\) \* D"):
+        call(qkv[:, 8:])
+    with pytest.raises(ShapeError, match="q_out has HQ=2, expected 3 as in qkv"):
+        call(q_out=xp.zeros((T, 2, D), np.float16))
+    with pytest.raises(DtypeError, match="q_out has dtype float32, expected float16"):
+        call(q_out=xp.zeros((T, HQ, D), np.float32))
+    with pytest.raises(ShapeError, match="slots has T=4, expected T=5"):
+        call(where=slots[:4])
+    with pytest.raises(ShapeError, match="positions has T=4, expected T=5"):
+        call(positions=positions[:4], inv_freq=freq)
+    with pytest.raises(ParameterError, match="one of positions and inv_freq is None, expected bo"):
+        call(positions=positions)
+    with pytest.raises(ParameterError, match="one of positions and inv_freq is None, expected bo"):
+        call(inv_freq=freq)
+    with pytest.raises(ParameterError, match="one of q_norm and k_norm is None, expected both or"):
+        call(q_norm=weight)
+    with pytest.raises(ParameterError, match="one of q_norm and k_norm is None, expected both or"):
+        call(k_norm=weight)
+    with pytest.raises(DtypeError, match="k_norm has dtype float32, expected float16"):
+        call(q_norm=weight, k_norm=weight.astype(np.float32))
+    with pytest.raises(ShapeError, match="q_norm has D=32, expected D=64"):
+        call(q_norm=weight[:32], k_norm=weight)
+    with pytest.raises(ShapeError, match="inv_freq has F=40, expected at most D / 2 = 32"):
+        call(positions=positions, inv_freq=xp.zeros(40, np.float32))
+    with pytest.raises(ParameterError, match="pairing is 'whole', expected one of"):
+        call(positions=positions, inv_freq=freq, pairing="whole")
+    for eps in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ParameterError, match=f"eps is {eps}, expected a positive finite num"):
+            call(q_norm=weight, k_norm=weight, eps=eps)
+    with pytest.raises(ParameterError, match="k_scales is missing, expected scales for int8"):
+        call(spec=KVSpec("int8", "fp16"))
+    with pytest.raises(DtypeError, match="qkv is a list, expected a NumPy or CuPy array"):
+        call([1.0])
+    odd = [xp.zeros((1, 1, 1, 4), np.float16) for _ in range(2)]
+    with pytest.raises(ShapeError, match="a head has D=4 elements, expected a multiple of 8"):
+        paged_qkv.append(xp.zeros((1, 16), np.float16), *odd, slots[:1])
+    large = [xp.zeros((1, 1, 1, 520), np.float16) for _ in range(2)]
+    with pytest.raises(UnsupportedError, match="a head has D=520 elements, expected at most 512"):
+        paged_qkv.append(xp.zeros((1, 3 * 520), np.float16), *large, slots[:1])
+
+
+def test_a_gpu_wants_aligned_weights(device):
+    pools = [device.zeros((1, 4, 1, 8), np.float32) for _ in range(2)]
+    weight, slots = device.zeros(12, np.float32), device.zeros(1, np.int32)
+    options = dict(q_norm=weight[:8], k_norm=weight[1:9])
+    with pytest.raises(ShapeError, match="k_norm has address .*, expected a multiple of 16 bytes"):
+        paged_qkv.append(device.zeros((1, 24), np.float32), *pools, slots, **options)

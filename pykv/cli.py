@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="hold every op against its float64 oracle")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.add_argument("--seed", type=int, default=0, help="of the random inputs (%(default)s)")
+    verify.add_argument(
+        "--kv-dtype",
+        metavar="KIND",
+        help="only the ops of a cache, for one that holds this: int8, fp8:HND, k8v4, ...",
+    )
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="time one job on this machine's GPU")
@@ -258,19 +263,22 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from pykv import cuda, verify
+    from pykv.kinds import KVSpec
 
+    spec = None if args.kv_dtype is None else KVSpec.parse(args.kv_dtype)
     device = cuda.device_name(cuda.array_module("auto"))
     if not args.json:
         print(f"on {device}")
     ok = True
     rows = []
-    for row in verify.run(args.seed):
+    for row in verify.run(args.seed, spec):
         ok &= row.ok
         rows.append(row.as_dict())
         if not args.json:
             print(row.as_text(), flush=True)
     if args.json:
-        print(json.dumps({"ok": ok, "device": device, "seed": args.seed, "cases": rows}, indent=2))
+        facts = {"ok": ok, "device": device, "seed": args.seed, "kv_dtype": spec and str(spec)}
+        print(json.dumps(facts | {"cases": rows}, indent=2))
     elif not ok:
         _complain("some results are outside their bounds")
     return 0 if ok else 1

@@ -7,8 +7,9 @@ functions run on NumPy, and are held to the same bounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -70,14 +71,15 @@ class Row:
         return f"{verdict:<6}{self.op:<14}{self.case:<34}{self.error:9.2e} <= {self.bound:8.2e}"
 
 
-def run(seed: int = 0) -> Iterator[Row]:
+def run(seed: int = 0, spec: KVSpec | None = None) -> Iterator[Row]:
     """Check every op on the device that pykv would use, one row a family of cases.
 
     Args:
         seed: of the random inputs.
+        spec: check the ops of a cache that holds this, and no others; None: check all ops.
     """
     xp = cuda.array_module("auto")
-    for op, family in FAMILIES.items():
+    for op, family in (FAMILIES if spec is None else _families_of(str(spec))).items():
         for case, error, bound in family(np.random.default_rng(seed), xp):
             yield Row(op, case, error, bound)
 
@@ -136,16 +138,21 @@ def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield f"{size} bytes, offsets {src_at} and {dst_at}", wrong_values(dst, want), 0.0
 
 
-def _paged_append(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+APPENDS = (  # new rows, and what holds them
+    *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
+    *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
+    (F16, "k8v4:head"),
+)
+
+
+def _paged_append(
+    rng: np.random.Generator, xp: Any, appends: Iterable[tuple[Any, str]] = APPENDS
+) -> Iterator[Case]:
     T, H, D, P, N = 40, 3, 64, 16, 8
     slots = rng.permutation(N * P)[:T].astype(np.int32)
     slots[::5] = -1
     where = xp.asarray(slots)
-    for new, text in (
-        *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
-        *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
-        (F16, "k8v4:head"),
-    ):
+    for new, text in appends:
         spec = KVSpec.parse(text)
         k: Any = rng.standard_normal((T, H, D)).astype(new)
         k[1] = 1e-5  # where scales of 16 bits are subnormal
@@ -250,14 +257,19 @@ def _cache(spec: KVSpec, N: int, P: int, H: int, D: int) -> list[Any]:
     return pools + [x if k.largest else None for x, k in zip(scales, spec.kinds, strict=True)]
 
 
-def _paged_convert(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+CONVERSIONS = (
+    *(("int8", "fp16"), ("fp16", "int8"), ("k8v4:HND", "fp32"), ("bf16", "k8v4:fp32")),
+    *(("fp32", "e4m3"), ("e5m2", "int4:HND"), ("int8:head", "int8"), ("int4", "int4:HND")),
+)
+
+
+def _paged_convert(
+    rng: np.random.Generator, xp: Any, conversions: Iterable[tuple[str, str]] = CONVERSIONS
+) -> Iterator[Case]:
     N, P, H, D = 7, 4, 3, 80
     ids, out_ids = np.array([5, -1, 0, 6], np.int32), np.array([2, 3, 8, 0], np.int32)
     kept = ids >= 0
-    for text, out_text in (
-        *(("int8", "fp16"), ("fp16", "int8"), ("k8v4:HND", "fp32"), ("bf16", "k8v4:fp32")),
-        *(("fp32", "e4m3"), ("e5m2", "int4:HND"), ("int8:head", "int8"), ("int4", "int4:HND")),
-    ):
+    for text, out_text in conversions:
         spec, out_spec = KVSpec.parse(text), KVSpec.parse(out_text)
         source, want = _cache(spec, N, P, H, D), _cache(out_spec, 9, P, H, D)
         for i, kind in enumerate(spec.kinds):
@@ -419,22 +431,36 @@ def _paged_decode(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             yield f"D={D} G={G} {kv} window={window}", *error_and_bound(got, low, oracle)
 
 
-def _paged_decode_mma(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    lengths = [1, 16, 0, 700]
-    for text in ("fp16", "int8", "int4", "e4m3", "e5m2", "k8v4:HND", "int8:fp32"):
+def _coded_pages(
+    rng: np.random.Generator, spec: KVSpec, H: int, D: int, lengths: list[int]
+) -> dict[str, Any]:
+    """What `_pages` makes, by name, with pools and scales of a spec. Given scales reach to 4, which
+    a few elements exceed."""
+    *pools, table, counts = _pages(rng, H, D, F32, lengths)
+    arrays: dict[str, Any] = {"page_table": table, "lengths": counts}
+    dtype = SCALE_DTYPES[spec.scale_dtype]
+    for name, kind, pool in zip("kv", spec.kinds, pools, strict=True):
+        given = None
+        if kind.largest and not spec.finds_scales:
+            given = np.full(H if spec.granularity == "head" else 1, 4 / kind.largest, dtype)
+        codes, scales = quantize(pool, kind, scale=given, scale_dtype=dtype)
+        for what, x in (("pool", codes), ("scales", scales)):
+            arrays[f"{name}_{what}"] = None if x is None else np.ascontiguousarray(_nhd(spec, x))
+    return arrays
+
+
+def _paged_decode_mma(
+    rng: np.random.Generator,
+    xp: Any,
+    specs: Iterable[str] = ("fp16", "int8", "int4", "e4m3", "e5m2", "k8v4:HND", "int8:fp32"),
+) -> Iterator[Case]:
+    for text in specs:
         spec = KVSpec.parse(text)
-        *pools, table, counts = _pages(rng, 2, 128, F32, lengths)
-        arrays: dict[str, Any] = {}
-        for name, kind, pool in zip("kv", spec.kinds, pools, strict=True):
-            codes = quantize(pool, kind, scale_dtype=SCALE_DTYPES[spec.scale_dtype])
-            for what, x in zip(("pool", "scales"), codes, strict=True):
-                swap = x is not None and spec.layout == "HND"
-                arrays[f"{name}_{what}"] = np.ascontiguousarray(x.swapaxes(1, 2)) if swap else x
+        given = _coded_pages(rng, spec, 2, 128, [1, 16, 0, 700])
         options: Any = dict(scale=0.1, window=300, soft_cap=20.0, spec=spec)
         options["sinks"] = rng.standard_normal(8).astype(F32)
         for T in (1, 3):
             q = rng.standard_normal((4, T, 8, 128)).astype(F16)
-            given = dict(page_table=table, lengths=counts, **arrays)
             low, _ = paged_decode.reference(q, **given, **options)
             oracle, _ = paged_decode.reference(q.astype(np.float64), **given, **options)
             sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
@@ -470,8 +496,11 @@ def _merge_states(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield f"S={S} D={D} {dtype}", *error_and_bound(got, low, oracle)
 
 
+PREFILL = [1, 5, 40, 100], [1, 21, 40, 300]  # new tokens, and all keys
+
+
 def _prefill(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    counts, lengths = [1, 5, 40, 100], [1, 21, 40, 300]  # new tokens, and all keys
+    counts, lengths = PREFILL
     starts = np.cumsum([0, *counts]).astype(np.int32)
     for D, G, kv in SHAPES:
         arrays = _pages(rng, 2, D, kv, lengths)
@@ -484,6 +513,22 @@ def _prefill(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             oracle, _ = prefill.reference(*exact, *given[3:], *options)
             got = prefill.prefill(*(xp.asarray(x) for x in given), window=window)
             yield f"D={D} G={G} {kv} window={window}", *error_and_bound(got, low, oracle)
+    yield from _prefill_of(rng, xp, ("int8", "k8v4:HND", "e4m3:head"))
+
+
+def _prefill_of(rng: np.random.Generator, xp: Any, specs: Iterable[str]) -> Iterator[Case]:
+    counts, lengths = PREFILL
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    for text in specs:
+        spec = KVSpec.parse(text)
+        given = _coded_pages(rng, spec, 2, 128, lengths) | {"q_starts": starts}
+        q = rng.standard_normal((sum(counts), 8, 128)).astype(F16)
+        options: Any = dict(scale=0.1, window=90, spec=spec)
+        low, _ = prefill.reference(q, **given, **options)
+        oracle, _ = prefill.reference(q.astype(np.float64), **given, **options)
+        sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
+        got = prefill.prefill(xp.asarray(q), **sent, **options)
+        yield text, *error_and_bound(got, low, oracle)
 
 
 def _norm(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
@@ -620,3 +665,14 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "sample": _sample,
     "bandwidth": _bandwidth,
 }
+
+
+def _families_of(text: str) -> dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]]:
+    """Families of the ops that write and read a cache of one spec."""
+    conversions = dict.fromkeys([(text, "fp32"), ("fp32", text)])
+    return {
+        "paged_append": partial(_paged_append, appends=[(new, text) for new in (F32, F16)]),
+        "paged_convert": partial(_paged_convert, conversions=conversions),
+        "paged_decode": partial(_paged_decode_mma, specs=[text]),
+        "prefill": partial(_prefill_of, specs=[text]),
+    }

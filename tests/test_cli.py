@@ -200,6 +200,23 @@ def test_kv_and_weights(capsys, kv, nbytes):
     assert code == 0 and f"KV {nbytes} bytes a token, {6 * nbytes:,} in all" in err
 
 
+@pytest.mark.parametrize(
+    "kv, nbytes", [("int8", 144), ("k8v4", 112), ("fp8:fp32:HND", 160), ("int4:head", 64)]
+)
+def test_caches_of_codes(capsys, kv, nbytes):
+    """Two layers of two heads of 16; the second prompt reuses a page and its scales."""
+    flags = ("--kv-dtype", kv, "--max-tokens", 3)
+    code, out, err = tiny_run(capsys, "x" * 20, "x" * 20 + "y", *flags)
+    first, second = out.splitlines()
+    llm = pykv.LLM("base.gguf", device="cpu", kv_dtype=kv)
+    params = pykv.SamplingParams(max_tokens=3)
+    assert code == 0
+    assert [first, second] == [
+        llm.generate([text], params)[0].text for text in ("x" * 20, "x" * 20 + "y")
+    ]
+    assert f"KV {nbytes} bytes a token, {23 * nbytes:,} in all" in err and "reused 16" in err
+
+
 def test_prompts_in_turn_reuse_what_they_have_in_common(capsys, monkeypatch):
     """Pages of 16 tokens: the second prompt begins with one, the third with two. The last token of
     a prompt is computed, even where all of it is known."""
@@ -371,6 +388,18 @@ def test_verify_json_and_seed(capsys, few_rows):
     assert first["ok"] is True and (first["seed"], other["seed"]) == (3, 4)
     assert [case["op"] for case in first["cases"]] == few_rows
     assert set(first["cases"][0]) == {"op", "case", "error", "bound", "ok"}
+
+
+def test_verify_of_one_cache(capsys):
+    code, out, err = run(capsys, "verify", "--kv-dtype", "fp8:head", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["kv_dtype"] == "e4m3:head"
+    assert {case["op"] for case in report["cases"]} == {
+        *("paged_append", "paged_convert", "paged_decode", "prefill")
+    }
+    code, _, err = run(capsys, "verify", "--kv-dtype", "int7")
+    assert code == 2 and "'int7' is no kind" in err
 
 
 @pytest.mark.parametrize("wrong", [2.0, np.nan])

@@ -7,6 +7,7 @@ import pytest
 
 from pykv import cuda, verify
 from pykv.arrays import BFLOAT16
+from pykv.kinds import KVSpec
 from pykv.ops import (
     activation,
     attention_mass,
@@ -53,6 +54,17 @@ def test_the_seed_decides(monkeypatch):
     monkeypatch.setattr(verify, "FAMILIES", {"norm": verify.FAMILIES["norm"]})
     first, again, other = ([row.error for row in verify.run(seed)] for seed in (1, 1, 2))
     assert first == again and first != other
+
+
+@pytest.mark.parametrize("text", ["fp16", "int8", "int4:fp32:HND", "fp8:head", "fp32+e5m2:tensor"])
+def test_the_ops_of_one_cache(text):
+    spec = KVSpec.parse(text)
+    rows = list(verify.run(spec=spec))
+    assert [row.as_text() for row in rows if not row.ok] == []
+    ops = ["paged_append", "paged_convert", "paged_decode", "prefill"]
+    assert list(dict.fromkeys(row.op for row in rows)) == ops
+    for row in rows:
+        assert str(spec) in row.case or row.case == "rows of sequences"
 
 
 @without_simt
@@ -233,7 +245,9 @@ def without_the_last_byte(op):
 
 
 def with_changed_option(name, change):
-    return lambda op: lambda *args, **options: op(*args, **{**options, name: change(options[name])})
+    return lambda op: (
+        lambda *args, **options: op(*args, **{**options, name: change(options.get(name))})
+    )
 
 
 def halved(x):
@@ -304,6 +318,9 @@ FAULTS = {
     "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
     "decode: window one too wide": (paged_decode, "decode", with_option(window=101)),
     "prefill: 1e-4 off": (prefill, "prefill", scaled(1e-4)),
+    "prefill of codes: scales halved": (
+        *(prefill, "prefill", with_changed_option("k_scales", halved)),
+    ),
     "prefill: no window": (prefill, "prefill", with_option(window=None)),
     "prefill: not causal": (prefill, "prefill", with_option(window=None, causal=False)),
     "norm: 1e-5 off": (norm, "rms_norm", scaled(1e-5)),

@@ -73,7 +73,8 @@ paged_check_starts(u64* found, const int* starts, i64 B, i64 end) {
 }
 
 // Threads: max(n, B + 1). Pages that a request has are 0 to num_pages - 1; last_page_len, if not
-// null, is `low` to `high` for requests with pages; with `needs_page`, all have one. With `starts`,
+// null, is `low` to `high` for requests with pages; with `needs_page` all have one, and may have
+// more than they use, for each of which last_page_len is page_size less. With `starts`,
 // not null, a request has enough pages for starts[b+1] - starts[b] tokens, and the rest may be
 // anything.
 extern "C" __global__ void __launch_bounds__(256)
@@ -91,8 +92,9 @@ paged_check_table(u64* found, const int* indptr, const int* indices, const int* 
     const i64 pages = indptr[i + 1] - indptr[i];
     const i64 tokens = starts ? starts[i + 1] - starts[i] : needs_page;
     if (pages * page_size < tokens) report(found, NO_PAGE, i);
-    if (last_page_len && pages > 0 && (last_page_len[i] < low || last_page_len[i] > high)) {
-        report(found, BAD_COUNT, i);
+    if (last_page_len && pages > 0) {
+        const i64 ahead = needs_page ? (pages - 1) * page_size : 0;
+        if (last_page_len[i] + ahead < low || last_page_len[i] > high) report(found, BAD_COUNT, i);
     }
 }
 

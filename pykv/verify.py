@@ -162,7 +162,8 @@ def _paged_append(
         places = paged_append.places("SLOTS", T, P, slots, None, None, None, False)
         judged: Any = (k, -k, *arrays, spec, *places)
         paged_append.reference(*judged)
-        rows, options = xp.asarray(k), dict(k_scales=got[2], v_scales=got[3], spec=spec)
+        options: Any = dict(k_scales=got[2], v_scales=got[3], spec=spec)
+        rows = xp.asarray(k)
         paged_append.append(rows, -rows, got[0], got[1], where, **options)
         error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
         yield f"{new} rows into {text} pages", error, 0.0

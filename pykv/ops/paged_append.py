@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, check, on_gpu
+from pykv.arrays import FLOATS, INT32, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
+from pykv.ops import paged_check
 
 SLOTS = (*INT32, np.dtype(np.int64))
 COUNTS = ("before", "after")
@@ -48,6 +50,7 @@ def append(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> None:
     """Write row t of `k` and `v` to slot `slots[t]` of the pools, in place.
@@ -63,28 +66,33 @@ def append(
             and head, [N, P, H] or [N, H, P] at any stride, is found and written with the row; one
             for each head [H], or for all [1], is given.
         spec: what the pools hold; None: what the arrays show of floats and int8, in NHD.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Raises:
         ShapeError: dimensions disagree, or D is no multiple of 8.
         DtypeError: an array has another dtype.
         DeviceError: host and device arrays are mixed.
-        ParameterError: scales are missing, or given for floats; no spec for arrays of bytes.
+        ParameterError: scales are missing, or given for floats; no spec for arrays of bytes; the
+            check found a wrong entry.
         UnsupportedError: D is above 512.
 
     Runs where the arrays are. On a GPU it only enqueues, one launch for K and V, and slots are not
-    range-checked. Bit-exact: floats are rounded to nearest even, codes are those of
-    pykv.kinds.quantize. Source: vLLM's slot mapping.
+    range-checked, unless checking. Bit-exact: floats are rounded to nearest even, codes are those
+    of pykv.kinds.quantize. Source: vLLM's slot mapping.
     """
     op = "paged_append.append"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         k=(k, "T H | D", FLOATS),
         v=(v, "T H | D", getattr(k, "dtype", None)),
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
         slots=(slots, "T", SLOTS),
     )
+    if paged_check.enabled(check, k, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, slots, None, None, None)
     _append(op, "SLOTS", spec, dims, arrays, False, False, stream)
 
@@ -103,13 +111,14 @@ def append_decode(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> None:
     """Write row b of `k` and `v` behind the last token of request b: one token a request.
 
     Args:
         k, v: [B, H, D], else as of `append`.
-        k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        k_pool, v_pool, k_scales, v_scales, spec, check, stream: as of `append`.
         indices: [I] int32; pages, distinct where rows go. A negative page is not written to.
         indptr: [B + 1] int32; where each request's pages begin, and the end. A request without
             pages is skipped.
@@ -129,7 +138,7 @@ def append_decode(
     """
     op = "paged_append.append_decode"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         k=(k, "B H | D", FLOATS),
         v=(v, "B H | D", getattr(k, "dtype", None)),
@@ -144,6 +153,11 @@ def append_decode(
             f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
             "a call cannot be changed by it"
         )
+    if paged_check.enabled(check, k, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_table(
+                *(indices, indptr, last_page_len, dims["N"], dims["P"]), counts=counts, op=op
+            )
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, None, indices, indptr, last_page_len)
     _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
 
@@ -162,12 +176,13 @@ def append_ragged(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> None:
     """Write rows append_indptr[b] ... append_indptr[b + 1] - 1 behind the last token of request b.
 
     Args:
-        k, v, k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        k, v, k_pool, v_pool, k_scales, v_scales, spec, check, stream: as of `append`.
         append_indptr: [B + 1] int32; where each request's rows begin, from 0 on, and the end. Rows
             past the end are skipped, so that a captured graph may be padded.
         indices, indptr, last_page_len: as of `append_decode`.
@@ -183,7 +198,7 @@ def append_ragged(
     """
     op = "paged_append.append_ragged"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         k=(k, "T H | D", FLOATS),
         v=(v, "T H | D", getattr(k, "dtype", None)),
@@ -194,6 +209,10 @@ def append_ragged(
         last_page_len=(last_page_len, "B", INT32),
     )
     after = _counts_after(op, counts)
+    if paged_check.enabled(check, k, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
+            paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], op=op)
     rows = (append_indptr, indices, indptr, last_page_len)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
@@ -213,12 +232,13 @@ def append_indexed(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> None:
     """Write row t of `k` and `v` to position `positions[t]` of request `batch_indices[t]`.
 
     Args:
-        k, v, k_pool, v_pool, k_scales, v_scales, spec, stream: as of `append`.
+        k, v, k_pool, v_pool, k_scales, v_scales, spec, check, stream: as of `append`.
         batch_indices: [T] int32; the request of each row, or negative to skip the row.
         positions: [T] int32; from 0 on.
         indices, indptr: as of `append_decode`.
@@ -233,7 +253,7 @@ def append_indexed(
     """
     op = "paged_append.append_indexed"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         k=(k, "T H | D", FLOATS),
         v=(v, "T H | D", getattr(k, "dtype", None)),
@@ -243,6 +263,10 @@ def append_indexed(
         indices=(indices, "I", INT32),
         indptr=(indptr, "B+1", INT32),
     )
+    if paged_check.enabled(check, k, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], op=op)
+            paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
     rows = (batch_indices, indices, indptr, positions)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)

@@ -8,6 +8,9 @@ Kernels do not range-check what they are given: a wrong page id reads or writes 
 memory. Ops of paged caches take `check=True` to look first, at the price of waiting for the GPU;
 with PYKV_CHECK=1 in the environment when pykv is imported, all of them do unless told
 `check=False`. While a CUDA graph is captured nothing can be waited for, and nothing is checked.
+Checked are whole tables, which is more than ops need: refused are also negative lengths and pages,
+wrong pages before a window, and an `append_decode` that would drop a token because a request has no
+page or a full one.
 
 Each function raises ParameterError, which names array, index, value and what was expected; of
 several offenders the first, on every device and in every run the same. Nothing is written. All
@@ -39,19 +42,21 @@ NOTHING = np.uint64(2**64 - 1)
 Offender = tuple[int, int]  # reason and index
 
 
-def enabled(wanted: bool | None, array: Any) -> bool:
+def enabled(wanted: bool | None, array: Any, stream: Any = None) -> bool:
     """Whether an op shall check.
 
     Args:
         wanted: its argument `check`; None: what PYKV_CHECK says.
         array: one of its arrays, which says whether there is a stream that may be capturing.
+        stream: its argument `stream`.
     """
     if not (ALWAYS if wanted is None else wanted):
         return False
     if not on_gpu(array):
         return True
-    runtime = _cupy().cuda
-    return not runtime.runtime.streamIsCapturing(runtime.get_current_stream().ptr)
+    cupy_cuda = _cupy().cuda
+    handle = cupy_cuda.get_current_stream().ptr if stream is None else cuda.stream_handle(stream)
+    return not cupy_cuda.runtime.streamIsCapturing(handle)
 
 
 def check_pages(
@@ -131,7 +136,8 @@ def check_table(
         last_page_len: [B] int32; tokens in the last page; None where lengths are told otherwise.
         num_pages, page_size: N and P.
         counts: None for a read, where `last_page_len` is 0 to P. For an append of a token to each
-            request "before", 0 to P - 1, or "after", 1 to P; then every request must have a page.
+            request "before", 0 to P - 1, or "after", 1 to P, and P less for each page that is
+            listed ahead of need; then every request must have a page.
         starts: [B+1] int32 that `check_starts` has passed, or None; request b has
             starts[b+1] - starts[b] tokens, for which its pages must do. Indices past them may be
             anything.
@@ -157,7 +163,9 @@ def check_table(
     if reason == BAD_ENTRY:
         raise _error(op, "indices", indices, index, f"0 to {num_pages - 1}")
     if reason == BAD_COUNT:
-        raise _error(op, "last_page_len", last_page_len, index, f"{low} to {high}")
+        ahead = _value(indptr, index + 1) - _value(indptr, index) - 1
+        least = low - ahead * page_size * (counts is not None)
+        raise _error(op, "last_page_len", last_page_len, index, f"{least} to {high}")
     if reason == NO_PAGE:
         tokens = 1
         if starts is not None:
@@ -342,7 +350,8 @@ def _table(
     yield from _at(BAD_ENTRY, used & ((indices < 0) | (indices >= num_pages)))
     yield from _at(NO_PAGE, pages * page_size < tokens)
     if last_page_len is not None:
-        yield from _at(BAD_COUNT, (pages > 0) & ((last_page_len < low) | (last_page_len > high)))
+        count = last_page_len + (pages - 1) * page_size * needs_page
+        yield from _at(BAD_COUNT, (pages > 0) & ((count < low) | (last_page_len > high)))
 
 
 def _page_table(

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, like, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.kinds import decode as decode_codes
+from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
 
 VARIANTS: list[dict[str, Any]] = [
@@ -56,6 +58,7 @@ def decode(
     out: Any = None,
     lse: Any = None,
     workspace: Any = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> Any:
     """Softmax attention of the last queries of each sequence over the keys of its pages.
@@ -92,6 +95,7 @@ def decode(
         workspace: [at least workspace_size(...)] float32, scratch memory of a GPU, for one stream
             at a time; its first COUNTERS elements are zeros before its first use, and calls leave
             them so. Allocated if None and needed.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -102,22 +106,22 @@ def decode(
         DtypeError: an array has another dtype.
         UnsupportedError: D exceeds 512, or T 64 with a tree.
         ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
-            host, a page does not exist.
+            host, a page does not exist; the check found a wrong entry.
         CapacityError: the workspace is too small, or, on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are. On a GPU it only enqueues; lengths are clamped to M * P and pages are
-    not range-checked. Accumulates in float32, in an order (hence with last bits) that depends on
-    the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV decoding
-    (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured graph stays
-    valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
+    not range-checked, unless checking. Accumulates in float32, in an order (hence with last bits)
+    that depends on the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV
+    decoding (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured
+    graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
     SpecInfer for trees; Hydragen for shared prefixes.
     """
     op = "paged_decode.decode"
     if spec is None:
         spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
-    dims = check(
+    dims = check_arrays(
         op,
         q=(q, "B T | HQ D" if many else "B | HQ D", FLOATS),
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
@@ -134,6 +138,9 @@ def decode(
     scale = check_attention(op, dims, scale, window, 512)
     check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
     behind = T - 1 if causal else 0  # keys between the first query and the last key
+    if paged_check.enabled(check, q, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_page_table(page_table, lengths, dims["N"], dims["P"], op=op)
     if not on_gpu(q):
         check_pages(
             op, page_table, lengths, np.full(len(lengths), behind), window, (dims["N"], dims["P"])

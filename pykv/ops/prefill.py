@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, like, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
+from pykv.ops import paged_check
 from pykv.ops.paged_decode import (
     ALL_KEYS,
     LOG2_E,
@@ -75,6 +77,7 @@ def prefill(
     return_lse: bool = False,
     out: Any = None,
     lse: Any = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> Any:
     """Softmax attention of the last Lq tokens of each sequence over the keys of its pages.
@@ -100,6 +103,7 @@ def prefill(
         return_lse: return `lse` as well.
         out: [T, HQ, D], dtype of `q`; allocated if None.
         lse: [T, HQ] float32; natural logarithm of the sum of exp(scale * q.k), filled if given.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -111,18 +115,18 @@ def prefill(
         UnsupportedError: D exceeds 512.
         ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`, scales
             are missing or too many, or, on the host, `q_starts` does not rise from 0 to T or a page
-            does not exist.
+            does not exist; the check found a wrong entry.
         CapacityError: on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are. On a GPU it only enqueues; lengths are clamped to M * P, pages and
-    q_starts are not checked. Accumulates in float32, in key order. Source: FlashAttention's online
-    softmax, with the query heads of a KV head packed as rows.
+    q_starts are not checked, unless checking. Accumulates in float32, in key order. Source:
+    FlashAttention's online softmax, with the query heads of a KV head packed as rows.
     """
     op = "prefill.prefill"
     if spec is None:
         spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         q=(q, "T | HQ D", FLOATS),
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
@@ -135,6 +139,10 @@ def prefill(
     scale = check_attention(op, dims, scale, window, 512)
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
+    if paged_check.enabled(check, q, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_page_table(page_table, lengths, dims["N"], dims["P"], op=op)
+            paged_check.check_starts(q_starts, dims["T"], op=op, name="q_starts")
     if not on_gpu(q):
         counts = np.diff(q_starts)
         if q_starts[0] != 0 or q_starts[-1] != dims["T"] or (counts < 0).any():

@@ -7,7 +7,7 @@ import pytest
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
-from pykv.ops import paged_append, paged_decode
+from pykv.ops import paged_append, paged_check, paged_decode
 from tests.helpers import assert_same_bits, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
@@ -484,6 +484,58 @@ def test_rows_may_be_strided(xp, rng):
             assert_same_bits(half[0, 2], rows[0])
             assert_same_bits(half[0, 0], rows[2])
             assert bool(xp.isnan(half[0, 1]).all()) and bool(xp.isnan(half[0, 3]).all())
+
+
+# Two requests of 4 pages of 4 tokens, of which one is listed ahead; five rows, or a row each.
+TABLE = dict(indices=[3, 0, 2, 1], indptr=[0, 2, 4], last_page_len=[1, -2])
+SOUND = {
+    "append": dict(slots=[0, -1, 15, 3, 2]),
+    "append_decode": TABLE,
+    "append_ragged": dict(append_indptr=[0, 2, 5], **TABLE),
+    "append_indexed": dict(
+        batch_indices=[0, 1, -1, 1, 0],
+        positions=[7, 0, 99, 1, 6],
+        indices=TABLE["indices"],
+        indptr=TABLE["indptr"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "function, name, index, value, expected",
+    [
+        ("append", "slots", 1, 16, "below 16"),
+        ("append", "slots", 4, 3, "no slot twice"),
+        ("append_decode", "indices", 3, 4, "0 to 3"),
+        ("append_decode", "last_page_len", 0, 4, "-4 to 3"),
+        ("append_ragged", "append_indptr", 2, 6, "at most 5"),
+        ("append_ragged", "indices", 0, 99, "0 to 3"),
+        ("append_indexed", "indptr", 2, 5, "at most 4"),
+        ("append_indexed", "positions", 0, 8, "0 to 7, the pages of request 0"),
+    ],
+)
+def test_a_wrong_entry_is_found(xp, monkeypatch, function, name, index, value, expected):
+    call = getattr(paged_append, function)
+    rows = 2 if function == "append_decode" else 5
+    new, pool = xp.ones((rows, 1, 8), np.float32), xp.zeros((4, 4, 1, 8), np.float32)
+    tables = {key: np.array(entries, np.int32) for key, entries in SOUND[function].items()}
+    options = {} if function in ("append", "append_indexed") else {"counts": "before"}
+
+    def run(**more):
+        given = {key: xp.asarray(entries) for key, entries in tables.items()}
+        call(new, new, pool, pool, **given, **options, **more)
+
+    run(check=True)
+    assert bool((pool == 1).any())
+    pool[...] = 0
+    tables[name][index] = value
+    text = rf"paged_append.{function}: {name}\[{index}\] is {value}, expected {expected}"
+    with pytest.raises(ParameterError, match=text):
+        run(check=True)
+    monkeypatch.setattr(paged_check, "ALWAYS", True)
+    with pytest.raises(ParameterError, match=text):
+        run()
+    assert not bool((pool != 0).any())
 
 
 @pytest.mark.slow

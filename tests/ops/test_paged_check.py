@@ -128,7 +128,12 @@ GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_
          "pages for 1 tokens"),
         ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "after"}, None),
         ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "before"},
-         "last_page_len[0] is 16, expected 0 to 15"),
+         "last_page_len[0] is 16, expected -16 to 15"),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [-16, 1, -1]}, {"counts": "before"}, None),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [-16, 1, -1]}, {"counts": "after"},
+         "last_page_len[0] is -16, expected -15 to 16"),
+        ({"indptr": [0, 2, 3, 5], "last_page_len": [1, -1, 0]}, {"counts": "before"},
+         "last_page_len[1] is -1, expected 0 to 15"),
         ({"indptr": [0, 2, 3, 5], "last_page_len": [3, 0, 1]}, {"counts": "after"},
          "last_page_len[1] is 0, expected 1 to 16"),
         ({"last_page_len": [16, 77, 17]}, {}, "last_page_len[2] is 17, expected 0 to 16"),
@@ -251,6 +256,8 @@ def test_nothing_is_checked_while_a_graph_is_captured():
     with stream:
         stream.begin_capture()
         assert not paged_check.enabled(True, array)
+        with cupy.cuda.Stream(non_blocking=True):
+            assert not paged_check.enabled(True, array, stream)
         stream.end_capture()
         assert paged_check.enabled(True, array)
 

@@ -637,3 +637,14 @@ def test_the_host_checks_pages(rng):
     ):
         paged_decode.decode(q, k_pool, v_pool, table, lengths)
     paged_decode.decode(q, k_pool, v_pool, table, lengths - 1)  # the page is not read
+
+
+def test_a_wrong_entry_is_found(xp, rng):
+    q, k_pool, v_pool, table, lengths = inputs(rng, **BASE)
+    run = paged_decode.decode
+    run(*map(xp.asarray, (q, k_pool, v_pool, table, lengths)), check=True)
+    table[1, 2] = len(k_pool)
+    wrong = [xp.asarray(x) for x in (q, k_pool, v_pool, table, lengths)]
+    text = rf"paged_decode.decode: page_table\[1, 2\] is {len(k_pool)}, expected 0 to"
+    with pytest.raises(ParameterError, match=text):
+        run(*wrong, check=True)

@@ -353,3 +353,29 @@ def test_the_host_checks_starts_lengths_and_pages(rng):
     with pytest.raises(ParameterError, match=r"page_table\[1, 0\] is 99, expected a page"):
         prefill.prefill(q, k_pool, v_pool, table, lengths, starts)
     prefill.prefill(q, k_pool, v_pool, table, lengths, starts, window=20)  # page 0 is not read
+
+
+@pytest.mark.parametrize(
+    "argument, index, value, expected",
+    [
+        ("page_table", (1, 0), 99, "0 to"),
+        ("lengths", 2, -1, "0 to 64"),
+        ("q_starts", 0, 1, "0"),
+        ("q_starts", 2, 6, "at least 7 like"),
+        ("q_starts", 3, 12, "at most 11"),
+    ],
+)
+def test_a_wrong_entry_is_found(xp, rng, argument, index, value, expected):
+    *arrays, table, lengths, starts = inputs(rng, **BASE)
+    tables = dict(page_table=table, lengths=lengths, q_starts=starts)
+
+    def run():
+        given = {name: xp.asarray(x) for name, x in tables.items()}
+        prefill.prefill(*map(xp.asarray, arrays), **given, check=True)
+
+    run()
+    tables[argument][index] = value
+    at = ", ".join(map(str, np.atleast_1d(index)))
+    text = rf"prefill.prefill: {argument}\[{at}\] is {value}, expected {expected}"
+    with pytest.raises(ParameterError, match=text):
+        run()

@@ -114,8 +114,8 @@ def decode(
     not range-checked, unless checking. Accumulates in float32, in an order (hence with last bits)
     that depends on the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV
     decoding (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured
-    graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
-    SpecInfer for trees; Hydragen for shared prefixes.
+    graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for
+    soft caps; SpecInfer for trees; Hydragen for shared prefixes.
     """
     op = "paged_decode.decode"
     if spec is None:

@@ -114,8 +114,8 @@ def decode(
     not range-checked, unless checking. Accumulates in float32, in an order (hence with last bits)
     that depends on the lengths and the GPU's number of SMs; see `fixed_split`. Sources: split-KV
     decoding (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured
-    graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for soft caps;
-    SpecInfer for trees; Hydragen for shared prefixes.
+    graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for
+    soft caps; SpecInfer for trees; Hydragen for shared prefixes.
     """
     op = "paged_decode.decode"
     if spec is None:
@@ -140,7 +140,10 @@ def decode(
     behind = T - 1 if causal else 0  # keys between the first query and the last key
     if paged_check.enabled(check, q, stream):
         with cuda.on_stream(stream):
-            paged_check.check_page_table(page_table, lengths, dims["N"], dims["P"], op=op)
+            seen = None if window is None else window + behind
+            paged_check.check_page_table(
+                page_table, lengths, dims["N"], dims["P"], seen=seen, op=op
+            )
     if not on_gpu(q):
         check_pages(
             op, page_table, lengths, np.full(len(lengths), behind), window, (dims["N"], dims["P"])

@@ -362,7 +362,7 @@ def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         ("positions, one past its pages", places, positions, 61, 96),
     )
     for what, look, array, index, value in cases:
-        for is_sound in (True, False):
+        for is_sound in (False, True):
             given = array.copy()
             if not is_sound:
                 given[index] = value
@@ -373,8 +373,8 @@ def _paged_check(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
                 found = str(error)
             at = ", ".join(map(str, np.atleast_1d(index)))
             want = "nothing" if is_sound else f"[{at}] is {value}, expected"
-            text = f"{what.partition(',')[0]}, sound" if is_sound else what
-            yield f"{text}, verdicts that differ", float(want not in found), 0.0
+            text = f"{what}, and sound again" if is_sound else what
+            yield f"{text}: verdicts that differ", float(want not in found), 0.0
 
 
 def _page_table(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

@@ -466,6 +466,8 @@ def test_every_kernel_runs(device):
         for name in re.findall(r"__global__[^;{]*?(\w+)\(", strip_bounds(path.read_text()))
     }
     assert {stem for stem, _ in declared} == set(cuda.stems())
+    if int(machine.ARCH[3:]) < 75:  # where tensor cores begin that it knows
+        declared.remove(("paged_decode_mma", "paged_decode_mma"))
     assert machine.launched == declared
 
 

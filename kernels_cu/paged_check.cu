@@ -98,15 +98,19 @@ paged_check_table(u64* found, const int* indptr, const int* indices, const int* 
     }
 }
 
-// Threads: B * M. Lengths are 0 to M * page_size, pages that they reach 0 to num_pages - 1.
+// Threads: B * M. Lengths are 0 to M * page_size; pages of the last `seen` tokens, and with `starts`,
+// not null, of as many up to each of the last starts[b+1] - starts[b], are 0 to num_pages - 1.
 extern "C" __global__ void __launch_bounds__(256)
-paged_check_page_table(u64* found, const int* page_table, const int* lengths, i64 row_stride,
-                       i64 B, i64 M, i64 num_pages, i64 page_size) {
+paged_check_page_table(u64* found, const int* page_table, const int* lengths, const int* starts,
+                       i64 row_stride, i64 B, i64 M, i64 num_pages, i64 page_size, i64 seen) {
     if (item() >= B * M) return;
     const i64 b = item() / M, m = item() - b * M, length = lengths[b];
     if (m == 0 && (length < 0 || length > M * page_size)) report(found, BAD_COUNT, b);
     const i64 page = page_table[b * row_stride + m];
-    if (m * page_size < length && (page < 0 || page >= num_pages)) report(found, BAD_ENTRY, item());
+    const i64 queries = starts ? starts[b + 1] - starts[b] : 1;
+    const bool is_used = queries > 0 && m * page_size < length &&
+                         (m + 1) * page_size > length - seen - (queries - 1);
+    if (is_used && (page < 0 || page >= num_pages)) report(found, BAD_ENTRY, item());
 }
 
 // Threads: n. Positions lie in the pages of their request; negative requests are skipped.

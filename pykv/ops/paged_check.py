@@ -8,9 +8,8 @@ Kernels do not range-check what they are given: a wrong page id reads or writes 
 memory. Ops of paged caches take `check=True` to look first, at the price of waiting for the GPU;
 with PYKV_CHECK=1 in the environment when pykv is imported, all of them do unless told
 `check=False`. While a CUDA graph is captured nothing can be waited for, and nothing is checked.
-Checked are whole tables, which is more than ops need: refused are also negative lengths and pages,
-wrong pages before a window, and an `append_decode` that would drop a token because a request has no
-page or a full one.
+Checks are stricter than ops: refused are also negative lengths and pages, and an `append_decode`
+that would drop a token because a request has no page or a full one.
 
 Each function raises ParameterError, which names array, index, value and what was expected; of
 several offenders the first, on every device and in every run the same. Nothing is written. All
@@ -31,6 +30,7 @@ from pykv.errors import ParameterError
 
 VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
 BLOCK = 256
+ALL_TOKENS = 2**31  # more than any sequence has
 
 INDICES = (*INT32, np.dtype(np.int64))
 ALWAYS = os.environ.get("PYKV_CHECK") == "1"
@@ -184,6 +184,8 @@ def check_page_table(
     num_pages: int,
     page_size: int,
     *,
+    seen: int | None = None,
+    starts: Any = None,
     op: str = "paged_check.check_page_table",
 ) -> None:
     """A page table with a row for each sequence.
@@ -192,17 +194,27 @@ def check_page_table(
         page_table: [B, M] int32, rows at any stride; entries past a length may be anything.
         lengths: [B] int32; tokens of each sequence, 0 to M * P.
         num_pages, page_size: N and P.
+        seen: how many of the last tokens are read; None: all. Entries before them may be anything.
+        starts: [B+1] int32 that `check_starts` has passed, or None; of sequence b the last
+            starts[b+1] - starts[b] tokens see `seen` up to their own. Of a sequence with none,
+            entries may be anything.
         op: for the text.
     """
-    sizes = check(op, page_table=(page_table, "B | M", INT32), lengths=(lengths, "B", INT32))
+    sizes = check(
+        op,
+        page_table=(page_table, "B | M", INT32),
+        lengths=(lengths, "B", INT32),
+        starts=(starts, "B+1", INT32),
+    )
     B, M = sizes["B"], sizes["M"]
     if M == 0:
         found = _first(lengths, "range", B, np.int64(B), np.int64(0), np.int64(1))
         found = found and (BAD_COUNT, found[1])
     else:
         stride = page_table.strides[0] // page_table.itemsize
-        numbers = map(np.int64, (stride, B, M, num_pages, page_size))
-        found = _first(page_table, "page_table", B * M, lengths, *numbers)
+        seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
+        numbers = map(np.int64, (stride, B, M, num_pages, page_size, seen))
+        found = _first(page_table, "page_table", B * M, lengths, starts, *numbers)
     if not found:
         return
     reason, index = found
@@ -355,10 +367,21 @@ def _table(
 
 
 def _page_table(
-    page_table: Any, lengths: Any, stride: Any, B: Any, M: Any, num_pages: Any, page_size: Any
+    page_table: Any,
+    lengths: Any,
+    starts: Any,
+    stride: Any,
+    B: Any,
+    M: Any,
+    num_pages: Any,
+    page_size: Any,
+    seen: Any,
 ) -> Iterator[Offender]:
     yield from _at(BAD_COUNT, (lengths < 0) | (lengths > M * page_size))
-    used = np.arange(M) * page_size < lengths[:, None]
+    queries = np.ones(B, np.int64) if starts is None else np.diff(starts.astype(np.int64))
+    first = (lengths - seen - (queries - 1))[:, None]
+    begins = np.arange(M) * page_size
+    used = (queries > 0)[:, None] & (begins < lengths[:, None]) & (begins + page_size > first)
     yield from _at(BAD_ENTRY, used & ((page_table < 0) | (page_table >= num_pages)))
 
 

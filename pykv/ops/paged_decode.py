@@ -140,7 +140,10 @@ def decode(
     behind = T - 1 if causal else 0  # keys between the first query and the last key
     if paged_check.enabled(check, q, stream):
         with cuda.on_stream(stream):
-            paged_check.check_page_table(page_table, lengths, dims["N"], dims["P"], op=op)
+            seen = None if window is None else window + behind
+            paged_check.check_page_table(
+                page_table, lengths, dims["N"], dims["P"], seen=seen, op=op
+            )
     if not on_gpu(q):
         check_pages(
             op, page_table, lengths, np.full(len(lengths), behind), window, (dims["N"], dims["P"])

@@ -141,8 +141,10 @@ def prefill(
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if paged_check.enabled(check, q, stream):
         with cuda.on_stream(stream):
-            paged_check.check_page_table(page_table, lengths, dims["N"], dims["P"], op=op)
             paged_check.check_starts(q_starts, dims["T"], op=op, name="q_starts")
+            paged_check.check_page_table(
+                *(page_table, lengths, dims["N"], dims["P"]), seen=window, starts=q_starts, op=op
+            )
     if not on_gpu(q):
         counts = np.diff(q_starts)
         if q_starts[0] != 0 or q_starts[-1] != dims["T"] or (counts < 0).any():

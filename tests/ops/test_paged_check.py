@@ -247,6 +247,35 @@ def test_the_environment_turns_it_on(xp, monkeypatch):
         assert paged_check.enabled(wanted, array) is want
 
 
+@pytest.mark.parametrize(
+    "wrong, seen, starts, found",
+    [
+        ((0, 0), None, None, True),
+        ((0, 0), 34, None, False),  # the last 34 of 66 tokens begin at token 32
+        ((0, 1), 34, None, False),
+        ((0, 2), 34, None, True),
+        ((0, 1), 35, None, True),
+        ((0, 1), 1, [0, 34, 34], False),
+        ((0, 1), 1, [0, 35, 35], True),
+        ((0, 4), 2, None, True),
+        ((0, 5), None, None, False),
+        ((1, 0), None, [0, 1, 1], False),  # nobody asks
+        ((1, 0), None, [0, 1, 2], True),
+    ],
+)
+def test_pages_that_nobody_reads_may_be_anything(xp, wrong, seen, starts, found):
+    pages = np.arange(12, dtype=np.int32).reshape(2, 6)
+    pages[wrong] = 99
+    arrays = table(xp, pages.tolist(), [66, 3])
+    options = dict(seen=seen, starts=None if starts is None else table(xp, starts)[0])
+    if not found:
+        paged_check.check_page_table(*arrays, 12, 16, **options)
+        return
+    at = f"page_table[{wrong[0]}, {wrong[1]}]"
+    text = f"paged_check.check_page_table: {at} is 99, expected 0 to 11"
+    fails(text, paged_check.check_page_table, *arrays, 12, 16, **options)
+
+
 @pytest.mark.gpu
 def test_nothing_is_checked_while_a_graph_is_captured():
     import cupy

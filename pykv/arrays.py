@@ -133,22 +133,21 @@ def _check_layout(
 def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
     """Device and alignment, which may differ between arrays of one layout."""
     current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for argument, alignment in zip(arguments.values(), alignments, strict=True):
-        if argument[0] is None:
+    for name, alignment in zip(arguments, alignments, strict=True):
+        array = arguments[name][0]
+        if array is None:
             continue
-        memory = argument[0].data
-        if memory.device_id != current or memory.ptr % alignment:
-            break
-    else:
-        return
-    name = next(name for name, of_name in arguments.items() if of_name is argument)
-    if memory.device_id != current:
-        raise DeviceError(
-            f"{op}: {name} is on GPU {memory.device_id}, expected the current one, GPU {current}"
-        )
-    raise ShapeError(
-        f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of {alignment} bytes"
-    )
+        memory = array.data
+        if memory.device_id != current:
+            raise DeviceError(
+                f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
+                f"GPU {current}"
+            )
+        if memory.ptr % alignment:
+            raise ShapeError(
+                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
+                f"{alignment} bytes"
+            )
 
 
 def on_gpu(array: Any) -> bool:

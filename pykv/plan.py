@@ -597,9 +597,8 @@ class PagedDecodePlan(_Plan):
         self._scratch = 0  # bytes that the attention asks for
         if xp is not np:
             sizes = (descriptor.batch_size, HQ, cache.num_kv_heads, cache.head_dim)
-            self._scratch = 4 * paged_decode.workspace_size(
-                *sizes, max_pages * cache.page_size, spec=cache.spec
-            )
+            capacity = max_pages * cache.page_size
+            self._scratch = 4 * paged_decode.workspace_size(*sizes, capacity)
         super().__init__(element, cache.spec, preference, xp)
 
     def workspace_size(self) -> int:

@@ -76,7 +76,7 @@ def ours(torch, problem):
         scales = dict.fromkeys(("k_scales", "v_scales"), share(problem.scales))
     if problem.kind == "int4":
         pools = [pool.view(np.uint8) for pool in pools]
-    size = paged_decode.workspace_size(problem.B, HQ, H, D, problem.M * P, spec=spec)
+    size = paged_decode.workspace_size(problem.B, HQ, H, D, problem.M * P)
     workspace = cupy.zeros(size, np.float32)
     out = torch.empty_like(problem.q)
     q, table, lengths, given = map(share, (problem.q, problem.table, problem.lengths, out))

@@ -75,7 +75,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     out = xp.full((B, HQ, D), np.nan, dtype)
     workspace = None
     if xp is not np:
-        size = paged_decode.workspace_size(B, HQ, H, D, M * P, spec=spec)
+        size = paged_decode.workspace_size(B, HQ, H, D, M * P)
         workspace = xp.zeros(size, np.float32)
     scale = D**-0.5
 

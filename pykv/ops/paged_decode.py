@@ -184,18 +184,16 @@ def workspace_size(
     capacity: int,
     *,
     T: int = 1,
-    spec: KVSpec | None = None,
     fixed_split: int | None = None,
     device: int | None = None,
 ) -> int:
-    """Float32 elements of workspace that suffice for `decode` on a GPU.
+    """Float32 elements of workspace that suffice for `decode` on a GPU, whatever the kinds.
 
     Args:
         B: sequences; the size suffices for every smaller batch as well.
         HQ, H, D: query heads, KV heads, head size.
         capacity: tokens a sequence can have, M * P; suffices for every smaller one.
         T: queries of a sequence.
-        spec: of the pools; float16 where None.
         fixed_split: as in `decode`.
         device: ordinal of the GPU, the current one if None.
 
@@ -204,7 +202,7 @@ def workspace_size(
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
     sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
-    ranges = mma.num_ranges(sizes, 3 * num_sms, fixed_split)  # not all kinds have as many
+    ranges = max(mma.num_ranges(sizes, n * num_sms, fixed_split) for n in mma.BLOCKS_OF_SM)
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, B + 1)

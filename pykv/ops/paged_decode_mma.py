@@ -20,6 +20,7 @@ VARIANTS: list[dict[str, Any]] = [
 ROWS = 8  # query rows of a tile
 WARPS = 4
 MIN_KEYS = 128  # of a range
+BLOCKS_OF_SM = (1, 2, 3)  # that a kind may run at once; more do not always mean more ranges
 COUNTERS = 4096  # at the start of the workspace, zero before and after each call
 
 

@@ -1,11 +1,28 @@
-"""Published models, fetched once into the user's cache folder."""
+"""Models: published ones, fetched once into the user's cache folder, and tiny ones made here."""
 
 import pytest
 
-from pykv.llm import models
+from pykv import cuda
+from pykv.llm import LLM, models
+from tests.llm import tiny
 
 
 @pytest.fixture(scope="session")
 def model_path():
     """model_path("smollm2-135m") is the model's GGUF file; a test that uses it is marked model."""
     return models.fetch
+
+
+@pytest.fixture(scope="module")
+def tiny_paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("llama", "gemma3"):
+        tiny.write_case(folder / f"{name}.gguf", name)
+    return folder
+
+
+@pytest.fixture
+def open_llm(tiny_paths, xp, monkeypatch):
+    """A tiny model whose arrays are of `xp`."""
+    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
+    return lambda name="llama", **options: LLM(tiny_paths / f"{name}.gguf", **options)

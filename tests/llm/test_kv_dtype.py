@@ -3,30 +3,14 @@
 import numpy as np
 import pytest
 
-from pykv import cuda, kinds, pool
+from pykv import kinds, pool
 from pykv.kinds import KVSpec
 from pykv.llm import LLM, generate
 from tests.helpers import assert_same_bits, to_numpy, without_simt
-from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
 
 SPECS = ("int8", "fp8", "int4", "k8v4", "fp16+e5m2", "int8:HND:fp32", "fp16:HND")
 SHARED = ("int8:head", "e4m3:tensor:fp32", "k8v4:head:HND")
-
-
-@pytest.fixture(scope="module")
-def tiny_paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in ("llama", "gemma3"):
-        tiny.write_case(folder / f"{name}.gguf", name)
-    return folder
-
-
-@pytest.fixture
-def open_llm(tiny_paths, xp, monkeypatch):
-    """A tiny model whose arrays are of `xp`."""
-    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
-    return lambda name="llama", **options: LLM(tiny_paths / f"{name}.gguf", **options)
 
 
 def tokens_of(rng, count):

@@ -3,28 +3,11 @@
 import numpy as np
 import pytest
 
-from pykv import cuda
 from pykv.errors import CapacityError
-from pykv.llm import LLM, SamplingParams
+from pykv.llm import SamplingParams
 from tests.helpers import without_simt
-from tests.llm import tiny
 
 P = 16
-
-
-@pytest.fixture(scope="module")
-def tiny_paths(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in ("llama", "gemma3"):
-        tiny.write_case(folder / f"{name}.gguf", name)
-    return folder
-
-
-@pytest.fixture
-def open_llm(tiny_paths, xp, monkeypatch):
-    """A tiny model whose arrays are of `xp`."""
-    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
-    return lambda name="llama", **options: LLM(tiny_paths / f"{name}.gguf", **options)
 
 
 def greedy(tokens):

@@ -325,7 +325,7 @@ def test_a_captured_step_is_a_token_a_replay(rng, spec):
         for array in whole:
             if array is not None:
                 array[...] = 0
-    size = paged_decode.workspace_size(B, HQ, H, D, M * P, spec=spec)
+    size = paged_decode.workspace_size(B, HQ, H, D, M * P)
     scratch = cupy.zeros((2, size), np.float32)
     outs = cupy.zeros((2, B, HQ, D), np.float32)
     new = rng.standard_normal((steps + 1, 2, B, H, D)).astype(np.float16)

@@ -548,6 +548,19 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
             paged_decode.decode(q, *rest, workspace=workspace[:8])
 
 
+@pytest.mark.parametrize("H, T", [(8, 1), (8, 48), (24, 16), (190, 1), (1, 7)])
+@pytest.mark.parametrize("q", [np.float16, np.float32])
+@pytest.mark.parametrize("text", ["fp16", "int8", "int4", "fp16+e4m3"])
+@pytest.mark.parametrize("sm", [75, 80, 90])
+def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T):
+    """Kinds differ in the blocks that run at once; fewer blocks may cut keys into more ranges."""
+    spec, dtype = kinds.KVSpec.parse(text), np.dtype(q)
+    monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    sizes = paged_decode_mma.Sizes(4, T, 4 * H, H, 128, 16, 4096)
+    needed = paged_decode_mma.launch(sm, spec, dtype, sizes, 2**31 - 1, 0, 132, None)[2]
+    assert needed <= paged_decode.workspace_size(4, 4 * H, H, 128, 16 * 4096, T=T, device=0)
+
+
 def test_workspace_suffices_for_smaller_batches(monkeypatch):
     """By hand for 132 SMs: batches of 1 .. 5 split 16, 16, 16, 13 and 10 ways on CUDA cores, where
     4 needs most; on tensor cores 49 ranges leave two states of 4 heads for each of 8."""

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KVSpec, spec_of
-from pykv.ops import norm, paged_append, rope
+from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
 
 BLOCK = 128  # threads at most
@@ -41,6 +42,7 @@ def append(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> Any:
     """Write K and V of token t to slot `slots[t]` of the pools, in place, and return the queries.
@@ -64,6 +66,7 @@ def append(
             None, both: no norm.
         eps: of the norm.
         q_out: [T, HQ, D], dtype of `qkv`; tokens and heads at any stride. Allocated when missing.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -76,18 +79,19 @@ def append(
         DeviceError: host and device arrays are mixed.
         ParameterError: scales are missing, or given for floats; no spec for arrays of bytes;
             `pairing` is unknown, `eps` not positive and finite; one of `q_norm` and `k_norm`, or of
-            `positions` and `inv_freq`, is missing.
+            `positions` and `inv_freq`, is missing; the check found a wrong entry.
         UnsupportedError: D is above 512.
 
     Runs where the arrays are. On a GPU it only enqueues, one launch, and slots are not
-    range-checked. Accumulates in float32 and rounds once, where a value is stored: K is not rounded
-    to the dtype of `qkv` before it is encoded, as it is by separate ops. V, and all where nothing
-    is normalised or rotated, is bit-exact. A token's result does not depend on the others.
+    range-checked, unless checking. Accumulates in float32 and rounds once, where a value is stored:
+    K is not rounded to the dtype of `qkv` before it is encoded, as it is by separate ops. V, and
+    all where nothing is normalised or rotated, is bit-exact. A token's result does not depend on
+    the others.
     Sources: ferrum's fused kernel of one sequence; RMSNorm; RoFormer.
     """
     op = "paged_qkv.append"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         qkv=(qkv, "T | R", FLOATS),
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
@@ -109,6 +113,9 @@ def append(
         raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
     if not 0 < eps < math.inf:
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
+    if paged_check.enabled(check, qkv, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
     if q_out is None:
         q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype)
     if dims["T"] == 0:

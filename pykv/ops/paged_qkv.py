@@ -261,9 +261,13 @@ def defines_of(
     )
 
 
-# SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
+# Of floats and of codes: SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(), 9, 3, 64, 16, 32, "adjacent"),
-    defines_of(FLOATS[0], KVSpec(), 32, 8, 128, 16, 64, "adjacent"),
-    defines_of(FLOATS[0], KVSpec(), 4, 1, 256, 16, 128, "half", FLOATS[0]),
+    defines_of(FLOATS[0], KVSpec(kind, kind), *model)
+    for kind in ("fp16", "int8")
+    for model in (
+        (9, 3, 64, 16, 32, "adjacent"),
+        (32, 8, 128, 16, 64, "adjacent"),
+        (4, 1, 256, 16, 128, "half", FLOATS[0]),
+    )
 ]

@@ -144,6 +144,9 @@ GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_
          {"counts": "before"}, None),
         ({"indices": [4, -1, 10, 9, 1, 99], "last_page_len": [3, 0, 1]},
          {"counts": "before"}, "indices[2] is 10, expected below 10"),
+        # A listed page is looked at, whether these tokens need it or later ones do.
+        ({"indices": [4, 99, 2, 9, 1, 3], "last_page_len": [-9, 77, 9]},
+         {"counts": "before", "starts": [0, 7, 7, 7]}, "indices[1] is 99, expected below 10"),
         # Appends of several tokens: 7, 5 and 0 of them; those without pages or tokens are skipped.
         ({"last_page_len": [9, 77, 99]}, {"counts": "before", "starts": [0, 7, 12, 12]}, None),
         ({"last_page_len": [10, 77, 99]}, {"counts": "before", "starts": [0, 7, 12, 12]},

@@ -7,6 +7,7 @@ CuPy array has imported it already.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,31 @@ UINT8 = (np.dtype(np.uint8),)
 VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element arrays
 
 
-def check(op: str, **arguments: tuple[Any, ...]) -> dict[str, int]:
+class Dims(dict[str, int]):
+    """What `check` found: the size of every word. Arrays of equal layouts get the same object, so
+    that an op can keep with it what it derives from layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[Any, Any] = {}
+
+    def keep(self, options: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first called for these layouts and options.
+
+        Args:
+            options: hashable; all that `make` goes by besides the types, shapes, strides and dtypes
+                of the arrays that were checked.
+            make: called if nothing is kept; gives something other than None.
+        """
+        found = self._kept.get(options)
+        if found is None:
+            if len(self._kept) >= 256:  # options that change all the time must not fill the memory
+                self._kept.clear()
+            found = self._kept[options] = make()
+        return found
+
+
+def check(op: str, **arguments: tuple[Any, ...]) -> Dims:
     """Check shapes, dtypes, strides and devices of an op's arrays, and return its sizes.
 
     Args:
@@ -39,7 +64,7 @@ def check(op: str, **arguments: tuple[Any, ...]) -> dict[str, int]:
             An array that is None is skipped.
 
     Returns:
-        The size of every word; shared between calls, so not to be changed.
+        The sizes; shared between calls, so not to be changed.
 
     Raises:
         ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
@@ -70,15 +95,13 @@ def check(op: str, **arguments: tuple[Any, ...]) -> dict[str, int]:
 
 # What `check` has seen pass: sizes, and for GPU arrays what each address must be a multiple of. A
 # decode step makes the same 300 calls a token, so the work is done once.
-_passed: dict[tuple[Any, ...], tuple[dict[str, int], list[int] | None]] = {}
+_passed: dict[tuple[Any, ...], tuple[Dims, list[int] | None]] = {}
 
 
-def _check_layout(
-    op: str, arguments: dict[str, tuple[Any, ...]]
-) -> tuple[dict[str, int], list[int] | None]:
+def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims, list[int] | None]:
     """All that types, shapes, strides and dtypes decide."""
     cupy = sys.modules.get("cupy")
-    sizes: dict[str, int] = {}
+    sizes = Dims()
     alignments: list[int] = []
     first, first_on_host = "", True
     for name, (array, spec, dtypes, *alignment) in arguments.items():
@@ -133,21 +156,22 @@ def _check_layout(
 def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
     """Device and alignment, which may differ between arrays of one layout."""
     current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for name, alignment in zip(arguments, alignments, strict=True):
-        array = arguments[name][0]
+    for argument, alignment in zip(arguments.values(), alignments, strict=True):
+        array = argument[0]
         if array is None:
             continue
         memory = array.data
+        if memory.device_id == current and memory.ptr % alignment == 0:
+            continue
+        name = next(name for name, (other, *_) in arguments.items() if other is array)
         if memory.device_id != current:
             raise DeviceError(
                 f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
                 f"GPU {current}"
             )
-        if memory.ptr % alignment:
-            raise ShapeError(
-                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
-                f"{alignment} bytes"
-            )
+        raise ShapeError(
+            f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of {alignment} bytes"
+        )
 
 
 def on_gpu(array: Any) -> bool:

@@ -23,13 +23,12 @@ is lost, and `check` refuses it.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, on_gpu
+from pykv.arrays import FLOATS, INT32, Dims, on_gpu
 from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
@@ -287,7 +286,7 @@ def _append(
     op: str,
     address: str,
     spec: KVSpec,
-    dims: dict[str, int],
+    dims: Dims,
     arrays: tuple[Any, ...],
     after: bool,
     advance: bool,
@@ -303,7 +302,12 @@ def _append(
     if k.size == 0:
         return
     if on_gpu(k):
-        _cuda(address, spec, dims["P"], arrays, after, advance, stream)
+        launch = dims.keep(
+            (cuda.current_device(), spec, after, advance),
+            lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
         return
     pages, offsets = places(address, len(k), dims["P"], rows, indices, indptr, counts, after)
     reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, pages, offsets)
@@ -377,20 +381,6 @@ def _as_nhd(array: Any, spec: KVSpec) -> Any:
     return array if spec.layout == "NHD" else array.swapaxes(1, 2)
 
 
-def _cuda(
-    address: str,
-    spec: KVSpec,
-    P: int,
-    arrays: tuple[Any, ...],
-    after: bool,
-    advance: bool,
-    stream: Any,
-) -> None:
-    launch = launch_of(address, spec, P, arrays, after, advance)
-    with cuda.on_stream(stream):
-        cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-
-
 class Launch(NamedTuple):
     """What all but the addresses of arrays decides of a launch; scalars follow the arrays."""
 
@@ -415,51 +405,23 @@ def launch_of(
         advance: whether the kernel adds to `counts`.
     """
     k_pool, v_pool, k_scales, v_scales, k, v, rows, _, indptr, _ = arrays
-    return _launch(
-        *(cuda.current_device(), address, spec, P, after, advance, k.dtype, k.shape),
-        None if rows is None else rows.dtype,
-        0 if indptr is None else len(indptr) - 1,
-        *(k.strides, v.strides, k_pool.strides, v_pool.strides),
-        None if k_scales is None else k_scales.strides,
-        None if v_scales is None else v_scales.strides,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _launch(
-    device: int,
-    address: str,
-    spec: KVSpec,
-    P: int,
-    after: bool,
-    advance: bool,
-    dtype: Any,
-    shape: tuple[int, int, int],
-    row_dtype: Any,
-    num_requests: int,
-    k: tuple[int, ...],
-    v: tuple[int, ...],
-    *pools: Any,
-) -> Launch:
-    """Kept, because making it costs as much as several launches.
-
-    Args:
-        device: for which the kernel is.
-        dtype, shape: of k and v.
-        k, v, pools: strides in bytes; the last four of the pools and their scales.
-    """
-    T, H, D = shape
-    defines, rows_a_block = defines_of(dtype, spec, D, H, P, address, row_dtype, after, advance)
-    steps = (stride // dtype.itemsize for strides in (k, v) for stride in strides[:2])
+    T, H, D = k.shape
+    row_dtype = None if rows is None else rows.dtype
+    defines, rows_a_block = defines_of(k.dtype, spec, D, H, P, address, row_dtype, after, advance)
+    steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
     return Launch(
         cuda.kernel("paged_append", "paged_append", **defines),
         -(-T * H // rows_a_block),
         defines["BLOCK"],
         (
-            *pool_steps(spec, *pools),
+            *pool_steps(
+                *(spec, k_pool.strides, v_pool.strides),
+                None if k_scales is None else k_scales.strides,
+                None if v_scales is None else v_scales.strides,
+            ),
             *map(np.int64, steps),
             np.int32(T * H),
-            np.int32(num_requests),
+            np.int32(0 if indptr is None else len(indptr) - 1),
         ),
     )
 

@@ -10,7 +10,6 @@ Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head siz
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,17 +154,26 @@ def decode(
     if out.size == 0:
         pass
     elif on_gpu(q):
-        _cuda(
-            *(q, k_pool, v_pool, page_table, lengths, k_scales, v_scales, spec, scale, window),
-            *(soft_cap, slopes, sinks, tree, behind, fixed_split, lse_base, out, lse, workspace),
-            mma.Sizes(dims["B"], T, dims["HQ"], dims["H"], dims["D"], dims["P"], dims["M"]),
-            stream,
+        aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
+        options = (spec, aligned, scale, window, soft_cap, behind, fixed_split, lse_base)
+        plan = dims.keep(
+            (cuda.current_device(), options),
+            lambda: _plan(
+                dict(q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+                | dict(slopes=slopes, sinks=sinks, tree=tree),
+                mma.Sizes(dims["B"], T, dims["HQ"], dims["H"], dims["D"], dims["P"], dims["M"]),
+                *options,
+            ),
         )
+        pages = (k_pool, v_pool, k_scales, v_scales, page_table, lengths)
+        _cuda(plan, out, lse, workspace, q, pages, slopes, sinks, tree, stream)
     else:
-        options = dict(k_scales=k_scales, v_scales=v_scales, spec=spec, soft_cap=soft_cap)
         out[...], sums = reference(
             *(q, k_pool, v_pool, page_table, lengths, scale, window),
-            **options,
+            k_scales=k_scales,
+            v_scales=v_scales,
+            spec=spec,
+            soft_cap=soft_cap,
             slopes=slopes,
             sinks=sinks,
             tree=tree,
@@ -445,45 +453,38 @@ def weigh(scores: Any, v: Any, extra: Any = None) -> tuple[Any, Any]:
 class Plan(NamedTuple):
     """What all but the contents of arrays decides of a call."""
 
-    stem: str
-    defines: dict[str, Any]
+    kernel: Any
     grid: int
     shared_bytes: int
     size: int  # of the workspace, in elements
     scalars: tuple[Any, ...]
-    merge: tuple[int, tuple[Any, ...]] | None  # grid and scalars of a second launch
+    merge: tuple[Any, int, tuple[Any, ...]] | None  # kernel, grid and scalars of a second launch
 
 
-@lru_cache(maxsize=1024)
 def _plan(
-    sm: int,
-    device: int,
-    q_dtype: Any,
-    spec: KVSpec,
+    arrays: dict[str, Any],
     sizes: mma.Sizes,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    misalignment: int,
-    k_scale_strides: tuple[int, ...] | None,
-    v_scale_strides: tuple[int, ...] | None,
+    spec: KVSpec,
+    aligned: bool,
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    flags: tuple[str, ...],
     behind: int,
     fixed_split: int | None,
     lse_base: str,
 ) -> Plan:
-    """Kept, because making so many NumPy scalars costs as much as a launch.
+    """The launches for arrays that are checked.
 
     Args:
-        flags: which of the defines ALIBI, SINKS and TREE are on.
+        arrays: by the names of `decode`.
+        aligned: whether both pools begin at multiples of 16 bytes.
         behind: keys between the first query and the last key.
-        misalignment: 0 where both pools begin at multiples of 16 bytes.
-        The others as in `decode`; strides in bytes.
+        The others as in `decode`.
     """
-    num_sms = cuda.num_sms(device)
+    sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
+    q, k_scales, v_scales = (arrays[name] for name in ("q", "k_scales", "v_scales"))
+    q_dtype, k_strides, v_strides = q.dtype, arrays["k_pool"].strides, arrays["v_pool"].strides
+    flags = {"ALIBI": "slopes", "SINKS": "sinks", "TREE": "tree"}
     k, v = spec.kinds
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
     defines: dict[str, Any] = dict(
@@ -492,25 +493,25 @@ def _plan(
         K_T=k.c_type,
         V_T=v.c_type,
         SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
-        **dict.fromkeys(flags, 1),
+        **{flag: 1 for flag, name in flags.items() if arrays[name] is not None},
     )
     score_scale, cap = scale * LOG2_E, 0.0
     if soft_cap is not None:
         defines["SOFT_CAP"] = 1
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    q_steps = [n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]]
+    q_steps = [n // q_dtype.itemsize for n in (*q.strides[:-2], 0)[:2]]
     steps = [
         page_token_head(of_array, dtype.itemsize, spec)
         for of_array, dtype in (
             (k_strides, k.dtype),
             (v_strides, v.dtype),
-            (k_scale_strides, scale_dtype),
-            (v_scale_strides, scale_dtype),
+            (None if k_scales is None else k_scales.strides, scale_dtype),
+            (None if v_scales is None else v_scales.strides, scale_dtype),
         )
     ]
     # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a token to
     # the next that 32 bits hold.
-    aligned = not misalignment and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
+    aligned = aligned and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
     near = all(0 <= token < 2**30 for _, token, _ in steps)
     stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
     if not mma.fits(sm, spec, q_dtype, sizes):
@@ -533,9 +534,14 @@ def _plan(
         longs = [*q_steps, *(n for step in steps for n in step)]
         ints = (T, behind, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
         if splits > 1:
-            merge = (B * T * HQ, (np.int32(HQ), np.int32(splits), floats[2]))
+            merge = (
+                cuda.kernel(stem, "paged_decode_merge", **defines),
+                B * T * HQ,
+                (np.int32(HQ), np.int32(splits), floats[2]),
+            )
     scalars = (*map(np.int64, longs), *map(np.int32, ints), *floats)
-    return Plan(stem, defines, grid, shared_bytes, size, scalars, merge)
+    kernel = cuda.kernel(stem, stem, **defines)
+    return Plan(kernel, grid, shared_bytes, size, scalars, merge)
 
 
 def page_token_head(
@@ -582,56 +588,30 @@ def _plain_splits(
 
 
 def _cuda(
-    q: Any,
-    k_pool: Any,
-    v_pool: Any,
-    page_table: Any,
-    lengths: Any,
-    k_scales: Any,
-    v_scales: Any,
-    spec: KVSpec,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    slopes: Any,
-    sinks: Any,
-    tree: Any,
-    behind: int,
-    fixed_split: int | None,
-    lse_base: str,
+    plan: Plan,
     out: Any,
     lse: Any,
     workspace: Any,
-    sizes: mma.Sizes,
+    q: Any,
+    pages: tuple[Any, ...],
+    slopes: Any,
+    sinks: Any,
+    tree: Any,
     stream: Any,
 ) -> None:
-    flags: tuple[str, ...] = ()
-    if slopes is not None or sinks is not None or tree is not None:
-        given = (("ALIBI", slopes), ("SINKS", sinks), ("TREE", tree))
-        flags = tuple(name for name, array in given if array is not None)
-    plan = _plan(
-        *(cuda.current_sm(), q.data.device_id, q.dtype, spec, sizes, q.strides),
-        *(k_pool.strides, v_pool.strides, (k_pool.data.ptr | v_pool.data.ptr) % 16),
-        None if k_scales is None else k_scales.strides,
-        None if v_scales is None else v_scales.strides,
-        *(scale, window, soft_cap, flags, behind, fixed_split, lse_base),
-    )
     if workspace is not None and workspace.size < plan.size:
         raise CapacityError(
             f"paged_decode.decode: workspace has {workspace.size} elements, expected {plan.size}"
         )
-    kernel = cuda.kernel(plan.stem, plan.stem, **plan.defines)
     with cuda.on_stream(stream):
         if workspace is None and plan.size:
             workspace = like(q, (plan.size,), np.float32)
             workspace[:COUNTERS] = 0
         cuda.launch(
-            *(kernel, plan.grid, 128, out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales),
-            *(page_table, lengths, slopes, sinks, tree),
+            *(plan.kernel, plan.grid, 128, out, lse, workspace, q, *pages, slopes, sinks, tree),
             scalars=plan.scalars,
             shared_bytes=plan.shared_bytes,
         )
         if plan.merge is not None:
-            grid, scalars = plan.merge
-            merge = cuda.kernel(plan.stem, "paged_decode_merge", **plan.defines)
-            cuda.launch(merge, grid, 128, out, lse, workspace, sinks, *scalars)
+            kernel, grid, scalars = plan.merge
+            cuda.launch(kernel, grid, 128, out, lse, workspace, sinks, *scalars)

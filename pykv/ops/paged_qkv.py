@@ -10,7 +10,6 @@ Kernel: kernels_cu/paged_qkv.cu.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,8 +120,14 @@ def append(
     if dims["T"] == 0:
         return q_out
     if on_gpu(qkv):
-        arrays = (q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots)
-        _cuda(spec, (*arrays, positions, inv_freq, q_norm, k_norm), dims["P"], pairing, eps, stream)
+        pools = (k_pool, v_pool, k_scales, v_scales)
+        arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
+        launch = dims.keep(
+            (cuda.current_device(), spec, pairing, float(eps)),
+            lambda: _launch_of(spec, dims["P"], arrays, pairing, eps),
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
         return q_out
     H, D = dims["H"], dims["D"]
     q, k, v = split(
@@ -176,57 +181,30 @@ def split(
     return q, k, v
 
 
-def _cuda(
-    spec: KVSpec, arrays: tuple[Any, ...], P: int, pairing: str, eps: float, stream: Any
-) -> None:
-    """Arrays as the kernel takes them."""
-    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
-    launch = _launch(
-        *(cuda.current_device(), spec, P, qkv.dtype, q_out.shape, qkv.shape[1], slots.dtype),
-        *(0 if inv_freq is None else len(inv_freq), pairing),
-        *(None if q_norm is None else q_norm.dtype, float(eps)),
-        *(q_out.strides, qkv.strides, k_pool.strides, v_pool.strides),
-        None if k_scales is None else k_scales.strides,
-        None if v_scales is None else v_scales.strides,
-    )
-    with cuda.on_stream(stream):
-        cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-
-
-@lru_cache(maxsize=4096)
-def _launch(
-    device: int,
-    spec: KVSpec,
-    P: int,
-    dtype: Any,
-    shape: tuple[int, int, int],
-    R: int,
-    slot_dtype: Any,
-    F: int,
-    pairing: str,
-    norm_dtype: Any,
-    eps: float,
-    q_out: tuple[int, ...],
-    qkv: tuple[int, ...],
-    *pools: Any,
+def _launch_of(
+    spec: KVSpec, P: int, arrays: tuple[Any, ...], pairing: str, eps: float
 ) -> paged_append.Launch:
-    """Kept, because making it costs as much as several launches.
-
-    Args:
-        device: for which the kernel is.
-        shape: of q_out.
-        q_out, qkv, pools: strides in bytes; the last four of the pools and their scales.
-        The others as in `defines_of`.
-    """
-    T, HQ, D = shape
-    H = (R // D - HQ) // 2
-    defines = defines_of(dtype, spec, HQ, H, D, P, F, pairing, norm_dtype, slot_dtype)
-    steps = (step // dtype.itemsize for step in (*q_out[:2], qkv[0]))
+    """The launch for arrays that are checked, as the kernel takes them."""
+    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
+    T, HQ, D = q_out.shape
+    H = (qkv.shape[1] // D - HQ) // 2
+    F = 0 if inv_freq is None else len(inv_freq)
+    norm_dtype = None if q_norm is None else q_norm.dtype
+    defines = defines_of(qkv.dtype, spec, HQ, H, D, P, F, pairing, norm_dtype, slots.dtype)
+    steps = (step // qkv.itemsize for step in (*q_out.strides[:2], qkv.strides[0]))
     return paged_append.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
         (T, -(-(HQ + 2 * H) * defines["LANES"] // defines["BLOCK"])),
         defines["BLOCK"],
-        (*paged_append.pool_steps(spec, *pools), *map(np.int64, steps), np.float32(eps)),
+        (
+            *paged_append.pool_steps(
+                *(spec, k_pool.strides, v_pool.strides),
+                None if k_scales is None else k_scales.strides,
+                None if v_scales is None else v_scales.strides,
+            ),
+            *map(np.int64, steps),
+            np.float32(eps),
+        ),
     )
 
 

@@ -48,9 +48,11 @@ def test_a_model_reads_what_the_kinds_define(open_llm, rng, monkeypatch, name, k
     check_a_model(open_llm, rng, monkeypatch, name, kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "e4m3+int4:head:HND"])
-def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, kv_dtype):
-    check_a_model(open_llm, rng, monkeypatch, "llama", kv_dtype)
+@pytest.mark.parametrize(
+    "name, kv_dtype", [("llama", "int8"), ("llama", "e4m3+int4:head:HND"), ("gemma3", "int8")]
+)
+def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, name, kv_dtype):
+    check_a_model(open_llm, rng, monkeypatch, name, kv_dtype)
 
 
 def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):

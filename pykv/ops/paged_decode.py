@@ -10,6 +10,7 @@ Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head siz
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,11 +210,15 @@ def workspace_size(
         DeviceError: there is no CuPy; on the host no workspace is needed.
     """
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
-    sizes = mma.Sizes(B, T, HQ, H, D, 1, capacity)
+    return _workspace_size(mma.Sizes(B, T, HQ, H, D, 1, capacity), num_sms, fixed_split)
+
+
+@lru_cache(maxsize=1024)
+def _workspace_size(sizes: mma.Sizes, num_sms: int, fixed_split: int | None) -> int:
     ranges = max(mma.num_ranges(sizes, n * num_sms, fixed_split) for n in mma.BLOCKS_OF_SM)
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
-        for b in range(1, B + 1)
+        for b in range(1, sizes.B + 1)
     ]
     return max(mma.workspace_size(sizes, ranges, fixed_split), *plain, 0)
 

@@ -85,9 +85,7 @@ constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 // Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
 constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
 
-// The float type of an mma; what it rounds is kept in further terms where queries are finer.
-template <typename T> struct Operand { using Type = f16; };
-template <> struct Operand<bf16> { using Type = bf16; };
+// What an mma's operands round is kept in further terms where queries are finer.
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
@@ -294,22 +292,6 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
 // --- Products -------------------------------------------------------------------------------------
-
-// D += A B for 16 rows of B; a[0] and a[2] are row g, a[1] and a[3] row g + 8.
-template <typename M>
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
-                                         u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (IS_BF16<M>) {
-        mma_m16n8k16_bf16(d, {a0, a1, a2, a3}, {b0, b1});
-    } else {
-        mma_m16n8k16_f16(d, {a0, a1, a2, a3}, {b0, b1});
-    }
-#elif __CUDA_ARCH__ >= 750
-    mma_m16n8k8_f16(d, {a0, a1}, {b0});
-    mma_m16n8k8_f16(d, {a2, a3}, {b1});
-#endif
-}
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.

@@ -19,6 +19,7 @@
 // Launch:   grid ((T * G / ROWS + B) * H), block (128), SHARED_BYTES of dynamic shared memory; both
 //           constants are those of pykv/ops/prefill_mma.py
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
+// Stack: 40 bytes, of codes with 128 elements a row, whose sums and scores take 192 registers
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
@@ -188,7 +189,7 @@ template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>&
 template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
     if constexpr (LARGEST<T> > 0.0f) {
         constexpr int EIGHTS = D / 8;
-#pragma unroll 4
+#pragma unroll 2
         for (int i = threadIdx.x; i < KEYS * EIGHTS; i += THREADS) {
             const Eight<T> eight = get8((const T*)raw + i * (8 / PACKED<T>));
             *(uint4*)(tile + Halves::place(i / EIGHTS, i % EIGHTS)) = to_halves<T>(eight);
@@ -284,22 +285,18 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const RowBlock rows = row_block<ROWS>(q_starts, B, G, block / H);
     if (rows.num_rows <= 0) return;
     const int length = max(0, min(lengths[rows.b], capacity));
-    const int* pages = page_table + (i64)rows.b * M;
 
     // Row r sees the keys up to last_of(r), `window` of them.
-    const int behind = length - rows.num_queries;
+    const int last_of_all = length - (causal ? rows.num_queries : 1);
     const auto last_of = [&](int row) {
         const int token = (rows.first_row + min(row, rows.num_rows - 1)) / G;
-        return causal ? max(behind + token, -1) : length - 1;
+        return max(last_of_all + (causal ? token : 0), -1);
     };
     const auto first_of = [&](int row) { return max(last_of(row) - window + 1, 0); };
     const int begin = first_of(0), end = last_of(ROWS - 1) + 1;  // of the block
     const int warp_row = warp * WARP_ROWS;
-    const bool has_rows = warp_row < rows.num_rows;
-    const int warp_begin = first_of(warp_row);
-    const int warp_end = has_rows ? last_of(warp_row + WARP_ROWS - 1) + 1 : 0;
-    const int full_begin = first_of(warp_row + WARP_ROWS - 1);  // keys that all rows see
-    const int full_end = last_of(warp_row) + 1;
+    const int full_begin = first_of(warp_row + WARP_ROWS - 1);  // keys that all of a warp see
+    const int full_end = warp_row < rows.num_rows ? last_of(warp_row) + 1 : 0;
 
     float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
     const bool pages_are_even = P % MINE == 0;  // no page ends between a warp's rows
@@ -311,7 +308,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const auto find = [&](int tile) {
         const int key = tile * KEYS + warp * MINE + lane % MINE;
         const u32 in_range = max(begin, min(key, end - 1));
-        page = pages[in_range / P];
+        page = page_table[(i64)rows.b * M + in_range / P];
         token = in_range % P;
     };
     const auto copy = [&](int tile, int slot) {
@@ -333,7 +330,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const int tile_end = end > begin ? (end - 1) / KEYS + 1 : first_tile;
     if (first_tile < tile_end) {
         find(first_tile);
-        copy(first_tile, 0);
+        copy(first_tile, first_tile % 2);
         if (first_tile + 1 < tile_end) find(first_tile + 1);
     }
 
@@ -342,30 +339,31 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     load_queries(queries, units, q, q_stride, G, kv_head, rows, score_scale < 0.0f ? -1.0f : 1.0f);
     __syncwarp();
 
-    // This lane's rows: 16 * (r / 2) + 8 * (r % 2) + g of the warp's. Scores times `factor` are
-    // exponents of 2; relative to m, the maximum to within a factor of 2^8 of the weights, so that
-    // it seldom moves. l: the sum of the weights of this lane's keys.
+    // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2; they
+    // are taken relative to m, the maximum to within a factor of 2^8 of the weights, so that it
+    // seldom moves. l: the sum of the weights of this lane's keys.
     constexpr int R = 2 * ROW_TILES;
-    float m[R], l[R], factor[R], sums[ROW_TILES][D / 8][4] = {};
+    float m[R], l[R], sums[ROW_TILES][D / 8][4] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        const int row = warp_row + 8 * r + g;
         m[r] = -INF;
         l[r] = 0.0f;
-        factor[r] = fabsf(score_scale) * (1.0f / IN_PAIRS<K_T>);
-        if constexpr (!Q_IS_EXACT) factor[r] *= units[row];
-        factor[r] = fmaxf(factor[r], SMALLEST);  // or hidden scores times 0 would be NaN
     }
+    const auto factor_of = [&](int r) {
+        float factor = fabsf(score_scale) * (1.0f / IN_PAIRS<K_T>);
+        if constexpr (!Q_IS_EXACT) factor *= units[warp_row + 8 * r + g];
+        return fmaxf(factor, SMALLEST);  // or hidden scores times 0 would be NaN
+    };
     // Values are weighted relative to `scale_unit`, a power of two above all their scales so far,
     // because f16 would not hold what the scales themselves may be.
     float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
-    float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
+    const auto inverse_unit = [&] { return __uint_as_float((254u << 23) - __float_as_uint(scale_unit)); };
 
     const Reader of_queries(queries, lane % 16, lane / 16);
 
 #pragma unroll 1
     for (int tile = first_tile; tile < tile_end; tile++) {
-        const int slot = (tile - first_tile) % 2;
+        const int slot = tile % 2;
         cp_async_wait<0>();
         __syncthreads();  // this tile is here, and the last one is used up
         if constexpr (HAS_CODES) {
@@ -381,7 +379,11 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             if (tile + 2 < tile_end) find(tile + 2);
         }
         const int first = tile * KEYS;
-        if (first >= warp_end || first + KEYS <= warp_begin) continue;  // no row sees any
+        const bool is_full = first >= full_begin && first + KEYS <= full_end;
+        if (!is_full) {  // perhaps no row sees any
+            if (warp_row >= rows.num_rows || first > last_of(warp_row + WARP_ROWS - 1)) continue;
+            if (first + KEYS <= first_of(warp_row)) continue;
+        }
 
         const u8* k_tile = shared + K_AT + (K_HAS_CODES ? 0 : slot * TILE_BYTES);
         const u8* v_tile = shared + V_AT + (V_HAS_CODES ? 0 : slot * TILE_BYTES);
@@ -418,6 +420,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             }
         }
 
+        float factor[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) factor[r] = factor_of(r);
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             float2 scale;
@@ -435,7 +440,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                 }
             }
         }
-        if (first < full_begin || first + KEYS > full_end) {
+        if (!is_full) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 const int last = last_of(warp_row + 8 * r + g);
@@ -473,9 +478,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             if constexpr (V_HAS_CODES) {
                 const float above = fmaxf(warp_max(v_scale), scale_unit);
                 const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
-                inverse_unit = __uint_as_float((254u - exponent) << 23);
-                keep_all = scale_unit * inverse_unit;
+                keep_all = scale_unit;
                 scale_unit = __uint_as_float(exponent << 23);
+                keep_all *= inverse_unit();
             }
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -510,13 +515,14 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         // Values. Fine sums leave the mma at every step, before it cuts off anything.
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
+            if (!IS_COARSE) __syncwarp();  // or too many steps at once would spill registers
             u32 a[P_TERMS][ROW_TILES][4];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 float2 scale;
                 if constexpr (V_HAS_CODES) {
                     scale = *(const float2*)(tile_scales + KEYS + 8 * (n + j) + 2 * t);
-                    scale.x *= inverse_unit, scale.y *= inverse_unit;
+                    scale.x *= inverse_unit(), scale.y *= inverse_unit();
                 }
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {

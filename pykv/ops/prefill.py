@@ -239,7 +239,11 @@ def prefill_contiguous(
                 _int32(q, np.full(B, dims["P"])),
             ),
         )
-    if dims["P"] and q.size:
+        if dims["P"] == 0:
+            out.fill(0)
+            if lse is not None:
+                lse.fill(-np.inf)
+    if dims["P"]:
         prefill(
             *(q.reshape(B * T, HQ, D), k, v, table, full if lengths is None else lengths, starts),
             k_scales=k_scales,

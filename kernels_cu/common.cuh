@@ -201,6 +201,13 @@ __device__ __forceinline__ u32 fma_f16x2(u32 a, u32 b, u32 c) {
 }
 #endif
 
+// x itself, but the compiler does not know: what is made of it is made here, in each turn of a loop,
+// and not kept in registers from before it.
+__device__ __forceinline__ int made_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // [ex2] 2^x to within 2^-22 of itself; arguments and results that are subnormal count as 0, which
 // spares exp2f's care for them.
 __device__ __forceinline__ float exp2_flushed(float x) {
@@ -906,7 +913,7 @@ template <> struct Operand<bf16> { using Type = bf16; };
 #if __CUDA_ARCH__ >= 750
 // D += A B, where A is 16 x 16 and B is 16 x 8, of elements M; fragments as of mma_m16n8k16_f16.
 template <typename M>
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+__device__ __forceinline__ void mma_16x16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
                                          u32 b1) {
 #if __CUDA_ARCH__ >= 800
     if constexpr (IS_BF16<M>) {

@@ -427,9 +427,9 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
                 const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
-                multiply<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
+                mma_16x16<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
                              b1);
-                if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
+                if constexpr (Q_HAS_REST) mma_16x16<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
             }
         }
     }
@@ -464,7 +464,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
         constexpr u32 ONES = 0x3c003c00u;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
-            multiply<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
+            mma_16x16<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
         }
     }
 #pragma unroll
@@ -485,9 +485,9 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
                 float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
-                    multiply<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
+                    mma_16x16<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
                     if constexpr (P_HAS_REST) {
-                        multiply<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
+                        mma_16x16<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
                 if constexpr (!IS_COARSE) x[0] += d[0] + d[2], x[1] += d[1] + d[3];

@@ -19,7 +19,7 @@
 // Launch:   grid ((T * G / ROWS + B) * H), block (128), SHARED_BYTES of dynamic shared memory; both
 //           constants are those of pykv/ops/prefill_mma.py
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
-// Stack: 40 bytes, of codes with 128 elements a row, whose sums and scores take 192 registers
+// Stack: 64 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
@@ -128,6 +128,8 @@ static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are 
 
 // --- Copies ---------------------------------------------------------------------------------------
 
+constexpr int COPIES_AT_ONCE = IS_COARSE ? 8 : 1;  // fine queries leave no registers for more
+
 // Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
 // says row i % MINE begins, in elements; `even`: all at equal steps.
 template <typename T>
@@ -135,7 +137,7 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
     constexpr bool IS_RAW = LARGEST<T> > 0.0f;
     constexpr int CHUNK = RAW_BYTES<T> % 16 == 0 ? 16 : 8, CHUNKS = RAW_BYTES<T> / CHUNK;
     constexpr int COUNT = MINE * CHUNKS;
-    const int lane = threadIdx.x % WARP, mine = threadIdx.x / WARP * MINE;
+    const int lane = made_here(threadIdx.x % WARP), mine = threadIdx.x / WARP * MINE;
     const auto copy = [&](int row, int chunk, const T* from) {
         const int place = IS_RAW ? (mine + row) * RAW_BYTES<T> + chunk * CHUNK
                                  : Halves::place(mine + row, chunk);
@@ -144,7 +146,7 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
     if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
         const int row = lane / CHUNKS, chunk = lane % CHUNKS;
         const T* from = pool + (offset + (row - lane % MINE) * stride);
-#pragma unroll
+#pragma unroll COPIES_AT_ONCE
         for (int turn = 0; turn < COUNT; turn += WARP) {
             if (COUNT % WARP == 0 || turn + lane < COUNT) copy(row + turn / CHUNKS, chunk, from);
             from += WARP / CHUNKS * stride;
@@ -413,8 +415,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                     for (int term = Q_TERMS - 1; term >= 0; term--) {
                         const u32(&f)[4] = a[term][i];
                         auto& d = !IS_COARSE && term ? low[i] : x[i];
-                        multiply<KM>(d[n], f[0], f[1], f[2], f[3], b[0], b[1]);
-                        multiply<KM>(d[n + 1], f[0], f[1], f[2], f[3], b[2], b[3]);
+                        mma_16x16<KM>(d[n], f[0], f[1], f[2], f[3], b[0], b[1]);
+                        mma_16x16<KM>(d[n + 1], f[0], f[1], f[2], f[3], b[2], b[3]);
                     }
                 }
             }
@@ -551,7 +553,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
                         for (int term = P_TERMS - 1; term >= 0; term--) {
                             const u32(&f)[4] = a[term][i];
-                            multiply<VM>(d, f[0], f[1], f[2], f[3], b[2 * j], b[2 * j + 1]);
+                            mma_16x16<VM>(d, f[0], f[1], f[2], f[3], b[2 * j], b[2 * j + 1]);
                         }
                         if constexpr (!IS_COARSE) {
 #pragma unroll

@@ -211,6 +211,8 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     });
 }
 
+inline int made_here(int x) { return x; }
+
 // --- Powers --------------------------------------------------------------------------------------
 
 // The one twin that may differ in last bits.

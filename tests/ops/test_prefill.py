@@ -203,6 +203,34 @@ def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
     np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "spec, q, D", [("int4:fp32", "float32", 64), ("int8", "bfloat16", 128)], ids=str
+)
+@pytest.mark.parametrize("rises", [True, False])
+def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
+    """By 2^26 over the keys: sums so far and later ones must keep to one unit."""
+    spec, L = kinds.KVSpec.parse(spec), 200
+    size = np.exp2(np.linspace(-12, 14, L) * (1 if rises else -1)).astype(np.float32)
+    k, v = rng.standard_normal((2, 1, L, 1, D)).astype(np.float32)
+    arrays = {}
+    for name, kind, x in zip("kv", spec.kinds, (k, v * size[:, None, None]), strict=True):
+        dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+        arrays[f"{name}_pool"], arrays[f"{name}_scales"] = kinds.quantize(
+            x, kind, scale_dtype=dtype
+        )
+    queries = rng.standard_normal((40, 2, D)).astype(getattr(ml_dtypes, q, q))
+    where = ([[0]], [L], [0, 40])
+    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
+    given = {name: np.array(x, np.int32) for name, x in names.items()}
+    sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
+    out = prefill.prefill(xp.asarray(queries), **sent)
+    low, exact = (
+        prefill.reference(x, **given, **arrays, spec=spec, scale=D**-0.5)[0]
+        for x in (queries, queries.astype(np.float64))
+    )
+    assert_close_to_oracle(out, low, exact)
+
+
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4:fp32"])
 def test_pools_may_be_views_of_one_array(xp, rng, spec):
     """Keys and values in one tensor, between layers and heads that nobody may read."""

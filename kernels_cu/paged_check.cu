@@ -72,48 +72,57 @@ paged_check_starts(u64* found, const int* starts, i64 B, i64 end) {
     check_starts(found, starts, item(), B, end);
 }
 
-// Threads: max(n, B + 1). Pages that a request has are 0 to num_pages - 1; last_page_len, if not
-// null, is `low` to `high` for requests with pages; with `needs_page` all have one, and may have
-// more than they use, for each of which last_page_len is page_size less. With `starts`,
-// not null, a request has enough pages for starts[b+1] - starts[b] tokens, and the rest may be
-// anything.
+// Threads: max(n, B + 1). Request b has starts[b+1] - starts[b] tokens; where `starts` is null, one
+// of an append, and of a read what its pages hold. To read, its pages do for its tokens, those that
+// they need are 0 to num_pages - 1, and last_page_len, if not null, is 0 to page_size. To append,
+// requests without pages are skipped; pages are below num_pages, negative ones are skipped; and
+// last_page_len, if not null, says where the tokens go: that is within the request's pages. It
+// counts them too where `after`.
 extern "C" __global__ void __launch_bounds__(256)
 paged_check_table(u64* found, const int* indptr, const int* indices, const int* last_page_len,
-                  const int* starts, i64 n, i64 B, i64 num_pages, i64 page_size, int low, int high,
-                  int needs_page) {
+                  const int* starts, i64 n, i64 B, i64 num_pages, i64 page_size, int appends,
+                  int after) {
     const i64 i = item();
     check_starts(found, indptr, i, B, n);
-    if (B > 0 && i < n && i < indptr[B] && (indices[i] < 0 || indices[i] >= num_pages)) {
+    if (B > 0 && i < n && i < indptr[B] &&
+        ((indices[i] < 0 && !appends) || indices[i] >= num_pages)) {
         const int b = last_up_to(indptr, (int)B, i);
-        const bool is_used = !starts || (i - indptr[b]) * page_size < starts[b + 1] - starts[b];
+        const bool is_used = appends || !starts ||
+                             (i - indptr[b]) * page_size < starts[b + 1] - starts[b];
         if (is_used) report(found, BAD_ENTRY, i);
     }
     if (i >= B) return;
     const i64 pages = indptr[i + 1] - indptr[i];
-    const i64 tokens = starts ? starts[i + 1] - starts[i] : needs_page;
+    if (appends && pages == 0) return;
+    const i64 tokens = starts ? starts[i + 1] - starts[i] : appends;
     if (pages * page_size < tokens) report(found, NO_PAGE, i);
-    if (last_page_len && pages > 0) {
-        const i64 ahead = needs_page ? (pages - 1) * page_size : 0;
-        if (last_page_len[i] + ahead < low || last_page_len[i] > high) report(found, BAD_COUNT, i);
-    }
+    if (!last_page_len || pages == 0) return;
+    const i64 last = last_page_len[i], first = (pages - 1) * page_size + last - after * tokens;
+    const bool is_wrong = appends ? first < 0 || first + tokens > pages * page_size
+                                  : last < 0 || last > page_size;
+    if (is_wrong && (tokens > 0 || !appends)) report(found, BAD_COUNT, i);
 }
 
-// Threads: B * M. Lengths are 0 to M * page_size; pages of the last `seen` tokens, and with `starts`,
-// not null, of as many up to each of the last starts[b+1] - starts[b], are 0 to num_pages - 1.
+// Threads: B * max(M, 1). Lengths are at most M * page_size; pages of the last `seen` tokens, and
+// with `starts`, not null, of as many up to each of the last starts[b+1] - starts[b], are 0 to
+// num_pages - 1. A sequence with none of those may be anything.
 extern "C" __global__ void __launch_bounds__(256)
 paged_check_page_table(u64* found, const int* page_table, const int* lengths, const int* starts,
                        i64 row_stride, i64 B, i64 M, i64 num_pages, i64 page_size, i64 seen) {
-    if (item() >= B * M) return;
-    const i64 b = item() / M, m = item() - b * M, length = lengths[b];
-    if (m == 0 && (length < 0 || length > M * page_size)) report(found, BAD_COUNT, b);
+    const i64 width = max(M, (i64)1), b = item() / width, m = item() - b * width;
+    if (b >= B) return;
+    const i64 length = lengths[b], queries = starts ? starts[b + 1] - starts[b] : 1;
+    if (queries == 0) return;
+    if (m == 0 && length > M * page_size) report(found, BAD_COUNT, b);
+    if (m >= M) return;
     const i64 page = page_table[b * row_stride + m];
-    const i64 queries = starts ? starts[b + 1] - starts[b] : 1;
-    const bool is_used = queries > 0 && m * page_size < length &&
+    const bool is_used = m * page_size < length &&
                          (m + 1) * page_size > length - seen - (queries - 1);
     if (is_used && (page < 0 || page >= num_pages)) report(found, BAD_ENTRY, item());
 }
 
-// Threads: n. Positions lie in the pages of their request; negative requests are skipped.
+// Threads: n. Positions lie in the pages of their request; negative requests, and those without
+// pages, are skipped.
 extern "C" __global__ void __launch_bounds__(256)
 paged_check_positions(u64* found, const int* batch_indices, const int* positions, const int* indptr,
                       i64 n, int B, i64 page_size) {
@@ -122,5 +131,5 @@ paged_check_positions(u64* found, const int* batch_indices, const int* positions
     const int b = batch_indices[i];
     if (b >= B) return report(found, BAD_ENTRY, i);
     const i64 end = ((i64)indptr[b + 1] - indptr[b]) * page_size;
-    if (positions[i] < 0 || positions[i] >= end) report(found, BAD_COUNT, i);
+    if (end > 0 && (positions[i] < 0 || positions[i] >= end)) report(found, BAD_COUNT, i);
 }

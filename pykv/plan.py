@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, check, on_gpu
+from pykv.arrays import FLOATS, INT32, UINT8, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import LAYOUTS, KVSpec
-from pykv.ops import contiguous_append, page_table, paged_append, paged_decode
+from pykv.ops import contiguous_append, page_table, paged_append, paged_check, paged_decode
 
 
 @dataclass(frozen=True)
@@ -309,20 +310,37 @@ class PagedAppendPlan(_Plan):
         _check_dtype(name, "key", args.key, self._element)
         _check_arrays(name, args, self._spec, ("key", "value"), "B H | D")
 
-    def run(self, args: PagedAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
+    def run(
+        self,
+        args: PagedAppendArgs,
+        *,
+        workspace: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
         """Append.
 
         Args:
             args: the arrays; an object that has run before is not checked again.
             workspace: not needed.
+            check: look for wrong entries first, each time, see pykv.ops.paged_check.
             stream: see pykv.cuda.on_stream.
 
-        Raises: as `can_implement`.
+        Raises: as `can_implement`; ParameterError also where the check found a wrong entry.
 
-        On a GPU only enqueues, one launch.
+        On a GPU only enqueues, one launch, unless checking.
         """
         with cuda.on_stream(stream):
-            self._call_of(args)()
+            call = self._call_of(args)
+            if paged_check.enabled(check, args.key):
+                paged_check.check_table(
+                    *(args.indices, args.indptr, args.last_page_len),
+                    *(self.descriptor.cache.num_total_pages, self.descriptor.cache.page_size),
+                    appends=True,
+                    counts=self.descriptor.counts,
+                    op=f"{self._name()}.run",
+                )
+            call()
 
     def _bind(self, args: PagedAppendArgs) -> Callable[[], None]:
         after, advance = self._after, self.descriptor.advance
@@ -330,7 +348,7 @@ class PagedAppendPlan(_Plan):
             options = dict(k_scales=args.k_scales, v_scales=args.v_scales, spec=self._spec)
             counts = self.descriptor.counts
             return lambda: paged_append.append_decode(
-                *args[:7], counts=counts, advance=advance, **options
+                *args[:7], counts=counts, advance=advance, check=False, **options
             )
         key, value, k_data, v_data, indices, indptr, last_page_len, k_scales, v_scales = args
         pools = (k_data, v_data, k_scales, v_scales)
@@ -457,7 +475,7 @@ class ContiguousAppendPlan(_Plan):
         _check_rows(name, args, ("k_new", "v_new", "k_cache", "v_cache"))
         _check_dtype(name, "k_new", args.k_new, self._element)
         _check_dtype(name, "k_cache", args.k_cache, self._cache_element)
-        check(
+        check_arrays(
             name,
             k_new=(args.k_new, "B H T | K", FLOATS),
             v_new=(args.v_new, "B H T | V", self._element),
@@ -625,30 +643,47 @@ class PagedDecodePlan(_Plan):
             _check_dtype(name, argument, getattr(args, argument), self._element)
         _check_arrays(name, args, self._spec, ("q", "o"), "B HQ | D")
 
-    def run(self, args: PagedDecodeArgs, *, workspace: Any = None, stream: Any = None) -> None:
+    def run(
+        self,
+        args: PagedDecodeArgs,
+        *,
+        workspace: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
         """Fill args.o, and args.lse if given.
 
         Args:
             args: the arrays.
             workspace: [at least workspace_size()] uint8 of a GPU, for one stream at a time; zeros
                 before its first use.
+            check: look for wrong entries first, see pykv.ops.paged_check.
             stream: see pykv.cuda.on_stream.
 
         Raises:
             CapacityError: the workspace is missing or too small.
+            ParameterError: the check found a wrong entry.
             As `can_implement` else.
 
-        On a GPU only enqueues.
+        On a GPU only enqueues, unless checking.
         """
         needed = self.workspace_size()
-        check(f"{self._name()}.run", workspace=(workspace, "E", UINT8))
+        check_arrays(f"{self._name()}.run", workspace=(workspace, "E", UINT8))
         given = 0 if workspace is None else int(workspace.nbytes)
         if given < needed:
             raise CapacityError(
                 f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
             )
         with cuda.on_stream(stream):
-            self._call_of(args)(workspace)
+            call = self._call_of(args)
+            if paged_check.enabled(check, args.q):
+                cache = self.descriptor.cache
+                paged_check.check_table(
+                    *(args.indices, args.indptr, args.last_page_len),
+                    *(cache.num_total_pages, cache.page_size),
+                    op=f"{self._name()}.run",
+                )
+            call(workspace)
 
     def _bind(self, args: PagedDecodeArgs) -> Callable[..., None]:
         return lambda workspace: self._decode(args, workspace)
@@ -676,6 +711,7 @@ class PagedDecodePlan(_Plan):
             lse=args.lse,
             lse_base="2",
             workspace=scratch,
+            check=False,  # lists were looked at, and the table is made of them
         )
 
 
@@ -740,7 +776,7 @@ def _check_arrays(name: str, args: Any, spec: KVSpec, rows: tuple[str, str], dim
     """All else that the ops check, under the plan's names."""
     first, second = getattr(args, rows[0]), getattr(args, rows[1])
     pools = (args.k_data, args.v_data, args.k_scales, args.v_scales)
-    check(
+    check_arrays(
         name,
         **{rows[0]: (first, dims, FLOATS), rows[1]: (second, dims, first.dtype)},
         **spec.checks(name, *pools, names=OF_CACHE),

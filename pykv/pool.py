@@ -13,7 +13,7 @@ from pykv.arrays import BFLOAT16
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.kinds import SCALE_DTYPES, KVSpec
-from pykv.ops import paged_append, paged_decode, prefill
+from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 
 FLOAT_KINDS: dict[str, np.dtype[Any]] = {
     "fp16": np.dtype(np.float16),
@@ -129,17 +129,42 @@ class PagedKVCache:
         self._set_arrays(new)
         self.manager.enlarge(pages)
 
-    def append(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
+    def append(
+        self,
+        layer: int,
+        k: Any,
+        v: Any,
+        slots: Any,
+        *,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
         """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append.
 
-        On a GPU only enqueues, but waits where it finds a layer's scales; see `margin`.
+        On a GPU only enqueues, but waits where it checks, or finds a layer's scales; see `margin`.
         """
         if layer in self._without_scales and len(k):
             with cuda.on_stream(stream):
                 self._find_scales(layer, k, v)
         k_scales, v_scales = self.scales[layer]
         options = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
-        paged_append.append(k, v, *self.layers[layer], slots, **options, stream=stream)
+        options |= dict(check=check, stream=stream)
+        paged_append.append(k, v, *self.layers[layer], slots, **options)
+
+    def append_qkv(
+        self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
+    ) -> Any:
+        """Write K and V of a fused projection [T, (HQ + 2H) * D] to flat slots [T] of one layer and
+        return the queries [T, HQ, D]; see paged_qkv.append, whose options these are.
+
+        On a GPU only enqueues, but waits where `append` does.
+        """
+        if layer in self._without_scales and len(qkv):
+            with cuda.on_stream(stream):
+                self._find_scales(layer, *self._rows_of(qkv, options))
+        k_scales, v_scales = self.scales[layer]
+        options |= dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec, stream=stream)
+        return paged_qkv.append(qkv, *self.layers[layer], slots, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
@@ -152,6 +177,15 @@ class PagedKVCache:
         """Attention of several tokens a sequence over one layer; see prefill.prefill."""
         options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
+
+    def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """K and V [T, H, D] float32 that paged_qkv.append would encode: what it leaves in pages of
+        one token each."""
+        _, heads, head_dim = self._sizes
+        k, v = (self._xp.empty((len(qkv), 1, heads, head_dim), np.float32) for _ in range(2))
+        slots = self._xp.arange(len(qkv), dtype=np.int32)
+        paged_qkv.append(qkv, k, v, slots, **options | dict(q_out=None, check=False))
+        return k[:, 0], v[:, 0]
 
     def _find_scales(self, layer: int, k: Any, v: Any) -> None:
         """Set the scales that a layer's heads, or its K and its V, share."""
@@ -294,7 +328,13 @@ class SequenceCache:
         self.context_lens[...] = self.length
 
     def append(
-        self, k: Any, v: Any, *, length_before: int | None = None, stream: Any = None
+        self,
+        k: Any,
+        v: Any,
+        *,
+        length_before: int | None = None,
+        check: bool | None = None,
+        stream: Any = None,
     ) -> None:
         """Write rows [T, H, D] behind the first `length_before` tokens, `length` if None.
 
@@ -312,7 +352,7 @@ class SequenceCache:
             )
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
         with cuda.on_stream(stream):
-            self._pages.append(0, k, v, self._xp.asarray(slots))
+            self._pages.append(0, k, v, self._xp.asarray(slots), check=check)
 
     def decode(
         self,

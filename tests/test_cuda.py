@@ -25,7 +25,7 @@ from pykv.errors import (
 from pykv.ops import paged_append
 
 ROOT = Path(__file__).parent.parent
-JOB_DEFINES = paged_append.VARIANTS[0]
+JOB_DEFINES = {**paged_append.VARIANTS[0], "HEAD_DIM": 64}
 JOB = dict(stem="paged_append", arch="sm_75", **JOB_DEFINES)
 nvrtc = pytest.mark.nvrtc
 

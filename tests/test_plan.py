@@ -1,6 +1,7 @@
 """Plans: the errors of baracuda's protocol in their order, and the results of the functions."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.kinds import KVSpec
-from pykv.ops import page_table, paged_append, paged_decode
+from pykv.ops import page_table, paged_append, paged_check, paged_decode
 from pykv.plan import (
     ContiguousAppendArgs,
     ContiguousAppendDescriptor,
@@ -73,8 +74,8 @@ def test_append_is_append_decode(xp, rng, text, counts):
         }
     )
     options = dict(k_scales=want.k_scales, v_scales=want.v_scales, spec=cache.spec)
-    paged_append.append_decode(*want[:7], counts=counts, **options)
-    plan.run(args)
+    paged_append.append_decode(*want[:7], counts=counts, **options, check=False)
+    plan.run(args, check=False)  # for "before" the last page is full
     for got, expected in zip(args, want, strict=True):
         if got is not None:
             assert_same_bits(got, expected)
@@ -87,9 +88,10 @@ def test_a_run_is_bound_to_its_arguments(xp, rng, monkeypatch):
     looks = []
     check = plan.can_implement
     monkeypatch.setattr(plan, "can_implement", lambda args: (looks.append(args), check(args)))
+    run = partial(plan.run, check=False)  # a full page would be refused
     args = append_args(xp, rng, CACHE)
     for n in (3, 4, 4):  # then the page is full
-        plan.run(args)
+        run(args)
         assert to_numpy(args.last_page_len).tolist() == [n, 0, 4]
     assert len(looks) == 1
     for rows in (1, 5):
@@ -97,17 +99,45 @@ def test_a_run_is_bound_to_its_arguments(xp, rng, monkeypatch):
         assert (page != 0).any(-1).sum() == (2 * 2 if rows == 1 else 0)
     other = append_args(xp, rng, CACHE)
     for n in (3, 4):
-        plan.run(other)
-        plan.run(args, stream=None)
+        run(other)
+        run(args, stream=None)
         assert to_numpy(other.last_page_len).tolist() == [n, 0, 4]
     assert len(looks) == 2
     for _ in range(300):
-        plan.run(append_args(xp, rng, CACHE))
-    plan.run(other)
+        run(append_args(xp, rng, CACHE))
+    run(other)
     assert len(looks) == 303  # forgotten by now
     with pytest.raises(ShapeError, match="key has shape"):
-        plan.run(args._replace(key=args.key[:2]))
-    plan.run(args)
+        run(args._replace(key=args.key[:2]))
+    run(args)
+
+
+def test_wrong_entries_are_found(xp, rng, monkeypatch):
+    """Each time, although the arguments are those of before."""
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE, advance=True), F16, xp=xp)
+    args = append_args(xp, rng, CACHE)
+    args.last_page_len[2] = 3
+    plan.run(args, check=True)
+    text = r"PagedAppendPlan.run: last_page_len\[2\] is 4, expected 0 to 3"
+    with pytest.raises(ParameterError, match=text):
+        plan.run(args, check=True)
+    monkeypatch.setattr(paged_check, "ALWAYS", True)
+    with pytest.raises(ParameterError, match=text):
+        plan.run(args)
+    assert to_numpy(args.last_page_len).tolist() == [3, 0, 4]
+    args.last_page_len[2], args.indices[2] = 3, 7
+    with pytest.raises(ParameterError, match=r"indices\[2\] is 7, expected below 7"):
+        plan.run(args)
+
+    plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 4, CACHE, max_pages=2), F16, xp=xp)
+    q = xp.ones((3, 4, 64), np.float16)
+    lists = (args.indices, args.indptr, args.last_page_len)
+    of_read = PagedDecodeArgs(q, args.k_data, args.v_data, *lists, xp.zeros(q.shape, np.float16))
+    workspace = None if xp is np else xp.zeros(plan.workspace_size(), np.uint8)
+    with pytest.raises(ParameterError, match=r"PagedDecodePlan.run: indices\[2\] is 7, expected 0"):
+        plan.run(of_read, workspace=workspace)
+    args.indices[2] = 6
+    plan.run(of_read, workspace=workspace)
 
 
 def test_append_select_errors_in_order():

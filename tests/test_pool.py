@@ -6,6 +6,7 @@ import pytest
 from pykv import kinds
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
+from pykv.ops import norm, rope
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -111,6 +112,67 @@ def test_shared_scales_are_found_from_a_layers_first_rows(xp, text):
         assert (scales[[0, 2]] == 1).all()
         clamped = np.abs(kinds.decode(to_numpy(pool), kind)).max()
         assert clamped == kind.largest
+
+
+@pytest.mark.parametrize("text", ["fp32:HND", "fp16", "int8", "int8:head", "k8v4:tensor:fp32"])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_a_projection_is_norm_rotation_and_append(xp, rng, text, with_norm):
+    """The same queries, rows and found scales as of separate ops, but for how K is rounded."""
+    T, HQ, H, D = 6, 4, 2, 16
+    heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(np.float32)
+    positions, freq = np.arange(7, 7 + T, dtype=np.int32), np.float32([1, 0.3, 0.1, 0.02])
+    weights = (1 + rng.standard_normal((2, D)) / 4).astype(np.float32)
+    slots = xp.asarray(np.array([9, 2, -1, 0, 11, 3], np.int32))
+    fused, separate = (
+        PagedKVCache(2, 3, H, D, page_size=4, spec=text, margin=1.5, xp=xp) for _ in range(2)
+    )
+    places = dict(positions=xp.asarray(positions), inv_freq=xp.asarray(freq))
+    norms = dict(zip(("q_norm", "k_norm"), map(xp.asarray, weights), strict=True))
+    options = places | (norms | {"eps": 0.5} if with_norm else {})
+    rows = xp.asarray(heads.reshape(T, -1))
+    got = fused.append_qkv(1, rows, slots, **options)
+    assert_same_bits(rows, heads.reshape(T, -1))
+
+    qkv = xp.array(heads)
+    q, k, v = qkv[:, :HQ], qkv[:, HQ : HQ + H], qkv[:, HQ + H :]
+    if with_norm:
+        for x, name in ((q, "q_norm"), (k, "k_norm")):
+            norm.rms_norm(x, norms[name], eps=0.5, out=x)
+    rope.rotate(q, k, *places.values())
+    separate.append(1, k, v, slots)
+    assert got.shape == (T, HQ, D)
+    np.testing.assert_allclose(to_numpy(got), to_numpy(q), rtol=0, atol=4e-6)
+    assert_same_bits(fused.v, separate.v)
+    for x, y in zip(fused.scales[1], separate.scales[1], strict=True):
+        if x is not None:
+            np.testing.assert_allclose(to_numpy(x), to_numpy(y), rtol=2e-3, atol=0)
+    step = 1 if kinds.KINDS[fused.spec.k].largest else 2e-3
+    k, want = (to_numpy(cache.k).astype(np.float32) for cache in (fused, separate))
+    np.testing.assert_allclose(k, want, rtol=0, atol=step)
+    assert np.any(k[1] != 0) and not np.any(k[0] != 0)
+
+    out = xp.empty((T, HQ, D), np.float32)
+    assert fused.append_qkv(1, rows, slots, q_out=out, **options) is out
+    assert_same_bits(out, got)
+
+
+def test_checks_reach_the_ops(xp):
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, xp=xp)
+    k = xp.zeros((2, 2, 8), np.float32)
+    wrong, table, lengths, starts = (
+        xp.asarray(np.array(x, np.int32)) for x in ([12, 1], [[3]], [2], [0, 2])
+    )
+    qkv, q = xp.zeros((2, 6 * 8), np.float32), xp.zeros((2, 2, 8), np.float32)
+    at_slot, at_page = r"append: slots\[0\] is 12, expected", r": page_table\[0, 0\] is 3, expected"
+    with pytest.raises(ParameterError, match=at_slot):
+        cache.append(0, k, k, wrong, check=True)
+    with pytest.raises(ParameterError, match=at_slot):
+        cache.append_qkv(0, qkv, wrong, check=True)
+    with pytest.raises(ParameterError, match=at_page):
+        cache.decode(0, q[:1], table, lengths, check=True)
+    with pytest.raises(ParameterError, match=at_page):
+        cache.prefill(0, q, table, lengths, starts, check=True)
+    assert not bool((cache.k != 0).any())
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("inf"), float("nan")])

@@ -182,14 +182,14 @@ def with_option(**change):
     return lambda op: lambda *args, **kwargs: op(*args, **{**kwargs, **change})
 
 
-def with_argument(index, change):
-    """One positional argument is misread."""
+def with_argument(index, change, **options):
+    """One positional argument is misread, with options that let it pass."""
 
     def plant(op):
         def faulty(*args, **kwargs):
             given = list(args)
             given[index] = change(given[index])
-            return op(*given, **kwargs)
+            return op(*given, **kwargs, **options)
 
         return faulty
 
@@ -262,7 +262,7 @@ FAULTS = {
     "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
-    "append: padding is written": (paged_append, "append", with_argument(4, abs)),
+    "append: padding is written": (paged_append, "append", with_argument(4, abs, check=False)),
     "append: scales halved": (paged_append, "append", half_the_scales),
     "append: rows truncated": (paged_append, "append", truncated),
     "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
@@ -276,7 +276,7 @@ FAULTS = {
         lambda op: lambda *args, **options: op(*args, **options | {"k_norm": options["q_norm"]}),
     ),
     "qkv: epsilon doubled": (paged_qkv, "append", with_changed_option("eps", lambda x: 2 * x)),
-    "qkv: padding is written": (paged_qkv, "append", with_argument(3, abs)),
+    "qkv: padding is written": (paged_qkv, "append", with_argument(3, abs, check=False)),
     "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
     "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
     "contiguous: no values": (

@@ -31,7 +31,7 @@ from pykv import kinds
 from pykv.errors import FormatError, PykvError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.llm.model import Batch, forward
-from pykv.ops import paged_decode, prefill
+from pykv.ops import paged_decode, paged_qkv, prefill
 from pykv.verify import host
 
 TOPICS = ("execmodel", "import")
@@ -67,10 +67,11 @@ class Rows:
         self.start = 0  # position of the first token of a step
         self._store = store
 
-    def append(self, layer, k, v, slots):
-        stop = self.start + len(k)
-        for part, rows in enumerate((k, v)):
-            self.pools[layer, part, 0, self.start : stop] = self._store(layer, part, rows)
+    def append_qkv(self, layer, qkv, slots, **options):
+        paged_qkv.append(qkv, *self.pools[layer], slots, **options)
+        stop = self.start + len(qkv)
+        for part, pool in enumerate(self.pools[layer]):
+            pool[0, self.start : stop] = self._store(layer, part, pool[0, self.start : stop])
 
     def prefill(self, layer, q, *where, **options):
         first = -(self.start + 1) % EVERY

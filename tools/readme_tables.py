@@ -160,7 +160,11 @@ def caches(records):
             continue  # the records hold more
         if case.get("dtype", "fp16") != "fp16":
             continue
-        if one["bench"] == "append":
+        if one["bench"] == "append" and "op" in case:
+            how = "fused" if case["op"] == "qkv" else "by separate ops"
+            jobs = "normalise, rotate, append" if case["norm"] else "rotate, append"
+            what = f"{jobs} {case['tokens']} tokens of {case['dtype']}, {how}"
+        elif one["bench"] == "append":
             what = f"append {case['tokens']} tokens of {case['dtype']}"
         else:
             what = f"{case['op'].replace('_', ' ')} {case['pages']} pages"

@@ -1,20 +1,37 @@
-"""New rows into pages at random slots, quantised on the way."""
+"""New rows into pages at random slots, quantised on the way.
+
+Cases with an `op` begin at the projection of a layer, [T, (HQ + 2H) * D] of `dtype`: Q and K are
+rotated, with `norm` normalised before, and K and V appended, by "qkv" in one launch, by "separate"
+ops one after the other, Q and K in place. Of both are counted the bytes that the job cannot do
+without, which are those of one launch:
+
+    T * ((2 * HQ + 2 * H) * D * itemsize + H * bytes of a row of K and V with its scales)
+    + 8 * T + 4 * (D / 2)
+
+the rows once in, the queries once out, what the pools take, slots and positions, and frequencies.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pykv.bench import Work, caches
 from pykv.bench.gather import DTYPES
-from pykv.kinds import KVSpec
-from pykv.ops import paged_append
+from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
+from pykv.ops import norm, paged_append, paged_qkv, rope
+from pykv.pages import Pages
+from pykv.verify import error_and_bound
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
 GRAPH = 20  # calls: new rows come from a product that has just left them in the L2
 QUICK = dict(N=6, P=4, H=2, D=16)
+GROUP = 4  # query heads to a KV head, where there are any
+CHECKED = 256  # tokens whose queries and keys a check looks at
+EPS = 1e-5
 
 
 def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -25,7 +42,16 @@ def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
         *((tokens, "fp32", kv) for kv in ("fp16", "int8")),
         *((8, "fp16", kv) for kv in ("fp16", "int8")),
     ]
-    return [dict(tokens=T, dtype=dtype, kv=kv, **sizes) for T, dtype, kv in listed]
+    cases = [dict(tokens=T, dtype=dtype, kv=kv, **sizes) for T, dtype, kv in listed]
+    of_layers = [
+        *((tokens, "fp16", False), (tokens, "int8", False), (tokens, "int8", True)),
+        *((8, "fp16", False), (8, "int8", True)),
+    ]
+    return cases + [
+        dict(op=op, tokens=T, dtype="fp16", kv=kv, norm=with_norm, HQ=GROUP * sizes["H"], **sizes)
+        for T, kv, with_norm in of_layers
+        for op in ("qkv", "separate")
+    ]
 
 
 CASES = _cases(4096, SIZES)
@@ -41,7 +67,6 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     N, P, H, D = (case[name] for name in "NPHD")
     of_pool = sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
     cache = caches.empty(xp, caches.cache(xp, spec, 1, N, P, H, D, 0))
-    new = caches.values(xp, int(rng.integers(2**31)), (T, H, D), dtype)
     places = rng.permutation(N * P)[:T].astype(np.int32)
     slots = xp.asarray(places)
     options = caches.layer(cache)
@@ -51,6 +76,12 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if spec != KVSpec(spec.k, spec.v) or {spec.k, spec.v} & {"int4", "e4m3", "e5m2"}:
         options["spec"] = spec
 
+    if "op" in case:
+        run, check = _layer(case, xp, rng, cache, pools, places, slots, options)
+        moved = (2 * case["HQ"] + 2 * H) * D * dtype.itemsize + H * of_pool
+        nbytes = T * moved + 8 * T + 4 * (D // 2)
+        return Work(run=run, check=check, bytes=nbytes, ceiling="copy", graph=GRAPH)
+    new = caches.values(xp, int(rng.integers(2**31)), (T, H, D), dtype)
     pages, offsets = np.divmod(places, P)
     append: Any = paged_append.append
     return Work(
@@ -62,3 +93,78 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         ceiling="copy",
         graph=GRAPH,
     )
+
+
+def _layer(
+    case: dict[str, Any],
+    xp: Any,
+    rng: np.random.Generator,
+    cache: Pages,
+    pools: list[Any],
+    places: Any,
+    slots: Any,
+    options: dict[str, Any],
+) -> tuple[Callable[[], object], Callable[[], bool]]:
+    """`run` and `check` of a case with an `op`."""
+    T, HQ, H, D, dtype = *(case[x] for x in ("tokens", "HQ", "H", "D")), DTYPES[case["dtype"]]
+    heads, _ = caches.values(xp, int(rng.integers(2**31)), (T, HQ + 2 * H, D), dtype)
+    original = heads.copy()
+    given = [rng.integers(0, 2**17, T).astype(np.int32), rope.frequencies(D, 10000.0), "half"]
+    given += [1 + rng.standard_normal(D).astype(np.float32) / 4 for _ in range(2)]
+    if not case["norm"]:
+        given[3:] = [None, None]
+    positions, freq, pairing, *weights = (
+        xp.asarray(x) if isinstance(x, np.ndarray) else x for x in given
+    )
+    q, k, v = heads[:, :HQ], heads[:, HQ : HQ + H], heads[:, HQ + H :]
+    q_out = q
+    if case["op"] == "qkv":
+        q_out = xp.full((T, HQ, D), np.nan, dtype)
+
+    rows, where = heads.reshape(T, -1), (*pools, slots)
+    append_rows: Any = paged_append.append
+    append_qkv: Any = paged_qkv.append
+
+    def fused() -> None:
+        append_qkv(
+            rows,
+            *where,
+            positions=positions,
+            inv_freq=freq,
+            pairing=pairing,
+            q_norm=weights[0],
+            k_norm=weights[1],
+            eps=EPS,
+            q_out=q_out,
+            **options,
+        )
+
+    def separate() -> None:
+        if case["norm"]:
+            norm.rms_norm(q, weights[0], eps=EPS, out=q)
+            norm.rms_norm(k, weights[1], eps=EPS, out=k)
+        rope.rotate(q, k, positions, freq, pairing=pairing)
+        append_rows(k, v, *where, **options)
+
+    def check() -> bool:
+        """Values bit for bit; some queries and keys by the definition."""
+        pages, offsets = np.divmod(places, case["P"])
+        if not caches.holds(cache, 1, pages, original[:, HQ + H :], offsets):
+            return False
+        ids = rng.permutation(T)[:CHECKED]
+        of_tokens = caches.host(original)[ids], H, given[0][ids], *given[1:], EPS
+        low, exact = (
+            paged_qkv.split(x, *of_tokens[1:])
+            for x in (of_tokens[0], of_tokens[0].astype(np.float64))
+        )
+        kind = cache.spec.kinds[0]
+        codes, scales = quantize(low[1], kind, scale_dtype=SCALE_DTYPES[cache.spec.scale_dtype])
+        stored = caches.means(cache, 0, pages[ids])[np.arange(len(ids)), offsets[ids]]
+        judgements = (
+            (caches.host(q_out)[ids], low[0].astype(dtype), exact[0]),
+            (stored, dequantize(codes, kind, scales), exact[1]),
+        )
+        found = [error_and_bound(*judged) for judged in judgements]
+        return all(error <= bound for error, bound in found)
+
+    return (fused if case["op"] == "qkv" else separate), check

@@ -375,6 +375,7 @@ def _fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
 
 
 def _vector(xp: Any, info: TensorInfo) -> Any:
+    """In an allocation of its own, hence aligned as kernels that load vectors want it."""
     out = xp.empty((1, info.shape[-1]), np.float32)
     _fill(xp, out, info, np.float32)
     return out[0]
@@ -415,12 +416,11 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
     scale = math.sqrt(config.embedding) if kind.scaled_embedding else 1.0
     x = activation.embed(model.embedding, batch.ids, scale=scale)
     normed = like(x, x.shape, np.float32)
-    qkv = like(x, (T, HQ + 2 * H, config.head_dim), np.float32)
-    q, k, v = qkv[:, :HQ], qkv[:, HQ : HQ + H], qkv[:, HQ + H :]
-    attended = like(x, (T, HQ, config.head_dim), np.float32)
+    qkv = like(x, (T, (HQ + 2 * H) * config.head_dim), np.float32)
+    q, attended = (like(x, (T, HQ, config.head_dim), np.float32) for _ in range(2))
     gate_up = like(x, (T, 2 * config.feed_forward), np.float32)
     hidden = like(x, (T, config.feed_forward), np.float32)
-    qkv_rows, attended_rows = qkv.reshape(T, -1), attended.reshape(T, -1)
+    attended_rows = attended.reshape(T, -1)
     workspace = None
     if batch.q_starts is None and on_gpu(x):  # scratch of split keys, the same for all layers
         capacity = batch.page_table.shape[1] * cache.page_size
@@ -431,12 +431,19 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
 
     for i, layer in enumerate(model.layers):
         norm.rms_norm(x, layer.attention_norm, eps=config.eps, out=normed)
-        linear.linear(normed, layer.qkv, bias=layer.qkv_bias, out=qkv_rows)
-        if layer.q_norm is not None:
-            norm.rms_norm(q, layer.q_norm, eps=config.eps, out=q)
-            norm.rms_norm(k, layer.k_norm, eps=config.eps, out=k)
-        rope.rotate(q, k, batch.positions, layer.inv_freq, pairing=kind.pairing)
-        cache.append(i, k, v, batch.slots)
+        linear.linear(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
+        cache.append_qkv(
+            i,
+            qkv,
+            batch.slots,
+            positions=batch.positions,
+            inv_freq=layer.inv_freq,
+            pairing=kind.pairing,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.eps,
+            q_out=q,
+        )
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
         if batch.q_starts is None:
             where = (batch.page_table, batch.lengths)

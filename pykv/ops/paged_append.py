@@ -14,8 +14,11 @@ Four functions differ in how they say where a row goes:
 The last three know requests by lists of pages: request b has the pages indices[indptr[b]] ...
 indices[indptr[b + 1] - 1], and its position p lies in the p // P-th of them, at offset p % P. A
 request of n pages has (n - 1) * P + last_page_len[b] tokens. Pages may be listed ahead of need;
-last_page_len[b] is then not positive, P less for each such page. In all four a negative slot,
-request or page, and a position outside the listed pages, mean that the row is not written.
+last_page_len[b] is then not positive, P less for each such page.
+
+In all four a row is not written that has a negative slot, request or page, or whose request has no
+pages: so batches are padded. Nor is one whose position lies outside its request's pages; that token
+is lost, and `check` refuses it.
 """
 
 from __future__ import annotations
@@ -154,9 +157,8 @@ def append_decode(
         )
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
-            paged_check.check_table(
-                *(indices, indptr, last_page_len, dims["N"], dims["P"]), counts=counts, op=op
-            )
+            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+            paged_check.check_table(*table, appends=True, counts=counts, op=op)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, None, indices, indptr, last_page_len)
     _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
 
@@ -211,7 +213,9 @@ def append_ragged(
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
             paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
-            paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], op=op)
+            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+            options = dict(counts=counts, starts=append_indptr, op=op)
+            paged_check.check_table(*table, appends=True, **options)
     rows = (append_indptr, indices, indptr, last_page_len)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
@@ -264,7 +268,8 @@ def append_indexed(
     )
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
-            paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], op=op)
+            table = (indices, indptr, None, dims["N"], dims["P"])
+            paged_check.check_table(*table, appends=True, op=op)
             paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
     rows = (batch_indices, indices, indptr, positions)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
@@ -493,12 +498,10 @@ def pool_steps(
     return tuple(map(np.int64, steps))
 
 
-# Slots for the models that `pykv.models` names and for a Llama of 8 x 128, of floats and of codes;
-# a captured decode step for the latter.
+# Slots for a Llama of 8 x 128, of floats and of codes, and a captured decode step. The models that
+# `pykv.models` names append by paged_qkv.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(kind, kind), D, H, 16)[0]
-    for kind in ("fp16", "int8")
-    for H, D in ((3, 64), (1, 256), (8, 128))
+    defines_of(FLOATS[0], KVSpec(kind, kind), 128, 8, 16)[0] for kind in ("fp16", "int8")
 ] + [
     defines_of(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
     for kind in ("fp16", "int8")

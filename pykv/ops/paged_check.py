@@ -8,8 +8,12 @@ Kernels do not range-check what they are given: a wrong page id reads or writes 
 memory. Ops of paged caches take `check=True` to look first, at the price of waiting for the GPU;
 with PYKV_CHECK=1 in the environment when pykv is imported, all of them do unless told
 `check=False`. While a CUDA graph is captured nothing can be waited for, and nothing is checked.
-Checks are stricter than ops: refused are also negative lengths and pages, and an `append_decode`
-that would drop a token because a request has no page or a full one.
+
+What ops skip by contract, as the padding of a batch, passes: negative slots and requests, negative
+pages to be written, requests without pages or without new tokens, lengths that are not positive,
+and whatever is not read of a page table. Refused is, though ops survive it, what would lose a
+token: a position outside the pages that its request has, as of a full last page; and a length that
+the table does not hold.
 
 Each function raises ParameterError, which names array, index, value and what was expected; of
 several offenders the first, on every device and in every run the same. Nothing is written. All
@@ -124,7 +128,8 @@ def check_table(
     num_pages: int,
     page_size: int,
     *,
-    counts: str | None = None,
+    appends: bool = False,
+    counts: str = "before",
     starts: Any = None,
     op: str = "paged_check.check_table",
 ) -> None:
@@ -135,12 +140,14 @@ def check_table(
         indptr: [B+1] int32; request b has indices indptr[b] to indptr[b+1] - 1.
         last_page_len: [B] int32; tokens in the last page; None where lengths are told otherwise.
         num_pages, page_size: N and P.
-        counts: None for a read, where `last_page_len` is 0 to P. For an append of a token to each
-            request "before", 0 to P - 1, or "after", 1 to P, and P less for each page that is
-            listed ahead of need; then every request must have a page.
+        appends: False for a read, where `last_page_len` is 0 to P. True for an append, where
+            negative pages are fine, and so are requests without pages; `last_page_len` is P less
+            for each page that is listed ahead of need, and says where the new tokens go, which must
+            be into the pages.
+        counts: of an append, whether `last_page_len` counts tokens "before" or "after" it.
         starts: [B+1] int32 that `check_starts` has passed, or None; request b has
-            starts[b+1] - starts[b] tokens, for which its pages must do. Indices past them may be
-            anything.
+            starts[b+1] - starts[b] tokens, for which its pages must do. Of a read, indices past
+            them may be anything. None: an append is of one token to each request.
         op: for the text.
     """
     sizes = check(
@@ -151,25 +158,30 @@ def check_table(
     )
     n, B = sizes["n"], _count(op, "indptr", indptr)
     check(op, indptr=(indptr, "B+1", INT32), last_page_len=(last_page_len, "B", INT32))
-    low, high = int(counts == "after"), page_size - (counts == "before")
     found = _first(
         *(indptr, "table", max(n, B + 1), indices, last_page_len, starts),
         *map(np.int64, (n, B, num_pages, page_size)),
-        *map(np.int32, (low, high, counts is not None)),
+        *map(np.int32, (appends, counts == "after")),
     )
     if not found:
         return
     reason, index = found
     if reason == BAD_ENTRY:
-        raise _error(op, "indices", indices, index, f"0 to {num_pages - 1}")
-    if reason == BAD_COUNT:
-        ahead = _value(indptr, index + 1) - _value(indptr, index) - 1
-        least = low - ahead * page_size * (counts is not None)
-        raise _error(op, "last_page_len", last_page_len, index, f"{least} to {high}")
-    if reason == NO_PAGE:
+        allowed = f"below {num_pages}" if appends else f"0 to {num_pages - 1}"
+        raise _error(op, "indices", indices, index, allowed)
+    if reason in (BAD_COUNT, NO_PAGE):
         tokens = 1
         if starts is not None:
             tokens = _value(starts, index + 1) - _value(starts, index)
+    if reason == BAD_COUNT:
+        least, most = 0, page_size
+        if appends:
+            pages = _value(indptr, index + 1) - _value(indptr, index)
+            least, most = (1 - pages) * page_size, page_size - tokens
+            if counts == "after":
+                least, most = least + tokens, most + tokens
+        raise _error(op, "last_page_len", last_page_len, index, f"{least} to {most}")
+    if reason == NO_PAGE:
         raise _error(
             *(op, "indptr", indptr, index + 1),
             f"at least {_value(indptr, index) - (-tokens // page_size)}, because request {index} "
@@ -192,12 +204,12 @@ def check_page_table(
 
     Args:
         page_table: [B, M] int32, rows at any stride; entries past a length may be anything.
-        lengths: [B] int32; tokens of each sequence, 0 to M * P.
+        lengths: [B] int32; tokens of each sequence, at most M * P; none where not positive.
         num_pages, page_size: N and P.
         seen: how many of the last tokens are read; None: all. Entries before them may be anything.
         starts: [B+1] int32 that `check_starts` has passed, or None; of sequence b the last
             starts[b+1] - starts[b] tokens see `seen` up to their own. Of a sequence with none,
-            entries may be anything.
+            length and entries may be anything.
         op: for the text.
     """
     sizes = check(
@@ -207,19 +219,15 @@ def check_page_table(
         starts=(starts, "B+1", INT32),
     )
     B, M = sizes["B"], sizes["M"]
-    if M == 0:
-        found = _first(lengths, "range", B, np.int64(B), np.int64(0), np.int64(1))
-        found = found and (BAD_COUNT, found[1])
-    else:
-        stride = page_table.strides[0] // page_table.itemsize
-        seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
-        numbers = map(np.int64, (stride, B, M, num_pages, page_size, seen))
-        found = _first(page_table, "page_table", B * M, lengths, starts, *numbers)
+    stride = page_table.strides[0] // page_table.itemsize
+    seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
+    numbers = map(np.int64, (stride, B, M, num_pages, page_size, seen))
+    found = _first(page_table, "page_table", B * max(M, 1), lengths, starts, *numbers)
     if not found:
         return
     reason, index = found
     if reason == BAD_COUNT:
-        raise _error(op, "lengths", lengths, index, f"0 to {M * page_size}")
+        raise _error(op, "lengths", lengths, index, f"at most {M * page_size}")
     raise _error(op, "page_table", page_table, divmod(index, M), f"0 to {num_pages - 1}")
 
 
@@ -231,7 +239,8 @@ def check_positions(
     *,
     op: str = "paged_check.check_positions",
 ) -> None:
-    """Tokens named by request and position; negative requests are skipped.
+    """Tokens named by request and position; negative requests, and those without pages, are
+    skipped.
 
     Args:
         batch_indices, positions: [n] int32.
@@ -347,23 +356,26 @@ def _table(
     B: Any,
     num_pages: Any,
     page_size: Any,
-    low: Any,
-    high: Any,
-    needs_page: Any,
+    appends: Any,
+    after: Any,
 ) -> Iterator[Offender]:
     yield from _starts(indptr, B, n)
     used = np.arange(n) < indptr[-1]
-    pages = indptr[1:].astype(np.int64) - indptr[:-1]
-    tokens = needs_page
-    if starts is not None and B:
-        tokens = starts[1:].astype(np.int64) - starts[:-1]
+    pages = np.diff(indptr.astype(np.int64))
+    tokens = np.full(B, appends) if starts is None else np.diff(starts.astype(np.int64))
+    if starts is not None and B and not appends:
         b = np.clip(np.searchsorted(indptr, np.arange(n), "right") - 1, 0, B - 1)
         used &= (np.arange(n) - indptr[b]) * page_size < tokens[b]
-    yield from _at(BAD_ENTRY, used & ((indices < 0) | (indices >= num_pages)))
-    yield from _at(NO_PAGE, pages * page_size < tokens)
-    if last_page_len is not None:
-        count = last_page_len + (pages - 1) * page_size * needs_page
-        yield from _at(BAD_COUNT, (pages > 0) & ((count < low) | (last_page_len > high)))
+    yield from _at(BAD_ENTRY, used & ((indices < 0) & (not appends) | (indices >= num_pages)))
+    yield from _at(NO_PAGE, (pages * page_size < tokens) & ((pages > 0) | (not appends)))
+    if last_page_len is None:
+        return
+    if appends:
+        first = (pages - 1) * page_size + last_page_len - after * tokens
+        wrong = (tokens > 0) & ((first < 0) | (first + tokens > pages * page_size))
+    else:
+        wrong = (last_page_len < 0) | (last_page_len > page_size)
+    yield from _at(BAD_COUNT, (pages > 0) & wrong)
 
 
 def _page_table(
@@ -377,8 +389,8 @@ def _page_table(
     page_size: Any,
     seen: Any,
 ) -> Iterator[Offender]:
-    yield from _at(BAD_COUNT, (lengths < 0) | (lengths > M * page_size))
     queries = np.ones(B, np.int64) if starts is None else np.diff(starts.astype(np.int64))
+    yield from _at(BAD_COUNT, (queries > 0) & (lengths > M * page_size))
     first = (lengths - seen - (queries - 1))[:, None]
     begins = np.arange(M) * page_size
     used = (queries > 0)[:, None] & (begins < lengths[:, None]) & (begins + page_size > first)
@@ -392,7 +404,8 @@ def _positions(
     known = (batch_indices >= 0) & (batch_indices < B)
     b = np.where(known, batch_indices, 0)
     tokens = (indptr[1:].astype(np.int64) - indptr[:-1])[b] * page_size if B else 0
-    yield from _at(BAD_COUNT, known & ((positions < 0) | (positions >= tokens)))
+    outside = (positions < 0) | (positions >= tokens)
+    yield from _at(BAD_COUNT, known & (tokens > 0) & outside)
 
 
 _REFERENCES: dict[str, Callable[..., Iterator[Offender]]] = dict(

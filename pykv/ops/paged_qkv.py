@@ -10,16 +10,16 @@ Kernel: kernels_cu/paged_qkv.cu.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu
+from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KVSpec, spec_of
-from pykv.ops import norm, paged_append, rope
+from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
 
 BLOCK = 128  # threads at most
@@ -41,6 +41,7 @@ def append(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> Any:
     """Write K and V of token t to slot `slots[t]` of the pools, in place, and return the queries.
@@ -64,6 +65,7 @@ def append(
             None, both: no norm.
         eps: of the norm.
         q_out: [T, HQ, D], dtype of `qkv`; tokens and heads at any stride. Allocated when missing.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -76,18 +78,19 @@ def append(
         DeviceError: host and device arrays are mixed.
         ParameterError: scales are missing, or given for floats; no spec for arrays of bytes;
             `pairing` is unknown, `eps` not positive and finite; one of `q_norm` and `k_norm`, or of
-            `positions` and `inv_freq`, is missing.
+            `positions` and `inv_freq`, is missing; the check found a wrong entry.
         UnsupportedError: D is above 512.
 
     Runs where the arrays are. On a GPU it only enqueues, one launch, and slots are not
-    range-checked. Accumulates in float32 and rounds once, where a value is stored: K is not rounded
-    to the dtype of `qkv` before it is encoded, as it is by separate ops. V, and all where nothing
-    is normalised or rotated, is bit-exact. A token's result does not depend on the others.
+    range-checked, unless checking. Accumulates in float32 and rounds once, where a value is stored:
+    K is not rounded to the dtype of `qkv` before it is encoded, as it is by separate ops. V, and
+    all where nothing is normalised or rotated, is bit-exact. A token's result does not depend on
+    the others.
     Sources: ferrum's fused kernel of one sequence; RMSNorm; RoFormer.
     """
     op = "paged_qkv.append"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check(
+    dims = check_arrays(
         op,
         qkv=(qkv, "T | R", FLOATS),
         **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
@@ -109,13 +112,22 @@ def append(
         raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
     if not 0 < eps < math.inf:
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
+    if paged_check.enabled(check, qkv, stream):
+        with cuda.on_stream(stream):
+            paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
     if q_out is None:
         q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype)
     if dims["T"] == 0:
         return q_out
     if on_gpu(qkv):
-        arrays = (q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots)
-        _cuda(spec, (*arrays, positions, inv_freq, q_norm, k_norm), dims["P"], pairing, eps, stream)
+        pools = (k_pool, v_pool, k_scales, v_scales)
+        arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
+        launch = dims.keep(
+            (cuda.current_device(), spec, pairing, float(eps)),
+            lambda: _launch_of(spec, dims["P"], arrays, pairing, eps),
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
         return q_out
     H, D = dims["H"], dims["D"]
     q, k, v = split(
@@ -169,57 +181,30 @@ def split(
     return q, k, v
 
 
-def _cuda(
-    spec: KVSpec, arrays: tuple[Any, ...], P: int, pairing: str, eps: float, stream: Any
-) -> None:
-    """Arrays as the kernel takes them."""
-    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
-    launch = _launch(
-        *(cuda.current_device(), spec, P, qkv.dtype, q_out.shape, qkv.shape[1], slots.dtype),
-        *(0 if inv_freq is None else len(inv_freq), pairing),
-        *(None if q_norm is None else q_norm.dtype, float(eps)),
-        *(q_out.strides, qkv.strides, k_pool.strides, v_pool.strides),
-        None if k_scales is None else k_scales.strides,
-        None if v_scales is None else v_scales.strides,
-    )
-    with cuda.on_stream(stream):
-        cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-
-
-@lru_cache(maxsize=4096)
-def _launch(
-    device: int,
-    spec: KVSpec,
-    P: int,
-    dtype: Any,
-    shape: tuple[int, int, int],
-    R: int,
-    slot_dtype: Any,
-    F: int,
-    pairing: str,
-    norm_dtype: Any,
-    eps: float,
-    q_out: tuple[int, ...],
-    qkv: tuple[int, ...],
-    *pools: Any,
+def _launch_of(
+    spec: KVSpec, P: int, arrays: tuple[Any, ...], pairing: str, eps: float
 ) -> paged_append.Launch:
-    """Kept, because making it costs as much as several launches.
-
-    Args:
-        device: for which the kernel is.
-        shape: of q_out.
-        q_out, qkv, pools: strides in bytes; the last four of the pools and their scales.
-        The others as in `defines_of`.
-    """
-    T, HQ, D = shape
-    H = (R // D - HQ) // 2
-    defines = defines_of(dtype, spec, HQ, H, D, P, F, pairing, norm_dtype, slot_dtype)
-    steps = (step // dtype.itemsize for step in (*q_out[:2], qkv[0]))
+    """The launch for arrays that are checked, as the kernel takes them."""
+    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
+    T, HQ, D = q_out.shape
+    H = (qkv.shape[1] // D - HQ) // 2
+    F = 0 if inv_freq is None else len(inv_freq)
+    norm_dtype = None if q_norm is None else q_norm.dtype
+    defines = defines_of(qkv.dtype, spec, HQ, H, D, P, F, pairing, norm_dtype, slots.dtype)
+    steps = (step // qkv.itemsize for step in (*q_out.strides[:2], qkv.strides[0]))
     return paged_append.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
         (T, -(-(HQ + 2 * H) * defines["LANES"] // defines["BLOCK"])),
         defines["BLOCK"],
-        (*paged_append.pool_steps(spec, *pools), *map(np.int64, steps), np.float32(eps)),
+        (
+            *paged_append.pool_steps(
+                *(spec, k_pool.strides, v_pool.strides),
+                None if k_scales is None else k_scales.strides,
+                None if v_scales is None else v_scales.strides,
+            ),
+            *map(np.int64, steps),
+            np.float32(eps),
+        ),
     )
 
 
@@ -254,9 +239,13 @@ def defines_of(
     )
 
 
-# SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
+# Of floats and of codes: SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(), 9, 3, 64, 16, 32, "adjacent"),
-    defines_of(FLOATS[0], KVSpec(), 32, 8, 128, 16, 64, "adjacent"),
-    defines_of(FLOATS[0], KVSpec(), 4, 1, 256, 16, 128, "half", FLOATS[0]),
+    defines_of(FLOATS[0], KVSpec(kind, kind), *model)
+    for kind in ("fp16", "int8")
+    for model in (
+        (9, 3, 64, 16, 32, "adjacent"),
+        (32, 8, 128, 16, 64, "adjacent"),
+        (4, 1, 256, 16, 128, "half", FLOATS[0]),
+    )
 ]

@@ -84,7 +84,8 @@ def prefill(
             tokens and heads at any stride.
         page_table: [B, M] int32; physical pages of each sequence, in order. Entries that hold no
             visible key (past the length, before the first query's window) are not read.
-        lengths: [B] int32; keys of each sequence, those of the queries' tokens included.
+        lengths: [B] int32; keys of each sequence, those of the queries' tokens included; none where
+            not positive. Of a sequence without queries, anything.
         q_starts: [B+1] int32; where each sequence's queries begin in `q`: 0, ..., T.
         k_scales, v_scales: of code kinds, as `spec` says; see pykv.kinds.
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.

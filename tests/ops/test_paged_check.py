@@ -124,18 +124,45 @@ GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_
         ({}, {}, None),
         ({"last_page_len": None}, {}, None),
         ({"last_page_len": [0, 0, 16]}, {}, None),
-        ({}, {"counts": "before"}, "indptr[2] is 2, expected at least 3, because request 1 needs "
-         "pages for 1 tokens"),
-        ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "after"}, None),
-        ({"indptr": [0, 2, 3, 5], "last_page_len": [16, 1, 1]}, {"counts": "before"},
+        # Appends: request 1 has no page and is skipped, whatever its count.
+        ({"last_page_len": [15, 77, 1]}, {"counts": "before"}, None),
+        ({"last_page_len": [16, 0, 1]}, {"counts": "after"}, None),
+        ({"last_page_len": [16, 77, 1]}, {"counts": "before"},
          "last_page_len[0] is 16, expected -16 to 15"),
-        ({"indptr": [0, 2, 3, 5], "last_page_len": [-16, 1, -1]}, {"counts": "before"}, None),
-        ({"indptr": [0, 2, 3, 5], "last_page_len": [-16, 1, -1]}, {"counts": "after"},
+        ({"last_page_len": [-16, -1, -32]}, {"counts": "before"}, None),
+        ({"last_page_len": [0, 1, -33]}, {"counts": "before"},
+         "last_page_len[2] is -33, expected -32 to 15"),
+        ({"last_page_len": [-16, 1, -1]}, {"counts": "after"},
          "last_page_len[0] is -16, expected -15 to 16"),
+        ({"last_page_len": [-15, 77, 17]}, {"counts": "after"},
+         "last_page_len[2] is 17, expected -31 to 16"),
         ({"indptr": [0, 2, 3, 5], "last_page_len": [1, -1, 0]}, {"counts": "before"},
          "last_page_len[1] is -1, expected 0 to 15"),
         ({"indptr": [0, 2, 3, 5], "last_page_len": [3, 0, 1]}, {"counts": "after"},
          "last_page_len[1] is 0, expected 1 to 16"),
+        ({"indices": [4, -1, -(2**31), 9, 1, 99], "last_page_len": [3, 0, 1]},
+         {"counts": "before"}, None),
+        ({"indices": [4, -1, 10, 9, 1, 99], "last_page_len": [3, 0, 1]},
+         {"counts": "before"}, "indices[2] is 10, expected below 10"),
+        # A listed page is looked at, whether these tokens need it or later ones do.
+        ({"indices": [4, 99, 2, 9, 1, 3], "last_page_len": [-9, 77, 9]},
+         {"counts": "before", "starts": [0, 7, 7, 7]}, "indices[1] is 99, expected below 10"),
+        # Appends of several tokens: 7, 5 and 0 of them; those without pages or tokens are skipped.
+        ({"last_page_len": [9, 77, 99]}, {"counts": "before", "starts": [0, 7, 12, 12]}, None),
+        ({"last_page_len": [10, 77, 99]}, {"counts": "before", "starts": [0, 7, 12, 12]},
+         "last_page_len[0] is 10, expected -16 to 9"),
+        ({"last_page_len": [-17, 77, 99]}, {"counts": "before", "starts": [0, 7, 12, 12]},
+         "last_page_len[0] is -17, expected -16 to 9"),
+        ({"last_page_len": [16, 77, -32]}, {"counts": "after", "starts": [0, 7, 7, 7]}, None),
+        ({"last_page_len": [-9, 77, 8]}, {"counts": "after", "starts": [0, 7, 7, 47]}, None),
+        ({"last_page_len": [-10, 77, 8]}, {"counts": "after", "starts": [0, 7, 7, 47]},
+         "last_page_len[0] is -10, expected -9 to 16"),
+        ({"last_page_len": [16, 77, 7]}, {"counts": "after", "starts": [0, 7, 7, 47]},
+         "last_page_len[2] is 7, expected 8 to 16"),
+        ({"last_page_len": [17, 77, 8]}, {"counts": "after", "starts": [0, 7, 7, 47]},
+         "last_page_len[0] is 17, expected -9 to 16"),
+        ({"last_page_len": [16, 77, 16]}, {"counts": "after", "starts": [0, 33, 33, 34]},
+         "indptr[1] is 2, expected at least 3, because request 0 needs pages for 33 tokens"),
         ({"last_page_len": [16, 77, 17]}, {}, "last_page_len[2] is 17, expected 0 to 16"),
         ({"last_page_len": [-1, 77, 17]}, {}, "last_page_len[0] is -1, expected 0 to 16"),
         ({"indices": [4, 10, 2, -1, 1, 3]}, {}, "indices[1] is 10, expected 0 to 9"),
@@ -157,8 +184,9 @@ GOOD = dict(indices=[4, 0, 2, 9, 1, 2147480000], indptr=[0, 2, 2, 5], last_page_
 )  # fmt: skip
 def test_table(xp, change, options, text):
     arrays = table(xp, *{**GOOD, **change}.values())
+    options = dict(options, appends="counts" in options)
     if "starts" in options:
-        options = dict(starts=table(xp, options["starts"])[0])
+        options |= dict(starts=table(xp, options["starts"])[0])
     if text is None:
         paged_check.check_table(*arrays, 10, 16, **options)
     else:
@@ -185,10 +213,10 @@ def test_a_long_table(xp):
         ([[1, 2, 99], [0, -1, -1], [-7, -7, -7]], [32, 1, 0], None),
         ([[1, 2, 99], [0, -1, -1]], [33, 1], "page_table[0, 2] is 99, expected 0 to 9"),
         ([[1, 2, 3], [0, -1, -1]], [48, 17], "page_table[1, 1] is -1, expected 0 to 9"),
-        ([[1, 99, 3], [0, 1, 2]], [48, 49], "lengths[1] is 49, expected 0 to 48"),
-        ([[1, 2, 3]], [-1], "lengths[0] is -1, expected 0 to 48"),
-        (np.zeros((2, 0)), [0, 0], None),
-        (np.zeros((2, 0)), [0, 3], "lengths[1] is 3, expected 0 to 0"),
+        ([[1, 99, 3], [0, 1, 2]], [48, 49], "lengths[1] is 49, expected at most 48"),
+        ([[1, 2, 3], [-1, -1, -1]], [48, -(2**31)], None),
+        (np.zeros((2, 0)), [0, -1], None),
+        (np.zeros((2, 0)), [0, 3], "lengths[1] is 3, expected at most 0"),
         (np.zeros((0, 4)), [], None),
     ],
     ids=str,
@@ -218,7 +246,7 @@ def test_page_table_rows_may_be_strided(xp):
     [
         ([0, 0, 2, -1, 2], [0, 31, 47, 9999, 16], None),
         ([0, 3], [0, 0], "batch_indices[1] is 3, expected below 3"),
-        ([0, 1], [0, 0], "positions[1] is 0, expected 0 to -1, the pages of request 1"),
+        ([0, 1, 1, 1], [0, 0, -5, 99], None),  # request 1 has no pages
         ([0, 0], [31, 32], "positions[1] is 32, expected 0 to 31, the pages of request 0"),
         ([2], [-1], "positions[0] is -1, expected 0 to 47, the pages of request 2"),
         ([], [], None),
@@ -274,6 +302,17 @@ def test_pages_that_nobody_reads_may_be_anything(xp, wrong, seen, starts, found)
     at = f"page_table[{wrong[0]}, {wrong[1]}]"
     text = f"paged_check.check_page_table: {at} is 99, expected 0 to 11"
     fails(text, paged_check.check_page_table, *arrays, 12, 16, **options)
+
+
+def test_lengths_of_sequences_without_queries_may_be_anything(xp):
+    arrays = table(xp, [[1, 99], [2, 99]], [999, 16])
+    *wide, starts, wrong = *arrays, *table(xp, [0, 0, 3], [0, 1, 4])
+    paged_check.check_page_table(*wide, 10, 16, starts=starts)
+    with pytest.raises(ParameterError, match=r"lengths\[0\] is 999, expected at most 32"):
+        paged_check.check_page_table(*wide, 10, 16, starts=wrong)
+    paged_check.check_page_table(
+        wide[0][:, :0], wide[1] - 16, 10, 16, starts=table(xp, [0, 0, 3])[0]
+    )
 
 
 @pytest.mark.gpu

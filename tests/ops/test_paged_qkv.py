@@ -260,6 +260,19 @@ def test_a_token_does_not_depend_on_the_others(device, rng):
         assert_same_bits(x, y)
 
 
+@pytest.mark.parametrize("slots, text", [([3, 16], "below 16"), ([3, 3], "no slot twice")])
+def test_wrong_slots_are_found(xp, slots, text):
+    pools = [xp.zeros((4, 4, 1, 8), np.float32) for _ in range(2)]
+    qkv = xp.ones((2, 24), np.float32)
+    sound, wrong = (xp.asarray(np.array(x, np.int32)) for x in ([3, -9], slots))
+    message = rf"paged_qkv.append: slots\[1\] is {slots[1]}, expected {text}"
+    with pytest.raises(ParameterError, match=message):
+        paged_qkv.append(qkv, *pools, wrong, check=True)
+    assert not any(bool((pool != 0).any()) for pool in pools)
+    paged_qkv.append(qkv, *pools, sound, check=True)
+    assert bool((pools[0][0, 3] == 1).all())
+
+
 # --- Errors ---
 
 

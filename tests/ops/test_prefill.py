@@ -404,21 +404,33 @@ def test_the_host_checks_starts_lengths_and_pages(rng):
     q, k_pool, v_pool, table, lengths, starts = inputs(rng, **BASE)
     for wrong in ([0, 7, 10, 12], [1, 7, 10, 11], [0, 10, 7, 11]):
         with pytest.raises(ParameterError, match="q_starts is .* expected to rise from 0 to T=11"):
-            prefill.prefill(q, k_pool, v_pool, table, lengths, np.array(wrong, np.int32))
+            starts_of = np.array(wrong, np.int32)
+            prefill.prefill(q, k_pool, v_pool, table, lengths, starts_of, check=False)
     with pytest.raises(CapacityError, match=r"lengths\[1\] is 65, expected at most M \* P = 64"):
         long = np.array([7, 65, 16], np.int32)
-        prefill.prefill(q, k_pool, v_pool, table, long, starts)
+        prefill.prefill(q, k_pool, v_pool, table, long, starts, check=False)
     table[1, 0] = 99
     with pytest.raises(ParameterError, match=r"page_table\[1, 0\] is 99, expected a page"):
-        prefill.prefill(q, k_pool, v_pool, table, lengths, starts)
+        prefill.prefill(q, k_pool, v_pool, table, lengths, starts, check=False)
     prefill.prefill(q, k_pool, v_pool, table, lengths, starts, window=20)  # page 0 is not read
+
+
+def test_lengths_that_are_padding(xp):
+    """Of sequences without keys, and without queries: entries and lengths that nobody reads."""
+    q, pool = xp.ones((3, 2, 8), np.float32), xp.ones((2, 4, 1, 8), np.float32)
+    table, lengths, starts = (
+        xp.asarray(np.array(x, np.int32))
+        for x in ([[0, 1], [7, -5], [9, 9]], [5, -3, 99], [0, 1, 3, 3])
+    )
+    out = prefill.prefill(q, pool, pool, table, lengths, starts, check=True)
+    assert to_numpy(out).reshape(3, -1).tolist() == [[1.0] * 16, [0.0] * 16, [0.0] * 16]
 
 
 @pytest.mark.parametrize(
     "argument, index, value, expected",
     [
         ("page_table", (1, 0), 99, "0 to"),
-        ("lengths", 2, -1, "0 to 64"),
+        ("lengths", 2, 65, "at most 64"),
         ("q_starts", 0, 1, "0"),
         ("q_starts", 2, 6, "at least 7 like"),
         ("q_starts", 3, 12, "at most 11"),

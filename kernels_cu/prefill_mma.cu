@@ -19,7 +19,7 @@
 // Launch:   grid ((T * G / ROWS + B) * H), block (128), SHARED_BYTES of dynamic shared memory; both
 //           constants are those of pykv/ops/prefill_mma.py
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
-// Stack: 64 bytes, of rows of 128 elements or more, whose sums and scores take most registers
+// Stack: 88 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that

@@ -201,6 +201,21 @@ __device__ __forceinline__ u32 fma_f16x2(u32 a, u32 b, u32 c) {
 }
 #endif
 
+// x itself, but the compiler does not know: what is made of it is made here, in each turn of a loop,
+// and not kept in registers from before it.
+__device__ __forceinline__ int made_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// [ex2] 2^x to within 2^-22 of itself; arguments and results that are subnormal count as 0, which
+// spares exp2f's care for them.
+__device__ __forceinline__ float exp2_flushed(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // [dp4a] c plus the products of the four signed bytes of a and b; wraps at 32 bits.
 __device__ __forceinline__ int dot4(int a, int b, int c) {
 #if __CUDA_ARCH__ >= 610
@@ -891,6 +906,28 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, Raw<i4>) {
     }
 }
 
+// The float type of an mma that takes T.
+template <typename T> struct Operand { using Type = f16; };
+template <> struct Operand<bf16> { using Type = bf16; };
+
+#if __CUDA_ARCH__ >= 750
+// D += A B, where A is 16 x 16 and B is 16 x 8, of elements M; fragments as of mma_m16n8k16_f16.
+template <typename M>
+__device__ __forceinline__ void mma_16x16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                         u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (IS_BF16<M>) {
+        mma_m16n8k16_bf16(d, {a0, a1, a2, a3}, {b0, b1});
+    } else {
+        mma_m16n8k16_f16(d, {a0, a1, a2, a3}, {b0, b1});
+    }
+#else
+    mma_m16n8k8_f16(d, {a0, a1}, {b0});
+    mma_m16n8k8_f16(d, {a2, a3}, {b1});
+#endif
+}
+#endif
+
 // x rounded to two f16 or bf16; what is left of x, exactly, takes its place.
 template <typename T> __device__ __forceinline__ u32 take_halves(float (&x)[2]) {
     const u32 pair = two_halves(x[0], x[1], T{});
@@ -909,6 +946,30 @@ __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
         if (entries[middle] <= x) low = middle; else end = middle;
     }
     return low;
+}
+
+// Rows of a ragged batch, in blocks of SIZE: sequence b has (starts[b + 1] - starts[b]) * G of them,
+// and the blocks from starts[b] * G / SIZE + b on, at least as many as it needs.
+struct RowBlock {
+    int b, start, num_queries;  // the sequence, its first query and how many it has
+    int first_row, num_rows;    // of the sequence's; num_rows may be below 1
+};
+
+// All lanes look at once: as few loads that wait for each other as can be.
+template <int SIZE>
+__device__ __forceinline__ RowBlock row_block(const int* starts, int B, int G, int block) {
+    const auto first_block = [&](int b) { return (int)((i64)starts[b] * G / SIZE) + b; };
+    int b = 0;
+    for (int left = B; left > 1;) {
+        const int step = (left + WARP - 1) / WARP, ahead = threadIdx.x % WARP * step;
+        const bool begins = ahead < left && first_block(b + ahead) <= block;
+        const int passed = (__popc(__ballot_sync(FULL_MASK, begins)) - 1) * step;
+        b += passed;
+        left = min(step, left - passed);
+    }
+    const int start = starts[b], num_queries = starts[b + 1] - start;
+    const int first_row = (block - first_block(b)) * SIZE;
+    return {b, start, num_queries, first_row, min(SIZE, num_queries * G - first_row)};
 }
 
 // --- Sums and maxima: every lane gets the result --------------------------------------------------

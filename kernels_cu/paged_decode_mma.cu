@@ -85,9 +85,7 @@ constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 // Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
 constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
 
-// The float type of an mma; what it rounds is kept in further terms where queries are finer.
-template <typename T> struct Operand { using Type = f16; };
-template <> struct Operand<bf16> { using Type = bf16; };
+// What an mma's operands round is kept in further terms where queries are finer.
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
@@ -295,22 +293,6 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
 
 // --- Products -------------------------------------------------------------------------------------
 
-// D += A B for 16 rows of B; a[0] and a[2] are row g, a[1] and a[3] row g + 8.
-template <typename M>
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
-                                         u32 b1) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (IS_BF16<M>) {
-        mma_m16n8k16_bf16(d, {a0, a1, a2, a3}, {b0, b1});
-    } else {
-        mma_m16n8k16_f16(d, {a0, a1, a2, a3}, {b0, b1});
-    }
-#elif __CUDA_ARCH__ >= 750
-    mma_m16n8k8_f16(d, {a0, a1}, {b0});
-    mma_m16n8k8_f16(d, {a2, a3}, {b1});
-#endif
-}
-
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
 constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
@@ -445,9 +427,9 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
             for (int n = 0; n < KEYS / 8; n++) {
                 const u32 b0 = pairs[n][p / PAIRS][p % PAIRS];
                 const u32 b1 = pairs[n][(p + 1) / PAIRS][(p + 1) % PAIRS];
-                multiply<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
+                mma_16x16<KM>(step == even ? d[n] : odd[n], upper.x, lower.x, upper.y, lower.y, b0,
                              b1);
-                if constexpr (Q_HAS_REST) multiply<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
+                if constexpr (Q_HAS_REST) mma_16x16<KM>(d[n], rest.x, 0, rest.y, 0, b0, b1);
             }
         }
     }
@@ -482,7 +464,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
         constexpr u32 ONES = 0x3c003c00u;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
-            multiply<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
+            mma_16x16<VM>(sums.weights, high[n], low[n], high[n + 1], low[n + 1], ONES, ONES);
         }
     }
 #pragma unroll
@@ -503,9 +485,9 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
                 float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
-                    multiply<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
+                    mma_16x16<VM>(d, high[n], low[n], high[n + 1], low[n + 1], b[n][p], b[n + 1][p]);
                     if constexpr (P_HAS_REST) {
-                        multiply<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
+                        mma_16x16<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
                 if constexpr (!IS_COARSE) x[0] += d[0] + d[2], x[1] += d[1] + d[3];

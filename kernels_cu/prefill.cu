@@ -9,13 +9,14 @@
 //   k_scales,        const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
 //   v_scales
 //   page_table       const  [B, M] int32   read where the sequence has visible keys alone
-//   lengths          const  [B] int32      keys, the new ones included; clamped to 0 .. M * P
+//   lengths          const  [B] int32      keys, the new ones included; clamped to 0 .. capacity
 //   q_starts         const  [B + 1] int32  prefix sums of the query counts
 // Scalars:  causal: query i of Lq with Lk keys stands at Lk - Lq + i, sees no key after that and
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
-//           scale_log2 = scale * log2(e)
+//           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS, a multiple of 8; Q_T = float, f16 or bf16;
-//           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float
+//           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float;
+//           SOFT_CAP = 0 or 1
 // Launch:   grid (T * G / ROWS + B, H), block (128), above 256 elements (64), static shared memory
 //           below 48 KiB
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
@@ -31,6 +32,9 @@
 #if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "prefill.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
+#endif
+#ifndef SOFT_CAP
+#define SOFT_CAP 0
 #endif
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move in eights");
 
@@ -90,30 +94,21 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         const int* __restrict__ page_table, const int* __restrict__ lengths,
         const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
         i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
-        i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int causal, int window,
-        float scale_log2) {
+        i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
+        int window, float score_scale, float cap) {
     __shared__ __align__(16) float queries[ROWS * ROW_PITCH];
     __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
     __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
 
-    // Sequence b gets the blocks from q_starts[b] * G / ROWS + b on: at least as many as it needs,
-    // in all T * G / ROWS + B. Long rows start first, so that they do not run alone at the end.
+    // Long rows start first, so that they do not run alone at the end.
     const int G = HQ / H;
-    const int block = gridDim.x - 1 - blockIdx.x;
-    int b = 0;
-    for (int above = B; above - b > 1;) {
-        const int middle = (b + above) / 2;
-        if ((int)((i64)q_starts[middle] * G / ROWS) + middle <= block) b = middle;
-        else above = middle;
-    }
-    const int q_start = q_starts[b];
-    const int num_queries = q_starts[b + 1] - q_start;
-    const int first_row = (block - (int)((i64)q_start * G / ROWS) - b) * ROWS;
-    const int num_rows = min(ROWS, num_queries * G - first_row);
+    const RowBlock rows = row_block<ROWS>(q_starts, B, G, gridDim.x - 1 - blockIdx.x);
+    const int b = rows.b, num_queries = rows.num_queries;
+    const int first_row = rows.first_row, num_rows = rows.num_rows;
     if (num_rows <= 0) return;
 
     const int kv_head = blockIdx.y;
-    const int length = (int)max((i64)0, min((i64)lengths[b], (i64)M * P));
+    const int length = max(0, min(lengths[b], capacity));
     const int* pages = page_table + (i64)b * M;
     const Rows<K_T> k_rows = {k_pool + kv_head * k_head, k_scales + kv_head * ks_head,
                               k_page, k_token, ks_page, ks_token};
@@ -129,10 +124,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         if (row < num_rows) {
             const int token = (first_row + row) / G;
             const int head = kv_head * G + (first_row + row) % G;
-            load8(values, q + (i64)(q_start + token) * q_stride + (i64)head * D + d);
+            load8(values, q + (i64)(rows.start + token) * q_stride + (i64)head * D + d);
         }
 #pragma unroll
-        for (int j = 0; j < 8; j++) values[j] *= scale_log2;
+        for (int j = 0; j < 8; j++) values[j] *= score_scale;
         store8(queries + row * ROW_PITCH + d, values);
     }
 
@@ -188,6 +183,9 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 #pragma unroll
             for (int j = 0; j < MY_KEYS; j++) {
                 const int key = first + x + j * X;
+#if SOFT_CAP
+                score[r][j] = tanhf(score[r][j]) * cap;
+#endif
                 if (key < first_key[r] || key > last_key[r]) score[r][j] = -INF;
                 peak = fmaxf(peak, score[r][j]);
             }
@@ -247,7 +245,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         for (int lane = X / 2; lane > 0; lane /= 2) l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
         const int row = y + r * Y;
         if (row < num_rows) {
-            const int token = q_start + (first_row + row) / G;
+            const int token = rows.start + (first_row + row) / G;
             const int head = kv_head * G + (first_row + row) % G;
             const i64 at = (i64)token * HQ + head;
 #pragma unroll

@@ -100,6 +100,13 @@ def _first_layer(pages: Pages, which: int, ids: Any) -> tuple[Any, Any]:
     return codes, scales
 
 
+def pages_of(x: Any, ids: Any) -> Any:
+    """Pages of a pool or of scales of rows, on the host; other scales whole."""
+    if x is None or x.ndim < 3:
+        return x if x is None else host(x)
+    return host(x[_like(x, ids)])
+
+
 def _like(array: Any, ids: Any) -> Any:
     """Indices where the array is."""
     if isinstance(array, np.ndarray):

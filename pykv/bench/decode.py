@@ -82,7 +82,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     def check() -> bool:
         """Some sequences, by the definition."""
         for b in map(int, rng.permutation(B)[:CHECKED]):
-            pools = {name: _pages(x, table[b, : pages[b]]) for name, x in layer.items()}
+            pools = {name: caches.pages_of(x, table[b, : pages[b]]) for name, x in layer.items()}
             query, order = caches.host(q[b : b + 1]), np.arange(pages[b], dtype=np.int32)[None]
             low, exact = (
                 paged_decode.reference(
@@ -113,16 +113,3 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         reads_only=True,
         graph=1,
     )
-
-
-def _pages(x: Any, ids: Any) -> Any:
-    """Pages of a pool or of scales of rows, on the host; other scales whole."""
-    if x is None or x.ndim < 3:
-        return x if x is None else caches.host(x)
-    return caches.host(x[ids if isinstance(x, np.ndarray) else _device(ids)])
-
-
-def _device(ids: Any) -> Any:
-    import cupy
-
-    return cupy.asarray(ids)

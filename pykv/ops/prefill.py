@@ -3,26 +3,28 @@
 Dimensions: T query tokens of all sequences, B sequences, HQ query heads, H KV heads, G = HQ / H,
 D head size, N pages in the pool, P tokens a page, M pages a sequence can have; Lq queries and Lk
 keys of one sequence; W elements that D codes take.
-Kernel: kernels_cu/prefill.cu.
+Kernels: kernels_cu/prefill_mma.cu on tensor cores, for the kinds, head sizes and SMs that
+`kernel_for` names; kernels_cu/prefill.cu on CUDA cores, for all else.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, like, on_gpu
 from pykv.arrays import check as check_arrays
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.ops import paged_check
+from pykv.ops import prefill_mma as mma
 from pykv.ops.paged_decode import (
     ALL_KEYS,
     LOG2_E,
     check_attention,
+    check_options,
     check_pages,
     decoded_rows,
     page_token_head,
@@ -42,21 +44,9 @@ def _block_threads(D: int) -> int:
     return 128 if D <= 256 else 64
 
 
-def _defines(D: int, q_dtype: Any, spec: KVSpec) -> dict[str, Any]:
-    k, v = spec.kinds
-    return dict(
-        HEAD_DIM=D,
-        ROWS=_block_rows(D),
-        Q_T=cuda.TYPE_NAMES[q_dtype],
-        K_T=k.c_type,
-        V_T=v.c_type,
-        SCALE_T="float" if spec.has_scales and spec.scale_dtype == "fp32" else "f16",
-    )
-
-
-VARIANTS = [
-    *(_defines(D, FLOATS[0], KVSpec()) for D in (64, 128, 256)),
-    *(_defines(D, FLOATS[0], KVSpec("int8", "int8")) for D in (64, 128)),
+VARIANTS: list[dict[str, Any]] = [
+    dict(HEAD_DIM=d, ROWS=_block_rows(d), Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16")
+    for d in (64, 128)
 ]
 
 
@@ -73,6 +63,7 @@ def prefill(
     spec: KVSpec | None = None,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
     causal: bool = True,
     return_lse: bool = False,
     out: Any = None,
@@ -100,10 +91,11 @@ def prefill(
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
         window: number of last keys that a query sees; all if None. Causal attention only.
+        soft_cap: scores are soft_cap * tanh(score / soft_cap); not capped if None.
         causal: whether later keys are hidden.
         return_lse: return `lse` as well.
         out: [T, HQ, D], dtype of `q`; allocated if None.
-        lse: [T, HQ] float32; natural logarithm of the sum of exp(scale * q.k), filled if given.
+        lse: [T, HQ] float32; natural logarithm of the sum of exp(score), filled if given.
         check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
@@ -114,15 +106,16 @@ def prefill(
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
         DtypeError: an array has another dtype.
         UnsupportedError: D exceeds 512.
-        ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`, scales
-            are missing or too many, or, on the host, `q_starts` does not rise from 0 to T or a page
-            does not exist; the check found a wrong entry.
+        ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
+            `soft_cap` is not positive, scales are missing or too many, or, on the host, `q_starts`
+            does not rise from 0 to T or a page does not exist; the check found a wrong entry.
         CapacityError: on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are. On a GPU it only enqueues; lengths are clamped to M * P, pages and
-    q_starts are not checked, unless checking. Accumulates in float32, in key order. Source:
-    FlashAttention's online softmax, with the query heads of a KV head packed as rows.
+    q_starts are not checked, unless checking. Accumulates in float32, in key order; weights of
+    16-bit queries are rounded to 16 bits, as the output is. Sources: FlashAttention-2's online
+    softmax, with the query heads of a KV head packed as rows; Gemma 2 for soft caps.
     """
     op = "prefill.prefill"
     if spec is None:
@@ -138,6 +131,7 @@ def prefill(
         lse=(lse, "T HQ", FLOAT32),
     )
     scale = check_attention(op, dims, scale, window, 512)
+    check_options(op, soft_cap, None, 1, causal, None, "e")
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if paged_check.enabled(check, q, stream):
@@ -161,20 +155,134 @@ def prefill(
     if dims["T"] * dims["HQ"] * dims["B"] == 0:
         pass
     elif on_gpu(q):
-        _cuda(
-            *(q, k_pool, v_pool, page_table, lengths, q_starts, k_scales, v_scales, spec, scale),
-            *(window, causal, out, lse, dims, stream),
+        aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
+        options = (spec, aligned, scale, window, soft_cap, causal)
+        plan = dims.keep(
+            (cuda.current_device(), options),
+            lambda: _plan(q, (k_pool, v_pool), (k_scales, v_scales), dims, *options),
         )
+        arrays = (k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts)
+        _cuda(plan, out, lse, q, arrays, stream)
     else:
         out[...], sums = reference(
             *(q, k_pool, v_pool, page_table, lengths, q_starts, scale, window, causal),
             k_scales=k_scales,
             v_scales=v_scales,
             spec=spec,
+            soft_cap=soft_cap,
         )
         if lse is not None:
             lse[...] = sums
     return (out, lse) if return_lse else out
+
+
+def prefill_contiguous(
+    q: Any,
+    k: Any,
+    v: Any,
+    lengths: Any = None,
+    *,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    spec: KVSpec | None = None,
+    return_lse: bool = False,
+    out: Any = None,
+    lse: Any = None,
+    stream: Any = None,
+    **options: Any,
+) -> Any:
+    """`prefill` of a batch of equally many queries over keys and values that no table pages.
+
+    Args:
+        q: [B, Lq, HQ, D] float32, float16 or bfloat16, contiguous.
+        k, v: [B, Lk, H, W], in layout HND [B, H, Lk, W]; sequences, tokens and heads at any stride.
+        lengths: [B] int32; keys of each sequence, those of the queries included, from the first on;
+            all Lk if None.
+        k_scales, v_scales: [B, Lk, H], in layout HND [B, H, Lk], or as `spec` says.
+        spec: kinds and layout of `k` and `v`; where None, what dtypes tell, in NHD.
+        return_lse: return `lse` as well.
+        out: [B, Lq, HQ, D], dtype of `q`; allocated if None.
+        lse: [B, Lq, HQ] float32; filled if given.
+        stream: see pykv.cuda.on_stream.
+        options: `scale`, `window`, `soft_cap`, `causal` and `check`, as in `prefill`.
+
+    Returns:
+        `out`, or (`out`, `lse`) with `return_lse`.
+
+    Raises:
+        As `prefill`, for which each sequence is one page.
+
+    Runs as `prefill`; on a GPU the first call for a shape makes tables, which later ones share.
+    """
+    op = "prefill.prefill_contiguous"
+    if spec is None:
+        spec = spec_of(op, k, v, k_scales, v_scales)
+    names, pages = ("k", "v", "k_scales", "v_scales"), "B"
+    dims = check_arrays(
+        op,
+        q=(q, "B T HQ D", FLOATS),
+        **spec.checks(op, k, v, k_scales, v_scales, names, pages),
+        lengths=(lengths, "B", INT32),
+        out=(out, "B T HQ D", q.dtype),
+        lse=(lse, "B T HQ", FLOAT32),
+    )
+    B, T, HQ, D = q.shape
+    if out is None:
+        out = like(q, q.shape, q.dtype)
+    if lse is None and return_lse:
+        lse = like(q, q.shape[:3], np.float32)
+    with cuda.on_stream(stream):
+        table, starts, full = dims.keep(
+            ("tables", on_gpu(q) and cuda.current_device()),
+            lambda: (
+                _int32(q, np.arange(B)[:, None]),
+                _int32(q, np.arange(B + 1) * T),
+                _int32(q, np.full(B, dims["P"])),
+            ),
+        )
+        if dims["P"] == 0:
+            out.fill(0)
+            if lse is not None:
+                lse.fill(-np.inf)
+    if dims["P"]:
+        prefill(
+            *(q.reshape(B * T, HQ, D), k, v, table, full if lengths is None else lengths, starts),
+            k_scales=k_scales,
+            v_scales=v_scales,
+            spec=spec,
+            out=out.reshape(B * T, HQ, D),
+            lse=None if lse is None else lse.reshape(B * T, HQ),
+            stream=stream,
+            **options,
+        )
+    return (out, lse) if return_lse else out
+
+
+def _int32(q: Any, values: Any) -> Any:
+    """Values where `q` is."""
+    made = like(q, values.shape, np.int32)
+    if on_gpu(q):
+        made.set(values.astype(np.int32))
+    else:
+        made[...] = values
+    return made
+
+
+def kernel_for(
+    spec: KVSpec, D: int, q_dtype: Any = np.float32, *, sm: int | None = None, aligned: bool = True
+) -> str:
+    """The stem of the kernel that `prefill` launches for pools of this kind on a GPU.
+
+    Args:
+        spec: kinds of the pools.
+        D: head size.
+        q_dtype: of the queries; the finer, the more shared memory they take.
+        sm: 90 and the like, that of the current GPU if None.
+        aligned: addresses and strides of the pools are multiples of 16 bytes.
+    """
+    sm = cuda.current_sm() if sm is None else sm
+    covered = aligned and mma.covers(sm, spec, D, np.dtype(q_dtype))
+    return "prefill_mma" if covered else "prefill"
 
 
 def reference(
@@ -191,6 +299,7 @@ def reference(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
     T, HQ, D = q.shape
@@ -224,6 +333,8 @@ def reference(
             seen_v = v[low - first : high - first].transpose(1, 0, 2)
             scores = queries.reshape(H, n * G, D) @ seen_k
             scores *= scale
+            if soft_cap is not None:
+                scores = np.tanh(scores / soft_cap) * soft_cap
             if causal:
                 key = np.arange(low, high)
                 hidden = key > position[:, None]
@@ -236,64 +347,86 @@ def reference(
     return out.astype(q.dtype, copy=False), lse
 
 
-@lru_cache(maxsize=1024)
-def _scalars(
-    spec: KVSpec,
-    q: tuple[int, int],
-    pools: tuple[tuple[int, ...], tuple[int, ...]],
-    scales: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
-    sizes: tuple[int, ...],
-    scale: float,
-) -> tuple[Any, ...]:
-    """What the kernel takes besides arrays; kept, because making it costs as much as a launch.
+class Plan(NamedTuple):
+    """What all but the contents of arrays decides of a call."""
 
-    Args:
-        spec: of the pools.
-        q: token stride and element size.
-        pools, scales: strides of K's and V's.
-        sizes: B, HQ, H, P, M, causal, window.
-        scale: factor of q.k.
-    """
-    steps = [q[0] // q[1]]
-    for strides, kind in zip(pools, spec.kinds, strict=True):
-        steps += page_token_head(strides, kind.dtype.itemsize, spec)
-    for of_scales in scales:
-        steps += page_token_head(of_scales, SCALE_DTYPES[spec.scale_dtype].itemsize, spec)
-    return (*map(np.int64, steps), *map(np.int32, sizes), np.float32(scale * LOG2_E))
+    stem: str
+    defines: dict[str, Any]
+    grid: int | tuple[int, int]
+    block: int
+    shared_bytes: int
+    scalars: tuple[Any, ...]
 
 
-def _cuda(
+def _plan(
     q: Any,
-    k_pool: Any,
-    v_pool: Any,
-    page_table: Any,
-    lengths: Any,
-    q_starts: Any,
-    k_scales: Any,
-    v_scales: Any,
+    pools: tuple[Any, Any],
+    scales: tuple[Any, Any],
+    dims: Dims,
     spec: KVSpec,
+    aligned: bool,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
     causal: bool,
-    out: Any,
-    lse: Any,
-    dims: dict[str, int],
-    stream: Any,
-) -> None:
+) -> Plan:
+    """Kept, because making so many NumPy scalars costs as much as a launch.
+
+    Args:
+        pools, scales: K's and V's.
+        aligned: both pools begin at multiples of 16 bytes.
+        The others as in `prefill`.
+    """
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
-    kernel = cuda.kernel("prefill", "prefill", **_defines(D, q.dtype, spec))
-    keys = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    scalars = _scalars(
-        spec,
-        (q.strides[0], q.itemsize),
-        (k_pool.strides, v_pool.strides),
-        tuple(None if x is None else x.strides for x in (k_scales, v_scales)),
-        (B, HQ, H, P, M, int(causal), keys),
-        scale,
+    kinds, scale_dtype = spec.kinds, SCALE_DTYPES[spec.scale_dtype]
+    defines: dict[str, Any] = dict(
+        HEAD_DIM=D,
+        Q_T=cuda.TYPE_NAMES[q.dtype],
+        K_T=kinds[0].c_type,
+        V_T=kinds[1].c_type,
+        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
     )
+    score_scale, cap = scale * LOG2_E, 0.0
+    if soft_cap is not None:
+        defines["SOFT_CAP"] = 1
+        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
+
+    steps = [q.strides[0] // q.itemsize]
+    for pool in pools:
+        steps += page_token_head(pool.strides, pool.itemsize, spec)
+    for of_scales in scales:
+        strides = None if of_scales is None else of_scales.strides
+        steps += page_token_head(strides, scale_dtype.itemsize, spec)
+    capacity = min(M * P, ALL_KEYS)
+    if M == 1:
+        P = -(-P // 64) * 64  # nothing follows the page, and kernels like even ones
+    keys = ALL_KEYS if window is None else min(window, ALL_KEYS)
+    ints = (B, HQ, H, P, M, capacity, int(causal), keys)
+    scalars = (
+        *map(np.int64, steps),
+        *map(np.int32, ints),
+        *map(np.float32, (score_scale, cap)),
+    )
+
+    sm = cuda.current_sm()
+    aligned = aligned and not any(n % 16 for pool in pools for n in pool.strides[:3])
+    stem = kernel_for(spec, D, q.dtype, sm=sm, aligned=aligned)
+    if stem == "prefill_mma":
+        tiling = mma.tiling(sm, spec, D, q.dtype)
+        assert tiling is not None  # or it would not be covered
+        grid = (T * (HQ // H) // tiling.rows + B) * H
+        return Plan(stem, defines, grid, mma.WARPS * 32, tiling.shared_bytes, scalars)
+    defines["ROWS"] = _block_rows(D)
+    grid = T * (HQ // H) // _block_rows(D) + B
+    return Plan(stem, defines, (grid, H), _block_threads(D), 0, scalars)
+
+
+def _cuda(plan: Plan, out: Any, lse: Any, q: Any, arrays: tuple[Any, ...], stream: Any) -> None:
+    """`arrays`: pools, their scales, page table, lengths and where queries start."""
+    kernel = cuda.kernel(plan.stem, plan.stem, **plan.defines)
     with cuda.on_stream(stream):
         cuda.launch(
-            *(kernel, (T * (HQ // H) // _block_rows(D) + B, H), _block_threads(D), out, lse, q),
-            *(k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts),
-            scalars=scalars,
+            *(kernel, plan.grid, plan.block, out, lse, q, *arrays),
+            scalars=plan.scalars,
+            shared_bytes=plan.shared_bytes,
         )

@@ -1,5 +1,6 @@
 """prefill: each query sees the keys up to its own position, through its sequence's pages."""
 
+import itertools
 import math
 
 import ml_dtypes
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from pykv import kinds
+from pykv.arrays import FLOATS
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.ops import paged_decode, prefill
+from pykv.ops import paged_decode, prefill, prefill_mma
+from tests.conftest import array_module
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.ops.test_paged_decode import assert_lse_close, cache, paged
 
@@ -21,27 +24,47 @@ BASE = dict(
     P=16,
     window=None,
     causal=True,
+    soft_cap=None,
     q="float32",
     kv="float16",
 )
-EDGES = tuple((n, n + 5) for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65))
+# Query counts about the edges of warps and blocks, and key counts about those of tiles.
+EDGES = tuple((n, n + 5) for n in (1, 15, 16, 17, 63, 64, 65, 129))
 CHANGES = (
-    *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
-    *({"D": D} for D in (8, 40, 80, 128, 192, 256, 264)),
-    *({"P": P} for P in (1, 3, 64)),
+    *({"G": G} for G in (1, 3, 5, 7, 12)),
+    *({"P": P} for P in (1, 5, 64)),
     *({"sequences": s} for s in (((0, 0),), ((1, 1),), ((0, 5), (9, 9), (0, 0), (2, 20), (0, 3)))),
     *({"sequences": s} for s in (((70, 97),), ((33, 1025),), ((6, 2), (4, 4), (3, 0)))),
-    *({"sequences": EDGES, "G": 1, "D": D} for D in (64, 128, 136)),
+    {"sequences": EDGES, "G": 1},
     *({"window": w} for w in (1, 16, 17, 1000)),
     {"window": 40, "sequences": ((100, 130), (5, 2), (64, 300))},
-    *({"q": "float16"}, {"q": "bfloat16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
     *({"causal": False}, {"causal": False, "sequences": ((5, 3), (2, 50), (3, 0))}),
+    {"soft_cap": 1.5, "window": 20, "P": 5},
+    # Other dtypes and head sizes, each a kernel of its own, with edges of another axis: on tensor
+    # cores with one, two and three terms of queries, then on CUDA cores.
+    *({"q": "float16", "kv": "bfloat16", "D": 256, **c} for c in ({"G": 1}, {"causal": False})),
+    {"q": "float32", "kv": "bfloat16", "D": 80, "sequences": ((17, 17), (33, 70)), "G": 3},
+    {"q": "float32", "D": 256, "H": 1, "sequences": ((17, 70),), "window": 33},
+    {"kv": "float32"},
     {"H": 3, "G": 3, "D": 40, "P": 3, "sequences": ((50, 50), (1, 7)), "kv": "float32"},
+    *({"D": 264, "sequences": ((9, 9), (3, 40)), "G": G} for G in (1, 3)),
 )
-CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+COARSE = {**BASE, "q": "bfloat16", "kv": "bfloat16", "D": 128}
+COARSE_CHANGES = (
+    {"sequences": EDGES, "G": 1, "H": 1},
+    *({"sequences": ((43, 43), (10, 70)), "G": G, "H": 1} for G in (3, 7)),
+    *({"P": P, "sequences": ((3, 130), (40, 40))} for P in (1, 5, 64)),
+    *({"window": w, "sequences": ((70, 197),), "H": 1} for w in (1, 63, 64, 65)),
+    {"causal": False, "sequences": ((5, 3), (2, 150), (0, 9), (3, 0))},
+    {"kv": "float16", "D": 96, "sequences": EDGES[-1:], "P": 5, "H": 1},
+)
+CASES = [
+    *(BASE, *({**BASE, **change} for change in CHANGES)),
+    *({**COARSE, **change} for change in COARSE_CHANGES),
+]
 
 
-def inputs(rng, sequences, G, H, D, P, window, causal, q, kv):
+def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
     """Arguments of `prefill`, with everything that must not be read poisoned."""
     keys = [n for _, n in sequences]
     unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
@@ -51,9 +74,12 @@ def inputs(rng, sequences, G, H, D, P, window, causal, q, kv):
     return queries, *paged(rng, keys, P, H, D, kv, unseen), np.array(keys, np.int32), starts
 
 
-def loop(q, k, v, scale):
+def loop(q, k, v, scale, soft_cap=None):
     """Attention of one query over the keys given, in Python floats."""
-    weights = [math.exp(scale * sum(map(float, q * row))) for row in k.astype(np.float64)]
+    scores = [scale * sum(map(float, q * row)) for row in k.astype(np.float64)]
+    if soft_cap:
+        scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
+    weights = list(map(math.exp, scores))
     total = sum(weights)
     pairs = list(zip(weights, v.tolist(), strict=True))
     out = [sum(w * row[d] for w, row in pairs) / (total or 1) for d in range(len(q))]
@@ -61,15 +87,15 @@ def loop(q, k, v, scale):
 
 
 @pytest.mark.parametrize(
-    "window, causal", [(None, True), (1, True), (3, True), (100, True), (None, False)]
+    "window, causal, cap",
+    [(None, 1, None), (1, 1, None), (3, 1, None), (100, 1, 0.9), (None, 0, None), (None, 0, 2.5)],
 )
 @pytest.mark.parametrize("P", [1, 3, 8])
-def test_matches_a_plain_loop(xp, rng, P, window, causal):
+def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
     sequences, G, H, D = ((5, 9), (0, 4), (6, 3), (1, 1), (4, 4), (2, 0)), 3, 2, 8
-    args = inputs(rng, sequences, G, H, D, P, window, causal, "float32", "float32")
-    got = prefill.prefill(
-        *map(xp.asarray, args), scale=0.7, window=window, causal=causal, return_lse=True
-    )
+    args = inputs(rng, sequences, G, H, D, P, window, "float32", "float32")
+    options = dict(scale=0.7, window=window, soft_cap=cap, causal=bool(causal))
+    got = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
     out, lse = map(to_numpy, got)
     q, k_pool, v_pool, table, lengths, starts = args
     t = 0
@@ -81,7 +107,7 @@ def test_matches_a_plain_loop(xp, rng, P, window, causal):
             pages, entries = np.array(rows, int).reshape(-1, 2).T
             for head in range(H * G):
                 k, v = (pool[pages, entries, head // G] for pool in (k_pool, v_pool))
-                want = loop(q[t, head], k, v, 0.7)
+                want = loop(q[t, head], k, v, 0.7, cap)
                 np.testing.assert_allclose(out[t, head], want[0], rtol=0, atol=2e-6)
                 np.testing.assert_allclose(lse[t, head], want[1], rtol=0, atol=2e-6)
             t += 1
@@ -91,13 +117,12 @@ def test_matches_a_plain_loop(xp, rng, P, window, causal):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(xp, rng, case):
     args = inputs(rng, **case)
-    options = case["D"] ** -0.5, case["window"], case["causal"]
-    out, lse = prefill.prefill(
-        *map(xp.asarray, args), window=case["window"], causal=case["causal"], return_lse=True
-    )
-    low, low_lse = prefill.reference(*args, *options)
+    options = {name: case[name] for name in ("window", "causal", "soft_cap")}
+    out, lse = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
+    options["scale"] = case["D"] ** -0.5
+    low, low_lse = prefill.reference(*args, **options)
     wide = [x.astype(np.float64) for x in args[:3]]
-    exact, exact_lse = prefill.reference(*wide, *args[3:], *options)
+    exact, exact_lse = prefill.reference(*wide, *args[3:], **options)
     assert out.dtype == args[0].dtype
     assert_close_to_oracle(out, low, exact)
     assert_lse_close(lse, low_lse, exact_lse)
@@ -105,22 +130,26 @@ def test_matches_the_oracle(xp, rng, case):
 
 # Kinds, scales and layouts; tiles that are cut, and a sequence that no row is of.
 CODE_BASE = {**BASE, "sequences": ((20, 50), (0, 9), (3, 40)), "spec": "int8"}
+WIDE = {"q": "bfloat16", "D": 128}
 CODE_CHANGES = (
-    *({"spec": s} for s in ("bf16", "int8", "int4", "e4m3", "e5m2", "k8v4", "fp16+int4")),
-    *({"spec": s} for s in ("e4m3+bf16", "fp32+int8", "fp16:HND", "int8:HND", "k8v4:fp32:HND")),
-    *({"spec": s} for s in ("int8:head", "int4:head:HND", "e4m3:tensor", "e5m2:tensor:fp32")),
-    *({"spec": s, "D": 128} for s in ("int8:fp32", "int4", "e4m3")),
-    *({"D": D} for D in (8, 40, 256, 264)),
-    {"D": 512, "H": 1, "G": 3, "spec": "k8v4"},
-    *({"P": P} for P in (1, 3, 64)),
+    *({"spec": s} for s in ("int8", "int8:HND", "int8:head")),
+    *({"P": P} for P in (1, 5, 64)),
     *({"G": G} for G in (1, 3)),
     *({"window": w} for w in (1, 17)),
-    *({"q": "float16"}, {"q": "bfloat16"}, {"causal": False}),
+    {"causal": False},
+    *({"spec": s} for s in ("int4:fp32", "k8v4:HND", "e4m3:head", "e5m2:tensor:fp32")),
+    {**WIDE, "sequences": EDGES[1:], "G": 1, "H": 1},
+    *({**WIDE, "sequences": ((40, 90), (3, 40)), "P": P, "window": 33} for P in (5, 64)),
+    {"spec": "fp16+int4", "q": "float16", "D": 96, "sequences": ((40, 90),), "G": 3},
+    {"spec": "e4m3+bf16:fp32", "q": "bfloat16", "soft_cap": 2.0},
+    {"spec": "int4", "q": "bfloat16", "D": 16, "sequences": ((70, 90), (3, 40))},
+    # on CUDA cores
+    *({"spec": "fp32+int8"}, {"D": 40}, {"D": 512, "H": 1, "G": 3, "spec": "k8v4"}),
 )
 CODE_CASES = [{**CODE_BASE, **change} for change in CODE_CHANGES]
 
 
-def code_inputs(rng, sequences, G, H, D, P, window, causal, q, kv, spec):
+def code_inputs(rng, sequences, G, H, D, P, window, q, spec, **options):
     """As `inputs`: arguments and, by name, what a spec adds."""
     keys = [n for _, n in sequences]
     unseen = [max(n - m - window + 1, 0) if window else 0 for m, n in sequences]
@@ -141,7 +170,7 @@ def of_spec(xp, spec, arrays):
 def test_every_kind_matches_the_oracle(xp, rng, case):
     q, arrays, (table, lengths, starts), spec = code_inputs(rng, **case)
     given = dict(page_table=table, lengths=lengths, q_starts=starts)
-    options = dict(window=case["window"], causal=case["causal"])
+    options = {name: case[name] for name in ("window", "causal", "soft_cap")}
     sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
     out, lse = prefill.prefill(xp.asarray(q), **sent, **options, return_lse=True)
     (low, low_lse), (exact, exact_lse) = (
@@ -174,7 +203,35 @@ def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
     np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("spec", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "spec, q, D", [("int4:fp32", "float32", 64), ("int8", "bfloat16", 128)], ids=str
+)
+@pytest.mark.parametrize("rises", [True, False])
+def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
+    """By 2^26 over the keys: sums so far and later ones must keep to one unit."""
+    spec, L = kinds.KVSpec.parse(spec), 200
+    size = np.exp2(np.linspace(-12, 14, L) * (1 if rises else -1)).astype(np.float32)
+    k, v = rng.standard_normal((2, 1, L, 1, D)).astype(np.float32)
+    arrays = {}
+    for name, kind, x in zip("kv", spec.kinds, (k, v * size[:, None, None]), strict=True):
+        dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+        arrays[f"{name}_pool"], arrays[f"{name}_scales"] = kinds.quantize(
+            x, kind, scale_dtype=dtype
+        )
+    queries = rng.standard_normal((40, 2, D)).astype(getattr(ml_dtypes, q, q))
+    where = ([[0]], [L], [0, 40])
+    names = dict(zip(("page_table", "lengths", "q_starts"), where, strict=True))
+    given = {name: np.array(x, np.int32) for name, x in names.items()}
+    sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
+    out = prefill.prefill(xp.asarray(queries), **sent)
+    low, exact = (
+        prefill.reference(x, **given, **arrays, spec=spec, scale=D**-0.5)[0]
+        for x in (queries, queries.astype(np.float64))
+    )
+    assert_close_to_oracle(out, low, exact)
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "int4:fp32"])
 def test_pools_may_be_views_of_one_array(xp, rng, spec):
     """Keys and values in one tensor, between layers and heads that nobody may read."""
     q, arrays, where, spec = code_inputs(rng, **{**CODE_BASE, "spec": spec})
@@ -236,7 +293,7 @@ def test_a_batch_is_its_sequences(xp, rng):
 
 
 def test_equal_keys_return_prefix_means(xp, rng):
-    L, D, P = 50, 16, 16
+    L, D, P = 50, 8, 16
     v_pool = rng.standard_normal((4, P, 1, D)).astype(np.float32)
     k_pool = np.ones_like(v_pool)
     q, table = np.full((L, 2, D), 0.5, np.float32), np.array([[2, 0, 3, 1]], np.int32)
@@ -335,6 +392,8 @@ def test_errors_name_the_argument(xp, rng):
         run(*args, window=-1)
     with pytest.raises(ParameterError, match="window is 5, expected None with causal=False"):
         run(*args, window=5, causal=False)
+    with pytest.raises(ParameterError, match="soft_cap is 0, expected a positive number"):
+        run(*args, soft_cap=0)
 
 
 def scales(xp, shape):
@@ -391,3 +450,153 @@ def test_a_wrong_entry_is_found(xp, rng, argument, index, value, expected):
     text = rf"prefill.prefill: {argument}\[{at}\] is {value}, expected {expected}"
     with pytest.raises(ParameterError, match=text):
         run()
+
+
+# --- Keys and values without pages ---
+
+
+def dense(rng, B, Lq, Lk, H, G, D):
+    """Queries, keys and values; the latter as [B, H, Lk, D] in memory, the last keys NaN."""
+    q = rng.standard_normal((B, Lq, H * G, D)).astype(np.float32)
+    k, v = rng.standard_normal((2, B, H, Lk, D)).astype(np.float16).swapaxes(2, 3)
+    lengths = np.array([Lk - 3 * b for b in range(B)], np.int32)
+    for b, length in enumerate(lengths):
+        k[b, length:], v[b, length:] = np.nan, np.nan
+    return q, k, v, lengths
+
+
+def put(xp, x):
+    """On a device, in the same order in memory."""
+    return xp.asarray(np.ascontiguousarray(x.swapaxes(1, 2))).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}], ids=str)
+@pytest.mark.parametrize("Lk", [21, 64])
+def test_dense_keys_are_a_page_of_each_sequence(xp, rng, Lk, options):
+    q, k, v, lengths = dense(rng, 3, 17, Lk, 2, 4, 64)
+    out, lse = prefill.prefill_contiguous(
+        *(xp.asarray(q), put(xp, k), put(xp, v), xp.asarray(lengths)), **options, return_lse=True
+    )
+    # The same keys one by one on pages of one token.
+    tokens = [xp.asarray(x.reshape(-1, 1, *x.shape[2:])) for x in (k, v)]
+    table = np.arange(3 * Lk, dtype=np.int32).reshape(3, Lk)
+    starts = 17 * np.arange(4, dtype=np.int32)
+    where = (xp.asarray(x) for x in (table, lengths, starts))
+    want = prefill.prefill(xp.asarray(q.reshape(-1, 8, 64)), *tokens, *where, **options)
+    assert_same_bits(out, want.reshape(q.shape))
+    assert lse.shape == q.shape[:3] and not bool(xp.isnan(lse).any())
+
+
+def test_dense_outputs_may_be_given_and_lengths_missing(xp, rng):
+    q, k, v, _ = dense(rng, 1, 17, 21, 2, 4, 64)
+    out, lse = xp.full(q.shape, np.nan, np.float32), xp.full(q.shape[:3], np.nan, np.float32)
+    args = xp.asarray(q), put(xp, k), put(xp, v)
+    assert prefill.prefill_contiguous(*args, out=out, lse=lse) is out
+    length = xp.asarray(np.array([21], np.int32))
+    for got, want in zip(
+        (out, lse), prefill.prefill_contiguous(*args, length, return_lse=True), strict=True
+    ):
+        assert_same_bits(got, want)
+
+
+def test_dense_codes(xp, rng):
+    """int8 rows with scales, against the floats that they mean."""
+    q, k, v, lengths = dense(rng, 2, 17, 21, 2, 4, 64)
+    pairs = [kinds.quantize(np.nan_to_num(x), kinds.KINDS["int8"]) for x in (k, v)]
+    arrays = dict(zip(("k_scales", "v_scales"), (xp.asarray(x[1]) for x in pairs), strict=True))
+    codes = [xp.asarray(x[0]) for x in pairs]
+    got = prefill.prefill_contiguous(xp.asarray(q), *codes, xp.asarray(lengths), **arrays)
+    floats = [kinds.dequantize(*x[:1], kinds.KINDS["int8"], x[1]) for x in pairs]
+    want = prefill.prefill_contiguous(q, *floats, lengths)
+    np.testing.assert_allclose(to_numpy(got), want, rtol=0, atol=2e-6)
+
+
+def test_dense_nothing(xp):
+    empty = xp.zeros((2, 0, 4, 64), np.float16)
+    q = xp.zeros((2, 0, 4, 64), np.float32)
+    assert prefill.prefill_contiguous(q, empty, empty).shape == (2, 0, 4, 64)
+    q = xp.zeros((2, 3, 4, 64), np.float32)
+    out, lse = prefill.prefill_contiguous(q, empty, empty, return_lse=True)
+    assert bool((out == 0).all()) and bool((lse == -np.inf).all())
+
+
+def test_errors_of_dense_arrays(xp, rng):
+    q, k, v, lengths = (xp.asarray(x) for x in dense(rng, 2, 5, 7, 2, 4, 64))
+    run = prefill.prefill_contiguous
+    with pytest.raises(ShapeError, match="prefill_contiguous: k has B=1, expected B=2"):
+        run(q, k[:1], v)
+    with pytest.raises(ShapeError, match="v has P=6, expected P=7"):
+        run(q, k, v[:, :6])
+    with pytest.raises(DtypeError, match="lengths has dtype int64, expected int32"):
+        run(q, k, v, lengths.astype(np.int64))
+    if xp is np:
+        with pytest.raises(CapacityError, match=r"lengths\[0\] is 8, expected at most"):
+            run(q, k, v, lengths + np.int32(1))
+
+
+# --- Which kernel ---
+
+
+def test_the_kernel_for_a_cache():
+    choices = {
+        ("fp16", 128, "float32", 75): "prefill_mma",
+        ("bf16", 128, "float32", 75): "prefill",
+        ("bf16", 128, "float32", 80): "prefill_mma",
+        ("fp32", 128, "float32", 90): "prefill",
+        ("fp32+int8", 128, "float16", 90): "prefill",
+        ("int8", 128, "float16", 70): "prefill",
+        ("int4", 16, "float16", 90): "prefill_mma",
+        ("fp16", 72, "float16", 90): "prefill",
+        ("fp16", 256, "float16", 75): "prefill_mma",
+        ("fp16", 256, "float32", 75): "prefill",  # 64 KiB of queries alone
+        ("fp16", 272, "float16", 90): "prefill",
+    }
+    for (spec, D, q, sm), stem in choices.items():
+        assert prefill.kernel_for(kinds.KVSpec.parse(spec), D, q, sm=sm) == stem
+    assert prefill.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "prefill"
+
+
+@pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("q", FLOATS, ids=str)
+def test_no_block_asks_for_more_shared_memory_than_there_is(sm, q):
+    """CUDA programming guide, compute capabilities: shared memory of a block."""
+    limit = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[sm] << 10
+    for text, D in itertools.product(("fp16", "bf16", "int8", "int4", "e4m3+bf16"), (16, 80, 256)):
+        tiling = prefill_mma.tiling(sm, kinds.KVSpec.parse(text), D, q)
+        assert tiling is None or 0 < tiling.shared_bytes <= limit
+
+
+def test_tiles_by_hand():
+    """128 rows and twice two slots of 64 keys, of 256 bytes each; with codes two slots, queues of
+    128 bytes a key, and scales; on an SM of 100 KiB half as many rows and keys."""
+    bf16, int8, q = kinds.KVSpec("bf16", "bf16"), kinds.KVSpec("int8", "int8"), FLOATS[2]
+    assert prefill_mma.tiling(90, bf16, 128, q) == (128, 64, 256 * (128 + 256))
+    assert prefill_mma.tiling(80, bf16, 128, q) == (128, 32, 256 * (128 + 128))
+    assert prefill_mma.tiling(89, bf16, 128, q) == (64, 32, 256 * (64 + 128))
+    with_units = 256 * (128 + 128) + 128 * 128 + 8 * 64 + 4 * 128
+    assert prefill_mma.tiling(90, int8, 128, q) == (128, 64, with_units)
+
+
+@pytest.mark.parametrize("sm", [75, 80, 89])
+def test_tiles_of_other_sms(rng, request, monkeypatch, sm):
+    """The kernel's sizes are those that the host knows, on the machine that can be any SM."""
+    machine = pytest.importorskip("tests.simt.machine")
+    if machine.unavailable():
+        pytest.skip(machine.unavailable())
+    request.param = "simt"
+    xp = array_module(request)
+    monkeypatch.setattr(machine, "ARCH", f"sm_{sm}")
+    case = {
+        **COARSE,
+        "kv": "float16",
+        "G": 1,
+        "H": 1,
+        "sequences": ((sm, 100),),
+    }  # a plan of its own
+    args = inputs(rng, **case)
+    out = prefill.prefill(*map(xp.asarray, args))
+    low, exact = (
+        prefill.reference(q, *args[1:], scale=128**-0.5)[0]
+        for q in (args[0], args[0].astype(np.float64))
+    )
+    assert_close_to_oracle(out, low, exact)

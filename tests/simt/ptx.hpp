@@ -211,6 +211,16 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     });
 }
 
+inline int made_here(int x) { return x; }
+
+// --- Powers --------------------------------------------------------------------------------------
+
+// The one twin that may differ in last bits.
+inline float exp2_flushed(float x) {
+    const float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
 // --- Integers ------------------------------------------------------------------------------------
 
 inline int dot4(int a, int b, int c) {

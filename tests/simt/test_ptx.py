@@ -387,6 +387,22 @@ def test_floats_split(probe, rng, kind):
     assert_same_bits(rest, x - want.astype(np.float32))
 
 
+# --- Powers ---------------------------------------------------------------------------------------
+
+
+def test_powers_of_two(probe, rng):
+    """To within 2^-22, and no subnormal numbers: the one instruction whose last bits differ."""
+    whole = np.arange(-160, 130)
+    x = np.concatenate([whole, rng.uniform(-130, 128, 4096), [-np.inf, np.inf, np.nan]])
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = np.exp2(x.astype(np.float64))
+        want = np.where(want < 2.0**-126, 0, np.where(want >= 2.0**128, np.inf, want))
+    got = probe.run("power", np.zeros_like(x), x, n=x.size)
+    np.testing.assert_allclose(got, want, rtol=2.0**-22, atol=0)
+    assert_same_bits(got[: whole.size], want[: whole.size].astype(np.float32))
+
+
 # --- Integers -------------------------------------------------------------------------------------
 
 
@@ -423,5 +439,5 @@ def test_inline_ptx_stands_in_one_section_and_has_twins():
     assert not any(re.search(r"\basm\b", text) for text in (before, after, *others))
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 21
+    assert len(wrappers) == 23
     assert wrappers == {name: twins.get(name) for name in wrappers}

@@ -14,6 +14,7 @@
 //   load_matrices         rows const [32, 8] u16 -> plain, then transposed [2, 4, 32] u32
 //   mma_*                 a const [R, 32], b const [R / 2, 32] u32; d [4, 32] float, in place
 //   multiply              a, b const [16, 16] f16 bits -> d [16, 16] float
+//   power                 x const [n] float -> y [n] float
 //   dot                   a, b, c const [n] int32 -> d [n] int32
 //   subtract_halves       a, b const [n] u32, two f16 each -> y [n] u32
 //   fuse_halves           a, b, c const [n] u32, likewise -> y [n] u32
@@ -244,6 +245,12 @@ extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
         }
     }
 #endif
+}
+
+// --- Powers --------------------------------------------------------------------------------------
+
+extern "C" __global__ void power(float* y, const float* x, int n) {
+    if (item() < n) y[item()] = exp2_flushed(x[item()]);
 }
 
 // --- Integers ------------------------------------------------------------------------------------

@@ -1,0 +1,175 @@
+"""Attention of whole prompts over paged caches, and its share of this GPU's matrix products.
+
+Dimensions: B sequences of L keys, the last Q of them queries too (all of them where Q is 0); HQ
+query heads, H KV heads, D head size, P tokens a page.
+
+    flops = 4 * HQ * D * sum over queries of the keys that each sees
+
+two operations a product and its sum, for scores and for values; of a causal prompt of L tokens the
+sum is L * (L + 1) / 2. The ceiling is cuBLAS: the product of two square bf16 matrices of 8192 rows
+with sums in float32, 2 * 8192^3 operations, timed in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from pykv.bench import Work, caches, memory, report
+from pykv.bench.gather import DTYPES
+from pykv.bench.report import Record
+from pykv.kinds import KVSpec
+from pykv.ops import linear, prefill
+from pykv.verify import error_and_bound
+
+MATMUL = 8192  # rows of the matrices of the ceiling
+SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)
+MIXED = 0  # as a length: lengths of 1 to 4096, drawn evenly
+CHECKED = 8  # queries of a sequence that a check looks at
+
+
+def _cases() -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = [
+        *(dict(B=8, L=2048, kv=kv) for kv in ("bf16", "int8", "e4m3", "int4")),
+        dict(B=1, L=8192, kv="bf16"),
+        dict(B=8, L=2048, kv="fp16", dtype="fp16"),
+        *(dict(B=8, L=2048, kv=kv, dtype="fp32") for kv in ("fp16", "int8")),
+        dict(B=16, L=MIXED, kv="bf16"),
+        dict(B=8, L=8192, Q=512, kv="bf16"),
+        dict(B=8, L=2048, kv="bf16", P=1),
+        dict(B=8, L=2048, kv="bf16", HQ=9, H=3, D=64),
+        dict(B=8, L=2048, kv="bf16", HQ=4, H=1, D=256),
+    ]
+    return [{"matmul": MATMUL, "dtype": "bf16"}, *({**SIZES, **case} for case in listed)]
+
+
+CASES = _cases()
+QUICK: list[dict[str, Any]] = [
+    {"matmul": 128, "dtype": "bf16"},
+    *({**SIZES, **dict(HQ=4, H=2, D=32, B=2, L=40, kv=kv)} for kv in ("bf16", "int8", "e4m3")),
+    {**SIZES, **dict(HQ=4, H=2, D=32, B=2, L=40, Q=5, kv="bf16")},
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv", help="only these kinds, as in int8,bf16", metavar="KINDS")
+
+
+def select(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The ceiling is measured always."""
+    cases = QUICK if args.quick else CASES
+    if getattr(args, "kv", None):
+        cases = [c for c in cases if "matmul" in c or c["kv"] in args.kv.split(",")]
+    return cases
+
+
+def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
+    """The work of a case: prompts on random pages, or the matrix product that is the ceiling."""
+    if "matmul" in case:
+        return _matmul(case["matmul"], DTYPES[case["dtype"]], xp, rng)
+    spec, dtype = KVSpec.parse(case["kv"]), DTYPES[case["dtype"]]
+    B, L, HQ, H, D, P = (case[name] for name in ("B", "L", "HQ", "H", "D", "P"))
+    lengths = np.full(B, L) if L else rng.integers(1, 4097, B)
+    counts = np.minimum(lengths, case["Q"]) if case["Q"] else lengths
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    pages = -(-lengths // P)
+    N, M, T = int(pages.sum()), int(pages.max()), int(starts[-1])
+    of_token = H * sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
+    if not memory.fits(xp, N * P * of_token + 2 * T * HQ * D * dtype.itemsize):
+        return None
+    layer = caches.layer(caches.cache(xp, spec, 1, N, P, H, D, int(rng.integers(2**31))))
+    table = np.zeros((B, M), np.int32)
+    table[np.arange(M) < pages[:, None]] = rng.permutation(N)
+    q, _ = caches.values(xp, int(rng.integers(2**31)), (T, HQ, D), dtype)
+    where = [xp.asarray(x.astype(np.int32)) for x in (table, lengths, starts)]
+    out = xp.full((T, HQ, D), np.nan, dtype)
+    scale = D**-0.5
+
+    def check() -> bool:
+        """Some queries of a sequence, the first and the last among them, by the definition."""
+        b = int(rng.integers(B))
+        few = min(CHECKED, int(counts[b]))
+        pools = {name: caches.pages_of(x, table[b, : pages[b]]) for name, x in layer.items()}
+        order = np.arange(pages[b], dtype=np.int32)[None]
+        for first in (0, int(counts[b]) - few):
+            rows = slice(int(starts[b]) + first, int(starts[b]) + first + few)
+            query, length = caches.host(q[rows]), int(lengths[b] - counts[b]) + first + few
+            low, exact = (
+                prefill.reference(
+                    x,
+                    page_table=order,
+                    lengths=np.array([length]),
+                    q_starts=np.array([0, few]),
+                    scale=scale,
+                    spec=spec,
+                    **pools,
+                )[0]
+                for x in (query, query.astype(np.float64))
+            )
+            error, bound = error_and_bound(out[rows], low, exact)
+            if not error <= bound:
+                return False
+        return True
+
+    seen = counts * (2 * (lengths - counts) + counts + 1) // 2  # keys, over all queries
+    return Work(
+        run=lambda: prefill.prefill(
+            q,
+            page_table=where[0],
+            lengths=where[1],
+            q_starts=where[2],
+            spec=spec,
+            scale=scale,
+            out=out,
+            **layer,
+        ),
+        check=check,
+        bytes=int(lengths.sum()) * of_token + 2 * T * HQ * D * dtype.itemsize,  # each once
+        flops=4 * int(seen.sum()) * HQ * D,
+        graph=1,
+    )
+
+
+def _matmul(n: int, dtype: Any, xp: Any, rng: np.random.Generator) -> Work:
+    """The product of two square matrices of random numbers."""
+    a, b = caches.values(xp, int(rng.integers(2**31)), (n, n), dtype)
+    out = xp.full((n, n), np.nan, dtype)
+    first = int(rng.integers(n - CHECKED))
+    rows = slice(first, first + CHECKED)
+
+    def check() -> bool:
+        """Some rows, in float64."""
+        x, w = (caches.host(y).astype(np.float64) for y in (a[rows], b))
+        exact = x @ w.T
+        error, bound = error_and_bound(out[rows], exact.astype(dtype), exact)
+        return error <= bound
+
+    return Work(
+        run=lambda: linear.linear(a, b, gemm="cublas", out=out),
+        check=check,
+        bytes=3 * n * n * dtype.itemsize,
+        flops=2 * n**3,
+    )
+
+
+def tflops(record: Record) -> float | None:
+    """1e12 operations a second."""
+    return record["flops"] / record["median"] / 1e6 if record["ok"] else None
+
+
+def row(record: Record) -> dict[str, Any]:
+    rate = tflops(record)
+    return {**report.row(record), "tflops": "" if rate is None else f"{rate:.2f}"}
+
+
+def conclude(records: list[Record]) -> str:
+    """The rate of each case, and its share of the matrix product's."""
+    rates = {report.label(one["case"]): tflops(one) for one in records}
+    ceiling = next((tflops(one) for one in records if "matmul" in one["case"]), None)
+    lines = []
+    for label, rate in rates.items():
+        share = f", {rate / ceiling:.1%} of the matrix product" if rate and ceiling else ""
+        lines.append(f"{label}: {'WRONG' if rate is None else f'{rate:.1f} TFLOP/s'}{share}")
+    return "\n".join(lines)

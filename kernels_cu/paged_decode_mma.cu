@@ -522,14 +522,14 @@ template <int BATCH, typename At> __device__ __forceinline__ State join(int coun
         float peak = s.m;
 #pragma unroll
         for (int i = 0; i < BATCH; i++) peak = fmaxf(peak, stat[i].x);
-        const float base = finite_base(peak), before = exp2f(s.m - base);
+        const float base = finite_base(peak), before = exp2_flushed(s.m - base);
         s.m = peak;
         s.l *= before;
 #pragma unroll
         for (int j = 0; j < 4; j++) s.x[j] *= before;
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const float keep = exp2f(stat[i].x - base);
+            const float keep = exp2_flushed(stat[i].x - base);
             s.l += keep * stat[i].y;
             s.x[0] += keep * x[i].x, s.x[1] += keep * x[i].y;
             s.x[2] += keep * x[i].z, s.x[3] += keep * x[i].w;
@@ -724,7 +724,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
                 const float peak = fmaxf(m, largest);
-                float keep = exp2f(m - finite_base(peak));
+                float keep = exp2_flushed(m - finite_base(peak));
                 m = peak;
                 l *= keep;
                 if (V_HAS_CODES) {
@@ -744,7 +744,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             v_scale *= inverse_unit;
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
-                const float weight = exp2f(scores[i] - base);
+                const float weight = exp2_flushed(scores[i] - base);
                 l += weight;
                 scores[i] = weight;
                 if (V_HAS_CODES) {
@@ -819,9 +819,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const int q_head = kv_head * G + in_group % G;
 #if SINKS
             const float sink = sinks[q_head] * LOG2_E, peak = fmaxf(s.m, sink);
-            const float keep = exp2f(s.m - finite_base(peak));
+            const float keep = exp2_flushed(s.m - finite_base(peak));
             s.m = peak;
-            s.l = s.l * keep + exp2f(sink - finite_base(peak));
+            s.l = s.l * keep + exp2_flushed(sink - finite_base(peak));
 #pragma unroll
             for (int i = 0; i < 4; i++) s.x[i] *= keep;
 #endif

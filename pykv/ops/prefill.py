@@ -350,8 +350,7 @@ def reference(
 class Plan(NamedTuple):
     """What all but the contents of arrays decides of a call."""
 
-    stem: str
-    defines: dict[str, Any]
+    kernel: Any
     grid: int | tuple[int, int]
     block: int
     shared_bytes: int
@@ -370,7 +369,7 @@ def _plan(
     soft_cap: float | None,
     causal: bool,
 ) -> Plan:
-    """Kept, because making so many NumPy scalars costs as much as a launch.
+    """The launch for arrays that are checked.
 
     Args:
         pools, scales: K's and V's.
@@ -415,18 +414,18 @@ def _plan(
         tiling = mma.tiling(sm, spec, D, q.dtype)
         assert tiling is not None  # or it would not be covered
         grid = (T * (HQ // H) // tiling.rows + B) * H
-        return Plan(stem, defines, grid, mma.WARPS * 32, tiling.shared_bytes, scalars)
-    defines["ROWS"] = _block_rows(D)
-    grid = T * (HQ // H) // _block_rows(D) + B
-    return Plan(stem, defines, (grid, H), _block_threads(D), 0, scalars)
+        kernel = cuda.kernel(stem, stem, **defines)
+        return Plan(kernel, grid, mma.WARPS * 32, tiling.shared_bytes, scalars)
+    rows = _block_rows(D)
+    kernel = cuda.kernel(stem, stem, **defines, ROWS=rows)
+    return Plan(kernel, (T * (HQ // H) // rows + B, H), _block_threads(D), 0, scalars)
 
 
 def _cuda(plan: Plan, out: Any, lse: Any, q: Any, arrays: tuple[Any, ...], stream: Any) -> None:
     """`arrays`: pools, their scales, page table, lengths and where queries start."""
-    kernel = cuda.kernel(plan.stem, plan.stem, **plan.defines)
     with cuda.on_stream(stream):
         cuda.launch(
-            *(kernel, plan.grid, plan.block, out, lse, q, *arrays),
+            *(plan.kernel, plan.grid, plan.block, out, lse, q, *arrays),
             scalars=plan.scalars,
             shared_bytes=plan.shared_bytes,
         )

@@ -1,4 +1,4 @@
-"""tools/compare_bench.py, plot_*.py and readme_tables.py on records and CSV made by hand."""
+"""tools/compare_*.py, plot_*.py and readme_tables.py on records and CSV made by hand."""
 
 import io
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from pykv.bench import report
 from pykv.errors import FormatError
-from tools import compare_bench, plot_roofline, plot_sweep, readme_tables
+from tools import compare_bench, compare_flashinfer, plot_roofline, plot_sweep, readme_tables
 
 TOOLS = Path(plot_sweep.__file__).parent
 
@@ -254,6 +254,19 @@ def moved(share, src="NHD", dst="universal", direction="d2d", **shape):
     }
 
 
+def compared(op, kv, pykv, *peers, flops=0):
+    """A record of compare_flashinfer: 4000 bytes, a read ceiling of 10 GB/s, hosts of 7.5 us."""
+    names = [name for name in compare_flashinfer.KERNELS[op] if name != "pykv"]
+    us = {"pykv": pykv, **dict(zip(names, peers, strict=True))}
+    case = dict(op=op, B=64, L=4096 if op == "decode" else 0, HQ=32, H=8, D=128, P=16, kv=kv)
+    return {
+        **dict(bench="flashinfer", case=case, ok=pykv is not None, bytes=4000, flops=flops),
+        **dict(us=us, host_us={name: x and 7.5 for name, x in us.items()}),
+        **dict(refused={name: "why" for name, x in us.items() if x is None}),
+        **dict(read_gbps=10.0, torch="2.1", flashinfer="0.6"),
+    }
+
+
 RECORDS = {
     "copy": [
         *CEILING_RECORDS,
@@ -281,6 +294,13 @@ RECORDS = {
         for count, of_auto in ((1, 10.0), (16, 12.5))
         for name, median in (("vectorized", 10.0), ("auto", of_auto))
     ],
+    "flashinfer": [
+        compared("prefill", "bf16", 20.0, 16.0, 10.0, flops=10**9),
+        compared("decode", "bf16", 0.5, None, 0.625, 1.0, 0.25),
+        compared("decode", "e4m3", None, 0.75, None, 1.0, None),
+        compared("decode", "int8", 0.6, None, None, None, None),
+        compared("decode", "int4", 0.4, None, None, None, None),
+    ],
 }
 
 
@@ -307,7 +327,8 @@ def test_readme_gets_its_tables(project, capsys):
     assert readme_tables.main([], project) == 0 == readme_tables.main(["--check"], project)
     text = (project / "README.md").read_text()
     assert text.startswith(f"before\n{readme_tables.BEGIN}\n\nScattered blocks on one Fake GPU")
-    assert text.endswith(f"(tools/results/h200/copy_sweep.svg)\n\n{readme_tables.END}\nafter\n")
+    assert "(tools/results/h200/copy_sweep.svg)\n\n" in text
+    assert text.endswith(f" |\n\n{readme_tables.END}\nafter\n")
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| blocks | d2d | d2d, of as many bytes | h2d | d2h |",
         "| --- | --- | --- | --- | --- |",
@@ -318,11 +339,22 @@ def test_readme_gets_its_tables(project, capsys):
         "| --- | --- | --- | --- |",
         "| NHD to universal | 93.0 % | 96.0 % | 98.0 % |",
         "| HND to NHD |  | 89.0 % |  |",
+        "| sequences x keys | heads | D | P | kind | pykv "
+        "| FA2 CUDA cores | FA2 tensor cores | XQA | torch SDPA | pykv / best |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 64 x 1 to 16,384, prompts | 32/8 | 128 | 16 | bf16 | 20.0 (50 TFLOP/s) "
+        "|  | 16.0 |  | 10.0 | 1.25 |",
+        "| 64 x 4,096 | 32/8 | 128 | 16 | bf16 | 0.5 (80.0 %) |  | 0.6 | 1.0 | 0.2 | 0.80 |",
+        "| 64 x 4,096 | 32/8 | 128 | 16 | e4m3 |  | 0.8 |  | 1.0 |  |  |",
+        "| 64 x 4,096 | 32/8 | 128 | 16 | int8 | 0.6 (66.7 %) |  |  |  |  | 0.80 |",
+        "| 64 x 4,096 | 32/8 | 128 | 16 | int4 | 0.4 (100.0 %) |  |  |  |  |  |",
     ]
     assert "(4,200 GB/s read + written, 55 GB/s h2d, 50 GB/s d2h)" in text
     assert "A prepared copy of 20,000 pairs keeps the host for 9.8 us." in text
     assert "head sizes 64, 128." in text
     assert "in 1 of 2\ncells of `pykv bench copy --sweep`; the worst is 0.80." in text
+    assert "Beside FlashInfer 0.6, and torch 2.1 over" in text and "the 10 GB/s that" in text
+    assert "all cases: pykv 7.5, FA2 CUDA cores 7.5, FA2 tensor cores 7.5, XQA 7.5" in text
 
 
 def test_readme_without_records_stays_as_it_is(project):
@@ -345,6 +377,30 @@ def test_readme_without_markers_is_refused(project, capsys):
 
 def test_readme_is_up_to_date():
     assert readme_tables.main(["--check"]) == 0
+
+
+# --- compare_flashinfer ---
+
+
+def test_compare_flashinfer_has_parts():
+    every = compare_flashinfer.cases()
+    parts = [compare_flashinfer.cases([part]) for part in compare_flashinfer.PARTS]
+    assert every == sum(parts, []) and all(parts)
+    assert {case["kv"] for case in every} == {"bf16", "e4m3", "int8", "int4"}
+    assert {(case["HQ"], case["H"]) for case in parts[1]} >= {(32, 32), (64, 8), (28, 4), (9, 3)}
+    assert {case["op"] for case in parts[2]} == {"prefill"}
+    few = compare_flashinfer.cases(["decode"], [(2, 9)])
+    assert [(case["B"], case["L"]) for case in few] == [(2, 9)] * 4
+
+
+def test_compare_flashinfer_prints_a_line_a_record():
+    decode, e4m3 = RECORDS["flashinfer"][1:3]
+    assert compare_flashinfer.line(decode).split() == [
+        *("decode", "64", "4096", "32", "8", "128", "16", "bf16", "8", "0.80"),
+        *"pykv 0.5 (8), FA2 tensor cores 0.6 (8), XQA 1.0 (8), torch SDPA 0.2 (8),".split(),
+        *"FA2 CUDA cores: why".split(),
+    ]
+    assert compare_flashinfer.line(e4m3).split()[7:11] == ["e4m3", "FA2", "CUDA", "cores"]
 
 
 # --- As commands ---
@@ -384,7 +440,10 @@ def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch, tool
     assert "pip install 'pykv-cuda[plot]'" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare_bench", "plot_roofline", "plot_sweep", "readme_tables"])
+@pytest.mark.parametrize(
+    "name",
+    ["compare_bench", "compare_flashinfer", "plot_roofline", "plot_sweep", "readme_tables"],
+)
 def test_a_tool_runs_as_a_script(name):
     done = subprocess.run(
         [sys.executable, TOOLS / f"{name}.py", "--help"], capture_output=True, text=True

@@ -4,6 +4,7 @@
     pykv bench copy --json copy.json
     pykv bench copy --sweep --json copy_sweep.json
     pykv bench permute --json permute.json  # and append, gather, pages, decode likewise
+    python ../../compare_flashinfer.py --json flashinfer.json
     python ../../plot_sweep.py copy_sweep.json --out copy_sweep  # the svg goes into README.md
     python ../../readme_tables.py  # --check: exit code 1 where README.md is not up to date
 
@@ -12,6 +13,7 @@ nothing is written; where there are none at all, the text stays as it is.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pykv.errors import FormatError, PykvError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("tools/results/h200")
+RECORDS = "copy copy_sweep permute append gather pages decode flashinfer".split()
 BEGIN, END = "<!-- tools/readme_tables.py writes from here -->", "<!-- to here -->"
 
 
@@ -27,7 +30,7 @@ def section(root):
     """The text between the markers; "" without records."""
     records = {
         name: report.read_json(str(path))
-        for name in ("copy", "copy_sweep", "permute", "append", "gather", "pages", "decode")
+        for name in RECORDS
         if (path := root / RESULTS / f"{name}.json").exists()
     }
     parts = []
@@ -45,6 +48,8 @@ def section(root):
     )
     if "decode" in records:
         parts += decodes(records["decode"])
+    if "flashinfer" in records:
+        parts += peers(records["flashinfer"])
     return "\n\n".join(parts)
 
 
@@ -180,6 +185,13 @@ def caches(records):
     return [text, table(["what", "kind", "time", "share"], rows)]
 
 
+def shape_of(case):
+    """The first cells of a row: all of a case of attention but its kind."""
+    length = f"{case['L']:,}" if case["L"] else "1 to 16,384"
+    what = f"{case['B']} x {length}" + ", prompts" * (case.get("op") == "prefill")
+    return what, f"{case['HQ']}/{case['H']}", str(case["D"]), str(case["P"])
+
+
 def decodes(records):
     """Microseconds and shares of the read ceiling, by batch and kind."""
     found = {}
@@ -187,14 +199,11 @@ def decodes(records):
         case = one["case"]
         if one["bench"] != "decode" or one["median"] is None:
             continue
-        length = f"{case['L']:,}" if case["L"] else "1 to 16,384"
-        shape = (f"{case['B']} x {length}", f"{case['HQ']}/{case['H']}", case["D"], case["P"])
-        found.setdefault(shape, {})[case["kv"]] = one
+        found.setdefault(shape_of(case), {})[case["kv"]] = one
     kinds = ["bf16", "int8", "e4m3", "int4"]
     rows = [
         [
-            shape[0],
-            *map(str, shape[1:]),
+            *shape,
             *(
                 f"{cell[kind]['median']:.1f} ({100 * cell[kind]['share']:.0f} %)"
                 if kind in cell
@@ -210,6 +219,46 @@ def decodes(records):
         "read at."
     )
     return [text, table(["sequences x keys", "heads", "D", "P", *kinds], rows)]
+
+
+def peers(records):
+    """Microseconds of every kernel, and pykv's over those of the best peer that pages as well."""
+    names = max((list(one["us"]) for one in records), key=len)
+    others = [name for name in names if name != "pykv"]
+    best = {}  # of a shape and kind: microseconds of the fastest such peer
+    for one in records:
+        times = [us for name, us in one["us"].items() if us and name not in ("pykv", "torch SDPA")]
+        best[shape_of(one["case"]), one["case"]["kv"]] = min(times, default=None)
+    rows = []
+    for one in records:
+        us, kind, shape = one["us"], one["case"]["kv"], shape_of(one["case"])
+        peer = best.get((shape, "e4m3" if kind == "int8" else kind))
+        ours = ratio = ""
+        if one["ok"]:
+            rate = percent(one["bytes"] / us["pykv"] / 1e3 / one["read_gbps"])
+            if one["case"]["op"] == "prefill":
+                rate = f"{one['flops'] / us['pykv'] / 1e6:.0f} TFLOP/s"
+            ours = f"{us['pykv']:.1f} ({rate})"
+            ratio = f"{us['pykv'] / peer:.2f}" if peer else ""
+        cells = [f"{us[name]:.1f}" if us.get(name) else "" for name in others]
+        rows.append([*shape, kind, ours, *cells, ratio])
+    hosts = {
+        name: [one["host_us"][name] for one in records if one["host_us"].get(name)]
+        for name in names
+    }
+    host = ", ".join(f"{name} {statistics.median(us):.1f}" for name, us in hosts.items() if us)
+    last = records[-1]
+    text = (
+        f"Beside FlashInfer {last['flashinfer']}, and torch {last['torch']} over contiguous keys "
+        "and values, in one run\n(`tools/compare_flashinfer.py`): microseconds a call in a "
+        "captured graph, the L2 cache flushed before it; in brackets\nthe share of the "
+        f"{last['read_gbps']:,.0f} GB/s that memory is read at. Last column: pykv's time over that "
+        "of FlashInfer's best\nkernel, int8's over that for e4m3, since it has no int8. Cells are "
+        "empty where a kernel does not take the case.\n"
+        f"Microseconds that a call keeps the host, medians over all cases: {host}."
+    )
+    head = ["sequences x keys", "heads", "D", "P", "kind", "pykv", *others, "pykv / best"]
+    return [text, table(head, rows)]
 
 
 def rewritten(text, inside):

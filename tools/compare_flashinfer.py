@@ -32,7 +32,7 @@ TOLERANCES = {"bf16": 2.0**-6, "e4m3": 2.0**-3.5}
 WARMUP = 3
 FLUSH_BYTES, CEILING_BYTES = 256 << 20, 4 << 30
 SCRATCH_BYTES = 512 << 20  # for a peer
-PARTS = ("decode", "shapes", "prefill")
+PARTS = ("decode", "prefill", "shapes")
 
 
 def cases(parts=PARTS, batches=BATCHES):
@@ -40,12 +40,12 @@ def cases(parts=PARTS, batches=BATCHES):
     listed = []
     if "decode" in parts:
         listed += [dict(op="decode", B=B, L=L, kv=kv) for B, L in batches for kv in KINDS]
+    if "prefill" in parts:
+        listed += [dict(op="prefill", B=8, L=2048, kv=kv) for kv in ("bf16", "e4m3", "int8")]
     if "shapes" in parts:
         shapes = [dict(B=64, L=4096, **shape) for shape in SHAPES]
         shapes += [dict(B=64, L=MIXED), dict(B=16, L=4096, HQ=4, H=1, D=256)]
         listed += [dict(op="decode", kv=kv, **shape) for shape in shapes for kv in PEER_KINDS]
-    if "prefill" in parts:
-        listed += [dict(op="prefill", B=8, L=2048, kv=kv) for kv in ("bf16", "e4m3", "int8")]
     return [{**SIZES, **case} for case in listed]
 
 
@@ -263,6 +263,7 @@ def compare(torch, case, samples, flush):
         try:
             device, host, out = measure(torch, make(torch, problem), samples, flush)
         except Exception as error:  # whatever a kernel may raise: its reason goes into the record
+            torch.cuda.synchronize()  # a fault of the device is none: it ends the run
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
             continue
         out = out.reshape(problem.q.shape).float()

@@ -230,7 +230,7 @@ def peers(records):
         times = [us for name, us in one["us"].items() if us and name not in ("pykv", "torch SDPA")]
         best[shape_of(one["case"]), one["case"]["kv"]] = min(times, default=None)
     rows = []
-    for one in records:
+    for one in sorted(records, key=lambda one: one["case"]["op"]):
         us, kind, shape = one["us"], one["case"]["kv"], shape_of(one["case"])
         peer = best.get((shape, "e4m3" if kind == "int8" else kind))
         ours = ratio = ""

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from pykv import KVSpec
+from pykv import KVSpec, cuda
 from pykv.bench import report
 from pykv.bench.decode import BATCHES, KINDS, MIXED, SHAPES, SIZES
 from pykv.ops import bandwidth, paged_decode, prefill
@@ -124,7 +124,7 @@ def ours(torch, problem):
         arrays.append(share(problem.starts))
 
     def run():
-        attend(*arrays, **given, stream=torch.cuda.current_stream())
+        attend(*arrays, **given)
         return out
 
     return run
@@ -225,7 +225,7 @@ def measure(torch, run, samples, flush):
         host.append(1e6 * (time.perf_counter() - started))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), cuda.on_stream(torch.cuda.current_stream()):
         out = run()
     for _ in range(WARMUP + samples):
         flush.zero_()
@@ -245,11 +245,8 @@ def read_ceiling(torch, samples, flush):
 
     x = cupy.zeros((CEILING_BYTES // 16, 4), np.uint32)
     sums = cupy.zeros(len(x) // 4096, np.uint32)  # eight tiles of 4 * 128 vectors a block
-
-    def run():
-        bandwidth.read(x, sums, vectors=4, stream=torch.cuda.current_stream())
-
-    return CEILING_BYTES / measure(torch, run, samples, flush)[0] / 1e3
+    us, *_ = measure(torch, lambda: bandwidth.read(x, sums, vectors=4), samples, flush)
+    return CEILING_BYTES / us / 1e3
 
 
 def compare(torch, case, samples, flush):

@@ -514,17 +514,20 @@ def _prefill(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             oracle, _ = prefill.reference(*exact, *given[3:], *options)
             got = prefill.prefill(*(xp.asarray(x) for x in given), window=window)
             yield f"D={D} G={G} {kv} window={window}", *error_and_bound(got, low, oracle)
-    yield from _prefill_of(rng, xp, ("int8", "k8v4:HND", "e4m3:head"))
 
 
-def _prefill_of(rng: np.random.Generator, xp: Any, specs: Iterable[str]) -> Iterator[Case]:
+def _prefill_mma(
+    rng: np.random.Generator,
+    xp: Any,
+    specs: Iterable[str] = ("fp16", "bf16", "int8", "int4", "k8v4:HND", "e4m3:head"),
+) -> Iterator[Case]:
     counts, lengths = PREFILL
     starts = np.cumsum([0, *counts]).astype(np.int32)
     for text in specs:
         spec = KVSpec.parse(text)
         given = _coded_pages(rng, spec, 2, 128, lengths) | {"q_starts": starts}
         q = rng.standard_normal((sum(counts), 8, 128)).astype(F16)
-        options: Any = dict(scale=0.1, window=90, spec=spec)
+        options: Any = dict(scale=0.1, window=90, soft_cap=20.0, spec=spec)
         low, _ = prefill.reference(q, **given, **options)
         oracle, _ = prefill.reference(q.astype(np.float64), **given, **options)
         sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
@@ -658,6 +661,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], Iterator[Case]]] = {
     "merge_states": _merge_states,
     "attention_mass": _attention_mass,
     "prefill": _prefill,
+    "prefill_mma": _prefill_mma,
     "norm": _norm,
     "rope": _rope,
     "activation": _activation,
@@ -675,5 +679,5 @@ def _families_of(text: str) -> dict[str, Callable[[np.random.Generator, Any], It
         "paged_append": partial(_paged_append, appends=[(new, text) for new in (F32, F16)]),
         "paged_convert": partial(_paged_convert, conversions=conversions),
         "paged_decode": partial(_paged_decode_mma, specs=[text]),
-        "prefill": partial(_prefill_of, specs=[text]),
+        "prefill": partial(_prefill_mma, specs=[text]),
     }

@@ -320,6 +320,11 @@ FAULTS = {
     "prefill: 1e-4 off": (prefill, "prefill", scaled(1e-4)),
     "prefill of codes: scales halved": (
         *(prefill, "prefill", with_changed_option("k_scales", halved)),
+        "prefill_mma",
+    ),
+    "prefill of codes: no soft cap": (
+        *(prefill, "prefill", with_option(soft_cap=None)),
+        "prefill_mma",
     ),
     "prefill: no window": (prefill, "prefill", with_option(window=None)),
     "prefill: not causal": (prefill, "prefill", with_option(window=None, causal=False)),

@@ -258,6 +258,14 @@ def test_features_match_the_oracle(xp, rng, features, spec):
     judge(got, *args, 64**-0.5, **options)
 
 
+@pytest.mark.parametrize("length", [12 * 32, 12 * 32 + 1, 800])
+def test_rows_of_many_states(xp, rng, length):
+    """A row is joined from twelve states at a time, of splits here; the last has the largest."""
+    args, _ = feature_case(rng, "fp16", lengths=(length, 3))
+    args[2]["k_pool"][args[3][0, (length - 1) // 16], (length - 1) % 16] *= 4
+    judge(call(xp, *args, fixed_split=32), *args, 64**-0.5)
+
+
 def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
     """(score, page, offset) of the keys that query t of T sees, one after another."""
     P, found = k_pool.shape[1], []

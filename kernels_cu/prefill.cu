@@ -44,6 +44,7 @@ constexpr int X = D <= 256 ? 16 : 8, Y = 8;
 constexpr int THREADS = X * Y;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
+constexpr int PART = D <= 256 ? D : 128;  // of a row, summed alone: more products would cost bits
 constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
 
 // Four floats of padding put consecutive rows on different banks for 16-byte reads.
@@ -154,24 +155,32 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         __syncthreads();
 
         float score[MY_ROWS][MY_KEYS] = {};
+        for (int part = 0; part < D; part += PART) {
+            float sum[MY_ROWS][MY_KEYS] = {};
 #pragma unroll 4
-        for (int d = 0; d < D; d += 4) {
-            float4 k[MY_KEYS];
+            for (int d = part; d < min(part + PART, D); d += 4) {
+                float4 k[MY_KEYS];
 #pragma unroll
-            for (int j = 0; j < MY_KEYS; j++) {
-                k[j] = *reinterpret_cast<const float4*>(tile + (x + j * X) * ROW_PITCH + d);
+                for (int j = 0; j < MY_KEYS; j++) {
+                    k[j] = *reinterpret_cast<const float4*>(tile + (x + j * X) * ROW_PITCH + d);
+                }
+#pragma unroll
+                for (int r = 0; r < MY_ROWS; r++) {
+                    const float4 a =
+                        *reinterpret_cast<const float4*>(queries + (y + r * Y) * ROW_PITCH + d);
+#pragma unroll
+                    for (int j = 0; j < MY_KEYS; j++) {
+                        sum[r][j] += a.x * k[j].x;
+                        sum[r][j] += a.y * k[j].y;
+                        sum[r][j] += a.z * k[j].z;
+                        sum[r][j] += a.w * k[j].w;
+                    }
+                }
             }
 #pragma unroll
             for (int r = 0; r < MY_ROWS; r++) {
-                const float4 a =
-                    *reinterpret_cast<const float4*>(queries + (y + r * Y) * ROW_PITCH + d);
 #pragma unroll
-                for (int j = 0; j < MY_KEYS; j++) {
-                    score[r][j] += a.x * k[j].x;
-                    score[r][j] += a.y * k[j].y;
-                    score[r][j] += a.z * k[j].z;
-                    score[r][j] += a.w * k[j].w;
-                }
+                for (int j = 0; j < MY_KEYS; j++) score[r][j] += sum[r][j];
             }
         }
         __syncthreads();  // keys are used up

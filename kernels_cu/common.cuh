@@ -972,6 +972,9 @@ __device__ __forceinline__ RowBlock row_block(const int* starts, int B, int G, i
     return {b, start, num_queries, first_row, min(SIZE, num_queries * G - first_row)};
 }
 
+// What exponents are taken relative to where the maximum so far is m: 0 while no key has been seen.
+__device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
+
 // --- Sums and maxima: every lane gets the result --------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {

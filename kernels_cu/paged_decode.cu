@@ -69,9 +69,6 @@ constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0
 
 constexpr float LOG2_E = 1.442695040888963f;
 
-// The finite number that exponents are taken relative to: 0 while no key has been seen.
-__device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
-
 // Where the weights of a row and their maximum stand once its sink is among them.
 __device__ __forceinline__ void add_sink(float& m, float& l, float& keep, const float* sinks,
                                          int head) {

@@ -498,9 +498,6 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
 
 // --- States of the softmax ------------------------------------------------------------------------
 
-// The finite number that exponents are taken relative to: 0 while no key has been seen.
-__device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
-
 // Four elements of a row's weighted sum of values, relative to 2^m, and the sum of its weights.
 struct State { float m, l, x[4]; };
 

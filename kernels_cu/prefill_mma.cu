@@ -258,9 +258,6 @@ __device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q,
         }
     }
 }
-
-// The finite number that exponents are taken relative to: 0 while no key has been seen.
-__device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 #endif
 
 // --- Kernel ---------------------------------------------------------------------------------------

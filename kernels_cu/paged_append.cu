@@ -117,9 +117,11 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
     bool written = false;
 #pragma unroll 1
     for (u32 start = 0; start < ROWS_OF_BLOCK; start += GROUPS) {
-        const u32 wanted_row = blockIdx.x * ROWS_OF_BLOCK + start + threadIdx.x / LANES;
-        const u32 row = min(wanted_row, last_row);
-        const u32 token = row / H, head = row % H;
+        const u32 of_block = start + threadIdx.x / LANES;
+        const u32 row = blockIdx.x * ROWS_OF_BLOCK + of_block;
+        const bool wanted = ADVANCE ? of_block < H : row < num_rows;
+        const u32 known = wanted ? row : last_row;
+        const u32 token = known / H, head = known % H;
         const auto k_row = load_share<D, LANES>(k + token * k_token + head * k_head);
         const auto v_row = load_share<D, LANES>(v + token * v_token + head * v_head);
         __syncwarp();  // loads are under way before it is known where the rows go
@@ -128,7 +130,7 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         if constexpr (FINDS_SCALE<K_T>) largest[0] = max_of(k_row);
         if constexpr (FINDS_SCALE<V_T>) largest[1] = max_of(v_row);
         if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
-        if (row != wanted_row || place.page < 0) continue;
+        if (!wanted || place.page < 0) continue;
         written = true;
         store_row<SCALES == FOUND>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
                                    k_scales_page, k_scales_token, k_scales_head, place, head,

@@ -494,15 +494,13 @@ class ContiguousAppendPlan(_Plan):
         advance, layout = self.descriptor.advance, self.descriptor.layout
         if not on_gpu(args.k_new) or args.k_new.size == 0 or args.k_cache.size == 0:
             return lambda: contiguous_append.append(*args, layout=layout, advance=advance)
-        arrays = args[:4]
-        if layout == "HND":
-            arrays = tuple(x.swapaxes(1, 2) for x in arrays)
-        calls = contiguous_append.kernel_calls(
-            *arrays, args.cache_offsets, None, None, "half", 0, advance
-        )
+        k_new, v_new, *caches, lengths = args
+        arrays = (*caches, k_new, v_new, lengths, None, None)
         launches = [
-            cuda.bind(cuda.kernel(self.op, name, **defines), grid, block, *arguments)
-            for name, defines, grid, block, arguments in calls
+            cuda.bind(kernel, grid, block, *arrays[taken], scalars=scalars)
+            for kernel, grid, block, taken, scalars in contiguous_append.launches_of(
+                arrays, "half", layout, advance
+            )
         ]
         if len(launches) == 1:
             return launches[0]

@@ -71,7 +71,11 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
     if dims["T"] * dims["E"] == 0:
         return
     if on_gpu(x):
-        _cuda_add(x, y, stream)
+        kernel, size = dims.keep(
+            cuda.current_device(), lambda: (_kernel("add", x.dtype), np.int64(x.size))
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, size)
     else:
         reference_add(x, y)
 
@@ -111,6 +115,7 @@ def embed(
     dims = check(op, table=(table, "V E", FLOATS), ids=(ids, "T", INT32), out=(out, "T E", FLOATS))
     if not math.isfinite(scale):
         raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
+    T, E = dims["T"], dims["E"]
     gpu = on_gpu(table)
     if not gpu:
         _check_ids(op, ids, dims["V"])
@@ -119,11 +124,20 @@ def embed(
             raise DtypeError(
                 f"{op}: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16"
             )
-        out = like(table, (dims["T"], dims["E"]), dtype)
-    if dims["T"] * dims["E"] == 0:
+        out = like(table, (T, E), dtype)
+    if T * E == 0:
         return out
     if gpu:
-        _cuda_embed(table, ids, scale, out, stream)
+        kernel, scalars = dims.keep(
+            (cuda.current_device(), out.dtype, float(scale)),
+            lambda: (
+                _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype]),
+                (np.float32(scale), np.int32(dims["V"]), np.int32(E)),
+            ),
+        )
+        grid = (T, -(-E // _PER_BLOCK))
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, grid, 128, out, table, ids, scalars=scalars)
     else:
         out[...] = reference_embed(table, ids, scale)
     return out
@@ -172,42 +186,18 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     if T * F == 0:
         return out
     if on_gpu(x):
-        _cuda_gated(name, x, out, stream)
+        kernel, scalars = dims.keep(
+            cuda.current_device(),
+            lambda: (
+                _kernel(name, x.dtype),
+                (np.int64(x.strides[0] // x.itemsize), np.int32(F)),
+            ),
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, (T, -(-F // _PER_BLOCK)), 128, out, x, scalars=scalars)
     else:
         out[...] = reference(name, x)
     return out
-
-
-def _cuda_gated(name: str, x: Any, out: Any, stream: Any) -> None:
-    T, F = out.shape
-    kernel = _kernel(name, x.dtype)
-    x_stride = np.int64(x.strides[0] // x.itemsize)
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, (T, -(-F // _PER_BLOCK)), 128, out, x, x_stride, np.int32(F))
-
-
-def _cuda_add(x: Any, y: Any, stream: Any) -> None:
-    kernel = _kernel("add", x.dtype)
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, np.int64(x.size))
-
-
-def _cuda_embed(table: Any, ids: Any, scale: float, out: Any, stream: Any) -> None:
-    T, E = out.shape
-    kernel = _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype])
-    grid = (T, -(-E // _PER_BLOCK))
-    with cuda.on_stream(stream):
-        cuda.launch(
-            kernel,
-            grid,
-            128,
-            out,
-            table,
-            ids,
-            np.float32(scale),
-            np.int32(table.shape[0]),
-            np.int32(E),
-        )
 
 
 def _kernel(name: str, dtype: Any, table: str = "f16") -> Any:

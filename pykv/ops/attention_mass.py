@@ -8,13 +8,13 @@ Kernel: kernels_cu/attention_mass.cu.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check, like, on_gpu
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.ops import paged_decode
@@ -70,10 +70,10 @@ def mass(
     op = "attention_mass.mass"
     if spec is None:
         spec = spec_of(op, k_pool, k_pool, k_scales, k_scales)
+    elif spec.v != spec.k:
+        spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
-    pools = KVSpec(spec.k, spec.k, spec.granularity, spec.scale_dtype, spec.layout).checks(
-        op, k_pool, k_pool, k_scales, k_scales
-    )
+    pools = spec.checks(op, k_pool, k_pool, k_scales, k_scales)
     dims = check(
         op,
         q=(q, "B T | HQ D" if many else "B | HQ D", FLOATS),
@@ -104,10 +104,14 @@ def mass(
     if out.size == 0:
         pass
     elif on_gpu(q):
-        _cuda(
-            *(q, k_pool, page_table, lengths, lse, k_scales, spec, scale, window, soft_cap),
-            *(slopes, tree, behind, lse_base, accumulate, out, dims, T, stream),
+        options = (spec, T, behind, scale, window, soft_cap, lse_base, accumulate)
+        kernel, grid, scalars = dims.keep(
+            (cuda.current_device(), options),
+            lambda: _plan(q, k_pool, k_scales, slopes, tree, dims, *options),
         )
+        arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, grid, 128, *arrays, scalars=scalars)
     else:
         found = reference(
             *(q, k_pool, page_table, lengths, lse, scale, window),
@@ -166,83 +170,47 @@ def reference(
     return found
 
 
-def _cuda(
+def _plan(
     q: Any,
     k_pool: Any,
-    page_table: Any,
-    lengths: Any,
-    lse: Any,
     k_scales: Any,
-    spec: KVSpec,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
     slopes: Any,
     tree: Any,
-    behind: int,
-    lse_base: str,
-    accumulate: bool,
-    out: Any,
-    dims: dict[str, int],
-    T: int,
-    stream: Any,
-) -> None:
-    B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
-    flags = tuple(name for name, array in (("ALIBI", slopes), ("TREE", tree)) if array is not None)
-    plan = _plan(
-        *(q.dtype, spec, q.strides, k_pool.strides, None if k_scales is None else k_scales.strides),
-        *(B, T, behind, HQ, H, D, P, M, scale, window, soft_cap, flags, lse_base, accumulate),
-    )
-    defines, grid, scalars = plan
-    kernel = cuda.kernel("attention_mass", "attention_mass", **defines)
-    with cuda.on_stream(stream):
-        arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)
-        cuda.launch(kernel, grid, 128, *arrays, scalars=scalars)
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    q_dtype: Any,
+    dims: Dims,
     spec: KVSpec,
-    q_strides: tuple[int, ...],
-    k_strides: tuple[int, ...],
-    k_scale_strides: tuple[int, ...] | None,
-    B: int,
     T: int,
     behind: int,
-    HQ: int,
-    H: int,
-    D: int,
-    P: int,
-    M: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    flags: tuple[str, ...],
     lse_base: str,
     accumulate: bool,
-) -> tuple[dict[str, Any], int, tuple[Any, ...]]:
-    """Defines, grid and scalars; kept, because making them takes longer than a launch."""
-    kind, scale_dtype = spec.kinds[0], SCALE_DTYPES[spec.scale_dtype]
+) -> tuple[Any, int, tuple[Any, ...]]:
+    """Kernel, grid and scalars for arrays that are checked; `behind` is how many keys stand between
+    the first query and the last key."""
+    B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
+    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
     defines: dict[str, Any] = dict(
         HEAD_DIM=D,
-        Q_T=cuda.TYPE_NAMES[q_dtype],
-        K_T=kind.c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if kind.largest else "f16",
-        **dict.fromkeys(flags, 1),
+        Q_T=cuda.TYPE_NAMES[q.dtype],
+        K_T=spec.kinds[0].c_type,
+        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
+        **{flag: 1 for flag, x in (("ALIBI", slopes), ("TREE", tree)) if x is not None},
     )
     score_scale, cap = scale * LOG2_E, 0.0
     if soft_cap is not None:
         defines["SOFT_CAP"] = 1
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
+    scale_strides = None if k_scales is None else k_scales.strides
     steps = [
-        *(n // q_dtype.itemsize for n in (*q_strides[:-2], 0)[:2]),
-        *paged_decode.page_token_head(k_strides, kind.dtype.itemsize, spec),
-        *paged_decode.page_token_head(k_scale_strides, scale_dtype.itemsize, spec),
+        *(n // q.itemsize for n in (*q.strides[:-2], 0)[:2]),
+        *paged_decode.page_token_head(k_pool.strides, k_pool.itemsize, spec),
+        *paged_decode.page_token_head(scale_strides, scale_dtype.itemsize, spec),
     ]
     capacity = min(M * P, ALL_KEYS)
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
     ints = (T, behind, HQ, H, P, M, capacity, window, int(accumulate))
     floats = (score_scale, cap, 1.0 if lse_base == "2" else LOG2_E)
     scalars = (*map(np.int64, steps), *map(np.int32, ints), *map(np.float32, floats))
-    return defines, B * H * -(-capacity // 256), scalars
+    kernel = cuda.kernel("attention_mass", "attention_mass", **defines)
+    return kernel, B * H * -(-capacity // 256), scalars

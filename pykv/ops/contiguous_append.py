@@ -10,7 +10,6 @@ C tokens, which pykv.ops.paged_append writes.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -99,11 +98,18 @@ def append(
         raise ShapeError(f"{op}: inv_freq has F={F}, expected at most K / 2 = {dims['K'] // 2}")
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
+    if on_gpu(k):
+        arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
+        launches = dims.keep(
+            (cuda.current_device(), pairing, advance),
+            lambda: launches_of(arrays, pairing, layout, advance),
+        )
+        with cuda.on_stream(stream):
+            for kernel, grid, block, taken, scalars in launches:
+                cuda.launch(kernel, grid, block, *arrays[taken], scalars=scalars)
+        return
     if layout == "HND":
         k, v, k_cache, v_cache = (x.swapaxes(1, 2) for x in (k, v, k_cache, v_cache))
-    if on_gpu(k):
-        _cuda(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing, F, advance, stream)
-        return
     reference(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing)
     if advance:
         for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
@@ -175,61 +181,37 @@ def reference(
             v_cache[slot, positions[keep]] = v[b, keep]
 
 
-def _cuda(
-    k: Any,
-    v: Any,
-    k_cache: Any,
-    v_cache: Any,
-    lengths: Any,
-    slots: Any,
-    inv_freq: Any,
-    pairing: str,
-    F: int,
-    advance: bool,
-    stream: Any,
-) -> None:
-    calls = kernel_calls(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing, F, advance)
-    with cuda.on_stream(stream):
-        for name, defines, grid, block, arguments in calls:
-            kernel = cuda.kernel("contiguous_append", name, **defines)
-            cuda.launch(kernel, grid, block, *arguments)
-
-
-def kernel_calls(
-    k: Any,
-    v: Any,
-    k_cache: Any,
-    v_cache: Any,
-    lengths: Any,
-    slots: Any,
-    inv_freq: Any,
-    pairing: str,
-    F: int,
-    advance: bool,
+def launches_of(
+    arrays: tuple[Any, ...], pairing: str, layout: str, advance: bool
 ) -> list[tuple[Any, ...]]:
-    """(name, defines, grid, block, arguments) of each launch, for arrays that are checked, of
-    layout NHD."""
+    """(kernel, grid, block, slice of `arrays`, scalars) of each launch.
+
+    Args:
+        arrays: k_cache, v_cache, k, v, lengths, slots and inv_freq, which are checked.
+        pairing, layout, advance: as of `append`.
+    """
+    *rows, lengths, _, inv_freq = arrays
+    if layout == "HND":
+        rows = [x.swapaxes(1, 2) for x in rows]
+    k_cache, v_cache, k, v = rows
     B, T, H, K = k.shape
     at_once = advance and T == 1
     dtypes = (k.dtype, k_cache.dtype, v_cache.dtype, lengths.dtype)
     defines = _defines(*dtypes, K, v.shape[3], H, at_once)
-    rows, block = T * H, defines["BLOCK"]
-    blocks = 1 if at_once else -(-rows // (block // defines["LANES"]))
-    steps = [
-        np.int64(stride // x.itemsize) for x in (k_cache, v_cache, k, v) for stride in x.strides[:3]
-    ]
-    capacity = np.int32(k_cache.shape[1])
-    step, gap = (1, F) if pairing == "half" else (2, 1)
-    sizes = (np.int32(rows), capacity, np.int32(F), np.int32(step), np.int32(gap))
-    arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
-    calls = [("contiguous_append", defines, (blocks, B), block, (*arrays, *steps, *sizes))]
+    block = defines["BLOCK"]
+    blocks = 1 if at_once else -(-T * H // (block // defines["LANES"]))
+    steps = (stride // x.itemsize for x in rows for stride in x.strides[:3])
+    F, capacity = 0 if inv_freq is None else len(inv_freq), np.int32(k_cache.shape[1])
+    pairs = (F, 1, F) if pairing == "half" else (F, 2, 1)
+    scalars = (*map(np.int64, steps), np.int32(T * H), capacity, *map(np.int32, pairs))
+    stem = "contiguous_append"
+    launches = [(cuda.kernel(stem, stem, **defines), (blocks, B), block, slice(7), scalars)]
     if advance and not at_once:
-        arguments = (lengths, slots, np.int32(B), np.int32(T), capacity)
-        calls.append(("advance_lengths", defines, -(-B // 128), 128, arguments))
-    return calls
+        kernel, sizes = cuda.kernel(stem, "advance_lengths", **defines), (np.int32(B), np.int32(T))
+        launches.append((kernel, -(-B // 128), 128, slice(4, 6), (*sizes, capacity)))
+    return launches
 
 
-@lru_cache(maxsize=1024)
 def _defines(
     new: Any, k_dtype: Any, v_dtype: Any, lengths: Any, K: int, V: int, H: int, advance: bool
 ) -> dict[str, Any]:

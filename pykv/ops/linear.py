@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, check, like, on_gpu
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, Dims, check, like, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 
 GEMMS = ("auto", "own", "cublas")
@@ -88,7 +88,7 @@ def linear(
     if out.size == 0:
         return out
     if on_gpu(x):
-        _cuda(x, w, bias, out, accumulate, gemm, stream)
+        _cuda(x, w, bias, out, accumulate, gemm, dims, stream)
     else:
         reference(x, w, bias, out, accumulate)
     return out
@@ -121,28 +121,30 @@ _GEMV_TOKENS = 32  # without cuBLAS: up to here, reading the weights again beats
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
-def _cuda(x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, stream: Any) -> None:
+def _cuda(
+    x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, dims: Dims, stream: Any
+) -> None:
     with cuda.on_stream(stream):
         if gemm != "own" and _uses_cublas(x, w, gemm):
             _cublas(x, w, bias, out, accumulate)
         else:
-            _own(x, w, bias, out, accumulate)
+            kernel, grid, block, scalars = dims.keep(
+                (cuda.current_device(), accumulate), lambda: _launch_of(x, w, bias, accumulate)
+            )
+            cuda.launch(kernel, grid, block, out, x, w, bias, scalars=scalars)
 
 
-def _own(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
-    """Launch `gemv` or `gemm`."""
+def _launch_of(x: Any, w: Any, bias: Any, accumulate: bool) -> tuple[Any, ...]:
+    """Kernel, grid, block and scalars, of `gemv` or `gemm`, for arrays that are checked."""
     (T, I), O = x.shape, len(w)
-    args = (
-        *(out, x, w, bias, np.int32(T), np.int32(O), np.int32(I)),
-        *(np.int64(x.strides[0] // x.itemsize), np.int32(accumulate)),
-    )
+    step = np.int64(x.strides[0] // x.itemsize)
+    scalars = (*map(np.int32, (T, O, I)), step, np.int32(accumulate))
     if T > _GEMV_TOKENS:
-        cuda.launch(_kernel("gemm", x, w, bias), (-(-O // 64), -(-T // 64)), 256, *args)
-        return
+        return _kernel("gemm", x, w, bias), (-(-O // 64), -(-T // 64)), 256, scalars
     rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
     wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
     kernel = _kernel("gemv", x, w, bias, ROWS=rows, WIDE=int(wide))
-    cuda.launch(kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, *args)
+    return kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, scalars
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:

@@ -7,7 +7,6 @@ Kernel: kernels_cu/merge_states.cu.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,11 @@ def merge(
     if out.size == 0:
         pass
     elif on_gpu(values):
-        _cuda(values, lse, lse_base, out, out_lse, dims, stream)
+        kernel, grid, scalars = dims.keep(
+            (cuda.current_device(), lse_base), lambda: _plan(values, lse, lse_base)
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
     else:
         out[...], merged = reference(values, lse, lse_base)
         if out_lse is not None:
@@ -98,35 +101,17 @@ def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:
     return (sums / np.where(total == 0, 1, total)).astype(values.dtype), merged
 
 
-def _cuda(
-    values: Any,
-    lse: Any,
-    lse_base: str,
-    out: Any,
-    out_lse: Any,
-    dims: dict[str, int],
-    stream: Any,
-) -> None:
-    S, T, HQ, D = (dims[letter] for letter in ("S", "T", "HQ", "D"))
-    steps = values.strides[0] // values.itemsize, lse.strides[0] // lse.itemsize
-    grid, scalars = _plan(S, T * HQ, D, steps, lse_base)
+def _plan(values: Any, lse: Any, lse_base: str) -> tuple[Any, int, tuple[Any, ...]]:
+    """Kernel, grid and scalars for arrays that are checked."""
+    S, T, HQ, D = values.shape
     kernel = cuda.kernel(
         "merge_states", "merge_states", X_T=cuda.TYPE_NAMES[values.dtype], HEAD_DIM=D
     )
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    S: int, rows: int, D: int, steps: tuple[int, int], lse_base: str
-) -> tuple[int, tuple[Any, ...]]:
-    """Grid and scalars; kept, because making NumPy scalars takes as long as a launch."""
     binary = 1.0 if lse_base == "2" else math.log2(math.e)
     scalars = (
-        *map(np.int64, steps),
+        *(np.int64(x.strides[0] // x.itemsize) for x in (values, lse)),
         np.int32(S),
-        np.int64(rows),
+        np.int64(T * HQ),
         *map(np.float32, (binary, 1 / binary)),
     )
-    return -(-rows * (D // 4) // 128), scalars
+    return kernel, -(-T * HQ * (D // 4) // 128), scalars

@@ -71,7 +71,12 @@ def rms_norm(
     if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
         return out
     if on_gpu(x):
-        _cuda(x, weight, eps, offset, out, stream)
+        kernel, grid, scalars = dims.keep(
+            (cuda.current_device(), float(eps), float(offset)),
+            lambda: _launch_of(x, weight, eps, offset, out),
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, grid, 256, out, x, weight, scalars=scalars)
     else:
         out[...] = reference(x, weight, eps, offset)
     return out
@@ -85,7 +90,8 @@ def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return (wide * (scale * (weight.astype(wide.dtype) + wide.dtype.type(offset)))).astype(x.dtype)
 
 
-def _cuda(x: Any, weight: Any, eps: float, offset: float, out: Any, stream: Any) -> None:
+def _launch_of(x: Any, weight: Any, eps: float, offset: float, out: Any) -> tuple[Any, ...]:
+    """Kernel, grid and scalars for arrays that are checked."""
     T, D = x.shape[0], x.shape[-1]
     H = x.shape[1] if x.ndim == 3 else 1
     by_warp = D <= _WARP_MAX_D
@@ -95,22 +101,16 @@ def _cuda(x: Any, weight: Any, eps: float, offset: float, out: Any, stream: Any)
         X_T=cuda.TYPE_NAMES[x.dtype],
         W_T=cuda.TYPE_NAMES[weight.dtype],
     )
-    with cuda.on_stream(stream):
-        cuda.launch(
-            kernel,
-            -(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
-            256,
-            out,
-            x,
-            weight,
-            np.int64(out.strides[0] // out.itemsize),
-            np.int64(x.strides[0] // x.itemsize),
-            np.int32(T * H),
-            np.int32(H),
-            np.int32(D),
-            np.float32(eps),
-            np.float32(offset),
-        )
+    steps = (array.strides[0] // array.itemsize for array in (out, x))
+    return (
+        kernel,
+        -(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
+        (
+            *map(np.int64, steps),
+            *map(np.int32, (T * H, H, D)),
+            *map(np.float32, (eps, offset)),
+        ),
+    )
 
 
 def _spec(array: Any, row: str) -> str:

@@ -18,12 +18,11 @@ import numpy as np
 from pykv import arrays, cuda
 from pykv.arrays import FLOATS, INT32, like, on_gpu
 from pykv.errors import ShapeError, UnsupportedError
-from pykv.kinds import KINDS, Kind, KVSpec, dequantize, quantize, spec_of
+from pykv.kinds import Kind, KVSpec, dequantize, quantize, spec_of
 from pykv.ops import paged_check
 
 BLOCK = 128  # threads
 
-_FLOAT_KINDS = {kind.dtype: kind for kind in KINDS.values() if not kind.largest}
 _CACHE = ("k_pool", "v_pool", "k_scales", "v_scales", "pages")
 
 
@@ -112,10 +111,9 @@ def gather_rows(
     """
     op = "paged_convert.gather_rows"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    arrays.check(op, k_out=(k_out, "T H | D", FLOATS), v_out=(v_out, "T H | D", FLOATS))
     names = (*_CACHE[:4], "indices")
     source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, names)
-    target = _dense(op, k_out[:, None], v_out[:, None], ("k_out", "v_out"))
+    target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
     _move(op, source, target, check, stream, (indptr, starts))
 
 
@@ -199,15 +197,13 @@ class _Side(NamedTuple):
     names: tuple[str, ...]  # of the pools, the scales and the pages
 
 
-def _dense(op: str, k: Any, v: Any, names: tuple[str, str]) -> _Side:
-    """Arrays of floats, [n, P, H, D]."""
-    kinds = []
+def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> _Side:
+    """Arrays of floats, [n, P, H, D] or of other dimensions."""
     for name, x in zip(names, (k, v), strict=True):
-        if getattr(x, "dtype", None) not in _FLOAT_KINDS:
-            arrays.check(op, **{name: (x, "n P H | D", FLOATS)})  # says what is wrong
-        kinds.append(_FLOAT_KINDS[x.dtype].name)
-    scale_names = [f"{name}_scales" for name in names]
-    return _Side(KVSpec(*kinds), (k, v), (None, None), None, (*names, *scale_names, ""))
+        if getattr(x, "dtype", None) not in FLOATS:
+            arrays.check(op, **{name: (x, dims, FLOATS)})  # says what is wrong
+    scale_names = (f"{name}_scales" for name in names)
+    return _Side(spec_of(op, k, v), (k, v), (None, None), None, (*names, *scale_names, ""))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
@@ -239,21 +235,16 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
-    letters = ("N", "M") if rows is None else ("N", "T")
     wanted: dict[str, tuple[Any, ...]] = {}
-    for side, letter in zip((source, target), letters, strict=True):
+    for side, letter in ((source, "N"), (target, "M")):
         if side.pages is None and rows is None:
             letter = "n"  # page i is page i
-        found = side.spec.checks(op, *side.pools, *side.scales, side.names[:4], letter)
-        if side is target and rows is not None:
-            found = {
-                name: (x, dims.replace("P", "1"), *facts)
-                for name, (x, dims, *facts) in found.items()
-            }
-        wanted |= found
+        wanted |= side.spec.checks(op, *side.pools, *side.scales, side.names[:4], letter)
         if side.pages is not None:
             wanted[side.names[4]] = (side.pages, "n", INT32)
     if rows is not None:
+        for name, x in zip(target.names[:2], target.pools, strict=True):
+            wanted[name] = (x, "T H | D", FLOATS)
         wanted |= dict(indptr=(rows[0], "B+1", INT32), starts=(rows[1], "B+1", INT32))
     sizes = arrays.check(op, **wanted)
     n, P, H, D = (sizes[letter] for letter in "nPHD")
@@ -266,7 +257,15 @@ def _move(
         if not on_gpu(source.pools[0]) or paged_check.enabled(check, source.pools[0]):
             _check_pages(op, source, target, rows, P)
         if on_gpu(source.pools[0]):
-            _cuda(source, target, n, P, H, D, rows)
+            launches = sizes.keep(
+                (cuda.current_device(), source.spec, target.spec),
+                lambda: _launches_of(source, target, n, P, H, D, rows),
+            )
+            pairs = (target.pools, target.scales, source.pools, source.scales)
+            tables = (target.pages, source.pages, *(rows or (None, None)))
+            for kernel, grid, sides, scalars in launches:
+                pointers = (pair[i] for pair in pairs for i in sides)
+                cuda.launch(kernel, grid, BLOCK, *pointers, *tables, scalars=scalars)
         else:
             reference(source, target, rows)
 
@@ -291,6 +290,9 @@ def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> No
 def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None) -> None:
     """The definition, in NumPy: what all functions do once their arguments are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
+    if rows is not None:
+        k_out, v_out = target.pools
+        target = target._replace(pools=(k_out[:, None], v_out[:, None]))  # pages of one token
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
         pool, scales = _nhd(source.spec, source.pools[i], source.scales[i])
         to_pool, to_scales = _nhd(target.spec, target.pools[i], target.scales[i])
@@ -401,40 +403,31 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
     return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
 
 
-def _cuda(
+def _launches_of(
     source: _Side, target: _Side, n: int, P: int, H: int, D: int, rows: tuple[Any, Any] | None
-) -> None:
+) -> list[tuple[Any, ...]]:
+    """(kernel, grid, sides, scalars) of each launch for arrays that are checked; the two sides that
+    a launch moves are 0 for keys and 1 for values."""
     loops = (P, H) if target.spec.layout == "NHD" else (H, P)
-    counts = [np.uint32(n * P * H), *_divisor(P * H), *_divisor(loops[1])]
-    tables = [None, source.pages, *(rows or (None, None))]
-    if rows is None:
-        tables[0] = target.pages
-        numbers = (0, 0, 0)
-    else:
-        numbers = (len(rows[0]) - 1, P, len(target.pools[0]))
+    counts = (np.uint32(n * P * H), *_divisor(P * H), *_divisor(loops[1]))
+    numbers = (0, 0, 0) if rows is None else (len(rows[0]) - 1, P, len(target.pools[0]))
     works = []
     for which in (0, 1):
-        strides = []
-        for side in (target, source):
-            strides += _strides(side, which, target.spec.layout)
+        strides = [
+            step for side in (target, source) for step in _strides(side, which, target.spec.layout)
+        ]
         if rows is not None:
-            strides[1] = strides[0]  # tokens follow each other from page to page
+            strides[1:3] = strides[:2]  # tokens follow each other from page to page
         works.append((_defines(source.spec, target.spec, which, D, rows is not None), strides))
     shared = works[0] == works[1]  # one launch does for both
-    for which, (defines, strides) in enumerate(works[:1] if shared else works):
+    launches = []
+    for sides in ((0, 1),) if shared else ((0, 0), (1, 1)):
+        defines, strides = works[sides[0]]
         tile = BLOCK // defines["LANES"] * defines["ROWS"]
-        pick = slice(None) if shared else slice(which, which + 1)
-        pointers: list[Any] = []
-        for side in (target, source):
-            for pair in (side.pools, side.scales):
-                pointers += (*pair[pick], *pair[pick])[:2]
-        cuda.launch(
-            cuda.kernel("paged_convert", "paged_convert", **defines),
-            *((-(-(n * P * H) // tile), 2 if shared else 1), BLOCK, *pointers, *tables),
-            *map(np.int32, numbers),
-            *map(np.int64, strides),
-            *counts,
-        )
+        kernel = cuda.kernel("paged_convert", "paged_convert", **defines)
+        scalars = (*map(np.int32, numbers), *map(np.int64, strides), *counts)
+        launches.append((kernel, (-(-(n * P * H) // tile), 1 + shared), sides, scalars))
+    return launches
 
 
 def _strides(side: _Side, which: int, layout: str) -> list[int]:

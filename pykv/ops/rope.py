@@ -70,7 +70,11 @@ def rotate(
     if T * F * (dims["HQ"] + dims["H"]) == 0:
         return
     if on_gpu(q):
-        _cuda(q, k, positions, inv_freq, pairing, stream)
+        kernel, grid, block, scalars = dims.keep(
+            (cuda.current_device(), pairing), lambda: _launch_of(q, k, F, pairing)
+        )
+        with cuda.on_stream(stream):
+            cuda.launch(kernel, grid, block, q, k, positions, inv_freq, scalars=scalars)
     else:
         reference(q, k, positions, inv_freq, pairing)
 
@@ -154,27 +158,18 @@ def frequencies(
     return freq.astype(np.float32)
 
 
-def _cuda(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str, stream: Any) -> None:
+def _launch_of(q: Any, k: Any, F: int, pairing: str) -> tuple[Any, ...]:
+    """Kernel, grid, block and scalars for arrays that are checked."""
     T, HQ, D = q.shape
-    H, F = k.shape[1], len(inv_freq)
+    H = k.shape[1]
     kernel = cuda.kernel("rope", "rope", X_T=cuda.TYPE_NAMES[q.dtype])
     width = min(-(-F // 32) * 32, 256)  # threads along the pairs; the others along the heads
     height = 256 // width
-    with cuda.on_stream(stream):
-        cuda.launch(
-            kernel,
-            (T, -(-(HQ + H) // (height * _HEADS_PER_THREAD))),
-            (width, height),
-            q,
-            k,
-            positions,
-            inv_freq,
-            np.int64(q.strides[0] // q.itemsize),
-            np.int64(k.strides[0] // k.itemsize),
-            np.int32(HQ),
-            np.int32(H),
-            np.int32(D),
-            np.int32(F),
-            np.int32(1 if pairing == "half" else 2),
-            np.int32(F if pairing == "half" else 1),
-        )
+    steps = (x.strides[0] // x.itemsize for x in (q, k))
+    pairs = (1, F) if pairing == "half" else (2, 1)
+    return (
+        kernel,
+        (T, -(-(HQ + H) // (height * _HEADS_PER_THREAD))),
+        (width, height),
+        (*map(np.int64, steps), *map(np.int32, (HQ, H, D, F, *pairs))),
+    )

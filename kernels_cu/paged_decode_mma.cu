@@ -501,20 +501,36 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
 // Four elements of a row's weighted sum of values, relative to 2^m, and the sum of its weights.
 struct State { float m, l, x[4]; };
 
-// Joins the states whose (maximum, sum) and elements `at` names.
-template <typename At> __device__ __forceinline__ State join(int count, At at) {
+// Joins the states whose (maximum, sum) and elements `at` names. BATCH of them are loaded before the
+// first is used: a row may have a state of every SM, and a turn to the L2 cache takes longer than
+// all that is done with what it brings.
+template <int BATCH, typename At> __device__ __forceinline__ State join(int count, At at) {
     State s{-INF, 0.0f, {}};
-#pragma unroll 8  // loads that do not wait for each other: a row may have a state of every SM
-    for (int i = 0; i < count; i++) s.m = fmaxf(s.m, at(i).stat->x);
-    const float base = finite_base(s.m);
-#pragma unroll 8
-    for (int i = 0; i < count; i++) {
-        const auto from = at(i);
-        const float2 stat = *from.stat;
-        const float4 x = *from.x;
-        const float keep = exp2f(stat.x - base);
-        s.l += keep * stat.y;
-        s.x[0] += keep * x.x, s.x[1] += keep * x.y, s.x[2] += keep * x.z, s.x[3] += keep * x.w;
+#pragma unroll 1
+    for (int first = 0; first < count; first += BATCH) {
+        float2 stat[BATCH];
+        float4 x[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const auto from = at(min(first + i, count - 1));
+            stat[i] = *from.stat, x[i] = *from.x;
+            if (first + i >= count) stat[i].x = -INF;  // the last one again, without weight
+        }
+        float peak = s.m;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) peak = fmaxf(peak, stat[i].x);
+        const float base = finite_base(peak), before = exp2_flushed(s.m - base);
+        s.m = peak;
+        s.l *= before;
+#pragma unroll
+        for (int j = 0; j < 4; j++) s.x[j] *= before;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const float keep = exp2_flushed(stat[i].x - base);
+            s.l += keep * stat[i].y;
+            s.x[0] += keep * x[i].x, s.x[1] += keep * x[i].y;
+            s.x[2] += keep * x[i].z, s.x[3] += keep * x[i].w;
+        }
     }
     return s;
 }
@@ -705,15 +721,16 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
                 const float peak = fmaxf(m, largest);
-                float keep = exp2f(m - finite_base(peak));
+                float keep = exp2_flushed(m - finite_base(peak));
                 m = peak;
                 l *= keep;
                 if (V_HAS_CODES) {
-                    const float above = fmaxf(warp_max(fabsf(v_scale)), scale_unit);
+                    const float above = warp_max(fabsf(v_scale));
                     const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
-                    inverse_unit = __uint_as_float((254u - exponent) << 23);
-                    keep *= scale_unit * inverse_unit;
-                    scale_unit = __uint_as_float(exponent << 23);
+                    const float before = scale_unit;
+                    scale_unit = fmaxf(before, __uint_as_float(exponent << 23));
+                    inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
+                    keep *= before * inverse_unit;
                 }
 #pragma unroll
                 for (int i = 0; i < D / 8; i++) {
@@ -725,7 +742,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             v_scale *= inverse_unit;
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
-                const float weight = exp2f(scores[i] - base);
+                const float weight = exp2_flushed(scores[i] - base);
                 l += weight;
                 scores[i] = weight;
                 if (V_HAS_CODES) {
@@ -800,9 +817,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const int q_head = kv_head * G + in_group % G;
 #if SINKS
             const float sink = sinks[q_head] * LOG2_E, peak = fmaxf(s.m, sink);
-            const float keep = exp2f(s.m - finite_base(peak));
+            const float keep = exp2_flushed(s.m - finite_base(peak));
             s.m = peak;
-            s.l = s.l * keep + exp2f(sink - finite_base(peak));
+            s.l = s.l * keep + exp2_flushed(sink - finite_base(peak));
 #pragma unroll
             for (int i = 0; i < 4; i++) s.x[i] *= keep;
 #endif
@@ -814,7 +831,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         };
         for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
             const int row = i / (D / 4), d = i % (D / 4) * 4;
-            const State s = join(WARPS, [&](int w) {
+            const State s = join<WARPS>(WARPS, [&](int w) {
                 const int at = w * max_rows + row;
                 return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
             });
@@ -839,7 +856,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 __threadfence();
                 for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
                     const int row = i / (D / 4), d = i % (D / 4) * 4;
-                    write(join(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
+                    write(join<12>(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
                 }
             }
         }

@@ -475,10 +475,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         if (__any_sync(FULL_MASK, grows)) {
             float keep_all = 1.0f;
             if constexpr (V_HAS_CODES) {
-                const float above = fmaxf(warp_max(v_scale), scale_unit);
-                const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
+                const u32 exponent = min(__float_as_uint(warp_max(v_scale)) >> 23, 252u) + 1;
                 keep_all = scale_unit;
-                scale_unit = __uint_as_float(exponent << 23);
+                scale_unit = fmaxf(scale_unit, __uint_as_float(exponent << 23));
                 keep_all *= inverse_unit();
             }
 #pragma unroll

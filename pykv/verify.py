@@ -163,8 +163,8 @@ def _paged_append(
         judged: Any = (k, -k, *arrays, spec, *places)
         paged_append.reference(*judged)
         options: Any = dict(k_scales=got[2], v_scales=got[3], spec=spec)
-        rows = xp.asarray(k)
-        paged_append.append(rows, -rows, got[0], got[1], where, **options)
+        # A GPU's minus would give its NaN other bits than NumPy's.
+        paged_append.append(xp.asarray(k), xp.asarray(-k), got[0], got[1], where, **options)
         error = sum(wrong_values(x, y) for x, y in zip(got, arrays, strict=True) if y is not None)
         yield f"{new} rows into {text} pages", error, 0.0
 

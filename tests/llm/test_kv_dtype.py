@@ -69,8 +69,11 @@ def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):
     exact = open_llm(name, kv_dtype="fp32").logits(ids)
     patch_appends(monkeypatch, KVSpec.parse(kv_dtype))
     want = open_llm(name, kv_dtype="fp32").logits(ids)
-    np.testing.assert_allclose(logits, want, rtol=0, atol=2e-3)
-    assert np.abs(want - exact).max() > 4e-3  # or the bound would say nothing
+    effect = np.abs(want - exact).max()
+    assert effect > 4e-3  # or the bound would say nothing
+    # Sums of a GPU's cuBLAS have another order: now and then a row gets a code that lies as near.
+    bound = effect / 3 if llm.device == "cuda" else 2e-3
+    np.testing.assert_allclose(logits, want, rtol=0, atol=bound)
 
 
 @without_simt

@@ -318,7 +318,7 @@ def test_a_captured_step_is_a_token_a_replay(rng, spec):
     device, equal to the same calls made one by one with slots and lengths from the host."""
     import cupy
 
-    B, HQ, H, D, P, M, steps = 3, 4, 2, 64, 16, 65, 1000
+    B, HQ, H, D, P, M, steps = 3, 4, 2, 64, 16, 66, 1000
     spec = KVSpec(spec, spec)
     starts = np.array([1, 16, 40], np.int32)
     pages = rng.permutation(B * M).astype(np.int32).reshape(B, M)

@@ -266,6 +266,21 @@ def test_rows_of_many_states(xp, rng, length):
     judge(call(xp, *args, fixed_split=32), *args, 64**-0.5)
 
 
+@pytest.mark.parametrize("q", ["float32", "float16"])
+@pytest.mark.parametrize("spec", ["int8", "e4m3+int4:fp32"])
+def test_scores_that_grow(xp, rng, spec, q):
+    """The maximum moves at most of the tiles that a warp reads: units of weights must not follow."""
+    D, L = 64, 3500
+    spec, arrays, table = cache(rng, [L], 16, 1, D, spec)
+    queries = rng.standard_normal((1, 1, D)).astype(q)
+    k = queries * np.linspace(0, 50, L)[:, None, None]
+    codes, scales = kinds.quantize(k, spec.kinds[0], scale_dtype=kinds.SCALE_DTYPES[spec.scale_dtype])
+    at = table[0, np.arange(L) // 16], np.arange(L) % 16
+    arrays["k_pool"][at], arrays["k_scales"][at] = codes, scales
+    args = (queries, spec, arrays, table, np.array([L], np.int32))
+    judge(call(xp, *args, fixed_split=4096), *args, D**-0.5)
+
+
 def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
     """(score, page, offset) of the keys that query t of T sees, one after another."""
     P, found = k_pool.shape[1], []

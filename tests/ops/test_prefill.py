@@ -231,6 +231,29 @@ def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
     assert_close_to_oracle(out, low, exact)
 
 
+@pytest.mark.parametrize("spec, q", [("int8", "float16"), ("e4m3+int4:fp32", "float32")])
+def test_scores_that_grow(xp, rng, spec, q):
+    """The maximum moves at most of the tiles: units of weights must not follow."""
+    D, L = 64, 1800
+    q, arrays, (table, lengths, starts), spec = code_inputs(
+        rng, [(5, L)], G=1, H=1, D=D, P=8, window=None, q=q, spec=spec
+    )
+    q[...] = q[0]
+    k = q[0] * np.linspace(0, 50, L)[:, None, None]
+    dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
+    codes, scales = kinds.quantize(k, spec.kinds[0], scale_dtype=dtype)
+    at = table[0, np.arange(L) // 8], np.arange(L) % 8
+    arrays["k_pool"][at], arrays["k_scales"][at] = codes, scales
+    given = dict(page_table=table, lengths=lengths, q_starts=starts)
+    sent = {name: xp.asarray(x) for name, x in given.items()} | of_spec(xp, spec, arrays)
+    out = prefill.prefill(xp.asarray(q), **sent)
+    low, exact = (
+        prefill.reference(x, **given, **arrays, spec=spec, scale=D**-0.5)[0]
+        for x in (q, q.astype(np.float64))
+    )
+    assert_close_to_oracle(out, low, exact)
+
+
 @pytest.mark.parametrize("spec", ["fp16", "int8", "int4:fp32"])
 def test_pools_may_be_views_of_one_array(xp, rng, spec):
     """Keys and values in one tensor, between layers and heads that nobody may read."""

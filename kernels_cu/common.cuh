@@ -76,6 +76,13 @@ __device__ __forceinline__ u32 e4m3x2_to_f16x2(u16 x) {
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(x));
     return y;
 }
+
+// [cvt] The four codes of a word, likewise; the instruction itself takes the upper half of one.
+__device__ __forceinline__ void e4m3x4_to_f16x4(u32 (&pairs)[2], u32 word) {
+    asm("{\n\t.reg .b16 lower, upper;\n\tmov.b32 {lower, upper}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, lower;\n\tcvt.rn.f16x2.e4m3x2 %1, upper;\n\t}"
+        : "=r"(pairs[0]), "=r"(pairs[1]) : "r"(word));
+}
 #endif
 
 // [ld] 16 bytes, aligned to 16. Stays before the next __syncwarp, where other loads from memory that
@@ -663,15 +670,17 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i4>& eight) {
 __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<e4m3>& eight) {
     const u32 words[2] = {eight.words.x, eight.words.y};
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        const u16 pair = (u16)(words[i / 4] >> i % 4 * 8);
+    for (int i = 0; i < 2; i++) {
 #if __CUDA_ARCH__ >= 890
-        const u32 halves = e4m3x2_to_f16x2(pair);
-        x[i] = f16_bits_to_float((u16)halves);
-        x[i + 1] = f16_bits_to_float((u16)(halves >> 16));
+        u32 pairs[2];
+        e4m3x4_to_f16x4(pairs, words[i]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            x[4 * i + j] = f16_bits_to_float((u16)(pairs[j / 2] >> j % 2 * 16));
+        }
 #else
-        x[i] = to_float(e4m3{(u8)pair});
-        x[i + 1] = to_float(e4m3{(u8)(pair >> 8)});
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[4 * i + j] = to_float(e4m3{(u8)(words[i] >> 8 * j)});
 #endif
     }
 }
@@ -855,8 +864,7 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e5m2) {
 
 __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
 #if __CUDA_ARCH__ >= 890
-    pairs[0] = e4m3x2_to_f16x2((u16)word);
-    pairs[1] = e4m3x2_to_f16x2((u16)(word >> 16));
+    e4m3x4_to_f16x4(pairs, word);
 #else
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -22,8 +22,8 @@
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
-// Launch:   grid (TILES * ranges), at most COUNTERS where ranges > 1; block (128); WARPS * (K_BYTES
-//           + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; block (128);
+//           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Stack: 80 bytes, with rows of 256 elements, whose sums alone fill half of the registers
@@ -200,17 +200,18 @@ struct Table {
     }
 };
 
-// The rows of one KV head, or their scales.
+// The rows of one KV head, or their scales. The host keeps strides of pages and tokens below 2^32
+// bytes: then an address takes two instructions, where that of 64-bit strides would take seven.
 template <typename T> struct Rows {
-    const T* at;
-    i64 page_stride;  // in elements
-    u32 token_bytes;  // which the host keeps below 2^32: a product takes one instruction then
+    const u8* at;
+    u32 page_bytes, token_bytes;
 
-    __device__ __forceinline__ Rows(const T* pool, i64 page, int token, i64 head, int kv_head)
-        : at(pool + kv_head * head), page_stride(page), token_bytes((u32)token * sizeof(T)) {}
+    __device__ __forceinline__ Rows(const T* pool, int page, int token, i64 head, int kv_head)
+        : at((const u8*)(pool + kv_head * head)), page_bytes((u32)page * sizeof(T)),
+          token_bytes((u32)token * sizeof(T)) {}
 
     __device__ __forceinline__ const T* row(int page, u32 key) const {
-        return (const T*)((const u8*)(at + page * page_stride) + (u64)(key % PAGE) * token_bytes);
+        return (const T*)(at + (u64)(u32)page * page_bytes + (u64)(key % PAGE) * token_bytes);
     }
 };
 
@@ -548,9 +549,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
                  const int* __restrict__ lengths, const float* __restrict__ slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-                 i64 q_token_stride, i64 k_page, i64 k_head, i64 v_page, i64 v_head, i64 ks_page,
-                 i64 ks_head, i64 vs_page, i64 vs_head, int k_token, int v_token, int ks_token,
-                 int vs_token, int B, int T, int behind, int HQ, int H, int M, int capacity,
+                 i64 q_token_stride, i64 k_head, i64 v_head, i64 ks_head, i64 vs_head, int k_page,
+                 int k_token, int v_page, int v_token, int ks_page, int ks_token, int vs_page,
+                 int vs_token, int B, int T, int behind, int G, int M, int capacity,
                  int window, int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut in two, and read twice
@@ -559,14 +560,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
 
-    const int G = HQ / H;
-    const int head_tiles = (G * T + ROWS - 1) / ROWS;
-    const int tiles = H * head_tiles;
+    const int tile_of_head = blockIdx.x, kv_head = blockIdx.y, range = blockIdx.z;
+    const int tiles = gridDim.x * gridDim.y, ranges = gridDim.z;
+    const int head_tile = kv_head * gridDim.x + tile_of_head;
     const int max_rows = min(G * T, ROWS);
-    const int tile_of_head = blockIdx.x % head_tiles;
-    const int kv_head = blockIdx.x / head_tiles % H;
-    const int head_tile = blockIdx.x % tiles;
-    const int range = blockIdx.x / tiles, ranges = gridDim.x / tiles;
     const int num_rows = min(ROWS, G * T - tile_of_head * ROWS);
 
     // This block's range of units.
@@ -605,19 +602,33 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     float* const piece_x = workspace + COUNTERS;
     float2* const piece_stats = (float2*)(piece_x + (i64)slots * tiles * max_rows * D);
 
+    // Of the tile that is copied next: its pages, and scales as they are stored, since to convert
+    // them is to wait for them; those of keys and values of this lane's number.
+    int ids[PAGE_IDS];
+    SCALE_T next_k_scale{}, next_v_scale{};
+    const auto load_scales = [&](const Table& table, int tile) {
+        if constexpr (HAS_CODES) {
+            const int of_tile = lane % KEYS, page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
+            const u32 key = table.key(tile * KEYS + of_tile);
+            if (K_HAS_CODES) next_k_scale = *key_scales.row(page, key);
+            if (V_HAS_CODES) next_v_scale = *value_scales.row(page, key);
+        }
+    };
+
     // A piece's first tiles are under way before the piece before it is brought to its end.
     const auto start_copies = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
         const int tile = piece.tile + warp;
         const bool has_tile = tile < piece.tile_end;
-        int ids[PAGE_IDS];
         if (has_tile) {
             table.find(ids, tile);
             copy_tile<KShare>(k_queue, keys, table, ids, tile);
+            load_scales(table, tile);
         }
         cp_async_commit();
         if (has_tile) copy_tile<VShare>(v_queue, values, table, ids, tile);
         cp_async_commit();
+        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
     };
 
     Piece piece = first_piece(batch, begin, end, fixed);
@@ -653,31 +664,12 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
         float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
 
-        int tile = piece.tile + warp;
-        int ids[PAGE_IDS];  // of the tile to be copied next
-        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
-        // Scales of this tile and the next, keys and values of this lane's number.
-        float k_scale = 1.0f, v_scale = 1.0f, next_k_scale = 1.0f, next_v_scale = 1.0f;
-        int scale_page = 0;
-        const auto load_scales = [&](int of_tile) {
-            const int key = table.key(of_tile * KEYS + lane);
-            if (K_HAS_CODES) next_k_scale = to_float(*key_scales.row(scale_page, key));
-            if (V_HAS_CODES) next_v_scale = to_float(*value_scales.row(scale_page, key));
-            const int following = of_tile + WARPS;
-            if (following < piece.tile_end) scale_page = table.page(following * KEYS + lane);
-        };
-        if (HAS_CODES && tile < piece.tile_end) {
-            scale_page = table.page(tile * KEYS + lane);
-            load_scales(tile);
-        }
-
-        for (; tile < piece.tile_end; tile += WARPS) {
+        for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
             const int later = tile + WARPS;
             const bool has_later = later < piece.tile_end;
-            if (HAS_CODES) {
-                k_scale = next_k_scale, v_scale = next_v_scale;
-                if (tile + WARPS < piece.tile_end) load_scales(tile + WARPS);
-            }
+            const float k_scale = to_float(next_k_scale);
+            float v_scale = to_float(next_v_scale);
+            if (has_later) load_scales(table, later);
 
             float scores[KEYS / 4];
             cp_async_wait<1>();
@@ -804,12 +796,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int first_range = done.start / share;
         const int arrivals = (done.start + done.seen.units - 1) / share - first_range + 1;
         const int states = fixed ? done.seen.units : arrivals;
-        const auto slot = [&](int i) -> i64 {
-            if (fixed) return done.start + i;
-            return 2 * (first_range + i) + (i == 0 && done.start % share != 0);
-        };
+        const int first_slot = fixed ? done.start : 2 * first_range;
+        const bool begins_within = !fixed && done.start % share != 0;  // a range of other rows' keys
         const auto in_workspace = [&](int i, int row, int d) {
-            const i64 at = (slot(i) * tiles + head_tile) * max_rows + row;
+            const int slot = first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
+            const i64 at = (i64)slot * (tiles * max_rows) + head_tile * max_rows + row;
             return Kept{piece_stats + at, (float4*)(piece_x + at * D + d)};
         };
         const auto write = [&](State s, int row, int d) {
@@ -823,7 +814,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #pragma unroll
             for (int i = 0; i < 4; i++) s.x[i] *= keep;
 #endif
-            const i64 at = ((i64)done.b * T + in_group / G) * HQ + q_head;
+            const i64 at = ((i64)done.b * T + in_group / G) * (gridDim.y * G) + q_head;
 #pragma unroll
             for (int i = 0; i < 4; i++) s.x[i] = s.l == 0.0f ? 0.0f : s.x[i] / s.l;
             store4(out + at * D + d, s.x);
@@ -856,7 +847,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 __threadfence();
                 for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
                     const int row = i / (D / 4), d = i % (D / 4) * 4;
-                    write(join<12>(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
+                    write(join<16>(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
                 }
             }
         }

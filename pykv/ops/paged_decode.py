@@ -233,7 +233,7 @@ def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = T
         spec: kinds of the pools.
         D: head size.
         sm: 90 and the like, that of the current GPU if None.
-        aligned: addresses and strides of the pools are multiples of 16 bytes, and tokens of a page
+        aligned: addresses and strides of the pools are multiples of 16 bytes, and pages and tokens
             less than 2^30 elements apart.
     """
     covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
@@ -459,7 +459,7 @@ class Plan(NamedTuple):
     """What all but the contents of arrays decides of a call."""
 
     kernel: Any
-    grid: int
+    grid: int | tuple[int, int, int]
     shared_bytes: int
     size: int  # of the workspace, in elements
     scalars: tuple[Any, ...]
@@ -514,10 +514,10 @@ def _plan(
             (None if v_scales is None else v_scales.strides, scale_dtype),
         )
     ]
-    # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a token to
-    # the next that 32 bits hold.
+    # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a page or
+    # token to the next that 32 bits hold.
     aligned = aligned and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
-    near = all(0 <= token < 2**30 for _, token, _ in steps)
+    near = all(0 <= n < 2**30 for page, token, _ in steps for n in (page, token))
     stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
     if not mma.fits(sm, spec, q_dtype, sizes):
         stem = "paged_decode"
@@ -529,8 +529,8 @@ def _plan(
         grid, shared_bytes, size, ints = mma.launch(
             sm, spec, q_dtype, sizes, window, behind, num_sms, fixed_split
         )
-        longs = [*q_steps, *(n for page, _, head in steps for n in (page, head))]
-        ints = (*(token for _, token, _ in steps), *ints)
+        longs = [*q_steps, *(head for *_, head in steps)]
+        ints = (*(n for page, token, _ in steps for n in (page, token)), *ints)
     else:
         defines["ROWS"] = _tile_rows(sizes)
         splits, size = _plain_splits(sizes, window, num_sms, fixed_split)

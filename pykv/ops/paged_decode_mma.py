@@ -136,13 +136,14 @@ def launch(
     behind: int,
     num_sms: int,
     fixed_split: int | None,
-) -> tuple[int, int, int, tuple[int, ...]]:
+) -> tuple[tuple[int, int, int], int, int, tuple[int, ...]]:
     """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
     shared = shared_bytes(sm, spec, q_dtype, sizes)
     ranges = num_ranges(sizes, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
     B, T, HQ, H, D, _, M = sizes
+    grid = (sizes.tiles // H, H, ranges)
     slots = num_slots(sizes, ranges, fixed_split)
     piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
-    ints = (B, T, behind, HQ, H, M, sizes.capacity, window, piece_tiles, slots)
+    ints = (B, T, behind, HQ // H, M, sizes.capacity, window, piece_tiles, slots)
     size = workspace_size(sizes, ranges, fixed_split)
-    return sizes.tiles * ranges, shared, size, ints
+    return grid, shared, size, ints

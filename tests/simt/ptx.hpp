@@ -91,6 +91,11 @@ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
     return y;
 }
 
+inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
+    pairs[0] = e4m3x2_to_f16x2((unsigned short)word);
+    pairs[1] = e4m3x2_to_f16x2((unsigned short)(word >> 16));
+}
+
 // --- Copies and fragments ------------------------------------------------------------------------
 
 inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }

@@ -215,6 +215,9 @@ def test_e4m3_pairs_widen(probe):
     want = np.where(np.isnan(x), np.uint16(0x7FFF), bits(x.astype(np.float16)))
     out = np.zeros(2 * pairs.size, np.uint16)
     assert_same_bits(probe.run("widen_e4m3x2", out, pairs, n=pairs.size), want)
+    out = np.zeros(pairs.size, np.uint32)  # two words of pairs are four codes each
+    got = probe.run("widen_e4m3x4", out, pairs.view(np.uint32), n=pairs.size // 2)
+    assert_same_bits(got.view(np.uint16), want)
 
 
 # --- Copies and fragments -------------------------------------------------------------------------
@@ -439,5 +442,5 @@ def test_inline_ptx_stands_in_one_section_and_has_twins():
     assert not any(re.search(r"\basm\b", text) for text in (before, after, *others))
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 23
+    assert len(wrappers) == 24
     assert wrappers == {name: twins.get(name) for name in wrappers}

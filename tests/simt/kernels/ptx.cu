@@ -143,6 +143,16 @@ extern "C" __global__ void widen_e4m3x2(u16* halves, const u16* pairs, int n) {
 #endif
 }
 
+extern "C" __global__ void widen_e4m3x4(u32* halves, const u32* words, int n) {
+#if __CUDA_ARCH__ >= 890
+    if (item() >= n) return;
+    u32 pairs[2];
+    e4m3x4_to_f16x4(pairs, words[item()]);
+    halves[2 * item()] = pairs[0];
+    halves[2 * item() + 1] = pairs[1];
+#endif
+}
+
 // --- Copies and fragments ------------------------------------------------------------------------
 
 extern "C" __global__ void copy(u32* to, const u32* from) {

@@ -215,6 +215,13 @@ __device__ __forceinline__ int made_here(int x) {
     return x;
 }
 
+// x itself, 64 bits, but the compiler does not know: it stays in registers, and is not made again in
+// each turn of a loop.
+template <typename T> __device__ __forceinline__ T made_once(T x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
 // [ex2] 2^x to within 2^-22 of itself; arguments and results that are subnormal count as 0, which
 // spares exp2f's care for them.
 __device__ __forceinline__ float exp2_flushed(float x) {

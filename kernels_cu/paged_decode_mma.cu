@@ -185,7 +185,7 @@ struct Table {
     int first, last;
 
     __device__ __forceinline__ u32 key(int k) const { return max(first, min(k, last)); }
-    __device__ __forceinline__ int page(int k) const { return pages[key(k) / PAGE]; }
+    __device__ __forceinline__ int page(int k) const { return __ldg(pages + key(k) / PAGE); }
 
     __device__ __forceinline__ bool holds(int tile) const {
         return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
@@ -392,11 +392,11 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int n = 0; n < KEYS / 4; n++) {
-        const int row = n / 4 * 16 + lane % 4 * 2 + n % 2 + n / 2 % 2 * 8;
+        const int row = n / 4 * 16 + n % 2 + n / 2 % 2 * 8;  // from 2t on; it takes the same turn
 #pragma unroll
         for (int i = 0; i < VShare::COUNT; i++) {
-            const int place = Stored<VShare>::place_of(row, i, lane / 4);
-            load_words(values.words[n][i], queue + place);
+            const int place = Stored<VShare>::place_of(lane % 4 * 2, i, lane / 4);
+            load_words(values.words[n][i], queue + place + row * Stored<VShare>::ROW);
         }
     }
 }
@@ -635,7 +635,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     start_copies(piece);
     for (;;) {
         const int b = piece.b, length = piece.seen.length;
-        const Table table{page_table + (i64)b * M, piece.seen.first, length - 1};
+        const Table table{made_once(page_table + (i64)b * M), piece.seen.first, length - 1};
         Query query;
         query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
         load_query(query, query_row + b * q_stride, g < num_rows);
@@ -645,11 +645,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             factor *= RAW_UNIT;
         }
 
-        // Keys row_first .. position are seen; all of a tile in full_first .. full_end - 1.
+        // Keys row_first .. position are seen, and all of `full_tiles` tiles from full_first on.
         const int position = length - 1 - max(behind - token, 0);
         const int row_first = (int)max((i64)position + 1 - window, (i64)0);
-        const int full_first = (int)max((i64)length - window, (i64)0);
-        const int full_end = length - behind - TREE;
+        const int full_first = (int)max((i64)length - window + KEYS - 1, (i64)0) / KEYS;  // tiles
+        const int full_tiles = max(length - behind - TREE, 0) / KEYS - full_first;
 #if ALIBI
         const float slope = slopes[head] * LOG2_E;
 #endif
@@ -681,12 +681,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             cp_async_commit();
             multiply_keys(scores, query, of_keys);
 
-            const bool is_full = tile * KEYS >= full_first && tile * KEYS + KEYS <= full_end;
-            float largest = -INF;
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
                 const int k = i / 2 * 8 + 2 * t + i % 2;
-                float s = scores[i] * factor - zero_score;
+                float& s = scores[i];
+                s = s * factor - zero_score;
                 if (K_HAS_CODES) s *= __shfl_sync(FULL_MASK, k_scale, k);
 #if SOFT_CAP
                 s = tanhf(s) * cap;
@@ -694,18 +693,23 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #if ALIBI
                 s += slope * (tile * KEYS + k - position);
 #endif
-                if (!is_full) {
-                    const int key = tile * KEYS + k;
+            }
+            if (tile < full_first || tile >= full_first + full_tiles) {
+                __syncwarp();  // or the compiler makes this a part of every tile
+#pragma unroll
+                for (int i = 0; i < KEYS / 4; i++) {
+                    const int key = tile * KEYS + i / 2 * 8 + 2 * t + i % 2;
                     bool is_seen = key >= row_first && key <= position;
 #if TREE
                     const int branch = key - (length - 1 - behind);
                     if (branch >= 0) is_seen = key < length && (ancestors >> (branch & 63) & 1);
 #endif
-                    if (!is_seen) s = -INF;
+                    if (!is_seen) scores[i] = -INF;
                 }
-                scores[i] = s;
-                largest = fmaxf(largest, s);
             }
+            float largest = -INF;
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i]);
 
             // m is the maximum to within a factor of 2^8 of the weights, so that it seldom moves.
             const bool grows = largest > m + 8.0f || (V_HAS_CODES && fabsf(v_scale) > scale_unit);

@@ -218,6 +218,8 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
 
 inline int made_here(int x) { return x; }
 
+template <typename T> inline T made_once(T x) { return x; }
+
 // --- Powers --------------------------------------------------------------------------------------
 
 // The one twin that may differ in last bits.

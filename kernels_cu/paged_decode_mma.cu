@@ -127,11 +127,23 @@ struct Batch {
     }
 };
 
-__device__ __forceinline__ int warp_total(int x) {
+// Units of 32 sequences, `first` and on: of this lane's, and of all up to it.
+struct Scan {
+    int units, upto;
+
+    __device__ __forceinline__ Scan(const Batch& batch, int first) {
+        const int lane = threadIdx.x % WARP;
+        units = first + lane < batch.size ? batch.seen(first + lane).units : 0;
+        upto = units;
 #pragma unroll
-    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
-    return x;
-}
+        for (int step = 1; step < WARP; step *= 2) {
+            const int below = __shfl_up_sync(FULL_MASK, upto, step);
+            if (lane >= step) upto += below;
+        }
+    }
+
+    __device__ __forceinline__ int total() const { return __shfl_sync(FULL_MASK, upto, WARP - 1); }
+};
 
 // Part of a range that lies in one sequence.
 struct Piece {
@@ -150,28 +162,18 @@ __device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, 
     return p;
 }
 
-// The first piece of a range, found by every warp for itself.
-__device__ __forceinline__ Piece first_piece(const Batch& batch, int begin, int end,
+// The first piece of a range, found by every warp for itself; `scan` is that of the first sequences.
+__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int begin, int end,
                                              bool one_unit) {
-    const int lane = threadIdx.x % WARP;
     int first = 0, start = 0;
-    for (;; first += WARP) {
-        const int units = first + lane < batch.size ? batch.seen(first + lane).units : 0;
-        const int all = warp_total(units);
-        if (start + all <= begin) {
-            start += all;
-            continue;
-        }
-        int upto = units;  // of the lanes up to this one
-#pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const int below = __shfl_up_sync(FULL_MASK, upto, step);
-            if (lane >= step) upto += below;
-        }
-        const int found = __ffs(__ballot_sync(FULL_MASK, start + upto > begin)) - 1;
-        start += __shfl_sync(FULL_MASK, upto - units, found);
-        return piece_at(batch, first + found, start, begin, end, one_unit);
+    for (int all = scan.total(); start + all <= begin; all = scan.total()) {
+        start += all;
+        first += WARP;
+        scan = Scan(batch, first);
     }
+    const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
+    start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
+    return piece_at(batch, first + found, start, begin, end, one_unit);
 }
 
 // --- Copies: from pages to this lane's queue ------------------------------------------------------
@@ -569,9 +571,9 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     // This block's range of units.
     const bool fixed = piece_tiles > 0;
     const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
-    int total = 0;
-    for (int b = lane; b < B; b += WARP) total += batch.seen(b).units;
-    total = warp_total(total);
+    const Scan scan(batch, 0);
+    int total = scan.total();
+    for (int b = WARP; b < B; b += WARP) total += Scan(batch, b).total();
     int share = (total + ranges - 1) / ranges;
     if (!fixed) {
         share = max(share, MIN_KEYS / KEYS);
@@ -604,7 +606,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // Of the tile that is copied next: its pages, and scales as they are stored, since to convert
     // them is to wait for them; those of keys and values of this lane's number.
-    int ids[PAGE_IDS];
+    int ids[PAGE_IDS] = {};
     SCALE_T next_k_scale{}, next_v_scale{};
     const auto load_scales = [&](const Table& table, int tile) {
         if constexpr (HAS_CODES) {
@@ -615,13 +617,17 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         }
     };
 
-    // A piece's first tiles are under way before the piece before it is brought to its end.
-    const auto start_copies = [&](const Piece& piece) {
+    // A piece's first tiles are under way before the piece before it comes to its end; its queries
+    // are awaited together with the pages of those.
+    Query query;
+    query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
+    const auto start = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
         const int tile = piece.tile + warp;
         const bool has_tile = tile < piece.tile_end;
+        if (has_tile) table.find(ids, tile);
+        load_query(query, query_row + piece.b * q_stride, g < num_rows);
         if (has_tile) {
-            table.find(ids, tile);
             copy_tile<KShare>(k_queue, keys, table, ids, tile);
             load_scales(table, tile);
         }
@@ -631,14 +637,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
     };
 
-    Piece piece = first_piece(batch, begin, end, fixed);
-    start_copies(piece);
+    Piece piece = first_piece(batch, scan, begin, end, fixed);
+    start(piece);
     for (;;) {
         const int b = piece.b, length = piece.seen.length;
         const Table table{made_once(page_table + (i64)b * M), piece.seen.first, length - 1};
-        Query query;
-        query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
-        load_query(query, query_row + b * q_stride, g < num_rows);
         float factor = score_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
         if constexpr (K_IS_RAW) {
             zero_score = RAW_ZERO<KE> * query.sum * factor;
@@ -764,7 +767,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const bool same = next < piece.start + piece.seen.units;
             const int next_start = same ? piece.start : piece.start + piece.seen.units;
             piece = piece_at(batch, same ? b : b + 1, next_start, next, end, fixed);
-            start_copies(piece);
+            start(piece);
         }
 
         // This warp's states.
@@ -797,11 +800,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
         // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
         // state is done; else it is merged by the last of its blocks.
-        const int first_range = done.start / share;
-        const int arrivals = (done.start + done.seen.units - 1) / share - first_range + 1;
-        const int states = fixed ? done.seen.units : arrivals;
+        const int units = done.seen.units;
+        const bool is_whole = done.start >= begin && done.start + units <= end;
+        const int first_range = is_whole ? range : done.start / share;
+        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
+        const int states = fixed ? units : arrivals;
         const int first_slot = fixed ? done.start : 2 * first_range;
-        const bool begins_within = !fixed && done.start % share != 0;  // a range of other rows' keys
+        const bool begins_within = !fixed && done.start != first_range * share;  // a range of other rows' keys
         const auto in_workspace = [&](int i, int row, int d) {
             const int slot = first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
             const i64 at = (i64)slot * (tiles * max_rows) + head_tile * max_rows + row;
@@ -819,8 +824,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             for (int i = 0; i < 4; i++) s.x[i] *= keep;
 #endif
             const i64 at = ((i64)done.b * T + in_group / G) * (gridDim.y * G) + q_head;
+            const float inverse = s.l == 0.0f ? 0.0f : 1.0f / s.l;
 #pragma unroll
-            for (int i = 0; i < 4; i++) s.x[i] = s.l == 0.0f ? 0.0f : s.x[i] / s.l;
+            for (int i = 0; i < 4; i++) {
+                s.x[i] = IS_COARSE ? s.x[i] * inverse : s.l == 0.0f ? 0.0f : s.x[i] / s.l;
+            }
             store4(out + at * D + d, s.x);
             if (lse && d == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
         };

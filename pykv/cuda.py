@@ -435,6 +435,10 @@ def launch(
 
     Does not synchronise.
     """
+    if _recording.calls is not None:
+        ready = bind(kernel, grid, block, *args, scalars=scalars, shared_bytes=shared_bytes)
+        _recording.calls.append(ready)
+        return
     core_launch, array, current_stream, current_device = _launcher()
     values = _values(array, args)
     stream = _stream(current_stream().ptr, current_device())
@@ -457,7 +461,8 @@ def bind(
 ) -> Callable[[], None]:
     """What `launch` does, made ready to be done many times on whatever stream is current.
 
-    Args and errors are those of `launch`. Addresses are read here: keep the arrays.
+    Args and errors are those of `launch`. Addresses are read here; the arrays live as long as what
+    is returned.
 
     Returns:
         A function without arguments that enqueues the kernel, at about the driver's own cost.
@@ -467,7 +472,7 @@ def bind(
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, current_device())
 
-    def enqueue() -> None:
+    def enqueue(_kept: Any = args) -> None:
         try:
             core_launch(_stream(current_stream().ptr, current_device()), config, kernel, *values)
         except Exception as error:
@@ -475,6 +480,37 @@ def bind(
             raise
 
     return enqueue
+
+
+class _Recording(threading.local):
+    calls: list[Callable[[], None]] | None = None
+
+
+_recording = _Recording()
+
+
+def prepare(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """What `call` launches, made ready to be launched many times, and what `call` returns.
+
+    Args:
+        call: a call of an op of this package's own kernels alone. It runs, but launches nothing;
+            other work that it enqueues (CuPy's, cuBLAS's) is done once, here.
+
+    Returns:
+        As `bind`, of all its launches; and the result.
+    """
+    calls: list[Callable[[], None]] = []
+    before, _recording.calls = _recording.calls, calls
+    try:
+        result = call()
+    finally:
+        _recording.calls = before
+
+    def enqueue() -> None:
+        for each in calls:
+            each()
+
+    return calls[0] if len(calls) == 1 else enqueue, result
 
 
 def _values(array: Any, args: tuple[Any, ...]) -> list[Any]:

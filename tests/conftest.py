@@ -77,10 +77,16 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda, "kernel", machine.kernel)
-    monkeypatch.setattr(cuda, "launch", machine.launch)
-    monkeypatch.setattr(
-        cuda, "bind", lambda *args, **sizes: partial(machine.launch, *args, **sizes)
-    )
+    bind = partial(partial, machine.launch)
+
+    def launch(*args, **sizes):
+        recorded = cuda._recording.calls
+        machine.launch(*args, **sizes) if recorded is None else recorded.append(
+            bind(*args, **sizes)
+        )
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "bind", bind)
     monkeypatch.setattr(cuda, "current_device", lambda: cupy.DEVICE)
     monkeypatch.setattr(cuda, "current_arch", lambda: machine.ARCH)
     monkeypatch.setattr(linear, "has_cublas", lambda: True)

@@ -10,6 +10,7 @@ Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head siz
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -183,6 +184,37 @@ def decode(
         if lse is not None:
             lse[...] = sums * (1 if lse_base == "e" else math.log2(math.e))
     return (out, lse) if return_lse else out
+
+
+def prepare(*arrays: Any, **options: Any) -> Callable[[], Any]:
+    """`decode` made ready: a function that attends to the same arrays again, as they are then.
+
+    For a loop without a captured graph. Arrays are checked here, once; on a GPU a call is one
+    launch on CuPy's current stream, and costs the host little more than the driver takes.
+
+    Args:
+        arrays, options: those of `decode` but `stream`. What is not given, `out` and the workspace
+            among them, is allocated here, for all calls.
+
+    Returns:
+        A function of no arguments that returns what `decode` does.
+
+    Raises:
+        As `decode`; ParameterError: a stream is given.
+    """
+    if "stream" in options:
+        raise ParameterError("paged_decode.prepare: stream is given, expected that of each call")
+    if not on_gpu(arrays[0] if arrays else options["q"]):
+        out = decode(*arrays, **options)
+        first = out[0] if isinstance(out, tuple) else out
+        return lambda: decode(*arrays, **{**options, "out": first})
+    enqueue, found = cuda.prepare(lambda: decode(*arrays, **options))
+
+    def run() -> Any:
+        enqueue()
+        return found
+
+    return run
 
 
 def workspace_size(

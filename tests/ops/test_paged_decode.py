@@ -269,16 +269,38 @@ def test_rows_of_many_states(xp, rng, length):
 @pytest.mark.parametrize("q", ["float32", "float16"])
 @pytest.mark.parametrize("spec", ["int8", "e4m3+int4:fp32"])
 def test_scores_that_grow(xp, rng, spec, q):
-    """The maximum moves at most of the tiles that a warp reads: units of weights must not follow."""
+    """The maximum moves at most tiles that a warp reads: units of weights must not follow."""
     D, L = 64, 3500
     spec, arrays, table = cache(rng, [L], 16, 1, D, spec)
     queries = rng.standard_normal((1, 1, D)).astype(q)
     k = queries * np.linspace(0, 50, L)[:, None, None]
-    codes, scales = kinds.quantize(k, spec.kinds[0], scale_dtype=kinds.SCALE_DTYPES[spec.scale_dtype])
+    codes, scales = kinds.quantize(
+        k, spec.kinds[0], scale_dtype=kinds.SCALE_DTYPES[spec.scale_dtype]
+    )
     at = table[0, np.arange(L) // 16], np.arange(L) % 16
     arrays["k_pool"][at], arrays["k_scales"][at] = codes, scales
     args = (queries, spec, arrays, table, np.array([L], np.int32))
     judge(call(xp, *args, fixed_split=4096), *args, D**-0.5)
+
+
+@pytest.mark.parametrize("spec, D", [("int8", 64), ("fp32", 40)])
+def test_prepared_calls_read_the_arrays_anew(xp, rng, spec, D):
+    lengths = (300, 0, 47)
+    spec, arrays, table = cache(rng, lengths, 16, 2, D, spec)
+    arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
+    q, other = (queries_of(rng, (3, 4, D), "float32") for _ in range(2))
+    where = dict(page_table=xp.asarray(table), lengths=xp.asarray(np.array(lengths, np.int32)))
+    options = dict(**arrays, **where, spec=spec, fixed_split=64, return_lse=True)
+    queries = xp.asarray(q)
+    run = paged_decode.prepare(queries, **options)
+    for new in (q, other):
+        queries[...] = xp.asarray(new)
+        got, want = run(), paged_decode.decode(queries, **options)
+        for x, y in zip(got, want, strict=True):
+            assert_same_bits(x, y)
+    assert run()[0] is got[0]
+    with pytest.raises(ParameterError, match="stream is given"):
+        paged_decode.prepare(queries, **options, stream=1)
 
 
 def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):

@@ -444,6 +444,17 @@ __device__ __forceinline__ void store4(T* p, const float (&x)[4]) {
     *reinterpret_cast<uint2*>(p) = words;
 }
 
+// Two elements, aligned to two elements.
+__device__ __forceinline__ void store2(float* p, float a, float b) {
+    *reinterpret_cast<float2*>(p) = make_float2(a, b);
+}
+
+template <typename T>  // f16 or bf16
+__device__ __forceinline__ void store2(T* p, float a, float b) {
+    static_assert(sizeof(T) == 2, "f16 or bf16");
+    *reinterpret_cast<u32*>(p) = from_float<T>(a).bits | (u32)from_float<T>(b).bits << 16;
+}
+
 // Eight elements from one array to another; bits stay as they are where the types agree.
 template <typename T> __device__ __forceinline__ void move8(T* to, const T* from) {
     static_assert(sizeof(T) >= 2, "pieces of 16 bytes");

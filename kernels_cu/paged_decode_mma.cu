@@ -23,7 +23,8 @@
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
 // Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; block (128);
-//           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * D + 24)) bytes of dynamic shared memory
+//           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared
+//           memory, PITCH = D + 16 where D is a multiple of 32, else D
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Stack: 80 bytes, with rows of 256 elements, whose sums alone fill half of the registers
@@ -597,7 +598,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     u8* const v_queue = queue + K_BYTES;
 
     // The states of the warps, and in the workspace those of pieces.
-    constexpr int PITCH = D + 4;
+    constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
     float* const warp_x = (float*)(shared + WARPS * (K_BYTES + V_BYTES + Q_BYTES));
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
@@ -788,12 +789,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
 #pragma unroll
             for (int i = 0; i < D / 8; i += 2) {
-                constexpr int E = VShare::ELEMENTS;
-#pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int d = (i / E * 8 + 2 * t + c) * E + i % E;
-                    *(float2*)(row + d) = make_float2(value(i, c), value(i + 1, c));
-                }
+                *(float4*)(row + i / 2 * 16 + 4 * t) =
+                    make_float4(value(i, 0), value(i + 1, 0), value(i, 1), value(i + 1, 1));
             }
         }
         __syncthreads();
@@ -806,13 +803,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
         const int states = fixed ? units : arrivals;
         const int first_slot = fixed ? done.start : 2 * first_range;
-        const bool begins_within = !fixed && done.start != first_range * share;  // a range of other rows' keys
-        const auto in_workspace = [&](int i, int row, int d) {
+        // Whether the first of them is the second part of its range.
+        const bool begins_within = !fixed && done.start != first_range * share;
+        const auto in_workspace = [&](int i, int row, int p) {
             const int slot = first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
             const i64 at = (i64)slot * (tiles * max_rows) + head_tile * max_rows + row;
-            return Kept{piece_stats + at, (float4*)(piece_x + at * D + d)};
+            return Kept{piece_stats + at, (float4*)(piece_x + at * D + p)};
         };
-        const auto write = [&](State s, int row, int d) {
+        // Element p of a row's state: those of lane t, from two columns each, stand together.
+        const auto write = [&](State s, int row, int p) {
             const int in_group = tile_of_head * ROWS + row;
             const int q_head = kv_head * G + in_group % G;
 #if SINKS
@@ -829,37 +828,40 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             for (int i = 0; i < 4; i++) {
                 s.x[i] = IS_COARSE ? s.x[i] * inverse : s.l == 0.0f ? 0.0f : s.x[i] / s.l;
             }
-            store4(out + at * D + d, s.x);
-            if (lse && d == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
+            constexpr int E = VShare::ELEMENTS;
+            const int i = p / 16 * 2, d = (i / E * 8 + p / 4 % 4 * 2) * E + i % E;
+            store2(out + at * D + d, s.x[0], s.x[1]);
+            store2(out + at * D + d + E, s.x[2], s.x[3]);
+            if (lse && p == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
         };
         for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-            const int row = i / (D / 4), d = i % (D / 4) * 4;
+            const int row = i / (D / 4), p = i % (D / 4) * 4;
             const State s = join<WARPS>(WARPS, [&](int w) {
                 const int at = w * max_rows + row;
-                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + d)};
+                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + p)};
             });
             if (states == 1) {
-                write(s, row, d);
+                write(s, row, p);
                 continue;
             }
             const Kept to = in_workspace(fixed ? done.unit - done.start : range - first_range,
-                                           row, d);
+                                           row, p);
             *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
-            if (d == 0) *to.stat = make_float2(s.m, s.l);
+            if (p == 0) *to.stat = make_float2(s.m, s.l);
         }
         if (states > 1 && (!has_next || piece.b != b)) {
-            __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) {  // a row that leaves a range is the only one that does
                 u32* counter = counters + first_range * tiles + head_tile;
+                __threadfence();  // what the barrier gathered is seen before the count, and after it
                 is_last = arrivals == 1 || atomicInc(counter, arrivals - 1) == arrivals - 1;
+                __threadfence();  // what the others counted is seen behind the next barrier
             }
             __syncthreads();
             if (is_last) {
-                __threadfence();
                 for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-                    const int row = i / (D / 4), d = i % (D / 4) * 4;
-                    write(join<16>(states, [&](int n) { return in_workspace(n, row, d); }), row, d);
+                    const int row = i / (D / 4), p = i % (D / 4) * 4;
+                    write(join<16>(states, [&](int n) { return in_workspace(n, row, p); }), row, p);
                 }
             }
         }

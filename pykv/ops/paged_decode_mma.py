@@ -76,7 +76,8 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
             3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
         )
         queue += terms * D * 16
-    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * D + 24))
+    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
+    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * pitch + 8))
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:

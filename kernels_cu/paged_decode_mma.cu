@@ -27,7 +27,8 @@
 //           memory, PITCH = D + 16 where D is a multiple of 32, else D
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
-// Stack: 80 bytes, with rows of 256 elements, whose sums alone fill half of the registers
+// Stack: 80 bytes, outside the loop over keys: of rows of 256 elements, whose sums alone fill half of
+//           the registers, and of codes with 16-bit queries, of which an SM runs three blocks
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -249,8 +250,9 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
                                           const int (&ids)[PAGE_IDS], int tile) {
     using At = Stored<S>;
     constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
+    constexpr bool BY_STEPS = TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
-    if constexpr (TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16) {
+    if constexpr (BY_STEPS) {
         if (table.holds(tile)) {  // the usual case, with few instructions: these count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
@@ -267,8 +269,7 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
         }
     }
     static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
-#pragma unroll 1
-    for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) {
+    const auto copy = [&](int n) {
         const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
         int page = ids[0];
         if (!TILES_IN_PAGES) {
@@ -278,6 +279,13 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
         }
         const u8* from = (const u8*)rows.row(page, table.key(tile * KEYS + row));
         cp_async<At::CHUNK>(queue + At::place(row, chunk), from + chunk * At::CHUNK);
+    };
+    if constexpr (BY_STEPS) {
+#pragma unroll 1
+        for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) copy(n);
+    } else {
+#pragma unroll
+        for (int n = 0; n < KEYS * At::CHUNKS; n += WARP) copy(n + lane);
     }
 }
 
@@ -576,10 +584,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     int total = scan.total();
     for (int b = WARP; b < B; b += WARP) total += Scan(batch, b).total();
     int share = (total + ranges - 1) / ranges;
-    if (!fixed) {
-        share = max(share, MIN_KEYS / KEYS);
-        if (share < 16 * WARPS) share = (share + WARPS - 1) / WARPS * WARPS;  // even for the warps
-    }
+    if (!fixed) share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;  // even for warps
     const int begin = range * share, end = min(begin + share, total);
     if (begin >= end) return;
 

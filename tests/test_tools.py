@@ -267,6 +267,14 @@ def compared(op, kv, pykv, *peers, flops=0):
     }
 
 
+def prompted(median, flops, **case):
+    shape = {} if "matmul" in case else dict(B=8, L=2048, HQ=32, H=8, D=128, P=16, Q=0)
+    return made(1.0, bench="prefill", **{**shape, "dtype": "bf16", **case}) | {
+        "median": median,
+        "flops": flops,
+    }
+
+
 RECORDS = {
     "copy": [
         *CEILING_RECORDS,
@@ -300,6 +308,18 @@ RECORDS = {
         compared("decode", "e4m3", None, 0.75, None, 1.0, None),
         compared("decode", "int8", 0.6, None, None, None, None),
         compared("decode", "int4", 0.4, None, None, None, None),
+    ],
+    "prefill": [
+        prompted(1000.0, 8e12, matmul=8192),
+        prompted(1000.0, 3e11, kv="bf16"),
+        prompted(1000.0, 2e11, kv="int8"),
+        prompted(1000.0, 4e11, kv="bf16", Q=512),
+        {**prompted(None, 1e11, kv="e4m3"), "ok": False},
+    ],
+    "model": [
+        made(5000.0, bench="model", B=1, L=8000, kv="fp16"),
+        made(4500.0, bench="model", B=1, L=8000, kv="fp8"),
+        {**WRONG, "bench": "model", "case": dict(B=1, L=8000, kv="int8")},
     ],
 }
 
@@ -348,13 +368,21 @@ def test_readme_gets_its_tables(project, capsys):
         "| 64 x 4,096 | 32/8 | 128 | 16 | int4 | 0.4 (100.0 %) |  |  |  |  |  |",
         "| 64 x 1 to 16,384, prompts | 32/8 | 128 | 16 | bf16 | 20.0 (50 TFLOP/s) "
         "|  | 16.0 |  | 10.0 | 1.25 |",
+        "| prompts x keys | queries | heads | D | P | of | bf16 | fp16 | int8 | e4m3 | int4 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 8 x 2,048 | all | 32/8 | 128 | 16 | bf16 | 300 |  | 200 |  |  |",
+        "| 8 x 2,048 | 512 | 32/8 | 128 | 16 | bf16 | 400 |  |  |  |  |",
+        "| sequences x context | fp16 | int8 | fp8 |",
+        "| --- | --- | --- | --- |",
+        "| 1 x 8,000 | 5.0 |  | 4.5 |",
     ]
+    assert "rows at 8000 in the same run" in text
     assert "(4,200 GB/s read + written, 55 GB/s h2d, 50 GB/s d2h)" in text
     assert "A prepared copy of 20,000 pairs keeps the host for 9.8 us." in text
     assert "head sizes 64, 128." in text
     assert "in 1 of 2\ncells of `pykv bench copy --sweep`; the worst is 0.80." in text
     assert "Beside FlashInfer 0.6, and torch 2.1 over" in text and "the 10 GB/s that" in text
-    assert "all cases: pykv 7.5, FA2 CUDA cores 7.5, FA2 tensor cores 7.5, XQA 7.5" in text
+    assert "\nall cases: pykv 7.5, FA2 CUDA cores 7.5, FA2 tensor cores 7.5, XQA 7.5" in text
 
 
 def test_readme_without_records_stays_as_it_is(project):

@@ -3,7 +3,7 @@
     cd tools/results/h200
     pykv bench copy --json copy.json
     pykv bench copy --sweep --json copy_sweep.json
-    pykv bench permute --json permute.json  # and append, gather, pages, decode likewise
+    pykv bench permute --json permute.json  # and append, gather, pages, decode, ... likewise
     python ../../compare_flashinfer.py --json flashinfer.json
     python ../../plot_sweep.py copy_sweep.json --out copy_sweep  # the svg goes into README.md
     python ../../readme_tables.py  # --check: exit code 1 where README.md is not up to date
@@ -17,12 +17,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from pykv.bench import CEILINGS, copy, report
+from pykv.bench import CEILINGS, copy, prefill, report
 from pykv.errors import FormatError, PykvError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("tools/results/h200")
-RECORDS = "copy copy_sweep permute append gather pages decode flashinfer".split()
+RECORDS = "copy copy_sweep permute append gather pages decode flashinfer prefill model".split()
 BEGIN, END = "<!-- tools/readme_tables.py writes from here -->", "<!-- to here -->"
 
 
@@ -50,6 +50,10 @@ def section(root):
         parts += decodes(records["decode"])
     if "flashinfer" in records:
         parts += peers(records["flashinfer"])
+    if "prefill" in records:
+        parts += prompts(records["prefill"])
+    if "model" in records:
+        parts += models(records["model"])
     return "\n\n".join(parts)
 
 
@@ -185,9 +189,9 @@ def caches(records):
     return [text, table(["what", "kind", "time", "share"], rows)]
 
 
-def shape_of(case):
+def shape_of(case, longest="16,384"):
     """The first cells of a row: all of a case of attention but its kind."""
-    length = f"{case['L']:,}" if case["L"] else "1 to 16,384"
+    length = f"{case['L']:,}" if case["L"] else f"1 to {longest}"
     what = f"{case['B']} x {length}" + ", prompts" * (case.get("op") == "prefill")
     return what, f"{case['HQ']}/{case['H']}", str(case["D"]), str(case["P"])
 
@@ -255,10 +259,57 @@ def peers(records):
         f"{last['read_gbps']:,.0f} GB/s that memory is read at. Last column: pykv's time over that "
         "of FlashInfer's best\nkernel, int8's over that for e4m3, since it has no int8. Cells are "
         "empty where a kernel does not take the case.\n"
-        f"Microseconds that a call keeps the host, medians over all cases: {host}."
+        "Microseconds that a call keeps the host, made ready by `paged_decode.prepare` or "
+        f"FlashInfer's `plan`, medians over\nall cases: {host}."
     )
     head = ["sequences x keys", "heads", "D", "P", "kind", "pykv", *others, "pykv / best"]
     return [text, table(head, rows)]
+
+
+def prompts(records):
+    """Rates of attention over whole prompts, and of the matrix product in the same run."""
+    found, product = {}, None
+    for one in records:
+        case = one["case"]
+        if one["bench"] != "prefill" or not one["ok"]:
+            continue
+        if "matmul" in case:
+            product = prefill.tflops(one)
+            continue
+        first, *shape = shape_of(case, "4,096")
+        new = f"{case['Q']:,}" if case["Q"] else "all"
+        found.setdefault((first, new, *shape, case["dtype"]), {})[case["kv"]] = prefill.tflops(one)
+    kinds = ["bf16", "fp16", "int8", "e4m3", "int4"]
+    rows = [
+        [*shape, *(f"{rates[kind]:.0f}" if kind in rates else "" for kind in kinds)]
+        for shape, rates in found.items()
+    ]
+    text = (
+        "Causal attention of whole prompts, or of their last tokens (`pykv bench prefill`): "
+        "TFLOP/s. cuBLAS multiplies two\n"
+        f"bf16 matrices of {prefill.MATMUL:,} rows at {product:.0f} in the same run."
+    )
+    head = ["prompts x keys", "queries", "heads", "D", "P", "of", *kinds]
+    return [text, table(head, rows)]
+
+
+def models(records):
+    """Milliseconds of a token of every sequence, by batch, context and kind."""
+    found = {}
+    for one in records:
+        if one["bench"] == "model" and one["ok"]:
+            case = one["case"]
+            found.setdefault((case["B"], case["L"]), {})[case["kv"]] = one["median"] / 1e3
+    kinds = ["fp16", "int8", "fp8"]
+    rows = [
+        [f"{B} x {L:,}", *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds)]
+        for (B, L), times in found.items()
+    ]
+    text = (
+        "The next token of sequences of SmolLM2-135M (`pykv bench model`): milliseconds by the "
+        "clock, nearly all of them\nPython's launches, as there is no graph yet."
+    )
+    return [text, table(["sequences x context", *kinds], rows)]
 
 
 def rewritten(text, inside):

@@ -41,7 +41,7 @@ _HERE = Path(__file__).resolve().parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
 KERNELS = next(p for p in (_HERE / "kernels_cu", _HERE.parent / "kernels_cu") if p.is_dir())
 
-# Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is left to its own variables.
+# Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is for its own variables.
 SHARED_BYTES = 47 << 10
 
 # Element type to its name in kernels_cu. Keyed by dtype: looking up dtype.name takes microseconds.

@@ -7,8 +7,9 @@ Needs torch with CUDA; runs FlashInfer's kernels (FA2 on CUDA cores, FA2 on tens
 it is installed, and torch's scaled_dot_product_attention over contiguous keys and values. Every
 kernel is captured in a CUDA graph and replayed on the same pages, the L2 cache being flushed before
 each replay; what it leaves is held to pykv's result first. Its host time is that of a call without
-the graph, right behind another, after `paged_decode.prepare` or FlashInfer's `plan`. Prints microseconds, and pykv's over those of the best peer that
-pages as well; a kernel that refuses a case or disagrees is named with its reason.
+the graph, right behind another, after `paged_decode.prepare` or FlashInfer's `plan`. Prints
+microseconds, and pykv's over those of the best peer that pages as well; a kernel that refuses a
+case or disagrees is named with its reason.
 """
 
 import argparse

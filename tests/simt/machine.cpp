@@ -6,7 +6,8 @@
 //   - the arrays of this launch and the shared variables: all else is out of bounds;
 //   - for every byte that may be written, who wrote and read it last, and when: two threads that
 //     touch a byte, one of them writing, must have a barrier or an __syncwarp between them, or both
-//     be atomic; two blocks must not, unless the later one has done an atomic before;
+//     be atomic; two blocks must not, unless the earlier one has done an atomic since, by that
+//     thread or behind a barrier, and the later one has done an atomic before;
 //   - which shared bytes this block has written: the others must not be read.
 // A fault ends the launch; its text names block, thread and place.
 #include <dlfcn.h>
@@ -113,6 +114,11 @@ static int num_threads;
 static u32 now;                // grows whenever threads have met
 static u32 block_start;        // when the block's first thread began
 static bool block_is_ordered;  // an atomic may have told it what earlier blocks did
+
+// What an atomic may tell later blocks: what its thread did, and what its block and its warp did before
+// the barrier and the __syncwarp that the thread passed last.
+struct Release { u32 time, block_start, block_time, warp_time; u16 thread; };
+static std::vector<Release> releases;  // of this launch, by time
 static u64 random_state;
 
 static u32 random_below(u32 n) {
@@ -228,11 +234,25 @@ static std::string who_text(u16 who) {
     return thread_name(who - 1);
 }
 
+// Whether an atomic of its own block came after what `who` did at `time`, in an earlier block.
+static bool is_released(u16 who, u32 time) {
+    const auto later = [](const Release& r, u32 t) { return r.time < t; };
+    auto r = std::lower_bound(releases.begin(), releases.end(), time, later);
+    for (; r != releases.end(); ++r) {
+        if (r->block_start > time) return false;  // the atomics of the blocks that followed
+        if (time <= r->block_time || who == r->thread + 1) return true;
+        const int warp = who & MANY_LANES ? who & 0x0fff : (who - 1) / WARP;
+        if (!(who & MANY_WARPS) && warp == r->thread / WARP && time <= r->warp_time) return true;
+    }
+    return false;
+}
+
 // Whether what `who` did at `time` is known to be over for the current thread.
 static bool is_ordered(u16 who, u32 time) {
     who &= ~ATOMIC;
     if (who == 0) return true;
-    if (time < block_start) return block_is_ordered;  // cells of shared memory know no other block
+    // Cells of shared memory know no other block.
+    if (time < block_start) return block_is_ordered && is_released(who, time);
     const int me = index_of(*current);
     if (who == me + 1 || time <= current->block_time) return true;
     if (who & MANY_WARPS) return false;
@@ -455,6 +475,7 @@ extern "C" int simt_run(Launch* given) {
     random_state = launch->seed;
     num_threads = launch->block[0] * launch->block[1] * launch->block[2];
     now = 0;
+    releases.clear();
     bool watched = true;
     for (int i = 0; i < launch->num_arrays; i++) {
         const Array& a = launch->arrays[i];
@@ -519,7 +540,10 @@ void order_memory() { current->warp_time = current->met_at; }
 
 void atomic_access(const void* address, int bytes, const void* caller) {
     access((u64)address, bytes, {true, true, caller});
-    if (!find((u64)address, bytes)->array.shared) block_is_ordered = true;
+    if (find((u64)address, bytes)->array.shared) return;
+    block_is_ordered = true;
+    const Thread& t = *current;
+    releases.push_back({now, block_start, t.block_time, t.warp_time, (u16)index_of(t)});
 }
 
 static void set_copying(const Copy& copy, bool copying) {

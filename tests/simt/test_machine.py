@@ -74,6 +74,17 @@ FAULTS = {
         [0] * 128 + [1] * 128,
         grid=2,
     ),
+    "atomic before the block's writes": fault(
+        "out[blockIdx.x * 128 + t] = t; if (t == 0) s[0] = atomicAdd(out + 999, 1);"
+        "__syncthreads(); if (s[0] == 0) out[256 + t] = out[127 - t] + out[255 - t];",
+        "out[blockIdx.x * 128 + t] = t; __syncthreads();"
+        "if (t == 0) s[0] = atomicAdd(out + 999, 1);"
+        "__syncthreads(); if (s[0] == 0) out[256 + t] = out[127 - t] + out[255 - t];",
+        r"reads byte \d+ of out, which another block writes",
+        [*range(128), *range(128), *(254 - 2 * t for t in range(128))],
+        grid=2,
+        shared="__shared__ int s[1];",
+    ),
     "race through global memory": fault(
         "out[t] = in[t]; out[200 + t] = out[127 - t];",
         "out[t] = in[t]; __syncthreads(); out[200 + t] = out[127 - t];",

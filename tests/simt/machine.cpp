@@ -115,8 +115,8 @@ static u32 now;                // grows whenever threads have met
 static u32 block_start;        // when the block's first thread began
 static bool block_is_ordered;  // an atomic may have told it what earlier blocks did
 
-// What an atomic may tell later blocks: what its thread did, and what its block and its warp did before
-// the barrier and the __syncwarp that the thread passed last.
+// What an atomic may tell later blocks: what its thread did, and what its block and its warp did
+// before the barrier and the __syncwarp that the thread passed last.
 struct Release { u32 time, block_start, block_time, warp_time; u16 thread; };
 static std::vector<Release> releases;  // of this launch, by time
 static u64 random_state;

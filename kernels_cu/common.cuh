@@ -208,6 +208,27 @@ __device__ __forceinline__ u32 fma_f16x2(u32 a, u32 b, u32 c) {
 }
 #endif
 
+#if __CUDA_ARCH__ >= 900
+// [barrier.cluster] The first half of a barrier of all threads of the cluster's blocks: what this
+// thread has done so far is there for whoever waits after it. Whole warps alone.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Its second half: waits until all threads of the cluster that have not exited have arrived.
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// [mapa] Where the block of that rank of the cluster (x counts first) holds what this block holds at
+// `shared`. It must have begun, and not end before it is read: a barrier on either side.
+template <typename T> __device__ __forceinline__ const T* in_block(const T* shared, u32 rank) {
+    u64 there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+    return reinterpret_cast<const T*>(there);
+}
+#endif
+
 // x itself, but the compiler does not know: what is made of it is made here, in each turn of a loop,
 // and not kept in registers from before it.
 __device__ __forceinline__ int made_here(int x) {

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,7 @@ def launch(
     *args: Any,
     scalars: tuple[Any, ...] = (),
     shared_bytes: int = 0,
+    cluster: tuple[int, ...] | None = None,
 ) -> None:
     """Enqueue a kernel on CuPy's current stream.
 
@@ -429,16 +431,18 @@ def launch(
         scalars: NumPy scalars that follow `args`, kept by the caller; they are not looked at, which
             where there are many saves a third of the time.
         shared_bytes: dynamic shared memory of a block.
+        cluster: blocks that share a cluster, sizes that divide the grid's; from sm_90 on.
 
     Raises:
         DtypeError: an argument is none of these.
+        ParameterError: the cluster's sizes do not divide the grid's.
         CudaError: the driver refused the launch, or reports an earlier kernel's failure.
 
     Does not synchronise.
     """
     if _recording.calls is not None:
-        ready = bind(kernel, grid, block, *args, scalars=scalars, shared_bytes=shared_bytes)
-        _recording.calls.append(ready)
+        sizes: dict[str, Any] = dict(shared_bytes=shared_bytes, cluster=cluster)
+        _recording.calls.append(bind(kernel, grid, block, *args, scalars=scalars, **sizes))
         return
     core_launch, array, current_stream, current_device = _launcher()
     values = _values(array, args)
@@ -446,7 +450,8 @@ def launch(
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, current_device())
     try:
-        core_launch(stream, _config(grid, block, shared_bytes), kernel, *values, *scalars)
+        config = _config(grid, block, shared_bytes, cluster)
+        core_launch(stream, config, kernel, *values, *scalars)
     except Exception as error:
         _translate(error, grid, block)
         raise
@@ -459,6 +464,7 @@ def bind(
     *args: Any,
     scalars: tuple[Any, ...] = (),
     shared_bytes: int = 0,
+    cluster: tuple[int, ...] | None = None,
 ) -> Callable[[], None]:
     """What `launch` does, made ready to be done many times on whatever stream is current.
 
@@ -469,7 +475,8 @@ def bind(
         A function without arguments that enqueues the kernel, at about the driver's own cost.
     """
     core_launch, array, current_stream, current_device = _launcher()
-    values, config = (*_values(array, args), *scalars), _config(grid, block, shared_bytes)
+    values = (*_values(array, args), *scalars)
+    config = _config(grid, block, shared_bytes, cluster)
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, current_device())
 
@@ -572,10 +579,21 @@ def _stream(handle: int, device: int) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _config(grid: Any, block: Any, shared_bytes: int) -> Any:
+def _config(
+    grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] | None = None
+) -> Any:
     from cuda.core import LaunchConfig
 
-    return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+    if cluster is None:
+        return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+    blocks = grid if isinstance(grid, tuple) else (grid,)
+    sizes = tuple(zip_longest(blocks, cluster, fillvalue=1))
+    if any(size < 1 or n % size for n, size in sizes):
+        raise ParameterError(
+            f"cuda.launch: cluster is {cluster}, expected sizes that divide those of grid {grid}"
+        )
+    clusters = tuple(n // size for n, size in sizes)  # in these cuda.core counts the grid then
+    return LaunchConfig(grid=clusters, cluster=cluster, block=block, shmem_size=shared_bytes)
 
 
 _NO_CHANGE = nullcontext()

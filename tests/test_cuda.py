@@ -380,6 +380,31 @@ def test_refused_launch_is_a_cuda_error():
         cuda.launch(kernel, 1, 4096, *(None,) * 10, *(np.int64(64),) * 16, *(np.int32(1),) * 2)
 
 
+@pytest.mark.parametrize(
+    "grid, cluster, clusters",
+    [
+        ((2, 3, 16), (1, 1, 8), (2, 3, 2)),
+        (16, (8,), (2,)),
+        (16, (8, 1, 1), (2, 1, 1)),
+        ((4, 6), (2,), (2, 6)),
+        ((2, 3, 12), (1, 1, 8), None),
+        (16, (1, 1, 8), None),
+        (16, (0,), None),
+    ],
+)
+def test_cuda_core_counts_a_grid_in_clusters(monkeypatch, grid, cluster, clusters):
+    pytest.importorskip("cuda.core")
+    monkeypatch.setattr("cuda.core.LaunchConfig", dict)
+    config = cuda._config.__wrapped__
+    assert config(grid, 128, 64, None) == dict(grid=grid, block=128, shmem_size=64)
+    if clusters:
+        want = dict(grid=clusters, cluster=cluster, block=128, shmem_size=64)
+        assert config(grid, 128, 64, cluster) == want
+        return
+    with pytest.raises(ParameterError, match=re.escape(f"cluster is {cluster}, expected sizes")):
+        config(grid, 128, 64, cluster)
+
+
 def test_stream_handles_of_every_library():
     class Protocol:
         def __cuda_stream__(self):

@@ -1,14 +1,19 @@
 // machine.cpp: the scheduler of the SIMT machine, and what it holds kernels to.
 //
-// Built once, without sanitizers, and loaded before any kernel. Blocks run one after another, in an
-// order set by the seed; so do a block's warps between two barriers, and a warp's lanes between two
-// meetings. Every access of a kernel arrives in `access`, which knows
+// Built once, without sanitizers, and loaded before any kernel. Clusters of blocks (of one, if the
+// launch names none) run one after another, in an order set by the seed; so do a cluster's blocks
+// between two of its barriers, a block's warps between two barriers, and a warp's lanes between two
+// meetings. Shared memory is the running block's; the other blocks' lies in images, where in_block
+// leads. Every access of a kernel arrives in `access`, which knows
 //   - the arrays of this launch and the shared variables: all else is out of bounds;
 //   - for every byte that may be written, who wrote and read it last, and when: two threads that
 //     touch a byte, one of them writing, must have a barrier or an __syncwarp between them, or both
 //     be atomic; two blocks must not, unless the earlier one has done an atomic since, by that
 //     thread or behind a barrier, and the later one has done an atomic before;
-//   - which shared bytes this block has written: the others must not be read.
+//   - that a barrier of the cluster tells those who wait what each thread did before it arrived or
+//     exited, and nothing else that other threads have told it since;
+//   - which shared bytes a block has written: the others must not be read;
+//   - which blocks of the cluster may have exited: their shared memory must not be read.
 // A fault ends the launch; its text names block, thread and place.
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -31,7 +36,8 @@ using ull = unsigned long long;  // for printf
 
 constexpr int WARP = 32;
 constexpr int VALUE_BYTES = 64;
-constexpr int MAX_THREADS = 1024;
+constexpr int MAX_THREADS = 1024;  // of a cluster
+constexpr int MAX_BLOCKS = 8;      // likewise, on every GPU that has clusters
 constexpr size_t STACK_BYTES = 128 << 10;
 constexpr size_t PAGE = 4096;
 
@@ -51,7 +57,7 @@ struct Array {
 struct Launch {
     void (*call)(void**);
     void** values;  // addresses of the kernel's arguments
-    u32 grid[3], block[3];
+    u32 grid[3], block[3], cluster[3];
     Array* arrays;
     int num_arrays;
     char* dynamic_shared;
@@ -63,17 +69,23 @@ struct Launch {
 
 // --- State ---------------------------------------------------------------------------------------
 
-// The last accesses to a byte. `who`: 0 nobody, thread + 1, MANY_LANES | warp or MANY_WARPS.
+// The last accesses to a byte. `who`, with threads and warps counted through the cluster: 0 nobody,
+// thread + 1, MANY_LANES | warp, MANY_WARPS | block + MAX_BLOCKS * arrivals or MANY_BLOCKS |
+// arrivals: the most at barriers of the cluster that any of them had behind it.
 struct Cell {
     u32 write_time, read_time;
     u16 writer, reader;
 };
-constexpr u16 MANY_WARPS = 0x4000, MANY_LANES = 0x2000;
+constexpr u16 MANY_WARPS = 0x4000, MANY_LANES = 0x2000, MANY_BLOCKS = MANY_WARPS | MANY_LANES;
 constexpr u16 ATOMIC = 0x8000, COPYING = 0x1000;  // how the writer writes
+constexpr u16 NUMBER = 0x0fff;                    // what follows the marks
+constexpr int MAX_ARRIVALS = NUMBER / MAX_BLOCKS;
 
 struct Region {
     Array array;
-    Cell* cells;  // one a byte; null where nothing writes
+    Cell* cells;   // one a byte; null where nothing writes
+    int rank = -1;  // of the block whose image it is
+    int of = -1;    // which region it is an image of
 };
 
 struct Copy {
@@ -81,7 +93,7 @@ struct Copy {
     int bytes, group;
 };
 
-enum State { READY, AT_BARRIER, AT_MEETING, AT_CONVERGENCE, EXITED };
+enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, EXITED };
 
 struct Thread {
     uint3 index;
@@ -95,12 +107,35 @@ struct Thread {
     u32 met_at;                 // time of its last meeting
     u32 block_time, warp_time;  // of its last barrier and __syncwarp
     int predicates;             // how many brought one to its last barrier
+    int arrivals, waits;        // at barriers of the cluster
+    u32 arrived_at;             // time of its last arrival
+    int told;                   // barriers of the cluster, by waiting or by who has waited
     u32 converged;              // what __activemask returns
     std::vector<Copy> copies;   // not waited for
     int groups;                 // of copies, committed so far
 };
 
-static Thread threads[MAX_THREADS];
+// What a barrier of the cluster tells: until when all is over that each thread did, and each warp,
+// whose lanes arrive together.
+struct News {
+    u32 thread[MAX_THREADS], warp[MAX_THREADS / WARP];
+    int number;  // of the barrier, from 1 on
+    u32 time;
+};
+
+struct Block {
+    uint3 index;
+    bool exited;
+    u32 acquired;  // time of its last atomic, which may have told it what other blocks did
+    u16 reader;    // who of other blocks has read its shared memory, until when
+    u32 read_time;
+    const Thread* last_reader;
+    const Region* last_read;
+    const void* read_at;
+};
+
+static Thread threads[MAX_THREADS];  // those of a block begin with a whole warp
+static Block blocks[MAX_BLOCKS];     // of the cluster, by rank
 static char handed[MAX_THREADS][VALUE_BYTES];  // what each brought to its last meeting
 static char* stacks;
 static Thread* current;
@@ -108,17 +143,20 @@ static jmp_buf scheduler;
 static jmp_buf stopped;
 static Launch* launch;
 static std::vector<Region> regions;
-static std::vector<u32> block_order, warp_order, lane_order;
-static uint3 block_at;
-static int num_threads;
-static u32 now;                // grows whenever threads have met
-static u32 block_start;        // when the block's first thread began
-static bool block_is_ordered;  // an atomic may have told it what earlier blocks did
+static std::vector<u32> cluster_order, block_order, warp_order, lane_order;
+static int num_threads, num_blocks;  // of a block and of a cluster
+static int stride;                   // threads of a block, in whole warps
+static int running;                  // rank of the block that runs
+static u32 now;                      // grows whenever threads have met
+static u32 cluster_start;            // when the cluster's first thread began
+static int num_barriers;             // of the cluster, that are over
+static News news[2];                 // of the last two: no live thread is further behind
 
-// What an atomic may tell later blocks: what its thread did, and what its block and its warp did
-// before the barrier and the __syncwarp that the thread passed last.
-struct Release { u32 time, block_start, block_time, warp_time; u16 thread; };
+// What an atomic may tell other blocks: what its thread did, what its block and its warp did before
+// the barrier and the __syncwarp that the thread passed last, and what the cluster's barrier told.
+struct Release { u32 time, cluster_start, block_time, warp_time; u16 thread; int told; };
 static std::vector<Release> releases;  // of this launch, by time
+static std::vector<News> all_told;     // to threads that then did an atomic
 static u64 random_state;
 
 static u32 random_below(u32 n) {
@@ -139,6 +177,8 @@ static void fill(std::vector<u32>& order, u32 n) {
 }
 
 static int index_of(const Thread& thread) { return (int)(&thread - threads); }
+
+static int rank_of(const Thread& thread) { return index_of(thread) / stride; }
 
 static uint3 position(u32 i, const u32 (&sizes)[3]) {
     return {i % sizes[0], i / sizes[0] % sizes[1], i / sizes[0] / sizes[1]};
@@ -183,6 +223,14 @@ static char* reserve(size_t bytes) {
     return at == MAP_FAILED ? nullptr : (char*)at;
 }
 
+static std::vector<std::pair<void*, size_t>> reserved;  // for this launch
+
+static char* reserve_for_launch(size_t bytes) {
+    char* const at = reserve(bytes);
+    if (at) reserved.push_back({at, bytes});
+    return at;
+}
+
 static bool make_stacks() {
     stacks = reserve(MAX_THREADS * STACK_BYTES);
     for (int i = 0; stacks && i < MAX_THREADS; i++) {
@@ -204,9 +252,9 @@ static std::string format(const char* text, ...) {
 
 // Stop the launch. `where` is an address in the kernel's code if the text does not say the place.
 [[noreturn]] static void stop(const Thread& thread, const void* where, const std::string& text) {
-    const uint3 t = thread.index;
+    const uint3 b = blocks[rank_of(thread)].index, t = thread.index;
     snprintf(launch->fault, sizeof launch->fault, "block (%u, %u, %u), thread (%u, %u, %u) %s",
-             block_at.x, block_at.y, block_at.z, t.x, t.y, t.z, text.c_str());
+             b.x, b.y, b.z, t.x, t.y, t.z, text.c_str());
     Dl_info info;
     if (where && dladdr(where, &info)) {
         snprintf(launch->module, sizeof launch->module, "%s", info.dli_fname);
@@ -215,9 +263,19 @@ static std::string format(const char* text, ...) {
     _longjmp(stopped, 1);
 }
 
+// What follows the name of something that is not the running block's.
+static std::string of_block(int rank) {
+    const uint3 b = blocks[rank].index;
+    return rank == running ? "" : format(" of block (%u, %u, %u)", b.x, b.y, b.z);
+}
+
 static std::string thread_name(int i) {
     const uint3 t = threads[i].index;
-    return format("thread (%u, %u, %u)", t.x, t.y, t.z);
+    return format("thread (%u, %u, %u)", t.x, t.y, t.z) + of_block(i / stride);
+}
+
+static std::string name_of(const Region& region) {
+    return region.rank < 0 ? region.array.name : region.array.name + of_block(region.rank);
 }
 
 static std::string waiting(const Thread& t) {
@@ -227,22 +285,61 @@ static std::string waiting(const Thread& t) {
 
 // --- Memory --------------------------------------------------------------------------------------
 
-static std::string who_text(u16 who) {
-    who &= ~ATOMIC;
-    if (who & MANY_WARPS) return "threads of several warps";
-    if (who & MANY_LANES) return format("several threads of warp %d", who & 0x0fff);
-    return thread_name(who - 1);
+// The rank of its block, or -1 if there are several.
+static int block_of(u16 who) {
+    if (num_blocks == 1) return 0;
+    const int number = who & NUMBER;
+    if (who & MANY_WARPS) return who & MANY_LANES ? -1 : number % MAX_BLOCKS;
+    return who & MANY_LANES ? number * WARP / stride : (number - 1) / stride;
 }
 
-// Whether an atomic of its own block came after what `who` did at `time`, in an earlier block.
+// The warp of `who`, or -1 if there are several.
+static int warp_of(u16 who) {
+    if (who & MANY_WARPS) return -1;
+    return who & MANY_LANES ? who & NUMBER : ((who & NUMBER) - 1) / WARP;
+}
+
+static std::string who_text(u16 who) {
+    who &= ~ATOMIC;
+    const int rank = block_of(who), warp = warp_of(who);
+    if (rank < 0) return "threads of several blocks";
+    if (warp < 0) return "threads of several warps" + of_block(rank);
+    if (!(who & MANY_LANES)) return thread_name(who - 1);
+    return format("several threads of warp %d", warp - rank * stride / WARP) + of_block(rank);
+}
+
+static bool is_told(const News& told, u16 who, u32 time) {
+    const int number = who & NUMBER;
+    if (!(who & MANY_BLOCKS)) return time <= told.thread[number - 1];
+    if (!(who & MANY_WARPS)) return time <= told.warp[number];
+    return (who & MANY_LANES ? number : number / MAX_BLOCKS) < told.number;
+}
+
+// How often `who` had arrived at barriers of the cluster at `time`, or at most had.
+static int arrivals_of(u16 who, u32 time) {
+    const int number = who & NUMBER;
+    if (time < cluster_start) return 0;
+    if (who & MANY_WARPS) return who & MANY_LANES ? number : number / MAX_BLOCKS;
+    const int first = who & MANY_LANES ? number * WARP : number - 1;
+    int arrivals = 0;
+    for (int i = first; i < first + (who & MANY_LANES ? WARP : 1); i++) {
+        const Thread& t = threads[i];
+        arrivals = std::max(arrivals, t.arrivals - (t.arrivals && time <= t.arrived_at));
+    }
+    return arrivals;
+}
+
+// Whether an atomic of its own block, or of one that a barrier has told, came after what `who` did
+// at `time` in another block, and before the last atomic of the running one.
 static bool is_released(u16 who, u32 time) {
     const auto later = [](const Release& r, u32 t) { return r.time < t; };
     auto r = std::lower_bound(releases.begin(), releases.end(), time, later);
-    for (; r != releases.end(); ++r) {
-        if (r->block_start > time) return false;  // the atomics of the blocks that followed
+    for (; r != releases.end() && r->time <= blocks[running].acquired; ++r) {
+        if (r->cluster_start > time) return false;  // the atomics of the clusters that followed
+        if (r->told >= 0 && is_told(all_told[r->told], who, time)) return true;
+        if (num_blocks > 1 && block_of(who) != r->thread / stride) continue;
         if (time <= r->block_time || who == r->thread + 1) return true;
-        const int warp = who & MANY_LANES ? who & 0x0fff : (who - 1) / WARP;
-        if (!(who & MANY_WARPS) && warp == r->thread / WARP && time <= r->warp_time) return true;
+        if (warp_of(who) == r->thread / WARP && time <= r->warp_time) return true;
     }
     return false;
 }
@@ -251,13 +348,17 @@ static bool is_released(u16 who, u32 time) {
 static bool is_ordered(u16 who, u32 time) {
     who &= ~ATOMIC;
     if (who == 0) return true;
-    // Cells of shared memory know no other block.
-    if (time < block_start) return block_is_ordered && is_released(who, time);
+    // Cells of shared memory know no other cluster.
+    if (time < cluster_start) return blocks[running].acquired && is_released(who, time);
     const int me = index_of(*current);
-    if (who == me + 1 || time <= current->block_time) return true;
-    if (who & MANY_WARPS) return false;
-    const int warp = who & MANY_LANES ? who & 0x0fff : (who - 1) / WARP;
-    return warp == me / WARP && time <= current->warp_time;
+    if (who == me + 1) return true;
+    if (num_blocks == 1 || block_of(who) == running) {
+        if (time <= current->block_time) return true;
+        if (warp_of(who) == me / WARP && time <= current->warp_time) return true;
+    } else if (blocks[running].acquired && is_released(who, time)) {
+        return true;
+    }
+    return current->told && is_told(news[current->told % 2], who, time);
 }
 
 static Region* find(u64 address, u64 bytes) {
@@ -284,17 +385,18 @@ struct Access {
         if (r.array.bytes == 0 || distance >= nearest) continue;
         nearest = distance;
         text = format("%s %llu bytes at byte %lld of %s, which has %llu bytes", by.verb(),
-                      (ull)bytes, (long long)(address - begin), r.array.name, (ull)r.array.bytes);
+                      (ull)bytes, (long long)(address - begin), name_of(r).c_str(),
+                      (ull)r.array.bytes);
     }
     stop(*current, by.caller, text);
 }
 
 [[noreturn]] static void race(const Region& region, u64 i, const Access& by, u16 who, u32 time,
                               const char* other_did) {
-    const std::string other = time < block_start ? "another block" : who_text(who);
+    const std::string other = time < cluster_start ? "another block" : who_text(who);
     stop(*current, by.caller,
          format("%s byte %llu of %s, which %s %s without a barrier between", by.verb(), (ull)i,
-                region.array.name, other.c_str(), other_did));
+                name_of(region).c_str(), other.c_str(), other_did));
 }
 
 // Who has touched a byte when the current thread does after `who` did at `time`.
@@ -302,20 +404,21 @@ static u16 joined(u16 who, u32 time) {
     const u16 me = (u16)(index_of(*current) + 1), my_warp = MANY_LANES | (me - 1) / WARP;
     who &= ~ATOMIC;
     if (who == me || is_ordered(who, time)) return me;
-    const bool one_thread = !(who & (MANY_WARPS | MANY_LANES));
-    if (who == my_warp || (one_thread && (who - 1) / WARP == (me - 1) / WARP)) return my_warp;
-    return MANY_WARPS;
+    if (warp_of(who) == (me - 1) / WARP) return my_warp;
+    const int arrivals = std::max(current->arrivals, arrivals_of(who, time));
+    if (block_of(who) != running) return MANY_BLOCKS | arrivals;
+    return MANY_WARPS | (running + MAX_BLOCKS * arrivals);
 }
 
 static void touch(Region& region, u64 i, const Access& by) {
     Cell& cell = region.cells[i];
-    if (region.array.shared) {  // what an earlier block did there does not count
-        if (cell.write_time < block_start) cell.writer = 0;
-        if (cell.read_time < block_start) cell.reader = 0;
+    if (region.array.shared) {  // what an earlier cluster did there does not count
+        if (cell.write_time < cluster_start) cell.writer = 0;
+        if (cell.read_time < cluster_start) cell.reader = 0;
     }
     if (cell.writer & COPYING) {
         stop(*current, by.caller, format("%s byte %llu of %s, which an asynchronous copy writes",
-                                         by.verb(), (ull)i, region.array.name));
+                                         by.verb(), (ull)i, name_of(region).c_str()));
     }
     const bool both_atomic = by.atomic && cell.writer & ATOMIC;
     if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
@@ -326,7 +429,7 @@ static void touch(Region& region, u64 i, const Access& by) {
     }
     if (region.array.shared && cell.writer == 0 && (!by.writes || by.atomic)) {
         stop(*current, by.caller, format("reads byte %llu of %s, which no thread has written",
-                                         (ull)i, region.array.name));
+                                         (ull)i, name_of(region).c_str()));
     }
     if (by.writes) {
         cell.writer = joined(cell.writer, cell.write_time) | (by.atomic ? ATOMIC : 0);
@@ -338,6 +441,27 @@ static void touch(Region& region, u64 i, const Access& by) {
     }
 }
 
+// A read through in_block, of bytes that may be the running block's own.
+static void touch_image(Region& image, u64 begin, u64 bytes, const Access& by) {
+    if (by.writes) {
+        stop(*current, by.caller,
+             format("writes %s, which in_block makes const", name_of(image).c_str()));
+    }
+    Block& block = blocks[image.rank];
+    if (block.exited) {
+        stop(*current, by.caller, format("reads byte %llu of %s, which has exited", (ull)begin,
+                                         name_of(image).c_str()));
+    }
+    for (u64 i = begin; i < begin + bytes; i++) touch(image, i, by);
+    if (image.rank == running) {
+        memcpy(image.array.begin + begin, regions[image.of].array.begin + begin, bytes);
+        return;
+    }
+    block.reader = joined(block.reader, block.read_time);
+    block.read_time = now;
+    block.last_reader = current, block.last_read = &image, block.read_at = by.caller;
+}
+
 static void access(u64 address, u64 bytes, const Access& by) {
     if (!launch) return;  // the library is being loaded or asked for its kernels
     if (address - (u64)stacks < MAX_THREADS * STACK_BYTES) return;  // locals
@@ -345,7 +469,9 @@ static void access(u64 address, u64 bytes, const Access& by) {
     Region* const region = find(address, bytes);
     if (!region) out_of_bounds(address, bytes, by);
     const u64 begin = address - (u64)region->array.begin;
-    if (region->cells) {
+    if (region->rank >= 0) {
+        touch_image(*region, begin, bytes, by);
+    } else if (region->cells) {
         for (u64 i = begin; i < begin + bytes; i++) touch(*region, i, by);
     } else if (by.writes) {
         stop(*current, by.caller, format("writes %s, which is const", region->array.name));
@@ -424,12 +550,17 @@ static void run_warp(Thread* lanes, int count) {
     }
 }
 
-// Let a block go whose live threads have all met at one barrier, and return whether any are left.
+// Let a block go whose live threads have all met at one barrier, and return whether it can go on:
+// not if no thread is left, or some wait for the cluster.
 static bool release_block() {
+    Thread* const block = threads + running * stride;
     const Thread* first = nullptr;
-    int predicates = 0;
+    int predicates = 0, told = 0;
     for (int i = 0; i < num_threads; i++) {
-        const Thread& t = threads[i];
+        if (block[i].state == AT_CLUSTER) return false;
+    }
+    for (int i = 0; i < num_threads; i++) {
+        const Thread& t = block[i];
         if (t.state == EXITED) continue;
         if (!first) first = &t;
         if (!same_site(*first, t)) {
@@ -437,36 +568,147 @@ static bool release_block() {
                                  waiting(*first));
         }
         predicates += t.brought[0];
+        told = std::max(told, t.told);
     }
     for (int i = 0; i < num_threads; i++) {
-        Thread& t = threads[i];
+        Thread& t = block[i];
         if (t.state == EXITED) continue;
         t.state = READY;
         t.block_time = now;
         t.predicates = predicates;
+        t.told = told;
     }
     now++;
+    blocks[running].exited = !first;
     return first != nullptr;
 }
 
+// Put the shared memory of the running block away, and that of another in its place.
+static void switch_to(int rank) {
+    for (const Region& image : regions) {
+        if (image.rank != running) continue;
+        memcpy(image.array.begin, regions[image.of].array.begin, image.array.bytes);
+    }
+    for (const Region& image : regions) {
+        if (image.rank != rank) continue;
+        memcpy(regions[image.of].array.begin, image.array.begin, image.array.bytes);
+        regions[image.of].cells = image.cells;
+    }
+    running = rank;
+}
+
+// A block that has exited must have waited until others had read its shared memory.
+static void check_last_read() {
+    const Block& block = blocks[running];
+    const auto knows_less = [](const Thread& a, const Thread& b) { return a.told < b.told; };
+    Thread* const first = threads + running * stride;
+    current = std::max_element(first, first + num_threads, knows_less);
+    if (is_ordered(block.reader, block.read_time)) return;
+    stop(*block.last_reader, block.read_at,
+         format("reads %s of block (%u, %u, %u), which may have exited: the block does not wait "
+                "for it before its end", block.last_read->array.name, block.index.x,
+                block.index.y, block.index.z));
+}
+
+// Run a block until all its threads have exited or some wait for the cluster.
 static void run_block() {
-    block_start = ++now;
-    block_is_ordered = false;
-    for (const Region& r : regions) {
-        if (r.array.shared) memset(r.array.begin, 0xff, r.array.bytes);
-    }
-    for (int i = 0; i < num_threads; i++) {
-        threads[i].state = READY;
-        threads[i].block_time = threads[i].warp_time = 0;
-        threads[i].copies.clear();
-        threads[i].groups = 0;
-    }
     do {
         shuffle(warp_order);
         for (u32 warp : warp_order) {
-            run_warp(threads + warp * WARP, std::min<int>(WARP, num_threads - warp * WARP));
+            run_warp(threads + running * stride + warp * WARP,
+                     std::min<int>(WARP, num_threads - warp * WARP));
         }
     } while (release_block());
+    if (blocks[running].exited) check_last_read();
+}
+
+[[noreturn]] static void stop_waiting_for(const Thread& missing) {
+    for (int i = 0; i < num_blocks * stride; i++) {
+        const Thread& t = threads[i];
+        if (t.state != AT_CLUSTER) continue;
+        running = rank_of(t);
+        stop(t, nullptr, waiting(t) + ", but " + thread_name(index_of(missing)) + " " +
+                             waiting(missing) + " and has not arrived");
+    }
+    __builtin_unreachable();  // a block stops before its end only where a thread waits
+}
+
+// Let a cluster go whose live threads have all arrived, and return whether any are left.
+static bool release_cluster() {
+    News& told = news[(num_barriers + 1) % 2];
+    for (u32& time : told.warp) time = ~0u;
+    told.number = num_barriers + 1;
+    told.time = now;
+    bool any_left = false;
+    for (int i = 0; i < num_blocks * stride; i++) {
+        const Thread& t = threads[i];
+        const bool exited = t.state == EXITED;
+        if (!exited && t.arrivals == num_barriers) stop_waiting_for(t);
+        any_left = any_left || !exited;
+        told.thread[i] = exited ? ~0u : t.arrived_at;
+        told.warp[i / WARP] = std::min(told.warp[i / WARP], told.thread[i]);
+    }
+    num_barriers++;
+    u32 acquired = 0;
+    for (int i = 0; i < num_blocks; i++) acquired = std::max(acquired, blocks[i].acquired);
+    for (int i = 0; i < num_blocks; i++) blocks[i].acquired = acquired;
+    for (int i = 0; i < num_blocks * stride; i++) {
+        if (threads[i].state == AT_CLUSTER) threads[i].state = READY;
+    }
+    now++;
+    return any_left;
+}
+
+static void run_cluster(u32 cluster) {
+    const u32(&sizes)[3] = launch->cluster;
+    const u32 clusters[3] = {launch->grid[0] / sizes[0], launch->grid[1] / sizes[1],
+                             launch->grid[2] / sizes[2]};
+    const uint3 at = position(cluster, clusters);
+    cluster_start = ++now;
+    num_barriers = 0;
+    for (const Region& r : regions) {
+        if (r.array.shared) memset(r.array.begin, 0xff, r.array.bytes);
+    }
+    for (int rank = 0; rank < num_blocks; rank++) {
+        const uint3 b = position(rank, sizes);
+        blocks[rank] = {};
+        blocks[rank].index = {at.x * sizes[0] + b.x, at.y * sizes[1] + b.y,
+                              at.z * sizes[2] + b.z};
+    }
+    for (int i = 0; i < num_blocks * stride; i++) {
+        Thread& t = threads[i];
+        t.state = i % stride < num_threads ? READY : EXITED;
+        t.block_time = t.warp_time = 0;
+        t.arrivals = t.waits = t.told = 0;
+        t.copies.clear();
+        t.groups = 0;
+    }
+    do {
+        shuffle(block_order);
+        for (u32 rank : block_order) {
+            if (blocks[rank].exited) continue;
+            if (num_blocks > 1) switch_to(rank);
+            run_block();
+        }
+    } while (release_cluster());
+}
+
+// The images of a cluster's shared memory, aligned as it is.
+static bool add_images() {
+    const int num_regions = (int)regions.size();
+    for (int rank = 0; rank < num_blocks; rank++) {
+        for (int i = 0; i < num_regions; i++) {
+            Region image = regions[i];
+            if (!image.array.shared || !image.array.bytes) continue;
+            char* const begin = reserve_for_launch(image.array.bytes + PAGE);
+            image.cells = (Cell*)reserve_for_launch(image.array.bytes * sizeof(Cell));
+            if (!begin || !image.cells) return false;
+            image.array.begin = begin + (u64)image.array.begin % PAGE;
+            image.rank = rank, image.of = i;
+            regions.push_back(image);
+        }
+    }
+    return true;
 }
 
 extern "C" int simt_run(Launch* given) {
@@ -474,30 +716,35 @@ extern "C" int simt_run(Launch* given) {
     launch = given;
     random_state = launch->seed;
     num_threads = launch->block[0] * launch->block[1] * launch->block[2];
+    num_blocks = launch->cluster[0] * launch->cluster[1] * launch->cluster[2];
+    fill(warp_order, (num_threads + WARP - 1) / WARP);
+    stride = (int)warp_order.size() * WARP;
+    running = 0;
     now = 0;
     releases.clear();
+    all_told.clear();
     bool watched = true;
     for (int i = 0; i < launch->num_arrays; i++) {
         const Array& a = launch->arrays[i];
-        Cell* cells = a.writable && a.bytes ? (Cell*)reserve(a.bytes * sizeof(Cell)) : nullptr;
-        watched = watched && (cells || !a.writable || !a.bytes);
+        const bool has_cells = a.writable && a.bytes && !(a.shared && num_blocks > 1);
+        Cell* cells = has_cells ? (Cell*)reserve_for_launch(a.bytes * sizeof(Cell)) : nullptr;
+        watched = watched && (cells || !has_cells);
         regions.push_back({a, cells});
     }
-    for (int i = 0; i < num_threads; i++) threads[i].index = position(i, launch->block);
-    fill(block_order, launch->grid[0] * launch->grid[1] * launch->grid[2]);
-    fill(warp_order, (num_threads + WARP - 1) / WARP);
-    shuffle(block_order);
+    if (num_blocks > 1) watched = watched && add_images();
+    for (int i = 0; i < num_blocks * stride; i++) {
+        threads[i].index = position(i % stride, launch->block);
+    }
+    fill(cluster_order, launch->grid[0] * launch->grid[1] * launch->grid[2] / num_blocks);
+    fill(block_order, num_blocks);
+    shuffle(cluster_order);
     if (watched && _setjmp(stopped) == 0) {
-        for (u32 block : block_order) {
-            block_at = position(block, launch->grid);
-            run_block();
-        }
+        for (u32 cluster : cluster_order) run_cluster(cluster);
     } else {
         for (Thread& t : threads) t.started = false;  // their stacks are given up
     }
-    for (const Region& r : regions) {
-        if (r.cells) munmap(r.cells, r.array.bytes * sizeof(Cell));
-    }
+    for (const auto& [at, bytes] : reserved) munmap(at, bytes);
+    reserved.clear();
     regions.clear();
     launch = nullptr;
     return watched ? given->fault[0] != 0 : -1;
@@ -507,7 +754,7 @@ extern "C" int simt_run(Launch* given) {
 
 namespace simt {
 uint3 thread_index() { return current->index; }
-uint3 block_index() { return block_at; }
+uint3 block_index() { return blocks[running].index; }
 uint3 block_size() { return {launch->block[0], launch->block[1], launch->block[2]}; }
 uint3 grid_size() { return {launch->grid[0], launch->grid[1], launch->grid[2]}; }
 int lane() { return index_of(*current) % WARP; }
@@ -531,9 +778,65 @@ const char (*meet_lanes(const char* name, u32 mask, const void* value, int bytes
     return handed + index_of(*current) / WARP * WARP;
 }
 
-u32 converged_lanes(const char* file, int line) {
-    wait(AT_CONVERGENCE, "__activemask", 0, file, line);
+u32 converged_lanes(const char* name, const char* file, int line) {
+    wait(AT_CONVERGENCE, name, 0, file, line);
     return current->converged;
+}
+
+static std::string call(const char* name, const char* file, int line) {
+    return format("calls %s at %s:%d", name, file, line);
+}
+
+// An instruction that all live lanes of a warp must execute at once.
+static void meet_warp(const char* name, const char* file, int line) {
+    const u32 together = converged_lanes(name, file, line);
+    const Thread* const lanes = threads + index_of(*current) / WARP * WARP;
+    for (int i = 0; i < WARP; i++) {
+        if (together >> i & 1 || lanes[i].state == EXITED) continue;
+        stop(*current, nullptr, call(name, file, line) + format(" without lane %d, which ", i) +
+                                    waiting(lanes[i]));
+    }
+}
+
+void arrive_at_cluster(const char* name, const char* file, int line) {
+    meet_warp(name, file, line);
+    if (current->arrivals > current->waits) {
+        stop(*current, nullptr, call(name, file, line) + " twice without a wait between");
+    }
+    if (++current->arrivals > MAX_ARRIVALS) {
+        stop(*current, nullptr, call(name, file, line) + " more often than this machine counts");
+    }
+    current->arrived_at = now - 1;  // what it does from here on is later
+}
+
+void wait_for_cluster(const char* name, const char* file, int line) {
+    meet_warp(name, file, line);
+    if (current->arrivals == current->waits) {
+        stop(*current, nullptr, call(name, file, line) + " without having arrived");
+    }
+    if (current->arrivals > num_barriers) wait(AT_CLUSTER, name, 0, file, line);
+    current->waits = current->told = current->arrivals;
+}
+
+const void* in_block(const void* shared, u32 rank, const char* name, const char* file, int line) {
+    if (rank >= (u32)num_blocks) {
+        stop(*current, nullptr, call(name, file, line) + format(" with rank %u, but its cluster "
+                                                                "has %d", rank, num_blocks));
+    }
+    int of = -1;
+    for (int i = 0; i < launch->num_arrays; i++) {
+        const Array& a = regions[i].array;
+        const u64 offset = (u64)shared - (u64)a.begin;
+        if (a.shared && (offset < a.bytes || (of < 0 && a.bytes && offset == a.bytes))) of = i;
+    }
+    if (of < 0) {
+        stop(*current, nullptr, call(name, file, line) + " for what is not in shared memory");
+    }
+    for (const Region& image : regions) {
+        if (image.rank != (int)rank || image.of != of) continue;
+        return image.array.begin + ((const char*)shared - regions[of].array.begin);
+    }
+    return shared;  // of the one block there is
 }
 
 void order_memory() { current->warp_time = current->met_at; }
@@ -541,9 +844,12 @@ void order_memory() { current->warp_time = current->met_at; }
 void atomic_access(const void* address, int bytes, const void* caller) {
     access((u64)address, bytes, {true, true, caller});
     if (find((u64)address, bytes)->array.shared) return;
-    block_is_ordered = true;
+    blocks[running].acquired = now;
     const Thread& t = *current;
-    releases.push_back({now, block_start, t.block_time, t.warp_time, (u16)index_of(t)});
+    const News& told = news[t.told % 2];
+    if (t.told && (all_told.empty() || all_told.back().time != told.time)) all_told.push_back(told);
+    releases.push_back({now, cluster_start, t.block_time, t.warp_time, (u16)index_of(t),
+                        t.told ? (int)all_told.size() - 1 : -1});
 }
 
 static void set_copying(const Copy& copy, bool copying) {

@@ -66,9 +66,18 @@ int meet_block(const char* name, bool predicate, const char* file, int line);
 const char (*meet_lanes(const char* name, unsigned mask, const void* value, int bytes,
                         const char* file, int line))[VALUE_BYTES];
 
-unsigned converged_lanes(const char* file, int line);  // those that wait at this site
-void order_memory();                                   // of the lanes that have just met
+unsigned converged_lanes(const char* name, const char* file, int line);  // who waits at this site
+void order_memory();  // of the lanes that have just met
 void atomic_access(const void* address, int bytes, const void* caller);
+
+// The barrier of all live threads of the cluster's blocks, in two steps that follow each other; a
+// warp's lanes take each together.
+void arrive_at_cluster(const char* name, const char* file, int line);
+void wait_for_cluster(const char* name, const char* file, int line);
+
+// Where the block of that rank holds what this block holds at `shared`; for reads alone.
+const void* in_block(const void* shared, unsigned rank, const char* name, const char* file,
+                     int line);
 
 // Asynchronous copies of this thread. The target is poison, and nobody's to touch, until the thread
 // has waited until at most `groups` of its committed groups are left.
@@ -206,7 +215,9 @@ inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
 inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
     return __ballot_sync(mask, predicate, file, line) == mask;
 }
-inline unsigned __activemask(SIMT_SITE) { return simt::converged_lanes(file, line); }
+inline unsigned __activemask(SIMT_SITE) {
+    return simt::converged_lanes("__activemask", file, line);
+}
 
 template <class T> unsigned __match_any_sync(unsigned mask, T x, SIMT_SITE) {
     const auto values = simt::meet_lanes("__match_any_sync", mask, &x, sizeof x, file, line);

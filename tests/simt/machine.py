@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 ARCH = os.environ.get("PYKV_ARCH", "sm_90").replace("compute_", "sm_")
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
+MAX_CLUSTER = 8  # blocks, where no kernel asks for more
+MAX_CLUSTER_THREADS = 1024  # of whole warps: the machine's own limit
 STATIC_SHARED = 48 << 10
 # Bytes of shared memory that a block may ask for (CUDA programming guide, compute capabilities).
 SHARED = {
@@ -67,7 +69,7 @@ struct Array { const char* name; char* begin; uint64_t bytes; int writable, shar
 struct Launch {
     void (*call)(void**);
     void** values;
-    uint32_t grid[3], block[3];
+    uint32_t grid[3], block[3], cluster[3];
     struct Array* arrays;
     int num_arrays;
     char* dynamic_shared;
@@ -259,14 +261,17 @@ def kernel(stem, name, **defines):
     return _kernel(name, stem, cuda.source(stem), ARCH, macros)
 
 
-def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0):
+def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0, cluster=None):
     """As pykv.cuda.launch, with arrays of tests/simt/cupy.py. Has run when it returns.
 
     Raises:
         SimtError: the arguments, the sizes or the kernel itself are at fault.
     """
-    grid, block = ((*np.atleast_1d(n).tolist(), 1, 1)[:3] for n in (grid, block))
+    grid, block = _three_sizes(grid), _three_sizes(block)
     _check_sizes(kernel, grid, block, shared_bytes)
+    if cluster is not None:
+        cluster = _three_sizes(cluster)
+        _check_cluster(kernel, grid, block, cluster)
     args += scalars
     if len(args) != len(kernel.parameters):
         raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
@@ -292,7 +297,7 @@ def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0):
     pointers = ffi.new("void*[]", [ffi.cast("void*", value.ctypes.data) for value in values])
     table = ffi.new("struct Array[]", len(regions))
     state.values, state.arrays, state.num_arrays = pointers, table, len(regions)
-    state.grid, state.block = grid, block
+    state.grid, state.block, state.cluster = grid, block, cluster or (1, 1, 1)
     state.dynamic_shared = ffi.cast("char*", start)
     state.seed = int(os.environ.get("PYKV_SIMT_SEED", "0"))
     for to, name, (_, begin, end, writable, shared) in zip(table, names, regions, strict=True):
@@ -305,6 +310,24 @@ def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0):
         raise MemoryError(f"{kernel.label}: no memory to watch its arrays")
     if failed:
         raise SimtError(f"{kernel.label}, {ffi.string(state.fault).decode()}{_place(ffi, state)}")
+
+
+def _three_sizes(sizes):
+    return (*np.atleast_1d(sizes).tolist(), 1, 1)[:3]
+
+
+def _check_cluster(kernel, grid, block, cluster):
+    expected = None
+    if int(ARCH[3:]) < 90:
+        expected = f"none on {ARCH}: sm_90 is the first with clusters"
+    elif not all(size > 0 and n % size == 0 for n, size in zip(grid, cluster, strict=True)):
+        expected = f"sizes that divide those of the grid, {grid}"
+    elif math.prod(cluster) > MAX_CLUSTER:
+        expected = f"at most {MAX_CLUSTER} blocks"
+    elif math.prod(cluster) * -(-math.prod(block) // 32) * 32 > MAX_CLUSTER_THREADS:
+        expected = f"at most {MAX_CLUSTER_THREADS} threads here, with blocks of {block}"
+    if expected:
+        raise SimtError(f"{kernel.label}: cluster is {cluster}, expected {expected}")
 
 
 def _check_sizes(kernel, grid, block, shared_bytes):

@@ -220,6 +220,16 @@ inline int made_here(int x) { return x; }
 
 template <typename T> inline T made_once(T x) { return x; }
 
+// --- Clusters ------------------------------------------------------------------------------------
+
+inline void cluster_arrive(SIMT_SITE) { simt::arrive_at_cluster("cluster_arrive", file, line); }
+
+inline void cluster_wait(SIMT_SITE) { simt::wait_for_cluster("cluster_wait", file, line); }
+
+template <typename T> inline const T* in_block(const T* shared, unsigned rank, SIMT_SITE) {
+    return static_cast<const T*>(simt::in_block(shared, rank, "in_block", file, line));
+}
+
 // --- Powers --------------------------------------------------------------------------------------
 
 // The one twin that may differ in last bits.

@@ -12,6 +12,7 @@ from tests.simt import machine
 
 pytestmark = pytest.mark.simt
 
+OPTIONS = ("shared_bytes", "cluster")
 SIZES = dict(grid=1, block=128, n=1000)  # of `in` and `out`, both int32 with out[i] = -1, in[i] = i
 
 
@@ -21,6 +22,29 @@ def fault(wrong, right, error, want=None, *, shared="", **sizes):
     return SimpleNamespace(
         **{**SIZES, **sizes}, wrong=wrong, right=right, error=error, want=want, shared=shared
     )
+
+
+# Bodies for clusters of two blocks: `part` is the block's half of `out`, `peer` the other block.
+BARRIER = "cluster_arrive(); cluster_wait();"
+WRITTEN = f"s[t] = 128 * peer + t; {BARRIER}"
+READ = "part[t] = in_block(s, peer)[t];"
+IN_CLUSTER = dict(
+    shared="__shared__ int s[128]; const u32 peer = blockIdx.x ^ 1; int* part = out + 128 *"
+    " blockIdx.x;",
+    grid=2,
+    cluster=(2,),
+)
+GATHER = (  # by the cluster that comes last of two, what the other one has written
+    f"if (t == 0) s[0] = blockIdx.x % 2 ? -1 : atomicAdd(out + 999, 1); {BARRIER}"
+    " if (in_block(s, 0)[0] == 0) out[512 + 128 * (blockIdx.x % 2) + t] ="
+    f" out[(blockIdx.x ^ 2) * 128 + 127 - t]; {BARRIER}"
+)
+OTHER_BLOCK = r"(of s|of s of block \(\d, 0, 0\)|of out), which thread \(\d+, 0, 0\) of block"
+EXITED = r"of block \(\d, 0, 0\), which (has|may have) exited"
+
+
+def cluster_fault(wrong, right, error, want, **changes):
+    return fault(wrong, right, error, want, **{**IN_CLUSTER, **changes})
 
 
 FAULTS = {
@@ -279,6 +303,201 @@ FAULTS = {
         [4 * (i ^ 32) for i in range(128)],
         shared="__shared__ uint4 s[128];",
     ),
+    "no barrier before another block is read": cluster_fault(
+        f"s[t] = 128 * peer + t; {READ} {BARRIER}",
+        f"{WRITTEN} {READ} {BARRIER}",
+        r"reads byte \d+ of s of block \(\d, 0, 0\), which no thread has written",
+        range(256),
+    ),
+    "a barrier of the block where the cluster's is due": cluster_fault(
+        f"{WRITTEN} s[t] = t; __syncthreads(); {READ} {BARRIER}",
+        f"{WRITTEN} s[t] = t; {BARRIER} {READ} {BARRIER}",
+        rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
+        [*range(128)] * 2,
+    ),
+    "read of what one block writes after the barrier": cluster_fault(
+        f"{WRITTEN} if (peer == 0) s[t] = t; else {READ} {BARRIER}",
+        f"{WRITTEN} if (peer == 0) s[t] = t; {BARRIER} if (peer != 0) {READ} {BARRIER}",
+        rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
+        range(128),
+    ),
+    "written again before all have read": cluster_fault(
+        f"{WRITTEN} {READ} s[t] = 0; {BARRIER}",
+        f"{WRITTEN} {READ} {BARRIER} s[t] = 0;",
+        rf"writes byte \d+ of s, which thread .* of block .* reads without|{OTHER_BLOCK}",
+        range(256),
+    ),
+    "written between arrival and wait": cluster_fault(
+        f"cluster_arrive(); s[t] = 128 * peer + t; cluster_wait(); {READ} {BARRIER}",
+        f"s[t] = 128 * peer + t; cluster_arrive(); cluster_wait(); {READ} {BARRIER}",
+        rf"reads byte \d+ {OTHER_BLOCK} \(\d, 0, 0\) writes without a barrier",
+        range(256),
+    ),
+    "read before the wait": cluster_fault(
+        f"s[t] = 128 * peer + t; cluster_arrive(); {READ} cluster_wait(); {BARRIER}",
+        f"s[t] = 128 * peer + t; cluster_arrive(); cluster_wait(); {READ} {BARRIER}",
+        rf"which no thread has written|reads byte \d+ {OTHER_BLOCK} .* writes without a barrier",
+        range(256),
+    ),
+    "no barrier before the end": cluster_fault(
+        f"{WRITTEN} {READ}",
+        f"{WRITTEN} {READ} {BARRIER}",
+        EXITED,
+        range(256),
+    ),
+    "only arrival before the end": cluster_fault(
+        f"{WRITTEN} {READ} cluster_arrive();",
+        f"{WRITTEN} {READ} cluster_arrive(); if (t >= 96) cluster_wait();",
+        EXITED,
+        range(256),
+    ),
+    "read after the last arrival": cluster_fault(
+        f"{WRITTEN} cluster_arrive(); {READ} cluster_wait();",
+        f"{WRITTEN} {READ} cluster_arrive(); cluster_wait();",
+        EXITED,
+        range(256),
+    ),
+    **{
+        f"block {peer} ends while block {peer ^ 1} reads": cluster_fault(
+            f"{WRITTEN} if (peer == {peer}) {READ}",
+            f"{WRITTEN} if (peer == {peer}) {READ} {BARRIER}",
+            EXITED,
+            [-1] * 128 * (peer ^ 1) + [*range(128 * (peer ^ 1), 128 * (peer ^ 1) + 128)],
+        )
+        for peer in (0, 1)
+    },
+    "rank outside of the cluster": cluster_fault(
+        f"{WRITTEN} part[t] = in_block(s, 2)[t]; {BARRIER}",
+        f"{WRITTEN} part[t] = in_block(s, 1)[t]; {BARRIER}",
+        r"calls in_block at faulty.cu:\d+ with rank 2, but its cluster has 2",
+        [*range(128), *range(128)],
+    ),
+    "rank outside of a cluster that is not there": cluster_fault(
+        "s[t] = t; __syncthreads(); out[t] = in_block(s, 1)[t];",
+        "s[t] = t; __syncthreads(); out[t] = in_block(s, 0)[t];",
+        r"calls in_block at faulty.cu:\d+ with rank 1, but its cluster has 1",
+        range(128),
+        grid=1,
+        cluster=None,
+    ),
+    "write through in_block": cluster_fault(
+        f"{WRITTEN} const_cast<int*>(in_block(s, peer))[t] = t; {BARRIER}",
+        f"{WRITTEN} s[t] = t; {BARRIER} {READ} {BARRIER}",
+        r"writes s of block \(\d, 0, 0\), which in_block makes const",
+        [*range(128), *range(128)],
+    ),
+    "write to its own memory through in_block": cluster_fault(
+        f"{WRITTEN} const_cast<int*>(in_block(s, blockIdx.x))[t] = t; {BARRIER}",
+        f"{WRITTEN} s[t] = t; __syncwarp(); part[t] = in_block(s, blockIdx.x)[t ^ 1]; {BARRIER}",
+        r"writes s, which in_block makes const",
+        [i ^ 1 for i in range(128)] * 2,
+    ),
+    "barrier missing before its own memory is read through in_block": cluster_fault(
+        f"{WRITTEN} s[t] = t; part[t] = in_block(s, blockIdx.x)[127 - t]; {BARRIER}",
+        f"{WRITTEN} s[t] = t; __syncthreads(); part[t] = in_block(s, blockIdx.x)[127 - t];",
+        r"byte \d+ of s, which thread \(\d+, 0, 0\) (reads|writes) without a barrier",
+        [*range(127, -1, -1)] * 2,
+    ),
+    "atomic through in_block": cluster_fault(
+        f"{WRITTEN} atomicAdd(const_cast<int*>(in_block(s, peer)) + t, 1); {BARRIER}",
+        f"{WRITTEN} atomicAdd(s + t, 1); {BARRIER} {READ} {BARRIER}",
+        r"writes s of block \(\d, 0, 0\), which in_block makes const",
+        range(1, 257),
+    ),
+    "in_block of global memory": cluster_fault(
+        f"{WRITTEN} part[t] = in_block(in, peer)[t]; {BARRIER}",
+        f"{WRITTEN} {READ} {BARRIER}",
+        r"calls in_block at faulty.cu:\d+ for what is not in shared memory",
+        range(256),
+    ),
+    "past the end of another block's memory": cluster_fault(
+        f"{WRITTEN} part[t] = in_block(s, peer)[t + 1]; {BARRIER}",
+        f"{WRITTEN} part[t] = in_block(s + 1, peer)[t - 1]; {BARRIER}",
+        r"thread \(127, 0, 0\) reads 4 bytes at byte 512 of s of block \(\d, 0, 0\), which has 512",
+        range(256),
+    ),
+    "unwritten bytes of another block's dynamic shared memory": cluster_fault(
+        f"if (t < 127) {WRITTEN} {READ} {BARRIER}",
+        f"{WRITTEN} {READ} {BARRIER}",
+        r"reads byte 508 of dynamic shared memory of block \(\d, 0, 0\), which no thread has",
+        range(256),
+        shared=IN_CLUSTER["shared"].replace("__shared__ int s[128]", "extern __shared__ int s[]"),
+        shared_bytes=512,
+    ),
+    "wait without arrival": cluster_fault(
+        f"{WRITTEN} {READ} cluster_wait();",
+        f"{WRITTEN} {READ} {BARRIER}",
+        r"calls cluster_wait at faulty.cu:\d+ without having arrived",
+        range(256),
+    ),
+    "arrival twice": cluster_fault(
+        f"{WRITTEN} {READ} cluster_arrive(); {BARRIER}",
+        f"{WRITTEN} {READ} cluster_arrive(); cluster_wait(); {BARRIER}",
+        r"calls cluster_arrive at faulty.cu:\d+ twice without a wait between",
+        range(256),
+    ),
+    "barrier of a part of the warps": cluster_fault(
+        f"if (t < 64) {{ {BARRIER} }} __syncthreads(); part[t] = t;",
+        f"if (t >= 64) return; {BARRIER} __syncthreads(); part[t] = t;",
+        r"waits in cluster_wait at faulty.cu:\d+, but thread \(\d+, 0, 0\).* waits in __syncthreads"
+        r" at faulty.cu:\d+ and has not arrived",
+        [*range(64), *[-1] * 64] * 2,
+    ),
+    "arrival of half a warp": cluster_fault(
+        "if (t & 1) cluster_arrive();\nelse cluster_arrive();\ncluster_wait(); part[t] = t;",
+        "cluster_arrive(); cluster_wait(); part[t] = t;",
+        r"calls cluster_arrive at faulty.cu:\d+ without lane \d+, which waits in cluster_arrive",
+        [*range(128)] * 2,
+    ),
+    "race through global memory in a cluster": cluster_fault(
+        "part[t] = t; out[256 + 128 * peer + t] = out[128 * peer + t];",
+        f"part[t] = t; {BARRIER} out[256 + 128 * peer + t] = out[128 * peer + t];",
+        rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
+        [*range(128)] * 4,
+    ),
+    "clusters are told what a barrier has gathered before an atomic": cluster_fault(
+        f"part[t] = t; __syncthreads(); {GATHER}",
+        f"part[t] = t; {BARRIER} {GATHER}",
+        r"reads byte \d+ of out, which (another block|thread .* of block .*) writes",
+        [*range(128)] * 4 + [*range(127, -1, -1)] * 2,
+        grid=4,
+    ),
+    "an atomic tells nothing of later ones": cluster_fault(
+        f"if (t == 0) atomicAdd(out + 999, 1); {BARRIER} if (peer == 1) {{ part[t] = t;"
+        " __syncthreads(); if (t == 0) atomicAdd(out + 999, 1); } else part[t] = out[t];",
+        f"if (t == 0) atomicAdd(out + 999, 1); {BARRIER} if (peer == 1) {{ part[t] = t;"
+        f" __syncthreads(); if (t == 0) atomicAdd(out + 999, 1); }} {BARRIER}"
+        " if (peer == 0) part[t] = out[t];",
+        rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
+        [*range(128)] * 2,
+    ),
+    **{
+        f"read of block {peer} between arrival and wait, beside its own": cluster_fault(
+            f"{WRITTEN} if (peer == {peer}) {{ cluster_arrive(); {READ} }}"
+            f" else {{ part[t] = s[t]; cluster_arrive(); }} cluster_wait(); s[t] = 0; {BARRIER}",
+            f"{WRITTEN} if (peer == {peer}) {{ {READ} cluster_arrive(); }}"
+            f" else {{ part[t] = s[t]; cluster_arrive(); }} cluster_wait(); s[t] = 0; {BARRIER}",
+            r"writes byte \d+ of s, which threads of several blocks reads without a barrier",
+            [*range(128 * (peer ^ 1), 128 * (peer ^ 1) + 128)] * 2,
+        )
+        for peer in (0, 1)
+    },
+    "wait of one warp, and no barrier of the block": cluster_fault(
+        "s[t] = 128 * peer + t; cluster_arrive(); if (t < 32) cluster_wait();"
+        f" {READ} if (t >= 32) cluster_wait(); {BARRIER}",
+        "s[t] = 128 * peer + t; cluster_arrive(); if (t < 32) cluster_wait(); __syncthreads();"
+        f" {READ} if (t >= 32) cluster_wait(); {BARRIER}",
+        rf"which no thread has written|{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without",
+        range(256),
+    ),
+    "asynchronous copy under way at the barrier": cluster_fault(
+        "cp_async<4>(s + t, in + 128 * peer + t); cp_async_commit();"
+        f" {BARRIER} {READ} cp_async_wait<0>(); {BARRIER}",
+        "cp_async<4>(s + t, in + 128 * peer + t); cp_async_commit();"
+        f" cp_async_wait<0>(); {BARRIER} {READ} {BARRIER}",
+        r"of s of block \(\d, 0, 0\), which an asynchronous copy writes",
+        range(256),
+    ),
 }
 
 
@@ -299,7 +518,7 @@ def run(folder, body, case):
         simt.asarray(np.full(1000, -1, np.int32)),
         simt.asarray(np.arange(1000, dtype="i4")),
     )
-    options = {"shared_bytes": case.shared_bytes} if hasattr(case, "shared_bytes") else {}
+    options = {name: getattr(case, name) for name in OPTIONS if hasattr(case, name)}
     machine.launch(kernel, case.grid, case.block, out, given, np.int32(case.n), **options)
     return out.get()
 
@@ -308,6 +527,8 @@ def run(folder, body, case):
 def test_planted_faults_are_caught(kernel_folder, monkeypatch, case):
     if case is FAULTS["misaligned 16-byte load"] and "clang" in machine.version():
         pytest.skip("clang++ does not check the address of a struct that is copied")
+    if hasattr(case, "cluster"):
+        monkeypatch.setattr(machine, "ARCH", "sm_90")  # the first with clusters
     for seed in range(3):
         monkeypatch.setenv("PYKV_SIMT_SEED", str(seed))
         with pytest.raises(machine.SimtError, match=case.error) as caught:
@@ -411,6 +632,48 @@ def test_launches_that_no_gpu_takes(kernel_folder, monkeypatch, change, error):
         return
     with pytest.raises(machine.SimtError, match=f"^faulty.cu faulty: {error}"):
         machine.launch(kernel, options.pop("grid"), options.pop("block"), *args, **options)
+
+
+@pytest.mark.parametrize(
+    "arch, grid, block, cluster, error",
+    [
+        ("sm_90", (2, 3, 8), 128, (1, 1, 8), None),
+        ("sm_90", 8, 32, (4,), None),
+        ("sm_90", (4, 6), 100, (2, 3, 1), None),  # four warps each
+        ("sm_89", 8, 32, (8,), "none on sm_89: sm_90 is the first with clusters"),
+        ("sm_90", (8, 1, 12), 32, (1, 1, 8), r"sizes that divide those of the grid, \(8, 1, 12\)"),
+        ("sm_90", 8, 32, (1, 1, 8), r"sizes that divide those of the grid, \(8, 1, 1\)"),
+        ("sm_90", 8, 32, (0,), r"sizes that divide those of the grid, \(8, 1, 1\)"),
+        ("sm_90", (4, 4), 32, (4, 4), "at most 8 blocks"),
+        ("sm_90", 8, 129, (8,), r"at most 1024 threads here, with blocks of \(129, 1, 1\)"),
+    ],
+    ids=str,
+)
+def test_clusters_that_no_gpu_takes(kernel_folder, monkeypatch, arch, grid, block, cluster, error):
+    monkeypatch.setattr(machine, "ARCH", arch)
+    text = 'extern "C" __global__ void faulty(int* out) { atomicAdd(out, 1); }'
+    kernel, out = add_kernel(kernel_folder, text), simt.zeros(1, np.int32)
+    if error is None:
+        machine.launch(kernel, grid, block, out, cluster=cluster)
+        assert out.get().tolist() == [np.prod(grid) * block]
+        return
+    sizes = (*cluster, 1, 1)[:3]
+    expected = rf"^faulty.cu faulty: cluster is {re.escape(str(sizes))}, expected {error}$"
+    with pytest.raises(machine.SimtError, match=expected):
+        machine.launch(kernel, grid, block, out, cluster=cluster)
+
+
+def test_barriers_have_a_limit(kernel_folder, monkeypatch):
+    monkeypatch.setattr(machine, "ARCH", "sm_90")
+    text = (
+        'extern "C" __global__ void faulty(int* out, int n) {\n'
+        "    for (int i = 0; i < n; i++) { cluster_arrive(); cluster_wait(); } out[0] = n; }"
+    )
+    kernel, out = add_kernel(kernel_folder, text), simt.zeros(1, np.int32)
+    machine.launch(kernel, 1, 1, out, np.int32(511))
+    assert out.get().tolist() == [511]
+    with pytest.raises(machine.SimtError, match="more often than this machine counts"):
+        machine.launch(kernel, 1, 1, out, np.int32(512))
 
 
 def test_tables_of_addresses(kernel_folder):

@@ -1,4 +1,5 @@
-// ptx.cu: every wrapper of common.cuh's section "Instructions", and every conversion, on arrays.
+// ptx.cu: every wrapper of common.cuh's section "Instructions" but those for clusters (clusters.cu),
+// and every conversion, on arrays.
 //
 // Arrays, row-major (CODE = the bits of a KIND; registers as common.cuh numbers them):
 //   widen, widen_plain    codes const [n] CODE -> floats [n]

@@ -21,8 +21,10 @@
 //           for natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
-//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
-// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; block (128);
+//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ALONE = 1 for B = 1
+//           and piece_tiles = 0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
+// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
+//           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
 //           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared
 //           memory, PITCH = D + 16 where D is a multiple of 32, else D
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
@@ -56,6 +58,12 @@
 #endif
 #ifndef TREE
 #define TREE 0
+#endif
+#ifndef ALONE
+#define ALONE 0
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
 #endif
 
 constexpr int D = HEAD_DIM;
@@ -129,13 +137,16 @@ struct Batch {
     }
 };
 
-// Units of 32 sequences, `first` and on: of this lane's, and of all up to it.
+// Units of the sequences from `first` on, of which each lane takes `some`: of its own, and of all up
+// to them.
 struct Scan {
-    int units, upto;
+    int units = 0, upto;
 
-    __device__ __forceinline__ Scan(const Batch& batch, int first) {
+    __device__ __forceinline__ Scan(const Batch& batch, int first, int some) {
         const int lane = threadIdx.x % WARP;
-        units = first + lane < batch.size ? batch.seen(first + lane).units : 0;
+        const int from = first + lane * some, end = min(from + some, batch.size);
+#pragma unroll 4  // so that loads do not wait for each other
+        for (int b = from; b < end; b++) units += batch.seen(b).units;
         upto = units;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
@@ -164,18 +175,19 @@ __device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, 
     return p;
 }
 
-// The first piece of a range, found by every warp for itself; `scan` is that of the first sequences.
-__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int begin, int end,
-                                             bool one_unit) {
+// The first piece of a range, found by every warp for itself. `scan` is that of all sequences, `some`
+// a lane: its lane is found, and then the sequence among those of that lane.
+__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int some, int begin,
+                                             int end, bool one_unit) {
     int first = 0, start = 0;
-    for (int all = scan.total(); start + all <= begin; all = scan.total()) {
-        start += all;
-        first += WARP;
-        scan = Scan(batch, first);
+    for (;;) {
+        const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
+        first += found * some;
+        start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
+        if (some == 1) return piece_at(batch, first, start, begin, end, one_unit);
+        some = (some + WARP - 1) / WARP;
+        scan = Scan(batch, first, some);
     }
-    const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
-    start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
-    return piece_at(batch, first + found, start, begin, end, one_unit);
 }
 
 // --- Copies: from pages to this lane's queue ------------------------------------------------------
@@ -417,20 +429,26 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
                                               const Keys& keys) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
+    constexpr int FIT = 32 / (KEYS / 8 * PAIRS);  // words whose pairs occupy 32 registers
+    constexpr int AT_ONCE = S::WORDS < FIT ? S::WORDS : FIT;
+    static_assert(AT_ONCE * PAIRS > 1 && S::WORDS % AT_ONCE == 0, "a step of mma takes two pairs");
     float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
-    for (int i = 0; i < S::COUNT; i++) {
-        u32 pairs[KEYS / 8][S::WORDS][PAIRS];
+    for (int word = 0; word < S::COUNT * S::WORDS; word += AT_ONCE) {
+        u32 pairs[KEYS / 8][AT_ONCE][PAIRS];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], keys.words[n][i][w], KE{});
+            for (int w = 0; w < AT_ONCE; w++) {
+                const int at = word + w;
+                to_pairs(pairs[n][w], keys.words[n][at / S::WORDS][at % S::WORDS], KE{});
+            }
         }
 #pragma unroll
-        for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+        for (int p = 0; p < AT_ONCE * PAIRS; p += 2) {
             // One term leaves rows 8 to 15 free: they hold the next step of it, which gives two
             // steps the registers of one, and each takes the half of the sums that is its own.
-            const int step = (i * S::ELEMENTS / 2 + p) / 2;
+            const int step = (word * PAIRS + p) / 2;
             const int even = TERMS == 1 ? step / 2 * 2 : step;
             const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
             const uint2 upper = q.step(0, even), lower = q.step(TERMS > 1 ? 1 : 0, next);
@@ -547,7 +565,31 @@ template <int BATCH, typename At> __device__ __forceinline__ State join(int coun
     return s;
 }
 
-struct Kept { float2* stat; float4* x; };
+// Where a row's (maximum, sum) and four of its elements are kept.
+struct Kept { const float2* stat; const float4* x; };
+
+#if CLUSTER > 1
+// Joins the states of CLUSTER neighbouring lanes, each of which gets the result.
+__device__ __forceinline__ State join_lanes(State s) {
+    float peak = s.m;
+#pragma unroll
+    for (int step = 1; step < CLUSTER; step *= 2) {
+        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, step));
+    }
+    const float keep = exp2_flushed(s.m - finite_base(peak));
+    s.m = peak;
+    s.l *= keep;
+#pragma unroll
+    for (float& x : s.x) x *= keep;
+#pragma unroll
+    for (int step = 1; step < CLUSTER; step *= 2) {
+        s.l += __shfl_xor_sync(FULL_MASK, s.l, step);
+#pragma unroll
+        for (float& x : s.x) x += __shfl_xor_sync(FULL_MASK, x, step);
+    }
+    return s;
+}
+#endif
 
 #endif
 
@@ -578,15 +620,19 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int num_rows = min(ROWS, G * T - tile_of_head * ROWS);
 
     // This block's range of units.
-    const bool fixed = piece_tiles > 0;
+    const bool fixed = !ALONE && piece_tiles > 0;
     const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
-    const Scan scan(batch, 0);
-    int total = scan.total();
-    for (int b = WARP; b < B; b += WARP) total += Scan(batch, b).total();
+#if ALONE
+    const int total = batch.seen(0).units;
+#else
+    const int some = (B + WARP - 1) / WARP;
+    const Scan scan(batch, 0, some);
+    const int total = scan.total();
+#endif
     int share = (total + ranges - 1) / ranges;
     if (!fixed) share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;  // even for warps
     const int begin = range * share, end = min(begin + share, total);
-    if (begin >= end) return;
+    if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
 
     // This lane's query row, for all pieces.
     const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
@@ -643,7 +689,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
     };
 
-    Piece piece = first_piece(batch, scan, begin, end, fixed);
+#if ALONE
+    Piece piece = piece_at(batch, 0, 0, begin, end, false);
+#else
+    Piece piece = first_piece(batch, scan, some, begin, end, fixed);
+#endif
     start(piece);
     for (;;) {
         const int b = piece.b, length = piece.seen.length;
@@ -768,13 +818,16 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
         const Piece done = piece;
         const int next = piece.unit + piece.count;
-        const bool has_next = next < end;
+        const bool has_next = !ALONE && next < end;
         if (has_next) {
             const bool same = next < piece.start + piece.seen.units;
             const int next_start = same ? piece.start : piece.start + piece.seen.units;
             piece = piece_at(batch, same ? b : b + 1, next_start, next, end, fixed);
             start(piece);
         }
+
+        // Made here, or what follows from them would be kept in registers while keys are read.
+        const int rows_kept = made_here(max_rows), thread = made_here(threadIdx.x);
 
         // This warp's states.
         l += __shfl_xor_sync(FULL_MASK, l, 1);
@@ -790,31 +843,14 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
                 return x * unit;
             };
-            float* row = warp_x + (warp * max_rows + g) * PITCH;
-            if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
+            float* row = warp_x + (warp * rows_kept + g) * PITCH;
+            if (t == 0) warp_stats[warp * rows_kept + g] = make_float2(m, l);
 #pragma unroll
             for (int i = 0; i < D / 8; i += 2) {
                 *(float4*)(row + i / 2 * 16 + 4 * t) =
                     make_float4(value(i, 0), value(i + 1, 0), value(i, 1), value(i + 1, 1));
             }
         }
-        __syncthreads();
-
-        // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
-        // state is done; else it is merged by the last of its blocks.
-        const int units = done.seen.units;
-        const bool is_whole = done.start >= begin && done.start + units <= end;
-        const int first_range = is_whole ? range : done.start / share;
-        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
-        const int states = fixed ? units : arrivals;
-        const int first_slot = fixed ? done.start : 2 * first_range;
-        // Whether the first of them is the second part of its range.
-        const bool begins_within = !fixed && done.start != first_range * share;
-        const auto in_workspace = [&](int i, int row, int p) {
-            const int slot = first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
-            const i64 at = (i64)slot * (tiles * max_rows) + head_tile * max_rows + row;
-            return Kept{piece_stats + at, (float4*)(piece_x + at * D + p)};
-        };
         // Element p of a row's state: those of lane t, from two columns each, stand together.
         const auto write = [&](State s, int row, int p) {
             const int in_group = tile_of_head * ROWS + row;
@@ -839,37 +875,84 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             store2(out + at * D + d + E, s.x[2], s.x[3]);
             if (lse && p == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
         };
-        for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-            const int row = i / (D / 4), p = i % (D / 4) * 4;
-            const State s = join<WARPS>(WARPS, [&](int w) {
-                const int at = w * max_rows + row;
-                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + p)};
-            });
-            if (states == 1) {
-                write(s, row, p);
-                continue;
-            }
-            const Kept to = in_workspace(fixed ? done.unit - done.start : range - first_range,
-                                           row, p);
-            *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
-            if (p == 0) *to.stat = make_float2(s.m, s.l);
-        }
-        if (states > 1 && (!has_next || piece.b != b)) {
+        const auto place = [&](int slot, int row) {
+            return (i64)slot * (tiles * rows_kept) + head_tile * rows_kept + row;
+        };
+        const auto in_workspace = [&](int slot, int row, int p) {
+            const i64 at = place(slot, row);
+            return Kept{piece_stats + at, (const float4*)(piece_x + at * D + p)};
+        };
+        const auto publish = [&](const State& s, int slot, int row, int p) {
+            const i64 at = place(slot, row);
+            *(float4*)(piece_x + at * D + p) = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
+            if (p == 0) piece_stats[at] = make_float2(s.m, s.l);
+        };
+        // Whether this block is the last one that has published.
+        const auto is_last_of = [&](int arrivals, u32* counter) {
             __syncthreads();
-            if (threadIdx.x == 0) {  // a row that leaves a range is the only one that does
-                u32* counter = counters + first_range * tiles + head_tile;
+            if (thread == 0) {
                 __threadfence();  // what the barrier gathered is seen before the count, and after it
                 is_last = arrivals == 1 || atomicInc(counter, arrivals - 1) == arrivals - 1;
                 __threadfence();  // what the others counted is seen behind the next barrier
             }
             __syncthreads();
-            if (is_last) {
-                for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-                    const int row = i / (D / 4), p = i % (D / 4) * 4;
-                    write(join<16>(states, [&](int n) { return in_workspace(n, row, p); }), row, p);
-                }
+            return is_last;
+        };
+
+#if CLUSTER > 1
+        // A lane joins the states of one block's warps, CLUSTER lanes those of all, and a block does so
+        // for every CLUSTER-th share of the elements.
+        cluster_arrive();
+        cluster_wait();
+        const int from = thread % CLUSTER;
+        const float* const their_x = in_block(warp_x, from);
+        const float2* const their_stats = in_block(warp_stats, from);
+        for (int i = (range * THREADS + thread) / CLUSTER; i < num_rows * (D / 4); i += THREADS) {
+            const int row = i / (D / 4), p = i % (D / 4) * 4;
+            const State s = join_lanes(join<WARPS>(WARPS, [&](int w) {
+                const int at = w * rows_kept + row;
+                return Kept{their_stats + at, (const float4*)(their_x + at * PITCH + p)};
+            }));
+            if (from == 0) write(s, row, p);
+        }
+        cluster_arrive();  // this block no longer reads others' memory
+        cluster_wait();
+#else
+        __syncthreads();
+
+        // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
+        // state is done; else it is merged by the last of its blocks.
+        const int units = done.seen.units;
+        const bool is_whole = done.start >= begin && done.start + units <= end;
+        const int first_range = is_whole ? range : done.start / share;
+        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
+        const int states = fixed ? units : arrivals;
+        const int first_slot = fixed ? done.start : 2 * first_range;
+        // Whether the first of them is the second part of its range.
+        const bool begins_within = !fixed && done.start != first_range * share;
+        const auto slot_of = [&](int i) {
+            return first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
+        };
+        for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
+            const int row = i / (D / 4), p = i % (D / 4) * 4;
+            const State s = join<WARPS>(WARPS, [&](int w) {
+                const int at = w * rows_kept + row;
+                return Kept{warp_stats + at, (const float4*)(warp_x + at * PITCH + p)};
+            });
+            const int number = fixed ? done.unit - done.start : range - first_range;
+            if (states == 1) write(s, row, p);
+            else publish(s, slot_of(number), row, p);
+        }
+        // A row that leaves a range is the only one that does.
+        if (states > 1 && (!has_next || piece.b != b) &&
+            is_last_of(arrivals, counters + first_range * tiles + head_tile)) {
+            for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
+                const int row = i / (D / 4), p = i % (D / 4) * 4;
+                const auto kept = [&](int n) { return in_workspace(slot_of(n), row, p); };
+                write(join<16>(states, kept), row, p);
             }
         }
+#endif
         if (!has_next) break;
         __syncthreads();  // before the states of the next piece
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pykv import cuda
 from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 
@@ -17,10 +18,14 @@ VARIANTS: list[dict[str, Any]] = [
     for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
 ]
 
+STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile
 WARPS = 4
+BLOCK = 32 * WARPS
 MIN_KEYS = 128  # of a range
 BLOCKS_OF_SM = (1, 2, 3)  # that a kind may run at once; more do not always mean more ranges
+CLUSTER = 8  # blocks that join the states of one sequence through each other's shared memory
+CLUSTER_KEYS = 4096  # of a cluster at most; for more it pays to have more blocks
 COUNTERS = 4096  # at the start of the workspace, zero before and after each call
 
 
@@ -124,8 +129,21 @@ def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
 
 def workspace_size(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
     """Elements of workspace."""
-    slots = num_slots(sizes, ranges, fixed_split)
+    return state_size(sizes, num_slots(sizes, ranges, fixed_split))
+
+
+def state_size(sizes: Sizes, slots: int) -> int:
+    """Elements of a workspace of so many slots, counters included."""
     return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, int, int]
+    cluster: tuple[int, int, int] | None
+    shared_bytes: int
+    size: int  # of the workspace, in elements
+    ints: tuple[int, ...]  # arguments, the last of them
 
 
 def launch(
@@ -137,14 +155,28 @@ def launch(
     behind: int,
     num_sms: int,
     fixed_split: int | None,
-) -> tuple[tuple[int, int, int], int, int, tuple[int, ...]]:
-    """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
+    defines: dict[str, Any],
+) -> Launch:
+    """The kernel of these defines, and how it is launched.
+
+    One sequence alone needs no search for the work of a block. Where clusters are, and one is
+    enough, its blocks join their states directly: a turn through the L2 cache takes longer than few
+    keys take to read.
+    """
     shared = shared_bytes(sm, spec, q_dtype, sizes)
-    ranges = num_ranges(sizes, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
-    B, T, HQ, H, D, _, M = sizes
-    grid = (sizes.tiles // H, H, ranges)
+    blocks = num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms)
+    ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)
+    defines = defines | dict(PAGE=sizes.P)
+    if sizes.B == 1 and not fixed_split:
+        defines["ALONE"] = 1
+        if sm >= 90 and 1 < ranges and sizes.capacity <= CLUSTER_KEYS:
+            joined = cuda.kernel(STEM, STEM, **defines, CLUSTER=CLUSTER)
+            shape = (1, 1, CLUSTER)
+            if sizes.tiles <= cuda.active_clusters(joined, BLOCK, shape, shared):
+                defines["CLUSTER"], ranges, cluster, slots = CLUSTER, CLUSTER, shape, 0
+    B, T, HQ, H, D, _, M = sizes
     piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
     ints = (B, T, behind, HQ // H, M, sizes.capacity, window, piece_tiles, slots)
-    size = workspace_size(sizes, ranges, fixed_split)
-    return grid, shared, size, ints
+    grid, size = (sizes.tiles // H, H, ranges), state_size(sizes, slots)
+    return Launch(cuda.kernel(STEM, STEM, **defines), grid, cluster, shared, size, ints)

@@ -28,8 +28,9 @@
 //           WARPS * max(QUEUE_BYTES, R * (4 * PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
-// Stack: 80 bytes, outside the loop over keys: of rows of 256 elements, whose sums alone fill half of
-//           the registers, and of codes with 16-bit queries, of which an SM runs three blocks
+// Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
+//           alone fill half of the registers, and there of codes with 16-bit queries, of which an SM
+//           runs three blocks
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -190,7 +191,7 @@ __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int 
 constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
 constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
 
-// One sequence's pages; keys beyond `first` .. `last` are not read, these instead.
+// One sequence's pages; of keys beyond `first` .. `last` these are found instead.
 struct Table {
     const int* pages;
     int first, last;
@@ -242,7 +243,8 @@ template <typename S> struct Stored {
     // Of the i-th of this lane's chunks.
     static __device__ __forceinline__ int row(int i) {
         const int lane = threadIdx.x % WARP;
-        return WARP % CHUNKS == 0 ? i * (WARP / CHUNKS) + lane / CHUNKS : (i * WARP + lane) / CHUNKS;
+        if (WARP % CHUNKS == 0) return i * (WARP / CHUNKS) + lane / CHUNKS;
+        return (i * WARP + lane) / CHUNKS;
     }
     static __device__ __forceinline__ int chunk(int i) {
         const int lane = threadIdx.x % WARP;
@@ -264,9 +266,9 @@ template <typename S> struct Stored {
     }
 };
 
-// Calls copy(i, place, from) for this lane's chunks of a tile, of which this is the i-th; where
-// copies run, i may be 0 for all. Rows of keys that the table does not hold are replaced by one that
-// it does; or, where copies do not run, may come as they are, for `put` to clear.
+// Calls copy(i, place, from) for this lane's chunks of a tile, of which this is the i-th, or where
+// copies run any. A key that the table does not hold is replaced by one that it does; or where copies
+// do not run, may come as it is, for `put` to clear.
 template <typename S, typename T, typename Copy>
 __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile, Copy copy) {
@@ -275,7 +277,7 @@ __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& tabl
     constexpr bool BY_STEPS = TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
-        if (!COPIES_RUN || table.holds(tile)) {  // the usual case, with few instructions: these count
+        if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
@@ -435,8 +437,8 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
 
 // --- Feed: a warp's tiles, one after the other ----------------------------------------------------
 
-// Where they come from; and of the tile that is copied next its pages, and scales as they are stored,
-// since to convert them is to wait for them; those of keys and values of this lane's number.
+// Where they come from; and of the tile that is copied next its pages, and its scales as they are
+// stored, since to convert them is to wait for them: those of this lane's key and value.
 struct Source {
     Rows<K_T> keys;
     Rows<V_T> values;
@@ -455,9 +457,9 @@ struct Source {
     }
 };
 
-// A piece: `start` with its first tile, whose pages are in `ids`; then of each tile `take_keys` and
-// `take_values`, which wait for them and ask for what comes next, and `find_pages` at the end. `end`
-// is that of the piece's tiles.
+// A piece begins by `start` with its first tile, whose pages are in `ids`. Then, for each tile,
+// `take_keys` and `take_values` wait for its rows and ask for what comes next, and `find_pages` ends
+// its turn. `end` is that of the piece's tiles.
 #if __CUDA_ARCH__ >= 800
 // When a tile's keys have been read, those of the next tile are copied; values likewise.
 struct Feed : Source {
@@ -561,7 +563,7 @@ struct Feed : Source {
         load_values(taken, queue);
     }
 
-    __device__ __forceinline__ void find_pages(const Table&, int, int) {}  // take_keys has found them
+    __device__ __forceinline__ void find_pages(const Table&, int, int) {}  // take_keys did
 };
 #endif
 
@@ -756,8 +758,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                {k_scales, ks_page, ks_token, ks_head, kv_head},
                {v_scales, vs_page, vs_token, vs_head, kv_head}}};
 
-    // The states of the warps, where shared memory is scarce in place of queues that have been read;
-    // and in the workspace those of pieces.
+    // The states of the warps, which may take the place of queues; and those of pieces.
     constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
     constexpr bool REPLACES_QUEUES = !COPIES_RUN && !Q_IN_SHARED;
     constexpr int STATES_AT = REPLACES_QUEUES ? 0 : WARPS * (QUEUE_BYTES + Q_BYTES);

@@ -25,12 +25,14 @@
 //           and piece_tiles = 0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
 // Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
 //           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
-//           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared
-//           memory, PITCH = D + 16 where D is a multiple of 32, else D
+//           WARPS * (QUEUE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
+//           PITCH = D + 16 where D is a multiple of 32, else D; but below sm_80, for D up to 128,
+//           WARPS * max(QUEUE_BYTES, R * (4 * PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
-// Stack: 80 bytes, outside the loop over keys: of rows of 256 elements, whose sums alone fill half of
-//           the registers, and of codes with 16-bit queries, of which an SM runs three blocks
+// Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
+//           alone fill half of the registers, and there of codes with 16-bit queries, of which an SM
+//           runs three blocks
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -92,8 +94,14 @@ using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
 constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
 constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 
+// From sm_80 on copies to shared memory run by themselves, into a queue of keys and one of values.
+// Before, registers hold what was asked for until the one queue that there is has room for it.
+constexpr bool COPIES_RUN = __CUDA_ARCH__ >= 800;
+constexpr int MAX_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
+constexpr int QUEUE_BYTES = COPIES_RUN ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
+
 // Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
-constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
+constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && COPIES_RUN ? 3 : 2;
 
 // What an mma's operands round is kept in further terms where queries are finer.
 using KM = Operand<K_T>::Type;
@@ -195,7 +203,7 @@ __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int 
 constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
 constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
 
-// One sequence's pages; keys beyond `first` .. `last` are not read, these instead.
+// One sequence's pages; of keys beyond `first` .. `last` these are found instead.
 struct Table {
     const int* pages;
     int first, last;
@@ -206,6 +214,7 @@ struct Table {
     __device__ __forceinline__ bool holds(int tile) const {
         return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
     }
+    __device__ __forceinline__ bool holds_key(int k) const { return k >= first && k <= last; }
 
     // The pages of a tile: of each 16 keys, or else of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
@@ -236,10 +245,23 @@ template <typename T> struct Rows {
 // 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
 template <typename S> struct Stored {
     static constexpr int ROW = S::ROW_BYTES * S::LANES;
-    static constexpr int CHUNK = ROW % 16 == 0 ? 16 : ROW % 8 == 0 ? 8 : 4;
+    static constexpr int CHUNK = 16;
     static constexpr int CHUNKS = ROW / CHUNK;
-    static constexpr bool TURNS = CHUNK == 16 && CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
+    static constexpr int OF_LANE = KEYS * CHUNKS / WARP;  // chunks that a lane copies of a tile
+    static constexpr bool TURNS = CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
     static constexpr bool IS_KEYS = S::LANES == 4;
+    static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
+
+    // Of the i-th of this lane's chunks.
+    static __device__ __forceinline__ int row(int i) {
+        const int lane = threadIdx.x % WARP;
+        if (WARP % CHUNKS == 0) return i * (WARP / CHUNKS) + lane / CHUNKS;
+        return (i * WARP + lane) / CHUNKS;
+    }
+    static __device__ __forceinline__ int chunk(int i) {
+        const int lane = threadIdx.x % WARP;
+        return WARP % CHUNKS == 0 ? lane % CHUNKS : (i * WARP + lane) % CHUNKS;
+    }
 
     // Of keys lanes read rows r and r + 1 at once, four chunks each; of values r, r + 2, r + 4 and
     // r + 6, two chunks each.
@@ -256,16 +278,18 @@ template <typename S> struct Stored {
     }
 };
 
-// Starts the copies of a tile.
-template <typename S, typename T>
-__device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const Table& table,
-                                          const int (&ids)[PAGE_IDS], int tile) {
+// Calls copy(i, place, from) for this lane's chunks of a tile, of which this is the i-th, or where
+// copies run any. A key that the table does not hold is replaced by one that it does; or where copies
+// do not run, may come as it is, for `put` to clear.
+template <typename S, typename T, typename Copy>
+__device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
+                                          const int (&ids)[PAGE_IDS], int tile, Copy copy) {
     using At = Stored<S>;
     constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
     constexpr bool BY_STEPS = TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
-        if (table.holds(tile)) {  // the usual case, with few instructions: these count
+        if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
@@ -273,15 +297,14 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
                 const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
 #pragma unroll
                 for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
-                    cp_async<At::CHUNK>(queue + At::place(i + row, chunk), from);
+                    copy(i / AT_ONCE, At::place(i + row, chunk), from);
                     from += (u64)rows.token_bytes * AT_ONCE;
                 }
             }
             return;
         }
     }
-    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
-    const auto copy = [&](int n) {
+    const auto copy_chunk = [&](int i, int n) {
         const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
         int page = ids[0];
         if (!TILES_IN_PAGES) {
@@ -290,14 +313,14 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
             page = ids[PAGE_IDS - 1];
         }
         const u8* from = (const u8*)rows.row(page, table.key(tile * KEYS + row));
-        cp_async<At::CHUNK>(queue + At::place(row, chunk), from + chunk * At::CHUNK);
+        copy(i, At::place(row, chunk), from + chunk * At::CHUNK);
     };
     if constexpr (BY_STEPS) {
 #pragma unroll 1
-        for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) copy(n);
+        for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) copy_chunk(0, n);
     } else {
 #pragma unroll
-        for (int n = 0; n < KEYS * At::CHUNKS; n += WARP) copy(n + lane);
+        for (int i = 0; i < At::OF_LANE; i++) copy_chunk(i, i * WARP + lane);
     }
 }
 
@@ -315,7 +338,7 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// --- Products -------------------------------------------------------------------------------------
+// --- What is multiplied: queries, keys, values ----------------------------------------------------
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
@@ -423,6 +446,140 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
         }
     }
 }
+
+// --- Feed: a warp's tiles, one after the other ----------------------------------------------------
+
+// Where they come from; and of the tile that is copied next its pages, and its scales as they are
+// stored, since to convert them is to wait for them: those of this lane's key and value.
+struct Source {
+    Rows<K_T> keys;
+    Rows<V_T> values;
+    Rows<SCALE_T> key_scales, value_scales;
+    int ids[PAGE_IDS] = {};
+    SCALE_T k_scale{}, v_scale{};
+
+    __device__ __forceinline__ void load_scales(const Table& table, int tile) {
+        if constexpr (HAS_CODES) {
+            const int of_tile = threadIdx.x % WARP % KEYS;
+            const int page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
+            const u32 key = table.key(tile * KEYS + of_tile);
+            if (K_HAS_CODES) k_scale = *key_scales.row(page, key);
+            if (V_HAS_CODES) v_scale = *value_scales.row(page, key);
+        }
+    }
+};
+
+// A piece begins by `start` with its first tile, whose pages are in `ids`. Then, for each tile,
+// `take_keys` and `take_values` wait for its rows and ask for what comes next, and `find_pages` ends
+// its turn. `end` is that of the piece's tiles.
+#if __CUDA_ARCH__ >= 800
+// When a tile's keys have been read, those of the next tile are copied; values likewise.
+struct Feed : Source {
+    template <typename S, typename T>
+    __device__ __forceinline__ void copy(u8* queue, const Rows<T>& rows, const Table& table,
+                                         int tile) {
+        copy_tile<S>(rows, table, ids, tile, [queue](int, int place, const u8* from) {
+            cp_async16(queue + place, from);
+        });
+    }
+
+    __device__ __forceinline__ void start(u8* k_queue, u8* v_queue, const Table& table, int tile,
+                                          int end) {
+        const bool has_tile = tile < end;
+        if (has_tile) {
+            copy<KShare>(k_queue, keys, table, tile);
+            load_scales(table, tile);
+        }
+        cp_async_commit();
+        if (has_tile) copy<VShare>(v_queue, values, table, tile);
+        cp_async_commit();
+        find_pages(table, tile, end);
+    }
+
+    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+                                              int end) {
+        const int later = tile + WARPS;
+        if (later < end) load_scales(table, later);
+        cp_async_wait<1>();
+        __syncwarp();  // what the others have copied too
+        load_keys(taken, queue);
+        __syncwarp();  // all have read what is copied over
+        if (later < end) copy<KShare>(queue, keys, table, later);
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+                                                int tile, int end) {
+        const int later = tile + WARPS;
+        cp_async_wait<1>();
+        __syncwarp();
+        load_values(taken, queue);
+        __syncwarp();
+        if (later < end) copy<VShare>(queue, values, table, later);
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void find_pages(const Table& table, int tile, int end) {
+        if (tile + WARPS < end) table.find(ids, tile + WARPS);
+    }
+};
+#else
+// While a tile's keys are worked on, its values are on their way to registers; while these are, the
+// keys of the next tile. What arrived is stored when all that was in the queue has been read.
+struct Feed : Source {
+    uint4 held[QUEUE_BYTES / (WARP * 16)];
+
+    template <typename S, typename T>
+    __device__ __forceinline__ void fetch(const Rows<T>& rows, const Table& table, int tile) {
+        copy_tile<S>(rows, table, ids, tile, [&](int i, int, const u8* from) {
+            held[i] = load16_now(from);
+        });
+    }
+
+    template <typename S>
+    __device__ __forceinline__ void put(u8* queue, const Table& table, int tile) {
+        using At = Stored<S>;
+        __syncwarp();  // all have read what is stored over
+#pragma unroll
+        for (int i = 0; i < At::OF_LANE; i++) {
+            *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = held[i];
+        }
+        if (!table.holds(tile)) {  // no weight of 0 shall meet a NaN
+#pragma unroll 1
+            for (int i = 0; i < At::OF_LANE; i++) {
+                if (table.holds_key(tile * KEYS + At::row(i))) continue;
+                *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void start(u8*, u8*, const Table& table, int tile, int end) {
+        if (tile >= end) return;
+        fetch<KShare>(keys, table, tile);
+        load_scales(table, tile);
+    }
+
+    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+                                              int end) {
+        put<KShare>(queue, table, tile);
+        fetch<VShare>(values, table, tile);
+        if (tile + WARPS < end) table.find(ids, tile + WARPS);
+        load_keys(taken, queue);
+    }
+
+    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+                                                int tile, int end) {
+        put<VShare>(queue, table, tile);
+        start(queue, queue, table, tile + WARPS, end);
+        load_values(taken, queue);
+    }
+
+    __device__ __forceinline__ void find_pages(const Table&, int, int) {}  // take_keys did
+};
+#endif
+
+// --- Products of a tile ---------------------------------------------------------------------------
 
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
@@ -639,54 +796,34 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
-    const Rows<K_T> keys(k_pool, k_page, k_token, k_head, kv_head);
-    const Rows<V_T> values(v_pool, v_page, v_token, v_head, kv_head);
-    const Rows<SCALE_T> key_scales(k_scales, ks_page, ks_token, ks_head, kv_head);
-    const Rows<SCALE_T> value_scales(v_scales, vs_page, vs_token, vs_head, kv_head);
-
-    u8* const queue = shared + warp * (K_BYTES + V_BYTES + Q_BYTES);
+    u8* const queue = shared + warp * (QUEUE_BYTES + Q_BYTES);
     u8* const k_queue = queue;
-    u8* const v_queue = queue + K_BYTES;
+    u8* const v_queue = COPIES_RUN ? queue + K_BYTES : queue;
+    Feed feed{{{k_pool, k_page, k_token, k_head, kv_head},
+               {v_pool, v_page, v_token, v_head, kv_head},
+               {k_scales, ks_page, ks_token, ks_head, kv_head},
+               {v_scales, vs_page, vs_token, vs_head, kv_head}}};
 
-    // The states of the warps, and in the workspace those of pieces.
+    // The states of the warps, which may take the place of queues; and those of pieces.
     constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
-    float* const warp_x = (float*)(shared + WARPS * (K_BYTES + V_BYTES + Q_BYTES));
+    constexpr bool REPLACES_QUEUES = !COPIES_RUN && !Q_IN_SHARED;
+    constexpr int STATES_AT = REPLACES_QUEUES ? 0 : WARPS * (QUEUE_BYTES + Q_BYTES);
+    float* const warp_x = (float*)(shared + STATES_AT);
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
     float* const piece_x = workspace + COUNTERS;
     float2* const piece_stats = (float2*)(piece_x + (i64)slots * tiles * max_rows * D);
 
-    // Of the tile that is copied next: its pages, and scales as they are stored, since to convert
-    // them is to wait for them; those of keys and values of this lane's number.
-    int ids[PAGE_IDS] = {};
-    SCALE_T next_k_scale{}, next_v_scale{};
-    const auto load_scales = [&](const Table& table, int tile) {
-        if constexpr (HAS_CODES) {
-            const int of_tile = lane % KEYS, page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
-            const u32 key = table.key(tile * KEYS + of_tile);
-            if (K_HAS_CODES) next_k_scale = *key_scales.row(page, key);
-            if (V_HAS_CODES) next_v_scale = *value_scales.row(page, key);
-        }
-    };
-
     // A piece's first tiles are under way before the piece before it comes to its end; its queries
     // are awaited together with the pages of those.
     Query query;
-    query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
+    query.shared = (uint2*)(queue + QUEUE_BYTES) + lane;
     const auto start = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
         const int tile = piece.tile + warp;
-        const bool has_tile = tile < piece.tile_end;
-        if (has_tile) table.find(ids, tile);
+        if (tile < piece.tile_end) table.find(feed.ids, tile);
         load_query(query, query_row + piece.b * q_stride, g < num_rows);
-        if (has_tile) {
-            copy_tile<KShare>(k_queue, keys, table, ids, tile);
-            load_scales(table, tile);
-        }
-        cp_async_commit();
-        if (has_tile) copy_tile<VShare>(v_queue, values, table, ids, tile);
-        cp_async_commit();
-        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
+        feed.start(k_queue, v_queue, table, tile, piece.tile_end);
     };
 
 #if ALONE
@@ -724,21 +861,12 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
 
         for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
-            const int later = tile + WARPS;
-            const bool has_later = later < piece.tile_end;
-            const float k_scale = to_float(next_k_scale);
-            float v_scale = to_float(next_v_scale);
-            if (has_later) load_scales(table, later);
-
+            const float k_scale = to_float(feed.k_scale);
+            float v_scale = to_float(feed.v_scale);
+            Keys keys;
+            feed.take_keys(keys, k_queue, table, tile, piece.tile_end);
             float scores[KEYS / 4];
-            cp_async_wait<1>();
-            __syncwarp();  // what the others have copied too
-            Keys of_keys;
-            load_keys(of_keys, k_queue);
-            __syncwarp();  // all have read what is copied over
-            if (has_later) copy_tile<KShare>(k_queue, keys, table, ids, later);
-            cp_async_commit();
-            multiply_keys(scores, query, of_keys);
+            multiply_keys(scores, query, keys);
 
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
@@ -805,15 +933,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
             }
 
-            cp_async_wait<1>();
-            __syncwarp();
-            Values of_values;
-            load_values(of_values, v_queue);
-            __syncwarp();
-            if (has_later) copy_tile<VShare>(v_queue, values, table, ids, later);
-            cp_async_commit();
-            add_values(sums, scores, of_values);
-            if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
+            Values values;
+            feed.take_values(values, v_queue, table, tile, piece.tile_end);
+            add_values(sums, scores, values);
+            feed.find_pages(table, tile + WARPS, piece.tile_end);
         }
 
         const Piece done = piece;
@@ -830,6 +953,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const int rows_kept = made_here(max_rows), thread = made_here(threadIdx.x);
 
         // This warp's states.
+        if (REPLACES_QUEUES) __syncthreads();  // or others would still read theirs
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {

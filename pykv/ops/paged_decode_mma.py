@@ -74,15 +74,19 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     """Of a block: queues of the warps, long queries, and the warps' states."""
     k, v = spec.kinds
     D = sizes.D
-    queue = tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
+    row_bytes = k.row_bytes(D), v.row_bytes(D)
+    queue = tile_keys(spec, D) * (sum(row_bytes) if sm >= 80 else max(row_bytes))
+    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
+    states = min(sizes.rows, ROWS) * (4 * pitch + 8)
+    if sm < 80 and D <= 128:
+        return WARPS * max(queue, states)
     if D > 128:
         is_fine, is_bf16 = q_dtype.itemsize == 4, k.name == "bf16"
         terms = (
             3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
         )
         queue += terms * D * 16
-    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
-    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * pitch + 8))
+    return WARPS * (queue + states)
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
@@ -97,7 +101,7 @@ def _shared_of_sm(sm: int) -> int:
 
 def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
     """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
-    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 else 2
+    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 and sm >= 80 else 2
     in_sm = _shared_of_sm(sm) // (shared + 1024)  # the system's own 1 KiB each
     return num_sms * max(1, min(most, in_sm))
 

@@ -208,6 +208,18 @@ __device__ __forceinline__ u32 fma_f16x2(u32 a, u32 b, u32 c) {
 }
 #endif
 
+#if __CUDA_ARCH__ >= 700
+// [atom.inc] atomicInc to which whoever counts later can tell what this thread has done, or seen done
+// behind a barrier; and which tells this thread likewise. Two __threadfence around it would do so,
+// but wait for longer.
+__device__ __forceinline__ u32 atomic_inc_ordered(u32* at, u32 most) {
+    u32 old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old) : "l"(at), "r"(most) : "memory");
+    return old;
+}
+#endif
+
 #if __CUDA_ARCH__ >= 900
 // [barrier.cluster] The first half of a barrier of all threads of the cluster's blocks: what this
 // thread has done so far is there for whoever waits after it. Whole warps alone.

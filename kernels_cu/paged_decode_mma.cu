@@ -1014,10 +1014,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         // Whether this block is the last one that has published.
         const auto is_last_of = [&](int arrivals, u32* counter) {
             __syncthreads();
-            if (thread == 0) {
-                __threadfence();  // what the barrier gathered is seen before the count, and after it
-                is_last = arrivals == 1 || atomicInc(counter, arrivals - 1) == arrivals - 1;
-                __threadfence();  // what the others counted is seen behind the next barrier
+            if (thread == 0) {  // tells what the barrier gathered, and the next one what it is told
+                is_last = arrivals == 1 || atomic_inc_ordered(counter, arrivals - 1) == arrivals - 1;
             }
             __syncthreads();
             return is_last;
@@ -1073,7 +1071,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
                 const int row = i / (D / 4), p = i % (D / 4) * 4;
                 const auto kept = [&](int n) { return in_workspace(slot_of(n), row, p); };
-                write(join<16>(states, kept), row, p);
+                write(states <= 4 ? join<4>(states, kept) : join<16>(states, kept), row, p);
             }
         }
 #endif

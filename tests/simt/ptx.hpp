@@ -220,6 +220,8 @@ inline int made_here(int x) { return x; }
 
 template <typename T> inline T made_once(T x) { return x; }
 
+inline unsigned atomic_inc_ordered(unsigned* at, unsigned most) { return atomicInc(at, most); }
+
 // --- Clusters ------------------------------------------------------------------------------------
 
 inline void cluster_arrive(SIMT_SITE) { simt::arrive_at_cluster("cluster_arrive", file, line); }

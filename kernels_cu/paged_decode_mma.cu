@@ -21,8 +21,9 @@
 //           for natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
-//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ALONE = 1 for B = 1
-//           and piece_tiles = 0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
+//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
+//           where all tokens share a head's scales, else 1; ALONE = 1 for B = 1 and piece_tiles =
+//           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
 // Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
 //           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
 //           WARPS * (QUEUE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
@@ -61,6 +62,9 @@
 #ifndef TREE
 #define TREE 0
 #endif
+#ifndef ROW_SCALES
+#define ROW_SCALES 1
+#endif
 #ifndef ALONE
 #define ALONE 0
 #endif
@@ -74,6 +78,7 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = 8;  // of queries in a tile
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
+constexpr bool K_ROW_SCALES = K_HAS_CODES && ROW_SCALES, V_ROW_SCALES = V_HAS_CODES && ROW_SCALES;
 constexpr int KEYS = HAS_CODES && D <= 128 ? 32 : 16;  // of a tile; more would spill registers
 constexpr int MIN_KEYS = 128;  // of a range; less is not worth a merge
 constexpr int COUNTERS = 4096;
@@ -459,12 +464,12 @@ struct Source {
     SCALE_T k_scale{}, v_scale{};
 
     __device__ __forceinline__ void load_scales(const Table& table, int tile) {
-        if constexpr (HAS_CODES) {
+        if constexpr (HAS_CODES && ROW_SCALES) {
             const int of_tile = threadIdx.x % WARP % KEYS;
             const int page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
             const u32 key = table.key(tile * KEYS + of_tile);
-            if (K_HAS_CODES) k_scale = *key_scales.row(page, key);
-            if (V_HAS_CODES) v_scale = *value_scales.row(page, key);
+            if (K_ROW_SCALES) k_scale = *key_scales.row(page, key);
+            if (V_ROW_SCALES) v_scale = *value_scales.row(page, key);
         }
     }
 };
@@ -804,6 +809,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                {k_scales, ks_page, ks_token, ks_head, kv_head},
                {v_scales, vs_page, vs_token, vs_head, kv_head}}};
 
+    // Scales that the head's rows share.
+    float head_k_scale = 1.0f, head_v_scale = 1.0f;
+    if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * ks_head]);
+    if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * vs_head]);
+
     // The states of the warps, which may take the place of queues; and those of pieces.
     constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
     constexpr bool REPLACES_QUEUES = !COPIES_RUN && !Q_IN_SHARED;
@@ -835,7 +845,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     for (;;) {
         const int b = piece.b, length = piece.seen.length;
         const Table table{made_once(page_table + (i64)b * M), piece.seen.first, length - 1};
-        float factor = score_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
+        float factor = score_scale * head_k_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
         if constexpr (K_IS_RAW) {
             zero_score = RAW_ZERO<KE> * query.sum * factor;
             factor *= RAW_UNIT;
@@ -857,8 +867,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float m = -INF, l = 0.0f;  // l: of this lane's keys
         // Values are weighted relative to `scale_unit`, a power of two above all their scales so
         // far, because f16 would not hold what the scales themselves may be.
-        float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
-        float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
+        float scale_unit = V_ROW_SCALES ? __uint_as_float(27u << 23) : 1.0f;
+        float inverse_unit = V_ROW_SCALES ? __uint_as_float(227u << 23) : 1.0f;
 
         for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
             const float k_scale = to_float(feed.k_scale);
@@ -873,7 +883,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 const int k = i / 2 * 8 + 2 * t + i % 2;
                 float& s = scores[i];
                 s = s * factor - zero_score;
-                if (K_HAS_CODES) s *= __shfl_sync(FULL_MASK, k_scale, k);
+                if (K_ROW_SCALES) s *= __shfl_sync(FULL_MASK, k_scale, k);
 #if SOFT_CAP
                 s = tanhf(s) * cap;
 #endif
@@ -899,7 +909,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i]);
 
             // m is the maximum to within a factor of 2^8 of the weights, so that it seldom moves.
-            const bool grows = largest > m + 8.0f || (V_HAS_CODES && fabsf(v_scale) > scale_unit);
+            const bool grows = largest > m + 8.0f || (V_ROW_SCALES && fabsf(v_scale) > scale_unit);
             if (__any_sync(FULL_MASK, grows)) {
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
@@ -907,7 +917,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 float keep = exp2_flushed(m - finite_base(peak));
                 m = peak;
                 l *= keep;
-                if (V_HAS_CODES) {
+                if (V_ROW_SCALES) {
                     const float above = warp_max(fabsf(v_scale));
                     const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
                     const float before = scale_unit;
@@ -928,7 +938,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 const float weight = exp2_flushed(scores[i] - base);
                 l += weight;
                 scores[i] = weight;
-                if (V_HAS_CODES) {
+                if (V_ROW_SCALES) {
                     scores[i] *= __shfl_sync(FULL_MASK, v_scale, i / 2 * 8 + 2 * t + i % 2);
                 }
             }
@@ -957,7 +967,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
-            const float unit = scale_unit / IN_PAIRS<V_T>;
+            const float unit = scale_unit * head_v_scale / IN_PAIRS<V_T>;
             const float zero = RAW_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
             const auto value = [&](int column, int c) {
                 float x = sums.x[column][c];

@@ -172,6 +172,8 @@ def launch(
     ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)
     defines = defines | dict(PAGE=sizes.P)
+    if spec.has_scales and spec.granularity != "token":
+        defines["ROW_SCALES"] = 0
     if sizes.B == 1 and not fixed_split:
         defines["ALONE"] = 1
         if sm >= 90 and 1 < ranges and sizes.capacity <= CLUSTER_KEYS:

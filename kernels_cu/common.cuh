@@ -905,13 +905,13 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, e4m3) {
 #if __CUDA_ARCH__ >= 890
     e4m3x4_to_f16x4(pairs, word);
 #else
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const u32 x = __byte_perm(word, 0, i ? 0x3424 : 0x1404);
-        const u32 magnitude = x & 0x7f007f00u;
-        const u32 is_nan = (magnitude + 0x01000100u) >> 1 & 0x40004000u;  // makes the exponent 31
-        pairs[i] = (x & 0x80008000u) | magnitude >> 1 | is_nan;
-    }
+    // Upper and lower bytes of all four: a code moves down by one bit, but for its sign.
+    const u32 magnitude = word & 0x7f7f7f7fu;
+    const u32 is_nan = (magnitude + 0x01010101u) & 0x80808080u;  // makes the exponent 31
+    const u32 upper = ((magnitude | is_nan) >> 1 & 0x7f7f7f7fu) | (word & 0x80808080u);
+    const u32 lower = word << 7 & 0x80808080u;
+    pairs[0] = __byte_perm(lower, upper, 0x5140);
+    pairs[1] = __byte_perm(lower, upper, 0x7362);
 #endif
 }
 #endif

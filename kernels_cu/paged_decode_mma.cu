@@ -21,14 +21,18 @@
 //           for natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
-//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1
-// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; block (128);
-//           WARPS * (K_BYTES + V_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared
-//           memory, PITCH = D + 16 where D is a multiple of 32, else D
+//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ALONE = 1 for B = 1
+//           and piece_tiles = 0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
+// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
+//           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
+//           WARPS * (QUEUE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
+//           PITCH = D + 16 where D is a multiple of 32, else D; but below sm_80, for D up to 128,
+//           WARPS * max(QUEUE_BYTES, R * (4 * PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
-// Stack: 80 bytes, outside the loop over keys: of rows of 256 elements, whose sums alone fill half of
-//           the registers, and of codes with 16-bit queries, of which an SM runs three blocks
+// Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
+//           alone fill half of the registers, and there of codes with 16-bit queries, of which an SM
+//           runs three blocks
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
@@ -57,6 +61,12 @@
 #ifndef TREE
 #define TREE 0
 #endif
+#ifndef ALONE
+#define ALONE 0
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 
 constexpr int D = HEAD_DIM;
 constexpr int WARPS = 4;
@@ -84,8 +94,14 @@ using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
 constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
 constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
 
+// From sm_80 on copies to shared memory run by themselves, into a queue of keys and one of values.
+// Before, registers hold what was asked for until the one queue that there is has room for it.
+constexpr bool COPIES_RUN = __CUDA_ARCH__ >= 800;
+constexpr int MAX_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
+constexpr int QUEUE_BYTES = COPIES_RUN ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
+
 // Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
-constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 ? 3 : 2;
+constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && COPIES_RUN ? 3 : 2;
 
 // What an mma's operands round is kept in further terms where queries are finer.
 using KM = Operand<K_T>::Type;
@@ -129,13 +145,16 @@ struct Batch {
     }
 };
 
-// Units of 32 sequences, `first` and on: of this lane's, and of all up to it.
+// Units of the sequences from `first` on, of which each lane takes `some`: of its own, and of all up
+// to them.
 struct Scan {
-    int units, upto;
+    int units = 0, upto;
 
-    __device__ __forceinline__ Scan(const Batch& batch, int first) {
+    __device__ __forceinline__ Scan(const Batch& batch, int first, int some) {
         const int lane = threadIdx.x % WARP;
-        units = first + lane < batch.size ? batch.seen(first + lane).units : 0;
+        const int from = first + lane * some, end = min(from + some, batch.size);
+#pragma unroll 4  // so that loads do not wait for each other
+        for (int b = from; b < end; b++) units += batch.seen(b).units;
         upto = units;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
@@ -164,18 +183,19 @@ __device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, 
     return p;
 }
 
-// The first piece of a range, found by every warp for itself; `scan` is that of the first sequences.
-__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int begin, int end,
-                                             bool one_unit) {
+// The first piece of a range, found by every warp for itself. `scan` is that of all sequences, `some`
+// a lane: its lane is found, and then the sequence among those of that lane.
+__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int some, int begin,
+                                             int end, bool one_unit) {
     int first = 0, start = 0;
-    for (int all = scan.total(); start + all <= begin; all = scan.total()) {
-        start += all;
-        first += WARP;
-        scan = Scan(batch, first);
+    for (;;) {
+        const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
+        first += found * some;
+        start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
+        if (some == 1) return piece_at(batch, first, start, begin, end, one_unit);
+        some = (some + WARP - 1) / WARP;
+        scan = Scan(batch, first, some);
     }
-    const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
-    start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
-    return piece_at(batch, first + found, start, begin, end, one_unit);
 }
 
 // --- Copies: from pages to this lane's queue ------------------------------------------------------
@@ -183,7 +203,7 @@ __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int 
 constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
 constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
 
-// One sequence's pages; keys beyond `first` .. `last` are not read, these instead.
+// One sequence's pages; of keys beyond `first` .. `last` these are found instead.
 struct Table {
     const int* pages;
     int first, last;
@@ -194,6 +214,7 @@ struct Table {
     __device__ __forceinline__ bool holds(int tile) const {
         return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
     }
+    __device__ __forceinline__ bool holds_key(int k) const { return k >= first && k <= last; }
 
     // The pages of a tile: of each 16 keys, or else of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
@@ -224,10 +245,23 @@ template <typename T> struct Rows {
 // 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
 template <typename S> struct Stored {
     static constexpr int ROW = S::ROW_BYTES * S::LANES;
-    static constexpr int CHUNK = ROW % 16 == 0 ? 16 : ROW % 8 == 0 ? 8 : 4;
+    static constexpr int CHUNK = 16;
     static constexpr int CHUNKS = ROW / CHUNK;
-    static constexpr bool TURNS = CHUNK == 16 && CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
+    static constexpr int OF_LANE = KEYS * CHUNKS / WARP;  // chunks that a lane copies of a tile
+    static constexpr bool TURNS = CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
     static constexpr bool IS_KEYS = S::LANES == 4;
+    static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
+
+    // Of the i-th of this lane's chunks.
+    static __device__ __forceinline__ int row(int i) {
+        const int lane = threadIdx.x % WARP;
+        if (WARP % CHUNKS == 0) return i * (WARP / CHUNKS) + lane / CHUNKS;
+        return (i * WARP + lane) / CHUNKS;
+    }
+    static __device__ __forceinline__ int chunk(int i) {
+        const int lane = threadIdx.x % WARP;
+        return WARP % CHUNKS == 0 ? lane % CHUNKS : (i * WARP + lane) % CHUNKS;
+    }
 
     // Of keys lanes read rows r and r + 1 at once, four chunks each; of values r, r + 2, r + 4 and
     // r + 6, two chunks each.
@@ -244,16 +278,18 @@ template <typename S> struct Stored {
     }
 };
 
-// Starts the copies of a tile.
-template <typename S, typename T>
-__device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const Table& table,
-                                          const int (&ids)[PAGE_IDS], int tile) {
+// Calls copy(i, place, from) for this lane's chunks of a tile, of which this is the i-th, or where
+// copies run any. A key that the table does not hold is replaced by one that it does; or where copies
+// do not run, may come as it is, for `put` to clear.
+template <typename S, typename T, typename Copy>
+__device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
+                                          const int (&ids)[PAGE_IDS], int tile, Copy copy) {
     using At = Stored<S>;
     constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
     constexpr bool BY_STEPS = TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
-        if (table.holds(tile)) {  // the usual case, with few instructions: these count
+        if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
@@ -261,15 +297,14 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
                 const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
 #pragma unroll
                 for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
-                    cp_async<At::CHUNK>(queue + At::place(i + row, chunk), from);
+                    copy(i / AT_ONCE, At::place(i + row, chunk), from);
                     from += (u64)rows.token_bytes * AT_ONCE;
                 }
             }
             return;
         }
     }
-    static_assert(KEYS * At::CHUNKS % WARP == 0, "all lanes copy");
-    const auto copy = [&](int n) {
+    const auto copy_chunk = [&](int i, int n) {
         const int row = n / At::CHUNKS, chunk = n % At::CHUNKS;
         int page = ids[0];
         if (!TILES_IN_PAGES) {
@@ -278,14 +313,14 @@ __device__ __forceinline__ void copy_tile(u8* queue, const Rows<T>& rows, const 
             page = ids[PAGE_IDS - 1];
         }
         const u8* from = (const u8*)rows.row(page, table.key(tile * KEYS + row));
-        cp_async<At::CHUNK>(queue + At::place(row, chunk), from + chunk * At::CHUNK);
+        copy(i, At::place(row, chunk), from + chunk * At::CHUNK);
     };
     if constexpr (BY_STEPS) {
 #pragma unroll 1
-        for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) copy(n);
+        for (int n = lane; n < KEYS * At::CHUNKS; n += WARP) copy_chunk(0, n);
     } else {
 #pragma unroll
-        for (int n = 0; n < KEYS * At::CHUNKS; n += WARP) copy(n + lane);
+        for (int i = 0; i < At::OF_LANE; i++) copy_chunk(i, i * WARP + lane);
     }
 }
 
@@ -303,7 +338,7 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// --- Products -------------------------------------------------------------------------------------
+// --- What is multiplied: queries, keys, values ----------------------------------------------------
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
@@ -412,25 +447,165 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
     }
 }
 
+// --- Feed: a warp's tiles, one after the other ----------------------------------------------------
+
+// Where they come from; and of the tile that is copied next its pages, and its scales as they are
+// stored, since to convert them is to wait for them: those of this lane's key and value.
+struct Source {
+    Rows<K_T> keys;
+    Rows<V_T> values;
+    Rows<SCALE_T> key_scales, value_scales;
+    int ids[PAGE_IDS] = {};
+    SCALE_T k_scale{}, v_scale{};
+
+    __device__ __forceinline__ void load_scales(const Table& table, int tile) {
+        if constexpr (HAS_CODES) {
+            const int of_tile = threadIdx.x % WARP % KEYS;
+            const int page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
+            const u32 key = table.key(tile * KEYS + of_tile);
+            if (K_HAS_CODES) k_scale = *key_scales.row(page, key);
+            if (V_HAS_CODES) v_scale = *value_scales.row(page, key);
+        }
+    }
+};
+
+// A piece begins by `start` with its first tile, whose pages are in `ids`. Then, for each tile,
+// `take_keys` and `take_values` wait for its rows and ask for what comes next, and `find_pages` ends
+// its turn. `end` is that of the piece's tiles.
+#if __CUDA_ARCH__ >= 800
+// When a tile's keys have been read, those of the next tile are copied; values likewise.
+struct Feed : Source {
+    template <typename S, typename T>
+    __device__ __forceinline__ void copy(u8* queue, const Rows<T>& rows, const Table& table,
+                                         int tile) {
+        copy_tile<S>(rows, table, ids, tile, [queue](int, int place, const u8* from) {
+            cp_async16(queue + place, from);
+        });
+    }
+
+    __device__ __forceinline__ void start(u8* k_queue, u8* v_queue, const Table& table, int tile,
+                                          int end) {
+        const bool has_tile = tile < end;
+        if (has_tile) {
+            copy<KShare>(k_queue, keys, table, tile);
+            load_scales(table, tile);
+        }
+        cp_async_commit();
+        if (has_tile) copy<VShare>(v_queue, values, table, tile);
+        cp_async_commit();
+        find_pages(table, tile, end);
+    }
+
+    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+                                              int end) {
+        const int later = tile + WARPS;
+        if (later < end) load_scales(table, later);
+        cp_async_wait<1>();
+        __syncwarp();  // what the others have copied too
+        load_keys(taken, queue);
+        __syncwarp();  // all have read what is copied over
+        if (later < end) copy<KShare>(queue, keys, table, later);
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+                                                int tile, int end) {
+        const int later = tile + WARPS;
+        cp_async_wait<1>();
+        __syncwarp();
+        load_values(taken, queue);
+        __syncwarp();
+        if (later < end) copy<VShare>(queue, values, table, later);
+        cp_async_commit();
+    }
+
+    __device__ __forceinline__ void find_pages(const Table& table, int tile, int end) {
+        if (tile + WARPS < end) table.find(ids, tile + WARPS);
+    }
+};
+#else
+// While a tile's keys are worked on, its values are on their way to registers; while these are, the
+// keys of the next tile. What arrived is stored when all that was in the queue has been read.
+struct Feed : Source {
+    uint4 held[QUEUE_BYTES / (WARP * 16)];
+
+    template <typename S, typename T>
+    __device__ __forceinline__ void fetch(const Rows<T>& rows, const Table& table, int tile) {
+        copy_tile<S>(rows, table, ids, tile, [&](int i, int, const u8* from) {
+            held[i] = load16_now(from);
+        });
+    }
+
+    template <typename S>
+    __device__ __forceinline__ void put(u8* queue, const Table& table, int tile) {
+        using At = Stored<S>;
+        __syncwarp();  // all have read what is stored over
+#pragma unroll
+        for (int i = 0; i < At::OF_LANE; i++) {
+            *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = held[i];
+        }
+        if (!table.holds(tile)) {  // no weight of 0 shall meet a NaN
+#pragma unroll 1
+            for (int i = 0; i < At::OF_LANE; i++) {
+                if (table.holds_key(tile * KEYS + At::row(i))) continue;
+                *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = make_uint4(0, 0, 0, 0);
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void start(u8*, u8*, const Table& table, int tile, int end) {
+        if (tile >= end) return;
+        fetch<KShare>(keys, table, tile);
+        load_scales(table, tile);
+    }
+
+    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+                                              int end) {
+        put<KShare>(queue, table, tile);
+        fetch<VShare>(values, table, tile);
+        if (tile + WARPS < end) table.find(ids, tile + WARPS);
+        load_keys(taken, queue);
+    }
+
+    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+                                                int tile, int end) {
+        put<VShare>(queue, table, tile);
+        start(queue, queue, table, tile + WARPS, end);
+        load_values(taken, queue);
+    }
+
+    __device__ __forceinline__ void find_pages(const Table&, int, int) {}  // take_keys did
+};
+#endif
+
+// --- Products of a tile ---------------------------------------------------------------------------
+
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
                                               const Keys& keys) {
     using S = KShare;
     constexpr int PAIRS = IN_WORD<K_T> / 2;
+    constexpr int FIT = 32 / (KEYS / 8 * PAIRS);  // words whose pairs occupy 32 registers
+    constexpr int AT_ONCE = S::WORDS < FIT ? S::WORDS : FIT;
+    static_assert(AT_ONCE * PAIRS > 1 && S::WORDS % AT_ONCE == 0, "a step of mma takes two pairs");
     float d[KEYS / 8][4] = {}, odd[KEYS / 8][4] = {};
 #pragma unroll
-    for (int i = 0; i < S::COUNT; i++) {
-        u32 pairs[KEYS / 8][S::WORDS][PAIRS];
+    for (int word = 0; word < S::COUNT * S::WORDS; word += AT_ONCE) {
+        u32 pairs[KEYS / 8][AT_ONCE][PAIRS];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-            for (int w = 0; w < S::WORDS; w++) to_pairs(pairs[n][w], keys.words[n][i][w], KE{});
+            for (int w = 0; w < AT_ONCE; w++) {
+                const int at = word + w;
+                to_pairs(pairs[n][w], keys.words[n][at / S::WORDS][at % S::WORDS], KE{});
+            }
         }
 #pragma unroll
-        for (int p = 0; p < S::ELEMENTS / 2; p += 2) {
+        for (int p = 0; p < AT_ONCE * PAIRS; p += 2) {
             // One term leaves rows 8 to 15 free: they hold the next step of it, which gives two
             // steps the registers of one, and each takes the half of the sums that is its own.
-            const int step = (i * S::ELEMENTS / 2 + p) / 2;
+            const int step = (word * PAIRS + p) / 2;
             const int even = TERMS == 1 ? step / 2 * 2 : step;
             const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
             const uint2 upper = q.step(0, even), lower = q.step(TERMS > 1 ? 1 : 0, next);
@@ -547,7 +722,31 @@ template <int BATCH, typename At> __device__ __forceinline__ State join(int coun
     return s;
 }
 
-struct Kept { float2* stat; float4* x; };
+// Where a row's (maximum, sum) and four of its elements are kept.
+struct Kept { const float2* stat; const float4* x; };
+
+#if CLUSTER > 1
+// Joins the states of CLUSTER neighbouring lanes, each of which gets the result.
+__device__ __forceinline__ State join_lanes(State s) {
+    float peak = s.m;
+#pragma unroll
+    for (int step = 1; step < CLUSTER; step *= 2) {
+        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, step));
+    }
+    const float keep = exp2_flushed(s.m - finite_base(peak));
+    s.m = peak;
+    s.l *= keep;
+#pragma unroll
+    for (float& x : s.x) x *= keep;
+#pragma unroll
+    for (int step = 1; step < CLUSTER; step *= 2) {
+        s.l += __shfl_xor_sync(FULL_MASK, s.l, step);
+#pragma unroll
+        for (float& x : s.x) x += __shfl_xor_sync(FULL_MASK, x, step);
+    }
+    return s;
+}
+#endif
 
 #endif
 
@@ -578,72 +777,60 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int num_rows = min(ROWS, G * T - tile_of_head * ROWS);
 
     // This block's range of units.
-    const bool fixed = piece_tiles > 0;
+    const bool fixed = !ALONE && piece_tiles > 0;
     const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
-    const Scan scan(batch, 0);
-    int total = scan.total();
-    for (int b = WARP; b < B; b += WARP) total += Scan(batch, b).total();
+#if ALONE
+    const int total = batch.seen(0).units;
+#else
+    const int some = (B + WARP - 1) / WARP;
+    const Scan scan(batch, 0, some);
+    const int total = scan.total();
+#endif
     int share = (total + ranges - 1) / ranges;
     if (!fixed) share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;  // even for warps
     const int begin = range * share, end = min(begin + share, total);
-    if (begin >= end) return;
+    if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
 
     // This lane's query row, for all pieces.
     const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
-    const Rows<K_T> keys(k_pool, k_page, k_token, k_head, kv_head);
-    const Rows<V_T> values(v_pool, v_page, v_token, v_head, kv_head);
-    const Rows<SCALE_T> key_scales(k_scales, ks_page, ks_token, ks_head, kv_head);
-    const Rows<SCALE_T> value_scales(v_scales, vs_page, vs_token, vs_head, kv_head);
-
-    u8* const queue = shared + warp * (K_BYTES + V_BYTES + Q_BYTES);
+    u8* const queue = shared + warp * (QUEUE_BYTES + Q_BYTES);
     u8* const k_queue = queue;
-    u8* const v_queue = queue + K_BYTES;
+    u8* const v_queue = COPIES_RUN ? queue + K_BYTES : queue;
+    Feed feed{{{k_pool, k_page, k_token, k_head, kv_head},
+               {v_pool, v_page, v_token, v_head, kv_head},
+               {k_scales, ks_page, ks_token, ks_head, kv_head},
+               {v_scales, vs_page, vs_token, vs_head, kv_head}}};
 
-    // The states of the warps, and in the workspace those of pieces.
+    // The states of the warps, which may take the place of queues; and those of pieces.
     constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
-    float* const warp_x = (float*)(shared + WARPS * (K_BYTES + V_BYTES + Q_BYTES));
+    constexpr bool REPLACES_QUEUES = !COPIES_RUN && !Q_IN_SHARED;
+    constexpr int STATES_AT = REPLACES_QUEUES ? 0 : WARPS * (QUEUE_BYTES + Q_BYTES);
+    float* const warp_x = (float*)(shared + STATES_AT);
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
     float* const piece_x = workspace + COUNTERS;
     float2* const piece_stats = (float2*)(piece_x + (i64)slots * tiles * max_rows * D);
 
-    // Of the tile that is copied next: its pages, and scales as they are stored, since to convert
-    // them is to wait for them; those of keys and values of this lane's number.
-    int ids[PAGE_IDS] = {};
-    SCALE_T next_k_scale{}, next_v_scale{};
-    const auto load_scales = [&](const Table& table, int tile) {
-        if constexpr (HAS_CODES) {
-            const int of_tile = lane % KEYS, page = of_tile < 16 ? ids[0] : ids[PAGE_IDS - 1];
-            const u32 key = table.key(tile * KEYS + of_tile);
-            if (K_HAS_CODES) next_k_scale = *key_scales.row(page, key);
-            if (V_HAS_CODES) next_v_scale = *value_scales.row(page, key);
-        }
-    };
-
     // A piece's first tiles are under way before the piece before it comes to its end; its queries
     // are awaited together with the pages of those.
     Query query;
-    query.shared = (uint2*)(queue + K_BYTES + V_BYTES) + lane;
+    query.shared = (uint2*)(queue + QUEUE_BYTES) + lane;
     const auto start = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
         const int tile = piece.tile + warp;
-        const bool has_tile = tile < piece.tile_end;
-        if (has_tile) table.find(ids, tile);
+        if (tile < piece.tile_end) table.find(feed.ids, tile);
         load_query(query, query_row + piece.b * q_stride, g < num_rows);
-        if (has_tile) {
-            copy_tile<KShare>(k_queue, keys, table, ids, tile);
-            load_scales(table, tile);
-        }
-        cp_async_commit();
-        if (has_tile) copy_tile<VShare>(v_queue, values, table, ids, tile);
-        cp_async_commit();
-        if (tile + WARPS < piece.tile_end) table.find(ids, tile + WARPS);
+        feed.start(k_queue, v_queue, table, tile, piece.tile_end);
     };
 
-    Piece piece = first_piece(batch, scan, begin, end, fixed);
+#if ALONE
+    Piece piece = piece_at(batch, 0, 0, begin, end, false);
+#else
+    Piece piece = first_piece(batch, scan, some, begin, end, fixed);
+#endif
     start(piece);
     for (;;) {
         const int b = piece.b, length = piece.seen.length;
@@ -674,21 +861,12 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float inverse_unit = V_HAS_CODES ? __uint_as_float(227u << 23) : 1.0f;
 
         for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
-            const int later = tile + WARPS;
-            const bool has_later = later < piece.tile_end;
-            const float k_scale = to_float(next_k_scale);
-            float v_scale = to_float(next_v_scale);
-            if (has_later) load_scales(table, later);
-
+            const float k_scale = to_float(feed.k_scale);
+            float v_scale = to_float(feed.v_scale);
+            Keys keys;
+            feed.take_keys(keys, k_queue, table, tile, piece.tile_end);
             float scores[KEYS / 4];
-            cp_async_wait<1>();
-            __syncwarp();  // what the others have copied too
-            Keys of_keys;
-            load_keys(of_keys, k_queue);
-            __syncwarp();  // all have read what is copied over
-            if (has_later) copy_tile<KShare>(k_queue, keys, table, ids, later);
-            cp_async_commit();
-            multiply_keys(scores, query, of_keys);
+            multiply_keys(scores, query, keys);
 
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
@@ -755,20 +933,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
             }
 
-            cp_async_wait<1>();
-            __syncwarp();
-            Values of_values;
-            load_values(of_values, v_queue);
-            __syncwarp();
-            if (has_later) copy_tile<VShare>(v_queue, values, table, ids, later);
-            cp_async_commit();
-            add_values(sums, scores, of_values);
-            if (later + WARPS < piece.tile_end) table.find(ids, later + WARPS);
+            Values values;
+            feed.take_values(values, v_queue, table, tile, piece.tile_end);
+            add_values(sums, scores, values);
+            feed.find_pages(table, tile + WARPS, piece.tile_end);
         }
 
         const Piece done = piece;
         const int next = piece.unit + piece.count;
-        const bool has_next = next < end;
+        const bool has_next = !ALONE && next < end;
         if (has_next) {
             const bool same = next < piece.start + piece.seen.units;
             const int next_start = same ? piece.start : piece.start + piece.seen.units;
@@ -776,7 +949,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             start(piece);
         }
 
+        // Made here, or what follows from them would be kept in registers while keys are read.
+        const int rows_kept = made_here(max_rows), thread = made_here(threadIdx.x);
+
         // This warp's states.
+        if (REPLACES_QUEUES) __syncthreads();  // or others would still read theirs
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
@@ -790,31 +967,14 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 }
                 return x * unit;
             };
-            float* row = warp_x + (warp * max_rows + g) * PITCH;
-            if (t == 0) warp_stats[warp * max_rows + g] = make_float2(m, l);
+            float* row = warp_x + (warp * rows_kept + g) * PITCH;
+            if (t == 0) warp_stats[warp * rows_kept + g] = make_float2(m, l);
 #pragma unroll
             for (int i = 0; i < D / 8; i += 2) {
                 *(float4*)(row + i / 2 * 16 + 4 * t) =
                     make_float4(value(i, 0), value(i + 1, 0), value(i, 1), value(i + 1, 1));
             }
         }
-        __syncthreads();
-
-        // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
-        // state is done; else it is merged by the last of its blocks.
-        const int units = done.seen.units;
-        const bool is_whole = done.start >= begin && done.start + units <= end;
-        const int first_range = is_whole ? range : done.start / share;
-        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
-        const int states = fixed ? units : arrivals;
-        const int first_slot = fixed ? done.start : 2 * first_range;
-        // Whether the first of them is the second part of its range.
-        const bool begins_within = !fixed && done.start != first_range * share;
-        const auto in_workspace = [&](int i, int row, int p) {
-            const int slot = first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
-            const i64 at = (i64)slot * (tiles * max_rows) + head_tile * max_rows + row;
-            return Kept{piece_stats + at, (float4*)(piece_x + at * D + p)};
-        };
         // Element p of a row's state: those of lane t, from two columns each, stand together.
         const auto write = [&](State s, int row, int p) {
             const int in_group = tile_of_head * ROWS + row;
@@ -839,37 +999,84 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             store2(out + at * D + d + E, s.x[2], s.x[3]);
             if (lse && p == 0) lse[at] = s.l == 0.0f ? -INF : (s.m + log2f(s.l)) * lse_unit;
         };
-        for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-            const int row = i / (D / 4), p = i % (D / 4) * 4;
-            const State s = join<WARPS>(WARPS, [&](int w) {
-                const int at = w * max_rows + row;
-                return Kept{warp_stats + at, (float4*)(warp_x + at * PITCH + p)};
-            });
-            if (states == 1) {
-                write(s, row, p);
-                continue;
-            }
-            const Kept to = in_workspace(fixed ? done.unit - done.start : range - first_range,
-                                           row, p);
-            *to.x = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
-            if (p == 0) *to.stat = make_float2(s.m, s.l);
-        }
-        if (states > 1 && (!has_next || piece.b != b)) {
+        const auto place = [&](int slot, int row) {
+            return (i64)slot * (tiles * rows_kept) + head_tile * rows_kept + row;
+        };
+        const auto in_workspace = [&](int slot, int row, int p) {
+            const i64 at = place(slot, row);
+            return Kept{piece_stats + at, (const float4*)(piece_x + at * D + p)};
+        };
+        const auto publish = [&](const State& s, int slot, int row, int p) {
+            const i64 at = place(slot, row);
+            *(float4*)(piece_x + at * D + p) = make_float4(s.x[0], s.x[1], s.x[2], s.x[3]);
+            if (p == 0) piece_stats[at] = make_float2(s.m, s.l);
+        };
+        // Whether this block is the last one that has published.
+        const auto is_last_of = [&](int arrivals, u32* counter) {
             __syncthreads();
-            if (threadIdx.x == 0) {  // a row that leaves a range is the only one that does
-                u32* counter = counters + first_range * tiles + head_tile;
+            if (thread == 0) {
                 __threadfence();  // what the barrier gathered is seen before the count, and after it
                 is_last = arrivals == 1 || atomicInc(counter, arrivals - 1) == arrivals - 1;
                 __threadfence();  // what the others counted is seen behind the next barrier
             }
             __syncthreads();
-            if (is_last) {
-                for (int i = threadIdx.x; i < num_rows * (D / 4); i += THREADS) {
-                    const int row = i / (D / 4), p = i % (D / 4) * 4;
-                    write(join<16>(states, [&](int n) { return in_workspace(n, row, p); }), row, p);
-                }
+            return is_last;
+        };
+
+#if CLUSTER > 1
+        // A lane joins the states of one block's warps, CLUSTER lanes those of all, and a block does so
+        // for every CLUSTER-th share of the elements.
+        cluster_arrive();
+        cluster_wait();
+        const int from = thread % CLUSTER;
+        const float* const their_x = in_block(warp_x, from);
+        const float2* const their_stats = in_block(warp_stats, from);
+        for (int i = (range * THREADS + thread) / CLUSTER; i < num_rows * (D / 4); i += THREADS) {
+            const int row = i / (D / 4), p = i % (D / 4) * 4;
+            const State s = join_lanes(join<WARPS>(WARPS, [&](int w) {
+                const int at = w * rows_kept + row;
+                return Kept{their_stats + at, (const float4*)(their_x + at * PITCH + p)};
+            }));
+            if (from == 0) write(s, row, p);
+        }
+        cluster_arrive();  // this block no longer reads others' memory
+        cluster_wait();
+#else
+        __syncthreads();
+
+        // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
+        // state is done; else it is merged by the last of its blocks.
+        const int units = done.seen.units;
+        const bool is_whole = done.start >= begin && done.start + units <= end;
+        const int first_range = is_whole ? range : done.start / share;
+        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
+        const int states = fixed ? units : arrivals;
+        const int first_slot = fixed ? done.start : 2 * first_range;
+        // Whether the first of them is the second part of its range.
+        const bool begins_within = !fixed && done.start != first_range * share;
+        const auto slot_of = [&](int i) {
+            return first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
+        };
+        for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
+            const int row = i / (D / 4), p = i % (D / 4) * 4;
+            const State s = join<WARPS>(WARPS, [&](int w) {
+                const int at = w * rows_kept + row;
+                return Kept{warp_stats + at, (const float4*)(warp_x + at * PITCH + p)};
+            });
+            const int number = fixed ? done.unit - done.start : range - first_range;
+            if (states == 1) write(s, row, p);
+            else publish(s, slot_of(number), row, p);
+        }
+        // A row that leaves a range is the only one that does.
+        if (states > 1 && (!has_next || piece.b != b) &&
+            is_last_of(arrivals, counters + first_range * tiles + head_tile)) {
+            for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
+                const int row = i / (D / 4), p = i % (D / 4) * 4;
+                const auto kept = [&](int n) { return in_workspace(slot_of(n), row, p); };
+                write(join<16>(states, kept), row, p);
             }
         }
+#endif
         if (!has_next) break;
         __syncthreads();  // before the states of the next piece
     }

@@ -596,6 +596,17 @@ def _config(
     return LaunchConfig(grid=clusters, cluster=cluster, block=block, shmem_size=shared_bytes)
 
 
+@lru_cache(maxsize=256)
+def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
+    """How many clusters of a kernel's blocks the current GPU runs at once."""
+    _, _, current_stream, current_device = _launcher()
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, current_device())
+    config = _config(cluster, block, shared_bytes, cluster)
+    stream = _stream(current_stream().ptr, current_device())
+    return int(kernel.occupancy.max_active_clusters(config, stream=stream))
+
+
 _NO_CHANGE = nullcontext()
 
 

@@ -87,6 +87,7 @@ def array_module(request):
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "bind", bind)
+    monkeypatch.setattr(cuda, "active_clusters", machine.active_clusters)
     monkeypatch.setattr(cuda, "current_device", lambda: cupy.DEVICE)
     monkeypatch.setattr(cuda, "current_arch", lambda: machine.ARCH)
     monkeypatch.setattr(linear, "has_cublas", lambda: True)

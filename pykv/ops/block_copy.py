@@ -12,6 +12,7 @@ memory and pinned host memory, on either side), "cpu" for host memory. Arrays do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from pykv.arrays import UINT64, asarray, check, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
-# deal out; but where the caller limits the blocks, each must keep more bytes in flight.
-MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048)  # threads, blocks an SM, loads, bytes
-FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096)
+# deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small
+# pairs, such as the scales of pages, share a tile: alone, each occupies a warp as long as a tile.
+# Threads, blocks an SM, loads, bytes, pairs:
+MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048, GROUP=8)
+FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096, GROUP=8)
 VARIANTS = [MANY, FEW]
+RUNS = 4  # of pairs of equal sizes, which the kernel tells apart without tables of sizes
 
 Ranges = tuple[str, Any, Any]
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
@@ -97,10 +101,10 @@ def prepare(
     each run, not here.
 
     Returns:
-        An object whose `run(stream=None)` copies; pairs of NumPy tables in the order of their
-        destinations, runs of adjacent ones as one. On a GPU a run only enqueues, one launch at
-        most: it allocates and uploads nothing, and a CUDA graph can capture it. Keep the object, as
-        well as the memory that the addresses name, until its runs have finished.
+        An object whose `run(stream=None)` copies; adjacent pairs of NumPy tables as one. On a GPU a
+        run only enqueues, one launch at most: it allocates and uploads nothing, and a CUDA graph
+        can capture it. Keep the object, as well as the memory that the addresses name, until its
+        runs have finished.
     """
     op = "block_copy.prepare"
     work = _prepare(op, src_ptrs, dst_ptrs, size, num_pairs, max_ctas, device, validate, sort=True)
@@ -190,34 +194,44 @@ class DeviceCopy:
 
     def __init__(self, op: str, src: Any, dst: Any, sizes: Any, max_ctas: int | None) -> None:
         self.num_pairs = C = len(src)
+        self.num_bytes = C * sizes if isinstance(sizes, int) else int(sizes.sum())
         self.num_ctas = 0
         self.arrays: Any = None
-        self._shape = MANY if max_ctas is None else FEW
-        tile = self._shape["TILE"]
-        tiles = -(-sizes // tile)
-        if isinstance(sizes, int):
-            self.num_bytes, num_tiles = C * sizes, C * tiles
-        else:
-            self.num_bytes, num_tiles = int(sizes.sum()), int(tiles.sum())
-        if num_tiles == 0:
+        if self.num_bytes == 0:
             return
+        self._shape = MANY if max_ctas is None else FEW
+        tile, warps = self._shape["TILE"], self._shape["BLOCK"] // 32
+        runs = _runs(sizes, C)
+        if not runs and not on_gpu(src):
+            src, dst, sizes = _by_size(src, dst, sizes)
+            runs = _runs(sizes, C)
+        if runs:
+            num_tiles = sum((end - first) * -(-size // tile) for first, end, size in runs)
+        else:
+            tiles = -(-sizes // tile)
+            num_tiles = int(tiles.sum())
         if num_tiles >= 2**31:
             raise ParameterError(
                 f"{op}: the pairs make {num_tiles} tiles of {tile} bytes, expected below 2^31"
             )
-        tables = [] if on_gpu(src) else [src, dst]
-        if not isinstance(sizes, int):
+        self._device = cuda.current_device()
+        tables = [src, dst]
+        if runs:
+            ctas = max_ctas or self._shape["CTAS_PER_SM"] * cuda.num_sms(self._device)
+            # Where every tile has a warp at once, sharing would only make pairs slower.
+            small = tile // 4 if num_tiles > ctas * warps else 0
+            num_tiles, self._scalars = _deal(runs, small, tile, self._shape["GROUP"])
+        else:
             first_tile = np.zeros(C + 1, np.int32)
             np.cumsum(tiles, out=first_tile[1:])
             tables += [sizes, first_tile]
-        arrays = [*([src, dst] if on_gpu(src) else []), *_upload(tables)]
-        arrays += [None] * (4 - len(arrays))  # one size needs no tables of sizes and tiles
-        size = sizes if isinstance(sizes, int) else 1
-        self._arguments = (*arrays, np.int64(size), np.int32(C), np.int32(num_tiles))
-        self._kernel = cuda.kernel("block_copy", "block_copy", **self._shape)
-        self._device = cuda.current_device()
+            self._scalars = (np.int32(C), np.uint32(num_tiles))
+        ready = 2 if on_gpu(src) else 0
+        self._tables = [*tables[:ready], *_upload(tables[ready:])]
+        name = "block_copy" if runs else "block_copy_any"
+        self._kernel = cuda.kernel("block_copy", name, **self._shape)
         # Blocks that stay and take more tiles are slower, so each warp has one where it may.
-        self.num_ctas = -(-num_tiles // (self._shape["BLOCK"] // 32))
+        self.num_ctas = -(-num_tiles // warps)
         if max_ctas is not None:
             self.num_ctas = min(self.num_ctas, max_ctas)
 
@@ -238,7 +252,8 @@ class DeviceCopy:
                 f"GPU {self._device}, which the copy was prepared on"
             )
         with cuda.on_stream(stream):
-            cuda.launch(self._kernel, self.num_ctas, self._shape["BLOCK"], *self._arguments)
+            block = self._shape["BLOCK"]
+            cuda.launch(self._kernel, self.num_ctas, block, *self._tables, scalars=self._scalars)
 
     def wait_for_tables(self) -> None:
         """Wait until the current stream has uploaded the tables."""
@@ -467,6 +482,46 @@ class _Range:
 def _bytes_at(address: int, size: int) -> Any:
     """A NumPy view of host memory, which its owner must keep."""
     return np.asarray(_Range(address, size))
+
+
+def _runs(sizes: Any, num_pairs: int) -> list[tuple[int, int, int]]:
+    """Runs of pairs of equal sizes: the first pair, the end, and bytes of each; none where there
+    are more than the kernel takes."""
+    if isinstance(sizes, int):
+        return [(0, num_pairs, sizes)]
+    starts = np.flatnonzero(sizes[1:] != sizes[:-1]) + 1
+    if len(starts) >= RUNS:
+        return []
+    bounds = [0, *starts.tolist(), num_pairs]
+    return [(a, b, int(sizes[a])) for a, b in pairwise(bounds) if sizes[a]]
+
+
+def _by_size(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+    """The same pairs, those of one size side by side; untouched where sizes are more than RUNS."""
+    ordered = np.sort(sizes)  # a tenth of the time that argsort and np.unique take
+    if np.count_nonzero(ordered[1:] != ordered[:-1]) >= RUNS:
+        return src, dst, sizes
+    order = np.argsort(sizes, kind="stable")
+    return src[order], dst[order], sizes[order]
+
+
+def _deal(
+    runs: list[tuple[int, int, int]], small: int, tile: int, group: int
+) -> tuple[int, tuple[Any, ...]]:
+    """How many tiles runs make if `group` pairs of up to `small` bytes share one, and what
+    block_copy.cu takes for them: those runs first."""
+    num_tiles = shared_tiles = 0
+    scalars: list[Any] = []
+    for first, end, size in sorted(runs, key=lambda run: run[2] > small):
+        scalars += [np.uint32(num_tiles), np.uint32(first), np.uint32(end), np.int64(size)]
+        if size <= small:
+            num_tiles += -(-(end - first) // group)
+            shared_tiles = num_tiles
+        else:
+            num_tiles += (end - first) * -(-size // tile)
+    missing = [np.uint32(num_tiles), np.uint32(0), np.uint32(0), np.int64(0)]
+    scalars += missing * (RUNS - len(runs))
+    return num_tiles, (*scalars[1:], np.uint32(shared_tiles), np.uint32(num_tiles))
 
 
 def _upload(tables: list[Any]) -> list[Any]:

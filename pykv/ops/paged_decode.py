@@ -492,6 +492,7 @@ class Plan(NamedTuple):
 
     kernel: Any
     grid: int | tuple[int, int, int]
+    cluster: tuple[int, int, int] | None
     shared_bytes: int
     size: int  # of the workspace, in elements
     scalars: tuple[Any, ...]
@@ -555,16 +556,17 @@ def _plan(
         stem = "paged_decode"
     floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
     window = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    merge = None
+    grid: int | tuple[int, int, int]
+    cluster = merge = None
     if stem == "paged_decode_mma":
-        defines["PAGE"] = sizes.P
-        grid, shared_bytes, size, ints = mma.launch(
-            sm, spec, q_dtype, sizes, window, behind, num_sms, fixed_split
+        kernel, grid, cluster, shared_bytes, size, ints = mma.launch(
+            sm, spec, q_dtype, sizes, window, behind, num_sms, fixed_split, defines
         )
         longs = [*q_steps, *(head for *_, head in steps)]
         ints = (*(n for page, token, _ in steps for n in (page, token)), *ints)
     else:
         defines["ROWS"] = _tile_rows(sizes)
+        kernel = cuda.kernel(stem, stem, **defines)
         splits, size = _plain_splits(sizes, window, num_sms, fixed_split)
         grid, shared_bytes = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits, 0
         B, T, HQ, H, D, P, M = sizes
@@ -577,8 +579,7 @@ def _plan(
                 (np.int32(HQ), np.int32(splits), floats[2]),
             )
     scalars = (*map(np.int64, longs), *map(np.int32, ints), *floats)
-    kernel = cuda.kernel(stem, stem, **defines)
-    return Plan(kernel, grid, shared_bytes, size, scalars, merge)
+    return Plan(kernel, grid, cluster, shared_bytes, size, scalars, merge)
 
 
 def page_token_head(
@@ -648,6 +649,7 @@ def _cuda(
             *(plan.kernel, plan.grid, 128, out, lse, workspace, q, *pages, slopes, sinks, tree),
             scalars=plan.scalars,
             shared_bytes=plan.shared_bytes,
+            cluster=plan.cluster,
         )
         if plan.merge is not None:
             kernel, grid, scalars = plan.merge

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pykv import cuda
 from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 
@@ -17,10 +18,14 @@ VARIANTS: list[dict[str, Any]] = [
     for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
 ]
 
+STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile
 WARPS = 4
+BLOCK = 32 * WARPS
 MIN_KEYS = 128  # of a range
 BLOCKS_OF_SM = (1, 2, 3)  # that a kind may run at once; more do not always mean more ranges
+CLUSTER = 8  # blocks that join the states of one sequence through each other's shared memory
+CLUSTER_KEYS = 4096  # of a cluster at most; for more it pays to have more blocks
 COUNTERS = 4096  # at the start of the workspace, zero before and after each call
 
 
@@ -69,15 +74,19 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     """Of a block: queues of the warps, long queries, and the warps' states."""
     k, v = spec.kinds
     D = sizes.D
-    queue = tile_keys(spec, D) * (k.row_bytes(D) + v.row_bytes(D))
+    row_bytes = k.row_bytes(D), v.row_bytes(D)
+    queue = tile_keys(spec, D) * (sum(row_bytes) if sm >= 80 else max(row_bytes))
+    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
+    states = min(sizes.rows, ROWS) * (4 * pitch + 8)
+    if sm < 80 and D <= 128:
+        return WARPS * max(queue, states)
     if D > 128:
         is_fine, is_bf16 = q_dtype.itemsize == 4, k.name == "bf16"
         terms = (
             3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
         )
         queue += terms * D * 16
-    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
-    return WARPS * (queue + min(sizes.rows, ROWS) * (4 * pitch + 8))
+    return WARPS * (queue + states)
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
@@ -92,7 +101,7 @@ def _shared_of_sm(sm: int) -> int:
 
 def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
     """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
-    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 else 2
+    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 and sm >= 80 else 2
     in_sm = _shared_of_sm(sm) // (shared + 1024)  # the system's own 1 KiB each
     return num_sms * max(1, min(most, in_sm))
 
@@ -124,8 +133,21 @@ def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
 
 def workspace_size(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
     """Elements of workspace."""
-    slots = num_slots(sizes, ranges, fixed_split)
+    return state_size(sizes, num_slots(sizes, ranges, fixed_split))
+
+
+def state_size(sizes: Sizes, slots: int) -> int:
+    """Elements of a workspace of so many slots, counters included."""
     return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, int, int]
+    cluster: tuple[int, int, int] | None
+    shared_bytes: int
+    size: int  # of the workspace, in elements
+    ints: tuple[int, ...]  # arguments, the last of them
 
 
 def launch(
@@ -137,14 +159,28 @@ def launch(
     behind: int,
     num_sms: int,
     fixed_split: int | None,
-) -> tuple[tuple[int, int, int], int, int, tuple[int, ...]]:
-    """Grid, bytes of shared memory of a block, elements of workspace, and the integer arguments."""
+    defines: dict[str, Any],
+) -> Launch:
+    """The kernel of these defines, and how it is launched.
+
+    One sequence alone needs no search for the work of a block. Where clusters are, and one is
+    enough, its blocks join their states directly: a turn through the L2 cache takes longer than few
+    keys take to read.
+    """
     shared = shared_bytes(sm, spec, q_dtype, sizes)
-    ranges = num_ranges(sizes, num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms), fixed_split)
-    B, T, HQ, H, D, _, M = sizes
-    grid = (sizes.tiles // H, H, ranges)
+    blocks = num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms)
+    ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)
+    defines = defines | dict(PAGE=sizes.P)
+    if sizes.B == 1 and not fixed_split:
+        defines["ALONE"] = 1
+        if sm >= 90 and 1 < ranges and sizes.capacity <= CLUSTER_KEYS:
+            joined = cuda.kernel(STEM, STEM, **defines, CLUSTER=CLUSTER)
+            shape = (1, 1, CLUSTER)
+            if sizes.tiles <= cuda.active_clusters(joined, BLOCK, shape, shared):
+                defines["CLUSTER"], ranges, cluster, slots = CLUSTER, CLUSTER, shape, 0
+    B, T, HQ, H, D, _, M = sizes
     piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
     ints = (B, T, behind, HQ // H, M, sizes.capacity, window, piece_tiles, slots)
-    size = workspace_size(sizes, ranges, fixed_split)
-    return grid, shared, size, ints
+    grid, size = (sizes.tiles // H, H, ranges), state_size(sizes, slots)
+    return Launch(cuda.kernel(STEM, STEM, **defines), grid, cluster, shared, size, ints)

@@ -117,14 +117,91 @@ def test_more_pairs_than_a_grid_has_rows(xp, rng, by_pair):
     assert_same_bits(dst, want)
 
 
+@pytest.mark.parametrize("max_ctas", [None, 1])
 @pytest.mark.parametrize("C", [1, 31, 32, 33, 1023, 1024, 1025, 1100])
-def test_tiles_find_their_pair(device, rng, C):
-    """Among as many pairs as the search takes one, two and three rounds for."""
+def test_tiles_find_their_pair(device, rng, C, max_ctas):
+    """Among as many pairs as the search takes one, two and three rounds for; of device tables,
+    whose empty pairs stay."""
     sizes = rng.integers(0, 3, C) * rng.integers(0, 2, C)
     sizes[rng.integers(C)] = 1
+    sizes[rng.integers(0, C, 3)] = [1, TILE + 1, 3 * TILE]
     src, dst, tables, want = inputs(device, rng, sizes.tolist(), 0, 0, 4)
-    block_copy.vectorized_copy(*map(device.asarray, tables), sizes.astype(np.int64))
+    tables = map(device.asarray, tables)
+    block_copy.vectorized_copy(*tables, sizes.astype(np.int64), max_ctas=max_ctas)
     assert_same_bits(dst, want)
+
+
+# Bytes and how many: runs of pairs that share tiles, full ones and not, and of pairs that do not.
+RUNS = (
+    [(TILE // 4, 9)],
+    [(TILE // 4 + 1, 5)],
+    [(2 * TILE + 40, 3), (256, 33)],
+    [(1, 70), (TILE, 4), (17, 8)],
+    [(0, 2), (3 * TILE - 1, 2), (47, 7), (TILE + 1, 5)],
+    [(64, 1), (TILE // 4 - 1, 16), (600, 1), (2, 15)],
+    [(300, 20), (16, 20), (300, 20), (3, 20)],
+    [(5000, 2), (5, 30), (6, 30), (7, 30), (8, 30)],  # one too many
+)
+
+
+@pytest.mark.parametrize("max_ctas", [1, 3, None])
+@pytest.mark.parametrize("where", ["device tables", "host tables", "shuffled host tables"])
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+def test_runs_of_equal_sizes(device, rng, runs, where, max_ctas):
+    sizes = np.repeat(*np.array(runs).T)
+    if where.startswith("shuffled"):
+        rng.shuffle(sizes)
+    src, dst, tables, want = inputs(device, rng, sizes.tolist(), 3, 19, 0)
+    if where == "device tables":
+        tables = map(device.asarray, tables)
+    block_copy.vectorized_copy(*tables, sizes, max_ctas=max_ctas)
+    assert_same_bits(dst, want)
+
+
+@pytest.mark.parametrize("src_at, dst_at", [(0, 0), (13, 29), (3, 11), (6, 0), (0, 1), (2, 4)])
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 47, 64, 255, 256, 257, TILE // 4])
+def test_small_pairs_share_a_tile(device, rng, size, src_at, dst_at):
+    """All widths, sizes from one byte to the largest that shares, heads and tails."""
+    src, dst, tables, want = inputs(device, rng, [size] * 37, src_at, dst_at, 0)
+    block_copy.vectorized_copy(*map(device.asarray, tables), size, max_ctas=1)
+    assert_same_bits(dst, want)
+
+
+def test_pairs_share_tiles_only_where_warps_are_scarce(device, rng):
+    sizes = np.array([*[8] * 63, 9], np.int64)
+    _, _, tables, _ = inputs(device, rng, sizes.tolist(), 0, 0, 0)
+    ctas = [block_copy.prepare(*tables, sizes, max_ctas=n).num_ctas for n in (1, 2, 15, 16, None)]
+    assert ctas == [1, 2, 3, 16, 64]  # nine tiles for four warps a block, or a tile for each pair
+
+
+def test_runs_are_found():
+    assert block_copy._runs(7, 5) == [(0, 5, 7)]
+    assert block_copy._runs(np.array([7, 7, 0, 0, 8]), 5) == [(0, 2, 7), (4, 5, 8)]
+    assert block_copy._runs(np.array([7, 8, 8, 7, 9]), 5) == [
+        *((0, 1, 7), (1, 3, 8), (3, 4, 7), (4, 5, 9))
+    ]
+    assert block_copy._runs(np.array([7, 8, 7, 8, 7]), 5) == []  # five
+
+
+@pytest.mark.parametrize("different", [1, 2, 4, 5])
+def test_sizes_are_put_side_by_side(rng, different):
+    """Each size in the order it had; not where there are too many."""
+    sizes = np.concatenate([np.arange(different), rng.integers(0, different, 60)])
+    found = block_copy._by_size(np.arange(len(sizes)), -np.arange(len(sizes)), sizes)
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i]) if different < 5 else range(65)
+    assert found[0].tolist() == list(order)
+    assert found[1].tolist() == [-i for i in order]
+    assert found[2].tolist() == [sizes[i] for i in order]
+
+
+def test_tiles_of_small_pairs_come_first():
+    """As block_copy.cu takes runs: first tile (not of the first run), pair, end, bytes."""
+    runs = [(0, 3, 5000), (3, 20, 16), (20, 22, 512), (22, 23, 513)]
+    num_tiles, scalars = block_copy._deal(runs, 512, 2048, 8)
+    assert num_tiles == 14
+    small, large = [3, 20, 16, 3, 20, 22, 512], [4, 0, 3, 5000, 13, 22, 23, 513]
+    assert scalars == (*small, *large, 4, 14)  # four tiles are shared
+    assert block_copy._deal(runs[:1], 0, 2048, 8) == (9, (0, 3, 5000, *[9, 0, 0, 0] * 3, 0, 9))
 
 
 def test_neighbours_become_one_pair(xp, rng):

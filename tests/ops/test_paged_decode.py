@@ -231,13 +231,15 @@ FEATURES = (
 )
 
 
-def feature_case(rng, spec, lengths=(1, 0, 47, 200), G=3, H=2, T=1, window=None, **features):
+def feature_case(
+    rng, spec, lengths=(1, 0, 47, 200), G=3, H=2, T=1, window=None, q="float32", **features
+):
     """(q, spec, arrays, table, lengths) and options of `decode`."""
     D, HQ = 64, G * H
     behind = T - 1 if features.get("causal", True) else 0
     unseen = [max(n - behind - window, 0) if window else 0 for n in lengths]
     store = cache(rng, lengths, 16, H, D, spec, unseen)
-    q = queries_of(rng, (len(lengths), T, HQ, D) if T > 1 else (len(lengths), HQ, D), "float32")
+    q = queries_of(rng, (len(lengths), T, HQ, D) if T > 1 else (len(lengths), HQ, D), q)
     options = dict(features, window=window)
     if features.get("slopes"):
         options["slopes"] = (0.5 ** np.arange(1, HQ + 1)).astype(np.float32)
@@ -255,6 +257,29 @@ def test_features_match_the_oracle(xp, rng, features, spec):
     args, options = feature_case(rng, spec, **features)
     got = call(xp, *args, **options)
     options.pop("fixed_split", None)
+    judge(got, *args, 64**-0.5, **options)
+
+
+@pytest.mark.parametrize("q", ["float32", "float16"])
+@pytest.mark.parametrize("M", [256, 257])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(dict(spec=spec) for spec in ("fp16", "bf16", "int8", "int4", "e4m3", "k8v4", "fp32")),
+        *(dict(length=length) for length in (0, 1, 128, 129, 1024, 1025, 2047)),
+        *(dict(G=G, H=H) for G, H in ((1, 1), (12, 1), (1, 13))),
+        dict(T=3, window=700, soft_cap=3.0, slopes=True, sinks=True, tree=True),
+    ],
+    ids=str,
+)
+def test_one_sequence_alone(xp, rng, case, M, q):
+    """One cluster of blocks takes up to 4096 keys, where there are clusters; lengths leave some of
+    its blocks, and of those that take more keys, without work."""
+    case = dict(dict(spec="fp16", length=2900, q=q), **case)
+    args, options = feature_case(rng, lengths=(case.pop("length"),), **case)
+    args = list(args)
+    args[3] = np.pad(args[3], ((0, 0), (0, M - args[3].shape[1])), constant_values=2**30)
+    got = call(xp, *args, **options)
     judge(got, *args, 64**-0.5, **options)
 
 
@@ -593,17 +618,20 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
             paged_decode.decode(q, *rest, workspace=workspace[:8])
 
 
+@pytest.mark.parametrize("B", [1, 4])
 @pytest.mark.parametrize("H, T", [(8, 1), (8, 48), (24, 16), (190, 1), (1, 7)])
 @pytest.mark.parametrize("q", [np.float16, np.float32])
 @pytest.mark.parametrize("text", ["fp16", "int8", "int4", "fp16+e4m3"])
 @pytest.mark.parametrize("sm", [75, 80, 90])
-def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T):
+def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T, B):
     """Kinds differ in the blocks that run at once; fewer blocks may cut keys into more ranges."""
     spec, dtype = kinds.KVSpec.parse(text), np.dtype(q)
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
-    sizes = paged_decode_mma.Sizes(4, T, 4 * H, H, 128, 16, 4096)
-    needed = paged_decode_mma.launch(sm, spec, dtype, sizes, 2**31 - 1, 0, 132, None)[2]
-    assert needed <= paged_decode.workspace_size(4, 4 * H, H, 128, 16 * 4096, T=T, device=0)
+    monkeypatch.setattr(cuda, "kernel", lambda *args, **defines: None)
+    monkeypatch.setattr(cuda, "active_clusters", lambda *args: 48)
+    sizes = paged_decode_mma.Sizes(B, T, 4 * H, H, 128, 16, 4096)
+    needed = paged_decode_mma.launch(sm, spec, dtype, sizes, 2**31 - 1, 0, 132, None, {}).size
+    assert needed <= paged_decode.workspace_size(B, 4 * H, H, 128, 16 * 4096, T=T, device=0)
 
 
 def test_workspace_suffices_for_smaller_batches(monkeypatch):

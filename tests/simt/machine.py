@@ -312,6 +312,11 @@ def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0, cluster=None)
         raise SimtError(f"{kernel.label}, {ffi.string(state.fault).decode()}{_place(ffi, state)}")
 
 
+def active_clusters(kernel, block, cluster, shared_bytes):
+    """As pykv.cuda.active_clusters: two blocks an SM."""
+    return 2 * cupy.NUM_SMS // math.prod(cluster)
+
+
 def _three_sizes(sizes):
     return (*np.atleast_1d(sizes).tolist(), 1, 1)[:3]
 

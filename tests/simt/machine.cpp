@@ -43,6 +43,11 @@ constexpr size_t PAGE = 4096;
 
 struct uint3 { u32 x, y, z; };
 
+// Accesses are what a launch takes its time for: their common path is one function, the rest is not
+// in it.
+#define COMMON __attribute__((always_inline)) inline
+#define RARE __attribute__((noinline))
+
 #define CALLER __builtin_return_address(0)
 
 // --- What Python passes and reads (machine.py holds the same declarations) -----------------------
@@ -149,7 +154,8 @@ static int stride;                   // threads of a block, in whole warps
 static int running;                  // rank of the block that runs
 static u32 now;                      // grows whenever threads have met
 static u32 cluster_start;            // when the cluster's first thread began
-static int num_barriers;             // of the cluster, that are over
+static bool any_arrivals;            // at a barrier of the cluster
+static int num_barriers;             // that are over
 static News news[2];                 // of the last two: no live thread is further behind
 
 // What an atomic may tell other blocks: what its thread did, what its block and its warp did before
@@ -344,21 +350,26 @@ static bool is_released(u16 who, u32 time) {
     return false;
 }
 
+// Whether the current thread has been told, by other ways than its own block's barriers, that what
+// `who` did at `time` is over.
+RARE static bool is_told(u16 who, u32 time) {
+    const bool of_others = time < cluster_start || block_of(who) != running;
+    if (of_others && blocks[running].acquired && is_released(who, time)) return true;
+    // Cells of shared memory know no other cluster.
+    return time >= cluster_start && current->told && is_told(news[current->told % 2], who, time);
+}
+
 // Whether what `who` did at `time` is known to be over for the current thread.
 static bool is_ordered(u16 who, u32 time) {
     who &= ~ATOMIC;
     if (who == 0) return true;
-    // Cells of shared memory know no other cluster.
-    if (time < cluster_start) return blocks[running].acquired && is_released(who, time);
-    const int me = index_of(*current);
-    if (who == me + 1) return true;
-    if (num_blocks == 1 || block_of(who) == running) {
-        if (time <= current->block_time) return true;
+    if (time >= cluster_start && (num_blocks == 1 || block_of(who) == running)) {
+        const int me = index_of(*current);
+        if (who == me + 1 || time <= current->block_time) return true;
         if (warp_of(who) == me / WARP && time <= current->warp_time) return true;
-    } else if (blocks[running].acquired && is_released(who, time)) {
-        return true;
+        if (!current->told) return false;
     }
-    return current->told && is_told(news[current->told % 2], who, time);
+    return is_told(who, time);
 }
 
 static Region* find(u64 address, u64 bytes) {
@@ -405,12 +416,13 @@ static u16 joined(u16 who, u32 time) {
     who &= ~ATOMIC;
     if (who == me || is_ordered(who, time)) return me;
     if (warp_of(who) == (me - 1) / WARP) return my_warp;
+    if (num_blocks == 1 && !any_arrivals) return MANY_WARPS;
     const int arrivals = std::max(current->arrivals, arrivals_of(who, time));
     if (block_of(who) != running) return MANY_BLOCKS | arrivals;
     return MANY_WARPS | (running + MAX_BLOCKS * arrivals);
 }
 
-static void touch(Region& region, u64 i, const Access& by) {
+COMMON static void touch(Region& region, u64 i, const Access& by) {
     Cell& cell = region.cells[i];
     if (region.array.shared) {  // what an earlier cluster did there does not count
         if (cell.write_time < cluster_start) cell.writer = 0;
@@ -442,7 +454,7 @@ static void touch(Region& region, u64 i, const Access& by) {
 }
 
 // A read through in_block, of bytes that may be the running block's own.
-static void touch_image(Region& image, u64 begin, u64 bytes, const Access& by) {
+RARE static void touch_image(Region& image, u64 begin, u64 bytes, const Access& by) {
     if (by.writes) {
         stop(*current, by.caller,
              format("writes %s, which in_block makes const", name_of(image).c_str()));
@@ -665,6 +677,7 @@ static void run_cluster(u32 cluster) {
                              launch->grid[2] / sizes[2]};
     const uint3 at = position(cluster, clusters);
     cluster_start = ++now;
+    any_arrivals = false;
     num_barriers = 0;
     for (const Region& r : regions) {
         if (r.array.shared) memset(r.array.begin, 0xff, r.array.bytes);
@@ -806,6 +819,7 @@ void arrive_at_cluster(const char* name, const char* file, int line) {
     if (++current->arrivals > MAX_ARRIVALS) {
         stop(*current, nullptr, call(name, file, line) + " more often than this machine counts");
     }
+    any_arrivals = true;
     current->arrived_at = now - 1;  // what it does from here on is later
 }
 

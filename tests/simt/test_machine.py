@@ -115,6 +115,12 @@ FAULTS = {
         r"(reads|writes) byte \d+ of out, which thread",
         range(128),
     ),
+    "an atomic where a barrier of the block is due": fault(
+        "out[t] = in[t]; atomicAdd(out + 999, 1); out[200 + t] = out[127 - t];",
+        "out[t] = in[t]; __syncthreads(); atomicAdd(out + 999, 1); out[200 + t] = out[127 - t];",
+        r"(reads|writes) byte \d+ of out, which thread",
+        range(128),
+    ),
     "syncwarp missing": fault(
         "s[t] = in[t]; out[t] = s[t ^ 1];",
         "s[t] = in[t]; __syncwarp(); out[t] = s[t ^ 1];",
@@ -315,12 +321,17 @@ FAULTS = {
         rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
         [*range(128)] * 2,
     ),
-    "read of what one block writes after the barrier": cluster_fault(
-        f"{WRITTEN} if (peer == 0) s[t] = t; else {READ} {BARRIER}",
-        f"{WRITTEN} if (peer == 0) s[t] = t; {BARRIER} if (peer != 0) {READ} {BARRIER}",
-        rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
-        range(128),
-    ),
+    **{
+        f"block {peer} is read behind a barrier of the block alone": cluster_fault(
+            f"{WRITTEN} if (peer != {peer}) s[t] = t; __syncthreads();"
+            f" if (peer == {peer}) {READ} {BARRIER}",
+            f"{WRITTEN} if (peer != {peer}) s[t] = t; {BARRIER}"
+            f" if (peer == {peer}) {READ} {BARRIER}",
+            rf"{OTHER_BLOCK} \(\d, 0, 0\) (reads|writes) without a barrier",
+            [-1] * 128 * (peer ^ 1) + [*range(128)],
+        )
+        for peer in (0, 1)
+    },
     "written again before all have read": cluster_fault(
         f"{WRITTEN} {READ} s[t] = 0; {BARRIER}",
         f"{WRITTEN} {READ} {BARRIER} s[t] = 0;",
@@ -461,6 +472,13 @@ FAULTS = {
         r"reads byte \d+ of out, which (another block|thread .* of block .*) writes",
         [*range(128)] * 4 + [*range(127, -1, -1)] * 2,
         grid=4,
+    ),
+    "an atomic in a cluster where a barrier of the block is due": cluster_fault(
+        f"{BARRIER} part[t] = t; atomicAdd(out + 999, 1); part[256 + t] = part[127 - t];",
+        f"{BARRIER} part[t] = t; atomicAdd(out + 999, 1); __syncthreads();"
+        " part[256 + t] = part[127 - t];",
+        r"(reads|writes) byte \d+ of out, which thread",
+        [*range(128)] * 2 + [*range(127, -1, -1)] * 2,
     ),
     "an atomic tells nothing of later ones": cluster_fault(
         f"if (t == 0) atomicAdd(out + 999, 1); {BARRIER} if (peer == 1) {{ part[t] = t;"

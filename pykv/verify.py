@@ -126,16 +126,21 @@ def host(x: Any) -> Any:
 
 
 def _block_copy(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
-    for size, src_at, dst_at in ((8192, 0, 0), (4097, 5, 21), (700, 4, 0), (333, 0, 1)):
-        rows = rng.integers(0, 256, (2, 7, size + 32), np.uint8)
-        order = rng.permutation(7)
+    different = [1, 333, 1000, 2048, 9001, 2048, 1000, 333, 1]
+    cases = (([8192] * 7, 0, 0), ([4097] * 7, 5, 21), ([700] * 7, 4, 0), (different, 0, 1))
+    for sizes, src_at, dst_at in cases:
+        n = len(sizes)
+        rows = rng.integers(0, 256, (2, n, max(sizes) + 32), np.uint8)
+        order = rng.permutation(n).tolist()
         src, dst, want = xp.asarray(rows[0]), xp.asarray(rows[1]), rows[1].copy()
-        want[order, dst_at : dst_at + size] = rows[0, :, src_at : src_at + size]
-        block_copy.copy_arrays(
-            [src[i, src_at : src_at + size] for i in range(7)],
-            [dst[i, dst_at : dst_at + size] for i in order.tolist()],
-        )
-        yield f"{size} bytes, offsets {src_at} and {dst_at}", wrong_values(dst, want), 0.0
+        pairs = []
+        for i, (to, size) in enumerate(zip(order, sizes, strict=True)):
+            where, there = (i, slice(src_at, src_at + size)), (to, slice(dst_at, dst_at + size))
+            want[there] = rows[0][where]
+            pairs.append((src[where], dst[there]))
+        block_copy.copy_arrays(*map(list, zip(*pairs, strict=True)))
+        text = f"{min(sizes)} to {max(sizes)} bytes, offsets {src_at} and {dst_at}"
+        yield text, wrong_values(dst, want), 0.0
 
 
 APPENDS = (  # new rows, and what holds them
@@ -453,21 +458,21 @@ def _coded_pages(
 def _paged_decode_mma(
     rng: np.random.Generator,
     xp: Any,
-    specs: Iterable[str] = ("fp16", "int8", "int4", "e4m3", "e5m2", "k8v4:HND", "int8:fp32"),
+    specs: Iterable[str] = ("fp16", "int8", "int4", "e4m3:tensor", "e5m2", "k8v4:HND", "int8:fp32"),
 ) -> Iterator[Case]:
-    for text in specs:
+    cases: Any = [(text, [1, 16, 0, 700], T) for text in specs for T in (1, 3)]
+    for text, lengths, T in (*cases, *((text, [700], 1) for text in specs)):
         spec = KVSpec.parse(text)
-        given = _coded_pages(rng, spec, 2, 128, [1, 16, 0, 700])
+        given = _coded_pages(rng, spec, 2, 128, lengths)
         options: Any = dict(scale=0.1, window=300, soft_cap=20.0, spec=spec)
         options["sinks"] = rng.standard_normal(8).astype(F32)
-        for T in (1, 3):
-            q = rng.standard_normal((4, T, 8, 128)).astype(F16)
-            low, _ = paged_decode.reference(q, **given, **options)
-            oracle, _ = paged_decode.reference(q.astype(np.float64), **given, **options)
-            sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
-            sinks = xp.asarray(options["sinks"])
-            got = paged_decode.decode(xp.asarray(q), **sent, **{**options, "sinks": sinks})
-            yield f"{text} T={T}", *error_and_bound(got, low, oracle)
+        q = rng.standard_normal((len(lengths), T, 8, 128)).astype(F16)
+        low, _ = paged_decode.reference(q, **given, **options)
+        oracle, _ = paged_decode.reference(q.astype(np.float64), **given, **options)
+        sent: Any = {name: x if x is None else xp.asarray(x) for name, x in given.items()}
+        sinks = xp.asarray(options["sinks"])
+        got = paged_decode.decode(xp.asarray(q), **sent, **{**options, "sinks": sinks})
+        yield f"{text} T={T} B={len(lengths)}", *error_and_bound(got, low, oracle)
 
 
 def _attention_mass(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

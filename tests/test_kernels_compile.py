@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 
 from pykv import cuda
+from pykv.ops import paged_decode_mma
 
 pytest.importorskip("cuda.core")
 
@@ -38,6 +39,16 @@ def test_variants_compile_and_keep_to_their_stack(stem, arch):
         assert usages
         for kernel, usage in usages.items():
             assert usage.stack_bytes <= kernel_report.declared_stack(stem), (kernel, usage)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if int(arch[3:]) >= 75])
+def test_what_decode_adds_to_its_variants_compiles(arch):
+    """One sequence alone, in a cluster where there are such; scales of a head."""
+    defines = dict(paged_decode_mma.VARIANTS[-1], ROW_SCALES=0, ALONE=1)
+    if int(arch[3:]) >= 90:
+        defines["CLUSTER"] = paged_decode_mma.CLUSTER
+    (usage,) = kernel_report.measure("paged_decode_mma", arch, defines).values()
+    assert usage.stack_bytes <= kernel_report.declared_stack("paged_decode_mma")
 
 
 @pytest.mark.parametrize("stem", cuda.stems())

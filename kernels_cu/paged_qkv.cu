@@ -1,5 +1,5 @@
-// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; write K and V into
-// the pages of a pool, as what its kinds hold.
+// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; mix the elements of
+// all heads; write K and V into the pages of a pool, as what its kinds hold.
 //
 // Arrays (letters as in pykv/ops/paged_qkv.py); strides are counted in elements of an array:
 //   q_out                      [T, HQ, D] NEW_T: strides token, head
@@ -17,14 +17,15 @@
 //           or float; HEAD_DIM = D, a multiple of 8; Q_HEADS = HQ; HEADS = H; PAGE = tokens a page;
 //           ROW_T = int or i64; SCALES = FOUND or GIVEN; NORM = 0 or 1, x / sqrt(mean(x^2) + eps) *
 //           weight of each head; PAIRS = pairs that are rotated, 2 * PAIRS <= D; PAIRING = HALF,
-//           elements (j, j + PAIRS), or ADJACENT, (2j, 2j + 1); BLOCK = threads; LANES = how many
-//           of them share a head, a power of two up to 32
+//           elements (j, j + PAIRS), or ADJACENT, (2j, 2j + 1); HADAMARD = 0 or 1, heads of Q, K
+//           and V times Hadamard's matrix, last; BLOCK = threads; LANES = how many of them share a
+//           head, a power of two up to 32
 // Launch:   grid (T, (HQ + 2H) / (BLOCK / LANES) rounded up), block (BLOCK), no dynamic shared
 //           memory: a block has heads of one token, which share sines and cosines
 // Traffic:  T * ((2 * HQ + 2H) * D * sizeof(NEW_T) + H * bytes of a row of K and V with its scales)
-// Order:    no atomics; floats from reading to storing, sums in an order that D decides; V, and all
-//           where there is neither norm nor rotation, is bit-exact; two tokens for one slot leave
-//           either row, or a mixture
+// Order:    no atomics; floats from reading to storing, sums in an order that D decides; where HADAMARD
+//           is 0, V, and all where there is neither norm nor rotation, is bit-exact; two tokens for
+//           one slot leave either row, or a mixture
 #include "common.cuh"
 
 #define FOUND 0
@@ -37,8 +38,8 @@
 #if !defined(HEAD_DIM) || !defined(Q_HEADS) || !defined(HEADS) || !defined(PAGE) || !defined(ROW_T)
 #error "paged_qkv.cu needs HEAD_DIM, Q_HEADS, HEADS, PAGE and ROW_T"
 #endif
-#if !defined(SCALES) || !defined(NORM) || !defined(PAIRS) || !defined(PAIRING)
-#error "paged_qkv.cu needs SCALES, NORM, PAIRS and PAIRING"
+#if !defined(SCALES) || !defined(NORM) || !defined(PAIRS) || !defined(PAIRING) || !defined(HADAMARD)
+#error "paged_qkv.cu needs SCALES, NORM, PAIRS, PAIRING and HADAMARD"
 #endif
 #if !defined(BLOCK) || !defined(LANES)
 #error "paged_qkv.cu needs BLOCK and LANES"
@@ -116,6 +117,50 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Turn* 
     }
 }
 
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+    const float sum = a + b;
+    b = a - b;
+    a = sum;
+}
+
+// Every SIZE elements times Hadamard's matrix of that size, SIZE the largest power of two that
+// divides D, by the fast transform: for each bit of a column, from the lowest, two elements that
+// differ in it become their sum and their difference. An outlier is spread over its SIZE elements,
+// and the scale of a row no longer follows it. Three bits of a column count within a piece, then
+// come those of the lane, then that of the piece; lanes past D trade zeros among themselves.
+__device__ __forceinline__ void mix(float (&x)[PIECES][8]) {
+    constexpr int SIZE = D & -D;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+        for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if ((j & bit) == 0) butterfly(x[i][j], x[i][j | bit]);
+            }
+        }
+    }
+#pragma unroll
+    for (int lane = 1; lane < LANES && lane * 8 < SIZE; lane *= 2) {
+        const bool is_second = threadIdx.x & lane;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float other = __shfl_xor_sync(FULL_MASK, x[i][j], lane);
+                x[i][j] = other + (is_second ? -x[i][j] : x[i][j]);
+            }
+        }
+    }
+    const float scale = 1.0f / sqrtf((float)SIZE);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        if constexpr (SIZE > LANES * 8) butterfly(x[0][j], x[1][j]);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) x[i][j] *= scale;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__ v_pool,
           SCALE_T* __restrict__ k_scales, SCALE_T* __restrict__ v_scales,
@@ -132,8 +177,9 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
     const Taken taken = load_share<D, LANES>(qkv + token * qkv_token + known * D);
     const Place place = place_of_slot<PAGE>(slots[token]);
+    const bool is_value = known >= HQ + H;
 
-#if NORM || PAIRS > 0
+#if NORM || PAIRS > 0 || HADAMARD
     float x[PIECES][8];
     RowShare<float, D, LANES> row;
 #if PAIRS > 0
@@ -151,16 +197,27 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
 #if PAIRS > 0
     rotate_pairs(x, turns, meeting[IN_LANE ? 0 : group]);
 #endif
+#if HADAMARD
+    if (is_value) {  // all lanes of a warp take the same way, values for nothing until here
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
+    }
+    mix(x);
+#endif
 #pragma unroll
     for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
 #else
     const Taken& row = taken;
 #endif
+#if HADAMARD
+    const auto& value = row;
+#else
+    const Taken& value = taken;
+#endif
 
-    const bool is_value = known >= HQ + H;
     u32 largest[1] = {};
     if (FINDS_SCALE<K_T> && !is_value) largest[0] = max_of(row);
-    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_of(taken);
+    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_of(value);
     if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
     if (head < HQ) {
         store_floats(q_out + token * q_token + head * q_head, row);
@@ -173,6 +230,6 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     } else {
         store_row<SCALES == FOUND>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
                                    v_scales_page, v_scales_token, v_scales_head, place,
-                                   head - HQ - H, taken, largest[0]);
+                                   head - HQ - H, value, largest[0]);
     }
 }

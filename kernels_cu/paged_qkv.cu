@@ -152,12 +152,20 @@ __device__ __forceinline__ void mix(float (&x)[PIECES][8]) {
             }
         }
     }
+#pragma unroll
+    for (int piece = 1; piece * LANES * 8 < SIZE; piece *= 2) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            if (i & piece) continue;
+#pragma unroll
+            for (int j = 0; j < 8; j++) butterfly(x[i][j], x[i | piece][j]);
+        }
+    }
     const float scale = 1.0f / sqrtf((float)SIZE);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        if constexpr (SIZE > LANES * 8) butterfly(x[0][j], x[1][j]);
+    for (int i = 0; i < PIECES; i++) {
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) x[i][j] *= scale;
+        for (int j = 0; j < 8; j++) x[i][j] *= scale;
     }
 }
 

@@ -6,7 +6,7 @@ import pytest
 from pykv import kinds
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
-from pykv.ops import norm, rope
+from pykv.ops import norm, paged_qkv, rope
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -154,6 +154,25 @@ def test_a_projection_is_norm_rotation_and_append(xp, rng, text, with_norm):
     out = xp.empty((T, HQ, D), np.float32)
     assert fused.append_qkv(1, rows, slots, q_out=out, **options) is out
     assert_same_bits(out, got)
+
+
+@pytest.mark.parametrize("text", ["int8", "int8:head", "int4:tensor:fp32"])
+def test_a_projection_may_be_mixed(xp, rng, text):
+    """Codes, and shared scales that the first call finds, are those of mixed rows."""
+    T, HQ, H, D = 6, 4, 2, 64
+    heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(np.float32)
+    heads[..., 3] += 30
+    slots = xp.asarray(np.array([9, 2, -1, 0, 11, 3], np.int32))
+    fused, separate = (
+        PagedKVCache(1, 3, H, D, page_size=4, spec=text, margin=1.5, xp=xp) for _ in range(2)
+    )
+    q = fused.append_qkv(0, xp.asarray(heads.reshape(T, -1)), slots, hadamard=True)
+    mixed = paged_qkv.mix(heads)
+    separate.append(0, *(xp.asarray(mixed[:, i : i + H]) for i in (HQ, HQ + H)), slots)
+    assert_same_bits(q, mixed[:, :HQ])
+    pairs = ((fused.k, separate.k), (fused.v, separate.v))
+    for got, want in (*pairs, *zip(fused.scales[0], separate.scales[0], strict=True)):
+        assert_same_bits(got, want)
 
 
 def test_checks_reach_the_ops(xp):

@@ -1,10 +1,10 @@
 """From the fused projection of a layer to its queries and its KV pool, in one launch: split into Q,
-K and V, normalise and rotate the heads of Q and K, mix the elements of all heads, encode K and V and
-write them into their pages.
+K and V, normalise and rotate the heads of Q and K, mix the elements of all heads, encode K and V
+and write them into their pages.
 
 Dimensions: T tokens of all sequences, HQ query heads, H KV heads, D head size, R = (HQ + 2H) * D,
-F rotated pairs of a head, S the largest power of two that divides D, N pages in the pool, P tokens a
-page, W elements of a pool that D codes take.
+F rotated pairs of a head, S the largest power of two that divides D, N pages in the pool, P tokens
+a page, W elements of a pool that D codes take.
 Kernel: kernels_cu/paged_qkv.cu.
 """
 

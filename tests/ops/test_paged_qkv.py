@@ -1,4 +1,4 @@
-"""paged_qkv: one launch does what split, norm, rotation and append do one after the other."""
+"""paged_qkv: one launch does what split, norm, rotation, mixing and append do one by one."""
 
 import math
 
@@ -45,6 +45,28 @@ CASES = [
         )
     ),
 ]
+MIXED = [  # bits of a column in a piece, in lanes and in pieces, few and many; lanes that idle
+    {**BASE, "D": D, "F": F, "pairing": pairing, "norm": weight, "new": new, "spec": spec}
+    for D, F, pairing, weight, new, spec in (
+        *((64, 32, "half", "float32", "float32", "int8"), (64, 0, "half", None, "float16", "int4")),
+        *((64, 24, "adjacent", None, "float16", "e4m3"), (64, 31, "half", None, "float32", "fp32")),
+        (128, 64, "half", "float32", "float32", "int4:head"),
+        (128, 64, "adjacent", None, "float16", "int8:HND"),
+        (256, 128, "half", "float32", "float32", "int8"),
+        (256, 0, "half", "float16", "float16", "e4m3:fp32"),
+        (96, 48, "half", "float32", "float32", "k8v4"),
+        (96, 20, "adjacent", None, "float16", "fp16"),
+        (80, 40, "half", None, "float32", "e4m3:head"),
+        (80, 16, "adjacent", "float16", "float16", "int8:head"),
+        *(
+            (8, 4, "half", "float32", "float32", "int8"),
+            (8, 3, "adjacent", None, "float16", "fp32"),
+        ),
+        (40, 20, "half", None, "float16", "int4:fp32"),
+        (40, 20, "adjacent", "float32", "float32", "fp16+e4m3"),
+        *((16, 8, "half", None, "float32", "int8"), (512, 256, "half", None, "float32", "int8")),
+    )
+]
 EXACT = [  # nothing is computed, so every bit is that of an append
     {**BASE, "norm": None, "F": 0, "new": new, "spec": spec, "D": D}
     for new, spec, D in (
@@ -77,7 +99,7 @@ def inputs(rng, T, HQ, H, D, F, pairing, norm, new, spec, P):
 
 def judge(heads, H, options):
     """What is to come of heads, at their precision: the definition."""
-    names = ("positions", "inv_freq", "pairing", "q_norm", "k_norm", "eps")
+    names = ("positions", "inv_freq", "pairing", "q_norm", "k_norm", "eps", "hadamard")
     return paged_qkv.split(heads, H, *(options.get(name) for name in names))
 
 
@@ -105,11 +127,16 @@ def by_slot(spec, x):
     return x.reshape(-1, *x.shape[2:])
 
 
-@pytest.mark.parametrize("case", CASES, ids=identify)
-def test_it_is_norm_rotation_and_append(xp, rng, case):
+@pytest.mark.parametrize(
+    "case, hadamard",
+    [*((case, False) for case in CASES), *((case, True) for case in MIXED)],
+    ids=lambda x: identify(x) if isinstance(x, dict) else ("plain", "mixed")[x],
+)
+def test_it_is_norm_rotation_mixing_and_append(xp, rng, case, hadamard):
     spec = KVSpec.parse(case["spec"])
     T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
     heads, slots, options = inputs(rng, **case)
+    options["hadamard"] = hadamard
     cache = Cache(rng, spec, T + 3, P, H, D, "two")
     got = on(xp, cache.copy())
     q = run(xp, case, heads, slots, options, got, cache)
@@ -166,6 +193,116 @@ def test_without_norm_and_rotation_it_is_an_append(xp, rng, case):
         assert (x is None) == (y is None)
         if x is not None:
             assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("new", ["float32", "float16"])
+@pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128, 256, 512])
+def test_mixing_alone_has_the_same_bits_everywhere(xp, rng, D, new):
+    """Q and the codes and scales of K and V: those of `mix`, appended."""
+    case = {**BASE, "norm": None, "F": 0, "D": D, "new": new, "spec": "int8"}
+    T, HQ, H, P = (case[x] for x in ("T", "HQ", "H", "P"))
+    heads, slots, options = inputs(rng, **case)
+    heads[..., 1] *= 30
+    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
+    got, want = on(xp, cache.copy()), cache.copy()
+    q = run(xp, case, heads, slots, options, got, cache, hadamard=True)
+    mixed = paged_qkv.mix(heads)
+    pools, rest = options_of(cache, want)
+    paged_append.append(mixed[:, HQ : HQ + H], mixed[:, HQ + H :], *pools, slots, **rest)
+    assert_same_bits(q, mixed[:, :HQ].astype(new))
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)
+
+
+# --- What mixing is for ---
+
+
+def test_hadamard_matrix_by_hand():
+    one, half = math.sqrt(0.5), 0.5
+    np.testing.assert_allclose(paged_qkv.hadamard_matrix(1), [[1]], rtol=0, atol=0)
+    want = [[one, one], [one, -one]]
+    np.testing.assert_allclose(paged_qkv.hadamard_matrix(2), want, rtol=0, atol=1e-15)
+    signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    want = half * np.array(signs)
+    assert paged_qkv.hadamard_matrix(4).dtype == np.float64
+    np.testing.assert_allclose(paged_qkv.hadamard_matrix(4), want, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "D, S", [(8, 8), (40, 8), (80, 16), (96, 32), (64, 64), (128, 128), (256, 256), (63, 1)]
+)
+def test_hadamard_matrix_is_blocks_of_sylvesters(rng, D, S):
+    matrix = paged_qkv.hadamard_matrix(D)
+    root = math.sqrt(S)
+    want = [
+        [(-1) ** (i & j & (S - 1)).bit_count() / root if i // S == j // S else 0 for j in range(D)]
+        for i in range(D)
+    ]
+    np.testing.assert_allclose(matrix, want, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(matrix @ matrix, np.eye(D), rtol=0, atol=1e-14)
+    assert (matrix == matrix.T).all()
+    x = rng.standard_normal((3, 2, D)).astype(np.float32)
+    mixed = paged_qkv.mix(x)
+    assert mixed.dtype == np.float32
+    want = np.einsum("thd,de->the", x, matrix)
+    np.testing.assert_allclose(mixed, want, rtol=0, atol=4e-6)  # values to 5
+
+
+def test_hadamard_matrix_wants_elements():
+    with pytest.raises(ParameterError, match="hadamard_matrix: D is 0, expected a positive number"):
+        paged_qkv.hadamard_matrix(0)
+
+
+def appended(xp, case, heads, options, spec, **more):
+    """(q, k, v), float64, of tokens in slots 0, 1, ...: as attention over the pools sees them."""
+    T, H, D = case["T"], case["H"], case["D"]
+    spec = KVSpec.parse(spec)
+    cache = Cache(np.random.default_rng(1), spec, 1, T, H, D, "two")
+    got = on(xp, cache.copy())
+    q = run(xp, case, heads, np.arange(T, dtype=np.int32), options, got, cache, **more)
+    k_pool, k_scales, v_pool, v_scales = (None if x is None else to_numpy(x) for x in got)
+    sides = zip(spec.kinds, ((k_pool, k_scales), (v_pool, v_scales)), strict=True)
+    k, v = (kinds.dequantize(pool[0], kind, x if x is None else x[0]) for kind, (pool, x) in sides)
+    return tuple(to_numpy(x).astype(np.float64) for x in (q, k, v))
+
+
+def attention(q, k, v):
+    """(scores, averages) of every query over all keys, in float64."""
+    k, v = (x.repeat(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = np.einsum("thd,uhd->thu", q, k)
+    weights = np.exp((scores - scores.max(-1, keepdims=True)) / 8)
+    return scores, np.einsum("thu,uhd->thd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("pairing", rope.PAIRINGS)
+@pytest.mark.parametrize("D", [40, 64, 80, 96, 128])
+def test_attention_over_mixed_rows_is_attention_over_rows(xp, rng, D, pairing):
+    case = {**BASE, "HQ": 4, "D": D, "F": D // 2, "pairing": pairing, "spec": "fp32"}
+    heads, _, options = inputs(rng, **case)
+    scores, averages = attention(*judge(heads.astype(np.float64), case["H"], options))
+    q, k, v = appended(xp, case, heads, options, "fp32", hadamard=True)
+    mixed_scores, mixed_averages = attention(q, k, v)
+    plain = appended(xp, case, heads, options, "fp32")
+    assert all(np.abs(x - y).max() > 0.5 for x, y in zip((q, k, v), plain, strict=True))
+    bound = 2e-6 * np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
+    np.testing.assert_allclose(mixed_scores, scores, rtol=0, atol=bound)
+    got = mixed_averages @ paged_qkv.hadamard_matrix(D)
+    np.testing.assert_allclose(got, averages, rtol=0, atol=1e-5)
+
+
+def test_codes_of_mixed_rows_keep_scores(xp, rng):
+    """Where one element of every key stands out, int8 codes of plain keys lose the others."""
+    case = {**BASE, "HQ": 4, "T": 16, "norm": None, "F": 0, "spec": "int8"}
+    heads, _, options = inputs(rng, **case)
+    heads[:, case["HQ"] :, 5] += 40
+    want = attention(*judge(heads.astype(np.float64), case["H"], options))
+    plain, mixed = (
+        attention(*appended(xp, case, heads, options, "int8", hadamard=hadamard))
+        for hadamard in (False, True)
+    )
+    back = paged_qkv.hadamard_matrix(case["D"])
+    for x, y, z in zip(plain, (mixed[0], mixed[1] @ back), want, strict=True):
+        assert np.linalg.norm(y - z) < np.linalg.norm(x - z) / 2
 
 
 @pytest.mark.parametrize("pairing", rope.PAIRINGS)

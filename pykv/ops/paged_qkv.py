@@ -289,11 +289,14 @@ def defines_of(
 
 # Of floats and, mixed, of codes: SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(kind, kind), *model, hadamard=kind == "int8")
+    defines_of(
+        *(FLOATS[0], KVSpec(kind, kind), HQ, H, D, 16, D // 2, pairing, norm_dtype),
+        hadamard=kind == "int8",
+    )
     for kind in ("fp16", "int8")
-    for model in (
-        (9, 3, 64, 16, 32, "adjacent"),
-        (32, 8, 128, 16, 64, "adjacent"),
-        (4, 1, 256, 16, 128, "half", FLOATS[0]),
+    for HQ, H, D, pairing, norm_dtype in (
+        (9, 3, 64, "adjacent", None),
+        (32, 8, 128, "adjacent", None),
+        (4, 1, 256, "half", FLOATS[0]),
     )
 ]

@@ -23,9 +23,9 @@
 // Launch:   grid (T, (HQ + 2H) / (BLOCK / LANES) rounded up), block (BLOCK), no dynamic shared
 //           memory: a block has heads of one token, which share sines and cosines
 // Traffic:  T * ((2 * HQ + 2H) * D * sizeof(NEW_T) + H * bytes of a row of K and V with its scales)
-// Order:    no atomics; floats from reading to storing, sums in an order that D decides; where HADAMARD
-//           is 0, V, and all where there is neither norm nor rotation, is bit-exact; two tokens for
-//           one slot leave either row, or a mixture
+// Order:    no atomics; floats from reading to storing, sums in an order that D decides; where
+//           HADAMARD is 0, V, and all where there is neither norm nor rotation, is bit-exact; two
+//           tokens for one slot leave either row, or a mixture
 #include "common.cuh"
 
 #define FOUND 0
@@ -206,7 +206,7 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     rotate_pairs(x, turns, meeting[IN_LANE ? 0 : group]);
 #endif
 #if HADAMARD
-    if (is_value) {  // all lanes of a warp take the same way, values for nothing until here
+    if (is_value) {  // normalised and rotated only because their warp was
 #pragma unroll
         for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
     }

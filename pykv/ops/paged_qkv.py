@@ -153,7 +153,7 @@ def hadamard_matrix(D: int) -> Any:
     """The matrix by which `append` mixes the D elements of a head, symmetric and its own inverse.
 
     Args:
-        D: elements of a head, as many as you like; S is the largest power of two that divides it.
+        D: elements of a head; S is the largest power of two that divides it.
 
     Returns:
         NumPy float64 [D, D], D / S blocks on the diagonal: entry (i, j) of a block is

@@ -1,5 +1,5 @@
-// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; mix the elements of
-// all heads; write K and V into the pages of a pool, as what its kinds hold.
+// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; mix the elements
+// of all heads; write K and V into the pages of a pool, as what its kinds hold.
 //
 // Arrays (letters as in pykv/ops/paged_qkv.py); strides are counted in elements of an array:
 //   q_out                      [T, HQ, D] NEW_T: strides token, head

@@ -181,6 +181,14 @@ class KVSpec:
         return any(kind.largest for kind in self.kinds)
 
     @property
+    def wants_mixing(self) -> bool:
+        """Whether heads should be mixed before they become codes, as paged_qkv.mix does: integers
+        have one step for a whole row, which its largest element sets. Codes of fp8 have steps of
+        their own, and lose by it."""
+        coded = [kind for kind in self.kinds if kind.largest]
+        return bool(coded) and all(kind.c_type in ("i8", "i4") for kind in coded)
+
+    @property
     def finds_scales(self) -> bool:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"

@@ -188,7 +188,8 @@ def _paged_qkv(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(new)
         weights = (1 + rng.standard_normal((2, D)) / 4).astype(F32)
         inv_freq = rope.frequencies(2 * F, 10000.0)
-        judged: Any = (H, positions, inv_freq, pairing, *weights, 1e-2)
+        hadamard = spec.wants_mixing
+        judged: Any = (H, positions, inv_freq, pairing, *weights, 1e-2, hadamard)
         low, oracle = (paged_qkv.split(x, *judged) for x in (heads, heads.astype(np.float64)))
         want = _cache(spec, N, P, H, D)
         got = [None if x is None else xp.array(x) for x in want]
@@ -203,11 +204,12 @@ def _paged_qkv(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
             q_norm=xp.asarray(weights[0]),
             k_norm=xp.asarray(weights[1]),
             eps=1e-2,
+            hadamard=hadamard,
             k_scales=got[2],
             v_scales=got[3],
             spec=spec,
         )
-        name = f"{new} into {text}"
+        name = f"{new} into {text}{', mixed' * hadamard}"
         yield f"{name}, Q", *error_and_bound(q, low[0].astype(new), oracle[0])
         kept = slots >= 0
         where = places[0][kept], places[1][kept]

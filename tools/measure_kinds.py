@@ -10,7 +10,9 @@ between Python's versions, so the record says which.
 A first pass keeps exact (float32) keys, values and some queries of every layer. They give, for each
 spec, the errors of keys, values and attention outputs when these very rows are stored as the spec
 says: encoded and decoded by pykv.kinds, which all kernels agree with bit for bit. Then one pass for
-each spec, in which every layer reads such rows, gives its perplexity. Scales of a head or a tensor
+each spec, in which every layer reads such rows, gives its perplexity. Specs with codes are measured
+twice: as they are, and with heads mixed by a Hadamard matrix first (and unmixed again, as what
+attention makes of them is), as pykv.LLM does for integers. Scales of a head or a tensor
 (one layer's keys, or its values) come from the largest magnitudes of the first pass: as good as
 calibration can be. Runs on the GPU where there is one.
 """
@@ -105,27 +107,35 @@ def perplexity(llm, ids, cache):
     return float(np.exp(total / (len(ids) - 1)))
 
 
-def stored(rows, kind, spec, scale=None):
+def stored(rows, kind, spec, scale=None, matrix=None):
     """What rows [..., D] are after they were stored, float32 on the host."""
     dtype = SCALE_DTYPES[spec.scale_dtype]
-    codes, scale = kinds.quantize(host(rows), kind, scale=scale, scale_dtype=dtype)
-    return kinds.dequantize(codes, kind, scale)
+    codes, scale = kinds.quantize(mixed(rows, matrix), kind, scale=scale, scale_dtype=dtype)
+    return mixed(kinds.dequantize(codes, kind, scale), matrix)
 
 
-def static_scale(rows, kind, spec):
+def mixed(rows, matrix):
+    """Rows [..., D] times a matrix [D, D], float32 on the host."""
+    return host(rows) if matrix is None else (host(rows) @ matrix).astype(np.float32)
+
+
+def static_scale(rows, kind, spec, matrix=None):
     """The scales of rows [T, H, D] that a spec wants to be given, [H] or [1]; None if none."""
     if not kind.largest or spec.finds_scales:
         return None
-    by_head = host(rows).swapaxes(0, 1).reshape(rows.shape[1], -1)
+    by_head = mixed(rows, matrix).swapaxes(0, 1).reshape(rows.shape[1], -1)
     dtype = SCALE_DTYPES[spec.scale_dtype]
     groups = by_head if spec.granularity == "head" else by_head.reshape(1, -1)
     return kinds.row_scales(groups, kind, dtype)
 
 
-def scales_of(exact, spec):
+def scales_of(exact, spec, matrix=None):
     """Given scales of every layer, for keys and values."""
     return [
-        [static_scale(rows[0], kind, spec) for rows, kind in zip(pair, spec.kinds, strict=True)]
+        [
+            static_scale(rows[0], kind, spec, matrix)
+            for rows, kind in zip(pair, spec.kinds, strict=True)
+        ]
         for pair in exact.pools
     ]
 
@@ -166,12 +176,12 @@ def attend(llm, cache, layer, k, v):
     return host(paged_decode.decode(q, k, v, table, lengths, **options))
 
 
-def errors(llm, exact, outputs, spec, scales):
+def errors(llm, exact, outputs, spec, scales, matrix=None):
     """Errors of keys, values and attention outputs, over all layers."""
     found = {name: Error() for name in ("k", "v", "attention")}
     for layer, pair in enumerate(exact.pools):
         rounded = [
-            stored(rows, kind, spec, scale)
+            stored(rows, kind, spec, scale, matrix)
             for rows, kind, scale in zip(pair, spec.kinds, scales[layer], strict=True)
         ]
         for name, got, rows in zip("kv", rounded, pair, strict=True):
@@ -193,25 +203,30 @@ def measure(model, specs, tokens, device="auto"):
     exact_perplexity = perplexity(llm, ids, exact)
     outputs = [attend(llm, exact, layer, *pair) for layer, pair in enumerate(exact.pools)]
     rows = []
-    for spec in specs:
+    hadamard = paged_qkv.hadamard_matrix(config.head_dim)
+    ways = [(spec, how) for spec in specs for how in (None, hadamard)[: 1 + spec.has_scales]]
+    for spec, matrix in ways:
         started = time.perf_counter()
-        scales = scales_of(exact, spec)
+        scales = scales_of(exact, spec, matrix)
 
-        def store(layer, part, values, spec=spec, scales=scales):
-            return llm.xp.asarray(stored(values, spec.kinds[part], spec, scales[layer][part]))
+        def store(layer, part, values, spec=spec, scales=scales, matrix=matrix):
+            kind, scale = spec.kinds[part], scales[layer][part]
+            return llm.xp.asarray(stored(values, kind, spec, scale, matrix))
 
         row = {
             "spec": str(spec),
+            "hadamard": matrix is not None,
             "bytes_per_token": config.num_layers
             * spec.bytes_per_token(config.kv_heads, config.head_dim),
-            **errors(llm, exact, outputs, spec, scales),
+            **errors(llm, exact, outputs, spec, scales, matrix),
             "perplexity": exact_perplexity
             if spec == KVSpec.parse("fp32")
             else perplexity(llm, ids, Rows(config, tokens, llm.xp, store)),
         }
         rows.append(row)
         seconds = time.perf_counter() - started
-        print(f"{model} {spec}: perplexity {row['perplexity']:.4f}, {seconds:.0f} s", flush=True)
+        name = f"{model} {spec}{', mixed' * row['hadamard']}"
+        print(f"{name}: perplexity {row['perplexity']:.4f}, {seconds:.0f} s", flush=True)
     return {
         "device": llm.device,
         "pykv": pykv.__version__,
@@ -231,8 +246,8 @@ def section(record):
     parts = []
     for model, one in record.items():
         base = next((row["perplexity"] for row in one["rows"] if row["spec"] == "fp16"), None)
-        head = ["K, V", "a scale for each", "of", "bytes a token", "K", "V", "attention"]
-        lines = [[*head, "perplexity", "to fp16"], ["---"] * 9]
+        head = ["K, V", "a scale for each", "of", "mixed", "bytes a token", "K", "V", "attention"]
+        lines = [[*head, "perplexity", "to fp16"], ["---"] * 10]
         for row in one["rows"]:
             spec = KVSpec.parse(row["spec"])
             number = row["perplexity"]
@@ -242,6 +257,7 @@ def section(record):
                 [
                     names,
                     *((each, spec.scale_dtype) if spec.has_scales else ("", "")),
+                    "yes" if row.get("hadamard") else "",
                     f"{row['bytes_per_token']:,}",
                     *(quality(row[name]) for name in ("k", "v", "attention")),
                     f"{number:.3f}",

@@ -20,6 +20,7 @@ import numpy as np
 from pykv import blocks
 from pykv.bench import Work, caches, memory
 from pykv.bench.report import Record
+from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache
 
 MODEL = "smollm2-135m"
@@ -50,7 +51,8 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     from pykv.ops import sample
 
     B, L = case["B"], case["L"]
-    model = _load(case["model"], xp)
+    spec = KVSpec.parse(case["kv"])
+    model = _load(case["model"], xp, spec.wants_mixing)
     config = model.config
     M = -(-(L + 1) // PAGE_SIZE)
     sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
@@ -96,7 +98,8 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
             if pool is not None:
                 getattr(alone, name)[...] = caches.host(pool[:, pages])
         of_one = batch(np, [b], np.arange(M)[None], np.array([L]))
-        (want,), got = forward(_load(case["model"], np), of_one, alone), caches.host(logits[b])
+        same = _load(case["model"], np, spec.wants_mixing)
+        (want,), got = forward(same, of_one, alone), caches.host(logits[b])
         off = float(np.abs(got - want).max())
         return off <= TOLERANCE and int(tokens[b]) == int(got.argmax())
 
@@ -109,13 +112,13 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     )
 
 
-@lru_cache(maxsize=2)
-def _load(name: str, xp: Any) -> Any:
+@lru_cache(maxsize=4)
+def _load(name: str, xp: Any, hadamard: bool) -> Any:
     """A model's weights on the GPU or the host, kept for all cases."""
     from pykv.llm import gguf, models
     from pykv.llm.model import load
 
-    return load(gguf.read(models.fetch(name)), xp)
+    return load(gguf.read(models.fetch(name)), xp, hadamard=hadamard)
 
 
 def _matrix_bytes(model: Any) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from pykv.arrays import like, on_gpu
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import activation, dequant, linear, norm, paged_decode, rope
+from pykv.ops import activation, dequant, linear, norm, paged_decode, paged_qkv, rope
 from pykv.pool import PagedKVCache
 
 
@@ -100,13 +100,18 @@ class Layer:
 
 @dataclass
 class Model:
-    """Configuration and weights, all on one device."""
+    """Configuration and weights, all on one device.
+
+    `hadamard`: heads are multiplied by paged_qkv.hadamard_matrix before they are stored, and what
+    attention makes of them is multiplied by it as a part of `attention_out`.
+    """
 
     config: Config
     embedding: Any
     layers: list[Layer]
     output_norm: Any
     head: Any
+    hadamard: bool = False
 
 
 @dataclass
@@ -273,13 +278,21 @@ REQUIRED = {  # of each layer, beyond the matrices
 }
 
 
-def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: Any = None) -> Model:
+def load(
+    file: ModelFile,
+    xp: Any = np,
+    *,
+    dtype: Any = np.float16,
+    hadamard: bool = False,
+    progress: Any = None,
+) -> Model:
     """Read and dequantise every weight.
 
     Args:
         file: an open GGUF file.
         xp: `numpy` or `cupy`; where the weights go.
         dtype: float16, bfloat16 or float32; what matrices are rounded to. Vectors stay float32.
+        hadamard: see Model; for caches of which KVSpec.wants_mixing is true.
         progress: called with the bytes of each tensor that has been read.
 
     Raises:
@@ -313,6 +326,13 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
         report(sum(info.nbytes for info in infos))
         return weights
 
+    def attention_out(i: int) -> Any:
+        weights = matrix({"attention_out": E}, HQ * D, i)
+        if not hadamard:
+            return weights
+        rows = weights.reshape(-1, D).astype(np.float32)  # to round them twice would show
+        return linear.linear(rows, to_mix).reshape(E, HQ * D)
+
     def biases(i: int) -> Any:
         parts = {"q_bias": HQ * D, "k_bias": H * D, "v_bias": H * D}
         present = [has(role, i) for role in parts]
@@ -326,6 +346,7 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
         return joined[0]
 
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
+    to_mix = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32))
 
     def layer(i: int) -> Layer:
         return Layer(
@@ -334,7 +355,7 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
             qkv_bias=biases(i),
             q_norm=vector("q_norm", D, i),
             k_norm=vector("k_norm", D, i),
-            attention_out=matrix({"attention_out": E}, HQ * D, i),
+            attention_out=attention_out(i),
             post_attention_norm=vector("post_attention_norm", E, i),
             ffn_norm=vector("ffn_norm", E, i),
             gate_up=matrix({"gate": F, "up": F}, E, i),
@@ -353,6 +374,7 @@ def load(file: ModelFile, xp: Any = np, *, dtype: Any = np.float16, progress: An
             output_norm=vector("output_norm", E),
             head=matrix({"head": V}, E) if has("head") else embedding,
             layers=list(layers),
+            hadamard=hadamard,
         )
 
 
@@ -442,6 +464,7 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=config.eps,
+            hadamard=model.hadamard,
             q_out=q,
         )
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)

@@ -279,7 +279,7 @@ __device__ __forceinline__ int dot4(int a, int b, int c) {
 
 #endif  // PYKV_SIMT
 
-// --- Conversions: exact to float, round to nearest even from float --------------------------------
+// --- Conversions: exact to float, round to nearest even from float -------------------------------
 //
 // To the fp8 kinds what exceeds the largest finite value, infinities too, becomes that value. From
 // float NaN becomes what NumPy and ml_dtypes make of it; from f16 and fp8 it becomes 0x7fffffff.
@@ -363,7 +363,7 @@ template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
 #endif
 }
 
-// --- Angles ---------------------------------------------------------------------------------------
+// --- Angles --------------------------------------------------------------------------------------
 
 // Sine and cosine of `angle` radians; both are off by less than 1e-7 for |angle| up to 2^31.
 // The angle stays in double until it is within a quarter turn of zero. Then Taylor series serve:
@@ -391,7 +391,7 @@ __device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine
     if (quarter == 1 || quarter == 2) cosine = -cosine;
 }
 
-// --- Vectors: eight elements, 16-byte aligned -----------------------------------------------------
+// --- Vectors: eight elements, 16-byte aligned ----------------------------------------------------
 
 __device__ __forceinline__ void load8(float (&x)[8], const float* p) {
     const float4 a = reinterpret_cast<const float4*>(p)[0];
@@ -578,7 +578,7 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<T>& eight) {
     }
 }
 
-// --- Codes, bit for bit as pykv/kinds.py defines them ---------------------------------------------
+// --- Codes, bit for bit as pykv/kinds.py defines them --------------------------------------------
 
 template <typename T> constexpr float LARGEST = 0.0f;  // of the codes of a kind; 0: it holds floats
 template <> constexpr float LARGEST<i8> = 127.0f;
@@ -749,7 +749,7 @@ __device__ __forceinline__ void load8(float (&x)[8], const i4* p) { unpack8(x, g
 __device__ __forceinline__ void load8(float (&x)[8], const e4m3* p) { unpack8(x, get8(p)); }
 __device__ __forceinline__ void load8(float (&x)[8], const e5m2* p) { unpack8(x, get8(p)); }
 
-// --- Rows of pools: WIDTH lanes share one of N elements, and write it as its kind asks ------------
+// --- Rows of pools: WIDTH lanes share one of N elements, and write it as its kind asks -----------
 
 struct Place { int page, offset; };  // page is negative: nowhere
 
@@ -995,7 +995,7 @@ template <typename T> __device__ __forceinline__ u32 take_halves(float (&x)[2]) 
     return pair;
 }
 
-// --- Tables ---------------------------------------------------------------------------------------
+// --- Tables --------------------------------------------------------------------------------------
 
 // The last of n ascending entries, n above 0, that is at most x; 0 where none is.
 __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
@@ -1034,7 +1034,7 @@ __device__ __forceinline__ RowBlock row_block(const int* starts, int B, int G, i
 // What exponents are taken relative to where the maximum so far is m: 0 while no key has been seen.
 __device__ __forceinline__ float finite_base(float m) { return m == -INF ? 0.0f : m; }
 
-// --- Sums and maxima: every lane gets the result --------------------------------------------------
+// --- Sums and maxima: every lane gets the result -------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

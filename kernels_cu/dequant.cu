@@ -44,7 +44,7 @@ __device__ __forceinline__ void bytes_at(u32 (&bytes)[8], const u8* p) {
     }
 }
 
-// --- Kinds: ELEMENTS and BYTES of a block, and read(y, block, i) for elements i .. i + 7 ----------
+// --- Kinds: ELEMENTS and BYTES of a block, and read(y, block, i) for elements i .. i + 7 ---------
 
 template <typename T> struct Plain {
     using Element = T;
@@ -150,7 +150,7 @@ struct Q6_K {
     }
 };
 
-// --- The kernel -----------------------------------------------------------------------------------
+// --- The kernel ----------------------------------------------------------------------------------
 
 template <typename Kind>
 __device__ __forceinline__ void expand(OUT_T* out, const u8* blocks, i64 first, i64 n) {

@@ -102,7 +102,7 @@ gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
 
 constexpr int BLOCK = 256;
 
-// --- A tile of 64 tokens by 64 outputs ------------------------------------------------------------
+// --- A tile of 64 tokens by 64 outputs -----------------------------------------------------------
 
 constexpr int TILE = 64;   // tokens and outputs of a block
 constexpr int DEPTH = 16;  // of I, held in shared memory at a time
@@ -185,7 +185,7 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
     }
 }
 
-// --- Around a library product ---------------------------------------------------------------------
+// --- Around a library product --------------------------------------------------------------------
 
 // out = bias, or out += bias.
 extern "C" __global__ void __launch_bounds__(BLOCK)

@@ -49,7 +49,7 @@ static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
-// --- Where a row goes -----------------------------------------------------------------------------
+// --- Where a row goes ----------------------------------------------------------------------------
 
 __device__ __forceinline__ Place place_of(const int* indices, const int* indptr, int request,
                                           int position) {

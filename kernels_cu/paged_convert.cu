@@ -162,7 +162,9 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
             const u32 eighth = lane + j * LANES;
             if (eighth < EIGHTS) put8(to_row + eighth * 8 / PACKED<DST>, eights[r][j]);
         }
-        if (FIND && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = scales[r];
+        if (FIND && lane == 0) {
+            dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = scales[r];
+        }
     }
 #else
     DST_SCALE new_scales[ROWS];
@@ -184,13 +186,17 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         new_scales[r] = row_scale<DST, DST_SCALE>(amax[r]);
-        if (exists[r] && lane == 0) dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = new_scales[r];
+        if (exists[r] && lane == 0) {
+            dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = new_scales[r];
+        }
     }
 #else
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         new_scales[r] = DST_SCALE{};
-        if (LARGEST<DST> > 0 && exists[r]) new_scales[r] = dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])];
+        if (LARGEST<DST> > 0 && exists[r]) {
+            new_scales[r] = dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])];
+        }
     }
 #endif
 #pragma unroll

@@ -203,7 +203,7 @@ __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int 
     }
 }
 
-// --- Copies: from pages to this lane's queue ------------------------------------------------------
+// --- Copies: from pages to this lane's queue -----------------------------------------------------
 
 constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
 constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
@@ -343,7 +343,7 @@ template <int WORDS> __device__ __forceinline__ void load_words(u32 (&w)[WORDS],
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// --- What is multiplied: queries, keys, values ----------------------------------------------------
+// --- What is multiplied: queries, keys, values ---------------------------------------------------
 
 // One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
 // wait in shared memory, in this lane's place, for want of registers.
@@ -452,7 +452,7 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
     }
 }
 
-// --- Feed: a warp's tiles, one after the other ----------------------------------------------------
+// --- Feed: a warp's tiles, one after the other ---------------------------------------------------
 
 // Where they come from; and of the tile that is copied next its pages, and its scales as they are
 // stored, since to convert them is to wait for them: those of this lane's key and value.
@@ -584,7 +584,7 @@ struct Feed : Source {
 };
 #endif
 
-// --- Products of a tile ---------------------------------------------------------------------------
+// --- Products of a tile --------------------------------------------------------------------------
 
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
@@ -688,7 +688,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
     }
 }
 
-// --- States of the softmax ------------------------------------------------------------------------
+// --- States of the softmax -----------------------------------------------------------------------
 
 // Four elements of a row's weighted sum of values, relative to 2^m, and the sum of its weights.
 struct State { float m, l, x[4]; };
@@ -755,7 +755,7 @@ __device__ __forceinline__ State join_lanes(State s) {
 
 #endif
 
-// --- Kernel ---------------------------------------------------------------------------------------
+// --- Kernel --------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
@@ -767,9 +767,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  i64 q_token_stride, i64 k_head, i64 v_head, i64 ks_head, i64 vs_head, int k_page,
                  int k_token, int v_page, int v_token, int ks_page, int ks_token, int vs_page,
                  int vs_token, int B, int T, int behind, int G, int M, int capacity,
-                 int window, int piece_tiles, int slots, float score_scale, float cap, float lse_unit) {
+                 int window, int piece_tiles, int slots, float score_scale, float cap,
+                 float lse_unit) {
 #if __CUDA_ARCH__ >= 750
-    extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut in two, and read twice
+    extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut, and read twice
     __shared__ int is_last;
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -1032,8 +1033,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         };
 
 #if CLUSTER > 1
-        // A lane joins the states of one block's warps, CLUSTER lanes those of all, and a block does so
-        // for every CLUSTER-th share of the elements.
+        // A lane joins the states of one block's warps, CLUSTER lanes those of all, and a block does
+        // so for every CLUSTER-th share of the elements.
         cluster_arrive();
         cluster_wait();
         const int from = thread % CLUSTER;

@@ -57,7 +57,7 @@ constexpr int P_TERMS = IS_COARSE ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_
 constexpr float LN_2 = 0.693147180559945f;
 constexpr float SMALLEST = 1.1754944e-38f;  // normal number
 
-// --- Sizes ----------------------------------------------------------------------------------------
+// --- Sizes ---------------------------------------------------------------------------------------
 
 // Shared memory of an SM, and what a block may have of it; 1 KiB of each block is the system's.
 #if __CUDA_ARCH__ < 800
@@ -126,7 +126,7 @@ static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are 
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// --- Copies ---------------------------------------------------------------------------------------
+// --- Copies --------------------------------------------------------------------------------------
 
 constexpr int COPIES_AT_ONCE = IS_COARSE ? 8 : 1;  // fine queries leave no registers for more
 
@@ -199,7 +199,7 @@ template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, cons
     }
 }
 
-// --- Operands -------------------------------------------------------------------------------------
+// --- Operands ------------------------------------------------------------------------------------
 
 // Where a lane points ldmatrix: at row `row` of some rows, chunk `upper` of pairs of chunks. Rows of
 // other matrices are constants away.
@@ -260,7 +260,7 @@ __device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q,
 }
 #endif
 
-// --- Kernel ---------------------------------------------------------------------------------------
+// --- Kernel --------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
@@ -356,7 +356,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     // Values are weighted relative to `scale_unit`, a power of two above all their scales so far,
     // because f16 would not hold what the scales themselves may be.
     float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
-    const auto inverse_unit = [&] { return __uint_as_float((254u << 23) - __float_as_uint(scale_unit)); };
+    const auto inverse_unit = [&] {
+        return __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
+    };
 
     const Reader of_queries(queries, lane % 16, lane / 16);
 
@@ -585,7 +587,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                 two[c] = IS_COARSE ? sum * inverse : sum * unit / weights;
             }
             if constexpr (IS_COARSE) {
-                *(u32*)(queries + Outputs::place(row, n) + 4 * t) = two_halves(two[0], two[1], Operand<Q_T>::Type{});
+                *(u32*)(queries + Outputs::place(row, n) + 4 * t) =
+                    two_halves(two[0], two[1], Operand<Q_T>::Type{});
             } else {
                 *(float2*)(queries + Outputs::place(row, 2 * n + t / 2) + t % 2 * 8) =
                     make_float2(two[0], two[1]);

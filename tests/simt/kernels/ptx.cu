@@ -270,7 +270,7 @@ extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c,
     if (item() < n) d[item()] = dot4(a[item()], b[item()], c[item()]);
 }
 
-// --- Operands of mma ------------------------------------------------------------------------------
+// --- Operands of mma -----------------------------------------------------------------------------
 
 extern "C" __global__ void subtract_halves(u32* y, const u32* a, const u32* b, int n) {
 #if __CUDA_ARCH__ >= 750

@@ -128,7 +128,7 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
 // differ in it become their sum and their difference. An outlier is spread over its SIZE elements,
 // and the scale of a row no longer follows it. Three bits of a column count within a piece, then
 // come those of the lane, then that of the piece; lanes past D trade zeros among themselves.
-__device__ __forceinline__ void mix(float (&x)[PIECES][8]) {
+__device__ __forceinline__ void hadamard_transform(float (&x)[PIECES][8]) {
     constexpr int SIZE = D & -D;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -210,7 +210,7 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
 #pragma unroll
         for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
     }
-    mix(x);
+    hadamard_transform(x);
 #endif
 #pragma unroll
     for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);

@@ -181,10 +181,10 @@ class KVSpec:
         return any(kind.largest for kind in self.kinds)
 
     @property
-    def wants_mixing(self) -> bool:
-        """Whether heads should be mixed before they become codes, as paged_qkv.mix does: integers
-        have one step for a whole row, which its largest element sets. Codes of fp8 have steps of
-        their own, and lose by it."""
+    def wants_hadamard(self) -> bool:
+        """Whether heads should go through paged_qkv.hadamard_transform before they become codes:
+        integers have one step for a whole row, which its largest element sets. Codes of fp8 have
+        steps of their own, and lose by it."""
         coded = [kind for kind in self.kinds if kind.largest]
         return bool(coded) and all(kind.c_type in ("i8", "i4") for kind in coded)
 

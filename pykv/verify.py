@@ -188,7 +188,7 @@ def _paged_qkv(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         heads = rng.standard_normal((T, HQ + 2 * H, D)).astype(new)
         weights = (1 + rng.standard_normal((2, D)) / 4).astype(F32)
         inv_freq = rope.frequencies(2 * F, 10000.0)
-        hadamard = spec.wants_mixing
+        hadamard = spec.wants_hadamard
         judged: Any = (H, positions, inv_freq, pairing, *weights, 1e-2, hadamard)
         low, oracle = (paged_qkv.split(x, *judged) for x in (heads, heads.astype(np.float64)))
         want = _cache(spec, N, P, H, D)

@@ -167,7 +167,7 @@ def test_a_projection_may_be_mixed(xp, rng, text):
         PagedKVCache(1, 3, H, D, page_size=4, spec=text, margin=1.5, xp=xp) for _ in range(2)
     )
     q = fused.append_qkv(0, xp.asarray(heads.reshape(T, -1)), slots, hadamard=True)
-    mixed = paged_qkv.mix(heads)
+    mixed = paged_qkv.hadamard_transform(heads)
     separate.append(0, *(xp.asarray(mixed[:, i : i + H]) for i in (HQ, HQ + H)), slots)
     assert_same_bits(q, mixed[:, :HQ])
     pairs = ((fused.k, separate.k), (fused.v, separate.v))

@@ -107,33 +107,33 @@ def perplexity(llm, ids, cache):
     return float(np.exp(total / (len(ids) - 1)))
 
 
-def stored(rows, kind, spec, scale=None, matrix=None):
+def stored(rows, kind, spec, scale=None, hadamard=False):
     """What rows [..., D] are after they were stored, float32 on the host."""
     dtype = SCALE_DTYPES[spec.scale_dtype]
-    codes, scale = kinds.quantize(mixed(rows, matrix), kind, scale=scale, scale_dtype=dtype)
-    return mixed(kinds.dequantize(codes, kind, scale), matrix)
+    codes, scale = kinds.quantize(mixed(rows, hadamard), kind, scale=scale, scale_dtype=dtype)
+    return mixed(kinds.dequantize(codes, kind, scale), hadamard)
 
 
-def mixed(rows, matrix):
-    """Rows [..., D] times a matrix [D, D], float32 on the host."""
-    return host(rows) if matrix is None else (host(rows) @ matrix).astype(np.float32)
+def mixed(rows, hadamard):
+    """Rows [..., D], times the matrix if `hadamard`; on the host. Its own inverse."""
+    return paged_qkv.hadamard_transform(host(rows)) if hadamard else host(rows)
 
 
-def static_scale(rows, kind, spec, matrix=None):
+def static_scale(rows, kind, spec, hadamard=False):
     """The scales of rows [T, H, D] that a spec wants to be given, [H] or [1]; None if none."""
     if not kind.largest or spec.finds_scales:
         return None
-    by_head = mixed(rows, matrix).swapaxes(0, 1).reshape(rows.shape[1], -1)
+    by_head = mixed(rows, hadamard).swapaxes(0, 1).reshape(rows.shape[1], -1)
     dtype = SCALE_DTYPES[spec.scale_dtype]
     groups = by_head if spec.granularity == "head" else by_head.reshape(1, -1)
     return kinds.row_scales(groups, kind, dtype)
 
 
-def scales_of(exact, spec, matrix=None):
+def scales_of(exact, spec, hadamard=False):
     """Given scales of every layer, for keys and values."""
     return [
         [
-            static_scale(rows[0], kind, spec, matrix)
+            static_scale(rows[0], kind, spec, hadamard)
             for rows, kind in zip(pair, spec.kinds, strict=True)
         ]
         for pair in exact.pools
@@ -176,12 +176,12 @@ def attend(llm, cache, layer, k, v):
     return host(paged_decode.decode(q, k, v, table, lengths, **options))
 
 
-def errors(llm, exact, outputs, spec, scales, matrix=None):
+def errors(llm, exact, outputs, spec, scales, hadamard=False):
     """Errors of keys, values and attention outputs, over all layers."""
     found = {name: Error() for name in ("k", "v", "attention")}
     for layer, pair in enumerate(exact.pools):
         rounded = [
-            stored(rows, kind, spec, scale, matrix)
+            stored(rows, kind, spec, scale, hadamard)
             for rows, kind, scale in zip(pair, spec.kinds, scales[layer], strict=True)
         ]
         for name, got, rows in zip("kv", rounded, pair, strict=True):
@@ -203,29 +203,28 @@ def measure(model, specs, tokens, device="auto"):
     exact_perplexity = perplexity(llm, ids, exact)
     outputs = [attend(llm, exact, layer, *pair) for layer, pair in enumerate(exact.pools)]
     rows = []
-    hadamard = paged_qkv.hadamard_matrix(config.head_dim)
-    ways = [(spec, how) for spec in specs for how in (None, hadamard)[: 1 + spec.has_scales]]
-    for spec, matrix in ways:
+    ways = [(spec, how) for spec in specs for how in (False, True)[: 1 + spec.has_scales]]
+    for spec, hadamard in ways:
         started = time.perf_counter()
-        scales = scales_of(exact, spec, matrix)
+        scales = scales_of(exact, spec, hadamard)
 
-        def store(layer, part, values, spec=spec, scales=scales, matrix=matrix):
+        def store(layer, part, values, spec=spec, scales=scales, hadamard=hadamard):
             kind, scale = spec.kinds[part], scales[layer][part]
-            return llm.xp.asarray(stored(values, kind, spec, scale, matrix))
+            return llm.xp.asarray(stored(values, kind, spec, scale, hadamard))
 
         row = {
             "spec": str(spec),
-            "hadamard": matrix is not None,
+            "hadamard": hadamard,
             "bytes_per_token": config.num_layers
             * spec.bytes_per_token(config.kv_heads, config.head_dim),
-            **errors(llm, exact, outputs, spec, scales, matrix),
+            **errors(llm, exact, outputs, spec, scales, hadamard),
             "perplexity": exact_perplexity
             if spec == KVSpec.parse("fp32")
             else perplexity(llm, ids, Rows(config, tokens, llm.xp, store)),
         }
         rows.append(row)
         seconds = time.perf_counter() - started
-        name = f"{model} {spec}{', mixed' * row['hadamard']}"
+        name = f"{model} {spec}{', mixed' * hadamard}"
         print(f"{name}: perplexity {row['perplexity']:.4f}, {seconds:.0f} s", flush=True)
     return {
         "device": llm.device,

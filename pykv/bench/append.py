@@ -1,9 +1,9 @@
 """New rows into pages at random slots, quantised on the way.
 
 Cases with an `op` begin at the projection of a layer, [T, (HQ + 2H) * D] of `dtype`: Q and K are
-rotated, with `norm` normalised before, and K and V appended, by "qkv" in one launch, by "separate"
-ops one after the other, Q and K in place. Of both are counted the bytes that the job cannot do
-without, which are those of one launch:
+rotated, with `norm` normalised before, and K and V appended, by "qkv" in one launch, which can also
+multiply all heads by a Hadamard matrix, by "separate" ops one after the other, Q and K in place. Of
+both are counted the bytes that the job cannot do without, which are those of one launch:
 
     T * ((2 * HQ + 2 * H) * D * itemsize + H * bytes of a row of K and V with its scales)
     + 8 * T + 4 * (D / 2)
@@ -48,9 +48,19 @@ def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
         *((8, "fp16", False), (8, "int8", True)),
     ]
     return cases + [
-        dict(op=op, tokens=T, dtype="fp16", kv=kv, norm=with_norm, HQ=GROUP * sizes["H"], **sizes)
+        dict(
+            op=op,
+            tokens=T,
+            dtype="fp16",
+            kv=kv,
+            norm=with_norm,
+            hadamard=hadamard,
+            HQ=GROUP * sizes["H"],
+            **sizes,
+        )
         for T, kv, with_norm in of_layers
-        for op in ("qkv", "separate")
+        for op, hadamard in (("qkv", False), ("qkv", True), ("separate", False))
+        if kv == "int8" or not hadamard
     ]
 
 
@@ -135,6 +145,7 @@ def _layer(
             q_norm=weights[0],
             k_norm=weights[1],
             eps=EPS,
+            hadamard=case["hadamard"],
             q_out=q_out,
             **options,
         )
@@ -149,10 +160,13 @@ def _layer(
     def check() -> bool:
         """Values bit for bit; some queries and keys by the definition."""
         pages, offsets = np.divmod(places, case["P"])
-        if not caches.holds(cache, 1, pages, original[:, HQ + H :], offsets):
+        values = caches.host(original[:, HQ + H :])
+        if case["hadamard"]:
+            values = paged_qkv.hadamard_transform(values)
+        if not caches.holds(cache, 1, pages, values, offsets):
             return False
         ids = rng.permutation(T)[:CHECKED]
-        of_tokens = caches.host(original)[ids], H, given[0][ids], *given[1:], EPS
+        of_tokens = caches.host(original)[ids], H, given[0][ids], *given[1:], EPS, case["hadamard"]
         low, exact = (
             paged_qkv.split(x, *of_tokens[1:])
             for x in (of_tokens[0], of_tokens[0].astype(np.float64))

@@ -136,7 +136,7 @@ class LLM:
         if context is not None and not 1 <= context <= limit:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {limit}")
         self.tokenizer = Tokenizer.from_file(self.file)
-        self.model = _load(self.file, self.xp, weights_dtype, self.spec.wants_mixing, progress)
+        self.model = _load(self.file, self.xp, weights_dtype, self.spec.wants_hadamard, progress)
         self.context = context or limit
         self.page_size = page_size
         self.prefix_cache = prefix_cache

@@ -292,7 +292,7 @@ def load(
         file: an open GGUF file.
         xp: `numpy` or `cupy`; where the weights go.
         dtype: float16, bfloat16 or float32; what matrices are rounded to. Vectors stay float32.
-        hadamard: see Model; for caches of which KVSpec.wants_mixing is true.
+        hadamard: see Model; for caches of which KVSpec.wants_hadamard is true.
         progress: called with the bytes of each tensor that has been read.
 
     Raises:

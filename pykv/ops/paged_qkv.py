@@ -165,10 +165,10 @@ def hadamard_matrix(D: int) -> Any:
     """
     if D < 1:
         raise ParameterError(f"paged_qkv.hadamard_matrix: D is {D}, expected a positive number")
-    return mix(np.eye(D))
+    return hadamard_transform(np.eye(D))
 
 
-def mix(x: Any) -> Any:
+def hadamard_transform(x: Any) -> Any:
     """`x` [..., D] times hadamard_matrix(D), by the fast Walsh-Hadamard transform in NumPy: the
     definition, in the order of the kernel. Of float16 and bfloat16 it makes float32.
     """
@@ -223,7 +223,9 @@ def split(
         q, k = norm.reference(q, q_norm, eps, 0.0), norm.reference(k, k_norm, eps, 0.0)
     if inv_freq is not None:
         rope.reference(q, k, positions, inv_freq, pairing)
-    return (mix(q), mix(k), mix(v)) if hadamard else (q, k, v)
+    if hadamard:
+        q, k, v = (hadamard_transform(x) for x in (q, k, v))
+    return q, k, v
 
 
 def _launch_of(

@@ -46,7 +46,11 @@ def test_a_case_does_what_it_says(xp, rng, module, case):
         (append, {"kv": "fp16"}, 2 * 40 * (32 + 32) + 4 * 20),
         (append, {"kv": "int4", "dtype": "fp32"}, 2 * 40 * (64 + 8 + 2) + 4 * 20),
         *(
-            (append, {"op": op, "HQ": 8, "norm": norm, "kv": "int8"}, 20 * (20 * 32 + 72) + 192)
+            (
+                append,
+                dict(op=op, HQ=8, norm=norm, hadamard=norm, kv="int8"),
+                20 * (20 * 32 + 72) + 192,
+            )
             for op, norm in (("qkv", True), ("separate", False))
         ),
         (pages, {"op": "fork", "kv": "int8"}, 2 * 2 * 2 * 5 * 8 * (16 + 2)),

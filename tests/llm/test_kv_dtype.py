@@ -23,7 +23,7 @@ def patch_appends(monkeypatch, spec):
     """Make caches of floats keep what `spec` would make of rows, by pykv.kinds alone."""
     append_qkv, found = pool.PagedKVCache.append_qkv, {}
     dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
-    mix = paged_qkv.mix if spec.wants_mixing else np.asarray  # its own inverse
+    mix = paged_qkv.hadamard_transform if spec.wants_hadamard else np.asarray  # its own inverse
 
     def stored(layer, i, rows):
         kind = spec.kinds[i]
@@ -76,7 +76,7 @@ def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):
     effect = np.abs(want - exact).max()
     assert effect > 4e-3  # or the bound would say nothing
     # Where sums have another order, now and then a row gets a code that lies as near.
-    mixes = KVSpec.parse(kv_dtype).wants_mixing
+    mixes = KVSpec.parse(kv_dtype).wants_hadamard
     bound = effect / 3 if mixes or llm.xp.__name__ == "cupy" else 2e-3
     np.testing.assert_allclose(logits, want, rtol=0, atol=bound)
 

@@ -198,7 +198,7 @@ def test_without_norm_and_rotation_it_is_an_append(xp, rng, case):
 @pytest.mark.parametrize("new", ["float32", "float16"])
 @pytest.mark.parametrize("D", [8, 40, 64, 80, 96, 128, 256, 512])
 def test_mixing_alone_has_the_same_bits_everywhere(xp, rng, D, new):
-    """Q and the codes and scales of K and V: those of `mix`, appended."""
+    """Q and the codes and scales of K and V: those of hadamard_transform, appended."""
     case = {**BASE, "norm": None, "F": 0, "D": D, "new": new, "spec": "int8"}
     T, HQ, H, P = (case[x] for x in ("T", "HQ", "H", "P"))
     heads, slots, options = inputs(rng, **case)
@@ -206,7 +206,7 @@ def test_mixing_alone_has_the_same_bits_everywhere(xp, rng, D, new):
     cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
     got, want = on(xp, cache.copy()), cache.copy()
     q = run(xp, case, heads, slots, options, got, cache, hadamard=True)
-    mixed = paged_qkv.mix(heads)
+    mixed = paged_qkv.hadamard_transform(heads)
     pools, rest = options_of(cache, want)
     paged_append.append(mixed[:, HQ : HQ + H], mixed[:, HQ + H :], *pools, slots, **rest)
     assert_same_bits(q, mixed[:, :HQ].astype(new))
@@ -242,7 +242,7 @@ def test_hadamard_matrix_is_blocks_of_sylvesters(rng, D, S):
     np.testing.assert_allclose(matrix @ matrix, np.eye(D), rtol=0, atol=1e-14)
     assert (matrix == matrix.T).all()
     x = rng.standard_normal((3, 2, D)).astype(np.float32)
-    mixed = paged_qkv.mix(x)
+    mixed = paged_qkv.hadamard_transform(x)
     assert mixed.dtype == np.float32
     want = np.einsum("thd,de->the", x, matrix)
     np.testing.assert_allclose(mixed, want, rtol=0, atol=4e-6)  # values to 5

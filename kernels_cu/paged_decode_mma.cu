@@ -96,8 +96,13 @@ template <typename T, int N> struct Share {
 };
 using KShare = Share<K_T, 4>;  // of one key for each lane / 4
 using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
-constexpr int K_BYTES = KEYS * KShare::ROW_BYTES * 4;
-constexpr int V_BYTES = KEYS * VShare::ROW_BYTES * 8;
+
+// Bytes from a row to the next in shared memory: no row of up to 128 bytes crosses one of its lines,
+// or what it takes of one line of global memory would be two requests.
+template <int ROW>
+constexpr int PITCH_OF = ROW > 128 ? ROW : ROW > 64 ? 128 : ROW > 32 ? 64 : ROW > 16 ? 32 : 16;
+constexpr int K_BYTES = KEYS * PITCH_OF<KShare::ROW_BYTES * 4>;
+constexpr int V_BYTES = KEYS * PITCH_OF<VShare::ROW_BYTES * 8>;
 
 // From sm_80 on copies to shared memory run by themselves, into a queue of keys and one of values.
 // Before, registers hold what was asked for until the one queue that there is has room for it.
@@ -250,10 +255,11 @@ template <typename T> struct Rows {
 // 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
 template <typename S> struct Stored {
     static constexpr int ROW = S::ROW_BYTES * S::LANES;
+    static constexpr int PITCH = PITCH_OF<ROW>;
     static constexpr int CHUNK = 16;
     static constexpr int CHUNKS = ROW / CHUNK;
     static constexpr int OF_LANE = KEYS * CHUNKS / WARP;  // chunks that a lane copies of a tile
-    static constexpr bool TURNS = CHUNKS >= 8 && (CHUNKS & (CHUNKS - 1)) == 0;
+    static constexpr bool TURNS = PITCH >= 128 && (PITCH & (PITCH - 1)) == 0;
     static constexpr bool IS_KEYS = S::LANES == 4;
     static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
 
@@ -268,13 +274,14 @@ template <typename S> struct Stored {
         return WARP % CHUNKS == 0 ? lane % CHUNKS : (i * WARP + lane) % CHUNKS;
     }
 
-    // Of keys lanes read rows r and r + 1 at once, four chunks each; of values r, r + 2, r + 4 and
-    // r + 6, two chunks each.
+    // Of keys lanes read AT_ONCE chunks each of as many rows as fill a line of banks, which stand one
+    // behind the other; of values two chunks each of rows r, r + 2, r + 4 and r + 6.
+    static constexpr int AT_ONCE = S::BYTES / 4;
     static __device__ __forceinline__ int turn(int row) {
-        return !TURNS ? 0 : IS_KEYS ? row % 2 * 4 : row / 2 % 4 * 2;
+        return !TURNS ? 0 : IS_KEYS ? row % (8 / AT_ONCE) * AT_ONCE : row / 2 % 4 * 2;
     }
     static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * ROW + (chunk ^ turn(row)) * CHUNK;
+        return row * PITCH + (chunk ^ turn(row)) * CHUNK;
     }
     // Piece i of lane `part`.
     static __device__ __forceinline__ int place_of(int row, int i, int part) {
@@ -290,19 +297,27 @@ template <typename S, typename T, typename Copy>
 __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile, Copy copy) {
     using At = Stored<S>;
-    constexpr int AT_ONCE = WARP / At::CHUNKS;  // rows
-    constexpr bool BY_STEPS = TILES_IN_PAGES && WARP % At::CHUNKS == 0 && AT_ONCE <= 16;
+    // A warp copies AT_ONCE whole rows by COPIES chunks a lane.
+    constexpr int COPIES = At::CHUNKS / (At::CHUNKS & -At::CHUNKS), AT_ONCE = WARP * COPIES / At::CHUNKS;
+    constexpr bool BY_STEPS = TILES_IN_PAGES && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
         if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
-            const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
-            const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
+            u64 offsets[COPIES];
+#pragma unroll
+            for (int j = 0; j < COPIES; j++) {
+                offsets[j] = (u64)At::row(j) * rows.token_bytes + At::chunk(j) * At::CHUNK;
+            }
 #pragma unroll
             for (int s = 0; s < KEYS / 16; s++) {
-                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
+                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s);
 #pragma unroll
                 for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
-                    copy(i / AT_ONCE, At::place(i + row, chunk), from);
+#pragma unroll
+                    for (int j = 0; j < COPIES; j++) {
+                        const int place = At::place(i + At::row(j), At::chunk(j));
+                        copy(i / AT_ONCE * COPIES + j, place, from + offsets[j]);
+                    }
                     from += (u64)rows.token_bytes * AT_ONCE;
                 }
             }
@@ -447,7 +462,7 @@ __device__ __forceinline__ void load_values(Values& values, const u8* queue) {
 #pragma unroll
         for (int i = 0; i < VShare::COUNT; i++) {
             const int place = Stored<VShare>::place_of(lane % 4 * 2, i, lane / 4);
-            load_words(values.words[n][i], queue + place + row * Stored<VShare>::ROW);
+            load_words(values.words[n][i], queue + place + row * Stored<VShare>::PITCH);
         }
     }
 }
@@ -532,7 +547,8 @@ struct Feed : Source {
 // While a tile's keys are worked on, its values are on their way to registers; while these are, the
 // keys of the next tile. What arrived is stored when all that was in the queue has been read.
 struct Feed : Source {
-    uint4 held[QUEUE_BYTES / (WARP * 16)];
+    static constexpr int K_CHUNKS = Stored<KShare>::OF_LANE, V_CHUNKS = Stored<VShare>::OF_LANE;
+    uint4 held[K_CHUNKS > V_CHUNKS ? K_CHUNKS : V_CHUNKS];
 
     template <typename S, typename T>
     __device__ __forceinline__ void fetch(const Rows<T>& rows, const Table& table, int tile) {
@@ -793,7 +809,11 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int total = scan.total();
 #endif
     int share = (total + ranges - 1) / ranges;
-    if (!fixed) share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;  // even for warps
+    if (!fixed) {  // what is short stays whole, what is long is cut evenly for warps
+        const int least = min(MIN_KEYS / KEYS, (total + B - 1) / B);
+        share = max(share, least);
+        if (least == MIN_KEYS / KEYS) share = (share + WARPS - 1) / WARPS * WARPS;
+    }
     const int begin = range * share, end = min(begin + share, total);
     if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
 

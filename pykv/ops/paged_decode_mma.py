@@ -74,8 +74,8 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
     """Of a block: queues of the warps, long queries, and the warps' states."""
     k, v = spec.kinds
     D = sizes.D
-    row_bytes = k.row_bytes(D), v.row_bytes(D)
-    queue = tile_keys(spec, D) * (sum(row_bytes) if sm >= 80 else max(row_bytes))
+    pitches = [_pitch_of(kind.row_bytes(D)) for kind in spec.kinds]
+    queue = tile_keys(spec, D) * (sum(pitches) if sm >= 80 else max(pitches))
     pitch = D + 16 if D % 32 == 0 else D  # floats of a row
     states = min(sizes.rows, ROWS) * (4 * pitch + 8)
     if sm < 80 and D <= 128:
@@ -87,6 +87,11 @@ def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
         )
         queue += terms * D * 16
     return WARPS * (queue + states)
+
+
+def _pitch_of(row_bytes: int) -> int:
+    """Bytes from a row to the next in a queue: the kernel's PITCH_OF."""
+    return row_bytes if row_bytes > 128 else 1 << (row_bytes - 1).bit_length()
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:

@@ -94,6 +94,13 @@ __device__ __forceinline__ uint4 load16_now(const void* p) {
     return x;
 }
 
+// The same for one int: what others wait for is asked for first.
+__device__ __forceinline__ int load_now(const int* p) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
 // [st] 16 bytes to global memory, aligned to 16. What is made of parts is else at times stored by
 // parts.
 __device__ __forceinline__ void store16(void* p, const uint4& x) {
@@ -225,6 +232,11 @@ __device__ __forceinline__ u32 atomic_inc_ordered(u32* at, u32 most) {
 // thread has done so far is there for whoever waits after it. Whole warps alone.
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// The same where nothing that was written is to be seen by others.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // Its second half: waits until all threads of the cluster that have not exited have arrived.

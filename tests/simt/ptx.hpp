@@ -100,6 +100,8 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 
 inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
+inline int load_now(const int* p) { return *p; }
+
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {
@@ -225,6 +227,10 @@ inline unsigned atomic_inc_ordered(unsigned* at, unsigned most) { return atomicI
 // --- Clusters ------------------------------------------------------------------------------------
 
 inline void cluster_arrive(SIMT_SITE) { simt::arrive_at_cluster("cluster_arrive", file, line); }
+
+inline void cluster_arrive_relaxed(SIMT_SITE) {
+    simt::arrive_at_cluster("cluster_arrive_relaxed", file, line);
+}
 
 inline void cluster_wait(SIMT_SITE) { simt::wait_for_cluster("cluster_wait", file, line); }
 

@@ -94,13 +94,6 @@ __device__ __forceinline__ uint4 load16_now(const void* p) {
     return x;
 }
 
-// The same for one int: what others wait for is asked for first.
-__device__ __forceinline__ int load_now(const int* p) {
-    int x;
-    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
-
 // [st] 16 bytes to global memory, aligned to 16. What is made of parts is else at times stored by
 // parts.
 __device__ __forceinline__ void store16(void* p, const uint4& x) {

@@ -144,11 +144,9 @@ struct Batch {
     const int* lengths;
     int size, capacity, window, behind, unit_tiles;
 
-    __device__ __forceinline__ Seen seen(int b) const { return seen_of(lengths[b]); }
-
-    __device__ __forceinline__ Seen seen_of(int length) const {
+    __device__ __forceinline__ Seen seen(int b) const {
         Seen s;
-        s.length = max(0, min(length, capacity));
+        s.length = max(0, min(lengths[b], capacity));
         s.first = (int)max((i64)s.length - behind - window, (i64)0);
         s.tile = s.first / KEYS;
         s.tile_end = s.length / KEYS + (s.length % KEYS != 0);
@@ -186,9 +184,9 @@ struct Piece {
     Seen seen;
 };
 
-__device__ __forceinline__ Piece piece_at(const Batch& batch, const Seen& seen, int b, int start,
-                                          int unit, int end, bool one_unit) {
-    Piece p{b, start, unit, 1, 0, 0, seen};
+__device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, int unit, int end,
+                                          bool one_unit) {
+    Piece p{b, start, unit, 1, 0, 0, batch.seen(b)};
     if (!one_unit) p.count = min(end, start + p.seen.units) - unit;
     p.tile = p.seen.tile + (unit - start) * batch.unit_tiles;
     p.tile_end = min(p.tile + p.count * batch.unit_tiles, p.seen.tile_end);
@@ -204,9 +202,7 @@ __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int 
         const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
         first += found * some;
         start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
-        if (some == 1) {
-            return piece_at(batch, batch.seen(first), first, start, begin, end, one_unit);
-        }
+        if (some == 1) return piece_at(batch, first, start, begin, end, one_unit);
         some = (some + WARP - 1) / WARP;
         scan = Scan(batch, first, some);
     }
@@ -308,20 +304,20 @@ __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& tabl
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
         if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
-            u64 offsets[COPIES];
-#pragma unroll
-            for (int j = 0; j < COPIES; j++) {
-                offsets[j] = (u64)At::row(j) * rows.token_bytes + At::chunk(j) * At::CHUNK;
-            }
+            const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
+            const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
             for (int s = 0; s < KEYS / 16; s++) {
-                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s);
+                const u8* from = (const u8*)rows.row(ids[s], tile * KEYS + 16 * s) + offset;
 #pragma unroll
                 for (int i = 16 * s; i < 16 * s + 16; i += AT_ONCE) {
+                    copy(i / AT_ONCE * COPIES, At::place(i + row, chunk), from);
 #pragma unroll
-                    for (int j = 0; j < COPIES; j++) {
-                        const int place = At::place(i + At::row(j), At::chunk(j));
-                        copy(i / AT_ONCE * COPIES + j, place, from + offsets[j]);
+                    for (int j = 1; j < COPIES; j++) {
+                        const int down = At::row(j) - row, right = At::chunk(j) - chunk;
+                        const u64 beyond = (u64)down * rows.token_bytes + right * At::CHUNK;
+                        copy(i / AT_ONCE * COPIES + j, At::place(i + row + down, chunk + right),
+                             from + beyond);
                     }
                     from += (u64)rows.token_bytes * AT_ONCE;
                 }
@@ -797,14 +793,29 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
 
-#if ALONE
-    const int only_length = load_now(lengths);
-#endif
     const int tile_of_head = blockIdx.x, kv_head = blockIdx.y, range = blockIdx.z;
     const int tiles = gridDim.x * gridDim.y, ranges = gridDim.z;
     const int head_tile = kv_head * gridDim.x + tile_of_head;
     const int max_rows = min(G * T, ROWS);
     const int num_rows = min(ROWS, G * T - tile_of_head * ROWS);
+
+    // This block's range of units.
+    const bool fixed = !ALONE && piece_tiles > 0;
+    const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
+#if ALONE
+    const int total = batch.seen(0).units;
+#else
+    const int some = (B + WARP - 1) / WARP;
+    const Scan scan(batch, 0, some);
+    const int total = scan.total();
+#endif
+    int share = (total + ranges - 1) / ranges;
+    // Ranges are even for warps, and worth a merge; short sequences are not put together for that.
+    if (!fixed && (ALONE || total > (MIN_KEYS / KEYS - 1) * B)) {
+        share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;
+    }
+    const int begin = range * share, end = min(begin + share, total);
+    if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
 
     // This lane's query row, for all pieces.
     const int row_of_group = tile_of_head * ROWS + min(g, num_rows - 1);
@@ -812,32 +823,6 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
     u8* const queue = shared + warp * (QUEUE_BYTES + Q_BYTES);
-    Query query;
-    query.shared = (uint2*)(queue + QUEUE_BYTES) + lane;
-#if ALONE
-    load_query(query, query_row, g < num_rows);  // while the length is on its way
-#endif
-
-    // This block's range of units.
-    const bool fixed = !ALONE && piece_tiles > 0;
-    const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
-#if ALONE
-    const Seen all = batch.seen_of(only_length);
-    const int total = all.units;
-#else
-    const int some = (B + WARP - 1) / WARP;
-    const Scan scan(batch, 0, some);
-    const int total = scan.total();
-#endif
-    int share = (total + ranges - 1) / ranges;
-    if (!fixed) {  // what is short stays whole, what is long is cut evenly for warps
-        const int least = min(MIN_KEYS / KEYS, ALONE ? total : (total + B - 1) / B);
-        share = max(share, least);
-        if (least == MIN_KEYS / KEYS) share = (share + WARPS - 1) / WARPS * WARPS;
-    }
-    const int begin = range * share, end = min(begin + share, total);
-    if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
-
     u8* const k_queue = queue;
     u8* const v_queue = COPIES_RUN ? queue + K_BYTES : queue;
     Feed feed{{{k_pool, k_page, k_token, k_head, kv_head},
@@ -862,16 +847,18 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // A piece's first tiles are under way before the piece before it comes to its end; its queries
     // are awaited together with the pages of those.
+    Query query;
+    query.shared = (uint2*)(queue + QUEUE_BYTES) + lane;
     const auto start = [&](const Piece& piece) {
         const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
         const int tile = piece.tile + warp;
         if (tile < piece.tile_end) table.find(feed.ids, tile);
-        if (!ALONE) load_query(query, query_row + piece.b * q_stride, g < num_rows);
+        load_query(query, query_row + piece.b * q_stride, g < num_rows);
         feed.start(k_queue, v_queue, table, tile, piece.tile_end);
     };
 
 #if ALONE
-    Piece piece = piece_at(batch, all, 0, 0, begin, end, false);
+    Piece piece = piece_at(batch, 0, 0, begin, end, false);
 #else
     Piece piece = first_piece(batch, scan, some, begin, end, fixed);
 #endif
@@ -988,9 +975,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const bool has_next = !ALONE && next < end;
         if (has_next) {
             const bool same = next < piece.start + piece.seen.units;
-            const int next_b = same ? b : b + 1;
             const int next_start = same ? piece.start : piece.start + piece.seen.units;
-            piece = piece_at(batch, batch.seen(next_b), next_b, next_start, next, end, fixed);
+            piece = piece_at(batch, same ? b : b + 1, next_start, next, end, fixed);
             start(piece);
         }
 

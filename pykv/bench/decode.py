@@ -34,6 +34,7 @@ def _cases() -> list[dict[str, Any]]:
     listed: list[dict[str, Any]] = [dict(B=B, L=L, kv=kv) for B, L in BATCHES for kv in KINDS]
     listed += [dict(B=64, L=4096, kv=kv) for kv in ("fp16", "k8v4", "int8:HND", "bf16:HND")]
     listed += [dict(B=64, L=4096, kv=kv, **shape) for shape in SHAPES for kv in ("bf16", "int8")]
+    listed += [dict(B=64, L=4096, kv=kv, D=96) for kv in ("int8:HND", "e4m3", "e4m3:HND")]
     listed += [dict(B=64, L=MIXED, kv=kv) for kv in ("bf16", "int8")]
     return [{**SIZES, "dtype": "bf16", **case} for case in listed]
 

@@ -100,8 +100,6 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 
 inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
-inline int load_now(const int* p) { return *p; }
-
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {

@@ -443,5 +443,5 @@ def test_inline_ptx_stands_in_one_section_and_has_twins():
     assert not any(re.search(r"\basm\b", text) for text in (before, after, *others))
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 31
+    assert len(wrappers) == 30
     assert wrappers == {name: twins.get(name) for name in wrappers}

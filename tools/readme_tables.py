@@ -171,7 +171,7 @@ def caches(records):
             continue
         if one["bench"] == "append" and "op" in case:
             how = "fused" if case["op"] == "qkv" else "by separate ops"
-            jobs = "normalise, rotate, append" if case["norm"] else "rotate, append"
+            jobs = "normalise, " * case["norm"] + "rotate, " + "mix, " * case["hadamard"] + "append"
             what = f"{jobs} {case['tokens']} tokens of {case['dtype']}, {how}"
         elif one["bench"] == "append":
             what = f"append {case['tokens']} tokens of {case['dtype']}"
@@ -203,7 +203,9 @@ def decodes(records):
         case = one["case"]
         if one["bench"] != "decode" or one["median"] is None:
             continue
-        found.setdefault(shape_of(case), {})[case["kv"]] = one
+        kind, _, layout = case["kv"].partition(":")
+        shape = *shape_of(case), layout or "NHD"
+        found.setdefault(shape, {})[kind] = one
     kinds = ["bf16", "int8", "e4m3", "int4"]
     rows = [
         [
@@ -222,7 +224,7 @@ def decodes(records):
         "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be "
         "read at."
     )
-    return [text, table(["sequences x keys", "heads", "D", "P", *kinds], rows)]
+    return [text, table(["sequences x keys", "heads", "D", "P", "pages", *kinds], rows)]
 
 
 def peers(records):

@@ -45,16 +45,26 @@ def test_strides(xp):
             check("op", a=(view, spec, FLOATS))
 
 
-@pytest.mark.gpu
-def test_alignment():
-    import cupy
-
-    a = cupy.zeros((4, 10), "f4")
+def test_alignment(device):
+    a = device.zeros((4, 10), "f4")
     check("op", a=(a, "T D", FLOATS), b=(a[0, 1:], "E", FLOATS))  # vectors may start anywhere
+    check("op", a=(a.reshape(-1)[:32].reshape(4, 8), "T D", FLOATS))
     with pytest.raises(ShapeError, match="a has address .*, expected a multiple of 16 bytes"):
-        check("op", a=(a.ravel()[1:33].reshape(4, 8), "T D", FLOATS))
+        check("op", a=(a.reshape(-1)[1:33].reshape(4, 8), "T D", FLOATS))
     with pytest.raises(ShapeError, match="a has strides .*, expected multiples of 16 bytes"):
         check("op", a=(a[:, :8], "T | D", FLOATS))
+
+
+def test_arrays_must_be_on_the_current_gpu(device, monkeypatch):
+    """Also after they have passed there; what is kept for them is that GPU's."""
+    a = device.zeros(4, "f4")
+    here = a.data.device_id
+    dims = check("op", a=(a, "T", FLOATS))
+    with monkeypatch.context() as patch:
+        patch.setattr(device.cuda.runtime, "getDevice", lambda: here + 1)
+        with pytest.raises(DeviceError, match=f"a is on GPU {here}, expected .* GPU {here + 1}"):
+            check("op", a=(a, "T", FLOATS))
+    assert check("op", a=(a, "T", FLOATS)) is dims
 
 
 def test_what_passed_once_is_still_checked():

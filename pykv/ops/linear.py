@@ -129,7 +129,7 @@ def _cuda(
             _cublas(x, w, bias, out, accumulate)
         else:
             kernel, grid, block, scalars = dims.keep(
-                (cuda.current_device(), accumulate), lambda: _launch_of(x, w, bias, accumulate)
+                accumulate, lambda: _launch_of(x, w, bias, accumulate)
             )
             cuda.launch(kernel, grid, block, out, x, w, bias, scalars=scalars)
 

@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|cluster_arrive\(\);[^\n]*\n\s*cluster_wait\(\);")
+BARRIER = re.compile(
+    r"__sync(?:threads|warp)\(\);|cluster_arrive(?:_relaxed)?\(\);[^\n]*\n\s*cluster_wait\(\);"
+)
 
 
 def verdict(tree, stem):

@@ -27,8 +27,8 @@ VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element
 
 
 class Dims(dict[str, int]):
-    """What `check` found: the size of every word. Arrays of equal layouts on one device get the
-    same object, so that an op can keep with it what it derives from layouts."""
+    """What `check` found: the size of every word. Arrays of equal layouts get the same object, so
+    that an op can keep with it what it derives from layouts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Dims(dict[str, int]):
         """What `make` gave when it was first called for these layouts and options.
 
         Args:
-            options: hashable; all that `make` goes by besides the types, shapes, strides, dtypes
-                and the device of the arrays that were checked.
+            options: hashable; all that `make` goes by besides the types, shapes, strides and dtypes
+                of the arrays that were checked.
             make: called if nothing is kept; gives something other than None.
         """
         found = self._kept.get(options)
@@ -72,37 +72,34 @@ def check(op: str, **arguments: tuple[Any, ...]) -> Dims:
         DeviceError: host and device arrays are mixed, or a device array is not on the current GPU.
     """
     key: list[Any] = [op]
-    on_host = True
     try:
         for argument in arguments.values():
             array = argument[0]
             if array is None:
                 key.append(None)
-                continue
-            key += (type(array), array.shape, array.strides, array.dtype, argument[1:])
-            if not isinstance(array, np.ndarray):
-                memory = array.data
-                key += (memory.device_id, memory.ptr % VECTOR_BYTES)
-                on_host = False
-        if not on_host:
-            key.append(sys.modules["cupy"].cuda.runtime.getDevice())
+            else:
+                key += (type(array), array.shape, array.strides, array.dtype, argument[1:])
         found = _passed.get(tuple(key))
-    except (AttributeError, KeyError, TypeError):  # not an array; _check_all says so
+    except (AttributeError, TypeError):  # not an array; _check_layout says so
         found = None
     if found is None:
-        found = _check_all(op, arguments)
+        found = _check_layout(op, arguments)
         if len(_passed) >= 4096:  # shapes that change all the time must not fill the memory
             _passed.clear()
         _passed[tuple(key)] = found
-    return found
+    sizes, alignments = found
+    if alignments is not None:
+        _check_addresses(op, arguments, alignments)
+    return sizes
 
 
-# What `check` has seen pass. A decode step makes the same 300 calls a token, so the work is done
-# once; no alignment exceeds VECTOR_BYTES, of which the key holds the rest of each address.
-_passed: dict[tuple[Any, ...], Dims] = {}
+# What `check` has seen pass: sizes, and for GPU arrays what each address must be a multiple of. A
+# decode step makes the same 300 calls a token, so the work is done once.
+_passed: dict[tuple[Any, ...], tuple[Dims, list[int] | None]] = {}
 
 
-def _check_all(op: str, arguments: dict[str, tuple[Any, ...]]) -> Dims:
+def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims, list[int] | None]:
+    """All that types, shapes, strides and dtypes decide."""
     cupy = sys.modules.get("cupy")
     sizes = Dims()
     alignments: list[int] = []
@@ -153,12 +150,11 @@ def _check_all(op: str, arguments: dict[str, tuple[Any, ...]]) -> Dims:
                     f"{op}: {name} has strides {strides}, expected multiples of "
                     f"{alignments[-1]} bytes"
                 )
-    if not first_on_host:
-        _check_addresses(op, arguments, alignments)
-    return sizes
+    return sizes, None if first_on_host else alignments
 
 
 def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
+    """Device and alignment, which may differ between arrays of one layout."""
     current = sys.modules["cupy"].cuda.runtime.getDevice()
     for argument, alignment in zip(arguments.values(), alignments, strict=True):
         array = argument[0]

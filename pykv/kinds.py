@@ -214,19 +214,18 @@ class KVSpec:
         Raises:
             ParameterError: codes without scales, or floats with them.
         """
-        (k_has, of_k, of_k_scales), (v_has, of_v, of_v_scales) = _rules(self, pages)
-        if (k_scales is None) is k_has or (v_scales is None) is v_has:
-            i, has = (0, k_has) if (k_scales is None) is k_has else (1, v_has)
-            raise ParameterError(
-                f"{op}: {names[i + 2]} is {'missing' if has else 'given'}, "
-                f"expected {'scales' if has else 'None'} for {self.kinds[i].name}"
-            )
-        return {
-            names[0]: (k_pool, *of_k),
-            names[2]: (k_scales, *of_k_scales),
-            names[1]: (v_pool, *of_v),
-            names[3]: (v_scales, *of_v_scales),
-        }
+        found: dict[str, tuple[Any, ...]] = {}
+        arrays = ((k_pool, k_scales), (v_pool, v_scales))
+        for i, (kind, of_pool, of_scales) in enumerate(_rules(self, pages)):
+            pool, scales = arrays[i]
+            if (scales is None) == bool(kind.largest):
+                raise ParameterError(
+                    f"{op}: {names[i + 2]} is {'missing' if kind.largest else 'given'}, "
+                    f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
+                )
+            found[names[i]] = (pool, *of_pool)
+            found[names[i + 2]] = (scales, *of_scales)
+        return found
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         """Bytes of K and V that one token takes in one layer, its scales included."""
@@ -238,14 +237,13 @@ class KVSpec:
 
 
 @cache
-def _rules(spec: KVSpec, pages: str) -> list[tuple[bool, tuple[Any, ...], tuple[Any, ...]]]:
-    """Whether keys have scales, and what `check` is told of their pool and of those; then of
-    values."""
+def _rules(spec: KVSpec, pages: str) -> list[tuple[Kind, tuple[Any, ...], tuple[Any, ...]]]:
+    """The kind of keys, and what `check` is told of their pool and their scales; then of values."""
     dims = f"{pages} P H |" if spec.layout == "NHD" else f"{pages} H P |"
     of_scales = dims if spec.granularity == "token" else GRANULARITIES[spec.granularity]
     return [
         (
-            bool(kind.largest),
+            kind,
             (f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
             (of_scales, SCALE_DTYPES[spec.scale_dtype], 1),
         )

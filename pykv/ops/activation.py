@@ -71,7 +71,9 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
     if dims["T"] * dims["E"] == 0:
         return
     if on_gpu(x):
-        kernel, size = dims.keep(None, lambda: (_kernel("add", x.dtype), np.int64(x.size)))
+        kernel, size = dims.keep(
+            cuda.current_device(), lambda: (_kernel("add", x.dtype), np.int64(x.size))
+        )
         with cuda.on_stream(stream):
             cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, size)
     else:
@@ -127,7 +129,7 @@ def embed(
         return out
     if gpu:
         kernel, scalars = dims.keep(
-            (out.dtype, float(scale)),
+            (cuda.current_device(), out.dtype, float(scale)),
             lambda: (
                 _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype]),
                 (np.float32(scale), np.int32(dims["V"]), np.int32(E)),
@@ -185,7 +187,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
         return out
     if on_gpu(x):
         kernel, scalars = dims.keep(
-            None,
+            cuda.current_device(),
             lambda: (
                 _kernel(name, x.dtype),
                 (np.int64(x.strides[0] // x.itemsize), np.int32(F)),

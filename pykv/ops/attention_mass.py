@@ -106,7 +106,7 @@ def mass(
     elif on_gpu(q):
         options = (spec, T, behind, scale, window, soft_cap, lse_base, accumulate)
         kernel, grid, scalars = dims.keep(
-            options,
+            (cuda.current_device(), options),
             lambda: _plan(q, k_pool, k_scales, slopes, tree, dims, *options),
         )
         arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)

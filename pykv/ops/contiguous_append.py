@@ -101,7 +101,7 @@ def append(
     if on_gpu(k):
         arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
         launches = dims.keep(
-            (pairing, advance),
+            (cuda.current_device(), pairing, advance),
             lambda: launches_of(arrays, pairing, layout, advance),
         )
         with cuda.on_stream(stream):

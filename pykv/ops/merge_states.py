@@ -73,7 +73,9 @@ def merge(
     if out.size == 0:
         pass
     elif on_gpu(values):
-        kernel, grid, scalars = dims.keep(lse_base, lambda: _plan(values, lse, lse_base))
+        kernel, grid, scalars = dims.keep(
+            (cuda.current_device(), lse_base), lambda: _plan(values, lse, lse_base)
+        )
         with cuda.on_stream(stream):
             cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
     else:

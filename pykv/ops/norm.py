@@ -72,7 +72,7 @@ def rms_norm(
         return out
     if on_gpu(x):
         kernel, grid, scalars = dims.keep(
-            (float(eps), float(offset)),
+            (cuda.current_device(), float(eps), float(offset)),
             lambda: _launch_of(x, weight, eps, offset, out),
         )
         with cuda.on_stream(stream):

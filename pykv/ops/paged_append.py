@@ -303,7 +303,7 @@ def _append(
         return
     if on_gpu(k):
         launch = dims.keep(
-            (spec, after, advance),
+            (cuda.current_device(), spec, after, advance),
             lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
         )
         with cuda.on_stream(stream):

@@ -159,7 +159,7 @@ def decode(
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
         options = (spec, aligned, scale, window, soft_cap, behind, fixed_split, lse_base)
         plan = dims.keep(
-            options,
+            (cuda.current_device(), options),
             lambda: _plan(
                 dict(q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
                 | dict(slopes=slopes, sinks=sinks, tree=tree),

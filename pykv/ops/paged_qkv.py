@@ -134,7 +134,7 @@ def append(
         pools = (k_pool, v_pool, k_scales, v_scales)
         arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
         launch = dims.keep(
-            (spec, pairing, float(eps), bool(hadamard)),
+            (cuda.current_device(), spec, pairing, float(eps), bool(hadamard)),
             lambda: _launch_of(spec, dims["P"], arrays, pairing, eps, hadamard),
         )
         with cuda.on_stream(stream):

@@ -158,7 +158,7 @@ def prefill(
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
         options = (spec, aligned, scale, window, soft_cap, causal)
         plan = dims.keep(
-            options,
+            (cuda.current_device(), options),
             lambda: _plan(q, (k_pool, v_pool), (k_scales, v_scales), dims, *options),
         )
         arrays = (k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts)
@@ -233,7 +233,7 @@ def prefill_contiguous(
         lse = like(q, q.shape[:3], np.float32)
     with cuda.on_stream(stream):
         table, starts, full = dims.keep(
-            "tables",
+            ("tables", on_gpu(q) and cuda.current_device()),
             lambda: (
                 _int32(q, np.arange(B)[:, None]),
                 _int32(q, np.arange(B + 1) * T),

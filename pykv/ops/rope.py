@@ -70,7 +70,9 @@ def rotate(
     if T * F * (dims["HQ"] + dims["H"]) == 0:
         return
     if on_gpu(q):
-        kernel, grid, block, scalars = dims.keep(pairing, lambda: _launch_of(q, k, F, pairing))
+        kernel, grid, block, scalars = dims.keep(
+            (cuda.current_device(), pairing), lambda: _launch_of(q, k, F, pairing)
+        )
         with cuda.on_stream(stream):
             cuda.launch(kernel, grid, block, q, k, positions, inv_freq, scalars=scalars)
     else:

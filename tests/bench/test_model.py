@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pykv.bench import model
-from tests.helpers import to_numpy, without_simt
+from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
 
 
@@ -54,3 +54,21 @@ def test_options_and_the_closing_line():
     assert model.conclude([record, {**record, "ok": False}]) == (
         "m, 16 x 512 tokens, fp8: 8000 tokens/s, 2.00 ms a step"
     )
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8", "e4m3", "int4"])
+def test_a_step_on_the_host_keeps_the_rows_that_are_there(rng, kv):
+    """A new row near to the one that is there is passed over; another one is seen, and passed over
+    all the same."""
+    cache = model._AsWritten(1, 2, 2, 16, page_size=model.PAGE_SIZE, spec=kv)
+    heads = rng.standard_normal((1, 4 + 2 * 2, 16)).astype(np.float32)
+    slots = np.array([17], np.int32)
+    super(model._AsWritten, cache).append_qkv(0, heads.reshape(1, -1), slots)
+    kept = [x.copy() for x in cache._paged()]
+    for factor, least, most in ((1 + 2**-10, 0, model.ROW_TOLERANCE), (-1, 1.5, 2.5)):
+        given = heads * np.float32(factor)
+        q = cache.append_qkv(0, given.reshape(1, -1), slots)
+        assert_same_bits(q, given[:, :4])
+        assert least <= cache.off <= most
+        for x, y in zip(cache._paged(), kept, strict=True):
+            assert_same_bits(x, y)

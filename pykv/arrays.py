@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,8 +27,8 @@ VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element
 
 
 class Dims(dict[str, int]):
-    """What `check` found: the size of every word. Arrays of equal layouts get the same object, so
-    that an op can keep with it what it derives from layouts."""
+    """What a `checker` found: the size of every word. Arrays of equal layouts on one device get the
+    same object, so that an op can keep with it what it derives from layouts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Dims(dict[str, int]):
         """What `make` gave when it was first called for these layouts and options.
 
         Args:
-            options: hashable; all that `make` goes by besides the types, shapes, strides and dtypes
-                of the arrays that were checked.
+            options: hashable; all that `make` goes by besides the types, shapes, strides, dtypes
+                and the device of the arrays that were checked.
             make: called if nothing is kept; gives something other than None.
         """
         found = self._kept.get(options)
@@ -50,64 +50,104 @@ class Dims(dict[str, int]):
         return found
 
 
-def check(op: str, **arguments: tuple[Any, ...]) -> Dims:
-    """Check shapes, dtypes, strides and devices of an op's arrays, and return its sizes.
+class Rule(NamedTuple):
+    """What an op may assume of one array, see `checker`."""
+
+    spec: str
+    dtypes: Any
+    alignment: int | None = None
+    optional: bool = False
+    what: str = "an array"  # is expected, where it is missing
+
+
+def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
+    """The rule of an array that may be None."""
+    return Rule(spec, dtypes, alignment, True)
+
+
+@cache
+def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
+    """A function that checks shapes, dtypes, strides and devices of an op's arrays.
 
     Args:
         op: name for messages.
-        arguments: name=(array, spec, dtypes). `spec` is one word per dimension: a letter binds to
-            the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from a
-            bound letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have
-            any stride; the others must be contiguous. `dtypes` is a dtype or a tuple of allowed
-            ones. A fourth item is what address and strides must be multiples of on a GPU, in bytes;
-            without it that is a vector for matrices, and an element for tables and plain vectors.
-            An array that is None is skipped.
+        rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
+            to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
+            a bound letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have
+            any stride; the others must be contiguous. `dtypes` is a dtype, the name of an earlier
+            array, whose dtype it must then have, or a tuple of these. A third item is what address
+            and strides must be multiples of on a GPU, in bytes; without it that is a vector for
+            matrices, and an element for tables and plain vectors. An `optional` array may be None;
+            one whose rule is a text must be, and the text says so: "None for fp16".
 
     Returns:
-        The sizes; shared between calls, so not to be changed.
-
-    Raises:
-        ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
-        DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
-        DeviceError: host and device arrays are mixed, or a device array is not on the current GPU.
+        A function of the arrays, in the order of their rules, that returns the sizes; shared
+        between calls, so not to be changed. It raises:
+            ParameterError: an array is missing, or given where None is expected.
+            ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
+            DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
+            DeviceError: host and device arrays are mixed, or a device array is not on the current
+                GPU.
     """
-    key: list[Any] = [op]
-    try:
-        for argument in arguments.values():
-            array = argument[0]
-            if array is None:
-                key.append(None)
-            else:
-                key += (type(array), array.shape, array.strides, array.dtype, argument[1:])
-        found = _passed.get(tuple(key))
-    except (AttributeError, TypeError):  # not an array; _check_layout says so
-        found = None
-    if found is None:
-        found = _check_layout(op, arguments)
-        if len(_passed) >= 4096:  # shapes that change all the time must not fill the memory
-            _passed.clear()
-        _passed[tuple(key)] = found
-    sizes, alignments = found
-    if alignments is not None:
-        _check_addresses(op, arguments, alignments)
-    return sizes
+    of = {name: rule if isinstance(rule, str) else Rule(*rule) for name, rule in rules.items()}
+    # What has passed. A decode step makes the same 300 calls a token, so the work is done once; and
+    # most often by an op's last call, with whose layouts a comparison is cheaper than a hash.
+    passed: dict[tuple[Any, ...], Dims] = {}
+    latest: tuple[Any, Any] = None, None
+
+    def check(*arrays: Any) -> Dims:
+        nonlocal latest
+        try:
+            layouts = _layouts(arrays)
+        except (AttributeError, KeyError):  # not arrays; _check says which
+            return _check(op, of, arrays)
+        last, sizes = latest
+        if layouts == last:
+            found: Dims = sizes
+            return found
+        key = tuple(layouts)
+        if key in passed:
+            found = passed[key]
+        else:
+            found = _check(op, of, arrays)
+            if len(passed) >= 1024:  # shapes that change all the time must not fill the memory
+                passed.clear()
+            passed[key] = found
+        latest = layouts, found
+        return found
+
+    return check
 
 
-# What `check` has seen pass: sizes, and for GPU arrays what each address must be a multiple of. A
-# decode step makes the same 300 calls a token, so the work is done once.
-_passed: dict[tuple[Any, ...], tuple[Dims, list[int] | None]] = {}
+_ABSENT = (None,) * 5
 
 
-def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims, list[int] | None]:
-    """All that types, shapes, strides and dtypes decide."""
+def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
+    """All that a check goes by: five items for each array, and for those of a GPU the current one.
+    No alignment exceeds VECTOR_BYTES, of which the rest of each address is kept."""
+    layouts: list[Any] = []
+    if isinstance(arrays[0], np.ndarray):
+        for x in arrays:
+            layouts += _ABSENT if x is None else (type(x), x.shape, x.strides, x.dtype, None)
+        return layouts
+    for x in arrays:
+        if x is None:
+            layouts += _ABSENT
+            continue
+        memory = x.data
+        address = memory.ptr % VECTOR_BYTES
+        layouts += (x.shape, x.strides, x.dtype, memory.device_id, address)
+    layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
+    return layouts
+
+
+def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Dims:
     cupy = sys.modules.get("cupy")
     sizes = Dims()
     alignments: list[int] = []
     first, first_on_host = "", True
-    for name, (array, spec, dtypes, *alignment) in arguments.items():
-        if array is None:
-            alignments.append(1)
-            continue
+    given = _given(op, rules, arrays)
+    for name, (rule, array) in given.items():
         on_host = isinstance(array, np.ndarray)
         if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
             raise DtypeError(
@@ -122,8 +162,9 @@ def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims,
                 f"{op}: {name} is on {places[on_host]}, expected {places[first_on_host]} "
                 f"like {first}"
             )
-        shape, strides, dtype = array.shape, array.strides, array.dtype
-        if (dtype not in dtypes) if isinstance(dtypes, tuple) else (dtype != dtypes):
+        shape, strides, dtype, spec = array.shape, array.strides, array.dtype, rule.spec
+        dtypes = _resolved(rule.dtypes, given)
+        if dtypes and dtype not in dtypes:
             raise DtypeError(f"{op}: {name} has dtype {dtype}, expected {_names(dtypes)}")
         words, loose, derived = _parse(spec)
         if len(shape) != len(words):
@@ -142,7 +183,7 @@ def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims,
             )
         # Kernels read matrices by vectors, index tables and plain vectors by elements.
         is_matrix = len(shape) > 1 and dtype.kind != "i"
-        alignments.append(alignment[0] if alignment else VECTOR_BYTES if is_matrix else 1)
+        alignments.append(rule.alignment or (VECTOR_BYTES if is_matrix else 1))
         if not on_host:
             pairs = zip(shape[:loose], strides[:loose], strict=True)
             if any(size > 1 and stride % alignments[-1] for size, stride in pairs):
@@ -150,28 +191,50 @@ def _check_layout(op: str, arguments: dict[str, tuple[Any, ...]]) -> tuple[Dims,
                     f"{op}: {name} has strides {strides}, expected multiples of "
                     f"{alignments[-1]} bytes"
                 )
-    return sizes, None if first_on_host else alignments
+    if not first_on_host:
+        _check_addresses(op, given, alignments)
+    return sizes
 
 
-def _check_addresses(op: str, arguments: dict[str, tuple[Any, ...]], alignments: list[int]) -> None:
-    """Device and alignment, which may differ between arrays of one layout."""
+def _given(
+    op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]
+) -> dict[str, tuple[Rule, Any]]:
+    """Rule and array of each argument that is not None."""
+    given = {}
+    for (name, rule), array in zip(rules.items(), arrays, strict=True):
+        if array is not None:
+            if isinstance(rule, str):
+                raise ParameterError(f"{op}: {name} is given, expected {rule}")
+            given[name] = rule, array
+        elif isinstance(rule, Rule) and not rule.optional:
+            raise ParameterError(f"{op}: {name} is missing, expected {rule.what} [{rule.spec}]")
+    return given
+
+
+def _resolved(dtypes: Any, given: dict[str, tuple[Rule, Any]]) -> tuple[Any, ...]:
+    """The dtypes of a rule; none where the array that it names is not given."""
+    some = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    return tuple(
+        given[x][1].dtype if isinstance(x, str) else x
+        for x in some
+        if not isinstance(x, str) or x in given
+    )
+
+
+def _check_addresses(op: str, given: dict[str, tuple[Rule, Any]], alignments: list[int]) -> None:
     current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for argument, alignment in zip(arguments.values(), alignments, strict=True):
-        array = argument[0]
-        if array is None:
-            continue
+    for (name, (_, array)), alignment in zip(given.items(), alignments, strict=True):
         memory = array.data
-        if memory.device_id == current and memory.ptr % alignment == 0:
-            continue
-        name = next(name for name, (other, *_) in arguments.items() if other is array)
         if memory.device_id != current:
             raise DeviceError(
                 f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
                 f"GPU {current}"
             )
-        raise ShapeError(
-            f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of {alignment} bytes"
-        )
+        if memory.ptr % alignment:
+            raise ShapeError(
+                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
+                f"{alignment} bytes"
+            )
 
 
 def on_gpu(array: Any) -> bool:
@@ -311,5 +374,5 @@ def _rows_contiguous(array: Any, loose: int) -> bool:
     return True
 
 
-def _names(dtypes: Any) -> str:
-    return " or ".join(map(str, dtypes)) if isinstance(dtypes, tuple) else str(dtypes)
+def _names(dtypes: tuple[Any, ...]) -> str:
+    return " or ".join(map(str, dtypes))

@@ -523,20 +523,20 @@ def prepare(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 def _values(array: Any, args: tuple[Any, ...]) -> list[Any]:
     """Arguments of a kernel as cuda.core takes them."""
-    values: list[Any] = []
-    for position, arg in enumerate(args):
-        if type(arg) is array:
-            values.append(arg.data.ptr)
-        elif isinstance(arg, np.generic):
-            values.append(arg)
-        elif arg is None:
-            values.append(0)
-        else:
-            raise DtypeError(
-                f"cuda.launch: argument {position} is a {type(arg).__name__}, "
-                "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
-            )
-    return values
+    return [
+        arg.data.ptr if type(arg) is array else 0 if arg is None else _scalar(arg, args)
+        for arg in args
+    ]
+
+
+def _scalar(arg: Any, args: tuple[Any, ...]) -> Any:
+    if isinstance(arg, np.generic):
+        return arg
+    position = next(i for i, other in enumerate(args) if other is arg)
+    raise DtypeError(
+        f"cuda.launch: argument {position} is a {type(arg).__name__}, "
+        "expected a CuPy array, None or a NumPy scalar such as np.int32(n)"
+    )
 
 
 def _translate(error: Exception, grid: Any, block: Any) -> None:

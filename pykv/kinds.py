@@ -34,7 +34,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pykv.arrays import BFLOAT16, FLOATS
+from pykv.arrays import BFLOAT16, FLOATS, Rule
 from pykv.errors import ParameterError, ShapeError
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
@@ -60,7 +60,7 @@ class Kind:
 
     @property
     def width(self) -> str:
-        """The size of a row in its array, as `pykv.arrays.check` writes it."""
+        """The size of a row in its array, as `pykv.arrays.checker` reads it."""
         return "D/2" if self.bits == 4 else "D"
 
     @property
@@ -193,39 +193,34 @@ class KVSpec:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
 
-    def checks(
+    def rules(
         self,
-        op: str,
-        k_pool: Any,
-        v_pool: Any,
-        k_scales: Any,
-        v_scales: Any,
         names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
         pages: str = "N",
-    ) -> dict[str, tuple[Any, ...]]:
-        """Arguments of `pykv.arrays.check` for pools of this spec.
+    ) -> dict[str, Any]:
+        """Rules of `pykv.arrays.checker` for pools of this spec and their scales.
 
         Args:
-            op: name for messages.
-            k_pool, v_pool, k_scales, v_scales: the arrays.
             names: what the op calls them.
             pages: letter of how many pages they have.
-
-        Raises:
-            ParameterError: codes without scales, or floats with them.
         """
-        found: dict[str, tuple[Any, ...]] = {}
-        arrays = ((k_pool, k_scales), (v_pool, v_scales))
-        for i, (kind, of_pool, of_scales) in enumerate(_rules(self, pages)):
-            pool, scales = arrays[i]
-            if (scales is None) == bool(kind.largest):
-                raise ParameterError(
-                    f"{op}: {names[i + 2]} is {'missing' if kind.largest else 'given'}, "
-                    f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
-                )
-            found[names[i]] = (pool, *of_pool)
-            found[names[i + 2]] = (scales, *of_scales)
-        return found
+        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
+        of_scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
+        pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
+        return {
+            **dict(zip(names[:2], pools, strict=True)),
+            **self.rules_of_scales(names[2:], of_scales),
+        }
+
+    def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
+        """Rules of two arrays of scales, which kinds of floats do not have."""
+        dtype = SCALE_DTYPES[self.scale_dtype]
+        return {
+            name: Rule(dims, dtype, 1, what=f"scales for {kind.name}")
+            if kind.largest
+            else f"None for {kind.name}"
+            for name, kind in zip(names, self.kinds, strict=True)
+        }
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         """Bytes of K and V that one token takes in one layer, its scales included."""
@@ -236,21 +231,6 @@ class KVSpec:
         )
 
 
-@cache
-def _rules(spec: KVSpec, pages: str) -> list[tuple[Kind, tuple[Any, ...], tuple[Any, ...]]]:
-    """The kind of keys, and what `check` is told of their pool and their scales; then of values."""
-    dims = f"{pages} P H |" if spec.layout == "NHD" else f"{pages} H P |"
-    of_scales = dims if spec.granularity == "token" else GRANULARITIES[spec.granularity]
-    return [
-        (
-            kind,
-            (f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
-            (of_scales, SCALE_DTYPES[spec.scale_dtype], 1),
-        )
-        for kind in spec.kinds
-    ]
-
-
 def spec_of(
     op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
 ) -> KVSpec:
@@ -259,24 +239,34 @@ def spec_of(
     Raises:
         ParameterError: an array of bytes, which may be int4 or fp8, or of another dtype.
     """
-    names = []
-    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        kind = _BY_DTYPE.get(getattr(pool, "dtype", None))
-        if kind is None:
-            raise ParameterError(
-                f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
-                f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
-            )
-        names.append(kind.name)
+    k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
-    if scales is None:
-        return _spec(*names, "token", "fp16")
-    granularity = "token" if scales.ndim == 3 else "tensor" if len(scales) == 1 else "head"
-    return _spec(*names, granularity, "fp32" if scales.dtype == FLOATS[0] else "fp16")
+    granularity, scale_dtype = "token", None
+    if scales is not None:
+        scale_dtype = getattr(scales, "dtype", None)
+        if getattr(scales, "ndim", 3) < 3:
+            granularity = "tensor" if scales.size == 1 else "head"
+    spec = _spec(k_dtype, v_dtype, granularity, scale_dtype)
+    if spec is not None:
+        return spec
+    wrong_v = k_dtype in _BY_DTYPE
+    name, pool = ("v_pool", v_pool) if wrong_v else ("k_pool", k_pool)
+    raise ParameterError(
+        f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
+        f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
+    )
+
+
+@cache
+def _spec(k_dtype: Any, v_dtype: Any, granularity: str, scale_dtype: Any) -> KVSpec | None:
+    """The spec of dtypes, the same object each time; None where they do not say it."""
+    k, v = _BY_DTYPE.get(k_dtype), _BY_DTYPE.get(v_dtype)
+    if k is None or v is None:
+        return None
+    return KVSpec(k.name, v.name, granularity, "fp32" if scale_dtype == FLOATS[0] else "fp16")
 
 
 _BY_DTYPE: dict[Any, Kind] = {kind.dtype: kind for kind in KINDS.values() if kind.dtype != np.uint8}
-_spec = cache(KVSpec)
 
 
 def quantize(

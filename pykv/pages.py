@@ -17,18 +17,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import _cupy, check, on_gpu
+from pykv.arrays import Dims, _cupy, checker, on_gpu
 from pykv.errors import FormatError, ParameterError
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
@@ -236,25 +237,12 @@ def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None
 def _facts(op: str, name: str, cache: Any) -> dict[str, Any]:
     """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
     spec: KVSpec = cache.spec
-    page = "P H" if spec.layout == "NHD" else "H P"
-    wanted: dict[str, tuple[Any, ...]] = {}
-    scales: dict[str, Any] = {}
-    for letter, kind in zip("kv", spec.kinds, strict=True):
-        pool, scale = getattr(cache, letter), getattr(cache, f"{letter}_scales")
-        wanted[f"{name}.{letter}"] = (pool, f"L N | {page} {kind.width}", kind.dtype, 1)
-        scales[f"{name}.{letter}_scales"] = scale
-        if (scale is None) == bool(kind.largest):
-            raise ParameterError(
-                f"{op}: {name}.{letter}_scales is {'missing' if kind.largest else 'given'}, "
-                f"expected {'scales' if kind.largest else 'None'} for {kind.name}"
-            )
-    dtype = SCALE_DTYPES[spec.scale_dtype]
+    pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
     if spec.granularity == "token":
-        wanted |= {key: (x, f"L N | {page}", dtype, 1) for key, x in scales.items()}
-    sizes = check(op, **wanted)
-    if spec.granularity != "token":  # they may be elsewhere than pages that were swapped out
-        dims = f"{sizes['L']} {sizes['H'] if spec.granularity == 'head' else 1}"
-        check(op, **{key: (x, dims, dtype, 1) for key, x in scales.items()})
+        sizes = _pages_checker(op, name, spec)(*pools, *scales)
+    else:  # scales may be elsewhere than pages that were swapped out
+        sizes = _pages_checker(op, name, spec)(*pools)
+        _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
     return dict(
         spec=str(spec),
         layers=sizes["L"],
@@ -263,6 +251,30 @@ def _facts(op: str, name: str, cache: Any) -> dict[str, Any]:
         head_dim=sizes["D"],
         pages=sizes["N"],
     )
+
+
+@cache
+def _pages_checker(op: str, name: str, spec: KVSpec) -> Callable[..., Dims]:
+    """Of what pages are made of: pools, and scales of rows."""
+    page = "P H" if spec.layout == "NHD" else "H P"
+    rules: dict[str, Any] = {
+        f"{name}.{letter}": (f"L N | {page} {kind.width}", kind.dtype, 1)
+        for letter, kind in zip("kv", spec.kinds, strict=True)
+    }
+    if spec.granularity == "token":
+        rules |= spec.rules_of_scales(_scale_names(name), f"L N | {page}")
+    return checker(op, **rules)
+
+
+@cache
+def _scales_checker(op: str, name: str, spec: KVSpec, L: int, H: int) -> Callable[..., Dims]:
+    """Of scales that belong to the whole cache."""
+    dims = f"{L} {H if spec.granularity == 'head' else 1}"
+    return checker(op, **spec.rules_of_scales(_scale_names(name), dims))
+
+
+def _scale_names(name: str) -> tuple[str, str]:
+    return f"{name}.k_scales", f"{name}.v_scales"
 
 
 def _moving(cache: Any) -> dict[str, Any]:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, on_gpu
-from pykv.arrays import check as check_arrays
+from pykv.arrays import FLOATS, INT32, UINT8, Dims, checker, on_gpu, optional
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import contiguous_append, page_table, paged_append, paged_check, paged_decode
@@ -475,14 +475,14 @@ class ContiguousAppendPlan(_Plan):
         _check_rows(name, args, ("k_new", "v_new", "k_cache", "v_cache"))
         _check_dtype(name, "k_new", args.k_new, self._element)
         _check_dtype(name, "k_cache", args.k_cache, self._cache_element)
-        check_arrays(
+        checker(
             name,
-            k_new=(args.k_new, "B H T | K", FLOATS),
-            v_new=(args.v_new, "B H T | V", self._element),
-            k_cache=(args.k_cache, "B X Y | K", FLOATS),
-            v_cache=(args.v_cache, "B X Y | V", self._cache_element),
-            cache_offsets=(args.cache_offsets, "B", contiguous_append.LENGTHS),
-        )
+            k_new=("B H T | K", FLOATS),
+            v_new=("B H T | V", "k_new"),
+            k_cache=("B X Y | K", FLOATS),
+            v_cache=("B X Y | V", "k_cache"),
+            cache_offsets=("B", contiguous_append.LENGTHS),
+        )(*args)
 
     def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
         """Append; tokens past the caches' ends are dropped. As PagedAppendPlan.run, but with
@@ -666,7 +666,7 @@ class PagedDecodePlan(_Plan):
         On a GPU only enqueues, unless checking.
         """
         needed = self.workspace_size()
-        check_arrays(f"{self._name()}.run", workspace=(workspace, "E", UINT8))
+        _check_workspace(workspace)
         given = 0 if workspace is None else int(workspace.nbytes)
         if given < needed:
             raise CapacityError(
@@ -772,13 +772,20 @@ def _check_dtype(name: str, argument: str, array: Any, dtype: Any) -> None:
 
 def _check_arrays(name: str, args: Any, spec: KVSpec, rows: tuple[str, str], dims: str) -> None:
     """All else that the ops check, under the plan's names."""
-    first, second = getattr(args, rows[0]), getattr(args, rows[1])
-    pools = (args.k_data, args.v_data, args.k_scales, args.v_scales)
-    check_arrays(
+    taken = (*rows, *OF_CACHE, "indices", "indptr", "last_page_len")
+    _checker(name, spec, rows, dims)(*(getattr(args, argument) for argument in taken))
+
+
+@cache
+def _checker(name: str, spec: KVSpec, rows: tuple[str, str], dims: str) -> Callable[..., Dims]:
+    return checker(
         name,
-        **{rows[0]: (first, dims, FLOATS), rows[1]: (second, dims, first.dtype)},
-        **spec.checks(name, *pools, names=OF_CACHE),
-        indices=(args.indices, "I", INT32),
-        indptr=(args.indptr, "B+1", INT32),
-        last_page_len=(args.last_page_len, "B", INT32),
+        **{rows[0]: (dims, FLOATS), rows[1]: (dims, rows[0])},
+        **spec.rules(OF_CACHE),
+        indices=("I", INT32),
+        indptr=("B+1", INT32),
+        last_page_len=("B", INT32),
     )
+
+
+_check_workspace = checker("plan.PagedDecodePlan.run", workspace=optional("E", UINT8))

@@ -146,10 +146,8 @@ class PagedKVCache:
         if layer in self._without_scales and len(k):
             with cuda.on_stream(stream):
                 self._find_scales(layer, k, v)
-        k_scales, v_scales = self.scales[layer]
-        options = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
-        options |= dict(check=check, stream=stream)
-        paged_append.append(k, v, *self.layers[layer], slots, **options)
+        options = self._of_spec(layer)
+        paged_append.append(k, v, *self.layers[layer], slots, check=check, stream=stream, **options)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -162,9 +160,8 @@ class PagedKVCache:
         if layer in self._without_scales and len(qkv):
             with cuda.on_stream(stream):
                 self._find_scales(layer, *self._rows_of(qkv, options))
-        k_scales, v_scales = self.scales[layer]
-        options |= dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec, stream=stream)
-        return paged_qkv.append(qkv, *self.layers[layer], slots, **options)
+        options |= self._of_spec(layer)
+        return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
@@ -200,9 +197,7 @@ class PagedKVCache:
         self._without_scales.remove(layer)
 
     def _of_spec(self, layer: int) -> dict[str, Any]:
-        """What attention must be told of other pools than floats in NHD."""
-        if not self.spec.has_scales and self.spec.layout == "NHD":
-            return {}
+        """What ops must be told of a layer's pools."""
         k_scales, v_scales = self.scales[layer]
         return dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
 

@@ -1,10 +1,10 @@
-"""check(): one error that names the argument; asarray and from_pointer: the same memory."""
+"""checker(): one error that names the argument; asarray and from_pointer: the same memory."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.arrays import FLOATS, INT32, asarray, check, from_pointer
+from pykv.arrays import FLOATS, INT32, asarray, checker, from_pointer, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 
@@ -14,88 +14,121 @@ def floats(*shape):
 
 def test_letters_bind_and_must_agree(xp):
     a, b = xp.zeros((2, 3), "f4"), xp.zeros((3, 4), "f4")
-    sizes = check("op", a=(a, "T H", FLOATS), b=(b, "H D", a.dtype), c=(None, "X Y", FLOATS))
-    assert sizes == {"T": 2, "H": 3, "D": 4}
+    check = checker("op", a=("T H", FLOATS), b=("H D", "a"), c=optional("X Y", FLOATS))
+    assert check(a, b, None) == {"T": 2, "H": 3, "D": 4}
     with pytest.raises(ShapeError, match=r"^op: b has T=3, expected T=2 \(\[T D\]\)$"):
-        check("op", a=(a, "T H", FLOATS), b=(b, "T D", FLOATS))
+        checker("op", a=("T H", FLOATS), b=("T D", FLOATS))(a, b)
     with pytest.raises(ShapeError, match=r"^op: a has shape \(2, 3\), expected \[T\]$"):
-        check("op", a=(a, "T", FLOATS))
+        checker("op", a=("T", FLOATS))(a)
 
 
 def test_words_may_be_computed():
-    assert check("op", a=(floats(6), "2F", FLOATS), b=(floats(4), "F+1", FLOATS))["F"] == 3
-    assert check("op", a=(floats(3), "F", FLOATS), b=(floats(2, 7), "2 2F+1", FLOATS))["F"] == 3
+    assert checker("op", a=("2F", FLOATS), b=("F+1", FLOATS))(floats(6), floats(4))["F"] == 3
+    assert checker("op", a=("F", FLOATS), b=("2 2F+1", FLOATS))(floats(3), floats(2, 7))["F"] == 3
     for shape, spec in (((5,), "2F"), ((0,), "F+1"), ((3,), "2")):
         with pytest.raises(
             ShapeError, match=rf"a has size {shape[0]}, expected {spec}".replace("+", r"\+")
         ):
-            check("op", a=(floats(*shape), spec, FLOATS))
+            checker("op", a=(spec, FLOATS))(floats(*shape))
     with pytest.raises(ShapeError, match=r"b has size 5, expected B\+1=4"):
-        check("op", a=(floats(3), "B", FLOATS), b=(floats(5), "B+1", FLOATS))
+        checker("op", a=("B", FLOATS), b=("B+1", FLOATS))(floats(3), floats(5))
 
 
 def test_strides(xp):
     a = xp.zeros((4, 6, 8), "f4")
-    check("op", a=(a[::2], "T | H D", FLOATS), b=(a[:, 2:4], "Y | X D", FLOATS))
-    check("op", a=(a[:1].transpose(1, 0, 2)[:1], "T H D", FLOATS))  # a size of 1 has no stride
+    checker("op", a=("T | H D", FLOATS), b=("Y | X D", FLOATS))(a[::2], a[:, 2:4])
+    checker("op", a=("T H D", FLOATS))(a[:1].transpose(1, 0, 2)[:1])  # a size of 1 has no stride
     for view, spec in ((a[:, ::2], "T | H D"), (a[::2], "T H D"), (a[..., :4], "T | H D")):
         with pytest.raises(
             ShapeError, match=r"a has strides \(.*\) for shape .*, expected .*contig"
         ):
-            check("op", a=(view, spec, FLOATS))
+            checker("op", a=(spec, FLOATS))(view)
 
 
 def test_alignment(device):
     a = device.zeros((4, 10), "f4")
-    check("op", a=(a, "T D", FLOATS), b=(a[0, 1:], "E", FLOATS))  # vectors may start anywhere
-    check("op", a=(a.reshape(-1)[:32].reshape(4, 8), "T D", FLOATS))
-    with pytest.raises(ShapeError, match="a has address .*, expected a multiple of 16 bytes"):
-        check("op", a=(a.reshape(-1)[1:33].reshape(4, 8), "T D", FLOATS))
+    checker("op", a=("T D", FLOATS), b=("E", FLOATS))(a, a[0, 1:])  # vectors may start anywhere
+    check = checker("op", a=("T D", FLOATS))
+    for _ in range(2):
+        check(a.reshape(-1)[:32].reshape(4, 8))
+        with pytest.raises(ShapeError, match="a has address .*, expected a multiple of 16 bytes"):
+            check(a.reshape(-1)[1:33].reshape(4, 8))
     with pytest.raises(ShapeError, match="a has strides .*, expected multiples of 16 bytes"):
-        check("op", a=(a[:, :8], "T | D", FLOATS))
+        checker("op", a=("T | D", FLOATS))(a[:, :8])
 
 
 def test_arrays_must_be_on_the_current_gpu(device, monkeypatch):
     """Also after they have passed there; what is kept for them is that GPU's."""
     a = device.zeros(4, "f4")
     here = a.data.device_id
-    dims = check("op", a=(a, "T", FLOATS))
+    check = checker("op", a=("T", FLOATS))
+    dims = check(a)
     with monkeypatch.context() as patch:
         patch.setattr(device.cuda.runtime, "getDevice", lambda: here + 1)
         with pytest.raises(DeviceError, match=f"a is on GPU {here}, expected .* GPU {here + 1}"):
-            check("op", a=(a, "T", FLOATS))
-    assert check("op", a=(a, "T", FLOATS)) is dims
+            check(a)
+    assert check(a) is dims
 
 
-def test_what_passed_once_is_still_checked():
-    """The memory of past calls covers neither another op, nor other dtypes, nor None."""
-    a, b = floats(2, 3), floats(3, 4)
+def test_what_passed_once_is_still_checked(xp):
+    """What a checker remembers of past calls covers neither other shapes, dtypes, strides nor None,
+    in whatever order they come."""
+    a, b, c = xp.zeros((2, 3), "f4"), xp.zeros((3, 4), "f4"), xp.zeros((3, 5), "f4")
+    check = checker("op", a=("T H", FLOATS), b=("H D", "a"), c=optional("H E", FLOATS))
+    sizes = [check(a, b, None), check(a, b, c), check(a, c, None)]
+    assert sizes == [dict(T=2, H=3, D=4), dict(T=2, H=3, D=4, E=5), dict(T=2, H=3, D=5)]
     for _ in range(2):
-        check("op", a=(a, "T H", FLOATS), b=(b, "H D", FLOATS))
-        check("op", a=(a, "T H", FLOATS), b=(None, "H D", FLOATS))
-        with pytest.raises(DtypeError):
-            check("op", a=(a, "T H", FLOATS), b=(b, "H D", INT32))
-        with pytest.raises(ShapeError):
-            check("op", a=(a, "T H", FLOATS), b=(b[::-1], "H D", FLOATS))
-        with pytest.raises(ShapeError):
-            check("op", a=(a, "T D", FLOATS), b=(b, "H D", FLOATS))
+        assert check(a, b, None) is sizes[0] and check(a, b, c) is sizes[1]
+        assert check(a, c, None) is sizes[2]
+        with pytest.raises(DtypeError, match="b has dtype float16, expected float32"):
+            check(a, b.astype("f2"), None)
+        with pytest.raises(ShapeError, match="b has strides"):
+            check(a, xp.zeros((3, 8), "f4")[:, ::2], None)
+        with pytest.raises(ShapeError, match="b has H=4, expected H=3"):
+            check(a, xp.zeros((4, 3), "f4"), None)
+
+
+def test_missing_and_given():
+    check = checker("op", a=("T H", FLOATS), b="None for fp16", c=optional("T", "a"))
+    a = floats(2, 3)
+    assert check(a, None, None) == {"T": 2, "H": 3}
+    for _ in range(2):
+        with pytest.raises(ParameterError, match=r"^op: a is missing, expected an array \[T H\]$"):
+            check(None, None, floats(2))
+        with pytest.raises(ParameterError, match="^op: b is given, expected None for fp16$"):
+            check(a, a, None)
+    late = checker("op", a=optional("T", FLOATS), b=("T", "a"))  # any dtype where there is no `a`
+    assert late(None, np.zeros(3, np.int8)) == {"T": 3}
 
 
 def test_dtypes():
+    check = checker("op", a=("T", INT32))
     with pytest.raises(DtypeError, match="a has dtype int64, expected int32"):
-        check("op", a=(np.zeros(3, np.int64), "T", INT32))
+        check(np.zeros(3, np.int64))
     with pytest.raises(DtypeError, match="a has dtype float64, expected float32 or float16 or bfl"):
-        check("op", a=(np.zeros(3), "T", FLOATS))
-    with pytest.raises(DtypeError, match=r"a is a list, expected .* \(pykv.asarray takes torch"):
-        check("op", a=([1.0], "T", FLOATS))
+        checker("op", a=("T", FLOATS))(np.zeros(3))
+    for wrong, name in (([1], "list"), (1, "int"), (np.int32(1), "int32"), ("ab", "str")):
+        with pytest.raises(
+            DtypeError, match=rf"a is a {name}, expected .* \(pykv.asarray takes torch"
+        ):
+            check(wrong)
+    both = checker("op", a=("T", FLOATS), b=("T", (*INT32, "a")))
+    for dtype in ("i4", "f2"):
+        both(np.zeros(3, "f2"), np.zeros(3, dtype))
+    with pytest.raises(DtypeError, match="b has dtype float32, expected int32 or float16"):
+        both(np.zeros(3, "f2"), floats(3))
 
 
-@pytest.mark.gpu
-def test_devices():
-    import cupy
-
+def test_devices(device):
+    """Host and device arrays do not mix, whichever comes first."""
+    check = checker("op", a=("T", FLOATS), b=("T", FLOATS))
+    on_gpu, on_host = device.zeros(3, "f4"), floats(3)
+    check(on_gpu, on_gpu)
+    check(on_host, on_host)
     with pytest.raises(DeviceError, match="b is on the host, expected a GPU like a"):
-        check("op", a=(cupy.zeros(3, "f4"), "T", FLOATS), b=(floats(3), "T", FLOATS))
+        check(on_gpu, on_host)
+    with pytest.raises(DeviceError, match="b is on a GPU, expected the host like a"):
+        check(on_host, on_gpu)
 
 
 class Exporter:

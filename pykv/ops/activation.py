@@ -7,12 +7,14 @@ Kernel: kernels_cu/activation.cu.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, check, like, on_gpu
+from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import DtypeError, ParameterError
 
 VARIANTS = [dict(X_T="float", TABLE_T="f16")]
@@ -67,17 +69,21 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
     Runs where the arrays are; on a GPU it only enqueues. Adds in float32 and rounds to nearest
     even, bit-exact.
     """
-    dims = check("activation.add", x=(x, "T E", FLOATS), y=(y, "T E", getattr(x, "dtype", None)))
+    dims = _check_add(x, y)
     if dims["T"] * dims["E"] == 0:
         return
     if on_gpu(x):
-        kernel, size = dims.keep(
-            cuda.current_device(), lambda: (_kernel("add", x.dtype), np.int64(x.size))
-        )
+        kernel, size = dims.keep(None, lambda: (_kernel("add", x.dtype), np.int64(x.size)))
         with cuda.on_stream(stream):
             cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, size)
     else:
         reference_add(x, y)
+
+
+_check_add = checker("activation.add", x=("T E", FLOATS), y=("T E", "x"))
+_check_embed = checker(
+    "activation.embed", table=("V E", FLOATS), ids=("T", INT32), out=optional("T E", FLOATS)
+)
 
 
 def embed(
@@ -112,7 +118,7 @@ def embed(
     outside the table reads as zeros. Multiplies in float32 and rounds to nearest even, bit-exact.
     """
     op = "activation.embed"
-    dims = check(op, table=(table, "V E", FLOATS), ids=(ids, "T", INT32), out=(out, "T E", FLOATS))
+    dims = _check_embed(table, ids, out)
     if not math.isfinite(scale):
         raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
     T, E = dims["T"], dims["E"]
@@ -129,7 +135,7 @@ def embed(
         return out
     if gpu:
         kernel, scalars = dims.keep(
-            (cuda.current_device(), out.dtype, float(scale)),
+            (out.dtype, float(scale)),
             lambda: (
                 _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype]),
                 (np.float32(scale), np.int32(dims["V"]), np.int32(E)),
@@ -175,11 +181,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     # Contiguous tokens may have any size; a GPU wants tokens at another stride to be aligned.
     flags = getattr(x, "flags", None)
     spec = "T 2F" if flags is not None and flags.c_contiguous else "T | 2F"
-    dims = check(
-        f"activation.{name}",
-        x=(x, spec, FLOATS),
-        out=(out, "T F", getattr(x, "dtype", None)),
-    )
+    dims = _gated_checker(name, spec)(x, out)
     T, F = dims["T"], dims["F"]
     if out is None:
         out = like(x, (T, F), x.dtype)
@@ -187,7 +189,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
         return out
     if on_gpu(x):
         kernel, scalars = dims.keep(
-            cuda.current_device(),
+            None,
             lambda: (
                 _kernel(name, x.dtype),
                 (np.int64(x.strides[0] // x.itemsize), np.int32(F)),
@@ -198,6 +200,11 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     else:
         out[...] = reference(name, x)
     return out
+
+
+@cache
+def _gated_checker(name: str, spec: str) -> Callable[..., Dims]:
+    return checker(f"activation.{name}", x=(spec, FLOATS), out=optional("T F", "x"))
 
 
 def _kernel(name: str, dtype: Any, table: str = "f16") -> Any:

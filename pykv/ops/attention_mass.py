@@ -8,13 +8,15 @@ Kernel: kernels_cu/attention_mass.cu.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.ops import paged_decode
@@ -73,19 +75,7 @@ def mass(
     elif spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
-    pools = spec.checks(op, k_pool, k_pool, k_scales, k_scales)
-    dims = check(
-        op,
-        q=(q, "B T | HQ D" if many else "B | HQ D", FLOATS),
-        k_pool=pools["k_pool"],
-        k_scales=pools["k_scales"],
-        page_table=(page_table, "B M", INT32),
-        lengths=(lengths, "B", INT32),
-        lse=(lse, "B T HQ" if many else "B HQ", FLOAT32, 4),
-        slopes=(slopes, "HQ", FLOAT32),
-        tree=(tree, "B T" if many else "B 1", UINT64, 8),
-        out=(out, "B H C", FLOAT32, 4),
-    )
+    dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
     T = dims["T"] if many else 1
     scale = paged_decode.check_attention(op, dims, scale, window, 512)
     paged_decode.check_options(op, soft_cap, tree, T, causal, None, lse_base)
@@ -106,7 +96,7 @@ def mass(
     elif on_gpu(q):
         options = (spec, T, behind, scale, window, soft_cap, lse_base, accumulate)
         kernel, grid, scalars = dims.keep(
-            (cuda.current_device(), options),
+            options,
             lambda: _plan(q, k_pool, k_scales, slopes, tree, dims, *options),
         )
         arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)
@@ -125,6 +115,24 @@ def mass(
         )
         out[...] = out + found if accumulate else found
     return out
+
+
+@cache
+def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
+    """For one query of a sequence, or for `many`."""
+    pools, rows = spec.rules(), "B T" if many else "B"
+    return checker(
+        "attention_mass.mass",
+        q=(f"{rows} | HQ D", FLOATS),
+        k_pool=pools["k_pool"],
+        k_scales=pools["k_scales"],
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
+        lse=(f"{rows} HQ", FLOAT32, 4),
+        slopes=optional("HQ", FLOAT32),
+        tree=optional("B T" if many else "B 1", UINT64, 8),
+        out=optional("B H C", FLOAT32, 4),
+    )
 
 
 def reference(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import check, on_gpu
+from pykv.arrays import checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
 VARIANTS = [dict(VECTORS=n) for n in (2, 4, 8)]
@@ -41,7 +41,7 @@ def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
     """
     op = "bandwidth.read"
     _check_vectors(op, vectors)
-    dims = check(op, x=(x, "V 4", UINT32), sums=(sums, "G", UINT32))
+    dims = _check_read(x, sums)
     if dims["G"] == 0:
         raise ShapeError(f"{op}: sums has G=0, expected at least 1")
     if on_gpu(x):
@@ -69,7 +69,7 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
     _check_vectors(op, vectors)
     if not 0 <= seed < 2**32:
         raise ParameterError(f"{op}: seed is {seed}, expected 0 to {2**32 - 1}")
-    V = check(op, out=(out, "V 4", UINT32))["V"]
+    V = _check_write(out)["V"]
     if V == 0:
         return
     if on_gpu(out):
@@ -97,13 +97,18 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
     """
     op = "bandwidth.copy"
     _check_vectors(op, vectors)
-    V = check(op, x=(x, "V 4", UINT32), out=(out, "V 4", UINT32))["V"]
+    V = _check_copy(x, out)["V"]
     if V == 0:
         return
     if on_gpu(x):
         _cuda("copy", _tiles(V, vectors), vectors, stream, out, x, np.int64(V))
     else:
         reference_copy(x, out)
+
+
+_check_read = checker("bandwidth.read", x=("V 4", UINT32), sums=("G", UINT32))
+_check_write = checker("bandwidth.write", out=("V 4", UINT32))
+_check_copy = checker("bandwidth.copy", x=("V 4", UINT32), out=("V 4", UINT32))
 
 
 def reference_read(x: Any, sums: Any, vectors: int) -> None:

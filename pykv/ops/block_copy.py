@@ -11,14 +11,15 @@ memory and pinned host memory, on either side), "cpu" for host memory. Arrays do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import UINT64, asarray, check, on_gpu
+from pykv.arrays import UINT64, Dims, asarray, checker, on_gpu, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
@@ -301,6 +302,11 @@ def _prepare(
     )
 
 
+@cache
+def _checker(op: str) -> Callable[..., Dims]:
+    return checker(op, src_ptrs=optional("C", ADDRESSES), dst_ptrs=optional("D", ADDRESSES))
+
+
 def _check_pairs(
     op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, num_pairs: int | None
 ) -> tuple[Any, Any, Any]:
@@ -312,10 +318,10 @@ def _check_pairs(
             f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"
         )
-    found = check(op, src_ptrs=(src_ptrs, "C", ADDRESSES), dst_ptrs=(dst_ptrs, "D", ADDRESSES))
+    found = _checker(op)(src_ptrs, dst_ptrs)
     lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
     if by_pair:
-        lengths["size"] = check(op, size=(size, "C", (np.dtype(np.int64),)))["C"]
+        lengths["size"] = checker(op, size=("C", np.dtype(np.int64)))(size)["C"]
     first, shared = next(iter(lengths.items()), ("", 1))  # 1 leads to the error of a null table
     for name, length in lengths.items():
         if num_pairs is None and length != shared:

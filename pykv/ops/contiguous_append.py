@@ -10,12 +10,14 @@ C tokens, which pykv.ops.paged_append writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, check, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import LAYOUTS
 from pykv.ops import rope
@@ -73,17 +75,7 @@ def append(
     op = "contiguous_append.append"
     if layout not in LAYOUTS:
         raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
-    new, old = ("B T H |", "S C H |") if layout == "NHD" else ("B H T |", "S H C |")
-    dims = check(
-        op,
-        k=(k, f"{new} K", FLOATS),
-        v=(v, f"{new} V", getattr(k, "dtype", None)),
-        k_cache=(k_cache, f"{old} K", FLOATS),
-        v_cache=(v_cache, f"{old} V", FLOATS),
-        lengths=(lengths, "S", LENGTHS),
-        slots=(slots, "B", INT32),
-        inv_freq=(inv_freq, "F", FLOAT32),
-    )
+    dims = _checker(layout)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
     for name in ("K", "V"):
         if dims[name] % 8:
             raise ShapeError(f"{op}: {name} is {dims[name]}, expected a multiple of 8")
@@ -101,7 +93,7 @@ def append(
     if on_gpu(k):
         arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
         launches = dims.keep(
-            (cuda.current_device(), pairing, advance),
+            (pairing, advance),
             lambda: launches_of(arrays, pairing, layout, advance),
         )
         with cuda.on_stream(stream):
@@ -115,6 +107,21 @@ def append(
         for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
             if 0 <= lengths[slot] < dims["C"]:
                 lengths[slot] = min(lengths[slot] + dims["T"], dims["C"])
+
+
+@cache
+def _checker(layout: str) -> Callable[..., Dims]:
+    new, old = ("B T H |", "S C H |") if layout == "NHD" else ("B H T |", "S H C |")
+    return checker(
+        "contiguous_append.append",
+        k=(f"{new} K", FLOATS),
+        v=(f"{new} V", "k"),
+        k_cache=(f"{old} K", FLOATS),
+        v_cache=(f"{old} V", FLOATS),
+        lengths=("S", LENGTHS),
+        slots=optional("B", INT32),
+        inv_freq=optional("F", FLOAT32),
+    )
 
 
 def read_token(
@@ -140,9 +147,8 @@ def read_token(
     if layout not in LAYOUTS:
         raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
     dims = "S C H |" if layout == "NHD" else "S H C |"
-    sizes = check(
-        op, k_cache=(k_cache, f"{dims} K", FLOATS), v_cache=(v_cache, f"{dims} V", FLOATS)
-    )
+    check = checker(op, k_cache=(f"{dims} K", FLOATS), v_cache=(f"{dims} V", FLOATS))
+    sizes = check(k_cache, v_cache)
     for name, value, end in (("slot", slot, sizes["S"]), ("token", token, sizes["C"])):
         if not 0 <= value < end:
             raise ParameterError(f"{op}: {name} is {value}, expected 0 to {end - 1}")

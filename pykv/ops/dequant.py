@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, UINT8, check, like, on_gpu
+from pykv.arrays import FLOATS, UINT8, checker, like, on_gpu, optional
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 
 KINDS = {
@@ -58,7 +58,7 @@ def dequantize(
     dtype = np.dtype(dtype)
     if dtype not in FLOATS:
         raise DtypeError(f"{op}: dtype is {dtype}, expected float32, float16 or bfloat16")
-    dims = check(op, blocks=(blocks, "R W", UINT8), out=(out, "R C", FLOATS))
+    dims = _check(blocks, out)
     elements, block_bytes = KINDS[kind]
     num_blocks, rest = divmod(dims["W"], block_bytes)
     if rest:
@@ -77,6 +77,9 @@ def dequantize(
     else:
         reference(blocks, kind, out)
     return out
+
+
+_check = checker("dequant.dequantize", blocks=("R W", UINT8), out=optional("R C", FLOATS))
 
 
 def reference(blocks: Any, kind: str, out: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, Dims, check, like, on_gpu
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 
 GEMMS = ("auto", "own", "cublas")
@@ -70,13 +70,7 @@ def linear(
     largest output. The split takes 2 or 3 times T * I elements from CuPy's memory pool.
     """
     op = "linear.linear"
-    dims = check(
-        op,
-        x=(x, "T | I", FLOATS),
-        w=(w, "O I", FLOATS),
-        bias=(bias, "O", (FLOATS[0], w.dtype)),
-        out=(out, "T O", x.dtype),
-    )
+    dims = _check(x, w, bias, out)
     if dims["I"] % 8:
         raise ShapeError(f"{op}: x has I={dims['I']}, expected a multiple of 8")
     if gemm not in GEMMS:
@@ -92,6 +86,15 @@ def linear(
     else:
         reference(x, w, bias, out, accumulate)
     return out
+
+
+_check = checker(
+    "linear.linear",
+    x=("T | I", FLOATS),
+    w=("O I", FLOATS),
+    bias=optional("O", (*FLOAT32, "w")),
+    out=optional("T O", "x"),
+)
 
 
 @cache
@@ -129,7 +132,7 @@ def _cuda(
             _cublas(x, w, bias, out, accumulate)
         else:
             kernel, grid, block, scalars = dims.keep(
-                (cuda.current_device(), accumulate), lambda: _launch_of(x, w, bias, accumulate)
+                accumulate, lambda: _launch_of(x, w, bias, accumulate)
             )
             cuda.launch(kernel, grid, block, out, x, w, bias, scalars=scalars)
 

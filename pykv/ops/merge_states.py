@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, check, like, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 
 VARIANTS: list[dict[str, Any]] = [dict(X_T="float", HEAD_DIM=128)]
@@ -55,13 +55,7 @@ def merge(
     the states. Sources: Flash-Decoding; Hydragen and cascade inference for shared prefixes.
     """
     op = "merge_states.merge"
-    dims = check(
-        op,
-        values=(values, "S | T HQ D", FLOATS),
-        lse=(lse, "S | T HQ", FLOAT32, 4),
-        out=(out, "T HQ D", values.dtype),
-        out_lse=(out_lse, "T HQ", FLOAT32, 4),
-    )
+    dims = _check(values, lse, out, out_lse)
     if dims["D"] == 0 or dims["D"] % 8:
         raise ShapeError(f"{op}: values has D={dims['D']}, expected a multiple of 8")
     if lse_base not in ("e", "2"):
@@ -73,9 +67,7 @@ def merge(
     if out.size == 0:
         pass
     elif on_gpu(values):
-        kernel, grid, scalars = dims.keep(
-            (cuda.current_device(), lse_base), lambda: _plan(values, lse, lse_base)
-        )
+        kernel, grid, scalars = dims.keep(lse_base, lambda: _plan(values, lse, lse_base))
         with cuda.on_stream(stream):
             cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
     else:
@@ -83,6 +75,15 @@ def merge(
         if out_lse is not None:
             out_lse[...] = merged
     return (out, out_lse) if return_lse else out
+
+
+_check = checker(
+    "merge_states.merge",
+    values=("S | T HQ D", FLOATS),
+    lse=("S | T HQ", FLOAT32, 4),
+    out=optional("T HQ D", "values"),
+    out_lse=optional("T HQ", FLOAT32, 4),
+)
 
 
 def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:

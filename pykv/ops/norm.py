@@ -7,12 +7,14 @@ Kernel: kernels_cu/norm.cu.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, check, like, on_gpu
+from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError
 
 VARIANTS = [dict(X_T="float", W_T="float")]
@@ -56,12 +58,7 @@ def rms_norm(
     """
     op = "norm.rms_norm"
     row = "H D" if getattr(x, "ndim", 2) == 3 else "D"
-    dims = check(
-        op,
-        x=(x, _spec(x, row), FLOATS),
-        weight=(weight, "D", FLOATS),
-        out=(out, _spec(out, row), getattr(x, "dtype", None)),
-    )
+    dims = _checker(_spec(x, row), _spec(out, row))(x, weight, out)
     if not 0 < eps < math.inf:
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
     if not math.isfinite(offset):
@@ -72,7 +69,7 @@ def rms_norm(
         return out
     if on_gpu(x):
         kernel, grid, scalars = dims.keep(
-            (cuda.current_device(), float(eps), float(offset)),
+            (float(eps), float(offset)),
             lambda: _launch_of(x, weight, eps, offset, out),
         )
         with cuda.on_stream(stream):
@@ -80,6 +77,11 @@ def rms_norm(
     else:
         out[...] = reference(x, weight, eps, offset)
     return out
+
+
+@cache
+def _checker(x: str, out: str) -> Callable[..., Dims]:
+    return checker("norm.rms_norm", x=(x, FLOATS), weight=("D", FLOATS), out=optional(out, "x"))
 
 
 def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:

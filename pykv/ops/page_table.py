@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, check, like, on_gpu
+from pykv.arrays import INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
 
 VARIANTS: list[dict[str, int | str]] = [{}]
@@ -58,14 +58,7 @@ def from_lists(
     get_seq_lens of FlashInfer for the lengths.
     """
     op = "page_table.from_lists"
-    dims = check(
-        op,
-        indices=(indices, "I", INT32),
-        indptr=(indptr, "B+1", INT32),
-        last_page_len=(last_page_len, "B", INT32),
-        table=(table, "B M", INT32),
-        lengths=(lengths, "B", INT32),
-    )
+    dims = _check(indices, indptr, last_page_len, table, lengths)
     B, M = dims["B"], dims.get("M", width)
     if M is None or M < 1 or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
@@ -86,6 +79,16 @@ def from_lists(
         raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
     reference(indices, indptr, last_page_len, page_size, table, lengths)
     return table, lengths
+
+
+_check = checker(
+    "page_table.from_lists",
+    indices=("I", INT32),
+    indptr=("B+1", INT32),
+    last_page_len=("B", INT32),
+    table=optional("B M", INT32),
+    lengths=optional("B", INT32),
+)
 
 
 def reference(

@@ -23,13 +23,14 @@ is lost, and `check` refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, on_gpu
-from pykv.arrays import check as check_arrays
+from pykv.arrays import FLOATS, INT32, Dims, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
 from pykv.ops import paged_check
@@ -85,13 +86,7 @@ def append(
     """
     op = "paged_append.append"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        k=(k, "T H | D", FLOATS),
-        v=(v, "T H | D", getattr(k, "dtype", None)),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        slots=(slots, "T", SLOTS),
-    )
+    dims = _checker(op, spec)(k, v, k_pool, v_pool, k_scales, v_scales, slots)
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
@@ -140,15 +135,8 @@ def append_decode(
     """
     op = "paged_append.append_decode"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        k=(k, "B H | D", FLOATS),
-        v=(v, "B H | D", getattr(k, "dtype", None)),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        indices=(indices, "I", INT32),
-        indptr=(indptr, "B+1", INT32),
-        last_page_len=(last_page_len, "B", INT32),
-    )
+    pools = (k_pool, v_pool, k_scales, v_scales)
+    dims = _checker(op, spec)(k, v, *pools, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
     if after and advance:
         raise ParameterError(
@@ -199,16 +187,8 @@ def append_ragged(
     """
     op = "paged_append.append_ragged"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        k=(k, "T H | D", FLOATS),
-        v=(v, "T H | D", getattr(k, "dtype", None)),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        append_indptr=(append_indptr, "B+1", INT32),
-        indices=(indices, "I", INT32),
-        indptr=(indptr, "B+1", INT32),
-        last_page_len=(last_page_len, "B", INT32),
-    )
+    pools = (k_pool, v_pool, k_scales, v_scales)
+    dims = _checker(op, spec)(k, v, *pools, append_indptr, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
@@ -256,16 +236,8 @@ def append_indexed(
     """
     op = "paged_append.append_indexed"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        k=(k, "T H | D", FLOATS),
-        v=(v, "T H | D", getattr(k, "dtype", None)),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        batch_indices=(batch_indices, "T", INT32),
-        positions=(positions, "T", INT32),
-        indices=(indices, "I", INT32),
-        indptr=(indptr, "B+1", INT32),
-    )
+    pools = (k_pool, v_pool, k_scales, v_scales)
+    dims = _checker(op, spec)(k, v, *pools, batch_indices, positions, indices, indptr)
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
             table = (indices, indptr, None, dims["N"], dims["P"])
@@ -274,6 +246,25 @@ def append_indexed(
     rows = (batch_indices, indices, indptr, positions)
     arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
     _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)
+
+
+_TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
+_RULES: dict[str, dict[str, Any]] = {  # of what says where rows go, in the order of arguments
+    "paged_append.append": dict(slots=("T", SLOTS)),
+    "paged_append.append_decode": dict(**_TABLE, last_page_len=("B", INT32)),
+    "paged_append.append_ragged": dict(
+        append_indptr=("B+1", INT32), **_TABLE, last_page_len=("B", INT32)
+    ),
+    "paged_append.append_indexed": dict(
+        batch_indices=("T", INT32), positions=("T", INT32), **_TABLE
+    ),
+}
+
+
+@cache
+def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
+    rows = "B H | D" if op == "paged_append.append_decode" else "T H | D"
+    return checker(op, k=(rows, FLOATS), v=(rows, "k"), **spec.rules(), **_RULES[op])
 
 
 def _counts_after(op: str, counts: str) -> bool:
@@ -303,7 +294,7 @@ def _append(
         return
     if on_gpu(k):
         launch = dims.keep(
-            (cuda.current_device(), spec, after, advance),
+            (after, advance),
             lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
         )
         with cuda.on_stream(stream):

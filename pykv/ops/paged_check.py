@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, _cupy, check, on_gpu
+from pykv.arrays import INT32, _cupy, checker, on_gpu, optional
 from pykv.errors import ParameterError
 
 VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
@@ -79,7 +79,7 @@ def check_pages(
         may_skip: negative entries are fine.
         op, name: for the text.
     """
-    n = check(op, **{name: (pages, "n", INDICES)})["n"]
+    n = checker(op, **{name: ("n", INDICES)})(pages)["n"]
     low = -(2**63) if may_skip else 0
     found = _first(pages, "range", n, np.int64(n), np.int64(low), np.int64(num_pages))
     if found:
@@ -97,7 +97,7 @@ def check_slots(
         num_slots: N * P, below 2^32.
         op, name: for the text.
     """
-    n = check(op, **{name: (slots, "n", INDICES)})["n"]
+    n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
     if found := _first(slots, "slots", n, np.int64(n), np.int64(num_slots)):
         reason, index = found
         expected = f"below {num_slots}"
@@ -150,14 +150,16 @@ def check_table(
             them may be anything. None: an append is of one token to each request.
         op: for the text.
     """
-    sizes = check(
+    _count(op, "indptr", indptr)  # says what is wrong with none
+    check = checker(
         op,
-        indices=(indices, "n", INT32),
-        indptr=(indptr, "C", INT32),
-        starts=(starts, "C", INT32),
+        indices=("n", INT32),
+        indptr=("B+1", INT32),
+        last_page_len=optional("B", INT32),
+        starts=optional("B+1", INT32),
     )
-    n, B = sizes["n"], _count(op, "indptr", indptr)
-    check(op, indptr=(indptr, "B+1", INT32), last_page_len=(last_page_len, "B", INT32))
+    sizes = check(indices, indptr, last_page_len, starts)
+    n, B = sizes["n"], sizes["B"]
     found = _first(
         *(indptr, "table", max(n, B + 1), indices, last_page_len, starts),
         *map(np.int64, (n, B, num_pages, page_size)),
@@ -212,12 +214,10 @@ def check_page_table(
             length and entries may be anything.
         op: for the text.
     """
-    sizes = check(
-        op,
-        page_table=(page_table, "B | M", INT32),
-        lengths=(lengths, "B", INT32),
-        starts=(starts, "B+1", INT32),
+    check = checker(
+        op, page_table=("B | M", INT32), lengths=("B", INT32), starts=optional("B+1", INT32)
     )
+    sizes = check(page_table, lengths, starts)
     B, M = sizes["B"], sizes["M"]
     stride = page_table.strides[0] // page_table.itemsize
     seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
@@ -248,13 +248,8 @@ def check_positions(
         page_size: P.
         op: for the text.
     """
-    sizes = check(
-        op,
-        batch_indices=(batch_indices, "n", INT32),
-        positions=(positions, "n", INT32),
-        indptr=(indptr, "B+1", INT32),
-    )
-    n, B = sizes["n"], _count(op, "indptr", indptr)
+    check = checker(op, batch_indices=("n", INT32), positions=("n", INT32), indptr=("B+1", INT32))
+    n, B = check(batch_indices, positions, indptr)["n"], _count(op, "indptr", indptr)
     found = _first(
         *(batch_indices, "positions", n, positions, indptr, np.int64(n), np.int32(B)),
         np.int64(page_size),
@@ -271,7 +266,7 @@ def check_positions(
 
 def _count(op: str, name: str, starts: Any) -> int:
     """B of a table of B + 1 starts."""
-    n: int = check(op, **{name: (starts, "n", INT32)})["n"]
+    n: int = checker(op, **{name: ("n", INT32)})(starts)["n"]
     if n == 0:
         raise ParameterError(f"{op}: {name} is empty, expected B + 1 entries")
     return n - 1

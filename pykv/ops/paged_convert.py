@@ -11,12 +11,14 @@ twice leaves either; on a GPU pages are not range-checked (see pykv.ops.paged_ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import arrays, cuda
-from pykv.arrays import FLOATS, INT32, like, on_gpu
+from pykv import cuda
+from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.kinds import Kind, KVSpec, dequantize, quantize, spec_of
 from pykv.ops import paged_check
@@ -201,20 +203,20 @@ def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H |
     """Arrays of floats, [n, P, H, D] or of other dimensions."""
     for name, x in zip(names, (k, v), strict=True):
         if getattr(x, "dtype", None) not in FLOATS:
-            arrays.check(op, **{name: (x, dims, FLOATS)})  # says what is wrong
-    scale_names = (f"{name}_scales" for name in names)
-    return _Side(spec_of(op, k, v), (k, v), (None, None), None, (*names, *scale_names, ""))
+            checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
+    k_name, v_name = names
+    others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
+    return _Side(spec_of(op, k, v), (k, v), (None, None), None, (*names, *others))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
     """n, P, H and D."""
     dims = "N P H |" if spec.layout == "NHD" else "N H P |"
     kind = spec.kinds[0]
-    sizes = arrays.check(
-        op,
-        k_pool=(k_pool, f"{dims} {kind.width}", kind.dtype, kind.vector_bytes),
-        pages=(pages, "n", INT32),
+    rules = dict(
+        k_pool=(f"{dims} {kind.width}", kind.dtype, kind.vector_bytes), pages=optional("n", INT32)
     )
+    sizes = checker(op, **rules)(k_pool, pages)
     _check_head_dim(op, "k_pool", sizes["D"])
     return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
 
@@ -235,18 +237,11 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
-    wanted: dict[str, tuple[Any, ...]] = {}
-    for side, letter in ((source, "N"), (target, "M")):
-        if side.pages is None and rows is None:
-            letter = "n"  # page i is page i
-        wanted |= side.spec.checks(op, *side.pools, *side.scales, side.names[:4], letter)
-        if side.pages is not None:
-            wanted[side.names[4]] = (side.pages, "n", INT32)
-    if rows is not None:
-        for name, x in zip(target.names[:2], target.pools, strict=True):
-            wanted[name] = (x, "T H | D", FLOATS)
-        wanted |= dict(indptr=(rows[0], "B+1", INT32), starts=(rows[1], "B+1", INT32))
-    sizes = arrays.check(op, **wanted)
+    arrays: list[Any] = []
+    for side in (source, target):
+        arrays += (*side.pools, *side.scales, side.pages)
+    sides = ((side.spec, side.names, side.pages is not None) for side in (source, target))
+    sizes = _checker(op, *sides, rows is not None)(*arrays, *(rows or ()))
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     _check_head_dim(op, source.names[0], D)
     if n * P * H >= 2**31:
@@ -258,7 +253,7 @@ def _move(
             _check_pages(op, source, target, rows, P)
         if on_gpu(source.pools[0]):
             launches = sizes.keep(
-                (cuda.current_device(), source.spec, target.spec),
+                "launches",
                 lambda: _launches_of(source, target, n, P, H, D, rows),
             )
             pairs = (target.pools, target.scales, source.pools, source.scales)
@@ -268,6 +263,26 @@ def _move(
                 cuda.launch(kernel, grid, BLOCK, *pointers, *tables, scalars=scalars)
         else:
             reference(source, target, rows)
+
+
+@cache
+def _checker(
+    op: str,
+    source: tuple[KVSpec, tuple[str, ...], bool],
+    target: tuple[KVSpec, tuple[str, ...], bool],
+    by_token: bool,
+) -> Callable[..., Dims]:
+    """Of two caches, of each the spec, the names and whether pages are listed, or of a cache and
+    rows of tokens."""
+    rules: dict[str, Any] = {}
+    for (spec, names, listed), letter in ((source, "N"), (target, "M")):
+        pages = letter if listed or by_token else "n"  # page i is page i
+        rules |= spec.rules(names[:4], pages)
+        rules[names[4]] = optional("n", INT32)
+    if by_token:
+        rules |= {name: ("T H | D", FLOATS) for name in target[1][:2]}
+        rules |= dict(indptr=("B+1", INT32), starts=("B+1", INT32))
+    return checker(op, **rules)
 
 
 def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, like, on_gpu
-from pykv.arrays import check as check_arrays
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.kinds import decode as decode_codes
@@ -122,18 +121,9 @@ def decode(
     if spec is None:
         spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
-    dims = check_arrays(
-        op,
-        q=(q, "B T | HQ D" if many else "B | HQ D", FLOATS),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        page_table=(page_table, "B M", INT32),
-        lengths=(lengths, "B", INT32),
-        slopes=(slopes, "HQ", FLOAT32),
-        sinks=(sinks, "HQ", FLOAT32),
-        tree=(tree, "B T" if many else "B 1", UINT64, 8),
-        out=(out, "B T HQ D" if many else "B HQ D", q.dtype),
-        lse=(lse, "B T HQ" if many else "B HQ", FLOAT32),
-        workspace=(workspace, "E", FLOAT32),
+    dims = _checker(spec, many)(
+        *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
+        *(slopes, sinks, tree, out, lse, workspace),
     )
     T = dims["T"] if many else 1
     scale = check_attention(op, dims, scale, window, 512)
@@ -159,7 +149,7 @@ def decode(
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
         options = (spec, aligned, scale, window, soft_cap, behind, fixed_split, lse_base)
         plan = dims.keep(
-            (cuda.current_device(), options),
+            options,
             lambda: _plan(
                 dict(q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
                 | dict(slopes=slopes, sinks=sinks, tree=tree),
@@ -184,6 +174,25 @@ def decode(
         if lse is not None:
             lse[...] = sums * (1 if lse_base == "e" else math.log2(math.e))
     return (out, lse) if return_lse else out
+
+
+@cache
+def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
+    """For one query of a sequence, or for `many`."""
+    rows = "B T" if many else "B"
+    return checker(
+        "paged_decode.decode",
+        q=(f"{rows} | HQ D", FLOATS),
+        **spec.rules(),
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
+        slopes=optional("HQ", FLOAT32),
+        sinks=optional("HQ", FLOAT32),
+        tree=optional("B T" if many else "B 1", UINT64, 8),
+        out=optional(f"{rows} HQ D", "q"),
+        lse=optional(f"{rows} HQ", FLOAT32),
+        workspace=optional("E", FLOAT32),
+    )
 
 
 def prepare(*arrays: Any, **options: Any) -> Callable[[], Any]:

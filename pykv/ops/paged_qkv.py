@@ -11,13 +11,24 @@ Kernel: kernels_cu/paged_qkv.cu.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, like, on_gpu
-from pykv.arrays import check as check_arrays
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    VECTOR_BYTES,
+    Dims,
+    checker,
+    like,
+    on_gpu,
+    optional,
+)
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KVSpec, spec_of
 from pykv.ops import norm, paged_append, paged_check, rope
@@ -101,16 +112,9 @@ def append(
     """
     op = "paged_qkv.append"
     spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        qkv=(qkv, "T | R", FLOATS),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        slots=(slots, "T", SLOTS),
-        positions=(positions, "T", INT32),
-        inv_freq=(inv_freq, "F", FLOAT32),
-        q_norm=(q_norm, "D", FLOATS, VECTOR_BYTES),
-        k_norm=(k_norm, "D", getattr(q_norm, "dtype", FLOATS), VECTOR_BYTES),
-        q_out=(q_out, "T HQ | D", getattr(qkv, "dtype", None)),
+    dims = _checker(spec)(
+        *(qkv, k_pool, v_pool, k_scales, v_scales, slots, positions, inv_freq),
+        *(q_norm, k_norm, q_out),
     )
     HQ = _query_heads(op, dims)
     for names, first, second in (
@@ -134,7 +138,7 @@ def append(
         pools = (k_pool, v_pool, k_scales, v_scales)
         arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
         launch = dims.keep(
-            (cuda.current_device(), spec, pairing, float(eps), bool(hadamard)),
+            (pairing, float(eps), bool(hadamard)),
             lambda: _launch_of(spec, dims["P"], arrays, pairing, eps, hadamard),
         )
         with cuda.on_stream(stream):
@@ -147,6 +151,21 @@ def append(
     places = paged_append.places("SLOTS", len(qkv), dims["P"], slots, None, None, None, False)
     paged_append.reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, *places)
     return q_out
+
+
+@cache
+def _checker(spec: KVSpec) -> Callable[..., Dims]:
+    return checker(
+        "paged_qkv.append",
+        qkv=("T | R", FLOATS),
+        **spec.rules(),
+        slots=("T", SLOTS),
+        positions=optional("T", INT32),
+        inv_freq=optional("F", FLOAT32),
+        q_norm=optional("D", FLOATS, VECTOR_BYTES),
+        k_norm=optional("D", "q_norm", VECTOR_BYTES),
+        q_out=optional("T HQ | D", "qkv"),
+    )
 
 
 def hadamard_matrix(D: int) -> Any:

@@ -9,13 +9,14 @@ Kernels: kernels_cu/prefill_mma.cu on tensor cores, for the kinds, head sizes an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, like, on_gpu
-from pykv.arrays import check as check_arrays
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.ops import paged_check
@@ -120,15 +121,8 @@ def prefill(
     op = "prefill.prefill"
     if spec is None:
         spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = check_arrays(
-        op,
-        q=(q, "T | HQ D", FLOATS),
-        **spec.checks(op, k_pool, v_pool, k_scales, v_scales),
-        page_table=(page_table, "B M", INT32),
-        lengths=(lengths, "B", INT32),
-        q_starts=(q_starts, "B+1", INT32),
-        out=(out, "T HQ D", q.dtype),
-        lse=(lse, "T HQ", FLOAT32),
+    dims = _checker(spec)(
+        *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
     scale = check_attention(op, dims, scale, window, 512)
     check_options(op, soft_cap, None, 1, causal, None, "e")
@@ -158,7 +152,7 @@ def prefill(
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
         options = (spec, aligned, scale, window, soft_cap, causal)
         plan = dims.keep(
-            (cuda.current_device(), options),
+            options,
             lambda: _plan(q, (k_pool, v_pool), (k_scales, v_scales), dims, *options),
         )
         arrays = (k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts)
@@ -174,6 +168,20 @@ def prefill(
         if lse is not None:
             lse[...] = sums
     return (out, lse) if return_lse else out
+
+
+@cache
+def _checker(spec: KVSpec) -> Callable[..., Dims]:
+    return checker(
+        "prefill.prefill",
+        q=("T | HQ D", FLOATS),
+        **spec.rules(),
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
+        q_starts=("B+1", INT32),
+        out=optional("T HQ D", "q"),
+        lse=optional("T HQ", FLOAT32),
+    )
 
 
 def prefill_contiguous(
@@ -217,15 +225,7 @@ def prefill_contiguous(
     op = "prefill.prefill_contiguous"
     if spec is None:
         spec = spec_of(op, k, v, k_scales, v_scales)
-    names, pages = ("k", "v", "k_scales", "v_scales"), "B"
-    dims = check_arrays(
-        op,
-        q=(q, "B T HQ D", FLOATS),
-        **spec.checks(op, k, v, k_scales, v_scales, names, pages),
-        lengths=(lengths, "B", INT32),
-        out=(out, "B T HQ D", q.dtype),
-        lse=(lse, "B T HQ", FLOAT32),
-    )
+    dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
     if out is None:
         out = like(q, q.shape, q.dtype)
@@ -233,7 +233,7 @@ def prefill_contiguous(
         lse = like(q, q.shape[:3], np.float32)
     with cuda.on_stream(stream):
         table, starts, full = dims.keep(
-            ("tables", on_gpu(q) and cuda.current_device()),
+            "tables",
             lambda: (
                 _int32(q, np.arange(B)[:, None]),
                 _int32(q, np.arange(B + 1) * T),
@@ -256,6 +256,18 @@ def prefill_contiguous(
             **options,
         )
     return (out, lse) if return_lse else out
+
+
+@cache
+def _contiguous_checker(spec: KVSpec) -> Callable[..., Dims]:
+    return checker(
+        "prefill.prefill_contiguous",
+        q=("B T HQ D", FLOATS),
+        **spec.rules(("k", "v", "k_scales", "v_scales"), "B"),
+        lengths=optional("B", INT32),
+        out=optional("B T HQ D", "q"),
+        lse=optional("B T HQ", FLOAT32),
+    )
 
 
 def _int32(q: Any, values: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, check, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
 VARIANTS = [dict(X_T="float")]
@@ -55,13 +55,7 @@ def rotate(
     sine and cosine are rounded to float32. Source: RoFormer (Su et al., 2021).
     """
     op = "rope.rotate"
-    dims = check(
-        op,
-        q=(q, "T | HQ D", FLOATS),
-        k=(k, "T | H D", getattr(q, "dtype", None)),
-        positions=(positions, "T", INT32),
-        inv_freq=(inv_freq, "F", FLOAT32),
-    )
+    dims = _check(q, k, positions, inv_freq)
     T, D, F = dims["T"], dims["D"], dims["F"]
     if pairing not in PAIRINGS:
         raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {PAIRINGS}")
@@ -70,13 +64,20 @@ def rotate(
     if T * F * (dims["HQ"] + dims["H"]) == 0:
         return
     if on_gpu(q):
-        kernel, grid, block, scalars = dims.keep(
-            (cuda.current_device(), pairing), lambda: _launch_of(q, k, F, pairing)
-        )
+        kernel, grid, block, scalars = dims.keep(pairing, lambda: _launch_of(q, k, F, pairing))
         with cuda.on_stream(stream):
             cuda.launch(kernel, grid, block, q, k, positions, inv_freq, scalars=scalars)
     else:
         reference(q, k, positions, inv_freq, pairing)
+
+
+_check = checker(
+    "rope.rotate",
+    q=("T | HQ D", FLOATS),
+    k=("T | H D", "q"),
+    positions=("T", INT32),
+    inv_freq=("F", FLOAT32),
+)
 
 
 def reference(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str) -> None:

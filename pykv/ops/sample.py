@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, UINT64, check, like, on_gpu
+from pykv.arrays import FLOAT32, INT32, UINT64, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 
 VARIANTS: list[dict[str, int | str]] = [{}]
@@ -47,7 +47,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     Runs where the arrays are; on a GPU it only enqueues. Exact.
     """
     op = "sample.argmax"
-    dims = check(op, logits=(logits, "B V", FLOAT32), out=(out, "B", INT32))
+    dims = _check_argmax(logits, out)
     _check_vocabulary(op, dims["V"])
     if out is None:
         out = like(logits, (dims["B"],), np.int32)
@@ -58,6 +58,20 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     else:
         out[:] = reference_argmax(logits)
     return out
+
+
+_check_argmax = checker("sample.argmax", logits=("B V", FLOAT32), out=optional("B", INT32))
+_check_sample = checker(
+    "sample.sample",
+    logits=("B V", FLOAT32),
+    temperature=("B", FLOAT32),
+    top_k=("B", INT32),
+    top_p=("B", FLOAT32),
+    min_p=("B", FLOAT32),
+    seeds=("B", UINT64),
+    steps=("B", INT32),
+    out=optional("B", INT32),
+)
 
 
 def sample(
@@ -113,17 +127,7 @@ def sample(
     Random numbers: splitmix64 (Steele, Lea and Flood, 2014), as 64-bit fractions.
     """
     op = "sample.sample"
-    dims = check(
-        op,
-        logits=(logits, "B V", FLOAT32),
-        temperature=(temperature, "B", FLOAT32),
-        top_k=(top_k, "B", INT32),
-        top_p=(top_p, "B", FLOAT32),
-        min_p=(min_p, "B", FLOAT32),
-        seeds=(seeds, "B", UINT64),
-        steps=(steps, "B", INT32),
-        out=(out, "B", INT32),
-    )
+    dims = _check_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out)
     _check_vocabulary(op, dims["V"])
     gpu = on_gpu(logits)
     if not gpu:

@@ -42,9 +42,9 @@ def linear(
         bias: [O] float32 or the dtype of `w`.
         out: [T, O] dtype of `x`; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
-        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, cuBLAS for
-            more where it is installed and the stream is not being captured. "own": never cuBLAS.
-            "cublas": for any number of tokens. The host ignores it.
+        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, and up to 32
+            where weights are small; else cuBLAS, where it is installed and the stream is not being
+            captured. "own": never cuBLAS. "cublas": for any number of tokens. The host ignores it.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -120,7 +120,10 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
 
 
 _GEMV_ROWS = 8  # tokens that share one reading of the weights
-_GEMV_TOKENS = 32  # without cuBLAS: up to here, reading the weights again beats the tile kernel
+_GEMV_TOKENS = 32  # up to here, reading the weights again beats the tile kernel
+# Of weights read again, which takes 30 us at 300 GB/s (T4) and 2 on an H200. To get cuBLAS going
+# takes the host 80 us more than the own kernel: a step of SmolLM2 for 16 tokens 14 ms, without 4.3.
+_REREAD_BYTES = 8 << 20
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
@@ -170,7 +173,8 @@ _BETA_ADDRESS = _BETA.__array_interface__["data"][0]
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
     """Whether cuBLAS multiplies; for gemm="cublas" an error says why it cannot."""
-    if gemm == "auto" and len(x) <= _GEMV_ROWS:
+    rereads = -(-len(x) // _GEMV_ROWS) - 1
+    if gemm == "auto" and len(x) <= _GEMV_TOKENS and rereads * w.nbytes <= _REREAD_BYTES:
         return False
     obstacle = _obstacle(x, w)
     if obstacle and gemm == "cublas":

@@ -180,6 +180,21 @@ def test_float32_weights_are_not_copied():
     assert len(seen) == 1 and np.shares_memory(seen[0], w)
 
 
+def test_few_tokens_and_small_weights_do_without_cublas(device, monkeypatch):
+    taken = []
+    monkeypatch.setattr(linear, "_obstacle", lambda x, w: None)
+    monkeypatch.setattr(linear, "_cublas", lambda x, *rest: taken.append(len(x)))
+    small, large = (device.zeros((O, 64), np.float16) for O in (16, 65544))  # 8 MiB and 1 KiB
+    for w, tokens in ((small, (1, 8, 9, 32)), (large, (8,))):
+        for T in tokens:
+            linear.linear(device.ones((T, 64), np.float32), w)
+    assert taken == []
+    for w, T in ((small, 33), (large, 9)):
+        linear.linear(device.ones((T, 64), np.float32), w)
+        linear.linear(device.ones((T, 64), np.float32), w, gemm="cublas")
+    assert taken == [33, 33, 9, 9]
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_does_without_cublas(rng):
     import cupy

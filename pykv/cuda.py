@@ -521,6 +521,42 @@ def prepare(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return calls[0] if len(calls) == 1 else enqueue, result
 
 
+def graphed(work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work` as a CUDA graph, which costs the host one launch however many kernels it has.
+
+    Args:
+        work: enqueues the same at each call, nothing of it through cuBLAS, and goes by nothing that
+            changes but the contents of arrays.
+
+    Returns:
+        A function that enqueues `work` on CuPy's current stream and returns what it returned. The
+        first call is `work` itself, which compiles; the second captures it, and from then on the
+        arrays that it made are the same ones, filled anew by each call.
+    """
+    calls, graph, result = 0, None, None
+    pool: Any = None  # what the graph's kernels use between them, which nobody else may be given
+
+    def run() -> Any:
+        nonlocal calls, graph, result, pool
+        calls += 1
+        if calls == 1:
+            return work()
+        if graph is None:
+            cupy_cuda = _cupy().cuda
+            stream, pool = cupy_cuda.Stream(non_blocking=True), cupy_cuda.MemoryPool()
+            with stream, cupy_cuda.using_allocator(pool.malloc):
+                stream.begin_capture()
+                try:
+                    result = work()
+                finally:
+                    captured = stream.end_capture()
+            graph = captured  # unless the work failed
+        graph.launch()
+        return result
+
+    return run
+
+
 def _values(array: Any, args: tuple[Any, ...]) -> list[Any]:
     """Arguments of a kernel as cuda.core takes them."""
     return [

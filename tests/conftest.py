@@ -81,9 +81,10 @@ def array_module(request):
 
     def launch(*args, **sizes):
         recorded = cuda._recording.calls
-        machine.launch(*args, **sizes) if recorded is None else recorded.append(
-            bind(*args, **sizes)
-        )
+        if recorded is None:
+            cupy.enqueue(machine.launch, *args, **sizes)
+        else:
+            recorded.append(bind(*args, **sizes))
 
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(cuda, "bind", bind)

@@ -22,7 +22,7 @@ from pykv.errors import (
     ParameterError,
     UnsupportedError,
 )
-from pykv.ops import paged_append
+from pykv.ops import activation, paged_append
 
 ROOT = Path(__file__).parent.parent
 JOB_DEFINES = {**paged_append.VARIANTS[0], "HEAD_DIM": 64}
@@ -470,6 +470,33 @@ def test_launches_are_captured_in_a_graph():
         graph.launch(stream)
         stream.synchronize()
     assert bool((pool == 5).all())
+
+
+def test_a_graph_does_what_the_work_does(device):
+    """Also when others allocate between its launches, and after a capture that failed."""
+    x, ids = device.zeros((4, 8), np.float32), device.asarray(np.arange(4, dtype=np.int32))
+    fails = False
+
+    def work():
+        tripled = activation.embed(x, ids, scale=2.0)  # in memory that the graph allocates
+        if fails:
+            raise KeyboardInterrupt
+        activation.add(tripled, activation.embed(tripled, ids, scale=0.5))
+        return tripled
+
+    run, results, others = cuda.graphed(work), [], []
+    for i in range(6):
+        fails = i == 1
+        x[...] = i
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            continue
+        results.append(run())
+        assert bool((results[-1] == 3 * i).all())
+        others += (device.full((4, 8), -1.0, np.float32) for _ in range(8))
+    assert results[0] is not results[1] and all(x is results[1] for x in results[2:])
+    assert all(bool((other == -1).all()) for other in others)
 
 
 def test_warnings_are_errors_here():

@@ -65,7 +65,7 @@ def imports(on_gpu):
 
 
 def model_speed(model):
-    """Tokens a second of one sequence, eager, and the time from process start to the first text."""
+    """Tokens a second of one sequence, and the time from process start to the first text."""
     llm = pykv.LLM(model, prefix_cache=False)  # or prompts would be computed once
     params = pykv.SamplingParams(max_tokens=128, ignore_eos=True)
     long = llm.tokenize(PROMPT) * 100

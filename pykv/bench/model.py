@@ -2,9 +2,9 @@
 
 A sequence has L tokens of one of a few random prompts before, with the keys and values that the
 model gives them: over random ones logits are noise, which a single code on the other side of a tie
-changes. Times are by the clock, from an idle GPU until it has chosen the tokens, the likeliest
-ones, as the host's launches are part of what a user waits for. Bytes are those that a step cannot
-do without:
+changes. The step is that of pykv.LLM, a CUDA graph where that is one. Times are by the clock, from
+an idle GPU until it has chosen the tokens, the likeliest ones, as what the host does is part of
+what a user waits for. Bytes are those that a step cannot do without:
 
     matrices of all layers and of the head, once + B * L tokens of the cache with their scales
 
@@ -54,7 +54,7 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: B sequences of L tokens in a cache of kind `kv`, and their next one."""
-    from pykv.llm.model import Batch, forward
+    from pykv.llm.model import Batch, decode_step, forward
     from pykv.ops import sample
 
     B, L = case["B"], case["L"]
@@ -85,11 +85,12 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return Batch(new_ids, positions, new_slots, None, where, lengths)
 
     step = batch(xp, slice(None), table, last)
+    decode = decode_step(model, step, cache)
     logits, tokens = None, xp.full(B, -1, np.int32)
 
     def run() -> None:
         nonlocal logits
-        logits = forward(model, step, cache)
+        logits = decode()
         sample.argmax(logits, out=tokens)
 
     def check() -> bool:

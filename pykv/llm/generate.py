@@ -7,9 +7,10 @@ One step of the loop is the same for one prompt and for many: pack the tokens th
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.llm import gguf, models, sampling
 from pykv.llm.chat import chat_prompt
-from pykv.llm.model import Batch, Model, forward, load, read_config
+from pykv.llm.model import Batch, Model, decode_step, forward, load, read_config
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.tokenizer import Tokenizer
 from pykv.pool import PagedKVCache, float_kind
@@ -268,12 +269,13 @@ class LLM:
                 waiting = [s for s in waiting if not s.generated and not s.finish_reason]
                 yield
             active: list[_Sequence] = []
-            table = None
+            pool = None
             while unfinished := [s for s in sequences if not s.finish_reason]:
                 started = time.perf_counter()
-                if unfinished != active:
-                    active, table = unfinished, self._page_table(unfinished)
-                self._decode_step(active, table)
+                if unfinished != active or self.cache.k is not pool:  # another call enlarges it
+                    active, pool = unfinished, self.cache.k
+                    decode = self._decoder(active)
+                self._draw(active, decode())
                 stats.decode_seconds += time.perf_counter() - started
                 stats.decode_tokens += len(active)
                 yield
@@ -301,19 +303,28 @@ class LLM:
         if done:
             self._draw([due[i][0] for i in done], logits)
 
-    def _decode_step(self, active: list[_Sequence], table: Any) -> None:
-        """One token of every sequence."""
+    def _decoder(self, active: list[_Sequence]) -> Callable[[], Any]:
+        """A function that puts the last token of every sequence into the cache and gives the
+        logits after it, [B, V]."""
         P = self.page_size
-        packed = np.empty((4, len(active)), np.int32)  # one transfer for all four
-        for column, s in zip(packed.T, active, strict=True):
-            slot = s.pages[s.cached // P] * P + s.cached % P
-            column[:] = s.generated[-1], s.cached, slot, s.cached + 1
-        ids, positions, slots, lengths = self.xp.asarray(packed)
-        batch = Batch(ids, positions, slots, None, table, lengths)
-        logits = forward(self.model, batch, self.cache)
-        for s in active:
-            s.cached += 1
-        self._draw(active, logits)
+        inputs = self.xp.empty((4, len(active)), np.int32)  # one transfer for all four
+        fill = partial(np.copyto, inputs) if self.xp is np else inputs.set
+        ids, positions, slots, lengths = inputs
+        batch = Batch(ids, positions, slots, None, self._page_table(active), lengths)
+        step = decode_step(self.model, batch, self.cache)
+
+        def decode() -> Any:
+            packed = np.empty((4, len(active)), np.int32)
+            for column, s in zip(packed.T, active, strict=True):
+                slot = s.pages[s.cached // P] * P + s.cached % P
+                column[:] = s.generated[-1], s.cached, slot, s.cached + 1
+            fill(packed)
+            logits = step()
+            for s in active:
+                s.cached += 1
+            return logits
+
+        return decode
 
     def _draw(self, sequences: list[_Sequence], logits: Any) -> None:
         params = [s.params for s in sequences]

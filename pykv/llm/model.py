@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import like, on_gpu
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import activation, dequant, linear, norm, paged_decode, paged_qkv, rope
+from pykv.ops import activation, dequant, linear, norm, paged_check, paged_decode, paged_qkv, rope
 from pykv.pool import PagedKVCache
 
 
@@ -42,6 +45,10 @@ class Architecture:
     scaled_embedding: bool = False
     global_every: int = 0
 
+
+# Sequences that a CUDA graph decodes at most. For more, products by cuBLAS pay, of which CuPy
+# captures none; the own kernel reads the weights again for every eight.
+GRAPH_SEQUENCES = 32
 
 # The converter permutes q and k of llama files for adjacent pairs; the others keep the halves.
 ARCHITECTURES = {
@@ -418,7 +425,9 @@ def _matrix(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
 # --- Forward --------------------------------------------------------------------------------------
 
 
-def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -> Any:
+def forward(
+    model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None, *, gemm: str = "auto"
+) -> Any:
     """Run the tokens of a batch through the model and append their keys and values to the cache.
 
     Args:
@@ -426,6 +435,7 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
         batch: the tokens, on the model's device.
         cache: updated in place at `batch.slots`.
         rows: [R] int32, tokens whose logits are wanted; None means all T.
+        gemm: what multiplies on a GPU, see linear.linear.
 
     Returns:
         Logits [R, V] float32, on the model's device.
@@ -450,10 +460,20 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
         workspace = like(x, (size,), np.float32)
         workspace[: paged_decode.COUNTERS] = 0
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
+    multiply = partial(linear.linear, gemm=gemm)
+
+    def add_product(y: Any, weight: Any, post_norm: Any) -> None:
+        """x += y @ weight.T, normalised first where the model has a post norm."""
+        if post_norm is None:
+            multiply(y, weight, out=x, accumulate=True)
+            return
+        multiply(y, weight, out=normed)
+        norm.rms_norm(normed, post_norm, eps=config.eps, out=normed)
+        activation.add(x, normed)
 
     for i, layer in enumerate(model.layers):
         norm.rms_norm(x, layer.attention_norm, eps=config.eps, out=normed)
-        linear.linear(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
+        multiply(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
         cache.append_qkv(
             i,
             qkv,
@@ -473,27 +493,29 @@ def forward(model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None) -
             cache.decode(i, q, *where, workspace=workspace, **options)
         else:
             cache.prefill(i, q, batch.page_table, batch.lengths, batch.q_starts, **options)
-        _add_product(
-            x, attended_rows, layer.attention_out, layer.post_attention_norm, config, normed
-        )
+        add_product(attended_rows, layer.attention_out, layer.post_attention_norm)
 
         norm.rms_norm(x, layer.ffn_norm, eps=config.eps, out=normed)
-        linear.linear(normed, layer.gate_up, out=gate_up)
+        multiply(normed, layer.gate_up, out=gate_up)
         gated(gate_up, out=hidden)
-        _add_product(x, hidden, layer.down, layer.post_ffn_norm, config, normed)
+        add_product(hidden, layer.down, layer.post_ffn_norm)
 
     if rows is not None:
         x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
     norm.rms_norm(x, model.output_norm, eps=config.eps, out=normed)
-    return linear.linear(normed, model.head)
+    return multiply(normed, model.head)
 
 
-def _add_product(x: Any, y: Any, weight: Any, post_norm: Any, config: Config, scratch: Any) -> None:
-    """x += y @ weight.T, normalised first where the model has a post norm."""
-    if post_norm is None:
-        linear.linear(y, weight, out=x, accumulate=True)
-        return
-    linear.linear(y, weight, out=scratch)
-    norm.rms_norm(scratch, post_norm, eps=config.eps, out=scratch)
-    activation.add(x, scratch)
+def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[], Any]:
+    """A function that does `forward` on a batch of one token a sequence; each call goes by what the
+    batch's arrays contain then. The cache must not be enlarged meanwhile.
+
+    A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU, few
+    sequences therefore get a CUDA graph, whose logits are one array, filled anew by each call from
+    the second on. Not while PYKV_CHECK asks to look at all page tables.
+    """
+    few = len(batch.ids) <= GRAPH_SEQUENCES
+    step = partial(forward, model, batch, cache, gemm="own" if few else "auto")
+    by_graph = few and on_gpu(batch.ids) and not paged_check.ALWAYS
+    return cuda.graphed(step) if by_graph else step

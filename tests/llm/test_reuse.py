@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pykv.errors import CapacityError
-from pykv.llm import SamplingParams
+from pykv.llm import SamplingParams, model
+from pykv.ops import paged_check
 from tests.helpers import without_simt
 
 P = 16
@@ -112,19 +113,43 @@ def test_the_pool_keeps_its_size_and_evicts(open_llm, rng):
     assert llm.stats.reused_tokens == 32  # a refusal forgets nothing
 
 
-@without_simt
 def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
     llm = open_llm()
     prompt = tokens_of(rng, 20)
     stream = llm.stream(prompt, greedy(20))
-    pieces = [next(stream)]
+    pieces = [next(stream) for _ in range(4)]  # of which the last steps are a graph
     longer = prompt + tokens_of(rng, 60)
     assert llm.generate([longer], greedy(8)) == open_llm().generate([longer], greedy(8))
     assert llm.cache.manager.num_pages == 3 + 6  # the other stream holds its own
     pieces += stream
-    assert "".join(pieces) == open_llm().generate([prompt], greedy(20))[0].text
+    (whole,) = open_llm().generate([prompt], greedy(20))
+    assert "".join(pieces) == whole.text
+    more = prompt + whole.token_ids[:15]  # steps after the cache has grown are in the new one
+    assert llm.generate([more], greedy(8)) == open_llm().generate([more], greedy(8))
+    assert llm.stats.reused_tokens == 32
     llm.generate([longer[:50]], greedy(2))
     assert llm.stats.reused_tokens == 48
+
+
+def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
+    """On a device, from the second step of the same sequences on; the text is that of eager ones.
+    Where validation looks at all tables, it does not."""
+    llm = open_llm(prefix_cache=False)
+    on_host, forward, calls = llm.xp is np, model.forward, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    prompts, answers = [tokens_of(rng, n) for n in (5, 9)], []
+    for most, always, expected in ((0, False, 8), (2, False, 4), (1, False, 6), (2, True, 8)):
+        monkeypatch.setattr(model, "GRAPH_SEQUENCES", most)
+        monkeypatch.setattr(paged_check, "ALWAYS", always)
+        calls.clear()
+        answers.append(llm.generate(prompts, [greedy(9), greedy(5)]))  # 4 steps of both, 4 of one
+        assert len(calls) == (8 if on_host else expected)
+    assert answers[1:] == answers[:-1]
 
 
 @without_simt

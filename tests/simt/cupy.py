@@ -7,6 +7,8 @@ would on a GPU. What `empty` returns is poisoned.
 import ctypes
 import math
 import weakref
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -68,7 +70,7 @@ class ndarray:
         return _device(self.host[_host(key)])
 
     def __setitem__(self, key, value):
-        self.host[_host(key)] = _host(value)
+        enqueue(self.host.__setitem__, _host(key), _host(value))
 
     def __len__(self):
         return len(self.host)
@@ -180,6 +182,36 @@ class CUDARuntimeError(RuntimeError):
     """Nothing here raises it."""
 
 
+def enqueue(work, *args, **options):
+    """Do it, or while a stream is being captured, keep it for the graph."""
+    if Stream.captured is None:
+        work(*args, **options)
+    else:
+        Stream.captured.append(partial(work, *args, **options))
+
+
+class Stream:
+    """As much of a stream as capturing into a graph needs."""
+
+    captured = None  # what the graph of the stream that is being captured shall do
+
+    def __init__(self, non_blocking=False):
+        assert non_blocking  # the legacy default stream cannot be captured
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def begin_capture(self):
+        Stream.captured = []
+
+    def end_capture(self):
+        calls, Stream.captured = Stream.captured, None
+        return SimpleNamespace(launch=lambda: [call() for call in calls])
+
+
 class Event:
     """Everything is done when the call returns, so every event has happened."""
 
@@ -209,6 +241,9 @@ cuda = SimpleNamespace(
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     Event=Event,
+    Stream=Stream,
+    MemoryPool=lambda: SimpleNamespace(malloc=None),  # memory is never given to somebody else here
+    using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(
         getDevice=lambda: DEVICE,
@@ -218,7 +253,7 @@ cuda = SimpleNamespace(
         memoryTypeHost=1,
         memoryTypeDevice=2,
         memcpyAsync=lambda dst, src, size, kind, stream: ctypes.memmove(dst, src, size),
-        streamIsCapturing=lambda stream: False,
+        streamIsCapturing=lambda stream: Stream.captured is not None,
         eventRecord=lambda event, stream: None,
         eventQuery=lambda event: 0,
         CUDARuntimeError=CUDARuntimeError,

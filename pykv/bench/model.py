@@ -115,7 +115,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     return Work(
         run=run,
         check=check,
-        bytes=_matrix_bytes(model) + B * L * of_token,
+        bytes=model.matrix_bytes + B * L * of_token,
         ceiling="read",
         wall=True,
     )
@@ -171,12 +171,6 @@ def _load(name: str, xp: Any, hadamard: bool) -> Any:
     from pykv.llm.model import load
 
     return load(gguf.read(models.fetch(name)), xp, hadamard=hadamard)
-
-
-def _matrix_bytes(model: Any) -> int:
-    """Of all matrices that a step multiplies with."""
-    weights = [x for layer in model.layers for x in vars(layer).values()]
-    return sum(int(x.nbytes) for x in (*weights, model.head) if x is not None and x.ndim == 2)
 
 
 def conclude(records: list[Record]) -> str:

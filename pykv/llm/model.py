@@ -46,9 +46,11 @@ class Architecture:
     global_every: int = 0
 
 
-# Sequences that a CUDA graph decodes at most. For more, products by cuBLAS pay, of which CuPy
-# captures none; the own kernel reads the weights again for every eight.
+# A CUDA graph decodes so many sequences at most, and none that would read so many bytes of weights
+# again (13 ms at 300 GB/s, as long as Python takes for a step): else products by cuBLAS pay, of
+# which CuPy captures none.
 GRAPH_SEQUENCES = 32
+GRAPH_REREADS = 4 << 30
 
 # The converter permutes q and k of llama files for adjacent pairs; the others keep the halves.
 ARCHITECTURES = {
@@ -119,6 +121,12 @@ class Model:
     output_norm: Any
     head: Any
     hadamard: bool = False
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of all matrices that a step multiplies with."""
+        weights = [x for layer in self.layers for x in vars(layer).values()]
+        return sum(int(x.nbytes) for x in (*weights, self.head) if x is not None and x.ndim == 2)
 
 
 @dataclass
@@ -515,7 +523,8 @@ def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[],
     sequences therefore get a CUDA graph, whose logits are one array, filled anew by each call from
     the second on. Not while PYKV_CHECK asks to look at all page tables.
     """
-    few = len(batch.ids) <= GRAPH_SEQUENCES
+    B = len(batch.ids)
+    few = B <= GRAPH_SEQUENCES and linear.rereads(B) * model.matrix_bytes <= GRAPH_REREADS
     step = partial(forward, model, batch, cache, gemm="own" if few else "auto")
     by_graph = few and on_gpu(batch.ids) and not paged_check.ALWAYS
     return cuda.graphed(step) if by_graph else step

@@ -75,13 +75,19 @@ def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -
     if all(p.temperature == 0 for p in params):
         ids = sample.argmax(logits)
     else:
+        B, f4, i4 = len(params), np.float32, np.int32
+        columns: list[Any] = [
+            np.array([p.seed for p in params], np.uint64),
+            np.array([p.temperature for p in params], f4),
+            np.array([p.top_k for p in params], i4),
+            np.array([p.top_p for p in params], f4),
+            np.array([p.min_p for p in params], f4),
+            np.array(steps, i4),
+        ]
+        words = xp.asarray(np.concatenate([x.view(i4) for x in columns]))  # one transfer for all
+        temperature, top_k, top_p, min_p, index = words[2 * B :].reshape(5, B)
         ids = sample.sample(
-            logits,
-            xp.asarray(np.array([p.temperature for p in params], np.float32)),
-            xp.asarray(np.array([p.top_k for p in params], np.int32)),
-            xp.asarray(np.array([p.top_p for p in params], np.float32)),
-            xp.asarray(np.array([p.min_p for p in params], np.float32)),
-            xp.asarray(np.array([p.seed for p in params], np.uint64)),
-            xp.asarray(np.array(steps, np.int32)),
+            *(logits, temperature.view(f4), top_k, top_p.view(f4), min_p.view(f4)),
+            *(words[: 2 * B].view(np.uint64), index),
         )
     return [int(i) for i in ids.tolist()]

@@ -42,7 +42,7 @@ def linear(
         bias: [O] float32 or the dtype of `w`.
         out: [T, O] dtype of `x`; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
-        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, and up to 32
+        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, and up to 64
             where weights are small; else cuBLAS, where it is installed and the stream is not being
             captured. "own": never cuBLAS. "cublas": for any number of tokens. The host ignores it.
         stream: see pykv.cuda.on_stream.
@@ -121,9 +121,11 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
 
 _GEMV_ROWS = 8  # tokens that share one reading of the weights
 _GEMV_TOKENS = 32  # up to here, reading the weights again beats the tile kernel
-# Of weights read again, which takes 30 us at 300 GB/s (T4) and 2 on an H200. To get cuBLAS going
-# takes the host 80 us more than the own kernel: a step of SmolLM2 for 16 tokens 14 ms, without 4.3.
-_REREAD_BYTES = 8 << 20
+# Small weights may be read again, this many bytes in all: 110 us at 300 GB/s (T4), 50 on an H200,
+# which multiplies meanwhile. Tiles of so few weights are too few for a GPU, and to get cuBLAS going
+# takes the host 80 us more than the own kernel: a step of SmolLM2 for 64 tokens takes 14 ms by it.
+_REREAD_BYTES = 32 << 20
+_REREAD_TOKENS = 64
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
@@ -145,12 +147,22 @@ def _launch_of(x: Any, w: Any, bias: Any, accumulate: bool) -> tuple[Any, ...]:
     (T, I), O = x.shape, len(w)
     step = np.int64(x.strides[0] // x.itemsize)
     scalars = (*map(np.int32, (T, O, I)), step, np.int32(accumulate))
-    if T > _GEMV_TOKENS:
+    if T > _GEMV_TOKENS and not _is_small(T, w):
         return _kernel("gemm", x, w, bias), (-(-O // 64), -(-T // 64)), 256, scalars
     rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
     wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
     kernel = _kernel("gemv", x, w, bias, ROWS=rows, WIDE=int(wide))
     return kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, scalars
+
+
+def rereads(T: int) -> int:
+    """How often the own kernel reads weights again, beside the first time, for few tokens."""
+    return max(0, -(-T // _GEMV_ROWS) - 1)
+
+
+def _is_small(T: int, w: Any) -> bool:
+    """Whether weights are small enough to be read again."""
+    return T <= _REREAD_TOKENS and rereads(T) * w.nbytes <= _REREAD_BYTES
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:
@@ -173,8 +185,7 @@ _BETA_ADDRESS = _BETA.__array_interface__["data"][0]
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
     """Whether cuBLAS multiplies; for gemm="cublas" an error says why it cannot."""
-    rereads = -(-len(x) // _GEMV_ROWS) - 1
-    if gemm == "auto" and len(x) <= _GEMV_TOKENS and rereads * w.nbytes <= _REREAD_BYTES:
+    if gemm == "auto" and (len(x) <= _GEMV_ROWS or _is_small(len(x), w)):
         return False
     obstacle = _obstacle(x, w)
     if obstacle and gemm == "cublas":

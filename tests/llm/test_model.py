@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
-from pykv.llm import LLM, SamplingParams, gguf
+from pykv.llm import LLM, SamplingParams, gguf, sampling
 from pykv.llm.model import read_config
+from pykv.ops import sample
 from tests.llm import tiny
 
 DATA = Path(__file__).parent / "data"
@@ -218,6 +219,26 @@ def test_seeded_draws_do_not_depend_on_the_batch(llm):
     first, second = llm.generate([prompt, prompt], params)
     assert first.token_ids != second.token_ids
     assert llm.generate([prompt], params[1]) == [second]
+
+
+def test_every_parameter_reaches_the_draw(xp, rng):
+    """Each row has other parameters, and the tokens are those of `sample` with them."""
+    logits = xp.asarray(rng.standard_normal((64, 40)).astype(np.float32) * 2)
+    columns = dict(
+        temperature=rng.uniform(0.5, 2, 64).astype(np.float32),
+        top_k=rng.integers(0, 9, 64, np.int32),
+        top_p=rng.uniform(0.1, 1, 64).astype(np.float32),
+        min_p=rng.uniform(0, 0.5, 64).astype(np.float32),
+        seeds=rng.integers(0, 2**64, 64, np.uint64),
+        steps=rng.integers(0, 99, 64, np.int32),
+    )
+    want = sample.sample(logits, **{name: xp.asarray(x) for name, x in columns.items()})
+    temperature, top_k, top_p, min_p, seeds, steps = (x.tolist() for x in columns.values())
+    params = [
+        SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m, seed=s)
+        for t, k, p, m, s in zip(temperature, top_k, top_p, min_p, seeds, strict=True)
+    ]
+    assert sampling.draw(logits, params, steps, xp) == want.tolist()
 
 
 def test_stop_strings_end_the_text_and_are_held_back(llm):

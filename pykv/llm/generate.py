@@ -270,14 +270,17 @@ class LLM:
                 yield
             active: list[_Sequence] = []
             pool = None
+            # A finished row costs a GPU little; another graph costs as much as a few steps.
+            rows_for_one = 1 if self.xp is np else 2
             while unfinished := [s for s in sequences if not s.finish_reason]:
                 started = time.perf_counter()
-                if unfinished != active or self.cache.k is not pool:  # another call enlarges it
+                fewer = len(active) > rows_for_one * len(unfinished)
+                if not active or fewer or self.cache.k is not pool:  # another call enlarges it
                     active, pool = unfinished, self.cache.k
                     decode = self._decoder(active)
                 self._draw(active, decode())
                 stats.decode_seconds += time.perf_counter() - started
-                stats.decode_tokens += len(active)
+                stats.decode_tokens += len(unfinished)
                 yield
         finally:
             stats.cached_tokens = sum(s.cached for s in sequences)
@@ -305,7 +308,7 @@ class LLM:
 
     def _decoder(self, active: list[_Sequence]) -> Callable[[], Any]:
         """A function that puts the last token of every sequence into the cache and gives the
-        logits after it, [B, V]."""
+        logits after it, [B, V]. The row of one that is finished has no meaning."""
         P = self.page_size
         inputs = self.xp.empty((4, len(active)), np.int32)  # one transfer for all four
         fill = partial(np.copyto, inputs) if self.xp is np else inputs.set
@@ -316,23 +319,27 @@ class LLM:
         def decode() -> Any:
             packed = np.empty((4, len(active)), np.int32)
             for column, s in zip(packed.T, active, strict=True):
+                if s.finish_reason:
+                    column[:] = 0, 0, -1, 0  # not written, and without keys
+                    continue
                 slot = s.pages[s.cached // P] * P + s.cached % P
                 column[:] = s.generated[-1], s.cached, slot, s.cached + 1
             fill(packed)
             logits = step()
             for s in active:
-                s.cached += 1
+                s.cached += not s.finish_reason
             return logits
 
         return decode
 
     def _draw(self, sequences: list[_Sequence], logits: Any) -> None:
+        """The next token of every sequence that is not finished, from its row."""
         params = [s.params for s in sequences]
         steps = [len(s.generated) for s in sequences]
-        for sequence, token in zip(
-            sequences, sampling.draw(logits, params, steps, self.xp), strict=True
-        ):
-            self._accept(sequence, token)
+        tokens = sampling.draw(logits, params, steps, self.xp)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if not sequence.finish_reason:
+                self._accept(sequence, token)
 
     def _accept(self, s: _Sequence, token: int) -> None:
         """Take a drawn token into a sequence, and see whether it ends it."""

@@ -132,8 +132,8 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
 
 
 def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
-    """On a device, from the second step of the same sequences on; the text is that of eager ones.
-    Where validation looks at all tables, it does not."""
+    """On a device, from the second step of the same rows on; the text is that of eager ones. Where
+    validation looks at all tables, it does not."""
     llm = open_llm(prefix_cache=False)
     on_host, forward, calls = llm.xp is np, model.forward, []
 
@@ -142,13 +142,20 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
         return forward(*args, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    prompts, answers = [tokens_of(rng, n) for n in (5, 9)], []
-    for most, always, expected in ((0, False, 8), (2, False, 4), (1, False, 6), (2, True, 8)):
+    prompts, answers = [tokens_of(rng, n) for n in (5, 9, 3)], []
+    for most, always, expected in ((0, False, 9), (3, False, 4), (1, False, 8), (3, True, 9)):
         monkeypatch.setattr(model, "GRAPH_SEQUENCES", most)
         monkeypatch.setattr(paged_check, "ALWAYS", always)
         calls.clear()
-        answers.append(llm.generate(prompts, [greedy(9), greedy(5)]))  # 4 steps of both, 4 of one
-        assert len(calls) == (8 if on_host else expected)
+        # On a device, the third one's row stays until the second is finished, too.
+        answers.append(llm.generate(prompts, [greedy(10), greedy(7), greedy(4)]))
+        assert len(calls) == (9 if on_host else expected)
+        rows = [len(batch.ids) for _, batch, *_ in calls]
+        if on_host:
+            assert rows == [3] * 3 + [2] * 3 + [1] * 3
+        elif expected == 9:
+            assert rows == [3] * 6 + [1] * 3
+        assert llm.stats.decode_tokens == 9 + 6 + 3
     assert answers[1:] == answers[:-1]
 
 

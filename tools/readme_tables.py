@@ -309,8 +309,7 @@ def models(records):
     ]
     text = (
         "The next token of sequences of SmolLM2-135M (`pykv bench model`): milliseconds by the "
-        "clock. Up to 32 sequences are\na CUDA graph; of 64 most of the time is that of Python's "
-        "launches."
+        "clock, as a CUDA graph."
     )
     return [text, table(["sequences x context", *kinds], rows)]
 

@@ -49,7 +49,7 @@ class Architecture:
 # A CUDA graph decodes so many sequences at most, and none that would read so many bytes of weights
 # again (13 ms at 300 GB/s, as long as Python takes for a step): else products by cuBLAS pay, of
 # which CuPy captures none.
-GRAPH_SEQUENCES = 32
+GRAPH_SEQUENCES = 64
 GRAPH_REREADS = 4 << 30
 
 # The converter permutes q and k of llama files for adjacent pairs; the others keep the halves.

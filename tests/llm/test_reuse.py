@@ -132,8 +132,8 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
 
 
 def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
-    """On a device, from the second step of the same rows on; the text is that of eager ones. Where
-    validation looks at all tables, it does not."""
+    """On a device, from the second step of the same rows on; the text is that of eager ones. Not
+    where validation looks at all tables, nor where too much would be read again."""
     llm = open_llm(prefix_cache=False)
     on_host, forward, calls = llm.xp is np, model.forward, []
 
@@ -143,8 +143,16 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
 
     monkeypatch.setattr(model, "forward", counted)
     prompts, answers = [tokens_of(rng, n) for n in (5, 9, 3)], []
-    for most, always, expected in ((0, False, 9), (3, False, 4), (1, False, 8), (3, True, 9)):
+    monkeypatch.setattr(model.linear, "rereads", lambda T: T - 1)
+    for most, most_bytes, always, expected in (
+        (0, 1 << 30, False, 9),
+        (3, 1 << 30, False, 4),
+        (1, 1 << 30, False, 8),
+        (3, 0, False, 8),
+        (3, 1 << 30, True, 9),
+    ):
         monkeypatch.setattr(model, "GRAPH_SEQUENCES", most)
+        monkeypatch.setattr(model, "GRAPH_REREADS", most_bytes)
         monkeypatch.setattr(paged_check, "ALWAYS", always)
         calls.clear()
         # On a device, the third one's row stays until the second is finished, too.

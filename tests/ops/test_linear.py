@@ -180,6 +180,10 @@ def test_float32_weights_are_not_copied():
     assert len(seen) == 1 and np.shares_memory(seen[0], w)
 
 
+def test_weights_are_read_again_for_every_eight_tokens():
+    assert [linear.rereads(T) for T in (0, 1, 8, 9, 16, 17, 64)] == [0, 0, 0, 1, 1, 2, 7]
+
+
 def test_few_tokens_and_small_weights_do_without_cublas(device, monkeypatch):
     taken = []
     monkeypatch.setattr(linear, "_obstacle", lambda x, w: None)

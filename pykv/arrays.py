@@ -77,8 +77,8 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
             any stride; the others must be contiguous. `dtypes` is a dtype, the name of an earlier
             array, whose dtype it must then have, or a tuple of these. A third item is what address
             and strides must be multiples of on a GPU, in bytes; without it that is a vector for
-            matrices, and an element for tables and plain vectors. An `optional` array may be None;
-            one whose rule is a text must be, and the text says so: "None for fp16".
+            matrices, and an element for tables and plain vectors. An `optional` array may be None.
+            A rule that is a text, such as "None for fp16", allows None alone; errors quote it.
 
     Returns:
         A function of the arrays, in the order of their rules, that returns the sizes; shared

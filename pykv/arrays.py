@@ -93,7 +93,7 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
     # What has passed. A decode step makes the same 300 calls a token, so the work is done once; and
     # most often by an op's last call, with whose layouts a comparison is cheaper than a hash.
     passed: dict[tuple[Any, ...], Dims] = {}
-    latest: tuple[Any, Any] = None, None
+    latest: tuple[list[Any], Dims | None] = [], None
 
     def check(*arrays: Any) -> Dims:
         nonlocal latest
@@ -102,19 +102,17 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
         except (AttributeError, KeyError):  # not arrays; _check says which
             return _check(op, of, arrays)
         last, sizes = latest
-        if layouts == last:
-            found: Dims = sizes
-            return found
+        if sizes is not None and layouts == last:
+            return sizes
         key = tuple(layouts)
-        if key in passed:
-            found = passed[key]
-        else:
-            found = _check(op, of, arrays)
+        sizes = passed.get(key)
+        if sizes is None:
+            sizes = _check(op, of, arrays)
             if len(passed) >= 1024:  # shapes that change all the time must not fill the memory
                 passed.clear()
-            passed[key] = found
-        latest = layouts, found
-        return found
+            passed[key] = sizes
+        latest = layouts, sizes
+        return sizes
 
     return check
 

@@ -530,17 +530,18 @@ def graphed(work: Callable[[], Any]) -> Callable[[], Any]:
 
     Returns:
         A function that enqueues `work` on CuPy's current stream and returns what it returned. The
-        first call is `work` itself, which compiles; the second captures it, and from then on the
+        first call is `work` itself, which compiles; the next captures it, and from then on the
         arrays that it made are the same ones, filled anew by each call.
     """
-    calls, graph, result = 0, None, None
+    is_warm, graph, result = False, None, None
     pool: Any = None  # what the graph's kernels use between them, which nobody else may be given
 
     def run() -> Any:
-        nonlocal calls, graph, result, pool
-        calls += 1
-        if calls == 1:
-            return work()
+        nonlocal is_warm, graph, result, pool
+        if not is_warm:
+            result = work()
+            is_warm = True  # unless the work failed
+            return result
         if graph is None:
             cupy_cuda = _cupy().cuda
             stream, pool = cupy_cuda.Stream(non_blocking=True), cupy_cuda.MemoryPool()
@@ -550,7 +551,7 @@ def graphed(work: Callable[[], Any]) -> Callable[[], Any]:
                     result = work()
                 finally:
                     captured = stream.end_capture()
-            graph = captured  # unless the work failed
+            graph = captured  # here too
         graph.launch()
         return result
 

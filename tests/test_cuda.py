@@ -473,7 +473,8 @@ def test_launches_are_captured_in_a_graph():
 
 
 def test_a_graph_does_what_the_work_does(device):
-    """Also when others allocate between its launches, and after a capture that failed."""
+    """Also when others allocate between its launches, and after a first call or a capture that
+    failed."""
     x, ids = device.zeros((4, 8), np.float32), device.asarray(np.arange(4, dtype=np.int32))
     fails = False
 
@@ -485,8 +486,8 @@ def test_a_graph_does_what_the_work_does(device):
         return tripled
 
     run, results, others = cuda.graphed(work), [], []
-    for i in range(6):
-        fails = i == 1
+    for i in range(7):
+        fails = i in (0, 2)
         x[...] = i
         if fails:
             with pytest.raises(KeyboardInterrupt):

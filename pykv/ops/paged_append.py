@@ -294,7 +294,7 @@ def _append(
         return
     if on_gpu(k):
         launch = dims.keep(
-            (after, advance),
+            (spec, after, advance),
             lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
         )
         with cuda.on_stream(stream):

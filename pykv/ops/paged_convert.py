@@ -253,7 +253,7 @@ def _move(
             _check_pages(op, source, target, rows, P)
         if on_gpu(source.pools[0]):
             launches = sizes.keep(
-                "launches",
+                (source.spec, target.spec),
                 lambda: _launches_of(source, target, n, P, H, D, rows),
             )
             pairs = (target.pools, target.scales, source.pools, source.scales)

@@ -138,7 +138,7 @@ def append(
         pools = (k_pool, v_pool, k_scales, v_scales)
         arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
         launch = dims.keep(
-            (pairing, float(eps), bool(hadamard)),
+            (spec, pairing, float(eps), bool(hadamard)),
             lambda: _launch_of(spec, dims["P"], arrays, pairing, eps, hadamard),
         )
         with cuda.on_stream(stream):

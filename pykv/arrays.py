@@ -264,9 +264,9 @@ def asarray(x: Any) -> Any:
             on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
             if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
                 return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
-            return np.from_dlpack(x) if on_host else _cupy().from_dlpack(x)
+            return np.from_dlpack(x) if on_host else load_cupy().from_dlpack(x)
         if hasattr(x, "__cuda_array_interface__"):
-            return _cupy().asarray(x)
+            return load_cupy().asarray(x)
     except (TypeError, BufferError, RuntimeError) as error:
         if isinstance(error, DeviceError):
             raise
@@ -301,7 +301,7 @@ def from_pointer(
             f"from_pointer: address is {address:#x}, expected a positive multiple of "
             f"{dtype.alignment} for {dtype}"
         )
-    cupy = _cupy()
+    cupy = load_cupy()
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
@@ -313,7 +313,12 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return xp.empty(shape, dtype)
 
 
-def _cupy() -> Any:
+def load_cupy() -> Any:
+    """The CuPy module.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
     try:
         import cupy
     except ImportError as error:

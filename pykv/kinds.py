@@ -35,7 +35,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS, Rule
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -86,7 +86,7 @@ KINDS = {
     )
 }
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
-GRANULARITIES = {"token": "N P H", "head": "H", "tensor": "1"}  # the scales' dimensions, in NHD
+GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
 
 # What `KVSpec.parse` takes for a spec, besides the names of kinds.
@@ -129,6 +129,7 @@ class KVSpec:
                 )
 
     @staticmethod
+    @cache
     def parse(text: str) -> KVSpec:
         """The spec of a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3" (keys, then
         values), and after colons, in any order, a granularity, a scale dtype and a layout:
@@ -193,6 +194,46 @@ class KVSpec:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
 
+    # --- Shapes and strides: what a layout means is decided here alone ---
+
+    @property
+    def page_axes(self) -> tuple[str, str]:
+        """The letters of a page's dimensions before a row: ("P", "H") in NHD."""
+        return ("P", "H") if self.layout == "NHD" else ("H", "P")
+
+    def pool_shapes(self, N: int, P: int, H: int, D: int) -> tuple[tuple[int, ...], ...]:
+        """Of the pools of K and V."""
+        inner = (P, H) if self.layout == "NHD" else (H, P)
+        return tuple((N, *inner, kind.row_bytes(D) // kind.dtype.itemsize) for kind in self.kinds)
+
+    def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
+        """Of the scales of K or of V."""
+        sizes = dict(N=N, P=P, H=H)
+        return tuple(sizes.get(letter, 1) for letter in self._scale_dims("N").split())
+
+    def as_nhd(self, array: Any) -> Any:
+        """A pool or its scales as a view [N, P, H, ...]; scales of heads and tensors, and None, as
+        they are."""
+        if array is None or array.ndim < 3 or self.layout == "NHD":
+            return array
+        return array.swapaxes(1, 2)
+
+    def strides(self, array: Any) -> tuple[int, int, int]:
+        """Elements from a page, a token and a head of a pool or its scales to the next; 0 where
+        these share a scale, or there is no array."""
+        if array is None or (array.ndim == 1 and self.granularity == "tensor"):
+            return 0, 0, 0
+        steps = [n // array.itemsize for n in array.strides]
+        if array.ndim == 1:
+            return 0, 0, steps[0]
+        page, token, head = steps[:3]
+        return (page, token, head) if self.layout == "NHD" else (page, head, token)
+
+    def _scale_dims(self, pages: str) -> str:
+        if self.granularity == "token":
+            return " ".join((pages, *self.page_axes))
+        return "H" if self.granularity == "head" else "1"
+
     def rules(
         self,
         names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
@@ -204,8 +245,8 @@ class KVSpec:
             names: what the op calls them.
             pages: letter of how many pages they have.
         """
-        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
-        of_scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
+        dims = f"{' '.join((pages, *self.page_axes))} |"
+        of_scales = dims if self.granularity == "token" else self._scale_dims(pages)
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
         return {
             **dict(zip(names[:2], pools, strict=True)),
@@ -232,13 +273,23 @@ class KVSpec:
 
 
 def spec_of(
-    op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
+    op: str,
+    spec: KVSpec | str | None,
+    k_pool: Any,
+    v_pool: Any,
+    k_scales: Any = None,
+    v_scales: Any = None,
 ) -> KVSpec:
-    """The spec that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
+    """The spec that an op is given, as an object or as a text that `KVSpec.parse` reads; or where
+    None, the one that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
 
     Raises:
-        ParameterError: an array of bytes, which may be int4 or fp8, or of another dtype.
+        ParameterError: the text is unknown; or without a spec, an array of bytes, which may be int4
+            or fp8, or of another dtype.
+        DtypeError: the spec is something else.
     """
+    if spec is not None:
+        return as_spec(op, spec)
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None
@@ -246,14 +297,33 @@ def spec_of(
         scale_dtype = getattr(scales, "dtype", None)
         if getattr(scales, "ndim", 3) < 3:
             granularity = "tensor" if scales.size == 1 else "head"
-    spec = _spec(k_dtype, v_dtype, granularity, scale_dtype)
-    if spec is not None:
-        return spec
+    shown = _spec(k_dtype, v_dtype, granularity, scale_dtype)
+    if shown is not None:
+        return shown
     wrong_v = k_dtype in _BY_DTYPE
     name, pool = ("v_pool", v_pool) if wrong_v else ("k_pool", k_pool)
     raise ParameterError(
         f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
         f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
+    )
+
+
+def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
+    """A spec that may be given as a text.
+
+    Args:
+        op, name: of who is given it, for the text of errors.
+
+    Raises:
+        ParameterError: the text is unknown.
+        DtypeError: it is something else.
+    """
+    if isinstance(spec, KVSpec):
+        return spec
+    if isinstance(spec, str):
+        return KVSpec.parse(spec)
+    raise DtypeError(
+        f"{op}: {name} is a {type(spec).__name__}, expected a KVSpec or a text such as 'int8:HND'"
     )
 
 

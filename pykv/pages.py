@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import Dims, _cupy, checker, on_gpu
+from pykv.arrays import Dims, load_cupy, checker, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
@@ -161,7 +161,7 @@ def convert_pages(
         _check_targets(op, lists[1][:0], lists[1], to_facts["pages"], False)
     with cuda.on_stream(stream):
         if on_gpu(source.k):
-            lists = [None if ids is None else _cupy().asarray(ids) for ids in lists]
+            lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
         for layer in range(facts["layers"]):
             of_layer = [
                 [x if x is None else x[layer] for x in (c.k, c.v, c.k_scales, c.v_scales)]
@@ -351,7 +351,7 @@ def _plan_zeros(cache: Any, ids: Any) -> tuple[tuple[Any, Any, Any], Any]:
     is_target = np.zeros(cache.k.shape[1], bool)
     is_target[ids] = True
     ids = np.flatnonzero(is_target)  # none twice, which block_copy does not allow
-    xp = _cupy() if on_gpu(cache.k) else np
+    xp = load_cupy() if on_gpu(cache.k) else np
     zeros = xp.zeros(max(map(_page_bytes, moving)), np.uint8)
     tables = []
     for array in moving:
@@ -406,7 +406,7 @@ def _host_memory(shape: tuple[int, ...], dtype: Any, pinned: bool) -> Any:
     nbytes = int(np.prod(shape)) * dtype.itemsize
     if not pinned or nbytes == 0:
         return np.empty(shape, dtype)
-    memory = _cupy().cuda.alloc_pinned_memory(nbytes)
+    memory = load_cupy().cuda.alloc_pinned_memory(nbytes)
     return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
 
 
@@ -444,7 +444,7 @@ def save(
     ids = _ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
     store = swap_out(cache, ids)
     if on_gpu(cache.k):
-        _cupy().cuda.get_current_stream().synchronize()
+        load_cupy().cuda.get_current_stream().synchronize()
     tensors = {**_moving(store), **{name: _host(x) for name, x in _given_scales(store).items()}}
     metadata, table = _metadata(facts, len(ids), model), _table(tensors)
     metadata["sha256"] = _digest(metadata, table, tensors)
@@ -522,12 +522,12 @@ def load(
     for name, x in given.items():
         if pages is None:
             scales = getattr(cache, name)
-            scales[...] = _cupy().asarray(x) if on_gpu(scales) else x
+            scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x
         elif not _same_values(x, getattr(cache, name)):
             raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
     swap_in(cache, ids, store)
     if on_gpu(cache.k):
-        _cupy().cuda.get_current_stream().synchronize()
+        load_cupy().cuda.get_current_stream().synchronize()
     return count
 
 

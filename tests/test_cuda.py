@@ -35,8 +35,8 @@ def folder(tmp_path, monkeypatch):
     """An empty cache folder, and a memory that has forgotten every cubin."""
     pytest.importorskip("cuda.core")
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "_memory", {})
-    monkeypatch.setattr(cuda, "_warned", set())
+    monkeypatch.setattr(cuda.compiler, "_memory", {})
+    monkeypatch.setattr(cuda.compiler, "_warned", set())
     return tmp_path / "cache"
 
 
@@ -204,7 +204,7 @@ def test_processes_compile_side_by_side(folder):
 @nvrtc
 def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatch):
     some = [("paged_append", {**JOB_DEFINES, "HEAD_DIM": size}) for size in (64, 128)]
-    monkeypatch.setattr(cuda, "variants", lambda: some)
+    monkeypatch.setattr(cuda.compiler, "variants", lambda: some)
     assert cuda.warmup(["sm_75", "sm_90"]) == 4
     assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
     assert cuda.warmup(["sm_75", "sm_90"]) == 0
@@ -213,7 +213,7 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
 
 @nvrtc
 def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
-    monkeypatch.setattr(cuda, "variants", lambda: [("paged_append", dict(HEAD_DIM=64))])
+    monkeypatch.setattr(cuda.compiler, "variants", lambda: [("paged_append", dict(HEAD_DIM=64))])
     with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
         cuda.warmup(["sm_75"])
     with pytest.raises(CompileError):
@@ -264,7 +264,7 @@ def test_ptx_of_a_test_run_is_made_ahead(folder, tmp_path, monkeypatch):
         ["paged_append", {**JOB_DEFINES, "HEAD_DIM": size}] for size in (64, 8)
     ]
 
-    monkeypatch.setattr(cuda, "_targets", lambda: (999,))
+    monkeypatch.setattr(cuda.compiler, "_targets", lambda: (999,))
     monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", lambda: (0, 99, 9))
     for size in (64, 8):
         code = cuda.compile(**{**JOB, "arch": "compute_75", "HEAD_DIM": size}).code

@@ -33,7 +33,7 @@ def mass(
     lse: Any,
     *,
     k_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -70,8 +70,7 @@ def mass(
     the query rows. Source: the heavy hitters of H2O (2023), and SnapKV (2024).
     """
     op = "attention_mass.mass"
-    if spec is None:
-        spec = spec_of(op, k_pool, k_pool, k_scales, k_scales)
+    spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
     elif spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
@@ -145,7 +144,7 @@ def reference(
     window: int | None = None,
     *,
     k_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     soft_cap: float | None = None,
     slopes: Any = None,
     tree: Any = None,
@@ -200,9 +199,9 @@ def _plan(
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
     defines: dict[str, Any] = dict(
         HEAD_DIM=D,
-        Q_T=cuda.TYPE_NAMES[q.dtype],
+        Q_T=q.dtype,
         K_T=spec.kinds[0].c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
+        SCALE_T=scale_dtype if spec.has_scales else "f16",
         **{flag: 1 for flag, x in (("ALIBI", slopes), ("TREE", tree)) if x is not None},
     )
     score_scale, cap = scale * LOG2_E, 0.0

@@ -225,9 +225,9 @@ def _defines(
     while lanes < 32 and lanes * 8 < max(K, V):
         lanes *= 2
     return dict(
-        NEW_T=cuda.TYPE_NAMES[new],
-        K_T=cuda.TYPE_NAMES[k_dtype],
-        V_T=cuda.TYPE_NAMES[v_dtype],
+        NEW_T=new,
+        K_T=k_dtype,
+        V_T=v_dtype,
         LENGTH_T="i64" if lengths == LENGTHS[1] else "int",
         K_DIM=K,
         V_DIM=V,

@@ -96,6 +96,6 @@ def reference(blocks: Any, kind: str, out: Any) -> None:
 
 
 def _cuda(blocks: Any, kind: str, out: Any, stream: Any) -> None:
-    kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=cuda.TYPE_NAMES[out.dtype])
+    kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=out.dtype)
     with cuda.on_stream(stream):
         cuda.launch(kernel, -(-out.size // 2048), 256, out, blocks, np.int64(out.size))

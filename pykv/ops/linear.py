@@ -166,11 +166,8 @@ def _is_small(T: int, w: Any) -> bool:
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:
-    names = cuda.TYPE_NAMES
-    bias_name = "float" if bias is None else names[bias.dtype]
-    return cuda.kernel(
-        "linear", name, X_T=names[x.dtype], W_T=names[w.dtype], B_T=bias_name, **defines
-    )
+    of_bias = FLOATS[0] if bias is None else bias.dtype
+    return cuda.kernel("linear", name, X_T=x.dtype, W_T=w.dtype, B_T=of_bias, **defines)
 
 
 # --- cuBLAS ---------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _plan(values: Any, lse: Any, lse_base: str) -> tuple[Any, int, tuple[Any, ..
     """Kernel, grid and scalars for arrays that are checked."""
     S, T, HQ, D = values.shape
     kernel = cuda.kernel(
-        "merge_states", "merge_states", X_T=cuda.TYPE_NAMES[values.dtype], HEAD_DIM=D
+        "merge_states", "merge_states", X_T=values.dtype, HEAD_DIM=D
     )
     binary = 1.0 if lse_base == "2" else math.log2(math.e)
     scalars = (

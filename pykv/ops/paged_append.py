@@ -52,7 +52,7 @@ def append(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -85,7 +85,7 @@ def append(
     of pykv.kinds.quantize. Source: vLLM's slot mapping.
     """
     op = "paged_append.append"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(op, spec)(k, v, k_pool, v_pool, k_scales, v_scales, slots)
     if paged_check.enabled(check, k, stream):
         with cuda.on_stream(stream):
@@ -107,7 +107,7 @@ def append_decode(
     advance: bool = False,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -134,7 +134,7 @@ def append_decode(
     As `append`. Sources: FlashInfer's CSR table counts "after", baracuda's append plan "before".
     """
     op = "paged_append.append_decode"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     pools = (k_pool, v_pool, k_scales, v_scales)
     dims = _checker(op, spec)(k, v, *pools, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
@@ -164,7 +164,7 @@ def append_ragged(
     counts: str,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -186,7 +186,7 @@ def append_ragged(
     get_batch_indices_positions.
     """
     op = "paged_append.append_ragged"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     pools = (k_pool, v_pool, k_scales, v_scales)
     dims = _checker(op, spec)(k, v, *pools, append_indptr, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
@@ -214,7 +214,7 @@ def append_indexed(
     advance: bool = False,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -235,7 +235,7 @@ def append_indexed(
     As `append`. Source: FlashInfer's append_paged_kv_cache.
     """
     op = "paged_append.append_indexed"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     pools = (k_pool, v_pool, k_scales, v_scales)
     dims = _checker(op, spec)(k, v, *pools, batch_indices, positions, indices, indptr)
     if paged_check.enabled(check, k, stream):
@@ -433,7 +433,7 @@ def defines_of(
     # With `advance` all heads of a token meet in one block.
     block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
     defines = dict(
-        NEW_T=cuda.TYPE_NAMES[dtype],
+        NEW_T=dtype,
         **pool_defines(spec, D, H, P),
         ADDRESS=address,
         ROW_T="i64" if row_dtype == SLOTS[1] else "int",

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, _cupy, checker, on_gpu, optional
+from pykv.arrays import INT32, load_cupy, checker, on_gpu, optional
 from pykv.errors import ParameterError
 
 VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
@@ -58,7 +58,7 @@ def enabled(wanted: bool | None, array: Any, stream: Any = None) -> bool:
         return False
     if not on_gpu(array):
         return True
-    cupy_cuda = _cupy().cuda
+    cupy_cuda = load_cupy().cuda
     handle = cupy_cuda.get_current_stream().ptr if stream is None else cuda.stream_handle(stream)
     return not cupy_cuda.runtime.streamIsCapturing(handle)
 
@@ -414,7 +414,7 @@ _REFERENCES: dict[str, Callable[..., Iterator[Offender]]] = dict(
 
 
 def _cuda(what: str, threads: int, values: Any, *rest: Any) -> Offender | None:
-    xp = _cupy()
+    xp = load_cupy()
     index = "i64" if values.dtype == np.int64 else "int"
     kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index)
     found = xp.full(1, NOTHING, np.uint64)

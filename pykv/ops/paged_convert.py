@@ -39,7 +39,7 @@ def gather(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     k_out: Any = None,
     v_out: Any = None,
     dtype: Any = np.float16,
@@ -70,7 +70,7 @@ def gather(
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
     """
     op = "paged_convert.gather"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     if k_out is None or v_out is None:
         shape = _dense_shape(op, spec, k_pool, pages)
         with cuda.on_stream(stream):
@@ -90,7 +90,7 @@ def gather_rows(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     k_out: Any,
     v_out: Any,
     check: bool | None = None,
@@ -112,7 +112,7 @@ def gather_rows(
     Raises: as `gather`.
     """
     op = "paged_convert.gather_rows"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     names = (*_CACHE[:4], "indices")
     source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, names)
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
@@ -128,7 +128,7 @@ def scatter(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -142,7 +142,7 @@ def scatter(
     Raises: as `gather`.
     """
     op = "paged_convert.scatter"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     source = _dense(op, k, v, ("k", "v"))
     target = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
     _move(op, source, target, check, stream)

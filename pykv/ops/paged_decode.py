@@ -44,7 +44,7 @@ def decode(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -118,8 +118,7 @@ def decode(
     soft caps; SpecInfer for trees; Hydragen for shared prefixes.
     """
     op = "paged_decode.decode"
-    if spec is None:
-        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
@@ -371,7 +370,7 @@ def reference(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     soft_cap: float | None = None,
     slopes: Any = None,
     sinks: Any = None,
@@ -536,10 +535,10 @@ def _plan(
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
     defines: dict[str, Any] = dict(
         HEAD_DIM=sizes.D,
-        Q_T=cuda.TYPE_NAMES[q_dtype],
+        Q_T=q_dtype,
         K_T=k.c_type,
         V_T=v.c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
+        SCALE_T=scale_dtype if spec.has_scales else "f16",
         **{flag: 1 for flag, name in flags.items() if arrays[name] is not None},
     )
     score_scale, cap = scale * LOG2_E, 0.0

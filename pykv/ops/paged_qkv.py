@@ -53,7 +53,7 @@ def append(
     q_out: Any = None,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> Any:
@@ -111,7 +111,7 @@ def append(
     2024) for `hadamard`.
     """
     op = "paged_qkv.append"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(spec)(
         *(qkv, k_pool, v_pool, k_scales, v_scales, slots, positions, inv_freq),
         *(q_norm, k_norm, q_out),
@@ -294,8 +294,8 @@ def defines_of(
     blocks = -(-heads * lanes // BLOCK)  # of a token
     rows = -(-heads // blocks)  # of a block, the same in all
     return dict(
-        NEW_T=cuda.TYPE_NAMES[dtype],
-        W_T="float" if norm_dtype is None else cuda.TYPE_NAMES[norm_dtype],
+        NEW_T=dtype,
+        W_T="float" if norm_dtype is None else norm_dtype,
         **paged_append.pool_defines(spec, D, H, P),
         Q_HEADS=HQ,
         ROW_T="i64" if slot_dtype == SLOTS[1] else "int",

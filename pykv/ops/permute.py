@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import UINT64, _cupy
+from pykv.arrays import UINT64, load_cupy
 from pykv.errors import (
     DeviceError,
     DtypeError,
@@ -264,7 +264,7 @@ def prepare(
         *(shape, heads, layers, num_blocks, max_ctas, None, validate),
     )
     if move._launch:
-        _cupy().cuda.get_current_stream().synchronize()
+        load_cupy().cuda.get_current_stream().synchronize()
     return move
 
 
@@ -691,7 +691,7 @@ def _cuda(
         is_stack = side.chunk_stride == 0
         table = side.table
         if isinstance(table, np.ndarray):
-            table = _cupy().asarray(table)
+            table = load_cupy().asarray(table)
         tables.append(table[layers_before:] if is_stack else table)
         offset = (head - side.heads[0]) * side.head_stride + layers_before * side.chunk_stride
         sides += [

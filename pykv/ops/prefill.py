@@ -61,7 +61,7 @@ def prefill(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -119,8 +119,7 @@ def prefill(
     softmax, with the query heads of a KV head packed as rows; Gemma 2 for soft caps.
     """
     op = "prefill.prefill"
-    if spec is None:
-        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
@@ -192,7 +191,7 @@ def prefill_contiguous(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     return_lse: bool = False,
     out: Any = None,
     lse: Any = None,
@@ -223,8 +222,7 @@ def prefill_contiguous(
     Runs as `prefill`; on a GPU the first call for a shape makes tables, which later ones share.
     """
     op = "prefill.prefill_contiguous"
-    if spec is None:
-        spec = spec_of(op, k, v, k_scales, v_scales)
+    spec = spec_of(op, spec, k, v, k_scales, v_scales)
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
     if out is None:
@@ -310,7 +308,7 @@ def reference(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     soft_cap: float | None = None,
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
@@ -392,10 +390,10 @@ def _plan(
     kinds, scale_dtype = spec.kinds, SCALE_DTYPES[spec.scale_dtype]
     defines: dict[str, Any] = dict(
         HEAD_DIM=D,
-        Q_T=cuda.TYPE_NAMES[q.dtype],
+        Q_T=q.dtype,
         K_T=kinds[0].c_type,
         V_T=kinds[1].c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
+        SCALE_T=scale_dtype if spec.has_scales else "f16",
     )
     score_scale, cap = scale * LOG2_E, 0.0
     if soft_cap is not None:

@@ -163,7 +163,7 @@ def _launch_of(q: Any, k: Any, F: int, pairing: str) -> tuple[Any, ...]:
     """Kernel, grid, block and scalars for arrays that are checked."""
     T, HQ, D = q.shape
     H = k.shape[1]
-    kernel = cuda.kernel("rope", "rope", X_T=cuda.TYPE_NAMES[q.dtype])
+    kernel = cuda.kernel("rope", "rope", X_T=q.dtype)
     width = min(-(-F // 32) * 32, 256)  # threads along the pairs; the others along the heads
     height = 256 // width
     steps = (x.strides[0] // x.itemsize for x in (q, k))

@@ -11,7 +11,13 @@ from pykv import cuda
 def kernel_folder(monkeypatch, tmp_path):
     """An empty folder but for common.cuh, from which pykv takes its kernels during a test."""
     shutil.copy(cuda.KERNELS / "common.cuh", tmp_path)
-    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
-    cuda.source.cache_clear()
-    yield tmp_path
-    cuda.source.cache_clear()
+    monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
+    yield from _with_other_kernels(tmp_path)
+
+
+def _with_other_kernels(folder):
+    for cached in (cuda.source, cuda.signature):
+        cached.cache_clear()
+    yield folder
+    for cached in (cuda.source, cuda.signature):
+        cached.cache_clear()

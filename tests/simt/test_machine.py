@@ -522,7 +522,7 @@ FAULTS = {
 def add_kernel(folder, text, name="faulty"):
     (folder / f"{name}.cu").write_text(f'#include "common.cuh"\n{text}\n')
     cuda.source.cache_clear()
-    return machine.kernel(name, name)
+    return machine.load(machine.ARCH, name, name)
 
 
 def run(folder, body, case):

@@ -18,6 +18,7 @@ from typing import Any as _Any
 
 from pykv import blocks
 from pykv.arrays import asarray, from_pointer
+from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache, SequenceCache
@@ -32,6 +33,8 @@ __all__ = [
     "asarray",
     "blocks",
     "from_pointer",
+    "graph",
+    "prepare",
     *_RUNTIME,
 ]
 
@@ -44,7 +47,7 @@ def __getattr__(name: str) -> _Any:
     raise AttributeError(f"module 'pykv' has no attribute {name!r}")
 
 
-def _prepare() -> None:
+def _compile_kernels() -> None:
     """Compile the usual kernels for the GPUs present; without a driver, do nothing at all."""
     from pykv import cuda
 
@@ -55,4 +58,4 @@ def _prepare() -> None:
         cuda.warmup(archs)
 
 
-_prepare()
+_compile_kernels()

@@ -71,7 +71,7 @@ def mass(
     """
     op = "attention_mass.mass"
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
-    elif spec.v != spec.k:
+    if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from pykv import install
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -313,13 +314,23 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return xp.empty(shape, dtype)
 
 
+def footprint(*arrays: Any) -> str:
+    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None is left out."""
+    held = [array for array in arrays if array is not None]
+    size, unit = float(sum(int(array.nbytes) for array in held)), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
+    return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
+
+
 def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise DeviceError(
-            "GPU arrays need CuPy: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        ) from error
+        advice = f"{install.command('cu13')} (or [cu12])"
+        raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
     return cupy
 
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import Dims, _cupy, checker, on_gpu
+from pykv.arrays import Dims, _cupy, checker, footprint, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
@@ -37,7 +37,7 @@ LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others f
 Ids = Sequence[int] | Any  # or a NumPy array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pages:
     """Pages that are no cache of their own: on a device, or on the host where they were swapped to.
 
@@ -49,6 +49,16 @@ class Pages:
     k_scales: Any
     v_scales: Any
     spec: KVSpec
+
+    def __repr__(self) -> str:
+        layers, num_pages, *inner, width = self.k.shape
+        page_size, heads = inner if self.spec.layout == "NHD" else reversed(inner)
+        head_dim = width * self.k.itemsize * 8 // self.spec.kinds[0].bits
+        return (
+            f"Pages(layers={layers}, pages={num_pages}, heads={heads}, head_dim={head_dim}, "
+            f'page_size={page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
 
 def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:

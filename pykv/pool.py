@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda, kinds
-from pykv.arrays import BFLOAT16
+from pykv.arrays import BFLOAT16, footprint
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -81,6 +81,14 @@ class PagedKVCache:
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
+
+    def __repr__(self) -> str:
+        layers, heads, head_dim = self._sizes
+        return (
+            f"PagedKVCache(layers={layers}, pages={self.k.shape[1]}, heads={heads}, "
+            f'head_dim={head_dim}, page_size={self.page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -284,6 +292,15 @@ class SequenceCache:
         self.blocks: list[int] = []
         self.length = 0
         self._pages, self._xp = pages, xp
+
+    def __repr__(self) -> str:
+        _, heads, head_dim = self._pages._sizes
+        arrays = (self.k, self.v, self.k_scales, self.v_scales)
+        return (
+            f"SequenceCache(length={self.length}, max_blocks={len(self.k)}, "
+            f"block_size={self.block_size}, heads={heads}, head_dim={head_dim}, "
+            f'spec="{self.spec}", {footprint(*arrays)})'
+        )
 
     def assign(self, block_ids: Sequence[int]) -> None:
         """Say where the sequence's blocks lie, in order.

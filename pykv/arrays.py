@@ -256,6 +256,10 @@ def asarray(x: Any) -> Any:
         DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
 
     Does not copy. DLPack orders the producer's stream before CuPy's current one.
+
+    >>> x = np.ones(3)
+    >>> pykv.asarray(x) is x
+    True
     """
     cupy = sys.modules.get("cupy")
     if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
@@ -315,7 +319,7 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def footprint(*arrays: Any) -> str:
-    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None is left out."""
+    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
     held = [array for array in arrays if array is not None]
     size, unit = float(sum(int(array.nbytes) for array in held)), "B"
     for larger in ("kB", "MB", "GB"):

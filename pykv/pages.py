@@ -41,7 +41,10 @@ Ids = Sequence[int] | Any  # or a NumPy array
 class Pages:
     """Pages that are no cache of their own: on a device, or on the host where they were swapped to.
 
-    Attributes: see the module.
+    Attributes:
+        k, v: [L, N, P, H, W], or [L, N, H, P, W] where the spec says HND.
+        k_scales, v_scales: as the module says; None for kinds of floats.
+        spec: a KVSpec.
     """
 
     k: Any
@@ -115,6 +118,12 @@ def copy_pages(
         DeviceError: host memory is pageable where a GPU copies.
 
     On a GPU only enqueues.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> cache.k[:, 1] = 5
+    >>> pykv.pages.copy_pages(cache, cache, [1], [3])
+    >>> bool((cache.k[:, 3] == 5).all())
+    True
     """
     tables, options = _plan("pages.copy_pages", source, target, source_pages, target_pages)
     block_copy.vectorized_copy(*tables, **options, stream=stream)
@@ -229,6 +238,12 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
         may go to others on other streams, when the stream has passed.
 
     Raises: as `copy_pages`.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8, spec="int8")
+    >>> store = pykv.pages.swap_out(cache, [3, 1])
+    >>> store
+    Pages(layers=2, pages=2, heads=1, head_dim=8, page_size=16, spec="int8", 1.3 kB on cpu)
+    >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
     if store is None:
         store = host_pages(cache, len(pages))
@@ -448,6 +463,13 @@ def save(
         OSError: the file cannot be written; what was there before is still there.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
+
+    >>> import tempfile
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pykv.pages.save(f"{folder}/prefix", cache, [1, 2], model="mine")
+    ...     pykv.pages.load(f"{folder}/prefix", cache, [0, 3], model="mine")
+    2
     """
     op = "pages.save"
     facts = _facts(op, "cache", cache)

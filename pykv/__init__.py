@@ -63,7 +63,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _prepare() -> None:
+def _compile_kernels() -> None:
     """Compile the usual kernels for the GPUs present; without a driver, do nothing at all."""
     from pykv import cuda
 
@@ -74,4 +74,4 @@ def _prepare() -> None:
         cuda.warmup(archs)
 
 
-_prepare()
+_compile_kernels()

@@ -241,6 +241,17 @@ def on_gpu(array: Any) -> bool:
     return not isinstance(array, np.ndarray)
 
 
+def footprint(*arrays: Any) -> str:
+    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
+    held = [array for array in arrays if array is not None]
+    size, unit = float(sum(int(array.nbytes) for array in held)), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
+    return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
+
+
 def asarray(x: Any) -> Any:
     """The NumPy or CuPy array that shares memory with `x`, for use with every op.
 
@@ -316,17 +327,6 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
     xp = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
     return xp.empty(shape, dtype)
-
-
-def footprint(*arrays: Any) -> str:
-    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
-    held = [array for array in arrays if array is not None]
-    size, unit = float(sum(int(array.nbytes) for array in held)), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size >= 1000:
-            size, unit = size / 1000, larger
-    device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
-    return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
 
 
 def _cupy() -> Any:

@@ -98,6 +98,11 @@ def check_slots(
         slots: [n] int32 or int64.
         num_slots: N * P, below 2^32.
         op, name: for the text.
+
+    >>> pykv.ops.paged_check.check_slots(np.array([0, -1, 9], np.int32), num_slots=8)
+    Traceback (most recent call last):
+        ...
+    pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
     if found := _first("slots", n, dict(slots=slots), dict(n=n, end=num_slots)):

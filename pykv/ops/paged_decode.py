@@ -127,6 +127,18 @@ def decode(
     decoding (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured
     graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for
     soft caps; SpecInfer for trees; Hydragen for shared prefixes.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2)
+    >>> k = np.zeros((3, 1, 8), np.float32)  # equal keys: the mean of the values
+    >>> v = np.repeat(np.array([1, 2, 6], np.float32), 8).reshape(3, 1, 8)
+    >>> cache.append(0, k, v, np.array([2, 3, 0], np.int32))  # pages 1, 1 and 0
+    >>> table, lengths = np.array([[1, 0]], np.int32), np.array([3], np.int32)
+    >>> q = np.ones((1, 2, 8), np.float32)  # two query heads share the KV head
+    >>> out, lse = pykv.ops.paged_decode.decode(
+    ...     q, *cache.layers[0], table, lengths, return_lse=True
+    ... )
+    >>> out[0, :, 0], lse[0].round(4)  # log(3)
+    (array([3., 3.], dtype=float32), array([1.0986, 1.0986], dtype=float32))
     """
     op = "paged_decode.decode"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)

@@ -118,6 +118,15 @@ def prefill(
     q_starts are not checked, unless checking. Accumulates in float32, in key order; weights of
     16-bit queries are rounded to 16 bits, as the output is. Sources: FlashAttention-2's online
     softmax, with the query heads of a KV head packed as rows; Gemma 2 for soft caps.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=2, heads=1, head_dim=8, page_size=2)
+    >>> k = np.zeros((3, 1, 8), np.float32)
+    >>> v = np.repeat(np.array([1, 2, 6], np.float32), 8).reshape(3, 1, 8)
+    >>> cache.append(0, k, v, np.arange(3, dtype=np.int32))
+    >>> table, lengths, starts = (np.array(x, np.int32) for x in ([[0, 1]], [3], [0, 3]))
+    >>> q = np.ones((3, 1, 8), np.float32)  # each query sees the keys up to its own
+    >>> pykv.ops.prefill.prefill(q, *cache.layers[0], table, lengths, starts)[:, 0, 0]
+    array([1. , 1.5, 3. ], dtype=float32)
     """
     op = "prefill.prefill"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)

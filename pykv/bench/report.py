@@ -169,6 +169,9 @@ def row(one: Record) -> dict[str, Any]:
         "ok": one["ok"],
         **{name: "" if x is None else f"{x:.{digits}f}" for name, (x, digits) in numbers.items()},
         "ceiling": one["ceiling"] or "",
+        "ceiling_gbps": "" if one["ceiling_gbps"] is None else f"{one['ceiling_gbps']:.2f}",
+        "flops": one["flops"],
+        **{name: one.get(name) or "" for name in ("device", "driver", "pykv", "commit", "date")},
     }
 
 

@@ -321,6 +321,10 @@ def _bench(args: argparse.Namespace) -> int:
         table = report.to_csv(own, getattr(module, "row", report.row))
         if given.json and records:
             report.write_json(given.json, records)
+            if (records[0]["commit"] or "").endswith("+"):
+                _complain(
+                    f"{given.json} says +: files differ from the commit, so no table takes it"
+                )
         if given.csv not in (None, "-") and own:
             with open(given.csv, "w", encoding="utf-8", newline="") as file:
                 file.write(table)

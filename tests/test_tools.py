@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pykv import bench
 from pykv.bench import report
+from tests.bench.test_timing import Gpu
 from tools import compare_bench, compare_commits, compare_flashinfer, plot, readme_tables
 
 TOOLS = Path(plot.__file__).parent
@@ -192,6 +194,35 @@ def test_filters_and_absent_cases_are_left_out(capsys):
     turns, _ = turns_of(times, times, ["kv=fp16"])
     assert compare_commits.report(compare_commits.rows(turns), 1) == 2
     assert "no case is in both trees" in capsys.readouterr().err
+
+
+def test_the_process_of_a_tree_answers_line_by_line(monkeypatch):
+    """On a GPU that is made up: a graph's replay takes 30 us, a call keeps the host for 8."""
+    gpu = Gpu(host_us=8.0)
+    gpu.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
+    right = dict(check=lambda: True, graph=0, wall=False, reads_only=False)
+
+    def make(case, xp, rng):
+        if case["size"] == 3:
+            return None
+        run = lambda: None if gpu.capturing else gpu.run()  # noqa: E731
+        return SimpleNamespace(**{**right, "run": run, "wall": case["size"] == 2})
+
+    toy = SimpleNamespace(CASES=[dict(size=size) for size in (1, 2, 3)], make=make)
+    monkeypatch.setattr(bench, "load", lambda name: toy)
+    monkeypatch.setitem(sys.modules, "cupy", gpu)
+    monkeypatch.setattr(compare_commits.time, "perf_counter", gpu.clock)
+    monkeypatch.chdir(TOOLS.parent)
+    requests = [["cases", "toy"]]
+    for case in toy.CASES:
+        requests += [["make", "toy", case], *([["time", 20]] if case["size"] < 3 else [])]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, requests))))
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    out = sys.stdout
+    compare_commits.work()
+    cases, first, times, second, wall, third = map(json.loads, out.getvalue().splitlines())
+    assert cases == toy.CASES and (first, second, third) == (True, True, None)
+    assert times == pytest.approx([30.0, 8.0]) and wall == pytest.approx([8.0 + 100.0, 8.0])
 
 
 def test_the_quick_cases_are_there():

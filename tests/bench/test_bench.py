@@ -237,7 +237,19 @@ def test_a_graph_replays_on_the_gpu():
 # --- The command ---
 
 
-def test_command(capsys, tmp_path, small):
+@pytest.mark.parametrize("commit", ["abc123", "abc123+", None])
+def test_a_record_of_a_changed_tree_says_so(capsys, tmp_path, small, monkeypatch, commit):
+    monkeypatch.setattr(report, "commit", lambda folder: commit)
+    path = tmp_path / "x.json"
+    argv = ("bandwidth", "--device", "cpu", "--size", SMALL, "--json", path)
+    code, _, err = run(capsys, *argv)
+    assert code == 0 and {one["commit"] for one in report.read_json(str(path))} == {commit}
+    note = f"pykv: {path} says +: files differ from the commit, so no table takes it\n"
+    assert err.endswith(note) == (commit == "abc123+") and ("says" in err) == err.endswith(note)
+
+
+def test_command(capsys, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(report, "commit", lambda folder: "abc123")
     paths = [tmp_path / "x.json", tmp_path / "x.csv"]
     code, out, err = run(
         *(capsys, "bandwidth", "--device", "cpu", "--size", SMALL, "--samples", 21),

@@ -201,4 +201,4 @@ def _measure(
 
 def _prepared(op: partial[Any]) -> Callable[[], object]:
     """The call of an op, checked once and ready to be made again."""
-    return cuda.prepare(op)[0]
+    return cuda.prepare(op.func, *op.args, **op.keywords)

@@ -20,19 +20,17 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import FormatError
-from pykv.pages import (
+from pykv.page_arrays import (
     Ids,
     check_targets,
     check_writeable,
     facts_of,
     given_scales,
-    host_pages,
     moving_arrays,
     page_ids,
     same_values,
-    swap_in,
-    swap_out,
 )
+from pykv.pages import host_pages, swap_in, swap_out
 
 FORMAT = "pykv.pages.1"
 _MAX_HEADER = 1 << 20  # bytes; ours take less than 1 KiB
@@ -55,6 +53,13 @@ def save(
         OSError: the file cannot be written; what was there before is still there.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
+
+    >>> import tempfile
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pykv.page_files.save(f"{folder}/prefix", cache, [1, 2], model="mine")
+    ...     pykv.page_files.load(f"{folder}/prefix", cache, [0, 3], model="mine")
+    2
     """
     op = "page_files.save"
     cuda.refuse_prepare(op, "it writes a file; pages.swap_out can be prepared")

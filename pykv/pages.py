@@ -21,30 +21,42 @@ compared when the call is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import Dims, checker, load_cupy, on_gpu
+from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
+from pykv.page_arrays import (
+    Ids,
+    check_apart,
+    check_targets,
+    check_writeable,
+    facts_of,
+    given_scales,
+    moving_arrays,
+    page_bytes,
+    page_ids,
+    page_ranges,
+    same_values,
+)
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 ARRAYS = ("k", "v", "k_scales", "v_scales")
 
-Ids = Sequence[int] | Any  # or a NumPy array
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pages:
     """Pages that are no cache of their own: on a device, or on the host where they were swapped to.
 
-    Attributes: see the module.
+    Attributes:
+        k, v: [L, N, P, H, W], or [L, N, H, P, W] where the spec says HND.
+        k_scales, v_scales: as the module says; None for kinds of floats.
+        spec: a KVSpec.
     """
 
     k: Any
@@ -52,6 +64,16 @@ class Pages:
     k_scales: Any
     v_scales: Any
     spec: KVSpec
+
+    def __repr__(self) -> str:
+        layers, num_pages, *inner, width = self.k.shape
+        sizes = dict(zip(self.spec.page_axes, inner, strict=True))
+        head_dim = width * self.k.itemsize * 8 // self.spec.kinds[0].bits
+        return (
+            f"Pages(layers={layers}, pages={num_pages}, heads={sizes['H']}, head_dim={head_dim}, "
+            f'page_size={sizes["P"]}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
 
 def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
@@ -77,9 +99,9 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
         return
     ids = np.unique(ids)  # block_copy allows no destination twice
     with cuda.on_stream(stream):
-        zeros = load_cupy().zeros(max(map(_page_bytes, arrays)), np.uint8)
+        zeros = load_cupy().zeros(max(map(page_bytes, arrays)), np.uint8)
     cuda.hold(zeros, *arrays)
-    to, sizes = _ranges(arrays, ids)
+    to, sizes = page_ranges(arrays, ids)
     src = np.full(len(to), ranges.address_of(zeros), np.uint64)  # a page that caches hold
     block_copy.vectorized_copy(src, to, sizes, stream=stream)
 
@@ -109,6 +131,12 @@ def copy_pages(
         DeviceError: host memory is pageable where a GPU copies.
 
     On a GPU only enqueues.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> cache.k[:, 1] = 5
+    >>> pykv.pages.copy_pages(cache, cache, [1], [3])
+    >>> bool((cache.k[:, 3] == 5).all())
+    True
     """
     op = "pages.copy_pages"
     facts, to_facts = facts_of(op, "source", source), facts_of(op, "target", target)
@@ -124,7 +152,7 @@ def copy_pages(
     check_targets(op, to_ids, to_facts["pages"])
     check_writeable(op, "target", target)
     arrays, to_arrays = (list(moving_arrays(c).values()) for c in (source, target))
-    _check_apart(op, (arrays, ids), (to_arrays, to_ids))
+    check_apart(op, (arrays, ids), (to_arrays, to_ids))
     for name, scales in given_scales(source).items():
         others = getattr(target, name)
         if scales is not others and not same_values(scales, others):
@@ -136,11 +164,11 @@ def copy_pages(
             ("source", source, ids) if on_gpu(target.k) else ("target", target, to_ids)
         )
         for letter, x in moving_arrays(store).items():
-            first = _page_addresses(x, at)[:1]
+            first = page_ranges([x], at[:1])[0][:1]
             ranges.check_reachable(op, f"{name}.{letter}", first, x.itemsize)
     cuda.hold(*arrays, *to_arrays)
-    src, sizes = _ranges(arrays, ids)
-    dst, _ = _ranges(to_arrays, to_ids)
+    src, sizes = page_ranges(arrays, ids)
+    dst, _ = page_ranges(to_arrays, to_ids)
     block_copy.vectorized_copy(
         *(src, dst, sizes),
         device="cuda" if over_link or on_gpu(source.k) else "cpu",
@@ -192,7 +220,7 @@ def convert_pages(
     check_targets(op, sides[1][1], to_facts["pages"])
     check_writeable(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
-    _check_apart(op, *sides, in_place=source.spec.layout == target.spec.layout)
+    check_apart(op, *sides, in_place=source.spec.layout == target.spec.layout)
     if on_gpu(source.k):
         with cuda.on_stream(stream):
             lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
@@ -254,6 +282,12 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
         may go to others on other streams, when the stream has passed.
 
     Raises: as `copy_pages`.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8, spec="int8")
+    >>> store = pykv.pages.swap_out(cache, [3, 1])
+    >>> store
+    Pages(layers=2, pages=2, heads=1, head_dim=8, page_size=16, spec="int8", 1.3 kB on cpu)
+    >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
     if store is None:
         store = host_pages(cache, len(pages))
@@ -264,172 +298,6 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
 def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
-
-
-# --- Arrays and pages -----------------------------------------------------------------------------
-
-
-def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
-    """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
-    spec: KVSpec = cache.spec
-    pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
-    if spec.granularity == "token":
-        sizes = _pages_checker(op, name, spec)(*pools, *scales)
-    else:  # scales may be elsewhere than pages that were swapped out
-        sizes = _pages_checker(op, name, spec)(*pools)
-        _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
-    return dict(
-        spec=str(spec),
-        layers=sizes["L"],
-        page_size=sizes["P"],
-        heads=sizes["H"],
-        head_dim=sizes["D"],
-        pages=sizes["N"],
-    )
-
-
-@cache
-def _pages_checker(op: str, name: str, spec: KVSpec) -> Callable[..., Dims]:
-    """Of what pages are made of: pools, and scales of rows."""
-    page = " ".join(spec.page_axes)
-    rules: dict[str, Any] = {
-        f"{name}.{letter}": (f"L N | {page} {kind.width}", kind.dtype, 1)
-        for letter, kind in zip("kv", spec.kinds, strict=True)
-    }
-    if spec.granularity == "token":
-        rules |= spec.rules_of_scales(_scale_names(name), f"L N | {page}")
-    return checker(op, **rules)
-
-
-@cache
-def _scales_checker(op: str, name: str, spec: KVSpec, L: int, H: int) -> Callable[..., Dims]:
-    """Of scales that belong to the whole cache."""
-    dims = f"{L} {H if spec.granularity == 'head' else 1}"
-    return checker(op, **spec.rules_of_scales(_scale_names(name), dims))
-
-
-def _scale_names(name: str) -> tuple[str, str]:
-    return f"{name}.k_scales", f"{name}.v_scales"
-
-
-def moving_arrays(cache: Any) -> dict[str, Any]:
-    """The arrays [L, N, ...] that pages are made of."""
-    names = ["k", "v"]
-    if cache.spec.finds_scales:
-        names += ["k_scales", "v_scales"]
-    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
-
-
-def given_scales(cache: Any) -> dict[str, Any]:
-    """The scales that belong to the whole cache."""
-    names = () if cache.spec.finds_scales else ("k_scales", "v_scales")
-    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
-
-
-def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
-    """[n] int64, all of them pages."""
-    ids = np.asarray(pages)
-    if ids.size == 0:
-        ids = ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
-    wrong = (ids < 0) | (ids >= num_pages)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected 0 to {num_pages - 1}")
-    return ids.astype(np.int64)
-
-
-def check_targets(op: str, ids: Any, num_pages: int) -> None:
-    """Check that no page is listed twice.
-
-    Raises:
-        ParameterError: one is.
-    """
-    is_target = np.zeros(num_pages, bool)  # a tenth of the time that sorting takes
-    is_target[ids] = True
-    if np.count_nonzero(is_target) < len(ids):
-        _, first, group = np.unique(ids, return_index=True, return_inverse=True)
-        i = int(np.argmax(first[group] != np.arange(len(ids))))
-        raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
-
-
-def check_writeable(op: str, name: str, cache: Any) -> None:
-    """Check that pages may be written.
-
-    Raises:
-        ParameterError: one of their arrays is read-only.
-    """
-    for letter, x in moving_arrays(cache).items():
-        ranges.check_writeable(op, f"{name}.{letter}", x)
-
-
-def _check_apart(
-    op: str,
-    source: tuple[list[Any], Any],
-    target: tuple[list[Any], Any],
-    *,
-    in_place: bool = False,
-) -> None:
-    """Check that target pages share no memory with source pages.
-
-    Args:
-        op: name for messages.
-        source, target: arrays [L, N, ...], or None for one that is not there, and page ids.
-        in_place: target page i may be all of source page i.
-    """
-    (arrays, ids), (to_arrays, to_ids) = source, target
-    bounds = [[ranges.bounds_of(x) for x in side if x is not None] for side in (arrays, to_arrays)]
-    if not any(a < end and begin < b for a, b in bounds[0] for begin, end in bounds[1]):
-        return
-    if not in_place and all(map(_is_same_memory, arrays, to_arrays)):  # then ids say it all
-        shared = np.isin(to_ids, ids)
-        if shared.any():
-            i = int(np.argmax(shared))
-            raise ParameterError(
-                f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
-            )
-        return
-    found = ranges.find_overlap(_ranges(arrays, ids), _ranges(to_arrays, to_ids), in_place=in_place)
-    if found is not None:
-        i, is_source, j = found[0] % len(to_ids), found[1], found[2]
-        name, n = ("source_pages", len(ids)) if is_source else ("target_pages", len(to_ids))
-        raise ParameterError(
-            f"{op}: target_pages[{i}] is {to_ids[i]}, which shares memory with {name}[{j % n}], "
-            "expected memory of its own"
-        )
-
-
-def _is_same_memory(a: Any, b: Any) -> bool:
-    return ranges.address_of(a) == ranges.address_of(b) and a.strides == b.strides
-
-
-def _ranges(arrays: list[Any], ids: Any) -> tuple[Any, Any]:
-    """Addresses [arrays * L * n] uint64 of pages, and their bytes, one integer if all are equal;
-    no bytes where there is no array."""
-    count = len(arrays[0]) * len(ids)
-    addresses = [
-        np.zeros(count, np.uint64) if x is None else _page_addresses(x, ids) for x in arrays
-    ]
-    sizes = [0 if x is None else _page_bytes(x) for x in arrays]
-    one = len(set(sizes)) == 1
-    return np.concatenate(addresses), sizes[0] if one else np.repeat(np.array(sizes), count)
-
-
-def _page_addresses(array: Any, ids: Any) -> Any:
-    """[L * n] uint64."""
-    layers = np.arange(len(array), dtype=np.int64) * array.strides[0]
-    offsets = np.add.outer(layers, ids * array.strides[1]).reshape(-1)
-    return (np.int64(ranges.address_of(array)) + offsets).view(np.uint64)
-
-
-def _page_bytes(array: Any) -> int:
-    return int(np.prod(array.shape[2:]) * array.itemsize)
-
-
-def same_values(a: Any, b: Any) -> bool:
-    a, b = (x.get() if on_gpu(x) else x for x in (a, b))
-    return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN too
 
 
 def _host_memory(shape: tuple[int, ...], dtype: Any, pinned: bool) -> Any:

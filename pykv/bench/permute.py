@@ -6,7 +6,6 @@ universal side is in pinned memory. Chunks and blocks lie scattered on both side
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +53,7 @@ def _cases(shape: BlockShape, head_sizes: tuple[int, ...], N: int | None) -> lis
     ]
 
 
-CASES = _cases(LLAMA_70B, (128, 64, 80), None)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(TINY, (TINY.D,), 3) if args.quick else CASES
+CASES, QUICK = _cases(LLAMA_70B, (128, 64, 80), None), _cases(TINY, (TINY.D,), 3)
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     src = side(case["src"], words, direction == "h2d")
     dst = side(case["dst"], memory.poison(xp, size), direction == "d2h")
     if xp is np:
-        sides = (dst.arrays, dst.name, src.arrays, src.name)
+        sides: tuple[Any, ...] = (dst.arrays, dst.name, src.arrays, src.name)
     else:
         sides = (dst.addresses, dst.name, src.addresses, src.name, shape)
     return Work(

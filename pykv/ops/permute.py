@@ -82,6 +82,12 @@ def permute(
     On a GPU only enqueues, and uploads nothing where tables are CuPy's. Nothing happens where a
     size is zero, even with None for tables. Bit-exact. Source: the layouts of NVIDIA's KV block
     manager.
+
+    >>> hnd = np.arange(24).reshape(1, 1, 1, 2, 3, 4)  # N L O H P D
+    >>> universal = np.empty((1, 2, 1, 1, 3, 4), int)  # N H L O P D
+    >>> pykv.ops.permute.permute(universal, "universal", hnd, "HND")
+    >>> universal[0, :, 0, 0, :, 0].tolist()
+    [[0, 4, 8], [12, 16, 20]]
     """
     op = "permute.permute"
     _move(
@@ -335,6 +341,12 @@ def universal_from_block(
         heads, layers, num_blocks, max_ctas, stream: as in `permute`.
 
     Raises: as `permute`.
+
+    >>> nhd = np.arange(96, dtype=np.float16).reshape(1, 2, 2, 3, 2, 4)  # N L O P H D
+    >>> universal = np.empty((1, 2, 2, 2, 3, 4), np.float16)  # N H L O P D
+    >>> pykv.ops.permute.universal_from_block(universal, nhd, layout="NHD")
+    >>> bool((universal == nhd.transpose(0, 4, 1, 2, 3, 5)).all())
+    True
     """
     op = "permute.universal_from_block"
     layout = _layout(op, "layout", layout, STACKS)
@@ -377,7 +389,7 @@ def operational_from_block(
     stream: Any = None,
 ) -> None:
     """Adapter of kvbm-kernels' operational_from_block: joins the chunks of stacks, in their own
-    order; arguments as in `universal_from_block`."""
+    order, into one allocation a block, `operational`; arguments as in `universal_from_block`."""
     op = "permute.operational_from_block"
     layout = _layout(op, "layout", layout, STACKS)
     options = _Options(heads, layers, num_blocks, max_ctas)
@@ -400,8 +412,8 @@ def block_from_operational(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Adapter of kvbm-kernels' block_from_operational: parts joined chunks again; arguments as in
-    `universal_from_block`."""
+    """Adapter of kvbm-kernels' block_from_operational: parts the joined chunks of `operational`
+    blocks again; arguments as in `universal_from_block`."""
     op = "permute.block_from_operational"
     layout = _layout(op, "layout", layout, STACKS)
     options = _Options(heads, layers, num_blocks, max_ctas)
@@ -423,7 +435,7 @@ def nhd_to_hnd(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Adapter of kvbm-kernels' nhd_to_hnd: dense NHD chunks become HND chunks; arguments as in
+    """Adapter of kvbm-kernels' nhd_to_hnd: moves dense chunks `nhd` into `hnd`; arguments as in
     `universal_from_block`."""
     op = "permute.nhd_to_hnd"
     options = _Options(heads, layers, num_blocks, max_ctas)
@@ -442,7 +454,7 @@ def hnd_to_nhd(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Adapter of kvbm-kernels' hnd_to_nhd: dense HND chunks become NHD chunks; arguments as in
+    """Adapter of kvbm-kernels' hnd_to_nhd: moves dense chunks `hnd` into `nhd`; arguments as in
     `universal_from_block`."""
     op = "permute.hnd_to_nhd"
     options = _Options(heads, layers, num_blocks, max_ctas)

@@ -289,6 +289,22 @@ def test_convert_in_place(xp, rng):
     assert_holds(views, host(other))
 
 
+def test_a_prepared_conversion_runs_again(xp, rng):
+    source, target, plain = (make(xp, rng, spec, **SIZES) for spec in ("fp16", "int8", "int8"))
+    for name in ARRAYS[2:]:
+        getattr(plain, name)[...] = getattr(target, name)
+    plain.k[...], plain.v[...] = target.k, target.v
+    before = host(target)
+    call = cuda.prepare(pages.convert_pages, source, target, [5, 0], [1, 2])
+    assert_holds(target, before)
+    for _ in range(2):
+        values = rng.standard_normal(source.k.shape).astype(np.float16)
+        source.k[...], source.v[...] = xp.asarray(values), xp.asarray(-values)
+        pages.convert_pages(source, plain, [5, 0], [1, 2])
+        assert call() is call.result is None
+        assert_holds(target, host(plain))
+
+
 # --- To the host and back ---
 
 

@@ -1,5 +1,8 @@
 """permute: elements land where the formulas of pykv/layout.py say, and nothing else changes."""
 
+import gc
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -464,7 +467,10 @@ def test_a_prepared_move_runs_again(xp, rng, form):
     call = cuda.prepare(permute.permute, sides[0], "universal", sides[1], "NHD", shape)
     assert_same_bits(to, before.get() if xp is not np else before)
     if form == "lists":
+        arrays = [weakref.ref(x) for side in sides for x in side]
         sides[0].clear(), sides[1].clear()
+        gc.collect()
+        assert xp is np or all(array() is not None for array in arrays)
     elif form == "tables":
         sides[0][:] = sides[1][:] = 0
     for given in (first, second):

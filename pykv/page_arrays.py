@@ -5,9 +5,10 @@ A cache and dimensions as in pykv/pages.py. Functions take an op's name, for err
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,38 +115,60 @@ def check_writeable(op: str, name: str, cache: Any) -> None:
         ranges.check_writeable(op, f"{name}.{letter}", x)
 
 
-def check_apart(
-    op: str,
-    source: tuple[list[Any], Any],
-    target: tuple[list[Any], Any],
-    *,
-    in_place: bool = False,
-) -> None:
-    """Check that target pages share no memory with source pages.
+class Places(NamedTuple):
+    """Where pages lie in the arrays [L, N, ...] that they are made of."""
 
-    Args:
-        op: name for messages.
-        source, target: arrays [L, N, ...], or None for one that is not there, and page ids.
-        in_place: target page i may be all of source page i.
+    arrays: list[Any]  # None for one that is not there
+    ids: Any  # [n] pages
+    addresses: Any  # [arrays, L * n] uint64, layer by layer; 0 where there is no array
+    page_bytes: list[int]  # by array
+
+    def ranges(self) -> tuple[Any, Any]:
+        """All addresses, and the bytes at each, one integer if all are equal."""
+        sizes, count = self.page_bytes, self.addresses.shape[1]
+        size = sizes[0] if len(set(sizes)) == 1 else np.repeat(np.array(sizes), count)
+        return self.addresses.reshape(-1), size
+
+
+def places_of(arrays: list[Any], ids: Any) -> Places:
+    """Of pages `ids` in arrays, the first of which is there."""
+    addresses = np.zeros((len(arrays), len(arrays[0]) * len(ids)), np.int64)
+    for row, x in zip(addresses, arrays, strict=True):
+        if x is not None:
+            layers = np.arange(len(x)) * x.strides[0] + ranges.address_of(x)
+            row[:] = np.add.outer(layers, ids * x.strides[1]).reshape(-1)
+    sizes = [0 if x is None else math.prod(x.shape[2:]) * x.itemsize for x in arrays]
+    return Places(arrays, ids, addresses.view(np.uint64), sizes)
+
+
+def check_apart(op: str, source: Places, target: Places, *, in_place: bool = False) -> None:
+    """Check that target pages share no memory with source pages; `in_place`, that target page i
+    shares none but all of source page i.
+
+    Raises:
+        ParameterError: one does.
     """
-    (arrays, ids), (to_arrays, to_ids) = source, target
-    bounds = [[ranges.bounds_of(x) for x in side if x is not None] for side in (arrays, to_arrays)]
-    if not any(a < end and begin < b for a, b in bounds[0] for begin, end in bounds[1]):
+    ids, to_ids = source.ids, target.ids
+    if not len(ids) or not len(to_ids):
         return
-    if not in_place and all(map(_is_same_memory, arrays, to_arrays)):  # then ids say it all
-        shared = np.isin(to_ids, ids)
+    if not in_place and all(map(_is_same_memory, source.arrays, target.arrays)):
+        is_source = np.zeros(max(ids.max(), to_ids.max()) + 1, bool)  # then ids say it all
+        is_source[ids] = True
+        shared = is_source[to_ids]
         if shared.any():
             i = int(np.argmax(shared))
             raise ParameterError(
                 f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
             )
         return
-    found = ranges.find_overlap(
-        page_ranges(arrays, ids), page_ranges(to_arrays, to_ids), in_place=in_place
-    )
+    begin, end = _bounds(source)
+    to_begin, to_end = _bounds(target)
+    if not ((begin[:, None] < to_end) & (to_begin < end[:, None])).any():
+        return
+    found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
     if found is not None:
-        i, is_source, j = found[0] % len(to_ids), found[1], found[2]
-        name, n = ("source_pages", len(ids)) if is_source else ("target_pages", len(to_ids))
+        i, of_source, j = found[0] % len(to_ids), found[1], found[2]
+        name, n = ("source_pages", len(ids)) if of_source else ("target_pages", len(to_ids))
         raise ParameterError(
             f"{op}: target_pages[{i}] is {to_ids[i]}, which shares memory with {name}[{j % n}], "
             "expected memory of its own"
@@ -153,30 +176,13 @@ def check_apart(
 
 
 def _is_same_memory(a: Any, b: Any) -> bool:
-    return ranges.address_of(a) == ranges.address_of(b) and a.strides == b.strides
+    return a is b or (ranges.address_of(a) == ranges.address_of(b) and a.strides == b.strides)
 
 
-def page_ranges(arrays: list[Any], ids: Any) -> tuple[Any, Any]:
-    """Addresses [arrays * L * n] uint64 of pages, and their bytes, one integer if all are equal;
-    no bytes where there is no array."""
-    count = len(arrays[0]) * len(ids)
-    addresses = [
-        np.zeros(count, np.uint64) if x is None else _page_addresses(x, ids) for x in arrays
-    ]
-    sizes = [0 if x is None else page_bytes(x) for x in arrays]
-    one = len(set(sizes)) == 1
-    return np.concatenate(addresses), sizes[0] if one else np.repeat(np.array(sizes), count)
-
-
-def _page_addresses(array: Any, ids: Any) -> Any:
-    """[L * n] uint64."""
-    layers = np.arange(len(array), dtype=np.int64) * array.strides[0]
-    offsets = np.add.outer(layers, ids * array.strides[1]).reshape(-1)
-    return (np.int64(ranges.address_of(array)) + offsets).view(np.uint64)
-
-
-def page_bytes(array: Any) -> int:
-    return int(np.prod(array.shape[2:]) * array.itemsize)
+def _bounds(places: Places) -> tuple[Any, Any]:
+    """The first address of each array's pages, and the one behind their last byte."""
+    sizes = np.array(places.page_bytes, np.uint64)
+    return places.addresses.min(1), places.addresses.max(1) + sizes
 
 
 def same_values(a: Any, b: Any) -> bool:

@@ -39,9 +39,8 @@ from pykv.page_arrays import (
     facts_of,
     given_scales,
     moving_arrays,
-    page_bytes,
     page_ids,
-    page_ranges,
+    places_of,
     same_values,
 )
 
@@ -97,11 +96,11 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     if not on_gpu(cache.k):
         cuda.run_on_host(lambda: _zero_on_host(arrays, ids))
         return
-    ids = np.unique(ids)  # block_copy allows no destination twice
+    places = places_of(arrays, np.unique(ids))  # block_copy allows no destination twice
     with cuda.on_stream(stream):
-        zeros = load_cupy().zeros(max(map(page_bytes, arrays)), np.uint8)
+        zeros = load_cupy().zeros(max(places.page_bytes), np.uint8)
     cuda.hold(zeros, *arrays)
-    to, sizes = page_ranges(arrays, ids)
+    to, sizes = places.ranges()
     src = np.full(len(to), ranges.address_of(zeros), np.uint64)  # a page that caches hold
     block_copy.vectorized_copy(src, to, sizes, stream=stream)
 
@@ -151,8 +150,9 @@ def copy_pages(
         )
     check_targets(op, to_ids, to_facts["pages"])
     check_writeable(op, "target", target)
-    arrays, to_arrays = (list(moving_arrays(c).values()) for c in (source, target))
-    check_apart(op, (arrays, ids), (to_arrays, to_ids))
+    places = places_of(list(moving_arrays(source).values()), ids)
+    to_places = places_of(list(moving_arrays(target).values()), to_ids)
+    check_apart(op, places, to_places)
     for name, scales in given_scales(source).items():
         others = getattr(target, name)
         if scales is not others and not same_values(scales, others):
@@ -160,15 +160,11 @@ def copy_pages(
 
     over_link = on_gpu(source.k) != on_gpu(target.k)
     if over_link:
-        name, store, at = (
-            ("source", source, ids) if on_gpu(target.k) else ("target", target, to_ids)
-        )
-        for letter, x in moving_arrays(store).items():
-            first = page_ranges([x], at[:1])[0][:1]
-            ranges.check_reachable(op, f"{name}.{letter}", first, x.itemsize)
-    cuda.hold(*arrays, *to_arrays)
-    src, sizes = page_ranges(arrays, ids)
-    dst, _ = page_ranges(to_arrays, to_ids)
+        name, store = ("target", to_places) if on_gpu(source.k) else ("source", places)
+        for letter, at in zip(moving_arrays(source), store.addresses, strict=True):
+            ranges.check_reachable(op, f"{name}.{letter}", at[:1], 1)
+    cuda.hold(*places.arrays, *to_places.arrays)
+    (src, sizes), (dst, _) = places.ranges(), to_places.ranges()
     block_copy.vectorized_copy(
         *(src, dst, sizes),
         device="cuda" if over_link or on_gpu(source.k) else "cpu",
@@ -216,8 +212,9 @@ def convert_pages(
     ):
         pages = page_ids(op, name, range(count) if ids is None else ids, count)
         lists.append(None if ids is None else pages.astype(np.int32))
-        sides.append(([moving_arrays(side).get(letter) for letter in ARRAYS], pages))
-    check_targets(op, sides[1][1], to_facts["pages"])
+        arrays = moving_arrays(side)
+        sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
+    check_targets(op, sides[1].ids, to_facts["pages"])
     check_writeable(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     check_apart(op, *sides, in_place=source.spec.layout == target.spec.layout)

@@ -184,15 +184,6 @@ def address_of(array: Any) -> int:
     return int(array.data.ptr if on_gpu(array) else array.__array_interface__["data"][0])
 
 
-def bounds_of(array: Any) -> tuple[int, int]:
-    """The first address of a NumPy or CuPy array and the one behind its last byte."""
-    steps = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
-    if array.size == 0:
-        return 0, 0
-    first = address_of(array) + sum(step for step in steps if step < 0)
-    return first, first + sum(map(abs, steps)) + array.itemsize
-
-
 class _Range:
     """Host memory as NumPy asks for it."""
 

@@ -43,19 +43,3 @@ def test_overlaps_are_those_of_bytes(rng, in_place):
         assert found in want if want else found is None, (src, dst, found, want)
         met[bool(want)] += 1
     assert min(met.values()) > 100
-
-
-@pytest.mark.parametrize(
-    "cut", [np.s_[:], np.s_[1:3, ::-1], np.s_[:, 2, ::-2], np.s_[3:3]], ids=str
-)
-def test_bounds_hold_every_element(cut):
-    whole = np.zeros((4, 5, 6), np.uint16)
-    view = whole[cut]
-    base = whole.ctypes.data
-    view[...] = 1
-    touched = np.flatnonzero(whole)
-    begin, end = ranges.bounds_of(view)
-    if view.size:
-        assert (begin, end) == (base + 2 * touched[0], base + 2 * touched[-1] + 2)
-    else:
-        assert begin == end

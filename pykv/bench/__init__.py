@@ -62,7 +62,7 @@ class Work:
 
 def names() -> list[str]:
     """The benchmarks there are."""
-    shared = ("caches", "memory", "report", "timing")
+    shared = ("memory", "report", "timing")
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches
+from pykv.bench import Work
 from pykv.bench.gather import DTYPES
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.pages import Pages
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
 GRAPH = 20  # calls: new rows come from a product that has just left them in the L2

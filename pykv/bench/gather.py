@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import caches
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)
 QUICK = dict(pages=6, P=4, H=2, D=16)

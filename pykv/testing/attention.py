@@ -86,7 +86,7 @@ def _sequence(
         mass_of_all = total(weights)
         if sinks is not None:
             mass_of_all += np.exp(sinks[head].astype(dtype) - peak)
-        out[t, head] = total(weights * values.T) / mass_of_all
+        out[t, head] = total(weights[:, None] * values) / mass_of_all
         lse[t, head] = peak + np.log(mass_of_all)
     return out, lse
 
@@ -131,9 +131,10 @@ def _scores(
         positions = np.array(seen)
         at = pages[positions // P], positions % P
         keys, values = (paged.read(spec, cache, side, *at, dtype) for side in "kv")
+        keys = np.ascontiguousarray(keys.transpose(1, 2, 0))  # [H, D, keys]
         for head in range(HQ):
             h = head * H // HQ
-            scores = total(keys[:, h] * q[t, head].astype(dtype)) * dtype(scale)
+            scores = total(keys[h] * q[t, head].astype(dtype)[:, None]) * dtype(scale)
             if soft_cap is not None:
                 scores = dtype(soft_cap) * np.tanh(scores / dtype(soft_cap))
             if slopes is not None:

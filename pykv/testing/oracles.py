@@ -15,9 +15,11 @@ import numpy as np
 
 
 def total(terms: Any) -> Any:
-    """Sums along the last axis, one term after the other: of the orders in which kernels add, the
-    one that errs most, so that a float32 run measures what any of them may cost."""
-    return np.add.accumulate(terms, axis=-1)[..., -1]
+    """The sum along the first axis, one term after the other: of the orders in which kernels add,
+    the one that errs most, so that a float32 run measures what any of them may cost."""
+    if terms.ndim == 1:
+        return np.add.accumulate(terms)[-1]
+    return np.ascontiguousarray(terms).sum(0)  # NumPy adds whole rows, in order
 
 
 def rms_norm(x: Any, weight: Any, eps: float, offset: float, dtype: Any) -> Any:
@@ -91,7 +93,7 @@ def geglu(x: Any, dtype: Any) -> Any:
 def linear(x: Any, w: Any, bias: Any, dtype: Any) -> Any:
     """x [T, I] times w [O, I] plus bias [O], one product after the other."""
     x, w, bias = (a.astype(dtype) for a in (x, w, bias))
-    return np.stack([total(row * w) + bias for row in x])
+    return np.stack([total(row[:, None] * w.T) + bias for row in x])
 
 
 # --- Exact ----------------------------------------------------------------------------------------

@@ -98,9 +98,11 @@ def families(spec: KVSpec | None = None) -> dict[str, Family]:
 
 
 def _module_of(stem: str) -> Any:
-    """pykv.verify.<stem>, or the op's module where there is none."""
-    name = f"pykv.verify.{stem}"
-    return import_module(name if find_spec(name) else f"pykv.ops.{stem}")
+    """The module that has a stem's cases, or may have them; None where there is not even an op."""
+    for name in (f"pykv.verify.{stem}", f"pykv.ops.{stem}"):
+        if find_spec(name):
+            return import_module(name)
+    return None
 
 
 def _no_cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pykv import bench
-from pykv.bench import append, caches, convert, gather, memory, pages, report
+from pykv.bench import append, convert, gather, memory, pages, report
 from pykv.kinds import KVSpec
+from pykv.testing import caches
 from tests.helpers import without_simt
 
 QUICK = Namespace(quick=True)

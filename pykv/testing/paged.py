@@ -25,9 +25,12 @@ SCALE_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(n
 _POISON: dict[str, float] = {"int8": -128, "int4": 0x88, "e4m3": 0x7F, "e5m2": 0x7F}
 
 
-def blank(spec: KVSpec, N: int, P: int, H: int, D: int, *, reach: Any = 1.0) -> dict[str, Any]:
-    """A cache that holds poison alone; `reach`, a number or [H], is the largest value that given
-    scales of heads or tensors cover."""
+def blank(spec: KVSpec, N: int, P: int, H: int, D: int, *, reach: float = 1.0) -> dict[str, Any]:
+    """A cache that holds poison alone.
+
+    `reach` is the largest value that given scales cover: that of K's first head, while others cover
+    less, so that none can be taken for another.
+    """
     page = (P, H) if spec.layout == "NHD" else (H, P)
     dtype = SCALE_DTYPES[spec.scale_dtype]
     made: dict[str, Any] = {}
@@ -39,8 +42,8 @@ def blank(spec: KVSpec, N: int, P: int, H: int, D: int, *, reach: Any = 1.0) -> 
         if kind in codes.LARGEST and spec.granularity == "token":
             scales = np.full((N, *page), np.nan, dtype)
         elif kind in codes.LARGEST:
-            scales = np.empty(H if spec.granularity == "head" else 1, dtype)
-            scales[:] = np.asarray(reach) / codes.LARGEST[kind]
+            covered = reach * np.linspace(1, 0.75, H if spec.granularity == "head" else 1)
+            scales = (covered * (0.9 if side == "v" else 1) / codes.LARGEST[kind]).astype(dtype)
         made[f"{side}_scales"] = scales
     return made
 
@@ -81,7 +84,7 @@ def filled(
     D: int,
     *,
     unseen: Sequence[int] | None = None,
-    reach: Any = 4.0,
+    reach: float = 4.0,
 ) -> dict[str, Any]:
     """A cache of random keys and values, with `page_table` [B, M] and `lengths` [B].
 

@@ -1,6 +1,5 @@
 """attention_mass: the weights that queries gave to keys, summed over the rows of a KV head."""
 
-
 import numpy as np
 import pytest
 

@@ -17,6 +17,8 @@ arithmetic is done; inputs are cast to it first. In float64 it is the oracle. In
 measure of what rounding costs, from which `compare.judged` makes the bound. Neither run touches the
 op, so a fault of the op shows on every machine: on a CPU the op's `reference` is what is judged.
 What moves or encodes is exact, and takes no `dtype`: it returns the very bits that are expected.
+tests/test_testing.py holds oracles to hand-worked values; pykv.verify says how a family of cases
+uses them.
 """
 
 from pykv.testing.compare import error_and_bound, host, judged, wrong_values

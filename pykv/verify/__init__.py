@@ -16,7 +16,15 @@ what is judged. Ops of caches have
 
     cases_of(spec, rng, xp)  the same for a cache of one KVSpec, as `pykv verify --kv-dtype` asks
 
-as well. tests/test_verify.py breaks every family's op and must see a case fail.
+as well. For an op that triples its argument:
+
+    def cases(rng, xp):
+        x = rng.standard_normal((5, 64)).astype(np.float32)
+        got = tripled.triple(xp.asarray(x))
+        yield "5 rows", *judged(got, lambda dtype: x.astype(dtype) * dtype(3), np.float32)
+
+A kernel that another op launches, such as paged_decode_mma.cu, has a family of its own that calls
+this op. tests/test_verify.py breaks every family's op and its reference, and must see a case fail.
 """
 
 from __future__ import annotations

@@ -20,20 +20,22 @@ def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
     lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
     inv_freq = (10000.0 ** -(np.arange(24) / 24)).astype(F32)
+
+    def stored(x: Any, pairing: str | None, dtype: Any) -> Any:
+        """The cache [S, C, H, D] that new rows x [B, T, H, D] leave."""
+        cache = np.zeros((len(lengths), C, H, x.shape[-1]), dtype)
+        for b, slot in enumerate(slots.tolist()):
+            positions = lengths[slot] + np.arange(T)
+            rows = x[b]
+            if pairing is not None:
+                rows = oracles.rope(rows, positions, inv_freq, pairing, dtype)
+            for t, position in enumerate(positions.tolist()):
+                if slot >= 0 and position < C:
+                    cache[slot, position] = rows[t]
+        return cache
+
     for new, kv in ((F32, F16), (BFLOAT16, F32)):
         k, v = (rng.standard_normal((B, T, H, D)).astype(new) for D in (K, V))
-
-        def stored(x: Any, pairing: str | None, dtype: Any) -> Any:
-            cache = np.zeros((len(lengths), C, H, x.shape[-1]), dtype)
-            for b, slot in enumerate(slots.tolist()):
-                positions = lengths[slot] + np.arange(T)
-                rows = x[b]
-                if pairing is not None:
-                    rows = oracles.rope(rows, positions, inv_freq, pairing, dtype)
-                for t, position in enumerate(positions.tolist()):
-                    if slot >= 0 and position < C:
-                        cache[slot, position] = rows[t]
-            return cache
 
         for pairing in (None, "half", "adjacent"):
             got = [xp.zeros((len(lengths), C, H, D), kv) for D in (K, V)]

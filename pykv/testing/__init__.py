@@ -7,7 +7,7 @@
     attention  float64 oracles of attention
     oracles    float64 oracles of all other ops
 
-A judge is never the thing judged. Nothing here imports an op, and nothing here encodes or decodes
+A judge is never the thing judged. No oracle imports an op, and nothing here encodes or decodes
 with pykv.kinds, from which only the names and fields of a `KVSpec` come. An oracle is written from
 the definition in the op's docstring: plain loops over tokens and heads. For blocks of GGUF files
 the package gguf is the authority, and pykv.verify.dequant calls it itself.

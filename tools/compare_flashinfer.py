@@ -121,7 +121,8 @@ def ours(torch, problem):
         capacity = problem.M * problem.P
         size = paged_decode.workspace_size(problem.B, problem.HQ, problem.H, problem.D, capacity)
         given["workspace"] = cupy.zeros(size, np.float32)
-        attend = pykv.prepare(paged_decode.decode, *arrays, **given)  # as the others' `plan`, not timed
+        # As the others' `plan`, not timed.
+        attend = pykv.prepare(paged_decode.decode, *arrays, **given)
     else:
         attend = partial(prefill.prefill, *arrays, share(problem.starts), **given)
 

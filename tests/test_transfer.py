@@ -116,6 +116,7 @@ def driver(monkeypatch):
     runtime = SimpleNamespace(
         memcpyAsync=memcpy,
         CUDARuntimeError=Failure,
+        getDevice=lambda: 0,
         streamIsCapturing=lambda handle: fake.capturing and handle != 55,
         eventRecord=record,
         eventQuery=query,

@@ -22,7 +22,9 @@ from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
 from pykv.ops import paged_decode
 from pykv.ops.paged_decode import ALL_KEYS, LOG2_E
 
-VARIANTS: list[dict[str, Any]] = [dict(HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
+_SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
+
+VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
 
 
 def mass(
@@ -71,7 +73,7 @@ def mass(
     """
     op = "attention_mass.mass"
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
-    elif spec.v != spec.k:
+    if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
@@ -85,23 +87,28 @@ def mass(
         out = like(q, shape, np.float32)
     elif out.shape != shape:
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
-    behind = T - 1 if causal else 0
-    if not on_gpu(q):
-        earlier = np.full(len(lengths), behind)
-        where = dims["N"], dims["P"]
-        paged_decode.check_pages(op, page_table, lengths, earlier, window, where)
-    if out.size == 0:
-        pass
-    elif on_gpu(q):
-        options = (spec, T, behind, scale, window, soft_cap, lse_base, accumulate)
-        kernel, grid, scalars = dims.keep(
-            options,
-            lambda: _plan(q, k_pool, k_scales, slopes, tree, dims, *options),
-        )
-        arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, 128, *arrays, scalars=scalars)
-    else:
+    behind = T - 1 if causal else 0  # keys between the first query and the last key
+    if on_gpu(q):
+        options = _options(T, behind, scale, window, soft_cap, lse_base, accumulate)
+        arrays = dict(q=q, k_pool=k_pool, k_scales=k_scales, slopes=slopes, tree=tree)
+        if out.size:
+            launch = dims.keep(
+                (spec, *options.values()), lambda: _launch(dims, spec, **arrays, options=options)
+            )
+            launch(
+                mass=out,
+                page_table=page_table,
+                lengths=lengths,
+                lse=lse,
+                **arrays,
+                stream=stream,
+            )
+        return out
+    where = dims["N"], dims["P"]
+    earlier = np.full(len(lengths), behind)
+    cuda.look(lambda: paged_decode.check_pages(op, page_table, lengths, earlier, window, where))
+
+    def compute() -> Any:
         found = reference(
             *(q, k_pool, page_table, lengths, lse, scale, window),
             k_scales=k_scales,
@@ -112,7 +119,9 @@ def mass(
             causal=causal,
             lse_base=lse_base,
         )
-        out[...] = out + found if accumulate else found
+        return out + found if accumulate else found
+
+    cuda.run_on_host(compute, out)
     return out
 
 
@@ -144,7 +153,7 @@ def reference(
     window: int | None = None,
     *,
     k_scales: Any = None,
-    spec: KVSpec | str | None = None,
+    spec: KVSpec | None = None,
     soft_cap: float | None = None,
     slopes: Any = None,
     tree: Any = None,
@@ -155,9 +164,7 @@ def reference(
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
     dtype = np.result_type(q.dtype, np.float32)
-    P, H = k_pool.shape[1:3]
-    if spec is not None and spec.layout == "HND":
-        P, H = H, P
+    P, H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[1:3]
     found = np.zeros((B, H, page_table.shape[1] * P), dtype)
     lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (math.log(2) if lse_base == "2" else 1)
     for b, length in enumerate(lengths.tolist()):
@@ -177,14 +184,7 @@ def reference(
     return found
 
 
-def _plan(
-    q: Any,
-    k_pool: Any,
-    k_scales: Any,
-    slopes: Any,
-    tree: Any,
-    dims: Dims,
-    spec: KVSpec,
+def _options(
     T: int,
     behind: int,
     scale: float,
@@ -192,32 +192,72 @@ def _plan(
     soft_cap: float | None,
     lse_base: str,
     accumulate: bool,
-) -> tuple[Any, int, tuple[Any, ...]]:
-    """Kernel, grid and scalars for arrays that are checked; `behind` is how many keys stand between
-    the first query and the last key."""
-    B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
-    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
-    defines: dict[str, Any] = dict(
-        HEAD_DIM=D,
-        Q_T=q.dtype,
-        K_T=spec.kinds[0].c_type,
-        SCALE_T=scale_dtype if spec.has_scales else "f16",
-        **{flag: 1 for flag, x in (("ALIBI", slopes), ("TREE", tree)) if x is not None},
-    )
+) -> dict[str, float]:
+    """The kernel's scalars that do not follow from layouts."""
     score_scale, cap = scale * LOG2_E, 0.0
     if soft_cap is not None:
-        defines["SOFT_CAP"] = 1
         score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    scale_strides = None if k_scales is None else k_scales.strides
-    steps = [
-        *(n // q.itemsize for n in (*q.strides[:-2], 0)[:2]),
-        *paged_decode.page_token_head(k_pool.strides, k_pool.itemsize, spec),
-        *paged_decode.page_token_head(scale_strides, scale_dtype.itemsize, spec),
-    ]
+    return dict(
+        T=T,
+        behind=behind,
+        window=ALL_KEYS if window is None else min(window, ALL_KEYS),
+        accumulate=bool(accumulate),
+        score_scale=score_scale,
+        cap=cap,
+        lse_unit=1.0 if lse_base == "2" else LOG2_E,
+    )
+
+
+def _launch(
+    dims: Dims,
+    spec: KVSpec,
+    options: dict[str, float],
+    *,
+    q: Any,
+    k_pool: Any,
+    k_scales: Any,
+    slopes: Any,
+    tree: Any,
+) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    B, H, M, P = (dims[letter] for letter in "BHMP")
+    flags = (
+        ("ALIBI", slopes is not None),
+        ("TREE", tree is not None),
+        ("SOFT_CAP", options["cap"]),
+    )
+    kernel = cuda.kernel(
+        "attention_mass",
+        "attention_mass",
+        **_SIZES,
+        HEAD_DIM=dims["D"],
+        Q_T=q.dtype,
+        K_T=spec.kinds[0].c_type,
+        SCALE_T=SCALE_DTYPES[spec.scale_dtype] if spec.has_scales else "f16",
+        **{name: 1 for name, is_on in flags if is_on},
+    )
+    k_page, k_token, k_head = spec.strides(k_pool)
+    ks_page, ks_token, ks_head = spec.strides(k_scales)
     capacity = min(M * P, ALL_KEYS)
-    window = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    ints = (T, behind, HQ, H, P, M, capacity, window, int(accumulate))
-    floats = (score_scale, cap, 1.0 if lse_base == "2" else LOG2_E)
-    scalars = (*map(np.int64, steps), *map(np.int32, ints), *map(np.float32, floats))
-    kernel = cuda.kernel("attention_mass", "attention_mass", **defines)
-    return kernel, B * H * -(-capacity // 256), scalars
+    q_strides = [n // q.itemsize for n in q.strides]
+    return cuda.Launch(
+        kernel,
+        grid=B * H * -(-capacity // _SIZES["KEYS"]),
+        block=_SIZES["BLOCK"],
+        scalars=dict(
+            options,
+            q_stride=q_strides[0],
+            q_token_stride=q_strides[1] if q.ndim == 4 else 0,
+            k_page=k_page,
+            k_token=k_token,
+            k_head=k_head,
+            ks_page=ks_page,
+            ks_token=ks_token,
+            ks_head=ks_head,
+            HQ=dims["HQ"],
+            H=H,
+            P=P,
+            M=M,
+            capacity=capacity,
+        ),
+    )

@@ -22,7 +22,7 @@ def test_the_line_is_covered():
         ["sm_52", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_90"],  # NVRTC 12
         ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],  # NVRTC 13
     )
-    assert {int(arch[3:]) for arch in ARCHS} <= set(cuda._targets())
+    assert {int(arch[3:]) for arch in ARCHS} <= set(cuda.compiler._targets())
 
 
 @pytest.mark.parametrize("stem", cuda.stems())

@@ -128,7 +128,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
@@ -234,7 +234,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _size(args: argparse.Namespace) -> None:
     from pykv.kinds import KVSpec
     from pykv.llm import gguf, models
-    from pykv.llm.model import read_config
+    from pykv.llm.config import read_config
 
     spec = KVSpec.parse(args.kv_dtype)
     config = read_config(gguf.read(models.fetch(args.file)))

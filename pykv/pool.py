@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda, kinds
-from pykv.arrays import BFLOAT16
+from pykv.arrays import BFLOAT16, footprint
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -48,6 +48,17 @@ class PagedKVCache:
         ParameterError: a size or `margin` is not positive, `head_dim` no multiple of 8, or the spec
             is unknown.
         CapacityError: the memory cannot be had.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, spec="int8")
+    >>> cache
+    PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, page_size=16, spec="int8", 33.8 kB on cpu)
+    >>> pages = cache.manager.allocate(tokens=20)
+    >>> slots = pykv.blocks.slots(pages, 0, 20, cache.page_size)
+    >>> k = v = np.ones((20, 2, 64), np.float32)
+    >>> cache.append(0, k, v, slots)
+    >>> table, lengths = pykv.blocks.page_table([pages], len(pages)), np.array([20], np.int32)
+    >>> cache.decode(0, np.ones((1, 8, 64), np.float32), table, lengths).shape
+    (1, 8, 64)
     """
 
     def __init__(
@@ -81,6 +92,14 @@ class PagedKVCache:
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
+
+    def __repr__(self) -> str:
+        layers, heads, head_dim = self._sizes
+        return (
+            f"PagedKVCache(layers={layers}, pages={self.k.shape[1]}, heads={heads}, "
+            f'head_dim={head_dim}, page_size={self.page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -164,14 +183,16 @@ class PagedKVCache:
         return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
-        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
+        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode, whose options
+        these are."""
         options |= self._of_spec(layer)
         return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
-        """Attention of several tokens a sequence over one layer; see prefill.prefill."""
+        """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
+        these are."""
         options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
@@ -241,7 +262,8 @@ class PagedKVCache:
 
 
 class SequenceCache:
-    """One layer of one sequence, with its block table and its length on the device.
+    """The interface of ferrum-kernels' cache: one layer of one sequence, with its block table and
+    its length on the device. An adapter; new code takes PagedKVCache.
 
     Args:
         max_blocks: blocks that the sequence can have.
@@ -262,6 +284,14 @@ class SequenceCache:
 
     Source: the paged int8 cache of ferrum-kernels. As there, `append` does not change the length;
     `advance` does, when all layers have their rows.
+
+    >>> cache = pykv.SequenceCache(max_blocks=4, block_size=16, heads=1, head_dim=8, spec="fp16")
+    >>> cache.assign([2, 0])
+    >>> rows = np.ones((20, 1, 8), np.float32)
+    >>> cache.append(rows, rows)
+    >>> cache.advance(20)
+    >>> cache.decode(np.ones((4, 8), np.float32)).shape
+    (4, 8)
     """
 
     def __init__(
@@ -285,8 +315,17 @@ class SequenceCache:
         self.length = 0
         self._pages, self._xp = pages, xp
 
+    def __repr__(self) -> str:
+        _, heads, head_dim = self._pages._sizes
+        arrays = (self.k, self.v, self.k_scales, self.v_scales)
+        return (
+            f"SequenceCache(length={self.length}, max_blocks={len(self.k)}, "
+            f"block_size={self.block_size}, heads={heads}, head_dim={head_dim}, "
+            f'spec="{self.spec}", {footprint(*arrays)})'
+        )
+
     def assign(self, block_ids: Sequence[int]) -> None:
-        """Say where the sequence's blocks lie, in order.
+        """Say where the sequence's blocks lie: logical block i in physical block block_ids[i].
 
         Raises:
             CapacityError: there are more than `max_blocks`.

@@ -204,7 +204,11 @@ class LLM:
         return self.generate([self.chat_ids(messages)], params)[0]
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer."""
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Args:
+            messages: in order, each with "role" ("system", "user" or "assistant") and "content".
+        """
         prompt = chat_prompt(self.file, list(messages))
         return self.tokenizer.encode(prompt, special=True)
 
@@ -219,7 +223,7 @@ class LLM:
     # --- Numbers ---
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits after every token, [T, vocab] float32, on the host.
+        """The logits after each of T `token_ids`, [T, vocab] float32, on the host.
 
         Args, Raises: as a prompt of `generate`.
         """

@@ -7,7 +7,6 @@ Kernel: kernels_cu/attention_mass.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,11 +16,23 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
+from pykv.attention import (
+    ALL_KEYS,
+    LN_2,
+    LOG2_E,
+    Scores,
+    check_lse_base,
+    check_pages,
+    check_scores,
+    check_tree,
+    decoded_rows,
+    masked_scores,
+    pool_defines,
+)
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
-from pykv.ops import paged_decode
-from pykv.ops.paged_decode import ALL_KEYS, LOG2_E
+from pykv.kinds import KVSpec, spec_of
 
+_FLAGS = dict(ALIBI="slopes", TREE="tree")  # defines, and the arrays that they are for
 _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 
 VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
@@ -70,6 +81,14 @@ def mass(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
     the query rows. Source: the heavy hitters of H2O (2023), and SnapKV (2024).
+
+    >>> k_pool = np.zeros((1, 4, 1, 8), np.float16)
+    >>> table, lengths = np.array([[0]], np.int32), np.array([2], np.int32)
+    >>> q = np.ones((1, 1, 8), np.float32)
+    >>> options = dict(return_lse=True)
+    >>> _, lse = pykv.ops.paged_decode.decode(q, k_pool, k_pool, table, lengths, **options)
+    >>> pykv.ops.attention_mass.mass(q, k_pool, table, lengths, lse).round(3)
+    array([[[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
     op = "attention_mass.mass"
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
@@ -78,8 +97,9 @@ def mass(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
     T = dims["T"] if many else 1
-    scale = paged_decode.check_attention(op, dims, scale, window, 512)
-    paged_decode.check_options(op, soft_cap, tree, T, causal, None, lse_base)
+    scores = check_scores(op, dims, scale, window, soft_cap)
+    check_tree(op, tree, T, causal)
+    check_lse_base(op, lse_base)
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
         raise ParameterError(f"{op}: out is None, expected an array to add to")
@@ -88,40 +108,33 @@ def mass(
     elif out.shape != shape:
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
     behind = T - 1 if causal else 0  # keys between the first query and the last key
-    if on_gpu(q):
-        options = _options(T, behind, scale, window, soft_cap, lse_base, accumulate)
-        arrays = dict(q=q, k_pool=k_pool, k_scales=k_scales, slopes=slopes, tree=tree)
-        if out.size:
-            launch = dims.keep(
-                (spec, *options.values()), lambda: _launch(dims, spec, **arrays, options=options)
-            )
-            launch(
-                mass=out,
-                page_table=page_table,
-                lengths=lengths,
-                lse=lse,
-                **arrays,
-                stream=stream,
-            )
-        return out
-    where = dims["N"], dims["P"]
-    earlier = np.full(len(lengths), behind)
-    cuda.look(lambda: paged_decode.check_pages(op, page_table, lengths, earlier, window, where))
-
-    def compute() -> Any:
-        found = reference(
-            *(q, k_pool, page_table, lengths, lse, scale, window),
-            k_scales=k_scales,
-            spec=spec,
-            soft_cap=soft_cap,
-            slopes=slopes,
-            tree=tree,
-            causal=causal,
-            lse_base=lse_base,
+    arrays = dict(q=q, k_pool=k_pool, page_table=page_table, lengths=lengths, lse=lse)
+    arrays |= dict(k_scales=k_scales, slopes=slopes, tree=tree)
+    if out.size == 0:
+        pass
+    elif on_gpu(q):
+        scalars = dict(
+            T=T,
+            behind=behind,
+            window=scores.seen_keys,
+            accumulate=bool(accumulate),
+            lse_unit=1.0 if lse_base == "2" else LOG2_E,
         )
-        return out + found if accumulate else found
+        launch = dims.keep(
+            (spec, scores, *scalars.values()), lambda: _launch(arrays, dims, spec, scores, scalars)
+        )
+        launch(mass=out, **arrays, stream=stream)
+    else:
+        earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
+        cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
 
-    cuda.run_on_host(compute, out)
+        def compute() -> Any:
+            options: dict[str, Any] = dict(spec=spec, soft_cap=soft_cap)
+            options |= dict(causal=causal, lse_base=lse_base)
+            found = reference(**arrays, scale=scores.scale, window=window, **options)
+            return out + found if accumulate else found
+
+        cuda.run_on_host(compute, out)
     return out
 
 
@@ -160,104 +173,46 @@ def reference(
     causal: bool = True,
     lse_base: str = "e",
 ) -> Any:
-    """The definition, in NumPy, in the dtype of the accumulation."""
+    """The definition, in NumPy, in the dtype of the accumulation; options as of `mass`."""
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
     dtype = np.result_type(q.dtype, np.float32)
     P, H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[1:3]
     found = np.zeros((B, H, page_table.shape[1] * P), dtype)
-    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (math.log(2) if lse_base == "2" else 1)
+    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (LN_2 if lse_base == "2" else 1)
     for b, length in enumerate(lengths.tolist()):
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = paged_decode.decoded_rows(
-            k_pool, k_scales, spec, 0, page_table[b], first, length, dtype
-        )
-        scores = paged_decode.score(
-            *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
-            *(None if tree is None else tree[b], causal),
-        )
+        rows = range(first, length)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
+        mask = dict(slopes=slopes, tree=None if tree is None else tree[b], causal=causal)
+        of_queries = Scores(scale, window, soft_cap)
+        scores = masked_scores(many[b].astype(dtype), k, first, length, of_queries, **mask)
         of_row = lse[b].transpose(1, 2, 0)[..., None]
         weights = np.where(np.isneginf(scores), 0, np.exp(scores - np.maximum(of_row, -1e30)))
         found[b, :, first:length] = weights.sum((1, 2))
     return found
 
 
-def _options(
-    T: int,
-    behind: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    lse_base: str,
-    accumulate: bool,
-) -> dict[str, float]:
-    """The kernel's scalars that do not follow from layouts."""
-    score_scale, cap = scale * LOG2_E, 0.0
-    if soft_cap is not None:
-        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    return dict(
-        T=T,
-        behind=behind,
-        window=ALL_KEYS if window is None else min(window, ALL_KEYS),
-        accumulate=bool(accumulate),
-        score_scale=score_scale,
-        cap=cap,
-        lse_unit=1.0 if lse_base == "2" else LOG2_E,
-    )
-
-
 def _launch(
-    dims: Dims,
-    spec: KVSpec,
-    options: dict[str, float],
-    *,
-    q: Any,
-    k_pool: Any,
-    k_scales: Any,
-    slopes: Any,
-    tree: Any,
+    arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores, scalars: dict[str, float]
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
-    B, H, M, P = (dims[letter] for letter in "BHMP")
-    flags = (
-        ("ALIBI", slopes is not None),
-        ("TREE", tree is not None),
-        ("SOFT_CAP", options["cap"]),
-    )
-    kernel = cuda.kernel(
-        "attention_mass",
-        "attention_mass",
-        **_SIZES,
-        HEAD_DIM=dims["D"],
-        Q_T=q.dtype,
-        K_T=spec.kinds[0].c_type,
-        SCALE_T=SCALE_DTYPES[spec.scale_dtype] if spec.has_scales else "f16",
-        **{name: 1 for name, is_on in flags if is_on},
-    )
-    k_page, k_token, k_head = spec.strides(k_pool)
-    ks_page, ks_token, ks_head = spec.strides(k_scales)
+    q, (B, H, M, P) = arrays["q"], (dims[letter] for letter in "BHMP")
+    defines = pool_defines(spec, dims["D"], q.dtype) | scores.defines | _SIZES
+    del defines["V_T"]
+    defines |= {flag: 1 for flag, x in _FLAGS.items() if arrays[x] is not None}
     capacity = min(M * P, ALL_KEYS)
     q_strides = [n // q.itemsize for n in q.strides]
+    of_sizes = dict(HQ=dims["HQ"], H=H, P=P, M=M, capacity=capacity)
+    of_sizes |= dict(q_stride=q_strides[0], q_token_stride=q_strides[1] if q.ndim == 4 else 0)
+    for name, array in (("k", arrays["k_pool"]), ("ks", arrays["k_scales"])):
+        for axis, step in zip(("page", "token", "head"), spec.strides(array), strict=True):
+            of_sizes[f"{name}_{axis}"] = step
     return cuda.Launch(
-        kernel,
+        cuda.kernel("attention_mass", "attention_mass", **defines),
         grid=B * H * -(-capacity // _SIZES["KEYS"]),
         block=_SIZES["BLOCK"],
-        scalars=dict(
-            options,
-            q_stride=q_strides[0],
-            q_token_stride=q_strides[1] if q.ndim == 4 else 0,
-            k_page=k_page,
-            k_token=k_token,
-            k_head=k_head,
-            ks_page=ks_page,
-            ks_token=ks_token,
-            ks_head=ks_head,
-            HQ=dims["HQ"],
-            H=H,
-            P=P,
-            M=M,
-            capacity=capacity,
-        ),
+        scalars=scalars | scores.scalars | of_sizes,
     )

@@ -299,7 +299,7 @@ def _bench(args: argparse.Namespace) -> int:
     parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
     options.add_arguments(parser, module)
     given = parser.parse_args(args.options)
@@ -313,10 +313,11 @@ def _bench(args: argparse.Namespace) -> int:
     xp = cuda.array_module(given.device)
     try:
         how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
-        for record in bench.run(args.name, cases, xp, **how):
-            records.append(record)
-            if record["bench"] == args.name:
-                own.append(record)
+        with cuda.use_device(given.device):
+            for record in bench.run(args.name, cases, xp, **how):
+                records.append(record)
+                if record["bench"] == args.name:
+                    own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
         table = report.to_csv(own, getattr(module, "row", report.row))
         if given.json and records:

@@ -310,6 +310,10 @@ def test_sampling_params_are_checked(wrong):
     ("wrong", "text"),
     [
         ({"device": "tpu"}, "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:x"}, "device is 'cuda:x', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, "device is 'cuda:', expected"),
+        ({"device": "cpu:0"}, "device is 'cpu:0', expected"),
+        ({"device": 1}, "device is 1, expected"),
         ({"kv_dtype": "int7"}, "'int7' is no kind, expected one of fp32, fp16, bf16"),
         ({"context": 0}, "context is 0, expected 1 to"),
         ({"page_size": 0}, "page_size is 0, expected at least 1"),

@@ -250,7 +250,7 @@ def test_cublas_refuses_bfloat16_before_sm_80(monkeypatch):
     import cupy
 
     need_cublas(cupy, "cublas")
-    monkeypatch.setattr(cuda, "current_arch", lambda: "compute_75")
+    monkeypatch.setattr(cuda.devices, "current_arch", lambda: "compute_75")
     x = cupy.ones((20, 16), ml_dtypes.bfloat16)
     with pytest.raises(UnsupportedError, match="bfloat16 needs sm_80 or newer"):
         linear.linear(x, x, gemm="cublas")

@@ -90,7 +90,7 @@ def stacked(tmp_path, monkeypatch):
     """Writes the one kernel file that there is, with a cache folder of its own."""
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
-    monkeypatch.setattr(cuda.compiler, "variants", lambda: [("stacked", {"A": 1})])
+    monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
 
     def write(text):
         (tmp_path / "stacked.cu").write_text(text)

@@ -89,7 +89,8 @@ extern "C" __global__ void frugal(float* out) {{ *out = 1; }}
 def stacked(tmp_path, monkeypatch):
     """Writes the one kernel file that there is, with a cache folder of its own."""
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
+    for module in (cuda, cuda.compiler):
+        monkeypatch.setattr(module, "KERNELS", tmp_path)
     monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
 
     def write(text):

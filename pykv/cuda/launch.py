@@ -70,7 +70,7 @@ def signature(stem: str, name: str) -> Signature:
         UnsupportedError: the file has no such kernel, or declares it as none may be: with a scalar
             before an array, or of a type that is none of `SCALARS`.
     """
-    text = re.sub(r"//[^\n]*", "", source(stem))
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(stem), flags=re.DOTALL)
     head = rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"
     found = re.search(head, text)
     if not found:
@@ -139,8 +139,8 @@ class Launch:
         try:
             ordered = [arrays[name] for name in kernel.arrays]
         except KeyError:
-            ordered = []
-        if len(ordered) != len(arrays):
+            ordered = None
+        if ordered is None or len(ordered) != len(arrays):
             raise ParameterError(
                 f"cuda.Launch: {kernel.label} is given arrays {', '.join(arrays)}, expected "
                 f"{', '.join(kernel.arrays)}"
@@ -159,7 +159,7 @@ def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]
     for name, c_type in kernel.scalars.items():
         value = scalars[name]
         try:
-            number: Any = value if c_type == "float" else operator.index(value)
+            number: Any = float(value) if c_type == "float" else operator.index(value)
             values.append(SCALARS[c_type](number))
         except OverflowError as error:
             raise ParameterError(

@@ -69,7 +69,7 @@ class Kind:
         return min(self.bits, 16)
 
     def row_bytes(self, head_dim: int) -> int:
-        """Bytes of a row, without its scale."""
+        """Bytes of a row of `head_dim` elements, without its scale."""
         return head_dim * self.bits // 8
 
 
@@ -106,6 +106,14 @@ class KVSpec:
 
     Raises:
         ParameterError: a name is unknown.
+
+    >>> spec = pykv.KVSpec.parse("k8v4")  # int8 keys and int4 values, a float16 scale for each row
+    >>> spec
+    KVSpec(k='int8', v='int4', granularity='token', scale_dtype='fp16', layout='NHD')
+    >>> spec.bytes_per_token(heads=8, head_dim=128)  # 8 * (128 + 64 + 2 * 2)
+    1568
+    >>> str(pykv.KVSpec("int8", "int8", granularity="head", layout="HND"))
+    'int8:head:HND'
     """
 
     k: str = "fp16"
@@ -131,9 +139,9 @@ class KVSpec:
     @staticmethod
     @cache
     def parse(text: str) -> KVSpec:
-        """The spec of a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3" (keys, then
-        values), and after colons, in any order, a granularity, a scale dtype and a layout:
-        "int8:head:fp32".
+        """The spec that `text` names: a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3"
+        (keys, then values), and after colons, in any order, a granularity, a scale dtype and a
+        layout: "int8:head:fp32".
 
         Raises:
             ParameterError: a word is unknown.
@@ -254,7 +262,8 @@ class KVSpec:
         }
 
     def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
-        """Rules of two arrays of scales, which kinds of floats do not have."""
+        """Rules of two arrays of scales, called `names` and of dimensions `dims`; kinds of floats
+        have none."""
         dtype = SCALE_DTYPES[self.scale_dtype]
         return {
             name: Rule(dims, dtype, 1, what=f"scales for {kind.name}")
@@ -264,7 +273,8 @@ class KVSpec:
         }
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
-        """Bytes of K and V that one token takes in one layer, its scales included."""
+        """Bytes of K and V that one token takes in one layer of `heads` KV heads of `head_dim`
+        elements, its scales included."""
         scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.finds_scales else 0
         return sum(
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
@@ -282,6 +292,11 @@ def spec_of(
 ) -> KVSpec:
     """The spec that an op is given, as an object or as a text that `KVSpec.parse` reads; or where
     None, the one that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
+
+    Args:
+        op: name for messages.
+        k_pool, v_pool: [N, P, H, W].
+        k_scales, v_scales: what goes with them; None for kinds of floats.
 
     Raises:
         ParameterError: the text is unknown; or without a spec, an array of bytes, which may be int4
@@ -353,6 +368,13 @@ def quantize(
 
     Returns:
         codes [..., W] of the kind's dtype, and the scales as stored; None for a float kind.
+
+    >>> int8 = pykv.kinds.KINDS["int8"]
+    >>> codes, scale = pykv.kinds.quantize(np.array([[0.5, -1.27, 0, 1]], np.float32), int8)
+    >>> codes, scale
+    (array([[  50, -127,    0,  100]], dtype=int8), array([0.01], dtype=float16))
+    >>> pykv.kinds.dequantize(codes, int8, scale).round(2)
+    array([[ 0.5 , -1.27,  0.  ,  1.  ]], dtype=float32)
     """
     if not kind.largest:
         return x.astype(kind.dtype), None
@@ -368,7 +390,13 @@ def quantize(
 
 
 def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
-    """The scale that each row of x [..., D] float32 is stored with."""
+    """The scale [...] that each row of x [..., D] float32 is stored with.
+
+    Args:
+        x: rows; one with a NaN or an infinity gets NaN.
+        kind: of codes.
+        dtype: NumPy float16 or float32, of the scales.
+    """
     amax = np.abs(x).max(-1, initial=0)
     finite = np.isfinite(amax)  # NaN wins a maximum
     scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
@@ -377,7 +405,8 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
 
 
 def encode(y: Any, kind: Kind) -> Any:
-    """Codes [..., W] of values y [..., D] float32 between -largest and largest, or NaN."""
+    """Codes [..., W] of a code `kind`, of values y [..., D] float32 from -largest to largest, or
+    NaN."""
     if kind.name in ("e4m3", "e5m2"):
         dtype = ml_dtypes.float8_e4m3fn if kind.name == "e4m3" else ml_dtypes.float8_e5m2
         codes = y.astype(dtype).view(np.uint8)
@@ -398,7 +427,8 @@ def decode(codes: Any, kind: Kind) -> Any:
 
 
 def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
-    """Rows [..., D] float32 of codes [..., W] and the scales [...], which may broadcast."""
+    """Rows [..., D] float32 of `codes` [..., W] of a `kind`, and of `scale` [...], which may
+    broadcast and is None for kinds of floats."""
     x = decode(codes, kind)
     if not kind.largest:
         return x
@@ -406,7 +436,13 @@ def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
 
 
 def pack(codes: Any) -> Any:
-    """Bytes [..., D / 2] of int4 codes [..., D]."""
+    """Bytes [..., D / 2] of int4 codes [..., D].
+
+    >>> pykv.kinds.pack(np.array([1, -1, 7, -7], np.int8))
+    array([241, 151], dtype=uint8)
+    >>> pykv.kinds.unpack(pykv.kinds.pack(np.array([1, -1, 7, -7], np.int8)))
+    array([ 1, -1,  7, -7], dtype=int8)
+    """
     if codes.shape[-1] % 2:
         raise ShapeError(f"kinds.pack: codes has D={codes.shape[-1]}, expected an even number")
     halves = codes.astype(np.uint8) & 15
@@ -414,6 +450,6 @@ def pack(codes: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The int4 codes, int8 [..., D], of bytes [..., D / 2]."""
+    """The int4 codes, int8 [..., D], of bytes `packed` [..., D / 2]."""
     halves = np.stack([packed << 4, packed & 0xF0], -1).reshape(*packed.shape[:-1], -1)
     return halves.view(np.int8) >> 4

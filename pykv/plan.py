@@ -1,4 +1,4 @@
-"""Plans: select once, check, then run many times.
+"""The plan interface of baracuda-kernels, as an adapter of ops: select once, then run many times.
 
     plan = PagedAppendPlan.select(PagedAppendDescriptor(batch, cache), np.float16)
     plan.run(PagedAppendArgs(key, value, k_data, v_data, indices, indptr, last_page_len))
@@ -78,6 +78,7 @@ class Sku:
         arch: the SM that it is compiled for, such as "sm_90"; "cpu" where NumPy runs.
         covers: what `can_implement` lets pass.
         precision: the guarantee.
+        category, epilogue, backend: as baracuda's plans have them; here always the same.
     """
 
     op: str
@@ -209,7 +210,8 @@ class PagedAppendDescriptor:
 
 
 class PagedAppendArgs(NamedTuple):
-    """The arrays of one append; scales None for kinds of floats. See paged_append.append_decode."""
+    """The arrays of one append, by baracuda's names: `key` and `value` are the rows, `k_data` and
+    `v_data` the pools; the others, and scales, are those of paged_append.append_decode."""
 
     key: Any
     value: Any
@@ -223,7 +225,7 @@ class PagedAppendArgs(NamedTuple):
 
 
 class PagedAppendPlan(_Plan):
-    """Append one token a request to pages that a list of pages names; see the module."""
+    """Append one token a request to pages that a list of pages names; made by `select`."""
 
     op = "paged_append"
     covers = (
@@ -295,7 +297,7 @@ class PagedAppendPlan(_Plan):
             cuda.kernel("paged_append", "paged_append", **defines)
 
     def can_implement(self, args: PagedAppendArgs) -> None:
-        """Check arguments.
+        """Check `args`, the arrays of a call.
 
         Raises, in this order:
             ShapeError: key or value is not [B, H, D]; then, a pool has another shape; then, indptr
@@ -388,7 +390,8 @@ class ContiguousAppendDescriptor:
 
 
 class ContiguousAppendArgs(NamedTuple):
-    """The arrays of one append; see contiguous_append.append, whose `lengths` are the offsets."""
+    """The arrays of one append: `k_new` and `v_new` are the rows, `k_cache` and `v_cache` as of
+    contiguous_append.append, whose `lengths` are the `cache_offsets`."""
 
     k_new: Any
     v_new: Any
@@ -398,7 +401,8 @@ class ContiguousAppendArgs(NamedTuple):
 
 
 class ContiguousAppendPlan(_Plan):
-    """Append behind what caches without pages hold; see the module."""
+    """Append behind what caches without pages hold; made by `select`, as of
+    PagedAppendPlan.select."""
 
     op = "contiguous_append"
     covers = (
@@ -462,7 +466,7 @@ class ContiguousAppendPlan(_Plan):
         self._shapes["cache_offsets"] = (B,)
 
     def can_implement(self, args: ContiguousAppendArgs) -> None:
-        """Check arguments.
+        """Check `args`, the arrays of a call.
 
         Raises, in this order:
             ShapeError: k_new, v_new, k_cache, v_cache or cache_offsets, which is [B], has another
@@ -534,8 +538,9 @@ class PagedDecodeDescriptor:
 
 
 class PagedDecodeArgs(NamedTuple):
-    """The arrays of one call: q and o [B, HQ, D], lse [B, HQ] float32 or None, and the pages as
-    PagedAppendArgs has them. last_page_len counts all tokens that are seen."""
+    """The arrays of one call: q and o [B, HQ, D], lse [B, HQ] float32 or None, and as
+    PagedAppendArgs has them the pools (k_data, v_data, k_scales, v_scales) and the lists of pages
+    (indices, indptr). last_page_len counts all tokens that are seen."""
 
     q: Any
     k_data: Any
@@ -550,8 +555,8 @@ class PagedDecodeArgs(NamedTuple):
 
 
 class PagedDecodePlan(_Plan):
-    """Attention over pages that a list of pages names; see the module. The logarithms of the sums
-    of weights, `lse`, are of base 2."""
+    """Attention over pages that a list of pages names; made by `select`, as PagedAppendPlan.select
+    is. The logarithms of the sums of weights, `lse`, are of base 2."""
 
     op = "paged_decode"
     covers = (
@@ -624,7 +629,7 @@ class PagedDecodePlan(_Plan):
         return self._scratch + 4 * self.descriptor.batch_size * (self._max_pages + 1)
 
     def can_implement(self, args: PagedDecodeArgs) -> None:
-        """Check arguments.
+        """Check `args`, the arrays of a call.
 
         Raises, in this order:
             ShapeError: q or o is not [B, HQ, D]; then, a pool has another shape; then, indptr is

@@ -83,6 +83,13 @@ def append(
     Runs where the arrays are. On a GPU it only enqueues, one launch for K and V, and slots are not
     range-checked, unless checking. Bit-exact: floats are rounded to nearest even, codes are those
     of pykv.kinds.quantize. Source: vLLM's slot mapping.
+
+    >>> k_pool, v_pool = (np.zeros((4, 2, 1, 8), np.float16) for _ in range(2))  # N P H D
+    >>> rows = np.ones((2, 1, 8), np.float32)
+    >>> slots = np.array([3 * 2 + 1, -1], np.int32)  # page 3, offset 1; the second row is skipped
+    >>> pykv.ops.paged_append.append(rows, rows, k_pool, v_pool, slots)
+    >>> k_pool[3, :, 0, 0]
+    array([0., 1.], dtype=float16)
     """
     op = "paged_append.append"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
@@ -132,6 +139,15 @@ def append_decode(
         As `append`; ParameterError also for another `counts`, or `advance` with "after".
 
     As `append`. Sources: FlashInfer's CSR table counts "after", baracuda's append plan "before".
+
+    >>> k_pool, v_pool = (np.zeros((4, 2, 1, 8), np.float16) for _ in range(2))
+    >>> rows = np.ones((1, 1, 8), np.float32)
+    >>> pages, indptr, last = (np.array(x, np.int32) for x in ([3, 0], [0, 2], [1]))
+    >>> pykv.ops.paged_append.append_decode(
+    ...     rows, rows, k_pool, v_pool, pages, indptr, last, counts="before", advance=True
+    ... )
+    >>> k_pool[0, :, 0, 0], last  # the fourth token: page 0, offset 1
+    (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     op = "paged_append.append_decode"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)

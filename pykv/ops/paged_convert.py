@@ -68,6 +68,14 @@ def gather(
         UnsupportedError: D exceeds 512, or there are 2^31 rows.
 
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2, spec="int8")
+    >>> rows = np.ones((1, 1, 8), np.float32)
+    >>> cache.append(0, rows, rows, np.array([5], np.int32))
+    >>> scales = dict(k_scales=cache.k_scales[0], v_scales=cache.v_scales[0])
+    >>> k, v = pykv.ops.paged_convert.gather(*cache.layers[0], np.array([2], np.int32), **scales)
+    >>> k.shape, k[0, :, 0, 0].round(2)
+    ((1, 2, 1, 8), array([0., 1.], dtype=float16))
     """
     op = "paged_convert.gather"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)

@@ -109,6 +109,12 @@ def append(
     others.
     Sources: ferrum's fused kernel of one sequence; RMSNorm; RoFormer; QuaRot (Ashkboos et al.,
     2024) for `hadamard`.
+
+    >>> k_pool, v_pool = (np.zeros((1, 4, 1, 8), np.float16) for _ in range(2))
+    >>> qkv = np.arange(32, dtype=np.float32).reshape(1, 32)  # two heads of Q, one of K, one of V
+    >>> q = pykv.ops.paged_qkv.append(qkv, k_pool, v_pool, np.array([2], np.int32))
+    >>> q.shape, k_pool[0, 2, 0, 0], v_pool[0, 2, 0, 0]
+    ((1, 2, 8), np.float16(16.0), np.float16(24.0))
     """
     op = "paged_qkv.append"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)

@@ -25,14 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
+from pykv.kinds import KVSpec, quantize, spec_of
 from pykv.ops import paged_check
 
 SLOTS = (*INT32, np.dtype(np.int64))
@@ -93,12 +93,13 @@ def append(
     """
     op = "paged_append.append"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, k_pool, v_pool, k_scales, v_scales, slots)
-    if paged_check.enabled(check, k, stream):
+    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    dims = _check(op, spec, k, v, *pools.values(), slots)
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, slots, None, None, None)
-    _append(op, "SLOTS", spec, dims, arrays, False, False, stream)
+    arrays = dict(k=k, v=v, **pools, rows=slots, indices=None, indptr=None, counts=None)
+    _append("SLOTS", spec, dims, arrays, stream=stream)
 
 
 def append_decode(
@@ -151,20 +152,22 @@ def append_decode(
     """
     op = "paged_append.append_decode"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, indices, indptr, last_page_len)
+    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    table = dict(indices=indices, indptr=indptr)
+    dims = _check(op, spec, k, v, *pools.values(), *table.values(), last_page_len)
     after = _counts_after(op, counts)
     if after and advance:
         raise ParameterError(
             f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
             "a call cannot be changed by it"
         )
-    if paged_check.enabled(check, k, stream):
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
-            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-            paged_check.check_table(*table, appends=True, counts=counts, op=op)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, None, indices, indptr, last_page_len)
-    _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
+            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
+            options = dict(appends=True, counts=counts, op=op)
+            paged_check.check_table(**table, last_page_len=last_page_len, **sizes, **options)
+    arrays = dict(k=k, v=v, **pools, rows=None, **table, counts=last_page_len)
+    _append("DECODE", spec, dims, arrays, after=after, advance=advance, stream=stream)
 
 
 def append_ragged(
@@ -203,18 +206,18 @@ def append_ragged(
     """
     op = "paged_append.append_ragged"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, append_indptr, indices, indptr, last_page_len)
+    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    table = dict(indices=indices, indptr=indptr)
+    dims = _check(op, spec, k, v, *pools.values(), append_indptr, *table.values(), last_page_len)
     after = _counts_after(op, counts)
-    if paged_check.enabled(check, k, stream):
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
             paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
-            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-            options = dict(counts=counts, starts=append_indptr, op=op)
-            paged_check.check_table(*table, appends=True, **options)
-    rows = (append_indptr, indices, indptr, last_page_len)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
-    _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
+            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
+            options = dict(appends=True, counts=counts, starts=append_indptr, op=op)
+            paged_check.check_table(**table, last_page_len=last_page_len, **sizes, **options)
+    arrays = dict(k=k, v=v, **pools, rows=append_indptr, **table, counts=last_page_len)
+    _append("RAGGED", spec, dims, arrays, after=after, stream=stream)
 
 
 def append_indexed(
@@ -252,16 +255,16 @@ def append_indexed(
     """
     op = "paged_append.append_indexed"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, batch_indices, positions, indices, indptr)
-    if paged_check.enabled(check, k, stream):
+    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    table = dict(indices=indices, indptr=indptr)
+    dims = _check(op, spec, k, v, *pools.values(), batch_indices, positions, *table.values())
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
-            table = (indices, indptr, None, dims["N"], dims["P"])
-            paged_check.check_table(*table, appends=True, op=op)
+            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
+            paged_check.check_table(**table, last_page_len=None, **sizes, appends=True, op=op)
             paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
-    rows = (batch_indices, indices, indptr, positions)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
-    _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)
+    arrays = dict(k=k, v=v, **pools, rows=batch_indices, **table, counts=positions)
+    _append("INDEXED", spec, dims, arrays, advance=advance, stream=stream)
 
 
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
@@ -283,6 +286,17 @@ def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
     return checker(op, k=(rows, FLOATS), v=(rows, "k"), **spec.rules(), **_RULES[op])
 
 
+def _check(op: str, spec: KVSpec, *arrays: Any) -> Dims:
+    """Check arrays in the order of the rules, and their rows."""
+    dims = _checker(op, spec)(*arrays)
+    D = dims["D"]
+    if D % 8:
+        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
+    return dims
+
+
 def _counts_after(op: str, counts: str) -> bool:
     if counts not in COUNTS:
         raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
@@ -290,34 +304,47 @@ def _counts_after(op: str, counts: str) -> bool:
 
 
 def _append(
-    op: str,
     address: str,
     spec: KVSpec,
     dims: Dims,
-    arrays: tuple[Any, ...],
-    after: bool,
-    advance: bool,
+    arrays: dict[str, Any],
+    *,
+    after: bool = False,
+    advance: bool = False,
     stream: Any,
 ) -> None:
-    """What the four share; `arrays` as the kernel takes them."""
-    D = dims["D"]
-    if D % 8:
-        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
-    k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr, counts = arrays
-    if k.size == 0:
+    """Write rows, whose arrays are checked.
+
+    Args:
+        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        spec: of the pools.
+        dims: of the checker.
+        arrays: by the kernel's names; None where `address` has no such array.
+        after: whether `counts` includes the new tokens.
+        advance: whether `counts` grows.
+    """
+    if arrays["k"].size == 0:
         return
-    if on_gpu(k):
+    if on_gpu(arrays["k"]):
         launch = dims.keep(
             (spec, after, advance),
-            lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
+            lambda: _launch(address, spec, dims, arrays, after, advance),
         )
-        with cuda.on_stream(stream):
-            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-        return
-    pages, offsets = places(address, len(k), dims["P"], rows, indices, indptr, counts, after)
-    reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, pages, offsets)
+        launch(**arrays, stream=stream)
+    else:
+        P = dims["P"]
+        cuda.run_on_host(lambda: _append_on_host(address, spec, P, arrays, after, advance))
+
+
+# --- Definition -----------------------------------------------------------------------------------
+
+
+def _append_on_host(
+    address: str, spec: KVSpec, P: int, arrays: dict[str, Any], after: bool, advance: bool
+) -> None:
+    k, v, *pools, rows, indices, indptr, counts = arrays.values()
+    pages, offsets = places(address, len(k), P, rows, indices, indptr, counts, after)
+    reference(k, v, *pools, spec, pages, offsets)
     if advance:
         counts[pages >= 0] += 1
 
@@ -379,86 +406,75 @@ def reference(
         dtype = None if scales is None else scales.dtype
         with np.errstate(over="ignore"):  # to infinity, as floats round
             codes, found = quantize(x[keep], kind, scale=given, scale_dtype=dtype)
-        _as_nhd(pool, spec)[where] = codes
+        spec.as_nhd(pool)[where] = codes
         if spec.finds_scales and scales is not None:
-            _as_nhd(scales, spec)[where] = found
+            spec.as_nhd(scales)[where] = found
 
 
-def _as_nhd(array: Any, spec: KVSpec) -> Any:
-    return array if spec.layout == "NHD" else array.swapaxes(1, 2)
+# --- Launch ---------------------------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """What all but the addresses of arrays decides of a launch; scalars follow the arrays."""
-
-    kernel: Any
-    grid: int | tuple[int, ...]
-    block: int
-    scalars: tuple[Any, ...]
-
-
-def launch_of(
-    address: str, spec: KVSpec, P: int, arrays: tuple[Any, ...], after: bool, advance: bool
-) -> Launch:
-    """The launch for arrays that are checked.
-
-    Args:
-        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
-        spec: of the pools.
-        P: tokens a page.
-        arrays: k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr and counts, by the
-            kernel's names and in its order; None where there is no such array.
-        after: whether `counts` includes the new tokens.
-        advance: whether the kernel adds to `counts`.
-    """
-    k_pool, v_pool, k_scales, v_scales, k, v, rows, _, indptr, _ = arrays
+def _launch(
+    address: str, spec: KVSpec, dims: Dims, arrays: dict[str, Any], after: bool, advance: bool
+) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    k, v, rows = arrays["k"], arrays["v"], arrays["rows"]
     T, H, D = k.shape
-    row_dtype = None if rows is None else rows.dtype
-    defines, rows_a_block = defines_of(k.dtype, spec, D, H, P, address, row_dtype, after, advance)
-    steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
-    return Launch(
+    new_t, row_dtype = k.dtype, None if rows is None else rows.dtype
+    defines = defines_of(address, spec, new_t, H, D, dims["P"], row_dtype, after, advance)
+    k_token, k_head, v_token, v_head = (
+        stride // x.itemsize for x in (k, v) for stride in x.strides[:2]
+    )
+    pools = {name: arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")}
+    return cuda.Launch(
         cuda.kernel("paged_append", "paged_append", **defines),
-        -(-T * H // rows_a_block),
-        defines["BLOCK"],
-        (
-            *pool_steps(
-                *(spec, k_pool.strides, v_pool.strides),
-                None if k_scales is None else k_scales.strides,
-                None if v_scales is None else v_scales.strides,
-            ),
-            *map(np.int64, steps),
-            np.int32(T * H),
-            np.int32(0 if indptr is None else len(indptr) - 1),
+        grid=-(-T * H // defines["ROWS"]),
+        block=defines["BLOCK"],
+        scalars=dict(
+            **spec.named_strides(**pools),
+            k_token=k_token,
+            k_head=k_head,
+            v_token=v_token,
+            v_head=v_head,
+            num_rows=T * H,
+            num_requests=dims["B"] if address == "RAGGED" else 0,
         ),
     )
 
 
 def defines_of(
-    dtype: Any,
+    address: str,
     spec: KVSpec,
-    D: int,
+    dtype: Any,
     H: int,
+    D: int,
     P: int,
-    address: str = "SLOTS",
-    row_dtype: Any = INT32[0],
+    row_dtype: Any = None,
     after: bool = False,
     advance: bool = False,
-) -> tuple[dict[str, Any], int]:
-    """The kernel's defines, and the rows of a block."""
+) -> dict[str, Any]:
+    """The kernel's defines.
+
+    Args:
+        address, spec, after, advance: as of `_append`.
+        dtype: of new rows.
+        H, D, P: KV heads, head size and tokens a page.
+        row_dtype: of the kernel's `rows`, None where there are none.
+    """
     lanes = lanes_of(D)
     # With `advance` all heads of a token meet in one block.
     block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
-    defines = dict(
+    return dict(
         NEW_T=dtype,
-        **pool_defines(spec, D, H, P),
+        **pool_defines(spec, H, D, P),
         ADDRESS=address,
         ROW_T="i64" if row_dtype == SLOTS[1] else "int",
         AFTER=int(after),
         ADVANCE=int(advance),
         BLOCK=block,
         LANES=lanes,
+        ROWS=H if advance else block // lanes,
     )
-    return defines, H if advance else block // lanes
 
 
 def lanes_of(D: int) -> int:
@@ -469,47 +485,21 @@ def lanes_of(D: int) -> int:
     return lanes
 
 
-def pool_defines(spec: KVSpec, D: int, H: int, P: int) -> dict[str, Any]:
-    """Those of the kernel's defines that say what the pools are."""
-    return dict(
-        K_T=KINDS[spec.k].c_type,
-        V_T=KINDS[spec.v].c_type,
-        SCALE_T="f16" if spec.scale_dtype == "fp16" else "float",
-        SCALES="FOUND" if spec.granularity == "token" else "GIVEN",
-        HEAD_DIM=D,
-        HEADS=H,
-        PAGE=P,
-    )
-
-
-def pool_steps(
-    spec: KVSpec,
-    k_pool: tuple[int, ...],
-    v_pool: tuple[int, ...],
-    k_scales: tuple[int, ...] | None,
-    v_scales: tuple[int, ...] | None,
-) -> tuple[Any, ...]:
-    """Strides of page, token and head in elements, from those in bytes, in that order of arrays."""
-    nhd = (0, 1, 2) if spec.layout == "NHD" else (0, 2, 1)
-    steps = []
-    for kind, strides in zip(spec.kinds, (k_pool, v_pool), strict=True):
-        steps += [strides[axis] // kind.dtype.itemsize for axis in nhd]
-    for strides_or_none in (k_scales, v_scales):
-        size = SCALE_DTYPES[spec.scale_dtype].itemsize
-        if strides_or_none is None or spec.granularity == "tensor":
-            steps += [0, 0, 0]
-        elif spec.granularity == "head":
-            steps += [0, 0, strides_or_none[0] // size]
-        else:
-            steps += [strides_or_none[axis] // size for axis in nhd]
-    return tuple(map(np.int64, steps))
+def pool_defines(spec: KVSpec, H: int, D: int, P: int) -> dict[str, Any]:
+    """The defines of kernels that write to pools which say what these are."""
+    found = "FOUND" if spec.granularity == "token" else "GIVEN"
+    return dict(**spec.type_defines, SCALES=found, HEADS=H, HEAD_DIM=D, PAGE=P)
 
 
 # Slots for a Llama of 8 x 128, of floats and of codes, and a captured decode step. The models that
 # `pykv.models` names append by paged_qkv.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(kind, kind), 128, 8, 16)[0] for kind in ("fp16", "int8")
-] + [
-    defines_of(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
-    for kind in ("fp16", "int8")
+    *(
+        defines_of("SLOTS", KVSpec(kind, kind), FLOATS[0], 8, 128, 16, INT32[0])
+        for kind in ("fp16", "int8")
+    ),
+    *(
+        defines_of("DECODE", KVSpec(kind, kind), FLOATS[1], 8, 128, 16, advance=True)
+        for kind in ("fp16", "int8")
+    ),
 ]

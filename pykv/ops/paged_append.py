@@ -342,11 +342,12 @@ def _append(
 def _append_on_host(
     address: str, spec: KVSpec, P: int, arrays: dict[str, Any], after: bool, advance: bool
 ) -> None:
-    k, v, *pools, rows, indices, indptr, counts = arrays.values()
-    pages, offsets = places(address, len(k), P, rows, indices, indptr, counts, after)
-    reference(k, v, *pools, spec, pages, offsets)
+    table = {name: arrays[name] for name in ("rows", "indices", "indptr", "counts")}
+    new = {name: array for name, array in arrays.items() if name not in table}
+    pages, offsets = places(address, len(arrays["k"]), P, **table, after=after)
+    reference(**new, spec=spec, pages=pages, offsets=offsets)
     if advance:
-        counts[pages >= 0] += 1
+        table["counts"][pages >= 0] += 1
 
 
 def places(

@@ -48,7 +48,7 @@ NOTHING = np.uint64(2**64 - 1)
 Offender = tuple[int, int]  # reason and index
 
 
-def enabled(wanted: bool | None) -> bool:
+def enabled(wanted: bool | None, *_: Any) -> bool:
     """Whether an op shall check: its argument `check`, or where None, what PYKV_CHECK says."""
     return ALWAYS if wanted is None else wanted
 

@@ -20,7 +20,8 @@ from pykv import blocks
 from pykv.arrays import asarray, from_pointer
 from pykv.errors import PykvError
 from pykv.kinds import KVSpec
-from pykv.pool import PagedKVCache, SequenceCache
+from pykv.pool import PagedKVCache
+from pykv.sequence_cache import SequenceCache
 
 _RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
 

@@ -7,7 +7,7 @@ import pytest
 from pykv import kinds
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.ops import paged_append
-from pykv.pool import SequenceCache
+from pykv.sequence_cache import SequenceCache
 from tests.helpers import assert_same_bits, to_numpy
 
 INT8 = kinds.KINDS["int8"]

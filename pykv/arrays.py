@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from pykv import install
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -240,6 +241,17 @@ def on_gpu(array: Any) -> bool:
     return not isinstance(array, np.ndarray)
 
 
+def footprint(*arrays: Any) -> str:
+    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
+    held = [array for array in arrays if array is not None]
+    size, unit = float(sum(int(array.nbytes) for array in held)), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
+    return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
+
+
 def asarray(x: Any) -> Any:
     """The NumPy or CuPy array that shares memory with `x`, for use with every op.
 
@@ -255,6 +267,10 @@ def asarray(x: Any) -> Any:
         DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
 
     Does not copy. DLPack orders the producer's stream before CuPy's current one.
+
+    >>> x = np.ones(3)
+    >>> pykv.asarray(x) is x
+    True
     """
     cupy = sys.modules.get("cupy")
     if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
@@ -322,9 +338,8 @@ def load_cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise DeviceError(
-            "GPU arrays need CuPy: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        ) from error
+        advice = f"{install.command('cu13')} (or [cu12])"
+        raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
     return cupy
 
 

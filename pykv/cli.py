@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-from pykv import __version__
+from pykv import __version__, install
 from pykv.errors import DeviceError, ParameterError, PykvError
 
 
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
-        extra = "'pykv-cuda[cu13]' (or [cu12])" if cuda else "'pykv-cuda[llm]'"
-        _complain(f"{error.name} is not installed: pip install {extra}")
+        advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
+        _complain(f"{error.name} is not installed: {advice}")
     except UnicodeDecodeError as error:
         _complain(f"the text given is not valid {error.encoding}: {error.reason}")
     except (PykvError, OSError) as error:

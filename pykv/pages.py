@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import Dims, load_cupy, checker, on_gpu
+from pykv.arrays import Dims, checker, footprint, load_cupy, on_gpu
 from pykv.errors import FormatError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
@@ -37,11 +37,14 @@ LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others f
 Ids = Sequence[int] | Any  # or a NumPy array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pages:
     """Pages that are no cache of their own: on a device, or on the host where they were swapped to.
 
-    Attributes: see the module.
+    Attributes:
+        k, v: [L, N, P, H, W], or [L, N, H, P, W] where the spec says HND.
+        k_scales, v_scales: as the module says; None for kinds of floats.
+        spec: a KVSpec.
     """
 
     k: Any
@@ -49,6 +52,16 @@ class Pages:
     k_scales: Any
     v_scales: Any
     spec: KVSpec
+
+    def __repr__(self) -> str:
+        layers, num_pages, *inner, width = self.k.shape
+        page_size, heads = inner if self.spec.layout == "NHD" else reversed(inner)
+        head_dim = width * self.k.itemsize * 8 // self.spec.kinds[0].bits
+        return (
+            f"Pages(layers={layers}, pages={num_pages}, heads={heads}, head_dim={head_dim}, "
+            f'page_size={page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
 
 def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
@@ -105,6 +118,12 @@ def copy_pages(
         DeviceError: host memory is pageable where a GPU copies.
 
     On a GPU only enqueues.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> cache.k[:, 1] = 5
+    >>> pykv.pages.copy_pages(cache, cache, [1], [3])
+    >>> bool((cache.k[:, 3] == 5).all())
+    True
     """
     tables, options = _plan("pages.copy_pages", source, target, source_pages, target_pages)
     block_copy.vectorized_copy(*tables, **options, stream=stream)
@@ -219,6 +238,12 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
         may go to others on other streams, when the stream has passed.
 
     Raises: as `copy_pages`.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8, spec="int8")
+    >>> store = pykv.pages.swap_out(cache, [3, 1])
+    >>> store
+    Pages(layers=2, pages=2, heads=1, head_dim=8, page_size=16, spec="int8", 1.3 kB on cpu)
+    >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
     if store is None:
         store = host_pages(cache, len(pages))
@@ -438,6 +463,13 @@ def save(
         OSError: the file cannot be written; what was there before is still there.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
+
+    >>> import tempfile
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pykv.pages.save(f"{folder}/prefix", cache, [1, 2], model="mine")
+    ...     pykv.pages.load(f"{folder}/prefix", cache, [0, 3], model="mine")
+    2
     """
     op = "pages.save"
     facts = _facts(op, "cache", cache)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import BFLOAT16
+from pykv.arrays import BFLOAT16, footprint
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, as_spec
@@ -49,6 +49,17 @@ class PagedKVCache:
             is unknown.
         DtypeError: the spec is neither a KVSpec nor a text.
         CapacityError: the memory cannot be had.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, spec="int8")
+    >>> cache
+    PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, page_size=16, spec="int8", 33.8 kB on cpu)
+    >>> pages = cache.manager.allocate(tokens=20)
+    >>> slots = pykv.blocks.slots(pages, 0, 20, cache.page_size)
+    >>> k = v = np.ones((20, 2, 64), np.float32)
+    >>> cache.append(0, k, v, slots)
+    >>> table, lengths = pykv.blocks.page_table([pages], len(pages)), np.array([20], np.int32)
+    >>> cache.decode(0, np.ones((1, 8, 64), np.float32), table, lengths).shape
+    (1, 8, 64)
     """
 
     def __init__(
@@ -82,6 +93,14 @@ class PagedKVCache:
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
+
+    def __repr__(self) -> str:
+        layers, heads, head_dim = self._sizes
+        return (
+            f"PagedKVCache(layers={layers}, pages={self.k.shape[1]}, heads={heads}, "
+            f'head_dim={head_dim}, page_size={self.page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -197,14 +216,16 @@ class PagedKVCache:
         return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
-        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
+        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode, whose options
+        these are."""
         options |= self._of_spec(layer)
         return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
-        """Attention of several tokens a sequence over one layer; see prefill.prefill."""
+        """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
+        these are."""
         options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 

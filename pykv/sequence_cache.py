@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
+from pykv.arrays import footprint
 from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache, do_in
@@ -66,6 +67,15 @@ class SequenceCache:
         self.blocks: list[int] = []
         self.length = 0
         self._pages, self._xp = pages, xp
+
+    def __repr__(self) -> str:
+        _, heads, head_dim = self._pages._sizes
+        arrays = (self.k, self.v, self.k_scales, self.v_scales)
+        return (
+            f"SequenceCache(length={self.length}, max_blocks={len(self.k)}, "
+            f"block_size={self.block_size}, heads={heads}, head_dim={head_dim}, "
+            f'spec="{self.spec}", {footprint(*arrays)})'
+        )
 
     def assign(self, block_ids: Sequence[int], *, stream: Any = None) -> None:
         """Say where the sequence's blocks lie: logical block i in physical block block_ids[i].

@@ -141,6 +141,12 @@ def memcpy_batch(
     overlap another one's destination. Nothing to copy (no pair, or all sizes 0) succeeds in every
     mode, even without tables. Memory must live until the stream has passed. Source of the first
     three modes: memcpy_batch of NVIDIA Dynamo's kvbm-kernels.
+
+    >>> source, target = np.arange(6, dtype=np.uint8), np.zeros(6, np.uint8)
+    >>> src, dst = source.ctypes.data, target.ctypes.data
+    >>> report = pykv.transfer.memcpy_batch([src, src + 4], [dst + 4, dst], 2, device="cpu")
+    >>> report.copies, target
+    (2, array([4, 5, 0, 0, 0, 1], dtype=uint8))
     """
     op = "transfer.memcpy_batch"
     _check_word(op, "mode", mode, MODES)
@@ -165,7 +171,12 @@ def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
 def check_tables(
     op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False
 ) -> tuple[Any, Any, Any]:
-    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0."""
+    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0.
+
+    Args:
+        op: name for messages.
+        src_ptrs, dst_ptrs, size, validate: as of `memcpy_batch`.
+    """
     sizes: Any = size if type(size) is int else _integers(op, "size", size)
     by_pair = type(sizes) is not int and sizes.ndim > 0
     if not by_pair:
@@ -206,7 +217,12 @@ def _integers(op: str, name: str, values: Any) -> Any:
 
 
 class Transfer:
-    """A copy that `start` has enqueued. Dropping it stops nothing."""
+    """A copy that `start` has enqueued. Dropping it stops nothing.
+
+    Args:
+        report: what is known of it from the start.
+        started, finished: CuPy events before and behind it; None on the host, where it is done.
+    """
 
     def __init__(self, report: CopyReport, started: Any = None, finished: Any = None) -> None:
         self._report, self._started, self._finished = report, started, finished
@@ -284,6 +300,12 @@ def start(
     Only enqueues, save for what the driver does with pageable host memory: it may copy that during
     the call. The arrays stay alive until the stream has passed, even if the Transfer is dropped:
     they go when it is waited for, or at a later `start`.
+
+    >>> source, target = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    >>> job = pykv.transfer.start(source, target)
+    >>> job.wait()
+    >>> target, job.stats.bytes, job.stats.path
+    (array([0., 1., 2., 3.], dtype=float32), 16, 'host')
     """
     op = "transfer.start"
     _check_word(op, "mode", mode, MODES)

@@ -8,7 +8,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from pykv import cuda, doctor
+from pykv import cuda, doctor, install
 from pykv.errors import CompileError
 from pykv.ops import linear, paged_append
 
@@ -49,6 +49,7 @@ class Machine:
         monkeypatch.setattr(doctor, "DRIVER_FILE", tmp_path / "version")
         self.set_driver("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build")
         monkeypatch.setattr(metadata, "version", self.version)
+        monkeypatch.setattr(install, "command", lambda extra: f"pip install 'pykv-cuda[{extra}]'")
         facts = dict(name=b"NVIDIA H100", major=9, minor=0, totalGlobalMem=80 * 2**30)
         self.runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,

@@ -124,7 +124,7 @@ class Launch:
         kernel: Kernel,
         grid: int | tuple[int, ...],
         block: int | tuple[int, ...],
-        scalars: Mapping[str, float] | None = None,
+        scalars: Mapping[str, Any] | None = None,
         *,
         shared_bytes: int = 0,
         cluster: tuple[int, ...] | None = None,
@@ -148,7 +148,7 @@ class Launch:
         enqueue(driver.bind(kernel.handle, self._config, ordered, self._scalars), stream)
 
 
-def _typed(kernel: Kernel, scalars: Mapping[str, float]) -> tuple[np.generic, ...]:
+def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:
     """Scalars in the kernel's order, of its types."""
     if scalars.keys() != kernel.scalars.keys():
         raise ParameterError(
@@ -159,7 +159,8 @@ def _typed(kernel: Kernel, scalars: Mapping[str, float]) -> tuple[np.generic, ..
     for name, c_type in kernel.scalars.items():
         value = scalars[name]
         try:
-            values.append(SCALARS[c_type](value if c_type == "float" else operator.index(value)))
+            number: Any = value if c_type == "float" else operator.index(value)
+            values.append(SCALARS[c_type](number))
         except OverflowError as error:
             raise ParameterError(
                 f"cuda.Launch: {kernel.label}: {name} is {value}, expected what {c_type} holds"

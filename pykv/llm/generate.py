@@ -214,7 +214,11 @@ class LLM:
         return self.generate([self.chat_ids(messages)], params)[0]
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer."""
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Args:
+            messages: in order, each with "role" ("system", "user" or "assistant") and "content".
+        """
         prompt = chat_prompt(self.file, list(messages))
         return self.tokenizer.encode(prompt, special=True)
 
@@ -229,7 +233,7 @@ class LLM:
     # --- Numbers ---
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits after every token, [T, vocab] float32, on the host."""
+        """The logits after each of T `token_ids`, [T, vocab] float32, on the host."""
         return np.concatenate([part for part, _ in self._all_logits(token_ids)])
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:

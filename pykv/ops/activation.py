@@ -40,6 +40,9 @@ def swiglu(x: Any, *, out: Any = None, stream: Any = None) -> Any:
 
     Runs where the arrays are; on a GPU it only enqueues. Computes in float32, without overflow.
     Source: GLU variants (Shazeer, 2020).
+
+    >>> pykv.ops.activation.swiglu(np.array([[1, 2]], np.float32)).round(4)
+    array([[1.4621]], dtype=float32)
     """
     return _gated("swiglu", x, out, stream)
 

@@ -68,10 +68,18 @@ def mass(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
     the query rows. Source: the heavy hitters of H2O (2023), and SnapKV (2024).
+
+    >>> k_pool = np.zeros((1, 4, 1, 8), np.float16)
+    >>> table, lengths = np.array([[0]], np.int32), np.array([2], np.int32)
+    >>> q = np.ones((1, 1, 8), np.float32)
+    >>> options = dict(return_lse=True)
+    >>> _, lse = pykv.ops.paged_decode.decode(q, k_pool, k_pool, table, lengths, **options)
+    >>> pykv.ops.attention_mass.mass(q, k_pool, table, lengths, lse).round(3)
+    array([[[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
     op = "attention_mass.mass"
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
-    elif spec.v != spec.k:
+    if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)

@@ -75,6 +75,13 @@ def vectorized_copy(
     undefined. Widest where both addresses are equally far from a multiple of 16. On a GPU only
     enqueues, and allocates nothing where the tables are CuPy's and `size` is an integer. Source:
     vectorized_copy of NVIDIA Dynamo's kvbm-kernels.
+
+    >>> source, target = np.arange(6, dtype=np.uint8), np.zeros(6, np.uint8)
+    >>> src = source.ctypes.data + np.array([0, 4], np.uint64)
+    >>> dst = target.ctypes.data + np.array([4, 0], np.uint64)
+    >>> pykv.ops.block_copy.vectorized_copy(src, dst, 2, device="cpu")
+    >>> target
+    array([4, 5, 0, 0, 0, 1], dtype=uint8)
     """
     op = "block_copy.vectorized_copy"
     options = (max_ctas, device, validate)
@@ -136,6 +143,11 @@ def copy_arrays(
             overlap.
 
     On a GPU only enqueues: keep pinned arrays until the stream has passed. Bit for bit.
+
+    >>> source, target = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    >>> pykv.ops.block_copy.copy_arrays([source[:2], source[2:]], [target[2:], target[:2]])
+    >>> target
+    array([2., 3., 0., 1.], dtype=float32)
     """
     op = "block_copy.copy_arrays"
     src, dst, sizes, device = addresses_of(op, sources, destinations)

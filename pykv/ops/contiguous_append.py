@@ -71,6 +71,12 @@ def append(
     once, to nearest even, and is bit-exact but for rotated keys, which are computed in float32.
     Sources: the FP16 cache of m40-llm, with lengths on the device; baracuda's KvCacheAppendPlan,
     which has the layout HND, offsets of 64 bits and K apart from V.
+
+    >>> k_cache, v_cache = (np.zeros((1, 4, 1, 8), np.float16) for _ in range(2))  # S C H D
+    >>> rows, lengths = np.ones((1, 2, 1, 8), np.float32), np.array([1], np.int32)
+    >>> pykv.ops.contiguous_append.append(rows, rows, k_cache, v_cache, lengths, advance=True)
+    >>> k_cache[0, :, 0, 0], lengths
+    (array([0., 1., 1., 0.], dtype=float16), array([3], dtype=int32))
     """
     op = "contiguous_append.append"
     if layout not in LAYOUTS:

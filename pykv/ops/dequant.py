@@ -51,6 +51,10 @@ def dequantize(
     Runs where the arrays are. On a GPU it only enqueues. Bit-exact to the package gguf in float32;
     other dtypes are that float32 rounded to nearest even, past their range to infinity. Source:
     ggml-common.h and ggml-quants.c of llama.cpp.
+
+    >>> blocks = np.array([[1.5, 2]], np.float32).view(np.uint8)
+    >>> pykv.ops.dequant.dequantize(blocks, "F32", dtype="float16")
+    array([[1.5, 2. ]], dtype=float16)
     """
     op = "dequant.dequantize"
     if kind not in KINDS:

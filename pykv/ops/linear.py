@@ -68,6 +68,10 @@ def linear(
     "Numerical behavior of NVIDIA tensor cores", 2021), an error that grows with I; the leading
     product therefore starts anew every 1024 features, which keeps the result within 1e-5 of the
     largest output. The split takes 2 or 3 times T * I elements from CuPy's memory pool.
+
+    >>> x, w = np.ones((1, 8), np.float32), np.ones((3, 8), np.float16)
+    >>> pykv.ops.linear.linear(x, w)
+    array([[8., 8., 8.]], dtype=float32)
     """
     op = "linear.linear"
     dims = _check(x, w, bias, out)

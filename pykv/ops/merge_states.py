@@ -53,6 +53,11 @@ def merge(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
     the states. Sources: Flash-Decoding; Hydragen and cascade inference for shared prefixes.
+
+    >>> values = np.stack([np.full((1, 1, 8), x, np.float32) for x in (0, 4)])
+    >>> lse = np.log(np.array([[[1]], [[3]]], np.float32))  # weights 1 and 3
+    >>> pykv.ops.merge_states.merge(values, lse)[0, 0, :2]
+    array([3., 3.], dtype=float32)
     """
     op = "merge_states.merge"
     dims = _check(values, lse, out, out_lse)

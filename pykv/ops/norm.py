@@ -55,6 +55,11 @@ def rms_norm(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32. A row's result
     does not depend on the other rows. Source: RMSNorm (Zhang and Sennrich, 2019).
+
+    >>> x = np.array([[3, 4], [6, 8]], np.float32)
+    >>> pykv.ops.norm.rms_norm(x, np.ones(2, np.float32)).round(3)
+    array([[0.849, 1.131],
+           [0.849, 1.131]], dtype=float32)
     """
     op = "norm.rms_norm"
     row = "H D" if getattr(x, "ndim", 2) == 3 else "D"

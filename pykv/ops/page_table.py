@@ -56,6 +56,14 @@ def from_lists(
 
     Runs where the arrays are; on a GPU it only enqueues, and M is not checked. Source:
     get_seq_lens of FlashInfer for the lengths.
+
+    >>> lists = [np.array(x, np.int32) for x in ([7, 3, 5], [0, 2, 3], [1, 4])]
+    >>> table, lengths = pykv.ops.page_table.from_lists(*lists, page_size=4, width=3)
+    >>> table
+    array([[ 7,  3, -1],
+           [ 5, -1, -1]], dtype=int32)
+    >>> lengths
+    array([5, 4], dtype=int32)
     """
     op = "page_table.from_lists"
     dims = _check(indices, indptr, last_page_len, table, lengths)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, load_cupy, checker, on_gpu, optional
+from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional
 from pykv.errors import ParameterError
 
 VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
@@ -48,7 +48,7 @@ NOTHING = np.uint64(2**64 - 1)
 Offender = tuple[int, int]  # reason and index
 
 
-def enabled(wanted: bool | None, *_: Any) -> bool:
+def enabled(wanted: bool | None) -> bool:
     """Whether an op shall check: its argument `check`, or where None, what PYKV_CHECK says."""
     return ALWAYS if wanted is None else wanted
 
@@ -98,6 +98,11 @@ def check_slots(
         slots: [n] int32 or int64.
         num_slots: N * P, below 2^32.
         op, name: for the text.
+
+    >>> pykv.ops.paged_check.check_slots(np.array([0, -1, 9], np.int32), num_slots=8)
+    Traceback (most recent call last):
+        ...
+    pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
     if found := _first("slots", n, dict(slots=slots), dict(n=n, end=num_slots)):

@@ -59,7 +59,7 @@ def universal_from_block(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Move stacks of chunks into universal blocks; see `prepare`.
+    """Adapter for kvbm: move stacks of chunks into universal blocks.
 
     Args:
         universal, blocks: arrays or addresses, as the module's text says.
@@ -68,6 +68,12 @@ def universal_from_block(
             chunks hold, or how they are strided.
         heads, layers, num_blocks, max_ctas: as in `prepare`.
         stream: see pykv.cuda.on_stream.
+
+    >>> nhd = np.arange(96, dtype=np.float16).reshape(1, 2, 2, 3, 2, 4)  # N L O P H D
+    >>> universal = np.empty((1, 2, 2, 2, 3, 4), np.float16)  # N H L O P D
+    >>> pykv.ops.permute.universal_from_block(universal, nhd, layout="NHD")
+    >>> bool((universal == nhd.transpose(0, 4, 1, 2, 3, 5)).all())
+    True
     """
     _prepare(
         "permute.universal_from_block",
@@ -89,7 +95,8 @@ def block_from_universal(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Move universal blocks into stacks of chunks; arguments as in `universal_from_block`."""
+    """Adapter for kvbm: move universal blocks into stacks of chunks; arguments as in
+    `universal_from_block`."""
     _prepare(
         "permute.block_from_universal",
         ("blocks", blocks, _stack("permute.block_from_universal", layout)),
@@ -110,7 +117,8 @@ def operational_from_block(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Join the chunks of stacks, in their own order; arguments as in `universal_from_block`."""
+    """Adapter for kvbm: join the chunks of stacks, in their own order, into one
+    allocation a block, `operational`; arguments as in `universal_from_block`."""
     layout = _stack("permute.operational_from_block", layout)
     _prepare(
         "permute.operational_from_block",
@@ -132,7 +140,8 @@ def block_from_operational(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Part joined chunks again; arguments as in `universal_from_block`."""
+    """Adapter for kvbm: part the joined chunks of `operational` blocks again; arguments as
+    in `universal_from_block`."""
     layout = _stack("permute.block_from_operational", layout)
     _prepare(
         "permute.block_from_operational",
@@ -153,7 +162,8 @@ def nhd_to_hnd(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Move dense NHD chunks into HND chunks; arguments as in `universal_from_block`."""
+    """Adapter for kvbm: move dense chunks `nhd` into `hnd`; arguments as in
+    `universal_from_block`."""
     _prepare(
         "permute.nhd_to_hnd",
         ("hnd", hnd, Layout("HND")),
@@ -173,7 +183,8 @@ def hnd_to_nhd(
     max_ctas: int | None = None,
     stream: Any = None,
 ) -> None:
-    """Move dense HND chunks into NHD chunks; arguments as in `universal_from_block`."""
+    """Adapter for kvbm: move dense chunks `hnd` into `nhd`; arguments as in
+    `universal_from_block`."""
     _prepare(
         "permute.hnd_to_nhd",
         ("nhd", nhd, Layout("NHD")),

@@ -53,6 +53,13 @@ def rotate(
 
     Runs where the arrays are; on a GPU it only enqueues. Angles are computed in double precision,
     sine and cosine are rounded to float32. Source: RoFormer (Su et al., 2021).
+
+    >>> q = np.array([[[1, 0]]], np.float32)  # a token, a head, one pair
+    >>> k = q.copy()
+    >>> quarter = np.array([np.pi / 2], np.float32)
+    >>> pykv.ops.rope.rotate(q, k, np.array([1], np.int32), quarter)
+    >>> abs(q).round(3)
+    array([[[0., 1.]]], dtype=float32)
     """
     op = "rope.rotate"
     dims = _check(q, k, positions, inv_freq)
@@ -129,6 +136,9 @@ def frequencies(
 
     Sources: RoFormer (Su et al., 2021); position interpolation (Chen et al., 2023) for "linear";
     the scaling that Meta published with Llama 3.1 for "llama3".
+
+    >>> pykv.ops.rope.frequencies(4, 10000.0)
+    array([1.  , 0.01], dtype=float32)
     """
     op = "rope.frequencies"
     for name, value, valid, expected in (

@@ -45,6 +45,9 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are; on a GPU it only enqueues. Exact.
+
+    >>> pykv.ops.sample.argmax(np.array([[1, 3, 2], [5, 5, 0]], np.float32))
+    array([1, 0], dtype=int32)
     """
     op = "sample.argmax"
     dims = _check_argmax(logits, out)
@@ -125,6 +128,14 @@ def sample(
     polynomial in fixed point, so that sums are exact in any order. Tokens of one level count as
     equally likely; those below 2^-40 of the largest probability are never drawn.
     Random numbers: splitmix64 (Steele, Lea and Flood, 2014), as 64-bit fractions.
+
+    >>> logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
+    >>> temperature, top_k, top_p, min_p = 1.0, 0, 0.5, 0.0  # top_p leaves the first alone
+    >>> rows = [np.full(1, x, t) for x, t in (
+    ...     (temperature, "f4"), (top_k, "i4"), (top_p, "f4"), (min_p, "f4"), (7, "u8"), (0, "i4")
+    ... )]
+    >>> pykv.ops.sample.sample(logits, *rows)
+    array([0], dtype=int32)
     """
     op = "sample.sample"
     dims = _check_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out)

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pykv
 from pykv import cuda, kinds
 from pykv.errors import (
     CapacityError,
@@ -317,15 +318,33 @@ def test_prepared_calls_read_the_arrays_anew(xp, rng, spec, D):
     where = dict(page_table=xp.asarray(table), lengths=xp.asarray(np.array(lengths, np.int32)))
     options = dict(**arrays, **where, spec=spec, fixed_split=64, return_lse=True)
     queries = xp.asarray(q)
-    run = paged_decode.prepare(queries, **options)
+    run = pykv.prepare(paged_decode.decode, queries, **options)
     for new in (q, other):
         queries[...] = xp.asarray(new)
         got, want = run(), paged_decode.decode(queries, **options)
         for x, y in zip(got, want, strict=True):
             assert_same_bits(x, y)
-    assert run()[0] is got[0]
-    with pytest.raises(ParameterError, match="stream is given"):
-        paged_decode.prepare(queries, **options, stream=1)
+    assert run() is got is run.result
+
+
+def test_a_prepared_call_checks_pages_each_time(xp, rng):
+    """A wrong page is refused where the call is prepared, and where it is made wrong later."""
+    spec, arrays, table = cache(rng, (20, 3), 16, 2, 64, "fp16")
+    arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
+    N = len(arrays["k_pool"])
+    wrong = table.copy()
+    wrong[1, 0] = N
+    options = dict(**arrays, lengths=xp.asarray(np.array([20, 3], np.int32)), check=True)
+    q = xp.asarray(queries_of(rng, (2, 4, 64), "float32"))
+    text = rf"page_table\[1, 0\] is {N}, expected"
+    with pytest.raises(ParameterError, match=text):
+        pykv.prepare(paged_decode.decode, q, page_table=xp.asarray(wrong), **options)
+    page_table = xp.asarray(table)
+    call = pykv.prepare(paged_decode.decode, q, page_table=page_table, **options)
+    call()
+    page_table[1, 0] = N
+    with pytest.raises(ParameterError, match=text):
+        call()
 
 
 def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
@@ -627,10 +646,13 @@ def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T, B):
     """Kinds differ in the blocks that run at once; fewer blocks may cut keys into more ranges."""
     spec, dtype = kinds.KVSpec.parse(text), np.dtype(q)
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(cuda, "kernel", lambda *args, **defines: None)
+    monkeypatch.setattr(cuda, "Launch", lambda *args, **options: None)
     monkeypatch.setattr(cuda, "active_clusters", lambda *args: 48)
     sizes = paged_decode_mma.Sizes(B, T, 4 * H, H, 128, 16, 4096)
-    needed = paged_decode_mma.launch(sm, spec, dtype, sizes, 2**31 - 1, 0, 132, None, {}).size
+    _, needed = paged_decode_mma.launch(spec, dtype, sizes, {}, {}, None)
     assert needed <= paged_decode.workspace_size(B, 4 * H, H, 128, 16 * 4096, T=T, device=0)
 
 

@@ -258,7 +258,9 @@ _kernel = cache(Kernel)
 
 def load(arch, stem, name, **defines):
     """As pykv.cuda.driver.load."""
-    macros = tuple((key, str(value)) for key, value in sorted(cuda.compiler.macros(defines).items()))
+    macros = tuple(
+        (key, str(value)) for key, value in sorted(cuda.compiler.macros(defines).items())
+    )
     return _kernel(name, stem, cuda.source(stem), arch.replace("compute_", "sm_"), macros)
 
 

@@ -102,7 +102,14 @@ class PagedCacheDescriptor:
 
 class Plan:
     """What all plans have. A subclass says what its arguments are: their shapes, in the order in
-    which wrong ones are reported, and the rules of all else."""
+    which wrong ones are reported, and the rules of all else.
+
+    Args:
+        element: dtype of the rows that come in.
+        spec: what the cache holds.
+        preference: what may be used.
+        xp: the array module of the arrays to come.
+    """
 
     op: str
     covers: str
@@ -222,15 +229,23 @@ class Plan:
 def paged_checker(
     plan: str, fields: tuple[str, ...], spec: KVSpec, **rules: tuple[Any, ...]
 ) -> Callable[..., Dims]:
-    """The check of arguments in the order of `fields`: those of pools, scales and lists of pages by
-    the names that all plans give them, others by `rules`."""
+    """The check of the arguments of paged plans.
+
+    Args:
+        plan: name for messages.
+        fields: names of the arguments, in order.
+        spec: what the pools hold.
+        rules: of arguments other than pools, scales and lists of pages, which have the same names
+            in all plans.
+    """
     rules |= spec.rules(("k_data", "v_data", "k_scales", "v_scales"))
     rules |= dict(indices=("I", INT32), indptr=("B+1", INT32), last_page_len=("B", INT32))
     return checker(f"{plan}.can_implement", **{field: rules[field] for field in fields})
 
 
 def check_select(plan: str, batch_size: int, cache: PagedCacheDescriptor, element: Any) -> None:
-    """Check the sizes that descriptors of paged plans share, and the element."""
+    """Check `batch_size`, the sizes of `cache` and the `element` of a paged plan; `plan` is its name
+    for messages."""
     name = f"{plan}.select"
     for size, value in (
         ("batch_size", batch_size),
@@ -243,6 +258,7 @@ def check_select(plan: str, batch_size: int, cache: PagedCacheDescriptor, elemen
 
 
 def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
+    """Check a `head_dim`, of which `most` is the largest; `name` and `size` are for messages."""
     if head_dim % 8 or head_dim > most or head_dim < 0:
         raise UnsupportedError(
             f"{name}: {size} is {head_dim}, expected a multiple of 8 up to {most}"
@@ -250,6 +266,7 @@ def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
 
 
 def check_element(name: str, argument: str, element: Any) -> None:
+    """Check that an `element` is a float kind; `name` and `argument` are for messages."""
     if np.dtype(element) not in FLOATS:
         raise UnsupportedError(
             f"{name}: {argument} is {np.dtype(element)}, expected one of "

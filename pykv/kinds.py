@@ -249,16 +249,15 @@ class KVSpec:
             return steps[0], *self.page_order(*steps[1:3])
         return 0, 0, steps[0] if self.granularity == "head" else 0
 
-    def named_strides(self, **arrays: Any) -> dict[str, int]:
-        """`strides` of arrays by the names that kernels have for them.
-
-        >>> pykv.KVSpec.parse("fp16").named_strides(k_pool=np.zeros((100, 16, 8, 128)))
-        {'k_pool_page': 16384, 'k_pool_token': 1024, 'k_pool_head': 128}
-        """
+    def pool_strides(
+        self, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+    ) -> dict[str, int]:
+        """`strides` of pools and scales by the names that kernels have for them."""
+        arrays = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
         return {
-            f"{name}_{unit}": step
+            f"{name}_{unit}": stride
             for name, array in arrays.items()
-            for unit, step in zip(("page", "token", "head"), self.strides(array), strict=True)
+            for unit, stride in zip(("page", "token", "head"), self.strides(array), strict=True)
         }
 
     def rules(

@@ -92,14 +92,12 @@ def append(
     array([0., 1.], dtype=float16)
     """
     op = "paged_append.append"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    dims = _check(op, spec, k, v, *pools.values(), slots)
-    if paged_check.enabled(check):
-        with cuda.on_stream(stream):
-            paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
-    arrays = dict(k=k, v=v, **pools, rows=slots, indices=None, indptr=None, counts=None)
-    _append("SLOTS", spec, dims, arrays, stream=stream)
+
+    def look(dims: Dims) -> None:
+        paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    _append(op, "SLOTS", arrays, spec, dict(rows=slots), look, check, stream)
 
 
 def append_decode(
@@ -151,23 +149,20 @@ def append_decode(
     (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     op = "paged_append.append_decode"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    table = dict(indices=indices, indptr=indptr)
-    dims = _check(op, spec, k, v, *pools.values(), *table.values(), last_page_len)
     after = _counts_after(op, counts)
     if after and advance:
         raise ParameterError(
             f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
             "a call cannot be changed by it"
         )
-    if paged_check.enabled(check):
-        with cuda.on_stream(stream):
-            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
-            options = dict(appends=True, counts=counts, op=op)
-            paged_check.check_table(**table, last_page_len=last_page_len, **sizes, **options)
-    arrays = dict(k=k, v=v, **pools, rows=None, **table, counts=last_page_len)
-    _append("DECODE", spec, dims, arrays, after=after, advance=advance, stream=stream)
+
+    def look(dims: Dims) -> None:
+        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+        paged_check.check_table(*table, appends=True, counts=counts, op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(indices=indices, indptr=indptr, counts=last_page_len)
+    _append(op, "DECODE", arrays, spec, where, look, check, stream, after, advance)
 
 
 def append_ragged(
@@ -205,19 +200,17 @@ def append_ragged(
     get_batch_indices_positions.
     """
     op = "paged_append.append_ragged"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    table = dict(indices=indices, indptr=indptr)
-    dims = _check(op, spec, k, v, *pools.values(), append_indptr, *table.values(), last_page_len)
     after = _counts_after(op, counts)
-    if paged_check.enabled(check):
-        with cuda.on_stream(stream):
-            paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
-            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
-            options = dict(appends=True, counts=counts, starts=append_indptr, op=op)
-            paged_check.check_table(**table, last_page_len=last_page_len, **sizes, **options)
-    arrays = dict(k=k, v=v, **pools, rows=append_indptr, **table, counts=last_page_len)
-    _append("RAGGED", spec, dims, arrays, after=after, stream=stream)
+
+    def look(dims: Dims) -> None:
+        paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
+        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+        options = dict(counts=counts, starts=append_indptr, op=op)
+        paged_check.check_table(*table, appends=True, **options)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(rows=append_indptr, indices=indices, indptr=indptr, counts=last_page_len)
+    _append(op, "RAGGED", arrays, spec, where, look, check, stream, after)
 
 
 def append_indexed(
@@ -254,28 +247,91 @@ def append_indexed(
     As `append`. Source: FlashInfer's append_paged_kv_cache.
     """
     op = "paged_append.append_indexed"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    table = dict(indices=indices, indptr=indptr)
-    dims = _check(op, spec, k, v, *pools.values(), batch_indices, positions, *table.values())
+
+    def look(dims: Dims) -> None:
+        table = (indices, indptr, None, dims["N"], dims["P"])
+        paged_check.check_table(*table, appends=True, op=op)
+        paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(rows=batch_indices, indices=indices, indptr=indptr, counts=positions)
+    _append(op, "INDEXED", arrays, spec, where, look, check, stream, advance=advance)
+
+
+def _counts_after(op: str, counts: str) -> bool:
+    if counts not in COUNTS:
+        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
+    return counts == "after"
+
+
+# What says where rows go, by the kernel's names.
+_NOWHERE: dict[str, Any] = dict(rows=None, indices=None, indptr=None, counts=None)
+
+
+def _append(
+    op: str,
+    address: str,
+    arrays: dict[str, Any],
+    spec: KVSpec | str | None,
+    where: dict[str, Any],
+    look: Callable[[Dims], None],
+    check: bool | None,
+    stream: Any,
+    after: bool = False,
+    advance: bool = False,
+) -> None:
+    """What the four share.
+
+    Args:
+        op: name for messages.
+        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        arrays: new rows, pools and scales.
+        spec, check, stream: as of `append`.
+        where: those of `_NOWHERE` that `address` has, in the order of `_RULES`.
+        look: checks their contents.
+        after: whether where["counts"] includes the new tokens.
+        advance: whether it grows.
+    """
+    k, _, *pools = arrays.values()
+    spec = spec_of(op, spec, *pools)
+    dims = _checker(op, spec)(*arrays.values(), *where.values())
+    D = dims["D"]
+    if D % 8:
+        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
     if paged_check.enabled(check):
         with cuda.on_stream(stream):
-            sizes = dict(num_pages=dims["N"], page_size=dims["P"])
-            paged_check.check_table(**table, last_page_len=None, **sizes, appends=True, op=op)
-            paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
-    arrays = dict(k=k, v=v, **pools, rows=batch_indices, **table, counts=positions)
-    _append("INDEXED", spec, dims, arrays, advance=advance, stream=stream)
+            look(dims)
+    if k.size == 0:
+        return
+    where = _NOWHERE | where
+    if on_gpu(k):
+        launch = dims.keep(
+            (spec, after, advance),
+            lambda: _launch(address, arrays | where, spec, dims, after, advance),
+        )
+        launch(**arrays, **where, stream=stream)
+        return
+
+    def append_on_host() -> None:
+        pages, offsets = places(address, len(k), dims["P"], **where, after=after)
+        reference(**arrays, spec=spec, pages=pages, offsets=offsets)
+        if advance:
+            where["counts"][pages >= 0] += 1
+
+    cuda.run_on_host(append_on_host)
 
 
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
-_RULES: dict[str, dict[str, Any]] = {  # of what says where rows go, in the order of arguments
+_RULES: dict[str, dict[str, Any]] = {
     "paged_append.append": dict(slots=("T", SLOTS)),
     "paged_append.append_decode": dict(**_TABLE, last_page_len=("B", INT32)),
     "paged_append.append_ragged": dict(
         append_indptr=("B+1", INT32), **_TABLE, last_page_len=("B", INT32)
     ),
     "paged_append.append_indexed": dict(
-        batch_indices=("T", INT32), positions=("T", INT32), **_TABLE
+        batch_indices=("T", INT32), **_TABLE, positions=("T", INT32)
     ),
 }
 
@@ -286,68 +342,7 @@ def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
     return checker(op, k=(rows, FLOATS), v=(rows, "k"), **spec.rules(), **_RULES[op])
 
 
-def _check(op: str, spec: KVSpec, *arrays: Any) -> Dims:
-    """Check arrays in the order of the rules, and their rows."""
-    dims = _checker(op, spec)(*arrays)
-    D = dims["D"]
-    if D % 8:
-        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
-    return dims
-
-
-def _counts_after(op: str, counts: str) -> bool:
-    if counts not in COUNTS:
-        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
-    return counts == "after"
-
-
-def _append(
-    address: str,
-    spec: KVSpec,
-    dims: Dims,
-    arrays: dict[str, Any],
-    *,
-    after: bool = False,
-    advance: bool = False,
-    stream: Any,
-) -> None:
-    """Write rows, whose arrays are checked.
-
-    Args:
-        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
-        spec: of the pools.
-        dims: of the checker.
-        arrays: by the kernel's names; None where `address` has no such array.
-        after: whether `counts` includes the new tokens.
-        advance: whether `counts` grows.
-    """
-    if arrays["k"].size == 0:
-        return
-    if on_gpu(arrays["k"]):
-        launch = dims.keep(
-            (spec, after, advance),
-            lambda: _launch(address, spec, dims, arrays, after, advance),
-        )
-        launch(**arrays, stream=stream)
-    else:
-        P = dims["P"]
-        cuda.run_on_host(lambda: _append_on_host(address, spec, P, arrays, after, advance))
-
-
 # --- Definition -----------------------------------------------------------------------------------
-
-
-def _append_on_host(
-    address: str, spec: KVSpec, P: int, arrays: dict[str, Any], after: bool, advance: bool
-) -> None:
-    table = {name: arrays[name] for name in ("rows", "indices", "indptr", "counts")}
-    new = {name: array for name, array in arrays.items() if name not in table}
-    pages, offsets = places(address, len(arrays["k"]), P, **table, after=after)
-    reference(**new, spec=spec, pages=pages, offsets=offsets)
-    if advance:
-        table["counts"][pages >= 0] += 1
 
 
 def places(
@@ -416,30 +411,22 @@ def reference(
 
 
 def _launch(
-    address: str, spec: KVSpec, dims: Dims, arrays: dict[str, Any], after: bool, advance: bool
+    address: str, arrays: dict[str, Any], spec: KVSpec, dims: Dims, after: bool, advance: bool
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
-    k, v, rows = arrays["k"], arrays["v"], arrays["rows"]
+    k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
-    new_t, row_dtype = k.dtype, None if rows is None else rows.dtype
-    defines = defines_of(address, spec, new_t, H, D, dims["P"], row_dtype, after, advance)
-    k_token, k_head, v_token, v_head = (
-        stride // x.itemsize for x in (k, v) for stride in x.strides[:2]
-    )
-    pools = {name: arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")}
+    row_dtype = None if rows is None else rows.dtype
+    defines = defines_of(address, spec, k.dtype, H, D, dims["P"], row_dtype, after, advance)
+    of_rows = ("k_token", "k_head", "v_token", "v_head")
+    strides = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
     return cuda.Launch(
         cuda.kernel("paged_append", "paged_append", **defines),
         grid=-(-T * H // defines["ROWS"]),
         block=defines["BLOCK"],
-        scalars=dict(
-            **spec.named_strides(**pools),
-            k_token=k_token,
-            k_head=k_head,
-            v_token=v_token,
-            v_head=v_head,
-            num_rows=T * H,
-            num_requests=dims["B"] if address == "RAGGED" else 0,
-        ),
+        scalars=spec.pool_strides(*pools)
+        | dict(zip(of_rows, strides, strict=True))
+        | dict(num_rows=T * H, num_requests=dims["B"] if address == "RAGGED" else 0),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,11 +244,9 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
-    arrays: list[Any] = []
-    for side in (source, target):
-        arrays += (*side.pools, *side.scales, side.pages)
     sides = ((side.spec, side.names, side.pages is not None) for side in (source, target))
-    sizes = _checker(op, *sides, rows is not None)(*arrays, *(rows or ()))
+    checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
+    sizes = _checker(op, *sides, rows is not None)(*chain(*checked), *(rows or ()))
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     _check_head_dim(op, source.names[0], D)
     if n * P * H >= 2**31:
@@ -260,10 +259,17 @@ def _move(
             _check_pages(op, source, target, rows, P)
     if is_on_gpu:
         launches = sizes.keep(
-            (source.spec, target.spec), lambda: _launches(source, target, sizes, rows)
+            (source.spec, target.spec), lambda: _launches(source, target, sizes, rows is not None)
         )
+        tables = dict(zip(("indptr", "starts"), rows or (None, None), strict=True))
+        tables |= dict(dst_pages=target.pages, src_pages=source.pages)
         for launch, sides in launches:
-            launch(**_arrays(source, target, rows, sides), stream=stream)
+            arrays = {
+                f"{letter}_{name}": pair[side]
+                for name, pair in _pairs(source, target).items()
+                for letter, side in zip("kv", sides, strict=True)
+            }
+            launch(**arrays, **tables, stream=stream)
     else:
         cuda.run_on_host(lambda: reference(source, target, rows))
 
@@ -410,14 +416,18 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
     return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
 
 
+def _pairs(source: _Side, target: _Side) -> dict[str, tuple[Any, Any]]:
+    """Arrays of keys and of values, by the kernel's names without the letter."""
+    dst = dict(dst=target.pools, dst_scales=target.scales)
+    return dict(**dst, src=source.pools, src_scales=source.scales)
+
+
 def _launches(
-    source: _Side, target: _Side, sizes: Dims, rows: tuple[Any, Any] | None
+    source: _Side, target: _Side, sizes: Dims, by_token: bool
 ) -> list[tuple[cuda.Launch, tuple[int, int]]]:
     """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
     for values: both, or where they differ in kind or strides, one of them in each launch."""
     n, P, H, D = (sizes[letter] for letter in "nPHD")
-    num_rows = n * P * H
-    by_token = rows is not None
     works = [
         (
             _defines(source.spec, target.spec, which, D, by_token),
@@ -426,75 +436,43 @@ def _launches(
         for which in (0, 1)
     ]
     is_shared = works[0] == works[1]
-    page_rows, page_magic, page_shift = _divisor(P * H)
-    num_inner, inner_magic, inner_shift = _divisor(target.spec.page_order(P, H)[1])
+    counts = dict(num_rows=n * P * H, num_sequences=sizes.get("B", 0), num_tokens=sizes.get("T", 0))
+    inner = target.spec.page_order(P, H)[1]
     launches = []
     for sides in ((0, 1),) if is_shared else ((0, 0), (1, 1)):
         defines, strides = works[sides[0]]
         tile = BLOCK // defines["LANES"] * defines["ROWS"]
         launch = cuda.Launch(
             cuda.kernel("paged_convert", "paged_convert", **defines),
-            grid=(-(-num_rows // tile), 1 + is_shared),
+            grid=(-(-n * P * H // tile), 1 + is_shared),
             block=BLOCK,
-            scalars=dict(
-                num_sequences=sizes.get("B", 0),
-                page_size=P,
-                num_tokens=sizes.get("T", 0),
-                **strides,
-                num_rows=num_rows,
-                page_rows=page_rows,
-                page_magic=page_magic,
-                page_shift=page_shift,
-                num_inner=num_inner,
-                inner_magic=inner_magic,
-                inner_shift=inner_shift,
-            ),
+            scalars=counts
+            | strides
+            | dict(page_size=P, **_divisor("page", P * H), **_divisor("inner", inner)),
         )
         launches.append((launch, sides))
     return launches
-
-
-def _arrays(
-    source: _Side, target: _Side, rows: tuple[Any, Any] | None, sides: tuple[int, int]
-) -> dict[str, Any]:
-    """The kernel's arrays; for the second of two equal sides it has no blocks."""
-    k, v = sides
-    indptr, starts = rows or (None, None)
-    return dict(
-        k_dst=target.pools[k],
-        v_dst=target.pools[v],
-        k_dst_scales=target.scales[k],
-        v_dst_scales=target.scales[v],
-        k_src=source.pools[k],
-        v_src=source.pools[v],
-        k_src_scales=source.scales[k],
-        v_src_scales=source.scales[v],
-        dst_pages=target.pages,
-        src_pages=source.pages,
-        indptr=indptr,
-        starts=starts,
-    )
 
 
 def _strides(source: _Side, target: _Side, which: int, by_token: bool) -> dict[str, int]:
     """Elements from a page to the next, and along the outer and the inner loop over its rows, which
     go as the target has them in memory."""
     strides: dict[str, int] = {}
-    for name, side in (("dst", target), ("src", source)):
-        for suffix, arrays in (("", side.pools), ("_scale", side.scales)):
-            page, token, head = side.spec.strides(arrays[which])
-            if by_token and name == "dst":  # [T, H, D]: a page is a token
-                page, token, head = page, page, token
-            outer, inner = target.spec.page_order(token, head)
-            names = (f"{name}{suffix}_{step}" for step in ("page", "outer", "inner"))
-            strides |= zip(names, (page, outer, inner), strict=True)
+    for name, pair in _pairs(source, target).items():
+        side = target if name.startswith("dst") else source
+        page, token, head = side.spec.strides(pair[which])
+        if by_token and side is target:  # [T, H, D]: a page is a token
+            page, token, head = page, page, token
+        outer, inner = target.spec.page_order(token, head)
+        strides |= {f"{name}_page": page, f"{name}_outer": outer, f"{name}_inner": inner}
     return strides
 
 
-def _divisor(n: int) -> tuple[int, int, int]:
+def _divisor(name: str, rows: int) -> dict[str, int]:
     """A number below 2^31, and what the kernel multiplies and shifts by to divide by it."""
-    shift = (n - 1).bit_length()
-    return n, -(-(2 ** (31 + shift)) // n), shift
+    shift = (rows - 1).bit_length()
+    magic = -(-(2 ** (31 + shift)) // rows)
+    return {f"{name}_rows": rows, f"{name}_magic": magic, f"{name}_shift": shift}
 
 
 VARIANTS = [

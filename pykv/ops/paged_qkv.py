@@ -270,19 +270,15 @@ def _launch(
         slot_dtype=arrays["slots"].dtype,
         hadamard=hadamard,
     )
+    _, k_pool, v_pool, k_scales, v_scales, *_ = arrays.values()
     q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
-    pools = {name: arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")}
+    qkv_token = qkv.strides[0] // qkv.itemsize
     return cuda.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
         grid=(T, -(-(HQ + 2 * dims["H"]) // (defines["BLOCK"] // defines["LANES"]))),
         block=defines["BLOCK"],
-        scalars=dict(
-            **spec.named_strides(**pools),
-            q_token=q_token,
-            q_head=q_head,
-            qkv_token=qkv.strides[0] // qkv.itemsize,
-            eps=eps,
-        ),
+        scalars=spec.pool_strides(k_pool, v_pool, k_scales, v_scales)
+        | dict(q_token=q_token, q_head=q_head, qkv_token=qkv_token, eps=eps),
     )
 
 

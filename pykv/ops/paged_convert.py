@@ -244,9 +244,9 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
-    sides = ((side.spec, side.names, side.pages is not None) for side in (source, target))
+    rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
     checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
-    sizes = _checker(op, *sides, rows is not None)(*chain(*checked), *(rows or ()))
+    sizes = _checker(op, *rules, rows is not None)(*chain(*checked), *(rows or ()))
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     _check_head_dim(op, source.names[0], D)
     if n * P * H >= 2**31:

@@ -286,11 +286,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from pykv import bench, cuda
-    from pykv.bench import report
+    from pykv.bench import options, report
 
     module = bench.load(args.name)
     parser = argparse.ArgumentParser(
-        prog=f"pykv bench {args.name}", description=module.__doc__.partition("\n")[0]
+        prog=f"pykv bench {args.name}",
+        description=module.__doc__.partition("\n")[0],
+        allow_abbrev=False,  # --page is not --pages
     )
     parser.add_argument("--json", help="write a record for each case, ceilings included")
     parser.add_argument("--csv", help="write a row for each case; - prints it, without the table")
@@ -299,33 +301,35 @@ def _bench(args: argparse.Namespace) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
     parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(parser)
-    options = parser.parse_args(args.options)
-    cases = module.select(options) if hasattr(module, "select") else module.CASES
-    for path in {options.json, options.csv} - {None, "-"}:
+    options.add_arguments(parser, module)
+    given = parser.parse_args(args.options)
+    cases = options.select(args.name, module, given)
+    for path in {given.json, given.csv} - {None, "-"}:
         with open(path, "a"):  # or minutes later there would be no place for the results
             pass
 
     records: list[report.Record] = []
     own: list[report.Record] = []
-    xp = cuda.array_module(options.device)
+    xp = cuda.array_module(given.device)
     try:
-        how = {name: getattr(options, name) for name in ("samples", "warmup", "seed", "quick")}
+        how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
         for record in bench.run(args.name, cases, xp, **how):
             records.append(record)
             if record["bench"] == args.name:
                 own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
         table = report.to_csv(own, getattr(module, "row", report.row))
-        if options.json and records:
-            report.write_json(options.json, records)
-        if options.csv not in (None, "-") and own:
-            with open(options.csv, "w", encoding="utf-8", newline="") as file:
+        if given.json and records:
+            report.write_json(given.json, records)
+            if (records[0]["commit"] or "").endswith("+"):
+                _complain(
+                    f"{given.json} says +: files differ from the commit, so no table takes it"
+                )
+        if given.csv not in (None, "-") and own:
+            with open(given.csv, "w", encoding="utf-8", newline="") as file:
                 file.write(table)
-    print(
-        table if options.csv == "-" else report.to_table(records), end="\n" * (options.csv != "-")
-    )
+    to_stdout = given.csv == "-"
+    print(table if to_stdout else report.to_table(records), end="" if to_stdout else "\n")
     if hasattr(module, "conclude"):
         print(module.conclude(own), file=sys.stderr)
     if all(record["ok"] for record in records):

@@ -35,6 +35,7 @@ CASES = [
     for B in (1, 16, 64)
     for kv in ("fp16", "int8", "fp8")
 ]
+OPTIONS = ("batch", "keys", "kv")
 QUICK = [dict(model=MODEL, B=2, L=40, kv=kv) for kv in ("fp16", "int8")]
 # Of logits, whose standard deviation is about 2, over the same rows: far more than what sums in
 # another order were seen to change, 0.001.

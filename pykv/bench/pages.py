@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from pykv.bench import Work, caches, memory
 from pykv.kinds import KVSpec
 
 SIZES = dict(L=1, pages=4096, P=16, H=8, D=128)
-QUICK = dict(L=2, pages=5, P=4, H=2, D=16)
+TINY = dict(L=2, pages=5, P=4, H=2, D=16)
 
 
 def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -23,11 +22,8 @@ def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
     return cases + [dict(op=op, kv="int8", **layers) for op in ("fork", "swap_out", "swap_in")]
 
 
-CASES = _cases(SIZES)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(QUICK) if args.quick else CASES
+CASES, QUICK = _cases(SIZES), _cases(TINY)
+OPTIONS = ("layers", "pages", "page", "kv_heads", "dim", "kv")
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:

@@ -6,7 +6,6 @@ universal side is in pinned memory. Chunks and blocks lie scattered on both side
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +52,7 @@ def _cases(shape: BlockShape, head_sizes: tuple[int, ...], N: int | None) -> lis
     ]
 
 
-CASES = _cases(LLAMA_70B, (128, 64, 80), None)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(TINY, (TINY.D,), 3) if args.quick else CASES
+CASES, QUICK = _cases(LLAMA_70B, (128, 64, 80), None), _cases(TINY, (TINY.D,), 3)
 
 
 @dataclass(frozen=True)

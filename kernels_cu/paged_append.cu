@@ -49,6 +49,7 @@
 #endif
 constexpr int D = HEAD_DIM, H = HEADS, GROUPS = BLOCK / LANES;
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(D <= 16 * LANES, "two pieces a lane at most");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(ROWS == (ADVANCE ? H : GROUPS), "a row of each group, or all of a token");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");

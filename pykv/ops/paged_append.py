@@ -37,10 +37,10 @@ from pykv.ops import paged_check
 
 SLOTS = (*INT32, np.dtype(np.int64))
 COUNTS = ("before", "after")
-MAX_HEAD_DIM = 512
 
 BLOCK = 128  # threads
 LANE_ELEMENTS = 16  # of a row that a thread has: its loads are in flight together
+MAX_HEAD_DIM = 32 * LANE_ELEMENTS  # of the lanes of a warp
 
 
 def append(

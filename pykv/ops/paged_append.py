@@ -93,11 +93,11 @@ def append(
     """
     op = "paged_append.append"
 
-    def look(dims: Dims) -> None:
+    def check_contents(dims: Dims) -> None:
         paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    _append(op, "SLOTS", arrays, spec, dict(rows=slots), look, check, stream)
+    _append(op, "SLOTS", arrays, spec, dict(rows=slots), check_contents, check, stream)
 
 
 def append_decode(
@@ -156,13 +156,13 @@ def append_decode(
             "a call cannot be changed by it"
         )
 
-    def look(dims: Dims) -> None:
+    def check_contents(dims: Dims) -> None:
         table = (indices, indptr, last_page_len, dims["N"], dims["P"])
         paged_check.check_table(*table, appends=True, counts=counts, op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(indices=indices, indptr=indptr, counts=last_page_len)
-    _append(op, "DECODE", arrays, spec, where, look, check, stream, after, advance)
+    _append(op, "DECODE", arrays, spec, where, check_contents, check, stream, after, advance)
 
 
 def append_ragged(
@@ -202,7 +202,7 @@ def append_ragged(
     op = "paged_append.append_ragged"
     after = _counts_after(op, counts)
 
-    def look(dims: Dims) -> None:
+    def check_contents(dims: Dims) -> None:
         paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
         table = (indices, indptr, last_page_len, dims["N"], dims["P"])
         options = dict(counts=counts, starts=append_indptr, op=op)
@@ -210,7 +210,7 @@ def append_ragged(
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(rows=append_indptr, indices=indices, indptr=indptr, counts=last_page_len)
-    _append(op, "RAGGED", arrays, spec, where, look, check, stream, after)
+    _append(op, "RAGGED", arrays, spec, where, check_contents, check, stream, after)
 
 
 def append_indexed(
@@ -248,14 +248,14 @@ def append_indexed(
     """
     op = "paged_append.append_indexed"
 
-    def look(dims: Dims) -> None:
+    def check_contents(dims: Dims) -> None:
         table = (indices, indptr, None, dims["N"], dims["P"])
         paged_check.check_table(*table, appends=True, op=op)
         paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(rows=batch_indices, indices=indices, indptr=indptr, counts=positions)
-    _append(op, "INDEXED", arrays, spec, where, look, check, stream, advance=advance)
+    _append(op, "INDEXED", arrays, spec, where, check_contents, check, stream, advance=advance)
 
 
 def _counts_after(op: str, counts: str) -> bool:
@@ -274,7 +274,7 @@ def _append(
     arrays: dict[str, Any],
     spec: KVSpec | str | None,
     where: dict[str, Any],
-    look: Callable[[Dims], None],
+    check_contents: Callable[[Dims], None],
     check: bool | None,
     stream: Any,
     after: bool = False,
@@ -288,7 +288,7 @@ def _append(
         arrays: new rows, pools and scales.
         spec, check, stream: as of `append`.
         where: those of `_NOWHERE` that `address` has, in the order of `_RULES`.
-        look: checks their contents.
+        check_contents: of them, where `check` asks for it.
         after: whether where["counts"] includes the new tokens.
         advance: whether it grows.
     """
@@ -302,7 +302,7 @@ def _append(
         raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
     if paged_check.enabled(check):
         with cuda.on_stream(stream):
-            look(dims)
+            check_contents(dims)
     if k.size == 0:
         return
     where = _NOWHERE | where

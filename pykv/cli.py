@@ -266,12 +266,13 @@ def _verify(args: argparse.Namespace) -> int:
     from pykv.kinds import KVSpec
 
     spec = None if args.kv_dtype is None else KVSpec.parse(args.kv_dtype)
+    found = verify.run(args.seed, spec)
     device = cuda.device_name(cuda.array_module("auto"))
     if not args.json:
         print(f"on {device}")
     ok = True
     rows = []
-    for row in verify.run(args.seed, spec):
+    for row in found:
         ok &= row.ok
         rows.append(row.as_dict())
         if not args.json:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.verify import error_and_bound, host
+from pykv.testing import error_and_bound, host
 
 to_numpy = host
 
@@ -32,7 +32,7 @@ def assert_same_bits(got, want):
 
 
 def assert_close_to_oracle(got, low, oracle):
-    """The rule of pykv.verify.error_and_bound, which says what the three are."""
+    """The rule of pykv.testing.error_and_bound, which says what the three are."""
     error, bound = error_and_bound(got, low, oracle)
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"
 

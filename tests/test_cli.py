@@ -363,9 +363,10 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    families = {name: verify.FAMILIES[name] for name in ("norm", "rope")}
-    monkeypatch.setattr(verify, "FAMILIES", families)
-    return ["norm"] * 3 + ["rope"] * 2
+    found = verify.families()
+    few = {name: found[name] for name in ("norm", "rope")}
+    monkeypatch.setattr(verify, "families", lambda spec: few)
+    return ["norm"] * 3 + ["rope"] * 3
 
 
 def test_verify(capsys, few_rows):
@@ -396,10 +397,15 @@ def test_verify_of_one_cache(capsys):
     report = json.loads(out)
     assert report["kv_dtype"] == "e4m3:head"
     assert {case["op"] for case in report["cases"]} == {
-        *("paged_append", "paged_convert", "paged_decode", "prefill")
+        *("attention_mass", "paged_append", "paged_convert", "paged_decode", "paged_qkv", "prefill")
     }
     code, _, err = run(capsys, "verify", "--kv-dtype", "int7")
     assert code == 2 and "'int7' is no kind" in err
+
+
+def test_verify_wants_a_seed_of_at_least_0(capsys):
+    error = "pykv: verify: seed is -1, expected at least 0\n"
+    assert run(capsys, "verify", "--seed", "-1") == (2, "", error)
 
 
 @pytest.mark.parametrize("wrong", [2.0, np.nan])
@@ -408,7 +414,7 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: op(*args, **kwargs) * wrong)
     code, out, err = run(capsys, "verify")
     assert (code, err) == (1, "pykv: some results are outside their bounds\n")
-    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 2
+    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 3
 
     def no_constants(name):
         raise ValueError(f"{name} is no JSON")
@@ -416,7 +422,7 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     code, out, err = run(capsys, "verify", "--json")
     report = json.loads(out, parse_constant=no_constants)
     assert (code, err, report["ok"]) == (1, "", False)
-    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 2
+    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 3
 
 
 # --- cache ---

@@ -9,6 +9,7 @@ from pykv import kinds, pages
 from pykv.errors import DeviceError, FormatError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.pages import Pages
+from pykv.testing import codes
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
 SPECS = (
@@ -146,12 +147,12 @@ def test_convert(xp, rng, specs):
         return x if x is None or x.ndim < 4 or spec.layout == "NHD" else x.swapaxes(2, 3)
 
     for letter, kind, to_kind in zip("kv", source.spec.kinds, target.spec.kinds, strict=True):
-        codes, scales = nhd(source.spec, before[letter]), before.get(f"{letter}_scales")
+        stored, scales = nhd(source.spec, before[letter]), before.get(f"{letter}_scales")
         if scales is not None and scales.ndim == 2:
-            scales = np.broadcast_to(scales[:, None, None], codes.shape[:4])
-        x = kinds.dequantize(codes, kind, scales)[:, ids]
-        codes, found = kinds.quantize(x, to_kind)
-        nhd(target.spec, want[letter])[:, to_ids] = codes
+            scales = np.broadcast_to(scales[:, None, None], stored.shape[:4])
+        x = codes.decode(stored, kind.name, scales)[:, ids]
+        stored, found = codes.encode(x, to_kind.name)
+        nhd(target.spec, want[letter])[:, to_ids] = stored
         if found is not None:
             nhd(target.spec, want[f"{letter}_scales"])[:, to_ids] = found
     pages.convert_pages(source, target, ids, to_ids)

@@ -35,7 +35,7 @@ from pykv.errors import FormatError, PykvError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.llm.model import Batch, forward
 from pykv.ops import paged_decode, paged_qkv, prefill
-from pykv.verify import host
+from pykv.testing import host
 
 TOPICS = ("execmodel", "import")
 MODELS = ("smollm2-135m", "gemma3-270m")

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory, timing
+from pykv.bench import Work, memory, timing
 from pykv.bench.options import DTYPES, Case
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.pages import Pages
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
 TINY = dict(N=16, P=4, H=2, D=16)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from pykv import plan
-from pykv.bench import Work, caches
+from pykv.bench import Work
 from pykv.bench.options import Case
 from pykv.kinds import KVSpec
 from pykv.ops import paged_append, paged_decode
+from pykv.testing import caches
 
 SIZES = dict(L=1024, HQ=32, H=8, D=128, P=16)
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from pykv import kinds
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.bench.gather import CHECKED, SIZES, TINY
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import caches
 
 
 def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:

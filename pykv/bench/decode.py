@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES
 from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 SIZES = dict(HQ=32, H=8, D=128, P=16)
 KINDS = ("bf16", "int8", "e4m3", "int4")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory, options
+from pykv.bench import Work, memory, options
 from pykv.bench.options import DTYPES, Case, finds_scales
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import caches
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)
 TINY = dict(pages=6, P=4, H=2, D=16)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec, dequantize
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
+from pykv.testing import caches
 
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16

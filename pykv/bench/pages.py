@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from pykv import pages
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.kinds import KVSpec
+from pykv.testing import caches
 
 SIZES = dict(L=1, pages=4096, P=16, H=8, D=128)
 TINY = dict(L=2, pages=5, P=4, H=2, D=16)

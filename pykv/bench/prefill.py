@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory, report
+from pykv.bench import Work, memory, report
 from pykv.bench.options import DTYPES, Case
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec
 from pykv.ops import linear, prefill
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 MATMUL = 8192  # rows of the matrices of the ceiling
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)

@@ -154,10 +154,13 @@ class Prepared:
         result: what the op returned: the same objects after each call, filled anew.
     """
 
-    __slots__ = ("_device", "_held", "_steps", "result")
+    __slots__ = ("_current_device", "_device", "_held", "_run", "result")
 
     def __init__(self, steps: list[Step], result: Any, device: int | None, held: Any) -> None:
-        self._steps, self.result, self._device, self._held = steps, result, device, held
+        self.result, self._device, self._held = result, device, held
+        self._run = steps[0] if len(steps) == 1 else lambda: [step() for step in steps]
+        if device is not None:  # looked up once: the call has microseconds
+            self._current_device = load_cupy().cuda.runtime.getDevice
 
     def __call__(self, stream: Any = None) -> Any:
         """Do the work again, with what the arrays hold now.
@@ -175,17 +178,14 @@ class Prepared:
         if self._device is None:
             run_on_host(self._run)
             return self.result
-        if current_device() != self._device:
+        current = self._current_device()
+        if current != self._device:
             raise DeviceError(
-                f"prepare: GPU {current_device()} is the current one, expected "
-                f"GPU {self._device}, on which the call was prepared"
+                f"prepare: GPU {current} is the current one, expected GPU {self._device}, on which "
+                "the call was prepared"
             )
         enqueue(self._run, stream)
         return self.result
-
-    def _run(self) -> None:
-        for step in self._steps:
-            step()
 
 
 def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:

@@ -110,9 +110,7 @@ def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:
 def _plan(values: Any, lse: Any, lse_base: str) -> tuple[Any, int, tuple[Any, ...]]:
     """Kernel, grid and scalars for arrays that are checked."""
     S, T, HQ, D = values.shape
-    kernel = cuda.kernel(
-        "merge_states", "merge_states", X_T=values.dtype, HEAD_DIM=D
-    )
+    kernel = cuda.kernel("merge_states", "merge_states", X_T=values.dtype, HEAD_DIM=D)
     binary = 1.0 if lse_base == "2" else math.log2(math.e)
     scalars = (
         *(np.int64(x.strides[0] // x.itemsize) for x in (values, lse)),

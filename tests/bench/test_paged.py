@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pykv import bench
-from pykv.bench import append, caches, convert, gather, memory, pages, report, timing
-from pykv.bench.caches import empty
+from pykv.bench import append, convert, gather, memory, pages, report, timing
 from pykv.kinds import KVSpec
+from pykv.testing import caches
+from pykv.testing.caches import empty
 from tests.helpers import without_simt
 
 CASES = [

@@ -6,7 +6,7 @@ import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import contiguous_append, rope
-from pykv.verify import error_and_bound
+from pykv.testing import error_and_bound
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 BASE = dict(

@@ -9,6 +9,7 @@ from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_append, paged_check, paged_decode
+from pykv.testing import codes, paged
 from tests.helpers import assert_same_bits, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
@@ -108,17 +109,10 @@ class Cache:
         return [None if x is None else x.copy() for x in self.whole]
 
     def write(self, whole, page, offset, k, v):
-        """One token's rows [H, D], as kinds.quantize encodes them."""
-        k_pool, v_pool, k_scales, v_scales = self.views(whole)
-        where = (page, offset) if self.spec.layout == "NHD" else (page, slice(None), offset)
-        sides = ((k, k_pool, k_scales), (v, v_pool, v_scales))
-        for kind, (x, pool, scales) in zip(self.spec.kinds, sides, strict=True):
-            given = None if self.spec.finds_scales else scales
-            dtype = kinds.SCALE_DTYPES[self.spec.scale_dtype]
-            with np.errstate(over="ignore"):
-                pool[where], found = kinds.quantize(x, kind, scale=given, scale_dtype=dtype)
-            if kind.largest and self.spec.finds_scales:
-                scales[where] = found
+        """One token's rows [H, D], encoded by hand."""
+        names = ("k_pool", "v_pool", "k_scales", "v_scales")
+        arrays = dict(zip(names, self.views(whole), strict=True))
+        paged.write(self.spec, arrays, page, offset, k, v)
 
 
 def table(rng, pages_of):
@@ -629,8 +623,7 @@ def test_offsets_are_64_bit(xp, rng, kind):
         given = xp.asarray(rows)
         options = dict(k_scales=scales, v_scales=scales, spec=spec)
         paged_append.append(given, given, pool, pool, where, **options)
-        codes, _ = kinds.quantize(rows[0], KINDS[kind])
-        assert_same_bits(pool[slot, 0], codes)
+        assert_same_bits(pool[slot, 0], codes.encode(rows[0], kind)[0])
 
 
 # --- Errors ---

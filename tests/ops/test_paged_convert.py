@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import kinds
 from pykv.arrays import BFLOAT16
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import codes
+from pykv.testing.paged import SCALE_DTYPES
 from tests.helpers import assert_same_bits, bits, to_numpy, without_simt
 
 FLOAT_NAMES = ("fp32", "fp16", "bf16")
@@ -29,12 +30,9 @@ class Cache:
         for kind in spec.kinds:
             x = magnitude * rng.standard_normal((N, P, H, D)).astype(np.float32)
             given = self.given_scales(rng, kind, H)
-            codes, found = kinds.quantize(
-                x, kind, scale=given, scale_dtype=kinds.SCALE_DTYPES[spec.scale_dtype]
-            )
-            scale = found if given is None else given
-            self.rows.append(kinds.dequantize(codes, kind, scale))
-            self.pools.append(self.place(codes, kind.vector_bytes if strided else 0))
+            stored, scale = codes.encode(x, kind.name, given, SCALE_DTYPES[spec.scale_dtype])
+            self.rows.append(codes.decode(stored, kind.name, scale))
+            self.pools.append(self.place(stored, kind.vector_bytes if strided else 0))
             if not kind.largest:
                 self.scales.append(None)
             elif given is None:
@@ -47,7 +45,7 @@ class Cache:
             return None
         shape = 1 if self.spec.granularity == "tensor" else H
         scale = (1 + rng.random(shape)) * 3 / kind.largest
-        return scale.astype(kinds.SCALE_DTYPES[self.spec.scale_dtype])
+        return scale.astype(SCALE_DTYPES[self.spec.scale_dtype])
 
     def place(self, x, gap):
         """A view like x, NHD, in this layout; between its rows lie `gap` bytes of poison."""
@@ -87,14 +85,12 @@ class Cache:
         if kind.largest and self.spec.granularity != "token":
             scales = to_numpy(self.scales[which])
             given = scales[head % len(scales)]
-        codes, scale = kinds.quantize(
-            x, kind, scale=given, scale_dtype=kinds.SCALE_DTYPES[self.spec.scale_dtype]
-        )
-        self.put(which, page, token, head, codes, None if given is not None else scale)
+        stored, scale = codes.encode(x, kind.name, given, SCALE_DTYPES[self.spec.scale_dtype])
+        self.put(which, page, token, head, stored, None if given is not None else scale)
 
-    def put(self, which, page, token, head, codes, scale=None):
+    def put(self, which, page, token, head, stored, scale=None):
         at = (page, token, head) if self.spec.layout == "NHD" else (page, head, token)
-        self.pools[which][at] = self.xp.asarray(codes)
+        self.pools[which][at] = self.xp.asarray(stored)
         if scale is not None:
             self.scales[which][at] = self.xp.asarray(scale)
 
@@ -152,9 +148,9 @@ def convert_by_loop(source, target, pages, out_pages):
             same = source.spec.kinds[which] == target.spec.kinds[which]
             row_scales = source.spec.finds_scales and target.spec.finds_scales
             if same and (row_scales and source.spec.scale_dtype == target.spec.scale_dtype):
-                codes, scale = source.host(which)
+                stored, scale = source.host(which)
                 scale = None if scale is None else scale[page, token, head]
-                target.put(which, out_page, token, head, codes[page, token, head], scale)
+                target.put(which, out_page, token, head, stored[page, token, head], scale)
             else:
                 target.write(which, out_page, token, head, source.rows[which][page, token, head])
 
@@ -260,15 +256,15 @@ def test_every_code_is_read(xp, kind):
     """All codes, also those that are never written, by scales that overflow, underflow, are 0 or
     NaN; two scales are one of a kind for keys and one for values."""
     kind = KINDS[kind]
-    codes = np.arange(256, dtype=np.uint8).view(kind.dtype).reshape(1, 1, 1, -1)
-    D = codes.shape[-1] * (2 if kind.bits == 4 else 1)
+    row = np.arange(256, dtype=np.uint8).view(kind.dtype).reshape(1, 1, 1, -1)
+    D = row.shape[-1] * (2 if kind.bits == 4 else 1)
     scales = np.array([1.0, 6.1e-5, 65504, 3e-6, 0, np.nan], np.float16)
-    pool = np.repeat(codes, len(scales), 0)
+    pool = np.repeat(row, len(scales), 0)
     spec = KVSpec(kind.name, kind.name)
     given = [xp.asarray(x) for x in (pool, pool, scales[:, None, None], scales[:, None, None])]
     for dtype in (np.float32, np.float16, BFLOAT16):
         with np.errstate(over="ignore", invalid="ignore"):
-            want = kinds.dequantize(pool, kind, scales[:, None, None]).astype(dtype)
+            want = codes.decode(pool, kind.name, scales[:, None, None]).astype(dtype)
         got = paged_convert.gather(
             *given[:2], k_scales=given[2], v_scales=given[3], spec=spec, dtype=dtype
         )

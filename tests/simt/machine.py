@@ -1,8 +1,8 @@
 """Runs kernels_cu on the CPU: builds a kernel file with g++ and launches it on the SIMT machine.
 
-`load`, `configure`, `bind` and `active_clusters` are those of pykv.cuda.driver, for which this module
-stands in. Compiled files are kept in the cache
-folder under a hash of all that went into them. machine.cpp says what a kernel is held to.
+`load`, `configure`, `bind` and `active_clusters` are those of pykv.cuda.driver, for which this
+module stands in. Compiled files are kept in the cache folder under a hash of all that went into
+them. machine.cpp says what a kernel is held to.
 
 PYKV_SIMT_SEED sets the order of blocks, warps and lanes; PYKV_ARCH the SM whose limits hold and
 which __CUDA_ARCH__ names.

@@ -58,6 +58,16 @@ def append_args(xp, rng, cache, element=F16):
     return PagedAppendArgs(key, value, k, v, *lists, k_scales, v_scales)
 
 
+@pytest.mark.parametrize("text", ["fp16:HND", "int8:head", "k8v4:HND"])
+def test_a_descriptor_takes_a_text(text):
+    cache = PagedCacheDescriptor(4, 7, 2, 64, text)
+    assert cache == replace(CACHE, spec=KVSpec.parse(text))
+    N, P, H, D = 7, 4, 2, 64
+    assert cache.shapes() == (cache.spec.pool_shapes(N, P, H, D), cache.spec.scale_shape(N, P, H))
+    with pytest.raises(DtypeError, match="PagedCacheDescriptor: spec is a type, expected a KVSpec"):
+        replace(cache, spec=np.float16)
+
+
 # --- Paged append ---
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec
+from pykv.kinds import KVSpec, as_spec
 from pykv.ops import paged_append
 
 
@@ -85,14 +85,21 @@ class PagedCacheDescriptor:
 
     Args:
         page_size, num_total_pages, num_kv_heads, head_dim: P, N, H and D.
-        spec: what they hold; floats of 16 bits in layout HND, unless said otherwise.
+        spec: what they hold, a KVSpec or a text that KVSpec.parse takes; floats of 16 bits in
+            layout HND, unless said otherwise.
+
+    Raises:
+        ParameterError, DtypeError: the spec is unknown, or neither.
     """
 
     page_size: int
     num_total_pages: int
     num_kv_heads: int
     head_dim: int
-    spec: KVSpec = field(default_factory=lambda: KVSpec(layout="HND"))
+    spec: KVSpec = KVSpec(layout="HND")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", as_spec("PagedCacheDescriptor", self.spec))
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
         """Of the pools of K and V, and of the scales of either."""
@@ -244,8 +251,10 @@ def paged_checker(
 
 
 def check_select(plan: str, batch_size: int, cache: PagedCacheDescriptor, element: Any) -> None:
-    """Check `batch_size`, the sizes of `cache` and the `element` of a paged plan; `plan` is its name
-    for messages."""
+    """Check `batch_size`, the sizes of `cache` and the `element` of a paged plan.
+
+    Errors name the `plan`.
+    """
     name = f"{plan}.select"
     for size, value in (
         ("batch_size", batch_size),

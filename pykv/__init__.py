@@ -23,7 +23,8 @@ from pykv.arrays import asarray, from_pointer
 from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.kinds import KVSpec
-from pykv.pool import PagedKVCache, SequenceCache
+from pykv.pool import PagedKVCache
+from pykv.sequence_cache import SequenceCache
 
 if _TYPE_CHECKING:
     from pykv import cuda, kinds, layout, ops, page_files, pages, plan, transfer

@@ -72,6 +72,10 @@ class Kind:
         """Bytes of a row of `head_dim` elements, without its scale."""
         return head_dim * self.bits // 8
 
+    def row_width(self, head_dim: int) -> int:
+        """W, elements of the array that a row of `head_dim` elements takes."""
+        return self.row_bytes(head_dim) // self.dtype.itemsize
+
 
 KINDS = {
     kind.name: kind
@@ -89,6 +93,9 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
 GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
 
+# What a spec says besides the kinds, by field.
+_WORDS: dict[str, Any] = dict(granularity=GRANULARITIES, scale_dtype=SCALE_DTYPES, layout=LAYOUTS)
+
 # What `KVSpec.parse` takes for a spec, besides the names of kinds.
 SHORT = {"fp8": ("e4m3", "e4m3"), "k8v4": ("int8", "int4")}
 
@@ -105,7 +112,7 @@ class KVSpec:
         layout: "NHD", pools [N, P, H, W], or "HND", pools [N, H, P, W]; scales likewise.
 
     Raises:
-        ParameterError: a name is unknown.
+        ParameterError: a name is unknown, or no text.
 
     >>> spec = pykv.KVSpec.parse("k8v4")  # int8 keys and int4 values, a float16 scale for each row
     >>> spec
@@ -123,21 +130,14 @@ class KVSpec:
     layout: str = "NHD"
 
     def __post_init__(self) -> None:
-        for field, names in (
-            ("k", KINDS),
-            ("v", KINDS),
-            ("granularity", GRANULARITIES),
-            ("scale_dtype", SCALE_DTYPES),
-            ("layout", LAYOUTS),
-        ):
-            if getattr(self, field) not in names:
+        for field, names in dict(k=KINDS, v=KINDS, **_WORDS).items():
+            name = getattr(self, field)
+            if not isinstance(name, str) or name not in names:
                 raise ParameterError(
-                    f"KVSpec: {field} is {getattr(self, field)!r}, "
-                    f"expected one of {', '.join(names)}"
+                    f"KVSpec: {field} is {name!r}, expected one of {', '.join(names)}"
                 )
 
     @staticmethod
-    @cache
     def parse(text: str) -> KVSpec:
         """The spec that `text` names: a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3"
         (keys, then values), and after colons, in any order, a granularity, a scale dtype and a
@@ -145,31 +145,16 @@ class KVSpec:
 
         Raises:
             ParameterError: a word is unknown.
+            DtypeError: `text` is no text.
+
+        >>> pykv.KVSpec.parse("int8+e4m3:HND")
+        KVSpec(k='int8', v='e4m3', granularity='token', scale_dtype='fp16', layout='HND')
         """
-        kinds, *rest = text.split(":")
-        k, plus, v = kinds.partition("+")
-        if not plus:
-            k, v = SHORT.get(kinds, (kinds, kinds))
-        if k not in KINDS or v not in KINDS:
-            raise ParameterError(
-                f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
+        if not isinstance(text, str):
+            raise DtypeError(
+                f"KVSpec.parse: text is a {type(text).__name__}, expected one such as 'int8:HND'"
             )
-        fields: dict[str, str] = {}
-        for word in rest:
-            for field, names in (
-                ("granularity", GRANULARITIES),
-                ("scale_dtype", SCALE_DTYPES),
-                ("layout", LAYOUTS),
-            ):
-                if word in names:
-                    fields[field] = word
-                    break
-            else:
-                raise ParameterError(
-                    f"KVSpec: {word!r} of {text!r} is unknown, expected one of "
-                    f"{', '.join((*GRANULARITIES, *SCALE_DTYPES, *LAYOUTS))}"
-                )
-        return KVSpec(k, v, **fields)
+        return _parse(text)
 
     def __str__(self) -> str:
         """A text that `parse` reads as this spec, and that leaves out what has no meaning."""
@@ -202,45 +187,79 @@ class KVSpec:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
 
-    # --- Shapes and strides: what a layout means is decided here alone ---
+    @property
+    def type_defines(self) -> dict[str, str]:
+        """What kernels call the elements of pools and scales, as defines K_T, V_T and SCALE_T."""
+        k, v = self.kinds
+        is_float = self.has_scales and self.scale_dtype == "fp32"
+        return dict(K_T=k.c_type, V_T=v.c_type, SCALE_T="float" if is_float else "f16")
+
+    # --- What a layout means: nothing else of pykv decides on it ---
+
+    def page_order(self, tokens: Any, heads: Any) -> tuple[Any, Any]:
+        """Something of a page's tokens and something of its heads, in the order of the layout; of
+        two in that order, (tokens, heads) again."""
+        return (tokens, heads) if self.layout == "NHD" else (heads, tokens)
 
     @property
     def page_axes(self) -> tuple[str, str]:
         """The letters of a page's dimensions before a row: ("P", "H") in NHD."""
-        return ("P", "H") if self.layout == "NHD" else ("H", "P")
+        return self.page_order("P", "H")
 
     def pool_shapes(self, N: int, P: int, H: int, D: int) -> tuple[tuple[int, ...], ...]:
-        """Of the pools of K and V."""
-        inner = (P, H) if self.layout == "NHD" else (H, P)
-        return tuple((N, *inner, kind.row_bytes(D) // kind.dtype.itemsize) for kind in self.kinds)
+        """Of the pools of K and V: N pages of P tokens and H KV heads, of D elements.
+
+        >>> pykv.KVSpec.parse("k8v4:HND").pool_shapes(N=100, P=16, H=8, D=128)
+        ((100, 8, 16, 128), (100, 8, 16, 64))
+        """
+        return tuple((N, *self.page_order(P, H), kind.row_width(D)) for kind in self.kinds)
 
     def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
-        """Of the scales of K or of V."""
-        sizes = dict(N=N, P=P, H=H)
-        return tuple(sizes.get(letter, 1) for letter in self._scale_dims("N").split())
+        """Of the scales of K, or of V, that go with such pools; kinds of floats have none.
+
+        >>> [pykv.KVSpec.parse(text).scale_shape(100, 16, 8) for text in ("int8:HND", "int8:head")]
+        [(100, 8, 16), (8,)]
+        """
+        if self.granularity == "token":
+            return N, *self.page_order(P, H)
+        return (H,) if self.granularity == "head" else (1,)
 
     def as_nhd(self, array: Any) -> Any:
-        """A pool or its scales as a view [N, P, H, ...]; scales of heads and tensors, and None, as
-        they are."""
+        """A pool, or its scales, as a view [N, P, H, ...]; scales of heads and tensors, and None,
+        as they are.
+
+        >>> pykv.KVSpec.parse("fp16:HND").as_nhd(np.zeros((100, 8, 16, 128))).shape
+        (100, 16, 8, 128)
+        """
         if array is None or array.ndim < 3 or self.layout == "NHD":
             return array
         return array.swapaxes(1, 2)
 
     def strides(self, array: Any) -> tuple[int, int, int]:
-        """Elements from a page, a token and a head of a pool or its scales to the next; 0 where
-        these share a scale, or there is no array."""
-        if array is None or (array.ndim == 1 and self.granularity == "tensor"):
+        """Elements from a page, a token and a head of a pool, or of its scales, to the next; 0
+        where these share a scale, or there is no array.
+
+        >>> pykv.KVSpec.parse("int8:HND").strides(np.zeros((100, 8, 16, 128), np.int8))
+        (16384, 128, 2048)
+        """
+        if array is None:
             return 0, 0, 0
         steps = [n // array.itemsize for n in array.strides]
-        if array.ndim == 1:
-            return 0, 0, steps[0]
-        page, token, head = steps[:3]
-        return (page, token, head) if self.layout == "NHD" else (page, head, token)
+        if array.ndim > 1:
+            return steps[0], *self.page_order(*steps[1:3])
+        return 0, 0, steps[0] if self.granularity == "head" else 0
 
-    def _scale_dims(self, pages: str) -> str:
-        if self.granularity == "token":
-            return " ".join((pages, *self.page_axes))
-        return "H" if self.granularity == "head" else "1"
+    def pool_strides(
+        self, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+    ) -> dict[str, int]:
+        """`strides` of `k_pool`, `v_pool`, `k_scales` and `v_scales`, by the names that kernels have
+        for them: k_pool_page, k_pool_token, k_pool_head and so on."""
+        arrays = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+        return {
+            f"{name}_{unit}": stride
+            for name, array in arrays.items()
+            for unit, stride in zip(("page", "token", "head"), self.strides(array), strict=True)
+        }
 
     def rules(
         self,
@@ -252,9 +271,12 @@ class KVSpec:
         Args:
             names: what the op calls them.
             pages: letter of how many pages they have.
+
+        >>> pykv.KVSpec.parse("fp16:HND").rules()["k_pool"]
+        ('N H P | D', dtype('float16'), 16)
         """
-        dims = f"{' '.join((pages, *self.page_axes))} |"
-        of_scales = dims if self.granularity == "token" else self._scale_dims(pages)
+        dims = " ".join((pages, *self.page_axes, "|"))
+        of_scales = {"token": dims, "head": "H", "tensor": "1"}[self.granularity]
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
         return {
             **dict(zip(names[:2], pools, strict=True)),
@@ -280,6 +302,26 @@ class KVSpec:
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
             for kind in self.kinds
         )
+
+
+@cache
+def _parse(text: str) -> KVSpec:
+    """What a text says, the same object each time."""
+    kinds, *rest = text.split(":")
+    k, plus, v = kinds.partition("+")
+    if not plus:
+        k, v = SHORT.get(kinds, (kinds, kinds))
+    if k not in KINDS or v not in KINDS:
+        raise ParameterError(
+            f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
+        )
+    field_of = {word: field for field, words in _WORDS.items() for word in words}
+    unknown = [word for word in rest if word not in field_of]
+    if unknown:
+        raise ParameterError(
+            f"KVSpec: {unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
+        )
+    return KVSpec(k, v, **{field_of[word]: word for word in rest})
 
 
 def spec_of(

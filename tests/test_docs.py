@@ -23,7 +23,7 @@ MODULES = [
     if not module.name.startswith(NEEDS_EXTRA)
 ]
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = ["blocks", "kinds", "layout", "page_files", "pages", "plan", "transfer"]
+PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
 
 
 @pytest.mark.parametrize("name", ["pykv", *MODULES])

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pykv
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
@@ -535,6 +536,46 @@ def test_a_wrong_entry_is_found(xp, monkeypatch, function, name, index, value, e
     with pytest.raises(ParameterError, match=text):
         run()
     assert not bool((pool != 0).any())
+
+
+@pytest.mark.parametrize("function", SOUND)
+def test_a_prepared_call_goes_by_what_tables_hold_then(xp, rng, function):
+    """Where rows go, and what a check finds wrong, changes from call to call."""
+    call = getattr(paged_append, function)
+    rows = 2 if function == "append_decode" else 5
+    new = xp.asarray(rng.standard_normal((rows, 1, 8)).astype(np.float32))
+    got, want = (xp.full((2, 4, 4, 1, 8), np.nan, np.float32) for _ in range(2))
+    contents = dict(SOUND[function])
+    if function == "append_indexed":
+        contents["positions"] = [4, 0, 99, 2, 6]  # which may grow twice
+    tables = {key: xp.asarray(np.array(x, np.int32)) for key, x in contents.items()}
+    own = {key: xp.array(table) for key, table in tables.items()}
+    options = {} if function in ("append", "append_indexed") else {"counts": "before"}
+    if function in ("append_decode", "append_indexed"):
+        options["advance"] = True
+    prepared = pykv.prepare(call, new, -new, *got, **tables, **options, check=True)
+    assert bool(xp.isnan(got).all())
+    for key, table in tables.items():
+        assert_same_bits(table, own[key])
+    moved = {"append": "slots", "append_ragged": "last_page_len"}.get(function)
+    for step in range(2):
+        if moved and step:
+            for table in (tables[moved], own[moved]):
+                table[0] = table[0] + 1
+        assert prepared() is prepared.result is None
+        call(new, -new, *want, **own, **options)
+        assert_same_bits(got, want)
+        for key, table in tables.items():
+            assert_same_bits(table, own[key])
+    name = {"append": "slots", "append_indexed": "positions"}.get(function, "indices")
+    tables[name][0] = 99
+    for run in (
+        prepared,
+        lambda: pykv.prepare(call, new, -new, *got, **tables, check=True, **options),
+    ):
+        with pytest.raises(ParameterError, match=rf"paged_append.{function}: {name}\[0\] is 99"):
+            run()
+    assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("function", SOUND)

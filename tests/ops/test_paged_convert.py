@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import pykv
 from pykv.arrays import BFLOAT16
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
@@ -392,7 +393,7 @@ def test_divisors_divide():
     """The kernel's division, in Python's integers."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 5, 7, 24, 127, 128, 129, 1000, 65537, 2**20 - 1, 2**30, 2**31 - 1):
-        by, magic, shift = map(int, paged_convert._divisor(n))
+        by, magic, shift = paged_convert._divisor("page", n).values()
         assert by == n and magic < 2**32
         edges = [0, 1, n - 1, n, n + 1, 2 * n - 1, 2**31 - 1, (2**31 - 1) // n * n - 1]
         for x in [*edges, *rng.integers(0, 2**31, 1000).tolist()]:
@@ -505,3 +506,49 @@ def test_pages_that_do_not_exist(xp, rng):
         arrays = dict(zip(("indices", "indptr", "starts"), tables, strict=True))
         paged_convert.gather_rows(**options, **arrays, k_out=k_out, v_out=k_out)
     assert not bits(k_out).any()
+
+
+def test_a_prepared_call_goes_by_what_pages_hold_then(xp, rng):
+    """Kinds that take a launch for keys and one for values; pages are looked at at each call."""
+    source = Cache(xp, rng, KVSpec("int8", "fp16"), 4, 2, 3, 16)
+    target = Cache(xp, rng, KVSpec("e4m3", "int4", layout="HND"), 5, 2, 3, 16)
+    want, before = twin(target), target.everything()
+    lists = [np.array(x, np.int32) for x in ([3, -1], [4, 0])]
+    pages, out_pages = map(xp.asarray, lists)
+    arrays = dict(zip(("k_out", "v_out"), target.pools, strict=True))
+    arrays |= dict(zip(("k_out_scales", "v_out_scales"), target.scales, strict=True))
+    arrays |= dict(**source.arrays(), pages=pages, out_pages=out_pages)
+    options = dict(spec="int8+fp16", out_spec=str(target.spec), check=True)
+    call = pykv.prepare(paged_convert.convert, **arrays, **options)
+    for got, old in zip(target.everything(), before, strict=True):
+        assert_same_bits(got, old)
+    for skipped in (-1, 2):
+        pages[1] = lists[0][1] = skipped
+        call()
+        convert_by_loop(twin(source), want, *lists)
+        assert_same(target, want)
+    pages[0] = 4
+    message = r"convert: pages\[0\] is 4, expected below 4"
+    for run in (call, lambda: pykv.prepare(paged_convert.convert, **arrays, **options)):
+        with pytest.raises(ParameterError, match=message):
+            run()
+    assert_same(target, want)
+
+
+def test_a_prepared_gather_fills_the_same_arrays(xp, rng):
+    cache = Cache(xp, rng, KVSpec("int8", "int8"), 4, 2, 3, 16)
+    pages = xp.asarray(np.array([2, 0], np.int32))
+    call = pykv.prepare(paged_convert.gather, **cache.arrays(), pages=pages)
+    for first in (2, 1):
+        pages[0] = first
+        assert call() is call.result
+        for x, rows in zip(call.result, cache.rows, strict=True):
+            assert_same_bits(x, rows[[first, 0]].astype(np.float16))
+
+
+@pytest.mark.parametrize("name", ["spec", "out_spec"])
+def test_a_spec_of_another_type(xp, rng, name):
+    cache = Cache(xp, rng, KVSpec(), 4, 2, 3, 16)
+    specs = dict(spec=KVSpec(), out_spec=KVSpec()) | {name: np.float16}
+    with pytest.raises(DtypeError, match=f"convert: {name} is a type, expected a KVSpec"):
+        paged_convert.convert(**cache.arrays(), k_out=None, v_out=None, **specs)

@@ -173,7 +173,10 @@ def reference(
     causal: bool = True,
     lse_base: str = "e",
 ) -> Any:
-    """The definition, in NumPy, in the dtype of the accumulation; options as of `mass`."""
+    """The definition, in NumPy, in the dtype of the accumulation.
+
+    Takes as many arguments as `mass`, because float64 arrays make it the oracle of each option.
+    """
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
     dtype = np.result_type(q.dtype, np.float32)

@@ -1,5 +1,6 @@
 """pykv.verify, by hand-worked numbers, and by faults planted in every op and in its reference."""
 
+import inspect
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from pykv import cuda, kinds, testing, verify
+from pykv import attention, cuda, kinds, testing, verify
 from pykv.arrays import BFLOAT16
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
@@ -471,11 +472,16 @@ def zeros(op):
 
 
 def fixed(index, change):
-    """One positional argument is misread."""
+    """The argument of one position is misread."""
 
     def plant(op):
+        signature = inspect.signature(op)
+        name = list(signature.parameters)[index]
+
         def faulty(*args, **options):
-            return op(*args[:index], change(args[index]), *args[index + 1 :], **options)
+            bound = signature.bind(*args, **options)
+            bound.arguments[name] = change(bound.arguments[name])
+            return op(*bound.args, **bound.kwargs)
 
         return faulty
 
@@ -508,8 +514,8 @@ def an_eighth_more(op):
 def all_alike(op):
     """Every key that is seen gets the same score."""
 
-    def faulty(*args):
-        scores = op(*args)
+    def faulty(*args, **options):
+        scores = op(*args, **options)
         return np.where(np.isneginf(scores), scores, 0)
 
     return faulty
@@ -529,13 +535,14 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["contiguous_append"], contiguous_append, "reference", does_nothing),
     (["paged_convert"], paged_convert, "reference", does_nothing),
     (["paged_convert"], kinds, "decode", an_eighth_more),
-    (["paged_decode_mma", "prefill_mma"], paged_decode, "decode_codes", an_eighth_more),
+    (["paged_decode_mma", "prefill_mma"], attention, "decode", an_eighth_more),
     (["paged_check"], paged_check, "reference", does_nothing),
     (["page_table"], page_table, "reference", does_nothing),
     (["page_table"], page_table, "reference", fixed(3, lambda page_size: page_size + 1)),
     (["permute"], permute, "reference", does_nothing),
     (["permute"], permute, "reference", fixed(1, lambda chunk: chunk[::-1])),
-    (["paged_decode", "paged_decode_mma", "attention_mass"], paged_decode, "score", all_alike),
+    (["paged_decode", "paged_decode_mma"], paged_decode, "masked_scores", all_alike),
+    (["attention_mass"], attention_mass, "masked_scores", all_alike),
     (["paged_decode", "paged_decode_mma"], paged_decode, "weigh", zeros),
     (["paged_decode"], paged_decode, "weigh", second_halved),
     (["paged_decode"], paged_decode, "reference", fixed(6, lambda window: None)),

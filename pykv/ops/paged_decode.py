@@ -269,7 +269,7 @@ def reference(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | str | None = None,
+    spec: KVSpec | None = None,
     soft_cap: float | None = None,
     slopes: Any = None,
     sinks: Any = None,
@@ -307,7 +307,8 @@ def _decode_on_host(
 ) -> None:
     """Fill `out` and `lse` of `arrays`, which go by the names of `decode`."""
     out, lse, *given = (arrays[name] for name in ("out", "lse", "q", "k_pool", "v_pool"))
-    options = {name: arrays[name] for name in ("k_scales", "v_scales", "slopes", "sinks", "tree")}
+    masks = ("k_scales", "v_scales", "slopes", "sinks", "tree")
+    options: dict[str, Any] = {name: arrays[name] for name in masks}
     options |= dict(spec=spec, soft_cap=scores.soft_cap, causal=causal)
     tables = (arrays["page_table"], arrays["lengths"])
     out[...], sums = reference(*given, *tables, scores.scale, scores.window, **options)

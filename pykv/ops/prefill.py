@@ -372,8 +372,8 @@ def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, causa
     """Fill `out` and `lse` of `arrays`, which go by the names of `prefill`."""
     out, lse, *given = (arrays[name] for name in ("out", "lse", "q", "k_pool", "v_pool"))
     given += (arrays[name] for name in ("page_table", "lengths", "q_starts"))
-    options = dict(k_scales=arrays["k_scales"], v_scales=arrays["v_scales"], spec=spec)
-    options |= dict(soft_cap=scores.soft_cap)
+    options: dict[str, Any] = dict(k_scales=arrays["k_scales"], v_scales=arrays["v_scales"])
+    options |= dict(spec=spec, soft_cap=scores.soft_cap)
     out[...], sums = reference(*given, scores.scale, scores.window, causal, **options)
     if lse is not None:
         lse[...] = sums

@@ -128,7 +128,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
@@ -234,7 +234,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _size(args: argparse.Namespace) -> None:
     from pykv.kinds import KVSpec
     from pykv.llm import gguf, models
-    from pykv.llm.model import read_config
+    from pykv.llm.config import read_config
 
     spec = KVSpec.parse(args.kv_dtype)
     config = read_config(gguf.read(models.fetch(args.file)))
@@ -300,7 +300,7 @@ def _bench(args: argparse.Namespace) -> int:
     parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
     options.add_arguments(parser, module)
     given = parser.parse_args(args.options)
@@ -314,10 +314,11 @@ def _bench(args: argparse.Namespace) -> int:
     xp = cuda.array_module(given.device)
     try:
         how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
-        for record in bench.run(args.name, cases, xp, **how):
-            records.append(record)
-            if record["bench"] == args.name:
-                own.append(record)
+        with cuda.use_device(given.device):
+            for record in bench.run(args.name, cases, xp, **how):
+                records.append(record)
+                if record["bench"] == args.name:
+                    own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
         table = report.to_csv(own, getattr(module, "row", report.row))
         if given.json and records:

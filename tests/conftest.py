@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.ops import linear
 
 
 def no_gpu() -> str | None:
@@ -77,7 +76,6 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
-    monkeypatch.setattr(linear, "has_cublas", lambda: True)
     return cupy
 
 

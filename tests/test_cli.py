@@ -177,11 +177,11 @@ def test_the_seed_decides_the_draw(capsys):
 
 
 def test_every_flag_reaches_the_model(capsys, fake):
-    flags = "--model m --device cuda --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
+    flags = "--model m --device cuda:1 --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
     flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
-    options = dict(device="cuda", kv_dtype="bf16", weights="fp32", context=77, progress=False)
+    options = dict(device="cuda:1", kv_dtype="bf16", weights="fp32", context=77, progress=False)
     assert fake.options == options
     params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
     assert fake.asked == [("a prompt", pykv.SamplingParams(**params, stop=("a", "b")))]
@@ -468,7 +468,9 @@ def test_cache_clear_models(capsys, filled):
 @pytest.fixture
 def one_variant(monkeypatch):
     pytest.importorskip("cuda.core")
-    monkeypatch.setattr(cuda, "variants", lambda: [("norm", dict(X_T="float", W_T="float"))])
+    monkeypatch.setattr(
+        cuda.compiler, "variants", lambda: [("norm", dict(X_T="float", W_T="float"))]
+    )
 
 
 @pytest.mark.nvrtc
@@ -523,7 +525,7 @@ def test_bad_file(capsys, command, file, text):
 @pytest.mark.parametrize(
     "flags, text",
     [
-        ("--device gpu", "device is 'gpu', expected auto, cuda or cpu"),
+        ("--device gpu", "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
         ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
@@ -587,7 +589,7 @@ def test_warmup_of_an_unknown_sm(capsys, one_variant):
 
 
 def test_warmup_without_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "has_driver", lambda: False)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: False)
     text = "no GPU was found, expected --arch sm_75 or the like"
     assert_one_line(run(capsys, "cache", "warmup"), text)
 
@@ -657,7 +659,7 @@ def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "has_driver", lambda: True)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
     warnings.simplefilter("always")  # until the test ends; pytest made them errors
     code, _, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--max-tokens", "1")

@@ -23,7 +23,7 @@ MODULES = [
     if not module.name.startswith(NEEDS_EXTRA)
 ]
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds layout pages plan.append plan.base plan.decode transfer".split()
+PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
 
 
 @pytest.mark.parametrize("name", ["pykv", *MODULES])
@@ -40,7 +40,7 @@ def test_examples(name):
 WITH_EXAMPLES = """
     PagedKVCache SequenceCache KVSpec asarray
     blocks.BlockManager blocks.slots blocks.page_table kinds.quantize layout.strides
-    pages.copy_pages pages.save pages.swap_out transfer.start transfer.memcpy_batch
+    pages.copy_pages page_files.save pages.swap_out transfer.start transfer.memcpy_batch
 """.split()
 
 

@@ -57,15 +57,19 @@ class Machine:
             getDeviceProperties=lambda device: facts,
         )
         stub = types.SimpleNamespace(
-            cuda=types.SimpleNamespace(runtime=self.runtime),
+            cuda=types.SimpleNamespace(
+                runtime=self.runtime, get_current_stream=lambda: types.SimpleNamespace(ptr=0)
+            ),
             **{name: getattr(np, name) for name in ("zeros", "asarray")},
             asnumpy=np.asarray,
         )
         monkeypatch.setitem(sys.modules, "cupy", stub)
         monkeypatch.setattr(cuda, "current_arch", lambda: "sm_90")
-        monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.5")
-        monkeypatch.setattr(cuda, "_targets", lambda: (75, 80, 90, 120))
-        monkeypatch.setattr(cuda, "compile", lambda stem, arch, **defines: cuda._check_arch(arch))
+        for module in (cuda, cuda.compiler):
+            monkeypatch.setattr(module, "nvrtc_version", lambda: "13.5")
+        monkeypatch.setattr(cuda.compiler, "_targets", lambda: (75, 80, 90, 120))
+        check = cuda.compiler._check_arch
+        monkeypatch.setattr(cuda, "compile", lambda stem, arch, **defines: check(arch))
         monkeypatch.setattr(linear, "has_cublas", lambda: True)
 
     def set_driver(self, text):

@@ -516,7 +516,7 @@ def all_alike(op):
 
 
 REFERENCE_FAULTS = [  # families, module, function, plant
-    (["block_copy"], block_copy, "_bytes_at", lambda op: lambda *args: op(*args).copy()),
+    (["block_copy"], block_copy, "bytes_at", lambda op: lambda *args: op(*args).copy()),
     (["paged_append"], paged_append, "reference", does_nothing),
     (["paged_append", "paged_qkv"], paged_append, "reference", fixed(1, lambda v: v * 2)),
     (["paged_append", "paged_convert", "paged_qkv"], kinds, "encode", toward_zero),

@@ -154,8 +154,8 @@ class _AsWritten(PagedKVCache):
 
 def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
     """Fill a sequence's pages with the keys and values of its tokens."""
-    from pykv.llm.generate import PREFILL_TOKENS
     from pykv.llm.model import Batch, forward
+    from pykv.llm.scheduler import PREFILL_TOKENS
 
     slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
     for start in range(0, len(ids), PREFILL_TOKENS):
@@ -170,7 +170,7 @@ def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
 def _load(name: str, xp: Any, hadamard: bool) -> Any:
     """A model's weights on the GPU or the host, kept for all cases."""
     from pykv.llm import gguf, models
-    from pykv.llm.model import load
+    from pykv.llm.weights import load
 
     return load(gguf.read(models.fetch(name)), xp, hadamard=hadamard)
 

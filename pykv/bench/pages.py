@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import pages
+from pykv import cuda, pages
 from pykv.bench import Work, memory
 from pykv.kinds import KVSpec
 from pykv.testing import caches
@@ -40,7 +40,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     ids, others = order[:n], order[n:]
     if op == "zero":
         return Work(
-            run=pages.prepare_zero(cache, ids).run,
+            run=cuda.prepare(pages.zero_pages, cache, ids),
             check=lambda: all(not x[:, xp.asarray(ids)].any() for x in _arrays(cache)),
             bytes=size,  # written
             ceiling="write",
@@ -53,7 +53,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         pages.swap_out(cache, others, store)
         sides = (cache, store, ids, slots), (store, cache, slots, ids)
         source, target, at, to = sides[op == "swap_in"]
-    work = pages.prepare_copy(source, target, at, to)
+    work = cuda.prepare(pages.copy_pages, source, target, at, to)
 
     def check() -> bool:
         for x, y in zip(_arrays(source), _arrays(target), strict=True):
@@ -64,7 +64,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return True
 
     ceiling = {"fork": "copy", "swap_out": "d2h", "swap_in": "h2d"}[op]
-    return Work(work.run, check, size * (1 if over_link else 2), ceiling=ceiling)
+    return Work(work, check, size * (1 if over_link else 2), ceiling=ceiling)
 
 
 def _arrays(cache: pages.Pages) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.bench import Work, memory, report
 from pykv.layout import AXES, STACKS, BlockShape
 from pykv.ops import permute
@@ -114,11 +115,11 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     src = side(case["src"], words, direction == "h2d")
     dst = side(case["dst"], memory.poison(xp, size), direction == "d2h")
     if xp is np:
-        move = permute.prepare(dst.arrays, dst.name, src.arrays, src.name)
+        sides: tuple[Any, ...] = (dst.arrays, dst.name, src.arrays, src.name)
     else:
-        move = permute.prepare(dst.addresses, dst.name, src.addresses, src.name, shape)
+        sides = (dst.addresses, dst.name, src.addresses, src.name, shape)
     return Work(
-        run=move,
+        run=cuda.prepare(permute.permute, *sides),
         check=lambda: bool((dst.elements(xp) == src.elements(xp)).all()),
         bytes=size * (2 if direction == "d2d" else 1),  # read and written; or over the link
         ceiling="copy" if direction == "d2d" else direction,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ def signature(stem: str, name: str) -> Signature:
         UnsupportedError: the file has no such kernel, or declares it as none may be: with a scalar
             before an array, or of a type that is none of `SCALARS`.
     """
-    text = re.sub(r"//[^\n]*", "", source(stem))
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(stem), flags=re.DOTALL)
     head = rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"
     found = re.search(head, text)
     if not found:
@@ -139,8 +139,8 @@ class Launch:
         try:
             ordered = [arrays[name] for name in kernel.arrays]
         except KeyError:
-            ordered = []
-        if len(ordered) != len(arrays):
+            ordered = None
+        if ordered is None or len(ordered) != len(arrays):
             raise ParameterError(
                 f"cuda.Launch: {kernel.label} is given arrays {', '.join(arrays)}, expected "
                 f"{', '.join(kernel.arrays)}"
@@ -150,27 +150,45 @@ class Launch:
 
 def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:
     """Scalars in the kernel's order, of its types."""
-    if scalars.keys() != kernel.scalars.keys():
-        raise ParameterError(
-            f"cuda.Launch: {kernel.label} is given scalars {', '.join(scalars)}, expected "
-            f"{', '.join(kernel.scalars)}"
-        )
-    values = []
+    if len(scalars) == len(kernel.scalars):
+        try:
+            return tuple(_CASTS[c_type](scalars[name]) for name, c_type in kernel.scalars.items())
+        except KeyError:  # another name
+            pass
+        except (OverflowError, TypeError, ValueError) as error:
+            raise _scalar_error(kernel, scalars) from error
+    raise ParameterError(
+        f"cuda.Launch: {kernel.label} is given scalars {', '.join(scalars)}, expected "
+        f"{', '.join(kernel.scalars)}"
+    )
+
+
+def _cast(dtype: type[Any]) -> Callable[[Any], np.generic]:
+    """NumPy's own conversions would cut a fraction off, and take None for NaN, in silence."""
+    if dtype is np.float32:
+        return lambda value: dtype(value + 0.0)
+    return lambda value: dtype(value if type(value) is int else operator.index(value))
+
+
+_CASTS = {c_type: _cast(dtype) for c_type, dtype in SCALARS.items()}
+
+
+def _scalar_error(kernel: Kernel, scalars: Mapping[str, Any]) -> Exception:
+    """What is wrong with the first scalar that is."""
     for name, c_type in kernel.scalars.items():
         value = scalars[name]
         try:
-            number: Any = value if c_type == "float" else operator.index(value)
-            values.append(SCALARS[c_type](number))
-        except OverflowError as error:
-            raise ParameterError(
+            _CASTS[c_type](value)
+        except OverflowError:
+            return ParameterError(
                 f"cuda.Launch: {kernel.label}: {name} is {value}, expected what {c_type} holds"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise DtypeError(
+            )
+        except (TypeError, ValueError):
+            return DtypeError(
                 f"cuda.Launch: {kernel.label}: {name} is a {type(value).__name__}, expected "
                 f"{c_type}"
-            ) from error
-    return tuple(values)
+            )
+    raise AssertionError("all scalars fit")
 
 
 def active_clusters(kernel: Kernel, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:

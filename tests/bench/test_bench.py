@@ -308,7 +308,7 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
     [
         (["nothing"], "'nothing' is no benchmark, expected one of .*bandwidth"),
         (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
-        (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cuda or cpu"),
+        (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),
         (["bandwidth", "--device", "cpu", "--size", "0"], "--size is 0, expected a multiple of 16"),
         (["bandwidth", "--device", "cpu", "--json", "no/such/x"], "No such file or directory"),

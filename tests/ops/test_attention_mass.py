@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import attention_mass, paged_decode
@@ -139,3 +140,29 @@ def test_errors_name_the_argument(xp, rng):
             xp.asarray(lse.astype(np.float32)),
             spec=KVSpec("int8", "int8"),
         )
+
+
+def test_prepared_calls_accumulate_once_each(xp, rng):
+    (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
+    once = to_numpy(mass(xp, q, spec, arrays, table, lengths, lse))
+    given = [xp.asarray(x) for x in (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))]
+    total = xp.zeros(once.shape, np.float32)
+    call = cuda.prepare(attention_mass.mass, *given, spec=spec, out=total, accumulate=True)
+    assert not to_numpy(total).any()
+    for count in (1, 2):
+        assert call() is total
+        np.testing.assert_allclose(to_numpy(total), count * once, rtol=1e-6, atol=1e-7)
+    given[3][...] = 0
+    call()
+    np.testing.assert_allclose(to_numpy(total), 2 * once, rtol=1e-6, atol=1e-7)
+
+
+def test_a_prepared_call_looks_at_its_pages(rng):
+    """On the host, as a plain call."""
+    (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
+    args = (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))
+    call = cuda.prepare(attention_mass.mass, *args, spec=spec)
+    table[2, 1] = len(arrays["k_pool"])
+    for again in (call, lambda: cuda.prepare(attention_mass.mass, *args, spec=spec)):
+        with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected a page of 0"):
+            again()

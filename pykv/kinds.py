@@ -252,8 +252,8 @@ class KVSpec:
     def pool_strides(
         self, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
     ) -> dict[str, int]:
-        """`strides` of pools and scales, by the names that kernels have for them: k_pool_page,
-        k_pool_token, k_pool_head and so on."""
+        """`strides` of `k_pool`, `v_pool`, `k_scales` and `v_scales`, by the names that kernels
+        have for them: k_pool_page, k_pool_token, k_pool_head and so on."""
         arrays = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
         return {
             f"{name}_{unit}": stride

@@ -306,12 +306,10 @@ def _decode_on_host(
     arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool, lse_base: str
 ) -> None:
     """Fill `out` and `lse` of `arrays`, which go by the names of `decode`."""
-    out, lse, *given = (arrays[name] for name in ("out", "lse", "q", "k_pool", "v_pool"))
-    masks = ("k_scales", "v_scales", "slopes", "sinks", "tree")
-    options: dict[str, Any] = {name: arrays[name] for name in masks}
-    options |= dict(spec=spec, soft_cap=scores.soft_cap, causal=causal)
-    tables = (arrays["page_table"], arrays["lengths"])
-    out[...], sums = reference(*given, *tables, scores.scale, scores.window, **options)
+    out, lse = arrays["out"], arrays["lse"]
+    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
+    given |= scores._asdict()
+    out[...], sums = reference(**given, spec=spec, causal=causal)
     if lse is not None:
         lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 

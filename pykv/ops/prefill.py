@@ -370,11 +370,10 @@ def reference(
 
 def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool) -> None:
     """Fill `out` and `lse` of `arrays`, which go by the names of `prefill`."""
-    out, lse, *given = (arrays[name] for name in ("out", "lse", "q", "k_pool", "v_pool"))
-    given += (arrays[name] for name in ("page_table", "lengths", "q_starts"))
-    options: dict[str, Any] = dict(k_scales=arrays["k_scales"], v_scales=arrays["v_scales"])
-    options |= dict(spec=spec, soft_cap=scores.soft_cap)
-    out[...], sums = reference(*given, scores.scale, scores.window, causal, **options)
+    out, lse = arrays["out"], arrays["lse"]
+    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
+    given |= scores._asdict()
+    out[...], sums = reference(**given, spec=spec, causal=causal)
     if lse is not None:
         lse[...] = sums
 

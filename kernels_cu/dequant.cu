@@ -24,7 +24,7 @@
 //                   128 nibble bytes
 //   Q6_K  210       128 nibble bytes, 64 bytes of high pairs, 16 signed  d*s[i / 16] * (q - 32)
 //                   scales s, d
-#include "common.cuh"
+#include "vector.cuh"
 
 #if !defined(KIND) || !defined(OUT_T)
 #error "dequant.cu needs KIND and OUT_T"

@@ -44,7 +44,11 @@
 // products are as good as those of floats. Lanes load what they need of B, and nothing else: any
 // order of the keys and of the head's elements will do, as long as A follows it. So shared memory is
 // a queue of each lane for itself, and warps meet at the end of a piece only.
-#include "common.cuh"
+#include "mma.cuh"
+#include "ptx.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
+#include "vector.cuh"
 
 #if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
@@ -85,33 +89,33 @@ constexpr int COUNTERS = 4096;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
 
 // What one of N lanes holds of a row: COUNT pieces, piece i of lane l at (i * N + l) * BYTES.
-template <typename T, int N> struct Share {
+template <typename T, int N> struct Fragment {
     static constexpr int LANES = N;
     static constexpr int ROW_BYTES = D / PACKED<T> * (int)sizeof(T) / N;
     static constexpr int BYTES = ROW_BYTES % 16 == 0 ? 16 : ROW_BYTES % 8 == 0 ? 8 : 4;
     static constexpr int COUNT = ROW_BYTES / BYTES;
     static constexpr int WORDS = BYTES / 4;
-    static constexpr int ELEMENTS = WORDS * IN_WORD<T>;
+    static constexpr int ELEMENTS = WORDS * PER_WORD<T>;
     static_assert(ROW_BYTES % 4 == 0 && ELEMENTS * COUNT * N == D, "whole words");
 };
-using KShare = Share<K_T, 4>;  // of one key for each lane / 4
-using VShare = Share<V_T, 8>;  // of four keys for each lane % 4
+using KFragment = Fragment<K_T, 4>;  // of one key for each lane / 4
+using VFragment = Fragment<V_T, 8>;  // of four keys for each lane % 4
 
 // Bytes from a row to the next in shared memory. No row of up to 128 bytes crosses a line there, or
 // what it takes of one line of global memory would be two requests.
 template <int ROW>
 constexpr int PITCH_OF = ROW > 128 ? ROW : ROW > 64 ? 128 : ROW > 32 ? 64 : ROW > 16 ? 32 : 16;
-constexpr int K_BYTES = KEYS * PITCH_OF<KShare::ROW_BYTES * 4>;
-constexpr int V_BYTES = KEYS * PITCH_OF<VShare::ROW_BYTES * 8>;
+constexpr int K_BYTES = KEYS * PITCH_OF<KFragment::ROW_BYTES * 4>;
+constexpr int V_BYTES = KEYS * PITCH_OF<VFragment::ROW_BYTES * 8>;
 
 // From sm_80 on copies to shared memory run by themselves, into a queue of keys and one of values.
 // Before, registers hold what was asked for until the one queue that there is has room for it.
-constexpr bool COPIES_RUN = __CUDA_ARCH__ >= 800;
+constexpr bool HAS_CP_ASYNC = __CUDA_ARCH__ >= 800;
 constexpr int MAX_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
-constexpr int QUEUE_BYTES = COPIES_RUN ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
+constexpr int STAGE_BYTES = HAS_CP_ASYNC ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
 
 // Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
-constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && COPIES_RUN ? 3 : 2;
+constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && HAS_CP_ASYNC ? 3 : 2;
 
 // What an mma's operands round is kept in further terms where queries are finer.
 using KM = Operand<K_T>::Type;
@@ -123,29 +127,27 @@ constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
 // What the host gets is rounded to 16 bits: then sums may stay in the mma, which cuts off what is
 // below their last place, and integer codes need not become floats one by one.
-constexpr bool IS_COARSE = sizeof(Q_T) == 2;
+constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
 template <typename T, bool> struct Encoding { using Type = T; };
-template <> struct Encoding<i8, true> { using Type = Raw<i8>; };
-template <> struct Encoding<i4, true> { using Type = Raw<i4>; };
-using KE = Encoding<K_T, IS_COARSE>::Type;
-using VE = Encoding<V_T, IS_COARSE>::Type;
-constexpr bool K_IS_RAW = RAW_ZERO<KE> > 0.0f, V_IS_RAW = RAW_ZERO<VE> > 0.0f;
-constexpr float RAW_UNIT = 16777216.0f;  // 2^24
-
-constexpr float LOG2_E = 1.442695040888963f;
+template <> struct Encoding<i8, true> { using Type = Subnormal<i8>; };
+template <> struct Encoding<i4, true> { using Type = Subnormal<i4>; };
+using KE = Encoding<K_T, Q_IS_16BIT>::Type;
+using VE = Encoding<V_T, Q_IS_16BIT>::Type;
+constexpr bool K_IS_SUBNORMAL = SUBNORMAL_ZERO<KE> > 0.0f, V_IS_SUBNORMAL = SUBNORMAL_ZERO<VE> > 0.0f;
+constexpr float SUBNORMAL_UNIT = 16777216.0f;  // 2^24
 
 // --- Work: which keys are whose ------------------------------------------------------------------
 
 // The keys that the queries of a sequence see, in tiles of KEYS and in units, at least one, of which
 // ranges are made.
-struct Seen { int length, first, tile, tile_end, units; };
+struct Visible { int length, first, tile, tile_end, units; };
 
 struct Batch {
     const int* lengths;
     int size, capacity, window, behind, unit_tiles;
 
-    __device__ __forceinline__ Seen seen(int b) const {
-        Seen s;
+    __device__ __forceinline__ Visible visible(int b) const {
+        Visible s;
         s.length = max(0, min(lengths[b], capacity));
         s.first = (int)max((i64)s.length - behind - window, (i64)0);
         s.tile = s.first / KEYS;
@@ -158,22 +160,22 @@ struct Batch {
 // Units of the sequences from `first` on, of which each lane takes `some`: of its own, and of all up
 // to them.
 struct Scan {
-    int units = 0, upto;
+    int units = 0, inclusive;
 
-    __device__ __forceinline__ Scan(const Batch& batch, int first, int some) {
+    __device__ __forceinline__ Scan(const Batch& batch, int first, int per_lane) {
         const int lane = threadIdx.x % WARP;
-        const int from = first + lane * some, end = min(from + some, batch.size);
+        const int from = first + lane * per_lane, end = min(from + per_lane, batch.size);
 #pragma unroll 4  // so that loads do not wait for each other
-        for (int b = from; b < end; b++) units += batch.seen(b).units;
-        upto = units;
+        for (int b = from; b < end; b++) units += batch.visible(b).units;
+        inclusive = units;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
-            const int below = __shfl_up_sync(FULL_MASK, upto, step);
-            if (lane >= step) upto += below;
+            const int below = __shfl_up_sync(FULL_MASK, inclusive, step);
+            if (lane >= step) inclusive += below;
         }
     }
 
-    __device__ __forceinline__ int total() const { return __shfl_sync(FULL_MASK, upto, WARP - 1); }
+    __device__ __forceinline__ int total() const { return __shfl_sync(FULL_MASK, inclusive, WARP - 1); }
 };
 
 // Part of a range that lies in one sequence.
@@ -181,30 +183,30 @@ struct Piece {
     int b, start;     // the sequence, and the unit at which it begins
     int unit, count;  // the piece's first unit, and how many it has
     int tile, tile_end;
-    Seen seen;
+    Visible visible;
 };
 
 __device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, int unit, int end,
                                           bool one_unit) {
-    Piece p{b, start, unit, 1, 0, 0, batch.seen(b)};
-    if (!one_unit) p.count = min(end, start + p.seen.units) - unit;
-    p.tile = p.seen.tile + (unit - start) * batch.unit_tiles;
-    p.tile_end = min(p.tile + p.count * batch.unit_tiles, p.seen.tile_end);
+    Piece p{b, start, unit, 1, 0, 0, batch.visible(b)};
+    if (!one_unit) p.count = min(end, start + p.visible.units) - unit;
+    p.tile = p.visible.tile + (unit - start) * batch.unit_tiles;
+    p.tile_end = min(p.tile + p.count * batch.unit_tiles, p.visible.tile_end);
     return p;
 }
 
 // The first piece of a range, found by every warp for itself. `scan` is that of all sequences, `some`
 // a lane: its lane is found, and then the sequence among those of that lane.
-__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int some, int begin,
+__device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int per_lane, int begin,
                                              int end, bool one_unit) {
     int first = 0, start = 0;
     for (;;) {
-        const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.upto > begin)) - 1;
-        first += found * some;
-        start += __shfl_sync(FULL_MASK, scan.upto - scan.units, found);
-        if (some == 1) return piece_at(batch, first, start, begin, end, one_unit);
-        some = (some + WARP - 1) / WARP;
-        scan = Scan(batch, first, some);
+        const int found = __ffs(__ballot_sync(FULL_MASK, start + scan.inclusive > begin)) - 1;
+        first += found * per_lane;
+        start += __shfl_sync(FULL_MASK, scan.inclusive - scan.units, found);
+        if (per_lane == 1) return piece_at(batch, first, start, begin, end, one_unit);
+        per_lane = (per_lane + WARP - 1) / WARP;
+        scan = Scan(batch, first, per_lane);
     }
 }
 
@@ -221,10 +223,10 @@ struct Table {
     __device__ __forceinline__ u32 key(int k) const { return max(first, min(k, last)); }
     __device__ __forceinline__ int page(int k) const { return __ldg(pages + key(k) / PAGE); }
 
-    __device__ __forceinline__ bool holds(int tile) const {
+    __device__ __forceinline__ bool contains(int tile) const {
         return tile * KEYS >= first && tile * KEYS + KEYS - 1 <= last;
     }
-    __device__ __forceinline__ bool holds_key(int k) const { return k >= first && k <= last; }
+    __device__ __forceinline__ bool contains_key(int k) const { return k >= first && k <= last; }
 
     // The pages of a tile: of each 16 keys, or else of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
@@ -253,13 +255,13 @@ template <typename T> struct Rows {
 // How the rows of a tile lie in shared memory. The lanes of a warp copy them together, so that what
 // they ask for at once are whole lines: the L2 cache answers half lines at half the rate. Chunks of
 // 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
-template <typename S> struct Stored {
+template <typename S> struct StageLayout {
     static constexpr int ROW = S::ROW_BYTES * S::LANES;
     static constexpr int PITCH = PITCH_OF<ROW>;
     static constexpr int CHUNK = 16;
     static constexpr int CHUNKS = ROW / CHUNK;
     static constexpr int OF_LANE = KEYS * CHUNKS / WARP;  // chunks that a lane copies of a tile
-    static constexpr bool TURNS = PITCH >= 128 && (PITCH & (PITCH - 1)) == 0;
+    static constexpr bool HAS_SWIZZLE = PITCH >= 128 && (PITCH & (PITCH - 1)) == 0;
     static constexpr bool IS_KEYS = S::LANES == 4;
     static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
 
@@ -277,11 +279,11 @@ template <typename S> struct Stored {
     // Of keys lanes read READ chunks each of as many rows, one behind the other, as use all banks;
     // of values two chunks each of rows r, r + 2, r + 4 and r + 6.
     static constexpr int READ = S::BYTES / 4;
-    static __device__ __forceinline__ int turn(int row) {
-        return !TURNS ? 0 : IS_KEYS ? row % (8 / READ) * READ : row / 2 % 4 * 2;
+    static __device__ __forceinline__ int swizzle(int row) {
+        return !HAS_SWIZZLE ? 0 : IS_KEYS ? row % (8 / READ) * READ : row / 2 % 4 * 2;
     }
     static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * PITCH + (chunk ^ turn(row)) * CHUNK;
+        return row * PITCH + (chunk ^ swizzle(row)) * CHUNK;
     }
     // Piece i of lane `part`.
     static __device__ __forceinline__ int place_of(int row, int i, int part) {
@@ -296,14 +298,14 @@ template <typename S> struct Stored {
 template <typename S, typename T, typename Copy>
 __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile, Copy copy) {
-    using At = Stored<S>;
+    using At = StageLayout<S>;
     // A warp copies AT_ONCE whole rows by COPIES chunks a lane.
     constexpr int COPIES = At::CHUNKS / (At::CHUNKS & -At::CHUNKS);
     constexpr int AT_ONCE = WARP * COPIES / At::CHUNKS;
     constexpr bool BY_STEPS = TILES_IN_PAGES && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
-        if (!COPIES_RUN || table.holds(tile)) {  // with few instructions, which count
+        if (!HAS_CP_ASYNC || table.contains(tile)) {  // with few instructions, which count
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll
@@ -380,7 +382,7 @@ struct Query {
 };
 
 __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row) {
-    using S = KShare;
+    using S = KFragment;
     float x[D / 4];
     u32 largest = 0;
 #pragma unroll
@@ -409,19 +411,19 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
         u32 pairs[TERMS][2];
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            constexpr int PAIRS = IN_WORD<K_T> / 2;
-            const int p = 2 * i + j, word = p / PAIRS * IN_WORD<K_T>;
+            constexpr int PAIRS = PER_WORD<K_T> / 2;
+            const int p = 2 * i + j, word = p / PAIRS * PER_WORD<K_T>;
             float two[2];
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 two[k] = x[word + element_of_pair<KE>(p % PAIRS, k)] * factor;
-                two[k] *= 1.0f / raw_factor<KE>(p % PAIRS);
-                q.sum += two[k] * raw_factor<KE>(p % PAIRS);
+                two[k] *= 1.0f / subnormal_factor<KE>(p % PAIRS);
+                q.sum += two[k] * subnormal_factor<KE>(p % PAIRS);
             }
 #pragma unroll
-            for (int term = 0; term < TERMS; term++) pairs[term][j] = take_halves<KM>(two);
+            for (int term = 0; term < TERMS; term++) pairs[term][j] = split_halves<KM>(two);
             // What was rounded away is no part of the products.
-            q.sum -= (two[0] + two[1]) * raw_factor<KE>(p % PAIRS);
+            q.sum -= (two[0] + two[1]) * subnormal_factor<KE>(p % PAIRS);
         }
 #pragma unroll
         for (int term = 0; term < TERMS; term++) {
@@ -430,7 +432,7 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             else q.steps[term][Q_IN_SHARED ? 0 : i] = step;
         }
     }
-    if constexpr (K_IS_RAW) {
+    if constexpr (K_IS_SUBNORMAL) {
         q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 1);
         q.sum += __shfl_xor_sync(FULL_MASK, q.sum, 2);
     }
@@ -438,32 +440,32 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
 
 // What a lane holds of the keys of a tile, and of its values: out of shared memory, which the copies
 // of the next tile may fill while this one is worked on.
-struct Keys { u32 words[KEYS / 8][KShare::COUNT][KShare::WORDS]; };
-struct Values { u32 words[KEYS / 4][VShare::COUNT][VShare::WORDS]; };
+struct Keys { u32 words[KEYS / 8][KFragment::COUNT][KFragment::WORDS]; };
+struct Values { u32 words[KEYS / 4][VFragment::COUNT][VFragment::WORDS]; };
 
 // Of key 8n + g.
-__device__ __forceinline__ void load_keys(Keys& keys, const u8* queue) {
+__device__ __forceinline__ void load_keys(Keys& keys, const u8* stage) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < KShare::COUNT; i++) {
-            const int place = Stored<KShare>::place_of(8 * n + lane / 4, i, lane % 4);
-            load_words(keys.words[n][i], queue + place);
+        for (int i = 0; i < KFragment::COUNT; i++) {
+            const int place = StageLayout<KFragment>::place_of(8 * n + lane / 4, i, lane % 4);
+            load_words(keys.words[n][i], stage + place);
         }
     }
 }
 
 // Of keys 2t, 2t + 1, 2t + 8 and 2t + 9 of each sixteen.
-__device__ __forceinline__ void load_values(Values& values, const u8* queue) {
+__device__ __forceinline__ void load_values(Values& values, const u8* stage) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int n = 0; n < KEYS / 4; n++) {
         const int row = n / 4 * 16 + n % 2 + n / 2 % 2 * 8;  // from 2t on; it takes the same turn
 #pragma unroll
-        for (int i = 0; i < VShare::COUNT; i++) {
-            const int place = Stored<VShare>::place_of(lane % 4 * 2, i, lane / 4);
-            load_words(values.words[n][i], queue + place + row * Stored<VShare>::PITCH);
+        for (int i = 0; i < VFragment::COUNT; i++) {
+            const int place = StageLayout<VFragment>::place_of(lane % 4 * 2, i, lane / 4);
+            load_words(values.words[n][i], stage + place + row * StageLayout<VFragment>::PITCH);
         }
     }
 }
@@ -495,48 +497,48 @@ struct Source {
 // its turn. `end` is that of the piece's tiles.
 #if __CUDA_ARCH__ >= 800
 // When a tile's keys have been read, those of the next tile are copied; values likewise.
-struct Feed : Source {
+struct Pipeline : Source {
     template <typename S, typename T>
-    __device__ __forceinline__ void copy(u8* queue, const Rows<T>& rows, const Table& table,
+    __device__ __forceinline__ void copy(u8* stage, const Rows<T>& rows, const Table& table,
                                          int tile) {
-        copy_tile<S>(rows, table, ids, tile, [queue](int, int place, const u8* from) {
-            cp_async16(queue + place, from);
+        copy_tile<S>(rows, table, ids, tile, [stage](int, int place, const u8* from) {
+            cp_async16(stage + place, from);
         });
     }
 
-    __device__ __forceinline__ void start(u8* k_queue, u8* v_queue, const Table& table, int tile,
+    __device__ __forceinline__ void start(u8* k_stage, u8* v_stage, const Table& table, int tile,
                                           int end) {
         const bool has_tile = tile < end;
         if (has_tile) {
-            copy<KShare>(k_queue, keys, table, tile);
+            copy<KFragment>(k_stage, keys, table, tile);
             load_scales(table, tile);
         }
         cp_async_commit();
-        if (has_tile) copy<VShare>(v_queue, values, table, tile);
+        if (has_tile) copy<VFragment>(v_stage, values, table, tile);
         cp_async_commit();
         find_pages(table, tile, end);
     }
 
-    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+    __device__ __forceinline__ void next_keys(Keys& taken, u8* stage, const Table& table, int tile,
                                               int end) {
         const int later = tile + WARPS;
         if (later < end) load_scales(table, later);
         cp_async_wait<1>();
         __syncwarp();  // what the others have copied too
-        load_keys(taken, queue);
+        load_keys(taken, stage);
         __syncwarp();  // all have read what is copied over
-        if (later < end) copy<KShare>(queue, keys, table, later);
+        if (later < end) copy<KFragment>(stage, keys, table, later);
         cp_async_commit();
     }
 
-    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+    __device__ __forceinline__ void next_values(Values& taken, u8* stage, const Table& table,
                                                 int tile, int end) {
         const int later = tile + WARPS;
         cp_async_wait<1>();
         __syncwarp();
-        load_values(taken, queue);
+        load_values(taken, stage);
         __syncwarp();
-        if (later < end) copy<VShare>(queue, values, table, later);
+        if (later < end) copy<VFragment>(stage, values, table, later);
         cp_async_commit();
     }
 
@@ -547,30 +549,30 @@ struct Feed : Source {
 #else
 // While a tile's keys are worked on, its values are on their way to registers; while these are, the
 // keys of the next tile. What arrived is stored when all that was in the queue has been read.
-struct Feed : Source {
-    static constexpr int K_CHUNKS = Stored<KShare>::OF_LANE, V_CHUNKS = Stored<VShare>::OF_LANE;
+struct Pipeline : Source {
+    static constexpr int K_CHUNKS = StageLayout<KFragment>::OF_LANE, V_CHUNKS = StageLayout<VFragment>::OF_LANE;
     uint4 held[K_CHUNKS > V_CHUNKS ? K_CHUNKS : V_CHUNKS];
 
     template <typename S, typename T>
     __device__ __forceinline__ void fetch(const Rows<T>& rows, const Table& table, int tile) {
         copy_tile<S>(rows, table, ids, tile, [&](int i, int, const u8* from) {
-            held[i] = load16_now(from);
+            held[i] = load16_eager(from);
         });
     }
 
     template <typename S>
-    __device__ __forceinline__ void put(u8* queue, const Table& table, int tile) {
-        using At = Stored<S>;
+    __device__ __forceinline__ void store_held(u8* stage, const Table& table, int tile) {
+        using At = StageLayout<S>;
         __syncwarp();  // all have read what is stored over
 #pragma unroll
         for (int i = 0; i < At::OF_LANE; i++) {
-            *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = held[i];
+            *(uint4*)(stage + At::place(At::row(i), At::chunk(i))) = held[i];
         }
-        if (!table.holds(tile)) {  // no weight of 0 shall meet a NaN
+        if (!table.contains(tile)) {  // no weight of 0 shall meet a NaN
 #pragma unroll 1
             for (int i = 0; i < At::OF_LANE; i++) {
-                if (table.holds_key(tile * KEYS + At::row(i))) continue;
-                *(uint4*)(queue + At::place(At::row(i), At::chunk(i))) = make_uint4(0, 0, 0, 0);
+                if (table.contains_key(tile * KEYS + At::row(i))) continue;
+                *(uint4*)(stage + At::place(At::row(i), At::chunk(i))) = make_uint4(0, 0, 0, 0);
             }
         }
         __syncwarp();
@@ -578,23 +580,23 @@ struct Feed : Source {
 
     __device__ __forceinline__ void start(u8*, u8*, const Table& table, int tile, int end) {
         if (tile >= end) return;
-        fetch<KShare>(keys, table, tile);
+        fetch<KFragment>(keys, table, tile);
         load_scales(table, tile);
     }
 
-    __device__ __forceinline__ void take_keys(Keys& taken, u8* queue, const Table& table, int tile,
+    __device__ __forceinline__ void next_keys(Keys& taken, u8* stage, const Table& table, int tile,
                                               int end) {
-        put<KShare>(queue, table, tile);
-        fetch<VShare>(values, table, tile);
+        store_held<KFragment>(stage, table, tile);
+        fetch<VFragment>(values, table, tile);
         if (tile + WARPS < end) table.find(ids, tile + WARPS);
-        load_keys(taken, queue);
+        load_keys(taken, stage);
     }
 
-    __device__ __forceinline__ void take_values(Values& taken, u8* queue, const Table& table,
+    __device__ __forceinline__ void next_values(Values& taken, u8* stage, const Table& table,
                                                 int tile, int end) {
-        put<VShare>(queue, table, tile);
-        start(queue, queue, table, tile + WARPS, end);
-        load_values(taken, queue);
+        store_held<VFragment>(stage, table, tile);
+        start(stage, stage, table, tile + WARPS, end);
+        load_values(taken, stage);
     }
 
     __device__ __forceinline__ void find_pages(const Table&, int, int) {}  // take_keys did
@@ -606,8 +608,8 @@ struct Feed : Source {
 // Row g times the keys 8n + 2t and 8n + 2t + 1 of a tile, in units of the query.
 __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Query& q,
                                               const Keys& keys) {
-    using S = KShare;
-    constexpr int PAIRS = IN_WORD<K_T> / 2;
+    using S = KFragment;
+    constexpr int PAIRS = PER_WORD<K_T> / 2;
     constexpr int FIT = 32 / (KEYS / 8 * PAIRS);  // words whose pairs occupy 32 registers
     constexpr int AT_ONCE = S::WORDS < FIT ? S::WORDS : FIT;
     static_assert(AT_ONCE * PAIRS > 1 && S::WORDS % AT_ONCE == 0, "a step of mma takes two pairs");
@@ -653,23 +655,23 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
 __device__ __forceinline__ float (&pick(float (&x)[4], float (&)[4]))[4] { return x; }
 __device__ __forceinline__ float (&pick(float (&)[2], float (&x)[4]))[4] { return x; }
 
-struct Sums { float x[D / 8][IS_COARSE ? 4 : 2], weights[4]; };
+struct Sums { float x[D / 8][Q_IS_16BIT ? 4 : 2], weights[4]; };
 
 // Adds the tile's values, weighted by `weights` of the keys 8n + 2t and 8n + 2t + 1. Lane 4g + t
 // holds of row g the elements with which lanes 2t and 2t + 1 of a row's eight began.
 __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KEYS / 4],
                                            const Values& values) {
-    using S = VShare;
-    constexpr int PAIRS = IN_WORD<V_T> / 2;
+    using S = VFragment;
+    constexpr int PAIRS = PER_WORD<V_T> / 2;
     u32 high[KEYS / 8], low[KEYS / 8], rest[KEYS / 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {
         float two[2] = {weights[2 * n], weights[2 * n + 1]};
-        high[n] = take_halves<VM>(two);
-        low[n] = take_halves<VM>(two);
-        if constexpr (P_HAS_REST) rest[n] = take_halves<VM>(two);
+        high[n] = split_halves<VM>(two);
+        low[n] = split_halves<VM>(two);
+        if constexpr (P_HAS_REST) rest[n] = split_halves<VM>(two);
     }
-    if constexpr (V_IS_RAW) {
+    if constexpr (V_IS_SUBNORMAL) {
         constexpr u32 ONES = 0x3c003c00u;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
@@ -690,7 +692,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
 #pragma unroll
             for (int p = 0; p < PAIRS; p++) {
                 float of_tile[4] = {};  // unless they stay: a sum of floats cuts nothing off
-                float (&x)[IS_COARSE ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
+                float (&x)[Q_IS_16BIT ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
                 float (&d)[4] = pick(x, of_tile);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
@@ -699,7 +701,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
                         mma_16x16<VM>(d, rest[n], 0, rest[n + 1], 0, b[n][p], b[n + 1][p]);
                     }
                 }
-                if constexpr (!IS_COARSE) x[0] += d[0] + d[2], x[1] += d[1] + d[3];
+                if constexpr (!Q_IS_16BIT) x[0] += d[0] + d[2], x[1] += d[1] + d[3];
             }
         }
     }
@@ -713,7 +715,7 @@ struct State { float m, l, x[4]; };
 // Joins the states whose (maximum, sum) and elements `at` names. BATCH of them are loaded before the
 // first is used: a row may have a state of every SM, and a turn to the L2 cache takes longer than
 // all that is done with what it brings.
-template <int BATCH, typename At> __device__ __forceinline__ State join(int count, At at) {
+template <int BATCH, typename At> __device__ __forceinline__ State merge(int count, At at) {
     State s{-INF, 0.0f, {}};
 #pragma unroll 1
     for (int first = 0; first < count; first += BATCH) {
@@ -728,38 +730,38 @@ template <int BATCH, typename At> __device__ __forceinline__ State join(int coun
         float peak = s.m;
 #pragma unroll
         for (int i = 0; i < BATCH; i++) peak = fmaxf(peak, stat[i].x);
-        const float base = finite_base(peak), before = exp2_flushed(s.m - base);
+        const float base = finite_base(peak), before = exp2_ftz(s.m - base);
         s.m = peak;
         s.l *= before;
 #pragma unroll
         for (int j = 0; j < 4; j++) s.x[j] *= before;
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const float keep = exp2_flushed(stat[i].x - base);
-            s.l += keep * stat[i].y;
-            s.x[0] += keep * x[i].x, s.x[1] += keep * x[i].y;
-            s.x[2] += keep * x[i].z, s.x[3] += keep * x[i].w;
+            const float rescale = exp2_ftz(stat[i].x - base);
+            s.l += rescale * stat[i].y;
+            s.x[0] += rescale * x[i].x, s.x[1] += rescale * x[i].y;
+            s.x[2] += rescale * x[i].z, s.x[3] += rescale * x[i].w;
         }
     }
     return s;
 }
 
 // Where a row's (maximum, sum) and four of its elements are kept.
-struct Kept { const float2* stat; const float4* x; };
+struct StateRef { const float2* stat; const float4* x; };
 
 #if CLUSTER > 1
 // Joins the states of CLUSTER neighbouring lanes, each of which gets the result.
-__device__ __forceinline__ State join_lanes(State s) {
+__device__ __forceinline__ State merge_lanes(State s) {
     float peak = s.m;
 #pragma unroll
     for (int step = 1; step < CLUSTER; step *= 2) {
         peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, step));
     }
-    const float keep = exp2_flushed(s.m - finite_base(peak));
+    const float rescale = exp2_ftz(s.m - finite_base(peak));
     s.m = peak;
-    s.l *= keep;
+    s.l *= rescale;
 #pragma unroll
-    for (float& x : s.x) x *= keep;
+    for (float& x : s.x) x *= rescale;
 #pragma unroll
     for (int step = 1; step < CLUSTER; step *= 2) {
         s.l += __shfl_xor_sync(FULL_MASK, s.l, step);
@@ -803,18 +805,18 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const bool fixed = !ALONE && piece_tiles > 0;
     const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
 #if ALONE
-    const int total = batch.seen(0).units;
+    const int total = batch.visible(0).units;
 #else
-    const int some = (B + WARP - 1) / WARP;
-    const Scan scan(batch, 0, some);
+    const int per_lane = (B + WARP - 1) / WARP;
+    const Scan scan(batch, 0, per_lane);
     const int total = scan.total();
 #endif
-    int share = (total + ranges - 1) / ranges;
+    int range_units = (total + ranges - 1) / ranges;
     // Ranges are even for warps, and worth a merge; short sequences are not put together for that.
     if (!fixed && (ALONE || total > (MIN_KEYS / KEYS - 1) * B)) {
-        share = (max(share, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;
+        range_units = (max(range_units, MIN_KEYS / KEYS) + WARPS - 1) / WARPS * WARPS;
     }
-    const int begin = range * share, end = min(begin + share, total);
+    const int begin = range * range_units, end = min(begin + range_units, total);
     if (CLUSTER == 1 && begin >= end) return;  // in a cluster it has a share of the joining
 
     // This lane's query row, for all pieces.
@@ -822,10 +824,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     const int token = row_of_group / G, head = kv_head * G + row_of_group % G;
     const Q_T* query_row = q + token * q_token_stride + (i64)head * D;
 
-    u8* const queue = shared + warp * (QUEUE_BYTES + Q_BYTES);
-    u8* const k_queue = queue;
-    u8* const v_queue = COPIES_RUN ? queue + K_BYTES : queue;
-    Feed feed{{{k_pool, k_page, k_token, k_head, kv_head},
+    u8* const stage = shared + warp * (STAGE_BYTES + Q_BYTES);
+    u8* const k_stage = stage;
+    u8* const v_stage = HAS_CP_ASYNC ? stage + K_BYTES : stage;
+    Pipeline pipeline{{{k_pool, k_page, k_token, k_head, kv_head},
                {v_pool, v_page, v_token, v_head, kv_head},
                {k_scales, ks_page, ks_token, ks_head, kv_head},
                {v_scales, vs_page, vs_token, vs_head, kv_head}}};
@@ -837,8 +839,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // The states of the warps, which may take the place of queues; and those of pieces.
     constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
-    constexpr bool REPLACES_QUEUES = !COPIES_RUN && !Q_IN_SHARED;
-    constexpr int STATES_AT = REPLACES_QUEUES ? 0 : WARPS * (QUEUE_BYTES + Q_BYTES);
+    constexpr bool REUSES_STAGES = !HAS_CP_ASYNC && !Q_IN_SHARED;
+    constexpr int STATES_AT = REUSES_STAGES ? 0 : WARPS * (STAGE_BYTES + Q_BYTES);
     float* const warp_x = (float*)(shared + STATES_AT);
     float2* const warp_stats = (float2*)(warp_x + WARPS * max_rows * PITCH);
     u32* const counters = (u32*)workspace;
@@ -848,28 +850,28 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     // A piece's first tiles are under way before the piece before it comes to its end; its queries
     // are awaited together with the pages of those.
     Query query;
-    query.shared = (uint2*)(queue + QUEUE_BYTES) + lane;
+    query.shared = (uint2*)(stage + STAGE_BYTES) + lane;
     const auto start = [&](const Piece& piece) {
-        const Table table{page_table + (i64)piece.b * M, piece.seen.first, piece.seen.length - 1};
+        const Table table{page_table + (i64)piece.b * M, piece.visible.first, piece.visible.length - 1};
         const int tile = piece.tile + warp;
-        if (tile < piece.tile_end) table.find(feed.ids, tile);
+        if (tile < piece.tile_end) table.find(pipeline.ids, tile);
         load_query(query, query_row + piece.b * q_stride, g < num_rows);
-        feed.start(k_queue, v_queue, table, tile, piece.tile_end);
+        pipeline.start(k_stage, v_stage, table, tile, piece.tile_end);
     };
 
 #if ALONE
     Piece piece = piece_at(batch, 0, 0, begin, end, false);
 #else
-    Piece piece = first_piece(batch, scan, some, begin, end, fixed);
+    Piece piece = first_piece(batch, scan, per_lane, begin, end, fixed);
 #endif
     start(piece);
     for (;;) {
-        const int b = piece.b, length = piece.seen.length;
-        const Table table{made_once(page_table + (i64)b * M), piece.seen.first, length - 1};
-        float factor = score_scale * head_k_scale * query.unit / IN_PAIRS<K_T>, zero_score = 0.0f;
-        if constexpr (K_IS_RAW) {
-            zero_score = RAW_ZERO<KE> * query.sum * factor;
-            factor *= RAW_UNIT;
+        const int b = piece.b, length = piece.visible.length;
+        const Table table{opaque_pointer(page_table + (i64)b * M), piece.visible.first, length - 1};
+        float factor = score_scale * head_k_scale * query.unit / PAIR_UNIT<K_T>, zero_score = 0.0f;
+        if constexpr (K_IS_SUBNORMAL) {
+            zero_score = SUBNORMAL_ZERO<KE> * query.sum * factor;
+            factor *= SUBNORMAL_UNIT;
         }
 
         // Keys row_first .. position are seen, and all of `full_tiles` tiles from full_first on.
@@ -892,10 +894,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float inverse_unit = V_ROW_SCALES ? __uint_as_float(227u << 23) : 1.0f;
 
         for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
-            const float k_scale = to_float(feed.k_scale);
-            float v_scale = to_float(feed.v_scale);
+            const float k_scale = to_float(pipeline.k_scale);
+            float v_scale = to_float(pipeline.v_scale);
             Keys keys;
-            feed.take_keys(keys, k_queue, table, tile, piece.tile_end);
+            pipeline.next_keys(keys, k_stage, table, tile, piece.tile_end);
             float scores[KEYS / 4];
             multiply_keys(scores, query, keys);
 
@@ -913,16 +915,16 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 #endif
             }
             if (tile < full_first || tile >= full_first + full_tiles) {
-                __syncwarp();  // or the compiler makes this a part of every tile
+                schedule_fence();  // or the compiler makes this a part of every tile
 #pragma unroll
                 for (int i = 0; i < KEYS / 4; i++) {
                     const int key = tile * KEYS + i / 2 * 8 + 2 * t + i % 2;
-                    bool is_seen = key >= row_first && key <= position;
+                    bool is_visible = key >= row_first && key <= position;
 #if TREE
                     const int branch = key - (length - 1 - behind);
-                    if (branch >= 0) is_seen = key < length && (ancestors >> (branch & 63) & 1);
+                    if (branch >= 0) is_visible = key < length && (ancestors >> (branch & 63) & 1);
 #endif
-                    if (!is_seen) scores[i] = -INF;
+                    if (!is_visible) scores[i] = -INF;
                 }
             }
             float largest = -INF;
@@ -935,28 +937,28 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
                 const float peak = fmaxf(m, largest);
-                float keep = exp2_flushed(m - finite_base(peak));
+                float rescale = exp2_ftz(m - finite_base(peak));
                 m = peak;
-                l *= keep;
+                l *= rescale;
                 if (V_ROW_SCALES) {
                     const float above = warp_max(fabsf(v_scale));
                     const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
                     const float before = scale_unit;
                     scale_unit = fmaxf(before, __uint_as_float(exponent << 23));
                     inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
-                    keep *= before * inverse_unit;
+                    rescale *= before * inverse_unit;
                 }
 #pragma unroll
                 for (int i = 0; i < D / 8; i++) {
-                    for (float& x : sums.x[i]) x *= keep;
+                    for (float& x : sums.x[i]) x *= rescale;
                 }
-                for (float& x : sums.weights) x *= keep;
+                for (float& x : sums.weights) x *= rescale;
             }
             const float base = finite_base(m);
             v_scale *= inverse_unit;
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) {
-                const float weight = exp2_flushed(scores[i] - base);
+                const float weight = exp2_ftz(scores[i] - base);
                 l += weight;
                 scores[i] = weight;
                 if (V_ROW_SCALES) {
@@ -965,36 +967,36 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             }
 
             Values values;
-            feed.take_values(values, v_queue, table, tile, piece.tile_end);
+            pipeline.next_values(values, v_stage, table, tile, piece.tile_end);
             add_values(sums, scores, values);
-            feed.find_pages(table, tile + WARPS, piece.tile_end);
+            pipeline.find_pages(table, tile + WARPS, piece.tile_end);
         }
 
         const Piece done = piece;
         const int next = piece.unit + piece.count;
         const bool has_next = !ALONE && next < end;
         if (has_next) {
-            const bool same = next < piece.start + piece.seen.units;
-            const int next_start = same ? piece.start : piece.start + piece.seen.units;
+            const bool same = next < piece.start + piece.visible.units;
+            const int next_start = same ? piece.start : piece.start + piece.visible.units;
             piece = piece_at(batch, same ? b : b + 1, next_start, next, end, fixed);
             start(piece);
         }
 
         // Made here, or what follows from them would be kept in registers while keys are read.
-        const int rows_kept = made_here(max_rows), thread = made_here(threadIdx.x);
+        const int rows_kept = opaque(max_rows), thread = opaque(threadIdx.x);
 
         // This warp's states.
-        if (REPLACES_QUEUES) __syncthreads();  // or others would still read theirs
+        if (REUSES_STAGES) __syncthreads();  // or others would still read theirs
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
-            const float unit = scale_unit * head_v_scale / IN_PAIRS<V_T>;
-            const float zero = RAW_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
+            const float unit = scale_unit * head_v_scale / PAIR_UNIT<V_T>;
+            const float zero = SUBNORMAL_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
             const auto value = [&](int column, int c) {
                 float x = sums.x[column][c];
-                if constexpr (IS_COARSE) x += sums.x[column][c + 2];
-                if constexpr (V_IS_RAW) {
-                    x = x * (RAW_UNIT / raw_factor<VE>(column % (IN_WORD<V_T> / 2))) - zero;
+                if constexpr (Q_IS_16BIT) x += sums.x[column][c + 2];
+                if constexpr (V_IS_SUBNORMAL) {
+                    x = x * (SUBNORMAL_UNIT / subnormal_factor<VE>(column % (PER_WORD<V_T> / 2))) - zero;
                 }
                 return x * unit;
             };
@@ -1012,19 +1014,19 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             const int q_head = kv_head * G + in_group % G;
 #if SINKS
             const float sink = sinks[q_head] * LOG2_E, peak = fmaxf(s.m, sink);
-            const float keep = exp2_flushed(s.m - finite_base(peak));
+            const float rescale = exp2_ftz(s.m - finite_base(peak));
             s.m = peak;
-            s.l = s.l * keep + exp2_flushed(sink - finite_base(peak));
+            s.l = s.l * rescale + exp2_ftz(sink - finite_base(peak));
 #pragma unroll
-            for (int i = 0; i < 4; i++) s.x[i] *= keep;
+            for (int i = 0; i < 4; i++) s.x[i] *= rescale;
 #endif
             const i64 at = ((i64)done.b * T + in_group / G) * (gridDim.y * G) + q_head;
             const float inverse = s.l == 0.0f ? 0.0f : 1.0f / s.l;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                s.x[i] = IS_COARSE ? s.x[i] * inverse : s.l == 0.0f ? 0.0f : s.x[i] / s.l;
+                s.x[i] = Q_IS_16BIT ? s.x[i] * inverse : s.l == 0.0f ? 0.0f : s.x[i] / s.l;
             }
-            constexpr int E = VShare::ELEMENTS;
+            constexpr int E = VFragment::ELEMENTS;
             const int i = p / 16 * 2, d = (i / E * 8 + p / 4 % 4 * 2) * E + i % E;
             store2(out + at * D + d, s.x[0], s.x[1]);
             store2(out + at * D + d + E, s.x[2], s.x[3]);
@@ -1035,7 +1037,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         };
         const auto in_workspace = [&](int slot, int row, int p) {
             const i64 at = place(slot, row);
-            return Kept{piece_stats + at, (const float4*)(piece_x + at * D + p)};
+            return StateRef{piece_stats + at, (const float4*)(piece_x + at * D + p)};
         };
         const auto publish = [&](const State& s, int slot, int row, int p) {
             const i64 at = place(slot, row);
@@ -1046,7 +1048,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         const auto is_last_of = [&](int arrivals, u32* counter) {
             __syncthreads();
             if (thread == 0) {  // tells what the barrier gathered, and the next one what it is told
-                is_last = arrivals == 1 || atomic_inc_ordered(counter, arrivals - 1) == arrivals - 1;
+                is_last = arrivals == 1 || atomic_inc_acq_rel(counter, arrivals - 1) == arrivals - 1;
             }
             __syncthreads();
             return is_last;
@@ -1058,13 +1060,13 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         cluster_arrive();
         cluster_wait();
         const int from = thread % CLUSTER;
-        const float* const their_x = in_block(warp_x, from);
-        const float2* const their_stats = in_block(warp_stats, from);
+        const float* const their_x = map_shared_rank(warp_x, from);
+        const float2* const their_stats = map_shared_rank(warp_stats, from);
         for (int i = (range * THREADS + thread) / CLUSTER; i < num_rows * (D / 4); i += THREADS) {
             const int row = i / (D / 4), p = i % (D / 4) * 4;
-            const State s = join_lanes(join<WARPS>(WARPS, [&](int w) {
+            const State s = merge_lanes(merge<WARPS>(WARPS, [&](int w) {
                 const int at = w * rows_kept + row;
-                return Kept{their_stats + at, (const float4*)(their_x + at * PITCH + p)};
+                return StateRef{their_stats + at, (const float4*)(their_x + at * PITCH + p)};
             }));
             if (from == 0) write(s, row, p);
         }
@@ -1075,22 +1077,22 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
         // What is known of a row: the ranges it lies in, and its states, one a piece. A row of one
         // state is done; else it is merged by the last of its blocks.
-        const int units = done.seen.units;
+        const int units = done.visible.units;
         const bool is_whole = done.start >= begin && done.start + units <= end;
-        const int first_range = is_whole ? range : done.start / share;
-        const int arrivals = is_whole ? 1 : (done.start + units - 1) / share - first_range + 1;
+        const int first_range = is_whole ? range : done.start / range_units;
+        const int arrivals = is_whole ? 1 : (done.start + units - 1) / range_units - first_range + 1;
         const int states = fixed ? units : arrivals;
         const int first_slot = fixed ? done.start : 2 * first_range;
         // Whether the first of them is the second part of its range.
-        const bool begins_within = !fixed && done.start != first_range * share;
+        const bool begins_within = !fixed && done.start != first_range * range_units;
         const auto slot_of = [&](int i) {
             return first_slot + (fixed ? i : 2 * i) + (i == 0 && begins_within);
         };
         for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
             const int row = i / (D / 4), p = i % (D / 4) * 4;
-            const State s = join<WARPS>(WARPS, [&](int w) {
+            const State s = merge<WARPS>(WARPS, [&](int w) {
                 const int at = w * rows_kept + row;
-                return Kept{warp_stats + at, (const float4*)(warp_x + at * PITCH + p)};
+                return StateRef{warp_stats + at, (const float4*)(warp_x + at * PITCH + p)};
             });
             const int number = fixed ? done.unit - done.start : range - first_range;
             if (states == 1) write(s, row, p);
@@ -1102,7 +1104,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             for (int i = thread; i < num_rows * (D / 4); i += THREADS) {
                 const int row = i / (D / 4), p = i % (D / 4) * 4;
                 const auto kept = [&](int n) { return in_workspace(slot_of(n), row, p); };
-                write(states <= 4 ? join<4>(states, kept) : join<16>(states, kept), row, p);
+                write(states <= 4 ? merge<4>(states, kept) : merge<16>(states, kept), row, p);
             }
         }
 #endif

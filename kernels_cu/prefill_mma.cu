@@ -29,7 +29,12 @@
 // the block decodes them, once for all warps, when their tile is free. Scales of keys multiply
 // scores, those of values weights. What an operand of mma rounds is kept in further terms where
 // queries are finer: then products are as good as those of floats.
-#include "common.cuh"
+#include "batch.cuh"
+#include "mma.cuh"
+#include "ptx.cuh"
+#include "quantize.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
@@ -49,12 +54,11 @@ constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 // sums may stay in the mma, which cuts off what is below their last place.
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
-constexpr bool IS_COARSE = sizeof(Q_T) == 2;
-constexpr bool Q_IS_EXACT = IS_COARSE && IS_BF16<Q_T> == IS_BF16<KM>;
-constexpr int Q_TERMS = IS_COARSE ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
-constexpr int P_TERMS = IS_COARSE ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
+constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
+constexpr bool Q_IS_EXACT = Q_IS_16BIT && IS_BF16<Q_T> == IS_BF16<KM>;
+constexpr int Q_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
+constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
 
-constexpr float LN_2 = 0.693147180559945f;
 constexpr float SMALLEST = 1.1754944e-38f;  // normal number
 
 // --- Sizes ---------------------------------------------------------------------------------------
@@ -72,24 +76,24 @@ constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
 
 // With 32 rows a warp uses each word that it loads of a key twice: with 16 loads take as long as
 // products. SMs of little shared memory have slower tensor cores, too, which 16 rows keep busy.
-constexpr int ROW_TILES = IS_COARSE && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
+constexpr int ROW_TILES = Q_IS_16BIT && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
 constexpr int WARP_ROWS = 16 * ROW_TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
 
 // Rows of BYTES in shared memory such that eight chunks of 16 bytes at one place of consecutive rows
 // lie on different banks. Chunks change places within lines of 128 bytes, because a copy of a line
 // into parts of two is made twice; rows of other sizes are padded.
-template <int BYTES> struct Spread {
+template <int BYTES> struct Swizzled {
     static constexpr int CHUNKS = BYTES / 16;
-    static constexpr bool SWAPS = CHUNKS % 8 == 0;
-    static constexpr int PITCH = BYTES + (CHUNKS % 2 || SWAPS ? 0 : 16);
-    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + SWAPS > 0, "all banks serve eight rows");
+    static constexpr bool HAS_SWIZZLE = CHUNKS % 8 == 0;
+    static constexpr int PITCH = BYTES + (CHUNKS % 2 || HAS_SWIZZLE ? 0 : 16);
+    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + HAS_SWIZZLE > 0, "all banks serve eight rows");
 
     static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * PITCH + (SWAPS ? chunk ^ row % 8 : chunk) * 16;
+        return row * PITCH + (HAS_SWIZZLE ? chunk ^ row % 8 : chunk) * 16;
     }
 };
-using Halves = Spread<2 * D>;
+using Halves = Swizzled<2 * D>;
 
 template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
 
@@ -112,7 +116,7 @@ __device__ constexpr int tile_keys() {
 }
 constexpr int KEYS = tile_keys();
 constexpr int SHARED_BYTES = shared_bytes(KEYS);
-constexpr int MINE = KEYS / WARPS;  // keys of a tile that a warp copies
+constexpr int WARP_KEYS = KEYS / WARPS;  // keys of a tile that a warp copies
 
 constexpr int TILE_BYTES = KEYS * Halves::PITCH;
 constexpr int Q_BYTES = Q_TERMS * WARP_ROWS * Halves::PITCH;  // of a warp
@@ -128,7 +132,7 @@ static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are 
 
 // --- Copies --------------------------------------------------------------------------------------
 
-constexpr int COPIES_AT_ONCE = IS_COARSE ? 8 : 1;  // fine queries leave no registers for more
+constexpr int COPIES_AT_ONCE = Q_IS_16BIT ? 8 : 1;  // fine queries leave no registers for more
 
 // Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
 // says row i % MINE begins, in elements; `even`: all at equal steps.
@@ -136,8 +140,8 @@ template <typename T>
 __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64 stride, bool even) {
     constexpr bool IS_RAW = LARGEST<T> > 0.0f;
     constexpr int CHUNK = RAW_BYTES<T> % 16 == 0 ? 16 : 8, CHUNKS = RAW_BYTES<T> / CHUNK;
-    constexpr int COUNT = MINE * CHUNKS;
-    const int lane = made_here(threadIdx.x % WARP), mine = threadIdx.x / WARP * MINE;
+    constexpr int COUNT = WARP_KEYS * CHUNKS;
+    const int lane = opaque(threadIdx.x % WARP), mine = threadIdx.x / WARP * WARP_KEYS;
     const auto copy = [&](int row, int chunk, const T* from) {
         const int place = IS_RAW ? (mine + row) * RAW_BYTES<T> + chunk * CHUNK
                                  : Halves::place(mine + row, chunk);
@@ -145,30 +149,30 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
     };
     if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
         const int row = lane / CHUNKS, chunk = lane % CHUNKS;
-        const T* from = pool + (offset + (row - lane % MINE) * stride);
+        const T* from = pool + (offset + (row - lane % WARP_KEYS) * stride);
 #pragma unroll COPIES_AT_ONCE
-        for (int turn = 0; turn < COUNT; turn += WARP) {
-            if (COUNT % WARP == 0 || turn + lane < COUNT) copy(row + turn / CHUNKS, chunk, from);
+        for (int step = 0; step < COUNT; step += WARP) {
+            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row + step / CHUNKS, chunk, from);
             from += WARP / CHUNKS * stride;
         }
     } else {
 #pragma unroll 1
-        for (int turn = 0; turn < COUNT; turn += WARP) {
-            const int row = (turn + lane) / CHUNKS, chunk = (turn + lane) % CHUNKS;
-            const T* from = pool + __shfl_sync(FULL_MASK, offset, row % MINE);
-            if (COUNT % WARP == 0 || turn + lane < COUNT) copy(row, chunk, from);
+        for (int step = 0; step < COUNT; step += WARP) {
+            const int row = (step + lane) / CHUNKS, chunk = (step + lane) % CHUNKS;
+            const T* from = pool + __shfl_sync(FULL_MASK, offset, row % WARP_KEYS);
+            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row, chunk, from);
         }
     }
 }
 
 // Eight codes as f16, in their order.
 template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
-    constexpr int PAIRS = IN_WORD<T> / 2;
+    constexpr int PAIRS = PER_WORD<T> / 2;
     u32 pairs[PAIRS];
     to_pairs(pairs, word, T{});
 #pragma unroll
     for (int p = 0; p < PAIRS; p += 2) {
-        if constexpr (PAIRS_NEIGHBOURS<T>) {
+        if constexpr (PAIRS_ADJACENT<T>) {
             to[p] = pairs[p], to[p + 1] = pairs[p + 1];
         } else {
             to[p / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x5410);
@@ -205,13 +209,13 @@ template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, cons
 // other matrices are constants away.
 struct Reader {
     const u8* row;
-    u32 turn;
+    u32 step;
 
     __device__ __forceinline__ Reader(const u8* rows, int row, int upper)
-        : row(rows + row * Halves::PITCH), turn((Halves::SWAPS ? upper ^ row % 8 : upper) * 16) {}
+        : row(rows + row * Halves::PITCH), step((Halves::HAS_SWIZZLE ? upper ^ row % 8 : upper) * 16) {}
 
     __device__ __forceinline__ const u8* at(int pair) const {
-        return Halves::SWAPS ? row + (pair % 4 * 32 ^ turn) + pair / 4 * 128 : row + turn + pair * 32;
+        return Halves::HAS_SWIZZLE ? row + (pair % 4 * 32 ^ step) + pair / 4 * 128 : row + step + pair * 32;
     }
 };
 
@@ -225,8 +229,8 @@ __device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q,
     const bool has_chunk = chunk < D / 8;
     const Q_T* first = q + rows.start * q_stride + (i64)kv_head * G * D + (has_chunk ? chunk * 8 : 0);
 #pragma unroll 4
-    for (int turn = 0; turn < WARP_ROWS * LANES / WARP; turn++) {
-        const int row = turn * (WARP / LANES) + threadIdx.x % WARP / LANES;
+    for (int step = 0; step < WARP_ROWS * LANES / WARP; step++) {
+        const int row = step * (WARP / LANES) + threadIdx.x % WARP / LANES;
         const int in_block = threadIdx.x / WARP * WARP_ROWS + row;
         const int in_group = rows.first_row + min(in_block, rows.num_rows - 1);
         float x[8];
@@ -246,7 +250,7 @@ __device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q,
         for (int i = 0; i < 4; i++) {
             float two[2] = {x[2 * i] * factor, x[2 * i + 1] * factor};
 #pragma unroll
-            for (int term = 0; term < Q_TERMS; term++) words[term][i] = take_halves<KM>(two);
+            for (int term = 0; term < Q_TERMS; term++) words[term][i] = split_halves<KM>(two);
         }
 #pragma unroll
         for (int term = 0; term < Q_TERMS; term++) {
@@ -298,30 +302,30 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const int full_end = warp_row < rows.num_rows ? last_of(warp_row) + 1 : 0;
 
     float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
-    const bool pages_are_even = P % MINE == 0;  // no page ends between a warp's rows
+    const bool pages_are_even = P % WARP_KEYS == 0;  // no page ends between a warp's rows
 
     // The page and token of row lane % MINE of this warp's in the tile that is copied next, and the
     // scale of its key, or in upper lanes of its value.
     int page = 0, token = 0;
     float next_scale = 1.0f;
     const auto find = [&](int tile) {
-        const int key = tile * KEYS + warp * MINE + lane % MINE;
+        const int key = tile * KEYS + warp * WARP_KEYS + lane % WARP_KEYS;
         const u32 in_range = max(begin, min(key, end - 1));
         page = page_table[(i64)rows.b * M + in_range / P];
         token = in_range % P;
     };
     const auto copy = [&](int tile, int slot) {
-        const int first = tile * KEYS + warp * MINE;
-        const bool even = pages_are_even && first >= begin && first + MINE <= end;
+        const int first = tile * KEYS + warp * WARP_KEYS;
+        const bool even = pages_are_even && first >= begin && first + WARP_KEYS <= end;
         u8* k_to = shared + (K_HAS_CODES ? K_RAW_AT : K_AT + slot * TILE_BYTES);
         u8* v_to = shared + (V_HAS_CODES ? V_RAW_AT : V_AT + slot * TILE_BYTES);
         copy_rows(k_to, k_pool, page * k_page + token * k_token + kv_head * k_head, k_token, even);
         copy_rows(v_to, v_pool, page * v_page + token * v_token + kv_head * v_head, v_token, even);
         cp_async_commit();
-        if (K_HAS_CODES && lane < MINE) {
+        if (K_HAS_CODES && lane < WARP_KEYS) {
             next_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
         }
-        if (V_HAS_CODES && lane >= MINE && lane < 2 * MINE) {
+        if (V_HAS_CODES && lane >= WARP_KEYS && lane < 2 * WARP_KEYS) {
             next_scale = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
         }
     };
@@ -349,7 +353,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         l[r] = 0.0f;
     }
     const auto factor_of = [&](int r) {
-        float factor = fabsf(score_scale) * (1.0f / IN_PAIRS<K_T>);
+        float factor = fabsf(score_scale) * (1.0f / PAIR_UNIT<K_T>);
         if constexpr (!Q_IS_EXACT) factor *= units[warp_row + 8 * r + g];
         return fmaxf(factor, SMALLEST);  // or hidden scores times 0 would be NaN
     };
@@ -370,8 +374,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         if constexpr (HAS_CODES) {
             decode_tile<K_T>(shared + K_AT, shared + K_RAW_AT);
             decode_tile<V_T>(shared + V_AT, shared + V_RAW_AT);
-            if (lane < 2 * MINE) {
-                tile_scales[lane / MINE * KEYS + warp * MINE + lane % MINE] = next_scale;
+            if (lane < 2 * WARP_KEYS) {
+                tile_scales[lane / WARP_KEYS * KEYS + warp * WARP_KEYS + lane % WARP_KEYS] = next_scale;
             }
             __syncthreads();
         }
@@ -413,7 +417,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
                     for (int term = Q_TERMS - 1; term >= 0; term--) {
                         const u32(&f)[4] = a[term][i];
-                        auto& d = !IS_COARSE && term ? low[i] : x[i];
+                        auto& d = !Q_IS_16BIT && term ? low[i] : x[i];
                         mma_16x16<KM>(d[n], f[0], f[1], f[2], f[3], b[0], b[1]);
                         mma_16x16<KM>(d[n + 1], f[0], f[1], f[2], f[3], b[2], b[3]);
                     }
@@ -433,7 +437,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     float& score = x[i][n][c];
-                    if (!IS_COARSE) score += low[i][n][c];
+                    if (!Q_IS_16BIT) score += low[i][n][c];
                     if (K_HAS_CODES) score *= c % 2 ? scale.y : scale.x;
 #if SOFT_CAP
                     score = tanhf(score * factor[2 * i + c / 2]);
@@ -475,26 +479,26 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             grows |= v_scale > scale_unit;
         }
         if (__any_sync(FULL_MASK, grows)) {
-            float keep_all = 1.0f;
+            float rescale_values = 1.0f;
             if constexpr (V_HAS_CODES) {
                 const u32 exponent = min(__float_as_uint(warp_max(v_scale)) >> 23, 252u) + 1;
-                keep_all = scale_unit;
+                rescale_values = scale_unit;
                 scale_unit = fmaxf(scale_unit, __uint_as_float(exponent << 23));
-                keep_all *= inverse_unit();
+                rescale_values *= inverse_unit();
             }
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 float peak = fmaxf(m[r], largest[r]);
                 peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 1));
                 peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 2));
-                const float keep = exp2_flushed(m[r] - finite_base(peak));
+                const float rescale = exp2_ftz(m[r] - finite_base(peak));
                 m[r] = peak;
-                l[r] *= keep;
+                l[r] *= rescale;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
                     float(&four)[4] = sums[r / 2][n];
-                    four[r % 2 * 2] *= keep * keep_all;
-                    four[r % 2 * 2 + 1] *= keep * keep_all;
+                    four[r % 2 * 2] *= rescale * rescale_values;
+                    four[r % 2 * 2 + 1] *= rescale * rescale_values;
                 }
             }
         }
@@ -506,7 +510,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
                 for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) {
                     float& weight = x[r / 2][n][c];
-                    weight = exp2_flushed(fmaf(weight, SOFT_CAP ? cap : factor[r], -base));
+                    weight = exp2_ftz(fmaf(weight, SOFT_CAP ? cap : factor[r], -base));
                     l[r] += weight;
                 }
             }
@@ -515,7 +519,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         // Values. Fine sums leave the mma at every step, before it cuts off anything.
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
-            if (!IS_COARSE) __syncwarp();  // or too many steps at once would spill registers
+            if (!Q_IS_16BIT) schedule_fence();  // or too many steps at once would spill registers
             u32 a[P_TERMS][ROW_TILES][4];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -532,7 +536,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                         if (V_HAS_CODES) two[0] *= scale.x, two[1] *= scale.y;
 #pragma unroll
                         for (int term = 0; term < P_TERMS; term++) {
-                            a[term][i][2 * j + c / 2] = take_halves<VM>(two);
+                            a[term][i][2 * j + c / 2] = split_halves<VM>(two);
                         }
                     }
                 }
@@ -547,13 +551,13 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                     for (int j = 0; j < 2; j++) {
                         float step_sums[4] = {};
                         float(&sum)[4] = sums[i][column + j];
-                        float(&d)[4] = IS_COARSE ? sum : step_sums;
+                        float(&d)[4] = Q_IS_16BIT ? sum : step_sums;
 #pragma unroll
                         for (int term = P_TERMS - 1; term >= 0; term--) {
                             const u32(&f)[4] = a[term][i];
                             mma_16x16<VM>(d, f[0], f[1], f[2], f[3], b[2 * j], b[2 * j + 1]);
                         }
-                        if constexpr (!IS_COARSE) {
+                        if constexpr (!Q_IS_16BIT) {
 #pragma unroll
                             for (int c = 0; c < 4; c++) sum[c] += d[c];
                         }
@@ -564,7 +568,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     }
 
     // The warp's rows take the place of its queries, so that whole lines leave.
-    using Outputs = Spread<D * (int)sizeof(Q_T)>;
+    using Outputs = Swizzled<D * (int)sizeof(Q_T)>;
     static_assert(WARP_ROWS * Outputs::PITCH <= Q_BYTES, "they fit");
     __syncwarp();  // all have read their queries
 #pragma unroll
@@ -576,7 +580,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             const i64 at = (i64)(rows.start + in_group / G) * HQ + kv_head * G + in_group % G;
             lse[at] = l[r] == 0.0f ? -INF : m[r] * LN_2 + logf(l[r]);
         }
-        const float unit = l[r] == 0.0f ? 0.0f : scale_unit / IN_PAIRS<V_T>;
+        const float unit = l[r] == 0.0f ? 0.0f : scale_unit / PAIR_UNIT<V_T>;
         const float weights = l[r] == 0.0f ? 1.0f : l[r], inverse = unit / weights;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
@@ -584,9 +588,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const float sum = sums[r / 2][n][r % 2 * 2 + c];
-                two[c] = IS_COARSE ? sum * inverse : sum * unit / weights;
+                two[c] = Q_IS_16BIT ? sum * inverse : sum * unit / weights;
             }
-            if constexpr (IS_COARSE) {
+            if constexpr (Q_IS_16BIT) {
                 *(u32*)(queries + Outputs::place(row, n) + 4 * t) =
                     two_halves(two[0], two[1], Operand<Q_T>::Type{});
             } else {

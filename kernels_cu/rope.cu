@@ -12,7 +12,8 @@
 //           a thread takes one pair of four heads, which share sine and cosine
 // Traffic:  T * (HQ + H) * 4 * F * sizeof(X_T) bytes
 // Order:    no atomics, no sums
-#include "common.cuh"
+#include "convert.cuh"
+#include "rotary.cuh"
 
 #ifndef X_T
 #error "rope.cu needs X_T"

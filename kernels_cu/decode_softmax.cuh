@@ -5,7 +5,6 @@
 // `scale_unit`, a power of two above all their scales so far, because f16 cannot hold every scale.
 #include "decode_products.cuh"
 #include "ptx.cuh"
-#include "reduce.cuh"
 #include "softmax.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
@@ -50,29 +49,26 @@ __device__ __forceinline__ void mask_scores(float (&scores)[KEYS / 4], int tile,
     }
 }
 
-// Rescales the sums where the maximum or the scale unit grows.
-__device__ __forceinline__ void rescale_sums(Sums& sums, float& m, float& l, float& scale_unit,
-                                             float& inverse_unit, const float (&scores)[KEYS / 4],
-                                             float v_scale) {
+// The largest of this lane's scores.
+__device__ __forceinline__ float largest_of(const float (&scores)[KEYS / 4]) {
     float largest = -INF;
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) largest = fmaxf(largest, scores[i]);
-    const bool grows = largest > m + 8.0f || (V_ROW_SCALES && fabsf(v_scale) > scale_unit);
-    if (!__any_sync(FULL_MASK, grows)) return;
+    return largest;
+}
+
+// Raises m to the largest score of the row's four lanes; returns the factor of what was summed before.
+__device__ __forceinline__ float raise_maximum(float& m, float& l, float& largest) {
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
     const float peak = fmaxf(m, largest);
-    float rescale = exp2_ftz(m - finite_base(peak));
+    const float rescale = exp2_ftz(m - finite_base(peak));
     m = peak;
     l *= rescale;
-    if (V_ROW_SCALES) {
-        const float above = warp_max(fabsf(v_scale));
-        const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
-        const float before = scale_unit;
-        scale_unit = fmaxf(before, __uint_as_float(exponent << 23));
-        inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
-        rescale *= before * inverse_unit;
-    }
+    return rescale;
+}
+
+__device__ __forceinline__ void scale_sums(Sums& sums, float rescale) {
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
         for (float& x : sums.x[i]) x *= rescale;

@@ -78,9 +78,12 @@
 #include "decode_stage.cuh"
 #include "decode_work.cuh"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #include "softmax.cuh"
 #include "vector.cuh"
 
+// Above 200 lines, because the compiler orders the instructions of the loop over keys another way
+// where the growth of the scale unit or the range of units is a function of its own.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
                  const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
@@ -204,7 +207,19 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                 schedule_fence();  // or the compiler makes the mask a part of every tile
                 mask_scores(scores, tile, row_first, position, length, behind, ancestors);
             }
-            rescale_sums(sums, m, l, scale_unit, inverse_unit, scores, v_scale);
+            float largest = largest_of(scores);
+            const bool grows = largest > m + 8.0f || (V_ROW_SCALES && fabsf(v_scale) > scale_unit);
+            if (__any_sync(FULL_MASK, grows)) {
+                float rescale = raise_maximum(m, l, largest);
+                if (V_ROW_SCALES) {
+                    const float above = warp_max(fabsf(v_scale)), before = scale_unit;
+                    const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
+                    scale_unit = fmaxf(before, __uint_as_float(exponent << 23));
+                    inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
+                    rescale *= before * inverse_unit;
+                }
+                scale_sums(sums, rescale);
+            }
             scores_to_weights(scores, m, l, v_scale * inverse_unit);
 
             Values values;

@@ -29,13 +29,6 @@
 // the block decodes them, once for all warps, when their tile is free. Scales of keys multiply
 // scores, those of values weights. What an operand of mma rounds is kept in further terms where
 // queries are finer: then products are as good as those of floats.
-#include "batch.cuh"
-#include "mma.cuh"
-#include "ptx.cuh"
-#include "quantize.cuh"
-#include "reduce.cuh"
-#include "softmax.cuh"
-
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
 #endif
@@ -43,229 +36,18 @@
 #define SOFT_CAP 0
 #endif
 
-constexpr int D = HEAD_DIM;
-static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
-constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
-constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
+#include "batch.cuh"
+#include "prefill_config.cuh"
+#include "prefill_operands.cuh"
+#include "prefill_stage.cuh"
+#include "prefill_steps.cuh"
+#include "ptx.cuh"
+#include "quantize.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
 
-// Terms of operands. Coarse queries are those of 16 bits: their result is rounded to as many, so
-// sums may stay in the mma, which cuts off what is below their last place.
-using KM = Operand<K_T>::Type;
-using VM = Operand<V_T>::Type;
-constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
-constexpr bool Q_IS_EXACT = Q_IS_16BIT && IS_BF16<Q_T> == IS_BF16<KM>;
-constexpr int Q_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
-constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
-
-constexpr float SMALLEST = 1.1754944e-38f;  // normal number
-
-// --- Sizes ---------------------------------------------------------------------------------------
-
-// Shared memory of an SM, and what a block may have of it; 1 KiB of each block is the system's.
-#if __CUDA_ARCH__ < 800
-constexpr int SM_BYTES = 64 << 10, SYSTEM_BYTES = 0;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int SM_BYTES = 164 << 10, SYSTEM_BYTES = 1 << 10;
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int SM_BYTES = 228 << 10, SYSTEM_BYTES = 1 << 10;
-#else
-constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
-#endif
-
-// With 32 rows a warp uses each word that it loads of a key twice: with 16 loads take as long as
-// products. SMs of little shared memory have slower tensor cores, too, which 16 rows keep busy.
-constexpr int ROW_TILES = Q_IS_16BIT && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
-constexpr int WARP_ROWS = 16 * ROW_TILES;
-constexpr int ROWS = WARPS * WARP_ROWS;
-
-// Rows of BYTES in shared memory such that eight chunks of 16 bytes at one place of consecutive rows
-// lie on different banks. Chunks change places within lines of 128 bytes, because a copy of a line
-// into parts of two is made twice; rows of other sizes are padded.
-template <int BYTES> struct Swizzled {
-    static constexpr int CHUNKS = BYTES / 16;
-    static constexpr bool HAS_SWIZZLE = CHUNKS % 8 == 0;
-    static constexpr int PITCH = BYTES + (CHUNKS % 2 || HAS_SWIZZLE ? 0 : 16);
-    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + HAS_SWIZZLE > 0, "all banks serve eight rows");
-
-    static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * PITCH + (HAS_SWIZZLE ? chunk ^ row % 8 : chunk) * 16;
-    }
-};
-using Halves = Swizzled<2 * D>;
-
-template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
-
-__device__ constexpr int shared_bytes(int keys) {
-    const int tile = keys * Halves::PITCH;
-    int bytes = Q_TERMS * ROWS * Halves::PITCH + 4 * ROWS * !Q_IS_EXACT + 8 * keys * HAS_CODES;
-    bytes += K_HAS_CODES ? tile + keys * RAW_BYTES<K_T> : 2 * tile;
-    bytes += V_HAS_CODES ? tile + keys * RAW_BYTES<V_T> : 2 * tile;
-    return bytes;
-}
-
-// As many keys as leave room for a second block on the SM, or else for this one.
-__device__ constexpr int tile_keys() {
-    for (int blocks = 2; blocks > 0; blocks--) {
-        for (int keys = D <= 128 ? 64 : 32; keys >= 16; keys /= 2) {
-            if (blocks * (shared_bytes(keys) + SYSTEM_BYTES) <= SM_BYTES) return keys;
-        }
-    }
-    return 16;  // the host launches no such kernel
-}
-constexpr int KEYS = tile_keys();
-constexpr int SHARED_BYTES = shared_bytes(KEYS);
-constexpr int WARP_KEYS = KEYS / WARPS;  // keys of a tile that a warp copies
-
-constexpr int TILE_BYTES = KEYS * Halves::PITCH;
-constexpr int Q_BYTES = Q_TERMS * WARP_ROWS * Halves::PITCH;  // of a warp
-constexpr int K_AT = WARPS * Q_BYTES;
-constexpr int V_AT = K_AT + (K_HAS_CODES ? 1 : 2) * TILE_BYTES;
-constexpr int K_RAW_AT = V_AT + (V_HAS_CODES ? 1 : 2) * TILE_BYTES;
-constexpr int V_RAW_AT = K_RAW_AT + (K_HAS_CODES ? KEYS * RAW_BYTES<K_T> : 0);
-constexpr int SCALES_AT = V_RAW_AT + (V_HAS_CODES ? KEYS * RAW_BYTES<V_T> : 0);
-constexpr int UNITS_AT = SCALES_AT + (HAS_CODES ? 8 * KEYS : 0);
-static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are the whole");
-
-#if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
-
-// --- Copies --------------------------------------------------------------------------------------
-
-constexpr int COPIES_AT_ONCE = Q_IS_16BIT ? 8 : 1;  // fine queries leave no registers for more
-
-// Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
-// says row i % MINE begins, in elements; `even`: all at equal steps.
-template <typename T>
-__device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64 stride, bool even) {
-    constexpr bool IS_RAW = LARGEST<T> > 0.0f;
-    constexpr int CHUNK = RAW_BYTES<T> % 16 == 0 ? 16 : 8, CHUNKS = RAW_BYTES<T> / CHUNK;
-    constexpr int COUNT = WARP_KEYS * CHUNKS;
-    const int lane = opaque(threadIdx.x % WARP), mine = threadIdx.x / WARP * WARP_KEYS;
-    const auto copy = [&](int row, int chunk, const T* from) {
-        const int place = IS_RAW ? (mine + row) * RAW_BYTES<T> + chunk * CHUNK
-                                 : Halves::place(mine + row, chunk);
-        cp_async<CHUNK>(to + place, (const u8*)from + chunk * CHUNK);
-    };
-    if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
-        const int row = lane / CHUNKS, chunk = lane % CHUNKS;
-        const T* from = pool + (offset + (row - lane % WARP_KEYS) * stride);
-#pragma unroll COPIES_AT_ONCE
-        for (int step = 0; step < COUNT; step += WARP) {
-            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row + step / CHUNKS, chunk, from);
-            from += WARP / CHUNKS * stride;
-        }
-    } else {
-#pragma unroll 1
-        for (int step = 0; step < COUNT; step += WARP) {
-            const int row = (step + lane) / CHUNKS, chunk = (step + lane) % CHUNKS;
-            const T* from = pool + __shfl_sync(FULL_MASK, offset, row % WARP_KEYS);
-            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row, chunk, from);
-        }
-    }
-}
-
-// Eight codes as f16, in their order.
-template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
-    constexpr int PAIRS = PER_WORD<T> / 2;
-    u32 pairs[PAIRS];
-    to_pairs(pairs, word, T{});
-#pragma unroll
-    for (int p = 0; p < PAIRS; p += 2) {
-        if constexpr (PAIRS_ADJACENT<T>) {
-            to[p] = pairs[p], to[p + 1] = pairs[p + 1];
-        } else {
-            to[p / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x5410);
-            to[(p + PAIRS) / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x7632);
-        }
-    }
-}
-
-template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>& eight) {
-    u32 words[4];
-    if constexpr (PACKED<T> == 2) {
-        word_to_halves<T>(words, eight.words);
-    } else {
-        word_to_halves<T>(words, eight.words.x);
-        word_to_halves<T>(words + 2, eight.words.y);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
-    if constexpr (LARGEST<T> > 0.0f) {
-        constexpr int EIGHTS = D / 8;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < KEYS * EIGHTS; i += THREADS) {
-            const Eight<T> eight = get8((const T*)raw + i * (8 / PACKED<T>));
-            *(uint4*)(tile + Halves::place(i / EIGHTS, i % EIGHTS)) = to_halves<T>(eight);
-        }
-    }
-}
-
-// --- Operands ------------------------------------------------------------------------------------
-
-// Where a lane points ldmatrix: at row `row` of some rows, chunk `upper` of pairs of chunks. Rows of
-// other matrices are constants away.
-struct Reader {
-    const u8* row;
-    u32 step;
-
-    __device__ __forceinline__ Reader(const u8* rows, int row, int upper)
-        : row(rows + row * Halves::PITCH), step((Halves::HAS_SWIZZLE ? upper ^ row % 8 : upper) * 16) {}
-
-    __device__ __forceinline__ const u8* at(int pair) const {
-        return Halves::HAS_SWIZZLE ? row + (pair % 4 * 32 ^ step) + pair / 4 * 128 : row + step + pair * 32;
-    }
-};
-
-// Rounds this warp's queries into shared memory, in terms; their factor makes up for the sign of
-// the scale and, where f16 would not hold what q may be, makes the largest of a row 128 to 256:
-// `units` then is what a 1 stands for.
-__device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q, i64 q_stride, int G,
-                                             int kv_head, const RowBlock& rows, float sign) {
-    constexpr int LANES = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32;  // of a row
-    const int chunk = threadIdx.x % LANES;
-    const bool has_chunk = chunk < D / 8;
-    const Q_T* first = q + rows.start * q_stride + (i64)kv_head * G * D + (has_chunk ? chunk * 8 : 0);
-#pragma unroll 4
-    for (int step = 0; step < WARP_ROWS * LANES / WARP; step++) {
-        const int row = step * (WARP / LANES) + threadIdx.x % WARP / LANES;
-        const int in_block = threadIdx.x / WARP * WARP_ROWS + row;
-        const int in_group = rows.first_row + min(in_block, rows.num_rows - 1);
-        float x[8];
-        load8(x, first + in_group / G * q_stride + in_group % G * D);
-        float factor = sign;
-        if constexpr (!Q_IS_EXACT) {
-            u32 largest[1] = {0};
-#pragma unroll
-            for (int i = 0; i < 8; i++) largest[0] = max(largest[0], __float_as_uint(x[i]) << 1 >> 1);
-            group_max<LANES>(largest);
-            const u32 exponent = max(largest[0] >> 23, 8u);
-            factor *= __uint_as_float((261u - exponent) << 23);
-            if (chunk == 0) units[in_block] = __uint_as_float((exponent - 7u) << 23);
-        }
-        u32 words[Q_TERMS][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float two[2] = {x[2 * i] * factor, x[2 * i + 1] * factor};
-#pragma unroll
-            for (int term = 0; term < Q_TERMS; term++) words[term][i] = split_halves<KM>(two);
-        }
-#pragma unroll
-        for (int term = 0; term < Q_TERMS; term++) {
-            const u32(&w)[4] = words[term];
-            if (has_chunk) {
-                *(uint4*)(to + Halves::place(term * WARP_ROWS + row, chunk)) =
-                    make_uint4(w[0], w[1], w[2], w[3]);
-            }
-        }
-    }
-}
-#endif
-
-// --- Kernel --------------------------------------------------------------------------------------
-
+// Above 200 lines, because the compiler orders instructions another way where the products of keys or
+// of values are functions of their own.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
             const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
@@ -345,7 +127,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2; they
     // are taken relative to m, the maximum to within a factor of 2^8 of the weights, so that it
     // seldom moves. l: the sum of the weights of this lane's keys.
-    constexpr int R = 2 * ROW_TILES;
     float m[R], l[R], sums[ROW_TILES][D / 8][4] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -428,23 +209,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         float factor[R];
 #pragma unroll
         for (int r = 0; r < R; r++) factor[r] = factor_of(r);
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            float2 scale;
-            if (K_HAS_CODES) scale = *(const float2*)(tile_scales + 8 * n + 2 * t);
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    float& score = x[i][n][c];
-                    if (!Q_IS_16BIT) score += low[i][n][c];
-                    if (K_HAS_CODES) score *= c % 2 ? scale.y : scale.x;
-#if SOFT_CAP
-                    score = tanhf(score * factor[2 * i + c / 2]);
-#endif
-                }
-            }
-        }
+        scale_scores(x, low, factor, tile_scales);
         if (!is_full) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -457,19 +222,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             }
         }
 
-        bool grows = false;
         float largest[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            float peak = -INF;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                const float(&four)[4] = x[r / 2][n];
-                peak = fmaxf(peak, fmaxf(four[r % 2 * 2], four[r % 2 * 2 + 1]));
-            }
-            largest[r] = peak * (SOFT_CAP ? cap : factor[r]);
-            grows |= largest[r] > m[r] + 8.0f;
-        }
+        bool grows = largest_scores(largest, x, m, factor, cap);
         float v_scale = 0.0f;
         if constexpr (V_HAS_CODES) {
 #pragma unroll
@@ -486,35 +240,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                 scale_unit = fmaxf(scale_unit, __uint_as_float(exponent << 23));
                 rescale_values *= inverse_unit();
             }
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                float peak = fmaxf(m[r], largest[r]);
-                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 1));
-                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 2));
-                const float rescale = exp2_ftz(m[r] - finite_base(peak));
-                m[r] = peak;
-                l[r] *= rescale;
-#pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    float(&four)[4] = sums[r / 2][n];
-                    four[r % 2 * 2] *= rescale * rescale_values;
-                    four[r % 2 * 2 + 1] *= rescale * rescale_values;
-                }
-            }
+            rescale_sums(sums, m, l, largest, rescale_values);
         }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const float base = finite_base(m[r]);
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) {
-                    float& weight = x[r / 2][n][c];
-                    weight = exp2_ftz(fmaf(weight, SOFT_CAP ? cap : factor[r], -base));
-                    l[r] += weight;
-                }
-            }
-        }
+        scores_to_weights(x, m, l, factor, cap);
 
         // Values. Fine sums leave the mma at every step, before it cuts off anything.
 #pragma unroll
@@ -568,8 +296,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     }
 
     // The warp's rows take the place of its queries, so that whole lines leave.
-    using Outputs = Swizzled<D * (int)sizeof(Q_T)>;
-    static_assert(WARP_ROWS * Outputs::PITCH <= Q_BYTES, "they fit");
     __syncwarp();  // all have read their queries
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -600,15 +326,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
     }
     __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < WARP_ROWS * Outputs::CHUNKS; i += WARP) {
-        const int row = i / Outputs::CHUNKS, chunk = i % Outputs::CHUNKS;
-        const int in_group = rows.first_row + warp_row + row;
-        if (warp_row + row < rows.num_rows) {
-            const i64 at = (i64)(rows.start + in_group / G) * HQ + kv_head * G + in_group % G;
-            *(uint4*)((u8*)(out + at * D) + chunk * 16) =
-                *(const uint4*)(queries + Outputs::place(row, chunk));
-        }
-    }
+    store_rows(out, queries, rows, warp_row, HQ, G, kv_head);
 #endif
 }

@@ -15,7 +15,7 @@
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
 // Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
-#include "common.cuh"
+#include "vector.cuh"
 
 #if !defined(X_T) || !defined(TABLE_T)
 #error "activation.cu needs X_T and TABLE_T"

@@ -23,7 +23,8 @@
 // Order:    no atomics; sums in the order of the query rows
 //
 // LANES lanes hold one key and score it against ROWS query rows at a time.
-#include "common.cuh"
+#include "quantize.cuh"
+#include "softmax.cuh"
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T)
 #error "attention_mass.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
@@ -48,8 +49,6 @@ constexpr int LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / LANES;
 constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
 constexpr int ROWS = EIGHTS == 2 ? 2 : 4;     // whose queries stay in registers
-constexpr float LOG2_E = 1.442695040888963f;
-
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
                const SCALE_T* __restrict__ k_scales, const int* __restrict__ page_table,
@@ -130,10 +129,10 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
                 score = tanhf(score) * cap;
 #endif
                 score += slope[r] * (key - position[r]);
-                bool is_seen = key <= position[r] && position[r] - key < window;
+                bool is_visible = key <= position[r] && position[r] - key < window;
                 const int branch = key - (length - 1 - behind);
-                if (TREE && branch >= 0) is_seen = key < length && branches[r] >> (branch & 63) & 1;
-                if (is_seen && row_lse[r] != -INF) weight += exp2f(score - row_lse[r]);
+                if (TREE && branch >= 0) is_visible = key < length && branches[r] >> (branch & 63) & 1;
+                if (is_visible && row_lse[r] != -INF) weight += exp2f(score - row_lse[r]);
             }
             if (is_first) sums[i] += weight;
         }

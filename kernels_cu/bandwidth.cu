@@ -10,7 +10,7 @@
 // Traffic:  16 * V bytes to read (and 4 * G written) or to write, 32 * V to copy; nothing is used
 //           twice, so loads and stores ask the caches to let go of it first
 // Order:    sums wrap at 32 bits, so that any order gives the same bits
-#include "common.cuh"
+#include "types.cuh"
 
 #if !defined(VECTORS) || !defined(BLOCK)
 #error "bandwidth.cu needs VECTORS and BLOCK"

@@ -16,7 +16,7 @@
 //           contiguous copy: 4270 GB/s on an H200; between host and device, where half of it
 //           crosses the link, 55 GB/s each way.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another range of the call
-#include "common.cuh"
+#include "types.cuh"
 
 #if !defined(BLOCK) || !defined(CTAS_PER_SM) || !defined(UNROLL) || !defined(TILE) || \
     !defined(GROUP)

@@ -17,7 +17,8 @@
 // Order:    no atomics; rows that are not rotated are bit-exact; two batch rows of one slot leave
 //           either
 // Nowhere:  a row is not written whose position is at least C, or whose slot has a negative length
-#include "common.cuh"
+#include "rotary.cuh"
+#include "vector.cuh"
 
 #if !defined(NEW_T) || !defined(K_T) || !defined(V_T) || !defined(LENGTH_T) || !defined(HEADS)
 #error "contiguous_append.cu needs NEW_T, K_T, V_T, LENGTH_T and HEADS"

@@ -26,7 +26,7 @@
 //                   128 nibble bytes
 //   Q6_K  210       128 nibble bytes, 64 bytes of high pairs, 16 signed  d*s[i / 16] * (q - 32)
 //                   scales s, d
-#include "common.cuh"
+#include "vector.cuh"
 
 #if !defined(KIND) || !defined(OUT_T) || !defined(BLOCK)
 #error "dequant.cu needs KIND, OUT_T and BLOCK"

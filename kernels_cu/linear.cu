@@ -19,7 +19,8 @@
 //           add_bias, absmax, split   each array once
 // Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
 //           in every bit. absmax uses an atomic maximum, which has no order.
-#include "common.cuh"
+#include "reduce.cuh"
+#include "vector.cuh"
 
 #if !defined(X_T) || !defined(W_T) || !defined(B_T)
 #error "linear.cu needs X_T, W_T and B_T"

@@ -11,7 +11,8 @@
 // Launch:   grid (ceil(R * D / 4 / BLOCK)), block (BLOCK); a thread makes four elements
 // Traffic:  (S + 1) * R * (D * sizeof(X_T) + 4) bytes; logarithms hit the L1 cache after the first
 // Order:    no atomics; sums in the order of the states
-#include "common.cuh"
+#include "softmax.cuh"
+#include "vector.cuh"
 
 #if !defined(X_T) || !defined(HEAD_DIM) || !defined(BLOCK)
 #error "merge_states.cu needs X_T, HEAD_DIM and BLOCK"
@@ -33,7 +34,7 @@ merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __re
     float peak = -INF;
 #pragma unroll 4
     for (int s = 0; s < S; s++) peak = fmaxf(peak, lse[s * lse_stride + row]);
-    const float base = peak == -INF ? 0.0f : peak;
+    const float base = finite_base(peak);
     float sum = 0.0f, x[4] = {};
 #pragma unroll 4
     for (int s = 0; s < S; s++) {

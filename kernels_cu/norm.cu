@@ -10,7 +10,8 @@
 //           (rows / 8 rounded up), a warp for each row. Where D % 8 == 0, rows are 16-byte aligned
 // Traffic:  rows * D * 2 * sizeof(X_T) bytes; the second reading of a row hits a cache
 // Order:    no atomics; float sums, in an order that D and the alignment of weight decide
-#include "common.cuh"
+#include "reduce.cuh"
+#include "vector.cuh"
 
 #if !defined(X_T) || !defined(W_T)
 #error "norm.cu needs X_T and W_T"

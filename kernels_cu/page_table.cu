@@ -9,7 +9,7 @@
 // Launch:   block (128), no dynamic shared memory; grid (M / 128 rounded up, B)
 // Traffic:  up to 8 * B * M bytes
 // Order:    no atomics, bit-exact
-#include "common.cuh"
+#include "types.cuh"
 
 extern "C" __global__ void __launch_bounds__(128)
 page_table(int* __restrict__ table, int* __restrict__ lengths, const int* __restrict__ indices,

@@ -27,7 +27,9 @@
 // Order:    no atomics; bit-exact; two rows for one slot leave either row, or a mixture
 // Nowhere:  a row is not written whose slot, request or page is negative, or whose position lies
 //           outside its request's pages; RAGGED: or that lies past the last request's rows
-#include "common.cuh"
+#include "pool_row.cuh"
+#include "ptx.cuh"
+#include "reduce.cuh"
 
 #define SLOTS 0
 #define DECODE 1
@@ -126,13 +128,13 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         const bool wanted = ADVANCE ? of_block < H : row < num_rows;
         const u32 known = wanted ? row : last_row;
         const u32 token = known / H, head = known % H;
-        const auto k_row = load_share<D, LANES>(k + token * k_token + head * k_head);
-        const auto v_row = load_share<D, LANES>(v + token * v_token + head * v_head);
-        __syncwarp();  // loads are under way before it is known where the rows go
+        const auto k_row = load_fragment<D, LANES>(k + token * k_token + head * k_head);
+        const auto v_row = load_fragment<D, LANES>(v + token * v_token + head * v_head);
+        schedule_fence();  // loads are under way before it is known where the rows go
         const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
         u32 largest[2] = {};
-        if constexpr (FINDS_SCALE<K_T>) largest[0] = max_of(k_row);
-        if constexpr (FINDS_SCALE<V_T>) largest[1] = max_of(v_row);
+        if constexpr (FINDS_SCALE<K_T>) largest[0] = max_magnitude(k_row);
+        if constexpr (FINDS_SCALE<V_T>) largest[1] = max_magnitude(v_row);
         if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
         if (!wanted || place.page < 0) continue;
         written = true;

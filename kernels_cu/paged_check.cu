@@ -13,7 +13,7 @@
 // Launch:   grid (ceil(threads / 256)), block (256), threads as each kernel says, no shared memory
 // Traffic:  each array once
 // Order:    atomic minima, so the same offender in every run
-#include "common.cuh"
+#include "batch.cuh"
 
 #ifndef INDEX
 #error "paged_check.cu needs INDEX = int or i64"

@@ -28,7 +28,9 @@
 // Traffic:  num_rows * (bytes of a row and its scale, of SRC and of DST) for each of K and V
 // Order:    no atomics; bit-exact; undefined where a row is written twice, or is written and read,
 //           unless by itself: DST may be SRC's memory if each row and its scale keep their bytes
-#include "common.cuh"
+#include "batch.cuh"
+#include "quantize.cuh"
+#include "reduce.cuh"
 
 #if !defined(SRC) || !defined(DST) || !defined(SRC_SCALE) || !defined(DST_SCALE) ||               \
     !defined(HEAD_DIM) || !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES)

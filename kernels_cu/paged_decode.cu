@@ -35,7 +35,8 @@
 // online softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The
 // block's SLOTS lane groups take keys in turn; their states are joined at the end, over lanes,
 // warps, then splits.
-#include "common.cuh"
+#include "quantize.cuh"
+#include "softmax.cuh"
 
 #if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
@@ -67,16 +68,14 @@ constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements a
 constexpr int AHEAD = EIGHTS == 2 ? 2 : 4;    // keys a lane group loads at once; more would spill
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 
-constexpr float LOG2_E = 1.442695040888963f;
-
 // Where the weights of a row and their maximum stand once its sink is among them.
-__device__ __forceinline__ void add_sink(float& m, float& l, float& keep, const float* sinks,
+__device__ __forceinline__ void add_sink(float& m, float& l, float& rescale, const float* sinks,
                                          int head) {
-    keep = 1.0f;
+    rescale = 1.0f;
 #if SINKS
     const float sink = sinks[head] * LOG2_E, peak = fmaxf(m, sink);
-    keep = exp2f(m - finite_base(peak));
-    l = l * keep + exp2f(sink - finite_base(peak));
+    rescale = exp2f(m - finite_base(peak));
+    l = l * rescale + exp2f(sink - finite_base(peak));
     m = peak;
 #endif
 }
@@ -193,33 +192,33 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                 const int row = tile * ROWS + min(r, num_rows - 1);
                 dot += slopes[kv_head * G + row % G] * LOG2_E * (position - row_position[r]);
 #endif
-                bool is_seen = position < end;
+                bool is_visible = position < end;
 #if TREE
                 const int branch = position - (length - 1 - behind), token = (tile * ROWS + r) / G;
                 if (branch >= 0) {
-                    is_seen = is_seen && (tree[(i64)b * T + min(token, T - 1)] >> (branch & 63) & 1);
+                    is_visible = is_visible && (tree[(i64)b * T + min(token, T - 1)] >> (branch & 63) & 1);
                 } else {
-                    is_seen = is_seen && row_position[r] - position < window;
+                    is_visible = is_visible && row_position[r] - position < window;
                 }
 #else
                 if (T > 1) {
-                    is_seen = is_seen && position <= row_position[r] &&
+                    is_visible = is_visible && position <= row_position[r] &&
                               row_position[r] - position < window;
                 }
 #endif
-                score[r][u] = is_seen ? dot : -INF;
+                score[r][u] = is_visible ? dot : -INF;
             }
         }
-        float keep[ROWS];
+        float rescale[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float peak = m[r];
 #pragma unroll
             for (int u = 0; u < AHEAD; u++) peak = fmaxf(peak, score[r][u]);
             const float base = finite_base(peak);
-            keep[r] = exp2f(m[r] - base);
+            rescale[r] = exp2f(m[r] - base);
             m[r] = peak;
-            l[r] *= keep[r];
+            l[r] *= rescale[r];
 #pragma unroll
             for (int u = 0; u < AHEAD; u++) {
                 score[r][u] = exp2f(score[r][u] - base);
@@ -228,7 +227,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll
-                for (int i = 0; i < 8; i++) acc[r][e][i] *= keep[r];
+                for (int i = 0; i < 8; i++) acc[r][e][i] *= rescale[r];
             }
         }
 #pragma unroll
@@ -255,8 +254,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         for (int lane = LANES; lane < WARP; lane *= 2) {
             peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
         }
-        const float keep = exp2f(m[r] - finite_base(peak));
-        l[r] *= keep;
+        const float rescale = exp2f(m[r] - finite_base(peak));
+        l[r] *= rescale;
 #pragma unroll
         for (int lane = LANES; lane < WARP; lane *= 2) {
             l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
@@ -265,7 +264,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                acc[r][e][i] *= keep;
+                acc[r][e][i] *= rescale;
 #pragma unroll
                 for (int lane = LANES; lane < WARP; lane *= 2) {
                     acc[r][e][i] += __shfl_xor_sync(FULL_MASK, acc[r][e][i], lane);
@@ -289,9 +288,9 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, warp_m[w][r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float keep = exp2f(warp_m[w][r] - finite_base(peak));
-            sum += keep * warp_l[w][r];
-            value += keep * warp_acc[w][r][i % D];
+            const float rescale = exp2f(warp_m[w][r] - finite_base(peak));
+            sum += rescale * warp_l[w][r];
+            value += rescale * warp_acc[w][r][i % D];
         }
         const i64 at = ((i64)b * T + row / G) * HQ + head;
         if (splits > 1) {
@@ -302,9 +301,9 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                 partial[D + 1] = sum;
             }
         } else {
-            float keep;
-            add_sink(peak, sum, keep, sinks, head);
-            out[at * D + i % D] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * keep / sum);
+            float rescale;
+            add_sink(peak, sum, rescale, sinks, head);
+            out[at * D + i % D] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * rescale / sum);
             if (lse && i % D == 0) lse[at] = sum == 0.0f ? -INF : (peak + log2f(sum)) * lse_unit;
         }
     }
@@ -322,15 +321,15 @@ paged_decode_merge(Q_T* __restrict__ out, float* __restrict__ lse,
     for (int s = 0; s < splits; s++) peak = fmaxf(peak, partial[s * (D + 2) + D]);
     const float base = finite_base(peak);
     for (int d = threadIdx.x; d < D; d += THREADS) {
-        float sum = 0.0f, value = 0.0f, m = peak, keep;
+        float sum = 0.0f, value = 0.0f, m = peak, rescale;
         for (int s = 0; s < splits; s++) {
             const float* p = partial + s * (D + 2);
             const float weight = exp2f(p[D] - base);
             sum += weight * p[D + 1];
             value += weight * p[d];
         }
-        add_sink(m, sum, keep, sinks, (int)(row % HQ));
-        out[row * D + d] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * keep / sum);
+        add_sink(m, sum, rescale, sinks, (int)(row % HQ));
+        out[row * D + d] = from_float<Q_T>(sum == 0.0f ? 0.0f : value * rescale / sum);
         if (lse && d == 0) lse[row] = sum == 0.0f ? -INF : (m + log2f(sum)) * lse_unit;
     }
 }

@@ -26,7 +26,9 @@
 // Order:    no atomics; floats from reading to storing, sums in an order that D decides; where
 //           HADAMARD is 0, V, and all where there is neither norm nor rotation, is bit-exact; two
 //           tokens for one slot leave either row, or a mixture
-#include "common.cuh"
+#include "pool_row.cuh"
+#include "reduce.cuh"
+#include "rotary.cuh"
 
 #define FOUND 0
 #define GIVEN 1
@@ -50,8 +52,8 @@ static_assert(D <= 16 * LANES, "two pieces a lane at most");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(2 * PAIRS <= D, "pairs of one head");
 
-using Taken = RowShare<NEW_T, D, LANES>;
-constexpr int PIECES = Taken::PIECES;
+using Fragment = RowFragment<NEW_T, D, LANES>;
+constexpr int PIECES = Fragment::PIECES;
 // Whether both elements of every pair lie in one lane, as of neighbours they do.
 constexpr bool IN_LANE = PAIRING == ADJACENT || (PIECES == 2 && PAIRS == LANES * 8);
 
@@ -67,51 +69,51 @@ __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weig
     const float scale = 1.0f / sqrtf(group_sum<LANES>(squares) / (float)D + eps);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        if (Taken::column(i) >= D) continue;
+        if (Fragment::column(i) >= D) continue;
         float w[8];
-        load8(w, weight + Taken::column(i));
+        load8(w, weight + Fragment::column(i));
 #pragma unroll
         for (int j = 0; j < 8; j++) x[i][j] *= scale * w[j];
     }
 }
 
-struct Turn { float cosine, sine; };
+struct Rotation { float cosine, sine; };
 
-__device__ __forceinline__ void rotate(float& a, float& b, Turn by) {
+__device__ __forceinline__ void rotate(float& a, float& b, Rotation by) {
     const float first = a * by.cosine - b * by.sine;
     b = a * by.sine + b * by.cosine;
     a = first;
 }
 
 // Pair j by turns[j]. Where lanes hold halves of pairs, `row` is the group's place to meet.
-__device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Turn* turns, float* row) {
+__device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Rotation* rotations, float* row) {
     if constexpr (PAIRING == ADJACENT) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            const int pair = Taken::column(i) / 2;
+            const int pair = Fragment::column(i) / 2;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                if (pair + j < PAIRS) rotate(x[i][2 * j], x[i][2 * j + 1], turns[pair + j]);
+                if (pair + j < PAIRS) rotate(x[i][2 * j], x[i][2 * j + 1], rotations[pair + j]);
             }
         }
     } else if constexpr (IN_LANE) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) rotate(x[0][j], x[1][j], turns[Taken::column(0) + j]);
+        for (int j = 0; j < 8; j++) rotate(x[0][j], x[1][j], rotations[Fragment::column(0) + j]);
     } else {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            if (Taken::column(i) < D) store8(row + Taken::column(i), x[i]);
+            if (Fragment::column(i) < D) store8(row + Fragment::column(i), x[i]);
         }
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const int column = Taken::column(i) + j;
+                const int column = Fragment::column(i) + j;
                 if (column >= 2 * PAIRS) continue;
                 const bool is_first = column < PAIRS;
                 float other = row[is_first ? column + PAIRS : column - PAIRS];
-                const Turn by = turns[is_first ? column : column - PAIRS];
+                const Rotation by = rotations[is_first ? column : column - PAIRS];
                 if (is_first) rotate(x[i][j], other, by); else rotate(other, x[i][j], by);
             }
         }
@@ -184,49 +186,49 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     const u32 token = blockIdx.x, group = threadIdx.x / LANES;
     const u32 head = blockIdx.y * GROUPS + group;
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
-    const Taken taken = load_share<D, LANES>(qkv + token * qkv_token + known * D);
+    const Fragment loaded = load_fragment<D, LANES>(qkv + token * qkv_token + known * D);
     const Place place = place_of_slot<PAGE>(slots[token]);
     const bool is_value = known >= HQ + H;
 
 #if NORM || PAIRS > 0 || HADAMARD
     float x[PIECES][8];
-    RowShare<float, D, LANES> row;
+    RowFragment<float, D, LANES> row;
 #if PAIRS > 0
-    __shared__ Turn turns[PAIRS];
-    __shared__ __align__(16) float meeting[IN_LANE ? 1 : GROUPS][D];
+    __shared__ Rotation rotations[PAIRS];
+    __shared__ __align__(16) float exchange[IN_LANE ? 1 : GROUPS][D];
     const double position = positions[token];
     for (int j = threadIdx.x; j < PAIRS; j += BLOCK) {
-        sin_cos(position * inv_freq[j], turns[j].sine, turns[j].cosine);
+        sin_cos(position * inv_freq[j], rotations[j].sine, rotations[j].cosine);
     }
     __syncthreads();
 #endif
 #pragma unroll
-    for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
+    for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
     if constexpr (NORM) normalise(x, known < HQ ? q_norm : k_norm, eps);
 #if PAIRS > 0
-    rotate_pairs(x, turns, meeting[IN_LANE ? 0 : group]);
+    rotate_pairs(x, rotations, exchange[IN_LANE ? 0 : group]);
 #endif
 #if HADAMARD
     if (is_value) {  // normalised and rotated only because their warp was
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) unpack8(x[i], taken.pieces[i]);
+        for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
     }
     hadamard_transform(x);
 #endif
 #pragma unroll
     for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
 #else
-    const Taken& row = taken;
+    const Fragment& row = loaded;
 #endif
 #if HADAMARD
     const auto& value = row;
 #else
-    const Taken& value = taken;
+    const Fragment& value = loaded;
 #endif
 
     u32 largest[1] = {};
-    if (FINDS_SCALE<K_T> && !is_value) largest[0] = max_of(row);
-    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_of(value);
+    if (FINDS_SCALE<K_T> && !is_value) largest[0] = max_magnitude(row);
+    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
     if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
     if (head < HQ) {
         store_floats(q_out + token * q_token + head * q_head, row);

@@ -23,7 +23,7 @@
 //           contiguous copy. Loops in the destination's order let stores fill whole sectors; loads
 //           of runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another one or a source
-#include "common.cuh"
+#include "types.cuh"
 
 #if !defined(BLOCK) || !defined(UNROLL)
 #error "permute.cu needs BLOCK and UNROLL"

@@ -27,7 +27,9 @@
 // softmax, weights times values; codes are decoded on their way into a tile. Thread (y, x) of Y x X
 // owns rows y, y + Y, ... throughout, with the softmax state in registers; of the scores it computes
 // keys x, x + X, ..., of the output the columns 4 (x + X j).
-#include "common.cuh"
+#include "batch.cuh"
+#include "quantize.cuh"
+#include "softmax.cuh"
 
 #if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
@@ -54,8 +56,6 @@ constexpr int WEIGHT_PITCH = KEYS + 4;
 static_assert(ROWS % Y == 0, "each thread owns whole rows");
 static_assert(((ROWS + KEYS) * ROW_PITCH + ROWS * WEIGHT_PITCH) * 4 <= 48 << 10, "static shared");
 
-constexpr float LN_2 = 0.693147180559945f;
-
 // Rows of one KV head and their scales, with the strides of pages and tokens.
 template <typename T> struct Rows {
     const T* pool;
@@ -70,8 +70,8 @@ __device__ __forceinline__ void load_tile(float* tile, const Rows<T>& rows, cons
                                           int first, int end, int P) {
     constexpr int VECTORS = KEYS * (D / 8);
 #pragma unroll
-    for (int turn = 0; turn < (VECTORS + THREADS - 1) / THREADS; turn++) {
-        const int i = turn * THREADS + threadIdx.x;
+    for (int step = 0; step < (VECTORS + THREADS - 1) / THREADS; step++) {
+        const int i = step * THREADS + threadIdx.x;
         if (VECTORS % THREADS && i >= VECTORS) break;
         const u32 key = min(first + i / (D / 8), end - 1);
         const int d = i % (D / 8) * 8;
@@ -202,10 +202,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
             for (int lane = X / 2; lane > 0; lane /= 2) {
                 peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
             }
-            const float base = peak == -INF ? 0.0f : peak;  // -INF: no key seen so far
-            const float keep = exp2f(m[r] - base);
+            const float base = finite_base(peak);
+            const float rescale = exp2f(m[r] - base);
             m[r] = peak;
-            l[r] *= keep;  // of this thread's keys; summed over x at the end
+            l[r] *= rescale;  // of this thread's keys; summed over x at the end
 #pragma unroll
             for (int j = 0; j < MY_KEYS; j++) {
                 const float weight = exp2f(score[r][j] - base);
@@ -215,7 +215,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 #pragma unroll
             for (int j = 0; j < MY_VECTORS; j++) {
 #pragma unroll
-                for (int c = 0; c < 4; c++) acc[r][j][c] *= keep;
+                for (int c = 0; c < 4; c++) acc[r][j][c] *= rescale;
             }
         }
         __syncthreads();  // values and weights are written

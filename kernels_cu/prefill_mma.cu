@@ -29,8 +29,6 @@
 // the block decodes them, once for all warps, when their tile is free. Scales of keys multiply
 // scores, those of values weights. What an operand of mma rounds is kept in further terms where
 // queries are finer: then products are as good as those of floats.
-#include "common.cuh"
-
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
 #endif
@@ -38,230 +36,18 @@
 #define SOFT_CAP 0
 #endif
 
-constexpr int D = HEAD_DIM;
-static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
-constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
-constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
+#include "batch.cuh"
+#include "prefill_config.cuh"
+#include "prefill_operands.cuh"
+#include "prefill_stage.cuh"
+#include "prefill_steps.cuh"
+#include "ptx.cuh"
+#include "quantize.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
 
-// Terms of operands. Coarse queries are those of 16 bits: their result is rounded to as many, so
-// sums may stay in the mma, which cuts off what is below their last place.
-using KM = Operand<K_T>::Type;
-using VM = Operand<V_T>::Type;
-constexpr bool IS_COARSE = sizeof(Q_T) == 2;
-constexpr bool Q_IS_EXACT = IS_COARSE && IS_BF16<Q_T> == IS_BF16<KM>;
-constexpr int Q_TERMS = IS_COARSE ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
-constexpr int P_TERMS = IS_COARSE ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
-
-constexpr float LN_2 = 0.693147180559945f;
-constexpr float SMALLEST = 1.1754944e-38f;  // normal number
-
-// --- Sizes ---------------------------------------------------------------------------------------
-
-// Shared memory of an SM, and what a block may have of it; 1 KiB of each block is the system's.
-#if __CUDA_ARCH__ < 800
-constexpr int SM_BYTES = 64 << 10, SYSTEM_BYTES = 0;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int SM_BYTES = 164 << 10, SYSTEM_BYTES = 1 << 10;
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int SM_BYTES = 228 << 10, SYSTEM_BYTES = 1 << 10;
-#else
-constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
-#endif
-
-// With 32 rows a warp uses each word that it loads of a key twice: with 16 loads take as long as
-// products. SMs of little shared memory have slower tensor cores, too, which 16 rows keep busy.
-constexpr int ROW_TILES = IS_COARSE && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
-constexpr int WARP_ROWS = 16 * ROW_TILES;
-constexpr int ROWS = WARPS * WARP_ROWS;
-
-// Rows of BYTES in shared memory such that eight chunks of 16 bytes at one place of consecutive rows
-// lie on different banks. Chunks change places within lines of 128 bytes, because a copy of a line
-// into parts of two is made twice; rows of other sizes are padded.
-template <int BYTES> struct Spread {
-    static constexpr int CHUNKS = BYTES / 16;
-    static constexpr bool SWAPS = CHUNKS % 8 == 0;
-    static constexpr int PITCH = BYTES + (CHUNKS % 2 || SWAPS ? 0 : 16);
-    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + SWAPS > 0, "all banks serve eight rows");
-
-    static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * PITCH + (SWAPS ? chunk ^ row % 8 : chunk) * 16;
-    }
-};
-using Halves = Spread<2 * D>;
-
-template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
-
-__device__ constexpr int shared_bytes(int keys) {
-    const int tile = keys * Halves::PITCH;
-    int bytes = Q_TERMS * ROWS * Halves::PITCH + 4 * ROWS * !Q_IS_EXACT + 8 * keys * HAS_CODES;
-    bytes += K_HAS_CODES ? tile + keys * RAW_BYTES<K_T> : 2 * tile;
-    bytes += V_HAS_CODES ? tile + keys * RAW_BYTES<V_T> : 2 * tile;
-    return bytes;
-}
-
-// As many keys as leave room for a second block on the SM, or else for this one.
-__device__ constexpr int tile_keys() {
-    for (int blocks = 2; blocks > 0; blocks--) {
-        for (int keys = D <= 128 ? 64 : 32; keys >= 16; keys /= 2) {
-            if (blocks * (shared_bytes(keys) + SYSTEM_BYTES) <= SM_BYTES) return keys;
-        }
-    }
-    return 16;  // the host launches no such kernel
-}
-constexpr int KEYS = tile_keys();
-constexpr int SHARED_BYTES = shared_bytes(KEYS);
-constexpr int MINE = KEYS / WARPS;  // keys of a tile that a warp copies
-
-constexpr int TILE_BYTES = KEYS * Halves::PITCH;
-constexpr int Q_BYTES = Q_TERMS * WARP_ROWS * Halves::PITCH;  // of a warp
-constexpr int K_AT = WARPS * Q_BYTES;
-constexpr int V_AT = K_AT + (K_HAS_CODES ? 1 : 2) * TILE_BYTES;
-constexpr int K_RAW_AT = V_AT + (V_HAS_CODES ? 1 : 2) * TILE_BYTES;
-constexpr int V_RAW_AT = K_RAW_AT + (K_HAS_CODES ? KEYS * RAW_BYTES<K_T> : 0);
-constexpr int SCALES_AT = V_RAW_AT + (V_HAS_CODES ? KEYS * RAW_BYTES<V_T> : 0);
-constexpr int UNITS_AT = SCALES_AT + (HAS_CODES ? 8 * KEYS : 0);
-static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are the whole");
-
-#if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
-
-// --- Copies --------------------------------------------------------------------------------------
-
-constexpr int COPIES_AT_ONCE = IS_COARSE ? 8 : 1;  // fine queries leave no registers for more
-
-// Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
-// says row i % MINE begins, in elements; `even`: all at equal steps.
-template <typename T>
-__device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64 stride, bool even) {
-    constexpr bool IS_RAW = LARGEST<T> > 0.0f;
-    constexpr int CHUNK = RAW_BYTES<T> % 16 == 0 ? 16 : 8, CHUNKS = RAW_BYTES<T> / CHUNK;
-    constexpr int COUNT = MINE * CHUNKS;
-    const int lane = made_here(threadIdx.x % WARP), mine = threadIdx.x / WARP * MINE;
-    const auto copy = [&](int row, int chunk, const T* from) {
-        const int place = IS_RAW ? (mine + row) * RAW_BYTES<T> + chunk * CHUNK
-                                 : Halves::place(mine + row, chunk);
-        cp_async<CHUNK>(to + place, (const u8*)from + chunk * CHUNK);
-    };
-    if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
-        const int row = lane / CHUNKS, chunk = lane % CHUNKS;
-        const T* from = pool + (offset + (row - lane % MINE) * stride);
-#pragma unroll COPIES_AT_ONCE
-        for (int turn = 0; turn < COUNT; turn += WARP) {
-            if (COUNT % WARP == 0 || turn + lane < COUNT) copy(row + turn / CHUNKS, chunk, from);
-            from += WARP / CHUNKS * stride;
-        }
-    } else {
-#pragma unroll 1
-        for (int turn = 0; turn < COUNT; turn += WARP) {
-            const int row = (turn + lane) / CHUNKS, chunk = (turn + lane) % CHUNKS;
-            const T* from = pool + __shfl_sync(FULL_MASK, offset, row % MINE);
-            if (COUNT % WARP == 0 || turn + lane < COUNT) copy(row, chunk, from);
-        }
-    }
-}
-
-// Eight codes as f16, in their order.
-template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
-    constexpr int PAIRS = IN_WORD<T> / 2;
-    u32 pairs[PAIRS];
-    to_pairs(pairs, word, T{});
-#pragma unroll
-    for (int p = 0; p < PAIRS; p += 2) {
-        if constexpr (PAIRS_NEIGHBOURS<T>) {
-            to[p] = pairs[p], to[p + 1] = pairs[p + 1];
-        } else {
-            to[p / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x5410);
-            to[(p + PAIRS) / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x7632);
-        }
-    }
-}
-
-template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>& eight) {
-    u32 words[4];
-    if constexpr (PACKED<T> == 2) {
-        word_to_halves<T>(words, eight.words);
-    } else {
-        word_to_halves<T>(words, eight.words.x);
-        word_to_halves<T>(words + 2, eight.words.y);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
-    if constexpr (LARGEST<T> > 0.0f) {
-        constexpr int EIGHTS = D / 8;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < KEYS * EIGHTS; i += THREADS) {
-            const Eight<T> eight = get8((const T*)raw + i * (8 / PACKED<T>));
-            *(uint4*)(tile + Halves::place(i / EIGHTS, i % EIGHTS)) = to_halves<T>(eight);
-        }
-    }
-}
-
-// --- Operands ------------------------------------------------------------------------------------
-
-// Where a lane points ldmatrix: at row `row` of some rows, chunk `upper` of pairs of chunks. Rows of
-// other matrices are constants away.
-struct Reader {
-    const u8* row;
-    u32 turn;
-
-    __device__ __forceinline__ Reader(const u8* rows, int row, int upper)
-        : row(rows + row * Halves::PITCH), turn((Halves::SWAPS ? upper ^ row % 8 : upper) * 16) {}
-
-    __device__ __forceinline__ const u8* at(int pair) const {
-        return Halves::SWAPS ? row + (pair % 4 * 32 ^ turn) + pair / 4 * 128 : row + turn + pair * 32;
-    }
-};
-
-// Rounds this warp's queries into shared memory, in terms; their factor makes up for the sign of
-// the scale and, where f16 would not hold what q may be, makes the largest of a row 128 to 256:
-// `units` then is what a 1 stands for.
-__device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q, i64 q_stride, int G,
-                                             int kv_head, const RowBlock& rows, float sign) {
-    constexpr int LANES = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32;  // of a row
-    const int chunk = threadIdx.x % LANES;
-    const bool has_chunk = chunk < D / 8;
-    const Q_T* first = q + rows.start * q_stride + (i64)kv_head * G * D + (has_chunk ? chunk * 8 : 0);
-#pragma unroll 4
-    for (int turn = 0; turn < WARP_ROWS * LANES / WARP; turn++) {
-        const int row = turn * (WARP / LANES) + threadIdx.x % WARP / LANES;
-        const int in_block = threadIdx.x / WARP * WARP_ROWS + row;
-        const int in_group = rows.first_row + min(in_block, rows.num_rows - 1);
-        float x[8];
-        load8(x, first + in_group / G * q_stride + in_group % G * D);
-        float factor = sign;
-        if constexpr (!Q_IS_EXACT) {
-            u32 largest[1] = {0};
-#pragma unroll
-            for (int i = 0; i < 8; i++) largest[0] = max(largest[0], __float_as_uint(x[i]) << 1 >> 1);
-            group_max<LANES>(largest);
-            const u32 exponent = max(largest[0] >> 23, 8u);
-            factor *= __uint_as_float((261u - exponent) << 23);
-            if (chunk == 0) units[in_block] = __uint_as_float((exponent - 7u) << 23);
-        }
-        u32 words[Q_TERMS][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float two[2] = {x[2 * i] * factor, x[2 * i + 1] * factor};
-#pragma unroll
-            for (int term = 0; term < Q_TERMS; term++) words[term][i] = take_halves<KM>(two);
-        }
-#pragma unroll
-        for (int term = 0; term < Q_TERMS; term++) {
-            const u32(&w)[4] = words[term];
-            if (has_chunk) {
-                *(uint4*)(to + Halves::place(term * WARP_ROWS + row, chunk)) =
-                    make_uint4(w[0], w[1], w[2], w[3]);
-            }
-        }
-    }
-}
-#endif
-
-// --- Kernel --------------------------------------------------------------------------------------
-
+// Above 200 lines, because the compiler orders instructions another way where the products of keys or
+// of values are functions of their own.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
             const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
@@ -298,30 +84,30 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const int full_end = warp_row < rows.num_rows ? last_of(warp_row) + 1 : 0;
 
     float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
-    const bool pages_are_even = P % MINE == 0;  // no page ends between a warp's rows
+    const bool pages_are_even = P % WARP_KEYS == 0;  // no page ends between a warp's rows
 
     // The page and token of row lane % MINE of this warp's in the tile that is copied next, and the
     // scale of its key, or in upper lanes of its value.
     int page = 0, token = 0;
     float next_scale = 1.0f;
     const auto find = [&](int tile) {
-        const int key = tile * KEYS + warp * MINE + lane % MINE;
+        const int key = tile * KEYS + warp * WARP_KEYS + lane % WARP_KEYS;
         const u32 in_range = max(begin, min(key, end - 1));
         page = page_table[(i64)rows.b * M + in_range / P];
         token = in_range % P;
     };
     const auto copy = [&](int tile, int slot) {
-        const int first = tile * KEYS + warp * MINE;
-        const bool even = pages_are_even && first >= begin && first + MINE <= end;
+        const int first = tile * KEYS + warp * WARP_KEYS;
+        const bool even = pages_are_even && first >= begin && first + WARP_KEYS <= end;
         u8* k_to = shared + (K_HAS_CODES ? K_RAW_AT : K_AT + slot * TILE_BYTES);
         u8* v_to = shared + (V_HAS_CODES ? V_RAW_AT : V_AT + slot * TILE_BYTES);
         copy_rows(k_to, k_pool, page * k_page + token * k_token + kv_head * k_head, k_token, even);
         copy_rows(v_to, v_pool, page * v_page + token * v_token + kv_head * v_head, v_token, even);
         cp_async_commit();
-        if (K_HAS_CODES && lane < MINE) {
+        if (K_HAS_CODES && lane < WARP_KEYS) {
             next_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
         }
-        if (V_HAS_CODES && lane >= MINE && lane < 2 * MINE) {
+        if (V_HAS_CODES && lane >= WARP_KEYS && lane < 2 * WARP_KEYS) {
             next_scale = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
         }
     };
@@ -341,7 +127,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2; they
     // are taken relative to m, the maximum to within a factor of 2^8 of the weights, so that it
     // seldom moves. l: the sum of the weights of this lane's keys.
-    constexpr int R = 2 * ROW_TILES;
     float m[R], l[R], sums[ROW_TILES][D / 8][4] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -349,7 +134,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         l[r] = 0.0f;
     }
     const auto factor_of = [&](int r) {
-        float factor = fabsf(score_scale) * (1.0f / IN_PAIRS<K_T>);
+        float factor = fabsf(score_scale) * (1.0f / PAIR_UNIT<K_T>);
         if constexpr (!Q_IS_EXACT) factor *= units[warp_row + 8 * r + g];
         return fmaxf(factor, SMALLEST);  // or hidden scores times 0 would be NaN
     };
@@ -370,8 +155,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         if constexpr (HAS_CODES) {
             decode_tile<K_T>(shared + K_AT, shared + K_RAW_AT);
             decode_tile<V_T>(shared + V_AT, shared + V_RAW_AT);
-            if (lane < 2 * MINE) {
-                tile_scales[lane / MINE * KEYS + warp * MINE + lane % MINE] = next_scale;
+            if (lane < 2 * WARP_KEYS) {
+                tile_scales[lane / WARP_KEYS * KEYS + warp * WARP_KEYS + lane % WARP_KEYS] = next_scale;
             }
             __syncthreads();
         }
@@ -413,7 +198,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
                     for (int term = Q_TERMS - 1; term >= 0; term--) {
                         const u32(&f)[4] = a[term][i];
-                        auto& d = !IS_COARSE && term ? low[i] : x[i];
+                        auto& d = !Q_IS_16BIT && term ? low[i] : x[i];
                         mma_16x16<KM>(d[n], f[0], f[1], f[2], f[3], b[0], b[1]);
                         mma_16x16<KM>(d[n + 1], f[0], f[1], f[2], f[3], b[2], b[3]);
                     }
@@ -424,23 +209,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         float factor[R];
 #pragma unroll
         for (int r = 0; r < R; r++) factor[r] = factor_of(r);
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            float2 scale;
-            if (K_HAS_CODES) scale = *(const float2*)(tile_scales + 8 * n + 2 * t);
-#pragma unroll
-            for (int i = 0; i < ROW_TILES; i++) {
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    float& score = x[i][n][c];
-                    if (!IS_COARSE) score += low[i][n][c];
-                    if (K_HAS_CODES) score *= c % 2 ? scale.y : scale.x;
-#if SOFT_CAP
-                    score = tanhf(score * factor[2 * i + c / 2]);
-#endif
-                }
-            }
-        }
+        scale_scores(x, low, factor, tile_scales);
         if (!is_full) {
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -453,19 +222,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             }
         }
 
-        bool grows = false;
         float largest[R];
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            float peak = -INF;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                const float(&four)[4] = x[r / 2][n];
-                peak = fmaxf(peak, fmaxf(four[r % 2 * 2], four[r % 2 * 2 + 1]));
-            }
-            largest[r] = peak * (SOFT_CAP ? cap : factor[r]);
-            grows |= largest[r] > m[r] + 8.0f;
-        }
+        bool grows = largest_scores(largest, x, m, factor, cap);
         float v_scale = 0.0f;
         if constexpr (V_HAS_CODES) {
 #pragma unroll
@@ -475,47 +233,21 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             grows |= v_scale > scale_unit;
         }
         if (__any_sync(FULL_MASK, grows)) {
-            float keep_all = 1.0f;
+            float rescale_values = 1.0f;
             if constexpr (V_HAS_CODES) {
                 const u32 exponent = min(__float_as_uint(warp_max(v_scale)) >> 23, 252u) + 1;
-                keep_all = scale_unit;
+                rescale_values = scale_unit;
                 scale_unit = fmaxf(scale_unit, __uint_as_float(exponent << 23));
-                keep_all *= inverse_unit();
+                rescale_values *= inverse_unit();
             }
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                float peak = fmaxf(m[r], largest[r]);
-                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 1));
-                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 2));
-                const float keep = exp2_flushed(m[r] - finite_base(peak));
-                m[r] = peak;
-                l[r] *= keep;
-#pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    float(&four)[4] = sums[r / 2][n];
-                    four[r % 2 * 2] *= keep * keep_all;
-                    four[r % 2 * 2 + 1] *= keep * keep_all;
-                }
-            }
+            rescale_sums(sums, m, l, largest, rescale_values);
         }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            const float base = finite_base(m[r]);
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) {
-                    float& weight = x[r / 2][n][c];
-                    weight = exp2_flushed(fmaf(weight, SOFT_CAP ? cap : factor[r], -base));
-                    l[r] += weight;
-                }
-            }
-        }
+        scores_to_weights(x, m, l, factor, cap);
 
         // Values. Fine sums leave the mma at every step, before it cuts off anything.
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
-            if (!IS_COARSE) __syncwarp();  // or too many steps at once would spill registers
+            if (!Q_IS_16BIT) schedule_fence();  // or too many steps at once would spill registers
             u32 a[P_TERMS][ROW_TILES][4];
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -532,7 +264,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                         if (V_HAS_CODES) two[0] *= scale.x, two[1] *= scale.y;
 #pragma unroll
                         for (int term = 0; term < P_TERMS; term++) {
-                            a[term][i][2 * j + c / 2] = take_halves<VM>(two);
+                            a[term][i][2 * j + c / 2] = split_halves<VM>(two);
                         }
                     }
                 }
@@ -547,13 +279,13 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
                     for (int j = 0; j < 2; j++) {
                         float step_sums[4] = {};
                         float(&sum)[4] = sums[i][column + j];
-                        float(&d)[4] = IS_COARSE ? sum : step_sums;
+                        float(&d)[4] = Q_IS_16BIT ? sum : step_sums;
 #pragma unroll
                         for (int term = P_TERMS - 1; term >= 0; term--) {
                             const u32(&f)[4] = a[term][i];
                             mma_16x16<VM>(d, f[0], f[1], f[2], f[3], b[2 * j], b[2 * j + 1]);
                         }
-                        if constexpr (!IS_COARSE) {
+                        if constexpr (!Q_IS_16BIT) {
 #pragma unroll
                             for (int c = 0; c < 4; c++) sum[c] += d[c];
                         }
@@ -564,8 +296,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     }
 
     // The warp's rows take the place of its queries, so that whole lines leave.
-    using Outputs = Spread<D * (int)sizeof(Q_T)>;
-    static_assert(WARP_ROWS * Outputs::PITCH <= Q_BYTES, "they fit");
     __syncwarp();  // all have read their queries
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -576,7 +306,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             const i64 at = (i64)(rows.start + in_group / G) * HQ + kv_head * G + in_group % G;
             lse[at] = l[r] == 0.0f ? -INF : m[r] * LN_2 + logf(l[r]);
         }
-        const float unit = l[r] == 0.0f ? 0.0f : scale_unit / IN_PAIRS<V_T>;
+        const float unit = l[r] == 0.0f ? 0.0f : scale_unit / PAIR_UNIT<V_T>;
         const float weights = l[r] == 0.0f ? 1.0f : l[r], inverse = unit / weights;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
@@ -584,9 +314,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const float sum = sums[r / 2][n][r % 2 * 2 + c];
-                two[c] = IS_COARSE ? sum * inverse : sum * unit / weights;
+                two[c] = Q_IS_16BIT ? sum * inverse : sum * unit / weights;
             }
-            if constexpr (IS_COARSE) {
+            if constexpr (Q_IS_16BIT) {
                 *(u32*)(queries + Outputs::place(row, n) + 4 * t) =
                     two_halves(two[0], two[1], Operand<Q_T>::Type{});
             } else {
@@ -596,15 +326,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
     }
     __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < WARP_ROWS * Outputs::CHUNKS; i += WARP) {
-        const int row = i / Outputs::CHUNKS, chunk = i % Outputs::CHUNKS;
-        const int in_group = rows.first_row + warp_row + row;
-        if (warp_row + row < rows.num_rows) {
-            const i64 at = (i64)(rows.start + in_group / G) * HQ + kv_head * G + in_group % G;
-            *(uint4*)((u8*)(out + at * D) + chunk * 16) =
-                *(const uint4*)(queries + Outputs::place(row, chunk));
-        }
-    }
+    store_rows(out, queries, rows, warp_row, HQ, G, kv_head);
 #endif
 }

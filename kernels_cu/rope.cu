@@ -12,7 +12,8 @@
 //           x * y <= 256; a thread takes one pair of some heads, which share sine and cosine
 // Traffic:  T * (HQ + H) * 4 * F * sizeof(X_T) bytes
 // Order:    no atomics, no sums
-#include "common.cuh"
+#include "convert.cuh"
+#include "rotary.cuh"
 
 #if !defined(X_T) || !defined(HEADS_PER_THREAD)
 #error "rope.cu needs X_T and HEADS_PER_THREAD"

@@ -20,7 +20,7 @@
 // level 0.
 // Filters keep a prefix of the tokens ordered by level and index. Where it ends is found without
 // sorting: three rounds of histograms, each over eleven bits more of the level.
-#include "common.cuh"
+#include "types.cuh"
 
 #ifndef BLOCK
 #error "sample.cu needs BLOCK"

@@ -63,19 +63,73 @@ def entries(folder):
 # --- Source ---
 
 
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+
+
+def headers_of(path):
+    """Names of the headers that a device file needs, by way of others too."""
+    names = INCLUDE.findall(path.read_text())
+    return set(names).union(*(headers_of(cuda.KERNELS / name) for name in names))
+
+
 def test_source_keeps_true_lines():
-    text = cuda.source("paged_append")
-    assert "#include" not in text
-    lines = (cuda.KERNELS / "paged_append.cu").read_text().splitlines()
-    include = lines.index('#include "common.cuh"')
-    assert f'#line {include + 2} "paged_append.cu"\n{lines[include + 1]}\n' in text
+    """Every line stands behind marks that say its file and number."""
+    for stem in cuda.stems():
+        name, number, found = "", 0, set()
+        for line in cuda.source(stem).splitlines():
+            if mark := re.fullmatch(r'#line (\d+) "(\S+)"', line):
+                number, name = int(mark[1]), mark[2]
+            else:
+                found.add((name, number, line))
+                number += 1
+        path = cuda.KERNELS / f"{stem}.cu"
+        assert found == {
+            (name, number, line)
+            for name in (path.name, *headers_of(path))
+            for number, line in enumerate((cuda.KERNELS / name).read_text().splitlines(), 1)
+            if not line.startswith("#include")
+        }
 
 
-def test_kernels_include_nothing_but_common():
-    for path in cuda.KERNELS.iterdir():
-        for line in path.read_text().splitlines():
-            if line.lstrip().startswith("#include"):
-                assert line == '#include "common.cuh"', f"{path.name}: {line}"
+def test_source_has_each_header_once_before_its_users():
+    for stem in cuda.stems():
+        text = cuda.source(stem)
+        assert "#include" not in text
+        pasted = re.findall(r'^#line 1 "(\w+\.cuh)"$', text, re.MULTILINE)
+        assert len(pasted) == len(set(pasted))
+        assert set(pasted) == headers_of(cuda.KERNELS / f"{stem}.cu")
+
+
+def test_a_header_changes_the_source_of_its_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
+    source = cuda.source.__wrapped__  # keeps nothing
+    (tmp_path / "a.cuh").write_text("int a;\n")
+    (tmp_path / "b.cuh").write_text('#include "a.cuh"\nint b;\n')
+    (tmp_path / "both.cu").write_text('#include "b.cuh"\n#include "a.cuh"\nint c;\n')
+    (tmp_path / "none.cu").write_text("int d;\n")
+    assert source("both").splitlines() == [
+        *('#line 1 "both.cu"', '#line 1 "b.cuh"', '#line 1 "a.cuh"', "int a;"),
+        *('#line 2 "b.cuh"', "int b;", '#line 2 "both.cu"', '#line 3 "both.cu"', "int c;"),
+    ]
+    none = source("none")
+    (tmp_path / "a.cuh").write_text("long a;\n")
+    assert "long a;" in source("both") and source("none") == none
+
+
+def test_device_files_include_headers_of_ours_that_they_name():
+    declared = re.compile(
+        r"^\s*(?:struct|using|#define|(?:template .*)?constexpr \w+) (\w+)"
+        r"|__forceinline__ [\w<>:]+[ *&]+(\w+)\(",
+        re.MULTILINE,
+    )
+    for path in cuda.KERNELS.glob("*.cu*"):
+        text = path.read_text()
+        assert INCLUDE.findall(text) == re.findall(r"#\s*include.*?(\w+\.?\w*)[\">]", text), (
+            path.name
+        )
+        for header in INCLUDE.findall(text):
+            names = "|".join(map("".join, declared.findall((cuda.KERNELS / header).read_text())))
+            assert re.search(rf"\b({names})\b", INCLUDE.sub("", text)), f"{path.name}: {header}"
 
 
 def test_unknown_stem_names_the_known_ones():

@@ -36,24 +36,31 @@ TYPE_NAMES = dict(zip(FLOATS, ("float", "f16", "bf16"), strict=True))
 
 @cache
 def source(stem: str) -> str:
-    """The text of kernels_cu/<stem>.cu with `common.cuh` pasted in.
+    """The text of kernels_cu/<stem>.cu with the headers that it includes pasted in.
 
-    `#line` marks keep the compiler's messages on the true file and line. Pasting makes the text
-    the whole truth, so the cache key covers it and no include path exists.
+    Each header stands once, where it is first included. `#line` marks keep the compiler's messages
+    on the true file and line. Pasting makes the text the whole truth, so the cache key covers it,
+    no include path exists, and an edited header invalidates only the kernels that include it.
     """
     path = KERNELS / f"{stem}.cu"
     if not path.is_file():
         raise UnsupportedError(f"cuda.source: stem is {stem!r}, expected one of {stems()}")
+    return "\n".join(_paste(path, set())) + "\n"
+
+
+def _paste(path: Path, pasted: set[str]) -> list[str]:
+    """The lines of a file, with those of its headers that are not in `pasted` so far."""
     lines = [f'#line 1 "{path.name}"']
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith('#include "'):
-            name = line.split('"')[1]
-            lines.append(f'#line 1 "{name}"')
-            lines.append((KERNELS / name).read_text(encoding="utf-8").rstrip())
-            lines.append(f'#line {number + 1} "{path.name}"')
-        else:
+        if not line.startswith('#include "'):
             lines.append(line)
-    return "\n".join(lines) + "\n"
+            continue
+        name = line.split('"')[1]
+        if name not in pasted:
+            pasted.add(name)
+            lines += _paste(KERNELS / name, pasted)
+        lines.append(f'#line {number + 1} "{path.name}"')
+    return lines
 
 
 def stems() -> list[str]:

@@ -9,8 +9,9 @@ from pykv import cuda
 
 @pytest.fixture
 def kernel_folder(monkeypatch, tmp_path):
-    """An empty folder but for common.cuh, from which pykv takes its kernels during a test."""
-    shutil.copy(cuda.KERNELS / "common.cuh", tmp_path)
+    """A folder of the headers alone, from which pykv takes its kernels during a test."""
+    for header in cuda.KERNELS.glob("*.cuh"):
+        shutil.copy(header, tmp_path)
     monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
     yield from _with_other_kernels(tmp_path)
 

@@ -3,7 +3,7 @@
 // Built once, without sanitizers, and loaded before any kernel. Clusters of blocks (of one, if the
 // launch names none) run one after another, in an order set by the seed; so do a cluster's blocks
 // between two of its barriers, a block's warps between two barriers, and a warp's lanes between two
-// meetings. Shared memory is the running block's; the other blocks' lies in images, where in_block
+// meetings. Shared memory is the running block's; the other blocks' lies in images, where map_shared_rank
 // leads. Every access of a kernel arrives in `access`, which knows
 //   - the arrays of this launch and the shared variables: all else is out of bounds;
 //   - for every byte that may be written, who wrote and read it last, and when: two threads that
@@ -453,11 +453,11 @@ COMMON static void touch(Region& region, u64 i, const Access& by) {
     }
 }
 
-// A read through in_block, of bytes that may be the running block's own.
+// A read through map_shared_rank, of bytes that may be the running block's own.
 RARE static void touch_image(Region& image, u64 begin, u64 bytes, const Access& by) {
     if (by.writes) {
         stop(*current, by.caller,
-             format("writes %s, which in_block makes const", name_of(image).c_str()));
+             format("writes %s, which map_shared_rank makes const", name_of(image).c_str()));
     }
     Block& block = blocks[image.rank];
     if (block.exited) {
@@ -832,7 +832,7 @@ void wait_for_cluster(const char* name, const char* file, int line) {
     current->waits = current->told = current->arrivals;
 }
 
-const void* in_block(const void* shared, u32 rank, const char* name, const char* file, int line) {
+const void* map_shared_rank(const void* shared, u32 rank, const char* name, const char* file, int line) {
     if (rank >= (u32)num_blocks) {
         stop(*current, nullptr, call(name, file, line) + format(" with rank %u, but its cluster "
                                                                 "has %d", rank, num_blocks));

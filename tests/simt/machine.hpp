@@ -76,7 +76,7 @@ void arrive_at_cluster(const char* name, const char* file, int line);
 void wait_for_cluster(const char* name, const char* file, int line);
 
 // Where the block of that rank holds what this block holds at `shared`; for reads alone.
-const void* in_block(const void* shared, unsigned rank, const char* name, const char* file,
+const void* map_shared_rank(const void* shared, unsigned rank, const char* name, const char* file,
                      int line);
 
 // Asynchronous copies of this thread. The target is poison, and nobody's to touch, until the thread

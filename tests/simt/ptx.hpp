@@ -1,4 +1,4 @@
-// ptx.hpp: C++ twins of the wrappers around inline PTX in kernels_cu/common.cuh, which says what
+// ptx.hpp: C++ twins of the wrappers around inline PTX in kernels_cu/ptx.cuh, which says what
 // each does. Same names, signatures and results, bit for bit; integer arithmetic where an
 // instruction rounds, because not every compiler has 16-bit floats.
 #pragma once
@@ -98,7 +98,7 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
-inline uint4 load16_now(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+inline uint4 load16_eager(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
@@ -216,11 +216,13 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     });
 }
 
-inline int made_here(int x) { return x; }
+inline void schedule_fence() {}
 
-template <typename T> inline T made_once(T x) { return x; }
+inline int opaque(int x) { return x; }
 
-inline unsigned atomic_inc_ordered(unsigned* at, unsigned most) { return atomicInc(at, most); }
+template <typename T> inline T opaque_pointer(T x) { return x; }
+
+inline unsigned atomic_inc_acq_rel(unsigned* at, unsigned most) { return atomicInc(at, most); }
 
 // --- Clusters ------------------------------------------------------------------------------------
 
@@ -232,21 +234,21 @@ inline void cluster_arrive_relaxed(SIMT_SITE) {
 
 inline void cluster_wait(SIMT_SITE) { simt::wait_for_cluster("cluster_wait", file, line); }
 
-template <typename T> inline const T* in_block(const T* shared, unsigned rank, SIMT_SITE) {
-    return static_cast<const T*>(simt::in_block(shared, rank, "in_block", file, line));
+template <typename T> inline const T* map_shared_rank(const T* shared, unsigned rank, SIMT_SITE) {
+    return static_cast<const T*>(simt::map_shared_rank(shared, rank, "map_shared_rank", file, line));
 }
 
 // --- Powers --------------------------------------------------------------------------------------
 
 // The one twin that may differ in last bits.
-inline float exp2_flushed(float x) {
+inline float exp2_ftz(float x) {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
 
 // --- Integers ------------------------------------------------------------------------------------
 
-inline int dot4(int a, int b, int c) {
+inline int dp4a(int a, int b, int c) {
     unsigned sum = (unsigned)c;
     for (int i = 0; i < 32; i += 8) {
         sum += (unsigned)((signed char)(a >> i) * (signed char)(b >> i));

@@ -27,7 +27,7 @@ def fault(wrong, right, error, want=None, *, shared="", **sizes):
 # Bodies for clusters of two blocks: `part` is the block's half of `out`, `peer` the other block.
 BARRIER = "cluster_arrive(); cluster_wait();"
 WRITTEN = f"s[t] = 128 * peer + t; {BARRIER}"
-READ = "part[t] = in_block(s, peer)[t];"
+READ = "part[t] = map_shared_rank(s, peer)[t];"
 IN_CLUSTER = dict(
     shared="__shared__ int s[128]; const u32 peer = blockIdx.x ^ 1; int* part = out + 128 *"
     " blockIdx.x;",
@@ -36,7 +36,7 @@ IN_CLUSTER = dict(
 )
 GATHER = (  # by the cluster that comes last of two, what the other one has written
     f"if (t == 0) s[0] = blockIdx.x % 2 ? -1 : atomicAdd(out + 999, 1); {BARRIER}"
-    " if (in_block(s, 0)[0] == 0) out[512 + 128 * (blockIdx.x % 2) + t] ="
+    " if (map_shared_rank(s, 0)[0] == 0) out[512 + 128 * (blockIdx.x % 2) + t] ="
     f" out[(blockIdx.x ^ 2) * 128 + 127 - t]; {BARRIER}"
 )
 OTHER_BLOCK = r"(of s|of s of block \(\d, 0, 0\)|of out), which thread \(\d+, 0, 0\) of block"
@@ -378,52 +378,52 @@ FAULTS = {
         for peer in (0, 1)
     },
     "rank outside of the cluster": cluster_fault(
-        f"{WRITTEN} part[t] = in_block(s, 2)[t]; {BARRIER}",
-        f"{WRITTEN} part[t] = in_block(s, 1)[t]; {BARRIER}",
-        r"calls in_block at faulty.cu:\d+ with rank 2, but its cluster has 2",
+        f"{WRITTEN} part[t] = map_shared_rank(s, 2)[t]; {BARRIER}",
+        f"{WRITTEN} part[t] = map_shared_rank(s, 1)[t]; {BARRIER}",
+        r"calls map_shared_rank at faulty.cu:\d+ with rank 2, but its cluster has 2",
         [*range(128), *range(128)],
     ),
     "rank outside of a cluster that is not there": cluster_fault(
-        "s[t] = t; __syncthreads(); out[t] = in_block(s, 1)[t];",
-        "s[t] = t; __syncthreads(); out[t] = in_block(s, 0)[t];",
-        r"calls in_block at faulty.cu:\d+ with rank 1, but its cluster has 1",
+        "s[t] = t; __syncthreads(); out[t] = map_shared_rank(s, 1)[t];",
+        "s[t] = t; __syncthreads(); out[t] = map_shared_rank(s, 0)[t];",
+        r"calls map_shared_rank at faulty.cu:\d+ with rank 1, but its cluster has 1",
         range(128),
         grid=1,
         cluster=None,
     ),
-    "write through in_block": cluster_fault(
-        f"{WRITTEN} const_cast<int*>(in_block(s, peer))[t] = t; {BARRIER}",
+    "write through map_shared_rank": cluster_fault(
+        f"{WRITTEN} const_cast<int*>(map_shared_rank(s, peer))[t] = t; {BARRIER}",
         f"{WRITTEN} s[t] = t; {BARRIER} {READ} {BARRIER}",
-        r"writes s of block \(\d, 0, 0\), which in_block makes const",
+        r"writes s of block \(\d, 0, 0\), which map_shared_rank makes const",
         [*range(128), *range(128)],
     ),
-    "write to its own memory through in_block": cluster_fault(
-        f"{WRITTEN} const_cast<int*>(in_block(s, blockIdx.x))[t] = t; {BARRIER}",
-        f"{WRITTEN} s[t] = t; __syncwarp(); part[t] = in_block(s, blockIdx.x)[t ^ 1]; {BARRIER}",
-        r"writes s, which in_block makes const",
+    "write to its own memory through map_shared_rank": cluster_fault(
+        f"{WRITTEN} const_cast<int*>(map_shared_rank(s, blockIdx.x))[t] = t; {BARRIER}",
+        f"{WRITTEN} s[t] = t; __syncwarp(); part[t] = map_shared_rank(s, blockIdx.x)[t ^ 1]; {BARRIER}",
+        r"writes s, which map_shared_rank makes const",
         [i ^ 1 for i in range(128)] * 2,
     ),
-    "barrier missing before its own memory is read through in_block": cluster_fault(
-        f"{WRITTEN} s[t] = t; part[t] = in_block(s, blockIdx.x)[127 - t]; {BARRIER}",
-        f"{WRITTEN} s[t] = t; __syncthreads(); part[t] = in_block(s, blockIdx.x)[127 - t];",
+    "barrier missing before its own memory is read through map_shared_rank": cluster_fault(
+        f"{WRITTEN} s[t] = t; part[t] = map_shared_rank(s, blockIdx.x)[127 - t]; {BARRIER}",
+        f"{WRITTEN} s[t] = t; __syncthreads(); part[t] = map_shared_rank(s, blockIdx.x)[127 - t];",
         r"byte \d+ of s, which thread \(\d+, 0, 0\) (reads|writes) without a barrier",
         [*range(127, -1, -1)] * 2,
     ),
-    "atomic through in_block": cluster_fault(
-        f"{WRITTEN} atomicAdd(const_cast<int*>(in_block(s, peer)) + t, 1); {BARRIER}",
+    "atomic through map_shared_rank": cluster_fault(
+        f"{WRITTEN} atomicAdd(const_cast<int*>(map_shared_rank(s, peer)) + t, 1); {BARRIER}",
         f"{WRITTEN} atomicAdd(s + t, 1); {BARRIER} {READ} {BARRIER}",
-        r"writes s of block \(\d, 0, 0\), which in_block makes const",
+        r"writes s of block \(\d, 0, 0\), which map_shared_rank makes const",
         range(1, 257),
     ),
-    "in_block of global memory": cluster_fault(
-        f"{WRITTEN} part[t] = in_block(in, peer)[t]; {BARRIER}",
+    "map_shared_rank of global memory": cluster_fault(
+        f"{WRITTEN} part[t] = map_shared_rank(in, peer)[t]; {BARRIER}",
         f"{WRITTEN} {READ} {BARRIER}",
-        r"calls in_block at faulty.cu:\d+ for what is not in shared memory",
+        r"calls map_shared_rank at faulty.cu:\d+ for what is not in shared memory",
         range(256),
     ),
     "past the end of another block's memory": cluster_fault(
-        f"{WRITTEN} part[t] = in_block(s, peer)[t + 1]; {BARRIER}",
-        f"{WRITTEN} part[t] = in_block(s + 1, peer)[t - 1]; {BARRIER}",
+        f"{WRITTEN} part[t] = map_shared_rank(s, peer)[t + 1]; {BARRIER}",
+        f"{WRITTEN} part[t] = map_shared_rank(s + 1, peer)[t - 1]; {BARRIER}",
         r"thread \(127, 0, 0\) reads 4 bytes at byte 512 of s of block \(\d, 0, 0\), which has 512",
         range(256),
     ),
@@ -520,7 +520,7 @@ FAULTS = {
 
 
 def add_kernel(folder, text, name="faulty"):
-    (folder / f"{name}.cu").write_text(f'#include "common.cuh"\n{text}\n')
+    (folder / f"{name}.cu").write_text(f'#include "ptx.cuh"\n{text}\n')
     cuda.source.cache_clear()
     return machine.load(machine.ARCH, name, name)
 

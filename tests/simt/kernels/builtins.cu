@@ -5,7 +5,7 @@
 // Launch:   warps, integers, floats: grid (1), block (64); counters: grid (2), block (64);
 //           memories: grid (1), block (64), 512 bytes of dynamic shared memory
 // Order:    atomics on integers, exact in any order
-#include "common.cuh"
+#include "types.cuh"
 
 extern "C" __global__ void warps(u32* out, const u32* in) {
     const int t = threadIdx.x, lane = t % WARP;

@@ -7,7 +7,7 @@
 // Launch:   grid (any), block (64), cluster (sizes, up to 8 blocks); sum_ranks with 256 bytes of
 //           dynamic shared memory
 // Order:    no atomics, exact
-#include "common.cuh"
+#include "ptx.cuh"
 
 __device__ __forceinline__ int block_number() {
     return blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -28,7 +28,7 @@ extern "C" __global__ void sum_ranks(int* out, const int* in, int x, int y, int 
     cluster_wait();
     int sum = 0;
     for (int rank = 0; rank < x * y * z; rank++) {
-        sum += in_block(fixed, rank)[t] + *in_block(asked + t, rank);
+        sum += map_shared_rank(fixed, rank)[t] + *map_shared_rank(asked + t, rank);
     }
     out[block_number() * 64 + t] = sum;
     cluster_arrive();
@@ -45,7 +45,7 @@ extern "C" __global__ void pass_on(int* x, int size, int rounds) {
         cluster_arrive();
         x[block_number() * 64 + t] = -1;  // work of its own between the halves
         cluster_wait();
-        mine = in_block(buffers[round % 2], next)[t];
+        mine = map_shared_rank(buffers[round % 2], next)[t];
     }
     x[block_number() * 64 + t] = mine;
     cluster_arrive();

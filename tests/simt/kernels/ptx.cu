@@ -1,7 +1,7 @@
-// ptx.cu: every wrapper of common.cuh's section "Instructions" but those for clusters (clusters.cu),
+// ptx.cu: every wrapper of kernels_cu/ptx.cuh but those for clusters (clusters.cu),
 // and every conversion, on arrays.
 //
-// Arrays, row-major (CODE = the bits of a KIND; registers as common.cuh numbers them):
+// Arrays, row-major (CODE = the bits of a KIND; registers as ptx.cuh numbers them):
 //   widen, widen_plain    codes const [n] CODE -> floats [n]
 //   narrow, narrow_plain  floats const [n] -> codes [n] CODE
 //   widen_f16             codes const [n] u16 -> floats [n], by the bare instruction
@@ -28,7 +28,8 @@
 // Launch:   grid (ceil(n / 128)), block (128); copy: (1), (128); from load_matrices to multiply:
 //           (1), (32)
 // Order:    no atomics, bit-exact
-#include "common.cuh"
+#include "mma.cuh"
+#include "quantize.cuh"
 
 #if !defined(SM) || !defined(KIND) || !defined(CODES)
 #error "ptx.cu needs SM, KIND = f16, bf16, e4m3 or e5m2, and CODES = i8, i4, e4m3 or e5m2"
@@ -261,13 +262,13 @@ extern "C" __global__ void multiply(float* d, const u16* a, const u16* b) {
 // --- Powers --------------------------------------------------------------------------------------
 
 extern "C" __global__ void power(float* y, const float* x, int n) {
-    if (item() < n) y[item()] = exp2_flushed(x[item()]);
+    if (item() < n) y[item()] = exp2_ftz(x[item()]);
 }
 
 // --- Integers ------------------------------------------------------------------------------------
 
 extern "C" __global__ void dot(int* d, const int* a, const int* b, const int* c, int n) {
-    if (item() < n) d[item()] = dot4(a[item()], b[item()], c[item()]);
+    if (item() < n) d[item()] = dp4a(a[item()], b[item()], c[item()]);
 }
 
 // --- Operands of mma -----------------------------------------------------------------------------
@@ -287,9 +288,9 @@ extern "C" __global__ void fuse_halves(u32* y, const u32* a, const u32* b, const
 extern "C" __global__ void pair_words(u32* pairs, const u32* words, int n) {
 #if __CUDA_ARCH__ >= 750
     if (item() >= n) return;
-    u32 of_word[IN_WORD<CODES> / 2];
+    u32 of_word[PER_WORD<CODES> / 2];
     to_pairs(of_word, words[item()], CODES{});
-    for (int i = 0; i < IN_WORD<CODES> / 2; i++) pairs[item() * IN_WORD<CODES> / 2 + i] = of_word[i];
+    for (int i = 0; i < PER_WORD<CODES> / 2; i++) pairs[item() * PER_WORD<CODES> / 2 + i] = of_word[i];
 #endif
 }
 
@@ -297,11 +298,11 @@ extern "C" __global__ void pair_zipped(u32* pairs, const u32* words, int n) {
 #if __CUDA_ARCH__ >= 750
     if (item() >= n) return;
     for (int half = 0; half < 2; half++) {
-        u32 of_half[IN_WORD<CODES> / 2];
+        u32 of_half[PER_WORD<CODES> / 2];
         const u32 both = zip<CODES>(words[2 * item()], words[2 * item() + 1], half);
         to_pairs(of_half, both, CODES{});
-        for (int i = 0; i < IN_WORD<CODES> / 2; i++) {
-            pairs[item() * IN_WORD<CODES> + half * IN_WORD<CODES> / 2 + i] = of_half[i];
+        for (int i = 0; i < PER_WORD<CODES> / 2; i++) {
+            pairs[item() * PER_WORD<CODES> + half * PER_WORD<CODES> / 2 + i] = of_half[i];
         }
     }
 #endif
@@ -313,7 +314,7 @@ template <typename T> struct Split {  // fp8 kinds have none
 template <typename T> struct SplitHalves {
     static __device__ void run(u32* halves, float* rest, const float* x) {
         float two[2] = {x[0], x[1]};
-        *halves = take_halves<T>(two);
+        *halves = split_halves<T>(two);
         rest[0] = two[0], rest[1] = two[1];
     }
 };

@@ -1,0 +1,85 @@
+// prefill_config.cuh: operand types of prefill_mma, and its tile sizes and shared memory for each SM.
+#include "mma.cuh"
+
+constexpr int D = HEAD_DIM;
+static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
+constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
+
+// Terms of operands. Coarse queries are those of 16 bits: their result is rounded to as many, so
+// sums may stay in the mma, which cuts off what is below their last place.
+using KM = Operand<K_T>::Type;
+using VM = Operand<V_T>::Type;
+constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
+constexpr bool Q_IS_EXACT = Q_IS_16BIT && IS_BF16<Q_T> == IS_BF16<KM>;
+constexpr int Q_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
+constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
+
+constexpr float SMALLEST = 1.1754944e-38f;  // normal number
+
+// Shared memory of an SM, and what a block may have of it; 1 KiB of each block is the system's.
+#if __CUDA_ARCH__ < 800
+constexpr int SM_BYTES = 64 << 10, SYSTEM_BYTES = 0;
+#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
+constexpr int SM_BYTES = 164 << 10, SYSTEM_BYTES = 1 << 10;
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int SM_BYTES = 228 << 10, SYSTEM_BYTES = 1 << 10;
+#else
+constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
+#endif
+
+// With 32 rows a warp uses each word that it loads of a key twice: with 16 loads take as long as
+// products. SMs of little shared memory have slower tensor cores, too, which 16 rows keep busy.
+constexpr int ROW_TILES = Q_IS_16BIT && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
+constexpr int WARP_ROWS = 16 * ROW_TILES;
+constexpr int ROWS = WARPS * WARP_ROWS;
+
+// Rows of BYTES in shared memory such that eight chunks of 16 bytes at one place of consecutive rows
+// lie on different banks. Chunks change places within lines of 128 bytes, because a copy of a line
+// into parts of two is made twice; rows of other sizes are padded.
+template <int BYTES> struct Swizzled {
+    static constexpr int CHUNKS = BYTES / 16;
+    static constexpr bool HAS_SWIZZLE = CHUNKS % 8 == 0;
+    static constexpr int PITCH = BYTES + (CHUNKS % 2 || HAS_SWIZZLE ? 0 : 16);
+    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + HAS_SWIZZLE > 0, "all banks serve eight rows");
+
+    static __device__ __forceinline__ int place(int row, int chunk) {
+        return row * PITCH + (HAS_SWIZZLE ? chunk ^ row % 8 : chunk) * 16;
+    }
+};
+using Halves = Swizzled<2 * D>;
+
+template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
+
+__device__ constexpr int shared_bytes(int keys) {
+    const int tile = keys * Halves::PITCH;
+    int bytes = Q_TERMS * ROWS * Halves::PITCH + 4 * ROWS * !Q_IS_EXACT + 8 * keys * HAS_CODES;
+    bytes += K_HAS_CODES ? tile + keys * RAW_BYTES<K_T> : 2 * tile;
+    bytes += V_HAS_CODES ? tile + keys * RAW_BYTES<V_T> : 2 * tile;
+    return bytes;
+}
+
+// As many keys as leave room for a second block on the SM, or else for this one.
+__device__ constexpr int tile_keys() {
+    for (int blocks = 2; blocks > 0; blocks--) {
+        for (int keys = D <= 128 ? 64 : 32; keys >= 16; keys /= 2) {
+            if (blocks * (shared_bytes(keys) + SYSTEM_BYTES) <= SM_BYTES) return keys;
+        }
+    }
+    return 16;  // the host launches no such kernel
+}
+constexpr int KEYS = tile_keys();
+constexpr int SHARED_BYTES = shared_bytes(KEYS);
+constexpr int WARP_KEYS = KEYS / WARPS;  // keys of a tile that a warp copies
+
+constexpr int TILE_BYTES = KEYS * Halves::PITCH;
+constexpr int Q_BYTES = Q_TERMS * WARP_ROWS * Halves::PITCH;  // of a warp
+constexpr int K_AT = WARPS * Q_BYTES;
+constexpr int V_AT = K_AT + (K_HAS_CODES ? 1 : 2) * TILE_BYTES;
+constexpr int K_RAW_AT = V_AT + (V_HAS_CODES ? 1 : 2) * TILE_BYTES;
+constexpr int V_RAW_AT = K_RAW_AT + (K_HAS_CODES ? KEYS * RAW_BYTES<K_T> : 0);
+constexpr int SCALES_AT = V_RAW_AT + (V_HAS_CODES ? KEYS * RAW_BYTES<V_T> : 0);
+constexpr int UNITS_AT = SCALES_AT + (HAS_CODES ? 8 * KEYS : 0);
+static_assert(UNITS_AT + 4 * ROWS * !Q_IS_EXACT == SHARED_BYTES, "the parts are the whole");

@@ -1,0 +1,79 @@
+// prefill_stage.cuh: prefill_mma's copies to shared memory, and the dequantization of a tile.
+#include "prefill_config.cuh"
+#include "ptx.cuh"
+#include "quantize.cuh"
+
+#if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
+
+constexpr int COPIES_AT_ONCE = Q_IS_16BIT ? 8 : 1;  // fine queries leave no registers for more
+
+// Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
+// says row i % MINE begins, in elements; `even`: all at equal steps.
+template <typename T>
+__device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64 stride, bool even) {
+    constexpr bool IS_RAW = LARGEST<T> > 0.0f;
+    constexpr int CHUNK = RAW_BYTES<T> % 16 == 0 ? 16 : 8, CHUNKS = RAW_BYTES<T> / CHUNK;
+    constexpr int COUNT = WARP_KEYS * CHUNKS;
+    const int lane = opaque(threadIdx.x % WARP), mine = threadIdx.x / WARP * WARP_KEYS;
+    const auto copy = [&](int row, int chunk, const T* from) {
+        const int place = IS_RAW ? (mine + row) * RAW_BYTES<T> + chunk * CHUNK
+                                 : Halves::place(mine + row, chunk);
+        cp_async<CHUNK>(to + place, (const u8*)from + chunk * CHUNK);
+    };
+    if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
+        const int row = lane / CHUNKS, chunk = lane % CHUNKS;
+        const T* from = pool + (offset + (row - lane % WARP_KEYS) * stride);
+#pragma unroll COPIES_AT_ONCE
+        for (int step = 0; step < COUNT; step += WARP) {
+            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row + step / CHUNKS, chunk, from);
+            from += WARP / CHUNKS * stride;
+        }
+    } else {
+#pragma unroll 1
+        for (int step = 0; step < COUNT; step += WARP) {
+            const int row = (step + lane) / CHUNKS, chunk = (step + lane) % CHUNKS;
+            const T* from = pool + __shfl_sync(FULL_MASK, offset, row % WARP_KEYS);
+            if (COUNT % WARP == 0 || step + lane < COUNT) copy(row, chunk, from);
+        }
+    }
+}
+
+// Eight codes as f16, in their order.
+template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
+    constexpr int PAIRS = PER_WORD<T> / 2;
+    u32 pairs[PAIRS];
+    to_pairs(pairs, word, T{});
+#pragma unroll
+    for (int p = 0; p < PAIRS; p += 2) {
+        if constexpr (PAIRS_ADJACENT<T>) {
+            to[p] = pairs[p], to[p + 1] = pairs[p + 1];
+        } else {
+            to[p / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x5410);
+            to[(p + PAIRS) / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x7632);
+        }
+    }
+}
+
+template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>& eight) {
+    u32 words[4];
+    if constexpr (PACKED<T> == 2) {
+        word_to_halves<T>(words, eight.words);
+    } else {
+        word_to_halves<T>(words, eight.words.x);
+        word_to_halves<T>(words + 2, eight.words.y);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
+    if constexpr (LARGEST<T> > 0.0f) {
+        constexpr int EIGHTS = D / 8;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < KEYS * EIGHTS; i += THREADS) {
+            const Eight<T> eight = get8((const T*)raw + i * (8 / PACKED<T>));
+            *(uint4*)(tile + Halves::place(i / EIGHTS, i % EIGHTS)) = to_halves<T>(eight);
+        }
+    }
+}
+
+#endif

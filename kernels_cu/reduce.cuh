@@ -1,0 +1,64 @@
+// reduce.cuh: sums and maxima over lanes, warps and blocks; every lane gets the result.
+#include "types.cuh"
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int lane = WARP / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, lane));
+    return x;
+}
+
+// N maxima at once over aligned groups of WIDTH lanes.
+template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
+#pragma unroll
+    for (int lane = WIDTH / 2; lane > 0; lane /= 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
+    }
+}
+
+// The sum over each aligned group of WIDTH lanes.
+template <int WIDTH> __device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+    for (int lane = WIDTH / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    return x;
+}
+
+// N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes exchange
+// half of their values at each step: N - 1 + log2(32 / N) shuffles, not 5 * N. Overwrites x.
+template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
+    static_assert(N >= 1 && N <= WARP && (N & (N - 1)) == 0, "a power of two up to 32");
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const bool upper = threadIdx.x & half;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = upper ? x[i] : x[i + half];
+            const float kept = upper ? x[i + half] : x[i];
+            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, half);
+        }
+    }
+    float sum = x[0];
+#pragma unroll
+    for (int lane = N; lane < WARP; lane *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, lane);
+    return sum;
+}
+
+// Sum over a block of THREADS threads, all of which call it. `scratch` holds THREADS / 32 floats and
+// may be reused after a barrier.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    static_assert(THREADS % WARP == 0, "whole warps");
+    x = warp_sum(x);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < THREADS / WARP; warp++) sum += scratch[warp];
+    return sum;
+}

@@ -16,7 +16,14 @@ import ml_dtypes
 import numpy as np
 
 from pykv import install
-from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, ShapeError
+from pykv.errors import (
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    PykvError,
+    ShapeError,
+    UnsupportedError,
+)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -102,7 +109,7 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
 
 
 class _Checker:
-    """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once; and
+    """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
     most often it is that of the last call, for which a comparison is cheaper than a hash."""
 
     def __init__(self, op: str, rules: dict[str, Any]) -> None:
@@ -150,12 +157,12 @@ def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Di
     dims = Dims()
     given: dict[str, Any] = {}
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
-        if array is None:
-            if isinstance(rule, Rule) and not rule.optional:
-                raise ParameterError(f"{op}: {name} is missing, expected {rule.what} [{rule.spec}]")
-        elif isinstance(rule, str):
+        if array is None and isinstance(rule, Rule) and not rule.optional:
+            raise ParameterError(f"{op}: {name} is missing, expected {rule.what} [{rule.spec}]")
+        if array is not None and isinstance(rule, str):
             raise ParameterError(f"{op}: {name} is given, expected {rule}")
-        else:
+    for (name, rule), array in zip(rules.items(), arrays, strict=True):
+        if array is not None and isinstance(rule, Rule):
             _check_array(op, name, rule, array, given, dims)
             given[name] = array
     return dims
@@ -169,7 +176,8 @@ def _check_array(
     def wrong(error: type[PykvError], has: str, expected: str) -> PykvError:
         return error(f"{op}: {name} {has}, expected {expected}")
 
-    cupy, on_host = sys.modules.get("cupy"), isinstance(array, np.ndarray)
+    cupy: Any = sys.modules.get("cupy")
+    on_host = isinstance(array, np.ndarray)
     if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
         expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
         raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
@@ -219,6 +227,14 @@ def _parse(spec: str) -> tuple[list[tuple[str, int, str, int, int]], int]:
 
 
 _WORD = re.compile(r"(\d*)([A-Za-z]*)(?:\+(\d+))?(?:/(\d+))?")
+
+
+def check_head_dim(op: str, name: str, D: int, most: int) -> None:
+    """Check a head size: kernels move rows in pieces of eight elements."""
+    if D == 0 or D % 8:
+        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
+    if D > most:
+        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {most}")
 
 
 def on_gpu(array: Any) -> bool:

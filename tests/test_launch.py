@@ -231,5 +231,5 @@ def test_arrays_must_be_arrays_of_a_gpu(monkeypatch):
 def test_refused_launch_is_a_cuda_error():
     kernel = cuda.kernel("page_table", "page_table")
     launch = cuda.Launch(kernel, 1, 4096, dict(M=1, page_size=1))
-    with pytest.raises(CudaError, match=r"launch with .*4096.*: .*INVALID"):
+    with pytest.raises(CudaError, match=r"launch of grid .*4096.*: .*INVALID"):
         launch(**dict.fromkeys(kernel.arrays))

@@ -83,11 +83,26 @@ def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ..
         try:
             core_launch(stream, config, kernel, *values, *scalars)
         except Exception as error:
-            if type(error).__name__ == "CUDAError":  # cuda.core does not export the class
-                raise CudaError(f"launch with {config}: {error}") from error
-            raise
+            if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
+                raise
+            if "CUDA_ERROR_INVALID_CONTEXT" in str(error) and not _state.has_context:
+                load_cupy().cuda.runtime.setDevice(current_device())
+                _state.has_context = True
+                return enqueue()
+            raise CudaError(
+                f"launch of grid {config.grid} and block {config.block}: {error}"
+            ) from error
 
     return enqueue
+
+
+class _State(threading.local):
+    # Whether this thread was given the GPU's context: the driver's launches need it, and a thread
+    # whose first act is a launch has none.
+    has_context = False
+
+
+_state = _State()
 
 
 @lru_cache(maxsize=256)

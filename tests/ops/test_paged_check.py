@@ -265,14 +265,13 @@ def test_positions(xp, batch_indices, positions, text):
 # --- When ---
 
 
-def test_the_environment_turns_it_on(xp, monkeypatch):
-    (array,) = table(xp, [0])
+def test_the_environment_turns_it_on(monkeypatch):
     for always, wanted, want in (
         *((False, None, False), (False, True, True), (False, False, False)),
         *((True, None, True), (True, True, True), (True, False, False)),
     ):
         monkeypatch.setattr(paged_check, "ALWAYS", always)
-        assert paged_check.enabled(wanted, array) is want
+        assert paged_check.enabled(wanted) is want
 
 
 @pytest.mark.parametrize(
@@ -319,15 +318,15 @@ def test_lengths_of_sequences_without_queries_may_be_anything(xp):
 def test_nothing_is_checked_while_a_graph_is_captured():
     import cupy
 
-    array = cupy.zeros(1, np.int32)
+    slots = cupy.full(1, 7, np.int32)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        assert not paged_check.enabled(True, array)
-        with cupy.cuda.Stream(non_blocking=True):
-            assert not paged_check.enabled(True, array, stream)
+        paged_check.check_slots(slots, 7)
         stream.end_capture()
-        assert paged_check.enabled(True, array)
+        with pytest.raises(ParameterError, match=r"slots\[0\] is 7, expected below 7"):
+            paged_check.check_slots(slots, 7)
+
 
 
 def test_errors_of_the_arrays(xp):

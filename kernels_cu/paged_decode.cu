@@ -87,11 +87,11 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
              const int* __restrict__ lengths, const float* __restrict__ slopes,
              const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-             i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
-             i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
-             i64 vs_head, int T, int behind, int HQ, int H, int P,
-             int M, int capacity, int window,
-             int split_keys, int splits, float score_scale, float cap, float lse_unit) {
+             i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+             i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+             i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+             i64 v_scales_head, int T, int behind, int HQ, int H, int P, int M, int capacity,
+             int window, int split_keys, int splits, float score_scale, float cap, float lse_unit) {
     __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
     __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
 
@@ -134,8 +134,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         }
     }
 
-    const K_T* const k_at = k_pool + kv_head * k_head;
-    const V_T* const v_at = v_pool + kv_head * v_head;
+    const K_T* const k_at = k_pool + kv_head * k_pool_head;
+    const V_T* const v_at = v_pool + kv_head * v_pool_head;
     for (int step = begin; step < end; step += SLOTS * AHEAD) {
         const int key = step + slot;  // of this lane group: key, key + SLOTS, ...
         Eight<K_T> k[AHEAD][EIGHTS];
@@ -146,8 +146,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             // Lanes past the end read the last key again: loads without branches overlap.
             const u32 position = min(key + u * SLOTS, end - 1);
             const i64 page = page_table[(i64)b * M + position / P], token = position % P;
-            const K_T* k_row = k_at + page * k_page + token * k_token;
-            const V_T* v_row = v_at + page * v_page + token * v_token;
+            const K_T* k_row = k_at + page * k_pool_page + token * k_pool_token;
+            const V_T* v_row = v_at + page * v_pool_page + token * v_pool_token;
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
                 const int d = e * LANES * 8 + lane_d, safe = d < D ? d : 0;
@@ -156,10 +156,12 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             }
             k_scale[u] = v_scale[u] = 1.0f;
             if (K_HAS_CODES) {
-                k_scale[u] = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+                k_scale[u] = to_float(k_scales[page * k_scales_page + token * k_scales_token +
+                                               kv_head * k_scales_head]);
             }
             if (V_HAS_CODES) {
-                v_scale[u] = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
+                v_scale[u] = to_float(v_scales[page * v_scales_page + token * v_scales_token +
+                                               kv_head * v_scales_head]);
             }
         }
         float score[ROWS][AHEAD];

@@ -91,9 +91,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
                  const int* __restrict__ lengths, const float* __restrict__ slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-                 i64 q_token_stride, i64 k_head, i64 v_head, i64 ks_head, i64 vs_head, int k_page,
-                 int k_token, int v_page, int v_token, int ks_page, int ks_token, int vs_page,
-                 int vs_token, int B, int T, int behind, int G, int M, int capacity,
+                 i64 q_token_stride, i64 k_pool_head, i64 v_pool_head, i64 k_scales_head,
+                 i64 v_scales_head, int k_pool_page, int k_pool_token, int v_pool_page,
+                 int v_pool_token, int k_scales_page, int k_scales_token, int v_scales_page,
+                 int v_scales_token, int B, int T, int behind, int G, int M, int capacity,
                  int window, int piece_tiles, int slots, float score_scale, float cap,
                  float lse_unit) {
 #if __CUDA_ARCH__ >= 750
@@ -133,15 +134,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     u8* const stage = shared + warp * (STAGE_BYTES + Q_BYTES);
     u8* const k_stage = stage;
     u8* const v_stage = HAS_CP_ASYNC ? stage + K_BYTES : stage;
-    Pipeline pipeline{{{k_pool, k_page, k_token, k_head, kv_head},
-                       {v_pool, v_page, v_token, v_head, kv_head},
-                       {k_scales, ks_page, ks_token, ks_head, kv_head},
-                       {v_scales, vs_page, vs_token, vs_head, kv_head}}};
+    Pipeline pipeline{{{k_pool, k_pool_page, k_pool_token, k_pool_head, kv_head},
+                       {v_pool, v_pool_page, v_pool_token, v_pool_head, kv_head},
+                       {k_scales, k_scales_page, k_scales_token, k_scales_head, kv_head},
+                       {v_scales, v_scales_page, v_scales_token, v_scales_head, kv_head}}};
 
     // Scales that the head's rows share.
     float head_k_scale = 1.0f, head_v_scale = 1.0f;
-    if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * ks_head]);
-    if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * vs_head]);
+    if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * k_scales_head]);
+    if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * v_scales_head]);
 
     // The states of the warps, which may reuse the stages, and those of pieces.
     constexpr int STATES_AT = REUSES_STAGES ? 0 : WARPS * (STAGE_BYTES + Q_BYTES);

@@ -93,10 +93,11 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
         const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
         const int* __restrict__ page_table, const int* __restrict__ lengths,
-        const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
-        i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
-        i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
-        int window, float score_scale, float cap) {
+        const int* __restrict__ q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
+        i64 k_pool_head, i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+        i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+        i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal, int window,
+        float score_scale, float cap) {
     __shared__ __align__(16) float queries[ROWS * ROW_PITCH];
     __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
     __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
@@ -111,10 +112,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     const int kv_head = blockIdx.y;
     const int length = max(0, min(lengths[b], capacity));
     const int* pages = page_table + (i64)b * M;
-    const Rows<K_T> k_rows = {k_pool + kv_head * k_head, k_scales + kv_head * ks_head,
-                              k_page, k_token, ks_page, ks_token};
-    const Rows<V_T> v_rows = {v_pool + kv_head * v_head, v_scales + kv_head * vs_head,
-                              v_page, v_token, vs_page, vs_token};
+    const Rows<K_T> k_rows = {k_pool + kv_head * k_pool_head, k_scales + kv_head * k_scales_head,
+                              k_pool_page, k_pool_token, k_scales_page, k_scales_token};
+    const Rows<V_T> v_rows = {v_pool + kv_head * v_pool_head, v_scales + kv_head * v_scales_head,
+                              v_pool_page, v_pool_token, v_scales_page, v_scales_token};
     const int x = threadIdx.x % X;
     const int y = threadIdx.x / X;
 

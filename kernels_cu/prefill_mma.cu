@@ -53,9 +53,10 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
             const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
             const int* __restrict__ page_table, const int* __restrict__ lengths,
-            const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
-            i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
-            i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
+            const int* __restrict__ q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
+            i64 k_pool_head, i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+            i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+            i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
             int window, float score_scale, float cap) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];  // see Spread
@@ -101,14 +102,20 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         const bool even = pages_are_even && first >= begin && first + WARP_KEYS <= end;
         u8* k_to = shared + (K_HAS_CODES ? K_RAW_AT : K_AT + slot * TILE_BYTES);
         u8* v_to = shared + (V_HAS_CODES ? V_RAW_AT : V_AT + slot * TILE_BYTES);
-        copy_rows(k_to, k_pool, page * k_page + token * k_token + kv_head * k_head, k_token, even);
-        copy_rows(v_to, v_pool, page * v_page + token * v_token + kv_head * v_head, v_token, even);
+        copy_rows(k_to, k_pool,
+                  page * k_pool_page + token * k_pool_token + kv_head * k_pool_head,
+                  k_pool_token, even);
+        copy_rows(v_to, v_pool,
+                  page * v_pool_page + token * v_pool_token + kv_head * v_pool_head,
+                  v_pool_token, even);
         cp_async_commit();
         if (K_HAS_CODES && lane < WARP_KEYS) {
-            next_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+            next_scale = to_float(k_scales[page * k_scales_page + token * k_scales_token +
+                                           kv_head * k_scales_head]);
         }
         if (V_HAS_CODES && lane >= WARP_KEYS && lane < 2 * WARP_KEYS) {
-            next_scale = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
+            next_scale = to_float(v_scales[page * v_scales_page + token * v_scales_token +
+                                           kv_head * v_scales_head]);
         }
     };
     const int first_tile = begin / KEYS;

@@ -508,8 +508,11 @@ def test_a_stream_orders_the_copy(cupy, rng):
 def test_another_gpu_is_refused(cupy, rng, monkeypatch):
     _, _, tables, _ = inputs(cupy, rng, [16] * 3, 0, 0, 0)
     copy = block_copy.prepare(*tables, 16)
-    monkeypatch.setattr(cuda, "current_device", lambda: 5)
-    with pytest.raises(DeviceError, match="GPU 5 is the current one, expected GPU 0"):
+    here = cuda.current_device()
+    monkeypatch.setattr(cuda, "current_device", lambda: here + 1)
+    with pytest.raises(
+        DeviceError, match=f"GPU {here + 1} is the current one, expected GPU {here}"
+    ):
         copy.run()
 
 

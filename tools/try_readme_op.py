@@ -1,4 +1,4 @@
-"""Follow kernels_cu/README.md in a scratch copy: add its example op, then run what every op must pass.
+"""Follow kernels_cu/README.md in a scratch copy: add its example op, then run what an op must pass.
 
     python tools/try_readme_op.py
 

@@ -1,4 +1,6 @@
-"""Comparisons: bit for bit, and against a float64 oracle."""
+"""Comparisons, bit for bit and against a float64 oracle; parameters that vary together."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -34,3 +36,13 @@ def assert_close_to_oracle(got, low, oracle):
     """The rule of pykv.verify.error_and_bound, which says what the three are."""
     error, bound = error_and_bound(got, low, oracle)
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"
+
+
+def product(*axes):
+    """Every combination; a sweep, but for those that differ from the first one in one place."""
+    params = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[i] for axis, i in zip(axes, places, strict=True)]
+        is_near = len(places) - places.count(0) <= 1
+        params.append(pytest.param(*values, marks=() if is_near else pytest.mark.sweep))
+    return params

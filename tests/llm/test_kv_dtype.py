@@ -53,7 +53,12 @@ def test_a_model_reads_what_the_kinds_define(open_llm, rng, monkeypatch, name, k
 
 
 @pytest.mark.parametrize(
-    "name, kv_dtype", [("llama", "int8"), ("llama", "e4m3+int4:head:HND"), ("gemma3", "int8")]
+    "name, kv_dtype",
+    [
+        ("llama", "int8"),
+        ("llama", "e4m3+int4:head:HND"),
+        pytest.param("gemma3", "int8", marks=pytest.mark.sweep),
+    ],
 )
 def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, name, kv_dtype):
     check_a_model(open_llm, rng, monkeypatch, name, kv_dtype)
@@ -155,7 +160,9 @@ INT8_CALL = 0.45
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [MODELS[0], *(pytest.param(name, marks=pytest.mark.sweep) for name in MODELS[1:])]
+)
 def test_int8_writes_the_text_of_fp16(model_path, model, device):
     """The same for 4 of 5 sure texts at least; for any, up to the first close call."""
     plain, codes = (LLM(model_path(model), device=device, kv_dtype=k) for k in ("fp16", "int8"))

@@ -160,9 +160,7 @@ INT8_CALL = 0.45
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "model", [MODELS[0], *(pytest.param(name, marks=pytest.mark.sweep) for name in MODELS[1:])]
-)
+@pytest.mark.parametrize("model", MODELS)
 def test_int8_writes_the_text_of_fp16(model_path, model, device):
     """The same for 4 of 5 sure texts at least; for any, up to the first close call."""
     plain, codes = (LLM(model_path(model), device=device, kv_dtype=k) for k in ("fp16", "int8"))

@@ -23,7 +23,18 @@ BARRIER = re.compile(
 
 def verdict(tree, stem):
     """Why the stem's tests fail on the machine, or None where they pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "simt", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--sweep",
+        "-m",
+        "simt",
+        "-p",
+        "no:cacheprovider",
+    ]
     tests = tree / "tests" / "ops"
     op = stem.removesuffix("_mma")  # which has kernels with and without tensor cores
     files = [tests if stem == "common" else tests / f"test_{op}.py"]

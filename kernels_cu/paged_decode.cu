@@ -80,6 +80,33 @@ __device__ __forceinline__ void add_sink(float& m, float& l, float& rescale, con
 #endif
 }
 
+// Merges the states of a warp's lane groups for one row; returns the maximum of all.
+__device__ __forceinline__ float merge_lane_groups(float (&acc)[EIGHTS][8], float& l, float m) {
+    float peak = m;
+#pragma unroll
+    for (int lane = LANES; lane < WARP; lane *= 2) {
+        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
+    }
+    const float rescale = exp2f(m - finite_base(peak));
+    l *= rescale;
+#pragma unroll
+    for (int lane = LANES; lane < WARP; lane *= 2) {
+        l += __shfl_xor_sync(FULL_MASK, l, lane);
+    }
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            acc[e][i] *= rescale;
+#pragma unroll
+            for (int lane = LANES; lane < WARP; lane *= 2) {
+                acc[e][i] += __shfl_xor_sync(FULL_MASK, acc[e][i], lane);
+            }
+        }
+    }
+    return peak;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__ workspace,
              const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
@@ -249,27 +276,9 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
     // Join the lane groups of a warp, then leave one state a warp in shared memory.
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        float peak = m[r];
-#pragma unroll
-        for (int lane = LANES; lane < WARP; lane *= 2) {
-            peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
-        }
-        const float rescale = exp2f(m[r] - finite_base(peak));
-        l[r] *= rescale;
-#pragma unroll
-        for (int lane = LANES; lane < WARP; lane *= 2) {
-            l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
-        }
+        const float peak = merge_lane_groups(acc[r], l[r], m[r]);
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                acc[r][e][i] *= rescale;
-#pragma unroll
-                for (int lane = LANES; lane < WARP; lane *= 2) {
-                    acc[r][e][i] += __shfl_xor_sync(FULL_MASK, acc[r][e][i], lane);
-                }
-            }
             const int d = e * LANES * 8 + lane_d;
             if (threadIdx.x % WARP < LANES && d < D) store8(&warp_acc[warp][r][d], acc[r][e]);
         }

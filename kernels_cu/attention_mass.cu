@@ -16,8 +16,9 @@
 //           added to `mass`; score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap =
 //           cap * log2(e); lse_unit = what turns lse into binary logarithms
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; K_T = float, f16, bf16,
-//           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, TREE = 0 or 1
-// Launch:   grid (B * H * ceil(C / 256)), block (128)
+//           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, TREE = 0 or 1; BLOCK =
+//           threads, and KEYS of a block
+// Launch:   grid (B * H * ceil(C / KEYS)), block (BLOCK)
 // Traffic:  K once, later query rows hit the caches; 4 bytes a key of `mass`
 // Order:    no atomics; sums in the order of the query rows
 //
@@ -27,6 +28,9 @@
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T)
 #error "attention_mass.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(KEYS)
+#error "attention_mass.cu needs BLOCK and KEYS"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
@@ -40,8 +44,7 @@
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold eight elements");
 
 constexpr int D = HEAD_DIM;
-constexpr int THREADS = 128;
-constexpr int KEYS = 256;  // of a block
+constexpr int THREADS = BLOCK;
 constexpr int LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / LANES;
 constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart

@@ -4,17 +4,18 @@
 //   bandwidth_read    sums [G], x const [V, 4]   u32; sums[g]: the words of tiles g, g + G, ...
 //   bandwidth_write   out [V, 4]                 u32; word i becomes seed + i
 //   bandwidth_copy    out [V, 4], x const [V, 4] u32
-// Defines:  VECTORS = vectors that a thread may have in flight; a tile is 128 * VECTORS vectors
-// Launch:   block (128); grid (G) to read, (ceil(V / tile)) to write and to copy
+// Defines:  VECTORS = vectors that a thread may have in flight; BLOCK = threads; a tile is
+//           BLOCK * VECTORS vectors
+// Launch:   block (BLOCK); grid (G) to read, (ceil(V / tile)) to write and to copy
 // Traffic:  16 * V bytes to read (and 4 * G written) or to write, 32 * V to copy; nothing is used
 //           twice, so loads and stores ask the caches to let go of it first
 // Order:    sums wrap at 32 bits, so that any order gives the same bits
 #include "types.cuh"
 
-#ifndef VECTORS
-#error "bandwidth.cu needs VECTORS"
+#if !defined(VECTORS) || !defined(BLOCK)
+#error "bandwidth.cu needs VECTORS and BLOCK"
 #endif
-constexpr int THREADS = 128;
+constexpr int THREADS = BLOCK;
 constexpr int TILE = THREADS * VECTORS;
 
 // How many vectors of the tile that starts at `first` exist.

@@ -6,7 +6,9 @@
 //                    long row
 // Defines:  OUT_T = float, f16 or bf16
 //           KIND = F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K
-// Launch:   grid (ceil(n / 2048)), block (256), no shared memory; a thread makes 8 elements
+//           BLOCK = threads
+// Launch:   grid (ceil(n / BLOCK / 8)), block (BLOCK), no shared memory; a thread makes 8
+//           elements
 // Traffic:  R * W + n * sizeof(OUT_T) bytes
 // Order:    bit-exact to the gguf package: each product and sum is rounded to float on its own,
 //           and the last once more to OUT_T, to nearest even
@@ -26,8 +28,8 @@
 //                   scales s, d
 #include "vector.cuh"
 
-#if !defined(KIND) || !defined(OUT_T)
-#error "dequant.cu needs KIND and OUT_T"
+#if !defined(KIND) || !defined(OUT_T) || !defined(BLOCK)
+#error "dequant.cu needs KIND, OUT_T and BLOCK"
 #endif
 
 // Every block has an even size, so two bytes are the widest load that is always aligned.
@@ -165,7 +167,7 @@ __device__ __forceinline__ void expand(OUT_T* out, const u8* blocks, i64 first, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 dequant(OUT_T* __restrict__ out, const u8* __restrict__ blocks, i64 n) {
-    expand<KIND>(out, blocks, ((i64)blockIdx.x * 256 + threadIdx.x) * 8, n);
+    expand<KIND>(out, blocks, ((i64)blockIdx.x * BLOCK + threadIdx.x) * 8, n);
 }

@@ -5,16 +5,17 @@
 //   x          const  [T, I]  X_T, row stride x_stride elements, a multiple of 8
 //   w          const  [O, I]  W_T, I a multiple of 8
 //   bias       const  [O]     B_T, or null
-//   pieces            [PIECES<W_T>, T, I] W_T, written by `split`, see there
+//   pieces            [X_PIECES, T, I] W_T, written by `split`, see there
 //   scalars           [8] float; [0] largest |x| (zero before `absmax`), [1..3] weight of each
 //                     piece, [4] = 1
 // Defines:  X_T, W_T, B_T = float, f16 or bf16
-//           ROWS = 1, 2, 4 or 8 and WIDE = 0 or 1 compile `gemv`; without them the other kernels
+//           ROWS = 1, 2, 4 or 8 and WIDE = 0 or 1 compile `gemv`; BLOCK = threads, TILE = tokens
+//           and outputs of a block, and X_PIECES = 1, 2 or 3 for W_T compile the other kernels
 // Launch:   gemv     grid (ceil(O / (WIDE ? 16 : 2)), ceil(T / ROWS)), block (128)
-//           gemm     grid (ceil(O / 64), ceil(T / 64)), block (256)
-//           add_bias, absmax, split   grid (T), block (256)
+//           gemm     grid (ceil(O / TILE), ceil(T / TILE)), block (BLOCK)
+//           add_bias, absmax, split   grid (T), block (BLOCK)
 // Traffic:  gemv     O * I weights for each ROWS rows of x; x stays in L1 and L2
-//           gemm     ceil(T / 64) * O * I weights and ceil(O / 64) * T * I elements of x
+//           gemm     ceil(T / TILE) * O * I weights and ceil(O / TILE) * T * I elements of x
 //           add_bias, absmax, split   each array once
 // Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
 //           in every bit. absmax uses an atomic maximum, which has no order.
@@ -99,15 +100,13 @@ gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
     if (lane < SUMS && o < O && t < T) finish(out + (i64)t * O + o, sum, bias, o, accumulate);
 }
 
-#else
+#elif defined(BLOCK) && defined(TILE) && defined(X_PIECES)
 
-constexpr int BLOCK = 256;
+// --- A tile of tokens by outputs -----------------------------------------------------------------
 
-// --- A tile of 64 tokens by 64 outputs -----------------------------------------------------------
-
-constexpr int TILE = 64;   // tokens and outputs of a block
 constexpr int DEPTH = 16;  // of I, held in shared memory at a time
 constexpr int OWN = 4;     // tokens and outputs of a thread
+static_assert(BLOCK * OWN * OWN == TILE * TILE && BLOCK * 8 == 2 * TILE * DEPTH, "equal shares");
 
 // Eight elements of row `row` of [rows, I] at column i; zeros outside.
 template <typename T>
@@ -195,15 +194,12 @@ add_bias(X_T* __restrict__ out, const B_T* __restrict__ bias, int O, int accumul
     for (int o = threadIdx.x; o < O; o += BLOCK) finish(row + o, 0.0f, bias, o, accumulate);
 }
 
-// `split` writes x as a weighted sum of PIECES matrices of the type of the weights, which tensor
+// `split` writes x as a weighted sum of X_PIECES matrices of the type of the weights, which tensor
 // cores multiply: x = scalars[1] * pieces[0] + scalars[2] * pieces[1] + ... First x is scaled by a
 // power of two that brings the largest finite |x| to 2^14 .. 2^15. Each piece is the rest rounded,
 // and the next rest is scaled by STEP, the inverse of the rounding error, so all pieces have the
 // same range. Two f16 pieces keep 22 bits, three bf16 pieces all 24, of every element down to 2^-28
 // of the largest; smaller ones keep an absolute error under 2^-50 of the largest.
-template <typename T> constexpr int PIECES = 1;
-template <> constexpr int PIECES<f16> = 2;
-template <> constexpr int PIECES<bf16> = 3;
 template <typename T> constexpr float STEP = 1.0f;
 template <> constexpr float STEP<f16> = 2048.0f;  // 11 significant bits
 template <> constexpr float STEP<bf16> = 256.0f;  // 8 significant bits
@@ -246,7 +242,7 @@ split(W_T* __restrict__ pieces, float* __restrict__ scalars, const X_T* __restri
 #pragma unroll
         for (int j = 0; j < 8; j++) rest[j] *= scale;
 #pragma unroll
-        for (int piece = 0; piece < PIECES<W_T>; piece++) {
+        for (int piece = 0; piece < X_PIECES; piece++) {
             store8(pieces + ((i64)piece * T + blockIdx.x) * I + i, rest);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -266,4 +262,6 @@ split(W_T* __restrict__ pieces, float* __restrict__ scalars, const X_T* __restri
     }
 }
 
+#else
+#error "linear.cu needs ROWS and WIDE, or BLOCK, TILE and X_PIECES"
 #endif

@@ -7,20 +7,20 @@
 //   lse      const  [S, R] float, stride of S in elements; minus infinity: no keys, and values that
 //                   do not count
 // Scalars:  to_binary = log2 of the base of the logarithms, from_binary = its inverse
-// Defines:  X_T = float, f16 or bf16; HEAD_DIM, a multiple of 8
-// Launch:   grid (ceil(R * D / 4 / 128)), block (128); a thread makes four elements
+// Defines:  X_T = float, f16 or bf16; HEAD_DIM, a multiple of 8; BLOCK = threads
+// Launch:   grid (ceil(R * D / 4 / BLOCK)), block (BLOCK); a thread makes four elements
 // Traffic:  (S + 1) * R * (D * sizeof(X_T) + 4) bytes; logarithms hit the L1 cache after the first
 // Order:    no atomics; sums in the order of the states
 #include "softmax.cuh"
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(HEAD_DIM)
-#error "merge_states.cu needs X_T and HEAD_DIM"
+#if !defined(X_T) || !defined(HEAD_DIM) || !defined(BLOCK)
+#error "merge_states.cu needs X_T, HEAD_DIM and BLOCK"
 #endif
 static_assert(HEAD_DIM % 8 == 0, "threads take four elements");
 
 constexpr int D = HEAD_DIM;
-constexpr int THREADS = 128;
+constexpr int THREADS = BLOCK;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __restrict__ values,

@@ -22,9 +22,9 @@
 // Defines:  NEW_T = float, f16 or bf16; K_T, V_T = those or i8, i4, e4m3, e5m2; SCALE_T = f16 or
 //           float; HEAD_DIM = D, a multiple of 8; HEADS = H; PAGE = tokens a page; ROW_T = int or
 //           i64; ADDRESS, SCALES = FOUND or GIVEN, AFTER and ADVANCE = 0 or 1;
-//           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32
-// Launch:   block (BLOCK), no dynamic shared memory; grid (T * H / (BLOCK / LANES) rounded up), and
-//           with ADVANCE (T)
+//           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32; ROWS =
+//           rows of a block, BLOCK / LANES, but with ADVANCE those of a token
+// Launch:   grid (T * H / ROWS rounded up), block (BLOCK), no dynamic shared memory
 // Traffic:  T * H * (2 * D * sizeof(NEW_T) + bytes of a row of K and V with its scales) bytes
 // Order:    no atomics; bit-exact; two rows for one slot leave either row, or a mixture
 // Skipped:  rows whose slot, request or page is negative, or whose position lies outside their
@@ -48,9 +48,14 @@
 #if !defined(ADDRESS) || !defined(SCALES) || !defined(AFTER) || !defined(ADVANCE)
 #error "paged_append.cu needs ADDRESS, SCALES, AFTER and ADVANCE"
 #endif
+#ifndef ROWS
+#error "paged_append.cu needs ROWS"
+#endif
 constexpr int D = HEAD_DIM, H = HEADS, GROUPS = BLOCK / LANES;
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(D <= 16 * LANES, "two pieces a lane at most");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
+static_assert(ROWS == (ADVANCE ? H : GROUPS), "a row of each group, or all of a token");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
 // --- Where a row goes ----------------------------------------------------------------------------
@@ -114,15 +119,14 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
              i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
              i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
              i64 k_token, i64 k_head, i64 v_token, i64 v_head, int num_rows, int num_requests) {
-    constexpr u32 ROWS_OF_BLOCK = ADVANCE ? H : GROUPS;
     // Groups without a row repeat the last one of their block: no lane leaves its warp, and no
     // block reads a count that another block advances.
-    const u32 last_row = ADVANCE ? (blockIdx.x + 1) * ROWS_OF_BLOCK - 1 : num_rows - 1;
+    const u32 last_row = ADVANCE ? (blockIdx.x + 1) * ROWS - 1 : num_rows - 1;
     bool written = false;
 #pragma unroll 1
-    for (u32 start = 0; start < ROWS_OF_BLOCK; start += GROUPS) {
+    for (u32 start = 0; start < ROWS; start += GROUPS) {
         const u32 of_block = start + threadIdx.x / LANES;
-        const u32 row = blockIdx.x * ROWS_OF_BLOCK + of_block;
+        const u32 row = blockIdx.x * ROWS + of_block;
         const bool wanted = ADVANCE ? of_block < H : row < num_rows;
         const u32 known = wanted ? row : last_row;
         const u32 token = known / H, head = known % H;

@@ -39,7 +39,7 @@ paged_check_range(u64* found, const INDEX* values, i64 n, i64 low, i64 end) {
 
 // Threads: n. Slots below `end`, none of them twice; the later one of two is reported.
 extern "C" __global__ void __launch_bounds__(256)
-paged_check_slots(u64* found, u64* seen, u32 mask, const INDEX* slots, i64 n, i64 end) {
+paged_check_slots(u64* found, u64* seen, const INDEX* slots, u32 mask, i64 n, i64 end) {
     if (item() >= n) return;
     const i64 slot = slots[item()];
     if (slot < 0) return;

@@ -92,11 +92,11 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
               const int* dst_pages, const int* src_pages, const int* indptr, const int* starts,
               int num_sequences, int page_size, int num_tokens,
               i64 dst_page, i64 dst_outer, i64 dst_inner,
-              i64 dst_scale_page, i64 dst_scale_outer, i64 dst_scale_inner,
+              i64 dst_scales_page, i64 dst_scales_outer, i64 dst_scales_inner,
               i64 src_page, i64 src_outer, i64 src_inner,
-              i64 src_scale_page, i64 src_scale_outer, i64 src_scale_inner,
+              i64 src_scales_page, i64 src_scales_outer, i64 src_scales_inner,
               u32 num_rows, u32 page_rows, u32 page_magic, u32 page_shift,
-              u32 num_inner, u32 inner_magic, u32 inner_shift) {
+              u32 inner_rows, u32 inner_magic, u32 inner_shift) {
     const bool is_v = blockIdx.y;
     DST* const dst = is_v ? v_dst : k_dst;
     DST_SCALE* const dst_scales = is_v ? v_dst_scales : k_dst_scales;
@@ -104,11 +104,11 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     const SRC_SCALE* const src_scales = is_v ? v_src_scales : k_src_scales;
 
     const Divisor by_page{page_rows, page_magic, page_shift};
-    const Divisor by_inner{num_inner, inner_magic, inner_shift};
+    const Divisor by_inner{inner_rows, inner_magic, inner_shift};
     const Strides to{dst_page, dst_outer, dst_inner};
-    const Strides to_scale{dst_scale_page, dst_scale_outer, dst_scale_inner};
+    const Strides to_scale{dst_scales_page, dst_scales_outer, dst_scales_inner};
     const Strides from{src_page, src_outer, src_inner};
-    const Strides from_scale{src_scale_page, src_scale_outer, src_scale_inner};
+    const Strides from_scale{src_scales_page, src_scales_outer, src_scales_inner};
 
     const u32 lane = threadIdx.x % LANES;
     const u32 first = blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
@@ -119,7 +119,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     for (int r = 0; r < ROWS; r++) {
         const u32 row = min(first + r * GROUPS, num_rows - 1);
         const u32 item = divide(row, by_page), in_page = row - item * page_rows;
-        outers[r] = divide(in_page, by_inner), inners[r] = in_page - outers[r] * num_inner;
+        outers[r] = divide(in_page, by_inner), inners[r] = in_page - outers[r] * inner_rows;
         from_pages[r] = src_pages ? src_pages[item] : (int)item;
         exists[r] = first + r * GROUPS < num_rows && from_pages[r] >= 0;
 #if SEQUENCES

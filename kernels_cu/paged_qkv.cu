@@ -50,6 +50,7 @@
 #endif
 constexpr int D = HEAD_DIM, HQ = Q_HEADS, H = HEADS, GROUPS = BLOCK / LANES;
 static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(D <= 16 * LANES, "two pieces a lane at most");
 static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(2 * PAIRS <= D, "pairs of one head");
 

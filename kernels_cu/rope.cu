@@ -7,19 +7,19 @@
 //   inv_freq   const  [F] float      radians per position; 2 * F <= D
 // Scalars:  pair j of a head is its elements j * step and j * step + gap: step 1, gap F (half) or
 //           step 2, gap 1 (adjacent)
-// Defines:  X_T = float, f16 or bf16
-// Launch:   grid (T, (HQ + H) / (4 * blockDim.y) rounded up), block (x, y) with x * y <= 256;
-//           a thread takes one pair of four heads, which share sine and cosine
+// Defines:  X_T = float, f16 or bf16; HEADS_PER_THREAD
+// Launch:   grid (T, (HQ + H) / (HEADS_PER_THREAD * blockDim.y) rounded up), block (x, y) with
+//           x * y <= 256; a thread takes one pair of some heads, which share sine and cosine
 // Traffic:  T * (HQ + H) * 4 * F * sizeof(X_T) bytes
 // Order:    no atomics, no sums
 #include "convert.cuh"
 #include "rotary.cuh"
 
-#ifndef X_T
-#error "rope.cu needs X_T"
+#if !defined(X_T) || !defined(HEADS_PER_THREAD)
+#error "rope.cu needs X_T and HEADS_PER_THREAD"
 #endif
 
-constexpr int HEADS = 4;  // of a thread
+constexpr int HEADS = HEADS_PER_THREAD;
 
 extern "C" __global__ void __launch_bounds__(256)
 rope(X_T* __restrict__ q, X_T* __restrict__ k, const int* __restrict__ positions,

@@ -7,8 +7,8 @@
 //   top_k, steps         const  [B] int32
 //   seeds                const  [B] u64
 // Scalars:  V, 1 .. 2^23
-// Defines:  none
-// Launch:   grid (B), block (1024): a block for each row, static shared memory of 17 KiB
+// Defines:  BLOCK = threads
+// Launch:   grid (B), block (BLOCK): a block for each row, static shared memory of 17 KiB
 // Traffic:  argmax reads 4 * B * V bytes. sample reads a row twice, three times more for each of
 //           top_k and top_p that is on, once more where one of them cuts through equal levels; from
 //           the second time on the row comes from the L2 cache
@@ -22,7 +22,10 @@
 // sorting: three rounds of histograms, each over eleven bits more of the level.
 #include "types.cuh"
 
-constexpr int THREADS = 1024;
+#ifndef BLOCK
+#error "sample.cu needs BLOCK"
+#endif
+constexpr int THREADS = BLOCK;
 constexpr int WARPS = THREADS / WARP;
 static_assert(WARPS == WARP, "one lane for each warp's sum");
 constexpr int BINS = 2048;

@@ -14,37 +14,61 @@ first use instead of at import).
 __version__ = "0.1.0"
 
 import os as _os
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from pykv import blocks
 from pykv.arrays import asarray, from_pointer
+from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.kinds import KVSpec
-from pykv.pool import PagedKVCache, SequenceCache
+from pykv.pool import PagedKVCache
+from pykv.sequence_cache import SequenceCache
 
-_RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
+if _TYPE_CHECKING:
+    from pykv import cuda, kinds, layout, ops, page_files, pages, plan, transfer
+    from pykv.llm import LLM, Completion, SamplingParams
 
 __all__ = [
+    "LLM",
+    "Completion",
     "KVSpec",
     "PagedKVCache",
     "PykvError",
+    "SamplingParams",
     "SequenceCache",
     "asarray",
     "blocks",
+    "cuda",
     "from_pointer",
-    *_RUNTIME,
+    "graph",
+    "kinds",
+    "layout",
+    "ops",
+    "page_files",
+    "pages",
+    "plan",
+    "prepare",
+    "transfer",
 ]
+
+_RUNTIME = ("LLM", "Completion", "SamplingParams")  # need the extra `llm`, so imported when used
 
 
 def __getattr__(name: str) -> _Any:
     if name in _RUNTIME:
-        from pykv import llm
-
-        return getattr(llm, name)
+        return getattr(_import_module("pykv.llm"), name)
+    if name in __all__:  # a module that nobody has imported yet
+        return _import_module(f"pykv.{name}")
     raise AttributeError(f"module 'pykv' has no attribute {name!r}")
 
 
-def _prepare() -> None:
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _compile_kernels() -> None:
     """Compile the usual kernels for the GPUs present; without a driver, do nothing at all."""
     from pykv import cuda
 
@@ -55,4 +79,4 @@ def _prepare() -> None:
         cuda.warmup(archs)
 
 
-_prepare()
+_compile_kernels()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from pykv import install
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -240,6 +241,17 @@ def on_gpu(array: Any) -> bool:
     return not isinstance(array, np.ndarray)
 
 
+def footprint(*arrays: Any) -> str:
+    """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
+    held = [array for array in arrays if array is not None]
+    size, unit = float(sum(int(array.nbytes) for array in held)), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size >= 1000:
+            size, unit = size / 1000, larger
+    device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
+    return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
+
+
 def asarray(x: Any) -> Any:
     """The NumPy or CuPy array that shares memory with `x`, for use with every op.
 
@@ -255,6 +267,10 @@ def asarray(x: Any) -> Any:
         DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
 
     Does not copy. DLPack orders the producer's stream before CuPy's current one.
+
+    >>> x = np.ones(3)
+    >>> pykv.asarray(x) is x
+    True
     """
     cupy = sys.modules.get("cupy")
     if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
@@ -264,9 +280,9 @@ def asarray(x: Any) -> Any:
             on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
             if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
                 return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
-            return np.from_dlpack(x) if on_host else _cupy().from_dlpack(x)
+            return np.from_dlpack(x) if on_host else load_cupy().from_dlpack(x)
         if hasattr(x, "__cuda_array_interface__"):
-            return _cupy().asarray(x)
+            return load_cupy().asarray(x)
     except (TypeError, BufferError, RuntimeError) as error:
         if isinstance(error, DeviceError):
             raise
@@ -301,7 +317,7 @@ def from_pointer(
             f"from_pointer: address is {address:#x}, expected a positive multiple of "
             f"{dtype.alignment} for {dtype}"
         )
-    cupy = _cupy()
+    cupy = load_cupy()
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
@@ -313,13 +329,17 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return xp.empty(shape, dtype)
 
 
-def _cupy() -> Any:
+def load_cupy() -> Any:
+    """The CuPy module.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
     try:
         import cupy
     except ImportError as error:
-        raise DeviceError(
-            "GPU arrays need CuPy: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        ) from error
+        advice = f"{install.command('cu13')} (or [cu12])"
+        raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
     return cupy
 
 

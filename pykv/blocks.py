@@ -46,6 +46,14 @@ class BlockManager:
 
     An error leaves everything as it was. Not thread-safe. Sources: vLLM's paged attention and
     automatic prefix caching.
+
+    >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
+    >>> first = manager.allocate(tokens=6)
+    >>> manager.publish(first, [10, 11, 12, 13, 14, 15])
+    >>> second = manager.reuse([10, 11, 12, 13, 99])  # the page of 10 ... 13 is found again
+    >>> manager.extend(second, 4, 5)
+    >>> first, second, manager.num_free
+    ([0, 1], [0, 2], 5)
     """
 
     def __init__(self, num_pages: int, page_size: int):
@@ -79,11 +87,11 @@ class BlockManager:
         return len(self._cached)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages that hold so many `tokens`."""
         return -(-tokens // self.page_size)
 
     def require(self, num_pages: int) -> None:
-        """Raise a CapacityError unless so many pages are free."""
+        """Raise a CapacityError unless `num_pages` pages are free."""
         if num_pages > self.num_free:
             raise CapacityError(
                 f"pool exhausted: {num_pages} pages wanted, {self.num_free} free of "
@@ -163,7 +171,7 @@ class BlockManager:
         return list(pages)
 
     def free(self, pages: list[int]) -> None:
-        """Give a sequence up and empty its list.
+        """Give a sequence up and empty its list `pages`.
 
         Raises:
             ParameterError: a page is held by no sequence, or named twice.
@@ -239,7 +247,7 @@ class BlockManager:
         return pages
 
     def enlarge(self, num_pages: int) -> None:
-        """Note that the pool has so many pages now; those that it had keep their numbers.
+        """Note that the pool has `num_pages` pages now; those that it had keep their numbers.
 
         Raises:
             ParameterError: these are fewer than before.
@@ -296,8 +304,16 @@ class BlockManager:
 def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray:
     """Flat slots, int32 [stop - start], of positions start ... stop - 1 of a sequence.
 
+    Args:
+        pages: the sequence, as BlockManager hands it out.
+        start, stop: positions, 0 <= start <= stop.
+        page_size: P, tokens a page; position p has the slot pages[p // P] * P + p % P.
+
     Raises:
         CapacityError: the sequence's pages end before `stop`.
+
+    >>> pykv.blocks.slots([7, 3], 2, 6, page_size=4)
+    array([30, 31, 12, 13], dtype=int32)
     """
     if stop > len(pages) * page_size:
         raise CapacityError(
@@ -309,7 +325,16 @@ def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray
 
 
 def page_table(sequences: list[list[int]], width: int) -> np.ndarray:
-    """The page table, int32 [B, width], of several sequences; unused entries are -1."""
+    """The page table, int32 [B, width], of several sequences; unused entries are -1.
+
+    Args:
+        sequences: B lists of pages, none longer than `width`.
+        width: M, pages that a row has room for.
+
+    >>> pykv.blocks.page_table([[7, 3], [5]], width=3)
+    array([[ 7,  3, -1],
+           [ 5, -1, -1]], dtype=int32)
+    """
     table = np.full((len(sequences), width), -1, np.int32)
     for row, pages in zip(table, sequences, strict=True):
         row[: len(pages)] = pages

@@ -29,9 +29,8 @@ DIRECTIONS = ("h2d", "d2h", "d2d")  # h: pinned host memory, d: memory of the cu
 Cells = dict[int, dict[int, float]]  # microseconds by bytes of a piece, then by number of pieces
 Table = dict[str, dict[str, Cells]]  # by direction, then by name of a way
 
-# Enqueues one call: [C] uint64 sources and destinations, bytes of a piece, handle of the stream,
-# which is CuPy's current one.
-Way = Callable[[Any, Any, int, int], object]
+# Enqueues one call on CuPy's current stream: [C] uint64 sources and destinations, bytes of a piece.
+Way = Callable[[Any, Any, int], object]
 
 
 # --- The forecast ---------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def measure(ways: Mapping[str, Way]) -> Table:
             for direction, pair in places.items():
                 src, dst = (at + offset for at, offset in zip(pair, offsets, strict=True))
                 for name, way in ways.items():
-                    us = _time_us(partial(way, src, dst, size, stream.ptr), stream.synchronize)
+                    us = _time_us(partial(way, src, dst, size), stream.synchronize)
                     table[direction][name].setdefault(size, {})[count] = us
             if time.perf_counter() - began > _BUDGET_S:
                 break

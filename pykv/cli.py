@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-from pykv import __version__
+from pykv import __version__, install
 from pykv.errors import DeviceError, ParameterError, PykvError
 
 
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
-        extra = "'pykv-cuda[cu13]' (or [cu12])" if cuda else "'pykv-cuda[llm]'"
-        _complain(f"{error.name} is not installed: pip install {extra}")
+        advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
+        _complain(f"{error.name} is not installed: {advice}")
     except UnicodeDecodeError as error:
         _complain(f"the text given is not valid {error.encoding}: {error.reason}")
     except (PykvError, OSError) as error:
@@ -128,7 +128,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
@@ -234,7 +234,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _size(args: argparse.Namespace) -> None:
     from pykv.kinds import KVSpec
     from pykv.llm import gguf, models
-    from pykv.llm.model import read_config
+    from pykv.llm.config import read_config
 
     spec = KVSpec.parse(args.kv_dtype)
     config = read_config(gguf.read(models.fetch(args.file)))
@@ -266,12 +266,13 @@ def _verify(args: argparse.Namespace) -> int:
     from pykv.kinds import KVSpec
 
     spec = None if args.kv_dtype is None else KVSpec.parse(args.kv_dtype)
+    found = verify.run(args.seed, spec)
     device = cuda.device_name(cuda.array_module("auto"))
     if not args.json:
         print(f"on {device}")
     ok = True
     rows = []
-    for row in verify.run(args.seed, spec):
+    for row in found:
         ok &= row.ok
         rows.append(row.as_dict())
         if not args.json:
@@ -286,46 +287,51 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from pykv import bench, cuda
-    from pykv.bench import report
+    from pykv.bench import options, report
 
     module = bench.load(args.name)
     parser = argparse.ArgumentParser(
-        prog=f"pykv bench {args.name}", description=module.__doc__.partition("\n")[0]
+        prog=f"pykv bench {args.name}",
+        description=module.__doc__.partition("\n")[0],
+        allow_abbrev=False,  # --page is not --pages
     )
     parser.add_argument("--json", help="write a record for each case, ceilings included")
     parser.add_argument("--csv", help="write a row for each case; - prints it, without the table")
     parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="auto, cuda or cpu (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(parser)
-    options = parser.parse_args(args.options)
-    cases = module.select(options) if hasattr(module, "select") else module.CASES
-    for path in {options.json, options.csv} - {None, "-"}:
+    options.add_arguments(parser, module)
+    given = parser.parse_args(args.options)
+    cases = options.select(args.name, module, given)
+    for path in {given.json, given.csv} - {None, "-"}:
         with open(path, "a"):  # or minutes later there would be no place for the results
             pass
 
     records: list[report.Record] = []
     own: list[report.Record] = []
-    xp = cuda.array_module(options.device)
+    xp = cuda.array_module(given.device)
     try:
-        how = {name: getattr(options, name) for name in ("samples", "warmup", "seed", "quick")}
-        for record in bench.run(args.name, cases, xp, **how):
-            records.append(record)
-            if record["bench"] == args.name:
-                own.append(record)
+        how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
+        with cuda.use_device(given.device):
+            for record in bench.run(args.name, cases, xp, **how):
+                records.append(record)
+                if record["bench"] == args.name:
+                    own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
         table = report.to_csv(own, getattr(module, "row", report.row))
-        if options.json and records:
-            report.write_json(options.json, records)
-        if options.csv not in (None, "-") and own:
-            with open(options.csv, "w", encoding="utf-8", newline="") as file:
+        if given.json and records:
+            report.write_json(given.json, records)
+            if (records[0]["commit"] or "").endswith("+"):
+                _complain(
+                    f"{given.json} says +: files differ from the commit, so no table takes it"
+                )
+        if given.csv not in (None, "-") and own:
+            with open(given.csv, "w", encoding="utf-8", newline="") as file:
                 file.write(table)
-    print(
-        table if options.csv == "-" else report.to_table(records), end="\n" * (options.csv != "-")
-    )
+    to_stdout = given.csv == "-"
+    print(table if to_stdout else report.to_table(records), end="" if to_stdout else "\n")
     if hasattr(module, "conclude"):
         print(module.conclude(own), file=sys.stderr)
     if all(record["ok"] for record in records):

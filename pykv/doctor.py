@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import __version__, cuda
+from pykv import __version__, cuda, install
 from pykv.errors import CompileError, UnsupportedError
 
 CUDA_13_DRIVER = 580  # first driver branch of the CUDA 13 line
@@ -129,7 +129,7 @@ def _install(line: int) -> str:
     """The command that installs one CUDA line; two CuPy packages would share one folder."""
     other = f"cupy-cuda{25 - line}x"
     remove = f"pip uninstall -y {other} && " if _version(other) else ""
-    return f"{remove}pip install 'pykv-cuda[cu{line}]'"
+    return remove + install.command(f"cu{line}")
 
 
 def _packages() -> Finding:

@@ -35,7 +35,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS, Rule
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -69,8 +69,12 @@ class Kind:
         return min(self.bits, 16)
 
     def row_bytes(self, head_dim: int) -> int:
-        """Bytes of a row, without its scale."""
+        """Bytes of a row of `head_dim` elements, without its scale."""
         return head_dim * self.bits // 8
+
+    def row_width(self, head_dim: int) -> int:
+        """W, elements of the array that a row of `head_dim` elements takes."""
+        return self.row_bytes(head_dim) // self.dtype.itemsize
 
 
 KINDS = {
@@ -86,8 +90,11 @@ KINDS = {
     )
 }
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
-GRANULARITIES = {"token": "N P H", "head": "H", "tensor": "1"}  # the scales' dimensions, in NHD
+GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
+
+# What a spec says besides the kinds, by field.
+_WORDS: dict[str, Any] = dict(granularity=GRANULARITIES, scale_dtype=SCALE_DTYPES, layout=LAYOUTS)
 
 # What `KVSpec.parse` takes for a spec, besides the names of kinds.
 SHORT = {"fp8": ("e4m3", "e4m3"), "k8v4": ("int8", "int4")}
@@ -105,7 +112,15 @@ class KVSpec:
         layout: "NHD", pools [N, P, H, W], or "HND", pools [N, H, P, W]; scales likewise.
 
     Raises:
-        ParameterError: a name is unknown.
+        ParameterError: a name is unknown, or no text.
+
+    >>> spec = pykv.KVSpec.parse("k8v4")  # int8 keys and int4 values, a float16 scale for each row
+    >>> spec
+    KVSpec(k='int8', v='int4', granularity='token', scale_dtype='fp16', layout='NHD')
+    >>> spec.bytes_per_token(heads=8, head_dim=128)  # 8 * (128 + 64 + 2 * 2)
+    1568
+    >>> str(pykv.KVSpec("int8", "int8", granularity="head", layout="HND"))
+    'int8:head:HND'
     """
 
     k: str = "fp16"
@@ -115,52 +130,31 @@ class KVSpec:
     layout: str = "NHD"
 
     def __post_init__(self) -> None:
-        for field, names in (
-            ("k", KINDS),
-            ("v", KINDS),
-            ("granularity", GRANULARITIES),
-            ("scale_dtype", SCALE_DTYPES),
-            ("layout", LAYOUTS),
-        ):
-            if getattr(self, field) not in names:
+        for field, names in dict(k=KINDS, v=KINDS, **_WORDS).items():
+            name = getattr(self, field)
+            if not isinstance(name, str) or name not in names:
                 raise ParameterError(
-                    f"KVSpec: {field} is {getattr(self, field)!r}, "
-                    f"expected one of {', '.join(names)}"
+                    f"KVSpec: {field} is {name!r}, expected one of {', '.join(names)}"
                 )
 
     @staticmethod
     def parse(text: str) -> KVSpec:
-        """The spec of a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3" (keys, then
-        values), and after colons, in any order, a granularity, a scale dtype and a layout:
-        "int8:head:fp32".
+        """The spec that `text` names: a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3"
+        (keys, then values), and after colons, in any order, a granularity, a scale dtype and a
+        layout: "int8:head:fp32".
 
         Raises:
             ParameterError: a word is unknown.
+            DtypeError: `text` is no text.
+
+        >>> pykv.KVSpec.parse("int8+e4m3:HND")
+        KVSpec(k='int8', v='e4m3', granularity='token', scale_dtype='fp16', layout='HND')
         """
-        kinds, *rest = text.split(":")
-        k, plus, v = kinds.partition("+")
-        if not plus:
-            k, v = SHORT.get(kinds, (kinds, kinds))
-        if k not in KINDS or v not in KINDS:
-            raise ParameterError(
-                f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
+        if not isinstance(text, str):
+            raise DtypeError(
+                f"KVSpec.parse: text is a {type(text).__name__}, expected one such as 'int8:HND'"
             )
-        fields: dict[str, str] = {}
-        for word in rest:
-            for field, names in (
-                ("granularity", GRANULARITIES),
-                ("scale_dtype", SCALE_DTYPES),
-                ("layout", LAYOUTS),
-            ):
-                if word in names:
-                    fields[field] = word
-                    break
-            else:
-                raise ParameterError(
-                    f"KVSpec: {word!r} of {text!r} is unknown, expected one of "
-                    f"{', '.join((*GRANULARITIES, *SCALE_DTYPES, *LAYOUTS))}"
-                )
-        return KVSpec(k, v, **fields)
+        return _parse(text)
 
     def __str__(self) -> str:
         """A text that `parse` reads as this spec, and that leaves out what has no meaning."""
@@ -193,6 +187,80 @@ class KVSpec:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
 
+    @property
+    def type_defines(self) -> dict[str, str]:
+        """What kernels call the elements of pools and scales, as defines K_T, V_T and SCALE_T."""
+        k, v = self.kinds
+        is_float = self.has_scales and self.scale_dtype == "fp32"
+        return dict(K_T=k.c_type, V_T=v.c_type, SCALE_T="float" if is_float else "f16")
+
+    # --- What a layout means: nothing else of pykv decides on it ---
+
+    def page_order(self, tokens: Any, heads: Any) -> tuple[Any, Any]:
+        """Something of a page's tokens and something of its heads, in the order of the layout; of
+        two in that order, (tokens, heads) again."""
+        return (tokens, heads) if self.layout == "NHD" else (heads, tokens)
+
+    @property
+    def page_axes(self) -> tuple[str, str]:
+        """The letters of a page's dimensions before a row: ("P", "H") in NHD."""
+        return self.page_order("P", "H")
+
+    def pool_shapes(self, N: int, P: int, H: int, D: int) -> tuple[tuple[int, ...], ...]:
+        """Of the pools of K and V: N pages of P tokens and H KV heads, of D elements.
+
+        >>> pykv.KVSpec.parse("k8v4:HND").pool_shapes(N=100, P=16, H=8, D=128)
+        ((100, 8, 16, 128), (100, 8, 16, 64))
+        """
+        return tuple((N, *self.page_order(P, H), kind.row_width(D)) for kind in self.kinds)
+
+    def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
+        """Of the scales of K, or of V, that go with such pools; kinds of floats have none.
+
+        >>> [pykv.KVSpec.parse(text).scale_shape(100, 16, 8) for text in ("int8:HND", "int8:head")]
+        [(100, 8, 16), (8,)]
+        """
+        if self.granularity == "token":
+            return N, *self.page_order(P, H)
+        return (H,) if self.granularity == "head" else (1,)
+
+    def as_nhd(self, array: Any) -> Any:
+        """A pool, or its scales, as a view [N, P, H, ...]; scales of heads and tensors, and None,
+        as they are.
+
+        >>> pykv.KVSpec.parse("fp16:HND").as_nhd(np.zeros((100, 8, 16, 128))).shape
+        (100, 16, 8, 128)
+        """
+        if array is None or array.ndim < 3 or self.layout == "NHD":
+            return array
+        return array.swapaxes(1, 2)
+
+    def strides(self, array: Any) -> tuple[int, int, int]:
+        """Elements from a page, a token and a head of a pool, or of its scales, to the next; 0
+        where these share a scale, or there is no array.
+
+        >>> pykv.KVSpec.parse("int8:HND").strides(np.zeros((100, 8, 16, 128), np.int8))
+        (16384, 128, 2048)
+        """
+        if array is None:
+            return 0, 0, 0
+        steps = [n // array.itemsize for n in array.strides]
+        if array.ndim > 1:
+            return steps[0], *self.page_order(*steps[1:3])
+        return 0, 0, steps[0] if self.granularity == "head" else 0
+
+    def pool_strides(
+        self, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
+    ) -> dict[str, int]:
+        """`strides` of `k_pool`, `v_pool`, `k_scales` and `v_scales`, by the names that kernels
+        have for them: k_pool_page, k_pool_token, k_pool_head and so on."""
+        arrays = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+        return {
+            f"{name}_{unit}": stride
+            for name, array in arrays.items()
+            for unit, stride in zip(("page", "token", "head"), self.strides(array), strict=True)
+        }
+
     def rules(
         self,
         names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
@@ -203,9 +271,12 @@ class KVSpec:
         Args:
             names: what the op calls them.
             pages: letter of how many pages they have.
+
+        >>> pykv.KVSpec.parse("fp16:HND").rules()["k_pool"]
+        ('N H P | D', dtype('float16'), 16)
         """
-        dims = f"{pages} P H |" if self.layout == "NHD" else f"{pages} H P |"
-        of_scales = dims if self.granularity == "token" else GRANULARITIES[self.granularity]
+        dims = " ".join((pages, *self.page_axes, "|"))
+        of_scales = {"token": dims, "head": "H", "tensor": "1"}[self.granularity]
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
         return {
             **dict(zip(names[:2], pools, strict=True)),
@@ -213,7 +284,8 @@ class KVSpec:
         }
 
     def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
-        """Rules of two arrays of scales, which kinds of floats do not have."""
+        """Rules of two arrays of scales, called `names` and of dimensions `dims`; kinds of floats
+        have none."""
         dtype = SCALE_DTYPES[self.scale_dtype]
         return {
             name: Rule(dims, dtype, 1, what=f"scales for {kind.name}")
@@ -223,7 +295,8 @@ class KVSpec:
         }
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
-        """Bytes of K and V that one token takes in one layer, its scales included."""
+        """Bytes of K and V that one token takes in one layer of `heads` KV heads of `head_dim`
+        elements, its scales included."""
         scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.finds_scales else 0
         return sum(
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
@@ -231,14 +304,49 @@ class KVSpec:
         )
 
 
+@cache
+def _parse(text: str) -> KVSpec:
+    """What a text says, the same object each time."""
+    kinds, *rest = text.split(":")
+    k, plus, v = kinds.partition("+")
+    if not plus:
+        k, v = SHORT.get(kinds, (kinds, kinds))
+    if k not in KINDS or v not in KINDS:
+        raise ParameterError(
+            f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
+        )
+    field_of = {word: field for field, words in _WORDS.items() for word in words}
+    unknown = [word for word in rest if word not in field_of]
+    if unknown:
+        raise ParameterError(
+            f"KVSpec: {unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
+        )
+    return KVSpec(k, v, **{field_of[word]: word for word in rest})
+
+
 def spec_of(
-    op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
+    op: str,
+    spec: KVSpec | str | None,
+    k_pool: Any,
+    v_pool: Any,
+    k_scales: Any = None,
+    v_scales: Any = None,
 ) -> KVSpec:
-    """The spec that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
+    """The spec that an op is given, as an object or as a text that `KVSpec.parse` reads; or where
+    None, the one that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
+
+    Args:
+        op: name for messages.
+        k_pool, v_pool: [N, P, H, W].
+        k_scales, v_scales: what goes with them; None for kinds of floats.
 
     Raises:
-        ParameterError: an array of bytes, which may be int4 or fp8, or of another dtype.
+        ParameterError: the text is unknown; or without a spec, an array of bytes, which may be int4
+            or fp8, or of another dtype.
+        DtypeError: the spec is something else.
     """
+    if spec is not None:
+        return as_spec(op, spec)
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None
@@ -246,14 +354,33 @@ def spec_of(
         scale_dtype = getattr(scales, "dtype", None)
         if getattr(scales, "ndim", 3) < 3:
             granularity = "tensor" if scales.size == 1 else "head"
-    spec = _spec(k_dtype, v_dtype, granularity, scale_dtype)
-    if spec is not None:
-        return spec
+    shown = _spec(k_dtype, v_dtype, granularity, scale_dtype)
+    if shown is not None:
+        return shown
     wrong_v = k_dtype in _BY_DTYPE
     name, pool = ("v_pool", v_pool) if wrong_v else ("k_pool", k_pool)
     raise ParameterError(
         f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
         f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"
+    )
+
+
+def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
+    """A spec that may be given as a text.
+
+    Args:
+        op, name: of who is given it, for the text of errors.
+
+    Raises:
+        ParameterError: the text is unknown.
+        DtypeError: it is something else.
+    """
+    if isinstance(spec, KVSpec):
+        return spec
+    if isinstance(spec, str):
+        return KVSpec.parse(spec)
+    raise DtypeError(
+        f"{op}: {name} is a {type(spec).__name__}, expected a KVSpec or a text such as 'int8:HND'"
     )
 
 
@@ -283,6 +410,13 @@ def quantize(
 
     Returns:
         codes [..., W] of the kind's dtype, and the scales as stored; None for a float kind.
+
+    >>> int8 = pykv.kinds.KINDS["int8"]
+    >>> codes, scale = pykv.kinds.quantize(np.array([[0.5, -1.27, 0, 1]], np.float32), int8)
+    >>> codes, scale
+    (array([[  50, -127,    0,  100]], dtype=int8), array([0.01], dtype=float16))
+    >>> pykv.kinds.dequantize(codes, int8, scale).round(2)
+    array([[ 0.5 , -1.27,  0.  ,  1.  ]], dtype=float32)
     """
     if not kind.largest:
         return x.astype(kind.dtype), None
@@ -298,7 +432,13 @@ def quantize(
 
 
 def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
-    """The scale that each row of x [..., D] float32 is stored with."""
+    """The scale [...] that each row of x [..., D] float32 is stored with.
+
+    Args:
+        x: rows; one with a NaN or an infinity gets NaN.
+        kind: of codes.
+        dtype: NumPy float16 or float32, of the scales.
+    """
     amax = np.abs(x).max(-1, initial=0)
     finite = np.isfinite(amax)  # NaN wins a maximum
     scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
@@ -307,7 +447,8 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
 
 
 def encode(y: Any, kind: Kind) -> Any:
-    """Codes [..., W] of values y [..., D] float32 between -largest and largest, or NaN."""
+    """Codes [..., W] of a code `kind`, of values y [..., D] float32 from -largest to largest, or
+    NaN."""
     if kind.name in ("e4m3", "e5m2"):
         dtype = ml_dtypes.float8_e4m3fn if kind.name == "e4m3" else ml_dtypes.float8_e5m2
         codes = y.astype(dtype).view(np.uint8)
@@ -328,7 +469,8 @@ def decode(codes: Any, kind: Kind) -> Any:
 
 
 def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
-    """Rows [..., D] float32 of codes [..., W] and the scales [...], which may broadcast."""
+    """Rows [..., D] float32 of `codes` [..., W] of a `kind`, and of `scale` [...], which may
+    broadcast and is None for kinds of floats."""
     x = decode(codes, kind)
     if not kind.largest:
         return x
@@ -336,7 +478,13 @@ def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
 
 
 def pack(codes: Any) -> Any:
-    """Bytes [..., D / 2] of int4 codes [..., D]."""
+    """Bytes [..., D / 2] of int4 codes [..., D].
+
+    >>> pykv.kinds.pack(np.array([1, -1, 7, -7], np.int8))
+    array([241, 151], dtype=uint8)
+    >>> pykv.kinds.unpack(pykv.kinds.pack(np.array([1, -1, 7, -7], np.int8)))
+    array([ 1, -1,  7, -7], dtype=int8)
+    """
     if codes.shape[-1] % 2:
         raise ShapeError(f"kinds.pack: codes has D={codes.shape[-1]}, expected an even number")
     halves = codes.astype(np.uint8) & 15
@@ -344,6 +492,6 @@ def pack(codes: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The int4 codes, int8 [..., D], of bytes [..., D / 2]."""
+    """The int4 codes, int8 [..., D], of bytes `packed` [..., D / 2]."""
     halves = np.stack([packed << 4, packed & 0xF0], -1).reshape(*packed.shape[:-1], -1)
     return halves.view(np.int8) >> 4

@@ -34,7 +34,7 @@ AXES = {
 
 
 class BlockShape(NamedTuple):
-    """Sizes of a logical block, and the bytes of an element."""
+    """Sizes of a logical block, H, L, O, P and D as above, and `itemsize`, bytes of an element."""
 
     H: int
     L: int
@@ -69,7 +69,7 @@ class Layout:
 
 
 class Strides(NamedTuple):
-    """Bytes between chunks (0 in a stack, where a table tells), heads and tokens."""
+    """Bytes from a chunk, head or token to the next; `chunk` is 0 in a stack: a table tells."""
 
     chunk: int
     head: int
@@ -77,7 +77,14 @@ class Strides(NamedTuple):
 
 
 def strides(layout: Layout, stored: BlockShape) -> Strides:
-    """The formulas of this module as strides; `stored` counts what the layout stores."""
+    """The formulas of this module as strides; `stored` counts what the layout stores.
+
+    >>> shape = pykv.layout.BlockShape(H=8, L=2, O=2, P=16, D=64, itemsize=2)
+    >>> pykv.layout.strides(pykv.layout.Layout("NHD"), shape)
+    Strides(chunk=0, head=128, token=1024)
+    >>> pykv.layout.strides(pykv.layout.Layout("universal"), shape)
+    Strides(chunk=2048, head=8192, token=128)
+    """
     H, L, O, P, D, itemsize = stored
     if layout.name == "universal":
         token, head, chunk = D, L * O * P * D, P * D

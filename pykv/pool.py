@@ -1,18 +1,18 @@
-"""Caches: the arrays of all layers and sequences, or of one sequence alone."""
+"""The cache of a model: the arrays of all layers and sequences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from pykv import blocks, cuda, kinds
-from pykv.arrays import BFLOAT16
+from pykv import cuda, kinds
+from pykv.arrays import BFLOAT16, footprint
 from pykv.blocks import BlockManager
-from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.errors import CapacityError, ParameterError
+from pykv.kinds import SCALE_DTYPES, KVSpec, as_spec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 
 FLOAT_KINDS: dict[str, np.dtype[Any]] = {
@@ -47,7 +47,19 @@ class PagedKVCache:
     Raises:
         ParameterError: a size or `margin` is not positive, `head_dim` no multiple of 8, or the spec
             is unknown.
+        DtypeError: the spec is neither a KVSpec nor a text.
         CapacityError: the memory cannot be had.
+
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, spec="int8")
+    >>> cache
+    PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, page_size=16, spec="int8", 33.8 kB on cpu)
+    >>> pages = cache.manager.allocate(tokens=20)
+    >>> slots = pykv.blocks.slots(pages, 0, 20, cache.page_size)
+    >>> k = v = np.ones((20, 2, 64), np.float32)
+    >>> cache.append(0, k, v, slots)
+    >>> table, lengths = pykv.blocks.page_table([pages], len(pages)), np.array([20], np.int32)
+    >>> cache.decode(0, np.ones((1, 8, 64), np.float32), table, lengths).shape
+    (1, 8, 64)
     """
 
     def __init__(
@@ -72,7 +84,7 @@ class PagedKVCache:
             raise ParameterError(f"PagedKVCache: head_dim is {head_dim}, expected a multiple of 8")
         if margin is not None and not 0 < margin < math.inf:
             raise ParameterError(f"PagedKVCache: margin is {margin}, expected a positive number")
-        self.spec = spec if isinstance(spec, KVSpec) else KVSpec.parse(spec)
+        self.spec = as_spec("PagedKVCache", spec)
         shares = self.spec.has_scales and not self.spec.finds_scales
         self._margin = margin
         self._without_scales = set(range(layers)) if shares and margin is not None else set()
@@ -81,6 +93,14 @@ class PagedKVCache:
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
+
+    def __repr__(self) -> str:
+        layers, heads, head_dim = self._sizes
+        return (
+            f"PagedKVCache(layers={layers}, pages={self.k.shape[1]}, heads={heads}, "
+            f'head_dim={head_dim}, page_size={self.page_size}, spec="{self.spec}", '
+            f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -94,38 +114,68 @@ class PagedKVCache:
         arrays = (self.k, self.v, self.k_scales, self.v_scales)
         return sum(int(array.nbytes) for array in arrays if array is not None)
 
-    def extend(self, pages: list[int], start: int, stop: int) -> None:
+    def extend(self, pages: list[int], start: int, stop: int, *, stream: Any = None) -> None:
         """Make positions start ... stop - 1 of a sequence ready to be written, and copy the page
-        that it shared, if any; see BlockManager.extend. Only enqueues on a GPU.
+        that it shared, if any.
+
+        Args:
+            pages, start, stop: as of BlockManager.extend.
+            stream: see pykv.cuda.on_stream.
+
+        Raises:
+            UnsupportedError: the call is being prepared.
+            As BlockManager.extend else.
+
+        Only enqueues on a GPU.
         """
+        cuda.refuse_prepare("PagedKVCache.extend", "each call takes pages of its own")
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy
-            for array in self._paged():
-                array[:, destination] = array[:, source]
 
-    def enlarge(self, pages: int) -> None:
+            def copy_page() -> None:
+                for array in self._paged():
+                    array[:, destination] = array[:, source]
+
+            do_in(self._xp, copy_page, stream)
+
+    def enlarge(self, pages: int, *, stream: Any = None) -> None:
         """Make room for so many pages in each layer; those there are keep numbers and contents.
 
         Old and new arrays take memory together until the old are copied; views of the old ones,
         which `layers` and `scales` had, hold what they held.
 
+        Args:
+            pages: of each layer.
+            stream: see pykv.cuda.on_stream. Where one is given, waits for it: the memory of the old
+                arrays goes back to the stream that they were made on, which must not reuse it
+                before it is copied.
+
         Raises:
             CapacityError: the memory cannot be had.
             ParameterError: the cache has more pages.
+            UnsupportedError: the call is being prepared.
         """
+        cuda.refuse_prepare("PagedKVCache.enlarge", "it makes new arrays")
         num_pages = self.k.shape[1]
         if pages < num_pages:
             raise ParameterError(
                 f"PagedKVCache.enlarge: pages is {pages}, expected at least {num_pages}"
             )
         old = (self.k, self.v, self.k_scales, self.v_scales)
-        new = self._zeros(pages)
-        for array, larger in zip(old, new, strict=True):
-            if array is not None and len(array.shape) > 2:
-                larger[:, :num_pages] = array
-            elif array is not None:  # given scales are not of pages
-                larger[...] = array
+        with cuda.on_stream(stream):
+            new = self._zeros(pages)
+
+            def copy_pages() -> None:
+                for array, larger in zip(old, new, strict=True):
+                    if array is not None and len(array.shape) > 2:
+                        larger[:, :num_pages] = array
+                    elif array is not None:  # given scales are not of pages
+                        larger[...] = array
+
+            do_in(self._xp, copy_pages)
+            if stream is not None:
+                cuda.synchronize()
         self._set_arrays(new)
         self.manager.enlarge(pages)
 
@@ -144,6 +194,7 @@ class PagedKVCache:
         On a GPU only enqueues, but waits where it checks, or finds a layer's scales; see `margin`.
         """
         if layer in self._without_scales and len(k):
+            cuda.refuse_prepare("PagedKVCache.append", "a layer's first rows set its scales")
             with cuda.on_stream(stream):
                 self._find_scales(layer, k, v)
         options = self._of_spec(layer)
@@ -158,20 +209,23 @@ class PagedKVCache:
         On a GPU only enqueues, but waits where `append` does.
         """
         if layer in self._without_scales and len(qkv):
+            cuda.refuse_prepare("PagedKVCache.append_qkv", "a layer's first rows set its scales")
             with cuda.on_stream(stream):
                 self._find_scales(layer, *self._rows_of(qkv, options))
         options |= self._of_spec(layer)
         return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
-        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode."""
+        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode, whose options
+        these are."""
         options |= self._of_spec(layer)
         return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
-        """Attention of several tokens a sequence over one layer; see prefill.prefill."""
+        """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
+        these are."""
         options |= self._of_spec(layer)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
@@ -216,178 +270,33 @@ class PagedKVCache:
     def _zeros(self, pages: int) -> list[Any]:
         """New arrays for K, V and their scales."""
         layers, heads, head_dim = self._sizes
-        spec, dtype = self.spec, SCALE_DTYPES[self.spec.scale_dtype]
-        inner = (self.page_size, heads) if spec.layout == "NHD" else (heads, self.page_size)
-        given = {"head": (layers, heads), "tensor": (layers, 1)}.get(spec.granularity)
-        arrays: list[Any] = []
+        spec, xp = self.spec, self._xp
+        scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
+        make_scales = xp.zeros if spec.finds_scales else xp.ones
+        dtype = SCALE_DTYPES[spec.scale_dtype]
+        shapes = spec.pool_shapes(pages, self.page_size, heads, head_dim)
         try:
-            for kind in spec.kinds:
-                width = kind.row_bytes(head_dim) // kind.dtype.itemsize
-                arrays.append(self._xp.zeros((layers, pages, *inner, width), kind.dtype))
-            for kind in spec.kinds:
-                if not kind.largest:
-                    arrays.append(None)
-                elif given is None:
-                    arrays.append(self._xp.zeros((layers, pages, *inner), dtype))
-                else:
-                    arrays.append(self._xp.ones(given, dtype))
+            return [
+                *(
+                    xp.zeros((layers, *shape), kind.dtype)
+                    for shape, kind in zip(shapes, spec.kinds, strict=True)
+                ),
+                *(make_scales(scales, dtype) if kind.largest else None for kind in spec.kinds),
+            ]
         except MemoryError as error:
             need = pages * self.page_size * self.bytes_per_token
             raise CapacityError(
                 f"PagedKVCache: {pages} pages of {self.page_size} tokens need {need:,} bytes: "
                 f"{error}"
             ) from error
-        return arrays
 
 
-class SequenceCache:
-    """One layer of one sequence, with its block table and its length on the device.
-
-    Args:
-        max_blocks: blocks that the sequence can have.
-        block_size: P, tokens a block.
-        heads, head_dim: H KV heads and D of the model.
-        spec: as of PagedKVCache; int8 with a float16 scale for each token and head.
-        xp: `numpy` or `cupy`.
-
-    Attributes:
-        k, v: [max_blocks, P, H, W], and `k_scales`, `v_scales`, as of one layer of PagedKVCache.
-        block_table: [max_blocks] int32, where logical blocks lie; set by `assign`.
-        context_lens: [1] int32, zero until `advance`.
-        blocks: the block table on the host, as far as it is assigned.
-        length: the context length on the host.
-        capacity: tokens, max_blocks * P.
-
-    Raises: as PagedKVCache.
-
-    Source: the paged int8 cache of ferrum-kernels. As there, `append` does not change the length;
-    `advance` does, when all layers have their rows.
-    """
-
-    def __init__(
-        self,
-        max_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        *,
-        spec: KVSpec | str = "int8",
-        xp: Any = np,
-    ):
-        pages = PagedKVCache(1, max_blocks, heads, head_dim, page_size=block_size, spec=spec, xp=xp)
-        self.spec = pages.spec
-        (self.k, self.v), (self.k_scales, self.v_scales) = pages.layers[0], pages.scales[0]
-        self.block_size = block_size
-        self.capacity = max_blocks * block_size
-        self.block_table = xp.zeros(max_blocks, np.int32)
-        self.context_lens = xp.zeros(1, np.int32)
-        self.blocks: list[int] = []
-        self.length = 0
-        self._pages, self._xp = pages, xp
-
-    def assign(self, block_ids: Sequence[int]) -> None:
-        """Say where the sequence's blocks lie, in order.
-
-        Raises:
-            CapacityError: there are more than `max_blocks`.
-            ParameterError: a block does not exist.
-        """
-        num_blocks = len(self.k)
-        if len(block_ids) > num_blocks:
-            raise CapacityError(
-                f"SequenceCache.assign: block_ids has {len(block_ids)} blocks, expected at most "
-                f"{num_blocks}"
-            )
-        for i, block in enumerate(block_ids):
-            if not 0 <= block < num_blocks:
-                raise ParameterError(
-                    f"SequenceCache.assign: block_ids[{i}] is {block}, expected 0 to "
-                    f"{num_blocks - 1}"
-                )
-        self.blocks = list(block_ids)
-        self.block_table[: len(self.blocks)] = self._xp.asarray(np.array(self.blocks, np.int32))
-
-    def advance(self, tokens: int) -> None:
-        """Count tokens that were appended, on the host and, enqueued, on the device.
-
-        Raises:
-            CapacityError: the blocks hold fewer; nothing changes.
-        """
-        held = len(self.blocks) * self.block_size
-        if not 0 <= self.length + tokens <= held:
-            raise CapacityError(
-                f"SequenceCache.advance: tokens is {tokens} after {self.length}, expected at most "
-                f"the {held} that the blocks hold"
-            )
-        self.length += tokens
-        self.context_lens[...] = self.length
-
-    def append(
-        self,
-        k: Any,
-        v: Any,
-        *,
-        length_before: int | None = None,
-        check: bool | None = None,
-        stream: Any = None,
-    ) -> None:
-        """Write rows [T, H, D] behind the first `length_before` tokens, `length` if None.
-
-        Raises:
-            CapacityError: the blocks end before the rows do; nothing is written.
-            As paged_append.append else.
-
-        Computes the slots on the host and uploads them; else only enqueues on a GPU. Nothing to do
-        for T = 0.
-        """
-        start = self.length if length_before is None else length_before
-        if start < 0:
-            raise ParameterError(
-                f"SequenceCache.append: length_before is {start}, expected at least 0"
-            )
-        slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
-        with cuda.on_stream(stream):
-            self._pages.append(0, k, v, self._xp.asarray(slots), check=check)
-
-    def decode(
-        self,
-        q: Any,
-        *,
-        length: int | None = None,
-        scale: float | None = None,
-        out: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Attention of one query token over the first `length` tokens, `context_lens` if None.
-
-        Args:
-            q: [HQ, D]; HQ is a multiple of H, and head h reads KV head h // (HQ / H).
-            length: tokens that are seen; 0 gives zeros.
-            scale: factor of q.k; 1 / sqrt(D) if None.
-            out: [HQ, D], dtype of `q`; allocated if None.
-            options: further ones of paged_decode.decode.
-
-        Returns:
-            `out`.
-
-        Raises:
-            CapacityError: the blocks hold fewer tokens.
-            As paged_decode.decode else.
-        """
-        if len(q.shape) != 2:
-            raise ShapeError(f"SequenceCache.decode: q has shape {q.shape}, expected [HQ D]")
-        lengths = self.context_lens
-        if length is not None:
-            held = len(self.blocks) * self.block_size
-            if not 0 <= length <= held:
-                raise CapacityError(
-                    f"SequenceCache.decode: length is {length}, expected at most the {held} that "
-                    "the blocks hold"
-                )
-            lengths = self._xp.full(1, length, np.int32)
-        options |= dict(scale=scale, out=None if out is None else out[None])
-        attended = self._pages.decode(0, q[None], self.block_table[None], lengths, **options)
-        return attended[0] if out is None else out
+def do_in(xp: Any, step: Callable[[], None], stream: Any = None) -> None:
+    """Do work on the arrays of a cache in `xp`, on a GPU by enqueuing it."""
+    if xp is np:
+        cuda.run_on_host(step)
+    else:
+        cuda.enqueue(step, stream)
 
 
 def float_kind(argument: str, name: str) -> np.dtype[Any]:

@@ -14,31 +14,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from pykv import calibration, cuda
-from pykv.calibration import DIRECTIONS, Table
-from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
+from pykv import copy_ways, cuda, ranges
+from pykv.calibration import DIRECTIONS
+from pykv.copy_ways import calibrate as calibrate
+from pykv.copy_ways import is_available as is_available
+from pykv.copy_ways import is_memcpy_batch_available as is_memcpy_batch_available
+from pykv.errors import CudaError, DtypeError, ParameterError, UnsupportedError
 from pykv.ops import block_copy
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
 
-# Answers that mean "not this way", by cudaError_t: invalid value, which the legacy default stream
-# gets too; a driver older than the call; not supported.
-_REFUSALS = {
-    1: "cudaErrorInvalidValue",
-    36: "cudaErrorCallRequiresNewerDriver",
-    801: "cudaErrorNotSupported",
-}
 _NOT_READY = 600  # cudaErrorNotReady
-_ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses say where they lie
-_LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy is 1
 
 
 @dataclass(frozen=True)
@@ -69,28 +61,6 @@ class CopyReport:
 _NOTHING = CopyReport("none", "there is nothing to copy", 0, 0)
 
 
-def is_available() -> bool:
-    """Whether there is a driver and a GPU."""
-    try:
-        return cuda.array_module("auto") is not np
-    except DeviceError:
-        return False
-
-
-@cache
-def is_memcpy_batch_available() -> bool:
-    """Whether driver and bindings have the batch call, found out by copying a byte."""
-    if not is_available():
-        return False
-    import cupy
-
-    memory, stream = cupy.zeros(2, np.uint8), cupy.cuda.Stream(non_blocking=True)
-    cupy.cuda.Device().synchronize()
-    status = _batch([memory.data.ptr], [memory.data.ptr + 1], [1], stream.ptr)
-    stream.synchronize()
-    return status == 0
-
-
 def memcpy_batch(
     src_ptrs: Any,
     dst_ptrs: Any,
@@ -115,7 +85,8 @@ def memcpy_batch(
             first such call runs. Pageable host memory, and another GPU's, gets one call for each
             copy. In a stream capture "auto" takes the kernel in place of the batch call; the
             kernel's tables of up to 28 bytes a pair then stay for the rest of the process, since a
-            graph may be replayed for ever; block_copy.prepare leaves them to the caller.
+            graph may be replayed for ever; a call of `pykv.prepare` keeps them no longer than
+            itself.
         direction: what "auto" may rely on: "h2d" (all sources pinned host memory, all destinations
             memory of the current GPU), "d2h" or "d2d". None: it asks the driver, some microseconds
             for each allocation that the addresses lie in.
@@ -126,21 +97,29 @@ def memcpy_batch(
             copies then go to a side stream that is ordered with it, before and after.
 
     Returns:
-        CopyReport: which way it went and why.
+        CopyReport: which way it went and why; prepared, which way it is to go: each call that the
+        batch call then refuses, as in a stream capture, falls back as told here.
 
     Raises:
         ParameterError: a table is missing though there is something to copy, lengths differ, a
             size is negative, mode, direction or device is unknown; with `validate`, two ranges
             overlap.
         DtypeError: a table holds no integers.
-        UnsupportedError: "batch_without_fallback", and the batch call is missing or refuses.
+        UnsupportedError: "batch_without_fallback", and the batch call is missing or refuses; or
+            "auto" is being prepared on a GPU that is not calibrated.
         CudaError: another error of the driver; copies before the failing one may have been queued.
-        DeviceError: there is no CuPy.
+        DeviceError: no GPU is usable.
 
     On a GPU only enqueues. Copies of one call are not ordered among themselves, so no range may
     overlap another one's destination. Nothing to copy (no pair, or all sizes 0) succeeds in every
     mode, even without tables. Memory must live until the stream has passed. Source of the first
     three modes: memcpy_batch of NVIDIA Dynamo's kvbm-kernels.
+
+    >>> source, target = np.arange(6, dtype=np.uint8), np.zeros(6, np.uint8)
+    >>> src, dst = source.ctypes.data, target.ctypes.data
+    >>> report = pykv.transfer.memcpy_batch([src, src + 4], [dst + 4, dst], 2, device="cpu")
+    >>> report.copies, target
+    (2, array([4, 5, 0, 0, 0, 1], dtype=uint8))
     """
     op = "transfer.memcpy_batch"
     _check_word(op, "mode", mode, MODES)
@@ -151,10 +130,22 @@ def memcpy_batch(
         return _NOTHING
     if device == "cpu":
         return _copy_on_host(op, src, dst, sizes, mode)
+    if cuda.is_preparing():  # calls may come when the caller's tables hold something else
+        src, dst, sizes = (x.copy() if isinstance(x, np.ndarray) else x for x in (src, dst, sizes))
+    cuda.array_module("cuda")
     with cuda.on_stream(stream):
-        handle = _current_handle()
-        plan = _plan(src, dst, sizes, mode, direction, handle)
-        return _submit(op, *plan, mode, handle)[0]
+        plan = _plan(src, dst, sizes, mode, direction)
+    report = plan.report()
+
+    def copy() -> None:
+        nonlocal report
+        report, _ = _submit(op, plan, mode)
+
+    if plan.path == "kernel" and cuda.is_preparing():  # tables go to the GPU now, once
+        block_copy.copy_on_gpu(op, plan.src, plan.dst, plan.sizes, stream=stream)
+    else:
+        cuda.enqueue(copy, stream)
+    return report
 
 
 def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
@@ -165,7 +156,12 @@ def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
 def check_tables(
     op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False
 ) -> tuple[Any, Any, Any]:
-    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0."""
+    """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0.
+
+    Args:
+        op: name for messages.
+        src_ptrs, dst_ptrs, size, validate: as of `memcpy_batch`.
+    """
     sizes: Any = size if type(size) is int else _integers(op, "size", size)
     by_pair = type(sizes) is not int and sizes.ndim > 0
     if not by_pair:
@@ -188,7 +184,7 @@ def check_tables(
         raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
     sizes = np.ascontiguousarray(sizes, np.int64) if by_pair else sizes
     if validate:
-        block_copy.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
+        ranges.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
     if not by_pair:
         return src, dst, sizes
     wanted = sizes > 0
@@ -206,7 +202,12 @@ def _integers(op: str, name: str, values: Any) -> Any:
 
 
 class Transfer:
-    """A copy that `start` has enqueued. Dropping it stops nothing."""
+    """A copy that `start` has enqueued. Dropping it stops nothing.
+
+    Args:
+        report: what is known of it from the start.
+        started, finished: CuPy events before and behind it; None on the host, where it is done.
+    """
 
     def __init__(self, report: CopyReport, started: Any = None, finished: Any = None) -> None:
         self._report, self._started, self._finished = report, started, finished
@@ -277,22 +278,30 @@ def start(
         ShapeError: the lists differ in length, two arrays in bytes, or one is not contiguous.
         ParameterError: a destination is read-only, or mode or direction unknown; with `validate`,
             two arrays overlap.
-        UnsupportedError: the stream is being captured, where no one can wait: `memcpy_batch` is for
-            that. Or as `memcpy_batch`.
-        CudaError: the driver refused; copies before the failing one may have been queued.
+        DtypeError: an array holds Python objects.
+        UnsupportedError: the stream is being captured, or the call prepared, where no one can wait:
+            `memcpy_batch` is for that. Or as `memcpy_batch`.
+        CudaError: the driver refused; copies before the failing one may have been queued, and the
+            arrays stay alive until the stream has passed, likewise.
 
     Only enqueues, save for what the driver does with pageable host memory: it may copy that during
     the call. The arrays stay alive until the stream has passed, even if the Transfer is dropped:
     they go when it is waited for, or at a later `start`.
+
+    >>> source, target = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    >>> job = pykv.transfer.start(source, target)
+    >>> job.wait()
+    >>> target, job.stats.bytes, job.stats.path
+    (array([0., 1., 2., 3.], dtype=float32), 16, 'host')
     """
     op = "transfer.start"
+    cuda.refuse_prepare(op, "each Transfer is waited for once; memcpy_batch can be prepared")
     _check_word(op, "mode", mode, MODES)
     _check_word(op, "direction", direction, (None, *DIRECTIONS))
     lists = [x if isinstance(x, list | tuple) else [x] for x in (sources, destinations)]
-    src, dst, sizes, device = block_copy.addresses_of(op, lists[0], lists[1], any_memory=True)
+    src, dst, sizes, device = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
-        ranges = [("sources", src, sizes), ("destinations", dst, sizes)]
-        block_copy.check_overlaps(op, *ranges)
+        ranges.check_overlaps(op, ("sources", src, sizes), ("destinations", dst, sizes))
     src, dst, sizes = check_tables(op, src, dst, sizes)
     if not len(src):
         return Transfer(_NOTHING)
@@ -303,18 +312,26 @@ def start(
     with cuda.on_stream(stream):
         import cupy
 
-        handle = _current_handle()
-        if _is_capturing(handle):
+        if cuda.is_capturing():
             raise UnsupportedError(
-                f"{op}: stream is being captured, expected one that runs; memcpy_batch and "
-                "block_copy.prepare can be captured"
+                f"{op}: stream is being captured, expected one that runs; memcpy_batch and calls "
+                "of pykv.prepare can be captured"
             )
-        plan = _plan(src, dst, sizes, mode, direction, handle)  # before the clock: may calibrate
+        plan = _plan(src, dst, sizes, mode, direction)  # before the clock: may calibrate
+        runtime, handle = cupy.cuda.runtime, copy_ways.current_handle()
         started, finished = cupy.cuda.Event(), cupy.cuda.Event()
-        cupy.cuda.runtime.eventRecord(started.ptr, handle)
-        report, used = _submit(op, *plan, mode, handle)
-        cupy.cuda.runtime.eventRecord(finished.ptr, used)
-    _keep_buffers(used, finished, [list(x) for x in lists])
+        runtime.eventRecord(started.ptr, handle)
+        try:
+            report, used = _submit(op, plan, mode)
+        except BaseException:
+            # What was queued before is under way, unless the GPU itself has failed. The legacy
+            # default stream waits for its side stream, so its own event is behind both.
+            with suppress(runtime.CUDARuntimeError):
+                runtime.eventRecord(finished.ptr, handle)
+                _keep_buffers(handle, finished, lists)
+            raise
+        runtime.eventRecord(finished.ptr, used)
+    _keep_buffers(used, finished, lists)
     return Transfer(report, started, finished)
 
 
@@ -325,10 +342,10 @@ _pending: dict[int, deque[tuple[Any, Any]]] = {}
 _pending_lock = threading.Lock()
 
 
-def _keep_buffers(handle: int, finished: Any, buffers: Any) -> None:
+def _keep_buffers(handle: int, finished: Any, lists: list[Any]) -> None:
     _release_buffers()
-    with _pending_lock:
-        _pending.setdefault(handle, deque()).append((finished, buffers))
+    with _pending_lock:  # the arrays, since callers may change their lists
+        _pending.setdefault(handle, deque()).append((finished, [list(x) for x in lists]))
 
 
 def _release_buffers() -> None:
@@ -345,315 +362,67 @@ def _release_buffers() -> None:
                 del _pending[handle]
 
 
-# --- Three ways -----------------------------------------------------------------------------------
+# --- Plan and copy --------------------------------------------------------------------------------
 
 
-def _plan(
-    src: Any, dst: Any, sizes: Any, mode: str, direction: str | None, handle: int
-) -> tuple[Any, Any, Any, str, str]:
+@dataclass(frozen=True)
+class _Plan:
     """The pairs to copy, and the path for them with its reason."""
+
+    src: Any  # [C] uint64
+    dst: Any
+    sizes: Any  # an integer, or [C] int64
+    path: str
+    reason: str
+
+    def report(self, path: str = "", reason: str = "") -> CopyReport:
+        """Of this path, or of the one that was taken in its place."""
+        count = len(self.src)
+        total = count * self.sizes if isinstance(self.sizes, int) else int(self.sizes.sum())
+        return CopyReport(path or self.path, reason or self.reason, count, total)
+
+
+def _plan(src: Any, dst: Any, sizes: Any, mode: str, direction: str | None) -> _Plan:
+    """For CuPy's current stream."""
     if mode == "auto":
         if len(src) > 1:
-            src, dst, sizes = block_copy.merge(src, dst, sizes)
-        return src, dst, sizes, *_choose(src, dst, sizes, direction, handle)
+            src, dst, sizes = ranges.merge(src, dst, sizes)
+        return _Plan(src, dst, sizes, *copy_ways.choose(src, dst, sizes, direction))
     if mode == "fallback_only":
-        return src, dst, sizes, "loop", "mode is fallback_only"
-    return src, dst, sizes, "batch", "the batch call took it"
+        return _Plan(src, dst, sizes, "loop", "mode is fallback_only")
+    return _Plan(src, dst, sizes, "batch", "the batch call took it")
 
 
-def _submit(
-    op: str, src: Any, dst: Any, sizes: Any, path: str, reason: str, mode: str, handle: int
-) -> tuple[CopyReport, int]:
+def _submit(op: str, plan: _Plan, mode: str) -> tuple[CopyReport, int]:
     """Enqueue on CuPy's current stream, or beside it; also the handle of the stream that was used.
 
-    Refused by the batch call, the copies take the loop.
+    Refused by the batch call, the copies take the loop; or of mode "auto" in a capture, the kernel.
     """
-    count = len(src)
-    facts = (count, count * sizes if isinstance(sizes, int) else int(sizes.sum()))
-    if path == "kernel":
-        (_run_captured_kernel if _is_capturing(handle) else _run_kernel)(op, src, dst, sizes)
-        return CopyReport("kernel", reason, *facts), handle
-    if path == "batch":
-        refusal, used = _run_batch(op, src, dst, sizes, handle)
-        if refusal and mode == "auto" and _is_capturing(handle):
-            _run_captured_kernel(op, src, dst, sizes)
-            return CopyReport("kernel", refusal, *facts), handle
+    pairs, handle = (op, plan.src, plan.dst, plan.sizes), copy_ways.current_handle()
+    if plan.path == "kernel":
+        copy_ways.run_kernel(*pairs)
+        return plan.report(), handle
+    reason = plan.reason
+    if plan.path == "batch":
+        refusal, used = copy_ways.run_batch(*pairs)
         if not refusal:
             if used != handle:
                 reason += ", on a side stream because it refuses the legacy default stream"
-            return CopyReport("batch", reason, *facts), used
+            return plan.report(reason=reason), used
+        if mode == "auto" and cuda.is_capturing():
+            copy_ways.run_kernel(*pairs)
+            return plan.report("kernel", refusal), handle
         if mode == "batch_without_fallback":
             raise UnsupportedError(f"{op}: mode is {mode}, but {refusal}")
         reason = refusal
-    _run_loop(op, src, dst, sizes, handle)
-    return CopyReport("loop", reason, *facts), handle
-
-
-def _run_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
-    block_copy.DeviceCopy(op, src, dst, sizes, None).run()
-
-
-def _run_captured_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
-    """The tables go to the GPU now, by a stream that is not captured; only the launch is."""
-    with _relaxed_capture(), _upload_stream(cuda.current_device()):
-        copy = block_copy.DeviceCopy(op, src, dst, sizes, None)
-        copy.wait_for_tables()
-    copy.run()
-    _captured.append(copy)
-
-
-_captured: list[block_copy.DeviceCopy] = []  # nothing tells when a graph has had its last replay
-
-
-def _run_batch(op: str, src: Any, dst: Any, sizes: Any, handle: int) -> tuple[str, int]:
-    """Why the batch call did not take it, or "", and the stream that it went to."""
-    refusal = _why_no_batch(handle)
-    if refusal:
-        return refusal, handle
-    used = handle
-    if handle in _LEGACY_STREAMS:
-        used = _side_stream(cuda.current_device()).ptr
-    status = _batch(src.tolist(), dst.tolist(), _each(sizes, len(src)), used)
-    if status != 0 and status not in _REFUSALS:
-        raise CudaError(f"{op}: cudaMemcpyBatchAsync of {len(src)} copies answers {status}")
-    return f"the batch call answers {_REFUSALS[status]}" if status else "", used
-
-
-def _run_loop(op: str, src: Any, dst: Any, sizes: Any, handle: int) -> None:
-    import cupy
-
-    memcpy, error = cupy.cuda.runtime.memcpyAsync, cupy.cuda.runtime.CUDARuntimeError
-    copies = zip(dst.tolist(), src.tolist(), _each(sizes, len(src)), strict=True)
-    for i, pair in enumerate(copies):
-        try:
-            memcpy(*pair, _ANY_DIRECTION, handle)
-        except error as failure:
-            raise CudaError(f"{op}: copy {i} of {len(src)}: {failure}") from failure
+    copy_ways.run_loop(*pairs)
+    return plan.report("loop", reason), handle
 
 
 def _copy_on_host(op: str, src: Any, dst: Any, sizes: Any, mode: str) -> CopyReport:
     if mode == "batch_without_fallback":
         raise UnsupportedError(f"{op}: mode is {mode}, but host memory has no batch call")
     if mode == "auto":
-        src, dst, sizes = block_copy.merge(src, dst, sizes)
-    copy = block_copy.HostCopy(src, dst, sizes)
-    copy.run()
-    return CopyReport("host", "all of it is host memory", copy.num_pairs, copy.num_bytes)
-
-
-def _each(sizes: Any, count: int) -> list[int]:
-    return [sizes] * count if isinstance(sizes, int) else sizes.tolist()
-
-
-def _current_handle() -> int:
-    import cupy
-
-    return int(cupy.cuda.get_current_stream().ptr)
-
-
-def _is_capturing(handle: int) -> bool:
-    """Whether a graph is being captured from a stream; the legacy default stream never is."""
-    import cupy
-
-    if handle in _LEGACY_STREAMS:
-        return False
-    return bool(cupy.cuda.runtime.streamIsCapturing(handle))
-
-
-def _why_no_batch(handle: int) -> str:
-    """Why the batch call is out of the question on a stream, or ""."""
-    if _is_capturing(handle):
-        return "the batch call cannot be captured in a graph"
-    if not is_memcpy_batch_available():
-        return "driver or bindings lack the batch call"
-    return ""
-
-
-@cache
-def _side_stream(device: int) -> Any:
-    """A stream that waits for the legacy default stream, which in turn waits for it: what CUDA
-    says of every stream that is not made non-blocking."""
-    import cupy
-
-    return cupy.cuda.Stream(non_blocking=False)
-
-
-@cache
-def _upload_stream(device: int) -> Any:
-    """A stream for tables while another one is being captured."""
-    import cupy
-
-    return cupy.cuda.Stream(non_blocking=True)
-
-
-@contextmanager
-def _relaxed_capture() -> Iterator[None]:
-    """Lets this thread allocate and upload though its capture forbids it, as torch's do."""
-    from cuda.bindings import runtime
-
-    exchange = runtime.cudaThreadExchangeStreamCaptureMode
-    _, before = exchange(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
-    try:
-        yield
-    finally:
-        exchange(before)
-
-
-def _batch(src: Sequence[int], dst: Sequence[int], sizes: Sequence[int], handle: int) -> int:
-    """The status of cudaMemcpyBatchAsync; 801 where the bindings do not have it."""
-    try:
-        from cuda.bindings import runtime
-
-        call, order = runtime.cudaMemcpyBatchAsync, runtime.cudaMemcpySrcAccessOrder
-    except (ImportError, AttributeError):
-        return 801
-    attributes = runtime.cudaMemcpyAttributes()
-    attributes.srcAccessOrder = order.cudaMemcpySrcAccessOrderStream
-    # CUDA 12 answers (status, index of the failing copy), CUDA 13 the status alone.
-    return int(call(dst, src, sizes, len(src), [attributes], [0], 1, handle)[0])
-
-
-# --- Where memory lies ----------------------------------------------------------------------------
-
-
-def _direction(src: Any, dst: Any) -> tuple[str, str]:
-    """One of DIRECTIONS, "mixed", or "" where a kernel cannot reach all; and a text for the last
-    two."""
-    kinds = [_kinds(addresses) for addresses in (src, dst)]
-    for name, found in zip(("a source", "a destination"), kinds, strict=True):
-        for kind in found - {"h", "d"}:
-            return "", f"{name} is {kind}, which the kernel cannot reach"
-    if kinds == [{"h"}, {"h"}] or len(kinds[0]) + len(kinds[1]) > 2:
-        return "mixed", "the copies have several directions, or stay on the host"
-    return f"{kinds[0].pop()}2{kinds[1].pop()}", ""
-
-
-def _kinds(addresses: Any) -> set[str]:
-    """What `_memory_at` says of the addresses, asked once for each allocation."""
-    kind, end = _memory_at(int(addresses.min()))
-    if end > addresses.max():
-        return {kind}
-    addresses, i, found = np.sort(addresses), 0, set()
-    while i < len(addresses):
-        kind, end = _memory_at(int(addresses[i]))
-        found.add(kind)
-        i = int(np.searchsorted(addresses, np.uint64(end)))
-        if kind not in ("h", "d"):
-            break  # one such decides
-    return found
-
-
-def _memory_at(address: int) -> tuple[str, int]:
-    """What lies at an address, and where it ends: "d" for memory of the current GPU, "h" for pinned
-    host memory, or words for what the kernel cannot reach."""
-    import cupy
-
-    runtime = cupy.cuda.runtime
-    found = runtime.pointerGetAttributes(address)
-    if found.type == runtime.memoryTypeUnregistered:
-        return "pageable host memory", address + 1
-    kind = "d"
-    if found.type == runtime.memoryTypeHost:
-        kind = "h"
-    elif found.type == runtime.memoryTypeDevice and found.device != cuda.current_device():
-        kind = f"memory of GPU {found.device}"
-    return kind, max(_end_of_allocation(address), address + 1)
-
-
-def _end_of_allocation(address: int) -> int:
-    """The first address behind the allocation that an address lies in; 0 if the driver does not
-    know. Needs a context, which CuPy has made when it was asked for the address."""
-    from cuda.bindings import driver
-
-    wanted, ask = driver.CUpointer_attribute, driver.cuPointerGetAttribute
-    bad_start, start = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address)
-    bad_size, size = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address)
-    return 0 if bad_start or bad_size else int(start) + int(size)
-
-
-# --- The choice -----------------------------------------------------------------------------------
-
-_tables: dict[int, Table] = {}  # of this process, by device
-_tables_lock = threading.Lock()
-
-
-def calibrate(*, force: bool = False) -> Table:
-    """Measure how long each way of copying takes on the current GPU, for mode "auto".
-
-    Args:
-        force: measure anew, though the cache folder holds figures of this GPU, driver and version.
-
-    Returns:
-        Microseconds by direction, path, bytes of a piece and number of pieces, from the call until
-        the stream is through, as a caller sees it.
-
-    Raises:
-        DeviceError: no GPU is usable.
-        CudaError: the driver failed.
-
-    Takes about two seconds and up to 384 MiB, 128 of them pinned, or less where memory is short;
-    then 0.1 ms a process. The first call in mode "auto" does it, if nobody has before: better call
-    it ahead, on a GPU that nothing else runs on, and not while any stream is being captured.
-    """
-    cuda.array_module("cuda")
-    table = _table(cuda.current_device(), force)
-    if force:
-        _fastest.cache_clear()
-        _fastest_anywhere.cache_clear()
-    return table
-
-
-def _table(device: int, force: bool = False) -> Table:
-    """Of the current device: from this process, from the cache folder, or measured."""
-    if force or device not in _tables:
-        with _tables_lock:  # a second thread must not measure while the first does
-            if force or device not in _tables:
-                ways = _ways()
-                kept = None if force else calibration.load(ways)
-                _tables[device] = kept or calibration.store(calibration.measure(ways))
-    return _tables[device]
-
-
-def _ways() -> dict[str, calibration.Way]:
-    """The ways that this machine has."""
-    op = "transfer.calibrate"
-    ways: dict[str, calibration.Way] = {
-        "kernel": lambda src, dst, size, handle: _run_kernel(op, src, dst, size),
-        "batch": partial(_run_batch, op),
-        "loop": partial(_run_loop, op),
-    }
-    if not is_memcpy_batch_available():
-        del ways["batch"]
-    return ways
-
-
-def _choose(src: Any, dst: Any, sizes: Any, direction: str | None, handle: int) -> tuple[str, str]:
-    """Path and reason of mode "auto"."""
-    device, count = cuda.current_device(), len(src)
-    may_predict = device in _tables or not _is_capturing(handle)  # or it would calibrate
-    size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
-    if direction is None:
-        if may_predict and _fastest_anywhere(device, size, count) == "loop":
-            return "loop", "calibrated: fastest in every direction"  # and reaches all memory
-        direction, why = _direction(src, dst)
-        if direction not in DIRECTIONS:
-            return "kernel" if direction else "loop", why
-    if not may_predict:
-        return "kernel", "the stream is being captured, and nothing is calibrated"
-    return _fastest(device, direction, size, count)
-
-
-@lru_cache(maxsize=4096)
-def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
-    """The path with the shortest predicted time, and the predictions."""
-    paths = _table(device)[direction]
-    times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
-    texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
-    return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"
-
-
-@lru_cache(maxsize=4096)
-def _fastest_anywhere(device: int, size: int, count: int) -> str:
-    """The path that is fastest in every direction, or ""."""
-    paths = {_fastest(device, direction, size, count)[0] for direction in DIRECTIONS}
-    return paths.pop() if len(paths) == 1 else ""
+        src, dst, sizes = ranges.merge(src, dst, sizes)
+    block_copy.copy_on_host(src, dst, sizes)
+    return _Plan(src, dst, sizes, "host", "all of it is host memory").report()

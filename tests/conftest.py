@@ -2,14 +2,12 @@
 
 import os
 import sys
-from functools import partial
 from importlib import import_module
 
 import numpy as np
 import pytest
 
 from pykv import cuda
-from pykv.ops import linear
 
 
 def no_gpu() -> str | None:
@@ -76,22 +74,8 @@ def array_module(request):
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
-    monkeypatch.setattr(cuda, "kernel", machine.kernel)
-    bind = partial(partial, machine.launch)
-
-    def launch(*args, **sizes):
-        recorded = cuda._recording.calls
-        if recorded is None:
-            cupy.enqueue(machine.launch, *args, **sizes)
-        else:
-            recorded.append(bind(*args, **sizes))
-
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "bind", bind)
-    monkeypatch.setattr(cuda, "active_clusters", machine.active_clusters)
-    monkeypatch.setattr(cuda, "current_device", lambda: cupy.DEVICE)
-    monkeypatch.setattr(cuda, "current_arch", lambda: machine.ARCH)
-    monkeypatch.setattr(linear, "has_cublas", lambda: True)
+    monkeypatch.setattr(cuda.launch, "driver", machine)
+    monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
     return cupy
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pykv.verify import error_and_bound, host
+from pykv import cuda
+from pykv.testing import error_and_bound, host
 
 to_numpy = host
 
@@ -31,6 +32,13 @@ def assert_same_bits(got, want):
 
 
 def assert_close_to_oracle(got, low, oracle):
-    """The rule of pykv.verify.error_and_bound, which says what the three are."""
+    """The rule of pykv.testing.error_and_bound, which says what the three are."""
     error, bound = error_and_bound(got, low, oracle)
     assert error <= bound, f"error {error:.3e} exceeds {bound:.3e}"
+
+
+def launch(kernel, grid, block, *args, **options):
+    """Launch a kernel with arguments in the order of its parameters."""
+    arrays = dict(zip(kernel.arrays, args, strict=False))
+    scalars = dict(zip(kernel.scalars, args[len(arrays) :], strict=True))
+    cuda.Launch(kernel, grid, block, scalars, **options)(**arrays)

@@ -177,11 +177,11 @@ def test_the_seed_decides_the_draw(capsys):
 
 
 def test_every_flag_reaches_the_model(capsys, fake):
-    flags = "--model m --device cuda --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
+    flags = "--model m --device cuda:1 --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
     flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
-    options = dict(device="cuda", kv_dtype="bf16", weights="fp32", context=77, progress=False)
+    options = dict(device="cuda:1", kv_dtype="bf16", weights="fp32", context=77, progress=False)
     assert fake.options == options
     params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
     assert fake.asked == [("a prompt", pykv.SamplingParams(**params, stop=("a", "b")))]
@@ -363,9 +363,10 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    families = {name: verify.FAMILIES[name] for name in ("norm", "rope")}
-    monkeypatch.setattr(verify, "FAMILIES", families)
-    return ["norm"] * 3 + ["rope"] * 2
+    found = verify.families()
+    few = {name: found[name] for name in ("norm", "rope")}
+    monkeypatch.setattr(verify, "families", lambda spec: few)
+    return ["norm"] * 3 + ["rope"] * 3
 
 
 def test_verify(capsys, few_rows):
@@ -396,10 +397,15 @@ def test_verify_of_one_cache(capsys):
     report = json.loads(out)
     assert report["kv_dtype"] == "e4m3:head"
     assert {case["op"] for case in report["cases"]} == {
-        *("paged_append", "paged_convert", "paged_decode", "prefill")
+        *("attention_mass", "paged_append", "paged_convert", "paged_decode", "paged_qkv", "prefill")
     }
     code, _, err = run(capsys, "verify", "--kv-dtype", "int7")
     assert code == 2 and "'int7' is no kind" in err
+
+
+def test_verify_wants_a_seed_of_at_least_0(capsys):
+    error = "pykv: verify: seed is -1, expected at least 0\n"
+    assert run(capsys, "verify", "--seed", "-1") == (2, "", error)
 
 
 @pytest.mark.parametrize("wrong", [2.0, np.nan])
@@ -408,7 +414,7 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: op(*args, **kwargs) * wrong)
     code, out, err = run(capsys, "verify")
     assert (code, err) == (1, "pykv: some results are outside their bounds\n")
-    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 2
+    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 3
 
     def no_constants(name):
         raise ValueError(f"{name} is no JSON")
@@ -416,7 +422,7 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     code, out, err = run(capsys, "verify", "--json")
     report = json.loads(out, parse_constant=no_constants)
     assert (code, err, report["ok"]) == (1, "", False)
-    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 2
+    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 3
 
 
 # --- cache ---
@@ -462,7 +468,9 @@ def test_cache_clear_models(capsys, filled):
 @pytest.fixture
 def one_variant(monkeypatch):
     pytest.importorskip("cuda.core")
-    monkeypatch.setattr(cuda, "variants", lambda: [("norm", dict(X_T="float", W_T="float"))])
+    monkeypatch.setattr(
+        cuda.compiler, "variants", lambda: [("norm", dict(X_T="float", W_T="float"))]
+    )
 
 
 @pytest.mark.nvrtc
@@ -517,7 +525,7 @@ def test_bad_file(capsys, command, file, text):
 @pytest.mark.parametrize(
     "flags, text",
     [
-        ("--device gpu", "device is 'gpu', expected auto, cuda or cpu"),
+        ("--device gpu", "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
         ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
@@ -581,7 +589,7 @@ def test_warmup_of_an_unknown_sm(capsys, one_variant):
 
 
 def test_warmup_without_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "has_driver", lambda: False)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: False)
     text = "no GPU was found, expected --arch sm_75 or the like"
     assert_one_line(run(capsys, "cache", "warmup"), text)
 
@@ -624,7 +632,7 @@ def raising(error):
     [
         (MemoryError("2 GiB"), "out of memory: 2 GiB"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (ModuleNotFoundError(name="jinja2"), r"jinja2 is not installed: .*'pykv-cuda\[llm\]'"),
+        (ModuleNotFoundError(name="jinja2"), r"jinja2 is not installed: pip install .*\[llm\]'"),
         (ModuleNotFoundError(name="cuda.core"), r"cuda.core is not .*\[cu13\]' \(or \[cu12\]\)"),
     ],
     ids=repr,
@@ -651,7 +659,7 @@ def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
 
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "has_driver", lambda: True)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
     warnings.simplefilter("always")  # until the test ends; pytest made them errors
     code, _, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--max-tokens", "1")
@@ -732,5 +740,5 @@ def test_a_missing_package(package, extra, argv):
     code += f"sys.exit(main({argv}))"
     done = process(sys.executable, "-c", code, input="hi\n")
     result = done.returncode, done.stdout.removeprefix("> "), done.stderr
-    text = rf"{package}\S* is not installed: pip install 'pykv-cuda{re.escape(extra)}'"
+    text = rf"{package}\S* is not installed: pip install .*{re.escape(extra)}'"
     assert_one_line(result, text)

@@ -8,7 +8,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from pykv import cuda, doctor
+from pykv import cuda, doctor, install
 from pykv.errors import CompileError
 from pykv.ops import linear, paged_append
 
@@ -49,6 +49,7 @@ class Machine:
         monkeypatch.setattr(doctor, "DRIVER_FILE", tmp_path / "version")
         self.set_driver("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build")
         monkeypatch.setattr(metadata, "version", self.version)
+        monkeypatch.setattr(install, "command", lambda extra: f"pip install 'pykv-cuda[{extra}]'")
         facts = dict(name=b"NVIDIA H100", major=9, minor=0, totalGlobalMem=80 * 2**30)
         self.runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
@@ -56,15 +57,19 @@ class Machine:
             getDeviceProperties=lambda device: facts,
         )
         stub = types.SimpleNamespace(
-            cuda=types.SimpleNamespace(runtime=self.runtime),
+            cuda=types.SimpleNamespace(
+                runtime=self.runtime, get_current_stream=lambda: types.SimpleNamespace(ptr=0)
+            ),
             **{name: getattr(np, name) for name in ("zeros", "asarray")},
             asnumpy=np.asarray,
         )
         monkeypatch.setitem(sys.modules, "cupy", stub)
         monkeypatch.setattr(cuda, "current_arch", lambda: "sm_90")
-        monkeypatch.setattr(cuda, "nvrtc_version", lambda: "13.5")
-        monkeypatch.setattr(cuda, "_targets", lambda: (75, 80, 90, 120))
-        monkeypatch.setattr(cuda, "compile", lambda stem, arch, **defines: cuda._check_arch(arch))
+        for module in (cuda, cuda.compiler):
+            monkeypatch.setattr(module, "nvrtc_version", lambda: "13.5")
+        monkeypatch.setattr(cuda.compiler, "_targets", lambda: (75, 80, 90, 120))
+        check = cuda.compiler._check_arch
+        monkeypatch.setattr(cuda, "compile", lambda stem, arch, **defines: check(arch))
         monkeypatch.setattr(linear, "has_cublas", lambda: True)
 
     def set_driver(self, text):

@@ -22,7 +22,7 @@ def test_the_line_is_covered():
         ["sm_52", "sm_60", "sm_61", "sm_70", "sm_75", "sm_80", "sm_90"],  # NVRTC 12
         ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"],  # NVRTC 13
     )
-    assert {int(arch[3:]) for arch in ARCHS} <= set(cuda._targets())
+    assert {int(arch[3:]) for arch in ARCHS} <= set(cuda.compiler._targets())
 
 
 @pytest.mark.parametrize("stem", cuda.stems())
@@ -89,7 +89,8 @@ extern "C" __global__ void frugal(float* out) {{ *out = 1; }}
 def stacked(tmp_path, monkeypatch):
     """Writes the one kernel file that there is, with a cache folder of its own."""
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
+    for module in (cuda, cuda.compiler):
+        monkeypatch.setattr(module, "KERNELS", tmp_path)
     monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
 
     def write(text):

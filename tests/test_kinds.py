@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from pykv import kinds
-from pykv.errors import ParameterError
-from pykv.kinds import KINDS, KVSpec
+from pykv.errors import DtypeError, ParameterError
+from pykv.kinds import KINDS, KVSpec, as_spec, spec_of
+from tests.helpers import to_numpy
 
 CODES = [kind for kind in KINDS.values() if kind.largest]
 
@@ -161,3 +162,149 @@ def test_bytes_a_token_takes():
     sizes = {"fp16": 4096, "int8": 2080, "int8:fp32": 2112, "int8:head": 2048, "k8v4": 1568}
     for text, size in sizes.items():
         assert KVSpec.parse(text).bytes_per_token(8, 128) == size
+
+
+# --- What a layout means ---
+
+SHAPES = {  # of pools of 5 pages, 4 tokens, 3 heads and 16 elements: K, V and scales, by hand
+    "fp16": ((5, 4, 3, 16), (5, 4, 3, 16), (5, 4, 3)),
+    "fp32+bf16:HND": ((5, 3, 4, 16), (5, 3, 4, 16), (5, 3, 4)),
+    "int8": ((5, 4, 3, 16), (5, 4, 3, 16), (5, 4, 3)),
+    "k8v4:HND": ((5, 3, 4, 16), (5, 3, 4, 8), (5, 3, 4)),
+    "int4:head": ((5, 4, 3, 8), (5, 4, 3, 8), (3,)),
+    "e4m3+int4:tensor:HND": ((5, 3, 4, 16), (5, 3, 4, 8), (1,)),
+}
+
+
+@pytest.mark.parametrize("text", SHAPES)
+def test_shapes_by_hand(text):
+    spec = KVSpec.parse(text)
+    *pools, scales = SHAPES[text]
+    assert spec.pool_shapes(5, 4, 3, 16) == tuple(pools)
+    assert spec.scale_shape(5, 4, 3) == scales
+
+
+@pytest.mark.parametrize("text", SHAPES)
+def test_a_place_is_the_same_element_every_way(xp, text):
+    """Page, token and head by the shapes, by `as_nhd`, and by strides from the start of a view into
+    larger memory."""
+    spec = KVSpec.parse(text)
+    *pools, scales = SHAPES[text]
+    for shape in (*pools, scales):
+        wide = np.arange(np.prod([n + 2 for n in shape])).reshape([n + 2 for n in shape])
+        view = xp.asarray(wide)[tuple(slice(1, n + 1) for n in shape)]
+        host = wide[tuple(slice(1, n + 1) for n in shape)]
+        page, token, head = spec.strides(view)
+        for n, t, h in ((0, 0, 0), (4, 3, 2), (2, 1, 0), (1, 2, 2)):
+            if len(shape) == 1:
+                where = (h,) if shape == (3,) else (0,)
+            else:
+                where = (n, h, t) if "HND" in text else (n, t, h)
+                assert (to_numpy(spec.as_nhd(view))[n, t, h] == host[where]).all()
+            first = host[where].flat[0]  # which, like all, is its own address
+            assert first - host.flat[0] == n * page + t * token + h * head
+    assert spec.as_nhd(None) is None and spec.strides(None) == (0, 0, 0)
+
+
+def test_strides_by_name():
+    pool, scales = np.zeros((5, 3, 4, 16), np.int8), np.zeros((5, 3, 4), np.float16)
+    assert KVSpec.parse("int8+fp16:HND").pool_strides(pool, pool[::2], scales, None) == {
+        **{"k_pool_page": 192, "k_pool_token": 16, "k_pool_head": 64},
+        **{"v_pool_page": 384, "v_pool_token": 16, "v_pool_head": 64},
+        **{"k_scales_page": 12, "k_scales_token": 1, "k_scales_head": 4},
+        **{"v_scales_page": 0, "v_scales_token": 0, "v_scales_head": 0},
+    }
+
+
+def test_scales_that_heads_or_all_share_have_no_other_strides():
+    scales = np.zeros((6, 2), np.float16)[::2, 0]
+    for layout in ("NHD", "HND"):
+        assert KVSpec("int8", "int8", "head", layout=layout).strides(scales) == (0, 0, 4)
+        assert KVSpec("int8", "int8", "tensor", layout=layout).strides(scales[:1]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "text, dims, scales",
+    [
+        ("int4", "N P H |", "N P H |"),
+        ("k8v4:HND:fp32", "N H P |", "N H P |"),
+        ("fp16+int8:head", "N P H |", "H"),
+        ("int8:tensor:HND", "N H P |", "1"),
+    ],
+)
+def test_rules(text, dims, scales):
+    spec = KVSpec.parse(text)
+    rules = spec.rules(("k", "v", "ks", "vs"), pages="M")
+    for name, kind in zip(("k", "v"), spec.kinds, strict=True):
+        words, dtype, alignment = rules[name]
+        assert words == f"{dims} {'D/2' if kind.bits == 4 else 'D'}".replace("N", "M")
+        assert dtype == kind.dtype and alignment == min(16, kind.bits)
+        of_scales = rules[f"{name}s"]
+        if not kind.largest:
+            assert of_scales == f"None for {kind.name}"
+            continue
+        assert of_scales.spec == scales.replace("N", "M")
+        assert of_scales.dtypes == kinds.SCALE_DTYPES[spec.scale_dtype]
+        assert of_scales.what == f"scales for {kind.name}"
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("fp16", ("f16", "f16", "f16")),
+        ("fp32+bf16:fp32", ("float", "bf16", "f16")),  # there are no scales
+        ("k8v4", ("i8", "i4", "f16")),
+        ("e4m3+e5m2:fp32", ("e4m3", "e5m2", "float")),
+    ],
+)
+def test_what_kernels_call_the_types(text, want):
+    assert KVSpec.parse(text).type_defines == dict(
+        zip(("K_T", "V_T", "SCALE_T"), want, strict=True)
+    )
+
+
+# --- Specs that ops are given ---
+
+
+def test_a_spec_may_be_a_text():
+    spec = KVSpec("int8", "int4", layout="HND")
+    assert as_spec("op", spec) is spec and as_spec("op", "k8v4:HND") == spec
+    assert as_spec("op", "k8v4:HND") is as_spec("op", "k8v4:HND")
+    assert spec_of("op", "k8v4:HND", None, None) == spec
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: as_spec("op", np.float16), r"op: spec is a type, expected a KVSpec or a text"),
+        (lambda: as_spec("op", None, "out_spec"), "op: out_spec is a NoneType, expected a KVSpec"),
+        (lambda: spec_of("op", ["int8"], None, None), "op: spec is a list, expected a KVSpec"),
+        (lambda: KVSpec.parse(None), "KVSpec.parse: text is a NoneType, expected one such as"),
+        (lambda: KVSpec.parse(["fp16"]), "KVSpec.parse: text is a list, expected one such as"),
+    ],
+)
+def test_a_spec_of_another_type(call, match):
+    with pytest.raises(DtypeError, match=match):
+        call()
+
+
+@pytest.mark.parametrize("field", ["k", "v", "granularity", "scale_dtype", "layout"])
+@pytest.mark.parametrize("name", [None, ["fp16"], np.dtype(np.float16)], ids=repr)
+def test_a_name_that_is_no_text(field, name):
+    with pytest.raises(ParameterError, match=f"KVSpec: {field} is .*, expected one of"):
+        KVSpec(**{field: name})
+
+
+def test_the_spec_that_arrays_show(xp):
+    floats, codes = xp.zeros((2, 4, 3, 16), np.float32), xp.zeros((2, 4, 3, 16), np.int8)
+    of_rows, of_heads, of_all = (xp.zeros(n, np.float32) for n in ((2, 4, 3), 3, 1))
+    assert spec_of("op", None, floats, floats) == KVSpec("fp32", "fp32")
+    of_codes = KVSpec("int8", "int8", scale_dtype="fp32")
+    assert spec_of("op", None, codes, codes, of_rows, of_rows) == of_codes
+    assert spec_of("op", None, codes, codes, of_heads, of_heads).granularity == "head"
+    assert spec_of("op", None, codes, floats, of_all).granularity == "tensor"
+    half = spec_of("op", None, floats, codes, None, of_rows.astype(np.float16))
+    assert half == KVSpec("fp32", "int8")
+    for arrays, name in (((codes.view(np.uint8), codes), "k"), ((codes, None), "v")):
+        with pytest.raises(ParameterError, match=f"op: spec is missing, and {name}_pool is"):
+            spec_of("op", None, *arrays)

@@ -1,14 +1,16 @@
 """Pages move whole: data and scales, all layers, and nothing besides."""
 
-import json
+import gc
+import weakref
 
 import numpy as np
 import pytest
 
-from pykv import kinds, pages
-from pykv.errors import DeviceError, FormatError, ParameterError, ShapeError
+from pykv import PagedKVCache, cuda, kinds, pages
+from pykv.errors import DeviceError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.pages import Pages
+from pykv.testing import codes
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
 SPECS = (
@@ -80,9 +82,11 @@ def test_zero(xp, rng, spec):
     for name, x in want.items():
         if name in ("k", "v") or cache.spec.finds_scales:
             x[:, [2, 6]] = np.zeros((), x.dtype)
-    work = pages.prepare_zero(cache, np.array([6, 2, 6]))
-    pages.prepare_zero(cache, []).run()
-    work.run()
+    before = host(cache)
+    call = cuda.prepare(pages.zero_pages, cache, np.array([6, 2, 6]))
+    cuda.prepare(pages.zero_pages, cache, [])()
+    assert_holds(cache, before)
+    call()
     assert_holds(cache, want)
 
 
@@ -119,16 +123,127 @@ def test_pages_of_a_joint_tensor(xp, rng):
     assert_holds(cache, want)
 
 
-def test_a_prepared_copy_runs_often(xp, rng):
-    cache = make(xp, rng, "int8", **SIZES)
-    work = pages.prepare_copy(cache, cache, [0, 1], [2, 3])
-    page = 4 * 2 * (24 + 2)
-    assert work.num_bytes == 2 * 2 * SIZES["L"] * page and work.num_pairs == 4 * SIZES["L"]
+@pytest.mark.parametrize("spec", ["int8", "k8v4:head:HND"])
+def test_a_prepared_copy_runs_often(xp, rng, spec):
+    """Lists are those of then; what the arrays hold is read anew."""
+    cache = make(xp, rng, spec, **SIZES)
+    before = host(cache)
+    ids, to_ids = [0, 1], np.array([2, 3])
+    call = cuda.prepare(pages.copy_pages, cache, cache, ids, to_ids)
+    ids[0], to_ids[0] = 5, 6
+    assert_holds(cache, before)
     for _ in range(2):
-        cache.k[...] = xp.asarray(rng.integers(-127, 127, cache.k.shape, np.int8))
+        cache.k[...] = random_bits(xp, rng, cache.k.shape, cache.k.dtype)
         want = moved(cache.spec, host(cache), host(cache), [0, 1], [2, 3])
-        work.run()
+        assert call() is call.result is None
         assert_holds(cache, want)
+
+
+@pytest.mark.parametrize("op", ["copy", "zero"])
+def test_a_prepared_call_holds_the_arrays_of_then(xp, rng, op):
+    """A cache that grows afterwards lets go of them, and the call must not work on freed memory."""
+    cache = PagedKVCache(2, 8, 2, 16, page_size=4, spec="fp16", xp=xp)
+    cache.k[...] = xp.asarray(rng.standard_normal(cache.k.shape).astype(np.float16))
+    want = to_numpy(cache.k).copy()
+    if op == "copy":
+        call = cuda.prepare(pages.copy_pages, cache, cache, [0], [1])
+        want[:, 1] = want[:, 0]
+    else:
+        call = cuda.prepare(pages.zero_pages, cache, [1])
+        want[:, 1] = 0
+    then = weakref.ref(cache.k)
+    cache.enlarge(16)
+    gc.collect()
+    assert then() is not None and then() is not cache.k
+    grown = to_numpy(cache.k).copy()
+    call()
+    assert_same_bits(then(), want)
+    assert_same_bits(cache.k, grown)
+    del call
+    gc.collect()
+    assert then() is None
+
+
+def test_a_prepared_swap_runs_again(xp, rng):
+    cache = make(xp, rng, "int8", **SIZES)
+    out = cuda.prepare(pages.swap_out, cache, [5, 0])
+    store = out.result
+    back = cuda.prepare(pages.swap_in, cache, [3, 1], store)
+    for _ in range(2):
+        cache.k[...] = random_bits(xp, rng, cache.k.shape, cache.k.dtype)
+        want = moved(cache.spec, host(cache), host(cache), [5, 0], [3, 1])
+        assert out() is store
+        back()
+        assert_holds(cache, want)
+
+
+# --- Pages that share memory ---
+
+
+def arrays_of(cache):
+    return [getattr(cache, name) for name in ARRAYS]
+
+
+def part(cache, first, end):
+    """Pages of a cache as a cache of their own, in the same memory."""
+    parts = (x if x is None or x.ndim < 4 else x[:, first:end] for x in arrays_of(cache))
+    return Pages(*parts, cache.spec)
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8", "int8:head"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_views_of_one_memory_are_one_cache(xp, rng, spec, prepared):
+    """Which page overlaps which is a question of memory, not of who holds it."""
+    cache = make(xp, rng, spec, **SIZES)
+    before = host(cache)
+
+    def copy(*arguments):
+        if prepared:
+            cuda.prepare(pages.copy_pages, *arguments)()
+        else:
+            pages.copy_pages(*arguments)
+
+    text = r"target_pages\[0\] is 1, expected no page of source_pages"
+    with pytest.raises(ParameterError, match=text):
+        copy(cache, part(cache, 0, None), [0, 1], [1, 0])
+    text = r"target_pages\[1\] is 1, which shares memory with source_pages\[0\]"
+    with pytest.raises(ParameterError, match=text):
+        copy(cache, part(cache, 2, None), [3, 0], [4, 1])
+    mixed = Pages(cache.v, cache.k, cache.v_scales, cache.k_scales, cache.spec)
+    if not cache.spec.has_scales:
+        with pytest.raises(ParameterError, match=r"target_pages\[1\] is 0, which shares memory"):
+            copy(cache, mixed, [0, 1], [1, 0])
+    assert_holds(cache, before)
+    copy(cache, part(cache, 2, None), [0, 1], [4, 1])
+    assert_holds(cache, moved(cache.spec, before, before, [0, 1], [6, 3]))
+
+
+def test_joint_tensors_do_not_overlap(xp, rng):
+    """Keys and values in turn: where one array ends says nothing."""
+    cache = make(xp, rng, "fp16", **SIZES, joint=True)
+    before = host(cache)
+    pages.copy_pages(cache, part(cache, 1, None), [0], [3])
+    assert_holds(cache, moved(cache.spec, before, before, [0], [4]))
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8"])
+def test_conversions_share_a_page_with_itself_alone(xp, rng, spec):
+    cache = make(xp, rng, spec, **SIZES)
+    before = host(cache)
+    L, N, P, H, _ = cache.k.shape
+    turned = (x if x is None else x.reshape(L, N, H, P, *x.shape[4:]) for x in arrays_of(cache))
+    turned = Pages(*turned, KVSpec.parse(f"{spec}:HND"))
+    for target, ids, to_ids, text in (
+        (cache, [0, 1], [1, 0], r"target_pages\[1\] is 0, .* source_pages\[0\]"),
+        (part(cache, 0, None), [0, 1], [1, 0], r"target_pages\[1\] is 0, .* source_pages\[0\]"),
+        (part(cache, 1, None), [2, 0], [5, 1], r"target_pages\[1\] is 1, .* source_pages\[0\]"),
+        (turned, [3], [3], r"target_pages\[0\] is 3, which shares memory with source_pages\[0\]"),
+    ):
+        with pytest.raises(ParameterError, match=f"convert_pages: {text}"):
+            pages.convert_pages(cache, target, ids, to_ids)
+        with pytest.raises(ParameterError, match=text):
+            cuda.prepare(pages.convert_pages, cache, target, ids, to_ids)
+    assert_holds(cache, before)
 
 
 @pytest.mark.parametrize("specs", [("int8", "fp16"), ("fp16", "k8v4:HND"), ("int8:head", "int8")])
@@ -146,12 +261,12 @@ def test_convert(xp, rng, specs):
         return x if x is None or x.ndim < 4 or spec.layout == "NHD" else x.swapaxes(2, 3)
 
     for letter, kind, to_kind in zip("kv", source.spec.kinds, target.spec.kinds, strict=True):
-        codes, scales = nhd(source.spec, before[letter]), before.get(f"{letter}_scales")
+        stored, scales = nhd(source.spec, before[letter]), before.get(f"{letter}_scales")
         if scales is not None and scales.ndim == 2:
-            scales = np.broadcast_to(scales[:, None, None], codes.shape[:4])
-        x = kinds.dequantize(codes, kind, scales)[:, ids]
-        codes, found = kinds.quantize(x, to_kind)
-        nhd(target.spec, want[letter])[:, to_ids] = codes
+            scales = np.broadcast_to(scales[:, None, None], stored.shape[:4])
+        x = codes.decode(stored, kind.name, scales)[:, ids]
+        stored, found = codes.encode(x, to_kind.name)
+        nhd(target.spec, want[letter])[:, to_ids] = stored
         if found is not None:
             nhd(target.spec, want[f"{letter}_scales"])[:, to_ids] = found
     pages.convert_pages(source, target, ids, to_ids)
@@ -173,6 +288,22 @@ def test_convert_in_place(xp, rng):
     )
     pages.convert_pages(cache, views)
     assert_holds(views, host(other))
+
+
+def test_a_prepared_conversion_runs_again(xp, rng):
+    source, target, plain = (make(xp, rng, spec, **SIZES) for spec in ("fp16", "int8", "int8"))
+    for name in ARRAYS[2:]:
+        getattr(plain, name)[...] = getattr(target, name)
+    plain.k[...], plain.v[...] = target.k, target.v
+    before = host(target)
+    call = cuda.prepare(pages.convert_pages, source, target, [5, 0], [1, 2])
+    assert_holds(target, before)
+    for _ in range(2):
+        values = rng.standard_normal(source.k.shape).astype(np.float16)
+        source.k[...], source.v[...] = xp.asarray(values), xp.asarray(-values)
+        pages.convert_pages(source, plain, [5, 0], [1, 2])
+        assert call() is call.result is None
+        assert_holds(target, host(plain))
 
 
 # --- To the host and back ---
@@ -220,183 +351,6 @@ def test_pageable_memory_is_refused(rng):
     other = make(np, rng, "int8", **SIZES)
     with pytest.raises(DeviceError, match=r"target.k\[0\] is in pageable host memory"):
         pages.copy_pages(cache, other, [0], [0])
-
-
-# --- Files ---
-
-
-@without_simt
-@pytest.mark.parametrize("spec", SPECS)
-def test_save_and_load(xp, rng, tmp_path, spec):
-    path = tmp_path / "x.safetensors"
-    cache = make(xp, rng, spec, **SIZES)
-    before = host(cache)
-    pages.save(path, cache, [5, 0, 6], model="m")
-    assert_holds(cache, before)
-    assert [x.name for x in tmp_path.iterdir()] == [path.name]
-
-    other = make(xp, rng, spec, **{**SIZES, "N": 4})
-    for name in ("k_scales", "v_scales"):
-        if not cache.spec.finds_scales and getattr(cache, name) is not None:
-            getattr(other, name)[...] = getattr(cache, name)
-    want = moved(cache.spec, before, host(other), [5, 0, 6], [3, 1, 0])
-    assert pages.load(path, other, [3, 1, 0], model="m") == 3
-    assert_holds(other, want)
-
-
-@without_simt
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_whole_cache(xp, rng, tmp_path, spec):
-    """Given scales come back with it."""
-    cache, other = (make(xp, rng, spec, **SIZES) for _ in range(2))
-    pages.save(tmp_path / "x", cache)
-    assert pages.load(tmp_path / "x", other) == SIZES["N"]
-    assert_holds(other, host(cache))
-
-
-def test_a_file_is_what_the_format_says(rng, tmp_path):
-    """Read by hand, as safetensors' documentation defines it."""
-    cache = make(np, rng, "bf16+int8", **SIZES)
-    pages.save(tmp_path / "x", cache, [2, 4])
-    data = (tmp_path / "x").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    facts = header.pop("__metadata__")
-    assert size % 8 == 0 and all(isinstance(text, str) for text in facts.values())
-    assert facts.pop("sha256")
-    assert facts == dict(
-        format="pykv.pages.1",
-        spec="bf16+int8",
-        layers="3",
-        page_size="4",
-        heads="2",
-        head_dim="24",
-        pages="2",
-        model="",
-    )
-    dtypes = dict(U16=np.uint16, I8=np.int8, F16=np.float16)
-    for name, want in (
-        ("k", cache.k.view(np.uint16)), ("v", cache.v), ("v_scales", cache.v_scales)
-    ):  # fmt: skip
-        entry = header.pop(name)
-        begin, end = (8 + size + at for at in entry["data_offsets"])
-        x = np.frombuffer(data[begin:end], dtypes[entry["dtype"]]).reshape(entry["shape"])
-        assert_same_bits(x, want[:, [2, 4]])
-    assert not header and end == len(data)
-
-
-def test_the_library_reads_it(rng, tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy")
-    cache = make(np, rng, "int8:fp32", **SIZES)
-    pages.save(tmp_path / "x", cache)
-    found = safetensors.load_file(tmp_path / "x")
-    for name, x in host(cache).items():
-        assert_same_bits(found[name], x)
-
-
-SMALL = dict(L=2, N=2, P=1, H=1, D=8)
-
-
-@without_simt
-def test_every_damaged_byte_is_found(xp, rng, tmp_path):
-    """One bit of each byte of header and data; the cache stays as it is."""
-    path = tmp_path / "x"
-    pages.save(path, make(xp, rng, "int8", **SMALL))
-    good = path.read_bytes()
-    other = make(xp, rng, "int8", **SMALL)
-    before = host(other)
-    for at in range(len(good)):
-        damaged = bytearray(good)
-        damaged[at] ^= 1 << at % 8
-        path.write_bytes(damaged)
-        try:
-            pages.load(path, other)
-        except FormatError:
-            continue
-        size = int.from_bytes(good[:8], "little")  # another blank in the header means the same
-        assert 8 <= at < 8 + size and json.loads(damaged[8 : 8 + size]) == json.loads(
-            good[8 : 8 + size]
-        )
-    assert_holds(other, before)
-
-
-@without_simt
-@pytest.mark.parametrize("keep", [0, 3, 8, 100, -1, -40])
-def test_a_file_cut_short_or_too_long(xp, rng, tmp_path, keep):
-    path = tmp_path / "x"
-    cache = make(xp, rng, "int8", **SMALL)
-    pages.save(path, cache)
-    good = path.read_bytes()
-    cache.k[...] = xp.zeros(cache.k.shape, np.int8)
-    before = host(cache)
-    for data in (good[:keep], good + b"\0", b"", b"GGUF" + good):
-        path.write_bytes(data)
-        with pytest.raises(FormatError):
-            pages.load(path, cache)
-    assert_holds(cache, before)
-
-
-@without_simt
-@pytest.mark.parametrize(
-    "saved, sizes, options, text",
-    [
-        ("fp16", {}, {}, "has spec=fp16, expected int8"),
-        ("int8:fp32", {}, {}, "has spec=int8:fp32, expected int8"),
-        ("int8:HND", {}, {}, "has spec=int8:HND, expected int8"),
-        ("int8", {"P": 8}, {}, "has page_size=8, expected 4"),
-        ("int8", {"L": 2}, {}, "has layers=2, expected 3"),
-        ("int8", {"H": 1}, {}, "has heads=1, expected 2"),
-        ("int8", {"D": 16}, {}, "has head_dim=16, expected 24"),
-        ("int8", {"N": 6}, {}, "has 6 pages, expected all 7, or a list of pages"),
-        ("int8", {}, {"pages": [0, 1]}, "has 7 pages, expected 2 like pages"),
-        ("int8", {}, {"model": "other"}, "has model=m, expected other"),
-    ],
-    ids=str,
-)
-def test_a_file_of_another_cache(xp, rng, tmp_path, saved, sizes, options, text):
-    path = tmp_path / "x"
-    pages.save(path, make(xp, rng, saved, **{**SIZES, **sizes}), model="m")
-    cache = make(xp, rng, "int8", **SIZES)
-    before = host(cache)
-    with pytest.raises(FormatError, match=text):
-        pages.load(path, cache, **options)
-    assert_holds(cache, before)
-
-
-@without_simt
-def test_pages_for_other_given_scales_are_refused(xp, rng, tmp_path):
-    cache, other = (make(xp, rng, "int8:head", **SIZES) for _ in range(2))
-    pages.save(tmp_path / "x", cache, [1])
-    before = host(other)
-    with pytest.raises(FormatError, match="has other k_scales, expected those of the cache"):
-        pages.load(tmp_path / "x", other, [0])
-    with pytest.raises(ParameterError, match="target.k_scales differ, expected those of source"):
-        pages.copy_pages(cache, other, [0], [0])
-    assert_holds(other, before)
-
-
-def test_a_save_that_fails_leaves_the_old_file(rng, tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    cache = make(np, rng, "fp16", **SIZES)
-    pages.save(path, cache)
-    good = path.read_bytes()
-    monkeypatch.setattr(pages.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        pages.save(path, make(np, rng, "fp16", **SIZES))
-    assert path.read_bytes() == good and [x.name for x in tmp_path.iterdir()] == ["x"]
-
-
-def test_other_files_are_refused(rng, tmp_path):
-    cache = make(np, rng, "fp16", **SIZES)
-    for header in ("{}", "[]", "3", "{", '{"__metadata__": 3}', '{"__metadata__": {}}'):
-        text = header.encode()
-        (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
-        with pytest.raises(FormatError, match="is no file of pages"):
-            pages.load(tmp_path / "x", cache)
-    text = b'{"__metadata__": {"format": "pt"}}'
-    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(FormatError, match="has format 'pt', expected 'pykv.pages.1'"):
-        pages.load(tmp_path / "x", cache)
 
 
 # --- Bad input ---
@@ -448,3 +402,19 @@ def test_errors(xp, rng):
     narrow = Pages(narrow.k[..., :8], narrow.v[..., :8], None, None, KVSpec())
     fails(ShapeError, "cache.k has strides", zero, narrow, [0])
     fails(ParameterError, "num_pages is -1", pages.host_pages, cache, -1)
+
+
+def test_read_only_pages_are_no_target(rng):
+    """Such as views of immutable bytes."""
+    cache = make(np, rng, "fp16", **SIZES)
+    k, v = (np.frombuffer(bytes(x.nbytes), x.dtype).reshape(x.shape) for x in (cache.k, cache.v))
+    frozen = Pages(k, v, None, None, cache.spec)
+    for call, arguments in (
+        (pages.copy_pages, (cache, frozen, [0], [1])),
+        (pages.convert_pages, (cache, frozen)),
+        (pages.zero_pages, (frozen, [0])),
+    ):
+        with pytest.raises(ParameterError, match=r"\.k is read-only"):
+            call(*arguments)
+    pages.copy_pages(frozen, cache, [0], [1])
+    assert not cache.k[:, 1].any()

@@ -1,11 +1,13 @@
 """Plans: the errors of baracuda's protocol in their order, and the results of the functions."""
 
+import gc
+import weakref
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
+import pykv
 from pykv.errors import (
     CapacityError,
     DeviceError,
@@ -56,6 +58,16 @@ def append_args(xp, rng, cache, element=F16):
     return PagedAppendArgs(key, value, k, v, *lists, k_scales, v_scales)
 
 
+@pytest.mark.parametrize("text", ["fp16:HND", "int8:head", "k8v4:HND"])
+def test_a_descriptor_takes_a_text(text):
+    cache = PagedCacheDescriptor(4, 7, 2, 64, text)
+    assert cache == replace(CACHE, spec=KVSpec.parse(text))
+    N, P, H, D = 7, 4, 2, 64
+    assert cache.shapes() == (cache.spec.pool_shapes(N, P, H, D), cache.spec.scale_shape(N, P, H))
+    with pytest.raises(DtypeError, match="PagedCacheDescriptor: spec is a type, expected a KVSpec"):
+        replace(cache, spec=np.float16)
+
+
 # --- Paged append ---
 
 
@@ -82,34 +94,63 @@ def test_append_is_append_decode(xp, rng, text, counts):
     assert to_numpy(args.k_data).any()
 
 
-def test_a_run_is_bound_to_its_arguments(xp, rng, monkeypatch):
-    """The same object again is not looked at; another one is."""
+def test_arguments_are_not_kept(xp, rng):
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE, advance=True), F16, xp=xp)
+    alive = []
+    for _ in range(20):
+        args = append_args(xp, rng, CACHE)
+        plan.run(args, check=False)  # a full page would be refused
+        assert to_numpy(args.last_page_len).tolist() == [3, 0, 4]
+        alive += map(weakref.ref, args[:7])
+    del args
+    gc.collect()
+    assert not any(array() is not None for array in alive)
+
+
+def test_layouts_that_fitted_are_looked_at_once(xp, rng, monkeypatch):
+    """Baracuda's order of errors costs nothing where there is no error."""
     plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE, advance=True), F16, xp=xp)
     looks = []
-    check = plan.can_implement
-    monkeypatch.setattr(plan, "can_implement", lambda args: (looks.append(args), check(args)))
-    run = partial(plan.run, check=False)  # a full page would be refused
-    args = append_args(xp, rng, CACHE)
+    check = plan._check_in_order
+    monkeypatch.setattr(plan, "_check_in_order", lambda args: (looks.append(args), check(args)))
+    args, other = append_args(xp, rng, CACHE), append_args(xp, rng, CACHE)
     for n in (3, 4, 4):  # then the page is full
-        run(args)
-        assert to_numpy(args.last_page_len).tolist() == [n, 0, 4]
+        for given in (args, other):
+            plan.run(given, check=False)
+            assert to_numpy(given.last_page_len).tolist() == [n, 0, 4]
     assert len(looks) == 1
-    for rows in (1, 5):
-        page = to_numpy(args.k_data)[rows]
-        assert (page != 0).any(-1).sum() == (2 * 2 if rows == 1 else 0)
-    other = append_args(xp, rng, CACHE)
-    for n in (3, 4):
-        run(other)
-        run(args, stream=None)
-        assert to_numpy(other.last_page_len).tolist() == [n, 0, 4]
-    assert len(looks) == 2
-    for _ in range(300):
-        run(append_args(xp, rng, CACHE))
-    run(other)
-    assert len(looks) == 303  # forgotten by now
+    for page, rows in ((1, 2 * 2), (5, 0)):
+        assert (to_numpy(args.k_data)[page] != 0).any(-1).sum() == rows
     with pytest.raises(ShapeError, match="key has shape"):
-        run(args._replace(key=args.key[:2]))
-    run(args)
+        plan.run(args._replace(key=args.key[:2]))
+    cut = CACHE.num_total_pages - 1  # sound arrays, but not those of the descriptor
+    with pytest.raises(ShapeError, match="k_data has shape"):
+        plan.run(args._replace(k_data=args.k_data[:cut], v_data=args.v_data[:cut]))
+    plan.run(args, check=False)
+
+
+def test_a_prepared_run_runs_at_each_call(xp, rng):
+    plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE, advance=True), F16, xp=xp)
+    args, plain = append_args(xp, rng, CACHE), append_args(xp, rng, CACHE)
+    plain.key[...], plain.value[...] = args.key, args.value
+    run = pykv.prepare(plan.run, args, check=False)
+    assert not to_numpy(args.k_data).any() and to_numpy(args.last_page_len).tolist() == [2, 0, 4]
+    for n in (3, 4):
+        args.key[...] = plain.key[...] = plain.key * 2
+        assert run() is run.result is None
+        plan.run(plain, check=False)
+        assert to_numpy(args.last_page_len).tolist() == [n, 0, 4]
+        for got, want in zip(args[:7], plain[:7], strict=True):
+            assert_same_bits(got, want)
+
+    args = append_args(xp, rng, CACHE)
+    args.last_page_len[2] = 3
+    run = pykv.prepare(plan.run, args, check=True)
+    run()
+    with pytest.raises(ParameterError, match=r"plan.PagedAppendPlan.run: last_page_len\[2\] is 4"):
+        run()
+    with pytest.raises(ParameterError, match=r"plan.PagedAppendPlan.run: last_page_len\[2\] is 4"):
+        pykv.prepare(plan.run, args, check=True)
 
 
 def test_wrong_entries_are_found(xp, rng, monkeypatch):
@@ -259,6 +300,21 @@ def test_contiguous_append(xp, rng, layout, tokens, advance):
     assert to_numpy(args.cache_offsets).tolist() == offsets
 
 
+def test_a_prepared_contiguous_append(xp, rng):
+    descriptor = replace(CONTIGUOUS, cache_element=F16, advance=True)
+    plan = ContiguousAppendPlan.select(descriptor, F32, xp=xp)
+    args = contiguous_args(xp, rng, descriptor)
+    plain = ContiguousAppendArgs(*map(xp.array, args))
+    run = pykv.prepare(plan.run, args)
+    for got, want in zip(args, plain, strict=True):
+        assert_same_bits(got, want)
+    for _ in range(2):
+        run()
+        plan.run(plain)
+        for got, want in zip(args, plain, strict=True):
+            assert_same_bits(got, want)
+
+
 @pytest.mark.parametrize("size", ["batch_size", "num_heads", "new_tokens"])
 def test_nothing_to_append(xp, rng, size):
     descriptor = replace(CONTIGUOUS, **{size: 0})
@@ -336,6 +392,24 @@ def test_decode_is_attention_over_the_listed_pages(xp, rng, text, lse):
     assert not to_numpy(args.o)[1].any() and to_numpy(args.o)[0].any()
     if lse:
         np.testing.assert_allclose(to_numpy(args.lse), to_numpy(sums) / np.log(2), rtol=1e-5)
+
+
+def test_a_prepared_decode(xp, rng):
+    """The lists of pages are read at each call."""
+    plan = PagedDecodePlan.select(PagedDecodeDescriptor(3, 6, CACHE, max_pages=3), F16, xp=xp)
+    args = decode_args(xp, rng, CACHE, 6, F16)
+    workspace = None if xp is np else xp.zeros(plan.workspace_size(), np.uint8)
+    run = pykv.prepare(plan.run, args, workspace=workspace)
+    assert not to_numpy(args.o).any()
+    results = []
+    for length in (2, 4):
+        args.last_page_len[0] = length
+        run()
+        results.append((to_numpy(args.o).copy(), to_numpy(args.lse).copy()))
+        plan.run(args, workspace=workspace)
+        for got, want in zip(results[-1], (args.o, args.lse), strict=True):
+            assert_same_bits(got, want)
+    assert (results[0][0] != results[1][0]).any()
 
 
 def test_decode_errors_in_order(xp, rng):

@@ -1,10 +1,13 @@
 """PagedKVCache: append, then read back through both attentions."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
-from pykv import kinds
-from pykv.errors import CapacityError, ParameterError
+import pykv
+from pykv import cuda, kinds
+from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.kinds import KVSpec
 from pykv.ops import norm, paged_qkv, rope
 from pykv.pool import PagedKVCache
@@ -273,3 +276,143 @@ def test_a_larger_cache_keeps_pages(xp, rng):
     with pytest.raises(CapacityError, match=r"need [\d,]+ bytes"):
         cache.enlarge(2**50)
     assert cache.k.shape[1] == cache.manager.num_pages == 5
+
+
+@pytest.mark.parametrize("spec", [np.float16, None, 16])
+def test_a_spec_of_another_type(spec):
+    name = type(spec).__name__
+    with pytest.raises(DtypeError, match=f"PagedKVCache: spec is a {name}, expected a KVSpec or"):
+        PagedKVCache(1, 1, 1, 8, spec=spec)
+
+
+# --- Prepared calls and streams ---
+
+
+def test_a_prepared_append_writes_what_rows_hold_then(xp, rng):
+    cache, plain = (PagedKVCache(2, 3, 2, 8, page_size=4, spec="int8", xp=xp) for _ in range(2))
+    k, v = xp.asarray(rng.standard_normal((2, 2, 2, 8)).astype(np.float32))
+    slots = xp.asarray(np.array([5, -1], np.int32))
+    append = pykv.prepare(cache.append, 1, k, v, slots, check=True)
+    assert not bool((cache.k != 0).any())
+    for first in (5, 0):
+        slots[0] = first
+        k[...] = k * 2
+        assert append() is append.result is None
+        plain.append(1, k, v, slots)
+        for got, want in zip((cache.k, cache.k_scales), (plain.k, plain.k_scales), strict=True):
+            assert_same_bits(got, want)
+    slots[1] = 12
+    with pytest.raises(ParameterError, match=r"append: slots\[1\] is 12, expected below 12"):
+        append()
+    with pytest.raises(ParameterError, match=r"append: slots\[1\] is 12, expected below 12"):
+        pykv.prepare(cache.append, 1, k, v, slots, check=True)
+    assert_same_bits(cache.k, plain.k)
+
+
+def test_a_prepared_projection(xp, rng):
+    cache, plain = (PagedKVCache(1, 3, 2, 8, page_size=4, spec="fp16", xp=xp) for _ in range(2))
+    qkv = xp.asarray(rng.standard_normal((2, 7 * 8)).astype(np.float32))
+    slots = xp.asarray(np.array([5, 2], np.int32))
+    append = pykv.prepare(cache.append_qkv, 0, qkv, slots)
+    assert not bool((cache.k != 0).any())
+    for factor in (1, -3):
+        qkv[...] = qkv * factor
+        assert append() is append.result
+        assert_same_bits(append.result, plain.append_qkv(0, qkv, slots))
+        assert_same_bits(cache.v, plain.v)
+
+
+def test_a_prepared_append_keeps_its_arrays(xp):
+    """A cache that grows has new ones, which want calls of their own."""
+    cache = PagedKVCache(1, 1, 1, 8, page_size=4, spec="fp32", xp=xp)
+    k, slots = xp.ones((1, 1, 8), np.float32), xp.zeros(1, np.int32)
+    append, old = pykv.prepare(cache.append, 0, k, k, slots), cache.k
+    cache.enlarge(3)
+    append()
+    assert bool((old[0, 0, 0] == 1).all()) and not bool((cache.k != 0).any())
+
+
+def test_what_cannot_be_prepared(xp):
+    cache = PagedKVCache(1, 2, 1, 8, page_size=4, spec="int8:head", margin=2.0, xp=xp)
+    k, slots = xp.ones((1, 1, 8), np.float32), xp.zeros(1, np.int32)
+    pages = cache.manager.allocate(4)
+    for call, *args in (
+        (cache.extend, pages, 4, 5),
+        (cache.enlarge, 3),
+        (cache.append, 0, k, k, slots),
+        (cache.append_qkv, 0, xp.ones((1, 24), np.float32), slots),
+    ):
+        text = f"PagedKVCache.{call.__name__}: cannot be prepared: "
+        with pytest.raises(UnsupportedError, match=text):
+            pykv.prepare(call, *args)
+    assert cache.k.shape[1] == 2 and pages == [0] and bool((cache.k_scales == 1).all())
+    cache.append(0, k, k, slots)
+    pykv.prepare(cache.append, 0, k, k, slots)()
+
+
+def note_streams(monkeypatch):
+    """A list that grows by the current stream whenever an array of the SIMT machine is written."""
+    from tests.simt import cupy
+
+    current, noted, work = [None], [], cupy.enqueue
+
+    @contextmanager
+    def on_stream(stream):
+        outer = current[0]
+        current[0] = outer if stream is None else stream
+        yield
+        current[0] = outer
+
+    def enqueue(*args, **options):
+        noted.append(current[0])
+        work(*args, **options)
+
+    monkeypatch.setattr(cupy, "enqueue", enqueue)
+    for module in (cuda, cuda.calls):
+        monkeypatch.setattr(module, "on_stream", on_stream)
+    return noted
+
+
+on_simt = pytest.mark.parametrize(
+    "device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True
+)
+
+
+@on_simt
+@pytest.mark.parametrize("stream", [None, "s"])
+def test_copies_go_to_the_stream_that_is_given(device, monkeypatch, stream):
+    cache = PagedKVCache(1, 3, 1, 8, page_size=4, xp=device)
+    noted, waits = note_streams(monkeypatch), []
+    monkeypatch.setattr(cuda, "synchronize", lambda: waits.append(True))
+    pages = cache.manager.allocate(6)
+    cache.extend(cache.manager.fork(pages), 6, 7, stream=stream)
+    assert noted == [stream] * 2 and not waits
+    cache.enlarge(5, stream=stream)
+    assert noted == [stream] * 4
+    assert len(waits) == (stream is not None)  # the old arrays' memory is another stream's
+
+
+@pytest.mark.gpu
+def test_a_copy_waits_for_its_stream(rng):
+    """What a stream captures is not done before its graph is launched."""
+    import cupy
+
+    cache = PagedKVCache(1, 4, 1, 8, page_size=4, spec="fp32", xp=cupy)
+    cache.k[...] = cupy.asarray(rng.standard_normal(cache.k.shape).astype(np.float32))
+    cache.extend(cache.manager.fork(cache.manager.allocate(2)), 2, 3)  # compiled by now
+    pages = cache.manager.allocate(2)
+    before = to_numpy(cache.k).copy()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+    forked = cache.manager.fork(pages)
+    cache.extend(forked, 2, 3, stream=stream)
+    with stream:
+        graph = stream.end_capture()
+    assert pages != forked
+    assert_same_bits(cache.k, before)
+    graph.launch(stream)
+    stream.synchronize()
+    before[:, forked[0]] = before[:, pages[0]]
+    assert_same_bits(cache.k, before)

@@ -4,11 +4,13 @@ and thresholds, and tighter ones."""
 import numpy as np
 import pytest
 
+import pykv
 from pykv import kinds
-from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_append
-from pykv.pool import SequenceCache
+from pykv.sequence_cache import SequenceCache
 from tests.helpers import assert_same_bits, to_numpy
+from tests.test_pool import note_streams, on_simt
 
 INT8 = kinds.KINDS["int8"]
 
@@ -192,6 +194,86 @@ def test_append_goes_where_it_is_told(xp, rng):
         assert_same_bits(pool[0, :2], rows[1:])
         assert (to_numpy(pool) != 0).sum() == 24
     cache.append(x[:0], x[:0])
+
+
+def filled(xp, rng, HQ, H, D, L):
+    """A cache of L tokens in floats, and q [HQ, D], k and v [L, H, D] in NumPy."""
+    cache = SequenceCache(4, 4, H, D, spec="fp32", xp=xp)
+    cache.assign([2, 0, 3])
+    q = rng.standard_normal((HQ, D)).astype(np.float32)
+    k, v = rng.standard_normal((2, L, H, D)).astype(np.float32)
+    cache.append(xp.asarray(k), xp.asarray(v))
+    cache.advance(L)
+    return cache, q, k, v
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_lse_is_that_of_one_sequence(xp, rng, base):
+    HQ, H, D, L = 4, 2, 16, 9
+    cache, q, k, _ = filled(xp, rng, HQ, H, D, L)
+    scores = np.einsum("hd,lhd->hl", q.astype(np.float64), k.repeat(2, 1)) / np.sqrt(D)
+    want = np.log(np.exp(scores).sum(-1)) / (1 if base == "e" else np.log(2))
+    given = xp.asarray(q)
+    plain = cache.decode(given)
+    out, lse = cache.decode(given, return_lse=True, lse_base=base)
+    assert out.shape == (HQ, D) and lse.shape == (HQ,)
+    assert_same_bits(out, plain)
+    np.testing.assert_allclose(to_numpy(lse), want, rtol=1e-6, atol=1e-6)
+
+    mine, sums = xp.zeros((HQ, D), np.float32), xp.zeros(HQ, np.float32)
+    got = cache.decode(given, out=mine, return_lse=True, lse_base=base)
+    assert got[0] is mine
+    assert_same_bits(got[1], lse)
+    got = cache.decode(given, out=mine, lse=sums, return_lse=True, lse_base=base)
+    assert got[0] is mine and got[1] is sums
+    assert_same_bits(sums, lse)
+    sums[...] = 0
+    assert_same_bits(cache.decode(given, lse=sums, lse_base=base), plain)
+    assert_same_bits(sums, lse)
+
+
+def test_a_prepared_decode_follows_the_length(xp, rng):
+    cache, q, k, v = filled(xp, rng, 4, 2, 16, 5)
+    q, k, v = xp.asarray(q), k[:4], v[:4]
+    call = pykv.prepare(cache.decode, q, return_lse=True)
+    results = []
+    for length in (5, 9):
+        assert cache.length == length and call() is call.result
+        for got, want in zip(call.result, cache.decode(q, return_lse=True), strict=True):
+            assert_same_bits(got, want)
+        results.append(to_numpy(call.result[0]).copy())
+        if length == 5:
+            cache.append(xp.asarray(-k), xp.asarray(-v))
+            cache.advance(4)
+    assert (results[0] != results[1]).any()
+
+
+def test_what_cannot_be_prepared(xp):
+    cache = SequenceCache(3, 4, 1, 8, spec="fp32", xp=xp)
+    cache.assign([1])
+    x = xp.ones((1, 1, 8), np.float32)
+    for call, *args in ((cache.assign, [2]), (cache.advance, 1), (cache.append, x, x)):
+        text = f"SequenceCache.{call.__name__}: cannot be prepared: "
+        with pytest.raises(UnsupportedError, match=text):
+            pykv.prepare(call, *args)
+    assert (cache.blocks, cache.length) == ([1], 0) and not to_numpy(cache.k).any()
+    assert to_numpy(cache.block_table).tolist() == [1, 0, 0]
+    append = pykv.prepare(cache.append, x, x, length_before=3)
+    assert not to_numpy(cache.k).any()
+    append()
+    assert_same_bits(cache.k[1, 3], x[0])
+
+
+@on_simt
+@pytest.mark.parametrize("stream", [None, "s"])
+def test_work_goes_to_the_stream_that_is_given(device, monkeypatch, stream):
+    cache = SequenceCache(3, 4, 1, 8, spec="fp32", xp=device)
+    noted = note_streams(monkeypatch)
+    cache.assign([2, 0], stream=stream)
+    cache.advance(3, stream=stream)
+    assert noted == [stream] * 2
+    assert to_numpy(cache.block_table).tolist() == [2, 0, 0]
+    assert to_numpy(cache.context_lens).tolist() == [3]
 
 
 def test_errors(xp):

@@ -1,17 +1,20 @@
-"""tools/compare_*.py, plot_*.py and readme_tables.py on records and CSV made by hand."""
+"""tools/compare_*.py, plot.py and readme_tables.py on records and CSV made by hand."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pykv import bench
 from pykv.bench import report
-from pykv.errors import FormatError
-from tools import compare_bench, compare_flashinfer, plot_roofline, plot_sweep, readme_tables
+from tests.bench.test_timing import Gpu
+from tools import compare_bench, compare_commits, compare_flashinfer, plot, readme_tables
 
-TOOLS = Path(plot_sweep.__file__).parent
+TOOLS = Path(plot.__file__).parent
 
 
 def made(median, p5=None, p95=None, *, bench="copy", ok=True, ceiling=None, gbps=None, **case):
@@ -29,6 +32,8 @@ def made(median, p5=None, p95=None, *, bench="copy", ok=True, ceiling=None, gbps
         "driver": "1",
         "nvrtc": "13.0",
         "pykv": "1.2.3",
+        "commit": "abc123",
+        "date": "2026-11-29",
     }
 
 
@@ -101,7 +106,145 @@ def test_compare_refuses_files_without_a_common_case(tmp_path, capsys):
         assert text in capsys.readouterr().err
 
 
-# --- plot_roofline ---
+# --- compare_commits ---
+
+
+@pytest.mark.parametrize(
+    "old, new, verdict",
+    [
+        (100.0, 102.0, "same"),
+        (100.0, 102.1, "slower"),
+        (100.0, 97.9, "faster"),
+        (100.0, 98.0, "same"),
+        (10.0, 10.5, "same"),  # below 20 us half a microsecond
+        (10.0, 10.51, "slower"),
+        (10.0, 9.4, "faster"),
+        (20.0, 20.5, "slower"),
+        (1.0, 1.4, "same"),
+    ],
+)
+def test_judge_of_commits(old, new, verdict):
+    assert compare_commits.judge(old, new) == verdict
+
+
+class FakeTree:
+    """A tree whose cases take `times[size]`, one after the other; None: a wrong result."""
+
+    def __init__(self, log, name, times):
+        self.log, self.name, self.times = log, name, times
+        self.turns = {size: iter(some or ()) for size, some in times.items()}
+
+    def ask(self, *request):
+        self.send(*request)
+        return self.answer()
+
+    def send(self, *request):
+        self.request = request
+
+    def answer(self):
+        what, *given = self.request
+        if what == "cases":
+            return [dict(size=size, kv="int8") for size in self.times]
+        if what == "make":
+            self.size = given[1]["size"]
+            if self.times[self.size] == "absent":
+                return None
+            return self.times[self.size] is not None
+        self.log.append((self.name, self.size))
+        return next(self.turns[self.size]), 7.0
+
+
+def turns_of(old, new, filters=(), rounds=5):
+    log = []
+    trees = FakeTree(log, "old", old), FakeTree(log, "new", new)
+    return compare_commits.compare(*trees, {"decode": filters}, rounds, 20), log
+
+
+def test_trees_take_turns_and_medians_are_compared(capsys):
+    old = {1: [100, 101, 99, 500, 100], 2: [50.0] * 5, 3: [1.0] * 5, 5: [30.0] * 5}
+    new = {2: [52.0] * 5, 1: [100, 100, 9, 101, 900], 4: [1.0] * 5, 5: [20.0] * 5}
+    turns, log = turns_of(old, new)
+    assert log[:10] == [("old", 2), ("new", 2)] * 5 and len(log) == 30
+    rows = compare_commits.rows(turns)
+    assert [(row["case"]["size"], row["verdict"]) for row in rows] == [
+        *((2, "slower"), (1, "same"), (5, "faster"))
+    ]
+    assert (rows[1]["old"], rows[1]["new"], rows[1]["new_host"]) == (100, 100, 7.0)
+    capsys.readouterr()
+    assert compare_commits.report(rows, 3.4) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "1 slower, 1 same, 1 faster; 3 s",
+        "slower  decode size=2 kv=int8: 50.00 us (host 7.0) -> 52.00 us (host 7.0), +4.0%",
+    ]
+    assert compare_commits.report(rows[1:], 1) == 0
+
+
+def test_a_result_that_turned_wrong_fails():
+    rows = compare_commits.rows(turns_of({1: [9.0] * 5, 2: None}, {1: None, 2: [9.0] * 5})[0])
+    assert [row["verdict"] for row in rows] == ["wrong", "new"]
+    assert "9.00 us (host 7.0) -> wrong" in compare_commits.line(rows[0])
+    assert compare_commits.report(rows, 1) == 1 and compare_commits.report(rows[1:], 1) == 0
+
+
+def test_filters_and_absent_cases_are_left_out(capsys):
+    times = {1: [9.0] * 3, 2: [9.0] * 3, 3: "absent"}
+    turns, _ = turns_of(times, times, ["size=2 kv=int8", "size=3"], rounds=3)
+    assert [one["case"]["size"] for one in turns] == [2]
+    turns, _ = turns_of(times, times, ["kv=fp16"])
+    assert compare_commits.report(compare_commits.rows(turns), 1) == 2
+    assert "no case is in both trees" in capsys.readouterr().err
+
+
+def test_the_process_of_a_tree_answers_line_by_line(monkeypatch):
+    """On a GPU that is made up: a graph's replay takes 30 us, a call keeps the host for 8."""
+    gpu = Gpu(host_us=8.0)
+    gpu.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
+    right = dict(check=lambda: True, graph=0, wall=False, reads_only=False)
+
+    def make(case, xp, rng):
+        if case["size"] == 3:
+            return None
+        run = lambda: None if gpu.capturing else gpu.run()  # noqa: E731
+        return SimpleNamespace(**{**right, "run": run, "wall": case["size"] == 2})
+
+    toy = SimpleNamespace(CASES=[dict(size=size) for size in (1, 2, 3)], make=make)
+    monkeypatch.setattr(bench, "load", lambda name: toy)
+    monkeypatch.setitem(sys.modules, "cupy", gpu)
+    monkeypatch.setattr(compare_commits.time, "perf_counter", gpu.clock)
+    monkeypatch.chdir(TOOLS.parent)
+    requests = [["cases", "toy"]]
+    for case in toy.CASES:
+        requests += [["make", "toy", case], *([["time", 20]] if case["size"] < 3 else [])]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, requests))))
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    out = sys.stdout
+    compare_commits.work()
+    cases, first, times, second, wall, third = map(json.loads, out.getvalue().splitlines())
+    assert cases == toy.CASES and (first, second, third) == (True, True, None)
+    assert times == pytest.approx([30.0, 8.0]) and wall == pytest.approx([8.0 + 100.0, 8.0])
+
+
+def test_the_quick_cases_are_there():
+    """Every filter fits a case, and all together about as many as five minutes allow."""
+    count = 0
+    for name, filters in compare_commits.QUICK.items():
+        cases = bench.load(name).CASES
+        for text in filters:
+            assert any(compare_commits.fits(case, [text]) for case in cases), (name, text)
+        count += sum(compare_commits.fits(case, filters) for case in cases)
+    assert 50 < count < 100
+
+
+def test_a_tree_without_a_gpu_is_one_line(capfd):
+    root = str(TOOLS.parent)
+    assert compare_commits.main([root, root, "decode", "--rounds", "0"]) == 2
+    assert "expected at least 1 round" in capfd.readouterr().err
+    assert compare_commits.main([str(TOOLS), str(TOOLS), "decode"]) == 2
+    assert "compare_commits: the process of" in capfd.readouterr().err
+
+
+# --- plot ---
 
 CEILING_RECORDS = [
     made(1.0, bench="bandwidth", ceiling="copy", gbps=4000.0, by="slow"),
@@ -109,135 +252,211 @@ CEILING_RECORDS = [
     made(1.0, bench="bandwidth", ceiling="h2d", gbps=55.0),
     made(1.0, bench="bandwidth", ceiling="d2h", gbps=50.0),
 ]
-
-
-def test_panels_hold_cases_under_their_ceiling():
-    one = made(10.0, ceiling="copy", gbps=2000.0, size=1)
-    other = made(10.0, ceiling="h2d", gbps=50.0, size=1)
-    records = [*CEILING_RECORDS, other, one, made(1.0), {**WRONG, "ceiling": "copy"}]
-    assert plot_roofline.panels(records) == {"copy": (4200.0, [one]), "h2d": (55.0, [other])}
-    assert plot_roofline.panels(CEILING_RECORDS) == {
-        "copy": (4200.0, CEILING_RECORDS[:2]),
-        "h2d": (55.0, CEILING_RECORDS[2:3]),
-        "d2h": (50.0, CEILING_RECORDS[3:]),
-    }
-    assert plot_roofline.panels([one]) == {}
-
-
-def test_roofline_figure():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    records = [
-        *CEILING_RECORDS,
-        made(10.0, 9.0, 12.0, ceiling="copy", gbps=2100.0, size=1),
-        made(10.0, ceiling="copy", gbps=1050.0, size=2),
-        made(10.0, ceiling="h2d", gbps=44.0, size=1),
-    ]
-    figure = plot_roofline.draw(records)
-    copy, h2d = figure.axes
-    assert [bar.get_width() for bar in copy.patches] == [2100.0, 1050.0]
-    assert [text.get_text() for text in copy.texts] == ["50.0%", "25.0%"]
-    assert [text.get_text() for text in h2d.texts] == ["80.0%"]
-    assert [label.get_text() for label in copy.get_yticklabels()] == ["size=1", "size=2"]
-    assert list(copy.lines[-1].get_xdata()) == [4200.0, 4200.0]
-    assert copy.get_title("right") == "ceiling 4200 GB/s"
-    assert figure.get_suptitle() == "Fake GPU, pykv 1.2.3"
-    whisker = copy.collections[0].get_segments()[0][:, 0]  # 12 us and 9 us
-    assert sorted(whisker) == pytest.approx([2100.0 * 10 / 12, 2100.0 * 10 / 9])
-
-
-# --- plot_sweep ---
-
+READ = made(1.0, bench="bandwidth", ceiling="read", gbps=4000.0)
 HEAD = (
     "tokens_per_block,num_blocks,pattern,direction,backend,total_bytes,inner_bytes,copy_size,"
     "num_copies,median_ms,bandwidth_gbps\n"
 )
 CSV = (
     HEAD
-    + "16,1,fc_to_fc,h2d,vectorized,5242880,32768,5242880,1,1.8686,2.81\n"
-    + "16,128,fc_to_fc,h2d,vectorized,671088640,32768,5242880,128,26.6,25.22\n"
-    + "16,128,lw_to_fc,h2d,vectorized,671088640,32768,32768,20480,26.6,25.23\n"
+    + "16,1,fc_to_fc,h2d,vectorized,5242880,32768,5242880,1,1.8,2.81\n"
+    + "16,1,fc_to_fc,h2d,batched,5242880,32768,5242880,1,0.9,5.6\n"
+    + "16,1,fc_to_fc,h2d,memcpy_async,5242880,32768,5242880,1,1.0,5.2\n"
     + "64,1,fc_to_fc,h2d,batched,20971520,131072,20971520,1,0.8,25.16\n"
 )
 
 
-def sweep_record(median, **case):
-    return made(median, direction="d2d", backend="kernel", num_copies=4, **case)
+def swept(us, backend, size=1024, count=16, direction="d2d"):
+    case = dict(direction=direction, backend=backend, copy_size=size, num_copies=count)
+    return made(us, **case)
+
+
+SWEEP = [
+    *(swept(10.0, "vectorized"), swept(8.0, "batched"), swept(16.0, "auto")),
+    *(swept(9.0, "memcpy_async", 4096, 1, "h2d"), swept(9.0, "auto", 4096, 1, "h2d")),
+    swept(1.0, "vectorized", 9999),  # auto was not timed there
+    {**swept(1.0, "batched"), "ok": False, "median": None},
+]
+
+
+def attention(us, flops, nbytes, kv="int8", bench="decode", **more):
+    case = dict(kv=kv, dtype="bf16", **more)
+    return made(us, bench=bench, **case) | {"flops": flops, "bytes": nbytes}
+
+
+# 4 operations a byte at 4 TB/s are 16 TFLOP/s; the matrix product is at 800.
+DECODE = attention(100.0, 800_000_000, 200_000_000) | {"ceiling": "read", "ceiling_gbps": 4000.0}
+PREFILL = attention(1000.0, 4 * 10**11, 10**8, "bf16", "prefill")
+PRODUCT = made(1000.0, bench="prefill", matmul=8192, dtype="bf16") | {"flops": 8 * 10**11}
+FASTER = attention(40.0, 800_000_000, 200_000_000)  # 20 TFLOP/s where memory allows 16
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    def write(name, records):
+        report.write_json(str(tmp_path / name), records)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def drawn():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    return plot.draw
+
+
+def test_sweep_is_auto_over_the_best_other_way(write_json):
+    points, records = plot.sweep_points(write_json("x.json", SWEEP))
+    assert len(records) == 6
+    assert plot.sweep_ratios(points, "auto") == {
+        "d2d": {(1024, 16): (0.5, "batched")},
+        "h2d": {(4096, 1): (1.0, "memcpy_async")},
+    }
 
 
 def test_sweep_reads_kvbench(tmp_path, monkeypatch):
     (tmp_path / "x.csv").write_text(CSV)
-    points, ceilings = plot_sweep.read(str(tmp_path / "x.csv"))
-    assert len(points) == 4 and ceilings == {}
-    assert points[0] == {
-        **{"direction": "h2d", "backend": "vectorized", "pattern": "fc_to_fc"},
-        **{"copy_size": 5242880, "total_bytes": 5242880, "num_copies": 1},
-        **{"bandwidth_gbps": 2.81, "tokens_per_block": 16},
-    }
+    want = {"h2d": {(5242880, 1): (0.5, "batched")}}
+    assert plot.sweep_ratios(plot.sweep_points(tmp_path / "x.csv")[0], "vectorized") == want
     monkeypatch.setattr("sys.stdin", io.StringIO(CSV))
-    assert plot_sweep.read("-")[0] == points
-    assert plot_sweep.axis_of(points) == "total_bytes"
-    assert plot_sweep.panels(points, "total_bytes") == {
-        ("h2d", "16 tokens a block"): {
-            "vectorized fc_to_fc": [(5242880, 2.81), (671088640, 25.22)],
-            "vectorized lw_to_fc": [(671088640, 25.23)],
-        },
-        ("h2d", "64 tokens a block"): {"batched fc_to_fc": [(20971520, 25.16)]},
-    }
+    assert plot.sweep_ratios(plot.sweep_points(Path("-"))[0], "vectorized") == want
 
 
-def test_sweep_reads_records_and_counts_bytes_once(tmp_path):
-    records = [
-        *CEILING_RECORDS,
-        sweep_record(10.0, copy_size=5000),
-        sweep_record(10.0, copy_size=2500),
-        {**sweep_record(10.0, copy_size=1), "ok": False},
+def test_sweep_figure(drawn, write_json):
+    figure = drawn("sweep", [write_json("x.json", SWEEP)])
+    d2d, h2d, bar = figure.axes
+    assert [text.get_text() for text in d2d.texts] == ["0.50", "\nbatch"]
+    assert [text.get_text() for text in h2d.texts] == ["1.00", "\nasync"]
+    assert d2d.get_title() == "on the device: 0 of 1 at least 0.97"
+    assert [label.get_text() for label in d2d.get_yticklabels()] == ["1 KiB", "4 KiB"]
+    assert "Fake GPU, driver 1, pykv 1.2.3, commit abc123" in figure.get_supxlabel()
+
+
+def test_peers_are_judged_by_flashinfers_best(drawn, write_json):
+    """bf16 0.5 us over 0.625; int8 0.6 over e4m3's 0.75; torch's 0.25 is no paged kernel."""
+    records = RECORDS["flashinfer"]
+    found = plot.peer_ratios(records)
+    assert found["decode"] == {"64 x 4,096, 32/8 heads": {"bf16": 0.8, "int8": pytest.approx(0.8)}}
+    assert found["prefill"] == {"64 x mixed, 32/8 heads": {"bf16": 1.25}}
+    prefill, decode = drawn("peers", [write_json("x.json", records)]).axes
+    assert {round(line.get_xdata()[0], 3) for line in decode.lines} == {0.8, 1}
+    assert [label.get_text() for label in decode.get_yticklabels()] == ["64 x 4,096, 32/8 heads"]
+
+
+def test_kinds_figure(drawn, tmp_path):
+    rows = [
+        dict(spec="fp16", hadamard=False, bytes_per_token=100, perplexity=10.0),
+        dict(spec="int8", hadamard=True, bytes_per_token=52, perplexity=10.5),
+        dict(spec="int8:fp32", hadamard=True, bytes_per_token=54, perplexity=99.0),  # left out
+        dict(spec="k8v4:head", hadamard=False, bytes_per_token=40, perplexity=12.0),
     ]
-    report.write_json(str(tmp_path / "x.json"), records)
-    points, ceilings = plot_sweep.read(str(tmp_path / "x.json"))
-    assert ceilings == {"h2d": 55.0, "d2h": 50.0, "d2d": 2100.0}
-    assert plot_sweep.axis_of(points) == "copy_size"
-    # 4 x 5000 bytes in 10 us
-    assert plot_sweep.panels(points, "copy_size") == {
-        ("d2d", ""): {"kernel": [(2500, 1.0), (5000, 2.0)]}
-    }
-    more = [*points, {**points[0], "num_copies": 16}]
-    assert list(plot_sweep.panels(more, "copy_size")) == [("d2d", "4 copies"), ("d2d", "16 copies")]
+    (tmp_path / "k.json").write_text(json.dumps({"tiny": dict(rows=rows, tokens=128)}))
+    (axis,) = drawn("kinds", [tmp_path / "k.json"]).axes
+    points = [line.get_xydata()[0].tolist() for line in axis.lines if len(line.get_xydata()) == 1]
+    assert points == [[100, 0], [52, pytest.approx(5.0)], [40, pytest.approx(20.0)]]
+
+
+def roofs(axis):
+    """The lines of a roofline that are no points."""
+    return [line.get_xydata().tolist() for line in axis.lines if len(line.get_xydata()) == 2]
+
+
+def test_roofline_figure(drawn, write_json):
+    """Prompts stand under the matrix product, decode under memory, by hand; labels are single."""
+    records = [READ, DECODE, DECODE, PRODUCT, PREFILL, {**WRONG, "bench": "decode"}]
+    figure = drawn(
+        "roofline", [write_json("a.json", records[:3]), write_json("b.json", records[3:])]
+    )
+    (axis,) = figure.axes
+    points = [line.get_xydata()[0].tolist() for line in axis.lines if len(line.get_xydata()) == 1]
+    assert points == [[4, 8], [4, 8], [4000, 400]]
+    memory, product = roofs(axis)
+    assert memory[1] == [200, 800] and memory[0][1] == pytest.approx(4 * memory[0][0])
+    assert product[0] == [200, 800] and product[1][1] == 800
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["decode int8", "prefill bf16"]
+    assert figure.get_suptitle() == "Attention under the ceilings that were measured beside it"
+
+
+def test_nothing_passes_a_ceiling_in_silence(drawn, write_json):
+    figure = drawn("roofline", [write_json("a.json", [READ, DECODE, FASTER])])
+    assert figure.get_suptitle().endswith(": 1 above them (red), so look at how they were timed")
+    edges = [line.get_markeredgecolor() for line in figure.axes[0].lines[:2]]
+    assert edges == ["white", plot.RED]
+
+
+def test_roofline_reads_csv(drawn, tmp_path, write_json):
+    records = [PRODUCT, PREFILL, DECODE]
+    records = [dict(host_median=None, share=None, ceiling_gbps=None) | one for one in records]
+    (tmp_path / "x.csv").write_text(report.to_csv(records))
+    from_csv = drawn("roofline", [tmp_path / "x.csv"])
+    from_json = drawn("roofline", [write_json("x.json", records)])
+    want, got = (
+        [line.get_xydata().tolist() for line in figure.axes[0].lines]
+        for figure in (from_json, from_csv)
+    )
+    assert got == want and len(got) == 4
+    assert (
+        from_csv.get_supxlabel() == "Fake GPU, driver 1, pykv 1.2.3, commit abc123, date 2026-11-29"
+    )
 
 
 @pytest.mark.parametrize(
-    "name, text", [("x.csv", HEAD), ("x.csv", "a,b\n1,2\n"), ("x.json", "[]"), ("x.json", "{")]
+    "figure, name, text",
+    [
+        ("sweep", "x.csv", HEAD),
+        ("sweep", "x.csv", "a,b\n1,2\n"),
+        ("sweep", "x.json", "[]"),
+        ("sweep", "x.json", "{"),
+        ("peers", "x.json", "[]"),
+        ("roofline", "x.json", "[]"),
+        ("roofline", "x.csv", "a,b\n1,2\n"),
+        ("kinds", "x.json", "[]"),
+        ("kinds", "x.json", "{"),
+    ],
 )
-def test_sweep_refuses_other_files(tmp_path, capsys, name, text):
+def test_other_files_are_refused(drawn, tmp_path, capsys, figure, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(FormatError, match=name):
-        plot_sweep.read(str(tmp_path / name))
-    assert plot_sweep.main([str(tmp_path / name)]) == 2
-    assert capsys.readouterr().err.startswith("plot_sweep: ")
+    assert plot.main([figure, str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("plot: ") and name in err and err.count("\n") == 1
 
 
-def test_sweep_figure():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    rows = csv_points()
-    figure = plot_sweep.draw(rows, {"h2d": 25.3}, "total_bytes")
-    first, second = figure.axes
-    assert first.get_title() == "h2d, 16 tokens a block"
-    lines = {line.get_label(): list(line.get_ydata()) for line in first.lines}
-    assert lines == {
-        "vectorized fc_to_fc": [2.81, 25.22],
-        "vectorized lw_to_fc": [25.23],
-        "ceiling 25 GB/s": [25.3, 25.3],
-    }
-    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
-    assert first.get_xlabel() == "bytes in all" and len(second.lines) == 2
-    best = plot_sweep.draw(rows, {}, "copy_size").axes[0].lines[-1]
-    assert best.get_label() == "best 25 GB/s" and list(best.get_ydata()) == [25.23, 25.23]
+def test_figures_are_the_same_each_time(drawn, write_json, tmp_path, capsys):
+    path = write_json("x.json", SWEEP)
+    for name in ("a.svg", "b.svg", "c.png"):
+        assert plot.main(["sweep", str(path), "--out", str(tmp_path / name)]) == 0
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
+    assert first == second and b"commit abc123" in first and len(first) < 200_000
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert plot.main(["sweep", str(path)]) == 0 and (tmp_path / "x.svg").exists()
+    assert plot.main(["peers", str(path), "--of", "auto"]) == 2
 
 
-def csv_points():
-    return [
-        plot_sweep.from_row("x", dict(zip(HEAD.strip().split(","), row.split(","), strict=True)))
-        for row in CSV.splitlines()[1:]
-    ]
+@pytest.mark.parametrize("figure", plot.FIGURES)
+def test_without_matplotlib_one_line_says_so(write_json, capsys, monkeypatch, figure):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.colors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert plot.main([figure, str(write_json("x.json", SWEEP))]) == 2
+    err = capsys.readouterr().err
+    assert "pip install 'pykv-cuda[plot]'" in err and err.count("\n") == 1
+
+
+FIGURES = {
+    "copy_sweep.svg": ["copy_sweep.json"],
+    "flashinfer.svg": ["flashinfer.json"],
+    "roofline.svg": ["decode.json", "prefill.json"],
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_of_the_records_beside_them(name):
+    """A figure says the commit of its records."""
+    folder = TOOLS / "results" / "h200"
+    records = [one for file in FIGURES[name] for one in report.read_json(str(folder / file))]
+    commits = dict.fromkeys(one["commit"] for one in records)
+    assert f"commit {' and '.join(commits)}" in (folder / name).read_text(encoding="utf-8")
 
 
 # --- readme_tables ---
@@ -250,7 +469,8 @@ def shared(share, direction="d2d", backend="prepared", size=4096, count=8192, *,
 
 def moved(share, src="NHD", dst="universal", direction="d2d", **shape):
     return made(1.0, bench="permute", src=src, dst=dst, direction=direction, **shape) | {
-        "share": share
+        "share": share,
+        "gbps": 1234.4,
     }
 
 
@@ -275,6 +495,7 @@ def prompted(median, flops, **case):
     }
 
 
+LAYER = dict(tokens=8, dtype="fp16", kv="int8", norm=False, hadamard=True)
 RECORDS = {
     "copy": [
         *CEILING_RECORDS,
@@ -316,6 +537,21 @@ RECORDS = {
         prompted(1000.0, 4e11, kv="bf16", Q=512),
         {**prompted(None, 1e11, kv="e4m3"), "ok": False},
     ],
+    "append": [
+        made(10.0, bench="append", ceiling="copy", tokens=4096, dtype="fp16", kv="fp16")
+        | {"share": 0.75, "host_median": 15.0, "prepared_median": 6.0},
+        made(10.0, bench="append", ceiling="copy", tokens=4096, dtype="bf16", kv="fp16"),
+        made(2.0, bench="append", ceiling="copy", op="qkv", **LAYER) | {"share": 0.5},
+    ],
+    "calls": [
+        made(9.0, bench="calls", job="append", how=how, B=8, kv="int8")
+        | {"host_median": host, "prepared_median": prepared}
+        for how, host, prepared in (("op", 15.0, 6.0), ("plan", 20.0, None))
+    ],
+    "blocks": [
+        made(500.0, bench="blocks", what="allocate_free", operations=1000) | {"host_median": None}
+    ],
+    "compile": [made(2.5e6, bench="compile", what="warmup")],
     "model": [
         made(5000.0, bench="model", B=1, L=8000, kv="fp16"),
         made(4500.0, bench="model", B=1, L=8000, kv="fp8"),
@@ -327,38 +563,29 @@ RECORDS = {
 @pytest.fixture
 def project(tmp_path):
     """A folder with README.md; `write(name, ...)` adds records."""
-    (tmp_path / readme_tables.RESULTS).mkdir(parents=True)
+    (tmp_path / readme_tables.RESULTS / "h200").mkdir(parents=True)
     (tmp_path / "README.md").write_text(
         f"before\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\nafter\n"
     )
     return tmp_path
 
 
-def write(project, *names):
+def write(project, *names, commit="abc123"):
     for name in names:
-        report.write_json(str(project / readme_tables.RESULTS / f"{name}.json"), RECORDS[name])
+        path = project / readme_tables.RESULTS / "h200" / f"{name}.json"
+        report.write_json(str(path), [{**one, "commit": commit} for one in RECORDS[name]])
 
 
-def test_readme_gets_its_tables(project, capsys):
+def test_tables_by_hand(project, capsys):
     write(project, *RECORDS)
-    (project / readme_tables.RESULTS / "copy_sweep.svg").touch()
+    folder = project / readme_tables.RESULTS
+    (folder / "h200" / "copy_sweep.svg").touch()
     assert readme_tables.main(["--check"], project) == 1
-    assert "not up to date" in capsys.readouterr().err
+    assert "README.md is not up to date" in capsys.readouterr().err
     assert readme_tables.main([], project) == 0 == readme_tables.main(["--check"], project)
-    text = (project / "README.md").read_text()
-    assert text.startswith(f"before\n{readme_tables.BEGIN}\n\nScattered blocks on one Fake GPU")
-    assert "(tools/results/h200/copy_sweep.svg)\n\n" in text
-    assert text.endswith(f" |\n\n{readme_tables.END}\nafter\n")
+    text = (folder / "README.md").read_text()
+    assert "(h200/copy_sweep.svg)\n\n" in text
     assert [line for line in text.splitlines() if line.startswith("|")] == [
-        "| blocks | d2d | d2d, of as many bytes | h2d | d2h |",
-        "| --- | --- | --- | --- | --- |",
-        "| 4 KiB x 20000 | 95.1 % |  |  |  |",
-        "| 4 KiB x 8192 | 86.0 % (7.0 %) | 90.0 % | 97.0 % (10.0 %) |  |",
-        "| 1 MiB x 512 |  |  | 50.0 % |  |",
-        "| move | 1 byte | 2 bytes | over the link |",
-        "| --- | --- | --- | --- |",
-        "| NHD to universal | 93.0 % | 96.0 % | 98.0 % |",
-        "| HND to NHD |  | 89.0 % |  |",
         "| sequences x keys | heads | D | P | kind | pykv "
         "| FA2 CUDA cores | FA2 tensor cores | XQA | torch SDPA | pykv / best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -372,29 +599,111 @@ def test_readme_gets_its_tables(project, capsys):
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| 8 x 2,048 | all | 32/8 | 128 | 16 | bf16 | 300 |  | 200 |  |  |",
         "| 8 x 2,048 | 512 | 32/8 | 128 | 16 | bf16 | 400 |  |  |  |  |",
+        "| what | kind | time | share | host | prepared |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| append 4096 tokens of fp16 | fp16 | 10.0 us | 75.0 % of copy | 15.0 us | 6.0 us |",
+        "| RoPE, Hadamard, append 8 tokens of fp16, fused | int8 | 2.0 us | 50.0 % of copy |  |  |",
+        "| blocks | d2d | d2d, of as many bytes | h2d | d2h |",
+        "| --- | --- | --- | --- | --- |",
+        "| 4 KiB x 20000 | 95.1 % |  |  |  |",
+        "| 4 KiB x 8192 | 86.0 % (7.0 %) | 90.0 % | 97.0 % (10.0 %) |  |",
+        "| 1 MiB x 512 |  |  | 50.0 % |  |",
+        "| direction | cells | worst |",
+        "| --- | --- | --- |",
+        "| d2d | 1 of 2 | 0.80, 1 KiB x 16, where vectorized is best |",
+        "| move | 1 byte | 2 bytes | over the link |",
+        "| --- | --- | --- | --- |",
+        "| NHD to universal | 93.0 % | 96.0 % | 98.0 % |",
+        "| HND to NHD |  | 89.0 % |  |",
         "| sequences x context | fp16 | int8 | fp8 |",
         "| --- | --- | --- | --- |",
         "| 1 x 8,000 | 5.0 |  | 4.5 |",
+        "| call | kind | op | prepared | plan |",
+        "| --- | --- | --- | --- | --- |",
+        "| append, batch 8 | int8 | 15.0 | 6.0 | 20.0 |",
+        "| what | rate |",
+        "| --- | --- |",
+        "| allocate and free | 2.00 |",
+        "| what | time |",
+        "| --- | --- |",
+        "| all variants, cache folder empty | 2.50 s |",
     ]
     assert "rows at 8000 in the same run" in text
     assert "(4,200 GB/s read + written, 55 GB/s h2d, 50 GB/s d2h)" in text
     assert "A prepared copy of 20,000 pairs keeps the host for 9.8 us." in text
     assert "head sizes 64, 128." in text
-    assert "in 1 of 2\ncells of `pykv bench copy --sweep`; the worst is 0.80." in text
-    assert "Beside FlashInfer 0.6, and torch 2.1 over" in text and "the 10 GB/s that" in text
-    assert "\nall cases: pykv 7.5, FA2 CUDA cores 7.5, FA2 tensor cores 7.5, XQA 7.5" in text
+    assert "FlashInfer 0.6, and torch 2.1 over" in text and "the 10 GB/s that" in text
+    assert "all cases:\npykv 7.5, FA2 CUDA cores 7.5, FA2 tensor cores 7.5, XQA 7.5" in text
+    stamp = "Fake GPU, driver 1, NVRTC 13.0, commit abc123, 2026-11-29"
+    assert f"\n\n{stamp}: [h200/copy.json](h200/copy.json)\n\n" in text
+
+
+def test_the_speed_table_goes_into_the_readme(project):
+    write(project, *RECORDS)
+    folder = project / readme_tables.RESULTS
+    for name, rate in (("h200", 1204.4), ("cpu-2-cores", 50.1)):
+        (folder / name).mkdir(exist_ok=True)
+        facts = dict(device=name, commit="abc123", decode_tokens_per_s=rate, import_warm_s=0.5)
+        (folder / name / "runtime.json").write_text(json.dumps(facts))
+    assert readme_tables.main([], project) == 0
+    text = (project / "README.md").read_text()
+    assert text.startswith(f"before\n{readme_tables.BEGIN}\n\n| what |") and "old" not in text
+    assert text.endswith(f"commit abc123, 2026-11-29.\n\n{readme_tables.END}\nafter\n")
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        "| decode, 64 sequences of 4,096 keys, 32/8 heads of 128, bf16 | 0 us "
+        "| 80 % of memory read | 0.80 of the time of FlashInfer's best kernel |",
+        "| the same, int8 | 1 us | 67 % of memory read "
+        "| 0.80 of the time of FlashInfer's best kernel for e4m3 |",
+        "| blocks from NHD to universal, 2-byte elements, heads of 128 | 1,234 GB/s "
+        "| 96 % of a copy |  |",
+        "| SmolLM2-135M, one sequence | 1,204 tokens/s |  | 50 tokens/s on 2 CPU cores |",
+    ]
+    results = (folder / "README.md").read_text()
+    assert "| `import pykv`, on a GPU with CuPy | 0.50 s | 0.50 s |" in results
+    assert "h200, commit abc123: [h200/runtime.json](h200/runtime.json)" in results
+
+
+def test_accuracy_by_hand(project):
+    error = dict(relative_error=0.0123, cosine=0.9999)
+    rows = [
+        dict(
+            spec=spec,
+            hadamard=h,
+            bytes_per_token=n,
+            perplexity=p,
+            k=error,
+            v=error,
+            attention=error,
+        )
+        for spec, h, n, p in (("fp16", False, 1792, 10.0), ("k8v4:head", True, 900, 10.5))
+    ]
+    path = project / readme_tables.RESULTS / "cpu-2-cores" / "kinds.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"tiny": dict(rows=rows, tokens=128, device="CPU", commit="abc")}))
+    assert readme_tables.main([], project) == 0
+    lines = (project / readme_tables.RESULTS / "accuracy.md").read_text().splitlines()
+    assert "## tiny, 128 tokens of Python's language reference" in lines
+    judged = "1.230%, 0.99990 | " * 3
+    assert f"| fp16 |  |  |  | 1,792 | {judged}10.000 | +0.00% |" in lines
+    assert f"| int8, int4 | head | fp16 | yes | 900 | {judged}10.500 | +5.00% |" in lines
+    assert lines[-1] == "CPU, commit abc: [cpu-2-cores/kinds.json](cpu-2-cores/kinds.json)"
+
+
+@pytest.mark.parametrize("commit", ["abc123+", None])
+def test_records_of_a_changed_tree_are_refused(project, capsys, commit):
+    write(project, "permute", commit=commit)
+    assert readme_tables.main([], project) == 2
+    err = capsys.readouterr().err
+    assert f"h200/permute.json: commit is {commit!r}, expected" in err and err.count("\n") == 1
+    assert "\nold\n" in (project / "README.md").read_text()
+    assert readme_tables.main(["--draft"], project) == 0
+    text = (project / readme_tables.RESULTS / "README.md").read_text()
+    assert ("commit abc123 with changes" if commit else "commit unknown") in text
 
 
 def test_readme_without_records_stays_as_it_is(project):
-    assert readme_tables.main(["--check"], project) == 0 == readme_tables.main([], project)
-    assert "\nold\n" in (project / "README.md").read_text()
-
-
-def test_readme_gets_what_there_is(project):
-    write(project, "permute")
     assert readme_tables.main([], project) == 0
-    text = (project / "README.md").read_text()
-    assert "old" not in text and "Permutes" in text and "Scattered" not in text
+    assert "\nold\n" in (project / "README.md").read_text()
 
 
 def test_readme_without_markers_is_refused(project, capsys):
@@ -403,8 +712,27 @@ def test_readme_without_markers_is_refused(project, capsys):
     assert "README.md lacks the lines" in capsys.readouterr().err
 
 
-def test_readme_is_up_to_date():
+def test_generated_files_are_up_to_date():
+    assert readme_tables.main(["--check", "--draft"]) == 0
+
+
+@pytest.mark.xfail(reason="records of 3a190de are of trees with changes, until they are made again")
+def test_records_are_of_clean_commits():
     assert readme_tables.main(["--check"]) == 0
+
+
+@pytest.mark.xfail(reason="append of 3a190de read the same rows from the L2 cache in every call")
+def test_nothing_is_faster_than_its_ceiling():
+    """But by noise."""
+    records = [
+        (path.name, one["case"], one["share"])
+        for path in (TOOLS / "results" / "h200").glob("*.json")
+        if isinstance(json.loads(path.read_text()), list)
+        for one in report.read_json(str(path))
+        if one.get("share")
+    ]
+    assert len(records) > 500
+    assert [one for one in records if one[2] > 1.02] == []
 
 
 # --- compare_flashinfer ---
@@ -434,46 +762,15 @@ def test_compare_flashinfer_prints_a_line_a_record():
 # --- As commands ---
 
 
-def test_figures_are_written(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    (tmp_path / "x.csv").write_text(CSV)
-    report.write_json(str(tmp_path / "x.json"), CEILING_RECORDS)
-    assert plot_roofline.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "roof")]) == 0
-    options = ["--ceilings", str(tmp_path / "x.json"), "--out", str(tmp_path / "sweep")]
-    assert plot_sweep.main([str(tmp_path / "x.csv"), *options]) == 0
-    for name in ("roof", "sweep"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
-    assert "ceiling 55 GB/s" in (tmp_path / "sweep.svg").read_text()
-    assert capsys.readouterr().out.split() == [
-        str(tmp_path / f"{name}.{kind}") for name in ("roof", "sweep") for kind in ("png", "svg")
-    ]
-
-
-def test_a_file_without_ceilings_is_refused(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    report.write_json(str(tmp_path / "x.json"), [made(1.0, ceiling="copy", gbps=1.0)])
-    assert plot_roofline.main([str(tmp_path / "x.json")]) == 2
-    assert "has no case with a ceiling" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("tool", [plot_roofline, plot_sweep], ids=lambda tool: tool.__name__)
-def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch, tool):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    records = [*CEILING_RECORDS, sweep_record(10.0, copy_size=5000)]
-    report.write_json(str(tmp_path / "x.json"), records)
-    assert tool.main([str(tmp_path / "x.json")]) == 2
-    err = capsys.readouterr().err
-    assert "pip install 'pykv-cuda[plot]'" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["compare_bench", "compare_flashinfer", "plot_roofline", "plot_sweep", "readme_tables"],
-)
+@pytest.mark.parametrize("name", ["compare_bench", "compare_commits", "compare_flashinfer", "plot"])
 def test_a_tool_runs_as_a_script(name):
     done = subprocess.run(
         [sys.executable, TOOLS / f"{name}.py", "--help"], capture_output=True, text=True
     )
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_the_generator_runs_as_a_module():
+    command = [sys.executable, "-m", "tools.readme_tables", "--help"]
+    done = subprocess.run(command, cwd=TOOLS.parent, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout

@@ -4,12 +4,13 @@ and when a calibration is measured."""
 import gc
 import threading
 import weakref
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pykv import calibration, cuda, transfer
+from pykv import calibration, copy_ways, cuda, ranges, transfer
 from pykv.calibration import DIRECTIONS
 from pykv.errors import (
     CudaError,
@@ -61,14 +62,14 @@ def forced(monkeypatch):
 
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
-        monkeypatch.setattr(transfer, "_tables", {0: table})
-        monkeypatch.setattr(transfer, "_table", lambda device: table)
-        transfer._fastest.cache_clear()
-        transfer._fastest_anywhere.cache_clear()
+        monkeypatch.setattr(copy_ways, "_tables", {0: table})
+        monkeypatch.setattr(copy_ways, "_table", lambda device: table)
+        copy_ways._fastest.cache_clear()
+        copy_ways._fastest_anywhere.cache_clear()
 
     yield force
-    transfer._fastest.cache_clear()
-    transfer._fastest_anywhere.cache_clear()
+    copy_ways._fastest.cache_clear()
+    copy_ways._fastest_anywhere.cache_clear()
 
 
 # --- Rules ----------------------------------------------------------------------------------------
@@ -106,10 +107,17 @@ def driver(monkeypatch):
         fake.events[event] = handle
         fake.records.append(handle)
 
+    @contextmanager
+    def upload_stream():
+        before, current.ptr = current.ptr, 55
+        yield
+        current.ptr = before
+
     runtime = SimpleNamespace(
         memcpyAsync=memcpy,
         CUDARuntimeError=Failure,
-        streamIsCapturing=lambda handle: fake.capturing,
+        getDevice=lambda: 0,
+        streamIsCapturing=lambda handle: fake.capturing and handle != 55,
         eventRecord=record,
         eventQuery=query,
     )
@@ -127,7 +135,8 @@ def driver(monkeypatch):
         copies=[],
         batches=[],
         kernels=[],
-        captured=[],
+        uploads=[],  # the streams of the kernel's tables
+        captured=[],  # what stays for the graphs
         asked=[],
         records=[],
         events=[],
@@ -141,18 +150,26 @@ def driver(monkeypatch):
         fails_at=None,
         stream=current,
     )
+
+    def copy_on_gpu(op, src, dst, sizes, stream=None):
+        """Uploads, then launches: what is prepared is launched by each call."""
+        pairs = src.tolist(), dst.tolist(), sizes
+        fake.uploads.append(current.ptr)
+        cuda.enqueue(lambda: fake.kernels.append(pairs), stream)
+
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(transfer, "_memory_at", memory_at)
-    for name, seen in (("_run_kernel", fake.kernels), ("_run_captured_kernel", fake.captured)):
-        monkeypatch.setattr(
-            transfer,
-            name,
-            lambda op, src, dst, sizes, seen=seen: seen.append((src.tolist(), dst.tolist(), sizes)),
-        )
+    monkeypatch.setattr(cuda.calls, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda.calls, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda, "array_module", lambda device: cupy)
+    monkeypatch.setattr(copy_ways, "_memory_at", memory_at)
+    monkeypatch.setattr(block_copy, "copy_on_gpu", copy_on_gpu)
+    monkeypatch.setattr(copy_ways, "_relaxed_capture", nullcontext)
+    monkeypatch.setattr(copy_ways, "_upload_stream", lambda device: upload_stream())
     monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
-    monkeypatch.setattr(transfer, "_batch", batch)
-    monkeypatch.setattr(transfer, "_side_stream", lambda device: SimpleNamespace(ptr=99))
-    monkeypatch.setattr(transfer, "is_memcpy_batch_available", lambda: fake.status != "missing")
+    monkeypatch.setattr(copy_ways, "_batch", batch)
+    monkeypatch.setattr(copy_ways, "_captured", fake.captured)
+    monkeypatch.setattr(copy_ways, "_side_stream", lambda device: SimpleNamespace(ptr=99))
+    monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: fake.status != "missing")
     return fake
 
 
@@ -352,13 +369,13 @@ def test_several_directions_take_the_kernel(driver, forced, memory):
 
 
 def test_each_allocation_is_asked_about_once(driver):
-    kinds = transfer._kinds(np.array([510, 120, 599, 130, 100, 500, 799], np.uint64))
+    kinds = copy_ways._kinds(np.array([510, 120, 599, 130, 100, 500, 799], np.uint64))
     assert kinds == {"d"} and driver.asked == [100, 100, 500, 799]
     driver.asked.clear()
-    assert transfer._kinds(np.array([199, 100, 150], np.uint64)) == {"d"}
+    assert copy_ways._kinds(np.array([199, 100, 150], np.uint64)) == {"d"}
     assert driver.asked == [100]
     driver.memory = {1: "h", 2: "pageable host memory"}
-    assert transfer._kinds(np.array([100, 200, 300], np.uint64)) == {"h", "pageable host memory"}
+    assert copy_ways._kinds(np.array([100, 200, 300], np.uint64)) == {"h", "pageable host memory"}
 
 
 def test_the_end_of_an_allocation(monkeypatch):
@@ -369,9 +386,9 @@ def test_the_end_of_an_allocation(monkeypatch):
     monkeypatch.setattr(
         driver, "cuPointerGetAttribute", lambda wanted, at: (status, answers[wanted.name])
     )
-    assert transfer._end_of_allocation(4100) == 4196
+    assert copy_ways._end_of_allocation(4100) == 4196
     status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    assert transfer._end_of_allocation(4100) == 0
+    assert copy_ways._end_of_allocation(4100) == 0
 
 
 def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
@@ -385,8 +402,8 @@ def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
     fake = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(transfer, "_end_of_allocation", lambda at: 0 if at == 3 else 50)
-    found = [transfer._memory_at(at) for at in kinds]
+    monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda at: 0 if at == 3 else 50)
+    found = [copy_ways._memory_at(at) for at in kinds]
     assert found == [
         ("pageable host memory", 2),
         ("h", 50),
@@ -401,15 +418,17 @@ def test_a_capture_takes_the_kernel_in_place_of_the_batch_call(driver, forced):
     driver.capturing = True
     report = auto(SRC, DST, 5)
     assert report.path == "kernel" and report.reason.endswith("cannot be captured in a graph")
-    assert driver.captured == [([160, 320], DST, 5)] and not driver.batches
+    assert driver.kernels == [([160, 320], DST, 5)] and not driver.batches
+    assert driver.uploads == [55] and len(driver.captured) == 1
 
 
 def test_a_capture_takes_the_kernel_without_a_calibration(driver, monkeypatch):
-    monkeypatch.setattr(transfer, "_table", None)
+    monkeypatch.setattr(copy_ways, "_table", None)
     driver.capturing = True
     report = auto(SRC, DST, 5)
     assert report.path == "kernel" and "the stream is being captured" in report.reason
-    assert driver.captured == [([160, 320], DST, 5)] and not driver.kernels
+    assert driver.kernels == [([160, 320], DST, 5)]
+    assert driver.uploads == [55] and len(driver.captured) == 1
 
 
 def test_auto_is_refused_by_the_batch_call(driver, forced):
@@ -438,13 +457,71 @@ def test_both_generations_of_the_batch_call(monkeypatch, answer, status):
         return (runtime.cudaError_t(answer[0]), *answer[1:])
 
     monkeypatch.setattr(runtime, "cudaMemcpyBatchAsync", call)
-    assert transfer._batch([1, 2], [3, 4], [5, 6], 7) == status
+    assert copy_ways._batch([1, 2], [3, 4], [5, 6], 7) == status
     dsts, srcs, sizes, count, attributes, starts, num_attributes, handle = seen[0]
     assert (dsts, srcs, sizes, count, handle) == ([3, 4], [1, 2], [5, 6], 2, 7)
     assert (starts, num_attributes, len(attributes)) == ([0], 1, 1)
     assert attributes[0].srcAccessOrder == 1  # in stream order
     monkeypatch.delattr(runtime, "cudaMemcpyBatchAsync")
-    assert transfer._batch([1], [3], [5], 7) == 801
+    assert copy_ways._batch([1], [3], [5], 7) == 801
+
+
+# --- Prepared copies ------------------------------------------------------------------------------
+
+
+def prepared(*arguments, **options):
+    return cuda.prepare(memcpy_batch, *arguments, **options)
+
+
+def test_prepared_copies_are_submitted_by_each_call(driver):
+    """By the tables of then, whatever the caller does with his."""
+    src, dst, sizes = SRC.copy(), np.array(DST, np.uint64), np.array([5, 6])
+    call = prepared(src, dst, sizes)
+    src[:] = dst[:] = sizes[:] = 0
+    assert not driver.batches and not driver.copies
+    assert call.result == CopyReport("batch", "the batch call took it", 2, 11)
+    for n in (1, 2):
+        assert call() is call.result
+        assert driver.batches == [([160, 320], DST, [5, 6], 7)] * n
+    loop = prepared(SRC, DST, 5, mode="fallback_only")
+    assert not driver.copies
+    loop()
+    assert driver.copies == LOOP
+
+
+def test_prepared_copies_go_to_the_stream_of_the_call(driver):
+    call = prepared(SRC, DST, 5)
+    driver.stream.ptr = 0
+    call()
+    assert driver.batches[0][3] == 99
+
+
+def test_a_prepared_batch_falls_back_as_a_plain_one(driver):
+    calls = [prepared(SRC, DST, 5, mode=mode) for mode in MODES[::2]]
+    driver.capturing = True
+    calls[0]()
+    assert driver.copies == LOOP
+    with pytest.raises(UnsupportedError, match="batch_without_fallback, but .* cannot be captured"):
+        calls[1]()
+
+
+def test_the_prepared_kernel_uploads_its_tables_once(driver, forced):
+    forced("kernel")
+    call = prepared(SRC, DST, 5, mode="auto", direction="h2d")
+    assert driver.uploads == [7] and not driver.kernels
+    call(), call()
+    assert driver.uploads == [7] and driver.kernels == [([160, 320], DST, 5)] * 2
+    assert call.result.path == "kernel" and not driver.captured
+
+
+def test_preparing_does_not_calibrate(driver, monkeypatch):
+    """What is measured would be kept instead of done."""
+    monkeypatch.setattr(copy_ways, "_tables", {})
+    monkeypatch.setattr(calibration, "load", lambda ways: None)
+    monkeypatch.setattr(calibration, "measure", None)
+    copy_ways._fastest.cache_clear()
+    with pytest.raises(UnsupportedError, match="calibrate: cannot be prepared: .* call it before"):
+        prepared(SRC, DST, 5, mode="auto", direction="h2d")
 
 
 # --- Transfers ------------------------------------------------------------------------------------
@@ -453,7 +530,7 @@ def test_both_generations_of_the_batch_call(monkeypatch, answer, status):
 class Array:
     """Device memory as far as `start` looks at it."""
 
-    nbytes, flags = 16, SimpleNamespace(c_contiguous=True)
+    nbytes, dtype, flags = 16, np.dtype(np.uint8), SimpleNamespace(c_contiguous=True)
     data = SimpleNamespace(ptr=160)
 
 
@@ -523,6 +600,44 @@ def test_waiting_lets_the_buffers_go(driver, arrays):
     assert not transfer._pending
 
 
+def test_buffers_outlive_a_start_that_fails_half_way(driver, arrays):
+    """The first copy is under way when the driver refuses the second."""
+    driver.event_status, driver.fails_at = 600, 1
+    sources, destinations = [Array(), Array()], [Array(), Array()]
+    seen = [weakref.ref(x) for x in (*sources, *destinations)]
+    with pytest.raises(CudaError, match="copy 1 of 2: cudaErrorIllegalAddress"):
+        transfer.start(sources, destinations, mode="fallback_only")
+    assert len(driver.copies) == 1 and driver.records == [7, 7]
+    sources.clear(), destinations.clear()
+    gc.collect()
+    assert all(ref() for ref in seen)
+    driver.passed = {7}
+    transfer._release_buffers()
+    gc.collect()
+    assert not transfer._pending and not any(ref() for ref in seen)
+
+
+def test_a_start_that_fails_keeps_its_error_on_a_broken_gpu(driver, arrays, monkeypatch):
+    """Where no event can be recorded any more, nothing is under way either."""
+    driver.fails_at = 0
+
+    def record(event, handle):
+        if driver.records:
+            raise driver.Failure("cudaErrorIllegalAddress")
+        driver.records.append(handle)
+
+    monkeypatch.setattr(__import__("sys").modules["cupy"].cuda.runtime, "eventRecord", record)
+    with pytest.raises(CudaError, match="copy 0 of 1"):
+        transfer.start(*arrays, mode="fallback_only")
+    assert not transfer._pending
+
+
+def test_transfers_cannot_be_prepared(driver, arrays):
+    with pytest.raises(UnsupportedError, match="start: cannot be prepared: .* memcpy_batch can"):
+        cuda.prepare(transfer.start, *arrays)
+    assert not driver.copies and not driver.records
+
+
 def test_the_event_is_on_the_stream_that_copies(driver, arrays, forced):
     forced("batch")
     driver.stream.ptr = 0
@@ -560,13 +675,13 @@ def gpu(monkeypatch, tmp_path, forced):
         return table_for("batch", ways)
 
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(transfer, "_tables", {})
+    monkeypatch.setattr(copy_ways, "_tables", {})
     monkeypatch.setattr(calibration, "measure", measure)
     monkeypatch.setattr(calibration, "_identity", lambda: ("H200", "GPU-1", "13000"))
-    monkeypatch.setattr(transfer, "is_memcpy_batch_available", lambda: fake.batch)
+    monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: fake.batch)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "array_module", lambda device: None)
-    fake.new_process = lambda: transfer._tables.clear()
+    fake.new_process = lambda: copy_ways._tables.clear()
     return fake
 
 
@@ -595,7 +710,7 @@ def test_threads_share_one_measurement(gpu, monkeypatch):
 
 
 def test_the_first_auto_call_calibrates(gpu, driver, monkeypatch):
-    transfer._fastest.cache_clear()
+    copy_ways._fastest.cache_clear()
     assert auto(SRC, DST, 5).path == "batch" and gpu.measured == 1
     assert auto(SRC, DST, 6).path == "batch" and gpu.measured == 1
     monkeypatch.setattr(calibration, "measure", lambda ways: table_for("loop"))
@@ -607,14 +722,14 @@ def test_the_first_auto_call_calibrates(gpu, driver, monkeypatch):
 def test_the_ways_that_are_measured(driver):
     """Those that a call takes, with neighbours left apart."""
     src, dst = np.array([[100, 105], [500, 505]], np.uint64)
-    for way in transfer._ways().values():
-        way(src, dst, 5, 3)
+    for way in copy_ways._ways().values():
+        way(src, dst, 5)
     assert driver.kernels == [([100, 105], [500, 505], 5)]
-    assert driver.batches == [([100, 105], [500, 505], [5, 5], 3)]
-    assert driver.copies == [(500, 100, 5, 4, 3), (505, 105, 5, 4, 3)]
-    assert tuple(transfer._ways()) == PATHS
+    assert driver.batches == [([100, 105], [500, 505], [5, 5], 7)]
+    assert driver.copies == [(500, 100, 5, 4, 7), (505, 105, 5, 4, 7)]
+    assert tuple(copy_ways._ways()) == PATHS
     driver.status = "missing"
-    assert tuple(transfer._ways()) == ("kernel", "loop")
+    assert tuple(copy_ways._ways()) == ("kernel", "loop")
 
 
 # --- Copies on every machine ----------------------------------------------------------------------
@@ -624,8 +739,8 @@ def test_the_ways_that_are_measured(driver):
 def machine(xp, monkeypatch):
     """`xp`, with what the SIMT machine's CuPy does not have."""
     if xp is not np and xp.__name__ != "cupy":
-        monkeypatch.setattr(transfer, "_end_of_allocation", lambda address: 0)
-        monkeypatch.setattr(transfer, "is_memcpy_batch_available", lambda: False)
+        monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda address: 0)
+        monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     return xp
 
 
@@ -633,7 +748,7 @@ def expected(xp, path):
     """What the report of a machine says where the calibration says `path`."""
     if xp is np:
         return "host"
-    return "loop" if path == "batch" and not transfer.is_memcpy_batch_available() else path
+    return "loop" if path == "batch" and not copy_ways.is_memcpy_batch_available() else path
 
 
 def finish(xp):
@@ -654,7 +769,7 @@ def test_auto_moves_every_byte_and_no_other(machine, rng, forced, path, sizes):
     for a, b, n in zip(*orders, sizes, strict=True):
         want[b : b + n] = before[a : a + n]
     tables = [
-        np.uint64(block_copy._address(x)) + order.astype(np.uint64)
+        np.uint64(ranges.address_of(x)) + order.astype(np.uint64)
         for x, order in zip((src, dst), orders, strict=True)
     ]
     size = sizes[0] if len(set(sizes)) == 1 else sizes
@@ -673,12 +788,34 @@ def test_tables_may_be_strided(machine, rng, forced):
     for piece in (slice(40, 43), slice(8)):
         want[piece] = to_numpy(src)[piece]
     rows = np.array([[40, 40, 3], [0, 0, 8]], np.uint64)
-    rows[:, :2] += np.array([block_copy._address(x) for x in (src, dst)], np.uint64)
+    rows[:, :2] += np.array([ranges.address_of(x) for x in (src, dst)], np.uint64)
     place = "cpu" if machine is np else "cuda"
     at, to, sizes = rows.T
     memcpy_batch(at, to, sizes.view(np.int64), mode="auto", device=place)
     finish(machine)
     assert_same_bits(dst, want)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_prepared_copies_on_every_machine(machine, rng, forced, path):
+    forced(path)
+    src, dst = (machine.asarray(rng.integers(0, 256, 900, np.uint8)) for _ in range(2))
+    before = to_numpy(dst).copy()
+    offsets = np.array([0, 400, 800], np.uint64)
+    tables = [np.uint64(ranges.address_of(x)) + offsets for x in (src, dst)]
+    place = "cpu" if machine is np else "cuda"
+    call = prepared(*tables, 90, mode="auto", device=place)
+    finish(machine)
+    assert_same_bits(dst, before)
+    for _ in range(2):
+        src[...] = machine.asarray(rng.integers(0, 256, 900, np.uint8))
+        assert call() is call.result
+        finish(machine)
+        want = before.copy()
+        for at in offsets.tolist():
+            want[at : at + 90] = to_numpy(src)[at : at + 90]
+        assert_same_bits(dst, want)
+    assert call.result.bytes == 270 and call.result.copies == 3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -735,6 +872,9 @@ def test_transfers_check_their_arrays(machine, forced):
     with pytest.raises(ParameterError, match="direction is 'up', expected one of"):
         transfer.start(x, x, direction="up")
     if machine is np:
+        objects = np.array([None])
+        with pytest.raises(DtypeError, match=r"sources\[0\] has dtype object, expected no Python"):
+            transfer.start(objects, objects.copy())
         with pytest.raises(ParameterError, match=r"destinations\[0\] is read-only"):
             transfer.start(x, np.frombuffer(bytes(16), np.uint8))
         with pytest.raises(UnsupportedError, match="host memory has no batch call"):
@@ -744,7 +884,7 @@ def test_transfers_check_their_arrays(machine, forced):
 def test_pageable_memory_takes_the_loop(device, monkeypatch, rng, forced):
     """The kernel cannot reach it, so "auto" says that single copies took it."""
     if device.__name__ != "cupy":
-        monkeypatch.setattr(transfer, "_end_of_allocation", lambda address: 0)
+        monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda address: 0)
     forced("kernel")
     host, back = rng.integers(0, 256, 5000, np.uint8), np.zeros(5000, np.uint8)
     middle = device.zeros(5000, np.uint8)
@@ -782,9 +922,9 @@ def test_the_driver_knows_where_memory_ends():
     import cupy
 
     memory, host = cupy.cuda.Memory(1 << 20), cupy.cuda.PinnedMemory(1 << 20)
-    assert transfer._memory_at(memory.ptr + 5) == ("d", memory.ptr + (1 << 20))
-    assert transfer._memory_at(host.ptr + 5) == ("h", host.ptr + (1 << 20))
-    assert transfer._memory_at(np.zeros(100).ctypes.data)[0] == "pageable host memory"
+    assert copy_ways._memory_at(memory.ptr + 5) == ("d", memory.ptr + (1 << 20))
+    assert copy_ways._memory_at(host.ptr + 5) == ("h", host.ptr + (1 << 20))
+    assert copy_ways._memory_at(np.zeros(100).ctypes.data)[0] == "pageable host memory"
 
 
 @pytest.mark.gpu
@@ -817,17 +957,17 @@ def test_a_calibration_of_this_gpu(monkeypatch, tmp_path):
     import cupy
 
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(transfer, "_tables", {})
+    monkeypatch.setattr(copy_ways, "_tables", {})
     monkeypatch.setattr(calibration, "_CELL_BYTES", 1 << 20)
     pool = cupy.get_default_memory_pool()
     before = pool.total_bytes()
     table = transfer.calibrate()
     for direction in DIRECTIONS:
-        assert set(table[direction]) == set(transfer._ways())
+        assert set(table[direction]) == set(copy_ways._ways())
         for cells in table[direction].values():
             assert cells[1024][1] > 0
     assert pool.total_bytes() - before < 1 << 20  # no more than the kernel's tables
-    monkeypatch.setattr(transfer, "_tables", {})
+    monkeypatch.setattr(copy_ways, "_tables", {})
     assert transfer.calibrate() == table
 
 
@@ -975,7 +1115,7 @@ def test_to_the_device_and_back(rng, mode, count, size):
     import cupy
     import cupyx
 
-    if mode == "batch_without_fallback" and not transfer.is_memcpy_batch_available():
+    if mode == "batch_without_fallback" and not copy_ways.is_memcpy_batch_available():
         pytest.skip("driver or bindings lack the batch call")
     there, back = (
         cupyx.empty_pinned((count, size), np.uint8),
@@ -1041,11 +1181,11 @@ def test_a_graph_captures_the_loop():
 @pytest.mark.gpu
 def test_availability():
     assert transfer.is_available()
-    assert transfer.is_memcpy_batch_available() in (True, False)
+    assert copy_ways.is_memcpy_batch_available() in (True, False)
 
 
 def test_without_a_gpu_nothing_is_available(monkeypatch):
-    transfer.is_memcpy_batch_available.cache_clear()
-    monkeypatch.setattr(transfer.cuda, "array_module", lambda device: np)
-    assert not transfer.is_available() and not transfer.is_memcpy_batch_available()
-    transfer.is_memcpy_batch_available.cache_clear()
+    copy_ways.is_memcpy_batch_available.cache_clear()
+    monkeypatch.setattr(cuda, "array_module", lambda device: np)
+    assert not transfer.is_available() and not copy_ways.is_memcpy_batch_available()
+    copy_ways.is_memcpy_batch_available.cache_clear()

@@ -1,12 +1,19 @@
-"""pykv.verify judged by hand-worked numbers and by faults planted in every op."""
+"""pykv.verify, by hand-worked numbers, and by faults planted in every op and in its reference."""
 
+import inspect
 import json
+import re
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from pykv import cuda, verify
+from pykv import attention, cuda, kinds, testing, verify
 from pykv.arrays import BFLOAT16
+from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import (
     activation,
@@ -35,7 +42,9 @@ F16, F32, F64 = np.float16, np.float32, np.float64
 
 
 def judge(op, xp):
-    return [verify.Row(op, *case) for case in verify.FAMILIES[op](np.random.default_rng(0), xp)]
+    """The rows of a family, made as they are asked for."""
+    family = verify.families()[op]
+    return (verify.Row(op, *case) for case in family(np.random.default_rng(0), xp))
 
 
 # --- The whole ---
@@ -44,16 +53,43 @@ def judge(op, xp):
 def test_every_op_appears_and_holds():
     rows = list(verify.run())
     assert [row.as_text() for row in rows if not row.ok] == []
-    ops = [row.op for row in rows]
-    assert list(dict.fromkeys(ops)) == list(verify.FAMILIES)
-    assert set(ops) == set(cuda.stems())
+    assert list(dict.fromkeys(row.op for row in rows)) == cuda.stems()
     assert len({(row.op, row.case) for row in rows}) == len(rows)
 
 
+def test_a_family_is_found_by_its_stem_or_in_its_op(monkeypatch):
+    """What a new kernel needs is an op with cases; without them it is named as wrong."""
+    op = ModuleType("pykv.ops.tripled")
+    op.__spec__ = ModuleSpec(op.__name__, None)
+    monkeypatch.setitem(sys.modules, op.__name__, op)
+    monkeypatch.setattr(cuda, "stems", lambda: ["norm", "tripled", "without_op"])
+    *rows, tripled, without_op = verify.run()
+    assert {row.op for row in rows} == {"norm"} and all(row.ok for row in rows)
+    for row, name in ((tripled, "tripled"), (without_op, "without_op")):
+        assert not row.ok
+        assert row.as_text().split()[:4] == ["WRONG", name, "has", "no"]
+    op.cases = lambda rng, xp: iter([("of three", 0.0, 0.0)])
+    assert verify.Row("tripled", "of three", 0.0, 0.0) in list(verify.run())
+
+
+def test_judges_share_no_code_with_ops():
+    """Oracles import no op, families name no reference, and of kinds both take names alone."""
+    for package in (testing, verify):
+        for path in Path(package.__file__).parent.glob("[a-z]*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert ".reference" not in text, path
+            assert package is verify or "pykv.ops" not in text, path
+            taken = re.findall(r"^from pykv(?: import .*|.kinds import) (.*)$", text, re.M)
+            names = {name for line in taken for name in line.split(", ")}
+            assert names <= {"KVSpec", "Kind", "SCALE_DTYPES"}, path
+
+
 def test_the_seed_decides(monkeypatch):
-    monkeypatch.setattr(verify, "FAMILIES", {"norm": verify.FAMILIES["norm"]})
+    monkeypatch.setattr(cuda, "stems", lambda: ["norm"])
     first, again, other = ([row.error for row in verify.run(seed)] for seed in (1, 1, 2))
     assert first == again and first != other
+    with pytest.raises(ParameterError, match="seed is -1, expected at least 0"):
+        verify.run(-1)
 
 
 @pytest.mark.parametrize("text", ["fp16", "int8", "int4:fp32:HND", "fp8:head", "fp32+e5m2:tensor"])
@@ -61,10 +97,17 @@ def test_the_ops_of_one_cache(text):
     spec = KVSpec.parse(text)
     rows = list(verify.run(spec=spec))
     assert [row.as_text() for row in rows if not row.ok] == []
-    ops = ["paged_append", "paged_convert", "paged_decode", "prefill"]
-    assert list(dict.fromkeys(row.op for row in rows)) == ops
+    ops = (
+        "attention_mass",
+        "paged_append",
+        "paged_convert",
+        "paged_decode",
+        "paged_qkv",
+        "prefill",
+    )
+    assert tuple(dict.fromkeys(row.op for row in rows)) == ops
     for row in rows:
-        assert str(spec) in row.case or row.case == "rows of sequences"
+        assert str(spec) in row.case
 
 
 @without_simt
@@ -73,8 +116,10 @@ def test_every_block_type_is_judged(xp):
 
 
 def test_without_gguf_there_is_no_judge_of_blocks(monkeypatch):
-    monkeypatch.setattr(verify, "find_spec", lambda name: None)
-    assert judge("dequant", np) == []
+    from pykv.verify import dequant as family
+
+    monkeypatch.setattr(family, "find_spec", lambda name: None)
+    assert list(judge("dequant", np)) == []
 
 
 @pytest.mark.gpu
@@ -98,14 +143,14 @@ def test_error_and_bound(dtype, ulps):
     low = np.array([1.0, 0.5 + 2**-5, -4.0]).astype(dtype)  # errs by 2^-5
     got = np.array([1.25, 0.5, -4.0]).astype(dtype)  # errs by 2^-2
     # Twice 2^-5, and four units in the last place of numbers between 1 and 2, times 4.
-    assert verify.error_and_bound(got, low, oracle) == (0.25, 2**-4 + 16 * ulps)
+    assert testing.error_and_bound(got, low, oracle) == (0.25, 2**-4 + 16 * ulps)
 
 
 def test_an_exact_result_passes_and_nothing_is_no_error():
     oracle = np.array([3.0, -8.0])
     got = oracle.astype(F32)
-    assert verify.error_and_bound(got, got, oracle) == (0.0, 4 * 2.0**-23 * 8)
-    assert verify.error_and_bound(got[:0], got[:0], oracle[:0]) == (0.0, 0.0)
+    assert testing.error_and_bound(got, got, oracle) == (0.0, 4 * 2.0**-23 * 8)
+    assert testing.error_and_bound(got[:0], got[:0], oracle[:0]) == (0.0, 0.0)
 
 
 def test_the_bound_separates():
@@ -113,7 +158,7 @@ def test_the_bound_separates():
     oracle = np.array([1.0])
     low = oracle.astype(F32)
     for got, ok in ((1 + 4 * 2.0**-23, True), (1 + 5 * 2.0**-23, False)):
-        result = verify.error_and_bound(np.array([got], F32), low, oracle)
+        result = testing.error_and_bound(np.array([got], F32), low, oracle)
         assert verify.Row("op", "case", *result).ok is ok
 
 
@@ -132,19 +177,19 @@ def test_the_bound_separates():
 )
 def test_what_can_never_pass(got):
     oracle = np.array([1.0, 2.0])
-    assert not verify.Row("", "", *verify.error_and_bound(got, oracle.astype(F32), oracle)).ok
-    assert not verify.Row("", "", verify.wrong_values(got, oracle.astype(F32)), 0.0).ok
+    assert not verify.Row("", "", *testing.error_and_bound(got, oracle.astype(F32), oracle)).ok
+    assert not verify.Row("", "", testing.wrong_values(got, oracle.astype(F32)), 0.0).ok
 
 
 def test_wrong_values_count_bits():
     want = np.array([0.0, np.nan, 1.0, 2.0], F32)
-    assert verify.wrong_values(want.copy(), want) == 0
-    assert verify.wrong_values(np.array([-0.0, np.nan, 1.0, 2.0], F32), want) == 1
-    assert verify.wrong_values(np.array([0.0, -np.nan, 1.0, 3.0], F32), want) == 2
-    assert verify.wrong_values(np.repeat(want, 2)[::2], want) == 0  # strided
+    assert testing.wrong_values(want.copy(), want) == 0
+    assert testing.wrong_values(np.array([-0.0, np.nan, 1.0, 2.0], F32), want) == 1
+    assert testing.wrong_values(np.array([0.0, -np.nan, 1.0, 3.0], F32), want) == 2
+    assert testing.wrong_values(np.repeat(want, 2)[::2], want) == 0  # strided
     halves = want.astype(BFLOAT16)
-    assert verify.wrong_values(halves, halves) == 0
-    assert verify.wrong_values(halves.astype(F16), halves) == np.inf
+    assert testing.wrong_values(halves, halves) == 0
+    assert testing.wrong_values(halves.astype(F16), halves) == np.inf
 
 
 # --- Rows ---
@@ -169,12 +214,20 @@ def test_row(error, bound, ok):
     }
 
 
-# --- Planted faults: each must turn at least one row of its op WRONG ---
+# --- Faults planted in public functions: each must turn at least one row of its op WRONG ---
 
 
 def scaled(by):
-    """The result is off by a fraction of itself."""
-    return lambda op: lambda *args, **kwargs: op(*args, **kwargs) * F32(1 + by)
+    """The result, or the first of several, is off by a fraction of itself."""
+
+    def plant(op):
+        def faulty(*args, **kwargs):
+            out = op(*args, **kwargs)
+            return (out[0] * F32(1 + by), *out[1:]) if isinstance(out, tuple) else out * F32(1 + by)
+
+        return faulty
+
+    return plant
 
 
 def with_option(**change):
@@ -262,10 +315,13 @@ FAULTS = {
     "copy: pairs mixed up": (block_copy, "copy_arrays", with_argument(0, lambda x: x[::-1])),
     "copy: a byte too few": (block_copy, "copy_arrays", without_the_last_byte),
     "append: keys for values": (paged_append, "append", keys_for_values),
-    "append: padding is written": (paged_append, "append", with_argument(4, abs, check=False)),
+    "append: padding is written": (paged_append, "append", with_changed_option("slots", abs)),
     "append: scales halved": (paged_append, "append", half_the_scales),
     "append: rows truncated": (paged_append, "append", truncated),
-    "append: one slot late": (paged_append, "append", with_argument(4, lambda x: x ^ (x > 0))),
+    "append: one slot late": (
+        *(paged_append, "append"),
+        with_changed_option("slots", lambda x: x ^ (x > 0)),
+    ),
     "qkv: a position late": (
         *(paged_qkv, "append"),
         with_changed_option("positions", lambda x: x + 1),
@@ -276,7 +332,7 @@ FAULTS = {
         lambda op: lambda *args, **options: op(*args, **options | {"k_norm": options["q_norm"]}),
     ),
     "qkv: epsilon doubled": (paged_qkv, "append", with_changed_option("eps", lambda x: 2 * x)),
-    "qkv: padding is written": (paged_qkv, "append", with_argument(3, abs, check=False)),
+    "qkv: padding is written": (paged_qkv, "append", with_changed_option("slots", abs)),
     "contiguous: a position late": (contiguous_append, "append", with_argument(4, lambda n: n + 1)),
     "contiguous: always half": (contiguous_append, "append", with_option(pairing="half")),
     "contiguous: no values": (
@@ -302,7 +358,10 @@ FAULTS = {
     ),
     "permute: a head too few": (permute, "block_from_universal", with_option(heads=(0, 3))),
     "decode: 1e-4 off": (paged_decode, "decode", scaled(1e-4)),
-    "decode: one key too few": (paged_decode, "decode", with_argument(4, lambda x: x - (x > 1))),
+    "decode: one key too few": (
+        *(paged_decode, "decode"),
+        with_changed_option("lengths", lambda x: x - (x > 1)),
+    ),
     "decode: no window": (paged_decode, "decode", with_option(window=None)),
     "decode of codes: no sinks": (
         *(paged_decode, "decode", with_option(sinks=None)),
@@ -312,7 +371,10 @@ FAULTS = {
         *(paged_decode, "decode", with_changed_option("v_scales", halved)),
         "paged_decode_mma",
     ),
-    "mass: one key too few": (*(attention_mass, "mass", with_argument(3, lambda x: x - (x > 1))),),
+    "mass: one key too few": (
+        *(attention_mass, "mass"),
+        with_changed_option("lengths", lambda x: x - (x > 1)),
+    ),
     "mass: no window": (attention_mass, "mass", with_option(window=None)),
     "merge: a state is left out": (merge_states, "merge", without_the_first_state),
     "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
@@ -361,15 +423,171 @@ def family_of(fault):
     return family[0] if family else module.__name__.rpartition(".")[2]
 
 
+def fails(family, xp):
+    wrong = next((row for row in judge(family, xp) if not row.ok), None)
+    assert wrong is not None, f"verify sees nothing wrong with {family}"
+    assert wrong.as_text().startswith("WRONG")
+
+
 @without_simt
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_shows(monkeypatch, xp, name):
     module, function, plant, *_ = FAULTS[name]
     monkeypatch.setattr(module, function, plant(getattr(module, function)))
-    rows = judge(family_of(FAULTS[name]), xp)
-    assert any(not row.ok for row in rows), [row.as_text() for row in rows]
-    assert any(row.as_text().startswith("WRONG") for row in rows)
+    fails(family_of(FAULTS[name]), xp)
 
 
-def test_every_op_has_a_planted_fault():
-    assert set(map(family_of, FAULTS.values())) == set(verify.FAMILIES)
+@pytest.mark.simt
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("norm: epsilon doubled", "rope: one position late", "swiglu: 1e-4 off"),
+        *("merge: a state is left out", "table: lengths one more", "append: scales halved"),
+        *("convert: pages in reverse", "qkv: always half", "contiguous: no values"),
+        *("permute: heads in reverse", "copy: a byte too few", "write: another seed"),
+    ],
+)
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_a_planted_fault_shows_where_kernels_run(monkeypatch, device, name):
+    module, function, plant, *_ = FAULTS[name]
+    monkeypatch.setattr(module, function, plant(getattr(module, function)))
+    fails(family_of(FAULTS[name]), device)
+
+
+# --- Faults planted in what runs on a CPU: the judge must not share them ---
+
+
+def does_nothing(op):
+    return lambda *args, **options: None
+
+
+def zeros(op):
+    """Zeros, like what is returned, alone or the first of several."""
+
+    def faulty(*args, **options):
+        out = op(*args, **options)
+        return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
+
+    return faulty
+
+
+def fixed(index, change):
+    """The argument of one position is misread."""
+
+    def plant(op):
+        signature = inspect.signature(op)
+        name = list(signature.parameters)[index]
+
+        def faulty(*args, **options):
+            bound = signature.bind(*args, **options)
+            bound.arguments[name] = change(bound.arguments[name])
+            return op(*bound.args, **bound.kwargs)
+
+        return faulty
+
+    return plant
+
+
+def second_halved(op):
+    """The log-sum-exp is off."""
+
+    def faulty(*args, **options):
+        out, lse = op(*args, **options)
+        return out, lse / 2
+
+    return faulty
+
+
+def without(option):
+    return lambda op: lambda *args, **options: op(*args, **options | {option: None})
+
+
+def toward_zero(op):
+    """Codes are cut instead of rounded."""
+    return lambda y, kind: op(np.trunc(y), kind)
+
+
+def an_eighth_more(op):
+    return lambda *args: op(*args) * F32(1.125)
+
+
+def all_alike(op):
+    """Every key that is seen gets the same score."""
+
+    def faulty(*args, **options):
+        scores = op(*args, **options)
+        return np.where(np.isneginf(scores), scores, 0)
+
+    return faulty
+
+
+REFERENCE_FAULTS = [  # families, module, function, plant
+    (["block_copy"], block_copy, "bytes_at", lambda op: lambda *args: op(*args).copy()),
+    (["paged_append"], paged_append, "reference", does_nothing),
+    (["paged_append", "paged_qkv"], paged_append, "reference", fixed(1, lambda v: v * 2)),
+    (["paged_append", "paged_convert", "paged_qkv"], kinds, "encode", toward_zero),
+    (["paged_append", "paged_convert"], kinds, "row_scales", zeros),
+    (["paged_qkv"], paged_qkv, "hadamard_transform", lambda op: lambda x: x),
+    (["paged_qkv"], norm, "reference", lambda op: lambda x, *args: x),
+    (["paged_qkv", "rope", "contiguous_append"], rope, "reference", does_nothing),
+    (["paged_qkv", "rope"], rope, "reference", fixed(2, lambda positions: positions + 1)),
+    (["rope"], rope, "frequencies", lambda op: lambda *args, **options: op(*args)),
+    (["contiguous_append"], contiguous_append, "reference", does_nothing),
+    (["paged_convert"], paged_convert, "reference", does_nothing),
+    (["paged_convert"], kinds, "decode", an_eighth_more),
+    (["paged_decode_mma", "prefill_mma"], attention, "decode", an_eighth_more),
+    (["paged_check"], paged_check, "reference", does_nothing),
+    (["page_table"], page_table, "reference", does_nothing),
+    (["page_table"], page_table, "reference", fixed(3, lambda page_size: page_size + 1)),
+    (["permute"], permute, "reference", does_nothing),
+    (["permute"], permute, "reference", fixed(1, lambda chunk: chunk[::-1])),
+    (["paged_decode", "paged_decode_mma"], paged_decode, "masked_scores", all_alike),
+    (["attention_mass"], attention_mass, "masked_scores", all_alike),
+    (["paged_decode", "paged_decode_mma"], paged_decode, "weigh", zeros),
+    (["paged_decode"], paged_decode, "weigh", second_halved),
+    (["paged_decode"], paged_decode, "reference", fixed(6, lambda window: None)),
+    (["paged_decode_mma"], paged_decode, "reference", without("sinks")),
+    (["paged_decode_mma"], paged_decode, "reference", without("soft_cap")),
+    (["attention_mass"], attention_mass, "reference", zeros),
+    (["attention_mass"], attention_mass, "reference", fixed(6, lambda window: None)),
+    (["prefill", "prefill_mma"], prefill, "weigh", zeros),
+    (["prefill", "prefill_mma"], prefill, "reference", fixed(7, lambda window: None)),
+    (["prefill_mma"], prefill, "reference", without("soft_cap")),
+    (["prefill"], prefill, "weigh", second_halved),
+    (["merge_states"], merge_states, "reference", fixed(1, lambda lse: np.minimum(lse, 0))),
+    (["merge_states"], merge_states, "reference", second_halved),
+    (["norm"], norm, "reference", fixed(2, lambda eps: 0.0)),
+    (["norm"], norm, "reference", fixed(3, lambda offset: 0.0)),
+    (["activation"], activation, "reference", fixed(0, lambda name: "swiglu")),
+    (["activation"], activation, "reference_add", does_nothing),
+    (["activation"], activation, "reference_embed", fixed(2, lambda scale: 1.0)),
+    (["linear"], linear, "reference", fixed(2, lambda bias: None)),
+    (["linear"], linear, "reference", fixed(1, lambda w: w[::-1])),
+    (["dequant"], dequant, "reference", fixed(0, lambda blocks: blocks[::-1])),
+    (["sample"], sample, "reference", zeros),
+    (["sample"], sample, "reference", fixed(1, lambda temperature: temperature * 2)),
+    (["sample"], sample, "reference", fixed(2, lambda top_k: top_k * 0)),
+    (["sample"], sample, "reference", fixed(3, lambda top_p: top_p * 0 + 1)),
+    (["sample"], sample, "reference", fixed(4, lambda min_p: min_p * 0)),
+    (["sample"], sample, "reference", fixed(6, lambda steps: steps + 1)),
+    (["sample"], sample, "reference_argmax", zeros),
+    (["bandwidth"], bandwidth, "reference_read", does_nothing),
+    (["bandwidth"], bandwidth, "reference_write", fixed(1, lambda seed: seed + 1)),
+    (["bandwidth"], bandwidth, "reference_copy", does_nothing),
+]
+
+
+@pytest.mark.parametrize(
+    "families, module, function, plant",
+    REFERENCE_FAULTS,
+    ids=[f"{module.__name__}.{function}" for _, module, function, _ in REFERENCE_FAULTS],
+)
+def test_a_fault_of_a_reference_shows(monkeypatch, families, module, function, plant):
+    monkeypatch.setattr(module, function, plant(getattr(module, function)))
+    for family in families:
+        fails(family, np)
+
+
+def test_every_family_has_planted_faults():
+    assert set(map(family_of, FAULTS.values())) == set(cuda.stems())
+    assert {name for names, *_ in REFERENCE_FAULTS for name in names} == set(cuda.stems())

@@ -7,7 +7,7 @@ Needs torch with CUDA; runs FlashInfer's kernels (FA2 on CUDA cores, FA2 on tens
 it is installed, and torch's scaled_dot_product_attention over contiguous keys and values. Every
 kernel is captured in a CUDA graph and replayed on the same pages, the L2 cache being flushed before
 each replay; what it leaves is held to pykv's result first. Its host time is that of a call without
-the graph, right behind another, after `paged_decode.prepare` or FlashInfer's `plan`. Prints
+the graph, right behind another, after `pykv.prepare` or FlashInfer's `plan`. Prints
 microseconds, and pykv's over those of the best peer that pages as well; a kernel that refuses a
 case or disagrees is named with its reason.
 """
@@ -21,6 +21,7 @@ from functools import partial
 
 import numpy as np
 
+import pykv
 from pykv import KVSpec, cuda
 from pykv.bench import report
 from pykv.bench.decode import BATCHES, KINDS, MIXED, SHAPES, SIZES
@@ -120,7 +121,8 @@ def ours(torch, problem):
         capacity = problem.M * problem.P
         size = paged_decode.workspace_size(problem.B, problem.HQ, problem.H, problem.D, capacity)
         given["workspace"] = cupy.zeros(size, np.float32)
-        attend = paged_decode.prepare(*arrays, **given)  # as the others' `plan`, not timed
+        # As the others' `plan`, not timed.
+        attend = pykv.prepare(paged_decode.decode, *arrays, **given)
     else:
         attend = partial(prefill.prefill, *arrays, share(problem.starts), **given)
 

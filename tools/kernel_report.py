@@ -96,7 +96,7 @@ def read_cubin(elf):
 
 def ptxas_log(stem, arch, defines):
     """What ptxas -v says of one variant."""
-    options = dataclasses.replace(cuda._key(stem, arch, defines)[1], ptxas_options=["-v"])
+    options = dataclasses.replace(cuda.compiler._key(stem, arch, defines)[1], ptxas_options=["-v"])
     log = io.StringIO()
     Program(cuda.source(stem), "c++", options).compile("cubin", logs=log)
     return log.getvalue()

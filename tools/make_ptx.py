@@ -26,14 +26,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    load, stems = cuda._module, cuda.stems()
+    load, stems = cuda.driver._module, cuda.stems()
 
     def record(arch, stem, **defines):
         if stem in stems:  # not a test's own kernels
             loaded[stem, tuple(defines.items())] = None
         return load(arch, stem, **defines)
 
-    cuda._module = record
+    cuda.driver._module = record
 
 
 def pytest_sessionfinish(session):

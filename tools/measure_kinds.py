@@ -1,11 +1,11 @@
 """Measure what each way to store keys and values costs in quality, on real models and real text.
 
-    python tools/measure_kinds.py tools/results/h200/kinds.json  # --model, --specs, --tokens
-    python tools/measure_kinds.py tools/results/h200/kinds.json --readme
+    python tools/measure_kinds.py tools/results/cpu-2-cores/kinds.json  # --model, --specs, --tokens
+    python -m tools.readme_tables
 
-The second writes the record's tables into README.md and measures nothing. The text is the first
-4,096 tokens of two chapters of Python's language reference, as pydoc has them; it differs a little
-between Python's versions, so the record says which.
+The second writes its tables. The text is the first 4,096 tokens of two chapters of Python's
+language reference, as pydoc has them; it differs a little between Python's versions, so the record
+says which.
 
 A first pass keeps exact (float32) keys, values and some queries of every layer. They give, for each
 spec, the errors of keys, values and attention outputs when these very rows are stored as the spec
@@ -30,11 +30,12 @@ import numpy as np
 
 import pykv
 from pykv import kinds
+from pykv.bench import report
 from pykv.errors import FormatError, PykvError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.llm.model import Batch, forward
 from pykv.ops import paged_decode, paged_qkv, prefill
-from pykv.verify import host
+from pykv.testing import host
 
 TOPICS = ("execmodel", "import")
 MODELS = ("smollm2-135m", "gemma3-270m")
@@ -45,8 +46,6 @@ SPECS = [
 ]
 EVERY = 64  # of so many positions, one gives a query of which the attention output is judged
 STEP_TOKENS, STEP_LOGIT_BYTES = 512, 1 << 28  # of one forward step, at most
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- tools/measure_kinds.py writes from here -->", "<!-- to here -->"
 
 
 # --- Passes ---------------------------------------------------------------------------------------
@@ -227,8 +226,7 @@ def measure(model, specs, tokens, device="auto"):
         name = f"{model} {spec}{', mixed' * hadamard}"
         print(f"{name}: perplexity {row['perplexity']:.4f}, {seconds:.0f} s", flush=True)
     return {
-        "device": llm.device,
-        "pykv": pykv.__version__,
+        **report.environment(llm.xp),
         "python": platform.python_version(),
         "text": list(TOPICS),
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -237,57 +235,9 @@ def measure(model, specs, tokens, device="auto"):
     }
 
 
-# --- Tables ---------------------------------------------------------------------------------------
-
-
-def section(record):
-    """A table for each model, as Markdown."""
-    parts = []
-    for model, one in record.items():
-        base = next((row["perplexity"] for row in one["rows"] if row["spec"] == "fp16"), None)
-        head = ["K, V", "a scale for each", "of", "mixed", "bytes a token", "K", "V", "attention"]
-        lines = [[*head, "perplexity", "to fp16"], ["---"] * 10]
-        for row in one["rows"]:
-            spec = KVSpec.parse(row["spec"])
-            number = row["perplexity"]
-            names = spec.k if spec.k == spec.v else f"{spec.k}, {spec.v}"
-            each = {"token": "token and head"}.get(spec.granularity, spec.granularity)
-            lines.append(
-                [
-                    names,
-                    *((each, spec.scale_dtype) if spec.has_scales else ("", "")),
-                    "yes" if row.get("hadamard") else "",
-                    f"{row['bytes_per_token']:,}",
-                    *(quality(row[name]) for name in ("k", "v", "attention")),
-                    f"{number:.3f}",
-                    "" if base is None else f"{number / base - 1:+.2%}",
-                ]
-            )
-        title = (
-            f"{model}, {one['tokens']:,} tokens of Python's language reference, {one['device']}:"
-        )
-        parts += [title, "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    return "\n\n".join(parts)
-
-
-def quality(error):
-    """Relative error, then cosine."""
-    return f"{error['relative_error']:.3%}, {error['cosine']:.5f}"
-
-
-def rewritten(text, inside):
-    """README's text with another section."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise FormatError(f"README.md lacks the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{inside}\n\n{end}{after}"
-
-
-def main(argv=None, readme=README):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("record", type=Path, help="JSON; other models in it are kept")
-    parser.add_argument("--readme", action="store_true", help="write its tables into README.md")
     parser.add_argument("--model", action="append", help=f"one of {', '.join(MODELS)}, or a file")
     parser.add_argument("--specs", nargs="+", default=SPECS, help="int8:head:fp32 and the like")
     parser.add_argument("--tokens", type=int, default=4096, help="(%(default)s)")
@@ -296,19 +246,14 @@ def main(argv=None, readme=README):
     try:
         specs = [KVSpec.parse(text) for text in args.specs]
         record = {}
-        if args.readme or args.record.exists():
+        if args.record.exists():
             record = json.loads(args.record.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise FormatError(f"{args.record} holds no record of this tool")
-        if args.readme:
-            text = rewritten(readme.read_text(encoding="utf-8"), section(record))
-            readme.write_text(text, encoding="utf-8")
-            return 0
         for model in args.model or MODELS:
             name = Path(model).stem
             record[name] = measure(model, specs, args.tokens, args.device)
             args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(section(record))
     except (PykvError, OSError, ValueError) as error:
         print(f"measure_kinds: {error}", file=sys.stderr)
         return 2

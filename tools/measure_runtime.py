@@ -21,6 +21,7 @@ import numpy as np
 
 import pykv
 from pykv import cuda
+from pykv.bench import report
 from pykv.ops import paged_append, paged_decode
 
 PROMPT = "The capital of France is"
@@ -131,7 +132,7 @@ def main():
     args = parser.parse_args()
     on_gpu = bool(cuda.architectures())
     record = {
-        "pykv": pykv.__version__,
+        **report.environment(cuda.array_module("auto")),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         **imports(on_gpu),

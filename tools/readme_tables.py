@@ -1,346 +1,331 @@
-"""Write the benchmark tables of README.md from the records of one H200.
+"""Write the tables of tools/results from the records there, and the speed table of README.md.
 
-    cd tools/results/h200
-    pykv bench copy --json copy.json
-    pykv bench copy --sweep --json copy_sweep.json
-    pykv bench permute --json permute.json  # and append, gather, pages, decode, ... likewise
-    python ../../compare_flashinfer.py --json flashinfer.json
-    python ../../plot_sweep.py copy_sweep.json --out copy_sweep  # the svg goes into README.md
-    python ../../readme_tables.py  # --check: exit code 1 where README.md is not up to date
+    results=tools/results/h200
+    pykv bench copy --json $results/copy.json  # and append, decode, ... likewise
+    pykv bench copy --sweep --json $results/copy_sweep.json
+    python tools/compare_flashinfer.py --json $results/flashinfer.json
+    python tools/measure_runtime.py $results/runtime.json
+    python tools/plot.py sweep $results/copy_sweep.json
+    python tools/plot.py peers $results/flashinfer.json
+    (cd $results; python ../../plot.py roofline decode.json prefill.json --out roofline.svg)
+    python -m tools.readme_tables  # --check: exit code 1 where a file is not up to date
 
-What stands between the two marker comments of README.md is replaced. Of records that are missing
-nothing is written; where there are none at all, the text stays as it is.
+Writes tools/results/README.md, tools/results/accuracy.md, and README.md between its two markers.
+Of records that are missing nothing is written. A record must be of a clean commit: one whose commit
+is unknown or ends with "+", as files differed from it, is refused, unless --draft is given.
 """
 
 import argparse
-import statistics
+import json
 import sys
 from pathlib import Path
 
-from pykv.bench import CEILINGS, copy, prefill, report
+from pykv.bench import report
 from pykv.errors import FormatError, PykvError
+from tools import tables
+from tools.tables import table
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path("tools/results/h200")
-RECORDS = "copy copy_sweep permute append gather pages decode flashinfer prefill model".split()
-BEGIN, END = "<!-- tools/readme_tables.py writes from here -->", "<!-- to here -->"
+RESULTS = Path("tools/results")
+GPU, HOST = "h200", "cpu-2-cores"  # the folders of the machines
+SPEED = ("flashinfer", "append", "copy", "permute")  # records of the speed table
+BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 
 
-def section(root):
-    """The text between the markers; "" without records."""
-    records = {
-        name: report.read_json(str(path))
-        for name in RECORDS
-        if (path := root / RESULTS / f"{name}.json").exists()
+# --- Records --------------------------------------------------------------------------------------
+
+
+class Records:
+    """The records under a project's tools/results.
+
+    Args:
+        root: the project.
+        draft: whether records of trees that differ from their commit are accepted.
+    """
+
+    def __init__(self, root, draft):
+        self._folder, self._draft = root / RESULTS, draft
+
+    def exists(self, name):
+        return (self._folder / name).exists()
+
+    def list(self, stem):
+        """The records of the GPU's <stem>.json; [] where there is none."""
+        name = f"{GPU}/{stem}.json"
+        if not self.exists(name):
+            return []
+        found = report.read_json(str(self._folder / name))
+        self._check(name, found)
+        return found
+
+    def load(self, name):
+        """The JSON object of a file that holds no list of records; {} where there is none."""
+        if not self.exists(name):
+            return {}
+        found = json.loads((self._folder / name).read_text(encoding="utf-8"))
+        self._check(name, found.values() if name.endswith("kinds.json") else [found])
+        return found
+
+    def _check(self, name, records):
+        for one in records:
+            commit = one.get("commit")
+            if not self._draft and (commit is None or commit.endswith("+")):
+                raise FormatError(
+                    f"{name}: commit is {commit!r}, expected one whose files had no changes; "
+                    "record it again (or --draft)"
+                )
+
+
+def facts(records):
+    """Where, with what and when records were made."""
+    words = []
+    for key, text in (
+        *(("device", "{}"), ("driver", "driver {}"), ("cuda", "CUDA {}"), ("nvrtc", "NVRTC {}")),
+        *(("commit", "commit {}"), ("date", "{}")),
+    ):
+        unknown = "unknown" if key == "commit" else None
+        values = [one.get(key) or unknown for one in records]
+        values = dict.fromkeys(str(value) for value in values if value)
+        words += [text.format(" and ".join(values))] if values else []
+    return ", ".join(words).replace("+", " with changes")
+
+
+def stamp(name, records):
+    """The line below a table."""
+    return f"{facts(records)}: [{name}]({name})"
+
+
+def runtime(records):
+    """What a user waits for, on the host and the GPU."""
+    machines = [records.load(f"{folder}/runtime.json") for folder in (HOST, GPU)]
+    names = {
+        "import_warm_s": ("`import pykv`, on a GPU with CuPy", "{:.2f} s"),
+        "import_cold_s": ("the first time, when kernels are compiled", "{:.1f} s"),
+        "first_token_from_process_start_s": ("first token, from process start", "{:.1f} s"),
+        "decode_tokens_per_s": ("decode", "{:,.0f} tokens/s"),
+        "prompt_500_tokens_per_s": ("prompt of 500 tokens", "{:,.0f} tokens/s"),
     }
-    parts = []
-    if "copy" in records:
-        parts += copies(records["copy"])
-    if "permute" in records:
-        parts += permutes(records["permute"])
-    if "copy_sweep" in records:
-        parts += choices(records["copy_sweep"])
-    figure = RESULTS / "copy_sweep.svg"
-    if parts and (root / figure).exists():
-        parts.append(f"![rates of copies by size, count and backend]({figure.as_posix()})")
-    parts += caches(
-        [one for name in ("append", "gather", "pages") for one in records.get(name, [])]
-    )
-    if "decode" in records:
-        parts += decodes(records["decode"])
-    if "flashinfer" in records:
-        parts += peers(records["flashinfer"])
-    if "prefill" in records:
-        parts += prompts(records["prefill"])
-    if "model" in records:
-        parts += models(records["model"])
-    return "\n\n".join(parts)
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def percent(share):
-    return f"{100 * share:.1f} %"
-
-
-def copies(records):
-    """Shares of a contiguous copy for each size: by the kernel and, in brackets, the batch call."""
-    ceilings = report.ceilings([one for one in records if one["bench"] == CEILINGS])
-    found = {}  # (size, count): {(direction, backend): record}
-    whole = {}  # bytes: the rate of a contiguous copy of as many on the device
-    for one in records:
-        case = one["case"]
-        if one["bench"] != "copy" or one["share"] is None:
-            continue
-        if case["backend"] == "contiguous":
-            if case["direction"] == "d2d":
-                whole[case["copy_size"]] = one["gbps"]
-            continue
-        cell = found.setdefault((case["copy_size"], case["num_copies"]), {})
-        cell[case["direction"], case["backend"]] = one
-    rows = []
-    for (size, count), cell in found.items():
-        row = [f"{copy.size_text(size)} x {count}"]
-        for direction in ("d2d", "h2d", "d2h"):
-            ours, batch = (cell.get((direction, name)) for name in ("prepared", "batched"))
-            text = percent(ours["share"]) if ours else ""
-            row.append(text + (f" ({percent(batch['share'])})" if ours and batch else ""))
-        ours, alike = cell.get(("d2d", "prepared")), whole.get(size * count)
-        row.insert(2, percent(ours["gbps"] / alike) if ours and alike else "")
-        rows.append(row)
-    rates = ", ".join(
-        f"{ceilings[name]:,.0f} GB/s {what}"
-        for name, what in (("copy", "read + written"), ("h2d", "h2d"), ("d2h", "d2h"))
-        if name in ceilings
-    )
-    text = (
-        f"Scattered blocks on one {records[0]['device']} (`pykv bench copy`), as a share of a "
-        "contiguous copy of 1 GiB in the same run\n"
-        f"({rates}); in brackets CUDA's batch call. Over the link the kernel takes "
-        f"{copy.LINK_CTAS} thread blocks."
-    )
-    host = found.get((4096, 20_000), {}).get(("d2d", "prepared"))
-    if host:
-        text += (
-            f"\nA prepared copy of 20,000 pairs keeps the host for {host['host_median']:.1f} us."
-        )
-    order = sorted(range(len(rows)), key=lambda i: list(found)[i][0])
-    head = ["blocks", "d2d", "d2d, of as many bytes", "h2d", "d2h"]
-    return [text, table(head, [rows[i] for i in order])]
-
-
-def permutes(records):
-    """The least share of a copy over head sizes for each move, and shares of the link."""
-    shares, link, sizes = {}, {}, set()
-    for one in records:
-        case = one["case"]
-        if one["bench"] != "permute" or one["share"] is None:
-            continue
-        move = f"{case['src']} to {case['dst']}"
-        if case["direction"] == "d2d":
-            sizes.add(case["D"])
-            cell = shares.setdefault(move, {})
-            cell[case["itemsize"]] = min(one["share"], cell.get(case["itemsize"], one["share"]))
-        else:
-            link[move] = percent(one["share"])
-    widths = sorted({itemsize for cell in shares.values() for itemsize in cell})
     rows = [
-        [
-            move,
-            *(percent(cell[size]) if size in cell else "" for size in widths),
-            link.get(move, ""),
-        ]
-        for move, cell in shares.items()
+        [text, *(form.format(one[name]) if name in one else "" for one in machines)]
+        for name, (text, form) in names.items()
     ]
-    text = (
-        "Permutes (`pykv bench permute`; 8 heads, 80 layers, keys and values, 16 tokens a block) "
-        "as a share of a copy, by\nbytes of an element: the least of head sizes "
-        f"{', '.join(map(str, sorted(sizes)))}. Last column: fused with the transfer, the\n"
-        "universal side in pinned memory, as a share of the link."
+    text = "SmolLM2-135M, one sequence, float16 weights and cache, by `tools/measure_runtime.py`."
+    return text, ["", "2 CPU cores", "NVIDIA H200"], rows if any(machines) else []
+
+
+# Heading, command, record, table, figure.
+SECTIONS = [
+    ("Decode", "pykv bench decode", "decode", tables.decodes, "roofline.svg"),
+    (
+        "Decode and prefill beside FlashInfer",
+        "tools/compare_flashinfer.py",
+        "flashinfer",
+        tables.peers,
     )
-    head = ["move", *(f"{n} byte{'s' * (n > 1)}" for n in widths), "over the link"]
-    return [text, table(head, rows)]
+    + ("flashinfer.svg",),
+    ("Prefill", "pykv bench prefill", "prefill", tables.prompts, None),
+    ("Append", "pykv bench append", "append", tables.caches, None),
+    ("Gather and scatter", "pykv bench gather", "gather", tables.caches, None),
+    ("Convert", "pykv bench convert", "convert", tables.caches, None),
+    ("Pages", "pykv bench pages", "pages", tables.caches, None),
+    ("Block copies", "pykv bench copy", "copy", tables.copies, None),
+    (
+        "The choices of auto",
+        "pykv bench copy --sweep",
+        "copy_sweep",
+        tables.choices,
+        "copy_sweep.svg",
+    ),
+    ("Permutes", "pykv bench permute", "permute", tables.permutes, None),
+    ("A step of a model", "pykv bench model", "model", tables.models, None),
+    ("Host time of a call", "pykv bench calls", "calls", tables.host_times, None),
+    ("Block manager", "pykv bench blocks", "blocks", tables.block_rates, None),
+    ("Compiling", "pykv bench compile", "compile", tables.compile_times, None),
+]
 
 
-def choices(records):
-    """How well `auto` chose."""
-    found = [ratio for ratio, *_ in copy.auto_choices([o for o in records if o["bench"] == "copy"])]
-    if not found:
-        return []
-    good = sum(ratio >= copy.NEARLY for ratio in found)
-    return [
-        f'`memcpy_batch(mode="auto")` is at least {copy.NEARLY} times as fast as the best single '
-        f"way in {good} of {len(found)}\ncells of `pykv bench copy --sweep`; the worst is "
-        f"{min(found):.2f}."
+# --- The files ------------------------------------------------------------------------------------
+
+
+def results(records):
+    """tools/results/README.md."""
+    parts = [
+        "# Speed",
+        "Written by `tools/readme_tables.py` from the records beside this file. A record says GPU, "
+        "driver, commit\nand each sample; a share is of a ceiling measured in the same run. What "
+        "limits the figures that stay below\ntheir aim: [h200/limits.md](h200/limits.md). What a "
+        "kind costs in perplexity: [accuracy.md](accuracy.md).",
     ]
+    for title, command, stem, make, figure in SECTIONS:
+        found = records.list(stem)
+        if not found:
+            continue
+        text, head, rows = make(found)
+        if not rows:
+            continue
+        parts += [f"## {title}", f"`{command}`. {text}", table(head, rows)]
+        if figure and records.exists(f"{GPU}/{figure}"):
+            parts.append(f"![{title.lower()}]({GPU}/{figure})")
+        parts.append(stamp(f"{GPU}/{stem}.json", found))
+    text, head, rows = runtime(records)
+    if rows:
+        parts += ["## The runtime", text, table(head, rows)]
+        names = [name for m in (HOST, GPU) if records.exists(name := f"{m}/runtime.json")]
+        parts += [stamp(name, [records.load(name)]) for name in names]
+    return "\n\n".join(parts) + "\n"
 
 
-def caches(records):
-    """What writes and moves paged caches: microseconds, and shares of a copy or the link."""
-    rows = []
-    for one in records:
-        case = one["case"]
-        if one["bench"] == CEILINGS or one["median"] is None:
-            continue
-        if case["kv"] not in ("fp16", "int8", "int4", "e4m3") or case.get("L", 1) != 1:
-            continue  # the records hold more
-        if case.get("dtype", "fp16") != "fp16":
-            continue
-        if one["bench"] == "append" and "op" in case:
-            how = "fused" if case["op"] == "qkv" else "by separate ops"
-            jobs = "normalise, " * case["norm"] + "rotate, " + "mix, " * case["hadamard"] + "append"
-            what = f"{jobs} {case['tokens']} tokens of {case['dtype']}, {how}"
-        elif one["bench"] == "append":
-            what = f"append {case['tokens']} tokens of {case['dtype']}"
-        else:
-            what = f"{case['op'].replace('_', ' ')} {case['pages']} pages"
-        share = f"{percent(one['share'])} of {one['ceiling']}" if one["share"] is not None else ""
-        rows.append([what, case["kv"], f"{one['median']:.1f} us", share])
+def accuracy(records):
+    """tools/results/accuracy.md."""
+    name = f"{HOST}/kinds.json"
+    found = records.load(name)
+    parts = [
+        "# Accuracy",
+        "What each way to store keys and values costs, on real models and real text "
+        "(`tools/measure_kinds.py`). Columns K,\nV and attention: the relative error of keys, "
+        "values and attention outputs, and the mean cosine of their\nrows, when exact ones are "
+        "stored as the kind says; perplexity: of the whole text then. Rotated: heads are\n"
+        "multiplied by a Hadamard matrix before they are stored, as `pykv.LLM` does for int8, int4 "
+        "and k8v4. Scales of\na head or a tensor are calibrated on the text itself.",
+    ]
+    if records.exists(f"{HOST}/kinds.svg"):
+        parts.append(f"![bytes of a token against perplexity]({HOST}/kinds.svg)")
+    for model, one in found.items():
+        title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
+        parts += [title, tables.kinds_table(one["rows"]), stamp(name, [one])]
+    return "\n\n".join(parts) + "\n"
+
+
+def speed(records):
+    """The speed table of README.md."""
+    rows = [*attention_rows(records), *movement_rows(records), *model_rows(records)]
     if not rows:
-        return []
-    text = (
-        "Paged caches, 8 KV heads of 128 elements, 16 tokens a page (`pykv bench append`, "
-        "`gather`, `pages`). Appended rows\ncome from the L2 cache, where a product has just left "
-        "them, so they may beat a copy through memory."
-    )
-    return [text, table(["what", "kind", "time", "share"], rows)]
+        return ""
+    used = [one for stem in SPEED for one in records.list(stem)]
+    used += filter(None, [records.load(f"{GPU}/runtime.json")])
+    return table(["what", "result", "of the ceiling", "beside"], rows) + f"\n\n{facts(used)}."
 
 
-def shape_of(case, longest="16,384"):
-    """The first cells of a row: all of a case of attention but its kind."""
-    length = f"{case['L']:,}" if case["L"] else f"1 to {longest}"
-    what = f"{case['B']} x {length}" + ", prompts" * (case.get("op") == "prefill")
-    return what, f"{case['HQ']}/{case['H']}", str(case["D"]), str(case["P"])
-
-
-def decodes(records):
-    """Microseconds and shares of the read ceiling, by batch and kind."""
-    found = {}
-    for one in records:
-        case = one["case"]
-        if one["bench"] != "decode" or one["median"] is None:
-            continue
-        kind, _, layout = case["kv"].partition(":")
-        shape = *shape_of(case), layout or "NHD"
-        found.setdefault(shape, {})[kind] = one
-    kinds = ["bf16", "int8", "e4m3", "int4"]
-    rows = [
-        [
-            *shape,
-            *(
-                f"{cell[kind]['median']:.1f} ({100 * cell[kind]['share']:.0f} %)"
-                if kind in cell
-                else ""
-                for kind in kinds
-            ),
-        ]
-        for shape, cell in found.items()
-    ]
-    text = (
-        "Attention of one query a sequence (`pykv bench decode`): microseconds a call in a "
-        "captured graph, the L2 cache\nflushed before it, and the share of what the memory can be "
-        "read at."
-    )
-    return [text, table(["sequences x keys", "heads", "D", "P", "pages", *kinds], rows)]
-
-
-def peers(records):
-    """Microseconds of every kernel, and pykv's over those of the best peer that pages as well."""
-    names = max((list(one["us"]) for one in records), key=len)
-    others = [name for name in names if name != "pykv"]
-    best = {}  # of a shape and kind: microseconds of the fastest such peer
-    for one in records:
-        times = [us for name, us in one["us"].items() if us and name not in ("pykv", "torch SDPA")]
-        best[shape_of(one["case"]), one["case"]["kv"]] = min(times, default=None)
+def attention_rows(records):
+    found = records.list("flashinfer")
+    best = tables.best_peers(found)
+    shape = dict(HQ=32, H=8, D=128, P=16)
     rows = []
-    for one in sorted(records, key=lambda one: one["case"]["op"]):
-        us, kind, shape = one["us"], one["case"]["kv"], shape_of(one["case"])
-        peer = best.get((shape, "e4m3" if kind == "int8" else kind))
-        ours = ratio = ""
-        if one["ok"]:
-            rate = percent(one["bytes"] / us["pykv"] / 1e3 / one["read_gbps"])
-            if one["case"]["op"] == "prefill":
-                rate = f"{one['flops'] / us['pykv'] / 1e6:.0f} TFLOP/s"
-            ours = f"{us['pykv']:.1f} ({rate})"
-            ratio = f"{us['pykv'] / peer:.2f}" if peer else ""
-        cells = [f"{us[name]:.1f}" if us.get(name) else "" for name in others]
-        rows.append([*shape, kind, ours, *cells, ratio])
-    hosts = {
-        name: [one["host_us"][name] for one in records if one["host_us"].get(name)]
-        for name in names
-    }
-    host = ", ".join(f"{name} {statistics.median(us):.1f}" for name, us in hosts.items() if us)
-    last = records[-1]
-    text = (
-        f"Beside FlashInfer {last['flashinfer']}, and torch {last['torch']} over contiguous keys "
-        "and values, in one run\n(`tools/compare_flashinfer.py`): microseconds a call in a "
-        "captured graph, the L2 cache flushed before it; in brackets\nthe share of the "
-        f"{last['read_gbps']:,.0f} GB/s that memory is read at. Last column: pykv's time over that "
-        "of FlashInfer's best\nkernel, int8's over that for e4m3, since it has no int8. Cells are "
-        "empty where a kernel does not take the case.\n"
-        "Microseconds that a call keeps the host, made ready by `paged_decode.prepare` or "
-        f"FlashInfer's `plan`, medians over\nall cases: {host}."
-    )
-    head = ["sequences x keys", "heads", "D", "P", "kind", "pykv", *others, "pykv / best"]
-    return [text, table(head, rows)]
-
-
-def prompts(records):
-    """Rates of attention over whole prompts, and of the matrix product in the same run."""
-    found, product = {}, None
-    for one in records:
-        case = one["case"]
-        if one["bench"] != "prefill" or not one["ok"]:
+    for text, case in (
+        (
+            "decode, 64 sequences of 4,096 keys, 32/8 heads of 128, bf16",
+            dict(op="decode", B=64, L=4096, kv="bf16"),
+        ),
+        ("the same, int8", dict(op="decode", B=64, L=4096, kv="int8")),
+        (
+            "decode, one sequence of 131,072 keys, bf16",
+            dict(op="decode", B=1, L=131072, kv="bf16"),
+        ),
+        (
+            "prefill, 8 prompts of 2,048 tokens, bf16",
+            dict(op="prefill", B=8, L=2048, kv="bf16"),
+        ),
+    ):
+        one = first(found, **shape, **case)
+        if one is None:
             continue
-        if "matmul" in case:
-            product = prefill.tflops(one)
-            continue
-        first, *shape = shape_of(case, "4,096")
-        new = f"{case['Q']:,}" if case["Q"] else "all"
-        found.setdefault((first, new, *shape, case["dtype"]), {})[case["kv"]] = prefill.tflops(one)
-    kinds = ["bf16", "fp16", "int8", "e4m3", "int4"]
-    rows = [
-        [*shape, *(f"{rates[kind]:.0f}" if kind in rates else "" for kind in kinds)]
-        for shape, rates in found.items()
-    ]
-    text = (
-        "Causal attention of whole prompts, or of their last tokens (`pykv bench prefill`): "
-        "TFLOP/s. cuBLAS multiplies two\n"
-        f"bf16 matrices of {prefill.MATMUL:,} rows at {product:.0f} in the same run."
-    )
-    head = ["prompts x keys", "queries", "heads", "D", "P", "of", *kinds]
-    return [text, table(head, rows)]
+        us = one["us"]["pykv"]
+        kind = "e4m3" if case["kv"] == "int8" else case["kv"]
+        peer = best.get((tables.shape_of(one["case"]), kind))
+        words = "FlashInfer's best kernel" + " for e4m3" * (case["kv"] == "int8")
+        beside = f"{us / peer:.2f} of the time of {words}" if peer else ""
+        share, rate = f"{one['bytes'] / us / 1e3 / one['read_gbps']:.0%} of memory read", ""
+        if case["op"] == "prefill":
+            share, rate = "", f", {one['flops'] / us / 1e6:.0f} TFLOP/s"
+        rows.append([text, f"{us:.0f} us{rate}", share.replace("%", " %"), beside])
+    return rows
 
 
-def models(records):
-    """Milliseconds of a token of every sequence, by batch, context and kind."""
-    found = {}
-    for one in records:
-        if one["bench"] == "model" and one["ok"]:
-            case = one["case"]
-            found.setdefault((case["B"], case["L"]), {})[case["kv"]] = one["median"] / 1e3
-    kinds = ["fp16", "int8", "fp8"]
-    rows = [
-        [f"{B} x {L:,}", *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds)]
-        for (B, L), times in found.items()
-    ]
-    text = (
-        "The next token of sequences of SmolLM2-135M (`pykv bench model`): milliseconds by the "
-        "clock, as a CUDA graph."
+def movement_rows(records):
+    rows = []
+    rotate = dict(tokens=4096, kv="int8", norm=False, hadamard=False)
+    fused, apart = (first(records.list("append"), **rotate, op=op) for op in ("qkv", "separate"))
+    if fused and apart:
+        beside = f"{fused['median'] / apart['median']:.2f} of the time of separate ops"
+        text = "RoPE and append of 4,096 tokens as int8, in one launch"
+        rows.append([text, f"{fused['median']:.0f} us", f"{rounded(fused)} of a copy", beside])
+    blocks = dict(direction="h2d", copy_size=64 << 10, num_copies=4096)
+    ours, batch = (
+        first(records.list("copy"), **blocks, backend=name) for name in ("prepared", "batched")
     )
-    return [text, table(["sequences x context", *kinds], rows)]
+    if ours and batch:
+        text, beside = (
+            "4,096 blocks of 64 KiB, host to device",
+            f"CUDA's batch call: {rounded(batch)}",
+        )
+        rows.append([text, f"{ours['gbps']:.0f} GB/s", f"{rounded(ours)} of the link", beside])
+    shape = dict(src="NHD", dst="universal", direction="d2d", itemsize=2, D=128)
+    moved = first(records.list("permute"), **shape)
+    if moved:
+        text = "blocks from NHD to universal, 2-byte elements, heads of 128"
+        rows.append([text, f"{moved['gbps']:,.0f} GB/s", f"{rounded(moved)} of a copy", ""])
+    return rows
+
+
+def model_rows(records):
+    gpu, host = (records.load(f"{name}/runtime.json") for name in (GPU, HOST))
+    if not gpu:
+        return []
+    rate = "decode_tokens_per_s"
+    beside = f"{host[rate]:,.0f} tokens/s on 2 CPU cores" if host else ""
+    return [["SmolLM2-135M, one sequence", f"{gpu[rate]:,.0f} tokens/s", "", beside]]
+
+
+def first(records, **case):
+    """The first right record with these values, or None."""
+    return next((one for one in records if one["ok"] and case.items() <= one["case"].items()), None)
+
+
+def rounded(one):
+    return f"{100 * one['share']:.0f} %"
 
 
 def rewritten(text, inside):
-    """README's text with another section; as it is where there is nothing to say."""
+    """README's text with another speed table; as it is where there is nothing to say."""
     before, begin, rest = text.partition(BEGIN)
-    old, end, after = rest.partition(END)
+    _, end, after = rest.partition(END)
     if not begin or not end:
         raise FormatError(f"README.md lacks the lines {BEGIN} and {END}")
     return f"{before}{begin}\n\n{inside}\n\n{end}{after}" if inside else text
 
 
+def files(root, draft=False):
+    """{path: the text that it should have}."""
+    records = Records(root, draft)
+    readme = root / "README.md"
+    return {
+        readme: rewritten(readme.read_text(encoding="utf-8"), speed(records)),
+        root / RESULTS / "README.md": results(records),
+        root / RESULTS / "accuracy.md": accuracy(records),
+    }
+
+
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--draft", action="store_true", help="accept records of trees with changes, and say so"
+    )
     args = parser.parse_args(argv)
-    readme = root / "README.md"
     try:
-        old = readme.read_text(encoding="utf-8")
-        new = rewritten(old, section(root))
+        wanted = files(root, args.draft)
+        old = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in wanted}
     except (PykvError, OSError) as error:
         print(f"readme_tables: {error}", file=sys.stderr)
         return 2
-    if args.check:
-        if new != old:
-            print("README.md is not up to date: run tools/readme_tables.py", file=sys.stderr)
-        return int(new != old)
-    if new != old:
-        readme.write_text(new, encoding="utf-8")
-    return 0
+    changed = [path for path in wanted if wanted[path] != old[path]]
+    for path in changed:
+        if args.check:
+            name = path.relative_to(root)
+            print(f"{name} is not up to date: run python -m tools.readme_tables", file=sys.stderr)
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+    return int(args.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 A benchmark is a module of this package, found by its name, with
 
     CASES                a list of flat dicts, one for each case
+    QUICK                small ones for --quick, which only show that it works
     make(case, xp, rng)  the `Work` of a case on an array module; None where that has no such thing
 
 and, where it wants them,
 
-    add_arguments(parser), select(args)  options of its own, and the cases that they leave;
-                                         with args.quick, small ones that only show that it works
+    OPTIONS              names of the options of `pykv.bench.options` that make cases of its own,
+    own_cases(cases, change)             and how, where the first case with other values will not do
+    add_arguments(parser), select(args)  options that it alone has, and the cases that they leave
     row(record)          the columns of its CSV instead of `report.row`
     conclude(records)    a closing line for people
 
@@ -19,14 +21,16 @@ come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.bench import memory, report, timing
 from pykv.bench.report import Record
 from pykv.errors import ParameterError
@@ -40,14 +44,19 @@ class Work:
 
     Attributes:
         run: makes one call, enqueued on CuPy's current stream; allocates nothing.
-        check: whether what the last `run` left is right.
+        check: whether what `run`, or each call of `graph`, left is right.
         bytes: moved by one call, as its ceiling counts them.
         flops: arithmetic operations of one call.
         ceiling: name of the ceiling that `bytes` is held to: "read", "write", "copy" (bytes read
             and written), "h2d" or "d2h"; None where there is none.
         reads_only: the call writes next to nothing, see `timing.Flush`.
-        graph: time replays of a captured graph of so many calls instead of calls; 0: calls.
+        graph: time replays of a captured graph of these calls instead of `run`. Each has arrays of
+            its own, or it would find in the L2 cache what another left: see `timing.calls_of`.
         wall: time from the call to the stream's end by the clock, as what the host submits counts.
+        op: the op that `run` calls, with its arguments, where the host's time for the call made
+            ready by `pykv.prepare` is measured as well.
+        clocked: `run` times itself and returns seconds.
+        samples: of calls that take seconds, how many are timed instead of what was asked for.
     """
 
     run: Callable[[], object]
@@ -56,13 +65,16 @@ class Work:
     flops: int = 0
     ceiling: str | None = None
     reads_only: bool = False
-    graph: int = 0
+    graph: Sequence[Callable[[], object]] = ()
     wall: bool = False
+    op: partial[Any] | None = None
+    clocked: bool = False
+    samples: int | None = None
 
 
 def names() -> list[str]:
     """The benchmarks there are."""
-    shared = ("caches", "memory", "report", "timing")
+    shared = ("memory", "options", "report", "timing")
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 
@@ -166,15 +178,27 @@ def _measure(
             work: Work | None = module.make(case, xp, rng)
             if work is None:
                 return None
-            work.run()
+            for call in work.graph or (work.run,):
+                call()
             timer.synchronize()
             ok = bool(work.check())
             times = None
             if ok:
                 times = timer.time(
-                    work.run, reads_only=work.reads_only, graph=work.graph, wall=work.wall
+                    work.run,
+                    reads_only=work.reads_only,
+                    graph=work.graph,
+                    wall=work.wall,
+                    prepared=None if work.op is None or xp is np else _prepared(work.op),
+                    clocked=work.clocked,
+                    samples=work.samples,
                 )
         return report.record(bench, case, work, times, facts)
     finally:
         work = None
         timer.free()
+
+
+def _prepared(op: partial[Any]) -> Callable[[], object]:
+    """The call of an op, checked once and ready to be made again."""
+    return cuda.prepare(op.func, *op.args, **op.keywords)

@@ -9,26 +9,28 @@ both are counted the bytes that the job cannot do without, which are those of on
     + 8 * T + 4 * (D / 2)
 
 the rows once in, the queries once out, what the pools take, slots and positions, and frequencies.
+
+The calls of a graph, `timing.calls_of` in number, take other rows to other slots each: the same
+ones again would be read from the L2 cache and written into it, faster than memory is.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches
-from pykv.bench.gather import DTYPES
+from pykv.bench import Work, memory, timing
+from pykv.bench.options import DTYPES, Case
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.pages import Pages
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
-GRAPH = 20  # calls: new rows come from a product that has just left them in the L2
-QUICK = dict(N=6, P=4, H=2, D=16)
+TINY = dict(N=16, P=4, H=2, D=16)
 GROUP = 4  # query heads to a KV head, where there are any
 CHECKED = 256  # tokens whose queries and keys a check looks at
 EPS = 1e-5
@@ -64,11 +66,16 @@ def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-CASES = _cases(4096, SIZES)
+CASES, QUICK = _cases(4096, SIZES), _cases(20, TINY)
+OPTIONS = ("tokens", "any_heads", "dim", "page", "row_kv", "dtype")
 
 
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(20, QUICK) if args.quick else CASES
+def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
+    """The plain append, or with query heads the fused one; with slots for `MAX_CALLS` calls."""
+    case = {**cases[0], **change}
+    if "HQ" in change:
+        case |= dict(op="qkv", norm=False, hadamard=False)
+    return [{**case, "N": -(-timing.MAX_CALLS * case["tokens"] // case["P"])}]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
@@ -76,9 +83,15 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     spec, T, dtype = KVSpec.parse(case["kv"]), case["tokens"], DTYPES[case["dtype"]]
     N, P, H, D = (case[name] for name in "NPHD")
     of_pool = sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
+    if "op" in case:
+        of_token = (2 * case["HQ"] + 2 * H) * D * dtype.itemsize + H * of_pool
+        moved = T * of_token + 8 * T + 4 * (D // 2)
+    else:
+        moved = T * H * (2 * D * dtype.itemsize + of_pool) + 4 * T  # rows, scales and slots
+    calls = min(timing.calls_of(xp, moved), N * P // T)
+    if not memory.fits(xp, N * P * H * of_pool + 3 * calls * moved):
+        return None
     cache = caches.empty(xp, caches.cache(xp, spec, 1, N, P, H, D, 0))
-    places = rng.permutation(N * P)[:T].astype(np.int32)
-    slots = xp.asarray(places)
     options = caches.layer(cache)
     pools = [options.pop(f"{name}_pool") for name in "kv"]
     if not spec.has_scales:
@@ -86,23 +99,39 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if spec != KVSpec(spec.k, spec.v) or {spec.k, spec.v} & {"int4", "e4m3", "e5m2"}:
         options["spec"] = spec
 
-    if "op" in case:
-        run, check = _layer(case, xp, rng, cache, pools, places, slots, options)
-        moved = (2 * case["HQ"] + 2 * H) * D * dtype.itemsize + H * of_pool
-        nbytes = T * moved + 8 * T + 4 * (D // 2)
-        return Work(run=run, check=check, bytes=nbytes, ceiling="copy", graph=GRAPH)
-    new = caches.values(xp, int(rng.integers(2**31)), (T, H, D), dtype)
-    pages, offsets = np.divmod(places, P)
-    append: Any = paged_append.append
+    make_call = _layer if "op" in case else _rows
+    places = rng.permutation(N * P)[: calls * T].astype(np.int32).reshape(calls, T)
+    made = [make_call(case, xp, rng, cache, pools, slots, options) for slots in places]
+    runs, checks = zip(*made, strict=True)
     return Work(
-        run=lambda: append(*new, *pools, slots, **options),
-        check=lambda: all(
-            caches.holds(cache, which, pages, new[which], offsets) for which in (0, 1)
-        ),
-        bytes=T * H * (2 * D * dtype.itemsize + of_pool) + 4 * T,  # rows, scales and slots
+        run=runs[0],
+        check=lambda: all(check() for check in dict.fromkeys((checks[0], checks[-1]))),
+        bytes=moved,
         ceiling="copy",
-        graph=GRAPH,
+        graph=runs,
+        op=runs[0] if isinstance(runs[0], partial) else None,
     )
+
+
+def _rows(
+    case: dict[str, Any],
+    xp: Any,
+    rng: np.random.Generator,
+    cache: Pages,
+    pools: list[Any],
+    places: Any,
+    options: dict[str, Any],
+) -> tuple[Callable[[], object], Callable[[], bool]]:
+    """A call of `paged_append.append`, and its check."""
+    shape = case["tokens"], case["H"], case["D"]
+    new = caches.values(xp, int(rng.integers(2**31)), shape, DTYPES[case["dtype"]])
+    pages, offsets = np.divmod(places, case["P"])
+
+    def check() -> bool:
+        return all(caches.holds(cache, which, pages, new[which], offsets) for which in (0, 1))
+
+    append: Any = paged_append.append
+    return partial(append, *new, *pools, xp.asarray(places), **options), check
 
 
 def _layer(
@@ -112,10 +141,9 @@ def _layer(
     cache: Pages,
     pools: list[Any],
     places: Any,
-    slots: Any,
     options: dict[str, Any],
 ) -> tuple[Callable[[], object], Callable[[], bool]]:
-    """`run` and `check` of a case with an `op`."""
+    """A call of a case with an `op`, and its check."""
     T, HQ, H, D, dtype = *(case[x] for x in ("tokens", "HQ", "H", "D")), DTYPES[case["dtype"]]
     heads, _ = caches.values(xp, int(rng.integers(2**31)), (T, HQ + 2 * H, D), dtype)
     original = heads.copy()
@@ -131,24 +159,23 @@ def _layer(
     if case["op"] == "qkv":
         q_out = xp.full((T, HQ, D), np.nan, dtype)
 
-    rows, where = heads.reshape(T, -1), (*pools, slots)
+    rows, where = heads.reshape(T, -1), (*pools, xp.asarray(places))
     append_rows: Any = paged_append.append
     append_qkv: Any = paged_qkv.append
-
-    def fused() -> None:
-        append_qkv(
-            rows,
-            *where,
-            positions=positions,
-            inv_freq=freq,
-            pairing=pairing,
-            q_norm=weights[0],
-            k_norm=weights[1],
-            eps=EPS,
-            hadamard=case["hadamard"],
-            q_out=q_out,
-            **options,
-        )
+    fused = partial(
+        append_qkv,
+        rows,
+        *where,
+        positions=positions,
+        inv_freq=freq,
+        pairing=pairing,
+        q_norm=weights[0],
+        k_norm=weights[1],
+        eps=EPS,
+        hadamard=case["hadamard"],
+        q_out=q_out,
+        **options,
+    )
 
     def separate() -> None:
         if case["norm"]:

@@ -70,7 +70,7 @@ def _words(xp: Any, size: int, seed: int) -> Any:
 
 def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
     x = _words(xp, size, seed)
-    tiles = -(-len(x) // (bandwidth.THREADS * vectors))
+    tiles = -(-len(x) // (bandwidth.BLOCK * vectors))
     sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
 
     def check() -> bool:

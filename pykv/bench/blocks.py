@@ -23,6 +23,7 @@ CASES: list[dict[str, Any]] = [
     dict(what="fork", operations=6_144),
     dict(what="prefix", operations=1_024),
 ]
+QUICK = [{**case, "operations": 768} for case in CASES]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
 
 from pykv import kinds
-from pykv.bench import Work, caches, memory
-from pykv.bench.gather import CHECKED, QUICK, SIZES
+from pykv.bench import Work, memory
+from pykv.bench.gather import CHECKED, SIZES, TINY
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import caches
 
 
 def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -23,11 +23,8 @@ def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
     return [dict(kv=kv, to=to, **sizes) for kv, to in pairs]
 
 
-CASES = _cases(SIZES)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(QUICK) if args.quick else CASES
+CASES, QUICK = _cases(SIZES), _cases(TINY)
+OPTIONS = ("pages", "page", "kv_heads", "dim", "kv", "to")
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:

@@ -2,7 +2,7 @@
 
 Backends, `wall` ones timed with what the host submits (see pykv.bench.Work):
 
-    prepared      block_copy.prepare(...).run: tables on the device already
+    prepared      pykv.prepare(block_copy.vectorized_copy, ...): tables on the device already
     contiguous    one plain copy of as many bytes, to compare with
     vectorized    wall: block_copy.vectorized_copy, which uploads the tables
     batched       wall: transfer.memcpy_batch, CUDA's batch call where there is one
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import transfer
+from pykv import cuda, transfer
 from pykv.bench import Work, memory, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
@@ -240,7 +240,8 @@ def _runner(case: dict[str, Any], xp: Any, src: Any, dst: Any) -> Callable[[], o
     if backend == "vectorized":
         return lambda: block_copy.vectorized_copy(src, dst, size, max_ctas=max_ctas, device=device)
     if backend == "prepared" or xp is np:
-        return block_copy.prepare(src, dst, size, max_ctas=max_ctas, device=device).run
+        copy = block_copy.vectorized_copy
+        return cuda.prepare(copy, src, dst, size, max_ctas=max_ctas, device=device)
     from_, to = int(src[0]), int(dst[0])
     memcpy, current, by_address = xp.cuda.runtime.memcpyAsync, xp.cuda.get_current_stream, 4
     return lambda: memcpy(to, from_, size, by_address, current().ptr)

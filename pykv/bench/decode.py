@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory
-from pykv.bench.gather import DTYPES
+from pykv.bench import Work, memory
+from pykv.bench.options import DTYPES
 from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 SIZES = dict(HQ=32, H=8, D=128, P=16)
 KINDS = ("bf16", "int8", "e4m3", "int4")
@@ -41,20 +41,7 @@ def _cases() -> list[dict[str, Any]]:
 
 CASES = _cases()
 QUICK = [dict(HQ=4, H=2, D=32, P=16, dtype="bf16", B=2, L=40, kv=kv) for kv in (*KINDS, "int8:HND")]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kv", help="only these kinds, as in int8,bf16", metavar="KINDS")
-    parser.add_argument("--batch", help="only B,L, as in 64,4096", metavar="B,L")
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = QUICK if args.quick else CASES
-    if getattr(args, "kv", None):
-        cases = [case for case in cases if case["kv"] in args.kv.split(",")]
-    if getattr(args, "batch", None):
-        cases = [case for case in cases if f"{case['B']},{case['L']}" == args.batch]
-    return cases
+OPTIONS = ("batch", "keys", "heads", "dim", "page", "kv", "dtype")
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
@@ -96,21 +83,15 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
                 return False
         return True
 
+    options = dict(spec=spec, scale=scale, out=out, workspace=workspace, **layer)
+    call = partial(paged_decode.decode, q, page_table=where[0], lengths=where[1], **options)
     return Work(
-        run=lambda: paged_decode.decode(
-            q,
-            page_table=where[0],
-            lengths=where[1],
-            spec=spec,
-            scale=scale,
-            out=out,
-            workspace=workspace,
-            **layer,
-        ),
+        run=call,
         check=check,
         bytes=int(lengths.sum()) * of_token,  # keys, values and their scales, read once
         flops=4 * int(lengths.sum()) * HQ * D,
         ceiling="read",
         reads_only=True,
-        graph=1,
+        graph=(call,),
+        op=call,
     )

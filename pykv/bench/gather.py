@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pykv.arrays import BFLOAT16
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory, options
+from pykv.bench.options import DTYPES, Case, finds_scales
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import caches
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)
-QUICK = dict(pages=6, P=4, H=2, D=16)
-DTYPES = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
+TINY = dict(pages=6, P=4, H=2, D=16)
 CHECKED = 64  # pages that a check looks at
 
 
@@ -29,11 +29,14 @@ def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
     return [dict(op=op, kv=kv, dtype=dtype, **sizes) for op, kv, dtype in listed]
 
 
-CASES = _cases(SIZES)
+CASES, QUICK = _cases(SIZES), _cases(TINY)
+OPTIONS = ("pages", "page", "kv_heads", "dim", "kv", "dtype")
 
 
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(QUICK) if args.quick else CASES
+def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
+    """Every operation; without "scatter" where the scales of the cache are given to it."""
+    made = options.own_cases(cases, change)
+    return [case for case in made if case["op"] != "scatter" or finds_scales(case["kv"])]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:

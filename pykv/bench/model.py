@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.bench import Work, caches, memory
+from pykv.bench import Work, memory
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec, dequantize
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
+from pykv.testing import caches
 
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16
@@ -35,6 +36,7 @@ CASES = [
     for B in (1, 16, 64)
     for kv in ("fp16", "int8", "fp8")
 ]
+OPTIONS = ("batch", "keys", "kv")
 QUICK = [dict(model=MODEL, B=2, L=40, kv=kv) for kv in ("fp16", "int8")]
 # Of logits, whose standard deviation is about 2, over the same rows: far more than what sums in
 # another order were seen to change, 0.001.
@@ -152,8 +154,8 @@ class _AsWritten(PagedKVCache):
 
 def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
     """Fill a sequence's pages with the keys and values of its tokens."""
-    from pykv.llm.generate import PREFILL_TOKENS
     from pykv.llm.model import Batch, forward
+    from pykv.llm.scheduler import PREFILL_TOKENS
 
     slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
     for start in range(0, len(ids), PREFILL_TOKENS):
@@ -168,7 +170,7 @@ def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
 def _load(name: str, xp: Any, hadamard: bool) -> Any:
     """A model's weights on the GPU or the host, kept for all cases."""
     from pykv.llm import gguf, models
-    from pykv.llm.model import load
+    from pykv.llm.weights import load
 
     return load(gguf.read(models.fetch(name)), xp, hadamard=hadamard)
 

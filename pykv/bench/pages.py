@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import numpy as np
 
-from pykv import pages
-from pykv.bench import Work, caches, memory
+from pykv import cuda, pages
+from pykv.bench import Work, memory
 from pykv.kinds import KVSpec
+from pykv.testing import caches
 
 SIZES = dict(L=1, pages=4096, P=16, H=8, D=128)
-QUICK = dict(L=2, pages=5, P=4, H=2, D=16)
+TINY = dict(L=2, pages=5, P=4, H=2, D=16)
 
 
 def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
@@ -23,11 +23,8 @@ def _cases(sizes: dict[str, int]) -> list[dict[str, Any]]:
     return cases + [dict(op=op, kv="int8", **layers) for op in ("fork", "swap_out", "swap_in")]
 
 
-CASES = _cases(SIZES)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(QUICK) if args.quick else CASES
+CASES, QUICK = _cases(SIZES), _cases(TINY)
+OPTIONS = ("layers", "pages", "page", "kv_heads", "dim", "kv")
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
@@ -43,7 +40,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     ids, others = order[:n], order[n:]
     if op == "zero":
         return Work(
-            run=pages.prepare_zero(cache, ids).run,
+            run=cuda.prepare(pages.zero_pages, cache, ids),
             check=lambda: all(not x[:, xp.asarray(ids)].any() for x in _arrays(cache)),
             bytes=size,  # written
             ceiling="write",
@@ -56,7 +53,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         pages.swap_out(cache, others, store)
         sides = (cache, store, ids, slots), (store, cache, slots, ids)
         source, target, at, to = sides[op == "swap_in"]
-    work = pages.prepare_copy(source, target, at, to)
+    work = cuda.prepare(pages.copy_pages, source, target, at, to)
 
     def check() -> bool:
         for x, y in zip(_arrays(source), _arrays(target), strict=True):
@@ -67,7 +64,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return True
 
     ceiling = {"fork": "copy", "swap_out": "d2h", "swap_in": "h2d"}[op]
-    return Work(work.run, check, size * (1 if over_link else 2), ceiling=ceiling)
+    return Work(work, check, size * (1 if over_link else 2), ceiling=ceiling)
 
 
 def _arrays(cache: pages.Pages) -> list[Any]:

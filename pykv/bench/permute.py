@@ -6,12 +6,12 @@ universal side is in pinned memory. Chunks and blocks lie scattered on both side
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.bench import Work, memory, report
 from pykv.layout import AXES, STACKS, BlockShape
 from pykv.ops import permute
@@ -53,11 +53,7 @@ def _cases(shape: BlockShape, head_sizes: tuple[int, ...], N: int | None) -> lis
     ]
 
 
-CASES = _cases(LLAMA_70B, (128, 64, 80), None)
-
-
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return _cases(TINY, (TINY.D,), 3) if args.quick else CASES
+CASES, QUICK = _cases(LLAMA_70B, (128, 64, 80), None), _cases(TINY, (TINY.D,), 3)
 
 
 @dataclass(frozen=True)
@@ -119,11 +115,11 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     src = side(case["src"], words, direction == "h2d")
     dst = side(case["dst"], memory.poison(xp, size), direction == "d2h")
     if xp is np:
-        move = permute.prepare(dst.arrays, dst.name, src.arrays, src.name)
+        sides: tuple[Any, ...] = (dst.arrays, dst.name, src.arrays, src.name)
     else:
-        move = permute.prepare(dst.addresses, dst.name, src.addresses, src.name, shape)
+        sides = (dst.addresses, dst.name, src.addresses, src.name, shape)
     return Work(
-        run=move,
+        run=cuda.prepare(permute.permute, *sides),
         check=lambda: bool((dst.elements(xp) == src.elements(xp)).all()),
         bytes=size * (2 if direction == "d2d" else 1),  # read and written; or over the link
         ceiling="copy" if direction == "d2d" else direction,

@@ -12,17 +12,18 @@ with sums in float32, 2 * 8192^3 operations, timed in the same run.
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work, caches, memory, report
-from pykv.bench.gather import DTYPES
+from pykv.bench import Work, memory, report
+from pykv.bench.options import DTYPES, Case
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec
 from pykv.ops import linear, prefill
-from pykv.verify import error_and_bound
+from pykv.testing import caches, error_and_bound
 
 MATMUL = 8192  # rows of the matrices of the ceiling
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)
@@ -53,16 +54,13 @@ QUICK: list[dict[str, Any]] = [
 ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kv", help="only these kinds, as in int8,bf16", metavar="KINDS")
+OPTIONS = ("batch", "keys", "queries", "heads", "dim", "page", "kv", "dtype")
 
 
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The ceiling is measured always."""
-    cases = QUICK if args.quick else CASES
-    if getattr(args, "kv", None):
-        cases = [c for c in cases if "matmul" in c or c["kv"] in args.kv.split(",")]
-    return cases
+def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
+    """The matrix product is measured beside them."""
+    ceiling, first, *_ = cases
+    return [ceiling, {**first, **change}]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
@@ -114,21 +112,14 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return True
 
     seen = counts * (2 * (lengths - counts) + counts + 1) // 2  # keys, over all queries
+    tables = dict(page_table=where[0], lengths=where[1], q_starts=where[2])
+    call = partial(prefill.prefill, q, **tables, spec=spec, scale=scale, out=out, **layer)
     return Work(
-        run=lambda: prefill.prefill(
-            q,
-            page_table=where[0],
-            lengths=where[1],
-            q_starts=where[2],
-            spec=spec,
-            scale=scale,
-            out=out,
-            **layer,
-        ),
+        run=call,
         check=check,
         bytes=int(lengths.sum()) * of_token + 2 * T * HQ * D * dtype.itemsize,  # each once
         flops=4 * int(seen.sum()) * HQ * D,
-        graph=1,
+        graph=(call,),
     )
 
 

@@ -5,11 +5,12 @@ Keys of a record:
     ok                    whether the result was right; where not, nothing was timed
     unit                  of all times: "us"
     samples, host_samples each call's time on the device, and how long it kept the host
-    median, p5, p95, host_median
+    median, p5, p95, host_median; prepared_median: of the host, for calls made ready before
     warmup, flush_bytes, graph, wall   how it was timed, see pykv.bench.timing
     bytes, flops          of one call; gbps: bytes / median, in 1e9 bytes a second
     ceiling, ceiling_gbps, share   what gbps is held to, measured in the same run, and their ratio
-    device, sm, driver, cuda, nvrtc, pykv, commit   where and with what; None where not known
+    device, sm, driver, cuda, nvrtc, pykv, date   where, with what and when; None where not known
+    commit                of the code; with "+" behind it where files differed from that commit
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import io
 import json
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,8 @@ def environment(xp: Any) -> dict[str, Any]:
         "device": cuda.device_name(xp),
         **dict.fromkeys(("sm", "driver", "cuda", "nvrtc")),
         "pykv": __version__,
-        "commit": _commit(Path(__file__).parents[2]),
+        "commit": commit(Path(__file__).parents[2]),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     if xp is not np:
         number = xp.cuda.runtime.driverGetVersion()
@@ -51,12 +54,12 @@ def environment(xp: Any) -> dict[str, Any]:
     return facts
 
 
-def _commit(folder: Path) -> str | None:
+def commit(folder: Path) -> str | None:
     """The commit of a checkout, with "+" where files differ from it; None without git."""
     if not (folder / ".git").exists():
         return None
     try:
-        commit, changes = (
+        name, changes = (
             subprocess.run(
                 ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
             ).stdout.strip()
@@ -64,7 +67,7 @@ def _commit(folder: Path) -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + "+" * bool(changes)
+    return name + "+" * bool(changes)
 
 
 def record(
@@ -72,7 +75,9 @@ def record(
 ) -> Record:
     """The record of a case, whose share is not known yet; `times` is None where it was wrong."""
     made: Record = {"bench": bench, "case": case, "ok": times is not None, "unit": "us"}
-    made |= dict.fromkeys(("samples", "host_samples", "median", "p5", "p95", "host_median"))
+    made |= dict.fromkeys(
+        ("samples", "host_samples", "median", "p5", "p95", "host_median", "prepared_median")
+    )
     made |= dict.fromkeys(("warmup", "flush_bytes", "graph", "wall"))
     made |= {"bytes": work.bytes, "flops": work.flops, "gbps": None}
     made |= {"ceiling": work.ceiling, "ceiling_gbps": None, "share": None}
@@ -82,6 +87,8 @@ def record(
         made |= vars(summarize(times.device_us))
         if times.host_us:
             made["host_median"] = summarize(times.host_us).median
+        if times.prepared_us:
+            made["prepared_median"] = summarize(list(times.prepared_us)).median
         for name in ("warmup", "flush_bytes", "graph", "wall"):
             made[name] = getattr(times, name)
         made["gbps"] = work.bytes / made["median"] / 1e3
@@ -151,6 +158,7 @@ def row(one: Record) -> dict[str, Any]:
         "p5_us": (one["p5"], 3),
         "p95_us": (one["p95"], 3),
         "host_us": (one["host_median"], 3),
+        "prepared_us": (one.get("prepared_median"), 3),
         "bytes": (one["bytes"], 0),
         "gbps": (one["gbps"], 2),
         "share": (one["share"], 4),
@@ -161,6 +169,9 @@ def row(one: Record) -> dict[str, Any]:
         "ok": one["ok"],
         **{name: "" if x is None else f"{x:.{digits}f}" for name, (x, digits) in numbers.items()},
         "ceiling": one["ceiling"] or "",
+        "ceiling_gbps": "" if one["ceiling_gbps"] is None else f"{one['ceiling_gbps']:.2f}",
+        "flops": one["flops"],
+        **{name: one.get(name) or "" for name in ("device", "driver", "pykv", "commit", "date")},
     }
 
 
@@ -179,14 +190,20 @@ def to_csv(records: list[Record], make_row: Callable[[Record], dict[str, Any]] =
 
 def to_table(records: list[Record]) -> str:
     """A table for people: medians with their spread, rates, and shares of the ceilings."""
-    head = ["case", "us", "p5", "p95", "host us", "GB/s", "of", "ceiling"]
+    head = ["case", "us", "p5", "p95", "host us", "prepared", "GB/s", "of", "ceiling"]
     rows = [head]
     for one in records:
         name = f"{one['bench']} {label(one['case'])}"
         if not one["ok"]:
-            rows.append([name, "WRONG", *[""] * 6])
+            rows.append([name, "WRONG", *[""] * 7])
             continue
-        times = (one["median"], one["p5"], one["p95"], one["host_median"])
+        times = (
+            one["median"],
+            one["p5"],
+            one["p95"],
+            one["host_median"],
+            one.get("prepared_median"),
+        )
         cells = ["" if us is None else f"{us:.1f}" for us in times]
         share = "" if one["share"] is None else f"{one['share']:.1%}"
         rows.append([name, *cells, f"{one['gbps']:.1f}", share, one["ceiling"] or ""])

@@ -3,19 +3,20 @@
 Device time is what CUDA events around one call say. Before each call the L2 cache is filled with
 other data, which also keeps the GPU busy while the host enqueues the call; nothing waits between
 calls, so the host runs ahead. Where it takes longer than flush and call take the device, the device
-waits for it, and the figure says so, as it would in use; `graph` leaves the host out, and with
-several calls the microsecond that events take and the flushed cache too. `wall` counts the host in:
-it is the time from an idle device and the call to an idle device again, by the clock.
+waits for it, and the figure says so, as it would in use; a captured graph leaves the host out, and
+one of several calls the microsecond that events take, too. Those calls have arrays of their own, as
+many as `calls_of` says, so that each reads and writes memory, not the cache. `wall` counts the host
+in: it is the time from an idle device and the call to an idle device again, by the clock.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -28,10 +29,37 @@ WARMUP = 5  # calls before the first that counts
 # strictly by age, and because 200 MB keep an H200 busy for 50 us, longer than most calls the host.
 _FLUSH_FACTOR = 4
 
+MAX_CALLS = 20  # of a graph: enough to make the events' microsecond small beside the shortest calls
+
+
+def calls_of(xp: Any, nbytes: int) -> int:
+    """How many calls, each on arrays of its own, a captured graph should hold.
+
+    Args:
+        xp: `numpy` or `cupy`.
+        nbytes: that one call moves.
+
+    Returns:
+        As many as together move as much as `Flush` does, which is several times the size of the L2
+        cache, and at most `MAX_CALLS`; 1 on the host.
+    """
+    if xp is np:
+        return 1
+    return min(-(-flush_bytes(xp) // max(nbytes, 1)), MAX_CALLS)
+
+
+def flush_bytes(xp: Any) -> int:
+    """Bytes that `Flush` writes to leave nothing else in the L2 cache of the current GPU."""
+    return _FLUSH_FACTOR * int(xp.cuda.Device().attributes["L2CacheSize"])
+
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of each sample. Where there is no GPU, `wall` is true and `host_us` empty."""
+    """Microseconds of each sample. Where there is no GPU, `wall` is true and `host_us` empty.
+
+    `graph` is the number of its calls. `prepared_us` is the host's time, as `host_us` is, of calls
+    made ready before; empty where there are none.
+    """
 
     device_us: list[float]
     host_us: list[float]
@@ -39,6 +67,7 @@ class Times:
     flush_bytes: int
     graph: int
     wall: bool = False
+    prepared_us: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -103,18 +132,27 @@ class Timer:
         run: Callable[[], object],
         *,
         reads_only: bool = False,
-        graph: int = 0,
+        graph: Sequence[Callable[[], object]] = (),
         wall: bool = False,
+        prepared: Callable[[], object] | None = None,
+        clocked: bool = False,
+        samples: int | None = None,
     ) -> Times:
         """Time calls of `run`.
 
         Args:
             run: enqueues one call on the current stream.
             reads_only: the call writes next to nothing, see `Flush`.
-            graph: capture so many calls, and time replays of them: device time is a call's share,
-                and of several calls all but the first find the L2 as the one before left it.
+            graph: capture these calls, and time replays of them: device time is a call's share.
             wall: time from the call to the end of what it enqueued, by the clock.
+            prepared: enqueues the same call, made ready before; its time on the host is measured.
+            clocked: `run` returns seconds, which are the samples; after one call that warms up.
+            samples: how many calls count, where not the timer's own number.
         """
+        if clocked:
+            run()
+            count = samples or self._samples
+            return Times([1e6 * cast(float, run()) for _ in range(count)], [], 1, 0, 0, True)
         if self._cuda is None:
             return Times(self._host(run), [], self._warmup, 0, 0, True)
         with self.stream():
@@ -125,18 +163,22 @@ class Timer:
                 device, host = self._wall(run, flush)
             else:
                 device, host = self._events(run, flush, graph), self._host(run)
-        return Times(device, host, self._warmup, self._flush.nbytes, graph, wall)
+            ready = self._host(prepared) if prepared else []
+        return Times(device, host, self._warmup, self._flush.nbytes, len(graph), wall, ready)
 
     def _events(
-        self, run: Callable[[], object], flush: Callable[[], object], graph: int
+        self,
+        run: Callable[[], object],
+        flush: Callable[[], object],
+        graph: Sequence[Callable[[], object]],
     ) -> list[float]:
         """Microseconds between events around each call. Nothing waits in between."""
         event = self._cuda.Event
         if graph:
             run()  # compiles what a capture cannot
             self._stream.begin_capture()
-            for _ in range(graph):
-                run()
+            for call in graph:
+                call()
             run = self._stream.end_capture().launch
         pairs = [(event(), event()) for _ in range(self._warmup + self._samples)]
         for start, stop in pairs:
@@ -147,7 +189,7 @@ class Timer:
         self.synchronize()
         elapsed = self._cuda.get_elapsed_time  # milliseconds
         times = [1e3 * elapsed(start, stop) for start, stop in pairs[self._warmup :]]
-        return [us / max(graph, 1) for us in times]
+        return [us / max(len(graph), 1) for us in times]
 
     def _wall(
         self, run: Callable[[], object], flush: Callable[[], object]
@@ -189,8 +231,7 @@ class Flush:
     """
 
     def __init__(self, xp: Any) -> None:
-        cache_bytes = int(xp.cuda.Device().attributes["L2CacheSize"])
-        num_vectors = max(_FLUSH_FACTOR * cache_bytes // VECTOR_BYTES, 1)
+        num_vectors = max(flush_bytes(xp) // VECTOR_BYTES, 1)
         self._written, self._read = (xp.zeros((num_vectors, 4), np.uint32) for _ in range(2))
         self._sums = xp.zeros(-(-num_vectors // 4096), np.uint32)  # two tiles a block
         self.nbytes = int(self._written.nbytes)

@@ -40,6 +40,9 @@ def swiglu(x: Any, *, out: Any = None, stream: Any = None) -> Any:
 
     Runs where the arrays are; on a GPU it only enqueues. Computes in float32, without overflow.
     Source: GLU variants (Shazeer, 2020).
+
+    >>> pykv.ops.activation.swiglu(np.array([[1, 2]], np.float32)).round(4)
+    array([[1.4621]], dtype=float32)
     """
     return _gated("swiglu", x, out, stream)
 
@@ -73,11 +76,12 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
     if dims["T"] * dims["E"] == 0:
         return
     if on_gpu(x):
-        kernel, size = dims.keep(None, lambda: (_kernel("add", x.dtype), np.int64(x.size)))
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, -(-x.size // _PER_BLOCK), 128, x, y, size)
+        launch = dims.keep(
+            None, lambda: _launch("add", x.dtype, -(-x.size // _PER_BLOCK), dict(count=x.size))
+        )
+        launch(x=x, y=y, stream=stream)
     else:
-        reference_add(x, y)
+        cuda.run_on_host(lambda: reference_add(x, y))
 
 
 _check_add = checker("activation.add", x=("T E", FLOATS), y=("T E", "x"))
@@ -122,9 +126,6 @@ def embed(
     if not math.isfinite(scale):
         raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
     T, E = dims["T"], dims["E"]
-    gpu = on_gpu(table)
-    if not gpu:
-        _check_ids(op, ids, dims["V"])
     if out is None:
         if np.dtype(dtype) not in FLOATS:
             raise DtypeError(
@@ -133,19 +134,12 @@ def embed(
         out = like(table, (T, E), dtype)
     if T * E == 0:
         return out
-    if gpu:
-        kernel, scalars = dims.keep(
-            (out.dtype, float(scale)),
-            lambda: (
-                _kernel("embed", out.dtype, cuda.TYPE_NAMES[table.dtype]),
-                (np.float32(scale), np.int32(dims["V"]), np.int32(E)),
-            ),
-        )
-        grid = (T, -(-E // _PER_BLOCK))
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, 128, out, table, ids, scalars=scalars)
+    if on_gpu(table):
+        launch = dims.keep((out.dtype, float(scale)), lambda: _launch_embed(table, out, scale))
+        launch(out=out, table=table, ids=ids, stream=stream)
     else:
-        out[...] = reference_embed(table, ids, scale)
+        cuda.look(lambda: _check_ids(op, ids, dims["V"]))
+        cuda.run_on_host(lambda: reference_embed(table, ids, scale), out)
     return out
 
 
@@ -188,17 +182,11 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     if T * F == 0:
         return out
     if on_gpu(x):
-        kernel, scalars = dims.keep(
-            None,
-            lambda: (
-                _kernel(name, x.dtype),
-                (np.int64(x.strides[0] // x.itemsize), np.int32(F)),
-            ),
-        )
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, (T, -(-F // _PER_BLOCK)), 128, out, x, scalars=scalars)
+        grid, scalars = (T, -(-F // _PER_BLOCK)), dict(x_stride=x.strides[0] // x.itemsize, F=F)
+        launch = dims.keep(None, lambda: _launch(name, x.dtype, grid, scalars))
+        launch(out=out, x=x, stream=stream)
     else:
-        out[...] = reference(name, x)
+        cuda.run_on_host(lambda: reference(name, x), out)
     return out
 
 
@@ -207,6 +195,16 @@ def _gated_checker(name: str, spec: str) -> Callable[..., Dims]:
     return checker(f"activation.{name}", x=(spec, FLOATS), out=optional("T F", "x"))
 
 
-def _kernel(name: str, dtype: Any, table: str = "f16") -> Any:
+def _launch(
+    name: str, dtype: Any, grid: Any, scalars: dict[str, Any], table: Any = FLOATS[1]
+) -> cuda.Launch:
     """One cubin holds all four kernels; those without a table share that of the usual one."""
-    return cuda.kernel("activation", name, X_T=cuda.TYPE_NAMES[dtype], TABLE_T=table)
+    return cuda.Launch(
+        cuda.kernel("activation", name, X_T=dtype, TABLE_T=table), grid, 128, scalars
+    )
+
+
+def _launch_embed(table: Any, out: Any, scale: float) -> cuda.Launch:
+    (T, E), V = out.shape, len(table)
+    scalars = dict(scale=scale, V=V, E=E)
+    return _launch("embed", out.dtype, (T, -(-E // _PER_BLOCK)), scalars, table.dtype)

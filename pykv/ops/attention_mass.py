@@ -7,7 +7,6 @@ Kernel: kernels_cu/attention_mass.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,12 +16,26 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
+from pykv.attention import (
+    ALL_KEYS,
+    LN_2,
+    LOG2_E,
+    Scores,
+    check_lse_base,
+    check_pages,
+    check_scores,
+    check_tree,
+    decoded_rows,
+    masked_scores,
+    pool_defines,
+)
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
-from pykv.ops import paged_decode
-from pykv.ops.paged_decode import ALL_KEYS, LOG2_E
+from pykv.kinds import KVSpec, spec_of
 
-VARIANTS: list[dict[str, Any]] = [dict(HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
+_FLAGS = dict(ALIBI="slopes", TREE="tree")  # defines, and the arrays that they are for
+_SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
+
+VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
 
 
 def mass(
@@ -33,7 +46,7 @@ def mass(
     lse: Any,
     *,
     k_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -68,17 +81,25 @@ def mass(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
     the query rows. Source: the heavy hitters of H2O (2023), and SnapKV (2024).
+
+    >>> k_pool = np.zeros((1, 4, 1, 8), np.float16)
+    >>> table, lengths = np.array([[0]], np.int32), np.array([2], np.int32)
+    >>> q = np.ones((1, 1, 8), np.float32)
+    >>> options = dict(return_lse=True)
+    >>> _, lse = pykv.ops.paged_decode.decode(q, k_pool, k_pool, table, lengths, **options)
+    >>> pykv.ops.attention_mass.mass(q, k_pool, table, lengths, lse).round(3)
+    array([[[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
     op = "attention_mass.mass"
-    if spec is None:
-        spec = spec_of(op, k_pool, k_pool, k_scales, k_scales)
-    elif spec.v != spec.k:
+    spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
+    if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
     T = dims["T"] if many else 1
-    scale = paged_decode.check_attention(op, dims, scale, window, 512)
-    paged_decode.check_options(op, soft_cap, tree, T, causal, None, lse_base)
+    scores = check_scores(op, dims, scale, window, soft_cap)
+    check_tree(op, tree, T, causal)
+    check_lse_base(op, lse_base)
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
         raise ParameterError(f"{op}: out is None, expected an array to add to")
@@ -86,34 +107,34 @@ def mass(
         out = like(q, shape, np.float32)
     elif out.shape != shape:
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
-    behind = T - 1 if causal else 0
-    if not on_gpu(q):
-        earlier = np.full(len(lengths), behind)
-        where = dims["N"], dims["P"]
-        paged_decode.check_pages(op, page_table, lengths, earlier, window, where)
+    behind = T - 1 if causal else 0  # keys between the first query and the last key
+    arrays = dict(q=q, k_pool=k_pool, page_table=page_table, lengths=lengths, lse=lse)
+    arrays |= dict(k_scales=k_scales, slopes=slopes, tree=tree)
     if out.size == 0:
         pass
     elif on_gpu(q):
-        options = (spec, T, behind, scale, window, soft_cap, lse_base, accumulate)
-        kernel, grid, scalars = dims.keep(
-            options,
-            lambda: _plan(q, k_pool, k_scales, slopes, tree, dims, *options),
+        scalars = dict(
+            T=T,
+            behind=behind,
+            window=scores.seen_keys,
+            accumulate=bool(accumulate),
+            lse_unit=1.0 if lse_base == "2" else LOG2_E,
         )
-        arrays = (out, q, k_pool, k_scales, page_table, lengths, lse, slopes, tree)
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, 128, *arrays, scalars=scalars)
+        launch = dims.keep(
+            (spec, scores, *scalars.values()), lambda: _launch(arrays, dims, spec, scores, scalars)
+        )
+        launch(mass=out, **arrays, stream=stream)
     else:
-        found = reference(
-            *(q, k_pool, page_table, lengths, lse, scale, window),
-            k_scales=k_scales,
-            spec=spec,
-            soft_cap=soft_cap,
-            slopes=slopes,
-            tree=tree,
-            causal=causal,
-            lse_base=lse_base,
-        )
-        out[...] = out + found if accumulate else found
+        earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
+        cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
+
+        def compute() -> Any:
+            options: dict[str, Any] = dict(spec=spec, soft_cap=soft_cap)
+            options |= dict(causal=causal, lse_base=lse_base)
+            found = reference(**arrays, scale=scores.scale, window=window, **options)
+            return out + found if accumulate else found
+
+        cuda.run_on_host(compute, out)
     return out
 
 
@@ -152,73 +173,49 @@ def reference(
     causal: bool = True,
     lse_base: str = "e",
 ) -> Any:
-    """The definition, in NumPy, in the dtype of the accumulation."""
+    """The definition, in NumPy, in the dtype of the accumulation.
+
+    Takes as many arguments as `mass`, because float64 arrays make it the oracle of each option.
+    """
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
     dtype = np.result_type(q.dtype, np.float32)
-    P, H = k_pool.shape[1:3]
-    if spec is not None and spec.layout == "HND":
-        P, H = H, P
+    P, H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[1:3]
     found = np.zeros((B, H, page_table.shape[1] * P), dtype)
-    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (math.log(2) if lse_base == "2" else 1)
+    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (LN_2 if lse_base == "2" else 1)
     for b, length in enumerate(lengths.tolist()):
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = paged_decode.decoded_rows(
-            k_pool, k_scales, spec, 0, page_table[b], first, length, dtype
-        )
-        scores = paged_decode.score(
-            *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
-            *(None if tree is None else tree[b], causal),
-        )
+        rows = range(first, length)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
+        mask = dict(slopes=slopes, tree=None if tree is None else tree[b], causal=causal)
+        of_queries = Scores(scale, window, soft_cap)
+        scores = masked_scores(many[b].astype(dtype), k, first, length, of_queries, **mask)
         of_row = lse[b].transpose(1, 2, 0)[..., None]
         weights = np.where(np.isneginf(scores), 0, np.exp(scores - np.maximum(of_row, -1e30)))
         found[b, :, first:length] = weights.sum((1, 2))
     return found
 
 
-def _plan(
-    q: Any,
-    k_pool: Any,
-    k_scales: Any,
-    slopes: Any,
-    tree: Any,
-    dims: Dims,
-    spec: KVSpec,
-    T: int,
-    behind: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    lse_base: str,
-    accumulate: bool,
-) -> tuple[Any, int, tuple[Any, ...]]:
-    """Kernel, grid and scalars for arrays that are checked; `behind` is how many keys stand between
-    the first query and the last key."""
-    B, HQ, H, D, P, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "P", "M"))
-    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
-    defines: dict[str, Any] = dict(
-        HEAD_DIM=D,
-        Q_T=cuda.TYPE_NAMES[q.dtype],
-        K_T=spec.kinds[0].c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
-        **{flag: 1 for flag, x in (("ALIBI", slopes), ("TREE", tree)) if x is not None},
-    )
-    score_scale, cap = scale * LOG2_E, 0.0
-    if soft_cap is not None:
-        defines["SOFT_CAP"] = 1
-        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    scale_strides = None if k_scales is None else k_scales.strides
-    steps = [
-        *(n // q.itemsize for n in (*q.strides[:-2], 0)[:2]),
-        *paged_decode.page_token_head(k_pool.strides, k_pool.itemsize, spec),
-        *paged_decode.page_token_head(scale_strides, scale_dtype.itemsize, spec),
-    ]
+def _launch(
+    arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores, scalars: dict[str, float]
+) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    q, (B, H, M, P) = arrays["q"], (dims[letter] for letter in "BHMP")
+    defines = pool_defines(spec, dims["D"], q.dtype) | scores.defines | _SIZES
+    del defines["V_T"]
+    defines |= {flag: 1 for flag, x in _FLAGS.items() if arrays[x] is not None}
     capacity = min(M * P, ALL_KEYS)
-    window = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    ints = (T, behind, HQ, H, P, M, capacity, window, int(accumulate))
-    floats = (score_scale, cap, 1.0 if lse_base == "2" else LOG2_E)
-    scalars = (*map(np.int64, steps), *map(np.int32, ints), *map(np.float32, floats))
-    kernel = cuda.kernel("attention_mass", "attention_mass", **defines)
-    return kernel, B * H * -(-capacity // 256), scalars
+    q_strides = [n // q.itemsize for n in q.strides]
+    of_sizes = dict(HQ=dims["HQ"], H=H, P=P, M=M, capacity=capacity)
+    of_sizes |= dict(q_stride=q_strides[0], q_token_stride=q_strides[1] if q.ndim == 4 else 0)
+    for name, array in (("k", arrays["k_pool"]), ("ks", arrays["k_scales"])):
+        for axis, step in zip(("page", "token", "head"), spec.strides(array), strict=True):
+            of_sizes[f"{name}_{axis}"] = step
+    return cuda.Launch(
+        cuda.kernel("attention_mass", "attention_mass", **defines),
+        grid=B * H * -(-capacity // _SIZES["KEYS"]),
+        block=_SIZES["BLOCK"],
+        scalars=scalars | scores.scalars | of_sizes,
+    )

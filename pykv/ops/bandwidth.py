@@ -14,11 +14,11 @@ from pykv import cuda
 from pykv.arrays import checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
-VARIANTS = [dict(VECTORS=n) for n in (2, 4, 8)]
+BLOCK = 128  # threads
+
+VARIANTS = [dict(VECTORS=n, BLOCK=BLOCK) for n in (2, 4, 8)]
 
 UINT32 = (np.dtype(np.uint32),)
-
-THREADS = 128  # of a block
 
 
 def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
@@ -45,9 +45,10 @@ def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
     if dims["G"] == 0:
         raise ShapeError(f"{op}: sums has G=0, expected at least 1")
     if on_gpu(x):
-        _cuda("read", dims["G"], vectors, stream, sums, x, np.int64(dims["V"]))
+        launch = dims.keep(vectors, lambda: _launch("read", dims["G"], vectors, dims["V"]))
+        launch(sums=sums, x=x, stream=stream)
     else:
-        reference_read(x, sums, vectors)
+        cuda.run_on_host(lambda: reference_read(x, sums, vectors))
 
 
 def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
@@ -69,13 +70,17 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
     _check_vectors(op, vectors)
     if not 0 <= seed < 2**32:
         raise ParameterError(f"{op}: seed is {seed}, expected 0 to {2**32 - 1}")
-    V = _check_write(out)["V"]
+    dims = _check_write(out)
+    V = dims["V"]
     if V == 0:
         return
     if on_gpu(out):
-        _cuda("write", _tiles(V, vectors), vectors, stream, out, np.int64(V), np.uint32(seed))
+        launch = dims.keep(
+            (vectors, seed), lambda: _launch("write", _tiles(V, vectors), vectors, V, seed=seed)
+        )
+        launch(out=out, stream=stream)
     else:
-        reference_write(out, seed)
+        cuda.run_on_host(lambda: reference_write(out, seed))
 
 
 def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
@@ -94,16 +99,23 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are; on a GPU it only enqueues. Bit-exact.
+
+    >>> x, out = np.arange(8, dtype=np.uint32).reshape(2, 4), np.zeros((2, 4), np.uint32)
+    >>> pykv.ops.bandwidth.copy(x, out)
+    >>> bool((x == out).all())
+    True
     """
     op = "bandwidth.copy"
     _check_vectors(op, vectors)
-    V = _check_copy(x, out)["V"]
+    dims = _check_copy(x, out)
+    V = dims["V"]
     if V == 0:
         return
     if on_gpu(x):
-        _cuda("copy", _tiles(V, vectors), vectors, stream, out, x, np.int64(V))
+        launch = dims.keep(vectors, lambda: _launch("copy", _tiles(V, vectors), vectors, V))
+        launch(out=out, x=x, stream=stream)
     else:
-        reference_copy(x, out)
+        cuda.run_on_host(lambda: reference_copy(x, out))
 
 
 _check_read = checker("bandwidth.read", x=("V 4", UINT32), sums=("G", UINT32))
@@ -117,7 +129,7 @@ def reference_read(x: Any, sums: Any, vectors: int) -> None:
     sums[:] = 0
     if not words.size:
         return
-    starts = np.arange(0, words.size, 4 * THREADS * vectors)
+    starts = np.arange(0, words.size, 4 * BLOCK * vectors)
     tiles = np.add.reduceat(words, starts, dtype=np.uint32)
     for first in range(0, tiles.size, sums.size):
         turn = tiles[first : first + sums.size]
@@ -142,10 +154,9 @@ def _check_vectors(op: str, vectors: int) -> None:
 
 
 def _tiles(V: int, vectors: int) -> int:
-    return -(-V // (THREADS * vectors))
+    return -(-V // (BLOCK * vectors))
 
 
-def _cuda(name: str, grid: int, vectors: int, stream: Any, *args: Any) -> None:
-    kernel = cuda.kernel("bandwidth", f"bandwidth_{name}", VECTORS=vectors)
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, grid, THREADS, *args)
+def _launch(name: str, grid: int, vectors: int, V: int, **scalars: int) -> cuda.Launch:
+    kernel = cuda.kernel("bandwidth", f"bandwidth_{name}", VECTORS=vectors, BLOCK=BLOCK)
+    return cuda.Launch(kernel, grid, BLOCK, dict(scalars, num_vectors=V))

@@ -19,7 +19,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import LAYOUTS
+from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import rope
 
 LENGTHS = (*INT32, np.dtype(np.int64))
@@ -71,11 +71,16 @@ def append(
     once, to nearest even, and is bit-exact but for rotated keys, which are computed in float32.
     Sources: the FP16 cache of m40-llm, with lengths on the device; baracuda's KvCacheAppendPlan,
     which has the layout HND, offsets of 64 bits and K apart from V.
+
+    >>> k_cache, v_cache = (np.zeros((1, 4, 1, 8), np.float16) for _ in range(2))  # S C H D
+    >>> rows, lengths = np.ones((1, 2, 1, 8), np.float32), np.array([1], np.int32)
+    >>> pykv.ops.contiguous_append.append(rows, rows, k_cache, v_cache, lengths, advance=True)
+    >>> k_cache[0, :, 0, 0], lengths
+    (array([0., 1., 1., 0.], dtype=float16), array([3], dtype=int32))
     """
     op = "contiguous_append.append"
-    if layout not in LAYOUTS:
-        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
-    dims = _checker(layout)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
+    spec = _spec(op, layout)
+    dims = _checker(spec)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
     for name in ("K", "V"):
         if dims[name] % 8:
             raise ShapeError(f"{op}: {name} is {dims[name]}, expected a multiple of 8")
@@ -90,28 +95,33 @@ def append(
         raise ShapeError(f"{op}: inv_freq has F={F}, expected at most K / 2 = {dims['K'] // 2}")
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
+    rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     if on_gpu(k):
-        arrays = (k_cache, v_cache, k, v, lengths, slots, inv_freq)
-        launches = dims.keep(
-            (pairing, advance),
-            lambda: launches_of(arrays, pairing, layout, advance),
+        write, count = dims.keep(
+            (pairing, bool(advance)),
+            lambda: _launches(spec, rows, lengths, inv_freq, pairing, advance),
         )
-        with cuda.on_stream(stream):
-            for kernel, grid, block, taken, scalars in launches:
-                cuda.launch(kernel, grid, block, *arrays[taken], scalars=scalars)
-        return
-    if layout == "HND":
-        k, v, k_cache, v_cache = (x.swapaxes(1, 2) for x in (k, v, k_cache, v_cache))
-    reference(k, v, k_cache, v_cache, lengths, slots, inv_freq, pairing)
-    if advance:
-        for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
-            if 0 <= lengths[slot] < dims["C"]:
-                lengths[slot] = min(lengths[slot] + dims["T"], dims["C"])
+        write(**rows, lengths=lengths, slots=slots, inv_freq=inv_freq, stream=stream)
+        if count is not None:
+            count(lengths=lengths, slots=slots, stream=stream)
+    else:
+        cuda.run_on_host(
+            lambda: _append_on_host(spec, rows, lengths, slots, inv_freq, pairing, advance)
+        )
+
+
+_SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know their axes
+
+
+def _spec(op: str, layout: str) -> KVSpec:
+    if layout not in LAYOUTS:
+        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
+    return _SPECS[layout]
 
 
 @cache
-def _checker(layout: str) -> Callable[..., Dims]:
-    new, old = ("B T H |", "S C H |") if layout == "NHD" else ("B H T |", "S H C |")
+def _checker(spec: KVSpec) -> Callable[..., Dims]:
+    new, old = (" ".join((x, *spec.page_axes, "|")).replace("P", y) for x, y in ("BT", "SC"))
     return checker(
         "contiguous_append.append",
         k=(f"{new} K", FLOATS),
@@ -144,16 +154,15 @@ def read_token(
     Waits for the current stream where the caches are on a GPU.
     """
     op = "contiguous_append.read_token"
-    if layout not in LAYOUTS:
-        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
-    dims = "S C H |" if layout == "NHD" else "S H C |"
-    check = checker(op, k_cache=(f"{dims} K", FLOATS), v_cache=(f"{dims} V", FLOATS))
+    cuda.refuse_prepare(op, "it returns copies on the host")
+    spec = _spec(op, layout)
+    axes = " ".join(("S", *spec.page_axes, "|")).replace("P", "C")
+    check = checker(op, k_cache=(f"{axes} K", FLOATS), v_cache=(f"{axes} V", FLOATS))
     sizes = check(k_cache, v_cache)
     for name, value, end in (("slot", slot, sizes["S"]), ("token", token, sizes["C"])):
         if not 0 <= value < end:
             raise ParameterError(f"{op}: {name} is {value}, expected 0 to {end - 1}")
-    where = (slot, token) if layout == "NHD" else (slot, slice(None), token)
-    rows = k_cache[where], v_cache[where]
+    rows = (spec.as_nhd(cache)[slot, token] for cache in (k_cache, v_cache))
     k, v = (row.get() if on_gpu(row) else row.copy() for row in rows)
     return k, v
 
@@ -187,35 +196,51 @@ def reference(
             v_cache[slot, positions[keep]] = v[b, keep]
 
 
-def launches_of(
-    arrays: tuple[Any, ...], pairing: str, layout: str, advance: bool
-) -> list[tuple[Any, ...]]:
-    """(kernel, grid, block, slice of `arrays`, scalars) of each launch.
+def _append_on_host(
+    spec: KVSpec,
+    rows: dict[str, Any],
+    lengths: Any,
+    slots: Any,
+    inv_freq: Any,
+    pairing: str,
+    advance: bool,
+) -> None:
+    rows = {name: spec.as_nhd(x) for name, x in rows.items()}
+    reference(**rows, lengths=lengths, slots=slots, inv_freq=inv_freq, pairing=pairing)
+    if not advance:
+        return
+    T, C = rows["k"].shape[1], rows["k_cache"].shape[1]
+    for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
+        if 0 <= lengths[slot] < C:
+            lengths[slot] = min(lengths[slot] + T, C)
 
-    Args:
-        arrays: k_cache, v_cache, k, v, lengths, slots and inv_freq, which are checked.
-        pairing, layout, advance: as of `append`.
-    """
-    *rows, lengths, _, inv_freq = arrays
-    if layout == "HND":
-        rows = [x.swapaxes(1, 2) for x in rows]
-    k_cache, v_cache, k, v = rows
-    B, T, H, K = k.shape
+
+def _launches(
+    spec: KVSpec, rows: dict[str, Any], lengths: Any, inv_freq: Any, pairing: str, advance: bool
+) -> tuple[cuda.Launch, cuda.Launch | None]:
+    """The launch that writes the rows, and the one that then counts them, where that is another;
+    for arrays that are checked."""
+    rows = {name: spec.as_nhd(x) for name, x in rows.items()}
+    k, k_cache, v_cache = rows["k"], rows["k_cache"], rows["v_cache"]
+    (B, T, H, K), V, C = k.shape, rows["v"].shape[3], k_cache.shape[1]
     at_once = advance and T == 1
     dtypes = (k.dtype, k_cache.dtype, v_cache.dtype, lengths.dtype)
-    defines = _defines(*dtypes, K, v.shape[3], H, at_once)
+    defines = _defines(*dtypes, K, V, H, at_once)
     block = defines["BLOCK"]
     blocks = 1 if at_once else -(-T * H // (block // defines["LANES"]))
-    steps = (stride // x.itemsize for x in rows for stride in x.strides[:3])
-    F, capacity = 0 if inv_freq is None else len(inv_freq), np.int32(k_cache.shape[1])
-    pairs = (F, 1, F) if pairing == "half" else (F, 2, 1)
-    scalars = (*map(np.int64, steps), np.int32(T * H), capacity, *map(np.int32, pairs))
+    F = 0 if inv_freq is None else len(inv_freq)
+    step, gap = (1, F) if pairing == "half" else (2, 1)
+    scalars: dict[str, int] = dict(num_rows=T * H, capacity=C, F=F, step=step, gap=gap)
+    for name, x in rows.items():
+        axes = ("slot" if name.endswith("_cache") else "batch", "token", "head")
+        for axis, stride in zip(axes, x.strides[:3], strict=True):
+            scalars[f"{name}_{axis}"] = stride // x.itemsize
     stem = "contiguous_append"
-    launches = [(cuda.kernel(stem, stem, **defines), (blocks, B), block, slice(7), scalars)]
-    if advance and not at_once:
-        kernel, sizes = cuda.kernel(stem, "advance_lengths", **defines), (np.int32(B), np.int32(T))
-        launches.append((kernel, -(-B // 128), 128, slice(4, 6), (*sizes, capacity)))
-    return launches
+    write = cuda.Launch(cuda.kernel(stem, stem, **defines), (blocks, B), block, scalars)
+    if not advance or at_once:
+        return write, None
+    kernel = cuda.kernel(stem, "advance_lengths", **defines)
+    return write, cuda.Launch(kernel, -(-B // 128), 128, dict(B=B, T=T, capacity=C))
 
 
 def _defines(
@@ -225,9 +250,9 @@ def _defines(
     while lanes < 32 and lanes * 8 < max(K, V):
         lanes *= 2
     return dict(
-        NEW_T=cuda.TYPE_NAMES[new],
-        K_T=cuda.TYPE_NAMES[k_dtype],
-        V_T=cuda.TYPE_NAMES[v_dtype],
+        NEW_T=new,
+        K_T=k_dtype,
+        V_T=v_dtype,
         LENGTH_T="i64" if lengths == LENGTHS[1] else "int",
         K_DIM=K,
         V_DIM=V,

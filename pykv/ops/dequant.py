@@ -21,8 +21,11 @@ KINDS = {
 }
 """Elements and bytes of a block, by the name of the GGUF tensor type."""
 
+_BLOCK = 256  # threads, eight elements each
+
 VARIANTS = [
-    dict(KIND=kind, OUT_T="f16") for kind in ("F32", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
+    dict(KIND=kind, OUT_T="f16", BLOCK=_BLOCK)
+    for kind in ("F32", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
 ]
 
 
@@ -51,6 +54,10 @@ def dequantize(
     Runs where the arrays are. On a GPU it only enqueues. Bit-exact to the package gguf in float32;
     other dtypes are that float32 rounded to nearest even, past their range to infinity. Source:
     ggml-common.h and ggml-quants.c of llama.cpp.
+
+    >>> blocks = np.array([[1.5, 2]], np.float32).view(np.uint8)
+    >>> pykv.ops.dequant.dequantize(blocks, "F32", dtype="float16")
+    array([[1.5, 2. ]], dtype=float16)
     """
     op = "dequant.dequantize"
     if kind not in KINDS:
@@ -73,9 +80,11 @@ def dequantize(
     if out.size == 0:
         return out
     if on_gpu(blocks):
-        _cuda(blocks, kind, out, stream)
+        launch = dims.keep((kind, out.dtype), lambda: _launch(kind, out))
+        launch(out=out, blocks=blocks, stream=stream)
     else:
-        reference(blocks, kind, out)
+        _gguf()  # an error here, rather than at a prepared call
+        cuda.run_on_host(lambda: reference(blocks, kind, out))
     return out
 
 
@@ -84,18 +93,22 @@ _check = checker("dequant.dequantize", blocks=("R W", UINT8), out=optional("R C"
 
 def reference(blocks: Any, kind: str, out: Any) -> None:
     """The definition: the dequantiser of the package gguf, which is NumPy."""
+    gguf = _gguf()
+    with np.errstate(over="ignore"):
+        out[...] = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+
+
+def _gguf() -> Any:
     try:
-        from gguf import GGMLQuantizationType, quants
+        import gguf
     except ImportError as error:
         raise UnsupportedError(
             "dequant.dequantize: blocks is on the host, which needs the package gguf: "
             "pip install 'pykv-cuda[llm]'"
         ) from error
-    with np.errstate(over="ignore"):
-        out[...] = quants.dequantize(blocks, GGMLQuantizationType[kind])
+    return gguf
 
 
-def _cuda(blocks: Any, kind: str, out: Any, stream: Any) -> None:
-    kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=cuda.TYPE_NAMES[out.dtype])
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, -(-out.size // 2048), 256, out, blocks, np.int64(out.size))
+def _launch(kind: str, out: Any) -> cuda.Launch:
+    kernel = cuda.kernel("dequant", "dequant", KIND=kind, OUT_T=out.dtype, BLOCK=_BLOCK)
+    return cuda.Launch(kernel, -(-out.size // (8 * _BLOCK)), _BLOCK, dict(n=out.size))

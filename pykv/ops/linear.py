@@ -6,20 +6,25 @@ Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is i
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, Dims, checker, like, on_gpu, optional
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 
 GEMMS = ("auto", "own", "cublas")
 
+_TILE = 64  # tokens and outputs of a block of `gemm`
+_BLOCK = 256  # threads of a block, but for `gemv`
+_PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # that a float32 is split into, see `linear`
+
 _TYPES = dict(X_T="float", W_T="f16", B_T="float")
 VARIANTS = [
-    dict(_TYPES),
+    dict(_TYPES, BLOCK=_BLOCK, TILE=_TILE, X_PIECES=2),
     *(dict(_TYPES, ROWS=rows, WIDE=wide) for rows in (1, 8) for wide in (0, 1)),
 ]
 
@@ -56,7 +61,8 @@ def linear(
         DeviceError: host and device arrays are mixed.
         ParameterError: `gemm` is unknown, or `accumulate` lacks `out`.
         UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being
-            captured (CuPy refuses), or for dtypes that differ with `x` not float32.
+            captured (CuPy refuses), or for dtypes that differ with `x` not float32; a prepared call
+            that goes to cuBLAS is captured.
 
     Runs where the arrays are. On a GPU it only enqueues. Sums in float32, never through TF32.
 
@@ -68,6 +74,10 @@ def linear(
     "Numerical behavior of NVIDIA tensor cores", 2021), an error that grows with I; the leading
     product therefore starts anew every 1024 features, which keeps the result within 1e-5 of the
     largest output. The split takes 2 or 3 times T * I elements from CuPy's memory pool.
+
+    >>> x, w = np.ones((1, 8), np.float32), np.ones((3, 8), np.float16)
+    >>> pykv.ops.linear.linear(x, w)
+    array([[8., 8., 8.]], dtype=float32)
     """
     op = "linear.linear"
     dims = _check(x, w, bias, out)
@@ -82,9 +92,15 @@ def linear(
     if out.size == 0:
         return out
     if on_gpu(x):
-        _cuda(x, w, bias, out, accumulate, gemm, dims, stream)
+        with cuda.on_stream(stream):  # which may be in a capture
+            to_cublas = gemm != "own" and _uses_cublas(x, w, gemm)
+        if to_cublas:
+            cuda.enqueue(lambda: _cublas(x, w, bias, out, accumulate), stream)
+        else:
+            launch = dims.keep(bool(accumulate), lambda: _launch(x, w, bias, accumulate))
+            launch(out=out, x=x, w=w, bias=bias, stream=stream)
     else:
-        reference(x, w, bias, out, accumulate)
+        cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate))
     return out
 
 
@@ -97,9 +113,13 @@ _check = checker(
 )
 
 
-@cache
 def has_cublas() -> bool:
     """Whether CuPy finds the cuBLAS library; pip install nvidia-cublas where it does not."""
+    return _finds_cublas(sys.modules.get("cupy"))
+
+
+@cache
+def _finds_cublas(cupy: Any) -> bool:
     try:
         from cupy.cuda import cublas  # noqa: F401 - CuPy loads the library here
     except ImportError:
@@ -129,30 +149,17 @@ _REREAD_TOKENS = 64
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
-def _cuda(
-    x: Any, w: Any, bias: Any, out: Any, accumulate: bool, gemm: str, dims: Dims, stream: Any
-) -> None:
-    with cuda.on_stream(stream):
-        if gemm != "own" and _uses_cublas(x, w, gemm):
-            _cublas(x, w, bias, out, accumulate)
-        else:
-            kernel, grid, block, scalars = dims.keep(
-                accumulate, lambda: _launch_of(x, w, bias, accumulate)
-            )
-            cuda.launch(kernel, grid, block, out, x, w, bias, scalars=scalars)
-
-
-def _launch_of(x: Any, w: Any, bias: Any, accumulate: bool) -> tuple[Any, ...]:
-    """Kernel, grid, block and scalars, of `gemv` or `gemm`, for arrays that are checked."""
+def _launch(x: Any, w: Any, bias: Any, accumulate: bool) -> cuda.Launch:
+    """The launch of `gemv` or `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
-    step = np.int64(x.strides[0] // x.itemsize)
-    scalars = (*map(np.int32, (T, O, I)), step, np.int32(accumulate))
+    scalars = dict(T=T, O=O, I=I, x_stride=x.strides[0] // x.itemsize, accumulate=bool(accumulate))
     if T > _GEMV_TOKENS and not _is_small(T, w):
-        return _kernel("gemm", x, w, bias), (-(-O // 64), -(-T // 64)), 256, scalars
+        grid = -(-O // _TILE), -(-T // _TILE)
+        return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
     rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
     wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
-    kernel = _kernel("gemv", x, w, bias, ROWS=rows, WIDE=int(wide))
-    return kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, scalars
+    kernel = cuda.kernel("linear", "gemv", **_types(x, w, bias), ROWS=rows, WIDE=int(wide))
+    return cuda.Launch(kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, scalars)
 
 
 def rereads(T: int) -> int:
@@ -165,22 +172,23 @@ def _is_small(T: int, w: Any) -> bool:
     return T <= _REREAD_TOKENS and rereads(T) * w.nbytes <= _REREAD_BYTES
 
 
-def _kernel(name: str, x: Any, w: Any, bias: Any, **defines: int) -> Any:
-    names = cuda.TYPE_NAMES
-    bias_name = "float" if bias is None else names[bias.dtype]
-    return cuda.kernel(
-        "linear", name, X_T=names[x.dtype], W_T=names[w.dtype], B_T=bias_name, **defines
-    )
+def _kernel(name: str, x: Any, w: Any, bias: Any) -> cuda.Kernel:
+    sizes = dict(BLOCK=_BLOCK, TILE=_TILE, X_PIECES=_PIECES[w.dtype])
+    return cuda.kernel("linear", name, **_types(x, w, bias), **sizes)
+
+
+def _types(x: Any, w: Any, bias: Any) -> dict[str, Any]:
+    return dict(X_T=x.dtype, W_T=w.dtype, B_T=FLOATS[0] if bias is None else bias.dtype)
 
 
 # --- cuBLAS ---------------------------------------------------------------------------------------
 
 _CUDA_R = dict(zip(FLOATS, (0, 2, 14), strict=True))  # cudaDataType: CUDA_R_32F, _16F, _16BF
-_PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # PIECES in linear.cu
 _PANEL = 1024  # features that one running sum of the tensor cores covers, see `linear`
 _FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, and no TF32
 _BETA = np.array([0, 1], np.float32)  # cuBLAS takes the address of a host scalar
 _BETA_ADDRESS = _BETA.__array_interface__["data"][0]
+_CAPTURE = "CuPy refuses it while a graph is being captured"
 
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
@@ -195,8 +203,6 @@ def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
 
 def _obstacle(x: Any, w: Any) -> str | None:
     """Why cuBLAS cannot multiply these arrays now, or None."""
-    import cupy
-
     if not has_cublas():
         return (
             "CuPy finds no cuBLAS: pip install nvidia-cublas (CUDA 13) or nvidia-cublas-cu12 "
@@ -208,21 +214,21 @@ def _obstacle(x: Any, w: Any) -> str | None:
         return "bfloat16 needs sm_80 or newer there"
     if not x.shape[1]:
         return "x has I=0"
-    stream = cupy.cuda.get_current_stream()
-    if stream.ptr and cupy.cuda.runtime.streamIsCapturing(stream.ptr):
-        return "CuPy refuses it while a graph is being captured"
-    return None
+    return _CAPTURE if cuda.is_capturing() else None
 
 
 def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
-    """`out` starts as the bias, itself or zero; products add to it."""
+    """Enqueue the product. `out` starts as the bias, itself or zero; products add to it."""
     import cupy
     from cupy.cuda import cublas
 
+    if cuda.is_capturing():
+        raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {_CAPTURE}")
     T, O = out.shape
     if bias is not None:
-        args = (out, bias, np.int32(O), np.int32(accumulate))
-        cuda.launch(_kernel("add_bias", x, w, bias), T, 256, *args)
+        scalars = dict(O=O, accumulate=bool(accumulate))
+        launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
+        launch(out=out, bias=bias)
         accumulate = True
     handle = cupy.cuda.device.get_cublas_handle()
     mode = cublas.getMathMode(handle)
@@ -249,9 +255,10 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
     T, I = x.shape
     pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)
     scalars = cupy.zeros(8, np.float32)  # the layout is in linear.cu
-    sizes = (np.int32(I), np.int64(x.strides[0] // x.itemsize))
-    cuda.launch(_kernel("absmax", x, w, bias), T, 256, scalars, x, *sizes)
-    cuda.launch(_kernel("split", x, w, bias), T, 256, pieces, scalars, x, np.int32(T), *sizes)
+    sizes = dict(I=I, x_stride=x.strides[0] // x.itemsize)
+    cuda.Launch(_kernel("absmax", x, w, bias), T, _BLOCK, sizes)(scalars=scalars, x=x)
+    split = cuda.Launch(_kernel("split", x, w, bias), T, _BLOCK, dict(sizes, T=T))
+    split(pieces=pieces, scalars=scalars, x=x)
 
     cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
     try:

@@ -15,7 +15,9 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 
-VARIANTS: list[dict[str, Any]] = [dict(X_T="float", HEAD_DIM=128)]
+_BLOCK = 128  # threads
+
+VARIANTS: list[dict[str, Any]] = [dict(X_T="float", HEAD_DIM=128, BLOCK=_BLOCK)]
 
 
 def merge(
@@ -53,6 +55,11 @@ def merge(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32, in the order of
     the states. Sources: Flash-Decoding; Hydragen and cascade inference for shared prefixes.
+
+    >>> values = np.stack([np.full((1, 1, 8), x, np.float32) for x in (0, 4)])
+    >>> lse = np.log(np.array([[[1]], [[3]]], np.float32))  # weights 1 and 3
+    >>> pykv.ops.merge_states.merge(values, lse)[0, 0, :2]
+    array([3., 3.], dtype=float32)
     """
     op = "merge_states.merge"
     dims = _check(values, lse, out, out_lse)
@@ -67,13 +74,10 @@ def merge(
     if out.size == 0:
         pass
     elif on_gpu(values):
-        kernel, grid, scalars = dims.keep(lse_base, lambda: _plan(values, lse, lse_base))
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, 128, out, out_lse, values, lse, scalars=scalars)
+        launch = dims.keep(lse_base, lambda: _launch(values, lse, lse_base))
+        launch(out=out, out_lse=out_lse, values=values, lse=lse, stream=stream)
     else:
-        out[...], merged = reference(values, lse, lse_base)
-        if out_lse is not None:
-            out_lse[...] = merged
+        cuda.run_on_host(lambda: _merge_on_host(values, lse, lse_base, out, out_lse))
     return (out, out_lse) if return_lse else out
 
 
@@ -102,17 +106,26 @@ def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:
     return (sums / np.where(total == 0, 1, total)).astype(values.dtype), merged
 
 
-def _plan(values: Any, lse: Any, lse_base: str) -> tuple[Any, int, tuple[Any, ...]]:
-    """Kernel, grid and scalars for arrays that are checked."""
+def _merge_on_host(values: Any, lse: Any, lse_base: str, out: Any, out_lse: Any) -> None:
+    out[...], merged = reference(values, lse, lse_base)
+    if out_lse is not None:
+        out_lse[...] = merged
+
+
+def _launch(values: Any, lse: Any, lse_base: str) -> cuda.Launch:
+    """The launch for arrays that are checked."""
     S, T, HQ, D = values.shape
-    kernel = cuda.kernel(
-        "merge_states", "merge_states", X_T=cuda.TYPE_NAMES[values.dtype], HEAD_DIM=D
+    to_binary = 1.0 if lse_base == "2" else math.log2(math.e)
+    return cuda.Launch(
+        cuda.kernel("merge_states", "merge_states", X_T=values.dtype, HEAD_DIM=D, BLOCK=_BLOCK),
+        grid=-(-T * HQ * (D // 4) // _BLOCK),
+        block=_BLOCK,
+        scalars=dict(
+            values_stride=values.strides[0] // values.itemsize,
+            lse_stride=lse.strides[0] // lse.itemsize,
+            S=S,
+            R=T * HQ,
+            to_binary=to_binary,
+            from_binary=1 / to_binary,
+        ),
     )
-    binary = 1.0 if lse_base == "2" else math.log2(math.e)
-    scalars = (
-        *(np.int64(x.strides[0] // x.itemsize) for x in (values, lse)),
-        np.int32(S),
-        np.int64(T * HQ),
-        *map(np.float32, (binary, 1 / binary)),
-    )
-    return kernel, -(-T * HQ * (D // 4) // 128), scalars

@@ -55,6 +55,11 @@ def rms_norm(
 
     Runs where the arrays are; on a GPU it only enqueues. Accumulates in float32. A row's result
     does not depend on the other rows. Source: RMSNorm (Zhang and Sennrich, 2019).
+
+    >>> x = np.array([[3, 4], [6, 8]], np.float32)
+    >>> pykv.ops.norm.rms_norm(x, np.ones(2, np.float32)).round(3)
+    array([[0.849, 1.131],
+           [0.849, 1.131]], dtype=float32)
     """
     op = "norm.rms_norm"
     row = "H D" if getattr(x, "ndim", 2) == 3 else "D"
@@ -68,14 +73,12 @@ def rms_norm(
     if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
         return out
     if on_gpu(x):
-        kernel, grid, scalars = dims.keep(
-            (float(eps), float(offset)),
-            lambda: _launch_of(x, weight, eps, offset, out),
+        launch = dims.keep(
+            (float(eps), float(offset)), lambda: _launch(x, weight, eps, offset, out)
         )
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, 256, out, x, weight, scalars=scalars)
+        launch(out=out, x=x, weight=weight, stream=stream)
     else:
-        out[...] = reference(x, weight, eps, offset)
+        cuda.run_on_host(lambda: reference(x, weight, eps, offset), out)
     return out
 
 
@@ -92,25 +95,24 @@ def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return (wide * (scale * (weight.astype(wide.dtype) + wide.dtype.type(offset)))).astype(x.dtype)
 
 
-def _launch_of(x: Any, weight: Any, eps: float, offset: float, out: Any) -> tuple[Any, ...]:
-    """Kernel, grid and scalars for arrays that are checked."""
+def _launch(x: Any, weight: Any, eps: float, offset: float, out: Any) -> cuda.Launch:
+    """The launch for arrays that are checked."""
     T, D = x.shape[0], x.shape[-1]
     H = x.shape[1] if x.ndim == 3 else 1
     by_warp = D <= _WARP_MAX_D
-    kernel = cuda.kernel(
-        "norm",
-        "rms_norm_warp" if by_warp else "rms_norm",
-        X_T=cuda.TYPE_NAMES[x.dtype],
-        W_T=cuda.TYPE_NAMES[weight.dtype],
-    )
-    steps = (array.strides[0] // array.itemsize for array in (out, x))
-    return (
-        kernel,
-        -(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
-        (
-            *map(np.int64, steps),
-            *map(np.int32, (T * H, H, D)),
-            *map(np.float32, (eps, offset)),
+    name = "rms_norm_warp" if by_warp else "rms_norm"
+    return cuda.Launch(
+        cuda.kernel("norm", name, X_T=x.dtype, W_T=weight.dtype),
+        grid=-(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
+        block=256,
+        scalars=dict(
+            out_stride=out.strides[0] // out.itemsize,
+            x_stride=x.strides[0] // x.itemsize,
+            rows=T * H,
+            H=H,
+            D=D,
+            eps=eps,
+            offset=offset,
         ),
     )
 

@@ -56,6 +56,14 @@ def from_lists(
 
     Runs where the arrays are; on a GPU it only enqueues, and M is not checked. Source:
     get_seq_lens of FlashInfer for the lengths.
+
+    >>> lists = [np.array(x, np.int32) for x in ([7, 3, 5], [0, 2, 3], [1, 4])]
+    >>> table, lengths = pykv.ops.page_table.from_lists(*lists, page_size=4, width=3)
+    >>> table
+    array([[ 7,  3, -1],
+           [ 5, -1, -1]], dtype=int32)
+    >>> lengths
+    array([5, 4], dtype=int32)
     """
     op = "page_table.from_lists"
     dims = _check(indices, indptr, last_page_len, table, lengths)
@@ -67,17 +75,23 @@ def from_lists(
     with cuda.on_stream(stream):
         table = like(indptr, (B, M), np.int32) if table is None else table
         lengths = like(indptr, (B,), np.int32) if lengths is None else lengths
-        if B == 0:
-            return table, lengths
-        if on_gpu(indptr):
-            arrays = (table, lengths, indices, indptr, last_page_len)
-            kernel = cuda.kernel("page_table", "page_table")
-            cuda.launch(kernel, (-(-M // 128), B), 128, *arrays, np.int32(M), np.int32(page_size))
-            return table, lengths
-    most = int(np.diff(indptr).max())
-    if most > M:
-        raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
-    reference(indices, indptr, last_page_len, page_size, table, lengths)
+    if B == 0:
+        return table, lengths
+    if on_gpu(indptr):
+        launch = dims.keep((M, page_size), lambda: _launch(B, M, page_size))
+        launch(
+            table=table,
+            lengths=lengths,
+            indices=indices,
+            indptr=indptr,
+            last_page_len=last_page_len,
+            stream=stream,
+        )
+    else:
+        cuda.look(lambda: _check_width(op, indptr, M))
+        cuda.run_on_host(
+            lambda: reference(indices, indptr, last_page_len, page_size, table, lengths)
+        )
     return table, lengths
 
 
@@ -100,3 +114,14 @@ def reference(
         table[b, : end - first] = indices[first:end]
         length = (end - first - 1) * page_size + last_page_len[b]
         lengths[b] = max(0, length) if end > first else 0
+
+
+def _check_width(op: str, indptr: Any, M: int) -> None:
+    most = int(np.diff(indptr).max())
+    if most > M:
+        raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
+
+
+def _launch(B: int, M: int, page_size: int) -> cuda.Launch:
+    kernel = cuda.kernel("page_table", "page_table")
+    return cuda.Launch(kernel, (-(-M // 128), B), 128, dict(M=M, page_size=page_size))

@@ -25,22 +25,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, SCALE_DTYPES, KVSpec, quantize, spec_of
+from pykv.kinds import KVSpec, quantize, spec_of
 from pykv.ops import paged_check
 
 SLOTS = (*INT32, np.dtype(np.int64))
 COUNTS = ("before", "after")
-MAX_HEAD_DIM = 512
 
 BLOCK = 128  # threads
 LANE_ELEMENTS = 16  # of a row that a thread has: its loads are in flight together
+MAX_HEAD_DIM = 32 * LANE_ELEMENTS  # of the lanes of a warp
 
 
 def append(
@@ -52,7 +52,7 @@ def append(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -83,15 +83,21 @@ def append(
     Runs where the arrays are. On a GPU it only enqueues, one launch for K and V, and slots are not
     range-checked, unless checking. Bit-exact: floats are rounded to nearest even, codes are those
     of pykv.kinds.quantize. Source: vLLM's slot mapping.
+
+    >>> k_pool, v_pool = (np.zeros((4, 2, 1, 8), np.float16) for _ in range(2))  # N P H D
+    >>> rows = np.ones((2, 1, 8), np.float32)
+    >>> slots = np.array([3 * 2 + 1, -1], np.int32)  # page 3, offset 1; the second row is skipped
+    >>> pykv.ops.paged_append.append(rows, rows, k_pool, v_pool, slots)
+    >>> k_pool[3, :, 0, 0]
+    array([0., 1.], dtype=float16)
     """
     op = "paged_append.append"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, k_pool, v_pool, k_scales, v_scales, slots)
-    if paged_check.enabled(check, k, stream):
-        with cuda.on_stream(stream):
-            paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, slots, None, None, None)
-    _append(op, "SLOTS", spec, dims, arrays, False, False, stream)
+
+    def check_contents(dims: Dims) -> None:
+        paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    _append(op, "SLOTS", arrays, spec, dict(rows=slots), check_contents, check, stream)
 
 
 def append_decode(
@@ -107,7 +113,7 @@ def append_decode(
     advance: bool = False,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -132,23 +138,31 @@ def append_decode(
         As `append`; ParameterError also for another `counts`, or `advance` with "after".
 
     As `append`. Sources: FlashInfer's CSR table counts "after", baracuda's append plan "before".
+
+    >>> k_pool, v_pool = (np.zeros((4, 2, 1, 8), np.float16) for _ in range(2))
+    >>> rows = np.ones((1, 1, 8), np.float32)
+    >>> pages, indptr, last = (np.array(x, np.int32) for x in ([3, 0], [0, 2], [1]))
+    >>> pykv.ops.paged_append.append_decode(
+    ...     rows, rows, k_pool, v_pool, pages, indptr, last, counts="before", advance=True
+    ... )
+    >>> k_pool[0, :, 0, 0], last  # the fourth token: page 0, offset 1
+    (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     op = "paged_append.append_decode"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
     if after and advance:
         raise ParameterError(
             f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
             "a call cannot be changed by it"
         )
-    if paged_check.enabled(check, k, stream):
-        with cuda.on_stream(stream):
-            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-            paged_check.check_table(*table, appends=True, counts=counts, op=op)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, None, indices, indptr, last_page_len)
-    _append(op, "DECODE", spec, dims, arrays, after, advance, stream)
+
+    def check_contents(dims: Dims) -> None:
+        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+        paged_check.check_table(*table, appends=True, counts=counts, op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(indices=indices, indptr=indptr, counts=last_page_len)
+    _append(op, "DECODE", arrays, spec, where, check_contents, check, stream, after, advance)
 
 
 def append_ragged(
@@ -164,7 +178,7 @@ def append_ragged(
     counts: str,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -186,19 +200,17 @@ def append_ragged(
     get_batch_indices_positions.
     """
     op = "paged_append.append_ragged"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, append_indptr, indices, indptr, last_page_len)
     after = _counts_after(op, counts)
-    if paged_check.enabled(check, k, stream):
-        with cuda.on_stream(stream):
-            paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
-            table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-            options = dict(counts=counts, starts=append_indptr, op=op)
-            paged_check.check_table(*table, appends=True, **options)
-    rows = (append_indptr, indices, indptr, last_page_len)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
-    _append(op, "RAGGED", spec, dims, arrays, after, False, stream)
+
+    def check_contents(dims: Dims) -> None:
+        paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
+        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
+        options = dict(counts=counts, starts=append_indptr, op=op)
+        paged_check.check_table(*table, appends=True, **options)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(rows=append_indptr, indices=indices, indptr=indptr, counts=last_page_len)
+    _append(op, "RAGGED", arrays, spec, where, check_contents, check, stream, after)
 
 
 def append_indexed(
@@ -214,7 +226,7 @@ def append_indexed(
     advance: bool = False,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -235,28 +247,91 @@ def append_indexed(
     As `append`. Source: FlashInfer's append_paged_kv_cache.
     """
     op = "paged_append.append_indexed"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    pools = (k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(op, spec)(k, v, *pools, batch_indices, positions, indices, indptr)
-    if paged_check.enabled(check, k, stream):
+
+    def check_contents(dims: Dims) -> None:
+        table = (indices, indptr, None, dims["N"], dims["P"])
+        paged_check.check_table(*table, appends=True, op=op)
+        paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
+
+    arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    where = dict(rows=batch_indices, indices=indices, indptr=indptr, counts=positions)
+    _append(op, "INDEXED", arrays, spec, where, check_contents, check, stream, advance=advance)
+
+
+def _counts_after(op: str, counts: str) -> bool:
+    if counts not in COUNTS:
+        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
+    return counts == "after"
+
+
+# What says where rows go, by the kernel's names.
+_NOWHERE: dict[str, Any] = dict(rows=None, indices=None, indptr=None, counts=None)
+
+
+def _append(
+    op: str,
+    address: str,
+    arrays: dict[str, Any],
+    spec: KVSpec | str | None,
+    where: dict[str, Any],
+    check_contents: Callable[[Dims], None],
+    check: bool | None,
+    stream: Any,
+    after: bool = False,
+    advance: bool = False,
+) -> None:
+    """What the four share.
+
+    Args:
+        op: name for messages.
+        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        arrays: new rows, pools and scales.
+        spec, check, stream: as of `append`.
+        where: those of `_NOWHERE` that `address` has, in the order of `_RULES`.
+        check_contents: of them, where `check` asks for it.
+        after: whether where["counts"] includes the new tokens.
+        advance: whether it grows.
+    """
+    k, _, *pools = arrays.values()
+    spec = spec_of(op, spec, *pools)
+    dims = _checker(op, spec)(*arrays.values(), *where.values())
+    D = dims["D"]
+    if D % 8:
+        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
-            table = (indices, indptr, None, dims["N"], dims["P"])
-            paged_check.check_table(*table, appends=True, op=op)
-            paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
-    rows = (batch_indices, indices, indptr, positions)
-    arrays = (k_pool, v_pool, k_scales, v_scales, k, v, *rows)
-    _append(op, "INDEXED", spec, dims, arrays, False, advance, stream)
+            check_contents(dims)
+    if k.size == 0:
+        return
+    where = _NOWHERE | where
+    if on_gpu(k):
+        launch = dims.keep(
+            (spec, after, advance),
+            lambda: _launch(address, arrays | where, spec, dims, after, advance),
+        )
+        launch(**arrays, **where, stream=stream)
+        return
+
+    def append_on_host() -> None:
+        pages, offsets = places(address, len(k), dims["P"], **where, after=after)
+        reference(**arrays, spec=spec, pages=pages, offsets=offsets)
+        if advance:
+            where["counts"][pages >= 0] += 1
+
+    cuda.run_on_host(append_on_host)
 
 
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
-_RULES: dict[str, dict[str, Any]] = {  # of what says where rows go, in the order of arguments
+_RULES: dict[str, dict[str, Any]] = {
     "paged_append.append": dict(slots=("T", SLOTS)),
     "paged_append.append_decode": dict(**_TABLE, last_page_len=("B", INT32)),
     "paged_append.append_ragged": dict(
         append_indptr=("B+1", INT32), **_TABLE, last_page_len=("B", INT32)
     ),
     "paged_append.append_indexed": dict(
-        batch_indices=("T", INT32), positions=("T", INT32), **_TABLE
+        batch_indices=("T", INT32), **_TABLE, positions=("T", INT32)
     ),
 }
 
@@ -267,43 +342,7 @@ def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
     return checker(op, k=(rows, FLOATS), v=(rows, "k"), **spec.rules(), **_RULES[op])
 
 
-def _counts_after(op: str, counts: str) -> bool:
-    if counts not in COUNTS:
-        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
-    return counts == "after"
-
-
-def _append(
-    op: str,
-    address: str,
-    spec: KVSpec,
-    dims: Dims,
-    arrays: tuple[Any, ...],
-    after: bool,
-    advance: bool,
-    stream: Any,
-) -> None:
-    """What the four share; `arrays` as the kernel takes them."""
-    D = dims["D"]
-    if D % 8:
-        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
-    k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr, counts = arrays
-    if k.size == 0:
-        return
-    if on_gpu(k):
-        launch = dims.keep(
-            (spec, after, advance),
-            lambda: launch_of(address, spec, dims["P"], arrays, after, advance),
-        )
-        with cuda.on_stream(stream):
-            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-        return
-    pages, offsets = places(address, len(k), dims["P"], rows, indices, indptr, counts, after)
-    reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, pages, offsets)
-    if advance:
-        counts[pages >= 0] += 1
+# --- Definition -----------------------------------------------------------------------------------
 
 
 def places(
@@ -363,86 +402,67 @@ def reference(
         dtype = None if scales is None else scales.dtype
         with np.errstate(over="ignore"):  # to infinity, as floats round
             codes, found = quantize(x[keep], kind, scale=given, scale_dtype=dtype)
-        _as_nhd(pool, spec)[where] = codes
+        spec.as_nhd(pool)[where] = codes
         if spec.finds_scales and scales is not None:
-            _as_nhd(scales, spec)[where] = found
+            spec.as_nhd(scales)[where] = found
 
 
-def _as_nhd(array: Any, spec: KVSpec) -> Any:
-    return array if spec.layout == "NHD" else array.swapaxes(1, 2)
+# --- Launch ---------------------------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """What all but the addresses of arrays decides of a launch; scalars follow the arrays."""
-
-    kernel: Any
-    grid: int | tuple[int, ...]
-    block: int
-    scalars: tuple[Any, ...]
-
-
-def launch_of(
-    address: str, spec: KVSpec, P: int, arrays: tuple[Any, ...], after: bool, advance: bool
-) -> Launch:
-    """The launch for arrays that are checked.
-
-    Args:
-        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
-        spec: of the pools.
-        P: tokens a page.
-        arrays: k_pool, v_pool, k_scales, v_scales, k, v, rows, indices, indptr and counts, by the
-            kernel's names and in its order; None where there is no such array.
-        after: whether `counts` includes the new tokens.
-        advance: whether the kernel adds to `counts`.
-    """
-    k_pool, v_pool, k_scales, v_scales, k, v, rows, _, indptr, _ = arrays
+def _launch(
+    address: str, arrays: dict[str, Any], spec: KVSpec, dims: Dims, after: bool, advance: bool
+) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
     row_dtype = None if rows is None else rows.dtype
-    defines, rows_a_block = defines_of(k.dtype, spec, D, H, P, address, row_dtype, after, advance)
-    steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
-    return Launch(
+    defines = defines_of(address, spec, k.dtype, H, D, dims["P"], row_dtype, after, advance)
+    of_rows = ("k_token", "k_head", "v_token", "v_head")
+    strides = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
+    return cuda.Launch(
         cuda.kernel("paged_append", "paged_append", **defines),
-        -(-T * H // rows_a_block),
-        defines["BLOCK"],
-        (
-            *pool_steps(
-                *(spec, k_pool.strides, v_pool.strides),
-                None if k_scales is None else k_scales.strides,
-                None if v_scales is None else v_scales.strides,
-            ),
-            *map(np.int64, steps),
-            np.int32(T * H),
-            np.int32(0 if indptr is None else len(indptr) - 1),
-        ),
+        grid=-(-T * H // defines["ROWS"]),
+        block=defines["BLOCK"],
+        scalars=spec.pool_strides(*pools)
+        | dict(zip(of_rows, strides, strict=True))
+        | dict(num_rows=T * H, num_requests=dims["B"] if address == "RAGGED" else 0),
     )
 
 
 def defines_of(
-    dtype: Any,
+    address: str,
     spec: KVSpec,
-    D: int,
+    dtype: Any,
     H: int,
+    D: int,
     P: int,
-    address: str = "SLOTS",
-    row_dtype: Any = INT32[0],
+    row_dtype: Any = None,
     after: bool = False,
     advance: bool = False,
-) -> tuple[dict[str, Any], int]:
-    """The kernel's defines, and the rows of a block."""
+) -> dict[str, Any]:
+    """The kernel's defines.
+
+    Args:
+        address, spec, after, advance: as of `_append`.
+        dtype: of new rows.
+        H, D, P: KV heads, head size and tokens a page.
+        row_dtype: of the kernel's `rows`, None where there are none.
+    """
     lanes = lanes_of(D)
     # With `advance` all heads of a token meet in one block.
     block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
-    defines = dict(
-        NEW_T=cuda.TYPE_NAMES[dtype],
-        **pool_defines(spec, D, H, P),
+    return dict(
+        NEW_T=dtype,
+        **pool_defines(spec, H, D, P),
         ADDRESS=address,
         ROW_T="i64" if row_dtype == SLOTS[1] else "int",
         AFTER=int(after),
         ADVANCE=int(advance),
         BLOCK=block,
         LANES=lanes,
+        ROWS=H if advance else block // lanes,
     )
-    return defines, H if advance else block // lanes
 
 
 def lanes_of(D: int) -> int:
@@ -453,47 +473,21 @@ def lanes_of(D: int) -> int:
     return lanes
 
 
-def pool_defines(spec: KVSpec, D: int, H: int, P: int) -> dict[str, Any]:
-    """Those of the kernel's defines that say what the pools are."""
-    return dict(
-        K_T=KINDS[spec.k].c_type,
-        V_T=KINDS[spec.v].c_type,
-        SCALE_T="f16" if spec.scale_dtype == "fp16" else "float",
-        SCALES="FOUND" if spec.granularity == "token" else "GIVEN",
-        HEAD_DIM=D,
-        HEADS=H,
-        PAGE=P,
-    )
-
-
-def pool_steps(
-    spec: KVSpec,
-    k_pool: tuple[int, ...],
-    v_pool: tuple[int, ...],
-    k_scales: tuple[int, ...] | None,
-    v_scales: tuple[int, ...] | None,
-) -> tuple[Any, ...]:
-    """Strides of page, token and head in elements, from those in bytes, in that order of arrays."""
-    nhd = (0, 1, 2) if spec.layout == "NHD" else (0, 2, 1)
-    steps = []
-    for kind, strides in zip(spec.kinds, (k_pool, v_pool), strict=True):
-        steps += [strides[axis] // kind.dtype.itemsize for axis in nhd]
-    for strides_or_none in (k_scales, v_scales):
-        size = SCALE_DTYPES[spec.scale_dtype].itemsize
-        if strides_or_none is None or spec.granularity == "tensor":
-            steps += [0, 0, 0]
-        elif spec.granularity == "head":
-            steps += [0, 0, strides_or_none[0] // size]
-        else:
-            steps += [strides_or_none[axis] // size for axis in nhd]
-    return tuple(map(np.int64, steps))
+def pool_defines(spec: KVSpec, H: int, D: int, P: int) -> dict[str, Any]:
+    """The defines of kernels that write to pools which say what these are."""
+    found = "FOUND" if spec.granularity == "token" else "GIVEN"
+    return dict(**spec.type_defines, SCALES=found, HEADS=H, HEAD_DIM=D, PAGE=P)
 
 
 # Slots for a Llama of 8 x 128, of floats and of codes, and a captured decode step. The models that
 # `pykv.models` names append by paged_qkv.
 VARIANTS = [
-    defines_of(FLOATS[0], KVSpec(kind, kind), 128, 8, 16)[0] for kind in ("fp16", "int8")
-] + [
-    defines_of(FLOATS[1], KVSpec(kind, kind), 128, 8, 16, "DECODE", None, False, True)[0]
-    for kind in ("fp16", "int8")
+    *(
+        defines_of("SLOTS", KVSpec(kind, kind), FLOATS[0], 8, 128, 16, INT32[0])
+        for kind in ("fp16", "int8")
+    ),
+    *(
+        defines_of("DECODE", KVSpec(kind, kind), FLOATS[1], 8, 128, 16, advance=True)
+        for kind in ("fp16", "int8")
+    ),
 ]

@@ -7,7 +7,8 @@ Kernel: kernels_cu/paged_check.cu.
 Kernels do not range-check what they are given: a wrong page id reads or writes somebody else's
 memory. Ops of paged caches take `check=True` to look first, at the price of waiting for the GPU;
 with PYKV_CHECK=1 in the environment when pykv is imported, all of them do unless told
-`check=False`. While a CUDA graph is captured nothing can be waited for, and nothing is checked.
+`check=False`. A prepared call looks again each time. While a CUDA graph is captured nothing can be
+waited for, and nothing is checked.
 
 What ops skip by contract, as the padding of a batch, passes: negative slots and requests, negative
 pages to be written, requests without pages or without new tokens, lengths that are not positive,
@@ -24,12 +25,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, _cupy, checker, on_gpu, optional
+from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional
 from pykv.errors import ParameterError
 
 VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
@@ -46,23 +48,22 @@ NOTHING = np.uint64(2**64 - 1)
 Offender = tuple[int, int]  # reason and index
 
 
-def enabled(wanted: bool | None, array: Any, stream: Any = None) -> bool:
-    """Whether an op shall check.
-
-    Args:
-        wanted: its argument `check`; None: what PYKV_CHECK says.
-        array: one of its arrays, which says whether there is a stream that may be capturing.
-        stream: its argument `stream`.
-    """
-    if not (ALWAYS if wanted is None else wanted):
-        return False
-    if not on_gpu(array):
-        return True
-    cupy_cuda = _cupy().cuda
-    handle = cupy_cuda.get_current_stream().ptr if stream is None else cuda.stream_handle(stream)
-    return not cupy_cuda.runtime.streamIsCapturing(handle)
+def enabled(wanted: bool | None) -> bool:
+    """Whether an op shall check: its argument `check`, or where None, what PYKV_CHECK says."""
+    return ALWAYS if wanted is None else wanted
 
 
+def _by_look(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of contents: taken now, and at each call of what is being prepared."""
+
+    @wraps(check)
+    def look(*args: Any, **options: Any) -> None:
+        cuda.look(partial(check, *args, **options))
+
+    return look
+
+
+@_by_look
 def check_pages(
     pages: Any,
     num_pages: int,
@@ -81,12 +82,13 @@ def check_pages(
     """
     n = checker(op, **{name: ("n", INDICES)})(pages)["n"]
     low = -(2**63) if may_skip else 0
-    found = _first(pages, "range", n, np.int64(n), np.int64(low), np.int64(num_pages))
+    found = _first("range", n, dict(values=pages), dict(n=n, low=low, end=num_pages))
     if found:
         allowed = f"{'below' if may_skip else '0 to'} {num_pages if may_skip else num_pages - 1}"
         raise _error(op, name, pages, found[1], allowed)
 
 
+@_by_look
 def check_slots(
     slots: Any, num_slots: int, *, op: str = "paged_check.check_slots", name: str = "slots"
 ) -> None:
@@ -96,9 +98,14 @@ def check_slots(
         slots: [n] int32 or int64.
         num_slots: N * P, below 2^32.
         op, name: for the text.
+
+    >>> pykv.ops.paged_check.check_slots(np.array([0, -1, 9], np.int32), num_slots=8)
+    Traceback (most recent call last):
+        ...
+    pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
-    if found := _first(slots, "slots", n, np.int64(n), np.int64(num_slots)):
+    if found := _first("slots", n, dict(slots=slots), dict(n=n, end=num_slots)):
         reason, index = found
         expected = f"below {num_slots}"
         if reason == REPEATED:
@@ -106,6 +113,7 @@ def check_slots(
         raise _error(op, name, slots, index, expected)
 
 
+@_by_look
 def check_starts(
     starts: Any, end: int, *, op: str = "paged_check.check_starts", name: str = "starts"
 ) -> None:
@@ -117,10 +125,11 @@ def check_starts(
         op, name: for the text.
     """
     B = _count(op, name, starts)
-    if found := _first(starts, "starts", B + 1, np.int64(B), np.int64(end)):
+    if found := _first("starts", B + 1, dict(starts=starts), dict(B=B, end=end)):
         raise _starts_error(op, name, starts, *found, end)
 
 
+@_by_look
 def check_table(
     indices: Any,
     indptr: Any,
@@ -161,9 +170,11 @@ def check_table(
     sizes = check(indices, indptr, last_page_len, starts)
     n, B = sizes["n"], sizes["B"]
     found = _first(
-        *(indptr, "table", max(n, B + 1), indices, last_page_len, starts),
-        *map(np.int64, (n, B, num_pages, page_size)),
-        *map(np.int32, (appends, counts == "after")),
+        "table",
+        max(n, B + 1),
+        dict(indptr=indptr, indices=indices, last_page_len=last_page_len, starts=starts),
+        dict(n=n, B=B, num_pages=num_pages, page_size=page_size, appends=appends)
+        | dict(after=counts == "after"),
     )
     if not found:
         return
@@ -192,6 +203,7 @@ def check_table(
     raise _starts_error(op, "indptr", indptr, reason, index, n)
 
 
+@_by_look
 def check_page_table(
     page_table: Any,
     lengths: Any,
@@ -221,8 +233,12 @@ def check_page_table(
     B, M = sizes["B"], sizes["M"]
     stride = page_table.strides[0] // page_table.itemsize
     seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
-    numbers = map(np.int64, (stride, B, M, num_pages, page_size, seen))
-    found = _first(page_table, "page_table", B * max(M, 1), lengths, starts, *numbers)
+    found = _first(
+        "page_table",
+        B * max(M, 1),
+        dict(page_table=page_table, lengths=lengths, starts=starts),
+        dict(row_stride=stride, B=B, M=M, num_pages=num_pages, page_size=page_size, seen=seen),
+    )
     if not found:
         return
     reason, index = found
@@ -231,6 +247,7 @@ def check_page_table(
     raise _error(op, "page_table", page_table, divmod(index, M), f"0 to {num_pages - 1}")
 
 
+@_by_look
 def check_positions(
     batch_indices: Any,
     positions: Any,
@@ -251,8 +268,10 @@ def check_positions(
     check = checker(op, batch_indices=("n", INT32), positions=("n", INT32), indptr=("B+1", INT32))
     n, B = check(batch_indices, positions, indptr)["n"], _count(op, "indptr", indptr)
     found = _first(
-        *(batch_indices, "positions", n, positions, indptr, np.int64(n), np.int32(B)),
-        np.int64(page_size),
+        "positions",
+        n,
+        dict(batch_indices=batch_indices, positions=positions, indptr=indptr),
+        dict(n=n, B=B, page_size=page_size),
     )
     if not found:
         return
@@ -295,24 +314,26 @@ def _value(array: Any, index: Any) -> int:
 # --- The first offender ---------------------------------------------------------------------------
 
 
-def _first(values: Any, what: str, threads: int, *rest: Any) -> Offender | None:
+def _first(
+    what: str, threads: int, arrays: dict[str, Any], scalars: dict[str, int]
+) -> Offender | None:
     """Reason and index of the first offender, by the kernel `what` or its reference.
 
     Args:
-        values: the array that decides where.
         what: the kernel's name after "paged_check_".
         threads: that it takes.
-        rest: its arguments after `values`.
+        arrays, scalars: its arguments by name; the first array is always there.
     """
     if threads == 0:
         return None
-    run = _cuda if on_gpu(values) else reference
-    return run(what, threads, values, *rest)
+    if on_gpu(next(iter(arrays.values()))):
+        return _cuda(what, threads, arrays, scalars)
+    return reference(what, arrays | {name: np.int64(n) for name, n in scalars.items()})
 
 
-def reference(what: str, threads: int, *arguments: Any) -> Offender | None:
+def reference(what: str, arguments: dict[str, Any]) -> Offender | None:
     """The definition, in NumPy: the least (reason, index) of what the kernels report."""
-    return min(_REFERENCES[what](*arguments), default=None)
+    return min(_REFERENCES[what](**arguments), default=None)
 
 
 def _at(reason: int, wrong: Any) -> Iterator[Offender]:
@@ -334,7 +355,7 @@ def _slots(slots: Any, n: Any, end: Any) -> Iterator[Offender]:
     yield from _at(REPEATED, repeated)
 
 
-def _starts(starts: Any, last: Any, end: Any) -> Iterator[Offender]:
+def _starts(starts: Any, B: Any, end: Any) -> Iterator[Offender]:
     if starts[0] != 0:
         yield BAD_START, 0
     for reason, index in _at(BAD_ORDER, starts[1:] < starts[:-1]):
@@ -377,7 +398,7 @@ def _page_table(
     page_table: Any,
     lengths: Any,
     starts: Any,
-    stride: Any,
+    row_stride: Any,
     B: Any,
     M: Any,
     num_pages: Any,
@@ -413,15 +434,18 @@ _REFERENCES: dict[str, Callable[..., Iterator[Offender]]] = dict(
 )
 
 
-def _cuda(what: str, threads: int, values: Any, *rest: Any) -> Offender | None:
-    xp = _cupy()
-    index = "i64" if values.dtype == np.int64 else "int"
+def _cuda(
+    what: str, threads: int, arrays: dict[str, Any], scalars: dict[str, int]
+) -> Offender | None:
+    xp = load_cupy()
+    dtype = next(iter(arrays.values())).dtype
+    index = "i64" if dtype == np.int64 else "int"
     kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index)
     found = xp.full(1, NOTHING, np.uint64)
-    scratch = []
-    if what == "slots":
+    if what == "slots":  # a hash table of the slots seen
         size = 1 << (2 * threads - 1).bit_length()
-        scratch = [xp.full(size, NOTHING, np.uint64), np.uint32(size - 1)]
-    cuda.launch(kernel, -(-threads // BLOCK), BLOCK, found, *scratch, values, *rest)
+        arrays = arrays | dict(seen=xp.full(size, NOTHING, np.uint64))
+        scalars = scalars | dict(mask=size - 1)
+    cuda.Launch(kernel, -(-threads // BLOCK), BLOCK, scalars)(found=found, **arrays)
     code = int(found.get()[0])
     return None if code == NOTHING else (code >> 32, code & 0xFFFFFFFF)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +21,11 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ShapeError, UnsupportedError
-from pykv.kinds import Kind, KVSpec, dequantize, quantize, spec_of
+from pykv.kinds import Kind, KVSpec, as_spec, dequantize, quantize, spec_of
 from pykv.ops import paged_check
 
 BLOCK = 128  # threads
+MAX_HEAD_DIM = 512
 
 _CACHE = ("k_pool", "v_pool", "k_scales", "v_scales", "pages")
 
@@ -39,7 +41,7 @@ def gather(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     k_out: Any = None,
     v_out: Any = None,
     dtype: Any = np.float16,
@@ -68,9 +70,17 @@ def gather(
         UnsupportedError: D exceeds 512, or there are 2^31 rows.
 
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2, spec="int8")
+    >>> rows = np.ones((1, 1, 8), np.float32)
+    >>> cache.append(0, rows, rows, np.array([5], np.int32))
+    >>> scales = dict(k_scales=cache.k_scales[0], v_scales=cache.v_scales[0])
+    >>> k, v = pykv.ops.paged_convert.gather(*cache.layers[0], np.array([2], np.int32), **scales)
+    >>> k.shape, k[0, :, 0, 0].round(2)
+    ((1, 2, 1, 8), array([0., 1.], dtype=float16))
     """
     op = "paged_convert.gather"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     if k_out is None or v_out is None:
         shape = _dense_shape(op, spec, k_pool, pages)
         with cuda.on_stream(stream):
@@ -90,7 +100,7 @@ def gather_rows(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     k_out: Any,
     v_out: Any,
     check: bool | None = None,
@@ -112,7 +122,7 @@ def gather_rows(
     Raises: as `gather`.
     """
     op = "paged_convert.gather_rows"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     names = (*_CACHE[:4], "indices")
     source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, names)
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
@@ -128,7 +138,7 @@ def scatter(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> None:
@@ -142,7 +152,7 @@ def scatter(
     Raises: as `gather`.
     """
     op = "paged_convert.scatter"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     source = _dense(op, k, v, ("k", "v"))
     target = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
     _move(op, source, target, check, stream)
@@ -154,8 +164,8 @@ def convert(
     k_out: Any,
     v_out: Any,
     *,
-    spec: KVSpec,
-    out_spec: KVSpec,
+    spec: KVSpec | str,
+    out_spec: KVSpec | str,
     k_scales: Any = None,
     v_scales: Any = None,
     k_out_scales: Any = None,
@@ -173,7 +183,7 @@ def convert(
             the same P, H and D. Scales of rows are written, those of heads or tensors are used. May
             be the memory that is read where rows keep their bytes: kinds of one width, the same
             layout, strides and pages; likewise the scales of rows.
-        spec, out_spec: KVSpec.
+        spec, out_spec: KVSpec, or texts that KVSpec.parse reads.
         pages, out_pages: [n] int32 each; page pages[i] becomes page out_pages[i], unless one of
             the two is negative. None: 0, 1, 2 ... No page twice in `out_pages`.
         check, stream: as in `gather`.
@@ -184,6 +194,7 @@ def convert(
     """
     op = "paged_convert.convert"
     out_names = ("k_out", "v_out", "k_out_scales", "v_out_scales", "out_pages")
+    spec, out_spec = as_spec(op, spec), as_spec(op, out_spec, "out_spec")
     source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
     target = _Side(out_spec, (k_out, v_out), (k_out_scales, v_out_scales), out_pages, out_names)
     _move(op, source, target, check, stream)
@@ -206,17 +217,13 @@ def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H |
             checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
     k_name, v_name = names
     others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
-    return _Side(spec_of(op, k, v), (k, v), (None, None), None, (*names, *others))
+    return _Side(spec_of(op, None, k, v), (k, v), (None, None), None, (*names, *others))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
     """n, P, H and D."""
-    dims = "N P H |" if spec.layout == "NHD" else "N H P |"
-    kind = spec.kinds[0]
-    rules = dict(
-        k_pool=(f"{dims} {kind.width}", kind.dtype, kind.vector_bytes), pages=optional("n", INT32)
-    )
-    sizes = checker(op, **rules)(k_pool, pages)
+    rule = spec.rules()["k_pool"]
+    sizes = checker(op, k_pool=rule, pages=optional("n", INT32))(k_pool, pages)
     _check_head_dim(op, "k_pool", sizes["D"])
     return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
 
@@ -224,8 +231,8 @@ def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, i
 def _check_head_dim(op: str, name: str, D: int) -> None:
     if D % 8:
         raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
-    if D > 512:
-        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most 512")
+    if D > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {MAX_HEAD_DIM}")
 
 
 def _move(
@@ -237,32 +244,34 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
-    arrays: list[Any] = []
-    for side in (source, target):
-        arrays += (*side.pools, *side.scales, side.pages)
-    sides = ((side.spec, side.names, side.pages is not None) for side in (source, target))
-    sizes = _checker(op, *sides, rows is not None)(*arrays, *(rows or ()))
+    rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
+    checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
+    sizes = _checker(op, *rules, rows is not None)(*chain(*checked), *(rows or ()))
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     _check_head_dim(op, source.names[0], D)
     if n * P * H >= 2**31:
         raise UnsupportedError(f"{op}: there are {n * P * H} rows, expected less than 2^31")
     if n * P * H * D == 0 or 0 in (len(source.pools[0]), len(target.pools[0]), sizes.get("B")):
         return
-    with cuda.on_stream(stream):
-        if not on_gpu(source.pools[0]) or paged_check.enabled(check, source.pools[0]):
+    is_on_gpu = on_gpu(source.pools[0])
+    if not is_on_gpu or paged_check.enabled(check):
+        with cuda.on_stream(stream):
             _check_pages(op, source, target, rows, P)
-        if on_gpu(source.pools[0]):
-            launches = sizes.keep(
-                (source.spec, target.spec),
-                lambda: _launches_of(source, target, n, P, H, D, rows),
-            )
-            pairs = (target.pools, target.scales, source.pools, source.scales)
-            tables = (target.pages, source.pages, *(rows or (None, None)))
-            for kernel, grid, sides, scalars in launches:
-                pointers = (pair[i] for pair in pairs for i in sides)
-                cuda.launch(kernel, grid, BLOCK, *pointers, *tables, scalars=scalars)
-        else:
-            reference(source, target, rows)
+    if is_on_gpu:
+        launches = sizes.keep(
+            (source.spec, target.spec), lambda: _launches(source, target, sizes, rows is not None)
+        )
+        tables = dict(zip(("indptr", "starts"), rows or (None, None), strict=True))
+        tables |= dict(dst_pages=target.pages, src_pages=source.pages)
+        for launch, sides in launches:
+            arrays = {
+                f"{letter}_{name}": pair[side]
+                for name, pair in _pairs(source, target).items()
+                for letter, side in zip("kv", sides, strict=True)
+            }
+            launch(**arrays, **tables, stream=stream)
+    else:
+        cuda.run_on_host(lambda: reference(source, target, rows))
 
 
 @cache
@@ -309,10 +318,10 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
         k_out, v_out = target.pools
         target = target._replace(pools=(k_out[:, None], v_out[:, None]))  # pages of one token
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
-        pool, scales = _nhd(source.spec, source.pools[i], source.scales[i])
-        to_pool, to_scales = _nhd(target.spec, target.pools[i], target.scales[i])
+        pool, scales = _nhd(source, i)
+        to_pool, to_scales = _nhd(target, i)
         codes, scale = pool[from_page, from_offset], None  # [tokens, H, W]
-        if kind.largest:
+        if scales is not None:
             scale = scales[from_page, from_offset]
         if _keeps_bits(source.spec, target.spec, kind, to_kind):
             bits = f"u{codes.itemsize}"  # NaN keeps its payload
@@ -332,11 +341,9 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
 
 def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
     """Page and offset of each token that moves, in the source and in the target."""
+    P = _nhd(source, 0)[0].shape[1]
     if rows is None:
-        n, P = (
-            (len(source.pools[0]) if source.pages is None else len(source.pages)),
-            _page_size(source),
-        )
+        n = len(source.pools[0] if source.pages is None else source.pages)
         from_pages, to_pages = (
             np.arange(n) if side.pages is None else side.pages for side in (source, target)
         )
@@ -344,27 +351,18 @@ def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple
         offset = np.tile(np.arange(P), int(moved.sum()))
         return np.repeat(from_pages[moved], P), offset, np.repeat(to_pages[moved], P), offset
     indptr, starts = rows
-    P = _page_size(source)
     token = np.arange(starts[0], starts[-1])
     b = np.searchsorted(starts, token, "right") - 1
     position = token - starts[b]
     return source.pages[indptr[b] + position // P], position % P, token, 0 * token
 
 
-def _page_size(side: _Side) -> int:
-    size: int = side.pools[0].shape[1 if side.spec.layout == "NHD" else 2]
-    return size
-
-
-def _nhd(spec: KVSpec, pool: Any, scales: Any) -> tuple[Any, Any]:
+def _nhd(side: _Side, which: int) -> tuple[Any, Any]:
     """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
-    if spec.layout == "HND":
-        pool = pool.swapaxes(1, 2)
-    if scales is None:
-        return pool, None
-    if spec.granularity != "token":
-        return pool, np.broadcast_to(scales, pool.shape[:3])
-    return pool, scales if spec.layout == "NHD" else scales.swapaxes(1, 2)
+    pool, scales = (side.spec.as_nhd(x[which]) for x in (side.pools, side.scales))
+    if scales is not None and scales.ndim == 1:
+        scales = np.broadcast_to(scales, pool.shape[:3])
+    return pool, scales
 
 
 def _finds(spec: KVSpec, kind: Kind) -> bool:
@@ -418,55 +416,63 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
     return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
 
 
-def _launches_of(
-    source: _Side, target: _Side, n: int, P: int, H: int, D: int, rows: tuple[Any, Any] | None
-) -> list[tuple[Any, ...]]:
-    """(kernel, grid, sides, scalars) of each launch for arrays that are checked; the two sides that
-    a launch moves are 0 for keys and 1 for values."""
-    loops = (P, H) if target.spec.layout == "NHD" else (H, P)
-    counts = (np.uint32(n * P * H), *_divisor(P * H), *_divisor(loops[1]))
-    numbers = (0, 0, 0) if rows is None else (len(rows[0]) - 1, P, len(target.pools[0]))
-    works = []
-    for which in (0, 1):
-        strides = [
-            step for side in (target, source) for step in _strides(side, which, target.spec.layout)
-        ]
-        if rows is not None:
-            strides[1:3] = strides[:2]  # tokens follow each other from page to page
-        works.append((_defines(source.spec, target.spec, which, D, rows is not None), strides))
-    shared = works[0] == works[1]  # one launch does for both
+def _pairs(source: _Side, target: _Side) -> dict[str, tuple[Any, Any]]:
+    """Arrays of keys and of values, by the kernel's names without the letter."""
+    dst = dict(dst=target.pools, dst_scales=target.scales)
+    return dict(**dst, src=source.pools, src_scales=source.scales)
+
+
+def _launches(
+    source: _Side, target: _Side, sizes: Dims, by_token: bool
+) -> list[tuple[cuda.Launch, tuple[int, int]]]:
+    """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
+    for values: both, or where they differ in kind or strides, one of them in each launch."""
+    n, P, H, D = (sizes[letter] for letter in "nPHD")
+    works = [
+        (
+            _defines(source.spec, target.spec, which, D, by_token),
+            _strides(source, target, which, by_token),
+        )
+        for which in (0, 1)
+    ]
+    is_shared = works[0] == works[1]
+    counts = dict(num_rows=n * P * H, num_sequences=sizes.get("B", 0), num_tokens=sizes.get("T", 0))
+    inner = target.spec.page_order(P, H)[1]
     launches = []
-    for sides in ((0, 1),) if shared else ((0, 0), (1, 1)):
+    for sides in ((0, 1),) if is_shared else ((0, 0), (1, 1)):
         defines, strides = works[sides[0]]
         tile = BLOCK // defines["LANES"] * defines["ROWS"]
-        kernel = cuda.kernel("paged_convert", "paged_convert", **defines)
-        scalars = (*map(np.int32, numbers), *map(np.int64, strides), *counts)
-        launches.append((kernel, (-(-(n * P * H) // tile), 1 + shared), sides, scalars))
+        launch = cuda.Launch(
+            cuda.kernel("paged_convert", "paged_convert", **defines),
+            grid=(-(-n * P * H // tile), 1 + is_shared),
+            block=BLOCK,
+            scalars=counts
+            | strides
+            | dict(page_size=P, **_divisor("page", P * H), **_divisor("inner", inner)),
+        )
+        launches.append((launch, sides))
     return launches
 
 
-def _strides(side: _Side, which: int, layout: str) -> list[int]:
-    """Elements between pages and along the outer and the inner loop, of rows and then of scales;
-    the loops are those of the target's layout."""
-    strides = []
-    for x in (side.pools[which], side.scales[which]):
-        if x is None:
-            strides += [0, 0, 0]
-        elif x.ndim == 1:
-            head = x.strides[0] // x.itemsize if len(x) > 1 else 0
-            strides += [0, 0, head] if layout == "NHD" else [0, head, 0]
-        else:
-            page, outer, inner = (step // x.itemsize for step in x.strides[:3])
-            if side.spec.layout != layout:
-                outer, inner = inner, outer
-            strides += [page, outer, inner]
+def _strides(source: _Side, target: _Side, which: int, by_token: bool) -> dict[str, int]:
+    """Elements from a page to the next, and along the outer and the inner loop over its rows, which
+    go as the target has them in memory."""
+    strides: dict[str, int] = {}
+    for name, pair in _pairs(source, target).items():
+        side = target if name.startswith("dst") else source
+        page, token, head = side.spec.strides(pair[which])
+        if by_token and side is target:  # [T, H, D]: a page is a token
+            page, token, head = page, page, token
+        outer, inner = target.spec.page_order(token, head)
+        strides |= {f"{name}_page": page, f"{name}_outer": outer, f"{name}_inner": inner}
     return strides
 
 
-def _divisor(n: int) -> tuple[Any, Any, Any]:
+def _divisor(name: str, rows: int) -> dict[str, int]:
     """A number below 2^31, and what the kernel multiplies and shifts by to divide by it."""
-    shift = (n - 1).bit_length()
-    return np.uint32(n), np.uint32(-(-(2 ** (31 + shift)) // n)), np.uint32(shift)
+    shift = (rows - 1).bit_length()
+    magic = -(-(2 ** (31 + shift)) // rows)
+    return {f"{name}_rows": rows, f"{name}_magic": magic, f"{name}_shift": shift}
 
 
 VARIANTS = [

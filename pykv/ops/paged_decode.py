@@ -9,7 +9,6 @@ Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head siz
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -18,21 +17,33 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
-from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
-from pykv.kinds import decode as decode_codes
+from pykv.attention import (
+    ALL_KEYS,
+    LN_2,
+    LOG2_E,
+    Scores,
+    check_lse_base,
+    check_pages,
+    check_scores,
+    check_tree,
+    decoded_rows,
+    masked_scores,
+    pool_defines,
+    pool_scalars,
+    weigh,
+)
+from pykv.errors import CapacityError, ParameterError
+from pykv.kinds import KVSpec, spec_of
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
+
+COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
+BLOCK = 128  # threads
+MAX_ROWS = 4  # query rows a block serves: their state fills the registers of three blocks an SM
 
 VARIANTS: list[dict[str, Any]] = [
     dict(HEAD_DIM=d, ROWS=4, Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16") for d in (64, 128)
 ]
-
-ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
-MAX_ROWS = 4  # query rows a block serves: their state fills the registers of three blocks an SM
-MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
-COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
-LOG2_E = math.log2(math.e)
 
 
 def decode(
@@ -44,7 +55,7 @@ def decode(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -116,63 +127,56 @@ def decode(
     decoding (Flash-Decoding) with work shared out on the device (Stream-K), so that a captured
     graph stays valid, and balanced, as lengths grow; ALiBi; StreamingLLM for sinks; Gemma 2 for
     soft caps; SpecInfer for trees; Hydragen for shared prefixes.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2)
+    >>> k = np.zeros((3, 1, 8), np.float32)  # equal keys: the mean of the values
+    >>> v = np.repeat(np.array([1, 2, 6], np.float32), 8).reshape(3, 1, 8)
+    >>> cache.append(0, k, v, np.array([2, 3, 0], np.int32))  # pages 1, 1 and 0
+    >>> table, lengths = np.array([[1, 0]], np.int32), np.array([3], np.int32)
+    >>> q = np.ones((1, 2, 8), np.float32)  # two query heads share the KV head
+    >>> out, lse = pykv.ops.paged_decode.decode(
+    ...     q, *cache.layers[0], table, lengths, return_lse=True
+    ... )
+    >>> out[0, :, 0], lse[0].round(4)  # log(3)
+    (array([3., 3.], dtype=float32), array([1.0986, 1.0986], dtype=float32))
     """
     op = "paged_decode.decode"
-    if spec is None:
-        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
         *(slopes, sinks, tree, out, lse, workspace),
     )
     T = dims["T"] if many else 1
-    scale = check_attention(op, dims, scale, window, 512)
-    check_options(op, soft_cap, tree, T, causal, fixed_split, lse_base)
+    scores = check_scores(op, dims, scale, window, soft_cap)
+    check_tree(op, tree, T, causal)
+    check_lse_base(op, lse_base)
+    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
+        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
     behind = T - 1 if causal else 0  # keys between the first query and the last key
-    if paged_check.enabled(check, q, stream):
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
             seen = None if window is None else window + behind
-            paged_check.check_page_table(
-                page_table, lengths, dims["N"], dims["P"], seen=seen, op=op
-            )
-    if not on_gpu(q):
-        check_pages(
-            op, page_table, lengths, np.full(len(lengths), behind), window, (dims["N"], dims["P"])
-        )
+            pool = dims["N"], dims["P"]
+            paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     if out is None:
         out = like(q, q.shape, q.dtype)
     if lse is None and return_lse:
         lse = like(q, q.shape[:-1], np.float32)
+    arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
+    arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
+    arrays |= dict(slopes=slopes, sinks=sinks, tree=tree)
     if out.size == 0:
         pass
     elif on_gpu(q):
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
-        options = (spec, aligned, scale, window, soft_cap, behind, fixed_split, lse_base)
-        plan = dims.keep(
-            options,
-            lambda: _plan(
-                dict(q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-                | dict(slopes=slopes, sinks=sinks, tree=tree),
-                mma.Sizes(dims["B"], T, dims["HQ"], dims["H"], dims["D"], dims["P"], dims["M"]),
-                *options,
-            ),
-        )
-        pages = (k_pool, v_pool, k_scales, v_scales, page_table, lengths)
-        _cuda(plan, out, lse, workspace, q, pages, slopes, sinks, tree, stream)
+        options = (spec, aligned, scores, behind, fixed_split, lse_base)
+        attend = dims.keep(options, lambda: _launches(arrays, _sizes(dims, T), *options))
+        attend(arrays, workspace, stream)
     else:
-        out[...], sums = reference(
-            *(q, k_pool, v_pool, page_table, lengths, scale, window),
-            k_scales=k_scales,
-            v_scales=v_scales,
-            spec=spec,
-            soft_cap=soft_cap,
-            slopes=slopes,
-            sinks=sinks,
-            tree=tree,
-            causal=causal,
-        )
-        if lse is not None:
-            lse[...] = sums * (1 if lse_base == "e" else math.log2(math.e))
+        earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
+        cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
+        cuda.run_on_host(lambda: _decode_on_host(arrays, spec, scores, causal, lse_base))
     return (out, lse) if return_lse else out
 
 
@@ -195,35 +199,8 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     )
 
 
-def prepare(*arrays: Any, **options: Any) -> Callable[[], Any]:
-    """`decode` made ready: a function that attends to the same arrays again, as they are then.
-
-    For a loop without a captured graph. Arrays are checked here, once; on a GPU a call is one
-    launch on CuPy's current stream, and costs the host little more than the driver takes.
-
-    Args:
-        arrays, options: those of `decode` but `stream`. What is not given, `out` and the workspace
-            among them, is allocated here, for all calls.
-
-    Returns:
-        A function of no arguments that returns what `decode` does.
-
-    Raises:
-        As `decode`; ParameterError: a stream is given.
-    """
-    if "stream" in options:
-        raise ParameterError("paged_decode.prepare: stream is given, expected that of each call")
-    if not on_gpu(arrays[0] if arrays else options["q"]):
-        out = decode(*arrays, **options)
-        first = out[0] if isinstance(out, tuple) else out
-        return lambda: decode(*arrays, **{**options, "out": first})
-    enqueue, found = cuda.prepare(lambda: decode(*arrays, **options))
-
-    def run() -> Any:
-        enqueue()
-        return found
-
-    return run
+def _sizes(dims: Dims, T: int) -> mma.Sizes:
+    return mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
 
 
 def workspace_size(
@@ -281,85 +258,6 @@ def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = T
     return "paged_decode_mma" if covered and aligned else "paged_decode"
 
 
-def check_attention(
-    op: str,
-    dims: dict[str, int],
-    scale: float | None,
-    window: int | None,
-    largest: int = 256,
-) -> float:
-    """Check head counts, head size and scalars of an attention op, and return the scale."""
-    HQ, H, D = dims["HQ"], dims["H"], dims["D"]
-    if H == 0 or HQ % H:
-        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
-    if D == 0 or D % 8:
-        raise ShapeError(f"{op}: q has D={D}, expected a multiple of 8")
-    if D > largest:
-        raise UnsupportedError(f"{op}: q has D={D}, expected at most {largest}")
-    if dims["P"] == 0:
-        raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
-    if window is not None and window < 1:
-        raise ParameterError(f"{op}: window is {window}, expected None or at least 1")
-    if scale is None:
-        return 1.0 / math.sqrt(D)
-    if not math.isfinite(scale):
-        raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
-    return float(scale)
-
-
-def check_options(
-    op: str,
-    soft_cap: float | None,
-    tree: Any,
-    T: int,
-    causal: bool,
-    fixed_split: int | None,
-    lse_base: str,
-) -> None:
-    """Check the options that attention ops share; `fixed_split` may be None."""
-    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
-        raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
-    if tree is not None and T > MAX_TREE:
-        raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
-    if tree is not None and not causal:
-        raise ParameterError(f"{op}: causal is False, expected True with a tree")
-    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
-        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
-    if lse_base not in ("e", "2"):
-        raise ParameterError(f"{op}: lse_base is {lse_base!r}, expected 'e' or '2'")
-
-
-def check_pages(
-    op: str, page_table: Any, lengths: Any, earlier: Any, window: int | None, pool: tuple[int, ...]
-) -> None:
-    """Check on the host that lengths fit the page table and that pages to be read exist.
-
-    Args:
-        page_table, lengths, window: as in `decode`.
-        earlier: [B]; how many keys before the last one the first query stands.
-        pool: N and P, which may have more sizes behind them.
-    """
-    N, P = pool[:2]
-    M = page_table.shape[1]
-    if (lengths > M * P).any():
-        b = int(np.argmax(lengths > M * P))
-        raise CapacityError(f"{op}: lengths[{b}] is {lengths[b]}, expected at most M * P = {M * P}")
-    if window is None:
-        first = np.zeros(len(lengths), np.int64)
-    else:
-        first = np.maximum(lengths.astype(np.int64) - earlier - window, 0)
-    column = np.arange(M)
-    is_read = (column >= (first // P)[:, None]) & (
-        column < -(-lengths.astype(np.int64) // P)[:, None]
-    )
-    wrong = np.argwhere(is_read & ((page_table < 0) | (page_table >= N)))
-    if len(wrong):
-        b, i = wrong[0]
-        raise ParameterError(
-            f"{op}: page_table[{b}, {i}] is {page_table[b, i]}, expected a page of 0 .. {N - 1}"
-        )
-
-
 def reference(
     q: Any,
     k_pool: Any,
@@ -390,13 +288,13 @@ def reference(
         if length <= 0:
             continue
         first = max(length - (T - 1) * causal - window, 0) if window else 0
-        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
-        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        rows = range(first, length)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
+        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], rows, dtype)
         H = k.shape[1]
-        scores = score(
-            *(many[b].astype(dtype), k, first, length, scale, window, soft_cap, slopes),
-            *(None if tree is None else tree[b], causal),
-        )
+        mask = dict(slopes=slopes, tree=None if tree is None else tree[b], causal=causal)
+        of_queries = Scores(scale, window, soft_cap)
+        scores = masked_scores(many[b].astype(dtype), k, first, length, of_queries, **mask)
         extra = None if sinks is None else sinks.astype(dtype).reshape(H, -1, 1)
         values, sums = weigh(scores, v.transpose(1, 0, 2)[:, None], extra)
         out[b] = values.transpose(2, 0, 1, 3).reshape(T, HQ, D)
@@ -404,122 +302,54 @@ def reference(
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
 
 
-def score(
-    q: Any,
-    k: Any,
-    first: int,
-    length: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    slopes: Any,
-    tree: Any,
-    causal: bool,
-) -> Any:
-    """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
-    from `first` to `length` - 1; minus infinity where a query does not see a key."""
-    T, HQ, D = q.shape
-    H = k.shape[1]
-    grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
-    scores = grouped @ k.transpose(1, 2, 0)[:, None] * scale
-    if soft_cap is not None:
-        scores = np.tanh(scores / soft_cap) * soft_cap
-    behind = np.arange(T - 1, -1, -1)[:, None] * causal
-    key, query = np.arange(first, length), length - 1 - behind
-    if slopes is not None:
-        scores += slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
-    seen = key <= query
-    if window:
-        seen &= key > query - window
-    if tree is not None:
-        branch = np.maximum(key - (length - T), 0)
-        bits = tree[:, None] >> branch.astype(np.uint64) & np.uint64(1)
-        seen = np.where(key < length - T, seen, bits.astype(bool))
-    return np.where(seen, scores, -np.inf)
+def _decode_on_host(
+    arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool, lse_base: str
+) -> None:
+    """Fill `out` and `lse` of `arrays`, which go by the names of `decode`."""
+    out, lse = arrays["out"], arrays["lse"]
+    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
+    given |= scores._asdict()
+    out[...], sums = reference(**given, spec=spec, causal=causal)
+    if lse is not None:
+        lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
 
-def decoded_rows(
-    pool: Any,
-    scales: Any,
-    spec: KVSpec | None,
-    of_values: int,
-    pages: Any,
-    first: int,
-    end: int,
-    dtype: Any,
-) -> Any:
-    """Decoded rows `first` .. `end` - 1 of a sequence, [end - first, H, D]."""
-    if spec is None:
-        return gather(pool, pages, first, end, dtype)
-    if spec.layout == "HND":
-        pool = pool.swapaxes(1, 2)
-        scales = scales.swapaxes(1, 2) if scales is not None and scales.ndim == 3 else scales
-    P = pool.shape[1]
-    position = np.arange(first, end)
-    where = pages[position // P], position % P
-    decoded = decode_codes(pool[where], spec.kinds[of_values]).astype(dtype)
-    if scales is None:
-        return decoded
-    return decoded * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
+# --- Launch ---------------------------------------------------------------------------------------
 
 
-def gather(pool: Any, pages: Any, first: int, end: int, dtype: Any) -> Any:
-    """Rows `first` .. `end` - 1 of a sequence, [end - first, H, D], whose pages are `pages`."""
-    P, H, D = pool.shape[1:]
-    skipped = first // P
-    rows = pool[pages[skipped : -(-end // P)]].reshape(-1, H, D)
-    return rows[first - skipped * P : end - skipped * P].astype(dtype)
-
-
-def weigh(scores: Any, v: Any, extra: Any = None) -> tuple[Any, Any]:
-    """Values averaged by the softmax of scores, and the scores' log-sum-exp.
-
-    Args:
-        scores: [..., R, S]; rows without a finite score give zero and minus infinity.
-        v: [..., S, D].
-        extra: [..., R] or what broadcasts to it, one more score of each row, of no value.
-
-    Returns:
-        ([..., R, D], [..., R])
-    """
-    peak = scores.max(axis=-1, keepdims=True)
-    if extra is not None:
-        peak = np.maximum(peak, extra[..., None])
-    peak = np.where(peak == -np.inf, 0, peak)
-    weights = np.exp(scores - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    if extra is not None:
-        total = total + np.exp(extra[..., None] - peak)
-    is_empty = total == 0
-    with np.errstate(divide="ignore"):
-        lse = peak + np.log(total)
-    return (weights @ v) / np.where(is_empty, 1, total), lse[..., 0]
-
-
-class Plan(NamedTuple):
+class _Launches(NamedTuple):
     """What all but the contents of arrays decides of a call."""
 
-    kernel: Any
-    grid: int | tuple[int, int, int]
-    cluster: tuple[int, int, int] | None
-    shared_bytes: int
-    size: int  # of the workspace, in elements
-    scalars: tuple[Any, ...]
-    merge: tuple[Any, int, tuple[Any, ...]] | None  # kernel, grid and scalars of a second launch
+    attend: cuda.Launch
+    workspace_size: int  # elements
+    merge: cuda.Launch | None  # of the states that parts of a sequence leave in the workspace
+
+    def __call__(self, arrays: dict[str, Any], workspace: Any, stream: Any) -> None:
+        size = self.workspace_size
+        if workspace is None and size:
+            with cuda.on_stream(stream):
+                workspace = like(arrays["q"], (size,), np.float32)
+                workspace[:COUNTERS] = 0
+        elif workspace is not None and workspace.size < size:
+            raise CapacityError(
+                f"paged_decode.decode: workspace has {workspace.size} elements, expected {size}"
+            )
+        self.attend(workspace=workspace, stream=stream, **arrays)
+        if self.merge is not None:
+            out, lse, sinks = (arrays[name] for name in ("out", "lse", "sinks"))
+            self.merge(out=out, lse=lse, workspace=workspace, sinks=sinks, stream=stream)
 
 
-def _plan(
+def _launches(
     arrays: dict[str, Any],
     sizes: mma.Sizes,
     spec: KVSpec,
     aligned: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
+    scores: Scores,
     behind: int,
     fixed_split: int | None,
     lse_base: str,
-) -> Plan:
+) -> _Launches:
     """The launches for arrays that are checked.
 
     Args:
@@ -528,83 +358,42 @@ def _plan(
         behind: keys between the first query and the last key.
         The others as in `decode`.
     """
-    sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
-    q, k_scales, v_scales = (arrays[name] for name in ("q", "k_scales", "v_scales"))
-    q_dtype, k_strides, v_strides = q.dtype, arrays["k_pool"].strides, arrays["v_pool"].strides
-    flags = {"ALIBI": "slopes", "SINKS": "sinks", "TREE": "tree"}
-    k, v = spec.kinds
-    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
-    defines: dict[str, Any] = dict(
-        HEAD_DIM=sizes.D,
-        Q_T=cuda.TYPE_NAMES[q_dtype],
-        K_T=k.c_type,
-        V_T=v.c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
-        **{flag: 1 for flag, name in flags.items() if arrays[name] is not None},
-    )
-    score_scale, cap = scale * LOG2_E, 0.0
-    if soft_cap is not None:
-        defines["SOFT_CAP"] = 1
-        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-    q_steps = [n // q_dtype.itemsize for n in (*q.strides[:-2], 0)[:2]]
-    steps = [
-        page_token_head(of_array, dtype.itemsize, spec)
-        for of_array, dtype in (
-            (k_strides, k.dtype),
-            (v_strides, v.dtype),
-            (None if k_scales is None else k_scales.strides, scale_dtype),
-            (None if v_scales is None else v_scales.strides, scale_dtype),
-        )
-    ]
+    q = arrays["q"]
+    pools = [arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")]
+    defines = pool_defines(spec, sizes.D, q.dtype) | scores.defines
+    for flag, name in (("ALIBI", "slopes"), ("SINKS", "sinks"), ("TREE", "tree")):
+        if arrays[name] is not None:
+            defines[flag] = 1
+    strides = pool_scalars(spec, *pools)
+    q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
+    scalars = strides | scores.scalars
+    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, behind=behind)
+    scalars |= dict(T=sizes.T, M=sizes.M, capacity=sizes.capacity, window=scores.seen_keys)
+    scalars |= dict(lse_unit=1.0 if lse_base == "2" else LN_2)
     # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a page or
     # token to the next that 32 bits hold.
-    aligned = aligned and not any(n % 16 for n in (*k_strides[:3], *v_strides[:3]))
-    near = all(0 <= n < 2**30 for page, token, _ in steps for n in (page, token))
-    stem = kernel_for(spec, sizes.D, sm=sm, aligned=aligned and near)
-    if not mma.fits(sm, spec, q_dtype, sizes):
-        stem = "paged_decode"
-    floats = tuple(map(np.float32, (score_scale, cap, 1.0 if lse_base == "2" else math.log(2))))
-    window = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    grid: int | tuple[int, int, int]
-    cluster = merge = None
-    if stem == "paged_decode_mma":
-        kernel, grid, cluster, shared_bytes, size, ints = mma.launch(
-            sm, spec, q_dtype, sizes, window, behind, num_sms, fixed_split, defines
-        )
-        longs = [*q_steps, *(head for *_, head in steps)]
-        ints = (*(n for page, token, _ in steps for n in (page, token)), *ints)
-    else:
-        defines["ROWS"] = _tile_rows(sizes)
-        kernel = cuda.kernel(stem, stem, **defines)
-        splits, size = _plain_splits(sizes, window, num_sms, fixed_split)
-        grid, shared_bytes = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits, 0
-        B, T, HQ, H, D, P, M = sizes
-        longs = [*q_steps, *(n for step in steps for n in step)]
-        ints = (T, behind, HQ, H, P, M, sizes.capacity, window, fixed_split or 0, splits)
-        if splits > 1:
-            merge = (
-                cuda.kernel(stem, "paged_decode_merge", **defines),
-                B * T * HQ,
-                (np.int32(HQ), np.int32(splits), floats[2]),
-            )
-    scalars = (*map(np.int64, longs), *map(np.int32, ints), *floats)
-    return Plan(kernel, grid, cluster, shared_bytes, size, scalars, merge)
-
-
-def page_token_head(
-    strides: tuple[int, ...] | None, itemsize: int, spec: KVSpec
-) -> tuple[int, int, int]:
-    """Strides of page, token and head in elements, 0 where a dimension does not exist.
-
-    Args:
-        strides: in bytes, of a pool, of scales by token, of scales [H] or [1], or None.
-    """
-    if strides is None or (len(strides) == 1 and spec.granularity == "tensor"):
-        return 0, 0, 0
-    if len(strides) == 1:
-        return 0, 0, strides[0] // itemsize
-    page, token, head = (n // itemsize for n in strides[:3])
-    return (page, token, head) if spec.layout == "NHD" else (page, head, token)
+    aligned = aligned and not any(n % 16 for pool in pools[:2] for n in pool.strides[:3])
+    near = all(0 <= n < 2**30 for name, n in strides.items() if not name.endswith("head"))
+    if aligned and near and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
+        launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
+        return _Launches(launch, size, None)
+    defines |= dict(ROWS=_tile_rows(sizes))
+    num_sms = cuda.num_sms(cuda.current_device())
+    splits, size = _plain_splits(sizes, scores.seen_keys, num_sms, fixed_split)
+    scalars |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=fixed_split or 0, splits=splits)
+    grid = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits
+    attend = cuda.Launch(
+        cuda.kernel("paged_decode", "paged_decode", **defines), grid, BLOCK, scalars
+    )
+    if splits == 1:
+        return _Launches(attend, size, None)
+    merge = cuda.Launch(
+        cuda.kernel("paged_decode", "paged_decode_merge", **defines),
+        grid=sizes.B * sizes.T * sizes.HQ,
+        block=BLOCK,
+        scalars=dict(HQ=sizes.HQ, splits=splits, lse_unit=scalars["lse_unit"]),
+    )
+    return _Launches(attend, size, merge)
 
 
 def _tile_rows(sizes: mma.Sizes) -> int:
@@ -632,34 +421,3 @@ def _plain_splits(
         splits = max(1, min(-(-3 * num_sms // blocks), -(-keys // 256)))
     states = sizes.B * sizes.T * sizes.HQ * splits * (sizes.D + 2)
     return splits, mma.COUNTERS + states if splits > 1 else 0
-
-
-def _cuda(
-    plan: Plan,
-    out: Any,
-    lse: Any,
-    workspace: Any,
-    q: Any,
-    pages: tuple[Any, ...],
-    slopes: Any,
-    sinks: Any,
-    tree: Any,
-    stream: Any,
-) -> None:
-    if workspace is not None and workspace.size < plan.size:
-        raise CapacityError(
-            f"paged_decode.decode: workspace has {workspace.size} elements, expected {plan.size}"
-        )
-    with cuda.on_stream(stream):
-        if workspace is None and plan.size:
-            workspace = like(q, (plan.size,), np.float32)
-            workspace[:COUNTERS] = 0
-        cuda.launch(
-            *(plan.kernel, plan.grid, 128, out, lse, workspace, q, *pages, slopes, sinks, tree),
-            scalars=plan.scalars,
-            shared_bytes=plan.shared_bytes,
-            cluster=plan.cluster,
-        )
-        if plan.merge is not None:
-            kernel, grid, scalars = plan.merge
-            cuda.launch(kernel, grid, 128, out, lse, workspace, sinks, *scalars)

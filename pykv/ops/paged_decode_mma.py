@@ -95,7 +95,9 @@ def _pitch_of(row_bytes: int) -> int:
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
-    """Whether a block may have that much shared memory."""
+    """Whether the kernel takes such pools, and a block may have the shared memory that it needs."""
+    if not covers(sm, spec, sizes.D):
+        return False
     limit = 64 << 10 if sm == 75 else _shared_of_sm(sm) - 1024
     return shared_bytes(sm, spec, q_dtype, sizes) + 128 <= limit  # and its static variables
 
@@ -146,32 +148,24 @@ def state_size(sizes: Sizes, slots: int) -> int:
     return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
 
 
-class Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, int, int]
-    cluster: tuple[int, int, int] | None
-    shared_bytes: int
-    size: int  # of the workspace, in elements
-    ints: tuple[int, ...]  # arguments, the last of them
-
-
 def launch(
-    sm: int,
     spec: KVSpec,
     q_dtype: Any,
     sizes: Sizes,
-    window: int,
-    behind: int,
-    num_sms: int,
-    fixed_split: int | None,
     defines: dict[str, Any],
-) -> Launch:
-    """The kernel of these defines, and how it is launched.
+    scalars: dict[str, Any],
+    fixed_split: int | None,
+) -> tuple[cuda.Launch, int]:
+    """The launch on the current GPU, and the elements of workspace that it needs.
 
     One sequence alone needs no search for the work of a block. Where clusters are, and one is
     enough, its blocks join their states directly: a turn through the L2 cache takes longer than few
     keys take to read.
+
+    Args:
+        defines, scalars: what this kernel shares with the plain one.
     """
+    sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
     shared = shared_bytes(sm, spec, q_dtype, sizes)
     blocks = num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms)
     ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
@@ -186,8 +180,14 @@ def launch(
             shape = (1, 1, CLUSTER)
             if sizes.tiles <= cuda.active_clusters(joined, BLOCK, shape, shared):
                 defines["CLUSTER"], ranges, cluster, slots = CLUSTER, CLUSTER, shape, 0
-    B, T, HQ, H, D, _, M = sizes
-    piece_tiles = (fixed_split or 0) // tile_keys(spec, D)
-    ints = (B, T, behind, HQ // H, M, sizes.capacity, window, piece_tiles, slots)
-    grid, size = (sizes.tiles // H, H, ranges), state_size(sizes, slots)
-    return Launch(cuda.kernel(STEM, STEM, **defines), grid, cluster, shared, size, ints)
+    scalars = scalars | dict(B=sizes.B, G=sizes.HQ // sizes.H, slots=slots)
+    scalars |= dict(piece_tiles=(fixed_split or 0) // tile_keys(spec, sizes.D))
+    made = cuda.Launch(
+        cuda.kernel(STEM, STEM, **defines),
+        grid=(sizes.tiles // sizes.H, sizes.H, ranges),
+        block=BLOCK,
+        scalars=scalars,
+        shared_bytes=shared,
+        cluster=cluster,
+    )
+    return made, state_size(sizes, slots)

@@ -53,7 +53,7 @@ def append(
     q_out: Any = None,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     check: bool | None = None,
     stream: Any = None,
 ) -> Any:
@@ -109,47 +109,46 @@ def append(
     others.
     Sources: ferrum's fused kernel of one sequence; RMSNorm; RoFormer; QuaRot (Ashkboos et al.,
     2024) for `hadamard`.
+
+    >>> k_pool, v_pool = (np.zeros((1, 4, 1, 8), np.float16) for _ in range(2))
+    >>> qkv = np.arange(32, dtype=np.float32).reshape(1, 32)  # two heads of Q, one of K, one of V
+    >>> q = pykv.ops.paged_qkv.append(qkv, k_pool, v_pool, np.array([2], np.int32))
+    >>> q.shape, k_pool[0, 2, 0, 0], v_pool[0, 2, 0, 0]
+    ((1, 2, 8), np.float16(16.0), np.float16(24.0))
     """
     op = "paged_qkv.append"
-    spec = spec or spec_of(op, k_pool, v_pool, k_scales, v_scales)
-    dims = _checker(spec)(
-        *(qkv, k_pool, v_pool, k_scales, v_scales, slots, positions, inv_freq),
-        *(q_norm, k_norm, q_out),
-    )
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
+    pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    rotation = dict(positions=positions, inv_freq=inv_freq)
+    norms = dict(q_norm=q_norm, k_norm=k_norm)
+    dims = _checker(spec)(qkv, *pools.values(), slots, *rotation.values(), *norms.values(), q_out)
     HQ = _query_heads(op, dims)
-    for names, first, second in (
-        ("positions and inv_freq", positions, inv_freq),
-        ("q_norm and k_norm", q_norm, k_norm),
-    ):
-        if (first is None) != (second is None):
-            raise ParameterError(f"{op}: one of {names} is None, expected both or neither")
+    for pair in (rotation, norms):
+        if sum(array is None for array in pair.values()) == 1:
+            raise ParameterError(
+                f"{op}: one of {' and '.join(pair)} is None, expected both or neither"
+            )
     if pairing not in rope.PAIRINGS:
         raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
     if not 0 < eps < math.inf:
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
-    if paged_check.enabled(check, qkv, stream):
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
     if q_out is None:
         q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype)
     if dims["T"] == 0:
         return q_out
+    arrays = dict(q_out=q_out, **pools, qkv=qkv, slots=slots, **rotation, **norms)
     if on_gpu(qkv):
-        pools = (k_pool, v_pool, k_scales, v_scales)
-        arrays = (q_out, *pools, qkv, slots, positions, inv_freq, q_norm, k_norm)
         launch = dims.keep(
             (spec, pairing, float(eps), bool(hadamard)),
-            lambda: _launch_of(spec, dims["P"], arrays, pairing, eps, hadamard),
+            lambda: _launch(spec, dims, arrays, pairing, eps, hadamard),
         )
-        with cuda.on_stream(stream):
-            cuda.launch(launch.kernel, launch.grid, launch.block, *arrays, scalars=launch.scalars)
-        return q_out
-    H, D = dims["H"], dims["D"]
-    heads = qkv.reshape(-1, HQ + 2 * H, D)
-    q, k, v = split(heads, H, positions, inv_freq, pairing, q_norm, k_norm, eps, hadamard)
-    q_out[...] = q
-    places = paged_append.places("SLOTS", len(qkv), dims["P"], slots, None, None, None, False)
-    paged_append.reference(k, v, k_pool, v_pool, k_scales, v_scales, spec, *places)
+        launch(**arrays, stream=stream)
+    else:
+        options = dict(**rotation, pairing=pairing, **norms, eps=eps, hadamard=hadamard)
+        cuda.run_on_host(lambda: _append_on_host(qkv, slots, pools, spec, dims, options), q_out)
     return q_out
 
 
@@ -221,6 +220,18 @@ def _query_heads(op: str, dims: dict[str, int]) -> int:
     return HQ
 
 
+def _append_on_host(
+    qkv: Any, slots: Any, pools: dict[str, Any], spec: KVSpec, dims: Dims, options: dict[str, Any]
+) -> Any:
+    """Write K and V to their slots and return Q; `options` are those of `split`."""
+    q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **options)
+    pages, offsets = paged_append.places(
+        "SLOTS", len(qkv), dims["P"], slots, None, None, None, False
+    )
+    paged_append.reference(k, v, **pools, spec=spec, pages=pages, offsets=offsets)
+    return q
+
+
 def split(
     heads: Any,
     H: int,
@@ -247,31 +258,27 @@ def split(
     return q, k, v
 
 
-def _launch_of(
-    spec: KVSpec, P: int, arrays: tuple[Any, ...], pairing: str, eps: float, hadamard: bool
-) -> paged_append.Launch:
-    """The launch for arrays that are checked, as the kernel takes them."""
-    q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, _, inv_freq, q_norm, _ = arrays
+def _launch(
+    spec: KVSpec, dims: Dims, arrays: dict[str, Any], pairing: str, eps: float, hadamard: bool
+) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
     T, HQ, D = q_out.shape
-    H = (qkv.shape[1] // D - HQ) // 2
-    F = 0 if inv_freq is None else len(inv_freq)
-    norm_dtype = None if q_norm is None else q_norm.dtype
-    model = (HQ, H, D, P, F, pairing, norm_dtype)
-    defines = defines_of(qkv.dtype, spec, *model, slots.dtype, hadamard)
-    steps = (step // qkv.itemsize for step in (*q_out.strides[:2], qkv.strides[0]))
-    return paged_append.Launch(
+    defines = defines_of(
+        *(qkv.dtype, spec, HQ, dims["H"], D, dims["P"], dims.get("F", 0), pairing),
+        norm_dtype=None if q_norm is None else q_norm.dtype,
+        slot_dtype=arrays["slots"].dtype,
+        hadamard=hadamard,
+    )
+    _, k_pool, v_pool, k_scales, v_scales, *_ = arrays.values()
+    q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
+    qkv_token = qkv.strides[0] // qkv.itemsize
+    return cuda.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
-        (T, -(-(HQ + 2 * H) * defines["LANES"] // defines["BLOCK"])),
-        defines["BLOCK"],
-        (
-            *paged_append.pool_steps(
-                *(spec, k_pool.strides, v_pool.strides),
-                None if k_scales is None else k_scales.strides,
-                None if v_scales is None else v_scales.strides,
-            ),
-            *map(np.int64, steps),
-            np.float32(eps),
-        ),
+        grid=(T, -(-(HQ + 2 * dims["H"]) // (defines["BLOCK"] // defines["LANES"]))),
+        block=defines["BLOCK"],
+        scalars=spec.pool_strides(k_pool, v_pool, k_scales, v_scales)
+        | dict(q_token=q_token, q_head=q_head, qkv_token=qkv_token, eps=eps),
     )
 
 
@@ -284,6 +291,7 @@ def defines_of(
     P: int,
     F: int = 0,
     pairing: str = "half",
+    *,
     norm_dtype: Any = None,
     slot_dtype: Any = INT32[0],
     hadamard: bool = False,
@@ -294,9 +302,9 @@ def defines_of(
     blocks = -(-heads * lanes // BLOCK)  # of a token
     rows = -(-heads // blocks)  # of a block, the same in all
     return dict(
-        NEW_T=cuda.TYPE_NAMES[dtype],
-        W_T="float" if norm_dtype is None else cuda.TYPE_NAMES[norm_dtype],
-        **paged_append.pool_defines(spec, D, H, P),
+        NEW_T=dtype,
+        W_T="float" if norm_dtype is None else norm_dtype,
+        **paged_append.pool_defines(spec, H, D, P),
         Q_HEADS=HQ,
         ROW_T="i64" if slot_dtype == SLOTS[1] else "int",
         NORM=int(norm_dtype is not None),
@@ -311,7 +319,8 @@ def defines_of(
 # Of floats and, mixed, of codes: SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
 VARIANTS = [
     defines_of(
-        *(FLOATS[0], KVSpec(kind, kind), HQ, H, D, 16, D // 2, pairing, norm_dtype),
+        *(FLOATS[0], KVSpec(kind, kind), HQ, H, D, 16, D // 2, pairing),
+        norm_dtype=norm_dtype,
         hadamard=kind == "int8",
     )
     for kind in ("fp16", "int8")

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, on_gpu, optional
-from pykv.errors import ParameterError
-from pykv.kinds import SCALE_DTYPES, KVSpec, spec_of
-from pykv.ops import paged_check
-from pykv.ops import prefill_mma as mma
-from pykv.ops.paged_decode import (
+from pykv.attention import (
     ALL_KEYS,
-    LOG2_E,
-    check_attention,
-    check_options,
+    Scores,
+    capped,
     check_pages,
+    check_scores,
     decoded_rows,
-    page_token_head,
+    pool_defines,
+    pool_scalars,
     weigh,
 )
+from pykv.errors import ParameterError
+from pykv.kinds import KVSpec, spec_of
+from pykv.ops import paged_check
+from pykv.ops import prefill_mma as mma
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 
@@ -61,7 +62,7 @@ def prefill(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -117,57 +118,60 @@ def prefill(
     q_starts are not checked, unless checking. Accumulates in float32, in key order; weights of
     16-bit queries are rounded to 16 bits, as the output is. Sources: FlashAttention-2's online
     softmax, with the query heads of a KV head packed as rows; Gemma 2 for soft caps.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=2, heads=1, head_dim=8, page_size=2)
+    >>> k = np.zeros((3, 1, 8), np.float32)
+    >>> v = np.repeat(np.array([1, 2, 6], np.float32), 8).reshape(3, 1, 8)
+    >>> cache.append(0, k, v, np.arange(3, dtype=np.int32))
+    >>> table, lengths, starts = (np.array(x, np.int32) for x in ([[0, 1]], [3], [0, 3]))
+    >>> q = np.ones((3, 1, 8), np.float32)  # each query sees the keys up to its own
+    >>> pykv.ops.prefill.prefill(q, *cache.layers[0], table, lengths, starts)[:, 0, 0]
+    array([1. , 1.5, 3. ], dtype=float32)
     """
     op = "prefill.prefill"
-    if spec is None:
-        spec = spec_of(op, k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
-    scale = check_attention(op, dims, scale, window, 512)
-    check_options(op, soft_cap, None, 1, causal, None, "e")
+    scores = check_scores(op, dims, scale, window, soft_cap)
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
-    if paged_check.enabled(check, q, stream):
+    if paged_check.enabled(check):
         with cuda.on_stream(stream):
             paged_check.check_starts(q_starts, dims["T"], op=op, name="q_starts")
             paged_check.check_page_table(
                 *(page_table, lengths, dims["N"], dims["P"]), seen=window, starts=q_starts, op=op
             )
-    if not on_gpu(q):
-        counts = np.diff(q_starts)
-        if q_starts[0] != 0 or q_starts[-1] != dims["T"] or (counts < 0).any():
-            raise ParameterError(
-                f"{op}: q_starts is {q_starts}, expected to rise from 0 to T={dims['T']}"
-            )
-        read = np.where(counts > 0, lengths, 0)
-        check_pages(op, page_table, read, counts - 1, window, (dims["N"], dims["P"]))
     if out is None:
         out = like(q, q.shape, q.dtype)
     if lse is None and return_lse:
         lse = like(q, q.shape[:2], np.float32)
+    arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
+    arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths, q_starts=q_starts)
     if dims["T"] * dims["HQ"] * dims["B"] == 0:
         pass
     elif on_gpu(q):
         aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
-        options = (spec, aligned, scale, window, soft_cap, causal)
-        plan = dims.keep(
-            options,
-            lambda: _plan(q, (k_pool, v_pool), (k_scales, v_scales), dims, *options),
-        )
-        arrays = (k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts)
-        _cuda(plan, out, lse, q, arrays, stream)
+        options = (spec, aligned, scores, causal)
+        launch = dims.keep(options, lambda: _launch(arrays, dims, *options))
+        launch(stream=stream, **arrays)
     else:
-        out[...], sums = reference(
-            *(q, k_pool, v_pool, page_table, lengths, q_starts, scale, window, causal),
-            k_scales=k_scales,
-            v_scales=v_scales,
-            spec=spec,
-            soft_cap=soft_cap,
-        )
-        if lse is not None:
-            lse[...] = sums
+        pool = dims["N"], dims["P"]
+        cuda.look(lambda: _check_on_host(op, arrays, window, pool))
+        cuda.run_on_host(lambda: _prefill_on_host(arrays, spec, scores, causal))
     return (out, lse) if return_lse else out
+
+
+def _check_on_host(
+    op: str, arrays: dict[str, Any], window: int | None, pool: tuple[int, ...]
+) -> None:
+    """Check where queries start, and lengths and pages of sequences that have some."""
+    T, starts = len(arrays["q"]), arrays["q_starts"]
+    counts = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != T or (counts < 0).any():
+        raise ParameterError(f"{op}: q_starts is {starts}, expected to rise from 0 to T={T}")
+    read = np.where(counts > 0, arrays["lengths"], 0)
+    check_pages(op, arrays["page_table"], read, counts - 1, window, pool)
 
 
 @cache
@@ -192,7 +196,7 @@ def prefill_contiguous(
     *,
     k_scales: Any = None,
     v_scales: Any = None,
-    spec: KVSpec | None = None,
+    spec: KVSpec | str | None = None,
     return_lse: bool = False,
     out: Any = None,
     lse: Any = None,
@@ -223,8 +227,7 @@ def prefill_contiguous(
     Runs as `prefill`; on a GPU the first call for a shape makes tables, which later ones share.
     """
     op = "prefill.prefill_contiguous"
-    if spec is None:
-        spec = spec_of(op, k, v, k_scales, v_scales)
+    spec = spec_of(op, spec, k, v, k_scales, v_scales)
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
     if out is None:
@@ -240,11 +243,12 @@ def prefill_contiguous(
                 _int32(q, np.full(B, dims["P"])),
             ),
         )
-        if dims["P"] == 0:
-            out.fill(0)
-            if lse is not None:
-                lse.fill(-np.inf)
-    if dims["P"]:
+    if dims["P"] == 0:
+        if on_gpu(q):
+            cuda.enqueue(lambda: _see_nothing(out, lse), stream)
+        else:
+            cuda.run_on_host(lambda: _see_nothing(out, lse))
+    else:
         prefill(
             *(q.reshape(B * T, HQ, D), k, v, table, full if lengths is None else lengths, starts),
             k_scales=k_scales,
@@ -270,6 +274,12 @@ def _contiguous_checker(spec: KVSpec) -> Callable[..., Dims]:
     )
 
 
+def _see_nothing(out: Any, lse: Any) -> None:
+    out.fill(0)
+    if lse is not None:
+        lse.fill(-np.inf)
+
+
 def _int32(q: Any, values: Any) -> Any:
     """Values where `q` is."""
     made = like(q, values.shape, np.int32)
@@ -293,7 +303,7 @@ def kernel_for(
         aligned: addresses and strides of the pools are multiples of 16 bytes.
     """
     sm = cuda.current_sm() if sm is None else sm
-    covered = aligned and mma.covers(sm, spec, D, np.dtype(q_dtype))
+    covered = aligned and mma.tiling_for(sm, spec, D, np.dtype(q_dtype)) is not None
     return "prefill_mma" if covered else "prefill"
 
 
@@ -315,7 +325,7 @@ def reference(
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
     T, HQ, D = q.shape
-    H = k_pool.shape[1 if spec is not None and spec.layout == "HND" else 2]
+    H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[2]
     G = HQ // H
     dtype = np.result_type(q.dtype, np.float32)
     out = np.zeros((T, HQ, D), dtype)
@@ -330,8 +340,9 @@ def reference(
         if start >= stop or length <= 0:
             continue
         first = max(start + shift + 1 - window, 0) if window else 0
-        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], first, length, dtype)
-        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], first, length, dtype)
+        rows = range(first, length)
+        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
+        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], rows, dtype)
         step = max(1, SCORE_BYTES // (HQ * len(k) * dtype.itemsize))
         for t in range(start, stop, step):
             n = min(step, stop - t)
@@ -344,9 +355,7 @@ def reference(
             seen_k = k[low - first : high - first].transpose(1, 2, 0)
             seen_v = v[low - first : high - first].transpose(1, 0, 2)
             scores = queries.reshape(H, n * G, D) @ seen_k
-            scores *= scale
-            if soft_cap is not None:
-                scores = np.tanh(scores / soft_cap) * soft_cap
+            scores = capped(scores * scale, soft_cap)
             if causal:
                 key = np.arange(low, high)
                 hidden = key > position[:, None]
@@ -359,85 +368,43 @@ def reference(
     return out.astype(q.dtype, copy=False), lse
 
 
-class Plan(NamedTuple):
-    """What all but the contents of arrays decides of a call."""
+def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool) -> None:
+    """Fill `out` and `lse` of `arrays`, which go by the names of `prefill`."""
+    out, lse = arrays["out"], arrays["lse"]
+    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
+    given |= scores._asdict()
+    out[...], sums = reference(**given, spec=spec, causal=causal)
+    if lse is not None:
+        lse[...] = sums
 
-    kernel: Any
-    grid: int | tuple[int, int]
-    block: int
-    shared_bytes: int
-    scalars: tuple[Any, ...]
 
-
-def _plan(
-    q: Any,
-    pools: tuple[Any, Any],
-    scales: tuple[Any, Any],
-    dims: Dims,
-    spec: KVSpec,
-    aligned: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    causal: bool,
-) -> Plan:
-    """The launch for arrays that are checked.
+def _launch(
+    arrays: dict[str, Any], dims: Dims, spec: KVSpec, aligned: bool, scores: Scores, causal: bool
+) -> cuda.Launch:
+    """The launch for arrays that are checked, which go by the names of `prefill`.
 
     Args:
-        pools, scales: K's and V's.
         aligned: both pools begin at multiples of 16 bytes.
-        The others as in `prefill`.
     """
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
-    kinds, scale_dtype = spec.kinds, SCALE_DTYPES[spec.scale_dtype]
-    defines: dict[str, Any] = dict(
-        HEAD_DIM=D,
-        Q_T=cuda.TYPE_NAMES[q.dtype],
-        K_T=kinds[0].c_type,
-        V_T=kinds[1].c_type,
-        SCALE_T=cuda.TYPE_NAMES[scale_dtype] if spec.has_scales else "f16",
-    )
-    score_scale, cap = scale * LOG2_E, 0.0
-    if soft_cap is not None:
-        defines["SOFT_CAP"] = 1
-        score_scale, cap = scale / soft_cap, soft_cap * LOG2_E
-
-    steps = [q.strides[0] // q.itemsize]
-    for pool in pools:
-        steps += page_token_head(pool.strides, pool.itemsize, spec)
-    for of_scales in scales:
-        strides = None if of_scales is None else of_scales.strides
-        steps += page_token_head(strides, scale_dtype.itemsize, spec)
-    capacity = min(M * P, ALL_KEYS)
-    if M == 1:
-        P = -(-P // 64) * 64  # nothing follows the page, and kernels like even ones
-    keys = ALL_KEYS if window is None else min(window, ALL_KEYS)
-    ints = (B, HQ, H, P, M, capacity, int(causal), keys)
-    scalars = (
-        *map(np.int64, steps),
-        *map(np.int32, ints),
-        *map(np.float32, (score_scale, cap)),
-    )
-
-    sm = cuda.current_sm()
-    aligned = aligned and not any(n % 16 for pool in pools for n in pool.strides[:3])
-    stem = kernel_for(spec, D, q.dtype, sm=sm, aligned=aligned)
-    if stem == "prefill_mma":
-        tiling = mma.tiling(sm, spec, D, q.dtype)
-        assert tiling is not None  # or it would not be covered
-        grid = (T * (HQ // H) // tiling.rows + B) * H
-        kernel = cuda.kernel(stem, stem, **defines)
-        return Plan(kernel, grid, mma.WARPS * 32, tiling.shared_bytes, scalars)
-    rows = _block_rows(D)
-    kernel = cuda.kernel(stem, stem, **defines, ROWS=rows)
-    return Plan(kernel, (T * (HQ // H) // rows + B, H), _block_threads(D), 0, scalars)
-
-
-def _cuda(plan: Plan, out: Any, lse: Any, q: Any, arrays: tuple[Any, ...], stream: Any) -> None:
-    """`arrays`: pools, their scales, page table, lengths and where queries start."""
-    with cuda.on_stream(stream):
-        cuda.launch(
-            *(plan.kernel, plan.grid, plan.block, out, lse, q, *arrays),
-            scalars=plan.scalars,
-            shared_bytes=plan.shared_bytes,
+    q = arrays["q"]
+    pools = [arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")]
+    scalars = pool_scalars(spec, *pools) | scores.scalars
+    scalars |= dict(q_stride=q.strides[0] // q.itemsize, causal=causal, window=scores.seen_keys)
+    scalars |= dict(B=B, HQ=HQ, H=H, M=M, capacity=min(M * P, ALL_KEYS))
+    # Nothing follows a single page, and kernels like even ones.
+    scalars |= dict(P=-(-P // 64) * 64 if M == 1 else P)
+    defines = pool_defines(spec, D, q.dtype) | scores.defines
+    aligned = aligned and not any(n % 16 for pool in pools[:2] for n in pool.strides[:3])
+    tiling = mma.tiling_for(cuda.current_sm(), spec, D, q.dtype) if aligned else None
+    if tiling is not None:
+        return cuda.Launch(
+            cuda.kernel("prefill_mma", "prefill_mma", **defines),
+            grid=(T * (HQ // H) // tiling.rows + B) * H,
+            block=mma.WARPS * 32,
+            scalars=scalars,
+            shared_bytes=tiling.shared_bytes,
         )
+    rows = _block_rows(D)
+    kernel = cuda.kernel("prefill", "prefill", **defines, ROWS=rows)
+    return cuda.Launch(kernel, (T * (HQ // H) // rows + B, H), _block_threads(D), scalars)

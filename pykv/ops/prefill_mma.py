@@ -28,12 +28,13 @@ class Tiling(NamedTuple):
     shared_bytes: int
 
 
-def covers(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> bool:
-    """Whether the kernel takes pools of this kind, head size and dtype of queries on this SM."""
+def tiling_for(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> Tiling | None:
+    """The tiling for pools of this kind, head size and dtype of queries on this SM; None where the
+    kernel does not take them."""
     names = (spec.k, spec.v)
     if "fp32" in names or sm < (80 if "bf16" in names else 75) or D % 16 or not 0 < D <= 256:
-        return False
-    return tiling(sm, spec, D, q_dtype) is not None
+        return None
+    return tiling(sm, spec, D, q_dtype)
 
 
 @cache

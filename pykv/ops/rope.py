@@ -15,12 +15,12 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
-VARIANTS = [dict(X_T="float")]
+HEADS_PER_THREAD = 4
+
+VARIANTS = [dict(X_T="float", HEADS_PER_THREAD=HEADS_PER_THREAD)]
 
 PAIRINGS = ("half", "adjacent")
 SCALINGS = ("none", "linear", "llama3")
-
-_HEADS_PER_THREAD = 4
 
 
 def rotate(
@@ -53,6 +53,13 @@ def rotate(
 
     Runs where the arrays are; on a GPU it only enqueues. Angles are computed in double precision,
     sine and cosine are rounded to float32. Source: RoFormer (Su et al., 2021).
+
+    >>> q = np.array([[[1, 0]]], np.float32)  # a token, a head, one pair
+    >>> k = q.copy()
+    >>> quarter = np.array([np.pi / 2], np.float32)
+    >>> pykv.ops.rope.rotate(q, k, np.array([1], np.int32), quarter)
+    >>> abs(q).round(3)
+    array([[[0., 1.]]], dtype=float32)
     """
     op = "rope.rotate"
     dims = _check(q, k, positions, inv_freq)
@@ -64,11 +71,10 @@ def rotate(
     if T * F * (dims["HQ"] + dims["H"]) == 0:
         return
     if on_gpu(q):
-        kernel, grid, block, scalars = dims.keep(pairing, lambda: _launch_of(q, k, F, pairing))
-        with cuda.on_stream(stream):
-            cuda.launch(kernel, grid, block, q, k, positions, inv_freq, scalars=scalars)
+        launch = dims.keep(pairing, lambda: _launch(q, k, F, pairing))
+        launch(q=q, k=k, positions=positions, inv_freq=inv_freq, stream=stream)
     else:
-        reference(q, k, positions, inv_freq, pairing)
+        cuda.run_on_host(lambda: reference(q, k, positions, inv_freq, pairing))
 
 
 _check = checker(
@@ -129,6 +135,9 @@ def frequencies(
 
     Sources: RoFormer (Su et al., 2021); position interpolation (Chen et al., 2023) for "linear";
     the scaling that Meta published with Llama 3.1 for "llama3".
+
+    >>> pykv.ops.rope.frequencies(4, 10000.0)
+    array([1.  , 0.01], dtype=float32)
     """
     op = "rope.frequencies"
     for name, value, valid, expected in (
@@ -159,18 +168,24 @@ def frequencies(
     return freq.astype(np.float32)
 
 
-def _launch_of(q: Any, k: Any, F: int, pairing: str) -> tuple[Any, ...]:
-    """Kernel, grid, block and scalars for arrays that are checked."""
-    T, HQ, D = q.shape
-    H = k.shape[1]
-    kernel = cuda.kernel("rope", "rope", X_T=cuda.TYPE_NAMES[q.dtype])
+def _launch(q: Any, k: Any, F: int, pairing: str) -> cuda.Launch:
+    """The launch for arrays that are checked."""
+    (T, HQ, D), H = q.shape, k.shape[1]
     width = min(-(-F // 32) * 32, 256)  # threads along the pairs; the others along the heads
     height = 256 // width
-    steps = (x.strides[0] // x.itemsize for x in (q, k))
-    pairs = (1, F) if pairing == "half" else (2, 1)
-    return (
-        kernel,
-        (T, -(-(HQ + H) // (height * _HEADS_PER_THREAD))),
-        (width, height),
-        (*map(np.int64, steps), *map(np.int32, (HQ, H, D, F, *pairs))),
+    step, gap = (1, F) if pairing == "half" else (2, 1)
+    return cuda.Launch(
+        cuda.kernel("rope", "rope", X_T=q.dtype, HEADS_PER_THREAD=HEADS_PER_THREAD),
+        grid=(T, -(-(HQ + H) // (height * HEADS_PER_THREAD))),
+        block=(width, height),
+        scalars=dict(
+            q_stride=q.strides[0] // q.itemsize,
+            k_stride=k.strides[0] // k.itemsize,
+            HQ=HQ,
+            H=H,
+            D=D,
+            F=F,
+            step=step,
+            gap=gap,
+        ),
     )

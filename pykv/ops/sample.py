@@ -14,7 +14,9 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, UINT64, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 
-VARIANTS: list[dict[str, int | str]] = [{}]
+_BLOCK = 1024  # threads, which have a row to themselves
+
+VARIANTS = [dict(BLOCK=_BLOCK)]
 
 MAX_V = 2**23  # weights up to 2^40 then add up below 2^63
 
@@ -45,6 +47,9 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
         DeviceError: host and device arrays are mixed.
 
     Runs where the arrays are; on a GPU it only enqueues. Exact.
+
+    >>> pykv.ops.sample.argmax(np.array([[1, 3, 2], [5, 5, 0]], np.float32))
+    array([1, 0], dtype=int32)
     """
     op = "sample.argmax"
     dims = _check_argmax(logits, out)
@@ -54,9 +59,10 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     if dims["B"] == 0:
         return out
     if on_gpu(logits):
-        _cuda_argmax(logits, out, stream)
+        launch = dims.keep(None, lambda: _launch("argmax", *logits.shape))
+        launch(out=out, logits=logits, stream=stream)
     else:
-        out[:] = reference_argmax(logits)
+        cuda.run_on_host(lambda: reference_argmax(logits), out)
     return out
 
 
@@ -125,21 +131,40 @@ def sample(
     polynomial in fixed point, so that sums are exact in any order. Tokens of one level count as
     equally likely; those below 2^-40 of the largest probability are never drawn.
     Random numbers: splitmix64 (Steele, Lea and Flood, 2014), as 64-bit fractions.
+
+    >>> logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
+    >>> temperature, top_k, top_p, min_p = 1.0, 0, 0.5, 0.0  # top_p leaves the first alone
+    >>> rows = [np.full(1, x, t) for x, t in (
+    ...     (temperature, "f4"), (top_k, "i4"), (top_p, "f4"), (min_p, "f4"), (7, "u8"), (0, "i4")
+    ... )]
+    >>> pykv.ops.sample.sample(logits, *rows)
+    array([0], dtype=int32)
     """
     op = "sample.sample"
     dims = _check_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out)
     _check_vocabulary(op, dims["V"])
-    gpu = on_gpu(logits)
-    if not gpu:
-        _check_parameters(op, temperature, top_k, top_p, min_p, steps)
     if out is None:
         out = like(logits, (dims["B"],), np.int32)
     if dims["B"] == 0:
         return out
-    if gpu:
-        _cuda_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out, stream)
+    if on_gpu(logits):
+        launch = dims.keep(None, lambda: _launch("sample", *logits.shape))
+        launch(
+            out=out,
+            logits=logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            steps=steps,
+            stream=stream,
+        )
     else:
-        out[:] = reference(logits, temperature, top_k, top_p, min_p, seeds, steps)
+        cuda.look(lambda: _check_parameters(op, temperature, top_k, top_p, min_p, steps))
+        cuda.run_on_host(
+            lambda: reference(logits, temperature, top_k, top_p, min_p, seeds, steps), out
+        )
     return out
 
 
@@ -243,26 +268,6 @@ def _check_parameters(
             raise ParameterError(f"{op}: {name}[{row}] is {values[row]}, expected {expected}")
 
 
-def _cuda_argmax(logits: Any, out: Any, stream: Any) -> None:
-    B, V = logits.shape
-    kernel = cuda.kernel("sample", "argmax")
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, B, 1024, out, logits, np.int32(V))
-
-
-def _cuda_sample(
-    logits: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    seeds: Any,
-    steps: Any,
-    out: Any,
-    stream: Any,
-) -> None:
-    B, V = logits.shape
-    kernel = cuda.kernel("sample", "sample")
-    arrays = (out, logits, temperature, top_k, top_p, min_p, seeds, steps)
-    with cuda.on_stream(stream):
-        cuda.launch(kernel, B, 1024, *arrays, np.int32(V))
+def _launch(name: str, B: int, V: int) -> cuda.Launch:
+    kernel = cuda.kernel("sample", name, BLOCK=_BLOCK)
+    return cuda.Launch(kernel, grid=B, block=_BLOCK, scalars=dict(V=V))

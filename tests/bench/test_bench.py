@@ -44,6 +44,7 @@ def toy(monkeypatch, small):
     module = SimpleNamespace(
         __doc__="A toy.\n\nMore.",
         CASES=[dict(what=what) for what in ("right", "wrong", "absent")],
+        QUICK=[],
         make=make,
     )
     monkeypatch.setitem(sys.modules, "pykv.bench.toy", module)
@@ -62,10 +63,11 @@ def run(capsys, *argv):
 
 def test_benchmarks_are_found_by_file():
     assert "bandwidth" in bench.names()
-    assert not {"caches", "memory", "report", "timing"} & set(bench.names())
+    assert not {"caches", "memory", "options", "report", "timing"} & set(bench.names())
     for name in bench.names():
         module = bench.load(name)
         assert module.CASES and module.make and module.__doc__
+        assert hasattr(module, "select") or module.QUICK
 
 
 def test_the_check_comes_first_and_a_wrong_result_is_not_timed(toy, capsys):
@@ -224,7 +226,8 @@ def test_a_graph_replays_on_the_gpu():
     timer = timing.Timer(cupy)
     with timer.stream():
         total = cupy.zeros(1, np.int32)
-        times = timer.time(lambda: cupy.add(total, 1, out=total), graph=3)
+        add = lambda: cupy.add(total, 1, out=total)  # noqa: E731
+        times = timer.time(add, graph=(add,) * 3)
         timer.synchronize()
     # One call before the capture; none in it; then replays of three, and two calls for host time.
     assert int(total[0]) == 1 + 5 * (timing.WARMUP + 20)
@@ -234,7 +237,19 @@ def test_a_graph_replays_on_the_gpu():
 # --- The command ---
 
 
-def test_command(capsys, tmp_path, small):
+@pytest.mark.parametrize("commit", ["abc123", "abc123+", None])
+def test_a_record_of_a_changed_tree_says_so(capsys, tmp_path, small, monkeypatch, commit):
+    monkeypatch.setattr(report, "commit", lambda folder: commit)
+    path = tmp_path / "x.json"
+    argv = ("bandwidth", "--device", "cpu", "--size", SMALL, "--json", path)
+    code, _, err = run(capsys, *argv)
+    assert code == 0 and {one["commit"] for one in report.read_json(str(path))} == {commit}
+    note = f"pykv: {path} says +: files differ from the commit, so no table takes it\n"
+    assert err.endswith(note) == (commit == "abc123+") and ("says" in err) == err.endswith(note)
+
+
+def test_command(capsys, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(report, "commit", lambda folder: "abc123")
     paths = [tmp_path / "x.json", tmp_path / "x.csv"]
     code, out, err = run(
         *(capsys, "bandwidth", "--device", "cpu", "--size", SMALL, "--samples", 21),
@@ -293,10 +308,25 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
     [
         (["nothing"], "'nothing' is no benchmark, expected one of .*bandwidth"),
         (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
-        (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cuda or cpu"),
+        (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),
         (["bandwidth", "--device", "cpu", "--size", "0"], "--size is 0, expected a multiple of 16"),
         (["bandwidth", "--device", "cpu", "--json", "no/such/x"], "No such file or directory"),
+        (["decode", "--batch", "foo"], "--batch has 'foo', expected a whole number above 0"),
+        (["decode", "--batch", "3,0"], "--batch has '0', expected a whole number above 0"),
+        (["decode", "--keys", "-3"], "--keys has '-3', expected a whole number above 0"),
+        (["decode", "--heads", "40/7"], "--heads has '40/7', expected query heads / KV heads, .*"),
+        (["decode", "--heads", "40"], "--heads has '40', expected query heads / KV heads, .*"),
+        (["gather", "--heads", "40/8"], "--heads has '40/8', expected a whole number above 0"),
+        (["decode", "--dim", "100"], "--dim has '100', expected a multiple of 8 up to 512"),
+        (["decode", "--dim", "520"], "--dim has '520', expected a multiple of 8 up to 512"),
+        (["decode", "--page", "0"], "--page has '0', expected a whole number above 0"),
+        (["decode", "--kv", "int8,zz"], "--kv has 'zz': KVSpec: 'zz' is no kind, expected .*"),
+        (["append", "--kv", "int8:head"], "has 'int8:head', expected a kind that finds a scale.*"),
+        (["decode", "--dtype", "int8"], "--dtype has 'int8', expected one of fp16, bf16, fp32"),
+        (["decode", "--case", "kv=zz"], "'kv=zz' fits no case, expected values of HQ=32,.*"),
+        (["permute", "--case", "zz"], "--case 'zz' fits no case, expected values of src=NHD,.*"),
+        (["copy", "--case", ""], "--case '' fits no case, expected values of direction=d2d,.*"),
     ],
     ids=str,
 )

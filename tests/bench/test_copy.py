@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pykv import bench, cli, transfer
+from pykv import bench, cli, ranges, transfer
 from pykv.bench import copy, memory, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
@@ -101,7 +101,7 @@ def test_blocks_are_scattered_and_no_two_pairs_are_one(rng):
         for slot in (at, to):
             assert len(set(slot.tolist())) == count and 0 <= slot.min() and slot.max() < slots
         tables = (256 * x.astype(np.uint64) + np.uint64(4096) for x in (at, to))
-        assert len(block_copy.merge(*tables, 256)[0]) == count
+        assert len(ranges.merge(*tables, 256)[0]) == count
 
 
 def test_the_layers_of_a_block_lie_side_by_side(rng, monkeypatch):
@@ -343,7 +343,7 @@ def test_command_of_kvbench(capsys, tmp_path):
 
 
 def test_a_kernel_at_fault_is_not_timed(capsys, monkeypatch):
-    monkeypatch.setattr(block_copy, "_bytes_at", lambda address, size: np.zeros(size, np.uint8))
+    monkeypatch.setattr(block_copy, "bytes_at", lambda address, size: np.zeros(size, np.uint8))
     code, out, err = run(capsys, "--quick", "--direction", "d2d")
     assert code == 1 and re.search("copy .*WRONG", out)
 

@@ -1,20 +1,19 @@
 """bench append, convert, gather and pages: what a run moves, and that its check can fail."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 
 from pykv import bench
-from pykv.bench import append, caches, convert, gather, memory, pages, report
+from pykv.bench import append, convert, gather, memory, pages, report, timing
 from pykv.kinds import KVSpec
+from pykv.testing import caches
+from pykv.testing.caches import empty
 from tests.helpers import without_simt
 
-QUICK = Namespace(quick=True)
 CASES = [
     pytest.param(module, case, id=f"{module.__name__.rpartition('.')[2]} {report.label(case)}")
     for module in (append, convert, gather, pages)
-    for case in module.select(QUICK)
+    for case in module.QUICK
 ]
 
 
@@ -59,7 +58,7 @@ def test_a_case_does_what_it_says(xp, rng, module, case):
     ids=str,
 )
 def test_bytes_by_hand(rng, module, change, want):
-    case = {**module.select(QUICK)[0], **change}
+    case = {**module.QUICK[0], **change}
     assert module.make(case, np, rng).bytes == want
 
 
@@ -73,8 +72,6 @@ def test_cases_are_those_of_the_records():
         (4096, 8, 128),
         (8, 8, 128),
     }
-    for module in (append, convert, gather, pages):
-        assert module.select(Namespace(quick=False)) is module.CASES
 
 
 def test_caches_hold_numbers():
@@ -94,6 +91,31 @@ def test_caches_hold_numbers():
 def test_on_the_gpu_every_quick_case_runs(name):
     import cupy
 
-    cases = bench.load(name).select(QUICK)
+    cases = bench.load(name).QUICK
     records = [one for one in bench.run(name, cases, cupy, quick=True) if one["bench"] == name]
     assert len(records) == len(cases) and all(one["ok"] for one in records)
+
+
+@pytest.mark.parametrize("case", [append.QUICK[0], append.QUICK[-1]], ids=report.label)
+def test_no_call_of_a_graph_touches_the_rows_or_slots_of_another(rng, monkeypatch, case):
+    """Each call alone writes its own slots, from rows that no other reads."""
+    monkeypatch.setattr(timing, "calls_of", lambda xp, nbytes: 3)
+    made = []
+    monkeypatch.setattr(caches, "empty", lambda xp, like: made.append(empty(xp, like)) or made[-1])
+    work = append.make({**case, "N": 3 * case["tokens"]}, np, rng)
+    assert len(work.graph) == 3 and work.run is work.graph[0]
+    seen, before = np.zeros(made[0].k.shape[1:3], int), made[0].k.copy()
+    for call in work.graph:
+        assert not work.check()
+        call()
+        seen += (made[0].k != before)[0].any(axis=(-1, -2))
+        before = made[0].k.copy()
+    assert work.check()
+    assert seen.sum() == 3 * case["tokens"] and seen.max() == 1
+    assert len({x.tobytes() for x in made[0].v[0][seen == 1]}) == seen.sum()  # no row twice
+
+
+def test_a_pool_limits_the_calls_of_a_graph(rng, monkeypatch):
+    monkeypatch.setattr(timing, "calls_of", lambda xp, nbytes: 20)
+    work = append.make({**append.QUICK[0], "tokens": 10, "N": 10, "P": 4}, np, rng)
+    assert len(work.graph) == 4  # 40 slots

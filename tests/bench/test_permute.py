@@ -1,7 +1,5 @@
 """bench permute: its cases, what a run moves, and what is concluded."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,7 @@ from pykv.bench import memory, permute, report
 from pykv.layout import NAMES, BlockShape
 from tests.bench.test_copy import machine  # noqa: F401, a fixture
 
-QUICK = permute.select(Namespace(quick=True))
+QUICK = permute.QUICK
 
 
 @pytest.mark.parametrize("case", QUICK, ids=report.label)
@@ -56,8 +54,8 @@ def test_elements_are_where_the_formulas_say(rng, name):
 
 def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
     sides = []
-    prepare = lambda dst, dst_layout, src, src_layout: sides.extend((dst, src))  # noqa: E731
-    monkeypatch.setattr(permute.permute, "prepare", prepare)
+    move = lambda dst, dst_layout, src, src_layout: sides.extend((dst, src))  # noqa: E731
+    monkeypatch.setattr(permute.permute, "permute", move)
     case = permute._case("NHD", "universal", "d2d", 40, permute.TINY)
     permute.make(case, np, rng)
     blocks, chunks = sides[0], sum(sides[1], [])
@@ -67,7 +65,7 @@ def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
 
 
 def test_default_cases_are_those_of_the_claims():
-    cases = permute.select(Namespace(quick=False))
+    cases = permute.CASES
     assert cases == permute.CASES and all(cases.count(one) == 1 for one in cases)
     names = ("src", "dst", "direction", "D", "itemsize")
     found = {tuple(one[name] for name in names) for one in cases}

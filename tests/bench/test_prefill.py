@@ -59,7 +59,7 @@ def test_a_wrong_result_is_found(rng, monkeypatch):
 def test_rates_are_set_against_the_ceiling():
     """By hand: 3e9 operations in 1000 us are 3 TFLOP/s, half of 6."""
     base = dict(bench="prefill", ok=True, p5=1.0, p95=1.0, host_median=None, bytes=1, gbps=1.0)
-    base |= dict(share=None, ceiling=None)
+    base |= dict(share=None, ceiling=None, ceiling_gbps=None)
     records = [
         {**base, "case": {"matmul": 8192}, "median": 1000.0, "flops": 6 * 10**9},
         {**base, "case": {"B": 8}, "median": 1000.0, "flops": 3 * 10**9},

@@ -32,6 +32,15 @@ def test_a_record_by_hand():
     assert one["device"] == "Fake GPU" and one["share"] is None
 
 
+def test_the_host_time_of_prepared_calls_stands_beside_that_of_the_call():
+    work = Work(run=list, check=bool, bytes=1)
+    one = report.record("x", {}, work, Times([1.0], [9.0], 5, 64, 1, False, [3.0, 5.0]), FACTS)
+    assert (one["host_median"], one["prepared_median"]) == (9.0, 4.0)
+    assert report.row(one)["prepared_us"] == "4.000"
+    assert report.to_table([one]).splitlines()[1].split()[1:6] == ["1.0"] * 3 + ["9.0", "4.0"]
+    assert made(host=[9.0])["prepared_median"] is None
+
+
 def test_a_wrong_result_has_no_times():
     one = made(us=())
     assert one["ok"] is False
@@ -91,7 +100,18 @@ def test_table():
     found = {"copy": 50.0}
     good = report.with_share(made(us=[100.0] * 3, host=[5.0]), found)
     head, first, second = report.to_table([good, made(us=())]).splitlines()
-    assert head.split() == ["case", "us", "p5", "p95", "host", "us", "GB/s", "of", "ceiling"]
+    assert head.split() == [
+        "case",
+        "us",
+        "p5",
+        "p95",
+        "host",
+        "us",
+        "prepared",
+        "GB/s",
+        "of",
+        "ceiling",
+    ]
     assert first.split() == [
         *("copy", "size=7", "100.0", "100.0", "100.0", "5.0", "40.0", "80.0%", "copy")
     ]
@@ -109,7 +129,7 @@ def test_environment_without_a_gpu():
 
 
 def test_the_commit_says_whether_files_differ(tmp_path):
-    assert report._commit(tmp_path) is None
+    assert report.commit(tmp_path) is None
 
     def git(*command):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
@@ -120,11 +140,11 @@ def test_the_commit_says_whether_files_differ(tmp_path):
         git("init", "-q")
     except FileNotFoundError:
         pytest.skip("git is not installed")
-    assert report._commit(tmp_path) is None  # nothing committed yet
+    assert report.commit(tmp_path) is None  # nothing committed yet
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-q", "-m", "one")
     commit = git("rev-parse", "HEAD")[:12]
-    assert report._commit(tmp_path) == commit
+    assert report.commit(tmp_path) == commit
     (tmp_path / "file").write_text("two")
-    assert report._commit(tmp_path) == commit + "+"
+    assert report.commit(tmp_path) == commit + "+"

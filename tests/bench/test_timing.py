@@ -60,9 +60,7 @@ class Gpu:
         self.device = max(self.device, self.host) + device_us
 
     def run(self):
-        if self.capturing:
-            self.log.append("captured")
-            return
+        assert not self.capturing  # a graph is made of its own calls
         self.enqueue("run", self.host_us, self.device_us[self.calls % len(self.device_us)])
         self.calls += 1
 
@@ -127,13 +125,42 @@ def test_a_host_slower_than_the_device_shows(host_us, wait_us):
 def test_a_graph_is_captured_once_and_replayed(calls):
     """Its device time is shared by its calls; host time is that of a call without it."""
     gpu = Gpu(host_us=70.0)
-    times = timed(gpu, graph=calls)
-    assert gpu.log.count("captured") == calls
-    first = gpu.log.index("captured")
+    captured = [lambda i=i: gpu.log.append(f"captured {i}") for i in range(calls)]
+    times = timed(gpu, graph=captured)
+    first = gpu.log.index("captured 0")
+    assert gpu.log[first : first + calls] == [f"captured {i}" for i in range(calls)]
+    assert sum(entry.startswith("captured") for entry in gpu.log) == calls
     assert gpu.log[:first] == ["run"] and "replay" not in gpu.log[:first]
     assert gpu.log.count("replay") == timing.WARMUP + 20
     assert times.device_us == pytest.approx([30.0 / calls] * 20)
     assert times.host_us == pytest.approx([70.0] * 20) and times.graph == calls
+
+
+@pytest.mark.parametrize(
+    "nbytes, calls",
+    [(0, timing.MAX_CALLS), (1000, timing.MAX_CALLS), (1 << 20, 4), ((1 << 20) + 1, 4)]
+    + [((1 << 20) - 1, 5), (4 << 20, 1), (1 << 40, 1)],
+)
+def test_the_calls_of_a_graph_move_more_than_the_cache_holds(nbytes, calls):
+    """Four times an L2 of 1 MiB, which is asked of the device."""
+    assert timing.calls_of(Gpu(), nbytes) == calls
+    assert timing.calls_of(np, nbytes) == 1
+
+
+def test_prepared_calls_are_timed_on_the_host_alone():
+    gpu = Gpu(host_us=9.0)
+    times = timed(gpu, prepared=lambda: gpu.enqueue("ready", 2.0, 100.0))
+    assert times.prepared_us == pytest.approx([2.0] * 20)
+    assert times.host_us == pytest.approx([9.0] * 20)
+    assert times.device_us == pytest.approx([100.0] * 20)
+    assert list(timed(Gpu()).prepared_us) == []
+
+
+def test_calls_with_a_clock_of_their_own_say_their_seconds():
+    """The first warms up; nothing is flushed, and the device is not asked."""
+    seconds = iter([9.0, 1.0, 2.0, 3.0])
+    times = timing.Timer(np).time(lambda: next(seconds), clocked=True, samples=3)
+    assert times.device_us == [1e6, 2e6, 3e6] and (times.warmup, times.wall) == (1, True)
 
 
 def test_a_call_that_only_reads_finds_clean_lines(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from pykv import kinds, pool
 from pykv.kinds import KVSpec
 from pykv.llm import LLM, generate
-from pykv.llm.model import load
+from pykv.llm.weights import load
 from pykv.ops import paged_qkv
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
@@ -86,7 +86,7 @@ def test_mixing_changes_nothing_but_what_is_stored(open_llm, rng, name):
     """Without codes there is nothing to gain, and nothing may be lost."""
     llm, ids = open_llm(name, kv_dtype="fp32", weights="fp32"), tokens_of(rng, 40)
     want, rows = llm.logits(ids), to_numpy(llm.cache.k).copy()
-    llm.model = load(llm.file, llm.xp, dtype=np.float32, hadamard=True)
+    llm._scheduler.model = load(llm.file, llm.xp, dtype=np.float32, hadamard=True)
     np.testing.assert_allclose(llm.logits(ids), want, rtol=0, atol=1e-3)
     assert np.abs(to_numpy(llm.cache.k) - rows).max() > 0.1
 

@@ -10,7 +10,7 @@ import pytest
 
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import LLM, SamplingParams, gguf, sampling
-from pykv.llm.model import read_config
+from pykv.llm.config import read_config
 from pykv.ops import sample
 from tests.llm import tiny
 
@@ -195,14 +195,14 @@ def test_prompts_longer_than_one_step(llm, rng, monkeypatch):
     """Chunked prompts give what one step gives."""
     prompts = [rng.integers(3, 250, n).tolist() for n in (40, 3, 25)]
     want = llm.generate(prompts, greedy(4))
-    monkeypatch.setattr("pykv.llm.generate.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 7)
     assert llm.generate(prompts, greedy(4)) == want
     np.testing.assert_allclose(llm.logits(prompts[0])[-1], llm.logits(prompts[0])[-1])
 
 
 def test_perplexity_is_that_of_the_logits(llm, rng, monkeypatch):
     """One token at a time, in float64, over several steps."""
-    monkeypatch.setattr("pykv.llm.generate.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 7)
     ids = rng.integers(3, 250, 30).tolist()
     logits = llm.logits(ids).astype(np.float64)
     surprise = [np.log(np.exp(row - row[i]).sum()) for row, i in zip(logits, ids[1:], strict=False)]
@@ -309,7 +309,11 @@ def test_sampling_params_are_checked(wrong):
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"device": "tpu"}, "device is 'tpu', expected auto, cuda or cpu"),
+        ({"device": "tpu"}, "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:x"}, "device is 'cuda:x', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, "device is 'cuda:', expected"),
+        ({"device": "cpu:0"}, "device is 'cpu:0', expected"),
+        ({"device": 1}, "device is 1, expected"),
         ({"kv_dtype": "int7"}, "'int7' is no kind, expected one of fp32, fp16, bf16"),
         ({"context": 0}, "context is 0, expected 1 to"),
         ({"page_size": 0}, "page_size is 0, expected at least 1"),
@@ -341,7 +345,7 @@ def test_unknown_architecture(tmp_path, monkeypatch):
     ],
 )
 def test_missing_tensor_names_all_names_tried(tmp_path, name, names):
-    from pykv.llm.model import load
+    from pykv.llm.weights import load
 
     path = tmp_path / "x.gguf"
     tiny.write_case(path, "llama")
@@ -352,7 +356,7 @@ def test_missing_tensor_names_all_names_tried(tmp_path, name, names):
 
 
 def test_wrong_shapes_are_named(tmp_path):
-    from pykv.llm.model import load
+    from pykv.llm.weights import load
 
     path = tmp_path / "x.gguf"
     tiny.write_case(path, "llama")

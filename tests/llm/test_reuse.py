@@ -172,10 +172,10 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
     """A step that ends in an error may have left its entries unwritten."""
     llm = open_llm()
     prompt = tokens_of(rng, 40)
-    from pykv.llm import generate
+    from pykv.llm import scheduler
 
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 16)
-    forward, calls = generate.forward, []
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
+    forward, calls = scheduler.forward, []
 
     def failing(*args):
         calls.append(args)
@@ -183,7 +183,7 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
             raise KeyboardInterrupt
         return forward(*args)
 
-    monkeypatch.setattr(generate, "forward", failing)
+    monkeypatch.setattr(scheduler, "forward", failing)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt], greedy(4))
     assert llm.cache.manager.num_cached == 1

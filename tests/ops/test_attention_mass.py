@@ -1,13 +1,13 @@
 """attention_mass: the weights that queries gave to keys, summed over the rows of a KV head."""
 
-import math
-
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import attention_mass, paged_decode
+from pykv.testing import attention
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.ops.test_paged_decode import cache, call, feature_case, queries_of
 
@@ -112,14 +112,9 @@ def test_matches_a_plain_loop(rng):
     got = attention_mass.reference(
         q.astype(np.float64), arrays["k_pool"], table, lengths, lse, 8**-0.5, spec=spec
     )
-    for b, h, key in np.ndindex(3, 2, 18):
-        want = 0.0
-        if key < lengths[b]:
-            row = arrays["k_pool"][table[b, key // 16], key % 16, h]
-            for head in (3 * h, 3 * h + 1, 3 * h + 2):
-                dot = sum(float(x) * float(y) for x, y in zip(q[b, head], row, strict=True))
-                want += math.exp(dot / math.sqrt(8) - lse[b, head])
-        np.testing.assert_allclose(got[b, h, key], want, rtol=1e-12)
+    where = dict(**arrays, page_table=table, lengths=lengths)
+    want = attention.mass(q, where, spec, lse, np.float64, scale=8**-0.5)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
     assert not got[:, :, 18:].any()
 
 
@@ -145,3 +140,29 @@ def test_errors_name_the_argument(xp, rng):
             xp.asarray(lse.astype(np.float32)),
             spec=KVSpec("int8", "int8"),
         )
+
+
+def test_prepared_calls_accumulate_once_each(xp, rng):
+    (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
+    once = to_numpy(mass(xp, q, spec, arrays, table, lengths, lse))
+    given = [xp.asarray(x) for x in (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))]
+    total = xp.zeros(once.shape, np.float32)
+    call = cuda.prepare(attention_mass.mass, *given, spec=spec, out=total, accumulate=True)
+    assert not to_numpy(total).any()
+    for count in (1, 2):
+        assert call() is total
+        np.testing.assert_allclose(to_numpy(total), count * once, rtol=1e-6, atol=1e-7)
+    given[3][...] = 0
+    call()
+    np.testing.assert_allclose(to_numpy(total), 2 * once, rtol=1e-6, atol=1e-7)
+
+
+def test_a_prepared_call_looks_at_its_pages(rng):
+    """On the host, as a plain call."""
+    (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
+    args = (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))
+    call = cuda.prepare(attention_mass.mass, *args, spec=spec)
+    table[2, 1] = len(arrays["k_pool"])
+    for again in (call, lambda: cuda.prepare(attention_mass.mass, *args, spec=spec)):
+        with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected a page of 0"):
+            again()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import cuda, ranges
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import block_copy
 from tests.helpers import assert_same_bits, to_numpy, without_simt
@@ -40,7 +40,24 @@ def place(xp):
 
 
 def address(array):
-    return block_copy._address(array)
+    return ranges.address_of(array)
+
+
+def prepare(*tables, **options):
+    return cuda.prepare(block_copy.vectorized_copy, *tables, **options)
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """The grid of every launch that is made, in blocks."""
+    seen, configure = [], cuda.launch.driver.configure
+
+    def spy(kernel, grid, *sizes):
+        seen.append(grid)
+        return configure(kernel, grid, *sizes)
+
+    monkeypatch.setattr(cuda.launch.driver, "configure", spy)
+    return seen
 
 
 def table(*addresses):
@@ -81,29 +98,26 @@ def test_bytes_arrive_and_no_others_change(xp, rng, case, where):
 
 @pytest.mark.parametrize("max_ctas", [1, 2, 7])
 @pytest.mark.parametrize("sizes", [[3 * TILE] * 5, [*range(0, 3000, 100)]], ids=["equal", "own"])
-def test_any_grid_copies_all(xp, rng, sizes, max_ctas):
+def test_any_grid_copies_all(xp, grids, rng, sizes, max_ctas):
     src, dst, tables, want = inputs(xp, rng, sizes, 3, 19, 0)
     sizes = np.array(sizes, np.int64)
-    copy = block_copy.prepare(*tables, sizes, max_ctas=max_ctas, device=place(xp))
-    copy.run()
+    block_copy.vectorized_copy(*tables, sizes, max_ctas=max_ctas, device=place(xp))
     assert_same_bits(dst, want)
     if xp is not np:
         num_tiles = int((-(-sizes // TILE)).sum())
-        assert copy.num_ctas == min(max_ctas, -(-num_tiles // 4))  # four warps a block
+        assert grids == [min(max_ctas, -(-num_tiles // 4))]  # four warps a block
 
 
-def test_one_large_pair_takes_every_sm(xp, rng):
+def test_one_large_pair_takes_every_sm(xp, grids, rng):
     size = 300_001 if xp is np or xp.__name__ != "cupy" else 300_000_001
     src, dst = pool(xp, rng, size + 64), pool(xp, rng, size + 64)
     want = to_numpy(dst).copy()
     want[21 : 21 + size] = to_numpy(src)[5 : 5 + size]
     at, to = table(address(src) + 5), table(address(dst) + 21)
-    copy = block_copy.prepare(at, to, size, device=place(xp))
-    copy.run()
+    block_copy.vectorized_copy(at, to, size, device=place(xp))
     assert_same_bits(dst, want)
-    assert copy.num_bytes == size and copy.num_pairs == 1
     if xp is not np:
-        assert copy.num_ctas == -(-size // block_copy.MANY["TILE"]) > 16  # a warp a block
+        assert grids[0] == -(-size // block_copy.MANY["TILE"]) > 16  # a warp a block
 
 
 @without_simt
@@ -167,11 +181,12 @@ def test_small_pairs_share_a_tile(device, rng, size, src_at, dst_at):
     assert_same_bits(dst, want)
 
 
-def test_pairs_share_tiles_only_where_warps_are_scarce(device, rng):
+def test_pairs_share_tiles_only_where_warps_are_scarce(device, grids, rng):
     sizes = np.array([*[8] * 63, 9], np.int64)
     _, _, tables, _ = inputs(device, rng, sizes.tolist(), 0, 0, 0)
-    ctas = [block_copy.prepare(*tables, sizes, max_ctas=n).num_ctas for n in (1, 2, 15, 16, None)]
-    assert ctas == [1, 2, 3, 16, 64]  # nine tiles for four warps a block, or a tile for each pair
+    for n in (1, 2, 15, 16, None):
+        prepare(*tables, sizes, max_ctas=n)
+    assert grids == [1, 2, 3, 16, 64]  # nine tiles for four warps a block, or a tile for each pair
 
 
 def test_runs_are_found():
@@ -199,9 +214,13 @@ def test_tiles_of_small_pairs_come_first():
     runs = [(0, 3, 5000), (3, 20, 16), (20, 22, 512), (22, 23, 513)]
     num_tiles, scalars = block_copy._deal(runs, 512, 2048, 8)
     assert num_tiles == 14
-    small, large = [3, 20, 16, 3, 20, 22, 512], [4, 0, 3, 5000, 13, 22, 23, 513]
-    assert scalars == (*small, *large, 4, 14)  # four tiles are shared
-    assert block_copy._deal(runs[:1], 0, 2048, 8) == (9, (0, 3, 5000, *[9, 0, 0, 0] * 3, 0, 9))
+    small = dict(pair_0=3, end_0=20, size_0=16, tile_1=3, pair_1=20, end_1=22, size_1=512)
+    large = dict(tile_2=4, pair_2=0, end_2=3, size_2=5000, tile_3=13, pair_3=22, end_3=23)
+    assert scalars == {**small, **large, "size_3": 513, "shared_tiles": 4, "num_tiles": 14}
+    num_tiles, scalars = block_copy._deal(runs[:1], 0, 2048, 8)
+    assert num_tiles == scalars["num_tiles"] == 9 and scalars["shared_tiles"] == 0
+    assert [scalars[f"tile_{i}"] for i in (1, 2, 3)] == [9, 9, 9]
+    assert [scalars[f"{name}_3"] for name in ("pair", "end", "size")] == [0, 0, 0]
 
 
 def test_neighbours_become_one_pair(xp, rng):
@@ -212,15 +231,18 @@ def test_neighbours_become_one_pair(xp, rng):
     for a, b in zip(at, to, strict=True):
         want[b : b + 100] = to_numpy(src)[a : a + 100]
     at, to = (table(*(address(x) + i).tolist()) for x, i in ((src, at), (dst, to)))
-    copy = block_copy.prepare(at, to, 100, device=place(xp))
-    copy.run()
+    block_copy.vectorized_copy(at, to, 100, device=place(xp))
     assert_same_bits(dst, want)
-    assert (copy.num_pairs, copy.num_bytes) == (4, 600)  # 300, 100, 100 and 100 bytes
+    assert ranges.merge(at, to, 100)[2].tolist() == [300, 100, 100, 100]
+
+    def lengths(*pairs):
+        return np.broadcast_to(pairs[2], pairs[0].shape).tolist()
 
     sizes = np.array([100, 100, 100, 0, 100, 0], np.int64)
-    assert block_copy.prepare(at, to, sizes, device=place(xp)).num_pairs == 2
-    assert block_copy.prepare(at[:3], to[:3], 100, device=place(xp)).num_pairs == 1
-    assert block_copy.prepare(at[:3], to[:3], 99, device=place(xp)).num_pairs == 3
+    assert lengths(*ranges.merge(at, to, sizes)) == [300, 100]
+    assert lengths(*ranges.merge(at[:3], to[:3], 100)) == [300]
+    assert lengths(*ranges.merge(at[:3], to[:3], 99)) == [99] * 3
+    assert lengths(*ranges.merge(at, to, np.zeros(6, np.int64))) == []
 
 
 def test_the_first_pairs_of_longer_tables(xp, rng):
@@ -235,32 +257,76 @@ def test_the_first_pairs_of_longer_tables(xp, rng):
     assert_same_bits(dst, want)
 
 
-def test_a_prepared_copy_runs_again(xp, rng):
-    src, dst, tables, want = inputs(xp, rng, [200, 0, TILE + 3], 0, 0, 5000)
-    copy = block_copy.prepare(*tables, np.array([200, 0, TILE + 3]), device=place(xp))
-    tables[0][:] = tables[1][:] = 0  # uploaded or looked through before
+@pytest.mark.parametrize("where", ["host tables", "device tables"])
+def test_a_prepared_copy_runs_again(xp, rng, where):
+    """Nothing is copied before the first call; tables of the host are those of then."""
+    sizes = [200, 0, TILE + 3]
+    src, dst, tables, want = inputs(xp, rng, sizes, 0, 0, 5000)
     before = to_numpy(dst).copy()
+    offsets = [
+        (x - np.uint64(address(p))).tolist() for x, p in zip(tables, (src, dst), strict=True)
+    ]
+    if where == "device tables":
+        tables = [xp.asarray(x) for x in tables]
+    call = prepare(*tables, np.array(sizes), device=place(xp))
+    assert_same_bits(dst, before)
+    if where == "host tables":
+        tables[0][:] = tables[1][:] = 0
     for _ in range(2):
         dst[...] = xp.asarray(before)
-        copy.run()
+        assert call() is call.result is None
         assert_same_bits(dst, want)
+    fresh = rng.integers(0, 256, src.size, np.uint8)
+    src[...] = xp.asarray(fresh)
+    call()
+    for a, b, n in zip(*offsets, sizes, strict=True):
+        want[b : b + n] = fresh[a : a + n]
+    assert_same_bits(dst, want)
+
+
+def test_device_tables_are_read_at_each_call(device, rng):
+    src, dst, tables, want = inputs(device, rng, [64] * 5, 0, 0, 100)
+    untouched = to_numpy(dst).copy()
+    at, to = (device.asarray(x) for x in tables)
+    call = prepare(at, to, 64, validate=True)
+    at[...] = device.asarray(tables[0][::-1].copy())
+    to[...] = device.asarray(tables[1][::-1].copy())
+    call()
+    assert_same_bits(dst, want)
+    dst[...] = device.asarray(untouched)
+    to[...] = device.asarray(np.full(5, tables[1][0]))
+    with pytest.raises(ParameterError, match="overlaps dst_ptrs.*, expected disjoint ranges"):
+        call()
+    assert_same_bits(dst, untouched)
+
+
+def test_a_prepared_copy_sorts_its_pairs(device, rng, monkeypatch):
+    """By destination, so that shuffled neighbours merge; a plain call takes no time for that."""
+    seen = []
+    monkeypatch.setattr(block_copy, "copy_on_gpu", lambda *pairs: seen.append(pairs[1:4]))
+    src, dst = pool(device, rng, 300), pool(device, rng, 300)
+    at, to = (table(*(address(x) + i for i in (200, 0, 100))) for x in (src, dst))
+    prepare(at, to, 100)
+    block_copy.vectorized_copy(at, to, 100)
+    prepared, plain = seen
+    assert [len(prepared[0]), prepared[2]] == [1, 300]
+    assert len(plain[0]) > 1
 
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_nothing_to_copy(prepared, monkeypatch):
     """Succeeds on any machine, whatever the tables, before a GPU is looked for."""
-    monkeypatch.setattr(cuda, "launch", None)
+    monkeypatch.setattr(cuda, "Launch", None)
     monkeypatch.setattr(cuda, "kernel", None)
-    copy = block_copy.prepare if prepared else block_copy.vectorized_copy
+    copy = prepare if prepared else block_copy.vectorized_copy
     for device in ("cuda", "cpu"):
         for tables in ((None, None), (table(), table()), (table(1, 2), None)):
             done = [copy(*tables, 0, device=device), copy(*tables, 16, 0, device=device)]
             done += [copy(*tables, np.zeros(2, np.int64), 0, device=device)]
             done += [copy(None, None, np.zeros(7, np.int64), device=device)]
             done += [copy(None, None, 0, -1, device=device)]
-            for work in done if prepared else []:
-                work.run()
-                assert work.num_bytes == 0
+            for call in done if prepared else []:
+                call()
 
 
 def test_arrays_say_where_they_are(xp, rng):
@@ -271,10 +337,10 @@ def test_arrays_say_where_they_are(xp, rng):
         assert_same_bits(b.ravel(), to_numpy(a).ravel().view(np.uint32))
 
     y = [xp.zeros(array.shape, np.uint32) for array in x]
-    copy = block_copy.prepare_arrays(x, y)
+    call = cuda.prepare(lambda: block_copy.copy_arrays(x, y))
     want = [to_numpy(a).view(np.uint32).copy() for a in x]
-    del x  # the copy holds them
-    copy.run()
+    x.clear()  # the call holds them
+    call()
     for a, b in zip(want, y, strict=True):
         assert_same_bits(b, a)
     block_copy.copy_arrays([], [])
@@ -380,7 +446,7 @@ def test_pageable_memory_is_found(device, rng):
     with pytest.raises(DeviceError, match=r"src_ptrs\[0\] is in pageable host memory"):
         block_copy.vectorized_copy(at, to, 64, validate=True)
     with pytest.raises(DeviceError, match=r"dst_ptrs\[0\] is in pageable host memory"):
-        block_copy.prepare(to, at, 64, validate=True)
+        prepare(to, at, 64, validate=True)
     with pytest.raises(DeviceError, match=r"destinations\[0\] is in pageable .*cupyx.empty_pinned"):
         block_copy.copy_arrays([other], [host])
 
@@ -396,6 +462,8 @@ def test_arrays_must_agree(xp):
         copy([x, x[:, ::2]], [x, x])
     with pytest.raises(ParameterError, match=r"overlaps src_ptrs\[0\]"):
         copy([x], [x], validate=True)
+    with pytest.raises(DtypeError, match=r"sources\[0\] has dtype object, expected no Python obj"):
+        copy([np.array([None])], [np.array([None])])
     if xp is np:
         y = np.frombuffer(bytes(16), np.uint8)
         with pytest.raises(ParameterError, match=r"destinations\[0\] is read-only"):
@@ -405,7 +473,7 @@ def test_arrays_must_agree(xp):
 def test_tiles_fit_an_int(monkeypatch):
     monkeypatch.setattr(cuda, "kernel", None)
     with pytest.raises(ParameterError, match="make 4294967296 tiles of 2048 bytes"):
-        block_copy.prepare(table(4096), table(8192), 2**31 * TILE)
+        block_copy.vectorized_copy(table(4096), table(8192), 2**31 * TILE)
 
 
 # --- What only a GPU shows ---
@@ -439,16 +507,16 @@ def test_pinned_memory_on_either_side(cupy, rng, max_ctas, offset):
 
 
 @pytest.mark.gpu
-def test_a_graph_captures_a_run(cupy, rng):
+def test_a_graph_captures_a_call(cupy, rng):
     src, dst, tables, want = inputs(cupy, rng, [3000, 17, TILE], 1, 2, 0)
     before = dst.copy()
-    copy = block_copy.prepare(*tables, np.array([3000, 17, TILE]))
+    call = prepare(*tables, np.array([3000, 17, TILE]))
     device_tables = [cupy.asarray(x) for x in tables]
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
         stream.begin_capture()
-        copy.run()
+        call()
         block_copy.vectorized_copy(*device_tables, 17)  # nothing to upload: can be captured too
         graph = stream.end_capture()
     assert_same_bits(dst, before)
@@ -472,14 +540,14 @@ def test_a_graph_captures_a_run(cupy, rng):
 def test_two_streams_at_once(cupy, rng):
     """Prepared on one stream, run on others; one of them computes meanwhile."""
     halves = [inputs(cupy, rng, [50_001] * 40, 3, 3, 0) for _ in range(2)]
-    copies = [block_copy.prepare(*tables, 50_001, max_ctas=8) for _, _, tables, _ in halves]
+    copies = [prepare(*tables, 50_001, max_ctas=8) for _, _, tables, _ in halves]
     x = cupy.asarray(rng.integers(0, 8, (512, 512)).astype(np.float64))  # exact in any order
     want_product = x @ x
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]
     cupy.cuda.Device().synchronize()
     for _ in range(5):
         for copy, stream in zip(copies, streams, strict=False):
-            copy.run(stream)
+            copy(stream)
         with streams[2]:
             product = x @ x
     cupy.cuda.Device().synchronize()
@@ -502,15 +570,6 @@ def test_a_stream_orders_the_copy(cupy, rng):
         )
         stream.synchronize()
         assert bool((dst == value).all())
-
-
-@pytest.mark.gpu
-def test_another_gpu_is_refused(cupy, rng, monkeypatch):
-    _, _, tables, _ = inputs(cupy, rng, [16] * 3, 0, 0, 0)
-    copy = block_copy.prepare(*tables, 16)
-    monkeypatch.setattr(cuda, "current_device", lambda: 5)
-    with pytest.raises(DeviceError, match="GPU 5 is the current one, expected GPU 0"):
-        copy.run()
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import contiguous_append, rope
-from pykv.verify import error_and_bound
+from pykv.testing import error_and_bound
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 BASE = dict(
@@ -197,3 +198,31 @@ def test_errors_name_the_argument(xp):
         append(k, k, cache, cache, lengths, pairing="both")
     with pytest.raises(ParameterError, match="append: layout is 'DHN'"):
         append(k, k, cache, cache, lengths, layout="DHN")
+
+
+@pytest.mark.parametrize("T", [1, 3])  # lengths move in the same launch, or in a second one
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_prepared_calls_advance_once_each(xp, rng, T, layout):
+    B, C, H, D = 2, 8, 3, 16
+    shape = (B, T, H, D) if layout == "NHD" else (B, H, T, D)
+    whole = (B, C, H, D) if layout == "NHD" else (B, H, C, D)
+    k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    lengths = np.array([0, 6], np.int32)
+    arrays = (k, v, np.zeros(whole, "f2"), np.zeros(whole, "f2"), lengths)
+    given, want = [xp.asarray(x.copy()) for x in arrays], [x.copy() for x in arrays]
+    call = cuda.prepare(contiguous_append.append, *given, layout=layout, advance=True)
+    for got, before in zip(given, want, strict=True):
+        assert_same_bits(got, before)
+    for factor in (1, 2, 3):
+        given[0][...] = xp.asarray(k * factor)
+        want[0][...] = k * factor
+        assert call() is None
+        contiguous_append.append(*want, layout=layout, advance=True)
+        for got, plain in zip(given, want, strict=True):
+            assert_same_bits(got, plain)
+
+
+def test_reading_for_debugging_is_not_prepared():
+    cache = np.zeros((1, 4, 2, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="read_token: cannot be prepared: it returns copies"):
+        cuda.prepare(contiguous_append.read_token, cache, cache, 0, 0)

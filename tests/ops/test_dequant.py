@@ -1,11 +1,13 @@
 """dequant: GGUF blocks by hand, and against the package gguf bit for bit."""
 
 import sys
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 from pykv.ops import dequant
 from tests.helpers import assert_same_bits
@@ -172,5 +174,7 @@ def test_errors_name_the_argument(xp):
 
 def test_a_missing_gguf_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'pykv-cuda\[llm\]'"):
-        dequant.dequantize(np.zeros((1, 20), np.uint8), "Q4_1")
+    blocks = np.zeros((1, 20), np.uint8)
+    for call in (dequant.dequantize, partial(cuda.prepare, dequant.dequantize)):
+        with pytest.raises(UnsupportedError, match=r"pip install 'pykv-cuda\[llm\]'"):
+            call(blocks, "Q4_1")

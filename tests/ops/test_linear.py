@@ -250,21 +250,37 @@ def test_cublas_refuses_bfloat16_before_sm_80(monkeypatch):
     import cupy
 
     need_cublas(cupy, "cublas")
-    monkeypatch.setattr(cuda, "current_arch", lambda: "compute_75")
+    monkeypatch.setattr(cuda.devices, "current_arch", lambda: "compute_75")
     x = cupy.ones((20, 16), ml_dtypes.bfloat16)
     with pytest.raises(UnsupportedError, match="bfloat16 needs sm_80 or newer"):
         linear.linear(x, x, gemm="cublas")
 
 
 def test_cublas_is_absent_without_cupy(monkeypatch):
-    linear.has_cublas.cache_clear()
+    linear._finds_cublas.cache_clear()
     try:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "cupy", None)
             patch.setitem(sys.modules, "cupy.cuda", None)
             assert linear.has_cublas() is False
     finally:
-        linear.has_cublas.cache_clear()
+        linear._finds_cublas.cache_clear()
+
+
+def test_what_one_cupy_has_says_nothing_of_another(monkeypatch):
+    """The SIMT machine's CuPy has cuBLAS."""
+    from tests.simt import cupy
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    linear._finds_cublas.cache_clear()
+    assert linear.has_cublas() is False
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
+    assert linear.has_cublas() is True
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert linear.has_cublas() is False
+    linear._finds_cublas.cache_clear()
 
 
 def test_errors_name_the_argument(xp, rng):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.ops import page_table
 from tests.helpers import assert_same_bits, to_numpy
@@ -62,3 +63,29 @@ def test_a_table_too_narrow_is_refused_on_the_host():
     lists = [np.array(x, np.int32) for x in ([4, 2, 7], [0, 3], [1])]
     with pytest.raises(CapacityError, match="width is 2, but a request has 3 pages"):
         page_table.from_lists(*lists, page_size=4, width=2)
+
+
+def test_a_prepared_call_follows_the_lists(xp):
+    indices, indptr, last = (
+        xp.asarray(np.array(x, np.int32)) for x in ([4, 2, 7], [0, 1, 3], [1, 3])
+    )
+    call = cuda.prepare(page_table.from_lists, indices, indptr, last, page_size=4, width=3)
+    table, lengths = call.result
+    assert call() is call.result
+    assert to_numpy(table).tolist() == [[4, -1, -1], [2, 7, -1]]
+    assert to_numpy(lengths).tolist() == [1, 7]
+    indptr[1], last[0] = 2, 4
+    call()
+    assert to_numpy(table).tolist() == [[4, 2, -1], [7, -1, -1]]
+    assert to_numpy(lengths).tolist() == [8, 3]
+
+
+def test_a_prepared_call_looks_for_requests_that_do_not_fit():
+    """On the host, as a plain call."""
+    lists = [np.array(x, np.int32) for x in ([4, 2, 7], [0, 1, 3], [1, 3])]
+    with pytest.raises(CapacityError, match="width is 1, but a request has 2 pages"):
+        cuda.prepare(page_table.from_lists, *lists, page_size=4, width=1)
+    call = cuda.prepare(page_table.from_lists, *lists, page_size=4, width=2)
+    lists[1][1] = 0
+    with pytest.raises(CapacityError, match="width is 2, but a request has 3 pages"):
+        call()

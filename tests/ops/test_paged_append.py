@@ -4,10 +4,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pykv
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_append, paged_check, paged_decode
+from pykv.testing import codes, paged
 from tests.helpers import assert_same_bits, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
@@ -107,17 +109,10 @@ class Cache:
         return [None if x is None else x.copy() for x in self.whole]
 
     def write(self, whole, page, offset, k, v):
-        """One token's rows [H, D], as kinds.quantize encodes them."""
-        k_pool, v_pool, k_scales, v_scales = self.views(whole)
-        where = (page, offset) if self.spec.layout == "NHD" else (page, slice(None), offset)
-        sides = ((k, k_pool, k_scales), (v, v_pool, v_scales))
-        for kind, (x, pool, scales) in zip(self.spec.kinds, sides, strict=True):
-            given = None if self.spec.finds_scales else scales
-            dtype = kinds.SCALE_DTYPES[self.spec.scale_dtype]
-            with np.errstate(over="ignore"):
-                pool[where], found = kinds.quantize(x, kind, scale=given, scale_dtype=dtype)
-            if kind.largest and self.spec.finds_scales:
-                scales[where] = found
+        """One token's rows [H, D], encoded by hand."""
+        names = ("k_pool", "v_pool", "k_scales", "v_scales")
+        arrays = dict(zip(names, self.views(whole), strict=True))
+        paged.write(self.spec, arrays, page, offset, k, v)
 
 
 def table(rng, pages_of):
@@ -544,6 +539,46 @@ def test_a_wrong_entry_is_found(xp, monkeypatch, function, name, index, value, e
 
 
 @pytest.mark.parametrize("function", SOUND)
+def test_a_prepared_call_goes_by_what_tables_hold_then(xp, rng, function):
+    """Where rows go, and what a check finds wrong, changes from call to call."""
+    call = getattr(paged_append, function)
+    rows = 2 if function == "append_decode" else 5
+    new = xp.asarray(rng.standard_normal((rows, 1, 8)).astype(np.float32))
+    got, want = (xp.full((2, 4, 4, 1, 8), np.nan, np.float32) for _ in range(2))
+    contents = dict(SOUND[function])
+    if function == "append_indexed":
+        contents["positions"] = [4, 0, 99, 2, 6]  # which may grow twice
+    tables = {key: xp.asarray(np.array(x, np.int32)) for key, x in contents.items()}
+    own = {key: xp.array(table) for key, table in tables.items()}
+    options = {} if function in ("append", "append_indexed") else {"counts": "before"}
+    if function in ("append_decode", "append_indexed"):
+        options["advance"] = True
+    prepared = pykv.prepare(call, new, -new, *got, **tables, **options, check=True)
+    assert bool(xp.isnan(got).all())
+    for key, table in tables.items():
+        assert_same_bits(table, own[key])
+    moved = {"append": "slots", "append_ragged": "last_page_len"}.get(function)
+    for step in range(2):
+        if moved and step:
+            for table in (tables[moved], own[moved]):
+                table[0] = table[0] + 1
+        assert prepared() is prepared.result is None
+        call(new, -new, *want, **own, **options)
+        assert_same_bits(got, want)
+        for key, table in tables.items():
+            assert_same_bits(table, own[key])
+    name = {"append": "slots", "append_indexed": "positions"}.get(function, "indices")
+    tables[name][0] = 99
+    for run in (
+        prepared,
+        lambda: pykv.prepare(call, new, -new, *got, **tables, check=True, **options),
+    ):
+        with pytest.raises(ParameterError, match=rf"paged_append.{function}: {name}\[0\] is 99"):
+            run()
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("function", SOUND)
 def test_padding_passes_the_check(xp, function):
     """Negative slots, pages and requests; requests without pages or without rows."""
     indices, indptr = [2, -1, 0], [0, 1, 1, 2, 3, 3]
@@ -588,8 +623,7 @@ def test_offsets_are_64_bit(xp, rng, kind):
         given = xp.asarray(rows)
         options = dict(k_scales=scales, v_scales=scales, spec=spec)
         paged_append.append(given, given, pool, pool, where, **options)
-        codes, _ = kinds.quantize(rows[0], KINDS[kind])
-        assert_same_bits(pool[slot, 0], codes)
+        assert_same_bits(pool[slot, 0], codes.encode(rows[0], kind)[0])
 
 
 # --- Errors ---

@@ -5,11 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from pykv import kinds
+import pykv
 from pykv.arrays import BFLOAT16
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_convert
+from pykv.testing import codes
+from pykv.testing.paged import SCALE_DTYPES
 from tests.helpers import assert_same_bits, bits, to_numpy, without_simt
 
 FLOAT_NAMES = ("fp32", "fp16", "bf16")
@@ -28,12 +30,9 @@ class Cache:
         for kind in spec.kinds:
             x = magnitude * rng.standard_normal((N, P, H, D)).astype(np.float32)
             given = self.given_scales(rng, kind, H)
-            codes, found = kinds.quantize(
-                x, kind, scale=given, scale_dtype=kinds.SCALE_DTYPES[spec.scale_dtype]
-            )
-            scale = found if given is None else given
-            self.rows.append(kinds.dequantize(codes, kind, scale))
-            self.pools.append(self.place(codes, kind.vector_bytes if strided else 0))
+            stored, scale = codes.encode(x, kind.name, given, SCALE_DTYPES[spec.scale_dtype])
+            self.rows.append(codes.decode(stored, kind.name, scale))
+            self.pools.append(self.place(stored, kind.vector_bytes if strided else 0))
             if not kind.largest:
                 self.scales.append(None)
             elif given is None:
@@ -46,7 +45,7 @@ class Cache:
             return None
         shape = 1 if self.spec.granularity == "tensor" else H
         scale = (1 + rng.random(shape)) * 3 / kind.largest
-        return scale.astype(kinds.SCALE_DTYPES[self.spec.scale_dtype])
+        return scale.astype(SCALE_DTYPES[self.spec.scale_dtype])
 
     def place(self, x, gap):
         """A view like x, NHD, in this layout; between its rows lie `gap` bytes of poison."""
@@ -86,14 +85,12 @@ class Cache:
         if kind.largest and self.spec.granularity != "token":
             scales = to_numpy(self.scales[which])
             given = scales[head % len(scales)]
-        codes, scale = kinds.quantize(
-            x, kind, scale=given, scale_dtype=kinds.SCALE_DTYPES[self.spec.scale_dtype]
-        )
-        self.put(which, page, token, head, codes, None if given is not None else scale)
+        stored, scale = codes.encode(x, kind.name, given, SCALE_DTYPES[self.spec.scale_dtype])
+        self.put(which, page, token, head, stored, None if given is not None else scale)
 
-    def put(self, which, page, token, head, codes, scale=None):
+    def put(self, which, page, token, head, stored, scale=None):
         at = (page, token, head) if self.spec.layout == "NHD" else (page, head, token)
-        self.pools[which][at] = self.xp.asarray(codes)
+        self.pools[which][at] = self.xp.asarray(stored)
         if scale is not None:
             self.scales[which][at] = self.xp.asarray(scale)
 
@@ -151,9 +148,9 @@ def convert_by_loop(source, target, pages, out_pages):
             same = source.spec.kinds[which] == target.spec.kinds[which]
             row_scales = source.spec.finds_scales and target.spec.finds_scales
             if same and (row_scales and source.spec.scale_dtype == target.spec.scale_dtype):
-                codes, scale = source.host(which)
+                stored, scale = source.host(which)
                 scale = None if scale is None else scale[page, token, head]
-                target.put(which, out_page, token, head, codes[page, token, head], scale)
+                target.put(which, out_page, token, head, stored[page, token, head], scale)
             else:
                 target.write(which, out_page, token, head, source.rows[which][page, token, head])
 
@@ -259,15 +256,15 @@ def test_every_code_is_read(xp, kind):
     """All codes, also those that are never written, by scales that overflow, underflow, are 0 or
     NaN; two scales are one of a kind for keys and one for values."""
     kind = KINDS[kind]
-    codes = np.arange(256, dtype=np.uint8).view(kind.dtype).reshape(1, 1, 1, -1)
-    D = codes.shape[-1] * (2 if kind.bits == 4 else 1)
+    row = np.arange(256, dtype=np.uint8).view(kind.dtype).reshape(1, 1, 1, -1)
+    D = row.shape[-1] * (2 if kind.bits == 4 else 1)
     scales = np.array([1.0, 6.1e-5, 65504, 3e-6, 0, np.nan], np.float16)
-    pool = np.repeat(codes, len(scales), 0)
+    pool = np.repeat(row, len(scales), 0)
     spec = KVSpec(kind.name, kind.name)
     given = [xp.asarray(x) for x in (pool, pool, scales[:, None, None], scales[:, None, None])]
     for dtype in (np.float32, np.float16, BFLOAT16):
         with np.errstate(over="ignore", invalid="ignore"):
-            want = kinds.dequantize(pool, kind, scales[:, None, None]).astype(dtype)
+            want = codes.decode(pool, kind.name, scales[:, None, None]).astype(dtype)
         got = paged_convert.gather(
             *given[:2], k_scales=given[2], v_scales=given[3], spec=spec, dtype=dtype
         )
@@ -396,7 +393,7 @@ def test_divisors_divide():
     """The kernel's division, in Python's integers."""
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 5, 7, 24, 127, 128, 129, 1000, 65537, 2**20 - 1, 2**30, 2**31 - 1):
-        by, magic, shift = map(int, paged_convert._divisor(n))
+        by, magic, shift = paged_convert._divisor("page", n).values()
         assert by == n and magic < 2**32
         edges = [0, 1, n - 1, n, n + 1, 2 * n - 1, 2**31 - 1, (2**31 - 1) // n * n - 1]
         for x in [*edges, *rng.integers(0, 2**31, 1000).tolist()]:
@@ -509,3 +506,49 @@ def test_pages_that_do_not_exist(xp, rng):
         arrays = dict(zip(("indices", "indptr", "starts"), tables, strict=True))
         paged_convert.gather_rows(**options, **arrays, k_out=k_out, v_out=k_out)
     assert not bits(k_out).any()
+
+
+def test_a_prepared_call_goes_by_what_pages_hold_then(xp, rng):
+    """Kinds that take a launch for keys and one for values; pages are looked at at each call."""
+    source = Cache(xp, rng, KVSpec("int8", "fp16"), 4, 2, 3, 16)
+    target = Cache(xp, rng, KVSpec("e4m3", "int4", layout="HND"), 5, 2, 3, 16)
+    want, before = twin(target), target.everything()
+    lists = [np.array(x, np.int32) for x in ([3, -1], [4, 0])]
+    pages, out_pages = map(xp.asarray, lists)
+    arrays = dict(zip(("k_out", "v_out"), target.pools, strict=True))
+    arrays |= dict(zip(("k_out_scales", "v_out_scales"), target.scales, strict=True))
+    arrays |= dict(**source.arrays(), pages=pages, out_pages=out_pages)
+    options = dict(spec="int8+fp16", out_spec=str(target.spec), check=True)
+    call = pykv.prepare(paged_convert.convert, **arrays, **options)
+    for got, old in zip(target.everything(), before, strict=True):
+        assert_same_bits(got, old)
+    for skipped in (-1, 2):
+        pages[1] = lists[0][1] = skipped
+        call()
+        convert_by_loop(twin(source), want, *lists)
+        assert_same(target, want)
+    pages[0] = 4
+    message = r"convert: pages\[0\] is 4, expected below 4"
+    for run in (call, lambda: pykv.prepare(paged_convert.convert, **arrays, **options)):
+        with pytest.raises(ParameterError, match=message):
+            run()
+    assert_same(target, want)
+
+
+def test_a_prepared_gather_fills_the_same_arrays(xp, rng):
+    cache = Cache(xp, rng, KVSpec("int8", "int8"), 4, 2, 3, 16)
+    pages = xp.asarray(np.array([2, 0], np.int32))
+    call = pykv.prepare(paged_convert.gather, **cache.arrays(), pages=pages)
+    for first in (2, 1):
+        pages[0] = first
+        assert call() is call.result
+        for x, rows in zip(call.result, cache.rows, strict=True):
+            assert_same_bits(x, rows[[first, 0]].astype(np.float16))
+
+
+@pytest.mark.parametrize("name", ["spec", "out_spec"])
+def test_a_spec_of_another_type(xp, rng, name):
+    cache = Cache(xp, rng, KVSpec(), 4, 2, 3, 16)
+    specs = dict(spec=KVSpec(), out_spec=KVSpec()) | {name: np.float16}
+    with pytest.raises(DtypeError, match=f"convert: {name} is a type, expected a KVSpec"):
+        paged_convert.convert(**cache.arrays(), k_out=None, v_out=None, **specs)

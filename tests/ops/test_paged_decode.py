@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pykv
 from pykv import cuda, kinds
 from pykv.errors import (
     CapacityError,
@@ -16,9 +17,9 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.ops import paged_decode, paged_decode_mma
+from pykv.testing import attention
+from pykv.testing.paged import WILD, filled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
-
-WILD = 2147480000  # page id that faults, or raises, wherever it is used
 
 BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
 CHANGES = (
@@ -36,25 +37,10 @@ CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 
 
 def paged(rng, keys, P, H, D, kv, unseen=None):
-    """Pools that hold `keys[b]` random keys and values of each sequence on permuted pages.
-
-    Every other row is NaN, every other page id wild; so are the first `unseen[b]` keys and the
-    pages that hold nothing else.
-    """
-    kv = np.dtype(getattr(ml_dtypes, kv, kv))
-    unseen = unseen or [0] * len(keys)
-    pages = [-(-n // P) for n in keys]
-    N, M = sum(pages) + 2, max(pages, default=0) + 1
-    order = iter(rng.permutation(N).astype(np.int32))
-    k_pool, v_pool = np.full((2, N, P, H, D), np.nan, kv)
-    table = np.full((len(keys), M), WILD, np.int32)
-    for b, n in enumerate(keys):
-        for s in range(unseen[b], n):
-            if table[b, s // P] == WILD:
-                table[b, s // P] = next(order)
-            k_pool[table[b, s // P], s % P] = rng.standard_normal((H, D))
-            v_pool[table[b, s // P], s % P] = rng.standard_normal((H, D))
-    return k_pool, v_pool, table
+    """Pools of floats and a page table, as pykv.testing.paged fills them."""
+    kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[kv]
+    _, arrays, table = cache(rng, keys, P, H, D, kind, unseen)
+    return arrays["k_pool"], arrays["v_pool"], table
 
 
 def inputs(rng, lengths, G, H, D, P, window, q, kv):
@@ -86,31 +72,11 @@ CODE_CASES = [
 
 
 def cache(rng, keys, P, H, D, spec, unseen=None):
-    """Pools and scales of a spec, by name, and a page table; as `paged` makes them.
-
-    Unseen codes are the largest there are, or NaN, and so are their scales, where rows have them.
-    """
+    """Pools and scales of a spec, by name, and a page table, as pykv.testing.paged fills them."""
     spec = kinds.KVSpec.parse(spec)
-    *pools, table = paged(rng, keys, P, H, D, "float32", unseen)
-    arrays = {}
-    for name, kind, pool in zip("kv", spec.kinds, pools, strict=True):
-        scales = None
-        if kind.largest:
-            dtype = kinds.SCALE_DTYPES[spec.scale_dtype]
-            if spec.granularity == "token":
-                pool, scales = kinds.quantize(pool, kind, scale_dtype=dtype)
-            else:
-                n = H if spec.granularity == "head" else 1
-                scales = (rng.uniform(3, 4, n) / kind.largest).astype(dtype)
-                pool, _ = kinds.quantize(np.where(np.isnan(pool), 1e9, pool), kind, scale=scales)
-        else:
-            pool, _ = kinds.quantize(pool, kind)
-        if spec.layout == "HND":
-            pool = np.ascontiguousarray(pool.swapaxes(1, 2))
-            if scales is not None and scales.ndim == 3:
-                scales = np.ascontiguousarray(scales.swapaxes(1, 2))
-        arrays[f"{name}_pool"], arrays[f"{name}_scales"] = pool, scales
-    return spec, arrays, table
+    arrays = filled(rng, spec, keys, P, H, D, unseen=unseen)
+    del arrays["lengths"]
+    return spec, arrays, arrays.pop("page_table")
 
 
 def call(xp, q, spec, arrays, table, lengths, **options):
@@ -167,22 +133,6 @@ def assert_lse_close(lse, low, exact):
     assert_close_to_oracle(lse[seen], low[seen], exact[seen])
 
 
-def loop(q, k_pool, v_pool, table, length, window, scale):
-    """Attention of one query head row by row, in Python floats: q [D], pools [N, P, D]."""
-    P = k_pool.shape[1]
-    seen = range(max(0, length - window) if window else 0, length)
-    rows = [(int(table[s // P]), s % P) for s in seen]
-    scores = [
-        scale * sum(float(a) * float(b) for a, b in zip(q, k_pool[r], strict=True)) for r in rows
-    ]
-    total = sum(math.exp(s) for s in scores)
-    out = [0.0] * len(q)
-    for s, r in zip(scores, rows, strict=True):
-        for d in range(len(q)):
-            out[d] += math.exp(s) / total * float(v_pool[r][d])
-    return out, math.log(total) if total else -math.inf
-
-
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("P", [1, 3, 4])
 def test_matches_a_plain_loop(xp, rng, P, window):
@@ -192,13 +142,13 @@ def test_matches_a_plain_loop(xp, rng, P, window):
         *map(xp.asarray, args), scale=0.7, window=window, return_lse=True
     )
     out, lse = to_numpy(out), to_numpy(lse)
-    q, k_pool, v_pool, table, _ = args
-    for b, length in enumerate(lengths):
-        for head in range(H * G):
-            h = head // G
-            want = loop(q[b, head], k_pool[:, :, h], v_pool[:, :, h], table[b], length, window, 0.7)
-            np.testing.assert_allclose(out[b, head], want[0], rtol=0, atol=2e-6)  # 16 ulp of 1
-            np.testing.assert_allclose(lse[b, head], want[1], rtol=0, atol=2e-6)
+    q, k_pool, v_pool, table, counts = args
+    where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
+    where |= dict(page_table=table, lengths=counts)
+    options = dict(scale=0.7, window=window)
+    want = attention.decode(q, where, kinds.KVSpec("fp32", "fp32"), np.float64, **options)
+    np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)  # 16 ulp of 1
+    np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -317,35 +267,33 @@ def test_prepared_calls_read_the_arrays_anew(xp, rng, spec, D):
     where = dict(page_table=xp.asarray(table), lengths=xp.asarray(np.array(lengths, np.int32)))
     options = dict(**arrays, **where, spec=spec, fixed_split=64, return_lse=True)
     queries = xp.asarray(q)
-    run = paged_decode.prepare(queries, **options)
+    run = pykv.prepare(paged_decode.decode, queries, **options)
     for new in (q, other):
         queries[...] = xp.asarray(new)
         got, want = run(), paged_decode.decode(queries, **options)
         for x, y in zip(got, want, strict=True):
             assert_same_bits(x, y)
-    assert run()[0] is got[0]
-    with pytest.raises(ParameterError, match="stream is given"):
-        paged_decode.prepare(queries, **options, stream=1)
+    assert run() is got is run.result
 
 
-def loop_of_scores(q, k_pool, table, length, t, T, scale, window, soft_cap, slope, tree, causal):
-    """(score, page, offset) of the keys that query t of T sees, one after another."""
-    P, found = k_pool.shape[1], []
-    for key in range(length):
-        behind = (length - T + t if causal else length - 1) - key
-        if key >= length - T and tree is not None:
-            is_seen = bool(int(tree) >> (key - (length - T)) & 1)
-        else:
-            is_seen = behind >= 0 and (window is None or behind < window)
-        if not is_seen:
-            continue
-        page, offset = int(table[key // P]), key % P
-        score = scale * sum(
-            float(a) * float(b) for a, b in zip(q, k_pool[page, offset], strict=True)
-        )
-        score = score if soft_cap is None else soft_cap * math.tanh(score / soft_cap)
-        found.append((score - slope * behind, page, offset))
-    return found
+def test_a_prepared_call_checks_pages_each_time(xp, rng):
+    """A wrong page is refused where the call is prepared, and where it is made wrong later."""
+    spec, arrays, table = cache(rng, (20, 3), 16, 2, 64, "fp16")
+    arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
+    N = len(arrays["k_pool"])
+    wrong = table.copy()
+    wrong[1, 0] = N
+    options = dict(**arrays, lengths=xp.asarray(np.array([20, 3], np.int32)), check=True)
+    q = xp.asarray(queries_of(rng, (2, 4, 64), "float32"))
+    text = rf"page_table\[1, 0\] is {N}, expected"
+    with pytest.raises(ParameterError, match=text):
+        pykv.prepare(paged_decode.decode, q, page_table=xp.asarray(wrong), **options)
+    page_table = xp.asarray(table)
+    call = pykv.prepare(paged_decode.decode, q, page_table=page_table, **options)
+    call()
+    page_table[1, 0] = N
+    with pytest.raises(ParameterError, match=text):
+        call()
 
 
 @pytest.mark.parametrize("features", FEATURES, ids=str)
@@ -363,27 +311,10 @@ def test_features_match_a_plain_loop(rng, features):
         **arrays,
         **options,
     )
-    many = q.reshape(4, -1, *q.shape[-2:])
-    T, HQ = many.shape[1:3]
-    out, lse = out.reshape(4, T, HQ, -1), lse.reshape(4, T, HQ)
-    slopes, sinks, tree = (options.get(name) for name in ("slopes", "sinks", "tree"))
-    for b, t, head in np.ndindex(4, T, HQ):
-        h = head * arrays["k_pool"].shape[2] // HQ
-        found = loop_of_scores(
-            *(many[b, t, head], arrays["k_pool"][:, :, h], table[b], int(lengths[b]), t, T, 0.7),
-            *(options["window"], options.get("soft_cap")),
-            0.0 if slopes is None else float(slopes[head]),
-            None if tree is None else tree[b, t],
-            options.get("causal", True),
-        )
-        weights = [math.exp(score) for score, *_ in found]
-        total = sum(weights) + (0.0 if sinks is None else math.exp(sinks[head]))
-        want = np.zeros(64)
-        for weight, (_, page, offset) in zip(weights, found, strict=True):
-            want += weight / total * arrays["v_pool"][page, offset, h].astype(np.float64)
-        np.testing.assert_allclose(out[b, t, head], want, rtol=0, atol=1e-12)
-        want_lse = math.log(total) if total else -math.inf
-        np.testing.assert_allclose(lse[b, t, head], want_lse, rtol=0, atol=1e-12)
+    where = dict(**arrays, page_table=table, lengths=lengths)
+    want = attention.decode(q, where, spec, np.float64, scale=0.7, **options)
+    np.testing.assert_allclose(out, want[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lse, want[1], rtol=0, atol=1e-12)
 
 
 def test_logarithms_of_base_2(xp, rng):
@@ -627,10 +558,13 @@ def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T, B):
     """Kinds differ in the blocks that run at once; fewer blocks may cut keys into more ranges."""
     spec, dtype = kinds.KVSpec.parse(text), np.dtype(q)
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
+    monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(cuda, "kernel", lambda *args, **defines: None)
+    monkeypatch.setattr(cuda, "Launch", lambda *args, **options: None)
     monkeypatch.setattr(cuda, "active_clusters", lambda *args: 48)
     sizes = paged_decode_mma.Sizes(B, T, 4 * H, H, 128, 16, 4096)
-    needed = paged_decode_mma.launch(sm, spec, dtype, sizes, 2**31 - 1, 0, 132, None, {}).size
+    _, needed = paged_decode_mma.launch(spec, dtype, sizes, {}, {}, None)
     assert needed <= paged_decode.workspace_size(B, 4 * H, H, 128, 16 * 4096, T=T, device=0)
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import pykv
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KVSpec
@@ -408,6 +409,32 @@ def test_wrong_slots_are_found(xp, slots, text):
     assert not any(bool((pool != 0).any()) for pool in pools)
     paged_qkv.append(qkv, *pools, sound, check=True)
     assert bool((pools[0][0, 3] == 1).all())
+
+
+def test_a_prepared_call_goes_by_what_arrays_hold_then(xp, rng):
+    case = {**BASE, "spec": "int8"}
+    T, H, D, P = (case[x] for x in ("T", "H", "D", "P"))
+    heads, slots, options = inputs(rng, **case)
+    cache = Cache(rng, KVSpec.parse("int8"), T + 3, P, H, D, "two")
+    got, want = on(xp, cache.copy()), on(xp, cache.copy())
+    qkv, slots = on(xp, (heads.reshape(T, -1), slots))
+    given = {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    pools, rest = options_of(cache, got)
+    call = pykv.prepare(paged_qkv.append, qkv, *pools, slots, **given, **rest, check=True)
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)
+    pools, rest = options_of(cache, want)
+    for factor in (1, -2):
+        qkv[...] = qkv * factor
+        given["positions"][...] = given["positions"] * 3
+        slots[0] = 0 if factor == 1 else 4 * (T + 3) - 1
+        assert call() is call.result
+        assert_same_bits(call.result, paged_qkv.append(qkv, *pools, slots, **given, **rest))
+        for x, y in zip(got, want, strict=True):
+            assert_same_bits(x, y)
+    slots[0] = 4 * (T + 3)
+    with pytest.raises(ParameterError, match=r"paged_qkv.append: slots\[0\] is"):
+        call()
 
 
 # --- Errors ---

@@ -1,10 +1,14 @@
 """permute: elements land where the formulas of pykv/layout.py say, and nothing else changes."""
 
+import gc
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import block_memory, cuda
+from pykv.block_memory import Given
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.layout import AXES, NAMES, STACKS, BlockShape, Layout
 from pykv.ops import permute
@@ -101,7 +105,7 @@ def test_arrays_move(xp, rng, case, dst, src):
     of = xp.asarray(shaped(given, src, *sizes))
     if dst.startswith("op") and src.startswith("op"):
         pytest.skip("arrays of neither side tell the sizes of a chunk")
-    permute.prepare(to, dst, of, src)()
+    permute.permute(to, dst, of, src)
     assert_same_bits(to.reshape(want.shape), want)
     assert_same_bits(of.reshape(given.shape), given)
 
@@ -114,7 +118,7 @@ def test_sizes_of_all_kinds_move(xp, rng, case, dst, src):
     given = random_blocks(rng, src, **case)
     want = expected(dst, src, given, *sizes)
     to = xp.asarray(shaped(flat_blocks(dst, **case), dst, *sizes))
-    permute.prepare(to, dst, xp.asarray(shaped(given, src, *sizes)), src)()
+    permute.permute(to, dst, xp.asarray(shaped(given, src, *sizes)), src)
     assert_same_bits(to.reshape(want.shape), want)
 
 
@@ -130,7 +134,7 @@ def test_addresses_move(device, rng, dst, src, dtype, on_device):
     if on_device:
         tables = [device.asarray(t) for t in tables]
     shape = BlockShape(*sizes[1:], dtype.itemsize)
-    permute.prepare(tables[0], dst, tables[1], src, shape)()
+    permute.permute(tables[0], dst, tables[1], src, shape)
     assert_same_bits(to, expected(dst, src, given, *sizes))
 
 
@@ -235,15 +239,13 @@ def test_ranges_leave_the_rest_untouched(device, rng, dst, src, heads, layers):
     sizes, dtype = (2, 4, 3, 2, 3, 8), np.dtype(np.float16)
     given = random_blocks(rng, src, *sizes, dtype)
     to, of = device.asarray(flat_blocks(dst, *sizes, dtype)), device.asarray(given)
-    move = permute.prepare(
+    permute.permute(
         *(addresses(to), dst, addresses(of), src, BlockShape(*sizes[1:], 2)),
         heads=heads,
         layers=layers,
     )
-    move()
     want = expected(dst, src, given, *sizes, heads=heads, layers=layers)
     assert_same_bits(to, want)
-    assert move.num_bytes == (bits(want) != 0xDEDE).sum() * 2 or not move.num_bytes
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -307,9 +309,8 @@ def test_parts_that_do_not_meet_move_nothing(xp):
     of, to = (xp.asarray(poison((1, 2, 1, 1, 4, 8), np.dtype(np.uint8))) for _ in range(2))
     to[...] = 1
     layouts = Layout("universal", heads=(0, 2)), Layout("universal", heads=(2, 4))
-    move = permute.prepare(to, layouts[0], of, layouts[1])
-    move()
-    assert move.num_bytes == 0 and bool((to == 1).all())
+    permute.permute(to, layouts[0], of, layouts[1])
+    assert bool((to == 1).all())
 
 
 @pytest.mark.parametrize("strides", [(40, None), (None, 39), (50, 16), (9, 200)], ids=str)
@@ -370,20 +371,19 @@ def test_misaligned_memory(device, rng, layout, nudge):
     assert_same_bits(to, out)
 
 
-def test_few_blocks_of_threads_take_all_tiles(device, rng):
+@pytest.mark.parametrize("max_ctas, grid", [(None, 12), (99, 12), (5, 5)])
+def test_few_blocks_of_threads_take_all_tiles(device, rng, monkeypatch, max_ctas, grid):
     sizes, dtype = (3, 3, 2, 2, 4, 5), np.dtype(np.float16)
     given = random_blocks(rng, "NHD", *sizes, dtype)
     to, of = device.asarray(flat_blocks("universal", *sizes, dtype)), device.asarray(given)
-    shape = BlockShape(*sizes[1:], 2)
-    tables = addresses(to), "universal", addresses(of), "NHD"
-    assert (
-        permute.prepare(*tables, shape).num_ctas
-        == permute.prepare(*tables, shape, max_ctas=99).num_ctas
-        == 12
+    grids, configure = [], cuda.launch.driver.configure
+    monkeypatch.setattr(
+        *(cuda.launch.driver, "configure"),
+        lambda kernel, grid, *rest: grids.append(grid) or configure(kernel, grid, *rest),
     )
-    move = permute.prepare(*tables, shape, max_ctas=5)
-    assert move.num_ctas == 5
-    move()
+    tables = addresses(to), "universal", addresses(of), "NHD"
+    permute.permute(*tables, BlockShape(*sizes[1:], 2), max_ctas=max_ctas)
+    assert grids == [grid]
     assert_same_bits(to, expected("universal", "NHD", given, *sizes))
 
 
@@ -403,7 +403,8 @@ def test_loops_follow_the_destination_and_melt(dst, src, want):
     shape = BlockShape(H=8, L=80, O=2, P=16, D=128, itemsize=2)
     tables = {name: table_of(1 if name not in STACKS else 160) for name in (dst, src)}
     sides = [
-        permute._address_side("op", name, tables[name], Layout(name), shape) for name in (dst, src)
+        block_memory.side_by_address("op", Given(name, tables[name], Layout(name)), shape)
+        for name in (dst, src)
     ]
     assert permute.nest(*sides, shape) == want
 
@@ -411,10 +412,10 @@ def test_loops_follow_the_destination_and_melt(dst, src, want):
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 641, 2**16 + 1, 2**30 + 1, 2**31 - 1])
 def test_division_by_multiplication(n, rng):
     """The kernel's quotient, upper half of 2 * x * magic, is exact below 2^31."""
-    divisor, magic = (int(x) for x in permute._divisor(n))
+    magic = permute.magic(n)
     xs = {0, 1, 2**31 - 1, *rng.integers(0, 2**31, 100).tolist()}
     xs |= {x for k in rng.integers(0, 2**31 // n, 50).tolist() for x in (k * n, k * n + n - 1)}
-    assert divisor == n and magic < 2**64
+    assert magic < 2**64
     for x in xs:
         assert 2 * x * magic >> 64 == x // n
 
@@ -445,20 +446,53 @@ def test_empty_arrays(xp):
 # --- Prepared moves -------------------------------------------------------------------------------
 
 
-def test_a_prepared_move_runs_again(xp, rng):
+@pytest.mark.parametrize("form", ["arrays", "lists", "tables", "device tables"])
+def test_a_prepared_move_runs_again(xp, rng, form):
+    """Nothing moves before the first call; arrays and tables of the host are those of then."""
     sizes, dtype = (2, 3, 2, 2, 4, 5), np.dtype(np.float32)
     first, second = (random_blocks(rng, "NHD", *sizes, dtype) for _ in range(2))
-    blocks = xp.asarray(shaped(first, "NHD", *sizes).copy())
-    to = xp.asarray(shaped(flat_blocks("universal", *sizes, dtype), "universal", *sizes))
-    move = permute.prepare(to, "universal", blocks, "NHD")
-    assert move.num_bytes == first.nbytes
-    move()
-    want = expected("universal", "NHD", first, *sizes)
-    assert_same_bits(to.reshape(want.shape), want)
-    blocks[...] = xp.asarray(shaped(second, "NHD", *sizes))
-    move()
-    want = expected("universal", "NHD", second, *sizes)
-    assert_same_bits(to.reshape(want.shape), want)
+    blocks = xp.asarray(first.copy())
+    to = xp.asarray(flat_blocks("universal", *sizes, dtype))
+    before = to.copy()
+    sides = [shaped(to, "universal", *sizes), shaped(blocks, "NHD", *sizes)]
+    shape = None
+    if form == "lists":
+        sides = [list(side) for side in sides]
+    elif form != "arrays":
+        if xp is np:
+            pytest.skip("NumPy moves arrays alone")
+        sides, shape = [addresses(to), addresses(blocks)], BlockShape(*sizes[1:], 4)
+        if form == "device tables":
+            sides = [xp.asarray(side) for side in sides]
+    call = cuda.prepare(permute.permute, sides[0], "universal", sides[1], "NHD", shape)
+    assert_same_bits(to, before.get() if xp is not np else before)
+    if form == "lists":
+        arrays = [weakref.ref(x) for side in sides for x in side]
+        sides[0].clear(), sides[1].clear()
+        gc.collect()
+        assert xp is np or all(array() is not None for array in arrays)
+    elif form == "tables":
+        sides[0][:] = sides[1][:] = 0
+    for given in (first, second):
+        blocks[...] = xp.asarray(given)
+        assert call() is call.result is None
+        assert_same_bits(to, expected("universal", "NHD", given, *sizes))
+
+
+def test_device_tables_are_validated_at_each_call(device, rng):
+    sizes, dtype = (2, 3, 2, 2, 4, 5), np.dtype(np.float32)
+    to = device.asarray(flat_blocks("universal", *sizes, dtype))
+    of = device.asarray(random_blocks(rng, "NHD", *sizes, dtype))
+    tables = [device.asarray(addresses(x)) for x in (to, of)]
+    shape = BlockShape(*sizes[1:], dtype.itemsize)
+    sides = tables[0], "universal", tables[1], "NHD"
+    call = cuda.prepare(permute.permute, *sides, shape, validate=True)
+    call()
+    before = to.get()
+    tables[0][...] = device.asarray(np.full(2, addresses(to)[1]))
+    with pytest.raises(ParameterError, match=r"dst\[0\] overlaps dst\[1\], expected disjoint"):
+        call()
+    assert_same_bits(to, before)
 
 
 @pytest.mark.gpu
@@ -471,12 +505,12 @@ def test_moves_are_captured_in_a_graph(rng, prepared):
     of, to = cupy.zeros(given.shape, dtype), cupy.asarray(flat_blocks("universal", *sizes, dtype))
     tables = cupy.asarray(addresses(to)), cupy.asarray(addresses(of))
     shape = BlockShape(*sizes[1:], 2)
-    move = permute.prepare(tables[0], "universal", tables[1], "NHD", shape)
-    move()
+    call = cuda.prepare(permute.permute, tables[0], "universal", tables[1], "NHD", shape)
+    call()
     with cupy.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
         if prepared:
-            move()
+            call()
         else:  # tables of the device need no upload
             permute.universal_from_block(*tables, shape)
         graph = stream.end_capture()
@@ -621,6 +655,9 @@ def test_bad_arrays(xp):
         move(universal, blocks.astype("f4"))
     with pytest.raises(DtypeError, match="dtype complex128, expected elements of 1, 2, 4 or 8"):
         move(universal, blocks.astype("c16"))
+    if xp is np:  # an array of Python objects holds references, which no copy of bits counts
+        with pytest.raises(DtypeError, match="dtype object, expected elements of 1, 2, 4 or 8"):
+            move(universal.astype(object), blocks.astype(object))
     with pytest.raises(ShapeError, match="expected a contiguous last dimension"):
         move(universal[..., ::2], blocks[..., ::2])
     with pytest.raises(ShapeError, match=r"blocks has shape .*, expected \[P H D\]"):
@@ -633,11 +670,11 @@ def test_bad_arrays(xp):
         permute.operational_from_block(xp.zeros((1, 2, 2, 95), "f2"), blocks)
     with pytest.raises(ShapeError, match="dst has no dimensions P and D"):
         joined = xp.zeros((1, 2, 2, 96), "f2")
-        permute.prepare(joined, "operational_NHD", joined, "operational_NHD")
+        permute.permute(joined, "operational_NHD", joined, "operational_NHD")
     with pytest.raises(ParameterError, match="dst_layout is 'NDH', expected NHD or HND or oper"):
-        permute.prepare(universal, "NDH", blocks, "NHD")
+        permute.permute(universal, "NDH", blocks, "NHD")
     with pytest.raises(ParameterError, match="src_layout has head_stride, expected it for NHD"):
-        permute.prepare(blocks, "NHD", universal, Layout("universal", head_stride=8))
+        permute.permute(blocks, "NHD", universal, Layout("universal", head_stride=8))
     with pytest.raises(DtypeError, match="universal has a int, expected .*addresses need a shape"):
         move(4096, blocks)
     with pytest.raises(ShapeError, match=r"expected \[N H L O P D\]; addresses need a shape"):
@@ -658,18 +695,11 @@ def test_host_and_device_do_not_mix(device):
         permute.universal_from_block(universal, blocks)
 
 
-def test_a_move_keeps_to_its_gpu(device, monkeypatch):
-    universal, blocks = (
-        device.zeros((1, 1, 1, 1, 1, 8), "f2"),
-        device.zeros((1, 1, 1, 1, 1, 8), "f2"),
-    )
-    move = permute.prepare(universal, "universal", blocks, "NHD")
+def test_arrays_of_another_gpu_are_refused(device, monkeypatch):
+    shape = (1, 1, 1, 1, 1, 8)
+    universal, blocks = device.zeros(shape, "f2"), device.zeros(shape, "f2")
     here = cuda.current_device()
     monkeypatch.setattr(cuda, "current_device", lambda: here + 1)
-    with pytest.raises(
-        DeviceError, match=f"GPU {here + 1} is the current one, expected GPU {here}"
-    ):
-        move()
     with pytest.raises(DeviceError, match=f"universal is on GPU {here}, expected the current one"):
         permute.universal_from_block(universal, blocks)
 
@@ -685,7 +715,7 @@ def test_bad_memory_is_found_on_request(device, rng):
 
     def move(universal, blocks, **options):
         sides = (universal, "universal", blocks, options.pop("layout", "NHD"))
-        permute.prepare(*sides, shape, validate=True, **options)()
+        permute.permute(*sides, shape, validate=True, **options)
 
     close = universal.copy()
     close[2] = close[1] + 8

@@ -1,7 +1,6 @@
 """prefill: each query sees the keys up to its own position, through its sequence's pages."""
 
 import itertools
-import math
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +10,7 @@ from pykv import kinds
 from pykv.arrays import FLOATS
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_decode, prefill, prefill_mma
+from pykv.testing import attention
 from tests.conftest import array_module
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.ops.test_paged_decode import assert_lse_close, cache, paged
@@ -74,18 +74,6 @@ def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
     return queries, *paged(rng, keys, P, H, D, kv, unseen), np.array(keys, np.int32), starts
 
 
-def loop(q, k, v, scale, soft_cap=None):
-    """Attention of one query over the keys given, in Python floats."""
-    scores = [scale * sum(map(float, q * row)) for row in k.astype(np.float64)]
-    if soft_cap:
-        scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
-    weights = list(map(math.exp, scores))
-    total = sum(weights)
-    pairs = list(zip(weights, v.tolist(), strict=True))
-    out = [sum(w * row[d] for w, row in pairs) / (total or 1) for d in range(len(q))]
-    return out, math.log(total) if total else -math.inf
-
-
 @pytest.mark.parametrize(
     "window, causal, cap",
     [(None, 1, None), (1, 1, None), (3, 1, None), (100, 1, 0.9), (None, 0, None), (None, 0, 2.5)],
@@ -98,20 +86,11 @@ def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
     got = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
     out, lse = map(to_numpy, got)
     q, k_pool, v_pool, table, lengths, starts = args
-    t = 0
-    for b, (num_queries, num_keys) in enumerate(sequences):
-        for i in range(num_queries):
-            last = num_keys - num_queries + i if causal else num_keys - 1
-            first = max(0, last - window + 1) if window else 0
-            rows = [(table[b, s // P], s % P) for s in range(first, last + 1)]
-            pages, entries = np.array(rows, int).reshape(-1, 2).T
-            for head in range(H * G):
-                k, v = (pool[pages, entries, head // G] for pool in (k_pool, v_pool))
-                want = loop(q[t, head], k, v, 0.7, cap)
-                np.testing.assert_allclose(out[t, head], want[0], rtol=0, atol=2e-6)
-                np.testing.assert_allclose(lse[t, head], want[1], rtol=0, atol=2e-6)
-            t += 1
-    assert t == len(out)
+    where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
+    where |= dict(page_table=table, lengths=lengths)
+    want = attention.prefill(q, where, kinds.KVSpec("fp32", "fp32"), starts, np.float64, **options)
+    np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

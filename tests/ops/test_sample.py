@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import sample
 from tests.helpers import assert_same_bits, to_numpy, without_simt
@@ -393,3 +394,29 @@ def test_host_checks_values(options, text):
     good = {**OFF, "steps": 0}[name]
     with pytest.raises(ParameterError, match=text):
         draw(np, np.zeros((3, 4)), **{name: [good, value, good]})
+
+
+def test_prepared_draws_follow_logits_and_steps(xp, rng):
+    logits = rng.standard_normal((3, 50)).astype(np.float32)
+    columns = {name: np.full(3, OFF.get(name, 7), dtype) for name, dtype in DTYPES.items()}
+    given = {name: xp.asarray(x) for name, x in dict(logits=logits, **columns).items()}
+    draw = cuda.prepare(sample.sample, **given)
+    best = cuda.prepare(sample.argmax, given["logits"])
+    for step in (7, 8):
+        given["steps"][...] = step
+        given["logits"][...] = xp.asarray(logits * (step - 5))
+        assert draw() is draw.result and best() is best.result
+        want = sample.sample(**{name: to_numpy(x) for name, x in given.items()})
+        assert_same_bits(draw.result, want)
+        assert_same_bits(best.result, logits.argmax(1).astype(np.int32))
+
+
+def test_a_prepared_draw_looks_at_its_parameters():
+    """On the host, as a plain call."""
+    columns = {name: np.full(3, OFF.get(name, 7), dtype) for name, dtype in DTYPES.items()}
+    logits = np.zeros((3, 50), np.float32)
+    draw = cuda.prepare(sample.sample, logits, **columns)
+    columns["top_k"][1] = -1
+    for call in (draw, lambda: cuda.prepare(sample.sample, logits, **columns)):
+        with pytest.raises(ParameterError, match=r"top_k\[1\] is -1, expected at least 0"):
+            call()

@@ -12,7 +12,13 @@ def kernel_folder(monkeypatch, tmp_path):
     """A folder of the headers alone, from which pykv takes its kernels during a test."""
     for header in cuda.KERNELS.glob("*.cuh"):
         shutil.copy(header, tmp_path)
-    monkeypatch.setattr(cuda, "KERNELS", tmp_path)
-    cuda.source.cache_clear()
-    yield tmp_path
-    cuda.source.cache_clear()
+    monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
+    yield from _with_other_kernels(tmp_path)
+
+
+def _with_other_kernels(folder):
+    for cached in (cuda.source, cuda.signature):
+        cached.cache_clear()
+    yield folder
+    for cached in (cuda.source, cuda.signature):
+        cached.cache_clear()

@@ -190,6 +190,24 @@ def enqueue(work, *args, **options):
         Stream.captured.append(partial(work, *args, **options))
 
 
+class Device:
+    """A GPU, which a context makes the current one; all arrays are on DEVICE."""
+
+    current = DEVICE
+    attributes = {"MultiProcessorCount": NUM_SMS}
+
+    def __init__(self, ordinal=DEVICE):
+        self.ordinals = [ordinal]
+
+    def __enter__(self):
+        self.ordinals.append(Device.current)
+        Device.current = self.ordinals[0]
+        return self
+
+    def __exit__(self, *error):
+        Device.current = self.ordinals.pop()
+
+
 class Stream:
     """As much of a stream as capturing into a graph needs."""
 
@@ -239,14 +257,16 @@ cuda = SimpleNamespace(
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
-    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    get_current_stream=lambda: SimpleNamespace(
+        ptr=int(Stream.captured is not None), synchronize=lambda: None
+    ),
     Event=Event,
     Stream=Stream,
     MemoryPool=lambda: SimpleNamespace(malloc=None),  # memory is never given to somebody else here
     using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(
-        getDevice=lambda: DEVICE,
+        getDevice=lambda: Device.current,
         getDeviceCount=lambda: 1,
         pointerGetAttributes=_attributes,
         memoryTypeUnregistered=0,
@@ -258,5 +278,5 @@ cuda = SimpleNamespace(
         eventQuery=lambda event: 0,
         CUDARuntimeError=CUDARuntimeError,
     ),
-    Device=lambda ordinal=DEVICE: SimpleNamespace(attributes={"MultiProcessorCount": NUM_SMS}),
+    Device=Device,
 )

@@ -1,7 +1,8 @@
 """Runs kernels_cu on the CPU: builds a kernel file with g++ and launches it on the SIMT machine.
 
-`kernel` and `launch` take the place of those of pykv.cuda. Compiled files are kept in the cache
-folder under a hash of all that went into them. machine.cpp says what a kernel is held to.
+`load`, `configure`, `bind` and `active_clusters` are those of pykv.cuda.driver, for which this
+module stands in. Compiled files are kept in the cache folder under a hash of all that went into
+them. machine.cpp says what a kernel is held to.
 
 PYKV_SIMT_SEED sets the order of blocks, warps and lanes; PYKV_ARCH the SM whose limits hold and
 which __CUDA_ARCH__ names.
@@ -14,7 +15,7 @@ import re
 import shutil
 import subprocess
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import ml_dtypes
@@ -255,24 +256,44 @@ class Kernel:
 _kernel = cache(Kernel)
 
 
-def kernel(stem, name, **defines):
-    """As pykv.cuda.kernel."""
-    macros = tuple((key, str(value)) for key, value in sorted(defines.items()))
-    return _kernel(name, stem, cuda.source(stem), ARCH, macros)
+def load(arch, stem, name, **defines):
+    """As pykv.cuda.driver.load."""
+    macros = tuple(
+        (key, str(value)) for key, value in sorted(cuda.compiler.macros(defines).items())
+    )
+    return _kernel(name, stem, cuda.source(stem), arch.replace("compute_", "sm_"), macros)
 
 
-def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0, cluster=None):
-    """As pykv.cuda.launch, with arrays of tests/simt/cupy.py. Has run when it returns.
+def configure(kernel, grid, block, shared_bytes, cluster):
+    """As pykv.cuda.driver.configure.
 
     Raises:
-        SimtError: the arguments, the sizes or the kernel itself are at fault.
+        SimtError: no kernel, or not this one, can be launched with such sizes.
     """
     grid, block = _three_sizes(grid), _three_sizes(block)
     _check_sizes(kernel, grid, block, shared_bytes)
     if cluster is not None:
         cluster = _three_sizes(cluster)
         _check_cluster(kernel, grid, block, cluster)
-    args += scalars
+    return grid, block, shared_bytes, cluster or (1, 1, 1)
+
+
+def bind(kernel, config, arrays, scalars):
+    """As pykv.cuda.driver.bind, with arrays of tests/simt/cupy.py."""
+    return partial(cupy.enqueue, _run, kernel, config, *arrays, *scalars)
+
+
+def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None):
+    """Run a kernel that `load` returned, whatever its parameters are.
+
+    Raises:
+        SimtError: the sizes, the arguments or the kernel itself are at fault.
+    """
+    _run(kernel, configure(kernel, grid, block, shared_bytes, cluster), *args)
+
+
+def _run(kernel, config, *args):
+    grid, block, shared_bytes, cluster = config
     if len(args) != len(kernel.parameters):
         raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
     values, arrays = [], []
@@ -297,7 +318,7 @@ def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0, cluster=None)
     pointers = ffi.new("void*[]", [ffi.cast("void*", value.ctypes.data) for value in values])
     table = ffi.new("struct Array[]", len(regions))
     state.values, state.arrays, state.num_arrays = pointers, table, len(regions)
-    state.grid, state.block, state.cluster = grid, block, cluster or (1, 1, 1)
+    state.grid, state.block, state.cluster = grid, block, cluster
     state.dynamic_shared = ffi.cast("char*", start)
     state.seed = int(os.environ.get("PYKV_SIMT_SEED", "0"))
     for to, name, (_, begin, end, writable, shared) in zip(table, names, regions, strict=True):
@@ -313,7 +334,7 @@ def launch(kernel, grid, block, *args, scalars=(), shared_bytes=0, cluster=None)
 
 
 def active_clusters(kernel, block, cluster, shared_bytes):
-    """As pykv.cuda.active_clusters: two blocks an SM."""
+    """As pykv.cuda.driver.active_clusters: two blocks an SM."""
     return 2 * cupy.NUM_SMS // math.prod(cluster)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, launch, to_numpy
 
 U32 = np.uint32
 LANES = np.arange(64) % 32
@@ -19,12 +19,12 @@ def run(device, kernel_folder):
     shutil.copy(Path(__file__).parent / "kernels" / "builtins.cu", kernel_folder)
     cuda.source.cache_clear()
 
-    def launch(name, out, given, grid=1, **options):
+    def run_kernel(name, out, given, grid=1, **options):
         arrays = [device.asarray(x) for x in (out, given)]
-        cuda.launch(cuda.kernel("builtins", name), grid, 64, *arrays, **options)
+        launch(cuda.kernel("builtins", name), grid, 64, *arrays, **options)
         return to_numpy(arrays[0])
 
-    return launch
+    return run_kernel
 
 
 def numbers(rng):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
-from tests.helpers import to_numpy
+from tests.helpers import launch, to_numpy
 from tests.simt import machine
 
 
@@ -20,12 +20,12 @@ def run(device, kernel_folder, monkeypatch):
     if cuda.current_sm() < 90:
         pytest.skip(f"sm_90 is the first with clusters, this is {cuda.current_arch()}")
 
-    def launch(name, out, *given, grid, **options):
+    def run_kernel(name, out, *given, grid, **options):
         arrays = [device.asarray(x) if isinstance(x, np.ndarray) else x for x in (out, *given)]
-        cuda.launch(cuda.kernel("clusters", name), grid, 64, *arrays, **options)
+        launch(cuda.kernel("clusters", name), grid, 64, *arrays, **options)
         return to_numpy(arrays[0])
 
-    return launch
+    return run_kernel
 
 
 def in_three(sizes):

@@ -522,7 +522,7 @@ FAULTS = {
 def add_kernel(folder, text, name="faulty"):
     (folder / f"{name}.cu").write_text(f'#include "ptx.cuh"\n{text}\n')
     cuda.source.cache_clear()
-    return machine.kernel(name, name)
+    return machine.load(machine.ARCH, name, name)
 
 
 def run(folder, body, case):
@@ -747,7 +747,7 @@ def test_every_kernel_runs(device):
     machine.launched.clear()
     wrong = [
         (op, row)
-        for op, family in verify.FAMILIES.items()
+        for op, family in verify.families().items()
         for row in family(np.random.default_rng(0), device)
         if not row[1] <= row[2]
     ]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda, kinds
-from tests.helpers import assert_same_bits, bits, to_numpy
+from tests.helpers import assert_same_bits, bits, launch, to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
 
@@ -46,10 +46,10 @@ class Probe:
     def run(self, name, out, *inputs, n=None, block=128, kind="f16", codes="i8"):
         """`out` as the kernel leaves it; over n items, or by one block."""
         arrays = [self.device.asarray(x) for x in (out, *inputs)]
-        sizes = [] if n is None else [np.int32(n)]
+        sizes = [] if n is None else [n]
         grid = 1 if n is None else -(-n // block)
         kernel = cuda.kernel("ptx", name, SM=self.sm, KIND=kind, CODES=codes)
-        cuda.launch(kernel, grid, block, *arrays, *sizes)
+        launch(kernel, grid, block, *arrays, *sizes)
         return to_numpy(arrays[0])
 
     def widen(self, codes, kind="f16", name="widen"):
@@ -384,7 +384,7 @@ def test_floats_split(probe, rng, kind):
     x = rng.standard_normal((2048, 2)).astype(np.float32)
     halves, rest = probe.device.zeros(2048, np.uint32), probe.device.zeros((2048, 2), np.float32)
     kernel = cuda.kernel("ptx", "split_floats", SM=probe.sm, KIND=kind, CODES="i8")
-    cuda.launch(kernel, 16, 128, halves, rest, probe.device.asarray(x), np.int32(2048))
+    launch(kernel, 16, 128, halves, rest, probe.device.asarray(x), 2048)
     want = x.astype(KINDS[kind])
     assert_same_bits(bits(to_numpy(halves)).view(np.uint16), bits(want).ravel())
     assert_same_bits(rest, x - want.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Caches of benchmarks: any bits that are numbers, made on the device."""
+"""Caches of every kind for benchmarks: any bits that are numbers, made on the device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pykv import kinds
-from pykv.bench import memory
 from pykv.kinds import SCALE_DTYPES, Kind, KVSpec
 from pykv.pages import Pages
+from pykv.testing import codes
+from pykv.testing.compare import host as host
 
 # Keeps floats, fp8 codes and scales below 2, so that none is infinite or NaN.
 _MASKS = {4: 0x3FFFFFFF, 2: 0x3FFF3FFF, 1: 0x3F3F3F3F}
@@ -58,24 +58,22 @@ def layer(pages: Pages, which: int = 0) -> dict[str, Any]:
 def values(xp: Any, seed: int, shape: tuple[int, ...], dtype: Any) -> list[Any]:
     """Keys and values between -1 and 1, of any dtype of floats."""
     count = int(np.prod(shape))
-    words = memory.words(xp, 4 * count, seed)
-    words ^= words >> np.uint32(15)
-    halves = words.view(np.int16).reshape(2, *shape)
+    halves = _words(xp, count, seed).view(np.int16).reshape(2, *shape)
     return [(x.astype(np.float32) * np.float32(2**-15)).astype(dtype) for x in halves]
 
 
 def means(pages: Pages, which: int, ids: Any) -> Any:
     """What keys (0) or values (1) of pages of the first layer mean, by the definition: [n, P, H, D]
     float32 on the host."""
-    codes, scales = _first_layer(pages, which, ids)
-    return kinds.dequantize(codes, pages.spec.kinds[which], scales)
+    elements, scales = _first_layer(pages, which, ids)
+    return codes.decode(elements, pages.spec.kinds[which].name, scales)
 
 
 def holds(pages: Pages, which: int, ids: Any, x: Any, offsets: Any = slice(None)) -> bool:
     """Whether keys (0) or values (1) of the first layer hold `x`, in pages ids[i], or at their
     tokens offsets[i], as the definition encodes it with scales of rows."""
     kind, dtype = pages.spec.kinds[which], SCALE_DTYPES[pages.spec.scale_dtype]
-    want = kinds.quantize(host(x), kind, scale_dtype=dtype)
+    want = codes.encode(host(x), kind.name, scale_dtype=dtype)
     for got, rows in zip(_first_layer(pages, which, ids), want, strict=True):
         if rows is not None:
             at = np.arange(len(ids)) if isinstance(offsets, np.ndarray) else slice(None)
@@ -85,19 +83,19 @@ def holds(pages: Pages, which: int, ids: Any, x: Any, offsets: Any = slice(None)
 
 
 def _first_layer(pages: Pages, which: int, ids: Any) -> tuple[Any, Any]:
-    """Codes [n, P, H, W] of pages, and scales that broadcast to [n, P, H], or None."""
+    """Elements [n, P, H, W] of pages, and scales that broadcast to [n, P, H], or None."""
     spec, name = pages.spec, "kv"[which]
     pool, scales = getattr(pages, name)[0], getattr(pages, f"{name}_scales")
-    codes = host(pool[_like(pool, ids)])
+    elements = host(pool[_like(pool, ids)])
     if scales is not None:
         by_row = spec.granularity == "token"
         scales = scales[0]
         scales = host(scales[_like(scales, ids)] if by_row else scales)
     if spec.layout == "HND":
-        codes = codes.swapaxes(1, 2)
+        elements = elements.swapaxes(1, 2)
         if scales is not None and scales.ndim == 3:
             scales = scales.swapaxes(1, 2)
-    return codes, scales
+    return elements, scales
 
 
 def pages_of(x: Any, ids: Any) -> Any:
@@ -116,10 +114,6 @@ def _like(array: Any, ids: Any) -> Any:
     return cupy.asarray(ids)
 
 
-def host(x: Any) -> Any:
-    return x.get() if hasattr(x, "get") else x
-
-
 def row_bytes(spec: KVSpec, kind: Kind, D: int) -> int:
     """Of a row and the scale that it has of its own."""
     own = kind.largest and spec.granularity == "token"
@@ -128,8 +122,16 @@ def row_bytes(spec: KVSpec, kind: Kind, D: int) -> int:
 
 def _numbers(xp: Any, shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
     count = int(np.prod(shape))
-    words = memory.words(xp, -(-count * dtype.itemsize // 4) * 4, seed)
-    words ^= words >> np.uint32(15)  # or the lowest bytes would hardly change
+    words = _words(xp, -(-count * dtype.itemsize // 4), seed)
     if dtype != np.int8:
         words &= np.uint32(_MASKS[dtype.itemsize])
     return words.view(dtype)[:count].reshape(shape)
+
+
+def _words(xp: Any, count: int, seed: int) -> Any:
+    """[count] uint32 on the device, all different."""
+    words = xp.arange(count, dtype=np.uint32)
+    words *= np.uint32(2654435761)  # odd, so that no two products are equal
+    words += np.uint32(seed)
+    words ^= words >> np.uint32(15)  # or the lowest bytes would hardly change
+    return words

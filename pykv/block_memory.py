@@ -1,0 +1,339 @@
+"""Where the blocks of a permute lie: arrays or tables of addresses, held against their layouts.
+
+Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users may give.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.layout import AXES, BlockShape, Layout, strides
+from pykv.ops.block_copy import ADDRESSES
+
+ITEMSIZES = (1, 2, 4, 8)
+
+Range = tuple[int, int] | None
+
+
+class Given(NamedTuple):
+    """What a caller gives for a side."""
+
+    name: str  # for errors
+    memory: Any  # arrays or a table of addresses
+    layout: Layout
+
+
+class Side(NamedTuple):
+    """Source or destination: `entries` allocations of each of N blocks, and bytes between their
+    parts. Exactly one of `table` and `chunks` is there, unless there is nothing to move."""
+
+    name: str
+    N: int
+    entries: int
+    table: Any  # [N * entries] uint64, on the host or a GPU
+    chunks: list[Any]  # N * entries views [H, P, D] of the host
+    heads: tuple[int, int]  # that are stored
+    layers: tuple[int, int]
+    head_stride: int
+    token_stride: int
+    chunk_stride: int  # 0 where each chunk has an entry
+    arrays: list[Any]  # that were given, which a table does not keep alive
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+
+def sides_by_address(
+    op: str, dst: Given, src: Given, shape: BlockShape, num_blocks: int | None
+) -> tuple[BlockShape, Side, Side]:
+    """The sizes of a whole block, and the sides that two tables make.
+
+    Raises:
+        ParameterError, ShapeError, DtypeError, DeviceError: as permute.permute.
+    """
+    if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
+        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a BlockShape")
+    shape = BlockShape(*map(int, shape))
+    if min(shape) < 0:
+        raise ParameterError(f"{op}: shape is {shape}, expected sizes of at least 0")
+    if shape.itemsize not in ITEMSIZES:
+        raise ParameterError(f"{op}: itemsize is {shape.itemsize}, expected 1, 2, 4 or 8")
+    sides = [side_by_address(op, side, shape) for side in (dst, src)]
+    empty = num_blocks == 0 or 0 in shape
+    for side in sides:
+        if side.table is None and not empty and (num_blocks or sides[0].N or sides[1].N):
+            raise ParameterError(f"{op}: {side.name} is None, expected a table of addresses")
+    if all(side.table is None for side in sides) and not empty:
+        raise ParameterError(f"{op}: {sides[0].name} is None, expected a table of addresses")
+    N = num_blocks if num_blocks is not None else max(side.N for side in sides)
+    for side in sides:
+        if side.table is not None and not empty and side.table.size != N * side.entries:
+            raise ShapeError(
+                f"{op}: {side.name} has {side.table.size} addresses, expected {N * side.entries} "
+                f"({N} blocks of {side.entries})"
+            )
+    to, from_ = (side._replace(N=0 if empty else N) for side in sides)
+    return shape, to, from_
+
+
+def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
+    """The side that a table makes; N as far as it tells."""
+    name, table, layout = given
+    heads, layers = layout.heads or (0, shape.H), layout.layers or (0, shape.L)
+    check_range(op, f"heads of {name}", heads, (0, shape.H), "")
+    check_range(op, f"layers of {name}", layers, (0, shape.L), "")
+    stored = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
+    entries = stored.L * stored.O if layout.is_stack else 1
+    N = 0
+    if table is not None:
+        _check_table(op, name, table)
+        table = table.view(np.uint64)
+        N = -(-table.size // entries) if entries else 0
+    step = strides(layout, stored)
+    loops = [(step.head, stored.H), (step.token, stored.P)]
+    extent = stored.D * stored.itemsize
+    for stride, n in sorted(loop for loop in loops if loop[1] > 1):
+        if stride < extent and 0 not in stored:
+            raise ParameterError(
+                f"{op}: {name} has strides of {step.token // stored.itemsize} between tokens and "
+                f"{step.head // stored.itemsize} between heads, which overlap"
+            )
+        extent += (n - 1) * stride
+    return Side(
+        name=name,
+        N=N,
+        entries=entries,
+        table=table,
+        chunks=[],
+        heads=heads,
+        layers=layers,
+        head_stride=step.head,
+        token_stride=step.token,
+        chunk_stride=step.chunk,
+        arrays=[],
+    )
+
+
+def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: str) -> None:
+    """Check that (first, end) is part of what is stored."""
+    first, end = given
+    if not stored[0] <= first <= end <= stored[1]:
+        raise ParameterError(
+            f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
+        )
+
+
+def _check_table(op: str, name: str, table: Any) -> None:
+    cupy = sys.modules.get("cupy")
+    on_gpu = cupy is not None and isinstance(table, cupy.ndarray)
+    if not on_gpu and not isinstance(table, np.ndarray):
+        raise DtypeError(
+            f"{op}: {name} is a {type(table).__name__}, expected an array of addresses"
+        )
+    if table.dtype not in ADDRESSES:
+        raise DtypeError(
+            f"{op}: {name} has dtype {table.dtype}, expected uint64 or int64 addresses"
+        )
+    if table.ndim != 1 or not table.flags.c_contiguous:
+        raise ShapeError(
+            f"{op}: {name} has shape {table.shape}, expected a contiguous table [addresses]"
+        )
+    if on_gpu:
+        _check_device(op, name, table)
+    elif not table.all():
+        raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
+
+
+def _check_device(op: str, name: str, array: Any) -> None:
+    if array.data.device_id != cuda.current_device():
+        raise DeviceError(
+            f"{op}: {name} is on GPU {array.data.device_id}, expected the current one, "
+            f"GPU {cuda.current_device()}"
+        )
+
+
+# --- Arrays ---------------------------------------------------------------------------------------
+
+
+def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, Side]:
+    """The sizes of a whole block, and the sides that arrays make.
+
+    Raises:
+        ParameterError, ShapeError, DtypeError, DeviceError: as permute.permute.
+    """
+    found = [_find_arrays(op, *side) for side in (dst, src)]
+    # Operational arrays and lists of chunks do not tell all sizes; those of the other side do.
+    known: dict[str, int] = {}
+    for arrays in found:
+        for axes, x in arrays[:1]:
+            known = dict(zip(axes, x.shape, strict=True)) | known
+    known.setdefault("O", 1)
+    sides = [
+        _array_side(op, side, arrays, known) for side, arrays in zip((dst, src), found, strict=True)
+    ]
+    (to, to_sizes), (from_, from_sizes) = sides
+    for letter in "NOPD":
+        if to_sizes[letter] != from_sizes[letter]:
+            raise ShapeError(
+                f"{op}: {to.name} has {letter}={to_sizes[letter]}, expected "
+                f"{letter}={from_sizes[letter]} like {from_.name}"
+            )
+    if to.N and to_sizes["itemsize"] != from_sizes["itemsize"]:
+        raise DtypeError(
+            f"{op}: {to.name} has elements of {to_sizes['itemsize']} bytes, expected "
+            f"{from_sizes['itemsize']} like {from_.name}"
+        )
+    if to.N and (to.table is None) != (from_.table is None):
+        places = ("a GPU", "the host")
+        raise DeviceError(
+            f"{op}: {to.name} is on {places[to.table is None]}, expected "
+            f"{places[from_.table is None]} like {from_.name}"
+        )
+    return BlockShape(**{field: to_sizes[field] for field in BlockShape._fields}), to, from_
+
+
+def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[str, Any]]:
+    """Every array of a side with the letters of its dimensions, in the order of blocks."""
+    axes = AXES[layout.name]
+    if not isinstance(memory, (list, tuple)):
+        found = [(axes, memory)]
+    else:
+        found = []
+        for block in memory:
+            if layout.is_stack and isinstance(block, (list, tuple)):
+                found += [(axes[3:], chunk) for chunk in block]
+            else:
+                found.append((axes[1:], block))
+    cupy = sys.modules.get("cupy")
+    for axes, x in found:
+        if not isinstance(x, np.ndarray) and (cupy is None or not isinstance(x, cupy.ndarray)):
+            raise DtypeError(
+                f"{op}: {name} has a {type(x).__name__}, expected NumPy or CuPy arrays, or lists "
+                "of them; addresses need a shape"
+            )
+        if x.ndim != len(axes):
+            hint = "; addresses need a shape" if x.dtype == np.uint64 and x.ndim == 1 else ""
+            raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{' '.join(axes)}]{hint}")
+        if x.dtype.itemsize not in ITEMSIZES or x.dtype.hasobject:
+            raise DtypeError(
+                f"{op}: {name} has dtype {x.dtype}, expected elements of 1, 2, 4 or 8 bytes"
+            )
+        if x.size and x.shape[-1] > 1 and x.strides[-1] != x.itemsize:
+            raise ShapeError(
+                f"{op}: {name} has strides {x.strides} for shape {x.shape}, expected a contiguous "
+                "last dimension"
+            )
+    return found
+
+
+def _array_side(
+    op: str, given: Given, arrays: list[tuple[str, Any]], known: dict[str, int]
+) -> tuple[Side, dict[str, int]]:
+    """A side made of arrays, and its sizes; those that it does not show are as `known`."""
+    name, memory, layout = given
+    if layout.token_stride is not None or layout.head_stride is not None:
+        raise ParameterError(f"{op}: {name} has strides of its own, expected none in its Layout")
+    N = len(memory)
+    facts = []
+    for axes, x in arrays:
+        if "I" in axes:
+            x, axes = _split(op, name, x, axes, layout.name, known)
+        lead = "".join(letter for letter in "NLO" if letter in axes)
+        view = x.transpose(*(axes.index(letter) for letter in f"{lead}HPD"))
+        steps = [step if n > 1 else 0 for n, step in zip(view.shape, view.strides, strict=True)]
+        facts.append((view, lead, (view.shape[len(lead) :], steps[-3:], x.itemsize, type(x))))
+    if not facts:
+        empty = dict.fromkeys("HLOPD", 0) | known | {"N": N, "itemsize": 1}
+        return Side(name, N, 0, None, [], (0, 0), (0, 0), 0, 0, 0, []), empty
+    view, lead, first = facts[0]
+    for other, _, fact in facts:
+        if fact != first or other.shape != view.shape:
+            raise ShapeError(
+                f"{op}: {name} has arrays of shapes {view.shape} and {other.shape}, expected one "
+                "shape, element size, kind of strides and device"
+            )
+    (H, P, D), (head_stride, token_stride, _), itemsize, _ = first
+    O = view.shape[-4] if lead else known["O"]
+    entries = int(np.prod(view.shape[len(lead) - 2 : -3])) if lead else len(arrays) // N
+    L = view.shape[-5] if lead else entries // O if O else 0
+    if not lead and (entries * N != len(arrays) or entries != L * O):
+        raise ShapeError(f"{op}: {name} has {len(arrays)} chunks, expected N={N} lists of L * O")
+    held = dict(heads=layout.heads or (0, H), layers=layout.layers or (0, L))
+    for kind, size in (("heads", H), ("layers", L)):
+        if held[kind][1] - held[kind][0] != size:
+            raise ShapeError(
+                f"{op}: {name} has {size} {kind}, expected those of its Layout, {held[kind]}"
+            )
+    table, chunks = None, []
+    if isinstance(view, np.ndarray):
+        chunks = [x[i] for x, lead, _ in facts for i in np.ndindex(x.shape[: len(lead)])]
+    else:
+        for x, *_ in facts:
+            _check_device(op, name, x)
+        table = np.concatenate([_addresses(x, len(lead)) for x, lead, _ in facts])
+    sizes = dict(N=N, H=H, L=L, O=O, P=P, D=D, itemsize=itemsize)
+    return (
+        Side(
+            name,
+            N,
+            entries,
+            table,
+            chunks,
+            **held,
+            head_stride=head_stride,
+            token_stride=token_stride,
+            chunk_stride=0,
+            arrays=[x for _, x in arrays],
+        ),
+        sizes,
+    )
+
+
+def _split(
+    op: str, name: str, x: Any, axes: str, layout: str, known: dict[str, int]
+) -> tuple[Any, str]:
+    """An operational array with the dimensions of its chunks."""
+    order = AXES[layout.removeprefix("operational_")][3:]
+    I = x.shape[-1]
+    if not {"P", "D"} <= set(known):
+        raise ShapeError(f"{op}: {name} has no dimensions P and D, expected them of the other side")
+    P, D = known["P"], known["D"]
+    H = I // (P * D) if P * D else 0
+    if I != H * P * D:
+        raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of P * D = {P} * {D}")
+    sizes = dict(H=H, P=P, D=D)
+    return x.reshape(*x.shape[:-1], *(sizes[n] for n in order)), axes.replace("I", order)
+
+
+def entry_bytes(side: Side, moved: BlockShape) -> int:
+    """Bytes of an allocation; 0 for a strided chunk, whose gaps others may fill."""
+    H, L = (end - first for first, end in (side.heads, side.layers))
+    run = moved.D * moved.itemsize
+    chunk = H * moved.P * run
+    if side.chunk_stride:
+        return L * moved.O * chunk
+    extent = run + (H - 1) * side.head_stride + (moved.P - 1) * side.token_stride
+    return chunk if extent == chunk else 0
+
+
+def _addresses(x: Any, lead: int) -> Any:
+    """[chunks] uint64, of a GPU array with `lead` dimensions before those of a chunk."""
+    table = np.array(x.data.ptr, np.int64)
+    for n, step in zip(x.shape[:lead], x.strides[:lead], strict=True):
+        table = np.add.outer(table, np.arange(n) * step)
+    return table.reshape(-1).astype(np.uint64)
+
+
+def host_chunks(side: Side, moved: BlockShape, head: int, layer: int) -> Iterator[Any]:
+    """What moves of each chunk, [H, P, D]."""
+    first = (layer - side.layers[0]) * moved.O
+    head -= side.heads[0]
+    for n in range(side.N):
+        for c in range(first, first + moved.L * moved.O):
+            yield side.chunks[n * side.entries + c][head : head + moved.H]

@@ -1,0 +1,319 @@
+"""The ways of copying that pykv.transfer has, and which of them is the fastest.
+
+They run on CuPy's current stream. Each takes an op's name for errors, [C] uint64 NumPy tables of
+sources and destinations, which are checked, and bytes: an integer, or [C] int64.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from pykv import calibration, cuda
+from pykv.calibration import DIRECTIONS, Table
+from pykv.errors import CudaError, DeviceError
+from pykv.ops import block_copy
+
+# Answers that mean "not this way", by cudaError_t: invalid value, which the legacy default stream
+# gets too; a driver older than the call; not supported.
+_REFUSALS = {
+    1: "cudaErrorInvalidValue",
+    36: "cudaErrorCallRequiresNewerDriver",
+    801: "cudaErrorNotSupported",
+}
+_ANY_DIRECTION = 4  # cudaMemcpyDefault: the addresses say where they lie
+_LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy is 1
+
+
+def is_available() -> bool:
+    """Whether there is a driver and a GPU."""
+    try:
+        return cuda.array_module("auto") is not np
+    except DeviceError:
+        return False
+
+
+@cache
+def is_memcpy_batch_available() -> bool:
+    """Whether driver and bindings have the batch call, found out by copying a byte."""
+    if not is_available():
+        return False
+    import cupy
+
+    memory, stream = cupy.zeros(2, np.uint8), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    status = _batch([memory.data.ptr], [memory.data.ptr + 1], [1], stream.ptr)
+    stream.synchronize()
+    return status == 0
+
+
+def current_handle() -> int:
+    """Of CuPy's current stream."""
+    import cupy
+
+    return int(cupy.cuda.get_current_stream().ptr)
+
+
+# --- Three ways -----------------------------------------------------------------------------------
+
+
+def run_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
+    """The kernel of block_copy. While a graph is captured, its tables go to the GPU by a stream
+    that is not; only the launch is captured."""
+    if not cuda.is_capturing():
+        block_copy.copy_on_gpu(op, src, dst, sizes)
+        return
+    with _relaxed_capture(), _upload_stream(cuda.current_device()):
+        call = cuda.prepare(block_copy.copy_on_gpu, op, src, dst, sizes)
+    call()
+    _captured.append(call)
+
+
+_captured: list[cuda.Prepared] = []  # nothing tells when a graph has had its last replay
+
+
+def run_batch(op: str, src: Any, dst: Any, sizes: Any) -> tuple[str, int]:
+    """The batch call; why it did not take the copies, or "", and the stream that they went to.
+
+    Raises:
+        CudaError: the driver answers what is no refusal.
+    """
+    handle = used = current_handle()
+    refusal = _why_no_batch()
+    if refusal:
+        return refusal, handle
+    if handle in _LEGACY_STREAMS:
+        used = _side_stream(cuda.current_device()).ptr
+    status = _batch(src.tolist(), dst.tolist(), _each(sizes, len(src)), used)
+    if status != 0 and status not in _REFUSALS:
+        raise CudaError(f"{op}: cudaMemcpyBatchAsync of {len(src)} copies answers {status}")
+    return f"the batch call answers {_REFUSALS[status]}" if status else "", used
+
+
+def run_loop(op: str, src: Any, dst: Any, sizes: Any) -> None:
+    """One memcpyAsync for each copy.
+
+    Raises:
+        CudaError: the driver refused one; those before it have been queued.
+    """
+    import cupy
+
+    memcpy, error = cupy.cuda.runtime.memcpyAsync, cupy.cuda.runtime.CUDARuntimeError
+    handle = current_handle()
+    copies = zip(dst.tolist(), src.tolist(), _each(sizes, len(src)), strict=True)
+    for i, pair in enumerate(copies):
+        try:
+            memcpy(*pair, _ANY_DIRECTION, handle)
+        except error as failure:
+            raise CudaError(f"{op}: copy {i} of {len(src)}: {failure}") from failure
+
+
+def _why_no_batch() -> str:
+    """Why the batch call is out of the question now, or ""."""
+    if cuda.is_capturing():
+        return "the batch call cannot be captured in a graph"
+    if not is_memcpy_batch_available():
+        return "driver or bindings lack the batch call"
+    return ""
+
+
+def _each(sizes: Any, count: int) -> list[int]:
+    return [sizes] * count if isinstance(sizes, int) else sizes.tolist()
+
+
+@cache
+def _side_stream(device: int) -> Any:
+    """A stream that waits for the legacy default stream, which in turn waits for it: what CUDA
+    says of every stream that is not made non-blocking."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=False)
+
+
+@cache
+def _upload_stream(device: int) -> Any:
+    """A stream for tables while another one is being captured."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
+
+
+@contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Lets this thread allocate and upload though its capture forbids it, as torch's do."""
+    from cuda.bindings import runtime
+
+    exchange = runtime.cudaThreadExchangeStreamCaptureMode
+    _, before = exchange(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
+    try:
+        yield
+    finally:
+        exchange(before)
+
+
+def _batch(src: Sequence[int], dst: Sequence[int], sizes: Sequence[int], handle: int) -> int:
+    """The status of cudaMemcpyBatchAsync; 801 where the bindings do not have it."""
+    try:
+        from cuda.bindings import runtime
+
+        call, order = runtime.cudaMemcpyBatchAsync, runtime.cudaMemcpySrcAccessOrder
+    except (ImportError, AttributeError):
+        return 801
+    attributes = runtime.cudaMemcpyAttributes()
+    attributes.srcAccessOrder = order.cudaMemcpySrcAccessOrderStream
+    # CUDA 12 answers (status, index of the failing copy), CUDA 13 the status alone.
+    return int(call(dst, src, sizes, len(src), [attributes], [0], 1, handle)[0])
+
+
+# --- Where memory lies ----------------------------------------------------------------------------
+
+
+def _direction(src: Any, dst: Any) -> tuple[str, str]:
+    """One of DIRECTIONS, "mixed", or "" where a kernel cannot reach all of it; and a
+    text for the last two."""
+    kinds = [_kinds(addresses) for addresses in (src, dst)]
+    for name, found in zip(("a source", "a destination"), kinds, strict=True):
+        for kind in found - {"h", "d"}:
+            return "", f"{name} is {kind}, which the kernel cannot reach"
+    if kinds == [{"h"}, {"h"}] or len(kinds[0]) + len(kinds[1]) > 2:
+        return "mixed", "the copies have several directions, or stay on the host"
+    return f"{kinds[0].pop()}2{kinds[1].pop()}", ""
+
+
+def _kinds(addresses: Any) -> set[str]:
+    """What `_memory_at` says of the addresses, asked once for each allocation."""
+    kind, end = _memory_at(int(addresses.min()))
+    if end > addresses.max():
+        return {kind}
+    addresses, i, found = np.sort(addresses), 0, set()
+    while i < len(addresses):
+        kind, end = _memory_at(int(addresses[i]))
+        found.add(kind)
+        i = int(np.searchsorted(addresses, np.uint64(end)))
+        if kind not in ("h", "d"):
+            break  # one such decides
+    return found
+
+
+def _memory_at(address: int) -> tuple[str, int]:
+    """What lies at an address, and where it ends: "d" for memory of the current GPU, "h" for pinned
+    host memory, or words for what the kernel cannot reach."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    found = runtime.pointerGetAttributes(address)
+    if found.type == runtime.memoryTypeUnregistered:
+        return "pageable host memory", address + 1
+    kind = "d"
+    if found.type == runtime.memoryTypeHost:
+        kind = "h"
+    elif found.type == runtime.memoryTypeDevice and found.device != cuda.current_device():
+        kind = f"memory of GPU {found.device}"
+    return kind, max(_end_of_allocation(address), address + 1)
+
+
+def _end_of_allocation(address: int) -> int:
+    """The first address behind the allocation that an address lies in; 0 if the driver does not
+    know. Needs a context, which CuPy has made when it was asked for the address."""
+    from cuda.bindings import driver
+
+    wanted, ask = driver.CUpointer_attribute, driver.cuPointerGetAttribute
+    bad_start, start = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address)
+    bad_size, size = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address)
+    return 0 if bad_start or bad_size else int(start) + int(size)
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+_tables: dict[int, Table] = {}  # of this process, by device
+_tables_lock = threading.Lock()
+
+
+def calibrate(*, force: bool = False) -> Table:
+    """Measure how long each way of copying takes on the current GPU, for mode "auto".
+
+    Args:
+        force: measure anew, though the cache folder holds figures of this GPU, driver and version.
+
+    Returns:
+        Microseconds by direction, path, bytes of a piece and number of pieces, from the call until
+        the stream is through, as a caller sees it.
+
+    Raises:
+        DeviceError: no GPU is usable.
+        CudaError: the driver failed.
+        UnsupportedError: the call is being prepared, and nothing is measured yet.
+
+    Takes about two seconds and up to 384 MiB, 128 of them pinned, or less where memory is short;
+    then 0.1 ms a process. The first call in mode "auto" does it, if nobody has before: better call
+    it ahead, on a GPU that nothing else runs on, and not while any stream is being captured.
+    """
+    cuda.array_module("cuda")
+    table = _table(cuda.current_device(), force)
+    if force:
+        _fastest.cache_clear()
+        _fastest_anywhere.cache_clear()
+    return table
+
+
+def _table(device: int, force: bool = False) -> Table:
+    """Of the current device: from this process, from the cache folder, or measured."""
+    if force or device not in _tables:
+        with _tables_lock:  # a second thread must not measure while the first does
+            if force or device not in _tables:
+                ways = _ways()
+                kept = None if force else calibration.load(ways)
+                if kept is None:
+                    cuda.refuse_prepare("transfer.calibrate", "it measures; call it before")
+                _tables[device] = kept or calibration.store(calibration.measure(ways))
+    return _tables[device]
+
+
+def _ways() -> dict[str, calibration.Way]:
+    """The ways that this machine has."""
+    op = "transfer.calibrate"
+    ways: dict[str, calibration.Way] = {
+        "kernel": partial(run_kernel, op),
+        "batch": partial(run_batch, op),
+        "loop": partial(run_loop, op),
+    }
+    if not is_memcpy_batch_available():
+        del ways["batch"]
+    return ways
+
+
+def choose(src: Any, dst: Any, sizes: Any, direction: str | None) -> tuple[str, str]:
+    """Path and reason of mode "auto"."""
+    device, count = cuda.current_device(), len(src)
+    may_predict = device in _tables or not cuda.is_capturing()  # or it would calibrate
+    size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
+    if direction is None:
+        if may_predict and _fastest_anywhere(device, size, count) == "loop":
+            return "loop", "calibrated: fastest in every direction"  # and reaches all memory
+        direction, why = _direction(src, dst)
+        if direction not in DIRECTIONS:
+            return "kernel" if direction else "loop", why
+    if not may_predict:
+        return "kernel", "the stream is being captured, and nothing is calibrated"
+    return _fastest(device, direction, size, count)
+
+
+@lru_cache(maxsize=4096)
+def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
+    """The path with the shortest predicted time, and the predictions."""
+    paths = _table(device)[direction]
+    times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
+    texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
+    return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"
+
+
+@lru_cache(maxsize=4096)
+def _fastest_anywhere(device: int, size: int, count: int) -> str:
+    """The path that is fastest in every direction, or ""."""
+    paths = {_fastest(device, direction, size, count)[0] for direction in DIRECTIONS}
+    return paths.pop() if len(paths) == 1 else ""

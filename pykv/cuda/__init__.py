@@ -1,0 +1,93 @@
+"""Everything pykv asks of CUDA. Importing it touches no driver.
+
+    devices    which GPUs there are, which one is current, streams of any library
+    compiler   kernels_cu/<stem>.cu to a cubin for an SM, kept in the cache folder
+    launch     kernels by name and their launches, whose parameters the .cu file names
+    driver     what runs a launch: the one seam where tests put another machine
+    calls      plain, prepared and graphed calls
+
+PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the
+code that an M40 gets, `__CUDA_ARCH__` included.
+"""
+
+from pykv.cuda.calls import (
+    Prepared,
+    enqueue,
+    graph,
+    hold,
+    is_capturing,
+    is_preparing,
+    look,
+    prepare,
+    refuse_prepare,
+    run_on_host,
+)
+from pykv.cuda.compiler import (
+    KERNELS,
+    clear_cubins,
+    compile,
+    cubin_dir,
+    is_cached,
+    nvrtc_version,
+    source,
+    stems,
+    variants,
+    warmup,
+)
+from pykv.cuda.devices import (
+    architectures,
+    array_module,
+    cache_dir,
+    current_arch,
+    current_device,
+    current_sm,
+    device_name,
+    has_driver,
+    num_sms,
+    on_stream,
+    stream_handle,
+    synchronize,
+    use_device,
+)
+from pykv.cuda.launch import Kernel, Launch, active_clusters, kernel, signature
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Launch",
+    "Prepared",
+    "active_clusters",
+    "architectures",
+    "array_module",
+    "cache_dir",
+    "clear_cubins",
+    "compile",
+    "cubin_dir",
+    "current_arch",
+    "current_device",
+    "current_sm",
+    "device_name",
+    "enqueue",
+    "graph",
+    "has_driver",
+    "hold",
+    "is_cached",
+    "is_capturing",
+    "is_preparing",
+    "kernel",
+    "look",
+    "num_sms",
+    "nvrtc_version",
+    "on_stream",
+    "prepare",
+    "refuse_prepare",
+    "run_on_host",
+    "signature",
+    "source",
+    "stems",
+    "stream_handle",
+    "synchronize",
+    "use_device",
+    "variants",
+    "warmup",
+]

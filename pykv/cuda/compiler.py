@@ -1,0 +1,309 @@
+"""Kernel files to cubins: source, NVRTC, the cache folder, and the warm-up at import.
+
+A kernel file of `kernels_cu` becomes one string (`source`) and one cubin for each SM and set of
+defines (`compile`), kept on disk. No GPU is needed, and no CUDA context is created.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import FLOATS
+from pykv.cuda.devices import cache_dir, split_arch
+from pykv.errors import CompileError, DeviceError, UnsupportedError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Inside the package when installed from a wheel, beside it in a checkout or editable install.
+KERNELS = next(p / "kernels_cu" for p in (_PACKAGE, _PACKAGE.parent) if (p / "kernels_cu").is_dir())
+
+
+# Element type to its name in kernels_cu. Keyed by dtype: looking up dtype.name takes microseconds.
+TYPE_NAMES = dict(zip(FLOATS, ("float", "f16", "bf16"), strict=True))
+
+# --- Source and cubin -----------------------------------------------------------------------------
+
+
+@cache
+def source(stem: str) -> str:
+    """The text of kernels_cu/<stem>.cu with the headers that it includes pasted in.
+
+    Each header stands once, where it is first included. `#line` marks keep the compiler's messages
+    on the true file and line. Pasting makes the text the whole truth, so the cache key covers it,
+    no include path exists, and an edited header invalidates only the kernels that include it.
+    """
+    path = KERNELS / f"{stem}.cu"
+    if not path.is_file():
+        raise UnsupportedError(f"cuda.source: stem is {stem!r}, expected one of {stems()}")
+    return "\n".join(_paste(path, set())) + "\n"
+
+
+def _paste(path: Path, pasted: set[str]) -> list[str]:
+    """The lines of a file, with those of its headers that are not in `pasted` so far."""
+    lines = [f'#line 1 "{path.name}"']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.startswith('#include "'):
+            lines.append(line)
+            continue
+        name = line.split('"')[1]
+        if name not in pasted:
+            pasted.add(name)
+            lines += _paste(KERNELS / name, pasted)
+        lines.append(f'#line {number + 1} "{path.name}"')
+    return lines
+
+
+def stems() -> list[str]:
+    """The names of all kernel files."""
+    return sorted(path.stem for path in KERNELS.glob("*.cu"))
+
+
+def macros(defines: dict[str, Any]) -> dict[str, int | str]:
+    """Defines as the compiler takes them: dtypes of float arrays by their names in kernels_cu."""
+    return {key: TYPE_NAMES[x] if isinstance(x, np.dtype) else x for key, x in defines.items()}
+
+
+def compile(stem: str, arch: str, **defines: Any) -> Any:
+    """The cubin or PTX of kernels_cu/<stem>.cu for one SM and one set of defines.
+
+    Args:
+        stem: name of the kernel file.
+        arch: "sm_75" and the like for a cubin, "compute_75" and the like for PTX, which the
+            driver turns into code for the GPU it finds. No GPU is needed.
+        defines: `-D` macros; an integer, a type name such as "f16", or a dtype of float arrays.
+
+    Returns:
+        cuda.core.ObjectCode, from the cache folder where it holds a sound copy.
+
+    Raises:
+        ParameterError: `arch` is malformed.
+        UnsupportedError: this NVRTC cannot target the SM.
+        CompileError: NVRTC refused the source.
+    """
+    from cuda.core import ObjectCode
+
+    kind, _ = split_arch(arch)
+    key, options = _key(stem, arch, defines)
+    code = _load(key)
+    if code is None:
+        _check_arch(arch, f"{stem}.cu with {defines}")
+        try:
+            code = (_make_ptx if kind == "compute" else _make_cubin)(source(stem), options)
+        except CompileError as error:
+            raise CompileError(f"{stem}.cu for {arch} with {defines}:\n{error}") from error
+        _store(key, code)
+    return (ObjectCode.from_ptx if kind == "compute" else ObjectCode.from_cubin)(code, name=stem)
+
+
+def _make_cubin(text: str, options: Any) -> bytes:
+    from cuda.core import Program
+
+    try:
+        return bytes(Program(text, "c++", options).compile("cubin").code)
+    except Exception as error:
+        if type(error).__name__ != "NVRTCError":  # cuda.core does not export the class
+            raise
+        raise CompileError(str(error)) from error
+
+
+def _make_ptx(text: str, options: Any) -> bytes:
+    """By NVRTC's own functions, because `Program` asks the driver before it makes PTX."""
+    nvrtc = _nvrtc()
+    program = nvrtc.nvrtcCreateProgram(text.encode(), options.name.encode(), 0, [], [])[1]
+    arguments = options.as_bytes("nvrtc")
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+    refused = status != nvrtc.nvrtcResult.NVRTC_SUCCESS
+    answer = "ProgramLog" if refused else "PTX"
+    content = bytearray(getattr(nvrtc, f"nvrtcGet{answer}Size")(program)[1])
+    getattr(nvrtc, f"nvrtcGet{answer}")(program, content)
+    nvrtc.nvrtcDestroyProgram(program)
+    if refused:
+        raise CompileError(content.rstrip(b"\0").decode())
+    return bytes(content)
+
+
+def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
+    """The cache key and the compiler's options: source, SM, defines and NVRTC version decide.
+
+    The version is left out for PTX, so that a cache folder can bring PTX for an SM that the NVRTC
+    at hand no longer targets.
+    """
+    from cuda.core import ProgramOptions
+    from cuda.core.utils import make_program_cache_key
+
+    text = source(stem)
+    defined = [(name, str(value)) for name, value in sorted(macros(defines).items())]
+    options = ProgramOptions(
+        name=f"{stem}.cu",
+        arch=arch,
+        std="c++17",
+        lineinfo=True,  # profilers name the source line; the code is the same
+        define_macro=defined or None,
+    )
+    if split_arch(arch)[0] == "compute":
+        return hashlib.sha256(repr((text, arch, defined)).encode()).digest(), options
+    key = make_program_cache_key(code=text, code_type="c++", options=options, target_type="cubin")
+    return key, options
+
+
+def _check_arch(arch: str, wanted: str = "the kernels") -> None:
+    known, (kind, number) = _targets(), split_arch(arch)
+    if number in known:
+        return
+    advice = "expected a newer NVRTC"
+    if number < 75 and min(known) >= 75:
+        advice = "install the CUDA 12 packages instead: pip install 'pykv-cuda[cu12]'"
+    if kind == "compute":
+        advice += f", or bring PTX of {wanted} in {cubin_dir()}, as tools/make_ptx.py does"
+    raise UnsupportedError(
+        f"cuda.compile: arch is {arch}, but NVRTC {nvrtc_version()} targets "
+        f"sm_{min(known)} to sm_{max(known)}: {advice}"
+    )
+
+
+@cache
+def _targets() -> tuple[int, ...]:
+    return tuple(_nvrtc().nvrtcGetSupportedArchs()[1])
+
+
+def nvrtc_version() -> str:
+    """The version of the NVRTC library that is loaded, such as "13.5"."""
+    return "{}.{}".format(*_nvrtc().nvrtcVersion()[1:])
+
+
+@cache
+def _nvrtc() -> Any:
+    """The bindings of NVRTC, whose library is present."""
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    try:
+        nvrtc.nvrtcVersion()
+    except DynamicLibNotFoundError as error:
+        raise DeviceError(
+            "the NVRTC library is missing: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        ) from error
+    return nvrtc
+
+
+# --- Cache of cubins ------------------------------------------------------------------------------
+
+_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
+_warned: set[str] = set()
+
+
+@cache
+def _store_at(path: Path) -> Any:
+    from cuda.core.utils import FileStreamProgramCache
+
+    return FileStreamProgramCache(path)
+
+
+def _load(key: bytes) -> bytes | None:
+    """A cubin from the cache folder whose checksum holds; a damaged one is dropped."""
+    if key in _memory:
+        return _memory[key]
+    try:
+        store = _store_at(cubin_dir())
+        entry = store.get(key)
+    except OSError:
+        return None
+    if entry is None:
+        return None
+    cubin, digest = entry[:-32], entry[-32:]
+    if hashlib.sha256(cubin).digest() == digest:
+        return bytes(cubin)
+    with suppress(OSError, KeyError):
+        del store[key]
+    return None
+
+
+def _store(key: bytes, cubin: bytes) -> None:
+    """Keep a cubin, followed by its SHA-256, which tools that read ELF files overlook."""
+    try:
+        _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
+    except OSError as error:
+        _memory[key] = cubin
+        if "folder" not in _warned:
+            _warned.add("folder")
+            warnings.warn(
+                f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
+                "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def cubin_dir() -> Path:
+    """The part of the cache folder that holds cubins."""
+    return cache_dir() / "cubin"
+
+
+def clear_cubins() -> int:
+    """Delete all compiled kernels and return the bytes that they took."""
+    files = [path for path in cubin_dir().rglob("*") if path.is_file()]
+    freed = sum(path.stat().st_size for path in files)
+    shutil.rmtree(cubin_dir(), ignore_errors=True)
+    _store_at.cache_clear()
+    _memory.clear()
+    return freed
+
+
+# --- Warm-up --------------------------------------------------------------------------------------
+
+
+def variants() -> list[tuple[str, dict[str, Any]]]:
+    """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations."""
+    from importlib import import_module
+
+    return [
+        (stem, defines)
+        for stem in stems()
+        for defines in import_module(f"pykv.ops.{stem}").VARIANTS
+    ]
+
+
+def warmup(archs: list[str], *, force: bool = False) -> int:
+    """Compile the variants that the cache folder lacks, in parallel, and return their number.
+
+    Prints one progress line on stderr when something is compiled. With `force` a failure raises;
+    else it becomes one warning, so that `import pykv` works on a GPU that cannot be targeted.
+    """
+    jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants()]
+    started = done = 0
+    try:
+        missing = [job for job in jobs if not is_cached(*job)]
+        started = len(missing)
+        if missing:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
+                    done += 1
+                    _progress(f"pykv: compiling kernels for {', '.join(archs)}: {done}/{started}")
+    except (UnsupportedError, CompileError, DeviceError) as error:
+        if force:
+            raise
+        warnings.warn(f"pykv cannot compile its kernels: {error}", RuntimeWarning, stacklevel=2)
+    finally:
+        if started:
+            _progress("\n")
+    return done
+
+
+def is_cached(arch: str, stem: str, defines: dict[str, Any]) -> bool:
+    """Whether a sound cubin is at hand."""
+    _check_arch(arch)
+    return _load(_key(stem, arch, defines)[0]) is not None
+
+
+def _progress(text: str) -> None:
+    print(text, end="" if text == "\n" else "\r", file=sys.stderr, flush=True)

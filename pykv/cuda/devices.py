@@ -1,0 +1,213 @@
+"""GPUs and streams: which there are, which one is current, and the streams of other libraries."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from pykv.arrays import load_cupy
+from pykv.errors import DeviceError, DtypeError, ParameterError
+
+
+def cache_dir() -> Path:
+    """Where cubins and models are kept: PYKV_CACHE_DIR, else the user's cache folder."""
+    return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver seems present, without touching it."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("SystemRoot", "C:/Windows"), "System32/nvcuda.dll").exists()
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
+
+
+def architectures() -> list[str]:
+    """The SMs of the GPUs present, such as ["sm_90"], asked of NVML: no context is created.
+
+    Empty where there is no GPU, no driver or no CUDA package.
+    """
+    if not has_driver():
+        return []
+    try:
+        from cuda.core import system
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError:
+        return []
+    try:
+        devices = [system.Device(index=i) for i in range(system.get_num_devices())]
+    except DynamicLibNotFoundError:
+        return []
+    return sorted({"sm_{}{}".format(*d.cuda_compute_capability) for d in devices})
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def array_module(device: str) -> Any:
+    """The array module for a device name: `numpy`, or `cupy` with a usable GPU.
+
+    Args:
+        device: "cpu", "cuda", "cuda:N" or "auto". "auto" takes the CPU where there is no GPU, and
+            says so in a warning where there is one whose packages are missing. The current GPU
+            stays as it is: `use_device` makes N current.
+
+    Raises:
+        ParameterError: another name.
+        DeviceError: no GPU is usable, there is no GPU N, or the driver does not work; the text says
+            what to do.
+    """
+    kind, ordinal = _parse_device(device)
+    if kind == "cpu" or (kind == "auto" and not has_driver()):
+        return np
+    try:
+        import cupy
+        from cuda.core import Device  # noqa: F401 - launches need the package
+    except ImportError as error:
+        reason = (
+            f"{error.name or error} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
+        )
+        if kind == "cuda":
+            raise DeviceError(f"device is {device!r}, but {reason}") from error
+        warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)
+        return np
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        no_device = 100  # cudaErrorNoDevice
+        if error.status == no_device and kind == "auto":
+            return np
+        raise DeviceError(
+            f"device is {device!r}, but the NVIDIA driver answers {error}; see `pykv doctor`, "
+            "or pass device='cpu'"
+        ) from error
+    if not count and kind == "cuda":
+        raise DeviceError(f"device is {device!r}, but the driver shows no GPU; see `pykv doctor`")
+    if ordinal is not None and ordinal >= count:
+        raise DeviceError(f"device is {device!r}, expected cuda:0 to cuda:{count - 1}")
+    return cupy if count else np
+
+
+def use_device(device: str) -> AbstractContextManager[Any]:
+    """A context in which GPU N of "cuda:N" is the current one; any other name changes nothing."""
+    _, ordinal = _parse_device(device)
+    if ordinal is None:
+        return _NO_CHANGE
+    context: AbstractContextManager[Any] = load_cupy().cuda.Device(ordinal)
+    return context
+
+
+def _parse_device(device: Any) -> tuple[str, int | None]:
+    """("cuda", 1) for "cuda:1"; the ordinal is None where the name has none."""
+    found = re.fullmatch(r"(auto|cpu|cuda)(?::(\d{1,4}))?", device) if type(device) is str else None
+    if not found or (found[2] and found[1] != "cuda"):
+        raise ParameterError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
+    return found[1], int(found[2]) if found[2] else None
+
+
+def device_name(xp: Any) -> str:
+    """What `xp` computes on: the current GPU's name for `cupy`, else "CPU"."""
+    if xp is np:
+        return "CPU"
+    facts = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    return str(facts["name"].decode())
+
+
+def current_device() -> int:
+    """The ordinal of CuPy's current GPU."""
+    device: int = load_cupy().cuda.runtime.getDevice()
+    return device
+
+
+def current_arch() -> str:
+    """The SM of the current GPU, such as "sm_90", or what PYKV_ARCH says instead."""
+    return _arch(current_device())
+
+
+def current_sm() -> int:
+    """The number in `current_arch`, such as 90: what a choice between kernels goes by."""
+    return split_arch(current_arch())[1]
+
+
+@cache
+def split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
+    """("sm", 75) for a cubin, ("compute", 75) for PTX."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)", arch)
+    if not found:
+        raise ParameterError(f"{name} is {arch!r}, expected sm_75 or the like, or compute_75")
+    return found[1], int(found[2])
+
+
+@cache
+def _arch(device: int) -> str:
+    if wanted := os.environ.get("PYKV_ARCH"):
+        split_arch(wanted, "PYKV_ARCH")
+        return wanted
+    return f"sm_{load_cupy().cuda.Device(device).compute_capability}"
+
+
+@cache
+def num_sms(device: int) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return int(load_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+# --- Streams --------------------------------------------------------------------------------------
+
+_NO_CHANGE = nullcontext()
+
+
+def on_stream(stream: Any) -> AbstractContextManager[Any]:
+    """A context that makes `stream` CuPy's current stream, so that launches, allocations and
+    CuPy's own operations go there.
+
+    Args:
+        stream: None (nothing changes), a CuPy, torch or cuda.core stream, any object with
+            `__cuda_stream__`, or an integer handle.
+    """
+    if stream is None:
+        return _NO_CHANGE
+    cuda = load_cupy().cuda
+    borrowed = core_stream(stream_handle(stream), cuda.runtime.getDevice())
+    context: AbstractContextManager[Any] = cuda.Stream.from_external(borrowed)
+    return context
+
+
+def stream_handle(stream: Any) -> int:
+    """The integer handle (cudaStream_t) of any library's stream.
+
+    Raises:
+        DtypeError: the object is no stream.
+    """
+    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+        return int(stream)
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    for name in ("cuda_stream", "ptr"):  # torch, older CuPy
+        if isinstance(getattr(stream, name, None), int):
+            return int(getattr(stream, name))
+    raise DtypeError(
+        f"stream is a {type(stream).__name__}, expected a CuPy, torch or cuda.core stream, "
+        "an object with __cuda_stream__, or an integer handle"
+    )
+
+
+@lru_cache(maxsize=256)
+def core_stream(handle: int, device: int) -> Any:
+    """A cuda.core stream over a handle; made once, because making one costs more than a launch."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def synchronize() -> None:
+    """Wait until CuPy's current stream has passed."""
+    load_cupy().cuda.get_current_stream().synchronize()

@@ -1,0 +1,140 @@
+"""What runs a launch: the module that calls cuda.core, and the one seam of the launches.
+
+pykv.cuda.launch knows kernels and parameters by name; what it asks for here are four functions.
+tests/simt/machine.py has the same four, and stands in for this module where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from itertools import zip_longest
+from typing import Any
+
+from pykv.arrays import load_cupy
+from pykv.cuda.compiler import compile
+from pykv.cuda.devices import core_stream
+from pykv.errors import CudaError, DtypeError, ParameterError
+
+# Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is for its own variables.
+SHARED_BYTES = 47 << 10
+
+_lock = threading.Lock()
+
+
+@cache
+def load(arch: str, stem: str, name: str, **defines: int | str) -> Any:
+    """The kernel `name` of kernels_cu/<stem>.cu for an SM, loaded on the current GPU."""
+    with _lock:
+        module = _module(arch, stem, **defines)
+        try:
+            return module.get_kernel(name)
+        except Exception as error:
+            if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
+                raise
+            raise CudaError(f"loading {stem}.cu for {arch}: {error}") from error
+
+
+@cache
+def _module(arch: str, stem: str, **defines: int | str) -> Any:
+    return compile(stem, arch, **defines)
+
+
+def configure(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    shared_bytes: int,
+    cluster: tuple[int, ...] | None,
+) -> Any:
+    """What `bind` takes for a launch of these sizes on the current GPU.
+
+    Raises:
+        ParameterError: the cluster's sizes do not divide the grid's.
+        CudaError: the GPU has less shared memory.
+    """
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, load_cupy().cuda.runtime.getDevice())
+    return _config(grid, block, shared_bytes, cluster)
+
+
+def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ...]) -> Any:
+    """A function without arguments that enqueues the kernel on CuPy's current stream.
+
+    Args:
+        kernel: what `load` returned.
+        config: what `configure` returned.
+        arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
+            or None for a null pointer.
+        scalars: NumPy scalars, the kernel's parameters behind those.
+    """
+    core_launch, current_stream, current_device = _launcher()
+    try:
+        values = [0 if x is None else x.data.ptr for x in arrays]
+    except AttributeError as error:
+        raise DtypeError(
+            f"cuda.Launch: arrays are {', '.join(type(x).__name__ for x in arrays)}, expected "
+            "CuPy arrays or None"
+        ) from error
+
+    def enqueue(_kept: Any = arrays) -> None:
+        stream = core_stream(current_stream().ptr, current_device())
+        try:
+            core_launch(stream, config, kernel, *values, *scalars)
+        except Exception as error:
+            if type(error).__name__ == "CUDAError":  # cuda.core does not export the class
+                raise CudaError(f"launch with {config}: {error}") from error
+            raise
+
+    return enqueue
+
+
+@lru_cache(maxsize=256)
+def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
+    """How many clusters of a kernel's blocks the current GPU runs at once."""
+    _, current_stream, current_device = _launcher()
+    config = configure(kernel, cluster, block, shared_bytes, cluster)
+    stream = core_stream(current_stream().ptr, current_device())
+    return int(kernel.occupancy.max_active_clusters(config, stream=stream))
+
+
+@cache
+def _launcher() -> tuple[Callable[..., None], Callable[[], Any], Callable[[], int]]:
+    """What a launch needs, looked up once: an import statement costs as much as a launch."""
+    from cuda.core import launch
+
+    cuda = load_cupy().cuda
+    return launch, cuda.get_current_stream, cuda.runtime.getDevice
+
+
+@lru_cache(maxsize=256)
+def _allow_shared(kernel: Any, shared_bytes: int, device: int) -> None:
+    """Let a kernel have more dynamic shared memory than any may have unasked, and as many blocks
+    on an SM as its whole shared memory holds."""
+    from cuda.bindings import driver
+
+    attributes = driver.CUfunction_attribute
+    for attribute, value in (
+        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+        (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+    ):
+        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
+
+
+@lru_cache(maxsize=4096)
+def _config(grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] | None) -> Any:
+    from cuda.core import LaunchConfig
+
+    if cluster is None:
+        return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+    blocks = grid if isinstance(grid, tuple) else (grid,)
+    sizes = tuple(zip_longest(blocks, cluster, fillvalue=1))
+    if any(size < 1 or n % size for n, size in sizes):
+        raise ParameterError(
+            f"cuda.Launch: cluster is {cluster}, expected sizes that divide those of grid {grid}"
+        )
+    clusters = tuple(n // size for n, size in sizes)  # in these cuda.core counts the grid then
+    return LaunchConfig(grid=clusters, cluster=cluster, block=block, shmem_size=shared_bytes)

@@ -1,0 +1,196 @@
+"""Kernels and their launches, by name.
+
+A kernel's parameters are declared once, in its .cu file: `kernel` reads their names, order and
+types there, and `Launch` takes arrays and scalars by these names. Host and kernel so cannot
+disagree about an order, and no number reaches a kernel at another width than it expects.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.cuda import driver
+from pykv.cuda.calls import enqueue
+from pykv.cuda.compiler import macros, source
+from pykv.cuda.devices import current_arch
+from pykv.errors import DtypeError, ParameterError, UnsupportedError
+
+SCALARS: dict[str, type[np.generic]] = {  # types that a kernel's scalars may have
+    "int": np.int32,
+    "u32": np.uint32,
+    "i64": np.int64,
+    "u64": np.uint64,
+    "float": np.float32,
+}
+
+
+class Signature(NamedTuple):
+    """A kernel's parameters as its file declares them: arrays first, then scalars."""
+
+    arrays: tuple[str, ...]
+    scalars: dict[str, str]  # name to C type
+
+
+class Kernel(NamedTuple):
+    """A kernel that is loaded: a handle of the driver's, and its parameters."""
+
+    label: str
+    handle: Any
+    arrays: tuple[str, ...]
+    scalars: dict[str, str]
+
+
+def kernel(stem: str, name: str, **defines: Any) -> Kernel:
+    """The kernel `name` of kernels_cu/<stem>.cu for the current GPU; compiled at first use.
+
+    Args:
+        stem, name: of the file and the kernel.
+        defines: `-D` macros: integers, type names such as "f16", or dtypes of float arrays.
+    """
+    return _kernel(driver, current_arch(), stem, name, **macros(defines))
+
+
+@cache
+def _kernel(driver: Any, arch: str, stem: str, name: str, **defines: int | str) -> Kernel:
+    handle = driver.load(arch, stem, name, **defines)
+    return Kernel(f"{stem}.cu {name}", handle, *signature(stem, name))
+
+
+@cache
+def signature(stem: str, name: str) -> Signature:
+    """The parameters of a kernel.
+
+    Raises:
+        UnsupportedError: the file has no such kernel, or declares it as none may be: with a scalar
+            before an array, or of a type that is none of `SCALARS`.
+    """
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(stem), flags=re.DOTALL)
+    head = rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"
+    found = re.search(head, text)
+    if not found:
+        raise UnsupportedError(f"cuda.kernel: {stem}.cu has no kernel {name}")
+    arrays: list[str] = []
+    scalars: dict[str, str] = {}
+    for declared in found[1].split(","):
+        words = declared.replace("*", " * ").split()
+        parameter, c_type = words[-1], " ".join(words[:-1])
+        if "*" in words and not scalars:
+            arrays.append(parameter)
+        elif c_type in SCALARS:
+            scalars[parameter] = c_type
+        else:
+            raise UnsupportedError(
+                f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}, expected arrays first, "
+                f"then scalars of {', '.join(SCALARS)}"
+            )
+    return Signature(tuple(arrays), scalars)
+
+
+class Launch:
+    """A kernel with its launch shape and scalars, made once for arrays of one layout.
+
+    Args:
+        kernel: what `kernel` returned.
+        grid, block: sizes in blocks and threads.
+        scalars: the kernel's scalars by its names for them, plain numbers; they travel as the types
+            that the kernel declares.
+        shared_bytes: dynamic shared memory of a block.
+        cluster: blocks that share a cluster, sizes that divide the grid's; from sm_90 on.
+
+    Raises:
+        ParameterError: a scalar is missing, unknown or beyond its type, or the cluster does not
+            divide the grid.
+        DtypeError: a scalar is no number, or no integer where the kernel takes one.
+        CudaError: the GPU has less shared memory.
+
+    Called with the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
+    and `stream`, see `on_stream`, it enqueues the kernel and does not synchronise; while `prepare`
+    listens, it is kept instead. The call raises:
+        ParameterError: an array is missing or unknown.
+        DtypeError: an argument is no array.
+        CudaError: the driver refused the launch, or reports an earlier kernel's failure.
+    """
+
+    __slots__ = ("_config", "_scalars", "block", "cluster", "grid", "kernel", "shared_bytes")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        scalars: Mapping[str, Any] | None = None,
+        *,
+        shared_bytes: int = 0,
+        cluster: tuple[int, ...] | None = None,
+    ) -> None:
+        self.kernel, self.grid, self.block = kernel, grid, block
+        self.shared_bytes, self.cluster = shared_bytes, cluster
+        self._scalars = _typed(kernel, scalars or {})
+        self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster)
+
+    def __call__(self, *, stream: Any = None, **arrays: Any) -> None:
+        kernel = self.kernel
+        try:
+            ordered = [arrays[name] for name in kernel.arrays]
+        except KeyError:
+            ordered = None
+        if ordered is None or len(ordered) != len(arrays):
+            raise ParameterError(
+                f"cuda.Launch: {kernel.label} is given arrays {', '.join(arrays)}, expected "
+                f"{', '.join(kernel.arrays)}"
+            )
+        enqueue(driver.bind(kernel.handle, self._config, ordered, self._scalars), stream)
+
+
+def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:
+    """Scalars in the kernel's order, of its types."""
+    if len(scalars) == len(kernel.scalars):
+        try:
+            return tuple(_CASTS[c_type](scalars[name]) for name, c_type in kernel.scalars.items())
+        except KeyError:  # another name
+            pass
+        except (OverflowError, TypeError, ValueError) as error:
+            raise _scalar_error(kernel, scalars) from error
+    raise ParameterError(
+        f"cuda.Launch: {kernel.label} is given scalars {', '.join(scalars)}, expected "
+        f"{', '.join(kernel.scalars)}"
+    )
+
+
+def _cast(dtype: type[Any]) -> Callable[[Any], np.generic]:
+    """NumPy's own conversions would cut a fraction off, and take None for NaN, in silence."""
+    if dtype is np.float32:
+        return lambda value: dtype(value + 0.0)
+    return lambda value: dtype(value if type(value) is int else operator.index(value))
+
+
+_CASTS = {c_type: _cast(dtype) for c_type, dtype in SCALARS.items()}
+
+
+def _scalar_error(kernel: Kernel, scalars: Mapping[str, Any]) -> Exception:
+    """What is wrong with the first scalar that is."""
+    for name, c_type in kernel.scalars.items():
+        value = scalars[name]
+        try:
+            _CASTS[c_type](value)
+        except OverflowError:
+            return ParameterError(
+                f"cuda.Launch: {kernel.label}: {name} is {value}, expected what {c_type} holds"
+            )
+        except (TypeError, ValueError):
+            return DtypeError(
+                f"cuda.Launch: {kernel.label}: {name} is a {type(value).__name__}, expected "
+                f"{c_type}"
+            )
+    raise AssertionError("all scalars fit")
+
+
+def active_clusters(kernel: Kernel, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
+    """How many clusters of a kernel's blocks the current GPU runs at once."""
+    return int(driver.active_clusters(kernel.handle, block, cluster, shared_bytes))

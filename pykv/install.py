@@ -1,0 +1,51 @@
+"""How this pykv was installed, hence the command that adds one of its extras.
+
+Every module imports this one for the texts of its errors, so what only they need is imported where
+it is used: sockets and email parsers, by way of urllib and importlib.metadata, take 30 ms.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+NAME = "pykv-cuda"
+
+
+@cache
+def command(extra: str) -> str:
+    """The `pip install` command that adds an extra of pyproject.toml, such as "cu13".
+
+    pip records in direct_url.json (PEP 610) where it took a distribution from, unless that was an
+    index. A source tree on sys.path that was never installed has no record at all.
+    """
+    import json
+    from importlib import metadata
+
+    try:
+        record = metadata.distribution(NAME).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        tree = Path(__file__).resolve().parents[1]
+        return f"pip install -e '{tree}[{extra}]'"
+    return _from_record(json.loads(record or "{}"), extra)
+
+
+def _from_record(record: dict[str, object], extra: str) -> str:
+    url = str(record.get("url", ""))
+    match record:
+        case {"dir_info": {"editable": True}}:
+            return f"pip install -e '{_path(url)}[{extra}]'"
+        case {"dir_info": _}:
+            return f"pip install '{_path(url)}[{extra}]'"
+        case {"vcs_info": {"vcs": vcs, "commit_id": commit}}:
+            return f"pip install '{NAME}[{extra}] @ {vcs}+{url}@{commit}'"
+        case {"archive_info": _}:
+            return f"pip install '{NAME}[{extra}] @ {url}'"
+    return f"pip install '{NAME}[{extra}]'"
+
+
+def _path(url: str) -> str:
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    return url2pathname(urlsplit(url).path)

@@ -1,0 +1,261 @@
+"""The loop that decodes sequences of token ids as one batch, through a paged cache.
+
+One step is the same for one sequence and for many: pack the tokens that are due into a `Batch`, run
+`model.forward`, draw a token for every sequence whose last token was in it. No text and no files
+here: see pykv.llm.generate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Set
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pykv import blocks
+from pykv.errors import CapacityError
+from pykv.llm import sampling
+from pykv.llm.model import Batch, decode_step, forward
+from pykv.llm.sampling import SamplingParams
+from pykv.llm.weights import Model
+from pykv.pool import PagedKVCache
+
+PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
+LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
+
+
+@dataclass
+class Stats:
+    """Tokens and seconds of the last call, and the tokens that its cache held.
+
+    Of the prompts' tokens, `reused_tokens` were in the cache from earlier calls; the seconds are
+    those of the others.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    cached_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt on its way.
+
+    Attributes:
+        prompt: at least one token id.
+        params: how tokens are drawn.
+        limit: tokens of prompt and answer together, at most.
+        end_ids: tokens that end the answer, and are no part of it.
+        pages, cached: pages that it holds, and tokens whose keys and values are there.
+        generated: the answer.
+        finish_reason: "stop" or "length", empty as long as it runs. Whoever reads the answer may
+            set it between two steps.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    end_ids: Set[int] = frozenset()
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    generated: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class Scheduler:
+    """Runs sequences through a model and its cache.
+
+    Args:
+        model: the weights.
+        cache: the pages, on the model's device.
+        xp: the array module of both.
+        may_grow: enlarge the cache where a call needs it.
+        prefix_cache: keep the pages of finished sequences, as long as no call needs them, for
+            prompts that begin alike.
+    """
+
+    def __init__(
+        self, model: Model, cache: PagedKVCache, xp: Any, *, may_grow: bool, prefix_cache: bool
+    ) -> None:
+        self.model, self.cache, self.xp = model, cache, xp
+        self.prefix_cache, self._may_grow = prefix_cache, may_grow
+        self.stats = Stats()
+
+    def run(self, sequences: list[Sequence]) -> Generator[None, None, None]:
+        """Step until every sequence is finished; yields after each step. Closing the generator
+        frees their pages.
+
+        Raises:
+            CapacityError: the pool is too small; nothing has been computed then.
+        """
+        self._reserve(sequences, reuse=self.prefix_cache)
+        self.stats = stats = Stats(
+            prompt_tokens=sum(len(s.prompt) for s in sequences),
+            reused_tokens=sum(s.cached for s in sequences),
+        )
+        try:
+            waiting = list(sequences)
+            while waiting:
+                started = time.perf_counter()
+                self._prompt_step(waiting)
+                stats.prompt_seconds += time.perf_counter() - started
+                waiting = [s for s in waiting if not s.generated and not s.finish_reason]
+                yield
+            active: list[Sequence] = []
+            pool = None
+            # A finished row costs a GPU little; another graph costs as much as a few steps.
+            rows_for_one = 1 if self.xp is np else 2
+            while unfinished := [s for s in sequences if not s.finish_reason]:
+                started = time.perf_counter()
+                fewer = len(active) > rows_for_one * len(unfinished)
+                if not active or fewer or self.cache.k is not pool:  # another call enlarges it
+                    active, pool = unfinished, self.cache.k
+                    decode = self._decoder(active)
+                self._draw(active, decode())
+                stats.decode_seconds += time.perf_counter() - started
+                stats.decode_tokens += len(unfinished)
+                yield
+        finally:
+            stats.cached_tokens = sum(s.cached for s in sequences)
+            self._release(sequences)
+
+    def logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
+        """Logits of consecutive positions, [n, V] on the host, and the first position of each.
+
+        Raises:
+            CapacityError: the pool is too small.
+        """
+        step = max(1, min(PREFILL_TOKENS, LOGIT_BYTES // (4 * self.model.config.vocab)))
+        sequence = Sequence(ids, SamplingParams(), len(ids))
+        self._reserve([sequence], reuse=False)  # or logits would be missing
+        try:
+            for start in range(0, len(ids), step):
+                part = ids[start : start + step]
+                batch = self._ragged_batch([sequence], [part])
+                logits = forward(self.model, batch, self.cache)
+                sequence.cached += len(part)
+                yield (logits if self.xp is np else logits.get()), start
+        finally:
+            self._release([sequence])
+
+    # --- Steps ---
+
+    def _prompt_step(self, waiting: list[Sequence]) -> None:
+        """The next tokens of the prompts, up to PREFILL_TOKENS, as one ragged batch."""
+        room = PREFILL_TOKENS
+        due: list[tuple[Sequence, int]] = []  # a sequence and the tokens to take from it
+        for sequence in waiting:
+            count = min(room, len(sequence.prompt) - sequence.cached)
+            if count:
+                due.append((sequence, count))
+                room -= count
+        ids = [s.prompt[s.cached : s.cached + n] for s, n in due]
+        batch = self._ragged_batch([s for s, _ in due], ids)
+        last = np.cumsum([n for _, n in due]) - 1
+        done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
+        rows = self.xp.asarray(last[done].astype(np.int32))
+        logits = forward(self.model, batch, self.cache, rows)
+        for sequence, count in due:
+            sequence.cached += count
+        if done:
+            self._draw([due[i][0] for i in done], logits)
+
+    def _decoder(self, active: list[Sequence]) -> Callable[[], Any]:
+        """A function that puts the last token of every sequence into the cache and gives the
+        logits after it, [B, V]. The row of one that is finished has no meaning."""
+        P = self.cache.page_size
+        inputs = self.xp.empty((4, len(active)), np.int32)  # one transfer for all four
+        fill = partial(np.copyto, inputs) if self.xp is np else inputs.set
+        ids, positions, slots, lengths = inputs
+        batch = Batch(ids, positions, slots, None, self._page_table(active), lengths)
+        step = decode_step(self.model, batch, self.cache)
+
+        def decode() -> Any:
+            packed = np.empty((4, len(active)), np.int32)
+            for column, s in zip(packed.T, active, strict=True):
+                if s.finish_reason:
+                    column[:] = 0, 0, -1, 0  # not written, and without keys
+                    continue
+                slot = s.pages[s.cached // P] * P + s.cached % P
+                column[:] = s.generated[-1], s.cached, slot, s.cached + 1
+            fill(packed)
+            logits = step()
+            for s in active:
+                s.cached += not s.finish_reason
+            return logits
+
+        return decode
+
+    def _draw(self, sequences: list[Sequence], logits: Any) -> None:
+        """The next token of every sequence that is not finished, from its row."""
+        params = [s.params for s in sequences]
+        steps = [len(s.generated) for s in sequences]
+        tokens = sampling.draw(logits, params, steps, self.xp)
+        for s, token in zip(sequences, tokens, strict=True):
+            if s.finish_reason:
+                continue
+            if token in s.end_ids:
+                s.finish_reason = "stop"
+                continue
+            s.generated.append(token)
+            if len(s.prompt) + len(s.generated) == s.limit:
+                s.finish_reason = "length"
+
+    # --- Pages ---
+
+    def _reserve(self, sequences: list[Sequence], *, reuse: bool) -> None:
+        """Pages for all tokens that the sequences may reach, or an error before any work. With
+        `reuse`, a prompt's pages that are known begin it; its last token is always computed, as
+        somebody must make its logits."""
+        cache, manager = self.cache, self.cache.manager
+        for s in sequences:
+            if reuse:
+                s.pages = manager.reuse(s.prompt[:-1])
+                s.cached = len(s.pages) * cache.page_size
+        try:
+            wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
+            missing = wanted - manager.num_free
+            if missing > 0 and self._may_grow:
+                cache.enlarge(manager.num_pages + missing)
+            manager.require(wanted)
+        except CapacityError:
+            self._release(sequences)
+            raise
+        for s in sequences:
+            cache.extend(s.pages, s.cached, s.limit)
+
+    def _release(self, sequences: list[Sequence]) -> None:
+        """Give all pages back; what was computed on them may be reused."""
+        for s in sequences:
+            if self.prefix_cache:
+                tokens = s.prompt + s.generated
+                self.cache.manager.publish(s.pages, tokens[: s.cached])
+            self.cache.manager.free(s.pages)
+
+    def _page_table(self, sequences: list[Sequence]) -> Any:
+        width = max(len(s.pages) for s in sequences)
+        return self.xp.asarray(blocks.page_table([s.pages for s in sequences], width))
+
+    def _ragged_batch(self, sequences: list[Sequence], ids: list[list[int]]) -> Batch:
+        """A batch of the given tokens, which follow what each sequence has in the cache."""
+        spans = [(s.cached, s.cached + len(i)) for s, i in zip(sequences, ids, strict=True)]
+        slots = [
+            blocks.slots(s.pages, *span, self.cache.page_size)
+            for s, span in zip(sequences, spans, strict=True)
+        ]
+        starts = np.cumsum([0] + [stop - start for start, stop in spans])
+        asarray = self.xp.asarray
+        return Batch(
+            ids=asarray(np.concatenate(ids).astype(np.int32)),
+            positions=asarray(np.concatenate([np.arange(*s) for s in spans]).astype(np.int32)),
+            slots=asarray(np.concatenate(slots)),
+            q_starts=asarray(starts.astype(np.int32)),
+            page_table=self._page_table(sequences),
+            lengths=asarray(np.array([stop for _, stop in spans], np.int32)),
+        )

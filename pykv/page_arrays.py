@@ -1,0 +1,190 @@
+"""The arrays that pages of a cache are made of: what must agree, which pages exist, where they lie.
+
+A cache and dimensions as in pykv/pages.py. Functions take an op's name, for errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import ranges
+from pykv.arrays import Dims, checker, on_gpu
+from pykv.errors import ParameterError
+from pykv.kinds import KVSpec
+
+Ids = Sequence[int] | Any  # or a NumPy array
+
+
+def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
+    """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
+    spec: KVSpec = cache.spec
+    pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
+    if spec.granularity == "token":
+        sizes = _pages_checker(op, name, spec)(*pools, *scales)
+    else:  # scales may be elsewhere than pages that were swapped out
+        sizes = _pages_checker(op, name, spec)(*pools)
+        _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
+    return dict(
+        spec=str(spec),
+        layers=sizes["L"],
+        page_size=sizes["P"],
+        heads=sizes["H"],
+        head_dim=sizes["D"],
+        pages=sizes["N"],
+    )
+
+
+@cache
+def _pages_checker(op: str, name: str, spec: KVSpec) -> Callable[..., Dims]:
+    """Of what pages are made of: pools, and scales of rows."""
+    page = " ".join(spec.page_axes)
+    rules: dict[str, Any] = {
+        f"{name}.{letter}": (f"L N | {page} {kind.width}", kind.dtype, 1)
+        for letter, kind in zip("kv", spec.kinds, strict=True)
+    }
+    if spec.granularity == "token":
+        rules |= spec.rules_of_scales(_scale_names(name), f"L N | {page}")
+    return checker(op, **rules)
+
+
+@cache
+def _scales_checker(op: str, name: str, spec: KVSpec, L: int, H: int) -> Callable[..., Dims]:
+    """Of scales that belong to the whole cache."""
+    dims = f"{L} {H if spec.granularity == 'head' else 1}"
+    return checker(op, **spec.rules_of_scales(_scale_names(name), dims))
+
+
+def _scale_names(name: str) -> tuple[str, str]:
+    return f"{name}.k_scales", f"{name}.v_scales"
+
+
+def moving_arrays(cache: Any) -> dict[str, Any]:
+    """The arrays [L, N, ...] that pages are made of."""
+    names = ["k", "v"]
+    if cache.spec.finds_scales:
+        names += ["k_scales", "v_scales"]
+    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+
+
+def given_scales(cache: Any) -> dict[str, Any]:
+    """The scales that belong to the whole cache."""
+    names = () if cache.spec.finds_scales else ("k_scales", "v_scales")
+    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+
+
+def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
+    """[n] int64, all of them pages."""
+    ids = np.asarray(pages)
+    if ids.size == 0:
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
+    wrong = (ids < 0) | (ids >= num_pages)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected 0 to {num_pages - 1}")
+    return ids.astype(np.int64)
+
+
+def check_targets(op: str, ids: Any, num_pages: int) -> None:
+    """Check that no page is listed twice.
+
+    Raises:
+        ParameterError: one is.
+    """
+    is_target = np.zeros(num_pages, bool)  # a tenth of the time that sorting takes
+    is_target[ids] = True
+    if np.count_nonzero(is_target) < len(ids):
+        _, first, group = np.unique(ids, return_index=True, return_inverse=True)
+        i = int(np.argmax(first[group] != np.arange(len(ids))))
+        raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
+
+
+def check_writeable(op: str, name: str, cache: Any) -> None:
+    """Check that pages may be written.
+
+    Raises:
+        ParameterError: one of their arrays is read-only.
+    """
+    for letter, x in moving_arrays(cache).items():
+        ranges.check_writeable(op, f"{name}.{letter}", x)
+
+
+class Places(NamedTuple):
+    """Where pages lie in the arrays [L, N, ...] that they are made of."""
+
+    arrays: list[Any]  # None for one that is not there
+    ids: Any  # [n] pages
+    addresses: Any  # [arrays, L * n] uint64, layer by layer; 0 where there is no array
+    page_bytes: list[int]  # by array
+
+    def ranges(self) -> tuple[Any, Any]:
+        """All addresses, and the bytes at each, one integer if all are equal."""
+        sizes, count = self.page_bytes, self.addresses.shape[1]
+        size = sizes[0] if len(set(sizes)) == 1 else np.repeat(np.array(sizes), count)
+        return self.addresses.reshape(-1), size
+
+
+def places_of(arrays: list[Any], ids: Any) -> Places:
+    """Of pages `ids` in arrays, the first of which is there."""
+    addresses = np.zeros((len(arrays), len(arrays[0]) * len(ids)), np.int64)
+    for row, x in zip(addresses, arrays, strict=True):
+        if x is not None:
+            layers = np.arange(len(x)) * x.strides[0] + ranges.address_of(x)
+            row[:] = np.add.outer(layers, ids * x.strides[1]).reshape(-1)
+    sizes = [0 if x is None else math.prod(x.shape[2:]) * x.itemsize for x in arrays]
+    return Places(arrays, ids, addresses.view(np.uint64), sizes)
+
+
+def check_apart(op: str, source: Places, target: Places, *, in_place: bool = False) -> None:
+    """Check that target pages share no memory with source pages; `in_place`, that target page i
+    shares none but all of source page i.
+
+    Raises:
+        ParameterError: one does.
+    """
+    ids, to_ids = source.ids, target.ids
+    if not len(ids) or not len(to_ids):
+        return
+    if not in_place and all(map(_is_same_memory, source.arrays, target.arrays)):
+        is_source = np.zeros(max(ids.max(), to_ids.max()) + 1, bool)  # then ids say it all
+        is_source[ids] = True
+        shared = is_source[to_ids]
+        if shared.any():
+            i = int(np.argmax(shared))
+            raise ParameterError(
+                f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
+            )
+        return
+    begin, end = _bounds(source)
+    to_begin, to_end = _bounds(target)
+    if not ((begin[:, None] < to_end) & (to_begin < end[:, None])).any():
+        return
+    found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
+    if found is not None:
+        i, of_source, j = found[0] % len(to_ids), found[1], found[2]
+        name, n = ("source_pages", len(ids)) if of_source else ("target_pages", len(to_ids))
+        raise ParameterError(
+            f"{op}: target_pages[{i}] is {to_ids[i]}, which shares memory with {name}[{j % n}], "
+            "expected memory of its own"
+        )
+
+
+def _is_same_memory(a: Any, b: Any) -> bool:
+    return a is b or (ranges.address_of(a) == ranges.address_of(b) and a.strides == b.strides)
+
+
+def _bounds(places: Places) -> tuple[Any, Any]:
+    """The first address of each array's pages, and the one behind their last byte."""
+    sizes = np.array(places.page_bytes, np.uint64)
+    return places.addresses.min(1), places.addresses.max(1) + sizes
+
+
+def same_values(a: Any, b: Any) -> bool:
+    a, b = (x.get() if on_gpu(x) else x for x in (a, b))
+    return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN too

@@ -1,0 +1,231 @@
+"""Pages of a cache in files: save some, load them into another cache.
+
+A file is a safetensors file: 8 bytes with the size of a JSON header, the header, and the arrays
+[L, n, ...] (those of given scales [L, ...]), each contiguous, bfloat16 as its bits. The header's
+"__metadata__" holds the fingerprint and a SHA-256 of it and of all bytes of the arrays. Source:
+https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import load_cupy, on_gpu
+from pykv.errors import FormatError
+from pykv.page_arrays import (
+    Ids,
+    check_targets,
+    check_writeable,
+    facts_of,
+    given_scales,
+    moving_arrays,
+    page_ids,
+    same_values,
+)
+from pykv.pages import host_pages, swap_in, swap_out
+
+FORMAT = "pykv.pages.1"
+_MAX_HEADER = 1 << 20  # bytes; ours take less than 1 KiB
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
+
+
+def save(
+    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str = ""
+) -> None:
+    """Write pages to a file, which any reader of safetensors opens.
+
+    Args:
+        path: of the file; replaced at once, when all is written.
+        cache: see pykv.pages.
+        pages: page ids; None: all.
+        model: whatever tells whose cache this is; `load` compares it.
+
+    Raises:
+        ParameterError: a page does not exist.
+        OSError: the file cannot be written; what was there before is still there.
+
+    Waits for CuPy's current stream. Needs host memory for the pages.
+
+    >>> import tempfile
+    >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pykv.page_files.save(f"{folder}/prefix", cache, [1, 2], model="mine")
+    ...     pykv.page_files.load(f"{folder}/prefix", cache, [0, 3], model="mine")
+    2
+    """
+    op = "page_files.save"
+    cuda.refuse_prepare(op, "it writes a file; pages.swap_out can be prepared")
+    facts = facts_of(op, "cache", cache)
+    ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
+    store = swap_out(cache, ids)
+    if on_gpu(cache.k):
+        load_cupy().cuda.get_current_stream().synchronize()
+    tensors = {
+        **moving_arrays(store),
+        **{name: _host(x) for name, x in given_scales(store).items()},
+    }
+    metadata, table = _metadata(facts, len(ids), model), _table(tensors)
+    metadata["sha256"] = _digest(metadata, table, tensors)
+    text = json.dumps({"__metadata__": metadata, **table}).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for x in tensors.values():
+                file.write(_bytes(x))
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+def load(
+    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str | None = None
+) -> int:
+    """Read what `save` wrote into pages of a cache.
+
+    Args:
+        path: of the file.
+        cache: of the spec and sizes that the file was saved with, but any N.
+        pages: page ids, as many as the file has; its page i becomes page pages[i], and given scales
+            must be those of the file. None: the file has all N pages of the cache, and given scales
+            are replaced by the file's.
+        model: what the file must have been saved with; None: anything.
+
+    Returns:
+        How many pages there are.
+
+    Raises:
+        FormatError: this is no such file, it is damaged, or of another spec, size or model. The
+            cache is as before.
+        ParameterError: a page does not exist, or is listed twice.
+        OSError: the file cannot be read.
+
+    Waits for CuPy's current stream. Needs host memory for the pages.
+    """
+    op = "page_files.load"
+    cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
+    facts = facts_of(op, "cache", cache)
+    with open(path, "rb") as file:
+        metadata, table, begin = _read_header(op, file, os.fspath(path))
+        count = _check_metadata(op, path, metadata, facts, model)
+        if pages is None and count != facts["pages"]:
+            raise FormatError(
+                f"{op}: {path} has {count} pages, expected all {facts['pages']}, or a list of pages"
+            )
+        ids = page_ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
+        check_targets(op, ids, facts["pages"])
+        check_writeable(op, "cache", cache)
+        if len(ids) != count:
+            raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
+        store = host_pages(cache, count)
+        given = {name: _host(x).copy() for name, x in given_scales(cache).items()}
+        tensors = {**moving_arrays(store), **given}
+        expected = _table(tensors)
+        for name in {**expected, **table}:
+            if table.get(name) != expected.get(name):
+                raise FormatError(
+                    f"{op}: {path} has {name}={table.get(name)}, expected {expected.get(name)}"
+                )
+        size = os.fstat(file.fileno()).st_size
+        want = begin + sum(x.nbytes for x in tensors.values())
+        if size != want:
+            raise FormatError(f"{op}: {path} has {size} bytes, expected {want}")
+        for x in tensors.values():
+            file.readinto(_bytes(x))  # too few show in the checksum
+    if _digest(metadata, table, tensors) != metadata["sha256"]:
+        raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
+    for name, x in given.items():
+        if pages is None:
+            scales = getattr(cache, name)
+            scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x
+        elif not same_values(x, getattr(cache, name)):
+            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
+    swap_in(cache, ids, store)
+    if on_gpu(cache.k):
+        load_cupy().cuda.get_current_stream().synchronize()
+    return count
+
+
+def _host(x: Any) -> Any:
+    return x.get() if on_gpu(x) else x
+
+
+def _bytes(x: Any) -> memoryview:
+    return memoryview(x.reshape(-1).view(np.uint8))
+
+
+def _table(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The header of a file with these arrays."""
+    table: dict[str, Any] = {}
+    end = 0
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        table[name] = dict(
+            dtype=_CODES[x.dtype.name], shape=list(x.shape), data_offsets=[begin, end]
+        )
+    return table
+
+
+def _metadata(facts: dict[str, Any], count: int, model: str) -> dict[str, str]:
+    """The fingerprint; safetensors takes text alone."""
+    found = {name: str(fact) for name, fact in facts.items()}
+    return {**found, "format": FORMAT, "pages": str(count), "model": model}
+
+
+def _digest(metadata: dict[str, str], table: dict[str, Any], tensors: dict[str, Any]) -> str:
+    facts = {name: text for name, text in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps([facts, table], sort_keys=True).encode())
+    for x in tensors.values():
+        digest.update(_bytes(x))
+    return digest.hexdigest()
+
+
+def _read_header(op: str, file: BinaryIO, path: str) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Metadata, tensors, and where the arrays begin."""
+    first = file.read(8)
+    size = int.from_bytes(first, "little")
+    if len(first) < 8 or size > _MAX_HEADER:
+        raise FormatError(f"{op}: {path} is no file of pages: its header has {size} bytes")
+    try:
+        header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise FormatError(
+                f"{op}: {path} has format {metadata['format']!r}, expected {FORMAT!r}"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged") from error
+    return metadata, header, 8 + size
+
+
+def _check_metadata(
+    op: str, path: Any, metadata: dict[str, str], facts: dict[str, Any], model: str | None
+) -> int:
+    """Hold the fingerprint against the cache; returns the number of pages."""
+    wanted = {name: str(fact) for name, fact in facts.items() if name != "pages"}
+    if model is not None:
+        wanted["model"] = model
+    for name, want in wanted.items():
+        if metadata.get(name) != want:
+            raise FormatError(f"{op}: {path} has {name}={metadata.get(name)}, expected {want}")
+    count = metadata.get("pages", "")
+    if not (
+        isinstance(count, str) and count.isdecimal() and isinstance(metadata.get("sha256"), str)
+    ):
+        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged")
+    return int(count)

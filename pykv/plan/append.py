@@ -1,0 +1,271 @@
+"""Plans of appends, to pages and to caches without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOATS, checker
+from pykv.errors import ParameterError
+from pykv.kinds import LAYOUTS, KVSpec
+from pykv.ops import contiguous_append, paged_append, paged_check
+from pykv.plan.base import (
+    PagedCacheDescriptor,
+    Plan,
+    Preference,
+    check_element,
+    check_head_dim,
+    check_select,
+    paged_checker,
+)
+
+# --- Paged append ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PagedAppendDescriptor:
+    """One token for each of `batch_size` requests.
+
+    Args:
+        batch_size: B.
+        cache: the pages.
+        counts, advance: as of paged_append.append_decode. "before" is what baracuda's plan asks
+            for: add 1 to last_page_len[b] after the call, and list another page when that is P.
+    """
+
+    batch_size: int
+    cache: PagedCacheDescriptor
+    counts: str = "before"
+    advance: bool = False
+
+
+class PagedAppendArgs(NamedTuple):
+    """The arrays of one append, by baracuda's names: `key` and `value` are the rows, `k_data` and
+    `v_data` the pools; the others, and scales, are those of paged_append.append_decode."""
+
+    key: Any
+    value: Any
+    k_data: Any
+    v_data: Any
+    indices: Any
+    indptr: Any
+    last_page_len: Any
+    k_scales: Any = None
+    v_scales: Any = None
+
+
+class PagedAppendPlan(Plan):
+    """Append one token a request to pages that a list of pages names; made by `select`.
+
+    `select` raises, in this order:
+        ParameterError: a size is not positive.
+        UnsupportedError: the head size is no multiple of 8 or above 512; then, the element is no
+            float kind.
+        ParameterError: `counts` is unknown, or `advance` goes with "after".
+        UnsupportedError, CapacityError: the preference excludes it.
+
+    `can_implement` raises, in this order:
+        ShapeError: key or value is not [B, H, D]; then, a pool has another shape; then, indptr is
+            not [B + 1] or last_page_len not [B].
+        UnsupportedError: rows of any of the four are not contiguous.
+        DtypeError, ShapeError, DeviceError, ParameterError: all else, as of
+            paged_append.append_decode.
+    """
+
+    op = "paged_append"
+    covers = (
+        "rows of float32, float16 and bfloat16 into any kind; head sizes of multiples of 8 up to "
+        "512; pages, tokens and heads at any strides"
+    )
+
+    def __init__(
+        self,
+        descriptor: PagedAppendDescriptor,
+        element: Any,
+        preference: Preference | None = None,
+        xp: Any = np,
+    ) -> None:
+        self.descriptor, cache, name = descriptor, descriptor.cache, self._name()
+        check_select(name, descriptor.batch_size, cache, element)
+        if descriptor.counts not in paged_append.COUNTS:
+            raise ParameterError(
+                f"{name}.select: counts is {descriptor.counts!r}, expected one of "
+                f"{paged_append.COUNTS}"
+            )
+        after, advance = descriptor.counts == "after", descriptor.advance
+        if after and advance:
+            raise ParameterError(
+                f"{name}.select: advance is True and counts 'after', expected 'before'"
+            )
+        super().__init__(element, cache.spec, preference, xp)
+        B, H, D, P = descriptor.batch_size, cache.num_kv_heads, cache.head_dim, cache.page_size
+        (k_data, v_data), _ = cache.shapes()
+        rows = dict(key=(B, H, D), value=(B, H, D), k_data=k_data, v_data=v_data)
+        self._shapes = rows | dict(indptr=(B + 1,), last_page_len=(B,))
+        self._with_rows = tuple(rows)
+        of_rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
+        self._check = paged_checker(name, PagedAppendArgs._fields, cache.spec, **of_rows)
+        if xp is not np:
+            options = dict(after=after, advance=advance)
+            defines = paged_append.defines_of(
+                "DECODE", cache.spec, self._element, H, D, P, **options
+            )
+            cuda.kernel("paged_append", "paged_append", **defines)
+
+    def run(
+        self,
+        args: PagedAppendArgs,
+        *,
+        workspace: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Append.
+
+        Args:
+            args: the arrays.
+            workspace: not needed.
+            check: look for wrong entries first, see pykv.ops.paged_check.
+            stream: see pykv.cuda.on_stream.
+
+        Raises: as `can_implement`; ParameterError also where the check found a wrong entry.
+
+        On a GPU only enqueues, one launch, unless checking.
+        """
+        self.can_implement(args)
+        cache, counts = self.descriptor.cache, self.descriptor.counts
+        if paged_check.enabled(check):
+            with cuda.on_stream(stream):
+                paged_check.check_table(
+                    *(args.indices, args.indptr, args.last_page_len),
+                    *(cache.num_total_pages, cache.page_size),
+                    appends=True,
+                    counts=counts,
+                    op=f"{self._name()}.run",
+                )
+        paged_append.append_decode(
+            *args[:7],
+            k_scales=args.k_scales,
+            v_scales=args.v_scales,
+            spec=self._spec,
+            counts=counts,
+            advance=self.descriptor.advance,
+            check=False,  # it was looked for, under the plan's name
+            stream=stream,
+        )
+
+
+# --- Contiguous append ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ContiguousAppendDescriptor:
+    """`new_tokens` for each of `batch_size` rows, into caches of `max_tokens`.
+
+    Args:
+        batch_size, num_heads, new_tokens, max_tokens: B, H, T and C; a plan with none of one of
+            them does nothing.
+        k_dim, v_dim: head sizes of keys and values.
+        cache_element: dtype of the caches; None: that of the rows.
+        layout: "HND", [B, H, T, K] and [B, H, C, K], or "NHD", [B, T, H, K] and [B, C, H, K].
+        advance: as of contiguous_append.append.
+    """
+
+    batch_size: int
+    num_heads: int
+    new_tokens: int
+    max_tokens: int
+    k_dim: int
+    v_dim: int
+    cache_element: Any = None
+    layout: str = "HND"
+    advance: bool = False
+
+
+class ContiguousAppendArgs(NamedTuple):
+    """The arrays of one append: `k_new` and `v_new` are the rows, `k_cache` and `v_cache` as of
+    contiguous_append.append, whose `lengths` are the `cache_offsets`."""
+
+    k_new: Any
+    v_new: Any
+    k_cache: Any
+    v_cache: Any
+    cache_offsets: Any
+
+
+class ContiguousAppendPlan(Plan):
+    """Append behind what caches without pages hold; made by `select`.
+
+    `select` raises, in this order:
+        ParameterError: a size is negative, or the layout unknown.
+        UnsupportedError: a head size is no multiple of 8 or above 1024; then, an element is no
+            float kind.
+        UnsupportedError, CapacityError: the preference excludes it.
+
+    `can_implement` raises, in this order:
+        ShapeError: k_new, v_new, k_cache, v_cache or cache_offsets, which is [B], has another
+            shape.
+        UnsupportedError: rows of any of the four are not contiguous.
+        DtypeError, ShapeError, DeviceError: all else, as of contiguous_append.append.
+    """
+
+    op = "contiguous_append"
+    covers = (
+        "rows of float32, float16 and bfloat16 into any of them; head sizes of multiples of 8 up "
+        "to 1024, those of keys and values apart; batch rows, tokens and heads at any strides; "
+        "offsets of 32 or 64 bits"
+    )
+
+    def __init__(
+        self,
+        descriptor: ContiguousAppendDescriptor,
+        element: Any,
+        preference: Preference | None = None,
+        xp: Any = np,
+    ) -> None:
+        self.descriptor, name = descriptor, self._name()
+        sizes = ("batch_size", "num_heads", "new_tokens", "max_tokens", "k_dim", "v_dim")
+        for size in sizes:
+            if getattr(descriptor, size) < 0:
+                raise ParameterError(
+                    f"{name}.select: {size} is {getattr(descriptor, size)}, expected at least 0"
+                )
+        if descriptor.layout not in LAYOUTS:
+            raise ParameterError(
+                f"{name}.select: layout is {descriptor.layout!r}, expected one of {LAYOUTS}"
+            )
+        for size in sizes[4:]:
+            head_dim = getattr(descriptor, size)
+            check_head_dim(f"{name}.select", size, head_dim, contiguous_append.MAX_HEAD_DIM)
+        of_cache = element if descriptor.cache_element is None else descriptor.cache_element
+        check_element(f"{name}.select", "element", element)
+        check_element(f"{name}.select", "cache_element", of_cache)
+        kind = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))[np.dtype(of_cache)]
+        spec = KVSpec(kind, kind, layout=descriptor.layout)
+        super().__init__(element, spec, preference, xp)
+        B, H, T, C, K, V = (getattr(descriptor, size) for size in sizes)
+        self._shapes = {
+            f"{letter}_{which}": (B, *spec.page_order(tokens, H), D)
+            for which, tokens in (("new", T), ("cache", C))
+            for letter, D in (("k", K), ("v", V))
+        }
+        self._with_rows = tuple(self._shapes)
+        self._shapes["cache_offsets"] = (B,)
+        self._check = checker(
+            f"{name}.can_implement",
+            k_new=("B H T | K", self._element),
+            v_new=("B H T | V", "k_new"),
+            k_cache=("B X Y | K", np.dtype(of_cache)),
+            v_cache=("B X Y | V", "k_cache"),
+            cache_offsets=("B", contiguous_append.LENGTHS),
+        )
+
+    def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
+        """Append `args`; tokens past the caches' ends are dropped. Options are those of
+        PagedAppendPlan.run; with `advance` and several new tokens there are two launches."""
+        self.can_implement(args)
+        advance, layout = self.descriptor.advance, self.descriptor.layout
+        contiguous_append.append(*args, layout=layout, advance=advance, stream=stream)

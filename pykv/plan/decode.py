@@ -1,0 +1,191 @@
+"""The plan of attention over pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, UINT8, checker, on_gpu, optional
+from pykv.errors import CapacityError, ParameterError
+from pykv.ops import page_table, paged_check, paged_decode
+from pykv.plan.base import PagedCacheDescriptor, Plan, Preference, check_select, paged_checker
+
+
+@dataclass(frozen=True)
+class PagedDecodeDescriptor:
+    """Attention of one query token for each of `batch_size` requests.
+
+    Args:
+        batch_size, num_q_heads: B and HQ, a multiple of the cache's KV heads.
+        cache: the pages.
+        max_pages: M, pages that a request can have; None: all of the cache.
+        sm_scale: factor of q.k; None: 1 / sqrt(D).
+    """
+
+    batch_size: int
+    num_q_heads: int
+    cache: PagedCacheDescriptor
+    max_pages: int | None = None
+    sm_scale: float | None = None
+
+
+class PagedDecodeArgs(NamedTuple):
+    """The arrays of one call: q and o [B, HQ, D], lse [B, HQ] float32 or None, and as
+    PagedAppendArgs has them the pools (k_data, v_data, k_scales, v_scales) and the lists of pages
+    (indices, indptr). last_page_len counts all tokens that are seen."""
+
+    q: Any
+    k_data: Any
+    v_data: Any
+    indices: Any
+    indptr: Any
+    last_page_len: Any
+    o: Any
+    lse: Any = None
+    k_scales: Any = None
+    v_scales: Any = None
+
+
+class PagedDecodePlan(Plan):
+    """Attention over pages that a list of pages names; made by `select`. The logarithms of the sums
+    of weights, `lse`, are of base 2.
+
+    `select` raises, in this order:
+        ParameterError: a size is not positive.
+        UnsupportedError: the head size is no multiple of 8 or above 512; then, the element is no
+            float kind.
+        ParameterError: num_q_heads is no multiple of num_kv_heads.
+        UnsupportedError, CapacityError: the preference excludes it.
+
+    `can_implement` raises, in this order:
+        ShapeError: q or o is not [B, HQ, D]; then, a pool has another shape; then, indptr is not
+            [B + 1], last_page_len not [B] or lse not [B, HQ].
+        UnsupportedError: rows of q, o or the pools are not contiguous.
+        DtypeError, ShapeError, DeviceError, ParameterError: all else.
+    """
+
+    op = "paged_decode"
+    covers = (
+        "queries of float32, float16 and bfloat16 over any kind; head sizes of multiples of 8 up "
+        "to 512; any number of query heads a KV head; pages, tokens and heads at any strides"
+    )
+    accumulator = "float32"
+    may_lack = ("lse",)
+
+    def __init__(
+        self,
+        descriptor: PagedDecodeDescriptor,
+        element: Any,
+        preference: Preference | None = None,
+        xp: Any = np,
+    ) -> None:
+        self.descriptor, cache = descriptor, descriptor.cache
+        name, HQ = f"{self._name()}.select", descriptor.num_q_heads
+        max_pages = cache.num_total_pages if descriptor.max_pages is None else descriptor.max_pages
+        for size, value in (("num_q_heads", HQ), ("max_pages", max_pages)):
+            if value < 1:
+                raise ParameterError(f"{name}: {size} is {value}, expected at least 1")
+        check_select(self._name(), descriptor.batch_size, cache, element)
+        if HQ % cache.num_kv_heads:
+            raise ParameterError(
+                f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads="
+                f"{cache.num_kv_heads}"
+            )
+        B, H, D, P = descriptor.batch_size, cache.num_kv_heads, cache.head_dim, cache.page_size
+        self._max_pages = max_pages
+        self._scratch = 0  # bytes that the attention asks for
+        if xp is not np:
+            self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, max_pages * P)
+        super().__init__(element, cache.spec, preference, xp)
+        (k_data, v_data), _ = cache.shapes()
+        rows = dict(q=(B, HQ, D), o=(B, HQ, D), k_data=k_data, v_data=v_data)
+        self._shapes = rows | dict(indptr=(B + 1,), last_page_len=(B,), lse=(B, HQ))
+        self._with_rows = tuple(rows)
+        self._check = paged_checker(
+            *(self._name(), PagedDecodeArgs._fields, cache.spec),
+            q=("B HQ | D", self._element),
+            o=("B HQ | D", "q"),
+            lse=optional("B HQ", FLOAT32),
+        )
+
+    def workspace_size(self) -> int:
+        """Bytes of workspace: the attention's, a page table, and lengths. None on the host."""
+        if self._xp is np:
+            return 0
+        return self._scratch + 4 * self.descriptor.batch_size * (self._max_pages + 1)
+
+    def run(
+        self,
+        args: PagedDecodeArgs,
+        *,
+        workspace: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Fill args.o, and args.lse if given.
+
+        Args:
+            args: the arrays.
+            workspace: [at least workspace_size()] uint8 of a GPU, for one stream at a time; zeros
+                before its first use.
+            check: look for wrong entries first, see pykv.ops.paged_check.
+            stream: see pykv.cuda.on_stream.
+
+        Raises:
+            CapacityError: the workspace is missing or too small.
+            ParameterError: the check found a wrong entry.
+            As `can_implement` else.
+
+        On a GPU only enqueues, unless checking.
+        """
+        needed = self.workspace_size()
+        _check_workspace(workspace)
+        given = 0 if workspace is None else int(workspace.nbytes)
+        if given < needed:
+            raise CapacityError(
+                f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
+            )
+        self.can_implement(args)
+        with cuda.on_stream(stream):
+            if paged_check.enabled(check):
+                cache = self.descriptor.cache
+                paged_check.check_table(
+                    *(args.indices, args.indptr, args.last_page_len),
+                    *(cache.num_total_pages, cache.page_size),
+                    op=f"{self._name()}.run",
+                )
+            self._decode(args, workspace)
+
+    def _decode(self, args: PagedDecodeArgs, workspace: Any) -> None:
+        B, M = self.descriptor.batch_size, self._max_pages
+        parts: dict[str, Any] = {}
+        scratch = None
+        if needed := self.workspace_size():
+            words = workspace[:needed].view(np.int32)
+            floats = self._scratch // 4
+            parts["table"] = words[floats : floats + B * M].reshape(B, M)
+            parts["lengths"] = words[floats + B * M :]
+            scratch = words[:floats].view(np.float32)
+        elif not on_gpu(args.q):  # zeros: attention being prepared may look at them already
+            parts["table"], parts["lengths"] = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
+        P = self.descriptor.cache.page_size
+        lists = (args.indices, args.indptr, args.last_page_len)
+        table, lengths = page_table.from_lists(*lists, page_size=P, width=M, **parts)
+        paged_decode.decode(
+            *(args.q, args.k_data, args.v_data, table, lengths),
+            k_scales=args.k_scales,
+            v_scales=args.v_scales,
+            spec=self._spec,
+            scale=self.descriptor.sm_scale,
+            out=args.o,
+            lse=args.lse,
+            lse_base="2",
+            workspace=scratch,
+            check=False,  # lists were looked at, and the table is made of them
+        )
+
+
+_check_workspace = checker("plan.PagedDecodePlan.run", workspace=optional("E", UINT8))

@@ -1,0 +1,198 @@
+"""Ranges of memory by address and size: which arrays occupy, which overlap, which a GPU reaches.
+
+Dimensions: C ranges, or pairs of a source and a destination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import asarray, on_gpu
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+
+Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
+
+
+def check_overlaps(op: str, src: Ranges, dst: Ranges) -> None:
+    """Check that no destination overlaps another range, destination or source.
+
+    Args:
+        op: name for messages.
+        src, dst: what to call them, [C] uint64 addresses, and bytes: an integer or [C] int64; the
+            two may differ in length. Ranges of no bytes overlap nothing.
+
+    Raises:
+        ParameterError: two ranges overlap.
+    """
+    found = find_overlap(src[1:], dst[1:])
+    if found is not None:
+        i, (name, *_), j = found[0], (src if found[1] else dst), found[2]
+        raise ParameterError(f"{op}: {dst[0]}[{i}] overlaps {name}[{j}], expected disjoint ranges")
+
+
+def find_overlap(
+    src: tuple[Any, Any], dst: tuple[Any, Any], *, in_place: bool = False
+) -> tuple[int, bool, int] | None:
+    """The first destination that overlaps another range.
+
+    Args:
+        src, dst: [C] uint64 addresses, and bytes: an integer or [C] int64.
+        in_place: destination i may be source i, all of it.
+
+    Returns:
+        Its index, whether the other range is a source, and the index of that; None if all are
+        disjoint.
+    """
+    (dst_at, dst_sizes), (src_at, src_sizes) = dst, src
+    sizes = np.broadcast_to(dst_sizes, dst_at.shape).astype(np.uint64)
+    order: Any = np.argsort(dst_at, kind="stable")
+    order = order[sizes[order] > 0]
+    starts, ends = dst_at[order], dst_at[order] + sizes[order]
+    overlaps = ends[:-1] > starts[1:]
+    if overlaps.any():
+        i = int(np.argmax(overlaps))
+        return int(order[i]), False, int(order[i + 1])
+    # Destinations are disjoint, so the first to end after a source starts is the one that can meet
+    # it.
+    sizes = np.broadcast_to(src_sizes, src_at.shape).astype(np.uint64)
+    nearest: Any = np.searchsorted(ends, src_at, "right")
+    overlaps = (nearest < len(ends)) & (sizes > 0)
+    met = nearest[overlaps]
+    clash = starts[met] < src_at[overlaps] + sizes[overlaps]
+    if in_place:
+        clash &= (
+            (order[met] != np.flatnonzero(overlaps))
+            | (starts[met] != src_at[overlaps])
+            | (ends[met] != src_at[overlaps] + sizes[overlaps])
+        )
+    overlaps[overlaps] = clash
+    if overlaps.any():
+        i = int(np.argmax(overlaps))
+        return int(order[nearest[i]]), True, i
+    return None
+
+
+def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
+    """Check that no address of `table` [C] whose size is not 0 is in pageable host memory.
+
+    Raises:
+        DeviceError: one is.
+    """
+    for i in np.flatnonzero(np.broadcast_to(sizes, table.shape)).tolist():
+        if _is_pageable(int(table[i])):
+            raise DeviceError(
+                f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU or "
+                "pinned host memory"
+            )
+
+
+def _is_pageable(address: int) -> bool:
+    runtime = cuda.array_module("cuda").cuda.runtime
+    return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
+
+
+def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
+    """The same copy with fewer pairs: none empty, and none whose source and destination both
+    continue those of the pair before."""
+    if isinstance(sizes, int) and len(src) < 2:  # such as one large copy
+        return src, dst, sizes
+    if not isinstance(sizes, int) and not sizes.all():
+        kept = sizes > 0
+        src, dst, sizes = src[kept], dst[kept], sizes[kept]
+    if not len(src):
+        return src, dst, 0
+    lengths = np.uint64(sizes) if isinstance(sizes, int) else sizes[:-1].view(np.uint64)
+    follows = src[1:] - src[:-1] == lengths
+    if np.count_nonzero(follows):  # mostly not, and then the destinations need no look
+        follows &= dst[1:] - dst[:-1] == lengths
+    if np.count_nonzero(follows):
+        first = np.concatenate(([0], np.flatnonzero(~follows) + 1))
+        sizes = np.add.reduceat(np.broadcast_to(np.int64(sizes), src.shape), first)
+        src, dst = src[first], dst[first]
+    if not isinstance(sizes, int) and sizes.min() == sizes.max():
+        sizes = int(sizes[0])
+    return src, dst, sizes
+
+
+def addresses_of(
+    op: str, sources: Sequence[Any], destinations: Sequence[Any], *, any_memory: bool = False
+) -> tuple[Any, Any, Any, str]:
+    """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
+    `any_memory` will do."""
+    if len(sources) != len(destinations):
+        raise ShapeError(
+            f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
+            "sources"
+        )
+    lists = {"sources": list(map(asarray, sources))}
+    lists["destinations"] = list(map(asarray, destinations))
+    device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
+    addresses = []
+    for name, arrays in lists.items():
+        for i, array in enumerate(arrays):
+            if array.dtype.hasobject:
+                raise DtypeError(
+                    f"{op}: {name}[{i}] has dtype {array.dtype}, expected no Python objects"
+                )
+            if not array.flags.c_contiguous:
+                raise ShapeError(f"{op}: {name}[{i}] has strides {array.strides}, expected none")
+            if array.nbytes != lists["sources"][i].nbytes:
+                raise ShapeError(
+                    f"{op}: {name}[{i}] has {array.nbytes} bytes, expected "
+                    f"{lists['sources'][i].nbytes} like sources[{i}]"
+                )
+            if name == "destinations":
+                check_writeable(op, f"{name}[{i}]", array)
+            if device == "cuda" and array.nbytes and not any_memory:
+                _check_reach(op, f"{name}[{i}]", array)
+        addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
+    sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
+    return addresses[0], addresses[1], sizes, device
+
+
+def check_writeable(op: str, name: str, array: Any) -> None:
+    """Check that an array may be written.
+
+    Raises:
+        ParameterError: it is a read-only NumPy array.
+    """
+    if not on_gpu(array) and not array.flags.writeable:
+        raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
+
+
+def _check_reach(op: str, name: str, array: Any) -> None:
+    """Check that the current GPU can reach an array."""
+    if not on_gpu(array):
+        if _is_pageable(address_of(array)):
+            raise DeviceError(
+                f"{op}: {name} is in pageable host memory, expected it pinned, as "
+                "cupyx.empty_pinned makes it"
+            )
+    elif array.data.device_id != cuda.current_device():
+        raise DeviceError(
+            f"{op}: {name} is on GPU {array.data.device_id}, expected the current one, "
+            f"GPU {cuda.current_device()}"
+        )
+
+
+def address_of(array: Any) -> int:
+    """Of the first element of a NumPy or CuPy array."""
+    return int(array.data.ptr if on_gpu(array) else array.__array_interface__["data"][0])
+
+
+class _Range:
+    """Host memory as NumPy asks for it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__array_interface__ = dict(
+            data=(address, False), shape=(size,), typestr="|u1", version=3
+        )
+
+
+def bytes_at(address: int, size: int) -> Any:
+    """A NumPy view of host memory, which its owner must keep."""
+    return np.asarray(_Range(address, size))

@@ -1,0 +1,34 @@
+"""Copies of bytes at all alignments, against slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv.ops import block_copy
+from pykv.testing import wrong_values
+from pykv.verify import Case
+
+
+def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    different = [1, 333, 1000, 2048, 9001, 2048, 1000, 333, 1]
+    for sizes, src_at, dst_at in (
+        ([8192] * 7, 0, 0),
+        ([4097] * 7, 5, 21),
+        ([700] * 7, 4, 0),
+        (different, 0, 1),
+    ):
+        n = len(sizes)
+        rows = rng.integers(0, 256, (2, n, max(sizes) + 32), np.uint8)
+        order = rng.permutation(n).tolist()
+        src, dst, want = xp.asarray(rows[0]), xp.asarray(rows[1]), rows[1].copy()
+        pairs = []
+        for i, (to, size) in enumerate(zip(order, sizes, strict=True)):
+            where, there = (i, slice(src_at, src_at + size)), (to, slice(dst_at, dst_at + size))
+            want[there] = rows[0][where]
+            pairs.append((src[where], dst[there]))
+        block_copy.copy_arrays(*map(list, zip(*pairs, strict=True)))
+        text = f"{min(sizes)} to {max(sizes)} bytes, offsets {src_at} and {dst_at}"
+        yield text, wrong_values(dst, want), 0.0

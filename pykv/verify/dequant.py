@@ -1,0 +1,31 @@
+"""Blocks of GGUF files, by the package gguf, which is the authority on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from pykv.ops import dequant
+from pykv.testing import wrong_values
+from pykv.verify import Case
+
+
+def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    if find_spec("gguf") is None:  # it comes with the extra `llm`
+        return
+    from gguf import GGMLQuantizationType, quants
+
+    for kind, (elements, nbytes) in dequant.KINDS.items():
+        packed = rng.integers(0, 256, (6, 4 * nbytes), np.uint8)
+        if nbytes == 2 * elements or nbytes == 4 * elements:
+            packed &= 0x3F  # finite numbers
+        else:  # scales lie at either end of a block; keep their exponents finite
+            for end in (1, 3, nbytes - 1):
+                packed[:, end::nbytes] &= 0x3B
+        want = quants.dequantize(packed, GGMLQuantizationType[kind])
+        got = dequant.dequantize(xp.asarray(packed), kind)
+        with np.errstate(over="ignore"):  # to infinity, as floats round
+            yield kind, wrong_values(got, want.astype(np.float16)), 0.0

@@ -1,0 +1,54 @@
+"""Attention of the last queries over pages, by every key of every head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv.kinds import KVSpec
+from pykv.ops import paged_decode
+from pykv.testing import attention, error_and_bound, judged, paged
+from pykv.verify import Case
+
+SHAPES = (  # head size, query heads of a KV head, kinds; also of prefill
+    *((64, 3, "fp16"), (80, 7, "fp16"), (128, 4, "bf16"), (256, 4, "fp32"), (64, 1, "fp16")),
+)
+
+
+def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for D, G, text in SHAPES:
+        spec = KVSpec.parse(text)
+        cache = paged.filled(rng, spec, [1, 16, 17, 1000], 16, 2, D)
+        q = rng.standard_normal((4, 2 * G, D)).astype(np.float32)
+        sent = paged.send(xp, cache)
+        for window in (None, 100):
+            options: Any = dict(scale=D**-0.5, window=window)
+            got = paged_decode.decode(xp.asarray(q), **sent, window=window, return_lse=True)
+            low, exact = (
+                attention.decode(q, cache, spec, dtype, **options)
+                for dtype in (np.float32, np.float64)
+            )
+            name = f"D={D} G={G} {text} window={window}"
+            yield name, *error_and_bound(got[0], low[0], exact[0])
+            yield f"{name}, lse", *error_and_bound(got[1], low[1], exact[1])
+
+
+def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    """With all that changes scores, and queries of 16 bits: by whichever kernel is for the kind."""
+    for lengths, T in (([1, 16, 0, 700], 1), ([1, 16, 0, 700], 3), ([700], 1)):
+        yield _case(spec, lengths, T, rng, xp)
+
+
+def _case(spec: KVSpec, lengths: list[int], T: int, rng: np.random.Generator, xp: Any) -> Case:
+    cache = paged.filled(rng, spec, lengths, 16, 2, 128)
+    sinks = rng.standard_normal(8).astype(np.float32)
+    options: Any = dict(scale=0.1, window=300, soft_cap=20.0, sinks=sinks)
+    q = rng.standard_normal((len(lengths), T, 8, 128)).astype(np.float16)
+    got = paged_decode.decode(xp.asarray(q), **paged.send(xp, cache | options), spec=spec)
+
+    def oracle(dtype: Any) -> Any:
+        return attention.decode(q, cache, spec, dtype, **options)[0]
+
+    return f"{spec} T={T} B={len(lengths)}", *judged(got, oracle, np.float16)

@@ -1,0 +1,16 @@
+"""Attention of the last queries over pages of the kinds that tensor cores take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv.kinds import KVSpec
+from pykv.verify import Case, paged_decode
+
+
+def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for text in ("fp16", "int8", "int4", "e4m3:tensor", "e5m2", "k8v4:HND", "int8:fp32"):
+        yield from paged_decode.cases_of(KVSpec.parse(text), rng, xp)

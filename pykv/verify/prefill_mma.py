@@ -1,0 +1,16 @@
+"""Attention of whole prompts over pages of the kinds that tensor cores take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv.kinds import KVSpec
+from pykv.verify import Case, prefill
+
+
+def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+    for text in ("fp16", "bf16", "int8", "int4", "k8v4:HND", "e4m3:head"):
+        yield from prefill.cases_of(KVSpec.parse(text), rng, xp)

@@ -1,0 +1,136 @@
+"""A small valid call of every op that takes arrays: what tests of all ops start from."""
+
+import numpy as np
+
+from pykv import KVSpec
+from pykv.ops import (
+    activation,
+    attention_mass,
+    bandwidth,
+    contiguous_append,
+    dequant,
+    linear,
+    merge_states,
+    norm,
+    page_table,
+    paged_append,
+    paged_convert,
+    paged_decode,
+    paged_qkv,
+    prefill,
+    rope,
+    sample,
+)
+
+
+def zeros(dtype, *shape):
+    return np.zeros(shape, dtype)
+
+
+# Arrays that pass, whatever is in them; every other argument is a plain value. CONTENTS has what
+# those of integers hold where zeros would be no valid call.
+ROWS = dict(k=zeros("f4", 2, 2, 16), v=zeros("f4", 2, 2, 16))
+POOLS = dict(k_pool=zeros("i1", 4, 2, 2, 16), v_pool=zeros("i1", 4, 2, 2, 16))
+POOLS |= dict(k_scales=zeros("f2", 4, 2, 2), v_scales=zeros("f2", 4, 2, 2))
+OUTS = dict(zip(("k_out", "v_out", "k_out_scales", "v_out_scales"), POOLS.values(), strict=True))
+TABLE = dict(page_table=zeros("i4", 2, 2), lengths=zeros("i4", 2))
+LISTS = dict(indices=zeros("i4", 2), indptr=zeros("i4", 3))
+SPEC = KVSpec("int8", "int8")
+PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
+OPS = [
+    (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
+    (activation.embed, dict(table=zeros("f4", 3, 8), ids=zeros("i4", 2))),
+    (activation.swiglu, dict(x=zeros("f4", 3, 8))),
+    (activation.geglu, dict(x=zeros("f4", 3, 8))),
+    (
+        attention_mass.mass,
+        dict(q=zeros("f4", 2, 2, 16), k_pool=POOLS["k_pool"], k_scales=POOLS["k_scales"], **TABLE)
+        | dict(lse=zeros("f4", 2, 2)),
+    ),
+    (bandwidth.read, dict(x=zeros("u4", 4, 4), sums=zeros("u4", 2))),
+    (bandwidth.copy, dict(x=zeros("u4", 4, 4), out=zeros("u4", 4, 4))),
+    (
+        contiguous_append.append,
+        dict(k=zeros("f4", 1, 2, 2, 8), v=zeros("f4", 1, 2, 2, 8), lengths=zeros("i4", 1))
+        | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
+    ),
+    (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
+    (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
+    (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
+    (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
+    (page_table.from_lists, dict(**LISTS, last_page_len=zeros("i4", 2), page_size=2, width=2)),
+    (paged_append.append, dict(**ROWS, **POOLS, slots=zeros("i4", 2))),
+    (
+        paged_append.append_decode,
+        dict(**ROWS, **POOLS, **LISTS, last_page_len=zeros("i4", 2), counts="before"),
+    ),
+    (
+        paged_append.append_ragged,
+        dict(**ROWS, **POOLS, **LISTS, append_indptr=zeros("i4", 3), counts="before")
+        | dict(last_page_len=zeros("i4", 2)),
+    ),
+    (
+        paged_append.append_indexed,
+        dict(**ROWS, **POOLS, **LISTS, batch_indices=zeros("i4", 2), positions=zeros("i4", 2)),
+    ),
+    (paged_convert.gather, dict(**POOLS)),
+    (paged_convert.scatter, dict(k=zeros("f4", 4, 2, 2, 16), v=zeros("f4", 4, 2, 2, 16), **POOLS)),
+    (paged_convert.convert, dict(**POOLS, **OUTS, spec=SPEC, out_spec=SPEC)),
+    (paged_decode.decode, dict(q=zeros("f4", 2, 2, 16), **POOLS, **TABLE)),
+    (paged_qkv.append, dict(qkv=zeros("f4", 2, 96), **POOLS, slots=zeros("i4", 2))),
+    (prefill.prefill, dict(q=zeros("f4", 2, 2, 16), **POOLS, **TABLE, q_starts=zeros("i4", 3))),
+    (
+        prefill.prefill_contiguous,
+        dict(q=zeros("f4", 4, 2, 2, 16), k=POOLS["k_pool"], v=POOLS["v_pool"])
+        | dict(k_scales=POOLS["k_scales"], v_scales=POOLS["v_scales"]),
+    ),
+    (
+        rope.rotate,
+        dict(q=zeros("f4", 3, 2, 8), k=zeros("f4", 3, 1, 8), positions=zeros("i4", 3))
+        | dict(inv_freq=zeros("f4", 4)),
+    ),
+    (sample.argmax, dict(logits=zeros("f4", 2, 5))),
+    (
+        sample.sample,
+        dict(logits=zeros("f4", 2, 5))
+        | {name: zeros(dtype, 2) for name, dtype in PARAMETERS.items()},
+    ),
+]
+
+CONTENTS = dict(
+    slots=[3, 1],
+    page_table=[[0, 1], [2, 3]],
+    lengths=[3, 2],
+    indices=[2, 1],
+    indptr=[0, 1, 2],
+    last_page_len=[1, 0],
+    append_indptr=[0, 1, 2],
+    batch_indices=[1, 0],
+    positions=[1, 0, 2],
+    q_starts=[0, 1, 2],
+    ids=[2, 0],
+    temperature=[0.8, 0],
+    top_p=[1, 1],
+    min_p=[0.1, 0],
+    seeds=[1, 2],
+)
+
+
+def filled(arguments, rng, xp):
+    """Arguments whose arrays hold random floats and codes, and valid integers."""
+    return {
+        name: xp.asarray(_contents(name, x, rng)) if isinstance(x, np.ndarray) else x
+        for name, x in arguments.items()
+    }
+
+
+def _contents(name, x, rng):
+    if name in CONTENTS:
+        return np.array(CONTENTS[name], x.dtype)[: len(x)]
+    if name.endswith("_scales"):
+        return rng.uniform(0.01, 0.02, x.shape).astype(x.dtype)
+    if x.dtype.kind == "f":
+        return rng.standard_normal(x.shape).astype(x.dtype)
+    if x.ndim > 1:  # codes and blocks
+        return rng.integers(0, 100, x.shape).astype(x.dtype)
+    return x.copy()

@@ -1,0 +1,297 @@
+"""Plain, prepared and graphed calls: what is kept, what is looked at again, and what is refused."""
+
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.ops import activation, linear, merge_states, norm
+from tests.helpers import to_numpy
+
+
+@pytest.fixture
+def two(xp):
+    """(x, y): adding y to x adds 1."""
+    return xp.zeros((2, 8), np.float32), xp.ones((2, 8), np.float32)
+
+
+def is_all(x, value):
+    return bool((x == value).all())
+
+
+# --- Prepared calls -------------------------------------------------------------------------------
+
+
+def test_preparing_does_nothing_and_each_call_does_it_once(two):
+    x, y = two
+    call = cuda.prepare(activation.add, x, y)
+    assert is_all(x, 0) and call.result is None
+    for count in (1, 2, 3):
+        assert call() is None and is_all(x, count)
+    y[...] = 5
+    call()
+    assert is_all(x, 8)
+
+
+def test_results_are_the_same_objects(xp):
+    values, lse = xp.zeros((2, 3, 1, 8), np.float32), xp.zeros((2, 3, 1), np.float32)
+    call = cuda.prepare(merge_states.merge, values, lse, return_lse=True)
+    out, out_lse = first = call()
+    assert first is call.result is call() and call()[0] is out and call()[1] is out_lse
+    values[...] = 3
+    assert is_all(call()[0], 3) and is_all(out, 3)
+
+
+def test_a_function_of_several_ops_is_prepared_whole(two):
+    x, y = two
+
+    def work():
+        activation.add(x, y)
+        return norm.rms_norm(x, y[0], eps=1e-12)
+
+    call = cuda.prepare(work)
+    assert is_all(x, 0)
+    np.testing.assert_allclose(to_numpy(call()), 1, rtol=1e-6)
+    assert is_all(x, 1)
+
+
+def test_prepared_calls_and_preparing_inside_of_preparing(two):
+    x, y = two
+    inner = cuda.prepare(activation.add, x, y)
+
+    def work():
+        inner()
+        also = cuda.prepare(activation.add, x, y)
+        activation.add(y, x)
+        also()
+
+    call = cuda.prepare(work)
+    assert is_all(x, 0) and is_all(y, 1)
+    call()  # x = 0 + 1, y = 1 + 1, x = 1 + 2
+    assert is_all(x, 3) and is_all(y, 2)
+    inner()
+    assert is_all(x, 5)
+
+
+def test_errors_leave_no_recording_behind(two):
+    x, y = two
+
+    def work():
+        activation.add(x, y)
+        activation.add(x, y[:1])
+
+    for op, args, error in ((work, (), ShapeError), (activation.add, (x, None), ParameterError)):
+        with pytest.raises(error):
+            cuda.prepare(op, *args)
+        assert not cuda.is_preparing()
+    activation.add(x, y)
+    assert is_all(x, 1)
+
+
+def test_threads_do_not_see_each_others_recording(two):
+    x, y = two
+    seen = []
+
+    def other():
+        seen.append(cuda.is_preparing())
+        activation.add(x, y)
+        seen.append(is_all(x, 1))
+
+    def work():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        activation.add(x, y)
+        seen.append(cuda.is_preparing())
+
+    call = cuda.prepare(work)
+    assert seen == [False, True, True] and is_all(x, 1)
+    call()
+    assert is_all(x, 2)
+
+
+def test_checks_of_contents_are_made_again():
+    table, ids = np.ones((3, 8), np.float32), np.array([0, 2], np.int32)
+    with pytest.raises(ParameterError, match=r"ids\[1\] is 3, expected 0 to 2"):
+        cuda.prepare(activation.embed, table, ids + 1)
+    call = cuda.prepare(activation.embed, table, ids)
+    assert is_all(call(), 1)
+    ids[0] = -1
+    with pytest.raises(ParameterError, match=r"ids\[0\] is -1, expected 0 to 2"):
+        call()
+
+
+def test_arrays_live_as_long_as_the_call(xp):
+    x, y = xp.zeros((2, 8), np.float32), xp.ones((2, 8), np.float32)
+    alive = weakref.ref(y)
+    call = cuda.prepare(activation.add, x, y)
+    del y
+    call()
+    assert is_all(x, 1) and alive() is not None
+    del call
+    assert alive() is None
+
+
+def test_what_cannot_be_prepared_says_so(two):
+    x, y = two
+    with pytest.raises(DtypeError, match="^prepare: op is a int, expected a function"):
+        cuda.prepare(3)
+    for op in (activation.add, lambda x, y, **stream: None):
+        with pytest.raises(ParameterError, match="^prepare: stream is given, expected that of"):
+            cuda.prepare(op, x, y, stream=1)
+    step = cuda.graph(lambda: activation.add(x, y))
+    with pytest.raises(UnsupportedError, match="^graph: cannot be prepared: it is one call"):
+        cuda.prepare(step)
+    assert is_all(x, 0)
+
+
+def test_a_stream_inside_of_a_prepared_function_is_refused(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    with pytest.raises(ParameterError, match="^prepare: stream is given, expected that of each"):
+        cuda.prepare(lambda: activation.add(x, y, stream=device.cuda.get_current_stream()))
+    assert is_all(x, 0)
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("device", ["simt"], indirect=True)
+def test_another_current_gpu_is_refused(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    call, step = cuda.prepare(activation.add, x, y), cuda.graph(lambda: activation.add(x, y))
+    step()
+    here = cuda.current_device()
+    with device.cuda.Device(here + 1):
+        for run in (call, step):
+            with pytest.raises(
+                DeviceError, match=f"GPU {here + 1} is the current one, expected GPU {here}, on"
+            ):
+                run()
+    call()
+    step()
+    assert is_all(x, 3)
+
+
+def test_a_product_by_cublas_is_kept(xp):
+    if xp is not np and not linear.has_cublas():
+        pytest.skip("CuPy finds no cuBLAS")
+    x, w = xp.ones((128, 64), np.float32), xp.ones((16384, 64), np.float16)
+    out = xp.zeros((128, 16384), np.float32)
+    call = cuda.prepare(linear.linear, x, w, out=out)
+    assert is_all(out, 0)
+    assert call() is out and is_all(out, 64)
+    x[...] = 2
+    call()
+    assert is_all(out, 128)
+
+
+# --- Graphs ---------------------------------------------------------------------------------------
+
+
+def test_a_graph_on_the_host_is_the_function_itself():
+    x, y = np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32)
+    made = []
+
+    def work():
+        made.append(norm.rms_norm(x, y[0]))
+        activation.add(x, y)
+        return made[-1]
+
+    step = cuda.graph(work)
+    for count in (1, 2, 3):
+        assert step() is made[-1] and len(made) == count and is_all(x, count)
+
+
+def test_a_graph_does_what_the_work_does(device):
+    """Also when others allocate between its launches, and after a first call or a capture that
+    failed."""
+    x, ids = device.zeros((4, 8), np.float32), device.asarray(np.arange(4, dtype=np.int32))
+    fails = False
+
+    def work():
+        tripled = activation.embed(x, ids, scale=2.0)  # in memory that the graph allocates
+        if fails:
+            raise KeyboardInterrupt
+        activation.add(tripled, activation.embed(tripled, ids, scale=0.5))
+        return tripled
+
+    run, results, others = cuda.graph(work), [], []
+    for i in range(7):
+        fails = i in (0, 2)
+        x[...] = i
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            continue
+        results.append(run())
+        assert is_all(results[-1], 3 * i)
+        others += (device.full((4, 8), -1.0, np.float32) for _ in range(8))
+    assert results[0] is not results[1] and all(x is results[1] for x in results[2:])
+    assert all(is_all(other, -1) for other in others)
+
+
+def test_prepared_calls_are_captured(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    call, made = cuda.prepare(activation.add, x, y), []
+
+    def work():
+        made.append(call())
+        activation.add(y, y)
+
+    step = cuda.graph(work)
+    for want in (1, 3, 7, 15):
+        step()
+        assert is_all(x, want)
+    assert len(made) == 2  # once as it is, once for the capture
+
+
+def test_nothing_is_prepared_while_a_graph_is_captured(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    step = cuda.graph(lambda: cuda.prepare(activation.add, x, y)())
+    step()
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="^prepare: a graph is being captured, expected"):
+            step()
+    activation.add(x, y)
+    assert is_all(x, 2) and not cuda.is_preparing()
+
+
+def test_a_graph_over_the_host_and_a_gpu_is_refused(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    on_host = [np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32)]
+
+    def work():
+        activation.add(x, y)
+        activation.add(*on_host)
+
+    step = cuda.graph(work)
+    step()  # as it is: both
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="^graph: the function works on NumPy arrays"):
+            step()
+    assert is_all(on_host[0], 1) and is_all(x, 1)
+
+
+def test_cublas_is_not_captured(device):
+    """`linear` decides at each plain call; a call that was prepared to go to cuBLAS is refused."""
+    if not linear.has_cublas():
+        pytest.skip("CuPy finds no cuBLAS")
+    x, w = device.ones((70, 64), np.float32), device.ones((24, 64), np.float16)
+    out = device.zeros((70, 24), np.float32)
+    call = cuda.prepare(linear.linear, x, w, out=out)
+    step, plain = cuda.graph(call), cuda.graph(lambda: linear.linear(x, w))
+    assert is_all(step(), 64)
+    out[...] = 0
+    with pytest.raises(
+        UnsupportedError, match="^linear.linear: this call goes to cuBLAS, but CuPy"
+    ):
+        step()
+    assert is_all(out, 0)
+    for _ in range(3):
+        assert is_all(plain(), 64)
+
+
+def test_a_graph_takes_a_function():
+    with pytest.raises(DtypeError, match="^graph: function is a NoneType, expected a function"):
+        cuda.graph(None)

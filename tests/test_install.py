@@ -1,0 +1,54 @@
+"""The advice to install an extra names the place that pykv was installed from."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from pykv import install
+
+COMMIT = "1f0c3a9e"
+RECORDS = [
+    (None, "pip install 'pykv-cuda[cu13]'"),  # from an index
+    (
+        dict(url="file:///home/a%20b/pykv", dir_info=dict(editable=True)),
+        "pip install -e '/home/a b/pykv[cu13]'",
+    ),
+    (dict(url="file:///home/a/pykv", dir_info={}), "pip install '/home/a/pykv[cu13]'"),
+    (
+        dict(url="https://host/pykv.git", vcs_info=dict(vcs="git", commit_id=COMMIT)),
+        f"pip install 'pykv-cuda[cu13] @ git+https://host/pykv.git@{COMMIT}'",
+    ),
+    (
+        dict(url="file:///tmp/pykv_cuda-1-py3-none-any.whl", archive_info={}),
+        "pip install 'pykv-cuda[cu13] @ file:///tmp/pykv_cuda-1-py3-none-any.whl'",
+    ),
+]
+
+
+@pytest.fixture
+def command():
+    install.command.cache_clear()
+    yield lambda: install.command("cu13")
+    install.command.cache_clear()
+
+
+@pytest.mark.parametrize("record, expected", RECORDS)
+def test_by_the_record_of_the_installation(monkeypatch, command, record, expected):
+    class Distribution:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return record and json.dumps(record)
+
+    monkeypatch.setattr(metadata, "distribution", lambda name: Distribution())
+    assert command() == expected
+
+
+def test_a_tree_that_was_never_installed(monkeypatch, command):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    root = Path(__file__).resolve().parents[1]
+    assert command() == f"pip install -e '{root}[cu13]'"

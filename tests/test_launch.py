@@ -1,0 +1,235 @@
+"""Kernels and launches by name: what a .cu file declares, and what a Launch makes of it."""
+
+import re
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import CudaError, DtypeError, ParameterError, UnsupportedError
+from pykv.ops import (
+    activation,
+    attention_mass,
+    bandwidth,
+    contiguous_append,
+    linear,
+    merge_states,
+    norm,
+    page_table,
+    rope,
+    sample,
+)
+
+# --- Signatures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def declare(tmp_path, monkeypatch):
+    """Writes the one kernel file that there is."""
+    cached = (cuda.source, cuda.signature)
+    monkeypatch.setattr(cuda.compiler, "KERNELS", tmp_path)
+
+    def write(text):
+        (tmp_path / "some.cu").write_text(text)
+        for function in cached:
+            function.cache_clear()
+
+    yield write
+    for function in cached:
+        function.cache_clear()
+
+
+def test_names_types_and_order_come_from_the_file(declare):
+    declare(
+        """
+        // extern "C" __global__ void two(int not_this);
+        extern "C" __global__ void __launch_bounds__(WARPS * WARP, 4)
+        one(float* __restrict__ out,  // [N] (the sums), in the order of x
+            const T *x, const u64* const table, int n, u32 seed,
+            // i64 unused,
+            i64 stride, /* u32 more, */ u64 bits, float scale) {}
+        extern "C" __global__ void two(int* out) {}
+        """
+    )
+    assert cuda.signature("some", "one") == (
+        ("out", "x", "table"),
+        dict(n="int", seed="u32", stride="i64", bits="u64", scale="float"),
+    )
+    assert list(cuda.signature("some", "one").scalars) == ["n", "seed", "stride", "bits", "scale"]
+    assert cuda.signature("some", "two") == (("out",), {})
+
+
+@pytest.mark.parametrize(
+    "declared, text",
+    [
+        ("int n, float* out", r"one: out is a float \*, expected arrays first, then scalars"),
+        ("float* out, double x", "one: x is a double, expected .*scalars of int, u32, i64"),
+        ("float* out, const int n", "one: n is a const int, expected"),
+        ("float* out, unsigned int n", "one: n is a unsigned int, expected"),
+    ],
+)
+def test_other_signatures_are_refused(declare, declared, text):
+    declare(f'extern "C" __global__ void one({declared}) {{}}')
+    with pytest.raises(UnsupportedError, match=f"cuda.kernel: some.cu {text}"):
+        cuda.signature("some", "one")
+
+
+def test_an_unknown_kernel_is_refused(declare):
+    declare('extern "C" __global__ void one(int n) {}')
+    for name in ("on", "one_more", "two"):
+        with pytest.raises(UnsupportedError, match=f"some.cu has no kernel {name}$"):
+            cuda.signature("some", name)
+
+
+def declared_kernels(stem):
+    """The name in front of every list of parameters that follows `__global__`."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", cuda.source(stem), flags=re.DOTALL)
+    return re.findall(r"__global__[^{;]*?(\w+)\s*\((?:[^(){};]*)\)\s*\{", text)
+
+
+@pytest.mark.parametrize("stem", cuda.stems())
+def test_every_kernel_has_a_signature(stem):
+    names = declared_kernels(stem)
+    assert names and len(names) == cuda.source(stem).count('extern "C" __global__')
+    for name in names:
+        assert cuda.signature(stem, name).arrays
+
+
+COMPILED = [  # kernels of every type of scalar
+    *(("linear", name, linear.VARIANTS[0]) for name in ("gemm", "absmax", "split", "add_bias")),
+    ("linear", "gemv", linear.VARIANTS[1]),
+    *(("sample", name, sample.VARIANTS[0]) for name in ("argmax", "sample")),
+    *(("activation", name, activation.VARIANTS[0]) for name in ("swiglu", "embed")),
+    ("merge_states", "merge_states", merge_states.VARIANTS[0]),
+    ("page_table", "page_table", page_table.VARIANTS[0]),
+    ("contiguous_append", "contiguous_append", contiguous_append.VARIANTS[0]),
+    ("attention_mass", "attention_mass", attention_mass.VARIANTS[0]),
+    ("bandwidth", "bandwidth_write", bandwidth.VARIANTS[0]),
+    ("norm", "rms_norm", norm.VARIANTS[0]),
+    ("rope", "rope", rope.VARIANTS[0]),
+]
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("stem, name, defines", COMPILED, ids=lambda x: x if type(x) is str else "")
+def test_the_compiler_sees_the_same_parameters(stem, name, defines):
+    """By the types that a C++ compiler gives them."""
+    from tests.simt import machine
+
+    compiled = machine.load(machine.ARCH, stem, name, **defines).parameters
+    arrays, scalars = cuda.signature(stem, name)
+    assert [parameter for parameter, _ in compiled] == [*arrays, *scalars]
+    kinds = [kind for _, kind in compiled]
+    assert all(kind.startswith("P") for kind in kinds[: len(arrays)])
+    for kind, c_type in zip(kinds[len(arrays) :], scalars.values(), strict=True):
+        assert machine.DTYPES[kind] == cuda.launch.SCALARS[c_type]
+
+
+# --- Launches -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound(declare, monkeypatch):
+    """What a driver would be given at each launch of the kernel `one`."""
+    declare(
+        'extern "C" __global__ void one(float* out, const int* x, int n, u32 seed, i64 stride, '
+        "u64 bits, float scale) {}"
+    )
+    seen = []
+
+    def bind(handle, config, arrays, scalars):
+        return lambda: seen.append((handle, config, list(arrays), list(scalars)))
+
+    fake = ModuleType("driver")
+    fake.load = fake.configure = lambda *args, **defines: args
+    fake.bind = bind
+    monkeypatch.setattr(cuda.launch, "driver", fake)
+    monkeypatch.setattr(cuda.launch, "current_arch", lambda: "sm_90")
+    return seen
+
+
+SCALARS = dict(n=1, seed=2, stride=3, bits=4, scale=0.5)
+
+
+def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
+    kernel = cuda.kernel("some", "one")
+    backwards = dict(reversed(SCALARS.items()))
+    cuda.Launch(kernel, 7, (8, 2), backwards, shared_bytes=9, cluster=(1,))(x="x", out=None)
+    ((handle, config, arrays, scalars),) = bound
+    assert handle == ("sm_90", "some", "one") and config == (handle, 7, (8, 2), 9, (1,))
+    assert arrays == [None, "x"] and scalars == list(SCALARS.values())
+    types = [np.int32, np.uint32, np.int64, np.uint64, np.float32]
+    assert [type(x) for x in scalars] == types
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        ({"n": None}, DtypeError, "n is a NoneType, expected int"),
+        ({"n": 3.5}, DtypeError, "n is a float, expected int"),
+        ({"n": 3.0}, DtypeError, "n is a float, expected int"),
+        ({"n": "3"}, DtypeError, "n is a str, expected int"),
+        ({"n": 2**31}, ParameterError, "n is 2147483648, expected what int holds"),
+        ({"n": -(2**31) - 1}, ParameterError, "n is -2147483649, expected what int holds"),
+        ({"seed": -1}, ParameterError, "seed is -1, expected what u32 holds"),
+        ({"seed": 2**32}, ParameterError, "seed is 4294967296, expected what u32 holds"),
+        ({"stride": 2**63}, ParameterError, "stride is .*, expected what i64 holds"),
+        ({"bits": -1}, ParameterError, "bits is -1, expected what u64 holds"),
+        ({"scale": "fast"}, DtypeError, "scale is a str, expected float"),
+        ({"scale": None}, DtypeError, "scale is a NoneType, expected float"),
+        ({"scale": 10**400}, ParameterError, "scale is 10*, expected what float holds"),
+    ],
+    ids=str,
+)
+def test_scalars_that_a_kernel_cannot_take(bound, change, error, text):
+    with pytest.raises(error, match=f"^cuda.Launch: some.cu one: {text}$"):
+        cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | change)
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, -(2**31), np.int64(5), np.uint8(5), True])
+def test_whole_numbers_of_any_kind_are_taken(bound, value):
+    cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | {"n": value})(out=None, x=None)
+    assert bound[0][3][0] == value
+
+
+def test_names_must_be_the_kernels(bound):
+    kernel = cuda.kernel("some", "one")
+    for scalars in (None, {"n": 1}, SCALARS | {"m": 1}, {"N": 1} | SCALARS):
+        given = ", ".join(scalars or {})
+        with pytest.raises(
+            ParameterError,
+            match=f"^cuda.Launch: some.cu one is given scalars {given}, expected n, seed, stride",
+        ):
+            cuda.Launch(kernel, 1, 32, scalars)
+    launch = cuda.Launch(kernel, 1, 32, SCALARS)
+    for arrays in ({}, {"out": None}, {"out": None, "y": None}, dict(out=None, x=None, y=None)):
+        with pytest.raises(
+            ParameterError,
+            match=f"some.cu one is given arrays {', '.join(arrays)}, expected out, x$",
+        ):
+            launch(**arrays)
+    assert bound == []
+
+
+def test_defines_may_be_dtypes(bound):
+    kernel = cuda.kernel("some", "one", X_T=np.dtype(np.float16), N=3)
+    assert kernel is cuda.kernel("some", "one", X_T="f16", N=3)
+
+
+def test_arrays_must_be_arrays_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(cuda.driver, "_launcher", lambda: (None, None, None))
+    for array in (np.zeros(3), 3, "x"):
+        name = type(array).__name__
+        with pytest.raises(
+            DtypeError, match=f"arrays are NoneType, {name}, expected CuPy arrays or None"
+        ):
+            cuda.driver.bind(None, None, [None, array], ())
+
+
+@pytest.mark.gpu
+def test_refused_launch_is_a_cuda_error():
+    kernel = cuda.kernel("page_table", "page_table")
+    launch = cuda.Launch(kernel, 1, 4096, dict(M=1, page_size=1))
+    with pytest.raises(CudaError, match=r"launch with .*4096.*: .*INVALID"):
+        launch(**dict.fromkeys(kernel.arrays))

@@ -1,0 +1,195 @@
+"""Page files: what is saved comes back, and nothing else is taken for it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pykv import cuda, page_files, pages
+from pykv.errors import FormatError, ParameterError, UnsupportedError
+from tests.helpers import assert_same_bits, without_simt
+from tests.test_pages import SIZES, SPECS, assert_holds, host, make, moved
+
+
+@without_simt
+@pytest.mark.parametrize("spec", SPECS)
+def test_save_and_load(xp, rng, tmp_path, spec):
+    path = tmp_path / "x.safetensors"
+    cache = make(xp, rng, spec, **SIZES)
+    before = host(cache)
+    page_files.save(path, cache, [5, 0, 6], model="m")
+    assert_holds(cache, before)
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+    other = make(xp, rng, spec, **{**SIZES, "N": 4})
+    for name in ("k_scales", "v_scales"):
+        if not cache.spec.finds_scales and getattr(cache, name) is not None:
+            getattr(other, name)[...] = getattr(cache, name)
+    want = moved(cache.spec, before, host(other), [5, 0, 6], [3, 1, 0])
+    assert page_files.load(path, other, [3, 1, 0], model="m") == 3
+    assert_holds(other, want)
+
+
+@without_simt
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_whole_cache(xp, rng, tmp_path, spec):
+    """Given scales come back with it."""
+    cache, other = (make(xp, rng, spec, **SIZES) for _ in range(2))
+    page_files.save(tmp_path / "x", cache)
+    assert page_files.load(tmp_path / "x", other) == SIZES["N"]
+    assert_holds(other, host(cache))
+
+
+def test_a_file_is_what_the_format_says(rng, tmp_path):
+    """Read by hand, as safetensors' documentation defines it."""
+    cache = make(np, rng, "bf16+int8", **SIZES)
+    page_files.save(tmp_path / "x", cache, [2, 4])
+    data = (tmp_path / "x").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    facts = header.pop("__metadata__")
+    assert size % 8 == 0 and all(isinstance(text, str) for text in facts.values())
+    assert facts.pop("sha256")
+    assert facts == dict(
+        format="pykv.pages.1",
+        spec="bf16+int8",
+        layers="3",
+        page_size="4",
+        heads="2",
+        head_dim="24",
+        pages="2",
+        model="",
+    )
+    dtypes = dict(U16=np.uint16, I8=np.int8, F16=np.float16)
+    for name, want in (
+        ("k", cache.k.view(np.uint16)), ("v", cache.v), ("v_scales", cache.v_scales)
+    ):  # fmt: skip
+        entry = header.pop(name)
+        begin, end = (8 + size + at for at in entry["data_offsets"])
+        x = np.frombuffer(data[begin:end], dtypes[entry["dtype"]]).reshape(entry["shape"])
+        assert_same_bits(x, want[:, [2, 4]])
+    assert not header and end == len(data)
+
+
+def test_the_library_reads_it(rng, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    cache = make(np, rng, "int8:fp32", **SIZES)
+    page_files.save(tmp_path / "x", cache)
+    found = safetensors.load_file(tmp_path / "x")
+    for name, x in host(cache).items():
+        assert_same_bits(found[name], x)
+
+
+SMALL = dict(L=2, N=2, P=1, H=1, D=8)
+
+
+@without_simt
+def test_every_damaged_byte_is_found(xp, rng, tmp_path):
+    """One bit of each byte of header and data; the cache stays as it is."""
+    path = tmp_path / "x"
+    page_files.save(path, make(xp, rng, "int8", **SMALL))
+    good = path.read_bytes()
+    other = make(xp, rng, "int8", **SMALL)
+    before = host(other)
+    for at in range(len(good)):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            page_files.load(path, other)
+        except FormatError:
+            continue
+        size = int.from_bytes(good[:8], "little")  # another blank in the header means the same
+        assert 8 <= at < 8 + size and json.loads(damaged[8 : 8 + size]) == json.loads(
+            good[8 : 8 + size]
+        )
+    assert_holds(other, before)
+
+
+@without_simt
+@pytest.mark.parametrize("keep", [0, 3, 8, 100, -1, -40])
+def test_a_file_cut_short_or_too_long(xp, rng, tmp_path, keep):
+    path = tmp_path / "x"
+    cache = make(xp, rng, "int8", **SMALL)
+    page_files.save(path, cache)
+    good = path.read_bytes()
+    cache.k[...] = xp.zeros(cache.k.shape, np.int8)
+    before = host(cache)
+    for data in (good[:keep], good + b"\0", b"", b"GGUF" + good):
+        path.write_bytes(data)
+        with pytest.raises(FormatError):
+            page_files.load(path, cache)
+    assert_holds(cache, before)
+
+
+@without_simt
+@pytest.mark.parametrize(
+    "saved, sizes, options, text",
+    [
+        ("fp16", {}, {}, "has spec=fp16, expected int8"),
+        ("int8:fp32", {}, {}, "has spec=int8:fp32, expected int8"),
+        ("int8:HND", {}, {}, "has spec=int8:HND, expected int8"),
+        ("int8", {"P": 8}, {}, "has page_size=8, expected 4"),
+        ("int8", {"L": 2}, {}, "has layers=2, expected 3"),
+        ("int8", {"H": 1}, {}, "has heads=1, expected 2"),
+        ("int8", {"D": 16}, {}, "has head_dim=16, expected 24"),
+        ("int8", {"N": 6}, {}, "has 6 pages, expected all 7, or a list of pages"),
+        ("int8", {}, {"pages": [0, 1]}, "has 7 pages, expected 2 like pages"),
+        ("int8", {}, {"model": "other"}, "has model=m, expected other"),
+    ],
+    ids=str,
+)
+def test_a_file_of_another_cache(xp, rng, tmp_path, saved, sizes, options, text):
+    path = tmp_path / "x"
+    page_files.save(path, make(xp, rng, saved, **{**SIZES, **sizes}), model="m")
+    cache = make(xp, rng, "int8", **SIZES)
+    before = host(cache)
+    with pytest.raises(FormatError, match=text):
+        page_files.load(path, cache, **options)
+    assert_holds(cache, before)
+
+
+@without_simt
+def test_pages_for_other_given_scales_are_refused(xp, rng, tmp_path):
+    cache, other = (make(xp, rng, "int8:head", **SIZES) for _ in range(2))
+    page_files.save(tmp_path / "x", cache, [1])
+    before = host(other)
+    with pytest.raises(FormatError, match="has other k_scales, expected those of the cache"):
+        page_files.load(tmp_path / "x", other, [0])
+    with pytest.raises(ParameterError, match="target.k_scales differ, expected those of source"):
+        pages.copy_pages(cache, other, [0], [0])
+    assert_holds(other, before)
+
+
+def test_a_save_that_fails_leaves_the_old_file(rng, tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    cache = make(np, rng, "fp16", **SIZES)
+    page_files.save(path, cache)
+    good = path.read_bytes()
+    monkeypatch.setattr(
+        page_files.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        page_files.save(path, make(np, rng, "fp16", **SIZES))
+    assert path.read_bytes() == good and [x.name for x in tmp_path.iterdir()] == ["x"]
+
+
+def test_other_files_are_refused(rng, tmp_path):
+    cache = make(np, rng, "fp16", **SIZES)
+    for header in ("{}", "[]", "3", "{", '{"__metadata__": 3}', '{"__metadata__": {}}'):
+        text = header.encode()
+        (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(FormatError, match="is no file of pages"):
+            page_files.load(tmp_path / "x", cache)
+    text = b'{"__metadata__": {"format": "pt"}}'
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FormatError, match="has format 'pt', expected 'pykv.pages.1'"):
+        page_files.load(tmp_path / "x", cache)
+
+
+@pytest.mark.parametrize("call", [page_files.save, page_files.load])
+def test_files_cannot_be_prepared(rng, tmp_path, call):
+    cache = make(np, rng, "fp16", **SIZES)
+    with pytest.raises(UnsupportedError, match="cannot be prepared: .* pages.swap_"):
+        cuda.prepare(call, tmp_path / "x", cache)
+    assert not list(tmp_path.iterdir())

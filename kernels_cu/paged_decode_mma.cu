@@ -81,7 +81,6 @@
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
-#include "vector.cuh"
 
 // Above 200 lines, because the compiler orders the instructions of the loop over keys another way
 // where the growth of the scale unit or the range of units is a function of its own.

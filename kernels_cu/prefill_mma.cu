@@ -42,7 +42,6 @@
 #include "prefill_stage.cuh"
 #include "prefill_steps.cuh"
 #include "ptx.cuh"
-#include "quantize.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
 

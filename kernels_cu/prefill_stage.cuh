@@ -1,7 +1,7 @@
 // prefill_stage.cuh: prefill_mma's copies to shared memory, and the dequantization of a tile.
 #include "prefill_config.cuh"
 #include "ptx.cuh"
-#include "quantize.cuh"
+#include "vector.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 

@@ -399,8 +399,8 @@ FAULTS = {
     ),
     "write to its own memory through map_shared_rank": cluster_fault(
         f"{WRITTEN} const_cast<int*>(map_shared_rank(s, blockIdx.x))[t] = t; {BARRIER}",
-        f"{WRITTEN} s[t] = t; __syncwarp();"
-        f" part[t] = map_shared_rank(s, blockIdx.x)[t ^ 1]; {BARRIER}",
+        f"{WRITTEN} s[t] = t; __syncwarp(); "
+        f"part[t] = map_shared_rank(s, blockIdx.x)[t ^ 1]; {BARRIER}",
         r"writes s, which map_shared_rank makes const",
         [i ^ 1 for i in range(128)] * 2,
     ),

@@ -118,7 +118,7 @@ def test_a_header_changes_the_source_of_its_users_alone(tmp_path, monkeypatch):
 
 def test_device_files_include_headers_of_ours_that_they_name():
     declared = re.compile(
-        r"^\s*(?:struct|using|#define|(?:template .*)?constexpr \w+) (\w+)"
+        r"^\s*(?:template .*> )?(?:struct|using|#define|constexpr \w+) (\w+)"
         r"|__forceinline__ [\w<>:]+[ *&]+(\w+)\(",
         re.MULTILINE,
     )

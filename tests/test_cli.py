@@ -471,7 +471,7 @@ def test_cache_clear_models(capsys, filled):
 def one_variant(monkeypatch):
     pytest.importorskip("cuda.core")
     monkeypatch.setattr(
-        cuda.compiler, "variants", lambda: [("norm", dict(X_T="float", W_T="float"))]
+        cuda.compiler, "variants", lambda arch=None: [("norm", dict(X_T="float", W_T="float"))]
     )
 
 

@@ -258,7 +258,7 @@ def test_processes_compile_side_by_side(folder):
 @nvrtc
 def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatch):
     some = [("paged_append", {**JOB_DEFINES, "HEAD_DIM": size}) for size in (64, 128)]
-    monkeypatch.setattr(cuda.compiler, "variants", lambda: some)
+    monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: some)
     assert cuda.warmup(["sm_75", "sm_90"]) == 4
     assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
     assert cuda.warmup(["sm_75", "sm_90"]) == 0
@@ -267,7 +267,7 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
 
 @nvrtc
 def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
-    monkeypatch.setattr(cuda.compiler, "variants", lambda: [("paged_append", dict(HEAD_DIM=64))])
+    monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: [("paged_append", dict(HEAD_DIM=64))])
     with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
         cuda.warmup(["sm_75"])
     with pytest.raises(CompileError):

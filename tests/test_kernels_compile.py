@@ -95,7 +95,7 @@ def stacked(tmp_path, monkeypatch):
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
     for module in (cuda, cuda.compiler):
         monkeypatch.setattr(module, "KERNELS", tmp_path)
-    monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
+    monkeypatch.setattr(cuda, "variants", lambda arch=None: [("stacked", {"A": 1})])
 
     def write(text):
         (tmp_path / "stacked.cu").write_text(text)

@@ -69,7 +69,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
     const int lane_d = threadIdx.x % LANES * 8;
     const bool has_seen = begin < length && begin + KEYS > first_key;
 
-    __shared__ float sums[KEYS];  // each a matter of the first lane of one group
+    __shared__ float sums[KEYS];  // each written by the first lane of one group
     const bool is_first = threadIdx.x % LANES == 0;
     for (int i = slot; is_first && i < KEYS; i += SLOTS) sums[i] = 0.0f;
     for (int tile = 0; has_seen && tile < G * T; tile += ROWS) {
@@ -134,7 +134,9 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
                 score += slope[r] * (key - position[r]);
                 bool is_visible = key <= position[r] && position[r] - key < window;
                 const int branch = key - (length - 1 - behind);
-                if (TREE && branch >= 0) is_visible = key < length && branches[r] >> (branch & 63) & 1;
+                if (TREE && branch >= 0) {
+                    is_visible = key < length && branches[r] >> (branch & 63) & 1;
+                }
                 if (is_visible && row_lse[r] != -INF) weight += exp2f(score - row_lse[r]);
             }
             if (is_first) sums[i] += weight;

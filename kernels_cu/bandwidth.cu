@@ -23,7 +23,7 @@ __device__ __forceinline__ int tile_size(i64 first, i64 num_vectors) {
     return num_vectors - first < TILE ? (int)(num_vectors - first) : TILE;
 }
 
-// None of the loads waits for another.
+// Independent loads, all in flight at once.
 __device__ __forceinline__ void load_tile(uint4 (&v)[VECTORS], const u32* x, i64 first, int size) {
     const uint4* from = reinterpret_cast<const uint4*>(x) + first;
 #pragma unroll

@@ -28,14 +28,14 @@ static_assert(BLOCK % WARP == 0 && TILE % LINE == 0, "whole warps, whole lines")
 static_assert((UNROLL & (UNROLL - 1)) == 0, "rows are halved");
 static_assert(GROUP <= WARP && WARP % GROUP == 0, "a warp is teams of lanes, one for each pair");
 
-// The compiler is told what it does not find out: that in blocks of one warp a tile is the block's.
+// 0 as a constant for blocks of one warp, which the compiler does not derive.
 __device__ __forceinline__ u32 warp_of_block() {
     return WARPS > 1 ? threadIdx.x / WARP : 0;
 }
 
 // In what follows a team of LANES neighbouring lanes, a whole warp or a part of it, moves a range.
 
-// A lane's share of ROWS rows of LANES elements: all loads are under way before the first store.
+// A lane's part of ROWS rows of LANES elements: all loads are issued before the first store.
 template <int LANES, int ROWS, typename V>
 __device__ __forceinline__ void move_rows(V* to, const V* from) {
     V x[ROWS];
@@ -45,7 +45,7 @@ __device__ __forceinline__ void move_rows(V* to, const V* from) {
     for (int k = 0; k < ROWS; k++) to[k * LANES] = x[k];
 }
 
-// A lane's share of fewer than 2 * ROWS rows.
+// A lane's part of fewer than 2 * ROWS rows.
 template <int LANES, int ROWS, typename V>
 __device__ __forceinline__ void move_last_rows(V* to, const V* from, int rows) {
     if constexpr (ROWS > 0) {
@@ -156,8 +156,8 @@ block_copy(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
     }
 }
 
-// The pair that a tile belongs to: the last one with first_tile[pair] <= tile. The whole warp asks;
-// each round its lanes divide what is left by 32.
+// The pair that a tile belongs to: the last one with first_tile[pair] <= tile. 32-ary search by a
+// whole warp.
 __device__ __forceinline__ int find_pair(const int* first_tile, int num_pairs, int tile) {
     const int lane = threadIdx.x % WARP;
     int low = 0, left = num_pairs;  // the pair is one of `left` from `low` on

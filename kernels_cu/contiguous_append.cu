@@ -16,7 +16,7 @@
 // Traffic:  B * T * H * (DK * (sizeof(NEW_T) + sizeof(K_T)) + DV * (sizeof(NEW_T) + sizeof(V_T)))
 // Order:    no atomics; rows that are not rotated are bit-exact; two batch rows of one slot leave
 //           either
-// Nowhere:  a row is not written whose position is at least C, or whose slot has a negative length
+// Skipped:  rows whose position is at least C, or whose slot has a negative length
 #include "rotary.cuh"
 #include "vector.cuh"
 
@@ -90,7 +90,7 @@ contiguous_append(K_T* __restrict__ k_cache, V_T* __restrict__ v_cache,
         if (!ADVANCE) break;
     }
     if constexpr (ADVANCE) {
-        __syncthreads();  // all have read it
+        __syncthreads();  // all threads have read the length
         if (threadIdx.x == 0 && length < capacity) lengths[slot] = length + 1;
     }
 }

@@ -46,8 +46,8 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return bf16{(u16)((u + 0x7fffu + (u >> 16 & 1u)) >> 16)};
 }
 
-// For SMs without fp8 instructions: the fp8 code of x, which is no NaN. The format has MANTISSA bits
-// of mantissa, exponent bias BIAS, and LARGEST as its code of largest finite magnitude.
+// For SMs without fp8 instructions: the fp8 code of x, which is no NaN. The format has MANTISSA
+// bits of mantissa, exponent bias BIAS, and LARGEST as its code of largest finite magnitude.
 template <int MANTISSA, int BIAS, u32 LARGEST>
 __device__ __forceinline__ u8 float_to_fp8(float x) {
     constexpr int DROPPED = 23 - MANTISSA;

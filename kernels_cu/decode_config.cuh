@@ -4,16 +4,16 @@
 constexpr int D = HEAD_DIM;
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
-constexpr int ROWS = 8;  // of queries in a tile
+constexpr int ROWS = 8;  // query rows of a tile
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 constexpr bool K_ROW_SCALES = K_HAS_CODES && ROW_SCALES, V_ROW_SCALES = V_HAS_CODES && ROW_SCALES;
 constexpr int KEYS = HAS_CODES && D <= 128 ? 32 : 16;  // of a tile; more would spill registers
-constexpr int MIN_KEYS = 128;  // of a range; less is not worth a merge
+constexpr int MIN_KEYS = 128;  // of a range; fewer are not worth a merge
 constexpr int COUNTERS = 4096;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
 
-// What one of N lanes holds of a row: COUNT pieces, piece i of lane l at (i * N + l) * BYTES.
+// One of N lanes' fragment of a row: COUNT pieces, piece i of lane l at byte (i * N + l) * BYTES.
 template <typename T, int N> struct Fragment {
     static constexpr int LANES = N;
     static constexpr int ROW_BYTES = D / PACKED<T> * (int)sizeof(T) / N;
@@ -26,23 +26,24 @@ template <typename T, int N> struct Fragment {
 using KFragment = Fragment<K_T, 4>;  // of one key for each lane / 4
 using VFragment = Fragment<V_T, 8>;  // of four keys for each lane % 4
 
-// Bytes from a row to the next in shared memory. No row of up to 128 bytes crosses a line there, or
-// what it takes of one line of global memory would be two requests.
+// Pitch of rows in shared memory, in bytes. No row of up to 128 bytes crosses a line of 128 bytes
+// there: a copy of one global line into parts of two shared lines would be two requests.
 template <int ROW>
 constexpr int PITCH_OF = ROW > 128 ? ROW : ROW > 64 ? 128 : ROW > 32 ? 64 : ROW > 16 ? 32 : 16;
 constexpr int K_BYTES = KEYS * PITCH_OF<KFragment::ROW_BYTES * 4>;
 constexpr int V_BYTES = KEYS * PITCH_OF<VFragment::ROW_BYTES * 8>;
 
-// From sm_80 on copies to shared memory run by themselves, into a queue of keys and one of values.
-// Before, registers hold what was asked for until the one queue that there is has room for it.
+// From sm_80 on cp.async fills a stage of keys and one of values. On older SMs registers hold the
+// loaded rows until the only stage is free.
 constexpr bool HAS_CP_ASYNC = __CUDA_ARCH__ >= 800;
 constexpr int MAX_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
 constexpr int STAGE_BYTES = HAS_CP_ASYNC ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
 
-// Blocks that share an SM: of codes more, because to convert them takes longer than to load them.
+// Blocks per SM: more for quantized kinds, whose conversion takes longer than their loads.
 constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && HAS_CP_ASYNC ? 3 : 2;
 
-// What an mma's operands round is kept in further terms where queries are finer.
+// Terms of operands: the remainder of rounding to an mma's type is kept in further terms where
+// queries are more precise than that type.
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
@@ -50,8 +51,8 @@ constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
-// What the host gets is rounded to 16 bits: then sums may stay in the mma, which cuts off what is
-// below their last place, and integer codes need not become floats one by one.
+// Results of 16-bit queries are rounded to 16 bits. Then sums may stay in the mma, which truncates
+// below their last place, and integer codes may be read as subnormal f16.
 constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
 template <typename T, bool> struct Encoding { using Type = T; };
 template <> struct Encoding<i8, true> { using Type = Subnormal<i8>; };

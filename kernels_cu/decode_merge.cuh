@@ -10,9 +10,9 @@
 // Four elements of a row's weighted sum of values, relative to 2^m, and the sum of its weights.
 struct State { float m, l, x[4]; };
 
-// Joins the states whose (maximum, sum) and elements `at` names. BATCH of them are loaded before the
-// first is used: a row may have a state of every SM, and a turn to the L2 cache takes longer than
-// all that is done with what it brings.
+// Merges `count` states; at(i) points to the (maximum, sum) and the elements of state i. BATCH
+// states are loaded before the first is used: a row may have a state of every SM, and the latency
+// of L2 exceeds the arithmetic.
 template <int BATCH, typename At> __device__ __forceinline__ State merge(int count, At at) {
     State s{-INF, 0.0f, {}};
 #pragma unroll 1
@@ -23,7 +23,7 @@ template <int BATCH, typename At> __device__ __forceinline__ State merge(int cou
         for (int i = 0; i < BATCH; i++) {
             const auto from = at(min(first + i, count - 1));
             stat[i] = *from.stat, x[i] = *from.x;
-            if (first + i >= count) stat[i].x = -INF;  // the last one again, without weight
+            if (first + i >= count) stat[i].x = -INF;  // a repeated state has no weight
         }
         float peak = s.m;
 #pragma unroll
@@ -44,11 +44,11 @@ template <int BATCH, typename At> __device__ __forceinline__ State merge(int cou
     return s;
 }
 
-// Where a row's (maximum, sum) and four of its elements are kept.
+// Where a row's (maximum, sum) and four of its elements are stored.
 struct StateRef { const float2* stat; const float4* x; };
 
 #if CLUSTER > 1
-// Joins the states of CLUSTER neighbouring lanes, each of which gets the result.
+// Merges the states of CLUSTER adjacent lanes; each lane gets the result.
 __device__ __forceinline__ State merge_lanes(State s) {
     float peak = s.m;
 #pragma unroll
@@ -102,8 +102,8 @@ __device__ __forceinline__ void store_state(float2* stats, float* x, const State
     if (p == 0) stats[at] = make_float2(s.m, s.l);
 }
 
-// The states of a piece's sequence, one a piece: their count, their slots, and the blocks that arrive
-// with them.
+// The states of a piece's sequence, one a piece: their count, their slots, and the blocks that
+// arrive with them.
 struct RowStates {
     bool fixed, begins_within;  // begins_within: the first one is the second part of its range
     int first_range, arrivals, count, first_slot;
@@ -139,8 +139,8 @@ __device__ __forceinline__ bool is_last_block(int& is_last, int thread, int arri
 
 // --- Results -------------------------------------------------------------------------------------
 
-// Stores elements p .. p + 3 of a row's state, as store_sums placed them, as output and log-sum-exp.
-// `row` counts the query rows of the KV head.
+// Stores elements p .. p + 3 of a row's state, as store_sums placed them, as output and
+// log-sum-exp. `row` counts the query rows of the KV head.
 __device__ __forceinline__ void store_output(Q_T* out, float* lse, const float* sinks, State s,
                                              int b, int T, int G, int row, int kv_head, int p,
                                              float lse_unit) {

@@ -1,15 +1,16 @@
-// decode_pipeline.cuh: paged_decode_mma's pipeline: a warp's tiles, one after the other.
+// decode_pipeline.cuh: paged_decode_mma's pipeline of a warp's tiles: from pages to stages to
+// registers.
 #include "decode_stage.cuh"
 #include "ptx.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// What a lane holds of the keys of a tile, and of its values: out of shared memory, which the copies
-// of the next tile may fill while this one is worked on.
+// A lane's fragments of the keys and of the values of a tile, in registers: copies of the next tile
+// may fill the stage while this one is multiplied.
 struct Keys { u32 words[KEYS / 8][KFragment::COUNT][KFragment::WORDS]; };
 struct Values { u32 words[KEYS / 4][VFragment::COUNT][VFragment::WORDS]; };
 
-// Of key 8n + g.
+// words[n] is of key 8n + g.
 __device__ __forceinline__ void load_keys(Keys& keys, const u8* stage) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -22,12 +23,12 @@ __device__ __forceinline__ void load_keys(Keys& keys, const u8* stage) {
     }
 }
 
-// Of keys 2t, 2t + 1, 2t + 8 and 2t + 9 of each sixteen.
+// Four rows of each 16 keys: 2t, 2t + 1, 2t + 8 and 2t + 9.
 __device__ __forceinline__ void load_values(Values& values, const u8* stage) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int n = 0; n < KEYS / 4; n++) {
-        const int row = n / 4 * 16 + n % 2 + n / 2 % 2 * 8;  // from 2t on; it takes the same turn
+        const int row = n / 4 * 16 + n % 2 + n / 2 % 2 * 8;  // from 2t on, with the same swizzle
 #pragma unroll
         for (int i = 0; i < VFragment::COUNT; i++) {
             const int place = StageLayout<VFragment>::place_of(lane % 4 * 2, i, lane / 4);
@@ -36,8 +37,8 @@ __device__ __forceinline__ void load_values(Values& values, const u8* stage) {
     }
 }
 
-// Where they come from; and of the tile that is copied next its pages, and its scales as they are
-// stored, since to convert them is to wait for them: those of this lane's key and value.
+// Where tiles come from. For the next tile it holds the pages and the scales of this lane's key and
+// value; scales stay in their storage type, because a conversion would wait for the load.
 struct Source {
     Rows<K_T> keys;
     Rows<V_T> values;
@@ -56,11 +57,11 @@ struct Source {
     }
 };
 
-// A piece begins by `start` with its first tile, whose pages are in `ids`. Then, for each tile,
-// `take_keys` and `take_values` wait for its rows and ask for what comes next, and `find_pages` ends
-// its turn. `end` is that of the piece's tiles.
+// `start` begins a piece with its first tile, whose pages are in `ids`. Then for each tile
+// `next_keys` and `next_values` wait for its rows and start the following copy, and `find_pages`
+// loads the page numbers of the tile after. `end` is the end of the piece's tiles.
 #if __CUDA_ARCH__ >= 800
-// When a tile's keys have been read, those of the next tile are copied; values likewise.
+// One stage of keys and one of values: when a stage has been read, the next tile is copied into it.
 struct Pipeline : Source {
     template <typename S, typename T>
     __device__ __forceinline__ void copy(u8* stage, const Rows<T>& rows, const Table& table,
@@ -88,9 +89,9 @@ struct Pipeline : Source {
         const int later = tile + WARPS;
         if (later < end) load_scales(table, later);
         cp_async_wait<1>();
-        __syncwarp();  // what the others have copied too
+        __syncwarp();  // the copies of all lanes have arrived
         load_keys(taken, stage);
-        __syncwarp();  // all have read what is copied over
+        __syncwarp();  // all lanes have read the stage
         if (later < end) copy<KFragment>(stage, keys, table, later);
         cp_async_commit();
     }
@@ -111,10 +112,11 @@ struct Pipeline : Source {
     }
 };
 #else
-// While a tile's keys are worked on, its values are on their way to registers; while these are, the
-// keys of the next tile. What arrived is stored when all that was in the queue has been read.
+// Without cp.async: one stage, and registers that hold the rows in flight. While a tile's keys are
+// multiplied, its values are loaded; while its values are, the keys of the next tile.
 struct Pipeline : Source {
-    static constexpr int K_CHUNKS = StageLayout<KFragment>::OF_LANE, V_CHUNKS = StageLayout<VFragment>::OF_LANE;
+    static constexpr int K_CHUNKS = StageLayout<KFragment>::OF_LANE;
+    static constexpr int V_CHUNKS = StageLayout<VFragment>::OF_LANE;
     uint4 held[K_CHUNKS > V_CHUNKS ? K_CHUNKS : V_CHUNKS];
 
     template <typename S, typename T>
@@ -127,12 +129,12 @@ struct Pipeline : Source {
     template <typename S>
     __device__ __forceinline__ void store_held(u8* stage, const Table& table, int tile) {
         using At = StageLayout<S>;
-        __syncwarp();  // all have read what is stored over
+        __syncwarp();  // all lanes have read the stage
 #pragma unroll
         for (int i = 0; i < At::OF_LANE; i++) {
             *(uint4*)(stage + At::place(At::row(i), At::chunk(i))) = held[i];
         }
-        if (!table.contains(tile)) {  // no weight of 0 shall meet a NaN
+        if (!table.contains(tile)) {  // a weight of 0 times a NaN is NaN
 #pragma unroll 1
             for (int i = 0; i < At::OF_LANE; i++) {
                 if (table.contains_key(tile * KEYS + At::row(i))) continue;

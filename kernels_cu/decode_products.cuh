@@ -1,11 +1,12 @@
-// decode_products.cuh: paged_decode_mma's products: queries times keys, weights times values.
+// decode_products.cuh: paged_decode_mma's products of a tile: queries times keys, weights times
+// values.
 #include "decode_pipeline.cuh"
 #include "vector.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// One query row, as pairs of A in the order in which `to_pairs` pairs the elements of K. Long ones
-// wait in shared memory, in this lane's place, for want of registers.
+// One query row, as pairs of A in the order in which to_pairs pairs the elements of K. Rows of more
+// than 128 elements stay in shared memory, because registers do not hold them.
 constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
 constexpr bool Q_IN_SHARED = D > 128;
 constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
@@ -13,8 +14,8 @@ constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
 struct Query {
     uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements
     uint2* shared;
-    float unit;  // of the pairs: f16 would not hold all that q may be
-    float sum;   // of them
+    float unit;  // of the pairs: f16 cannot hold every q
+    float sum;   // of the pairs
 
     __device__ __forceinline__ uint2 step(int term, int i) const {
         if constexpr (Q_IN_SHARED) return shared[(term * (D / 16) + i) * WARP];
@@ -63,7 +64,7 @@ __device__ __forceinline__ void load_query(Query& q, const Q_T* row, bool is_row
             }
 #pragma unroll
             for (int term = 0; term < TERMS; term++) pairs[term][j] = split_halves<KM>(two);
-            // What was rounded away is no part of the products.
+            // The remainder of rounding is no part of the products.
             q.sum -= (two[0] + two[1]) * subnormal_factor<KE>(p % PAIRS);
         }
 #pragma unroll
@@ -101,8 +102,8 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
         }
 #pragma unroll
         for (int p = 0; p < AT_ONCE * PAIRS; p += 2) {
-            // One term leaves rows 8 to 15 free: they hold the next step of it, which gives two
-            // steps the registers of one, and each takes the half of the sums that is its own.
+            // A single term leaves rows 8 to 15 of A free. They hold the next step, so that two
+            // steps share the registers of one; each uses its own half of the sums.
             const int step = (word * PAIRS + p) / 2;
             const int even = TERMS == 1 ? step / 2 * 2 : step;
             const int next = TERMS == 1 ? min(even + 1, D / 16 - 1) : step;
@@ -124,8 +125,8 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[KEYS / 4], const Q
     }
 }
 
-// Sums of values, by the columns of the fragments of mma: those of row g first, and in the other two
-// what is to be added to them. `weights` are sums of the weights, which raw codes need.
+// Sums of values, by the columns of mma's fragments: first those of row g, then further terms of
+// the same. `weights` are sums of the weights, which correct the offset of integer codes.
 __device__ __forceinline__ float (&pick(float (&x)[4], float (&)[4]))[4] { return x; }
 __device__ __forceinline__ float (&pick(float (&)[2], float (&x)[4]))[4] { return x; }
 
@@ -165,7 +166,7 @@ __device__ __forceinline__ void add_values(Sums& sums, const float (&weights)[KE
             }
 #pragma unroll
             for (int p = 0; p < PAIRS; p++) {
-                float of_tile[4] = {};  // unless they stay: a sum of floats cuts nothing off
+                float of_tile[4] = {};  // for 32-bit queries: float additions do not truncate
                 float (&x)[Q_IS_16BIT ? 4 : 2] = sums.x[i * S::ELEMENTS + w * PAIRS + p];
                 float (&d)[4] = pick(x, of_tile);
 #pragma unroll

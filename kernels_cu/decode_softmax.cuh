@@ -1,7 +1,7 @@
 // decode_softmax.cuh: paged_decode_mma's online softmax over the tiles of a warp.
 //
-// m is the running maximum of a query row to within a factor of 2^8 of the weights, so that it seldom
-// changes; l is the sum of the weights of this lane's keys. Values are weighted relative to
+// m is the running maximum of a query row to within a factor of 2^8 of the weights, so that it
+// seldom changes; l is the sum of the weights of this lane's keys. Values are weighted relative to
 // `scale_unit`, a power of two above all their scales so far, because f16 cannot hold every scale.
 #include "decode_products.cuh"
 #include "ptx.cuh"
@@ -33,8 +33,8 @@ __device__ __forceinline__ void scale_scores(float (&scores)[KEYS / 4], int tile
     }
 }
 
-// A query row sees the keys row_first .. position; with TREE, of the last behind + 1 keys those whose
-// bit is set in `ancestors`.
+// A query row sees the keys row_first .. position; with TREE, of the last behind + 1 keys those
+// whose bit is set in `ancestors`.
 __device__ __forceinline__ void mask_scores(float (&scores)[KEYS / 4], int tile, int row_first,
                                             int position, int length, int behind, u64 ancestors) {
 #pragma unroll
@@ -57,7 +57,8 @@ __device__ __forceinline__ float largest_of(const float (&scores)[KEYS / 4]) {
     return largest;
 }
 
-// Raises m to the largest score of the row's four lanes; returns the factor of what was summed before.
+// Raises m to the largest score of the row's four lanes; returns the factor of what was summed
+// before.
 __device__ __forceinline__ float raise_maximum(float& m, float& l, float& largest) {
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));

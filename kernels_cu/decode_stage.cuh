@@ -1,10 +1,11 @@
-// decode_stage.cuh: paged_decode_mma's stages: tiles of pages on their way to shared memory.
+// decode_stage.cuh: paged_decode_mma's stages: where the rows of a tile lie in pages and in shared
+// memory, and their copy.
 #include "decode_config.cuh"
 
-constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // sixteen keys from a multiple of 16 on share one
+constexpr bool TILES_IN_PAGES = PAGE % 16 == 0;  // 16 aligned keys share a page
 constexpr int PAGE_IDS = TILES_IN_PAGES ? KEYS / 16 : 1;
 
-// One sequence's pages; of keys beyond `first` .. `last` these are found instead.
+// The page table of one sequence. Keys are clamped to `first` .. `last`.
 struct Table {
     const int* pages;
     int first, last;
@@ -17,7 +18,7 @@ struct Table {
     }
     __device__ __forceinline__ bool contains_key(int k) const { return k >= first && k <= last; }
 
-    // The pages of a tile: of each 16 keys, or else of this lane's key.
+    // The pages of a tile: one for each 16 keys, or that of this lane's key.
     __device__ __forceinline__ void find(int (&ids)[PAGE_IDS], int tile) const {
 #pragma unroll
         for (int i = 0; i < PAGE_IDS; i++) {
@@ -26,8 +27,8 @@ struct Table {
     }
 };
 
-// The rows of one KV head, or their scales. The host keeps strides of pages and tokens below 2^32
-// bytes: then an address takes two instructions, where that of 64-bit strides would take seven.
+// The rows of one KV head, or their scales. Strides of pages and tokens are below 2^32 bytes, which
+// the host checks: an address takes two instructions, with 64-bit strides seven.
 template <typename T> struct Rows {
     const u8* at;
     u32 page_bytes, token_bytes;
@@ -41,9 +42,9 @@ template <typename T> struct Rows {
     }
 };
 
-// How the rows of a tile lie in shared memory. The lanes of a warp copy them together, so that what
-// they ask for at once are whole lines: the L2 cache answers half lines at half the rate. Chunks of
-// 16 bytes change places, by `turn`, so that lanes that read several rows at once use all banks.
+// Layout of a tile's rows in shared memory. The lanes of a warp copy rows together, so that their
+// requests are whole lines: L2 serves half lines at half the rate. A swizzle permutes the 16-byte
+// chunks of a row, so that lanes that read several rows at once use all banks.
 template <typename S> struct StageLayout {
     static constexpr int ROW = S::ROW_BYTES * S::LANES;
     static constexpr int PITCH = PITCH_OF<ROW>;
@@ -54,7 +55,7 @@ template <typename S> struct StageLayout {
     static constexpr bool IS_KEYS = S::LANES == 4;
     static_assert(ROW % CHUNK == 0 && KEYS * CHUNKS % WARP == 0, "all lanes copy whole chunks");
 
-    // Of the i-th of this lane's chunks.
+    // Row and chunk of this lane's i-th copy.
     static __device__ __forceinline__ int row(int i) {
         const int lane = threadIdx.x % WARP;
         if (WARP % CHUNKS == 0) return i * (WARP / CHUNKS) + lane / CHUNKS;
@@ -65,8 +66,8 @@ template <typename S> struct StageLayout {
         return WARP % CHUNKS == 0 ? lane % CHUNKS : (i * WARP + lane) % CHUNKS;
     }
 
-    // Of keys lanes read READ chunks each of as many rows, one behind the other, as use all banks;
-    // of values two chunks each of rows r, r + 2, r + 4 and r + 6.
+    // For keys, lanes read READ chunks each of consecutive rows, enough to use all banks; for
+    // values, two chunks each of rows r, r + 2, r + 4 and r + 6.
     static constexpr int READ = S::BYTES / 4;
     static __device__ __forceinline__ int swizzle(int row) {
         return !HAS_SWIZZLE ? 0 : IS_KEYS ? row % (8 / READ) * READ : row / 2 % 4 * 2;
@@ -81,9 +82,9 @@ template <typename S> struct StageLayout {
     }
 };
 
-// Calls copy(i, place, from) for this lane's chunks of a tile, of which this is the i-th, or where
-// copies run any. A key that the table does not hold is replaced by one that it does; or where copies
-// do not run, may come as it is, for `put` to clear.
+// Calls copy(i, place, from) for each of this lane's chunks of a tile; i is the chunk's number, and
+// arbitrary with cp.async. Keys outside the table are clamped to it; without cp.async they may be
+// read as they are, and store_held clears them.
 template <typename S, typename T, typename Copy>
 __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& table,
                                           const int (&ids)[PAGE_IDS], int tile, Copy copy) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void copy_tile(const Rows<T>& rows, const Table& tabl
     constexpr bool BY_STEPS = TILES_IN_PAGES && AT_ONCE <= 16;
     const int lane = threadIdx.x % WARP;
     if constexpr (BY_STEPS) {
-        if (!HAS_CP_ASYNC || table.contains(tile)) {  // with few instructions, which count
+        if (!HAS_CP_ASYNC || table.contains(tile)) {  // few instructions, which bound the loop
             const int row = lane / At::CHUNKS, chunk = lane % At::CHUNKS;
             const u64 offset = (u64)row * rows.token_bytes + chunk * At::CHUNK;
 #pragma unroll

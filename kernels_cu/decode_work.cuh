@@ -1,8 +1,11 @@
-// decode_work.cuh: paged_decode_mma's work: how blocks share the keys of a batch.
+// decode_work.cuh: how the blocks of paged_decode_mma partition the keys of a batch.
+//
+// A unit is `unit_tiles` tiles of KEYS keys of one sequence. The units of all sequences, laid end
+// to end, are cut into ranges, one per block; a piece is the part of a range in one sequence.
 #include "decode_config.cuh"
 
-// The keys that the queries of a sequence see, in tiles of KEYS and in units, at least one, of which
-// ranges are made.
+// The keys of a sequence that its queries see, in keys, tiles and units, of which it has at least
+// one.
 struct Visible { int length, first, tile, tile_end, units; };
 
 struct Batch {
@@ -20,15 +23,15 @@ struct Batch {
     }
 };
 
-// Units of the sequences from `first` on, of which each lane takes `some`: of its own, and of all up
-// to them.
+// Inclusive prefix sum of units over the lanes of a warp; a lane has `per_lane` sequences, the
+// first lane those from `first` on.
 struct Scan {
     int units = 0, inclusive;
 
     __device__ __forceinline__ Scan(const Batch& batch, int first, int per_lane) {
         const int lane = threadIdx.x % WARP;
         const int from = first + lane * per_lane, end = min(from + per_lane, batch.size);
-#pragma unroll 4  // so that loads do not wait for each other
+#pragma unroll 4  // independent loads overlap
         for (int b = from; b < end; b++) units += batch.visible(b).units;
         inclusive = units;
 #pragma unroll
@@ -38,7 +41,9 @@ struct Scan {
         }
     }
 
-    __device__ __forceinline__ int total() const { return __shfl_sync(FULL_MASK, inclusive, WARP - 1); }
+    __device__ __forceinline__ int total() const {
+        return __shfl_sync(FULL_MASK, inclusive, WARP - 1);
+    }
 };
 
 // Part of a range that lies in one sequence.
@@ -58,8 +63,9 @@ __device__ __forceinline__ Piece piece_at(const Batch& batch, int b, int start, 
     return p;
 }
 
-// The first piece of a range, found by every warp for itself. `scan` is that of all sequences, `some`
-// a lane: its lane is found, and then the sequence among those of that lane.
+// The first piece of a range; each warp searches on its own. `scan` covers all sequences,
+// `per_lane` a lane. Each round finds the lane that holds the range's begin, then scans that lane's
+// sequences.
 __device__ __forceinline__ Piece first_piece(const Batch& batch, Scan scan, int per_lane, int begin,
                                              int end, bool one_unit) {
     int first = 0, start = 0;

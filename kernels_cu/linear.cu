@@ -141,12 +141,12 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
     float next[8];
     for (int i0 = -DEPTH; i0 < I; i0 += DEPTH) {
         if (i0 >= 0) {
-            __syncthreads();  // the tile before is used up
+            __syncthreads();  // all have read the previous tile
 #pragma unroll
             for (int j = 0; j < 8; j++) tile[column + j][row] = next[j];
             __syncthreads();
         }
-        const int i = i0 + DEPTH + column;  // on its way while this tile is multiplied
+        const int i = i0 + DEPTH + column;  // prefetch: loaded while this tile is multiplied
         if (carries_x) {
             load_or_zero(next, x, x_stride, t0 + row, T, i, I);
         } else {

@@ -30,7 +30,8 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[2], u32 word, i8) {
     pairs[1] = sub_f16x2((word >> 8 & 0x00ff00ffu) ^ BIAS, BIAS);
 }
 
-// The same for c + 8. Codes one nibble higher count 16-fold, hence a sixteenth of 1024 + 16 (c + 8).
+// The same for c + 8. Codes one nibble higher count 16-fold, hence a sixteenth of 1024 + 16 (c +
+// 8).
 __device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, i4) {
     constexpr u32 BIAS = 0x64086408u, HIGH_BIAS = 0x64806480u;
     constexpr u32 SIXTEENTH = 0x2c002c00u, MINUS_72 = 0xd480d480u;

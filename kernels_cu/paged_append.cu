@@ -3,7 +3,9 @@
 // Arrays (letters as in pykv/ops/paged_append.py); strides are counted in elements of an array:
 //   k_pool, v_pool             pages of K_T, V_T, updated in place: strides page, token, head; the
 //                              elements of a row are contiguous
-//   k_scales, v_scales         SCALE_T, found and written or given, by SCALES: strides page, token,
+//   k_scales, v_scales         SCALE_T, dynamic (written) or static (read), by SCALES: strides
+//                              page, token, head, 0 where they have no such dimension. Null for
+//                              float kinds
 //                              head, 0 where they have no such dimension. Null for float kinds
 //   k, v                const  [T, H, D] NEW_T: strides token, head
 //   rows                const  by ADDRESS:
@@ -25,8 +27,8 @@
 // Launch:   grid (T * H / ROWS rounded up), block (BLOCK), no dynamic shared memory
 // Traffic:  T * H * (2 * D * sizeof(NEW_T) + bytes of a row of K and V with its scales) bytes
 // Order:    no atomics; bit-exact; two rows for one slot leave either row, or a mixture
-// Nowhere:  a row is not written whose slot, request or page is negative, or whose position lies
-//           outside its request's pages; RAGGED: or that lies past the last request's rows
+// Skipped:  rows whose slot, request or page is negative, or whose position lies outside their
+//           request's pages; RAGGED: rows past those of the last request
 #include "pool_row.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
@@ -65,13 +67,13 @@ __device__ __forceinline__ Place place_of(const int* indices, const int* indptr,
     return Place{indices[listed], position % PAGE};
 }
 
-// How many tokens a request has where its last page has `last`.
+// Tokens of a request whose last page has `last`.
 __device__ __forceinline__ int length_of(const int* indptr, int request, int last) {
     return (indptr[request + 1] - indptr[request] - 1) * PAGE + last;
 }
 
-// How many of n ascending entries are at most x. The lanes of a group ask together, and cut what is
-// left into LANES + 1 parts each round; groups may ask for different x.
+// Number of n ascending entries that are at most x: a search by the LANES lanes of a group, which
+// cuts the rest into LANES + 1 parts each round. Groups may search for different x.
 template <typename T>
 __device__ __forceinline__ int count_up_to(const T* entries, int n, i64 x) {
     const int lane = threadIdx.x % LANES, first = threadIdx.x % WARP - lane;
@@ -117,8 +119,8 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
              i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
              i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
              i64 k_token, i64 k_head, i64 v_token, i64 v_head, int num_rows, int num_requests) {
-    // Groups without a row look again at the last of theirs: no lane leaves its warp, and no block
-    // reads the count that another advances.
+    // Groups without a row repeat the last one of their block: no lane leaves its warp, and no
+    // block reads a count that another block advances.
     const u32 last_row = ADVANCE ? (blockIdx.x + 1) * ROWS - 1 : num_rows - 1;
     bool written = false;
 #pragma unroll 1
@@ -130,7 +132,7 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         const u32 token = known / H, head = known % H;
         const auto k_row = load_fragment<D, LANES>(k + token * k_token + head * k_head);
         const auto v_row = load_fragment<D, LANES>(v + token * v_token + head * v_head);
-        schedule_fence();  // loads are under way before it is known where the rows go
+        schedule_fence();  // issue the loads of rows before those of their addresses
         const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
         u32 largest[2] = {};
         if constexpr (FINDS_SCALE<K_T>) largest[0] = max_magnitude(k_row);
@@ -146,7 +148,7 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
                                    v_row, largest[1]);
     }
     if constexpr (ADVANCE) {
-        __syncthreads();  // all have read it
+        __syncthreads();  // all threads have read the count
         if (threadIdx.x == 0 && written) counts[blockIdx.x] += 1;
     }
 }

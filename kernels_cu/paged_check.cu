@@ -45,8 +45,9 @@ paged_check_slots(u64* found, u64* seen, const INDEX* slots, u32 mask, i64 n, i6
     if (slot < 0) return;
     if (slot >= end) return report(found, BAD_ENTRY, item());
 
-    // An entry of `seen` is slot << 32 | index, its slot for good and its index falling. Of a slot's
-    // entries a < b < c ... b meets a whichever comes first, and nothing before b is reported.
+    // An entry of `seen` is slot << 32 | index, its slot for good and its index falling. Of a
+    // slot's entries a < b < c ... b meets a whichever comes first, and nothing before b is
+    // reported.
     const u64 mine = (u64)slot << 32 | (u64)item();
     for (u32 at = (u32)slot * 2654435761u;; at++) {
         u64* const entry = seen + (at & mask);

@@ -18,7 +18,7 @@
 // Divisors, below 2^31, come with magic and shift: see `divide`.
 // Defines:  SRC, DST = float, f16, bf16, i8, i4, e4m3 or e5m2; SRC_SCALE, DST_SCALE = f16 or float;
 //           HEAD_DIM = D, a multiple of 8 up to 512;
-//           FIND = 1: each row of codes gets a scale of its own, 0: scales of DST are given;
+//           FIND = 1: dynamic scales, one for each row of codes; 0: static scales of DST;
 //           MOVE = 1: bits and scales of rows stay as they are (SRC = DST, FIND as of SRC);
 //           SEQUENCES = 1: dst is the tokens of sequences one after the other, 0: it has pages;
 //           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void decode8(float (&x)[8], const Eight<SRC>& eight, 
     for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
 }
 
-// Products as f16 or bf16; a NaN among them is the one that conversion makes, too.
+// Products as f16 or bf16. Their NaN is the hardware's own, which the instruction keeps.
 template <typename T> __device__ __forceinline__ void store_products(T* p, const float (&x)[8]) {
     u32 words[4];
 #pragma unroll
@@ -75,7 +75,7 @@ template <typename T> __device__ __forceinline__ void store_products(T* p, const
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Rows as values of codes, to be rounded.
+// Rows divided by their scale and clamped, to be rounded to codes.
 __device__ __forceinline__ void scale8(float (&x)[8], float inverse) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -184,7 +184,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
         }
     }
     group_max<LANES>(amax);
-    __syncwarp();  // all lanes have read the old scales, which may lie where the new ones will
+    __syncwarp();  // all lanes have read the old scales, which new ones may overwrite
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         new_scales[r] = row_scale<DST, DST_SCALE>(amax[r]);

@@ -1,5 +1,5 @@
-// paged_decode.cu: attention of the last queries of each sequence over its paged keys and values, on
-// CUDA cores: any kind, head size and SM.
+// paged_decode.cu: attention of the last queries of each sequence over its paged keys and values,
+// on CUDA cores: any kind, head size and SM.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/paged_decode.py):
 //   out                     [B, T, HQ, D] Q_T
@@ -31,10 +31,10 @@
 // Order:    no atomics; float accumulation in an order set by the sizes and the number of splits,
 //           with split_keys by the sequence alone
 //
-// LANES lanes hold one key, eight elements each (above 256 twice eight), and keep the state of an
-// online softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The
-// block's SLOTS lane groups take keys in turn; their states are joined at the end, over lanes,
-// warps, then splits.
+// LANES lanes hold one key, eight elements each (above 256 twice eight), and the state of an online
+// softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The block's
+// SLOTS lane groups take keys in turn; their states are merged at the end, over lanes, warps, then
+// splits.
 #include "quantize.cuh"
 #include "softmax.cuh"
 
@@ -68,7 +68,7 @@ constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements a
 constexpr int AHEAD = EIGHTS == 2 ? 2 : 4;    // keys a lane group loads at once; more would spill
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 
-// Where the weights of a row and their maximum stand once its sink is among them.
+// Adds a row's sink to its maximum and weight sum; `rescale` is the factor of its other sums.
 __device__ __forceinline__ void add_sink(float& m, float& l, float& rescale, const float* sinks,
                                          int head) {
     rescale = 1.0f;
@@ -78,6 +78,33 @@ __device__ __forceinline__ void add_sink(float& m, float& l, float& rescale, con
     l = l * rescale + exp2f(sink - finite_base(peak));
     m = peak;
 #endif
+}
+
+// Merges the states of a warp's lane groups for one row; returns the maximum of all.
+__device__ __forceinline__ float merge_lane_groups(float (&acc)[EIGHTS][8], float& l, float m) {
+    float peak = m;
+#pragma unroll
+    for (int lane = LANES; lane < WARP; lane *= 2) {
+        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
+    }
+    const float rescale = exp2f(m - finite_base(peak));
+    l *= rescale;
+#pragma unroll
+    for (int lane = LANES; lane < WARP; lane *= 2) {
+        l += __shfl_xor_sync(FULL_MASK, l, lane);
+    }
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            acc[e][i] *= rescale;
+#pragma unroll
+            for (int lane = LANES; lane < WARP; lane *= 2) {
+                acc[e][i] += __shfl_xor_sync(FULL_MASK, acc[e][i], lane);
+            }
+        }
+    }
+    return peak;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
@@ -143,7 +170,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         float k_scale[AHEAD], v_scale[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            // Lanes past the end read the last key again: loads without branches overlap.
+            // Lanes past the end repeat the last key: loads without branches overlap.
             const u32 position = min(key + u * SLOTS, end - 1);
             const i64 page = page_table[(i64)b * M + position / P], token = position % P;
             const K_T* k_row = k_at + page * k_pool_page + token * k_pool_token;
@@ -198,7 +225,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 #if TREE
                 const int branch = position - (length - 1 - behind), token = (tile * ROWS + r) / G;
                 if (branch >= 0) {
-                    is_visible = is_visible && (tree[(i64)b * T + min(token, T - 1)] >> (branch & 63) & 1);
+                    const u64 ancestors = tree[(i64)b * T + min(token, T - 1)];
+                    is_visible = is_visible && (ancestors >> (branch & 63) & 1);
                 } else {
                     is_visible = is_visible && row_position[r] - position < window;
                 }
@@ -248,30 +276,12 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         }
     }
 
-    // Join the lane groups of a warp, then leave one state a warp in shared memory.
+    // Merge the lane groups of a warp into one state in shared memory.
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        float peak = m[r];
-#pragma unroll
-        for (int lane = LANES; lane < WARP; lane *= 2) {
-            peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
-        }
-        const float rescale = exp2f(m[r] - finite_base(peak));
-        l[r] *= rescale;
-#pragma unroll
-        for (int lane = LANES; lane < WARP; lane *= 2) {
-            l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
-        }
+        const float peak = merge_lane_groups(acc[r], l[r], m[r]);
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                acc[r][e][i] *= rescale;
-#pragma unroll
-                for (int lane = LANES; lane < WARP; lane *= 2) {
-                    acc[r][e][i] += __shfl_xor_sync(FULL_MASK, acc[r][e][i], lane);
-                }
-            }
             const int d = e * LANES * 8 + lane_d;
             if (threadIdx.x % WARP < LANES && d < D) store8(&warp_acc[warp][r][d], acc[r][e]);
         }
@@ -282,7 +292,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
     }
     __syncthreads();
 
-    // Join the warps, one output element a thread.
+    // Merge the warps, one output element per thread.
     for (int i = threadIdx.x; i < num_rows * D; i += THREADS) {
         const int r = i / D, row = tile * ROWS + r, head = kv_head * G + row % G;
         float peak = -INF, sum = 0.0f, value = 0.0f;
@@ -311,7 +321,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
     }
 }
 
-// Join the splits of one query row.
+// Merges the splits of one query row.
 extern "C" __global__ void __launch_bounds__(THREADS)
 paged_decode_merge(Q_T* __restrict__ out, float* __restrict__ lse,
                    const float* __restrict__ workspace, const float* __restrict__ sinks, int HQ,

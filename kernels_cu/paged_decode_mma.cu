@@ -19,16 +19,16 @@
 //           of a piece, 0 where blocks cut the keys among them; slots of the workspace; score_scale
 //           = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2
 //           for natural logarithms, 1 for those of base 2
-// Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's part of a row (Share) is made of
+// Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's fragment of a row is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
 //           where all tokens share a head's scales, else 1; ALONE = 1 for B = 1 and piece_tiles =
 //           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
 // Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
 //           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
-//           WARPS * (QUEUE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
+//           WARPS * (STAGE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
 //           PITCH = D + 16 where D is a multiple of 32, else D; but below sm_80, for D up to 128,
-//           WARPS * max(QUEUE_BYTES, R * (4 * PITCH + 8))
+//           WARPS * max(STAGE_BYTES, R * (4 * PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
@@ -37,13 +37,14 @@
 // Order:    a counter decides which block merges a row, always in the order of its keys: same bits
 //           for the same lengths and grid; with piece_tiles for any batch and grid
 //
-// A tile is up to eight query rows (heads of a group, times queries) of one KV head. The blocks of a
-// tile share the keys of all sequences, laid end to end, evenly: each derives its range from the
-// lengths. Within it a warp takes every fourth KEYS keys. Rows 0 to 7 of the matrix A of an mma are
-// the query rows, or their probabilities, rounded; rows 8 to 15 are what rounding left, so that
-// products are as good as those of floats. Lanes load what they need of B, and nothing else: any
-// order of the keys and of the head's elements will do, as long as A follows it. So shared memory is
-// a queue of each lane for itself, and warps meet at the end of a piece only.
+// A tile is up to eight query rows (heads of a group, times queries) of one KV head. The blocks of
+// a tile partition the keys of all sequences, laid end to end, evenly: each derives its range from
+// the lengths. Within a range a warp takes every fourth tile of KEYS keys. Rows 0 to 7 of the
+// matrix A of an mma are the query rows, or their probabilities, rounded; rows 8 to 15 are the
+// remainders of rounding, so that products are as precise as those of floats. Keys and elements of
+// a head may come in any order, as long as A has the same: so lanes load their fragments of B as
+// they lie, without ldmatrix, and each warp has stages of its own. Warps synchronise at the end of
+// a piece only.
 #if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "paged_decode_mma.cu needs HEAD_DIM, PAGE, Q_T, K_T, V_T and SCALE_T"
@@ -80,7 +81,6 @@
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
-#include "vector.cuh"
 
 // Above 200 lines, because the compiler orders the instructions of the loop over keys another way
 // where the growth of the scale unit or the range of units is a function of its own.
@@ -98,7 +98,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  int window, int piece_tiles, int slots, float score_scale, float cap,
                  float lse_unit) {
 #if __CUDA_ARCH__ >= 750
-    extern __shared__ __align__(128) u8 shared[];  // or copies of lines are cut, and read twice
+    extern __shared__ __align__(128) u8 shared[];  // a copy of a line stays in one line
     __shared__ int is_last;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
@@ -139,7 +139,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                        {k_scales, k_scales_page, k_scales_token, k_scales_head, kv_head},
                        {v_scales, v_scales_page, v_scales_token, v_scales_head, kv_head}}};
 
-    // Scales that the head's rows share.
+    // Scales shared by all rows of the head.
     float head_k_scale = 1.0f, head_v_scale = 1.0f;
     if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * k_scales_head]);
     if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * v_scales_head]);
@@ -157,7 +157,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     Query query;
     query.shared = (uint2*)(stage + STAGE_BYTES) + lane;
     const auto start = [&](const Piece& piece) {
-        const Table table{page_table + (i64)piece.b * M, piece.visible.first, piece.visible.length - 1};
+        const Table table{page_table + (i64)piece.b * M, piece.visible.first,
+                          piece.visible.length - 1};
         const int tile = piece.tile + warp;
         if (tile < piece.tile_end) table.find(pipeline.ids, tile);
         load_query(query, query_row + piece.b * q_stride, g < num_rows);
@@ -179,7 +180,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             factor *= SUBNORMAL_UNIT;
         }
 
-        // This row sees keys row_first .. position, every row sees `full_tiles` tiles from full_first.
+        // This row sees keys row_first .. position, every row sees `full_tiles` tiles from
+        // full_first.
         const int position = length - 1 - max(behind - token, 0);
         const int row_first = (int)max((i64)position + 1 - window, (i64)0);
         const int full_first = (int)max((i64)length - window + KEYS - 1, (i64)0) / KEYS;
@@ -239,7 +241,8 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             start(piece);
         }
 
-        // Opaque, or values derived from them would be held in registers throughout the loop over keys.
+        // Opaque, or values derived from them would be held in registers throughout the loop over
+        // keys.
         const int rows_kept = opaque(max_rows), thread = opaque(threadIdx.x);
 
         // This warp's states.

@@ -1,11 +1,13 @@
-// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; mix the elements
-// of all heads; write K and V into the pages of a pool, as what its kinds hold.
+// paged_qkv.cu: split rows of Q, K and V; normalise and rotate heads of Q and K; Hadamard-rotate
+// all heads; write K and V into the pages of a pool, in its kinds.
 //
 // Arrays (letters as in pykv/ops/paged_qkv.py); strides are counted in elements of an array:
 //   q_out                      [T, HQ, D] NEW_T: strides token, head
 //   k_pool, v_pool             pages of K_T, V_T, updated in place: strides page, token, head; the
 //                              elements of a row are contiguous
-//   k_scales, v_scales         SCALE_T, found and written or given, by SCALES: strides page, token,
+//   k_scales, v_scales         SCALE_T, dynamic (written) or static (read), by SCALES: strides
+//                              page, token, head, 0 where they have no such dimension. Null for
+//                              float kinds
 //                              head, 0 where they have no such dimension. Null for float kinds
 //   qkv                 const  [T, HQ + 2H, D] NEW_T: stride token; heads of Q, then K, then V
 //   slots               const  [T] ROW_T  page * PAGE + offset; negative: K and V are not written
@@ -54,7 +56,7 @@ static_assert(2 * PAIRS <= D, "pairs of one head");
 
 using Fragment = RowFragment<NEW_T, D, LANES>;
 constexpr int PIECES = Fragment::PIECES;
-// Whether both elements of every pair lie in one lane, as of neighbours they do.
+// Whether both elements of every pair lie in one lane; adjacent ones do.
 constexpr bool IN_LANE = PAIRING == ADJACENT || (PIECES == 2 && PAIRS == LANES * 8);
 
 template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
@@ -85,8 +87,9 @@ __device__ __forceinline__ void rotate(float& a, float& b, Rotation by) {
     a = first;
 }
 
-// Pair j by turns[j]. Where lanes hold halves of pairs, `row` is the group's place to meet.
-__device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Rotation* rotations, float* row) {
+// Rotates pair j by rotations[j]. Where a pair lies in two lanes, they exchange elements in `row`.
+__device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Rotation* rotations,
+                                             float* row) {
     if constexpr (PAIRING == ADJACENT) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
@@ -126,11 +129,11 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
     a = sum;
 }
 
-// Every SIZE elements times Hadamard's matrix of that size, SIZE the largest power of two that
-// divides D, by the fast transform: for each bit of a column, from the lowest, two elements that
-// differ in it become their sum and their difference. An outlier is spread over its SIZE elements,
-// and the scale of a row no longer follows it. Three bits of a column count within a piece, then
-// come those of the lane, then that of the piece; lanes past D trade zeros among themselves.
+// Hadamard rotation of every SIZE elements, SIZE the largest power of two that divides D: it
+// spreads an outlier over SIZE elements, so that the row's scale no longer follows it. Fast
+// transform: for each bit of the column, two elements that differ in it become their sum and
+// difference. The lowest three bits are the element of a piece, the next the lane, the last the
+// piece. Lanes past D exchange zeros.
 __device__ __forceinline__ void hadamard_transform(float (&x)[PIECES][8]) {
     constexpr int SIZE = D & -D;
 #pragma unroll
@@ -209,7 +212,7 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     rotate_pairs(x, rotations, exchange[IN_LANE ? 0 : group]);
 #endif
 #if HADAMARD
-    if (is_value) {  // normalised and rotated only because their warp was
+    if (is_value) {  // undo the norm and rotation that the whole warp ran
 #pragma unroll
         for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
     }

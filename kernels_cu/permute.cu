@@ -39,8 +39,8 @@ __device__ __forceinline__ u32 divide(u32 x, Divisor by) {
 // The two loops of a chunk on one side; strides in bytes.
 struct Loops { i64 outer, inner; };
 
-// Bytes begin .. end - 1 of a chunk, in pieces of T. All that is loaded in one turn is under way
-// before the first store.
+// Bytes begin .. end - 1 of a chunk, in pieces of T. All loads of an iteration are issued before
+// its first store.
 template <typename T>
 __device__ __forceinline__ void move(u8* dst, const u8* src, u32 begin, u32 end,
                                      Divisor run, Divisor num_inner, Loops to, Loops from) {

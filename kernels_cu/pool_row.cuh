@@ -35,7 +35,9 @@ template <typename T, int N, int WIDTH>
 __device__ __forceinline__ u32 max_magnitude(const RowFragment<T, N, WIDTH>& fragment) {
     u32 largest = 0;
 #pragma unroll
-    for (int i = 0; i < fragment.PIECES; i++) largest = max(largest, max_magnitude(fragment.pieces[i]));
+    for (int i = 0; i < fragment.PIECES; i++) {
+        largest = max(largest, max_magnitude(fragment.pieces[i]));
+    }
     return largest;
 }
 
@@ -60,8 +62,8 @@ __device__ __forceinline__ void store_floats(To* to, const RowFragment<T, N, WID
 // Quantizes and stores a fragment. DYNAMIC: the scale comes from the row's largest magnitude and is
 // stored; else it is static, read from memory.
 template <bool DYNAMIC, typename To, typename SCALE, typename T, int N, int WIDTH>
-__device__ __forceinline__ void store_codes(To* to, SCALE* scale_at, RowFragment<T, N, WIDTH> fragment,
-                                            u32 largest) {
+__device__ __forceinline__ void store_codes(To* to, SCALE* scale_at,
+                                            RowFragment<T, N, WIDTH> fragment, u32 largest) {
     float inverse;
     bool clamps = !IS_FP8<To>;  // fp8 conversions saturate by themselves
     if constexpr (DYNAMIC) {
@@ -99,8 +101,8 @@ template <bool DYNAMIC, typename To, typename SCALE, typename T, int N, int WIDT
 __device__ __forceinline__ void store_row(To* pool, i64 page_stride, i64 token_stride,
                                           i64 head_stride, SCALE* scales, i64 scale_page_stride,
                                           i64 scale_token_stride, i64 scale_head_stride,
-                                          Place place, u32 head, const RowFragment<T, N, WIDTH>& fragment,
-                                          u32 largest) {
+                                          Place place, u32 head,
+                                          const RowFragment<T, N, WIDTH>& fragment, u32 largest) {
     const u32 page = place.page, offset = place.offset;
     To* to = pool + page * page_stride + offset * token_stride + head * head_stride;
     if constexpr (LARGEST<To> > 0) {

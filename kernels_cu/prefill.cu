@@ -25,8 +25,8 @@
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
 // each key serves them all. A block holds ROWS rows and walks tiles of KEYS keys: scores, online
 // softmax, weights times values; codes are decoded on their way into a tile. Thread (y, x) of Y x X
-// owns rows y, y + Y, ... throughout, with the softmax state in registers; of the scores it computes
-// keys x, x + X, ..., of the output the columns 4 (x + X j).
+// owns rows y, y + Y, ... throughout, with the softmax state in registers; of the scores it
+// computes keys x, x + X, ..., of the output the columns 4 (x + X j).
 #include "batch.cuh"
 #include "quantize.cuh"
 #include "softmax.cuh"
@@ -63,8 +63,8 @@ template <typename T> struct Rows {
     i64 page, token, scale_page, scale_token;
 };
 
-// The KEYS rows from `first` on, as floats. From `end` on the last row is repeated, to be masked
-// later: loads without branches overlap.
+// The KEYS rows from `first` on, as floats. From `end` on the last row repeats, to be masked later:
+// loads without branches overlap.
 template <typename T>
 __device__ __forceinline__ void load_tile(float* tile, const Rows<T>& rows, const int* pages,
                                           int first, int end, int P) {
@@ -102,7 +102,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
     __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
 
-    // Long rows start first, so that they do not run alone at the end.
+    // Long rows start first, so that no block runs alone at the end.
     const int G = HQ / H;
     const RowBlock rows = row_block<ROWS>(q_starts, B, G, gridDim.x - 1 - blockIdx.x);
     const int b = rows.b, num_queries = rows.num_queries;
@@ -151,7 +151,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     const int end = causal ? length - num_queries + last_token + 1 : length;
 
     for (int first = begin; first < end; first += KEYS) {
-        __syncthreads();  // the last tile's values are used up; the first time, queries are written
+        __syncthreads();  // all have read the last tile's values; at first: queries are written
         load_tile(tile, k_rows, pages, first, end, P);
         __syncthreads();
 
@@ -184,7 +184,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
                 for (int j = 0; j < MY_KEYS; j++) score[r][j] += sum[r][j];
             }
         }
-        __syncthreads();  // keys are used up
+        __syncthreads();  // all have read the keys
         load_tile(tile, v_rows, pages, first, end, P);
 
 #pragma unroll

@@ -1,4 +1,5 @@
-// prefill_config.cuh: operand types of prefill_mma, and its tile sizes and shared memory for each SM.
+// prefill_config.cuh: operand types of prefill_mma, and its tile sizes and shared memory for each
+// SM.
 #include "mma.cuh"
 
 constexpr int D = HEAD_DIM;
@@ -8,8 +9,8 @@ constexpr int THREADS = WARPS * WARP;
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 
-// Terms of operands. Coarse queries are those of 16 bits: their result is rounded to as many, so
-// sums may stay in the mma, which cuts off what is below their last place.
+// Terms of operands. Results of 16-bit queries are rounded to 16 bits, so their sums may stay in
+// the mma, which truncates below their last place.
 using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
@@ -19,7 +20,7 @@ constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS
 
 constexpr float SMALLEST = 1.1754944e-38f;  // normal number
 
-// Shared memory of an SM, and what a block may have of it; 1 KiB of each block is the system's.
+// Shared memory of an SM, and the part of it that the system takes of each block.
 #if __CUDA_ARCH__ < 800
 constexpr int SM_BYTES = 64 << 10, SYSTEM_BYTES = 0;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
@@ -30,15 +31,15 @@ constexpr int SM_BYTES = 228 << 10, SYSTEM_BYTES = 1 << 10;
 constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
 #endif
 
-// With 32 rows a warp uses each word that it loads of a key twice: with 16 loads take as long as
-// products. SMs of little shared memory have slower tensor cores, too, which 16 rows keep busy.
+// With 32 rows a warp uses each loaded word of a key twice; with 16 rows loads take as long as
+// products. SMs with little shared memory have slower tensor cores, which 16 rows keep busy.
 constexpr int ROW_TILES = Q_IS_16BIT && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
 constexpr int WARP_ROWS = 16 * ROW_TILES;
 constexpr int ROWS = WARPS * WARP_ROWS;
 
-// Rows of BYTES in shared memory such that eight chunks of 16 bytes at one place of consecutive rows
-// lie on different banks. Chunks change places within lines of 128 bytes, because a copy of a line
-// into parts of two is made twice; rows of other sizes are padded.
+// Rows of BYTES in shared memory, swizzled so that the same 16-byte chunk of eight consecutive rows
+// lies on different banks. Chunks move within lines of 128 bytes, because a copy of one line into
+// parts of two is two requests; rows of other sizes are padded instead.
 template <int BYTES> struct Swizzled {
     static constexpr int CHUNKS = BYTES / 16;
     static constexpr bool HAS_SWIZZLE = CHUNKS % 8 == 0;
@@ -61,7 +62,7 @@ __device__ constexpr int shared_bytes(int keys) {
     return bytes;
 }
 
-// As many keys as leave room for a second block on the SM, or else for this one.
+// The most keys that leave room for a second block on the SM, or else for one.
 __device__ constexpr int tile_keys() {
     for (int blocks = 2; blocks > 0; blocks--) {
         for (int keys = D <= 128 ? 64 : 32; keys >= 16; keys /= 2) {

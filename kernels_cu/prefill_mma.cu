@@ -23,12 +23,12 @@
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that
-// each key serves them all. A block holds ROWS rows, each warp 16 * ROW_TILES of them throughout, and
-// walks tiles of KEYS keys: scores, online softmax, weights times values. The tile after the one at
-// work is on its way into shared memory: floats into a second slot, codes into a queue, from which
-// the block decodes them, once for all warps, when their tile is free. Scales of keys multiply
-// scores, those of values weights. What an operand of mma rounds is kept in further terms where
-// queries are finer: then products are as good as those of floats.
+// each key serves them all. A block holds ROWS rows, each warp 16 * ROW_TILES of them throughout,
+// and walks tiles of KEYS keys: scores, online softmax, weights times values. The next tile is
+// copied meanwhile: floats into a second stage, codes into a raw stage, from which the block
+// dequantizes them once for all warps when the tile is free. Scales of keys multiply scores, scales
+// of values weights. The remainder of rounding an operand of mma is kept in further terms where
+// queries are more precise, so that products are as precise as those of floats.
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
 #endif
@@ -42,12 +42,11 @@
 #include "prefill_stage.cuh"
 #include "prefill_steps.cuh"
 #include "ptx.cuh"
-#include "quantize.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
 
-// Above 200 lines, because the compiler orders instructions another way where the products of keys or
-// of values are functions of their own.
+// Above 200 lines, because the compiler orders instructions another way where the products of keys
+// or of values are functions of their own.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
             const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
@@ -59,12 +58,12 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
             int window, float score_scale, float cap) {
 #if __CUDA_ARCH__ >= 750
-    extern __shared__ __align__(128) u8 shared[];  // see Spread
+    extern __shared__ __align__(128) u8 shared[];  // see Swizzled
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
 
-    // Long rows start first, so that they do not run alone at the end.
+    // Long rows start first, so that no block runs alone at the end.
     const int G = HQ / H;
     const int block = gridDim.x - 1 - blockIdx.x;
     const int kv_head = block % H;
@@ -87,8 +86,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
     const bool pages_are_even = P % WARP_KEYS == 0;  // no page ends between a warp's rows
 
-    // The page and token of row lane % MINE of this warp's in the tile that is copied next, and the
-    // scale of its key, or in upper lanes of its value.
+    // Page and token of this warp's row lane % WARP_KEYS in the next tile, and the scale of its
+    // key, or in upper lanes of its value.
     int page = 0, token = 0;
     float next_scale = 1.0f;
     const auto find = [&](int tile) {
@@ -131,9 +130,9 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     load_queries(queries, units, q, q_stride, G, kv_head, rows, score_scale < 0.0f ? -1.0f : 1.0f);
     __syncwarp();
 
-    // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2; they
-    // are taken relative to m, the maximum to within a factor of 2^8 of the weights, so that it
-    // seldom moves. l: the sum of the weights of this lane's keys.
+    // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2,
+    // relative to m: the running maximum to within a factor of 2^8 of the weights, so that it
+    // seldom changes. l: the sum of the weights of this lane's keys.
     float m[R], l[R], sums[ROW_TILES][D / 8][4] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -146,7 +145,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         return fmaxf(factor, SMALLEST);  // or hidden scores times 0 would be NaN
     };
     // Values are weighted relative to `scale_unit`, a power of two above all their scales so far,
-    // because f16 would not hold what the scales themselves may be.
+    // because f16 cannot hold every scale.
     float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
     const auto inverse_unit = [&] {
         return __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
@@ -158,12 +157,13 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     for (int tile = first_tile; tile < tile_end; tile++) {
         const int slot = tile % 2;
         cp_async_wait<0>();
-        __syncthreads();  // this tile is here, and the last one is used up
+        __syncthreads();  // this tile has arrived, and all warps have read the last one
         if constexpr (HAS_CODES) {
             decode_tile<K_T>(shared + K_AT, shared + K_RAW_AT);
             decode_tile<V_T>(shared + V_AT, shared + V_RAW_AT);
             if (lane < 2 * WARP_KEYS) {
-                tile_scales[lane / WARP_KEYS * KEYS + warp * WARP_KEYS + lane % WARP_KEYS] = next_scale;
+                const int key = warp * WARP_KEYS + lane % WARP_KEYS;
+                tile_scales[lane / WARP_KEYS * KEYS + key] = next_scale;
             }
             __syncthreads();
         }
@@ -173,7 +173,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
         const int first = tile * KEYS;
         const bool is_full = first >= full_begin && first + KEYS <= full_end;
-        if (!is_full) {  // perhaps no row sees any
+        if (!is_full) {  // skip tiles that no row of the warp sees
             if (warp_row >= rows.num_rows || first > last_of(warp_row + WARP_ROWS - 1)) continue;
             if (first + KEYS <= first_of(warp_row)) continue;
         }
@@ -183,7 +183,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         const Reader of_keys(k_tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
         const Reader of_values(v_tile, lane % 16, lane / 16);
 
-        // Scores: of further terms apart, so that what the mma cuts off stays small.
+        // Scores. Further terms are summed apart, so that what the mma truncates stays small.
         float x[ROW_TILES][KEYS / 8][4] = {}, low[ROW_TILES][KEYS / 8][4] = {};
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
@@ -251,7 +251,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
         scores_to_weights(x, m, l, factor, cap);
 
-        // Values. Fine sums leave the mma at every step, before it cuts off anything.
+        // Values. Sums of 32-bit queries leave the mma at every step, before it truncates anything.
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
             if (!Q_IS_16BIT) schedule_fence();  // or too many steps at once would spill registers
@@ -302,8 +302,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
     }
 
-    // The warp's rows take the place of its queries, so that whole lines leave.
-    __syncwarp();  // all have read their queries
+    // Results replace the warp's queries in shared memory, so that stores to `out` are whole lines.
+    __syncwarp();  // all lanes have read their queries
 #pragma unroll
     for (int r = 0; r < R; r++) {
         l[r] += __shfl_xor_sync(FULL_MASK, l[r], 1);

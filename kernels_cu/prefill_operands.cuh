@@ -1,4 +1,5 @@
-// prefill_operands.cuh: prefill_mma's operands of ldmatrix: queries, keys and values in shared memory.
+// prefill_operands.cuh: prefill_mma's operands of ldmatrix: queries, keys and values in shared
+// memory.
 #include "batch.cuh"
 #include "prefill_config.cuh"
 #include "reduce.cuh"
@@ -6,23 +7,25 @@
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// Where a lane points ldmatrix: at row `row` of some rows, chunk `upper` of pairs of chunks. Rows of
-// other matrices are constants away.
+// The address that a lane passes to ldmatrix: row `row`, chunk `upper` of a pair of chunks. Rows of
+// other matrices are a constant offset away.
 struct Reader {
     const u8* row;
-    u32 step;
+    u32 swizzle;
 
     __device__ __forceinline__ Reader(const u8* rows, int row, int upper)
-        : row(rows + row * Halves::PITCH), step((Halves::HAS_SWIZZLE ? upper ^ row % 8 : upper) * 16) {}
+        : row(rows + row * Halves::PITCH),
+          swizzle((Halves::HAS_SWIZZLE ? upper ^ row % 8 : upper) * 16) {}
 
     __device__ __forceinline__ const u8* at(int pair) const {
-        return Halves::HAS_SWIZZLE ? row + (pair % 4 * 32 ^ step) + pair / 4 * 128 : row + step + pair * 32;
+        return Halves::HAS_SWIZZLE ? row + (pair % 4 * 32 ^ swizzle) + pair / 4 * 128
+                                   : row + swizzle + pair * 32;
     }
 };
 
-// Rounds this warp's queries into shared memory, in terms; their factor makes up for the sign of
-// the scale and, where f16 would not hold what q may be, makes the largest of a row 128 to 256:
-// `units` then is what a 1 stands for.
+// Stores this warp's queries to shared memory, rounded to terms. A factor applies the sign of the
+// scale and, where f16 cannot hold every q, brings the largest of a row to 128 .. 256; `units` is
+// its inverse.
 __device__ __forceinline__ void load_queries(u8* to, float* units, const Q_T* q, i64 q_stride, int G,
                                              int kv_head, const RowBlock& rows, float sign) {
     constexpr int LANES = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32;  // of a row

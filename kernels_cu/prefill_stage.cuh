@@ -1,14 +1,14 @@
 // prefill_stage.cuh: prefill_mma's copies to shared memory, and the dequantization of a tile.
 #include "prefill_config.cuh"
 #include "ptx.cuh"
-#include "quantize.cuh"
+#include "vector.cuh"
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-constexpr int COPIES_AT_ONCE = Q_IS_16BIT ? 8 : 1;  // fine queries leave no registers for more
+constexpr int COPIES_AT_ONCE = Q_IS_16BIT ? 8 : 1;  // 32-bit queries leave no registers for more
 
-// Starts the copies of this warp's rows of a tile, of codes as they are. `offset` is where lane i
-// says row i % MINE begins, in elements; `even`: all at equal steps.
+// Starts the copies of this warp's rows of a tile, codes unconverted. Lane i passes in `offset`
+// where row i % WARP_KEYS begins, in elements; `even`: rows are `stride` apart.
 template <typename T>
 __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64 stride, bool even) {
     constexpr bool IS_RAW = LARGEST<T> > 0.0f;
@@ -20,7 +20,7 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
                                  : Halves::place(mine + row, chunk);
         cp_async<CHUNK>(to + place, (const u8*)from + chunk * CHUNK);
     };
-    if (WARP % CHUNKS == 0 && even) {  // the usual case, by steps: products would take registers
+    if (WARP % CHUNKS == 0 && even) {  // the usual case; addresses by addition save registers
         const int row = lane / CHUNKS, chunk = lane % CHUNKS;
         const T* from = pool + (offset + (row - lane % WARP_KEYS) * stride);
 #pragma unroll COPIES_AT_ONCE
@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
     }
 }
 
-// Eight codes as f16, in their order.
+// The codes of a word as f16, in their order.
 template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
     constexpr int PAIRS = PER_WORD<T> / 2;
     u32 pairs[PAIRS];

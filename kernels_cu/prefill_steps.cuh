@@ -1,6 +1,6 @@
 // prefill_steps.cuh: prefill_mma's steps over a tile of keys, and the store of its results.
 #include "batch.cuh"
-#include "prefill_operands.cuh"
+#include "prefill_config.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
 

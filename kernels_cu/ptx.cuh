@@ -115,8 +115,8 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// [cp.async.wait_group] Waits until at most the N latest groups of this thread are pending. Copies of
-// other threads need a barrier after it.
+// [cp.async.wait_group] Waits until at most the N latest groups of this thread are pending. Copies
+// of other threads need a barrier after it.
 template <int N> __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
@@ -139,9 +139,9 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) 
                  : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
 }
 
-// [mma] D += A B with A 16 x K, B K x 8 and D 16 x 8. Products are exact. The hardware decides order
-// and rounding of the sums, so bits are defined only where all sums are exact.
-// [Matrix Fragments] Lane 4 * g + t holds, the lower index in the lower half of a register:
+// [mma] D += A B with A 16 x K, B K x 8 and D 16 x 8. Products are exact. The hardware decides
+// order and rounding of the sums, so bits are defined only where all sums are exact. [Matrix
+// Fragments] Lane 4 * g + t holds, the lower index in the lower half of a register:
 //   a[0], a[1]  rows g and g + 8 of A, columns 2t and 2t + 1
 //   a[2], a[3]  the same rows, columns 2t + 8 and 2t + 9
 //   b[0], b[1]  column g of B, rows 2t and 2t + 1, then 2t + 8 and 2t + 9
@@ -215,9 +215,9 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// [mapa] Distributed shared memory: the address of `shared` in the block of that rank of the cluster
-// (x counts first). That block must have started and must not exit before the last read: a cluster
-// barrier on either side.
+// [mapa] Distributed shared memory: the address of `shared` in the block of that rank of the
+// cluster (x counts first). That block must have started and must not exit before the last read: a
+// cluster barrier on either side.
 template <typename T> __device__ __forceinline__ const T* map_shared_rank(const T* shared, u32 rank) {
     u64 there;
     asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
@@ -229,8 +229,8 @@ template <typename T> __device__ __forceinline__ const T* map_shared_rank(const 
 // results must not depend on it, so its twin does nothing.
 __device__ __forceinline__ void schedule_fence() { __syncwarp(); }
 
-// Opaque copy: stops loop-invariant hoisting, so values derived from it are recomputed each iteration
-// instead of being held in registers.
+// Opaque copy: stops loop-invariant hoisting, so values derived from it are recomputed each
+// iteration instead of being held in registers.
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;

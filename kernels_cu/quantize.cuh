@@ -35,8 +35,8 @@ template <typename T> __device__ __forceinline__ float over_largest(float x) {
     return __fmaf_rn(__fmaf_rn(-y, LARGEST<T>, x), INVERSE, y);
 }
 
-// Dynamic scale of a row. `amax` holds the bits of its largest |x|; a row with a NaN or infinity gets
-// a NaN scale.
+// Dynamic scale of a row. `amax` holds the bits of its largest |x|; a row with a NaN or infinity
+// gets a NaN scale.
 template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale(u32 amax) {
     const bool finite = amax < 0x7f800000u;
     const float scale = over_largest<T>(fmaxf(__uint_as_float(amax), 1e-8f));
@@ -103,8 +103,8 @@ template <typename T> __device__ __forceinline__ void store8_fp8(T* p, const flo
 __device__ __forceinline__ void store8(e4m3* p, const float (&y)[8]) { store8_fp8(p, y); }
 __device__ __forceinline__ void store8(e5m2* p, const float (&y)[8]) { store8_fp8(p, y); }
 
-// Byte `i` of x as a float, minus `bias`. The byte becomes the lowest bits of a float of 2^23, whose
-// unit is the lowest bit; that runs at full rate, integer conversion at a quarter of it.
+// Byte `i` of x as a float, minus `bias`. The byte becomes the lowest bits of a float of 2^23,
+// whose unit is the lowest bit; that runs at full rate, integer conversion at a quarter of it.
 __device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
     return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
 }

@@ -49,8 +49,8 @@ template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
     return sum;
 }
 
-// Sum over a block of THREADS threads, all of which call it. `scratch` holds THREADS / 32 floats and
-// may be reused after a barrier.
+// Sum over a block of THREADS threads, all of which call it. `scratch` holds THREADS / 32 floats
+// and may be reused after a barrier.
 template <int THREADS>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     static_assert(THREADS % WARP == 0, "whole warps");

@@ -1,9 +1,9 @@
 // rotary.cuh: sine and cosine of rotary positions.
 #include "types.cuh"
 
-// Sine and cosine of `angle` radians, each with an absolute error below 1e-7 for |angle| up to 2^31.
-// The reduction to [-pi / 4, pi / 4] is done in double; the first omitted term of the Taylor series is
-// below 2e-9 there.
+// Sine and cosine of `angle` radians, each with an absolute error below 1e-7 for |angle| up to
+// 2^31. The reduction to [-pi / 4, pi / 4] is done in double; the first omitted term of the Taylor
+// series is below 2e-9 there.
 __device__ __forceinline__ void sin_cos(double angle, float& sine, float& cosine) {
     constexpr double HALF_PI = 1.5707963267948966, HALF_PI_REST = 6.123233995736766e-17;
     const double turns = rint(angle * 0.6366197723675814);  // quarters of a turn: 2 / pi

@@ -135,7 +135,7 @@ __device__ __forceinline__ int locate(const Row& row, Measure measure, Goal goal
             sum += measure(row.level_of(i), i);
         }
         sum = warp_scan(sum);
-        __syncthreads();  // sums of the last round are read
+        __syncthreads();  // all have read the sums of the last round
         if (lane == WARP - 1) s.sums[warp] = sum;
         __syncthreads();
         const u64 through = warp_scan(s.sums[lane]);

@@ -1,7 +1,7 @@
 // vector.cuh: vectors of two, four and eight floats, f16 or bf16: load, store, pack and unpack.
 //
-// load8 and store8 convert from and to float; get8 and put8 move the bits of an Eight. Addresses are
-// aligned to the vector, at most to 16 bytes.
+// load8 and store8 convert from and to float; get8 and put8 move the bits of an Eight. Addresses
+// are aligned to the vector, at most to 16 bytes.
 #include "convert.cuh"
 
 // Lanes that share a row of `elements`, eight elements each: a power of two up to a warp.

@@ -1,4 +1,4 @@
-"""Fixtures `xp` (one body for all machines) and `rng`; the rule for skipping tests."""
+"""Fixtures `xp` (one body for all machines) and `rng`; which tests are skipped or left out."""
 
 import os
 import sys
@@ -37,7 +37,15 @@ def pytest_report_header():
     return f"simt: {machine.version()}{'' if machine.poisons_locals() else ', locals not poisoned'}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--sweep", action="store_true", help="run tests that are marked sweep, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("sweep"):
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left_out)  # pytest prints how many
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     for marker, find_reason in (("gpu", no_gpu), ("simt", no_simt)):
         variable = f"PYKV_REQUIRE_{marker.upper()}"
         reason = None if os.environ.get(variable) == "1" else find_reason()

@@ -1,4 +1,6 @@
-"""Comparisons: bit for bit, and against a float64 oracle."""
+"""Comparisons, bit for bit and against a float64 oracle; parameters that vary together."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -42,3 +44,13 @@ def launch(kernel, grid, block, *args, **options):
     arrays = dict(zip(kernel.arrays, args, strict=False))
     scalars = dict(zip(kernel.scalars, args[len(arrays) :], strict=True))
     cuda.Launch(kernel, grid, block, scalars, **options)(**arrays)
+
+
+def product(*axes):
+    """Every combination; a sweep, but for those that differ from the first one in one place."""
+    params = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[i] for axis, i in zip(axes, places, strict=True)]
+        is_near = len(places) - places.count(0) <= 1
+        params.append(pytest.param(*values, marks=() if is_near else pytest.mark.sweep))
+    return params

@@ -15,6 +15,10 @@ from tools import kernel_report  # noqa: E402 - what it names is asked of NVRTC 
 
 pytestmark = pytest.mark.nvrtc
 ARCHS = kernel_report.archs()
+ALWAYS = (ARCHS[0], "sm_80", "sm_90", ARCHS[-1])  # the others take the ways of one of these
+EVERY_ARCH = [
+    pytest.param(arch, marks=() if arch in ALWAYS else pytest.mark.sweep) for arch in ARCHS
+]
 
 
 def test_the_line_is_covered():
@@ -31,7 +35,7 @@ def test_stem_has_module_and_variants(stem):
     assert module.VARIANTS and module.__doc__
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize("stem", cuda.stems())
 def test_variants_compile_and_keep_to_their_stack(stem, arch):
     for defines in import_module(f"pykv.ops.{stem}").VARIANTS:
@@ -91,7 +95,7 @@ def stacked(tmp_path, monkeypatch):
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
     for module in (cuda, cuda.compiler):
         monkeypatch.setattr(module, "KERNELS", tmp_path)
-    monkeypatch.setattr(cuda, "variants", lambda: [("stacked", {"A": 1})])
+    monkeypatch.setattr(cuda, "variants", lambda arch=None: [("stacked", {"A": 1})])
 
     def write(text):
         (tmp_path / "stacked.cu").write_text(text)

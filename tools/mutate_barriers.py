@@ -1,9 +1,10 @@
-"""Delete each barrier of each kernel file, one at a time, and see the file's tests fail.
+"""Delete each barrier of each device file, one at a time, and see the tests of its kernels fail.
 
-    python tools/mutate_barriers.py [STEM ...]
+    python tools/mutate_barriers.py [NAME ...]
 
 Works on a copy of the tree and needs no GPU: the SIMT machine runs the kernels. A barrier whose
-deletion no test notices is either not needed or not tested; the exit code is 1 then.
+deletion no test notices is either not needed or not tested; the exit code is 1 then. A fence that
+orders code for speed only is a `schedule_fence`, which does nothing on the SIMT machine.
 """
 
 import argparse
@@ -15,20 +16,29 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pykv import cuda
+
 ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(
     r"__sync(?:threads|warp)\(\);|cluster_arrive(?:_relaxed)?\(\);[^\n]*\n\s*cluster_wait\(\);"
 )
 
 
-def verdict(tree, stem):
-    """Why the stem's tests fail on the machine, or None where they pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "simt", "-p", "no:cacheprovider"]
-    tests = tree / "tests" / "ops"
-    op = stem.removesuffix("_mma")  # which has kernels with and without tensor cores
-    files = [tests if stem == "common" else tests / f"test_{op}.py"]
+def tests_of(file):
+    """The tests of every kernel file that this file is a part of."""
+    stems = [stem for stem in cuda.stems() if f'#line 1 "{file}"' in cuda.source(stem)]
+    ops = {stem.removesuffix("_mma") for stem in stems}  # with and without tensor cores: one op
+    return [f"tests/ops/test_{op}.py" for op in sorted(ops)]
+
+
+def verdict(tree, file):
+    """Why the file's tests fail on the machine, or None where they pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--sweep", "-m", "simt"]
+    command += ["-p", "no:cacheprovider"]
     env = {**os.environ, "PYTHONPATH": str(tree), "PYKV_REQUIRE_SIMT": "1"}
-    done = subprocess.run([*command, *files], cwd=tree, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *tests_of(file)], cwd=tree, env=env, capture_output=True, text=True
+    )
     if done.returncode == 0:
         return None
     reasons = re.findall(r"^E +(.*)", done.stdout, re.MULTILINE)
@@ -37,7 +47,7 @@ def verdict(tree, stem):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stems", nargs="*", metavar="STEM", help="kernel files, or common (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="device files, without suffix")
     args = parser.parse_args()
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -45,13 +55,13 @@ def main():
         shutil.copy(ROOT / "pyproject.toml", tree)
         for name in ("kernels_cu", "pykv", "tests"):
             shutil.copytree(ROOT / name, tree / name)
-        for path in sorted((tree / "kernels_cu").iterdir()):
-            if args.stems and path.stem not in args.stems:
-                continue
+        for path in sorted((tree / "kernels_cu").glob("*.cu*")):
+            if path.name == "ptx.cuh" or (args.names and path.stem not in args.names):
+                continue  # in place of ptx.cuh the machine has twins
             text = path.read_text()
             for found in BARRIER.finditer(text):
                 path.write_text(text[: found.start()] + ";" + text[found.end() :])
-                reason = verdict(tree, path.stem)
+                reason = verdict(tree, path.name)
                 survivors += reason is None
                 line = text.count("\n", 0, found.start()) + 1
                 print(f"{path.name}:{line}  {reason or 'SURVIVES'}", flush=True)

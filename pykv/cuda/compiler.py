@@ -262,29 +262,37 @@ def clear_cubins() -> int:
 # --- Warm-up --------------------------------------------------------------------------------------
 
 
-def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations."""
+def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations.
+
+    Args:
+        arch: leave out what an op does not launch on this SM, by its `VARIANTS_SMS`; None: all.
+    """
     from importlib import import_module
 
+    sm = None if arch is None else split_arch(arch)[1]
+    ops = {stem: import_module(f"pykv.ops.{stem}") for stem in stems()}
     return [
         (stem, defines)
-        for stem in stems()
-        for defines in import_module(f"pykv.ops.{stem}").VARIANTS
+        for stem, op in ops.items()
+        if sm is None or sm in getattr(op, "VARIANTS_SMS", (sm,))
+        for defines in op.VARIANTS
     ]
 
 
 def warmup(archs: list[str], *, force: bool = False) -> int:
     """Compile the variants that the cache folder lacks, in parallel, and return their number.
 
-    Prints one progress line on stderr when something is compiled. With `force` a failure raises;
-    else it becomes one warning, so that `import pykv` works on a GPU that cannot be targeted.
+    Says so on stderr when something is compiled. With `force` a failure raises; else it becomes one
+    warning, so that `import pykv` works on a GPU that cannot be targeted.
     """
-    jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants()]
+    jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants(arch)]
     started = done = 0
     try:
         missing = [job for job in jobs if not is_cached(*job)]
         started = len(missing)
         if missing:
+            missing.sort(key=lambda job: -len(source(job[1])))  # the longest must not end last
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
                     done += 1

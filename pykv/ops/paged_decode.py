@@ -44,6 +44,7 @@ MAX_ROWS = 4  # query rows a block serves: their state fills the registers of th
 VARIANTS: list[dict[str, Any]] = [
     dict(HEAD_DIM=d, ROWS=4, Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16") for d in (64, 128)
 ]
+VARIANTS_SMS = range(75)  # from sm_75 on paged_decode_mma takes such pools
 
 
 def decode(

@@ -17,6 +17,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(HEAD_DIM=d, PAGE=16, Q_T="float", K_T=kv, V_T=kv, SCALE_T="f16")
     for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
 ]
+VARIANTS_SMS = range(75, 1000)  # with tensor cores
 
 STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile

@@ -50,6 +50,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(HEAD_DIM=d, ROWS=_block_rows(d), Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16")
     for d in (64, 128)
 ]
+VARIANTS_SMS = range(75)  # from sm_75 on prefill_mma takes such pools
 
 
 def prefill(

@@ -16,6 +16,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(HEAD_DIM=d, Q_T="float", K_T=kv, V_T=kv, SCALE_T="f16")
     for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
 ]
+VARIANTS_SMS = range(75, 1000)  # with tensor cores
 
 WARPS = 4
 

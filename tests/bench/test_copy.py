@@ -1,7 +1,6 @@
 """bench copy: its cases, its options, what a run moves, and what is concluded."""
 
 import csv
-import ctypes
 import re
 from argparse import Namespace
 from collections import Counter
@@ -13,6 +12,7 @@ from pykv import bench, cli, ranges, transfer
 from pykv.bench import copy, memory, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
+from tests.simt.cupy import copy_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -46,7 +46,7 @@ def machine(xp, request, monkeypatch):
     """The array module; the SIMT machine's with what it lacks of a GPU: a link and copy engines."""
     if "simt" in request.node.callspec.params["xp"]:
         host = lambda x: getattr(x, "host", x)  # noqa: E731
-        moved = lambda to, at, size, *rest: ctypes.memmove(to, at, size)  # noqa: E731
+        moved = lambda to, at, size, *rest: copy_bytes(to, at, size)  # noqa: E731
         monkeypatch.setattr(memory, "fits", lambda *_: True)
         monkeypatch.setattr(memory, "place", lambda xp, x, on_host: host(x) if on_host else x)
         monkeypatch.setattr(memory, "on_device", lambda xp, x: xp.asarray(x))
@@ -55,7 +55,7 @@ def machine(xp, request, monkeypatch):
         def memcpy_batch(src, dst, size, mode, direction):
             assert mode in copy.MODES.values()
             for at, to in zip(src.tolist(), dst.tolist(), strict=True):
-                ctypes.memmove(to, at, size)
+                copy_bytes(to, at, size)
 
         monkeypatch.setattr(transfer, "memcpy_batch", memcpy_batch)
     yield xp

@@ -53,7 +53,12 @@ def test_a_model_reads_what_the_kinds_define(open_llm, rng, monkeypatch, name, k
 
 
 @pytest.mark.parametrize(
-    "name, kv_dtype", [("llama", "int8"), ("llama", "e4m3+int4:head:HND"), ("gemma3", "int8")]
+    "name, kv_dtype",
+    [
+        ("llama", "int8"),
+        ("llama", "e4m3+int4:head:HND"),
+        pytest.param("gemma3", "int8", marks=pytest.mark.sweep),
+    ],
 )
 def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, name, kv_dtype):
     check_a_model(open_llm, rng, monkeypatch, name, kv_dtype)

@@ -18,6 +18,7 @@ from pykv.errors import FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, gguf
 from pykv.llm.token_types import Finder
 from pykv.llm.tokenizer import Tokenizer
+from tests.llm.test_model import MODELS
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -422,7 +423,7 @@ TRUTH = Path(__file__).with_name("data") / "tokenizer_truth.json"
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+@pytest.mark.parametrize("name", MODELS)
 def test_real_tokenizers(model_path, name):
     """Ids made by tools/make_tokenizer_truth.py with transformers and sentencepiece."""
     truth = json.loads(TRUTH.read_text(encoding="utf-8"))

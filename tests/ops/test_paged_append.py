@@ -10,7 +10,7 @@ from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, KVSpec
 from pykv.ops import paged_append, paged_check, paged_decode
 from pykv.testing import codes, paged
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, product, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
 INT8 = {**BASE, "spec": "int8"}
@@ -402,9 +402,10 @@ def nasty_rows(rng, D, dtype):
         return np.stack(rows)[:, None].astype(dtype)
 
 
-@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("new", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["int8", "int4", "e4m3", "e5m2"])
+@pytest.mark.parametrize(
+    "kind, new, scale_dtype",
+    product(["int8", "int4", "e4m3", "e5m2"], ["float32", "float16", "bfloat16"], ["fp16", "fp32"]),
+)
 def test_codes_are_those_of_kinds(xp, rng, kind, new, scale_dtype):
     """Zeros, tiny, huge and subnormal rows, halves, NaN and infinities, bit for bit."""
     x = np.concatenate([nasty_rows(rng, 24, dtype_of(new)) for _ in range(4)])

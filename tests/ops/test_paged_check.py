@@ -328,7 +328,6 @@ def test_nothing_is_checked_while_a_graph_is_captured():
             paged_check.check_slots(slots, 7)
 
 
-
 def test_errors_of_the_arrays(xp):
     slots, indices = table(xp, [0], [0])
     with pytest.raises(DtypeError, match="slots has dtype float32, expected int32 or int64"):

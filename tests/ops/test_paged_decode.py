@@ -19,7 +19,7 @@ from pykv.errors import (
 from pykv.ops import paged_decode, paged_decode_mma
 from pykv.testing import attention
 from pykv.testing.paged import WILD, filled
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, product, to_numpy
 
 BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
 CHANGES = (
@@ -165,6 +165,7 @@ def test_matches_the_oracle(xp, rng, case):
 
 # What is added to scores, what is seen, and how keys are cut; the last case has all of it.
 FEATURES = (
+    dict(T=3, window=70, soft_cap=3.0, slopes=True, sinks=True, tree=True, fixed_split=96),
     dict(soft_cap=2.0),
     dict(slopes=True),
     dict(sinks=True),
@@ -177,7 +178,6 @@ FEATURES = (
     dict(T=20, causal=False, window=40, slopes=True, H=1),
     dict(fixed_split=32),
     dict(fixed_split=64, T=2, window=90),
-    dict(T=3, window=70, soft_cap=3.0, slopes=True, sinks=True, tree=True, fixed_split=96),
 )
 
 
@@ -201,8 +201,7 @@ def feature_case(
     return (q, *store, np.array(lengths, np.int32)), options
 
 
-@pytest.mark.parametrize("spec", ["fp16", "int8", "fp32"])
-@pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize("features, spec", product(FEATURES, ["fp16", "int8", "fp32"]), ids=str)
 def test_features_match_the_oracle(xp, rng, features, spec):
     args, options = feature_case(rng, spec, **features)
     got = call(xp, *args, **options)
@@ -210,18 +209,15 @@ def test_features_match_the_oracle(xp, rng, features, spec):
     judge(got, *args, 64**-0.5, **options)
 
 
-@pytest.mark.parametrize("q", ["float32", "float16"])
-@pytest.mark.parametrize("M", [256, 257])
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(dict(spec=spec) for spec in ("fp16", "bf16", "int8", "int4", "e4m3", "k8v4", "fp32")),
-        *(dict(length=length) for length in (0, 1, 128, 129, 1024, 1025, 2047)),
-        *(dict(G=G, H=H) for G, H in ((1, 1), (12, 1), (1, 13))),
-        dict(T=3, window=700, soft_cap=3.0, slopes=True, sinks=True, tree=True),
-    ],
-    ids=str,
+ALONE = (
+    *(dict(spec=spec) for spec in ("fp16", "bf16", "int8", "int4", "e4m3", "k8v4", "fp32")),
+    *(dict(length=length) for length in (0, 1, 128, 129, 1024, 1025, 2047)),
+    *(dict(G=G, H=H) for G, H in ((1, 1), (12, 1), (1, 13))),
+    dict(T=3, window=700, soft_cap=3.0, slopes=True, sinks=True, tree=True),
 )
+
+
+@pytest.mark.parametrize("case, M, q", product(ALONE, [256, 257], ["float32", "float16"]), ids=str)
 def test_one_sequence_alone(xp, rng, case, M, q):
     """One cluster of blocks takes up to 4096 keys, where there are clusters; lengths leave some of
     its blocks, and of those that take more keys, without work."""

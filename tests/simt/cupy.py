@@ -4,7 +4,6 @@ Like CuPy's, its arrays do not turn into NumPy's unasked: an op that mixes the t
 would on a GPU. What `empty` returns is poisoned.
 """
 
-import ctypes
 import math
 import weakref
 from contextlib import nullcontext
@@ -144,7 +143,7 @@ def allocations_at(addresses):
     return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
 
 
-# --- cuBLAS ---------------------------------------------------------------------------------------
+# --- Memory by its address, and cuBLAS ------------------------------------------------------------
 
 
 def _at(address, shape, dtype, strides):
@@ -157,6 +156,11 @@ def _at(address, shape, dtype, strides):
     memory = ffi.buffer(ffi.cast("char*", address), count * dtype.itemsize)
     strides = [stride * dtype.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(np.frombuffer(memory, dtype), shape, strides)
+
+
+def copy_bytes(to, at, size):
+    """Copy between two addresses; the ranges may overlap."""
+    _at(to, (size,), np.uint8, (1,))[...] = _at(at, (size,), np.uint8, (1,))
 
 
 def _gemm_ex(
@@ -272,7 +276,7 @@ cuda = SimpleNamespace(
         memoryTypeUnregistered=0,
         memoryTypeHost=1,
         memoryTypeDevice=2,
-        memcpyAsync=lambda dst, src, size, kind, stream: ctypes.memmove(dst, src, size),
+        memcpyAsync=lambda dst, src, size, kind, stream: copy_bytes(dst, src, size),
         streamIsCapturing=lambda stream: Stream.captured is not None,
         eventRecord=lambda event, stream: None,
         eventQuery=lambda event: 0,

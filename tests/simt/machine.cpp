@@ -170,7 +170,7 @@ static u32 random_below(u32 n) {
     u64 x = random_state;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return (u32)((x ^ x >> 31) % n);
+    return (u32)(((x ^ x >> 31) >> 32) * n >> 32);
 }
 
 static void shuffle(std::vector<u32>& order) {
@@ -453,6 +453,19 @@ COMMON static void touch(Region& region, u64 i, const Access& by) {
     }
 }
 
+static bool same(const Cell& a, const Cell& b) { return !memcmp(&a, &b, sizeof a); }
+
+// Bytes that were touched together have equal cells: the first answers for those that follow it.
+COMMON static void touch_all(Region& region, u64 begin, u64 bytes, const Access& by) {
+    Cell* const cells = region.cells + begin;
+    for (u64 i = 0; i < bytes; i++) {
+        const Cell before = cells[i];
+        touch(region, begin + i, by);
+        const Cell after = cells[i];
+        for (; i + 1 < bytes && same(cells[i + 1], before); i++) cells[i + 1] = after;
+    }
+}
+
 // A read through map_shared_rank, of bytes that may be the running block's own.
 RARE static void touch_image(Region& image, u64 begin, u64 bytes, const Access& by) {
     if (by.writes) {
@@ -464,7 +477,7 @@ RARE static void touch_image(Region& image, u64 begin, u64 bytes, const Access& 
         stop(*current, by.caller, format("reads byte %llu of %s, which has exited", (ull)begin,
                                          name_of(image).c_str()));
     }
-    for (u64 i = begin; i < begin + bytes; i++) touch(image, i, by);
+    touch_all(image, begin, bytes, by);
     if (image.rank == running) {
         memcpy(image.array.begin + begin, regions[image.of].array.begin + begin, bytes);
         return;
@@ -484,7 +497,7 @@ static void access(u64 address, u64 bytes, const Access& by) {
     if (region->rank >= 0) {
         touch_image(*region, begin, bytes, by);
     } else if (region->cells) {
-        for (u64 i = begin; i < begin + bytes; i++) touch(*region, i, by);
+        touch_all(*region, begin, bytes, by);
     } else if (by.writes) {
         stop(*current, by.caller, format("writes %s, which is const", region->array.name));
     }

@@ -6,7 +6,6 @@
 // which knows every array and every thread. A thread is a fibre that runs until it waits for
 // others; hence the site (file and line) that every waiting function takes from its caller.
 #pragma once
-#include <math.h>
 #include <string.h>
 
 #include <typeinfo>
@@ -44,6 +43,20 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // --- The machine ---------------------------------------------------------------------------------
+
+// C's functions, by declarations: libstdc++'s <math.h> takes longer to read than most kernels to
+// compile. A kernel that needs another one does not compile until it stands here.
+extern "C" {
+float ceilf(float), expf(float), exp2f(float), fabsf(float), floorf(float), log2f(float);
+float logf(float), rintf(float), sqrtf(float), tanhf(float);
+float fmaf(float, float, float), fmaxf(float, float), fminf(float, float);
+float nextafterf(float, float);
+double fabs(double), fma(double, double, double), rint(double);
+}
+inline bool isnan(float x) { return __builtin_isnan(x); }
+inline bool isinf(float x) { return __builtin_isinf(x); }
+inline bool isfinite(float x) { return __builtin_isfinite(x); }
+inline int abs(int x) { return x < 0 ? -x : x; }
 
 #define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 

@@ -84,6 +84,7 @@ int simt_run(struct Launch*);
 FLAGS = [
     *("-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"),
     *("-g1", "-gdwarf-4"),  # lines; addr2line takes #line's names from this version alone
+    "-fno-var-tracking",  # of half a tensor-core kernel's build, for a debugger alone
     "-ffp-contract=off",
 ]
 CHECKS = [

@@ -23,9 +23,10 @@
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
 //           a block serves, 1 to 4, above 256 elements 1 or 2; Q_T = float, f16 or bf16; K_T, V_T =
 //           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS,
-//           TREE = 0 or 1
-// Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (128)
-//           paged_decode_merge: grid (B * T * HQ), block (128), where splits > 1
+//           TREE = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
+//           front of a workspace
+// Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (BLOCK)
+//           paged_decode_merge: grid (B * T * HQ), block (BLOCK), where splits > 1
 // Traffic:  K and V once for each tile of ROWS query rows of a KV head, of which the later ones hit
 //           the L2 cache; 8 * (D + 2) bytes a query row and split
 // Order:    no atomics; float accumulation in an order set by the sizes and the number of splits,
@@ -41,6 +42,9 @@
 #if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "paged_decode.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(COUNTERS)
+#error "paged_decode.cu needs BLOCK and COUNTERS"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
@@ -58,9 +62,8 @@ static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold
 static_assert(ROWS >= 1 && ROWS <= (HEAD_DIM > 256 ? 2 : 4), "q and acc stay in registers");
 
 constexpr int D = HEAD_DIM;
-constexpr int THREADS = 128;
+constexpr int THREADS = BLOCK;
 constexpr int WARPS = THREADS / WARP;
-constexpr int COUNTERS = 4096;  // of the tensor-core kernel, which may share the workspace
 
 constexpr int LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / LANES;

@@ -23,12 +23,15 @@
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
 //           where all tokens share a head's scales, else 1; ALONE = 1 for B = 1 and piece_tiles =
-//           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
-// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
-//           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
-//           WARPS * (STAGE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
-//           PITCH = D + 16 where D is a multiple of 32, else D; but below sm_80, for D up to 128,
-//           WARPS * max(STAGE_BYTES, R * (4 * PITCH + 8))
+//           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1. Sizes that
+//           pykv/ops/paged_decode_mma.py chooses for the SM: BLOCK = threads, BLOCKS an SM, ROWS =
+//           8 of a tile, KEYS of a unit, MIN_KEYS of a range, COUNTERS, and of each warp STAGE_BYTES
+//           and Q_BYTES of shared memory, and STATE_PITCH floats from a row's state to the next
+// Launch:   grid (ceil(G * T / ROWS), H, ranges), at most COUNTERS blocks where ranges > 1; with
+//           CLUSTER = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (BLOCK);
+//           WARPS * (STAGE_BYTES + Q_BYTES + R * (4 * STATE_PITCH + 8)) bytes of dynamic shared
+//           memory; but below sm_80, for D up to 128, WARPS * max(STAGE_BYTES, R * (4 *
+//           STATE_PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
@@ -48,6 +51,12 @@
 #if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "paged_decode_mma.cu needs HEAD_DIM, PAGE, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(BLOCKS) || !defined(ROWS) || !defined(KEYS) || !defined(MIN_KEYS)
+#error "paged_decode_mma.cu needs BLOCK, BLOCKS, ROWS, KEYS and MIN_KEYS"
+#endif
+#if !defined(COUNTERS) || !defined(STAGE_BYTES) || !defined(Q_BYTES) || !defined(STATE_PITCH)
+#error "paged_decode_mma.cu needs COUNTERS, STAGE_BYTES, Q_BYTES and STATE_PITCH"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0

@@ -16,8 +16,8 @@
 //           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS, a multiple of 8; Q_T = float, f16 or bf16;
 //           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float;
-//           SOFT_CAP = 0 or 1
-// Launch:   grid (T * G / ROWS + B, H), block (128), above 256 elements (64), static shared memory
+//           SOFT_CAP = 0 or 1; BLOCK = threads: 128, above 256 elements 64
+// Launch:   grid (T * G / ROWS + B, H), block (BLOCK), static shared memory
 //           below 48 KiB
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Order:    no atomics; float accumulation in key order
@@ -35,6 +35,9 @@
     !defined(SCALE_T)
 #error "prefill.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
 #endif
+#ifndef BLOCK
+#error "prefill.cu needs BLOCK"
+#endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
 #endif
@@ -43,7 +46,7 @@ static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move
 constexpr int D = HEAD_DIM;
 constexpr int KEYS = D <= 128 ? 32 : D <= 256 ? 16 : 8;
 constexpr int X = D <= 256 ? 16 : 8, Y = 8;
-constexpr int THREADS = X * Y;
+constexpr int THREADS = BLOCK;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
 constexpr int PART = D <= 256 ? D : 128;  // of a row, summed alone: more products would cost bits
@@ -53,6 +56,7 @@ constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
 constexpr int ROW_PITCH = D + 4;
 constexpr int WEIGHT_PITCH = KEYS + 4;
 
+static_assert(THREADS == X * Y, "a thread for each place of a tile");
 static_assert(ROWS % Y == 0, "each thread owns whole rows");
 static_assert(((ROWS + KEYS) * ROW_PITCH + ROWS * WEIGHT_PITCH) * 4 <= 48 << 10, "static shared");
 

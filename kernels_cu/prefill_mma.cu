@@ -15,9 +15,10 @@
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
 //           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 16 up to 256; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8,
-//           i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP = 0 or 1
-// Launch:   grid ((T * G / ROWS + B) * H), block (128), SHARED_BYTES of dynamic shared memory; both
-//           constants are those of pykv/ops/prefill_mma.py
+//           i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP = 0 or 1; BLOCK = threads, ROWS =
+//           query rows of a block, 64 or 128, KEYS of a tile and SHARED_BYTES of a block, as
+//           pykv/ops/prefill_mma.py chooses them for the SM
+// Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Stack: 88 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
@@ -31,6 +32,9 @@
 // queries are more precise, so that products are as precise as those of floats.
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(ROWS) || !defined(KEYS) || !defined(SHARED_BYTES)
+#error "prefill_mma.cu needs BLOCK, ROWS, KEYS and SHARED_BYTES"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0

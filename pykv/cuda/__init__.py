@@ -24,6 +24,7 @@ from pykv.cuda.calls import (
 )
 from pykv.cuda.compiler import (
     KERNELS,
+    by_sm,
     clear_cubins,
     compile,
     cubin_dir,

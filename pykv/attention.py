@@ -7,7 +7,7 @@ Dimensions: as in pykv/ops/paged_decode.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,6 +154,21 @@ def kernel_scalars(
 
 
 # --- Attention in NumPy ---------------------------------------------------------------------------
+
+
+def fill_on_host(
+    reference: Callable[..., Any],
+    arrays: dict[str, Any],
+    spec: KVSpec,
+    scores: Scores,
+    lse_base: str,
+) -> None:
+    """Fill `out` and `lse` of `arrays`, which go by the names of `reference` else."""
+    out, lse, *_ = arrays.values()
+    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
+    out[...], sums = reference(**given, **scores._asdict(), spec=spec)
+    if lse is not None:
+        lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
 
 def masked_scores(

@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import BFLOAT16, footprint
+from pykv.arrays import footprint
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec, as_spec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
-
-FLOAT_KINDS: dict[str, np.dtype[Any]] = {
-    "fp16": np.dtype(np.float16),
-    "bf16": BFLOAT16,
-    "fp32": np.dtype(np.float32),
-}
 
 
 class PagedKVCache:
@@ -269,13 +263,11 @@ class PagedKVCache:
         make_scales = xp.zeros if spec.finds_scales else xp.ones
         dtype = SCALE_DTYPES[spec.scale_dtype]
         shapes = spec.pool_shapes(pages, self.page_size, heads, head_dim)
+        pools = zip(spec.kinds, shapes, strict=True)
         try:
-            return [
-                *(
-                    xp.zeros((layers, *shape), kind.dtype)
-                    for shape, kind in zip(shapes, spec.kinds, strict=True)
-                ),
-                *(make_scales(scales, dtype) if kind.largest else None for kind in spec.kinds),
+            made = [xp.zeros((layers, *shape), kind.dtype) for kind, shape in pools]
+            return made + [
+                make_scales(scales, dtype) if kind.largest else None for kind in spec.kinds
             ]
         except MemoryError as error:
             need = pages * self.page_size * self.bytes_per_token
@@ -299,6 +291,7 @@ def float_kind(argument: str, name: str) -> np.dtype[Any]:
     Raises:
         ParameterError: no such kind; the text names the argument.
     """
-    if name not in FLOAT_KINDS:
-        raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(FLOAT_KINDS)}")
-    return FLOAT_KINDS[name]
+    floats = {kind: kinds.KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")}
+    if name not in floats:
+        raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(floats)}")
+    return floats[name]

@@ -98,10 +98,8 @@ class SequenceCache:
             )
         for i, block in enumerate(block_ids):
             if not 0 <= block < num_blocks:
-                raise ParameterError(
-                    f"SequenceCache.assign: block_ids[{i}] is {block}, expected 0 to "
-                    f"{num_blocks - 1}"
-                )
+                text = f"block_ids[{i}] is {block}, expected 0 to {num_blocks - 1}"
+                raise ParameterError(f"SequenceCache.assign: {text}")
         self.blocks = list(block_ids)
         table = np.array(self.blocks, np.int32)
 
@@ -142,10 +140,11 @@ class SequenceCache:
         v: Any,
         *,
         length_before: int | None = None,
-        check: bool | None = None,
         stream: Any = None,
+        **options: Any,
     ) -> None:
-        """Write rows [T, H, D] behind the first `length_before` tokens, `length` if None.
+        """Write rows [T, H, D] behind the first `length_before` tokens, `length` if None; `options`
+        are those of PagedKVCache.append.
 
         Raises:
             CapacityError: the blocks end before the rows do; nothing is written.
@@ -164,14 +163,13 @@ class SequenceCache:
             )
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
         with cuda.on_stream(stream):
-            self._pages.append(0, k, v, self._xp.asarray(slots), check=check)
+            self._pages.append(0, k, v, self._xp.asarray(slots), **options)
 
     def decode(
         self,
         q: Any,
         *,
         length: int | None = None,
-        scale: float | None = None,
         out: Any = None,
         lse: Any = None,
         return_lse: bool = False,
@@ -183,7 +181,6 @@ class SequenceCache:
         Args:
             q: [HQ, D]; HQ is a multiple of H, and head h reads KV head h // (HQ / H).
             length: tokens that are seen; 0 gives zeros.
-            scale: factor of q.k; 1 / sqrt(D) if None.
             out: [HQ, D], dtype of `q`; allocated if None.
             lse: [HQ] float32; filled if given, see paged_decode.decode.
             return_lse: return `lse` as well.
@@ -210,12 +207,8 @@ class SequenceCache:
             lengths = self.context_lens
             if length is not None:
                 lengths = self._xp.full(1, length, np.int32)
-            options |= dict(
-                out=None if out is None else out[None],
-                lse=None if lse is None else lse[None],
-                scale=scale,
-                return_lse=return_lse,
-            )
+            options |= dict(out=None if out is None else out[None], return_lse=return_lse)
+            options |= dict(lse=None if lse is None else lse[None])
             found = self._pages.decode(0, q[None], self.block_table[None], lengths, **options)
         attended, *sums = found if return_lse else (found,)
         out = attended[0] if out is None else out

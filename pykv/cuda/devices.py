@@ -123,8 +123,7 @@ def device_name(xp: Any) -> str:
 
 def current_device() -> int:
     """The ordinal of CuPy's current GPU."""
-    device: int = load_cupy().cuda.runtime.getDevice()
-    return device
+    return int(load_cupy().cuda.runtime.getDevice())
 
 
 def current_arch() -> str:

@@ -30,6 +30,9 @@ SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
 }
 
 
+_PARAMETERS = f"arrays first, then scalars of {', '.join(SCALARS)}"
+
+
 class Signature(NamedTuple):
     """A kernel's parameters as its file declares them: arrays first, then scalars."""
 
@@ -85,10 +88,8 @@ def signature(stem: str, name: str) -> Signature:
         elif c_type in SCALARS:
             scalars[parameter] = c_type
         else:
-            expected = f"arrays first, then scalars of {', '.join(SCALARS)}"
-            raise UnsupportedError(
-                f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}, expected {expected}"
-            )
+            wrong = f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}"
+            raise UnsupportedError(f"{wrong}, expected {_PARAMETERS}")
     return Signature(tuple(arrays), scalars)
 
 
@@ -117,7 +118,7 @@ class Launch:
         CudaError: the driver refused the launch, or reports an earlier kernel's failure.
     """
 
-    __slots__ = ("_config", "_scalars", "block", "cluster", "grid", "kernel", "shared_bytes")
+    __slots__ = ("_config", "_scalars", "kernel")
 
     def __init__(
         self,
@@ -129,8 +130,7 @@ class Launch:
         shared_bytes: int = 0,
         cluster: tuple[int, ...] | None = None,
     ) -> None:
-        self.kernel, self.grid, self.block = kernel, grid, block
-        self.shared_bytes, self.cluster = shared_bytes, cluster
+        self.kernel = kernel
         self._scalars = _typed(kernel, scalars or {})
         self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -333,7 +334,7 @@ def _first(
 
 def reference(what: str, arguments: dict[str, Any]) -> Offender | None:
     """The definition, in NumPy: the least (reason, index) of what the kernels report."""
-    return min(_REFERENCES[what](**arguments), default=None)
+    return min(_REFERENCES[what](SimpleNamespace(**arguments)), default=None)
 
 
 def _at(reason: int, wrong: Any) -> Iterator[Offender]:
@@ -342,96 +343,75 @@ def _at(reason: int, wrong: Any) -> Iterator[Offender]:
         yield reason, int(np.argmax(wrong))
 
 
-def _range(values: Any, n: Any, low: Any, end: Any) -> Iterator[Offender]:
-    yield from _at(BAD_ENTRY, (values < low) | (values >= end))
+def _range(x: SimpleNamespace) -> Iterator[Offender]:
+    yield from _at(BAD_ENTRY, (x.values < x.low) | (x.values >= x.end))
 
 
-def _slots(slots: Any, n: Any, end: Any) -> Iterator[Offender]:
-    yield from _at(BAD_ENTRY, slots >= end)
-    used = np.flatnonzero((slots >= 0) & (slots < end))
+def _slots(x: SimpleNamespace) -> Iterator[Offender]:
+    slots = x.slots
+    yield from _at(BAD_ENTRY, slots >= x.end)
+    used = np.flatnonzero((slots >= 0) & (slots < x.end))
     _, first, group = np.unique(slots[used], return_index=True, return_inverse=True)
     repeated = np.zeros(len(slots), bool)
     repeated[used] = first[group] != np.arange(len(used))
     yield from _at(REPEATED, repeated)
 
 
-def _starts(starts: Any, B: Any, end: Any) -> Iterator[Offender]:
+def _starts(x: SimpleNamespace) -> Iterator[Offender]:
+    starts = x.starts
     if starts[0] != 0:
         yield BAD_START, 0
     for reason, index in _at(BAD_ORDER, starts[1:] < starts[:-1]):
         yield reason, index + 1
-    yield from _at(BAD_END, starts > end)
+    yield from _at(BAD_END, starts > x.end)
 
 
-def _table(
-    indptr: Any,
-    indices: Any,
-    last_page_len: Any,
-    starts: Any,
-    n: Any,
-    B: Any,
-    num_pages: Any,
-    page_size: Any,
-    appends: Any,
-    after: Any,
-) -> Iterator[Offender]:
-    yield from _starts(indptr, B, n)
+def _table(x: SimpleNamespace) -> Iterator[Offender]:
+    n, B, indptr, indices, appends = x.n, x.B, x.indptr, x.indices, x.appends
+    yield from _starts(SimpleNamespace(starts=indptr, end=n))
     used = np.arange(n) < indptr[-1]
     pages = np.diff(indptr.astype(np.int64))
-    tokens = np.full(B, appends) if starts is None else np.diff(starts.astype(np.int64))
-    if starts is not None and B and not appends:
+    tokens = np.full(B, appends) if x.starts is None else np.diff(x.starts.astype(np.int64))
+    if x.starts is not None and B and not appends:
         b = np.clip(np.searchsorted(indptr, np.arange(n), "right") - 1, 0, B - 1)
-        used &= (np.arange(n) - indptr[b]) * page_size < tokens[b]
-    yield from _at(BAD_ENTRY, used & ((indices < 0) & (not appends) | (indices >= num_pages)))
-    yield from _at(NO_PAGE, (pages * page_size < tokens) & ((pages > 0) | (not appends)))
-    if last_page_len is None:
+        used &= (np.arange(n) - indptr[b]) * x.page_size < tokens[b]
+    yield from _at(BAD_ENTRY, used & ((indices < 0) & (not appends) | (indices >= x.num_pages)))
+    yield from _at(NO_PAGE, (pages * x.page_size < tokens) & ((pages > 0) | (not appends)))
+    last = x.last_page_len
+    if last is None:
         return
     if appends:
-        first = (pages - 1) * page_size + last_page_len - after * tokens
-        wrong = (tokens > 0) & ((first < 0) | (first + tokens > pages * page_size))
+        first = (pages - 1) * x.page_size + last - x.after * tokens
+        wrong = (tokens > 0) & ((first < 0) | (first + tokens > pages * x.page_size))
     else:
-        wrong = (last_page_len < 0) | (last_page_len > page_size)
+        wrong = (last < 0) | (last > x.page_size)
     yield from _at(BAD_COUNT, (pages > 0) & wrong)
 
 
-def _page_table(
-    page_table: Any,
-    lengths: Any,
-    starts: Any,
-    row_stride: Any,
-    B: Any,
-    M: Any,
-    num_pages: Any,
-    page_size: Any,
-    seen: Any,
-) -> Iterator[Offender]:
-    queries = np.ones(B, np.int64) if starts is None else np.diff(starts.astype(np.int64))
-    yield from _at(BAD_COUNT, (queries > 0) & (lengths > M * page_size))
-    first = (lengths - seen - (queries - 1))[:, None]
-    begins = np.arange(M) * page_size
-    used = (queries > 0)[:, None] & (begins < lengths[:, None]) & (begins + page_size > first)
-    yield from _at(BAD_ENTRY, used & ((page_table < 0) | (page_table >= num_pages)))
+def _page_table(x: SimpleNamespace) -> Iterator[Offender]:
+    lengths, size = x.lengths, x.page_size
+    queries = np.ones(x.B, np.int64) if x.starts is None else np.diff(x.starts.astype(np.int64))
+    yield from _at(BAD_COUNT, (queries > 0) & (lengths > x.M * size))
+    first = (lengths - x.seen - (queries - 1))[:, None]
+    begins = np.arange(x.M) * size
+    used = (queries > 0)[:, None] & (begins < lengths[:, None]) & (begins + size > first)
+    yield from _at(BAD_ENTRY, used & ((x.page_table < 0) | (x.page_table >= x.num_pages)))
 
 
-def _positions(
-    batch_indices: Any, positions: Any, indptr: Any, n: Any, B: Any, page_size: Any
-) -> Iterator[Offender]:
-    yield from _at(BAD_ENTRY, batch_indices >= B)
-    known = (batch_indices >= 0) & (batch_indices < B)
-    b = np.where(known, batch_indices, 0)
-    tokens = (indptr[1:].astype(np.int64) - indptr[:-1])[b] * page_size if B else 0
-    outside = (positions < 0) | (positions >= tokens)
+def _positions(x: SimpleNamespace) -> Iterator[Offender]:
+    requests, B = x.batch_indices, x.B
+    yield from _at(BAD_ENTRY, requests >= B)
+    known = (requests >= 0) & (requests < B)
+    b = np.where(known, requests, 0)
+    tokens = (x.indptr[1:].astype(np.int64) - x.indptr[:-1])[b] * x.page_size if B else 0
+    outside = (x.positions < 0) | (x.positions >= tokens)
     yield from _at(BAD_COUNT, known & (tokens > 0) & outside)
 
 
-_REFERENCES: dict[str, Callable[..., Iterator[Offender]]] = dict(
-    range=_range,
-    slots=_slots,
-    starts=_starts,
-    table=_table,
-    page_table=_page_table,
-    positions=_positions,
-)
+_REFERENCES: dict[str, Callable[[SimpleNamespace], Iterator[Offender]]] = {
+    function.__name__[1:]: function
+    for function in (_range, _slots, _starts, _table, _page_table, _positions)
+}
 
 
 def _cuda(

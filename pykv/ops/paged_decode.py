@@ -20,13 +20,13 @@ from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_
 from pykv.attention import (
     ALL_KEYS,
     LN_2,
-    LOG2_E,
     Scores,
     check_lse_base,
     check_pages,
     check_scores,
     check_tree,
     decoded_rows,
+    fill_on_host,
     kernel_defines,
     kernel_scalars,
     scored_sequences,
@@ -154,7 +154,7 @@ def decode(
     )
     T = dims["T"] if many else 1
     options = (scale, window, soft_cap, causal, fixed_split, lse_base)
-    scores = dims.keep(options, lambda: _check_options(op, dims, tree, T, *options))
+    scores = dims.keep(options, lambda: _check_options(op, dims, T, tree, options))
     behind = T - 1 if causal else 0  # keys between the first query and the last key
     if check:
         with cuda.on_stream(stream):
@@ -184,23 +184,13 @@ def decode(
     else:
         earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
-        cuda.run_on_host(lambda: _decode_on_host(arrays, spec, scores, lse_base))
+        cuda.run_on_host(lambda: fill_on_host(reference, arrays, spec, scores, lse_base))
     return (out, lse) if return_lse else out
 
 
-def _check_options(
-    op: str,
-    dims: Dims,
-    tree: Any,
-    T: int,
-    scale: float | None,
-    window: int | None,
-    soft_cap: float | None,
-    causal: bool,
-    fixed_split: int | None,
-    lse_base: str,
-) -> Scores:
+def _check_options(op: str, dims: Dims, T: int, tree: Any, options: tuple[Any, ...]) -> Scores:
     """Check options of `decode` against sizes, once for all calls that have both."""
+    scale, window, soft_cap, causal, fixed_split, lse_base = options
     check_tree(op, tree, T, causal)
     check_lse_base(op, lse_base)
     if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
@@ -313,15 +303,6 @@ def reference(
         v = decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
         out[b], lse[b] = weigh(scores, v, sinks)
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
-
-
-def _decode_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, lse_base: str) -> None:
-    """Fill `out` and `lse` of `arrays`, which go by the names of `decode`."""
-    out, lse, *_ = arrays.values()
-    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
-    out[...], sums = reference(**given, **scores._asdict(), spec=spec)
-    if lse is not None:
-        lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
 
 # --- Launch ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pykv.attention import (
     check_pages,
     check_scores,
     decoded_rows,
+    fill_on_host,
     kernel_defines,
     kernel_scalars,
     masked_scores,
@@ -155,7 +156,7 @@ def prefill(
     else:
         pool = dims["N"], dims["P"]
         cuda.look(lambda: _check_on_host(op, arrays, window, pool))
-        cuda.run_on_host(lambda: _prefill_on_host(arrays, spec, scores))
+        cuda.run_on_host(lambda: fill_on_host(reference, arrays, spec, scores, "e"))
     return (out, lse) if return_lse else out
 
 
@@ -350,15 +351,6 @@ def reference(
             of_queries = masked_scores(q[t:end].astype(dtype), k[seen], low, high, scores)
             out[t:end], lse[t:end] = weigh(of_queries, v[seen])
     return out.astype(q.dtype, copy=False), lse
-
-
-def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores) -> None:
-    """Fill `out` and `lse` of `arrays`, which go by the names of `prefill`."""
-    out, lse, *_ = arrays.values()
-    given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
-    out[...], sums = reference(**given, **scores._asdict(), spec=spec)
-    if lse is not None:
-        lse[...] = sums
 
 
 def _launch(arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores) -> cuda.Launch:

@@ -147,24 +147,13 @@ def sample(
         out = like(logits, (dims["B"],), np.int32)
     if dims["B"] == 0:
         return out
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if on_gpu(logits):
         launch = dims.keep(None, lambda: _launch("sample", *logits.shape))
-        launch(
-            out=out,
-            logits=logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seeds=seeds,
-            steps=steps,
-            stream=stream,
-        )
+        launch(out=out, logits=logits, **filters, seeds=seeds, steps=steps, stream=stream)
     else:
-        cuda.look(lambda: _check_parameters(op, temperature, top_k, top_p, min_p, steps))
-        cuda.run_on_host(
-            lambda: reference(logits, temperature, top_k, top_p, min_p, seeds, steps), out
-        )
+        cuda.look(lambda: _check_parameters(op, **filters, steps=steps))
+        cuda.run_on_host(lambda: reference(logits, **filters, seeds=seeds, steps=steps), out)
     return out
 
 
@@ -251,13 +240,9 @@ def _check_vocabulary(op: str, V: int) -> None:
 def _check_parameters(
     op: str, temperature: Any, top_k: Any, top_p: Any, min_p: Any, steps: Any
 ) -> None:
+    is_finite = (temperature >= 0) & np.isfinite(temperature)
     for name, values, valid, expected in (
-        (
-            "temperature",
-            temperature,
-            (temperature >= 0) & np.isfinite(temperature),
-            "a finite number of at least 0",
-        ),
+        ("temperature", temperature, is_finite, "a finite number of at least 0"),
         ("top_k", top_k, top_k >= 0, "at least 0"),
         ("top_p", top_p, (top_p > 0) & (top_p <= 1), "above 0 and at most 1"),
         ("min_p", min_p, (min_p >= 0) & (min_p <= 1), "0 to 1"),

@@ -178,8 +178,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     spec = "T 2F" if flags is not None and flags.c_contiguous else "T | 2F"
     dims = _gated_checker(name, spec)(x, out)
     T, F = dims["T"], dims["F"]
-    if out is None:
-        out = like(x, (T, F), x.dtype)
+    out = like(x, (T, F), x.dtype) if out is None else out
     if T * F == 0:
         return out
     if on_gpu(x):

@@ -97,18 +97,15 @@ def append(
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
     rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    where = dict(lengths=lengths, slots=slots, inv_freq=inv_freq)
     if on_gpu(k):
-        write, count = dims.keep(
-            (pairing, bool(advance)),
-            lambda: _launches(spec, rows, lengths, inv_freq, pairing, advance),
-        )
-        write(**rows, lengths=lengths, slots=slots, inv_freq=inv_freq, stream=stream)
+        options = (pairing, bool(advance))
+        write, count = dims.keep(options, lambda: _launches(spec, rows, where, *options))
+        write(**rows, **where, stream=stream)
         if count is not None:
             count(lengths=lengths, slots=slots, stream=stream)
     else:
-        cuda.run_on_host(
-            lambda: _append_on_host(spec, rows, lengths, slots, inv_freq, pairing, advance)
-        )
+        cuda.run_on_host(lambda: _append_on_host(spec, rows, where, pairing, advance))
 
 
 _SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know their axes
@@ -198,18 +195,14 @@ def reference(
 
 
 def _append_on_host(
-    spec: KVSpec,
-    rows: dict[str, Any],
-    lengths: Any,
-    slots: Any,
-    inv_freq: Any,
-    pairing: str,
-    advance: bool,
+    spec: KVSpec, rows: dict[str, Any], where: dict[str, Any], pairing: str, advance: bool
 ) -> None:
+    """Write `rows` to caches of any layout and, with `advance`, count them."""
     rows = {name: spec.as_nhd(x) for name, x in rows.items()}
-    reference(**rows, lengths=lengths, slots=slots, inv_freq=inv_freq, pairing=pairing)
+    reference(**rows, **where, pairing=pairing)
     if not advance:
         return
+    lengths, slots, _ = where.values()
     T, C = rows["k"].shape[1], rows["k_cache"].shape[1]
     for slot in range(len(lengths)) if slots is None else slots[slots >= 0]:
         if 0 <= lengths[slot] < C:
@@ -217,11 +210,12 @@ def _append_on_host(
 
 
 def _launches(
-    spec: KVSpec, rows: dict[str, Any], lengths: Any, inv_freq: Any, pairing: str, advance: bool
+    spec: KVSpec, rows: dict[str, Any], where: dict[str, Any], pairing: str, advance: bool
 ) -> tuple[cuda.Launch, cuda.Launch | None]:
     """The launch that writes the rows, and the one that then counts them, where that is another;
     for arrays that are checked."""
     rows = {name: spec.as_nhd(x) for name, x in rows.items()}
+    lengths, _, inv_freq = where.values()
     k, k_cache, v_cache = rows["k"], rows["k_cache"], rows["v_cache"]
     (B, T, H, K), V, C = k.shape, rows["v"].shape[3], k_cache.shape[1]
     at_once = advance and T == 1

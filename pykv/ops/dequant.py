@@ -75,8 +75,7 @@ def dequantize(
     C = num_blocks * elements
     if dims.get("C", C) != C:
         raise ShapeError(f"{op}: out has C={dims['C']}, expected C={C}")
-    if out is None:
-        out = like(blocks, (dims["R"], C), dtype)
+    out = like(blocks, (dims["R"], C), dtype) if out is None else out
     if out.size == 0:
         return out
     if on_gpu(blocks):

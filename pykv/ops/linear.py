@@ -96,8 +96,7 @@ def linear(
         raise ParameterError(f"{op}: gemm is {gemm!r}, expected one of {GEMMS}")
     if accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
-    if out is None:
-        out = like(x, (dims["T"], dims["O"]), x.dtype)
+    out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
     if out.size == 0:
         return out
     if on_gpu(x):

@@ -67,8 +67,7 @@ def merge(
     if dims["D"] == 0 or dims["D"] % 8:
         raise ShapeError(f"{op}: values has D={dims['D']}, expected a multiple of 8")
     check_lse_base(op, lse_base)
-    if out is None:
-        out = like(values, values.shape[1:], values.dtype)
+    out = like(values, values.shape[1:], values.dtype) if out is None else out
     if out_lse is None and return_lse:
         out_lse = like(values, lse.shape[1:], np.float32)
     if out.size == 0:

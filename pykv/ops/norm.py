@@ -68,8 +68,7 @@ def rms_norm(
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
     if not math.isfinite(offset):
         raise ParameterError(f"{op}: offset is {offset}, expected a finite number")
-    if out is None:
-        out = like(x, x.shape, x.dtype)
+    out = like(x, x.shape, x.dtype) if out is None else out
     if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
         return out
     if on_gpu(x):

@@ -160,8 +160,7 @@ def decode(
         with cuda.on_stream(stream):
             seen, pool = None if window is None else window + behind, (dims["N"], dims["P"])
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
-    if out is None:
-        out = like(q, q.shape, q.dtype)
+    out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
         lse = like(q, q.shape[:-1], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)

@@ -136,8 +136,7 @@ def append(  # the options are those of the four ops that it fuses
     if check:
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
-    if q_out is None:
-        q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype)
+    q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype) if q_out is None else q_out
     if dims["T"] == 0:
         return q_out
     arrays = dict(q_out=q_out, **pools, qkv=qkv, slots=slots, **rotation, **norms)

@@ -142,8 +142,7 @@ def prefill(
             paged_check.check_page_table(
                 *(page_table, lengths, dims["N"], dims["P"]), seen=window, starts=q_starts, op=op
             )
-    if out is None:
-        out = like(q, q.shape, q.dtype)
+    out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
         lse = like(q, q.shape[:2], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
@@ -228,8 +227,7 @@ def prefill_contiguous(
     spec = spec_of(op, spec, k, v, k_scales, v_scales)
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
-    if out is None:
-        out = like(q, q.shape, q.dtype)
+    out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
         lse = like(q, q.shape[:3], np.float32)
     with cuda.on_stream(stream):

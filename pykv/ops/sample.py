@@ -54,8 +54,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     op = "sample.argmax"
     dims = _check_argmax(logits, out)
     _check_vocabulary(op, dims["V"])
-    if out is None:
-        out = like(logits, (dims["B"],), np.int32)
+    out = like(logits, (dims["B"],), np.int32) if out is None else out
     if dims["B"] == 0:
         return out
     if on_gpu(logits):
@@ -143,8 +142,7 @@ def sample(
     op = "sample.sample"
     dims = _check_sample(logits, temperature, top_k, top_p, min_p, seeds, steps, out)
     _check_vocabulary(op, dims["V"])
-    if out is None:
-        out = like(logits, (dims["B"],), np.int32)
+    out = like(logits, (dims["B"],), np.int32) if out is None else out
     if dims["B"] == 0:
         return out
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -2,7 +2,7 @@
 //
 // A unit is `unit_tiles` tiles of KEYS keys of one sequence. The units of all sequences, laid end
 // to end, are cut into ranges, one per block; a piece is the part of a range in one sequence.
-#include "decode_config.cuh"
+#include "types.cuh"
 
 // The keys of a sequence that its queries see, in keys, tiles and units, of which it has at least
 // one.

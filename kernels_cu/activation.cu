@@ -8,20 +8,22 @@
 //   embed           out            [T, E]    X_T
 //                   table   const  [V, E]    TABLE_T
 //                   ids     const  [T] int32; outside 0 .. V-1: a row of zeros
-// Defines:  X_T, TABLE_T = float, f16 or bf16; TABLE_T concerns embed alone
-// Launch:   block (128), eight elements a thread. swiglu, geglu: grid (T, F / 1024 rounded up);
-//           embed: grid (T, E / 1024 rounded up); add: grid (count / 1024 rounded up).
+// Defines:  X_T, TABLE_T = float, f16 or bf16; TABLE_T concerns embed alone;
+//           BLOCK = threads
+// Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
+//           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
+//           up).
 //           Arrays are 16-byte aligned, and so are the rows of x where F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
 // Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(TABLE_T)
-#error "activation.cu needs X_T and TABLE_T"
+#if !defined(X_T) || !defined(TABLE_T) || !defined(BLOCK)
+#error "activation.cu needs X_T, TABLE_T and BLOCK"
 #endif
 
-constexpr int THREADS = 128;
+constexpr int THREADS = BLOCK;
 
 // 1 / (1 + exp(-x)) without overflow.
 __device__ __forceinline__ float sigmoid(float x) {

@@ -54,9 +54,10 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
                const SCALE_T* __restrict__ k_scales, const int* __restrict__ page_table,
                const int* __restrict__ lengths, const float* __restrict__ lse,
                const float* __restrict__ slopes, const u64* __restrict__ tree, i64 q_stride,
-               i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 ks_page, i64 ks_token,
-               i64 ks_head, int T, int behind, int HQ, int H, int P, int M, int capacity,
-               int window, int accumulate, float score_scale, float cap, float lse_unit) {
+               i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+               i64 k_scales_page, i64 k_scales_token, i64 k_scales_head, int T, int behind, int HQ,
+               int H, int P, int M, int capacity, int window, int accumulate, float score_scale,
+               float cap, float lse_unit) {
     const int G = HQ / H;
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
@@ -103,12 +104,14 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
                 const int d = e * LANES * 8 + lane_d;
-                const K_T* row = k_pool + page * k_page + token * k_token + kv_head * k_head;
+                const K_T* row =
+                    k_pool + page * k_pool_page + token * k_pool_token + kv_head * k_pool_head;
                 load8(x[e], row + (d < D ? d : 0) / PACKED<K_T>);
             }
             float k_scale = 1.0f, weight = 0.0f;
             if (LARGEST<K_T> > 0.0f) {
-                k_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+                k_scale = to_float(k_scales[page * k_scales_page + token * k_scales_token +
+                                            kv_head * k_scales_head]);
             }
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {

@@ -12,7 +12,7 @@
 //           multiples of 8; HEADS = H; ADVANCE = 0 or 1; BLOCK = threads, LANES of which share a row
 // Launch:   contiguous_append: block (BLOCK), no dynamic shared memory, grid (T * H / (BLOCK /
 //           LANES) rounded up, B); with ADVANCE, for T = 1, grid (1, B)
-//           advance_lengths: block (128), grid (B / 128 rounded up)
+//           advance_lengths: block (BLOCK), grid (B / BLOCK rounded up)
 // Traffic:  B * T * H * (DK * (sizeof(NEW_T) + sizeof(K_T)) + DV * (sizeof(NEW_T) + sizeof(V_T)))
 // Order:    no atomics; rows that are not rotated are bit-exact; two batch rows of one slot leave
 //           either
@@ -95,7 +95,7 @@ contiguous_append(K_T* __restrict__ k_cache, V_T* __restrict__ v_cache,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 advance_lengths(LENGTH_T* lengths, const int* slots, int B, int T, int capacity) {
     const int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b >= B) return;

@@ -2,16 +2,15 @@
 #include "mma.cuh"
 
 constexpr int D = HEAD_DIM;
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
-constexpr int ROWS = 8;  // query rows of a tile
+constexpr int THREADS = BLOCK;
+constexpr int WARPS = THREADS / WARP;
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 constexpr bool K_ROW_SCALES = K_HAS_CODES && ROW_SCALES, V_ROW_SCALES = V_HAS_CODES && ROW_SCALES;
-constexpr int KEYS = HAS_CODES && D <= 128 ? 32 : 16;  // of a tile; more would spill registers
-constexpr int MIN_KEYS = 128;  // of a range; fewer are not worth a merge
-constexpr int COUNTERS = 4096;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
+static_assert(ROWS == 8, "an mma takes as many rows, and as many of their remainders");
+static_assert(KEYS == 16 || (KEYS == 32 && D <= 128), "whole steps of mma; more would spill");
+static_assert(MIN_KEYS % KEYS == 0, "ranges are whole tiles");
 
 // One of N lanes' fragment of a row: COUNT pieces, piece i of lane l at byte (i * N + l) * BYTES.
 template <typename T, int N> struct Fragment {
@@ -37,10 +36,7 @@ constexpr int V_BYTES = KEYS * PITCH_OF<VFragment::ROW_BYTES * 8>;
 // loaded rows until the only stage is free.
 constexpr bool HAS_CP_ASYNC = __CUDA_ARCH__ >= 800;
 constexpr int MAX_BYTES = K_BYTES > V_BYTES ? K_BYTES : V_BYTES;
-constexpr int STAGE_BYTES = HAS_CP_ASYNC ? K_BYTES + V_BYTES : MAX_BYTES;  // of a warp
-
-// Blocks per SM: more for quantized kinds, whose conversion takes longer than their loads.
-constexpr int BLOCKS = HAS_CODES && D <= 128 && sizeof(Q_T) == 2 && HAS_CP_ASYNC ? 3 : 2;
+static_assert(STAGE_BYTES == (HAS_CP_ASYNC ? K_BYTES + V_BYTES : MAX_BYTES), "of a warp");
 
 // Terms of operands: the remainder of rounding to an mma's type is kept in further terms where
 // queries are more precise than that type.

@@ -72,7 +72,8 @@ __device__ __forceinline__ State merge_lanes(State s) {
 
 // --- States of the warps, in shared memory -------------------------------------------------------
 
-constexpr int PITCH = D % 32 == 0 ? D + 16 : D;  // floats; two rows fall on different banks
+constexpr int PITCH = STATE_PITCH;  // floats
+static_assert(PITCH >= D && PITCH % 32 == 16, "two rows fall on different banks");
 constexpr bool REUSES_STAGES = !HAS_CP_ASYNC && !Q_IN_SHARED;
 
 // Stores a lane's sums of one query row: those of lane t, from two columns each, stand together.

@@ -9,7 +9,7 @@
 // than 128 elements stay in shared memory, because registers do not hold them.
 constexpr int TERMS = 1 + Q_HAS_LOW + Q_HAS_REST;
 constexpr bool Q_IN_SHARED = D > 128;
-constexpr int Q_BYTES = Q_IN_SHARED ? TERMS * D * 16 : 0;  // of a warp
+static_assert(Q_BYTES == (Q_IN_SHARED ? TERMS * D * 16 : 0), "of a warp");
 
 struct Query {
     uint2 steps[TERMS][Q_IN_SHARED ? 1 : D / 16];  // of four elements

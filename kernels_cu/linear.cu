@@ -9,9 +9,10 @@
 //   scalars           [8] float; [0] largest |x| (zero before `absmax`), [1..3] weight of each
 //                     piece, [4] = 1
 // Defines:  X_T, W_T, B_T = float, f16 or bf16
-//           ROWS = 1, 2, 4 or 8 and WIDE = 0 or 1 compile `gemv`; BLOCK = threads, TILE = tokens
-//           and outputs of a block, and X_PIECES = 1, 2 or 3 for W_T compile the other kernels
-// Launch:   gemv     grid (ceil(O / (WIDE ? 16 : 2)), ceil(T / ROWS)), block (128)
+//           BLOCK = threads; ROWS = 1, 2, 4 or 8, WIDE = 0 or 1 and OUTPUTS of a block compile
+//           `gemv`; TILE = tokens and outputs of a block, and X_PIECES = 1, 2 or 3 for W_T compile
+//           the other kernels
+// Launch:   gemv     grid (ceil(O / OUTPUTS), ceil(T / ROWS)), block (BLOCK)
 //           gemm     grid (ceil(O / TILE), ceil(T / TILE)), block (BLOCK)
 //           add_bias, absmax, split   grid (T), block (BLOCK)
 // Traffic:  gemv     O * I weights for each ROWS rows of x; x stays in L1 and L2
@@ -22,8 +23,8 @@
 #include "reduce.cuh"
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(W_T) || !defined(B_T)
-#error "linear.cu needs X_T, W_T and B_T"
+#if !defined(X_T) || !defined(W_T) || !defined(B_T) || !defined(BLOCK)
+#error "linear.cu needs X_T, W_T, B_T and BLOCK"
 #endif
 
 __device__ __forceinline__ void finish(X_T* out, float sum, const B_T* bias, int o,
@@ -33,18 +34,19 @@ __device__ __forceinline__ void finish(X_T* out, float sum, const B_T* bias, int
     *out = from_float<X_T>(sum);
 }
 
-#if defined(ROWS) && defined(WIDE)
+#if defined(ROWS) && defined(WIDE) && defined(OUTPUTS)
 
 // A warp multiplies OUTS rows of weights with ROWS rows of x, so that each weight is read once and
 // each element of x once for OUTS weights. A wide layer has enough rows for one warp each; in a
 // narrow one, where latency rules, all warps of a block share the rows and split I among them.
-constexpr int WARPS = 4;
+constexpr int WARPS = BLOCK / WARP;
 constexpr int OUTS = WIDE ? 4 : 2;
 constexpr int PARTS = WIDE ? 1 : WARPS;  // of I
 constexpr int SUMS = ROWS * OUTS;
 constexpr int UNROLL = ROWS <= 2 ? 2 : 1;  // loads in flight against registers
 constexpr int RESIDENT = ROWS == 1 ? 6 : ROWS <= 4 ? 4 : 3;  // blocks on an SM that registers allow
 static_assert(SUMS <= WARP, "a lane for each sum");
+static_assert(OUTPUTS == OUTS * (WIDE ? WARPS : 1), "of all warps, or shared by them");
 
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, RESIDENT)
 gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
@@ -100,7 +102,7 @@ gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
     if (lane < SUMS && o < O && t < T) finish(out + (i64)t * O + o, sum, bias, o, accumulate);
 }
 
-#elif defined(BLOCK) && defined(TILE) && defined(X_PIECES)
+#elif defined(TILE) && defined(X_PIECES)
 
 // --- A tile of tokens by outputs -----------------------------------------------------------------
 
@@ -263,5 +265,5 @@ split(W_T* __restrict__ pieces, float* __restrict__ scalars, const X_T* __restri
 }
 
 #else
-#error "linear.cu needs ROWS and WIDE, or BLOCK, TILE and X_PIECES"
+#error "linear.cu needs ROWS, WIDE and OUTPUTS, or TILE and X_PIECES"
 #endif

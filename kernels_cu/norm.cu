@@ -5,19 +5,20 @@
 //   x       const  [T, H, D]  X_T, token stride x_stride elements
 //   weight  const  [D]        W_T
 // Scalars:  rows = T * H; out = x / sqrt(mean(x^2) + eps) * (weight + offset)
-// Defines:  X_T, W_T = float, f16 or bf16
-// Launch:   block (256); rms_norm: grid (rows), a block for each row; rms_norm_warp: grid
-//           (rows / 8 rounded up), a warp for each row. Where D % 8 == 0, rows are 16-byte aligned
+// Defines:  X_T, W_T = float, f16 or bf16; BLOCK = threads
+// Launch:   block (BLOCK); rms_norm: grid (rows), a block for each row; rms_norm_warp: grid (rows
+//           over warps of a block, rounded up), a warp for each row. Where D % 8 == 0, rows are
+//           16-byte aligned
 // Traffic:  rows * D * 2 * sizeof(X_T) bytes; the second reading of a row hits a cache
 // Order:    no atomics; float sums, in an order that D and the alignment of weight decide
 #include "reduce.cuh"
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(W_T)
-#error "norm.cu needs X_T and W_T"
+#if !defined(X_T) || !defined(W_T) || !defined(BLOCK)
+#error "norm.cu needs X_T, W_T and BLOCK"
 #endif
 
-constexpr int THREADS = 256;
+constexpr int THREADS = BLOCK;
 
 struct Warp {
     static constexpr int SIZE = WARP;

@@ -6,12 +6,17 @@
 //   indices         const  [I] int     pages of all requests
 //   indptr          const  [B+1] int   request b has pages indices[indptr[b] ... indptr[b+1] - 1]
 //   last_page_len   const  [B] int     tokens in each request's last page
-// Launch:   block (128), no dynamic shared memory; grid (M / 128 rounded up, B)
+// Defines:  BLOCK = threads
+// Launch:   block (BLOCK), no dynamic shared memory; grid (M / BLOCK rounded up, B)
 // Traffic:  up to 8 * B * M bytes
 // Order:    no atomics, bit-exact
 #include "types.cuh"
 
-extern "C" __global__ void __launch_bounds__(128)
+#ifndef BLOCK
+#error "page_table.cu needs BLOCK"
+#endif
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
 page_table(int* __restrict__ table, int* __restrict__ lengths, const int* __restrict__ indices,
            const int* __restrict__ indptr, const int* __restrict__ last_page_len, int M,
            int page_size) {

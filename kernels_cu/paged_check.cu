@@ -9,14 +9,14 @@
 //   last_page_len, lengths  const  [B]
 //   page_table     const  [B, M]     rows row_stride elements apart
 //   batch_indices, positions  const  [n]
-// Defines:  INDEX = int or i64
-// Launch:   grid (ceil(threads / 256)), block (256), threads as each kernel says, no shared memory
+// Defines:  INDEX = int or i64; BLOCK = threads
+// Launch:   grid (ceil(threads / BLOCK)), block (BLOCK), threads as each kernel says, no shared memory
 // Traffic:  each array once
 // Order:    atomic minima, so the same offender in every run
 #include "batch.cuh"
 
-#ifndef INDEX
-#error "paged_check.cu needs INDEX = int or i64"
+#if !defined(INDEX) || !defined(BLOCK)
+#error "paged_check.cu needs INDEX = int or i64, and BLOCK"
 #endif
 
 // The reasons, in the order in which they are reported; pykv/ops/paged_check.py has their texts.
@@ -30,7 +30,7 @@ __device__ __forceinline__ void report(u64* found, Reason reason, i64 index) {
 
 // Threads: n. Entries between `low` and `end` - 1, or below 0 where `low` is 0 and negative ones
 // are skipped.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_range(u64* found, const INDEX* values, i64 n, i64 low, i64 end) {
     if (item() >= n) return;
     const i64 value = values[item()];
@@ -38,7 +38,7 @@ paged_check_range(u64* found, const INDEX* values, i64 n, i64 low, i64 end) {
 }
 
 // Threads: n. Slots below `end`, none of them twice; the later one of two is reported.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_slots(u64* found, u64* seen, const INDEX* slots, u32 mask, i64 n, i64 end) {
     if (item() >= n) return;
     const i64 slot = slots[item()];
@@ -68,7 +68,7 @@ __device__ __forceinline__ void check_starts(u64* found, const int* starts, i64 
 }
 
 // Threads: B + 1.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_starts(u64* found, const int* starts, i64 B, i64 end) {
     check_starts(found, starts, item(), B, end);
 }
@@ -79,7 +79,7 @@ paged_check_starts(u64* found, const int* starts, i64 B, i64 end) {
 // requests without pages are skipped; pages are below num_pages, negative ones are skipped; and
 // last_page_len, if not null, says where the tokens go: that is within the request's pages. It
 // counts them too where `after`.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_table(u64* found, const int* indptr, const int* indices, const int* last_page_len,
                   const int* starts, i64 n, i64 B, i64 num_pages, i64 page_size, int appends,
                   int after) {
@@ -107,7 +107,7 @@ paged_check_table(u64* found, const int* indptr, const int* indices, const int* 
 // Threads: B * max(M, 1). Lengths are at most M * page_size; pages of the last `seen` tokens, and
 // with `starts`, not null, of as many up to each of the last starts[b+1] - starts[b], are 0 to
 // num_pages - 1. A sequence with none of those may be anything.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_page_table(u64* found, const int* page_table, const int* lengths, const int* starts,
                        i64 row_stride, i64 B, i64 M, i64 num_pages, i64 page_size, i64 seen) {
     const i64 width = max(M, (i64)1), b = item() / width, m = item() - b * width;
@@ -124,7 +124,7 @@ paged_check_page_table(u64* found, const int* page_table, const int* lengths, co
 
 // Threads: n. Positions lie in the pages of their request; negative requests, and those without
 // pages, are skipped.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_check_positions(u64* found, const int* batch_indices, const int* positions, const int* indptr,
                       i64 n, int B, i64 page_size) {
     const i64 i = item();

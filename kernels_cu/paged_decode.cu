@@ -23,9 +23,10 @@
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
 //           a block serves, 1 to 4, above 256 elements 1 or 2; Q_T = float, f16 or bf16; K_T, V_T =
 //           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS,
-//           TREE = 0 or 1
-// Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (128)
-//           paged_decode_merge: grid (B * T * HQ), block (128), where splits > 1
+//           TREE = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
+//           front of a workspace
+// Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (BLOCK)
+//           paged_decode_merge: grid (B * T * HQ), block (BLOCK), where splits > 1
 // Traffic:  K and V once for each tile of ROWS query rows of a KV head, of which the later ones hit
 //           the L2 cache; 8 * (D + 2) bytes a query row and split
 // Order:    no atomics; float accumulation in an order set by the sizes and the number of splits,
@@ -41,6 +42,9 @@
 #if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "paged_decode.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(COUNTERS)
+#error "paged_decode.cu needs BLOCK and COUNTERS"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
@@ -58,9 +62,8 @@ static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold
 static_assert(ROWS >= 1 && ROWS <= (HEAD_DIM > 256 ? 2 : 4), "q and acc stay in registers");
 
 constexpr int D = HEAD_DIM;
-constexpr int THREADS = 128;
+constexpr int THREADS = BLOCK;
 constexpr int WARPS = THREADS / WARP;
-constexpr int COUNTERS = 4096;  // of the tensor-core kernel, which may share the workspace
 
 constexpr int LANES = lanes_of_row(D);
 constexpr int SLOTS = THREADS / LANES;
@@ -114,11 +117,11 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
              const int* __restrict__ lengths, const float* __restrict__ slopes,
              const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-             i64 q_token_stride, i64 k_page, i64 k_token, i64 k_head, i64 v_page, i64 v_token,
-             i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page, i64 vs_token,
-             i64 vs_head, int T, int behind, int HQ, int H, int P,
-             int M, int capacity, int window,
-             int split_keys, int splits, float score_scale, float cap, float lse_unit) {
+             i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+             i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+             i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+             i64 v_scales_head, int T, int behind, int HQ, int H, int P, int M, int capacity,
+             int window, int split_keys, int splits, float score_scale, float cap, float lse_unit) {
     __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
     __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
 
@@ -161,8 +164,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         }
     }
 
-    const K_T* const k_at = k_pool + kv_head * k_head;
-    const V_T* const v_at = v_pool + kv_head * v_head;
+    const K_T* const k_at = k_pool + kv_head * k_pool_head;
+    const V_T* const v_at = v_pool + kv_head * v_pool_head;
     for (int step = begin; step < end; step += SLOTS * AHEAD) {
         const int key = step + slot;  // of this lane group: key, key + SLOTS, ...
         Eight<K_T> k[AHEAD][EIGHTS];
@@ -173,8 +176,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             // Lanes past the end repeat the last key: loads without branches overlap.
             const u32 position = min(key + u * SLOTS, end - 1);
             const i64 page = page_table[(i64)b * M + position / P], token = position % P;
-            const K_T* k_row = k_at + page * k_page + token * k_token;
-            const V_T* v_row = v_at + page * v_page + token * v_token;
+            const K_T* k_row = k_at + page * k_pool_page + token * k_pool_token;
+            const V_T* v_row = v_at + page * v_pool_page + token * v_pool_token;
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
                 const int d = e * LANES * 8 + lane_d, safe = d < D ? d : 0;
@@ -183,10 +186,12 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             }
             k_scale[u] = v_scale[u] = 1.0f;
             if (K_HAS_CODES) {
-                k_scale[u] = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+                k_scale[u] = to_float(k_scales[page * k_scales_page + token * k_scales_token +
+                                               kv_head * k_scales_head]);
             }
             if (V_HAS_CODES) {
-                v_scale[u] = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
+                v_scale[u] = to_float(v_scales[page * v_scales_page + token * v_scales_token +
+                                               kv_head * v_scales_head]);
             }
         }
         float score[ROWS][AHEAD];

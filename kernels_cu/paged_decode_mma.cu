@@ -23,12 +23,15 @@
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
 //           where all tokens share a head's scales, else 1; ALONE = 1 for B = 1 and piece_tiles =
-//           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1
-// Launch:   grid (ceil(G * T / 8), H, ranges), at most COUNTERS blocks where ranges > 1; with CLUSTER
-//           = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (128);
-//           WARPS * (STAGE_BYTES + Q_BYTES + R * (4 * PITCH + 8)) bytes of dynamic shared memory,
-//           PITCH = D + 16 where D is a multiple of 32, else D; but below sm_80, for D up to 128,
-//           WARPS * max(STAGE_BYTES, R * (4 * PITCH + 8))
+//           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1. Sizes that
+//           pykv/ops/paged_decode_mma.py chooses for the SM: BLOCK = threads, BLOCKS an SM, ROWS =
+//           8 of a tile, KEYS of a unit, MIN_KEYS of a range, COUNTERS, and of each warp STAGE_BYTES
+//           and Q_BYTES of shared memory, and STATE_PITCH floats from a row's state to the next
+// Launch:   grid (ceil(G * T / ROWS), H, ranges), at most COUNTERS blocks where ranges > 1; with
+//           CLUSTER = 8 as many ranges, in clusters (1, 1, 8), and no workspace; block (BLOCK);
+//           WARPS * (STAGE_BYTES + Q_BYTES + R * (4 * STATE_PITCH + 8)) bytes of dynamic shared
+//           memory; but below sm_80, for D up to 128, WARPS * max(STAGE_BYTES, R * (4 *
+//           STATE_PITCH + 8))
 // Traffic:  K and V once for each tile of 8 query rows of a KV head, scales and page table; two
 //           states of R * (D + 2) floats a block, written and read
 // Stack: 80 bytes, from sm_80 on outside the loop over keys: of rows of 256 elements, whose sums
@@ -48,6 +51,12 @@
 #if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
     !defined(SCALE_T)
 #error "paged_decode_mma.cu needs HEAD_DIM, PAGE, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(BLOCKS) || !defined(ROWS) || !defined(KEYS) || !defined(MIN_KEYS)
+#error "paged_decode_mma.cu needs BLOCK, BLOCKS, ROWS, KEYS and MIN_KEYS"
+#endif
+#if !defined(COUNTERS) || !defined(STAGE_BYTES) || !defined(Q_BYTES) || !defined(STATE_PITCH)
+#error "paged_decode_mma.cu needs COUNTERS, STAGE_BYTES, Q_BYTES and STATE_PITCH"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
@@ -91,9 +100,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
                  const int* __restrict__ lengths, const float* __restrict__ slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-                 i64 q_token_stride, i64 k_head, i64 v_head, i64 ks_head, i64 vs_head, int k_page,
-                 int k_token, int v_page, int v_token, int ks_page, int ks_token, int vs_page,
-                 int vs_token, int B, int T, int behind, int G, int M, int capacity,
+                 i64 q_token_stride, i64 k_pool_head, i64 v_pool_head, i64 k_scales_head,
+                 i64 v_scales_head, int k_pool_page, int k_pool_token, int v_pool_page,
+                 int v_pool_token, int k_scales_page, int k_scales_token, int v_scales_page,
+                 int v_scales_token, int B, int T, int behind, int G, int M, int capacity,
                  int window, int piece_tiles, int slots, float score_scale, float cap,
                  float lse_unit) {
 #if __CUDA_ARCH__ >= 750
@@ -133,15 +143,15 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     u8* const stage = shared + warp * (STAGE_BYTES + Q_BYTES);
     u8* const k_stage = stage;
     u8* const v_stage = HAS_CP_ASYNC ? stage + K_BYTES : stage;
-    Pipeline pipeline{{{k_pool, k_page, k_token, k_head, kv_head},
-                       {v_pool, v_page, v_token, v_head, kv_head},
-                       {k_scales, ks_page, ks_token, ks_head, kv_head},
-                       {v_scales, vs_page, vs_token, vs_head, kv_head}}};
+    Pipeline pipeline{{{k_pool, k_pool_page, k_pool_token, k_pool_head, kv_head},
+                       {v_pool, v_pool_page, v_pool_token, v_pool_head, kv_head},
+                       {k_scales, k_scales_page, k_scales_token, k_scales_head, kv_head},
+                       {v_scales, v_scales_page, v_scales_token, v_scales_head, kv_head}}};
 
     // Scales shared by all rows of the head.
     float head_k_scale = 1.0f, head_v_scale = 1.0f;
-    if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * ks_head]);
-    if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * vs_head]);
+    if (K_HAS_CODES && !ROW_SCALES) head_k_scale = to_float(k_scales[kv_head * k_scales_head]);
+    if (V_HAS_CODES && !ROW_SCALES) head_v_scale = to_float(v_scales[kv_head * v_scales_head]);
 
     // The states of the warps, which may reuse the stages, and those of pieces.
     constexpr int STATES_AT = REUSES_STAGES ? 0 : WARPS * (STAGE_BYTES + Q_BYTES);

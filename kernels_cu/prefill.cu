@@ -16,8 +16,8 @@
 //           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS, a multiple of 8; Q_T = float, f16 or bf16;
 //           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float;
-//           SOFT_CAP = 0 or 1
-// Launch:   grid (T * G / ROWS + B, H), block (128), above 256 elements (64), static shared memory
+//           SOFT_CAP = 0 or 1; BLOCK = threads: 128, above 256 elements 64
+// Launch:   grid (T * G / ROWS + B, H), block (BLOCK), static shared memory
 //           below 48 KiB
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Order:    no atomics; float accumulation in key order
@@ -35,6 +35,9 @@
     !defined(SCALE_T)
 #error "prefill.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
 #endif
+#ifndef BLOCK
+#error "prefill.cu needs BLOCK"
+#endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
 #endif
@@ -43,7 +46,7 @@ static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move
 constexpr int D = HEAD_DIM;
 constexpr int KEYS = D <= 128 ? 32 : D <= 256 ? 16 : 8;
 constexpr int X = D <= 256 ? 16 : 8, Y = 8;
-constexpr int THREADS = X * Y;
+constexpr int THREADS = BLOCK;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
 constexpr int PART = D <= 256 ? D : 128;  // of a row, summed alone: more products would cost bits
@@ -53,6 +56,7 @@ constexpr int MY_VECTORS = (D / 4 + X - 1) / X;  // of four columns
 constexpr int ROW_PITCH = D + 4;
 constexpr int WEIGHT_PITCH = KEYS + 4;
 
+static_assert(THREADS == X * Y, "a thread for each place of a tile");
 static_assert(ROWS % Y == 0, "each thread owns whole rows");
 static_assert(((ROWS + KEYS) * ROW_PITCH + ROWS * WEIGHT_PITCH) * 4 <= 48 << 10, "static shared");
 
@@ -93,10 +97,11 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
         const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
         const int* __restrict__ page_table, const int* __restrict__ lengths,
-        const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
-        i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
-        i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
-        int window, float score_scale, float cap) {
+        const int* __restrict__ q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
+        i64 k_pool_head, i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+        i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+        i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal, int window,
+        float score_scale, float cap) {
     __shared__ __align__(16) float queries[ROWS * ROW_PITCH];
     __shared__ __align__(16) float tile[KEYS * ROW_PITCH];  // keys, then values
     __shared__ __align__(16) float weights[ROWS * WEIGHT_PITCH];
@@ -111,10 +116,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     const int kv_head = blockIdx.y;
     const int length = max(0, min(lengths[b], capacity));
     const int* pages = page_table + (i64)b * M;
-    const Rows<K_T> k_rows = {k_pool + kv_head * k_head, k_scales + kv_head * ks_head,
-                              k_page, k_token, ks_page, ks_token};
-    const Rows<V_T> v_rows = {v_pool + kv_head * v_head, v_scales + kv_head * vs_head,
-                              v_page, v_token, vs_page, vs_token};
+    const Rows<K_T> k_rows = {k_pool + kv_head * k_pool_head, k_scales + kv_head * k_scales_head,
+                              k_pool_page, k_pool_token, k_scales_page, k_scales_token};
+    const Rows<V_T> v_rows = {v_pool + kv_head * v_pool_head, v_scales + kv_head * v_scales_head,
+                              v_pool_page, v_pool_token, v_scales_page, v_scales_token};
     const int x = threadIdx.x % X;
     const int y = threadIdx.x / X;
 

@@ -1,11 +1,10 @@
-// prefill_config.cuh: operand types of prefill_mma, and its tile sizes and shared memory for each
-// SM.
+// prefill_config.cuh: operand types of prefill_mma, and where things lie in its shared memory.
 #include "mma.cuh"
 
 constexpr int D = HEAD_DIM;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
+constexpr int THREADS = BLOCK;
+constexpr int WARPS = THREADS / WARP;
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 
@@ -20,22 +19,10 @@ constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS
 
 constexpr float SMALLEST = 1.1754944e-38f;  // normal number
 
-// Shared memory of an SM, and the part of it that the system takes of each block.
-#if __CUDA_ARCH__ < 800
-constexpr int SM_BYTES = 64 << 10, SYSTEM_BYTES = 0;
-#elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
-constexpr int SM_BYTES = 164 << 10, SYSTEM_BYTES = 1 << 10;
-#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int SM_BYTES = 228 << 10, SYSTEM_BYTES = 1 << 10;
-#else
-constexpr int SM_BYTES = 100 << 10, SYSTEM_BYTES = 1 << 10;
-#endif
-
-// With 32 rows a warp uses each loaded word of a key twice; with 16 rows loads take as long as
-// products. SMs with little shared memory have slower tensor cores, which 16 rows keep busy.
-constexpr int ROW_TILES = Q_IS_16BIT && (D <= 64 || (D <= 128 && SM_BYTES > 100 << 10)) ? 2 : 1;
-constexpr int WARP_ROWS = 16 * ROW_TILES;
-constexpr int ROWS = WARPS * WARP_ROWS;
+constexpr int WARP_ROWS = ROWS / WARPS;
+constexpr int ROW_TILES = WARP_ROWS / 16;  // of the matrices A of a warp
+static_assert(ROWS == WARPS * 16 * ROW_TILES && ROW_TILES <= 2, "whole tiles that registers hold");
+static_assert(KEYS % 16 == 0 && KEYS <= (D <= 128 ? 64 : 32), "whole steps of mma");
 
 // Rows of BYTES in shared memory, swizzled so that the same 16-byte chunk of eight consecutive rows
 // lies on different banks. Chunks move within lines of 128 bytes, because a copy of one line into
@@ -54,25 +41,6 @@ using Halves = Swizzled<2 * D>;
 
 template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
 
-__device__ constexpr int shared_bytes(int keys) {
-    const int tile = keys * Halves::PITCH;
-    int bytes = Q_TERMS * ROWS * Halves::PITCH + 4 * ROWS * !Q_IS_EXACT + 8 * keys * HAS_CODES;
-    bytes += K_HAS_CODES ? tile + keys * RAW_BYTES<K_T> : 2 * tile;
-    bytes += V_HAS_CODES ? tile + keys * RAW_BYTES<V_T> : 2 * tile;
-    return bytes;
-}
-
-// The most keys that leave room for a second block on the SM, or else for one.
-__device__ constexpr int tile_keys() {
-    for (int blocks = 2; blocks > 0; blocks--) {
-        for (int keys = D <= 128 ? 64 : 32; keys >= 16; keys /= 2) {
-            if (blocks * (shared_bytes(keys) + SYSTEM_BYTES) <= SM_BYTES) return keys;
-        }
-    }
-    return 16;  // the host launches no such kernel
-}
-constexpr int KEYS = tile_keys();
-constexpr int SHARED_BYTES = shared_bytes(KEYS);
 constexpr int WARP_KEYS = KEYS / WARPS;  // keys of a tile that a warp copies
 
 constexpr int TILE_BYTES = KEYS * Halves::PITCH;

@@ -15,9 +15,10 @@
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
 //           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 16 up to 256; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8,
-//           i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP = 0 or 1
-// Launch:   grid ((T * G / ROWS + B) * H), block (128), SHARED_BYTES of dynamic shared memory; both
-//           constants are those of pykv/ops/prefill_mma.py
+//           i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP = 0 or 1; BLOCK = threads, ROWS =
+//           query rows of a block, 64 or 128, KEYS of a tile and SHARED_BYTES of a block, as
+//           pykv/ops/prefill_mma.py chooses them for the SM
+// Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
 // Stack: 88 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
@@ -31,6 +32,9 @@
 // queries are more precise, so that products are as precise as those of floats.
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
 #error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
+#endif
+#if !defined(BLOCK) || !defined(ROWS) || !defined(KEYS) || !defined(SHARED_BYTES)
+#error "prefill_mma.cu needs BLOCK, ROWS, KEYS and SHARED_BYTES"
 #endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0
@@ -52,9 +56,10 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
             const SCALE_T* __restrict__ k_scales, const SCALE_T* __restrict__ v_scales,
             const int* __restrict__ page_table, const int* __restrict__ lengths,
-            const int* __restrict__ q_starts, i64 q_stride, i64 k_page, i64 k_token, i64 k_head,
-            i64 v_page, i64 v_token, i64 v_head, i64 ks_page, i64 ks_token, i64 ks_head, i64 vs_page,
-            i64 vs_token, i64 vs_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
+            const int* __restrict__ q_starts, i64 q_stride, i64 k_pool_page, i64 k_pool_token,
+            i64 k_pool_head, i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
+            i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
+            i64 v_scales_head, int B, int HQ, int H, int P, int M, int capacity, int causal,
             int window, float score_scale, float cap) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];  // see Swizzled
@@ -100,14 +105,20 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         const bool even = pages_are_even && first >= begin && first + WARP_KEYS <= end;
         u8* k_to = shared + (K_HAS_CODES ? K_RAW_AT : K_AT + slot * TILE_BYTES);
         u8* v_to = shared + (V_HAS_CODES ? V_RAW_AT : V_AT + slot * TILE_BYTES);
-        copy_rows(k_to, k_pool, page * k_page + token * k_token + kv_head * k_head, k_token, even);
-        copy_rows(v_to, v_pool, page * v_page + token * v_token + kv_head * v_head, v_token, even);
+        copy_rows(k_to, k_pool,
+                  page * k_pool_page + token * k_pool_token + kv_head * k_pool_head,
+                  k_pool_token, even);
+        copy_rows(v_to, v_pool,
+                  page * v_pool_page + token * v_pool_token + kv_head * v_pool_head,
+                  v_pool_token, even);
         cp_async_commit();
         if (K_HAS_CODES && lane < WARP_KEYS) {
-            next_scale = to_float(k_scales[page * ks_page + token * ks_token + kv_head * ks_head]);
+            next_scale = to_float(k_scales[page * k_scales_page + token * k_scales_token +
+                                           kv_head * k_scales_head]);
         }
         if (V_HAS_CODES && lane >= WARP_KEYS && lane < 2 * WARP_KEYS) {
-            next_scale = to_float(v_scales[page * vs_page + token * vs_token + kv_head * vs_head]);
+            next_scale = to_float(v_scales[page * v_scales_page + token * v_scales_token +
+                                           kv_head * v_scales_head]);
         }
     };
     const int first_tile = begin / KEYS;

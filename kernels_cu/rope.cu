@@ -7,21 +7,21 @@
 //   inv_freq   const  [F] float      radians per position; 2 * F <= D
 // Scalars:  pair j of a head is its elements j * step and j * step + gap: step 1, gap F (half) or
 //           step 2, gap 1 (adjacent)
-// Defines:  X_T = float, f16 or bf16; HEADS_PER_THREAD
+// Defines:  X_T = float, f16 or bf16; HEADS_PER_THREAD; BLOCK = threads
 // Launch:   grid (T, (HQ + H) / (HEADS_PER_THREAD * blockDim.y) rounded up), block (x, y) with
-//           x * y <= 256; a thread takes one pair of some heads, which share sine and cosine
+//           x * y <= BLOCK; a thread takes one pair of some heads, which share sine and cosine
 // Traffic:  T * (HQ + H) * 4 * F * sizeof(X_T) bytes
 // Order:    no atomics, no sums
 #include "convert.cuh"
 #include "rotary.cuh"
 
-#if !defined(X_T) || !defined(HEADS_PER_THREAD)
-#error "rope.cu needs X_T and HEADS_PER_THREAD"
+#if !defined(X_T) || !defined(HEADS_PER_THREAD) || !defined(BLOCK)
+#error "rope.cu needs X_T, HEADS_PER_THREAD and BLOCK"
 #endif
 
 constexpr int HEADS = HEADS_PER_THREAD;
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 rope(X_T* __restrict__ q, X_T* __restrict__ k, const int* __restrict__ positions,
      const float* __restrict__ inv_freq, i64 q_stride, i64 k_stride, int HQ, int H, int D, int F,
      int step, int gap) {

@@ -6,6 +6,7 @@ CuPy array has imported it already.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +16,14 @@ import ml_dtypes
 import numpy as np
 
 from pykv import install
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.errors import (
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    PykvError,
+    ShapeError,
+    UnsupportedError,
+)
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -28,8 +36,8 @@ VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element
 
 
 class Dims(dict[str, int]):
-    """What a `checker` found: the size of every word. Arrays of equal layouts on one device get the
-    same object, so that an op can keep with it what it derives from layouts."""
+    """Sizes that a `checker` bound to letters. Arrays of equal layouts on one device get the same
+    object, so that an op can keep with it what it derives from layouts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,10 +53,16 @@ class Dims(dict[str, int]):
         """
         found = self._kept.get(options)
         if found is None:
-            if len(self._kept) >= 256:  # options that change all the time must not fill the memory
-                self._kept.clear()
+            _limit(self._kept, 256)
             found = self._kept[options] = make()
         return found
+
+
+def _limit(kept: dict[Any, Any], most: int) -> None:
+    """Forget what is kept where it is much: layouts that change all the time must not fill the
+    memory."""
+    if len(kept) >= most:
+        kept.clear()
 
 
 class Rule(NamedTuple):
@@ -74,12 +88,13 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
         op: name for messages.
         rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
             to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
-            a bound letter, a number is itself. Dimensions left of a bar, as in "T | H D", may have
-            any stride; the others must be contiguous. `dtypes` is a dtype, the name of an earlier
-            array, whose dtype it must then have, or a tuple of these. A third item is what address
-            and strides must be multiples of on a GPU, in bytes; without it that is a vector for
-            matrices, and an element for tables and plain vectors. An `optional` array may be None.
-            A rule that is a text, such as "None for fp16", allows None alone; errors quote it.
+            a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
+            have any stride; the others must be contiguous. `dtypes` is a dtype, the name of an
+            earlier array, whose dtype it must then have, or a tuple of these. A third item is what
+            address and strides must be multiples of on a GPU, in bytes; without it that is a vector
+            for matrices, and an element for tables and plain vectors. An `optional` array may be
+            None. A rule that is a text, such as "None for fp16", allows None alone; errors quote
+            it.
 
     Returns:
         A function of the arrays, in the order of their rules, that returns the sizes; shared
@@ -90,150 +105,136 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
             DeviceError: host and device arrays are mixed, or a device array is not on the current
                 GPU.
     """
-    of = {name: rule if isinstance(rule, str) else Rule(*rule) for name, rule in rules.items()}
-    # What has passed. A decode step makes the same 300 calls a token, so the work is done once; and
-    # most often by an op's last call, with whose layouts a comparison is cheaper than a hash.
-    passed: dict[tuple[Any, ...], Dims] = {}
-    latest: tuple[list[Any], Dims | None] = [], None
+    return _Checker(op, rules)
 
-    def check(*arrays: Any) -> Dims:
-        nonlocal latest
+
+class _Checker:
+    """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
+    most often it is that of the last call, for which a comparison is cheaper than a hash."""
+
+    def __init__(self, op: str, rules: dict[str, Any]) -> None:
+        self._op = op
+        self._rules = {name: x if isinstance(x, str) else Rule(*x) for name, x in rules.items()}
+        self._passed: dict[Any, Dims] = {}
+        self._latest: tuple[Any, Dims | None] = None, None
+
+    def __call__(self, *arrays: Any) -> Dims:
         try:
             layouts = _layouts(arrays)
         except (AttributeError, KeyError):  # not arrays; _check says which
-            return _check(op, of, arrays)
-        last, sizes = latest
-        if sizes is not None and layouts == last:
-            return sizes
-        key = tuple(layouts)
-        sizes = passed.get(key)
-        if sizes is None:
-            sizes = _check(op, of, arrays)
-            if len(passed) >= 1024:  # shapes that change all the time must not fill the memory
-                passed.clear()
-            passed[key] = sizes
-        latest = layouts, sizes
-        return sizes
-
-    return check
-
-
-_ABSENT = (None,) * 5
+            return _check(self._op, self._rules, arrays)
+        latest, dims = self._latest
+        if dims is None or layouts != latest:
+            key = tuple(layouts)
+            dims = self._passed.get(key)
+            if dims is None:
+                dims = _check(self._op, self._rules, arrays)
+                _limit(self._passed, 1024)
+                self._passed[key] = dims
+            self._latest = layouts, dims
+        return dims
 
 
 def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
-    """All that a check goes by: five items for each array, and for those of a GPU the current one.
+    """All that a check goes by: some items for each array, and for those of a GPU the current one.
     No alignment exceeds VECTOR_BYTES, of which the rest of each address is kept."""
     layouts: list[Any] = []
-    if isinstance(arrays[0], np.ndarray):
-        for x in arrays:
-            layouts += _ABSENT if x is None else (type(x), x.shape, x.strides, x.dtype, None)
-        return layouts
+    on_host = isinstance(arrays[0], np.ndarray)
     for x in arrays:
         if x is None:
-            layouts += _ABSENT
-            continue
-        memory = x.data
-        address = memory.ptr % VECTOR_BYTES
-        layouts += (x.shape, x.strides, x.dtype, memory.device_id, address)
-    layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
+            layouts.append(None)
+        elif on_host:
+            layouts += (type(x), x.shape, x.strides, x.dtype)
+        else:
+            memory = x.data
+            layouts += (x.shape, x.strides, x.dtype, memory.device_id, memory.ptr % VECTOR_BYTES)
+    if not on_host:
+        layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
     return layouts
 
 
 def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Dims:
-    cupy = sys.modules.get("cupy")
-    sizes = Dims()
-    alignments: list[int] = []
-    first, first_on_host = "", True
-    given = _given(op, rules, arrays)
-    for name, (rule, array) in given.items():
-        on_host = isinstance(array, np.ndarray)
-        if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
-            raise DtypeError(
-                f"{op}: {name} is a {type(array).__name__}, expected a NumPy or CuPy array "
-                "(pykv.asarray takes torch, JAX and other arrays)"
-            )
-        if not first:
-            first, first_on_host = name, on_host
-        elif on_host != first_on_host:
-            places = ("a GPU", "the host")
-            raise DeviceError(
-                f"{op}: {name} is on {places[on_host]}, expected {places[first_on_host]} "
-                f"like {first}"
-            )
-        shape, strides, dtype, spec = array.shape, array.strides, array.dtype, rule.spec
-        dtypes = _resolved(rule.dtypes, given)
-        if dtypes and dtype not in dtypes:
-            raise DtypeError(f"{op}: {name} has dtype {dtype}, expected {_names(dtypes)}")
-        words, loose, derived = _parse(spec)
-        if len(shape) != len(words):
-            raise ShapeError(f"{op}: {name} has shape {shape}, expected [{spec}]")
-        for word, size in zip(words, shape, strict=True):
-            if sizes.setdefault(word, size) != size:
-                raise ShapeError(
-                    f"{op}: {name} has {word}={size}, expected {word}={sizes[word]} ([{spec}])"
-                )
-        for formula in derived:
-            _relate(op, name, spec, sizes, *formula)
-        if not array.flags.c_contiguous and not (loose and _rows_contiguous(array, loose)):
-            raise ShapeError(
-                f"{op}: {name} has strides {strides} for shape {shape}, expected "
-                f"{'contiguous rows' if loose else 'a contiguous array'} ([{spec}])"
-            )
-        # Kernels read matrices by vectors, index tables and plain vectors by elements.
-        is_matrix = len(shape) > 1 and dtype.kind != "i"
-        alignments.append(rule.alignment or (VECTOR_BYTES if is_matrix else 1))
-        if not on_host:
-            pairs = zip(shape[:loose], strides[:loose], strict=True)
-            if any(size > 1 and stride % alignments[-1] for size, stride in pairs):
-                raise ShapeError(
-                    f"{op}: {name} has strides {strides}, expected multiples of "
-                    f"{alignments[-1]} bytes"
-                )
-    if not first_on_host:
-        _check_addresses(op, given, alignments)
-    return sizes
-
-
-def _given(
-    op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]
-) -> dict[str, tuple[Rule, Any]]:
-    """Rule and array of each argument that is not None."""
-    given = {}
+    dims = Dims()
+    given: dict[str, Any] = {}
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
-        if array is not None:
-            if isinstance(rule, str):
-                raise ParameterError(f"{op}: {name} is given, expected {rule}")
-            given[name] = rule, array
-        elif isinstance(rule, Rule) and not rule.optional:
+        if array is None and isinstance(rule, Rule) and not rule.optional:
             raise ParameterError(f"{op}: {name} is missing, expected {rule.what} [{rule.spec}]")
-    return given
+        if array is not None and isinstance(rule, str):
+            raise ParameterError(f"{op}: {name} is given, expected {rule}")
+    for (name, rule), array in zip(rules.items(), arrays, strict=True):
+        if array is not None and isinstance(rule, Rule):
+            _check_array(op, name, rule, array, given, dims)
+            given[name] = array
+    return dims
 
 
-def _resolved(dtypes: Any, given: dict[str, tuple[Rule, Any]]) -> tuple[Any, ...]:
-    """The dtypes of a rule; none where the array that it names is not given."""
+def _check_array(
+    op: str, name: str, rule: Rule, array: Any, given: dict[str, Any], dims: Dims
+) -> None:
+    """Check an array against its rule and those that are `given` before it, and bind `dims`."""
+
+    def wrong(error: type[PykvError], has: str, expected: str) -> PykvError:
+        return error(f"{op}: {name} {has}, expected {expected}")
+
+    cupy: Any = sys.modules.get("cupy")
+    on_host = isinstance(array, np.ndarray)
+    if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
+        expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
+        raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
+    first = next(iter(given), None)
+    if first and on_gpu(given[first]) == on_host:
+        places = ("a GPU", "the host")
+        raise wrong(DeviceError, f"is on {places[on_host]}", f"{places[not on_host]} like {first}")
+    (spec, dtypes, alignment, *_), shape, strides = rule, array.shape, array.strides
     some = dtypes if isinstance(dtypes, tuple) else (dtypes,)
-    return tuple(
-        given[x][1].dtype if isinstance(x, str) else x
-        for x in some
-        if not isinstance(x, str) or x in given
-    )
+    known = [x for x in some if not isinstance(x, str)]
+    known += [given[x].dtype for x in some if isinstance(x, str) and x in given]
+    if known and array.dtype not in known:
+        raise wrong(DtypeError, f"has dtype {array.dtype}", " or ".join(map(str, known)))
+    words, loose = _parse(spec)
+    if len(shape) != len(words):
+        raise wrong(ShapeError, f"has shape {shape}", f"[{spec}]")
+    for (word, times, letter, plus, over), size in zip(words, shape, strict=True):
+        n = dims.setdefault(letter, max(0, (size * over - plus) // times)) if letter else 1
+        if size != (times * n + plus) // over:
+            has = f"{word}={size}" if word == letter else f"size {size}"
+            raise wrong(ShapeError, f"has {has}", f"{word}={(times * n + plus) // over} ([{spec}])")
+    if not (array.flags.c_contiguous or (loose and array[(0,) * loose].flags.c_contiguous)):
+        rows = "contiguous rows" if loose else "a contiguous array"
+        raise wrong(ShapeError, f"has strides {strides} for shape {shape}", f"{rows} ([{spec}])")
+    if on_host:
+        return
+    if alignment is None:  # kernels read matrices by vectors, index tables and vectors by elements
+        alignment = VECTOR_BYTES if len(shape) > 1 and array.dtype.kind != "i" else 1
+    if any(n > 1 and stride % alignment for n, stride in zip(shape[:loose], strides, strict=False)):
+        raise wrong(ShapeError, f"has strides {strides}", f"multiples of {alignment} bytes")
+    memory, current = array.data, cupy.cuda.runtime.getDevice()
+    if memory.device_id != current:
+        raise wrong(DeviceError, f"is on GPU {memory.device_id}", f"the current one, GPU {current}")
+    if memory.ptr % alignment:
+        raise wrong(ShapeError, f"has address {memory.ptr:#x}", f"a multiple of {alignment} bytes")
 
 
-def _check_addresses(op: str, given: dict[str, tuple[Rule, Any]], alignments: list[int]) -> None:
-    current = sys.modules["cupy"].cuda.runtime.getDevice()
-    for (name, (_, array)), alignment in zip(given.items(), alignments, strict=True):
-        memory = array.data
-        if memory.device_id != current:
-            raise DeviceError(
-                f"{op}: {name} is on GPU {memory.device_id}, expected the current one, "
-                f"GPU {current}"
-            )
-        if memory.ptr % alignment:
-            raise ShapeError(
-                f"{op}: {name} has address {memory.ptr:#x}, expected a multiple of "
-                f"{alignment} bytes"
-            )
+@cache
+def _parse(spec: str) -> tuple[list[tuple[str, int, str, int, int]], int]:
+    """(word, times, letter, plus, over) of each word, and how many stand left of the bar."""
+    left, bar, right = spec.partition("|")
+    words = []
+    for word in (left + right).split():
+        times, letter, plus, over = _WORD.fullmatch(word).groups()  # type: ignore[union-attr]
+        words.append((word, int(times or 1), letter, int(plus or 0), int(over or 1)))
+    return words, len(left.split()) if bar else 0
+
+
+_WORD = re.compile(r"(\d*)([A-Za-z]*)(?:\+(\d+))?(?:/(\d+))?")
+
+
+def check_head_dim(op: str, name: str, D: int, most: int) -> None:
+    """Check a head size: kernels move rows in pieces of eight elements."""
+    if D == 0 or D % 8:
+        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
+    if D > most:
+        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {most}")
 
 
 def on_gpu(array: Any) -> bool:
@@ -341,56 +342,3 @@ def load_cupy() -> Any:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
     return cupy
-
-
-@cache
-def _parse(spec: str) -> tuple[list[str], int, list[tuple[str, str, int, int, int]]]:
-    """The words, how many stand left of the bar, and (word, letter, times, plus, over) of words
-    that are more than a letter."""
-    left, bar, right = spec.partition("|")
-    words = (left + right).split()
-    derived = []
-    for word in words:
-        body, _, over = word.partition("/")
-        body, _, plus = body.partition("+")
-        letter = body.lstrip("0123456789")
-        times = body[: len(body) - len(letter)]
-        if not letter:
-            derived.append((word, "", 0, int(times), 1))
-        elif times or plus or over:
-            derived.append((word, letter, int(times or 1), int(plus or 0), int(over or 1)))
-    return words, len(left.split()) if bar else 0, derived
-
-
-def _relate(
-    op: str,
-    name: str,
-    spec: str,
-    sizes: dict[str, int],
-    word: str,
-    letter: str,
-    times: int,
-    plus: int,
-    over: int,
-) -> None:
-    """Hold a word such as "B+1", "2F", "D/2" or "3" against its letter, or bind that by it."""
-    size = sizes[word]
-    if letter and letter not in sizes:
-        sizes[letter] = max(0, (size * over - plus) // times)
-    want = (times * sizes[letter] + plus) // over if letter else plus
-    if size != want:
-        raise ShapeError(f"{op}: {name} has size {size}, expected {word}={want} ([{spec}])")
-
-
-def _rows_contiguous(array: Any, loose: int) -> bool:
-    """Whether the dimensions after the first `loose` ones are contiguous."""
-    stride = array.itemsize
-    for axis in range(array.ndim - 1, loose - 1, -1):
-        if array.shape[axis] > 1 and array.strides[axis] != stride:
-            return False
-        stride *= array.shape[axis]
-    return True
-
-
-def _names(dtypes: tuple[Any, ...]) -> str:
-    return " or ".join(map(str, dtypes))

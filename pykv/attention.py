@@ -7,17 +7,22 @@ Dimensions: as in pykv/ops/paged_decode.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pykv.arrays import check_head_dim
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import SCALE_DTYPES, KVSpec, decode
+from pykv.kinds import POOLS, KVSpec, decode
 
 ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
+MAX_HEAD_DIM = 512
 MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
+
+_FLAGS = dict(ALIBI="slopes", SINKS="sinks", TREE="tree")  # defines, and the arrays they are for
 
 
 class Scores(NamedTuple):
@@ -27,27 +32,23 @@ class Scores(NamedTuple):
         scale: factor of q.k.
         window: number of last keys that a query sees; None: all.
         soft_cap: scores are soft_cap * tanh(score / soft_cap); None: not capped.
+        causal: whether query t of T sees the keys up to its own; else all T stand behind the last.
     """
 
     scale: float
-    window: int | None
-    soft_cap: float | None
-
-    @property
-    def seen_keys(self) -> int:
-        """`window` as kernels take it."""
-        return ALL_KEYS if self.window is None else min(self.window, ALL_KEYS)
-
-    @property
-    def defines(self) -> dict[str, int]:
-        return {} if self.soft_cap is None else dict(SOFT_CAP=1)
+    window: int | None = None
+    soft_cap: float | None = None
+    causal: bool = True
 
     @property
     def scalars(self) -> dict[str, float]:
-        """What kernels, whose exponentials are of base 2, multiply by before and after tanh."""
+        """The window, and what kernels, whose exponentials are of base 2, multiply by before and
+        after tanh."""
+        window = ALL_KEYS if self.window is None else min(self.window, ALL_KEYS)
         if self.soft_cap is None:
-            return dict(score_scale=self.scale * LOG2_E, cap=0.0)
-        return dict(score_scale=self.scale / self.soft_cap, cap=self.soft_cap * LOG2_E)
+            return dict(window=window, score_scale=self.scale * LOG2_E, cap=0.0)
+        score_scale = self.scale / self.soft_cap
+        return dict(window=window, score_scale=score_scale, cap=self.soft_cap * LOG2_E)
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -59,16 +60,13 @@ def check_scores(
     scale: float | None,
     window: int | None,
     soft_cap: float | None,
-    max_head_dim: int = 512,
+    causal: bool,
 ) -> Scores:
     """Check head counts, head size and what scores are made of; `scale` is 1 / sqrt(D) if None."""
     HQ, H, D = dims["HQ"], dims["H"], dims["D"]
     if H == 0 or HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
-    if D == 0 or D % 8:
-        raise ShapeError(f"{op}: q has D={D}, expected a multiple of 8")
-    if D > max_head_dim:
-        raise UnsupportedError(f"{op}: q has D={D}, expected at most {max_head_dim}")
+    check_head_dim(op, "q", D, MAX_HEAD_DIM)
     if dims["P"] == 0:
         raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
     if window is not None and window < 1:
@@ -79,7 +77,7 @@ def check_scores(
         raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
-    return Scores(float(scale), window, soft_cap)
+    return Scores(float(scale), window, soft_cap, bool(causal))
 
 
 def check_tree(op: str, tree: Any, T: int, causal: bool) -> None:
@@ -129,50 +127,47 @@ def check_pages(
 # --- Arguments that kernels share -----------------------------------------------------------------
 
 
-def pool_defines(spec: KVSpec, D: int, q_dtype: Any) -> dict[str, Any]:
-    """Defines that say what queries and pools are."""
-    k, v = spec.kinds
-    scale_dtype = SCALE_DTYPES[spec.scale_dtype if spec.has_scales else "fp16"]
-    return dict(HEAD_DIM=D, Q_T=q_dtype, K_T=k.c_type, V_T=v.c_type, SCALE_T=scale_dtype)
+def whole_vectors(*pools: Any) -> bool:
+    """Whether rows of pools on a GPU begin at multiples of 16 bytes, as tensor-core kernels ask
+    for."""
+    return all(
+        pool.data.ptr % 16 == 0 and not any(n % 16 for n in pool.strides[:3]) for pool in pools
+    )
 
 
-def pool_scalars(
-    spec: KVSpec, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
-) -> dict[str, int]:
-    """Strides of pools and scales by the kernels' names, such as k_page and vs_head."""
-    arrays = dict(k=k_pool, v=v_pool, ks=k_scales, vs=v_scales)
-    return {
-        f"{name}_{dimension}": step
-        for name, array in arrays.items()
-        for dimension, step in zip(("page", "token", "head"), spec.strides(array), strict=True)
-    }
+def kernel_defines(spec: KVSpec, scores: Scores, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Defines that say what queries, pools and scores are."""
+    q = arrays["q"]
+    flags = {flag: 1 for flag, name in _FLAGS.items() if arrays.get(name) is not None}
+    if scores.soft_cap is not None:
+        flags["SOFT_CAP"] = 1
+    return dict(HEAD_DIM=q.shape[-1], Q_T=q.dtype, **spec.type_defines, **flags)
+
+
+def kernel_scalars(
+    spec: KVSpec, scores: Scores, dims: dict[str, int], arrays: dict[str, Any]
+) -> dict[str, Any]:
+    """Strides of the pools, sizes of the page table, and what scores are made of."""
+    capacity = min(dims["M"] * dims["P"], ALL_KEYS)
+    pools = {name: arrays[name] for name in POOLS if name in arrays}
+    return spec.pool_strides(**pools) | scores.scalars | dict(M=dims["M"], capacity=capacity)
 
 
 # --- Attention in NumPy ---------------------------------------------------------------------------
 
 
-def capped(scores: Any, soft_cap: float | None) -> Any:
-    return scores if soft_cap is None else np.tanh(scores / soft_cap) * soft_cap
-
-
 def masked_scores(
-    q: Any,
-    k: Any,
-    first: int,
-    length: int,
-    scores: Scores,
-    *,
-    slopes: Any = None,
-    tree: Any = None,
-    causal: bool = True,
+    q: Any, k: Any, first: int, length: int, scores: Scores, slopes: Any = None, tree: Any = None
 ) -> Any:
     """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
     from `first` to `length` - 1; minus infinity where a query does not see a key."""
     T, HQ, D = q.shape
     H = k.shape[1]
     grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
-    values = capped(grouped @ k.transpose(1, 2, 0)[:, None] * scores.scale, scores.soft_cap)
-    behind = np.arange(T - 1, -1, -1)[:, None] * causal
+    values = grouped @ k.transpose(1, 2, 0)[:, None] * scores.scale
+    if scores.soft_cap is not None:
+        values = np.tanh(values / scores.soft_cap) * scores.soft_cap
+    behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
     key, query = np.arange(first, length), length - 1 - behind
     if slopes is not None:
         values += slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
@@ -186,16 +181,53 @@ def masked_scores(
     return np.where(seen, values, -np.inf)
 
 
+def scored_sequences(
+    q: Any,
+    keys: tuple[Any, ...],
+    lengths: Any,
+    scale: float,
+    window: int | None = None,
+    *,
+    soft_cap: float | None = None,
+    causal: bool = True,
+    slopes: Any = None,
+    tree: Any = None,
+) -> Iterator[tuple[int, range, Any]]:
+    """Of each sequence that has keys: its number, the positions of keys that some query sees, and
+    `masked_scores` of these.
+
+    Args:
+        q: [B, T, HQ, D].
+        keys: pool, scales, spec and page table.
+        lengths: [B]; these and the options as in `paged_decode.decode`.
+    """
+    T, dtype = q.shape[1], np.result_type(q.dtype, np.float32)
+    scores = Scores(scale, window, soft_cap, causal)
+    for b, length in enumerate(lengths.tolist()):
+        if length > 0:
+            first = max(length - (T - 1) * causal - window, 0) if window else 0
+            rows, mask = range(first, length), None if tree is None else tree[b]
+            k = decoded_rows(b, rows, dtype, *keys)
+            yield b, rows, masked_scores(q[b].astype(dtype), k, first, length, scores, slopes, mask)
+
+
 def decoded_rows(
-    pool: Any, scales: Any, spec: KVSpec | None, of_values: int, pages: Any, rows: range, dtype: Any
+    b: int,
+    rows: range,
+    dtype: Any,
+    pool: Any,
+    scales: Any,
+    spec: KVSpec | None,
+    page_table: Any,
+    of_values: int = 0,
 ) -> Any:
-    """Decoded rows of a sequence whose pages are `pages`, [len(rows), H, D]; without a spec, of any
+    """Decoded rows of sequence b, [len(rows), H, D] of keys, or `of_values`; without a spec, of any
     floats in NHD."""
     if spec is not None:
         pool, scales = spec.as_nhd(pool), spec.as_nhd(scales)
     P = pool.shape[1]
     position = np.arange(rows.start, rows.stop)
-    where = pages[position // P], position % P
+    where = page_table[b][position // P], position % P
     if spec is None:
         return pool[where].astype(dtype)
     decoded = decode(pool[where], spec.kinds[of_values]).astype(dtype)
@@ -204,26 +236,28 @@ def decoded_rows(
     return decoded * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
 
 
-def weigh(scores: Any, v: Any, extra: Any = None) -> tuple[Any, Any]:
+def weigh(scores: Any, v: Any, sinks: Any = None) -> tuple[Any, Any]:
     """Values averaged by the softmax of scores, and the scores' log-sum-exp.
 
     Args:
-        scores: [..., R, S]; rows without a finite score give zero and minus infinity.
-        v: [..., S, D].
-        extra: [..., R] or what broadcasts to it, one more score of each row, of no value.
+        scores: [H, G, T, S]; rows without a finite score give zero and minus infinity.
+        v: [S, H, D].
+        sinks: [HQ], one more score of each head's rows, of no value.
 
     Returns:
-        ([..., R, D], [..., R])
+        ([T, HQ, D], [T, HQ])
     """
+    H, G, T, _ = scores.shape
     peak = scores.max(axis=-1, keepdims=True)
-    if extra is not None:
-        peak = np.maximum(peak, extra[..., None])
+    if sinks is not None:
+        sinks = sinks.astype(scores.dtype).reshape(H, G, 1, 1)
+        peak = np.maximum(peak, sinks)
     peak = np.where(peak == -np.inf, 0, peak)
     weights = np.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
-    if extra is not None:
-        total = total + np.exp(extra[..., None] - peak)
-    is_empty = total == 0
+    if sinks is not None:
+        total = total + np.exp(sinks - peak)
     with np.errstate(divide="ignore"):
-        lse = peak + np.log(total)
-    return (weights @ v) / np.where(is_empty, 1, total), lse[..., 0]
+        lse = (peak + np.log(total))[..., 0]
+    values = weights @ v.transpose(1, 0, 2)[:, None] / np.where(total == 0, 1, total)
+    return values.transpose(2, 0, 1, 3).reshape(T, H * G, -1), lse.transpose(2, 0, 1).reshape(T, -1)

@@ -92,6 +92,7 @@ KINDS = {
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": FLOATS[1], "fp32": FLOATS[0]}
 GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
+POOLS = ("k_pool", "v_pool", "k_scales", "v_scales")  # the arrays of a cache, as ops name them
 
 # What a spec says besides the kinds, by field.
 _WORDS: dict[str, Any] = dict(granularity=GRANULARITIES, scale_dtype=SCALE_DTYPES, layout=LAYOUTS)
@@ -190,9 +191,8 @@ class KVSpec:
     @property
     def type_defines(self) -> dict[str, str]:
         """What kernels call the elements of pools and scales, as defines K_T, V_T and SCALE_T."""
-        k, v = self.kinds
-        is_float = self.has_scales and self.scale_dtype == "fp32"
-        return dict(K_T=k.c_type, V_T=v.c_type, SCALE_T="float" if is_float else "f16")
+        scale = KINDS[self.scale_dtype if self.has_scales else "fp16"]
+        return dict(K_T=KINDS[self.k].c_type, V_T=KINDS[self.v].c_type, SCALE_T=scale.c_type)
 
     # --- What a layout means: nothing else of pykv decides on it ---
 
@@ -249,12 +249,9 @@ class KVSpec:
             return steps[0], *self.page_order(*steps[1:3])
         return 0, 0, steps[0] if self.granularity == "head" else 0
 
-    def pool_strides(
-        self, k_pool: Any, v_pool: Any, k_scales: Any, v_scales: Any
-    ) -> dict[str, int]:
-        """`strides` of `k_pool`, `v_pool`, `k_scales` and `v_scales`, by the names that kernels
-        have for them: k_pool_page, k_pool_token, k_pool_head and so on."""
-        arrays = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    def pool_strides(self, **arrays: Any) -> dict[str, int]:
+        """`strides` of pools and scales, by the names that kernels have for them: k_pool_page,
+        k_pool_token, k_pool_head and so on, where the array is `k_pool`."""
         return {
             f"{name}_{unit}": stride
             for name, array in arrays.items()
@@ -263,7 +260,7 @@ class KVSpec:
 
     def rules(
         self,
-        names: tuple[str, ...] = ("k_pool", "v_pool", "k_scales", "v_scales"),
+        names: tuple[str, ...] = POOLS,
         pages: str = "N",
     ) -> dict[str, Any]:
         """Rules of `pykv.arrays.checker` for pools of this spec and their scales.
@@ -278,10 +275,7 @@ class KVSpec:
         dims = " ".join((pages, *self.page_axes, "|"))
         of_scales = {"token": dims, "head": "H", "tensor": "1"}[self.granularity]
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
-        return {
-            **dict(zip(names[:2], pools, strict=True)),
-            **self.rules_of_scales(names[2:], of_scales),
-        }
+        return dict(zip(names, pools, strict=False)) | self.rules_of_scales(names[2:], of_scales)
 
     def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
         """Rules of two arrays of scales, called `names` and of dimensions `dims`; kinds of floats
@@ -324,29 +318,26 @@ def _parse(text: str) -> KVSpec:
     return KVSpec(k, v, **{field_of[word]: word for word in rest})
 
 
-def spec_of(
-    op: str,
-    spec: KVSpec | str | None,
-    k_pool: Any,
-    v_pool: Any,
-    k_scales: Any = None,
-    v_scales: Any = None,
-) -> KVSpec:
+def spec_of(op: str, spec: KVSpec | str | None, *arrays: Any) -> KVSpec:
     """The spec that an op is given, as an object or as a text that `KVSpec.parse` reads; or where
     None, the one that arrays show: NHD, kinds by dtype, scales by dtype and dimensions.
 
     Args:
         op: name for messages.
-        k_pool, v_pool: [N, P, H, W].
-        k_scales, v_scales: what goes with them; None for kinds of floats.
+        arrays: the pools of K and V [N, P, H, W], and their scales, None for kinds of floats.
 
     Raises:
         ParameterError: the text is unknown; or without a spec, an array of bytes, which may be int4
             or fp8, or of another dtype.
         DtypeError: the spec is something else.
     """
-    if spec is not None:
-        return as_spec(op, spec)
+    return _shown_spec(op, *arrays) if spec is None else as_spec(op, spec)
+
+
+def _shown_spec(
+    op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
+) -> KVSpec:
+    """The spec that arrays show."""
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None

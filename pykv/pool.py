@@ -180,25 +180,17 @@ class PagedKVCache:
         self.manager.enlarge(pages)
 
     def append(
-        self,
-        layer: int,
-        k: Any,
-        v: Any,
-        slots: Any,
-        *,
-        check: bool | None = None,
-        stream: Any = None,
+        self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None, **options: Any
     ) -> None:
-        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append.
+        """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append, whose
+        options these are.
 
         On a GPU only enqueues, but waits where it checks, or finds a layer's scales; see `margin`.
         """
         if layer in self._without_scales and len(k):
-            cuda.refuse_prepare("PagedKVCache.append", "a layer's first rows set its scales")
-            with cuda.on_stream(stream):
-                self._find_scales(layer, k, v)
-        options = self._of_spec(layer)
-        paged_append.append(k, v, *self.layers[layer], slots, check=check, stream=stream, **options)
+            self._find_scales("append", layer, lambda: (k, v), stream)
+        options |= self._of_spec(layer)
+        paged_append.append(k, v, *self.layers[layer], slots, stream=stream, **options)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -209,9 +201,7 @@ class PagedKVCache:
         On a GPU only enqueues, but waits where `append` does.
         """
         if layer in self._without_scales and len(qkv):
-            cuda.refuse_prepare("PagedKVCache.append_qkv", "a layer's first rows set its scales")
-            with cuda.on_stream(stream):
-                self._find_scales(layer, *self._rows_of(qkv, options))
+            self._find_scales("append_qkv", layer, lambda: self._rows_of(qkv, options), stream)
         options |= self._of_spec(layer)
         return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
@@ -238,16 +228,20 @@ class PagedKVCache:
         paged_qkv.append(qkv, k, v, slots, **options | dict(q_out=None, check=False))
         return k[:, 0], v[:, 0]
 
-    def _find_scales(self, layer: int, k: Any, v: Any) -> None:
-        """Set the scales that a layer's heads, or its K and its V, share."""
+    def _find_scales(
+        self, name: str, layer: int, rows_of: Callable[[], tuple[Any, Any]], stream: Any
+    ) -> None:
+        """Set the scales that a layer's heads, or its K and its V, share, from its first rows."""
+        cuda.refuse_prepare(f"PagedKVCache.{name}", "a layer's first rows set its scales")
         axes = (0, 2) if self.spec.granularity == "head" else (0, 1, 2)
-        for kind, rows, scales in zip(self.spec.kinds, (k, v), self.scales[layer], strict=True):
-            if scales is None:
-                continue
-            amax = self._xp.abs(rows.astype(np.float32)).max(axis=axes)
-            amax = amax if self._xp is np else amax.get()
-            wanted = np.float32(self._margin) * amax.reshape(-1, 1)
-            scales[...] = self._xp.asarray(kinds.row_scales(wanted, kind, scales.dtype))
+        with cuda.on_stream(stream):
+            for kind, x, scales in zip(self.spec.kinds, rows_of(), self.scales[layer], strict=True):
+                if scales is None:
+                    continue
+                amax = self._xp.abs(x.astype(np.float32)).max(axis=axes)
+                amax = amax if self._xp is np else amax.get()
+                wanted = np.float32(self._margin) * amax.reshape(-1, 1)
+                scales[...] = self._xp.asarray(kinds.row_scales(wanted, kind, scales.dtype))
         self._without_scales.remove(layer)
 
     def _of_spec(self, layer: int) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def test_a_place_is_the_same_element_every_way(xp, text):
 
 def test_strides_by_name():
     pool, scales = np.zeros((5, 3, 4, 16), np.int8), np.zeros((5, 3, 4), np.float16)
-    assert KVSpec.parse("int8+fp16:HND").pool_strides(pool, pool[::2], scales, None) == {
+    arrays = dict(k_pool=pool, v_pool=pool[::2], k_scales=scales, v_scales=None)
+    assert KVSpec.parse("int8+fp16:HND").pool_strides(**arrays) == {
         **{"k_pool_page": 192, "k_pool_token": 16, "k_pool_head": 64},
         **{"v_pool_page": 384, "v_pool_token": 16, "v_pool_head": 64},
         **{"k_scales_page": 12, "k_scales_token": 1, "k_scales_head": 4},

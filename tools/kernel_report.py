@@ -131,7 +131,9 @@ def main(stems):
 
     rows, faults = {}, []
     for (stem, arch, defines), usages in zip(jobs, measured, strict=True):
-        macros = "".join(f" {name}={value}" for name, value in defines.items())
+        macros = "".join(
+            f" {name}={value}" for name, value in defines.items() if not callable(value)
+        )
         for kernel, usage in usages.items():
             row = f"{stem}.cu {kernel}{macros}"
             rows.setdefault(row, {})[arch] = str(usage)

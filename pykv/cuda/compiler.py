@@ -11,9 +11,10 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,20 @@ def stems() -> list[str]:
     return sorted(path.stem for path in KERNELS.glob("*.cu"))
 
 
-def macros(defines: dict[str, Any]) -> dict[str, int | str]:
-    """Defines as the compiler takes them: dtypes of float arrays by their names in kernels_cu."""
-    return {key: TYPE_NAMES[x] if isinstance(x, np.dtype) else x for key, x in defines.items()}
+def macros(defines: dict[str, Any], arch: str = "sm_0") -> dict[str, int | str]:
+    """Defines as the compiler takes them for an SM: dtypes of float arrays by their names in
+    kernels_cu, and what functions of `by_sm` give."""
+    given = {name: x(split_arch(arch)[1]) if callable(x) else x for name, x in defines.items()}
+    return {name: TYPE_NAMES[x] if isinstance(x, np.dtype) else x for name, x in given.items()}
+
+
+def by_sm(make: Callable[..., dict[str, int]], *args: Any) -> dict[str, Callable[[int], int]]:
+    """Defines `make(sm, *args)` of an SM that is not known yet, for `VARIANTS`."""
+
+    def value(name: str, sm: int) -> int:
+        return make(sm, *args)[name]
+
+    return {name: partial(value, name) for name in make(90, *args)}
 
 
 def compile(stem: str, arch: str, **defines: Any) -> Any:
@@ -80,7 +92,8 @@ def compile(stem: str, arch: str, **defines: Any) -> Any:
         stem: name of the kernel file.
         arch: "sm_75" and the like for a cubin, "compute_75" and the like for PTX, which the
             driver turns into code for the GPU it finds. No GPU is needed.
-        defines: `-D` macros; an integer, a type name such as "f16", or a dtype of float arrays.
+        defines: `-D` macros; an integer, a type name such as "f16", a dtype of float arrays, or a
+            function of `by_sm`.
 
     Returns:
         cuda.core.ObjectCode, from the cache folder where it holds a sound copy.
@@ -93,6 +106,7 @@ def compile(stem: str, arch: str, **defines: Any) -> Any:
     from cuda.core import ObjectCode
 
     kind, _ = split_arch(arch)
+    defines = macros(defines, arch)
     key, options = _key(stem, arch, defines)
     code = _load(key)
     if code is None:
@@ -142,7 +156,7 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     from cuda.core.utils import make_program_cache_key
 
     text = source(stem)
-    defined = [(name, str(value)) for name, value in sorted(macros(defines).items())]
+    defined = [(name, str(value)) for name, value in sorted(macros(defines, arch).items())]
     options = ProgramOptions(
         name=f"{stem}.cu",
         arch=arch,

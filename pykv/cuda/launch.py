@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from pykv.cuda.compiler import macros, source
 from pykv.cuda.devices import current_arch
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 
-SCALARS: dict[str, type[np.generic]] = {  # types that a kernel's scalars may have
+SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
     "int": np.int32,
     "u32": np.uint32,
     "i64": np.int64,
@@ -38,7 +38,7 @@ class Signature(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A kernel that is loaded: a handle of the driver's, and its parameters."""
+    """A kernel that is loaded: its name, the driver's handle and its parameters."""
 
     label: str
     handle: Any
@@ -78,16 +78,16 @@ def signature(stem: str, name: str) -> Signature:
     arrays: list[str] = []
     scalars: dict[str, str] = {}
     for declared in found[1].split(","):
-        words = declared.replace("*", " * ").split()
-        parameter, c_type = words[-1], " ".join(words[:-1])
+        *words, parameter = declared.replace("*", " * ").split()
+        c_type = " ".join(words)
         if "*" in words and not scalars:
             arrays.append(parameter)
         elif c_type in SCALARS:
             scalars[parameter] = c_type
         else:
+            expected = f"arrays first, then scalars of {', '.join(SCALARS)}"
             raise UnsupportedError(
-                f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}, expected arrays first, "
-                f"then scalars of {', '.join(SCALARS)}"
+                f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}, expected {expected}"
             )
     return Signature(tuple(arrays), scalars)
 
@@ -139,56 +139,39 @@ class Launch:
         try:
             ordered = [arrays[name] for name in kernel.arrays]
         except KeyError:
-            ordered = None
-        if ordered is None or len(ordered) != len(arrays):
-            raise ParameterError(
-                f"cuda.Launch: {kernel.label} is given arrays {', '.join(arrays)}, expected "
-                f"{', '.join(kernel.arrays)}"
-            )
+            ordered = []
+        if len(ordered) != len(arrays) or not ordered:
+            raise _names_error(kernel, "arrays", arrays, kernel.arrays)
         enqueue(driver.bind(kernel.handle, self._config, ordered, self._scalars), stream)
 
 
 def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:
     """Scalars in the kernel's order, of its types."""
-    if len(scalars) == len(kernel.scalars):
-        try:
-            return tuple(_CASTS[c_type](scalars[name]) for name, c_type in kernel.scalars.items())
-        except KeyError:  # another name
-            pass
-        except (OverflowError, TypeError, ValueError) as error:
-            raise _scalar_error(kernel, scalars) from error
-    raise ParameterError(
-        f"cuda.Launch: {kernel.label} is given scalars {', '.join(scalars)}, expected "
-        f"{', '.join(kernel.scalars)}"
+    if scalars.keys() != kernel.scalars.keys():
+        raise _names_error(kernel, "scalars", scalars, kernel.scalars)
+    return tuple(
+        _cast(kernel, name, c_type, scalars[name]) for name, c_type in kernel.scalars.items()
     )
 
 
-def _cast(dtype: type[Any]) -> Callable[[Any], np.generic]:
+def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:
     """NumPy's own conversions would cut a fraction off, and take None for NaN, in silence."""
-    if dtype is np.float32:
-        return lambda value: dtype(value + 0.0)
-    return lambda value: dtype(value if type(value) is int else operator.index(value))
+    argument = f"cuda.Launch: {kernel.label}: {name}"
+    try:
+        return SCALARS[c_type](value + 0.0 if c_type == "float" else operator.index(value))
+    except OverflowError as error:
+        raise ParameterError(f"{argument} is {value}, expected what {c_type} holds") from error
+    except (TypeError, ValueError) as error:
+        raise DtypeError(f"{argument} is a {type(value).__name__}, expected {c_type}") from error
 
 
-_CASTS = {c_type: _cast(dtype) for c_type, dtype in SCALARS.items()}
-
-
-def _scalar_error(kernel: Kernel, scalars: Mapping[str, Any]) -> Exception:
-    """What is wrong with the first scalar that is."""
-    for name, c_type in kernel.scalars.items():
-        value = scalars[name]
-        try:
-            _CASTS[c_type](value)
-        except OverflowError:
-            return ParameterError(
-                f"cuda.Launch: {kernel.label}: {name} is {value}, expected what {c_type} holds"
-            )
-        except (TypeError, ValueError):
-            return DtypeError(
-                f"cuda.Launch: {kernel.label}: {name} is a {type(value).__name__}, expected "
-                f"{c_type}"
-            )
-    raise AssertionError("all scalars fit")
+def _names_error(
+    kernel: Kernel, what: str, given: Iterable[str], expected: Iterable[str]
+) -> Exception:
+    return ParameterError(
+        f"cuda.Launch: {kernel.label} is given {what} {', '.join(given)}, expected "
+        f"{', '.join(expected)}"
+    )
 
 
 def active_clusters(kernel: Kernel, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:

@@ -17,9 +17,10 @@ from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import DtypeError, ParameterError
 
-VARIANTS = [dict(X_T="float", TABLE_T="f16")]
+_BLOCK = 128  # threads
+_PER_BLOCK = 8 * _BLOCK  # elements
 
-_PER_BLOCK = 1024  # elements
+VARIANTS = [dict(X_T="float", TABLE_T="f16", BLOCK=_BLOCK)]
 
 
 def swiglu(x: Any, *, out: Any = None, stream: Any = None) -> Any:
@@ -199,9 +200,8 @@ def _launch(
     name: str, dtype: Any, grid: Any, scalars: dict[str, Any], table: Any = FLOATS[1]
 ) -> cuda.Launch:
     """One cubin holds all four kernels; those without a table share that of the usual one."""
-    return cuda.Launch(
-        cuda.kernel("activation", name, X_T=dtype, TABLE_T=table), grid, 128, scalars
-    )
+    kernel = cuda.kernel("activation", name, X_T=dtype, TABLE_T=table, BLOCK=_BLOCK)
+    return cuda.Launch(kernel, grid, _BLOCK, scalars)
 
 
 def _launch_embed(table: Any, out: Any, scale: float) -> cuda.Launch:

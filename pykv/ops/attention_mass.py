@@ -17,7 +17,6 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
 from pykv.attention import (
-    ALL_KEYS,
     LN_2,
     LOG2_E,
     Scores,
@@ -25,19 +24,19 @@ from pykv.attention import (
     check_pages,
     check_scores,
     check_tree,
-    decoded_rows,
-    masked_scores,
-    pool_defines,
+    kernel_defines,
+    kernel_scalars,
+    scored_sequences,
 )
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec, spec_of
 
-_FLAGS = dict(ALIBI="slopes", TREE="tree")  # defines, and the arrays that they are for
 _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 
 VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
 
 
+# The options of `decode` that say which keys a query sees, and how much of each.
 def mass(
     q: Any,
     k_pool: Any,
@@ -97,9 +96,10 @@ def mass(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
     T = dims["T"] if many else 1
-    scores = check_scores(op, dims, scale, window, soft_cap)
     check_tree(op, tree, T, causal)
     check_lse_base(op, lse_base)
+    options = (scale, window, soft_cap, causal)
+    scores = dims.keep(options, lambda: check_scores(op, dims, *options))
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
         raise ParameterError(f"{op}: out is None, expected an array to add to")
@@ -113,25 +113,16 @@ def mass(
     if out.size == 0:
         pass
     elif on_gpu(q):
-        scalars = dict(
-            T=T,
-            behind=behind,
-            window=scores.seen_keys,
-            accumulate=bool(accumulate),
-            lse_unit=1.0 if lse_base == "2" else LOG2_E,
-        )
-        launch = dims.keep(
-            (spec, scores, *scalars.values()), lambda: _launch(arrays, dims, spec, scores, scalars)
-        )
+        chosen = (spec, bool(accumulate), lse_base)
+        launch = dims.keep((chosen, options), lambda: _launch(arrays, dims, T, scores, *chosen))
         launch(mass=out, **arrays, stream=stream)
     else:
         earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
+        chosen_by_name = dict(spec=spec, lse_base=lse_base, **scores._asdict())
 
         def compute() -> Any:
-            options: dict[str, Any] = dict(spec=spec, soft_cap=soft_cap)
-            options |= dict(causal=causal, lse_base=lse_base)
-            found = reference(**arrays, scale=scores.scale, window=window, **options)
+            found = reference(**arrays, **chosen_by_name)
             return out + found if accumulate else found
 
         cuda.run_on_host(compute, out)
@@ -167,15 +158,12 @@ def reference(
     *,
     k_scales: Any = None,
     spec: KVSpec | None = None,
-    soft_cap: float | None = None,
-    slopes: Any = None,
-    tree: Any = None,
-    causal: bool = True,
     lse_base: str = "e",
+    **options: Any,
 ) -> Any:
     """The definition, in NumPy, in the dtype of the accumulation.
 
-    Takes as many arguments as `mass`, because float64 arrays make it the oracle of each option.
+    Arguments as of `mass`; `options` are `soft_cap`, `causal`, `slopes` and `tree`.
     """
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
@@ -183,39 +171,34 @@ def reference(
     P, H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[1:3]
     found = np.zeros((B, H, page_table.shape[1] * P), dtype)
     lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (LN_2 if lse_base == "2" else 1)
-    for b, length in enumerate(lengths.tolist()):
-        if length <= 0:
-            continue
-        first = max(length - (T - 1) * causal - window, 0) if window else 0
-        rows = range(first, length)
-        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
-        mask = dict(slopes=slopes, tree=None if tree is None else tree[b], causal=causal)
-        of_queries = Scores(scale, window, soft_cap)
-        scores = masked_scores(many[b].astype(dtype), k, first, length, of_queries, **mask)
+    keys = (k_pool, k_scales, spec, page_table)
+    for b, rows, scores in scored_sequences(many, keys, lengths, scale, window, **options):
         of_row = lse[b].transpose(1, 2, 0)[..., None]
         weights = np.where(np.isneginf(scores), 0, np.exp(scores - np.maximum(of_row, -1e30)))
-        found[b, :, first:length] = weights.sum((1, 2))
+        found[b, :, rows.start : rows.stop] = weights.sum((1, 2))
     return found
 
 
 def _launch(
-    arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores, scalars: dict[str, float]
+    arrays: dict[str, Any],
+    dims: Dims,
+    T: int,
+    scores: Scores,
+    spec: KVSpec,
+    accumulate: bool,
+    lse_base: str,
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
-    q, (B, H, M, P) = arrays["q"], (dims[letter] for letter in "BHMP")
-    defines = pool_defines(spec, dims["D"], q.dtype) | scores.defines | _SIZES
+    q, H = arrays["q"], dims["H"]
+    defines = kernel_defines(spec, scores, arrays) | _SIZES
     del defines["V_T"]
-    defines |= {flag: 1 for flag, x in _FLAGS.items() if arrays[x] is not None}
-    capacity = min(M * P, ALL_KEYS)
-    q_strides = [n // q.itemsize for n in q.strides]
-    of_sizes = dict(HQ=dims["HQ"], H=H, P=P, M=M, capacity=capacity)
-    of_sizes |= dict(q_stride=q_strides[0], q_token_stride=q_strides[1] if q.ndim == 4 else 0)
-    for name, array in (("k", arrays["k_pool"]), ("ks", arrays["k_scales"])):
-        for axis, step in zip(("page", "token", "head"), spec.strides(array), strict=True):
-            of_sizes[f"{name}_{axis}"] = step
+    scalars = kernel_scalars(spec, scores, dims, arrays) | dict(HQ=dims["HQ"], H=H, P=dims["P"])
+    q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
+    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, accumulate=accumulate)
+    scalars |= dict(T=T, behind=T - 1 if scores.causal else 0)
     return cuda.Launch(
         cuda.kernel("attention_mass", "attention_mass", **defines),
-        grid=B * H * -(-capacity // _SIZES["KEYS"]),
+        grid=dims["B"] * H * -(-scalars["capacity"] // _SIZES["KEYS"]),
         block=_SIZES["BLOCK"],
-        scalars=scalars | scores.scalars | of_sizes,
+        scalars=scalars | dict(lse_unit=1.0 if lse_base == "2" else LOG2_E),
     )

@@ -21,6 +21,7 @@ from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import rope
+from pykv.ops.paged_append import lanes_of
 
 LENGTHS = (*INT32, np.dtype(np.int64))
 MAX_HEAD_DIM = 1024
@@ -240,27 +241,18 @@ def _launches(
     if not advance or at_once:
         return write, None
     kernel = cuda.kernel(stem, "advance_lengths", **defines)
-    return write, cuda.Launch(kernel, -(-B // 128), 128, dict(B=B, T=T, capacity=C))
+    return write, cuda.Launch(kernel, -(-B // block), block, dict(B=B, T=T, capacity=C))
 
 
 def _defines(
     new: Any, k_dtype: Any, v_dtype: Any, lengths: Any, K: int, V: int, H: int, advance: bool
 ) -> dict[str, Any]:
-    lanes = 1
-    while lanes < 32 and lanes * 8 < max(K, V):
-        lanes *= 2
-    return dict(
-        NEW_T=new,
-        K_T=k_dtype,
-        V_T=v_dtype,
-        LENGTH_T="i64" if lengths == LENGTHS[1] else "int",
-        K_DIM=K,
-        V_DIM=V,
-        HEADS=H,
-        ADVANCE=int(advance),
-        BLOCK=min(512, -(-H * lanes // 32) * 32) if advance else BLOCK,
-        LANES=lanes,
-    )
+    lanes = lanes_of(max(K, V), 8)
+    block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
+    types = dict(NEW_T=new, K_T=k_dtype, V_T=v_dtype)
+    types |= dict(LENGTH_T="i64" if lengths == LENGTHS[1] else "int")
+    sizes = dict(K_DIM=K, V_DIM=V, HEADS=H, ADVANCE=int(advance), BLOCK=block, LANES=lanes)
+    return types | sizes
 
 
 # The FP16 cache of a Llama of 4 x 64, as m40-llm has it: prompts, then a token a call.

@@ -19,13 +19,22 @@ from pykv.errors import ParameterError, ShapeError, UnsupportedError
 GEMMS = ("auto", "own", "cublas")
 
 _TILE = 64  # tokens and outputs of a block of `gemm`
-_BLOCK = 256  # threads of a block, but for `gemv`
+_BLOCK = 256  # threads
+_GEMV_BLOCK = 128
 _PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # that a float32 is split into, see `linear`
+
+
+def _gemv_sizes(rows: int, wide: int) -> dict[str, int]:
+    """Tokens and outputs of a block: a warp has four outputs of a wide layer for itself; the two
+    of a narrow one, where latency rules, are shared by all warps."""
+    outputs = 4 * (_GEMV_BLOCK // 32) if wide else 2
+    return dict(BLOCK=_GEMV_BLOCK, ROWS=rows, WIDE=wide, OUTPUTS=outputs)
+
 
 _TYPES = dict(X_T="float", W_T="f16", B_T="float")
 VARIANTS = [
     dict(_TYPES, BLOCK=_BLOCK, TILE=_TILE, X_PIECES=2),
-    *(dict(_TYPES, ROWS=rows, WIDE=wide) for rows in (1, 8) for wide in (0, 1)),
+    *(dict(_TYPES, **_gemv_sizes(rows, wide)) for rows in (1, 8) for wide in (0, 1)),
 ]
 
 
@@ -158,8 +167,10 @@ def _launch(x: Any, w: Any, bias: Any, accumulate: bool) -> cuda.Launch:
         return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
     rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
     wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
-    kernel = cuda.kernel("linear", "gemv", **_types(x, w, bias), ROWS=rows, WIDE=int(wide))
-    return cuda.Launch(kernel, (-(-O // (16 if wide else 2)), -(-T // rows)), 128, scalars)
+    sizes = _gemv_sizes(rows, int(wide))
+    kernel = cuda.kernel("linear", "gemv", **_types(x, w, bias), **sizes)
+    grid = -(-O // sizes["OUTPUTS"]), -(-T // rows)
+    return cuda.Launch(kernel, grid, _GEMV_BLOCK, scalars)
 
 
 def rereads(T: int) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, checker, like, on_gpu, optional
-from pykv.errors import ParameterError, ShapeError
+from pykv.attention import check_lse_base
+from pykv.errors import ShapeError
 
 _BLOCK = 128  # threads
 
@@ -65,8 +66,7 @@ def merge(
     dims = _check(values, lse, out, out_lse)
     if dims["D"] == 0 or dims["D"] % 8:
         raise ShapeError(f"{op}: values has D={dims['D']}, expected a multiple of 8")
-    if lse_base not in ("e", "2"):
-        raise ParameterError(f"{op}: lse_base is {lse_base!r}, expected 'e' or '2'")
+    check_lse_base(op, lse_base)
     if out is None:
         out = like(values, values.shape[1:], values.dtype)
     if out_lse is None and return_lse:

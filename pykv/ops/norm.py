@@ -17,10 +17,10 @@ from pykv import cuda
 from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError
 
-VARIANTS = [dict(X_T="float", W_T="float")]
-
+_BLOCK = 256  # threads
 _WARP_MAX_D = 512  # up to here a warp takes a row: heads; above, a block: model widths
-_ROWS_PER_BLOCK = 8  # of the warp kernel
+
+VARIANTS = [dict(X_T="float", W_T="float", BLOCK=_BLOCK)]
 
 
 def rms_norm(
@@ -73,9 +73,8 @@ def rms_norm(
     if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
         return out
     if on_gpu(x):
-        launch = dims.keep(
-            (float(eps), float(offset)), lambda: _launch(x, weight, eps, offset, out)
-        )
+        options = (float(eps), float(offset))
+        launch = dims.keep(options, lambda: _launch(x, weight, out, *options))
         launch(out=out, x=x, weight=weight, stream=stream)
     else:
         cuda.run_on_host(lambda: reference(x, weight, eps, offset), out)
@@ -95,26 +94,17 @@ def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
     return (wide * (scale * (weight.astype(wide.dtype) + wide.dtype.type(offset)))).astype(x.dtype)
 
 
-def _launch(x: Any, weight: Any, eps: float, offset: float, out: Any) -> cuda.Launch:
+def _launch(x: Any, weight: Any, out: Any, eps: float, offset: float) -> cuda.Launch:
     """The launch for arrays that are checked."""
     T, D = x.shape[0], x.shape[-1]
     H = x.shape[1] if x.ndim == 3 else 1
-    by_warp = D <= _WARP_MAX_D
-    name = "rms_norm_warp" if by_warp else "rms_norm"
-    return cuda.Launch(
-        cuda.kernel("norm", name, X_T=x.dtype, W_T=weight.dtype),
-        grid=-(-T * H // _ROWS_PER_BLOCK) if by_warp else T * H,
-        block=256,
-        scalars=dict(
-            out_stride=out.strides[0] // out.itemsize,
-            x_stride=x.strides[0] // x.itemsize,
-            rows=T * H,
-            H=H,
-            D=D,
-            eps=eps,
-            offset=offset,
-        ),
-    )
+    name, block_rows = ("rms_norm_warp", _BLOCK // 32) if D <= _WARP_MAX_D else ("rms_norm", 1)
+    kernel = cuda.kernel("norm", name, X_T=x.dtype, W_T=weight.dtype, BLOCK=_BLOCK)
+    scalars = dict(rows=T * H, H=H, D=D, eps=eps, offset=offset)
+    scalars |= {
+        f"{name}_stride": a.strides[0] // a.itemsize for name, a in (("out", out), ("x", x))
+    }
+    return cuda.Launch(kernel, -(-T * H // block_rows), _BLOCK, scalars)
 
 
 def _spec(array: Any, row: str) -> str:

@@ -14,7 +14,9 @@ from pykv import cuda
 from pykv.arrays import INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
 
-VARIANTS: list[dict[str, int | str]] = [{}]
+_BLOCK = 128  # threads
+
+VARIANTS = [dict(BLOCK=_BLOCK)]
 
 
 def from_lists(
@@ -79,14 +81,8 @@ def from_lists(
         return table, lengths
     if on_gpu(indptr):
         launch = dims.keep((M, page_size), lambda: _launch(B, M, page_size))
-        launch(
-            table=table,
-            lengths=lengths,
-            indices=indices,
-            indptr=indptr,
-            last_page_len=last_page_len,
-            stream=stream,
-        )
+        lists = dict(indices=indices, indptr=indptr, last_page_len=last_page_len)
+        launch(table=table, lengths=lengths, **lists, stream=stream)
     else:
         cuda.look(lambda: _check_width(op, indptr, M))
         cuda.run_on_host(
@@ -123,5 +119,5 @@ def _check_width(op: str, indptr: Any, M: int) -> None:
 
 
 def _launch(B: int, M: int, page_size: int) -> cuda.Launch:
-    kernel = cuda.kernel("page_table", "page_table")
-    return cuda.Launch(kernel, (-(-M // 128), B), 128, dict(M=M, page_size=page_size))
+    kernel = cuda.kernel("page_table", "page_table", BLOCK=_BLOCK)
+    return cuda.Launch(kernel, (-(-M // _BLOCK), B), _BLOCK, dict(M=M, page_size=page_size))

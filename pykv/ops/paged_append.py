@@ -24,15 +24,15 @@ is lost, and `check` refuses it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, checker, on_gpu
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KVSpec, quantize, spec_of
+from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, on_gpu
+from pykv.errors import ParameterError
+from pykv.kinds import POOLS, KVSpec, quantize, spec_of
 from pykv.ops import paged_check
 
 SLOTS = (*INT32, np.dtype(np.int64))
@@ -91,13 +91,12 @@ def append(
     >>> k_pool[3, :, 0, 0]
     array([0., 1.], dtype=float16)
     """
-    op = "paged_append.append"
 
-    def check_contents(dims: Dims) -> None:
+    def check_contents(dims: Dims, op: str) -> None:
         paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    _append(op, "SLOTS", arrays, spec, dict(rows=slots), check_contents, check, stream)
+    _append("append", arrays, dict(rows=slots), spec, check_contents, check, stream)
 
 
 def append_decode(
@@ -148,21 +147,21 @@ def append_decode(
     >>> k_pool[0, :, 0, 0], last  # the fourth token: page 0, offset 1
     (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
-    op = "paged_append.append_decode"
-    after = _counts_after(op, counts)
+    name = "append_decode"
+    after = _counts_after(name, counts)
     if after and advance:
         raise ParameterError(
-            f"{op}: advance is True and counts 'after', expected 'before': what is counted after "
-            "a call cannot be changed by it"
+            f"paged_append.{name}: advance is True and counts 'after', expected 'before': what is "
+            "counted after a call cannot be changed by it"
         )
 
-    def check_contents(dims: Dims) -> None:
+    def check_contents(dims: Dims, op: str) -> None:
         table = (indices, indptr, last_page_len, dims["N"], dims["P"])
         paged_check.check_table(*table, appends=True, counts=counts, op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(indices=indices, indptr=indptr, counts=last_page_len)
-    _append(op, "DECODE", arrays, spec, where, check_contents, check, stream, after, advance)
+    _append(name, arrays, where, spec, check_contents, check, stream, after, advance)
 
 
 def append_ragged(
@@ -199,10 +198,10 @@ def append_ragged(
     new tokens need are listed ahead. Source: FlashInfer's append_paged_kv_cache and its helper
     get_batch_indices_positions.
     """
-    op = "paged_append.append_ragged"
-    after = _counts_after(op, counts)
+    name = "append_ragged"
+    after = _counts_after(name, counts)
 
-    def check_contents(dims: Dims) -> None:
+    def check_contents(dims: Dims, op: str) -> None:
         paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
         table = (indices, indptr, last_page_len, dims["N"], dims["P"])
         options = dict(counts=counts, starts=append_indptr, op=op)
@@ -210,7 +209,7 @@ def append_ragged(
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(rows=append_indptr, indices=indices, indptr=indptr, counts=last_page_len)
-    _append(op, "RAGGED", arrays, spec, where, check_contents, check, stream, after)
+    _append(name, arrays, where, spec, check_contents, check, stream, after)
 
 
 def append_indexed(
@@ -246,35 +245,33 @@ def append_indexed(
 
     As `append`. Source: FlashInfer's append_paged_kv_cache.
     """
-    op = "paged_append.append_indexed"
 
-    def check_contents(dims: Dims) -> None:
+    def check_contents(dims: Dims, op: str) -> None:
         table = (indices, indptr, None, dims["N"], dims["P"])
         paged_check.check_table(*table, appends=True, op=op)
         paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
 
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = dict(rows=batch_indices, indices=indices, indptr=indptr, counts=positions)
-    _append(op, "INDEXED", arrays, spec, where, check_contents, check, stream, advance=advance)
+    _append("append_indexed", arrays, where, spec, check_contents, check, stream, advance=advance)
 
 
-def _counts_after(op: str, counts: str) -> bool:
+def _counts_after(name: str, counts: str) -> bool:
     if counts not in COUNTS:
-        raise ParameterError(f"{op}: counts is {counts!r}, expected one of {COUNTS}")
+        raise ParameterError(f"paged_append.{name}: counts is {counts!r}, expected one of {COUNTS}")
     return counts == "after"
 
 
-# What says where rows go, by the kernel's names.
+# Arrays that say where rows go, by the kernel's names.
 _NOWHERE: dict[str, Any] = dict(rows=None, indices=None, indptr=None, counts=None)
 
 
 def _append(
-    op: str,
-    address: str,
+    name: str,
     arrays: dict[str, Any],
-    spec: KVSpec | str | None,
     where: dict[str, Any],
-    check_contents: Callable[[Dims], None],
+    spec: KVSpec | str | None,
+    check_contents: Callable[[Dims, str], None],
     check: bool | None,
     stream: Any,
     after: bool = False,
@@ -283,63 +280,51 @@ def _append(
     """What the four share.
 
     Args:
-        op: name for messages.
-        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
+        name: of the function.
         arrays: new rows, pools and scales.
+        where: those of `_NOWHERE` that the function has, in the order of `_RULES`.
         spec, check, stream: as of `append`.
-        where: those of `_NOWHERE` that `address` has, in the order of `_RULES`.
-        check_contents: of them, where `check` asks for it.
+        check_contents: of `where`, if `check` asks for it.
         after: whether where["counts"] includes the new tokens.
         advance: whether it grows.
     """
+    op, check = f"paged_append.{name}", paged_check.enabled(check)
     k, _, *pools = arrays.values()
     spec = spec_of(op, spec, *pools)
-    dims = _checker(op, spec)(*arrays.values(), *where.values())
-    D = dims["D"]
-    if D % 8:
-        raise ShapeError(f"{op}: a row has D={D} elements, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: a row has D={D} elements, expected at most {MAX_HEAD_DIM}")
-    if paged_check.enabled(check):
+    dims = _checker(name, spec)(*arrays.values(), *where.values())
+    check_head_dim(op, "k", dims["D"], MAX_HEAD_DIM)
+    if check:
         with cuda.on_stream(stream):
-            check_contents(dims)
+            check_contents(dims, op)
     if k.size == 0:
         return
     where = _NOWHERE | where
     if on_gpu(k):
-        launch = dims.keep(
-            (spec, after, advance),
-            lambda: _launch(address, arrays | where, spec, dims, after, advance),
-        )
+        options = (spec, after, advance)
+        launch = dims.keep(options, lambda: _launch(name, arrays | where, dims, *options))
         launch(**arrays, **where, stream=stream)
-        return
-
-    def append_on_host() -> None:
-        pages, offsets = places(address, len(k), dims["P"], **where, after=after)
-        reference(**arrays, spec=spec, pages=pages, offsets=offsets)
-        if advance:
-            where["counts"][pages >= 0] += 1
-
-    cuda.run_on_host(append_on_host)
+    else:
+        places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], **where, after=after)
+        grows = where["counts"] if advance else None
+        cuda.run_on_host(lambda: _append_on_host(arrays, spec, places_of, grows))
 
 
+_ADDRESSES = dict(  # what the kernel calls these functions
+    append="SLOTS", append_decode="DECODE", append_ragged="RAGGED", append_indexed="INDEXED"
+)
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
-_RULES: dict[str, dict[str, Any]] = {
-    "paged_append.append": dict(slots=("T", SLOTS)),
-    "paged_append.append_decode": dict(**_TABLE, last_page_len=("B", INT32)),
-    "paged_append.append_ragged": dict(
-        append_indptr=("B+1", INT32), **_TABLE, last_page_len=("B", INT32)
-    ),
-    "paged_append.append_indexed": dict(
-        batch_indices=("T", INT32), **_TABLE, positions=("T", INT32)
-    ),
-}
+_RULES: dict[str, dict[str, Any]] = dict(
+    append=dict(slots=("T", SLOTS)),
+    append_decode=_TABLE | dict(last_page_len=("B", INT32)),
+    append_ragged=dict(append_indptr=("B+1", INT32)) | _TABLE | dict(last_page_len=("B", INT32)),
+    append_indexed=dict(batch_indices=("T", INT32)) | _TABLE | dict(positions=("T", INT32)),
+)
 
 
 @cache
-def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
-    rows = "B H | D" if op == "paged_append.append_decode" else "T H | D"
-    return checker(op, k=(rows, FLOATS), v=(rows, "k"), **spec.rules(), **_RULES[op])
+def _checker(name: str, spec: KVSpec) -> Callable[..., Dims]:
+    rows = ("B H | D" if name == "append_decode" else "T H | D", FLOATS)
+    return checker(f"paged_append.{name}", k=rows, v=(rows[0], "k"), **spec.rules(), **_RULES[name])
 
 
 # --- Definition -----------------------------------------------------------------------------------
@@ -380,6 +365,16 @@ def places(
     return pages, offsets
 
 
+def _append_on_host(
+    arrays: dict[str, Any], spec: KVSpec, places_of: Callable[[], tuple[Any, Any]], grows: Any
+) -> None:
+    """Write rows where they go, and add 1 to those of `grows`, if any, whose row was written."""
+    pages, offsets = places_of()
+    reference(**arrays, spec=spec, pages=pages, offsets=offsets)
+    if grows is not None:
+        grows[pages >= 0] += 1
+
+
 def reference(
     k: Any,
     v: Any,
@@ -411,66 +406,45 @@ def reference(
 
 
 def _launch(
-    address: str, arrays: dict[str, Any], spec: KVSpec, dims: Dims, after: bool, advance: bool
+    name: str, arrays: dict[str, Any], dims: Dims, spec: KVSpec, after: bool, advance: bool
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
     k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
-    row_dtype = None if rows is None else rows.dtype
-    defines = defines_of(address, spec, k.dtype, H, D, dims["P"], row_dtype, after, advance)
-    of_rows = ("k_token", "k_head", "v_token", "v_head")
-    strides = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
-    return cuda.Launch(
-        cuda.kernel("paged_append", "paged_append", **defines),
-        grid=-(-T * H // defines["ROWS"]),
-        block=defines["BLOCK"],
-        scalars=spec.pool_strides(*pools)
-        | dict(zip(of_rows, strides, strict=True))
-        | dict(num_rows=T * H, num_requests=dims["B"] if address == "RAGGED" else 0),
-    )
+    address, wide = _ADDRESSES[name], rows is not None and rows.dtype == SLOTS[1]
+    flags = dict(AFTER=int(after), ADVANCE=int(advance), ROW_T="i64" if wide else "int")
+    defines = defines_of(address, spec, k.dtype, H, D, dims["P"], **flags)
+    steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
+    scalars = dict(zip(("k_token", "k_head", "v_token", "v_head"), steps, strict=True))
+    scalars |= spec.pool_strides(**dict(zip(POOLS, pools, strict=True)))
+    scalars |= dict(num_rows=T * H, num_requests=dims["B"] if address == "RAGGED" else 0)
+    kernel = cuda.kernel("paged_append", "paged_append", **defines)
+    return cuda.Launch(kernel, -(-T * H // defines["ROWS"]), defines["BLOCK"], scalars)
 
 
 def defines_of(
-    address: str,
-    spec: KVSpec,
-    dtype: Any,
-    H: int,
-    D: int,
-    P: int,
-    row_dtype: Any = None,
-    after: bool = False,
-    advance: bool = False,
+    address: str, spec: KVSpec, dtype: Any, H: int, D: int, P: int, **flags: Any
 ) -> dict[str, Any]:
     """The kernel's defines.
 
     Args:
-        address, spec, after, advance: as of `_append`.
+        address: one of `_ADDRESSES`.
+        spec: of the pools.
         dtype: of new rows.
         H, D, P: KV heads, head size and tokens a page.
-        row_dtype: of the kernel's `rows`, None where there are none.
+        flags: AFTER and ADVANCE, 0 where not given, and ROW_T, "int" where not given.
     """
-    lanes = lanes_of(D)
-    # With `advance` all heads of a token meet in one block.
-    block = min(512, -(-H * lanes // 32) * 32) if advance else BLOCK
-    return dict(
-        NEW_T=dtype,
-        **pool_defines(spec, H, D, P),
-        ADDRESS=address,
-        ROW_T="i64" if row_dtype == SLOTS[1] else "int",
-        AFTER=int(after),
-        ADVANCE=int(advance),
-        BLOCK=block,
-        LANES=lanes,
-        ROWS=H if advance else block // lanes,
-    )
+    defines = dict(NEW_T=dtype, ADDRESS=address, ROW_T="int", AFTER=0, ADVANCE=0) | flags
+    lanes, rows = lanes_of(D), BLOCK // lanes_of(D)
+    block = BLOCK
+    if defines["ADVANCE"]:  # all heads of a token meet in one block
+        block, rows = min(512, -(-H * lanes // 32) * 32), H
+    return defines | pool_defines(spec, H, D, P) | dict(BLOCK=block, LANES=lanes, ROWS=rows)
 
 
-def lanes_of(D: int) -> int:
-    """How many lanes share a row."""
-    lanes = 1
-    while lanes < 32 and lanes * LANE_ELEMENTS < D:
-        lanes *= 2
-    return lanes
+def lanes_of(D: int, elements: int = LANE_ELEMENTS) -> int:
+    """How many lanes share a row of D elements: a power of two, for `elements` a lane at most."""
+    return min(32, 1 << (-(-D // elements) - 1).bit_length())
 
 
 def pool_defines(spec: KVSpec, H: int, D: int, P: int) -> dict[str, Any]:
@@ -481,13 +455,8 @@ def pool_defines(spec: KVSpec, H: int, D: int, P: int) -> dict[str, Any]:
 
 # Slots for a Llama of 8 x 128, of floats and of codes, and a captured decode step. The models that
 # `pykv.models` names append by paged_qkv.
+_KINDS = [KVSpec(kind, kind) for kind in ("fp16", "int8")]
 VARIANTS = [
-    *(
-        defines_of("SLOTS", KVSpec(kind, kind), FLOATS[0], 8, 128, 16, INT32[0])
-        for kind in ("fp16", "int8")
-    ),
-    *(
-        defines_of("DECODE", KVSpec(kind, kind), FLOATS[1], 8, 128, 16, advance=True)
-        for kind in ("fp16", "int8")
-    ),
+    *(defines_of("SLOTS", spec, FLOATS[0], 8, 128, 16) for spec in _KINDS),
+    *(defines_of("DECODE", spec, FLOATS[1], 8, 128, 16, ADVANCE=1) for spec in _KINDS),
 ]

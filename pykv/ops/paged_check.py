@@ -34,8 +34,8 @@ from pykv import cuda
 from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional
 from pykv.errors import ParameterError
 
-VARIANTS = [dict(INDEX="int"), dict(INDEX="i64")]
-BLOCK = 256
+BLOCK = 256  # threads
+VARIANTS = [dict(INDEX=index, BLOCK=BLOCK) for index in ("int", "i64")]
 ALL_TOKENS = 2**31  # more than any sequence has
 
 INDICES = (*INT32, np.dtype(np.int64))
@@ -440,7 +440,7 @@ def _cuda(
     xp = load_cupy()
     dtype = next(iter(arrays.values())).dtype
     index = "i64" if dtype == np.int64 else "int"
-    kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index)
+    kernel = cuda.kernel("paged_check", f"paged_check_{what}", INDEX=index, BLOCK=BLOCK)
     found = xp.full(1, NOTHING, np.uint64)
     if what == "slots":  # a hash table of the slots seen
         size = 1 << (2 * threads - 1).bit_length()

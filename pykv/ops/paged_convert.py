@@ -19,19 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
-from pykv.errors import ShapeError, UnsupportedError
-from pykv.kinds import Kind, KVSpec, as_spec, dequantize, quantize, spec_of
+from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
+from pykv.errors import UnsupportedError
+from pykv.kinds import POOLS, Kind, KVSpec, as_spec, dequantize, quantize, spec_of
 from pykv.ops import paged_check
 
 BLOCK = 128  # threads
 MAX_HEAD_DIM = 512
 
-_CACHE = ("k_pool", "v_pool", "k_scales", "v_scales", "pages")
-
-
-def _variant(src: str, dst: str, head_dim: int) -> dict[str, Any]:
-    return _defines(KVSpec(src, src), KVSpec(dst, dst), 0, head_dim)
+_CACHE = (*POOLS, "pages")
 
 
 def gather(
@@ -123,8 +119,7 @@ def gather_rows(
     """
     op = "paged_convert.gather_rows"
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    names = (*_CACHE[:4], "indices")
-    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, names)
+    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, (*POOLS, "indices"))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
     _move(op, source, target, check, stream, (indptr, starts))
 
@@ -224,15 +219,8 @@ def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, i
     """n, P, H and D."""
     rule = spec.rules()["k_pool"]
     sizes = checker(op, k_pool=rule, pages=optional("n", INT32))(k_pool, pages)
-    _check_head_dim(op, "k_pool", sizes["D"])
+    check_head_dim(op, "k_pool", sizes["D"], MAX_HEAD_DIM)
     return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
-
-
-def _check_head_dim(op: str, name: str, D: int) -> None:
-    if D % 8:
-        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {MAX_HEAD_DIM}")
 
 
 def _move(
@@ -244,17 +232,18 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
+    check = paged_check.enabled(check)
     rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
     checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
     sizes = _checker(op, *rules, rows is not None)(*chain(*checked), *(rows or ()))
     n, P, H, D = (sizes[letter] for letter in "nPHD")
-    _check_head_dim(op, source.names[0], D)
+    check_head_dim(op, source.names[0], D, MAX_HEAD_DIM)
     if n * P * H >= 2**31:
         raise UnsupportedError(f"{op}: there are {n * P * H} rows, expected less than 2^31")
     if n * P * H * D == 0 or 0 in (len(source.pools[0]), len(target.pools[0]), sizes.get("B")):
         return
     is_on_gpu = on_gpu(source.pools[0])
-    if not is_on_gpu or paged_check.enabled(check):
+    if check or not is_on_gpu:
         with cuda.on_stream(stream):
             _check_pages(op, source, target, rows, P)
     if is_on_gpu:
@@ -323,7 +312,7 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
         codes, scale = pool[from_page, from_offset], None  # [tokens, H, W]
         if scales is not None:
             scale = scales[from_page, from_offset]
-        if _keeps_bits(source.spec, target.spec, kind, to_kind):
+        if _keeps_bits(source.spec, target.spec, i):
             bits = f"u{codes.itemsize}"  # NaN keeps its payload
             to_pool.view(bits)[to_page, to_offset] = codes.view(bits)
         else:
@@ -370,14 +359,13 @@ def _finds(spec: KVSpec, kind: Kind) -> bool:
     return bool(kind.largest) and spec.granularity == "token"
 
 
-def _keeps_bits(spec: KVSpec, out_spec: KVSpec, kind: Kind, out_kind: Kind) -> bool:
-    """Whether rows may stay as they are."""
-    if kind != out_kind:
-        return False
-    return not kind.largest or (
-        (spec.granularity, spec.scale_dtype) == (out_spec.granularity, out_spec.scale_dtype)
-        and spec.granularity == "token"
-    )
+def _keeps_bits(spec: KVSpec, out_spec: KVSpec, which: int) -> bool:
+    """Whether rows of keys, 0, or values, 1, may stay as they are: codes with a scale of their own,
+    and floats."""
+    kind = spec.kinds[which]
+    same_scales = spec.scale_dtype == out_spec.scale_dtype and _finds(spec, kind)
+    same_scales &= _finds(out_spec, kind)
+    return kind == out_spec.kinds[which] and (not kind.largest or same_scales)
 
 
 # --- Launch ---------------------------------------------------------------------------------------
@@ -388,18 +376,12 @@ def _defines(
 ) -> dict[str, Any]:
     """What the kernel is compiled for; `which` is 0 for keys and 1 for values."""
     kind, out_kind = spec.kinds[which], out_spec.kinds[which]
-    return dict(
-        SRC=kind.c_type,
-        DST=out_kind.c_type,
-        SRC_SCALE=_scale_type(spec, kind),
-        DST_SCALE=_scale_type(out_spec, out_kind),
-        HEAD_DIM=head_dim,
-        FIND=int(_finds(out_spec, out_kind)),
-        MOVE=int(_keeps_bits(spec, out_spec, kind, out_kind)),
-        SEQUENCES=int(by_sequence),
-        BLOCK=BLOCK,
-        **_shares(kind, head_dim),
-    )
+    types = dict(SRC=kind.c_type, DST=out_kind.c_type)
+    types |= dict(SRC_SCALE=_scale_type(spec, kind), DST_SCALE=_scale_type(out_spec, out_kind))
+    flags = dict(FIND=_finds(out_spec, out_kind), MOVE=_keeps_bits(spec, out_spec, which))
+    flags |= dict(SEQUENCES=by_sequence)
+    sizes = dict(HEAD_DIM=head_dim, BLOCK=BLOCK, **_shares(kind, head_dim))
+    return types | {name: int(flag) for name, flag in flags.items()} | sizes
 
 
 def _shares(kind: Kind, head_dim: int) -> dict[str, int]:
@@ -428,29 +410,20 @@ def _launches(
     """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
     for values: both, or where they differ in kind or strides, one of them in each launch."""
     n, P, H, D = (sizes[letter] for letter in "nPHD")
-    works = [
-        (
-            _defines(source.spec, target.spec, which, D, by_token),
-            _strides(source, target, which, by_token),
-        )
-        for which in (0, 1)
-    ]
-    is_shared = works[0] == works[1]
-    counts = dict(num_rows=n * P * H, num_sequences=sizes.get("B", 0), num_tokens=sizes.get("T", 0))
-    inner = target.spec.page_order(P, H)[1]
+    specs = source.spec, target.spec
+    defines = [_defines(*specs, which, D, by_token) for which in (0, 1)]
+    strides = [_strides(source, target, which, by_token) for which in (0, 1)]
+    is_shared = defines[0] == defines[1] and strides[0] == strides[1]
+    scalars = dict(num_rows=n * P * H, num_sequences=sizes.get("B", 0))
+    scalars |= dict(num_tokens=sizes.get("T", 0), page_size=P)
+    scalars |= _divisor("page", P * H) | _divisor("inner", target.spec.page_order(P, H)[1])
     launches = []
     for sides in ((0, 1),) if is_shared else ((0, 0), (1, 1)):
-        defines, strides = works[sides[0]]
-        tile = BLOCK // defines["LANES"] * defines["ROWS"]
-        launch = cuda.Launch(
-            cuda.kernel("paged_convert", "paged_convert", **defines),
-            grid=(-(-n * P * H // tile), 1 + is_shared),
-            block=BLOCK,
-            scalars=counts
-            | strides
-            | dict(page_size=P, **_divisor("page", P * H), **_divisor("inner", inner)),
-        )
-        launches.append((launch, sides))
+        chosen = defines[sides[0]]
+        kernel = cuda.kernel("paged_convert", "paged_convert", **chosen)
+        tile = BLOCK // chosen["LANES"] * chosen["ROWS"]
+        grid = -(-n * P * H // tile), 1 + is_shared
+        launches.append((cuda.Launch(kernel, grid, BLOCK, scalars | strides[sides[0]]), sides))
     return launches
 
 
@@ -476,8 +449,12 @@ def _divisor(name: str, rows: int) -> dict[str, int]:
 
 
 VARIANTS = [
-    *(_variant("int8", "fp16", D) for D in (64, 128)),
-    *(_variant("fp16", "int8", D) for D in (64, 128)),
-    _variant("fp16", "fp16", 128),
-    _variant("int8", "int4", 128),
+    _defines(KVSpec(src, src), KVSpec(dst, dst), 0, D)
+    for src, dst, head_dims in (
+        ("int8", "fp16", (64, 128)),
+        ("fp16", "int8", (64, 128)),
+        ("fp16", "fp16", (128,)),
+        ("int8", "int4", (128,)),
+    )
+    for D in head_dims
 ]

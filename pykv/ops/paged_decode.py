@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +27,11 @@ from pykv.attention import (
     check_scores,
     check_tree,
     decoded_rows,
-    masked_scores,
-    pool_defines,
-    pool_scalars,
+    kernel_defines,
+    kernel_scalars,
+    scored_sequences,
     weigh,
+    whole_vectors,
 )
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec, spec_of
@@ -41,12 +42,15 @@ COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zer
 BLOCK = 128  # threads
 MAX_ROWS = 4  # query rows a block serves: their state fills the registers of three blocks an SM
 
+_SIZES = dict(BLOCK=BLOCK, COUNTERS=COUNTERS)  # that the kernels are told
+
 VARIANTS: list[dict[str, Any]] = [
-    dict(HEAD_DIM=d, ROWS=4, Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16") for d in (64, 128)
+    dict(_SIZES, HEAD_DIM=d, ROWS=4, Q_T="float", **KVSpec().type_defines) for d in (64, 128)
 ]
 VARIANTS_SMS = range(75)  # from sm_75 on paged_decode_mma takes such pools
 
 
+# Every option of the attention that models ask for, each of its own; who calls names them.
 def decode(
     q: Any,
     k_pool: Any,
@@ -141,7 +145,7 @@ def decode(
     >>> out[0, :, 0], lse[0].round(4)  # log(3)
     (array([3., 3.], dtype=float32), array([1.0986, 1.0986], dtype=float32))
     """
-    op = "paged_decode.decode"
+    op, check = "paged_decode.decode", paged_check.enabled(check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
@@ -149,16 +153,12 @@ def decode(
         *(slopes, sinks, tree, out, lse, workspace),
     )
     T = dims["T"] if many else 1
-    scores = check_scores(op, dims, scale, window, soft_cap)
-    check_tree(op, tree, T, causal)
-    check_lse_base(op, lse_base)
-    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
-        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+    options = (scale, window, soft_cap, causal, fixed_split, lse_base)
+    scores = dims.keep(options, lambda: _check_options(op, dims, tree, T, *options))
     behind = T - 1 if causal else 0  # keys between the first query and the last key
-    if paged_check.enabled(check):
+    if check:
         with cuda.on_stream(stream):
-            seen = None if window is None else window + behind
-            pool = dims["N"], dims["P"]
+            seen, pool = None if window is None else window + behind, (dims["N"], dims["P"])
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     if out is None:
         out = like(q, q.shape, q.dtype)
@@ -170,15 +170,42 @@ def decode(
     if out.size == 0:
         pass
     elif on_gpu(q):
-        aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
-        options = (spec, aligned, scores, behind, fixed_split, lse_base)
-        attend = dims.keep(options, lambda: _launches(arrays, _sizes(dims, T), *options))
-        attend(arrays, workspace, stream)
+        attend, merge, size = dims.keep(
+            (spec, options),
+            lambda: _launches(arrays, dims, T, spec, scores, fixed_split, lse_base),
+        )
+        if workspace is None and size:
+            workspace = _new_workspace(q, size, stream)
+        elif workspace is not None and workspace.size < size:
+            raise CapacityError(f"{op}: workspace has {workspace.size} elements, expected {size}")
+        attend(workspace=workspace, stream=stream, **arrays)
+        if merge is not None:
+            merge(out=out, lse=lse, workspace=workspace, sinks=sinks, stream=stream)
     else:
         earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
-        cuda.run_on_host(lambda: _decode_on_host(arrays, spec, scores, causal, lse_base))
+        cuda.run_on_host(lambda: _decode_on_host(arrays, spec, scores, lse_base))
     return (out, lse) if return_lse else out
+
+
+def _check_options(
+    op: str,
+    dims: Dims,
+    tree: Any,
+    T: int,
+    scale: float | None,
+    window: int | None,
+    soft_cap: float | None,
+    causal: bool,
+    fixed_split: int | None,
+    lse_base: str,
+) -> Scores:
+    """Check options of `decode` against sizes, once for all calls that have both."""
+    check_tree(op, tree, T, causal)
+    check_lse_base(op, lse_base)
+    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
+        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+    return check_scores(op, dims, scale, window, soft_cap, causal)
 
 
 @cache
@@ -198,10 +225,6 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
         lse=optional(f"{rows} HQ", FLOAT32),
         workspace=optional("E", FLOAT32),
     )
-
-
-def _sizes(dims: Dims, T: int) -> mma.Sizes:
-    return mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
 
 
 def workspace_size(
@@ -235,11 +258,12 @@ def workspace_size(
 @lru_cache(maxsize=1024)
 def _workspace_size(sizes: mma.Sizes, num_sms: int, fixed_split: int | None) -> int:
     ranges = max(mma.num_ranges(sizes, n * num_sms, fixed_split) for n in mma.BLOCKS_OF_SM)
+    slots = mma.num_slots(sizes, ranges, fixed_split)
     plain = [
         _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, sizes.B + 1)
     ]
-    return max(mma.workspace_size(sizes, ranges, fixed_split), *plain, 0)
+    return max(mma.workspace_size(sizes, slots), *plain, 0)
 
 
 def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
@@ -271,46 +295,31 @@ def reference(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
-    soft_cap: float | None = None,
-    slopes: Any = None,
     sinks: Any = None,
-    tree: Any = None,
-    causal: bool = True,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
+    """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation.
+
+    Arguments as of `decode`; `options` are `soft_cap`, `causal`, `slopes` and `tree`. Without a
+    spec pools are of any floats.
+    """
     many = q if q.ndim == 4 else q[:, None]  # [B, T, HQ, D]
-    B, T, HQ, D = many.shape
     dtype = np.result_type(q.dtype, np.float32)
-    out = np.zeros((B, T, HQ, D), dtype)
-    lse = np.full((B, T, HQ), -np.inf, dtype)
+    out, lse = np.zeros(many.shape, dtype), np.full(many.shape[:3], -np.inf, dtype)
     if sinks is not None:
         lse[...] = sinks
-    for b, length in enumerate(lengths.tolist()):
-        if length <= 0:
-            continue
-        first = max(length - (T - 1) * causal - window, 0) if window else 0
-        rows = range(first, length)
-        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
-        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], rows, dtype)
-        H = k.shape[1]
-        mask = dict(slopes=slopes, tree=None if tree is None else tree[b], causal=causal)
-        of_queries = Scores(scale, window, soft_cap)
-        scores = masked_scores(many[b].astype(dtype), k, first, length, of_queries, **mask)
-        extra = None if sinks is None else sinks.astype(dtype).reshape(H, -1, 1)
-        values, sums = weigh(scores, v.transpose(1, 0, 2)[:, None], extra)
-        out[b] = values.transpose(2, 0, 1, 3).reshape(T, HQ, D)
-        lse[b] = sums.transpose(2, 0, 1).reshape(T, HQ)
+    keys = (k_pool, k_scales, spec, page_table)
+    for b, rows, scores in scored_sequences(many, keys, lengths, scale, window, **options):
+        v = decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
+        out[b], lse[b] = weigh(scores, v, sinks)
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
 
 
-def _decode_on_host(
-    arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool, lse_base: str
-) -> None:
+def _decode_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, lse_base: str) -> None:
     """Fill `out` and `lse` of `arrays`, which go by the names of `decode`."""
-    out, lse = arrays["out"], arrays["lse"]
+    out, lse, *_ = arrays.values()
     given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
-    given |= scores._asdict()
-    out[...], sums = reference(**given, spec=spec, causal=causal)
+    out[...], sums = reference(**given, **scores._asdict(), spec=spec)
     if lse is not None:
         lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
@@ -318,83 +327,55 @@ def _decode_on_host(
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-class _Launches(NamedTuple):
-    """What all but the contents of arrays decides of a call."""
-
-    attend: cuda.Launch
-    workspace_size: int  # elements
-    merge: cuda.Launch | None  # of the states that parts of a sequence leave in the workspace
-
-    def __call__(self, arrays: dict[str, Any], workspace: Any, stream: Any) -> None:
-        size = self.workspace_size
-        if workspace is None and size:
-            with cuda.on_stream(stream):
-                workspace = like(arrays["q"], (size,), np.float32)
-                workspace[:COUNTERS] = 0
-        elif workspace is not None and workspace.size < size:
-            raise CapacityError(
-                f"paged_decode.decode: workspace has {workspace.size} elements, expected {size}"
-            )
-        self.attend(workspace=workspace, stream=stream, **arrays)
-        if self.merge is not None:
-            out, lse, sinks = (arrays[name] for name in ("out", "lse", "sinks"))
-            self.merge(out=out, lse=lse, workspace=workspace, sinks=sinks, stream=stream)
+def _new_workspace(q: Any, size: int, stream: Any) -> Any:
+    with cuda.on_stream(stream):
+        workspace = like(q, (size,), np.float32)
+        workspace[:COUNTERS] = 0
+    return workspace
 
 
 def _launches(
     arrays: dict[str, Any],
-    sizes: mma.Sizes,
+    dims: Dims,
+    T: int,
     spec: KVSpec,
-    aligned: bool,
     scores: Scores,
-    behind: int,
     fixed_split: int | None,
     lse_base: str,
-) -> _Launches:
-    """The launches for arrays that are checked.
-
-    Args:
-        arrays: by the names of `decode`.
-        aligned: whether both pools begin at multiples of 16 bytes.
-        behind: keys between the first query and the last key.
-        The others as in `decode`.
-    """
-    q = arrays["q"]
-    pools = [arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")]
-    defines = pool_defines(spec, sizes.D, q.dtype) | scores.defines
-    for flag, name in (("ALIBI", "slopes"), ("SINKS", "sinks"), ("TREE", "tree")):
-        if arrays[name] is not None:
-            defines[flag] = 1
-    strides = pool_scalars(spec, *pools)
+) -> tuple[cuda.Launch, cuda.Launch | None, int]:
+    """The launch for arrays that are checked, the one that then merges what parts of a sequence
+    leave in the workspace, if any, and the elements that this has."""
+    q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
+    sizes = mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
+    defines = kernel_defines(spec, scores, arrays)
+    scalars = kernel_scalars(spec, scores, dims, arrays)
+    # What the tensor-core kernel takes besides: bytes from a page or token to the next that 32
+    # bits hold.
+    near = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
     q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
-    scalars = strides | scores.scalars
-    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, behind=behind)
-    scalars |= dict(T=sizes.T, M=sizes.M, capacity=sizes.capacity, window=scores.seen_keys)
+    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride)
+    scalars |= dict(T=T, behind=T - 1 if scores.causal else 0)
     scalars |= dict(lse_unit=1.0 if lse_base == "2" else LN_2)
-    # What the tensor-core kernel takes besides: vectors at whole vectors, and bytes from a page or
-    # token to the next that 32 bits hold.
-    aligned = aligned and not any(n % 16 for pool in pools[:2] for n in pool.strides[:3])
-    near = all(0 <= n < 2**30 for name, n in strides.items() if not name.endswith("head"))
-    if aligned and near and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
+    if near and whole_vectors(k_pool, v_pool) and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
-        return _Launches(launch, size, None)
-    defines |= dict(ROWS=_tile_rows(sizes))
-    num_sms = cuda.num_sms(cuda.current_device())
-    splits, size = _plain_splits(sizes, scores.seen_keys, num_sms, fixed_split)
+        return launch, None, size
+    rows, num_sms = _tile_rows(sizes), cuda.num_sms(cuda.current_device())
+    splits, size = _plain_splits(sizes, int(scalars["window"]), num_sms, fixed_split)
     scalars |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=fixed_split or 0, splits=splits)
-    grid = sizes.B * sizes.H * -(-sizes.rows // defines["ROWS"]) * splits
+    defines |= dict(_SIZES, ROWS=rows)
+    grid = sizes.B * sizes.H * -(-sizes.rows // rows) * splits
     attend = cuda.Launch(
         cuda.kernel("paged_decode", "paged_decode", **defines), grid, BLOCK, scalars
     )
     if splits == 1:
-        return _Launches(attend, size, None)
+        return attend, None, size
     merge = cuda.Launch(
         cuda.kernel("paged_decode", "paged_decode_merge", **defines),
-        grid=sizes.B * sizes.T * sizes.HQ,
+        grid=sizes.B * T * sizes.HQ,
         block=BLOCK,
         scalars=dict(HQ=sizes.HQ, splits=splits, lse_unit=scalars["lse_unit"]),
     )
-    return _Launches(attend, size, merge)
+    return attend, merge, size
 
 
 def _tile_rows(sizes: mma.Sizes) -> int:

@@ -7,23 +7,18 @@ Kernel: kernels_cu/paged_decode_mma.cu.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16
+from pykv.arrays import BFLOAT16, FLOATS
 from pykv.kinds import KVSpec
-
-VARIANTS: list[dict[str, Any]] = [
-    dict(HEAD_DIM=d, PAGE=16, Q_T="float", K_T=kv, V_T=kv, SCALE_T="f16")
-    for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
-]
-VARIANTS_SMS = range(75, 1000)  # with tensor cores
 
 STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile
 WARPS = 4
 BLOCK = 32 * WARPS
-MIN_KEYS = 128  # of a range
+MIN_KEYS = 128  # of a range; fewer are not worth a merge
 BLOCKS_OF_SM = (1, 2, 3)  # that a kind may run at once; more do not always mean more ranges
 CLUSTER = 8  # blocks that join the states of one sequence through each other's shared memory
 CLUSTER_KEYS = 4096  # of a cluster at most; for more it pays to have more blocks
@@ -66,33 +61,40 @@ def covers(sm: int, spec: KVSpec, D: int) -> bool:
     return D % 16 == 0 and D <= 256 and k.bits * D % 128 == 0 and v.bits * D % 256 == 0
 
 
-def tile_keys(spec: KVSpec, D: int) -> int:
-    """Keys of a tile: the kernel's KEYS."""
-    return 32 if spec.has_scales and D <= 128 else 16
+@cache
+def block_sizes(sm: int, spec: KVSpec, q_dtype: Any, D: int) -> dict[str, int]:
+    """The sizes that the kernel is told as defines, which it holds against those that it computes.
+
+    Stages are of keys and of values from sm_80 on, where copies run by themselves, else of one or
+    the other. Rows of up to 128 bytes are padded to a power of two, so that none crosses a line.
+    Long queries stay in shared memory, with the terms that rounding to the mma's type leaves. More
+    keys a tile would spill registers; conversion of codes takes longer than their loads, so an SM
+    runs more such blocks.
+    """
+    keys = 32 if spec.has_scales and D <= 128 else 16
+    row_bytes = [kind.row_bytes(D) for kind in spec.kinds]
+    stages = [keys * (n if n > 128 else 1 << (n - 1).bit_length()) for n in row_bytes]
+    terms = 1 + (q_dtype.itemsize == 4) + (spec.k == "bf16" and q_dtype != BFLOAT16)
+    return dict(
+        BLOCK=BLOCK,
+        BLOCKS=3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 and sm >= 80 else 2,
+        ROWS=ROWS,
+        KEYS=keys,
+        MIN_KEYS=MIN_KEYS,
+        COUNTERS=COUNTERS,
+        STAGE_BYTES=sum(stages) if sm >= 80 else max(stages),
+        Q_BYTES=terms * D * 16 if D > 128 else 0,
+        STATE_PITCH=D + 16 if D % 32 == 0 else D,  # floats; two rows fall on different banks
+    )
 
 
 def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
-    """Of a block: queues of the warps, long queries, and the warps' states."""
-    k, v = spec.kinds
-    D = sizes.D
-    pitches = [_pitch_of(kind.row_bytes(D)) for kind in spec.kinds]
-    queue = tile_keys(spec, D) * (sum(pitches) if sm >= 80 else max(pitches))
-    pitch = D + 16 if D % 32 == 0 else D  # floats of a row
-    states = min(sizes.rows, ROWS) * (4 * pitch + 8)
-    if sm < 80 and D <= 128:
-        return WARPS * max(queue, states)
-    if D > 128:
-        is_fine, is_bf16 = q_dtype.itemsize == 4, k.name == "bf16"
-        terms = (
-            3 if is_fine and is_bf16 else 2 if is_fine or (is_bf16 and q_dtype != BFLOAT16) else 1
-        )
-        queue += terms * D * 16
-    return WARPS * (queue + states)
-
-
-def _pitch_of(row_bytes: int) -> int:
-    """Bytes from a row to the next in a queue: the kernel's PITCH_OF."""
-    return row_bytes if row_bytes > 128 else 1 << (row_bytes - 1).bit_length()
+    """Of a block: stages of the warps, long queries, and the warps' states."""
+    block = block_sizes(sm, spec, q_dtype, sizes.D)
+    states = min(sizes.rows, ROWS) * (4 * block["STATE_PITCH"] + 8)
+    if sm < 80 and sizes.D <= 128:
+        return WARPS * max(block["STAGE_BYTES"], states)
+    return WARPS * (block["STAGE_BYTES"] + block["Q_BYTES"] + states)
 
 
 def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
@@ -105,13 +107,6 @@ def fits(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> bool:
 
 def _shared_of_sm(sm: int) -> int:
     return {75: 64, 80: 164, 87: 164}.get(sm, 228 if 90 <= sm < 120 else 100) << 10
-
-
-def num_blocks(sm: int, spec: KVSpec, q_dtype: Any, D: int, shared: int, num_sms: int) -> int:
-    """Blocks that run at once: the kernel's BLOCKS an SM where shared memory allows."""
-    most = 3 if spec.has_scales and D <= 128 and q_dtype.itemsize == 2 and sm >= 80 else 2
-    in_sm = _shared_of_sm(sm) // (shared + 1024)  # the system's own 1 KiB each
-    return num_sms * max(1, min(most, in_sm))
 
 
 def num_ranges(sizes: Sizes, blocks: int, fixed_split: int | None) -> int:
@@ -139,12 +134,7 @@ def num_slots(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
     return 2 * ranges if ranges > 1 else 0
 
 
-def workspace_size(sizes: Sizes, ranges: int, fixed_split: int | None) -> int:
-    """Elements of workspace."""
-    return state_size(sizes, num_slots(sizes, ranges, fixed_split))
-
-
-def state_size(sizes: Sizes, slots: int) -> int:
+def workspace_size(sizes: Sizes, slots: int) -> int:
     """Elements of a workspace of so many slots, counters included."""
     return slots and COUNTERS + slots * sizes.tiles * min(sizes.rows, ROWS) * (sizes.D + 2)
 
@@ -167,11 +157,12 @@ def launch(
         defines, scalars: what this kernel shares with the plain one.
     """
     sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
-    shared = shared_bytes(sm, spec, q_dtype, sizes)
-    blocks = num_blocks(sm, spec, q_dtype, sizes.D, shared, num_sms)
+    block, shared = block_sizes(sm, spec, q_dtype, sizes.D), shared_bytes(sm, spec, q_dtype, sizes)
+    in_sm = _shared_of_sm(sm) // (shared + 1024)  # blocks, with the system's own 1 KiB each
+    blocks = num_sms * max(1, min(block["BLOCKS"], in_sm))
     ranges, cluster = num_ranges(sizes, blocks, fixed_split), None
     slots = num_slots(sizes, ranges, fixed_split)
-    defines = defines | dict(PAGE=sizes.P)
+    defines = defines | block | dict(PAGE=sizes.P)
     if spec.has_scales and spec.granularity != "token":
         defines["ROW_SCALES"] = 0
     if sizes.B == 1 and not fixed_split:
@@ -182,7 +173,7 @@ def launch(
             if sizes.tiles <= cuda.active_clusters(joined, BLOCK, shape, shared):
                 defines["CLUSTER"], ranges, cluster, slots = CLUSTER, CLUSTER, shape, 0
     scalars = scalars | dict(B=sizes.B, G=sizes.HQ // sizes.H, slots=slots)
-    scalars |= dict(piece_tiles=(fixed_split or 0) // tile_keys(spec, sizes.D))
+    scalars |= dict(piece_tiles=(fixed_split or 0) // block["KEYS"])
     made = cuda.Launch(
         cuda.kernel(STEM, STEM, **defines),
         grid=(sizes.tiles // sizes.H, sizes.H, ranges),
@@ -191,4 +182,12 @@ def launch(
         shared_bytes=shared,
         cluster=cluster,
     )
-    return made, state_size(sizes, slots)
+    return made, workspace_size(sizes, slots)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(HEAD_DIM=D, PAGE=16, Q_T="float", **spec.type_defines)
+    | cuda.by_sm(block_sizes, spec, FLOATS[0], D)
+    for spec, D in ((KVSpec(), 64), (KVSpec(), 128), (KVSpec("int8", "int8"), 128))
+]
+VARIANTS_SMS = range(75, 1000)  # with tensor cores

@@ -24,20 +24,21 @@ from pykv.arrays import (
     INT32,
     VECTOR_BYTES,
     Dims,
+    check_head_dim,
     checker,
     like,
     on_gpu,
     optional,
 )
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KVSpec, spec_of
+from pykv.errors import ParameterError, ShapeError
+from pykv.kinds import POOLS, KVSpec, spec_of
 from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
 
 BLOCK = 128  # threads at most
 
 
-def append(
+def append(  # the options are those of the four ops that it fuses
     qkv: Any,
     k_pool: Any,
     v_pool: Any,
@@ -116,7 +117,7 @@ def append(
     >>> q.shape, k_pool[0, 2, 0, 0], v_pool[0, 2, 0, 0]
     ((1, 2, 8), np.float16(16.0), np.float16(24.0))
     """
-    op = "paged_qkv.append"
+    op, check = "paged_qkv.append", paged_check.enabled(check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     rotation = dict(positions=positions, inv_freq=inv_freq)
@@ -132,7 +133,7 @@ def append(
         raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
     if not 0 < eps < math.inf:
         raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
-    if paged_check.enabled(check):
+    if check:
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
     if q_out is None:
@@ -141,10 +142,8 @@ def append(
         return q_out
     arrays = dict(q_out=q_out, **pools, qkv=qkv, slots=slots, **rotation, **norms)
     if on_gpu(qkv):
-        launch = dims.keep(
-            (spec, pairing, float(eps), bool(hadamard)),
-            lambda: _launch(spec, dims, arrays, pairing, eps, hadamard),
-        )
+        chosen = (spec, pairing, float(eps), bool(hadamard))
+        launch = dims.keep(chosen, lambda: _launch(dims, arrays, *chosen))
         launch(**arrays, stream=stream)
     else:
         options = dict(**rotation, pairing=pairing, **norms, eps=eps, hadamard=hadamard)
@@ -204,10 +203,7 @@ def hadamard_transform(x: Any) -> Any:
 
 def _query_heads(op: str, dims: dict[str, int]) -> int:
     R, H, D = dims["R"], dims["H"], dims["D"]
-    if D == 0 or D % 8:
-        raise ShapeError(f"{op}: a head has D={D} elements, expected a multiple of 8")
-    if D > MAX_HEAD_DIM:
-        raise UnsupportedError(f"{op}: a head has D={D} elements, expected at most {MAX_HEAD_DIM}")
+    check_head_dim(op, "k_pool", D, MAX_HEAD_DIM)
     HQ = R // D - 2 * H
     if R % D or HQ < 1:
         raise ShapeError(
@@ -259,26 +255,24 @@ def split(
 
 
 def _launch(
-    spec: KVSpec, dims: Dims, arrays: dict[str, Any], pairing: str, eps: float, hadamard: bool
+    dims: Dims, arrays: dict[str, Any], spec: KVSpec, pairing: str, eps: float, hadamard: bool
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
     q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
-    T, HQ, D = q_out.shape
-    defines = defines_of(
-        *(qkv.dtype, spec, HQ, dims["H"], D, dims["P"], dims.get("F", 0), pairing),
-        norm_dtype=None if q_norm is None else q_norm.dtype,
-        slot_dtype=arrays["slots"].dtype,
-        hadamard=hadamard,
-    )
-    _, k_pool, v_pool, k_scales, v_scales, *_ = arrays.values()
+    (T, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)
+    flags = dict(HADAMARD=int(hadamard), PAIRING="ADJACENT" if pairing == "adjacent" else "HALF")
+    if arrays["slots"].dtype == SLOTS[1]:
+        flags["ROW_T"] = "i64"
+    norm_dtype = None if q_norm is None else q_norm.dtype
+    defines = defines_of(qkv.dtype, spec, HQ, H, D, dims["P"], F, norm_dtype, **flags)
     q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
-    qkv_token = qkv.strides[0] // qkv.itemsize
+    scalars = spec.pool_strides(**{name: arrays[name] for name in POOLS})
+    scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=qkv.strides[0] // qkv.itemsize)
     return cuda.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
-        grid=(T, -(-(HQ + 2 * dims["H"]) // (defines["BLOCK"] // defines["LANES"]))),
+        grid=(T, -(-(HQ + 2 * H) // (defines["BLOCK"] // defines["LANES"]))),
         block=defines["BLOCK"],
-        scalars=spec.pool_strides(k_pool, v_pool, k_scales, v_scales)
-        | dict(q_token=q_token, q_head=q_head, qkv_token=qkv_token, eps=eps),
+        scalars=scalars | dict(eps=eps),
     )
 
 
@@ -290,43 +284,36 @@ def defines_of(
     D: int,
     P: int,
     F: int = 0,
-    pairing: str = "half",
-    *,
     norm_dtype: Any = None,
-    slot_dtype: Any = INT32[0],
-    hadamard: bool = False,
+    **flags: Any,
 ) -> dict[str, Any]:
-    """The kernel's defines. `norm_dtype` is of the norms' weights, None where there is no norm."""
+    """The kernel's defines.
+
+    Args:
+        dtype: of the projection.
+        spec: of the pools.
+        HQ, H, D, P, F: dimensions.
+        norm_dtype: of the norms' weights; None: there is no norm.
+        flags: PAIRING, of meaning where F is not 0, HADAMARD and ROW_T.
+    """
     lanes = paged_append.lanes_of(D)
     heads = HQ + 2 * H
     blocks = -(-heads * lanes // BLOCK)  # of a token
     rows = -(-heads // blocks)  # of a block, the same in all
-    return dict(
-        NEW_T=dtype,
-        W_T="float" if norm_dtype is None else norm_dtype,
-        **paged_append.pool_defines(spec, H, D, P),
-        Q_HEADS=HQ,
-        ROW_T="i64" if slot_dtype == SLOTS[1] else "int",
-        NORM=int(norm_dtype is not None),
-        PAIRS=F,
-        PAIRING="ADJACENT" if F and pairing == "adjacent" else "HALF",
-        HADAMARD=int(hadamard),
-        BLOCK=-(-rows * lanes // 32) * 32,
-        LANES=lanes,
-    )
+    defines = dict(NEW_T=dtype, W_T="float" if norm_dtype is None else norm_dtype)
+    defines |= dict(NORM=int(norm_dtype is not None), Q_HEADS=HQ, PAIRS=F, ROW_T="int", HADAMARD=0)
+    defines |= dict(BLOCK=-(-rows * lanes // 32) * 32, LANES=lanes)
+    defines |= paged_append.pool_defines(spec, H, D, P) | flags
+    return defines | dict(PAIRING=flags.get("PAIRING", "HALF") if F else "HALF")
 
 
 # Of floats and, mixed, of codes: SmolLM2, a Llama of 32 and 8 heads, and Gemma 3, which normalises.
 VARIANTS = [
-    defines_of(
-        *(FLOATS[0], KVSpec(kind, kind), HQ, H, D, 16, D // 2, pairing),
-        norm_dtype=norm_dtype,
-        hadamard=kind == "int8",
-    )
-    for kind in ("fp16", "int8")
-    for HQ, H, D, pairing, norm_dtype in (
-        (9, 3, 64, "adjacent", None),
-        (32, 8, 128, "adjacent", None),
-        (4, 1, 256, "half", FLOATS[0]),
+    defines_of(FLOATS[0], KVSpec(kind, kind), *sizes, norm_dtype, PAIRING=pairing, HADAMARD=mixed)
+    for kind, mixed in (("fp16", 0), ("int8", 1))
+    for sizes, norm_dtype, pairing in (
+        ((9, 3, 64, 16, 32), None, "ADJACENT"),
+        ((32, 8, 128, 16, 64), None, "ADJACENT"),
+        ((4, 1, 256, 16, 128), FLOATS[0], "HALF"),
     )
 ]

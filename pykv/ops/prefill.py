@@ -18,15 +18,15 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, on_gpu, optional
 from pykv.attention import (
-    ALL_KEYS,
     Scores,
-    capped,
     check_pages,
     check_scores,
     decoded_rows,
-    pool_defines,
-    pool_scalars,
+    kernel_defines,
+    kernel_scalars,
+    masked_scores,
     weigh,
+    whole_vectors,
 )
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec, spec_of
@@ -36,23 +36,20 @@ from pykv.ops import prefill_mma as mma
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 
 
-def _block_rows(D: int) -> int:
-    """Rows of a block: as many as its shared memory and registers hold at head size D."""
-    return 64 if D <= 64 else 32 if D <= 128 else 16 if D <= 256 else 8
-
-
-def _block_threads(D: int) -> int:
-    """Threads of a block: fewer where its rows and keys are few."""
-    return 128 if D <= 256 else 64
+def _block_sizes(D: int) -> dict[str, int]:
+    """Rows and threads of a block of the plain kernel, which it is told: as many rows as its shared
+    memory and registers hold at head size D, and fewer threads where rows and keys are few."""
+    rows = 64 if D <= 64 else 32 if D <= 128 else 16 if D <= 256 else 8
+    return dict(ROWS=rows, BLOCK=128 if D <= 256 else 64)
 
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(HEAD_DIM=d, ROWS=_block_rows(d), Q_T="float", K_T="f16", V_T="f16", SCALE_T="f16")
-    for d in (64, 128)
+    dict(HEAD_DIM=D, Q_T="float", **KVSpec().type_defines, **_block_sizes(D)) for D in (64, 128)
 ]
 VARIANTS_SMS = range(75)  # from sm_75 on prefill_mma takes such pools
 
 
+# Every option of the attention that models ask for, each of its own; who calls names them.
 def prefill(
     q: Any,
     k_pool: Any,
@@ -129,15 +126,16 @@ def prefill(
     >>> pykv.ops.prefill.prefill(q, *cache.layers[0], table, lengths, starts)[:, 0, 0]
     array([1. , 1.5, 3. ], dtype=float32)
     """
-    op = "prefill.prefill"
+    op, check = "prefill.prefill", paged_check.enabled(check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
-    scores = check_scores(op, dims, scale, window, soft_cap)
+    options = (scale, window, soft_cap, causal)
+    scores = dims.keep(options, lambda: check_scores(op, dims, *options))
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
-    if paged_check.enabled(check):
+    if check:
         with cuda.on_stream(stream):
             paged_check.check_starts(q_starts, dims["T"], op=op, name="q_starts")
             paged_check.check_page_table(
@@ -152,14 +150,12 @@ def prefill(
     if dims["T"] * dims["HQ"] * dims["B"] == 0:
         pass
     elif on_gpu(q):
-        aligned = (k_pool.data.ptr | v_pool.data.ptr) % 16 == 0
-        options = (spec, aligned, scores, causal)
-        launch = dims.keep(options, lambda: _launch(arrays, dims, *options))
+        launch = dims.keep((spec, options), lambda: _launch(arrays, dims, spec, scores))
         launch(stream=stream, **arrays)
     else:
         pool = dims["N"], dims["P"]
         cuda.look(lambda: _check_on_host(op, arrays, window, pool))
-        cuda.run_on_host(lambda: _prefill_on_host(arrays, spec, scores, causal))
+        cuda.run_on_host(lambda: _prefill_on_host(arrays, spec, scores))
     return (out, lse) if return_lse else out
 
 
@@ -322,18 +318,19 @@ def reference(
     k_scales: Any = None,
     v_scales: Any = None,
     spec: KVSpec | None = None,
-    soft_cap: float | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation."""
-    T, HQ, D = q.shape
-    H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[2]
-    G = HQ // H
+    """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation.
+
+    Arguments as of `prefill`; the only one of `options` is `soft_cap`. Without a spec pools are of
+    any floats.
+    """
+    HQ = q.shape[1]
     dtype = np.result_type(q.dtype, np.float32)
-    out = np.zeros((T, HQ, D), dtype)
-    lse = np.full((T, HQ), -np.inf, dtype)
-    starts = q_starts.tolist()
+    out, lse = np.zeros(q.shape, dtype), np.full(q.shape[:2], -np.inf, dtype)
+    scores, starts = Scores(scale, window, causal=causal, **options), q_starts.tolist()
     for b, length in enumerate(lengths.tolist()):
-        # Positions of the queries' tokens; those before 0 see nothing.
+        # Query t stands at position t + shift; those before 0 see nothing.
         start, stop = starts[b], starts[b + 1]
         shift = length - stop
         if causal:
@@ -342,70 +339,48 @@ def reference(
             continue
         first = max(start + shift + 1 - window, 0) if window else 0
         rows = range(first, length)
-        k = decoded_rows(k_pool, k_scales, spec, 0, page_table[b], rows, dtype)
-        v = decoded_rows(v_pool, v_scales, spec, 1, page_table[b], rows, dtype)
+        k = decoded_rows(b, rows, dtype, k_pool, k_scales, spec, page_table)
+        v = decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
         step = max(1, SCORE_BYTES // (HQ * len(k) * dtype.itemsize))
         for t in range(start, stop, step):
-            n = min(step, stop - t)
-            low, high = first, length  # keys that some query of the chunk sees
-            if causal:
-                position = np.arange(t, t + n) + shift
-                high = int(position[-1]) + 1
-                low = max(int(position[0]) + 1 - window, 0) if window else 0
-            queries = q[t : t + n].astype(dtype).reshape(n, H, G, D).transpose(1, 0, 2, 3)
-            seen_k = k[low - first : high - first].transpose(1, 2, 0)
-            seen_v = v[low - first : high - first].transpose(1, 0, 2)
-            scores = queries.reshape(H, n * G, D) @ seen_k
-            scores = capped(scores * scale, soft_cap)
-            if causal:
-                key = np.arange(low, high)
-                hidden = key > position[:, None]
-                if window:
-                    hidden |= key <= position[:, None] - window
-                np.copyto(scores.reshape(H, n, G, -1), -np.inf, where=hidden[:, None, :])
-            values, sums = weigh(scores, seen_v)
-            out[t : t + n] = values.reshape(H, n, G, D).transpose(1, 0, 2, 3).reshape(n, HQ, D)
-            lse[t : t + n] = sums.reshape(H, n, G).transpose(1, 0, 2).reshape(n, HQ)
+            low, high, end = first, length, min(t + step, stop)
+            if causal:  # keys that some query of these sees
+                low, high = max(t + shift + 1 - window, 0) if window else 0, end + shift
+            seen = slice(low - first, high - first)
+            of_queries = masked_scores(q[t:end].astype(dtype), k[seen], low, high, scores)
+            out[t:end], lse[t:end] = weigh(of_queries, v[seen])
     return out.astype(q.dtype, copy=False), lse
 
 
-def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores, causal: bool) -> None:
+def _prefill_on_host(arrays: dict[str, Any], spec: KVSpec, scores: Scores) -> None:
     """Fill `out` and `lse` of `arrays`, which go by the names of `prefill`."""
-    out, lse = arrays["out"], arrays["lse"]
+    out, lse, *_ = arrays.values()
     given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
-    given |= scores._asdict()
-    out[...], sums = reference(**given, spec=spec, causal=causal)
+    out[...], sums = reference(**given, **scores._asdict(), spec=spec)
     if lse is not None:
         lse[...] = sums
 
 
-def _launch(
-    arrays: dict[str, Any], dims: Dims, spec: KVSpec, aligned: bool, scores: Scores, causal: bool
-) -> cuda.Launch:
-    """The launch for arrays that are checked, which go by the names of `prefill`.
-
-    Args:
-        aligned: both pools begin at multiples of 16 bytes.
-    """
+def _launch(arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores) -> cuda.Launch:
+    """The launch for arrays that are checked, which go by the names of `prefill`."""
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
-    q = arrays["q"]
-    pools = [arrays[name] for name in ("k_pool", "v_pool", "k_scales", "v_scales")]
-    scalars = pool_scalars(spec, *pools) | scores.scalars
-    scalars |= dict(q_stride=q.strides[0] // q.itemsize, causal=causal, window=scores.seen_keys)
-    scalars |= dict(B=B, HQ=HQ, H=H, M=M, capacity=min(M * P, ALL_KEYS))
+    q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
+    scalars = kernel_scalars(spec, scores, dims, arrays) | dict(B=B, HQ=HQ, H=H)
+    scalars |= dict(q_stride=q.strides[0] // q.itemsize, causal=scores.causal)
     # Nothing follows a single page, and kernels like even ones.
     scalars |= dict(P=-(-P // 64) * 64 if M == 1 else P)
-    defines = pool_defines(spec, D, q.dtype) | scores.defines
-    aligned = aligned and not any(n % 16 for pool in pools[:2] for n in pool.strides[:3])
-    tiling = mma.tiling_for(cuda.current_sm(), spec, D, q.dtype) if aligned else None
-    if tiling is not None:
+    defines = kernel_defines(spec, scores, arrays)
+    sm = cuda.current_sm()
+    tiling = mma.tiling_for(sm, spec, D, q.dtype)
+    if tiling is not None and whole_vectors(k_pool, v_pool):
+        defines |= mma.block_sizes(sm, spec, D, q.dtype)
         return cuda.Launch(
             cuda.kernel("prefill_mma", "prefill_mma", **defines),
             grid=(T * (HQ // H) // tiling.rows + B) * H,
-            block=mma.WARPS * 32,
+            block=mma.BLOCK,
             scalars=scalars,
             shared_bytes=tiling.shared_bytes,
         )
-    rows = _block_rows(D)
-    kernel = cuda.kernel("prefill", "prefill", **defines, ROWS=rows)
-    return cuda.Launch(kernel, (T * (HQ // H) // rows + B, H), _block_threads(D), scalars)
+    sizes = _block_sizes(D)
+    kernel = cuda.kernel("prefill", "prefill", **defines, **sizes)
+    return cuda.Launch(kernel, (T * (HQ // H) // sizes["ROWS"] + B, H), sizes["BLOCK"], scalars)

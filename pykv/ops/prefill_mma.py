@@ -1,7 +1,7 @@
 """The tensor-core kernel of `pykv.ops.prefill`: what it covers, and how it is launched.
 
 Dimensions: as in pykv/ops/prefill.py.
-Kernel: kernels_cu/prefill_mma.cu, from which the sizes of blocks and tiles are taken.
+Kernel: kernels_cu/prefill_mma.cu, which holds the sizes chosen here against what it lays out.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from pykv.arrays import BFLOAT16
+from pykv import cuda
+from pykv.arrays import BFLOAT16, FLOATS
 from pykv.kinds import Kind, KVSpec
 
-VARIANTS: list[dict[str, Any]] = [
-    dict(HEAD_DIM=d, Q_T="float", K_T=kv, V_T=kv, SCALE_T="f16")
-    for d, kv in ((64, "f16"), (128, "f16"), (128, "i8"))
-]
-VARIANTS_SMS = range(75, 1000)  # with tensor cores
-
 WARPS = 4
+BLOCK = 32 * WARPS
 
 
 class Tiling(NamedTuple):
@@ -40,7 +36,11 @@ def tiling_for(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> Tiling | None:
 
 @cache
 def tiling(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> Tiling | None:
-    """As large a tile as lets an SM hold two blocks, or else one; None if it cannot hold one."""
+    """The most keys that let an SM hold two blocks, or else one; None if it cannot hold one.
+
+    With 32 rows a warp uses each loaded word of a key twice; with 16 loads take as long as
+    products. SMs with little shared memory have slower tensor cores, which 16 rows keep busy.
+    """
     sm_bytes = (64 if sm < 80 else 164 if sm in (80, 87) else 228 if 90 <= sm < 120 else 100) << 10
     system_bytes = 0 if sm < 80 else 1 << 10  # of each block
     is_coarse = q_dtype.itemsize == 2
@@ -75,3 +75,18 @@ def _shared_bytes(spec: KVSpec, D: int, q_dtype: Any, rows: int, keys: int) -> i
         + slots(k)
         + slots(v)
     )
+
+
+def block_sizes(sm: int, spec: KVSpec, D: int, q_dtype: Any) -> dict[str, int]:
+    """The sizes that the kernel is told as defines, where it takes such pools."""
+    sizes = dict(
+        zip(("ROWS", "KEYS", "SHARED_BYTES"), tiling(sm, spec, D, q_dtype) or (), strict=False)
+    )
+    return dict(BLOCK=BLOCK, **sizes)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(HEAD_DIM=D, Q_T="float", **spec.type_defines) | cuda.by_sm(block_sizes, spec, D, FLOATS[0])
+    for spec, D in ((KVSpec(), 64), (KVSpec(), 128), (KVSpec("int8", "int8"), 128))
+]
+VARIANTS_SMS = range(75, 1000)  # with tensor cores

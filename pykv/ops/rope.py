@@ -16,8 +16,9 @@ from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
 
 HEADS_PER_THREAD = 4
+BLOCK = 256  # threads
 
-VARIANTS = [dict(X_T="float", HEADS_PER_THREAD=HEADS_PER_THREAD)]
+VARIANTS = [dict(X_T="float", HEADS_PER_THREAD=HEADS_PER_THREAD, BLOCK=BLOCK)]
 
 PAIRINGS = ("half", "adjacent")
 SCALINGS = ("none", "linear", "llama3")
@@ -171,21 +172,15 @@ def frequencies(
 def _launch(q: Any, k: Any, F: int, pairing: str) -> cuda.Launch:
     """The launch for arrays that are checked."""
     (T, HQ, D), H = q.shape, k.shape[1]
-    width = min(-(-F // 32) * 32, 256)  # threads along the pairs; the others along the heads
-    height = 256 // width
+    width = min(-(-F // 32) * 32, BLOCK)  # threads along the pairs; the others along the heads
+    height = BLOCK // width
+    defines = dict(X_T=q.dtype, HEADS_PER_THREAD=HEADS_PER_THREAD, BLOCK=BLOCK)
     step, gap = (1, F) if pairing == "half" else (2, 1)
+    scalars = dict(HQ=HQ, H=H, D=D, F=F, step=step, gap=gap)
+    scalars |= {f"{name}_stride": x.strides[0] // x.itemsize for name, x in (("q", q), ("k", k))}
     return cuda.Launch(
-        cuda.kernel("rope", "rope", X_T=q.dtype, HEADS_PER_THREAD=HEADS_PER_THREAD),
+        cuda.kernel("rope", "rope", **defines),
         grid=(T, -(-(HQ + H) // (height * HEADS_PER_THREAD))),
         block=(width, height),
-        scalars=dict(
-            q_stride=q.strides[0] // q.itemsize,
-            k_stride=k.strides[0] // k.itemsize,
-            HQ=HQ,
-            H=H,
-            D=D,
-            F=F,
-            step=step,
-            gap=gap,
-        ),
+        scalars=scalars,
     )

@@ -109,10 +109,8 @@ class PagedAppendPlan(Plan):
         of_rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
         self._check = paged_checker(name, PagedAppendArgs._fields, cache.spec, **of_rows)
         if xp is not np:
-            options = dict(after=after, advance=advance)
-            defines = paged_append.defines_of(
-                "DECODE", cache.spec, self._element, H, D, P, **options
-            )
+            flags = dict(AFTER=int(after), ADVANCE=int(advance))
+            defines = paged_append.defines_of("DECODE", cache.spec, self._element, H, D, P, **flags)
             cuda.kernel("paged_append", "paged_append", **defines)
 
     def run(

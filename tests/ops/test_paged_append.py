@@ -643,9 +643,9 @@ def test_errors_name_the_argument(xp, rng):
         append(k, v[:4], k_pool, v_pool, slots)
     with pytest.raises(ShapeError, match="k_pool has strides"):
         append(k[..., :32], v[..., :32], k_pool[..., ::2], v_pool[..., ::2], slots)
-    with pytest.raises(ShapeError, match="a row has D=4 elements, expected a multiple of 8"):
+    with pytest.raises(ShapeError, match="k has D=4, expected a multiple of 8"):
         append(*(xp.zeros((1, 1, 4), "f4"),) * 2, *(xp.zeros((1, 1, 1, 4), "f4"),) * 2, slots[:1])
-    with pytest.raises(UnsupportedError, match="a row has D=520 elements, expected at most 512"):
+    with pytest.raises(UnsupportedError, match="k has D=520, expected at most 512"):
         rows, pool = xp.zeros((1, 1, 520), "f4"), xp.zeros((1, 1, 1, 520), "f4")
         append(rows, rows, pool, pool, slots[:1])
     with pytest.raises(DtypeError, match="slots has dtype float32, expected int32 or int64"):
@@ -707,7 +707,7 @@ def test_errors_of_tables(xp):
         decode(k, k, pool, pool, three.astype(np.int64), four, three, counts="before")
     with pytest.raises(ParameterError, match="append_ragged: counts is '', expected one of"):
         ragged(k, k, pool, pool, four, three, four, three, counts="")
-    with pytest.raises(ShapeError, match=r"indptr has B\+1=3, expected B\+1=4"):
+    with pytest.raises(ShapeError, match=r"indptr has size 3, expected B\+1=4"):
         ragged(k, k, pool, pool, four, three, three, three, counts="before")
     with pytest.raises(ShapeError, match="positions has T=4, expected T=3"):
         indexed(k, k, pool, pool, three, four, three, four)

@@ -487,10 +487,10 @@ def test_errors_name_the_argument(xp, rng):
     with pytest.raises(DtypeError, match="qkv is a list, expected a NumPy or CuPy array"):
         call([1.0])
     odd = [xp.zeros((1, 1, 1, 4), np.float16) for _ in range(2)]
-    with pytest.raises(ShapeError, match="a head has D=4 elements, expected a multiple of 8"):
+    with pytest.raises(ShapeError, match="k_pool has D=4, expected a multiple of 8"):
         paged_qkv.append(xp.zeros((1, 16), np.float16), *odd, slots[:1])
     large = [xp.zeros((1, 1, 1, 520), np.float16) for _ in range(2)]
-    with pytest.raises(UnsupportedError, match="a head has D=520 elements, expected at most 512"):
+    with pytest.raises(UnsupportedError, match="k_pool has D=520, expected at most 512"):
         paged_qkv.append(xp.zeros((1, 3 * 520), np.float16), *large, slots[:1])
 
 

@@ -37,13 +37,17 @@ class Side(NamedTuple):
     N: int
     entries: int
     table: Any  # [N * entries] uint64, on the host or a GPU
-    chunks: list[Any]  # N * entries views [H, P, D] of the host
+    chunks: Any  # N * entries views [H, P, D] of the host
     heads: tuple[int, int]  # that are stored
     layers: tuple[int, int]
     head_stride: int
     token_stride: int
     chunk_stride: int  # 0 where each chunk has an entry
-    arrays: list[Any]  # that were given, which a table does not keep alive
+    arrays: Any  # that were given, which a table does not keep alive
+
+    def without_memory(self) -> Side:
+        """What a launch goes by: hashable, and the same for all memory that lies alike."""
+        return self._replace(table=None, chunks=None, arrays=None)
 
 
 # --- Addresses ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pykv.bench.report import Record
 from pykv.kinds import KVSpec, dequantize
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
-from pykv.testing import caches
+from pykv.testing import host
 
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16
@@ -105,10 +105,10 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         for name in ("k", "v", "k_scales", "v_scales"):
             pool = getattr(cache, name)
             if pool is not None:
-                getattr(alone, name)[...] = caches.host(pool[:, pages])
+                getattr(alone, name)[...] = host(pool[:, pages])
         of_one = batch(np, [b], np.arange(M)[None], np.array([L]))
         same = _load(case["model"], np, spec.wants_hadamard)
-        (want,), got = forward(same, of_one, alone), caches.host(logits[b])
+        (want,), got = forward(same, of_one, alone), host(logits[b])
         off = float(np.abs(got - want).max())
         return (
             alone.off <= ROW_TOLERANCE and off <= TOLERANCE and int(tokens[b]) == int(got.argmax())

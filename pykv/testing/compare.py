@@ -45,6 +45,12 @@ def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
     return float(np.abs(got.astype(np.float64) - oracle).max()), bound
 
 
+def is_close(got: Any, low: Any, oracle: Any) -> bool:
+    """Whether the error of `got` is within its bound, see `error_and_bound`."""
+    error, bound = error_and_bound(got, low, oracle)
+    return error <= bound  # false for NaN
+
+
 def wrong_values(got: Any, want: Any) -> float:
     """How many values differ in their bits; all where shape or dtype differ."""
     got, want = host(got), host(want)

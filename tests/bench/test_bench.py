@@ -229,7 +229,7 @@ def test_a_graph_replays_on_the_gpu():
     with timer.stream():
         total = cupy.zeros(1, np.int32)
         add = lambda: cupy.add(total, 1, out=total)  # noqa: E731
-        times = timer.time(add, graph=(add,) * 3)
+        times = timer.time(Work(add, lambda: True, 0, graph=(add,) * 3))
         timer.synchronize()
     # One call before the capture; none in it; then replays of three, and two calls for host time.
     assert int(total[0]) == 1 + 5 * (timing.WARMUP + 20)

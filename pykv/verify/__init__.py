@@ -44,7 +44,8 @@ from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 
 Case = tuple[str, float, float]  # name, worst error, bound
-Family = Callable[[np.random.Generator, Any], Iterator[Case]]
+Cases = Iterator[Case]
+Family = Callable[[np.random.Generator, Any], Cases]
 
 
 @dataclass
@@ -114,5 +115,5 @@ def _module_of(stem: str) -> Any:
     return None
 
 
-def _no_cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def _no_cases(rng: np.random.Generator, xp: Any) -> Cases:
     yield "has no cases(rng, xp) to be judged by", np.inf, 0.0

@@ -295,9 +295,7 @@ def conclude(records: list[report.Record]) -> str:
     return "\n".join(lines) or "copy: nothing to compare; copy engines need a GPU"
 
 
-def auto_choices(
-    records: list[report.Record],
-) -> list[tuple[float, report.Record, report.Record]]:
+def auto_choices(records: list[report.Record]) -> list[tuple[float, report.Record, report.Record]]:
     """(rate of `auto` / best rate of the others timed alike, its record, the best's) by cell."""
 
     def cell(one: report.Record) -> list[Any]:

@@ -115,11 +115,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         )
 
     return Work(
-        run=run,
-        check=check,
-        bytes=model.matrix_bytes + B * L * of_token,
-        ceiling="read",
-        wall=True,
+        run=run, check=check, bytes=model.matrix_bytes + B * L * of_token, ceiling="read", wall=True
     )
 
 

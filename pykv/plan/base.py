@@ -145,12 +145,7 @@ class Plan:
 
     @classmethod
     def select(
-        cls,
-        descriptor: Any,
-        element: Any,
-        *,
-        preference: Preference | None = None,
-        xp: Any = np,
+        cls, descriptor: Any, element: Any, *, preference: Preference | None = None, xp: Any = np
     ) -> Self:
         """The plan of a descriptor.
 

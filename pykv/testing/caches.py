@@ -12,7 +12,8 @@ import numpy as np
 
 from pykv.arrays import load_cupy, on_gpu
 from pykv.kinds import SCALE_DTYPES, KVSpec
-from pykv.pages import ARRAYS, Pages
+from pykv.page_arrays import ARRAYS
+from pykv.pages import Pages
 from pykv.testing import codes
 from pykv.testing.compare import host
 

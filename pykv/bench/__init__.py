@@ -78,14 +78,15 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 
-def load(name: str) -> Any:
+def load(name: str | None) -> Any:
     """The module of a benchmark.
 
     Raises:
-        ParameterError: there is none of this name.
+        ParameterError: there is none of this name, or no name.
     """
     if name not in names():
-        raise ParameterError(f"bench: {name!r} is no benchmark, expected one of {names()}")
+        given = "no name is given" if name is None else f"{name!r} is no benchmark"
+        raise ParameterError(f"bench: {given}, expected one of {names()}")
     return import_module(f"pykv.bench.{name}")
 
 

@@ -153,11 +153,4 @@ def _prefix(pool: BlockManager, operations: int, rng: np.random.Generator) -> An
     return run
 
 
-ROUNDS = dict(
-    append=_append,
-    allocate_free=_allocate_free,
-    mixed=_mixed,
-    evict=_evict,
-    fork=_fork,
-    prefix=_prefix,
-)
+ROUNDS = {f.__name__[1:]: f for f in (_append, _allocate_free, _mixed, _evict, _fork, _prefix)}

@@ -253,18 +253,16 @@ def row(one: report.Record) -> dict[str, Any]:
     case = one["case"]
     if "tokens_per_block" not in case:
         return report.row(one)
-    total = case["copy_size"] * case["num_copies"]
+    total, median, host = case["copy_size"] * case["num_copies"], one["median"], one["host_median"]
     columns = ("tokens_per_block", "num_blocks", "pattern", "direction", "backend")
-    median = one["median"]
     return {
         **{name: case[name] for name in columns},
         "total_bytes": total,
         "inner_bytes": case["tokens_per_block"] * TOKEN_BYTES,
-        "copy_size": case["copy_size"],
-        "num_copies": case["num_copies"],
+        **{name: case[name] for name in ("copy_size", "num_copies")},
         "median_ms": "" if median is None else f"{median / 1e3:.4f}",
         "bandwidth_gbps": "" if median is None else f"{total / median / 1e3:.2f}",
-        "host_ms": "" if one["host_median"] is None else f"{one['host_median'] / 1e3:.4f}",
+        "host_ms": "" if host is None else f"{host / 1e3:.4f}",
         "share": "" if one["share"] is None else f"{one['share']:.4f}",
         "ok": one["ok"],
     }

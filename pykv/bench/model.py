@@ -56,7 +56,7 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: B sequences of L tokens in a cache of kind `kv`, and their next one."""
-    from pykv.llm.model import Batch, decode_step, forward
+    from pykv.llm.model import decode_step, forward
     from pykv.ops import sample
 
     B, L = case["B"], case["L"]
@@ -78,13 +78,11 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     last = np.array([blocks.slots(pages.tolist(), L, L + 1, PAGE_SIZE)[0] for pages in table])
     ids = rng.integers(0, config.vocab, B).astype(np.int32)
 
-    def batch(xp: Any, which: Any, page_table: Any, slots: Any) -> Batch:
+    def batch(xp: Any, which: Any, page_table: Any, slots: Any) -> Any:
         """The step of sequences `which`, whose pages and new slots these are."""
         count = len(ids[which])
-        columns = (ids[which], np.full(count, L), slots, page_table, np.full(count, L + 1))
-        on_device = (xp.asarray(column.astype(np.int32)) for column in columns)
-        new_ids, positions, new_slots, where, lengths = on_device
-        return Batch(new_ids, positions, new_slots, None, where, lengths)
+        columns = (ids[which], np.full(count, L), slots, None, page_table, np.full(count, L + 1))
+        return _batch(xp, *columns)
 
     step = batch(xp, slice(None), table, last)
     decode = decode_step(model, step, cache)
@@ -150,7 +148,7 @@ class _AsWritten(PagedKVCache):
 
 def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
     """Fill a sequence's pages with the keys and values of its tokens."""
-    from pykv.llm.model import Batch, forward
+    from pykv.llm.model import forward
     from pykv.llm.scheduler import PREFILL_TOKENS
 
     slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
@@ -158,8 +156,14 @@ def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
         stop = min(start + PREFILL_TOKENS, len(ids))
         where, starts = np.arange(start, stop), np.array([0, stop - start])
         columns = (ids[start:stop], where, slots[start:stop], starts, pages[None], np.array([stop]))
-        batch = Batch(*(xp.asarray(x.astype(np.int32)) for x in columns))
-        forward(model, batch, cache, xp.zeros(1, np.int32))
+        forward(model, _batch(xp, *columns), cache, xp.zeros(1, np.int32))
+
+
+def _batch(xp: Any, *columns: Any) -> Any:
+    """A Batch of these columns, on a device."""
+    from pykv.llm.model import Batch
+
+    return Batch(*(x if x is None else xp.asarray(x.astype(np.int32)) for x in columns))
 
 
 @lru_cache(maxsize=4)

@@ -309,6 +309,7 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
     "argv, text",
     [
         (["nothing"], "'nothing' is no benchmark, expected one of .*bandwidth"),
+        ([], "no name is given, expected one of .*bandwidth"),
         (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
         (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),

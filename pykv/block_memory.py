@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda
+from pykv.arrays import on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, BlockShape, Layout, strides
 from pykv.ops.block_copy import ADDRESSES
+from pykv.ranges import check_device
 
 ITEMSIZES = (1, 2, 4, 8)
 
@@ -37,13 +38,17 @@ class Side(NamedTuple):
     N: int
     entries: int
     table: Any  # [N * entries] uint64, on the host or a GPU
-    chunks: list[Any]  # N * entries views [H, P, D] of the host
+    chunks: Any  # N * entries views [H, P, D] of the host
     heads: tuple[int, int]  # that are stored
     layers: tuple[int, int]
     head_stride: int
     token_stride: int
     chunk_stride: int  # 0 where each chunk has an entry
-    arrays: list[Any]  # that were given, which a table does not keep alive
+    arrays: Any  # that were given, which a table does not keep alive
+
+    def without_memory(self) -> Side:
+        """What a launch goes by: hashable, and the same for all memory that lies alike."""
+        return self._replace(table=None, chunks=None, arrays=None)
 
 
 # --- Addresses ------------------------------------------------------------------------------------
@@ -64,22 +69,20 @@ def sides_by_address(
         raise ParameterError(f"{op}: shape is {shape}, expected sizes of at least 0")
     if shape.itemsize not in ITEMSIZES:
         raise ParameterError(f"{op}: itemsize is {shape.itemsize}, expected 1, 2, 4 or 8")
-    sides = [side_by_address(op, side, shape) for side in (dst, src)]
-    empty = num_blocks == 0 or 0 in shape
+    sides = to, from_ = [side_by_address(op, side, shape) for side in (dst, src)]
+    if num_blocks == 0 or 0 in shape:
+        return shape, to._replace(N=0), from_._replace(N=0)
+    N = max(side.N for side in sides) if num_blocks is None else num_blocks
+    missing = [side.name for side in sides if side.table is None]
+    if missing and (N or len(missing) == 2):
+        raise ParameterError(f"{op}: {missing[0]} is None, expected a table of addresses")
     for side in sides:
-        if side.table is None and not empty and (num_blocks or sides[0].N or sides[1].N):
-            raise ParameterError(f"{op}: {side.name} is None, expected a table of addresses")
-    if all(side.table is None for side in sides) and not empty:
-        raise ParameterError(f"{op}: {sides[0].name} is None, expected a table of addresses")
-    N = num_blocks if num_blocks is not None else max(side.N for side in sides)
-    for side in sides:
-        if side.table is not None and not empty and side.table.size != N * side.entries:
+        if side.table is not None and side.table.size != N * side.entries:
             raise ShapeError(
                 f"{op}: {side.name} has {side.table.size} addresses, expected {N * side.entries} "
                 f"({N} blocks of {side.entries})"
             )
-    to, from_ = (side._replace(N=0 if empty else N) for side in sides)
-    return shape, to, from_
+    return shape, to._replace(N=N), from_._replace(N=N)
 
 
 def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
@@ -105,19 +108,8 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
                 f"{step.head // stored.itemsize} between heads, which overlap"
             )
         extent += (n - 1) * stride
-    return Side(
-        name=name,
-        N=N,
-        entries=entries,
-        table=table,
-        chunks=[],
-        heads=heads,
-        layers=layers,
-        head_stride=step.head,
-        token_stride=step.token,
-        chunk_stride=step.chunk,
-        arrays=[],
-    )
+    parts = heads, layers, step.head, step.token, step.chunk
+    return Side(name, N, entries, table, [], *parts, arrays=[])
 
 
 def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: str) -> None:
@@ -130,9 +122,7 @@ def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: 
 
 
 def _check_table(op: str, name: str, table: Any) -> None:
-    cupy = sys.modules.get("cupy")
-    on_gpu = cupy is not None and isinstance(table, cupy.ndarray)
-    if not on_gpu and not isinstance(table, np.ndarray):
+    if not _is_array(table):
         raise DtypeError(
             f"{op}: {name} is a {type(table).__name__}, expected an array of addresses"
         )
@@ -144,18 +134,15 @@ def _check_table(op: str, name: str, table: Any) -> None:
         raise ShapeError(
             f"{op}: {name} has shape {table.shape}, expected a contiguous table [addresses]"
         )
-    if on_gpu:
-        _check_device(op, name, table)
+    if on_gpu(table):
+        check_device(op, name, table)
     elif not table.all():
         raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
 
 
-def _check_device(op: str, name: str, array: Any) -> None:
-    if array.data.device_id != cuda.current_device():
-        raise DeviceError(
-            f"{op}: {name} is on GPU {array.data.device_id}, expected the current one, "
-            f"GPU {cuda.current_device()}"
-        )
+def _is_array(x: Any) -> bool:
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -169,14 +156,11 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
     """
     found = [_find_arrays(op, *side) for side in (dst, src)]
     # Operational arrays and lists of chunks do not tell all sizes; those of the other side do.
-    known: dict[str, int] = {}
-    for arrays in found:
+    known = {"O": 1}
+    for arrays in reversed(found):
         for axes, x in arrays[:1]:
-            known = dict(zip(axes, x.shape, strict=True)) | known
-    known.setdefault("O", 1)
-    sides = [
-        _array_side(op, side, arrays, known) for side, arrays in zip((dst, src), found, strict=True)
-    ]
+            known |= dict(zip(axes, x.shape, strict=True))
+    sides = (_array_side(op, *side, known) for side in zip((dst, src), found, strict=True))
     (to, to_sizes), (from_, from_sizes) = sides
     for letter in "NOPD":
         if to_sizes[letter] != from_sizes[letter]:
@@ -200,19 +184,16 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
 
 def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[str, Any]]:
     """Every array of a side with the letters of its dimensions, in the order of blocks."""
-    axes = AXES[layout.name]
+    axes, found = AXES[layout.name], []
+    for block in memory if isinstance(memory, (list, tuple)) else ():
+        if layout.is_stack and isinstance(block, (list, tuple)):
+            found += [(axes[3:], chunk) for chunk in block]
+        else:
+            found.append((axes[1:], block))
     if not isinstance(memory, (list, tuple)):
         found = [(axes, memory)]
-    else:
-        found = []
-        for block in memory:
-            if layout.is_stack and isinstance(block, (list, tuple)):
-                found += [(axes[3:], chunk) for chunk in block]
-            else:
-                found.append((axes[1:], block))
-    cupy = sys.modules.get("cupy")
     for axes, x in found:
-        if not isinstance(x, np.ndarray) and (cupy is None or not isinstance(x, cupy.ndarray)):
+        if not _is_array(x):
             raise DtypeError(
                 f"{op}: {name} has a {type(x).__name__}, expected NumPy or CuPy arrays, or lists "
                 "of them; addresses need a shape"
@@ -275,24 +256,11 @@ def _array_side(
         chunks = [x[i] for x, lead, _ in facts for i in np.ndindex(x.shape[: len(lead)])]
     else:
         for x, *_ in facts:
-            _check_device(op, name, x)
+            check_device(op, name, x)
         table = np.concatenate([_addresses(x, len(lead)) for x, lead, _ in facts])
     sizes = dict(N=N, H=H, L=L, O=O, P=P, D=D, itemsize=itemsize)
-    return (
-        Side(
-            name,
-            N,
-            entries,
-            table,
-            chunks,
-            **held,
-            head_stride=head_stride,
-            token_stride=token_stride,
-            chunk_stride=0,
-            arrays=[x for _, x in arrays],
-        ),
-        sizes,
-    )
+    parts = held["heads"], held["layers"], head_stride, token_stride, 0
+    return Side(name, N, entries, table, chunks, *parts, arrays=[x for _, x in arrays]), sizes
 
 
 def _split(

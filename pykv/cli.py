@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     bench = commands.add_parser("bench", help="time one job on this machine's GPU")
-    bench.add_argument("name", help="bandwidth or another; a wrong name lists them all")
+    bench.add_argument("name", nargs="?", help="bandwidth or another; without one all are listed")
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
 
@@ -158,15 +158,8 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the sampling parameters; the latter first, as they are quick to refuse."""
     from pykv.llm import LLM, SamplingParams
 
-    params = SamplingParams(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        stop=tuple(args.stop),
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop")
+    params = SamplingParams(**{name: getattr(args, name) for name in names})
     llm = LLM(
         args.model,
         device=args.device,
@@ -292,7 +285,8 @@ def _bench(args: argparse.Namespace) -> int:
     module = bench.load(args.name)
     parser = argparse.ArgumentParser(
         prog=f"pykv bench {args.name}",
-        description=module.__doc__.partition("\n")[0],
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --page is not --pages
     )
     parser.add_argument("--json", help="write a record for each case, ceilings included")

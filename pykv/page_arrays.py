@@ -18,6 +18,7 @@ from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 
 Ids = Sequence[int] | Any  # or a NumPy array
+ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache
 
 
 def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
@@ -29,14 +30,8 @@ def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     else:  # scales may be elsewhere than pages that were swapped out
         sizes = _pages_checker(op, name, spec)(*pools)
         _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
-    return dict(
-        spec=str(spec),
-        layers=sizes["L"],
-        page_size=sizes["P"],
-        heads=sizes["H"],
-        head_dim=sizes["D"],
-        pages=sizes["N"],
-    )
+    names = dict(layers="L", page_size="P", heads="H", head_dim="D", pages="N")
+    return dict(spec=str(spec)) | {name: sizes[letter] for name, letter in names.items()}
 
 
 @cache
@@ -65,16 +60,16 @@ def _scale_names(name: str) -> tuple[str, str]:
 
 def moving_arrays(cache: Any) -> dict[str, Any]:
     """The arrays [L, N, ...] that pages are made of."""
-    names = ["k", "v"]
-    if cache.spec.finds_scales:
-        names += ["k_scales", "v_scales"]
-    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+    return _arrays(cache, ARRAYS if cache.spec.finds_scales else ARRAYS[:2])
 
 
 def given_scales(cache: Any) -> dict[str, Any]:
     """The scales that belong to the whole cache."""
-    names = () if cache.spec.finds_scales else ("k_scales", "v_scales")
-    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+    return _arrays(cache, () if cache.spec.finds_scales else ARRAYS[2:])
+
+
+def _arrays(cache: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: x for name in names if (x := getattr(cache, name)) is not None}
 
 
 def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:

@@ -1,6 +1,4 @@
-(
-    ""
-    """Whole pages of a cache: zero, copy, convert, swap to the host. Scales go with the data.
+"""Whole pages of a cache: zero, copy, convert, swap to the host. Scales go with the data.
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
 take.
@@ -17,7 +15,6 @@ Prepared (`pykv.prepare`), these functions work on the lists and on the arrays o
 call holds: `enlarge` gives a cache other arrays, which want a call of their own. Given scales are
 compared when the call is prepared.
 """
-)
 
 from __future__ import annotations
 
@@ -32,6 +29,7 @@ from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
 from pykv.page_arrays import (
+    ARRAYS,
     Ids,
     check_apart,
     check_targets,
@@ -45,7 +43,6 @@ from pykv.page_arrays import (
 )
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
-ARRAYS = ("k", "v", "k_scales", "v_scales")
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,11 +63,11 @@ class Pages:
 
     def __repr__(self) -> str:
         layers, num_pages, *inner, width = self.k.shape
-        sizes = dict(zip(self.spec.page_axes, inner, strict=True))
+        page_size, heads = self.spec.page_order(*inner)
         head_dim = width * self.k.itemsize * 8 // self.spec.kinds[0].bits
         return (
-            f"Pages(layers={layers}, pages={num_pages}, heads={sizes['H']}, head_dim={head_dim}, "
-            f'page_size={sizes["P"]}, spec="{self.spec}", '
+            f"Pages(layers={layers}, pages={num_pages}, heads={heads}, head_dim={head_dim}, "
+            f'page_size={page_size}, spec="{self.spec}", '
             f"{footprint(self.k, self.v, self.k_scales, self.v_scales)})"
         )
 
@@ -221,25 +218,17 @@ def convert_pages(
     if on_gpu(source.k):
         with cuda.on_stream(stream):
             lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
+    options = dict(spec=source.spec, out_spec=target.spec, check=False, stream=stream)
+    options |= dict(pages=lists[0], out_pages=lists[1])
+    names = ("k_pool", "v_pool", "k_scales", "v_scales")
+    outputs = ("k_out", "v_out", "k_out_scales", "v_out_scales")
     for layer in range(facts["layers"]):
-        of_layer = (
-            [x if x is None else x[layer] for x in (c.k, c.v, c.k_scales, c.v_scales)]
-            for c in (source, target)
-        )
-        (k, v, k_scales, v_scales), (k_out, v_out, k_out_scales, v_out_scales) = of_layer
-        paged_convert.convert(
-            *(k, v, k_out, v_out),
-            spec=source.spec,
-            out_spec=target.spec,
-            k_scales=k_scales,
-            v_scales=v_scales,
-            k_out_scales=k_out_scales,
-            v_out_scales=v_out_scales,
-            pages=lists[0],
-            out_pages=lists[1],
-            check=False,
-            stream=stream,
-        )
+        arrays = {
+            name: x if x is None else x[layer]
+            for side, words in ((source, names), (target, outputs))
+            for name, x in zip(words, (getattr(side, letter) for letter in ARRAYS), strict=True)
+        }
+        paged_convert.convert(**arrays, **options)
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:
@@ -253,15 +242,10 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
     if num_pages < 0:
         raise ParameterError(f"{op}: num_pages is {num_pages}, expected at least 0")
     facts_of(op, "cache", cache)
-    moving = moving_arrays(cache)
-    made = {}
-    for name in ("k", "v", "k_scales", "v_scales"):
-        array = getattr(cache, name)
-        if name in moving:
-            shape = (len(array), num_pages, *array.shape[2:])
-            made[name] = _host_memory(shape, array.dtype, on_gpu(cache.k))
-        else:
-            made[name] = array  # given scales are shared
+    made = {name: getattr(cache, name) for name in ARRAYS}  # given scales are shared
+    for name, array in moving_arrays(cache).items():
+        shape = (len(array), num_pages, *array.shape[2:])
+        made[name] = _host_memory(shape, array.dtype, on_gpu(cache.k))
     return Pages(**made, spec=cache.spec)
 
 

@@ -5,6 +5,7 @@ Dimensions: C ranges, or pairs of a source and a destination.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,16 +167,25 @@ def check_writeable(op: str, name: str, array: Any) -> None:
 
 def _check_reach(op: str, name: str, array: Any) -> None:
     """Check that the current GPU can reach an array."""
-    if not on_gpu(array):
-        if _is_pageable(address_of(array)):
-            raise DeviceError(
-                f"{op}: {name} is in pageable host memory, expected it pinned, as "
-                "cupyx.empty_pinned makes it"
-            )
-    elif array.data.device_id != cuda.current_device():
+    if on_gpu(array):
+        check_device(op, name, array)
+    elif _is_pageable(address_of(array)):
         raise DeviceError(
-            f"{op}: {name} is on GPU {array.data.device_id}, expected the current one, "
-            f"GPU {cuda.current_device()}"
+            f"{op}: {name} is in pageable host memory, expected it pinned, as "
+            "cupyx.empty_pinned makes it"
+        )
+
+
+def check_device(op: str, name: str, array: Any) -> None:
+    """Check that a GPU's array is on the current one.
+
+    Raises:
+        DeviceError: it is not.
+    """
+    device, current = array.data.device_id, cuda.current_device()
+    if device != current:
+        raise DeviceError(
+            f"{op}: {name} is on GPU {device}, expected the current one, GPU {current}"
         )
 
 
@@ -184,15 +194,6 @@ def address_of(array: Any) -> int:
     return int(array.data.ptr if on_gpu(array) else array.__array_interface__["data"][0])
 
 
-class _Range:
-    """Host memory as NumPy asks for it."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__array_interface__ = dict(
-            data=(address, False), shape=(size,), typestr="|u1", version=3
-        )
-
-
 def bytes_at(address: int, size: int) -> Any:
     """A NumPy view of host memory, which its owner must keep."""
-    return np.asarray(_Range(address, size))
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))

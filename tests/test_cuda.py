@@ -267,7 +267,9 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
 
 @nvrtc
 def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
-    monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: [("paged_append", dict(HEAD_DIM=64))])
+    monkeypatch.setattr(
+        cuda.compiler, "variants", lambda arch=None: [("paged_append", dict(HEAD_DIM=64))]
+    )
     with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
         cuda.warmup(["sm_75"])
     with pytest.raises(CompileError):

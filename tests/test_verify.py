@@ -1,10 +1,11 @@
 """pykv.verify, by hand-worked numbers, and by faults planted in every op and in its reference."""
 
-import inspect
 import json
 import re
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,29 @@ from pykv.ops import (
     prefill,
     rope,
     sample,
+)
+from tests.faults import (
+    all_alike,
+    an_eighth_more,
+    as_int64,
+    does_nothing,
+    fixed,
+    half_the_scales,
+    halved,
+    keys_for_values,
+    last_bit,
+    scaled,
+    second_halved,
+    ties_to_the_last,
+    toward_zero,
+    truncated,
+    with_argument,
+    with_changed_option,
+    with_option,
+    without,
+    without_the_first_state,
+    without_the_last_byte,
+    zeros,
 )
 from tests.helpers import without_simt
 
@@ -217,98 +241,13 @@ def test_row(error, bound, ok):
 # --- Faults planted in public functions: each must turn at least one row of its op WRONG ---
 
 
-def scaled(by):
-    """The result, or the first of several, is off by a fraction of itself."""
-
-    def plant(op):
-        def faulty(*args, **kwargs):
-            out = op(*args, **kwargs)
-            return (out[0] * F32(1 + by), *out[1:]) if isinstance(out, tuple) else out * F32(1 + by)
-
-        return faulty
-
-    return plant
+def op_tests(stem):
+    """The tests of an op, which may have faults of its own: nothing here is edited for a new op."""
+    name = f"tests.ops.test_{stem}"
+    return import_module(name) if find_spec(name) else None
 
 
-def with_option(**change):
-    """An option that the caller gives is not obeyed."""
-    return lambda op: lambda *args, **kwargs: op(*args, **{**kwargs, **change})
-
-
-def with_argument(index, change, **options):
-    """One positional argument is misread, with options that let it pass."""
-
-    def plant(op):
-        def faulty(*args, **kwargs):
-            given = list(args)
-            given[index] = change(given[index])
-            return op(*given, **kwargs, **options)
-
-        return faulty
-
-    return plant
-
-
-def last_bit(op):
-    """One code of one row is off by one."""
-
-    def faulty(*args, **kwargs):
-        out = op(*args, **kwargs)
-        out.view("u2")[-1, -1] ^= 1
-        return out
-
-    return faulty
-
-
-def keys_for_values(op):
-    return lambda k, v, *rest, **options: op(k, k, *rest, **options)
-
-
-def half_the_scales(op):
-    """The scales that are stored are half of what codes were made with."""
-
-    def faulty(*args, **options):
-        op(*args, **options)
-        if options["k_scales"] is not None:
-            options["k_scales"][...] = options["k_scales"] * F16(0.5)
-
-    return faulty
-
-
-def truncated(op):
-    """Rows are cut to what sixteen bits less hold, before they become codes."""
-
-    def faulty(k, v, *rest, **options):
-        bits = k.view("u4") if k.itemsize == 4 else k.view("u2")
-        op((bits >> 3 << 3).view(k.dtype), v, *rest, **options)
-
-    return faulty
-
-
-def ties_to_the_last(op):
-    return lambda logits: (logits.shape[1] - 1 - op(logits[:, ::-1].copy())).astype(np.int32)
-
-
-def as_int64(op):
-    return lambda *args: op(*args).astype(np.int64)
-
-
-def without_the_last_byte(op):
-    return lambda *lists: op(*([x[:-1] for x in arrays] for arrays in lists))
-
-
-def with_changed_option(name, change):
-    return lambda op: (
-        lambda *args, **options: op(*args, **{**options, name: change(options.get(name))})
-    )
-
-
-def halved(x):
-    return x if x is None else x * F16(0.5)
-
-
-def without_the_first_state(op):
-    return lambda values, lse, **options: op(values[1:], lse[1:], **options)
+TESTS = {stem: op_tests(stem) for stem in cuda.stems()}
 
 
 FAULTS = {
@@ -390,9 +329,6 @@ FAULTS = {
     ),
     "prefill: no window": (prefill, "prefill", with_option(window=None)),
     "prefill: not causal": (prefill, "prefill", with_option(window=None, causal=False)),
-    "norm: 1e-5 off": (norm, "rms_norm", scaled(1e-5)),
-    "norm: epsilon doubled": (norm, "rms_norm", with_option(eps=2e-5)),
-    "norm: no offset": (norm, "rms_norm", with_option(offset=0.0)),
     "rope: one position late": (rope, "rotate", with_argument(2, lambda x: x + 1)),
     "rope: always half": (rope, "rotate", with_option(pairing="half")),
     "rope: frequencies 1e-6 off": (rope, "rotate", with_argument(3, lambda x: x * F32(1 + 1e-6))),
@@ -415,6 +351,10 @@ FAULTS = {
     "write: another seed": (bandwidth, "write", with_argument(1, lambda seed: seed + 1)),
     "copy: other words": (bandwidth, "copy", with_argument(0, lambda x: x + 1)),
 }
+
+
+for stem, tests in TESTS.items():
+    FAULTS |= {name: (*fault, stem) for name, fault in getattr(tests, "FAULTS", {}).items()}
 
 
 def family_of(fault):
@@ -457,70 +397,6 @@ def test_a_planted_fault_shows_where_kernels_run(monkeypatch, device, name):
 # --- Faults planted in what runs on a CPU: the judge must not share them ---
 
 
-def does_nothing(op):
-    return lambda *args, **options: None
-
-
-def zeros(op):
-    """Zeros, like what is returned, alone or the first of several."""
-
-    def faulty(*args, **options):
-        out = op(*args, **options)
-        return (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
-
-    return faulty
-
-
-def fixed(index, change):
-    """The argument of one position is misread."""
-
-    def plant(op):
-        signature = inspect.signature(op)
-        name = list(signature.parameters)[index]
-
-        def faulty(*args, **options):
-            bound = signature.bind(*args, **options)
-            bound.arguments[name] = change(bound.arguments[name])
-            return op(*bound.args, **bound.kwargs)
-
-        return faulty
-
-    return plant
-
-
-def second_halved(op):
-    """The log-sum-exp is off."""
-
-    def faulty(*args, **options):
-        out, lse = op(*args, **options)
-        return out, lse / 2
-
-    return faulty
-
-
-def without(option):
-    return lambda op: lambda *args, **options: op(*args, **options | {option: None})
-
-
-def toward_zero(op):
-    """Codes are cut instead of rounded."""
-    return lambda y, kind: op(np.trunc(y), kind)
-
-
-def an_eighth_more(op):
-    return lambda *args: op(*args) * F32(1.125)
-
-
-def all_alike(op):
-    """Every key that is seen gets the same score."""
-
-    def faulty(*args, **options):
-        scores = op(*args, **options)
-        return np.where(np.isneginf(scores), scores, 0)
-
-    return faulty
-
-
 REFERENCE_FAULTS = [  # families, module, function, plant
     (["block_copy"], block_copy, "bytes_at", lambda op: lambda *args: op(*args).copy()),
     (["paged_append"], paged_append, "reference", does_nothing),
@@ -557,8 +433,6 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["prefill"], prefill, "weigh", second_halved),
     (["merge_states"], merge_states, "reference", fixed(1, lambda lse: np.minimum(lse, 0))),
     (["merge_states"], merge_states, "reference", second_halved),
-    (["norm"], norm, "reference", fixed(2, lambda eps: 0.0)),
-    (["norm"], norm, "reference", fixed(3, lambda offset: 0.0)),
     (["activation"], activation, "reference", fixed(0, lambda name: "swiglu")),
     (["activation"], activation, "reference_add", does_nothing),
     (["activation"], activation, "reference_embed", fixed(2, lambda scale: 1.0)),
@@ -576,6 +450,9 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["bandwidth"], bandwidth, "reference_write", fixed(1, lambda seed: seed + 1)),
     (["bandwidth"], bandwidth, "reference_copy", does_nothing),
 ]
+
+for stem, tests in TESTS.items():
+    REFERENCE_FAULTS += [([stem], *fault) for fault in getattr(tests, "REFERENCE_FAULTS", [])]
 
 
 @pytest.mark.parametrize(

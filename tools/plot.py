@@ -6,7 +6,7 @@
     python tools/plot.py kinds kinds.json                   # bytes a token against perplexity
     python tools/plot.py roofline decode.json prefill.json  # or CSV of `pykv bench ... --csv`
 
-Needs matplotlib: pip install 'pykv-cuda[plot]'
+Needs matplotlib: the extra `plot`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from pykv import install
 from pykv.bench import CEILINGS, copy, report
 from pykv.errors import FormatError, PykvError
 from pykv.kinds import KVSpec
@@ -426,7 +427,8 @@ def main(argv=None):
         print(f"plot: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"plot: {error.name} is missing: pip install 'pykv-cuda[plot]'", file=sys.stderr)
+        advice = install.command("plot")
+        print(f"plot: {error.name} is missing: {advice}", file=sys.stderr)
         return 2
     print(out)
     return 0

@@ -18,7 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "kernels_cu" / "README.md"
-BLOCK = re.compile(r"^```\w+\n((?://|#) (\S+/\w+\.\w+)\b[^\n]*\n.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```\w+\n((?://|#) (\S+/\w+\.\w+)\b[^\n]*\n.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def blocks(text):

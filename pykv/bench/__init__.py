@@ -78,14 +78,15 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 
-def load(name: str) -> Any:
+def load(name: str | None) -> Any:
     """The module of a benchmark.
 
     Raises:
-        ParameterError: there is none of this name.
+        ParameterError: there is none of this name, or no name.
     """
     if name not in names():
-        raise ParameterError(f"bench: {name!r} is no benchmark, expected one of {names()}")
+        given = "no name is given" if name is None else f"{name!r} is no benchmark"
+        raise ParameterError(f"bench: {given}, expected one of {names()}")
     return import_module(f"pykv.bench.{name}")
 
 
@@ -182,23 +183,11 @@ def _measure(
                 call()
             timer.synchronize()
             ok = bool(work.check())
-            times = None
-            if ok:
-                times = timer.time(
-                    work.run,
-                    reads_only=work.reads_only,
-                    graph=work.graph,
-                    wall=work.wall,
-                    prepared=None if work.op is None or xp is np else _prepared(work.op),
-                    clocked=work.clocked,
-                    samples=work.samples,
-                )
+            prepared = None
+            if ok and work.op is not None and xp is not np:
+                prepared = cuda.prepare(work.op.func, *work.op.args, **work.op.keywords)
+            times = timer.time(work, prepared) if ok else None
         return report.record(bench, case, work, times, facts)
     finally:
         work = None
         timer.free()
-
-
-def _prepared(op: partial[Any]) -> Callable[[], object]:
-    """The call of an op, checked once and ready to be made again."""
-    return cuda.prepare(op.func, *op.args, **op.keywords)

@@ -27,7 +27,7 @@ from pykv.bench.options import DTYPES, Case
 from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.pages import Pages
-from pykv.testing import caches, error_and_bound
+from pykv.testing import caches, host, is_close
 
 SIZES = dict(N=4096, P=16, H=8, D=128)
 TINY = dict(N=16, P=4, H=2, D=16)
@@ -36,7 +36,7 @@ CHECKED = 256  # tokens whose queries and keys a check looks at
 EPS = 1e-5
 
 
-def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def _cases(tokens: int, sizes: dict[str, int]) -> list[Case]:
     listed = [
         *((tokens, "fp16", kv) for kv in ("fp16", "int8", "int8:fp32", "int4", "int4:fp32")),
         *((tokens, "fp16", kv) for kv in ("e4m3", "e4m3:fp32", "e5m2", "k8v4", "int8:HND")),
@@ -49,21 +49,12 @@ def _cases(tokens: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
         *((tokens, "fp16", False), (tokens, "int8", False), (tokens, "int8", True)),
         *((8, "fp16", False), (8, "int8", True)),
     ]
-    return cases + [
-        dict(
-            op=op,
-            tokens=T,
-            dtype="fp16",
-            kv=kv,
-            norm=with_norm,
-            hadamard=hadamard,
-            HQ=GROUP * sizes["H"],
-            **sizes,
-        )
-        for T, kv, with_norm in of_layers
-        for op, hadamard in (("qkv", False), ("qkv", True), ("separate", False))
-        if kv == "int8" or not hadamard
-    ]
+    for T, kv, with_norm in of_layers:
+        for op, hadamard in (("qkv", False), ("qkv", True), ("separate", False)):
+            if kv == "int8" or not hadamard:
+                how = dict(norm=with_norm, hadamard=hadamard, HQ=GROUP * sizes["H"])
+                cases.append(dict(op=op, tokens=T, dtype="fp16", kv=kv, **how, **sizes))
+    return cases
 
 
 CASES, QUICK = _cases(4096, SIZES), _cases(20, TINY)
@@ -78,30 +69,20 @@ def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
     return [{**case, "N": -(-timing.MAX_CALLS * case["tokens"] // case["P"])}]
 
 
-def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
+def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: `tokens` rows of K and V in `dtype` go to random slots of N pages."""
     spec, T, dtype = KVSpec.parse(case["kv"]), case["tokens"], DTYPES[case["dtype"]]
     N, P, H, D = (case[name] for name in "NPHD")
-    of_pool = sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
+    moved = T * (2 * H * D * dtype.itemsize + spec.bytes_per_token(H, D)) + 4 * T  # and slots
     if "op" in case:
-        of_token = (2 * case["HQ"] + 2 * H) * D * dtype.itemsize + H * of_pool
-        moved = T * of_token + 8 * T + 4 * (D // 2)
-    else:
-        moved = T * H * (2 * D * dtype.itemsize + of_pool) + 4 * T  # rows, scales and slots
+        moved += T * 2 * case["HQ"] * D * dtype.itemsize + 4 * T + 4 * (D // 2)
     calls = min(timing.calls_of(xp, moved), N * P // T)
-    if not memory.fits(xp, N * P * H * of_pool + 3 * calls * moved):
+    if not memory.fits(xp, N * P * spec.bytes_per_token(H, D) + 3 * calls * moved):
         return None
-    cache = caches.empty(xp, caches.cache(xp, spec, 1, N, P, H, D, 0))
-    options = caches.layer(cache)
-    pools = [options.pop(f"{name}_pool") for name in "kv"]
-    if not spec.has_scales:
-        options = {}
-    if spec != KVSpec(spec.k, spec.v) or {spec.k, spec.v} & {"int4", "e4m3", "e5m2"}:
-        options["spec"] = spec
-
+    cache = caches.empty(xp, caches.cache(xp, rng, spec, 1, N, P, H, D))
     make_call = _layer if "op" in case else _rows
     places = rng.permutation(N * P)[: calls * T].astype(np.int32).reshape(calls, T)
-    made = [make_call(case, xp, rng, cache, pools, slots, options) for slots in places]
+    made = [make_call(case, xp, rng, cache, slots) for slots in places]
     runs, checks = zip(*made, strict=True)
     return Work(
         run=runs[0],
@@ -113,99 +94,67 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     )
 
 
-def _rows(
-    case: dict[str, Any],
-    xp: Any,
-    rng: np.random.Generator,
-    cache: Pages,
-    pools: list[Any],
-    places: Any,
-    options: dict[str, Any],
-) -> tuple[Callable[[], object], Callable[[], bool]]:
-    """A call of `paged_append.append`, and its check."""
+Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
+
+
+def _rows(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any) -> Call:
+    """A call of `paged_append.append`."""
     shape = case["tokens"], case["H"], case["D"]
-    new = caches.values(xp, int(rng.integers(2**31)), shape, DTYPES[case["dtype"]])
+    k, v = caches.values(xp, rng, shape, DTYPES[case["dtype"]])
+    where = dict(slots=xp.asarray(places), spec=cache.spec, **caches.layer(cache))
     pages, offsets = np.divmod(places, case["P"])
 
     def check() -> bool:
-        return all(caches.holds(cache, which, pages, new[which], offsets) for which in (0, 1))
+        return all(caches.holds(cache, i, pages, x, offsets) for i, x in enumerate((k, v)))
 
-    append: Any = paged_append.append
-    return partial(append, *new, *pools, xp.asarray(places), **options), check
+    return partial(paged_append.append, k, v, **where), check
 
 
-def _layer(
-    case: dict[str, Any],
-    xp: Any,
-    rng: np.random.Generator,
-    cache: Pages,
-    pools: list[Any],
-    places: Any,
-    options: dict[str, Any],
-) -> tuple[Callable[[], object], Callable[[], bool]]:
-    """A call of a case with an `op`, and its check."""
+def _layer(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any) -> Call:
+    """A call of a case with an `op`."""
     T, HQ, H, D, dtype = *(case[x] for x in ("tokens", "HQ", "H", "D")), DTYPES[case["dtype"]]
-    heads, _ = caches.values(xp, int(rng.integers(2**31)), (T, HQ + 2 * H, D), dtype)
+    heads, _ = caches.values(xp, rng, (T, HQ + 2 * H, D), dtype)
     original = heads.copy()
-    given = [rng.integers(0, 2**17, T).astype(np.int32), rope.frequencies(D, 10000.0), "half"]
-    given += [1 + rng.standard_normal(D).astype(np.float32) / 4 for _ in range(2)]
-    if not case["norm"]:
-        given[3:] = [None, None]
-    positions, freq, pairing, *weights = (
-        xp.asarray(x) if isinstance(x, np.ndarray) else x for x in given
-    )
+    positions = rng.integers(0, 2**17, T).astype(np.int32)
+    freq, weights = rope.frequencies(D, 10000.0), [None, None]
+    if case["norm"]:
+        weights = [1 + rng.standard_normal(D).astype(np.float32) / 4 for _ in range(2)]
+    there = [xp.asarray(x) for x in (positions, freq)]
+    q_norm, k_norm = (None if x is None else xp.asarray(x) for x in weights)
     q, k, v = heads[:, :HQ], heads[:, HQ : HQ + H], heads[:, HQ + H :]
-    q_out = q
-    if case["op"] == "qkv":
-        q_out = xp.full((T, HQ, D), np.nan, dtype)
-
-    rows, where = heads.reshape(T, -1), (*pools, xp.asarray(places))
-    append_rows: Any = paged_append.append
-    append_qkv: Any = paged_qkv.append
-    fused = partial(
-        append_qkv,
-        rows,
-        *where,
-        positions=positions,
-        inv_freq=freq,
-        pairing=pairing,
-        q_norm=weights[0],
-        k_norm=weights[1],
-        eps=EPS,
-        hadamard=case["hadamard"],
-        q_out=q_out,
-        **options,
-    )
+    where = dict(slots=xp.asarray(places), spec=cache.spec, **caches.layer(cache))
+    fused = case["op"] == "qkv"
+    q_out = xp.full((T, HQ, D), np.nan, dtype) if fused else q
 
     def separate() -> None:
         if case["norm"]:
-            norm.rms_norm(q, weights[0], eps=EPS, out=q)
-            norm.rms_norm(k, weights[1], eps=EPS, out=k)
-        rope.rotate(q, k, positions, freq, pairing=pairing)
-        append_rows(k, v, *where, **options)
+            norm.rms_norm(q, q_norm, eps=EPS, out=q)
+            norm.rms_norm(k, k_norm, eps=EPS, out=k)
+        rope.rotate(q, k, *there, pairing="half")
+        paged_append.append(k, v, **where)
 
     def check() -> bool:
         """Values bit for bit; some queries and keys by the definition."""
         pages, offsets = np.divmod(places, case["P"])
-        values = caches.host(original[:, HQ + H :])
+        values = host(original[:, HQ + H :])
         if case["hadamard"]:
             values = paged_qkv.hadamard_transform(values)
         if not caches.holds(cache, 1, pages, values, offsets):
             return False
         ids = rng.permutation(T)[:CHECKED]
-        of_tokens = caches.host(original)[ids], H, given[0][ids], *given[1:], EPS, case["hadamard"]
-        low, exact = (
-            paged_qkv.split(x, *of_tokens[1:])
-            for x in (of_tokens[0], of_tokens[0].astype(np.float64))
-        )
+        given = (H, positions[ids], freq, "half", *weights, EPS, case["hadamard"])
+        rows = host(original)[ids]
+        low, exact = (paged_qkv.split(x, *given) for x in (rows, rows.astype(np.float64)))
         kind = cache.spec.kinds[0]
         codes, scales = quantize(low[1], kind, scale_dtype=SCALE_DTYPES[cache.spec.scale_dtype])
         stored = caches.means(cache, 0, pages[ids])[np.arange(len(ids)), offsets[ids]]
-        judgements = (
-            (caches.host(q_out)[ids], low[0].astype(dtype), exact[0]),
-            (stored, dequantize(codes, kind, scales), exact[1]),
+        return is_close(host(q_out)[ids], low[0].astype(dtype), exact[0]) and is_close(
+            stored, dequantize(codes, kind, scales), exact[1]
         )
-        found = [error_and_bound(*judged) for judged in judgements]
-        return all(error <= bound for error, bound in found)
 
-    return (fused if case["op"] == "qkv" else separate), check
+    if not fused:
+        return separate, check
+    options = dict(zip(("positions", "inv_freq"), there, strict=True))
+    options |= dict(pairing="half", q_norm=q_norm, k_norm=k_norm, eps=EPS, q_out=q_out)
+    options |= dict(hadamard=case["hadamard"], **where)
+    return partial(paged_qkv.append, heads.reshape(T, -1), **options), check

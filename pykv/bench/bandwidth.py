@@ -14,6 +14,8 @@ from pykv.arrays import VECTOR_BYTES
 from pykv.bench import Work, memory
 from pykv.errors import ParameterError
 from pykv.ops import bandwidth
+from pykv.ranges import address_of
+from pykv.testing import caches
 
 GIB = 1 << 30
 QUICK_SIZE = 1 << 22  # fits caches: good for a try, not for a ceiling
@@ -26,7 +28,6 @@ CASES: list[dict[str, Any]] = [
 ]
 
 _TILES_A_SUM = 8  # enough for each block to amortise its end, few enough to spread evenly
-_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # of cudaMemcpyKind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,20 +66,16 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
 
 def _words(xp: Any, size: int, seed: int) -> Any:
     """[V, 4] uint32 of `size` bytes, all words different."""
-    return memory.words(xp, size, seed).reshape(-1, 4)
+    return caches.words(xp, size, seed).reshape(-1, 4)
 
 
 def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
     x = _words(xp, size, seed)
     tiles = -(-len(x) // (bandwidth.BLOCK * vectors))
     sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
-
-    def check() -> bool:
-        return int(sums.sum(dtype=np.uint32)) == int(x.sum(dtype=np.uint32))
-
     return Work(
         run=lambda: bandwidth.read(x, sums, vectors=vectors),
-        check=check,
+        check=lambda: int(sums.sum(dtype=np.uint32)) == int(x.sum(dtype=np.uint32)),
         bytes=size,  # read once; the sums are next to nothing
         ceiling="read",
         reads_only=True,
@@ -123,21 +120,11 @@ def _memset(xp: Any, what: str, size: int, seed: int) -> Work:
 
 def _memcpy(xp: Any, what: str, size: int, seed: int) -> Work:
     """The driver's own copy, host memory being pinned."""
-    words = _words(xp, size, seed)
-    if what == "copy":
-        x, out = words, xp.zeros_like(words)
-        kind, moved = _DEVICE_TO_DEVICE, 2 * size  # read and written
-    else:
-        x = memory.place(xp, words, what == "h2d")
-        out = memory.place(xp, xp.zeros_like(words), what == "d2h")
-        kind, moved = {"h2d": _HOST_TO_DEVICE, "d2h": _DEVICE_TO_HOST}[what], size  # over the link
-    from_, to = memory.address(x), memory.address(out)
-
-    def run() -> None:
-        stream = xp.cuda.get_current_stream().ptr
-        xp.cuda.runtime.memcpyAsync(to, from_, size, kind, stream)
-
-    def check() -> bool:
-        return bool((memory.on_device(xp, out) == memory.on_device(xp, x)).all())
-
-    return Work(run, check, bytes=moved, ceiling=what)
+    x = memory.place(xp, _words(xp, size, seed), what == "h2d")
+    out = memory.place(xp, xp.zeros((size // VECTOR_BYTES, 4), np.uint32), what == "d2h")
+    return Work(
+        run=memory.copier(xp, address_of(out), address_of(x), size),
+        check=lambda: bool((memory.on_device(xp, out) == memory.on_device(xp, x)).all()),
+        bytes=2 * size if what == "copy" else size,  # read and written; or over the link
+        ceiling=what,
+    )

@@ -10,23 +10,21 @@ from typing import Any
 import numpy as np
 
 from pykv.bench import Work
+from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.blocks import BlockManager
 
 PAGES, P = 4096, 16
 
-CASES: list[dict[str, Any]] = [
-    dict(what="append", operations=16_384),
-    dict(what="allocate_free", operations=16_384),
-    dict(what="mixed", operations=16_384),
-    dict(what="evict", operations=8_192),
-    dict(what="fork", operations=6_144),
-    dict(what="prefix", operations=1_024),
-]
+OPERATIONS = {
+    **dict.fromkeys(("append", "allocate_free", "mixed"), 16_384),
+    **dict(evict=8_192, fork=6_144, prefix=1_024),
+}
+CASES: list[Case] = [dict(what=what, operations=count) for what, count in OPERATIONS.items()]
 QUICK = [{**case, "operations": 768} for case in CASES]
 
 
-def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work:
+def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     """The work of a case, on a pool of 4,096 pages of 16 tokens:
 
     append: 64 sequences that grow token by token, a call each.
@@ -36,22 +34,10 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work:
     fork: fork a sequence of 20 tokens, append to the copy (which orders a page copied), free it.
     prefix: publish or reuse 16 pages, a hash each; an operation is a page.
     """
-    make_round = {
-        "append": _append,
-        "allocate_free": _allocate_free,
-        "mixed": _mixed,
-        "evict": _evict,
-        "fork": _fork,
-        "prefix": _prefix,
-    }[case["what"]]
     pool = BlockManager(PAGES, P)
-    run = make_round(pool, case["operations"], rng)
+    run = ROUNDS[case["what"]](pool, case["operations"], rng)
     before = pool.num_free, pool.num_cached  # a round leaves as much behind as it finds
-
-    def check() -> bool:
-        return (pool.num_free, pool.num_cached) == before
-
-    return Work(run, check, bytes=0, wall=True)
+    return Work(run, lambda: (pool.num_free, pool.num_cached) == before, bytes=0, wall=True)
 
 
 def rate(record: Record) -> float:
@@ -165,3 +151,6 @@ def _prefix(pool: BlockManager, operations: int, rng: np.random.Generator) -> An
             pool.free(pages)
 
     return run
+
+
+ROUNDS = {f.__name__[1:]: f for f in (_append, _allocate_free, _mixed, _evict, _fork, _prefix)}

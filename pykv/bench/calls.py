@@ -17,6 +17,7 @@ from pykv.bench import Work
 from pykv.bench.options import Case
 from pykv.kinds import KVSpec
 from pykv.ops import paged_append, paged_decode
+from pykv.pages import Pages
 from pykv.testing import caches
 
 SIZES = dict(L=1024, HQ=32, H=8, D=128, P=16)
@@ -47,89 +48,81 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     """The work of a case: requests of L tokens in fp16, the last of which is appended, or whose
     query attends to all."""
     spec = KVSpec.parse(case["kv"])
-    B, L, HQ, H, D, P = (case[name] for name in ("B", "L", "HQ", "H", "D", "P"))
-    M = -(-L // P)  # pages of a request
-    cache = caches.cache(xp, spec, 1, B * M, P, H, D, int(rng.integers(2**31)))
+    B, HQ, H, D, P = (case[name] for name in ("B", "HQ", "H", "D", "P"))
+    M = -(-case["L"] // P)  # pages of a request
+    cache = caches.cache(xp, rng, spec, 1, B * M, P, H, D)
     table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
-    k, v = caches.values(xp, int(rng.integers(2**31)), (B, H, D), np.float16)
-    q, _ = caches.values(xp, int(rng.integers(2**31)), (B, HQ, D), np.float16)
-    make_job = _append if case["job"] == "append" else _decode
-    return make_job(case, xp, cache, table, q, k, v)
+    if case["job"] == "append":
+        k, v = caches.values(xp, rng, (B, H, D), np.float16)
+        return _append(case, xp, caches.empty(xp, cache), table, k, v)
+    q, _ = caches.values(xp, rng, (B, HQ, D), np.float16)
+    return _decode(case, xp, cache, table, q)
 
 
-def _lists(case: Case, xp: Any, table: Any, seen: int) -> tuple[Any, Any, Any]:
+def _lists(case: Case, xp: Any, table: Any, seen: int) -> dict[str, Any]:
     """The pages of each request as plans take them, of which the last holds `seen` tokens."""
     B, M = table.shape
-    indptr = np.arange(B + 1, dtype=np.int32) * M
-    return xp.asarray(table.reshape(-1)), xp.asarray(indptr), xp.full(B, seen, np.int32)
-
-
-def _descriptor(case: Case, cache: Any) -> plan.PagedCacheDescriptor:
-    return plan.PagedCacheDescriptor(
-        case["P"], cache.k.shape[1], case["H"], case["D"], spec=cache.spec
+    return dict(
+        indices=xp.asarray(table.reshape(-1)),
+        indptr=xp.asarray(np.arange(B + 1, dtype=np.int32) * M),
+        last_page_len=xp.full(B, seen, np.int32),
     )
 
 
-def _append(case: Case, xp: Any, cache: Any, table: Any, q: Any, k: Any, v: Any) -> Work:
-    spec, P = cache.spec, case["P"]
-    cache = caches.empty(xp, cache)
-    arrays = caches.layer(cache)
-    offset = (case["L"] - 1) % P
-    pages, offsets = table[:, -1], np.full(case["B"], offset)
-    scales = {name: x for name, x in arrays.items() if name.endswith("scales")}
-    pools = arrays["k_pool"], arrays["v_pool"]
+def _descriptor(case: Case, cache: Pages) -> plan.PagedCacheDescriptor:
+    sizes = case["P"], cache.k.shape[1], case["H"], case["D"]
+    return plan.PagedCacheDescriptor(*sizes, spec=cache.spec)
+
+
+def _of_plan(arrays: dict[str, Any]) -> dict[str, Any]:
+    """A layer by the names that plans have for pools."""
+    return {name.replace("pool", "data"): x for name, x in arrays.items()}
+
+
+def _append(case: Case, xp: Any, cache: Pages, table: Any, k: Any, v: Any) -> Work:
+    spec, P, B = cache.spec, case["P"], case["B"]
+    offset, pages, arrays = (case["L"] - 1) % P, table[:, -1], caches.layer(cache)
     op: partial[Any] | None = None
     if case["how"] == "op":
         slots = xp.asarray((pages * P + offset).astype(np.int32))
-        append: Any = paged_append.append
-        op = run = partial(append, k, v, *pools, slots, **scales, spec=spec)
+        op = run = partial(paged_append.append, k, v, slots=slots, spec=spec, **arrays)
     else:
-        descriptor = plan.PagedAppendDescriptor(case["B"], _descriptor(case, cache))
-        lists = _lists(case, xp, table, offset)
-        args = plan.PagedAppendArgs(k, v, *pools, *lists, **scales)
+        descriptor = plan.PagedAppendDescriptor(B, _descriptor(case, cache))
+        args = plan.PagedAppendArgs(k, v, **_of_plan(arrays), **_lists(case, xp, table, offset))
         run = partial(plan.PagedAppendPlan.select(descriptor, k.dtype, xp=xp).run, args)
-    of_pool = sum(caches.row_bytes(spec, kind, case["D"]) for kind in spec.kinds)
     return Work(
         run=run,
         check=lambda: all(
-            caches.holds(cache, which, pages, x, offsets) for which, x in enumerate((k, v))
+            caches.holds(cache, i, pages, x, np.full(B, offset)) for i, x in enumerate((k, v))
         ),
-        bytes=case["B"] * case["H"] * (2 * case["D"] * k.itemsize + of_pool),
+        bytes=B * (2 * case["H"] * case["D"] * 2 + spec.bytes_per_token(case["H"], case["D"])),
         op=op,
     )
 
 
-def _decode(case: Case, xp: Any, cache: Any, table: Any, q: Any, k: Any, v: Any) -> Work:
+def _decode(case: Case, xp: Any, cache: Pages, table: Any, q: Any) -> Work:
     spec, L, P, (B, M) = cache.spec, case["L"], case["P"], table.shape
-    arrays = caches.layer(cache)
-    lengths = xp.full(B, L, np.int32)
-    out = xp.full(q.shape, np.nan, q.dtype)
-    want = paged_decode.decode(
-        q, page_table=xp.asarray(table), lengths=lengths, spec=spec, **arrays
-    )
+    arrays, out = caches.layer(cache), xp.full(q.shape, np.nan, q.dtype)
+    given = dict(page_table=xp.asarray(table), lengths=xp.full(B, L, np.int32), spec=spec, **arrays)
+    want = paged_decode.decode(q, **given)
     op: partial[Any] | None = None
+    workspace = None
     if case["how"] == "op":
-        workspace = None
         if xp is not np:
             sizes = B, case["HQ"], case["H"], case["D"], M * P
             workspace = xp.zeros(paged_decode.workspace_size(*sizes), np.float32)
-        given = dict(page_table=xp.asarray(table), lengths=lengths, spec=spec, out=out, **arrays)
-        op = run = partial(paged_decode.decode, q, workspace=workspace, **given)
+        op = run = partial(paged_decode.decode, q, workspace=workspace, out=out, **given)
     else:
         descriptor = plan.PagedDecodeDescriptor(B, case["HQ"], _descriptor(case, cache), M)
         chosen = plan.PagedDecodePlan.select(descriptor, q.dtype, xp=xp)
-        pools = [arrays[f"{name}_pool"] for name in "kv"]
         lists = _lists(case, xp, table, (L - 1) % P + 1)
-        scales = [arrays[f"{name}_scales"] for name in "kv"]
-        args = plan.PagedDecodeArgs._make((q, *pools, *lists, out, None, *scales))
-        workspace = xp.zeros(chosen.workspace_size(), np.uint8) if xp is not np else None
+        args = plan.PagedDecodeArgs(q, o=out, **_of_plan(arrays), **lists)
+        if xp is not np:
+            workspace = xp.zeros(chosen.workspace_size(), np.uint8)
         run = partial(chosen.run, args, workspace=workspace)
     return Work(
         run=run,
         check=lambda: bool((out == want).all()),
-        bytes=B
-        * L
-        * case["H"]
-        * sum(caches.row_bytes(spec, kind, case["D"]) for kind in spec.kinds),
+        bytes=B * L * spec.bytes_per_token(case["H"], case["D"]),
         op=op,
     )

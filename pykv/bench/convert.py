@@ -31,25 +31,16 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     """The work of a case: a layer of kind `kv` becomes one of kind `to`, pages in another order."""
     spec, out_spec = KVSpec.parse(case["kv"]), KVSpec.parse(case["to"])
     n, P, H, D = (case[name] for name in ("pages", "P", "H", "D"))
-    sides = [(side, kind) for side in (spec, out_spec) for kind in side.kinds]
     # Rows and scales of both sides: read and written.
-    moved = n * P * H * sum(caches.row_bytes(side, kind, D) for side, kind in sides)
+    moved = n * P * sum(side.bytes_per_token(H, D) for side in (spec, out_spec))
     if not memory.fits(xp, 3 * moved):
         return None
-    cache = caches.cache(xp, spec, 1, n, P, H, D, int(rng.integers(2**31)))
-    target = caches.empty(xp, caches.cache(xp, out_spec, 1, n, P, H, D, 0))
+    cache = caches.cache(xp, rng, spec, 1, n, P, H, D)
+    target = caches.empty(xp, caches.cache(xp, rng, out_spec, 1, n, P, H, D))
     ids = rng.permutation(n).astype(np.int32)
-    source, out = caches.layer(cache), caches.layer(target)
-    options = dict(
-        **source,
-        **{
-            name.replace("_pool", "_out").replace("_scales", "_out_scales"): x
-            for name, x in out.items()
-        },
-        spec=spec,
-        out_spec=out_spec,
-        out_pages=xp.asarray(ids),
-    )
+    outputs = ("k_out", "v_out", "k_out_scales", "v_out_scales")
+    options = caches.layer(cache) | dict(zip(outputs, caches.layer(target).values(), strict=True))
+    options |= dict(spec=spec, out_spec=out_spec, out_pages=xp.asarray(ids))
     some = rng.permutation(n)[:CHECKED]
 
     def check() -> bool:

@@ -27,40 +27,25 @@ from pykv import cuda, transfer
 from pykv.bench import Work, memory, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
+from pykv.ranges import address_of
+from pykv.testing import caches
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LINK_CTAS = 32  # thread blocks that a copy over the link may take
 
 DIRECTIONS = ("h2d", "d2h", "d2d")
-MODES = {
-    "batched": "batched_with_fallback",
-    "memcpy_async": "fallback_only",
-    "auto": "auto",
-}
+MODES = dict(batched="batched_with_fallback", memcpy_async="fallback_only", auto="auto")
 BACKENDS = ("vectorized", *MODES)
-ALIASES = {
-    "vec": "vectorized",
-    "batch": "batched",
-    "async": "memcpy_async",
-    "memcpy": "memcpy_async",
-    "fc": "fc_to_fc",
-    "lw": "lw_to_fc",
-}
+ALIASES = dict(vec="vectorized", batch="batched", memcpy="memcpy_async", fc="fc_to_fc")
+ALIASES |= {"async": "memcpy_async", "lw": "lw_to_fc"}
 BY_KERNEL = ("prepared", "vectorized")
 BY_ENGINES = ("batched", "memcpy_async")
 
+_SMALL, _LARGE = [(4 * KIB, 8192), (16 * KIB, 8192)], [(256 * KIB, 2048), (MIB, 512)]
 _SIZES = {
-    "d2d": [
-        *((4 * KIB, 8192), (16 * KIB, 8192), (32 * KIB, 5120), (256 * KIB, 2048), (MIB, 512)),
-        *((GIB, 1), (4 * KIB, 20_000)),  # the last for its host time
-    ],
-    **dict.fromkeys(
-        ("h2d", "d2h"),
-        [
-            *((4 * KIB, 8192), (16 * KIB, 8192), (64 * KIB, 4096), (256 * KIB, 2048), (MIB, 512)),
-            (5 * MIB, 1),
-        ],
-    ),
+    # The last for its host time.
+    "d2d": [*_SMALL, (32 * KIB, 5120), *_LARGE, (GIB, 1), (4 * KIB, 20_000)],
+    **dict.fromkeys(("h2d", "d2h"), [*_SMALL, (64 * KIB, 4096), *_LARGE, (5 * MIB, 1)]),
 }
 _QUICK_SIZES = [(4 * KIB, 64), (64 * KIB, 8)]
 
@@ -204,13 +189,13 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if not memory.fits(xp, 2 * room + GIB):  # the check takes some more
         return None
 
-    words = memory.words(xp, room, int(rng.integers(2**32)))
+    words = caches.words(xp, room, int(rng.integers(2**32)))
     src = memory.place(xp, words, direction == "h2d")
     dst = memory.place(xp, memory.poison(xp, room), direction == "d2h")
     at, to = _scatter(rng, slots, num_blocks)
     offsets = np.arange(0, block, size)
     tables = [
-        (memory.address(array) + np.add.outer(where * block, offsets)).reshape(-1).astype(np.uint64)
+        (address_of(array) + np.add.outer(where * block, offsets)).reshape(-1).astype(np.uint64)
         for array, where in ((src, at), (dst, to))
     ]
 
@@ -242,9 +227,7 @@ def _runner(case: dict[str, Any], xp: Any, src: Any, dst: Any) -> Callable[[], o
     if backend == "prepared" or xp is np:
         copy = block_copy.vectorized_copy
         return cuda.prepare(copy, src, dst, size, max_ctas=max_ctas, device=device)
-    from_, to = int(src[0]), int(dst[0])
-    memcpy, current, by_address = xp.cuda.runtime.memcpyAsync, xp.cuda.get_current_stream, 4
-    return lambda: memcpy(to, from_, size, by_address, current().ptr)
+    return memory.copier(xp, int(dst[0]), int(src[0]), size)
 
 
 def _holds(xp: Any, src: Any, dst: Any, at: Any, to: Any, slots: int) -> bool:
@@ -270,18 +253,16 @@ def row(one: report.Record) -> dict[str, Any]:
     case = one["case"]
     if "tokens_per_block" not in case:
         return report.row(one)
-    total = case["copy_size"] * case["num_copies"]
+    total, median, host = case["copy_size"] * case["num_copies"], one["median"], one["host_median"]
     columns = ("tokens_per_block", "num_blocks", "pattern", "direction", "backend")
-    median = one["median"]
     return {
         **{name: case[name] for name in columns},
         "total_bytes": total,
         "inner_bytes": case["tokens_per_block"] * TOKEN_BYTES,
-        "copy_size": case["copy_size"],
-        "num_copies": case["num_copies"],
+        **{name: case[name] for name in ("copy_size", "num_copies")},
         "median_ms": "" if median is None else f"{median / 1e3:.4f}",
         "bandwidth_gbps": "" if median is None else f"{total / median / 1e3:.2f}",
-        "host_ms": "" if one["host_median"] is None else f"{one['host_median'] / 1e3:.4f}",
+        "host_ms": "" if host is None else f"{host / 1e3:.4f}",
         "share": "" if one["share"] is None else f"{one['share']:.4f}",
         "ok": one["ok"],
     }
@@ -312,9 +293,7 @@ def conclude(records: list[report.Record]) -> str:
     return "\n".join(lines) or "copy: nothing to compare; copy engines need a GPU"
 
 
-def auto_choices(
-    records: list[report.Record],
-) -> list[tuple[float, report.Record, report.Record]]:
+def auto_choices(records: list[report.Record]) -> list[tuple[float, report.Record, report.Record]]:
     """(rate of `auto` / best rate of the others timed alike, its record, the best's) by cell."""
 
     def cell(one: report.Record) -> list[Any]:

@@ -11,7 +11,7 @@ from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES
 from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
-from pykv.testing import caches, error_and_bound
+from pykv.testing import caches, host, is_close
 
 SIZES = dict(HQ=32, H=8, D=128, P=16)
 KINDS = ("bf16", "int8", "e4m3", "int4")
@@ -50,41 +50,36 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     spec, dtype = KVSpec.parse(case["kv"]), DTYPES[case["dtype"]]
     B, L, HQ, H, D, P = (case[name] for name in ("B", "L", "HQ", "H", "D", "P"))
     lengths = np.full(B, L) if L else rng.integers(1, 16385, B)
-    pages = -(-lengths // P)
-    N, M = int(pages.sum()), int(pages.max())
-    of_token = H * sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
-    if not memory.fits(xp, N * P * of_token):
+    of_token = spec.bytes_per_token(H, D)
+    if not memory.fits(xp, int((-(-lengths // P)).sum()) * P * of_token):
         return None
-    layer = caches.layer(caches.cache(xp, spec, 1, N, P, H, D, int(rng.integers(2**31))))
-    table = np.zeros((B, M), np.int32)
-    table[np.arange(M) < pages[:, None]] = rng.permutation(N)
-    q, _ = caches.values(xp, int(rng.integers(2**31)), (B, HQ, D), dtype)
-    where = xp.asarray(table), xp.asarray(lengths.astype(np.int32))
+    layer, table = caches.sequences(xp, rng, spec, lengths, P, H, D)
+    q, _ = caches.values(xp, rng, (B, HQ, D), dtype)
     out = xp.full((B, HQ, D), np.nan, dtype)
     workspace = None
     if xp is not np:
-        size = paged_decode.workspace_size(B, HQ, H, D, M * P)
+        size = paged_decode.workspace_size(B, HQ, H, D, table.shape[1] * P)
         workspace = xp.zeros(size, np.float32)
-    scale = D**-0.5
+    options = dict(spec=spec, scale=D**-0.5)
 
     def check() -> bool:
         """Some sequences, by the definition."""
         for b in map(int, rng.permutation(B)[:CHECKED]):
-            pools = {name: caches.pages_of(x, table[b, : pages[b]]) for name, x in layer.items()}
-            query, order = caches.host(q[b : b + 1]), np.arange(pages[b], dtype=np.int32)[None]
+            ids = table[b, : -(-lengths[b] // P)]
+            where: dict[str, Any] = dict(page_table=np.arange(len(ids))[None], lengths=lengths[[b]])
+            where |= {name: caches.pages_of(x, ids) for name, x in layer.items()}
+            query = host(q[b : b + 1])
             low, exact = (
-                paged_decode.reference(
-                    x, page_table=order, lengths=lengths[[b]], scale=scale, spec=spec, **pools
-                )[0]
+                paged_decode.reference(x, **where, **options)[0]
                 for x in (query, query.astype(np.float64))
             )
-            error, bound = error_and_bound(out[b : b + 1], low, exact)
-            if not error <= bound:
+            if not is_close(out[b : b + 1], low, exact):
                 return False
         return True
 
-    options = dict(spec=spec, scale=scale, out=out, workspace=workspace, **layer)
-    call = partial(paged_decode.decode, q, page_table=where[0], lengths=where[1], **options)
+    arrays = dict(layer, page_table=xp.asarray(table), out=out, workspace=workspace)
+    arrays |= dict(lengths=xp.asarray(lengths.astype(np.int32)))
+    call = partial(paged_decode.decode, q, **arrays, **options)
     return Work(
         run=call,
         check=check,

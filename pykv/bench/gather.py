@@ -11,7 +11,7 @@ from pykv.bench import Work, memory, options
 from pykv.bench.options import DTYPES, Case, finds_scales
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
-from pykv.testing import caches
+from pykv.testing import caches, host
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)
 TINY = dict(pages=6, P=4, H=2, D=16)
@@ -44,18 +44,17 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     random pages of a pool of twice as many and arrays of `dtype`."""
     spec, n, dtype = KVSpec.parse(case["kv"]), case["pages"], DTYPES[case["dtype"]]
     P, H, D = (case[name] for name in "PHD")
-    num_rows = n * P * H
-    of_pool = sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
-    moved = num_rows * (of_pool + 2 * D * dtype.itemsize)  # rows and scales, read and written
+    # Rows and scales, read and written.
+    moved = n * P * (spec.bytes_per_token(H, D) + 2 * H * D * dtype.itemsize)
     if not memory.fits(xp, 4 * moved):
         return None
-    cache = caches.cache(xp, spec, 1, 2 * n, P, H, D, int(rng.integers(2**31)))
+    cache = caches.cache(xp, rng, spec, 1, 2 * n, P, H, D)
     layer = caches.layer(cache)
     ids = rng.permutation(2 * n)[:n].astype(np.int32)
     pages = xp.asarray(ids)
     some = rng.permutation(n)[:CHECKED]
     if case["op"] == "scatter":
-        k, v = caches.values(xp, int(rng.integers(2**31)), (n, P, H, D), dtype)
+        k, v = caches.values(xp, rng, (n, P, H, D), dtype)
         cache = caches.empty(xp, cache)
         layer = caches.layer(cache)
         return Work(
@@ -71,7 +70,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
 
     def check() -> bool:
         want = (caches.means(cache, which, ids[some]).astype(dtype) for which in (0, 1))
-        got = (caches.host(x[xp.asarray(some)]) for x in outs)
+        got = (host(x[xp.asarray(some)]) for x in outs)
         return all(x.tobytes() == y.tobytes() for x, y in zip(got, want, strict=True))
 
     if case["op"] == "gather":

@@ -1,10 +1,11 @@
-"""Memory of benchmarks: words that all differ, on the device or pinned on the host.
+"""Memory of benchmarks, on the device or pinned on the host.
 
 Pinning takes longer than most cases, so one piece of pinned memory serves them all in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,6 @@ import numpy as np
 POISON = np.uint32(0xDEADBEEF)  # what a word holds before a call writes it
 
 _pinned: Any = None
-
-
-def words(xp: Any, size: int, seed: int) -> Any:
-    """[size / 4] uint32 on the device, all different up to 16 GiB."""
-    made = xp.arange(size // 4, dtype=np.uint32)
-    made *= np.uint32(2654435761)  # odd, so that no two products are equal
-    made += np.uint32(seed)
-    return made
 
 
 def poison(xp: Any, size: int) -> Any:
@@ -74,6 +67,7 @@ def fits(xp: Any, size: int) -> bool:
     return xp is np or size <= xp.cuda.runtime.memGetInfo()[0]
 
 
-def address(array: Any) -> int:
-    """Of the first byte, wherever it lies."""
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+def copier(xp: Any, to: int, from_: int, size: int) -> Callable[[], object]:
+    """A function that has the driver copy `size` bytes between addresses of any memory."""
+    memcpy, current, by_address = xp.cuda.runtime.memcpyAsync, xp.cuda.get_current_stream, 4
+    return lambda: memcpy(to, from_, size, by_address, current().ptr)

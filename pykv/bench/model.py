@@ -25,7 +25,7 @@ from pykv.bench.report import Record
 from pykv.kinds import KVSpec, dequantize
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
-from pykv.testing import caches
+from pykv.testing import host
 
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16
@@ -56,7 +56,7 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: B sequences of L tokens in a cache of kind `kv`, and their next one."""
-    from pykv.llm.model import Batch, decode_step, forward
+    from pykv.llm.model import decode_step, forward
     from pykv.ops import sample
 
     B, L = case["B"], case["L"]
@@ -78,13 +78,11 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     last = np.array([blocks.slots(pages.tolist(), L, L + 1, PAGE_SIZE)[0] for pages in table])
     ids = rng.integers(0, config.vocab, B).astype(np.int32)
 
-    def batch(xp: Any, which: Any, page_table: Any, slots: Any) -> Batch:
+    def batch(xp: Any, which: Any, page_table: Any, slots: Any) -> Any:
         """The step of sequences `which`, whose pages and new slots these are."""
         count = len(ids[which])
-        columns = (ids[which], np.full(count, L), slots, page_table, np.full(count, L + 1))
-        on_device = (xp.asarray(column.astype(np.int32)) for column in columns)
-        new_ids, positions, new_slots, where, lengths = on_device
-        return Batch(new_ids, positions, new_slots, None, where, lengths)
+        columns = (ids[which], np.full(count, L), slots, None, page_table, np.full(count, L + 1))
+        return _batch(xp, *columns)
 
     step = batch(xp, slice(None), table, last)
     decode = decode_step(model, step, cache)
@@ -105,21 +103,17 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         for name in ("k", "v", "k_scales", "v_scales"):
             pool = getattr(cache, name)
             if pool is not None:
-                getattr(alone, name)[...] = caches.host(pool[:, pages])
+                getattr(alone, name)[...] = host(pool[:, pages])
         of_one = batch(np, [b], np.arange(M)[None], np.array([L]))
         same = _load(case["model"], np, spec.wants_hadamard)
-        (want,), got = forward(same, of_one, alone), caches.host(logits[b])
+        (want,), got = forward(same, of_one, alone), host(logits[b])
         off = float(np.abs(got - want).max())
         return (
             alone.off <= ROW_TOLERANCE and off <= TOLERANCE and int(tokens[b]) == int(got.argmax())
         )
 
     return Work(
-        run=run,
-        check=check,
-        bytes=model.matrix_bytes + B * L * of_token,
-        ceiling="read",
-        wall=True,
+        run=run, check=check, bytes=model.matrix_bytes + B * L * of_token, ceiling="read", wall=True
     )
 
 
@@ -154,7 +148,7 @@ class _AsWritten(PagedKVCache):
 
 def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
     """Fill a sequence's pages with the keys and values of its tokens."""
-    from pykv.llm.model import Batch, forward
+    from pykv.llm.model import forward
     from pykv.llm.scheduler import PREFILL_TOKENS
 
     slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
@@ -162,8 +156,14 @@ def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
         stop = min(start + PREFILL_TOKENS, len(ids))
         where, starts = np.arange(start, stop), np.array([0, stop - start])
         columns = (ids[start:stop], where, slots[start:stop], starts, pages[None], np.array([stop]))
-        batch = Batch(*(xp.asarray(x.astype(np.int32)) for x in columns))
-        forward(model, batch, cache, xp.zeros(1, np.int32))
+        forward(model, _batch(xp, *columns), cache, xp.zeros(1, np.int32))
+
+
+def _batch(xp: Any, *columns: Any) -> Any:
+    """A Batch of these columns, on a device."""
+    from pykv.llm.model import Batch
+
+    return Batch(*(x if x is None else xp.asarray(x.astype(np.int32)) for x in columns))
 
 
 @lru_cache(maxsize=4)

@@ -15,6 +15,8 @@ from pykv import cuda
 from pykv.bench import Work, memory, report
 from pykv.layout import AXES, STACKS, BlockShape
 from pykv.ops import permute
+from pykv.ranges import address_of
+from pykv.testing import caches
 
 MIB = 1 << 20
 LLAMA_70B = BlockShape(H=8, L=80, O=2, P=16, D=128, itemsize=2)
@@ -68,21 +70,20 @@ class _Side:
 
     @property
     def addresses(self) -> Any:
-        base = memory.address(self.memory)
+        base = address_of(self.memory)
         return (base + self.order * self.memory[0].nbytes).astype(np.uint64)
 
     @property
     def arrays(self) -> list[Any]:
         """An array for each block, or a list of its chunks."""
         sizes = self._sizes() | {"I": self.shape.P * self.shape.H * self.shape.D}
-        if self.name not in STACKS:
-            dims = [sizes[letter] for letter in AXES[self.name][1:]]
-            return [self.memory[row].reshape(dims) for row in self.order]
-        dims = [sizes[letter] for letter in AXES[self.name][3:]]
-        return [
-            [self.memory[row].reshape(dims) for row in rows]
-            for rows in self.order.reshape(self.N, -1)
-        ]
+        is_stack = self.name in STACKS
+        dims = [sizes[letter] for letter in AXES[self.name][3 if is_stack else 1 :]]
+        arrays = [self.memory[row].reshape(dims) for row in self.order]
+        chunks = len(arrays) // self.N
+        return (
+            [arrays[i : i + chunks] for i in range(0, len(arrays), chunks)] if is_stack else arrays
+        )
 
     def elements(self, xp: Any) -> Any:
         """[N, H, L, O, P, D], by the layouts' definitions."""
@@ -111,7 +112,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         placed = memory.place(xp, elements, on_host)
         return _Side(name, N, shape, placed, rng.permutation(rows))
 
-    words = memory.words(xp, size, int(rng.integers(2**32)))
+    words = caches.words(xp, size, int(rng.integers(2**32)))
     src = side(case["src"], words, direction == "h2d")
     dst = side(case["dst"], memory.poison(xp, size), direction == "d2h")
     if xp is np:

@@ -23,7 +23,7 @@ from pykv.bench.options import DTYPES, Case
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec
 from pykv.ops import linear, prefill
-from pykv.testing import caches, error_and_bound
+from pykv.testing import caches, host, is_close
 
 MATMUL = 8192  # rows of the matrices of the ceiling
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)
@@ -72,52 +72,40 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     lengths = np.full(B, L) if L else rng.integers(1, 4097, B)
     counts = np.minimum(lengths, case["Q"]) if case["Q"] else lengths
     starts = np.concatenate([[0], np.cumsum(counts)])
-    pages = -(-lengths // P)
-    N, M, T = int(pages.sum()), int(pages.max()), int(starts[-1])
-    of_token = H * sum(caches.row_bytes(spec, kind, D) for kind in spec.kinds)
-    if not memory.fits(xp, N * P * of_token + 2 * T * HQ * D * dtype.itemsize):
+    T, of_token = int(starts[-1]), spec.bytes_per_token(H, D)
+    of_queries = 2 * T * HQ * D * dtype.itemsize  # and of the output
+    if not memory.fits(xp, int((-(-lengths // P)).sum()) * P * of_token + of_queries):
         return None
-    layer = caches.layer(caches.cache(xp, spec, 1, N, P, H, D, int(rng.integers(2**31))))
-    table = np.zeros((B, M), np.int32)
-    table[np.arange(M) < pages[:, None]] = rng.permutation(N)
-    q, _ = caches.values(xp, int(rng.integers(2**31)), (T, HQ, D), dtype)
-    where = [xp.asarray(x.astype(np.int32)) for x in (table, lengths, starts)]
+    layer, table = caches.sequences(xp, rng, spec, lengths, P, H, D)
+    q, _ = caches.values(xp, rng, (T, HQ, D), dtype)
     out = xp.full((T, HQ, D), np.nan, dtype)
-    scale = D**-0.5
+    options = dict(spec=spec, scale=D**-0.5)
 
     def check() -> bool:
         """Some queries of a sequence, the first and the last among them, by the definition."""
         b = int(rng.integers(B))
-        few = min(CHECKED, int(counts[b]))
-        pools = {name: caches.pages_of(x, table[b, : pages[b]]) for name, x in layer.items()}
-        order = np.arange(pages[b], dtype=np.int32)[None]
+        few, ids = min(CHECKED, int(counts[b])), table[b, : -(-lengths[b] // P)]
+        where = {name: caches.pages_of(x, ids) for name, x in layer.items()}
+        where |= dict(page_table=np.arange(len(ids))[None], q_starts=np.array([0, few]))
         for first in (0, int(counts[b]) - few):
             rows = slice(int(starts[b]) + first, int(starts[b]) + first + few)
-            query, length = caches.host(q[rows]), int(lengths[b] - counts[b]) + first + few
+            query, seen = host(q[rows]), lengths[[b]] - counts[b] + first + few
             low, exact = (
-                prefill.reference(
-                    x,
-                    page_table=order,
-                    lengths=np.array([length]),
-                    q_starts=np.array([0, few]),
-                    scale=scale,
-                    spec=spec,
-                    **pools,
-                )[0]
+                prefill.reference(x, lengths=seen, **where, **options)[0]
                 for x in (query, query.astype(np.float64))
             )
-            error, bound = error_and_bound(out[rows], low, exact)
-            if not error <= bound:
+            if not is_close(out[rows], low, exact):
                 return False
         return True
 
     seen = counts * (2 * (lengths - counts) + counts + 1) // 2  # keys, over all queries
-    tables = dict(page_table=where[0], lengths=where[1], q_starts=where[2])
-    call = partial(prefill.prefill, q, **tables, spec=spec, scale=scale, out=out, **layer)
+    tables = dict(page_table=table, lengths=lengths, q_starts=starts)
+    where = {name: xp.asarray(x.astype(np.int32)) for name, x in tables.items()}
+    call = partial(prefill.prefill, q, **where, out=out, **layer, **options)
     return Work(
         run=call,
         check=check,
-        bytes=int(lengths.sum()) * of_token + 2 * T * HQ * D * dtype.itemsize,  # each once
+        bytes=int(lengths.sum()) * of_token + of_queries,  # each once
         flops=4 * int(seen.sum()) * HQ * D,
         graph=(call,),
     )
@@ -125,17 +113,16 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
 
 def _matmul(n: int, dtype: Any, xp: Any, rng: np.random.Generator) -> Work:
     """The product of two square matrices of random numbers."""
-    a, b = caches.values(xp, int(rng.integers(2**31)), (n, n), dtype)
+    a, b = caches.values(xp, rng, (n, n), dtype)
     out = xp.full((n, n), np.nan, dtype)
     first = int(rng.integers(n - CHECKED))
     rows = slice(first, first + CHECKED)
 
     def check() -> bool:
         """Some rows, in float64."""
-        x, w = (caches.host(y).astype(np.float64) for y in (a[rows], b))
+        x, w = (host(y).astype(np.float64) for y in (a[rows], b))
         exact = x @ w.T
-        error, bound = error_and_bound(out[rows], exact.astype(dtype), exact)
-        return error <= bound
+        return is_close(out[rows], exact.astype(dtype), exact)
 
     return Work(
         run=lambda: linear.linear(a, b, gemm="cublas", out=out),

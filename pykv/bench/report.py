@@ -74,23 +74,18 @@ def record(
     bench: str, case: dict[str, Any], work: Work, times: Times | None, facts: dict[str, Any]
 ) -> Record:
     """The record of a case, whose share is not known yet; `times` is None where it was wrong."""
+    how = ("warmup", "flush_bytes", "graph", "wall")
+    measured = ("samples", "host_samples", "median", "p5", "p95", "host_median", "prepared_median")
     made: Record = {"bench": bench, "case": case, "ok": times is not None, "unit": "us"}
-    made |= dict.fromkeys(
-        ("samples", "host_samples", "median", "p5", "p95", "host_median", "prepared_median")
-    )
-    made |= dict.fromkeys(("warmup", "flush_bytes", "graph", "wall"))
-    made |= {"bytes": work.bytes, "flops": work.flops, "gbps": None}
-    made |= {"ceiling": work.ceiling, "ceiling_gbps": None, "share": None}
+    made |= dict.fromkeys((*measured, *how)) | {"bytes": work.bytes, "flops": work.flops}
+    made |= dict(gbps=None, ceiling=work.ceiling, ceiling_gbps=None, share=None)
     if times is not None:
         made["samples"] = [round(us, 3) for us in times.device_us]
         made["host_samples"] = [round(us, 3) for us in times.host_us]
-        made |= vars(summarize(times.device_us))
-        if times.host_us:
-            made["host_median"] = summarize(times.host_us).median
-        if times.prepared_us:
-            made["prepared_median"] = summarize(list(times.prepared_us)).median
-        for name in ("warmup", "flush_bytes", "graph", "wall"):
-            made[name] = getattr(times, name)
+        made |= vars(summarize(times.device_us)) | {name: getattr(times, name) for name in how}
+        for name, samples in (("host", times.host_us), ("prepared", times.prepared_us)):
+            if samples:
+                made[f"{name}_median"] = summarize(list(samples)).median
         made["gbps"] = work.bytes / made["median"] / 1e3
     return made | facts
 
@@ -154,14 +149,10 @@ def read_json(path: str) -> list[Record]:
 def row(one: Record) -> dict[str, Any]:
     """The columns of CSV: the case's fields, then what was measured."""
     numbers = {
-        "median_us": (one["median"], 3),
-        "p5_us": (one["p5"], 3),
-        "p95_us": (one["p95"], 3),
+        **{f"{name}_us": (one[name], 3) for name in ("median", "p5", "p95")},
         "host_us": (one["host_median"], 3),
         "prepared_us": (one.get("prepared_median"), 3),
-        "bytes": (one["bytes"], 0),
-        "gbps": (one["gbps"], 2),
-        "share": (one["share"], 4),
+        **{name: (one[name], digits) for name, digits in (("bytes", 0), ("gbps", 2), ("share", 4))},
     }
     return {
         "bench": one["bench"],
@@ -197,14 +188,8 @@ def to_table(records: list[Record]) -> str:
         if not one["ok"]:
             rows.append([name, "WRONG", *[""] * 7])
             continue
-        times = (
-            one["median"],
-            one["p5"],
-            one["p95"],
-            one["host_median"],
-            one.get("prepared_median"),
-        )
-        cells = ["" if us is None else f"{us:.1f}" for us in times]
+        columns = ("median", "p5", "p95", "host_median", "prepared_median")
+        cells = ["" if (us := one.get(name)) is None else f"{us:.1f}" for name in columns]
         share = "" if one["share"] is None else f"{one['share']:.1%}"
         rows.append([name, *cells, f"{one['gbps']:.1f}", share, one["ceiling"] or ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

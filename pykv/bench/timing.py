@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from pykv.arrays import VECTOR_BYTES
 from pykv.ops import bandwidth
+
+if TYPE_CHECKING:
+    from pykv.bench import Work
 
 WARMUP = 5  # calls before the first that counts
 
@@ -127,44 +130,31 @@ class Timer:
             self._xp.get_default_memory_pool().free_all_blocks()
             self._xp.get_default_pinned_memory_pool().free_all_blocks()
 
-    def time(
-        self,
-        run: Callable[[], object],
-        *,
-        reads_only: bool = False,
-        graph: Sequence[Callable[[], object]] = (),
-        wall: bool = False,
-        prepared: Callable[[], object] | None = None,
-        clocked: bool = False,
-        samples: int | None = None,
-    ) -> Times:
-        """Time calls of `run`.
+    def time(self, work: Work, prepared: Callable[[], object] | None = None) -> Times:
+        """Time calls of `work.run`, as `work` says.
 
         Args:
-            run: enqueues one call on the current stream.
-            reads_only: the call writes next to nothing, see `Flush`.
-            graph: capture these calls, and time replays of them: device time is a call's share.
-            wall: time from the call to the end of what it enqueued, by the clock.
+            work: whose result has been checked.
             prepared: enqueues the same call, made ready before; its time on the host is measured.
-            clocked: `run` returns seconds, which are the samples; after one call that warms up.
-            samples: how many calls count, where not the timer's own number.
         """
-        if clocked:
+        run = work.run
+        if work.clocked:
             run()
-            count = samples or self._samples
+            count = work.samples or self._samples
             return Times([1e6 * cast(float, run()) for _ in range(count)], [], 1, 0, 0, True)
         if self._cuda is None:
             return Times(self._host(run), [], self._warmup, 0, 0, True)
         with self.stream():
             if self._flush is None:
                 self._flush = Flush(self._xp)
-            flush = partial(self._flush, reads_only)
-            if wall:
+            flush = partial(self._flush, work.reads_only)
+            if work.wall:
                 device, host = self._wall(run, flush)
             else:
-                device, host = self._events(run, flush, graph), self._host(run)
+                device, host = self._events(run, flush, work.graph), self._host(run)
             ready = self._host(prepared) if prepared else []
-        return Times(device, host, self._warmup, self._flush.nbytes, len(graph), wall, ready)
+        sizes = self._warmup, self._flush.nbytes, len(work.graph)
+        return Times(device, host, *sizes, work.wall, ready)
 
     def _events(
         self,

@@ -167,7 +167,7 @@ def _frequencies(
         low_factor=file.get(f"{name}.rope.scaling.low_freq_factor", 1.0),
         high_factor=file.get(f"{name}.rope.scaling.high_freq_factor", 4.0),
         original_context=file.get(f"{name}.rope.scaling.original_context_length", 8192),
-        divisors=None if divisors is None else tensors.vector(np, divisors),
+        divisors=None if divisors is None else tensors.joined(np, [divisors], np.float32),
     )
     local_base = _positive(file, f"{name}.rope.freq_base_swa", 10000.0)
     local = rope.frequencies(dim, local_base)

@@ -103,7 +103,7 @@ class LLM:
         if context is not None and not 1 <= context <= config.context:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {config.context}")
         self.context = context or config.context
-        self.tokenizer = Tokenizer.from_file(self.file)
+        self.tokenizer = Tokenizer(self.file)
         with cuda.use_device(device):
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)

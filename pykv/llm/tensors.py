@@ -48,20 +48,15 @@ def fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
         out[...] = xp.asarray(values)
 
 
-def vector(xp: Any, info: TensorInfo) -> Any:
-    """In an allocation of its own, hence aligned as kernels that load vectors want it."""
-    out = xp.empty((1, info.shape[-1]), np.float32)
-    fill(xp, out, info, np.float32)
-    return out[0]
-
-
-def matrix(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
-    """Matrices one below the other, as one: several projections of one input in one product."""
+def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
+    """Matrices one below the other, as one: several projections of one input in one product; or
+    vectors one behind the other. In an allocation of its own, hence aligned as kernels want it."""
+    columns = infos[0].shape[1:]
     rows = sum(info.shape[0] for info in infos)
-    out = xp.empty((rows, infos[0].shape[1]), np.float32 if xp is np else dtype)
+    out = xp.empty((rows, *columns), np.float32 if xp is np else dtype)
     start = 0
     for info in infos:
-        stop = start + info.shape[0]
-        fill(xp, out[start:stop], info, dtype)
-        start = stop
+        part = out[start : start + info.shape[0]]
+        fill(xp, part.reshape(len(info.blocks), -1), info, dtype)
+        start += len(part)
     return out

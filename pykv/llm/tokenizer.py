@@ -24,7 +24,11 @@ ENDINGS = {
 
 
 class Tokenizer:
-    """Encodes and decodes; holds no state between calls, so threads may share it.
+    """The tokenizer of a model file; holds no state between calls, so threads may share it.
+
+    Raises:
+        FormatError: the metadata are missing or contradict each other.
+        UnsupportedError: a tokenizer model or a pre-tokenizer that is not known here.
 
     Attributes:
         bos_id, eos_id: ids, or None where the file names none.
@@ -34,7 +38,6 @@ class Tokenizer:
     """
 
     def __init__(self, file: ModelFile) -> None:
-        """See `from_file`."""
         name = file.require("tokenizer.ggml.model", str)
         if name not in ENCODERS:
             raise UnsupportedError(
@@ -68,16 +71,6 @@ class Tokenizer:
         self._user_defined = Finder(
             {self._encoder.spell(token): i for token, i in user_defined.items()}
         )
-
-    @classmethod
-    def from_file(cls, file: ModelFile) -> Tokenizer:
-        """The tokenizer of a model file.
-
-        Raises:
-            FormatError: the metadata are missing or contradict each other.
-            UnsupportedError: a tokenizer model or a pre-tokenizer that is not known here.
-        """
-        return cls(file)
 
     def _id(self, file: ModelFile, role: str) -> int | None:
         i: int | None = file.get(f"tokenizer.ggml.{role}_token_id", None, int)

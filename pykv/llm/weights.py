@@ -13,7 +13,7 @@ import numpy as np
 from pykv.errors import FormatError
 from pykv.llm import tensors
 from pykv.llm.config import Config, read_config
-from pykv.llm.gguf import ModelFile, TensorInfo
+from pykv.llm.gguf import ModelFile
 from pykv.ops import linear, paged_qkv
 
 ALWAYS = ("attention_norm", "ffn_norm", "output_norm")
@@ -104,7 +104,7 @@ def load(
         return Model(
             config=config,
             embedding=embedding,
-            output_norm=reader.vector("output_norm", E),
+            output_norm=reader.vectors({"output_norm": E}),
             head=reader.matrix({"head": V}, E) if reader.has("head") else embedding,
             layers=list(layers),
             hadamard=hadamard,
@@ -128,56 +128,43 @@ class _Reader:
 
     def layer(self, i: int, inv_freq: Any) -> Layer:
         c = self.config
-        E, F, HQ_D, H_D = c.embedding, c.feed_forward, c.heads * c.head_dim, c.kv_heads * c.head_dim
+        E, F, D = c.embedding, c.feed_forward, c.head_dim
+        rows = dict(q=c.heads * D, k=c.kv_heads * D, v=c.kv_heads * D)
+        sizes = dict(attention_norm=E, ffn_norm=E, post_attention_norm=E, post_ffn_norm=E)
+        sizes |= dict(q_norm=D, k_norm=D)
         return Layer(
-            attention_norm=self.vector("attention_norm", E, i),
-            qkv=self.matrix({"q": HQ_D, "k": H_D, "v": H_D}, E, i),
-            qkv_bias=self.biases({"q_bias": HQ_D, "k_bias": H_D, "v_bias": H_D}, i),
-            q_norm=self.vector("q_norm", c.head_dim, i),
-            k_norm=self.vector("k_norm", c.head_dim, i),
-            attention_out=self.matrix({"attention_out": E}, HQ_D, i),
-            post_attention_norm=self.vector("post_attention_norm", E, i),
-            ffn_norm=self.vector("ffn_norm", E, i),
+            **{role: self.vectors({role: size}, i) for role, size in sizes.items()},
+            qkv=self.matrix(rows, E, i),
+            qkv_bias=self.vectors({f"{role}_bias": size for role, size in rows.items()}, i),
+            attention_out=self.matrix({"attention_out": E}, rows["q"], i),
             gate_up=self.matrix({"gate": F, "up": F}, E, i),
             down=self.matrix({"down": E}, F, i),
-            post_ffn_norm=self.vector("post_ffn_norm", E, i),
             inv_freq=inv_freq,
         )
 
     def has(self, role: str, i: int = 0) -> bool:
         return any(name.format(i=i) in self.file.tensors for name in tensors.NAMES[role])
 
-    def find(self, role: str, shape: tuple[int, ...], i: int) -> TensorInfo:
-        info = self.file.tensor(*(name.format(i=i) for name in tensors.NAMES[role]))
-        if info.shape != shape:
-            raise FormatError(
-                f"{self.file.path}: {info.name} has shape {info.shape}, expected {shape}"
-            )
-        return info
-
-    def vector(self, role: str, size: int, i: int = 0) -> Any:
-        """None where the file lacks it and the architecture does not require it."""
-        if not self.has(role, i) and role not in self.required:
+    def vectors(self, roles: dict[str, int], i: int = 0) -> Any:
+        """Vectors of these roles and sizes, one behind the other; None where the file has none of
+        them and the architecture requires none."""
+        if not any(self.has(role, i) or role in self.required for role in roles):
             return None
-        info = self.find(role, (size,), i)
-        self.progress(info.nbytes)
-        return tensors.vector(self.xp, info)
+        return self._joined({role: (size,) for role, size in roles.items()}, i, np.float32)
 
     def matrix(self, roles: dict[str, int], columns: int, i: int = 0) -> Any:
         """Matrices of these roles and rows, one below the other."""
-        infos = [self.find(role, (rows, columns), i) for role, rows in roles.items()]
-        weights = tensors.matrix(self.xp, infos, self.dtype)
-        self.progress(sum(info.nbytes for info in infos))
-        return weights
+        return self._joined({role: (rows, columns) for role, rows in roles.items()}, i, self.dtype)
 
-    def biases(self, roles: dict[str, int], i: int) -> Any:
-        """Vectors of these roles and sizes, one behind the other; None where there are none."""
-        if not any(self.has(role, i) for role in roles):
-            return None
-        joined = self.xp.empty((1, sum(roles.values())), np.float32)
-        start = 0
-        for role, size in roles.items():
-            info = self.find(role, (size,), i)
-            tensors.fill(self.xp, joined[:, start : start + size], info, np.float32)
-            start += size
-        return joined[0]
+    def _joined(self, shapes: dict[str, tuple[int, ...]], i: int, dtype: Any) -> Any:
+        infos = []
+        for role, shape in shapes.items():
+            info = self.file.tensor(*(name.format(i=i) for name in tensors.NAMES[role]))
+            if info.shape != shape:
+                raise FormatError(
+                    f"{self.file.path}: {info.name} has shape {info.shape}, expected {shape}"
+                )
+            infos.append(info)
+        values = tensors.joined(self.xp, infos, dtype)
+        self.progress(sum(info.nbytes for info in infos))
+        return values

@@ -15,7 +15,7 @@ memory that they name must outlive the calls. CuPy tables are read at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -189,8 +189,7 @@ def copy_on_gpu(
     C = len(src)
     if C == 0:
         return
-    shape = MANY if max_ctas is None else FEW
-    tile = shape["TILE"]
+    tile = (MANY if max_ctas is None else FEW)["TILE"]
     runs = _runs(sizes, C)
     if not runs and not on_gpu(src):
         src, dst, sizes = _by_size(src, dst, sizes)
@@ -211,21 +210,25 @@ def copy_on_gpu(
         tables |= dict(sizes=sizes, first_tile=first_tile)
     with cuda.on_stream(stream):
         tables = _upload(tables)
-    _launch(runs, num_tiles, C, shape, max_ctas)(**tables, stream=stream)
+    launch = _launch(cuda.current_device(), tuple(runs), num_tiles, C, max_ctas)
+    launch(**tables, stream=stream)
 
 
+@lru_cache(maxsize=256)
 def _launch(
-    runs: list[tuple[int, int, int]],
+    device: int,
+    runs: tuple[tuple[int, int, int], ...],
     num_tiles: int,
     num_pairs: int,
-    shape: dict[str, int],
     max_ctas: int | None,
 ) -> cuda.Launch:
-    """The launch for pairs of a few sizes, or where there are no runs, of any."""
+    """The launch for pairs of a few sizes, or where there are no runs, of any; on the current
+    device."""
+    shape = MANY if max_ctas is None else FEW
     warps = shape["BLOCK"] // 32
     scalars = dict(num_pairs=num_pairs, num_tiles=num_tiles)
     if runs:
-        ctas = max_ctas or shape["CTAS_PER_SM"] * cuda.num_sms(cuda.current_device())
+        ctas = max_ctas or shape["CTAS_PER_SM"] * cuda.num_sms(device)
         # Where every tile has a warp at once, sharing would only make pairs slower.
         small = shape["TILE"] // 4 if num_tiles > ctas * warps else 0
         num_tiles, scalars = _deal(runs, small, shape["TILE"], shape["GROUP"])
@@ -321,7 +324,7 @@ def _by_size(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
 
 
 def _deal(
-    runs: list[tuple[int, int, int]], small: int, tile: int, group: int
+    runs: tuple[tuple[int, int, int], ...], small: int, tile: int, group: int
 ) -> tuple[int, dict[str, int]]:
     """How many tiles runs make if `group` pairs of up to `small` bytes share one, and the scalars
     of block_copy.cu: those runs first."""

@@ -23,8 +23,8 @@ memory that they name must outlive the calls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypedDict, Unpack
 
 from pykv import block_memory, cuda
 from pykv.arrays import on_gpu
@@ -95,8 +95,12 @@ def permute(
         Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES)),
         Given("src", src, _layout(op, "src_layout", src_layout, NAMES)),
         shape,
-        _Options(heads, layers, num_blocks, max_ctas, validate),
-        stream,
+        heads=heads,
+        layers=layers,
+        num_blocks=num_blocks,
+        max_ctas=max_ctas,
+        validate=validate,
+        stream=stream,
     )
 
 
@@ -109,22 +113,20 @@ def reference(dst: Any, src: Any) -> None:
 # --- The move -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Of a move, as `permute` says."""
-
-    heads: Range
-    layers: Range
-    num_blocks: int | None
-    max_ctas: int | None
-    validate: bool = False
-
-
 def _move(
-    op: str, dst: Given, src: Given, shape: BlockShape | None, options: _Options, stream: Any
+    op: str,
+    dst: Given,
+    src: Given,
+    shape: BlockShape | None,
+    *,
+    heads: Range = None,
+    layers: Range = None,
+    num_blocks: int | None = None,
+    max_ctas: int | None = None,
+    validate: bool = False,
+    stream: Any = None,
 ) -> None:
-    """Check all, then move."""
-    max_ctas, num_blocks = options.max_ctas, options.num_blocks
+    """Check all, then move; arguments as of `permute`."""
     if max_ctas is not None and max_ctas < 1:
         raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
     if num_blocks is not None and num_blocks < 0:
@@ -138,8 +140,8 @@ def _move(
     if to.N == 0:
         return
     layouts = dst.layout, src.layout
-    heads = _moved(op, "heads", options.heads, to, from_, layouts)
-    layers = _moved(op, "layers", options.layers, to, from_, layouts)
+    heads = _moved(op, "heads", heads, to, from_, layouts)
+    layers = _moved(op, "layers", layers, to, from_, layouts)
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
         return
@@ -148,10 +150,11 @@ def _move(
         return
     cuda.hold(*to.arrays, *from_.arrays)
     with cuda.on_stream(stream):
-        if options.validate:
+        if validate:
             _validate(op, to, from_, moved)
         tables = [_upload(side) for side in (to, from_)]
-    launch = _launch(op, to, from_, moved, heads[0], layers[0], max_ctas)
+    places = to.without_memory(), from_.without_memory()
+    launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
     # Of a stack's table, the first entries may be those of layers that stay.
     dst_ptrs, src_ptrs = (
         table[(layers[0] - side.layers[0]) * moved.O :] if side.chunk_stride == 0 else table
@@ -231,7 +234,9 @@ def _upload(side: Side) -> Any:
     return side.table if on_gpu(side.table) else cuda.array_module("cuda").asarray(side.table)
 
 
+@lru_cache(maxsize=256)
 def _launch(
+    device: int,
     op: str,
     to: Side,
     from_: Side,
@@ -240,7 +245,8 @@ def _launch(
     layer: int,
     max_ctas: int | None,
 ) -> cuda.Launch:
-    """The launch for sides whose first head and layer to move are `head` and `layer`."""
+    """The launch on the current device for sides whose first head and layer to move are `head` and
+    `layer`."""
     run, num_outer, num_inner, outer, inner = nest(to, from_, moved)
     defines = VARIANTS[0]
     chunk_bytes = num_outer * num_inner * run
@@ -318,17 +324,22 @@ def magic(n: int) -> int:
 # --- Adapters -------------------------------------------------------------------------------------
 
 
+class _Options(TypedDict, total=False):
+    """What the adapters hand on to `permute`."""
+
+    heads: Range
+    layers: Range
+    num_blocks: int | None
+    max_ctas: int | None
+    stream: Any
+
+
 def universal_from_block(
     universal: Any,
     blocks: Any,
     shape: BlockShape | None = None,
     layout: str | Layout = "NHD",
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    **options: Unpack[_Options],
 ) -> None:
     """Adapter of kvbm-kernels' universal_from_block: `permute` from stacks of chunks to universal
     blocks.
@@ -338,7 +349,7 @@ def universal_from_block(
         shape: sizes of a whole block, with addresses only.
         layout: "NHD" or "HND", or a Layout of that name that says which heads and layers the
             chunks hold, or how they are strided.
-        heads, layers, num_blocks, max_ctas, stream: as in `permute`.
+        options: heads, layers, num_blocks, max_ctas and stream, as of `permute`.
 
     Raises: as `permute`.
 
@@ -349,10 +360,8 @@ def universal_from_block(
     True
     """
     op = "permute.universal_from_block"
-    layout = _layout(op, "layout", layout, STACKS)
-    options = _Options(heads, layers, num_blocks, max_ctas)
-    dst, src = Given("universal", universal, Layout("universal")), Given("blocks", blocks, layout)
-    _move(op, dst, src, shape, options, stream)
+    stack = Given("blocks", blocks, _layout(op, "layout", layout, STACKS))
+    _move(op, Given("universal", universal, Layout("universal")), stack, shape, **options)
 
 
 def block_from_universal(
@@ -360,20 +369,13 @@ def block_from_universal(
     universal: Any,
     shape: BlockShape | None = None,
     layout: str | Layout = "NHD",
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    **options: Unpack[_Options],
 ) -> None:
     """Adapter of kvbm-kernels' block_from_universal: `permute` from universal blocks to stacks of
     chunks; arguments as in `universal_from_block`."""
     op = "permute.block_from_universal"
-    layout = _layout(op, "layout", layout, STACKS)
-    options = _Options(heads, layers, num_blocks, max_ctas)
-    dst, src = Given("blocks", blocks, layout), Given("universal", universal, Layout("universal"))
-    _move(op, dst, src, shape, options, stream)
+    stack = Given("blocks", blocks, _layout(op, "layout", layout, STACKS))
+    _move(op, stack, Given("universal", universal, Layout("universal")), shape, **options)
 
 
 def operational_from_block(
@@ -381,23 +383,13 @@ def operational_from_block(
     blocks: Any,
     shape: BlockShape | None = None,
     layout: str | Layout = "NHD",
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    **options: Unpack[_Options],
 ) -> None:
     """Adapter of kvbm-kernels' operational_from_block: joins the chunks of stacks, in their own
     order, into one allocation a block, `operational`; arguments as in `universal_from_block`."""
     op = "permute.operational_from_block"
-    layout = _layout(op, "layout", layout, STACKS)
-    options = _Options(heads, layers, num_blocks, max_ctas)
-    dst, src = (
-        Given("operational", operational, Layout(f"operational_{layout.name}")),
-        Given("blocks", blocks, layout),
-    )
-    _move(op, dst, src, shape, options, stream)
+    stack = Given("blocks", blocks, _layout(op, "layout", layout, STACKS))
+    _move(op, _operational(operational, stack), stack, shape, **options)
 
 
 def block_from_operational(
@@ -405,58 +397,33 @@ def block_from_operational(
     operational: Any,
     shape: BlockShape | None = None,
     layout: str | Layout = "NHD",
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    **options: Unpack[_Options],
 ) -> None:
     """Adapter of kvbm-kernels' block_from_operational: parts the joined chunks of `operational`
     blocks again; arguments as in `universal_from_block`."""
     op = "permute.block_from_operational"
-    layout = _layout(op, "layout", layout, STACKS)
-    options = _Options(heads, layers, num_blocks, max_ctas)
-    dst, src = (
-        Given("blocks", blocks, layout),
-        Given("operational", operational, Layout(f"operational_{layout.name}")),
-    )
-    _move(op, dst, src, shape, options, stream)
+    stack = Given("blocks", blocks, _layout(op, "layout", layout, STACKS))
+    _move(op, stack, _operational(operational, stack), shape, **options)
+
+
+def _operational(memory: Any, stack: Given) -> Given:
+    """The side of operational blocks whose chunks are ordered as those of a stack."""
+    return Given("operational", memory, Layout(f"operational_{stack.layout.name}"))
 
 
 def nhd_to_hnd(
-    hnd: Any,
-    nhd: Any,
-    shape: BlockShape | None = None,
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    hnd: Any, nhd: Any, shape: BlockShape | None = None, **options: Unpack[_Options]
 ) -> None:
     """Adapter of kvbm-kernels' nhd_to_hnd: moves dense chunks `nhd` into `hnd`; arguments as in
     `universal_from_block`."""
-    op = "permute.nhd_to_hnd"
-    options = _Options(heads, layers, num_blocks, max_ctas)
     dst, src = Given("hnd", hnd, Layout("HND")), Given("nhd", nhd, Layout("NHD"))
-    _move(op, dst, src, shape, options, stream)
+    _move("permute.nhd_to_hnd", dst, src, shape, **options)
 
 
 def hnd_to_nhd(
-    nhd: Any,
-    hnd: Any,
-    shape: BlockShape | None = None,
-    *,
-    heads: Range = None,
-    layers: Range = None,
-    num_blocks: int | None = None,
-    max_ctas: int | None = None,
-    stream: Any = None,
+    nhd: Any, hnd: Any, shape: BlockShape | None = None, **options: Unpack[_Options]
 ) -> None:
     """Adapter of kvbm-kernels' hnd_to_nhd: moves dense chunks `hnd` into `nhd`; arguments as in
     `universal_from_block`."""
-    op = "permute.hnd_to_nhd"
-    options = _Options(heads, layers, num_blocks, max_ctas)
     dst, src = Given("nhd", nhd, Layout("NHD")), Given("hnd", hnd, Layout("HND"))
-    _move(op, dst, src, shape, options, stream)
+    _move("permute.hnd_to_nhd", dst, src, shape, **options)

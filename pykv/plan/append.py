@@ -11,15 +11,14 @@ from pykv import cuda
 from pykv.arrays import FLOATS, checker
 from pykv.errors import ParameterError
 from pykv.kinds import LAYOUTS, KVSpec
-from pykv.ops import contiguous_append, paged_append, paged_check
+from pykv.ops import contiguous_append, paged_append
 from pykv.plan.base import (
     PagedCacheDescriptor,
+    PagedPlan,
     Plan,
-    Preference,
     check_element,
     check_head_dim,
-    check_select,
-    paged_checker,
+    check_sizes,
 )
 
 # --- Paged append ---------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ class PagedAppendArgs(NamedTuple):
     v_scales: Any = None
 
 
-class PagedAppendPlan(Plan):
+class PagedAppendPlan(PagedPlan):
     """Append one token a request to pages that a list of pages names; made by `select`.
 
     `select` raises, in this order:
@@ -80,38 +79,26 @@ class PagedAppendPlan(Plan):
         "rows of float32, float16 and bfloat16 into any kind; head sizes of multiples of 8 up to "
         "512; pages, tokens and heads at any strides"
     )
+    fields = PagedAppendArgs._fields
 
-    def __init__(
-        self,
-        descriptor: PagedAppendDescriptor,
-        element: Any,
-        preference: Preference | None = None,
-        xp: Any = np,
-    ) -> None:
-        self.descriptor, cache, name = descriptor, descriptor.cache, self._name()
-        check_select(name, descriptor.batch_size, cache, element)
-        if descriptor.counts not in paged_append.COUNTS:
+    def _select(self, name: str) -> KVSpec:
+        descriptor: PagedAppendDescriptor = self.descriptor
+        counts, advance, cache = descriptor.counts, descriptor.advance, descriptor.cache
+        self._check_pages(name)
+        if counts not in paged_append.COUNTS:
             raise ParameterError(
-                f"{name}.select: counts is {descriptor.counts!r}, expected one of "
-                f"{paged_append.COUNTS}"
+                f"{name}: counts is {counts!r}, expected one of {paged_append.COUNTS}"
             )
-        after, advance = descriptor.counts == "after", descriptor.advance
-        if after and advance:
-            raise ParameterError(
-                f"{name}.select: advance is True and counts 'after', expected 'before'"
-            )
-        super().__init__(element, cache.spec, preference, xp)
-        B, H, D, P = descriptor.batch_size, cache.num_kv_heads, cache.head_dim, cache.page_size
-        (k_data, v_data), _ = cache.shapes()
-        rows = dict(key=(B, H, D), value=(B, H, D), k_data=k_data, v_data=v_data)
-        self._shapes = rows | dict(indptr=(B + 1,), last_page_len=(B,))
-        self._with_rows = tuple(rows)
-        of_rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
-        self._check = paged_checker(name, PagedAppendArgs._fields, cache.spec, **of_rows)
-        if xp is not np:
-            flags = dict(AFTER=int(after), ADVANCE=int(advance))
+        if counts == "after" and advance:
+            raise ParameterError(f"{name}: advance is True and counts 'after', expected 'before'")
+        H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
+        rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
+        self._expect(dict(key=H, value=H), rows)
+        if self._xp is not np:
+            flags = dict(AFTER=int(counts == "after"), ADVANCE=int(advance))
             defines = paged_append.defines_of("DECODE", cache.spec, self._element, H, D, P, **flags)
             cuda.kernel("paged_append", "paged_append", **defines)
+        return cache.spec
 
     def run(
         self,
@@ -134,16 +121,8 @@ class PagedAppendPlan(Plan):
         On a GPU only enqueues, one launch, unless checking.
         """
         self.can_implement(args)
-        cache, counts = self.descriptor.cache, self.descriptor.counts
-        if paged_check.enabled(check):
-            with cuda.on_stream(stream):
-                paged_check.check_table(
-                    *(args.indices, args.indptr, args.last_page_len),
-                    *(cache.num_total_pages, cache.page_size),
-                    appends=True,
-                    counts=counts,
-                    op=f"{self._name()}.run",
-                )
+        counts = self.descriptor.counts
+        self._look(args, check, stream, appends=True, counts=counts)
         paged_append.append_decode(
             *args[:7],
             k_scales=args.k_scales,
@@ -217,49 +196,37 @@ class ContiguousAppendPlan(Plan):
         "offsets of 32 or 64 bits"
     )
 
-    def __init__(
-        self,
-        descriptor: ContiguousAppendDescriptor,
-        element: Any,
-        preference: Preference | None = None,
-        xp: Any = np,
-    ) -> None:
-        self.descriptor, name = descriptor, self._name()
-        sizes = ("batch_size", "num_heads", "new_tokens", "max_tokens", "k_dim", "v_dim")
-        for size in sizes:
-            if getattr(descriptor, size) < 0:
-                raise ParameterError(
-                    f"{name}.select: {size} is {getattr(descriptor, size)}, expected at least 0"
-                )
-        if descriptor.layout not in LAYOUTS:
-            raise ParameterError(
-                f"{name}.select: layout is {descriptor.layout!r}, expected one of {LAYOUTS}"
-            )
-        for size in sizes[4:]:
-            head_dim = getattr(descriptor, size)
-            check_head_dim(f"{name}.select", size, head_dim, contiguous_append.MAX_HEAD_DIM)
-        of_cache = element if descriptor.cache_element is None else descriptor.cache_element
-        check_element(f"{name}.select", "element", element)
-        check_element(f"{name}.select", "cache_element", of_cache)
-        kind = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))[np.dtype(of_cache)]
-        spec = KVSpec(kind, kind, layout=descriptor.layout)
-        super().__init__(element, spec, preference, xp)
-        B, H, T, C, K, V = (getattr(descriptor, size) for size in sizes)
+    def _select(self, name: str) -> KVSpec:
+        descriptor, layout = self.descriptor, self.descriptor.layout
+        names = ("batch_size", "num_heads", "new_tokens", "max_tokens", "k_dim", "v_dim")
+        sizes = {size: getattr(descriptor, size) for size in names}
+        check_sizes(name, 0, **sizes)
+        if layout not in LAYOUTS:
+            raise ParameterError(f"{name}: layout is {layout!r}, expected one of {LAYOUTS}")
+        for size in names[4:]:
+            check_head_dim(name, size, sizes[size], contiguous_append.MAX_HEAD_DIM)
+        of_cache = descriptor.cache_element
+        of_cache = self._element if of_cache is None else np.dtype(of_cache)
+        check_element(name, "element", self._element)
+        check_element(name, "cache_element", of_cache)
+        kind = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))[of_cache]
+        spec = KVSpec(kind, kind, layout=layout)
+        B, H, T, C, K, V = sizes.values()
         self._shapes = {
             f"{letter}_{which}": (B, *spec.page_order(tokens, H), D)
             for which, tokens in (("new", T), ("cache", C))
             for letter, D in (("k", K), ("v", V))
         }
-        self._with_rows = tuple(self._shapes)
         self._shapes["cache_offsets"] = (B,)
         self._check = checker(
-            f"{name}.can_implement",
+            f"{self._name()}.can_implement",
             k_new=("B H T | K", self._element),
             v_new=("B H T | V", "k_new"),
-            k_cache=("B X Y | K", np.dtype(of_cache)),
+            k_cache=("B X Y | K", of_cache),
             v_cache=("B X Y | V", "k_cache"),
             cache_offsets=("B", contiguous_append.LENGTHS),
         )
+        return spec
 
     def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
         """Append `args`; tokens past the caches' ends are dropped. Options are those of

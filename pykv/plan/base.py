@@ -12,14 +12,14 @@ from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, checker
 from pykv.errors import (
     CapacityError,
-    DeviceError,
     DtypeError,
     ParameterError,
+    PykvError,
     ShapeError,
     UnsupportedError,
 )
 from pykv.kinds import KVSpec, as_spec
-from pykv.ops import paged_append
+from pykv.ops import paged_append, paged_check
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,11 @@ class PagedCacheDescriptor:
 
 
 class Plan:
-    """What all plans have. A subclass says what its arguments are: their shapes, in the order in
-    which wrong ones are reported, and the rules of all else.
+    """What all plans have. A subclass says in `_select` what its arguments are.
 
     Args:
+        descriptor: what stays the same over the calls.
         element: dtype of the rows that come in.
-        spec: what the cache holds.
         preference: what may be used.
         xp: the array module of the arrays to come.
     """
@@ -123,32 +122,30 @@ class Plan:
     accumulator: str | None = None  # None: the element, of which there are only copies
     may_lack: tuple[str, ...] = ()  # arguments that may be None, besides scales
 
-    def __init__(self, element: Any, spec: KVSpec, preference: Preference | None, xp: Any) -> None:
-        self._element, self._spec, self._xp = np.dtype(element), spec, xp
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._with_rows: tuple[str, ...] = ()  # arguments whose rows must be contiguous
-        self._check: Callable[..., Dims]
+    # What `_select` sets: the check of all arguments, and the shapes of some, in the order in which
+    # wrong ones are reported.
+    _check: Callable[..., Dims]
+    _shapes: dict[str, tuple[int, ...]]
+
+    def __init__(
+        self, descriptor: Any, element: Any, preference: Preference | None = None, xp: Any = np
+    ) -> None:
+        self.descriptor, self._element, self._xp = descriptor, np.dtype(element), xp
         self._passed: Dims | None = None  # of the arguments that fitted last
+        name = f"{self._name()}.select"
+        self._spec = self._select(name)
         preference = preference or Preference()
         if preference.backend not in (None, "pykv"):
-            raise UnsupportedError(
-                f"{self._name()}.select: backend is {preference.backend!r}, expected pykv"
-            )
-        limit = preference.max_workspace_bytes
-        if limit is not None and self.workspace_size() > limit:
+            raise UnsupportedError(f"{name}: backend is {preference.backend!r}, expected pykv")
+        limit, needed = preference.max_workspace_bytes, self.workspace_size()
+        if limit is not None and needed > limit:
             raise CapacityError(
-                f"{self._name()}.select: the workspace takes {self.workspace_size()} bytes, "
-                f"expected at most {limit}"
+                f"{name}: the workspace takes {needed} bytes, expected at most {limit}"
             )
 
     @classmethod
     def select(
-        cls,
-        descriptor: Any,
-        element: Any,
-        *,
-        preference: Preference | None = None,
-        xp: Any = np,
+        cls, descriptor: Any, element: Any, *, preference: Preference | None = None, xp: Any = np
     ) -> Self:
         """The plan of a descriptor.
 
@@ -163,6 +160,10 @@ class Plan:
         """
         return cls(descriptor, element, preference, xp)
 
+    def _select(self, name: str) -> KVSpec:
+        """Check the descriptor, set `_check` and `_shapes`, and return what the cache holds."""
+        raise NotImplementedError
+
     def can_implement(self, args: Any) -> None:
         """Check `args`, the arrays of a call.
 
@@ -175,7 +176,7 @@ class Plan:
             dims = self._check(*args)
             if dims is self._passed:  # layouts that fitted before
                 return
-        except (ShapeError, DtypeError, DeviceError, ParameterError) as found:
+        except PykvError as found:
             error = found
         self._check_in_order(args)
         if error is not None:
@@ -183,13 +184,15 @@ class Plan:
         self._passed = dims
 
     def _check_in_order(self, args: Any) -> None:
-        """Raise what baracuda's plans look for first."""
+        """Raise what baracuda's plans look for first: shapes, then rows that are not contiguous."""
         name = f"{self._name()}.can_implement"
-        for argument, expected in self._shapes.items():
-            array = getattr(args, argument)
-            if array is None and argument in self.may_lack:
-                continue
-            shape = getattr(array, "shape", None)
+        given = {
+            argument: getattr(args, argument)
+            for argument in self._shapes
+            if getattr(args, argument) is not None or argument not in self.may_lack
+        }
+        for argument, array in given.items():
+            shape, expected = getattr(array, "shape", None), self._shapes[argument]
             if shape is None:
                 raise DtypeError(
                     f"{name}: {argument} is a {type(array).__name__}, expected a NumPy or CuPy "
@@ -197,12 +200,11 @@ class Plan:
                 )
             if shape != expected:
                 raise ShapeError(f"{name}: {argument} has shape {shape}, expected {expected}")
-        for argument in self._with_rows:
-            array = getattr(args, argument)
-            strides = array.strides
-            if strides[-1] != array.itemsize and array.shape[-1] > 1 and array.size:
+        for argument, array in given.items():
+            has_rows = array.ndim > 2 and array.size and array.shape[-1] > 1
+            if has_rows and array.strides[-1] != array.itemsize:
                 raise UnsupportedError(
-                    f"{name}: {argument} has strides {strides}, expected contiguous rows"
+                    f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
                 )
 
     @classmethod
@@ -230,40 +232,58 @@ class Plan:
         )
 
 
+class PagedPlan(Plan):
+    """A plan over the pages of `descriptor.cache`, for `descriptor.batch_size` requests.
+
+    Args:
+        descriptor, element, preference, xp: as of Plan.
+    """
+
+    fields: tuple[str, ...]  # of the arguments, in order
+
+    def _check_pages(self, name: str) -> None:
+        """Check the sizes of the pages, then the element; errors begin with `name`."""
+        cache = self.descriptor.cache
+        sizes = {x: getattr(cache, x) for x in ("num_kv_heads", "page_size", "num_total_pages")}
+        check_sizes(name, 1, batch_size=self.descriptor.batch_size, **sizes)
+        check_head_dim(name, "head_dim", cache.head_dim, paged_append.MAX_HEAD_DIM)
+        check_element(name, "element", self._element)
+
+    def _expect(self, heads: dict[str, int], rules: dict[str, Any]) -> None:
+        """Set what arguments must be.
+
+        Args:
+            heads: of the arguments [B, heads, D].
+            rules: of all arguments but the pools, scales and lists of pages.
+        """
+        cache, B = self.descriptor.cache, self.descriptor.batch_size
+        pools = dict(zip(("k_data", "v_data"), cache.shapes()[0], strict=True))
+        rows = {argument: (B, count, cache.head_dim) for argument, count in heads.items()}
+        self._shapes = rows | pools | dict(indptr=(B + 1,), last_page_len=(B,))
+        rules |= cache.spec.rules(("k_data", "v_data", "k_scales", "v_scales"))
+        rules |= dict(indices=("I", INT32), indptr=("B+1", INT32), last_page_len=("B", INT32))
+        of_arguments = {argument: rules[argument] for argument in self.fields}
+        self._check = checker(f"{self._name()}.can_implement", **of_arguments)
+
+    def _look(self, args: Any, check: bool | None, stream: Any, **options: Any) -> None:
+        """Look for wrong entries of the lists of pages, if asked to; options as of
+        paged_check.check_table."""
+        if paged_check.enabled(check):
+            cache = self.descriptor.cache
+            lists = args.indices, args.indptr, args.last_page_len
+            options |= dict(op=f"{self._name()}.run")
+            with cuda.on_stream(stream):
+                paged_check.check_table(*lists, cache.num_total_pages, cache.page_size, **options)
+
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def paged_checker(
-    plan: str, fields: tuple[str, ...], spec: KVSpec, **rules: tuple[Any, ...]
-) -> Callable[..., Dims]:
-    """The check of the arguments of paged plans.
-
-    Args:
-        plan: name for messages.
-        fields: names of the arguments, in order.
-        spec: what the pools hold.
-        rules: of arguments other than pools, scales and lists of pages, which have the same names
-            in all plans.
-    """
-    rules |= spec.rules(("k_data", "v_data", "k_scales", "v_scales"))
-    rules |= dict(indices=("I", INT32), indptr=("B+1", INT32), last_page_len=("B", INT32))
-    return checker(f"{plan}.can_implement", **{field: rules[field] for field in fields})
-
-
-def check_select(plan: str, batch_size: int, cache: PagedCacheDescriptor, element: Any) -> None:
-    """Check `batch_size`, the sizes of `cache` and the `element` of a paged plan.
-
-    Errors name the `plan`.
-    """
-    name = f"{plan}.select"
-    for size, value in (
-        ("batch_size", batch_size),
-        *((s, getattr(cache, s)) for s in ("num_kv_heads", "page_size", "num_total_pages")),
-    ):
-        if value < 1:
-            raise ParameterError(f"{name}: {size} is {value}, expected at least 1")
-    check_head_dim(name, "head_dim", cache.head_dim, paged_append.MAX_HEAD_DIM)
-    check_element(name, "element", element)
+def check_sizes(name: str, least: int, **sizes: int) -> None:
+    """Check that sizes are at `least` so large; `name` is for messages."""
+    for size, value in sizes.items():
+        if value < least:
+            raise ParameterError(f"{name}: {size} is {value}, expected at least {least}")
 
 
 def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
@@ -276,8 +296,6 @@ def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
 
 def check_element(name: str, argument: str, element: Any) -> None:
     """Check that an `element` is a float kind; `name` and `argument` are for messages."""
-    if np.dtype(element) not in FLOATS:
-        raise UnsupportedError(
-            f"{name}: {argument} is {np.dtype(element)}, expected one of "
-            f"{', '.join(map(str, FLOATS))}"
-        )
+    if element not in FLOATS:
+        kinds = ", ".join(map(str, FLOATS))
+        raise UnsupportedError(f"{name}: {argument} is {element}, expected one of {kinds}")

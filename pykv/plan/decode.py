@@ -10,8 +10,9 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, UINT8, checker, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
-from pykv.ops import page_table, paged_check, paged_decode
-from pykv.plan.base import PagedCacheDescriptor, Plan, Preference, check_select, paged_checker
+from pykv.kinds import KVSpec
+from pykv.ops import page_table, paged_decode
+from pykv.plan.base import PagedCacheDescriptor, PagedPlan, check_sizes
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PagedDecodeArgs(NamedTuple):
     v_scales: Any = None
 
 
-class PagedDecodePlan(Plan):
+class PagedDecodePlan(PagedPlan):
     """Attention over pages that a list of pages names; made by `select`. The logarithms of the sums
     of weights, `lse`, are of base 2.
 
@@ -74,48 +75,33 @@ class PagedDecodePlan(Plan):
     )
     accumulator = "float32"
     may_lack = ("lse",)
+    fields = PagedDecodeArgs._fields
 
-    def __init__(
-        self,
-        descriptor: PagedDecodeDescriptor,
-        element: Any,
-        preference: Preference | None = None,
-        xp: Any = np,
-    ) -> None:
-        self.descriptor, cache = descriptor, descriptor.cache
-        name, HQ = f"{self._name()}.select", descriptor.num_q_heads
-        max_pages = cache.num_total_pages if descriptor.max_pages is None else descriptor.max_pages
-        for size, value in (("num_q_heads", HQ), ("max_pages", max_pages)):
-            if value < 1:
-                raise ParameterError(f"{name}: {size} is {value}, expected at least 1")
-        check_select(self._name(), descriptor.batch_size, cache, element)
-        if HQ % cache.num_kv_heads:
+    def _select(self, name: str) -> KVSpec:
+        descriptor: PagedDecodeDescriptor = self.descriptor
+        cache = descriptor.cache
+        B, HQ, max_pages = descriptor.batch_size, descriptor.num_q_heads, descriptor.max_pages
+        self._max_pages = cache.num_total_pages if max_pages is None else max_pages
+        check_sizes(name, 1, num_q_heads=HQ, max_pages=self._max_pages)
+        self._check_pages(name)
+        H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
+        if HQ % H:
             raise ParameterError(
-                f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads="
-                f"{cache.num_kv_heads}"
+                f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads={H}"
             )
-        B, H, D, P = descriptor.batch_size, cache.num_kv_heads, cache.head_dim, cache.page_size
-        self._max_pages = max_pages
-        self._scratch = 0  # bytes that the attention asks for
-        if xp is not np:
-            self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, max_pages * P)
-        super().__init__(element, cache.spec, preference, xp)
-        (k_data, v_data), _ = cache.shapes()
-        rows = dict(q=(B, HQ, D), o=(B, HQ, D), k_data=k_data, v_data=v_data)
-        self._shapes = rows | dict(indptr=(B + 1,), last_page_len=(B,), lse=(B, HQ))
-        self._with_rows = tuple(rows)
-        self._check = paged_checker(
-            *(self._name(), PagedDecodeArgs._fields, cache.spec),
-            q=("B HQ | D", self._element),
-            o=("B HQ | D", "q"),
-            lse=optional("B HQ", FLOAT32),
-        )
+        self._scratch: int = 0  # bytes that the attention asks for
+        if self._xp is not np:
+            self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, self._max_pages * P)
+        rules = dict(q=("B HQ | D", self._element), o=("B HQ | D", "q"))
+        self._expect(dict(q=HQ, o=HQ), rules | dict(lse=optional("B HQ", FLOAT32)))
+        self._shapes["lse"] = (B, HQ)
+        return cache.spec
 
     def workspace_size(self) -> int:
         """Bytes of workspace: the attention's, a page table, and lengths. None on the host."""
         if self._xp is np:
             return 0
-        return self._scratch + 4 * self.descriptor.batch_size * (self._max_pages + 1)
+        return self._scratch + 4 * int(self.descriptor.batch_size) * (self._max_pages + 1)
 
     def run(
         self,
@@ -150,13 +136,7 @@ class PagedDecodePlan(Plan):
             )
         self.can_implement(args)
         with cuda.on_stream(stream):
-            if paged_check.enabled(check):
-                cache = self.descriptor.cache
-                paged_check.check_table(
-                    *(args.indices, args.indptr, args.last_page_len),
-                    *(cache.num_total_pages, cache.page_size),
-                    op=f"{self._name()}.run",
-                )
+            self._look(args, check, stream=None)
             self._decode(args, workspace)
 
     def _decode(self, args: PagedDecodeArgs, workspace: Any) -> None:

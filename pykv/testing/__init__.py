@@ -21,6 +21,13 @@ tests/test_testing.py holds oracles to hand-worked values; pykv.verify says how 
 uses them.
 """
 
-from pykv.testing.compare import error_and_bound, host, judged, wrong_values
+from pykv.testing.compare import (
+    error_and_bound,
+    host,
+    is_close,
+    judged,
+    judged_states,
+    wrong_values,
+)
 
-__all__ = ["error_and_bound", "host", "judged", "wrong_values"]
+__all__ = ["error_and_bound", "host", "is_close", "judged", "judged_states", "wrong_values"]

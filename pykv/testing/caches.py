@@ -1,4 +1,8 @@
-"""Caches of every kind for benchmarks: any bits that are numbers, made on the device."""
+"""Caches of every kind for benchmarks: any bits that are numbers, made on the device.
+
+Where a page's tokens and heads lie is asked of KVSpec, as ops do: `pykv verify`, which judges that,
+has pykv.testing.paged.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +10,63 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import SCALE_DTYPES, Kind, KVSpec
+from pykv.arrays import load_cupy, on_gpu
+from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.page_arrays import ARRAYS
 from pykv.pages import Pages
 from pykv.testing import codes
-from pykv.testing.compare import host as host
+from pykv.testing.compare import host
 
 # Keeps floats, fp8 codes and scales below 2, so that none is infinite or NaN.
 _MASKS = {4: 0x3FFFFFFF, 2: 0x3FFF3FFF, 1: 0x3F3F3F3F}
 
 
-def cache(xp: Any, spec: KVSpec, L: int, N: int, P: int, H: int, D: int, seed: int) -> Pages:
+def cache(
+    xp: Any, rng: np.random.Generator, spec: KVSpec, L: int, N: int, P: int, H: int, D: int
+) -> Pages:
     """L layers of N pages of P tokens; scales of heads and tensors are 1."""
-    page = (P, H) if spec.layout == "NHD" else (H, P)
     made: dict[str, Any] = {}
-    for letter, kind in zip("kv", spec.kinds, strict=True):
-        seed += 1
-        made[letter] = _numbers(
-            xp, (L, N, *page, D * kind.bits // (8 * kind.dtype.itemsize)), kind.dtype, seed
-        )
-        dtype = SCALE_DTYPES[spec.scale_dtype]
+    dtype, of_scales = SCALE_DTYPES[spec.scale_dtype], (L, *spec.scale_shape(N, P, H))
+    sides = zip("kv", spec.kinds, spec.pool_shapes(N, P, H, D), strict=True)
+    for side, kind, shape in sides:
+        made[side] = _numbers(xp, rng, (L, *shape), kind.dtype)
         scales = None
-        if kind.largest and spec.granularity == "token":
-            scales = _numbers(xp, (L, N, *page), dtype, seed)
-        elif kind.largest:
-            scales = xp.ones((L, H if spec.granularity == "head" else 1), dtype)
-        made[f"{letter}_scales"] = scales
+        if kind.largest:
+            own = spec.finds_scales
+            scales = _numbers(xp, rng, of_scales, dtype) if own else xp.ones(of_scales, dtype)
+        made[f"{side}_scales"] = scales
     return Pages(**made, spec=spec)
 
 
-def empty(xp: Any, like: Pages, N: int | None = None) -> Pages:
-    """A cache of the same kind full of zeros, of N pages; given scales are shared."""
-    made = {}
-    for name in ("k", "v", "k_scales", "v_scales"):
-        x = getattr(like, name)
-        if x is not None and x.ndim > 2:
-            x = xp.zeros((len(x), N or x.shape[1], *x.shape[2:]), x.dtype)
-        made[name] = x
-    return Pages(**made, spec=like.spec)
+def empty(xp: Any, like: Pages) -> Pages:
+    """A cache of the same kind and sizes full of zeros; given scales are shared."""
+    arrays = {name: getattr(like, name) for name in ARRAYS}
+    zeros = {n: xp.zeros_like(x) for n, x in arrays.items() if x is not None and x.ndim > 2}
+    return Pages(**arrays | zeros, spec=like.spec)
 
 
-def layer(pages: Pages, which: int = 0) -> dict[str, Any]:
-    """The arrays of one layer, as ops take them."""
-    found = {}
-    for name in ("k", "v"):
-        scales = getattr(pages, f"{name}_scales")
-        found[f"{name}_pool"] = getattr(pages, name)[which]
-        found[f"{name}_scales"] = None if scales is None else scales[which]
-    return found
+def layer(pages: Pages) -> dict[str, Any]:
+    """The arrays of the first layer, as ops take them."""
+    names = ("k_pool", "v_pool", "k_scales", "v_scales")
+    arrays = (getattr(pages, name) for name in ARRAYS)
+    return {name: x if x is None else x[0] for name, x in zip(names, arrays, strict=True)}
 
 
-def values(xp: Any, seed: int, shape: tuple[int, ...], dtype: Any) -> list[Any]:
+def sequences(
+    xp: Any, rng: np.random.Generator, spec: KVSpec, lengths: Any, P: int, H: int, D: int
+) -> tuple[dict[str, Any], Any]:
+    """A layer that holds sequences of these lengths on pages in random order, and their page table
+    [B, M] on the host."""
+    counts = -(-lengths // P)
+    N, M = int(counts.sum()), int(counts.max())
+    table = np.zeros((len(lengths), M), np.int32)
+    table[np.arange(M) < counts[:, None]] = rng.permutation(N)
+    return layer(cache(xp, rng, spec, 1, N, P, H, D)), table
+
+
+def values(xp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> list[Any]:
     """Keys and values between -1 and 1, of any dtype of floats."""
-    count = int(np.prod(shape))
-    halves = _words(xp, count, seed).view(np.int16).reshape(2, *shape)
+    halves = _bits(xp, rng, int(np.prod(shape))).view(np.int16).reshape(2, *shape)
     return [(x.astype(np.float32) * np.float32(2**-15)).astype(dtype) for x in halves]
 
 
@@ -74,64 +82,43 @@ def holds(pages: Pages, which: int, ids: Any, x: Any, offsets: Any = slice(None)
     tokens offsets[i], as the definition encodes it with scales of rows."""
     kind, dtype = pages.spec.kinds[which], SCALE_DTYPES[pages.spec.scale_dtype]
     want = codes.encode(host(x), kind.name, scale_dtype=dtype)
-    for got, rows in zip(_first_layer(pages, which, ids), want, strict=True):
-        if rows is not None:
-            at = np.arange(len(ids)) if isinstance(offsets, np.ndarray) else slice(None)
-            if got[at, offsets].tobytes() != rows.tobytes():
-                return False
-    return True
+    at = np.arange(len(ids)) if isinstance(offsets, np.ndarray) else slice(None)
+    pairs = zip(_first_layer(pages, which, ids), want, strict=True)
+    return all(rows is None or got[at, offsets].tobytes() == rows.tobytes() for got, rows in pairs)
 
 
-def _first_layer(pages: Pages, which: int, ids: Any) -> tuple[Any, Any]:
+def _first_layer(pages: Pages, which: int, ids: Any) -> list[Any]:
     """Elements [n, P, H, W] of pages, and scales that broadcast to [n, P, H], or None."""
-    spec, name = pages.spec, "kv"[which]
-    pool, scales = getattr(pages, name)[0], getattr(pages, f"{name}_scales")
-    elements = host(pool[_like(pool, ids)])
-    if scales is not None:
-        by_row = spec.granularity == "token"
-        scales = scales[0]
-        scales = host(scales[_like(scales, ids)] if by_row else scales)
-    if spec.layout == "HND":
-        elements = elements.swapaxes(1, 2)
-        if scales is not None and scales.ndim == 3:
-            scales = scales.swapaxes(1, 2)
-    return elements, scales
+    arrays = layer(pages)
+    names = (f"{'kv'[which]}_pool", f"{'kv'[which]}_scales")
+    return [pages.spec.as_nhd(pages_of(arrays[name], ids)) for name in names]
 
 
 def pages_of(x: Any, ids: Any) -> Any:
     """Pages of a pool or of scales of rows, on the host; other scales whole."""
     if x is None or x.ndim < 3:
         return x if x is None else host(x)
-    return host(x[_like(x, ids)])
+    return host(x[load_cupy().asarray(ids) if on_gpu(x) else ids])
 
 
-def _like(array: Any, ids: Any) -> Any:
-    """Indices where the array is."""
-    if isinstance(array, np.ndarray):
-        return ids
-    import cupy
-
-    return cupy.asarray(ids)
-
-
-def row_bytes(spec: KVSpec, kind: Kind, D: int) -> int:
-    """Of a row and the scale that it has of its own."""
-    own = kind.largest and spec.granularity == "token"
-    return kind.row_bytes(D) + (SCALE_DTYPES[spec.scale_dtype].itemsize if own else 0)
+def words(xp: Any, size: int, seed: int) -> Any:
+    """[size / 4] uint32 on the device, all different up to 16 GiB."""
+    made = xp.arange(size // 4, dtype=np.uint32)
+    made *= np.uint32(2654435761)  # odd, so that no two products are equal
+    made += np.uint32(seed)
+    return made
 
 
-def _numbers(xp: Any, shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
+def _numbers(xp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Any:
     count = int(np.prod(shape))
-    words = _words(xp, -(-count * dtype.itemsize // 4), seed)
+    bits = _bits(xp, rng, -(-count * dtype.itemsize // 4))
     if dtype != np.int8:
-        words &= np.uint32(_MASKS[dtype.itemsize])
-    return words.view(dtype)[:count].reshape(shape)
+        bits &= np.uint32(_MASKS[dtype.itemsize])
+    return bits.view(dtype)[:count].reshape(shape)
 
 
-def _words(xp: Any, count: int, seed: int) -> Any:
-    """[count] uint32 on the device, all different."""
-    words = xp.arange(count, dtype=np.uint32)
-    words *= np.uint32(2654435761)  # odd, so that no two products are equal
-    words += np.uint32(seed)
-    words ^= words >> np.uint32(15)  # or the lowest bytes would hardly change
-    return words
+def _bits(xp: Any, rng: np.random.Generator, count: int) -> Any:
+    """[count] uint32 on the device, all different, each of whose bytes changes."""
+    made = words(xp, 4 * count, int(rng.integers(2**31)))
+    made ^= made >> np.uint32(15)  # or the lowest bytes would hardly change
+    return made

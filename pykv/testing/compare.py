@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,14 @@ def judged(got: Any, oracle: Callable[[Any], Any], dtype: Any) -> tuple[float, f
     """
     low = oracle(np.float32).astype(dtype)
     return error_and_bound(got, low, oracle(np.float64))
+
+
+def judged_states(name: str, got: Any, oracle: Callable[[Any], Any], dtype: Any) -> Iterator[Any]:
+    """The cases `name` and `name`, lse: `judged` for an op that returns attention and its
+    log-sum-exp, which is of float32."""
+    low, exact = oracle(np.float32), oracle(np.float64)
+    yield name, *error_and_bound(got[0], low[0].astype(dtype), exact[0])
+    yield f"{name}, lse", *error_and_bound(got[1], low[1], exact[1])
 
 
 def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
@@ -43,6 +51,12 @@ def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
     tiny = 4 * eps * float(np.abs(oracle).max())
     bound = 2 * float(np.abs(low.astype(np.float64) - oracle).max()) + tiny
     return float(np.abs(got.astype(np.float64) - oracle).max()), bound
+
+
+def is_close(got: Any, low: Any, oracle: Any) -> bool:
+    """Whether the error of `got` is within its bound, see `error_and_bound`."""
+    error, bound = error_and_bound(got, low, oracle)
+    return error <= bound  # false for NaN
 
 
 def wrong_values(got: Any, want: Any) -> float:

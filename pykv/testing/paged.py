@@ -16,7 +16,6 @@ import numpy as np
 
 from pykv.kinds import KVSpec
 from pykv.testing import codes
-from pykv.testing.compare import host
 
 WILD = 2147480000  # a page id that faults, or raises, wherever it is used
 SCALE_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
@@ -31,6 +30,7 @@ def blank(spec: KVSpec, N: int, P: int, H: int, D: int, *, reach: float = 1.0) -
     `reach` is the largest value that given scales cover: that of K's first head, while others cover
     less, so that none can be taken for another.
     """
+    # Layouts are decided here and in `nhd` again: ops ask KVSpec, which would be its own judge.
     page = (P, H) if spec.layout == "NHD" else (H, P)
     dtype = SCALE_DTYPES[spec.scale_dtype]
     made: dict[str, Any] = {}
@@ -113,8 +113,3 @@ def filled(
 def send(xp: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the arrays on a device, by name; what is no array stays."""
     return {name: xp.array(x) if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
-
-
-def receive(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays on the host, by name."""
-    return {name: x if x is None else host(x) for name, x in arrays.items()}

@@ -24,7 +24,8 @@ as well. For an op that triples its argument:
         yield "5 rows", *judged(got, lambda dtype: x.astype(dtype) * dtype(3), np.float32)
 
 A kernel that another op launches, such as paged_decode_mma.cu, has a family of its own that calls
-this op. tests/test_verify.py breaks every family's op and its reference, and must see a case fail.
+this op. tests/test_verify.py breaks every family's op and its reference, and must see a case fail:
+the faults to plant stand in tests/ops/test_<stem>.py, as tests/faults.py says.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 
 Case = tuple[str, float, float]  # name, worst error, bound
-Family = Callable[[np.random.Generator, Any], Iterator[Case]]
+Cases = Iterator[Case]
+Family = Callable[[np.random.Generator, Any], Cases]
 
 
 @dataclass
@@ -113,5 +115,5 @@ def _module_of(stem: str) -> Any:
     return None
 
 
-def _no_cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def _no_cases(rng: np.random.Generator, xp: Any) -> Cases:
     yield "has no cases(rng, xp) to be judged by", np.inf, 0.0

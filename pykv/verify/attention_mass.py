@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,15 @@ import numpy as np
 from pykv.kinds import KVSpec
 from pykv.ops import attention_mass
 from pykv.testing import attention, error_and_bound, paged
-from pykv.verify import Case
+from pykv.verify import Case, Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for D, G, text in ((64, 3, "fp16"), (128, 4, "bf16"), (40, 1, "fp32")):
         yield _case(KVSpec.parse(text), D, G, rng, xp)
 
 
-def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     yield _case(spec, 128, 4, rng, xp)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import bandwidth
 from pykv.testing import oracles, wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     x = rng.integers(0, 2**32, (5000, 4), np.uint32)
     given, sums, out = xp.asarray(x), xp.zeros(3, np.uint32), xp.zeros(x.shape, np.uint32)
     bandwidth.read(given, sums, vectors=4)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import block_copy
 from pykv.testing import wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     different = [1, 333, 1000, 2048, 9001, 2048, 1000, 333, 1]
     for sizes, src_at, dst_at in (
         ([8192] * 7, 0, 0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 from pykv.arrays import BFLOAT16
 from pykv.ops import contiguous_append
 from pykv.testing import judged, oracles, wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     B, T, C, H, K, V = 3, 4, 40, 2, 64, 128
     lengths, slots = np.array([30, 0, 38, 7], np.int32), np.array([2, -1, 0], np.int32)
     inv_freq = (10000.0 ** -(np.arange(24) / 24)).astype(F32)

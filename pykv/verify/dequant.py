@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 
 from pykv.ops import dequant
 from pykv.testing import wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if find_spec("gguf") is None:  # it comes with the extra `llm`
         return
     from gguf import GGMLQuantizationType, quants

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import linear
 from pykv.testing import error_and_bound, oracles
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for gemm in ["own"] + ["cublas"] * (xp is not np and linear.has_cublas()):
         for T, O, I in ((1, 576, 576), (3, 1000, 1536), (70, 576, 576)):
             x = rng.standard_normal((T, I)).astype(np.float32)

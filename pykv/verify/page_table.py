@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import page_table
 from pykv.testing import oracles, wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     counts = [3, 0, 1, 130, 7]
     indptr = np.cumsum([0, *counts]).astype(np.int32)
     indices = rng.permutation(int(indptr[-1])).astype(np.int32)

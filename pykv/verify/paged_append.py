@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ from pykv.arrays import BFLOAT16
 from pykv.kinds import KVSpec
 from pykv.ops import paged_append
 from pykv.testing import paged, wrong_values
-from pykv.verify import Case
+from pykv.verify import Case, Cases
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for new, text in (
         *((F16, "fp16"), (F32, "fp16"), (F32, "bf16"), (F32, "fp32")),
         *((F16, "int8"), (F32, "int4:fp32"), (BFLOAT16, "e4m3:HND"), (F32, "e5m2:tensor")),
@@ -25,7 +24,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         yield _case(KVSpec.parse(text), new, rng, xp)
 
 
-def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     for new in (F32, F16):
         yield _case(spec, new, rng, xp)
 

@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pykv.errors import ParameterError
 from pykv.ops import paged_check
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     slots = rng.permutation(4000)[:1000].astype(np.int32)
     table, lengths = np.arange(600, dtype=np.int32).reshape(100, 6), np.full(100, 96, np.int32)
     indptr, last = np.arange(0, 606, 6, dtype=np.int32), np.full(100, 16, np.int32)
     requests, positions = np.arange(100, dtype=np.int32), np.full(100, 95, np.int32)
-    on = xp.asarray
-
-    def pages(x: Any) -> None:
-        paged_check.check_pages(x, 600)
-
-    def repeated(x: Any) -> None:
-        paged_check.check_slots(x, 4000)
-
-    def starts(x: Any) -> None:
-        paged_check.check_starts(x, 600)
-
-    def csr(x: Any) -> None:
-        paged_check.check_table(x, on(indptr), on(last), 600, 16)
-
-    def dense(x: Any) -> None:
-        paged_check.check_page_table(x, on(lengths), 600, 16)
-
-    def places(x: Any) -> None:
-        paged_check.check_positions(on(requests), x, on(indptr), 16)
-
-    tables: tuple[tuple[str, Any, Any, Any, Any], ...] = (
-        ("pages, one beyond the pool", pages, table.ravel(), 333, 600),
-        ("slots, one beyond the pool", repeated, slots, 700, 4000),
-        ("slots, one twice", repeated, slots, 900, slots[3]),
-        ("starts, one that falls", starts, indptr, 50, 293),
-        ("indices, one beyond the pool", csr, table.ravel(), 444, 600),
-        ("page table, a page beyond the pool", dense, table, (57, 2), 600),
-        ("positions, one past its pages", places, positions, 61, 96),
+    on, check, flat = xp.asarray, paged_check, table.ravel()
+    beyond = "one beyond the pool"
+    tables: tuple[tuple[str, Callable[[Any], None], Any, Any, Any], ...] = (
+        (f"pages, {beyond}", lambda x: check.check_pages(x, 600), flat, 333, 600),
+        (f"slots, {beyond}", lambda x: check.check_slots(x, 4000), slots, 700, 4000),
+        ("slots, one twice", lambda x: check.check_slots(x, 4000), slots, 900, slots[3]),
+        ("starts, one that falls", lambda x: check.check_starts(x, 600), indptr, 50, 293),
+        (
+            f"indices, {beyond}",
+            lambda x: check.check_table(x, on(indptr), on(last), 600, 16),
+            *(flat, 444, 600),
+        ),
+        (
+            "page table, a page beyond the pool",
+            lambda x: check.check_page_table(x, on(lengths), 600, 16),
+            *(table, (57, 2), 600),
+        ),
+        (
+            "positions, one past its pages",
+            lambda x: check.check_positions(on(requests), x, on(indptr), 16),
+            *(positions, 61, 96),
+        ),
     )
     for what, look, array, index, value in tables:
         for is_sound in (False, True):

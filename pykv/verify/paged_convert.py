@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import numpy as np
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
 from pykv.testing import paged, wrong_values
-from pykv.verify import Case
+from pykv.verify import Case, Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for text, out_text in (
         *(("int8", "fp16"), ("fp16", "int8"), ("k8v4:HND", "fp32"), ("bf16", "k8v4:fp32")),
         *(("fp32", "e4m3"), ("e5m2", "int4:HND"), ("int8:head", "int8"), ("int4", "int4:HND")),
@@ -22,7 +21,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
     yield _rows(rng, xp)
 
 
-def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     floats = KVSpec("fp32", "fp32")
     for pair in dict.fromkeys([(spec, floats), (floats, spec)]):
         yield _conversion(*pair, rng, xp)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
-from pykv.testing import attention, error_and_bound, judged, paged
-from pykv.verify import Case
+from pykv.testing import attention, judged, judged_states, paged
+from pykv.verify import Case, Cases
 
 SHAPES = (  # head size, query heads of a KV head, kinds; also of prefill
     *((64, 3, "fp16"), (80, 7, "fp16"), (128, 4, "bf16"), (256, 4, "fp32"), (64, 1, "fp16")),
 )
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for D, G, text in SHAPES:
         spec = KVSpec.parse(text)
         cache = paged.filled(rng, spec, [1, 16, 17, 1000], 16, 2, D)
@@ -26,16 +26,12 @@ def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
         for window in (None, 100):
             options: Any = dict(scale=D**-0.5, window=window)
             got = paged_decode.decode(xp.asarray(q), **sent, window=window, return_lse=True)
-            low, exact = (
-                attention.decode(q, cache, spec, dtype, **options)
-                for dtype in (np.float32, np.float64)
-            )
+            oracle = partial(attention.decode, q, cache, spec, **options)
             name = f"D={D} G={G} {text} window={window}"
-            yield name, *error_and_bound(got[0], low[0], exact[0])
-            yield f"{name}, lse", *error_and_bound(got[1], low[1], exact[1])
+            yield from judged_states(name, got, oracle, q.dtype)
 
 
-def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     """With all that changes scores, and queries of 16 bits: by whichever kernel is for the kind."""
     for lengths, T in (([1, 16, 0, 700], 1), ([1, 16, 0, 700], 3), ([700], 1)):
         yield _case(spec, lengths, T, rng, xp)

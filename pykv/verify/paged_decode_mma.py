@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.kinds import KVSpec
-from pykv.verify import Case, paged_decode
+from pykv.verify import Cases, paged_decode
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for text in ("fp16", "int8", "int4", "e4m3:tensor", "e5m2", "k8v4:HND", "int8:fp32"):
         yield from paged_decode.cases_of(KVSpec.parse(text), rng, xp)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.kinds import KVSpec
-from pykv.verify import Case, prefill
+from pykv.verify import Cases, prefill
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for text in ("fp16", "bf16", "int8", "int4", "k8v4:HND", "e4m3:head"):
         yield from prefill.cases_of(KVSpec.parse(text), rng, xp)

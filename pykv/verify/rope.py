@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import rope
 from pykv.testing import error_and_bound, oracles
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     positions = np.array([0, 1, 17, 4095, 131071], np.int32)
     exact = oracles.llama3_frequencies(128, 10000.0, 8.0)
     inv_freq = exact.astype(np.float32)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pykv.ops import sample
 from pykv.testing import host, oracles, wrong_values
-from pykv.verify import Case
+from pykv.verify import Cases
 
 
-def cases(rng: np.random.Generator, xp: Any) -> Iterator[Case]:
+def cases(rng: np.random.Generator, xp: Any) -> Cases:
     logits = rng.standard_normal((64, 3000)).astype(np.float32) * 3
     B = len(logits)
     tied = logits.copy()

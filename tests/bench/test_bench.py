@@ -13,6 +13,8 @@ from pykv import bench, cli
 from pykv.bench import Work, bandwidth, memory, report, timing
 from pykv.errors import ParameterError
 from pykv.ops import bandwidth as op
+from pykv.ranges import address_of
+from pykv.testing import caches
 from tests.helpers import without_simt
 
 SMALL = 1 << 12
@@ -141,7 +143,7 @@ def test_pinned_memory_is_kept_until_more_is_wanted():
     )
     try:
         first = memory.pinned(xp, 100)
-        assert first.size == 100 and memory.address(first) == memory.address(memory.pinned(xp, 99))
+        assert first.size == 100 and address_of(first) == address_of(memory.pinned(xp, 99))
         assert memory.pinned(xp, 100).size == 100 and made == [100]
         assert memory.pinned(xp, 200).size == 200 and made == [100, 200]
         with pytest.raises(MemoryError, match="1,001 bytes of host memory cannot be pinned"):
@@ -157,12 +159,12 @@ def test_pinned_memory_is_kept_until_more_is_wanted():
 def test_what_is_placed_on_the_host_comes_back():
     import cupy
 
-    words = memory.words(cupy, 4096, seed=3)
+    words = caches.words(cupy, 4096, seed=3)
     host = memory.place(cupy, words, on_host=True)
     assert isinstance(host, np.ndarray) and memory.place(cupy, words, on_host=False) is words
     assert (host == words.get()).all()
     assert bool((memory.on_device(cupy, host) == words).all())
-    kind = cupy.cuda.runtime.pointerGetAttributes(memory.address(host)).type
+    kind = cupy.cuda.runtime.pointerGetAttributes(address_of(host)).type
     assert kind == cupy.cuda.runtime.memoryTypeHost
     assert memory.fits(cupy, 1) and not memory.fits(cupy, 1 << 50)
     memory.free()
@@ -189,7 +191,7 @@ def test_a_case_does_what_it_says(xp, rng, case):
 
 
 def test_the_words_of_the_inputs_all_differ():
-    words = memory.words(np, 1 << 22, seed=5)
+    words = caches.words(np, 1 << 22, seed=5)
     assert words.shape == (1 << 20,) and len(np.unique(words)) == words.size
     assert words[0] == 5 and words[2] == (2 * 2654435761 + 5) % 2**32
 
@@ -227,7 +229,7 @@ def test_a_graph_replays_on_the_gpu():
     with timer.stream():
         total = cupy.zeros(1, np.int32)
         add = lambda: cupy.add(total, 1, out=total)  # noqa: E731
-        times = timer.time(add, graph=(add,) * 3)
+        times = timer.time(Work(add, lambda: True, 0, graph=(add,) * 3))
         timer.synchronize()
     # One call before the capture; none in it; then replays of three, and two calls for host time.
     assert int(total[0]) == 1 + 5 * (timing.WARMUP + 20)
@@ -307,6 +309,7 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
     "argv, text",
     [
         (["nothing"], "'nothing' is no benchmark, expected one of .*bandwidth"),
+        ([], "no name is given, expected one of .*bandwidth"),
         (["bandwidth", "--device", "cpu", "--samples", "3"], "samples is 3, expected at least 20"),
         (["bandwidth", "--device", "tpu"], "device is 'tpu', expected auto, cpu, cuda or cuda:N"),
         (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),

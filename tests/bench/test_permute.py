@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pykv import bench, cli
-from pykv.bench import memory, permute, report
+from pykv.bench import permute, report
 from pykv.layout import NAMES, BlockShape
+from pykv.ranges import address_of
 from tests.bench.test_copy import machine  # noqa: F401, a fixture
 
 QUICK = permute.QUICK
@@ -49,7 +50,7 @@ def test_elements_are_where_the_formulas_say(rng, name):
         }
         row, offset = at[name]
         assert found[n, h, l, o, t, d] == stored[side.order[row], offset]
-    assert side.addresses.tolist() == [memory.address(stored[row]) for row in side.order]
+    assert side.addresses.tolist() == [address_of(stored[row]) for row in side.order]
 
 
 def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
@@ -60,7 +61,7 @@ def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
     permute.make(case, np, rng)
     blocks, chunks = sides[0], sum(sides[1], [])
     for arrays in (blocks, chunks):
-        places = [memory.address(array) for array in arrays]
+        places = [address_of(array) for array in arrays]
         assert len(set(places)) == len(places) and places != sorted(places)
 
 

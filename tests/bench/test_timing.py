@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv.bench import timing
+from pykv.bench import Work, timing
 
 FLUSH_US, READ_US = 50.0, 40.0
 
@@ -83,9 +83,13 @@ class Gpu:
         return SimpleNamespace(nbytes=nbytes, data=memory)
 
 
-def timed(gpu, samples=20, warmup=timing.WARMUP, **options):
+def timed(gpu, samples=20, warmup=timing.WARMUP, prepared=None, **options):
     timer = timing.Timer(gpu, samples=samples, warmup=warmup, clock=gpu.clock)
-    return timer.time(gpu.run, **options)
+    return timer.time(work_of(gpu.run, **options), prepared)
+
+
+def work_of(run, **options):
+    return Work(run, check=lambda: True, bytes=0, **options)
 
 
 def test_device_time_is_between_the_events_and_leaves_the_host_out():
@@ -159,7 +163,7 @@ def test_prepared_calls_are_timed_on_the_host_alone():
 def test_calls_with_a_clock_of_their_own_say_their_seconds():
     """The first warms up; nothing is flushed, and the device is not asked."""
     seconds = iter([9.0, 1.0, 2.0, 3.0])
-    times = timing.Timer(np).time(lambda: next(seconds), clocked=True, samples=3)
+    times = timing.Timer(np).time(work_of(lambda: next(seconds), clocked=True, samples=3))
     assert times.device_us == [1e6, 2e6, 3e6] and (times.warmup, times.wall) == (1, True)
 
 
@@ -197,7 +201,7 @@ def test_without_a_gpu_calls_take_wall_time():
     seconds = iter(range(1000))
     calls = []
     timer = timing.Timer(np, samples=25, clock=lambda: float(next(seconds)) ** 2 * 1e-6)
-    times = timer.time(lambda: calls.append(1))
+    times = timer.time(work_of(lambda: calls.append(1)))
     first = 2 * timing.WARMUP  # each call looks at the clock twice
     want = [(first + 2 * i + 1) ** 2 - (first + 2 * i) ** 2 for i in range(25)]
     assert times.device_us == pytest.approx(want) and len(calls) == timing.WARMUP + 25

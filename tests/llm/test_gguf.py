@@ -298,7 +298,7 @@ def open_all(path):
     """Everything that runs on a file's bytes before a model does."""
     file = gguf.read(path)
     gguf.describe(file)
-    Tokenizer.from_file(file).encode("hehe <|im_end|>", special=True)
+    Tokenizer(file).encode("hehe <|im_end|>", special=True)
 
 
 def test_every_prefix_of_a_file_is_refused(sample, tmp_path):

@@ -41,7 +41,7 @@ def build(path, model, tokens, **keys):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return Tokenizer.from_file(gguf.read(path))
+    return Tokenizer(gguf.read(path))
 
 
 # ---- byte-level BPE
@@ -427,7 +427,7 @@ TRUTH = Path(__file__).with_name("data") / "tokenizer_truth.json"
 def test_real_tokenizers(model_path, name):
     """Ids made by tools/make_tokenizer_truth.py with transformers and sentencepiece."""
     truth = json.loads(TRUTH.read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(gguf.read(model_path(name)))
+    tokenizer = Tokenizer(gguf.read(model_path(name)))
     for kind in ("plain", "special"):
         assert len(truth[kind]) == len(truth[name][kind]) > 5
         for text, ids in zip(truth[kind], truth[name][kind], strict=True):

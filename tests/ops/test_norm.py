@@ -8,6 +8,7 @@ import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm
+from tests.faults import fixed, scaled, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 BASE = dict(T=5, H=None, D=2048, eps=1e-6, offset=0.0, x="float32", w="float32")
@@ -127,3 +128,15 @@ def test_errors_name_the_argument(xp, rng):
             norm.rms_norm(x, weight, eps=eps)
     with pytest.raises(ParameterError, match="offset is nan"):
         norm.rms_norm(x, weight, offset=math.nan)
+
+
+# What tests/test_verify.py plants; see tests/faults.py.
+FAULTS = {
+    "norm: 1e-5 off": (norm, "rms_norm", scaled(1e-5)),
+    "norm: epsilon doubled": (norm, "rms_norm", with_option(eps=2e-5)),
+    "norm: no offset": (norm, "rms_norm", with_option(offset=0.0)),
+}
+REFERENCE_FAULTS = [
+    (norm, "reference", fixed(2, lambda eps: 0.0)),
+    (norm, "reference", fixed(3, lambda offset: 0.0)),
+]

@@ -11,9 +11,9 @@
 //   lengths       const  [B] int32, clamped to 0 .. C
 //   lse           const  [B, T, HQ] float, log-sum-exp of each query row
 //   slopes        const  [HQ] float, with ALIBI; tree const [B, T] u64 with TREE
-// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
-//           window = number of last keys seen, INT_MAX for all; accumulate = 1: the weights are
-//           added to `mass`; score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap =
+// Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
+//           them; window = number of last keys seen, INT_MAX for all; accumulate = 1: the weights
+//           are added to `mass`; score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap =
 //           cap * log2(e); lse_unit = what turns lse into binary logarithms
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; K_T = float, f16, bf16,
 //           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, TREE = 0 or 1; BLOCK =
@@ -55,16 +55,16 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
                const int* __restrict__ lengths, const float* __restrict__ lse,
                const float* __restrict__ slopes, const u64* __restrict__ tree, i64 q_stride,
                i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
-               i64 k_scales_page, i64 k_scales_token, i64 k_scales_head, int T, int behind, int HQ,
-               int H, int P, int M, int capacity, int window, int accumulate, float score_scale,
-               float cap, float lse_unit) {
+               i64 k_scales_page, i64 k_scales_token, i64 k_scales_head, int T, int causal_offset,
+               int HQ, int H, int P, int M, int capacity, int window, int accumulate,
+               float score_scale, float cap, float lse_unit) {
     const int G = HQ / H;
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
     const int kv_head = blockIdx.x / chunks % H;
     const int b = blockIdx.x / chunks / H;
     const int length = max(0, min(lengths[b], capacity));
-    const int first_key = (int)max((i64)length - behind - window, (i64)0);
+    const int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
     const int slot = threadIdx.x / LANES;
     const int lane_d = threadIdx.x % LANES * 8;
     const bool has_seen = begin < length && begin + KEYS > first_key;
@@ -79,7 +79,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int row = min(tile + r, G * T - 1), token = row / G, head = kv_head * G + row % G;
-            position[r] = length - 1 - max(behind - token, 0);
+            position[r] = length - 1 - max(causal_offset - token, 0);
             // A row past the last one gets no weight: nothing exceeds infinity.
             row_lse[r] = tile + r < G * T ? lse[((i64)b * T + token) * HQ + head] * lse_unit : INF;
             slope[r] = ALIBI ? slopes[head] * LOG2_E : 0.0f;
@@ -133,7 +133,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
 #endif
                 score += slope[r] * (key - position[r]);
                 bool is_visible = key <= position[r] && position[r] - key < window;
-                const int branch = key - (length - 1 - behind);
+                const int branch = key - (length - 1 - causal_offset);
                 if (TREE && branch >= 0) {
                     is_visible = key < length && branches[r] >> (branch & 63) & 1;
                 }

@@ -33,16 +33,17 @@ __device__ __forceinline__ void scale_scores(float (&scores)[KEYS / 4], int tile
     }
 }
 
-// A query row sees the keys row_first .. position; with TREE, of the last behind + 1 keys those
-// whose bit is set in `ancestors`.
+// A query row sees the keys row_first .. position; with TREE, of the last causal_offset + 1 keys
+// those whose bit is set in `ancestors`.
 __device__ __forceinline__ void mask_scores(float (&scores)[KEYS / 4], int tile, int row_first,
-                                            int position, int length, int behind, u64 ancestors) {
+                                            int position, int length, int causal_offset,
+                                            u64 ancestors) {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
         const int key = tile * KEYS + key_of_score(i);
         bool is_visible = key >= row_first && key <= position;
 #if TREE
-        const int branch = key - (length - 1 - behind);
+        const int branch = key - (length - 1 - causal_offset);
         if (branch >= 0) is_visible = key < length && (ancestors >> (branch & 63) & 1);
 #endif
         if (!is_visible) scores[i] = -INF;

@@ -10,12 +10,12 @@ struct Visible { int length, first, tile, tile_end, units; };
 
 struct Batch {
     const int* lengths;
-    int size, capacity, window, behind, unit_tiles;
+    int size, capacity, window, causal_offset, unit_tiles;
 
     __device__ __forceinline__ Visible visible(int b) const {
         Visible s;
         s.length = max(0, min(lengths[b], capacity));
-        s.first = (int)max((i64)s.length - behind - window, (i64)0);
+        s.first = (int)max((i64)s.length - causal_offset - window, (i64)0);
         s.tile = s.first / KEYS;
         s.tile_end = s.length / KEYS + (s.length % KEYS != 0);
         s.units = max(1, (s.tile_end - s.tile + unit_tiles - 1) / unit_tiles);

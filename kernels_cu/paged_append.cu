@@ -21,7 +21,7 @@
 // Scalars:  num_rows = T * H; num_requests = B, for RAGGED alone
 // Defines:  NEW_T = float, f16 or bf16; K_T, V_T = those or i8, i4, e4m3, e5m2; SCALE_T = f16 or
 //           float; HEAD_DIM = D, a multiple of 8; HEADS = H; PAGE = tokens a page; ROW_T = int or
-//           i64; ADDRESS, SCALES = FOUND or GIVEN, AFTER and ADVANCE = 0 or 1;
+//           i64; ADDRESS, SCALES = DYNAMIC or STATIC, AFTER and ADVANCE = 0 or 1;
 //           BLOCK = threads; LANES = how many of them share a row, a power of two up to 32; ROWS =
 //           rows of a block, BLOCK / LANES, but with ADVANCE those of a token
 // Launch:   grid (T * H / ROWS rounded up), block (BLOCK), no dynamic shared memory
@@ -37,8 +37,8 @@
 #define DECODE 1
 #define RAGGED 2
 #define INDEXED 3
-#define FOUND 0
-#define GIVEN 1
+#define DYNAMIC 0
+#define STATIC 1
 #if !defined(NEW_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T) || !defined(HEAD_DIM)
 #error "paged_append.cu needs NEW_T, K_T, V_T, SCALE_T and HEAD_DIM"
 #endif
@@ -106,7 +106,7 @@ __device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indice
 #endif
 }
 
-template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
+template <typename T> constexpr bool HAS_DYNAMIC_SCALE = LARGEST<T> > 0 && SCALES == DYNAMIC;
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __restrict__ k_scales,
@@ -135,15 +135,15 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         schedule_fence();  // issue the loads of rows before those of their addresses
         const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
         u32 largest[2] = {};
-        if constexpr (FINDS_SCALE<K_T>) largest[0] = max_magnitude(k_row);
-        if constexpr (FINDS_SCALE<V_T>) largest[1] = max_magnitude(v_row);
-        if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
+        if constexpr (HAS_DYNAMIC_SCALE<K_T>) largest[0] = max_magnitude(k_row);
+        if constexpr (HAS_DYNAMIC_SCALE<V_T>) largest[1] = max_magnitude(v_row);
+        if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
         if (!wanted || place.page < 0) continue;
         written = true;
-        store_row<SCALES == FOUND>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
+        store_row<SCALES == DYNAMIC>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
                                    k_scales_page, k_scales_token, k_scales_head, place, head,
                                    k_row, largest[0]);
-        store_row<SCALES == FOUND>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
+        store_row<SCALES == DYNAMIC>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
                                    v_scales_page, v_scales_token, v_scales_head, place, head,
                                    v_row, largest[1]);
     }

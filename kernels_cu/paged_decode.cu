@@ -15,9 +15,9 @@
 //   page_table       const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths          const  [B] int32, clamped to 0 .. capacity
 //   slopes, sinks    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
-// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
-//           capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys = keys
-//           of a split, 0 where `splits` share those that are visible; score_scale = scale *
+// Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
+//           them; capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys
+//           = keys of a split, 0 where `splits` share those that are visible; score_scale = scale *
 //           log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2 for natural
 //           logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
@@ -120,7 +120,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
              i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
              i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
-             i64 v_scales_head, int T, int behind, int HQ, int H, int P, int M, int capacity,
+             i64 v_scales_head, int T, int causal_offset, int HQ, int H, int P, int M, int capacity,
              int window, int split_keys, int splits, float score_scale, float cap, float lse_unit) {
     __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
     __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
@@ -135,7 +135,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 
     // This split's share of the visible keys, in whole steps of the block.
     const int length = max(0, min(lengths[b], capacity));
-    const int first_key = (int)max((i64)length - behind - window, (i64)0);
+    const int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
     const int steps = (length - first_key + SLOTS * AHEAD - 1) / (SLOTS * AHEAD);
     const int share = split_keys ? split_keys : (steps + splits - 1) / splits * (SLOTS * AHEAD);
     const int begin = (int)min(first_key + (i64)split * share, (i64)length);
@@ -152,7 +152,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         const int row = tile * ROWS + min(r, num_rows - 1);
         m[r] = -INF;
         l[r] = 0.0f;
-        row_position[r] = length - 1 - max(behind - row / G, 0);
+        row_position[r] = length - 1 - max(causal_offset - row / G, 0);
         const Q_T* at = q + b * q_stride + row / G * q_token_stride +
                         (i64)(kv_head * G + row % G) * D;
 #pragma unroll
@@ -226,7 +226,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 #endif
                 bool is_visible = position < end;
 #if TREE
-                const int branch = position - (length - 1 - behind), token = (tile * ROWS + r) / G;
+                const int branch = position - (length - 1 - causal_offset);
+                const int token = (tile * ROWS + r) / G;
                 if (branch >= 0) {
                     const u64 ancestors = tree[(i64)b * T + min(token, T - 1)];
                     is_visible = is_visible && (ancestors >> (branch & 63) & 1);

@@ -14,11 +14,11 @@
 //   page_table          const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths             const  [B] int32, clamped to 0 .. capacity
 //   slopes, sinks       const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
-// Scalars:  behind = T - 1 where query t sees the keys up to its own, 0 where all see all of them;
-//           capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles = tiles
-//           of a piece, 0 where blocks cut the keys among them; slots of the workspace; score_scale
-//           = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2
-//           for natural logarithms, 1 for those of base 2
+// Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
+//           them; capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles
+//           = tiles of a piece, 0 where blocks cut the keys among them; slots of the workspace;
+//           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e);
+//           lse_unit = ln 2 for natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's fragment of a row is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
@@ -103,7 +103,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  i64 q_token_stride, i64 k_pool_head, i64 v_pool_head, i64 k_scales_head,
                  i64 v_scales_head, int k_pool_page, int k_pool_token, int v_pool_page,
                  int v_pool_token, int k_scales_page, int k_scales_token, int v_scales_page,
-                 int v_scales_token, int B, int T, int behind, int G, int M, int capacity,
+                 int v_scales_token, int B, int T, int causal_offset, int G, int M, int capacity,
                  int window, int piece_tiles, int slots, float score_scale, float cap,
                  float lse_unit) {
 #if __CUDA_ARCH__ >= 750
@@ -120,7 +120,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
     // This block's range of units.
     const bool fixed = !ALONE && piece_tiles > 0;
-    const Batch batch{lengths, B, capacity, window, behind, fixed ? piece_tiles : 1};
+    const Batch batch{lengths, B, capacity, window, causal_offset, fixed ? piece_tiles : 1};
 #if ALONE
     const int total = batch.visible(0).units;
 #else
@@ -191,10 +191,10 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
 
         // This row sees keys row_first .. position, every row sees `full_tiles` tiles from
         // full_first.
-        const int position = length - 1 - max(behind - token, 0);
+        const int position = length - 1 - max(causal_offset - token, 0);
         const int row_first = (int)max((i64)position + 1 - window, (i64)0);
         const int full_first = (int)max((i64)length - window + KEYS - 1, (i64)0) / KEYS;
-        const int full_tiles = max(length - behind - TREE, 0) / KEYS - full_first;
+        const int full_tiles = max(length - causal_offset - TREE, 0) / KEYS - full_first;
         float slope = 0.0f;
         u64 ancestors = 0;
 #if ALIBI
@@ -217,7 +217,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             scale_scores(scores, tile, factor, zero_score, k_scale, cap, slope, position);
             if (tile < full_first || tile >= full_first + full_tiles) {
                 schedule_fence();  // or the compiler makes the mask a part of every tile
-                mask_scores(scores, tile, row_first, position, length, behind, ancestors);
+                mask_scores(scores, tile, row_first, position, length, causal_offset, ancestors);
             }
             float largest = largest_of(scores);
             const bool grows = largest > m + 8.0f || (V_ROW_SCALES && fabsf(v_scale) > scale_unit);

@@ -17,11 +17,11 @@
 // Scalars:  eps of the norm
 // Defines:  NEW_T, W_T = float, f16 or bf16; K_T, V_T = those or i8, i4, e4m3, e5m2; SCALE_T = f16
 //           or float; HEAD_DIM = D, a multiple of 8; Q_HEADS = HQ; HEADS = H; PAGE = tokens a page;
-//           ROW_T = int or i64; SCALES = FOUND or GIVEN; NORM = 0 or 1, x / sqrt(mean(x^2) + eps) *
-//           weight of each head; PAIRS = pairs that are rotated, 2 * PAIRS <= D; PAIRING = HALF,
-//           elements (j, j + PAIRS), or ADJACENT, (2j, 2j + 1); HADAMARD = 0 or 1, heads of Q, K
-//           and V times Hadamard's matrix, last; BLOCK = threads; LANES = how many of them share a
-//           head, a power of two up to 32
+//           ROW_T = int or i64; SCALES = DYNAMIC or STATIC; NORM = 0 or 1, x / sqrt(mean(x^2) +
+//           eps) * weight of each head; PAIRS = pairs that are rotated, 2 * PAIRS <= D; PAIRING =
+//           HALF, elements (j, j + PAIRS), or ADJACENT, (2j, 2j + 1); HADAMARD = 0 or 1, heads of
+//           Q, K and V times Hadamard's matrix, last; BLOCK = threads; LANES = how many of them
+//           share a head, a power of two up to 32
 // Launch:   grid (T, (HQ + 2H) / (BLOCK / LANES) rounded up), block (BLOCK), no dynamic shared
 //           memory: a block has heads of one token, which share sines and cosines
 // Traffic:  T * ((2 * HQ + 2H) * D * sizeof(NEW_T) + H * bytes of a row of K and V with its scales)
@@ -32,8 +32,8 @@
 #include "reduce.cuh"
 #include "rotary.cuh"
 
-#define FOUND 0
-#define GIVEN 1
+#define DYNAMIC 0
+#define STATIC 1
 #define HALF 0
 #define ADJACENT 1
 #if !defined(NEW_T) || !defined(W_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
@@ -59,7 +59,7 @@ constexpr int PIECES = Fragment::PIECES;
 // Whether both elements of every pair lie in one lane; adjacent ones do.
 constexpr bool IN_LANE = PAIRING == ADJACENT || (PIECES == 2 && PAIRS == LANES * 8);
 
-template <typename T> constexpr bool FINDS_SCALE = LARGEST<T> > 0 && SCALES == FOUND;
+template <typename T> constexpr bool HAS_DYNAMIC_SCALE = LARGEST<T> > 0 && SCALES == DYNAMIC;
 
 __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weight, float eps) {
     float squares = 0.0f;
@@ -230,19 +230,19 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
 #endif
 
     u32 largest[1] = {};
-    if (FINDS_SCALE<K_T> && !is_value) largest[0] = max_magnitude(row);
-    if (FINDS_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
-    if constexpr (FINDS_SCALE<K_T> || FINDS_SCALE<V_T>) group_max<LANES>(largest);
+    if (HAS_DYNAMIC_SCALE<K_T> && !is_value) largest[0] = max_magnitude(row);
+    if (HAS_DYNAMIC_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
+    if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
     if (head < HQ) {
         store_floats(q_out + token * q_token + head * q_head, row);
     } else if (head >= HQ + 2 * H || place.page < 0) {
         return;
     } else if (!is_value) {
-        store_row<SCALES == FOUND>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
+        store_row<SCALES == DYNAMIC>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
                                    k_scales_page, k_scales_token, k_scales_head, place, head - HQ,
                                    row, largest[0]);
     } else {
-        store_row<SCALES == FOUND>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
+        store_row<SCALES == DYNAMIC>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
                                    v_scales_page, v_scales_token, v_scales_head, place,
                                    head - HQ - H, value, largest[0]);
     }

@@ -1,4 +1,4 @@
-"""What an op may assume about its arrays, and the one door for arrays of other libraries.
+"""What an op may assume about its arrays, and the entrance for arrays of other libraries.
 
 NumPy arrays mean the host, CuPy arrays a GPU. CuPy is looked up, never imported: whoever holds a
 CuPy array has imported it already.
@@ -44,12 +44,12 @@ class Dims(dict[str, int]):
         self._kept: dict[Any, Any] = {}
 
     def keep(self, options: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gave when it was first called for these layouts and options.
+        """The result of `make`, which is called once for these layouts and options.
 
         Args:
-            options: hashable; all that `make` goes by besides the types, shapes, strides, dtypes
-                and the device of the arrays that were checked.
-            make: called if nothing is kept; gives something other than None.
+            options: hashable; all that `make` depends on besides types, shapes, strides, dtypes,
+                alignment and device of the checked arrays.
+            make: called if nothing is kept; returns something other than None.
         """
         found = self._kept.get(options)
         if found is None:
@@ -59,8 +59,7 @@ class Dims(dict[str, int]):
 
 
 def _limit(kept: dict[Any, Any], most: int) -> None:
-    """Forget what is kept where it is much: layouts that change all the time must not fill the
-    memory."""
+    """Empty a dictionary that is full: layouts that keep changing must not fill the memory."""
     if len(kept) >= most:
         kept.clear()
 
@@ -136,8 +135,8 @@ class _Checker:
 
 
 def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
-    """All that a check goes by: some items for each array, and for those of a GPU the current one.
-    No alignment exceeds VECTOR_BYTES, of which the rest of each address is kept."""
+    """All that a check depends on: some items for each array, and the current GPU. No alignment
+    exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
     on_host = isinstance(arrays[0], np.ndarray)
     for x in arrays:

@@ -1,5 +1,5 @@
-"""What the attention ops share: checked options, the kernels' common arguments, and attention of
-one sequence in NumPy.
+"""Shared by the attention ops: checks of options, arguments that their kernels have in common, and
+attention of one sequence in NumPy.
 
 Dimensions: as in pykv/ops/paged_decode.py.
 """
@@ -26,13 +26,13 @@ _FLAGS = dict(ALIBI="slopes", SINKS="sinks", TREE="tree")  # defines, and the ar
 
 
 class Scores(NamedTuple):
-    """How scores are made of q.k, checked.
+    """How a score is computed from q.k; checked.
 
     Attributes:
         scale: factor of q.k.
         window: number of last keys that a query sees; None: all.
         soft_cap: scores are soft_cap * tanh(score / soft_cap); None: not capped.
-        causal: whether query t of T sees the keys up to its own; else all T stand behind the last.
+        causal: whether query t of T sees the keys up to its own; else all T see every key.
     """
 
     scale: float
@@ -62,7 +62,7 @@ def check_scores(
     soft_cap: float | None,
     causal: bool,
 ) -> Scores:
-    """Check head counts, head size and what scores are made of; `scale` is 1 / sqrt(D) if None."""
+    """Check head counts, head size and the options of scores; `scale` is 1 / sqrt(D) if None."""
     HQ, H, D = dims["HQ"], dims["H"], dims["D"]
     if H == 0 or HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
@@ -136,7 +136,7 @@ def whole_vectors(*pools: Any) -> bool:
 
 
 def kernel_defines(spec: KVSpec, scores: Scores, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Defines that say what queries, pools and scores are."""
+    """Defines of head size, element types and options of the scores."""
     q = arrays["q"]
     flags = {flag: 1 for flag, name in _FLAGS.items() if arrays.get(name) is not None}
     if scores.soft_cap is not None:
@@ -147,7 +147,7 @@ def kernel_defines(spec: KVSpec, scores: Scores, arrays: dict[str, Any]) -> dict
 def kernel_scalars(
     spec: KVSpec, scores: Scores, dims: dict[str, int], arrays: dict[str, Any]
 ) -> dict[str, Any]:
-    """Strides of the pools, sizes of the page table, and what scores are made of."""
+    """Strides of the pools, sizes of the page table, and scalars of the scores."""
     capacity = min(dims["M"] * dims["P"], ALL_KEYS)
     pools = {name: arrays[name] for name in POOLS if name in arrays}
     return spec.pool_strides(**pools) | scores.scalars | dict(M=dims["M"], capacity=capacity)
@@ -163,7 +163,7 @@ def fill_on_host(
     scores: Scores,
     lse_base: str,
 ) -> None:
-    """Fill `out` and `lse` of `arrays`, which go by the names of `reference` else."""
+    """Fill `out` and `lse`, the first two of `arrays`, with what `reference` makes of the others."""
     out, lse, *_ = arrays.values()
     given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
     out[...], sums = reference(**given, **scores._asdict(), spec=spec)

@@ -190,15 +190,15 @@ class KVSpec:
 
     @property
     def type_defines(self) -> dict[str, str]:
-        """What kernels call the elements of pools and scales, as defines K_T, V_T and SCALE_T."""
+        """The kernels' names of the element types of pools and scales: K_T, V_T and SCALE_T."""
         scale = KINDS[self.scale_dtype if self.has_scales else "fp16"]
         return dict(K_T=KINDS[self.k].c_type, V_T=KINDS[self.v].c_type, SCALE_T=scale.c_type)
 
     # --- What a layout means: nothing else of pykv decides on it ---
 
     def page_order(self, tokens: Any, heads: Any) -> tuple[Any, Any]:
-        """Something of a page's tokens and something of its heads, in the order of the layout; of
-        two in that order, (tokens, heads) again."""
+        """A pair of items for tokens and heads of a page, in the order of the layout; applied to a
+        pair in that order, (tokens, heads) again."""
         return (tokens, heads) if self.layout == "NHD" else (heads, tokens)
 
     @property
@@ -300,7 +300,7 @@ class KVSpec:
 
 @cache
 def _parse(text: str) -> KVSpec:
-    """What a text says, the same object each time."""
+    """The spec that a text names; equal texts share one object."""
     kinds, *rest = text.split(":")
     k, plus, v = kinds.partition("+")
     if not plus:
@@ -337,7 +337,7 @@ def spec_of(op: str, spec: KVSpec | str | None, *arrays: Any) -> KVSpec:
 def _shown_spec(
     op: str, k_pool: Any, v_pool: Any, k_scales: Any = None, v_scales: Any = None
 ) -> KVSpec:
-    """The spec that arrays show."""
+    """The spec that dtypes and dimensions of arrays determine."""
     k_dtype, v_dtype = getattr(k_pool, "dtype", None), getattr(v_pool, "dtype", None)
     scales = v_scales if k_scales is None else k_scales
     granularity, scale_dtype = "token", None
@@ -377,7 +377,7 @@ def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
 
 @cache
 def _spec(k_dtype: Any, v_dtype: Any, granularity: str, scale_dtype: Any) -> KVSpec | None:
-    """The spec of dtypes, the same object each time; None where they do not say it."""
+    """The spec that dtypes determine, one object for equal dtypes; None where they do not."""
     k, v = _BY_DTYPE.get(k_dtype), _BY_DTYPE.get(v_dtype)
     if k is None or v is None:
         return None

@@ -1,14 +1,15 @@
 """Three levels of calling: a plain call, `prepare`, and `graph`.
 
-A plain call checks its arguments and does its work. All work that an op does goes through one of
-three functions here, and these alone look at whether somebody is recording:
+A plain call checks its arguments and does its work. An op does all work through one of three
+functions, and these alone know whether a recording is open:
 
-    enqueue        work of a GPU on CuPy's current stream: launches, copies, cuBLAS
+    enqueue        GPU work on CuPy's current stream: launches, copies, cuBLAS
     run_on_host    the NumPy reference
     look           a check of contents, which waits for its answer
 
-`prepare` runs an op while these keep the work instead of doing it; looks are taken at once, and
-again at each call. `graph` captures whatever a function enqueues into a CUDA graph.
+`prepare` opens a recording around an op: the three functions record their steps instead of taking
+them, but looks are taken at once as well. `graph` captures into a CUDA graph what a function
+enqueues.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ Step = Callable[[], Any]
 
 
 class _State(threading.local):
-    """Of this thread: what `prepare` is recording, and what `graph` has seen."""
+    """The recording of this thread, if one is open, and what `graph` observes."""
 
-    steps: list[Step] | None = None  # of the op that is being prepared
-    held: list[Any] | None = None  # what must live as long as these steps
-    device: int | None = None  # that the steps need
+    steps: list[Step] | None = None  # recorded of the op that is being prepared
+    held: list[Any] | None = None  # objects that must live as long as these steps
+    device: int | None = None  # GPU that the steps need
     used_host = False  # since `graph` last asked
     used_gpu = False
     capturing = False
@@ -40,11 +41,11 @@ _state = _State()
 
 
 def enqueue(step: Step, stream: Any = None) -> None:
-    """Do a step of GPU work on a stream, or while `prepare` listens, keep it.
+    """Take a step of GPU work on a stream, or record it.
 
     Args:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
-        stream: see `on_stream`; a step that is kept gets that of each call.
+        stream: see `on_stream`; a recorded step runs on the stream of each call.
     """
     steps = _state.steps
     if steps is None:
@@ -62,11 +63,11 @@ def enqueue(step: Step, stream: Any = None) -> None:
 
 
 def run_on_host(compute: Step, out: Any = None) -> None:
-    """Do a step of NumPy's work, or while `prepare` listens, keep it.
+    """Take a step of NumPy's work, or record it.
 
     Args:
         compute: the work.
-        out: an array that takes what `compute` returns; None: nothing does.
+        out: an array that receives what `compute` returns; None: the result is dropped.
 
     Raises:
         UnsupportedError: a CUDA graph is being captured, which would leave the work out.
@@ -89,11 +90,11 @@ def run_on_host(compute: Step, out: Any = None) -> None:
 
 
 def look(check: Step) -> None:
-    """Check contents now, and at each call of what is being prepared.
+    """Check contents now, and again at each call if a recording is open.
 
     Args:
-        check: raises where something is wrong, and waits for the GPU to know; left out while a CUDA
-            graph is captured, where nothing can be waited for.
+        check: raises where contents are wrong, and waits for the GPU; skipped while a CUDA graph is
+            captured, which cannot wait.
     """
     steps, _state.steps = _state.steps, None
     try:
@@ -110,14 +111,14 @@ def _look_if_possible(check: Step) -> None:
 
 
 def hold(*objects: Any) -> None:
-    """Keep objects alive as long as what is being prepared, such as arrays behind a table of
-    addresses. A plain call leaves that to its caller."""
+    """Keep objects alive as long as the call that is being prepared: arrays behind a table of
+    addresses, for example. A plain call leaves that to its caller."""
     if _state.held is not None:
         _state.held += objects
 
 
 def refuse_prepare(op: str, why: str) -> None:
-    """Raise where `prepare` is listening, for an op that cannot be done again.
+    """Raise while a recording is open, for an op that cannot be repeated.
 
     Raises:
         UnsupportedError: `op` is being prepared.
@@ -127,7 +128,7 @@ def refuse_prepare(op: str, why: str) -> None:
 
 
 def is_preparing() -> bool:
-    """Whether `prepare` is listening: an op may then spend time that its calls save."""
+    """Whether a recording is open: an op may then spend time that its calls save."""
     return _state.steps is not None
 
 
@@ -189,7 +190,7 @@ class Prepared:
 
 
 def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
-    """A call of an op made ready to be done many times, at about the cost of its launches.
+    """Check a call of an op once, for many calls at about the cost of its launches.
 
     Args:
         op: a function or method of pykv that takes arrays, such as `paged_decode.decode`,
@@ -198,9 +199,9 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
             allocated here, for all calls.
 
     Returns:
-        Prepared: `call()` does the work on the arrays as they are then, `call.result` is what the
-        op returns. The arrays of now are held: a cache that grows afterwards has new ones, which
-        want a call of their own.
+        Prepared: `call()` does the work on the contents that the arrays have then, `call.result` is
+        what the op returns. The call holds the arrays of now: a cache that grows afterwards has new
+        arrays, which need a call of their own.
 
     Raises:
         ParameterError: `stream` is given: that is each call's.
@@ -208,7 +209,7 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         As the op: shapes, dtypes and devices are checked here, once. Contents are checked here and
             at each call if the op is told to (`check=True`, PYKV_CHECK=1), and on the host.
 
-    Does nothing to the arrays. On a GPU waits until the tables that the op uploaded are there, so
+    Does not touch the arrays. On a GPU waits until the tables that the op uploads have arrived, so
     that calls may run on any stream; calls only enqueue, and a CUDA graph can capture them.
 
     >>> import numpy as np, pykv

@@ -1,8 +1,8 @@
 """Kernels and their launches, by name.
 
-A kernel's parameters are declared once, in its .cu file: `kernel` reads their names, order and
-types there, and `Launch` takes arrays and scalars by these names. Host and kernel so cannot
-disagree about an order, and no number reaches a kernel at another width than it expects.
+The .cu file alone declares a kernel's parameters: `kernel` reads their names, order and types
+there, and `Launch` takes arrays and scalars by name. So host and kernel cannot disagree about an
+order, and every number reaches the kernel at the width that it declares.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
     "u64": np.uint64,
     "float": np.float32,
 }
-
 
 _PARAMETERS = f"arrays first, then scalars of {', '.join(SCALARS)}"
 
@@ -94,7 +93,7 @@ def signature(stem: str, name: str) -> Signature:
 
 
 class Launch:
-    """A kernel with its launch shape and scalars, made once for arrays of one layout.
+    """A kernel with its launch shape and scalars, for any arrays of one layout.
 
     Args:
         kernel: what `kernel` returned.
@@ -110,9 +109,9 @@ class Launch:
         DtypeError: a scalar is no number, or no integer where the kernel takes one.
         CudaError: the GPU has less shared memory.
 
-    Called with the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
-    and `stream`, see `on_stream`, it enqueues the kernel and does not synchronise; while `prepare`
-    listens, it is kept instead. The call raises:
+    A call takes the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
+    and `stream`, see `on_stream`. It enqueues the kernel and does not synchronise; while `prepare`
+    records, it is recorded instead. The call raises:
         ParameterError: an array is missing or unknown.
         DtypeError: an argument is no array.
         CudaError: the driver refused the launch, or reports an earlier kernel's failure.
@@ -155,7 +154,8 @@ def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]
 
 
 def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:
-    """NumPy's own conversions would cut a fraction off, and take None for NaN, in silence."""
+    """A number as the type that a kernel declares. NumPy's own conversions would cut off fractions,
+    and turn None into NaN, in silence."""
     argument = f"cuda.Launch: {kernel.label}: {name}"
     try:
         return SCALARS[c_type](value + 0.0 if c_type == "float" else operator.index(value))

@@ -36,7 +36,7 @@ _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f16", SCALE_T="f16")]
 
 
-# The options of `decode` that say which keys a query sees, and how much of each.
+# The options of `decode` that decide which keys a query sees and how it weighs them.
 def mass(
     q: Any,
     k_pool: Any,
@@ -107,7 +107,7 @@ def mass(
         out = like(q, shape, np.float32)
     elif out.shape != shape:
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
-    behind = T - 1 if causal else 0  # keys between the first query and the last key
+    causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
     arrays = dict(q=q, k_pool=k_pool, page_table=page_table, lengths=lengths, lse=lse)
     arrays |= dict(k_scales=k_scales, slopes=slopes, tree=tree)
     if out.size == 0:
@@ -117,7 +117,7 @@ def mass(
         launch = dims.keep((chosen, options), lambda: _launch(arrays, dims, T, scores, *chosen))
         launch(mass=out, **arrays, stream=stream)
     else:
-        earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
+        earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
         chosen_by_name = dict(spec=spec, lse_base=lse_base, **scores._asdict())
 
@@ -195,7 +195,7 @@ def _launch(
     scalars = kernel_scalars(spec, scores, dims, arrays) | dict(HQ=dims["HQ"], H=H, P=dims["P"])
     q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
     scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, accumulate=accumulate)
-    scalars |= dict(T=T, behind=T - 1 if scores.causal else 0)
+    scalars |= dict(T=T, causal_offset=T - 1 if scores.causal else 0)
     return cuda.Launch(
         cuda.kernel("attention_mass", "attention_mass", **defines),
         grid=dims["B"] * H * -(-scalars["capacity"] // _SIZES["KEYS"]),

@@ -99,6 +99,7 @@ def append(
     _append("append", arrays, dict(rows=slots), spec, check_contents, check, stream)
 
 
+# A cache is four arrays and a spec, a page table three arrays: callers pass each by its own name.
 def append_decode(
     k: Any,
     v: Any,
@@ -164,7 +165,7 @@ def append_decode(
     _append(name, arrays, where, spec, check_contents, check, stream, after, advance)
 
 
-def append_ragged(
+def append_ragged(  # as append_decode
     k: Any,
     v: Any,
     k_pool: Any,
@@ -212,7 +213,7 @@ def append_ragged(
     _append(name, arrays, where, spec, check_contents, check, stream, after)
 
 
-def append_indexed(
+def append_indexed(  # as append_decode
     k: Any,
     v: Any,
     k_pool: Any,
@@ -449,8 +450,8 @@ def lanes_of(D: int, elements: int = LANE_ELEMENTS) -> int:
 
 def pool_defines(spec: KVSpec, H: int, D: int, P: int) -> dict[str, Any]:
     """The defines of kernels that write to pools which say what these are."""
-    found = "FOUND" if spec.granularity == "token" else "GIVEN"
-    return dict(**spec.type_defines, SCALES=found, HEADS=H, HEAD_DIM=D, PAGE=P)
+    scales = "DYNAMIC" if spec.granularity == "token" else "STATIC"
+    return dict(**spec.type_defines, SCALES=scales, HEADS=H, HEAD_DIM=D, PAGE=P)
 
 
 # Slots for a Llama of 8 x 128, of floats and of codes, and a captured decode step. The models that

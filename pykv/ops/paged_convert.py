@@ -153,7 +153,7 @@ def scatter(
     _move(op, source, target, check, stream)
 
 
-def convert(
+def convert(  # two caches, each of four arrays, a spec and a list of pages
     k_pool: Any,
     v_pool: Any,
     k_out: Any,

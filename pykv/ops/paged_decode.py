@@ -50,7 +50,7 @@ VARIANTS: list[dict[str, Any]] = [
 VARIANTS_SMS = range(75)  # from sm_75 on paged_decode_mma takes such pools
 
 
-# Every option of the attention that models ask for, each of its own; who calls names them.
+# Models ask for any combination of these options, so each is a keyword of its own.
 def decode(
     q: Any,
     k_pool: Any,
@@ -155,10 +155,10 @@ def decode(
     T = dims["T"] if many else 1
     options = (scale, window, soft_cap, causal, fixed_split, lse_base)
     scores = dims.keep(options, lambda: _check_options(op, dims, T, tree, options))
-    behind = T - 1 if causal else 0  # keys between the first query and the last key
+    causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
     if check:
         with cuda.on_stream(stream):
-            seen, pool = None if window is None else window + behind, (dims["N"], dims["P"])
+            seen, pool = None if window is None else window + causal_offset, (dims["N"], dims["P"])
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
@@ -181,7 +181,7 @@ def decode(
         if merge is not None:
             merge(out=out, lse=lse, workspace=workspace, sinks=sinks, stream=stream)
     else:
-        earlier, pool = np.full(len(lengths), behind), (dims["N"], dims["P"])
+        earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
         cuda.run_on_host(lambda: fill_on_host(reference, arrays, spec, scores, lse_base))
     return (out, lse) if return_lse else out
@@ -334,7 +334,7 @@ def _launches(
     near = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
     q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
     scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride)
-    scalars |= dict(T=T, behind=T - 1 if scores.causal else 0)
+    scalars |= dict(T=T, causal_offset=T - 1 if scores.causal else 0)
     scalars |= dict(lse_unit=1.0 if lse_base == "2" else LN_2)
     if near and whole_vectors(k_pool, v_pool) and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)

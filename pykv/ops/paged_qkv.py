@@ -38,7 +38,7 @@ from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
 BLOCK = 128  # threads at most
 
 
-def append(  # the options are those of the four ops that it fuses
+def append(  # one call in place of four: split, norm, rotation and append, with their options
     qkv: Any,
     k_pool: Any,
     v_pool: Any,

@@ -50,7 +50,7 @@ VARIANTS: list[dict[str, Any]] = [
 VARIANTS_SMS = range(75)  # from sm_75 on prefill_mma takes such pools
 
 
-# Every option of the attention that models ask for, each of its own; who calls names them.
+# Models ask for any combination of these options, so each is a keyword of its own.
 def prefill(
     q: Any,
     k_pool: Any,

@@ -163,7 +163,7 @@ def fill_on_host(
     scores: Scores,
     lse_base: str,
 ) -> None:
-    """Fill `out` and `lse`, the first two of `arrays`, with what `reference` makes of the others."""
+    """Fill `out` and `lse`, the first two of `arrays`, by a `reference` of the others."""
     out, lse, *_ = arrays.values()
     given: dict[str, Any] = {name: x for name, x in arrays.items() if name not in ("out", "lse")}
     out[...], sums = reference(**given, **scores._asdict(), spec=spec)

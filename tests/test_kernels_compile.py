@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 
 from pykv import cuda
+from pykv.errors import CompileError
 from pykv.ops import paged_decode_mma
 
 pytest.importorskip("cuda.core")
@@ -53,6 +54,26 @@ def test_what_decode_adds_to_its_variants_compiles(arch):
         defines["CLUSTER"] = paged_decode_mma.CLUSTER
     (usage,) = kernel_report.measure("paged_decode_mma", arch, defines).values()
     assert usage.stack_bytes <= kernel_report.declared_stack("paged_decode_mma")
+
+
+SHARED_SIZES = dict(  # numbers that the host chooses and the kernel computes as well
+    paged_decode_mma=("ROWS", "KEYS", "MIN_KEYS", "STAGE_BYTES", "Q_BYTES", "STATE_PITCH"),
+    prefill_mma=("ROWS", "KEYS", "SHARED_BYTES"),
+    prefill=("BLOCK",),
+    linear=("OUTPUTS",),
+)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+@pytest.mark.parametrize(
+    "stem, name", [(stem, name) for stem, names in SHARED_SIZES.items() for name in names]
+)
+def test_a_size_other_than_the_kernels_is_refused(stem, name, arch):
+    defines = import_module(f"pykv.ops.{stem}").VARIANTS[-1]
+    defines = cuda.compiler.macros(defines, arch)
+    defines[name] += 8
+    with pytest.raises(CompileError, match="static assertion failed"):
+        cuda.compile(stem, arch.replace("sm", "compute"), **defines)
 
 
 @pytest.mark.parametrize("stem", cuda.stems())

@@ -92,8 +92,8 @@ _KINDS = "kinds of the cache, as in int8,bf16:HND"
 _ROWS = "a kind that finds a scale for each row"
 _HEADS = "query heads / KV heads, the former a multiple of the latter, such as 40/8"
 
-# By the names that benchmarks list; some are one flag with other values. KVSpec.parse raises an error
-# of its own, which lists the kinds.
+# By the names that benchmarks list; some are one flag with other values. The error of KVSpec.parse
+# lists the kinds.
 OPTIONS = {
     "batch": Option("batch", _count("B"), _NUMBER, "sequences"),
     "keys": Option("keys", _count("L"), _NUMBER, "keys of each sequence"),

@@ -60,7 +60,10 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if xp is np and not by.startswith("kernel"):
         return None
     seed = int(rng.integers(2**32))
-    x, out = caches.words(xp, size, seed).reshape(-1, 4), xp.zeros((size // 16, 4), np.uint32)
+    x, out = (
+        caches.words(xp, size, seed).reshape(-1, 4),
+        xp.zeros((size // VECTOR_BYTES, 4), np.uint32),
+    )
     if by == "memset":
         run, check = _memset(out)
     elif by == "memcpy":

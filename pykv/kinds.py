@@ -368,11 +368,10 @@ def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
     """
     if isinstance(spec, KVSpec):
         return spec
-    if isinstance(spec, str):
-        return KVSpec.parse(spec)
-    raise DtypeError(
-        f"{op}: {name} is a {type(spec).__name__}, expected a KVSpec or a text such as 'int8:HND'"
-    )
+    if not isinstance(spec, str):
+        expected = "a KVSpec or a text such as 'int8:HND'"
+        raise DtypeError(f"{op}: {name} is a {type(spec).__name__}, expected {expected}")
+    return KVSpec.parse(spec)
 
 
 @cache

@@ -47,15 +47,19 @@ def enqueue(step: Step, stream: Any = None) -> None:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
         stream: see `on_stream`; a recorded step runs on the stream of each call.
     """
-    steps = _state.steps
-    if steps is None:
-        _state.used_gpu = True
-        if stream is None:
-            step()
-        else:
-            with on_stream(stream):
-                step()
+    if _state.steps is not None:
+        _record(_state.steps, step, stream)
         return
+    _state.used_gpu = True
+    if stream is None:
+        step()
+    else:
+        with on_stream(stream):
+            step()
+
+
+def _record(steps: list[Step], step: Step, stream: Any) -> None:
+    """Add a step of GPU work to a recording."""
     if stream is not None:
         _refuse_stream()
     _state.device = current_device()

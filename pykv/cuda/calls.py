@@ -156,7 +156,7 @@ class Prepared:
     """A call that was checked once; see `prepare`.
 
     Attributes:
-        result: what the op returned: the same objects after each call, filled anew.
+        result: the op's result: the same objects after each call, filled anew.
     """
 
     __slots__ = ("_current_device", "_device", "_held", "_run", "result")

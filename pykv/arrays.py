@@ -1,4 +1,4 @@
-"""What an op may assume about its arrays, and the entrance for arrays of other libraries.
+"""Checks of an op's arrays, and the entrance for arrays of other libraries.
 
 NumPy arrays mean the host, CuPy arrays a GPU. CuPy is looked up, never imported: whoever holds a
 CuPy array has imported it already.
@@ -32,7 +32,7 @@ INT32 = (np.dtype(np.int32),)
 UINT64 = (np.dtype(np.uint64),)
 UINT8 = (np.dtype(np.uint8),)
 
-VECTOR_BYTES = 16  # widest load of a GPU thread; what kernels assume of element arrays
+VECTOR_BYTES = 16  # widest load of a GPU thread; kernels assume it of element arrays
 
 
 class Dims(dict[str, int]):
@@ -65,7 +65,7 @@ def _limit(kept: dict[Any, Any], most: int) -> None:
 
 
 class Rule(NamedTuple):
-    """What an op may assume of one array, see `checker`."""
+    """The assumptions of an op about one array, see `checker`."""
 
     spec: str
     dtypes: Any

@@ -208,7 +208,7 @@ def scored_sequences(
     slopes: Any = None,
     tree: Any = None,
 ) -> Iterator[tuple[int, range, Any]]:
-    """Of each sequence that has keys: its number, the positions of keys that some query sees, and
+    """For each sequence that has keys: its number, the positions of keys that some query sees, and
     `masked_scores` of these.
 
     Args:

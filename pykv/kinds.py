@@ -1,4 +1,4 @@
-"""What a cache stores: element kinds, their codes, and the scales that go with the codes.
+"""The contents of a cache: element kinds, their codes, and the scales of the codes.
 
 Dimensions: D head size, W elements of an array that D codes take (D, but D / 2 for int4).
 
@@ -42,12 +42,12 @@ SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / s
 
 @dataclass(frozen=True)
 class Kind:
-    """How elements of keys or values are stored.
+    """A way to store elements of keys or values.
 
     Attributes:
         name: as users write it.
         dtype: of the array.
-        c_type: what kernels call an element.
+        c_type: of an element in kernels.
         bits: of an element.
         largest: the code of the largest magnitude; 0 where floats are stored as they are.
     """
@@ -65,7 +65,7 @@ class Kind:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of eight elements, at most 16: what kernels assume rows to be aligned to."""
+        """Bytes of eight elements, at most 16: the alignment of rows that kernels assume."""
         return min(self.bits, 16)
 
     def row_bytes(self, head_dim: int) -> int:
@@ -94,20 +94,20 @@ GRANULARITIES = ("token", "head", "tensor")  # what shares a scale
 LAYOUTS = ("NHD", "HND")
 POOLS = ("k_pool", "v_pool", "k_scales", "v_scales")  # the arrays of a cache, as ops name them
 
-# What a spec says besides the kinds, by field.
+# Words of a spec besides the kinds, by field.
 _WORDS: dict[str, Any] = dict(granularity=GRANULARITIES, scale_dtype=SCALE_DTYPES, layout=LAYOUTS)
 
-# What `KVSpec.parse` takes for a spec, besides the names of kinds.
+# Names of pairs of kinds, for `KVSpec.parse`.
 SHORT = {"fp8": ("e4m3", "e4m3"), "k8v4": ("int8", "int4")}
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What the pools of a cache hold.
+    """The kinds, scales and layout of a cache's pools.
 
     Args:
         k, v: names of `KINDS`.
-        granularity: what shares a scale: "token" (a scale for each token and head), "head" or
+        granularity: of the scales: "token" (a scale for each token and head), "head" or
             "tensor". Of no meaning where both kinds are floats.
         scale_dtype: "fp16" or "fp32".
         layout: "NHD", pools [N, P, H, W], or "HND", pools [N, H, P, W]; scales likewise.
@@ -174,7 +174,7 @@ class KVSpec:
 
     @property
     def kinds(self) -> tuple[Kind, Kind]:
-        """Of keys and values."""
+        """The kinds of keys and values."""
         return KINDS[self.k], KINDS[self.v]
 
     @property
@@ -213,7 +213,7 @@ class KVSpec:
         return self.page_order("P", "H")
 
     def pool_shapes(self, N: int, P: int, H: int, D: int) -> tuple[tuple[int, ...], ...]:
-        """Of the pools of K and V: N pages of P tokens and H KV heads, of D elements.
+        """Shapes of the pools of K and V: N pages of P tokens and H KV heads, of D elements.
 
         >>> pykv.KVSpec.parse("k8v4:HND").pool_shapes(N=100, P=16, H=8, D=128)
         ((100, 8, 16, 128), (100, 8, 16, 64))
@@ -221,7 +221,7 @@ class KVSpec:
         return tuple((N, *self.page_order(P, H), kind.row_width(D)) for kind in self.kinds)
 
     def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
-        """Of the scales of K, or of V, that go with such pools; kinds of floats have none.
+        """The shape of the scales of K, or of V, of such pools; kinds of floats have none.
 
         >>> [pykv.KVSpec.parse(text).scale_shape(100, 16, 8) for text in ("int8:HND", "int8:head")]
         [(100, 8, 16), (8,)]
@@ -272,7 +272,7 @@ class KVSpec:
         """Rules of `pykv.arrays.checker` for pools of this spec and their scales.
 
         Args:
-            names: what the op calls them.
+            names: of the arrays, in the op's words.
             pages: letter of how many pages they have.
 
         >>> pykv.KVSpec.parse("fp16:HND").rules()["k_pool"]
@@ -374,11 +374,10 @@ def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
     """
     if isinstance(spec, KVSpec):
         return spec
-    if isinstance(spec, str):
-        return KVSpec.parse(spec)
-    raise DtypeError(
-        f"{op}: {name} is a {type(spec).__name__}, expected a KVSpec or a text such as 'int8:HND'"
-    )
+    if not isinstance(spec, str):
+        expected = "a KVSpec or a text such as 'int8:HND'"
+        raise DtypeError(f"{op}: {name} is a {type(spec).__name__}, expected {expected}")
+    return KVSpec.parse(spec)
 
 
 @cache

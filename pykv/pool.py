@@ -214,8 +214,7 @@ class PagedKVCache:
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        """K and V [T, H, D] float32 that paged_qkv.append would encode: what it leaves in pages of
-        one token each."""
+        """K and V [T, H, D] float32 that paged_qkv.append would encode, from pages of a token."""
         _, heads, head_dim = self._sizes
         k, v = (self._xp.empty((len(qkv), 1, heads, head_dim), np.float32) for _ in range(2))
         slots = self._xp.arange(len(qkv), dtype=np.int32)
@@ -239,7 +238,7 @@ class PagedKVCache:
         self._without_scales.remove(layer)
 
     def _of_spec(self, layer: int) -> dict[str, Any]:
-        """What ops must be told of a layer's pools."""
+        """Scales and spec of a layer's pools, as ops take them."""
         k_scales, v_scales = self.scales[layer]
         return dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
 

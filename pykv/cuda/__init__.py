@@ -3,7 +3,7 @@
     devices    which GPUs there are, which one is current, streams of any library
     compiler   kernels_cu/<stem>.cu to a cubin for an SM, kept in the cache folder
     launch     kernels by name and their launches, whose parameters the .cu file names
-    driver     what runs a launch: the one seam where tests put another machine
+    driver     launches by cuda.core: the one seam, where tests put another machine
     calls      plain, prepared and graphed calls
 
 PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the

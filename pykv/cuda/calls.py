@@ -47,15 +47,19 @@ def enqueue(step: Step, stream: Any = None) -> None:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
         stream: see `on_stream`; a recorded step runs on the stream of each call.
     """
-    steps = _state.steps
-    if steps is None:
-        _state.used_gpu = True
-        if stream is None:
-            step()
-        else:
-            with on_stream(stream):
-                step()
+    if _state.steps is not None:
+        _record(_state.steps, step, stream)
         return
+    _state.used_gpu = True
+    if stream is None:
+        step()
+    else:
+        with on_stream(stream):
+            step()
+
+
+def _record(steps: list[Step], step: Step, stream: Any) -> None:
+    """Add a step of GPU work to a recording."""
     if stream is not None:
         _refuse_stream()
     _state.device = current_device()
@@ -152,7 +156,7 @@ class Prepared:
     """A call that was checked once; see `prepare`.
 
     Attributes:
-        result: what the op returned: the same objects after each call, filled anew.
+        result: the op's result: the same objects after each call, filled anew.
     """
 
     __slots__ = ("_current_device", "_device", "_held", "_run", "result")

@@ -53,14 +53,13 @@ def _paste(path: Path, pasted: set[str]) -> list[str]:
     """The lines of a file, with those of its headers that are not in `pasted` so far."""
     lines = [f'#line 1 "{path.name}"']
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.startswith('#include "'):
-            lines.append(line)
-            continue
-        name = line.split('"')[1]
-        if name not in pasted:
-            pasted.add(name)
-            lines += _paste(KERNELS / name, pasted)
-        lines.append(f'#line {number + 1} "{path.name}"')
+        if line.startswith('#include "'):
+            name = line.split('"')[1]
+            if name not in pasted:
+                pasted.add(name)
+                lines += _paste(KERNELS / name, pasted)
+            line = f'#line {number + 1} "{path.name}"'
+        lines.append(line)
     return lines
 
 

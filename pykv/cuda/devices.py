@@ -19,7 +19,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError
 
 
 def cache_dir() -> Path:
-    """Where cubins and models are kept: PYKV_CACHE_DIR, else the user's cache folder."""
+    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
     return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
 
 
@@ -114,7 +114,7 @@ def _parse_device(device: Any) -> tuple[str, int | None]:
 
 
 def device_name(xp: Any) -> str:
-    """What `xp` computes on: the current GPU's name for `cupy`, else "CPU"."""
+    """The name of the current GPU for `cupy`, else "CPU"."""
     if xp is np:
         return "CPU"
     facts = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
@@ -132,7 +132,7 @@ def current_arch() -> str:
 
 
 def current_sm() -> int:
-    """The number in `current_arch`, such as 90: what a choice between kernels goes by."""
+    """The number in `current_arch`, such as 90, by which ops choose between kernels."""
     return split_arch(current_arch())[1]
 
 

@@ -1,6 +1,6 @@
-"""What runs a launch: the module that calls cuda.core, and the one seam of the launches.
+"""The launches of cuda.core, and the one seam where tests replace them.
 
-pykv.cuda.launch knows kernels and parameters by name; what it asks for here are four functions.
+pykv.cuda.launch knows kernels and parameters by name, and asks this module for four functions.
 tests/simt/machine.py has the same four, and stands in for this module where there is no GPU.
 """
 
@@ -48,7 +48,7 @@ def configure(
     shared_bytes: int,
     cluster: tuple[int, ...] | None,
 ) -> Any:
-    """What `bind` takes for a launch of these sizes on the current GPU.
+    """The configuration of a launch of these sizes on the current GPU, for `bind`.
 
     Raises:
         ParameterError: the cluster's sizes do not divide the grid's.
@@ -63,8 +63,8 @@ def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ..
     """A function without arguments that enqueues the kernel on CuPy's current stream.
 
     Args:
-        kernel: what `load` returned.
-        config: what `configure` returned.
+        kernel: the result of `load`.
+        config: the result of `configure`.
         arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
             or None for a null pointer.
         scalars: NumPy scalars, the kernel's parameters behind those.
@@ -107,7 +107,7 @@ _state = _State()
 
 @lru_cache(maxsize=256)
 def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
-    """How many clusters of a kernel's blocks the current GPU runs at once."""
+    """The number of clusters of a kernel's blocks that the current GPU runs at once."""
     _, current_stream, current_device = _launcher()
     config = configure(kernel, cluster, block, shared_bytes, cluster)
     stream = core_stream(current_stream().ptr, current_device())
@@ -116,7 +116,7 @@ def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_by
 
 @cache
 def _launcher() -> tuple[Callable[..., None], Callable[[], Any], Callable[[], int]]:
-    """What a launch needs, looked up once: an import statement costs as much as a launch."""
+    """Functions that a launch needs, looked up once: an import costs as much as a launch."""
     from cuda.core import launch
 
     cuda = load_cupy().cuda

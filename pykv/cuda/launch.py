@@ -96,7 +96,7 @@ class Launch:
     """A kernel with its launch shape and scalars, for any arrays of one layout.
 
     Args:
-        kernel: what `kernel` returned.
+        kernel: the result of `kernel`.
         grid, block: sizes in blocks and threads.
         scalars: the kernel's scalars by its names for them, plain numbers; they travel as the types
             that the kernel declares.
@@ -175,5 +175,5 @@ def _names_error(
 
 
 def active_clusters(kernel: Kernel, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
-    """How many clusters of a kernel's blocks the current GPU runs at once."""
+    """The number of clusters of a kernel's blocks that the current GPU runs at once."""
     return int(driver.active_clusters(kernel.handle, block, cluster, shared_bytes))

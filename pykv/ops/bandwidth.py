@@ -22,7 +22,7 @@ UINT32 = (np.dtype(np.uint32),)
 
 
 def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
-    """Read all of `x`; what is summed shows that it was.
+    """Read all of `x`; sums prove the reads.
 
     Args:
         x: [V, 4] uint32.

@@ -136,7 +136,7 @@ def _finds_cublas(cupy: Any) -> bool:
 
 
 def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
-    """The definition, in NumPy: what `linear` computes, and what the kernels are tested against."""
+    """The definition of `linear`, in NumPy; tests hold the kernels against it."""
     dtype = np.result_type(x.dtype, np.float32)
     x, w = x.astype(dtype, copy=False), w.astype(dtype, copy=False)
     y = (w @ x[0])[None] if len(x) == 1 else x @ w.T  # for one token BLAS reads w in storage order
@@ -173,7 +173,7 @@ def _launch(x: Any, w: Any, bias: Any, accumulate: bool) -> cuda.Launch:
 
 
 def rereads(T: int) -> int:
-    """How often the own kernel reads weights again, beside the first time, for few tokens."""
+    """The number of times that the own kernel rereads weights for few tokens."""
     return max(0, -(-T // _GEMV_ROWS) - 1)
 
 

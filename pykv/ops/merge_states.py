@@ -1,4 +1,4 @@
-"""Merge attention over parts of the keys: what several calls gave is what one call would give.
+"""Merge attention over parts of the keys into attention over all of them.
 
 Dimensions: S states, T tokens, HQ query heads, D head size.
 Kernel: kernels_cu/merge_states.cu.

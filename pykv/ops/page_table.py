@@ -30,7 +30,7 @@ def from_lists(
     lengths: Any = None,
     stream: Any = None,
 ) -> tuple[Any, Any]:
-    """What attention over a page table asks for, from what FlashInfer's callers have.
+    """Make the page table and lengths that attention asks for from lists of pages.
 
     Args:
         indices: [I] int32; pages of all requests.

@@ -278,7 +278,7 @@ def _append(
     after: bool = False,
     advance: bool = False,
 ) -> None:
-    """What the four share.
+    """The common part of the four functions.
 
     Args:
         name: of the function.
@@ -336,7 +336,7 @@ def _checker(name: str, spec: KVSpec) -> Callable[..., Dims]:
 def places(
     address: str, T: int, P: int, rows: Any, indices: Any, indptr: Any, counts: Any, after: bool
 ) -> tuple[Any, Any]:
-    """Where rows go, in NumPy: the page of each, negative where it is skipped, and the offset.
+    """Page and offset of each row, in NumPy; the page is negative where the row is skipped.
 
     Args:
         address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
@@ -446,7 +446,7 @@ def defines_of(
 
 
 def lanes_of(D: int, elements: int = LANE_ELEMENTS) -> int:
-    """How many lanes share a row of D elements: a power of two, for `elements` a lane at most."""
+    """Lanes that share a row of D elements: a power of two, for `elements` a lane at most."""
     return min(32, 1 << (-(-D // elements) - 1).bit_length())
 
 

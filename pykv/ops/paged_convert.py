@@ -196,7 +196,7 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
 
 
 class _Side(NamedTuple):
-    """What is read or written: a cache, or dense arrays as pools without scales."""
+    """A source or target: a cache, or dense arrays as pools without scales."""
 
     spec: KVSpec
     pools: tuple[Any, Any]  # of keys and of values
@@ -231,7 +231,7 @@ def _move(
     stream: Any,
     rows: tuple[Any, Any] | None = None,
 ) -> None:
-    """What all entries share: check, then move pages, or with `rows` = (indptr, starts) tokens."""
+    """Check arguments, then move pages, or with `rows` = (indptr, starts) tokens."""
     check = paged_check.enabled(check)
     rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
     checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
@@ -301,7 +301,7 @@ def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> No
 
 
 def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None) -> None:
-    """The definition, in NumPy: what all functions do once their arguments are checked."""
+    """The definition of all functions, in NumPy, for arguments that are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
     if rows is not None:
         k_out, v_out = target.pools
@@ -374,7 +374,7 @@ def _keeps_bits(spec: KVSpec, out_spec: KVSpec, which: int) -> bool:
 def _defines(
     spec: KVSpec, out_spec: KVSpec, which: int, head_dim: int, by_sequence: bool = False
 ) -> dict[str, Any]:
-    """What the kernel is compiled for; `which` is 0 for keys and 1 for values."""
+    """The kernel's defines; `which` is 0 for keys and 1 for values."""
     kind, out_kind = spec.kinds[which], out_spec.kinds[which]
     types = dict(SRC=kind.c_type, DST=out_kind.c_type)
     types |= dict(SRC_SCALE=_scale_type(spec, kind), DST_SCALE=_scale_type(out_spec, out_kind))

@@ -329,8 +329,7 @@ def _launches(
     sizes = mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
     defines = kernel_defines(spec, scores, arrays)
     scalars = kernel_scalars(spec, scores, dims, arrays)
-    # What the tensor-core kernel takes besides: bytes from a page or token to the next that 32
-    # bits hold.
+    # The tensor-core kernel counts elements from a page or token to the next in 32 bits.
     near = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
     q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
     scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride)

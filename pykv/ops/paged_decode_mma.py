@@ -1,4 +1,4 @@
-"""The tensor-core kernel of `pykv.ops.paged_decode`: what it covers, and how it is launched.
+"""The tensor-core kernel of `pykv.ops.paged_decode`: its coverage, sizes and launch.
 
 Dimensions: as in pykv/ops/paged_decode.py; T queries of a sequence, TILES tiles of eight query rows
 (heads of a group, times queries), W workspace elements.
@@ -89,7 +89,7 @@ def block_sizes(sm: int, spec: KVSpec, q_dtype: Any, D: int) -> dict[str, int]:
 
 
 def shared_bytes(sm: int, spec: KVSpec, q_dtype: Any, sizes: Sizes) -> int:
-    """Of a block: stages of the warps, long queries, and the warps' states."""
+    """Shared memory of a block: stages of the warps, long queries, and the warps' states."""
     block = block_sizes(sm, spec, q_dtype, sizes.D)
     states = min(sizes.rows, ROWS) * (4 * block["STATE_PITCH"] + 8)
     if sm < 80 and sizes.D <= 128:
@@ -154,7 +154,7 @@ def launch(
     keys take to read.
 
     Args:
-        defines, scalars: what this kernel shares with the plain one.
+        defines, scalars: those that the plain kernel has as well.
     """
     sm, num_sms = cuda.current_sm(), cuda.num_sms(cuda.current_device())
     block, shared = block_sizes(sm, spec, q_dtype, sizes.D), shared_bytes(sm, spec, q_dtype, sizes)

@@ -1,4 +1,4 @@
-"""The tensor-core kernel of `pykv.ops.prefill`: what it covers, and how it is launched.
+"""The tensor-core kernel of `pykv.ops.prefill`: its coverage and sizes.
 
 Dimensions: as in pykv/ops/prefill.py.
 Kernel: kernels_cu/prefill_mma.cu, which holds the sizes chosen here against what it lays out.

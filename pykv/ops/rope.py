@@ -88,7 +88,7 @@ _check = checker(
 
 
 def reference(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str) -> None:
-    """The definition, in NumPy: what `rotate` computes, and what the kernel is tested against."""
+    """The definition of `rotate`, in NumPy; tests hold the kernel against it."""
     F = len(inv_freq)
     first, second = (
         (slice(0, F), slice(F, 2 * F))

@@ -167,7 +167,7 @@ def reference_argmax(logits: Any) -> Any:
 def reference(
     logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seeds: Any, steps: Any
 ) -> Any:
-    """The definition of `sample`, in NumPy: what the kernel is tested against."""
+    """The definition of `sample`, in NumPy; tests hold the kernel against it."""
     tokens = reference_argmax(logits)
     for b, best in enumerate(tokens):
         if temperature[b] > 0 and top_k[b] != 1 and logits[b, best] > -np.inf:

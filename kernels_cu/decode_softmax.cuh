@@ -24,7 +24,7 @@ __device__ __forceinline__ void scale_scores(float (&scores)[KEYS / 4], int tile
         float& s = scores[i];
         s = s * factor - zero_score;
         if (K_ROW_SCALES) s *= __shfl_sync(FULL_MASK, k_scale, k);
-#if SOFT_CAP
+#if LOGITS_SOFT_CAP
         s = tanhf(s) * cap;
 #endif
 #if ALIBI

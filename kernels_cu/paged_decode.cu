@@ -14,16 +14,17 @@
 //   v_scales
 //   page_table       const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths          const  [B] int32, clamped to 0 .. capacity
-//   slopes, sinks    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
+//   alibi_slopes,    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
+//   sinks
 // Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
 //           them; capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys
 //           = keys of a split, 0 where `splits` share those that are visible; score_scale = scale *
-//           log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2 for natural
-//           logarithms, 1 for those of base 2
+//           log2(e), or with LOGITS_SOFT_CAP scale / cap; cap = cap * log2(e); lse_unit = ln 2 for
+//           natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
 //           a block serves, 1 to 4, above 256 elements 1 or 2; Q_T = float, f16 or bf16; K_T, V_T =
-//           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS,
-//           TREE = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
+//           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP, ALIBI,
+//           SINKS, TREE = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
 //           front of a workspace
 // Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (BLOCK)
 //           paged_decode_merge: grid (B * T * HQ), block (BLOCK), where splits > 1
@@ -46,8 +47,8 @@
 #if !defined(BLOCK) || !defined(COUNTERS)
 #error "paged_decode.cu needs BLOCK and COUNTERS"
 #endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
 #endif
 #ifndef ALIBI
 #define ALIBI 0
@@ -115,7 +116,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
              const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
              const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
-             const int* __restrict__ lengths, const float* __restrict__ slopes,
+             const int* __restrict__ lengths, const float* __restrict__ alibi_slopes,
              const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
              i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
              i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
@@ -216,13 +217,13 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                     dot += __shfl_xor_sync(FULL_MASK, dot, lane);
                 }
                 if (K_HAS_CODES) dot *= k_scale[u];
-#if SOFT_CAP
+#if LOGITS_SOFT_CAP
                 dot = tanhf(dot) * cap;
 #endif
                 const int position = key + u * SLOTS;
 #if ALIBI
                 const int row = tile * ROWS + min(r, num_rows - 1);
-                dot += slopes[kv_head * G + row % G] * LOG2_E * (position - row_position[r]);
+                dot += alibi_slopes[kv_head * G + row % G] * LOG2_E * (position - row_position[r]);
 #endif
                 bool is_visible = position < end;
 #if TREE

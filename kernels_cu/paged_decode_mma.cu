@@ -13,15 +13,15 @@
 //   k_scales, v_scales  const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
 //   page_table          const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths             const  [B] int32, clamped to 0 .. capacity
-//   slopes, sinks       const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
+//   alibi_slopes, sinks const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
 // Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
 //           them; capacity = M * P; window = number of last keys seen, INT_MAX for all; piece_tiles
 //           = tiles of a piece, 0 where blocks cut the keys among them; slots of the workspace;
-//           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e);
+//           score_scale = scale * log2(e), or with LOGITS_SOFT_CAP scale / cap; cap = cap * log2(e);
 //           lse_unit = ln 2 for natural logarithms, 1 for those of base 2
 // Defines:  HEAD_DIM, a multiple of 16 up to 256 for which a lane's fragment of a row is made of
 //           whole words; PAGE = P; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8, i4, e4m3 or
-//           e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
+//           e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP, ALIBI, SINKS, TREE = 0 or 1; ROW_SCALES = 0
 //           where all tokens share a head's scales, else 1; ALONE = 1 for B = 1 and piece_tiles =
 //           0, else 0; CLUSTER = 8, with ALONE from sm_90 on, or 1. Sizes that
 //           pykv/ops/paged_decode_mma.py chooses for the SM: BLOCK = threads, BLOCKS an SM, ROWS =
@@ -58,8 +58,8 @@
 #if !defined(COUNTERS) || !defined(STAGE_BYTES) || !defined(Q_BYTES) || !defined(STATE_PITCH)
 #error "paged_decode_mma.cu needs COUNTERS, STAGE_BYTES, Q_BYTES and STATE_PITCH"
 #endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
 #endif
 #ifndef ALIBI
 #define ALIBI 0
@@ -98,7 +98,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
                  const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
                  const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
                  const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
-                 const int* __restrict__ lengths, const float* __restrict__ slopes,
+                 const int* __restrict__ lengths, const float* __restrict__ alibi_slopes,
                  const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
                  i64 q_token_stride, i64 k_pool_head, i64 v_pool_head, i64 k_scales_head,
                  i64 v_scales_head, int k_pool_page, int k_pool_token, int v_pool_page,
@@ -198,7 +198,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         float slope = 0.0f;
         u64 ancestors = 0;
 #if ALIBI
-        slope = slopes[head] * LOG2_E;
+        slope = alibi_slopes[head] * LOG2_E;
 #endif
 #if TREE
         ancestors = tree[(i64)b * T + token];

@@ -13,10 +13,10 @@
 //   q_starts         const  [B + 1] int32  prefix sums of the query counts
 // Scalars:  causal: query i of Lq with Lk keys stands at Lk - Lq + i, sees no key after that and
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
-//           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
+//           score_scale = scale * log2(e), or with LOGITS_SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS, a multiple of 8; Q_T = float, f16 or bf16;
 //           K_T, V_T = float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float;
-//           SOFT_CAP = 0 or 1; BLOCK = threads: 128, above 256 elements 64
+//           LOGITS_SOFT_CAP = 0 or 1; BLOCK = threads: 128, above 256 elements 64
 // Launch:   grid (T * G / ROWS + B, H), block (BLOCK), static shared memory
 //           below 48 KiB
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
@@ -38,8 +38,8 @@
 #ifndef BLOCK
 #error "prefill.cu needs BLOCK"
 #endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
 #endif
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move in eights");
 
@@ -197,7 +197,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 #pragma unroll
             for (int j = 0; j < MY_KEYS; j++) {
                 const int key = first + x + j * X;
-#if SOFT_CAP
+#if LOGITS_SOFT_CAP
                 score[r][j] = tanhf(score[r][j]) * cap;
 #endif
                 if (key < first_key[r] || key > last_key[r]) score[r][j] = -INF;

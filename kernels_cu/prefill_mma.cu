@@ -13,9 +13,9 @@
 //   q_starts         const  [B + 1] int32  prefix sums of the query counts
 // Scalars:  causal: query i of Lq with Lk keys stands at Lk - Lq + i, sees no key after that and
 //           `window` keys up to it (INT_MAX: all); else every query sees all keys, window INT_MAX.
-//           score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap = cap * log2(e)
+//           score_scale = scale * log2(e), or with LOGITS_SOFT_CAP scale / cap; cap = cap * log2(e)
 // Defines:  HEAD_DIM, a multiple of 16 up to 256; Q_T = float, f16 or bf16; K_T, V_T = f16, bf16, i8,
-//           i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP = 0 or 1; BLOCK = threads, ROWS =
+//           i4, e4m3 or e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP = 0 or 1; BLOCK = threads, ROWS =
 //           query rows of a block, 64 or 128, KEYS of a tile and SHARED_BYTES of a block, as
 //           pykv/ops/prefill_mma.py chooses them for the SM
 // Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory
@@ -36,8 +36,8 @@
 #if !defined(BLOCK) || !defined(ROWS) || !defined(KEYS) || !defined(SHARED_BYTES)
 #error "prefill_mma.cu needs BLOCK, ROWS, KEYS and SHARED_BYTES"
 #endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
 #endif
 
 #include "batch.cuh"

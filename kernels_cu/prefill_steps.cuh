@@ -45,7 +45,7 @@ __device__ __forceinline__ void scale_scores(float (&x)[ROW_TILES][KEYS / 8][4],
                 float& score = x[i][n][c];
                 if (!Q_IS_16BIT) score += low[i][n][c];
                 if (K_HAS_CODES) score *= c % 2 ? scale.y : scale.x;
-#if SOFT_CAP
+#if LOGITS_SOFT_CAP
                 score = tanhf(score * factor[2 * i + c / 2]);
 #endif
             }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void scores_to_weights(float (&x)[ROW_TILES][KEYS / 8
 #pragma unroll
             for (int c = r % 2 * 2; c < r % 2 * 2 + 2; c++) {
                 float& weight = x[r / 2][n][c];
-                weight = exp2_ftz(fmaf(weight, SOFT_CAP ? cap : factor[r], -base));
+                weight = exp2_ftz(fmaf(weight, LOGITS_SOFT_CAP ? cap : factor[r], -base));
                 l[r] += weight;
             }
         }
@@ -86,7 +86,7 @@ __device__ __forceinline__ bool largest_scores(float (&largest)[R],
             const float(&four)[4] = x[r / 2][n];
             peak = fmaxf(peak, fmaxf(four[r % 2 * 2], four[r % 2 * 2 + 1]));
         }
-        largest[r] = peak * (SOFT_CAP ? cap : factor[r]);
+        largest[r] = peak * (LOGITS_SOFT_CAP ? cap : factor[r]);
         grows |= largest[r] > m[r] + 8.0f;
     }
     return grows;

@@ -22,7 +22,9 @@ MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
-_FLAGS = dict(ALIBI="slopes", SINKS="sinks", TREE="tree")  # defines, and the arrays they are for
+_FLAGS = dict(
+    ALIBI="alibi_slopes", SINKS="sinks", TREE="tree"
+)  # defines, and the arrays they are for
 
 
 class Scores(NamedTuple):
@@ -31,13 +33,13 @@ class Scores(NamedTuple):
     Attributes:
         scale: factor of q.k.
         window: number of last keys that a query sees; None: all.
-        soft_cap: scores are soft_cap * tanh(score / soft_cap); None: not capped.
+        logits_soft_cap: c, for scores c * tanh(score / c); None: not capped.
         causal: whether query t of T sees the keys up to its own; else all T see every key.
     """
 
     scale: float
     window: int | None = None
-    soft_cap: float | None = None
+    logits_soft_cap: float | None = None
     causal: bool = True
 
     @property
@@ -45,10 +47,10 @@ class Scores(NamedTuple):
         """The window, and what kernels, whose exponentials are of base 2, multiply by before and
         after tanh."""
         window = ALL_KEYS if self.window is None else min(self.window, ALL_KEYS)
-        if self.soft_cap is None:
+        if self.logits_soft_cap is None:
             return dict(window=window, score_scale=self.scale * LOG2_E, cap=0.0)
-        score_scale = self.scale / self.soft_cap
-        return dict(window=window, score_scale=score_scale, cap=self.soft_cap * LOG2_E)
+        score_scale = self.scale / self.logits_soft_cap
+        return dict(window=window, score_scale=score_scale, cap=self.logits_soft_cap * LOG2_E)
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def check_scores(
     dims: dict[str, int],
     scale: float | None,
     window: int | None,
-    soft_cap: float | None,
+    logits_soft_cap: float | None,
     causal: bool,
 ) -> Scores:
     """Check head counts, head size and the options of scores; `scale` is 1 / sqrt(D) if None."""
@@ -75,9 +77,11 @@ def check_scores(
         scale = 1.0 / math.sqrt(D)
     elif not math.isfinite(scale):
         raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
-    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
-        raise ParameterError(f"{op}: soft_cap is {soft_cap}, expected a positive number")
-    return Scores(float(scale), window, soft_cap, bool(causal))
+    if logits_soft_cap is not None and not (math.isfinite(logits_soft_cap) and logits_soft_cap > 0):
+        raise ParameterError(
+            f"{op}: logits_soft_cap is {logits_soft_cap}, expected a positive number"
+        )
+    return Scores(float(scale), window, logits_soft_cap, bool(causal))
 
 
 def check_tree(op: str, tree: Any, T: int, causal: bool) -> None:
@@ -139,8 +143,8 @@ def kernel_defines(spec: KVSpec, scores: Scores, arrays: dict[str, Any]) -> dict
     """Defines of head size, element types and options of the scores."""
     q = arrays["q"]
     flags = {flag: 1 for flag, name in _FLAGS.items() if arrays.get(name) is not None}
-    if scores.soft_cap is not None:
-        flags["SOFT_CAP"] = 1
+    if scores.logits_soft_cap is not None:
+        flags["LOGITS_SOFT_CAP"] = 1
     return dict(HEAD_DIM=q.shape[-1], Q_T=q.dtype, **spec.type_defines, **flags)
 
 
@@ -172,7 +176,13 @@ def fill_on_host(
 
 
 def masked_scores(
-    q: Any, k: Any, first: int, length: int, scores: Scores, slopes: Any = None, tree: Any = None
+    q: Any,
+    k: Any,
+    first: int,
+    length: int,
+    scores: Scores,
+    alibi_slopes: Any = None,
+    tree: Any = None,
 ) -> Any:
     """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
     from `first` to `length` - 1; minus infinity where a query does not see a key."""
@@ -180,12 +190,12 @@ def masked_scores(
     H = k.shape[1]
     grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
     values = grouped @ k.transpose(1, 2, 0)[:, None] * scores.scale
-    if scores.soft_cap is not None:
-        values = np.tanh(values / scores.soft_cap) * scores.soft_cap
+    if scores.logits_soft_cap is not None:
+        values = np.tanh(values / scores.logits_soft_cap) * scores.logits_soft_cap
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
     key, query = np.arange(first, length), length - 1 - behind
-    if slopes is not None:
-        values += slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
+    if alibi_slopes is not None:
+        values += alibi_slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
     seen = key <= query
     if scores.window:
         seen &= key > query - scores.window
@@ -203,9 +213,9 @@ def scored_sequences(
     scale: float,
     window: int | None = None,
     *,
-    soft_cap: float | None = None,
+    logits_soft_cap: float | None = None,
     causal: bool = True,
-    slopes: Any = None,
+    alibi_slopes: Any = None,
     tree: Any = None,
 ) -> Iterator[tuple[int, range, Any]]:
     """For each sequence that has keys: its number, the positions of keys that some query sees, and
@@ -217,13 +227,17 @@ def scored_sequences(
         lengths: [B]; these and the options as in `paged_decode.decode`.
     """
     T, dtype = q.shape[1], np.result_type(q.dtype, np.float32)
-    scores = Scores(scale, window, soft_cap, causal)
+    scores = Scores(scale, window, logits_soft_cap, causal)
     for b, length in enumerate(lengths.tolist()):
         if length > 0:
             first = max(length - (T - 1) * causal - window, 0) if window else 0
             rows, mask = range(first, length), None if tree is None else tree[b]
             k = decoded_rows(b, rows, dtype, *keys)
-            yield b, rows, masked_scores(q[b].astype(dtype), k, first, length, scores, slopes, mask)
+            yield (
+                b,
+                rows,
+                masked_scores(q[b].astype(dtype), k, first, length, scores, alibi_slopes, mask),
+            )
 
 
 def decoded_rows(

@@ -69,7 +69,7 @@ class BlockManager:
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self._pack = Struct(f"<{_KEY_BYTES}s{page_size}q").pack
-        self.enlarge(num_pages)
+        self.grow(num_pages)
 
     @property
     def num_pages(self) -> int:
@@ -246,7 +246,7 @@ class BlockManager:
             counts[page] += 1
         return pages
 
-    def enlarge(self, num_pages: int) -> None:
+    def grow(self, num_pages: int) -> None:
         """Note that the pool has `num_pages` pages now; those that it had keep their numbers.
 
         Raises:
@@ -255,7 +255,7 @@ class BlockManager:
         old = self.num_pages
         if num_pages < old:
             raise ParameterError(
-                f"BlockManager.enlarge: num_pages is {num_pages}, expected at least {old}"
+                f"BlockManager.grow: num_pages is {num_pages}, expected at least {old}"
             )
         self._counts += [0] * (num_pages - old)
         self._keys += [None] * (num_pages - old)

@@ -12,7 +12,7 @@ to its pages: pages may only go where those are the same.
 Lists of pages are sequences of integers on the host, such as pykv.blocks makes them.
 
 Prepared (`pykv.prepare`), these functions work on the lists and on the arrays of then, which the
-call holds: `enlarge` gives a cache other arrays, which want a call of their own. Given scales are
+call holds: `grow` gives a cache other arrays, which want a call of their own. Given scales are
 compared when the call is prepared.
 """
 

@@ -133,7 +133,7 @@ class PagedKVCache:
 
             do_in(self._xp, copy_page, stream)
 
-    def enlarge(self, pages: int, *, stream: Any = None) -> None:
+    def grow(self, pages: int, *, stream: Any = None) -> None:
         """Make room for so many pages in each layer; those there are keep numbers and contents.
 
         Old and new arrays take memory together until the old are copied; views of the old ones,
@@ -150,11 +150,11 @@ class PagedKVCache:
             ParameterError: the cache has more pages.
             UnsupportedError: the call is being prepared.
         """
-        cuda.refuse_prepare("PagedKVCache.enlarge", "it makes new arrays")
+        cuda.refuse_prepare("PagedKVCache.grow", "it makes new arrays")
         num_pages = self.k.shape[1]
         if pages < num_pages:
             raise ParameterError(
-                f"PagedKVCache.enlarge: pages is {pages}, expected at least {num_pages}"
+                f"PagedKVCache.grow: pages is {pages}, expected at least {num_pages}"
             )
         old = (self.k, self.v, self.k_scales, self.v_scales)
         with cuda.on_stream(stream):
@@ -171,7 +171,7 @@ class PagedKVCache:
             if stream is not None:
                 cuda.synchronize()
         self._set_arrays(new)
-        self.manager.enlarge(pages)
+        self.manager.grow(pages)
 
     def append(
         self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None, **options: Any

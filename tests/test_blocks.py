@@ -175,9 +175,9 @@ class Pool(RuleBasedStateMachine):
 
     @precondition(lambda self: self.NUM_PAGES < 14)
     @rule(more=st.integers(0, 2))
-    def enlarge(self, more):
+    def grow(self, more):
         self.NUM_PAGES += more
-        self.pool.enlarge(self.NUM_PAGES)
+        self.pool.grow(self.NUM_PAGES)
 
     # Invariants -----------------------------------------------------------------------------------
 
@@ -301,11 +301,11 @@ def test_keys_tell_all_tokens_of_63_bits_apart():
 def test_a_larger_pool_keeps_numbers():
     pool = blocks.BlockManager(1, 4)
     pages = pool.allocate(4)
-    pool.enlarge(3)
+    pool.grow(3)
     assert pool.num_pages == 3 and pool.num_free == 2
     assert pool.extend(pages, 4, 12) is None and pages == [0, 1, 2]
     with pytest.raises(ParameterError, match="num_pages is 2, expected at least 3"):
-        pool.enlarge(2)
+        pool.grow(2)
 
 
 # --- Bad input ---

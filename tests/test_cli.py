@@ -399,7 +399,14 @@ def test_verify_of_one_cache(capsys):
     report = json.loads(out)
     assert report["kv_dtype"] == "e4m3:head"
     assert {case["op"] for case in report["cases"]} == {
-        *("attention_mass", "paged_append", "paged_convert", "paged_decode", "paged_qkv", "prefill")
+        *(
+            "attention_scores",
+            "paged_append",
+            "paged_convert",
+            "paged_decode",
+            "paged_qkv",
+            "prefill",
+        )
     }
     code, _, err = run(capsys, "verify", "--kv-dtype", "int7")
     assert code == 2 and "'int7' is no kind" in err

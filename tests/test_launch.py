@@ -10,7 +10,7 @@ from pykv import cuda
 from pykv.errors import CudaError, DtypeError, ParameterError, UnsupportedError
 from pykv.ops import (
     activation,
-    attention_mass,
+    attention_scores,
     bandwidth,
     contiguous_append,
     linear,
@@ -104,7 +104,7 @@ COMPILED = [  # kernels of every type of scalar
     ("merge_states", "merge_states", merge_states.VARIANTS[0]),
     ("page_table", "page_table", page_table.VARIANTS[0]),
     ("contiguous_append", "contiguous_append", contiguous_append.VARIANTS[0]),
-    ("attention_mass", "attention_mass", attention_mass.VARIANTS[0]),
+    ("attention_scores", "attention_scores", attention_scores.VARIANTS[0]),
     ("bandwidth", "bandwidth_write", bandwidth.VARIANTS[0]),
     ("norm", "rms_norm", norm.VARIANTS[0]),
     ("rope", "rope", rope.VARIANTS[0]),

@@ -152,7 +152,7 @@ def test_a_prepared_call_holds_the_arrays_of_then(xp, rng, op):
         call = cuda.prepare(pages.zero_pages, cache, [1])
         want[:, 1] = 0
     then = weakref.ref(cache.k)
-    cache.enlarge(16)
+    cache.grow(16)
     gc.collect()
     assert then() is not None and then() is not cache.k
     grown = to_numpy(cache.k).copy()

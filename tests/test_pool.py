@@ -83,7 +83,7 @@ def test_rows_are_encoded_in_their_layer(xp, rng, text):
                 assert not (array[0] != 0).any()  # the other layer
 
     check(pages)
-    cache.enlarge(4)
+    cache.grow(4)
     check(pages)
     forked = cache.manager.fork(pages)
     cache.extend(forked, 5, 6)
@@ -102,7 +102,7 @@ def test_shared_scales_are_found_from_a_layers_first_rows(xp, text):
     cache.append(1, nothing, nothing, slots[:0])  # nothing to find them from
     cache.append(1, *map(xp.asarray, (k, v)), slots)
     cache.append(1, *map(xp.asarray, (9 * k, 9 * v)), slots)  # they stay
-    cache.enlarge(4)
+    cache.grow(4)
     cache.append(1, *map(xp.asarray, (9 * k, 9 * v)), slots)
 
     sides = ((cache.k, cache.k_scales, (6, 2)), (cache.v, cache.v_scales, (1, 4)))
@@ -263,7 +263,7 @@ def test_a_larger_cache_keeps_pages(xp, rng):
     )
     before = [to_numpy(pool).copy() for pool in (cache.k, cache.v)]
     pages = cache.manager.allocate(12)
-    cache.enlarge(5)
+    cache.grow(5)
     assert cache.k.shape == cache.v.shape == (2, 5, 4, 2, 8) and cache.manager.num_pages == 5
     for i, (pool, old) in enumerate(zip((cache.k, cache.v), before, strict=True)):
         assert_same_bits(pool[:, :3], old)
@@ -272,9 +272,9 @@ def test_a_larger_cache_keeps_pages(xp, rng):
     cache.extend(pages, 12, 20)
     assert pages == [0, 1, 2, 3, 4]
     with pytest.raises(ParameterError, match="pages is 4, expected at least 5"):
-        cache.enlarge(4)
+        cache.grow(4)
     with pytest.raises(CapacityError, match=r"need [\d,]+ bytes"):
-        cache.enlarge(2**50)
+        cache.grow(2**50)
     assert cache.k.shape[1] == cache.manager.num_pages == 5
 
 
@@ -327,7 +327,7 @@ def test_a_prepared_append_keeps_its_arrays(xp):
     cache = PagedKVCache(1, 1, 1, 8, page_size=4, spec="fp32", xp=xp)
     k, slots = xp.ones((1, 1, 8), np.float32), xp.zeros(1, np.int32)
     append, old = pykv.prepare(cache.append, 0, k, k, slots), cache.k
-    cache.enlarge(3)
+    cache.grow(3)
     append()
     assert bool((old[0, 0, 0] == 1).all()) and not bool((cache.k != 0).any())
 
@@ -338,7 +338,7 @@ def test_what_cannot_be_prepared(xp):
     pages = cache.manager.allocate(4)
     for call, *args in (
         (cache.extend, pages, 4, 5),
-        (cache.enlarge, 3),
+        (cache.grow, 3),
         (cache.append, 0, k, k, slots),
         (cache.append_qkv, 0, xp.ones((1, 24), np.float32), slots),
     ):
@@ -387,7 +387,7 @@ def test_copies_go_to_the_stream_that_is_given(device, monkeypatch, stream):
     pages = cache.manager.allocate(6)
     cache.extend(cache.manager.fork(pages), 6, 7, stream=stream)
     assert noted == [stream] * 2 and not waits
-    cache.enlarge(5, stream=stream)
+    cache.grow(5, stream=stream)
     assert noted == [stream] * 4
     assert len(waits) == (stream is not None)  # the old arrays' memory is another stream's
 

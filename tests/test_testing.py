@@ -95,8 +95,8 @@ def test_attention_of_keys_that_are_known():
     out, lse = attention.decode(q, cache, spec, np.float64, scale=1.0)
     np.testing.assert_allclose(out[:, 0], [[0.75] * D, [0] * D], rtol=1e-7)
     np.testing.assert_allclose(lse[:, 0], [math.log(4), 0], rtol=1e-7)
-    mass = attention.mass(q, cache, spec, lse, np.float64, scale=1.0)
-    np.testing.assert_allclose(mass[:, 0], [[0.25, 0.75, 0, 0], [1, 0, 0, 0]], rtol=1e-7)
+    shares = attention.score(q, cache, spec, lse, np.float64, scale=1.0)
+    np.testing.assert_allclose(shares[:, 0], [[0.25, 0.75, 0, 0], [1, 0, 0, 0]], rtol=1e-7)
     sinks = np.array([math.log(4)])
     out, lse = attention.decode(q, cache, spec, np.float64, scale=1.0, sinks=sinks, window=1)
     np.testing.assert_allclose(out[0, 0], [3 / 7] * D, rtol=1e-7)
@@ -105,7 +105,14 @@ def test_attention_of_keys_that_are_known():
     out, lse = attention.decode(q[:, None], cache, spec, np.float64, scale=1.0, tree=tree)
     np.testing.assert_allclose(lse[:, 0, 0], [0, 0], atol=1e-12)
     capped, _ = attention.prefill(
-        q, cache, spec, np.array([0, 2, 2]), np.float64, scale=1.0, causal=False, soft_cap=1.0
+        q,
+        cache,
+        spec,
+        np.array([0, 2, 2]),
+        np.float64,
+        scale=1.0,
+        causal=False,
+        logits_soft_cap=1.0,
     )
     weight = math.exp(math.tanh(math.log(3)))
     np.testing.assert_allclose(capped[:, 0, 0], [weight / (1 + weight)] * 2, rtol=1e-7)

@@ -18,7 +18,7 @@ from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import (
     activation,
-    attention_mass,
+    attention_scores,
     bandwidth,
     block_copy,
     contiguous_append,
@@ -122,7 +122,7 @@ def test_the_ops_of_one_cache(text):
     rows = list(verify.run(spec=spec))
     assert [row.as_text() for row in rows if not row.ok] == []
     ops = (
-        "attention_mass",
+        "attention_scores",
         "paged_append",
         "paged_convert",
         "paged_decode",
@@ -310,11 +310,11 @@ FAULTS = {
         *(paged_decode, "decode", with_changed_option("v_scales", halved)),
         "paged_decode_mma",
     ),
-    "mass: one key too few": (
-        *(attention_mass, "mass"),
+    "scores: one key too few": (
+        *(attention_scores, "score"),
         with_changed_option("lengths", lambda x: x - (x > 1)),
     ),
-    "mass: no window": (attention_mass, "mass", with_option(window=None)),
+    "scores: no window": (attention_scores, "score", with_option(window=None)),
     "merge: a state is left out": (merge_states, "merge", without_the_first_state),
     "merge: another base": (merge_states, "merge", with_option(lse_base="2")),
     "decode: window one too wide": (paged_decode, "decode", with_option(window=101)),
@@ -324,7 +324,7 @@ FAULTS = {
         "prefill_mma",
     ),
     "prefill of codes: no soft cap": (
-        *(prefill, "prefill", with_option(soft_cap=None)),
+        *(prefill, "prefill", with_option(logits_soft_cap=None)),
         "prefill_mma",
     ),
     "prefill: no window": (prefill, "prefill", with_option(window=None)),
@@ -418,18 +418,18 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["permute"], permute, "reference", does_nothing),
     (["permute"], permute, "reference", fixed(1, lambda chunk: chunk[::-1])),
     (["paged_decode", "paged_decode_mma"], attention, "masked_scores", all_alike),
-    (["attention_mass"], attention, "masked_scores", all_alike),
+    (["attention_scores"], attention, "masked_scores", all_alike),
     (["prefill", "prefill_mma"], prefill, "masked_scores", all_alike),
     (["paged_decode", "paged_decode_mma"], paged_decode, "weigh", zeros),
     (["paged_decode"], paged_decode, "weigh", second_halved),
     (["paged_decode"], paged_decode, "reference", fixed(6, lambda window: None)),
     (["paged_decode_mma"], paged_decode, "reference", without("sinks")),
-    (["paged_decode_mma"], paged_decode, "reference", without("soft_cap")),
-    (["attention_mass"], attention_mass, "reference", zeros),
-    (["attention_mass"], attention_mass, "reference", fixed(6, lambda window: None)),
+    (["paged_decode_mma"], paged_decode, "reference", without("logits_soft_cap")),
+    (["attention_scores"], attention_scores, "reference", zeros),
+    (["attention_scores"], attention_scores, "reference", fixed(6, lambda window: None)),
     (["prefill", "prefill_mma"], prefill, "weigh", zeros),
     (["prefill", "prefill_mma"], prefill, "reference", fixed(7, lambda window: None)),
-    (["prefill_mma"], prefill, "reference", without("soft_cap")),
+    (["prefill_mma"], prefill, "reference", without("logits_soft_cap")),
     (["prefill"], prefill, "weigh", second_halved),
     (["merge_states"], merge_states, "reference", fixed(1, lambda lse: np.minimum(lse, 0))),
     (["merge_states"], merge_states, "reference", second_halved),

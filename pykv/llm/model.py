@@ -125,7 +125,7 @@ def forward(
 
 def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[], Any]:
     """A function that does `forward` on a batch of one token a sequence; each call goes by what the
-    batch's arrays contain then. The cache must not be enlarged meanwhile.
+    batch's arrays contain then. The cache must not be grown meanwhile.
 
     A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU, few
     sequences therefore get a CUDA graph, whose logits are one array, filled anew by each call from

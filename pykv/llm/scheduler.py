@@ -75,7 +75,7 @@ class Scheduler:
         model: the weights.
         cache: the pages, on the model's device.
         xp: the array module of both.
-        may_grow: enlarge the cache where a call needs it.
+        may_grow: grow the cache where a call needs it.
         prefix_cache: keep the pages of finished sequences, as long as no call needs them, for
             prompts that begin alike.
     """
@@ -114,7 +114,7 @@ class Scheduler:
             while unfinished := [s for s in sequences if not s.finish_reason]:
                 started = time.perf_counter()
                 fewer = len(active) > rows_for_one * len(unfinished)
-                if not active or fewer or self.cache.k is not pool:  # another call enlarges it
+                if not active or fewer or self.cache.k is not pool:  # another call grows it
                     active, pool = unfinished, self.cache.k
                     decode = self._decoder(active)
                 self._draw(active, decode())
@@ -222,7 +222,7 @@ class Scheduler:
             wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
             missing = wanted - manager.num_free
             if missing > 0 and self._may_grow:
-                cache.enlarge(manager.num_pages + missing)
+                cache.grow(manager.num_pages + missing)
             manager.require(wanted)
         except CapacityError:
             self._release(sequences)

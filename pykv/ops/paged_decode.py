@@ -63,8 +63,8 @@ def decode(
     spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
-    soft_cap: float | None = None,
-    slopes: Any = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
     sinks: Any = None,
     tree: Any = None,
     causal: bool = True,
@@ -93,9 +93,9 @@ def decode(
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
         window: number of last keys that a query sees, up to its own; all if None.
-        soft_cap: scores are soft_cap * tanh(score / soft_cap); not capped if None.
-        slopes: [HQ] float32; slope * (key - query), positions in the sequence, is added to scores
-            (ALiBi).
+        logits_soft_cap: c, for scores c * tanh(score / c); not capped if None.
+        alibi_slopes: [HQ] float32; slope * (key - query), positions in the sequence, is added to
+            scores (ALiBi).
         sinks: [HQ] float32; a score for each head whose weight has no value (attention sink).
         tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
             before them. Where None, query t sees the keys up to its own.
@@ -150,10 +150,10 @@ def decode(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
-        *(slopes, sinks, tree, out, lse, workspace),
+        *(alibi_slopes, sinks, tree, out, lse, workspace),
     )
     T = dims["T"] if many else 1
-    options = (scale, window, soft_cap, causal, fixed_split, lse_base)
+    options = (scale, window, logits_soft_cap, causal, fixed_split, lse_base)
     scores = dims.keep(options, lambda: _check_options(op, dims, T, tree, options))
     causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
     if check:
@@ -165,7 +165,7 @@ def decode(
         lse = like(q, q.shape[:-1], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
-    arrays |= dict(slopes=slopes, sinks=sinks, tree=tree)
+    arrays |= dict(alibi_slopes=alibi_slopes, sinks=sinks, tree=tree)
     if out.size == 0:
         pass
     elif on_gpu(q):
@@ -189,12 +189,12 @@ def decode(
 
 def _check_options(op: str, dims: Dims, T: int, tree: Any, options: tuple[Any, ...]) -> Scores:
     """Check options of `decode` against sizes, once for all calls that have both."""
-    scale, window, soft_cap, causal, fixed_split, lse_base = options
+    scale, window, logits_soft_cap, causal, fixed_split, lse_base = options
     check_tree(op, tree, T, causal)
     check_lse_base(op, lse_base)
     if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
         raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
-    return check_scores(op, dims, scale, window, soft_cap, causal)
+    return check_scores(op, dims, scale, window, logits_soft_cap, causal)
 
 
 @cache
@@ -207,7 +207,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
         **spec.rules(),
         page_table=("B M", INT32),
         lengths=("B", INT32),
-        slopes=optional("HQ", FLOAT32),
+        alibi_slopes=optional("HQ", FLOAT32),
         sinks=optional("HQ", FLOAT32),
         tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional(f"{rows} HQ D", "q"),
@@ -289,8 +289,8 @@ def reference(
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation.
 
-    Arguments as of `decode`; `options` are `soft_cap`, `causal`, `slopes` and `tree`. Without a
-    spec pools are of any floats.
+    Arguments as of `decode`; `options` are `logits_soft_cap`, `causal`, `alibi_slopes` and `tree`.
+    Without a spec pools are of any floats.
     """
     many = q if q.ndim == 4 else q[:, None]  # [B, T, HQ, D]
     dtype = np.result_type(q.dtype, np.float32)

@@ -64,7 +64,7 @@ def prefill(
     spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
-    soft_cap: float | None = None,
+    logits_soft_cap: float | None = None,
     causal: bool = True,
     return_lse: bool = False,
     out: Any = None,
@@ -92,7 +92,7 @@ def prefill(
         spec: kinds and layout of the pools; where None, what dtypes tell, in NHD.
         scale: factor of q.k; 1 / sqrt(D) if None.
         window: number of last keys that a query sees; all if None. Causal attention only.
-        soft_cap: scores are soft_cap * tanh(score / soft_cap); not capped if None.
+        logits_soft_cap: c, for scores c * tanh(score / c); not capped if None.
         causal: whether later keys are hidden.
         return_lse: return `lse` as well.
         out: [T, HQ, D], dtype of `q`; allocated if None.
@@ -108,8 +108,9 @@ def prefill(
         DtypeError: an array has another dtype.
         UnsupportedError: D exceeds 512.
         ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
-            `soft_cap` is not positive, scales are missing or too many, or, on the host, `q_starts`
-            does not rise from 0 to T or a page does not exist; the check found a wrong entry.
+            `logits_soft_cap` is not positive, scales are missing or too many, or, on the host,
+            `q_starts` does not rise from 0 to T or a page does not exist; the check found a wrong
+            entry.
         CapacityError: on the host, a length exceeds M * P.
         DeviceError: host and device arrays are mixed.
 
@@ -132,7 +133,7 @@ def prefill(
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
-    options = (scale, window, soft_cap, causal)
+    options = (scale, window, logits_soft_cap, causal)
     scores = dims.keep(options, lambda: check_scores(op, dims, *options))
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
@@ -213,7 +214,7 @@ def prefill_contiguous(
         out: [B, Lq, HQ, D], dtype of `q`; allocated if None.
         lse: [B, Lq, HQ] float32; filled if given.
         stream: see pykv.cuda.on_stream.
-        options: `scale`, `window`, `soft_cap`, `causal` and `check`, as in `prefill`.
+        options: `scale`, `window`, `logits_soft_cap`, `causal` and `check`, as in `prefill`.
 
     Returns:
         `out`, or (`out`, `lse`) with `return_lse`.
@@ -321,8 +322,8 @@ def reference(
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation.
 
-    Arguments as of `prefill`; the only one of `options` is `soft_cap`. Without a spec pools are of
-    any floats.
+    Arguments as of `prefill`; the only one of `options` is `logits_soft_cap`. Without a spec pools
+    are of any floats.
     """
     HQ = q.shape[1]
     dtype = np.result_type(q.dtype, np.float32)

@@ -50,10 +50,10 @@ def prefill(
     return out, lse
 
 
-def mass(
+def score(
     q: Any, cache: Mapping[str, Any], spec: KVSpec, lse: Any, dtype: Any, **options: Any
 ) -> Any:
-    """What attention_mass.mass returns for q [B, HQ, D] or [B, T, HQ, D]: [B, H, M * P]."""
+    """What attention_scores.score returns for q [B, HQ, D] or [B, T, HQ, D]: [B, H, M * P]."""
     tree = options.pop("tree", None)
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
@@ -100,8 +100,8 @@ def _scores(
     *,
     scale: float,
     window: int | None = None,
-    soft_cap: float | None = None,
-    slopes: Any = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
     tree: Any = None,
     causal: bool = True,
 ) -> Iterator[tuple[int, int, Any, Any, Any]]:
@@ -135,10 +135,10 @@ def _scores(
         for head in range(HQ):
             h = head * H // HQ
             scores = total(keys[h] * q[t, head].astype(dtype)[:, None]) * dtype(scale)
-            if soft_cap is not None:
-                scores = dtype(soft_cap) * np.tanh(scores / dtype(soft_cap))
-            if slopes is not None:
-                scores = scores + dtype(slopes[head]) * (positions - stands).astype(dtype)
+            if logits_soft_cap is not None:
+                scores = dtype(logits_soft_cap) * np.tanh(scores / dtype(logits_soft_cap))
+            if alibi_slopes is not None:
+                scores = scores + dtype(alibi_slopes[head]) * (positions - stands).astype(dtype)
             yield t, head, positions, scores, values[:, h]
 
 

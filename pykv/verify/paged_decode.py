@@ -40,7 +40,7 @@ def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
 def _case(spec: KVSpec, lengths: list[int], T: int, rng: np.random.Generator, xp: Any) -> Case:
     cache = paged.filled(rng, spec, lengths, 16, 2, 128)
     sinks = rng.standard_normal(8).astype(np.float32)
-    options: Any = dict(scale=0.1, window=300, soft_cap=20.0, sinks=sinks)
+    options: Any = dict(scale=0.1, window=300, logits_soft_cap=20.0, sinks=sinks)
     q = rng.standard_normal((len(lengths), T, 8, 128)).astype(np.float16)
     got = paged_decode.decode(xp.asarray(q), **paged.send(xp, cache | options), spec=spec)
 

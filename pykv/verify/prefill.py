@@ -30,7 +30,9 @@ def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     """With a window, a soft cap and queries of 16 bits: by whichever kernel is for the kind."""
     cache = paged.filled(rng, spec, LENGTHS, 16, 2, 128)
     q = rng.standard_normal((sum(COUNTS), 8, 128)).astype(np.float16)
-    yield from _case(str(spec), q, cache, spec, dict(scale=0.1, window=90, soft_cap=20.0), xp)
+    yield from _case(
+        str(spec), q, cache, spec, dict(scale=0.1, window=90, logits_soft_cap=20.0), xp
+    )
 
 
 def _case(name: str, q: Any, cache: Any, spec: KVSpec, options: Any, xp: Any) -> Cases:

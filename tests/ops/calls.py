@@ -5,7 +5,7 @@ import numpy as np
 from pykv import KVSpec
 from pykv.ops import (
     activation,
-    attention_mass,
+    attention_scores,
     bandwidth,
     contiguous_append,
     dequant,
@@ -43,7 +43,7 @@ OPS = [
     (activation.swiglu, dict(x=zeros("f4", 3, 8))),
     (activation.geglu, dict(x=zeros("f4", 3, 8))),
     (
-        attention_mass.mass,
+        attention_scores.score,
         dict(q=zeros("f4", 2, 2, 16), k_pool=POOLS["k_pool"], k_scales=POOLS["k_scales"], **TABLE)
         | dict(lse=zeros("f4", 2, 2)),
     ),

@@ -83,7 +83,7 @@ def call(xp, q, spec, arrays, table, lengths, **options):
     """`decode` of host arrays on a device."""
     arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
     q, table, lengths = map(xp.asarray, (q, table, lengths))
-    for name in ("slopes", "sinks", "tree"):
+    for name in ("alibi_slopes", "sinks", "tree"):
         if options.get(name) is not None:
             options[name] = xp.asarray(options[name])
     return paged_decode.decode(
@@ -165,9 +165,17 @@ def test_matches_the_oracle(xp, rng, case):
 
 # What is added to scores, what is seen, and how keys are cut; the last case has all of it.
 FEATURES = (
-    dict(T=3, window=70, soft_cap=3.0, slopes=True, sinks=True, tree=True, fixed_split=96),
-    dict(soft_cap=2.0),
-    dict(slopes=True),
+    dict(
+        T=3,
+        window=70,
+        logits_soft_cap=3.0,
+        alibi_slopes=True,
+        sinks=True,
+        tree=True,
+        fixed_split=96,
+    ),
+    dict(logits_soft_cap=2.0),
+    dict(alibi_slopes=True),
     dict(sinks=True),
     dict(T=3),
     dict(T=3, window=7),
@@ -175,7 +183,7 @@ FEATURES = (
     dict(T=5, tree=True),
     dict(T=3, tree=True, window=2),
     dict(T=4, causal=False),
-    dict(T=20, causal=False, window=40, slopes=True, H=1),
+    dict(T=20, causal=False, window=40, alibi_slopes=True, H=1),
     dict(fixed_split=32),
     dict(fixed_split=64, T=2, window=90),
 )
@@ -191,8 +199,8 @@ def feature_case(
     store = cache(rng, lengths, 16, H, D, spec, unseen)
     q = queries_of(rng, (len(lengths), T, HQ, D) if T > 1 else (len(lengths), HQ, D), q)
     options = dict(features, window=window)
-    if features.get("slopes"):
-        options["slopes"] = (0.5 ** np.arange(1, HQ + 1)).astype(np.float32)
+    if features.get("alibi_slopes"):
+        options["alibi_slopes"] = (0.5 ** np.arange(1, HQ + 1)).astype(np.float32)
     if features.get("sinks"):
         options["sinks"] = rng.standard_normal(HQ).astype(np.float32)
     if features.get("tree"):
@@ -213,7 +221,7 @@ ALONE = (
     *(dict(spec=spec) for spec in ("fp16", "bf16", "int8", "int4", "e4m3", "k8v4", "fp32")),
     *(dict(length=length) for length in (0, 1, 128, 129, 1024, 1025, 2047)),
     *(dict(G=G, H=H) for G, H in ((1, 1), (12, 1), (1, 13))),
-    dict(T=3, window=700, soft_cap=3.0, slopes=True, sinks=True, tree=True),
+    dict(T=3, window=700, logits_soft_cap=3.0, alibi_slopes=True, sinks=True, tree=True),
 )
 
 

@@ -24,7 +24,7 @@ BASE = dict(
     P=16,
     window=None,
     causal=True,
-    soft_cap=None,
+    logits_soft_cap=None,
     q="float32",
     kv="float16",
 )
@@ -39,7 +39,7 @@ CHANGES = (
     *({"window": w} for w in (1, 16, 17, 1000)),
     {"window": 40, "sequences": ((100, 130), (5, 2), (64, 300))},
     *({"causal": False}, {"causal": False, "sequences": ((5, 3), (2, 50), (3, 0))}),
-    {"soft_cap": 1.5, "window": 20, "P": 5},
+    {"logits_soft_cap": 1.5, "window": 20, "P": 5},
     # Other dtypes and head sizes, each a kernel of its own, with edges of another axis: on tensor
     # cores with one, two and three terms of queries, then on CUDA cores.
     *({"q": "float16", "kv": "bfloat16", "D": 256, **c} for c in ({"G": 1}, {"causal": False})),
@@ -82,7 +82,7 @@ def inputs(rng, sequences, G, H, D, P, window, q, kv, **options):
 def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
     sequences, G, H, D = ((5, 9), (0, 4), (6, 3), (1, 1), (4, 4), (2, 0)), 3, 2, 8
     args = inputs(rng, sequences, G, H, D, P, window, "float32", "float32")
-    options = dict(scale=0.7, window=window, soft_cap=cap, causal=bool(causal))
+    options = dict(scale=0.7, window=window, logits_soft_cap=cap, causal=bool(causal))
     got = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
     out, lse = map(to_numpy, got)
     q, k_pool, v_pool, table, lengths, starts = args
@@ -96,7 +96,7 @@ def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(xp, rng, case):
     args = inputs(rng, **case)
-    options = {name: case[name] for name in ("window", "causal", "soft_cap")}
+    options = {name: case[name] for name in ("window", "causal", "logits_soft_cap")}
     out, lse = prefill.prefill(*map(xp.asarray, args), **options, return_lse=True)
     options["scale"] = case["D"] ** -0.5
     low, low_lse = prefill.reference(*args, **options)
@@ -120,7 +120,7 @@ CODE_CHANGES = (
     {**WIDE, "sequences": EDGES[1:], "G": 1, "H": 1},
     *({**WIDE, "sequences": ((40, 90), (3, 40)), "P": P, "window": 33} for P in (5, 64)),
     {"spec": "fp16+int4", "q": "float16", "D": 96, "sequences": ((40, 90),), "G": 3},
-    {"spec": "e4m3+bf16:fp32", "q": "bfloat16", "soft_cap": 2.0},
+    {"spec": "e4m3+bf16:fp32", "q": "bfloat16", "logits_soft_cap": 2.0},
     {"spec": "int4", "q": "bfloat16", "D": 16, "sequences": ((70, 90), (3, 40))},
     # on CUDA cores
     *({"spec": "fp32+int8"}, {"D": 40}, {"D": 512, "H": 1, "G": 3, "spec": "k8v4"}),
@@ -163,7 +163,7 @@ def judge(xp, q, spec, arrays, given, **options):
 def test_every_kind_matches_the_oracle(xp, rng, case):
     q, arrays, (table, lengths, starts), spec = code_inputs(rng, **case)
     given = dict(page_table=table, lengths=lengths, q_starts=starts)
-    options = {name: case[name] for name in ("window", "causal", "soft_cap")}
+    options = {name: case[name] for name in ("window", "causal", "logits_soft_cap")}
     judge(xp, q, spec, arrays, given, **options)
 
 
@@ -388,8 +388,8 @@ def test_errors_name_the_argument(xp, rng):
         run(*args, window=-1)
     with pytest.raises(ParameterError, match="window is 5, expected None with causal=False"):
         run(*args, window=5, causal=False)
-    with pytest.raises(ParameterError, match="soft_cap is 0, expected a positive number"):
-        run(*args, soft_cap=0)
+    with pytest.raises(ParameterError, match="logits_soft_cap is 0, expected a positive number"):
+        run(*args, logits_soft_cap=0)
 
 
 def scales(xp, shape):

@@ -1,4 +1,4 @@
-"""attention_mass: the weights that queries gave to keys, summed over the rows of a KV head."""
+"""attention_scores: the weights that queries gave to keys, summed over the rows of a KV head."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
-from pykv.ops import attention_mass, paged_decode
+from pykv.ops import attention_scores, paged_decode
 from pykv.testing import attention
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.ops.test_paged_decode import cache, call, feature_case, queries_of
@@ -43,12 +43,12 @@ def arrays_of(rng, spec="fp16", D=64, P=16, G=3, H=2, lengths=(5, 0, 47), T=1, w
     return (q, spec, arrays, table, lengths), options, lse
 
 
-def mass(xp, q, spec, arrays, table, lengths, lse, **options):
+def score(xp, q, spec, arrays, table, lengths, lse, **options):
     arrays = {name: x if x is None else xp.asarray(x) for name, x in arrays.items()}
-    for name in ("slopes", "tree"):
+    for name in ("alibi_slopes", "tree"):
         if options.get(name) is not None:
             options[name] = xp.asarray(options[name])
-    return attention_mass.mass(
+    return attention_scores.score(
         *(xp.asarray(q), arrays["k_pool"]),
         *(xp.asarray(x) for x in (table, lengths, lse.astype(np.float32))),
         k_scales=arrays["k_scales"],
@@ -60,10 +60,10 @@ def mass(xp, q, spec, arrays, table, lengths, lse, **options):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(xp, rng, case):
     (q, spec, arrays, table, lengths), options, lse = arrays_of(rng, **case)
-    got = mass(xp, q, spec, arrays, table, lengths, lse, **options)
+    got = score(xp, q, spec, arrays, table, lengths, lse, **options)
     keys = {name: arrays[name] for name in ("k_pool", "k_scales")}
     low, exact = (
-        attention_mass.reference(
+        attention_scores.reference(
             *(x, keys["k_pool"], table, lengths, sums, q.shape[-1] ** -0.5),
             k_scales=keys["k_scales"],
             spec=spec,
@@ -80,9 +80,9 @@ def test_matches_the_oracle(xp, rng, case):
 @pytest.mark.parametrize(
     "features",
     [
-        dict(T=3, window=70, soft_cap=3.0, slopes=True, tree=True),
-        dict(T=1, slopes=True),
-        dict(T=2, soft_cap=2.0),
+        dict(T=3, window=70, logits_soft_cap=3.0, alibi_slopes=True, tree=True),
+        dict(T=1, alibi_slopes=True),
+        dict(T=2, logits_soft_cap=2.0),
     ],
     ids=str,
 )
@@ -93,7 +93,7 @@ def test_all_of_it_is_one_for_each_query_row(xp, rng, features, base):
     q, spec, arrays, table, lengths = args
     options.pop("fixed_split", None)
     _, lse = call(xp, *args, lse_base=base, **options)
-    got = to_numpy(mass(xp, *args, to_numpy(lse), lse_base=base, **options))
+    got = to_numpy(score(xp, *args, to_numpy(lse), lse_base=base, **options))
     T, G = (q.shape[1] if q.ndim == 4 else 1), 3
     rows = np.isfinite(to_numpy(lse)).reshape(4, T, 2, G).sum((1, 3))  # those that see any key
     np.testing.assert_allclose(got.sum(-1), rows, rtol=2e-6)
@@ -109,21 +109,21 @@ def test_all_of_it_is_one_for_each_query_row(xp, rng, features, base):
 
 def test_matches_a_plain_loop(rng):
     (q, spec, arrays, table, lengths), _, lse = arrays_of(rng, "fp32", D=8, lengths=(3, 0, 18))
-    got = attention_mass.reference(
+    got = attention_scores.reference(
         q.astype(np.float64), arrays["k_pool"], table, lengths, lse, 8**-0.5, spec=spec
     )
     where = dict(**arrays, page_table=table, lengths=lengths)
-    want = attention.mass(q, where, spec, lse, np.float64, scale=8**-0.5)
+    want = attention.score(q, where, spec, lse, np.float64, scale=8**-0.5)
     np.testing.assert_allclose(got, want, rtol=1e-12)
     assert not got[:, :, 18:].any()
 
 
 def test_masses_add_up(xp, rng):
     args, options, lse = arrays_of(rng)
-    once = mass(xp, *args, lse)
-    total = mass(xp, *args, lse, out=xp.full(once.shape, 0.5, np.float32), accumulate=True)
+    once = score(xp, *args, lse)
+    total = score(xp, *args, lse, out=xp.full(once.shape, 0.5, np.float32), accumulate=True)
     np.testing.assert_allclose(to_numpy(total), to_numpy(once) + 0.5, rtol=1e-6)
-    again = mass(xp, *args, lse, out=xp.full(once.shape, np.nan, np.float32))
+    again = score(xp, *args, lse, out=xp.full(once.shape, np.nan, np.float32))
     assert_same_bits(again, once)
 
 
@@ -131,11 +131,11 @@ def test_errors_name_the_argument(xp, rng):
     (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
     given = (q, spec, arrays, table, lengths, lse)
     with pytest.raises(ParameterError, match="out is None, expected an array to add to"):
-        mass(xp, *given, accumulate=True)
+        score(xp, *given, accumulate=True)
     with pytest.raises(ShapeError, match=r"out has C=7, expected M \* P = 64"):
-        mass(xp, *given, out=xp.zeros((3, 2, 7), np.float32))
+        score(xp, *given, out=xp.zeros((3, 2, 7), np.float32))
     with pytest.raises(ParameterError, match="k_scales is missing, expected scales for int8"):
-        attention_mass.mass(
+        attention_scores.score(
             *(xp.asarray(x) for x in (q, arrays["k_pool"], table, lengths)),
             xp.asarray(lse.astype(np.float32)),
             spec=KVSpec("int8", "int8"),
@@ -144,10 +144,10 @@ def test_errors_name_the_argument(xp, rng):
 
 def test_prepared_calls_accumulate_once_each(xp, rng):
     (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
-    once = to_numpy(mass(xp, q, spec, arrays, table, lengths, lse))
+    once = to_numpy(score(xp, q, spec, arrays, table, lengths, lse))
     given = [xp.asarray(x) for x in (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))]
     total = xp.zeros(once.shape, np.float32)
-    call = cuda.prepare(attention_mass.mass, *given, spec=spec, out=total, accumulate=True)
+    call = cuda.prepare(attention_scores.score, *given, spec=spec, out=total, accumulate=True)
     assert not to_numpy(total).any()
     for count in (1, 2):
         assert call() is total
@@ -161,8 +161,8 @@ def test_a_prepared_call_looks_at_its_pages(rng):
     """On the host, as a plain call."""
     (q, spec, arrays, table, lengths), _, lse = arrays_of(rng)
     args = (q, arrays["k_pool"], table, lengths, lse.astype(np.float32))
-    call = cuda.prepare(attention_mass.mass, *args, spec=spec)
+    call = cuda.prepare(attention_scores.score, *args, spec=spec)
     table[2, 1] = len(arrays["k_pool"])
-    for again in (call, lambda: cuda.prepare(attention_mass.mass, *args, spec=spec)):
+    for again in (call, lambda: cuda.prepare(attention_scores.score, *args, spec=spec)):
         with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected a page of 0"):
             again()

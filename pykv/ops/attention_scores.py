@@ -2,7 +2,7 @@
 
 Dimensions: B sequences, T queries of each, HQ query heads, H KV heads, G = HQ / H, D head size, W
 elements that D codes take, N pages in the pool, P tokens a page, M pages a sequence can have.
-Kernel: kernels_cu/attention_mass.cu.
+Kernel: kernels_cu/attention_scores.cu.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, Q_T="float", K_T="f
 
 
 # The options of `decode` that decide which keys a query sees and how it weighs them.
-def mass(
+def score(
     q: Any,
     k_pool: Any,
     page_table: Any,
@@ -48,8 +48,8 @@ def mass(
     spec: KVSpec | str | None = None,
     scale: float | None = None,
     window: int | None = None,
-    soft_cap: float | None = None,
-    slopes: Any = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Any = None,
     tree: Any = None,
     causal: bool = True,
     lse_base: str = "e",
@@ -60,8 +60,8 @@ def mass(
     """Sum the weights exp(score - lse) that the queries of a KV head gave to each key.
 
     Args:
-        q, page_table, lengths, scale, window, soft_cap, slopes, tree, causal: as they were given
-            to `paged_decode.decode`.
+        q, page_table, lengths, scale, window, logits_soft_cap, alibi_slopes, tree, causal: as they
+            were given to `paged_decode.decode`.
         k_pool, k_scales, spec: its keys; `spec` says their kind and layout, and that of the values
             does not matter. Where None, what dtypes tell, in NHD.
         lse: [B, HQ] or [B, T, HQ] float32, which `decode` returned; sinks are part of it.
@@ -86,19 +86,21 @@ def mass(
     >>> q = np.ones((1, 1, 8), np.float32)
     >>> options = dict(return_lse=True)
     >>> _, lse = pykv.ops.paged_decode.decode(q, k_pool, k_pool, table, lengths, **options)
-    >>> pykv.ops.attention_mass.mass(q, k_pool, table, lengths, lse).round(3)
+    >>> pykv.ops.attention_scores.score(q, k_pool, table, lengths, lse).round(3)
     array([[[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
-    op = "attention_mass.mass"
+    op = "attention_scores.score"
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
     if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
-    dims = _checker(spec, many)(q, k_pool, k_scales, page_table, lengths, lse, slopes, tree, out)
+    dims = _checker(spec, many)(
+        q, k_pool, k_scales, page_table, lengths, lse, alibi_slopes, tree, out
+    )
     T = dims["T"] if many else 1
     check_tree(op, tree, T, causal)
     check_lse_base(op, lse_base)
-    options = (scale, window, soft_cap, causal)
+    options = (scale, window, logits_soft_cap, causal)
     scores = dims.keep(options, lambda: check_scores(op, dims, *options))
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
@@ -109,13 +111,13 @@ def mass(
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
     causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
     arrays = dict(q=q, k_pool=k_pool, page_table=page_table, lengths=lengths, lse=lse)
-    arrays |= dict(k_scales=k_scales, slopes=slopes, tree=tree)
+    arrays |= dict(k_scales=k_scales, alibi_slopes=alibi_slopes, tree=tree)
     if out.size == 0:
         pass
     elif on_gpu(q):
         chosen = (spec, bool(accumulate), lse_base)
         launch = dims.keep((chosen, options), lambda: _launch(arrays, dims, T, scores, *chosen))
-        launch(mass=out, **arrays, stream=stream)
+        launch(scores=out, **arrays, stream=stream)
     else:
         earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
@@ -134,14 +136,14 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     """For one query of a sequence, or for `many`."""
     pools, rows = spec.rules(), "B T" if many else "B"
     return checker(
-        "attention_mass.mass",
+        "attention_scores.score",
         q=(f"{rows} | HQ D", FLOATS),
         k_pool=pools["k_pool"],
         k_scales=pools["k_scales"],
         page_table=("B M", INT32),
         lengths=("B", INT32),
         lse=(f"{rows} HQ", FLOAT32, 4),
-        slopes=optional("HQ", FLOAT32),
+        alibi_slopes=optional("HQ", FLOAT32),
         tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional("B H C", FLOAT32, 4),
     )
@@ -163,7 +165,7 @@ def reference(
 ) -> Any:
     """The definition, in NumPy, in the dtype of the accumulation.
 
-    Arguments as of `mass`; `options` are `soft_cap`, `causal`, `slopes` and `tree`.
+    Arguments as of `score`; `options` are `logits_soft_cap`, `causal`, `alibi_slopes` and `tree`.
     """
     many = q if q.ndim == 4 else q[:, None]
     B, T, HQ, _ = many.shape
@@ -197,7 +199,7 @@ def _launch(
     scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, accumulate=accumulate)
     scalars |= dict(T=T, causal_offset=T - 1 if scores.causal else 0)
     return cuda.Launch(
-        cuda.kernel("attention_mass", "attention_mass", **defines),
+        cuda.kernel("attention_scores", "attention_scores", **defines),
         grid=dims["B"] * H * -(-scalars["capacity"] // _SIZES["KEYS"]),
         block=_SIZES["BLOCK"],
         scalars=scalars | dict(lse_unit=1.0 if lse_base == "2" else LOG2_E),

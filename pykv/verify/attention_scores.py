@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pykv.kinds import KVSpec
-from pykv.ops import attention_mass
+from pykv.ops import attention_scores
 from pykv.testing import attention, error_and_bound, paged
 from pykv.verify import Case, Cases
 
@@ -28,7 +28,9 @@ def _case(spec: KVSpec, D: int, G: int, rng: np.random.Generator, xp: Any) -> Ca
     _, lse = attention.decode(q, cache, spec, np.float64, **options)
     sent = paged.send(xp, {x: cache[x] for x in ("k_pool", "k_scales", "page_table", "lengths")})
     rounded = lse.astype(np.float32)
-    got = attention_mass.mass(xp.asarray(q), **sent, lse=xp.asarray(rounded), spec=spec, **options)
-    low = attention.mass(q, cache, spec, rounded, np.float32, **options)
-    exact = attention.mass(q, cache, spec, lse, np.float64, **options)
+    got = attention_scores.score(
+        xp.asarray(q), **sent, lse=xp.asarray(rounded), spec=spec, **options
+    )
+    low = attention.score(q, cache, spec, rounded, np.float32, **options)
+    exact = attention.score(q, cache, spec, lse, np.float64, **options)
     return f"D={D} G={G} {spec}", *error_and_bound(got, low, exact)

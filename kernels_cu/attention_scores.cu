@@ -1,7 +1,7 @@
-// attention_mass.cu: how much of the attention each key of a paged cache got.
+// attention_scores.cu: how much of the attention each key of a paged cache got.
 //
-// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/attention_mass.py):
-//   mass                 [B, H, C] float  C = M * P; sum of the weights that the query rows of a KV
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/attention_scores.py):
+//   scores               [B, H, C] float  C = M * P; sum of the weights that the query rows of a KV
 //                                         head gave to a key; 0 where none sees it
 //   q             const  [B, T, HQ, D]    Q_T, strides of B and T in elements
 //   k_pool        const  [N, P, H, D] in any order, strides of page, token and head in array
@@ -10,16 +10,16 @@
 //   page_table    const  [B, M] int32, read where the sequence has visible keys alone
 //   lengths       const  [B] int32, clamped to 0 .. C
 //   lse           const  [B, T, HQ] float, log-sum-exp of each query row
-//   slopes        const  [HQ] float, with ALIBI; tree const [B, T] u64 with TREE
+//   alibi_slopes  const  [HQ] float, with ALIBI; tree const [B, T] u64 with TREE
 // Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
 //           them; window = number of last keys seen, INT_MAX for all; accumulate = 1: the weights
-//           are added to `mass`; score_scale = scale * log2(e), or with SOFT_CAP scale / cap; cap =
-//           cap * log2(e); lse_unit = what turns lse into binary logarithms
+//           are added to `scores`; score_scale = scale * log2(e), or with LOGITS_SOFT_CAP scale /
+//           cap; cap = cap * log2(e); lse_unit = what turns lse into binary logarithms
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float, f16 or bf16; K_T = float, f16, bf16,
-//           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; SOFT_CAP, ALIBI, TREE = 0 or 1; BLOCK =
-//           threads, and KEYS of a block
+//           i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP, ALIBI, TREE = 0 or 1;
+//           BLOCK = threads, and KEYS of a block
 // Launch:   grid (B * H * ceil(C / KEYS)), block (BLOCK)
-// Traffic:  K once, later query rows hit the caches; 4 bytes a key of `mass`
+// Traffic:  K once, later query rows hit the caches; 4 bytes a key of `scores`
 // Order:    no atomics; sums in the order of the query rows
 //
 // LANES lanes hold one key and score it against ROWS query rows at a time.
@@ -27,13 +27,13 @@
 #include "softmax.cuh"
 
 #if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T)
-#error "attention_mass.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
+#error "attention_scores.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
 #endif
 #if !defined(BLOCK) || !defined(KEYS)
-#error "attention_mass.cu needs BLOCK and KEYS"
+#error "attention_scores.cu needs BLOCK and KEYS"
 #endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
 #endif
 #ifndef ALIBI
 #define ALIBI 0
@@ -50,14 +50,15 @@ constexpr int SLOTS = THREADS / LANES;
 constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
 constexpr int ROWS = EIGHTS == 2 ? 2 : 4;     // whose queries stay in registers
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
-               const SCALE_T* __restrict__ k_scales, const int* __restrict__ page_table,
-               const int* __restrict__ lengths, const float* __restrict__ lse,
-               const float* __restrict__ slopes, const u64* __restrict__ tree, i64 q_stride,
-               i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
-               i64 k_scales_page, i64 k_scales_token, i64 k_scales_head, int T, int causal_offset,
-               int HQ, int H, int P, int M, int capacity, int window, int accumulate,
-               float score_scale, float cap, float lse_unit) {
+attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
+                 const K_T* __restrict__ k_pool, const SCALE_T* __restrict__ k_scales,
+                 const int* __restrict__ page_table, const int* __restrict__ lengths,
+                 const float* __restrict__ lse, const float* __restrict__ alibi_slopes,
+                 const u64* __restrict__ tree, i64 q_stride, i64 q_token_stride, i64 k_pool_page,
+                 i64 k_pool_token, i64 k_pool_head, i64 k_scales_page, i64 k_scales_token,
+                 i64 k_scales_head, int T, int causal_offset, int HQ, int H, int P, int M,
+                 int capacity, int window, int accumulate, float score_scale, float cap,
+                 float lse_unit) {
     const int G = HQ / H;
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
@@ -82,7 +83,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
             position[r] = length - 1 - max(causal_offset - token, 0);
             // A row past the last one gets no weight: nothing exceeds infinity.
             row_lse[r] = tile + r < G * T ? lse[((i64)b * T + token) * HQ + head] * lse_unit : INF;
-            slope[r] = ALIBI ? slopes[head] * LOG2_E : 0.0f;
+            slope[r] = ALIBI ? alibi_slopes[head] * LOG2_E : 0.0f;
             branches[r] = TREE ? tree[(i64)b * T + token] : 0;
             const Q_T* at = q + b * q_stride + token * q_token_stride + (i64)head * D;
 #pragma unroll
@@ -128,7 +129,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
                     score += __shfl_xor_sync(FULL_MASK, score, lane);
                 }
                 score *= k_scale;
-#if SOFT_CAP
+#if LOGITS_SOFT_CAP
                 score = tanhf(score) * cap;
 #endif
                 score += slope[r] * (key - position[r]);
@@ -143,7 +144,7 @@ attention_mass(float* __restrict__ mass, const Q_T* __restrict__ q, const K_T* _
         }
     }
     __syncthreads();
-    float* const row = mass + ((i64)b * H + kv_head) * capacity + begin;
+    float* const row = scores + ((i64)b * H + kv_head) * capacity + begin;
     for (int i = threadIdx.x; i < min(KEYS, capacity - begin); i += THREADS) {
         row[i] = accumulate ? row[i] + sums[i] : sums[i];
     }

@@ -276,15 +276,10 @@ def _table(device: int, force: bool = False) -> Table:
 
 def _ways() -> dict[str, calibration.Way]:
     """The ways that this machine has."""
-    op = "transfer.calibrate"
-    ways: dict[str, calibration.Way] = {
-        "kernel": partial(run_kernel, op),
-        "batch": partial(run_batch, op),
-        "loop": partial(run_loop, op),
-    }
+    ways: dict[str, Any] = dict(kernel=run_kernel, batch=run_batch, loop=run_loop)
     if not is_memcpy_batch_available():
         del ways["batch"]
-    return ways
+    return {name: partial(way, "transfer.calibrate") for name, way in ways.items()}
 
 
 def choose(src: Any, dst: Any, sizes: Any, direction: str | None) -> tuple[str, str]:

@@ -102,11 +102,11 @@ def _cache_folder() -> Finding:
 
 
 def _driver() -> Finding:
-    version = _driver_version() or "of unknown version"
+    version = driver_version() or "of unknown version"
     return Finding("driver", f"{version} (CUDA {_cuda_line()} line)")
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
     """Such as "580.65.06", without any CUDA package; empty where it cannot be told (Windows)."""
     try:
         found = re.search(r"\b\d{3}\.[\d.]+", DRIVER_FILE.read_text())
@@ -117,7 +117,7 @@ def _driver_version() -> str:
 
 def _cuda_line() -> int:
     """The newest CUDA line that the driver runs, 12 or 13; 12 where that cannot be told."""
-    return 13 if int(_driver_version().partition(".")[0] or 0) >= CUDA_13_DRIVER else 12
+    return 13 if int(driver_version().partition(".")[0] or 0) >= CUDA_13_DRIVER else 12
 
 
 def _wanted_line() -> int:

@@ -137,6 +137,12 @@ class KVSpec:
                 raise ParameterError(
                     f"KVSpec: {field} is {name!r}, expected one of {', '.join(names)}"
                 )
+        # Ops look things up by it: computed once instead of at each call.
+        words = (self.k, self.v, self.granularity, self.scale_dtype, self.layout)
+        object.__setattr__(self, "_hash", hash(words))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     @staticmethod
     def parse(text: str) -> KVSpec:

@@ -202,14 +202,11 @@ def _read_header(op: str, file: BinaryIO, path: str) -> tuple[dict[str, str], di
     try:
         header = json.loads(file.read(size))
         metadata = header.pop("__metadata__")
-        if metadata["format"] != FORMAT:
-            raise FormatError(
-                f"{op}: {path} has format {metadata['format']!r}, expected {FORMAT!r}"
-            )
+        found = metadata["format"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{op}: {path} is no file of pages: its header is damaged") from error
+    if found != FORMAT:
+        raise FormatError(f"{op}: {path} has format {found!r}, expected {FORMAT!r}")
     return metadata, header, 8 + size
 
 

@@ -399,24 +399,19 @@ def _submit(op: str, plan: _Plan, mode: str) -> tuple[CopyReport, int]:
     Refused by the batch call, the copies take the loop; or of mode "auto" in a capture, the kernel.
     """
     pairs, handle = (op, plan.src, plan.dst, plan.sizes), copy_ways.current_handle()
-    if plan.path == "kernel":
-        copy_ways.run_kernel(*pairs)
-        return plan.report(), handle
-    reason = plan.reason
-    if plan.path == "batch":
+    path, reason = plan.path, plan.reason
+    if path == "batch":
         refusal, used = copy_ways.run_batch(*pairs)
         if not refusal:
             if used != handle:
                 reason += ", on a side stream because it refuses the legacy default stream"
-            return plan.report(reason=reason), used
-        if mode == "auto" and cuda.is_capturing():
-            copy_ways.run_kernel(*pairs)
-            return plan.report("kernel", refusal), handle
+            return plan.report(path, reason), used
         if mode == "batch_without_fallback":
             raise UnsupportedError(f"{op}: mode is {mode}, but {refusal}")
-        reason = refusal
-    copy_ways.run_loop(*pairs)
-    return plan.report("loop", reason), handle
+        path, reason = "kernel" if mode == "auto" and cuda.is_capturing() else "loop", refusal
+    run = copy_ways.run_kernel if path == "kernel" else copy_ways.run_loop
+    run(*pairs)
+    return plan.report(path, reason), handle
 
 
 def _copy_on_host(op: str, src: Any, dst: Any, sizes: Any, mode: str) -> CopyReport:

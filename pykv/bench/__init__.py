@@ -120,55 +120,40 @@ def run(
         raise ParameterError(f"bench: samples is {samples}, expected at least 20")
     if warmup < 0:
         raise ParameterError(f"bench: warmup is {warmup}, expected at least 0")
-    module = load(name)
-    timer = timing.Timer(xp, samples=samples, warmup=warmup)
-    facts = report.environment(xp)
-    jobs = [(module, name, list(cases))]
+    load(name)
+    jobs = {name: list(cases)}
     if name != CEILINGS:
         ceilings = load(CEILINGS)
         of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
-        jobs.insert(0, (ceilings, CEILINGS, of_ceilings))
+        jobs = {CEILINGS: of_ceilings, **jobs}
+    total, done = sum(map(len, jobs.values())), 0
+    timer, facts = timing.Timer(xp, samples=samples, warmup=warmup), report.environment(xp)
+    found: dict[str, float] = {}
     try:
-        yield from _run(jobs, xp, timer, facts, seed)
+        for bench, wanted in jobs.items():
+            held = []  # the ceilings' own shares are known when all of them are measured
+            for case in wanted:
+                done += 1
+                label = f"[{done}/{total}] {bench} {report.label(case)}"
+                record = _measure(bench, case, timer, facts, np.random.default_rng(seed))
+                if record is None:
+                    print(f"{label}: not on this device", file=sys.stderr)
+                    continue
+                print(f"{label}: {report.summary(record)}", file=sys.stderr, flush=True)
+                if bench == CEILINGS:
+                    held.append(record)
+                else:
+                    yield report.with_share(record, found)
+            if bench == CEILINGS:
+                found = report.ceilings(held)
+                yield from (report.with_share(record, found) for record in held)
     finally:
         memory.free()
 
 
-def _run(
-    jobs: list[tuple[Any, str, list[dict[str, Any]]]],
-    xp: Any,
-    timer: timing.Timer,
-    facts: dict[str, Any],
-    seed: int,
-) -> Iterator[Record]:
-    """The records of the cases of (module, name, cases), those of the ceilings first."""
-    total = sum(len(wanted) for *_, wanted in jobs)
-    done = 0
-    found: dict[str, float] = {}
-    for module, bench, wanted in jobs:
-        held = []  # the ceilings' own shares are known when all of them are measured
-        for case in wanted:
-            done += 1
-            label = f"[{done}/{total}] {bench} {report.label(case)}"
-            record = _measure(module, bench, case, xp, timer, facts, np.random.default_rng(seed))
-            if record is None:
-                print(f"{label}: not on this device", file=sys.stderr)
-                continue
-            print(f"{label}: {report.summary(record)}", file=sys.stderr, flush=True)
-            if bench == CEILINGS:
-                held.append(record)
-            else:
-                yield report.with_share(record, found)
-        if bench == CEILINGS:
-            found = report.ceilings(held)
-            yield from (report.with_share(record, found) for record in held)
-
-
 def _measure(
-    module: Any,
     bench: str,
     case: dict[str, Any],
-    xp: Any,
     timer: timing.Timer,
     facts: dict[str, Any],
     rng: np.random.Generator,
@@ -176,7 +161,7 @@ def _measure(
     """Check, then time. All that the case allocates is given back when it ends."""
     try:
         with timer.stream():
-            work: Work | None = module.make(case, xp, rng)
+            work: Work | None = load(bench).make(case, timer.xp, rng)
             if work is None:
                 return None
             for call in work.graph or (work.run,):
@@ -184,10 +169,10 @@ def _measure(
             timer.synchronize()
             ok = bool(work.check())
             prepared = None
-            if ok and work.op is not None and xp is not np:
+            if ok and work.op is not None and timer.xp is not np:
                 prepared = cuda.prepare(work.op.func, *work.op.args, **work.op.keywords)
             times = timer.time(work, prepared) if ok else None
         return report.record(bench, case, work, times, facts)
     finally:
-        work = None
+        work = prepared = None
         timer.free()

@@ -6,6 +6,8 @@ Each is the best of the ways that its cases name, on contiguous memory larger th
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,76 +57,61 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     what, by, size = case["what"], case["by"], case["size"]
     if size > GIB and (xp is np or not memory.fits(xp, 2 * size)):
         return None  # the host has no start that a larger size would hide
-    seed = int(rng.integers(2**32))
-    if by.startswith("kernel"):
-        vectors = int(by.removeprefix("kernel"))
-        return {"read": _read, "write": _write, "copy": _copy}[what](xp, size, seed, vectors)
-    if xp is np:
+    if xp is np and not by.startswith("kernel"):
         return None
-    return {"memset": _memset, "memcpy": _memcpy}[by](xp, what, size, seed)
-
-
-def _words(xp: Any, size: int, seed: int) -> Any:
-    """[V, 4] uint32 of `size` bytes, all words different."""
-    return caches.words(xp, size, seed).reshape(-1, 4)
-
-
-def _read(xp: Any, size: int, seed: int, vectors: int) -> Work:
-    x = _words(xp, size, seed)
-    tiles = -(-len(x) // (bandwidth.BLOCK * vectors))
-    sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
+    seed = int(rng.integers(2**32))
+    x, out = (
+        caches.words(xp, size, seed).reshape(-1, 4),
+        xp.zeros((size // VECTOR_BYTES, 4), np.uint32),
+    )
+    if by == "memset":
+        run, check = _memset(out)
+    elif by == "memcpy":
+        run, check = _memcpy(xp, what, x, out)
+    else:
+        vectors = int(by.removeprefix("kernel"))
+        ways = dict(read=partial(_read, xp, x), write=partial(_write, out, seed))
+        run, check = ways.get(what, partial(_copy, x, out))(vectors)
     return Work(
-        run=lambda: bandwidth.read(x, sums, vectors=vectors),
-        check=lambda: int(sums.sum(dtype=np.uint32)) == int(x.sum(dtype=np.uint32)),
-        bytes=size,  # read once; the sums are next to nothing
-        ceiling="read",
-        reads_only=True,
+        run,
+        check,
+        bytes=2 * size if what == "copy" else size,  # read and written, or once
+        ceiling=what,
+        reads_only=what == "read",  # the sums are next to nothing
     )
 
 
-def _write(xp: Any, size: int, seed: int, vectors: int) -> Work:
-    out = xp.zeros((size // VECTOR_BYTES, 4), np.uint32)
+Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
 
+
+def _read(xp: Any, x: Any, vectors: int) -> Call:
+    tiles = -(-len(x) // (bandwidth.BLOCK * vectors))
+    sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
+    want = int(x.sum(dtype=np.uint32))
+    run = partial(bandwidth.read, x, sums, vectors=vectors)
+    return run, lambda: int(sums.sum(dtype=np.uint32)) == want
+
+
+def _write(out: Any, seed: int, vectors: int) -> Call:
     def check() -> bool:
         words = out.reshape(-1)
         return int(words[0]) == seed and bool((words[1:] - words[:-1] == 1).all())
 
-    return Work(
-        run=lambda: bandwidth.write(out, seed, vectors=vectors),
-        check=check,
-        bytes=size,  # written once
-        ceiling="write",
-    )
+    return partial(bandwidth.write, out, seed, vectors=vectors), check
 
 
-def _copy(xp: Any, size: int, seed: int, vectors: int) -> Work:
-    x = _words(xp, size, seed)
-    out = xp.zeros_like(x)
-    return Work(
-        run=lambda: bandwidth.copy(x, out, vectors=vectors),
-        check=lambda: bool((out == x).all()),
-        bytes=2 * size,  # read and written
-        ceiling="copy",
-    )
+def _copy(x: Any, out: Any, vectors: int) -> Call:
+    return partial(bandwidth.copy, x, out, vectors=vectors), lambda: bool((out == x).all())
 
 
-def _memset(xp: Any, what: str, size: int, seed: int) -> Work:
-    out = xp.zeros(size, np.uint8)
-    return Work(
-        run=lambda: out.data.memset_async(165, size),
-        check=lambda: bool((out == 165).all()),
-        bytes=size,  # written once
-        ceiling="write",
-    )
+def _memset(out: Any) -> Call:
+    byte = 165
+    run = partial(out.data.memset_async, byte, out.nbytes)
+    return run, lambda: bool((out.view(np.uint8) == byte).all())
 
 
-def _memcpy(xp: Any, what: str, size: int, seed: int) -> Work:
+def _memcpy(xp: Any, what: str, x: Any, out: Any) -> Call:
     """The driver's own copy, host memory being pinned."""
-    x = memory.place(xp, _words(xp, size, seed), what == "h2d")
-    out = memory.place(xp, xp.zeros((size // VECTOR_BYTES, 4), np.uint32), what == "d2h")
-    return Work(
-        run=memory.copier(xp, address_of(out), address_of(x), size),
-        check=lambda: bool((memory.on_device(xp, out) == memory.on_device(xp, x)).all()),
-        bytes=2 * size if what == "copy" else size,  # read and written; or over the link
-        ceiling=what,
-    )
+    x, out = memory.place(xp, x, what == "h2d"), memory.place(xp, out, what == "d2h")
+    run = memory.copier(xp, address_of(out), address_of(x), x.nbytes)
+    return run, lambda: bool((memory.on_device(xp, out) == memory.on_device(xp, x)).all())

@@ -71,17 +71,9 @@ def _dim(text: str) -> Case:
     return case
 
 
-def _kind(field: str) -> Callable[[str], Case]:
+def _word(field: str, is_valid: Callable[[str], object]) -> Callable[[str], Case]:
     def read(text: str) -> Case:
-        KVSpec.parse(text)  # its own error lists the kinds
-        return {field: text}
-
-    return read
-
-
-def _row_kind(field: str) -> Callable[[str], Case]:
-    def read(text: str) -> Case:
-        if not finds_scales(text):
+        if not is_valid(text):
             raise ValueError
         return {field: text}
 
@@ -94,17 +86,14 @@ def finds_scales(kv: str) -> bool:
     return spec.finds_scales or not spec.has_scales
 
 
-def _dtype(text: str) -> Case:
-    if text not in DTYPES:
-        raise ValueError
-    return {"dtype": text}
-
-
 _NUMBER = "a whole number above 0"
+_DTYPES = f"one of {', '.join(DTYPES)}"
+_KINDS = "kinds of the cache, as in int8,bf16:HND"
 _ROWS = "a kind that finds a scale for each row"
 _HEADS = "query heads / KV heads, the former a multiple of the latter, such as 40/8"
 
-# By the names that benchmarks list; some are one flag with other values.
+# By the names that benchmarks list; some are one flag with other values. The error of KVSpec.parse
+# lists the kinds.
 OPTIONS = {
     "batch": Option("batch", _count("B"), _NUMBER, "sequences"),
     "keys": Option("keys", _count("L"), _NUMBER, "keys of each sequence"),
@@ -122,10 +111,10 @@ OPTIONS = {
     "kv_heads": Option("heads", _count("H"), _NUMBER, "KV heads"),
     "dim": Option("dim", _dim, f"a multiple of 8 up to {MAX_HEAD_DIM}", "elements of a head"),
     "page": Option("page", _count("P"), _NUMBER, "tokens of a page"),
-    "kv": Option("kv", _kind("kv"), "a kind", "kinds of the cache, as in int8,bf16:HND"),
-    "row_kv": Option("kv", _row_kind("kv"), _ROWS, "kinds of the cache, as in int8,bf16:HND"),
-    "to": Option("to", _row_kind("to"), _ROWS, "kinds of the cache that is written"),
-    "dtype": Option("dtype", _dtype, f"one of {', '.join(DTYPES)}", "element of the rows"),
+    "kv": Option("kv", _word("kv", KVSpec.parse), "a kind", _KINDS),
+    "row_kv": Option("kv", _word("kv", finds_scales), _ROWS, _KINDS),
+    "to": Option("to", _word("to", finds_scales), _ROWS, "kinds of the cache that is written"),
+    "dtype": Option("dtype", _word("dtype", DTYPES.__contains__), _DTYPES, "element of the rows"),
 }
 
 

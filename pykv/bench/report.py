@@ -48,7 +48,7 @@ def environment(xp: Any) -> dict[str, Any]:
     if xp is not np:
         number = xp.cuda.runtime.driverGetVersion()
         facts["sm"] = cuda.current_arch()
-        facts["driver"] = doctor._driver_version() or None
+        facts["driver"] = doctor.driver_version() or None
         facts["cuda"] = f"{number // 1000}.{number % 1000 // 10}"
         facts["nvrtc"] = cuda.nvrtc_version()
     return facts

@@ -106,7 +106,7 @@ class Timer:
         warmup: int = WARMUP,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._xp = xp
+        self.xp = xp
         self._cuda: Any = None if xp is np else xp.cuda
         self._warmup, self._samples = warmup, samples
         self._clock = clock
@@ -127,8 +127,8 @@ class Timer:
     def free(self) -> None:
         """Give memory that no array holds back to the device."""
         if self._cuda:
-            self._xp.get_default_memory_pool().free_all_blocks()
-            self._xp.get_default_pinned_memory_pool().free_all_blocks()
+            self.xp.get_default_memory_pool().free_all_blocks()
+            self.xp.get_default_pinned_memory_pool().free_all_blocks()
 
     def time(self, work: Work, prepared: Callable[[], object] | None = None) -> Times:
         """Time calls of `work.run`, as `work` says.
@@ -146,7 +146,7 @@ class Timer:
             return Times(self._host(run), [], self._warmup, 0, 0, True)
         with self.stream():
             if self._flush is None:
-                self._flush = Flush(self._xp)
+                self._flush = Flush(self.xp)
             flush = partial(self._flush, work.reads_only)
             if work.wall:
                 device, host = self._wall(run, flush)

@@ -35,14 +35,10 @@ def chat_prompt(
     A template is foreign code and runs in Jinja's sandbox, which keeps it from Python's internals
     but does not bound its running time.
     """
-    if isinstance(model, str):
-        name, source, tokens = "the given chat template", model, {}
-    else:
-        name, source, tokens = (
-            f"the chat template of {model.path}",
-            _template(model),
-            _special_tokens(model),
-        )
+    name, source, tokens = "the given chat template", model, {}
+    if not isinstance(model, str):
+        name, source = f"the chat template of {model.path}", _template(model)
+        tokens = _special_tokens(model)
     _check(messages)
     from jinja2.exceptions import SecurityError, TemplateError
 

@@ -84,6 +84,8 @@ def forward(
         size = paged_decode.workspace_size(T, HQ, H, config.head_dim, capacity)
         workspace = like(x, (size,), np.float32)
         cuda.enqueue(partial(workspace.__setitem__, slice(paged_decode.COUNTERS), 0))
+    of_all = dict(positions=batch.positions, pairing=kind.pairing, eps=config.eps)
+    of_all |= dict(hadamard=model.hadamard, q_out=q)
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
     multiply = partial(linear.linear, gemm=gemm)
 
@@ -99,19 +101,8 @@ def forward(
     for i, layer in enumerate(model.layers):
         norm.rms_norm(x, layer.attention_norm, eps=config.eps, out=normed)
         multiply(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
-        cache.append_qkv(
-            i,
-            qkv,
-            batch.slots,
-            positions=batch.positions,
-            inv_freq=layer.inv_freq,
-            pairing=kind.pairing,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=config.eps,
-            hadamard=model.hadamard,
-            q_out=q,
-        )
+        of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
+        cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
         if batch.q_starts is None:
             where = (batch.page_table, batch.lengths)

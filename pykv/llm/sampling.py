@@ -76,14 +76,11 @@ def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -
         ids = sample.argmax(logits)
     else:
         B, f4, i4 = len(params), np.float32, np.int32
+        dtypes = dict(seed=np.uint64, temperature=f4, top_k=i4, top_p=f4, min_p=f4)
         columns: list[Any] = [
-            np.array([p.seed for p in params], np.uint64),
-            np.array([p.temperature for p in params], f4),
-            np.array([p.top_k for p in params], i4),
-            np.array([p.top_p for p in params], f4),
-            np.array([p.min_p for p in params], f4),
-            np.array(steps, i4),
+            np.array([getattr(p, name) for p in params], dtype) for name, dtype in dtypes.items()
         ]
+        columns.append(np.array(steps, i4))
         words = xp.asarray(np.concatenate([x.view(i4) for x in columns]))  # one transfer for all
         temperature, top_k, top_p, min_p, index = words[2 * B :].reshape(5, B)
         ids = sample.sample(

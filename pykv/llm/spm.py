@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
 from pykv.errors import FormatError
@@ -37,7 +36,11 @@ class Encoder:
         normal = [i for i, kind in enumerate(types) if kind == NORMAL and tokens[i]]
         self.ids = {tokens[i]: i for i in normal}
         self.scores = {tokens[i]: -scores[i] for i in normal}  # negated: heapq pops the smallest
-        self.byte_ids = {int(t[3:5], 16): i for t, i in _byte_tokens(tokens, types)}
+        self.byte_ids = {
+            int(token[3:5], 16): i
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind == BYTE and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
+        }
         self.bytes = {i: bytes([value]) for value, i in self.byte_ids.items()}
         self.unknown = file.get("tokenizer.ggml.unknown_token_id", None, int)
         if len(self.byte_ids) < 256 and self.unknown is None:
@@ -81,12 +84,6 @@ class Encoder:
         if len(self.byte_ids) == 256:
             return [self.byte_ids[value] for value in piece.encode()]
         return [self.unknown]
-
-
-def _byte_tokens(tokens: list[str], types: list[int]) -> Iterator[tuple[str, int]]:
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == BYTE and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            yield token, i
 
 
 def _merge(word: str, ranks: dict[str, float]) -> list[str]:

@@ -111,20 +111,15 @@ def load(
         )
 
 
+@dataclass
 class _Reader:
     """Finds the tensors of a file by their roles, checks shapes, and puts values on a device."""
 
-    def __init__(
-        self,
-        file: ModelFile,
-        config: Config,
-        xp: Any,
-        dtype: Any,
-        progress: Callable[[int], object],
-    ) -> None:
-        self.file, self.config, self.xp, self.dtype = file, config, xp, dtype
-        self.progress = progress
-        self.required = (*ALWAYS, *REQUIRED.get(config.architecture, ()))
+    file: ModelFile
+    config: Config
+    xp: Any
+    dtype: Any
+    progress: Callable[[int], object]
 
     def layer(self, i: int, inv_freq: Any) -> Layer:
         c = self.config
@@ -148,7 +143,8 @@ class _Reader:
     def vectors(self, roles: dict[str, int], i: int = 0) -> Any:
         """Vectors of these roles and sizes, one behind the other; None where the file has none of
         them and the architecture requires none."""
-        if not any(self.has(role, i) or role in self.required for role in roles):
+        required = (*ALWAYS, *REQUIRED.get(self.config.architecture, ()))
+        if not any(self.has(role, i) or role in required for role in roles):
             return None
         return self._joined({role: (size,) for role, size in roles.items()}, i, np.float32)
 

@@ -299,12 +299,14 @@ def _append(
             check_contents(dims, op)
     if k.size == 0:
         return
-    where = _NOWHERE | where
     if on_gpu(k):
-        options = (spec, after, advance)
-        launch = dims.keep(options, lambda: _launch(name, arrays | where, dims, *options))
-        launch(**arrays, **where, stream=stream)
+        arrays |= _NOWHERE
+        arrays |= where
+        options = (after, advance)
+        launch = dims.keep(options, lambda: _launch(name, arrays, dims, spec, *options))
+        launch(stream=stream, **arrays)
     else:
+        where = _NOWHERE | where
         places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], **where, after=after)
         grows = where["counts"] if advance else None
         cuda.run_on_host(lambda: _append_on_host(arrays, spec, places_of, grows))

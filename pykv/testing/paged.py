@@ -36,8 +36,8 @@ def blank(spec: KVSpec, N: int, P: int, H: int, D: int, *, reach: float = 1.0) -
     made: dict[str, Any] = {}
     for side, kind in zip("kv", (spec.k, spec.v), strict=True):
         width = D // 2 if kind == "int4" else D
-        made[f"{side}_pool"] = np.empty((N, *page, width), codes.DTYPES[kind])
-        made[f"{side}_pool"][:] = _POISON.get(kind, np.nan)
+        poison = _POISON.get(kind, np.nan)
+        made[f"{side}_pool"] = np.full((N, *page, width), poison, codes.DTYPES[kind])
         scales = None
         if kind in codes.LARGEST and spec.granularity == "token":
             scales = np.full((N, *page), np.nan, dtype)

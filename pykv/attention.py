@@ -188,8 +188,9 @@ def masked_scores(
     from `first` to `length` - 1; minus infinity where a query does not see a key."""
     T, HQ, D = q.shape
     H = k.shape[1]
-    grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3)
-    values = grouped @ k.transpose(1, 2, 0)[:, None] * scores.scale
+    grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3).reshape(H, -1, D)
+    values = (grouped @ k.transpose(1, 2, 0)).reshape(H, -1, T, len(k))
+    values *= scores.scale
     if scores.logits_soft_cap is not None:
         values = np.tanh(values / scores.logits_soft_cap) * scores.logits_soft_cap
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
@@ -203,7 +204,8 @@ def masked_scores(
         branch = np.maximum(key - (length - T), 0)
         bits = tree[:, None] >> branch.astype(np.uint64) & np.uint64(1)
         seen = np.where(key < length - T, seen, bits.astype(bool))
-    return np.where(seen, values, -np.inf)
+    np.copyto(values, -np.inf, where=~seen)
+    return values
 
 
 def scored_sequences(
@@ -288,5 +290,6 @@ def weigh(scores: Any, v: Any, sinks: Any = None) -> tuple[Any, Any]:
         total = total + np.exp(sinks - peak)
     with np.errstate(divide="ignore"):
         lse = (peak + np.log(total))[..., 0]
-    values = weights @ v.transpose(1, 0, 2)[:, None] / np.where(total == 0, 1, total)
+    values = (weights.reshape(H, G * T, -1) @ v.transpose(1, 0, 2)).reshape(H, G, T, -1)
+    values /= np.where(total == 0, 1, total)
     return values.transpose(2, 0, 1, 3).reshape(T, H * G, -1), lse.transpose(2, 0, 1).reshape(T, -1)

@@ -12,8 +12,9 @@ from pykv import cuda, kinds
 from pykv.arrays import footprint
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import SCALE_DTYPES, KVSpec, as_spec
+from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
+from pykv.specs import as_spec
 
 
 class PagedKVCache:

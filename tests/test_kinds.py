@@ -4,7 +4,8 @@ import pytest
 
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError
-from pykv.kinds import KINDS, KVSpec, as_spec, spec_of
+from pykv.kinds import KINDS, KVSpec
+from pykv.specs import as_spec, spec_of
 from tests.helpers import to_numpy
 
 CODES = [kind for kind in KINDS.values() if kind.largest]

@@ -29,7 +29,8 @@ from pykv.attention import (
     scored_sequences,
 )
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec, spec_of
+from pykv.kinds import KVSpec
+from pykv.specs import spec_of
 
 _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 

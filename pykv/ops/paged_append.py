@@ -32,8 +32,9 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, on_gpu
 from pykv.errors import ParameterError
-from pykv.kinds import POOLS, KVSpec, quantize, spec_of
+from pykv.kinds import POOLS, KVSpec, quantize
 from pykv.ops import paged_check
+from pykv.specs import spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
 COUNTS = ("before", "after")

@@ -21,8 +21,9 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
 from pykv.errors import UnsupportedError
-from pykv.kinds import POOLS, Kind, KVSpec, as_spec, dequantize, quantize, spec_of
+from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
 from pykv.ops import paged_check
+from pykv.specs import as_spec, spec_of
 
 BLOCK = 128  # threads
 MAX_HEAD_DIM = 512

@@ -34,9 +34,10 @@ from pykv.attention import (
     whole_vectors,
 )
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import KVSpec, spec_of
+from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
+from pykv.specs import spec_of
 
 COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
 BLOCK = 128  # threads

@@ -30,9 +30,10 @@ from pykv.attention import (
     whole_vectors,
 )
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec, spec_of
+from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
+from pykv.specs import spec_of
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 

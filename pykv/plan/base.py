@@ -18,8 +18,9 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec, as_spec
+from pykv.kinds import KVSpec
 from pykv.ops import paged_append, paged_check
+from pykv.specs import as_spec
 
 
 @dataclass(frozen=True)

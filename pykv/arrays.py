@@ -50,8 +50,14 @@ class Dims(dict[str, int]):
             options: hashable; all that `make` depends on besides types, shapes, strides, dtypes,
                 alignment and device of the checked arrays.
             make: called if nothing is kept; returns something other than None.
+
+        Raises:
+            DtypeError: an option is unhashable, such as an array.
         """
-        found = self._kept.get(options)
+        try:
+            found = self._kept.get(options)
+        except TypeError as error:
+            raise DtypeError(f"options are {options}, expected plain values: {error}") from error
         if found is None:
             _limit(self._kept, 256)
             found = self._kept[options] = make()

@@ -239,7 +239,7 @@ def _size(args: argparse.Namespace) -> None:
     print(
         f"{spec}: {per_token:,} bytes a token "
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
-        f"{', V and scales' if spec.finds_scales else ' and V'}), "
+        f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
         f"{per_token * tokens:,} bytes for {tokens:,} tokens"
     )
     if tokens > config.context:

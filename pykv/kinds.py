@@ -190,7 +190,7 @@ class KVSpec:
         return bool(coded) and all(kind.c_type in ("i8", "i4") for kind in coded)
 
     @property
-    def finds_scales(self) -> bool:
+    def has_dynamic_scales(self) -> bool:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
 
@@ -297,7 +297,7 @@ class KVSpec:
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         """Bytes of K and V that one token takes in one layer of `heads` KV heads of `head_dim`
         elements, its scales included."""
-        scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.finds_scales else 0
+        scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.has_dynamic_scales else 0
         return sum(
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
             for kind in self.kinds

@@ -60,12 +60,12 @@ def _scale_names(name: str) -> tuple[str, str]:
 
 def moving_arrays(cache: Any) -> dict[str, Any]:
     """The arrays [L, N, ...] that pages are made of."""
-    return _arrays(cache, ARRAYS if cache.spec.finds_scales else ARRAYS[:2])
+    return _arrays(cache, ARRAYS if cache.spec.has_dynamic_scales else ARRAYS[:2])
 
 
 def given_scales(cache: Any) -> dict[str, Any]:
     """The scales that belong to the whole cache."""
-    return _arrays(cache, () if cache.spec.finds_scales else ARRAYS[2:])
+    return _arrays(cache, () if cache.spec.has_dynamic_scales else ARRAYS[2:])
 
 
 def _arrays(cache: Any, names: Sequence[str]) -> dict[str, Any]:

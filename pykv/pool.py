@@ -80,7 +80,7 @@ class PagedKVCache:
         if margin is not None and not 0 < margin < math.inf:
             raise ParameterError(f"PagedKVCache: margin is {margin}, expected a positive number")
         self.spec = as_spec("PagedKVCache", spec)
-        shares = self.spec.has_scales and not self.spec.finds_scales
+        shares = self.spec.has_scales and not self.spec.has_dynamic_scales
         self._margin = margin
         self._without_scales = set(range(layers)) if shares and margin is not None else set()
         self.page_size = page_size
@@ -245,7 +245,7 @@ class PagedKVCache:
 
     def _paged(self) -> list[Any]:
         """The arrays [L, N, ...]."""
-        scales = (self.k_scales, self.v_scales) if self.spec.finds_scales else ()
+        scales = (self.k_scales, self.v_scales) if self.spec.has_dynamic_scales else ()
         return [array for array in (self.k, self.v, *scales) if array is not None]
 
     def _set_arrays(self, arrays: list[Any]) -> None:
@@ -260,7 +260,7 @@ class PagedKVCache:
         layers, heads, head_dim = self._sizes
         spec, xp = self.spec, self._xp
         scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
-        make_scales = xp.zeros if spec.finds_scales else xp.ones
+        make_scales = xp.zeros if spec.has_dynamic_scales else xp.ones
         dtype = SCALE_DTYPES[spec.scale_dtype]
         shapes = spec.pool_shapes(pages, self.page_size, heads, head_dim)
         pools = zip(spec.kinds, shapes, strict=True)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.arrays import FLOATS, INT32, asarray, checker, from_pointer, optional
+from pykv.arrays import FLOATS, INT32, Dims, asarray, checker, from_pointer, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 
@@ -205,3 +205,8 @@ def test_from_pointer_refuses_bad_addresses(address):
 def test_from_pointer_refuses_bad_shapes():
     with pytest.raises(ParameterError, match=r"shape is \(2, -1\), expected sizes of at least 0"):
         from_pointer(16, (2, -1), np.float32)
+
+
+def test_an_option_that_cannot_be_kept_is_a_typed_error():
+    with pytest.raises(DtypeError, match="options are .*, expected plain values: unhashable"):
+        Dims().keep((np.array(0.5), None), lambda: 1)

@@ -23,7 +23,7 @@ def test_save_and_load(xp, rng, tmp_path, spec):
 
     other = make(xp, rng, spec, **{**SIZES, "N": 4})
     for name in ("k_scales", "v_scales"):
-        if not cache.spec.finds_scales and getattr(cache, name) is not None:
+        if not cache.spec.has_dynamic_scales and getattr(cache, name) is not None:
             getattr(other, name)[...] = getattr(cache, name)
     want = moved(cache.spec, before, host(other), [5, 0, 6], [3, 1, 0])
     assert page_files.load(path, other, [3, 1, 0], model="m") == 3

@@ -56,7 +56,7 @@ def moved(spec, source, target, source_pages, target_pages):
     """What the target holds after the copy, by a loop over pages."""
     want = {name: x.copy() for name, x in target.items()}
     for name, x in source.items():
-        if name in ("k", "v") or spec.finds_scales:
+        if name in ("k", "v") or spec.has_dynamic_scales:
             for page, to_page in zip(source_pages, target_pages, strict=True):
                 want[name][:, to_page] = x[:, page]
     return want
@@ -74,13 +74,13 @@ def test_zero(xp, rng, spec):
     cache = make(xp, rng, spec, **SIZES)
     want = host(cache)
     for name, x in want.items():
-        if name in ("k", "v") or cache.spec.finds_scales:
+        if name in ("k", "v") or cache.spec.has_dynamic_scales:
             x[:, [5, 0]] = np.zeros((), x.dtype)
     pages.zero_pages(cache, [5, 0])
     pages.zero_pages(cache, [])
     assert_holds(cache, want)
     for name, x in want.items():
-        if name in ("k", "v") or cache.spec.finds_scales:
+        if name in ("k", "v") or cache.spec.has_dynamic_scales:
             x[:, [2, 6]] = np.zeros((), x.dtype)
     before = host(cache)
     call = cuda.prepare(pages.zero_pages, cache, np.array([6, 2, 6]))
@@ -104,7 +104,7 @@ def test_copy_within_a_cache(xp, rng, spec):
 def test_copy_between_caches(xp, rng, spec):
     source = make(xp, rng, spec, **SIZES)
     target = make(xp, rng, spec, **{**SIZES, "N": 5})
-    if not source.spec.finds_scales:
+    if not source.spec.has_dynamic_scales:
         for name in ("k_scales", "v_scales"):
             if getattr(source, name) is not None:
                 getattr(target, name)[...] = getattr(source, name)
@@ -318,13 +318,13 @@ def test_swap(xp, rng, spec):
         xp.cuda.get_current_stream().synchronize()
     assert isinstance(store.k, np.ndarray) and store.k.shape[1] == 3
     for name, x in host(store).items():
-        moves = name in ("k", "v") or cache.spec.finds_scales
+        moves = name in ("k", "v") or cache.spec.has_dynamic_scales
         assert_same_bits(x, before[name][:, [5, 0, 6]] if moves else before[name])
     pages.zero_pages(cache, range(7))
     assert unequal(host(cache), before)
     pages.swap_in(cache, [5, 0, 6], store)
     pages.swap_in(cache, [1, 2, 3], store)
-    whole = ("k", "v", *ARRAYS[2:] * cache.spec.finds_scales)
+    whole = ("k", "v", *ARRAYS[2:] * cache.spec.has_dynamic_scales)
     zeros = {name: np.zeros_like(x) if name in whole else x for name, x in before.items()}
     want = moved(cache.spec, before, zeros, [5, 0, 6, 5, 0, 6], [5, 0, 6, 1, 2, 3])
     assert_holds(cache, want)

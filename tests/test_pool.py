@@ -44,10 +44,10 @@ def test_arrays_of_a_spec(xp, text):
         if scales is not None:
             assert scales.shape == given
             assert scales.dtype == (np.float32 if spec.scale_dtype == "fp32" else np.float16)
-            assert bool((scales == (0 if spec.finds_scales else 1)).all())
+            assert bool((scales == (0 if spec.has_dynamic_scales else 1)).all())
             total += scales.nbytes
     assert cache.nbytes == total
-    if spec.finds_scales:
+    if spec.has_dynamic_scales:
         assert total == N * P * cache.bytes_per_token
     for layer in range(L):
         k_scales, v_scales = cache.scales[layer]
@@ -59,7 +59,7 @@ def test_arrays_of_a_spec(xp, text):
 def test_rows_are_encoded_in_their_layer(xp, rng, text):
     """And survive a copy on write and a larger cache, scales with them."""
     cache = PagedKVCache(2, 2, 2, 64, page_size=4, spec=text, xp=xp)
-    if not cache.spec.finds_scales:
+    if not cache.spec.has_dynamic_scales:
         for scales in (cache.k_scales, cache.v_scales):
             scales[1] = xp.asarray(rng.uniform(0.001, 0.5, scales.shape[1:]).astype(scales.dtype))
     k, v = rng.standard_normal((2, 5, 2, 64)).astype(np.float32)
@@ -70,7 +70,7 @@ def test_rows_are_encoded_in_their_layer(xp, rng, text):
     def check(found):
         sides = ((k, cache.k, cache.k_scales), (v, cache.v, cache.v_scales))
         for kind, (x, pool, scales) in zip(cache.spec.kinds, sides, strict=True):
-            given = None if scales is None or cache.spec.finds_scales else to_numpy(scales)[1]
+            given = None if scales is None or cache.spec.has_dynamic_scales else to_numpy(scales)[1]
             dtype = kinds.SCALE_DTYPES[cache.spec.scale_dtype]
             codes, of_rows = kinds.quantize(x, kind, scale=given, scale_dtype=dtype)
             arrays = [(pool, codes)] + [(scales, of_rows)] * (given is None and scales is not None)

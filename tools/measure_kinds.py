@@ -120,7 +120,7 @@ def mixed(rows, hadamard):
 
 def static_scale(rows, kind, spec, hadamard=False):
     """The scales of rows [T, H, D] that a spec wants to be given, [H] or [1]; None if none."""
-    if not kind.largest or spec.finds_scales:
+    if not kind.largest or spec.has_dynamic_scales:
         return None
     by_head = mixed(rows, hadamard).swapaxes(0, 1).reshape(rows.shape[1], -1)
     dtype = SCALE_DTYPES[spec.scale_dtype]

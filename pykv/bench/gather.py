@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pykv.bench import Work, memory, options
-from pykv.bench.options import DTYPES, Case, finds_scales
+from pykv.bench.options import DTYPES, Case, has_dynamic_scales
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
 from pykv.testing import caches, host
@@ -36,7 +36,7 @@ OPTIONS = ("pages", "page", "kv_heads", "dim", "kv", "dtype")
 def own_cases(cases: Sequence[Case], change: Case) -> list[Case]:
     """Every operation; without "scatter" where the scales of the cache are given to it."""
     made = options.own_cases(cases, change)
-    return [case for case in made if case["op"] != "scatter" or finds_scales(case["kv"])]
+    return [case for case in made if case["op"] != "scatter" or has_dynamic_scales(case["kv"])]
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:

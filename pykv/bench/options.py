@@ -80,10 +80,10 @@ def _word(field: str, is_valid: Callable[[str], object]) -> Callable[[str], Case
     return read
 
 
-def finds_scales(kv: str) -> bool:
+def has_dynamic_scales(kv: str) -> bool:
     """Whether a cache of this kind finds a scale for each row that it stores, or needs none."""
     spec = KVSpec.parse(kv)
-    return spec.finds_scales or not spec.has_scales
+    return spec.has_dynamic_scales or not spec.has_scales
 
 
 _NUMBER = "a whole number above 0"
@@ -112,8 +112,10 @@ OPTIONS = {
     "dim": Option("dim", _dim, f"a multiple of 8 up to {MAX_HEAD_DIM}", "elements of a head"),
     "page": Option("page", _count("P"), _NUMBER, "tokens of a page"),
     "kv": Option("kv", _word("kv", KVSpec.parse), "a kind", _KINDS),
-    "row_kv": Option("kv", _word("kv", finds_scales), _ROWS, _KINDS),
-    "to": Option("to", _word("to", finds_scales), _ROWS, "kinds of the cache that is written"),
+    "row_kv": Option("kv", _word("kv", has_dynamic_scales), _ROWS, _KINDS),
+    "to": Option(
+        "to", _word("to", has_dynamic_scales), _ROWS, "kinds of the cache that is written"
+    ),
     "dtype": Option("dtype", _word("dtype", DTYPES.__contains__), _DTYPES, "element of the rows"),
 }
 

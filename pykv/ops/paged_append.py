@@ -303,8 +303,8 @@ def _append(
     if on_gpu(k):
         arrays |= _NOWHERE
         arrays |= where
-        options = (after, advance)
-        launch = dims.keep(options, lambda: _launch(name, arrays, dims, spec, *options))
+        options = (spec, after, advance)
+        launch = dims.keep(options, lambda: _launch(name, arrays, dims, *options))
         launch(stream=stream, **arrays)
     else:
         where = _NOWHERE | where
@@ -397,12 +397,12 @@ def reference(
     where = pages[keep], offsets[keep]
     sides = ((k, k_pool, k_scales), (v, v_pool, v_scales))
     for kind, (x, pool, scales) in zip(spec.kinds, sides, strict=True):
-        given = None if spec.finds_scales or scales is None else scales
+        given = None if spec.has_dynamic_scales or scales is None else scales
         dtype = None if scales is None else scales.dtype
         with np.errstate(over="ignore"):  # to infinity, as floats round
             codes, found = quantize(x[keep], kind, scale=given, scale_dtype=dtype)
         spec.as_nhd(pool)[where] = codes
-        if spec.finds_scales and scales is not None:
+        if spec.has_dynamic_scales and scales is not None:
             spec.as_nhd(scales)[where] = found
 
 

@@ -32,7 +32,7 @@ def cache(
         made[side] = _numbers(xp, rng, (L, *shape), kind.dtype)
         scales = None
         if kind.largest:
-            own = spec.finds_scales
+            own = spec.has_dynamic_scales
             scales = _numbers(xp, rng, of_scales, dtype) if own else xp.ones(of_scales, dtype)
         made[f"{side}_scales"] = scales
     return Pages(**made, spec=spec)

@@ -28,7 +28,7 @@ def patch_appends(monkeypatch, spec):
     def stored(layer, i, rows):
         kind = spec.kinds[i]
         rows = mix(rows)
-        if kind.largest and not spec.finds_scales and (layer, i) not in found:
+        if kind.largest and not spec.has_dynamic_scales and (layer, i) not in found:
             peak = np.abs(rows).max((0, 2) if spec.granularity == "head" else None)
             found[layer, i] = (generate.SCALE_MARGIN * peak / kind.largest).astype(dtype)
         scale = found.get((layer, i))

@@ -96,11 +96,11 @@ class Cache:
             pool, scales = whole[2 * side : 2 * side + 2]
             if self.form == "one":
                 pool = whole[0][:, side]
-                if self.spec.finds_scales:
+                if self.spec.has_dynamic_scales:
                     scales = whole[1][:, side]
             elif self.form == "loose":
                 pool = pool[1:-1, 1:, 2:-1]
-                if scales is not None and self.spec.finds_scales:
+                if scales is not None and self.spec.has_dynamic_scales:
                     scales = scales[1:-1, 1:, 2:-1]
             found += [pool, scales]
         return found[0], found[2], found[1], found[3]

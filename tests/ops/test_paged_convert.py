@@ -146,7 +146,7 @@ def convert_by_loop(source, target, pages, out_pages):
             continue
         for which, token, head in itertools.product((0, 1), range(P), range(H)):
             same = source.spec.kinds[which] == target.spec.kinds[which]
-            row_scales = source.spec.finds_scales and target.spec.finds_scales
+            row_scales = source.spec.has_dynamic_scales and target.spec.has_dynamic_scales
             if same and (row_scales and source.spec.scale_dtype == target.spec.scale_dtype):
                 stored, scale = source.host(which)
                 scale = None if scale is None else scale[page, token, head]

@@ -43,7 +43,7 @@ def launch(kernel, grid, block, *args, **options):
     """Launch a kernel with arguments in the order of its parameters."""
     arrays = dict(zip(kernel.arrays, args, strict=False))
     scalars = dict(zip(kernel.scalars, args[len(arrays) :], strict=True))
-    cuda.Launch(kernel, grid, block, scalars, **options)(**arrays)
+    cuda.Launch(kernel, grid, block, scalars, **options)(arrays)
 
 
 def product(*axes):

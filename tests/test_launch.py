@@ -155,7 +155,7 @@ SCALARS = dict(n=1, seed=2, stride=3, bits=4, scale=0.5)
 def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
     kernel = cuda.kernel("some", "one")
     backwards = dict(reversed(SCALARS.items()))
-    cuda.Launch(kernel, 7, (8, 2), backwards, shared_bytes=9, cluster=(1,))(x="x", out=None)
+    cuda.Launch(kernel, 7, (8, 2), backwards, shared_bytes=9, cluster=(1,))(dict(x="x", out=None))
     ((handle, config, arrays, scalars),) = bound
     assert handle == ("sm_90", "some", "one") and config == (handle, 7, (8, 2), 9, (1,))
     assert arrays == [None, "x"] and scalars == list(SCALARS.values())
@@ -189,7 +189,7 @@ def test_scalars_that_a_kernel_cannot_take(bound, change, error, text):
 
 @pytest.mark.parametrize("value", [2**31 - 1, -(2**31), np.int64(5), np.uint8(5), True])
 def test_whole_numbers_of_any_kind_are_taken(bound, value):
-    cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | {"n": value})(out=None, x=None)
+    cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | {"n": value})(dict(out=None, x=None))
     assert bound[0][3][0] == value
 
 
@@ -208,7 +208,7 @@ def test_names_must_be_the_kernels(bound):
             ParameterError,
             match=f"some.cu one is given arrays {', '.join(arrays)}, expected out, x$",
         ):
-            launch(**arrays)
+            launch(arrays)
     assert bound == []
 
 
@@ -229,7 +229,7 @@ def test_arrays_must_be_arrays_of_a_gpu(monkeypatch):
 
 @pytest.mark.gpu
 def test_refused_launch_is_a_cuda_error():
-    kernel = cuda.kernel("page_table", "page_table")
+    kernel = cuda.kernel("page_table", "page_table", BLOCK=128)
     launch = cuda.Launch(kernel, 1, 4096, dict(M=1, page_size=1))
     with pytest.raises(CudaError, match=r"launch of grid .*4096.*: .*INVALID"):
-        launch(**dict.fromkeys(kernel.arrays))
+        launch(dict.fromkeys(kernel.arrays))

@@ -110,7 +110,8 @@ class Tree:
 
     def __init__(self, folder):
         self.folder = Path(folder).resolve()
-        env = {**os.environ, "PYTHONPATH": str(self.folder)}
+        paths = filter(None, (str(self.folder), os.environ.get("PYTHONPATH")))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--worker"],
             cwd=self.folder,

@@ -83,26 +83,26 @@ def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ..
         try:
             core_launch(stream, config, kernel, *values, *scalars)
         except Exception as error:
-            if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
-                raise
-            if "CUDA_ERROR_INVALID_CONTEXT" in str(error) and not _state.has_context:
-                load_cupy().cuda.runtime.setDevice(current_device())
-                _state.has_context = True
-                return enqueue()
-            raise CudaError(
-                f"launch of grid {config.grid} and block {config.block}: {error}"
-            ) from error
+            _give_context(error, config)
+            core_launch(stream, config, kernel, *values, *scalars)
 
     return enqueue
 
 
-class _State(threading.local):
-    # Whether this thread was given the GPU's context: the driver's launches need it, and a thread
-    # whose first act is a launch has none.
-    has_context = False
+def _give_context(error: Exception, config: Any) -> None:
+    """Let a launch be tried again that failed because its thread had no context of the GPU, as one
+    has none whose first act is a launch.
 
-
-_state = _State()
+    Raises:
+        CudaError: the launch was refused for another reason.
+    """
+    if type(error).__name__ != "CUDAError":  # cuda.core does not export the class
+        raise error
+    if "CUDA_ERROR_INVALID_CONTEXT" not in str(error):
+        sizes = f"grid {config.grid} and block {config.block}"
+        raise CudaError(f"launch of {sizes}: {error}") from error
+    runtime = load_cupy().cuda.runtime
+    runtime.setDevice(runtime.getDevice())
 
 
 @lru_cache(maxsize=256)

@@ -109,8 +109,8 @@ class Launch:
         DtypeError: a scalar is no number, or no integer where the kernel takes one.
         CudaError: the GPU has less shared memory.
 
-    A call takes the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
-    and `stream`, see `on_stream`. It enqueues the kernel and does not synchronise; while `prepare`
+    Called with the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
+    and a stream, see `on_stream`, it enqueues the kernel and does not synchronise; while `prepare`
     records, it is recorded instead. The call raises:
         ParameterError: an array is missing or unknown.
         DtypeError: an argument is no array.
@@ -133,7 +133,7 @@ class Launch:
         self._scalars = _typed(kernel, scalars or {})
         self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster)
 
-    def __call__(self, *, stream: Any = None, **arrays: Any) -> None:
+    def __call__(self, arrays: Mapping[str, Any], stream: Any = None) -> None:
         kernel = self.kernel
         try:
             ordered = [arrays[name] for name in kernel.arrays]

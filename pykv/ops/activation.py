@@ -80,7 +80,7 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
         launch = dims.keep(
             None, lambda: _launch("add", x.dtype, -(-x.size // _PER_BLOCK), dict(count=x.size))
         )
-        launch(x=x, y=y, stream=stream)
+        launch(dict(x=x, y=y), stream)
     else:
         cuda.run_on_host(lambda: reference_add(x, y))
 
@@ -137,7 +137,7 @@ def embed(
         return out
     if on_gpu(table):
         launch = dims.keep((out.dtype, float(scale)), lambda: _launch_embed(table, out, scale))
-        launch(out=out, table=table, ids=ids, stream=stream)
+        launch(dict(out=out, table=table, ids=ids), stream)
     else:
         cuda.look(lambda: _check_ids(op, ids, dims["V"]))
         cuda.run_on_host(lambda: reference_embed(table, ids, scale), out)
@@ -184,7 +184,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     if on_gpu(x):
         grid, scalars = (T, -(-F // _PER_BLOCK)), dict(x_stride=x.strides[0] // x.itemsize, F=F)
         launch = dims.keep(None, lambda: _launch(name, x.dtype, grid, scalars))
-        launch(out=out, x=x, stream=stream)
+        launch(dict(out=out, x=x), stream)
     else:
         cuda.run_on_host(lambda: reference(name, x), out)
     return out

@@ -118,7 +118,7 @@ def score(
     elif on_gpu(q):
         chosen = (spec, bool(accumulate), lse_base)
         launch = dims.keep((chosen, options), lambda: _launch(arrays, dims, T, scores, *chosen))
-        launch(scores=out, **arrays, stream=stream)
+        launch(dict(scores=out, **arrays), stream)
     else:
         earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))

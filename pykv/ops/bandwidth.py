@@ -46,7 +46,7 @@ def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
         raise ShapeError(f"{op}: sums has G=0, expected at least 1")
     if on_gpu(x):
         launch = dims.keep(vectors, lambda: _launch("read", dims["G"], vectors, dims["V"]))
-        launch(sums=sums, x=x, stream=stream)
+        launch(dict(sums=sums, x=x), stream)
     else:
         cuda.run_on_host(lambda: reference_read(x, sums, vectors))
 
@@ -78,7 +78,7 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
         launch = dims.keep(
             (vectors, seed), lambda: _launch("write", _tiles(V, vectors), vectors, V, seed=seed)
         )
-        launch(out=out, stream=stream)
+        launch(dict(out=out), stream)
     else:
         cuda.run_on_host(lambda: reference_write(out, seed))
 
@@ -113,7 +113,7 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
         return
     if on_gpu(x):
         launch = dims.keep(vectors, lambda: _launch("copy", _tiles(V, vectors), vectors, V))
-        launch(out=out, x=x, stream=stream)
+        launch(dict(out=out, x=x), stream)
     else:
         cuda.run_on_host(lambda: reference_copy(x, out))
 

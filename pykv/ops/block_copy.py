@@ -211,7 +211,7 @@ def copy_on_gpu(
     with cuda.on_stream(stream):
         tables = _upload(tables)
     launch = _launch(cuda.current_device(), tuple(runs), num_tiles, C, max_ctas)
-    launch(**tables, stream=stream)
+    launch(tables, stream)
 
 
 @lru_cache(maxsize=256)

@@ -101,9 +101,9 @@ def append(
     if on_gpu(k):
         options = (pairing, bool(advance))
         write, count = dims.keep(options, lambda: _launches(spec, rows, where, *options))
-        write(**rows, **where, stream=stream)
+        write(rows | where, stream)
         if count is not None:
-            count(lengths=lengths, slots=slots, stream=stream)
+            count(dict(lengths=lengths, slots=slots), stream)
     else:
         cuda.run_on_host(lambda: _append_on_host(spec, rows, where, pairing, advance))
 

@@ -80,7 +80,7 @@ def dequantize(
         return out
     if on_gpu(blocks):
         launch = dims.keep((kind, out.dtype), lambda: _launch(kind, out))
-        launch(out=out, blocks=blocks, stream=stream)
+        launch(dict(out=out, blocks=blocks), stream)
     else:
         _gguf()  # an error here, rather than at a prepared call
         cuda.run_on_host(lambda: reference(blocks, kind, out))

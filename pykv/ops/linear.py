@@ -106,7 +106,7 @@ def linear(
             cuda.enqueue(lambda: _cublas(x, w, bias, out, accumulate), stream)
         else:
             launch = dims.keep(bool(accumulate), lambda: _launch(x, w, bias, accumulate))
-            launch(out=out, x=x, w=w, bias=bias, stream=stream)
+            launch(dict(out=out, x=x, w=w, bias=bias), stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate))
     return out
@@ -238,7 +238,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     if bias is not None:
         scalars = dict(O=O, accumulate=bool(accumulate))
         launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
-        launch(out=out, bias=bias)
+        launch(dict(out=out, bias=bias))
         accumulate = True
     handle = cupy.cuda.device.get_cublas_handle()
     mode = cublas.getMathMode(handle)
@@ -266,9 +266,9 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
     pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)
     scalars = cupy.zeros(8, np.float32)  # the layout is in linear.cu
     sizes = dict(I=I, x_stride=x.strides[0] // x.itemsize)
-    cuda.Launch(_kernel("absmax", x, w, bias), T, _BLOCK, sizes)(scalars=scalars, x=x)
+    cuda.Launch(_kernel("absmax", x, w, bias), T, _BLOCK, sizes)(dict(scalars=scalars, x=x))
     split = cuda.Launch(_kernel("split", x, w, bias), T, _BLOCK, dict(sizes, T=T))
-    split(pieces=pieces, scalars=scalars, x=x)
+    split(dict(pieces=pieces, scalars=scalars, x=x))
 
     cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
     try:

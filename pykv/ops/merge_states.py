@@ -74,7 +74,7 @@ def merge(
         pass
     elif on_gpu(values):
         launch = dims.keep(lse_base, lambda: _launch(values, lse, lse_base))
-        launch(out=out, out_lse=out_lse, values=values, lse=lse, stream=stream)
+        launch(dict(out=out, out_lse=out_lse, values=values, lse=lse), stream)
     else:
         cuda.run_on_host(lambda: _merge_on_host(values, lse, lse_base, out, out_lse))
     return (out, out_lse) if return_lse else out

@@ -74,7 +74,7 @@ def rms_norm(
     if on_gpu(x):
         options = (float(eps), float(offset))
         launch = dims.keep(options, lambda: _launch(x, weight, out, *options))
-        launch(out=out, x=x, weight=weight, stream=stream)
+        launch(dict(out=out, x=x, weight=weight), stream)
     else:
         cuda.run_on_host(lambda: reference(x, weight, eps, offset), out)
     return out

@@ -82,7 +82,7 @@ def from_lists(
     if on_gpu(indptr):
         launch = dims.keep((M, page_size), lambda: _launch(B, M, page_size))
         lists = dict(indices=indices, indptr=indptr, last_page_len=last_page_len)
-        launch(table=table, lengths=lengths, **lists, stream=stream)
+        launch(dict(table=table, lengths=lengths, **lists), stream)
     else:
         cuda.look(lambda: _check_width(op, indptr, M))
         cuda.run_on_host(

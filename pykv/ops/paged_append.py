@@ -305,7 +305,7 @@ def _append(
         arrays |= where
         options = (spec, after, advance)
         launch = dims.keep(options, lambda: _launch(name, arrays, dims, *options))
-        launch(stream=stream, **arrays)
+        launch(arrays, stream)
     else:
         where = _NOWHERE | where
         places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], **where, after=after)

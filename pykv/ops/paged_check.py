@@ -426,6 +426,6 @@ def _cuda(
         size = 1 << (2 * threads - 1).bit_length()
         arrays = arrays | dict(seen=xp.full(size, NOTHING, np.uint64))
         scalars = scalars | dict(mask=size - 1)
-    cuda.Launch(kernel, -(-threads // BLOCK), BLOCK, scalars)(found=found, **arrays)
+    cuda.Launch(kernel, -(-threads // BLOCK), BLOCK, scalars)(arrays | dict(found=found))
     code = int(found.get()[0])
     return None if code == NOTHING else (code >> 32, code & 0xFFFFFFFF)

@@ -259,7 +259,7 @@ def _move(
                 for name, pair in _pairs(source, target).items()
                 for letter, side in zip("kv", sides, strict=True)
             }
-            launch(**arrays, **tables, stream=stream)
+            launch(arrays | tables, stream)
     else:
         cuda.run_on_host(lambda: reference(source, target, rows))
 

@@ -178,9 +178,10 @@ def decode(
             workspace = _new_workspace(q, size, stream)
         elif workspace is not None and workspace.size < size:
             raise CapacityError(f"{op}: workspace has {workspace.size} elements, expected {size}")
-        attend(workspace=workspace, stream=stream, **arrays)
+        arrays["workspace"] = workspace
+        attend(arrays, stream)
         if merge is not None:
-            merge(out=out, lse=lse, workspace=workspace, sinks=sinks, stream=stream)
+            merge(dict(out=out, lse=lse, workspace=workspace, sinks=sinks), stream)
     else:
         earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
         cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))

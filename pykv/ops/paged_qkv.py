@@ -144,7 +144,7 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     if on_gpu(qkv):
         chosen = (spec, pairing, float(eps), bool(hadamard))
         launch = dims.keep(chosen, lambda: _launch(dims, arrays, *chosen))
-        launch(**arrays, stream=stream)
+        launch(arrays, stream)
     else:
         options = dict(**rotation, pairing=pairing, **norms, eps=eps, hadamard=hadamard)
         cuda.run_on_host(lambda: _append_on_host(qkv, slots, pools, spec, dims, options), q_out)

@@ -160,7 +160,7 @@ def _move(
         table[(layers[0] - side.layers[0]) * moved.O :] if side.chunk_stride == 0 else table
         for side, table in zip((to, from_), tables, strict=True)
     )
-    launch(dst_ptrs=dst_ptrs, src_ptrs=src_ptrs, stream=stream)
+    launch(dict(dst_ptrs=dst_ptrs, src_ptrs=src_ptrs), stream)
 
 
 def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:

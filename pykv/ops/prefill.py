@@ -153,7 +153,7 @@ def prefill(
         pass
     elif on_gpu(q):
         launch = dims.keep((spec, options), lambda: _launch(arrays, dims, spec, scores))
-        launch(stream=stream, **arrays)
+        launch(arrays, stream)
     else:
         pool = dims["N"], dims["P"]
         cuda.look(lambda: _check_on_host(op, arrays, window, pool))

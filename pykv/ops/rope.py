@@ -73,7 +73,7 @@ def rotate(
         return
     if on_gpu(q):
         launch = dims.keep(pairing, lambda: _launch(q, k, F, pairing))
-        launch(q=q, k=k, positions=positions, inv_freq=inv_freq, stream=stream)
+        launch(dict(q=q, k=k, positions=positions, inv_freq=inv_freq), stream)
     else:
         cuda.run_on_host(lambda: reference(q, k, positions, inv_freq, pairing))
 

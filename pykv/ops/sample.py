@@ -59,7 +59,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
         return out
     if on_gpu(logits):
         launch = dims.keep(None, lambda: _launch("argmax", *logits.shape))
-        launch(out=out, logits=logits, stream=stream)
+        launch(dict(out=out, logits=logits), stream)
     else:
         cuda.run_on_host(lambda: reference_argmax(logits), out)
     return out
@@ -148,7 +148,7 @@ def sample(
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if on_gpu(logits):
         launch = dims.keep(None, lambda: _launch("sample", *logits.shape))
-        launch(out=out, logits=logits, **filters, seeds=seeds, steps=steps, stream=stream)
+        launch(dict(out=out, logits=logits, **filters, seeds=seeds, steps=steps), stream)
     else:
         cuda.look(lambda: _check_parameters(op, **filters, steps=steps))
         cuda.run_on_host(lambda: reference(logits, **filters, seeds=seeds, steps=steps), out)

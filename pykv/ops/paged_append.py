@@ -92,12 +92,8 @@ def append(
     >>> k_pool[3, :, 0, 0]
     array([0., 1.], dtype=float16)
     """
-
-    def check_contents(dims: Dims, op: str) -> None:
-        paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
-
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    _append("append", arrays, dict(rows=slots), spec, check_contents, check, stream)
+    _append("append", arrays, (slots, None, None, None), spec, check, stream)
 
 
 # A cache is four arrays and a spec, a page table three arrays: callers pass each by its own name.
@@ -156,14 +152,9 @@ def append_decode(
             f"paged_append.{name}: advance is True and counts 'after', expected 'before': what is "
             "counted after a call cannot be changed by it"
         )
-
-    def check_contents(dims: Dims, op: str) -> None:
-        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-        paged_check.check_table(*table, appends=True, counts=counts, op=op)
-
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    where = dict(indices=indices, indptr=indptr, counts=last_page_len)
-    _append(name, arrays, where, spec, check_contents, check, stream, after, advance)
+    where = (None, indices, indptr, last_page_len)
+    _append(name, arrays, where, spec, check, stream, after, advance)
 
 
 def append_ragged(  # as append_decode
@@ -202,16 +193,9 @@ def append_ragged(  # as append_decode
     """
     name = "append_ragged"
     after = _counts_after(name, counts)
-
-    def check_contents(dims: Dims, op: str) -> None:
-        paged_check.check_starts(append_indptr, dims["T"], op=op, name="append_indptr")
-        table = (indices, indptr, last_page_len, dims["N"], dims["P"])
-        options = dict(counts=counts, starts=append_indptr, op=op)
-        paged_check.check_table(*table, appends=True, **options)
-
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    where = dict(rows=append_indptr, indices=indices, indptr=indptr, counts=last_page_len)
-    _append(name, arrays, where, spec, check_contents, check, stream, after)
+    where = (append_indptr, indices, indptr, last_page_len)
+    _append(name, arrays, where, spec, check, stream, after)
 
 
 def append_indexed(  # as append_decode
@@ -247,15 +231,9 @@ def append_indexed(  # as append_decode
 
     As `append`. Source: FlashInfer's append_paged_kv_cache.
     """
-
-    def check_contents(dims: Dims, op: str) -> None:
-        table = (indices, indptr, None, dims["N"], dims["P"])
-        paged_check.check_table(*table, appends=True, op=op)
-        paged_check.check_positions(batch_indices, positions, indptr, dims["P"], op=op)
-
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-    where = dict(rows=batch_indices, indices=indices, indptr=indptr, counts=positions)
-    _append("append_indexed", arrays, where, spec, check_contents, check, stream, advance=advance)
+    where = (batch_indices, indices, indptr, positions)
+    _append("append_indexed", arrays, where, spec, check, stream, advance=advance)
 
 
 def _counts_after(name: str, counts: str) -> bool:
@@ -264,16 +242,11 @@ def _counts_after(name: str, counts: str) -> bool:
     return counts == "after"
 
 
-# Arrays that say where rows go, by the kernel's names.
-_NOWHERE: dict[str, Any] = dict(rows=None, indices=None, indptr=None, counts=None)
-
-
 def _append(
     name: str,
     arrays: dict[str, Any],
-    where: dict[str, Any],
+    where: tuple[Any, Any, Any, Any],
     spec: KVSpec | str | None,
-    check_contents: Callable[[Dims, str], None],
     check: bool | None,
     stream: Any,
     after: bool = False,
@@ -284,43 +257,58 @@ def _append(
     Args:
         name: of the function.
         arrays: new rows, pools and scales.
-        where: those of `_NOWHERE` that the function has, in the order of `_RULES`.
+        where: what the kernel calls rows, indices, indptr and counts; None where there is none.
         spec, check, stream: as of `append`.
-        check_contents: of `where`, if `check` asks for it.
-        after: whether where["counts"] includes the new tokens.
-        advance: whether it grows.
+        after: whether counts include the new tokens.
+        advance: whether counts grow.
     """
     op, check = f"paged_append.{name}", paged_check.enabled(check)
-    k, _, *pools = arrays.values()
-    spec = spec_of(op, spec, *pools)
-    dims = _checker(name, spec)(*arrays.values(), *where.values())
+    k, _, k_pool, *others = arrays.values()
+    spec = spec_of(op, spec, k_pool, *others)
+    dims = _checker(name, spec)(*arrays.values(), *where)
     check_head_dim(op, "k", dims["D"], MAX_HEAD_DIM)
     if check:
         with cuda.on_stream(stream):
-            check_contents(dims, op)
+            _check_contents(name, op, where, dims, COUNTS[after])
     if k.size == 0:
         return
     if on_gpu(k):
-        arrays |= _NOWHERE
-        arrays |= where
+        arrays["rows"], arrays["indices"], arrays["indptr"], arrays["counts"] = where
         options = (spec, after, advance)
-        launch = dims.keep(options, lambda: _launch(name, arrays, dims, *options))
+        launch = dims.keep(options, partial(_launch, name, arrays, dims, *options))
         launch(arrays, stream)
     else:
-        where = _NOWHERE | where
-        places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], **where, after=after)
-        grows = where["counts"] if advance else None
-        cuda.run_on_host(lambda: _append_on_host(arrays, spec, places_of, grows))
+        places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], *where, after=after)
+        grows = where[3] if advance else None
+        cuda.run_on_host(partial(_append_on_host, op, arrays, spec, places_of, grows))
+
+
+def _check_contents(
+    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, counts: str
+) -> None:
+    """Look for wrong entries of `where`."""
+    rows, indices, indptr, lengths = where
+    N, P = dims["N"], dims["P"]
+    if name == "append":
+        return paged_check.check_slots(rows, N * P, op=op)
+    if name == "append_indexed":
+        paged_check.check_table(indices, indptr, None, N, P, appends=True, op=op)
+        return paged_check.check_positions(rows, lengths, indptr, P, op=op)
+    if name == "append_ragged":
+        paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
+    options = dict(counts=counts, starts=rows, op=op)
+    return paged_check.check_table(indices, indptr, lengths, N, P, appends=True, **options)
 
 
 _ADDRESSES = dict(  # what the kernel calls these functions
     append="SLOTS", append_decode="DECODE", append_ragged="RAGGED", append_indexed="INDEXED"
 )
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
-_RULES: dict[str, dict[str, Any]] = dict(
-    append=dict(slots=("T", SLOTS)),
-    append_decode=_TABLE | dict(last_page_len=("B", INT32)),
-    append_ragged=dict(append_indptr=("B+1", INT32)) | _TABLE | dict(last_page_len=("B", INT32)),
+_LENGTHS = dict(last_page_len=("B", INT32))
+_RULES: dict[str, dict[str, Any]] = dict(  # in the order of `where`
+    append=dict(slots=("T", SLOTS), **dict.fromkeys(("indices", "indptr", "counts"), "None")),
+    append_decode=dict(rows="None") | _TABLE | _LENGTHS,
+    append_ragged=dict(append_indptr=("B+1", INT32)) | _TABLE | _LENGTHS,
     append_indexed=dict(batch_indices=("T", INT32)) | _TABLE | dict(positions=("T", INT32)),
 )
 
@@ -370,13 +358,28 @@ def places(
 
 
 def _append_on_host(
-    arrays: dict[str, Any], spec: KVSpec, places_of: Callable[[], tuple[Any, Any]], grows: Any
+    op: str,
+    arrays: dict[str, Any],
+    spec: KVSpec,
+    places_of: Callable[[], tuple[Any, Any]],
+    grows: Any,
 ) -> None:
     """Write rows where they go, and add 1 to those of `grows`, if any, whose row was written."""
     pages, offsets = places_of()
+    check_places(op, pages, len(arrays["k_pool"]))
     reference(**arrays, spec=spec, pages=pages, offsets=offsets)
     if grows is not None:
         grows[pages >= 0] += 1
+
+
+def check_places(op: str, pages: Any, num_pages: int) -> None:
+    """Check on the host that the page of every row exists, before any row is written."""
+    wrong = pages >= num_pages
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        raise ParameterError(
+            f"{op}: row {t} goes to page {pages[t]}, expected a page below {num_pages}"
+        )
 
 
 def reference(

@@ -224,6 +224,7 @@ def _append_on_host(
     pages, offsets = paged_append.places(
         "SLOTS", len(qkv), dims["P"], slots, None, None, None, False
     )
+    paged_append.check_places("paged_qkv.append", pages, dims["N"])
     paged_append.reference(k, v, **pools, spec=spec, pages=pages, offsets=offsets)
     return q
 

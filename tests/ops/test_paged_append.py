@@ -711,3 +711,16 @@ def test_errors_of_tables(xp):
         ragged(k, k, pool, pool, four, three, three, three, counts="before")
     with pytest.raises(ShapeError, match="positions has T=4, expected T=3"):
         indexed(k, k, pool, pool, three, four, three, four)
+
+
+@pytest.mark.parametrize("form", ["slots", "lists"])
+def test_a_page_that_does_not_exist_is_refused_on_the_host_before_a_row_is_written(form):
+    k = np.ones((2, 1, 8), np.float32)
+    k_pool, v_pool = np.zeros((2, 4, 2, 1, 8), np.float32)
+    with pytest.raises(ParameterError, match=r"row 1 goes to page 4, expected a page below 4"):
+        if form == "slots":
+            paged_append.append(k, k, k_pool, v_pool, np.array([0, 8], np.int32))
+        else:
+            lists = (np.array(x, np.int32) for x in ([0, 4], [0, 1, 2], [0, 0]))
+            paged_append.append_decode(k, k, k_pool, v_pool, *lists, counts="before")
+    assert not k_pool.any() and not v_pool.any()

@@ -184,7 +184,7 @@ class PagedKVCache:
         """
         if layer in self._without_scales and len(k):
             self._find_scales("append", layer, lambda: (k, v), stream)
-        options |= self._of_spec(layer)
+        options = self._with_spec("append", layer, options)
         paged_append.append(k, v, *self.layers[layer], slots, stream=stream, **options)
 
     def append_qkv(
@@ -197,13 +197,13 @@ class PagedKVCache:
         """
         if layer in self._without_scales and len(qkv):
             self._find_scales("append_qkv", layer, lambda: self._rows_of(qkv, options), stream)
-        options |= self._of_spec(layer)
+        options = self._with_spec("append_qkv", layer, options)
         return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
-        """One-token attention [B, HQ, D] over one layer; see paged_decode.decode, whose options
-        these are."""
-        options |= self._of_spec(layer)
+        """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
+        paged_decode.decode, whose options these are."""
+        options = self._with_spec("decode", layer, options)
         return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
 
     def prefill(
@@ -211,7 +211,7 @@ class PagedKVCache:
     ) -> Any:
         """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
         these are."""
-        options |= self._of_spec(layer)
+        options = self._with_spec("prefill", layer, options)
         return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -238,10 +238,20 @@ class PagedKVCache:
                 scales[...] = self._xp.asarray(kinds.row_scales(wanted, kind, scales.dtype))
         self._without_scales.remove(layer)
 
-    def _of_spec(self, layer: int) -> dict[str, Any]:
-        """Scales and spec of a layer's pools, as ops take them."""
+    def _with_spec(self, op: str, layer: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of an op with what it must be told of a layer's pools."""
+        if not 0 <= layer < len(self.layers):
+            raise ParameterError(
+                f"PagedKVCache.{op}: layer is {layer}, expected 0 to {len(self.layers) - 1}"
+            )
         k_scales, v_scales = self.scales[layer]
-        return dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
+        own = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
+        if given := own.keys() & options.keys():
+            raise ParameterError(
+                f"PagedKVCache.{op}: {', '.join(sorted(given))} given, expected none: they are the "
+                "cache's own"
+            )
+        return options | own
 
     def _paged(self) -> list[Any]:
         """The arrays [L, N, ...]."""

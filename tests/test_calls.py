@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
+from pykv.blocks import BlockManager
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import activation, linear, merge_states, norm
 from tests.helpers import to_numpy
@@ -295,3 +296,19 @@ def test_cublas_is_not_captured(device):
 def test_a_graph_takes_a_function():
     with pytest.raises(DtypeError, match="^graph: function is a NoneType, expected a function"):
         cuda.graph(None)
+
+
+@pytest.mark.parametrize(
+    "op, arguments", [(len, "a"), (np.add, "ab"), (lambda: None, "")], ids=["len", "add", "lambda"]
+)
+def test_what_records_nothing_cannot_be_prepared(op, arguments):
+    arrays = [np.ones(2, np.float32) for _ in arguments]
+    with pytest.raises(UnsupportedError, match="prepare: .* recorded no work, expected an op"):
+        cuda.prepare(op, *arrays)
+
+
+def test_the_books_of_a_cache_cannot_be_prepared():
+    manager = BlockManager(4, 16)
+    with pytest.raises(UnsupportedError, match=r"prepare: BlockManager.allocate keeps books"):
+        cuda.prepare(manager.allocate, 20)
+    assert manager.num_free == 4

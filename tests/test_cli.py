@@ -477,9 +477,7 @@ def test_cache_clear_models(capsys, filled):
 @pytest.fixture
 def one_variant(monkeypatch):
     pytest.importorskip("cuda.core")
-    monkeypatch.setattr(
-        cuda.compiler, "variants", lambda arch=None: [("norm", dict(X_T="float", W_T="float"))]
-    )
+    monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: [("norm", norm.VARIANTS[0])])
 
 
 @pytest.mark.nvrtc
@@ -605,7 +603,11 @@ def test_warmup_without_a_gpu(capsys, monkeypatch):
 
 def test_cuda_without_its_packages(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    text = r"device is 'cuda', but cupy is not installed: pip install 'pykv-cuda\[cu13\]'"
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: False)
+    text = "device is 'cuda', but there is no NVIDIA driver; device='cpu' runs NumPy"
+    assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
+    text = r"device is 'cuda', but cupy is not installed: pip install .*cu13"
     assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
 
 

@@ -154,9 +154,7 @@ def test_compile_error_names_file_and_line(folder):
 def test_arch_that_this_line_cannot_target_names_the_extra(folder):
     if 70 in cuda.compiler._targets():
         pytest.skip("this NVRTC still targets sm_70")
-    with pytest.raises(
-        UnsupportedError, match=r"arch is sm_70, .* pip install 'pykv-cuda\[cu12\]'"
-    ):
+    with pytest.raises(UnsupportedError, match=r"arch is sm_70, .* pip install .*\[cu12\]'"):
         cuda.compile(**{**JOB, "arch": "sm_70"})
     with pytest.raises(UnsupportedError, match="arch is sm_999, .* newer NVRTC"):
         cuda.compile(**{**JOB, "arch": "sm_999"})
@@ -180,9 +178,7 @@ def test_missing_nvrtc_names_the_packages(folder, monkeypatch):
     monkeypatch.setattr(bindings, "nvrtcVersion", missing)
     for function in (cuda.compiler._nvrtc, cuda.compiler._targets):
         function.cache_clear()
-    with pytest.raises(
-        DeviceError, match=r"NVRTC library is missing: pip install 'pykv-cuda\[cu13"
-    ):
+    with pytest.raises(DeviceError, match=r"NVRTC library is missing: pip install .*\[cu13"):
         cuda.compile(**JOB)
     with pytest.warns(RuntimeWarning, match="cannot compile its kernels: the NVRTC library"):
         cuda.warmup(["sm_75"])

@@ -49,6 +49,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="device files, without suffix")
     args = parser.parse_args()
+    known = {path.stem for path in (ROOT / "kernels_cu").glob("*.cu*")}
+    if unknown := set(args.names) - known:
+        parser.error(
+            f"{', '.join(sorted(unknown))}: no such file, expected {', '.join(sorted(known))}"
+        )
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

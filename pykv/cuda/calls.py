@@ -204,12 +204,13 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
 
     Returns:
         Prepared: `call()` does the work on the contents that the arrays have then, `call.result` is
-        what the op returns. The call holds the arrays of now: a cache that grows afterwards has new
-        arrays, which need a call of their own.
+        what the op returns, without a meaning before the first call. The call holds the arrays that
+        it was made with: a cache that grows afterwards has new ones, which need another call.
 
     Raises:
         ParameterError: `stream` is given: that is each call's.
-        UnsupportedError: the op cannot be prepared, or a CUDA graph is being captured.
+        UnsupportedError: the op cannot be prepared, or recorded no work at all; or a CUDA graph is
+            being captured.
         As the op: shapes, dtypes and devices are checked here, once. Contents are checked here and
             at each call if the op is told to (`check=True`, PYKV_CHECK=1), and on the host.
 
@@ -228,6 +229,9 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         raise DtypeError(f"prepare: op is a {type(op).__name__}, expected a function")
     if "stream" in options:
         _refuse_stream()
+    name, module = getattr(op, "__qualname__", op), getattr(op, "__module__", None) or ""
+    if module == "pykv.blocks":
+        raise UnsupportedError(f"prepare: {name} keeps books on the host, expected an op of arrays")
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
     outer = _state.steps, _state.held, _state.device
@@ -237,6 +241,8 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
     try:
         result = op(*args, **options)
         device = _state.device
+        if not steps and not module.startswith("pykv."):
+            raise UnsupportedError(f"prepare: {name} recorded no work, expected an op of pykv")
     finally:
         _state.steps, _state.held, _state.device = outer
     if device is not None:

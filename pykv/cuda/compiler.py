@@ -23,6 +23,7 @@ import numpy as np
 from pykv.arrays import FLOATS
 from pykv.cuda.devices import cache_dir, split_arch
 from pykv.errors import CompileError, DeviceError, UnsupportedError
+from pykv.install import command
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Inside the package when installed from a wheel, beside it in a checkout or editable install.
@@ -175,7 +176,7 @@ def _check_arch(arch: str, wanted: str = "the kernels") -> None:
         return
     advice = "expected a newer NVRTC"
     if number < 75 and min(known) >= 75:
-        advice = "install the CUDA 12 packages instead: pip install 'pykv-cuda[cu12]'"
+        advice = f"install the CUDA 12 packages instead: {command('cu12')}"
     if kind == "compute":
         advice += f", or bring PTX of {wanted} in {cubin_dir()}, as tools/make_ptx.py does"
     raise UnsupportedError(
@@ -203,9 +204,7 @@ def _nvrtc() -> Any:
     try:
         nvrtc.nvrtcVersion()
     except DynamicLibNotFoundError as error:
-        raise DeviceError(
-            "the NVRTC library is missing: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        ) from error
+        raise DeviceError(f"the NVRTC library is missing: {command('cu13')} (or [cu12])") from error
     return nvrtc
 
 

@@ -16,6 +16,7 @@ import platformdirs
 
 from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError
+from pykv.install import command
 
 
 def cache_dir() -> Path:
@@ -72,9 +73,11 @@ def array_module(device: str) -> Any:
         import cupy
         from cuda.core import Device  # noqa: F401 - launches need the package
     except ImportError as error:
-        reason = (
-            f"{error.name or error} is not installed: pip install 'pykv-cuda[cu13]' (or [cu12])"
-        )
+        if not has_driver():
+            raise DeviceError(
+                f"device is {device!r}, but there is no NVIDIA driver; device='cpu' runs NumPy"
+            ) from error
+        reason = f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
         if kind == "cuda":
             raise DeviceError(f"device is {device!r}, but {reason}") from error
         warnings.warn(f"running on the CPU: {reason}", RuntimeWarning, stacklevel=3)

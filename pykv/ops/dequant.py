@@ -13,6 +13,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, UINT8, checker, like, on_gpu, optional
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
+from pykv.install import command
 
 KINDS = {
     **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)},
@@ -103,7 +104,7 @@ def _gguf() -> Any:
     except ImportError as error:
         raise UnsupportedError(
             "dequant.dequantize: blocks is on the host, which needs the package gguf: "
-            "pip install 'pykv-cuda[llm]'"
+            f"{command('llm')}"
         ) from error
     return gguf
 

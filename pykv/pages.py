@@ -215,8 +215,9 @@ def convert_pages(
     check_writeable(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     check_apart(op, *sides, in_place=source.spec.layout == target.spec.layout)
-    if on_gpu(source.k):
+    if on_gpu(source.k) and any(ids is not None for ids in lists):
         with cuda.on_stream(stream):
+            cuda.refuse_capture(op, cuda.UPLOADS)
             lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
     options = dict(spec=source.spec, out_spec=target.spec, check=False, stream=stream)
     options |= dict(pages=lists[0], out_pages=lists[1])

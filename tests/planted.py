@@ -326,5 +326,5 @@ REFERENCE_FAULTS = [  # families, module, function, plant
     (["linear"], linear, "reference", fixed(4, lambda accumulate: False)),
     (["norm"], norm, "reference", heads_together),
     (["sample"], sample, "reference_argmax", with_argument(0, nan_is_large)),
-    (["sample"], sample, "reference", fixed(1, lambda temperature: np.maximum(temperature, 1))),
+    (["sample"], sample, "reference", fixed(1, lambda t: np.where(t > 0, t, F32(1)))),
 ]

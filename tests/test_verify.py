@@ -319,6 +319,8 @@ def test_a_planted_fault_shows(monkeypatch, xp, name):
         *("merge: a state is left out", "table: lengths one more", "append: scales halved"),
         *("convert: pages in reverse", "qkv: always half", "contiguous: no values"),
         *("permute: heads in reverse", "copy: a byte too few", "write: another seed"),
+        *("append_ragged: counted before", "norm: heads together", "gather: zeros"),
+        *("copy by address: a byte too few", "merge: always the natural base"),
     ],
 )
 @pytest.mark.parametrize("device", ["simt"], indirect=True)

@@ -24,8 +24,9 @@ as well. For an op that triples its argument:
         yield "5 rows", *judged(got, lambda dtype: x.astype(dtype) * dtype(3), np.float32)
 
 A kernel that another op launches, such as paged_decode_mma.cu, has a family of its own that calls
-this op. tests/test_verify.py breaks every family's op and its reference, and must see a case fail:
-the faults to plant stand in tests/ops/test_<stem>.py, as tests/faults.py says.
+this op. tests/test_verify.py asks that families call every public function of an op. It breaks
+every family's op and its reference, and must see a case fail: the faults to plant stand in
+tests/ops/test_<stem>.py, as tests/faults.py says.
 """
 
 from __future__ import annotations

@@ -273,8 +273,10 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         facts = {"ok": ok, "device": device, "seed": args.seed, "kv_dtype": spec and str(spec)}
         print(json.dumps(facts | {"cases": rows}, indent=2))
-    elif not ok:
-        _complain("some results are outside their bounds")
+    else:
+        print(f"{len(rows)} rows, {sum(not row['ok'] for row in rows)} wrong")
+        if not ok:
+            _complain("some results are outside their bounds")
     return 0 if ok else 1
 
 

@@ -1,7 +1,6 @@
 """Plants: each makes a faulty function of a right one, for `pykv verify` to notice.
 
-A family's faults stand in tests/ops/test_<stem>.py, or those of several families in
-tests/test_verify.py, as
+A family's faults stand in tests/ops/test_<stem>.py, or in tests/planted.py, as
 
     FAULTS = {"norm: no offset": (norm, "rms_norm", with_option(offset=0.0)), ...}
     REFERENCE_FAULTS = [(norm, "reference", fixed(2, lambda eps: 0.0)), ...]
@@ -108,6 +107,59 @@ def halved(x):
 
 def without_the_first_state(op):
     return lambda values, lse, **options: op(values[1:], lse[1:], **options)
+
+
+def hnd_in_reverse(op):
+    """Heads trade places where they come before tokens."""
+
+    def faulty(k, *rest, **options):
+        return op(k[:, ::-1].copy() if options.get("layout") == "HND" else k, *rest, **options)
+
+    return faulty
+
+
+def into_new_arrays(op):
+    return lambda *args, **options: op(*args, **options | dict(k_out=None, v_out=None))
+
+
+def not_in_place(op):
+    """Pools that are read are not written."""
+
+    def faulty(**options):
+        if options["k_out"] is not options["k_pool"]:
+            op(**options)
+
+    return faulty
+
+
+def finite_lse(op):
+    """Arrays that are given get 0 for the log-sum-exp of no keys."""
+
+    def faulty(*args, **options):
+        result, lse = op(*args, **options), options.get("lse")
+        if lse is not None:
+            lse[lse == -np.inf] = 0
+        return result
+
+    return faulty
+
+
+def heads_together(op):
+    """A token's heads are normalised as one row."""
+
+    def faulty(x, weight, *rest, **options):
+        if x.ndim == 2:
+            return op(x, weight, *rest, **options)
+        wide = x.reshape(len(x), -1), weight[None].repeat(x.shape[1], 0).reshape(-1)
+        return op(*wide, *rest, **options).reshape(x.shape)
+
+    return faulty
+
+
+def nan_is_large(logits):
+    changed = logits.copy()
+    changed[changed != changed] = 99
+    return changed
 
 
 # --- Of references --------------------------------------------------------------------------------

@@ -367,14 +367,15 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
 def few_rows(monkeypatch):
     found = verify.families()
     few = {name: found[name] for name in ("norm", "rope")}
-    monkeypatch.setattr(verify, "families", lambda spec: few)
-    return ["norm"] * 3 + ["rope"] * 3
+    monkeypatch.setattr(verify, "families", lambda spec=None: few)
+    return [row.op for row in verify.run()]
 
 
 def test_verify(capsys, few_rows):
     code, out, err = run(capsys, "verify")
     assert (code, err) == (0, "")
-    device, *rows = out.splitlines()
+    device, *rows, count = out.splitlines()
+    assert count == f"{len(few_rows)} rows, 0 wrong"
     assert device == f"on {cuda.device_name(cuda.array_module('auto'))}"
     assert [row.split()[:2] for row in rows] == [["ok", op] for op in few_rows]
 
@@ -423,7 +424,10 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     monkeypatch.setattr(norm, "rms_norm", lambda *args, **kwargs: op(*args, **kwargs) * wrong)
     code, out, err = run(capsys, "verify")
     assert (code, err) == (1, "pykv: some results are outside their bounds\n")
-    assert [row.split()[0] for row in out.splitlines()[1:]] == ["WRONG"] * 3 + ["ok"] * 3
+    *rows, count = out.splitlines()[1:]
+    verdicts = ["WRONG" if op == "norm" else "ok" for op in few_rows]
+    assert [row.split()[0] for row in rows] == verdicts
+    assert count == f"{len(verdicts)} rows, {verdicts.count('WRONG')} wrong"
 
     def no_constants(name):
         raise ValueError(f"{name} is no JSON")
@@ -431,7 +435,28 @@ def test_verify_says_wrong(capsys, monkeypatch, few_rows, wrong):
     code, out, err = run(capsys, "verify", "--json")
     report = json.loads(out, parse_constant=no_constants)
     assert (code, err, report["ok"]) == (1, "", False)
-    assert [case["ok"] for case in report["cases"]] == [False] * 3 + [True] * 3
+    assert [case["ok"] for case in report["cases"]] == [word == "ok" for word in verdicts]
+
+
+def test_verify_goes_on_where_an_op_raises(capsys, monkeypatch, few_rows):
+    def broken(*args, **options):
+        raise ZeroDivisionError("no rows\nto divide")
+
+    monkeypatch.setattr(norm, "rms_norm", broken)
+    code, out, _ = run(capsys, "verify")
+    of_rope = few_rows.count("rope")
+    assert code == 1 and out.splitlines()[-1] == f"{1 + of_rope} rows, 1 wrong"
+    code, out, err = run(capsys, "verify", "--json")
+    first, *others = json.loads(out)["cases"]
+    assert (code, err) == (1, "")
+    assert first == {
+        "op": "norm",
+        "case": "raised ZeroDivisionError: no rows to divide",
+        "error": None,
+        "bound": 0.0,
+        "ok": False,
+    }
+    assert [case["op"] for case in others if case["ok"]] == ["rope"] * of_rope
 
 
 # --- cache ---

@@ -155,6 +155,18 @@ def test_formulas_by_hand():
     assert lengths.tolist() == [11, 0, 0]
 
 
+def test_exact_oracles_by_hand():
+    divisors = np.array([1.0, 5.0])
+    np.testing.assert_allclose(oracles.frequencies(4, 100.0, 2.0, divisors), [0.5, 0.01])
+    nan = np.nan
+    rows = np.array([[nan, 2.0, nan, 2.0], [nan] * 4, [nan, -np.inf, -np.inf, nan]])
+    assert oracles.argmax(rows).tolist() == [1, 0, 1]
+    indices, indptr = np.array([4, 2, -1]), np.array([0, 2, 2, 3])
+    places = [paged.place(indices, indptr, 0, position, 8) for position in (-1, 7, 8, 15, 16)]
+    assert places == [None, (4, 7), (2, 0), (2, 7), None]
+    assert [paged.place(indices, indptr, b, 0, 8) for b in (-1, 1, 2)] == [None] * 3
+
+
 def test_draws_by_hand():
     assert oracles.random_fraction(0, 0) == 0xE220A8397B1DCDAF / 2**64  # splitmix64 from 0
     logits = np.log(np.array([1, 4, 3, 2], np.float32))

@@ -40,11 +40,16 @@ def error_and_bound(got: Any, low: Any, oracle: Any) -> tuple[float, float]:
 
     The bound is twice the largest error of `low`, and four units in the last place of `got`'s
     dtype at the oracle's largest value. An error that is not finite stays so, and fails; so does
-    another shape or dtype than that of `low`.
+    another shape or dtype than that of `low`, and whatever else there is where the oracle is
+    infinite, as the log-sum-exp of no keys is.
     """
     got = host(got)
     if got.shape != oracle.shape or low.shape != oracle.shape or got.dtype != low.dtype:
         return np.inf, 0.0
+    is_finite = ~np.isinf(oracle)
+    if not np.array_equal(got[~is_finite], oracle[~is_finite]):
+        return np.inf, 0.0
+    got, low, oracle = got[is_finite], low[is_finite], oracle[is_finite]
     if not got.size:
         return 0.0, 0.0
     eps = 2.0**-7 if got.dtype == BFLOAT16 else float(np.finfo(got.dtype).eps)

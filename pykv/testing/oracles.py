@@ -62,6 +62,12 @@ def llama3_frequencies(dim: int, base: float, factor: float) -> Any:
     return np.array(found)
 
 
+def frequencies(dim: int, base: float, factor: float, divisors: Any) -> Any:
+    """Radians per position [dim / 2], those of all positions divided by `factor` and by
+    `divisors`."""
+    return np.array([base ** (-2 * j / dim) / factor / divisors[j] for j in range(dim // 2)])
+
+
 def hadamard(x: Any, dtype: Any) -> Any:
     """x [..., D] mixed by sums and differences at distances 1, 2, 4 ... below the largest power of
     two that divides D. The order of these sums is part of the op's definition."""
@@ -119,6 +125,15 @@ def sums_of_tiles(x: Any, count: int, tile: int) -> Any:
 
 
 # --- Sampling -------------------------------------------------------------------------------------
+
+
+def argmax(logits: Any) -> Any:
+    """The first index [B] of each row's largest logit that is a number; 0 where none is."""
+    found = []
+    for row in logits.tolist():
+        numbers = [i for i, x in enumerate(row) if not math.isnan(x)]
+        found.append(max(numbers, key=lambda i: row[i], default=0))
+    return np.array(found, np.int32)
 
 
 def random_fraction(seed: int, step: int) -> float:

@@ -70,6 +70,15 @@ def read(
     return codes.decode(rows, spec.k if side == "k" else spec.v, scales, dtype)
 
 
+def place(indices: Any, indptr: Any, b: int, position: int, P: int) -> tuple[int, int] | None:
+    """Page and offset of a position of request b, whose pages are indices[indptr[b]] ...
+    indices[indptr[b + 1] - 1]; None where it has no page, or one that is not written."""
+    pages = indices[indptr[b] : indptr[b + 1]].tolist() if b >= 0 else []
+    if not 0 <= position < len(pages) * P or pages[position // P] < 0:
+        return None
+    return pages[position // P], position % P
+
+
 def nhd(spec: KVSpec, x: Any) -> Any:
     """A view [N, P, H, ...] of a pool or of the scales of rows."""
     return x.swapaxes(1, 2) if spec.layout == "HND" else x

@@ -24,8 +24,9 @@ as well. For an op that triples its argument:
         yield "5 rows", *judged(got, lambda dtype: x.astype(dtype) * dtype(3), np.float32)
 
 A kernel that another op launches, such as paged_decode_mma.cu, has a family of its own that calls
-this op. tests/test_verify.py breaks every family's op and its reference, and must see a case fail:
-the faults to plant stand in tests/ops/test_<stem>.py, as tests/faults.py says.
+this op. tests/test_verify.py asks that families call every public function of an op. It breaks
+every family's op and its reference, and must see a case fail: the faults to plant stand in
+tests/ops/test_<stem>.py, as tests/faults.py says.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,12 +72,15 @@ class Row:
         return {**vars(self), **finite, "ok": self.ok}
 
     def as_text(self) -> str:
-        verdict = "ok" if self.ok else "WRONG"
-        return f"{verdict:<6}{self.op:<18}{self.case:<34} {self.error:9.2e} <= {self.bound:8.2e}"
+        """In columns, with the case, which may be of any length, last."""
+        verdict, width = "ok" if self.ok else "WRONG", max(map(len, cuda.stems()))
+        numbers = f"{self.error:8.2e} <= {self.bound:8.2e}"
+        return f"{verdict:<5}  {self.op:<{width}}  {numbers}  {self.case}"
 
 
 def run(seed: int = 0, spec: KVSpec | None = None) -> Iterator[Row]:
-    """Check every op on the device that pykv would use, one row a case.
+    """Check every op on the device that pykv would use, one row a case. Where an op raises, the
+    next row is wrong and says what, and the rest of its family is left out.
 
     Args:
         seed: of the random inputs, at least 0.
@@ -87,11 +92,20 @@ def run(seed: int = 0, spec: KVSpec | None = None) -> Iterator[Row]:
     if seed < 0:
         raise ParameterError(f"verify: seed is {seed}, expected at least 0")
     xp = cuda.array_module("auto")
-    return (
-        Row(stem, *case)
+    return chain.from_iterable(
+        rows(stem, family, np.random.default_rng(seed), xp)
         for stem, family in families(spec).items()
-        for case in family(np.random.default_rng(seed), xp)
     )
+
+
+def rows(stem: str, family: Family, rng: np.random.Generator, xp: Any) -> Iterator[Row]:
+    """The rows of one family."""
+    try:
+        for case in family(rng, xp):
+            yield Row(stem, *case)
+    except Exception as error:  # whatever an op raises is wrong: a family asks for what is allowed
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        yield Row(stem, f"raised {text}", np.inf, 0.0)
 
 
 def families(spec: KVSpec | None = None) -> dict[str, Family]:

@@ -15,8 +15,10 @@ from pykv.verify import Cases
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     x = (4 * rng.standard_normal((5, 2 * 576))).astype(np.float32)
     for name in ("swiglu", "geglu"):
-        got = getattr(activation, name)(xp.asarray(x))
-        yield name, *judged(got, partial(getattr(oracles, name), x), np.float32)
+        for gates in (x, x.astype(np.float16)):
+            got = getattr(activation, name)(xp.asarray(gates))
+            oracle = partial(getattr(oracles, name), gates)
+            yield f"{name} of {gates.dtype}", *judged(got, oracle, gates.dtype)
     total, y = xp.array(x), x[::-1].copy()
     activation.add(total, xp.asarray(y))
     want = (x.astype(np.float64) + y.astype(np.float64)).astype(np.float32)

@@ -58,3 +58,20 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
         contiguous_append.append(*given, slots=xp.asarray(slots), advance=True)
         want = np.array([34, 0, 40, 7], np.int32)  # slot 2 has room for two of its tokens
         yield f"{new} rows into {kv}, lengths after it", wrong_values(counts, want), 0.0
+
+    heads_first = [x.swapaxes(1, 2).copy() for x in (k, v)]  # [B, H, T, D]
+    got = [xp.zeros((len(lengths), H, C, D), kv) for D in (K, V)]
+    counts = xp.array(lengths.astype(np.int64))
+    contiguous_append.append(
+        *(*map(xp.asarray, heads_first), *got, counts),
+        slots=xp.asarray(slots),
+        layout="HND",
+        advance=True,
+    )
+    wanted = stored(k, None, kv), stored(v, None, kv)
+    wrong = sum(wrong_values(x, y.swapaxes(1, 2)) for x, y in zip(got, wanted, strict=True))
+    yield "HND, lengths of 64 bits", wrong, 0.0
+    yield "HND, lengths after it", wrong_values(counts, want.astype(np.int64)), 0.0
+    token = contiguous_append.read_token(got[0], got[1], 2, 39, layout="HND")
+    wrong = sum(wrong_values(x, y[2, 39]) for x, y in zip(token, wanted, strict=True))
+    yield "one token read back", wrong, 0.0

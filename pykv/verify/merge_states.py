@@ -21,3 +21,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
         got = merge_states.merge(xp.asarray(values), xp.asarray(lse), return_lse=True)
         oracle = partial(attention.merge, values, lse)
         yield from judged_states(f"S={S} D={D} {dtype}", got, oracle, dtype)
+    lse[:, 0] = -np.inf  # no state has keys
+    got = merge_states.merge(xp.asarray(values), xp.asarray(lse), lse_base="2", return_lse=True)
+    oracle = partial(attention.merge, values, lse, lse_base="2")
+    yield from judged_states("logarithms of base 2", got, oracle, dtype)

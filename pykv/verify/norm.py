@@ -13,8 +13,9 @@ from pykv.verify import Cases
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
-    for E in (64, 576, 4096):
-        x, weight = rng.standard_normal((7, E)).astype("f4"), rng.standard_normal(E).astype("f4")
+    for shape in ((7, 64), (7, 576), (7, 4096), (5, 3, 64)):
+        x, weight = (rng.standard_normal(n).astype("f4") for n in (shape, shape[-1]))
         got = norm.rms_norm(xp.asarray(x), xp.asarray(weight), eps=1e-5, offset=1.0)
         oracle = partial(oracles.rms_norm, x, weight, 1e-5, 1.0)
-        yield f"{E} features", *judged(got, oracle, np.float32)
+        name = f"{shape[-1]} features" + f" of {shape[1]} heads" * (len(shape) == 3)
+        yield name, *judged(got, oracle, np.float32)

@@ -18,6 +18,8 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     indptr, last = np.arange(0, 606, 6, dtype=np.int32), np.full(100, 16, np.int32)
     requests, positions = np.arange(100, dtype=np.int32), np.full(100, 95, np.int32)
     on, check, flat = xp.asarray, paged_check, table.ravel()
+    skipped, hidden = flat.copy(), table.copy()
+    skipped[::7], hidden[:, :3] = -1, 2**30  # the last 40 of 96 tokens are on pages 3 to 5
     beyond = "one beyond the pool"
     tables: tuple[tuple[str, Callable[[Any], None], Any, Any, Any], ...] = (
         (f"pages, {beyond}", lambda x: check.check_pages(x, 600), flat, 333, 600),
@@ -38,6 +40,16 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
             "positions, one past its pages",
             lambda x: check.check_positions(on(requests), x, on(indptr), 16),
             *(positions, 61, 96),
+        ),
+        (
+            "last pages, one without room for a new token",
+            lambda x: check.check_table(on(skipped), on(indptr), x, 600, 16, appends=True),
+            *(np.full(100, 15, np.int32), 71, 16),
+        ),
+        (
+            "page table, one of the pages that are seen",
+            lambda x: check.check_page_table(x, on(lengths), 600, 16, seen=40),
+            *(hidden, (57, 3), -3),
         ),
     )
     for what, look, array, index, value in tables:

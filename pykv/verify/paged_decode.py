@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,35 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
             oracle = partial(attention.decode, q, cache, spec, **options)
             name = f"D={D} G={G} {text} window={window}"
             yield from judged_states(name, got, oracle, q.dtype)
+    yield from cases_of_options(KVSpec.parse("fp32"), np.float32, rng, xp)
+
+
+def cases_of_options(spec: KVSpec, q_dtype: Any, rng: np.random.Generator, xp: Any) -> Cases:
+    """Each option that decides what a query sees or how, into arrays that are given."""
+    cache = paged.filled(rng, spec, [40, 0, 17], 16, 2, 64)
+    q = rng.standard_normal((3, 3, 6, 64)).astype(q_dtype)
+    for name, option in options_of(3, 6).items():
+        options = dict(scale=0.1) | option
+        out, lse = xp.zeros(q.shape, q.dtype), xp.zeros(q.shape[:-1], np.float32)
+        given = paged.send(xp, cache | options)
+        paged_decode.decode(xp.asarray(q), **given, spec=spec, lse_base="2", out=out, lse=lse)
+
+        def oracle(dtype: Any, options: Any = options) -> Any:
+            values, sums = attention.decode(q, cache, spec, dtype, **options)
+            return values, sums / dtype(math.log(2))
+
+        yield from judged_states(f"{spec}, {name}", (out, lse), oracle, q.dtype)
+
+
+def options_of(B: int, HQ: int) -> dict[str, dict[str, Any]]:
+    """Options of three queries of each sequence, by what they are called."""
+    slopes = (2.0 ** -np.arange(HQ)).astype(np.float32)
+    tree = np.tile(np.array([0b001, 0b011, 0b101], np.uint64), (B, 1))
+    return {
+        "ALiBi": dict(alibi_slopes=slopes, window=9),
+        "tree": dict(tree=tree),
+        "not causal": dict(causal=False),
+    }
 
 
 def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:

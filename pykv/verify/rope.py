@@ -1,4 +1,4 @@
-"""Rotated heads, pair by pair, and the frequencies of Llama 3.1."""
+"""Rotated heads, pair by pair, and frequencies one by one."""
 
 from __future__ import annotations
 
@@ -24,5 +24,14 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
             for dtype in (np.float32, np.float64)
         )
         yield pairing, *error_and_bound(xp.stack(got), low, wide)
-    found = rope.frequencies(128, 10000.0, scaling="llama3", factor=8.0)
-    yield "frequencies", *error_and_bound(found / exact, inv_freq / exact, exact / exact)
+    divisors = rng.uniform(1, 4, 64)
+    linear = oracles.frequencies(128, 10000.0, 4.0, divisors)
+    settings: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+        ("llama3", exact, dict(factor=8.0)),
+        ("none", oracles.frequencies(128, 10000.0, 1.0, np.ones(64)), {}),
+        ("linear", linear, dict(factor=4.0, divisors=divisors)),
+    )
+    for name, want, options in settings:
+        found = rope.frequencies(128, 10000.0, scaling=name, **options)
+        ratios = found / want, want.astype(np.float32) / want, want / want
+        yield f"frequencies, scaling {name}", *error_and_bound(*ratios)

@@ -18,6 +18,15 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     tied[:, [100, 2000]] = 20
     got = sample.argmax(xp.asarray(tied))
     yield "argmax, lowest index on ties", wrong_values(got, np.full(B, 100, np.int32)), 0.0
+    holes = logits[:5].copy()
+    holes[:, ::2], holes[1], holes[2, 7] = np.nan, np.nan, np.inf
+    holes[3, :] = [np.nan] * 9 + [-np.inf] * (holes.shape[1] - 9)
+    want = oracles.argmax(holes)
+    yield "argmax, NaN is ignored", wrong_values(sample.argmax(xp.asarray(holes)), want), 0.0
+    off = (np.zeros(B, "i4"), np.ones(B, "f4"), np.zeros(B, "f4"))
+    cold = (np.zeros(B, "f4"), *off, np.arange(B, dtype="u8"), np.zeros(B, "i4"))
+    got = sample.sample(*(xp.asarray(x) for x in (logits, *cold)))
+    yield "temperature 0", wrong_values(got, oracles.argmax(logits)), 0.0
     for name, (k, top_p, min_p) in (
         ("temperature", (0, 1.0, 0.0)),
         ("top-k", (40, 1.0, 0.0)),

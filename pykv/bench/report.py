@@ -122,10 +122,15 @@ def summary(one: Record) -> str:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def write_json(path: str, records: list[Record]) -> None:
+def to_json(records: list[Record]) -> str:
     """A JSON array with a record a line."""
     lines = ",\n".join(json.dumps(one, allow_nan=False) for one in records)
-    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return f"[\n{lines}\n]\n"
+
+
+def write_json(path: str, records: list[Record]) -> None:
+    """A file of records."""
+    Path(path).write_text(to_json(records), encoding="utf-8")
 
 
 def read_json(path: str) -> list[Record]:

@@ -303,7 +303,7 @@ class PagedPlan(Plan):
 
 
 def check_type(name: str, argument: str, value: Any, expected: type) -> None:
-    """Check that an argument is of a type; `name` and `argument` are for messages."""
+    """Check that a `value` is of the `expected` type; `name` and `argument` are for messages."""
     if not isinstance(value, expected):
         raise DtypeError(
             f"{name}: {argument} is a {type(value).__name__}, expected a {expected.__name__}"

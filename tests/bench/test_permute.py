@@ -55,8 +55,8 @@ def test_elements_are_where_the_formulas_say(rng, name):
 
 def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
     sides = []
-    move = lambda dst, dst_layout, src, src_layout: sides.extend((dst, src))  # noqa: E731
-    monkeypatch.setattr(permute.permute, "permute", move)
+    prepare = lambda op, dst, dst_layout, src, src_layout: sides.extend((dst, src))  # noqa: E731
+    monkeypatch.setattr(permute.cuda, "prepare", prepare)
     case = permute._case("NHD", "universal", "d2d", 40, permute.TINY)
     permute.make(case, np, rng)
     blocks, chunks = sides[0], sum(sides[1], [])

@@ -223,8 +223,9 @@ def convert_pages(
     # Rows of another layout have other places in a page, so that one would overwrite another.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     check_apart(op, *sides, in_place=spec.layout == out_spec.layout)
-    if on_gpu(source.k):
+    if on_gpu(source.k) and any(ids is not None for ids in lists):
         with cuda.on_stream(stream):
+            cuda.refuse_capture(op, cuda.UPLOADS)
             lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
     options = dict(spec=spec, out_spec=out_spec, check=False, stream=stream)
     options |= dict(pages=lists[0], out_pages=lists[1])

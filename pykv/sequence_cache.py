@@ -163,6 +163,8 @@ class SequenceCache:
             )
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
         with cuda.on_stream(stream):
+            if self._xp is not np:
+                cuda.refuse_capture("SequenceCache.append", cuda.UPLOADS)
             self._pages.append(0, k, v, self._xp.asarray(slots), **options)
 
     def decode(

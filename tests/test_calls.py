@@ -1,16 +1,19 @@
 """Plain, prepared and graphed calls: what is kept, what is looked at again, and what is refused."""
 
+import gc
+import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import PagedKVCache, cuda, kinds
 from pykv.blocks import BlockManager
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, linear, merge_states, norm
-from tests.helpers import to_numpy
+from pykv.ops import activation, block_copy, linear, merge_states, norm, page_table
+from tests.helpers import assert_same_bits, to_numpy
 
 
 @pytest.fixture
@@ -312,3 +315,110 @@ def test_the_books_of_a_cache_cannot_be_prepared():
     with pytest.raises(UnsupportedError, match=r"prepare: BlockManager.allocate keeps books"):
         cuda.prepare(manager.allocate, 20)
     assert manager.num_free == 4
+
+
+# --- What was lost, once --------------------------------------------------------------------------
+
+
+def test_a_prepared_call_within_another_keeps_its_arrays():
+    source, target = np.full(1000, 7, np.uint8), np.zeros(1000, np.uint8)
+    alive = weakref.ref(target)
+    outer = cuda.prepare(cuda.prepare(block_copy.copy_arrays, [source], [target]))
+    within = cuda.prepare(outer)
+    del outer, target
+    gc.collect()
+    within()
+    assert is_all(alive(), 7)
+
+
+def test_host_work_of_a_prepared_call_is_not_left_out_of_a_graph(device):
+    host, one = np.zeros((1, 8), np.float32), np.ones((1, 8), np.float32)
+    x, y = device.asarray(host), device.asarray(one)
+    both = cuda.prepare(lambda: (activation.add(host, one), activation.add(x, y)))
+    step = cuda.graph(both)
+    step()
+    with pytest.raises(UnsupportedError, match="graph: the function works on NumPy arrays as well"):
+        step()
+
+
+def test_a_graph_keeps_the_arrays_that_it_captured(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    arrays = [x, y]
+    step = cuda.graph(lambda: activation.add(*arrays))
+    step(), step()
+    alive = weakref.ref(y)
+    arrays.clear()
+    del y
+    gc.collect()
+    assert alive() is not None
+    step()
+    assert is_all(x, 3)
+
+
+def test_a_function_without_ops_on_a_gpu_is_called_each_time(device):
+    count = np.zeros(1)
+    step = cuda.graph(lambda: np.add(count, 1, out=count))
+    for _ in range(5):
+        step()
+    assert count[0] == 5
+
+
+def test_a_graph_within_a_graph_is_refused(device):
+    x, y = device.zeros((2, 8), np.float32), device.ones((2, 8), np.float32)
+    inner = cuda.graph(lambda: activation.add(x, y))
+    outer = cuda.graph(lambda: (activation.add(x, y), inner()))
+    outer()
+    with pytest.raises(UnsupportedError, match="graph: cannot be captured"):
+        outer()
+
+
+def test_tables_of_the_host_are_not_captured(device):
+    source, target = device.ones(8, np.float32), device.zeros(8, np.float32)
+    tables = [np.array([x.data.ptr], np.uint64) for x in (source, target)]
+    step = cuda.graph(lambda: block_copy.vectorized_copy(*tables, 32))
+    step()
+    with pytest.raises(UnsupportedError, match="its tables are uploaded; prepare the call before"):
+        step()
+    call = cuda.prepare(block_copy.vectorized_copy, *tables, 32)
+    step = cuda.graph(call)
+    target[...] = 0
+    step(), step()
+    assert is_all(target, 1)
+
+
+def test_helpers_of_the_host_are_no_ops():
+    with pytest.raises(UnsupportedError, match="prepare: quantize recorded no work"):
+        cuda.prepare(kinds.quantize, np.ones((2, 8), np.float32), kinds.KINDS["int8"])
+
+
+def test_contents_that_an_earlier_op_makes_are_checked_when_they_are_there(xp):
+    cache = PagedKVCache(1, 4, 1, 8, page_size=2, xp=xp)
+    q = xp.ones((3, 1, 8), np.float32)
+    lists = [xp.asarray(np.array(x, np.int32)) for x in ([2, 1, 0], [0, 1, 2, 3], [1, 2, 1])]
+
+    def attend():
+        return cache.decode(0, q, *page_table.from_lists(*lists, page_size=2, width=1), check=True)
+
+    call = cuda.prepare(attend)
+    assert_same_bits(call(), attend())
+    lists[0][1] = 4
+    with pytest.raises(ParameterError, match=r"page_table\[1, 0\] is 4, expected"):
+        call()
+
+
+def test_arrays_of_the_host_need_no_driver(monkeypatch):
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def fail():
+        raise CUDARuntimeError("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError)
+    cupy = SimpleNamespace(
+        ndarray=type("ndarray", (), {}),
+        cuda=SimpleNamespace(get_current_stream=fail, runtime=runtime),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    table, ids = np.ones((3, 8), np.float32), np.array([0, 1], np.int32)
+    assert is_all(activation.embed(table, ids), 1)
+    assert is_all(cuda.prepare(activation.embed, table, ids)(), 1)

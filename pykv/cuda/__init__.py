@@ -11,6 +11,7 @@ code that an M40 gets, `__CUDA_ARCH__` included.
 """
 
 from pykv.cuda.calls import (
+    UPLOADS,
     Prepared,
     enqueue,
     graph,
@@ -19,6 +20,7 @@ from pykv.cuda.calls import (
     is_preparing,
     look,
     prepare,
+    refuse_capture,
     refuse_prepare,
     run_on_host,
 )

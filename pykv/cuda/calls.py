@@ -26,15 +26,22 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, UnsupportedErro
 Step = Callable[[], Any]
 
 
+class _Recording:
+    """The steps of an op that is being prepared."""
+
+    def __init__(self, *held: Any) -> None:
+        self.steps: list[Step] = []
+        self.held = list(held)  # objects that must live as long as the steps
+        self.device: int | None = None  # GPU that the steps need
+        self.has_work = False  # and not only looks
+
+
 class _State(threading.local):
     """The recording of this thread, if one is open, and what `graph` observes."""
 
-    steps: list[Step] | None = None  # recorded of the op that is being prepared
-    held: list[Any] | None = None  # objects that must live as long as these steps
-    device: int | None = None  # GPU that the steps need
-    used_host = False  # since `graph` last asked
-    used_gpu = False
-    capturing = False
+    recording: _Recording | None = None
+    captured: list[Any] | None = None  # objects that must live as long as the graph being captured
+    used_gpu = False  # since `graph` last asked
 
 
 _state = _State()
@@ -47,23 +54,22 @@ def enqueue(step: Step, stream: Any = None) -> None:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
         stream: see `on_stream`; a recorded step runs on the stream of each call.
     """
-    if _state.steps is not None:
-        _record(_state.steps, step, stream)
+    recording = _state.recording
+    if recording is not None:
+        if stream is not None:
+            _refuse_stream()
+        recording.device = current_device()
+        recording.has_work = True
+        recording.steps.append(step)
         return
     _state.used_gpu = True
+    if _state.captured is not None:
+        _state.captured.append(step)
     if stream is None:
         step()
     else:
         with on_stream(stream):
             step()
-
-
-def _record(steps: list[Step], step: Step, stream: Any) -> None:
-    """Add a step of GPU work to a recording."""
-    if stream is not None:
-        _refuse_stream()
-    _state.device = current_device()
-    steps.append(step)
 
 
 def run_on_host(compute: Step, out: Any = None) -> None:
@@ -78,35 +84,37 @@ def run_on_host(compute: Step, out: Any = None) -> None:
     """
 
     def step() -> None:
+        if _state.captured is not None:
+            raise UnsupportedError(
+                "graph: the function works on NumPy arrays as well, expected arrays of a GPU alone"
+            )
         value = compute()
         if out is not None:
             out[...] = value
 
-    if _state.steps is not None:
-        _state.steps.append(step)
-        return
-    if _state.capturing:
-        raise UnsupportedError(
-            "graph: the function works on NumPy arrays as well, expected arrays of a GPU alone"
-        )
-    _state.used_host = True
-    step()
+    if _state.recording is None:
+        step()
+    else:
+        _state.recording.has_work = True
+        _state.recording.steps.append(step)
 
 
 def look(check: Step) -> None:
-    """Check contents now, and again at each call if a recording is open.
+    """Check contents now, and again at each call if a recording is open. Behind recorded work,
+    which may make the contents, the first check is that of the first call.
 
     Args:
         check: raises where contents are wrong, and waits for the GPU; skipped while a CUDA graph is
             captured, which cannot wait.
     """
-    steps, _state.steps = _state.steps, None
+    recording, _state.recording = _state.recording, None
     try:
-        _look_if_possible(check)
+        if recording is None or not recording.has_work:
+            _look_if_possible(check)
     finally:
-        _state.steps = steps
-    if steps is not None:
-        steps.append(lambda: _look_if_possible(check))
+        _state.recording = recording
+    if recording is not None:
+        recording.steps.append(lambda: _look_if_possible(check))
 
 
 def _look_if_possible(check: Step) -> None:
@@ -115,10 +123,27 @@ def _look_if_possible(check: Step) -> None:
 
 
 def hold(*objects: Any) -> None:
-    """Keep objects alive as long as the call that is being prepared: arrays behind a table of
-    addresses, for example. A plain call leaves that to its caller."""
-    if _state.held is not None:
-        _state.held += objects
+    """Keep objects alive as long as the call that is being prepared, or the graph that is being
+    captured: arrays behind a table of addresses, for example. A plain call leaves that to its
+    caller."""
+    if _state.recording is not None:
+        _state.recording.held += objects
+    elif _state.captured is not None:
+        _state.captured += objects
+
+
+def refuse_capture(op: str, why: str) -> None:
+    """Raise while a CUDA graph is captured, for work that a replay could not repeat.
+
+    Raises:
+        UnsupportedError: CuPy's current stream is being captured.
+    """
+    if is_capturing():
+        raise UnsupportedError(f"{op}: cannot be captured into a CUDA graph: {why}")
+
+
+# Why an op that uploads tables cannot be captured: a replay would read the host's memory again.
+UPLOADS = "its tables are uploaded; prepare the call before, and make that in the graph"
 
 
 def refuse_prepare(op: str, why: str) -> None:
@@ -127,13 +152,13 @@ def refuse_prepare(op: str, why: str) -> None:
     Raises:
         UnsupportedError: `op` is being prepared.
     """
-    if _state.steps is not None:
+    if _state.recording is not None:
         raise UnsupportedError(f"{op}: cannot be prepared: {why}")
 
 
 def is_preparing() -> bool:
     """Whether a recording is open: an op may then spend time that its calls save."""
-    return _state.steps is not None
+    return _state.recording is not None
 
 
 def is_capturing() -> bool:
@@ -141,8 +166,11 @@ def is_capturing() -> bool:
     cupy = sys.modules.get("cupy")
     if cupy is None:
         return False
-    handle = cupy.cuda.get_current_stream().ptr
-    return bool(cupy.cuda.runtime.streamIsCapturing(handle)) if handle else False
+    try:
+        handle = cupy.cuda.get_current_stream().ptr
+        return bool(cupy.cuda.runtime.streamIsCapturing(handle)) if handle else False
+    except cupy.cuda.runtime.CUDARuntimeError:  # no usable driver: CuPy is only imported
+        return False
 
 
 def _refuse_stream() -> NoReturn:
@@ -159,13 +187,17 @@ class Prepared:
         result: the op's result: the same objects after each call, filled anew.
     """
 
-    __slots__ = ("_current_device", "_device", "_held", "_run", "result")
+    __slots__ = ("_current_device", "_device", "_held", "_steps", "result")
 
-    def __init__(self, steps: list[Step], result: Any, device: int | None, held: Any) -> None:
-        self.result, self._device, self._held = result, device, held
-        self._run = steps[0] if len(steps) == 1 else lambda: [step() for step in steps]
-        if device is not None:  # looked up once: the call has microseconds
+    def __init__(self, recording: _Recording, result: Any) -> None:
+        self._steps, self._held, self.result = recording.steps, recording.held, result
+        self._device = recording.device
+        if self._device is not None:  # looked up once: the call has microseconds
             self._current_device = load_cupy().cuda.runtime.getDevice
+
+    def __repr__(self) -> str:
+        place = "the host" if self._device is None else f"cuda:{self._device}"
+        return f"Prepared({len(self._steps)} steps on {place})"
 
     def __call__(self, stream: Any = None) -> Any:
         """Do the work again, with what the arrays hold now.
@@ -181,7 +213,8 @@ class Prepared:
             ParameterError: a check of contents, which the op was told to make, found a wrong entry.
         """
         if self._device is None:
-            run_on_host(self._run)
+            if self._steps:
+                run_on_host(self._take_steps)
             return self.result
         current = self._current_device()
         if current != self._device:
@@ -189,8 +222,13 @@ class Prepared:
                 f"prepare: GPU {current} is the current one, expected GPU {self._device}, on which "
                 "the call was prepared"
             )
-        enqueue(self._run, stream)
+        enqueue(self._take_steps, stream)
         return self.result
+
+    def _take_steps(self) -> None:
+        """A method, so that whoever keeps it keeps what the steps need."""
+        for step in self._steps:
+            step()
 
 
 def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
@@ -234,20 +272,25 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         raise UnsupportedError(f"prepare: {name} keeps books on the host, expected an op of arrays")
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
-    outer = _state.steps, _state.held, _state.device
-    steps: list[Step] = []
-    held: list[Any] = [args, options]
-    _state.steps, _state.held, _state.device = steps, held, None
+    recording = _Recording(op, args, options)
+    outer, _state.recording = _state.recording, recording
     try:
         result = op(*args, **options)
-        device = _state.device
-        if not steps and not module.startswith("pykv."):
-            raise UnsupportedError(f"prepare: {name} recorded no work, expected an op of pykv")
     finally:
-        _state.steps, _state.held, _state.device = outer
-    if device is not None:
+        _state.recording = outer
+    # An op of pykv that had nothing to do returns nothing, or empty arrays.
+    had_none = module.startswith("pykv.") and (result is None or _is_empty(result))
+    if not recording.steps and not had_none:
+        raise UnsupportedError(f"prepare: {name} recorded no work, expected an op of pykv")
+    if recording.device is not None:
         synchronize()
-    return Prepared(steps, result, device, held)
+    return Prepared(recording, result)
+
+
+def _is_empty(result: Any) -> bool:
+    """Whether a result is an array without elements, or several of which the first is."""
+    first = result[0] if isinstance(result, tuple) and result else result
+    return getattr(first, "size", None) == 0
 
 
 # --- Graphs ---------------------------------------------------------------------------------------
@@ -263,10 +306,12 @@ class Graph:
         self._pool: Any = None  # what the graph's kernels use between them, and nobody else
         self._device: int | None = None
         self._result: Any = None
+        self._held: list[Any] = []  # what the captured work reads and writes
 
     def __call__(self, stream: Any = None) -> Any:
         """Enqueue the function's work; see `graph`."""
         refuse_prepare("graph", "it is one call already")
+        refuse_capture("graph", "it is a graph already")
         with on_stream(stream):
             if not self._is_warm:
                 return self._warm_up()
@@ -279,14 +324,16 @@ class Graph:
                 )
             if self._graph is None:
                 self._capture()
+            _state.used_gpu = True
             self._graph.launch()
             return self._result
 
     def _warm_up(self) -> Any:
         """The function itself, which compiles what it needs; repeated if it fails."""
-        _state.used_host = _state.used_gpu = False
+        outer, _state.used_gpu = _state.used_gpu, False
         result = self._function()
-        self._is_host = "cupy" not in sys.modules or (_state.used_host and not _state.used_gpu)
+        self._is_host = not _state.used_gpu
+        _state.used_gpu |= outer
         if not self._is_host:
             self._device = current_device()
         self._is_warm = True
@@ -297,13 +344,14 @@ class Graph:
         stream, self._pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
         with stream, cuda.using_allocator(self._pool.malloc):
             stream.begin_capture()
-            _state.capturing = True
+            held: list[Any] = []
+            _state.captured = held
             try:
                 self._result = self._function()
             finally:
-                _state.capturing = False
+                _state.captured = None
                 captured = stream.end_capture()
-        self._graph = captured  # a function that failed is captured again
+        self._graph, self._held = captured, held  # a function that failed is captured again
 
 
 def graph(function: Callable[[], Any]) -> Graph:
@@ -317,11 +365,13 @@ def graph(function: Callable[[], Any]) -> Graph:
         A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
         `function` returned. The first call is `function` itself, which compiles; the second
         captures it. From then on the arrays that it made are the same ones, filled anew by each
-        call. On NumPy arrays every call is `function` itself.
+        call; those that it reads and writes are held. A function in which no op of pykv works on a
+        GPU, as on NumPy arrays, is called itself each time.
 
     Calls raise:
         DeviceError: the current GPU is not that of the first call.
-        UnsupportedError: the function works on arrays of the host and of a GPU.
+        UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
+            host, or the call is made while another graph is captured.
 
     Only enqueues. Checks of contents cannot wait inside of a graph and are left out.
 

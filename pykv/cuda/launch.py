@@ -158,8 +158,13 @@ def _cast(kernel: Kernel, name: str, c_type: str, value: Any) -> Any:
     and turn None into NaN, in silence."""
     argument = f"cuda.Launch: {kernel.label}: {name}"
     try:
-        return SCALARS[c_type](value + 0.0 if c_type == "float" else operator.index(value))
-    except OverflowError as error:
+        if c_type != "float":
+            return SCALARS[c_type](operator.index(value))
+        if not isinstance(value, (float, int, np.floating, np.integer)):
+            raise TypeError
+        with np.errstate(over="raise"):
+            return np.float32(value)
+    except (OverflowError, FloatingPointError) as error:
         raise ParameterError(f"{argument} is {value}, expected what {c_type} holds") from error
     except (TypeError, ValueError) as error:
         raise DtypeError(f"{argument} is a {type(value).__name__}, expected {c_type}") from error

@@ -347,10 +347,12 @@ def _upload(tables: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         DeviceError: no GPU is usable.
+        UnsupportedError: a CUDA graph is being captured.
     """
     on_host = {name: table for name, table in tables.items() if not on_gpu(table)}
     if not on_host:
         return tables
+    cuda.refuse_capture("block_copy", cuda.UPLOADS)
     cupy = cuda.array_module("cuda")
     joined = np.frombuffer(b"".join(on_host.values()), np.uint8)
     packed = cupy.empty(joined.size, np.uint8)

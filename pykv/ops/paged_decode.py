@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    UINT64,
+    VECTOR_BYTES,
+    Dims,
+    checker,
+    like,
+    on_gpu,
+    optional,
+)
 from pykv.attention import (
     ALL_KEYS,
     LN_2,
@@ -37,7 +48,7 @@ from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
-from pykv.specs import spec_of
+from pykv.specs import as_spec, spec_of
 
 COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
 BLOCK = 128  # threads
@@ -214,7 +225,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
         tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional(f"{rows} HQ D", "q"),
         lse=optional(f"{rows} HQ", FLOAT32),
-        workspace=optional("E", FLOAT32),
+        workspace=optional("E", FLOAT32, VECTOR_BYTES),
     )
 
 
@@ -257,7 +268,7 @@ def _workspace_size(sizes: mma.Sizes, num_sms: int, fixed_split: int | None) -> 
     return max(mma.workspace_size(sizes, slots), *plain, 0)
 
 
-def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
+def kernel_for(spec: KVSpec | str, D: int, *, sm: int | None = None, aligned: bool = True) -> str:
     """The stem of the kernel that `decode` launches for pools of this kind on a GPU.
 
     Where head size and query rows ask for more shared memory than the SM has (some with D above 128
@@ -270,6 +281,7 @@ def kernel_for(spec: KVSpec, D: int, *, sm: int | None = None, aligned: bool = T
         aligned: addresses and strides of the pools are multiples of 16 bytes, and pages and tokens
             less than 2^30 elements apart.
     """
+    spec = as_spec("paged_decode.kernel_for", spec)
     covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
     return "paged_decode_mma" if covered and aligned else "paged_decode"
 

@@ -231,7 +231,10 @@ def _moved(
 
 def _upload(side: Side) -> Any:
     """A side's table on the GPU."""
-    return side.table if on_gpu(side.table) else cuda.array_module("cuda").asarray(side.table)
+    if on_gpu(side.table):
+        return side.table
+    cuda.refuse_capture("permute", cuda.UPLOADS)
+    return cuda.array_module("cuda").asarray(side.table)
 
 
 @lru_cache(maxsize=256)

@@ -29,11 +29,11 @@ from pykv.attention import (
     weigh,
     whole_vectors,
 )
-from pykv.errors import ParameterError
+from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
-from pykv.specs import spec_of
+from pykv.specs import as_spec, spec_of
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 
@@ -136,6 +136,8 @@ def prefill(
     )
     options = (scale, window, logits_soft_cap, causal)
     scores = dims.keep(options, lambda: check_scores(op, dims, *options))
+    if dims["B"] == 0 and dims["T"]:
+        raise ShapeError(f"{op}: q has T={dims['T']}, expected T=0 where there are no sequences")
     if window is not None and not causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if check:
@@ -289,7 +291,12 @@ def _int32(q: Any, values: Any) -> Any:
 
 
 def kernel_for(
-    spec: KVSpec, D: int, q_dtype: Any = np.float32, *, sm: int | None = None, aligned: bool = True
+    spec: KVSpec | str,
+    D: int,
+    q_dtype: Any = np.float32,
+    *,
+    sm: int | None = None,
+    aligned: bool = True,
 ) -> str:
     """The stem of the kernel that `prefill` launches for pools of this kind on a GPU.
 
@@ -301,6 +308,7 @@ def kernel_for(
         aligned: addresses and strides of the pools are multiples of 16 bytes.
     """
     sm = cuda.current_sm() if sm is None else sm
+    spec = as_spec("prefill.kernel_for", spec)
     covered = aligned and mma.tiling_for(sm, spec, D, np.dtype(q_dtype)) is not None
     return "prefill_mma" if covered else "prefill"
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pykv import bench, cli
+from pykv import bench, cli, cuda
 from pykv.bench import permute, report
 from pykv.layout import NAMES, BlockShape
 from pykv.ranges import address_of
@@ -55,10 +55,13 @@ def test_elements_are_where_the_formulas_say(rng, name):
 
 def test_chunks_and_blocks_are_scattered(rng, monkeypatch):
     sides = []
-    prepare = lambda op, dst, dst_layout, src, src_layout: sides.extend((dst, src))  # noqa: E731
-    monkeypatch.setattr(permute.cuda, "prepare", prepare)
+
+    def move(dst, dst_layout, src, src_layout):
+        cuda.run_on_host(lambda: sides.extend((dst, src)))
+
+    monkeypatch.setattr(permute.permute, "permute", move)
     case = permute._case("NHD", "universal", "d2d", 40, permute.TINY)
-    permute.make(case, np, rng)
+    permute.make(case, np, rng).run()
     blocks, chunks = sides[0], sum(sides[1], [])
     for arrays in (blocks, chunks):
         places = [address_of(array) for array in arrays]

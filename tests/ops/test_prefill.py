@@ -596,3 +596,10 @@ def test_tiles_of_other_sms(rng, request, monkeypatch, sm):
         for q in (args[0], args[0].astype(np.float64))
     )
     assert_close_to_oracle(out, low, exact)
+
+
+def test_queries_of_no_sequence_are_refused(xp):
+    floats, ints = (lambda *s: xp.zeros(s, np.float32)), (lambda *s: xp.zeros(s, np.int32))
+    pools = floats(1, 1, 1, 8), floats(1, 1, 1, 8)
+    with pytest.raises(ShapeError, match="q has T=2, expected T=0 where there are no sequences"):
+        prefill.prefill(floats(2, 2, 8), *pools, ints(0, 1), ints(0), ints(1))

@@ -285,29 +285,21 @@ def _bench(args: argparse.Namespace) -> int:
     from pykv.bench import options, report
 
     module = bench.load(args.name)
-    parser = argparse.ArgumentParser(
-        prog=f"pykv bench {args.name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --page is not --pages
-    )
-    parser.add_argument("--json", help="write a record for each case, ceilings included")
-    parser.add_argument("--csv", help="write a row for each case; - prints it, without the table")
-    parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--device", default="cuda", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
-    options.add_arguments(parser, module)
-    given = parser.parse_args(args.options)
+    given = _bench_parser(args.name, module).parse_args(args.options)
     cases = options.select(args.name, module, given)
-    for path in {given.json, given.csv} - {None, "-"}:
-        with open(path, "a"):  # or minutes later there would be no place for the results
-            pass
+    _check_outputs(given.json, given.csv)
+    try:
+        xp = cuda.array_module(given.device)
+    except DeviceError as error:
+        if cuda.has_driver():
+            raise
+        raise DeviceError(
+            f"bench {args.name}: device is {given.device!r}, but there is no NVIDIA driver; "
+            "--device cpu runs the NumPy reference"
+        ) from error
 
     records: list[report.Record] = []
     own: list[report.Record] = []
-    xp = cuda.array_module(given.device)
     try:
         how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
         with cuda.use_device(given.device):
@@ -316,24 +308,61 @@ def _bench(args: argparse.Namespace) -> int:
                 if record["bench"] == args.name:
                     own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
-        table = report.to_csv(own, getattr(module, "row", report.row))
-        if given.json and records:
-            report.write_json(given.json, records)
-            if (records[0]["commit"] or "").endswith("+"):
-                _complain(
-                    f"{given.json} says +: files differ from the commit, so no table takes it"
-                )
-        if given.csv not in (None, "-") and own:
-            with open(given.csv, "w", encoding="utf-8", newline="") as file:
-                file.write(table)
-    to_stdout = given.csv == "-"
-    print(table if to_stdout else report.to_table(records), end="" if to_stdout else "\n")
+        texts = {
+            given.json: report.to_json(records),
+            given.csv: report.to_csv(own, getattr(module, "row", report.row)),
+        }
+        for path in texts.keys() - {None, "-"} if own else ():
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                file.write(texts[path])
+        if given.json and own and (own[0]["commit"] or "").endswith("+"):
+            _complain(f"{given.json} says +: files differ from the commit, so no table takes it")
+    print(texts.get("-", report.to_table(records) + "\n"), end="")
     if hasattr(module, "conclude"):
         print(module.conclude(own), file=sys.stderr)
     if all(record["ok"] for record in records):
         return 0
     _complain("some results are wrong")
     return 1
+
+
+def _bench_parser(name: str, module: Any) -> argparse.ArgumentParser:
+    """The options of a benchmark."""
+    from pykv.bench import options
+
+    parser = argparse.ArgumentParser(
+        prog=f"pykv bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --page is not --pages
+    )
+    device = getattr(module, "DEVICE", "cuda")
+    for option, text in (
+        ("--json", "write a record for each case, ceilings included; - prints them, and no table"),
+        ("--csv", "write a row for each case; - prints them, and no table"),
+    ):
+        parser.add_argument(option, help=text, metavar="FILE")
+    parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
+    parser.add_argument("--device", default=device, help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
+    options.add_arguments(parser, module)
+    return parser
+
+
+def _check_outputs(json_path: str | None, csv_path: str | None) -> None:
+    """Check that results can be written, and leave no trace of it; minutes later is too late."""
+    paths = [path for path in (json_path, csv_path) if path is not None]
+    if len(paths) == 2 and len(set(map(os.path.realpath, paths))) == 1:
+        raise ParameterError(f"bench: --json and --csv are both {json_path}, expected two files")
+    for path in paths:
+        if path != "-":
+            is_new = not os.path.lexists(path)
+            with open(path, "a"):
+                pass
+            if is_new:
+                os.remove(path)
 
 
 def _cache_info(args: argparse.Namespace) -> None:

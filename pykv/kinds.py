@@ -144,6 +144,10 @@ class KVSpec:
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
 
+    def __reduce__(self) -> tuple[type[KVSpec], tuple[str, ...]]:
+        """Made anew where it is unpickled, as each process hashes texts in its own way."""
+        return KVSpec, (self.k, self.v, self.granularity, self.scale_dtype, self.layout)
+
     @staticmethod
     def parse(text: str) -> KVSpec:
         """The spec that `text` names: a word such as "fp16", "int8", "fp8", "k8v4" or "int8+e4m3"
@@ -151,7 +155,7 @@ class KVSpec:
         layout: "int8:head:fp32".
 
         Raises:
-            ParameterError: a word is unknown.
+            ParameterError: a word is unknown, missing, or the second of its sort.
             DtypeError: `text` is no text.
 
         >>> pykv.KVSpec.parse("int8+e4m3:HND")
@@ -311,6 +315,9 @@ def _parse(text: str) -> KVSpec:
     k, plus, v = kinds.partition("+")
     if not plus:
         k, v = SHORT.get(kinds, (kinds, kinds))
+    elif not (k and v):
+        where = "after" if k else "before"
+        raise ParameterError(f"KVSpec: {text!r} has nothing {where} +, expected a kind")
     if k not in KINDS or v not in KINDS:
         raise ParameterError(
             f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
@@ -321,7 +328,14 @@ def _parse(text: str) -> KVSpec:
         raise ParameterError(
             f"KVSpec: {unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
         )
-    return KVSpec(k, v, **{field_of[word]: word for word in rest})
+    words: dict[str, str] = {}
+    for word in rest:
+        if (field := field_of[word]) in words:
+            raise ParameterError(
+                f"KVSpec: {text!r} has {field} given twice, expected {words[field]!r} or {word!r}"
+            )
+        words[field] = word
+    return KVSpec(k, v, **words)
 
 
 def quantize(

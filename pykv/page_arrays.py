@@ -16,6 +16,7 @@ from pykv import ranges
 from pykv.arrays import Dims, checker, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
+from pykv.specs import as_spec
 
 Ids = Sequence[int] | Any  # or a NumPy array
 ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache
@@ -23,7 +24,7 @@ ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache
 
 def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
-    spec: KVSpec = cache.spec
+    spec = as_spec(op, cache.spec, f"{name}.spec")
     pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
     if spec.granularity == "token":
         sizes = _pages_checker(op, name, spec)(*pools, *scales)
@@ -60,12 +61,16 @@ def _scale_names(name: str) -> tuple[str, str]:
 
 def moving_arrays(cache: Any) -> dict[str, Any]:
     """The arrays [L, N, ...] that pages are made of."""
-    return _arrays(cache, ARRAYS if cache.spec.has_dynamic_scales else ARRAYS[:2])
+    return _arrays(cache, ARRAYS if _finds_scales(cache) else ARRAYS[:2])
 
 
 def given_scales(cache: Any) -> dict[str, Any]:
     """The scales that belong to the whole cache."""
-    return _arrays(cache, () if cache.spec.has_dynamic_scales else ARRAYS[2:])
+    return _arrays(cache, () if _finds_scales(cache) else ARRAYS[2:])
+
+
+def _finds_scales(cache: Any) -> bool:
+    return as_spec("pages", cache.spec, "cache.spec").has_dynamic_scales
 
 
 def _arrays(cache: Any, names: Sequence[str]) -> dict[str, Any]:

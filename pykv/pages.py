@@ -3,11 +3,11 @@
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size, W elements that D codes
 take.
 
-A cache here is any object with the attributes `k`, `v`, `k_scales`, `v_scales` and `spec`, such as
-pykv.PagedKVCache or `Pages`: pools [L, N, P, H, W] ([L, N, H, P, W] where the spec says HND) whose
-pages are contiguous, and scales [L, N, P, H] likewise, or [L, H] or [L, 1] where heads or tensors
-have given ones, or None for kinds of floats. Scales of heads and tensors belong to the cache, not
-to its pages: pages may only go where those are the same.
+A cache here is any object with the attributes `k`, `v`, `k_scales`, `v_scales` and `spec`, which is
+a KVSpec or its text, such as pykv.PagedKVCache or `Pages`: pools [L, N, P, H, W] ([L, N, H, P, W]
+where the spec says HND) whose pages are contiguous, and scales [L, N, P, H] likewise, or [L, H] or
+[L, 1] where heads or tensors have given ones, or None for kinds of floats. Scales of heads and
+tensors belong to the cache, not to its pages: pages may only go where those are the same.
 
 Lists of pages are sequences of integers on the host, such as pykv.blocks makes them.
 
@@ -41,6 +41,7 @@ from pykv.page_arrays import (
     places_of,
     same_values,
 )
+from pykv.specs import as_spec
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
@@ -52,7 +53,10 @@ class Pages:
     Attributes:
         k, v: [L, N, P, H, W], or [L, N, H, P, W] where the spec says HND.
         k_scales, v_scales: as the module says; None for kinds of floats.
-        spec: a KVSpec.
+        spec: a KVSpec, or a text that KVSpec.parse reads, which becomes one.
+
+    Raises:
+        ParameterError, DtypeError: the spec is unknown, or neither.
     """
 
     k: Any
@@ -60,6 +64,9 @@ class Pages:
     k_scales: Any
     v_scales: Any
     spec: KVSpec
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", as_spec("Pages", self.spec))
 
     def __repr__(self) -> str:
         layers, num_pages, *inner, width = self.k.shape
@@ -214,12 +221,13 @@ def convert_pages(
     check_targets(op, sides[1].ids, to_facts["pages"])
     check_writeable(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
-    check_apart(op, *sides, in_place=source.spec.layout == target.spec.layout)
+    spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
+    check_apart(op, *sides, in_place=spec.layout == out_spec.layout)
     if on_gpu(source.k) and any(ids is not None for ids in lists):
         with cuda.on_stream(stream):
             cuda.refuse_capture(op, cuda.UPLOADS)
             lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
-    options = dict(spec=source.spec, out_spec=target.spec, check=False, stream=stream)
+    options = dict(spec=spec, out_spec=out_spec, check=False, stream=stream)
     options |= dict(pages=lists[0], out_pages=lists[1])
     names = ("k_pool", "v_pool", "k_scales", "v_scales")
     outputs = ("k_out", "v_out", "k_out_scales", "v_out_scales")

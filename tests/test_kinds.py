@@ -1,3 +1,8 @@
+import os
+import pickle
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -149,6 +154,11 @@ def test_a_spec_is_read_from_text_and_back(text, spec):
     "make, message",
     [
         (lambda: KVSpec.parse("int7"), "'int7' is no kind, expected one of fp32, fp16"),
+        (lambda: KVSpec.parse("int8+"), "'int8\\+' has nothing after \\+, expected a kind"),
+        (lambda: KVSpec.parse("+int8"), "'\\+int8' has nothing before \\+, expected a kind"),
+        (lambda: KVSpec.parse("int8:head:token"), "granularity given twice, expected 'head' or"),
+        (lambda: KVSpec.parse("int8:HND:NHD"), "layout given twice, expected 'HND' or 'NHD'"),
+        (lambda: KVSpec.parse("int8:fp16:fp32"), "scale_dtype given twice, expected 'fp16' or"),
         (lambda: KVSpec.parse("int8:row"), "'row' of 'int8:row' is unknown, expected one of token"),
         (lambda: KVSpec("int8", "int8", "row"), "granularity is 'row', expected one of token"),
         (lambda: KVSpec(layout="NDH"), "layout is 'NDH', expected one of NHD, HND"),
@@ -157,6 +167,21 @@ def test_a_spec_is_read_from_text_and_back(text, spec):
 def test_unknown_names(make, message):
     with pytest.raises(ParameterError, match=message):
         make()
+
+
+def test_equal_specs_are_one_key_in_another_process():
+    """Each interpreter hashes texts in its own way."""
+    code = (
+        "import pickle, sys; from pykv.kinds import KVSpec; spec = pickle.load(sys.stdin.buffer); "
+        "assert {KVSpec.parse('k8v4:HND'): 1}[spec] == 1 and spec.layout == 'HND'"
+    )
+    for seed in ("1", "2"):
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=pickle.dumps(KVSpec.parse("k8v4:HND")),
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+        )
 
 
 def test_bytes_a_token_takes():

@@ -2,12 +2,13 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pykv import PagedKVCache, cuda, kinds, pages
-from pykv.errors import DeviceError, ParameterError, ShapeError
+from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.pages import Pages
 from pykv.testing import codes
@@ -418,3 +419,32 @@ def test_read_only_pages_are_no_target(rng):
             call(*arguments)
     pages.copy_pages(frozen, cache, [0], [1])
     assert not cache.k[:, 1].any()
+
+
+# --- Specs as texts ---
+
+
+def test_pages_take_a_text(rng):
+    one = make(np, rng, "int8:HND", **SIZES)
+    named = Pages(one.k, one.v, one.k_scales, one.v_scales, "int8:HND")
+    assert named.spec == one.spec and repr(named) == repr(one)
+    pages.copy_pages(named, named, [1], [2])
+    pages.zero_pages(named, [3])
+    assert_same_bits(named.k[:, 1], named.k[:, 2])
+    assert not named.k[:, 3].any()
+    with pytest.raises(ParameterError, match="'int9' is no kind"):
+        Pages(one.k, one.v, None, None, "int9")
+    with pytest.raises(DtypeError, match="Pages: spec is a NoneType, expected a KVSpec or a text"):
+        Pages(one.k, one.v, None, None, None)
+
+
+def test_so_does_any_cache(rng):
+    """A cache is any object with the attributes."""
+    one, other = make(np, rng, "int8", **SIZES), make(np, rng, "int8:HND", **SIZES)
+    as_texts = [SimpleNamespace(**{**vars(x), "spec": str(x.spec)}) for x in (one, other)]
+    pages.convert_pages(*as_texts, [1], [2])
+    assert_same_bits(other.k[:, 2].swapaxes(1, 2), one.k[:, 1])
+    assert pages.swap_out(as_texts[0], [1]).spec == one.spec
+    as_texts[0].spec = 8
+    with pytest.raises(DtypeError, match="zero_pages: cache.spec is a int, expected a KVSpec"):
+        pages.zero_pages(as_texts[0], [1])

@@ -193,6 +193,7 @@ def test_append_select_errors_in_order():
 
     for size in ("batch_size", "num_kv_heads", "page_size", "num_total_pages"):
         refused(ParameterError, f"select: {size} is 0, expected", **{size: 0}, head_dim=60)
+    refused(ParameterError, "select: head_dim is 0, expected at least 1", head_dim=0)
     refused(UnsupportedError, "head_dim is 60, expected a multiple of 8", np.int32, head_dim=60)
     refused(UnsupportedError, "head_dim is 520, expected .* up to 512", head_dim=520)
     refused(UnsupportedError, "element is float64, expected one of float32", "f8", counts="then")
@@ -251,6 +252,60 @@ def test_facts_of_an_append_plan():
 def test_an_sku_names_the_sm(device):
     plan = PagedAppendPlan.select(PagedAppendDescriptor(3, CACHE), F16, xp=device)
     assert plan.sku().arch.startswith(("sm_", "compute_"))
+
+
+# --- What is no argument at all ---
+
+SELECTED = [
+    (PagedAppendPlan, PagedAppendDescriptor(3, CACHE)),
+    (ContiguousAppendPlan, ContiguousAppendDescriptor(2, 3, 2, 5, 16, 8)),
+    (PagedDecodePlan, PagedDecodeDescriptor(3, 6, CACHE)),
+]
+NAMES = [plan.__name__ for plan, _ in SELECTED]
+
+
+@pytest.mark.parametrize("plan, descriptor", SELECTED, ids=NAMES)
+def test_what_no_descriptor_is(plan, descriptor):
+    def refused(match, *given):
+        with pytest.raises(DtypeError, match=f"plan.{plan.__name__}.select: {match}"):
+            plan.select(*given)
+
+    expected = f"expected a {type(descriptor).__name__}"
+    refused(f"descriptor is a NoneType, {expected}", None, F16)
+    refused(f"descriptor is a PagedCacheDescriptor, {expected}", CACHE, F16)
+    refused("element is 'x', expected a dtype", descriptor, "x")
+    refused(
+        "batch_size is a float, expected a whole number", replace(descriptor, batch_size=2.0), F16
+    )
+    refused("batch_size is a str", replace(descriptor, batch_size="2"), F16)
+
+
+@pytest.mark.parametrize("size", ["page_size", "head_dim", "num_kv_heads", "num_total_pages"])
+@pytest.mark.parametrize("plan, descriptor", SELECTED[::2], ids=NAMES[::2])
+def test_sizes_of_pages_are_whole_numbers(plan, descriptor, size):
+    cache = replace(CACHE, **{size: 8.0})
+    with pytest.raises(DtypeError, match=f"select: {size} is a float, expected a whole number"):
+        plan.select(replace(descriptor, cache=cache), F16)
+    with pytest.raises(DtypeError, match="descriptor.cache is a NoneType, expected a PagedCache"):
+        plan.select(replace(descriptor, cache=None), F16)
+
+
+def test_an_element_of_the_cache_that_is_no_dtype():
+    with pytest.raises(DtypeError, match="cache_element is 'x', expected a dtype"):
+        ContiguousAppendPlan.select(replace(SELECTED[1][1], cache_element="x"), F16)
+
+
+@pytest.mark.parametrize("plan, descriptor", SELECTED, ids=NAMES)
+def test_what_no_arguments_are(plan, descriptor):
+    made = plan.select(descriptor, F16)
+    others = [PagedAppendArgs(*range(7)), PagedDecodeArgs(*range(7))]
+    for args in (None, [1, 2], (1, 2), *others):
+        if not isinstance(args, plan.args_type):
+            text = f"args is a {type(args).__name__}, expected a {plan.args_type.__name__}"
+            with pytest.raises(DtypeError, match=f"plan.{plan.__name__}.can_implement: {text}"):
+                made.run(args)
+    with pytest.raises(DtypeError, match=f"plan.{plan.__name__}.run: workspace is a str"):
+        made.run(None, workspace="x")
 
 
 # --- Contiguous append ---
@@ -331,8 +386,10 @@ def test_contiguous_errors_in_order(xp, rng):
             select(replace(CONTIGUOUS, **{size: -1, "layout": "x"}), F32)
     with pytest.raises(ParameterError, match="layout is 'x'"):
         select(replace(CONTIGUOUS, layout="x", v_dim=12), F32)
-    with pytest.raises(UnsupportedError, match="v_dim is 12, expected a multiple of 8 up to 1024"):
-        select(replace(CONTIGUOUS, v_dim=12), "f8")
+    for v_dim in (0, 12):
+        text = f"v_dim is {v_dim}, expected a multiple of 8 up to 1024"
+        with pytest.raises(UnsupportedError, match=text):
+            select(replace(CONTIGUOUS, v_dim=v_dim), "f8")
     with pytest.raises(UnsupportedError, match="element is float64"):
         select(CONTIGUOUS, "f8")
     with pytest.raises(UnsupportedError, match="cache_element is int8"):
@@ -424,6 +481,7 @@ def test_decode_errors_in_order(xp, rng):
     excluded(ParameterError, "num_q_heads is 0", HQ=0)
     excluded(ParameterError, "max_pages is 0", max_pages=0)
     excluded(ParameterError, "batch_size is 0", B=0, head_dim=4)
+    excluded(ParameterError, "num_total_pages is 0", max_pages=None, num_total_pages=0)
     excluded(UnsupportedError, "head_dim is 4", head_dim=4, element="f8")
     excluded(UnsupportedError, "element is float64", element="f8", HQ=7)
     excluded(ParameterError, "num_q_heads is 7, expected a multiple of num_kv_heads=2", HQ=7)

@@ -12,13 +12,12 @@ Needs matplotlib: the extra `plot`.
 import argparse
 import csv
 import io
-import json
 import sys
 from pathlib import Path
 
 from pykv import install
 from pykv.bench import CEILINGS, copy, report
-from pykv.errors import FormatError, PykvError
+from pykv.errors import FormatError, ParameterError, PykvError
 from pykv.kinds import KVSpec
 
 WIDTH = 8.8  # inches, at 100 pixels each as wide as a README
@@ -32,6 +31,7 @@ COLORS = {  # of kinds, told apart by colour-blind readers as well
     "int4": "#cc79a7",
 }
 RED = "#c00000"
+SUFFIXES = (".svg", ".png")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -92,6 +92,7 @@ def sweep_points(path):
             raise FormatError(
                 f"{path}: {type(error).__name__} {error}, expected kvbench's columns"
             ) from error
+    report.check_numbers(str(path), [dict(median=point[-1]) for point in points])
     return points, [{"device": path.name}]
 
 
@@ -223,15 +224,14 @@ def peers(paths):
 
 def kinds(paths):
     """Bytes a token against perplexity's rise, a panel for each model."""
-    try:
-        record = json.loads(paths[0].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{paths[0]} is no JSON: {error}") from error
-    if not isinstance(record, dict) or not all("rows" in one for one in record.values()):
+    record = report.read_object(str(paths[0]))
+    if not record or not all("rows" in one for one in record.values()):
         raise FormatError(f"{paths[0]} holds no record of measure_kinds")
     figure, axes = new_figure(3.9, len(record), sharey=True)
     for axis, (model, one) in zip(axes, record.items(), strict=True):
-        base = next(row["perplexity"] for row in one["rows"] if row["spec"] == "fp16")
+        base = next((row["perplexity"] for row in one["rows"] if row["spec"] == "fp16"), None)
+        if base is None:
+            raise FormatError(f"{paths[0]}: {model} has no row of fp16, which others are held to")
         for row in one["rows"]:
             spec = KVSpec.parse(row["spec"])
             if spec.k == "fp32" or spec.scale_dtype != "fp16":
@@ -324,6 +324,7 @@ def csv_records(path):
             raise FormatError(
                 f"{path}: {type(error).__name__} {error}, expected CSV of pykv bench"
             ) from error
+    report.check_numbers(str(path), made)
     return made
 
 
@@ -389,8 +390,11 @@ FIGURES = {"sweep": sweep, "peers": peers, "kinds": kinds, "roofline": roofline}
 
 
 def read_csv(path):
-    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text)))
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        return list(csv.DictReader(io.StringIO(text)))
+    except (ValueError, csv.Error) as error:
+        raise FormatError(f"{path} is no CSV: {error}") from error
 
 
 def draw(name, paths, **options):
@@ -421,8 +425,14 @@ def main(argv=None):
     out = args.out or str(Path(args.files[0]).with_suffix(".svg"))
     try:
         if args.of and args.figure != "sweep":
-            raise FormatError("--of is given, expected with sweep alone")
-        save(draw(args.figure, args.files, **options), out)
+            raise ParameterError("--of is given, expected with sweep alone")
+        if args.figure != "roofline" and len(args.files) > 1:
+            raise ParameterError(f"{args.figure} is given {len(args.files)} files, expected one")
+        if not out.endswith(SUFFIXES):
+            raise ParameterError(f"--out is {out}, expected a name that ends with .svg or .png")
+        with report.reading(*args.files):
+            figure = draw(args.figure, args.files, **options)
+        save(figure, out)
     except (PykvError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2

@@ -11,12 +11,11 @@
     python -m tools.readme_tables  # --check: exit code 1 where a file is not up to date
 
 Writes tools/results/README.md, tools/results/accuracy.md, and README.md between its two markers.
-Of records that are missing nothing is written. A record must be of a clean commit: one whose commit
-is unknown or ends with "+", as files differed from it, is refused, unless --draft is given.
+Of records that are missing nothing is written. Below each table stands when and at which commit it
+was recorded, or that its records name no clean one.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -36,15 +35,10 @@ BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 
 
 class Records:
-    """The records under a project's tools/results.
+    """The records under a project's tools/results; `root` is the project."""
 
-    Args:
-        root: the project.
-        draft: whether records of trees that differ from their commit are accepted.
-    """
-
-    def __init__(self, root, draft):
-        self._folder, self._draft = root / RESULTS, draft
+    def __init__(self, root):
+        self._folder = root / RESULTS
 
     def exists(self, name):
         return (self._folder / name).exists()
@@ -52,47 +46,45 @@ class Records:
     def list(self, stem):
         """The records of the GPU's <stem>.json; [] where there is none."""
         name = f"{GPU}/{stem}.json"
-        if not self.exists(name):
-            return []
-        found = report.read_json(str(self._folder / name))
-        self._check(name, found)
-        return found
+        return report.read_json(str(self._folder / name)) if self.exists(name) else []
 
     def load(self, name):
         """The JSON object of a file that holds no list of records; {} where there is none."""
-        if not self.exists(name):
-            return {}
-        found = json.loads((self._folder / name).read_text(encoding="utf-8"))
-        self._check(name, found.values() if name.endswith("kinds.json") else [found])
-        return found
-
-    def _check(self, name, records):
-        for one in records:
-            commit = one.get("commit")
-            if not self._draft and (commit is None or commit.endswith("+")):
-                raise FormatError(
-                    f"{name}: commit is {commit!r}, expected one whose files had no changes; "
-                    "record it again (or --draft)"
-                )
+        return report.read_object(str(self._folder / name)) if self.exists(name) else {}
 
 
 def facts(records):
-    """Where, with what and when records were made."""
-    words = []
-    for key, text in (
-        *(("device", "{}"), ("driver", "driver {}"), ("cuda", "CUDA {}"), ("nvrtc", "NVRTC {}")),
-        *(("commit", "commit {}"), ("date", "{}")),
-    ):
-        unknown = "unknown" if key == "commit" else None
-        values = [one.get(key) or unknown for one in records]
-        values = dict.fromkeys(str(value) for value in values if value)
-        words += [text.format(" and ".join(values))] if values else []
-    return ", ".join(words).replace("+", " with changes")
+    """Where and with what records were made."""
+    words = (("device", "{}"), ("driver", "driver {}"), ("cuda", "CUDA {}"), ("nvrtc", "NVRTC {}"))
+    return ", ".join(text.format(known) for key, text in words if (known := joined(records, key)))
+
+
+def joined(records, key):
+    """What records say under a key, each value once; empty where none says anything."""
+    return " and ".join(dict.fromkeys(str(one[key]) for one in records if one.get(key)))
+
+
+def is_clean(record):
+    """Whether a record names a commit, and no file differed from it."""
+    commit = record.get("commit")
+    return bool(commit) and not commit.endswith("+")
+
+
+def when(records):
+    """At which commit, and on which day, records were made."""
+    commits, date = joined(records, "commit"), joined(records, "date")
+    if all(map(is_clean, records)):
+        return f"recorded at commit {commits}" + f" on {date}" * bool(date)
+    if not commits:
+        return "recorded before records named a commit"
+    found = commits.replace("+", " with changes")
+    return f"recorded before records named a clean commit ({found})"
 
 
 def stamp(name, records):
     """The line below a table."""
-    return f"{facts(records)}: [{name}]({name})"
+    with report.reading(name):
+        return f"{facts(records)}; {when(records)}: [{name}]({name})"
 
 
 def runtime(records):
@@ -112,6 +104,20 @@ def runtime(records):
     text = "SmolLM2-135M, one sequence, float16 weights and cache, by `tools/measure_runtime.py`."
     return text, ["", "2 CPU cores", "NVIDIA H200"], rows if any(machines) else []
 
+
+_LLAMA = dict(HQ=32, H=8, D=128, P=16)
+ATTENTION = {  # rows of the speed table, by their texts: cases of compare_flashinfer
+    "decode, 64 sequences of 4,096 keys, 32/8 heads of 128, bf16": dict(
+        op="decode", B=64, L=4096, kv="bf16", **_LLAMA
+    ),
+    "the same, int8": dict(op="decode", B=64, L=4096, kv="int8", **_LLAMA),
+    "decode, one sequence of 131,072 keys, bf16": dict(
+        op="decode", B=1, L=131072, kv="bf16", **_LLAMA
+    ),
+    "prefill, 8 prompts of 2,048 tokens, bf16": dict(
+        op="prefill", B=8, L=2048, kv="bf16", **_LLAMA
+    ),
+}
 
 # Heading, command, record, table, figure.
 SECTIONS = [
@@ -160,14 +166,16 @@ def results(records):
         found = records.list(stem)
         if not found:
             continue
-        text, head, rows = make(found)
+        with report.reading(f"{GPU}/{stem}.json"):
+            text, head, rows = make(found)
         if not rows:
             continue
         parts += [f"## {title}", f"`{command}`. {text}", table(head, rows)]
         if figure and records.exists(f"{GPU}/{figure}"):
             parts.append(f"![{title.lower()}]({GPU}/{figure})")
         parts.append(stamp(f"{GPU}/{stem}.json", found))
-    text, head, rows = runtime(records)
+    with report.reading(*(f"{machine}/runtime.json" for machine in (HOST, GPU))):
+        text, head, rows = runtime(records)
     if rows:
         parts += ["## The runtime", text, table(head, rows)]
         names = [name for m in (HOST, GPU) if records.exists(name := f"{m}/runtime.json")]
@@ -191,42 +199,38 @@ def accuracy(records):
     if records.exists(f"{HOST}/kinds.svg"):
         parts.append(f"![bytes of a token against perplexity]({HOST}/kinds.svg)")
     for model, one in found.items():
-        title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
-        parts += [title, tables.kinds_table(one["rows"]), stamp(name, [one])]
+        with report.reading(name):
+            title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
+            parts += [title, tables.kinds_table(one["rows"])]
+        parts.append(stamp(name, [one]))
     return "\n\n".join(parts) + "\n"
 
 
 def speed(records):
     """The speed table of README.md."""
-    rows = [*attention_rows(records), *movement_rows(records), *model_rows(records)]
+    used = {f"{GPU}/{stem}.json": records.list(stem) for stem in SPEED}
+    used[f"{GPU}/runtime.json"] = [*filter(None, [records.load(f"{GPU}/runtime.json")])]
+    used = {name: found for name, found in used.items() if found}
+    with report.reading(*used):
+        rows = [*attention_rows(records), *movement_rows(records), *model_rows(records)]
     if not rows:
         return ""
-    used = [one for stem in SPEED for one in records.list(stem)]
-    used += filter(None, [records.load(f"{GPU}/runtime.json")])
-    return table(["what", "result", "of the ceiling", "beside"], rows) + f"\n\n{facts(used)}."
+    times = {}
+    for name, found in used.items():
+        times.setdefault(when(found), []).append(f"[{Path(name).stem}]({RESULTS}/{name})")
+    made = [f"{', '.join(links)}: {time}." for time, links in times.items()]
+    made = f"{facts([one for found in used.values() for one in found])}. {' '.join(made)}"
+    lines = filter(None, [alone(records), made])
+    body = table(["what", "result", "of the ceiling", "beside"], rows)
+    return body + "\n\n" + "\n".join(lines)
 
 
 def attention_rows(records):
     found = records.list("flashinfer")
     best = tables.best_peers(found)
-    shape = dict(HQ=32, H=8, D=128, P=16)
     rows = []
-    for text, case in (
-        (
-            "decode, 64 sequences of 4,096 keys, 32/8 heads of 128, bf16",
-            dict(op="decode", B=64, L=4096, kv="bf16"),
-        ),
-        ("the same, int8", dict(op="decode", B=64, L=4096, kv="int8")),
-        (
-            "decode, one sequence of 131,072 keys, bf16",
-            dict(op="decode", B=1, L=131072, kv="bf16"),
-        ),
-        (
-            "prefill, 8 prompts of 2,048 tokens, bf16",
-            dict(op="prefill", B=8, L=2048, kv="bf16"),
-        ),
-    ):
-        one = first(found, **shape, **case)
+    for text, case in ATTENTION.items():
+        one = first(found, **case)
         if one is None:
             continue
         us = one["us"]["pykv"]
@@ -239,6 +243,24 @@ def attention_rows(records):
             share, rate = "", f", {one['flops'] / us / 1e6:.0f} TFLOP/s"
         rows.append([text, f"{us:.0f} us{rate}", share.replace("%", " %"), beside])
     return rows
+
+
+def alone(records):
+    """What the benchmarks measured of the cases beside FlashInfer, in runs of their own and so with
+    other times; empty where they did not."""
+    times = []
+    for case in ATTENTION.values():
+        shape = {name: value for name, value in case.items() if name != "op"}
+        whole = dict(Q=0) if case["op"] == "prefill" else {}
+        one = first(records.list(case["op"]), **shape, **whole, dtype="bf16")
+        if one and first(records.list("flashinfer"), **case):
+            times.append(f"{one['median']:.0f}")
+    if not times:
+        return ""
+    return (
+        "Times beside FlashInfer are of one run of both; in runs of their own, `pykv bench decode` "
+        f"and `prefill` took {', '.join(times)} us for these rows, as the tables say."
+    )
 
 
 def movement_rows(records):
@@ -294,9 +316,9 @@ def rewritten(text, inside):
     return f"{before}{begin}\n\n{inside}\n\n{end}{after}" if inside else text
 
 
-def files(root, draft=False):
+def files(root):
     """{path: the text that it should have}."""
-    records = Records(root, draft)
+    records = Records(root)
     readme = root / "README.md"
     return {
         readme: rewritten(readme.read_text(encoding="utf-8"), speed(records)),
@@ -308,12 +330,9 @@ def files(root, draft=False):
 def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument(
-        "--draft", action="store_true", help="accept records of trees with changes, and say so"
-    )
     args = parser.parse_args(argv)
     try:
-        wanted = files(root, args.draft)
+        wanted = files(root)
         old = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in wanted}
     except (PykvError, OSError) as error:
         print(f"readme_tables: {error}", file=sys.stderr)

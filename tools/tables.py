@@ -228,7 +228,8 @@ def peers(records):
         "before it; in brackets the share of the "
         f"{last['read_gbps']:,.0f} GB/s that memory is read at. Last column: pykv's time over that "
         "of FlashInfer's best\nkernel, int8's over that for e4m3, since it has no int8. Cells are "
-        "empty where a kernel does not take the case.\n"
+        "empty where a kernel does not take the case.\nTimes of pykv differ from those in the "
+        "tables of decode and prefill, which are of other runs.\n"
         "Microseconds that a prepared call, or one after FlashInfer's `plan`, keeps the host, "
         f"medians over all cases:\n{host}."
     )

@@ -11,6 +11,7 @@ and, where it wants them,
     OPTIONS              names of the options of `pykv.bench.options` that make cases of its own,
     own_cases(cases, change)             and how, where the first case with other values will not do
     add_arguments(parser), select(args)  options that it alone has, and the cases that they leave
+    DEVICE               what --device is where it is not given, instead of "cuda"
     row(record)          the columns of its CSV instead of `report.row`
     conclude(records)    a closing line for people
 
@@ -33,7 +34,7 @@ import numpy as np
 from pykv import cuda
 from pykv.bench import memory, report, timing
 from pykv.bench.report import Record
-from pykv.errors import ParameterError
+from pykv.errors import DeviceError, ParameterError
 
 CEILINGS = "bandwidth"  # the benchmark that measures them
 
@@ -112,7 +113,8 @@ def run(
         quick: measure ceilings on small arrays, which are no ceilings then.
 
     Raises:
-        ParameterError: no such benchmark, too few samples, or a negative warm-up.
+        ParameterError: no such benchmark, too few samples, or a negative warm-up or seed.
+        DeviceError: no case runs on this device.
 
     A case whose result is wrong has a record without samples. Reports progress on stderr.
     """
@@ -120,6 +122,8 @@ def run(
         raise ParameterError(f"bench: samples is {samples}, expected at least 20")
     if warmup < 0:
         raise ParameterError(f"bench: warmup is {warmup}, expected at least 0")
+    if seed < 0:
+        raise ParameterError(f"bench: seed is {seed}, expected at least 0")
     load(name)
     jobs = {name: list(cases)}
     if name != CEILINGS:
@@ -129,6 +133,7 @@ def run(
     total, done = sum(map(len, jobs.values())), 0
     timer, facts = timing.Timer(xp, samples=samples, warmup=warmup), report.environment(xp)
     found: dict[str, float] = {}
+    ran = False
     try:
         for bench, wanted in jobs.items():
             held = []  # the ceilings' own shares are known when all of them are measured
@@ -140,6 +145,7 @@ def run(
                     print(f"{label}: not on this device", file=sys.stderr)
                     continue
                 print(f"{label}: {report.summary(record)}", file=sys.stderr, flush=True)
+                ran |= bench == name
                 if bench == CEILINGS:
                     held.append(record)
                 else:
@@ -147,6 +153,11 @@ def run(
             if bench == CEILINGS:
                 found = report.ceilings(held)
                 yield from (report.with_share(record, found) for record in held)
+        if jobs[name] and not ran:
+            raise DeviceError(
+                f"bench {name}: none of the cases runs on {facts['device']}, expected a device of "
+                "another kind, or other cases"
+            )
     finally:
         memory.free()
 

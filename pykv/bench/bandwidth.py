@@ -20,6 +20,7 @@ from pykv.ranges import address_of
 from pykv.testing import caches
 
 GIB = 1 << 30
+MAX_SIZE = 1 << 40
 QUICK_SIZE = 1 << 22  # fits caches: good for a try, not for a ceiling
 
 CASES: list[dict[str, Any]] = [
@@ -39,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    if args.size < VECTOR_BYTES or args.size % VECTOR_BYTES:
+    if args.size % VECTOR_BYTES or not 0 < args.size <= MAX_SIZE:
         raise ParameterError(
-            f"bench bandwidth: --size is {args.size}, expected a multiple of {VECTOR_BYTES} above 0"
+            f"bench bandwidth: --size is {args.size}, expected a multiple of {VECTOR_BYTES} above "
+            f"0, up to {MAX_SIZE}"
         )
     return cases(min(args.size, QUICK_SIZE) if args.quick else args.size)
 

@@ -14,6 +14,7 @@ from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.blocks import BlockManager
 
+DEVICE = "auto"  # no call touches it
 PAGES, P = 4096, 16
 
 OPERATIONS = {

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, transfer
-from pykv.bench import Work, memory, report
+from pykv.bench import Work, memory, options, report
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
 from pykv.ranges import address_of
@@ -166,9 +166,12 @@ def _names(option: str, text: str, valid: tuple[str, ...]) -> list[str]:
 
 
 def _counts(option: str, text: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise ParameterError(f"bench copy: {option} is {text!r}, expected numbers such as 1,2,4")
-    return [int(part) for part in text.split(",")]
+    try:
+        return [options.count(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ParameterError(
+            f"bench copy: {option} is {text!r}, expected numbers such as 1,2,4"
+        ) from error
 
 
 # --- Work -----------------------------------------------------------------------------------------

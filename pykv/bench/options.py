@@ -24,6 +24,7 @@ Case = dict[str, Any]
 
 DTYPES = {"fp16": np.dtype(np.float16), "bf16": BFLOAT16, "fp32": np.dtype(np.float32)}
 MAX_HEAD_DIM = 512  # of every op that takes pages
+MAX_COUNT = 2**31 - 1  # tokens and pages have int32 indices
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,24 @@ class Option:
     help: str
 
 
+def count(text: str) -> int:
+    """The number that a text is.
+
+    Raises:
+        ValueError: it is none from 1 to MAX_COUNT.
+    """
+    digits = len(str(MAX_COUNT))  # int() refuses thousands of them
+    if not (text.isascii() and text.isdecimal() and len(text) <= digits):
+        raise ValueError
+    number = int(text)
+    if not 0 < number <= MAX_COUNT:
+        raise ValueError
+    return number
+
+
 def _count(field: str) -> Callable[[str], Case]:
     def read(text: str) -> Case:
-        if not (text.isascii() and text.isdecimal() and int(text)):
-            raise ValueError
-        return {field: int(text)}
+        return {field: count(text)}
 
     return read
 
@@ -86,7 +100,7 @@ def has_dynamic_scales(kv: str) -> bool:
     return spec.has_dynamic_scales or not spec.has_scales
 
 
-_NUMBER = "a whole number above 0"
+_NUMBER = f"a whole number above 0, up to {MAX_COUNT}"
 _DTYPES = f"one of {', '.join(DTYPES)}"
 _KINDS = "kinds of the cache, as in int8,bf16:HND"
 _ROWS = "a kind that finds a scale for each row"

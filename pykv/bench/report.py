@@ -18,8 +18,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,28 +125,96 @@ def summary(one: Record) -> str:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def write_json(path: str, records: list[Record]) -> None:
+def to_json(records: list[Record]) -> str:
     """A JSON array with a record a line."""
     lines = ",\n".join(json.dumps(one, allow_nan=False) for one in records)
-    Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return f"[\n{lines}\n]\n"
+
+
+def write_json(path: str, records: list[Record]) -> None:
+    """A file of records."""
+    Path(path).write_text(to_json(records), encoding="utf-8")
 
 
 def read_json(path: str) -> list[Record]:
     """The records of a file.
 
     Raises:
-        FormatError: it holds something else.
+        FormatError: it holds something else, or a number that nobody can have measured.
         OSError: it cannot be read.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is no JSON: {error}") from error
+    records = _read(path)
     if not isinstance(records, list) or not all(
-        isinstance(one, dict) and {"bench", "case", "ok"} <= one.keys() for one in records
+        isinstance(one, dict)
+        and {"bench", "case", "ok"} <= one.keys()
+        and isinstance(one["case"], dict)
+        for one in records
     ):
         raise FormatError(f"{path} holds no list of benchmark records")
     return records
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """The JSON object of a file that holds no list of records; raises as `read_json`."""
+    found = _read(path)
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} holds a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _read(path: str) -> Any:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+        raise FormatError(f"{path} is no JSON: {error}") from error
+    check_numbers(path, found)
+    return found
+
+
+# What something is divided by, or a logarithm is taken of; of a dict, of every kernel in it.
+_POSITIVE = {"median", "p5", "p95", "host_median", "prepared_median", "ceiling_gbps", "read_gbps"}
+_POSITIVE |= {"us", "host_us", "perplexity", "bytes_per_token"}
+
+
+def check_numbers(path: str, found: Any) -> None:
+    """Check that all numbers in lists and dicts are finite, and times and the like above 0; `path`
+    is for messages.
+
+    Raises:
+        FormatError: one is not.
+    """
+    rest: list[tuple[str, Any]] = [("a number", found)]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(name if name in _POSITIVE else key, x) for key, x in value.items()]
+        elif isinstance(value, list):
+            rest += [(name, x) for x in value]
+        elif isinstance(value, int | float):
+            positive = name in _POSITIVE
+            if not math.isfinite(value) or (positive and value <= 0):
+                expected = "a number above 0" if positive else "a finite number"
+                raise FormatError(f"{path}: {name} is {value}, expected {expected}")
+
+
+@contextmanager
+def reading(*paths: object) -> Iterator[None]:
+    """A context in which a record that lacks something, or has something else in its place, is an
+    error that names the files.
+
+    Raises:
+        FormatError: instead of what that did to the code inside, but with python -X dev.
+    """
+    try:
+        yield
+    except FormatError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if sys.flags.dev_mode:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        names = ", ".join(map(str, paths))
+        raise FormatError(f"{names}: a record lacks what is read of it: {what}") from error
 
 
 def row(one: Record) -> dict[str, Any]:

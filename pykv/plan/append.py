@@ -16,6 +16,7 @@ from pykv.plan.base import (
     PagedCacheDescriptor,
     PagedPlan,
     Plan,
+    as_dtype,
     check_element,
     check_head_dim,
     check_sizes,
@@ -79,7 +80,7 @@ class PagedAppendPlan(PagedPlan):
         "rows of float32, float16 and bfloat16 into any kind; head sizes of multiples of 8 up to "
         "512; pages, tokens and heads at any strides"
     )
-    fields = PagedAppendArgs._fields
+    descriptor_type, args_type = PagedAppendDescriptor, PagedAppendArgs
 
     def _select(self, name: str) -> KVSpec:
         descriptor: PagedAppendDescriptor = self.descriptor
@@ -112,7 +113,7 @@ class PagedAppendPlan(PagedPlan):
 
         Args:
             args: the arrays.
-            workspace: not needed.
+            workspace: not needed; None or uint8.
             check: look for wrong entries first, see pykv.ops.paged_check.
             stream: see pykv.cuda.on_stream.
 
@@ -120,6 +121,7 @@ class PagedAppendPlan(PagedPlan):
 
         On a GPU only enqueues, one launch, unless checking.
         """
+        self._check_workspace(workspace)
         self.can_implement(args)
         counts = self.descriptor.counts
         self._look(args, check, stream, appends=True, counts=counts)
@@ -195,6 +197,7 @@ class ContiguousAppendPlan(Plan):
         "to 1024, those of keys and values apart; batch rows, tokens and heads at any strides; "
         "offsets of 32 or 64 bits"
     )
+    descriptor_type, args_type = ContiguousAppendDescriptor, ContiguousAppendArgs
 
     def _select(self, name: str) -> KVSpec:
         descriptor, layout = self.descriptor, self.descriptor.layout
@@ -206,7 +209,7 @@ class ContiguousAppendPlan(Plan):
         for size in names[4:]:
             check_head_dim(name, size, sizes[size], contiguous_append.MAX_HEAD_DIM)
         of_cache = descriptor.cache_element
-        of_cache = self._element if of_cache is None else np.dtype(of_cache)
+        of_cache = self._element if of_cache is None else as_dtype(name, "cache_element", of_cache)
         check_element(name, "element", self._element)
         check_element(name, "cache_element", of_cache)
         kind = dict(zip(FLOATS, ("fp32", "fp16", "bf16"), strict=True))[of_cache]
@@ -231,6 +234,7 @@ class ContiguousAppendPlan(Plan):
     def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
         """Append `args`; tokens past the caches' ends are dropped. Options are those of
         PagedAppendPlan.run; with `advance` and several new tokens there are two launches."""
+        self._check_workspace(workspace)
         self.can_implement(args)
         advance, layout = self.descriptor.advance, self.descriptor.layout
         contiguous_append.append(*args, layout=layout, advance=advance, stream=stream)

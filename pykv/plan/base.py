@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Self
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, checker
+from pykv.arrays import FLOATS, INT32, UINT8, Dims, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,
@@ -120,6 +121,8 @@ class Plan:
 
     op: str
     covers: str
+    descriptor_type: type
+    args_type: Any  # a NamedTuple
     accumulator: str | None = None  # None: the element, of which there are only copies
     may_lack: tuple[str, ...] = ()  # arguments that may be None, besides scales
 
@@ -131,9 +134,15 @@ class Plan:
     def __init__(
         self, descriptor: Any, element: Any, preference: Preference | None = None, xp: Any = np
     ) -> None:
-        self.descriptor, self._element, self._xp = descriptor, np.dtype(element), xp
-        self._passed: Dims | None = None  # of the arguments that fitted last
         name = f"{self._name()}.select"
+        self._check_descriptor(name, descriptor)
+        self.descriptor, self._element, self._xp = (
+            descriptor,
+            as_dtype(name, "element", element),
+            xp,
+        )
+        self._passed: Dims | None = None  # of the arguments that fitted last
+        self._workspace_check = checker(f"{self._name()}.run", workspace=("E", UINT8))
         self._spec = self._select(name)
         preference = preference or Preference()
         if preference.backend not in (None, "pykv"):
@@ -157,9 +166,13 @@ class Plan:
             xp: the array module of the arrays to come; with `cupy` an append is compiled here.
 
         Raises:
+            DtypeError: the descriptor is that of another plan, or `element` no dtype.
             ParameterError, UnsupportedError, CapacityError: in the order that the class gives.
         """
         return cls(descriptor, element, preference, xp)
+
+    def _check_descriptor(self, name: str, descriptor: Any) -> None:
+        check_type(name, "descriptor", descriptor, self.descriptor_type)
 
     def _select(self, name: str) -> KVSpec:
         """Check the descriptor, set `_check` and `_shapes`, and return what the cache holds."""
@@ -169,9 +182,11 @@ class Plan:
         """Check `args`, the arrays of a call.
 
         Raises:
+            DtypeError: they are those of another plan.
             ShapeError, UnsupportedError, DtypeError, DeviceError, ParameterError: in the order that
                 the class gives.
         """
+        check_type(f"{self._name()}.can_implement", "args", args, self.args_type)
         dims = error = None
         try:
             dims = self._check(*args)
@@ -208,6 +223,10 @@ class Plan:
                     f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
                 )
 
+    def _check_workspace(self, workspace: Any) -> None:
+        if workspace is not None:
+            self._workspace_check(workspace)
+
     @classmethod
     def _name(cls) -> str:
         return f"plan.{cls.__name__}"
@@ -240,12 +259,15 @@ class PagedPlan(Plan):
         descriptor, element, preference, xp: as of Plan.
     """
 
-    fields: tuple[str, ...]  # of the arguments, in order
+    def _check_descriptor(self, name: str, descriptor: Any) -> None:
+        super()._check_descriptor(name, descriptor)
+        check_type(name, "descriptor.cache", descriptor.cache, PagedCacheDescriptor)
 
     def _check_pages(self, name: str) -> None:
         """Check the sizes of the pages, then the element; errors begin with `name`."""
         cache = self.descriptor.cache
-        sizes = {x: getattr(cache, x) for x in ("num_kv_heads", "page_size", "num_total_pages")}
+        names = ("num_kv_heads", "page_size", "num_total_pages", "head_dim")
+        sizes = {x: getattr(cache, x) for x in names}
         check_sizes(name, 1, batch_size=self.descriptor.batch_size, **sizes)
         check_head_dim(name, "head_dim", cache.head_dim, paged_append.MAX_HEAD_DIM)
         check_element(name, "element", self._element)
@@ -263,7 +285,7 @@ class PagedPlan(Plan):
         self._shapes = rows | pools | dict(indptr=(B + 1,), last_page_len=(B,))
         rules |= cache.spec.rules(("k_data", "v_data", "k_scales", "v_scales"))
         rules |= dict(indices=("I", INT32), indptr=("B+1", INT32), last_page_len=("B", INT32))
-        of_arguments = {argument: rules[argument] for argument in self.fields}
+        of_arguments = {argument: rules[argument] for argument in self.args_type._fields}
         self._check = checker(f"{self._name()}.can_implement", **of_arguments)
 
     def _look(self, args: Any, check: bool | None, stream: Any, **options: Any) -> None:
@@ -280,19 +302,43 @@ class PagedPlan(Plan):
 # --- Checks ---------------------------------------------------------------------------------------
 
 
+def check_type(name: str, argument: str, value: Any, expected: type) -> None:
+    """Check that a `value` is of the `expected` type; `name` and `argument` are for messages."""
+    if not isinstance(value, expected):
+        raise DtypeError(
+            f"{name}: {argument} is a {type(value).__name__}, expected a {expected.__name__}"
+        )
+
+
 def check_sizes(name: str, least: int, **sizes: int) -> None:
-    """Check that sizes are at `least` so large; `name` is for messages."""
+    """Check that sizes are whole numbers and at `least` so large; `name` is for messages."""
     for size, value in sizes.items():
+        try:
+            index(value)
+        except TypeError as error:
+            given = type(value).__name__
+            raise DtypeError(f"{name}: {size} is a {given}, expected a whole number") from error
         if value < least:
             raise ParameterError(f"{name}: {size} is {value}, expected at least {least}")
 
 
 def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
     """Check a `head_dim`, of which `most` is the largest; `name` and `size` are for messages."""
-    if head_dim % 8 or head_dim > most or head_dim < 0:
+    if head_dim % 8 or not 0 < head_dim <= most:
         raise UnsupportedError(
             f"{name}: {size} is {head_dim}, expected a multiple of 8 up to {most}"
         )
+
+
+def as_dtype(name: str, argument: str, element: Any) -> np.dtype[Any]:
+    """The dtype that an `element` names; `name` and `argument` are for messages."""
+    try:
+        dtype: np.dtype[Any] = np.dtype(element)
+    except (TypeError, ValueError) as error:
+        raise DtypeError(
+            f"{name}: {argument} is {element!r}, expected a dtype such as np.float16"
+        ) from error
+    return dtype
 
 
 def check_element(name: str, argument: str, element: Any) -> None:

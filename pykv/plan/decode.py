@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, UINT8, checker, on_gpu, optional
+from pykv.arrays import FLOAT32, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import page_table, paged_decode
@@ -75,15 +75,16 @@ class PagedDecodePlan(PagedPlan):
     )
     accumulator = "float32"
     may_lack = ("lse",)
-    fields = PagedDecodeArgs._fields
+    descriptor_type, args_type = PagedDecodeDescriptor, PagedDecodeArgs
 
     def _select(self, name: str) -> KVSpec:
         descriptor: PagedDecodeDescriptor = self.descriptor
         cache = descriptor.cache
         B, HQ, max_pages = descriptor.batch_size, descriptor.num_q_heads, descriptor.max_pages
-        self._max_pages = cache.num_total_pages if max_pages is None else max_pages
-        check_sizes(name, 1, num_q_heads=HQ, max_pages=self._max_pages)
+        of_lists = {} if max_pages is None else dict(max_pages=max_pages)
+        check_sizes(name, 1, num_q_heads=HQ, **of_lists)
         self._check_pages(name)
+        self._max_pages: int = cache.num_total_pages if max_pages is None else max_pages
         H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
         if HQ % H:
             raise ParameterError(
@@ -128,7 +129,7 @@ class PagedDecodePlan(PagedPlan):
         On a GPU only enqueues, unless checking.
         """
         needed = self.workspace_size()
-        _check_workspace(workspace)
+        self._check_workspace(workspace)
         given = 0 if workspace is None else int(workspace.nbytes)
         if given < needed:
             raise CapacityError(
@@ -166,6 +167,3 @@ class PagedDecodePlan(PagedPlan):
             workspace=scratch,
             check=False,  # lists were looked at, and the table is made of them
         )
-
-
-_check_workspace = checker("plan.PagedDecodePlan.run", workspace=optional("E", UINT8))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import bench, cli
+from pykv import bench, cli, cuda
 from pykv.bench import Work, bandwidth, memory, report, timing
 from pykv.errors import ParameterError
 from pykv.ops import bandwidth as op
@@ -315,6 +315,13 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
         (["bandwidth", "--device", "cpu", "--size", "17"], "--size is 17, expected a multiple of"),
         (["bandwidth", "--device", "cpu", "--size", "0"], "--size is 0, expected a multiple of 16"),
         (["bandwidth", "--device", "cpu", "--json", "no/such/x"], "No such file or directory"),
+        (["bandwidth", "--device", "cpu", "--seed", "-1"], "seed is -1, expected at least 0"),
+        (["bandwidth", "--device", "cpu", "--size", str(16 * 10**20)], "--size is 16.*, up to"),
+        (["bandwidth", "--json", "x", "--csv", "./x"], "--json and --csv are both x, expected two"),
+        (["bandwidth", "--json", "-", "--csv", "-"], "--json and --csv are both -, expected two"),
+        (["decode", "--keys", "9" * 20], f"--keys has '{'9' * 20}', expected a whole number"),
+        (["decode", "--keys", "9" * 5000], "--keys has '9+', expected a whole number"),
+        (["decode", "--batch", "2147483648"], "--batch has .*, expected a .*up to 2147483647"),
         (["decode", "--batch", "foo"], "--batch has 'foo', expected a whole number above 0"),
         (["decode", "--batch", "3,0"], "--batch has '0', expected a whole number above 0"),
         (["decode", "--keys", "-3"], "--keys has '-3', expected a whole number above 0"),
@@ -339,8 +346,38 @@ def test_bad_input_is_one_line(capsys, argv, text):
     assert re.fullmatch(f"pykv: .*{text}.*\n", err), err
 
 
-def test_without_a_gpu_one_line_says_so(capsys, monkeypatch):
+@pytest.mark.parametrize("driver", [False, True])
+def test_without_a_gpu_one_line_says_so_and_no_file_is_left(capsys, monkeypatch, tmp_path, driver):
     monkeypatch.setitem(sys.modules, "cupy", None)  # as where it is not installed
-    code, out, err = run(capsys, "bandwidth")
-    assert code == 2 and out == ""
-    assert err.startswith("pykv: device is 'cuda', but ") and err.count("\n") == 1
+    for module in (cuda, cuda.devices):
+        monkeypatch.setattr(module, "has_driver", lambda: driver)
+    code, out, err = run(capsys, "bandwidth", "--json", tmp_path / "x", "--csv", tmp_path / "y")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "device is 'cuda', but " in err
+    assert ("--device cpu runs the NumPy reference" in err) == (not driver)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_was_there_stays_where_nothing_was_measured(capsys, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    argv = ["copy", "--device", "cpu", "--quick", "--case", "backend=batched", "--json", path]
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and path.read_text() == "old"
+    last = err.splitlines()[-1]
+    assert last.startswith("pykv: bench copy: none of the cases runs on ")
+
+
+def test_json_on_standard_output(capsys, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["bandwidth", "--device", "cpu", "--size", SMALL, "--json", "-", "--csv", "x.csv"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0 and not (tmp_path / "-").exists()
+    records = json.loads(out)
+    assert (tmp_path / "x.csv").read_text() == report.to_csv(records)
+
+
+def test_what_touches_no_gpu_needs_none(capsys, monkeypatch):
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: False)
+    code, out, _ = run(capsys, "blocks", "--quick", "--case", "what=fork")
+    assert code == 0 and "blocks what=fork" in out

@@ -204,6 +204,10 @@ def test_profile_is_kvbench():
             "--num-blocks is '1,0', expected numbers",
         ),
         (
+            dict(profile="llama-3.1-70b", num_blocks="9" * 20),
+            "--num-blocks is '99999999999999999999', expected numbers",
+        ),
+        (
             dict(profile="llama-3.1-70b", tokens_per_block="x"),
             "--tokens-per-block is 'x', expected numbers such as",
         ),

@@ -300,7 +300,12 @@ def asarray(x: Any) -> Any:
 
 
 def from_pointer(
-    address: int, shape: tuple[int, ...], dtype: Any, *, device: int = 0, owner: Any = None
+    address: int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    device: int | None = None,
+    owner: Any = None,
 ) -> Any:
     """A CuPy array over device memory that somebody else allocated.
 
@@ -308,7 +313,7 @@ def from_pointer(
         address: device address of the first element, in bytes; aligned to the element.
         shape: sizes, row-major and contiguous.
         dtype: NumPy or ml_dtypes element type.
-        device: ordinal of the GPU that holds the memory.
+        device: ordinal of the GPU that holds the memory, the current one if None.
         owner: an object to keep alive as long as the array; the memory itself is not freed.
 
     Raises:
@@ -324,6 +329,8 @@ def from_pointer(
             f"{dtype.alignment} for {dtype}"
         )
     cupy = load_cupy()
+    if device is None:
+        device = cupy.cuda.runtime.getDevice()
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

@@ -4,6 +4,7 @@ import gc
 import sys
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,14 +96,17 @@ def test_errors_leave_no_recording_behind(two):
     assert is_all(x, 1)
 
 
-def test_threads_do_not_see_each_others_recording(two):
+def test_threads_do_not_see_each_others_recording(xp, two):
     x, y = two
     seen = []
+    # A thread begins with GPU 0.
+    device = nullcontext() if xp is np else xp.cuda.Device(cuda.current_device())
 
     def other():
-        seen.append(cuda.is_preparing())
-        activation.add(x, y)
-        seen.append(is_all(x, 1))
+        with device:
+            seen.append(cuda.is_preparing())
+            activation.add(x, y)
+            seen.append(is_all(x, 1))
 
     def work():
         thread = threading.Thread(target=other)

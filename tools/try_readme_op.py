@@ -75,6 +75,8 @@ def main():
         run(tree, *pytest, "tests/test_kernels_compile.py", "-k", stem)
         if stem not in run(tree, "pykv", "verify"):
             raise SystemExit(f"pykv verify does not name {stem}")
+        run(tree, *pytest, "tests/test_verify.py", "-k", f"{stem} or family or public")
+        run(tree, *pytest, "tests/test_docs.py")
         run(tree, *pytest, "tests/simt/test_machine.py", "-k", "test_every_kernel_runs")
 
 

@@ -523,3 +523,18 @@ def test_decode_says_what_workspace_it_needs(device, rng):
     preference = Preference(max_workspace_bytes=needed - 1)
     with pytest.raises(CapacityError, match=f"takes {needed} bytes, expected at most {needed - 1}"):
         PagedDecodePlan.select(descriptor, F32, preference=preference, xp=device)
+
+
+def test_a_workspace_that_kernels_cannot_address_is_refused(device, rng):
+    cache = PagedCacheDescriptor(4, 8, 1, 8)
+    plan = PagedDecodePlan.select(PagedDecodeDescriptor(1, 1, cache), np.float32, xp=device)
+    floats, ints = (
+        (lambda *s: device.zeros(s, np.float32)),
+        (lambda *x: device.asarray(np.array(x, np.int32))),
+    )
+    pools = [device.zeros((8, 1, 4, 8), np.float16) for _ in range(2)]
+    args = PagedDecodeArgs(floats(1, 1, 8), *pools, ints(0), ints(0, 1), ints(3), floats(1, 1, 8))
+    memory = device.zeros(plan.workspace_size() + 16, np.uint8)
+    with pytest.raises(ShapeError, match="workspace has address .*, expected a multiple of 16"):
+        plan.run(args, workspace=memory[1:])
+    plan.run(args, workspace=memory)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, Dims, checker
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,
@@ -142,7 +142,7 @@ class Plan:
             xp,
         )
         self._passed: Dims | None = None  # of the arguments that fitted last
-        self._workspace_check = checker(f"{self._name()}.run", workspace=("E", UINT8))
+        self._workspace_check = checker(f"{self._name()}.run", workspace=("E", UINT8, VECTOR_BYTES))
         self._spec = self._select(name)
         preference = preference or Preference()
         if preference.backend not in (None, "pykv"):

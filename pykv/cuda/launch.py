@@ -73,7 +73,8 @@ def signature(stem: str, name: str) -> Signature:
             before an array, or of a type that is none of `SCALARS`.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source(stem), flags=re.DOTALL)
-    head = rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"
+    bounds = r"(?:__launch_bounds__\([^)]*\)\s*)?"
+    head = rf"__global__\s+void\s+{bounds}{re.escape(name)}\s*\(([^)]*)\)"
     found = re.search(head, text)
     if not found:
         raise UnsupportedError(f"cuda.kernel: {stem}.cu has no kernel {name}")

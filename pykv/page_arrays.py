@@ -61,15 +61,15 @@ def _scale_names(name: str) -> tuple[str, str]:
 
 def moving_arrays(cache: Any) -> dict[str, Any]:
     """The arrays [L, N, ...] that pages are made of."""
-    return _arrays(cache, ARRAYS if _finds_scales(cache) else ARRAYS[:2])
+    return _arrays(cache, ARRAYS if _has_dynamic_scales(cache) else ARRAYS[:2])
 
 
 def given_scales(cache: Any) -> dict[str, Any]:
     """The scales that belong to the whole cache."""
-    return _arrays(cache, () if _finds_scales(cache) else ARRAYS[2:])
+    return _arrays(cache, () if _has_dynamic_scales(cache) else ARRAYS[2:])
 
 
-def _finds_scales(cache: Any) -> bool:
+def _has_dynamic_scales(cache: Any) -> bool:
     return as_spec("pages", cache.spec, "cache.spec").has_dynamic_scales
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import BFLOAT16
 from pykv.ops import linear
 from pykv.testing import error_and_bound, oracles
@@ -18,7 +19,8 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for gemm in ["own"] + ["cublas"] * (xp is not np and linear.has_cublas()):
         for shape in ((1, 576, 576), (3, 1000, 1536), (70, 576, 576)):
             yield _case(gemm, shape, F16, rng, xp)
-        yield _case(gemm, (3, 72, 576), BFLOAT16, rng, xp)
+        if gemm == "own" or cuda.current_sm() >= 80:  # cuBLAS multiplies bfloat16 from there on
+            yield _case(gemm, (3, 72, 576), BFLOAT16, rng, xp)
         yield _case(gemm, (3, 72, 576), F16, rng, xp, accumulate=True)
 
 

@@ -127,6 +127,7 @@ def memcpy_batch(
     _check_word(op, "device", device, ("cuda", "cpu"))
     src, dst, sizes = check_tables(op, src_ptrs, dst_ptrs, size, validate)
     if not len(src):
+        cuda.skip()
         return _NOTHING
     if device == "cpu":
         return _copy_on_host(op, src, dst, sizes, mode)

@@ -188,7 +188,7 @@ def copy_on_gpu(
     """
     C = len(src)
     if C == 0:
-        return
+        return cuda.skip()
     tile = (MANY if max_ctas is None else FEW)["TILE"]
     runs = _runs(sizes, C)
     if not runs and not on_gpu(src):

@@ -138,13 +138,13 @@ def _move(
     else:
         shape, to, from_ = block_memory.sides_by_address(op, dst, src, shape, num_blocks)
     if to.N == 0:
-        return
+        return cuda.skip()
     layouts = dst.layout, src.layout
     heads = _moved(op, "heads", heads, to, from_, layouts)
     layers = _moved(op, "layers", layers, to, from_, layouts)
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
-        return
+        return cuda.skip()
     if to.chunks:
         _move_on_host(op, to, from_, moved, heads[0], layers[0])
         return

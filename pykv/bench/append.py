@@ -80,7 +80,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     if not memory.fits(xp, N * P * spec.bytes_per_token(H, D) + 3 * calls * moved):
         return None
     cache = caches.empty(xp, caches.cache(xp, rng, spec, 1, N, P, H, D))
-    make_call = _layer if "op" in case else _rows
+    make_call = _layer if "op" in case else rows
     places = rng.permutation(N * P)[: calls * T].astype(np.int32).reshape(calls, T)
     made = [make_call(case, xp, rng, cache, slots) for slots in places]
     runs, checks = zip(*made, strict=True)
@@ -97,8 +97,10 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
 Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
 
 
-def _rows(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any) -> Call:
-    """A call of `paged_append.append`."""
+def rows(
+    case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any
+) -> tuple[partial[Any], Callable[[], bool]]:
+    """A call of `paged_append.append`, and its check."""
     shape = case["tokens"], case["H"], case["D"]
     k, v = caches.values(xp, rng, shape, DTYPES[case["dtype"]])
     where = dict(slots=xp.asarray(places), spec=cache.spec, **caches.layer(cache))

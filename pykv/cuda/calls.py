@@ -169,9 +169,9 @@ def is_preparing() -> bool:
     return _state.recording is not None
 
 
-# Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: initialization
-# error, stub library, insufficient driver, no device, system not ready, driver mismatch, no
-# compatibility on this device.
+# Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: cannot be
+# initialised, stub library, driver too old, no device, system not ready, drivers that do not fit
+# each other or the device.
 _NO_GPU = (3, 34, 35, 100, 802, 803, 804)
 _INVALIDATED = 901  # cudaErrorStreamCaptureInvalidated
 

@@ -233,10 +233,10 @@ def row(one: report.Record) -> dict[str, Any]:
         "total_bytes": total,
         "inner_bytes": case["tokens_per_block"] * TOKEN_BYTES,
         **{name: case[name] for name in ("copy_size", "num_copies")},
-        "median_ms": "" if median is None else f"{median / 1e3:.4f}",
-        "bandwidth_gbps": "" if median is None else f"{total / median / 1e3:.2f}",
-        "host_ms": "" if host is None else f"{host / 1e3:.4f}",
-        "share": "" if one["share"] is None else f"{one['share']:.4f}",
+        "median_ms": report.cell(median and median / 1e3, 4),
+        "bandwidth_gbps": report.cell(median and total / median / 1e3, 2),
+        "host_ms": report.cell(host and host / 1e3, 4),
+        "share": report.cell(one["share"], 4),
         "ok": one["ok"],
     }
 

@@ -137,8 +137,7 @@ def tflops(record: Record) -> float | None:
 
 
 def row(record: Record) -> dict[str, Any]:
-    rate = tflops(record)
-    return {**report.row(record), "tflops": "" if rate is None else f"{rate:.2f}"}
+    return {**report.row(record), "tflops": report.cell(tflops(record), 2)}
 
 
 def conclude(records: list[Record]) -> str:

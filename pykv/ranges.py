@@ -91,6 +91,24 @@ def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
             )
 
 
+def check_memory(op: str, src: Ranges, dst: Ranges, reached: Any, stream: Any = None) -> None:
+    """`check_overlaps`, and `check_reachable` of `reached` bytes on either side. Tables of a GPU
+    come to the host on a stream, and at each prepared call, as they may hold something else then.
+    """
+
+    def check() -> None:
+        given = [(name, x.get() if on_gpu(x) else x, sizes) for name, x, sizes in (src, dst)]
+        check_overlaps(op, *given)
+        for name, table, _ in given:
+            check_reachable(op, name, table, reached)
+
+    if not (on_gpu(src[1]) or on_gpu(dst[1])):
+        check()
+        return
+    with cuda.on_stream(stream):
+        cuda.look(check)
+
+
 def _is_pageable(address: int) -> bool:
     runtime = cuda.array_module("cuda").cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)

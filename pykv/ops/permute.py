@@ -31,7 +31,7 @@ from pykv.arrays import on_gpu
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout
-from pykv.ranges import check_overlaps, check_reachable, check_writeable
+from pykv.ranges import check_memory, check_writeable
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 
@@ -149,9 +149,12 @@ def _move(
         _move_on_host(op, to, from_, moved, heads[0], layers[0])
         return
     cuda.hold(*to.arrays, *from_.arrays)
+    if validate:
+        of_src, of_dst = (
+            (side.name, side.table, block_memory.entry_bytes(side, moved)) for side in (from_, to)
+        )
+        check_memory(op, of_src, of_dst, 1, stream)
     with cuda.on_stream(stream):
-        if validate:
-            _validate(op, to, from_, moved)
         tables = [_upload(side) for side in (to, from_)]
     places = to.without_memory(), from_.without_memory()
     launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
@@ -174,28 +177,6 @@ def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, 
             reference(dst, src)
 
     cuda.run_on_host(move)
-
-
-def _validate(op: str, to: Side, from_: Side, moved: BlockShape) -> None:
-    """What `validate` asks for; of CuPy tables at each prepared call."""
-
-    def check() -> None:
-        ranges = [
-            (
-                side.name,
-                side.table.get() if on_gpu(side.table) else side.table,
-                block_memory.entry_bytes(side, moved),
-            )
-            for side in (from_, to)
-        ]
-        check_overlaps(op, *ranges)
-        for name, table, _ in ranges:
-            check_reachable(op, name, table, 1)
-
-    if on_gpu(to.table) or on_gpu(from_.table):
-        cuda.look(check)
-    else:
-        check()
 
 
 def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) -> Layout:

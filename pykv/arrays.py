@@ -183,7 +183,7 @@ def _check_array(
 
     cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
-    if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
+    if not is_array(array):
         expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
         raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
     first = next(iter(given), None)
@@ -242,6 +242,12 @@ def check_head_dim(op: str, name: str, D: int, most: int) -> None:
         raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {most}")
 
 
+def is_array(x: Any) -> bool:
+    """Whether an object is a NumPy or CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
@@ -278,8 +284,7 @@ def asarray(x: Any) -> Any:
     >>> pykv.asarray(x) is x
     True
     """
-    cupy = sys.modules.get("cupy")
-    if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
+    if is_array(x):
         return x
     try:
         if hasattr(x, "__dlpack__"):

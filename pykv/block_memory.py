@@ -5,13 +5,12 @@ Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import on_gpu
+from pykv.arrays import checker, is_array, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, BlockShape, Layout, strides
 from pykv.ops.block_copy import ADDRESSES
@@ -122,27 +121,9 @@ def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: 
 
 
 def _check_table(op: str, name: str, table: Any) -> None:
-    if not _is_array(table):
-        raise DtypeError(
-            f"{op}: {name} is a {type(table).__name__}, expected an array of addresses"
-        )
-    if table.dtype not in ADDRESSES:
-        raise DtypeError(
-            f"{op}: {name} has dtype {table.dtype}, expected uint64 or int64 addresses"
-        )
-    if table.ndim != 1 or not table.flags.c_contiguous:
-        raise ShapeError(
-            f"{op}: {name} has shape {table.shape}, expected a contiguous table [addresses]"
-        )
-    if on_gpu(table):
-        check_device(op, name, table)
-    elif not table.all():
+    checker(op, **{name: ("A", ADDRESSES)})(table)
+    if not on_gpu(table) and not table.all():
         raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
-
-
-def _is_array(x: Any) -> bool:
-    cupy = sys.modules.get("cupy")
-    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -193,7 +174,7 @@ def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[
     if not isinstance(memory, (list, tuple)):
         found = [(axes, memory)]
     for axes, x in found:
-        if not _is_array(x):
+        if not is_array(x):
             raise DtypeError(
                 f"{op}: {name} has a {type(x).__name__}, expected NumPy or CuPy arrays, or lists "
                 "of them; addresses need a shape"

@@ -84,9 +84,10 @@ def run_batch(op: str, src: Any, dst: Any, sizes: Any) -> tuple[str, int]:
         CudaError: the driver answers what is no refusal.
     """
     handle = used = current_handle()
-    refusal = _why_no_batch()
-    if refusal:
-        return refusal, handle
+    if cuda.is_capturing():
+        return "the batch call cannot be captured in a graph", handle
+    if not is_memcpy_batch_available():
+        return "driver or bindings lack the batch call", handle
     if handle in _LEGACY_STREAMS:
         used = _side_stream(cuda.current_device()).ptr
     status = _batch(src.tolist(), dst.tolist(), _each(sizes, len(src)), used)
@@ -111,15 +112,6 @@ def run_loop(op: str, src: Any, dst: Any, sizes: Any) -> None:
             memcpy(*pair, _ANY_DIRECTION, handle)
         except error as failure:
             raise CudaError(f"{op}: copy {i} of {len(src)}: {failure}") from failure
-
-
-def _why_no_batch() -> str:
-    """Why the batch call is out of the question now, or ""."""
-    if cuda.is_capturing():
-        return "the batch call cannot be captured in a graph"
-    if not is_memcpy_batch_available():
-        return "driver or bindings lack the batch call"
-    return ""
 
 
 def _each(sizes: Any, count: int) -> list[int]:

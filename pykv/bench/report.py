@@ -85,10 +85,10 @@ def record(
     if times is not None:
         made["samples"] = [round(us, 3) for us in times.device_us]
         made["host_samples"] = [round(us, 3) for us in times.host_us]
-        made |= vars(summarize(times.device_us)) | {name: getattr(times, name) for name in how}
+        made |= summarize(times.device_us) | {name: getattr(times, name) for name in how}
         for name, samples in (("host", times.host_us), ("prepared", times.prepared_us)):
             if samples:
-                made[f"{name}_median"] = summarize(list(samples)).median
+                made[f"{name}_median"] = summarize(samples)["median"]
         made["gbps"] = work.bytes / made["median"] / 1e3
     return made | facts
 

@@ -211,7 +211,6 @@ def _nvrtc() -> Any:
 # --- Cache of cubins ------------------------------------------------------------------------------
 
 _memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
-_warned: set[str] = set()
 
 
 @cache
@@ -245,15 +244,14 @@ def _store(key: bytes, cubin: bytes) -> None:
     try:
         _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
     except OSError as error:
-        _memory[key] = cubin
-        if "folder" not in _warned:
-            _warned.add("folder")
+        if not _memory:  # once
             warnings.warn(
                 f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
                 "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        _memory[key] = cubin
 
 
 def cubin_dir() -> Path:

@@ -90,18 +90,11 @@ def permute(
     [[0, 4, 8], [12, 16, 20]]
     """
     op = "permute.permute"
-    _move(
-        op,
-        Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES)),
-        Given("src", src, _layout(op, "src_layout", src_layout, NAMES)),
-        shape,
-        heads=heads,
-        layers=layers,
-        num_blocks=num_blocks,
-        max_ctas=max_ctas,
-        validate=validate,
-        stream=stream,
-    )
+    to = Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES))
+    from_ = Given("src", src, _layout(op, "src_layout", src_layout, NAMES))
+    options = _Options(heads=heads, layers=layers, num_blocks=num_blocks)
+    options |= _Options(max_ctas=max_ctas, stream=stream)
+    _move(op, to, from_, shape, validate=validate, **options)
 
 
 def reference(dst: Any, src: Any) -> None:

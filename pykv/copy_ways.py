@@ -246,15 +246,7 @@ def calibrate(*, force: bool = False) -> Table:
     it ahead, on a GPU that nothing else runs on, and not while any stream is being captured.
     """
     cuda.array_module("cuda")
-    table = _table(cuda.current_device(), force)
-    if force:
-        _fastest.cache_clear()
-        _fastest_anywhere.cache_clear()
-    return table
-
-
-def _table(device: int, force: bool = False) -> Table:
-    """Of the current device: from this process, from the cache folder, or measured."""
+    device = cuda.current_device()
     if force or device not in _tables:
         with _tables_lock:  # a second thread must not measure while the first does
             if force or device not in _tables:
@@ -263,6 +255,9 @@ def _table(device: int, force: bool = False) -> Table:
                 if kept is None:
                     cuda.refuse_prepare("transfer.calibrate", "it measures; call it before")
                 _tables[device] = kept or calibration.store(calibration.measure(ways))
+    if force:
+        _fastest.cache_clear()
+        _fastest_anywhere.cache_clear()
     return _tables[device]
 
 
@@ -293,7 +288,7 @@ def choose(src: Any, dst: Any, sizes: Any, direction: str | None) -> tuple[str, 
 @lru_cache(maxsize=4096)
 def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
     """The path with the shortest predicted time, and the predictions."""
-    paths = _table(device)[direction]
+    paths = calibrate()[direction]
     times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
     texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
     return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"

@@ -63,7 +63,7 @@ def forced(monkeypatch):
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
         monkeypatch.setattr(copy_ways, "_tables", {0: table})
-        monkeypatch.setattr(copy_ways, "_table", lambda device: table)
+        monkeypatch.setattr(copy_ways, "calibrate", lambda: table)
         copy_ways._fastest.cache_clear()
         copy_ways._fastest_anywhere.cache_clear()
 
@@ -423,7 +423,7 @@ def test_a_capture_takes_the_kernel_in_place_of_the_batch_call(driver, forced):
 
 
 def test_a_capture_takes_the_kernel_without_a_calibration(driver, monkeypatch):
-    monkeypatch.setattr(copy_ways, "_table", None)
+    monkeypatch.setattr(copy_ways, "calibrate", None)
     driver.capturing = True
     report = auto(SRC, DST, 5)
     assert report.path == "kernel" and "the stream is being captured" in report.reason

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -190,17 +191,15 @@ def _scatter(rng: np.random.Generator, slots: int, count: int) -> tuple[Any, Any
 
 
 def _runner(case: Case, xp: Any, src: Any, dst: Any) -> Callable[[], object]:
-    backend, size, max_ctas = case["backend"], case["copy_size"], case.get("max_ctas")
-    device = "cpu" if xp is np else "cuda"
+    backend, size = case["backend"], case["copy_size"]
     if backend in MODES:
-        mode, direction = MODES[backend], case["direction"]
-        return lambda: transfer.memcpy_batch(src, dst, size, mode=mode, direction=direction)
-    if backend == "vectorized":
-        return lambda: block_copy.vectorized_copy(src, dst, size, max_ctas=max_ctas, device=device)
-    if backend == "prepared" or xp is np:
-        copy = block_copy.vectorized_copy
-        return cuda.prepare(copy, src, dst, size, max_ctas=max_ctas, device=device)
-    return memory.copier(xp, int(dst[0]), int(src[0]), size)
+        how = dict(mode=MODES[backend], direction=case["direction"])
+        return partial(transfer.memcpy_batch, src, dst, size, **how)
+    if backend == "contiguous" and xp is not np:
+        return memory.copier(xp, int(dst[0]), int(src[0]), size)
+    where: Any = dict(max_ctas=case.get("max_ctas"), device="cpu" if xp is np else "cuda")
+    copy = partial(block_copy.vectorized_copy, src, dst, size, **where)
+    return copy if backend == "vectorized" else cuda.prepare(copy)
 
 
 def _holds(xp: Any, src: Any, dst: Any, at: Any, to: Any, slots: int) -> bool:

@@ -207,7 +207,7 @@ def copy_on_gpu(
         np.cumsum(tiles, out=first_tile[1:])
         tables |= dict(sizes=sizes, first_tile=first_tile)
     with cuda.on_stream(stream):
-        tables = _upload(tables)
+        tables = upload("block_copy", tables)
     launch = _launch(cuda.current_device(), tuple(runs), num_tiles, C, max_ctas)
     launch(tables, stream)
 
@@ -256,8 +256,9 @@ def _check_pairs(
             f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"
         )
-    found = _checker(op)(src_ptrs, dst_ptrs)
-    lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
+    _checker(op)(src_ptrs, dst_ptrs)
+    tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
+    lengths = {name: len(table) for name, table in tables.items() if table is not None}
     if by_pair:
         lengths["size"] = checker(op, size=("C", np.dtype(np.int64)))(size)["C"]
     first, shared = next(iter(lengths.items()), ("", 1))  # 1 leads to the error of a null table
@@ -272,7 +273,6 @@ def _check_pairs(
     if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
-    tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
     for name, table in tables.items():
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
@@ -330,7 +330,7 @@ def _deal(
     return num_tiles, scalars | dict(shared_tiles=shared_tiles, num_tiles=num_tiles)
 
 
-def _upload(tables: dict[str, Any]) -> dict[str, Any]:
+def upload(op: str, tables: dict[str, Any]) -> dict[str, Any]:
     """The tables with those of the host on the GPU, by one transfer. Wider elements come first.
 
     Raises:
@@ -340,7 +340,7 @@ def _upload(tables: dict[str, Any]) -> dict[str, Any]:
     on_host = {name: table for name, table in tables.items() if not on_gpu(table)}
     if not on_host:
         return tables
-    cuda.refuse_capture("block_copy", cuda.UPLOADS)
+    cuda.refuse_capture(op, cuda.UPLOADS)
     cupy = cuda.array_module("cuda")
     joined = np.frombuffer(b"".join(on_host.values()), np.uint8)
     packed = cupy.empty(joined.size, np.uint8)

@@ -27,10 +27,10 @@ from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
 from pykv import block_memory, cuda
-from pykv.arrays import on_gpu
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout
+from pykv.ops.block_copy import upload
 from pykv.ranges import check_memory, check_writeable
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
@@ -148,15 +148,13 @@ def _move(
         )
         check_memory(op, of_src, of_dst, 1, stream)
     with cuda.on_stream(stream):
-        tables = [_upload(side) for side in (to, from_)]
+        tables = upload("permute", dict(dst_ptrs=to.table, src_ptrs=from_.table))
     places = to.without_memory(), from_.without_memory()
     launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
-    # Of a stack's table, the first entries may be those of layers that stay.
-    dst_ptrs, src_ptrs = (
-        table[(layers[0] - side.layers[0]) * moved.O :] if side.chunk_stride == 0 else table
-        for side, table in zip((to, from_), tables, strict=True)
-    )
-    launch(dict(dst_ptrs=dst_ptrs, src_ptrs=src_ptrs), stream)
+    for name, side in (("dst_ptrs", to), ("src_ptrs", from_)):
+        if side.chunk_stride == 0:  # the first entries of a stack may be those of layers that stay
+            tables[name] = tables[name][(layers[0] - side.layers[0]) * moved.O :]
+    launch(tables, stream)
 
 
 def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
@@ -201,14 +199,6 @@ def _moved(
 
 
 # --- Launch ---------------------------------------------------------------------------------------
-
-
-def _upload(side: Side) -> Any:
-    """A side's table on the GPU."""
-    if on_gpu(side.table):
-        return side.table
-    cuda.refuse_capture("permute", cuda.UPLOADS)
-    return cuda.array_module("cuda").asarray(side.table)
 
 
 @lru_cache(maxsize=256)

@@ -68,7 +68,7 @@ def run_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
     if not cuda.is_capturing():
         block_copy.copy_on_gpu(op, src, dst, sizes)
         return
-    with _relaxed_capture(), _upload_stream(cuda.current_device()):
+    with _relaxed_capture(), _stream(cuda.current_device(), non_blocking=True):
         call = cuda.prepare(block_copy.copy_on_gpu, op, src, dst, sizes)
     call()
     _captured.append(call)
@@ -89,7 +89,7 @@ def run_batch(op: str, src: Any, dst: Any, sizes: Any) -> tuple[str, int]:
     if not is_memcpy_batch_available():
         return "driver or bindings lack the batch call", handle
     if handle in _LEGACY_STREAMS:
-        used = _side_stream(cuda.current_device()).ptr
+        used = _stream(cuda.current_device(), non_blocking=False).ptr
     status = _batch(src.tolist(), dst.tolist(), _each(sizes, len(src)), used)
     if status != 0 and status not in _REFUSALS:
         raise CudaError(f"{op}: cudaMemcpyBatchAsync of {len(src)} copies answers {status}")
@@ -119,20 +119,12 @@ def _each(sizes: Any, count: int) -> list[int]:
 
 
 @cache
-def _side_stream(device: int) -> Any:
-    """A stream that waits for the legacy default stream, which in turn waits for it: what CUDA
-    says of every stream that is not made non-blocking."""
+def _stream(device: int, non_blocking: bool) -> Any:
+    """A stream of the current GPU. Unless it is made non-blocking, the legacy default stream waits
+    for it, and it for that; a non-blocking one takes tables while another stream is captured."""
     import cupy
 
-    return cupy.cuda.Stream(non_blocking=False)
-
-
-@cache
-def _upload_stream(device: int) -> Any:
-    """A stream for tables while another one is being captured."""
-    import cupy
-
-    return cupy.cuda.Stream(non_blocking=True)
+    return cupy.cuda.Stream(non_blocking=non_blocking)
 
 
 @contextmanager

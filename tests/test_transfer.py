@@ -113,6 +113,9 @@ def driver(monkeypatch):
         yield
         current.ptr = before
 
+    def stream(device, non_blocking):
+        return upload_stream() if non_blocking else SimpleNamespace(ptr=99)
+
     runtime = SimpleNamespace(
         memcpyAsync=memcpy,
         CUDARuntimeError=Failure,
@@ -164,11 +167,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(copy_ways, "_memory_at", memory_at)
     monkeypatch.setattr(block_copy, "copy_on_gpu", copy_on_gpu)
     monkeypatch.setattr(copy_ways, "_relaxed_capture", nullcontext)
-    monkeypatch.setattr(copy_ways, "_upload_stream", lambda device: upload_stream())
     monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
     monkeypatch.setattr(copy_ways, "_batch", batch)
     monkeypatch.setattr(copy_ways, "_captured", fake.captured)
-    monkeypatch.setattr(copy_ways, "_side_stream", lambda device: SimpleNamespace(ptr=99))
+    monkeypatch.setattr(copy_ways, "_stream", stream)
     monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: fake.status != "missing")
     return fake
 

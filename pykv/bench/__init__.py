@@ -119,12 +119,9 @@ def run(
 
     A case whose result is wrong has a record without samples. Reports progress on stderr.
     """
-    if samples < 20:
-        raise ParameterError(f"bench: samples is {samples}, expected at least 20")
-    if warmup < 0:
-        raise ParameterError(f"bench: warmup is {warmup}, expected at least 0")
-    if seed < 0:
-        raise ParameterError(f"bench: seed is {seed}, expected at least 0")
+    for what, value, least in (("samples", samples, 20), ("warmup", warmup, 0), ("seed", seed, 0)):
+        if value < least:
+            raise ParameterError(f"bench: {what} is {value}, expected at least {least}")
     load(name)
     ceilings = load(CEILINGS)
     of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES

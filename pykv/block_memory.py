@@ -94,7 +94,9 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
     entries = stored.L * stored.O if layout.is_stack else 1
     N = 0
     if table is not None:
-        _check_table(op, name, table)
+        checker(op, **{name: ("A", ADDRESSES)})(table)
+        if not on_gpu(table) and not table.all():
+            raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
         table = table.view(np.uint64)
         N = -(-table.size // entries) if entries else 0
     step = strides(layout, stored)
@@ -118,12 +120,6 @@ def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: 
         raise ParameterError(
             f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
         )
-
-
-def _check_table(op: str, name: str, table: Any) -> None:
-    checker(op, **{name: ("A", ADDRESSES)})(table)
-    if not on_gpu(table) and not table.all():
-        raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
 
 
 # --- Arrays ---------------------------------------------------------------------------------------
@@ -166,13 +162,13 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
 def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[str, Any]]:
     """Every array of a side with the letters of its dimensions, in the order of blocks."""
     axes, found = AXES[layout.name], []
-    for block in memory if isinstance(memory, (list, tuple)) else ():
-        if layout.is_stack and isinstance(block, (list, tuple)):
+    if not isinstance(memory, list | tuple):
+        found, memory = [(axes, memory)], ()
+    for block in memory:
+        if layout.is_stack and isinstance(block, list | tuple):
             found += [(axes[3:], chunk) for chunk in block]
         else:
             found.append((axes[1:], block))
-    if not isinstance(memory, (list, tuple)):
-        found = [(axes, memory)]
     for axes, x in found:
         if not is_array(x):
             raise DtypeError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pykv.arrays import load_cupy
@@ -26,15 +27,15 @@ from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, Unsu
 Step = Callable[[], Any]
 
 
+@dataclass
 class _Recording:
     """The steps of an op that is being prepared."""
 
-    def __init__(self, *held: Any) -> None:
-        self.steps: list[Step] = []
-        self.held = list(held)  # objects that must live as long as the steps
-        self.device: int | None = None  # GPU that the steps need
-        self.has_work = False  # and not only looks
-        self.is_idle = False  # there is no work to do, see `skip`
+    held: list[Any]  # objects that must live as long as the steps
+    steps: list[Step] = field(default_factory=list)
+    device: int | None = None  # GPU that the steps need
+    has_work: bool = False  # and not only looks
+    is_idle: bool = False  # there is no work to do, see `skip`
 
 
 class _State(threading.local):
@@ -298,7 +299,7 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         raise UnsupportedError(f"prepare: {name} keeps books on the host, expected an op of arrays")
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
-    recording = _Recording(op, args, options)
+    recording = _Recording([op, args, options])
     outer, _state.recording = _state.recording, recording
     try:
         result = op(*args, **options)

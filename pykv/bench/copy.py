@@ -80,9 +80,9 @@ DIRECTION = options.one_of("direction", DIRECTIONS, "")
 PROFILE = options.one_of("profile", ["llama-3.1-70b"], "kvbench's sweep of a model: llama-3.1-70b")
 WAYS = {"vec": "vectorized", "batch": "batched", "memcpy": "memcpy_async", "async": "memcpy_async"}
 KVBENCH = {
-    "tokens_per_block": options.number("tokens-per-block", "tokens_per_block", "of each"),
+    "tokens_per_block": options.number("tokens-per-block", "tokens_per_block", "tokens"),
     "num_blocks": options.number("num-blocks", "num_blocks", "blocks"),
-    "pattern": options.one_of("pattern", PATTERNS, "of copies", fc="fc_to_fc", lw="lw_to_fc"),
+    "pattern": options.one_of("pattern", PATTERNS, "pieces", fc="fc_to_fc", lw="lw_to_fc"),
     "backend": options.one_of("backend", BACKENDS, "ways to copy", **WAYS),
 }
 DEFAULTS = dict(tokens_per_block="16,32,64", num_blocks="1,2,4,8,16,32,64,128,256")

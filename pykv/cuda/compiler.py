@@ -244,14 +244,15 @@ def _store(key: bytes, cubin: bytes) -> None:
     try:
         _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
     except OSError as error:
-        if not _memory:  # once
+        is_first = not _memory
+        _memory[key] = cubin
+        if is_first:
             warnings.warn(
                 f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
                 "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        _memory[key] = cubin
 
 
 def cubin_dir() -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +71,6 @@ def check_options(
     window: int | None,
     logits_soft_cap: float | None,
     causal: bool,
-    *,
     tree: Any = None,
     lse_base: str = "e",
     fixed_split: int | None = None,
@@ -80,9 +78,11 @@ def check_options(
     """Check options of an attention op against the sizes of its arrays, once for all calls that
     have both; `scale` is 1 / sqrt(D) if None, the others are as of `paged_decode.decode`."""
     options = (scale, window, logits_soft_cap, causal, lse_base, fixed_split)
-    types = tuple(map(type, options))  # 4.0 equals 4, but is no window
-    check = partial(_check_options, op, dims, tree is not None, *options)
-    scores: Scores = dims.keep((types, options), check)
+    # 4.0 equals 4 and True equals 1, which are other types of options.
+    types = (type(scale), type(window), type(logits_soft_cap), type(causal), type(fixed_split))
+    scores: Scores = dims.keep(
+        options + types, lambda: _check_options(op, dims, tree is not None, *options)
+    )
     return scores
 
 

@@ -26,7 +26,7 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int | None = N
         ParameterError: it is below `least` or above `most`.
     """
     try:
-        if isinstance(value, bool | np.bool_):
+        if isinstance(value, bool):
             raise TypeError
         whole = operator.index(value)
     except TypeError:
@@ -45,12 +45,13 @@ def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> f
         DtypeError: it is no number; a bool is none.
         ParameterError: it is not finite in float32, or, if `positive`, not above 0 there.
     """
-    expected = f"a {'positive ' * positive}finite number"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected {expected}")
-    if not (_SMALLEST if positive else -_LARGEST) <= value <= _LARGEST:  # type: ignore[operator]
-        raise ParameterError(f"{op}: {name} is {value}, expected {expected} of float32")
-    return float(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and (_SMALLEST if positive else -_LARGEST) <= value <= _LARGEST:
+        return float(value)
+    expected = f"expected a {'positive ' * positive}finite number"
+    if is_number:
+        raise ParameterError(f"{op}: {name} is {value}, {expected} of float32")
+    raise DtypeError(f"{op}: {name} is a {type(value).__name__}, {expected}")
 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
@@ -59,7 +60,7 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     Raises:
         DtypeError: it is something else.
     """
-    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+    if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise DtypeError(f"{op}: {name} is {value!r}, expected True or False")
     return bool(value)
 

@@ -87,8 +87,9 @@ def score(
     dims = _checker(spec, many)(
         q, k_pool, k_scales, page_table, lengths, lse, alibi_slopes, tree, out
     )
-    options = (scale, window, logits_soft_cap, causal)
-    scores = attention.check_options(op, dims, *options, tree=tree, lse_base=lse_base)
+    scores = attention.check_options(
+        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base
+    )
     accumulate = check_flag(op, "accumulate", accumulate)
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:

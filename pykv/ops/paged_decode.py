@@ -148,14 +148,12 @@ def decode(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
         *(alibi_slopes, sinks, tree, out, lse, workspace),
     )
-    options = (scale, window, logits_soft_cap, causal)
     scores = attention.check_options(
-        op, dims, *options, tree=tree, lse_base=lse_base, fixed_split=fixed_split
+        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base, fixed_split
     )
-    pool = dims["N"], dims["P"]
     if check:
+        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
         with cuda.on_stream(stream):
-            seen = scores.seen(dims)
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
@@ -177,7 +175,8 @@ def decode(
         if merge is not None:
             merge(dict(out=out, lse=lse, workspace=workspace, sinks=sinks), stream)
     else:
-        cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, scores.seen(dims)))
+        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
+        cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
         cuda.run_on_host(lambda: attention.fill_on_host(reference, arrays, spec, scores, lse_base))
     return (out, lse) if return_lse else out
 

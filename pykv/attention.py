@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import Dims, check_head_dim
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import POOLS, KVSpec, decode
 from pykv.ops import paged_check
@@ -62,6 +62,19 @@ class Scores(NamedTuple):
 
 
 # --- Checks ---------------------------------------------------------------------------------------
+
+
+def rules(rows: str, pools: dict[str, Any]) -> dict[str, Any]:
+    """Rules of `checker`, in this order, for what ops take of the last queries of each sequence:
+    one each, `rows` "B", or several, "B T"."""
+    return dict(
+        q=(f"{rows} | HQ D", FLOATS),
+        **pools,
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
+        alibi_slopes=optional("HQ", FLOAT32),
+        tree=optional("B T" if rows == "B T" else "B 1", UINT64, 8),
+    )
 
 
 def check_options(

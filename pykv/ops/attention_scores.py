@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.options import check_flag
@@ -85,7 +85,7 @@ def score(
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
-        q, k_pool, k_scales, page_table, lengths, lse, alibi_slopes, tree, out
+        q, k_pool, k_scales, page_table, lengths, alibi_slopes, tree, lse, out
     )
     scores = attention.check_options(
         op, dims, scale, window, logits_soft_cap, causal, tree, lse_base
@@ -122,17 +122,12 @@ def score(
 @cache
 def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     """For one query of a sequence, or for `many`."""
-    pools, rows = spec.rules(), "B T" if many else "B"
+    rows, of_cache = "B T" if many else "B", spec.rules()
+    keys = {name: of_cache[name] for name in ("k_pool", "k_scales")}
     return checker(
         "attention_scores.score",
-        q=(f"{rows} | HQ D", FLOATS),
-        k_pool=pools["k_pool"],
-        k_scales=pools["k_scales"],
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
+        **attention.rules(rows, keys),
         lse=(f"{rows} HQ", FLOAT32, 4),
-        alibi_slopes=optional("HQ", FLOAT32),
-        tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional("B H C", FLOAT32, 4),
     )
 

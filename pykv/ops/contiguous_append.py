@@ -64,7 +64,7 @@ def append(
 
     Raises:
         ShapeError: dimensions disagree, K or V is no multiple of 8, or 2F exceeds K.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `pairing` or `layout` is unknown.
         UnsupportedError: K or V is above 1024.

@@ -67,7 +67,7 @@ def linear(
 
     Raises:
         ShapeError: dimensions disagree, or I is no multiple of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `gemm` is unknown, or `accumulate` lacks `out`.
         UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being

@@ -48,7 +48,7 @@ def rms_norm(
 
     Raises:
         ShapeError: dimensions disagree.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `eps` is not positive and finite, or `offset` not finite.
 

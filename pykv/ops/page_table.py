@@ -51,7 +51,7 @@ def from_lists(
 
     Raises:
         ShapeError: dimensions disagree.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `page_size` or `width` is not positive, or neither `width` nor `table` is
             given.

@@ -16,18 +16,7 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    UINT64,
-    VECTOR_BYTES,
-    Dims,
-    checker,
-    like,
-    on_gpu,
-    optional,
-)
+from pykv.arrays import FLOAT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
 from pykv.errors import CapacityError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
@@ -115,7 +104,7 @@ def decode(
 
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512, or T 64 with a tree.
         ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
             host, a page does not exist; the check found a wrong entry.
@@ -146,7 +135,7 @@ def decode(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
-        *(alibi_slopes, sinks, tree, out, lse, workspace),
+        *(alibi_slopes, tree, sinks, out, lse, workspace),
     )
     scores = attention.check_options(
         op, dims, scale, window, logits_soft_cap, causal, tree, lse_base, fixed_split
@@ -187,13 +176,8 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     rows = "B T" if many else "B"
     return checker(
         "paged_decode.decode",
-        q=(f"{rows} | HQ D", FLOATS),
-        **spec.rules(),
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
-        alibi_slopes=optional("HQ", FLOAT32),
+        **attention.rules(rows, spec.rules()),
         sinks=optional("HQ", FLOAT32),
-        tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional(f"{rows} HQ D", "q"),
         lse=optional(f"{rows} HQ", FLOAT32),
         workspace=optional("E", FLOAT32, VECTOR_BYTES),

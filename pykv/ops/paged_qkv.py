@@ -97,7 +97,7 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     Raises:
         ShapeError: dimensions disagree, D is no multiple of 8, R leaves no query head, or 2F
             exceeds D.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: scales are missing, or given for floats; no spec for arrays of bytes;
             `pairing` is unknown, `eps` not positive and finite; one of `q_norm` and `k_norm`, or of

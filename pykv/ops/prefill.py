@@ -94,7 +94,7 @@ def prefill(
 
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512.
         ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
             `logits_soft_cap` is not positive, scales are missing or too many, or, on the host,

@@ -141,6 +141,7 @@ def frequencies(
         NumPy float32 [dim / 2], radians per position; computed in float64.
 
     Raises:
+        DtypeError: a value has another type.
         ParameterError: a value is out of its range.
         ShapeError: `divisors` has another shape.
 

@@ -229,7 +229,6 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """Check arguments, then move pages, or with `rows` = (indptr, starts) tokens."""
-    check = paged_check.enabled(check)
     rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
     arrays = (*source.arrays, source.pages, *target.arrays, target.pages, *(rows or ()))
     sizes = _checker(op, *rules, rows is not None)(*arrays)
@@ -240,7 +239,7 @@ def _move(
     if n * P * H * D == 0 or 0 in (len(source.arrays[0]), len(target.arrays[0]), sizes.get("B")):
         return
     is_on_gpu = on_gpu(source.arrays[0])
-    if check or not is_on_gpu:
+    if paged_check.enabled(check) or not is_on_gpu:
         with cuda.on_stream(stream):
             _check_pages(op, source, target, rows, P)
     if is_on_gpu:

@@ -67,14 +67,6 @@ __device__ __forceinline__ void decode8(float (&x)[8], const Eight<SRC>& eight, 
     for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
 }
 
-// Products as f16 or bf16. Their NaN is the hardware's own, which the instruction keeps.
-template <typename T> __device__ __forceinline__ void store_products(T* p, const float (&x)[8]) {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
-    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Rows divided by their scale and clamped, to be rounded to codes.
 __device__ __forceinline__ void scale8(float (&x)[8], float inverse) {
 #pragma unroll
@@ -215,7 +207,9 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
             if (LARGEST<DST> > 0) scale8(x, inverse);
             DST* const at = to_row + eighth * 8 / PACKED<DST>;
             if constexpr (LARGEST<SRC> > 0 && sizeof(DST) == 2) {
-                store_products(at, x);
+                Eight<DST> products;  // whose NaN is the hardware's own
+                pack8_halves(products, x);
+                put8(at, products);
             } else {
                 store8(at, x);
             }

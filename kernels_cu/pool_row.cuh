@@ -47,15 +47,7 @@ __device__ __forceinline__ void store_floats(To* to, const RowFragment<T, N, WID
 #pragma unroll
     for (int i = 0; i < fragment.PIECES; i++) {
         if (fragment.column(i) >= N) continue;
-        if constexpr (SAME<To, T>) {
-            put8(to + fragment.column(i), fragment.pieces[i]);
-        } else {
-            float x[8];
-            Eight<To> eight;
-            unpack8(x, fragment.pieces[i]);
-            pack8(eight, x);
-            put8(to + fragment.column(i), eight);
-        }
+        put8(to + fragment.column(i), convert8<To>(fragment.pieces[i]));
     }
 }
 
@@ -67,7 +59,7 @@ __device__ __forceinline__ void store_codes(To* to, SCALE* scale_at,
     float inverse;
     bool clamps = !IS_FP8<To>;  // fp8 conversions saturate by themselves
     if constexpr (DYNAMIC) {
-        const float amax = as_float(largest, T{});
+        const float amax = as_float<T>(largest);
         const SCALE scale = row_scale<To, SCALE>(__float_as_uint(amax));
         if (threadIdx.x % WIDTH == 0) *scale_at = scale;
         inverse = inverse_scale(scale);

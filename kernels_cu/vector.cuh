@@ -68,8 +68,8 @@ __device__ __forceinline__ void pack8(Eight<float>& eight, const float (&x)[8]) 
     for (int i = 0; i < 8; i++) eight.words[i] = __float_as_uint(x[i]);
 }
 
-// f16 or bf16 without regard to NaN: see two_halves.
-template <typename T> __device__ __forceinline__ void pack8_halves(Eight<T>& eight, const float (&x)[8]) {
+template <typename T>  // f16 or bf16, NaN as in two_halves
+__device__ __forceinline__ void pack8_halves(Eight<T>& eight, const float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) eight.words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
 }

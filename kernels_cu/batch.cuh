@@ -12,8 +12,9 @@ __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
 }
 
 // Number of n items for which passes(i) holds: those before some first one, and none from it on.
-// Searched by the WIDTH lanes of a group, which cut what is left into WIDTH + 1 parts each round, so
-// that few loads depend on another. All groups of a warp call it; each may ask something else.
+// Searched by the WIDTH lanes of a group, which cut what is left into WIDTH + 1 parts each round,
+// so that few loads depend on another. All groups of a warp call it, each with a question of its
+// own.
 template <int WIDTH, typename Passes>
 __device__ __forceinline__ int count_passing(int n, Passes passes) {
     const int lane = threadIdx.x % WIDTH, first = threadIdx.x % WARP - lane;

@@ -175,7 +175,8 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (!exists[r]) continue;
-        store(dst + offset(to, to_pages[r], outers[r], inners[r]), rows[r], scales[r], new_scales[r]);
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
+        store(to_row, rows[r], scales[r], new_scales[r]);
     }
 #endif
 }

@@ -44,10 +44,11 @@ __device__ __forceinline__ void store_fragment(To* to, const Fragment<T>& fragme
     }
 }
 
-// Stores a fragment as codes of a scale, DYNAMIC or not. `clamps`: some may exceed the largest code;
-// fp8 conversions saturate by themselves.
+// Stores a fragment as codes of a scale, DYNAMIC or not. `clamps`: some may exceed the largest
+// code; fp8 conversions saturate by themselves.
 template <bool DYNAMIC, typename To, typename SCALE, typename T>
-__device__ __forceinline__ void store_codes(To* to, SCALE scale, Fragment<T> fragment, bool clamps) {
+__device__ __forceinline__ void store_codes(To* to, SCALE scale, Fragment<T> fragment,
+                                            bool clamps) {
     const float inverse = inverse_scale(scale);
     if (inverse == 0.0f) fragment = {};  // NaN and infinity too
 #pragma unroll

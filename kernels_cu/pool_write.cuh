@@ -41,7 +41,7 @@ template <typename To> struct Pool {
                 const float amax = as_float<T>(largest);
                 const SCALE_T scale = row_scale<To, SCALE_T>(__float_as_uint(amax));
                 if (threadIdx.x % LANES == 0) *scale_at = scale;
-                // A scale that is subnormal, or limited by its dtype, may be far below amax / LARGEST.
+                // A scale that is subnormal, or limited by its dtype, may be far below the ratio.
                 const bool clamps = amax * inverse_scale(scale) > LARGEST<To> + 0.25f;
                 store_codes<true>(to, scale, fragment, clamps);
             } else {

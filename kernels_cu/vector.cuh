@@ -46,7 +46,8 @@ template <typename T> __device__ __forceinline__ Eight<T> get8_eager(const T* p)
     Eight<T> eight;
 #pragma unroll
     for (int i = 0; i < (int)sizeof(T) / 2; i++) {
-        reinterpret_cast<uint4*>(eight.words)[i] = load16_eager(reinterpret_cast<const uint4*>(p) + i);
+        reinterpret_cast<uint4*>(eight.words)[i] =
+            load16_eager(reinterpret_cast<const uint4*>(p) + i);
     }
     return eight;
 }

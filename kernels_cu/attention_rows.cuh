@@ -1,8 +1,8 @@
 // attention_rows.cuh: rows of queries and keys that LANES lanes hold, eight elements each, above
 // 256 twice eight.
 #include "attention.cuh"
-#include "quantize.cuh"
 #include "reduce.cuh"
+#include "vector.cuh"
 
 static_assert(D % 8 == 0 && D >= 8 && D <= 512, "lanes hold eight elements");
 constexpr int LANES = lanes_of_row(D);

@@ -1,4 +1,4 @@
-// vector.cuh: vectors of two, four and eight elements: load, store, pack and unpack.
+// vector.cuh: two and four floats of any type, eight elements of any kind: load, store, convert.
 //
 // get8 and put8 move the bits of an Eight, pack8 and unpack8 convert them from and to float, load8
 // and store8 do both. Addresses are aligned to the vector, at most to 16 bytes.
@@ -124,6 +124,47 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const Eight<T>& eight) {
     for (int i = 0; i < 8; i++) {
         x[i] = to_float(T{(Bits)(eight.words[i / OF_WORD] >> i % OF_WORD * (8 * sizeof(T)))});
     }
+}
+
+// y rounded to nearest even; the integer stands in the lower bits.
+__device__ __forceinline__ u32 round_to_int(float y) {
+    return __float_as_uint(__fadd_rn(y, 12582912.0f));  // 1.5 * 2^23, where the last place is 1
+}
+
+// Eight integer codes, to nearest even; y must round to -LARGEST .. LARGEST.
+__device__ __forceinline__ void pack8(Eight<i8>& eight, const float (&y)[8]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 lower = __byte_perm(round_to_int(y[4 * i]), round_to_int(y[4 * i + 1]), 0x40);
+        const u32 upper = __byte_perm(round_to_int(y[4 * i + 2]), round_to_int(y[4 * i + 3]), 0x40);
+        eight.words[i] = __byte_perm(lower, upper, 0x5410);
+    }
+}
+
+__device__ __forceinline__ void pack8(Eight<i4>& eight, const float (&y)[8]) {
+    eight.words[0] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) eight.words[0] |= (round_to_int(y[i]) & 15u) << 4 * i;
+}
+
+// Byte `i` of x as a float, minus `bias`. The byte becomes the lowest bits of a float of 2^23,
+// whose unit is the lowest bit; that runs at full rate, integer conversion at a quarter of it.
+__device__ __forceinline__ float byte_to_float(u32 x, int i, float bias) {
+    return __uint_as_float(__byte_perm(x, 0x4b000000u, 0x7440u | i)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i8>& eight) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {  // + 128
+        x[i] = byte_to_float(eight.words[i / 4] ^ 0x80808080u, i % 4, 128.0f);
+    }
+}
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const Eight<i4>& eight) {
+    const u32 codes = eight.words[0] ^ 0x88888888u;                        // + 8
+    const u32 words[2] = {codes & 0x0f0f0f0fu, codes >> 4 & 0x0f0f0f0fu};  // even, odd
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = byte_to_float(words[i % 2], i / 2, 8.0f);
 }
 
 template <typename T> __device__ __forceinline__ void load8(float (&x)[8], const T* p) {

@@ -128,11 +128,13 @@ def sums_of_tiles(x: Any, count: int, tile: int) -> Any:
 
 
 def argmax(logits: Any) -> Any:
-    """The first index [B] of each row's largest logit that is a number; 0 where none is."""
+    """The first index [B] of each row's largest logit that is a number; -1 where none is, and where
+    it is infinite."""
     found = []
     for row in logits.tolist():
         numbers = [i for i, x in enumerate(row) if not math.isnan(x)]
-        found.append(max(numbers, key=lambda i: row[i], default=0))
+        best = max(numbers, key=lambda i: row[i], default=-1)
+        found.append(best if best >= 0 and math.isfinite(row[best]) else -1)
     return np.array(found, np.int32)
 
 

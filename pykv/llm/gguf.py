@@ -192,8 +192,8 @@ def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo
     tensors: dict[str, TensorInfo] = {}
     end_of_previous, previous = 0, ""
     in_order = sorted(table, key=lambda entry: entry[3])
-    ends = [offset for *_, offset in in_order[1:]] + [size - data_start]
-    for (name, block, shape, offset), end in zip(in_order, ends, strict=True):
+    following = [*(entry[3] for entry in in_order[1:]), size - data_start]
+    for (name, block, shape, offset), end in zip(in_order, following, strict=False):
         if block.size:
             rows, row_bytes = prod(shape[:-1]), shape[-1] // block.elements * block.size
         else:

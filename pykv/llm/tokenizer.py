@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pykv.errors import FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, spm
 from pykv.llm.gguf import ModelFile
-from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder
+from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder, special_id
 
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
@@ -63,7 +63,6 @@ class Tokenizer:
         ends += [i for token, i in (control | user_defined).items() if token in ENDINGS]
         self.stop_ids = frozenset(i for i in ends if i is not None)
 
-        self._id(file, "unknown")  # its range, before the encoder relies on it
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
         self.add_bos = add_bos and self.bos_id is not None
@@ -73,13 +72,7 @@ class Tokenizer:
         )
 
     def _id(self, file: ModelFile, role: str) -> int | None:
-        i: int | None = file.get(f"tokenizer.ggml.{role}_token_id", None, int)
-        if i is not None and not 0 <= i < self.vocab_size:
-            raise FormatError(
-                f"{file.path}: key tokenizer.ggml.{role}_token_id has {i}, "
-                f"expected less than {self.vocab_size}"
-            )
-        return i
+        return special_id(file, role, self.vocab_size)
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = False) -> list[int]:
         """Ids of a text.

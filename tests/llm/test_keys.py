@@ -6,11 +6,13 @@ import resource
 import time
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.errors import FormatError, PykvError, UnsupportedError
-from pykv.llm import LLM, gguf
+from pykv.errors import CapacityError, FormatError, NumberError, PykvError, UnsupportedError
+from pykv.kinds import KVSpec
+from pykv.llm import LLM, SamplingParams, generate, gguf, memory, tensors
 from pykv.llm.config import ARCHITECTURES, HARMLESS, KEYS, ONLY, read_config
 from tests.llm import plain_forward, tiny
 from tests.llm.plain_forward import Numbers, frequencies, yarn
@@ -388,3 +390,105 @@ def test_types_that_cannot_be_dequantised(tmp_path, dtype):
     kind = gguf.read(path).tensor("blk.0.attn_output.bias").kind
     with pytest.raises(UnsupportedError, match=f"attn_output.bias has type {kind}, which cannot"):
         LLM(path, device="cpu")
+
+
+# --- Numbers that are not finite, and memory ---
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def with_one(name, value):
+    """An edit that plants a value in the middle of a tensor."""
+
+    def edit(other, x):
+        if other == name:
+            x = x.copy()
+            x[len(x) // 2] = value
+        return x
+
+    return edit
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "name", ["blk.1.attn_v.weight", "blk.0.ffn_up.weight", "token_embd.weight", "output.weight"]
+)
+def test_weights_beyond_float16_are_refused(tmp_path, name, device):
+    path = tmp_path / "x.gguf"
+    tiny.write(path, "llama", edit=with_one(name, 7e4))
+    text = rf'tensor {name} has values up to 70000, but float16 ends at 65504: weights="bf16"'
+    with pytest.raises(UnsupportedError, match=text):
+        LLM(path, device=device)
+    for weights in ("bf16", "fp32"):
+        LLM(path, device=device, weights=weights)
+    tiny.write(path, "llama", edit=with_one(name, 65504))
+    LLM(path, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["blk.1.attn_norm.weight", "blk.0.ffn_down.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value, device):
+    tiny.write(tmp_path / "x.gguf", "llama", edit=with_one(name, value))
+    for weights in ("fp16", "fp32"):
+        with pytest.raises(FormatError, match=f"tensor {name} holds a NaN or an infinity"):
+            LLM(tmp_path / "x.gguf", device=device, weights=weights)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.0.attn_norm.weight"])
+def test_logits_that_are_not_finite_raise(tmp_path, name, temperature, device):
+    """Although weights are; pages are given back."""
+
+    def edit(other, x):
+        return x * F4(1e38) if other == name else x
+
+    tiny.write(tmp_path / "x.gguf", "llama", edit=edit)
+    llm = LLM(tmp_path / "x.gguf", device=device)
+    params = SamplingParams(temperature=temperature, max_tokens=4)
+    with np.errstate(all="ignore"), pytest.raises(NumberError, match="logits are not finite"):
+        llm.generate([[1, 2, 3], [4]], params)
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_all_finite_looks_at_every_piece(xp, monkeypatch):
+    monkeypatch.setattr(tensors, "_PIECE", 64)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        x = np.linspace(-6e4, 6e4, 1000).astype(dtype).reshape(10, 100)
+        assert bool(tensors.all_finite(xp, xp.asarray(x)))
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            for at in (0, 63, 64, 999):
+                y = x.copy()
+                y.reshape(-1)[at] = value
+                assert not bool(tensors.all_finite(xp, xp.asarray(y)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_is_estimated_before_anything_is_read(tmp_path, monkeypatch, device):
+    path = tmp_path / "x.gguf"
+    tiny.write(path, "llama", context=2**20)
+    options = dict(device=device, kv_dtype="int8", context=2**20)
+    llm = LLM(path, device=device)
+    arrays = [x for layer in llm.model.layers for x in vars(layer).values() if x is not None]
+    arrays += [llm.model.embedding, llm.model.head, llm.model.output_norm]
+    weights = sum(x.nbytes for x in {id(x): x for x in arrays}.values())
+    frequencies = 8 * 4  # not counted
+    per_token = 2 * 2 * 2 * (16 + 2)  # layers, K and V, heads; codes and a scale
+    file = gguf.read(path)
+    need = memory.needed(file, read_config(file), np.float16, KVSpec.parse("int8"), 2**20, llm.xp)
+    assert need == (weights - frequencies, per_token * 2**20, 2**20)
+
+    monkeypatch.setattr(memory, "free", lambda xp: sum(need[:2]))
+    with monkeypatch.context() as m:
+        m.setattr(generate, "_load", lambda *_: pytest.fail("weights were read"))
+        m.setattr(memory, "free", lambda xp: sum(need[:2]) - 1)
+        where = "the host" if device == "cpu" else "the GPU"
+        with pytest.raises(CapacityError, match=f"for 1,048,576 tokens.*but {where} has 0.15 GB"):
+            LLM(path, **options)
+    LLM(path, **options)
+
+
+def test_free_memory_of_the_host():
+    found = memory.free(np)
+    assert found is None or 2**20 < found < 2**50

@@ -30,22 +30,36 @@ class Architecture:
         activation: the gated activation between the feed-forward matrices.
         scaled_embedding: token embeddings are multiplied by sqrt(E).
         global_every: every n-th layer sees all keys and the others a sliding window; 0: all do.
+        window: of those, where the file does not state it; 0: then every layer sees all keys.
+        local_base: rotary base of layers with a window, where the file does not state it; None:
+            they have the frequencies of the others.
         unrotated_every: every n-th layer has no rotary embedding; 0: none.
         roles: tensors of each layer that it has beyond the usual ones, see tensors.NAMES.
         keys: that it reads beyond the usual ones.
-        eps, freq_base: where the file does not state them; an `eps` of None: it must.
+        eps, freq_base, attention_cap, logit_cap: where the file does not state them; an `eps` of
+            None: it must, a cap of 0: there is none.
     """
 
     pairing: str = "half"
     activation: str = "swiglu"
     scaled_embedding: bool = False
     global_every: int = 0
+    window: int = 0
+    local_base: float | None = None
     unrotated_every: int = 0
     roles: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     eps: float | None = None
     freq_base: float = 1e4
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
 
+
+_WINDOW_KEYS = (
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "final_logit_softcapping",
+)
 
 # The converter permutes q and k of llama and its kin for adjacent pairs; the others keep halves.
 ARCHITECTURES = {
@@ -56,14 +70,22 @@ ARCHITECTURES = {
         activation="geglu",
         scaled_embedding=True,
         global_every=6,
+        local_base=1e4,
         roles=("q_norm", "k_norm", "post_attention_norm", "post_ffn_norm"),
-        keys=(
-            "attention.sliding_window",
-            "attention.sliding_window_pattern",
-            "rope.freq_base_swa",
-        ),
+        keys=(*_WINDOW_KEYS, "rope.freq_base_swa"),
         eps=1e-6,
         freq_base=1e6,
+    ),
+    "gemma2": Architecture(
+        activation="geglu",
+        scaled_embedding=True,
+        global_every=2,
+        window=4096,
+        roles=("post_attention_norm", "post_ffn_norm"),
+        keys=(*_WINDOW_KEYS, "attn_logit_softcapping"),
+        eps=1e-6,
+        attention_cap=50.0,
+        logit_cap=30.0,
     ),
     "smollm3": Architecture(pairing="adjacent", unrotated_every=4),
     "granite": Architecture(
@@ -116,6 +138,8 @@ MORE_KEYS = {
     "attention.sliding_window": Range(int, 0, 2**31 - 1),
     "attention.sliding_window_pattern": Range(int, 0, 2**31 - 1),
     "rope.freq_base_swa": Range(float, 1, 1e30),
+    "attn_logit_softcapping": _OR_OFF,
+    "final_logit_softcapping": _OR_OFF,
     "embedding_scale": _SCALE,
     "residual_scale": _SCALE,
     "logit_scale": _SCALE,
@@ -170,6 +194,7 @@ class Config:
         attention_scale: factor of q.k; YaRN's magnitude is in it.
         embedding_scale: factor of embeddings. granite adds r times what a layer computes to the
             residual stream x; this runtime keeps x / r instead, to which layers add as usual.
+        attention_cap, logit_cap: c of a soft cap c * tanh(x / c) of scores and of logits, or None.
         logit_divisor: what logits are divided by.
         windows: keys that each layer sees, None for all.
         inv_freq: rotary frequencies of each layer, float32 [F] in radians a position.
@@ -188,6 +213,8 @@ class Config:
     attention_scale: float
     embedding_scale: float
     logit_divisor: float
+    attention_cap: float | None
+    logit_cap: float | None
     windows: tuple[int | None, ...] = ()
     inv_freq: tuple[np.ndarray, ...] = ()
 
@@ -207,9 +234,11 @@ class _Keys:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, else the default; FormatError if there is neither."""
         full = f"{self.name}.{key}"
-        value = self.file.metadata.get(full, default)
-        if value is None:
-            raise FormatError(f"{self.file.path}: key {full} is missing")
+        if full not in self.file.metadata:
+            if default is None:
+                raise FormatError(f"{self.file.path}: key {full} is missing")
+            return default
+        value = self.file.metadata[full]
         if isinstance(value, list) and value:
             if any(other != value[0] for other in value):
                 raise UnsupportedError(f"{self.file.path}: {full} differs between layers")
@@ -223,6 +252,10 @@ class _Keys:
             )
             raise FormatError(f"{self.file.path}: {full} is {brief(value)}, expected {expected}")
         return number
+
+    def optional(self, key: str, default: Any) -> Any:
+        """The same; the default also where the architecture does not read the key."""
+        return self.get(key, default) if key in self.known else default
 
     def refuse_unknown(self) -> None:
         """UnsupportedError if the file has a key that nothing here reads."""
@@ -254,12 +287,11 @@ def read_config(file: ModelFile) -> Config:
     embedding, heads = keys.get("embedding_length"), keys.get("attention.head_count")
     num_layers = keys.get("block_count")
     head_dim = keys.get("attention.key_length", max(1, embedding // heads))
-    residual = keys.get("residual_scale", 1.0) if "residual_scale" in keys.known else 1.0
+    residual = keys.optional("residual_scale", 1.0)
     tokens = file.get("tokenizer.ggml.tokens", [], list)
-    # Gemma 3 27B alone divides by the width of a query head's share of the embedding.
-    big_gemma = keys.name == "gemma3" and num_layers == 62
+    # The 27B models of Gemma divide by the width of a query head's share of the embedding.
+    big_gemma = (keys.name, num_layers) in (("gemma2", 46), ("gemma3", 62))
     usual_scale = 1 / math.sqrt(max(1, embedding // heads) if big_gemma else head_dim)
-    granite = "embedding_scale" in keys.known
     config = Config(
         architecture=keys.name,
         num_layers=num_layers,
@@ -273,11 +305,13 @@ def read_config(file: ModelFile) -> Config:
         eps=keys.get("attention.layer_norm_rms_epsilon", kind.eps) / residual**2,
         attention_scale=keys.get("attention.scale", 0.0) or usual_scale,
         embedding_scale=(
-            (keys.get("embedding_scale", 1.0) if granite else 1.0)
+            keys.optional("embedding_scale", 1.0)
             * (math.sqrt(embedding) if kind.scaled_embedding else 1.0)
             / residual
         ),
-        logit_divisor=keys.get("logit_scale", 1.0) if granite else 1.0,
+        logit_divisor=keys.optional("logit_scale", 1.0),
+        attention_cap=keys.optional("attn_logit_softcapping", kind.attention_cap) or None,
+        logit_cap=keys.optional("final_logit_softcapping", kind.logit_cap) or None,
     )
     _check_sizes(keys, config)
     tensors.check(file, config)
@@ -334,8 +368,8 @@ def _check_sizes(keys: _Keys, config: Config) -> None:
 def _windows(keys: _Keys, num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer; files may state the pattern as a period or layer by
     layer (true: sliding)."""
-    every = ARCHITECTURES[keys.name].global_every
-    window = keys.get("attention.sliding_window", 0) if every else 0
+    kind = ARCHITECTURES[keys.name]
+    every, window = kind.global_every, keys.optional("attention.sliding_window", kind.window)
     if not window:
         return (None,) * num_layers
     full = f"{keys.name}.attention.sliding_window_pattern"
@@ -396,11 +430,11 @@ def _frequencies(
             original_context=keys.get("rope.scaling.original_context_length", trained),
             divisors=None if divisors is None else tensors.joined(np, [divisors], np.float32),
         )
-        local_base = keys.get("rope.freq_base_swa", 1e4) if kind.global_every else 1e4
-        local = rope.frequencies(dim, local_base)
+        local_base = keys.optional("rope.freq_base_swa", kind.local_base or 0.0)
+        local = rope.frequencies(dim, local_base) if local_base else scaled
     except (ParameterError, ShapeError) as error:
         raise FormatError(f"{path}: the keys of {keys.name}.rope: {error}") from None
-    rotated = "rope.scaling.finetuned" not in keys.known or keys.get("rope.scaling.finetuned", True)
+    rotated = keys.optional("rope.scaling.finetuned", True)
     still = np.zeros_like(scaled)  # a rotation by nothing
     every = kind.unrotated_every
     return tuple(

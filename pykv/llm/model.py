@@ -102,6 +102,7 @@ def forward(
         of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
         cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
+        options |= dict(logits_soft_cap=config.attention_cap)
         if batch.q_starts is None:
             where = (batch.page_table, batch.lengths)
             cache.decode(i, q, *where, workspace=workspace, **options)
@@ -119,7 +120,18 @@ def forward(
         x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
     norm.rms_norm(x, model.output_norm, eps=config.eps, out=normed)
-    return multiply(normed, model.head)
+    logits = multiply(normed, model.head)
+    if config.logit_cap is not None:
+        cap = partial(_soft_cap, logits, config.logit_cap)
+        cuda.enqueue(cap) if on_gpu(logits) else cap()
+    return logits
+
+
+def _soft_cap(x: Any, cap: float) -> None:
+    """x = cap * tanh(x / cap), without memory that a graph would have to keep."""
+    x /= cap
+    np.tanh(x, out=x)
+    x *= cap
 
 
 def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[], Any]:

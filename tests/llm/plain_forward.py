@@ -34,6 +34,8 @@ class Numbers:
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     gelu: bool = False
+    attention_cap: float = math.inf
+    logit_cap: float = math.inf
 
 
 def logits(path: Any, ids: list[int], n: Numbers) -> np.ndarray:
@@ -56,7 +58,12 @@ def logits(path: Any, ids: list[int], n: Numbers) -> np.ndarray:
         y = _project(gate * up, layer, "ffn_down")
         x = x + n.residual_scale * _post(y, layer, "post_ffw_norm.weight", n)
     head = w.get("output.weight", w["token_embd.weight"])
-    return _norm(x, w["output_norm.weight"], n.eps) @ head.T / n.logit_divisor
+    out = _norm(x, w["output_norm.weight"], n.eps) @ head.T / n.logit_divisor
+    return _capped(out, n.logit_cap)
+
+
+def _capped(x: np.ndarray, cap: float) -> np.ndarray:
+    return x if math.isinf(cap) else cap * np.tanh(x / cap)
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -85,6 +92,7 @@ def _attention(x: np.ndarray, layer: dict[str, np.ndarray], i: int, n: Numbers) 
         for t in range(T):
             first = max(0, t + 1 - n.windows[i]) if n.windows and n.windows[i] else 0
             scores = k[first : t + 1, group] @ q[t, head] * n.scale
+            scores = _capped(scores, n.attention_cap)
             shares = np.exp(scores - scores.max())
             out[t, head] = shares / shares.sum() @ v[first : t + 1, group]
     return _project(out.reshape(T, -1), layer, "attn_output")

@@ -50,6 +50,14 @@ def gemma3(base, eps, window=8, period=6, local=1e4):
     )
 
 
+GEMMA2 = replace(
+    gemma3(5e3, 0.01, period=2, local=5e3),
+    layers=4,
+    frequencies=[frequencies(32, 5e3)] * 4,
+    attention_cap=50.0,
+    logit_cap=30.0,
+)
+GEMMA2_WIDE = replace(GEMMA2, windows=[4096, 0] * 2)
 SMOLLM3 = replace(
     LLAMA, layers=5, frequencies=[[0.0] * 8 if i == 3 else frequencies(16, 5e3) for i in range(5)]
 )
@@ -188,6 +196,37 @@ CASES = {
         {".attention.sliding_window": 0},
         {},
         gemma3(2e5, 0.01, window=0),
+    ),
+    "gemma3's cap of logits": (
+        "gemma3",
+        {".final_logit_softcapping": 3.0},
+        {},
+        replace(gemma3(2e5, 0.01), logit_cap=3.0),
+    ),
+    "gemma2": ("gemma2", {}, {}, GEMMA2),
+    "gemma2's caps": (
+        "gemma2",
+        {".attn_logit_softcapping": 1.5, ".final_logit_softcapping": 4.0},
+        {},
+        replace(GEMMA2, attention_cap=1.5, logit_cap=4.0),
+    ),
+    "gemma2 without caps": (
+        "gemma2",
+        {".attn_logit_softcapping": 0.0, ".final_logit_softcapping": 0.0},
+        {},
+        replace(GEMMA2, attention_cap=math.inf, logit_cap=math.inf),
+    ),
+    "gemma2 with the usual window": (
+        "gemma2",
+        {".attention.sliding_window": None},
+        {},
+        GEMMA2_WIDE,
+    ),
+    "gemma2, linear": (
+        "gemma2",
+        {".rope.scaling.factor": 4.0},
+        {},
+        replace(GEMMA2, frequencies=[[f / 4 for f in frequencies(32, 5e3)]] * 4),
     ),
     "smollm3": ("smollm3", {}, {}, SMOLLM3),
     "granite, neutral": ("granite", {}, {}, LLAMA),

@@ -67,6 +67,7 @@ ARCHITECTURES = {
     "llama": Spec("llama"),
     "qwen2": Spec("qwen2", embedding=96, heads=6, rope_base=50_000.0, bias=True),
     "qwen3": Spec("qwen3", head_dim=32, rope_base=50_000.0, qk_norm=True),
+    "gemma2": Spec("gemma2", layers=4, head_dim=32, window=8, tied=True, post_norm=True),
     "smollm3": Spec("smollm3", layers=5, tied=True),
     "granite": Spec("granite"),
     "gemma3": Spec(
@@ -251,7 +252,7 @@ def vocabulary(model: Spec) -> tuple[list[str], list[int], list[float]]:
     normal, control, byte = (
         int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "CONTROL", "BYTE")
     )
-    if model.arch == "gemma3":
+    if model.arch.startswith("gemma"):
         merged = ["▁t", "he", "▁the", "in", "an"]
         pieces = merged + ["▁", *"etaoinshrdlucmfwypvbgkjqxz"]
         tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -300,7 +301,7 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, model: Spec) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Spec) -> None:
     tokens, types, scores = vocabulary(model)
-    sentencepiece = model.arch == "gemma3"
+    sentencepiece = model.arch.startswith("gemma")
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else "gpt-2")
     writer.add_token_list(tokens)

@@ -225,15 +225,12 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
-    import numpy as np
-
     from pykv.kinds import KVSpec
-    from pykv.llm import gguf, memory, models
+    from pykv.llm import gguf, models
     from pykv.llm.config import read_config
 
     spec = KVSpec.parse(args.kv_dtype)
-    file = gguf.read_model(models.fetch(args.file))
-    config = read_config(file)
+    config = read_config(gguf.read_model(models.fetch(args.file)))
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
@@ -245,8 +242,6 @@ def _size(args: argparse.Namespace) -> None:
         f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
         f"{per_token * tokens:,} bytes for {tokens:,} tokens"
     )
-    weights = memory.needed(file, config, np.float16, spec, tokens, None).weights
-    print(f"weights: {weights:,} bytes as fp16 on a GPU, {2 * weights:,} as float32 on the host")
     if tokens > config.context:
         print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)
 

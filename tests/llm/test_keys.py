@@ -13,7 +13,8 @@ import pytest
 from pykv.errors import CapacityError, FormatError, NumberError, PykvError, UnsupportedError
 from pykv.kinds import KVSpec
 from pykv.llm import LLM, SamplingParams, generate, gguf, memory, tensors
-from pykv.llm.config import ARCHITECTURES, HARMLESS, KEYS, ONLY, read_config
+from pykv.llm.config import read_config
+from pykv.llm.keys import ARCHITECTURES, HARMLESS, KEYS, ONLY
 from tests.llm import plain_forward, tiny
 from tests.llm.plain_forward import Numbers, frequencies, yarn
 
@@ -294,7 +295,7 @@ OTHER = {bool: False, int: 7, float: 7.5}
 @pytest.mark.parametrize("key", ONLY)
 def test_values_that_do_not_run(tmp_path, key):
     only, what = ONLY[key]
-    value = OTHER[type(only)] if not key.endswith(("causal", "residual")) else not only
+    value = OTHER[type(only)]
     refused(tmp_path, UnsupportedError, f"llama.{key} is .*{what[:20]}", keys={"." + key: value})
     tiny.write(tmp_path / "x.gguf", "llama", keys={"." + key: only})
     read_config(gguf.read(tmp_path / "x.gguf"))
@@ -321,6 +322,16 @@ def test_values_that_do_not_run(tmp_path, key):
 )
 def test_keys_that_do_not_run(tmp_path, keys, text):
     refused(tmp_path, UnsupportedError, text, keys=keys)
+
+
+@pytest.mark.parametrize("key", [*HARMLESS, "vision.block_count", "mm.tokens_per_image"])
+def test_keys_that_change_nothing(tmp_path, key):
+    tiny.write(tmp_path / "without.gguf", "llama")
+    for n, value in enumerate((True, 7, "text")):
+        tiny.write(tmp_path / f"{n}.gguf", "llama", keys={"." + key: value})
+        np.testing.assert_array_equal(
+            logits(tmp_path / f"{n}.gguf"), logits(tmp_path / "without.gguf")
+        )
 
 
 def test_yarn_beside_windows_does_not_run(tmp_path):

@@ -18,6 +18,7 @@ from pykv.llm.keys import ARCHITECTURES, HARMLESS, KEYS, ONLY
 from tests.llm import plain_forward, tiny
 from tests.llm.plain_forward import Numbers, frequencies, yarn
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 IDS = [int(i) for i in np.random.RandomState(7).randint(0, 256, 24)]
 BOUND = 1e-3  # noise is 3e-5; what a key moves is thirty times as much at least
 F4 = np.float32
@@ -251,24 +252,35 @@ CASES = {
         replace(LLAMA, frequencies=[[0.0] * 8] * 2),
     ),
 }
-SAME = ("llama", "gemma3", "qwen3", "smollm3", "granite, neutral", "scale of 0 is the usual")
+SAME = ("scale of 0 is the usual", "a factor of type none")
+
+
+def open_exact(path, device="cpu"):
+    return LLM(path, device=device, weights="fp32", kv_dtype="fp32")
 
 
 def logits(path):
-    return LLM(path, device="cpu", weights="fp32", kv_dtype="fp32").logits(IDS)
+    return open_exact(path).logits(IDS)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_keys_and_tensors_that_run(tmp_path, name):
+def test_keys_and_tensors_that_run(tmp_path, name, device):
+    """In a prompt, and one token at a time."""
     arch, keys, extra, numbers = CASES[name]
-    tiny.write(tmp_path / "with.gguf", arch, keys=keys, extra=extra)
-    got = logits(tmp_path / "with.gguf")
-    want = plain_forward.logits(tmp_path / "with.gguf", IDS, numbers)
-    np.testing.assert_allclose(got, want, rtol=0, atol=BOUND)
+    path = tmp_path / "with.gguf"
+    tiny.write(path, arch, keys=keys, extra=extra)
+    llm = open_exact(path, device)
+    want = plain_forward.logits(path, IDS, numbers)
+    np.testing.assert_allclose(llm.logits(IDS), want, rtol=0, atol=BOUND)
+    (answer,) = llm.generate([IDS], SamplingParams(max_tokens=4, ignore_eos=True))
+    ids = IDS + answer.token_ids
+    for row, token in zip(plain_forward.logits(path, ids, numbers)[-5:-1], ids[-4:], strict=True):
+        assert row[token] > row.max() - BOUND
     if keys or extra:
         tiny.write(tmp_path / "without.gguf", arch)
         moved = np.abs(want - logits(tmp_path / "without.gguf")).max()
-        assert moved > 30 * BOUND or name in (*SAME, "a factor of type none"), moved
+        assert moved > 30 * BOUND or name in SAME, moved
 
 
 def test_biases_also_when_heads_are_mixed(tmp_path):
@@ -443,8 +455,6 @@ def test_types_that_cannot_be_dequantised(tmp_path, dtype):
 
 
 # --- Numbers that are not finite, and memory ---
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def with_one(name, value):

@@ -176,7 +176,7 @@ def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
     return out
 
 
-_PIECE = 1 << 22  # elements; bounds the scratch memory
+_PIECE = 1 << 20  # elements; bounds the scratch memory
 
 
 def all_finite(xp: Any, values: Any) -> Any:

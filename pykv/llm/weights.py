@@ -13,7 +13,7 @@ import numpy as np
 from pykv.llm import tensors
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import linear, paged_qkv
+from pykv.ops import activation, linear, paged_qkv
 
 
 @dataclass
@@ -98,7 +98,10 @@ def load(
         layers = (pool.map if xp is np else map)(layer, range(config.num_layers))
         embedding = reader.matrix("embedding")
         output_norm = reader.vector("output_norm")
-        output_norm /= np.float32(config.logit_divisor)  # logits are a product with it
+        if config.logit_divisor != 1:  # logits are a product with it
+            first = xp.zeros(1, np.int32)
+            output_norm = activation.embed(output_norm[None], first, scale=1 / config.logit_divisor)
+            output_norm = output_norm[0]
         model = Model(
             config=config,
             embedding=embedding,
@@ -154,8 +157,7 @@ class _Reader:
         return values
 
     def refuse_infinite(self) -> None:
-        """An error if a weight is NaN or infinite; waits for the device once."""
-        flags = self.xp.stack([flag for _, flag in self.finite])
-        for (infos, _), finite in zip(self.finite, flags.tolist(), strict=True):
-            if not finite:
+        """An error if a weight is NaN or infinite; waits for the device."""
+        for infos, finite in self.finite:
+            if not bool(finite):
                 tensors.refuse_infinite(self.file, infos, self.dtype)

@@ -1,4 +1,4 @@
-"""The values of tokenizer.ggml.token_type, and tokens that are found in a text whole."""
+"""Types of tokens, tokens that are known by their text, and how a text is cut at tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from pykv.llm.gguf import ModelFile
 
+# values of tokenizer.ggml.token_type
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3  # never made from plain text: <|im_start|>
@@ -38,6 +39,35 @@ def special_id(file: ModelFile, role: str, num_tokens: int) -> int | None:
         instead = "there is no such token" if usual is None else f"{usual} is taken"
         warnings.warn(f"{file.path}: key {key} {what}; {instead}", stacklevel=2)
     return usual
+
+
+# Tokens after which an answer is over, known by their text: files name one or two in their keys,
+# and converters have typed some of them as normal. Source: llama.cpp.
+ENDINGS = {
+    *(
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "[e~["),
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|tool_response>"),
+    *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+    # of files and repositories, in models that fill in the middle
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+}
+
+
+def endings(tokens: list[str]) -> list[int]:
+    """Ids of the tokens that end an answer by their text, whatever their types."""
+    found = {token: i for i, token in enumerate(tokens) if token in ENDINGS}
+    if "<eos>" in found:
+        found.pop("</s>", None)  # Gemma: the end of text that is struck through, in HTML
+    if found.keys() & {"<|call|>", "<|calls|>"} and found.keys() & {"<|return|>", "<|flush|>"}:
+        found.pop("<|end|>", None)  # Harmony: the end of one message of several
+    return list(found.values())
 
 
 class Finder:

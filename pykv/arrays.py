@@ -6,6 +6,7 @@ CuPy array has imported it already.
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Callable
@@ -234,6 +235,24 @@ def _parse(spec: str) -> tuple[list[tuple[str, int, str, int, int]], int]:
 _WORD = re.compile(r"(\d*)([A-Za-z]*)(?:\+(\d+))?(?:/(\d+))?")
 
 
+def check_whole(op: str, name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Check a size, a count or an index, and return it as an int.
+
+    Raises:
+        DtypeError: it is no integer; a bool is none.
+        ParameterError: it is below `least` or above `most`.
+    """
+    try:
+        whole = operator.index(None if isinstance(value, bool | np.bool_) else value)
+    except TypeError:
+        given = type(value).__name__
+        raise DtypeError(f"{op}: {name} is a {given}, expected a whole number") from None
+    if whole < least or (most is not None and whole > most):
+        bounds = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ParameterError(f"{op}: {name} is {whole}, expected {bounds}")
+    return whole
+
+
 def check_head_dim(op: str, name: str, D: int, most: int) -> None:
     """Check a head size: kernels move rows in pieces of eight elements."""
     if D == 0 or D % 8:
@@ -245,6 +264,11 @@ def check_head_dim(op: str, name: str, D: int, most: int) -> None:
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
+
+
+def to_host(array: Any) -> Any:
+    """The NumPy array of a checked array; waits for a GPU."""
+    return array.get() if on_gpu(array) else array
 
 
 def footprint(*arrays: Any) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import footprint, load_cupy, on_gpu
+from pykv.arrays import check_whole, footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
@@ -248,8 +248,7 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
         MemoryError: the host has not as much that can be pinned.
     """
     op = "pages.host_pages"
-    if num_pages < 0:
-        raise ParameterError(f"{op}: num_pages is {num_pages}, expected at least 0")
+    num_pages = check_whole(op, "num_pages", num_pages, 0)
     facts_of(op, "cache", cache)
     made = {name: getattr(cache, name) for name in ARRAYS}  # given scales are shared
     for name, array in moving_arrays(cache).items():
@@ -279,6 +278,8 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     Pages(layers=2, pages=2, heads=1, head_dim=8, page_size=16, spec="int8", 1.3 kB on cpu)
     >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
+    op = "pages.swap_out"
+    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     if store is None:
         store = host_pages(cache, len(pages))
     copy_pages(cache, store, pages, np.arange(len(pages)), stream=stream)
@@ -287,6 +288,8 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
 
 def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
+    op = "pages.swap_in"
+    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Self
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, checker
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, check_whole, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,
@@ -313,13 +312,7 @@ def check_type(name: str, argument: str, value: Any, expected: type) -> None:
 def check_sizes(name: str, least: int, **sizes: int) -> None:
     """Check that sizes are whole numbers and at `least` so large; `name` is for messages."""
     for size, value in sizes.items():
-        try:
-            index(value)
-        except TypeError as error:
-            given = type(value).__name__
-            raise DtypeError(f"{name}: {size} is a {given}, expected a whole number") from error
-        if value < least:
-            raise ParameterError(f"{name}: {size} is {value}, expected at least {least}")
+        check_whole(name, size, value, least)
 
 
 def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:

@@ -199,6 +199,11 @@ class KVSpec:
         return self.has_scales and self.granularity == "token"
 
     @property
+    def has_given_scales(self) -> bool:
+        """Whether heads or tensors share scales, which are there before rows are written."""
+        return self.has_scales and self.granularity != "token"
+
+    @property
     def type_defines(self) -> dict[str, str]:
         """The kernels' names of the element types of pools and scales: K_T, V_T and SCALE_T."""
         scale = KINDS[self.scale_dtype if self.has_scales else "fp16"]

@@ -91,8 +91,8 @@ class PagedKVCache:
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
         self._margin = margin
-        is_shared = self.spec.has_scales and not self.spec.has_dynamic_scales
-        self._unset = set(range(layers)) if is_shared else set()  # layers that may lack scales
+        # Layers that may lack scales.
+        self._unset = set(range(layers)) if self.spec.has_given_scales else set()
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)

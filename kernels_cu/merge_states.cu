@@ -4,8 +4,8 @@
 //   out             [R, D]     X_T; R = T * HQ
 //   out_lse         [R] float  log-sum-exp over all keys; may be null
 //   values   const  [S, R, D]  X_T, stride of S in elements
-//   lse      const  [S, R] float, stride of S in elements; minus infinity: no keys, and values that
-//                   do not count
+//   lse      const  [S, R] float, stride of S in elements; an infinity: no keys, and values that do
+//                   not count
 // Scalars:  to_binary = log2 of the base of the logarithms, from_binary = its inverse
 // Defines:  X_T = float, f16 or bf16; HEAD_DIM, a multiple of 8; BLOCK = threads
 // Launch:   grid (ceil(R * D / 4 / BLOCK)), block (BLOCK); a thread makes four elements
@@ -31,14 +31,18 @@ merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __re
     const int d = (int)(item % (D / 4)) * 4;
     if (row >= R) return;
 
+    const auto lse_of = [&](int s) {
+        const float x = lse[s * lse_stride + row];
+        return x == INF ? -INF : x;  // FlashAttention's rows without keys
+    };
     float peak = -INF;
 #pragma unroll 4
-    for (int s = 0; s < S; s++) peak = fmaxf(peak, lse[s * lse_stride + row]);
+    for (int s = 0; s < S; s++) peak = fmaxf(peak, lse_of(s));
     const float base = finite_base(peak);
     float sum = 0.0f, x[4] = {};
 #pragma unroll 4
     for (int s = 0; s < S; s++) {
-        const float weight = exp2f((lse[s * lse_stride + row] - base) * to_binary);
+        const float weight = exp2f((lse_of(s) - base) * to_binary);
         float value[4];
         load4(value, values + s * values_stride + row * D + d);
         sum += weight;

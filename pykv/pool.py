@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from pykv import cuda, kinds
 from pykv.arrays import check_whole, footprint, to_host
-from pykv.blocks import BlockManager
+from pykv.blocks import BlockManager, page_ids
 from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
@@ -30,7 +30,8 @@ class PagedKVCache:
         spec: what the pools hold, a KVSpec or a text that KVSpec.parse takes: "fp16", "int8", ...
         margin: where heads or tensors share a scale, each is found from the first rows that are
             appended to it and are not all zero, as `margin` times what their largest finite
-            magnitude needs, and stays. None: the caller sets them before the first append.
+            magnitude needs, and stays; what later exceeds it is clamped, see `clamped`. None: the
+            caller sets them before the first append.
         xp: the array module that decides where the cache lives, `numpy` or `cupy`.
 
     Attributes:
@@ -178,6 +179,35 @@ class PagedKVCache:
                 cuda.synchronize()
         self._set_arrays(new)
         self.manager.grow(pages)
+
+    def clamped(self, pages: Sequence[int] | Any = ()) -> Any:
+        """The share of the elements of pages that stand at the largest code, [L, 2] float64 for K
+        and V of each layer, on the host.
+
+        Rows that exceed a shared scale are clamped, which no append waits to see. Scales that were
+        found with a `margin` above 1 leave the largest code to such rows; a share of more than a
+        thousandth says that they were found from other rows than those that came. Then make a cache
+        with a larger margin and append again, or take one with a scale for each token ("int8" in
+        place of "int8:head"). Zero for kinds of floats; of no meaning where each token has a scale,
+        whose largest element gets the largest code.
+
+        Args:
+            pages: page ids.
+
+        Raises:
+            ParameterError: a page does not exist.
+
+        Waits for the GPU, and copies the pages to the host.
+        """
+        ids = page_ids("PagedKVCache.clamped", "pages", pages, 0, self.k.shape[1] - 1)
+        shares = np.zeros((len(self.layers), 2))
+        for layer, pools in enumerate(self.layers):
+            for i, (kind, pool) in enumerate(zip(self.spec.kinds, pools, strict=True)):
+                if kind.largest and len(ids):
+                    codes = to_host(pool[self._xp.asarray(ids)])
+                    elements = codes.nbytes * 8 // kind.bits
+                    shares[layer, i] = kinds.count_largest(codes, kind) / elements
+        return shares
 
     def append(
         self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None, **options: Any

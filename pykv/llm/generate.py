@@ -66,8 +66,8 @@ class LLM:
         kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
-            SCALE_MARGIN times what its largest magnitude needs, and stays. Before they become
-            integers, heads are multiplied by a Hadamard matrix, which changes no
+            SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
+            clamps more than a thousandth of a layer's keys or values. Before they become integers, heads are multiplied by a Hadamard matrix, which changes no
             product, but no element stands out then: int8 disturbs logits by half to a third, and
             int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".

@@ -8,6 +8,7 @@ here: see pykv.llm.generate.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
 PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
+CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
 LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
 
 
@@ -123,7 +125,10 @@ class Scheduler:
                 yield
         finally:
             stats.cached_tokens = sum(s.cached for s in sequences)
-            self._release(sequences)
+            try:
+                self._warn_of_clamped(sequences)
+            finally:
+                self._release(sequences)
 
     def logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, [n, V] on the host, and the first position of each.
@@ -271,6 +276,22 @@ class Scheduler:
         except BaseException:
             self._release(sequences)
             raise
+
+    def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
+        """Say so where scales that heads or tensors share do not fit these sequences."""
+        if not self.cache.spec.has_given_scales:
+            return
+        pages_for = self.cache.manager.pages_for
+        pages = {page for s in sequences for page in s.pages[: pages_for(s.cached)]}
+        shares = self.cache.clamped(sorted(pages))
+        if shares.max() > CLAMPED_SHARE:
+            layer, side = np.unravel_index(shares.argmax(), shares.shape)
+            warnings.warn(
+                f"{self.cache.spec}: {shares.max():.1%} of the {('keys', 'values')[side]} of layer "
+                f"{layer} exceed the scales of the cache, and are clamped; take a kv_dtype with a "
+                "scale for each token, such as int8",
+                stacklevel=2,
+            )
 
     def _reuse(self, s: Sequence) -> None:
         """Take the pages of a prompt that are known by now in place of its own."""

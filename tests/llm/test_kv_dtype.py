@@ -145,7 +145,8 @@ def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
         if spec.granularity == "tensor":
             peaks = peaks.max(1, keepdims=True)
         want = generate.SCALE_MARGIN * peaks / kind.largest
-        np.testing.assert_allclose(got, want, rtol=2e-3)
+        np.testing.assert_allclose(got[0], want[0], rtol=2e-3)
+        np.testing.assert_allclose(got[1:], want[1:], rtol=0.1)  # behind codes of the first layer
 
 
 @without_simt
@@ -158,6 +159,17 @@ def test_a_first_prompt_of_one_token_spoils_nothing(open_llm, rng, name):
     alone = np.abs(open_llm(name, kv_dtype="int8:head").logits(ids) - want).max()
     llm.generate([[5]], greedy(1))
     assert np.abs(llm.logits(ids) - want).max() == alone < 0.3 * want.std()
+
+
+@without_simt
+def test_scales_that_do_not_fit_are_said_so(open_llm, rng):
+    llm = open_llm(kv_dtype="int8:head")
+    llm.generate([tokens_of(rng, 60)], greedy(3))  # no warning, which would be an error
+    for scales in (llm.cache.k_scales, llm.cache.v_scales):
+        scales[1] /= 4
+    with pytest.warns(UserWarning, match=r"int8:head: .*% of the .* of layer 1 exceed the scales"):
+        llm.generate([tokens_of(rng, 60)], greedy(3))
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 # Texts that models are sure how to continue: on the published models the two best logits of every

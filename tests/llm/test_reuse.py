@@ -224,7 +224,8 @@ def noted_logits(monkeypatch):
 @pytest.mark.parametrize("batch", [False, True])
 def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype, batch):
     """Of every token, whatever came between; prompts of one call share pages, too."""
-    llm, noted = open_llm(kv_dtype=kv_dtype), noted_logits(monkeypatch)
+    llm = open_llm(kv_dtype=kv_dtype, pool_tokens=2000)  # nothing is evicted
+    noted = noted_logits(monkeypatch)
     start, other = tokens_of(rng, 70), tokens_of(rng, 33)
     prompts = [start + tokens_of(rng, n) for n in (1, 7, 30)] + [start[:n] for n in (1, 16, 33)]
     calls = [[*prompts, other, prompts[1]]] if batch else [[prompt] for prompt in prompts]
@@ -235,7 +236,6 @@ def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype
         return list(noted), answers
 
     first = [logits_of(call) for call in calls]
-    tokens = sum(len(prompt) - 1 & -P for prompt in sum(calls, []))
     for _ in range(2):
         for call, (want, answers) in zip(calls, first, strict=True):
             got, again = logits_of(call)
@@ -244,7 +244,6 @@ def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype
                 assert_same_bits(a, b)
             assert llm.stats.reused_tokens == sum(len(prompt) - 1 & -P for prompt in call)
         llm.generate([tokens_of(rng, 40)], greedy(2))
-    assert tokens > 100
 
 
 @without_simt

@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import check_whole
 from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.options import check_whole
 
 _KEY_BYTES = 16
 _MAX_PAGE = 2**31 - 1  # page tables are int32
@@ -54,8 +54,8 @@ class BlockManager:
         ParameterError: a size is out of its range.
         DtypeError: a size is no whole number.
 
-    All methods raise DtypeError for arguments of another type. An error leaves everything as it was. Not thread-safe. Sources: vLLM's paged attention and
-    automatic prefix caching.
+    All methods raise DtypeError for arguments of another type. An error leaves everything as it
+    was. Not thread-safe. Sources: vLLM's paged attention and automatic prefix caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
     >>> first = manager.allocate(tokens=6)
@@ -211,9 +211,7 @@ class BlockManager:
 
     # --- Prefixes ---
 
-    def publish(
-        self, pages: list[int], tokens: Sequence[int], *, salt: str | bytes = b""
-    ) -> None:
+    def publish(self, pages: list[int], tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
         """Offer a sequence's full pages to later ones that begin with the same tokens.
 
         Costs a hash for each page that was not published before. Of several pages with the same
@@ -368,7 +366,7 @@ def _root(op: str, salt: str | bytes) -> bytes:
     return blake2b(salt, digest_size=_KEY_BYTES).digest()
 
 
-def _length(op: str, tokens: Sequence[int]) -> int:
+def _length(op: str, tokens: Sequence[Any]) -> int:
     """The number of tokens, of a sequence that can be sliced."""
     if not (hasattr(tokens, "__len__") and hasattr(tokens, "__getitem__")):
         given = type(tokens).__name__
@@ -379,7 +377,7 @@ def _length(op: str, tokens: Sequence[int]) -> int:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray:
+def slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.ndarray:
     """Flat slots, int32 [stop - start], of positions start ... stop - 1 of a sequence.
 
     Args:
@@ -407,7 +405,8 @@ def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray
     first = start // P
     page_ids("slots", "pages", table[first : -(-stop // P)], 0, 2**31 // P - 1, first=first)
     positions = np.arange(start, stop)
-    return (table[positions // P] * P + positions % P).astype(np.int32)
+    flat: np.ndarray = table[positions // P] * P + positions % P
+    return flat.astype(np.int32)
 
 
 def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -459,7 +458,5 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
     wrong = (ids < least) | (ids > most)
     if wrong.any():
         i = int(np.argmax(wrong))
-        raise ParameterError(
-            f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}"
-        )
+        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
     return ids.astype(np.int64)

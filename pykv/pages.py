@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import check_whole, footprint, load_cupy, on_gpu
+from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
+from pykv.options import check_whole
 from pykv.page_arrays import (
     ARRAYS,
     Ids,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import check_whole, footprint, to_host
+from pykv.arrays import footprint, to_host
 from pykv.blocks import BlockManager, page_ids
-from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
+from pykv.options import check_number, check_whole
 from pykv.specs import as_spec
 
 
@@ -83,11 +82,7 @@ class PagedKVCache:
         if head_dim % 8:
             raise ParameterError(f"{op}: head_dim is {head_dim}, expected a multiple of 8")
         if margin is not None:
-            if isinstance(margin, bool) or not isinstance(margin, Real):
-                given = type(margin).__name__
-                raise DtypeError(f"{op}: margin is a {given}, expected a positive number")
-            if not 0 < margin < math.inf:
-                raise ParameterError(f"{op}: margin is {margin}, expected a positive number")
+            margin = check_number(op, "margin", margin, positive=True)
         if getattr(xp, "__name__", "").rpartition(".")[2] not in ("numpy", "cupy"):
             raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
         self.spec = as_spec(op, spec)
@@ -372,9 +367,7 @@ class PagedKVCache:
             if need > sys.maxsize:
                 raise MemoryError("more than addresses reach")
             made = [xp.zeros((layers, *shape), kind.dtype) for kind, shape in pools]
-            return made + [
-                xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds
-            ]
+            return made + [xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds]
         except MemoryError as error:
             raise CapacityError(
                 f"PagedKVCache: {pages} pages of {self.page_size} tokens need {need:,} bytes: "

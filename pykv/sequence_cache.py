@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import check_whole, footprint
+from pykv.arrays import footprint
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
+from pykv.options import check_whole
 from pykv.pool import PagedKVCache, do_in
 
 

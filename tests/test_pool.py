@@ -195,7 +195,7 @@ def test_an_append_that_raises_sets_no_scale(xp, rng, text):
 
 @pytest.mark.parametrize("text", GIVEN)
 def test_scales_that_nobody_sets(xp, rng, text):
-    """Are refused, with the remedy; those that the caller sets are left alone, with a margin too."""
+    """Are refused, with the remedy; the caller's are left alone, also with a margin."""
     rows = rows_of(rng, 2, peak=0.4)
     cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, xp=xp)
     match = r"append: scales of layer 1 are unset, expected .* PagedKVCache\(margin=1.5\)"
@@ -328,7 +328,9 @@ def test_checks_reach_the_ops(xp):
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("inf"), float("nan")])
 def test_the_margin_is_checked(margin):
-    with pytest.raises(ParameterError, match=f"margin is {margin}, expected a positive number"):
+    with pytest.raises(
+        ParameterError, match=f"margin is {margin}, expected a positive finite number"
+    ):
         PagedKVCache(1, 1, 1, 8, spec="int8:head", margin=margin)
 
 

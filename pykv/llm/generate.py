@@ -31,7 +31,8 @@ asked. Nobody knew -- and nobody cared!
 def mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)  # 0.0 where there are none
 {"id": 4096, "name": "Zoë", "tags": ["α", "β²", null], "ok": true}
-Der schnelle Fuchs springt über den Zaun. ¿Dónde está la biblioteca? 你好，世界。Привет, мир! 日本語の文。
+Der schnelle Fuchs springt über den Zaun. ¿Dónde está la biblioteca?
+你好，世界。Привет, мир! 日本語の文。
 SELECT name, count(*) FROM users WHERE age >= 18 GROUP BY name;
 Theorem 1. If f is continuous on [a, b], then f is bounded; hence sup |f(x)| < ∞.
 User: Please list three colours. Assistant: 1. Red 2. Green 3. Blue
@@ -67,9 +68,9 @@ class LLM:
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
             SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
-            clamps more than a thousandth of a layer's keys or values. Before they become integers, heads are multiplied by a Hadamard matrix, which changes no
-            product, but no element stands out then: int8 disturbs logits by half to a third, and
-            int4 becomes of use.
+            clamps more than a thousandth of a layer's keys or values. Before they become integers,
+            heads are multiplied by a Hadamard matrix, which changes no product, but no element
+            stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.

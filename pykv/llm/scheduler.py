@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.errors import CapacityError
 from pykv.llm import sampling
 from pykv.llm.model import Batch, decode_step, forward
 from pykv.llm.sampling import SamplingParams

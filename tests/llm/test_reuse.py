@@ -255,9 +255,7 @@ def test_prompts_of_one_call_compute_a_shared_page_once(open_llm, rng, monkeypat
     monkeypatch.setattr(
         scheduler,
         "forward",
-        lambda model, batch, *args: (
-            steps.append(len(batch.ids)) or forward(model, batch, *args)
-        ),
+        lambda model, batch, *args: steps.append(len(batch.ids)) or forward(model, batch, *args),
     )
     start = tokens_of(rng, 40)
     prompts = [start + tokens_of(rng, n) for n in (1, 7, 20)] + [tokens_of(rng, 20)]

@@ -142,7 +142,7 @@ class BlockManager:
         if not type(start) is type(stop) is int:
             start = check_whole("BlockManager.extend", "start", start, 0)
             stop = check_whole("BlockManager.extend", "stop", stop, 0)
-        if self._sequences.get(id(pages)) is pages:
+        if self._sequences.get(id(pages), self) is pages:
             num_pages = len(pages)
             if 0 <= start <= stop <= num_pages * P and start // P == num_pages - 1:
                 page = pages[-1]  # the usual case: one more token in the last page

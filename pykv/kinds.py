@@ -295,6 +295,11 @@ class KVSpec:
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
         return dict(zip(names, pools, strict=False)) | self.rules_of_scales(names[2:], of_scales)
 
+    def written(self, names: tuple[str, ...] = POOLS) -> tuple[str, ...]:
+        """Those of the names of pools and their scales that an append writes: scales that heads or
+        tensors share are only read."""
+        return names[:4] if self.has_dynamic_scales else names[:2]
+
     def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
         """Rules of two arrays of scales, called `names` and of dimensions `dims`; kinds of floats
         have none."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import blocks, ranges
-from pykv.arrays import Dims, checker, to_host
+from pykv.arrays import Dims, check_writeable, checker, to_host
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.specs import as_spec
@@ -102,14 +102,14 @@ def check_targets(op: str, ids: Any, num_pages: int) -> None:
         raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
 
 
-def check_writeable(op: str, name: str, cache: Any) -> None:
+def check_may_write(op: str, name: str, cache: Any) -> None:
     """Check that pages may be written.
 
     Raises:
         ParameterError: one of their arrays is read-only.
     """
     for letter, x in moving_arrays(cache).items():
-        ranges.check_writeable(op, f"{name}.{letter}", x)
+        check_writeable(op, f"{name}.{letter}", x)
 
 
 class Places(NamedTuple):

@@ -25,8 +25,8 @@ from pykv.arrays import load_cupy, on_gpu, to_host
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.page_arrays import (
     Ids,
+    check_may_write,
     check_targets,
-    check_writeable,
     facts_of,
     given_scales,
     moving_arrays,
@@ -166,7 +166,7 @@ def load(
             )
         ids = page_ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
         check_targets(op, ids, facts["pages"])
-        check_writeable(op, "cache", cache)
+        check_may_write(op, "cache", cache)
         if len(ids) != count:
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
         store = host_pages(cache, count)

@@ -33,8 +33,8 @@ from pykv.page_arrays import (
     ARRAYS,
     Ids,
     check_apart,
+    check_may_write,
     check_targets,
-    check_writeable,
     facts_of,
     given_scales,
     moving_arrays,
@@ -96,7 +96,7 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     """
     op = "pages.zero_pages"
     ids = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
-    check_writeable(op, "cache", cache)
+    check_may_write(op, "cache", cache)
     arrays = list(moving_arrays(cache).values())
     if not on_gpu(cache.k):
         cuda.run_on_host(lambda: _zero_on_host(arrays, ids))
@@ -154,7 +154,7 @@ def copy_pages(
             f"{op}: target_pages has {len(to_ids)} pages, expected {len(ids)} like source_pages"
         )
     check_targets(op, to_ids, to_facts["pages"])
-    check_writeable(op, "target", target)
+    check_may_write(op, "target", target)
     places = places_of(list(moving_arrays(source).values()), ids)
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
     check_apart(op, places, to_places)
@@ -220,7 +220,7 @@ def convert_pages(
         arrays = moving_arrays(side)
         sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
     check_targets(op, sides[1].ids, to_facts["pages"])
-    check_writeable(op, "target", target)
+    check_may_write(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     check_apart(op, *sides, in_place=spec.layout == out_spec.layout)

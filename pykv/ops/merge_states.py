@@ -81,6 +81,7 @@ def merge(
 
 _check = checker(
     "merge_states.merge",
+    ("out", "out_lse"),
     values=("S | T HQ D", FLOATS),
     lse=("S | T HQ", FLOAT32, 4),
     out=optional("T HQ D", "values"),

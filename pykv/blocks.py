@@ -325,7 +325,10 @@ class BlockManager:
         try:
             return blake2b(self._pack(parent, *tokens), digest_size=_KEY_BYTES).digest()
         except StructError as error:
-            raise ParameterError(f"BlockManager: tokens are {tokens}: {error}") from error
+            expected = "expected integers of 64 bits with a sign"
+            raise ParameterError(
+                f"BlockManager: tokens are {tokens}, {expected}: {error}"
+            ) from error
 
     def _check_sequence(self, op: str, pages: list[int], first: int = 0) -> None:
         """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""

@@ -15,7 +15,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.kinds import KVSpec
-from pykv.ops import norm, paged_qkv, rope
+from pykv.ops import norm, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -547,3 +547,40 @@ def test_a_copy_waits_for_its_stream(rng):
     stream.synchronize()
     before[:, forked[0]] = before[:, pages[0]]
     assert_same_bits(cache.k, before)
+
+
+# --- What wrappers pass on ---
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND"])
+@pytest.mark.parametrize("name", ["decode", "decode 4-D", "prefill"])
+@pytest.mark.parametrize("gives_out", [False, True])
+@pytest.mark.parametrize("gives_lse", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_are_those_of_the_op(xp, rng, spec, name, gives_out, gives_lse, return_lse):
+    """Of every combination of outputs that are given or asked for; given ones are returned."""
+    cache = PagedKVCache(2, 3, 2, 16, page_size=4, spec=spec, xp=xp)
+    rows = xp.asarray(rng.standard_normal((6, 2, 16)).astype(np.float32))
+    cache.append(1, rows, -rows, xp.asarray(np.arange(6, dtype=np.int32)))
+    q = xp.asarray(rng.standard_normal((2, 4, 16)).astype(np.float32))
+    table, lengths, starts = (xp.asarray(np.int32(x)) for x in ([[0, 1]], [6], [0, 2]))
+    arguments = (table, lengths)
+    if name == "prefill":
+        op, method, arguments = prefill.prefill, cache.prefill, (*arguments, starts)
+    else:
+        op, method = paged_decode.decode, cache.decode
+        q = q[:1] if name == "decode" else q[None]
+    scales = dict(zip(("k_scales", "v_scales"), cache.scales[1], strict=True))
+    want = op(q, *cache.layers[1], *arguments, **scales, spec=cache.spec, return_lse=True)
+    out = xp.zeros(q.shape, np.float32) if gives_out else None
+    lse = xp.zeros(q.shape[:-1], np.float32) if gives_lse else None
+    got = method(1, q, *arguments, out=out, lse=lse, return_lse=return_lse)
+    assert isinstance(got, tuple) == return_lse
+    got_out, *got_lse = got if return_lse else (got,)
+    assert out is None or got_out is out
+    assert_same_bits(got_out, want[0])
+    for x in got_lse:
+        assert lse is None or x is lse
+        assert_same_bits(x, want[1])
+    if gives_lse:
+        assert_same_bits(lse, want[1])

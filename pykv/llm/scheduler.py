@@ -101,10 +101,10 @@ class Scheduler:
             reused_tokens=sum(s.cached for s in sequences),
         )
         try:
-            for step in (self._prefix_steps(sequences), self._prompt_steps(sequences)):
+            for steps in (self._prefix_steps(sequences, stats), self._prompt_steps(sequences)):
                 while True:
                     started = time.perf_counter()
-                    if next(step, _END) is _END:
+                    if next(steps, _END) is _END:
                         break
                     stats.prompt_seconds += time.perf_counter() - started
                     yield
@@ -150,7 +150,7 @@ class Scheduler:
 
     # --- Steps ---
 
-    def _prefix_steps(self, sequences: list[Sequence]) -> Generator[None, None, None]:
+    def _prefix_steps(self, sequences: list[Sequence], stats: Stats) -> Generator[None, None, None]:
         """Compute the full pages of the prompts before their last tokens; yields after each step.
 
         What a step sums in which order depends on how many tokens it has. The tokens behind the
@@ -169,7 +169,7 @@ class Scheduler:
             for s in sequences:
                 of_pages = keys[id(s)]
                 if s.cached % P == 0 and not known.isdisjoint(of_pages[s.cached // P :][:1]):
-                    self._reuse(s)
+                    stats.reused_tokens += self._reuse(s)
                 first, count = s.cached // P, min(room, len(of_pages) * P - s.cached)
                 if count and of_pages[first] not in computing:
                     due.append((s, count))
@@ -292,14 +292,15 @@ class Scheduler:
                 stacklevel=2,
             )
 
-    def _reuse(self, s: Sequence) -> None:
-        """Take the pages of a prompt that are known by now in place of its own."""
+    def _reuse(self, s: Sequence) -> int:
+        """Take the pages of a prompt that are known by now in place of its own; returns how many
+        more tokens these hold."""
         manager, before = self.cache.manager, s.cached
         manager.free(s.pages)
         s.pages = manager.reuse(s.prompt[:-1])
         s.cached = len(s.pages) * self.cache.page_size
-        self.stats.reused_tokens += s.cached - before
         self.cache.extend(s.pages, s.cached, s.limit)
+        return s.cached - before
 
     def _release(self, sequences: list[Sequence]) -> None:
         """Give all pages back; what was computed on them may be reused."""

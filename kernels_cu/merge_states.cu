@@ -21,6 +21,9 @@ static_assert(HEAD_DIM % 8 == 0, "threads take four elements");
 
 constexpr int D = HEAD_DIM;
 
+// Plus infinity is FlashAttention's for a row without keys.
+__device__ __forceinline__ float known(float lse) { return lse == INF ? -INF : lse; }
+
 extern "C" __global__ void __launch_bounds__(BLOCK)
 merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __restrict__ values,
              const float* __restrict__ lse, i64 values_stride, i64 lse_stride, int S, i64 R,
@@ -30,18 +33,14 @@ merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __re
     const int d = (int)(item % (D / 4)) * 4;
     if (row >= R) return;
 
-    const auto lse_of = [&](int s) {
-        const float x = lse[s * lse_stride + row];
-        return x == INF ? -INF : x;  // FlashAttention's rows without keys
-    };
     float peak = -INF;
 #pragma unroll 4
-    for (int s = 0; s < S; s++) peak = fmaxf(peak, lse_of(s));
+    for (int s = 0; s < S; s++) peak = fmaxf(peak, known(lse[s * lse_stride + row]));
     const float base = finite_base(peak);
     float sum = 0.0f, x[4] = {};
 #pragma unroll 4
     for (int s = 0; s < S; s++) {
-        const float weight = exp2f((lse_of(s) - base) * to_binary);
+        const float weight = exp2f((known(lse[s * lse_stride + row]) - base) * to_binary);
         float value[4];
         load4(value, values + s * values_stride + row * D + d);
         sum += weight;

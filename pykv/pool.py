@@ -175,7 +175,7 @@ class PagedKVCache:
         self._set_arrays(new)
         self.manager.grow(pages)
 
-    def clamped(self, pages: Sequence[int] | Any = ()) -> Any:
+    def clamped(self, pages: Sequence[int]) -> Any:
         """The share of the elements of pages that stand at the largest code, [L, 2] float64 for K
         and V of each layer, on the host.
 
@@ -319,7 +319,8 @@ class PagedKVCache:
                 continue
             x = np.abs(to_host(x)[is_written].astype(np.float32))
             peaks = x.max(axes, where=np.isfinite(x), initial=0).reshape(-1)
-            found = kinds.row_scales(np.float32(self._margin) * peaks[:, None], kind, scales.dtype)
+            wanted = np.minimum(self._margin * peaks.astype(float), np.finfo(np.float32).max)
+            found = kinds.row_scales(wanted.astype(np.float32)[:, None], kind, scales.dtype)
             found = np.maximum(found, np.finfo(scales.dtype).smallest_subnormal)
             known = to_host(scales)
             is_new = ~(known > 0) & (peaks > 0)

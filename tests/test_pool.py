@@ -229,6 +229,15 @@ def test_a_head_of_zeros_is_set_by_later_rows(xp, rng):
         assert x[0, 0] == before[0, 0] and x[0, 1] == np.finfo(np.float16).smallest_subnormal
 
 
+@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
+def test_scales_of_the_largest_rows_are_finite(xp, rng, scale_dtype):
+    spec = f"int8:head:{scale_dtype}"
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec=spec, margin=1e6, xp=xp)
+    appended(cache, rows_of(rng, 2, peak=3e38), [0, 1])
+    for x in scales_of(cache):
+        assert np.isfinite(x).all() and (x > 6e4).all()
+
+
 @pytest.mark.parametrize("text", ["int8:head", "k8v4:tensor", "e4m3:head", "fp16+e5m2:tensor:HND"])
 def test_what_scales_clamp_is_noticed(xp, rng, text):
     cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, margin=1.5, xp=xp)
@@ -241,7 +250,7 @@ def test_what_scales_clamp_is_noticed(xp, rng, text):
     shares = cache.clamped([1, 0])
     has_k = bool(cache.spec.kinds[0].largest)
     assert shares.tolist() == [[0, 0], [2 * has_k / 128, 1 / 128]]
-    assert not cache.clamped().any() and not cache.clamped([2]).any()
+    assert not cache.clamped([]).any() and not cache.clamped([2]).any()
     with pytest.raises(ParameterError, match=r"pages\[0\] is 3, expected 0 to 2"):
         cache.clamped([3])
 

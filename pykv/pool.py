@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import footprint
+from pykv.arrays import footprint, load_cupy
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -268,7 +268,7 @@ class PagedKVCache:
     def _zeros(self, pages: int) -> list[Any]:
         """New arrays for K, V and their scales."""
         layers, heads, head_dim = self._sizes
-        spec, xp = self.spec, self._xp
+        spec, xp = self.spec, self._xp if self._xp is np else load_cupy()
         scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
         make_scales = xp.zeros if spec.has_dynamic_scales else xp.ones
         dtype = SCALE_DTYPES[spec.scale_dtype]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import FLOATS
-from pykv.cuda.devices import cache_dir, split_arch
+from pykv.cache_folder import cache_dir, make_private
+from pykv.cuda.devices import split_arch
 from pykv.errors import CompileError, DeviceError, UnsupportedError
 from pykv.install import command
 
@@ -210,14 +211,21 @@ def _nvrtc() -> Any:
 
 # --- Cache of cubins ------------------------------------------------------------------------------
 
-_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
+_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take, or may not
 _warned: set[str] = set()
 
 
 @cache
 def _store_at(path: Path) -> Any:
+    """The store in a folder.
+
+    Raises:
+        OSError: the folder cannot be had, or others can write there: cubins are code, and their
+            checksums have no key.
+    """
     from cuda.core.utils import FileStreamProgramCache
 
+    make_private(path)
     return FileStreamProgramCache(path)
 
 
@@ -249,8 +257,9 @@ def _store(key: bytes, cubin: bytes) -> None:
         if "folder" not in _warned:
             _warned.add("folder")
             warnings.warn(
-                f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
-                "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
+                f"pykv cannot keep compiled kernels in {error.filename or cubin_dir()} "
+                f"({error.strerror}); they are compiled again in every process. Set "
+                "PYKV_CACHE_DIR to a folder that you alone can write",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -262,13 +271,26 @@ def cubin_dir() -> Path:
 
 
 def clear_cubins() -> int:
-    """Delete all compiled kernels and return the bytes that they took."""
-    files = [path for path in cubin_dir().rglob("*") if path.is_file()]
-    freed = sum(path.stat().st_size for path in files)
-    shutil.rmtree(cubin_dir(), ignore_errors=True)
+    """Delete all compiled kernels and return the bytes that they took; other files stay."""
+    freed = 0
+    for path in cubins():
+        freed += path.stat().st_size
+        path.unlink()
+    for folder in (*cubin_dir().glob("entries/*"), *cubin_dir().glob("*"), cubin_dir()):
+        with suppress(OSError):  # not empty, or a file of somebody else
+            folder.rmdir()
     _store_at.cache_clear()
     _memory.clear()
     return freed
+
+
+def cubins() -> list[Path]:
+    """The files of the cache folder that hold compiled kernels: those of whole entries, which
+    cuda.core names by SHA-256, and those that it was writing when it was stopped."""
+    names = ("entries/[0-9a-f][0-9a-f]/*", "tmp/entry-*")
+    paths = [path for name in names for path in cubin_dir().glob(name)]
+    entry = re.compile(r"[0-9a-f]{62}|entry-\w+")
+    return [path for path in paths if entry.fullmatch(path.name) and not path.is_symlink()]
 
 
 # --- Warm-up --------------------------------------------------------------------------------------
@@ -295,27 +317,30 @@ def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
 def warmup(archs: list[str], *, force: bool = False) -> int:
     """Compile the variants that the cache folder lacks, in parallel, and return their number.
 
-    Says so on stderr when something is compiled. With `force` a failure raises; else it becomes one
-    warning, so that `import pykv` works on a GPU that cannot be targeted.
+    Says so on stderr when something is compiled, and counts there on a terminal. With `force` a
+    failure raises; else it becomes one warning, so that `import pykv` works on a GPU that cannot be
+    targeted.
     """
     jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants(arch)]
     started = done = 0
+    what = f"pykv: compiling kernels for {', '.join(archs)}"
     try:
         missing = [job for job in jobs if not is_cached(*job)]
         started = len(missing)
         if missing:
+            _say(f"{what}: {started} in all", to_terminal=False)
             missing.sort(key=lambda job: -len(source(job[1])))  # the longest must not end last
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
                     done += 1
-                    _progress(f"pykv: compiling kernels for {', '.join(archs)}: {done}/{started}")
+                    _say(f"{what}: {done}/{started}", to_terminal=True, end="\r")
     except (UnsupportedError, CompileError, DeviceError) as error:
         if force:
             raise
         warnings.warn(f"pykv cannot compile its kernels: {error}", RuntimeWarning, stacklevel=2)
     finally:
         if started:
-            _progress("\n")
+            _say("", to_terminal=True)
     return done
 
 
@@ -325,5 +350,7 @@ def is_cached(arch: str, stem: str, defines: dict[str, Any]) -> bool:
     return _load(_key(stem, arch, defines)[0]) is not None
 
 
-def _progress(text: str) -> None:
-    print(text, end="" if text == "\n" else "\r", file=sys.stderr, flush=True)
+def _say(text: str, *, to_terminal: bool, end: str = "\n") -> None:
+    """Write to stderr, if it is a terminal, or if it is none: a log gets no carriage returns."""
+    if sys.stderr and sys.stderr.isatty() == to_terminal:
+        print(text, end=end, file=sys.stderr, flush=True)

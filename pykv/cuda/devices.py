@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError
 from pykv.install import command
-
-
-def cache_dir() -> Path:
-    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
-    return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
 
 
 def has_driver() -> bool:
@@ -29,6 +23,14 @@ def has_driver() -> bool:
     if sys.platform == "win32":
         return Path(os.environ.get("SystemRoot", "C:/Windows"), "System32/nvcuda.dll").exists()
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
+
+
+NO_DRIVER = "there is no NVIDIA driver"  # in these words everywhere
+
+
+def why_no_gpu(error: Exception) -> str:
+    """What CUDARuntimeError means of which every call is answered."""
+    return f"the NVIDIA driver answers {error} (see `pykv doctor`)" if has_driver() else NO_DRIVER
 
 
 def architectures() -> list[str]:
@@ -75,7 +77,7 @@ def array_module(device: str) -> Any:
     except ImportError as error:
         if not has_driver():
             raise DeviceError(
-                f"device is {device!r}, but there is no NVIDIA driver; device='cpu' runs NumPy"
+                f"device is {device!r}, but {NO_DRIVER}; device='cpu' runs NumPy"
             ) from error
         reason = f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
         if kind == "cuda":
@@ -89,8 +91,7 @@ def array_module(device: str) -> Any:
         if error.status == no_device and kind == "auto":
             return np
         raise DeviceError(
-            f"device is {device!r}, but the NVIDIA driver answers {error}; see `pykv doctor`, "
-            "or pass device='cpu'"
+            f"device is {device!r}, but {why_no_gpu(error)}; device='cpu' runs NumPy"
         ) from error
     if not count and kind == "cuda":
         raise DeviceError(f"device is {device!r}, but the driver shows no GPU; see `pykv doctor`")
@@ -120,7 +121,8 @@ def device_name(xp: Any) -> str:
     """The name of the current GPU for `cupy`, else "CPU"."""
     if xp is np:
         return "CPU"
-    facts = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    runtime = load_cupy().cuda.runtime
+    facts = runtime.getDeviceProperties(runtime.getDevice())
     return str(facts["name"].decode())
 
 

@@ -1,5 +1,6 @@
 """The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
 
+import hashlib
 import json
 import os
 import re
@@ -225,6 +226,60 @@ def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles
     assert cuda.compile(**JOB).code == first and len(compiles) == 2
 
 
+OTHERS_CAN_WRITE = [(folder, mode) for folder in ("", "cubin") for mode in (0o777, 0o770, 0o702)]
+
+
+@nvrtc
+@pytest.mark.parametrize("name, mode", OTHERS_CAN_WRITE)
+def test_cubins_that_others_could_plant_are_not_loaded(folder, compiles, name, mode):
+    """A cubin is code, and its checksum has no key."""
+    cuda.compile(**JOB)
+    (path,) = entries(folder)
+    planted = b"planted" * 99
+    path.write_bytes(planted + hashlib.sha256(planted).digest())
+    (folder / name).chmod(mode)
+    cuda.compiler._store_at.cache_clear()  # as in the next process
+    with pytest.warns(RuntimeWarning, match=f"in {folder / name} .*others can write.*chmod go-w"):
+        assert b"planted" not in cuda.compile(**JOB).code
+    assert len(compiles) == 2
+    (folder / name).chmod(0o700)
+
+
+@nvrtc
+def test_cubins_of_another_user_are_not_loaded(folder, compiles, monkeypatch):
+    cuda.compile(**JOB)
+    cuda.compiler._store_at.cache_clear()
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    if os.stat(folder).st_uid:  # what root owns is trusted
+        with pytest.warns(RuntimeWarning, match=f"it belongs to user {os.stat(folder).st_uid}"):
+            cuda.compile(**JOB)
+    else:
+        os.chown(folder / "cubin", 4712, -1)
+        with pytest.warns(RuntimeWarning, match="it belongs to user 4712, expected yourself"):
+            cuda.compile(**JOB)
+    assert len(compiles) == 2
+
+
+@nvrtc
+def test_the_cache_folder_is_made_for_its_owner_alone(folder, compiles):
+    mask = os.umask(0)
+    try:
+        cuda.compile(**JOB)
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder / "cubin")} == {0o700}
+
+
+@nvrtc
+def test_no_owners_where_the_system_has_none(folder, compiles, monkeypatch):
+    """On Windows the cache lies in the user's profile."""
+    monkeypatch.delattr(os, "getuid")
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    cuda.compile(**JOB)
+    assert len(entries(folder)) == 1
+
+
 @nvrtc
 def test_full_disk_means_memory_and_one_warning(folder, compiles, monkeypatch):
     cuda.compile(**{**JOB, "HEAD_DIM": 128})
@@ -256,9 +311,16 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
     some = [("paged_append", {**JOB_DEFINES, "HEAD_DIM": size}) for size in (64, 128)]
     monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: some)
     assert cuda.warmup(["sm_75", "sm_90"]) == 4
-    assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
+    what = "pykv: compiling kernels for sm_75, sm_90:"
+    assert capsys.readouterr().err == f"{what} 4 in all\n"  # a log, so no carriage returns
     assert cuda.warmup(["sm_75", "sm_90"]) == 0
-    assert capsys.readouterr().err == "" and len(compiles) == 4
+    assert capsys.readouterr().err == ""
+    assert len(compiles) == 4
+    cuda.clear_cubins()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cuda.warmup(["sm_75"]) == 2
+    what = "pykv: compiling kernels for sm_75:"
+    assert capsys.readouterr().err == f"{what} 1/2\r{what} 2/2\r\n"
 
 
 @nvrtc

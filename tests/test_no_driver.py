@@ -29,7 +29,9 @@ CALLS = {
     "workspace_size": lambda cupy: paged_decode.workspace_size(1, 2, 1, 64, 64),
     "from_pointer": lambda cupy: pykv.from_pointer(1 << 40, (4,), np.float32),
     "PagedKVCache": lambda cupy: pykv.PagedKVCache(1, 1, 1, 64, xp=cupy),
-    "SequenceCache": lambda cupy: pykv.SequenceCache(max_blocks=4, heads=1, head_dim=64, block_size=16, xp=cupy),
+    "SequenceCache": lambda cupy: pykv.SequenceCache(
+        max_blocks=4, heads=1, head_dim=64, block_size=16, xp=cupy
+    ),
     "synchronize": lambda cupy: cuda.synchronize(),
     "on_stream": lambda cupy: cuda.on_stream(0),
     "use_device": lambda cupy: cuda.use_device("cuda:0"),

@@ -268,7 +268,8 @@ def _compiler() -> Finding:
         arch = cuda.current_arch()
         cuda.compile("paged_append", arch, **paged_append.VARIANTS[0])
     except UnsupportedError as error:
-        newer = "pip install --upgrade nvidia-cuda-nvrtc"
+        line = "-cu12" if cuda.nvrtc_version().startswith("12.") else ""
+        newer = f"pip install --upgrade nvidia-cuda-nvrtc{line}"
         return Finding("compiler", str(error), _install(12) if "[cu12]" in str(error) else newer)
     except CompileError as error:
         return Finding("compiler", str(error), "report this to pykv")

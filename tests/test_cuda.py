@@ -10,10 +10,12 @@ import textwrap
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import pykv
 from pykv import cuda
 from pykv.errors import (
     CompileError,
@@ -159,6 +161,16 @@ def test_arch_that_this_line_cannot_target_names_the_extra(folder):
         cuda.compile(**{**JOB, "arch": "sm_70"})
     with pytest.raises(UnsupportedError, match="arch is sm_999, .* newer NVRTC"):
         cuda.compile(**{**JOB, "arch": "sm_999"})
+
+
+@nvrtc
+@pytest.mark.parametrize("arch, wanted", [("sm_120", "12.8"), ("sm_121", "12.9")])
+def test_an_sm_newer_than_the_oldest_nvrtc_names_the_one_that_it_needs(
+    folder, monkeypatch, arch, wanted
+):
+    monkeypatch.setattr(cuda.compiler, "_targets", lambda: (50, 70, 75, 90))  # as NVRTC 12.4
+    with pytest.raises(UnsupportedError, match=f"arch is {arch}, .* expected NVRTC {wanted} or ne"):
+        cuda.compile(**{**JOB, "arch": arch})
 
 
 @nvrtc
@@ -427,6 +439,68 @@ def test_cubin_of_another_gpu_is_a_cuda_error():
     other = "sm_80" if cupy.cuda.Device().compute_capability.startswith("7") else "sm_75"
     with pytest.raises(CudaError, match=f"loading paged_append.cu for {other}: .*NO_BINARY"):
         cuda.driver.load(other, "paged_append", "paged_append", **JOB_DEFINES)
+
+
+# --- The choice of a GPU ---
+
+GIB = 1 << 30
+TWO = {0: (75, 12 * GIB), 1: (90, 4 * GIB)}  # SM and free memory of each
+
+
+def gpus(monkeypatch, facts, current=0):
+    """CuPy as it would be on a machine with these GPUs."""
+    monkeypatch.setattr(cuda.devices, "_facts", facts.__getitem__)
+    runtime = SimpleNamespace(
+        getDevice=lambda: current,
+        getDeviceCount=lambda: len(facts),
+        getDeviceProperties=lambda i: {"name": b"Tesla T4" if facts[i][0] == 75 else b"H100"},
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    "facts, current, need, chosen",
+    [
+        (TWO, 0, 1 * GIB, 1),  # the newer
+        (TWO, 0, 5 * GIB, 0),  # the one with room
+        (TWO, 0, 99 * GIB, 1),  # neither has: the newer, whose error will say what is missing
+        ({0: (90, GIB), 1: (90, 9 * GIB)}, 0, 0, 0),  # equals: the current one
+        ({0: (90, GIB), 1: (90, GIB)}, 1, 0, 1),
+        ({0: (90, GIB), 1: (90, 9 * GIB)}, 0, 2 * GIB, 1),
+        ({0: (75, 0)}, 0, GIB, 0),
+    ],
+)
+def test_auto_is_the_most_capable_gpu_with_room(monkeypatch, facts, current, need, chosen):
+    xp = gpus(monkeypatch, facts, current)
+    assert cuda.pick_device("auto", xp, nbytes=need) == f"cuda:{chosen}"
+
+
+def test_a_name_decides_alone(monkeypatch):
+    xp = gpus(monkeypatch, TWO)
+    assert cuda.pick_device("cuda:0", xp) == cuda.pick_device("cuda", xp) == "cuda:0"
+    assert cuda.pick_device("auto", np) == cuda.pick_device("cpu", np) == "cpu"
+
+
+def test_a_gpu_older_than_required_is_named(monkeypatch, tmp_path):
+    xp = gpus(monkeypatch, TWO)
+    assert cuda.pick_device("auto", xp, require_sm=80) == "cuda:1"
+    text = "^device is 'cuda', here GPU 0, Tesla T4 of sm_75, expected a GPU of sm_80 or newer$"
+    with pytest.raises(DeviceError, match=text):
+        cuda.pick_device("cuda", xp, require_sm=80)
+    with pytest.raises(DeviceError, match="'cpu', here the CPU, expected a GPU of sm_80 or newer"):
+        pykv.LLM(tmp_path / "not looked at", device="cpu", require_sm=80)
+
+
+@pytest.mark.gpu
+def test_this_machine_picks_one_of_its_gpus():
+    import cupy
+
+    name = cuda.pick_device("auto", cupy, require_sm=50)
+    count = cupy.cuda.runtime.getDeviceCount()
+    assert name in [f"cuda:{i}" for i in range(count)]
+    sm, free = cuda.devices._facts(0)
+    assert sm == int(cupy.cuda.Device(0).compute_capability)
+    assert 0 < free <= cupy.cuda.runtime.memGetInfo()[1]
 
 
 # --- Import ---

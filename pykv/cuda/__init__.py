@@ -49,6 +49,7 @@ from pykv.cuda.devices import (
     has_driver,
     num_sms,
     on_stream,
+    pick_device,
     stream_handle,
     synchronize,
     use_device,

@@ -171,11 +171,19 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     return key, options
 
 
+# The first NVRTC that targets an SM, of those which some NVRTC that we install does not.
+_SINCE = {100: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"}
+
+
 def _check_arch(arch: str, wanted: str = "the kernels") -> None:
     known, (kind, number) = _targets(), split_arch(arch)
     if number in known:
         return
-    advice = "expected a newer NVRTC"
+    advice = (
+        f"expected NVRTC {_SINCE[number]} or newer"
+        if number in _SINCE
+        else "expected a newer NVRTC"
+    )
     if number < 75 and min(known) >= 75:
         advice = f"install the CUDA 12 packages instead: {command('cu12')}"
     if kind == "compute":

@@ -100,6 +100,48 @@ def array_module(device: str) -> Any:
     return cupy if count else np
 
 
+def pick_device(device: str, xp: Any, *, nbytes: int = 0, require_sm: int = 0) -> str:
+    """The one device that a name stands for: "cpu" or "cuda:N".
+
+    Args:
+        device: "auto" is the GPU of the highest SM with `nbytes` of free memory, and of equals the
+            current one; without such room, the GPU of the highest SM.
+        xp: what `array_module(device)` gave.
+        nbytes: memory that the work needs.
+        require_sm: the SM that the GPU must have at least, such as 80.
+
+    Raises:
+        DeviceError: the device is older than `require_sm`, or the CPU.
+    """
+    kind, ordinal = _parse_device(device)
+    needs = f"expected a GPU of sm_{require_sm} or newer"
+    if xp is np:
+        if require_sm:
+            raise DeviceError(f"device is {device!r}, here the CPU, {needs}")
+        return "cpu"
+    runtime = xp.cuda.runtime
+    chosen = runtime.getDevice() if ordinal is None else ordinal
+    if kind == "auto" and (count := runtime.getDeviceCount()) > 1:
+        gpus = {i: _facts(i) for i in range(count)}
+        chosen = max(gpus, key=lambda i: (gpus[i][1] >= nbytes, gpus[i][0], i == chosen, -i))
+    if require_sm and (sm := _facts(chosen)[0]) < require_sm:
+        name = runtime.getDeviceProperties(chosen)["name"].decode()
+        raise DeviceError(f"device is {device!r}, here GPU {chosen}, {name} of sm_{sm}, {needs}")
+    return f"cuda:{chosen}"
+
+
+def _facts(ordinal: int) -> tuple[int, int]:
+    """The number of a GPU's SM, and its free bytes by NVML, which needs no context."""
+    from cuda.core import Device
+
+    gpu = Device(ordinal)
+    try:
+        free = int(gpu.to_system_device().memory_info.free)
+    except Exception:  # NVML does not answer for every GPU, and has no common error; any may do
+        free = sys.maxsize
+    return int(gpu.arch), free
+
+
 def use_device(device: str) -> AbstractContextManager[Any]:
     """A context in which GPU N of "cuda:N" is the current one; any other name changes nothing."""
     _, ordinal = _parse_device(device)

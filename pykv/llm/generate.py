@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,11 @@ class LLM:
     """A model, its tokenizer and its paged cache.
 
     Args:
-        model: "smollm2-135m", "gemma3-270m" (fetched at the first use) or the path of a GGUF file.
-        device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": a GPU where
-            one is usable. Weights, cache and work stay on "cuda:1", whichever GPU is the current
-            one when a method is called, and that one stays current.
+        model: the path of a GGUF file, or what is fetched at the first use: "smollm2-135m",
+            "gemma3-270m", "hf:owner/repo/file.gguf" or an address, see pykv.llm.models.fetch.
+        device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
+            highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
+            whichever GPU is the current one when a method is called, and that one stays current.
         kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found from the first tokens that the LLM is given, of up to 512, as
@@ -68,11 +70,13 @@ class LLM:
             that begin alike. Logits may then differ in their last bits, as they do between one
             prompt step and two.
         progress: show a bar on stderr while weights are read.
+        require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
     Raises:
         FetchError: the model cannot be had.
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
-        DeviceError: `device` is "cuda" and no GPU is usable, or there is no such GPU.
+        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, or it is older
+            than `require_sm`.
         ParameterError: an option is unknown or out of its range.
 
     Calls are not thread-safe. Sources: GGUF, vLLM's paged attention.
@@ -90,6 +94,7 @@ class LLM:
         page_size: int = 16,
         prefix_cache: bool = True,
         progress: bool = False,
+        require_sm: int = 0,
     ):
         self.spec = KVSpec.parse(kv_dtype)
         weights_dtype = float_kind("weights", weights)
@@ -97,14 +102,17 @@ class LLM:
             if value is not None and value < 1:
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
         self.xp = cuda.array_module(device)
-        self._device = device
+        cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
         self.file = gguf.read(models.fetch(str(model)))
+        elements = sum(prod(tensor.shape) for tensor in self.file.tensors.values())
+        need = dict(nbytes=elements * weights_dtype.itemsize, require_sm=require_sm)
+        self._device = cuda.pick_device(device, self.xp, **need)
         config = read_config(self.file)
         if context is not None and not 1 <= context <= config.context:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {config.context}")
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
-        with cuda.use_device(device):
+        with cuda.use_device(self._device):
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
             cache = PagedKVCache(

@@ -85,11 +85,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
     inspect.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
     size = commands.add_parser("size", help="say how large a model's KV cache is")
     size.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     size.add_argument("--ctx", type=int, help="tokens (the model's context)")
+    size.add_argument("--json", action="store_true", help="print one JSON object")
     _add_kv_dtype(size)
     size.set_defaults(run=_size)
 
@@ -228,7 +230,16 @@ def _print_pieces(pieces: Any) -> str:
 def _inspect(args: argparse.Namespace) -> None:
     from pykv.llm import gguf, models
 
-    print(gguf.describe(gguf.read(models.fetch(args.file))))
+    file = gguf.read(models.fetch(args.file))
+    if not args.json:
+        print(gguf.describe(file))
+        return
+    tensors = [
+        {"name": x.name, "type": x.kind, "shape": x.shape, "bytes": x.nbytes}
+        for x in file.tensors.values()
+    ]
+    facts = {"file": str(file.path), "version": file.version, "metadata": file.metadata}
+    print(json.dumps(facts | {"tensors": tensors}, indent=2))
 
 
 def _size(args: argparse.Namespace) -> None:
@@ -243,6 +254,13 @@ def _size(args: argparse.Namespace) -> None:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
     of_head = spec.bytes_per_token(1, config.head_dim)
     per_token = config.num_layers * config.kv_heads * of_head
+    if args.json:
+        facts = {"kv_dtype": str(spec), "layers": config.num_layers, "kv_heads": config.kv_heads}
+        facts |= {"head_dim": config.head_dim, "bytes_per_token": per_token, "tokens": tokens}
+        print(
+            json.dumps(facts | {"bytes": per_token * tokens, "context": config.context}, indent=2)
+        )
+        return
     print(
         f"{spec}: {per_token:,} bytes a token "
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"

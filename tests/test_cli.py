@@ -301,6 +301,24 @@ def test_inspect(capsys):
     assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
 
 
+def test_inspect_json(capsys):
+    code, out, err = run(capsys, "inspect", "chat.gguf", "--json")
+    found = json.loads(out)
+    assert (code, err, found["version"]) == (0, "", 3)
+    assert found["metadata"]["llama.context_length"] == 128
+    assert len(found["metadata"]["tokenizer.ggml.tokens"]) > 4
+    expected = {"name": "blk.1.attn_k.weight", "type": "F32", "shape": [32, 64], "bytes": 8192}
+    assert expected in found["tensors"]
+
+
+def test_size_json(capsys):
+    code, out, err = run(capsys, "size", "chat.gguf", "--kv-dtype", "int8", "--ctx", 9, "--json")
+    sizes = dict(layers=2, kv_heads=2, head_dim=16, context=128)
+    assert (code, err) == (0, "") and json.loads(out) == sizes | dict(
+        kv_dtype="int8", tokens=9, bytes_per_token=144, bytes=1296
+    )
+
+
 LLAMA = "(2 layers x 2 heads x {} bytes of K{})"
 GEMMA = "(7 layers x 2 heads x {} bytes of K{})"
 BOTH, WITH_SCALES = " and V", ", V and scales"  # heads of 16 and of 32

@@ -361,6 +361,7 @@ def test_a_page_instead_of_a_model(server, folder):
     [
         ("hf:owner/repo", "expected hf:owner/repo/file.gguf"),
         ("hf:owner/repo/file.bin", "expected hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/m-00001-of-00003.gguf", "expected one file .*parts of a split one"),
         ("hf:../x/y/file", "expected hf:owner/repo/file.gguf"),
         ("http://example.com/m.gguf", "expected https, or #sha256="),
         ("https://example.com/m.gguf#main", "expected #sha256= and 64 hexadecimal digits"),

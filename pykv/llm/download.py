@@ -49,11 +49,6 @@ class Remote:
         version = self.sha256 or f"{self.url} {self.tag} {self.size}"
         return f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.part"
 
-    @property
-    def may_resume(self) -> bool:
-        """Whether a later answer is known to continue an earlier one."""
-        return self.size is not None and bool(self.sha256 or self.tag)
-
 
 def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = None) -> Remote:
     """What a server says of a file, without its bytes.
@@ -111,7 +106,7 @@ def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
     while True:
         digest, have = _kept(remote, part)
         try:
-            if have != remote.size:
+            if have != remote.size or not part.exists():
                 digest, have = _append(remote, part, digest, have, show)
             lost = f"the connection ended after {have:,} of {remote.size or have:,} bytes"
         except ConnectionError as error:
@@ -136,8 +131,10 @@ def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
 
 
 def _kept(remote: Remote, part: Path) -> tuple[Any, int]:
-    """Digest and number of the bytes of an earlier attempt."""
-    if not (remote.may_resume and part.exists()):
+    """Digest and number of the bytes of an earlier attempt, where the rest is known to continue
+    them."""
+    may_resume = remote.size is not None and bool(remote.sha256 or remote.tag)
+    if not (may_resume and part.exists() and part.stat().st_size <= (remote.size or 0)):
         return hashlib.sha256(), 0
     with part.open("rb") as file:
         return hashlib.file_digest(file, "sha256"), file.tell()

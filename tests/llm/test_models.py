@@ -351,6 +351,7 @@ def test_an_address(server, folder, capsys):
     err = capsys.readouterr().err
     assert f"{server.url}/a/m.gguf (0 MB)" in err and "secret" not in err
     assert f"#sha256={sha256(WHOLE)}" in err
+    assert model_files.read_record(path).model == f"{server.url}/a/m.gguf"  # doctor prints it
 
 
 def test_an_address_with_its_checksum(server, folder, capsys):

@@ -23,61 +23,55 @@
 #error "activation.cu needs X_T, TABLE_T and BLOCK"
 #endif
 
-constexpr int THREADS = BLOCK;
-
 // 1 / (1 + exp(-x)) without overflow.
 __device__ __forceinline__ float sigmoid(float x) {
     const float z = expf(-fabsf(x));
     return (x < 0.0f ? z : 1.0f) / (1.0f + z);
 }
 
-struct Silu {
-    static __device__ __forceinline__ float of(float x) { return x * sigmoid(x); }
-};
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
 // The tanh approximation of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel.
-struct Gelu {
-    static __device__ __forceinline__ float of(float x) {
-        constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
-        return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
-    }
-};
+__device__ __forceinline__ float gelu(float x) {
+    constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+    return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
+}
 
-template <typename Activation>
+template <float (*ACTIVATION)(float)>
 __device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __restrict__ x,
                                          i64 x_stride, int F) {
     const X_T* gate = x + blockIdx.x * x_stride;
     const X_T* up = gate + F;
     out += (i64)blockIdx.x * F;
-    const int first = (blockIdx.y * THREADS + threadIdx.x) * 8;
+    const int first = (blockIdx.y * BLOCK + threadIdx.x) * 8;
     if (F % 8 == 0) {
         if (first >= F) return;
         float g[8], u[8];
         load8(g, gate + first);
         load8(u, up + first);
 #pragma unroll
-        for (int i = 0; i < 8; i++) g[i] = Activation::of(g[i]) * u[i];
+        for (int i = 0; i < 8; i++) g[i] = ACTIVATION(g[i]) * u[i];
         store8(out + first, g);
     } else {
         for (int i = first; i < min(first + 8, F); i++) {
-            out[i] = from_float<X_T>(Activation::of(to_float(gate[i])) * to_float(up[i]));
+            out[i] = from_float<X_T>(ACTIVATION(to_float(gate[i])) * to_float(up[i]));
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 swiglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
-    gate_row<Silu>(out, x, x_stride, F);
+    gate_row<silu>(out, x, x_stride, F);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 geglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
-    gate_row<Gelu>(out, x, x_stride, F);
+    gate_row<gelu>(out, x, x_stride, F);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 add(X_T* x, const X_T* y, i64 count) {
-    const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 8;
+    const i64 first = ((i64)blockIdx.x * BLOCK + threadIdx.x) * 8;
     if (first + 8 <= count) {
         float a[8], b[8];
         load8(a, x + first);
@@ -90,14 +84,14 @@ add(X_T* x, const X_T* y, i64 count) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 embed(X_T* __restrict__ out, const TABLE_T* __restrict__ table, const int* __restrict__ ids,
       float scale, int V, int E) {
     const int id = ids[blockIdx.x];
     const bool known = id >= 0 && id < V;
     const TABLE_T* row = table + (i64)(known ? id : 0) * E;
     out += (i64)blockIdx.x * E;
-    const int first = (blockIdx.y * THREADS + threadIdx.x) * 8;
+    const int first = (blockIdx.y * BLOCK + threadIdx.x) * 8;
     if (E % 8 == 0) {
         if (first >= E) return;
         float x[8] = {};

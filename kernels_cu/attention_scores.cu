@@ -23,32 +23,14 @@
 // Order:    no atomics; sums in the order of the query rows
 //
 // LANES lanes hold one key and score it against ROWS query rows at a time.
-#include "quantize.cuh"
+#include "attention_rows.cuh"
 #include "softmax.cuh"
 
-#if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T)
-#error "attention_scores.cu needs HEAD_DIM, Q_T, K_T and SCALE_T"
+#ifndef KEYS
+#error "attention_scores.cu needs KEYS"
 #endif
-#if !defined(BLOCK) || !defined(KEYS)
-#error "attention_scores.cu needs BLOCK and KEYS"
-#endif
-#ifndef LOGITS_SOFT_CAP
-#define LOGITS_SOFT_CAP 0
-#endif
-#ifndef ALIBI
-#define ALIBI 0
-#endif
-#ifndef TREE
-#define TREE 0
-#endif
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold eight elements");
+constexpr int ROWS = EIGHTS == 2 ? 2 : 4;  // whose queries stay in registers
 
-constexpr int D = HEAD_DIM;
-constexpr int THREADS = BLOCK;
-constexpr int LANES = lanes_of_row(D);
-constexpr int SLOTS = THREADS / LANES;
-constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
-constexpr int ROWS = EIGHTS == 2 ? 2 : 4;     // whose queries stay in registers
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
                  const K_T* __restrict__ k_pool, const SCALE_T* __restrict__ k_scales,
@@ -67,7 +49,6 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
     const int length = max(0, min(lengths[b], capacity));
     const int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
     const int slot = threadIdx.x / LANES;
-    const int lane_d = threadIdx.x % LANES * 8;
     const bool has_seen = begin < length && begin + KEYS > first_key;
 
     __shared__ float sums[KEYS];  // each written by the first lane of one group
@@ -86,29 +67,18 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
             slope[r] = ALIBI ? alibi_slopes[head] * LOG2_E : 0.0f;
             branches[r] = TREE ? tree[(i64)b * T + token] : 0;
             const Q_T* at = q + b * q_stride + token * q_token_stride + (i64)head * D;
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++) {
-                const int d = e * LANES * 8 + lane_d;
-                load8(query[r][e], at + (d < D ? d : 0));
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    query[r][e][i] = d < D ? query[r][e][i] * score_scale : 0.0f;
-                }
-            }
+            load_query(query[r], at, score_scale);
         }
 #pragma unroll(LANES <= 8 ? 2 : 4)
         for (int i = slot; i < KEYS; i += SLOTS) {
             const int key = begin + i;
             const u32 safe = max(first_key, min(key, length - 1));
             const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
+            const K_T* row =
+                k_pool + page * k_pool_page + token * k_pool_token + kv_head * k_pool_head;
             float x[EIGHTS][8];
 #pragma unroll
-            for (int e = 0; e < EIGHTS; e++) {
-                const int d = e * LANES * 8 + lane_d;
-                const K_T* row =
-                    k_pool + page * k_pool_page + token * k_pool_token + kv_head * k_pool_head;
-                load8(x[e], row + (d < D ? d : 0) / PACKED<K_T>);
-            }
+            for (int e = 0; e < EIGHTS; e++) load8(x[e], row + safe_column(e) / PACKED<K_T>);
             float k_scale = 1.0f, weight = 0.0f;
             if (LARGEST<K_T> > 0.0f) {
                 k_scale = to_float(k_scales[page * k_scales_page + token * k_scales_token +
@@ -116,22 +86,8 @@ attention_scores(float* __restrict__ scores, const Q_T* __restrict__ q,
             }
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float score = 0.0f;
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    float part = 0.0f;
-#pragma unroll
-                    for (int j = 0; j < 8; j++) part += query[r][e][j] * x[e][j];
-                    score += e * LANES * 8 + lane_d < D ? part : 0.0f;
-                }
-#pragma unroll
-                for (int lane = LANES / 2; lane > 0; lane /= 2) {
-                    score += __shfl_xor_sync(FULL_MASK, score, lane);
-                }
-                score *= k_scale;
-#if LOGITS_SOFT_CAP
-                score = tanhf(score) * cap;
-#endif
+                float score = dot(query[r], x) * k_scale;
+                if (LOGITS_SOFT_CAP) score = tanhf(score) * cap;
                 score += slope[r] * (key - position[r]);
                 bool is_visible = key <= position[r] && position[r] - key < window;
                 const int branch = key - (length - 1 - causal_offset);

@@ -15,8 +15,7 @@
 #if !defined(VECTORS) || !defined(BLOCK)
 #error "bandwidth.cu needs VECTORS and BLOCK"
 #endif
-constexpr int THREADS = BLOCK;
-constexpr int TILE = THREADS * VECTORS;
+constexpr int TILE = BLOCK * VECTORS;
 
 // How many vectors of the tile that starts at `first` exist.
 __device__ __forceinline__ int tile_size(i64 first, i64 num_vectors) {
@@ -28,12 +27,12 @@ __device__ __forceinline__ void load_tile(uint4 (&v)[VECTORS], const u32* x, i64
     const uint4* from = reinterpret_cast<const uint4*>(x) + first;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
-        const int at = i * THREADS + threadIdx.x;
+        const int at = i * BLOCK + threadIdx.x;
         v[i] = at < size ? __ldcs(from + at) : make_uint4(0, 0, 0, 0);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 bandwidth_read(u32* __restrict__ sums, const u32* __restrict__ x, i64 num_vectors) {
     __shared__ u32 total;
     if (threadIdx.x == 0) total = 0;
@@ -52,20 +51,20 @@ bandwidth_read(u32* __restrict__ sums, const u32* __restrict__ x, i64 num_vector
     if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 bandwidth_write(u32* __restrict__ out, i64 num_vectors, u32 seed) {
     const i64 first = (i64)blockIdx.x * TILE;
     const int size = tile_size(first, num_vectors);
     uint4* to = reinterpret_cast<uint4*>(out) + first;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
-        const int at = i * THREADS + threadIdx.x;
+        const int at = i * BLOCK + threadIdx.x;
         const u32 word = seed + (u32)(4 * (first + at));
         if (at < size) __stcs(to + at, make_uint4(word, word + 1, word + 2, word + 3));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 bandwidth_copy(u32* __restrict__ out, const u32* __restrict__ x, i64 num_vectors) {
     const i64 first = (i64)blockIdx.x * TILE;
     const int size = tile_size(first, num_vectors);
@@ -74,7 +73,7 @@ bandwidth_copy(u32* __restrict__ out, const u32* __restrict__ x, i64 num_vectors
     uint4* to = reinterpret_cast<uint4*>(out) + first;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
-        const int at = i * THREADS + threadIdx.x;
+        const int at = i * BLOCK + threadIdx.x;
         if (at < size) __stcs(to + at, v[i]);
     }
 }

@@ -11,6 +11,23 @@ __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
     return low;
 }
 
+// Number of n items for which passes(i) holds: those before some first one, and none from it on.
+// Searched by the WIDTH lanes of a group, which cut what is left into WIDTH + 1 parts each round,
+// so that few loads depend on another. All groups of a warp call it, each with a question of its
+// own.
+template <int WIDTH, typename Passes>
+__device__ __forceinline__ int count_passing(int n, Passes passes) {
+    const int lane = threadIdx.x % WIDTH, first = threadIdx.x % WARP - lane;
+    int low = 0;
+    for (int left = n + 1; left > 1;) {
+        left = (left + WIDTH) / (WIDTH + 1);
+        const i64 probe = low + (i64)(lane + 1) * left - 1;
+        const u32 passed = __ballot_sync(FULL_MASK, probe < n && passes((int)probe));
+        low += __popc(passed >> first & (FULL_MASK >> (WARP - WIDTH))) * left;
+    }
+    return low;
+}
+
 // A block of SIZE rows of a ragged batch. Sequence b has (starts[b + 1] - starts[b]) * G rows; its
 // blocks start at starts[b] * G / SIZE + b, which leaves room for a partial one per sequence.
 struct RowBlock {
@@ -18,18 +35,11 @@ struct RowBlock {
     int first_row, num_rows;    // in the sequence; num_rows below 1: the block is empty
 };
 
-// 32-ary search by a whole warp: few dependent loads.
+// A whole warp calls it.
 template <int SIZE>
 __device__ __forceinline__ RowBlock row_block(const int* starts, int B, int G, int block) {
     const auto first_block = [&](int b) { return (int)((i64)starts[b] * G / SIZE) + b; };
-    int b = 0;
-    for (int left = B; left > 1;) {
-        const int step = (left + WARP - 1) / WARP, ahead = threadIdx.x % WARP * step;
-        const bool begins = ahead < left && first_block(b + ahead) <= block;
-        const int passed = (__popc(__ballot_sync(FULL_MASK, begins)) - 1) * step;
-        b += passed;
-        left = min(step, left - passed);
-    }
+    const int b = count_passing<WARP>(B, [&](int i) { return first_block(i) <= block; }) - 1;
     const int start = starts[b], num_queries = starts[b + 1] - start;
     const int first_row = (block - first_block(b)) * SIZE;
     return {b, start, num_queries, first_row, min(SIZE, num_queries * G - first_row)};

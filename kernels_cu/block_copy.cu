@@ -16,6 +16,7 @@
 //           contiguous copy: 4270 GB/s on an H200; between host and device, where half of it
 //           crosses the link, 55 GB/s each way.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another range of the call
+#include "batch.cuh"
 #include "types.cuh"
 
 #if !defined(BLOCK) || !defined(CTAS_PER_SM) || !defined(UNROLL) || !defined(TILE) || \
@@ -97,18 +98,9 @@ __device__ __forceinline__ void move_aligned(u8* to, const u8* from, int n) {
 // n bytes in the widest pieces that both addresses allow.
 template <int LANES>
 __device__ __forceinline__ void move_bytes(u8* to, const u8* from, int n) {
-    const u32 apart = (u32)((u64)to - (u64)from);
-    if (apart % 16 == 0) {
-        move_aligned<LANES, uint4>(to, from, n);
-    } else if (apart % 8 == 0) {
-        move_aligned<LANES, u64>(to, from, n);
-    } else if (apart % 4 == 0) {
-        move_aligned<LANES, u32>(to, from, n);
-    } else if (apart % 2 == 0) {
-        move_aligned<LANES, u16>(to, from, n);
-    } else {
-        move_aligned<LANES, u8>(to, from, n);
-    }
+    with_widest((u32)((u64)to - (u64)from), [&](auto piece) {
+        move_aligned<LANES, decltype(piece)>(to, from, n);
+    });
 }
 
 // One warp moves one tile of a pair, the `tile`-th of `tiles`.
@@ -156,29 +148,14 @@ block_copy(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
     }
 }
 
-// The pair that a tile belongs to: the last one with first_tile[pair] <= tile. 32-ary search by a
-// whole warp.
-__device__ __forceinline__ int find_pair(const int* first_tile, int num_pairs, int tile) {
-    const int lane = threadIdx.x % WARP;
-    int low = 0, left = num_pairs;  // the pair is one of `left` from `low` on
-    while (left > 1) {
-        const int step = (left - 1) / WARP + 1;
-        const i64 probe = (i64)lane * step;
-        const bool before = probe < left && first_tile[low + probe] <= tile;
-        const int passed = (__popc(__ballot_sync(FULL_MASK, before)) - 1) * step;
-        low += passed;
-        left = min(left - passed, step);
-    }
-    return low;
-}
-
 extern "C" __global__ void __launch_bounds__(BLOCK, CTAS_PER_SM)
 block_copy_any(const u64* __restrict__ src_ptrs, const u64* __restrict__ dst_ptrs,
                const i64* __restrict__ sizes, const int* __restrict__ first_tile,
                int num_pairs, u32 num_tiles) {
     for (u32 tile = blockIdx.x + gridDim.x * warp_of_block(); tile < num_tiles;
          tile += gridDim.x * WARPS) {
-        const int pair = find_pair(first_tile, num_pairs, (int)tile);
+        const int pair =
+            count_passing<WARP>(num_pairs, [&](int i) { return first_tile[i] <= (int)tile; }) - 1;
         const int first = first_tile[pair], end = first_tile[pair + 1];
         move_tile(dst_ptrs[pair], src_ptrs[pair], sizes[pair], tile - first, end - first);
     }

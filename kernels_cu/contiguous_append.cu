@@ -36,7 +36,7 @@ __device__ __forceinline__ void move_row(To* to, const NEW_T* from, int first) {
     if (first % 8 == 0) {
 #pragma unroll 4
         for (int i = first + (int)(threadIdx.x % LANES) * 8; i < N; i += LANES * 8) {
-            move8(to + i, from + i);
+            *reinterpret_cast<Eight<To>*>(to + i) = convert8<To>(get8(from + i));
         }
         return;
     }

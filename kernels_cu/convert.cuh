@@ -63,24 +63,29 @@ __device__ __forceinline__ u8 float_to_fp8(float x) {
     return (u8)(sign | (magnitude < LARGEST ? magnitude : LARGEST));
 }
 
-template <> __device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
-    const u32 u = __float_as_uint(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return e4m3{(u8)((u >> 24 & 0x80u) | 0x7fu)};
+// Two fp8 codes, `a` in the lower byte; every NaN becomes 0x7f.
 #if __CUDA_ARCH__ >= 890
-    return e4m3{(u8)floats_to_e4m3x2(x, 0.0f)};
+__device__ __forceinline__ u32 two_codes(float a, float b, e4m3) { return floats_to_e4m3x2(a, b); }
+__device__ __forceinline__ u32 two_codes(float a, float b, e5m2) { return floats_to_e5m2x2(a, b); }
 #else
-    return e4m3{float_to_fp8<3, 7, 0x7e>(x)};
+__device__ __forceinline__ u32 code_of(float x, e4m3) { return float_to_fp8<3, 7, 0x7e>(x); }
+__device__ __forceinline__ u32 code_of(float x, e5m2) { return float_to_fp8<2, 15, 0x7b>(x); }
+template <typename T> __device__ __forceinline__ u32 two_codes(float a, float b, T) {
+    return (a == a ? code_of(a, T{}) : 0x7fu) | (b == b ? code_of(b, T{}) : 0x7fu) << 8;
+}
 #endif
+
+template <typename T, u32 NOT_A_NUMBER> __device__ __forceinline__ T fp8_from_float(float x) {
+    if (x != x) return T{(u8)((__float_as_uint(x) >> 24 & 0x80u) | NOT_A_NUMBER)};
+    return T{(u8)two_codes(x, 0.0f, T{})};
+}
+
+template <> __device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
+    return fp8_from_float<e4m3, 0x7f>(x);
 }
 
 template <> __device__ __forceinline__ e5m2 from_float<e5m2>(float x) {
-    const u32 u = __float_as_uint(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return e5m2{(u8)((u >> 24 & 0x80u) | 0x7eu)};
-#if __CUDA_ARCH__ >= 890
-    return e5m2{(u8)floats_to_e5m2x2(x, 0.0f)};
-#else
-    return e5m2{float_to_fp8<2, 15, 0x7b>(x)};
-#endif
+    return fp8_from_float<e5m2, 0x7e>(x);
 }
 
 // Two f16 or bf16 in a word, equal to from_float for floats that are no NaN.

@@ -1,10 +1,7 @@
 // decode_config.cuh: sizes and operand types of paged_decode_mma, by its defines.
+#include "attention.cuh"
 #include "mma.cuh"
 
-constexpr int D = HEAD_DIM;
-constexpr int THREADS = BLOCK;
-constexpr int WARPS = THREADS / WARP;
-static_assert(THREADS % WARP == 0, "whole warps");
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 constexpr bool K_ROW_SCALES = K_HAS_CODES && ROW_SCALES, V_ROW_SCALES = V_HAS_CODES && ROW_SCALES;

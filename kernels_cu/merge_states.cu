@@ -20,13 +20,12 @@
 static_assert(HEAD_DIM % 8 == 0, "threads take four elements");
 
 constexpr int D = HEAD_DIM;
-constexpr int THREADS = BLOCK;
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __restrict__ values,
              const float* __restrict__ lse, i64 values_stride, i64 lse_stride, int S, i64 R,
              float to_binary, float from_binary) {
-    const i64 item = (i64)blockIdx.x * THREADS + threadIdx.x;
+    const i64 item = (i64)blockIdx.x * BLOCK + threadIdx.x;
     const i64 row = item / (D / 4);
     const int d = (int)(item % (D / 4)) * 4;
     if (row >= R) return;

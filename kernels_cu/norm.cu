@@ -18,19 +18,17 @@
 #error "norm.cu needs X_T, W_T and BLOCK"
 #endif
 
-constexpr int THREADS = BLOCK;
-
 struct Warp {
     static constexpr int SIZE = WARP;
     int thread;
-    __device__ float sum(float x) const { return warp_sum(x); }
+    __device__ float sum(float x) const { return group_sum<WARP>(x); }
 };
 
 struct Block {
-    static constexpr int SIZE = THREADS;
+    static constexpr int SIZE = BLOCK;
     int thread;
     float* scratch;
-    __device__ float sum(float x) const { return block_sum<THREADS>(x, scratch); }
+    __device__ float sum(float x) const { return block_sum<BLOCK>(x, scratch); }
 };
 
 // Every thread writes the elements that it has read, so out may be x.
@@ -71,19 +69,19 @@ __device__ __forceinline__ void norm_row(const Team& team, X_T* out, const X_T* 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm(X_T* out, const X_T* x, const W_T* __restrict__ weight, i64 out_stride, i64 x_stride,
          int rows, int H, int D, float eps, float offset) {
-    __shared__ float scratch[THREADS / WARP];
+    __shared__ float scratch[BLOCK / WARP];
     const int token = blockIdx.x / H, head = blockIdx.x % H;
     norm_row(Block{(int)threadIdx.x, scratch}, out + token * out_stride + (i64)head * D,
              x + token * x_stride + (i64)head * D, weight, D, eps, offset);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_warp(X_T* out, const X_T* x, const W_T* __restrict__ weight, i64 out_stride, i64 x_stride,
               int rows, int H, int D, float eps, float offset) {
-    const int row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+    const int row = blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;  // a whole warp
     const int token = row / H, head = row % H;
     norm_row(Warp{(int)threadIdx.x % WARP}, out + token * out_stride + (i64)head * D,

@@ -29,7 +29,8 @@
 // Order:    no atomics; bit-exact; two rows for one slot leave either row, or a mixture
 // Skipped:  rows whose slot, request or page is negative, or whose position lies outside their
 //           request's pages; RAGGED: rows past those of the last request
-#include "pool_row.cuh"
+#include "batch.cuh"
+#include "pool_write.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 
@@ -37,24 +38,9 @@
 #define DECODE 1
 #define RAGGED 2
 #define INDEXED 3
-#define DYNAMIC 0
-#define STATIC 1
-#if !defined(NEW_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T) || !defined(HEAD_DIM)
-#error "paged_append.cu needs NEW_T, K_T, V_T, SCALE_T and HEAD_DIM"
+#if !defined(ADDRESS) || !defined(AFTER) || !defined(ADVANCE) || !defined(ROWS)
+#error "paged_append.cu needs ADDRESS, AFTER, ADVANCE and ROWS"
 #endif
-#if !defined(HEADS) || !defined(PAGE) || !defined(ROW_T) || !defined(BLOCK) || !defined(LANES)
-#error "paged_append.cu needs HEADS, PAGE, ROW_T, BLOCK and LANES"
-#endif
-#if !defined(ADDRESS) || !defined(SCALES) || !defined(AFTER) || !defined(ADVANCE)
-#error "paged_append.cu needs ADDRESS, SCALES, AFTER and ADVANCE"
-#endif
-#ifndef ROWS
-#error "paged_append.cu needs ROWS"
-#endif
-constexpr int D = HEAD_DIM, H = HEADS, GROUPS = BLOCK / LANES;
-static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
-static_assert(D <= 16 * LANES, "two pieces a lane at most");
-static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 static_assert(ROWS == (ADVANCE ? H : GROUPS), "a row of each group, or all of a token");
 static_assert(!ADVANCE || ADDRESS == DECODE || ADDRESS == INDEXED, "one token a request");
 
@@ -72,30 +58,16 @@ __device__ __forceinline__ int length_of(const int* indptr, int request, int las
     return (indptr[request + 1] - indptr[request] - 1) * PAGE + last;
 }
 
-// Number of n ascending entries that are at most x: a search by the LANES lanes of a group, which
-// cuts the rest into LANES + 1 parts each round. Groups may search for different x.
-template <typename T>
-__device__ __forceinline__ int count_up_to(const T* entries, int n, i64 x) {
-    const int lane = threadIdx.x % LANES, first = threadIdx.x % WARP - lane;
-    int low = 0;
-    for (int left = n + 1; left > 1;) {
-        left = (left + LANES) / (LANES + 1);
-        const i64 probe = low + (i64)(lane + 1) * left - 1;
-        const u32 passed = __ballot_sync(FULL_MASK, probe < n && entries[probe] <= x);
-        low += __popc(passed >> first & (FULL_MASK >> (WARP - LANES))) * left;
-    }
-    return low;
-}
-
 __device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indices,
                                             const int* indptr, const int* counts,
                                             int num_requests, int token) {
 #if ADDRESS == SLOTS
-    return place_of_slot<PAGE>(rows[token]);
+    return place_of_slot(rows[token]);
 #elif ADDRESS == DECODE
     return place_of(indices, indptr, token, length_of(indptr, token, counts[token] - AFTER));
 #elif ADDRESS == RAGGED
-    const int request = count_up_to(rows + 1, num_requests, token);
+    const int request = count_passing<LANES>(
+        num_requests, [&](int b) { return rows[b + 1] <= token; });
     if (request >= num_requests) return Place{-1, 0};
     const int before = (int)(token - rows[AFTER ? request + 1 : request]);
     return place_of(indices, indptr, request, length_of(indptr, request, counts[request] + before));
@@ -105,8 +77,6 @@ __device__ __forceinline__ Place find_place(const ROW_T* rows, const int* indice
     return place_of(indices, indptr, request, counts[token]);
 #endif
 }
-
-template <typename T> constexpr bool HAS_DYNAMIC_SCALE = LARGEST<T> > 0 && SCALES == DYNAMIC;
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __restrict__ k_scales,
@@ -119,6 +89,10 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
              i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
              i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
              i64 k_token, i64 k_head, i64 v_token, i64 v_head, int num_rows, int num_requests) {
+    const Pool<K_T> k_to{k_pool, k_pool_page, k_pool_token, k_pool_head,
+                         k_scales, k_scales_page, k_scales_token, k_scales_head};
+    const Pool<V_T> v_to{v_pool, v_pool_page, v_pool_token, v_pool_head,
+                         v_scales, v_scales_page, v_scales_token, v_scales_head};
     // Groups without a row repeat the last one of their block: no lane leaves its warp, and no
     // block reads a count that another block advances.
     const u32 last_row = ADVANCE ? (blockIdx.x + 1) * ROWS - 1 : num_rows - 1;
@@ -130,8 +104,8 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         const bool wanted = ADVANCE ? of_block < H : row < num_rows;
         const u32 known = wanted ? row : last_row;
         const u32 token = known / H, head = known % H;
-        const auto k_row = load_fragment<D, LANES>(k + token * k_token + head * k_head);
-        const auto v_row = load_fragment<D, LANES>(v + token * v_token + head * v_head);
+        const auto k_row = load_fragment(k + token * k_token + head * k_head);
+        const auto v_row = load_fragment(v + token * v_token + head * v_head);
         schedule_fence();  // issue the loads of rows before those of their addresses
         const Place place = find_place(rows, indices, indptr, counts, num_requests, token);
         u32 largest[2] = {};
@@ -140,12 +114,8 @@ paged_append(K_T* __restrict__ k_pool, V_T* __restrict__ v_pool, SCALE_T* __rest
         if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
         if (!wanted || place.page < 0) continue;
         written = true;
-        store_row<SCALES == DYNAMIC>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
-                                   k_scales_page, k_scales_token, k_scales_head, place, head,
-                                   k_row, largest[0]);
-        store_row<SCALES == DYNAMIC>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
-                                   v_scales_page, v_scales_token, v_scales_head, place, head,
-                                   v_row, largest[1]);
+        k_to.store(place, head, k_row, largest[0]);
+        v_to.store(place, head, v_row, largest[1]);
     }
     if constexpr (ADVANCE) {
         __syncthreads();  // all threads have read the count

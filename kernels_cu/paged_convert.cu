@@ -29,22 +29,13 @@
 // Order:    no atomics; bit-exact; undefined where a row is written twice, or is written and read,
 //           unless by itself: DST may be SRC's memory if each row and its scale keep their bytes
 #include "batch.cuh"
-#include "quantize.cuh"
+#include "pool_row.cuh"
 #include "reduce.cuh"
 
-#if !defined(SRC) || !defined(DST) || !defined(SRC_SCALE) || !defined(DST_SCALE) ||               \
-    !defined(HEAD_DIM) || !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES)
-#error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, HEAD_DIM, FIND, MOVE, SEQUENCES"
+#if !defined(SRC) || !defined(DST) || !defined(SRC_SCALE) || !defined(DST_SCALE) || \
+    !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES) || !defined(ROWS)
+#error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, FIND, MOVE, SEQUENCES and ROWS"
 #endif
-#if !defined(BLOCK) || !defined(LANES) || !defined(ROWS)
-#error "paged_convert.cu needs BLOCK, LANES and ROWS"
-#endif
-
-constexpr int EIGHTS = HEAD_DIM / 8;
-constexpr int PIECES = (EIGHTS + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
-constexpr int GROUPS = BLOCK / LANES;
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM > 0, "rows move in pieces of eight elements");
-static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 
 struct Divisor { u32 n, magic, shift; };
 
@@ -59,29 +50,32 @@ __device__ __forceinline__ i64 offset(Strides by, i64 page, u32 outer, u32 inner
     return page * by.page + outer * by.outer + inner * by.inner;
 }
 
-// Rows as floats.
-__device__ __forceinline__ void decode8(float (&x)[8], const Eight<SRC>& eight, SRC_SCALE scale) {
-    unpack8(x, eight);
-    if (LARGEST<SRC> == 0) return;
+// A row without its scale. As f16 or bf16 a NaN of codes is the hardware's own, which the
+// instruction keeps.
+template <typename To>
+__device__ __forceinline__ Fragment<To> decode(const Fragment<SRC>& row, SRC_SCALE scale) {
+    Fragment<To> decoded;
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
+    for (int j = 0; j < PIECES; j++) {
+        float x[8];
+        unpack8(x, row.pieces[j]);
+        if (LARGEST<SRC> > 0) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = __fmul_rn(x[i], to_float(scale));
+        }
+        if constexpr (LARGEST<SRC> > 0 && sizeof(To) == 2) pack8_halves(decoded.pieces[j], x);
+        else pack8(decoded.pieces[j], x);
+    }
+    return decoded;
 }
 
-// Products as f16 or bf16. Their NaN is the hardware's own, which the instruction keeps.
-template <typename T> __device__ __forceinline__ void store_products(T* p, const float (&x)[8]) {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = two_halves(x[2 * i], x[2 * i + 1], T{});
-    *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Rows divided by their scale and clamped, to be rounded to codes.
-__device__ __forceinline__ void scale8(float (&x)[8], float inverse) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const float y = inverse == 0.0f ? 0.0f : __fmul_rn(x[i], inverse);  // also of NaN
-        x[i] = fminf(fmaxf(y, -LARGEST<DST>), LARGEST<DST>);
-        if (!FIND && y != y) x[i] = IS_FP8<DST> ? y : 0.0f;
+template <typename To>
+__device__ __forceinline__ void store(To* to, const Fragment<SRC>& row, SRC_SCALE scale,
+                                      DST_SCALE new_scale) {
+    if constexpr (LARGEST<To> > 0) {
+        store_codes<FIND>(to, new_scale, decode<float>(row, scale), true);
+    } else {
+        store_fragment(to, decode<To>(row, scale));
     }
 }
 
@@ -110,7 +104,7 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
     const Strides from{src_page, src_outer, src_inner};
     const Strides from_scale{src_scales_page, src_scales_outer, src_scales_inner};
 
-    const u32 lane = threadIdx.x % LANES;
+    const bool is_first = threadIdx.x % LANES == 0;
     const u32 first = blockIdx.x * (GROUPS * ROWS) + threadIdx.x / LANES;
     bool exists[ROWS];
     u32 outers[ROWS], inners[ROWS];
@@ -135,91 +129,54 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
 #endif
     }
 
-    Eight<SRC> eights[ROWS][PIECES];  // zeros where there is no element
-    SRC_SCALE scales[ROWS];
+    Fragment<SRC> rows[ROWS] = {};  // zeros where there is no element
+    SRC_SCALE scales[ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const SRC* const from_row = src + offset(from, from_pages[r], outers[r], inners[r]);
 #pragma unroll
         for (int j = 0; j < PIECES; j++) {
-            const u32 eighth = lane + j * LANES;
-            eights[r][j] = Eight<SRC>{};
-            if (exists[r] && eighth < EIGHTS) {
-                eights[r][j] = get8(from_row + eighth * 8 / PACKED<SRC>);
-            }
+            if (!exists[r] || column(j) >= D) continue;
+            rows[r].pieces[j] = get8(from_row + column(j) / PACKED<SRC>);
         }
-        scales[r] = SRC_SCALE{};
         if (LARGEST<SRC> > 0 && exists[r]) {
             scales[r] = src_scales[offset(from_scale, from_pages[r], outers[r], inners[r])];
         }
     }
-
+    const auto scale_at = [&](int r) {
+        return dst_scales + offset(to_scale, to_pages[r], outers[r], inners[r]);
+    };
 #if MOVE
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (!exists[r]) continue;
-        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
-#pragma unroll
-        for (int j = 0; j < PIECES; j++) {
-            const u32 eighth = lane + j * LANES;
-            if (eighth < EIGHTS) put8(to_row + eighth * 8 / PACKED<DST>, eights[r][j]);
-        }
-        if (FIND && lane == 0) {
-            dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = scales[r];
-        }
+        store_fragment(dst + offset(to, to_pages[r], outers[r], inners[r]), rows[r]);
+        if (FIND && is_first) *scale_at(r) = scales[r];
     }
 #else
-    DST_SCALE new_scales[ROWS];
+    DST_SCALE new_scales[ROWS] = {};
 #if FIND
-    u32 amax[ROWS];  // bits of the largest |x|
+    u32 largest[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        amax[r] = 0;
-#pragma unroll
-        for (int j = 0; j < PIECES; j++) {
-            float x[8];
-            decode8(x, eights[r][j], scales[r]);
-#pragma unroll
-            for (int i = 0; i < 8; i++) amax[r] = max(amax[r], __float_as_uint(x[i]) & 0x7fffffffu);
-        }
-    }
-    group_max<LANES>(amax);
+    for (int r = 0; r < ROWS; r++) largest[r] = max_magnitude(decode<float>(rows[r], scales[r]));
+    group_max<LANES>(largest);
     __syncwarp();  // all lanes have read the old scales, which new ones may overwrite
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        new_scales[r] = row_scale<DST, DST_SCALE>(amax[r]);
-        if (exists[r] && lane == 0) {
-            dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])] = new_scales[r];
-        }
-    }
-#else
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        new_scales[r] = DST_SCALE{};
-        if (LARGEST<DST> > 0 && exists[r]) {
-            new_scales[r] = dst_scales[offset(to_scale, to_pages[r], outers[r], inners[r])];
-        }
-    }
 #endif
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (!exists[r]) continue;
-        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
-        const float inverse = LARGEST<DST> > 0 ? inverse_scale(new_scales[r]) : 1.0f;
+#if FIND
+        new_scales[r] = row_scale<DST, DST_SCALE>(largest[r] >> 1);
+        if (is_first) *scale_at(r) = new_scales[r];
+#else
+        if (LARGEST<DST> > 0) new_scales[r] = *scale_at(r);
+#endif
+    }
 #pragma unroll
-        for (int j = 0; j < PIECES; j++) {
-            const u32 eighth = lane + j * LANES;
-            if (eighth >= EIGHTS) continue;
-            float x[8];
-            decode8(x, eights[r][j], scales[r]);
-            if (LARGEST<DST> > 0) scale8(x, inverse);
-            DST* const at = to_row + eighth * 8 / PACKED<DST>;
-            if constexpr (LARGEST<SRC> > 0 && sizeof(DST) == 2) {
-                store_products(at, x);
-            } else {
-                store8(at, x);
-            }
-        }
+    for (int r = 0; r < ROWS; r++) {
+        if (!exists[r]) continue;
+        DST* const to_row = dst + offset(to, to_pages[r], outers[r], inners[r]);
+        store(to_row, rows[r], scales[r], new_scales[r]);
     }
 #endif
 }

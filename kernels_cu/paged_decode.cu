@@ -37,38 +37,14 @@
 // softmax in registers: running maximum m (base 2), weight sum l, unscaled output acc. The block's
 // SLOTS lane groups take keys in turn; their states are merged at the end, over lanes, warps, then
 // splits.
-#include "quantize.cuh"
+#include "attention_rows.cuh"
 #include "softmax.cuh"
 
-#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
-    !defined(SCALE_T)
-#error "paged_decode.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
+#if !defined(V_T) || !defined(ROWS) || !defined(COUNTERS)
+#error "paged_decode.cu needs V_T, ROWS and COUNTERS"
 #endif
-#if !defined(BLOCK) || !defined(COUNTERS)
-#error "paged_decode.cu needs BLOCK and COUNTERS"
-#endif
-#ifndef LOGITS_SOFT_CAP
-#define LOGITS_SOFT_CAP 0
-#endif
-#ifndef ALIBI
-#define ALIBI 0
-#endif
-#ifndef SINKS
-#define SINKS 0
-#endif
-#ifndef TREE
-#define TREE 0
-#endif
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "lanes hold eight elements");
 static_assert(ROWS >= 1 && ROWS <= (HEAD_DIM > 256 ? 2 : 4), "q and acc stay in registers");
 
-constexpr int D = HEAD_DIM;
-constexpr int THREADS = BLOCK;
-constexpr int WARPS = THREADS / WARP;
-
-constexpr int LANES = lanes_of_row(D);
-constexpr int SLOTS = THREADS / LANES;
-constexpr int EIGHTS = D > 8 * WARP ? 2 : 1;  // of a lane, 8 * LANES elements apart
 constexpr int AHEAD = EIGHTS == 2 ? 2 : 4;    // keys a lane group loads at once; more would spill
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 
@@ -76,37 +52,22 @@ constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0
 __device__ __forceinline__ void add_sink(float& m, float& l, float& rescale, const float* sinks,
                                          int head) {
     rescale = 1.0f;
-#if SINKS
+    if (!SINKS) return;
     const float sink = sinks[head] * LOG2_E, peak = fmaxf(m, sink);
     rescale = exp2f(m - finite_base(peak));
     l = l * rescale + exp2f(sink - finite_base(peak));
     m = peak;
-#endif
 }
 
 // Merges the states of a warp's lane groups for one row; returns the maximum of all.
 __device__ __forceinline__ float merge_lane_groups(float (&acc)[EIGHTS][8], float& l, float m) {
-    float peak = m;
-#pragma unroll
-    for (int lane = LANES; lane < WARP; lane *= 2) {
-        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
-    }
+    const float peak = group_max<WARP, LANES>(m);
     const float rescale = exp2f(m - finite_base(peak));
-    l *= rescale;
-#pragma unroll
-    for (int lane = LANES; lane < WARP; lane *= 2) {
-        l += __shfl_xor_sync(FULL_MASK, l, lane);
-    }
+    l = group_sum<WARP, LANES>(l * rescale);
 #pragma unroll
     for (int e = 0; e < EIGHTS; e++) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            acc[e][i] *= rescale;
-#pragma unroll
-            for (int lane = LANES; lane < WARP; lane *= 2) {
-                acc[e][i] += __shfl_xor_sync(FULL_MASK, acc[e][i], lane);
-            }
-        }
+        for (int i = 0; i < 8; i++) acc[e][i] = group_sum<WARP, LANES>(acc[e][i] * rescale);
     }
     return peak;
 }
@@ -144,7 +105,6 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 
     const int warp = threadIdx.x / WARP;
     const int slot = threadIdx.x / LANES;
-    const int lane_d = threadIdx.x % LANES * 8;
 
     float query[ROWS][EIGHTS][8], acc[ROWS][EIGHTS][8] = {}, m[ROWS], l[ROWS];
     int row_position[ROWS];  // of the query in its sequence
@@ -156,13 +116,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         row_position[r] = length - 1 - max(causal_offset - row / G, 0);
         const Q_T* at = q + b * q_stride + row / G * q_token_stride +
                         (i64)(kv_head * G + row % G) * D;
-#pragma unroll
-        for (int e = 0; e < EIGHTS; e++) {
-            const int d = e * LANES * 8 + lane_d;
-            load8(query[r][e], at + (d < D ? d : 0));
-#pragma unroll
-            for (int i = 0; i < 8; i++) query[r][e][i] = d < D ? query[r][e][i] * score_scale : 0.0f;
-        }
+        load_query(query[r], at, score_scale);
     }
 
     const K_T* const k_at = k_pool + kv_head * k_pool_head;
@@ -181,9 +135,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             const V_T* v_row = v_at + page * v_pool_page + token * v_pool_token;
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++) {
-                const int d = e * LANES * 8 + lane_d, safe = d < D ? d : 0;
-                k[u][e] = get8(k_row + safe / PACKED<K_T>);
-                v[u][e] = get8(v_row + safe / PACKED<V_T>);
+                k[u][e] = get8(k_row + safe_column(e) / PACKED<K_T>);
+                v[u][e] = get8(v_row + safe_column(e) / PACKED<V_T>);
             }
             k_scale[u] = v_scale[u] = 1.0f;
             if (K_HAS_CODES) {
@@ -203,45 +156,25 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             for (int e = 0; e < EIGHTS; e++) unpack8(x[e], k[u][e]);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float dot = 0.0f;
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    const bool is_active = (e * LANES + LANES) * 8 <= D || e * LANES * 8 + lane_d < D;
-                    float part = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < 8; i++) part += query[r][e][i] * x[e][i];
-                    dot += is_active ? part : 0.0f;
-                }
-#pragma unroll
-                for (int lane = LANES / 2; lane > 0; lane /= 2) {
-                    dot += __shfl_xor_sync(FULL_MASK, dot, lane);
-                }
-                if (K_HAS_CODES) dot *= k_scale[u];
-#if LOGITS_SOFT_CAP
-                dot = tanhf(dot) * cap;
-#endif
                 const int position = key + u * SLOTS;
-#if ALIBI
-                const int row = tile * ROWS + min(r, num_rows - 1);
-                dot += alibi_slopes[kv_head * G + row % G] * LOG2_E * (position - row_position[r]);
-#endif
+                float product = dot(query[r], x);
+                if (K_HAS_CODES) product *= k_scale[u];
+                if (LOGITS_SOFT_CAP) product = tanhf(product) * cap;
+                if (ALIBI) {
+                    const int row = tile * ROWS + min(r, num_rows - 1);
+                    const float slope = alibi_slopes[kv_head * G + row % G] * LOG2_E;
+                    product += slope * (position - row_position[r]);
+                }
                 bool is_visible = position < end;
-#if TREE
                 const int branch = position - (length - 1 - causal_offset);
-                const int token = (tile * ROWS + r) / G;
-                if (branch >= 0) {
-                    const u64 ancestors = tree[(i64)b * T + min(token, T - 1)];
-                    is_visible = is_visible && (ancestors >> (branch & 63) & 1);
-                } else {
-                    is_visible = is_visible && row_position[r] - position < window;
+                if (TREE && branch >= 0) {
+                    const int token = min((tile * ROWS + r) / G, T - 1);
+                    is_visible = is_visible && (tree[(i64)b * T + token] >> (branch & 63) & 1);
+                } else if (TREE || T > 1) {
+                    is_visible = is_visible && (TREE || position <= row_position[r]) &&
+                                 row_position[r] - position < window;
                 }
-#else
-                if (T > 1) {
-                    is_visible = is_visible && position <= row_position[r] &&
-                              row_position[r] - position < window;
-                }
-#endif
-                score[r][u] = is_visible ? dot : -INF;
+                score[r][u] = is_visible ? product : -INF;
             }
         }
         float rescale[ROWS];
@@ -287,8 +220,9 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         const float peak = merge_lane_groups(acc[r], l[r], m[r]);
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
-            const int d = e * LANES * 8 + lane_d;
-            if (threadIdx.x % WARP < LANES && d < D) store8(&warp_acc[warp][r][d], acc[r][e]);
+            if (threadIdx.x % WARP < LANES && column(e) < D) {
+                store8(&warp_acc[warp][r][column(e)], acc[r][e]);
+            }
         }
         if (threadIdx.x % WARP == 0) {
             warp_m[warp][r] = peak;

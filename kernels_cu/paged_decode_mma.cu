@@ -48,27 +48,12 @@
 // a head may come in any order, as long as A has the same: so lanes load their fragments of B as
 // they lie, without ldmatrix, and each warp has stages of its own. Warps synchronise at the end of
 // a piece only.
-#if !defined(HEAD_DIM) || !defined(PAGE) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
-    !defined(SCALE_T)
-#error "paged_decode_mma.cu needs HEAD_DIM, PAGE, Q_T, K_T, V_T and SCALE_T"
+#if !defined(V_T) || !defined(PAGE) || !defined(BLOCKS) || !defined(ROWS) || !defined(KEYS)
+#error "paged_decode_mma.cu needs V_T, PAGE, BLOCKS, ROWS and KEYS"
 #endif
-#if !defined(BLOCK) || !defined(BLOCKS) || !defined(ROWS) || !defined(KEYS) || !defined(MIN_KEYS)
-#error "paged_decode_mma.cu needs BLOCK, BLOCKS, ROWS, KEYS and MIN_KEYS"
-#endif
-#if !defined(COUNTERS) || !defined(STAGE_BYTES) || !defined(Q_BYTES) || !defined(STATE_PITCH)
-#error "paged_decode_mma.cu needs COUNTERS, STAGE_BYTES, Q_BYTES and STATE_PITCH"
-#endif
-#ifndef LOGITS_SOFT_CAP
-#define LOGITS_SOFT_CAP 0
-#endif
-#ifndef ALIBI
-#define ALIBI 0
-#endif
-#ifndef SINKS
-#define SINKS 0
-#endif
-#ifndef TREE
-#define TREE 0
+#if !defined(MIN_KEYS) || !defined(COUNTERS) || !defined(STAGE_BYTES) || !defined(Q_BYTES) || \
+    !defined(STATE_PITCH)
+#error "paged_decode_mma.cu needs MIN_KEYS, COUNTERS, STAGE_BYTES, Q_BYTES and STATE_PITCH"
 #endif
 #ifndef ROW_SCALES
 #define ROW_SCALES 1
@@ -80,6 +65,7 @@
 #define CLUSTER 1
 #endif
 
+#include "attention.cuh"
 #include "decode_config.cuh"
 #include "decode_merge.cuh"
 #include "decode_pipeline.cuh"

@@ -28,38 +28,21 @@
 // Order:    no atomics; floats from reading to storing, sums in an order that D decides; where
 //           HADAMARD is 0, V, and all where there is neither norm nor rotation, is bit-exact; two
 //           tokens for one slot leave either row, or a mixture
-#include "pool_row.cuh"
+#include "pool_write.cuh"
 #include "reduce.cuh"
 #include "rotary.cuh"
 
-#define DYNAMIC 0
-#define STATIC 1
 #define HALF 0
 #define ADJACENT 1
-#if !defined(NEW_T) || !defined(W_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
-#error "paged_qkv.cu needs NEW_T, W_T, K_T, V_T and SCALE_T"
+#if !defined(W_T) || !defined(Q_HEADS) || !defined(NORM) || !defined(PAIRS) || \
+    !defined(PAIRING) || !defined(HADAMARD)
+#error "paged_qkv.cu needs W_T, Q_HEADS, NORM, PAIRS, PAIRING and HADAMARD"
 #endif
-#if !defined(HEAD_DIM) || !defined(Q_HEADS) || !defined(HEADS) || !defined(PAGE) || !defined(ROW_T)
-#error "paged_qkv.cu needs HEAD_DIM, Q_HEADS, HEADS, PAGE and ROW_T"
-#endif
-#if !defined(SCALES) || !defined(NORM) || !defined(PAIRS) || !defined(PAIRING) || !defined(HADAMARD)
-#error "paged_qkv.cu needs SCALES, NORM, PAIRS, PAIRING and HADAMARD"
-#endif
-#if !defined(BLOCK) || !defined(LANES)
-#error "paged_qkv.cu needs BLOCK and LANES"
-#endif
-constexpr int D = HEAD_DIM, HQ = Q_HEADS, H = HEADS, GROUPS = BLOCK / LANES;
-static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
-static_assert(D <= 16 * LANES, "two pieces a lane at most");
-static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
+constexpr int HQ = Q_HEADS;
 static_assert(2 * PAIRS <= D, "pairs of one head");
 
-using Fragment = RowFragment<NEW_T, D, LANES>;
-constexpr int PIECES = Fragment::PIECES;
 // Whether both elements of every pair lie in one lane; adjacent ones do.
 constexpr bool IN_LANE = PAIRING == ADJACENT || (PIECES == 2 && PAIRS == LANES * 8);
-
-template <typename T> constexpr bool HAS_DYNAMIC_SCALE = LARGEST<T> > 0 && SCALES == DYNAMIC;
 
 __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weight, float eps) {
     float squares = 0.0f;
@@ -71,9 +54,9 @@ __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weig
     const float scale = 1.0f / sqrtf(group_sum<LANES>(squares) / (float)D + eps);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-        if (Fragment::column(i) >= D) continue;
+        if (column(i) >= D) continue;
         float w[8];
-        load8(w, weight + Fragment::column(i));
+        load8(w, weight + column(i));
 #pragma unroll
         for (int j = 0; j < 8; j++) x[i][j] *= scale * w[j];
     }
@@ -93,7 +76,7 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Rotati
     if constexpr (PAIRING == ADJACENT) {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            const int pair = Fragment::column(i) / 2;
+            const int pair = column(i) / 2;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 if (pair + j < PAIRS) rotate(x[i][2 * j], x[i][2 * j + 1], rotations[pair + j]);
@@ -101,22 +84,22 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[PIECES][8], const Rotati
         }
     } else if constexpr (IN_LANE) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) rotate(x[0][j], x[1][j], rotations[Fragment::column(0) + j]);
+        for (int j = 0; j < 8; j++) rotate(x[0][j], x[1][j], rotations[column(0) + j]);
     } else {
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            if (Fragment::column(i) < D) store8(row + Fragment::column(i), x[i]);
+            if (column(i) < D) store8(row + column(i), x[i]);
         }
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const int column = Fragment::column(i) + j;
-                if (column >= 2 * PAIRS) continue;
-                const bool is_first = column < PAIRS;
-                float other = row[is_first ? column + PAIRS : column - PAIRS];
-                const Rotation by = rotations[is_first ? column : column - PAIRS];
+                const int at = column(i) + j;
+                if (at >= 2 * PAIRS) continue;
+                const bool is_first = at < PAIRS;
+                float other = row[is_first ? at + PAIRS : at - PAIRS];
+                const Rotation by = rotations[is_first ? at : at - PAIRS];
                 if (is_first) rotate(x[i][j], other, by); else rotate(other, x[i][j], by);
             }
         }
@@ -189,13 +172,13 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     const u32 token = blockIdx.x, group = threadIdx.x / LANES;
     const u32 head = blockIdx.y * GROUPS + group;
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
-    const Fragment loaded = load_fragment<D, LANES>(qkv + token * qkv_token + known * D);
-    const Place place = place_of_slot<PAGE>(slots[token]);
+    const Fragment<NEW_T> loaded = load_fragment(qkv + token * qkv_token + known * D);
+    const Place place = place_of_slot(slots[token]);
     const bool is_value = known >= HQ + H;
 
 #if NORM || PAIRS > 0 || HADAMARD
     float x[PIECES][8];
-    RowFragment<float, D, LANES> row;
+    Fragment<float> row;
 #if PAIRS > 0
     __shared__ Rotation rotations[PAIRS];
     __shared__ __align__(16) float exchange[IN_LANE ? 1 : GROUPS][D];
@@ -221,12 +204,12 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
 #pragma unroll
     for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
 #else
-    const Fragment& row = loaded;
+    const Fragment<NEW_T>& row = loaded;
 #endif
 #if HADAMARD
     const auto& value = row;
 #else
-    const Fragment& value = loaded;
+    const Fragment<NEW_T>& value = loaded;
 #endif
 
     u32 largest[1] = {};
@@ -234,16 +217,16 @@ paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__
     if (HAS_DYNAMIC_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
     if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
     if (head < HQ) {
-        store_floats(q_out + token * q_token + head * q_head, row);
+        store_fragment(q_out + token * q_token + head * q_head, row);
     } else if (head >= HQ + 2 * H || place.page < 0) {
         return;
     } else if (!is_value) {
-        store_row<SCALES == DYNAMIC>(k_pool, k_pool_page, k_pool_token, k_pool_head, k_scales,
-                                   k_scales_page, k_scales_token, k_scales_head, place, head - HQ,
-                                   row, largest[0]);
+        const Pool<K_T> to{k_pool, k_pool_page, k_pool_token, k_pool_head,
+                           k_scales, k_scales_page, k_scales_token, k_scales_head};
+        to.store(place, head - HQ, row, largest[0]);
     } else {
-        store_row<SCALES == DYNAMIC>(v_pool, v_pool_page, v_pool_token, v_pool_head, v_scales,
-                                   v_scales_page, v_scales_token, v_scales_head, place,
-                                   head - HQ - H, value, largest[0]);
+        const Pool<V_T> to{v_pool, v_pool_page, v_pool_token, v_pool_head,
+                           v_scales, v_scales_page, v_scales_token, v_scales_head};
+        to.store(place, head - HQ - H, value, largest[0]);
     }
 }

@@ -1,86 +1,59 @@
-// pool_row.cuh: rows of N elements that WIDTH lanes load, quantize if need be, and store to a pool.
+// pool_row.cuh: rows of HEAD_DIM elements that LANES lanes load, quantize if need be, and store.
 #include "quantize.cuh"
 
-// A token's place in a pool: page and offset in it. A negative page means the row is not written.
-struct Place { int page, offset; };
+#if !defined(HEAD_DIM) || !defined(BLOCK) || !defined(LANES)
+#error "pool_row.cuh needs HEAD_DIM, BLOCK and LANES"
+#endif
+constexpr int D = HEAD_DIM, GROUPS = BLOCK / LANES;
+constexpr int PIECES = (D / 8 + LANES - 1) / LANES;  // of eight elements, that a lane has of a row
+static_assert(D % 8 == 0 && D > 0, "rows move in pieces of eight elements");
+static_assert(BLOCK % WARP == 0 && WARP % LANES == 0, "whole warps of whole groups");
 
-template <int TOKENS, typename T> __device__ __forceinline__ Place place_of_slot(T slot) {
-    if (slot < 0) return Place{-1, 0};
-    if (sizeof(slot) == 4) return Place{(int)((u32)slot / TOKENS), (int)((u32)slot % TOKENS)};
-    return Place{(int)((u64)slot / TOKENS), (int)((u64)slot % TOKENS)};
+// The column at which a piece of this lane begins.
+__device__ __forceinline__ u32 column(int piece) {
+    return (piece * LANES + threadIdx.x % LANES) * 8;
 }
 
-// One lane's fragment of a row: piece i holds eight elements from column(i) on.
-template <typename T, int N, int WIDTH> struct RowFragment {
-    static constexpr int PIECES = (N / 8 + WIDTH - 1) / WIDTH;
-    Eight<T> pieces[PIECES];
+// One lane's fragment of a row.
+template <typename T> struct Fragment { Eight<T> pieces[PIECES]; };
 
-    static __device__ __forceinline__ u32 column(int piece) {
-        return (piece * WIDTH + threadIdx.x % WIDTH) * 8;
-    }
-};
-
-template <int N, int WIDTH, typename T>
-__device__ __forceinline__ RowFragment<T, N, WIDTH> load_fragment(const T* from) {
-    RowFragment<T, N, WIDTH> fragment = {};  // zeros do not change a maximum
+template <typename T> __device__ __forceinline__ Fragment<T> load_fragment(const T* from) {
+    Fragment<T> fragment = {};  // zeros do not change a maximum
 #pragma unroll
-    for (int i = 0; i < fragment.PIECES; i++) {
-        if (fragment.column(i) < N) fragment.pieces[i] = get8_eager(from + fragment.column(i));
+    for (int i = 0; i < PIECES; i++) {
+        if (column(i) < D) fragment.pieces[i] = get8_eager(from + column(i));
     }
     return fragment;
 }
 
 // The largest magnitude of a fragment, ordered as in quantize.cuh.
-template <typename T, int N, int WIDTH>
-__device__ __forceinline__ u32 max_magnitude(const RowFragment<T, N, WIDTH>& fragment) {
+template <typename T> __device__ __forceinline__ u32 max_magnitude(const Fragment<T>& fragment) {
     u32 largest = 0;
 #pragma unroll
-    for (int i = 0; i < fragment.PIECES; i++) {
-        largest = max(largest, max_magnitude(fragment.pieces[i]));
-    }
+    for (int i = 0; i < PIECES; i++) largest = max(largest, max_magnitude(fragment.pieces[i]));
     return largest;
 }
 
 // Stores a fragment with its bits, or rounded to another kind that holds floats.
-template <typename To, typename T, int N, int WIDTH>
-__device__ __forceinline__ void store_floats(To* to, const RowFragment<T, N, WIDTH>& fragment) {
+template <typename To, typename T>
+__device__ __forceinline__ void store_fragment(To* to, const Fragment<T>& fragment) {
 #pragma unroll
-    for (int i = 0; i < fragment.PIECES; i++) {
-        if (fragment.column(i) >= N) continue;
-        if constexpr (SAME<To, T>) {
-            put8(to + fragment.column(i), fragment.pieces[i]);
-        } else {
-            float x[8];
-            Eight<To> eight;
-            unpack8(x, fragment.pieces[i]);
-            pack8(eight, x);
-            put8(to + fragment.column(i), eight);
-        }
+    for (int i = 0; i < PIECES; i++) {
+        if (column(i) >= D) continue;
+        put8(to + column(i) / PACKED<To>, convert8<To>(fragment.pieces[i]));
     }
 }
 
-// Quantizes and stores a fragment. DYNAMIC: the scale comes from the row's largest magnitude and is
-// stored; else it is static, read from memory.
-template <bool DYNAMIC, typename To, typename SCALE, typename T, int N, int WIDTH>
-__device__ __forceinline__ void store_codes(To* to, SCALE* scale_at,
-                                            RowFragment<T, N, WIDTH> fragment, u32 largest) {
-    float inverse;
-    bool clamps = !IS_FP8<To>;  // fp8 conversions saturate by themselves
-    if constexpr (DYNAMIC) {
-        const float amax = as_float(largest, T{});
-        const SCALE scale = row_scale<To, SCALE>(__float_as_uint(amax));
-        if (threadIdx.x % WIDTH == 0) *scale_at = scale;
-        inverse = inverse_scale(scale);
-        if (inverse == 0.0f) fragment = RowFragment<T, N, WIDTH>{};  // NaN and infinity too
-        // A scale that is subnormal, or limited by its dtype, may be far below amax / LARGEST.
-        clamps = clamps && amax * inverse > LARGEST<To> + 0.25f;
-    } else {
-        inverse = inverse_scale(*scale_at);
-        if (inverse == 0.0f) fragment = RowFragment<T, N, WIDTH>{};
-    }
+// Stores a fragment as codes of a scale, DYNAMIC or not. `clamps`: some may exceed the largest
+// code; fp8 conversions saturate by themselves.
+template <bool DYNAMIC, typename To, typename SCALE, typename T>
+__device__ __forceinline__ void store_codes(To* to, SCALE scale, Fragment<T> fragment,
+                                            bool clamps) {
+    const float inverse = inverse_scale(scale);
+    if (inverse == 0.0f) fragment = {};  // NaN and infinity too
 #pragma unroll
-    for (int i = 0; i < fragment.PIECES; i++) {
-        if (fragment.column(i) >= N) continue;
+    for (int i = 0; i < PIECES; i++) {
+        if (column(i) >= D) continue;
         float x[8];
         unpack8(x, fragment.pieces[i]);
 #pragma unroll
@@ -88,27 +61,10 @@ __device__ __forceinline__ void store_codes(To* to, SCALE* scale_at,
             x[j] = __fmul_rn(x[j], inverse);
             if (!DYNAMIC && !IS_FP8<To> && x[j] != x[j]) x[j] = 0.0f;
         }
-        if (clamps) {
+        if (clamps && !IS_FP8<To>) {
 #pragma unroll
             for (int j = 0; j < 8; j++) x[j] = fminf(fmaxf(x[j], -LARGEST<To>), LARGEST<To>);
         }
-        store8(to + fragment.column(i) / PACKED<To>, x);
-    }
-}
-
-// Stores a fragment of the row at a place of the pool, and its scale; strides in elements.
-template <bool DYNAMIC, typename To, typename SCALE, typename T, int N, int WIDTH>
-__device__ __forceinline__ void store_row(To* pool, i64 page_stride, i64 token_stride,
-                                          i64 head_stride, SCALE* scales, i64 scale_page_stride,
-                                          i64 scale_token_stride, i64 scale_head_stride,
-                                          Place place, u32 head,
-                                          const RowFragment<T, N, WIDTH>& fragment, u32 largest) {
-    const u32 page = place.page, offset = place.offset;
-    To* to = pool + page * page_stride + offset * token_stride + head * head_stride;
-    if constexpr (LARGEST<To> > 0) {
-        scales += page * scale_page_stride + offset * scale_token_stride + head * scale_head_stride;
-        store_codes<DYNAMIC>(to, scales, fragment, largest);
-    } else {
-        store_floats(to, fragment);
+        store8(to + column(i) / PACKED<To>, x);
     }
 }

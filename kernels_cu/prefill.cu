@@ -27,26 +27,19 @@
 // softmax, weights times values; codes are decoded on their way into a tile. Thread (y, x) of Y x X
 // owns rows y, y + Y, ... throughout, with the softmax state in registers; of the scores it
 // computes keys x, x + X, ..., of the output the columns 4 (x + X j).
+#include "attention.cuh"
 #include "batch.cuh"
-#include "quantize.cuh"
+#include "reduce.cuh"
 #include "softmax.cuh"
+#include "vector.cuh"
 
-#if !defined(HEAD_DIM) || !defined(ROWS) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || \
-    !defined(SCALE_T)
-#error "prefill.cu needs HEAD_DIM, ROWS, Q_T, K_T, V_T and SCALE_T"
+#if !defined(V_T) || !defined(ROWS)
+#error "prefill.cu needs V_T and ROWS"
 #endif
-#ifndef BLOCK
-#error "prefill.cu needs BLOCK"
-#endif
-#ifndef LOGITS_SOFT_CAP
-#define LOGITS_SOFT_CAP 0
-#endif
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM >= 8 && HEAD_DIM <= 512, "tiles move in eights");
+static_assert(D % 8 == 0 && D >= 8 && D <= 512, "tiles move in eights");
 
-constexpr int D = HEAD_DIM;
 constexpr int KEYS = D <= 128 ? 32 : D <= 256 ? 16 : 8;
 constexpr int X = D <= 256 ? 16 : 8, Y = 8;
-constexpr int THREADS = BLOCK;
 constexpr int MY_ROWS = ROWS / Y;
 constexpr int MY_KEYS = KEYS / X;
 constexpr int PART = D <= 256 ? D : 128;  // of a row, summed alone: more products would cost bits
@@ -164,21 +157,17 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
             float sum[MY_ROWS][MY_KEYS] = {};
 #pragma unroll 4
             for (int d = part; d < min(part + PART, D); d += 4) {
-                float4 k[MY_KEYS];
+                float k[MY_KEYS][4];
 #pragma unroll
-                for (int j = 0; j < MY_KEYS; j++) {
-                    k[j] = *reinterpret_cast<const float4*>(tile + (x + j * X) * ROW_PITCH + d);
-                }
+                for (int j = 0; j < MY_KEYS; j++) load4(k[j], tile + (x + j * X) * ROW_PITCH + d);
 #pragma unroll
                 for (int r = 0; r < MY_ROWS; r++) {
-                    const float4 a =
-                        *reinterpret_cast<const float4*>(queries + (y + r * Y) * ROW_PITCH + d);
+                    float a[4];
+                    load4(a, queries + (y + r * Y) * ROW_PITCH + d);
 #pragma unroll
                     for (int j = 0; j < MY_KEYS; j++) {
-                        sum[r][j] += a.x * k[j].x;
-                        sum[r][j] += a.y * k[j].y;
-                        sum[r][j] += a.z * k[j].z;
-                        sum[r][j] += a.w * k[j].w;
+#pragma unroll
+                        for (int c = 0; c < 4; c++) sum[r][j] += a[c] * k[j][c];
                     }
                 }
             }
@@ -197,16 +186,11 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 #pragma unroll
             for (int j = 0; j < MY_KEYS; j++) {
                 const int key = first + x + j * X;
-#if LOGITS_SOFT_CAP
-                score[r][j] = tanhf(score[r][j]) * cap;
-#endif
+                if (LOGITS_SOFT_CAP) score[r][j] = tanhf(score[r][j]) * cap;
                 if (key < first_key[r] || key > last_key[r]) score[r][j] = -INF;
                 peak = fmaxf(peak, score[r][j]);
             }
-#pragma unroll
-            for (int lane = X / 2; lane > 0; lane /= 2) {
-                peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, lane));
-            }
+            peak = group_max<X>(peak);
             const float base = finite_base(peak);
             const float rescale = exp2f(m[r] - base);
             m[r] = peak;
@@ -230,23 +214,19 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
             float weight[MY_ROWS][4];
 #pragma unroll
             for (int r = 0; r < MY_ROWS; r++) {
-                const float4 w =
-                    *reinterpret_cast<const float4*>(weights + (y + r * Y) * WEIGHT_PITCH + key);
-                weight[r][0] = w.x, weight[r][1] = w.y, weight[r][2] = w.z, weight[r][3] = w.w;
+                load4(weight[r], weights + (y + r * Y) * WEIGHT_PITCH + key);
             }
 #pragma unroll
             for (int j = 0; j < MY_VECTORS; j++) {
                 const int column = min(4 * (x + j * X), D - 4);  // idle threads repeat the last
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-                    const float4 v =
-                        *reinterpret_cast<const float4*>(tile + (key + u) * ROW_PITCH + column);
+                    float v[4];
+                    load4(v, tile + (key + u) * ROW_PITCH + column);
 #pragma unroll
                     for (int r = 0; r < MY_ROWS; r++) {
-                        acc[r][j][0] += weight[r][u] * v.x;
-                        acc[r][j][1] += weight[r][u] * v.y;
-                        acc[r][j][2] += weight[r][u] * v.z;
-                        acc[r][j][3] += weight[r][u] * v.w;
+#pragma unroll
+                        for (int c = 0; c < 4; c++) acc[r][j][c] += weight[r][u] * v[c];
                     }
                 }
             }
@@ -255,8 +235,7 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
 
 #pragma unroll
     for (int r = 0; r < MY_ROWS; r++) {
-#pragma unroll
-        for (int lane = X / 2; lane > 0; lane /= 2) l[r] += __shfl_xor_sync(FULL_MASK, l[r], lane);
+        l[r] = group_sum<X>(l[r]);
         const int row = y + r * Y;
         if (row < num_rows) {
             const int token = rows.start + (first_row + row) / G;

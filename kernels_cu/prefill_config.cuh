@@ -1,11 +1,8 @@
 // prefill_config.cuh: operand types of prefill_mma, and where things lie in its shared memory.
+#include "attention.cuh"
 #include "mma.cuh"
 
-constexpr int D = HEAD_DIM;
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
-constexpr int THREADS = BLOCK;
-constexpr int WARPS = THREADS / WARP;
-static_assert(THREADS % WARP == 0, "whole warps");
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 

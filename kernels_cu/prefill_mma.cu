@@ -30,16 +30,11 @@
 // dequantizes them once for all warps when the tile is free. Scales of keys multiply scores, scales
 // of values weights. The remainder of rounding an operand of mma is kept in further terms where
 // queries are more precise, so that products are as precise as those of floats.
-#if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(V_T) || !defined(SCALE_T)
-#error "prefill_mma.cu needs HEAD_DIM, Q_T, K_T, V_T and SCALE_T"
-#endif
-#if !defined(BLOCK) || !defined(ROWS) || !defined(KEYS) || !defined(SHARED_BYTES)
-#error "prefill_mma.cu needs BLOCK, ROWS, KEYS and SHARED_BYTES"
-#endif
-#ifndef LOGITS_SOFT_CAP
-#define LOGITS_SOFT_CAP 0
+#if !defined(V_T) || !defined(ROWS) || !defined(KEYS) || !defined(SHARED_BYTES)
+#error "prefill_mma.cu needs V_T, ROWS, KEYS and SHARED_BYTES"
 #endif
 
+#include "attention.cuh"
 #include "batch.cuh"
 #include "prefill_config.cuh"
 #include "prefill_operands.cuh"

@@ -56,12 +56,8 @@ template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u3
 
 template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>& eight) {
     u32 words[4];
-    if constexpr (PACKED<T> == 2) {
-        word_to_halves<T>(words, eight.words);
-    } else {
-        word_to_halves<T>(words, eight.words.x);
-        word_to_halves<T>(words + 2, eight.words.y);
-    }
+#pragma unroll
+    for (int i = 0; i < 2 / PACKED<T>; i++) word_to_halves<T>(words + 2 * i, eight.words[i]);
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 

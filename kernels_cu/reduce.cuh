@@ -1,17 +1,23 @@
 // reduce.cuh: sums and maxima over lanes, warps and blocks; every lane gets the result.
 #include "types.cuh"
 
-__device__ __forceinline__ float warp_sum(float x) {
+// The sum over the lanes of an aligned group of WIDTH that are multiples of STEP apart.
+template <int WIDTH, int STEP = 1> __device__ __forceinline__ float group_sum(float x) {
 #pragma unroll
-    for (int lane = WARP / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+    for (int lane = WIDTH / 2; lane >= STEP; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
     return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+// Their maximum.
+template <int WIDTH, int STEP = 1> __device__ __forceinline__ float group_max(float x) {
 #pragma unroll
-    for (int lane = WARP / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, lane));
+    for (int lane = WIDTH / 2; lane >= STEP; lane /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, lane));
+    }
     return x;
 }
+
+__device__ __forceinline__ float warp_max(float x) { return group_max<WARP>(x); }
 
 // N maxima at once over aligned groups of WIDTH lanes.
 template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N]) {
@@ -20,13 +26,6 @@ template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = max(x[i], __shfl_xor_sync(FULL_MASK, x[i], lane));
     }
-}
-
-// The sum over each aligned group of WIDTH lanes.
-template <int WIDTH> __device__ __forceinline__ float group_sum(float x) {
-#pragma unroll
-    for (int lane = WIDTH / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
-    return x;
 }
 
 // N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes exchange
@@ -54,7 +53,7 @@ template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
 template <int THREADS>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
     static_assert(THREADS % WARP == 0, "whole warps");
-    x = warp_sum(x);
+    x = group_sum<WARP>(x);
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
     __syncthreads();
     float sum = 0.0f;

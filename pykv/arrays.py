@@ -57,6 +57,7 @@ class Dims(dict[str, int]):
         try:
             found = self._kept.get(options)
         except TypeError as error:
+            make()  # names the option, where it is a check of options
             raise DtypeError(f"options are {options}, expected plain values: {error}") from error
         if found is None:
             _limit(self._kept, 256)
@@ -96,10 +97,10 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
             a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
             have any stride; the others must be contiguous. `dtypes` is a dtype, the name of an
             earlier array, whose dtype it must then have, or a tuple of these. A third item is what
-            address and strides must be multiples of on a GPU, in bytes; without it that is a vector
-            for matrices, and an element for tables and plain vectors. An `optional` array may be
-            None. A rule that is a text, such as "None for fp16", allows None alone; errors quote
-            it.
+            address and, unless all is contiguous, strides must be multiples of on a GPU, in bytes;
+            without it that is a vector for matrices, and an element for tables and plain vectors.
+            An `optional` array may be None. A rule that is a text, such as "None for fp16", allows
+            None alone; errors quote it.
 
     Returns:
         A function of the arrays, in the order of their rules, that returns the sizes; shared
@@ -184,7 +185,7 @@ def _check_array(
 
     cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
-    if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
+    if not is_array(array):
         expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
         raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
     first = next(iter(given), None)
@@ -205,14 +206,16 @@ def _check_array(
         if size != (times * n + plus) // over:
             has = f"{word}={size}" if word == letter else f"size {size}"
             raise wrong(ShapeError, f"has {has}", f"{word}={(times * n + plus) // over} ([{spec}])")
-    if not (array.flags.c_contiguous or (loose and array[(0,) * loose].flags.c_contiguous)):
+    is_whole = array.flags.c_contiguous
+    if not (is_whole or (loose and array[(0,) * loose].flags.c_contiguous)):
         rows = "contiguous rows" if loose else "a contiguous array"
         raise wrong(ShapeError, f"has strides {strides} for shape {shape}", f"{rows} ([{spec}])")
     if on_host:
         return
     if alignment is None:  # kernels read matrices by vectors, index tables and vectors by elements
         alignment = VECTOR_BYTES if len(shape) > 1 and array.dtype.kind != "i" else 1
-    if any(n > 1 and stride % alignment for n, stride in zip(shape[:loose], strides, strict=False)):
+    steps = () if is_whole else zip(shape[:loose], strides, strict=False)
+    if any(n > 1 and stride % alignment for n, stride in steps):
         raise wrong(ShapeError, f"has strides {strides}", f"multiples of {alignment} bytes")
     memory, current = array.data, cupy.cuda.runtime.getDevice()
     if memory.device_id != current:
@@ -235,12 +238,18 @@ def _parse(spec: str) -> tuple[list[tuple[str, int, str, int, int]], int]:
 _WORD = re.compile(r"(\d*)([A-Za-z]*)(?:\+(\d+))?(?:/(\d+))?")
 
 
-def check_head_dim(op: str, name: str, D: int, most: int) -> None:
+def check_head_dim(op: str, name: str, D: int, most: int, letter: str = "D") -> None:
     """Check a head size: kernels move rows in pieces of eight elements."""
     if D == 0 or D % 8:
-        raise ShapeError(f"{op}: {name} has D={D}, expected a multiple of 8")
+        raise ShapeError(f"{op}: {name} has {letter}={D}, expected a multiple of 8")
     if D > most:
-        raise UnsupportedError(f"{op}: {name} has D={D}, expected at most {most}")
+        raise UnsupportedError(f"{op}: {name} has {letter}={D}, expected at most {most}")
+
+
+def is_array(x: Any) -> bool:
+    """Whether an object is a NumPy or CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
 def on_gpu(array: Any) -> bool:
@@ -279,8 +288,7 @@ def asarray(x: Any) -> Any:
     >>> pykv.asarray(x) is x
     True
     """
-    cupy = sys.modules.get("cupy")
-    if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
+    if is_array(x):
         return x
     try:
         if hasattr(x, "__dlpack__"):
@@ -337,10 +345,14 @@ def from_pointer(
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
+def module_of(array: Any) -> Any:
+    """NumPy or CuPy, whichever a checked array is of."""
+    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+
+
 def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
-    xp = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
-    return xp.empty(shape, dtype)
+    return module_of(array).empty(shape, dtype)
 
 
 def load_cupy() -> Any:

@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import check_head_dim
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import POOLS, KVSpec, decode
+from pykv.ops import paged_check
+from pykv.options import check_choice, check_flag, check_number, check_whole
 
 ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
 MAX_HEAD_DIM = 512
+LSE_BASES = ("e", "2")
 MAX_TREE = 64  # queries of a sequence whose mask has a bit for each of them
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
-_FLAGS = dict(
-    ALIBI="alibi_slopes", SINKS="sinks", TREE="tree"
-)  # defines, and the arrays they are for
+# Defines, and the arrays they are for.
+_FLAGS = dict(ALIBI="alibi_slopes", SINKS="sinks", TREE="tree")
 
 
 class Scores(NamedTuple):
@@ -52,80 +54,105 @@ class Scores(NamedTuple):
         score_scale = self.scale / self.logits_soft_cap
         return dict(window=window, score_scale=score_scale, cap=self.logits_soft_cap * LOG2_E)
 
+    def seen(self, dims: dict[str, int]) -> int | None:
+        """How many of the last keys some of T queries of a sequence see; None: all."""
+        if self.window is None:
+            return None
+        return self.window + (dims.get("T", 1) - 1) * self.causal
+
 
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def check_scores(
+def rules(rows: str, pools: dict[str, Any]) -> dict[str, Any]:
+    """Rules of `checker`, in this order, for what ops take of the last queries of each sequence:
+    one each, `rows` "B", or several, "B T"."""
+    return dict(
+        q=(f"{rows} | HQ D", FLOATS),
+        **pools,
+        page_table=("B M", INT32),
+        lengths=("B", INT32),
+        alibi_slopes=optional("HQ", FLOAT32),
+        tree=optional("B T" if rows == "B T" else "B 1", UINT64, 8),
+    )
+
+
+def check_options(
     op: str,
-    dims: dict[str, int],
+    dims: Dims,
     scale: float | None,
     window: int | None,
     logits_soft_cap: float | None,
     causal: bool,
+    tree: Any = None,
+    lse_base: str = "e",
+    fixed_split: int | None = None,
 ) -> Scores:
-    """Check head counts, head size and the options of scores; `scale` is 1 / sqrt(D) if None."""
-    HQ, H, D = dims["HQ"], dims["H"], dims["D"]
+    """Check options of an attention op against the sizes of its arrays, once for all calls that
+    have both; `scale` is 1 / sqrt(D) if None, the others are as of `paged_decode.decode`."""
+    options = (scale, window, logits_soft_cap, causal, lse_base, fixed_split)
+    # 4.0 equals 4 and True equals 1, which are other types of options.
+    types = (type(scale), type(window), type(logits_soft_cap), type(causal), type(fixed_split))
+    scores: Scores = dims.keep(
+        options + types, lambda: _check_options(op, dims, tree is not None, *options)
+    )
+    return scores
+
+
+def _check_options(
+    op: str,
+    dims: Dims,
+    has_tree: bool,
+    scale: Any,
+    window: Any,
+    logits_soft_cap: Any,
+    causal: Any,
+    lse_base: Any,
+    fixed_split: Any,
+) -> Scores:
+    HQ, H, D, T = dims["HQ"], dims["H"], dims["D"], dims.get("T", 1)
     if H == 0 or HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
     check_head_dim(op, "q", D, MAX_HEAD_DIM)
     if dims["P"] == 0:
         raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
-    if window is not None and window < 1:
-        raise ParameterError(f"{op}: window is {window}, expected None or at least 1")
-    if scale is None:
-        scale = 1.0 / math.sqrt(D)
-    elif not math.isfinite(scale):
-        raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
-    if logits_soft_cap is not None and not (math.isfinite(logits_soft_cap) and logits_soft_cap > 0):
-        raise ParameterError(
-            f"{op}: logits_soft_cap is {logits_soft_cap}, expected a positive number"
-        )
-    return Scores(float(scale), window, logits_soft_cap, bool(causal))
-
-
-def check_tree(op: str, tree: Any, T: int, causal: bool) -> None:
-    """Check that a mask of the last T keys fits its bits, and that only such keys are masked."""
-    if tree is not None and T > MAX_TREE:
+    scale = 1.0 / math.sqrt(D) if scale is None else check_number(op, "scale", scale)
+    if window is not None:
+        window = check_whole(op, "window", window, 1)
+    if logits_soft_cap is not None:
+        logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
+    causal = check_flag(op, "causal", causal)
+    check_choice(op, "lse_base", lse_base, LSE_BASES)
+    if fixed_split is not None:
+        if check_whole(op, "fixed_split", fixed_split, 32) % 32:
+            raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+    if has_tree and T > MAX_TREE:
         raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
-    if tree is not None and not causal:
+    if has_tree and not causal:
         raise ParameterError(f"{op}: causal is False, expected True with a tree")
-
-
-def check_lse_base(op: str, lse_base: str) -> None:
-    if lse_base not in ("e", "2"):
-        raise ParameterError(f"{op}: lse_base is {lse_base!r}, expected 'e' or '2'")
+    return Scores(scale, window, logits_soft_cap, causal)
 
 
 def check_pages(
-    op: str, page_table: Any, lengths: Any, earlier: Any, window: int | None, pool: tuple[int, ...]
+    op: str,
+    page_table: Any,
+    lengths: Any,
+    pool: tuple[int, int],
+    seen: int | None,
+    starts: Any = None,
 ) -> None:
     """Check on the host that lengths fit the page table and that pages to be read exist.
 
     Args:
-        page_table, lengths, window: as in `paged_decode.decode`.
-        earlier: [B]; how many keys before the last one the first query stands.
-        pool: N and P, which may have more sizes behind them.
+        page_table, lengths: as in `paged_decode.decode`; lengths are of sequences with queries.
+        pool: N and P.
+        seen, starts: as in `paged_check.check_page_table`.
     """
-    N, P = pool[:2]
-    M = page_table.shape[1]
-    if (lengths > M * P).any():
-        b = int(np.argmax(lengths > M * P))
-        raise CapacityError(f"{op}: lengths[{b}] is {lengths[b]}, expected at most M * P = {M * P}")
-    if window is None:
-        first = np.zeros(len(lengths), np.int64)
-    else:
-        first = np.maximum(lengths.astype(np.int64) - earlier - window, 0)
-    column = np.arange(M)
-    is_read = (column >= (first // P)[:, None]) & (
-        column < -(-lengths.astype(np.int64) // P)[:, None]
-    )
-    wrong = np.argwhere(is_read & ((page_table < 0) | (page_table >= N)))
-    if len(wrong):
-        b, i = wrong[0]
-        raise ParameterError(
-            f"{op}: page_table[{b}, {i}] is {page_table[b, i]}, expected a page of 0 .. {N - 1}"
-        )
+    most = page_table.shape[1] * pool[1]
+    if (lengths > most).any():
+        b = int(np.argmax(lengths > most))
+        raise CapacityError(f"{op}: lengths[{b}] is {lengths[b]}, expected at most M * P = {most}")
+    paged_check.check_page_table(page_table, lengths, *pool, seen=seen, starts=starts, op=op)
 
 
 # --- Arguments that kernels share -----------------------------------------------------------------
@@ -155,6 +182,16 @@ def kernel_scalars(
     capacity = min(dims["M"] * dims["P"], ALL_KEYS)
     pools = {name: arrays[name] for name in POOLS if name in arrays}
     return spec.pool_strides(**pools) | scores.scalars | dict(M=dims["M"], capacity=capacity)
+
+
+def query_scalars(scores: Scores, dims: dict[str, int], q: Any) -> dict[str, int]:
+    """Strides and number of the queries of a sequence, and how many keys lie between the first
+    query and the last key, as kernels of [B, T, HQ, D] have them."""
+    q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
+    T = dims.get("T", 1)
+    return dict(
+        q_stride=q_stride, q_token_stride=q_token_stride, T=T, causal_offset=(T - 1) * scores.causal
+    )
 
 
 # --- Attention in NumPy ---------------------------------------------------------------------------
@@ -234,12 +271,8 @@ def scored_sequences(
         if length > 0:
             first = max(length - (T - 1) * causal - window, 0) if window else 0
             rows, mask = range(first, length), None if tree is None else tree[b]
-            k = decoded_rows(b, rows, dtype, *keys)
-            yield (
-                b,
-                rows,
-                masked_scores(q[b].astype(dtype), k, first, length, scores, alibi_slopes, mask),
-            )
+            given = q[b].astype(dtype), decoded_rows(b, rows, dtype, *keys), first, length
+            yield b, rows, masked_scores(*given, scores, alibi_slopes, mask)
 
 
 def decoded_rows(

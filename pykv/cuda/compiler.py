@@ -220,7 +220,6 @@ def _nvrtc() -> Any:
 # --- Cache of cubins ------------------------------------------------------------------------------
 
 _memory: dict[bytes, bytes] = {}  # cubins that the folder would not take, or may not
-_warned: set[str] = set()
 
 
 @cache
@@ -261,9 +260,9 @@ def _store(key: bytes, cubin: bytes) -> None:
     try:
         _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
     except OSError as error:
+        is_first = not _memory
         _memory[key] = cubin
-        if "folder" not in _warned:
-            _warned.add("folder")
+        if is_first:
             warnings.warn(
                 f"pykv cannot keep compiled kernels in {error.filename or cubin_dir()} "
                 f"({error.strerror}); they are compiled again in every process. Set "
@@ -284,8 +283,9 @@ def clear_cubins() -> int:
     for path in cubins():
         freed += path.stat().st_size
         path.unlink()
-    for folder in (*cubin_dir().glob("entries/*"), *cubin_dir().glob("*"), cubin_dir()):
-        with suppress(OSError):  # not empty, or a file of somebody else
+    emptied = [*cubin_dir().glob("entries/[0-9a-f][0-9a-f]"), cubin_dir() / "entries"]
+    for folder in (*emptied, cubin_dir() / "tmp", cubin_dir()):
+        with suppress(OSError):  # not there, or not empty
             folder.rmdir()
     _store_at.cache_clear()
     _memory.clear()

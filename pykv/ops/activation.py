@@ -7,15 +7,14 @@ Kernel: kernels_cu/activation.cu.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, checker, like, on_gpu, optional
-from pykv.errors import DtypeError, ParameterError
+from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional
+from pykv.errors import ParameterError
+from pykv.options import check_float_dtype, check_number
 
 _BLOCK = 128  # threads
 _PER_BLOCK = 8 * _BLOCK  # elements
@@ -74,17 +73,20 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
     even, bit-exact.
     """
     dims = _check_add(x, y)
-    if dims["T"] * dims["E"] == 0:
+    if x.size == 0:
         return
     if on_gpu(x):
-        launch = dims.keep(
-            None, lambda: _launch("add", x.dtype, -(-x.size // _PER_BLOCK), dict(count=x.size))
-        )
+        grid, scalars = -(-x.size // _PER_BLOCK), dict(count=x.size)
+        launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars))
         launch(dict(x=x, y=y), stream)
     else:
         cuda.run_on_host(lambda: reference_add(x, y))
 
 
+_check_gated = {
+    name: checker(f"activation.{name}", x=("T | 2F", FLOATS), out=optional("T F", "x"))
+    for name in ("swiglu", "geglu")
+}
 _check_add = checker("activation.add", x=("T E", FLOATS), y=("T E", "x"))
 _check_embed = checker(
     "activation.embed", table=("V E", FLOATS), ids=("T", INT32), out=optional("T E", FLOATS)
@@ -124,19 +126,13 @@ def embed(
     """
     op = "activation.embed"
     dims = _check_embed(table, ids, out)
-    if not math.isfinite(scale):
-        raise ParameterError(f"{op}: scale is {scale}, expected a finite number")
-    T, E = dims["T"], dims["E"]
+    scale = check_number(op, "scale", scale)
     if out is None:
-        if np.dtype(dtype) not in FLOATS:
-            raise DtypeError(
-                f"{op}: dtype is {np.dtype(dtype)}, expected float32, float16 or bfloat16"
-            )
-        out = like(table, (T, E), dtype)
-    if T * E == 0:
+        out = like(table, (dims["T"], dims["E"]), check_float_dtype(op, "dtype", dtype))
+    if out.size == 0:
         return out
     if on_gpu(table):
-        launch = dims.keep((out.dtype, float(scale)), lambda: _launch_embed(table, out, scale))
+        launch = dims.keep((out.dtype, scale), lambda: _launch_embed(table, out, scale))
         launch(dict(out=out, table=table, ids=ids), stream)
     else:
         cuda.look(lambda: _check_ids(op, ids, dims["V"]))
@@ -173,13 +169,10 @@ def _check_ids(op: str, ids: Any, V: int) -> None:
 
 
 def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
-    # Contiguous tokens may have any size; a GPU wants tokens at another stride to be aligned.
-    flags = getattr(x, "flags", None)
-    spec = "T 2F" if flags is not None and flags.c_contiguous else "T | 2F"
-    dims = _gated_checker(name, spec)(x, out)
+    dims = _check_gated[name](x, out)
     T, F = dims["T"], dims["F"]
     out = like(x, (T, F), x.dtype) if out is None else out
-    if T * F == 0:
+    if out.size == 0:
         return out
     if on_gpu(x):
         grid, scalars = (T, -(-F // _PER_BLOCK)), dict(x_stride=x.strides[0] // x.itemsize, F=F)
@@ -188,11 +181,6 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     else:
         cuda.run_on_host(lambda: reference(name, x), out)
     return out
-
-
-@cache
-def _gated_checker(name: str, spec: str) -> Callable[..., Dims]:
-    return checker(f"activation.{name}", x=(spec, FLOATS), out=optional("T F", "x"))
 
 
 def _launch(

@@ -14,22 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, checker, like, on_gpu, optional
-from pykv.attention import (
-    LN_2,
-    LOG2_E,
-    Scores,
-    check_lse_base,
-    check_pages,
-    check_scores,
-    check_tree,
-    kernel_defines,
-    kernel_scalars,
-    scored_sequences,
-)
+from pykv import attention, cuda
+from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
+from pykv.options import check_flag
 from pykv.specs import spec_of
 
 _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
@@ -96,13 +85,12 @@ def score(
         spec = replace(spec, v=spec.k)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
-        q, k_pool, k_scales, page_table, lengths, lse, alibi_slopes, tree, out
+        q, k_pool, k_scales, page_table, lengths, alibi_slopes, tree, lse, out
     )
-    T = dims["T"] if many else 1
-    check_tree(op, tree, T, causal)
-    check_lse_base(op, lse_base)
-    options = (scale, window, logits_soft_cap, causal)
-    scores = dims.keep(options, lambda: check_scores(op, dims, *options))
+    scores = attention.check_options(
+        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base
+    )
+    accumulate = check_flag(op, "accumulate", accumulate)
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
         raise ParameterError(f"{op}: out is None, expected an array to add to")
@@ -110,18 +98,17 @@ def score(
         out = like(q, shape, np.float32)
     elif out.shape != shape:
         raise ShapeError(f"{op}: out has C={out.shape[2]}, expected M * P = {shape[2]}")
-    causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
     arrays = dict(q=q, k_pool=k_pool, page_table=page_table, lengths=lengths, lse=lse)
     arrays |= dict(k_scales=k_scales, alibi_slopes=alibi_slopes, tree=tree)
     if out.size == 0:
         pass
     elif on_gpu(q):
-        chosen = (spec, bool(accumulate), lse_base)
-        launch = dims.keep((chosen, options), lambda: _launch(arrays, dims, T, scores, *chosen))
+        chosen = (scores, spec, accumulate, lse_base)
+        launch = dims.keep(chosen, lambda: _launch(arrays, dims, *chosen))
         launch(dict(scores=out, **arrays), stream)
     else:
-        earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
-        cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
+        pool = dims["N"], dims["P"]
+        cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, scores.seen(dims)))
         chosen_by_name = dict(spec=spec, lse_base=lse_base, **scores._asdict())
 
         def compute() -> Any:
@@ -135,17 +122,12 @@ def score(
 @cache
 def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     """For one query of a sequence, or for `many`."""
-    pools, rows = spec.rules(), "B T" if many else "B"
+    rows, of_cache = "B T" if many else "B", spec.rules()
+    keys = {name: of_cache[name] for name in ("k_pool", "k_scales")}
     return checker(
         "attention_scores.score",
-        q=(f"{rows} | HQ D", FLOATS),
-        k_pool=pools["k_pool"],
-        k_scales=pools["k_scales"],
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
+        **attention.rules(rows, keys),
         lse=(f"{rows} HQ", FLOAT32, 4),
-        alibi_slopes=optional("HQ", FLOAT32),
-        tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional("B H C", FLOAT32, 4),
     )
 
@@ -173,9 +155,10 @@ def reference(
     dtype = np.result_type(q.dtype, np.float32)
     P, H = (k_pool if spec is None else spec.as_nhd(k_pool)).shape[1:3]
     found = np.zeros((B, H, page_table.shape[1] * P), dtype)
-    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (LN_2 if lse_base == "2" else 1)
+    lse = lse.reshape(B, T, H, HQ // H).astype(dtype) * (attention.LN_2 if lse_base == "2" else 1)
     keys = (k_pool, k_scales, spec, page_table)
-    for b, rows, scores in scored_sequences(many, keys, lengths, scale, window, **options):
+    scored = attention.scored_sequences(many, keys, lengths, scale, window, **options)
+    for b, rows, scores in scored:
         of_row = lse[b].transpose(1, 2, 0)[..., None]
         weights = np.where(np.isneginf(scores), 0, np.exp(scores - np.maximum(of_row, -1e30)))
         found[b, :, rows.start : rows.stop] = weights.sum((1, 2))
@@ -185,23 +168,21 @@ def reference(
 def _launch(
     arrays: dict[str, Any],
     dims: Dims,
-    T: int,
-    scores: Scores,
+    scores: attention.Scores,
     spec: KVSpec,
     accumulate: bool,
     lse_base: str,
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
-    q, H = arrays["q"], dims["H"]
-    defines = kernel_defines(spec, scores, arrays) | _SIZES
+    H = dims["H"]
+    defines = attention.kernel_defines(spec, scores, arrays) | _SIZES
     del defines["V_T"]
-    scalars = kernel_scalars(spec, scores, dims, arrays) | dict(HQ=dims["HQ"], H=H, P=dims["P"])
-    q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
-    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride, accumulate=accumulate)
-    scalars |= dict(T=T, causal_offset=T - 1 if scores.causal else 0)
+    scalars = attention.kernel_scalars(spec, scores, dims, arrays)
+    scalars |= attention.query_scalars(scores, dims, arrays["q"])
+    scalars |= dict(HQ=dims["HQ"], H=H, P=dims["P"], accumulate=accumulate)
     return cuda.Launch(
         cuda.kernel("attention_scores", "attention_scores", **defines),
         grid=dims["B"] * H * -(-scalars["capacity"] // _SIZES["KEYS"]),
         block=_SIZES["BLOCK"],
-        scalars=scalars | dict(lse_unit=1.0 if lse_base == "2" else LOG2_E),
+        scalars=scalars | dict(lse_unit=1.0 if lse_base == "2" else attention.LOG2_E),
     )

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, on_gpu, optional
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, check_head_dim, checker, on_gpu, optional
+from pykv.errors import ShapeError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import rope
 from pykv.ops.paged_append import lanes_of
+from pykv.options import check_choice, check_flag, check_whole
 
 LENGTHS = (*INT32, np.dtype(np.int64))
 MAX_HEAD_DIM = 1024
@@ -63,7 +64,7 @@ def append(
 
     Raises:
         ShapeError: dimensions disagree, K or V is no multiple of 8, or 2F exceeds K.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `pairing` or `layout` is unknown.
         UnsupportedError: K or V is above 1024.
@@ -80,26 +81,20 @@ def append(
     (array([0., 1., 1., 0.], dtype=float16), array([3], dtype=int32))
     """
     op = "contiguous_append.append"
-    spec = _spec(op, layout)
+    spec = _SPECS[check_choice(op, "layout", layout, LAYOUTS)]
     dims = _checker(spec)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
-    for name in ("K", "V"):
-        if dims[name] % 8:
-            raise ShapeError(f"{op}: {name} is {dims[name]}, expected a multiple of 8")
-        if dims[name] > MAX_HEAD_DIM:
-            raise UnsupportedError(f"{op}: {name} is {dims[name]}, expected at most {MAX_HEAD_DIM}")
+    for name, letter in (("k", "K"), ("v", "V")):
+        check_head_dim(op, name, dims[letter], MAX_HEAD_DIM, letter)
     if slots is None and dims["B"] != dims["S"]:
         raise ShapeError(f"{op}: k has B={dims['B']}, expected S={dims['S']} where slots is None")
-    if pairing not in rope.PAIRINGS:
-        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
-    F = 0 if inv_freq is None else dims["F"]
-    if 2 * F > dims["K"]:
-        raise ShapeError(f"{op}: inv_freq has F={F}, expected at most K / 2 = {dims['K'] // 2}")
+    rope.check_pairs(op, pairing, dims.get("F", 0), dims["K"])
+    advance = check_flag(op, "advance", advance)
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
     rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     where = dict(lengths=lengths, slots=slots, inv_freq=inv_freq)
     if on_gpu(k):
-        options = (pairing, bool(advance))
+        options = (pairing, advance)
         write, count = dims.keep(options, lambda: _launches(spec, rows, where, *options))
         write(rows | where, stream)
         if count is not None:
@@ -109,12 +104,6 @@ def append(
 
 
 _SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know their axes
-
-
-def _spec(op: str, layout: str) -> KVSpec:
-    if layout not in LAYOUTS:
-        raise ParameterError(f"{op}: layout is {layout!r}, expected one of {LAYOUTS}")
-    return _SPECS[layout]
 
 
 @cache
@@ -153,13 +142,12 @@ def read_token(
     """
     op = "contiguous_append.read_token"
     cuda.refuse_prepare(op, "it returns copies on the host")
-    spec = _spec(op, layout)
+    spec = _SPECS[check_choice(op, "layout", layout, LAYOUTS)]
     axes = " ".join(("S", *spec.page_axes, "|")).replace("P", "C")
     check = checker(op, k_cache=(f"{axes} K", FLOATS), v_cache=(f"{axes} V", FLOATS))
     sizes = check(k_cache, v_cache)
     for name, value, end in (("slot", slot, sizes["S"]), ("token", token, sizes["C"])):
-        if not 0 <= value < end:
-            raise ParameterError(f"{op}: {name} is {value}, expected 0 to {end - 1}")
+        check_whole(op, name, value, 0, end - 1)
     rows = (spec.as_nhd(cache)[slot, token] for cache in (k_cache, v_cache))
     k, v = (row.get() if on_gpu(row) else row.copy() for row in rows)
     return k, v
@@ -224,8 +212,7 @@ def _launches(
     block = defines["BLOCK"]
     blocks = 1 if at_once else -(-T * H // (block // defines["LANES"]))
     F = 0 if inv_freq is None else len(inv_freq)
-    step, gap = (1, F) if pairing == "half" else (2, 1)
-    scalars: dict[str, int] = dict(num_rows=T * H, capacity=C, F=F, step=step, gap=gap)
+    scalars = dict(num_rows=T * H, capacity=C, F=F, **rope.pair_steps(pairing, F))
     for name, x in rows.items():
         axes = ("slot" if name.endswith("_cache") else "batch", "token", "head")
         for axis, stride in zip(axes, x.strides[:3], strict=True):

@@ -12,8 +12,9 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, UINT8, checker, like, on_gpu, optional
-from pykv.errors import DtypeError, ShapeError, UnsupportedError
+from pykv.errors import ShapeError, UnsupportedError
 from pykv.install import command
+from pykv.options import check_float_dtype
 
 KINDS = {
     **{"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)},
@@ -61,11 +62,9 @@ def dequantize(
     array([[1.5, 2. ]], dtype=float16)
     """
     op = "dequant.dequantize"
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnsupportedError(f"{op}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    dtype = np.dtype(dtype)
-    if dtype not in FLOATS:
-        raise DtypeError(f"{op}: dtype is {dtype}, expected float32, float16 or bfloat16")
+    dtype = check_float_dtype(op, "dtype", dtype)
     dims = _check(blocks, out)
     elements, block_bytes = KINDS[kind]
     num_blocks, rest = divmod(dims["W"], block_bytes)

@@ -15,6 +15,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.options import check_choice, check_flag
 
 GEMMS = ("auto", "own", "cublas")
 
@@ -66,7 +67,7 @@ def linear(
 
     Raises:
         ShapeError: dimensions disagree, or I is no multiple of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `gemm` is unknown, or `accumulate` lacks `out`.
         UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being
@@ -92,8 +93,8 @@ def linear(
     dims = _check(x, w, bias, out)
     if dims["I"] % 8:
         raise ShapeError(f"{op}: x has I={dims['I']}, expected a multiple of 8")
-    if gemm not in GEMMS:
-        raise ParameterError(f"{op}: gemm is {gemm!r}, expected one of {GEMMS}")
+    check_choice(op, "gemm", gemm, GEMMS)
+    accumulate = check_flag(op, "accumulate", accumulate)
     if accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
     out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
@@ -105,7 +106,7 @@ def linear(
         if to_cublas:
             cuda.enqueue(lambda: _cublas(x, w, bias, out, accumulate), stream)
         else:
-            launch = dims.keep(bool(accumulate), lambda: _launch(x, w, bias, accumulate))
+            launch = dims.keep(accumulate, lambda: _launch(x, w, bias, accumulate))
             launch(dict(out=out, x=x, w=w, bias=bias), stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate))
@@ -160,7 +161,7 @@ _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows:
 def _launch(x: Any, w: Any, bias: Any, accumulate: bool) -> cuda.Launch:
     """The launch of `gemv` or `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
-    scalars = dict(T=T, O=O, I=I, x_stride=x.strides[0] // x.itemsize, accumulate=bool(accumulate))
+    scalars = dict(T=T, O=O, I=I, x_stride=x.strides[0] // x.itemsize, accumulate=accumulate)
     if T > _GEMV_TOKENS and not _is_small(T, w):
         grid = -(-O // _TILE), -(-T // _TILE)
         return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
@@ -236,7 +237,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
         raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {_CAPTURE}")
     T, O = out.shape
     if bias is not None:
-        scalars = dict(O=O, accumulate=bool(accumulate))
+        scalars = dict(O=O, accumulate=accumulate)
         launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
         launch(dict(out=out, bias=bias))
         accumulate = True
@@ -248,7 +249,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
             if x.strides[0] < x.shape[1] * x.itemsize:  # broadcast or reversed: unknown to cuBLAS
                 x = cupy.ascontiguousarray(x)
             alpha, beta = (_BETA_ADDRESS + _BETA.itemsize * flag for flag in (1, accumulate))
-            _gemm_ex(handle, x.data.ptr, x.strides[0], w, 0, x.shape[1], out, alpha, beta)
+            _gemm_ex(handle, x, w, 0, x.shape[1], out, alpha, beta)
         else:
             if not accumulate:
                 out.data.memset_async(0, out.nbytes)
@@ -278,21 +279,13 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
             panel = _PANEL if number == 0 else I  # truncation in a lesser piece does not show
             for first in range(0, I, panel):
                 last = min(I, first + panel)
-                _gemm_ex(handle, piece.data.ptr, I * w.itemsize, w, first, last, out, alpha, one)
+                _gemm_ex(handle, piece, w, first, last, out, alpha, one)
     finally:
         cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
 
 
 def _gemm_ex(
-    handle: int,
-    x_address: int,
-    x_stride_bytes: int,
-    w: Any,
-    first: int,
-    last: int,
-    out: Any,
-    alpha: int,
-    beta: int,
+    handle: int, x: Any, w: Any, first: int, last: int, out: Any, alpha: int, beta: int
 ) -> None:
     """out = alpha * x @ w.T + beta * out over the features first .. last - 1; `x` has w's dtype.
 
@@ -305,7 +298,7 @@ def _gemm_ex(
     cublas.gemmEx(
         *(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, O, T, last - first, alpha),
         *(w.data.ptr + offset, kind, w.shape[1]),
-        *(x_address + offset, kind, x_stride_bytes // w.itemsize, beta),
+        *(x.data.ptr + offset, kind, x.strides[0] // x.itemsize, beta),
         *(out.data.ptr, _CUDA_R[out.dtype], O),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
     )

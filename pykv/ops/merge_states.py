@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, checker, like, on_gpu, optional
-from pykv.attention import check_lse_base
-from pykv.errors import ShapeError
+from pykv import attention, cuda
+from pykv.arrays import FLOAT32, FLOATS, check_head_dim, checker, like, on_gpu, optional
+from pykv.options import check_choice
 
 _BLOCK = 128  # threads
 
@@ -64,9 +63,8 @@ def merge(
     """
     op = "merge_states.merge"
     dims = _check(values, lse, out, out_lse)
-    if dims["D"] == 0 or dims["D"] % 8:
-        raise ShapeError(f"{op}: values has D={dims['D']}, expected a multiple of 8")
-    check_lse_base(op, lse_base)
+    check_head_dim(op, "values", dims["D"], 2**31 - 1)
+    check_choice(op, "lse_base", lse_base, attention.LSE_BASES)
     out = like(values, values.shape[1:], values.dtype) if out is None else out
     if out_lse is None and return_lse:
         out_lse = like(values, lse.shape[1:], np.float32)

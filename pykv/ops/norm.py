@@ -6,7 +6,6 @@ Kernel: kernels_cu/norm.cu.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional
-from pykv.errors import ParameterError
+from pykv.options import check_number
 
 _BLOCK = 256  # threads
 _WARP_MAX_D = 512  # up to here a warp takes a row: heads; above, a block: model widths
@@ -49,7 +48,7 @@ def rms_norm(
 
     Raises:
         ShapeError: dimensions disagree.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `eps` is not positive and finite, or `offset` not finite.
 
@@ -62,18 +61,14 @@ def rms_norm(
            [0.849, 1.131]], dtype=float32)
     """
     op = "norm.rms_norm"
-    row = "H D" if getattr(x, "ndim", 2) == 3 else "D"
-    dims = _checker(_spec(x, row), _spec(out, row))(x, weight, out)
-    if not 0 < eps < math.inf:
-        raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
-    if not math.isfinite(offset):
-        raise ParameterError(f"{op}: offset is {offset}, expected a finite number")
+    dims = _checker("T | H D" if getattr(x, "ndim", 2) == 3 else "T | D")(x, weight, out)
+    eps = check_number(op, "eps", eps, positive=True)
+    offset = check_number(op, "offset", offset)
     out = like(x, x.shape, x.dtype) if out is None else out
-    if dims["T"] * dims.get("H", 1) * dims["D"] == 0:
+    if out.size == 0:
         return out
     if on_gpu(x):
-        options = (float(eps), float(offset))
-        launch = dims.keep(options, lambda: _launch(x, weight, out, *options))
+        launch = dims.keep((eps, offset), lambda: _launch(x, weight, out, eps, offset))
         launch(dict(out=out, x=x, weight=weight), stream)
     else:
         cuda.run_on_host(lambda: reference(x, weight, eps, offset), out)
@@ -81,8 +76,8 @@ def rms_norm(
 
 
 @cache
-def _checker(x: str, out: str) -> Callable[..., Dims]:
-    return checker("norm.rms_norm", x=(x, FLOATS), weight=("D", FLOATS), out=optional(out, "x"))
+def _checker(rows: str) -> Callable[..., Dims]:
+    return checker("norm.rms_norm", x=(rows, FLOATS), weight=("D", FLOATS), out=optional(rows, "x"))
 
 
 def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:
@@ -104,9 +99,3 @@ def _launch(x: Any, weight: Any, out: Any, eps: float, offset: float) -> cuda.La
         f"{name}_stride": a.strides[0] // a.itemsize for name, a in (("out", out), ("x", x))
     }
     return cuda.Launch(kernel, -(-T * H // block_rows), _BLOCK, scalars)
-
-
-def _spec(array: Any, row: str) -> str:
-    """Contiguous rows may have any size; a GPU wants rows at another stride to be aligned."""
-    flags = getattr(array, "flags", None)
-    return f"T {row}" if flags is not None and flags.c_contiguous else f"T | {row}"

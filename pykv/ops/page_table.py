@@ -13,6 +13,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
+from pykv.options import check_whole
 
 _BLOCK = 128  # threads
 
@@ -50,7 +51,7 @@ def from_lists(
 
     Raises:
         ShapeError: dimensions disagree.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `page_size` or `width` is not positive, or neither `width` nor `table` is
             given.
@@ -70,10 +71,11 @@ def from_lists(
     op = "page_table.from_lists"
     dims = _check(indices, indptr, last_page_len, table, lengths)
     B, M = dims["B"], dims.get("M", width)
-    if M is None or M < 1 or (width is not None and width != M):
+    if width is not None:
+        check_whole(op, "width", width, 1)
+    if not M or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
-    if page_size < 1:
-        raise ParameterError(f"{op}: page_size is {page_size}, expected at least 1")
+    check_whole(op, "page_size", page_size, 1)
     with cuda.on_stream(stream):
         table = like(indptr, (B, M), np.int32) if table is None else table
         lengths = like(indptr, (B,), np.int32) if lengths is None else lengths

@@ -34,6 +34,7 @@ from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import POOLS, KVSpec, quantize
 from pykv.ops import paged_check
+from pykv.options import check_choice, check_flag
 from pykv.specs import spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
@@ -146,12 +147,7 @@ def append_decode(
     (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     name = "append_decode"
-    after = _counts_after(name, counts)
-    if after and advance:
-        raise ParameterError(
-            f"paged_append.{name}: advance is True and counts 'after', expected 'before': what is "
-            "counted after a call cannot be changed by it"
-        )
+    after = counts_after(f"paged_append.{name}", counts, advance)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (None, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after, advance)
@@ -192,7 +188,7 @@ def append_ragged(  # as append_decode
     get_batch_indices_positions.
     """
     name = "append_ragged"
-    after = _counts_after(name, counts)
+    after = counts_after(f"paged_append.{name}", counts)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (append_indptr, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after)
@@ -233,13 +229,19 @@ def append_indexed(  # as append_decode
     """
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (batch_indices, indices, indptr, positions)
+    advance = check_flag("paged_append.append_indexed", "advance", advance)
     _append("append_indexed", arrays, where, spec, check, stream, advance=advance)
 
 
-def _counts_after(name: str, counts: str) -> bool:
-    if counts not in COUNTS:
-        raise ParameterError(f"paged_append.{name}: counts is {counts!r}, expected one of {COUNTS}")
-    return counts == "after"
+def counts_after(op: str, counts: str, advance: bool = False) -> bool:
+    """Whether `counts` is "after", which is checked, and that `advance` goes with it."""
+    after = check_choice(op, "counts", counts, COUNTS) == "after"
+    if check_flag(op, "advance", advance) and after:
+        raise ParameterError(
+            f"{op}: advance is True and counts 'after', expected 'before': what is counted after a "
+            "call cannot be changed by it"
+        )
+    return after
 
 
 def _append(
@@ -252,16 +254,8 @@ def _append(
     after: bool = False,
     advance: bool = False,
 ) -> None:
-    """The common part of the four functions.
-
-    Args:
-        name: of the function.
-        arrays: new rows, pools and scales.
-        where: what the kernel calls rows, indices, indptr and counts; None where there is none.
-        spec, check, stream: as of `append`.
-        after: whether counts include the new tokens.
-        advance: whether counts grow.
-    """
+    """The common part of the four functions; `where` is what the kernel calls rows, indices, indptr
+    and counts, which include the new tokens if `after` and grow if `advance`."""
     op, check = f"paged_append.{name}", paged_check.enabled(check)
     k, _, k_pool, *others = arrays.values()
     spec = spec_of(op, spec, k_pool, *others)
@@ -280,7 +274,7 @@ def _append(
     else:
         places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], *where, after=after)
         grows = where[3] if advance else None
-        cuda.run_on_host(partial(_append_on_host, op, arrays, spec, places_of, grows))
+        cuda.run_on_host(partial(append_on_host, op, arrays, spec, places_of, grows))
 
 
 def _check_contents(
@@ -296,8 +290,8 @@ def _check_contents(
         return paged_check.check_positions(rows, lengths, indptr, P, op=op)
     if name == "append_ragged":
         paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
-    options = dict(counts=counts, starts=rows, op=op)
-    return paged_check.check_table(indices, indptr, lengths, N, P, appends=True, **options)
+    options = dict(appends=True, counts=counts, starts=rows, op=op)
+    return paged_check.check_table(indices, indptr, lengths, N, P, **options)
 
 
 _ADDRESSES = dict(  # what the kernel calls these functions
@@ -357,29 +351,20 @@ def places(
     return pages, offsets
 
 
-def _append_on_host(
-    op: str,
-    arrays: dict[str, Any],
-    spec: KVSpec,
-    places_of: Callable[[], tuple[Any, Any]],
-    grows: Any,
+def append_on_host(
+    op: str, arrays: dict[str, Any], spec: KVSpec, places_of: Callable[[], Any], grows: Any = None
 ) -> None:
-    """Write rows where they go, and add 1 to those of `grows`, if any, whose row was written."""
+    """Write rows where they go, if all of these pages exist, and add 1 to those of `grows`, if any,
+    whose row was written."""
     pages, offsets = places_of()
-    check_places(op, pages, len(arrays["k_pool"]))
+    N = len(arrays["k_pool"])
+    wrong = pages >= N
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        raise ParameterError(f"{op}: row {t} goes to page {pages[t]}, expected a page below {N}")
     reference(**arrays, spec=spec, pages=pages, offsets=offsets)
     if grows is not None:
         grows[pages >= 0] += 1
-
-
-def check_places(op: str, pages: Any, num_pages: int) -> None:
-    """Check on the host that the page of every row exists, before any row is written."""
-    wrong = pages >= num_pages
-    if wrong.any():
-        t = int(np.argmax(wrong))
-        raise ParameterError(
-            f"{op}: row {t} goes to page {pages[t]}, expected a page below {num_pages}"
-        )
 
 
 def reference(
@@ -432,15 +417,8 @@ def _launch(
 def defines_of(
     address: str, spec: KVSpec, dtype: Any, H: int, D: int, P: int, **flags: Any
 ) -> dict[str, Any]:
-    """The kernel's defines.
-
-    Args:
-        address: one of `_ADDRESSES`.
-        spec: of the pools.
-        dtype: of new rows.
-        H, D, P: KV heads, head size and tokens a page.
-        flags: AFTER and ADVANCE, 0 where not given, and ROW_T, "int" where not given.
-    """
+    """The kernel's defines, for rows of `dtype` and one of `_ADDRESSES`; `flags` are AFTER and
+    ADVANCE, else 0, and ROW_T, else "int"."""
     defines = dict(NEW_T=dtype, ADDRESS=address, ROW_T="int", AFTER=0, ADVANCE=0) | flags
     lanes, rows = lanes_of(D), BLOCK // lanes_of(D)
     block = BLOCK

@@ -47,6 +47,7 @@ BAD_START, BAD_ORDER, BAD_END, NO_PAGE, BAD_COUNT, BAD_ENTRY, REPEATED = range(7
 NOTHING = np.uint64(2**64 - 1)
 
 Offender = tuple[int, int]  # reason and index
+Wrong = tuple[str, Any, Any, str]  # an array's name, the array, where in it, and what is expected
 
 
 def enabled(wanted: bool | None) -> bool:
@@ -83,10 +84,9 @@ def check_pages(
     """
     n = checker(op, **{name: ("n", INDICES)})(pages)["n"]
     low = -(2**63) if may_skip else 0
-    found = _first("range", n, dict(values=pages), dict(n=n, low=low, end=num_pages))
-    if found:
-        allowed = f"{'below' if may_skip else '0 to'} {num_pages if may_skip else num_pages - 1}"
-        raise _error(op, name, pages, found[1], allowed)
+    allowed = f"below {num_pages}" if may_skip else f"0 to {num_pages - 1}"
+    scalars = dict(n=n, low=low, end=num_pages)
+    _refuse(op, "range", n, dict(values=pages), scalars, lambda _, i: (name, pages, i, allowed))
 
 
 @_by_look
@@ -106,12 +106,9 @@ def check_slots(
     pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
-    if found := _first("slots", n, dict(slots=slots), dict(n=n, end=num_slots)):
-        reason, index = found
-        expected = f"below {num_slots}"
-        if reason == REPEATED:
-            expected = "no slot twice"
-        raise _error(op, name, slots, index, expected)
+    expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: "no slot twice"}
+    arrays, scalars = dict(slots=slots), dict(n=n, end=num_slots)
+    _refuse(op, "slots", n, arrays, scalars, lambda why, i: (name, slots, i, expected[why]))
 
 
 @_by_look
@@ -125,9 +122,9 @@ def check_starts(
         end: how many rows there are.
         op, name: for the text.
     """
-    B = _count(op, name, starts)
-    if found := _first("starts", B + 1, dict(starts=starts), dict(B=B, end=end)):
-        raise _starts_error(op, name, starts, *found, end)
+    B = checker(op, **{name: ("B+1", INT32)})(starts)["B"]
+    arrays, scalars = dict(starts=starts), dict(B=B, end=end)
+    _refuse(op, "starts", B + 1, arrays, scalars, partial(_wrong_start, name, starts, end))
 
 
 @_by_look
@@ -160,7 +157,6 @@ def check_table(
             them may be anything. None: an append is of one token to each request.
         op: for the text.
     """
-    _count(op, "indptr", indptr)  # says what is wrong with none
     check = checker(
         op,
         indices=("n", INT32),
@@ -170,38 +166,29 @@ def check_table(
     )
     sizes = check(indices, indptr, last_page_len, starts)
     n, B = sizes["n"], sizes["B"]
-    found = _first(
-        "table",
-        max(n, B + 1),
-        dict(indptr=indptr, indices=indices, last_page_len=last_page_len, starts=starts),
-        dict(n=n, B=B, num_pages=num_pages, page_size=page_size, appends=appends)
-        | dict(after=counts == "after"),
-    )
-    if not found:
-        return
-    reason, index = found
-    if reason == BAD_ENTRY:
-        allowed = f"below {num_pages}" if appends else f"0 to {num_pages - 1}"
-        raise _error(op, "indices", indices, index, allowed)
-    if reason in (BAD_COUNT, NO_PAGE):
-        tokens = 1
-        if starts is not None:
-            tokens = _value(starts, index + 1) - _value(starts, index)
-    if reason == BAD_COUNT:
+    allowed = f"below {num_pages}" if appends else f"0 to {num_pages - 1}"
+
+    def wrong(why: int, i: int) -> Wrong:
+        if why == BAD_ENTRY:
+            return "indices", indices, i, allowed
+        if why not in (BAD_COUNT, NO_PAGE):
+            return _wrong_start("indptr", indptr, n, why, i)
+        tokens = 1 if starts is None else _entries(starts, i)
+        if why == NO_PAGE:
+            least = _value(indptr, i) - (-tokens // page_size)
+            text = f"at least {least}, because request {i} needs pages for {tokens} tokens"
+            return "indptr", indptr, i + 1, text
         least, most = 0, page_size
         if appends:
-            pages = _value(indptr, index + 1) - _value(indptr, index)
-            least, most = (1 - pages) * page_size, page_size - tokens
-            if counts == "after":
-                least, most = least + tokens, most + tokens
-        raise _error(op, "last_page_len", last_page_len, index, f"{least} to {most}")
-    if reason == NO_PAGE:
-        raise _error(
-            *(op, "indptr", indptr, index + 1),
-            f"at least {_value(indptr, index) - (-tokens // page_size)}, because request {index} "
-            f"needs pages for {tokens} tokens",
-        )
-    raise _starts_error(op, "indptr", indptr, reason, index, n)
+            counted = tokens * (counts == "after")
+            least = (1 - _entries(indptr, i)) * page_size + counted
+            most = page_size - tokens + counted
+        return "last_page_len", last_page_len, i, f"{least} to {most}"
+
+    arrays = dict(indptr=indptr, indices=indices, last_page_len=last_page_len, starts=starts)
+    scalars = dict(n=n, B=B, num_pages=num_pages, page_size=page_size, appends=appends)
+    scalars |= dict(after=counts == "after")
+    _refuse(op, "table", max(n, B + 1), arrays, scalars, wrong)
 
 
 @_by_look
@@ -234,18 +221,15 @@ def check_page_table(
     B, M = sizes["B"], sizes["M"]
     stride = page_table.strides[0] // page_table.itemsize
     seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
-    found = _first(
-        "page_table",
-        B * max(M, 1),
-        dict(page_table=page_table, lengths=lengths, starts=starts),
-        dict(row_stride=stride, B=B, M=M, num_pages=num_pages, page_size=page_size, seen=seen),
-    )
-    if not found:
-        return
-    reason, index = found
-    if reason == BAD_COUNT:
-        raise _error(op, "lengths", lengths, index, f"at most {M * page_size}")
-    raise _error(op, "page_table", page_table, divmod(index, M), f"0 to {num_pages - 1}")
+
+    def wrong(why: int, i: int) -> Wrong:
+        if why == BAD_COUNT:
+            return "lengths", lengths, i, f"at most {M * page_size}"
+        return "page_table", page_table, divmod(i, M), f"0 to {num_pages - 1}"
+
+    arrays = dict(page_table=page_table, lengths=lengths, starts=starts)
+    scalars = dict(row_stride=stride, B=B, M=M, num_pages=num_pages, page_size=page_size, seen=seen)
+    _refuse(op, "page_table", B * max(M, 1), arrays, scalars, wrong)
 
 
 @_by_look
@@ -267,43 +251,30 @@ def check_positions(
         op: for the text.
     """
     check = checker(op, batch_indices=("n", INT32), positions=("n", INT32), indptr=("B+1", INT32))
-    n, B = check(batch_indices, positions, indptr)["n"], _count(op, "indptr", indptr)
-    found = _first(
-        "positions",
-        n,
-        dict(batch_indices=batch_indices, positions=positions, indptr=indptr),
-        dict(n=n, B=B, page_size=page_size),
-    )
-    if not found:
-        return
-    reason, index = found
-    if reason == BAD_ENTRY:
-        raise _error(op, "batch_indices", batch_indices, index, f"below {B}")
-    b = _value(batch_indices, index)
-    tokens = (_value(indptr, b + 1) - _value(indptr, b)) * page_size
-    raise _error(op, "positions", positions, index, f"0 to {tokens - 1}, the pages of request {b}")
+    sizes = check(batch_indices, positions, indptr)
+    n, B = sizes["n"], sizes["B"]
+
+    def wrong(why: int, i: int) -> Wrong:
+        if why == BAD_ENTRY:
+            return "batch_indices", batch_indices, i, f"below {B}"
+        b = _value(batch_indices, i)
+        last = _entries(indptr, b) * page_size - 1
+        return "positions", positions, i, f"0 to {last}, the pages of request {b}"
+
+    arrays = dict(batch_indices=batch_indices, positions=positions, indptr=indptr)
+    _refuse(op, "positions", n, arrays, dict(n=n, B=B, page_size=page_size), wrong)
 
 
-def _count(op: str, name: str, starts: Any) -> int:
-    """B of a table of B + 1 starts."""
-    n: int = checker(op, **{name: ("n", INT32)})(starts)["n"]
-    if n == 0:
-        raise ParameterError(f"{op}: {name} is empty, expected B + 1 entries")
-    return n - 1
-
-
-def _error(op: str, name: str, array: Any, index: Any, expected: str) -> ParameterError:
-    at = ", ".join(map(str, np.atleast_1d(index).tolist()))
-    return ParameterError(f"{op}: {name}[{at}] is {_value(array, index)}, expected {expected}")
-
-
-def _starts_error(
-    op: str, name: str, starts: Any, reason: int, index: int, end: int
-) -> ParameterError:
-    expected = {BAD_START: "0", BAD_END: f"at most {end}"}.get(reason)
+def _wrong_start(name: str, starts: Any, end: int, why: int, i: int) -> Wrong:
+    expected = {BAD_START: "0", BAD_END: f"at most {end}"}.get(why)
     if expected is None:
-        expected = f"at least {_value(starts, index - 1)} like {name}[{index - 1}]"
-    return _error(op, name, starts, index, expected)
+        expected = f"at least {_value(starts, i - 1)} like {name}[{i - 1}]"
+    return name, starts, i, expected
+
+
+def _entries(starts: Any, i: int) -> int:
+    """How many entries part i of a ragged array has."""
+    return _value(starts, i + 1) - _value(starts, i)
 
 
 def _value(array: Any, index: Any) -> int:
@@ -315,21 +286,33 @@ def _value(array: Any, index: Any) -> int:
 # --- The first offender ---------------------------------------------------------------------------
 
 
-def _first(
-    what: str, threads: int, arrays: dict[str, Any], scalars: dict[str, int]
-) -> Offender | None:
-    """Reason and index of the first offender, by the kernel `what` or its reference.
+def _refuse(
+    op: str,
+    what: str,
+    threads: int,
+    arrays: dict[str, Any],
+    scalars: dict[str, int],
+    wrong: Callable[[int, int], Wrong],
+) -> None:
+    """Raise the error of the first offender, if the kernel `what` or its reference finds one.
 
     Args:
+        op: for the text.
         what: the kernel's name after "paged_check_".
         threads: that it takes.
         arrays, scalars: its arguments by name; the first array is always there.
+        wrong: what to say of a reason and an index.
     """
     if threads == 0:
-        return None
+        return
     if on_gpu(next(iter(arrays.values()))):
-        return _cuda(what, threads, arrays, scalars)
-    return reference(what, arrays | {name: np.int64(n) for name, n in scalars.items()})
+        found = _cuda(what, threads, arrays, scalars)
+    else:
+        found = reference(what, arrays | {name: np.int64(n) for name, n in scalars.items()})
+    if found:
+        name, array, index, expected = wrong(*found)
+        at = ", ".join(map(str, np.atleast_1d(index).tolist()))
+        raise ParameterError(f"{op}: {name}[{at}] is {_value(array, index)}, expected {expected}")
 
 
 def reference(what: str, arguments: dict[str, Any]) -> Offender | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, like, on_g
 from pykv.errors import UnsupportedError
 from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
 from pykv.ops import paged_check
+from pykv.options import check_float_dtype
 from pykv.specs import as_spec, spec_of
 
 BLOCK = 128  # threads
@@ -76,15 +76,15 @@ def gather(
     >>> k.shape, k[0, :, 0, 0].round(2)
     ((1, 2, 1, 8), array([0., 1.], dtype=float16))
     """
-    op = "paged_convert.gather"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
+    op, cache = "paged_convert.gather", (k_pool, v_pool, k_scales, v_scales)
+    spec = spec_of(op, spec, *cache)
+    dtype = check_float_dtype(op, "dtype", dtype)
     if k_out is None or v_out is None:
         shape = _dense_shape(op, spec, k_pool, pages)
         with cuda.on_stream(stream):
             k_out, v_out = (like(k_pool, shape, dtype) if x is None else x for x in (k_out, v_out))
-    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
     target = _dense(op, k_out, v_out, ("k_out", "v_out"))
-    _move(op, source, target, check, stream)
+    _move(op, _Side(spec, cache, pages, _CACHE), target, check, stream)
     return k_out, v_out
 
 
@@ -118,9 +118,8 @@ def gather_rows(
 
     Raises: as `gather`.
     """
-    op = "paged_convert.gather_rows"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), indices, (*POOLS, "indices"))
+    op, cache = "paged_convert.gather_rows", (k_pool, v_pool, k_scales, v_scales)
+    source = _Side(spec_of(op, spec, *cache), cache, indices, (*POOLS, "indices"))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
     _move(op, source, target, check, stream, (indptr, starts))
 
@@ -147,11 +146,9 @@ def scatter(
 
     Raises: as `gather`.
     """
-    op = "paged_convert.scatter"
-    spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
-    source = _dense(op, k, v, ("k", "v"))
-    target = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
-    _move(op, source, target, check, stream)
+    op, cache = "paged_convert.scatter", (k_pool, v_pool, k_scales, v_scales)
+    target = _Side(spec_of(op, spec, *cache), cache, pages, _CACHE)
+    _move(op, _dense(op, k, v, ("k", "v")), target, check, stream)
 
 
 def convert(  # two caches, each of four arrays, a spec and a list of pages
@@ -190,9 +187,9 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
     """
     op = "paged_convert.convert"
     out_names = ("k_out", "v_out", "k_out_scales", "v_out_scales", "out_pages")
-    spec, out_spec = as_spec(op, spec), as_spec(op, out_spec, "out_spec")
-    source = _Side(spec, (k_pool, v_pool), (k_scales, v_scales), pages, _CACHE)
-    target = _Side(out_spec, (k_out, v_out), (k_out_scales, v_out_scales), out_pages, out_names)
+    source = _Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
+    outs = k_out, v_out, k_out_scales, v_out_scales
+    target = _Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
     _move(op, source, target, check, stream)
 
 
@@ -200,10 +197,9 @@ class _Side(NamedTuple):
     """A source or target: a cache, or dense arrays as pools without scales."""
 
     spec: KVSpec
-    pools: tuple[Any, Any]  # of keys and of values
-    scales: tuple[Any, Any]
+    arrays: tuple[Any, Any, Any, Any]  # pools of keys and of values, then their scales
     pages: Any
-    names: tuple[str, ...]  # of the pools, the scales and the pages
+    names: tuple[str, ...]  # of the arrays and the pages
 
 
 def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> _Side:
@@ -213,13 +209,13 @@ def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H |
             checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
     k_name, v_name = names
     others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
-    return _Side(spec_of(op, None, k, v), (k, v), (None, None), None, (*names, *others))
+    return _Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
     """n, P, H and D."""
-    rule = spec.rules()["k_pool"]
-    sizes = checker(op, k_pool=rule, pages=optional("n", INT32))(k_pool, pages)
+    check = checker(op, k_pool=spec.rules()["k_pool"], pages=optional("n", INT32))
+    sizes = check(k_pool, pages)
     check_head_dim(op, "k_pool", sizes["D"], MAX_HEAD_DIM)
     return sizes.get("n", sizes["N"]), sizes["P"], sizes["H"], sizes["D"]
 
@@ -233,33 +229,28 @@ def _move(
     rows: tuple[Any, Any] | None = None,
 ) -> None:
     """Check arguments, then move pages, or with `rows` = (indptr, starts) tokens."""
-    check = paged_check.enabled(check)
     rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
-    checked = ((*side.pools, *side.scales, side.pages) for side in (source, target))
-    sizes = _checker(op, *rules, rows is not None)(*chain(*checked), *(rows or ()))
+    arrays = (*source.arrays, source.pages, *target.arrays, target.pages, *(rows or ()))
+    sizes = _checker(op, *rules, rows is not None)(*arrays)
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     check_head_dim(op, source.names[0], D, MAX_HEAD_DIM)
     if n * P * H >= 2**31:
         raise UnsupportedError(f"{op}: there are {n * P * H} rows, expected less than 2^31")
-    if n * P * H * D == 0 or 0 in (len(source.pools[0]), len(target.pools[0]), sizes.get("B")):
+    if n * P * H * D == 0 or 0 in (len(source.arrays[0]), len(target.arrays[0]), sizes.get("B")):
         return
-    is_on_gpu = on_gpu(source.pools[0])
-    if check or not is_on_gpu:
+    is_on_gpu = on_gpu(source.arrays[0])
+    if paged_check.enabled(check) or not is_on_gpu:
         with cuda.on_stream(stream):
             _check_pages(op, source, target, rows, P)
     if is_on_gpu:
-        launches = sizes.keep(
-            (source.spec, target.spec), lambda: _launches(source, target, sizes, rows is not None)
-        )
-        tables = dict(zip(("indptr", "starts"), rows or (None, None), strict=True))
-        tables |= dict(dst_pages=target.pages, src_pages=source.pages)
-        for launch, sides in launches:
-            arrays = {
-                f"{letter}_{name}": pair[side]
-                for name, pair in _pairs(source, target).items()
-                for letter, side in zip("kv", sides, strict=True)
-            }
-            launch(arrays | tables, stream)
+        specs, by_token = (source.spec, target.spec), rows is not None
+        indptr, starts = rows or (None, None)
+        tables = dict(indptr=indptr, starts=starts, dst_pages=target.pages, src_pages=source.pages)
+        pairs = _pairs(source, target)
+        for launch, *sides in sizes.keep(specs, lambda: _launches(source, target, sizes, by_token)):
+            k_and_v = list(zip("kv", sides, strict=True))
+            moved = {f"{x}_{name}": pair[i] for name, pair in pairs.items() for x, i in k_and_v}
+            launch(moved | tables, stream)
     else:
         cuda.run_on_host(lambda: reference(source, target, rows))
 
@@ -287,15 +278,12 @@ def _checker(
 def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:
     """Check that pages exist."""
     if rows is not None:
-        indptr, starts = rows
-        paged_check.check_starts(starts, len(target.pools[0]), op=op)
-        paged_check.check_table(
-            *(source.pages, indptr, None, len(source.pools[0]), P), starts=starts, op=op
-        )
-        return
+        (indptr, starts), N = rows, len(source.arrays[0])
+        paged_check.check_starts(starts, len(target.arrays[0]), op=op)
+        return paged_check.check_table(source.pages, indptr, None, N, P, starts=starts, op=op)
     for side in (source, target):
         if side.pages is not None:
-            paged_check.check_pages(side.pages, len(side.pools[0]), op=op, name=side.names[4])
+            paged_check.check_pages(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
 # --- Definition -----------------------------------------------------------------------------------
@@ -305,8 +293,8 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
     """The definition of all functions, in NumPy, for arguments that are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
     if rows is not None:
-        k_out, v_out = target.pools
-        target = target._replace(pools=(k_out[:, None], v_out[:, None]))  # pages of one token
+        k_out, v_out, *none = target.arrays
+        target = target._replace(arrays=(k_out[:, None], v_out[:, None], *none))  # of one token
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
         pool, scales = _nhd(source, i)
         to_pool, to_scales = _nhd(target, i)
@@ -333,7 +321,7 @@ def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple
     """Page and offset of each token that moves, in the source and in the target."""
     P = _nhd(source, 0)[0].shape[1]
     if rows is None:
-        n = len(source.pools[0] if source.pages is None else source.pages)
+        n = len(source.arrays[0] if source.pages is None else source.pages)
         from_pages, to_pages = (
             np.arange(n) if side.pages is None else side.pages for side in (source, target)
         )
@@ -349,7 +337,7 @@ def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple
 
 def _nhd(side: _Side, which: int) -> tuple[Any, Any]:
     """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
-    pool, scales = (side.spec.as_nhd(x[which]) for x in (side.pools, side.scales))
+    pool, scales = (side.spec.as_nhd(x) for x in side.arrays[which::2])
     if scales is not None and scales.ndim == 1:
         scales = np.broadcast_to(scales, pool.shape[:3])
     return pool, scales
@@ -401,13 +389,13 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
 
 def _pairs(source: _Side, target: _Side) -> dict[str, tuple[Any, Any]]:
     """Arrays of keys and of values, by the kernel's names without the letter."""
-    dst = dict(dst=target.pools, dst_scales=target.scales)
-    return dict(**dst, src=source.pools, src_scales=source.scales)
+    dst = dict(dst=target.arrays[:2], dst_scales=target.arrays[2:])
+    return dict(**dst, src=source.arrays[:2], src_scales=source.arrays[2:])
 
 
 def _launches(
     source: _Side, target: _Side, sizes: Dims, by_token: bool
-) -> list[tuple[cuda.Launch, tuple[int, int]]]:
+) -> list[tuple[cuda.Launch, int, int]]:
     """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
     for values: both, or where they differ in kind or strides, one of them in each launch."""
     n, P, H, D = (sizes[letter] for letter in "nPHD")
@@ -424,7 +412,7 @@ def _launches(
         kernel = cuda.kernel("paged_convert", "paged_convert", **chosen)
         tile = BLOCK // chosen["LANES"] * chosen["ROWS"]
         grid = -(-n * P * H // tile), 1 + is_shared
-        launches.append((cuda.Launch(kernel, grid, BLOCK, scalars | strides[sides[0]]), sides))
+        launches.append((cuda.Launch(kernel, grid, BLOCK, scalars | strides[sides[0]]), *sides))
     return launches
 
 

@@ -15,36 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
-from pykv.arrays import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    UINT64,
-    VECTOR_BYTES,
-    Dims,
-    checker,
-    like,
-    on_gpu,
-    optional,
-)
-from pykv.attention import (
-    ALL_KEYS,
-    LN_2,
-    Scores,
-    check_lse_base,
-    check_pages,
-    check_scores,
-    check_tree,
-    decoded_rows,
-    fill_on_host,
-    kernel_defines,
-    kernel_scalars,
-    scored_sequences,
-    weigh,
-    whole_vectors,
-)
-from pykv.errors import CapacityError, ParameterError
+from pykv import attention, cuda
+from pykv.arrays import FLOAT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
+from pykv.errors import CapacityError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
@@ -131,7 +104,7 @@ def decode(
 
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512, or T 64 with a tree.
         ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
             host, a page does not exist; the check found a wrong entry.
@@ -162,15 +135,14 @@ def decode(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
-        *(alibi_slopes, sinks, tree, out, lse, workspace),
+        *(alibi_slopes, tree, sinks, out, lse, workspace),
     )
-    T = dims["T"] if many else 1
-    options = (scale, window, logits_soft_cap, causal, fixed_split, lse_base)
-    scores = dims.keep(options, lambda: _check_options(op, dims, T, tree, options))
-    causal_offset = T - 1 if causal else 0  # keys between the first query and the last key
+    scores = attention.check_options(
+        op, dims, scale, window, logits_soft_cap, causal, tree, lse_base, fixed_split
+    )
     if check:
+        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
         with cuda.on_stream(stream):
-            seen, pool = None if window is None else window + causal_offset, (dims["N"], dims["P"])
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     out = like(q, q.shape, q.dtype) if out is None else out
     if lse is None and return_lse:
@@ -181,10 +153,8 @@ def decode(
     if out.size == 0:
         pass
     elif on_gpu(q):
-        attend, merge, size = dims.keep(
-            (spec, options),
-            lambda: _launches(arrays, dims, T, spec, scores, fixed_split, lse_base),
-        )
+        chosen = (spec, scores, fixed_split, lse_base)
+        attend, merge, size = dims.keep(chosen, lambda: _launches(arrays, dims, *chosen))
         if workspace is None and size:
             workspace = _new_workspace(q, size, stream)
         elif workspace is not None and workspace.size < size:
@@ -194,20 +164,10 @@ def decode(
         if merge is not None:
             merge(dict(out=out, lse=lse, workspace=workspace, sinks=sinks), stream)
     else:
-        earlier, pool = np.full(len(lengths), causal_offset), (dims["N"], dims["P"])
-        cuda.look(lambda: check_pages(op, page_table, lengths, earlier, window, pool))
-        cuda.run_on_host(lambda: fill_on_host(reference, arrays, spec, scores, lse_base))
+        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
+        cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
+        cuda.run_on_host(lambda: attention.fill_on_host(reference, arrays, spec, scores, lse_base))
     return (out, lse) if return_lse else out
-
-
-def _check_options(op: str, dims: Dims, T: int, tree: Any, options: tuple[Any, ...]) -> Scores:
-    """Check options of `decode` against sizes, once for all calls that have both."""
-    scale, window, logits_soft_cap, causal, fixed_split, lse_base = options
-    check_tree(op, tree, T, causal)
-    check_lse_base(op, lse_base)
-    if fixed_split is not None and (fixed_split < 32 or fixed_split % 32):
-        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
-    return check_scores(op, dims, scale, window, logits_soft_cap, causal)
 
 
 @cache
@@ -216,13 +176,8 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     rows = "B T" if many else "B"
     return checker(
         "paged_decode.decode",
-        q=(f"{rows} | HQ D", FLOATS),
-        **spec.rules(),
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
-        alibi_slopes=optional("HQ", FLOAT32),
+        **attention.rules(rows, spec.rules()),
         sinks=optional("HQ", FLOAT32),
-        tree=optional("B T" if many else "B 1", UINT64, 8),
         out=optional(f"{rows} HQ D", "q"),
         lse=optional(f"{rows} HQ", FLOAT32),
         workspace=optional("E", FLOAT32, VECTOR_BYTES),
@@ -262,7 +217,7 @@ def _workspace_size(sizes: mma.Sizes, num_sms: int, fixed_split: int | None) -> 
     ranges = max(mma.num_ranges(sizes, n * num_sms, fixed_split) for n in mma.BLOCKS_OF_SM)
     slots = mma.num_slots(sizes, ranges, fixed_split)
     plain = [
-        _plain_splits(sizes._replace(B=b), ALL_KEYS, num_sms, fixed_split)[1]
+        _plain_splits(sizes._replace(B=b), attention.ALL_KEYS, num_sms, fixed_split)[1]
         for b in range(1, sizes.B + 1)
     ]
     return max(mma.workspace_size(sizes, slots), *plain, 0)
@@ -312,9 +267,10 @@ def reference(
     if sinks is not None:
         lse[...] = sinks
     keys = (k_pool, k_scales, spec, page_table)
-    for b, rows, scores in scored_sequences(many, keys, lengths, scale, window, **options):
-        v = decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
-        out[b], lse[b] = weigh(scores, v, sinks)
+    scored = attention.scored_sequences(many, keys, lengths, scale, window, **options)
+    for b, rows, scores in scored:
+        v = attention.decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
+        out[b], lse[b] = attention.weigh(scores, v, sinks)
     return out.reshape(q.shape).astype(q.dtype, copy=False), lse.reshape(q.shape[:-1])
 
 
@@ -331,25 +287,24 @@ def _new_workspace(q: Any, size: int, stream: Any) -> Any:
 def _launches(
     arrays: dict[str, Any],
     dims: Dims,
-    T: int,
     spec: KVSpec,
-    scores: Scores,
+    scores: attention.Scores,
     fixed_split: int | None,
     lse_base: str,
 ) -> tuple[cuda.Launch, cuda.Launch | None, int]:
     """The launch for arrays that are checked, the one that then merges what parts of a sequence
     leave in the workspace, if any, and the elements that this has."""
     q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
+    T = dims.get("T", 1)
     sizes = mma.Sizes(dims["B"], T, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M")))
-    defines = kernel_defines(spec, scores, arrays)
-    scalars = kernel_scalars(spec, scores, dims, arrays)
+    defines = attention.kernel_defines(spec, scores, arrays)
+    scalars = attention.kernel_scalars(spec, scores, dims, arrays)
     # The tensor-core kernel counts elements from a page or token to the next in 32 bits.
-    near = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
-    q_stride, q_token_stride = [n // q.itemsize for n in (*q.strides[:-2], 0)[:2]]
-    scalars |= dict(q_stride=q_stride, q_token_stride=q_token_stride)
-    scalars |= dict(T=T, causal_offset=T - 1 if scores.causal else 0)
-    scalars |= dict(lse_unit=1.0 if lse_base == "2" else LN_2)
-    if near and whole_vectors(k_pool, v_pool) and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
+    suits = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
+    scalars |= attention.query_scalars(scores, dims, q)
+    scalars |= dict(lse_unit=1.0 if lse_base == "2" else attention.LN_2)
+    suits &= attention.whole_vectors(k_pool, v_pool)
+    if suits and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
         return launch, None, size
     rows, num_sms = _tile_rows(sizes), cuda.num_sms(cuda.current_device())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import POOLS, KVSpec
 from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
+from pykv.options import check_flag, check_number, check_whole
 from pykv.specs import spec_of
 
 BLOCK = 128  # threads at most
@@ -96,7 +97,7 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     Raises:
         ShapeError: dimensions disagree, D is no multiple of 8, R leaves no query head, or 2F
             exceeds D.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: scales are missing, or given for floats; no spec for arrays of bytes;
             `pairing` is unknown, `eps` not positive and finite; one of `q_norm` and `k_norm`, or of
@@ -130,10 +131,9 @@ def append(  # one call in place of four: split, norm, rotation and append, with
             raise ParameterError(
                 f"{op}: one of {' and '.join(pair)} is None, expected both or neither"
             )
-    if pairing not in rope.PAIRINGS:
-        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {rope.PAIRINGS}")
-    if not 0 < eps < math.inf:
-        raise ParameterError(f"{op}: eps is {eps}, expected a positive finite number")
+    rope.check_pairs(op, pairing, dims.get("F", 0), dims["D"])
+    eps = check_number(op, "eps", eps, positive=True)
+    hadamard = check_flag(op, "hadamard", hadamard)
     if check:
         with cuda.on_stream(stream):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
@@ -142,7 +142,7 @@ def append(  # one call in place of four: split, norm, rotation and append, with
         return q_out
     arrays = dict(q_out=q_out, **pools, qkv=qkv, slots=slots, **rotation, **norms)
     if on_gpu(qkv):
-        chosen = (spec, pairing, float(eps), bool(hadamard))
+        chosen = (spec, pairing, eps, hadamard)
         launch = dims.keep(chosen, lambda: _launch(dims, arrays, *chosen))
         launch(arrays, stream)
     else:
@@ -180,8 +180,7 @@ def hadamard_matrix(D: int) -> Any:
     Raises:
         ParameterError: D is not positive.
     """
-    if D < 1:
-        raise ParameterError(f"paged_qkv.hadamard_matrix: D is {D}, expected a positive number")
+    check_whole("paged_qkv.hadamard_matrix", "D", D, 1)
     return hadamard_transform(np.eye(D))
 
 
@@ -211,8 +210,6 @@ def _query_heads(op: str, dims: dict[str, int]) -> int:
         )
     if dims.get("HQ", HQ) != HQ:
         raise ShapeError(f"{op}: q_out has HQ={dims['HQ']}, expected {HQ} as in qkv")
-    if 2 * dims.get("F", 0) > D:
-        raise ShapeError(f"{op}: inv_freq has F={dims['F']}, expected at most D / 2 = {D // 2}")
     return HQ
 
 
@@ -221,11 +218,9 @@ def _append_on_host(
 ) -> Any:
     """Write K and V to their slots and return Q; `options` are those of `split`."""
     q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **options)
-    pages, offsets = paged_append.places(
-        "SLOTS", len(qkv), dims["P"], slots, None, None, None, False
-    )
-    paged_append.check_places("paged_qkv.append", pages, dims["N"])
-    paged_append.reference(k, v, **pools, spec=spec, pages=pages, offsets=offsets)
+    where = slots, None, None, None
+    places_of = partial(paged_append.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
+    paged_append.append_on_host("paged_qkv.append", dict(k=k, v=v, **pools), spec, places_of)
     return q
 
 

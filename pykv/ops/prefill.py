@@ -15,20 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, on_gpu, optional
-from pykv.attention import (
-    Scores,
-    check_pages,
-    check_scores,
-    decoded_rows,
-    fill_on_host,
-    kernel_defines,
-    kernel_scalars,
-    masked_scores,
-    weigh,
-    whole_vectors,
-)
+from pykv import attention, cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
@@ -106,7 +94,7 @@ def prefill(
 
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
-        DtypeError: an array has another dtype.
+        DtypeError: an array has another dtype, or an option another type.
         UnsupportedError: D exceeds 512.
         ParameterError: `scale` is not finite, `window` is below 1 or given without `causal`,
             `logits_soft_cap` is not positive, scales are missing or too many, or, on the host,
@@ -134,11 +122,10 @@ def prefill(
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
     )
-    options = (scale, window, logits_soft_cap, causal)
-    scores = dims.keep(options, lambda: check_scores(op, dims, *options))
+    scores = attention.check_options(op, dims, scale, window, logits_soft_cap, causal)
     if dims["B"] == 0 and dims["T"]:
         raise ShapeError(f"{op}: q has T={dims['T']}, expected T=0 where there are no sequences")
-    if window is not None and not causal:
+    if window is not None and not scores.causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if check:
         with cuda.on_stream(stream):
@@ -154,17 +141,17 @@ def prefill(
     if dims["T"] * dims["HQ"] * dims["B"] == 0:
         pass
     elif on_gpu(q):
-        launch = dims.keep((spec, options), lambda: _launch(arrays, dims, spec, scores))
+        launch = dims.keep((spec, scores), lambda: _launch(arrays, dims, spec, scores))
         launch(arrays, stream)
     else:
         pool = dims["N"], dims["P"]
-        cuda.look(lambda: _check_on_host(op, arrays, window, pool))
-        cuda.run_on_host(lambda: fill_on_host(reference, arrays, spec, scores, "e"))
+        cuda.look(lambda: _check_on_host(op, arrays, pool, window))
+        cuda.run_on_host(lambda: attention.fill_on_host(reference, arrays, spec, scores, "e"))
     return (out, lse) if return_lse else out
 
 
 def _check_on_host(
-    op: str, arrays: dict[str, Any], window: int | None, pool: tuple[int, ...]
+    op: str, arrays: dict[str, Any], pool: tuple[int, int], window: int | None
 ) -> None:
     """Check where queries start, and lengths and pages of sequences that have some."""
     T, starts = len(arrays["q"]), arrays["q_starts"]
@@ -172,7 +159,7 @@ def _check_on_host(
     if starts[0] != 0 or starts[-1] != T or (counts < 0).any():
         raise ParameterError(f"{op}: q_starts is {starts}, expected to rise from 0 to T={T}")
     read = np.where(counts > 0, arrays["lengths"], 0)
-    check_pages(op, arrays["page_table"], read, counts - 1, window, pool)
+    attention.check_pages(op, arrays["page_table"], read, pool, window, starts)
 
 
 @cache
@@ -235,14 +222,7 @@ def prefill_contiguous(
     if lse is None and return_lse:
         lse = like(q, q.shape[:3], np.float32)
     with cuda.on_stream(stream):
-        table, starts, full = dims.keep(
-            "tables",
-            lambda: (
-                _int32(q, np.arange(B)[:, None]),
-                _int32(q, np.arange(B + 1) * T),
-                _int32(q, np.full(B, dims["P"])),
-            ),
-        )
+        table, starts, full = dims.keep("tables", lambda: _tables(q, dims["P"]))
     if dims["P"] == 0:
         if on_gpu(q):
             cuda.enqueue(lambda: _see_nothing(out, lse), stream)
@@ -280,14 +260,12 @@ def _see_nothing(out: Any, lse: Any) -> None:
         lse.fill(-np.inf)
 
 
-def _int32(q: Any, values: Any) -> Any:
-    """Values where `q` is."""
-    made = like(q, values.shape, np.int32)
-    if on_gpu(q):
-        made.set(values.astype(np.int32))
-    else:
-        made[...] = values
-    return made
+def _tables(q: Any, P: int) -> list[Any]:
+    """Where `q` is: the page table of sequences that have one page each, where their queries begin,
+    and the lengths of full pages."""
+    B, T = q.shape[:2]
+    tables = np.arange(B)[:, None], np.arange(B + 1) * T, np.full(B, P)
+    return [module_of(q).asarray(x.astype(np.int32)) for x in tables]
 
 
 def kernel_for(
@@ -337,7 +315,7 @@ def reference(
     HQ = q.shape[1]
     dtype = np.result_type(q.dtype, np.float32)
     out, lse = np.zeros(q.shape, dtype), np.full(q.shape[:2], -np.inf, dtype)
-    scores, starts = Scores(scale, window, causal=causal, **options), q_starts.tolist()
+    scores, starts = attention.Scores(scale, window, causal=causal, **options), q_starts.tolist()
     for b, length in enumerate(lengths.tolist()):
         # Query t stands at position t + shift; those before 0 see nothing.
         start, stop = starts[b], starts[b + 1]
@@ -348,31 +326,33 @@ def reference(
             continue
         first = max(start + shift + 1 - window, 0) if window else 0
         rows = range(first, length)
-        k = decoded_rows(b, rows, dtype, k_pool, k_scales, spec, page_table)
-        v = decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
+        k = attention.decoded_rows(b, rows, dtype, k_pool, k_scales, spec, page_table)
+        v = attention.decoded_rows(b, rows, dtype, v_pool, v_scales, spec, page_table, 1)
         step = max(1, SCORE_BYTES // (HQ * len(k) * dtype.itemsize))
         for t in range(start, stop, step):
             low, high, end = first, length, min(t + step, stop)
             if causal:  # keys that some query of these sees
                 low, high = max(t + shift + 1 - window, 0) if window else 0, end + shift
             seen = slice(low - first, high - first)
-            of_queries = masked_scores(q[t:end].astype(dtype), k[seen], low, high, scores)
-            out[t:end], lse[t:end] = weigh(of_queries, v[seen])
+            of_queries = attention.masked_scores(q[t:end].astype(dtype), k[seen], low, high, scores)
+            out[t:end], lse[t:end] = attention.weigh(of_queries, v[seen])
     return out.astype(q.dtype, copy=False), lse
 
 
-def _launch(arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: Scores) -> cuda.Launch:
+def _launch(
+    arrays: dict[str, Any], dims: Dims, spec: KVSpec, scores: attention.Scores
+) -> cuda.Launch:
     """The launch for arrays that are checked, which go by the names of `prefill`."""
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
     q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
-    scalars = kernel_scalars(spec, scores, dims, arrays) | dict(B=B, HQ=HQ, H=H)
+    scalars = attention.kernel_scalars(spec, scores, dims, arrays) | dict(B=B, HQ=HQ, H=H)
     scalars |= dict(q_stride=q.strides[0] // q.itemsize, causal=scores.causal)
     # Nothing follows a single page, and kernels like even ones.
     scalars |= dict(P=-(-P // 64) * 64 if M == 1 else P)
-    defines = kernel_defines(spec, scores, arrays)
+    defines = attention.kernel_defines(spec, scores, arrays)
     sm = cuda.current_sm()
     tiling = mma.tiling_for(sm, spec, D, q.dtype)
-    if tiling is not None and whole_vectors(k_pool, v_pool):
+    if tiling is not None and attention.whole_vectors(k_pool, v_pool):
         defines |= mma.block_sizes(sm, spec, D, q.dtype)
         return cuda.Launch(
             cuda.kernel("prefill_mma", "prefill_mma", **defines),

@@ -14,6 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
 from pykv.errors import ParameterError, ShapeError
+from pykv.options import check_choice, check_number, check_whole
 
 HEADS_PER_THREAD = 4
 BLOCK = 256  # threads
@@ -65,10 +66,7 @@ def rotate(
     op = "rope.rotate"
     dims = _check(q, k, positions, inv_freq)
     T, D, F = dims["T"], dims["D"], dims["F"]
-    if pairing not in PAIRINGS:
-        raise ParameterError(f"{op}: pairing is {pairing!r}, expected one of {PAIRINGS}")
-    if 2 * F > D:
-        raise ShapeError(f"{op}: inv_freq has F={F}, expected at most D / 2 = {D // 2}")
+    check_pairs(op, pairing, F, D)
     if T * F * (dims["HQ"] + dims["H"]) == 0:
         return
     if on_gpu(q):
@@ -85,6 +83,18 @@ _check = checker(
     positions=("T", INT32),
     inv_freq=("F", FLOAT32),
 )
+
+
+def check_pairs(op: str, pairing: str, F: int, D: int) -> None:
+    """Check what is rotated of a head, for all ops that rotate heads."""
+    check_choice(op, "pairing", pairing, PAIRINGS)
+    if 2 * F > D:
+        raise ShapeError(f"{op}: inv_freq has F={F}, expected at most D / 2 = {D // 2}")
+
+
+def pair_steps(pairing: str, F: int) -> dict[str, int]:
+    """Elements from a pair of a head to the next, and between the two of a pair."""
+    return dict(step=1, gap=F) if pairing == "half" else dict(step=2, gap=1)
 
 
 def reference(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str) -> None:
@@ -131,6 +141,7 @@ def frequencies(
         NumPy float32 [dim / 2], radians per position; computed in float64.
 
     Raises:
+        DtypeError: a value has another type.
         ParameterError: a value is out of its range.
         ShapeError: `divisors` has another shape.
 
@@ -141,17 +152,17 @@ def frequencies(
     array([1.  , 0.01], dtype=float32)
     """
     op = "rope.frequencies"
-    for name, value, valid, expected in (
-        ("dim", dim, dim > 0 and dim % 2 == 0, "a positive even number"),
-        ("base", base, 0 < base < math.inf, "a positive finite number"),
-        ("scaling", repr(scaling), scaling in SCALINGS, f"one of {SCALINGS}"),
-        ("factor", factor, 0 < factor < math.inf, "a positive finite number"),
-        ("low_factor", low_factor, 0 < low_factor < math.inf, "a positive finite number"),
-        ("high_factor", high_factor, low_factor < high_factor < math.inf, "more than low_factor"),
-        ("original_context", original_context, original_context > 0, "a positive number"),
-    ):
-        if not valid:
-            raise ParameterError(f"{op}: {name} is {value}, expected {expected}")
+    if check_whole(op, "dim", dim, 2) % 2:
+        raise ParameterError(f"{op}: dim is {dim}, expected a positive even number")
+    check_whole(op, "original_context", original_context, 1)
+    check_choice(op, "scaling", scaling, SCALINGS)
+    numbers = dict(base=base, factor=factor, low_factor=low_factor, high_factor=high_factor)
+    for name, value in numbers.items():
+        check_number(op, name, value, positive=True)
+    if high_factor <= low_factor:
+        raise ParameterError(
+            f"{op}: high_factor is {high_factor}, expected more than low_factor={low_factor}"
+        )
     freq = float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling == "linear":
         freq /= factor
@@ -175,8 +186,7 @@ def _launch(q: Any, k: Any, F: int, pairing: str) -> cuda.Launch:
     width = min(-(-F // 32) * 32, BLOCK)  # threads along the pairs; the others along the heads
     height = BLOCK // width
     defines = dict(X_T=q.dtype, HEADS_PER_THREAD=HEADS_PER_THREAD, BLOCK=BLOCK)
-    step, gap = (1, F) if pairing == "half" else (2, 1)
-    scalars = dict(HQ=HQ, H=H, D=D, F=F, step=step, gap=gap)
+    scalars = dict(HQ=HQ, H=H, D=D, F=F, **pair_steps(pairing, F))
     scalars |= {f"{name}_stride": x.strides[0] // x.itemsize for name, x in (("q", q), ("k", k))}
     return cuda.Launch(
         cuda.kernel("rope", "rope", **defines),

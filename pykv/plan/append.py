@@ -9,9 +9,9 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, checker
-from pykv.errors import ParameterError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import contiguous_append, paged_append
+from pykv.options import check_choice, check_flag
 from pykv.plan.base import (
     PagedCacheDescriptor,
     PagedPlan,
@@ -84,53 +84,26 @@ class PagedAppendPlan(PagedPlan):
 
     def _select(self, name: str) -> KVSpec:
         descriptor: PagedAppendDescriptor = self.descriptor
-        counts, advance, cache = descriptor.counts, descriptor.advance, descriptor.cache
+        advance, cache = descriptor.advance, descriptor.cache
         self._check_pages(name)
-        if counts not in paged_append.COUNTS:
-            raise ParameterError(
-                f"{name}: counts is {counts!r}, expected one of {paged_append.COUNTS}"
-            )
-        if counts == "after" and advance:
-            raise ParameterError(f"{name}: advance is True and counts 'after', expected 'before'")
+        after = paged_append.counts_after(name, descriptor.counts, advance)
+        self._lists_are = dict(appends=True, counts=descriptor.counts)
         H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
         rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))
         self._expect(dict(key=H, value=H), rows)
         if self._xp is not np:
-            flags = dict(AFTER=int(counts == "after"), ADVANCE=int(advance))
+            flags = dict(AFTER=int(after), ADVANCE=int(advance))
             defines = paged_append.defines_of("DECODE", cache.spec, self._element, H, D, P, **flags)
             cuda.kernel("paged_append", "paged_append", **defines)
         return cache.spec
 
-    def run(
-        self,
-        args: PagedAppendArgs,
-        *,
-        workspace: Any = None,
-        check: bool | None = None,
-        stream: Any = None,
-    ) -> None:
-        """Append.
-
-        Args:
-            args: the arrays.
-            workspace: not needed; None or uint8.
-            check: look for wrong entries first, see pykv.ops.paged_check.
-            stream: see pykv.cuda.on_stream.
-
-        Raises: as `can_implement`; ParameterError also where the check found a wrong entry.
-
-        On a GPU only enqueues, one launch, unless checking.
-        """
-        self._check_workspace(workspace)
-        self.can_implement(args)
-        counts = self.descriptor.counts
-        self._look(args, check, stream, appends=True, counts=counts)
+    def _enqueue(self, args: PagedAppendArgs, workspace: Any, stream: Any) -> None:
         paged_append.append_decode(
             *args[:7],
             k_scales=args.k_scales,
             v_scales=args.v_scales,
             spec=self._spec,
-            counts=counts,
+            counts=self.descriptor.counts,
             advance=self.descriptor.advance,
             check=False,  # it was looked for, under the plan's name
             stream=stream,
@@ -204,8 +177,8 @@ class ContiguousAppendPlan(Plan):
         names = ("batch_size", "num_heads", "new_tokens", "max_tokens", "k_dim", "v_dim")
         sizes = {size: getattr(descriptor, size) for size in names}
         check_sizes(name, 0, **sizes)
-        if layout not in LAYOUTS:
-            raise ParameterError(f"{name}: layout is {layout!r}, expected one of {LAYOUTS}")
+        check_choice(name, "layout", layout, LAYOUTS)
+        check_flag(name, "advance", descriptor.advance)
         for size in names[4:]:
             check_head_dim(name, size, sizes[size], contiguous_append.MAX_HEAD_DIM)
         of_cache = descriptor.cache_element
@@ -234,7 +207,6 @@ class ContiguousAppendPlan(Plan):
     def run(self, args: ContiguousAppendArgs, *, workspace: Any = None, stream: Any = None) -> None:
         """Append `args`; tokens past the caches' ends are dropped. Options are those of
         PagedAppendPlan.run; with `advance` and several new tokens there are two launches."""
-        self._check_workspace(workspace)
-        self.can_implement(args)
+        self._check_call(args, workspace)
         advance, layout = self.descriptor.advance, self.descriptor.layout
         contiguous_append.append(*args, layout=layout, advance=advance, stream=stream)

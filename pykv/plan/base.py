@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import index
 from typing import Any, Self
 
 import numpy as np
@@ -14,13 +13,13 @@ from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,
-    ParameterError,
     PykvError,
     ShapeError,
     UnsupportedError,
 )
 from pykv.kinds import KVSpec
 from pykv.ops import paged_append, paged_check
+from pykv.options import check_whole
 from pykv.specs import as_spec
 
 
@@ -136,11 +135,8 @@ class Plan:
     ) -> None:
         name = f"{self._name()}.select"
         self._check_descriptor(name, descriptor)
-        self.descriptor, self._element, self._xp = (
-            descriptor,
-            as_dtype(name, "element", element),
-            xp,
-        )
+        self.descriptor, self._xp = descriptor, xp
+        self._element = as_dtype(name, "element", element)
         self._passed: Dims | None = None  # of the arguments that fitted last
         self._workspace_check = checker(f"{self._name()}.run", workspace=("E", UINT8, VECTOR_BYTES))
         self._spec = self._select(name)
@@ -223,9 +219,16 @@ class Plan:
                     f"{name}: {argument} has strides {array.strides}, expected contiguous rows"
                 )
 
-    def _check_workspace(self, workspace: Any) -> None:
+    def _check_call(self, args: Any, workspace: Any) -> None:
+        """Check what `run` is given."""
         if workspace is not None:
             self._workspace_check(workspace)
+        needed, given = self.workspace_size(), 0 if workspace is None else int(workspace.nbytes)
+        if given < needed:
+            raise CapacityError(
+                f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
+            )
+        self.can_implement(args)
 
     @classmethod
     def _name(cls) -> str:
@@ -259,6 +262,45 @@ class PagedPlan(Plan):
         descriptor, element, preference, xp: as of Plan.
     """
 
+    _lists_are: dict[str, Any] = {}  # options of paged_check.check_table for the lists of pages
+
+    def run(
+        self,
+        args: Any,
+        *,
+        workspace: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Do the op's work.
+
+        Args:
+            args: the arrays.
+            workspace: [at least workspace_size()] uint8 of a GPU, for one stream at a time; zeros
+                before its first use. May be None where that is 0.
+            check: look for wrong entries first, see pykv.ops.paged_check.
+            stream: see pykv.cuda.on_stream.
+
+        Raises:
+            CapacityError: the workspace is missing or too small.
+            ParameterError: the check found a wrong entry.
+            As `can_implement` else.
+
+        On a GPU only enqueues, unless checking.
+        """
+        self._check_call(args, workspace)
+        if paged_check.enabled(check):
+            cache, op = self.descriptor.cache, f"{self._name()}.run"
+            lists = args.indices, args.indptr, args.last_page_len
+            sizes = cache.num_total_pages, cache.page_size
+            with cuda.on_stream(stream):
+                paged_check.check_table(*lists, *sizes, **self._lists_are, op=op)
+        self._enqueue(args, workspace, stream)
+
+    def _enqueue(self, args: Any, workspace: Any, stream: Any) -> None:
+        """Call the op with what is checked."""
+        raise NotImplementedError
+
     def _check_descriptor(self, name: str, descriptor: Any) -> None:
         super()._check_descriptor(name, descriptor)
         check_type(name, "descriptor.cache", descriptor.cache, PagedCacheDescriptor)
@@ -288,16 +330,6 @@ class PagedPlan(Plan):
         of_arguments = {argument: rules[argument] for argument in self.args_type._fields}
         self._check = checker(f"{self._name()}.can_implement", **of_arguments)
 
-    def _look(self, args: Any, check: bool | None, stream: Any, **options: Any) -> None:
-        """Look for wrong entries of the lists of pages, if asked to; options as of
-        paged_check.check_table."""
-        if paged_check.enabled(check):
-            cache = self.descriptor.cache
-            lists = args.indices, args.indptr, args.last_page_len
-            options |= dict(op=f"{self._name()}.run")
-            with cuda.on_stream(stream):
-                paged_check.check_table(*lists, cache.num_total_pages, cache.page_size, **options)
-
 
 # --- Checks ---------------------------------------------------------------------------------------
 
@@ -313,13 +345,7 @@ def check_type(name: str, argument: str, value: Any, expected: type) -> None:
 def check_sizes(name: str, least: int, **sizes: int) -> None:
     """Check that sizes are whole numbers and at `least` so large; `name` is for messages."""
     for size, value in sizes.items():
-        try:
-            index(value)
-        except TypeError as error:
-            given = type(value).__name__
-            raise DtypeError(f"{name}: {size} is a {given}, expected a whole number") from error
-        if value < least:
-            raise ParameterError(f"{name}: {size} is {value}, expected at least {least}")
+        check_whole(name, size, value, least)
 
 
 def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda
 from pykv.arrays import FLOAT32, on_gpu, optional
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import page_table, paged_decode
+from pykv.options import check_number
 from pykv.plan.base import PagedCacheDescriptor, PagedPlan, check_sizes
 
 
@@ -58,7 +58,8 @@ class PagedDecodePlan(PagedPlan):
         ParameterError: a size is not positive.
         UnsupportedError: the head size is no multiple of 8 or above 512; then, the element is no
             float kind.
-        ParameterError: num_q_heads is no multiple of num_kv_heads.
+        ParameterError: num_q_heads is no multiple of num_kv_heads; then, DtypeError as well,
+            sm_scale is no finite number.
         UnsupportedError, CapacityError: the preference excludes it.
 
     `can_implement` raises, in this order:
@@ -90,6 +91,8 @@ class PagedDecodePlan(PagedPlan):
             raise ParameterError(
                 f"{name}: num_q_heads is {HQ}, expected a multiple of num_kv_heads={H}"
             )
+        if descriptor.sm_scale is not None:
+            check_number(name, "sm_scale", descriptor.sm_scale)
         self._scratch: int = 0  # bytes that the attention asks for
         if self._xp is not np:
             self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, self._max_pages * P)
@@ -104,45 +107,9 @@ class PagedDecodePlan(PagedPlan):
             return 0
         return self._scratch + 4 * int(self.descriptor.batch_size) * (self._max_pages + 1)
 
-    def run(
-        self,
-        args: PagedDecodeArgs,
-        *,
-        workspace: Any = None,
-        check: bool | None = None,
-        stream: Any = None,
-    ) -> None:
-        """Fill args.o, and args.lse if given.
-
-        Args:
-            args: the arrays.
-            workspace: [at least workspace_size()] uint8 of a GPU, for one stream at a time; zeros
-                before its first use.
-            check: look for wrong entries first, see pykv.ops.paged_check.
-            stream: see pykv.cuda.on_stream.
-
-        Raises:
-            CapacityError: the workspace is missing or too small.
-            ParameterError: the check found a wrong entry.
-            As `can_implement` else.
-
-        On a GPU only enqueues, unless checking.
-        """
-        needed = self.workspace_size()
-        self._check_workspace(workspace)
-        given = 0 if workspace is None else int(workspace.nbytes)
-        if given < needed:
-            raise CapacityError(
-                f"{self._name()}.run: the workspace has {given} bytes, expected at least {needed}"
-            )
-        self.can_implement(args)
-        with cuda.on_stream(stream):
-            self._look(args, check, stream=None)
-            self._decode(args, workspace)
-
-    def _decode(self, args: PagedDecodeArgs, workspace: Any) -> None:
+    def _enqueue(self, args: PagedDecodeArgs, workspace: Any, stream: Any) -> None:
         B, M = self.descriptor.batch_size, self._max_pages
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = dict(page_size=self.descriptor.cache.page_size, width=M)
         scratch = None
         if needed := self.workspace_size():
             words = workspace[:needed].view(np.int32)
@@ -152,9 +119,8 @@ class PagedDecodePlan(PagedPlan):
             scratch = words[:floats].view(np.float32)
         elif not on_gpu(args.q):  # zeros: attention being prepared may look at them already
             parts["table"], parts["lengths"] = np.zeros((B, M), np.int32), np.zeros(B, np.int32)
-        P = self.descriptor.cache.page_size
         lists = (args.indices, args.indptr, args.last_page_len)
-        table, lengths = page_table.from_lists(*lists, page_size=P, width=M, **parts)
+        table, lengths = page_table.from_lists(*lists, **parts, stream=stream)
         paged_decode.decode(
             *(args.q, args.k_data, args.v_data, table, lengths),
             k_scales=args.k_scales,
@@ -166,4 +132,5 @@ class PagedDecodePlan(PagedPlan):
             lse_base="2",
             workspace=scratch,
             check=False,  # lists were looked at, and the table is made of them
+            stream=stream,
         )

@@ -164,5 +164,5 @@ def test_a_prepared_call_looks_at_its_pages(rng):
     call = cuda.prepare(attention_scores.score, *args, spec=spec)
     table[2, 1] = len(arrays["k_pool"])
     for again in (call, lambda: cuda.prepare(attention_scores.score, *args, spec=spec)):
-        with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected a page of 0"):
+        with pytest.raises(ParameterError, match=r"page_table\[2, 1\] is .*, expected 0 to"):
             again()

@@ -184,11 +184,11 @@ def test_errors_name_the_argument(xp):
         append(k[:1], k[:1], cache, cache, lengths)
     with pytest.raises(ShapeError, match="slots has B=1, expected B=2"):
         append(k, k, cache, cache, lengths, slots=lengths[:1])
-    with pytest.raises(ShapeError, match="inv_freq has F=5, expected at most K / 2 = 4"):
+    with pytest.raises(ShapeError, match="inv_freq has F=5, expected at most D / 2 = 4"):
         append(k, k, cache, cache, lengths, inv_freq=xp.zeros(5, np.float32))
-    with pytest.raises(ShapeError, match="V is 4, expected a multiple of 8"):
+    with pytest.raises(ShapeError, match="v has V=4, expected a multiple of 8"):
         append(k, xp.zeros((2, 1, 1, 4), "f4"), cache, xp.zeros((2, 4, 1, 4), "f4"), lengths)
-    with pytest.raises(UnsupportedError, match="K is 1032, expected at most 1024"):
+    with pytest.raises(UnsupportedError, match="k has K=1032, expected at most 1024"):
         append(xp.zeros((2, 1, 1, 1032), "f4"), k, xp.zeros((2, 4, 1, 1032), "f2"), cache, lengths)
     with pytest.raises(DtypeError, match="lengths has dtype float32, expected int32 or int64"):
         append(k, k, cache, cache, lengths.astype(np.float32))

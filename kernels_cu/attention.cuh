@@ -1,0 +1,23 @@
+// attention.cuh: the defines that all attention kernels take, and options that are off by default.
+#include "types.cuh"
+
+#if !defined(HEAD_DIM) || !defined(Q_T) || !defined(K_T) || !defined(SCALE_T) || !defined(BLOCK)
+#error "attention.cuh needs HEAD_DIM, Q_T, K_T, SCALE_T and BLOCK"
+#endif
+#ifndef LOGITS_SOFT_CAP
+#define LOGITS_SOFT_CAP 0
+#endif
+#ifndef ALIBI
+#define ALIBI 0
+#endif
+#ifndef SINKS
+#define SINKS 0
+#endif
+#ifndef TREE
+#define TREE 0
+#endif
+
+constexpr int D = HEAD_DIM;
+constexpr int THREADS = BLOCK;
+constexpr int WARPS = THREADS / WARP;
+static_assert(THREADS % WARP == 0, "whole warps");

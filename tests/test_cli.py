@@ -366,7 +366,9 @@ def test_doctor(capsys, monkeypatch, mend, code):
     assert (got, err) == (code, "")
     assert json.loads(out) == {
         "ok": not code,
-        "findings": [{"name": "gpu", "value": "found", "mend": mend}],
+        "findings": [
+            {"name": "gpu", "value": "found", "mend": mend, "state": ["ok", "FAULT"][code]}
+        ],
     }
 
 
@@ -374,11 +376,8 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "has_driver", lambda: False)
     code, out, err = run(capsys, "doctor")
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()] == [
-        ["ok", "pykv"],
-        ["ok", "cache"],
-        ["ok", "gpu"],
-    ]
+    names = ["pykv", "versions", "llm", "plot", "memory", "cache", "gpu"]
+    assert [line.split()[1] for line in out.splitlines() if not line.startswith(" ")] == names
     assert str(tmp_path / "cache") in out
 
 
@@ -714,6 +713,7 @@ def test_cuda_without_a_gpu(capsys, monkeypatch, packages_find):
     runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CUDARuntimeError)
     stub = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(sys.modules, "cupy", stub)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
     text = "device is 'cuda', but the .*driver .*see `pykv doctor`"
     assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
 

@@ -48,9 +48,12 @@ def folder() -> Path:
 
 def kept() -> list[KeptModel]:
     """All models in the folder that have a record, by name of their files."""
+    return [record for record in _records() if record.path.is_file()]
+
+
+def _records() -> list[KeptModel]:
     paths = sorted(folder().glob("*.gguf.json"))
-    found = [read_record(path.with_suffix("")) for path in paths]
-    return [file for file in found if file and file.path.is_file()]
+    return [record for path in paths if (record := read_record(path.with_suffix("")))]
 
 
 def unfinished() -> list[Path]:
@@ -127,7 +130,7 @@ def remove(*, models: bool) -> tuple[int, int]:
         return 0, 0
     with lock(wait=False):
         files = [file.path for file in kept()] if models else []
-        records = [_record(path) for path in files]
+        records = [_record(record.path) for record in _records()] if models else []
         parts = unfinished()
         freed = tuple(sum(path.stat().st_size for path in paths) for paths in (files, parts))
         for path in (*files, *records, *parts):

@@ -473,6 +473,7 @@ def test_remove_takes_what_was_fetched_alone(server, folder, tiny):
     (folder / f"{'0' * 32}.part").write_bytes(b"abc")
     (folder / "mine.gguf").write_bytes(b"my own")
     (folder / "notes.part").write_bytes(b"my own")
+    (folder / "x.gguf.json").write_bytes((folder / "tiny.gguf.json").read_bytes())  # killed there
     assert model_files.remove(models=False) == (0, 3)
     assert model_files.remove(models=True) == (len(WHOLE) + len(LARGE), 0)
     assert files(folder) == ["mine.gguf", "notes.part"]

@@ -152,6 +152,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     """All that a check depends on: some items for each array, and the current GPU. No alignment
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
+    memory = None
     on_host = isinstance(arrays[0], np.ndarray)
     for x in arrays:
         if x is None:
@@ -161,7 +162,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
         else:
             memory = x.data
             layouts += (x.shape, x.strides, x.dtype, memory.device_id, memory.ptr % VECTOR_BYTES)
-    if not on_host:
+    if memory is not None:  # an array of a GPU, so there is one to ask
         layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
     return layouts
 
@@ -348,7 +349,7 @@ def from_pointer(
 
     Raises:
         ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy is missing.
+        DeviceError: CuPy or a driver is missing.
     """
     dtype = np.dtype(dtype)
     if any(size < 0 for size in shape):
@@ -377,14 +378,20 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def load_cupy() -> Any:
-    """The CuPy module.
+    """The CuPy module, with a driver that answers.
 
     Raises:
-        DeviceError: it is not installed.
+        DeviceError: it is not installed, or there is no driver or none that works.
     """
     try:
         import cupy
     except ImportError as error:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        from pykv.cuda.devices import why_no_gpu  # which imports this module
+
+        raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error
     return cupy

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pykv.errors import CapacityError
+from pykv.errors import CapacityError, ParameterError
 
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing
@@ -191,11 +191,14 @@ def _first_turn(messages: list[dict[str, str]]) -> int:
 
 
 def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str) -> None:
-    """Answer a message; both become part of the conversation, unless the message does not fit."""
+    """Answer a message; both become part of the conversation, unless it is not sent."""
     try:
         ids, kept = _fit(llm, params, [*messages, {"role": "user", "content": message}])
-    except CapacityError as error:
+    except (CapacityError, ParameterError) as error:  # it is too long, or no valid text
         note(f"{error}; the message was not sent")
+        return
+    except KeyboardInterrupt:
+        note("stopped; the message was not sent")
         return
     if dropped := (len(messages) + 1 - len(kept)) // 2:
         note(

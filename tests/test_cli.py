@@ -577,7 +577,7 @@ GOOD = ["run", "hello", "--model", "base.gguf", "--device", "cpu"]
     [
         ("missing.gguf", "model is 'missing.gguf', .* no such file exists"),
         ("", "model is '', expected a GGUF file"),
-        (".", "model is '.', expected a GGUF file"),
+        (".", "model is '.', expected a GGUF file .* that is no file"),
         ("text.gguf", r"text.gguf: has magic b'no m', expected b'GGUF'"),
         ("empty.gguf", "empty.gguf: is empty, expected a GGUF file"),
         ("header.gguf", "header.gguf: the length of key .* in the .* bytes that follow"),

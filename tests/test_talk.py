@@ -205,6 +205,29 @@ def test_a_message_that_does_not_fit_is_not_sent(capsys, monkeypatch, streams):
     assert streams[1][0] == f"[user:hi][assistant:{first}][user:hi][assistant:"
 
 
+def test_a_message_that_is_no_text_is_not_sent(capsys, monkeypatch, streams):
+    code, _, err = chat(capsys, monkeypatch, "hi", "caf\udce9", "hi")
+    (line,) = (line for line in err.splitlines() if line.startswith("pykv: "))
+    assert code == 0 and len(streams) == 2
+    assert re.search("bytes that are not UTF-8.*; the message was not sent$", line)
+    assert "caf" not in streams[1][0]
+
+
+def test_ctrl_c_before_an_answer_keeps_the_talk(capsys, monkeypatch, streams):
+    chat_ids, calls = pykv.LLM.chat_ids, []
+
+    def interrupted_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return chat_ids(*args, **kwargs)
+
+    monkeypatch.setattr(pykv.LLM, "chat_ids", interrupted_once)
+    code, _, err = chat(capsys, monkeypatch, "first", "hi")
+    assert code == 0 and "pykv: stopped; the message was not sent\n" in err
+    assert [prompt for prompt, _ in streams] == ["[user:hi][assistant:"]
+
+
 def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(capsys, monkeypatch, fake):  # noqa: F811
     class Interrupted(list):
         def __init__(self, times):

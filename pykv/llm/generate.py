@@ -21,6 +21,7 @@ from pykv.llm.sampling import SamplingParams, is_integer
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
+from pykv.options import check_flag
 from pykv.pool import PagedKVCache, float_kind
 
 # Of scales that heads or tensors share: how far beyond the largest magnitude of CALIBRATION they
@@ -77,6 +78,7 @@ class LLM:
         DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, or it is older
             than `require_sm`.
         ParameterError: an option is unknown or out of its range.
+        DtypeError: `prefix_cache` or `progress` is not True or False.
         InstallError: a package of the extra `llm` is not installed.
 
     Calls may come from several threads: they take turns under a lock, which each holds for one step
@@ -111,6 +113,8 @@ class LLM:
                 raise ParameterError(f"LLM: {name} is {value!r}, expected an integer")
             if value < 1 and name != "context":
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
+        prefix_cache = check_flag("LLM", "prefix_cache", prefix_cache)
+        progress = check_flag("LLM", "progress", progress)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
@@ -196,6 +200,7 @@ class LLM:
         Raises:
             ParameterError: a prompt is empty or holds no token ids, or params do not match the
                 prompts.
+            DtypeError: `special` is not True or False.
             CapacityError: a prompt is longer than the context, or the pool is too small; no
                 token has been computed then.
             NumberError: logits are not finite.
@@ -282,7 +287,9 @@ class LLM:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids))
+        return self.tokenizer.decode(
+            [_token_id(i, "detokenize: ids") for i in _items("detokenize: ids", ids)]
+        )
 
     # --- Numbers ---
 
@@ -347,7 +354,7 @@ class LLM:
     def _answer(self, prompt: Any, params: SamplingParams, special: bool) -> Answer:
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params has {params!r}, expected SamplingParams")
-        ids = self._ids(prompt, special)
+        ids = self._ids(prompt, check_flag("prompt", "special", special))
         if len(ids) == self.context:
             raise CapacityError(
                 f"prompt has {len(ids)} tokens, expected fewer than the context of {self.context}: "
@@ -391,14 +398,14 @@ def _items(name: str, values: Any) -> list[Any]:
         raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
 
 
-def _token_id(value: Any) -> int:
+def _token_id(value: Any, name: str = "prompt") -> int:
     """An integer of any library."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return index(value)
     except TypeError:
-        raise ParameterError(f"prompt has token id {value!r:.80}, expected an integer") from None
+        raise ParameterError(f"{name} has token id {value!r:.80}, expected an integer") from None
 
 
 def _refuse_prepare(method: str) -> None:

@@ -132,15 +132,16 @@ def fetch(model: str) -> Path:
 
 
 def _local(model: str) -> Path:
-    path = Path(model)
+    path = Path(model).expanduser() if model.startswith("~/") else Path(model)  # of --model=~/x
     if path.is_file():
         return path
     siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
     known = {name.lower(): name for name in (*siblings, *MODELS)}
     near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
+    found = "that is no file" if path.exists() else "no such file exists"
     raise FetchError(
         f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
-        "hf:owner/repo/file.gguf or https://...; no such file exists"
+        f"hf:owner/repo/file.gguf or https://...; {found}"
         + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
 

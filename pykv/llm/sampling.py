@@ -43,11 +43,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(stop))
         t, p, m = self.temperature, self.top_p, self.min_p
         for name, valid, expected in (
-            ("temperature", _is_real(t) and 0 <= t <= _LARGEST, "a finite number of at least 0"),
-            ("top_k", is_integer(self.top_k) and 0 <= self.top_k < 2**31, "an integer from 0"),
+            ("temperature", _is_real(t) and 0 <= t <= _LARGEST, f"from 0 to {_LARGEST:g}"),
+            ("top_k", is_integer(self.top_k) and 0 <= self.top_k < 2**31, _integer(31)),
             ("top_p", _is_real(p) and 0 < p <= 1 and np.float32(p) > 0, "above 0 and at most 1"),
             ("min_p", _is_real(m) and 0 <= m <= 1, "from 0 to 1"),
-            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**64, "an integer from 0"),
+            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**64, _integer(64)),
             ("max_tokens", is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
@@ -59,6 +59,10 @@ class SamplingParams:
 
 
 _LARGEST = float(np.finfo(np.float32).max)
+
+
+def _integer(bits: int) -> str:
+    return f"an integer from 0 to 2**{bits} - 1"
 
 
 def is_integer(value: Any) -> TypeGuard[int]:

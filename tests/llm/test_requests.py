@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from pykv.errors import CapacityError, InstallError, ParameterError, PykvError
+from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError, PykvError
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
 
@@ -90,12 +90,40 @@ def test_ids_of_every_sort_of_integer(open_tiny):
         *({"kv_dtype": None}, {"kv_dtype": 8}, {"weights": None}, {"weights": []}),
         *({"context": 10.5}, {"context": "9"}, {"context": True}, {"context": 0}),
         *({"page_size": None}, {"page_size": 2.0}, {"pool_tokens": "9"}, {"pool_tokens": 0}),
+        *({"prefix_cache": "no"}, {"prefix_cache": None}, {"progress": "no"}),
     ],
     ids=str,
 )
 def test_options_are_checked(open_tiny, wrong):
-    with pytest.raises(ParameterError, match=next(iter(wrong))):
+    with pytest.raises((ParameterError, DtypeError), match=next(iter(wrong))):
         open_tiny(**wrong)
+
+
+@pytest.mark.parametrize("ids", ["ab", 3, None, [1.5], ["a"], [True], [-1]], ids=str)
+def test_ids_to_detokenize_are_checked(open_tiny, ids):
+    with pytest.raises(ParameterError, match="expected"):
+        open_tiny().detokenize(ids)
+
+
+def test_special_is_true_or_false(open_tiny):
+    llm = open_tiny()
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(DtypeError, match="special is 'no', expected True or False"):
+            call("a", special="no")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "bound"),
+    [
+        ({"seed": 2**64}, r"2\*\*64 - 1"),
+        ({"top_k": 2**31}, r"2\*\*31 - 1"),
+        ({"temperature": 1e39}, "e.38"),
+    ],
+    ids=str,
+)
+def test_upper_bounds_are_named(wrong, bound):
+    with pytest.raises(ParameterError, match=f"expected .*{bound}"):
+        SamplingParams(**wrong)
 
 
 @pytest.mark.parametrize("package", ["gguf", "tokenizers"])

@@ -1,4 +1,4 @@
-"""Checks of an op's arrays, and the entrance for arrays of other libraries.
+"""Checks of an op's arrays.
 
 NumPy arrays mean the host, CuPy arrays a GPU. CuPy is looked up, never imported: whoever holds a
 CuPy array has imported it already.
@@ -185,8 +185,7 @@ def _check_array(
     cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
     if not is_array(array):
-        expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
-        raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
+        raise not_an_array(op, name, array)
     first = next(iter(given), None)
     if first and on_gpu(given[first]) == on_host:
         places = ("a GPU", "the host")
@@ -251,9 +250,27 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
+def not_an_array(op: str, name: str, x: Any) -> DtypeError:
+    """The error where an argument of an op should be an array."""
+    expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
+    return DtypeError(f"{op}: {name} is a {type(x).__name__}, expected {expected}")
+
+
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
+
+
+def as_read_only(array: Any) -> Any:
+    """A view of a CuPy array that no op writes to. CuPy's arrays have no flag for that, so their
+    class says it, which that of their views is as well."""
+    base = type(array)
+    if base not in _read_only:
+        _read_only[base] = type("ReadOnlyArray", (base,), {})
+    return _read_only[base](array.shape, array.dtype, array.data, array.strides)
+
+
+_read_only: dict[type, type] = {}  # CuPy's class to the one of `as_read_only`; mostly empty
 
 
 def footprint(*arrays: Any) -> str:
@@ -265,83 +282,6 @@ def footprint(*arrays: Any) -> str:
             size, unit = size / 1000, larger
     device = f"cuda:{held[0].data.device_id}" if on_gpu(held[0]) else "cpu"
     return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
-
-
-def asarray(x: Any) -> Any:
-    """The NumPy or CuPy array that shares memory with `x`, for use with every op.
-
-    Args:
-        x: a NumPy or CuPy array, or an object with DLPack or `__cuda_array_interface__`: torch
-            tensors (bfloat16 included), JAX and Numba arrays.
-
-    Returns:
-        The array itself, or a view of the same memory; CuPy for device memory, NumPy for host
-        memory. The view keeps `x` alive.
-
-    Raises:
-        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
-
-    Does not copy. DLPack orders the producer's stream before CuPy's current one.
-
-    >>> x = np.ones(3)
-    >>> pykv.asarray(x) is x
-    True
-    """
-    if is_array(x):
-        return x
-    try:
-        if hasattr(x, "__dlpack__"):
-            on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
-            if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
-                return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
-            return np.from_dlpack(x) if on_host else load_cupy().from_dlpack(x)
-        if hasattr(x, "__cuda_array_interface__"):
-            return load_cupy().asarray(x)
-    except (TypeError, BufferError, RuntimeError) as error:
-        if isinstance(error, DeviceError):
-            raise
-        raise DtypeError(f"asarray: x is a {type(x).__name__}, {error}") from error
-    raise DtypeError(
-        f"asarray: x is a {type(x).__name__}, expected an array with __dlpack__ or "
-        "__cuda_array_interface__"
-    )
-
-
-def from_pointer(
-    address: int,
-    shape: tuple[int, ...],
-    dtype: Any,
-    *,
-    device: int | None = None,
-    owner: Any = None,
-) -> Any:
-    """A CuPy array over device memory that somebody else allocated.
-
-    Args:
-        address: device address of the first element, in bytes; aligned to the element.
-        shape: sizes, row-major and contiguous.
-        dtype: NumPy or ml_dtypes element type.
-        device: ordinal of the GPU that holds the memory, the current one if None.
-        owner: an object to keep alive as long as the array; the memory itself is not freed.
-
-    Raises:
-        ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy is missing.
-    """
-    dtype = np.dtype(dtype)
-    if any(size < 0 for size in shape):
-        raise ParameterError(f"from_pointer: shape is {shape}, expected sizes of at least 0")
-    if address <= 0 or address % dtype.alignment:
-        raise ParameterError(
-            f"from_pointer: address is {address:#x}, expected a positive multiple of "
-            f"{dtype.alignment} for {dtype}"
-        )
-    cupy = load_cupy()
-    if device is None:
-        device = cupy.cuda.runtime.getDevice()
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def module_of(array: Any) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import asarray, on_gpu
+from pykv.arrays import on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.foreign import asarray
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.arrays import FLOATS
+from pykv.arrays import FLOATS, is_array, not_an_array
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KINDS, Kind, KVSpec
 
@@ -26,7 +26,7 @@ def spec_of(op: str, spec: KVSpec | str | None, *arrays: Any) -> KVSpec:
     Raises:
         ParameterError: the text is unknown; or without a spec, an array of bytes, which may be int4
             or fp8, or of another dtype.
-        DtypeError: the spec is something else.
+        DtypeError: the spec is something else; or without one, a pool is no array.
     """
     return _shown_spec(op, *arrays) if spec is None else as_spec(op, spec)
 
@@ -47,6 +47,8 @@ def _shown_spec(
         return shown
     wrong_v = k_dtype in _BY_DTYPE
     name, pool = ("v_pool", v_pool) if wrong_v else ("k_pool", k_pool)
+    if not is_array(pool):
+        raise not_an_array(op, name, pool)
     raise ParameterError(
         f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "
         f"says its kind for {' and '.join(kind.name for kind in _BY_DTYPE.values())} alone"

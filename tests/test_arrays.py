@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.arrays import FLOATS, INT32, Dims, asarray, checker, from_pointer, optional
+from pykv.arrays import FLOATS, INT32, Dims, checker, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.foreign import asarray, from_pointer
 
 
 def floats(*shape):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import on_gpu
+from pykv.arrays import check_writeable, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.foreign import asarray
 
@@ -179,16 +179,6 @@ def addresses_of(
         addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
     return addresses[0], addresses[1], sizes, device
-
-
-def check_writeable(op: str, name: str, array: Any) -> None:
-    """Check that an array may be written.
-
-    Raises:
-        ParameterError: it is a read-only NumPy array.
-    """
-    if not on_gpu(array) and not array.flags.writeable:
-        raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
 
 
 def check_device(op: str, name: str, array: Any) -> None:

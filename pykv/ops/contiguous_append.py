@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, check_head_dim, checker, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    Dims,
+    check_head_dim,
+    check_writeable,
+    checker,
+    on_gpu,
+    optional,
+)
 from pykv.errors import ShapeError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import rope
@@ -89,6 +99,8 @@ def append(
         raise ShapeError(f"{op}: k has B={dims['B']}, expected S={dims['S']} where slots is None")
     rope.check_pairs(op, pairing, dims.get("F", 0), dims["K"])
     advance = check_flag(op, "advance", advance)
+    if advance:
+        check_writeable(op, "lengths", lengths)
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
     rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -111,6 +123,7 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
     new, old = (" ".join((x, *spec.page_axes, "|")).replace("P", y) for x, y in ("BT", "SC"))
     return checker(
         "contiguous_append.append",
+        ("k_cache", "v_cache"),
         k=(f"{new} K", FLOATS),
         v=(f"{new} V", "k"),
         k_cache=(f"{old} K", FLOATS),

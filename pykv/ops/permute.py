@@ -27,11 +27,12 @@ from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
 from pykv import block_memory, cuda
+from pykv.arrays import check_writeable
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout
 from pykv.ops.block_copy import upload
-from pykv.ranges import check_memory, check_writeable
+from pykv.ranges import check_memory
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 

@@ -174,6 +174,9 @@ def on_stream(stream: Any) -> AbstractContextManager[Any]:
     Args:
         stream: None (nothing changes), a CuPy, torch or cuda.core stream, any object with
             `__cuda_stream__`, or an integer handle.
+
+    Inside of `on_stream(torch.cuda.current_stream())` the work of pykv and torch is in order, with
+    conversions both ways and the memory of outputs.
     """
     if stream is None:
         return _NO_CHANGE

@@ -196,14 +196,14 @@ def test_asarray_shares_memory():
     assert asarray(a) is a
     view = asarray(Exporter(a))
     assert np.shares_memory(view, a)
-    assert view.flags.writeable or np.__version__.startswith("2.0.")
+    if not np.__version__.startswith("2.0."):  # which imports as read-only, and exports nothing so
+        assert view.flags.writeable
+        a.flags.writeable = False
+        assert not asarray(Exporter(a)).flags.writeable
     with pytest.raises(DtypeError, match="x is a list, expected an array with __dlpack__"):
         asarray([1.0])
     with pytest.raises(DeviceError, match="x is on DLPack's device type 8, expected one of"):
         asarray(Elsewhere())
-    kept = floats(3)
-    kept.flags.writeable = False
-    assert not asarray(Exporter(kept)).flags.writeable
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ A library is looked up, never imported: whoever holds its array has imported it 
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +35,8 @@ def asarray(x: Any) -> Any:
             of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
         DeviceError: `x` is neither in the host's nor in an NVIDIA GPU's memory, as on torch's
             device "meta", or CuPy is missing.
-        UnsupportedError: a torch tensor that requires a gradient (pass x.detach(): pykv computes
-            none), is sparse, or conjugated or negated only by a flag (x.resolve_conj(),
+        UnsupportedError: a torch tensor requires a gradient (pass x.detach(): pykv computes none),
+            is sparse, or is conjugated or negated by a flag alone (x.resolve_conj(),
             x.resolve_neg()).
 
     Does not copy. Work that the producer has enqueued on its current stream comes before later work
@@ -46,18 +46,24 @@ def asarray(x: Any) -> Any:
     >>> pykv.asarray(x) is x
     True
     """
+    return named_array("asarray", "x", x)
+
+
+def named_array(op: str, name: str, x: Any) -> Any:
+    """`asarray` of an argument of an op, which errors name."""
     if is_array(x):
         return x
-    torch, jax = (sys.modules.get(name) for name in ("torch", "jax"))
+    where = f"{op}: {name}"
+    torch, jax = (sys.modules.get(library) for library in ("torch", "jax"))
     try:
+        is_tensor = torch is not None and isinstance(x, torch.Tensor)
         if "float8" in str(getattr(x, "dtype", None)):
-            view = "torch.uint8" if torch and isinstance(x, torch.Tensor) else '"uint8"'
-            _refuse(DtypeError, f"has dtype {x.dtype}", f"its codes, x.view({view})")
-        if torch and isinstance(x, torch.Tensor):
-            return _of_torch(torch, x)
+            uint8 = "torch.uint8" if is_tensor else '"uint8"'
+            raise DtypeError(f"{where} has dtype {x.dtype}, expected its codes, .view({uint8})")
+        if is_tensor:
+            return _of_torch(torch, where, x)
         if hasattr(x, "__dlpack__"):
-            is_immutable = jax is not None and isinstance(x, jax.Array)
-            return _of_dlpack(x, is_immutable)
+            return _of_dlpack(where, x, jax is not None and isinstance(x, jax.Array))
         if hasattr(x, "__cuda_array_interface__"):
             array = load_cupy().asarray(x)
             _, is_immutable = x.__cuda_array_interface__["data"]
@@ -65,38 +71,37 @@ def asarray(x: Any) -> Any:
     except PykvError:
         raise
     except Exception as error:  # of the other library, which may raise anything
-        raise DtypeError(f"asarray: x is a {type(x).__name__}, {error}") from error
+        raise DtypeError(f"{where} is a {type(x).__name__}, {error}") from error
     expected = "an array with __dlpack__ or __cuda_array_interface__"
-    raise DtypeError(f"asarray: x is a {type(x).__name__}, expected {expected}")
+    raise DtypeError(f"{where} is a {type(x).__name__}, expected {expected}")
 
 
-def _refuse(error: type[PykvError], has: str, expected: str) -> NoReturn:
-    raise error(f"asarray: x {has}, expected {expected}")
-
-
-def _of_torch(torch: Any, x: Any) -> Any:
+def _of_torch(torch: Any, where: str, x: Any) -> Any:
     if x.layout is not torch.strided:
-        _refuse(UnsupportedError, f"has layout {x.layout}", "a dense tensor")
+        raise UnsupportedError(f"{where} has layout {x.layout}, expected a dense tensor")
     if x.requires_grad:
-        _refuse(UnsupportedError, "requires a gradient", "x.detach(): pykv computes none")
+        raise UnsupportedError(
+            f"{where} requires a gradient, expected its .detach(): pykv has none"
+        )
     for flag in ("conj", "neg"):
-        if getattr(x, f"is_{flag}")():
-            resolved = f"its values in memory, x.resolve_{flag}()"
-            _refuse(UnsupportedError, f"has torch's {flag} bit", resolved)
+        if getattr(x, f"is_{flag}")():  # DLPack passes negated tensors on as if they were not
+            expected = f"its values in memory, .resolve_{flag}()"
+            raise UnsupportedError(f"{where} has torch's {flag} bit, expected {expected}")
     if x.device.type == "cpu":  # not by DLPack, which NumPy 2.0 imports read-only
         is_bfloat16 = x.dtype == torch.bfloat16  # of which NumPy itself knows nothing
         return x.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else x.numpy()
     if x.device.type != "cuda":
-        _refuse(DeviceError, f"is on device {x.device}", "one on cpu or cuda")
+        raise DeviceError(f"{where} is on device {x.device}, expected one on cpu or cuda")
     return load_cupy().from_dlpack(x)
 
 
-def _of_dlpack(x: Any, is_immutable: bool) -> Any:
+def _of_dlpack(where: str, x: Any, is_immutable: bool) -> Any:
     device_type, _ = x.__dlpack_device__()
-    if device_type in HOST:
+    if device_type in HOST:  # of DLPack, NumPy knows no bfloat16
         return np.asarray(x, copy=False) if is_immutable else np.from_dlpack(x)
     if device_type not in CUDA:
-        _refuse(DeviceError, f"is on DLPack's device type {device_type}", f"one of {HOST + CUDA}")
+        has = f"is on DLPack's device type {int(device_type)}"
+        raise DeviceError(f"{where} {has}, expected one of {HOST + CUDA}")
     array = load_cupy().from_dlpack(x)
     return as_read_only(array) if is_immutable else array
 

@@ -14,7 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import check_writeable, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.foreign import asarray
+from pykv.foreign import named_array
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
 
@@ -148,8 +148,10 @@ def addresses_of(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
             "sources"
         )
-    lists = {"sources": list(map(asarray, sources))}
-    lists["destinations"] = list(map(asarray, destinations))
+    lists = {
+        name: [named_array(op, f"{name}[{i}]", x) for i, x in enumerate(given)]
+        for name, given in (("sources", sources), ("destinations", destinations))
+    }
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
     addresses = []
     for name, arrays in lists.items():

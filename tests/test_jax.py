@@ -15,6 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 import pykv  # noqa: E402
 from pykv.arrays import check_writeable  # noqa: E402
 from pykv.errors import DtypeError, ParameterError  # noqa: E402
+from pykv.ops.block_copy import copy_arrays  # noqa: E402
 from tests.helpers import assert_same_bits, bits, to_numpy  # noqa: E402
 from tests.ops.calls import OPS, filled  # noqa: E402
 
@@ -75,11 +76,19 @@ def test_views_share_memory_and_are_read_only(place, dtype, shape):
             check_writeable("op", "x", view)
 
 
+def test_they_are_no_destination_of_copies(place):
+    xp, device = place
+    x = jax.device_put(np.zeros(4, np.float32), device)
+    with pytest.raises(ParameterError, match=r"copy_arrays: destinations\[1\] is read-only"):
+        copy_arrays([xp.ones(4, np.float32)] * 2, [xp.zeros(4, np.float32), x])
+    assert not x.any()
+
+
 def test_codes_of_fp8_go_in_as_bytes(place):
     _, device = place
     x = jax.device_put(np.arange(4, dtype=np.uint8), device).view(jnp.float8_e4m3fn)
     with pytest.raises(
-        DtypeError, match=r'dtype float8_e4m3fn, expected its codes, x\.view\("uint8'
+        DtypeError, match=r'dtype float8_e4m3fn, expected its codes, \.view\("uint8'
     ):
         pykv.asarray(x)
     assert pykv.asarray(x.view("uint8")).tolist() == [0, 1, 2, 3]

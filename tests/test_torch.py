@@ -9,7 +9,7 @@ import pykv
 from pykv import cuda
 from pykv.errors import DeviceError, DtypeError, UnsupportedError
 from pykv.kinds import KINDS, decode
-from pykv.ops import activation, norm, paged_append, paged_decode, prefill
+from pykv.ops import activation, block_copy, norm, paged_append, paged_decode, prefill
 from tests.helpers import assert_same_bits, bits, to_numpy
 from tests.ops.calls import OPS, filled
 
@@ -125,12 +125,20 @@ def test_views_share_memory(xp, place):
         assert (to_numpy(a) == 5).all()
 
 
+@places
+def test_copies_between_lists_of_tensors(xp, place):
+    sources = [torch.full((3, n), float(n), device=place) for n in (4, 8)]
+    destinations = [torch.zeros_like(x) for x in sources]
+    block_copy.copy_arrays(sources, destinations)
+    assert all(map(torch.equal, sources, destinations))
+
+
 def refused():
     grad = torch.ones(3, requires_grad=True)
     complex_ = torch.view_as_complex(torch.ones(3, 2)).conj()
     detach, codes = (
-        r"x\.detach\(\): pykv computes none",
-        r"expected its codes, x\.view\(torch.uint8\)",
+        r"its \.detach\(\): pykv has none",
+        r"expected its codes, \.view\(torch.uint8\)",
     )
     return dict(
         grad=(grad, UnsupportedError, f"requires a gradient, expected {detach}"),
@@ -142,8 +150,8 @@ def refused():
             UnsupportedError,
             "has layout torch.sparse_coo, expected",
         ),
-        conj=(complex_, UnsupportedError, r"has torch's conj bit, expected .* x\.resolve_conj\(\)"),
-        neg=(complex_.imag, UnsupportedError, r"has torch's neg bit, .* x\.resolve_neg\(\)"),
+        conj=(complex_, UnsupportedError, r"has torch's conj bit, expected .* \.resolve_conj\(\)"),
+        neg=(complex_.imag, UnsupportedError, r"has torch's neg bit, .* \.resolve_neg\(\)"),
         e4m3=(torch.ones(3).to(torch.float8_e4m3fn), DtypeError, codes),
         e5m2=(torch.ones(3).to(torch.float8_e5m2), DtypeError, codes),
         list=([torch.ones(3)], DtypeError, "is a list, expected an array with __dlpack__"),
@@ -155,6 +163,8 @@ def test_what_no_array_can_say_is_refused(name):
     x, error, text = refused()[name]
     with pytest.raises(error, match=rf"^asarray: x .*{text}"):
         pykv.asarray(x)
+    with pytest.raises(error, match=rf"^block_copy.copy_arrays: sources\[1\] .*{text}"):
+        block_copy.copy_arrays([np.ones(3), x], [np.ones(3), np.ones(3)])
 
 
 def test_resolved_tensors_pass():

@@ -152,6 +152,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     """All that a check depends on: some items for each array, and the current GPU. No alignment
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
+    memory = None
     on_host = isinstance(arrays[0], np.ndarray)
     for x in arrays:
         if x is None:
@@ -161,7 +162,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
         else:
             memory = x.data
             layouts += (x.shape, x.strides, x.dtype, memory.device_id, memory.ptr % VECTOR_BYTES)
-    if not on_host:
+    if memory is not None:  # an array of a GPU, so there is one to ask
         layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
     return layouts
 

@@ -34,7 +34,7 @@ def asarray(x: Any) -> Any:
         DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin. Codes
             of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
         DeviceError: `x` is neither in the host's nor in an NVIDIA GPU's memory, as on torch's
-            device "meta", or CuPy is missing.
+            device "meta", or CuPy or a driver is missing.
         UnsupportedError: a torch tensor requires a gradient (pass x.detach(): pykv computes none),
             is sparse, or is conjugated or negated by a flag alone (x.resolve_conj(),
             x.resolve_neg()).
@@ -125,7 +125,7 @@ def from_pointer(
 
     Raises:
         ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy is missing.
+        DeviceError: CuPy or a driver is missing.
     """
     dtype = np.dtype(dtype)
     if any(size < 0 for size in shape):

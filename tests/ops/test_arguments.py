@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
+from pykv.arrays import as_read_only
 from pykv.errors import DtypeError, ParameterError, PykvError
 from pykv.ops import attention_scores, paged_decode, prefill
 from tests.ops.calls import OPS, filled
@@ -60,6 +61,17 @@ def test_what_is_written_may_not_be_read_only(rng, op, arguments):
         for n, x in given.items():
             if isinstance(x, np.ndarray):
                 assert frozen[n].tobytes() == x.tobytes()
+
+
+def test_a_read_only_workspace_is_refused(xp, rng):
+    """Which is written on a GPU alone, and no output."""
+    kept = xp.zeros(1 << 16, np.float32)
+    if xp is np:
+        kept.flags.writeable = False
+    else:
+        kept = as_read_only(kept)
+    with pytest.raises(ParameterError, match="decode: workspace is read-only, expected"):
+        paged_decode.decode(**filled(dict(OPS)[paged_decode.decode], rng, xp), workspace=kept)
 
 
 NO_NUMBERS = ("1", [1], np.ones(2), 1j)

@@ -322,14 +322,20 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def load_cupy() -> Any:
-    """The CuPy module.
+    """The CuPy module, with a driver that answers.
 
     Raises:
-        DeviceError: it is not installed.
+        DeviceError: it is not installed, or there is no driver or none that works.
     """
     try:
         import cupy
     except ImportError as error:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        from pykv.cuda.devices import why_no_gpu  # which imports this module
+
+        raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error
     return cupy

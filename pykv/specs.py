@@ -47,7 +47,7 @@ def _shown_spec(
         return shown
     wrong_v = k_dtype in _BY_DTYPE
     name, pool = ("v_pool", v_pool) if wrong_v else ("k_pool", k_pool)
-    if not is_array(pool):
+    if pool is not None and not is_array(pool):
         raise not_an_array(op, name, pool)
     raise ParameterError(
         f"{op}: spec is missing, and {name} is {getattr(pool, 'dtype', type(pool))}, which "

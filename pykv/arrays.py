@@ -6,6 +6,7 @@ CuPy array has imported it already.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -145,7 +146,10 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     """All that a check depends on: some items for each array, and the current GPU. No alignment
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
-    on_host = isinstance(arrays[0], np.ndarray)
+    first = arrays[0]
+    if first is None:
+        first = next((x for x in arrays if x is not None), None)
+    on_host = first is None or isinstance(first, np.ndarray)
     for x in arrays:
         if x is None:
             layouts.append(None)
@@ -273,7 +277,9 @@ def asarray(x: Any) -> Any:
         memory. The view keeps `x` alive.
 
     Raises:
-        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
+        DtypeError: `x` speaks none of the protocols, has no memory (as meta tensors have none), or
+            its element type has no NumPy twin: fp8 is to be viewed as uint8, bfloat16 of JAX as
+            uint16.
 
     Does not copy. DLPack orders the producer's stream before CuPy's current one.
 
@@ -284,22 +290,32 @@ def asarray(x: Any) -> Any:
     cupy = sys.modules.get("cupy")
     if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
         return x
+    given = f"asarray: x is a {type(x).__name__}"
+    dtype = str(getattr(x, "dtype", ""))
     try:
         if hasattr(x, "__dlpack__"):
             on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
-            if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
+            if on_host and dtype == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
                 return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
             return np.from_dlpack(x) if on_host else load_cupy().from_dlpack(x)
         if hasattr(x, "__cuda_array_interface__"):
             return load_cupy().asarray(x)
-    except (TypeError, BufferError, RuntimeError) as error:
-        if isinstance(error, DeviceError):
-            raise
-        raise DtypeError(f"asarray: x is a {type(x).__name__}, {error}") from error
-    raise DtypeError(
-        f"asarray: x is a {type(x).__name__}, expected an array with __dlpack__ or "
-        "__cuda_array_interface__"
-    )
+    except PykvError:
+        raise
+    except Exception as error:  # the object's own methods may raise anything
+        expected = "an array in memory of this machine"
+        for word, advice in _AS_BITS.items():
+            if word in dtype:
+                expected = advice
+        raise DtypeError(f"{given} {dtype}: {error}; expected {expected}") from error
+    raise DtypeError(f"{given}, expected an array with __dlpack__ or __cuda_array_interface__")
+
+
+# What to do with element types that DLPack or NumPy lacks.
+_AS_BITS = {
+    "float8": "its codes: x.view(torch.uint8), or x.view('uint8') of JAX",
+    "bfloat16": "its bits, asarray(x.view('uint16')).view(ml_dtypes.bfloat16)",
+}
 
 
 def from_pointer(
@@ -320,23 +336,51 @@ def from_pointer(
         owner: an object to keep alive as long as the array; the memory itself is not freed.
 
     Raises:
-        ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy is missing.
+        ParameterError: the address is null, misaligned or beyond 64 bits, a size or `device` is
+            negative, or all of it takes more bytes than 63 bits count.
+        DtypeError: `dtype` is no element type of numbers, or another argument no integer.
+        DeviceError: CuPy is missing, or no GPU is usable.
     """
-    dtype = np.dtype(dtype)
-    if any(size < 0 for size in shape):
-        raise ParameterError(f"from_pointer: shape is {shape}, expected sizes of at least 0")
-    if address <= 0 or address % dtype.alignment:
+    from pykv.options import check_whole  # which builds on this module
+
+    op = "from_pointer"
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError):
+        dtype = np.dtype(object)
+    if dtype.kind not in "biufcV" or dtype.names or dtype.itemsize == 0:
+        raise DtypeError(f"{op}: dtype is {dtype}, expected an element type of numbers")
+    if not isinstance(shape, (tuple, list)):
+        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a tuple of sizes")
+    most = 2**63 - 1
+    shape = tuple(check_whole(op, f"shape[{i}]", n, 0, most) for i, n in enumerate(shape))
+    address = check_whole(op, "address", address, 1, 2**64 - 1)
+    if address % dtype.alignment:
         raise ParameterError(
-            f"from_pointer: address is {address:#x}, expected a positive multiple of "
-            f"{dtype.alignment} for {dtype}"
+            f"{op}: address is {address:#x}, expected a multiple of {dtype.alignment} for {dtype}"
         )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if address + nbytes > most:
+        raise ParameterError(f"{op}: shape is {shape}, expected fewer than 2^63 bytes")
+    if device is not None:
+        device = check_whole(op, "device", device, 0, 2**31 - 1)
+    else:
+        device = current_device()
     cupy = load_cupy()
-    if device is None:
-        device = cupy.cuda.runtime.getDevice()
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def check_module(op: str, xp: Any) -> Any:
+    """Check an array module, and return it.
+
+    Raises:
+        DtypeError: it is neither `numpy` nor `cupy`.
+    """
+    if xp is None or xp not in (np, sys.modules.get("cupy")):
+        given = getattr(xp, "__name__", type(xp).__name__)
+        raise DtypeError(f"{op}: xp is {given}, expected the module numpy or cupy")
+    return xp
 
 
 def module_of(array: Any) -> Any:
@@ -347,6 +391,21 @@ def module_of(array: Any) -> Any:
 def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
     return module_of(array).empty(shape, dtype)
+
+
+def current_device() -> int:
+    """The ordinal of CuPy's current GPU.
+
+    Raises:
+        DeviceError: CuPy is not installed, or no GPU is usable.
+    """
+    runtime = load_cupy().cuda.runtime
+    try:
+        return int(runtime.getDevice())
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"a GPU is needed, but the NVIDIA driver answers {error}; see `pykv doctor`"
+        ) from error
 
 
 def load_cupy() -> Any:

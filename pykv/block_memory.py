@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from pykv.arrays import on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, BlockShape, Layout, strides
 from pykv.ops.block_copy import ADDRESSES
+from pykv.options import check_whole
 from pykv.ranges import check_device
 
 ITEMSIZES = (1, 2, 4, 8)
@@ -64,9 +66,8 @@ def sides_by_address(
     """
     if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
         raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a BlockShape")
-    shape = BlockShape(*map(int, shape))
-    if min(shape) < 0:
-        raise ParameterError(f"{op}: shape is {shape}, expected sizes of at least 0")
+    sizes = zip(BlockShape._fields, shape, strict=True)
+    shape = BlockShape(*(check_whole(op, f"shape.{name}", n, 0, 2**62) for name, n in sizes))
     if shape.itemsize not in ITEMSIZES:
         raise ParameterError(f"{op}: itemsize is {shape.itemsize}, expected 1, 2, 4 or 8")
     sides = to, from_ = [side_by_address(op, side, shape) for side in (dst, src)]
@@ -114,11 +115,19 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
 
 def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: str) -> None:
     """Check that (first, end) is part of what is stored."""
-    first, end = given
+    first, end = check_pair(op, name, given)
     if not stored[0] <= first <= end <= stored[1]:
         raise ParameterError(
             f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
         )
+
+
+def check_pair(op: str, name: str, given: Any) -> tuple[int, int]:
+    """Check that a range is two whole numbers, and return them."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise DtypeError(f"{op}: {name} is {given!r}, expected (first, end)")
+    first, end = (check_whole(op, name, n, -(2**63)) for n in given)
+    return first, end
 
 
 def _check_table(op: str, name: str, table: Any) -> None:
@@ -143,6 +152,33 @@ def _check_table(op: str, name: str, table: Any) -> None:
 def _is_array(x: Any) -> bool:
     cupy = sys.modules.get("cupy")
     return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
+def of_host(op: str, side: Side, shape: BlockShape) -> Side:
+    """A side of addresses of host memory as one of arrays.
+
+    Raises:
+        DeviceError: its table is on a GPU.
+    """
+    if on_gpu(side.table):
+        raise DeviceError(f"{op}: {side.name} is on a GPU, expected the host like what it names")
+    num_chunks = (side.layers[1] - side.layers[0]) * shape.O
+    inner = dict(
+        shape=(side.heads[1] - side.heads[0], shape.P, shape.D),
+        strides=(side.head_stride, side.token_stride, shape.itemsize),
+        typestr=np.dtype(f"u{shape.itemsize}").str,
+        version=3,
+    )
+
+    def chunk(at: int) -> Any:
+        return np.asarray(SimpleNamespace(__array_interface__=dict(inner, data=(at, False))))
+
+    chunks = [
+        chunk(address + i * side.chunk_stride)
+        for address in side.table.tolist()
+        for i in range(num_chunks // side.entries)
+    ]
+    return side._replace(entries=num_chunks, table=None, chunks=chunks)
 
 
 # --- Arrays ---------------------------------------------------------------------------------------

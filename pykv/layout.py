@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pykv.errors import DtypeError, ParameterError
+
 STACKS = ("NHD", "HND")
 NAMES = (*STACKS, *(f"operational_{order}" for order in STACKS), "universal")
 
@@ -84,7 +86,18 @@ def strides(layout: Layout, stored: BlockShape) -> Strides:
     Strides(chunk=0, head=128, token=1024)
     >>> pykv.layout.strides(pykv.layout.Layout("universal"), shape)
     Strides(chunk=2048, head=8192, token=128)
+
+    Raises:
+        DtypeError: an argument is something else.
+        ParameterError: the layout's name is unknown.
     """
+    if not isinstance(layout, Layout):
+        raise DtypeError(f"layout.strides: layout is a {type(layout).__name__}, expected a Layout")
+    if layout.name not in NAMES:
+        raise ParameterError(f"layout.strides: layout is {layout.name!r}, expected one of {NAMES}")
+    if not isinstance(stored, tuple) or len(stored) != len(BlockShape._fields):
+        given = type(stored).__name__
+        raise DtypeError(f"layout.strides: stored is a {given}, expected a BlockShape")
     H, L, O, P, D, itemsize = stored
     if layout.name == "universal":
         token, head, chunk = D, L * O * P * D, P * D

@@ -124,13 +124,18 @@ def addresses_of(
 ) -> tuple[Any, Any, Any, str]:
     """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
     `any_memory` will do."""
+    for name, given in (("sources", sources), ("destinations", destinations)):
+        if not isinstance(given, list | tuple):
+            raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of arrays")
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
             "sources"
         )
-    lists = {"sources": list(map(asarray, sources))}
-    lists["destinations"] = list(map(asarray, destinations))
+    lists = {
+        name: [_array(op, f"{name}[{i}]", x) for i, x in enumerate(given)]
+        for name, given in (("sources", sources), ("destinations", destinations))
+    }
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
     addresses = []
     for name, arrays in lists.items():
@@ -153,6 +158,15 @@ def addresses_of(
         addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
     return addresses[0], addresses[1], sizes, device
+
+
+def _array(op: str, name: str, x: Any) -> Any:
+    """`asarray`, whose errors name an argument of an op."""
+    try:
+        return asarray(x)
+    except DtypeError as error:
+        reason = str(error).removeprefix("asarray: x ")
+        raise DtypeError(f"{op}: {name} {reason}") from error
 
 
 def check_writeable(op: str, name: str, array: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv.arrays import FLOATS
 from pykv.errors import DtypeError, ParameterError
-from pykv.kinds import KINDS, Kind, KVSpec
+from pykv.kinds import KINDS, Kind, KVSpec, parsed
 
 
 def spec_of(op: str, spec: KVSpec | str | None, *arrays: Any) -> KVSpec:
@@ -68,7 +68,7 @@ def as_spec(op: str, spec: KVSpec | str, name: str = "spec") -> KVSpec:
     if not isinstance(spec, str):
         expected = "a KVSpec or a text such as 'int8:HND'"
         raise DtypeError(f"{op}: {name} is a {type(spec).__name__}, expected {expected}")
-    return KVSpec.parse(spec)
+    return parsed(f"{op}: {name}", spec)
 
 
 @cache

@@ -25,8 +25,9 @@ from pykv.calibration import DIRECTIONS
 from pykv.copy_ways import calibrate as calibrate
 from pykv.copy_ways import is_available as is_available
 from pykv.copy_ways import is_memcpy_batch_available as is_memcpy_batch_available
-from pykv.errors import CudaError, DtypeError, ParameterError, UnsupportedError
+from pykv.errors import CudaError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_copy
+from pykv.options import check_choice, check_flag
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
 
@@ -122,14 +123,13 @@ def memcpy_batch(
     (2, array([4, 5, 0, 0, 0, 1], dtype=uint8))
     """
     op = "transfer.memcpy_batch"
-    _check_word(op, "mode", mode, MODES)
-    _check_word(op, "direction", direction, (None, *DIRECTIONS))
-    _check_word(op, "device", device, ("cuda", "cpu"))
+    _check_options(op, mode, direction, validate)
+    check_choice(op, "device", device, ("cuda", "cpu"))
     src, dst, sizes = check_tables(op, src_ptrs, dst_ptrs, size, validate)
     if not len(src):
         return _NOTHING
     if device == "cpu":
-        return _copy_on_host(op, src, dst, sizes, mode)
+        return _copy_on_host(op, src, dst, sizes, mode, stream)
     if cuda.is_preparing():  # calls may come when the caller's tables hold something else
         src, dst, sizes = (x.copy() if isinstance(x, np.ndarray) else x for x in (src, dst, sizes))
     cuda.array_module("cuda")
@@ -148,9 +148,11 @@ def memcpy_batch(
     return report
 
 
-def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
-    if word not in known:
-        raise ParameterError(f"{op}: {name} is {word!r}, expected one of {known}")
+def _check_options(op: str, mode: str, direction: str | None, validate: bool) -> None:
+    check_choice(op, "mode", mode, MODES)
+    if direction is not None:
+        check_choice(op, "direction", direction, DIRECTIONS)
+    check_flag(op, "validate", validate)
 
 
 def check_tables(
@@ -167,16 +169,22 @@ def check_tables(
     if not by_pair:
         sizes = int(sizes)
     smallest, largest = (sizes.min(initial=0), sizes.max(initial=0)) if by_pair else (sizes, sizes)
-    if smallest < 0:
-        raise ParameterError(f"{op}: size is {smallest}, expected at least 0")
+    if smallest < 0 or largest >= 2**63:
+        wrong = smallest if smallest < 0 else largest
+        raise ParameterError(f"{op}: size is {wrong}, expected 0 to {2**63 - 1}")
     if largest == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
     tables = []
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected addresses")
-        table = _integers(op, name, table).ravel()  # contiguous, unlike what reshape gives
-        tables.append(table.astype(np.uint64, copy=False))
+        table = _integers(op, name, table)
+        if table.ndim != 1:
+            raise ShapeError(f"{op}: {name} has shape {table.shape}, expected [N]")
+        if table.dtype.kind == "i" and table.min(initial=0) < 0:
+            i = int(np.argmin(table))
+            raise ParameterError(f"{op}: {name}[{i}] is {table[i]}, expected an address")
+        tables.append(np.ascontiguousarray(table, np.uint64))
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
@@ -185,16 +193,23 @@ def check_tables(
     sizes = np.ascontiguousarray(sizes, np.int64) if by_pair else sizes
     if validate:
         ranges.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
-    if not by_pair:
-        return src, dst, sizes
-    wanted = sizes > 0
-    return (src, dst, sizes) if wanted.all() else (src[wanted], dst[wanted], sizes[wanted])
+    if by_pair and not sizes.all():
+        wanted = sizes > 0
+        src, dst, sizes = src[wanted], dst[wanted], sizes[wanted]
+    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+        if not table.all():
+            raise ParameterError(f"{op}: {name} has a null address, expected none")
+    return src, dst, sizes
 
 
 def _integers(op: str, name: str, values: Any) -> Any:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
+        array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
-        raise DtypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
+        given = type(values).__name__ if array.dtype.hasobject else array.dtype
+        raise DtypeError(f"{op}: {name} is of {given}, expected integers of 64 bits on the host")
     return array
 
 
@@ -296,8 +311,7 @@ def start(
     """
     op = "transfer.start"
     cuda.refuse_prepare(op, "each Transfer is waited for once; memcpy_batch can be prepared")
-    _check_word(op, "mode", mode, MODES)
-    _check_word(op, "direction", direction, (None, *DIRECTIONS))
+    _check_options(op, mode, direction, validate)
     lists = [x if isinstance(x, list | tuple) else [x] for x in (sources, destinations)]
     src, dst, sizes, device = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
@@ -307,7 +321,7 @@ def start(
         return Transfer(_NOTHING)
     if device == "cpu":
         began = time.perf_counter()
-        report = _copy_on_host(op, src, dst, sizes, mode)
+        report = _copy_on_host(op, src, dst, sizes, mode, stream)
         return Transfer(replace(report, elapsed_us=1e6 * (time.perf_counter() - began)))
     with cuda.on_stream(stream):
         import cupy
@@ -414,10 +428,10 @@ def _submit(op: str, plan: _Plan, mode: str) -> tuple[CopyReport, int]:
     return plan.report(path, reason), handle
 
 
-def _copy_on_host(op: str, src: Any, dst: Any, sizes: Any, mode: str) -> CopyReport:
+def _copy_on_host(op: str, src: Any, dst: Any, sizes: Any, mode: str, stream: Any) -> CopyReport:
     if mode == "batch_without_fallback":
         raise UnsupportedError(f"{op}: mode is {mode}, but host memory has no batch call")
     if mode == "auto":
         src, dst, sizes = ranges.merge(src, dst, sizes)
-    block_copy.copy_on_host(src, dst, sizes)
+    block_copy.copy_on_host(src, dst, sizes, stream)
     return _Plan(src, dst, sizes, "host", "all of it is host memory").report()

@@ -24,6 +24,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import addresses_of, bytes_at, check_overlaps, check_reachable, merge
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
@@ -87,8 +88,7 @@ def vectorized_copy(
     array([4, 5, 0, 0, 0, 1], dtype=uint8)
     """
     op = "block_copy.vectorized_copy"
-    if device not in ("cuda", "cpu"):
-        raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
+    check_choice(op, "device", device, ("cuda", "cpu"))
     pairs = _check_pairs(op, src_ptrs, dst_ptrs, size, num_pairs)
     if len(pairs[0]) and device == "cpu" and on_gpu(pairs[0]):
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
@@ -142,9 +142,9 @@ def _copy(
     stream: Any,
 ) -> None:
     """Validate, and make as few pairs of NumPy tables as there can be; then copy."""
-    if max_ctas is not None and max_ctas < 1:
-        raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
-    if validate and len(src):
+    if max_ctas is not None:
+        max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
+    if check_flag(op, "validate", validate) and len(src):
         if on_gpu(src):
             with cuda.on_stream(stream):
                 cuda.look(lambda: _validate(op, src.get(), dst.get(), sizes, device))
@@ -159,12 +159,12 @@ def _copy(
             sizes = sizes if isinstance(sizes, int) else sizes[order]
         src, dst, sizes = merge(src, dst, sizes)
     if device == "cpu":
-        copy_on_host(src, dst, sizes)
+        copy_on_host(src, dst, sizes, stream)
     else:
         copy_on_gpu(op, src, dst, sizes, max_ctas, stream)
 
 
-def copy_on_host(src: Any, dst: Any, sizes: Any) -> None:
+def copy_on_host(src: Any, dst: Any, sizes: Any, stream: Any = None) -> None:
     """Copy host memory by NumPy: pairs that are checked, [C] uint64 and an int or [C] int64."""
     sizes = np.broadcast_to(sizes, src.shape)
     triples = zip(src.tolist(), dst.tolist(), sizes.tolist(), strict=True)
@@ -174,7 +174,7 @@ def copy_on_host(src: Any, dst: Any, sizes: Any) -> None:
         for to, source in moves:
             to[:] = source
 
-    cuda.run_on_host(copy)
+    cuda.run_on_host(copy, stream=stream)
 
 
 def copy_on_gpu(
@@ -258,6 +258,8 @@ def _check_pairs(
             f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"
         )
+    if num_pairs is not None:
+        num_pairs = check_whole(op, "num_pairs", num_pairs, 0)
     found = _checker(op)(src_ptrs, dst_ptrs)
     lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
     if by_pair:
@@ -268,19 +270,17 @@ def _check_pairs(
             raise ShapeError(f"{op}: {name} has {length} entries, expected {shared} like {first}")
         if num_pairs is not None and length < num_pairs:
             raise ShapeError(f"{op}: {name} has {length} entries, expected num_pairs={num_pairs}")
-    count = shared if num_pairs is None else int(num_pairs)
+    count = shared if num_pairs is None else num_pairs
     if by_pair:
-        size = size[: max(count, 0)]
+        size = size[:count]
     if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
-    if count < 0:
-        raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
     smallest = size.min() if by_pair else size
-    if smallest < 0:
+    if not 0 <= smallest < 2**63:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"
         raise ParameterError(f"{op}: {at} is {smallest}, expected at least 0")
     src, dst = (table[:count].view(np.uint64) for table in (src_ptrs, dst_ptrs))

@@ -13,9 +13,9 @@ heads and layers. NumPy arrays are moved by `reference`, CuPy arrays by the kern
 may differ in dtype, but not in element size: bits move.
 
 Addresses: `shape` is a BlockShape, and each side a table [addresses] of uint64 or int64 in
-device or pinned host memory; N entries, or for stacks N * L * O, chunk l * O + o of block b at
-(b * L + l) * O + o. NumPy tables are uploaded, CuPy tables used as they are. Elements need no
-alignment; below 16 bytes a move gets slower with it.
+device or pinned host memory, or with `device="cpu"` in any of the host; N entries, or for stacks
+N * L * O, chunk l * O + o of block b at (b * L + l) * O + o. NumPy tables are uploaded, CuPy tables
+used as they are. Elements need no alignment; below 16 bytes a move gets slower with it.
 
 Prepared (`pykv.prepare`), a move takes the NumPy tables of then: they go to the GPU once, and the
 memory that they name must outlive the calls.
@@ -29,8 +29,9 @@ from typing import Any, TypedDict, Unpack
 from pykv import block_memory, cuda
 from pykv.arrays import on_gpu
 from pykv.block_memory import Given, Range, Side
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout
+from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import check_overlaps, check_reachable, check_writeable
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
@@ -49,6 +50,7 @@ def permute(
     layers: Range = None,
     num_blocks: int | None = None,
     max_ctas: int | None = None,
+    device: str = "cuda",
     validate: bool = False,
     stream: Any = None,
 ) -> None:
@@ -63,9 +65,11 @@ def permute(
             is. None: what both sides hold, which must be the same unless a Layout names a part.
         num_blocks: N; None: as many as the tables have.
         max_ctas: thread blocks at most, to leave SMs to others; 32 fill a link to the host.
-        validate: make sure first, of addresses, that none is pageable host memory and, where chunks
-            are dense, that no destination overlaps another range. Costs about a microsecond an
-            address, and waits for CuPy tables to come to the host.
+        device: where addresses lie, as arrays say themselves: "cuda" for device or pinned host
+            memory, "cpu" for host memory, which NumPy moves.
+        validate: make sure first, of addresses, that with "cuda" none is pageable host memory and,
+            where chunks are dense, that no destination overlaps another range. Costs about a
+            microsecond an address, and waits for CuPy tables to come to the host.
         stream: see pykv.cuda.on_stream.
 
     Raises:
@@ -99,6 +103,7 @@ def permute(
         layers=layers,
         num_blocks=num_blocks,
         max_ctas=max_ctas,
+        device=device,
         validate=validate,
         stream=stream,
     )
@@ -123,14 +128,17 @@ def _move(
     layers: Range = None,
     num_blocks: int | None = None,
     max_ctas: int | None = None,
+    device: str = "cuda",
     validate: bool = False,
     stream: Any = None,
 ) -> None:
     """Check all, then move; arguments as of `permute`."""
-    if max_ctas is not None and max_ctas < 1:
-        raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
-    if num_blocks is not None and num_blocks < 0:
-        raise ParameterError(f"{op}: num_blocks is {num_blocks}, expected at least 0")
+    if max_ctas is not None:
+        max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
+    if num_blocks is not None:
+        num_blocks = check_whole(op, "num_blocks", num_blocks, 0)
+    check_flag(op, "validate", validate)
+    check_choice(op, "device", device, ("cuda", "cpu"))
     if shape is None:
         shape, to, from_ = block_memory.sides_of_arrays(op, dst, src)
         if num_blocks is not None and num_blocks != to.N:
@@ -145,13 +153,18 @@ def _move(
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
         return
-    if to.chunks:
-        _move_on_host(op, to, from_, moved, heads[0], layers[0])
+    on_host = bool(to.chunks) or device == "cpu"
+    if on_host and not to.chunks:
+        if validate:
+            _validate(op, to, from_, moved, device)
+        to, from_ = (block_memory.of_host(op, side, shape) for side in (to, from_))
+    if on_host:
+        _move_on_host(op, to, from_, moved, heads[0], layers[0], stream)
         return
     cuda.hold(*to.arrays, *from_.arrays)
     with cuda.on_stream(stream):
         if validate:
-            _validate(op, to, from_, moved)
+            _validate(op, to, from_, moved, device)
         tables = [_upload(side) for side in (to, from_)]
     places = to.without_memory(), from_.without_memory()
     launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
@@ -163,7 +176,9 @@ def _move(
     launch(dict(dst_ptrs=dst_ptrs, src_ptrs=src_ptrs), stream)
 
 
-def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
+def _move_on_host(
+    op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int, stream: Any
+) -> None:
     for chunk in to.chunks:
         check_writeable(op, to.name, chunk)
     views = (block_memory.host_chunks(side, moved, head, layer) for side in (to, from_))
@@ -173,10 +188,10 @@ def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, 
         for dst, src in pairs:
             reference(dst, src)
 
-    cuda.run_on_host(move)
+    cuda.run_on_host(move, stream=stream)
 
 
-def _validate(op: str, to: Side, from_: Side, moved: BlockShape) -> None:
+def _validate(op: str, to: Side, from_: Side, moved: BlockShape, device: str) -> None:
     """What `validate` asks for; of CuPy tables at each prepared call."""
 
     def check() -> None:
@@ -189,7 +204,7 @@ def _validate(op: str, to: Side, from_: Side, moved: BlockShape) -> None:
             for side in (from_, to)
         ]
         check_overlaps(op, *ranges)
-        for name, table, _ in ranges:
+        for name, table, _ in ranges if device == "cuda" else ():
             check_reachable(op, name, table, 1)
 
     if on_gpu(to.table) or on_gpu(from_.table):
@@ -199,10 +214,19 @@ def _validate(op: str, to: Side, from_: Side, moved: BlockShape) -> None:
 
 
 def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) -> Layout:
-    layout = layout if isinstance(layout, Layout) else Layout(layout)
+    if not isinstance(layout, Layout):
+        if not isinstance(layout, str):
+            given = type(layout).__name__
+            raise DtypeError(f"{op}: {name} is a {given}, expected a Layout or its name")
+        layout = Layout(layout)
     if layout.name not in known:
         raise ParameterError(f"{op}: {name} is {layout.name!r}, expected {' or '.join(known)}")
+    for part in ("heads", "layers"):
+        if getattr(layout, part) is not None:
+            block_memory.check_pair(op, f"{part} of {name}", getattr(layout, part))
     for stride in ("token_stride", "head_stride"):
+        if getattr(layout, stride) is not None:
+            check_whole(op, f"{stride} of {name}", getattr(layout, stride), 0, 2**62)
         if getattr(layout, stride) is not None and not layout.is_stack:
             raise ParameterError(f"{op}: {name} has {stride}, expected it for NHD or HND alone")
     return layout
@@ -334,6 +358,8 @@ class _Options(TypedDict, total=False):
     layers: Range
     num_blocks: int | None
     max_ctas: int | None
+    device: str
+    validate: bool
     stream: Any
 
 
@@ -352,7 +378,7 @@ def universal_from_block(
         shape: sizes of a whole block, with addresses only.
         layout: "NHD" or "HND", or a Layout of that name that says which heads and layers the
             chunks hold, or how they are strided.
-        options: heads, layers, num_blocks, max_ctas and stream, as of `permute`.
+        options: heads, layers, num_blocks, max_ctas, device, validate and stream, as of `permute`.
 
     Raises: as `permute`.
 

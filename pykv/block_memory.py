@@ -14,12 +14,9 @@ import numpy as np
 
 from pykv.arrays import on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.layout import AXES, BlockShape, Layout, strides
+from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.ops.block_copy import ADDRESSES
-from pykv.options import check_whole
 from pykv.ranges import check_device
-
-ITEMSIZES = (1, 2, 4, 8)
 
 Range = tuple[int, int] | None
 
@@ -64,12 +61,7 @@ def sides_by_address(
     Raises:
         ParameterError, ShapeError, DtypeError, DeviceError: as permute.permute.
     """
-    if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
-        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a BlockShape")
-    sizes = zip(BlockShape._fields, shape, strict=True)
-    shape = BlockShape(*(check_whole(op, f"shape.{name}", n, 0, 2**62) for name, n in sizes))
-    if shape.itemsize not in ITEMSIZES:
-        raise ParameterError(f"{op}: itemsize is {shape.itemsize}, expected 1, 2, 4 or 8")
+    shape = check_shape(op, "shape", shape)
     sides = to, from_ = [side_by_address(op, side, shape) for side in (dst, src)]
     if num_blocks == 0 or 0 in shape:
         return shape, to._replace(N=0), from_._replace(N=0)
@@ -120,14 +112,6 @@ def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: 
         raise ParameterError(
             f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
         )
-
-
-def check_pair(op: str, name: str, given: Any) -> tuple[int, int]:
-    """Check that a range is two whole numbers, and return them."""
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise DtypeError(f"{op}: {name} is {given!r}, expected (first, end)")
-    first, end = (check_whole(op, name, n, -(2**63)) for n in given)
-    return first, end
 
 
 def _check_table(op: str, name: str, table: Any) -> None:

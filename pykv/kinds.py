@@ -324,34 +324,32 @@ def parsed(what: str, text: str) -> KVSpec:
     try:
         return _parse(text)
     except ParameterError as error:
-        raise ParameterError(f"{what} {error}") from None
+        raise ParameterError(f"{what}: {error}") from None
 
 
 @cache
 def _parse(text: str) -> KVSpec:
-    """The spec that a text names; equal texts share one object. Errors begin with "is"."""
+    """The spec that a text names; equal texts share one object."""
     kinds, *rest = text.split(":")
     k, plus, v = kinds.partition("+")
     if not plus:
         k, v = SHORT.get(kinds, (kinds, kinds))
     elif not (k and v):
         where = "after" if k else "before"
-        raise ParameterError(f"is {text!r} with nothing {where} +, expected a kind")
+        raise ParameterError(f"{text!r} has nothing {where} +, expected a kind")
     if k not in KINDS or v not in KINDS:
-        raise ParameterError(
-            f"is {text!r}, and {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
-        )
+        raise ParameterError(f"{kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}")
     field_of = {word: field for field, words in _WORDS.items() for word in words}
     unknown = [word for word in rest if word not in field_of]
     if unknown:
         raise ParameterError(
-            f"is {text!r}, and {unknown[0]!r} is unknown, expected one of {', '.join(field_of)}"
+            f"{unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
         )
     words: dict[str, str] = {}
     for word in rest:
         if (field := field_of[word]) in words:
             raise ParameterError(
-                f"is {text!r} with {field} given twice, expected {words[field]!r} or {word!r}"
+                f"{text!r} has {field} given twice, expected {words[field]!r} or {word!r}"
             )
         words[field] = word
     return KVSpec(k, v, **words)

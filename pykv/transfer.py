@@ -169,9 +169,10 @@ def check_tables(
     if not by_pair:
         sizes = int(sizes)
     smallest, largest = (sizes.min(initial=0), sizes.max(initial=0)) if by_pair else (sizes, sizes)
-    if smallest < 0 or largest >= 2**63:
-        wrong = smallest if smallest < 0 else largest
-        raise ParameterError(f"{op}: size is {wrong}, expected 0 to {2**63 - 1}")
+    if smallest < 0:
+        raise ParameterError(f"{op}: size is {smallest}, expected at least 0")
+    if largest >= 2**63:
+        raise ParameterError(f"{op}: size is {largest}, expected less than 2^63")
     if largest == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
     tables = []
@@ -208,8 +209,9 @@ def _integers(op: str, name: str, values: Any) -> Any:
     except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
         array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
-        given = type(values).__name__ if array.dtype.hasobject else array.dtype
-        raise DtypeError(f"{op}: {name} is of {given}, expected integers of 64 bits on the host")
+        is_other = array.dtype.hasobject
+        given = f"is a {type(values).__name__}" if is_other else f"has dtype {array.dtype}"
+        raise DtypeError(f"{op}: {name} {given}, expected integers, as a list or a NumPy array")
     return array
 
 

@@ -1,4 +1,4 @@
-"""Every public function and method, and a small valid call of each: what tests of all start from."""
+"""Every public function and method, and a small valid call of each, for tests of all of them."""
 
 import functools
 import importlib
@@ -6,12 +6,14 @@ import inspect
 import itertools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 import pykv
 from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
+from pykv.ops import permute
 from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
@@ -77,6 +79,8 @@ UNCHECKED = """
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
     kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
+    layout.Layout layout.BlockShape plan.base.Preference
+    layout.check_layout layout.check_pair layout.check_shape ops.block_copy.copy_on_host
 """.split()
 
 
@@ -137,10 +141,7 @@ FUNCTIONS = {
     | dict(scale=zeros("f2", 2)),
     "kinds.pack": dict(codes=zeros("i1", 2, 8)),
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
-    "layout.BlockShape": dict(H=1, L=1, O=1, P=2, D=4, itemsize=2),
-    "layout.Layout": dict(name="NHD"),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
-    "plan.base.Preference": dict(max_workspace_bytes=0, backend="pykv"),
     "pages.Pages": dict(k=zeros("f2", 1, 2, 2, 1, 8), v=zeros("f2", 1, 2, 2, 1, 8))
     | dict(k_scales=None, v_scales=None, spec="fp16"),
     "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
@@ -280,7 +281,7 @@ def _sign(function, *parameters):
     function.__signature__ = inspect.Signature(kept)
 
 
-def _prepare(op: "Callable[[], Any]"):
+def _prepare(op: Callable):
     return pykv.prepare(op)
 
 
@@ -306,9 +307,7 @@ METHODS = {
     "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),
-    "pool.PagedKVCache.append": _of(
-        _cache, "append", layer=1, k=_NEW, v=_NEW, slots=ints(3, 1)
-    ),
+    "pool.PagedKVCache.append": _of(_cache, "append", layer=1, k=_NEW, v=_NEW, slots=ints(3, 1)),
     "pool.PagedKVCache.append_qkv": _of(
         _cache, "append_qkv", layer=1, qkv=zeros("f4", 2, 128), slots=ints(3, 1)
     ),
@@ -359,5 +358,15 @@ def call_of(name, xp):
     return functools.reduce(getattr, dotted.split("."), module), arguments
 
 
+OPTIONS = {  # whose options a call passes on
+    "ops.prefill.prefill_contiguous": pykv.ops.prefill.prefill,
+    **{name: permute.permute for name in FUNCTIONS if name.startswith("ops.permute.")},
+    "pool.PagedKVCache.append": pykv.ops.paged_append.append,
+    "pool.PagedKVCache.append_qkv": pykv.ops.paged_qkv.append,
+    "pool.PagedKVCache.decode": pykv.ops.paged_decode.decode,
+    "pool.PagedKVCache.prefill": pykv.ops.prefill.prefill,
+    "sequence_cache.SequenceCache.append": pykv.ops.paged_append.append,
+    "sequence_cache.SequenceCache.decode": pykv.ops.paged_decode.decode,
+}
 _PLACES = {name_of(*place): place for place in users_call()}
 CALLS = [name for name in _PLACES if name not in UNCHECKED]

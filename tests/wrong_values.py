@@ -7,17 +7,23 @@ import re
 
 import numpy as np
 
-OUTPUTS = "out q_out table k_out v_out lse lengths out_lse".split()
-TEXTS = "text path model op name".split()  # any text passes
-DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
-MAKES = "num_pages pages max_blocks width N P H".split()  # 2^31 of them would fill the memory
+from pykv.layout import BlockShape, Layout
+from pykv.plan import Preference
 
 _THING = object()
-_NO_ARRAY = ([1, 2], 3, "text", np.float32(1), _THING, b"12345678")
-WRONG = {  # words of an annotation: what must be refused, and what may be refused or pass
-    "array": (_NO_ARRAY, ()),
+_LAYOUTS = (Layout(3), Layout("x"), Layout("NHD", heads=3), Layout("NHD", layers=("a", "b")))
+_LAYOUTS += (Layout("NHD", heads=(0.5, 1)), Layout("NHD", token_stride="x"))
+_LAYOUTS += (Layout("NHD", head_stride=-1), Layout("universal", token_stride=8))
+_SHAPES = (BlockShape(*"HLOPDi"), BlockShape(1, 1, 1, 1.5, 8, 2), BlockShape(1, 1, 1, -1, 8, 2))
+_SHAPES += (BlockShape(1, 1, 1, 1, 8, 3), BlockShape(1, 1, 1, 1, 8, None))
+_PREFERENCES = (Preference("x"), Preference(1.5), Preference(-1), Preference(None, 3))
+
+# What must be refused, and what may be refused or pass.
+WRONG = {
+    "array": (([1, 2], 3, "text", np.float32(1), _THING, b"12345678"), ()),
+    "arrays": ((3, "text", [_THING], [3], ["x"], _THING), ([],)),
     "stream": ((_THING, "text", 1.5, [1], True, 2**70, -1), ()),
-    "xp": ((3, "numpy", None, math, _THING), ()),
+    "xp": ((3, "numpy", math, _THING, None), ()),
     "dtype": (("x", int, _THING, 3, np.float64, "float64", ["f4"]), ()),
     "int": (
         ("x", 2.5, b"1", [1, 2], _THING, 1j, math.nan, True, np.float32(2), np.ones(2)),
@@ -28,7 +34,7 @@ WRONG = {  # words of an annotation: what must be refused, and what may be refus
         (0.0, -1.0, math.inf, -math.inf, 1e308, 1e39, 5e-324, 10**400, -(10**400)),
     ),
     "bool": ((2, "x", [1], _THING, math.nan, np.ones(2), 1.0), ()),
-    "str": ((3, b"x", ["x"], _THING, np.ones(2), "no such word"), ()),
+    "word": ((3, b"x", ["x"], _THING, np.ones(2), "no such word"), ()),
     "text": ((3, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
@@ -36,64 +42,79 @@ WRONG = {  # words of an annotation: what must be refused, and what may be refus
         ([-1], [2**31], [2**62], [-(2**62)], [-(2**70)], []),
     ),
     "lists": ((3, "ab", [3], [[1.5]], [["x"]], _THING, [[2**70]]), ([[-1]], [[2**31]], [[]], [])),
-    "arrays": ((3, "text", [_THING], [3], ["x"], _THING), ([],)),
-    "pair": ((3, "ab", (1,), (1, 2, 3), ("a", "b"), (0.5, 1), _THING), ((0, -1), (5, 2), (0, 2**70))),
+    "pair": ((3, "ab", (1,), (1, 2, 3), ("a", "b"), (0.5, 1), _THING), ((0, -1), (0, 2**70))),
     "shape": (("ab", (1.5,), ("x",), _THING, (2**70,), (-1,), 2.5), (3, (), (0,), (2**62,))),
     "function": ((3, "x", _THING), ()),
+    "Layout": ((3, "x", _THING, [1], *_LAYOUTS), ()),
+    "BlockShape": ((3, "x", _THING, [1], (1, 2), *_SHAPES), ()),
+    "Preference": ((3, "x", _THING, [1], *_PREFERENCES), ()),
     "object": ((3, "x", _THING, [1], (1, 2)), ()),
 }
 
+_TEXTS = "text path model".split()  # any text passes
+_DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
+_MAKES = "num_pages pages max_blocks width N P H layers".split()  # 2^31 would fill the memory
+_OF_ANY_ARRAY = re.compile(  # of any rank, strides or bytes
+    r"kinds\.|arrays\.|transfer\.|ops\.(permute|block_copy)\.|.*hadamard_transform|.*frequencies"
+)
+
+
+def is_array(x):
+    return isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "strides")
+
 
 def kind_of(name, parameter, value):
-    """The key of WRONG for a parameter, and a value of it that passes."""
-    words = set(re.findall(r"\w+", str(parameter.annotation)))
+    """The key of WRONG for a parameter, of which a value passes."""
+    annotation = str(parameter.annotation)
+    words = set(re.findall(r"\w+", annotation))
     if name in ("stream", "xp"):
         return name
-    if name in DTYPES and "str" not in words:
+    if name in _DTYPES and "str" not in words:
         return "dtype"
-    if hasattr(value, "shape") or (words == {"Any"} and value is None):
-        return "array"
-    if isinstance(value, list) and value and hasattr(value[0], "shape"):
+    if isinstance(value, list) and value and is_array(value[0]):
         return "arrays"
+    if is_array(value) or (words == {"Any"} and value is None):
+        return "array"
     if words & {"Ids", "Sequence", "list"}:
-        return "lists" if str(parameter.annotation).count("list") > 1 else "list"
-    if "KVSpec" in words:
-        return "KVSpec"
+        return "lists" if annotation.count("list") > 1 else "list"
     if "tuple" in words or "Range" in words:
         return "shape" if name == "shape" else "pair"
     if "Callable" in words:
         return "function"
-    for word in ("bool", "float", "int"):
+    for word in ("KVSpec", "Layout", "BlockShape", "Preference", "bool", "float", "int"):
         if word in words:
             return word
-    if words == {"Any"} and isinstance(value, int):
-        return "int"
-    if words & {"str", "PathLike"} and "Layout" not in words:
-        return "text" if name in TEXTS else "str"
+    if words == {"Any"}:
+        return "int" if isinstance(value, int) else "object"
+    if words & {"str", "PathLike"}:
+        return "text" if name in _TEXTS else "word"
     return "object"
 
 
-def wrong_values(name, parameter, value):
-    """Values that must be refused, and values that may be."""
+def wrong_values(call, name, parameter, value):
+    """Of argument `name` of a call: values that must be refused, and values that may be."""
     kind = kind_of(name, parameter, value)
-    must, may = WRONG[kind]
-    if name in MAKES:
+    must, may = map(list, WRONG[kind])
+    if name in _MAKES:
         may = [x for x in may if type(x) is not int or x != 2**31]
     if name == "size":  # of memory that would be read
-        may = [x for x in may if x < 1]
-    may = list(may) + [None]
+        must, may = [x for x in must if not isinstance(x, list)], [-1, -(2**70), 2**70]
+    if name.endswith("_ptrs"):  # may be a list
+        must = [x for x in must if not isinstance(x, list)]
+    may.append(None)
     if parameter.default is inspect.Parameter.empty and "None" not in str(parameter.annotation):
-        must = [*must, None]
-    if isinstance(value, np.ndarray) and value.dtype.kind == "u" and value.ndim == 1:
-        must = [x for x in must if not isinstance(x, list)]  # addresses may be a list
-    if kind == "array" and hasattr(value, "shape"):
-        must = [*must, *_wrong_arrays(value)]
-        may += _other_arrays(value)
+        must.append(None)
+    takes_any = _OF_ANY_ARRAY.match(call)
+    if takes_any:
+        must = [x for x in must if not is_array(x)]  # np.float32(1) may be a scale
+    if is_array(value):
+        (may if takes_any else must).extend(_unlike(value, strided=name.endswith("_scales")))
+        may.extend(_other(value))
     return must, may
 
 
-def _wrong_arrays(x):
-    """Of another rank or element type; with rows that are not contiguous."""
+def _unlike(x, strided):
+    """Arrays of another rank or element type, or unless `strided`, of rows with gaps."""
     yield x[..., None]
     yield x[0]
     yield x.astype(np.float64 if x.dtype != np.float64 else np.float32)
@@ -102,24 +123,27 @@ def _wrong_arrays(x):
         yield x.astype(complex)
         if x.itemsize > 1:
             yield x.astype(x.dtype.newbyteorder())
-    if x.shape[-1] > 1:
-        yield np.repeat(x, 2, -1)[..., ::2] if isinstance(x, np.ndarray) else x[..., ::-1]
+        if x.shape[-1] > 1 and not strided:
+            yield np.repeat(x, 2, -1)[..., ::2]
 
 
-def _other_arrays(x):
-    """Of another size, or none; reversed; at addresses that are no multiples of elements."""
+def _other(x):
+    """Arrays of another size, or none; reversed; at addresses that are no multiples of elements."""
+    if not isinstance(x, np.ndarray):
+        return
     for axis in range(x.ndim):
-        longer = [2 if i == axis else 1 for i in range(x.ndim)]
-        yield (np.tile(x, longer) if isinstance(x, np.ndarray) else x.repeat(2, axis))
-        yield x[(slice(None),) * axis + (slice(0, 0),)]
-        yield x[(slice(None),) * axis + (slice(None, None, -1),)]
-        yield x[(slice(None),) * axis + (slice(0, 1),)]
-    if isinstance(x, np.ndarray):
-        yield np.ndarray(x.shape, x.dtype, bytearray(x.nbytes + 1), 1)
+        before = (slice(None),) * axis
+        yield np.concatenate([x, x], axis)
+        yield x[(*before, slice(0, 0))]
+        yield x[(*before, slice(0, 1))]
+        yield x[(*before, slice(None, None, -1))]
+    odd = np.ndarray(x.shape, x.dtype, bytearray(x.nbytes + 1), 1)
+    odd[...] = x
+    yield odd
 
 
-def accepted(kind, value):
-    """The same value as other packages have it."""
+def other_spellings(kind, value):
+    """A value as other packages have it, which must pass."""
     if kind == "int" and type(value) is int:
         return [np.int32(value), np.int64(value), np.uint64(value)]
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -165,7 +165,8 @@ def _copy(
 
 
 def copy_on_host(src: Any, dst: Any, sizes: Any, stream: Any = None) -> None:
-    """Copy host memory by NumPy: pairs that are checked, [C] uint64 and an int or [C] int64."""
+    """Copy host memory by NumPy: from `src` to `dst`, [C] uint64, as many bytes as `sizes`, an int
+    or [C] int64, says; all are checked. Of `stream` it is checked that it is one."""
     sizes = np.broadcast_to(sizes, src.shape)
     triples = zip(src.tolist(), dst.tolist(), sizes.tolist(), strict=True)
     moves = [(bytes_at(to, n), bytes_at(at, n)) for at, to, n in triples]
@@ -259,7 +260,7 @@ def _check_pairs(
             "int64 (the host counts the tiles)"
         )
     if num_pairs is not None:
-        num_pairs = check_whole(op, "num_pairs", num_pairs, 0)
+        num_pairs = check_whole(op, "num_pairs", num_pairs, -(2**63))  # below 0 is told later
     found = _checker(op)(src_ptrs, dst_ptrs)
     lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
     if by_pair:
@@ -272,13 +273,15 @@ def _check_pairs(
             raise ShapeError(f"{op}: {name} has {length} entries, expected num_pairs={num_pairs}")
     count = shared if num_pairs is None else num_pairs
     if by_pair:
-        size = size[:count]
+        size = size[: max(count, 0)]
     if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
+    if count < 0:
+        raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
     smallest = size.min() if by_pair else size
     if not 0 <= smallest < 2**63:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"

@@ -305,8 +305,8 @@ def _check_distinct(
     op: str, address: str, T: int, P: int, where: tuple[Any, Any, Any, Any], after: bool
 ) -> None:
     """Check that no two rows of lists of pages go to one slot."""
-    on_host = (x.get() if x is not None and on_gpu(x) else x for x in where)
-    pages, offsets = places(address, T, P, *on_host, after=after)
+    rows, indices, indptr, counts = (x.get() if x is not None and on_gpu(x) else x for x in where)
+    pages, offsets = places(address, T, P, rows, indices, indptr, counts, after)
     written = np.flatnonzero(pages >= 0)
     slots = pages[written] * P + offsets[written]
     _, first, group = np.unique(slots, return_index=True, return_inverse=True)

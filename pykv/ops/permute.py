@@ -29,8 +29,8 @@ from typing import Any, TypedDict, Unpack
 from pykv import block_memory, cuda
 from pykv.arrays import on_gpu
 from pykv.block_memory import Given, Range, Side
-from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.layout import NAMES, STACKS, BlockShape, Layout
+from pykv.errors import DtypeError, ShapeError, UnsupportedError
+from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import check_overlaps, check_reachable, check_writeable
 
@@ -219,16 +219,7 @@ def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) ->
             given = type(layout).__name__
             raise DtypeError(f"{op}: {name} is a {given}, expected a Layout or its name")
         layout = Layout(layout)
-    if layout.name not in known:
-        raise ParameterError(f"{op}: {name} is {layout.name!r}, expected {' or '.join(known)}")
-    for part in ("heads", "layers"):
-        if getattr(layout, part) is not None:
-            block_memory.check_pair(op, f"{part} of {name}", getattr(layout, part))
-    for stride in ("token_stride", "head_stride"):
-        if getattr(layout, stride) is not None:
-            check_whole(op, f"{stride} of {name}", getattr(layout, stride), 0, 2**62)
-        if getattr(layout, stride) is not None and not layout.is_stack:
-            raise ParameterError(f"{op}: {name} has {stride}, expected it for NHD or HND alone")
+    check_layout(op, name, layout, known)
     return layout
 
 

@@ -218,7 +218,7 @@ def prefill_contiguous(
     Runs as `prefill`; on a GPU the first call for a shape makes tables, which later ones share.
     """
     op = "prefill.prefill_contiguous"
-    spec = spec_of(op, spec, k, v, k_scales, v_scales)
+    spec = spec_of(op, spec, k, v, k_scales, v_scales, names=("k", "v"))
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
     out = like(q, q.shape, q.dtype) if out is None else out

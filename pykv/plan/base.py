@@ -144,10 +144,12 @@ class Plan:
         preference = Preference() if preference is None else preference
         check_type(name, "preference", preference, Preference)
         if preference.backend not in (None, "pykv"):
-            raise UnsupportedError(f"{name}: backend is {preference.backend!r}, expected pykv")
+            raise UnsupportedError(
+                f"{name}: preference.backend is {preference.backend!r}, expected pykv"
+            )
         limit, needed = preference.max_workspace_bytes, self.workspace_size()
         if limit is not None:
-            check_whole(name, "max_workspace_bytes", limit, 0)
+            check_whole(name, "preference.max_workspace_bytes", limit, 0)
         if limit is not None and needed > limit:
             raise CapacityError(
                 f"{name}: the workspace takes {needed} bytes, expected at most {limit}"

@@ -98,9 +98,12 @@ __device__ __forceinline__ void move_aligned(u8* to, const u8* from, int n) {
 // n bytes in the widest pieces that both addresses allow.
 template <int LANES>
 __device__ __forceinline__ void move_bytes(u8* to, const u8* from, int n) {
-    with_widest((u32)((u64)to - (u64)from), [&](auto piece) {
-        move_aligned<LANES, decltype(piece)>(to, from, n);
-    });
+    const u32 apart = (u32)((u64)to - (u64)from);
+    if (apart % 16 == 0) move_aligned<LANES, uint4>(to, from, n);
+    else if (apart % 8 == 0) move_aligned<LANES, uint2>(to, from, n);
+    else if (apart % 4 == 0) move_aligned<LANES, u32>(to, from, n);
+    else if (apart % 2 == 0) move_aligned<LANES, u16>(to, from, n);
+    else move_aligned<LANES, u8>(to, from, n);
 }
 
 // One warp moves one tile of a pair, the `tile`-th of `tiles`.

@@ -84,8 +84,11 @@ permute(const u64* __restrict__ dst_ptrs, const u64* __restrict__ src_ptrs,
 
         const u32 begin = (tile - nth * tiles) * tile_bytes;
         const u32 end = min(begin + tile_bytes, chunk_bytes);
-        with_widest(alignment | (u32)(u64)dst | (u32)(u64)src, [&](auto piece) {
-            move<decltype(piece)>(dst, src, begin, end, by_run, by_inner, to, from);
-        });
+        const u32 bits = alignment | (u32)(u64)dst | (u32)(u64)src;
+        if (bits % 16 == 0) move<uint4>(dst, src, begin, end, by_run, by_inner, to, from);
+        else if (bits % 8 == 0) move<uint2>(dst, src, begin, end, by_run, by_inner, to, from);
+        else if (bits % 4 == 0) move<u32>(dst, src, begin, end, by_run, by_inner, to, from);
+        else if (bits % 2 == 0) move<u16>(dst, src, begin, end, by_run, by_inner, to, from);
+        else move<u8>(dst, src, begin, end, by_run, by_inner, to, from);
     }
 }

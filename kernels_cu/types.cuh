@@ -38,12 +38,3 @@ template <> constexpr bool IS_BF16<bf16> = true;
 
 template <typename T, typename U> constexpr bool SAME = false;
 template <typename T> constexpr bool SAME<T, T> = true;
-
-// Calls f with a value of the widest type, of 1 to 16 bytes, whose size divides `bytes`.
-template <typename F> __device__ __forceinline__ void with_widest(u32 bytes, F f) {
-    if (bytes % 16 == 0) f(uint4{});
-    else if (bytes % 8 == 0) f(uint2{});
-    else if (bytes % 4 == 0) f(u32{});
-    else if (bytes % 2 == 0) f(u16{});
-    else f(u8{});
-}

@@ -188,7 +188,7 @@ def _check_array(
 
     cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
-    if not on_host and (cupy is None or not isinstance(array, cupy.ndarray)):
+    if not is_array(array):
         expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
         raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
     first = next(iter(given), None)
@@ -249,6 +249,12 @@ def check_head_dim(op: str, name: str, D: int, most: int, letter: str = "D") -> 
         raise UnsupportedError(f"{op}: {name} has {letter}={D}, expected at most {most}")
 
 
+def is_array(x: Any) -> bool:
+    """Whether an object is a NumPy or CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
@@ -287,8 +293,7 @@ def asarray(x: Any) -> Any:
     >>> pykv.asarray(x) is x
     True
     """
-    cupy = sys.modules.get("cupy")
-    if isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray)):
+    if is_array(x):
         return x
     given = f"asarray: x is a {type(x).__name__}"
     dtype = str(getattr(x, "dtype", ""))

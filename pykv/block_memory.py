@@ -5,14 +5,13 @@ Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import on_gpu
+from pykv.arrays import checker, is_array, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.ops.block_copy import ADDRESSES
@@ -88,7 +87,9 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
     entries = stored.L * stored.O if layout.is_stack else 1
     N = 0
     if table is not None:
-        _check_table(op, name, table)
+        checker(op, **{name: ("A", ADDRESSES)})(table)
+        if not on_gpu(table) and not table.all():
+            raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
         table = table.view(np.uint64)
         N = -(-table.size // entries) if entries else 0
     step = strides(layout, stored)
@@ -112,30 +113,6 @@ def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: 
         raise ParameterError(
             f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
         )
-
-
-def _check_table(op: str, name: str, table: Any) -> None:
-    if not _is_array(table):
-        raise DtypeError(
-            f"{op}: {name} is a {type(table).__name__}, expected an array of addresses"
-        )
-    if table.dtype not in ADDRESSES:
-        raise DtypeError(
-            f"{op}: {name} has dtype {table.dtype}, expected uint64 or int64 addresses"
-        )
-    if table.ndim != 1 or not table.flags.c_contiguous:
-        raise ShapeError(
-            f"{op}: {name} has shape {table.shape}, expected a contiguous table [addresses]"
-        )
-    if on_gpu(table):
-        check_device(op, name, table)
-    elif not table.all():
-        raise ParameterError(f"{op}: {name}[{int(np.argmin(table))}] is a null address")
-
-
-def _is_array(x: Any) -> bool:
-    cupy = sys.modules.get("cupy")
-    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
 def of_host(op: str, side: Side, shape: BlockShape) -> Side:
@@ -205,15 +182,15 @@ def sides_of_arrays(op: str, dst: Given, src: Given) -> tuple[BlockShape, Side, 
 def _find_arrays(op: str, name: str, memory: Any, layout: Layout) -> list[tuple[str, Any]]:
     """Every array of a side with the letters of its dimensions, in the order of blocks."""
     axes, found = AXES[layout.name], []
-    for block in memory if isinstance(memory, (list, tuple)) else ():
-        if layout.is_stack and isinstance(block, (list, tuple)):
+    if not isinstance(memory, list | tuple):
+        found, memory = [(axes, memory)], ()
+    for block in memory:
+        if layout.is_stack and isinstance(block, list | tuple):
             found += [(axes[3:], chunk) for chunk in block]
         else:
             found.append((axes[1:], block))
-    if not isinstance(memory, (list, tuple)):
-        found = [(axes, memory)]
     for axes, x in found:
-        if not _is_array(x):
+        if not is_array(x):
             raise DtypeError(
                 f"{op}: {name} has a {type(x).__name__}, expected NumPy or CuPy arrays, or lists "
                 "of them; addresses need a shape"

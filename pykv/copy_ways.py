@@ -68,7 +68,7 @@ def run_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
     if not cuda.is_capturing():
         block_copy.copy_on_gpu(op, src, dst, sizes)
         return
-    with _relaxed_capture(), _upload_stream(cuda.current_device()):
+    with _relaxed_capture(), _stream(cuda.current_device(), non_blocking=True):
         call = cuda.prepare(block_copy.copy_on_gpu, op, src, dst, sizes)
     call()
     _captured.append(call)
@@ -84,11 +84,12 @@ def run_batch(op: str, src: Any, dst: Any, sizes: Any) -> tuple[str, int]:
         CudaError: the driver answers what is no refusal.
     """
     handle = used = current_handle()
-    refusal = _why_no_batch()
-    if refusal:
-        return refusal, handle
+    if cuda.is_capturing():
+        return "the batch call cannot be captured in a graph", handle
+    if not is_memcpy_batch_available():
+        return "driver or bindings lack the batch call", handle
     if handle in _LEGACY_STREAMS:
-        used = _side_stream(cuda.current_device()).ptr
+        used = _stream(cuda.current_device(), non_blocking=False).ptr
     status = _batch(src.tolist(), dst.tolist(), _each(sizes, len(src)), used)
     if status != 0 and status not in _REFUSALS:
         raise CudaError(f"{op}: cudaMemcpyBatchAsync of {len(src)} copies answers {status}")
@@ -113,34 +114,17 @@ def run_loop(op: str, src: Any, dst: Any, sizes: Any) -> None:
             raise CudaError(f"{op}: copy {i} of {len(src)}: {failure}") from failure
 
 
-def _why_no_batch() -> str:
-    """Why the batch call is out of the question now, or ""."""
-    if cuda.is_capturing():
-        return "the batch call cannot be captured in a graph"
-    if not is_memcpy_batch_available():
-        return "driver or bindings lack the batch call"
-    return ""
-
-
 def _each(sizes: Any, count: int) -> list[int]:
     return [sizes] * count if isinstance(sizes, int) else sizes.tolist()
 
 
 @cache
-def _side_stream(device: int) -> Any:
-    """A stream that waits for the legacy default stream, which in turn waits for it: what CUDA
-    says of every stream that is not made non-blocking."""
+def _stream(device: int, non_blocking: bool) -> Any:
+    """A stream of the current GPU. Unless it is made non-blocking, the legacy default stream waits
+    for it, and it for that; a non-blocking one takes tables while another stream is captured."""
     import cupy
 
-    return cupy.cuda.Stream(non_blocking=False)
-
-
-@cache
-def _upload_stream(device: int) -> Any:
-    """A stream for tables while another one is being captured."""
-    import cupy
-
-    return cupy.cuda.Stream(non_blocking=True)
+    return cupy.cuda.Stream(non_blocking=non_blocking)
 
 
 @contextmanager
@@ -254,15 +238,7 @@ def calibrate(*, force: bool = False) -> Table:
     it ahead, on a GPU that nothing else runs on, and not while any stream is being captured.
     """
     cuda.array_module("cuda")
-    table = _table(cuda.current_device(), force)
-    if force:
-        _fastest.cache_clear()
-        _fastest_anywhere.cache_clear()
-    return table
-
-
-def _table(device: int, force: bool = False) -> Table:
-    """Of the current device: from this process, from the cache folder, or measured."""
+    device = cuda.current_device()
     if force or device not in _tables:
         with _tables_lock:  # a second thread must not measure while the first does
             if force or device not in _tables:
@@ -271,6 +247,9 @@ def _table(device: int, force: bool = False) -> Table:
                 if kept is None:
                     cuda.refuse_prepare("transfer.calibrate", "it measures; call it before")
                 _tables[device] = kept or calibration.store(calibration.measure(ways))
+    if force:
+        _fastest.cache_clear()
+        _fastest_anywhere.cache_clear()
     return _tables[device]
 
 
@@ -301,7 +280,7 @@ def choose(src: Any, dst: Any, sizes: Any, direction: str | None) -> tuple[str, 
 @lru_cache(maxsize=4096)
 def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
     """The path with the shortest predicted time, and the predictions."""
-    paths = _table(device)[direction]
+    paths = calibrate()[direction]
     times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
     texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
     return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"

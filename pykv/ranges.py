@@ -91,6 +91,24 @@ def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
             )
 
 
+def check_memory(op: str, src: Ranges, dst: Ranges, reached: Any, stream: Any = None) -> None:
+    """`check_overlaps`, and `check_reachable` of `reached` bytes on either side. Tables of a GPU
+    come to the host on a stream, and at each prepared call, as they may hold something else then.
+    """
+
+    def check() -> None:
+        given = [(name, x.get() if on_gpu(x) else x, sizes) for name, x, sizes in (src, dst)]
+        check_overlaps(op, *given)
+        for name, table, _ in given:
+            check_reachable(op, name, table, reached)
+
+    if not (on_gpu(src[1]) or on_gpu(dst[1])):
+        check()
+        return
+    with cuda.on_stream(stream):
+        cuda.look(check)
+
+
 def _is_pageable(address: int) -> bool:
     runtime = cuda.array_module("cuda").cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
@@ -153,8 +171,15 @@ def addresses_of(
                 )
             if name == "destinations":
                 check_writeable(op, f"{name}[{i}]", array)
-            if device == "cuda" and array.nbytes and not any_memory:
-                _check_reach(op, f"{name}[{i}]", array)
+            if device == "cpu" or not array.nbytes or any_memory:
+                continue
+            if on_gpu(array):
+                check_device(op, f"{name}[{i}]", array)
+            elif _is_pageable(address_of(array)):
+                raise DeviceError(
+                    f"{op}: {name}[{i}] is in pageable host memory, expected it pinned, as "
+                    "cupyx.empty_pinned makes it"
+                )
         addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
     return addresses[0], addresses[1], sizes, device
@@ -177,17 +202,6 @@ def check_writeable(op: str, name: str, array: Any) -> None:
     """
     if not on_gpu(array) and not array.flags.writeable:
         raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
-
-
-def _check_reach(op: str, name: str, array: Any) -> None:
-    """Check that the current GPU can reach an array."""
-    if on_gpu(array):
-        check_device(op, name, array)
-    elif _is_pageable(address_of(array)):
-        raise DeviceError(
-            f"{op}: {name} is in pageable host memory, expected it pinned, as "
-            "cupyx.empty_pinned makes it"
-        )
 
 
 def check_device(op: str, name: str, array: Any) -> None:

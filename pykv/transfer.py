@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from pykv.ops import block_copy
 from pykv.options import check_choice, check_flag
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
+
+Pairs = tuple[Any, Any, Any]  # [C] uint64 sources and destinations; bytes, an int or [C] int64
 
 _NOT_READY = 600  # cudaErrorNotReady
 
@@ -125,24 +128,25 @@ def memcpy_batch(
     op = "transfer.memcpy_batch"
     _check_options(op, mode, direction, validate)
     check_choice(op, "device", device, ("cuda", "cpu"))
-    src, dst, sizes = check_tables(op, src_ptrs, dst_ptrs, size, validate)
-    if not len(src):
+    pairs = check_tables(op, src_ptrs, dst_ptrs, size, validate)
+    if not len(pairs[0]):
+        cuda.skip()
         return _NOTHING
     if device == "cpu":
-        return _copy_on_host(op, src, dst, sizes, mode, stream)
+        return _copy_on_host(op, pairs, mode, stream)
     if cuda.is_preparing():  # calls may come when the caller's tables hold something else
-        src, dst, sizes = (x.copy() if isinstance(x, np.ndarray) else x for x in (src, dst, sizes))
+        pairs = deepcopy(pairs)
     cuda.array_module("cuda")
     with cuda.on_stream(stream):
-        plan = _plan(src, dst, sizes, mode, direction)
-    report = plan.report()
+        pairs, plan = _plan(pairs, mode, direction)
+    report = plan
 
     def copy() -> None:
         nonlocal report
-        report, _ = _submit(op, plan, mode)
+        report, _ = _submit(op, pairs, plan, mode)
 
     if plan.path == "kernel" and cuda.is_preparing():  # tables go to the GPU now, once
-        block_copy.copy_on_gpu(op, plan.src, plan.dst, plan.sizes, stream=stream)
+        block_copy.copy_on_gpu(op, *pairs, stream=stream)
     else:
         cuda.enqueue(copy, stream)
     return report
@@ -155,25 +159,22 @@ def _check_options(op: str, mode: str, direction: str | None, validate: bool) ->
     check_flag(op, "validate", validate)
 
 
-def check_tables(
-    op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False
-) -> tuple[Any, Any, Any]:
+def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False) -> Pairs:
     """Both tables as [N] uint64 and the sizes as an int or [N] int64, without pairs of size 0.
 
     Args:
         op: name for messages.
         src_ptrs, dst_ptrs, size, validate: as of `memcpy_batch`.
     """
-    sizes: Any = size if type(size) is int else _integers(op, "size", size)
-    by_pair = type(sizes) is not int and sizes.ndim > 0
-    if not by_pair:
-        sizes = int(sizes)
-    smallest, largest = (sizes.min(initial=0), sizes.max(initial=0)) if by_pair else (sizes, sizes)
-    if smallest < 0:
-        raise ParameterError(f"{op}: size is {smallest}, expected at least 0")
-    if largest >= 2**63:
-        raise ParameterError(f"{op}: size is {largest}, expected less than 2^63")
-    if largest == 0:
+    sizes = _integers(op, "size", size)
+    if sizes.ndim > 1:
+        raise ShapeError(f"{op}: size has shape {sizes.shape}, expected an integer or [N]")
+    if sizes.max(initial=0) >= 2**63:
+        raise ParameterError(f"{op}: size is {sizes.max()}, expected less than 2^63")
+    sizes = sizes.astype(np.int64)
+    if sizes.min(initial=0) < 0:
+        raise ParameterError(f"{op}: size is {sizes.min()}, expected at least 0")
+    if not sizes.any():
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
     tables = []
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
@@ -189,18 +190,18 @@ def check_tables(
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
-    if by_pair and len(sizes) != len(src):
+    if sizes.ndim and len(sizes) != len(src):
         raise ParameterError(f"{op}: size has {len(sizes)} entries, expected {len(src)}")
-    sizes = np.ascontiguousarray(sizes, np.int64) if by_pair else sizes
+    by_pair = sizes if sizes.ndim else int(sizes)
     if validate:
-        ranges.check_overlaps(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
-    if by_pair and not sizes.all():
+        ranges.check_overlaps(op, ("src_ptrs", src, by_pair), ("dst_ptrs", dst, by_pair))
+    if not sizes.all():
         wanted = sizes > 0
-        src, dst, sizes = src[wanted], dst[wanted], sizes[wanted]
+        src, dst, by_pair = src[wanted], dst[wanted], sizes[wanted]
     for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
         if not table.all():
             raise ParameterError(f"{op}: {name} has a null address, expected none")
-    return src, dst, sizes
+    return src, dst, by_pair
 
 
 def _integers(op: str, name: str, values: Any) -> Any:
@@ -318,12 +319,12 @@ def start(
     src, dst, sizes, device = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
         ranges.check_overlaps(op, ("sources", src, sizes), ("destinations", dst, sizes))
-    src, dst, sizes = check_tables(op, src, dst, sizes)
-    if not len(src):
+    pairs = check_tables(op, src, dst, sizes)
+    if not len(pairs[0]):
         return Transfer(_NOTHING)
     if device == "cpu":
         began = time.perf_counter()
-        report = _copy_on_host(op, src, dst, sizes, mode, stream)
+        report = _copy_on_host(op, pairs, mode, stream)
         return Transfer(replace(report, elapsed_us=1e6 * (time.perf_counter() - began)))
     with cuda.on_stream(stream):
         import cupy
@@ -333,12 +334,12 @@ def start(
                 f"{op}: stream is being captured, expected one that runs; memcpy_batch and calls "
                 "of pykv.prepare can be captured"
             )
-        plan = _plan(src, dst, sizes, mode, direction)  # before the clock: may calibrate
+        pairs, plan = _plan(pairs, mode, direction)  # before the clock: may calibrate
         runtime, handle = cupy.cuda.runtime, copy_ways.current_handle()
         started, finished = cupy.cuda.Event(), cupy.cuda.Event()
         runtime.eventRecord(started.ptr, handle)
         try:
-            report, used = _submit(op, plan, mode)
+            report, used = _submit(op, pairs, plan, mode)
         except BaseException:
             # What was queued before is under way, unless the GPU itself has failed. The legacy
             # default stream waits for its side stream, so its own event is behind both.
@@ -381,59 +382,46 @@ def _release_buffers() -> None:
 # --- Plan and copy --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The pairs to copy, and the path for them with its reason."""
-
-    src: Any  # [C] uint64
-    dst: Any
-    sizes: Any  # an integer, or [C] int64
-    path: str
-    reason: str
-
-    def report(self, path: str = "", reason: str = "") -> CopyReport:
-        """Of this path, or of the one that was taken in its place."""
-        count = len(self.src)
-        total = count * self.sizes if isinstance(self.sizes, int) else int(self.sizes.sum())
-        return CopyReport(path or self.path, reason or self.reason, count, total)
-
-
-def _plan(src: Any, dst: Any, sizes: Any, mode: str, direction: str | None) -> _Plan:
-    """For CuPy's current stream."""
+def _plan(pairs: Pairs, mode: str, direction: str | None) -> tuple[Pairs, CopyReport]:
+    """The pairs to copy on CuPy's current stream, and the path that is meant for them."""
     if mode == "auto":
-        if len(src) > 1:
-            src, dst, sizes = ranges.merge(src, dst, sizes)
-        return _Plan(src, dst, sizes, *copy_ways.choose(src, dst, sizes, direction))
+        pairs = ranges.merge(*pairs)
+        return pairs, _report(pairs, *copy_ways.choose(*pairs, direction))
     if mode == "fallback_only":
-        return _Plan(src, dst, sizes, "loop", "mode is fallback_only")
-    return _Plan(src, dst, sizes, "batch", "the batch call took it")
+        return pairs, _report(pairs, "loop", "mode is fallback_only")
+    return pairs, _report(pairs, "batch", "the batch call took it")
 
 
-def _submit(op: str, plan: _Plan, mode: str) -> tuple[CopyReport, int]:
+def _report(pairs: Pairs, path: str, reason: str) -> CopyReport:
+    src, _, sizes = pairs
+    total = len(src) * sizes if isinstance(sizes, int) else int(sizes.sum())
+    return CopyReport(path, reason, len(src), total)
+
+
+def _submit(op: str, pairs: Pairs, plan: CopyReport, mode: str) -> tuple[CopyReport, int]:
     """Enqueue on CuPy's current stream, or beside it; also the handle of the stream that was used.
 
     Refused by the batch call, the copies take the loop; or of mode "auto" in a capture, the kernel.
     """
-    pairs, handle = (op, plan.src, plan.dst, plan.sizes), copy_ways.current_handle()
-    path, reason = plan.path, plan.reason
+    handle, path, reason = copy_ways.current_handle(), plan.path, plan.reason
     if path == "batch":
-        refusal, used = copy_ways.run_batch(*pairs)
+        refusal, used = copy_ways.run_batch(op, *pairs)
         if not refusal:
             if used != handle:
                 reason += ", on a side stream because it refuses the legacy default stream"
-            return plan.report(path, reason), used
+            return replace(plan, reason=reason), used
         if mode == "batch_without_fallback":
             raise UnsupportedError(f"{op}: mode is {mode}, but {refusal}")
         path, reason = "kernel" if mode == "auto" and cuda.is_capturing() else "loop", refusal
     run = copy_ways.run_kernel if path == "kernel" else copy_ways.run_loop
-    run(*pairs)
-    return plan.report(path, reason), handle
+    run(op, *pairs)
+    return replace(plan, path=path, reason=reason), handle
 
 
-def _copy_on_host(op: str, src: Any, dst: Any, sizes: Any, mode: str, stream: Any) -> CopyReport:
+def _copy_on_host(op: str, pairs: Pairs, mode: str, stream: Any) -> CopyReport:
     if mode == "batch_without_fallback":
         raise UnsupportedError(f"{op}: mode is {mode}, but host memory has no batch call")
     if mode == "auto":
-        src, dst, sizes = ranges.merge(src, dst, sizes)
-    block_copy.copy_on_host(src, dst, sizes, stream)
-    return _Plan(src, dst, sizes, "host", "all of it is host memory").report()
+        pairs = ranges.merge(*pairs)
+    block_copy.copy_on_host(*pairs, stream)
+    return _report(pairs, "host", "all of it is host memory")

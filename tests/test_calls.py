@@ -10,10 +10,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, cuda, kinds
+from pykv import PagedKVCache, cuda, kinds, transfer
 from pykv.blocks import BlockManager
-from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, block_copy, linear, merge_states, norm, page_table
+from pykv.errors import (
+    CudaError,
+    DeviceError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
+from pykv.layout import Layout
+from pykv.ops import (
+    activation,
+    bandwidth,
+    block_copy,
+    linear,
+    merge_states,
+    norm,
+    page_table,
+    permute,
+    rope,
+)
 from tests.helpers import assert_same_bits, to_numpy
 
 
@@ -314,6 +332,31 @@ def test_what_records_nothing_cannot_be_prepared(op, arguments):
         cuda.prepare(op, *arrays)
 
 
+def test_a_definition_that_works_at_once_cannot_be_prepared(xp, two):
+    """References are easily mistaken for the ops beside them, and return nothing either."""
+    x, y = two
+    works = [(f, (x, y)) for f in (activation.reference_add, bandwidth.reference_copy)]
+    if xp is np:  # on a GPU it fails by itself
+        q = x.reshape(2, 1, 8)
+        works.append((rope.reference, (q, q, np.ones(2, np.int32), y[0, :4], "half")))
+    for op, args in works:
+        with pytest.raises(UnsupportedError, match="^prepare: reference.* recorded no work, exp"):
+            cuda.prepare(op, *args)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_an_op_that_has_nothing_to_do_can_be_prepared(xp, shape):
+    x = xp.zeros(shape, np.float32)
+    assert cuda.prepare(activation.add, x, x)() is None
+    assert cuda.prepare(activation.swiglu, x)().size == 0
+    blocks = xp.ones((1, 2, 1, 1, 2, 4), np.float32)
+    sides = blocks, Layout("universal", heads=(0, 2)), blocks + 1, Layout("universal", heads=(2, 4))
+    assert cuda.prepare(permute.permute, *sides)() is None and is_all(blocks, 1)
+    for size in (0, [0]):  # tables that hold something
+        report = cuda.prepare(transfer.memcpy_batch, [256], [512], size)()
+        assert report.path == "none"
+
+
 def test_the_books_of_a_cache_cannot_be_prepared():
     manager = BlockManager(4, 16)
     with pytest.raises(UnsupportedError, match=r"prepare: BlockManager.allocate keeps books"):
@@ -410,19 +453,51 @@ def test_contents_that_an_earlier_op_makes_are_checked_when_they_are_there(xp):
         call()
 
 
-def test_arrays_of_the_host_need_no_driver(monkeypatch):
-    class CUDARuntimeError(RuntimeError):
-        pass
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
 
-    def fail():
-        raise CUDARuntimeError("cudaErrorInsufficientDriver")
+    def __init__(self, status):
+        super().__init__(f"cudaError {status}")
+        self.status = status
 
-    runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError)
-    cupy = SimpleNamespace(
-        ndarray=type("ndarray", (), {}),
-        cuda=SimpleNamespace(get_current_stream=fail, runtime=runtime),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A function that has a CuPy raise an error where it is asked for a stream's state."""
+
+    def fail(error):
+        def state(*handle):
+            raise error
+
+        runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, streamIsCapturing=state)
+        stream = lambda: SimpleNamespace(ptr=7)  # noqa: E731
+        ndarray = type("ndarray", (), {})
+        cupy = SimpleNamespace(
+            ndarray=ndarray, cuda=SimpleNamespace(get_current_stream=stream, runtime=runtime)
+        )
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [CUDARuntimeError(901), RuntimeError("has invalidated the cap")])
+def test_a_capture_that_an_error_has_invalidated_is_no_running_stream(asked, error):
+    asked(error)
+    assert cuda.is_capturing()
+    with pytest.raises(UnsupportedError, match="^prepare: a graph is being captured, expected"):
+        cuda.prepare(activation.add, np.ones((1, 8), np.float32), np.ones((1, 8), np.float32))
+
+
+@pytest.mark.parametrize("status", [700, 900, 906, 1])
+def test_an_error_of_the_gpu_is_not_read_as_a_stream_that_runs(asked, status):
+    asked(CUDARuntimeError(status))
+    with pytest.raises(CudaError, match=f"^cuda.is_capturing: cudaError {status}"):
+        cuda.is_capturing()
+
+
+@pytest.mark.parametrize("status", [3, 35, 100])
+def test_arrays_of_the_host_need_no_driver(asked, status):
+    asked(CUDARuntimeError(status))
     table, ids = np.ones((3, 8), np.float32), np.array([0, 1], np.int32)
     assert is_all(activation.embed(table, ids), 1)
     assert is_all(cuda.prepare(activation.embed, table, ids)(), 1)

@@ -36,7 +36,6 @@ def folder(tmp_path, monkeypatch):
     pytest.importorskip("cuda.core")
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda.compiler, "_memory", {})
-    monkeypatch.setattr(cuda.compiler, "_warned", set())
     return tmp_path / "cache"
 
 

@@ -63,7 +63,7 @@ def forced(monkeypatch):
     def force(fastest):
         table = table_for(fastest) if isinstance(fastest, str) else fastest
         monkeypatch.setattr(copy_ways, "_tables", {0: table})
-        monkeypatch.setattr(copy_ways, "_table", lambda device: table)
+        monkeypatch.setattr(copy_ways, "calibrate", lambda: table)
         copy_ways._fastest.cache_clear()
         copy_ways._fastest_anywhere.cache_clear()
 
@@ -112,6 +112,9 @@ def driver(monkeypatch):
         before, current.ptr = current.ptr, 55
         yield
         current.ptr = before
+
+    def stream(device, non_blocking):
+        return upload_stream() if non_blocking else SimpleNamespace(ptr=99)
 
     runtime = SimpleNamespace(
         memcpyAsync=memcpy,
@@ -164,11 +167,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(copy_ways, "_memory_at", memory_at)
     monkeypatch.setattr(block_copy, "copy_on_gpu", copy_on_gpu)
     monkeypatch.setattr(copy_ways, "_relaxed_capture", nullcontext)
-    monkeypatch.setattr(copy_ways, "_upload_stream", lambda device: upload_stream())
     monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
     monkeypatch.setattr(copy_ways, "_batch", batch)
     monkeypatch.setattr(copy_ways, "_captured", fake.captured)
-    monkeypatch.setattr(copy_ways, "_side_stream", lambda device: SimpleNamespace(ptr=99))
+    monkeypatch.setattr(copy_ways, "_stream", stream)
     monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: fake.status != "missing")
     return fake
 
@@ -423,7 +425,7 @@ def test_a_capture_takes_the_kernel_in_place_of_the_batch_call(driver, forced):
 
 
 def test_a_capture_takes_the_kernel_without_a_calibration(driver, monkeypatch):
-    monkeypatch.setattr(copy_ways, "_table", None)
+    monkeypatch.setattr(copy_ways, "calibrate", None)
     driver.capturing = True
     report = auto(SRC, DST, 5)
     assert report.path == "kernel" and "the stream is being captured" in report.reason

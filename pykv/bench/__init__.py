@@ -21,6 +21,7 @@ come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,41 +119,34 @@ def run(
 
     A case whose result is wrong has a record without samples. Reports progress on stderr.
     """
-    if samples < 20:
-        raise ParameterError(f"bench: samples is {samples}, expected at least 20")
-    if warmup < 0:
-        raise ParameterError(f"bench: warmup is {warmup}, expected at least 0")
-    if seed < 0:
-        raise ParameterError(f"bench: seed is {seed}, expected at least 0")
+    for what, value, least in (("samples", samples, 20), ("warmup", warmup, 0), ("seed", seed, 0)):
+        if value < least:
+            raise ParameterError(f"bench: {what} is {value}, expected at least {least}")
     load(name)
-    jobs = {name: list(cases)}
-    if name != CEILINGS:
-        ceilings = load(CEILINGS)
-        of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
-        jobs = {CEILINGS: of_ceilings, **jobs}
-    total, done = sum(map(len, jobs.values())), 0
+    ceilings = load(CEILINGS)
+    of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
+    jobs = {CEILINGS: of_ceilings, name: list(cases)}  # one job, where these are what is wanted
+    total, numbers = sum(map(len, jobs.values())), itertools.count(1)
     timer, facts = timing.Timer(xp, samples=samples, warmup=warmup), report.environment(xp)
-    found: dict[str, float] = {}
-    ran = False
-    try:
-        for bench, wanted in jobs.items():
-            held = []  # the ceilings' own shares are known when all of them are measured
-            for case in wanted:
-                done += 1
-                label = f"[{done}/{total}] {bench} {report.label(case)}"
-                record = _measure(bench, case, timer, facts, np.random.default_rng(seed))
-                if record is None:
-                    print(f"{label}: not on this device", file=sys.stderr)
-                    continue
+
+    def measured(bench: str) -> Iterator[Record]:
+        for case in jobs[bench]:
+            label = f"[{next(numbers)}/{total}] {bench} {report.label(case)}"
+            record = _measure(bench, case, timer, facts, np.random.default_rng(seed))
+            if record is None:
+                print(f"{label}: not on this device", file=sys.stderr)
+            else:
                 print(f"{label}: {report.summary(record)}", file=sys.stderr, flush=True)
-                ran |= bench == name
-                if bench == CEILINGS:
-                    held.append(record)
-                else:
-                    yield report.with_share(record, found)
-            if bench == CEILINGS:
-                found = report.ceilings(held)
-                yield from (report.with_share(record, found) for record in held)
+                yield record
+
+    try:
+        held = list(measured(CEILINGS))  # their own shares are known when all are measured
+        found = report.ceilings(held)
+        yield from (report.with_share(record, found) for record in held)
+        ran = name == CEILINGS and bool(held)
+        for record in measured(name) if name != CEILINGS else ():
+            ran = True
+            yield report.with_share(record, found)
         if jobs[name] and not ran:
             raise DeviceError(
                 f"bench {name}: none of the cases runs on {facts['device']}, expected a device of "

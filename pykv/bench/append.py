@@ -80,7 +80,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     if not memory.fits(xp, N * P * spec.bytes_per_token(H, D) + 3 * calls * moved):
         return None
     cache = caches.empty(xp, caches.cache(xp, rng, spec, 1, N, P, H, D))
-    make_call = _layer if "op" in case else _rows
+    make_call = _layer if "op" in case else rows
     places = rng.permutation(N * P)[: calls * T].astype(np.int32).reshape(calls, T)
     made = [make_call(case, xp, rng, cache, slots) for slots in places]
     runs, checks = zip(*made, strict=True)
@@ -97,8 +97,10 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
 Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
 
 
-def _rows(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any) -> Call:
-    """A call of `paged_append.append`."""
+def rows(
+    case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: Any
+) -> tuple[partial[Any], Callable[[], bool]]:
+    """A call of `paged_append.append`, and its check."""
     shape = case["tokens"], case["H"], case["D"]
     k, v = caches.values(xp, rng, shape, DTYPES[case["dtype"]])
     where = dict(slots=xp.asarray(places), spec=cache.spec, **caches.layer(cache))
@@ -116,21 +118,21 @@ def _layer(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: 
     heads, _ = caches.values(xp, rng, (T, HQ + 2 * H, D), dtype)
     original = heads.copy()
     positions = rng.integers(0, 2**17, T).astype(np.int32)
-    freq, weights = rope.frequencies(D, 10000.0), [None, None]
+    norms = {}
     if case["norm"]:
-        weights = [1 + rng.standard_normal(D).astype(np.float32) / 4 for _ in range(2)]
-    there = [xp.asarray(x) for x in (positions, freq)]
-    q_norm, k_norm = (None if x is None else xp.asarray(x) for x in weights)
+        norms = {f"{x}_norm": 1 + rng.standard_normal(D).astype(np.float32) / 4 for x in "qk"}
+    given = dict(positions=positions, inv_freq=rope.frequencies(D, 10000.0), **norms)
+    there = {name: xp.asarray(x) for name, x in given.items()}
     q, k, v = heads[:, :HQ], heads[:, HQ : HQ + H], heads[:, HQ + H :]
     where = dict(slots=xp.asarray(places), spec=cache.spec, **caches.layer(cache))
     fused = case["op"] == "qkv"
     q_out = xp.full((T, HQ, D), np.nan, dtype) if fused else q
 
     def separate() -> None:
-        if case["norm"]:
-            norm.rms_norm(q, q_norm, eps=EPS, out=q)
-            norm.rms_norm(k, k_norm, eps=EPS, out=k)
-        rope.rotate(q, k, *there, pairing="half")
+        for x, name in ((q, "q_norm"), (k, "k_norm")):
+            if case["norm"]:
+                norm.rms_norm(x, there[name], eps=EPS, out=x)
+        rope.rotate(q, k, there["positions"], there["inv_freq"], pairing="half")
         paged_append.append(k, v, **where)
 
     def check() -> bool:
@@ -142,9 +144,10 @@ def _layer(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: 
         if not caches.holds(cache, 1, pages, values, offsets):
             return False
         ids = rng.permutation(T)[:CHECKED]
-        given = (H, positions[ids], freq, "half", *weights, EPS, case["hadamard"])
+        weights = (norms.get(name) for name in ("q_norm", "k_norm"))
+        how = (H, positions[ids], given["inv_freq"], "half", *weights, EPS, case["hadamard"])
         rows = host(original)[ids]
-        low, exact = (paged_qkv.split(x, *given) for x in (rows, rows.astype(np.float64)))
+        low, exact = (paged_qkv.split(x, *how) for x in (rows, rows.astype(np.float64)))
         kind = cache.spec.kinds[0]
         codes, scales = quantize(low[1], kind, scale_dtype=SCALE_DTYPES[cache.spec.scale_dtype])
         stored = caches.means(cache, 0, pages[ids])[np.arange(len(ids)), offsets[ids]]
@@ -154,7 +157,5 @@ def _layer(case: Case, xp: Any, rng: np.random.Generator, cache: Pages, places: 
 
     if not fused:
         return separate, check
-    options = dict(zip(("positions", "inv_freq"), there, strict=True))
-    options |= dict(pairing="half", q_norm=q_norm, k_norm=k_norm, eps=EPS, q_out=q_out)
-    options |= dict(hadamard=case["hadamard"], **where)
+    options = dict(there, pairing="half", eps=EPS, q_out=q_out, hadamard=case["hadamard"], **where)
     return partial(paged_qkv.append, heads.reshape(T, -1), **options), check

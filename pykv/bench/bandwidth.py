@@ -30,6 +30,7 @@ CASES: list[dict[str, Any]] = [
     *(dict(what=what, by="memcpy", size=GIB) for what in ("h2d", "d2h")),
 ]
 
+_BYTE = 165  # what memset writes
 _TILES_A_SUM = 8  # enough for each block to amortise its end, few enough to spread evenly
 
 
@@ -62,58 +63,36 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if xp is np and not by.startswith("kernel"):
         return None
     seed = int(rng.integers(2**32))
-    x, out = (
-        caches.words(xp, size, seed).reshape(-1, 4),
-        xp.zeros((size // VECTOR_BYTES, 4), np.uint32),
-    )
-    if by == "memset":
-        run, check = _memset(out)
-    elif by == "memcpy":
-        run, check = _memcpy(xp, what, x, out)
-    else:
-        vectors = int(by.removeprefix("kernel"))
-        ways = dict(read=partial(_read, xp, x), write=partial(_write, out, seed))
-        run, check = ways.get(what, partial(_copy, x, out))(vectors)
+    x = caches.words(xp, size, seed).reshape(-1, 4)
+    out = xp.zeros_like(x)
+    run, truths = _call(xp, case, x, out, seed)
     return Work(
         run,
-        check,
+        check=lambda: bool(truths().all()),
         bytes=2 * size if what == "copy" else size,  # read and written, or once
         ceiling=what,
         reads_only=what == "read",  # the sums are next to nothing
     )
 
 
-Call = tuple[Callable[[], object], Callable[[], bool]]  # and its check
-
-
-def _read(xp: Any, x: Any, vectors: int) -> Call:
-    tiles = -(-len(x) // (bandwidth.BLOCK * vectors))
+def _call(
+    xp: Any, case: dict[str, Any], x: Any, out: Any, seed: int
+) -> tuple[Callable[[], object], Callable[[], Any]]:
+    """A case's call, and a function of what must be true of each element that it made."""
+    what, by, words = case["what"], case["by"], out.reshape(-1)
+    if by == "memset":
+        return partial(out.data.memset_async, _BYTE, out.nbytes), lambda: out.view("u1") == _BYTE
+    if by == "memcpy":  # the driver's own copy, host memory being pinned
+        x, out = memory.place(xp, x, what == "h2d"), memory.place(xp, out, what == "d2h")
+        run = memory.copier(xp, address_of(out), address_of(x), x.nbytes)
+        return run, lambda: memory.on_device(xp, out) == memory.on_device(xp, x)
+    vectors = int(by.removeprefix("kernel"))
+    if what == "copy":
+        return partial(bandwidth.copy, x, out, vectors=vectors), lambda: out == x
+    if what == "write":
+        run = partial(bandwidth.write, out, seed, vectors=vectors)
+        return run, lambda: words == seed + xp.arange(words.size, dtype=np.uint32)
+    tiles, want = -(-len(x) // (bandwidth.BLOCK * vectors)), x.sum(dtype=np.uint32)
     sums = xp.zeros(-(-tiles // _TILES_A_SUM), np.uint32)
-    want = int(x.sum(dtype=np.uint32))
     run = partial(bandwidth.read, x, sums, vectors=vectors)
-    return run, lambda: int(sums.sum(dtype=np.uint32)) == want
-
-
-def _write(out: Any, seed: int, vectors: int) -> Call:
-    def check() -> bool:
-        words = out.reshape(-1)
-        return int(words[0]) == seed and bool((words[1:] - words[:-1] == 1).all())
-
-    return partial(bandwidth.write, out, seed, vectors=vectors), check
-
-
-def _copy(x: Any, out: Any, vectors: int) -> Call:
-    return partial(bandwidth.copy, x, out, vectors=vectors), lambda: bool((out == x).all())
-
-
-def _memset(out: Any) -> Call:
-    byte = 165
-    run = partial(out.data.memset_async, byte, out.nbytes)
-    return run, lambda: bool((out.view(np.uint8) == byte).all())
-
-
-def _memcpy(xp: Any, what: str, x: Any, out: Any) -> Call:
-    """The driver's own copy, host memory being pinned."""
-    x, out = memory.place(xp, x, what == "h2d"), memory.place(xp, out, what == "d2h")
-    run = memory.copier(xp, address_of(out), address_of(x), x.nbytes)
-    return run, lambda: bool((memory.on_device(xp, out) == memory.on_device(xp, x)).all())
+    return run, lambda: sums.sum(dtype=np.uint32) == want

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.bench import Work
+from pykv.bench import Work, report
 from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.blocks import BlockManager
@@ -41,26 +41,19 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
     return Work(run, lambda: (pool.num_free, pool.num_cached) == before, bytes=0, wall=True)
 
 
-def rate(record: Record) -> float:
+def rate(record: Record) -> float | None:
     """Operations a second."""
-    return float(record["case"]["operations"] / (record["host_median"] or record["median"]) * 1e6)
+    us = record["host_median"] or record["median"]
+    return record["case"]["operations"] / us * 1e6 if us else None
 
 
 def row(record: Record) -> dict[str, Any]:
-    """The columns of CSV."""
-    ok = record["ok"]
-    return {
-        "bench": record["bench"],
-        **record["case"],
-        "ok": ok,
-        "median_us": f"{record['median']:.1f}" if ok else "",
-        "operations_per_s": f"{rate(record):.0f}" if ok else "",
-    }
+    return {**report.row(record), "operations_per_s": report.cell(rate(record), 0)}
 
 
 def conclude(records: list[Record]) -> str:
     """A line for people."""
-    rates = [f"{one['case']['what']} {rate(one) / 1e6:.2f}" for one in records if one["ok"]]
+    rates = [f"{one['case']['what']} {x / 1e6:.2f}" for one in records if (x := rate(one))]
     return f"million operations a second: {', '.join(rates)}"
 
 

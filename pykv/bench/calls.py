@@ -7,18 +7,17 @@ plan has run before. The plan takes lists of pages instead of slots or a page ta
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import plan
-from pykv.bench import Work
+from pykv.bench import Work, append, decode
 from pykv.bench.options import Case
 from pykv.kinds import KVSpec
-from pykv.ops import paged_append, paged_decode
-from pykv.pages import Pages
-from pykv.testing import caches
+from pykv.testing import caches, host
 
 SIZES = dict(L=1024, HQ=32, H=8, D=128, P=16)
 
@@ -44,85 +43,60 @@ def own_cases(cases: list[Case], change: Case) -> list[Case]:
     return [{**first, "job": job, "how": h} for job in ("append", "decode") for h in ("op", "plan")]
 
 
-def make(case: Case, xp: Any, rng: np.random.Generator) -> Work:
+def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: requests of L tokens in fp16, the last of which is appended, or whose
     query attends to all."""
-    spec = KVSpec.parse(case["kv"])
-    B, HQ, H, D, P = (case[name] for name in ("B", "HQ", "H", "D", "P"))
-    M = -(-case["L"] // P)  # pages of a request
-    cache = caches.cache(xp, rng, spec, 1, B * M, P, H, D)
+    job = _append if case["job"] == "append" else _decode
+    return job({**case, "dtype": "fp16"}, xp, rng)
+
+
+def _append(case: Case, xp: Any, rng: np.random.Generator) -> Work:
+    spec, (B, L, H, D, P) = KVSpec.parse(case["kv"]), (case[name] for name in "BLHDP")
+    M, seen = -(-L // P), (L - 1) % P  # pages of a request, and tokens in its last one
+    cache = caches.empty(xp, caches.cache(xp, rng, spec, 1, B * M, P, H, D))
     table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
-    if case["job"] == "append":
-        k, v = caches.values(xp, rng, (B, H, D), np.float16)
-        return _append(case, xp, caches.empty(xp, cache), table, k, v)
-    q, _ = caches.values(xp, rng, (B, HQ, D), np.float16)
-    return _decode(case, xp, cache, table, q)
+    op, check = append.rows({**case, "tokens": B}, xp, rng, cache, table[:, -1] * P + seen)
+    work = Work(op, check, bytes=B * (2 * H * D * 2 + spec.bytes_per_token(H, D)), op=op)
+    if case["how"] == "op":
+        return work
+    descriptor = plan.PagedAppendDescriptor(B, _descriptor(case, B * M))
+    args = plan.PagedAppendArgs(*op.args, **_of_plan(xp, caches.layer(cache), table, seen))
+    chosen = plan.PagedAppendPlan.select(descriptor, op.args[0].dtype, xp=xp)
+    return replace(work, run=partial(chosen.run, args), op=None)
 
 
-def _lists(case: Case, xp: Any, table: Any, seen: int) -> dict[str, Any]:
-    """The pages of each request as plans take them, of which the last holds `seen` tokens."""
+def _decode(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
+    work = decode.make(case, xp, rng)
+    if work is None or (op := work.op) is None:  # there is no memory for it
+        return None
+    work = Work(op, work.check, work.bytes, op=op)
+    if case["how"] == "op":
+        return work
+    (q,), given = op.args, op.keywords
+    table = host(given["page_table"])
+    layer = {name: x for name, x in given.items() if name[:2] in ("k_", "v_")}
+    lists = _of_plan(xp, layer, table, (case["L"] - 1) % case["P"] + 1)
+    descriptor = plan.PagedDecodeDescriptor(
+        len(q), case["HQ"], _descriptor(case, table.size), table.shape[1]
+    )
+    chosen = plan.PagedDecodePlan.select(descriptor, q.dtype, xp=xp)
+    workspace = None if xp is np else xp.zeros(chosen.workspace_size(), np.uint8)
+    args = plan.PagedDecodeArgs(q, o=given["out"], **lists)
+    return replace(work, run=partial(chosen.run, args, workspace=workspace), op=None)
+
+
+def _descriptor(case: Case, pages: int) -> plan.PagedCacheDescriptor:
+    sizes = case["P"], pages, case["H"], case["D"]
+    return plan.PagedCacheDescriptor(*sizes, spec=KVSpec.parse(case["kv"]))
+
+
+def _of_plan(xp: Any, layer: dict[str, Any], table: Any, seen: int) -> dict[str, Any]:
+    """A layer by the names that plans have for pools, and the pages of each request, of which the
+    last holds `seen` tokens."""
     B, M = table.shape
-    return dict(
+    pools = {name.replace("pool", "data"): x for name, x in layer.items()}
+    return pools | dict(
         indices=xp.asarray(table.reshape(-1)),
         indptr=xp.asarray(np.arange(B + 1, dtype=np.int32) * M),
         last_page_len=xp.full(B, seen, np.int32),
-    )
-
-
-def _descriptor(case: Case, cache: Pages) -> plan.PagedCacheDescriptor:
-    sizes = case["P"], cache.k.shape[1], case["H"], case["D"]
-    return plan.PagedCacheDescriptor(*sizes, spec=cache.spec)
-
-
-def _of_plan(arrays: dict[str, Any]) -> dict[str, Any]:
-    """A layer by the names that plans have for pools."""
-    return {name.replace("pool", "data"): x for name, x in arrays.items()}
-
-
-def _append(case: Case, xp: Any, cache: Pages, table: Any, k: Any, v: Any) -> Work:
-    spec, P, B = cache.spec, case["P"], case["B"]
-    offset, pages, arrays = (case["L"] - 1) % P, table[:, -1], caches.layer(cache)
-    op: partial[Any] | None = None
-    if case["how"] == "op":
-        slots = xp.asarray((pages * P + offset).astype(np.int32))
-        op = run = partial(paged_append.append, k, v, slots=slots, spec=spec, **arrays)
-    else:
-        descriptor = plan.PagedAppendDescriptor(B, _descriptor(case, cache))
-        args = plan.PagedAppendArgs(k, v, **_of_plan(arrays), **_lists(case, xp, table, offset))
-        run = partial(plan.PagedAppendPlan.select(descriptor, k.dtype, xp=xp).run, args)
-    return Work(
-        run=run,
-        check=lambda: all(
-            caches.holds(cache, i, pages, x, np.full(B, offset)) for i, x in enumerate((k, v))
-        ),
-        bytes=B * (2 * case["H"] * case["D"] * 2 + spec.bytes_per_token(case["H"], case["D"])),
-        op=op,
-    )
-
-
-def _decode(case: Case, xp: Any, cache: Pages, table: Any, q: Any) -> Work:
-    spec, L, P, (B, M) = cache.spec, case["L"], case["P"], table.shape
-    arrays, out = caches.layer(cache), xp.full(q.shape, np.nan, q.dtype)
-    given = dict(page_table=xp.asarray(table), lengths=xp.full(B, L, np.int32), spec=spec, **arrays)
-    want = paged_decode.decode(q, **given)
-    op: partial[Any] | None = None
-    workspace = None
-    if case["how"] == "op":
-        if xp is not np:
-            sizes = B, case["HQ"], case["H"], case["D"], M * P
-            workspace = xp.zeros(paged_decode.workspace_size(*sizes), np.float32)
-        op = run = partial(paged_decode.decode, q, workspace=workspace, out=out, **given)
-    else:
-        descriptor = plan.PagedDecodeDescriptor(B, case["HQ"], _descriptor(case, cache), M)
-        chosen = plan.PagedDecodePlan.select(descriptor, q.dtype, xp=xp)
-        lists = _lists(case, xp, table, (L - 1) % P + 1)
-        args = plan.PagedDecodeArgs(q, o=out, **_of_plan(arrays), **lists)
-        if xp is not np:
-            workspace = xp.zeros(chosen.workspace_size(), np.uint8)
-        run = partial(chosen.run, args, workspace=workspace)
-    return Work(
-        run=run,
-        check=lambda: bool((out == want).all()),
-        bytes=B * L * spec.bytes_per_token(case["H"], case["D"]),
-        op=op,
     )

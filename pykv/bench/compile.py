@@ -20,7 +20,7 @@ import numpy as np
 
 import pykv
 from pykv import cuda
-from pykv.bench import Work
+from pykv.bench import Work, report
 from pykv.bench.options import Case
 from pykv.bench.report import Record
 from pykv.errors import CompileError
@@ -82,9 +82,8 @@ def _child(code: str, **env: str) -> float:
 
 
 def row(record: Record) -> dict[str, Any]:
-    """The columns of CSV."""
-    median = f"{record['median'] / 1e6:.3f}" if record["ok"] else ""
-    return {"bench": record["bench"], **record["case"], "ok": record["ok"], "median_s": median}
+    seconds = record["median"] / 1e6 if record["ok"] else None
+    return {**report.row(record), "median_s": report.cell(seconds, 3)}
 
 
 def conclude(records: list[Record]) -> str:

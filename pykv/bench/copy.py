@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import groupby, product
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, transfer
 from pykv.bench import Work, memory, options, report
+from pykv.bench.options import Case
 from pykv.errors import ParameterError
 from pykv.ops import block_copy
 from pykv.ranges import address_of
@@ -36,8 +38,6 @@ LINK_CTAS = 32  # thread blocks that a copy over the link may take
 DIRECTIONS = ("h2d", "d2h", "d2d")
 MODES = dict(batched="batched_with_fallback", memcpy_async="fallback_only", auto="auto")
 BACKENDS = ("vectorized", *MODES)
-ALIASES = dict(vec="vectorized", batch="batched", memcpy="memcpy_async", fc="fc_to_fc")
-ALIASES |= {"async": "memcpy_async", "lw": "lw_to_fc"}
 BY_KERNEL = ("prepared", "vectorized")
 BY_ENGINES = ("batched", "memcpy_async")
 
@@ -50,26 +50,22 @@ _SIZES = {
 _QUICK_SIZES = [(4 * KIB, 64), (64 * KIB, 8)]
 
 
-def _cases(sizes: dict[str, list[tuple[int, int]]]) -> list[dict[str, Any]]:
+def _cases(sizes: dict[str, list[tuple[int, int]]]) -> list[Case]:
     """Each size by the kernel, by the batch call, and as one piece."""
     made = []
     for direction, of_direction in sizes.items():
         for size, count in of_direction:
             limit = {} if direction == "d2d" else dict(max_ctas=LINK_CTAS)
             made += [
-                _case(direction, "prepared", size, count, **limit),
+                _case(direction, "prepared", size, count) | limit,
                 _case(direction, "batched", size, count),
                 _case(direction, "contiguous", size * count, 1),
             ]
-    return [case for i, case in enumerate(made) if case not in made[:i]]  # totals may be equal
+    return options.distinct(made)  # totals may be equal
 
 
-def _case(
-    direction: str, backend: str, copy_size: int, num_copies: int, **more: Any
-) -> dict[str, Any]:
-    return dict(
-        direction=direction, backend=backend, copy_size=copy_size, num_copies=num_copies, **more
-    )
+def _case(direction: str, backend: str, copy_size: int, num_copies: int) -> Case:
+    return dict(direction=direction, backend=backend, copy_size=copy_size, num_copies=num_copies)
 
 
 CASES = _cases(_SIZES)
@@ -77,112 +73,87 @@ CASES = _cases(_SIZES)
 
 # --- Options --------------------------------------------------------------------------------------
 
-PROFILES = ("llama-3.1-70b",)
 LAYERS, OUTER, TOKEN_BYTES = 80, 2, 8 * 128 * 2  # of Llama 3.1 70B: KV heads, head size, bf16
-KVBENCH = {  # the defaults of its options, and what --quick makes of them
-    "num_blocks": ("1,2,4,8,16,32,64,128,256", "1,2"),
-    "tokens_per_block": ("16,32,64", "16"),
-    "backend": ("vectorized,batched,memcpy_async", None),
-    "pattern": ("fc_to_fc,lw_to_fc", None),
-}
 PATTERNS = ("fc_to_fc", "lw_to_fc")  # copies of whole blocks, of each layer's keys and values
 
-SWEEP_SIZES = [KIB << 2 * i for i in range(7)]  # 1 KiB to 4 MiB
-SWEEP_COUNTS = [1, 16, 128, 1024, 16384]
+DIRECTION = options.one_of("direction", DIRECTIONS, "")
+PROFILE = options.one_of("profile", ["llama-3.1-70b"], "kvbench's sweep of a model: llama-3.1-70b")
+WAYS = {"vec": "vectorized", "batch": "batched", "memcpy": "memcpy_async", "async": "memcpy_async"}
+KVBENCH = {
+    "tokens_per_block": options.number("tokens-per-block", "tokens_per_block", "tokens"),
+    "num_blocks": options.number("num-blocks", "num_blocks", "blocks"),
+    "pattern": options.one_of("pattern", PATTERNS, "pieces", fc="fc_to_fc", lw="lw_to_fc"),
+    "backend": options.one_of("backend", BACKENDS, "ways to copy", **WAYS),
+}
+DEFAULTS = dict(tokens_per_block="16,32,64", num_blocks="1,2,4,8,16,32,64,128,256")
+DEFAULTS |= dict(pattern=",".join(PATTERNS), backend="vectorized,batched,memcpy_async")
+QUICK_DEFAULTS = DEFAULTS | dict(tokens_per_block="16", num_blocks="1,2")
+
+SWEEP = [  # 1 KiB to 4 MiB, by counts
+    dict(copy_size=KIB << 2 * i, num_copies=n) for i in range(7) for n in (1, 16, 128, 1024, 16384)
+]
 SWEEP_LIMIT, QUICK_LIMIT = 4 * GIB, 256 * KIB  # bytes of a cell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--direction", help="of h2d,d2h,d2d (all)", metavar="LIST")
+    every = ",".join(DIRECTIONS)
+    parser.add_argument("--direction", default=every, help="(%(default)s)", metavar="LIST")
     parser.add_argument(
         "--sweep", action="store_true", help="sizes x counts x backends: what `auto` chooses from"
     )
-    parser.add_argument("--profile", help=f"kvbench's sweep of a model: {', '.join(PROFILES)}")
+    parser.add_argument("--profile", help=PROFILE.help)
     kvbench = parser.add_argument_group("kvbench's own options, with --profile")
-    for name, (default, _) in KVBENCH.items():
-        kvbench.add_argument(f"--{_dashes(name)}", help=f"({default})", metavar="LIST")
+    for name, option in KVBENCH.items():
+        text = f"{option.help} ({DEFAULTS[name]})"
+        kvbench.add_argument(f"--{option.flag}", help=text, metavar="LIST")
     kvbench.add_argument(
         "--iters", type=int, dest="samples", default=argparse.SUPPRESS, help="same as --samples"
     )
 
 
-def select(args: argparse.Namespace) -> list[dict[str, Any]]:
+def select(args: argparse.Namespace) -> list[Case]:
     """The cases of the mode that the options name, in the directions that they name."""
-    directions = _names("--direction", args.direction or ",".join(DIRECTIONS), DIRECTIONS)
-    given = [f"--{_dashes(name)}" for name in KVBENCH if getattr(args, name) is not None]
+    directions = options.read("copy", DIRECTION, args.direction)
+    given = {name: text for name in KVBENCH if (text := getattr(args, name)) is not None}
     if args.profile is not None:
         if args.sweep:
             raise ParameterError("bench copy: --sweep stands with --profile, expected one of them")
-        return _profile(args, directions)
-    if given:
-        raise ParameterError(f"bench copy: {given[0]} is given, expected --profile with it")
+        options.read("copy", PROFILE, args.profile)
+        return _profile((QUICK_DEFAULTS if args.quick else DEFAULTS) | given, directions)
+    for name in given:
+        flag = KVBENCH[name].flag
+        raise ParameterError(f"bench copy: --{flag} is given, expected --profile with it")
     if args.sweep:
-        return [
-            _case(direction, backend, size, count)
-            for direction, size, count, backend in product(
-                directions, SWEEP_SIZES, SWEEP_COUNTS, BACKENDS
-            )
-            if size * count <= (QUICK_LIMIT if args.quick else SWEEP_LIMIT)
-        ]
+        limit = QUICK_LIMIT if args.quick else SWEEP_LIMIT
+        sizes = [one for one in SWEEP if one["copy_size"] * one["num_copies"] <= limit]
+        backends = [dict(backend=name) for name in BACKENDS]
+        return [_case(**one) for one in options.combinations(directions, sizes, backends)]
     cases = _cases(dict.fromkeys(DIRECTIONS, _QUICK_SIZES)) if args.quick else CASES
-    return [case for case in cases if case["direction"] in directions]
+    return [case for case in cases if dict(direction=case["direction"]) in directions]
 
 
-def _profile(args: argparse.Namespace, directions: list[str]) -> list[dict[str, Any]]:
+def _profile(lists: dict[str, str], directions: list[Case]) -> list[Case]:
     """kvbench's cases: all combinations of its lists."""
-    _names("--profile", args.profile, PROFILES)
-    text = {}
-    for name, (default, quick) in KVBENCH.items():
-        text[name] = getattr(args, name) or args.quick and quick or default
-    backends = _names("--backend", text["backend"], BACKENDS)
-    patterns = _names("--pattern", text["pattern"], PATTERNS)
-    tokens, blocks = (
-        _counts(f"--{_dashes(name)}", text[name]) for name in ("tokens_per_block", "num_blocks")
-    )
-    cases = []
-    pieces = LAYERS * OUTER
-    for T, N, pattern, direction, backend in product(
-        tokens, blocks, patterns, directions, backends
-    ):
-        inner = T * TOKEN_BYTES
-        size, count = (inner * pieces, N) if pattern == "fc_to_fc" else (inner, N * pieces)
-        case = _case(direction, backend, size, count)
-        cases.append(dict(tokens_per_block=T, num_blocks=N, pattern=pattern, **case))
+    *shapes, backends = (options.read("copy", KVBENCH[name], lists[name]) for name in KVBENCH)
+    cases = options.combinations(*shapes, directions, backends)
+    for case in cases:
+        size, count = case["tokens_per_block"] * TOKEN_BYTES, case["num_blocks"]
+        if case["pattern"] == "fc_to_fc":
+            case |= dict(copy_size=size * LAYERS * OUTER, num_copies=count)
+        else:
+            case |= dict(copy_size=size, num_copies=count * LAYERS * OUTER)
     return cases
-
-
-def _dashes(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _names(option: str, text: str, valid: tuple[str, ...]) -> list[str]:
-    names = [ALIASES.get(name, name) for name in text.split(",")]
-    for name in names:
-        if name not in valid:
-            raise ParameterError(
-                f"bench copy: {option} has {name!r}, expected names of {', '.join(valid)}"
-            )
-    return names
-
-
-def _counts(option: str, text: str) -> list[int]:
-    try:
-        return [options.count(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ParameterError(
-            f"bench copy: {option} is {text!r}, expected numbers such as 1,2,4"
-        ) from error
 
 
 # --- Work -----------------------------------------------------------------------------------------
 
 
-def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
+def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: `num_copies` copies of `copy_size` bytes, multiples of 4. Blocks lie
     scattered on both sides; with `num_blocks`, each is that many copies side by side."""
     direction, backend, size = case["direction"], case["backend"], case["copy_size"]
     total = size * case["num_copies"]
-    num_blocks = case.get("num_blocks", case["num_copies"])
+    num_blocks = case["num_blocks" if "num_blocks" in case else "num_copies"]
     block = total // num_blocks
     # Twice the room, so that blocks are far from filling it, where that is not too much.
     slots = num_blocks * (2 if 2 * total <= GIB else 1)
@@ -219,18 +190,16 @@ def _scatter(rng: np.random.Generator, slots: int, count: int) -> tuple[Any, Any
             return at, to
 
 
-def _runner(case: dict[str, Any], xp: Any, src: Any, dst: Any) -> Callable[[], object]:
-    backend, size, max_ctas = case["backend"], case["copy_size"], case.get("max_ctas")
-    device = "cpu" if xp is np else "cuda"
+def _runner(case: Case, xp: Any, src: Any, dst: Any) -> Callable[[], object]:
+    backend, size = case["backend"], case["copy_size"]
     if backend in MODES:
-        mode, direction = MODES[backend], case["direction"]
-        return lambda: transfer.memcpy_batch(src, dst, size, mode=mode, direction=direction)
-    if backend == "vectorized":
-        return lambda: block_copy.vectorized_copy(src, dst, size, max_ctas=max_ctas, device=device)
-    if backend == "prepared" or xp is np:
-        copy = block_copy.vectorized_copy
-        return cuda.prepare(copy, src, dst, size, max_ctas=max_ctas, device=device)
-    return memory.copier(xp, int(dst[0]), int(src[0]), size)
+        how = dict(mode=MODES[backend], direction=case["direction"])
+        return partial(transfer.memcpy_batch, src, dst, size, **how)
+    if backend == "contiguous" and xp is not np:
+        return memory.copier(xp, int(dst[0]), int(src[0]), size)
+    where: Any = dict(max_ctas=case.get("max_ctas"), device="cpu" if xp is np else "cuda")
+    copy = partial(block_copy.vectorized_copy, src, dst, size, **where)
+    return copy if backend == "vectorized" else cuda.prepare(copy)
 
 
 def _holds(xp: Any, src: Any, dst: Any, at: Any, to: Any, slots: int) -> bool:
@@ -263,10 +232,10 @@ def row(one: report.Record) -> dict[str, Any]:
         "total_bytes": total,
         "inner_bytes": case["tokens_per_block"] * TOKEN_BYTES,
         **{name: case[name] for name in ("copy_size", "num_copies")},
-        "median_ms": "" if median is None else f"{median / 1e3:.4f}",
-        "bandwidth_gbps": "" if median is None else f"{total / median / 1e3:.2f}",
-        "host_ms": "" if host is None else f"{host / 1e3:.4f}",
-        "share": "" if one["share"] is None else f"{one['share']:.4f}",
+        "median_ms": report.cell(median and median / 1e3, 4),
+        "bandwidth_gbps": report.cell(median and total / median / 1e3, 2),
+        "host_ms": report.cell(host and host / 1e3, 4),
+        "share": report.cell(one["share"], 4),
         "ok": one["ok"],
     }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from pykv.bench import Work, memory, options
 from pykv.bench.options import DTYPES, Case, has_dynamic_scales
 from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
-from pykv.testing import caches, host
+from pykv.testing import caches, wrong_values
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)
 TINY = dict(pages=6, P=4, H=2, D=16)
+OPS = dict(gather="gather", rows="gather_rows", scatter="scatter")
 CHECKED = 64  # pages that a check looks at
 
 
@@ -49,37 +51,26 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if not memory.fits(xp, 4 * moved):
         return None
     cache = caches.cache(xp, rng, spec, 1, 2 * n, P, H, D)
-    layer = caches.layer(cache)
-    ids = rng.permutation(2 * n)[:n].astype(np.int32)
-    pages = xp.asarray(ids)
-    some = rng.permutation(n)[:CHECKED]
+    ids, some = rng.permutation(2 * n)[:n].astype(np.int32), rng.permutation(n)[:CHECKED]
+    pages, where = xp.asarray(ids), xp.asarray(some)
+    op: Callable[..., object] = getattr(paged_convert, OPS[case["op"]])
     if case["op"] == "scatter":
-        k, v = caches.values(xp, rng, (n, P, H, D), dtype)
+        dense, names = caches.values(xp, rng, (n, P, H, D), dtype), ("k", "v")
         cache = caches.empty(xp, cache)
-        layer = caches.layer(cache)
-        return Work(
-            run=lambda: paged_convert.scatter(k, v, **layer, pages=pages, spec=spec),
-            check=lambda: all(
-                caches.holds(cache, which, ids[some], x[xp.asarray(some)])
-                for which, x in enumerate((k, v))
-            ),
-            bytes=moved,
-            ceiling="copy",
-        )
-    outs = [xp.full((n, P, H, D), np.nan, dtype) for _ in "kv"]
+    else:
+        dense, names = [xp.full((n, P, H, D), np.nan, dtype) for _ in "kv"], ("k_out", "v_out")
+    given = dict(zip(names, dense, strict=True), pages=pages)
+    if case["op"] == "rows":
+        indptr = np.append(np.arange(0, n, 64), n).astype(np.int32)
+        given = {name: x.reshape(n * P, H, D) for name, x in zip(names, dense, strict=True)}
+        given |= dict(indices=pages, indptr=xp.asarray(indptr), starts=xp.asarray(indptr * P))
 
     def check() -> bool:
-        want = (caches.means(cache, which, ids[some]).astype(dtype) for which in (0, 1))
-        got = (host(x[xp.asarray(some)]) for x in outs)
-        return all(x.tobytes() == y.tobytes() for x, y in zip(got, want, strict=True))
+        """Some pages, by the definition."""
+        if case["op"] == "scatter":
+            return all(caches.holds(cache, i, ids[some], x[where]) for i, x in enumerate(dense))
+        want = (caches.means(cache, i, ids[some]).astype(dtype) for i in range(2))
+        return not any(map(wrong_values, (x[where] for x in dense), want))
 
-    if case["op"] == "gather":
-        options = dict(**layer, spec=spec, k_out=outs[0], v_out=outs[1])
-        return Work(
-            lambda: paged_convert.gather(pages=pages, **options), check, moved, ceiling="copy"
-        )
-    indptr = np.append(np.arange(0, n, 64), n).astype(np.int32)
-    flat = [x.reshape(n * P, H, D) for x in outs]
-    tables = dict(indices=pages, indptr=xp.asarray(indptr), starts=xp.asarray(indptr * P))
-    options = dict(**layer, **tables, spec=spec, k_out=flat[0], v_out=flat[1])
-    return Work(lambda: paged_convert.gather_rows(**options), check, moved, ceiling="copy")
+    run = partial(op, **given, **caches.layer(cache), spec=spec)
+    return Work(run, check, moved, ceiling="copy")

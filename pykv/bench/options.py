@@ -9,7 +9,7 @@ cases those with these values.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -44,7 +44,7 @@ class Option:
     help: str
 
 
-def count(text: str) -> int:
+def _count(text: str) -> int:
     """The number that a text is.
 
     Raises:
@@ -59,39 +59,47 @@ def count(text: str) -> int:
     return number
 
 
-def _count(field: str) -> Callable[[str], Case]:
-    def read(text: str) -> Case:
-        return {field: count(text)}
+def number(flag: str, field: str, help: str) -> Option:
+    """An option of counts."""
+    return Option(flag, lambda text: {field: _count(text)}, _NUMBER, help)
 
-    return read
+
+def word(
+    flag: str, is_valid: Callable[[str], object], expected: str, help: str, **aliases: str
+) -> Option:
+    """An option of words, with other words for some; its field is called as it is."""
+
+    def read(text: str) -> Case:
+        name = aliases.get(text, text)
+        if not is_valid(name):
+            raise ValueError
+        return {flag: name}
+
+    return Option(flag, read, expected, help)
+
+
+def one_of(flag: str, names: Collection[str], help: str, **aliases: str) -> Option:
+    """An option of a few words."""
+    return word(flag, names.__contains__, f"one of {', '.join(names)}", help, **aliases)
 
 
 def _heads(text: str) -> Case:
     queries, _, kv = text.partition("/")
-    counts = _count("HQ")(queries) | _count("H")(kv)
+    counts = dict(HQ=_count(queries), H=_count(kv))
     if counts["HQ"] % counts["H"]:
         raise ValueError
     return counts
 
 
 def _any_heads(text: str) -> Case:
-    return _heads(text) if "/" in text else _count("H")(text)
+    return _heads(text) if "/" in text else dict(H=_count(text))
 
 
 def _dim(text: str) -> Case:
-    case = _count("D")(text)
-    if case["D"] % 8 or case["D"] > MAX_HEAD_DIM:
+    D = _count(text)
+    if D % 8 or D > MAX_HEAD_DIM:
         raise ValueError
-    return case
-
-
-def _word(field: str, is_valid: Callable[[str], object]) -> Callable[[str], Case]:
-    def read(text: str) -> Case:
-        if not is_valid(text):
-            raise ValueError
-        return {field: text}
-
-    return read
+    return dict(D=D)
 
 
 def has_dynamic_scales(kv: str) -> bool:
@@ -101,20 +109,19 @@ def has_dynamic_scales(kv: str) -> bool:
 
 
 _NUMBER = f"a whole number above 0, up to {MAX_COUNT}"
-_DTYPES = f"one of {', '.join(DTYPES)}"
-_KINDS = "kinds of the cache, as in int8,bf16:HND"
 _ROWS = "a kind that finds a scale for each row"
+_KINDS = "kinds of the cache, as in int8,bf16:HND"
 _HEADS = "query heads / KV heads, the former a multiple of the latter, such as 40/8"
 
 # By the names that benchmarks list; some are one flag with other values. The error of KVSpec.parse
 # lists the kinds.
 OPTIONS = {
-    "batch": Option("batch", _count("B"), _NUMBER, "sequences"),
-    "keys": Option("keys", _count("L"), _NUMBER, "keys of each sequence"),
-    "queries": Option("queries", _count("Q"), _NUMBER, "last tokens of a prompt that are queries"),
-    "tokens": Option("tokens", _count("tokens"), _NUMBER, "new rows"),
-    "pages": Option("pages", _count("pages"), _NUMBER, "pages that one call moves"),
-    "layers": Option("layers", _count("L"), _NUMBER, "layers of the cache"),
+    "batch": number("batch", "B", "sequences"),
+    "keys": number("keys", "L", "keys of each sequence"),
+    "queries": number("queries", "Q", "last tokens of a prompt that are queries"),
+    "tokens": number("tokens", "tokens", "new rows"),
+    "pages": number("pages", "pages", "pages that one call moves"),
+    "layers": number("layers", "L", "layers of the cache"),
     "heads": Option("heads", _heads, _HEADS, "query heads / KV heads, as in 40/8"),
     "any_heads": Option(
         "heads",
@@ -122,15 +129,13 @@ OPTIONS = {
         f"KV heads, or {_HEADS}",
         "KV heads; with query heads, as in 40/8, the fused append of a layer",
     ),
-    "kv_heads": Option("heads", _count("H"), _NUMBER, "KV heads"),
+    "kv_heads": number("heads", "H", "KV heads"),
     "dim": Option("dim", _dim, f"a multiple of 8 up to {MAX_HEAD_DIM}", "elements of a head"),
-    "page": Option("page", _count("P"), _NUMBER, "tokens of a page"),
-    "kv": Option("kv", _word("kv", KVSpec.parse), "a kind", _KINDS),
-    "row_kv": Option("kv", _word("kv", has_dynamic_scales), _ROWS, _KINDS),
-    "to": Option(
-        "to", _word("to", has_dynamic_scales), _ROWS, "kinds of the cache that is written"
-    ),
-    "dtype": Option("dtype", _word("dtype", DTYPES.__contains__), _DTYPES, "element of the rows"),
+    "page": number("page", "P", "tokens of a page"),
+    "kv": word("kv", KVSpec.parse, "a kind", _KINDS),
+    "row_kv": word("kv", has_dynamic_scales, _ROWS, _KINDS),
+    "to": word("to", has_dynamic_scales, _ROWS, "kinds of the cache that is written"),
+    "dtype": one_of("dtype", DTYPES, "element of the rows"),
 }
 
 
@@ -164,25 +169,38 @@ def select(bench: str, module: Any, args: argparse.Namespace) -> list[Case]:
         cases = module.select(args)
     else:
         cases = module.QUICK if args.quick else module.CASES
-    read = [
-        _read(f"bench {bench}: --{option.flag}", option, text)
+    lists = [
+        read(bench, option, text)
         for option in (OPTIONS[name] for name in getattr(module, "OPTIONS", ()))
         if (text := getattr(args, option.flag)) is not None
     ]
-    if read:
+    if lists:
         own = getattr(module, "own_cases", own_cases)
-        made = [
-            case
-            for changes in product(*read)
-            for case in own(cases, {name: x for change in changes for name, x in change.items()})
-        ]
-        cases = [case for i, case in enumerate(made) if case not in made[:i]]
+        cases = distinct(case for change in combinations(*lists) for case in own(cases, change))
     return _keep(bench, cases, args.case)
 
 
-def _read(name: str, option: Option, text: str) -> list[Case]:
-    """What each value of a list stands for."""
-    found = []
+def combinations(*lists: Sequence[Case]) -> list[Case]:
+    """Every case that one part of each list makes; the last list changes first."""
+    return [{name: x for part in parts for name, x in part.items()} for parts in product(*lists)]
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """The cases without repetitions."""
+    found: list[Case] = []
+    for case in cases:
+        if case not in found:
+            found.append(case)
+    return found
+
+
+def read(bench: str, option: Option, text: str) -> list[Case]:
+    """What each value of an option's list stands for.
+
+    Raises:
+        ParameterError: a value has no meaning.
+    """
+    name, found = f"bench {bench}: --{option.flag}", []
     for part in text.split(","):
         try:
             found.append(option.read(part))

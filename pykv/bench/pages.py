@@ -40,11 +40,10 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     order = rng.permutation(2 * n)
     ids, others = order[:n], order[n:]
     if op == "zero":
+        at = xp.asarray(ids)
         return Work(
             run=cuda.prepare(pages.zero_pages, cache, ids),
-            check=lambda: all(
-                not x[:, xp.asarray(ids)].any() for x in moving_arrays(cache).values()
-            ),
+            check=lambda: not any(x[:, at].any() for x in moving_arrays(cache).values()),
             bytes=size,  # written
             ceiling="write",
         )

@@ -87,9 +87,7 @@ class _Side:
 
     def elements(self, xp: Any) -> Any:
         """[N, H, L, O, P, D], by the layouts' definitions."""
-        axes = AXES[self.name]
-        if axes.endswith("I"):
-            axes = axes[:-1] + AXES[self.name.removeprefix("operational_")][3:]
+        axes = AXES[self.name].replace("I", AXES[self.name.removeprefix("operational_")][3:])
         sizes = self._sizes()
         ordered = memory.on_device(xp, self.memory)[xp.asarray(self.order)]
         ordered = ordered.reshape([sizes[letter] for letter in axes])

@@ -23,7 +23,7 @@ from pykv.bench.options import DTYPES, Case
 from pykv.bench.report import Record
 from pykv.kinds import KVSpec
 from pykv.ops import linear, prefill
-from pykv.testing import caches, host, is_close
+from pykv.testing import caches, host, is_by_definition, is_close
 
 MATMUL = 8192  # rows of the matrices of the ceiling
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16", Q=0)
@@ -84,19 +84,18 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     def check() -> bool:
         """Some queries of a sequence, the first and the last among them, by the definition."""
         b = int(rng.integers(B))
-        few, ids = min(CHECKED, int(counts[b])), table[b, : -(-lengths[b] // P)]
-        where = {name: caches.pages_of(x, ids) for name, x in layer.items()}
-        where |= dict(page_table=np.arange(len(ids))[None], q_starts=np.array([0, few]))
-        for first in (0, int(counts[b]) - few):
-            rows = slice(int(starts[b]) + first, int(starts[b]) + first + few)
-            query, seen = host(q[rows]), lengths[[b]] - counts[b] + first + few
-            low, exact = (
-                prefill.reference(x, lengths=seen, **where, **options)[0]
-                for x in (query, query.astype(np.float64))
+        few = min(CHECKED, int(counts[b]))
+        where = caches.of_sequence(layer, table[b, : -(-lengths[b] // P)])
+        where |= dict(q_starts=np.array([0, few]), **options)
+
+        def is_right(first: int) -> bool:
+            rows = slice(starts[b] + first, starts[b] + first + few)
+            where["lengths"] = lengths[[b]] - counts[b] + first + few
+            return is_by_definition(
+                out[rows], lambda x: prefill.reference(x, **where)[0], host(q[rows])
             )
-            if not is_close(out[rows], low, exact):
-                return False
-        return True
+
+        return is_right(0) and is_right(int(counts[b]) - few)
 
     seen = counts * (2 * (lengths - counts) + counts + 1) // 2  # keys, over all queries
     tables = dict(page_table=table, lengths=lengths, q_starts=starts)
@@ -138,8 +137,7 @@ def tflops(record: Record) -> float | None:
 
 
 def row(record: Record) -> dict[str, Any]:
-    rate = tflops(record)
-    return {**report.row(record), "tflops": "" if rate is None else f"{rate:.2f}"}
+    return {**report.row(record), "tflops": report.cell(tflops(record), 2)}
 
 
 def conclude(records: list[Record]) -> str:

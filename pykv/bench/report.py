@@ -85,10 +85,10 @@ def record(
     if times is not None:
         made["samples"] = [round(us, 3) for us in times.device_us]
         made["host_samples"] = [round(us, 3) for us in times.host_us]
-        made |= vars(summarize(times.device_us)) | {name: getattr(times, name) for name in how}
+        made |= summarize(times.device_us) | {name: getattr(times, name) for name in how}
         for name, samples in (("host", times.host_us), ("prepared", times.prepared_us)):
             if samples:
-                made[f"{name}_median"] = summarize(list(samples)).median
+                made[f"{name}_median"] = summarize(samples)["median"]
         made["gbps"] = work.bytes / made["median"] / 1e3
     return made | facts
 
@@ -217,21 +217,25 @@ def reading(*paths: object) -> Iterator[None]:
         raise FormatError(f"{names}: a record lacks what is read of it: {what}") from error
 
 
+def cell(x: float | None, digits: int) -> str:
+    """A number in CSV; empty where nothing was measured."""
+    return "" if x is None else f"{x:.{digits}f}"
+
+
 def row(one: Record) -> dict[str, Any]:
     """The columns of CSV: the case's fields, then what was measured."""
-    numbers = {
-        **{f"{name}_us": (one[name], 3) for name in ("median", "p5", "p95")},
-        "host_us": (one["host_median"], 3),
-        "prepared_us": (one.get("prepared_median"), 3),
-        **{name: (one[name], digits) for name, digits in (("bytes", 0), ("gbps", 2), ("share", 4))},
-    }
     return {
         "bench": one["bench"],
         **one["case"],
         "ok": one["ok"],
-        **{name: "" if x is None else f"{x:.{digits}f}" for name, (x, digits) in numbers.items()},
+        **{f"{name}_us": cell(one[name], 3) for name in ("median", "p5", "p95")},
+        "host_us": cell(one["host_median"], 3),
+        "prepared_us": cell(one.get("prepared_median"), 3),
+        **{
+            name: cell(one[name], digits) for name, digits in dict(bytes=0, gbps=2, share=4).items()
+        },
         "ceiling": one["ceiling"] or "",
-        "ceiling_gbps": "" if one["ceiling_gbps"] is None else f"{one['ceiling_gbps']:.2f}",
+        "ceiling_gbps": cell(one["ceiling_gbps"], 2),
         "flops": one["flops"],
         **{name: one.get(name) or "" for name in ("device", "driver", "pykv", "commit", "date")},
     }

@@ -73,19 +73,10 @@ class Times:
     prepared_us: Sequence[float] = ()
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is reported of samples: median, 5th and 95th percentile, linear between samples."""
-
-    median: float
-    p5: float
-    p95: float
-
-
-def summarize(samples: list[float]) -> Summary:
-    """The percentiles of at least one sample."""
-    p5, median, p95 = np.percentile(samples, [5, 50, 95])
-    return Summary(float(median), float(p5), float(p95))
+def summarize(samples: Sequence[float]) -> dict[str, float]:
+    """Median, 5th and 95th percentile of at least one sample, linear between samples."""
+    values = np.percentile(samples, [50, 5, 95]).tolist()
+    return dict(zip(("median", "p5", "p95"), values, strict=True))
 
 
 class Timer:

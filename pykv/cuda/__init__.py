@@ -23,6 +23,7 @@ from pykv.cuda.calls import (
     refuse_capture,
     refuse_prepare,
     run_on_host,
+    skip,
 )
 from pykv.cuda.compiler import (
     KERNELS,

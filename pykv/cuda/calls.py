@@ -16,24 +16,26 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pykv.arrays import load_cupy
 from pykv.cuda.devices import current_device, on_stream, stream_handle, synchronize
-from pykv.errors import DeviceError, DtypeError, ParameterError, UnsupportedError
+from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
 
 Step = Callable[[], Any]
 
 
+@dataclass
 class _Recording:
     """The steps of an op that is being prepared."""
 
-    def __init__(self, *held: Any) -> None:
-        self.steps: list[Step] = []
-        self.held = list(held)  # objects that must live as long as the steps
-        self.device: int | None = None  # GPU that the steps need
-        self.has_work = False  # and not only looks
+    held: list[Any]  # objects that must live as long as the steps
+    steps: list[Step] = field(default_factory=list)
+    device: int | None = None  # GPU that the steps need
+    has_work: bool = False  # and not only looks
+    is_idle: bool = False  # there is no work to do, see `skip`
 
 
 class _State(threading.local):
@@ -139,6 +141,13 @@ def hold(*objects: Any) -> None:
         _state.captured += objects
 
 
+def skip() -> None:
+    """Say that an op has nothing to do though no argument is empty, as copies of 0 bytes: `prepare`
+    then makes a call of no steps."""
+    if _state.recording is not None:
+        _state.recording.is_idle = True
+
+
 def refuse_capture(op: str, why: str) -> None:
     """Raise while a CUDA graph is captured, for work that a replay could not repeat.
 
@@ -168,16 +177,34 @@ def is_preparing() -> bool:
     return _state.recording is not None
 
 
+# Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: cannot be
+# initialised, stub library, driver too old, no device, system not ready, drivers that do not fit
+# each other or the device.
+_NO_GPU = (3, 34, 35, 100, 802, 803, 804)
+_INVALIDATED = 901  # cudaErrorStreamCaptureInvalidated
+
+
 def is_capturing() -> bool:
-    """Whether CuPy's current stream is being captured into a CUDA graph."""
+    """Whether CuPy's current stream is being captured into a CUDA graph: also after an error that
+    has invalidated the capture, until it is ended.
+
+    Raises:
+        CudaError: an earlier operation of the GPU failed.
+    """
     cupy = sys.modules.get("cupy")
     if cupy is None:
         return False
     try:
         handle = cupy.cuda.get_current_stream().ptr
         return bool(cupy.cuda.runtime.streamIsCapturing(handle)) if handle else False
-    except cupy.cuda.runtime.CUDARuntimeError:  # no usable driver: CuPy is only imported
-        return False
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status in _NO_GPU:
+            return False
+        if error.status == _INVALIDATED:
+            return True
+        raise CudaError(f"cuda.is_capturing: {error}") from error
+    except RuntimeError:  # what CuPy makes of the state "invalidated"
+        return True
 
 
 def _refuse_stream() -> NoReturn:
@@ -279,25 +306,27 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         raise UnsupportedError(f"prepare: {name} keeps books on the host, expected an op of arrays")
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
-    recording = _Recording(op, args, options)
+    recording = _Recording([op, args, options])
     outer, _state.recording = _state.recording, recording
     try:
         result = op(*args, **options)
     finally:
         _state.recording = outer
-    # An op of pykv that had nothing to do returns nothing, or empty arrays.
-    had_none = module.startswith("pykv.") and (result is None or _is_empty(result))
-    if not recording.steps and not had_none:
+    # Without a step, an op of pykv had nothing to do, or is a function that works at once.
+    had_none = module.startswith("pykv.") and _has_empty((*args, *options.values(), result))
+    if not (recording.steps or recording.is_idle or had_none):
         raise UnsupportedError(f"prepare: {name} recorded no work, expected an op of pykv")
     if recording.device is not None:
         synchronize()
     return Prepared(recording, result)
 
 
-def _is_empty(result: Any) -> bool:
-    """Whether a result is an array without elements, or several of which the first is."""
-    first = result[0] if isinstance(result, tuple) and result else result
-    return getattr(first, "size", None) == 0
+def _has_empty(values: Iterable[Any]) -> bool:
+    """Whether an array or a list is without elements, of these or within lists of these."""
+    return any(
+        not x or _has_empty(x) if isinstance(x, list | tuple) else getattr(x, "size", None) == 0
+        for x in values
+    )
 
 
 # --- Graphs ---------------------------------------------------------------------------------------

@@ -211,7 +211,6 @@ def _nvrtc() -> Any:
 # --- Cache of cubins ------------------------------------------------------------------------------
 
 _memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
-_warned: set[str] = set()
 
 
 @cache
@@ -245,9 +244,9 @@ def _store(key: bytes, cubin: bytes) -> None:
     try:
         _store_at(cubin_dir())[key] = cubin + hashlib.sha256(cubin).digest()
     except OSError as error:
+        is_first = not _memory
         _memory[key] = cubin
-        if "folder" not in _warned:
-            _warned.add("folder")
+        if is_first:
             warnings.warn(
                 f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
                 "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",

@@ -25,7 +25,7 @@ from pykv import cuda
 from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.ranges import addresses_of, bytes_at, check_overlaps, check_reachable, merge
+from pykv.ranges import addresses_of, bytes_at, check_memory, merge
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
 # deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small
@@ -145,11 +145,9 @@ def _copy(
     if max_ctas is not None:
         max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
     if check_flag(op, "validate", validate) and len(src):
-        if on_gpu(src):
-            with cuda.on_stream(stream):
-                cuda.look(lambda: _validate(op, src.get(), dst.get(), sizes, device))
-        else:
-            _validate(op, src, dst, sizes, device)
+        given = ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes)
+        reached = sizes if device == "cuda" else 0
+        check_memory(op, *given, reached, stream)
     if not on_gpu(src):
         if cuda.is_preparing() and len(src) > 1:
             # In the order of destinations: 1 to 2 percent faster on an H200, and more pairs merge;
@@ -189,7 +187,7 @@ def copy_on_gpu(
     """
     C = len(src)
     if C == 0:
-        return
+        return cuda.skip()
     tile = (MANY if max_ctas is None else FEW)["TILE"]
     runs = _runs(sizes, C)
     if not runs and not on_gpu(src):
@@ -210,7 +208,7 @@ def copy_on_gpu(
         np.cumsum(tiles, out=first_tile[1:])
         tables |= dict(sizes=sizes, first_tile=first_tile)
     with cuda.on_stream(stream):
-        tables = _upload(tables)
+        tables = upload("block_copy", tables)
     launch = _launch(cuda.current_device(), tuple(runs), num_tiles, C, max_ctas)
     launch(tables, stream)
 
@@ -261,8 +259,9 @@ def _check_pairs(
         )
     if num_pairs is not None:
         num_pairs = check_whole(op, "num_pairs", num_pairs, -(2**63))  # below 0 is told later
-    found = _checker(op)(src_ptrs, dst_ptrs)
-    lengths = {n: found[c] for n, c in (("src_ptrs", "C"), ("dst_ptrs", "D")) if c in found}
+    _checker(op)(src_ptrs, dst_ptrs)
+    tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
+    lengths = {name: len(table) for name, table in tables.items() if table is not None}
     if by_pair:
         lengths["size"] = checker(op, size=("C", np.dtype(np.int64)))(size)["C"]
     first, shared = next(iter(lengths.items()), ("", 1))  # 1 leads to the error of a null table
@@ -277,32 +276,23 @@ def _check_pairs(
     if count == 0 or not (size.any() if by_pair else size):
         return np.empty(0, np.uint64), np.empty(0, np.uint64), 0
 
-    for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
+    for name, table in tables.items():
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
     if count < 0:
         raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
-    smallest = size.min() if by_pair else size
-    if not 0 <= smallest < 2**63:
+    if not by_pair and size >= 2**63:
+        raise ParameterError(f"{op}: size is {size}, expected less than 2^63")
+    if np.min(size) < 0:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"
-        raise ParameterError(f"{op}: {at} is {smallest}, expected at least 0")
-    src, dst = (table[:count].view(np.uint64) for table in (src_ptrs, dst_ptrs))
-    if not on_gpu(src):
-        for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
-            if not table.all():
-                is_null = (table == 0) & (np.asarray(size) > 0)
-                if is_null.any():
-                    raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
-    return src, dst, size if by_pair else int(size)
-
-
-def _validate(op: str, src: Any, dst: Any, sizes: Any, device: str) -> None:
-    """What `validate` asks for, of NumPy tables."""
-    ranges = ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes)
-    check_overlaps(op, *ranges)
-    if device == "cuda":
-        for one in ranges:
-            check_reachable(op, *one)
+        raise ParameterError(f"{op}: {at} is {np.min(size)}, expected at least 0")
+    tables = {name: table[:count].view(np.uint64) for name, table in tables.items()}
+    for name, table in tables.items():
+        if not on_gpu(table) and not table.all():
+            is_null = (table == 0) & (np.asarray(size) > 0)
+            if is_null.any():
+                raise ParameterError(f"{op}: {name}[{np.argmax(is_null)}] is null")
+    return *tables.values(), size if by_pair else int(size)
 
 
 def _runs(sizes: Any, num_pairs: int) -> list[tuple[int, int, int]]:
@@ -345,7 +335,7 @@ def _deal(
     return num_tiles, scalars | dict(shared_tiles=shared_tiles, num_tiles=num_tiles)
 
 
-def _upload(tables: dict[str, Any]) -> dict[str, Any]:
+def upload(op: str, tables: dict[str, Any]) -> dict[str, Any]:
     """The tables with those of the host on the GPU, by one transfer. Wider elements come first.
 
     Raises:
@@ -355,7 +345,7 @@ def _upload(tables: dict[str, Any]) -> dict[str, Any]:
     on_host = {name: table for name, table in tables.items() if not on_gpu(table)}
     if not on_host:
         return tables
-    cuda.refuse_capture("block_copy", cuda.UPLOADS)
+    cuda.refuse_capture(op, cuda.UPLOADS)
     cupy = cuda.array_module("cuda")
     joined = np.frombuffer(b"".join(on_host.values()), np.uint8)
     packed = cupy.empty(joined.size, np.uint8)

@@ -27,12 +27,12 @@ from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
 from pykv import block_memory, cuda
-from pykv.arrays import on_gpu
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
+from pykv.ops.block_copy import upload
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.ranges import check_overlaps, check_reachable, check_writeable
+from pykv.ranges import check_memory, check_writeable
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 
@@ -94,19 +94,11 @@ def permute(
     [[0, 4, 8], [12, 16, 20]]
     """
     op = "permute.permute"
-    _move(
-        op,
-        Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES)),
-        Given("src", src, _layout(op, "src_layout", src_layout, NAMES)),
-        shape,
-        heads=heads,
-        layers=layers,
-        num_blocks=num_blocks,
-        max_ctas=max_ctas,
-        device=device,
-        validate=validate,
-        stream=stream,
-    )
+    to = Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES))
+    from_ = Given("src", src, _layout(op, "src_layout", src_layout, NAMES))
+    options = _Options(heads=heads, layers=layers, num_blocks=num_blocks, max_ctas=max_ctas)
+    options |= _Options(device=device, validate=validate, stream=stream)
+    _move(op, to, from_, shape, **options)
 
 
 def reference(dst: Any, src: Any) -> None:
@@ -146,34 +138,33 @@ def _move(
     else:
         shape, to, from_ = block_memory.sides_by_address(op, dst, src, shape, num_blocks)
     if to.N == 0:
-        return
+        return cuda.skip()
     layouts = dst.layout, src.layout
     heads = _moved(op, "heads", heads, to, from_, layouts)
     layers = _moved(op, "layers", layers, to, from_, layouts)
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
-        return
-    on_host = bool(to.chunks) or device == "cpu"
-    if on_host and not to.chunks:
-        if validate:
-            _validate(op, to, from_, moved, device)
+        return cuda.skip()
+    by_address = not to.chunks
+    if validate and by_address:
+        of_src, of_dst = (
+            (side.name, side.table, block_memory.entry_bytes(side, moved)) for side in (from_, to)
+        )
+        check_memory(op, of_src, of_dst, int(device == "cuda"), stream)
+    if by_address and device == "cpu":
         to, from_ = (block_memory.of_host(op, side, shape) for side in (to, from_))
-    if on_host:
+    if to.chunks:
         _move_on_host(op, to, from_, moved, heads[0], layers[0], stream)
         return
     cuda.hold(*to.arrays, *from_.arrays)
     with cuda.on_stream(stream):
-        if validate:
-            _validate(op, to, from_, moved, device)
-        tables = [_upload(side) for side in (to, from_)]
+        tables = upload("permute", dict(dst_ptrs=to.table, src_ptrs=from_.table))
     places = to.without_memory(), from_.without_memory()
     launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
-    # Of a stack's table, the first entries may be those of layers that stay.
-    dst_ptrs, src_ptrs = (
-        table[(layers[0] - side.layers[0]) * moved.O :] if side.chunk_stride == 0 else table
-        for side, table in zip((to, from_), tables, strict=True)
-    )
-    launch(dict(dst_ptrs=dst_ptrs, src_ptrs=src_ptrs), stream)
+    for name, side in (("dst_ptrs", to), ("src_ptrs", from_)):
+        if side.chunk_stride == 0:  # the first entries of a stack may be those of layers that stay
+            tables[name] = tables[name][(layers[0] - side.layers[0]) * moved.O :]
+    launch(tables, stream)
 
 
 def _move_on_host(
@@ -189,28 +180,6 @@ def _move_on_host(
             reference(dst, src)
 
     cuda.run_on_host(move, stream=stream)
-
-
-def _validate(op: str, to: Side, from_: Side, moved: BlockShape, device: str) -> None:
-    """What `validate` asks for; of CuPy tables at each prepared call."""
-
-    def check() -> None:
-        ranges = [
-            (
-                side.name,
-                side.table.get() if on_gpu(side.table) else side.table,
-                block_memory.entry_bytes(side, moved),
-            )
-            for side in (from_, to)
-        ]
-        check_overlaps(op, *ranges)
-        for name, table, _ in ranges if device == "cuda" else ():
-            check_reachable(op, name, table, 1)
-
-    if on_gpu(to.table) or on_gpu(from_.table):
-        cuda.look(check)
-    else:
-        check()
 
 
 def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) -> Layout:
@@ -242,14 +211,6 @@ def _moved(
 
 
 # --- Launch ---------------------------------------------------------------------------------------
-
-
-def _upload(side: Side) -> Any:
-    """A side's table on the GPU."""
-    if on_gpu(side.table):
-        return side.table
-    cuda.refuse_capture("permute", cuda.UPLOADS)
-    return cuda.array_module("cuda").asarray(side.table)
 
 
 @lru_cache(maxsize=256)

@@ -24,10 +24,19 @@ uses them.
 from pykv.testing.compare import (
     error_and_bound,
     host,
+    is_by_definition,
     is_close,
     judged,
     judged_states,
     wrong_values,
 )
 
-__all__ = ["error_and_bound", "host", "is_close", "judged", "judged_states", "wrong_values"]
+__all__ = [
+    "error_and_bound",
+    "host",
+    "is_by_definition",
+    "is_close",
+    "judged",
+    "judged_states",
+    "wrong_values",
+]

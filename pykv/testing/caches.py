@@ -64,6 +64,12 @@ def sequences(
     return layer(cache(xp, rng, spec, 1, N, P, H, D)), table
 
 
+def of_sequence(arrays: dict[str, Any], ids: Any) -> dict[str, Any]:
+    """A layer that holds nothing but the sequence on pages `ids`, on the host; with its table."""
+    alone = {name: pages_of(x, ids) for name, x in arrays.items()}
+    return {**alone, "page_table": np.arange(len(ids))[None]}
+
+
 def values(xp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> list[Any]:
     """Keys and values between -1 and 1, of any dtype of floats."""
     halves = _bits(xp, rng, int(np.prod(shape))).view(np.int16).reshape(2, *shape)

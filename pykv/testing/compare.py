@@ -64,6 +64,11 @@ def is_close(got: Any, low: Any, oracle: Any) -> bool:
     return error <= bound  # false for NaN
 
 
+def is_by_definition(got: Any, definition: Callable[[Any], Any], x: Any) -> bool:
+    """`is_close`, with what a definition makes of `x` in the precision of `x`, and in float64."""
+    return is_close(got, definition(x), definition(x.astype(np.float64)))
+
+
 def wrong_values(got: Any, want: Any) -> float:
     """How many values differ in their bits; all where shape or dtype differ."""
     got, want = host(got), host(want)

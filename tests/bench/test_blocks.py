@@ -54,7 +54,9 @@ def test_a_manager_at_fault_is_noticed(rng, monkeypatch, what):
 
 
 def test_rates_are_of_host_time():
+    unknown = dict.fromkeys(("p5", "p95", "gbps", "share", "ceiling", "ceiling_gbps"))
     record = dict(bench="blocks", case=dict(what="append", operations=300), ok=True, median=100.0)
+    record |= dict(unknown, bytes=0, flops=0)
     assert blocks.rate({**record, "host_median": None}) == 3e6
     assert blocks.rate({**record, "host_median": 150.0}) == 2e6
     wrong = {**record, "ok": False, "median": None, "host_median": None}

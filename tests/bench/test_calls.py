@@ -65,7 +65,9 @@ def test_a_process_that_compiles_nothing_is_wrong(rng, monkeypatch):
 
 
 def test_seconds_are_reported():
+    unknown = dict.fromkeys(("p5", "p95", "gbps", "share", "ceiling", "ceiling_gbps"))
     record = dict(bench="compile", case=dict(what="import"), ok=True, median=250_000.0)
+    record |= dict(unknown, host_median=None, bytes=0, flops=0)
     wrong = {**record, "ok": False, "median": None}
     assert compile.conclude([record, wrong]) == "import 0.25 s"
     assert compile.row(record)["median_s"] == "0.250" and compile.row(wrong)["median_s"] == ""

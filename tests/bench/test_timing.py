@@ -211,7 +211,7 @@ def test_without_a_gpu_calls_take_wall_time():
 def test_percentiles_by_hand():
     """0 ... 20 shuffled: the 5th percentile is 1, the 95th 19; of 1 and 2 they lie in between."""
     samples = [float(5 * i % 21) for i in range(21)]
-    assert timing.summarize(samples) == timing.Summary(10.0, 1.0, 19.0)
+    assert timing.summarize(samples) == dict(median=10.0, p5=1.0, p95=19.0)
     two = timing.summarize([2.0, 1.0])
-    assert (two.median, two.p5, two.p95) == pytest.approx((1.5, 1.05, 1.95))
-    assert timing.summarize([3.0]) == timing.Summary(3.0, 3.0, 3.0)
+    assert two == pytest.approx(dict(median=1.5, p5=1.05, p95=1.95))
+    assert set(timing.summarize([3.0]).values()) == {3.0}

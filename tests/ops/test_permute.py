@@ -621,7 +621,7 @@ def table_of(count):
         (ShapeError, "universal has 3 addresses, expected 2", {"num_blocks": 2}),
         (ShapeError, r"blocks has shape \(3, 4\)", {"blocks": table_of(12).reshape(3, 4)}),
         (DtypeError, "universal has dtype int32, expected", {"universal": np.ones(3, np.int32)}),
-        (DtypeError, "universal is a int, expected an array of addr", {"universal": 4096}),
+        (DtypeError, "universal is a int, expected a NumPy or CuPy array", {"universal": 4096}),
         (DtypeError, "shape is a int, expected a BlockShape", {"shape": 7}),
         (
             UnsupportedError,

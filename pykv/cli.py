@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install
@@ -22,17 +23,20 @@ def main(argv: list[str] | None = None) -> int:
     reader of our output left; 130: Ctrl-C.
     """
     warnings.showwarning = _show_warning
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before we started
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what a console cannot show
     args = _parser().parse_args(argv)
     try:
         code = int(args.run(args) or 0)
-        if sys.stdout:  # None where it was closed before we started
-            sys.stdout.flush()  # a reader that left is noticed here, not when Python exits
+        sys.stdout.flush()  # a reader that left is noticed here, not when Python exits
         return code
     except BrokenPipeError:
         # What is still buffered goes nowhere, or Python would complain about it when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -55,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: object) -> None:
-    print(f"pykv: {message}", file=sys.stderr)
+    with suppress(BrokenPipeError):  # nobody is there to be told
+        print(f"pykv: {message}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
@@ -72,16 +77,22 @@ def _parser() -> argparse.ArgumentParser:
         "prompts",
         nargs="+",
         metavar="PROMPT",
-        help="a text to continue; - reads it from standard input. Several are answered in turn, "
-        "and what they have in common is computed once",
+        help="a text to continue; - reads it from standard input, without its last newline. "
+        "Several are answered in turn, and what they have in common is computed once",
     )
+    how = run.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
+    how.add_argument(
+        "--special", action="store_true", help="read <|im_start|> and the like as control tokens"
+    )
+    run.add_argument("--json", action="store_true", help="print one JSON object for each answer")
     run.set_defaults(run=_run)
-    chat = commands.add_parser("chat", help="talk with a model; an empty line or Ctrl-D ends")
+    chat = commands.add_parser("chat", help="talk with a model; Ctrl-D or /bye ends")
     chat.add_argument("--system", help="what the model should know first")
     chat.set_defaults(run=_chat)
-    for command in (run, chat):
+    for command, max_tokens in ((run, 128), (chat, 2048)):
         _add_model(command)
-        _add_sampling(command)
+        _add_sampling(command, max_tokens)
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
     inspect.add_argument("file", help="a GGUF file or the name of a model")
@@ -144,8 +155,8 @@ def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=int, default=128, help="(%(default)s)")
+def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (%(default)s)")
@@ -154,68 +165,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the sampling parameters; the latter first, as they are quick to refuse."""
-    from pykv.llm import LLM, SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop")
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
-    llm = LLM(
-        args.model,
-        device=args.device,
-        kv_dtype=args.kv_dtype,
-        weights=args.weights,
-        context=args.ctx,
-        progress=sys.stderr.isatty(),
-    )
-    return llm, params
-
-
 def _run(args: argparse.Namespace) -> None:
-    llm, params = _open(args)
-    for prompt in args.prompts:
-        _print_pieces(llm.stream(sys.stdin.read() if prompt == "-" else prompt, params))
-        print(_summary(llm), file=sys.stderr, flush=True)
+    from pykv import talk
 
-
-def _summary(llm: Any) -> str:
-    """What the last call did, on one line."""
-    stats = llm.stats
-    computed = stats.prompt_tokens - stats.reused_tokens
-    decode = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else 0.0
-    per_token = llm.cache.bytes_per_token
-    return (
-        f"{llm.device}: prompt {stats.prompt_tokens} tokens, reused {stats.reused_tokens} tokens, "
-        f"{computed / stats.prompt_seconds:.1f} tokens/s; "
-        f"decode {stats.decode_tokens} tokens, {decode:.1f} tokens/s; "
-        f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all"
-    )
+    talk.run(args)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    llm, params = _open(args)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    while line := _ask("> "):
-        messages.append({"role": "user", "content": line})
-        answer = _print_pieces(llm.stream(llm.chat_ids(messages), params))
-        messages.append({"role": "assistant", "content": answer})
+    from pykv import talk
 
-
-def _ask(prompt: str) -> str:
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        print()
-        return ""
-
-
-def _print_pieces(pieces: Any) -> str:
-    text = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        text += piece
-    print()
-    return text
+    talk.chat(args)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@
       CudaError         (RuntimeError)         a driver call failed
       FormatError       (ValueError)           the bytes of a file are not what they claim
       FetchError        (RuntimeError)         a model could not be fetched
+      InstallError      (ModuleNotFoundError)  a package of one of pykv's extras is missing
 
 Each has a second, built-in parent, so `except ValueError` works for people who do not know pykv.
 Texts read `op: argument has X, expected Y`.
@@ -59,3 +60,7 @@ class FormatError(PykvError, ValueError):
 
 class FetchError(PykvError, RuntimeError):
     """A model could not be fetched; the text names the ways out."""
+
+
+class InstallError(PykvError, ModuleNotFoundError):
+    """A package that one of pykv's extras brings is not installed; the text says how to get it."""

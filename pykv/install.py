@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from pykv.errors import InstallError
+
 NAME = "pykv-cuda"
 
 
@@ -49,3 +51,23 @@ def _path(url: str) -> str:
     from urllib.request import url2pathname
 
     return url2pathname(urlsplit(url).path)
+
+
+def require(extra: str, *packages: str) -> list[str]:
+    """The folders of packages that an extra brings, without importing them.
+
+    Raises:
+        InstallError: one is not installed.
+    """
+    from importlib.util import find_spec
+
+    folders = []
+    for package in packages:
+        try:
+            spec = find_spec(package)
+        except ValueError:  # somebody has put None, or a stub, in its place
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise InstallError(f"{package} is not installed: {command(extra)}", name=package)
+        folders.append(spec.submodule_search_locations[0])
+    return folders

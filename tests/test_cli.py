@@ -58,8 +58,11 @@ def run(capsys, *argv):
     return code, *capsys.readouterr()
 
 
+BASE = ("run", "--model", "base.gguf", "--device", "cpu")
+
+
 def tiny_run(capsys, *argv):
-    return run(capsys, "run", "--model", "chat.gguf", "--device", "cpu", *argv)
+    return run(capsys, *BASE, *argv)
 
 
 def say(monkeypatch, *lines):
@@ -71,11 +74,21 @@ def answer(prompt, **params):
     return llm.generate(prompt, pykv.SamplingParams(**params))[0].text
 
 
+class FakeStream(list):
+    """Pieces that are all there."""
+
+    @property
+    def completion(self):
+        return pykv.Completion("".join(self), [7] * len(self), [5], "stop")
+
+
 class Fake:
     """Stands in for pykv.LLM: keeps what it was given and answers in set pieces."""
 
     pieces = ["one", " two"]
     device = "Fake GPU"
+    has_chat_template = False
+    context = 4096
 
     def __init__(self, model, **options):
         Fake.model, Fake.options, Fake.asked = model, options, []
@@ -89,9 +102,9 @@ class Fake:
         )
         self.cache = types.SimpleNamespace(bytes_per_token=40_000)
 
-    def stream(self, prompt, params):
+    def stream(self, prompt, params, special=False):
         Fake.asked.append((prompt, params))
-        yield from self.pieces
+        return FakeStream(self.pieces)
 
     def chat_ids(self, messages):
         return [dict(message) for message in messages]
@@ -114,7 +127,7 @@ def test_run_prints_the_text_and_one_summary_line(capsys):
     speed = r"\d+\.\d tokens/s"
     assert re.fullmatch(
         rf"CPU: prompt 5 tokens, reused 0 tokens, {speed}; decode 7 tokens, {speed}; "
-        r"KV 256 bytes a token, 3,072 in all\n",
+        r"KV 256 bytes a token, 3,072 in all; cut at 8 tokens \(--max-tokens\)\n",
         err,
     )
 
@@ -123,7 +136,7 @@ def test_run_prints_the_text_and_one_summary_line(capsys):
 def test_run_on_the_gpu_names_it(capsys):
     import cupy
 
-    code, out, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--device", "cuda")
+    code, out, err = run(capsys, "run", "hello", "--model", "base.gguf", "--device", "cuda")
     assert code == 0 and out
     runtime = cupy.cuda.runtime
     name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
@@ -209,7 +222,7 @@ def test_caches_of_codes(capsys, kv, nbytes):
     """Two layers of two heads of 16; the second prompt reuses a page and its scales."""
     flags = ("--kv-dtype", kv, "--max-tokens", 3)
     code, out, err = tiny_run(capsys, "x" * 20, "x" * 20 + "y", *flags)
-    first, second = out.splitlines()
+    _, first, _, second = out.splitlines()
     llm = pykv.LLM("base.gguf", device="cpu", kv_dtype=kv)
     params = pykv.SamplingParams(max_tokens=3)
     assert code == 0
@@ -226,7 +239,10 @@ def test_prompts_in_turn_reuse_what_they_have_in_common(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(start))
     code, out, err = tiny_run(capsys, start + "y", start[:20], start + "z", "-", "--max-tokens", 2)
     texts = [answer(text, max_tokens=2) for text in (start + "y", start[:20], start + "z", start)]
-    assert code == 0 and out == "".join(f"{text}\n" for text in texts)
+    names = ["x" * 31 + "y", "x" * 20, "x" * 31 + "z", "x" * 31]
+    titles = [f"==> {n}: {name} <==\n" for n, name in enumerate(names, 1)]
+    assert code == 0
+    assert out == "".join(f"{title}{text}\n" for title, text in zip(titles, texts, strict=True))
     found = re.findall(r"prompt (\d+) tokens, reused (\d+) tokens", err)
     assert found == [("33", "0"), ("21", "16"), ("33", "32"), ("32", "16")]
     assert err.count("\n") == 4
@@ -235,6 +251,7 @@ def test_prompts_in_turn_reuse_what_they_have_in_common(capsys, monkeypatch):
 def test_ctx_ends_the_answer(capsys):
     code, _, err = tiny_run(capsys, "hello", "--ctx", 8)
     assert code == 0 and "decode 2 tokens" in err  # 5 of the prompt, one from it, two more
+    assert err.endswith("; cut at 3 tokens (--ctx)\n")
 
 
 def test_what_a_console_cannot_show_is_replaced(monkeypatch, fake):
@@ -243,48 +260,6 @@ def test_what_a_console_cannot_show_is_replaced(monkeypatch, fake):
     monkeypatch.setattr(fake, "pieces", ["caf\u00e9", " \u2192"])
     assert cli.main(["run", "x"]) == 0
     assert raw.getvalue() == b"caf? ?\n"
-
-
-# --- chat ---
-
-
-def test_chat_keeps_the_history(capsys, monkeypatch):
-    say(monkeypatch, "hi", "  and then ", "", "not read")
-    code, out, err = run(
-        capsys,
-        "chat",
-        "--model",
-        "chat.gguf",
-        "--device",
-        "cpu",
-        "--max-tokens",
-        6,
-        "--system",
-        "S",
-    )
-    llm = pykv.LLM("chat.gguf", device="cpu")
-    first = llm.generate([llm.tokenize("[system:S][user:hi][assistant:")], LIMIT)[0].text
-    history = f"[system:S][user:hi][assistant:{first}][user:and then][assistant:"
-    second = llm.generate([llm.tokenize(history)], LIMIT)[0].text
-    assert (code, err) == (0, "")
-    assert out == f"> {first}\n> {second}\n> " and first != second
-
-
-LIMIT = pykv.SamplingParams(max_tokens=6)
-
-
-def test_chat_messages(capsys, monkeypatch, fake):
-    say(monkeypatch, "a", "b")
-    code, out, err = run(capsys, "chat", "--temperature", 0.5)
-    assert (code, out, err) == (0, "> one two\n> one two\n> \n", "")  # the end of input ends it
-    asked = [message for message, _ in fake.asked]
-    assert asked[0] == [{"role": "user", "content": "a"}]
-    assert asked[1] == [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "one two"},
-        {"role": "user", "content": "b"},
-    ]
-    assert fake.asked[0][1] == pykv.SamplingParams(temperature=0.5)
 
 
 # --- inspect and size ---
@@ -531,7 +506,7 @@ def assert_one_line(result, text):
     assert re.search(text, err), err
 
 
-GOOD = ["run", "hello", "--model", "chat.gguf", "--device", "cpu"]
+GOOD = ["run", "hello", "--model", "base.gguf", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("command", ["run hello --device cpu --model", "inspect", "size"])
@@ -592,8 +567,8 @@ def test_prompt_that_is_no_text(capsys, monkeypatch):
 
 def test_chat_with_a_base_model(capsys, monkeypatch):
     say(monkeypatch, "hi")
-    code, out, err = run(capsys, "chat", "--model", "base.gguf", "--device", "cpu")
-    assert_one_line((code, out.removeprefix("> "), err), "base.gguf has no chat template")
+    result = run(capsys, "chat", "--model", "base.gguf", "--device", "cpu")
+    assert_one_line(result, "base.gguf has no chat template")
 
 
 @pytest.mark.parametrize(
@@ -656,9 +631,8 @@ def test_cuda_without_a_gpu(capsys, monkeypatch, packages_find):
 
 
 def raising(error):
-    def stream(self, prompt, params):
+    def stream(self, prompt, params, special=False):
         raise error
-        yield
 
     return stream
 
@@ -698,7 +672,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
     warnings.simplefilter("always")  # until the test ends; pytest made them errors
-    code, _, err = run(capsys, "run", "hello", "--model", "chat.gguf", "--max-tokens", "1")
+    code, _, err = run(capsys, "run", "hello", "--model", "base.gguf", "--max-tokens", "1")
     warning, summary = err.splitlines()
     assert code == 0 and summary.startswith("CPU: prompt 5")
     assert warning.startswith("pykv: running on the CPU: cupy is not installed: pip install")
@@ -740,6 +714,21 @@ def test_as_a_process():
     assert done.stderr.startswith("CPU: prompt 5 tokens") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command, closed, code",
+    [
+        ("run - --model base.gguf", "<&-", 2),
+        ("run hello --max-tokens 2 --model base.gguf", "2>&-", 0),
+        ("chat --model chat.gguf", "<&- 2>&-", 0),
+    ],
+)
+def test_closed_streams_are_empty_ones(command, closed, code):
+    """Nothing comes from a closed standard input, and nobody reads a closed standard error."""
+    command = f'"{sys.executable}" -m pykv {command} --device cpu {closed}'
+    done = process("sh", "-c", command, stdin=subprocess.DEVNULL)
+    assert done.returncode == code and "fault" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", [GOOD, ["inspect", "chat.gguf"], ["size", "chat.gguf"]])
 def test_a_reader_that_left(command, unbuffered):
@@ -767,7 +756,7 @@ def test_a_closed_stdout():
     "package, extra, argv",
     [
         ("tokenizers", "[llm]", GOOD),
-        ("jinja2", "[llm]", ["chat", *GOOD[2:]]),
+        ("jinja2", "[llm]", ["chat", "--model", "chat.gguf", "--device", "cpu"]),
         ("cuda", "[cu13]", ["cache", "warmup", "--arch", "sm_90"]),
     ],
 )
@@ -775,6 +764,6 @@ def test_a_missing_package(package, extra, argv):
     code = f"import sys; sys.modules[{package!r}] = None; from pykv.cli import main; "
     code += f"sys.exit(main({argv}))"
     done = process(sys.executable, "-c", code, input="hi\n")
-    result = done.returncode, done.stdout.removeprefix("> "), done.stderr
+    result = done.returncode, done.stdout, done.stderr
     text = rf"{package}\S* is not installed: pip install .*{re.escape(extra)}'"
     assert_one_line(result, text)

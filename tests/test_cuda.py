@@ -263,7 +263,7 @@ def test_warmup_at_import_warns_instead_of_failing(folder, monkeypatch):
     monkeypatch.setattr(
         cuda.compiler, "variants", lambda arch=None: [("paged_append", dict(HEAD_DIM=64))]
     )
-    with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs NEW_T"):
+    with pytest.warns(RuntimeWarning, match="(?s)cannot compile its kernels: .*needs HEAD_DIM"):
         cuda.warmup(["sm_75"])
     with pytest.raises(CompileError):
         cuda.warmup(["sm_75"], force=True)

@@ -34,3 +34,9 @@ def test_what_attempts_come_to():
     reports = done.stdout.split("\0")[:-1]
     for report, (attempt, expected) in zip(reports, ATTEMPTS.items(), strict=True):
         assert expected in report, (attempt, report)
+
+
+def test_templates_bring_nothing_but_pykv_errors():
+    command = [sys.executable, str(TOOLS / "fuzz_templates.py"), "100"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

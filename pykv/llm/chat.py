@@ -1,117 +1,194 @@
-"""Chat messages to a prompt, by the template that a model file carries."""
+"""Chat messages to a prompt, by the template that a model file carries.
+
+What a template writes itself may be control tokens; what messages say never is. The template is
+rendered with the messages as they are, and, where they hold signs that control tokens are spelled
+with, again with another character for each such sign. Control tokens of the second text are the
+template's own. Where the first has the same ones, it is the prompt, as it is for any harmless
+message; else the second is, and its signs are put back once its control tokens are found.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
-from pykv.errors import FormatError, ParameterError, UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
 from pykv.llm.gguf import ModelFile
-
-OP = "chat_prompt"
+from pykv.llm.templates import OP, render
+from pykv.llm.tokenizer import Tokenizer
 
 
 def chat_prompt(
     model: ModelFile | str,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     *,
-    add_generation_prompt: bool = True,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt of a conversation; encode it with `special=True`.
+    """The prompt of a conversation as text, in which control tokens look like what messages say.
 
     Args:
         model: a model file, or the text of a Jinja template.
-        messages: dicts with the strings "role" and "content", oldest first.
-        add_generation_prompt: end with the opening of the assistant's turn.
+        messages: dicts with the strings "role" and "content", oldest first. Templates may know
+            other keys; with "tool_calls" there may be no content, and content may be a list of
+            parts.
+        template_variables: what the template sees beside them, for example enable_thinking or
+            tools; add_generation_prompt is True unless it is given.
 
     Raises:
-        UnsupportedError: the file has no chat template.
+        UnsupportedError: the file has no chat template, or no process can be started to render it.
         ParameterError: the messages are malformed, or the template refuses them.
-        FormatError: the template is no valid Jinja or fails.
-
-    A template is foreign code and runs in Jinja's sandbox, which keeps it from Python's internals
-    but does not bound its running time.
+        FormatError: the template is no valid Jinja, fails, or takes too much time or memory.
+        InstallError: jinja2 is not installed.
     """
-    name, source, tokens = "the given chat template", model, {}
-    if not isinstance(model, str):
-        name, source = f"the chat template of {model.path}", _template(model)
-        tokens = _special_tokens(model)
-    _check(messages)
-    from jinja2.exceptions import SecurityError, TemplateError
-
-    try:
-        prompt: str = _compile(source).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **tokens,
-        )
-    except ParameterError:
-        raise
-    except SecurityError as error:
-        raise FormatError(f"{OP}: {name} leaves the sandbox ({error})") from None
-    except TemplateError as error:
-        where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-        raise FormatError(f"{OP}: {name} fails ({where}{error})") from None
-    except Exception as error:  # foreign code may raise anything
-        what = f"{type(error).__name__}: {error}"
-        raise FormatError(f"{OP}: {name} fails ({what})") from None
-    return prompt
+    name, source, tokens = _template(model)
+    return render(name, source, _variables(messages, template_variables, tokens)).text
 
 
-def _template(file: ModelFile) -> str:
-    source: str | None = file.get("tokenizer.chat_template", None, str)
+def chat_ids(
+    model: ModelFile,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template_variables: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+) -> list[int]:
+    """The prompt of a conversation as token ids; what messages and variables say is text alone.
+
+    Args, Raises: as `chat_prompt`; CapacityError, see Tokenizer.encode for `limit`.
+    """
+    name, source, tokens = _template(model)
+    variables = _variables(messages, template_variables, tokens)
+    plain = render(name, source, variables)
+    given = {key: value for key, value in variables.items() if key not in tokens}
+    said = list(_strings(list(given.values())))
+    characters = frozenset().union(*said)
+    signs = sorted(tokenizer.control_signs & characters)
+    if not signs:
+        return tokenizer.encode(plain.text, special=True, limit=limit)
+
+    used = characters | set(source)
+    unused = (c for c in map(chr, range(0x1F700, 0x30000)) if c.isprintable() and c not in used)
+    stand_ins = dict(zip(signs, unused, strict=False))
+    marker = _marker(stand_ins, plain.strings, tokenizer)
+    marked = {key: _mapped(value, marker) for key, value in given.items()} | tokens
+    safe = render(name, source, marked, raw="".join(stand_ins.values())).text
+    own = _control_ids(tokenizer, safe)
+    if own == _control_ids(tokenizer, plain.text) and not _control_ids(tokenizer, *said):
+        return tokenizer.encode(plain.text, special=True, limit=limit)
+    back = str.maketrans({stand_in: sign for sign, stand_in in stand_ins.items()})
+    return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
+
+
+def _marker(
+    stand_ins: dict[str, str], constants: list[str], tokenizer: Tokenizer
+) -> Callable[[str], str]:
+    """A function that puts stand-ins into a text, but not where it holds a string that the template
+    may look for, such as </think>."""
+    kept = _apart(tuple(constants), tuple(tokenizer.control.ids))
+    kept = [text for text in kept if not stand_ins.keys().isdisjoint(text)]
+    pattern = re.compile("|".join(map(re.escape, [*kept, *stand_ins])))
+    return lambda text: pattern.sub(lambda found: stand_ins.get(found[0], found[0]), text)
+
+
+@lru_cache(8)
+def _apart(texts: tuple[str, ...], tokens: tuple[str, ...]) -> list[str]:
+    """Those texts of which no occurrence can share a character with one of a token, longest first:
+    none is part of the other, and none ends as the other begins."""
+    spelled = "\0".join(["", *tokens, ""])
+    longest = max(map(len, tokens))
+
+    def is_apart(text: str) -> bool:
+        inside = (token in text for token in tokens)
+        parts = range(1, min(len(text), longest + 1))
+        ends = (f"\0{text[-n:]}" in spelled or f"{text[:n]}\0" in spelled for n in parts)
+        return not (text in spelled or any(inside) or any(ends))
+
+    return sorted(filter(is_apart, texts), key=len, reverse=True)
+
+
+def _control_ids(tokenizer: Tokenizer, *texts: str) -> list[int]:
+    parts = (part for text in texts for part in tokenizer.control.split(text))
+    return [part for part in parts if isinstance(part, int)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON with every string changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(item, change) for item in value]
+    return value
+
+
+def _template(model: ModelFile | str) -> tuple[str, str, dict[str, str]]:
+    """What errors call the template, its text, and what it calls bos_token and the like."""
+    if isinstance(model, str):
+        return "the given chat template", model, {}
+    source: str | None = model.get("tokenizer.chat_template", None, str)
     if source is None:
         raise UnsupportedError(
-            f"{OP}: {file.path} has no chat template (a base model?), expected a chat model; "
+            f"{OP}: {model.path} has no chat template (a base model?), expected a chat model; "
             "use a plain prompt instead"
         )
-    return source
+    tokens = model.get("tokenizer.ggml.tokens", [], list)
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {
+        name: model.get(f"tokenizer.ggml.{role}_token_id", -1, int) for name, role in roles.items()
+    }
+    known = {f"{name}_token": tokens[i] for name, i in ids.items() if 0 <= i < len(tokens)}
+    return f"the chat template of {model.path}", source, known
 
 
-def _special_tokens(file: ModelFile) -> dict[str, str]:
-    """What templates call bos_token and eos_token."""
-    tokens = file.get("tokenizer.ggml.tokens", [], list)
-    ids = {role: file.get(f"tokenizer.ggml.{role}_token_id", -1, int) for role in ("bos", "eos")}
-    return {f"{role}_token": tokens[i] for role, i in ids.items() if 0 <= i < len(tokens)}
+def _variables(
+    messages: Sequence[Mapping[str, Any]],
+    given: Mapping[str, Any] | None,
+    tokens: dict[str, str],
+) -> dict[str, Any]:
+    """All that a template sees, checked."""
+    _check(messages)
+    if given is not None and not isinstance(given, Mapping):
+        raise ParameterError(
+            f"{OP}: template_variables has {type(given).__name__}, expected a dict of names"
+        )
+    own = {"messages": list(messages), **tokens}
+    for name in given or {}:
+        if not isinstance(name, str) or name in own:
+            raise ParameterError(
+                f"{OP}: template_variables has {name!r}, expected names other than {', '.join(own)}"
+            )
+    defaults = {"add_generation_prompt": True, "tools": None, "documents": None}
+    return defaults | dict(given or {}) | own
 
 
-def _check(messages: Sequence[dict[str, Any]]) -> None:
-    if isinstance(messages, str | dict) or not isinstance(messages, Sequence) or not messages:
+def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ParameterError(
             f"{OP}: messages has {type(messages).__name__}, expected a list of at least one message"
         )
     for n, message in enumerate(messages):
         for key in ("role", "content"):
-            value = message.get(key) if isinstance(message, dict) else None
-            if not isinstance(value, str):
+            value = message.get(key) if isinstance(message, Mapping) else None
+            parts = key == "content" and (
+                (isinstance(value, list) and all(isinstance(part, Mapping) for part in value))
+                or (value is None and isinstance(message, Mapping) and message.get("tool_calls"))
+            )
+            if not isinstance(value, str) and not parts:
                 raise ParameterError(
                     f"{OP}: messages[{n}] has {key} {value!r}, expected a string "
                     '({"role": ..., "content": ...})'
                 )
-
-
-@lru_cache(8)
-def _compile(source: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML, which models have not been trained on."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(text: str) -> NoReturn:
-    raise ParameterError(f"{OP}: the chat template refuses the messages ({text})")

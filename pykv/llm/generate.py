@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import threading
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.llm import gguf, models, scheduler
-from pykv.llm.chat import chat_prompt
+from pykv.llm.answer import Answer, Completion, Stream
+from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.sampling import SamplingParams
+from pykv.llm.sampling import SamplingParams, is_integer
 from pykv.llm.scheduler import Scheduler, Stats
-from pykv.llm.tokenizer import StreamDecoder, Tokenizer
+from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.pool import PagedKVCache, float_kind
 
@@ -25,23 +27,6 @@ from pykv.pool import PagedKVCache, float_kind
 # perplexity of SmolLM2 with int8:head is 13.72 for a margin of 1, 13.03 for 1.5, 13.06 for 2, while
 # that with fp16 is 12.99.
 SCALE_MARGIN = 1.5
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model answered to one prompt.
-
-    Attributes:
-        text: the answer, without stop strings and special tokens.
-        token_ids: the generated tokens, without the end token.
-        prompt_token_ids: the prompt as the model saw it.
-        finish_reason: "stop" (an end token or a stop string) or "length".
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str
 
 
 class LLM:
@@ -74,8 +59,12 @@ class LLM:
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
         DeviceError: `device` is "cuda" and no GPU is usable, or there is no such GPU.
         ParameterError: an option is unknown or out of its range.
+        InstallError: a package of the extra `llm` is not installed.
 
-    Calls are not thread-safe. Sources: GGUF, vLLM's paged attention.
+    Calls may come from several threads: they take turns under a lock, which each holds for one step
+    at a time (512 tokens of prompts, or a token of each answer), so answers are those of calls one
+    after another. A stream holds it only while a piece is computed. `stats` are of the call that
+    began last. Sources: GGUF, vLLM's paged attention.
     """
 
     def __init__(
@@ -91,13 +80,22 @@ class LLM:
         prefix_cache: bool = True,
         progress: bool = False,
     ):
+        if not isinstance(kv_dtype, str):
+            raise ParameterError(f"LLM: kv_dtype is {kv_dtype!r}, expected a text such as 'int8'")
         self.spec = KVSpec.parse(kv_dtype)
         weights_dtype = float_kind("weights", weights)
-        for name, value in (("pool_tokens", pool_tokens), ("page_size", page_size)):
-            if value is not None and value < 1:
+        numbers = dict(context=context, pool_tokens=pool_tokens, page_size=page_size)
+        for name, value in numbers.items():
+            if value is None and name != "page_size":
+                continue
+            if not is_integer(value):
+                raise ParameterError(f"LLM: {name} is {value!r}, expected an integer")
+            if value < 1 and name != "context":
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
+        install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         self._device = device
+        self._lock = threading.RLock()
         self.file = gguf.read(models.fetch(str(model)))
         config = read_config(self.file)
         if context is not None and not 1 <= context <= config.context:
@@ -138,6 +136,11 @@ class LLM:
         return self._scheduler.cache
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works: the file carries a template."""
+        return "tokenizer.chat_template" in self.file.metadata
+
+    @property
     def stats(self) -> Stats:
         """Tokens and seconds of the last call."""
         return self._scheduler.stats
@@ -148,73 +151,105 @@ class LLM:
         self,
         prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        special: bool = False,
     ) -> list[Completion]:
         """Answer prompts of any lengths, decoded as one batch.
 
         Args:
             prompts: a text or several; a prompt may also be a list of token ids.
             params: for all prompts or one for each; None is greedy with 128 tokens.
+            special: read control tokens such as <|im_start|> in prompts as what they are. Leave it
+                False where a prompt holds words of somebody else: they may forge a turn.
 
         Returns:
             One Completion a prompt, in order.
 
         Raises:
-            ParameterError: a prompt is empty, or params do not match the prompts.
+            ParameterError: a prompt is empty or holds no token ids, or params do not match the
+                prompts.
             CapacityError: a prompt is longer than the context, or the pool is too small; no
                 token has been computed then.
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) else _items("generate: prompts", prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        params = _items("generate: params", params)
         if len(params) != len(prompts):
             raise ParameterError(
                 f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
             )
-        answers = [self._answer(*pair) for pair in zip(prompts, params, strict=True)]
+        answers = [self._answer(*pair, special) for pair in zip(prompts, params, strict=True)]
         for _ in self._run(answers):
             pass
         return [answer.completion() for answer in answers]
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[str]:
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+    ) -> Stream:
         """Answer one prompt piece by piece; the pieces joined are `generate`'s text.
 
         Args, Raises: as `generate`. Closing the iterator frees the sequence's pages.
+
+        Returns:
+            An iterator of pieces, which can also `stop` the answer and knows its `completion`.
         """
         _refuse_prepare("LLM.stream")
-        return self._pieces(self._answer(prompt, params or SamplingParams()))
+        answer = self._answer(prompt, params or SamplingParams(), special)
+        return Stream(answer, self._pieces(answer))
 
     def chat(
-        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Completion:
         """Answer a conversation, formatted by the file's own chat template.
 
         Args:
             messages: {"role": ..., "content": ...} each; roles are the template's, usually
-                system, user and assistant.
+                system, user and assistant. What a message says is text, never a control token.
             params: as `generate`.
+            template_variables: what else the template knows, for example
+                {"enable_thinking": False} or {"tools": [...]}.
 
         Raises:
             UnsupportedError: the file has no chat template.
+            FormatError: its template fails, or takes too much time or memory.
             As `generate`.
         """
-        return self.generate([self.chat_ids(messages)], params)[0]
+        ids = self.chat_ids(messages, template_variables=template_variables)
+        return self.generate([ids], params)[0]
 
-    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
-        Args:
-            messages: in order, each with "role" ("system", "user" or "assistant") and "content".
+        Args, Raises: as `chat`.
         """
-        prompt = chat_prompt(self.file, list(messages))
-        return self.tokenizer.encode(prompt, special=True)
+        return chat_ids(
+            self.file,
+            self.tokenizer,
+            messages,
+            template_variables=template_variables,
+            limit=self.context,
+        )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with the start token where the model wants one."""
-        return self.tokenizer.encode(text)
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text, with the start token where the model wants one; `special` as in
+        `generate`."""
+        return self.tokenizer.encode(text, special=special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -228,7 +263,7 @@ class LLM:
         Args, Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.logits")
-        with cuda.use_device(self._device):
+        with self._lock, cuda.use_device(self._device):
             return np.concatenate(
                 [part for part, _ in self._scheduler.logits(self._ids(token_ids))]
             )
@@ -246,7 +281,7 @@ class LLM:
         if len(ids) < 2:
             raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
         total = 0.0
-        with cuda.use_device(self._device):
+        with self._lock, cuda.use_device(self._device):
             for logits, start in self._scheduler.logits(ids):
                 targets = ids[start + 1 : start + 1 + len(logits)]
                 logits = logits[: len(targets)]
@@ -258,30 +293,32 @@ class LLM:
 
     # --- From text to sequences and back ---
 
-    def _run(self, answers: list[_Answer]) -> Generator[None, None, None]:
+    def _run(self, answers: list[Answer]) -> Generator[None, None, None]:
         """Step until every answer is finished; yields after each step, with the caller's GPU as
         the current one."""
         steps = self._scheduler.run([answer.sequence for answer in answers])
         try:
             while True:
-                with cuda.use_device(self._device):
+                with self._lock, cuda.use_device(self._device):
                     if next(steps, _END) is _END:
                         return
                 for answer in answers:
                     answer.read()
                 yield
         finally:  # or pages stay taken when we are closed
-            with cuda.use_device(self._device):
+            with self._lock, cuda.use_device(self._device):
                 steps.close()
 
-    def _pieces(self, answer: _Answer) -> Iterator[str]:
+    def _pieces(self, answer: Answer) -> Generator[str, None, None]:
         with closing(self._run([answer])) as steps:
             for _ in steps:
                 if piece := answer.piece():
                     yield piece
 
-    def _answer(self, prompt: str | Sequence[int], params: SamplingParams) -> _Answer:
-        ids = self._ids(prompt)
+    def _answer(self, prompt: Any, params: SamplingParams, special: bool) -> Answer:
+        if not isinstance(params, SamplingParams):
+            raise ParameterError(f"params has {params!r}, expected SamplingParams")
+        ids = self._ids(prompt, special)
         if len(ids) == self.context:
             raise CapacityError(
                 f"prompt has {len(ids)} tokens, expected fewer than the context of {self.context}: "
@@ -290,12 +327,15 @@ class LLM:
         limit = min(self.context, len(ids) + params.max_tokens)
         ends = frozenset() if params.ignore_eos else self.tokenizer.stop_ids
         sequence = scheduler.Sequence(ids, params, limit, ends)
-        return _Answer(sequence, self.tokenizer.stream_decoder())
+        return Answer(sequence, self.tokenizer.stream_decoder())
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str) and not prompt:
-            raise ParameterError("prompt is empty, expected at least one character")
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+    def _ids(self, prompt: Any, special: bool = False) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ParameterError("prompt is empty, expected at least one character")
+            ids = self.tokenizer.encode(prompt, special=special, limit=self.context)
+        else:
+            ids = [_token_id(i) for i in _items("prompt", prompt)]
         vocab = self.model.config.vocab
         if not ids:
             raise ParameterError("prompt is empty, expected at least one token")
@@ -312,46 +352,24 @@ class LLM:
 _END = object()
 
 
-class _Answer:
-    """The text of a sequence, as far as it is generated."""
+def _items(name: str, values: Any) -> list[Any]:
+    """The items of a list, a tuple or an array."""
+    try:
+        if isinstance(values, str | bytes | Mapping):
+            raise TypeError
+        return list(values)
+    except TypeError:
+        raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
 
-    def __init__(self, sequence: scheduler.Sequence, decoder: StreamDecoder) -> None:
-        self.sequence, self._decoder = sequence, decoder
-        self._text = ""
-        self._num_read = 0  # tokens that are in the text
-        self._num_given = 0  # characters that `piece` has handed out
-        self._is_complete = False
 
-    def read(self) -> None:
-        """Turn new tokens into text, and end the sequence at a stop string."""
-        s = self.sequence
-        for token in s.generated[self._num_read :]:
-            known = len(self._text)
-            self._text += self._decoder.push(token)
-            for stop in s.params.stop:
-                at = self._text.find(stop, max(0, known - len(stop) + 1))
-                if at >= 0:
-                    self._text, s.finish_reason, self._is_complete = self._text[:at], "stop", True
-        self._num_read = len(s.generated)
-        if s.finish_reason and not self._is_complete:
-            self._text += self._decoder.finish()
-            self._is_complete = True
-
-    def piece(self) -> str:
-        """Text that was not handed out yet, and that no stop string can take back any more."""
-        text, hold = self._text, 0
-        for stop in () if self._is_complete else self.sequence.params.stop:
-            for n in range(min(len(stop) - 1, len(text)), hold, -1):
-                if text.endswith(stop[:n]):
-                    hold = n
-                    break
-        piece = text[self._num_given : len(text) - hold]
-        self._num_given += len(piece)
-        return piece
-
-    def completion(self) -> Completion:
-        s = self.sequence
-        return Completion(self._text, s.generated, s.prompt, s.finish_reason)
+def _token_id(value: Any) -> int:
+    """An integer of any library."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise ParameterError(f"prompt has token id {value!r:.80}, expected an integer") from None
 
 
 def _refuse_prepare(method: str) -> None:

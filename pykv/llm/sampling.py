@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class SamplingParams:
         ignore_eos: go on after the model's own end tokens.
 
     Raises:
-        ParameterError: a value is out of its range.
+        ParameterError: a value is out of its range, or out of float32's.
     """
 
     temperature: float = 0.0
@@ -40,16 +39,18 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop = self.stop if isinstance(self.stop, list | tuple) else (self.stop,)
+        object.__setattr__(self, "stop", tuple(stop))
+        t, p, m = self.temperature, self.top_p, self.min_p
         for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "a finite number of at least 0"),
-            ("top_k", _is_integer(self.top_k) and 0 <= self.top_k < 2**31, "an integer from 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("seed", _is_integer(self.seed) and 0 <= self.seed < 2**64, "an integer from 0"),
-            ("max_tokens", _is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
+            ("temperature", _is_real(t) and 0 <= t <= _LARGEST, "a finite number of at least 0"),
+            ("top_k", is_integer(self.top_k) and 0 <= self.top_k < 2**31, "an integer from 0"),
+            ("top_p", _is_real(p) and 0 < p <= 1 and np.float32(p) > 0, "above 0 and at most 1"),
+            ("min_p", _is_real(m) and 0 <= m <= 1, "from 0 to 1"),
+            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**64, "an integer from 0"),
+            ("max_tokens", is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
         ):
             if not valid:
                 raise ParameterError(
@@ -57,8 +58,16 @@ class SamplingParams:
                 )
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer of Python or NumPy, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, float | np.floating) or is_integer(value)
 
 
 def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -> list[int]:

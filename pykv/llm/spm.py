@@ -17,7 +17,8 @@ from pykv.llm.token_types import BYTE, NORMAL
 
 SPACE = "\u2581"  # stands for a blank inside pieces
 BORDER = "\ud800"  # in no piece: a lone surrogate is no UTF-8
-WORD_CACHE = 1 << 16  # words; about 10 MB when full
+WORD_CACHE = 1 << 15  # words of up to CACHED_LENGTH characters; about 10 MB when full, 25 at most
+CACHED_LENGTH = 16  # texts without blanks, such as Chinese, are few long words that never return
 
 
 class Encoder:
@@ -52,7 +53,9 @@ class Encoder:
         # apart there into words that repeat. Gemma: one such piece in 262 144, "> </".
         holding = "".join(set(re.findall(f"([^{SPACE}]){SPACE}", BORDER.join(self.ids))) - {BORDER})
         self.word_start = re.compile(f"(?<=[^{re.escape(SPACE + holding)}])(?={SPACE})")
-        self.word = lru_cache(WORD_CACHE)(self._word)
+        self.cached = lru_cache(WORD_CACHE)(self.word)
+        # Runs of characters without a token are one unknown token, however long.
+        self.longest = max(map(len, tokens)) if len(self.byte_ids) == 256 else None
 
     def spell(self, text: str) -> str:
         """A text as pieces spell it."""
@@ -66,7 +69,7 @@ class Encoder:
         """Ids of a normalized text; a run of characters without a token is one unknown token."""
         ids: list[int] = []
         for word in self.word_start.split(text):
-            for i in self.word(word):
+            for i in (self.cached if len(word) <= CACHED_LENGTH else self.word)(word):
                 if i != self.unknown or not ids or ids[-1] != i:
                     ids.append(i)
         return ids
@@ -75,7 +78,12 @@ class Encoder:
         """The bytes of one token."""
         return self.bytes.get(i) or token.replace(SPACE, " ").encode()
 
-    def _word(self, word: str) -> tuple[int, ...]:
+    def fewest(self, text: str) -> int:
+        """A lower bound of the tokens of a normalized text, which costs no encoding."""
+        return -(-len(text) // self.longest) if self.longest else min(len(text), 1)
+
+    def word(self, word: str) -> tuple[int, ...]:
+        """Ids of a word, which may be a whole text without blanks."""
         return tuple(i for piece in _merge(word, self.scores) for i in self._ids(piece))
 
     def _ids(self, piece: str) -> list[int]:

@@ -1,16 +1,45 @@
-"""The values of tokenizer.ggml.token_type, and tokens that are found in a text whole."""
+"""Types of tokens, tokens that are known by their text, and how a text is cut at tokens."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
+# values of tokenizer.ggml.token_type
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3  # never made from plain text: <|im_start|>
 USER_DEFINED = 4  # found in any text before it is cut and merged
 UNUSED = 5
 BYTE = 6  # <0x0A>
+
+# Tokens after which an answer is over, known by their text: files name one or two in their keys,
+# and converters have typed some of them as normal. Source: llama.cpp.
+ENDINGS = {
+    *(
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "[e~["),
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|tool_response>"),
+    *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+    # of files and repositories, in models that fill in the middle
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+}
+
+
+def endings(tokens: list[str]) -> list[int]:
+    """Ids of the tokens that end an answer by their text, whatever their types."""
+    found = {token: i for i, token in enumerate(tokens) if token in ENDINGS}
+    if "<eos>" in found:
+        found.pop("</s>", None)  # Gemma: the end of text that is struck through, in HTML
+    if found.keys() & {"<|call|>", "<|calls|>"} and found.keys() & {"<|return|>", "<|flush|>"}:
+        found.pop("<|end|>", None)  # Harmony: the end of one message of several
+    return list(found.values())
 
 
 class Finder:

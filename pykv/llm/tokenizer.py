@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 
-from pykv.errors import FormatError, ParameterError, UnsupportedError
+from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, spm
 from pykv.llm.gguf import ModelFile
-from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder
+from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder, endings
 
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
     "gpt2": bpe.Encoder,
     "llama": spm.Encoder,
-}
-
-# Tokens that end a turn or a text; chat models use more than the one named in eos_token_id.
-ENDINGS = {
-    *("<|endoftext|>", "<|end_of_text|>", "<|end|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"),
-    *("<end_of_turn>", "<EOT>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
 }
 
 
@@ -32,9 +27,11 @@ class Tokenizer:
 
     Attributes:
         bos_id, eos_id: ids, or None where the file names none.
-        stop_ids: every id after which generation is over: eos, end of turn, end of text.
+        stop_ids: every id after which generation is over: those that the file names, and the
+            tokens that are known as ends by their text, which count as control tokens.
         add_bos: whether `encode` puts BOS first when it is not told.
         vocab_size: number of tokens.
+        control: finds control tokens in a text.
     """
 
     def __init__(self, file: ModelFile) -> None:
@@ -56,18 +53,21 @@ class Tokenizer:
         self.vocab_size = len(self._tokens)
         self.bos_id = self._id(file, "bos")
         self.eos_id = self._id(file, "eos")
+        ends = endings(self._tokens)
+        types = list(types)
+        for i in ends:
+            types[i] = CONTROL
+        roles = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+        named = (self._id(file, role) for role in roles)
+        self.stop_ids = frozenset([*ends, *(i for i in named if i is not None)])
         self._hidden = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         control = {self._tokens[i]: i for i, kind in enumerate(types) if kind == CONTROL}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
-        ends = [self.eos_id, self._id(file, "eot"), self._id(file, "eom")]
-        ends += [i for token, i in (control | user_defined).items() if token in ENDINGS]
-        self.stop_ids = frozenset(i for i in ends if i is not None)
-
         self._id(file, "unknown")  # its range, before the encoder relies on it
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
         self.add_bos = add_bos and self.bos_id is not None
-        self._control = Finder(control)
+        self.control = Finder(control)
         self._user_defined = Finder(
             {self._encoder.spell(token): i for token, i in user_defined.items()}
         )
@@ -81,7 +81,15 @@ class Tokenizer:
             )
         return i
 
-    def encode(self, text: str, *, bos: bool | None = None, special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        special: bool = False,
+        stand_ins: Mapping[int, str] | None = None,
+        limit: int | None = None,
+    ) -> list[int]:
         """Ids of a text.
 
         Args:
@@ -90,9 +98,13 @@ class Tokenizer:
                 itself, as many chat templates do.
             special: read control tokens such as <|im_start|> in the text as what they are;
                 otherwise they are letters like any others, as a user's words should be.
+            stand_ins: characters of the text that stand for others, as `str.translate` takes them:
+                they are put back once control tokens are found, so they are part of none.
+            limit: tokens at most; a text whose length alone exceeds it is not encoded first.
 
         Raises:
             ParameterError: the text is not valid, or BOS is asked for and the model has none.
+            CapacityError: the text is too long for `limit`, however well it is encoded.
 
         An EOS is never added, whatever the file says: a prompt is there to be continued.
         """
@@ -107,12 +119,19 @@ class Tokenizer:
             ) from None
         if bos and self.bos_id is None:
             raise ParameterError("encode: bos has True, but this model has no BOS token")
+        if limit is not None:
+            whole = self._encoder.normalize(text.translate(stand_ins or {}))
+            if (fewest := self._encoder.fewest(whole)) > limit:
+                raise CapacityError(
+                    f"prompt has at least {fewest} tokens, expected at most {limit}"
+                )
         ids: list[int] = []
-        for part in self._control.split(text) if special else [text]:
+        for part in self.control.split(text) if special else [text]:
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            for piece in self._user_defined.split(self._encoder.normalize(part)):
+            part = self._encoder.normalize(part.translate(stand_ins) if stand_ins else part)
+            for piece in self._user_defined.split(part):
                 ids += [piece] if isinstance(piece, int) else self._encoder.encode(piece)
         if bos is None:
             bos = self.add_bos and not (special and ids[:1] == [self.bos_id])
@@ -138,6 +157,16 @@ class Tokenizer:
     def stream_decoder(self, *, skip_special: bool = True, continues: bool = True) -> StreamDecoder:
         """A decoder to feed one id at a time; arguments as in `decode`."""
         return StreamDecoder(self, skip_special, continues)
+
+    @cached_property
+    def control_signs(self) -> frozenset[str]:
+        """Characters without which no control token can be spelled: its signs, such as < and |,
+        or the first character of a token that has none."""
+        signs = (
+            {c for c in token if not (c.isalnum() or c.isspace() or c == "_")} or {token[0]}
+            for token in self.control.ids
+        )
+        return frozenset().union(*signs)
 
     def token(self, i: int) -> str:
         """A token as the file spells it. ParameterError if there is none."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def load(
         return weights
 
     # NumPy releases the interpreter lock while it dequantises; a GPU stream would gain nothing.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _pool() as pool:
         layers = (pool.map if xp is np else map)(layer, range(config.num_layers))
         embedding = reader.matrix({"embedding": V}, E)
         return Model(
@@ -109,6 +110,16 @@ def load(
             layers=list(layers),
             hadamard=hadamard,
         )
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin nothing more when the block is left, as by Ctrl-C."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass

@@ -290,26 +290,6 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"max_tokens": 0},
-        {"temperature": -1},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"top_k": -1},
-        {"min_p": 1.5},
-        {"seed": -1},
-        {"stop": ""},
-    ],
-    ids=str,
-)
-def test_sampling_params_are_checked(wrong):
-    (name,) = wrong
-    with pytest.raises(ParameterError, match=f"SamplingParams: {name} is .*, expected "):
-        SamplingParams(**wrong)
-
-
-@pytest.mark.parametrize(
     ("wrong", "text"),
     [
         ({"device": "tpu"}, "device is 'tpu', expected auto, cpu, cuda or cuda:N"),

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykv.errors import FormatError, ParameterError, UnsupportedError
-from pykv.llm import bpe, gguf
+from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
+from pykv.llm import bpe, gguf, spm
 from pykv.llm.token_types import Finder
 from pykv.llm.tokenizer import Tokenizer
 from tests.llm.test_model import MODELS
@@ -95,6 +96,10 @@ PIECES = {
     "tekken": ["Don", "'t", " ", " pay", " ", *"12345", " €!\n\n", " x"],
     "gpt-4o": ["Don't", " ", " pay", " ", "123", "45", " €!\n\n", " x"],
     "default": ["Don", "'", "t", " ", " pay", " ", "123", "45", " €", "!", "\n\n", " x"],
+    "midm-2.0": ["Don", "'t", " ", " pay", " ", "123", "45", " €!\n\n", " x"],
+    "seed-coder": ["Don", "'t", " ", " pay", " ", *"12345", " €!", "\n\n", " x"],
+    "deepseek-llm": ["Don", "'", "t", " ", " pay", " ", *"12345", " ", *"€!\n\n", " x"],
+    "deepseek-coder": ["Don", "'", "t", " ", " pay", " ", *"12345", " ", *"€!\n\n", " x"],
 }
 
 
@@ -103,6 +108,51 @@ def test_texts_are_cut_as_the_named_model_cuts(path, pre):
     cutter = byte_level(path, pre=pre)._encoder.bpe.pre_tokenizer
     spans = [span for _, span in cutter.pre_tokenize_str(CUT)]
     assert [CUT[start:end] for start, end in spans] == PIECES[pre]
+
+
+@pytest.mark.parametrize(
+    "pre, text, pieces",
+    [
+        # Letters are named by ranges, and each piece is cut again: marks reach from : to ~, which
+        # takes the letters A to z out of words that hold others; scripts from U+0800 to U+4E00,
+        # which takes the blank from what follows, be it a letter or the euro.
+        ("deepseek-llm", "naïve Ärger", ["na", "ï", "ve", " Ä", "rger"]),
+        ("deepseek-llm", "你好，世界。 ok", ["你好", "，", "世界", "。", " ok"]),
+        ("deepseek-llm", "ⴰ ა 한국어 ²³", ["ⴰ", " ", "ა", " ", "한국어", " ", "²", "³"]),
+        ("deepseek-llm", "a==b  \t", ["a", "==", "b", "  \t"]),
+        ("deepseek-llm", "a\r\n  b", ["a", "\r", "\n", " ", " b"]),
+        (
+            "deepseek-llm",
+            "x\ua640\ua66e \ufb06\ufb07",
+            ["x", "\ua640", "\ua66e", " \ufb06", "\ufb07"],
+        ),
+        ("deepseek-llm", "\U00010400\U00010450 ", ["\U00010400", "\U00010450", " "]),
+        ("deepseek-llm", "x\u1c90 y\u2126", ["x", "\u1c90", " y", "\u2126"]),
+        ("deepseek-coder", "naïve Ärger", ["naïve", " Ärger"]),
+        ("deepseek-coder", "你好，世界。 ok", ["你好", "，", "世界", "。", " ok"]),
+        ("deepseek-coder", "a == b;  // c", ["a", " ==", " b", ";", " ", " //", " c"]),
+        ("deepseek-coder", "x=1\n\ty", ["x", "=", "1", "\n", "\ty"]),
+        ("seed-coder", "it's x\n\n  y;\nz", ["it", "'s", " x", "\n\n", " ", " y", ";", "\n", "z"]),
+        ("seed-coder", "a²34", ["a", "²", "3", "4"]),
+    ],
+)
+def test_cuts_by_hand(path, pre, text, pieces):
+    cutter = byte_level(path, pre=pre)._encoder.bpe.pre_tokenizer
+    spans = [span for _, span in cutter.pre_tokenize_str(text)]
+    assert [text[start:end] for start, end in spans] == pieces
+
+
+@pytest.mark.parametrize(
+    "pre", ["qwen2", "stablelm2", "command-r", "mpt", "olmo", "gpt-2", "smollm"]
+)
+def test_texts_are_composed_where_the_model_has_them_so(path, pre):
+    """NFC, as the normalizers of Qwen, GPT-NeoX and Command R have it in transformers."""
+    t = byte_level(path, pre=pre)
+    composed, apart = [*"é".encode()], [*"e\u0301".encode()]
+    ids = t.encode("e\u0301")
+    assert ids == (apart if pre in ("gpt-2", "smollm") else composed)
+    assert t.encode("é") == composed
+    assert t.encode("e\u0301<|im_end|>", special=True) == [*ids, 265]
 
 
 def test_smollm_digits_stand_alone(path):
@@ -184,8 +234,49 @@ def test_stop_ids(path, tmp_path):
     assert byte_level(path).stop_ids == {265}
     t = byte_level(tmp_path / "a", eos_token_id=0, eot_token_id=1, eom_token_id=2)
     assert t.eos_id == 0 and t.stop_ids == {0, 1, 2, 265}
-    t = byte_level(tmp_path / "b", eos_token_id=0, token_type=[1] * 269)
-    assert t.stop_ids == {0}, "an ordinary token that is spelled <|im_end|> ends nothing"
+    t = byte_level(tmp_path / "b", fim_pad_token_id=3, fim_rep_token_id=4, fim_sep_token_id=5)
+    assert t.stop_ids == {3, 4, 5, 265}
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    "names, ends",
+    [
+        (["<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>"], 5),
+        (["<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<|eom_id|>", "</s>"], 7),
+        (["<end_of_utterance>", "<turn|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["], 4),
+        (["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>", "<|user|>"], 3),
+        (["<|return|>", "<|call|>", "<|end|>"], 2),  # Harmony: <|end|> ends a message of several
+        (["<|flush|>", "<|calls|>", "<|end|>"], 2),
+        (["<eos>", "<|tool_response>", "</s>"], 2),  # Gemma: </s> is HTML
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_ends_are_known_by_their_text(path, kind, names, ends):
+    """Whatever their types: files have typed <end_of_turn> as an ordinary token."""
+    tokens, types = [*BYTES, *MERGED, *names], [1] * 264 + [kind] * len(names)
+    t = build(path, "gpt2", tokens, merges=MERGES, token_type=types)
+    assert t.stop_ids == set(range(264, 264 + ends))
+    first = names[0]
+    assert t.encode(first) == [*first.encode()] and t.encode(first, special=True) == [264]
+    assert t.decode([264]) == "" and t.decode([264], skip_special=False) == first
+
+
+def test_ends_of_sentencepiece(path):
+    tokens = ["<unk>", "a", "<end_of_turn>", "<e", "</s>"]
+    t = build(
+        path, "llama", tokens, scores=[0.0] * 5, token_type=[2, 1, 1, 1, 4], unknown_token_id=0
+    )
+    assert t.stop_ids == {2, 4}
+
+
+def test_text_is_never_a_control_token(path):
+    """Neither as a whole word nor by merges."""
+    tokens = [*BYTES, "he", "hey", "yes"]
+    keys = dict(merges=["h e", "he y"], token_type=[1] * 257 + [3, 3], pre="llama-bpe")
+    t = build(path, "gpt2", tokens, **keys)
+    assert t.encode("yes") == [*b"yes"] and t.encode("hey") == [256, ord("y")]
+    assert t.encode("hey", special=True) == [257]
 
 
 def test_vocabulary(path):
@@ -374,6 +465,54 @@ def test_the_unknown_token_decodes_to_nothing(path):
     assert t.decode([1, 0, 1]) == "aa" and t.decode([1, 0], skip_special=False) == "a<unk>"
 
 
+def test_words_are_remembered_within_bounds(pair):
+    """Texts without blanks are single words, so what is remembered is bounded in length as well."""
+    tokenizer, sp = pair
+    encoder = tokenizer._encoder
+    text = "".join(map(chr, range(0x4E00, 0x9000)))
+    for n in range(0, 1000, 2):
+        tokenizer.encode(text[n : n + 500])
+    encoder.cached.cache_clear()
+    tokenizer.encode(text)
+    assert encoder.cached.cache_info().currsize == 0
+    assert encoder.cached.cache_info().maxsize * spm.CACHED_LENGTH < 1 << 20
+    assert tokenizer.encode("She sells", bos=False) == sp.encode("She sells")
+    assert encoder.cached.cache_info().currsize == 2
+
+
+# ---- texts that are much too long
+
+
+@settings(deadline=None)
+@given(
+    st.one_of(
+        UNICODE, st.lists(st.sampled_from([*ADDED, " hello", "\u1100\u1161\u11a8"])).map("".join)
+    )
+)
+def test_a_text_that_fits_is_never_refused(byte_tokenizer, composing_tokenizer, pair, text):
+    for t in (byte_tokenizer, composing_tokenizer, pair[0]):
+        for special in (False, True):
+            ids = t.encode(text, bos=False, special=special)
+            assert t.encode(text, bos=False, special=special, limit=len(ids)) == ids
+
+
+@pytest.fixture(scope="module")
+def composing_tokenizer(tmp_path_factory):
+    return byte_level(tmp_path_factory.mktemp("bpe") / "file", pre="qwen2")
+
+
+def test_a_text_that_is_much_too_long_is_not_encoded(byte_tokenizer, pair):
+    for t in (byte_tokenizer, pair[0]):
+        if pair[1].unk_id() in pair[1].encode("ß"):
+            continue  # no bytes: any run of such characters is one token
+        started = time.perf_counter()
+        with pytest.raises(
+            CapacityError, match=r"prompt has at least \d+ tokens, expected at most 99"
+        ):
+            t.encode("Hello, world. " * 700_000, limit=99)
+        assert time.perf_counter() - started < 1
+
+
 # ---- errors
 
 
@@ -392,6 +531,7 @@ def test_lone_surrogates_are_refused(path, model):
         ({"pre": "klingon"}, UnsupportedError, "pre has 'klingon', expected one of default, gpt-2"),
         ({"merges": ["h e", "q"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": ["h x"]}, FormatError, "merges does not fit the tokens"),
+        ({"merges": ["h \x1b[2J"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": [1, 2]}, FormatError, "merges does not fit the tokens"),
         ({"token_type": [1]}, FormatError, "token_type has 1 values, expected one for each of the"),
         ({"eos_token_id": 269}, FormatError, "eos_token_id has 269, expected less than 269"),
@@ -401,7 +541,7 @@ def test_lone_surrogates_are_refused(path, model):
 def test_bad_byte_level_files(path, keys, error, message):
     with pytest.raises(error, match=message) as caught:
         byte_level(path, **keys)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
 def test_bad_files(path, tmp_path):

@@ -1,0 +1,95 @@
+"""The text of a sequence while its tokens come: stop strings, pieces, the completion."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from pykv.llm.scheduler import Sequence
+from pykv.llm.tokenizer import StreamDecoder
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered to one prompt.
+
+    Attributes:
+        text: the answer, without stop strings and special tokens.
+        token_ids: the generated tokens, without the end token.
+        prompt_token_ids: the prompt as the model saw it.
+        finish_reason: "stop" (an end token or a stop string), "length", or "abort" (see
+            `Stream.stop`); empty as long as a stream goes on.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+
+
+class Answer:
+    """The text of a sequence, as far as it is generated."""
+
+    def __init__(self, sequence: Sequence, decoder: StreamDecoder) -> None:
+        self.sequence, self._decoder = sequence, decoder
+        self._text = ""
+        self._num_read = 0  # tokens that are in the text
+        self._num_given = 0  # characters that `piece` has handed out
+        self._is_complete = False
+
+    def read(self) -> None:
+        """Turn new tokens into text, and end the sequence at a stop string."""
+        s = self.sequence
+        for token in s.generated[self._num_read :]:
+            known = len(self._text)
+            self._text += self._decoder.push(token)
+            for stop in s.params.stop:
+                at = self._text.find(stop, max(0, known - len(stop) + 1))
+                if at >= 0:
+                    self._text, s.finish_reason, self._is_complete = self._text[:at], "stop", True
+        self._num_read = len(s.generated)
+        if s.finish_reason and not self._is_complete:
+            self._text += self._decoder.finish()
+            self._is_complete = True
+
+    def piece(self) -> str:
+        """Text that was not handed out yet, and that no stop string can take back any more."""
+        text, hold = self._text, 0
+        for stop in () if self._is_complete else self.sequence.params.stop:
+            for n in range(min(len(stop) - 1, len(text)), hold, -1):
+                if text.endswith(stop[:n]):
+                    hold = n
+                    break
+        piece = text[self._num_given : len(text) - hold]
+        self._num_given += len(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """What is known by now."""
+        s = self.sequence
+        return Completion(self._text, s.generated, s.prompt, s.finish_reason)
+
+
+class Stream(Iterator[str]):
+    """An answer, piece by piece, as `LLM.stream` gives it. The pieces joined are its text."""
+
+    def __init__(self, answer: Answer, pieces: Generator[str, None, None]) -> None:
+        self._answer, self._pieces = answer, pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Free the sequence's pages; no piece follows."""
+        self._pieces.close()
+
+    def stop(self) -> None:
+        """End the answer after the step that is being computed, if it is not over: no piece but the
+        last follows. May be called by another thread or a signal handler."""
+        sequence = self._answer.sequence
+        sequence.finish_reason = sequence.finish_reason or "abort"
+
+    @property
+    def completion(self) -> Completion:
+        """The answer as far as it is known."""
+        return self._answer.completion()

@@ -1,0 +1,255 @@
+"""The commands `run` and `chat`: prompts in, answers out as they come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from pykv.errors import CapacityError
+
+HELP = """\
+/system TEXT  what the model should know first; without a text: nothing
+/clear        forget the conversation, but not what /system said
+/bye          end, as Ctrl-D does
+/help         this list
+\"\"\"           begins a message of several lines, and ends it
+Ctrl-C        stops an answer"""
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the sampling parameters; the latter first, as they are quick to refuse."""
+    from pykv.llm import LLM, SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop")
+    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    llm = LLM(
+        args.model,
+        device=args.device,
+        kv_dtype=args.kv_dtype,
+        weights=args.weights,
+        context=args.ctx,
+        progress=sys.stderr.isatty(),
+    )
+    return llm, params
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    print(f"pykv: {text}", file=sys.stderr, flush=True)
+
+
+# --- run ---
+
+
+def run(args: argparse.Namespace) -> None:
+    """`pykv run`: continue each prompt, or answer it with --chat."""
+    llm, params = open_model(args)
+    if not (args.chat or args.special or args.json) and llm.has_chat_template:
+        note("this model has a chat template: --chat answers a prompt, else it is continued")
+    for n, given in enumerate(args.prompts, 1):
+        prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        if args.chat:
+            ids = llm.chat_ids([{"role": "user", "content": prompt}])
+            stream = llm.stream(ids, params)
+        else:
+            stream = llm.stream(prompt, params, special=args.special)
+        if args.json:
+            for _ in stream:
+                pass
+            print(json.dumps(_record(llm, prompt, stream.completion)), flush=True)
+            continue
+        if len(args.prompts) > 1:
+            print(f"==> {n}: {_brief(prompt)} <==", flush=True)
+        _print(stream)
+        ending = _ending(stream.completion, params)
+        print("; ".join([_summary(llm), *ending]), file=sys.stderr, flush=True)
+
+
+def _brief(prompt: str) -> str:
+    """The beginning of a prompt on one line, without what a terminal would obey."""
+    line = " ".join(prompt.split())
+    line = "".join(c if c.isprintable() else "\ufffd" for c in line)
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def _print(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _ending(completion: Any, params: Any) -> list[str]:
+    """Why an answer has no end of its own, if it has none."""
+    if completion.finish_reason == "abort":
+        return ["stopped"]
+    if completion.finish_reason != "length":
+        return []
+    tokens = len(completion.token_ids)
+    return [
+        f"cut at {tokens} tokens ({'--max-tokens' if tokens == params.max_tokens else '--ctx'})"
+    ]
+
+
+def _record(llm: Any, prompt: str, completion: Any) -> dict[str, Any]:
+    """What --json says of one answer."""
+    stats = llm.stats
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "device": llm.device,
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "answer_tokens": len(completion.token_ids),
+        "prompt_seconds": stats.prompt_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "kv_bytes": llm.cache.bytes_per_token * stats.cached_tokens,
+    }
+
+
+def _summary(llm: Any) -> str:
+    """What the last call did, on one line."""
+    stats = llm.stats
+    computed = stats.prompt_tokens - stats.reused_tokens
+    per_token = llm.cache.bytes_per_token
+    return (
+        f"{llm.device}: prompt {stats.prompt_tokens} tokens, reused {stats.reused_tokens} tokens, "
+        f"{computed / stats.prompt_seconds:.1f} tokens/s; "
+        f"decode {stats.decode_tokens} tokens, {_speed(stats)}; "
+        f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all"
+    )
+
+
+def _speed(stats: Any) -> str:
+    speed = stats.decode_tokens / stats.decode_seconds if stats.decode_tokens else 0.0
+    return f"{speed:.1f} tokens/s"
+
+
+# --- chat ---
+
+
+def chat(args: argparse.Namespace) -> None:
+    """`pykv chat`: talk until Ctrl-D, the end of a piped input, or /bye."""
+    llm, params = open_model(args)
+    people = sys.stdin.isatty() and sys.stdout.isatty()
+    if people:
+        with suppress(ImportError):  # Windows' console edits lines itself
+            import readline  # noqa: F401 - gives `input` line editing and history
+        print("/help lists the commands")
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    while (message := _ask(people)) is not None:
+        if command := re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL):
+            if command[1] == "bye":
+                return
+            _obey(command[1], command[2] or "", messages)
+        elif message:
+            _answer(llm, params, messages, message)
+
+
+def _ask(people: bool) -> str | None:
+    """The next message, of one line or of several between triple quotes; None at the end."""
+    try:
+        line = input("> " if people else "").strip()
+        if not line.startswith('"""'):
+            return line
+        lines = [line[3:]]
+        while not lines[-1].rstrip().endswith('"""'):
+            lines.append(input(". " if people else ""))
+        lines[-1] = lines[-1].rstrip()[:-3]
+        return "\n".join(lines).strip("\n")
+    except EOFError:
+        if people:
+            print()
+        return None
+    except KeyboardInterrupt:
+        if not people:
+            raise
+        print("\nCtrl-D or /bye ends")
+        return ""
+
+
+def _obey(command: str, text: str, messages: list[dict[str, str]]) -> None:
+    """Do what a line that begins with / asks for."""
+    if command == "help":
+        print(HELP)
+    elif command == "clear":
+        del messages[_first_turn(messages) :]
+    elif command == "system":
+        messages[: _first_turn(messages)] = [{"role": "system", "content": text}] if text else []
+    else:
+        note(f"/{command} is no command; /help lists them")
+
+
+def _first_turn(messages: list[dict[str, str]]) -> int:
+    return 1 if messages and messages[0]["role"] == "system" else 0
+
+
+def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str) -> None:
+    """Answer a message; both become part of the conversation, unless the message does not fit."""
+    try:
+        ids, kept = _fit(llm, params, [*messages, {"role": "user", "content": message}])
+    except CapacityError as error:
+        note(f"{error}; the message was not sent")
+        return
+    if dropped := (len(messages) + 1 - len(kept)) // 2:
+        note(
+            f"the context of {llm.context} tokens is full: the oldest {dropped} turns were dropped"
+        )
+    messages[:] = kept
+    stream = llm.stream(ids, params)
+    with _stopped_by_ctrl_c(stream):
+        _print(stream)
+    completion = stream.completion
+    messages.append({"role": "assistant", "content": completion.text})
+    facts = [f"{len(completion.token_ids)} tokens", _speed(llm.stats), *_ending(completion, params)]
+    print(f"({', '.join(facts)})", file=sys.stderr, flush=True)
+
+
+def _fit(
+    llm: Any, params: Any, messages: list[dict[str, str]]
+) -> tuple[list[int], list[dict[str, str]]]:
+    """A conversation without as many of its oldest turns, a question and its answer each, as must
+    go to leave a quarter of the context, or max_tokens, to the answer; its token ids first.
+
+    Raises:
+        CapacityError: the last message alone is too long.
+    """
+    room = min(params.max_tokens, llm.context // 4)
+    first = _first_turn(messages)
+    for start in range(first, len(messages), 2):
+        kept = messages[:first] + messages[start:]
+        is_last = start == len(messages) - 1
+        try:
+            ids = llm.chat_ids(kept)
+        except CapacityError:
+            if is_last:
+                raise
+            continue
+        if len(ids) + room <= llm.context or (is_last and len(ids) < llm.context):
+            return ids, kept
+    raise CapacityError(
+        f"the message makes a prompt of {len(ids)} tokens, "
+        f"expected fewer than the context of {llm.context}"
+    )
+
+
+@contextmanager
+def _stopped_by_ctrl_c(stream: Any) -> Iterator[None]:
+    """Ctrl-C stops the answer after the step that is being computed, so that what was said is
+    kept; a second one ends the program."""
+
+    def stop(*_: object) -> None:
+        stream.stop()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,202 @@
+"""What an LLM is asked: prompts, parameters and options of every wrong sort, threads, and streams
+that are stopped."""
+
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pykv.errors import CapacityError, InstallError, ParameterError, PykvError
+from pykv.llm import LLM, SamplingParams, gguf, weights
+from tests.llm import tiny
+
+WRONG_PARAMS = [
+    *({"stop": value} for value in (None, 5, [None], "", b"x", ["a", ""])),
+    *({"temperature": value} for value in ("1", None, True, -1, 1e308, 10**400, float("inf"), 1j)),
+    *({"top_p": value} for value in ("1", None, 0, 1e-300, 1.5, float("nan"), -(10**400))),
+    *({"min_p": value} for value in ("0", None, -0.1, 2, float("nan"))),
+    *({"top_k": value} for value in (None, 1.5, "3", True, 2**31, -1)),
+    *({"seed": value} for value in (None, 1.0, "1", -1, 2**64)),
+    *({"max_tokens": value} for value in (None, 0, 1.5, "9", True)),
+    *({"ignore_eos": value} for value in (None, "no", 1)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_PARAMS, ids=lambda wrong: str(wrong)[:40])
+def test_parameters_are_checked_when_they_are_made(wrong):
+    (name,) = wrong
+    with pytest.raises(ParameterError, match=f"SamplingParams: {name} is .*, expected "):
+        SamplingParams(**wrong)
+
+
+def test_parameters_of_every_sort_of_number(open_tiny):
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_p=np.float64(1e-45), top_k=np.int64(3), seed=np.uint64(7)
+    )
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams(temperature=1)
+    for extreme in ({"temperature": 3.4e38}, {"temperature": 1e-300}, {"top_p": 1e-45}):
+        assert open_tiny().generate([[5]], SamplingParams(max_tokens=2, **extreme))
+    assert open_tiny().generate([[5]], params)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("requests") / "llama.gguf"
+    tiny.write_case(path, "llama")
+    return path
+
+
+@pytest.fixture
+def open_tiny(path):
+    return lambda **options: LLM(path, device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        *(None, 5, b"abc", {"a": 1}, [None], [5], [b"abc"], [[1.7, 2]], [["a"]], [[None]]),
+        *([[True]], [{}], [[1, [2]]], [np.array([1.0, 2.0])], [[2**70]], [[-1]], [[]], [""]),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_prompts_are_checked_before_any_work(open_tiny, prompts, monkeypatch):
+    llm = open_tiny()
+    monkeypatch.setattr(llm._scheduler, "run", None)
+    with pytest.raises(ParameterError, match="promp"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize("params", [5, "x", [None], [5], {"seed": 1}], ids=str)
+def test_params_are_checked_before_any_work(open_tiny, params):
+    with pytest.raises(ParameterError, match="params"):
+        open_tiny().generate(["a"], params)
+
+
+def test_ids_of_every_sort_of_integer(open_tiny):
+    llm = open_tiny()
+    params = SamplingParams(max_tokens=4)
+    want = llm.generate([[1, 2, 3]], params)
+    assert llm.generate([np.array([1, 2, 3])], params) == want
+    assert llm.generate([(np.int64(1), np.uint8(2), 3)], params) == want
+    assert llm.generate(np.array([[1, 2, 3]]), params) == want
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"kv_dtype": None}, {"kv_dtype": 8}, {"weights": None}, {"weights": []}),
+        *({"context": 10.5}, {"context": "9"}, {"context": True}, {"context": 0}),
+        *({"page_size": None}, {"page_size": 2.0}, {"pool_tokens": "9"}, {"pool_tokens": 0}),
+    ],
+    ids=str,
+)
+def test_options_are_checked(open_tiny, wrong):
+    with pytest.raises(ParameterError, match=next(iter(wrong))):
+        open_tiny(**wrong)
+
+
+@pytest.mark.parametrize("package", ["gguf", "tokenizers"])
+def test_without_the_extra(open_tiny, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    text = rf"{package} is not installed: pip install .*\[llm\]"
+    with pytest.raises(InstallError, match=text) as caught:
+        open_tiny()
+    assert isinstance(caught.value, PykvError) and caught.value.name == package
+
+
+def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
+    """No other layer is begun."""
+    begun = []
+
+    def layer(self, i, *_):
+        begun.append(i)
+        time.sleep(0.1)
+
+    def matrix(*_):
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights._Reader, "layer", layer)
+    monkeypatch.setattr(weights._Reader, "matrix", matrix)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    tiny.write_case(tmp_path / "model.gguf", "gemma3")  # of seven layers
+    with pytest.raises(KeyboardInterrupt):
+        weights.load(gguf.read(tmp_path / "model.gguf"))
+    assert begun == [0]
+
+
+def test_a_prompt_that_is_much_too_long_is_refused_at_once(open_tiny):
+    llm = open_tiny()
+    text = "hello " * 2_000_000
+    started = time.perf_counter()
+    for method in (llm.generate, llm.stream, llm.logits, llm.perplexity):
+        with pytest.raises(CapacityError, match=r"at least \d+ tokens, expected at most 128"):
+            method(text)
+    assert time.perf_counter() - started < 2
+
+
+def test_control_tokens_of_a_prompt_are_read_on_request(open_tiny):
+    llm = open_tiny()
+    eos = llm.tokenizer.eos_id
+    params = SamplingParams(max_tokens=2)
+    for special, ends in ((False, False), (True, True)):
+        ids = llm.tokenize("a<|eos|>", special=special)
+        (answer,) = llm.generate("a<|eos|>", params, special=special)
+        stream = llm.stream("a<|eos|>", params, special=special)
+        assert (ids[-1] == eos) is ends and answer.prompt_token_ids == ids
+        assert "".join(stream) == answer.text and stream.completion == answer
+
+
+def test_a_stream_can_be_stopped(open_tiny):
+    llm = open_tiny()
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    stream = llm.stream([5, 6, 7], params)
+    assert stream.completion.text == "" and stream.completion.finish_reason == ""
+    pieces = [next(stream), next(stream)]
+    stream.stop()
+    pieces += stream
+    answer = stream.completion
+    assert answer.finish_reason == "abort" and answer.text == "".join(pieces)
+    assert len(answer.token_ids) < 10 and llm.cache.manager.num_free == llm.cache.manager.num_pages
+    stream.stop()
+    assert stream.completion == answer
+
+    stream = llm.stream([5, 6, 7], params)
+    stream.stop()
+    assert "".join(stream) == "" and llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_threads_share_an_llm(open_tiny):
+    """Each gets the answers that it would get alone; streams and whole answers, in a pool that
+    grows, with prompts that begin alike."""
+    llm = open_tiny()
+    prompts = [[5 + n % 7] * (20 + n) for n in range(40)]
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    want = [open_tiny(prefix_cache=False).generate([p], params)[0].token_ids for p in prompts]
+    got = {}
+
+    def work(first):
+        for n in range(first, 40, 4):
+            if n % 3:
+                got[n] = llm.generate([prompts[n]], params)[0].token_ids
+            else:
+                stream = llm.stream(prompts[n], params)
+                list(stream)
+                got[n] = stream.completion.token_ids
+            llm.logits(prompts[n])
+
+    threads = [threading.Thread(target=work, args=[n]) for n in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [got[n] for n in range(40)] == want
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages

@@ -1,0 +1,295 @@
+"""The commands run and chat: what they print, for people and for programs, and how a talk goes."""
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+
+import pykv
+from tests.test_cli import (  # noqa: F401 - fixtures are found by name
+    COMMAND,
+    answer,
+    assert_one_line,
+    fake,
+    files,
+    in_the_folder,
+    raising,
+    run,
+    say,
+    tiny_run,
+)
+
+CHAT = ("chat", "--model", "chat.gguf", "--device", "cpu")
+LIMIT = pykv.SamplingParams(max_tokens=6)
+SPEED = r"\d+\.\d tokens/s"
+
+
+def chat(capsys, monkeypatch, *lines, flags=("--max-tokens", 6)):
+    """Exit code, answers and notes of a talk."""
+    say(monkeypatch, *lines)
+    return run(capsys, *CHAT, *flags)
+
+
+def replies(*prompts, params=LIMIT):
+    llm = pykv.LLM("chat.gguf", device="cpu")
+    return [a.text for a in llm.generate([llm.tokenize(prompt) for prompt in prompts], params)]
+
+
+# --- run ---
+
+
+def test_a_chat_model_is_answered_on_request(capsys):
+    flags = ("--model", "chat.gguf", "--device", "cpu", "--max-tokens", 6)
+    code, out, err = run(capsys, "run", "hi", *flags)
+    hint, summary = err.splitlines()
+    assert (code, out) == (0, answer("hi", max_tokens=6) + "\n") and summary.startswith("CPU: ")
+    assert hint == (
+        "pykv: this model has a chat template: --chat answers a prompt, else it is continued"
+    )
+    code, out, err = run(capsys, "run", "--chat", "hi", *flags)
+    assert (code, out) == (0, replies("[user:hi][assistant:")[0] + "\n") and err.count("\n") == 1
+    assert_one_line(tiny_run(capsys, "hi", "--chat"), "base.gguf has no chat template")
+
+
+def test_control_tokens_on_request(capsys):
+    """<|eos|> is one token, its letters are seven."""
+    for flags, tokens in (((), 9), (("--special",), 3)):
+        _, _, err = tiny_run(capsys, "a<|eos|>", "--max-tokens", 1, *flags)
+        assert f"prompt {tokens} tokens" in err
+    with pytest.raises(SystemExit):
+        tiny_run(capsys, "x", "--special", "--chat")
+
+
+def test_json_of_each_answer(capsys):
+    code, out, err = tiny_run(capsys, "hello", "he", "--max-tokens", 8, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and [r["prompt"] for r in records] == ["hello", "he"]
+    assert records[0] == {
+        "prompt": "hello",
+        "text": answer("hello", max_tokens=8),
+        "finish_reason": "length",
+        "device": "CPU",
+        "prompt_tokens": 5,
+        "reused_tokens": 0,
+        "answer_tokens": 8,
+        "prompt_seconds": records[0]["prompt_seconds"],
+        "decode_seconds": records[0]["decode_seconds"],
+        "kv_bytes": 3072,
+    }
+
+
+@pytest.mark.parametrize("text, prompt", [("hello\n", "hello"), ("a\n\n", "a\n"), ("a\r\n", "a")])
+def test_the_last_newline_of_stdin_is_no_part_of_a_prompt(capsys, monkeypatch, text, prompt):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    _, out, _ = tiny_run(capsys, "-", "--json", "--max-tokens", 1)
+    assert json.loads(out)["prompt"] == prompt
+
+
+def test_titles_are_one_line(capsys, fake):  # noqa: F811
+    _, out, _ = run(capsys, "run", "a\nb\x1b[2J", "c" * 99)
+    assert out == f"==> 1: a b\ufffd[2J <==\none two\n==> 2: {'c' * 57}... <==\none two\n"
+
+
+# --- chat ---
+
+
+def test_chat_keeps_the_history(capsys, monkeypatch):
+    flags = ("--max-tokens", 6, "--system", "S")
+    code, out, err = chat(capsys, monkeypatch, "hi", "", "  and then ", flags=flags)
+    (first,) = replies("[system:S][user:hi][assistant:")
+    (second,) = replies(f"[system:S][user:hi][assistant:{first}][user:and then][assistant:")
+    assert (code, out) == (0, f"{first}\n{second}\n") and first != second
+    assert re.fullmatch(rf"(\(6 tokens, {SPEED}, cut at 6 tokens \(--max-tokens\)\)\n){{2}}", err)
+
+
+def test_chat_messages(capsys, monkeypatch, fake):  # noqa: F811
+    say(monkeypatch, "a", "b")
+    code, out, err = run(capsys, "chat", "--temperature", 0.5)
+    assert (code, out) == (0, "one two\none two\n")  # no prompt where nobody types
+    assert err == "(2 tokens, 16.0 tokens/s)\n" * 2
+    asked = [message for message, _ in fake.asked]
+    assert asked[0] == [{"role": "user", "content": "a"}]
+    assert asked[1] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "one two"},
+        {"role": "user", "content": "b"},
+    ]
+    assert fake.asked[0][1] == pykv.SamplingParams(temperature=0.5, max_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    "lines, asked",
+    [
+        (['"""', "a", "", " b", '"""'], ["a\n\n b"]),
+        (['"""a', 'b"""', "c"], ["a\nb", "c"]),
+        (['"""a"""'], ["a"]),
+        (['"""', "no end"], []),
+        (["", "  ", "a"], ["a"]),
+        (["/etc/hosts is what?", "/ 2", "/Bye"], ["/etc/hosts is what?", "/ 2", "/Bye"]),
+        (["a", "/bye", "b"], ["a"]),
+    ],
+)
+def test_what_is_a_message(capsys, monkeypatch, fake, lines, asked):  # noqa: F811
+    say(monkeypatch, *lines)
+    assert run(capsys, "chat")[0] == 0
+    assert [messages[-1]["content"] for messages, _ in fake.asked] == asked
+
+
+def test_commands(capsys, monkeypatch, fake):  # noqa: F811
+    say(monkeypatch, "/help", "a", "/system S", "b", "/clear", "c", "/system", "d", "/nothing x")
+    code, out, err = run(capsys, "chat", "--system", "T")
+    for command in ("/system TEXT", "/clear", "/bye", "/help", '"""', "Ctrl-C"):
+        assert command in out
+    assert code == 0 and err.endswith("pykv: /nothing is no command; /help lists them\n")
+    seen = [[m["content"] for m in messages] for messages, _ in fake.asked]
+    two = ["one two"]
+    assert seen == [
+        ["T", "a"],
+        ["S", "a", *two, "b"],
+        ["S", "c"],
+        ["c", *two, "d"],
+    ]
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The text of each prompt that an LLM streams an answer to, and the stream."""
+    asked = []
+    stream = pykv.LLM.stream
+
+    def spy(self, prompt, params):
+        asked.append((self.detokenize(prompt), stream(self, prompt, params)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(pykv.LLM, "stream", spy)
+    return asked
+
+
+def test_a_full_context_drops_the_oldest_turns(capsys, monkeypatch, streams):
+    """A prompt of 128 - 6 tokens at most; the system message stays, and the turns that fit."""
+    lines = [letter * 20 for letter in "abcdef"]
+    flags = ("--max-tokens", 6, "--system", "S")
+    code, out, err = chat(capsys, monkeypatch, *lines, flags=flags)
+    assert code == 0 and "the context of 128 tokens is full: the oldest 1 turns were dropped" in err
+    turns = [f"[user:{line}][assistant:" for line in lines]
+    said = [f"{stream.completion.text}]" for _, stream in streams]
+    assert len(said) == 6
+    for n, (prompt, _) in enumerate(streams):
+        whole = "".join(turn + text for turn, text in zip(turns[:n], said[:n], strict=True))
+        history = prompt.removeprefix("[system:S]")
+        assert (whole + turns[n]).endswith(history) and history.startswith("[user:")
+    llm = pykv.LLM("chat.gguf", device="cpu")
+    assert all(len(llm.tokenize(prompt)) <= 122 for prompt, _ in streams)
+    left = streams[-1][0].count("[user:")
+    more = "".join(
+        turn + text for turn, text in zip(turns[5 - left :], said[5 - left : 5], strict=False)
+    )
+    assert len(llm.tokenize("[system:S]" + more + turns[5])) > 122, (
+        "no more is dropped than must be"
+    )
+
+
+def test_a_message_that_does_not_fit_is_not_sent(capsys, monkeypatch, streams):
+    code, out, err = chat(capsys, monkeypatch, "hi", "x" * 300, "y" * 120_000, "hi")
+    notes = [line for line in err.splitlines() if line.startswith("pykv: ")]
+    assert code == 0 and len(streams) == 2 and len(notes) == 2
+    for text, line in zip((r"\d+ tokens, expected", "at least"), notes, strict=True):
+        assert re.search(text, line) and line.endswith("the message was not sent")
+    first = streams[0][1].completion.text
+    assert streams[1][0] == f"[user:hi][assistant:{first}][user:hi][assistant:"
+
+
+def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(capsys, monkeypatch, fake):  # noqa: F811
+    class Interrupted(list):
+        def __init__(self, times):
+            super().__init__(["one", " two"])
+            self.times, self.reason = times, "stop"
+
+        def __iter__(self):
+            yield "one"
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+            yield " two"
+
+        def stop(self):
+            self.reason = "abort"
+
+        @property
+        def completion(self):
+            return pykv.Completion("one", [7], [5], self.reason)
+
+    before = signal.getsignal(signal.SIGINT)
+    streams = iter([Interrupted(1), Interrupted(0)])
+    monkeypatch.setattr(fake, "stream", lambda *_: next(streams))
+    say(monkeypatch, "a", "b")
+    code, out, err = run(capsys, "chat")
+    assert code == 0 and out == "one two\none two\n"
+    assert err == "(1 tokens, 16.0 tokens/s, stopped)\n(1 tokens, 16.0 tokens/s)\n"
+
+    monkeypatch.setattr(fake, "stream", lambda *_: Interrupted(2))
+    say(monkeypatch, "a", "b")
+    assert run(capsys, "chat")[0] == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Terminal:
+    """A process at a terminal."""
+
+    def __init__(self, *argv):
+        pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
+        self.master, slave = pty.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            argv,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def wait_for(self, pattern):
+        end = time.monotonic() + 30
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, self.seen
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.seen += os.read(self.master, 4096).decode(errors="replace")
+        self.seen = self.seen[found.end() :]
+
+
+def test_at_a_terminal():
+    """Lines are edited and come back with Up; Ctrl-C stops an answer, and the talk goes on."""
+    pytest.importorskip("readline")
+    terminal = Terminal(*COMMAND, *CHAT, "--max-tokens", "100", "--kv-dtype", "fp32")
+    try:
+        terminal.wait_for("/help lists the commands\r\n.*> ")
+        terminal.type("/hlp\x1b[D\x1b[De\n")  # Left twice, then the letter that is missing
+        terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
+        terminal.type("\x1b[A\n")  # Up
+        terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
+        terminal.type("\x03")
+        terminal.wait_for(r"Ctrl-D or /bye ends\r\n.*> ")
+        terminal.type("\n")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(30) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_errors_end_the_chat(capsys, monkeypatch, fake):  # noqa: F811
+    say(monkeypatch, "a")
+    monkeypatch.setattr(fake, "stream", raising(pykv.errors.CapacityError("no page left")))
+    assert_one_line(run(capsys, "chat"), "no page left")

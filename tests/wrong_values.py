@@ -35,7 +35,7 @@ WRONG = {
     ),
     "bool": ((2, "x", [1], _THING, math.nan, np.ones(2), 1.0), ()),
     "word": ((3, b"x", ["x"], _THING, np.ones(2), "no such word"), ()),
-    "text": ((3, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
+    "text": ((10**6, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
         (3, "ab", [1.5], [None], ["x"], _THING, [2**70], [[1]], [True]),

@@ -4,8 +4,8 @@
 //   out             [R, D]     X_T; R = T * HQ
 //   out_lse         [R] float  log-sum-exp over all keys; may be null
 //   values   const  [S, R, D]  X_T, stride of S in elements
-//   lse      const  [S, R] float, stride of S in elements; minus infinity: no keys, and values that
-//                   do not count
+//   lse      const  [S, R] float, stride of S in elements; an infinity: no keys, and values that do
+//                   not count
 // Scalars:  to_binary = log2 of the base of the logarithms, from_binary = its inverse
 // Defines:  X_T = float, f16 or bf16; HEAD_DIM, a multiple of 8; BLOCK = threads
 // Launch:   grid (ceil(R * D / 4 / BLOCK)), block (BLOCK); a thread makes four elements
@@ -21,6 +21,9 @@ static_assert(HEAD_DIM % 8 == 0, "threads take four elements");
 
 constexpr int D = HEAD_DIM;
 
+// Plus infinity is FlashAttention's for a row without keys.
+__device__ __forceinline__ float known(float lse) { return lse == INF ? -INF : lse; }
+
 extern "C" __global__ void __launch_bounds__(BLOCK)
 merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __restrict__ values,
              const float* __restrict__ lse, i64 values_stride, i64 lse_stride, int S, i64 R,
@@ -32,12 +35,12 @@ merge_states(X_T* __restrict__ out, float* __restrict__ out_lse, const X_T* __re
 
     float peak = -INF;
 #pragma unroll 4
-    for (int s = 0; s < S; s++) peak = fmaxf(peak, lse[s * lse_stride + row]);
+    for (int s = 0; s < S; s++) peak = fmaxf(peak, known(lse[s * lse_stride + row]));
     const float base = finite_base(peak);
     float sum = 0.0f, x[4] = {};
 #pragma unroll 4
     for (int s = 0; s < S; s++) {
-        const float weight = exp2f((lse[s * lse_stride + row] - base) * to_binary);
+        const float weight = exp2f((known(lse[s * lse_stride + row]) - base) * to_binary);
         float value[4];
         load4(value, values + s * values_stride + row * D + d);
         sum += weight;

@@ -88,11 +88,14 @@ def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
 
 
 @cache
-def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
+def checker(
+    op: str, writes: tuple[str, ...] = (), **rules: tuple[Any, ...] | str
+) -> Callable[..., Dims]:
     """A function that checks shapes, dtypes, strides and devices of an op's arrays.
 
     Args:
         op: name for messages.
+        writes: names of the arrays that the op writes, of which none may be read-only.
         rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
             to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
             a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
@@ -106,21 +109,22 @@ def checker(op: str, **rules: tuple[Any, ...] | str) -> Callable[..., Dims]:
     Returns:
         A function of the arrays, in the order of their rules, that returns the sizes; shared
         between calls, so not to be changed. It raises:
-            ParameterError: an array is missing, or given where None is expected.
+            ParameterError: an array is missing, given where None is expected, or read-only.
             ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
             DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
             DeviceError: host and device arrays are mixed, or a device array is not on the current
                 GPU.
     """
-    return _Checker(op, rules)
+    return _Checker(op, writes, rules)
 
 
 class _Checker:
     """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
     most often it is that of the last call, for which a comparison is cheaper than a hash."""
 
-    def __init__(self, op: str, rules: dict[str, Any]) -> None:
+    def __init__(self, op: str, writes: tuple[str, ...], rules: dict[str, Any]) -> None:
         self._op = op
+        self._written = [(name, i) for i, name in enumerate(rules) if name in writes]
         self._rules = {name: x if isinstance(x, str) else Rule(*x) for name, x in rules.items()}
         self._passed: dict[Any, Dims] = {}
         self._latest: tuple[Any, Dims | None] = None, None
@@ -139,6 +143,9 @@ class _Checker:
                 _limit(self._passed, 1024)
                 self._passed[key] = dims
             self._latest = layouts, dims
+        if self._written and isinstance(arrays[0], np.ndarray):
+            for name, i in self._written:
+                check_writeable(self._op, name, arrays[i])
         return dims
 
 
@@ -258,6 +265,21 @@ def is_array(x: Any) -> bool:
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
+
+
+def check_writeable(op: str, name: str, array: Any) -> None:
+    """Check that an array may be written, if there is one.
+
+    Raises:
+        ParameterError: it is a read-only NumPy array.
+    """
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
+
+
+def to_host(array: Any) -> Any:
+    """The NumPy array of a checked array; waits for a GPU."""
+    return array.get() if on_gpu(array) else array
 
 
 def footprint(*arrays: Any) -> str:

@@ -7,12 +7,16 @@ p % P. All else is known to the manager alone, which never touches the arrays:
     fork                 a second sequence on the same pages
     publish              offers what a sequence holds         reuse     takes what was offered
 
+The manager knows a sequence by the list itself: `extend`, `publish` and `free` refuse a copy, which
+may name pages that have gone to others since.
+
 Pages count the sequences that hold them. A page is written only where one sequence holds it and it
 is not published: `extend` swaps others for new pages, and says when contents must be copied.
 
 Published pages are known by a key: the 128-bit BLAKE2b hash of the key of the page before and the
 page's own tokens, hence of all tokens from the sequence's start. Tokens are not kept: to make two
-prefixes meet takes 2^64 attempts, even on purpose. Only full pages have a key.
+prefixes meet takes 2^64 attempts, even on purpose. Only full pages have a key. A salt keeps
+prefixes of equal tokens apart where contents depend on more than tokens.
 
 A published page that no sequence holds any more keeps its contents until a page is wanted and no
 other is free; the least recently used goes first, in a sequence the last page first.
@@ -25,13 +29,15 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from struct import Struct
 from struct import error as StructError
+from typing import Any
 
 import numpy as np
 
-from pykv.errors import CapacityError, ParameterError
+from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.options import check_whole
 
 _KEY_BYTES = 16
-_ROOT = bytes(_KEY_BYTES)  # the key before the first page
+_MAX_PAGE = 2**31 - 1  # page tables are int32
 
 
 class BlockManager:
@@ -44,8 +50,12 @@ class BlockManager:
     Attributes:
         page_size: as given.
 
-    An error leaves everything as it was. Not thread-safe. Sources: vLLM's paged attention and
-    automatic prefix caching.
+    Raises:
+        ParameterError: a size is out of its range.
+        DtypeError: a size is no whole number.
+
+    All methods raise DtypeError for arguments of another type. An error leaves everything as it
+    was. Not thread-safe. Sources: vLLM's paged attention and automatic prefix caching.
 
     >>> manager = pykv.blocks.BlockManager(num_pages=8, page_size=4)
     >>> first = manager.allocate(tokens=6)
@@ -57,18 +67,15 @@ class BlockManager:
     """
 
     def __init__(self, num_pages: int, page_size: int):
-        if num_pages < 0 or page_size < 1:
-            raise ParameterError(
-                f"BlockManager: num_pages is {num_pages} and page_size {page_size}, "
-                "expected at least 0 and 1"
-            )
-        self.page_size = page_size
+        num_pages = check_whole("BlockManager", "num_pages", num_pages, 0, _MAX_PAGE)
+        self.page_size = check_whole("BlockManager", "page_size", page_size, 1, _MAX_PAGE)
+        self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
-        self._pack = Struct(f"<{_KEY_BYTES}s{page_size}q").pack
+        self._pack = Struct(f"<{_KEY_BYTES}s{self.page_size}q").pack
         self.grow(num_pages)
 
     @property
@@ -88,11 +95,11 @@ class BlockManager:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many `tokens`."""
-        return -(-tokens // self.page_size)
+        return -(-check_whole("BlockManager.pages_for", "tokens", tokens, 0) // self.page_size)
 
     def require(self, num_pages: int) -> None:
         """Raise a CapacityError unless `num_pages` pages are free."""
-        if num_pages > self.num_free:
+        if check_whole("BlockManager.require", "num_pages", num_pages, 0) > self.num_free:
             raise CapacityError(
                 f"pool exhausted: {num_pages} pages wanted, {self.num_free} free of "
                 f"{self.num_pages} ({self.page_size} tokens a page)"
@@ -105,6 +112,7 @@ class BlockManager:
 
         Raises:
             CapacityError: the pool has too few free pages.
+            ParameterError: `tokens` is negative.
         """
         pages: list[int] = []
         self.extend(pages, 0, tokens)
@@ -127,22 +135,29 @@ class BlockManager:
 
         Raises:
             CapacityError: the pool has too few free pages.
-            ParameterError: start is behind stop, or past the end of the pages.
+            ParameterError: start is behind stop, or past the end of the pages; or `pages` is no
+                sequence of this manager.
         """
         P, counts, keys = self.page_size, self._counts, self._keys
+        if not type(start) is type(stop) is int:
+            start = check_whole("BlockManager.extend", "start", start, 0)
+            stop = check_whole("BlockManager.extend", "stop", stop, 0)
+        if self._sequences.get(id(pages), self) is pages:
+            num_pages = len(pages)
+            if 0 <= start <= stop <= num_pages * P and start // P == num_pages - 1:
+                page = pages[-1]  # the usual case: one more token in the last page
+                if counts[page] == 1 and keys[page] is None:
+                    return None
+        first = max(start, 0) // P
+        self._check_sequence("extend", pages, first)
         num_pages = len(pages)
-        if 0 <= start <= stop <= num_pages * P and start // P == num_pages - 1:
-            page = pages[-1]  # the usual case: one more token in the last page
-            if counts[page] == 1 and keys[page] is None:
-                return None
         if not 0 <= start <= min(stop, num_pages * P):
             raise ParameterError(
                 f"BlockManager.extend: start is {start} and stop {stop}, expected start to be at "
                 f"most stop and the {num_pages * P} tokens that the pages hold"
             )
-        first = start // P
         shared = [i for i in range(first, num_pages) if counts[pages[i]] > 1]
-        num_new = max(self.pages_for(stop) - num_pages, 0)
+        num_new = max(-(-stop // P) - num_pages, 0)
         self.require(len(shared) + num_new)
         for page in pages[first:]:
             if counts[page] == 1:
@@ -155,6 +170,8 @@ class BlockManager:
                 copy = old, pages[i]
         for _ in range(num_new):
             pages.append(self._take())
+        if num_new:
+            self._sequences[id(pages)] = pages
         return copy
 
     def fork(self, pages: list[int]) -> list[int]:
@@ -162,21 +179,23 @@ class BlockManager:
 
         Before either is written to, `extend` must be called for it.
 
+        Args:
+            pages: the sequence, or its first pages.
+
         Raises:
-            ParameterError: as `free`.
+            ParameterError: a page is held by no sequence, or named twice.
         """
         self._check_held("fork", pages)
-        for page in pages:
-            self._counts[page] += 1
-        return list(pages)
+        return self._hold(list(pages))
 
     def free(self, pages: list[int]) -> None:
         """Give a sequence up and empty its list `pages`.
 
         Raises:
-            ParameterError: a page is held by no sequence, or named twice.
+            ParameterError: `pages` is no sequence of this manager.
         """
-        self._check_held("free", pages)
+        self._check_sequence("free", pages)
+        self._sequences.pop(id(pages), None)
         counts, keys = self._counts, self._keys
         for page in reversed(pages):
             counts[page] -= 1
@@ -192,7 +211,7 @@ class BlockManager:
 
     # --- Prefixes ---
 
-    def publish(self, pages: list[int], tokens: Sequence[int]) -> None:
+    def publish(self, pages: list[int], tokens: Sequence[int], *, salt: str | bytes = b"") -> None:
         """Offer a sequence's full pages to later ones that begin with the same tokens.
 
         Costs a hash for each page that was not published before. Of several pages with the same
@@ -201,50 +220,66 @@ class BlockManager:
         Args:
             pages: the sequence.
             tokens: what has been written to it, from its start; at most 63 bits each.
+            salt: all else that keys and values depend on, or whom they may be shown to: an adapter,
+                images behind placeholder tokens, a tenant. Only `reuse` with an equal salt finds
+                the pages.
 
         Raises:
-            ParameterError: there are more tokens than the pages hold, a token is too large, or as
-                `free`.
+            ParameterError: there are more tokens than the pages hold, a token is too large, the
+                first page was published with other tokens or another salt, or as `free`.
         """
-        P, keys = self.page_size, self._keys
-        if len(tokens) > len(pages) * P:
+        op, P, keys = "BlockManager.publish", self.page_size, self._keys
+        key = _root(op, salt)
+        num_tokens = _length(op, tokens)
+        self._check_sequence("publish", pages)
+        if num_tokens > len(pages) * P:
             raise ParameterError(
-                f"BlockManager.publish: {len(tokens)} tokens, expected at most the "
-                f"{len(pages) * P} that the pages hold"
+                f"{op}: {num_tokens} tokens, expected at most the {len(pages) * P} that the pages "
+                "hold"
             )
-        self._check_held("publish", pages)
-        key = _ROOT
         found = []
-        for i in range(len(tokens) // P):
-            key = keys[pages[i]] or self._key(key, tokens[i * P : (i + 1) * P])
+        for i in range(num_tokens // P):
+            known = keys[pages[i]]
+            if known is None or i == 0:
+                key = self._key(key, tokens[i * P : (i + 1) * P])
+                if known not in (None, key):
+                    raise ParameterError(
+                        f"{op}: page {pages[i]} was published with other tokens or another salt, "
+                        "expected the same until it is extended"
+                    )
+            else:
+                key = known
             found.append((pages[i], key))
         for page, key in found:
             keys[page] = key
             self._cached.setdefault(key, page)
 
-    def reuse(self, tokens: Sequence[int]) -> list[int]:
+    def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:
         """A new sequence on published pages, with the longest prefix of the tokens they hold.
 
         It holds `len(pages) * page_size` of the tokens, perhaps none. A model that wants logits
         must compute one token at least, and asks for all but the last.
 
+        Args:
+            tokens: of the sequence, from its start.
+            salt: as of `publish`.
+
         Raises:
             ParameterError: a token is too large.
         """
-        P, counts = self.page_size, self._counts
+        P = self.page_size
         pages = []
-        key = _ROOT
-        for start in range(0, len(tokens) - P + 1, P):
+        key = _root("BlockManager.reuse", salt)
+        for start in range(0, _length("BlockManager.reuse", tokens) - P + 1, P):
             key = self._key(key, tokens[start : start + P])
             page = self._cached.get(key)
             if page is None:
                 break
             pages.append(page)
         for page in pages:
-            if not counts[page]:
+            if not self._counts[page]:
                 del self._idle[page]
-            counts[page] += 1
-        return pages
+        return self._hold(pages)
 
     def grow(self, num_pages: int) -> None:
         """Note that the pool has `num_pages` pages now; those that it had keep their numbers.
@@ -253,15 +288,20 @@ class BlockManager:
             ParameterError: these are fewer than before.
         """
         old = self.num_pages
-        if num_pages < old:
-            raise ParameterError(
-                f"BlockManager.grow: num_pages is {num_pages}, expected at least {old}"
-            )
+        check_whole("BlockManager.grow", "num_pages", num_pages, old)
         self._counts += [0] * (num_pages - old)
         self._keys += [None] * (num_pages - old)
         self._free[:0] = range(num_pages - 1, old - 1, -1)
 
     # --- Pages ---
+
+    def _hold(self, pages: list[int]) -> list[int]:
+        """Count a new sequence on pages that it shares."""
+        for page in pages:
+            self._counts[page] += 1
+        if pages:
+            self._sequences[id(pages)] = pages
+        return pages
 
     def _take(self) -> int:
         """A page for one sequence; there must be a free one."""
@@ -285,15 +325,33 @@ class BlockManager:
         try:
             return blake2b(self._pack(parent, *tokens), digest_size=_KEY_BYTES).digest()
         except StructError as error:
-            raise ParameterError(f"BlockManager: tokens are {tokens}: {error}") from error
+            expected = "expected integers of 64 bits with a sign"
+            raise ParameterError(
+                f"BlockManager: tokens are {tokens}, {expected}: {error}"
+            ) from error
 
-    def _check_held(self, op: str, pages: list[int]) -> None:
+    def _check_sequence(self, op: str, pages: list[int], first: int = 0) -> None:
+        """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""
+        self._check_held(op, pages, first)
+        if pages and self._sequences.get(id(pages)) is not pages:
+            raise ParameterError(
+                f"BlockManager.{op}: pages are {pages} in another list, expected the list that the "
+                "manager handed out, which may name other pages by now"
+            )
+
+    def _check_held(self, op: str, pages: list[int], first: int = 0) -> None:
+        """Check that pages from `first` on are distinct and in use."""
         counts = self._counts
-        if not pages or (
-            min(pages) >= 0
-            and max(pages) < len(counts)
-            and len(set(pages)) == len(pages)
-            and all(map(counts.__getitem__, pages))
+        if not isinstance(pages, list):
+            given = type(pages).__name__
+            raise DtypeError(f"BlockManager.{op}: pages is a {given}, expected a list of pages")
+        some = pages[first:]
+        if not some or (
+            set(map(type, some)) == {int}
+            and min(some) >= 0
+            and max(some) < len(counts)
+            and len(set(some)) == len(some)
+            and all(map(counts.__getitem__, some))
         ):
             return
         raise ParameterError(
@@ -301,7 +359,28 @@ class BlockManager:
         )
 
 
-def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray:
+def _root(op: str, salt: str | bytes) -> bytes:
+    """The key before the first page."""
+    if not isinstance(salt, str | bytes):
+        raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
+    if not salt:
+        return bytes(_KEY_BYTES)
+    salt = salt.encode() if isinstance(salt, str) else salt
+    return blake2b(salt, digest_size=_KEY_BYTES).digest()
+
+
+def _length(op: str, tokens: Sequence[Any]) -> int:
+    """The number of tokens, of a sequence that can be sliced."""
+    if not (hasattr(tokens, "__len__") and hasattr(tokens, "__getitem__")):
+        given = type(tokens).__name__
+        raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")
+    return len(tokens)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.ndarray:
     """Flat slots, int32 [stop - start], of positions start ... stop - 1 of a sequence.
 
     Args:
@@ -311,31 +390,76 @@ def slots(pages: list[int], start: int, stop: int, page_size: int) -> np.ndarray
 
     Raises:
         CapacityError: the sequence's pages end before `stop`.
+        ParameterError: a position is out of its range, or a page that is written to is negative or
+            so large that its slots exceed int32.
+        DtypeError: a position is no whole number.
 
     >>> pykv.blocks.slots([7, 3], 2, 6, page_size=4)
     array([30, 31, 12, 13], dtype=int32)
     """
-    if stop > len(pages) * page_size:
+    P = check_whole("slots", "page_size", page_size, 1)
+    start = check_whole("slots", "start", start, 0)
+    stop = check_whole("slots", "stop", stop, start)
+    table = page_ids("slots", "pages", pages, -1, _MAX_PAGE)
+    if stop > len(table) * P:
         raise CapacityError(
-            f"slots: stop is {stop}, but {len(pages)} pages hold {len(pages) * page_size} tokens"
+            f"slots: stop is {stop}, but {len(table)} pages hold {len(table) * P} tokens"
         )
+    first = start // P
+    page_ids("slots", "pages", table[first : -(-stop // P)], 0, 2**31 // P - 1, first=first)
     positions = np.arange(start, stop)
-    table = np.asarray(pages, np.int64)
-    return (table[positions // page_size] * page_size + positions % page_size).astype(np.int32)
+    flat: np.ndarray = table[positions // P] * P + positions % P
+    return flat.astype(np.int32)
 
 
-def page_table(sequences: list[list[int]], width: int) -> np.ndarray:
+def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     """The page table, int32 [B, width], of several sequences; unused entries are -1.
 
     Args:
-        sequences: B lists of pages, none longer than `width`.
+        sequences: B lists of pages, none longer than `width`; -1 where a page is not read.
         width: M, pages that a row has room for.
+
+    Raises:
+        ParameterError: a sequence has more pages than `width`, or one that is no int32 from -1 on.
+        DtypeError: `width` is no whole number, or `sequences` no sequence.
 
     >>> pykv.blocks.page_table([[7, 3], [5]], width=3)
     array([[ 7,  3, -1],
            [ 5, -1, -1]], dtype=int32)
     """
-    table = np.full((len(sequences), width), -1, np.int32)
-    for row, pages in zip(table, sequences, strict=True):
-        row[: len(pages)] = pages
+    width = check_whole("page_table", "width", width, 0)
+    table = np.full((_length("page_table", sequences), width), -1, np.int32)
+    for b, (row, pages) in enumerate(zip(table, sequences, strict=True)):
+        ids = page_ids("page_table", f"sequences[{b}]", pages, -1, _MAX_PAGE)
+        if len(ids) > width:
+            raise ParameterError(
+                f"page_table: sequences[{b}] has {len(ids)} pages, expected at most width={width}"
+            )
+        row[: len(ids)] = ids
     return table
+
+
+def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: int = 0) -> Any:
+    """Page ids as [n] int64.
+
+    Args:
+        op, name: for messages, which count entries from `first` on.
+        pages: a sequence or array of integers, none of them a bool.
+        least, most: page ids.
+
+    Raises:
+        ParameterError: it is no such sequence, or an id is out of its range.
+    """
+    try:
+        ids = np.asarray(pages)
+    except ValueError:  # sequences of several lengths
+        ids = np.empty((0, 0))
+    if ids.ndim == 1 and not ids.size:
+        return ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
+    wrong = (ids < least) | (ids > most)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
+    return ids.astype(np.int64)

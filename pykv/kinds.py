@@ -107,7 +107,8 @@ class KVSpec:
     """The kinds, scales and layout of a cache's pools.
 
     Args:
-        k, v: names of `KINDS`.
+        k, v: names of `KINDS`; `v` is that of `k` where it is not given: KVSpec("int8") holds codes
+            of both.
         granularity: of the scales: "token" (a scale for each token and head), "head" or
             "tensor". Of no meaning where both kinds are floats.
         scale_dtype: "fp16" or "fp32".
@@ -126,12 +127,14 @@ class KVSpec:
     """
 
     k: str = "fp16"
-    v: str = "fp16"
+    v: str = ""
     granularity: str = "token"
     scale_dtype: str = "fp16"
     layout: str = "NHD"
 
     def __post_init__(self) -> None:
+        if isinstance(self.v, str) and not self.v:
+            object.__setattr__(self, "v", self.k)
         for field, names in dict(k=KINDS, v=KINDS, **_WORDS).items():
             name = getattr(self, field)
             if not isinstance(name, str) or name not in names:
@@ -198,6 +201,11 @@ class KVSpec:
     def has_dynamic_scales(self) -> bool:
         """Whether each row gets a scale of its own when it is written."""
         return self.has_scales and self.granularity == "token"
+
+    @property
+    def has_given_scales(self) -> bool:
+        """Whether heads or tensors share scales, which are there before rows are written."""
+        return self.has_scales and self.granularity != "token"
 
     @property
     def type_defines(self) -> dict[str, str]:
@@ -289,6 +297,11 @@ class KVSpec:
         of_scales = {"token": dims, "head": "H", "tensor": "1"}[self.granularity]
         pools = ((f"{dims} {kind.width}", kind.dtype, kind.vector_bytes) for kind in self.kinds)
         return dict(zip(names, pools, strict=False)) | self.rules_of_scales(names[2:], of_scales)
+
+    def written(self, names: tuple[str, ...] = POOLS) -> tuple[str, ...]:
+        """Those of the names of pools and their scales that an append writes: scales that heads or
+        tensors share are only read."""
+        return names[:4] if self.has_dynamic_scales else names[:2]
 
     def rules_of_scales(self, names: tuple[str, ...], dims: str) -> dict[str, Any]:
         """Rules of two arrays of scales, called `names` and of dimensions `dims`; kinds of floats
@@ -483,6 +496,20 @@ def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
     if not kind.largest:
         return x
     return x * np.asarray(scale).astype(np.float32)[..., None]
+
+
+def count_largest(codes: Any, kind: Kind) -> int:
+    """The number of elements of `codes` [..., W] that have the largest code, of either sign: rows
+    beyond a given scale are clamped to it.
+
+    >>> int8 = pykv.kinds.KINDS["int8"]
+    >>> codes, _ = pykv.kinds.quantize(np.float32([[-9, 4, 0, 5]]), int8, scale=np.float32([0.03]))
+    >>> codes, pykv.kinds.count_largest(codes, int8)
+    (array([[-127,  127,    0,  127]], dtype=int8), 3)
+    """
+    of_bytes = np.abs(decode(np.arange(256, dtype=np.uint8).view(kind.dtype)[:, None], kind))
+    counts = np.bincount(codes.view(np.uint8).reshape(-1), minlength=256)
+    return int(counts @ (of_bytes == kind.largest).sum(-1))
 
 
 def pack(codes: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import ranges
-from pykv.arrays import Dims, checker, on_gpu
-from pykv.errors import ParameterError
+from pykv import blocks, ranges
+from pykv.arrays import Dims, check_writeable, checker, to_host
+from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.specs import as_spec
 
@@ -24,6 +24,12 @@ ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache
 
 def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
+    missing = [x for x in (*ARRAYS, "spec") if not hasattr(cache, x)]
+    if missing:
+        raise DtypeError(
+            f"{op}: {name} is a {type(cache).__name__} without {', '.join(missing)}, expected a "
+            "cache, see pykv.pages"
+        )
     spec = as_spec(op, cache.spec, f"{name}.spec")
     pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
     if spec.granularity == "token":
@@ -79,16 +85,7 @@ def _arrays(cache: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
     """[n] int64, all of them pages."""
-    ids = np.asarray(pages)
-    if ids.size == 0:
-        ids = ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
-    wrong = (ids < 0) | (ids >= num_pages)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: {name}[{i}] is {ids[i]}, expected 0 to {num_pages - 1}")
-    return ids.astype(np.int64)
+    return blocks.page_ids(op, name, pages, 0, num_pages - 1)
 
 
 def check_targets(op: str, ids: Any, num_pages: int) -> None:
@@ -105,14 +102,14 @@ def check_targets(op: str, ids: Any, num_pages: int) -> None:
         raise ParameterError(f"{op}: target_pages[{i}] is {ids[i]}, expected no page twice")
 
 
-def check_writeable(op: str, name: str, cache: Any) -> None:
+def check_may_write(op: str, name: str, cache: Any) -> None:
     """Check that pages may be written.
 
     Raises:
         ParameterError: one of their arrays is read-only.
     """
     for letter, x in moving_arrays(cache).items():
-        ranges.check_writeable(op, f"{name}.{letter}", x)
+        check_writeable(op, f"{name}.{letter}", x)
 
 
 class Places(NamedTuple):
@@ -186,5 +183,5 @@ def _bounds(places: Places) -> tuple[Any, Any]:
 
 
 def same_values(a: Any, b: Any) -> bool:
-    a, b = (x.get() if on_gpu(x) else x for x in (a, b))
+    a, b = map(to_host, (a, b))
     return bool(np.array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}")))  # NaN too

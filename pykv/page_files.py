@@ -11,6 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +21,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import FormatError
+from pykv.arrays import load_cupy, on_gpu, to_host
+from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.page_arrays import (
     Ids,
+    check_may_write,
     check_targets,
-    check_writeable,
     facts_of,
     given_scales,
     moving_arrays,
@@ -43,16 +46,21 @@ def save(
     """Write pages to a file, which any reader of safetensors opens.
 
     Args:
-        path: of the file; replaced at once, when all is written.
+        path: of the file. One that exists is replaced at once, when all is on the disk, and keeps
+            its permissions; of a symbolic link the target is. A process that is killed leaves the
+            old file, and a hidden `.pykv-*` beside it.
         cache: see pykv.pages.
         pages: page ids; None: all.
         model: whatever tells whose cache this is; `load` compares it.
 
     Raises:
-        ParameterError: a page does not exist.
+        ParameterError: a page does not exist, or `path` is a folder, a pipe or a device.
+        DtypeError: `cache` is no cache, `path` no path, or `model` no text.
         OSError: the file cannot be written; what was there before is still there.
 
-    Waits for CuPy's current stream. Needs host memory for the pages.
+    Several threads and processes may save to one path: one of their files is there in the end, and
+    readers find a whole file at any time. Waits for CuPy's current stream. Needs host memory for
+    the pages.
 
     >>> import tempfile
     >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8)
@@ -63,32 +71,60 @@ def save(
     """
     op = "page_files.save"
     cuda.refuse_prepare(op, "it writes a file; pages.swap_out can be prepared")
-    facts = facts_of(op, "cache", cache)
+    facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
+    if not isinstance(model, str):
+        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
     store = swap_out(cache, ids)
     if on_gpu(cache.k):
         load_cupy().cuda.get_current_stream().synchronize()
     tensors = {
         **moving_arrays(store),
-        **{name: _host(x) for name, x in given_scales(store).items()},
+        **{name: to_host(x) for name, x in given_scales(store).items()},
     }
     metadata, table = _metadata(facts, len(ids), model), _table(tensors)
     metadata["sha256"] = _digest(metadata, table, tensors)
     text = json.dumps({"__metadata__": metadata, **table}).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    _replace(path, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())])
+
+
+def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
+    """Make parts the contents of a file, or leave it as it is."""
+    scratch = path.with_name(f".pykv-{secrets.token_hex(8)}")
     try:
-        with open(scratch, "wb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for x in tensors.values():
-                file.write(_bytes(x))
+        with open(scratch, "xb") as file:
+            with suppress(FileNotFoundError):
+                os.chmod(scratch, stat.S_IMODE(os.stat(path).st_mode))
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(scratch)
         raise
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a crash may undo the renaming
+        finally:
+            os.close(folder)
+
+
+def _regular_path(op: str, path: str | os.PathLike[str]) -> Path:
+    """The path of a file that exists or may be made, behind symbolic links."""
+    try:
+        found = Path(os.path.realpath(os.fsdecode(path)))
+    except TypeError:
+        given = type(path).__name__
+        raise DtypeError(f"{op}: path is a {given}, expected a text or a pathlib.Path") from None
+    except ValueError as error:  # a null character
+        raise ParameterError(f"{op}: path is {path!r}: {error}") from None
+    if found.exists() and not found.is_file():
+        raise ParameterError(f"{op}: path is {found}, expected a regular file")
+    return found
 
 
 def load(
@@ -99,9 +135,10 @@ def load(
     Args:
         path: of the file.
         cache: of the spec and sizes that the file was saved with, but any N.
-        pages: page ids, as many as the file has; its page i becomes page pages[i], and given scales
-            must be those of the file. None: the file has all N pages of the cache, and given scales
-            are replaced by the file's.
+        pages: page ids, as many as the file has; its page i becomes page pages[i], and scales that
+            heads or tensors share must be those of the file, or zero, which is unset. None: the
+            file has all N pages of the cache. Shared scales that are unset, or those of all pages,
+            become the file's.
         model: what the file must have been saved with; None: anything.
 
     Returns:
@@ -110,16 +147,18 @@ def load(
     Raises:
         FormatError: this is no such file, it is damaged, or of another spec, size or model. The
             cache is as before.
-        ParameterError: a page does not exist, or is listed twice.
+        ParameterError: a page does not exist, or is listed twice; or `path` is a folder, a pipe or
+            a device.
+        DtypeError: `cache` is no cache, or `path` no path.
         OSError: the file cannot be read.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
     """
     op = "page_files.load"
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
-    facts = facts_of(op, "cache", cache)
+    facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
     with open(path, "rb") as file:
-        metadata, table, begin = _read_header(op, file, os.fspath(path))
+        metadata, table, begin = _read_header(op, file, path)
         count = _check_metadata(op, path, metadata, facts, model)
         if pages is None and count != facts["pages"]:
             raise FormatError(
@@ -127,18 +166,17 @@ def load(
             )
         ids = page_ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
         check_targets(op, ids, facts["pages"])
-        check_writeable(op, "cache", cache)
+        check_may_write(op, "cache", cache)
         if len(ids) != count:
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
         store = host_pages(cache, count)
-        given = {name: _host(x).copy() for name, x in given_scales(cache).items()}
+        given = {name: to_host(x).copy() for name, x in given_scales(cache).items()}
         tensors = {**moving_arrays(store), **given}
         expected = _table(tensors)
         for name in {**expected, **table}:
             if table.get(name) != expected.get(name):
-                raise FormatError(
-                    f"{op}: {path} has {name}={table.get(name)}, expected {expected.get(name)}"
-                )
+                has = f"{_shown(name)}={_shown(table.get(name))}"
+                raise FormatError(f"{op}: {path} has {has}, expected {expected.get(name)}")
         size = os.fstat(file.fileno()).st_size
         want = begin + sum(x.nbytes for x in tensors.values())
         if size != want:
@@ -148,19 +186,16 @@ def load(
     if _digest(metadata, table, tensors) != metadata["sha256"]:
         raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
     for name, x in given.items():
-        if pages is None:
-            scales = getattr(cache, name)
-            scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x
-        elif not same_values(x, getattr(cache, name)):
+        known = to_host(getattr(cache, name))
+        if pages is not None and known.any() and not same_values(x, known):
             raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
+    for name, x in given.items():
+        scales = getattr(cache, name)
+        scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x
     swap_in(cache, ids, store)
     if on_gpu(cache.k):
         load_cupy().cuda.get_current_stream().synchronize()
     return count
-
-
-def _host(x: Any) -> Any:
-    return x.get() if on_gpu(x) else x
 
 
 def _bytes(x: Any) -> memoryview:
@@ -193,7 +228,7 @@ def _digest(metadata: dict[str, str], table: dict[str, Any], tensors: dict[str, 
     return digest.hexdigest()
 
 
-def _read_header(op: str, file: BinaryIO, path: str) -> tuple[dict[str, str], dict[str, Any], int]:
+def _read_header(op: str, file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     """Metadata, tensors, and where the arrays begin."""
     first = file.read(8)
     size = int.from_bytes(first, "little")
@@ -203,15 +238,18 @@ def _read_header(op: str, file: BinaryIO, path: str) -> tuple[dict[str, str], di
         header = json.loads(file.read(size))
         metadata = header.pop("__metadata__")
         found = metadata["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        is_text = all(isinstance(fact, str) for fact in metadata.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{op}: {path} is no file of pages: its header is damaged") from error
     if found != FORMAT:
-        raise FormatError(f"{op}: {path} has format {found!r}, expected {FORMAT!r}")
+        raise FormatError(f"{op}: {path} has format {_shown(found)!r}, expected {FORMAT!r}")
+    if not is_text:
+        raise FormatError(f"{op}: {path} has metadata that is no text")
     return metadata, header, 8 + size
 
 
 def _check_metadata(
-    op: str, path: Any, metadata: dict[str, str], facts: dict[str, Any], model: str | None
+    op: str, path: Path, metadata: dict[str, str], facts: dict[str, Any], model: str | None
 ) -> int:
     """Hold the fingerprint against the cache; returns the number of pages."""
     wanted = {name: str(fact) for name, fact in facts.items() if name != "pages"}
@@ -219,10 +257,15 @@ def _check_metadata(
         wanted["model"] = model
     for name, want in wanted.items():
         if metadata.get(name) != want:
-            raise FormatError(f"{op}: {path} has {name}={metadata.get(name)}, expected {want}")
+            has = _shown(metadata.get(name))
+            raise FormatError(f"{op}: {path} has {name}={has}, expected {want}")
     count = metadata.get("pages", "")
-    if not (
-        isinstance(count, str) and count.isdecimal() and isinstance(metadata.get("sha256"), str)
-    ):
+    if not (re.fullmatch("[0-9]{1,9}", count) and "sha256" in metadata):
         raise FormatError(f"{op}: {path} is no file of pages: its header is damaged")
     return int(count)
+
+
+def _shown(value: Any) -> str:
+    """What a file holds, for a message of one line: a terminal must not obey it."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -28,12 +28,13 @@ from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
+from pykv.options import check_whole
 from pykv.page_arrays import (
     ARRAYS,
     Ids,
     check_apart,
+    check_may_write,
     check_targets,
-    check_writeable,
     facts_of,
     given_scales,
     moving_arrays,
@@ -95,7 +96,7 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     """
     op = "pages.zero_pages"
     ids = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
-    check_writeable(op, "cache", cache)
+    check_may_write(op, "cache", cache)
     arrays = list(moving_arrays(cache).values())
     if not on_gpu(cache.k):
         cuda.run_on_host(lambda: _zero_on_host(arrays, ids))
@@ -153,7 +154,7 @@ def copy_pages(
             f"{op}: target_pages has {len(to_ids)} pages, expected {len(ids)} like source_pages"
         )
     check_targets(op, to_ids, to_facts["pages"])
-    check_writeable(op, "target", target)
+    check_may_write(op, "target", target)
     places = places_of(list(moving_arrays(source).values()), ids)
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
     check_apart(op, places, to_places)
@@ -219,7 +220,7 @@ def convert_pages(
         arrays = moving_arrays(side)
         sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
     check_targets(op, sides[1].ids, to_facts["pages"])
-    check_writeable(op, "target", target)
+    check_may_write(op, "target", target)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     check_apart(op, *sides, in_place=spec.layout == out_spec.layout)
@@ -248,8 +249,7 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
         MemoryError: the host has not as much that can be pinned.
     """
     op = "pages.host_pages"
-    if num_pages < 0:
-        raise ParameterError(f"{op}: num_pages is {num_pages}, expected at least 0")
+    num_pages = check_whole(op, "num_pages", num_pages, 0)
     facts_of(op, "cache", cache)
     made = {name: getattr(cache, name) for name in ARRAYS}  # given scales are shared
     for name, array in moving_arrays(cache).items():
@@ -279,6 +279,8 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     Pages(layers=2, pages=2, heads=1, head_dim=8, page_size=16, spec="int8", 1.3 kB on cpu)
     >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
+    op = "pages.swap_out"
+    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     if store is None:
         store = host_pages(cache, len(pages))
     copy_pages(cache, store, pages, np.arange(len(pages)), stream=stream)
@@ -287,6 +289,8 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
 
 def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
+    op = "pages.swap_in"
+    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import footprint
-from pykv.blocks import BlockManager
+from pykv.arrays import footprint, to_host
+from pykv.blocks import BlockManager, page_ids
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
+from pykv.options import check_number, check_whole
 from pykv.specs import as_spec
 
 
@@ -25,24 +27,27 @@ class PagedKVCache:
         pages: N, pages in each layer's pools.
         page_size: P, tokens a page.
         spec: what the pools hold, a KVSpec or a text that KVSpec.parse takes: "fp16", "int8", ...
-        margin: where heads or tensors share a scale, each layer's are found from the first rows
-            that are appended to it, `margin` times what their largest magnitude needs, and stay;
-            what later exceeds them is clamped. None: they are ones until the caller sets them.
+        margin: where heads or tensors share a scale, each is found from the first rows that are
+            appended to it and are not all zero, as `margin` times what their largest finite
+            magnitude needs, and stays; what later exceeds it is clamped, see `clamped`. None: the
+            caller sets them before the first append.
         xp: the array module that decides where the cache lives, `numpy` or `cupy`.
 
     Attributes:
         spec: a KVSpec.
         k, v: [L, N, P, H, W], one array each, or [L, N, H, P, W] where the spec says HND.
         k_scales, v_scales: None for kinds of floats; [L, N, P, H], or [L, N, H, P], where each
-            token and head has a scale; else [L, H] or [L, 1], ones until the caller sets them.
+            token and head has a scale; else [L, H] or [L, 1], zero until it is set: by the caller,
+            by page_files.load, or from rows, see `margin`.
         layers: (k, v) views of each layer, as the ops take them.
         scales: (k_scales, v_scales) of each layer, or (None, None).
         manager: who holds which page.
 
     Raises:
-        ParameterError: a size or `margin` is not positive, `head_dim` no multiple of 8, or the spec
-            is unknown.
-        DtypeError: the spec is neither a KVSpec nor a text.
+        ParameterError: a size or `margin` is not positive, `head_dim` no multiple of 8, the spec
+            is unknown, or `xp` another module.
+        DtypeError: the spec is neither a KVSpec nor a text, a size no whole number, or `margin` no
+            number.
         CapacityError: the memory cannot be had.
 
     >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=2, head_dim=64, spec="int8")
@@ -69,22 +74,21 @@ class PagedKVCache:
         margin: float | None = None,
         xp: Any = np,
     ):
-        sizes = dict(
-            layers=layers, pages=pages, heads=heads, head_dim=head_dim, page_size=page_size
-        )
-        for name, size in sizes.items():
-            if size < 1:
-                raise ParameterError(f"PagedKVCache: {name} is {size}, expected at least 1")
+        op = "PagedKVCache"
+        sizes = dict(layers=layers, heads=heads, head_dim=head_dim)
+        self._sizes = tuple(check_whole(op, name, size, 1) for name, size in sizes.items())
+        pages = check_whole(op, "pages", pages, 1)
+        self.page_size = check_whole(op, "page_size", page_size, 1)
         if head_dim % 8:
-            raise ParameterError(f"PagedKVCache: head_dim is {head_dim}, expected a multiple of 8")
-        if margin is not None and not 0 < margin < math.inf:
-            raise ParameterError(f"PagedKVCache: margin is {margin}, expected a positive number")
-        self.spec = as_spec("PagedKVCache", spec)
-        shares = self.spec.has_scales and not self.spec.has_dynamic_scales
+            raise ParameterError(f"{op}: head_dim is {head_dim}, expected a multiple of 8")
+        if margin is not None:
+            margin = check_number(op, "margin", margin, positive=True)
+        if getattr(xp, "__name__", "").rpartition(".")[2] not in ("numpy", "cupy"):
+            raise ParameterError(f"{op}: xp is {xp!r}, expected the module numpy or cupy")
+        self.spec = as_spec(op, spec)
         self._margin = margin
-        self._without_scales = set(range(layers)) if shares and margin is not None else set()
-        self.page_size = page_size
-        self._sizes = (layers, heads, head_dim)
+        # Layers that may lack scales.
+        self._unset = set(range(layers)) if self.spec.has_given_scales else set()
         self._xp = xp
         self._set_arrays(self._zeros(pages))
         self.manager = BlockManager(pages, page_size)
@@ -153,10 +157,7 @@ class PagedKVCache:
         """
         cuda.refuse_prepare("PagedKVCache.grow", "it makes new arrays")
         num_pages = self.k.shape[1]
-        if pages < num_pages:
-            raise ParameterError(
-                f"PagedKVCache.grow: pages is {pages}, expected at least {num_pages}"
-            )
+        pages = check_whole("PagedKVCache.grow", "pages", pages, num_pages)
         old = (self.k, self.v, self.k_scales, self.v_scales)
         with cuda.on_stream(stream):
             new = self._zeros(pages)
@@ -174,18 +175,56 @@ class PagedKVCache:
         self._set_arrays(new)
         self.manager.grow(pages)
 
+    def clamped(self, pages: Sequence[int]) -> Any:
+        """The share of the elements of pages that stand at the largest code, [L, 2] float64 for K
+        and V of each layer, on the host.
+
+        Rows that exceed a shared scale are clamped, which no append waits to see. Scales that were
+        found with a `margin` above 1 leave the largest code to such rows; a share of more than a
+        thousandth says that they were found from other rows than those that came. Then make a cache
+        with a larger margin and append again, or take one with a scale for each token ("int8" in
+        place of "int8:head"). Zero for kinds of floats; of no meaning where each token has a scale,
+        whose largest element gets the largest code.
+
+        Args:
+            pages: page ids.
+
+        Raises:
+            ParameterError: a page does not exist.
+
+        Waits for the GPU, and copies the pages to the host.
+        """
+        ids = page_ids("PagedKVCache.clamped", "pages", pages, 0, self.k.shape[1] - 1)
+        shares = np.zeros((len(self.layers), 2))
+        for layer, pools in enumerate(self.layers):
+            for i, (kind, pool) in enumerate(zip(self.spec.kinds, pools, strict=True)):
+                if kind.largest and len(ids):
+                    codes = to_host(pool[self._xp.asarray(ids)])
+                    elements = codes.nbytes * 8 // kind.bits
+                    shares[layer, i] = kinds.count_largest(codes, kind) / elements
+        return shares
+
     def append(
         self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None, **options: Any
     ) -> None:
         """Write rows [T, H, D] of one layer to flat slots [T]; see paged_append.append, whose
         options these are.
 
-        On a GPU only enqueues, but waits where it checks, or finds a layer's scales; see `margin`.
+        On a GPU only enqueues, but waits where it checks, and while a layer lacks shared scales.
+
+        Raises:
+            ParameterError: there is no such layer, or its shared scales are unset and the cache has
+                no `margin`.
+            UnsupportedError: the call is being prepared or captured while scales are unset.
+            As paged_append.append else. Scales that were unset stay unset then.
         """
-        if layer in self._without_scales and len(k):
-            self._find_scales("append", layer, lambda: (k, v), stream)
+        arguments = (k, v, *self._pools("append", layer), slots)
         options = self._with_spec("append", layer, options)
-        paged_append.append(k, v, *self.layers[layer], slots, stream=stream, **options)
+        append = partial(paged_append.append, *arguments, **options)
+        if layer in self._unset:
+            self._append_first("append", layer, slots, append, lambda: (k, v), stream)
+        else:
+            append(stream=stream)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -193,26 +232,31 @@ class PagedKVCache:
         """Write K and V of a fused projection [T, (HQ + 2H) * D] to flat slots [T] of one layer and
         return the queries [T, HQ, D]; see paged_qkv.append, whose options these are.
 
-        On a GPU only enqueues, but waits where `append` does.
+        On a GPU only enqueues, but waits where `append` does. Raises what `append` does.
         """
-        if layer in self._without_scales and len(qkv):
-            self._find_scales("append_qkv", layer, lambda: self._rows_of(qkv, options), stream)
-        options = self._with_spec("append_qkv", layer, options)
-        return paged_qkv.append(qkv, *self.layers[layer], slots, stream=stream, **options)
+        arguments = (qkv, *self._pools("append_qkv", layer), slots)
+        full = self._with_spec("append_qkv", layer, options)
+        append = partial(paged_qkv.append, *arguments, **full)
+        if layer in self._unset:
+            rows_of = partial(self._rows_of, qkv, options)
+            return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
+        return append(stream=stream)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
         paged_decode.decode, whose options these are."""
+        pools = self._pools("decode", layer)
         options = self._with_spec("decode", layer, options)
-        return paged_decode.decode(q, *self.layers[layer], page_table, lengths, **options)
+        return paged_decode.decode(q, *pools, page_table, lengths, **options)
 
     def prefill(
         self, layer: int, q: Any, page_table: Any, lengths: Any, q_starts: Any, **options: Any
     ) -> Any:
         """Attention of several tokens a sequence over one layer; see prefill.prefill, whose options
         these are."""
+        pools = self._pools("prefill", layer)
         options = self._with_spec("prefill", layer, options)
-        return prefill.prefill(q, *self.layers[layer], page_table, lengths, q_starts, **options)
+        return prefill.prefill(q, *pools, page_table, lengths, q_starts, **options)
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """K and V [T, H, D] float32 that paged_qkv.append would encode, from pages of a token."""
@@ -222,28 +266,74 @@ class PagedKVCache:
         paged_qkv.append(qkv, k, v, slots, **options | dict(q_out=None, check=False))
         return k[:, 0], v[:, 0]
 
-    def _find_scales(
-        self, name: str, layer: int, rows_of: Callable[[], tuple[Any, Any]], stream: Any
-    ) -> None:
-        """Set the scales that a layer's heads, or its K and its V, share, from its first rows."""
-        cuda.refuse_prepare(f"PagedKVCache.{name}", "a layer's first rows set its scales")
-        axes = (0, 2) if self.spec.granularity == "head" else (0, 1, 2)
+    def _append_first(
+        self,
+        name: str,
+        layer: int,
+        slots: Any,
+        append: partial[Any],
+        rows_of: Callable[[], tuple[Any, Any]],
+        stream: Any,
+    ) -> Any:
+        """`append` to a layer that may lack scales; those that it lacks are found first."""
+        op = f"PagedKVCache.{name}"
         with cuda.on_stream(stream):
-            for kind, x, scales in zip(self.spec.kinds, rows_of(), self.scales[layer], strict=True):
-                if scales is None:
-                    continue
-                amax = self._xp.abs(x.astype(np.float32)).max(axis=axes)
-                amax = amax if self._xp is np else amax.get()
-                wanted = np.float32(self._margin) * amax.reshape(-1, 1)
-                scales[...] = self._xp.asarray(kinds.row_scales(wanted, kind, scales.dtype))
-        self._without_scales.remove(layer)
+            cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
+            self._look_for_scales()
+            if layer not in self._unset:
+                return append()
+            if self._margin is None:
+                raise ParameterError(
+                    f"{op}: scales of layer {layer} are unset, expected positive ones in k_scales "
+                    "and v_scales, or PagedKVCache(margin=1.5), which finds them from first rows"
+                )
+            cuda.refuse_prepare(op, "a layer's first rows set its scales")
+            # Raises what is wrong with the arrays, and writes nothing.
+            cuda.prepare(append.func, *append.args, **append.keywords)
+            scales = [x for x in self.scales[layer] if x is not None]
+            before = [to_host(x).copy() for x in scales]
+            if len(slots):
+                self._find_scales(layer, rows_of(), to_host(slots) >= 0)
+            try:
+                result = append()
+            except BaseException:
+                for x, known in zip(scales, before, strict=True):
+                    x[...] = self._xp.asarray(known)
+                raise
+            self._look_for_scales()
+            return result
+
+    def _look_for_scales(self) -> None:
+        """Forget layers whose scales are all set."""
+        given = [to_host(x) for x in (self.k_scales, self.v_scales) if x is not None]
+        is_set = np.logical_and.reduce([(x > 0).all(axis=1) for x in given])
+        self._unset.difference_update(np.flatnonzero(is_set).tolist())
+
+    def _find_scales(self, layer: int, rows: tuple[Any, Any], is_written: Any) -> None:
+        """Set scales that a layer's heads, or its K and its V, share and lack, from rows [T, H, D]
+        that go into the cache: those that are not written, and values that are not finite, say
+        nothing."""
+        axes = (0, 2) if self.spec.granularity == "head" else (0, 1, 2)
+        for kind, x, scales in zip(self.spec.kinds, rows, self.scales[layer], strict=True):
+            if scales is None:
+                continue
+            x = np.abs(to_host(x)[is_written].astype(np.float32))
+            peaks = x.max(axes, where=np.isfinite(x), initial=0).reshape(-1)
+            wanted = np.minimum(self._margin * peaks.astype(float), np.finfo(np.float32).max)
+            found = kinds.row_scales(wanted.astype(np.float32)[:, None], kind, scales.dtype)
+            found = np.maximum(found, np.finfo(scales.dtype).smallest_subnormal)
+            known = to_host(scales)
+            is_new = ~(known > 0) & (peaks > 0)
+            scales[...] = self._xp.asarray(np.where(is_new, found, known))
+
+    def _pools(self, op: str, layer: int) -> tuple[Any, Any]:
+        """K and V of a layer."""
+        check_whole(f"PagedKVCache.{op}", "layer", layer, 0, len(self.layers) - 1)
+        pools: tuple[Any, Any] = self.layers[layer]
+        return pools
 
     def _with_spec(self, op: str, layer: int, options: dict[str, Any]) -> dict[str, Any]:
         """Options of an op with what it must be told of a layer's pools."""
-        if not 0 <= layer < len(self.layers):
-            raise ParameterError(
-                f"PagedKVCache.{op}: layer is {layer}, expected 0 to {len(self.layers) - 1}"
-            )
         k_scales, v_scales = self.scales[layer]
         own = dict(k_scales=k_scales, v_scales=v_scales, spec=self.spec)
         if given := own.keys() & options.keys():
@@ -270,17 +360,16 @@ class PagedKVCache:
         layers, heads, head_dim = self._sizes
         spec, xp = self.spec, self._xp
         scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
-        make_scales = xp.zeros if spec.has_dynamic_scales else xp.ones
         dtype = SCALE_DTYPES[spec.scale_dtype]
         shapes = spec.pool_shapes(pages, self.page_size, heads, head_dim)
         pools = zip(spec.kinds, shapes, strict=True)
+        need = pages * self.page_size * self.bytes_per_token
         try:
+            if need > sys.maxsize:
+                raise MemoryError("more than addresses reach")
             made = [xp.zeros((layers, *shape), kind.dtype) for kind, shape in pools]
-            return made + [
-                make_scales(scales, dtype) if kind.largest else None for kind in spec.kinds
-            ]
+            return made + [xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds]
         except MemoryError as error:
-            need = pages * self.page_size * self.bytes_per_token
             raise CapacityError(
                 f"PagedKVCache: {pages} pages of {self.page_size} tokens need {need:,} bytes: "
                 f"{error}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import asarray, on_gpu
+from pykv.arrays import asarray, check_writeable, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
@@ -192,16 +192,6 @@ def _array(op: str, name: str, x: Any) -> Any:
     except DtypeError as error:
         reason = str(error).removeprefix("asarray: x ")
         raise DtypeError(f"{op}: {name} {reason}") from error
-
-
-def check_writeable(op: str, name: str, array: Any) -> None:
-    """Check that an array may be written.
-
-    Raises:
-        ParameterError: it is a read-only NumPy array.
-    """
-    if not on_gpu(array) and not array.flags.writeable:
-        raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
 
 
 def check_device(op: str, name: str, array: Any) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 
 from pykv import blocks, cuda
 from pykv.arrays import footprint
-from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
+from pykv.options import check_whole
 from pykv.pool import PagedKVCache, do_in
 
 
@@ -86,22 +87,20 @@ class SequenceCache:
 
         Raises:
             CapacityError: there are more than `max_blocks`.
-            ParameterError: a block does not exist.
+            ParameterError: a block does not exist, or is named twice.
             UnsupportedError: the call is being prepared.
         """
-        cuda.refuse_prepare("SequenceCache.assign", "it changes what the host knows")
-        num_blocks = len(self.k)
-        if len(block_ids) > num_blocks:
+        op, num_blocks = "SequenceCache.assign", len(self.k)
+        cuda.refuse_prepare(op, "it changes what the host knows")
+        ids = blocks.page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
+        if len(ids) > num_blocks:
             raise CapacityError(
-                f"SequenceCache.assign: block_ids has {len(block_ids)} blocks, expected at most "
-                f"{num_blocks}"
+                f"{op}: block_ids has {len(ids)} blocks, expected at most {num_blocks}"
             )
-        for i, block in enumerate(block_ids):
-            if not 0 <= block < num_blocks:
-                text = f"block_ids[{i}] is {block}, expected 0 to {num_blocks - 1}"
-                raise ParameterError(f"SequenceCache.assign: {text}")
-        self.blocks = list(block_ids)
-        table = np.array(self.blocks, np.int32)
+        if len(np.unique(ids)) < len(ids):
+            raise ParameterError(f"{op}: block_ids is {ids.tolist()}, expected no block twice")
+        self.blocks = ids.tolist()
+        table = ids.astype(np.int32)
 
         def write() -> None:
             self.block_table[: len(table)] = self._xp.asarray(table)
@@ -112,16 +111,18 @@ class SequenceCache:
         """Count tokens that were appended, on the host and, enqueued, on the device.
 
         Args:
-            tokens: of each layer.
+            tokens: of each layer; negative to take the last ones back.
             stream: see pykv.cuda.on_stream.
 
         Raises:
             CapacityError: the blocks hold fewer; nothing changes.
+            ParameterError: fewer than none would be left.
             UnsupportedError: the call is being prepared.
         """
         cuda.refuse_prepare("SequenceCache.advance", "it changes what the host knows")
         held = len(self.blocks) * self.block_size
-        if not 0 <= self.length + tokens <= held:
+        tokens = check_whole("SequenceCache.advance", "tokens", tokens, -self.length)
+        if self.length + tokens > held:
             raise CapacityError(
                 f"SequenceCache.advance: tokens is {tokens} after {self.length}, expected at most "
                 f"the {held} that the blocks hold"
@@ -157,10 +158,8 @@ class SequenceCache:
         if length_before is None:
             cuda.refuse_prepare("SequenceCache.append", "where rows go changes with the length")
         start = self.length if length_before is None else length_before
-        if start < 0:
-            raise ParameterError(
-                f"SequenceCache.append: length_before is {start}, expected at least 0"
-            )
+        start = check_whole("SequenceCache.append", "length_before", start, 0)
+        _check_rank("SequenceCache.append", "k", k, "T H D")
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
         with cuda.on_stream(stream):
             if self._xp is not np:
@@ -196,14 +195,15 @@ class SequenceCache:
             CapacityError: the blocks hold fewer tokens.
             As paged_decode.decode else.
         """
-        if len(q.shape) != 2:
-            raise ShapeError(f"SequenceCache.decode: q has shape {q.shape}, expected [HQ D]")
+        op = "SequenceCache.decode"
+        for name, array, dims in (("q", q, "HQ D"), ("out", out, "HQ D"), ("lse", lse, "HQ")):
+            if array is not None or name == "q":
+                _check_rank(op, name, array, dims)
         if length is not None:
             held = len(self.blocks) * self.block_size
-            if not 0 <= length <= held:
+            if check_whole(op, "length", length, 0) > held:
                 raise CapacityError(
-                    f"SequenceCache.decode: length is {length}, expected at most the {held} that "
-                    "the blocks hold"
+                    f"{op}: length is {length}, expected at most the {held} that the blocks hold"
                 )
         with cuda.on_stream(stream):
             lengths = self.context_lens
@@ -217,3 +217,14 @@ class SequenceCache:
         if not return_lse:
             return out
         return out, sums[0][0] if lse is None else lse
+
+
+def _check_rank(op: str, name: str, array: Any, dims: str) -> None:
+    """Check that an array has so many dimensions, which may be indexed then; the op checks the
+    rest."""
+    shape = getattr(array, "shape", None)
+    if shape is None:
+        given = type(array).__name__
+        raise DtypeError(f"{op}: {name} is a {given}, expected a NumPy or CuPy array [{dims}]")
+    if len(shape) != len(dims.split()):
+        raise ShapeError(f"{op}: {name} has shape {shape}, expected [{dims}]")

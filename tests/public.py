@@ -90,6 +90,7 @@ def ints(*values):
 
 _memory = [np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8)]
 _FROM, _TO = (x.ctypes.data + np.array([0, 16], np.uint64) for x in _memory)
+_DIVISORS, _ROW_OF_HOST = np.ones(4), zeros("f4", 2, 4)
 _POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
 _NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
 _UNIVERSAL, _OPERATIONAL = zeros("f2", 2, 2, 1, 2, 3, 4), zeros("f2", 2, 1, 2, 24)
@@ -117,8 +118,8 @@ FUNCTIONS = {
     "ops.paged_decode.workspace_size": dict(B=2, HQ=4, H=2, D=64, capacity=64),
     "ops.prefill.kernel_for": dict(spec="fp16", D=64, sm=90),
     "ops.paged_qkv.hadamard_matrix": dict(D=4),
-    "ops.paged_qkv.hadamard_transform": dict(x=zeros("f4", 2, 4)),
-    "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=np.ones(4)),
+    "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
+    "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
     "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),
     "ops.permute.universal_from_block": dict(universal=_UNIVERSAL, blocks=_NHD),
     "ops.permute.block_from_universal": dict(blocks=_NHD, universal=_UNIVERSAL),
@@ -159,8 +160,8 @@ def _given(xp, arguments):
 
 def _copied(xp, x):
     if isinstance(x, np.ndarray):
-        is_table = x is _FROM or x is _TO  # addresses of the host
-        return x.copy() if is_table else xp.asarray(x.copy())
+        is_of_host = x is _FROM or x is _TO or x is _DIVISORS or x is _ROW_OF_HOST
+        return x.copy() if is_of_host else xp.asarray(x.copy())
     return [_copied(xp, one) for one in x] if isinstance(x, list) else x
 
 

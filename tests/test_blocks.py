@@ -337,12 +337,6 @@ def test_no_call_takes_what_nobody_holds():
     assert pool.num_free == 4
 
 
-@pytest.mark.parametrize("arguments", [(-1, 16), (4, 0)])
-def test_sizes_are_checked(arguments):
-    with pytest.raises(ParameterError, match="expected at least 0 and 1"):
-        blocks.BlockManager(*arguments)
-
-
 @pytest.mark.parametrize("start, stop", [(-1, 1), (5, 4), (33, 40)])
 def test_positions_are_checked(start, stop):
     pool = blocks.BlockManager(4, 16)

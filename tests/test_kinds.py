@@ -335,3 +335,21 @@ def test_the_spec_that_arrays_show(xp):
     for arrays, name in (((codes.view(np.uint8), codes), "k"), ((codes, None), "v")):
         with pytest.raises(ParameterError, match=f"op: spec is missing, and {name}_pool is"):
             spec_of("op", None, *arrays)
+
+
+def test_a_spec_of_one_kind_is_of_both():
+    """Codes of keys beside floats of values are asked for, not left over."""
+    for kind in kinds.KINDS:
+        assert KVSpec(kind) == KVSpec.parse(kind) == KVSpec(kind, kind)
+    assert KVSpec() == KVSpec("fp16", "fp16") and KVSpec(v="int8") == KVSpec("fp16", "int8")
+    assert KVSpec("int8", "fp16") == KVSpec.parse("int8+fp16")
+    assert repr(KVSpec("int8", layout="HND")) == repr(KVSpec.parse("int8:HND"))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in kinds.KINDS.items() if kind.largest])
+def test_largest_codes_are_counted(name, rng):
+    kind, scale = kinds.KINDS[name], np.float32(0.01)
+    x = rng.standard_normal((7, 16)).astype(np.float32) * scale * kind.largest
+    codes, _ = kinds.quantize(x, kind, scale=scale)
+    want = (np.abs(kinds.decode(codes, kind)) == kind.largest).sum()
+    assert 0 < want < x.size and kinds.count_largest(codes, kind) == want

@@ -1,13 +1,18 @@
 """Page files: what is saved comes back, and nothing else is taken for it."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pykv import cuda, page_files, pages
-from pykv.errors import FormatError, ParameterError, UnsupportedError
-from tests.helpers import assert_same_bits, without_simt
+from pykv import PagedKVCache, cuda, page_files, pages
+from pykv.errors import DtypeError, FormatError, ParameterError, UnsupportedError
+from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.test_pages import SIZES, SPECS, assert_holds, host, make, moved
 
 
@@ -193,3 +198,167 @@ def test_files_cannot_be_prepared(rng, tmp_path, call):
     with pytest.raises(UnsupportedError, match="cannot be prepared: .* pages.swap_"):
         cuda.prepare(call, tmp_path / "x", cache)
     assert not list(tmp_path.iterdir())
+
+
+# --- Files of strangers ---
+
+
+def write_file(path, header, data=b""):
+    text = header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":', '{"__metadata__":', "[[{"], ids=str)
+def test_a_deeply_nested_header(rng, tmp_path, opening):
+    cache = make(np, rng, "fp16", **SIZES)
+    write_file(tmp_path / "x", opening * 100_000)
+    with pytest.raises(FormatError, match="is no file of pages"):
+        page_files.load(tmp_path / "x", cache)
+
+
+WILD = "\x1b[2J\nforged: line\u202e"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts, table: facts.update(spec=WILD),
+        lambda facts, table: facts.update(format=WILD),
+        lambda facts, table: facts.update(format=[WILD]),
+        lambda facts, table: facts.update(model=WILD),
+        lambda facts, table: facts.update(pages=[WILD]),
+        lambda facts, table: facts.update(pages="9" * 5000),
+        lambda facts, table: facts.update(pages="\u0663"),
+        lambda facts, table: table.update({WILD: 1}),
+        lambda facts, table: table["k"].update(dtype=WILD * 100_000),
+        lambda facts, table: table.update(k=WILD),
+    ],
+)
+def test_errors_are_one_line_that_no_terminal_obeys(rng, tmp_path, change):
+    cache = make(np, rng, "fp16", **SIZES)
+    page_files.save(tmp_path / "x", cache, model="m")
+    data = (tmp_path / "x").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + size])
+    facts = table["__metadata__"]
+    change(facts, table)
+    write_file(tmp_path / "x", json.dumps(table), data[8 + size :])
+    with pytest.raises(FormatError) as error:
+        page_files.load(tmp_path / "x", cache, model="m")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_damaged_files_in_bounded_processes():
+    """1,500 a night, another seed each."""
+    tool = Path(__file__).parents[1] / "tools" / "fuzz_page_files.py"
+    done = subprocess.run([sys.executable, tool, "150"], capture_output=True, text=True)
+    assert done.returncode == 0 and "; 0 faults" in done.stdout, done.stdout + done.stderr
+
+
+# --- What stands at the path ---
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions and links of POSIX")
+def test_permissions_and_links_are_kept(rng, tmp_path):
+    cache, umask = make(np, rng, "fp16", **SIZES), os.umask(0o027)
+    try:
+        page_files.save(tmp_path / "new", cache)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new").chmod(0o600)
+    (tmp_path / "link").symlink_to("new")
+    (tmp_path / "dangling").symlink_to("other")
+    for name in ("new", "link", "dangling"):
+        page_files.save(tmp_path / name, cache, [1])
+        assert page_files.load(tmp_path / name, cache, [2]) == 1
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    links = {x.name: x.is_symlink() for x in tmp_path.iterdir()}
+    assert links == dict(new=False, other=False, link=True, dangling=True)
+
+
+def test_what_is_no_regular_file_is_left_alone(rng, tmp_path):
+    """A pipe would be waited for, and a device replaced."""
+    cache = make(np, rng, "fp16", **SIZES)
+    os.mkfifo(tmp_path / "pipe")
+    for call in (page_files.save, page_files.load):
+        for path in (tmp_path / "pipe", tmp_path, os.devnull):
+            with pytest.raises(ParameterError, match="path is .*, expected a regular file"):
+                call(path, cache)
+        with pytest.raises(ParameterError, match="path is 'a.x00b': "):
+            call("a\0b", cache)
+        with pytest.raises(DtypeError, match="path is a int, expected a text or a pathlib.Path"):
+            call(3, cache)
+    with pytest.raises(DtypeError, match="model is a int, expected a text"):
+        page_files.save(tmp_path / "x", cache, model=3)
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+    page_files.save(os.fsencode(tmp_path / "x"), cache)
+
+
+def test_threads_that_save_to_one_path(rng, tmp_path):
+    """A reader finds a whole file at any time."""
+    path, cache = tmp_path / "x", make(np, rng, "int8", **SIZES)
+    page_files.save(path, cache)
+    failures = []
+
+    def save():
+        try:
+            for _ in range(25):
+                page_files.save(path, cache)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    loads = 0
+    while any(thread.is_alive() for thread in threads):
+        page_files.load(path, make(np, rng, "int8", **SIZES))
+        loads += 1
+    for thread in threads:
+        thread.join()
+    assert not failures and loads > 3 and [x.name for x in tmp_path.iterdir()] == ["x"]
+
+
+KILLED = """
+import os, signal, sys
+from pykv import PagedKVCache, page_files
+
+page_files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+page_files.save(sys.argv[1], PagedKVCache(2, 4, 1, 8), model="new")
+"""
+
+
+def test_a_save_that_is_killed_leaves_the_old_file(tmp_path):
+    cache = PagedKVCache(2, 4, 1, 8)
+    page_files.save(tmp_path / "x", cache, model="old")
+    for name in ("x", "y"):
+        done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / name])
+        assert done.returncode == -9
+    assert page_files.load(tmp_path / "x", cache, model="old") == 4
+    names = [x.name for x in tmp_path.iterdir()]
+    assert "y" not in names and sum(name.startswith(".pykv-") for name in names) == 2
+
+
+# --- Given scales ---
+
+
+@without_simt
+def test_scales_that_are_unset_become_those_of_the_file(xp, rng, tmp_path):
+    path, rows = tmp_path / "x", rng.standard_normal((8, 2, 8)).astype(np.float32)
+    saved, loaded = (PagedKVCache(1, 2, 2, 8, page_size=4, spec="int8:head", margin=1.5, xp=xp)
+                     for _ in range(2))  # fmt: skip
+    slots = xp.asarray(np.arange(8, dtype=np.int32))
+    saved.append(0, xp.asarray(rows), xp.asarray(-rows), slots)
+    page_files.save(path, saved, [1])
+    page_files.load(path, loaded, [0])
+    before = host(loaded)
+    assert_same_bits(loaded.k[:, 0], saved.k[:, 1])
+    loaded.append(0, xp.asarray(10 * rows[:1]), xp.asarray(rows[:1]), slots[4:5])
+    for name in ("k_scales", "v_scales"):
+        assert_same_bits(getattr(loaded, name), to_numpy(getattr(saved, name)))
+    assert_same_bits(loaded.k[:, 0], before["k"][:, 0])
+    page_files.save(path, saved)
+    page_files.load(path, loaded)
+    loaded.append(0, xp.asarray(10 * rows), xp.asarray(rows), slots)
+    assert_same_bits(loaded.k_scales, saved.k_scales)

@@ -7,9 +7,15 @@ import pytest
 
 import pykv
 from pykv import cuda, kinds
-from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    ShapeError,
+    UnsupportedError,
+)
 from pykv.kinds import KVSpec
-from pykv.ops import norm, paged_qkv, rope
+from pykv.ops import norm, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
 from tests.helpers import assert_same_bits, to_numpy
 
@@ -44,7 +50,7 @@ def test_arrays_of_a_spec(xp, text):
         if scales is not None:
             assert scales.shape == given
             assert scales.dtype == (np.float32 if spec.scale_dtype == "fp32" else np.float16)
-            assert bool((scales == (0 if spec.has_dynamic_scales else 1)).all())
+            assert not bool((scales != 0).any())
             total += scales.nbytes
     assert cache.nbytes == total
     if spec.has_dynamic_scales:
@@ -112,9 +118,141 @@ def test_shared_scales_are_found_from_a_layers_first_rows(xp, text):
         peaks = np.array(peaks if cache.spec.granularity == "head" else [max(peaks)], np.float32)
         scales = to_numpy(scales)
         assert_same_bits(scales[1], (1.5 * peaks / kind.largest).astype(scales.dtype))
-        assert (scales[[0, 2]] == 1).all()
+        assert not scales[[0, 2]].any()
         clamped = np.abs(kinds.decode(to_numpy(pool), kind)).max()
         assert clamped == kind.largest
+
+
+GIVEN = ["int8:head", "int4:tensor:fp32", "fp16+e4m3:head:HND"]
+
+
+def rows_of(rng, T, peak=1.0):
+    x = rng.uniform(-1, 1, (2, T, 2, 8)).astype(np.float32)
+    x[:, 0, :, 0] = 1
+    return peak * x
+
+
+def appended(cache, rows, slots, layer=0, **options):
+    xp = cache._xp
+    cache.append(layer, *map(xp.asarray, rows), xp.asarray(np.int32(slots)), **options)
+
+
+def scales_of(cache):
+    return [to_numpy(x).copy() for x in (cache.k_scales, cache.v_scales) if x is not None]
+
+
+@pytest.mark.parametrize("text", GIVEN)
+@pytest.mark.parametrize("how", ["append", "append_qkv"])
+def test_rows_that_say_nothing_set_no_scale(xp, rng, text, how):
+    """Padding, zeros and what is not finite; the other layer; then rows as if they were first."""
+
+    def append(cache, rows, slots, layer=0):
+        if how == "append":
+            return appended(cache, rows, slots, layer)
+        qkv = np.concatenate([rows[0], *rows], axis=1).reshape(len(slots), -1)
+        cache.append_qkv(layer, xp.asarray(qkv), xp.asarray(np.int32(slots)))
+
+    cache, plain = (
+        PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, margin=1.5, xp=xp) for _ in range(2)
+    )
+    rows = rows_of(rng, 4)
+    append(cache, 100 * rows, [-1] * 4)
+    append(cache, 0 * rows, range(4))
+    for x in scales_of(cache):
+        assert not x.any()
+    mixed = np.concatenate([rows, 50 * rows, rows], axis=1)
+    mixed[:, 8, 0, 3], mixed[:, 9, 1, 2], mixed[:, 10, 1, 1] = np.nan, np.inf, -np.inf
+    append(cache, mixed, [*range(4), *[-1] * 4, *range(4, 8)])
+    append(plain, rows, range(4))
+    for x, want in zip(scales_of(cache), scales_of(plain), strict=True):
+        assert_same_bits(x, want)
+        assert (x[0] > 0).all() and not x[1].any()
+
+
+@pytest.mark.parametrize("text", GIVEN)
+def test_an_append_that_raises_sets_no_scale(xp, rng, text):
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec=text, margin=1.5, xp=xp)
+    rows, qkv = rows_of(rng, 2), xp.zeros((2, 48), np.float32)
+    slots = xp.zeros(2, np.int32)
+    for error, call in (
+        (ParameterError, lambda: appended(cache, rows, [0, 12], check=True)),
+        (ParameterError, lambda: cache.append(0, None, None, slots)),
+        (ShapeError, lambda: appended(cache, rows[..., :4], [0, 1])),
+        (ShapeError, lambda: appended(cache, rows, [0, 1, 2])),
+        (DtypeError, lambda: appended(cache, rows.astype(np.int32), [0, 1])),
+        (DtypeError, lambda: appended(cache, rows.astype(np.float64), [0, 1])),
+        (ParameterError, lambda: cache.append_qkv(0, qkv, slots, eps=-1.0)),
+        (ParameterError, lambda: appended(cache, rows, [0, 1], k_scales=slots)),
+    ):
+        with pytest.raises(error):
+            call()
+        assert not any(x.any() for x in scales_of(cache)) and not bool((cache.k != 0).any())
+    if xp is np:  # contents are checked without being asked for
+        with pytest.raises(ParameterError):
+            appended(cache, rows, [0, 12])
+        assert not any(x.any() for x in scales_of(cache))
+
+
+@pytest.mark.parametrize("text", GIVEN)
+def test_scales_that_nobody_sets(xp, rng, text):
+    """Are refused, with the remedy; the caller's are left alone, also with a margin."""
+    rows = rows_of(rng, 2, peak=0.4)
+    cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, xp=xp)
+    match = r"append: scales of layer 1 are unset, expected .* PagedKVCache\(margin=1.5\)"
+    with pytest.raises(ParameterError, match=match):
+        appended(cache, rows, [0, 1], layer=1)
+    with pytest.raises(ParameterError, match="append_qkv: scales of layer 1 are unset"):
+        cache.append_qkv(1, xp.zeros((2, 48), np.float32), xp.zeros(2, np.int32))
+    assert not bool((cache.v != 0).any())
+    for margin in (None, 3.0):
+        cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, margin=margin, xp=xp)
+        for x in (cache.k_scales, cache.v_scales):
+            if x is not None:
+                x[1] = 0.125
+        appended(cache, rows, [0, 1], layer=1)
+        slots = xp.asarray(np.arange(2, dtype=np.int32))
+        pykv.prepare(cache.append, 1, *map(xp.asarray, rows), slots)()
+        assert all((x[1] == 0.125).all() for x in scales_of(cache))
+
+
+def test_a_head_of_zeros_is_set_by_later_rows(xp, rng):
+    """And rows too small for scales of 16 bits get the smallest there is, not zero."""
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec="int8:head", margin=1.5, xp=xp)
+    rows = rows_of(rng, 2)
+    rows[:, :, 1] = 0
+    appended(cache, rows, [0, 1])
+    first = scales_of(cache)
+    assert all(x[0, 0] > 0 and x[0, 1] == 0 for x in first)
+    rows[:, :, 1] = 1e-7
+    appended(cache, 7 * rows, [2, 3])
+    for x, before in zip(scales_of(cache), first, strict=True):
+        assert x[0, 0] == before[0, 0] and x[0, 1] == np.finfo(np.float16).smallest_subnormal
+
+
+@pytest.mark.parametrize("scale_dtype", ["fp16", "fp32"])
+def test_scales_of_the_largest_rows_are_finite(xp, rng, scale_dtype):
+    spec = f"int8:head:{scale_dtype}"
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec=spec, margin=1e6, xp=xp)
+    appended(cache, rows_of(rng, 2, peak=3e38), [0, 1])
+    for x in scales_of(cache):
+        assert np.isfinite(x).all() and (x > 6e4).all()
+
+
+@pytest.mark.parametrize("text", ["int8:head", "k8v4:tensor", "e4m3:head", "fp16+e5m2:tensor:HND"])
+def test_what_scales_clamp_is_noticed(xp, rng, text):
+    cache = PagedKVCache(2, 3, 2, 8, page_size=4, spec=text, margin=1.5, xp=xp)
+    rows = rows_of(rng, 4)
+    appended(cache, rows, range(4), layer=1)
+    assert not cache.clamped([0, 1]).any()
+    rows[0, 1, 0, :2] = 2, -3  # K in layer 1
+    rows[1, 2, 1, 5] = np.inf  # V
+    appended(cache, rows, range(4, 8), layer=1)
+    shares = cache.clamped([1, 0])
+    has_k = bool(cache.spec.kinds[0].largest)
+    assert shares.tolist() == [[0, 0], [2 * has_k / 128, 1 / 128]]
+    assert not cache.clamped([]).any() and not cache.clamped([2]).any()
+    with pytest.raises(ParameterError, match=r"pages\[0\] is 3, expected 0 to 2"):
+        cache.clamped([3])
 
 
 @pytest.mark.parametrize("text", ["fp32:HND", "fp16", "int8", "int8:head", "k8v4:tensor:fp32"])
@@ -199,7 +337,9 @@ def test_checks_reach_the_ops(xp):
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("inf"), float("nan")])
 def test_the_margin_is_checked(margin):
-    with pytest.raises(ParameterError, match=f"margin is {margin}, expected a positive number"):
+    with pytest.raises(
+        ParameterError, match=f"margin is {margin}, expected a positive finite number"
+    ):
         PagedKVCache(1, 1, 1, 8, spec="int8:head", margin=margin)
 
 
@@ -345,7 +485,7 @@ def test_what_cannot_be_prepared(xp):
         text = f"PagedKVCache.{call.__name__}: cannot be prepared: "
         with pytest.raises(UnsupportedError, match=text):
             pykv.prepare(call, *args)
-    assert cache.k.shape[1] == 2 and pages == [0] and bool((cache.k_scales == 1).all())
+    assert cache.k.shape[1] == 2 and pages == [0] and not bool((cache.k_scales != 0).any())
     cache.append(0, k, k, slots)
     pykv.prepare(cache.append, 0, k, k, slots)()
 
@@ -416,3 +556,40 @@ def test_a_copy_waits_for_its_stream(rng):
     stream.synchronize()
     before[:, forked[0]] = before[:, pages[0]]
     assert_same_bits(cache.k, before)
+
+
+# --- What wrappers pass on ---
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND"])
+@pytest.mark.parametrize("name", ["decode", "decode 4-D", "prefill"])
+@pytest.mark.parametrize("gives_out", [False, True])
+@pytest.mark.parametrize("gives_lse", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_results_are_those_of_the_op(xp, rng, spec, name, gives_out, gives_lse, return_lse):
+    """Of every combination of outputs that are given or asked for; given ones are returned."""
+    cache = PagedKVCache(2, 3, 2, 16, page_size=4, spec=spec, xp=xp)
+    rows = xp.asarray(rng.standard_normal((6, 2, 16)).astype(np.float32))
+    cache.append(1, rows, -rows, xp.asarray(np.arange(6, dtype=np.int32)))
+    q = xp.asarray(rng.standard_normal((2, 4, 16)).astype(np.float32))
+    table, lengths, starts = (xp.asarray(np.int32(x)) for x in ([[0, 1]], [6], [0, 2]))
+    arguments = (table, lengths)
+    if name == "prefill":
+        op, method, arguments = prefill.prefill, cache.prefill, (*arguments, starts)
+    else:
+        op, method = paged_decode.decode, cache.decode
+        q = q[:1] if name == "decode" else q[None]
+    scales = dict(zip(("k_scales", "v_scales"), cache.scales[1], strict=True))
+    want = op(q, *cache.layers[1], *arguments, **scales, spec=cache.spec, return_lse=True)
+    out = xp.zeros(q.shape, np.float32) if gives_out else None
+    lse = xp.zeros(q.shape[:-1], np.float32) if gives_lse else None
+    got = method(1, q, *arguments, out=out, lse=lse, return_lse=return_lse)
+    assert isinstance(got, tuple) == return_lse
+    got_out, *got_lse = got if return_lse else (got,)
+    assert out is None or got_out is out
+    assert_same_bits(got_out, want[0])
+    for x in got_lse:
+        assert lse is None or x is lse
+        assert_same_bits(x, want[1])
+    if gives_lse:
+        assert_same_bits(lse, want[1])

@@ -23,10 +23,22 @@ from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.pool import PagedKVCache, float_kind
 
-# Of scales that are found from the first tokens alone, see LLM. After a prompt of five tokens, the
-# perplexity of SmolLM2 with int8:head is 13.72 for a margin of 1, 13.03 for 1.5, 13.06 for 2, while
-# that with fp16 is 12.99.
+# Of scales that heads or tensors share: how far beyond the largest magnitude of CALIBRATION they
+# reach.
 SCALE_MARGIN = 1.5
+CALIBRATION = """\
+The old harbour lay quiet under a pale sky, and only the gulls argued about breakfast. In 1912, at
+a distance of 3,474.8 km, the ship sent 27 messages; 9 were answered. "Why not all of them?" she
+asked. Nobody knew -- and nobody cared!
+def mean(values: list[float]) -> float:
+    return sum(values) / max(len(values), 1)  # 0.0 where there are none
+{"id": 4096, "name": "Zoë", "tags": ["α", "β²", null], "ok": true}
+Der schnelle Fuchs springt über den Zaun. ¿Dónde está la biblioteca?
+你好，世界。Привет, мир! 日本語の文。
+SELECT name, count(*) FROM users WHERE age >= 18 GROUP BY name;
+Theorem 1. If f is continuous on [a, b], then f is bounded; hence sup |f(x)| < ∞.
+User: Please list three colours. Assistant: 1. Red 2. Green 3. Blue
+"""
 
 
 class LLM:
@@ -39,19 +51,21 @@ class LLM:
             one when a method is called, and that one stays current.
         kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
-            is found from the first tokens that the LLM is given, of up to 512, as
-            SCALE_MARGIN times what their largest magnitude needs, and stays: what later exceeds it
-            is clamped, so such an LLM should first be given a text like those to come. Before
-            they become integers, heads are multiplied by a Hadamard matrix, which changes no
-            product, but no element stands out then: int8 disturbs logits by half to a third, and
-            int4 becomes of use.
+            is found when the model is loaded, from a text of a few languages and notations, as
+            SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
+            clamps more than a thousandth of a layer's keys or values. Before they become integers,
+            heads are multiplied by a Hadamard matrix, which changes no product, but no element
+            stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
         page_size: tokens a page.
         prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
-            that begin alike. Logits may then differ in their last bits, as they do between one
-            prompt step and two.
+            that begin alike. A call that is repeated gets the same logits, bit for bit and for any
+            kv_dtype, as long as its pages are kept: the last 1 to page_size tokens of a prompt are
+            a step of their own, whether the pages before them are found or computed. Pages that
+            other prompts, other batches or answers left may differ in their last bits from those
+            that a call of an LLM without them computes, as sums depend on the tokens of a step.
         progress: show a bar on stderr while weights are read.
 
     Raises:
@@ -115,6 +129,9 @@ class LLM:
                 margin=SCALE_MARGIN,
                 xp=self.xp,
             )
+            if self.spec.has_given_scales:
+                ids = self.tokenizer.encode(CALIBRATION)[: config.context - 1]
+                _calibrate(loaded, cache, ids, self.xp)
         self._scheduler = Scheduler(
             loaded, cache, self.xp, may_grow=pool_tokens is None, prefix_cache=prefix_cache
         )
@@ -374,6 +391,20 @@ def _token_id(value: Any) -> int:
 
 def _refuse_prepare(method: str) -> None:
     cuda.refuse_prepare(method, "what it does next depends on logits, which it waits for")
+
+
+def _calibrate(model: Model, cache: PagedKVCache, ids: list[int], xp: Any) -> None:
+    """Set the scales that heads or tensors share to those that a prompt needs."""
+    config = model.config
+    sizes = (config.num_layers, 1, config.kv_heads, config.head_dim)
+    trial = PagedKVCache(*sizes, spec=cache.spec, margin=SCALE_MARGIN, xp=xp)
+    calibrating = Scheduler(model, trial, xp, may_grow=True, prefix_cache=False)
+    sequence = scheduler.Sequence(ids, SamplingParams(), len(ids) + 1)
+    for _ in calibrating.run([sequence]):
+        pass
+    for scales, found in ((cache.k_scales, trial.k_scales), (cache.v_scales, trial.v_scales)):
+        if scales is not None:
+            scales[...] = found
 
 
 def _load(file: gguf.ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:

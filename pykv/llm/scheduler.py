@@ -8,6 +8,7 @@ here: see pykv.llm.generate.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.errors import CapacityError
 from pykv.llm import sampling
 from pykv.llm.model import Batch, decode_step, forward
 from pykv.llm.sampling import SamplingParams
@@ -24,6 +24,7 @@ from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
 PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
+CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
 LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
 
 
@@ -31,8 +32,8 @@ LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are ask
 class Stats:
     """Tokens and seconds of the last call, and the tokens that its cache held.
 
-    Of the prompts' tokens, `reused_tokens` were in the cache from earlier calls; the seconds are
-    those of the others.
+    Of the prompts' tokens, `reused_tokens` were in the cache, from earlier calls or another prompt
+    of this one; the seconds are those of the others.
     """
 
     prompt_tokens: int = 0
@@ -77,7 +78,7 @@ class Scheduler:
         xp: the array module of both.
         may_grow: grow the cache where a call needs it.
         prefix_cache: keep the pages of finished sequences, as long as no call needs them, for
-            prompts that begin alike.
+            prompts that begin alike, see `_prefix_steps`.
     """
 
     def __init__(
@@ -100,13 +101,13 @@ class Scheduler:
             reused_tokens=sum(s.cached for s in sequences),
         )
         try:
-            waiting = list(sequences)
-            while waiting:
-                started = time.perf_counter()
-                self._prompt_step(waiting)
-                stats.prompt_seconds += time.perf_counter() - started
-                waiting = [s for s in waiting if not s.generated and not s.finish_reason]
-                yield
+            for steps in (self._prefix_steps(sequences, stats), self._prompt_steps(sequences)):
+                while True:
+                    started = time.perf_counter()
+                    if next(steps, _END) is _END:
+                        break
+                    stats.prompt_seconds += time.perf_counter() - started
+                    yield
             active: list[Sequence] = []
             pool = None
             # A finished row costs a GPU little; another graph costs as much as a few steps.
@@ -123,7 +124,10 @@ class Scheduler:
                 yield
         finally:
             stats.cached_tokens = sum(s.cached for s in sequences)
-            self._release(sequences)
+            try:
+                self._warn_of_clamped(sequences)
+            finally:
+                self._release(sequences)
 
     def logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, [n, V] on the host, and the first position of each.
@@ -146,25 +150,67 @@ class Scheduler:
 
     # --- Steps ---
 
-    def _prompt_step(self, waiting: list[Sequence]) -> None:
-        """The next tokens of the prompts, up to PREFILL_TOKENS, as one ragged batch."""
-        room = PREFILL_TOKENS
-        due: list[tuple[Sequence, int]] = []  # a sequence and the tokens to take from it
-        for sequence in waiting:
-            count = min(room, len(sequence.prompt) - sequence.cached)
-            if count:
-                due.append((sequence, count))
-                room -= count
+    def _prefix_steps(self, sequences: list[Sequence], stats: Stats) -> Generator[None, None, None]:
+        """Compute the full pages of the prompts before their last tokens; yields after each step.
+
+        What a step sums in which order depends on how many tokens it has. The tokens behind the
+        pages are therefore left to a step of their own, which is the same whether the pages were
+        found or computed; and a page that two prompts share is computed once, for both. Source:
+        vLLM's deterministic prefix caching.
+        """
+        if not self.prefix_cache:
+            return
+        P, manager = self.cache.page_size, self.cache.manager
+        keys = {id(s): _page_keys(s.prompt[:-1], P) for s in sequences}
+        known: set[int] = set()  # keys of pages that were computed here
+        while True:
+            due: list[tuple[Sequence, int]] = []
+            room, computing = PREFILL_TOKENS, set[int]()
+            for s in sequences:
+                of_pages = keys[id(s)]
+                if s.cached % P == 0 and not known.isdisjoint(of_pages[s.cached // P :][:1]):
+                    stats.reused_tokens += self._reuse(s)
+                first, count = s.cached // P, min(room, len(of_pages) * P - s.cached)
+                if count and of_pages[first] not in computing:
+                    due.append((s, count))
+                    room -= count
+                    computing.update(of_pages[first : -(-(s.cached + count) // P)])
+            if not due:
+                return
+            self._forward(due, [])
+            for s, _ in due:
+                manager.publish(s.pages, s.prompt[: s.cached])
+                known.update(keys[id(s)][: s.cached // P])
+            yield
+
+    def _prompt_steps(self, sequences: list[Sequence]) -> Generator[None, None, None]:
+        """Compute what is left of the prompts and draw a token for each; yields after each step."""
+        waiting = list(sequences)
+        while waiting:
+            room = PREFILL_TOKENS
+            due: list[tuple[Sequence, int]] = []  # a sequence and the tokens to take from it
+            for s in waiting:
+                if count := min(room, len(s.prompt) - s.cached):
+                    due.append((s, count))
+                    room -= count
+            done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
+            logits = self._forward(due, done)
+            if done:
+                self._draw([due[i][0] for i in done], logits)
+            waiting = [s for s in waiting if not s.generated and not s.finish_reason]
+            yield
+
+    def _forward(self, due: list[tuple[Sequence, int]], done: list[int]) -> Any:
+        """The next tokens of prompts as one ragged batch; logits after the last token of those
+        that `done` numbers."""
         ids = [s.prompt[s.cached : s.cached + n] for s, n in due]
         batch = self._ragged_batch([s for s, _ in due], ids)
         last = np.cumsum([n for _, n in due]) - 1
-        done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
         rows = self.xp.asarray(last[done].astype(np.int32))
         logits = forward(self.model, batch, self.cache, rows)
         for sequence, count in due:
             sequence.cached += count
-        if done:
-            self._draw([due[i][0] for i in done], logits)
+        return logits
 
     def _decoder(self, active: list[Sequence]) -> Callable[[], Any]:
         """A function that puts the last token of every sequence into the cache and gives the
@@ -214,21 +260,47 @@ class Scheduler:
         `reuse`, a prompt's pages that are known begin it; its last token is always computed, as
         somebody must make its logits."""
         cache, manager = self.cache, self.cache.manager
-        for s in sequences:
-            if reuse:
-                s.pages = manager.reuse(s.prompt[:-1])
-                s.cached = len(s.pages) * cache.page_size
         try:
+            for s in sequences:
+                if reuse:
+                    s.pages = manager.reuse(s.prompt[:-1])
+                    s.cached = len(s.pages) * cache.page_size
             wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
             missing = wanted - manager.num_free
             if missing > 0 and self._may_grow:
                 cache.grow(manager.num_pages + missing)
             manager.require(wanted)
-        except CapacityError:
+            for s in sequences:
+                cache.extend(s.pages, s.cached, s.limit)
+        except BaseException:
             self._release(sequences)
             raise
-        for s in sequences:
-            cache.extend(s.pages, s.cached, s.limit)
+
+    def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
+        """Say so where scales that heads or tensors share do not fit these sequences."""
+        if not self.cache.spec.has_given_scales:
+            return
+        pages_for = self.cache.manager.pages_for
+        pages = {page for s in sequences for page in s.pages[: pages_for(s.cached)]}
+        shares = self.cache.clamped(sorted(pages))
+        if shares.max() > CLAMPED_SHARE:
+            layer, side = np.unravel_index(shares.argmax(), shares.shape)
+            warnings.warn(
+                f"{self.cache.spec}: {shares.max():.1%} of the {('keys', 'values')[side]} of layer "
+                f"{layer} exceed the scales of the cache, and are clamped; take a kv_dtype with a "
+                "scale for each token, such as int8",
+                stacklevel=2,
+            )
+
+    def _reuse(self, s: Sequence) -> int:
+        """Take the pages of a prompt that are known by now in place of its own; returns how many
+        more tokens these hold."""
+        manager, before = self.cache.manager, s.cached
+        manager.free(s.pages)
+        s.pages = manager.reuse(s.prompt[:-1])
+        s.cached = len(s.pages) * self.cache.page_size
+        self.cache.extend(s.pages, s.cached, s.limit)
+        return s.cached - before
 
     def _release(self, sequences: list[Sequence]) -> None:
         """Give all pages back; what was computed on them may be reused."""
@@ -259,3 +331,16 @@ class Scheduler:
             page_table=self._page_table(sequences),
             lengths=asarray(np.array([stop for _, stop in spans], np.int32)),
         )
+
+
+_END = object()
+
+
+def _page_keys(tokens: list[int], page_size: int) -> list[int]:
+    """For each full page of tokens a number that prefixes up to its end share if they are equal,
+    and hardly any others: who finds one looks again."""
+    key, keys = 0, []
+    for stop in range(page_size, len(tokens) + 1, page_size):
+        key = hash((key, *tokens[stop - page_size : stop]))
+        keys.append(key)
+    return keys

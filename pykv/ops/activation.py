@@ -84,12 +84,16 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
 
 
 _check_gated = {
-    name: checker(f"activation.{name}", x=("T | 2F", FLOATS), out=optional("T F", "x"))
+    name: checker(f"activation.{name}", ("out",), x=("T | 2F", FLOATS), out=optional("T F", "x"))
     for name in ("swiglu", "geglu")
 }
-_check_add = checker("activation.add", x=("T E", FLOATS), y=("T E", "x"))
+_check_add = checker("activation.add", ("x",), x=("T E", FLOATS), y=("T E", "x"))
 _check_embed = checker(
-    "activation.embed", table=("V E", FLOATS), ids=("T", INT32), out=optional("T E", FLOATS)
+    "activation.embed",
+    ("out",),
+    table=("V E", FLOATS),
+    ids=("T", INT32),
+    out=optional("T E", FLOATS),
 )
 
 

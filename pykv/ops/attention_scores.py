@@ -135,6 +135,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     keys = {name: of_cache[name] for name in ("k_pool", "k_scales")}
     return checker(
         "attention_scores.score",
+        ("out",),
         **attention.rules(rows, keys),
         lse=(f"{rows} HQ", FLOAT32, 4),
         out=optional("B H C", FLOAT32, 4),

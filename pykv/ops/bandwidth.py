@@ -118,9 +118,9 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
         cuda.run_on_host(lambda: reference_copy(x, out), stream=stream)
 
 
-_check_read = checker("bandwidth.read", x=("V 4", UINT32), sums=("G", UINT32))
-_check_write = checker("bandwidth.write", out=("V 4", UINT32))
-_check_copy = checker("bandwidth.copy", x=("V 4", UINT32), out=("V 4", UINT32))
+_check_read = checker("bandwidth.read", ("sums",), x=("V 4", UINT32), sums=("G", UINT32))
+_check_write = checker("bandwidth.write", ("out",), out=("V 4", UINT32))
+_check_copy = checker("bandwidth.copy", ("out",), x=("V 4", UINT32), out=("V 4", UINT32))
 
 
 def reference_read(x: Any, sums: Any, vectors: int) -> None:

@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, check_head_dim, checker, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    Dims,
+    check_head_dim,
+    check_writeable,
+    checker,
+    on_gpu,
+    optional,
+)
 from pykv.errors import ShapeError
 from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import paged_check, rope
@@ -98,6 +108,8 @@ def append(
         with cuda.on_stream(stream, k):
             look = paged_check.check_slots if check else paged_check.check_pages
             look(slots, dims["S"], op=op, name="slots")
+    if advance:
+        check_writeable(op, "lengths", lengths)
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
     rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -121,6 +133,7 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
     new, old = (" ".join((x, *spec.page_axes, "|")).replace("P", y) for x, y in ("BT", "SC"))
     return checker(
         "contiguous_append.append",
+        ("k_cache", "v_cache"),
         k=(f"{new} K", FLOATS),
         v=(f"{new} V", "k"),
         k_cache=(f"{old} K", FLOATS),

@@ -87,7 +87,7 @@ def dequantize(
     return out
 
 
-_check = checker("dequant.dequantize", blocks=("R W", UINT8), out=optional("R C", FLOATS))
+_check = checker("dequant.dequantize", ("out",), blocks=("R W", UINT8), out=optional("R C", FLOATS))
 
 
 def reference(blocks: Any, kind: str, out: Any) -> None:

@@ -115,6 +115,7 @@ def linear(
 
 _check = checker(
     "linear.linear",
+    ("out",),
     x=("T | I", FLOATS),
     w=("O I", FLOATS),
     bias=optional("O", (*FLOAT32, "w")),

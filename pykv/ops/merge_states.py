@@ -36,8 +36,9 @@ def merge(
     Args:
         values: [S, T, HQ, D] float32, float16 or bfloat16; outputs over disjoint sets of keys, the
             states at any stride. D is a multiple of 8.
-        lse: [S, T, HQ] float32; their log-sum-exp, states at any stride. Minus infinity means no
-            keys: the values of that state do not count, whatever they are.
+        lse: [S, T, HQ] float32; their log-sum-exp, states at any stride. An infinity means no keys:
+            minus infinity as pykv says it, plus infinity as FlashAttention does. The values of that
+            state do not count, whatever they are.
         lse_base: "e", or "2" for logarithms of base 2.
         return_lse: return `out_lse` as well.
         out: [T, HQ, D], dtype of `values`; allocated if None.
@@ -82,6 +83,7 @@ def merge(
 
 _check = checker(
     "merge_states.merge",
+    ("out", "out_lse"),
     values=("S | T HQ D", FLOATS),
     lse=("S | T HQ", FLOAT32, 4),
     out=optional("T HQ D", "values"),
@@ -94,12 +96,12 @@ def reference(values: Any, lse: Any, lse_base: str = "e") -> tuple[Any, Any]:
     accumulation."""
     dtype = np.result_type(values.dtype, np.float32)
     base = dtype.type(2 if lse_base == "2" else math.e)
-    lse = lse.astype(dtype)
+    lse = np.where(lse == np.inf, -np.inf, lse).astype(dtype)
     peak = lse.max(0, initial=-np.inf)
     finite = np.where(peak == -np.inf, 0, peak)
     weights = np.power(base, lse - finite)[..., None]
     total = weights.sum(0)
-    sums = np.where(weights == 0, 0, weights * values.astype(dtype)).sum(0)
+    sums = (weights * np.where(weights == 0, 0, values).astype(dtype)).sum(0)
     with np.errstate(divide="ignore"):
         merged = finite + np.log(total[..., 0]) / np.log(base)
     return (sums / np.where(total == 0, 1, total)).astype(values.dtype), merged

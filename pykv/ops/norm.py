@@ -77,7 +77,9 @@ def rms_norm(
 
 @cache
 def _checker(rows: str) -> Callable[..., Dims]:
-    return checker("norm.rms_norm", x=(rows, FLOATS), weight=("D", FLOATS), out=optional(rows, "x"))
+    return checker(
+        "norm.rms_norm", ("out",), x=(rows, FLOATS), weight=("D", FLOATS), out=optional(rows, "x")
+    )
 
 
 def reference(x: Any, weight: Any, eps: float, offset: float) -> Any:

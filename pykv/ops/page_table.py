@@ -97,6 +97,7 @@ def from_lists(
 
 _check = checker(
     "page_table.from_lists",
+    ("table", "lengths"),
     indices=("I", INT32),
     indptr=("B+1", INT32),
     last_page_len=("B", INT32),

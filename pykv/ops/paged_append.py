@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, on_gpu
+from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, check_writeable, checker, on_gpu
 from pykv.errors import ParameterError
 from pykv.kinds import POOLS, KVSpec, quantize
 from pykv.ops import paged_check
@@ -262,6 +262,8 @@ def _append(
     spec = spec_of(op, spec, k_pool, *others)
     dims = _checker(name, spec)(*arrays.values(), *where)
     check_head_dim(op, "k", dims["D"], MAX_HEAD_DIM)
+    if advance:
+        check_writeable(op, "positions" if name == "append_indexed" else "last_page_len", where[3])
     if check:
         with cuda.on_stream(stream, k):
             _check_contents(name, op, where, dims, after)
@@ -348,7 +350,8 @@ _RULES: dict[str, dict[str, Any]] = dict(  # in the order of `where`
 @cache
 def _checker(name: str, spec: KVSpec) -> Callable[..., Dims]:
     rows = ("B H | D" if name == "append_decode" else "T H | D", FLOATS)
-    return checker(f"paged_append.{name}", k=rows, v=(rows[0], "k"), **spec.rules(), **_RULES[name])
+    rules = dict(k=rows, v=(rows[0], "k")) | spec.rules() | _RULES[name]
+    return checker(f"paged_append.{name}", spec.written(), **rules)
 
 
 # --- Definition -----------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def _checker(
         rules["indices"] = ("n", INT32)
         rules |= {name: ("T H | D", FLOATS) for name in target[1][:2]}
         rules |= dict(indptr=("B+1", INT32), starts=("B+1", INT32))
-    return checker(op, **rules)
+    return checker(op, target[0].written(target[1]), **rules)
 
 
 def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:

@@ -179,6 +179,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     rows = "B T" if many else "B"
     return checker(
         "paged_decode.decode",
+        ("out", "lse"),
         **attention.rules(rows, spec.rules()),
         sinks=optional("HQ", FLOAT32),
         out=optional(f"{rows} HQ D", "q"),

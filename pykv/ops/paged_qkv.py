@@ -159,6 +159,7 @@ def append(  # one call in place of four: split, norm, rotation and append, with
 def _checker(spec: KVSpec) -> Callable[..., Dims]:
     return checker(
         "paged_qkv.append",
+        (*spec.written(), "q_out"),
         qkv=("T | R", FLOATS),
         **spec.rules(),
         slots=("T", SLOTS),

@@ -27,12 +27,13 @@ from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
 from pykv import block_memory, cuda
+from pykv.arrays import check_writeable
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
 from pykv.ops.block_copy import upload
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.ranges import check_memory, check_writeable
+from pykv.ranges import check_memory
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
 

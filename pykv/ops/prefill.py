@@ -169,6 +169,7 @@ def _check_on_host(
 def _checker(spec: KVSpec) -> Callable[..., Dims]:
     return checker(
         "prefill.prefill",
+        ("out", "lse"),
         q=("T | HQ D", FLOATS),
         **spec.rules(),
         page_table=("B M", INT32),
@@ -249,6 +250,7 @@ def prefill_contiguous(
 def _contiguous_checker(spec: KVSpec) -> Callable[..., Dims]:
     return checker(
         "prefill.prefill_contiguous",
+        ("out", "lse"),
         q=("B T HQ D", FLOATS),
         **spec.rules(("k", "v", "k_scales", "v_scales"), "B"),
         lengths=optional("B", INT32),

@@ -80,6 +80,7 @@ def rotate(
 
 _check = checker(
     "rope.rotate",
+    ("q", "k"),
     q=("T | HQ D", FLOATS),
     k=("T | H D", "q"),
     positions=("T", INT32),

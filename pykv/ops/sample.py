@@ -66,9 +66,12 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     return out
 
 
-_check_argmax = checker("sample.argmax", logits=("B V", FLOAT32), out=optional("B", INT32))
+_check_argmax = checker(
+    "sample.argmax", ("out",), logits=("B V", FLOAT32), out=optional("B", INT32)
+)
 _check_sample = checker(
     "sample.sample",
+    ("out",),
     logits=("B V", FLOAT32),
     temperature=("B", FLOAT32),
     top_k=("B", INT32),

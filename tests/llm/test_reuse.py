@@ -6,7 +6,7 @@ import pytest
 from pykv.errors import CapacityError
 from pykv.llm import SamplingParams, model
 from pykv.ops import paged_check
-from tests.helpers import without_simt
+from tests.helpers import assert_same_bits, to_numpy, without_simt
 
 P = 16
 
@@ -120,7 +120,7 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
     pieces = [next(stream) for _ in range(4)]  # of which the last steps are a graph
     longer = prompt + tokens_of(rng, 60)
     assert llm.generate([longer], greedy(8)) == open_llm().generate([longer], greedy(8))
-    assert llm.cache.manager.num_pages == 3 + 6  # the other stream holds its own
+    assert llm.cache.manager.num_pages == 3 + 5  # a page is shared with the stream
     pieces += stream
     (whole,) = open_llm().generate([prompt], greedy(20))
     assert "".join(pieces) == whole.text
@@ -200,3 +200,87 @@ def test_logits_are_computed_for_every_token(open_llm, rng):
     np.testing.assert_array_equal(first, llm.logits(ids))
     llm.generate([ids], greedy(2))
     assert llm.stats.reused_tokens == 32
+
+
+# --- A hit and a miss compute the same ---
+
+
+def noted_logits(monkeypatch):
+    """A list that grows by the logits of each draw."""
+    from pykv.llm import scheduler
+
+    noted, draw = [], scheduler.sampling.draw
+
+    def note(logits, *args):
+        noted.append(to_numpy(logits).copy())
+        return draw(logits, *args)
+
+    monkeypatch.setattr(scheduler.sampling, "draw", note)
+    return noted
+
+
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8", "int8:head", "k8v4:HND"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype, batch):
+    """Of every token, whatever came between; prompts of one call share pages, too."""
+    llm = open_llm(kv_dtype=kv_dtype, pool_tokens=2000)  # nothing is evicted
+    noted = noted_logits(monkeypatch)
+    start, other = tokens_of(rng, 70), tokens_of(rng, 33)
+    prompts = [start + tokens_of(rng, n) for n in (1, 7, 30)] + [start[:n] for n in (1, 16, 33)]
+    calls = [[*prompts, other, prompts[1]]] if batch else [[prompt] for prompt in prompts]
+
+    def logits_of(call):
+        noted.clear()
+        answers = llm.generate(call, greedy(5))
+        return list(noted), answers
+
+    first = [logits_of(call) for call in calls]
+    for _ in range(2):
+        for call, (want, answers) in zip(calls, first, strict=True):
+            got, again = logits_of(call)
+            assert again == answers and len(got) == len(want)
+            for a, b in zip(got, want, strict=True):
+                assert_same_bits(a, b)
+            assert llm.stats.reused_tokens == sum(len(prompt) - 1 & -P for prompt in call)
+        llm.generate([tokens_of(rng, 40)], greedy(2))
+
+
+@without_simt
+def test_prompts_of_one_call_compute_a_shared_page_once(open_llm, rng, monkeypatch):
+    from pykv.llm import scheduler
+
+    llm, plain, steps = open_llm(), open_llm(prefix_cache=False), []
+    forward = scheduler.forward
+    monkeypatch.setattr(
+        scheduler,
+        "forward",
+        lambda model, batch, *args: steps.append(len(batch.ids)) or forward(model, batch, *args),
+    )
+    start = tokens_of(rng, 40)
+    prompts = [start + tokens_of(rng, n) for n in (1, 7, 20)] + [tokens_of(rng, 20)]
+    got = llm.generate(prompts, greedy(1))
+    # Pages of the first and last; what the third has beyond; the ends.
+    assert steps == [32 + 16, 16, 9 + 15 + 12 + 4]
+    assert llm.stats.reused_tokens == 32 + 32
+    assert got == plain.generate(prompts, greedy(1))
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@without_simt
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_pages_are_reserved_leaks_none(open_llm, rng, monkeypatch, error):
+    llm = open_llm()
+    llm.generate([tokens_of(rng, 40)], greedy(2))
+    extend, calls = llm.cache.extend, []
+
+    def failing(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error("no")
+        extend(*args, **options)
+
+    monkeypatch.setattr(llm.cache, "extend", failing)
+    with pytest.raises(error):
+        llm.generate([tokens_of(rng, 40) for _ in range(3)], greedy(2))
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from pykv.errors import DtypeError, PykvError
+from pykv.errors import DtypeError, ParameterError, PykvError
 from pykv.ops import attention_scores, paged_decode, prefill
 from tests.ops.calls import OPS, filled
 
@@ -24,6 +24,42 @@ def test_what_is_no_such_array_is_refused(xp, op, arguments):
         for x in wrong:
             with pytest.raises(PykvError, match=f"{op.__name__}: "):
                 op(**{**given, name: x})
+
+
+OUTPUTS = ("out", "lse", "out_lse", "q_out", "table", "lengths", "sums", "k_out", "v_out")
+
+
+@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_written_may_not_be_read_only(rng, op, arguments):
+    """Every array that a call changes, outputs that are not given among them; refused before any
+    is written."""
+    names = inspect.signature(op).parameters
+    given = filled(arguments, rng, np)
+    if "advance" in names:
+        given["advance"] = True
+    result = op(
+        **{name: np.copy(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+    )
+    results = result if isinstance(result, tuple) else (result,)
+    missing = [name for name in OUTPUTS if name in names and name not in given]
+    given |= {name: np.full_like(x, 7) for name, x in zip(missing, results, strict=False)}
+
+    def copies():
+        return {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in given.items()}
+
+    after = copies()
+    before = {n: x.copy() for n, x in after.items() if isinstance(x, np.ndarray)}
+    op(**after)
+    written = [n for n, x in before.items() if after[n].tobytes() != x.tobytes()]
+    assert written
+    for name in written:
+        frozen = copies()
+        frozen[name].flags.writeable = False
+        with pytest.raises(ParameterError, match=f"{op.__name__}: {name} is read-only, expected"):
+            op(**frozen)
+        for n, x in given.items():
+            if isinstance(x, np.ndarray):
+                assert frozen[n].tobytes() == x.tobytes()
 
 
 NO_NUMBERS = ("1", [1], np.ones(2), 1j)

@@ -135,3 +135,18 @@ def test_errors_name_the_argument(xp, rng):
         merge_states.merge(xp.zeros((1, 1, 1, 12), np.float32), xp.zeros((1, 1, 1), np.float32))
     with pytest.raises(ParameterError, match="lse_base is '10', expected one of"):
         merge_states.merge(values, lse, lse_base="10")
+
+
+@pytest.mark.parametrize("base", ["e", "2"])
+def test_a_state_without_keys_has_either_infinity(xp, rng, base):
+    """Plus infinity, which FlashAttention returns, says the same as minus infinity."""
+    values = rng.standard_normal((3, 5, 2, 8)).astype(np.float32)
+    lse = rng.standard_normal((3, 5, 2)).astype(np.float32)
+    lse[1], lse[:, 3], values[1], values[:, 3] = -np.inf, -np.inf, np.nan, np.inf
+    want = merge_states.merge(*map(xp.asarray, (values, lse)), lse_base=base, return_lse=True)
+    lse[lse == -np.inf] = np.inf
+    lse[1, 2] = -np.inf
+    got = merge_states.merge(*map(xp.asarray, (values, lse)), lse_base=base, return_lse=True)
+    for x, y in zip(got, want, strict=True):
+        assert_same_bits(x, y)
+    assert not to_numpy(got[0])[3].any() and (to_numpy(got[1])[3] == -np.inf).all()

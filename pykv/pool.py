@@ -128,6 +128,7 @@ class PagedKVCache:
         Only enqueues on a GPU.
         """
         cuda.refuse_prepare("PagedKVCache.extend", "each call takes pages of its own")
+        cuda.check_stream(stream)
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy
@@ -379,7 +380,7 @@ class PagedKVCache:
 def do_in(xp: Any, step: Callable[[], None], stream: Any = None) -> None:
     """Do work on the arrays of a cache in `xp`, on a GPU by enqueuing it."""
     if xp is np:
-        cuda.run_on_host(step)
+        cuda.run_on_host(step, stream=stream)
     else:
         cuda.enqueue(step, stream)
 

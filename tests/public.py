@@ -14,6 +14,7 @@ import numpy as np
 import pykv
 from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
 from pykv.ops import permute
+from tests.llm import tiny
 from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
@@ -79,7 +80,7 @@ UNCHECKED = """
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
     kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
-    layout.Layout layout.BlockShape plan.base.Preference
+    layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_copy.copy_on_host
 """.split()
 
@@ -143,8 +144,7 @@ FUNCTIONS = {
     "kinds.pack": dict(codes=zeros("i1", 2, 8)),
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
-    "pages.Pages": dict(k=zeros("f2", 1, 2, 2, 1, 8), v=zeros("f2", 1, 2, 2, 1, 8))
-    | dict(k_scales=None, v_scales=None, spec="fp16"),
+    "llm.sampling.SamplingParams": {},
     "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
     "sequence_cache.SequenceCache": dict(max_blocks=2, block_size=2, heads=1, head_dim=8),
 }
@@ -282,6 +282,26 @@ def _sign(function, *parameters):
     function.__signature__ = inspect.Signature(kept)
 
 
+@functools.cache
+def _model():
+    path = Path(_folder.name) / "tiny.gguf"
+    tiny.write(path, "llama")
+    return path
+
+
+@functools.cache
+def _loaded():
+    return pykv.LLM(_model(), device="cpu")
+
+
+def _llm(xp):
+    return (_loaded(),)
+
+
+_SHORT = pykv.SamplingParams(max_tokens=2)
+_MESSAGES = [dict(role="user", content="a")]
+
+
 def _prepare(op: Callable):
     return pykv.prepare(op)
 
@@ -293,6 +313,15 @@ def _normalised(xp):
 _ATTENDED = dict(page_table=ints([1, 0], [2, -1]), lengths=ints(3, 1))
 _QUERIES, _NEW = zeros("f4", 2, 4, 16), zeros("f4", 2, 2, 16)
 METHODS = {
+    "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
+    "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
+    "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),
+    "llm.generate.LLM.chat": _of(_llm, "chat", messages=_MESSAGES, params=_SHORT),
+    "llm.generate.LLM.chat_ids": _of(_llm, "chat_ids", messages=_MESSAGES),
+    "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
+    "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
+    "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
+    "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
     "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),

@@ -38,8 +38,8 @@ WRONG = {
     "text": ((10**6, ["x"], _THING, np.ones(2)), ("", "no such word", "\ud800", "a\nb")),
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
-        (3, "ab", [1.5], [None], ["x"], _THING, [2**70], [[1]], [True]),
-        ([-1], [2**31], [2**62], [-(2**62)], [-(2**70)], []),
+        (3, "ab", [1.5, 2], [None, 1], ["x", "y"], _THING, [2**70, 1], [[1], [2]], [1, 2j]),
+        ([-1, 1], [True, 1], [2**31, 1], [2**62, 1], [-(2**62), 1], [-(2**70), 1], []),
     ),
     "lists": ((3, "ab", [3], [[1.5]], [["x"]], _THING, [[2**70]]), ([[-1]], [[2**31]], [[]], [])),
     "pair": ((3, "ab", (1,), (1, 2, 3), ("a", "b"), (0.5, 1), _THING), ((0, -1), (0, 2**70))),
@@ -51,7 +51,7 @@ WRONG = {
     "object": ((3, "x", _THING, [1], (1, 2)), ()),
 }
 
-_TEXTS = "text path model".split()  # any text passes
+_TEXTS = "text path model salt".split()  # any text passes
 _DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
 _MAKES = "num_pages pages max_blocks width N P H layers".split()  # 2^31 would fill the memory
 _OF_ANY_ARRAY = re.compile(  # of any rank, strides or bytes
@@ -76,7 +76,7 @@ def kind_of(name, parameter, value):
     if is_array(value) or (words == {"Any"} and value is None):
         return "array"
     if words & {"Ids", "Sequence", "list"}:
-        return "lists" if annotation.count("list") > 1 else "list"
+        return "lists" if annotation.count("list[") + annotation.count("Sequence[") > 1 else "list"
     if "tuple" in words or "Range" in words:
         return "shape" if name == "shape" else "pair"
     if "Callable" in words:

@@ -42,6 +42,7 @@ from pykv.cuda.devices import (
     architectures,
     array_module,
     cache_dir,
+    check_stream,
     current_arch,
     current_device,
     current_sm,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pykv.arrays import load_cupy
-from pykv.cuda.devices import current_device, on_stream, stream_handle, synchronize
+from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
 
 Step = Callable[[], Any]
@@ -90,7 +90,7 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
     if stream is not None:
         if _state.recording is not None:
             _refuse_stream()
-        stream_handle(stream)
+        check_stream(stream)
 
     def step() -> None:
         if _state.captured is not None:

@@ -196,6 +196,16 @@ def on_stream(stream: Any, array: Any = None) -> AbstractContextManager[Any]:
     return context
 
 
+def check_stream(stream: Any) -> None:
+    """Check that a stream is None or one that `on_stream` takes, where nothing is enqueued.
+
+    Raises:
+        DtypeError, ParameterError: as `stream_handle`.
+    """
+    if stream is not None:
+        stream_handle(stream)
+
+
 def stream_handle(stream: Any) -> int:
     """The integer handle (cudaStream_t) of any library's stream.
 

@@ -365,7 +365,7 @@ def _root(op: str, salt: str | bytes) -> bytes:
         raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
     if not salt:
         return bytes(_KEY_BYTES)
-    salt = salt.encode() if isinstance(salt, str) else salt
+    salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
     return blake2b(salt, digest_size=_KEY_BYTES).digest()
 
 

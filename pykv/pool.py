@@ -392,6 +392,6 @@ def float_kind(argument: str, name: str) -> np.dtype[Any]:
         ParameterError: no such kind; the text names the argument.
     """
     floats = {kind: kinds.KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")}
-    if name not in tuple(floats):
+    if not isinstance(name, str) or name not in floats:
         raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(floats)}")
     return floats[name]

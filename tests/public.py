@@ -70,7 +70,7 @@ def name_of(module, dotted):
 # arguments that they have checked.
 UNCHECKED = """
     errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
-    transfer.Transfer.wait llm.generate.Completion layout.Strides
+    transfer.Transfer.wait llm.answer.Completion layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
     plan.base.check_type plan.base.check_sizes plan.base.check_head_dim plan.base.as_dtype
@@ -82,6 +82,7 @@ UNCHECKED = """
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape ops.block_copy.copy_on_host
+    blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
 """.split()
 
 
@@ -291,7 +292,9 @@ def _model():
 
 @functools.cache
 def _loaded():
-    return pykv.LLM(_model(), device="cpu")
+    llm = pykv.LLM(_model(), device="cpu")
+    llm.file.metadata["tokenizer.chat_template"] = "{{ messages[0].content }}"
+    return llm
 
 
 def _llm(xp):
@@ -336,6 +339,7 @@ METHODS = {
     "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
+    "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),
     "pool.PagedKVCache.append": _of(_cache, "append", layer=1, k=_NEW, v=_NEW, slots=ints(3, 1)),
     "pool.PagedKVCache.append_qkv": _of(

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv.errors import CapacityError, DeviceError, PykvError
+from pykv import cuda
+from pykv.errors import CapacityError, DeviceError, ParameterError, PykvError
 from pykv.kinds import POOLS
 from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
 OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
+SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
 FREE = {  # values that no function can tell from right ones
     "arrays.asarray": "x",
     "arrays.from_pointer": "owner dtype",
@@ -29,7 +31,8 @@ FREE = {  # values that no function can tell from right ones
 
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_arguments_are_refused(name):
-    assert not list(violations(name, np))
+    # A model is read for each value that passes, and a process begun for each chat.
+    assert not list(violations(name, np, with_limits=name not in SLOW))
 
 
 @pytest.mark.simt
@@ -37,6 +40,89 @@ def test_wrong_arguments_are_refused(name):
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("ops.")])
 def test_wrong_arguments_are_refused_for_kernels(xp, name):
     assert not list(violations(name, xp, with_limits=False))
+
+
+MOST = 2**31 - 1
+CONTENTS = {  # entries that lead out of arrays
+    "slots": [MOST],
+    "page_table": [MOST, -1],
+    "lengths": [MOST],
+    "indices": [MOST],
+    "batch_indices": [MOST],
+    "ids": [MOST, -1],
+    **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts"), [MOST, -1]),
+}
+UNREAD = {"page_table": 3}  # an entry past the length of its sequence
+NOT_FOLLOWED = {  # entries that these calls copy or cut off, or that another check has passed
+    "ops.contiguous_append.append": "lengths",
+    "ops.page_table.from_lists": "indices",
+    "ops.paged_check.check_positions": "indptr",
+}
+WITH_CONTENTS = [
+    name
+    for name in CALLS
+    if name.startswith(("ops.", "pool.")) and name not in ("ops.rope.rotate", "ops.sample.sample")
+]
+
+
+@pytest.mark.parametrize("name", WITH_CONTENTS)
+def test_entries_that_lead_out_of_arrays_are_refused(xp, name):
+    """On the host always, on a GPU if asked."""
+    function, given = call_of(name, xp)
+    checks = "check" in parameters_of(name, function)
+    if xp is not np and not (checks or "paged_check" in name):
+        return
+    for argument in (CONTENTS.keys() & given.keys()) - {NOT_FOLLOWED.get(name)}:
+        for i in range(given[argument].size):
+            for wrong in CONTENTS[argument] if UNREAD.get(argument) != i else ():
+                function, new = call_of(name, xp)
+                array = to_numpy(new[argument]).copy()
+                array.flat[i] = wrong
+                new[argument] = xp.asarray(array)
+                error, changed = outcome(function, new | (dict(check=True) if checks else {}))
+                assert isinstance(error, PykvError), (argument, i, wrong, error)
+                assert re.search(rf"\b{argument}\b", str(error)) and not changed, error
+
+
+@pytest.mark.parametrize("name", ["append_decode", "append_ragged", "append_indexed"])
+def test_two_rows_for_a_slot_are_refused_if_asked(xp, name):
+    function, given = call_of(f"ops.paged_append.{name}", xp)
+    given["indices"] = xp.asarray(np.array([2, 2], np.int32))
+    positions = "positions" if name == "append_indexed" else "last_page_len"
+    given[positions] = xp.asarray(np.array([1, 1], np.int32))
+    error, changed = outcome(function, given | dict(check=True))
+    assert isinstance(error, ParameterError) and not changed
+    assert "indices send rows 0 and 1 to slot 5, expected one row a slot" in str(error)
+
+
+def test_a_stream_means_nothing_on_the_host():
+    """Whatever stream, or none: not even CuPy is asked for."""
+    for name in CALLS:
+        function, given = call_of(name, np)
+        if "stream" in inspect.signature(function).parameters:
+            error, _ = outcome(function, given | dict(stream=1))
+            assert error is None, (name, error)
+
+
+def test_no_driver_is_a_device_error():
+    """Also where CuPy is installed."""
+    cupy = pytest.importorskip("cupy")
+    if cuda.has_driver():
+        pytest.skip("there is a driver")
+    addresses = [np.array([16], np.uint64)] * 2
+    calls = [
+        lambda: pykv.transfer.memcpy_batch(*addresses, 4),
+        lambda: pykv.ops.block_copy.vectorized_copy(*addresses, 4),
+        lambda: pykv.ops.paged_decode.workspace_size(1, 1, 1, 64, 64),
+        lambda: pykv.from_pointer(256, (1,), np.float32),
+        lambda: pykv.plan.PagedDecodePlan.select(DECODE, np.float16, xp=cupy),
+    ]
+    for call in calls:
+        with pytest.raises(DeviceError):
+            call()
+
+
+DECODE = pykv.plan.PagedDecodeDescriptor(1, 1, pykv.plan.PagedCacheDescriptor(2, 2, 1, 64))
 
 
 # --- Judging a call -------------------------------------------------------------------------------
@@ -67,7 +153,9 @@ def violations(name, xp, with_limits=True):
                 yield f"{what} raises {type(error).__name__}: {ascii(str(error))}"
             elif isinstance(error, (CapacityError, DeviceError)) and i >= len(must):
                 continue
-            elif error is not None and not any(re.search(rf"\b{x}\b", str(error)) for x in names):
+            elif error is not None and not any(
+                re.search(rf"\b{x.removesuffix('s')}s?\b", str(error)) for x in names
+            ):
                 yield f"{what} is not named: {ascii(str(error))}"
             if error is not None and changed:
                 yield f"{what} is refused, but something changed"

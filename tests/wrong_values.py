@@ -39,7 +39,7 @@ WRONG = {
     "KVSpec": ((3, "no such kind", np.float16, _THING, b"fp16", ["fp16"], "int8:fp32:fp16"), ()),
     "list": (
         (3, "ab", [1.5, 2], [None, 1], ["x", "y"], _THING, [2**70, 1], [[1], [2]], [1, 2j]),
-        ([-1, 1], [True, 1], [2**31, 1], [2**62, 1], [-(2**62), 1], [-(2**70), 1], []),
+        ([-1, 1], [1, True], [2**31, 1], [2**62, 1], [-(2**62), 1], [-(2**70), 1], []),
     ),
     "lists": ((3, "ab", [3], [[1.5]], [["x"]], _THING, [[2**70]]), ([[-1]], [[2**31]], [[]], [])),
     "pair": ((3, "ab", (1,), (1, 2, 3), ("a", "b"), (0.5, 1), _THING), ((0, -1), (0, 2**70))),
@@ -49,6 +49,7 @@ WRONG = {
     "BlockShape": ((3, "x", _THING, [1], (1, 2), *_SHAPES), ()),
     "Preference": ((3, "x", _THING, [1], *_PREFERENCES), ()),
     "object": ((3, "x", _THING, [1], (1, 2)), ()),
+    "stop": ((3, [1], _THING, ("a", 1), b"x"), ("", ("",), "\ud800")),
 }
 
 _TEXTS = "text path model salt".split()  # any text passes
@@ -75,6 +76,10 @@ def kind_of(name, parameter, value):
         return "arrays"
     if is_array(value) or (words == {"Any"} and value is None):
         return "array"
+    if name == "stop":
+        return name
+    if "Mapping" in words or "SamplingParams" in words:
+        return "object"
     if words & {"Ids", "Sequence", "list"}:
         return "lists" if annotation.count("list[") + annotation.count("Sequence[") > 1 else "list"
     if "tuple" in words or "Range" in words:
@@ -105,6 +110,8 @@ def wrong_values(call, name, parameter, value):
     if parameter.default is inspect.Parameter.empty and "None" not in str(parameter.annotation):
         must.append(None)
     takes_any = _OF_ANY_ARRAY.match(call)
+    if "str" in re.findall(r"\w+", str(parameter.annotation)) and kind in ("list", "lists"):
+        must = [x for x in must if not isinstance(x, str)]  # a prompt may be a text
     if takes_any:
         must = [x for x in must if not is_array(x)]  # np.float32(1) may be a scale
     if is_array(value):
@@ -149,5 +156,5 @@ def other_spellings(kind, value):
     if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return [np.float32(value), np.float64(value)]
     if kind == "bool" and isinstance(value, bool):
-        return [np.bool_(value), int(value)]
+        return [np.bool_(value)]
     return []

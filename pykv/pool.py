@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import footprint, to_host
+from pykv.arrays import footprint, on_gpu, to_host
 from pykv.blocks import BlockManager, page_ids
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -160,7 +160,7 @@ class PagedKVCache:
         num_pages = self.k.shape[1]
         pages = check_whole("PagedKVCache.grow", "pages", pages, num_pages)
         old = (self.k, self.v, self.k_scales, self.v_scales)
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             new = self._zeros(pages)
 
             def copy_pages() -> None:
@@ -171,7 +171,7 @@ class PagedKVCache:
                         larger[...] = array
 
             do_in(self._xp, copy_pages)
-            if stream is not None:
+            if stream is not None and on_gpu(self.k):
                 cuda.synchronize()
         self._set_arrays(new)
         self.manager.grow(pages)
@@ -278,7 +278,7 @@ class PagedKVCache:
     ) -> Any:
         """`append` to a layer that may lack scales; those that it lacks are found first."""
         op = f"PagedKVCache.{name}"
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
             self._look_for_scales()
             if layer not in self._unset:

@@ -166,7 +166,7 @@ class SequenceCache:
         start = check_whole("SequenceCache.append", "length_before", start, 0, 2**31 - 1)
         _check_rank("SequenceCache.append", "k", k, "T H D")
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             if self._xp is not np:
                 cuda.refuse_capture("SequenceCache.append", cuda.UPLOADS)
             self._pages.append(0, k, v, self._xp.asarray(slots), **options)
@@ -210,7 +210,7 @@ class SequenceCache:
                 raise CapacityError(
                     f"{op}: length is {length}, expected at most the {held} that the blocks hold"
                 )
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             lengths = self.context_lens
             if length is not None:
                 lengths = self._xp.full(1, length, np.int32)

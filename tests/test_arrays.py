@@ -156,6 +156,37 @@ def test_asarray_shares_memory():
         asarray([1.0])
 
 
+class Refusing:
+    """An array of another library that cannot be handed over."""
+
+    def __init__(self, dtype=None, error=None):
+        self.error = error
+        if dtype is not None:
+            self.dtype = dtype
+
+    def __dlpack__(self, **options):
+        raise self.error or BufferError("this element type is not supported by DLPack")
+
+    def __dlpack_device__(self):
+        if self.error is not None:
+            raise self.error
+        return 1, 0
+
+
+@pytest.mark.parametrize(
+    "x, expected",
+    [
+        (Refusing("torch.float32", ValueError("Unknown device type meta for Dlpack")), "type meta"),
+        (Refusing(), "not supported by DLPack"),
+        (Refusing("torch.float8_e4m3fn"), r"expected its codes: x.view\(torch.uint8\)"),
+        (Refusing("bfloat16"), r"asarray\(x.view\('uint16'\)\).view\(ml_dtypes.bfloat16\)"),
+    ],
+)
+def test_asarray_says_what_to_do(x, expected):
+    with pytest.raises(DtypeError, match=f"asarray: x is a Refusing .*{expected}"):
+        asarray(x)
+
+
 def test_asarray_takes_torch_on_the_host():
     torch = pytest.importorskip("torch")
     for dtype, want in ((torch.float16, np.float16), (torch.bfloat16, ml_dtypes.bfloat16)):

@@ -76,7 +76,7 @@ def kind_of(name, parameter, value):
         return "arrays"
     if is_array(value) or (words == {"Any"} and value is None):
         return "array"
-    if name == "stop":
+    if name == "stop" and "str" in words:
         return name
     if "Mapping" in words or "SamplingParams" in words:
         return "object"

@@ -1,7 +1,7 @@
 // sample.cu: the most likely token, or a drawn one, of each row of logits.
 //
 // Arrays, row-major, contiguous (letters as in pykv/ops/sample.py):
-//   out                  [B] int32
+//   out                  [B] int32; -1 for a row whose largest logit is not finite
 //   logits        const  [B, V] float
 //   temperature, top_p, min_p  const  [B] float
 //   top_k, steps         const  [B] int32
@@ -69,8 +69,8 @@ __device__ __forceinline__ u64 warp_scan(u64 x) {
     return x;
 }
 
-// Index of the largest logit, the lowest where several are equal; 0 if all are NaN. Leaves s.sums
-// in use until the next barrier.
+// Index of the largest logit, the lowest where several are equal; -1 if it is infinite, or all are
+// NaN. Leaves s.sums in use until the next barrier.
 __device__ int largest_index(const float* __restrict__ logits, int V, Scratch& s) {
     u32 best = 0, at = 0;
 #pragma unroll 4
@@ -82,7 +82,8 @@ __device__ int largest_index(const float* __restrict__ logits, int V, Scratch& s
     if (threadIdx.x % WARP == 0) s.sums[threadIdx.x / WARP] = mine;
     __syncthreads();
     const u64 all = warp_max(s.sums[threadIdx.x % WARP]);
-    return all >> 32 ? (int)~(u32)all : 0;
+    const u32 order = (u32)(all >> 32);
+    return order > ordered(-INF) && order < ordered(INF) ? (int)~(u32)all : -1;
 }
 
 // 2^40 * 2^(-level / 2^26), off by less than 5e-9 of itself and never rising with the level. The
@@ -110,7 +111,7 @@ struct Row {
 
     __device__ __forceinline__ u32 level_of(int i) const {
         const float logit = __ldg(logits + i);
-        if (logit == largest) return 0;  // infinite ones too
+        if (logit == largest) return 0;  // where scale is infinite, too
         const float steps = __fmul_rn(__fsub_rn(largest, logit), scale);
         return steps <= (float)LAST_LEVEL ? (u32)steps : NO_LEVEL;  // NaN has no level
     }
@@ -248,12 +249,12 @@ sample(int* __restrict__ out, const float* __restrict__ logits,
     const int b = blockIdx.x;
     const float* row_logits = logits + (i64)b * V;
     const int best = largest_index(row_logits, V, s);
-    const float largest = row_logits[best];
     const int k = top_k[b];
-    if (!(temperature[b] > 0.0f) || k == 1 || !(largest > -INF)) {  // the whole block
+    if (!(temperature[b] > 0.0f) || k == 1 || best < 0) {  // the whole block
         if (threadIdx.x == 0) out[b] = best;
         return;
     }
+    const float largest = row_logits[best];
     constexpr float LOG2_E = 1.4426950408889634f;
     Row row{row_logits, V, largest, __fdiv_rn(LOG2_E * (1 << STEP_BITS), temperature[b]),
             LAST_LEVEL, V - 1};

@@ -189,7 +189,7 @@ def _size(args: argparse.Namespace) -> None:
     from pykv.llm.config import read_config
 
     spec = KVSpec.parse(args.kv_dtype)
-    config = read_config(gguf.read(models.fetch(args.file)))
+    config = read_config(gguf.read_model(models.fetch(args.file)))
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")

@@ -9,6 +9,7 @@
       DeviceError       (RuntimeError)         mixed devices, or no usable GPU
       CompileError      (RuntimeError)         NVRTC refused a kernel
       CudaError         (RuntimeError)         a driver call failed
+      NumberError       (ArithmeticError)      a model computed NaN or infinities
       FormatError       (ValueError)           the bytes of a file are not what they claim
       FetchError        (RuntimeError)         a model could not be fetched
       InstallError      (ModuleNotFoundError)  a package of one of pykv's extras is missing
@@ -52,6 +53,10 @@ class CompileError(PykvError, RuntimeError):
 
 class CudaError(PykvError, RuntimeError):
     """A driver call failed; the text carries the call and the code."""
+
+
+class NumberError(PykvError, ArithmeticError):
+    """A model computed NaN or infinities; the text says what may help."""
 
 
 class FormatError(PykvError, ValueError):

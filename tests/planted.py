@@ -244,6 +244,10 @@ FAULTS = {
         with_argument(1, lambda w: w.view(F16) if w.dtype == BFLOAT16 else w),
     ),
     "frequencies: no divisors": (rope, "frequencies", with_option(divisors=None)),
+    "frequencies: yarn of another context": (
+        *(rope, "frequencies"),
+        with_option(original_context=8192 * 4),
+    ),
     "frequencies: linear is none": (
         *(rope, "frequencies"),
         with_changed_option("scaling", lambda name: "none" if name == "linear" else name),

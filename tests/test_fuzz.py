@@ -1,8 +1,10 @@
-"""tools/fuzz.py finds each kind of fault."""
+"""tools/fuzz.py finds each kind of fault, and the fuzzers find none."""
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -36,7 +38,8 @@ def test_what_attempts_come_to():
         assert expected in report, (attempt, report)
 
 
-def test_templates_bring_nothing_but_pykv_errors():
-    command = [sys.executable, str(TOOLS / "fuzz_templates.py"), "100"]
+@pytest.mark.parametrize("fuzzer, count", [("fuzz_gguf.py", 300), ("fuzz_templates.py", 100)])
+def test_damaged_inputs_bring_nothing_but_pykv_errors(fuzzer, count):
+    command = [sys.executable, str(TOOLS / fuzzer), str(count)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

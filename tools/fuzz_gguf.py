@@ -10,6 +10,7 @@ with 1 if there is a fault; --keep writes the inputs that are faults.
 from __future__ import annotations
 
 import argparse
+import itertools
 import struct
 import sys
 import tempfile
@@ -165,9 +166,10 @@ def main() -> int:
             tiny.write(path, path.stem)
             attempt(path.read_bytes(), path)  # what is wrong with these is no fault of a mutant
         whole = given.count // 2 // len(paths)
-        inputs = list(changed_files(paths, given.count - whole * len(paths), given.seed))
-        for path in paths:
-            inputs += fuzz.mutants(path.read_bytes(), whole, given.seed)
+        inputs = itertools.chain(
+            changed_files(paths, given.count - whole * len(paths), given.seed),
+            *(fuzz.mutants(path.read_bytes(), whole, given.seed) for path in paths),
+        )
         report = fuzz.run(lambda data: attempt(data, folder / "mutant.gguf"), inputs)
     print(report)
     if given.keep:

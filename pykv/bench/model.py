@@ -172,7 +172,7 @@ def _load(name: str, xp: Any, hadamard: bool) -> Any:
     from pykv.llm import gguf, models
     from pykv.llm.weights import load
 
-    return load(gguf.read(models.fetch(name)), xp, hadamard=hadamard)
+    return load(gguf.read_model(models.fetch(name)), xp, hadamard=hadamard)
 
 
 def conclude(records: list[Record]) -> str:

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pykv.errors import FormatError, UnsupportedError
+from pykv.errors import FormatError, ParameterError, ShapeError, UnsupportedError
 from pykv.llm import tensors
-from pykv.llm.gguf import ModelFile
+from pykv.llm.gguf import ModelFile, brief
+from pykv.llm.keys import ARCHITECTURES, Architecture, Keys, architecture
 from pykv.ops import rope
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the name of an architecture implies beyond the file's own numbers.
-
-    Attributes:
-        pairing: how rotary embedding pairs the elements of a head.
-        activation: the gated activation between the feed-forward matrices.
-        scaled_embedding: token embeddings are multiplied by sqrt(E).
-        global_every: every n-th layer sees all keys and the others a sliding window; 0: all do.
-    """
-
-    pairing: str = "half"
-    activation: str = "swiglu"
-    scaled_embedding: bool = False
-    global_every: int = 0
-
-
-# The converter permutes q and k of llama files for adjacent pairs; the others keep the halves.
-ARCHITECTURES = {
-    "llama": Architecture(pairing="adjacent"),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma3": Architecture(activation="geglu", scaled_embedding=True, global_every=6),
-}
+from pykv.ops.paged_append import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -45,6 +20,12 @@ class Config:
     """The numbers of one model, as its file states them.
 
     Attributes:
+        eps: of the norms; divided by the square of granite's residual scale r, see below.
+        attention_scale: factor of q.k; YaRN's magnitude is in it.
+        embedding_scale: factor of embeddings. granite adds r times what a layer computes to the
+            residual stream x; this runtime keeps x / r instead, to which layers add as usual.
+        attention_cap, logit_cap: c of a soft cap c * tanh(x / c) of scores and of logits, or None.
+        logit_divisor: what logits are divided by.
         windows: keys that each layer sees, None for all.
         inv_freq: rotary frequencies of each layer, float32 [F] in radians a position.
     """
@@ -60,8 +41,12 @@ class Config:
     context: int
     eps: float
     attention_scale: float
-    windows: tuple[int | None, ...]
-    inv_freq: tuple[np.ndarray, ...]
+    embedding_scale: float
+    logit_divisor: float
+    attention_cap: float | None
+    logit_cap: float | None
+    windows: tuple[int | None, ...] = ()
+    inv_freq: tuple[np.ndarray, ...] = ()
 
     @property
     def kind(self) -> Architecture:
@@ -69,113 +54,154 @@ class Config:
 
 
 def read_config(file: ModelFile) -> Config:
-    """The configuration that a GGUF file states.
+    """The configuration that a GGUF file states, held against the names, shapes and types of its
+    tensors; nothing is allocated before.
 
     Raises:
         UnsupportedError: an architecture or a feature that pykv does not run.
-        FormatError: a key is missing, or the numbers contradict each other.
+        FormatError: a key is missing or no such value, or numbers and tensors contradict each
+            other.
     """
-    name = file.require("general.architecture")
-    if name not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{file.path}: general.architecture is {name!r}, expected one of "
-            + ", ".join(ARCHITECTURES)
-        )
-
-    def count(key: str, default: Any = None) -> int:
-        value = file.get(f"{name}.{key}", default)
-        if value is None:
-            value = file.require(f"{name}.{key}")
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise UnsupportedError(f"{file.path}: {name}.{key} differs between layers")
-            value = value[0]
-        if not isinstance(value, int) or value < 1:
-            raise FormatError(
-                f"{file.path}: {name}.{key} is {value!r}, expected a positive integer"
-            )
-        return value
-
-    if file.get(f"{name}.expert_count", 0):
-        raise UnsupportedError(f"{file.path}: {name}.expert_count is set, mixtures do not run here")
-    embedding, heads = count("embedding_length"), count("attention.head_count")
-    head_dim = count("attention.key_length", embedding // heads)
-    if count("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedError(f"{file.path}: keys and values of different sizes do not run here")
-    kv_heads = count("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise FormatError(
-            f"{file.path}: {heads} query heads are no multiple of {kv_heads} KV heads"
-        )
-    num_layers = count("block_count")
-    windows = _windows(file, name, num_layers)
-    # Gemma 3 27B alone divides by the width of a query head's share of the embedding.
-    big_gemma = name == "gemma3" and num_layers == 62
-    return Config(
-        architecture=name,
+    keys = Keys(file, architecture(file))
+    keys.refuse_unknown()
+    kind = ARCHITECTURES[keys.name]
+    embedding, heads = keys.get("embedding_length"), keys.get("attention.head_count")
+    num_layers = keys.get("block_count")
+    head_dim = keys.get("attention.key_length", max(1, embedding // heads))
+    residual = keys.optional("residual_scale", 1.0)
+    tokens = file.get("tokenizer.ggml.tokens", [], list)
+    # The 27B models of Gemma divide by the width of a query head's share of the embedding.
+    big_gemma = (keys.name, num_layers) in (("gemma2", 46), ("gemma3", 62))
+    usual_scale = 1 / math.sqrt(max(1, embedding // heads) if big_gemma else head_dim)
+    config = Config(
+        architecture=keys.name,
         num_layers=num_layers,
         embedding=embedding,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=keys.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        feed_forward=count("feed_forward_length"),
-        vocab=file.tensor(*tensors.NAMES["embedding"]).shape[0],
-        context=count("context_length"),
-        eps=_positive(file, f"{name}.attention.layer_norm_rms_epsilon", 1e-5),
-        attention_scale=1 / math.sqrt(embedding // heads if big_gemma else head_dim),
-        windows=windows,
-        inv_freq=_frequencies(file, name, head_dim, windows),
+        feed_forward=keys.get("feed_forward_length"),
+        vocab=len(tokens) or file.tensor(*tensors.NAMES["embedding"]).shape[0],
+        context=keys.get("context_length"),
+        eps=keys.get("attention.layer_norm_rms_epsilon", kind.eps) / residual**2,
+        attention_scale=keys.get("attention.scale", 0.0) or usual_scale,
+        embedding_scale=(
+            keys.optional("embedding_scale", 1.0)
+            * (math.sqrt(embedding) if kind.scaled_embedding else 1.0)
+            / residual
+        ),
+        logit_divisor=keys.optional("logit_scale", 1.0),
+        attention_cap=keys.optional("attn_logit_softcapping", kind.attention_cap) or None,
+        logit_cap=keys.optional("final_logit_softcapping", kind.logit_cap) or None,
     )
+    _check_sizes(keys, config)
+    tensors.check(file, config)
+    windows = _windows(keys, num_layers)
+    inv_freq, magnitude = _frequencies(keys, config, windows)
+    scale = config.attention_scale * magnitude**2  # of queries and of keys
+    return replace(config, attention_scale=scale, windows=windows, inv_freq=inv_freq)
 
 
-def _windows(file: ModelFile, name: str, num_layers: int) -> tuple[int | None, ...]:
+def _check_sizes(keys: Keys, config: Config) -> None:
+    """Refuse sizes that contradict each other, and those that no kernel takes."""
+    path, name, head_dim = keys.file.path, keys.name, config.head_dim
+    if keys.get("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedError(f"{path}: keys and values of different sizes do not run here")
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"{path}: heads have {head_dim} elements ({name}.attention.key_length, or the "
+            f"embedding over the heads), expected a multiple of 8 up to {MAX_HEAD_DIM}"
+        )
+    for key, size in (
+        ("embedding_length", config.embedding),
+        ("feed_forward_length", config.feed_forward),
+    ):
+        if size % 8:
+            raise UnsupportedError(f"{path}: {name}.{key} is {size}, expected a multiple of 8")
+    if config.heads % config.kv_heads:
+        raise FormatError(
+            f"{path}: {config.heads} query heads are no multiple of {config.kv_heads} KV heads"
+        )
+    if keys.get("vocab_size", config.vocab) != config.vocab:
+        raise FormatError(
+            f"{path}: {name}.vocab_size is {keys.get('vocab_size')}, but the tokenizer has "
+            f"{config.vocab} tokens"
+        )
+
+
+def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer; files may state the pattern as a period or layer by
     layer (true: sliding)."""
-    every = ARCHITECTURES[name].global_every
-    window = file.get(f"{name}.attention.sliding_window", 0) if every else 0
-    pattern = file.get(f"{name}.attention.sliding_window_pattern", every)
+    kind = ARCHITECTURES[keys.name]
+    every, window = kind.global_every, keys.optional("attention.sliding_window", kind.window)
+    full = f"{keys.name}.attention.sliding_window_pattern"
+    pattern = keys.file.metadata.get(full, every)
     if not isinstance(pattern, list):
-        pattern = [bool(pattern) and (i + 1) % pattern != 0 for i in range(num_layers)]
-    if len(pattern) != num_layers:
+        period = keys.optional("attention.sliding_window_pattern", every)
+        pattern = [period == 0 or (i + 1) % period != 0 for i in range(num_layers)]
+    if len(pattern) != num_layers or not all(isinstance(sliding, bool) for sliding in pattern):
         raise FormatError(
-            f"{file.path}: {name}.attention.sliding_window_pattern has {len(pattern)} entries, "
-            f"expected {num_layers}"
+            f"{keys.file.path}: {full} is {brief(pattern)}, expected a period or {num_layers} "
+            "times true or false"
         )
     return tuple(window if window and sliding else None for sliding in pattern)
 
 
 def _frequencies(
-    file: ModelFile, name: str, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[np.ndarray, ...]:
-    """Rotary frequencies of each layer; only layers that see all keys are scaled."""
-    dim = file.get(f"{name}.rope.dimension_count", head_dim)
-    base = _positive(file, f"{name}.rope.freq_base", 10000.0)
-    kind = file.get(f"{name}.rope.scaling.type", "none")
-    factor = file.get(f"{name}.rope.scaling.factor", 0.0)
-    if not factor and f"{name}.rope.scale_linear" in file.metadata:  # name in older files
-        kind, factor = "linear", file.get(f"{name}.rope.scale_linear")
-    if kind not in ("none", "linear", "llama3"):
-        raise UnsupportedError(
-            f"{file.path}: {name}.rope.scaling.type is {kind!r}, expected none, linear or llama3"
+    keys: Keys, config: Config, windows: tuple[int | None, ...]
+) -> tuple[tuple[np.ndarray, ...], float]:
+    """Rotary frequencies of each layer, and the magnitude of rotated queries and keys.
+
+    Only layers that see all keys are scaled. As llama.cpp has it, a factor without a type is
+    linear, and YaRN multiplies by 1 + 0.1 ln(factor), `attn_factor` besides.
+    """
+    path, kind = keys.file.path, config.kind
+    dim = keys.get("rope.dimension_count", config.head_dim)
+    if dim % 2 or dim > config.head_dim:
+        raise FormatError(
+            f"{path}: {keys.name}.rope.dimension_count is {dim}, expected an even number up to "
+            f"{config.head_dim}"
         )
-    divisors = file.tensors.get("rope_freqs.weight")
-    scaled = rope.frequencies(
-        dim,
-        base,
-        scaling=kind if factor else "none",
-        factor=factor or 1.0,
-        low_factor=file.get(f"{name}.rope.scaling.low_freq_factor", 1.0),
-        high_factor=file.get(f"{name}.rope.scaling.high_freq_factor", 4.0),
-        original_context=file.get(f"{name}.rope.scaling.original_context_length", 8192),
-        divisors=None if divisors is None else tensors.joined(np, [divisors], np.float32),
-    )
-    local_base = _positive(file, f"{name}.rope.freq_base_swa", 10000.0)
-    local = rope.frequencies(dim, local_base)
-    return tuple(scaled if window is None else local for window in windows)
-
-
-def _positive(file: ModelFile, key: str, default: float) -> float:
-    value = file.get(key, default)
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise FormatError(f"{file.path}: {key} is {value!r}, expected a positive number")
-    return float(value)
+    scaling = keys.get("rope.scaling.type", "linear")
+    if scaling not in rope.SCALINGS:
+        raise UnsupportedError(
+            f"{path}: {keys.name}.rope.scaling.type is {brief(scaling)}, expected one of "
+            f"{', '.join(rope.SCALINGS)}"
+        )
+    factor = keys.get("rope.scaling.factor", 0.0) or keys.get("rope.scale_linear", 0.0) or 1.0
+    magnitude = keys.get("rope.scaling.attn_factor", 1.0)
+    if scaling == "yarn" and factor > 1:
+        magnitude *= 1 + 0.1 * math.log(factor)
+    if magnitude != 1 and (dim < config.head_dim or any(windows)):
+        raise UnsupportedError(
+            f"{path}: {keys.name}.rope.scaling changes the magnitude of some elements or layers, "
+            "and not of others, which does not run here"
+        )
+    trained = 8192 if scaling == "llama3" else config.context
+    divisors = keys.file.tensors.get("rope_freqs.weight")
+    try:
+        scaled = rope.frequencies(
+            dim,
+            keys.get("rope.freq_base", kind.freq_base),
+            scaling=scaling,
+            factor=factor,
+            low_factor=keys.get("rope.scaling.low_freq_factor", 1.0),
+            high_factor=keys.get("rope.scaling.high_freq_factor", 4.0),
+            beta_fast=keys.get("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=keys.get("rope.scaling.yarn_beta_slow", 1.0),
+            original_context=keys.get("rope.scaling.original_context_length", trained),
+            divisors=None if divisors is None else tensors.joined(np, [divisors], np.float32),
+        )
+        local_base = keys.optional("rope.freq_base_swa", kind.local_base or 0.0)
+        local = rope.frequencies(dim, local_base) if local_base else scaled
+    except (ParameterError, ShapeError) as error:
+        raise FormatError(f"{path}: the keys of {keys.name}.rope: {error}") from None
+    rotated = keys.optional("rope.scaling.finetuned", True)
+    still = np.zeros_like(scaled)  # a rotation by nothing
+    every = kind.unrotated_every
+    return tuple(
+        still
+        if not rotated or (every and (i + 1) % every == 0)
+        else (scaled if window is None else local)
+        for i, window in enumerate(windows)
+    ), magnitude

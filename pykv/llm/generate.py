@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
-from pykv.llm import gguf, models, scheduler
+from pykv.llm import gguf, memory, models, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
@@ -72,6 +72,7 @@ class LLM:
     Raises:
         FetchError: the model cannot be had.
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
+        CapacityError: weights and cache need more memory than is free.
         DeviceError: `device` is "cuda" and no GPU is usable, or there is no such GPU.
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
@@ -117,13 +118,17 @@ class LLM:
         self.xp = cuda.array_module(device)
         self._device = device
         self._lock = threading.RLock()
-        self.file = gguf.read(models.fetch(str(model)))
+        self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
         if context is not None and not 1 <= context <= config.context:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {config.context}")
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
         with cuda.use_device(device):
+            # Without a pool or a context of its own the cache grows as calls need it.
+            tokens = pool_tokens or context or page_size
+            model_of = (self.file, config, weights_dtype, self.spec)
+            memory.require(memory.needed(*model_of, tokens, self.xp), self.xp)
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
             cache = PagedKVCache(
@@ -194,6 +199,7 @@ class LLM:
                 prompts.
             CapacityError: a prompt is longer than the context, or the pool is too small; no
                 token has been computed then.
+            NumberError: logits are not finite.
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")

@@ -9,7 +9,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pykv.errors import FormatError, UnsupportedError
-from pykv.llm.gguf_cursor import Cursor
+from pykv.errors import FormatError
+from pykv.llm.gguf_cursor import Cursor, plain
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -51,7 +52,8 @@ class TensorInfo:
 
     `shape` is in NumPy's order: the last dimension is contiguous and is what blocks pack. `blocks`
     is [rows, row_bytes] uint8, read-only, a view of the mapped file; rows is the product of all
-    dimensions but the last.
+    dimensions but the last. A type that the package gguf does not know is called "type 99"; its
+    blocks are one row, of all bytes up to the next tensor.
     """
 
     name: str
@@ -76,10 +78,11 @@ class ModelFile:
     def get(self, key: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         """The value of `key`, or `default`. FormatError if it is present but no `kind`."""
         value = self.metadata.get(key, default)
-        if key in self.metadata and not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        fits = isinstance(value, kinds) and (int not in kinds or type(value) is not bool)
+        if key in self.metadata and not fits:
             raise FormatError(
-                f"{self.path}: key {key} has {_brief(value)} ({type(value).__name__}), "
+                f"{self.path}: key {key} has {brief(value)} ({type(value).__name__}), "
                 f"expected {' or '.join(k.__name__ for k in kinds)}"
             )
         return value
@@ -99,11 +102,12 @@ class ModelFile:
 
 
 def read(path: str | os.PathLike[str]) -> ModelFile:
-    """Map a GGUF file and parse its header; tensor bytes are not touched.
+    """Map a GGUF file and parse its header; tensor bytes are not touched. Of a model that is split
+    into several files this reads the one that is given; `read_model` reads them all.
 
     Raises:
         FormatError: the file is missing, cut short, or anything in it contradicts the format.
-        UnsupportedError: a tensor type, a nested array or a split file that this reader lacks.
+        UnsupportedError: a nested array.
     """
     path = Path(path)
     cursor = Cursor.open(path)
@@ -121,13 +125,58 @@ def read(path: str | os.PathLike[str]) -> ModelFile:
     for _ in range(num_keys):
         key = cursor.string("a key")
         if key in metadata:
-            raise FormatError(f"{path}: key {key} occurs twice")
-        metadata[key] = cursor.value(cursor.number("I", f"the type of key {key}"), f"key {key}")
+            raise FormatError(f"{path}: key {plain(key)} occurs twice")
+        code = cursor.number("I", f"the type of key {plain(key)}")
+        metadata[key] = cursor.value(code, f"key {plain(key)}")
 
     tensors = _tensors(cursor, num_tensors, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise UnsupportedError(f"{path}: is one of {parts} parts, expected a file joined to one")
     return ModelFile(path, version, metadata, tensors)
+
+
+def read_model(path: str | os.PathLike[str]) -> ModelFile:
+    """A model in one file or in several, of which any may be given: `read`'s result, with the
+    metadata of the first part and the tensors of all.
+
+    Raises:
+        FormatError: as `read`; a part is missing, or the parts do not belong together.
+        UnsupportedError: as `read`.
+    """
+    given = read(path)
+    count = given.get("split.count", 1, int)
+    if count in (0, 1):
+        return given
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", given.path.name, re.DOTALL)
+    if not named or int(named[3]) != count:
+        raise FormatError(
+            f"{given.path}: is one of {count} parts, expected a name like "
+            f"model-00001-of-{count:05}.gguf"
+        )
+    paths = [
+        given.path.with_name(f"{named[1]}-{n:05}-of-{named[3]}.gguf") for n in range(1, count + 1)
+    ]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise FormatError(
+            f"{given.path}: is one of {count} parts, and {len(missing)} of them are missing: "
+            f"{', '.join(missing[:4])}{', ...' if missing[4:] else ''}"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    parts = [read(part) for part in paths]
+    for n, part in enumerate(parts):
+        for key, expected in (("split.no", n), ("split.count", count)):
+            if part.require(key, int) != expected:
+                raise FormatError(
+                    f"{part.path}: key {key} has {part.metadata[key]}, expected {expected}"
+                )
+        for name in part.tensors.keys() & tensors:
+            raise FormatError(f"{part.path}: tensor {plain(name)} is in an earlier part, too")
+        tensors |= part.tensors
+    total = parts[0].get("split.tensors.count", len(tensors), int)
+    if total != len(tensors):
+        raise FormatError(
+            f"{parts[0].path}: key split.tensors.count has {total}, but the parts hold "
+            f"{len(tensors)} tensors"
+        )
+    return replace(parts[0], tensors=tensors)
 
 
 def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
@@ -135,29 +184,35 @@ def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo
     path, size = cursor.path, len(cursor.data)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise FormatError(
-            f"{path}: key general.alignment has {_brief(alignment)}, expected a power of two"
+            f"{path}: key general.alignment has {brief(alignment)}, expected a power of two"
         )
     table = [_entry(cursor) for _ in range(count)]
     data_start = -(-cursor.at // alignment) * alignment
     mapped = np.frombuffer(cursor.data, np.uint8)
     tensors: dict[str, TensorInfo] = {}
     end_of_previous, previous = 0, ""
-    for name, block, shape, offset in sorted(table, key=lambda entry: entry[3]):
-        rows, row_bytes = prod(shape[:-1]), shape[-1] // block.elements * block.size
+    in_order = sorted(table, key=lambda entry: entry[3])
+    following = [*(entry[3] for entry in in_order[1:]), size - data_start]
+    for (name, block, shape, offset), end in zip(in_order, following, strict=False):
+        if block.size:
+            rows, row_bytes = prod(shape[:-1]), shape[-1] // block.elements * block.size
+        else:
+            rows, row_bytes = 1, max(0, end - offset)
         start, nbytes = data_start + offset, rows * row_bytes
         if name in tensors:
-            raise FormatError(f"{path}: tensor {name} occurs twice")
+            raise FormatError(f"{path}: tensor {plain(name)} occurs twice")
         if offset % alignment:
             raise FormatError(
-                f"{path}: tensor {name} has offset {offset}, expected a multiple of {alignment}"
+                f"{path}: tensor {plain(name)} has offset {offset}, "
+                f"expected a multiple of {alignment}"
             )
         if start + nbytes > size:
             raise FormatError(
-                f"{path}: tensor {name} ({block.kind} {shape}) has bytes {start} to "
+                f"{path}: tensor {plain(name)} ({block.kind} {shape}) has bytes {start} to "
                 f"{start + nbytes}, the file has {size}"
             )
         if offset < end_of_previous:
-            raise FormatError(f"{path}: tensor {name} overlaps tensor {previous}")
+            raise FormatError(f"{path}: tensor {plain(name)} overlaps tensor {plain(previous)}")
         end_of_previous, previous = offset + nbytes, name
         blocks = mapped[start : start + nbytes].reshape(rows, row_bytes)
         tensors[name] = TensorInfo(name, block.kind, shape, blocks)
@@ -167,29 +222,28 @@ def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo
 def _entry(cursor: Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
     """One row of the tensor table: name, type, shape, offset in the data section."""
     path, name = cursor.path, cursor.string("a tensor's name")
-    rank = cursor.number("I", f"the rank of tensor {name}")
+    what = f"tensor {plain(name)}"
+    rank = cursor.number("I", f"the rank of {what}")
     if not 1 <= rank <= MAX_RANK:
-        raise FormatError(f"{path}: tensor {name} has rank {rank}, expected 1 to {MAX_RANK}")
-    shape = tuple(reversed(cursor.numbers("Q", rank, f"the shape of tensor {name}")))
-    code = cursor.number("I", f"the type of tensor {name}")
-    if code not in tensor_types():
-        raise UnsupportedError(f"{path}: tensor {name} has type {code}, which this reader lacks")
-    block = tensor_types()[code]
+        raise FormatError(f"{path}: {what} has rank {rank}, expected 1 to {MAX_RANK}")
+    shape = tuple(reversed(cursor.numbers("Q", rank, f"the shape of {what}")))
+    code = cursor.number("I", f"the type of {what}")
+    block = tensor_types().get(code, TensorType(f"type {code}", 1, 0))
     if 0 in shape or shape[-1] % block.elements:
         raise FormatError(
-            f"{path}: tensor {name} has shape {shape}, expected no zero and "
+            f"{path}: {what} has shape {shape}, expected no zero and "
             f"rows of a multiple of {block.elements} ({block.kind})"
         )
-    return name, block, shape, cursor.number("Q", f"the offset of tensor {name}")
+    return name, block, shape, cursor.number("Q", f"the offset of {what}")
 
 
 def describe(file: ModelFile) -> str:
     """What `pykv inspect` prints: metadata, tensors, and totals by kind."""
     tensors = list(file.tensors.values())
     sections: list[list[tuple[str, ...]]] = [
-        [(_plain(key), _brief(value)) for key, value in file.metadata.items()],
+        [(plain(key), brief(value)) for key, value in file.metadata.items()],
         [
-            (_plain(t.name), t.kind, " x ".join(map(str, t.shape)), f"{t.nbytes} bytes")
+            (plain(t.name), t.kind, " x ".join(map(str, t.shape)), f"{t.nbytes} bytes")
             for t in tensors
         ],
         [
@@ -211,15 +265,10 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in cells)
 
 
-def _plain(name: str) -> str:
-    """A name without control characters, which a terminal would obey."""
-    return repr(name)[1:-1]
-
-
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in one short line."""
     if isinstance(value, list):
-        shown = [_brief(item) for item in value[:4]] + ["..."] * (len(value) > 4)
+        shown = [brief(item) for item in value[:4]] + ["..."] * (len(value) > 4)
         return f"[{len(value)}] {', '.join(shown)}"
     if isinstance(value, str) and len(value) > 60:
         return f"{value[:60]!r}... ({len(value)} characters)"

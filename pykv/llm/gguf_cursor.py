@@ -15,6 +15,12 @@ STRING, ARRAY = 8, 9
 SCALARS = dict(enumerate("BbHhIif?..Qqd"))  # letters of struct; the dots are the two above
 
 
+def plain(name: str) -> str:
+    """A name from a file as messages show it: short, on one line, without control characters, which
+    a terminal would obey."""
+    return repr(name if len(name) <= 80 else name[:80] + "...")[1:-1]
+
+
 @dataclass
 class Cursor:
     """A position in the mapped file; every step is checked against its end."""

@@ -11,7 +11,6 @@ H KV heads, D head size, E embedding, F feed-forward size, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -70,8 +69,7 @@ def forward(
     config = model.config
     kind = config.kind
     T, HQ, H = len(batch.ids), config.heads, config.kv_heads
-    scale = math.sqrt(config.embedding) if kind.scaled_embedding else 1.0
-    x = activation.embed(model.embedding, batch.ids, scale=scale)
+    x = activation.embed(model.embedding, batch.ids, scale=config.embedding_scale)
     normed = like(x, x.shape, np.float32)
     qkv = like(x, (T, (HQ + 2 * H) * config.head_dim), np.float32)
     q, attended = (like(x, (T, HQ, config.head_dim), np.float32) for _ in range(2))
@@ -89,12 +87,12 @@ def forward(
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
     multiply = partial(linear.linear, gemm=gemm)
 
-    def add_product(y: Any, weight: Any, post_norm: Any) -> None:
-        """x += y @ weight.T, normalised first where the model has a post norm."""
+    def add_product(y: Any, weight: Any, bias: Any, post_norm: Any) -> None:
+        """x += y @ weight.T + bias, normalised first where the model has a post norm."""
         if post_norm is None:
-            multiply(y, weight, out=x, accumulate=True)
+            multiply(y, weight, bias=bias, out=x, accumulate=True)
             return
-        multiply(y, weight, out=normed)
+        multiply(y, weight, bias=bias, out=normed)
         norm.rms_norm(normed, post_norm, eps=config.eps, out=normed)
         activation.add(x, normed)
 
@@ -104,23 +102,36 @@ def forward(
         of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
         cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
+        options |= dict(logits_soft_cap=config.attention_cap)
         if batch.q_starts is None:
             where = (batch.page_table, batch.lengths)
             cache.decode(i, q, *where, workspace=workspace, **options)
         else:
             cache.prefill(i, q, batch.page_table, batch.lengths, batch.q_starts, **options)
-        add_product(attended_rows, layer.attention_out, layer.post_attention_norm)
+        post_norm = layer.post_attention_norm
+        add_product(attended_rows, layer.attention_out, layer.attention_out_bias, post_norm)
 
         norm.rms_norm(x, layer.ffn_norm, eps=config.eps, out=normed)
-        multiply(normed, layer.gate_up, out=gate_up)
+        multiply(normed, layer.gate_up, bias=layer.gate_up_bias, out=gate_up)
         gated(gate_up, out=hidden)
-        add_product(hidden, layer.down, layer.post_ffn_norm)
+        add_product(hidden, layer.down, layer.down_bias, layer.post_ffn_norm)
 
     if rows is not None:
         x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
     norm.rms_norm(x, model.output_norm, eps=config.eps, out=normed)
-    return multiply(normed, model.head)
+    logits = multiply(normed, model.head)
+    if config.logit_cap is not None:
+        cap = partial(_soft_cap, logits, config.logit_cap)
+        cuda.enqueue(cap) if on_gpu(logits) else cap()
+    return logits
+
+
+def _soft_cap(x: Any, cap: float) -> None:
+    """x = cap * tanh(x / cap), without memory that a graph would have to keep."""
+    x /= cap
+    np.tanh(x, out=x)
+    x *= cap
 
 
 def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[], Any]:

@@ -71,7 +71,8 @@ def _is_real(value: Any) -> bool:
 
 
 def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -> list[int]:
-    """One token for each row of `logits` [B, V] float32, as Python integers.
+    """One token for each row of `logits` [B, V] float32, as Python integers; -1 where the largest
+    logit is not finite.
 
     Args:
         logits: on any device.

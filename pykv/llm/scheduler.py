@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
+from pykv.errors import NumberError
 from pykv.llm import sampling
 from pykv.llm.model import Batch, decode_step, forward
 from pykv.llm.sampling import SamplingParams
@@ -246,6 +247,12 @@ class Scheduler:
         for s, token in zip(sequences, tokens, strict=True):
             if s.finish_reason:
                 continue
+            if token < 0:
+                raise NumberError(
+                    "the model's logits are not finite: its numbers leave the range of float16 or "
+                    "float32, or its file is damaged; weights and a cache of bf16 reach further "
+                    "(--weights bf16 --kv-dtype bf16)"
+                )
             if token in s.end_ids:
                 s.finish_reason = "stop"
                 continue

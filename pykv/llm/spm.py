@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from pykv.errors import FormatError
 from pykv.llm.gguf import ModelFile
-from pykv.llm.token_types import BYTE, NORMAL
+from pykv.llm.token_types import BYTE, NORMAL, special_id
 
 SPACE = "\u2581"  # stands for a blank inside pieces
 BORDER = "\ud800"  # in no piece: a lone surrogate is no UTF-8
@@ -43,12 +43,7 @@ class Encoder:
             if kind == BYTE and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)
         }
         self.bytes = {i: bytes([value]) for value, i in self.byte_ids.items()}
-        self.unknown = file.get("tokenizer.ggml.unknown_token_id", None, int)
-        if len(self.byte_ids) < 256 and self.unknown is None:
-            raise FormatError(
-                f"{file.path}: has {len(self.byte_ids)} byte tokens and no unknown token, "
-                f"expected 256 or one"
-            )
+        self.unknown = special_id(file, "unknown", len(tokens)) or 0
         # No merge crosses from c to a blank unless a piece holds c and then a blank, so texts fall
         # apart there into words that repeat. Gemma: one such piece in 262 144, "> </".
         holding = "".join(set(re.findall(f"([^{SPACE}]){SPACE}", BORDER.join(self.ids))) - {BORDER})

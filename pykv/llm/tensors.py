@@ -1,19 +1,28 @@
-"""The tensors of a GGUF file: what they are called, and their values on a device."""
+"""The tensors of a GGUF file: what they are called, what they must look like, and their values on a
+device."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pykv.llm.gguf import TensorInfo
+from pykv.errors import FormatError, UnsupportedError
+from pykv.llm.gguf import ModelFile, TensorInfo
+from pykv.llm.gguf_cursor import plain
 from pykv.ops import dequant
+
+if TYPE_CHECKING:
+    from pykv.llm.config import Config
 
 # Names a tensor may have, first match wins; {i} is the layer.
 NAMES = {
     "embedding": ("token_embd.weight", "tok_embeddings.weight"),
     "output_norm": ("output_norm.weight", "norm.weight"),
     "head": ("output.weight", "lm_head.weight"),
+    "rope_divisors": ("rope_freqs.weight",),
     "attention_norm": ("blk.{i}.attn_norm.weight", "layers.{i}.attention_norm.weight"),
     "q": ("blk.{i}.attn_q.weight", "layers.{i}.attention.wq.weight"),
     "k": ("blk.{i}.attn_k.weight", "layers.{i}.attention.wk.weight"),
@@ -24,13 +33,112 @@ NAMES = {
     "q_norm": ("blk.{i}.attn_q_norm.weight",),
     "k_norm": ("blk.{i}.attn_k_norm.weight",),
     "attention_out": ("blk.{i}.attn_output.weight", "layers.{i}.attention.wo.weight"),
+    "attention_out_bias": ("blk.{i}.attn_output.bias",),
     "post_attention_norm": ("blk.{i}.post_attention_norm.weight",),
     "ffn_norm": ("blk.{i}.ffn_norm.weight", "layers.{i}.ffn_norm.weight"),
     "gate": ("blk.{i}.ffn_gate.weight", "layers.{i}.feed_forward.w1.weight"),
     "up": ("blk.{i}.ffn_up.weight", "layers.{i}.feed_forward.w3.weight"),
     "down": ("blk.{i}.ffn_down.weight", "layers.{i}.feed_forward.w2.weight"),
+    "gate_bias": ("blk.{i}.ffn_gate.bias",),
+    "up_bias": ("blk.{i}.ffn_up.bias",),
+    "down_bias": ("blk.{i}.ffn_down.bias",),
     "post_ffn_norm": ("blk.{i}.post_ffw_norm.weight",),
 }
+_LAYER = re.compile(r"(?:blk|layers)\.(\d{1,9})\.")
+
+
+def find(file: ModelFile, role: str, i: int = 0) -> TensorInfo | None:
+    """The tensor with this role, of layer `i` where layers have it."""
+    names = (name.format(i=i) for name in NAMES[role])
+    return next((file.tensors[name] for name in names if name in file.tensors), None)
+
+
+def require(file: ModelFile, role: str, i: int = 0) -> TensorInfo:
+    """The same; FormatError with all names tried if there is none."""
+    return file.tensor(*(name.format(i=i) for name in NAMES[role]))
+
+
+def model_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Roles outside of layers, and their shapes; the head may be missing, it is the embedding
+    then."""
+    table = (c.vocab, c.embedding)
+    return dict(embedding=table, output_norm=(c.embedding,), head=table)
+
+
+def layer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Roles in each layer that the architecture knows, and their shapes. Biases may be missing."""
+    E, F, D = c.embedding, c.feed_forward, c.head_dim
+    Q, K = c.heads * D, c.kv_heads * D
+    norms = dict(q_norm=(D,), k_norm=(D,), post_attention_norm=(E,), post_ffn_norm=(E,))
+    return {
+        **dict(attention_norm=(E,), q=(Q, E), k=(K, E), v=(K, E), attention_out=(E, Q)),
+        **dict(ffn_norm=(E,), gate=(F, E), up=(F, E), down=(E, F)),
+        **dict(q_bias=(Q,), k_bias=(K,), v_bias=(K,), attention_out_bias=(E,)),
+        **dict(gate_bias=(F,), up_bias=(F,), down_bias=(E,)),
+        **{role: shape for role, shape in norms.items() if role in c.kind.roles},
+    }
+
+
+# Vectors that are joined: where a layer has one, it has all.
+_TOGETHER = (("q_bias", "k_bias", "v_bias"), ("gate_bias", "up_bias"))
+
+
+def check(file: ModelFile, config: Config) -> None:
+    """Hold the names, shapes and types of all tensors against the configuration.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape, or there is another number of layers.
+        UnsupportedError: a tensor that the architecture does not use, without which the model would
+            run with wrong numbers; or a type that cannot be dequantised.
+    """
+    found = [int(match[1]) for name in file.tensors if (match := _LAYER.match(name))]
+    num_layers = 1 + max(found, default=-1)
+    if num_layers != config.num_layers:
+        raise FormatError(
+            f"{file.path}: {config.architecture}.block_count is {config.num_layers}, but the "
+            f"tensors are of {num_layers} layers"
+        )
+    used = {"rope_freqs.weight"}
+    model, layer = model_shapes(config), layer_shapes(config)
+    optional = {"head", *(role for role in layer if role.endswith("_bias"))} - {*config.kind.roles}
+    for i, shapes in ((0, model), *((i, layer) for i in range(num_layers))):
+        present = {role for role in shapes if find(file, role, i)}
+        needed = {role for roles in _TOGETHER if present & {*roles} for role in roles}
+        for role, shape in shapes.items():
+            if role in optional and role not in present | needed:
+                continue
+            info = require(file, role, i)
+            used.add(info.name)
+            if info.shape != shape:
+                raise FormatError(
+                    f"{file.path}: {info.name} has shape {info.shape}, expected {shape} "
+                    "by the keys of the file"
+                )
+    for name, info in file.tensors.items():
+        if name not in used:
+            raise UnsupportedError(
+                f"{file.path}: tensor {plain(name)} is none that {config.architecture} models "
+                "have here; they would run with wrong numbers without it"
+            )
+        if not can_dequantize(info.kind):
+            raise UnsupportedError(
+                f"{file.path}: tensor {name} has type {info.kind}, which cannot be dequantised here"
+            )
+
+
+@cache
+def can_dequantize(kind: str) -> bool:
+    """Whether `fill` knows a type: the package gguf has integers and activations, too."""
+    if kind in dequant.KINDS:
+        return True
+    import gguf
+
+    try:
+        code = gguf.GGMLQuantizationType[kind]
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[code][1]), np.uint8), code)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
 
 
 def fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
@@ -41,11 +149,17 @@ def fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
     elif info.kind in dequant.KINDS:
         out[...] = dequant.dequantize(info.blocks, info.kind, dtype=dtype)
     else:
-        import gguf
-
-        kind = gguf.GGMLQuantizationType[info.kind]
-        values = gguf.quants.dequantize(info.blocks, kind).astype(dtype)
+        with np.errstate(over="ignore"):  # weights.load looks for infinities
+            values = _dequantized(info).astype(dtype)
         out[...] = xp.asarray(values)
+
+
+def _dequantized(info: TensorInfo) -> np.ndarray:
+    """A tensor's values on the host, float32 [rows, columns]."""
+    import gguf
+
+    values: np.ndarray = gguf.quants.dequantize(info.blocks, gguf.GGMLQuantizationType[info.kind])
+    return values
 
 
 def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
@@ -60,3 +174,35 @@ def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
         fill(xp, part.reshape(len(info.blocks), -1), info, dtype)
         start += len(part)
     return out
+
+
+_PIECE = 1 << 20  # elements; bounds the scratch memory
+
+
+def all_finite(xp: Any, values: Any) -> Any:
+    """Whether no value is NaN or infinite: a boolean, on a GPU an array of one, not waited for."""
+    bits = values.reshape(-1).view(f"u{values.itemsize}")
+    exponent = bits.dtype.type(np.array(np.inf, values.dtype).view(bits.dtype)[()])
+    finite = xp.ones((), bool)
+    for start in range(0, len(bits), _PIECE):
+        finite &= ((bits[start : start + _PIECE] & exponent) != exponent).all()
+    return finite
+
+
+def refuse_infinite(file: ModelFile, infos: list[TensorInfo], dtype: Any) -> None:
+    """Say which of these tensors is not finite in `dtype`.
+
+    Raises:
+        FormatError: the file itself holds a NaN or an infinity.
+        UnsupportedError: `dtype` does not reach as far as the file's numbers.
+    """
+    for info in infos:
+        values = _dequantized(info)
+        if not np.isfinite(values).all():
+            raise FormatError(f"{file.path}: tensor {info.name} holds a NaN or an infinity")
+        largest, limit = float(np.abs(values).max()), float(np.finfo(np.float16).max)
+        if largest > limit:
+            raise UnsupportedError(
+                f"{file.path}: tensor {info.name} has values up to {largest:g}, but "
+                f'{np.dtype(dtype)} ends at {limit:g}: weights="bf16" (--weights bf16) holds them'
+            )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
+
+from pykv.llm.gguf import ModelFile
 
 # values of tokenizer.ggml.token_type
 NORMAL = 1
@@ -12,6 +15,31 @@ CONTROL = 3  # never made from plain text: <|im_start|>
 USER_DEFINED = 4  # found in any text before it is cut and merged
 UNUSED = 5
 BYTE = 6  # <0x0A>
+
+# Ids of SentencePiece files that name none, as llama.cpp has it.
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+
+
+def special_id(file: ModelFile, role: str, num_tokens: int) -> int | None:
+    """The id that a file names for "bos", "eos" or the like; None where there is none.
+
+    Warns where a SentencePiece file lacks it, or it is outside the vocabulary: then the usual one
+    holds, if there is one.
+    """
+    key = f"tokenizer.ggml.{role}_token_id"
+    named: int | None = file.get(key, None, int)
+    if named is not None and 0 <= named < num_tokens:
+        return named
+    usual = None
+    if file.metadata.get("tokenizer.ggml.model") == "llama":
+        usual = SENTENCEPIECE_IDS.get(role)
+    usual = usual if usual is not None and usual < num_tokens else None
+    if named is not None or (usual is not None and role != "unknown"):
+        what = "is missing" if named is None else f"has {named}, expected 0 to {num_tokens - 1}"
+        instead = "there is no such token" if usual is None else f"{usual} is taken"
+        warnings.warn(f"{file.path}: key {key} {what}; {instead}", stacklevel=2)
+    return usual
+
 
 # Tokens after which an answer is over, known by their text: files name one or two in their keys,
 # and converters have typed some of them as normal. Source: llama.cpp.

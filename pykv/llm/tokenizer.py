@@ -9,7 +9,15 @@ from functools import cached_property
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, spm
 from pykv.llm.gguf import ModelFile
-from pykv.llm.token_types import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Finder, endings
+from pykv.llm.token_types import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Finder,
+    endings,
+    special_id,
+)
 
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
@@ -57,13 +65,12 @@ class Tokenizer:
         types = list(types)
         for i in ends:
             types[i] = CONTROL
-        roles = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-        named = (self._id(file, role) for role in roles)
+        roles = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+        named = (self.eos_id, *(self._id(file, role) for role in roles))
         self.stop_ids = frozenset([*ends, *(i for i in named if i is not None)])
         self._hidden = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         control = {self._tokens[i]: i for i, kind in enumerate(types) if kind == CONTROL}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
-        self._id(file, "unknown")  # its range, before the encoder relies on it
         self._encoder = ENCODERS[name](file, self._tokens, types)
         add_bos = file.get("tokenizer.ggml.add_bos_token", self._encoder.add_bos, bool)
         self.add_bos = add_bos and self.bos_id is not None
@@ -73,13 +80,7 @@ class Tokenizer:
         )
 
     def _id(self, file: ModelFile, role: str) -> int | None:
-        i: int | None = file.get(f"tokenizer.ggml.{role}_token_id", None, int)
-        if i is not None and not 0 <= i < self.vocab_size:
-            raise FormatError(
-                f"{file.path}: key tokenizer.ggml.{role}_token_id has {i}, "
-                f"expected less than {self.vocab_size}"
-            )
-        return i
+        return special_id(file, role, self.vocab_size)
 
     def encode(
         self,

@@ -6,22 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pykv.errors import FormatError
 from pykv.llm import tensors
 from pykv.llm.config import Config, read_config
-from pykv.llm.gguf import ModelFile
-from pykv.ops import linear, paged_qkv
-
-ALWAYS = ("attention_norm", "ffn_norm", "output_norm")
-REQUIRED = {  # of each layer, beyond these and the matrices
-    "qwen3": ("q_norm", "k_norm"),
-    "gemma3": ("q_norm", "k_norm", "post_attention_norm", "post_ffn_norm"),
-}
+from pykv.llm.gguf import ModelFile, TensorInfo
+from pykv.ops import activation, linear, paged_qkv
 
 
 @dataclass
@@ -34,10 +27,13 @@ class Layer:
     q_norm: Any
     k_norm: Any
     attention_out: Any
+    attention_out_bias: Any
     post_attention_norm: Any
     ffn_norm: Any
     gate_up: Any
+    gate_up_bias: Any
     down: Any
+    down_bias: Any
     post_ffn_norm: Any
     inv_freq: Any
 
@@ -82,12 +78,12 @@ def load(
         progress: called with the bytes of each tensor that has been read.
 
     Raises:
-        FormatError: a tensor is missing (all names tried are named) or has another shape.
-        UnsupportedError: see pykv.llm.config.read_config.
+        FormatError, UnsupportedError: see pykv.llm.config.read_config; or a weight is not finite in
+            `dtype`.
     """
     config = read_config(file)
     reader = _Reader(file, config, xp, dtype, progress)
-    E, V, D = config.embedding, config.vocab, config.head_dim
+    E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
     mixing = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32)) if hadamard else None
 
@@ -101,15 +97,22 @@ def load(
     # NumPy releases the interpreter lock while it dequantises; a GPU stream would gain nothing.
     with _pool() as pool:
         layers = (pool.map if xp is np else map)(layer, range(config.num_layers))
-        embedding = reader.matrix({"embedding": V}, E)
-        return Model(
+        embedding = reader.matrix("embedding")
+        output_norm = reader.vector("output_norm")
+        if config.logit_divisor != 1:  # logits are a product with it
+            first = xp.zeros(1, np.int32)
+            output_norm = activation.embed(output_norm[None], first, scale=1 / config.logit_divisor)
+            output_norm = output_norm[0]
+        model = Model(
             config=config,
             embedding=embedding,
-            output_norm=reader.vectors({"output_norm": E}),
-            head=reader.matrix({"head": V}, E) if reader.has("head") else embedding,
+            output_norm=output_norm,
+            head=reader.matrix("head") if tensors.find(file, "head") else embedding,
             layers=list(layers),
             hadamard=hadamard,
         )
+    reader.refuse_infinite()
+    return model
 
 
 @contextmanager
@@ -124,54 +127,48 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 @dataclass
 class _Reader:
-    """Finds the tensors of a file by their roles, checks shapes, and puts values on a device."""
+    """Finds the tensors of a file by their roles and puts values on a device; `read_config` has
+    checked their shapes."""
 
     file: ModelFile
     config: Config
     xp: Any
     dtype: Any
     progress: Callable[[int], object]
+    finite: list[tuple[list[TensorInfo], Any]] = field(default_factory=list)
 
     def layer(self, i: int, inv_freq: Any) -> Layer:
-        c = self.config
-        E, F, D = c.embedding, c.feed_forward, c.head_dim
-        rows = dict(q=c.heads * D, k=c.kv_heads * D, v=c.kv_heads * D)
-        sizes = dict(attention_norm=E, ffn_norm=E, post_attention_norm=E, post_ffn_norm=E)
-        sizes |= dict(q_norm=D, k_norm=D)
+        vectors = ("attention_norm", "ffn_norm", "attention_out_bias", "down_bias")
+        norms = ("q_norm", "k_norm", "post_attention_norm", "post_ffn_norm")
         return Layer(
-            **{role: self.vectors({role: size}, i) for role, size in sizes.items()},
-            qkv=self.matrix(rows, E, i),
-            qkv_bias=self.vectors({f"{role}_bias": size for role, size in rows.items()}, i),
-            attention_out=self.matrix({"attention_out": E}, rows["q"], i),
-            gate_up=self.matrix({"gate": F, "up": F}, E, i),
-            down=self.matrix({"down": E}, F, i),
+            **{role: self.vector(role, i=i) for role in (*vectors, *norms)},
+            qkv=self.matrix("q", "k", "v", i=i),
+            qkv_bias=self.vector("q_bias", "k_bias", "v_bias", i=i),
+            attention_out=self.matrix("attention_out", i=i),
+            gate_up=self.matrix("gate", "up", i=i),
+            gate_up_bias=self.vector("gate_bias", "up_bias", i=i),
+            down=self.matrix("down", i=i),
             inv_freq=inv_freq,
         )
 
-    def has(self, role: str, i: int = 0) -> bool:
-        return any(name.format(i=i) in self.file.tensors for name in tensors.NAMES[role])
+    def vector(self, *roles: str, i: int = 0) -> Any:
+        """Vectors of these roles, one behind the other; None where the file has none."""
+        present = tensors.find(self.file, roles[0], i)
+        return self._joined(roles, i, np.float32) if present else None
 
-    def vectors(self, roles: dict[str, int], i: int = 0) -> Any:
-        """Vectors of these roles and sizes, one behind the other; None where the file has none of
-        them and the architecture requires none."""
-        required = (*ALWAYS, *REQUIRED.get(self.config.architecture, ()))
-        if not any(self.has(role, i) or role in required for role in roles):
-            return None
-        return self._joined({role: (size,) for role, size in roles.items()}, i, np.float32)
+    def matrix(self, *roles: str, i: int = 0) -> Any:
+        """Matrices of these roles, one below the other."""
+        return self._joined(roles, i, self.dtype)
 
-    def matrix(self, roles: dict[str, int], columns: int, i: int = 0) -> Any:
-        """Matrices of these roles and rows, one below the other."""
-        return self._joined({role: (rows, columns) for role, rows in roles.items()}, i, self.dtype)
-
-    def _joined(self, shapes: dict[str, tuple[int, ...]], i: int, dtype: Any) -> Any:
-        infos = []
-        for role, shape in shapes.items():
-            info = self.file.tensor(*(name.format(i=i) for name in tensors.NAMES[role]))
-            if info.shape != shape:
-                raise FormatError(
-                    f"{self.file.path}: {info.name} has shape {info.shape}, expected {shape}"
-                )
-            infos.append(info)
+    def _joined(self, roles: tuple[str, ...], i: int, dtype: Any) -> Any:
+        infos = [tensors.require(self.file, role, i) for role in roles]
         values = tensors.joined(self.xp, infos, dtype)
+        self.finite.append((infos, tensors.all_finite(self.xp, values)))
         self.progress(sum(info.nbytes for info in infos))
         return values
+
+    def refuse_infinite(self) -> None:
+        """An error if a weight is NaN or infinite; waits for the device."""
+        for infos, finite in self.finite:
+            if not bool(finite):
+                tensors.refuse_infinite(self.file, infos, self.dtype)

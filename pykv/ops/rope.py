@@ -23,7 +23,7 @@ BLOCK = 256  # threads
 VARIANTS = [dict(X_T="float", HEADS_PER_THREAD=HEADS_PER_THREAD, BLOCK=BLOCK)]
 
 PAIRINGS = ("half", "adjacent")
-SCALINGS = ("none", "linear", "llama3")
+SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 def rotate(
@@ -125,6 +125,8 @@ def frequencies(
     factor: float = 1.0,
     low_factor: float = 1.0,
     high_factor: float = 4.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
     original_context: int = 8192,
     divisors: Any = None,
 ) -> Any:
@@ -136,8 +138,12 @@ def frequencies(
         scaling: "none"; "linear" divides by `factor`; "llama3" divides by `factor` where the
             wavelength 2 pi / f is above original_context / low_factor tokens, keeps f where it is
             below original_context / high_factor, and between the two goes from one to the other
-            linearly in original_context / wavelength.
-        factor, low_factor, high_factor, original_context: of the scaling.
+            linearly in original_context / wavelength. "yarn" keeps f where it makes `beta_fast`
+            turns or more in original_context tokens, divides by `factor` where it makes `beta_slow`
+            or fewer, and between the two goes from one to the other linearly in j; j of so many
+            turns are rounded outwards to integers, as llama.cpp has it. YaRN also multiplies
+            rotated queries and keys by 1 + 0.1 ln(factor), which is up to the caller.
+        factor, low_factor, high_factor, beta_fast, beta_slow, original_context: of the scaling.
         divisors: NumPy [dim / 2], divides the result; GGUF's tensor rope_freqs.weight.
 
     Returns:
@@ -149,7 +155,7 @@ def frequencies(
         ShapeError: `divisors` has another shape.
 
     Sources: RoFormer (Su et al., 2021); position interpolation (Chen et al., 2023) for "linear";
-    the scaling that Meta published with Llama 3.1 for "llama3".
+    the scaling that Meta published with Llama 3.1 for "llama3"; YaRN (Peng et al., 2023).
 
     >>> pykv.ops.rope.frequencies(4, 10000.0)
     array([1.  , 0.01], dtype=float32)
@@ -159,19 +165,32 @@ def frequencies(
         raise ParameterError(f"{op}: dim is {dim}, expected a positive even number")
     check_whole(op, "original_context", original_context, 1)
     check_choice(op, "scaling", scaling, SCALINGS)
-    numbers = dict(base=base, factor=factor, low_factor=low_factor, high_factor=high_factor)
-    for name, value in numbers.items():
+    values = dict(base=base, factor=factor, low_factor=low_factor, high_factor=high_factor)
+    values |= dict(beta_fast=beta_fast, beta_slow=beta_slow)
+    for name, value in values.items():
         check_number(op, name, value, positive=True)
-    if high_factor <= low_factor:
-        raise ParameterError(
-            f"{op}: high_factor is {high_factor}, expected more than low_factor={low_factor}"
-        )
+    for more, less in (("high_factor", "low_factor"), ("beta_fast", "beta_slow")):
+        if values[more] <= values[less]:
+            raise ParameterError(
+                f"{op}: {more} is {values[more]}, expected more than {less}={values[less]}"
+            )
+    if scaling == "yarn" and base <= 1:
+        raise ParameterError(f"{op}: base is {base}, expected more than 1 for yarn")
     freq = float(base) ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if scaling == "linear":
         freq /= factor
     elif scaling == "llama3":
         waves = original_context * freq / (2 * math.pi)  # wavelengths in the original context
         keep = np.clip((waves - low_factor) / (high_factor - low_factor), 0, 1)
+        freq *= keep + (1 - keep) / factor
+    elif scaling == "yarn":
+
+        def pair(turns: float) -> float:
+            """The j whose frequency makes so many turns in the original context."""
+            return dim * math.log(original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+        low, high = max(0, math.floor(pair(beta_fast))), min(dim - 1, math.ceil(pair(beta_slow)))
+        keep = 1 - np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
         freq *= keep + (1 - keep) / factor
     if divisors is not None:
         if not isinstance(divisors, np.ndarray) or divisors.dtype.kind != "f":

@@ -35,7 +35,8 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
     """The index of the largest logit of each row, the lowest where several are equal.
 
     Args:
-        logits: [B, V] float32, V from 1 to MAX_V. NaN is ignored; a row of NaN alone gives 0.
+        logits: [B, V] float32, V from 1 to MAX_V. NaN is ignored. A row whose largest logit is
+            infinite, or that is NaN alone, gives -1.
         out: [B] int32; allocated when missing.
         stream: see pykv.cuda.on_stream.
 
@@ -116,7 +117,7 @@ def sample(
         stream: see pykv.cuda.on_stream.
 
     Returns:
-        `out`, or a new array. A row whose largest logit is -inf or NaN takes `argmax`.
+        `out`, or a new array. A row whose largest logit is not finite gets -1, as from `argmax`.
 
     Raises:
         ShapeError: dimensions disagree, or V is out of its range.
@@ -164,9 +165,8 @@ def reference_argmax(logits: Any) -> Any:
     """The definition of `argmax`, in NumPy."""
     known = np.where(np.isnan(logits), -np.inf, logits)
     best = np.argmax(known, axis=1)
-    only = np.isneginf(known[np.arange(len(best)), best])  # then NaN must not win over -inf
-    best[only] = np.argmax(np.isneginf(logits[only]), axis=1)
-    return best.astype(np.int32)
+    finite = np.isfinite(known[np.arange(len(best)), best])
+    return np.where(finite, best, -1).astype(np.int32)
 
 
 def reference(
@@ -175,7 +175,7 @@ def reference(
     """The definition of `sample`, in NumPy; tests hold the kernel against it."""
     tokens = reference_argmax(logits)
     for b, best in enumerate(tokens):
-        if temperature[b] > 0 and top_k[b] != 1 and logits[b, best] > -np.inf:
+        if temperature[b] > 0 and top_k[b] != 1 and best >= 0:
             random = _random(int(seeds[b]), int(steps[b]))
             tokens[b] = _draw(
                 logits[b], logits[b, best], temperature[b], top_k[b], top_p[b], min_p[b], random

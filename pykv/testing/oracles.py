@@ -68,6 +68,20 @@ def frequencies(dim: int, base: float, factor: float, divisors: Any) -> Any:
     return np.array([base ** (-2 * j / dim) / factor / divisors[j] for j in range(dim // 2)])
 
 
+def yarn_frequencies(dim: int, base: float, factor: float, context: int) -> Any:
+    """Radians per position [dim / 2], scaled as YaRN's with 32 and 1 turns in `context` tokens:
+    kept up to the last whole j of 32 turns or more, divided from the first of 1 turn or fewer."""
+    turns = [context * base ** (-2 * j / dim) / (2 * math.pi) for j in range(dim)]
+    low = max((j for j in range(dim) if turns[j] >= 32), default=0)
+    high = min((j for j in range(dim) if turns[j] <= 1), default=dim - 1)
+    found = []
+    for j in range(dim // 2):
+        share = 0.0 if j <= low else 1.0 if j >= high else (j - low) / (high - low)
+        frequency = base ** (-2 * j / dim)
+        found.append(frequency * (1 - share) + frequency / factor * share)
+    return np.array(found)
+
+
 def hadamard(x: Any, dtype: Any) -> Any:
     """x [..., D] mixed by sums and differences at distances 1, 2, 4 ... below the largest power of
     two that divides D. The order of these sums is part of the op's definition."""
@@ -128,11 +142,13 @@ def sums_of_tiles(x: Any, count: int, tile: int) -> Any:
 
 
 def argmax(logits: Any) -> Any:
-    """The first index [B] of each row's largest logit that is a number; 0 where none is."""
+    """The first index [B] of each row's largest logit that is a number; -1 where none is, and where
+    it is infinite."""
     found = []
     for row in logits.tolist():
         numbers = [i for i, x in enumerate(row) if not math.isnan(x)]
-        found.append(max(numbers, key=lambda i: row[i], default=0))
+        best = max(numbers, key=lambda i: row[i], default=-1)
+        found.append(best if best >= 0 and math.isfinite(row[best]) else -1)
     return np.array(found, np.int32)
 
 

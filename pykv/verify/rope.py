@@ -30,6 +30,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
         ("llama3", exact, dict(factor=8.0)),
         ("none", oracles.frequencies(128, 10000.0, 1.0, np.ones(64)), {}),
         ("linear", linear, dict(factor=4.0, divisors=divisors)),
+        ("yarn", oracles.yarn_frequencies(128, 10000.0, 4.0, 8192), dict(factor=4.0)),
     )
     for name, want, options in settings:
         found = rope.frequencies(128, 10000.0, scaling=name, **options)

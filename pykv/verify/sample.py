@@ -22,7 +22,8 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     holes[:, ::2], holes[1], holes[2, 7] = np.nan, np.nan, np.inf
     holes[3, :] = [np.nan] * 9 + [-np.inf] * (holes.shape[1] - 9)
     want = oracles.argmax(holes)
-    yield "argmax, NaN is ignored", wrong_values(sample.argmax(xp.asarray(holes)), want), 0.0
+    got = sample.argmax(xp.asarray(holes))
+    yield "argmax, NaN ignored, infinities give -1", wrong_values(got, want), 0.0
     off = (np.zeros(B, "i4"), np.ones(B, "f4"), np.zeros(B, "f4"))
     cold = (np.zeros(B, "f4"), *off, np.arange(B, dtype="u8"), np.zeros(B, "i4"))
     got = sample.sample(*(xp.asarray(x) for x in (logits, *cold)))

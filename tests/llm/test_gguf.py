@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pykv.errors import FormatError, PykvError, UnsupportedError
-from pykv.llm import gguf
+from pykv.llm import LLM, gguf
 from pykv.llm.tokenizer import Tokenizer
+from tests.llm import tiny
+from tools import fuzz_gguf
 
 TENSORS = {
     "token_embd.weight": np.arange(96, dtype=np.float32).reshape(3, 32),
@@ -245,14 +247,6 @@ UNSUPPORTED = {
         header([kv("k", 9, struct.pack("<IQ", 9, 1) + numbers(4, [1]))]),
         "key k is an array of arrays",
     ),
-    "tensor type": (
-        header(tensors=[tensor("t", [32], code=77)], data=64),
-        "tensor t has type 77, which this reader lacks",
-    ),
-    "one part of several": (
-        header([kv("split.count", 2, b"\3\0")]),
-        "is one of 3 parts, expected a file joined to one",
-    ),
 }
 
 
@@ -276,6 +270,95 @@ def test_broken_files(tmp_path, case, error):
     with pytest.raises(error, match=message) as caught:
         gguf.read(path)
     assert str(path) in str(caught.value)
+
+
+def test_an_unknown_type_can_be_looked_at(tmp_path):
+    """Its size is unknown: its bytes end where the next tensor begins."""
+    path = tmp_path / "file"
+    tensors = [tensor("t", [2, 8], code=77), tensor("u", [8], offset=64)]
+    path.write_bytes(header(tensors=tensors, data=96))
+    file = gguf.read(path)
+    assert [(t.kind, t.nbytes) for t in file.tensors.values()] == [("type 77", 64), ("F32", 32)]
+    assert "t  type 77  2 x 8  64 bytes" in gguf.describe(file)
+    path.write_bytes(header(tensors=tensors[:1], data=40))
+    assert gguf.read(path).tensor("t").nbytes == 40
+
+
+# --- Models in several files ---
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A tiny llama in three files, and whole."""
+    tiny.write(tmp_path / "whole.gguf", "llama")
+    whole = gguf.read(tmp_path / "whole.gguf")
+    names = list(whole.tensors)
+    paths = [tmp_path / f"tiny-{n:05}-of-00003.gguf" for n in (1, 2, 3)]
+    for n, path in enumerate(paths):
+        keys = {"split.no": n, "split.count": 3, "split.tensors.count": len(names)}
+        chosen = {
+            name: (t.kind, t.shape, t.blocks.tobytes())
+            for name, t in whole.tensors.items()
+            if names.index(name) * 3 // len(names) == n
+        }
+        path.write_bytes(fuzz_gguf.packed(keys | (whole.metadata if n == 0 else {}), chosen))
+    return paths
+
+
+def rewrite(path, keys=None, without=()):
+    file = gguf.read(path)
+    tensors = {
+        name: (t.kind, t.shape, t.blocks.tobytes())
+        for name, t in file.tensors.items()
+        if name not in without
+    }
+    path.write_bytes(fuzz_gguf.packed(file.metadata | (keys or {}), tensors))
+
+
+def test_any_part_opens_the_model(parts, tmp_path):
+    want = LLM(tmp_path / "whole.gguf", device="cpu").logits([1, 2, 3])
+    for path in parts:
+        np.testing.assert_array_equal(LLM(path, device="cpu").logits([1, 2, 3]), want)
+    assert list(gguf.read_model(parts[1]).tensors) == list(
+        gguf.read(tmp_path / "whole.gguf").tensors
+    )
+
+
+def test_a_part_can_be_looked_at_alone(parts):
+    parts[0].unlink()
+    assert "split.no" in gguf.describe(gguf.read(parts[1]))
+
+
+def test_parts_that_do_not_belong_together(parts):
+    parts[1].unlink()
+    parts[2].unlink()
+    missing = "2 of them are missing: tiny-00002-of-00003.gguf, tiny-00003-of-00003.gguf"
+    with pytest.raises(FormatError, match=f"is one of 3 parts, and {missing}"):
+        gguf.read_model(parts[0])
+    renamed = parts[0].rename(parts[0].with_name("first.gguf"))
+    with pytest.raises(FormatError, match="expected a name like model-00001-of-00003.gguf"):
+        gguf.read_model(renamed)
+
+
+@pytest.mark.parametrize(
+    "keys, without, text",
+    [
+        ({"split.no": 2}, (), "split.no has 2, expected 1"),
+        ({"split.count": 4}, (), "split.count has 4, expected 3"),
+        ({}, ("blk.0.ffn_up.weight",), "split.tensors.count has 21, but the parts hold 20 tensors"),
+    ],
+)
+def test_parts_are_checked(parts, keys, without, text):
+    rewrite(parts[1], keys, without)
+    with pytest.raises(FormatError, match=text):
+        gguf.read_model(parts[0])
+
+
+def test_a_tensor_in_two_parts(parts):
+    parts[2].write_bytes(parts[1].read_bytes())
+    rewrite(parts[2], {"split.no": 2})
+    with pytest.raises(FormatError, match="is in an earlier part, too"):
+        gguf.read_model(parts[0])
 
 
 def test_what_is_no_file(tmp_path):

@@ -353,17 +353,17 @@ def test_metadata_is_checked(tmp_path):
     path = tmp_path / "x.gguf"
     tiny.write_case(path, "llama")
     for key, value, text in (
-        ("llama.block_count", 0, "block_count is 0, expected a positive integer"),
+        ("llama.block_count", 0, "block_count is 0, expected an integer from 1"),
         ("llama.attention.head_count_kv", 3, "no multiple of 3 KV heads"),
-        ("llama.attention.layer_norm_rms_epsilon", -1.0, "epsilon is -1.0, expected a positive"),
+        ("llama.attention.layer_norm_rms_epsilon", -1.0, "epsilon is -1.0, expected a number from"),
     ):
         file = gguf.read(path)
         file.metadata[key] = value
         with pytest.raises(FormatError, match=text):
             read_config(file)
     for key, value, text in (
-        ("llama.expert_count", 8, "mixtures do not run here"),
-        ("llama.rope.scaling.type", "yarn", "is 'yarn', expected none, linear or llama3"),
+        ("llama.expert_count", 8, "a mixture of experts, which does not run here"),
+        ("llama.rope.scaling.type", "longrope", "is 'longrope', expected one of none, linear"),
         ("llama.attention.value_length", 8, "different sizes"),
     ):
         file = gguf.read(path)

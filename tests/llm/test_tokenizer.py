@@ -264,9 +264,8 @@ def test_ends_are_known_by_their_text(path, kind, names, ends):
 
 def test_ends_of_sentencepiece(path):
     tokens = ["<unk>", "a", "<end_of_turn>", "<e", "</s>"]
-    t = build(
-        path, "llama", tokens, scores=[0.0] * 5, token_type=[2, 1, 1, 1, 4], unknown_token_id=0
-    )
+    ids = dict(unknown_token_id=0, bos_token_id=1, eos_token_id=4)
+    t = build(path, "llama", tokens, scores=[0.0] * 5, token_type=[2, 1, 1, 1, 4], **ids)
     assert t.stop_ids == {2, 4}
 
 
@@ -437,7 +436,8 @@ PIECES_BY_HAND = {"a": 0, "b": 0, "c": 0, "▁": 0, "ab": -2, "bc": -1, "aa": -3
 def by_hand(path, **keys):
     tokens = ["<unk>", *PIECES_BY_HAND, "cb"]
     scores = [0.0, *map(float, PIECES_BY_HAND.values()), 9.0]
-    keys = {"add_space_prefix": False, "unknown_token_id": 0} | keys
+    ids = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    keys = {"add_space_prefix": False, "add_bos_token": False} | ids | keys
     return build(path, "llama", tokens, scores=scores, token_type=[2] + [1] * 9 + [3], **keys)
 
 
@@ -463,6 +463,35 @@ def test_merges_by_hand(path, text, pieces):
 def test_the_unknown_token_decodes_to_nothing(path):
     t = by_hand(path)
     assert t.decode([1, 0, 1]) == "aa" and t.decode([1, 0], skip_special=False) == "a<unk>"
+
+
+# ---- ids that are missing or outside
+
+
+def test_ids_outside_the_vocabulary(path):
+    """llama.cpp warns and takes the usual ids of SentencePiece files; for others there are none."""
+    with pytest.warns(
+        UserWarning, match="eos_token_id has 269, expected 0 to 268; there is no such"
+    ):
+        assert byte_level(path, eos_token_id=269).eos_id is None
+    for role, usual in (("bos", 1), ("eos", 2), ("unknown", 0)):
+        key = f"{role}_token_id"
+        with pytest.warns(UserWarning, match=f"{key} has 11, expected 0 to 10; {usual} is taken"):
+            t = by_hand(path, **{key: 11})
+        assert (t.bos_id, t.eos_id, t._encoder.unknown) == (1, 2, 0) and 2 in t.stop_ids
+    with pytest.warns(UserWarning, match="eot_token_id has 99, expected 0 to 10; there is no such"):
+        by_hand(path, eot_token_id=99)
+
+
+def test_sentencepiece_files_that_name_no_ids(path):
+    tokens, scores = ["<unk>", "<s>", "</s>", "a"], [0.0] * 4
+    with pytest.warns(UserWarning) as warned:
+        t = build(path, "llama", tokens, scores=scores, token_type=[2, 3, 3, 1])
+    assert (t.bos_id, t.eos_id, t.add_bos) == (1, 2, True) and 2 in t.stop_ids
+    assert t.encode("aX") == [1, 0, 3, 0]  # a blank more in front, which is no token
+    assert len(warned) == 2
+    for warning, role in zip(warned, ("bos", "eos"), strict=True):
+        assert f"{role}_token_id is missing" in str(warning.message)
 
 
 def test_words_are_remembered_within_bounds(pair):
@@ -534,7 +563,6 @@ def test_lone_surrogates_are_refused(path, model):
         ({"merges": ["h \x1b[2J"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": [1, 2]}, FormatError, "merges does not fit the tokens"),
         ({"token_type": [1]}, FormatError, "token_type has 1 values, expected one for each of the"),
-        ({"eos_token_id": 269}, FormatError, "eos_token_id has 269, expected less than 269"),
         ({"eot_token_id": "no"}, FormatError, r"eot_token_id has 'no' \(str\), expected int"),
     ],
 )
@@ -552,9 +580,8 @@ def test_bad_files(path, tmp_path):
     with pytest.raises(FormatError, match="tokenizer.ggml.scores is missing"):
         build(tmp_path / "b", "llama", ["a"])
     with pytest.raises(FormatError, match="scores has 1 values, expected one float for each"):
-        build(tmp_path / "c", "llama", ["a", "b"], scores=[0.0])
-    with pytest.raises(FormatError, match="has 0 byte tokens and no unknown token"):
-        build(tmp_path / "d", "llama", ["a"], scores=[0.0])
+        ids = {"bos_token_id": 0, "eos_token_id": 1}
+        build(tmp_path / "c", "llama", ["a", "b"], scores=[0.0], **ids)
 
 
 # ---- real models

@@ -3,8 +3,8 @@
     tiny.write(path, "qwen3", kind="Q8_0", tied=True)
     tiny.write_case(path, "gemma3-linear")
 
-Names, key spellings, tensor shapes and block types are those that the public converter writes for
-the architectures llama, qwen2, qwen3 and gemma3. Weights are random rows of the *file*: the q and k
+Names, key spellings, tensor shapes and block types are those that the public converter writes.
+Weights are random rows of the *file*: the q and k
 rows of a llama file are in adjacent-pair order and the norm weights of a gemma3 file are the full
 factors (one plus the trained offset) by definition, because the file says llama or gemma3; the
 tool that makes the truth (tools/make_tiny_truth.py) converts them for transformers.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +67,9 @@ ARCHITECTURES = {
     "llama": Spec("llama"),
     "qwen2": Spec("qwen2", embedding=96, heads=6, rope_base=50_000.0, bias=True),
     "qwen3": Spec("qwen3", head_dim=32, rope_base=50_000.0, qk_norm=True),
+    "gemma2": Spec("gemma2", layers=4, head_dim=32, window=8, tied=True, post_norm=True),
+    "smollm3": Spec("smollm3", layers=5, tied=True),
+    "granite": Spec("granite"),
     "gemma3": Spec(
         "gemma3",
         layers=7,
@@ -140,30 +144,51 @@ def write_case(path: str | os.PathLike[str], name: str) -> None:
     write(path, **CASES[name])
 
 
-def write(path: str | os.PathLike[str], arch: str, *, kind: str = "F32", **changes: Any) -> None:
+def write(
+    path: str | os.PathLike[str],
+    arch: str,
+    *,
+    kind: str = "F32",
+    keys: dict[str, Any] | None = None,
+    edit: Callable[[str, np.ndarray], np.ndarray] = lambda name, values: values,
+    extra: dict[str, np.ndarray] | None = None,
+    **changes: Any,
+) -> None:
     """Write a tiny model file.
 
     Args:
         path: the file to make.
-        arch: "llama", "qwen2", "qwen3" or "gemma3".
+        arch: a name of `ARCHITECTURES`.
         kind: block type of the matrices: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, or Q2_K to
             Q6_K where rows are multiples of 256. Norms and biases stay F32, as in real files.
+        keys: further keys, or other values; one that is None is left out. Those that begin with a
+            dot belong to the architecture.
+        edit: gives the values of a tensor, from its name and what they would be.
+        extra: further tensors.
         changes: fields of `Spec`; `kinds={"ffn_down": "Q6_K"}` gives some matrices another type.
     """
     model = spec(arch, **changes)
     writer = gguf.GGUFWriter(path, arch)
     _add_hyper_parameters(writer, model)
     _add_tokenizer(writer, model)
+    for key, value in (keys or {}).items():
+        writer.kv_data[0].pop(full := arch + key if key[0] == "." else key, None)
+        if value is not None:
+            is_size = type(value) is int and value >= 0
+            of = gguf.GGUFValueType.UINT64 if is_size else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(full, value, of)
     for name, (shape, std) in tensors(model).items():
         if name == "rope_freqs.weight":
-            writer.add_tensor(name, rope_factors(model))
+            writer.add_tensor(name, edit(name, rope_factors(model)))
             continue
         if len(shape) == 1:
-            writer.add_tensor(name, _vector(name, shape, std))
+            writer.add_tensor(name, edit(name, _vector(name, shape, std)))
             continue
         of_name = [other for part, other in model.kinds.items() if part in name]
         qtype = gguf.GGMLQuantizationType[of_name[0] if of_name else kind]
-        writer.add_tensor(name, _matrix(name, shape, std, qtype), raw_dtype=qtype)
+        writer.add_tensor(name, edit(name, _matrix(name, shape, std, qtype)), raw_dtype=qtype)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -227,7 +252,7 @@ def vocabulary(model: Spec) -> tuple[list[str], list[int], list[float]]:
     normal, control, byte = (
         int(getattr(gguf.TokenType, name)) for name in ("NORMAL", "CONTROL", "BYTE")
     )
-    if model.arch == "gemma3":
+    if model.arch.startswith("gemma"):
         merged = ["▁t", "he", "▁the", "in", "an"]
         pieces = merged + ["▁", *"etaoinshrdlucmfwypvbgkjqxz"]
         tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -261,7 +286,7 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, model: Spec) -> None:
     if model.head_dim * model.heads != model.embedding or model.arch in ("qwen3", "gemma3"):
         writer.add_key_length(model.head_dim)
         writer.add_value_length(model.head_dim)
-    if model.arch == "llama":
+    if model.arch in ("llama", "granite", "smollm3"):
         writer.add_vocab_size(model.vocab)
         writer.add_rope_dimension_count(model.head_dim)
     if model.rope_scaling == "linear":
@@ -276,7 +301,7 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, model: Spec) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: Spec) -> None:
     tokens, types, scores = vocabulary(model)
-    sentencepiece = model.arch == "gemma3"
+    sentencepiece = model.arch.startswith("gemma")
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else "gpt-2")
     writer.add_token_list(tokens)
@@ -289,7 +314,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: Spec) -> None:
         writer.add_token_merges([" ".join(pair) for pair in _MERGES])
     writer.add_bos_token_id(tokens.index("<bos>" if sentencepiece else "<|bos|>"))
     writer.add_eos_token_id(tokens.index("<eos>" if sentencepiece else "<|eos|>"))
-    writer.add_add_bos_token(model.arch in ("llama", "gemma3"))
+    writer.add_add_bos_token(not model.arch.startswith("qwen"))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
 

@@ -8,6 +8,7 @@ import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import rope
+from pykv.testing import oracles
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 BASE = dict(T=5, HQ=8, H=2, D=64, F=32, pairing="half", dtype="float32")
@@ -191,7 +192,10 @@ def test_errors_name_the_argument(xp, rng):
         ({"dim": 0}, "dim is 0"),
         ({"base": 0.0}, "base is 0.0, expected a positive finite number"),
         ({"base": math.nan}, "base is nan"),
-        ({"scaling": "yarn"}, "scaling is 'yarn', expected one of"),
+        ({"scaling": "ntk"}, "scaling is 'ntk', expected one of"),
+        ({"scaling": "yarn", "base": 1.0}, "base is 1.0, expected more than 1 for yarn"),
+        ({"beta_slow": 32.0}, "beta_fast is 32.0, expected more than beta_slow"),
+        ({"beta_slow": 0.0}, "beta_slow is 0.0"),
         ({"factor": 0.0}, "factor is 0.0"),
         ({"low_factor": 4.0}, "high_factor is 4.0, expected more than low_factor"),
         ({"original_context": 0}, "original_context is 0"),
@@ -202,6 +206,35 @@ def test_errors_name_the_argument(xp, rng):
 def test_frequencies_reject(change, text):
     with pytest.raises(ParameterError, match=text):
         rope.frequencies(**{"dim": 8, "base": 10000.0, **change})
+
+
+@pytest.mark.parametrize(
+    "dim, base, factor, context",
+    [
+        (128, 1e6, 4, 32768),
+        (64, 1e4, 16, 4096),
+        (128, 5e5, 2, 8),
+        (16, 2.0, 4, 10**9),
+        (8, 1e4, 1, 1),
+    ],
+)
+def test_yarn_scaling(dim, base, factor, context):
+    """One frequency at a time, its borders found by counting turns."""
+    got = rope.frequencies(dim, base, scaling="yarn", factor=factor, original_context=context)
+    want = oracles.yarn_frequencies(dim, base, factor, context)
+    np.testing.assert_allclose(got, want, rtol=1e-7)
+    plain = rope.frequencies(dim, base)
+    assert ((plain / factor <= got * (1 + 1e-6)) & (got <= plain * (1 + 1e-6))).all()
+
+
+def test_yarn_of_qwen3_by_hand():
+    """32768 / (2 pi 32) = 163 turns are left at pair 23.6, 1 turn at 39.6 of 64."""
+    got = rope.frequencies(128, 1e6, scaling="yarn", factor=4.0, original_context=32768)
+    plain = rope.frequencies(128, 1e6).astype(np.float64)
+    ratio = plain / got
+    np.testing.assert_allclose(ratio[:24], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[40:], 4, rtol=1e-6)
+    np.testing.assert_allclose(1 / ratio[31], 1 - 8 / 17 * 0.75, rtol=1e-6)
 
 
 def test_divisors_have_one_value_a_pair():

@@ -257,6 +257,11 @@ cublas = SimpleNamespace(
     gemmEx=_gemm_ex,
 )
 
+
+def get_default_memory_pool():
+    return SimpleNamespace(free_bytes=lambda: 0)
+
+
 cuda = SimpleNamespace(
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
     cublas=cublas,
@@ -272,6 +277,7 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         getDevice=lambda: Device.current,
         getDeviceCount=lambda: 1,
+        memGetInfo=lambda: (16 << 30, 16 << 30),
         pointerGetAttributes=_attributes,
         memoryTypeUnregistered=0,
         memoryTypeHost=1,

@@ -1,0 +1,74 @@
+"""The memory that a model takes, estimated from the numbers of its file, and what is free."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.errors import CapacityError
+from pykv.kinds import KVSpec
+from pykv.llm.config import Config
+from pykv.llm.gguf import ModelFile
+
+
+class Needed(NamedTuple):
+    """Bytes of a model's weights, and of a cache for so many tokens."""
+
+    weights: int
+    cache: int
+    tokens: int
+
+
+def needed(
+    file: ModelFile, config: Config, dtype: Any, spec: KVSpec, tokens: int, xp: Any
+) -> Needed:
+    """What a model takes.
+
+    Args:
+        file, config: the model, as read_config has checked it.
+        dtype: of the matrices on a GPU; the host keeps float32.
+        spec: what the cache stores.
+        tokens: that the cache holds.
+        xp: `numpy` or `cupy`.
+    """
+    itemsize = 4 if xp is np else np.dtype(dtype).itemsize
+    shapes = [info.shape for info in file.tensors.values()]
+    weights = sum(prod(shape) * (itemsize if len(shape) == 2 else 4) for shape in shapes)
+    per_token = config.num_layers * spec.bytes_per_token(config.kv_heads, config.head_dim)
+    return Needed(weights, per_token * tokens, tokens)
+
+
+def free(xp: Any) -> int | None:
+    """Bytes that this process may still take of CuPy's current GPU, or of the host: on Linux what
+    the kernel says is available, within the limit of the control group; None elsewhere."""
+    if xp is not np:
+        pool = xp.get_default_memory_pool()
+        return int(xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes())
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        available = int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        return min(available, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return available
+
+
+def require(need: Needed, xp: Any) -> None:
+    """CapacityError if that much memory is not free, before anything is read."""
+    has, total = free(xp), need.weights + need.cache
+    if has is not None and total > has:
+        where, other = ("the host", "") if xp is np else ("the GPU", ', device="cpu"')
+        raise CapacityError(
+            f"LLM: the model needs {total / 1e9:.2f} GB ({need.weights / 1e9:.2f} GB of weights, "
+            f"{need.cache / 1e9:.2f} GB of cache for {need.tokens:,} tokens), but {where} has "
+            f"{has / 1e9:.2f} GB free. What helps: a smaller context (--ctx), "
+            f'kv_dtype="int8"{other}, or a smaller model'
+        )

@@ -363,7 +363,7 @@ def from_pointer(
         owner: an object to keep alive as long as the array; the memory itself is not freed.
 
     Raises:
-        ParameterError: the address is null, misaligned or beyond 64 bits, a size or `device` is
+        ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
             negative, or all of it takes more bytes than 63 bits count.
         DtypeError: `dtype` is no element type of numbers, or another argument no integer.
         DeviceError: CuPy is missing, or no GPU is usable.
@@ -373,7 +373,7 @@ def from_pointer(
     op = "from_pointer"
     try:
         dtype = np.dtype(dtype)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):
         dtype = np.dtype(object)
     if dtype.kind not in "biufcV" or dtype.names or dtype.itemsize == 0:
         raise DtypeError(f"{op}: dtype is {dtype}, expected an element type of numbers")
@@ -381,7 +381,7 @@ def from_pointer(
         raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a tuple of sizes")
     most = 2**63 - 1
     shape = tuple(check_whole(op, f"shape[{i}]", n, 0, most) for i, n in enumerate(shape))
-    address = check_whole(op, "address", address, 1, 2**64 - 1)
+    address = check_whole(op, "address", address, 1, most)
     if address % dtype.alignment:
         raise ParameterError(
             f"{op}: address is {address:#x}, expected a multiple of {dtype.alignment} for {dtype}"

@@ -30,7 +30,8 @@ FREE = {  # values that no function can tell from right ones
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_arguments_are_refused(name):
+def test_wrong_arguments_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text may be the path of a file
     # A model is read for each value that passes, and a process begun for each chat.
     assert not list(violations(name, np, with_limits=name not in SLOW))
 

@@ -423,5 +423,6 @@ def _copy_on_host(op: str, pairs: Pairs, mode: str, stream: Any) -> CopyReport:
         raise UnsupportedError(f"{op}: mode is {mode}, but host memory has no batch call")
     if mode == "auto":
         pairs = ranges.merge(*pairs)
-    block_copy.copy_on_host(*pairs, stream)
+    cuda.check_stream(stream)
+    block_copy.copy_on_host(*pairs)
     return _report(pairs, "host", "all of it is host memory")

@@ -81,7 +81,7 @@ UNCHECKED = """
     kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
-    layout.check_layout layout.check_pair layout.check_shape ops.block_copy.copy_on_host
+    layout.check_layout layout.check_pair layout.check_shape
     blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
 """.split()
 

@@ -157,14 +157,14 @@ def _copy(
             sizes = sizes if isinstance(sizes, int) else sizes[order]
         src, dst, sizes = merge(src, dst, sizes)
     if device == "cpu":
-        copy_on_host(src, dst, sizes, stream)
+        cuda.check_stream(stream)
+        copy_on_host(src, dst, sizes)
     else:
         copy_on_gpu(op, src, dst, sizes, max_ctas, stream)
 
 
-def copy_on_host(src: Any, dst: Any, sizes: Any, stream: Any = None) -> None:
-    """Copy host memory by NumPy: from `src` to `dst`, [C] uint64, as many bytes as `sizes`, an int
-    or [C] int64, says; all are checked. Of `stream` it is checked that it is one."""
+def copy_on_host(src: Any, dst: Any, sizes: Any) -> None:
+    """Copy host memory by NumPy: pairs that are checked, [C] uint64 and an int or [C] int64."""
     sizes = np.broadcast_to(sizes, src.shape)
     triples = zip(src.tolist(), dst.tolist(), sizes.tolist(), strict=True)
     moves = [(bytes_at(to, n), bytes_at(at, n)) for at, to, n in triples]
@@ -173,7 +173,7 @@ def copy_on_host(src: Any, dst: Any, sizes: Any, stream: Any = None) -> None:
         for to, source in moves:
             to[:] = source
 
-    cuda.run_on_host(copy, stream=stream)
+    cuda.run_on_host(copy)
 
 
 def copy_on_gpu(

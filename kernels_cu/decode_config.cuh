@@ -1,6 +1,7 @@
 // decode_config.cuh: sizes and operand types of paged_decode_mma, by its defines.
 #include "attention.cuh"
 #include "mma.cuh"
+#include "softmax.cuh"
 
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
@@ -43,6 +44,7 @@ using VM = Operand<V_T>::Type;
 constexpr bool Q_IS_EXACT = sizeof(Q_T) == 2 && IS_BF16<Q_T> == IS_BF16<KM>;
 constexpr bool Q_HAS_LOW = sizeof(Q_T) == 4 || (IS_BF16<KM> && !IS_BF16<Q_T>);
 constexpr bool Q_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<KM>;
+constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // of weights
 constexpr bool P_HAS_REST = sizeof(Q_T) == 4 && IS_BF16<VM>;
 
 // Results of 16-bit queries are rounded to 16 bits. Then sums may stay in the mma, which truncates

@@ -100,6 +100,27 @@ __device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 word, Subnormal<i4
     }
 }
 
+// The bits that are all set in elements of a word that are NaN or infinite; 0 for integers.
+template <typename T> constexpr u32 SPECIAL_BITS = 0;
+template <> constexpr u32 SPECIAL_BITS<f16> = 0x7c007c00u;
+template <> constexpr u32 SPECIAL_BITS<bf16> = 0x7f807f80u;
+template <> constexpr u32 SPECIAL_BITS<e4m3> = 0x7f7f7f7fu;
+template <> constexpr u32 SPECIAL_BITS<e5m2> = 0x7c7c7c7cu;
+
+// The highest bit of each such element of a word.
+template <typename T> __device__ __forceinline__ u32 special_elements(u32 word) {
+    constexpr u32 HIGHEST = sizeof(T) == 2 ? 0x80008000u : 0x80808080u;
+    return SPECIAL_BITS<T> ? (word & SPECIAL_BITS<T>) + (HIGHEST - SPECIAL_BITS<T>) & HIGHEST : 0u;
+}
+
+// The word with 0 in their place.
+template <typename T> __device__ __forceinline__ u32 without_special(u32 word) {
+    constexpr int BITS = 8 * sizeof(T);
+    return word & ~((special_elements<T>(word) >> (BITS - 1)) * ((1u << BITS) - 1));
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INF; }
+
 // The operand type of an mma over elements T.
 template <typename T> struct Operand { using Type = f16; };
 template <> struct Operand<bf16> { using Type = bf16; };

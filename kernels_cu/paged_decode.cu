@@ -149,6 +149,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
             }
         }
         float score[ROWS][AHEAD];
+        u32 seen = 0;  // a bit for each score: a weight of 0 times a NaN is NaN
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
             float x[EIGHTS][8];
@@ -175,6 +176,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                                  row_position[r] - position < window;
                 }
                 score[r][u] = is_visible ? product : -INF;
+                seen |= (u32)is_visible << (r * AHEAD + u);
             }
         }
         float rescale[ROWS];
@@ -206,6 +208,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                 unpack8(x, v[u][e]);
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
+                    if (!(seen >> (r * AHEAD + u) & 1)) continue;
                     const float weight = V_HAS_CODES ? score[r][u] * v_scale[u] : score[r][u];
 #pragma unroll
                     for (int i = 0; i < 8; i++) acc[r][e][i] += weight * x[i];

@@ -78,7 +78,7 @@
 #include "softmax.cuh"
 
 // Above 200 lines, because the compiler orders the instructions of the loop over keys another way
-// where the growth of the scale unit or the range of units is a function of its own.
+// where the range of units is a function of its own.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspace,
                  const Q_T* __restrict__ q, const K_T* __restrict__ k_pool,
@@ -175,55 +175,62 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
             factor *= SUBNORMAL_UNIT;
         }
 
-        // This row sees keys row_first .. position, every row sees `full_tiles` tiles from
-        // full_first.
+        // Every row sees `full_tiles` tiles from full_first. In others some rows may see keys that
+        // are hidden from the rest, unless all rows stand at one position.
         const int position = length - 1 - max(causal_offset - token, 0);
-        const int row_first = (int)max((i64)position + 1 - window, (i64)0);
         const int full_first = (int)max((i64)length - window + KEYS - 1, (i64)0) / KEYS;
         const int full_tiles = max(length - causal_offset - TREE, 0) / KEYS - full_first;
+        const bool differ = TREE || causal_offset > 0;
+        Sight sight{(int)max((i64)position + 1 - window, (i64)0), position, length,
+                    length - 1 - causal_offset, 0};
         float slope = 0.0f;
-        u64 ancestors = 0;
 #if ALIBI
         slope = alibi_slopes[head] * LOG2_E;
 #endif
 #if TREE
-        ancestors = tree[(i64)b * T + token];
+        sight.ancestors = tree[(i64)b * T + token];
 #endif
 
         Sums sums = {};
         float m = -INF, l = 0.0f;
-        float scale_unit = V_ROW_SCALES ? __uint_as_float(27u << 23) : 1.0f;
-        float inverse_unit = V_ROW_SCALES ? __uint_as_float(227u << 23) : 1.0f;
+        float bound = scale_bound(0.0f), lag = V_ROW_SCALES ? score_lag(bound) : LAG + P_HEADROOM;
         for (int tile = piece.tile + warp; tile < piece.tile_end; tile += WARPS) {
-            const float k_scale = to_float(pipeline.k_scale), v_scale = to_float(pipeline.v_scale);
+            const float k_scale = to_float(pipeline.k_scale);
+            float v_scale = to_float(pipeline.v_scale);
             Keys keys;
             pipeline.next_keys(keys, k_stage, table, tile, piece.tile_end);
             float scores[KEYS / 4];
             multiply_keys(scores, query, keys);
             scale_scores(scores, tile, factor, zero_score, k_scale, cap, slope, position);
-            if (tile < full_first || tile >= full_first + full_tiles) {
+            const bool is_full = tile >= full_first && tile < full_first + full_tiles;
+            bool has_special = false;
+            if (!is_full) {
                 schedule_fence();  // or the compiler makes the mask a part of every tile
-                mask_scores(scores, tile, row_first, position, length, causal_offset, ancestors);
+                mask_scores(scores, tile, sight);
+                if (V_ROW_SCALES && differ && !is_finite(v_scale)) v_scale = 0.0f, has_special = true;
             }
             float largest = largest_of(scores);
-            const bool grows = largest > m + 8.0f || (V_ROW_SCALES && fabsf(v_scale) > scale_unit);
+            const bool grows = largest > m + lag || (V_ROW_SCALES && fabsf(v_scale) > bound);
             if (__any_sync(FULL_MASK, grows)) {
-                float rescale = raise_maximum(m, l, largest);
                 if (V_ROW_SCALES) {
-                    const float above = warp_max(fabsf(v_scale)), before = scale_unit;
-                    const u32 exponent = min(__float_as_uint(above) >> 23, 252u) + 1;
-                    scale_unit = fmaxf(before, __uint_as_float(exponent << 23));
-                    inverse_unit = __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
-                    rescale *= before * inverse_unit;
+                    bound = scale_bound(warp_max(fabsf(v_scale)));
+                    lag = score_lag(bound);
+                    largest = largest_product(scores, v_scale);
+                } else {
+                    largest -= P_HEADROOM;
                 }
-                scale_sums(sums, rescale);
+                scale_sums(sums, raise_maximum(m, l, largest));
             }
-            scores_to_weights(scores, m, l, v_scale * inverse_unit);
+            scores_to_weights(scores, m, l, v_scale);
 
             Values values;
             pipeline.next_values(values, v_stage, table, tile, piece.tile_end);
+            if (!is_full && differ) has_special |= clear_special_values(values);
             add_values(sums, scores, values);
             pipeline.find_pages(table, tile + WARPS, piece.tile_end);
+            if (!is_full && __any_sync(FULL_MASK, has_special)) {
+                add_special_values(sums, pipeline, table, tile, sight);
+            }
         }
 
         const Piece done = piece;
@@ -245,7 +252,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
         l += __shfl_xor_sync(FULL_MASK, l, 1);
         l += __shfl_xor_sync(FULL_MASK, l, 2);
         if (g < num_rows) {
-            const float unit = scale_unit * head_v_scale / PAIR_UNIT<V_T>;
+            const float unit = normalize_base(m, l) * head_v_scale / PAIR_UNIT<V_T>;
             const float zero = SUBNORMAL_ZERO<VE> * (sums.weights[0] + sums.weights[2]);
             float* row = warp_x + (warp * rows_kept + g) * PITCH;
             if (t == 0) warp_stats[warp * rows_kept + g] = make_float2(m, l);

@@ -85,6 +85,40 @@ __device__ __forceinline__ void load_tile(float* tile, const Rows<T>& rows, cons
     }
 }
 
+// Adds the tile's values to the sums of this thread's rows. Unless ALL are seen by all rows, row r
+// skips those it does not see: a weight of 0 times a NaN is NaN.
+template <bool ALL>
+__device__ __forceinline__ void add_values(float (&acc)[MY_ROWS][MY_VECTORS][4],
+                                           const float* weights, const float* tile, int first,
+                                           const int (&first_key)[MY_ROWS],
+                                           const int (&last_key)[MY_ROWS]) {
+    const int x = threadIdx.x % X, y = threadIdx.x / X;
+#pragma unroll 2
+    for (int key = 0; key < KEYS; key += 4) {
+        float weight[MY_ROWS][4];
+#pragma unroll
+        for (int r = 0; r < MY_ROWS; r++) {
+            load4(weight[r], weights + (y + r * Y) * WEIGHT_PITCH + key);
+        }
+#pragma unroll
+        for (int j = 0; j < MY_VECTORS; j++) {
+            const int column = min(4 * (x + j * X), D - 4);  // idle threads repeat the last
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const int at = first + key + u;
+                float v[4];
+                load4(v, tile + (key + u) * ROW_PITCH + column);
+#pragma unroll
+                for (int r = 0; r < MY_ROWS; r++) {
+                    if (!ALL && (at < first_key[r] || at > last_key[r])) continue;
+#pragma unroll
+                    for (int c = 0; c < 4; c++) acc[r][j][c] += weight[r][u] * v[c];
+                }
+            }
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 4 : 3)
 prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ q,
         const K_T* __restrict__ k_pool, const V_T* __restrict__ v_pool,
@@ -146,6 +180,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
     const int begin =
         causal ? max(max(length - num_queries + first_token, -1) - window + 1, 0) : 0;
     const int end = causal ? length - num_queries + last_token + 1 : length;
+    // Keys that all rows see.
+    const int shared_begin =
+        causal ? max(max(length - num_queries + last_token, -1) - window + 1, 0) : 0;
+    const int shared_end = causal ? length - num_queries + first_token + 1 : length;
 
     for (int first = begin; first < end; first += KEYS) {
         __syncthreads();  // all have read the last tile's values; at first: queries are written
@@ -209,27 +247,10 @@ prefill(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restrict__ 
         }
         __syncthreads();  // values and weights are written
 
-#pragma unroll 2
-        for (int key = 0; key < KEYS; key += 4) {
-            float weight[MY_ROWS][4];
-#pragma unroll
-            for (int r = 0; r < MY_ROWS; r++) {
-                load4(weight[r], weights + (y + r * Y) * WEIGHT_PITCH + key);
-            }
-#pragma unroll
-            for (int j = 0; j < MY_VECTORS; j++) {
-                const int column = min(4 * (x + j * X), D - 4);  // idle threads repeat the last
-#pragma unroll
-                for (int u = 0; u < 4; u++) {
-                    float v[4];
-                    load4(v, tile + (key + u) * ROW_PITCH + column);
-#pragma unroll
-                    for (int r = 0; r < MY_ROWS; r++) {
-#pragma unroll
-                        for (int c = 0; c < 4; c++) acc[r][j][c] += weight[r][u] * v[c];
-                    }
-                }
-            }
+        if (first >= shared_begin && first + KEYS <= shared_end) {
+            add_values<true>(acc, weights, tile, first, first_key, last_key);
+        } else {
+            add_values<false>(acc, weights, tile, first, first_key, last_key);
         }
     }
 

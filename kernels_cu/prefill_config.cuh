@@ -1,6 +1,7 @@
 // prefill_config.cuh: operand types of prefill_mma, and where things lie in its shared memory.
 #include "attention.cuh"
 #include "mma.cuh"
+#include "softmax.cuh"
 
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
 constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
@@ -14,6 +15,8 @@ constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
 constexpr bool Q_IS_EXACT = Q_IS_16BIT && IS_BF16<Q_T> == IS_BF16<KM>;
 constexpr int Q_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
 constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
+
+constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // of weights
 
 constexpr float SMALLEST = 1.1754944e-38f;  // normal number
 

@@ -81,6 +81,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     const int warp_row = warp * WARP_ROWS;
     const int full_begin = first_of(warp_row + WARP_ROWS - 1);  // keys that all of a warp see
     const int full_end = warp_row < rows.num_rows ? last_of(warp_row) + 1 : 0;
+    const int shared_begin = first_of(ROWS - 1), shared_end = last_of(0) + 1;  // that all rows see
 
     float* const tile_scales = (float*)(shared + SCALES_AT);  // of keys, then of values
     const bool pages_are_even = P % WARP_KEYS == 0;  // no page ends between a warp's rows
@@ -130,8 +131,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     __syncwarp();
 
     // This lane's rows: 8 * r + g of the warp's. Scores times factor_of(r) are exponents of 2,
-    // relative to m: the running maximum to within a factor of 2^8 of the weights, so that it
-    // seldom changes. l: the sum of the weights of this lane's keys.
+    // relative to m, the base of softmax.cuh. l: the sum of the weights of this lane's keys.
     float m[R], l[R], sums[ROW_TILES][D / 8][4] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -143,12 +143,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         if constexpr (!Q_IS_EXACT) factor *= units[warp_row + 8 * r + g];
         return fmaxf(factor, SMALLEST);  // or hidden scores times 0 would be NaN
     };
-    // Values are weighted relative to `scale_unit`, a power of two above all their scales so far,
-    // because f16 cannot hold every scale.
-    float scale_unit = V_HAS_CODES ? __uint_as_float(27u << 23) : 1.0f;
-    const auto inverse_unit = [&] {
-        return __uint_as_float((254u << 23) - __float_as_uint(scale_unit));
-    };
+    float bound = scale_bound(0.0f);  // of the scales of values, while V_HAS_CODES
 
     const Reader of_queries(queries, lane % 16, lane / 16);
 
@@ -171,6 +166,19 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
             if (tile + 2 < tile_end) find(tile + 2);
         }
         const int first = tile * KEYS;
+        u8* const v_tile = shared + V_AT + (V_HAS_CODES ? 0 : slot * TILE_BYTES);
+        float* const v_scales = tile_scales + KEYS;
+        if (first < shared_begin || first + KEYS > shared_end) {
+            if (__syncthreads_or(has_special_values(v_tile, v_scales))) {
+                int last[R];
+#pragma unroll
+                for (int r = 0; r < R; r++) last[r] = last_of(warp_row + 8 * r + g);
+                add_special_values(sums, v_tile, v_scales, first, last, window);
+                __syncthreads();  // all warps have added them
+                clear_special_values(v_tile, v_scales);
+                __syncthreads();
+            }
+        }
         const bool is_full = first >= full_begin && first + KEYS <= full_end;
         if (!is_full) {  // skip tiles that no row of the warp sees
             if (warp_row >= rows.num_rows || first > last_of(warp_row + WARP_ROWS - 1)) continue;
@@ -178,7 +186,6 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
 
         const u8* k_tile = shared + K_AT + (K_HAS_CODES ? 0 : slot * TILE_BYTES);
-        const u8* v_tile = shared + V_AT + (V_HAS_CODES ? 0 : slot * TILE_BYTES);
         const Reader of_keys(k_tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
         const Reader of_values(v_tile, lane % 16, lane / 16);
 
@@ -229,24 +236,24 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
 
         float largest[R];
-        bool grows = largest_scores(largest, x, m, factor, cap);
+        bool grows = largest_scores(largest, x, m, factor, cap, V_HAS_CODES ? score_lag(bound) : LAG + P_HEADROOM);
         float v_scale = 0.0f;
         if constexpr (V_HAS_CODES) {
 #pragma unroll
             for (int i = 0; i < KEYS; i += WARP) {
-                v_scale = fmaxf(v_scale, fabsf(tile_scales[KEYS + i + lane % min(KEYS, WARP)]));
+                v_scale = fmaxf(v_scale, fabsf(v_scales[i + lane % min(KEYS, WARP)]));
             }
-            grows |= v_scale > scale_unit;
+            grows |= v_scale > bound;
         }
         if (__any_sync(FULL_MASK, grows)) {
-            float rescale_values = 1.0f;
             if constexpr (V_HAS_CODES) {
-                const u32 exponent = min(__float_as_uint(warp_max(v_scale)) >> 23, 252u) + 1;
-                rescale_values = scale_unit;
-                scale_unit = fmaxf(scale_unit, __uint_as_float(exponent << 23));
-                rescale_values *= inverse_unit();
+                bound = scale_bound(warp_max(v_scale));
+                largest_products(largest, x, factor, cap, v_scales);
+            } else {
+#pragma unroll
+                for (float& score : largest) score -= P_HEADROOM;
             }
-            rescale_sums(sums, m, l, largest, rescale_values);
+            rescale_sums(sums, m, l, largest);
         }
         scores_to_weights(x, m, l, factor, cap);
 
@@ -258,10 +265,7 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 float2 scale;
-                if constexpr (V_HAS_CODES) {
-                    scale = *(const float2*)(tile_scales + KEYS + 8 * (n + j) + 2 * t);
-                    scale.x *= inverse_unit(), scale.y *= inverse_unit();
-                }
+                if (V_HAS_CODES) scale = *(const float2*)(v_scales + 8 * (n + j) + 2 * t);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
@@ -307,12 +311,13 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
     for (int r = 0; r < R; r++) {
         l[r] += __shfl_xor_sync(FULL_MASK, l[r], 1);
         l[r] += __shfl_xor_sync(FULL_MASK, l[r], 2);
+        float unit = normalize_base(m[r], l[r]) / PAIR_UNIT<V_T>;
         const int row = 8 * r + g, in_group = rows.first_row + warp_row + row;
         if (lse && t == 0 && warp_row + row < rows.num_rows) {
             const i64 at = (i64)(rows.start + in_group / G) * HQ + kv_head * G + in_group % G;
             lse[at] = l[r] == 0.0f ? -INF : m[r] * LN_2 + logf(l[r]);
         }
-        const float unit = l[r] == 0.0f ? 0.0f : scale_unit / PAIR_UNIT<V_T>;
+        if (l[r] == 0.0f) unit = 0.0f;
         const float weights = l[r] == 0.0f ? 1.0f : l[r], inverse = unit / weights;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {

@@ -72,11 +72,11 @@ __device__ __forceinline__ void scores_to_weights(float (&x)[ROW_TILES][KEYS / 8
     }
 }
 
-// The largest score of this lane for each row; whether one exceeds m by more than a factor of 2^8.
+// The largest score of this lane for each row; whether one exceeds m by more than `lag`.
 __device__ __forceinline__ bool largest_scores(float (&largest)[R],
                                                const float (&x)[ROW_TILES][KEYS / 8][4],
                                                const float (&m)[R], const float (&factor)[R],
-                                               float cap) {
+                                               float cap, float lag) {
     bool grows = false;
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -87,28 +87,112 @@ __device__ __forceinline__ bool largest_scores(float (&largest)[R],
             peak = fmaxf(peak, fmaxf(four[r % 2 * 2], four[r % 2 * 2 + 1]));
         }
         largest[r] = peak * (LOGITS_SOFT_CAP ? cap : factor[r]);
-        grows |= largest[r] > m[r] + 8.0f;
+        grows |= largest[r] > m[r] + lag;
     }
     return grows;
 }
 
-// Raises m to the largest score of a row's four lanes, and rescales what was summed before.
+// The largest product of weight and scale instead, as a binary logarithm less HEADROOM.
+__device__ __forceinline__ void largest_products(float (&largest)[R],
+                                                 const float (&x)[ROW_TILES][KEYS / 8][4],
+                                                 const float (&factor)[R], float cap,
+                                                 const float* v_scales) {
+#pragma unroll
+    for (int r = 0; r < R; r++) largest[r] = -INF;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        const float2 scale = *(const float2*)(v_scales + 8 * n + 2 * (threadIdx.x % 4));
+        const float exponent[2] = {scale_exponent(scale.x), scale_exponent(scale.y)};
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float score = x[r / 2][n][r % 2 * 2 + c];
+                largest[r] = fmaxf(largest[r],
+                                   fmaf(score, LOGITS_SOFT_CAP ? cap : factor[r], exponent[c]));
+            }
+        }
+    }
+}
+
+// Raises m to the largest of a row's four lanes where it lags too far behind, and rescales what was
+// summed before. So the bits of a row depend on the keys that it sees, whatever the warp's others do.
 __device__ __forceinline__ void rescale_sums(float (&sums)[ROW_TILES][D / 8][4], float (&m)[R],
-                                             float (&l)[R], const float (&largest)[R],
-                                             float rescale_values) {
+                                             float (&l)[R], const float (&largest)[R]) {
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        float peak = fmaxf(m[r], largest[r]);
-        peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 1));
+        float peak = fmaxf(largest[r], __shfl_xor_sync(FULL_MASK, largest[r], 1));
         peak = fmaxf(peak, __shfl_xor_sync(FULL_MASK, peak, 2));
-        const float rescale = exp2_ftz(m[r] - finite_base(peak));
+        if (!(peak > m[r] + LAG)) peak = m[r];
+        // Of no keys the sums are 0, or not finite: see add_special_values.
+        const float rescale = m[r] == -INF ? 1.0f : exp2_ftz(m[r] - finite_base(peak));
         m[r] = peak;
         l[r] *= rescale;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float(&four)[4] = sums[r / 2][n];
-            four[r % 2 * 2] *= rescale * rescale_values;
-            four[r % 2 * 2 + 1] *= rescale * rescale_values;
+            four[r % 2 * 2] *= rescale;
+            four[r % 2 * 2 + 1] *= rescale;
+        }
+    }
+}
+
+// --- Values that are not finite -------------------------------------------------------------------
+//
+// A product of matrices multiplies hidden values by weights of 0, which a NaN or infinity survives.
+// In tiles that not all rows of a block see, such values, or all of a row with such a scale, are
+// added to the sums of the rows that see them, then become 0.
+
+constexpr bool V_HAS_SPECIAL = SPECIAL_BITS<V_T> > 0u;
+
+// Whether a tile has such values.
+__device__ __forceinline__ bool has_special_values(const u8* v_tile, const float* v_scales) {
+    bool found = false;
+    if (V_HAS_CODES && threadIdx.x < KEYS) found = !is_finite(v_scales[threadIdx.x]);
+    if constexpr (V_HAS_SPECIAL) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
+            const uint4 a = *(const uint4*)(v_tile + Halves::place(i / (D / 8), i % (D / 8)));
+            found |= special_elements<VM>(a.x) | special_elements<VM>(a.y) |
+                     special_elements<VM>(a.z) | special_elements<VM>(a.w);
+        }
+    }
+    return found;
+}
+
+// Adds them to the sums of this lane's rows; row r sees the keys after last[r] - window to last[r]
+// of a tile that begins at `first`.
+__device__ __forceinline__ void add_special_values(float (&sums)[ROW_TILES][D / 8][4],
+                                                   const u8* v_tile, const float* v_scales,
+                                                   int first, const int (&last)[R], int window) {
+#pragma unroll 1
+    for (int key = 0; key < KEYS; key++) {
+        const float scale = V_HAS_CODES ? v_scales[key] : 1.0f;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const u32 pair = *(const u32*)(v_tile + Halves::place(key, n) + 4 * (threadIdx.x % 4));
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float value = to_float(VM{(u16)(pair >> 16 * c)}) * scale;
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    const bool is_visible = first + key <= last[r] && first + key > last[r] - window;
+                    if (is_visible && !is_finite(value)) sums[r / 2][n][r % 2 * 2 + c] += value;
+                }
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void clear_special_values(u8* v_tile, float* v_scales) {
+    if (V_HAS_CODES && threadIdx.x < KEYS && !is_finite(v_scales[threadIdx.x])) {
+        v_scales[threadIdx.x] = 0.0f;
+    }
+    if constexpr (V_HAS_SPECIAL) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < KEYS * (D / 2); i += THREADS) {
+            u32* word = (u32*)(v_tile + Halves::place(i / (D / 2), i / 4 % (D / 8))) + i % 4;
+            *word = without_special<VM>(*word);
         }
     }
 }

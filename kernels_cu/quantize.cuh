@@ -32,7 +32,10 @@ template <typename T, typename SCALE> __device__ __forceinline__ SCALE row_scale
     const bool finite = amax < 0x7f800000u;
     const float scale = over_largest<T>(fmaxf(__uint_as_float(amax), 1e-8f));
     if constexpr (sizeof(SCALE) == 2) {
-        return SCALE{finite ? float_to_f16_bits(fminf(scale, 65504.0f)) : (u16)0x7e00};
+        // In steps of 2^-24 below 2^-14: upwards, or the row's largest codes would be clamped.
+        const u16 bits = scale < 0x1p-14f ? (u16)ceilf(scale * 0x1p24f)
+                                          : float_to_f16_bits(fminf(scale, 65504.0f));
+        return SCALE{finite ? bits : (u16)0x7e00};
     } else {
         return finite ? scale : __uint_as_float(0x7fc00000u);
     }

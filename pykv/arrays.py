@@ -153,6 +153,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     """All that a check depends on: some items for each array, and the current GPU. No alignment
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
+    memory = None
     first = arrays[0]
     if first is None:
         first = next((x for x in arrays if x is not None), None)
@@ -165,7 +166,7 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
         else:
             memory = x.data
             layouts += (x.shape, x.strides, x.dtype, memory.device_id, memory.ptr % VECTOR_BYTES)
-    if not on_host:
+    if memory is not None:  # an array of a GPU, so there is one to ask
         layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
     return layouts
 
@@ -366,7 +367,7 @@ def from_pointer(
         ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
             negative, or all of it takes more bytes than 63 bits count.
         DtypeError: `dtype` is no element type of numbers, or another argument no integer.
-        DeviceError: CuPy is missing, or no GPU is usable.
+        DeviceError: CuPy or a driver is missing, or no GPU is usable.
     """
     from pykv.options import check_whole  # which builds on this module
 
@@ -421,29 +422,25 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def current_device() -> int:
-    """The ordinal of CuPy's current GPU.
-
-    Raises:
-        DeviceError: CuPy is not installed, or no GPU is usable.
-    """
-    runtime = load_cupy().cuda.runtime
-    try:
-        return int(runtime.getDevice())
-    except runtime.CUDARuntimeError as error:
-        raise DeviceError(
-            f"a GPU is needed, but the NVIDIA driver answers {error}; see `pykv doctor`"
-        ) from error
+    """The ordinal of CuPy's current GPU; raises as `load_cupy`."""
+    return int(load_cupy().cuda.runtime.getDevice())
 
 
 def load_cupy() -> Any:
-    """The CuPy module.
+    """The CuPy module, with a driver that answers.
 
     Raises:
-        DeviceError: it is not installed.
+        DeviceError: it is not installed, or there is no driver or none that works.
     """
     try:
         import cupy
     except ImportError as error:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        from pykv.cuda.devices import why_no_gpu  # which imports this module
+
+        raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error
     return cupy

@@ -219,6 +219,7 @@ def fill_on_host(
         lse[...] = sums * (1 if lse_base == "e" else LOG2_E)
 
 
+@np.errstate(invalid="ignore")  # an infinity in a row that holds the opposite, or a zero
 def masked_scores(
     q: Any,
     k: Any,
@@ -282,6 +283,7 @@ def scored_sequences(
             yield b, rows, masked_scores(*given, scores, alibi_slopes, mask)
 
 
+@np.errstate(invalid="ignore")
 def decoded_rows(
     b: int,
     rows: range,
@@ -307,12 +309,14 @@ def decoded_rows(
     return decoded * (scales[where] if scales.ndim == 3 else scales)[..., None].astype(dtype)
 
 
+@np.errstate(invalid="ignore")
 def weigh(scores: Any, v: Any, sinks: Any = None) -> tuple[Any, Any]:
     """Values averaged by the softmax of scores, and the scores' log-sum-exp.
 
     Args:
-        scores: [H, G, T, S]; rows without a finite score give zero and minus infinity.
-        v: [S, H, D].
+        scores: [H, G, T, S]; minus infinity where a row does not see a key. Rows that see none give
+            zero and minus infinity.
+        v: [S, H, D]; NaN and infinities reach the rows that see them alone.
         sinks: [HQ], one more score of each head's rows, of no value.
 
     Returns:
@@ -330,6 +334,11 @@ def weigh(scores: Any, v: Any, sinks: Any = None) -> tuple[Any, Any]:
         total = total + np.exp(sinks - peak)
     with np.errstate(divide="ignore"):
         lse = (peak + np.log(total))[..., 0]
-    values = (weights.reshape(H, G * T, -1) @ v.transpose(1, 0, 2)).reshape(H, G, T, -1)
+    finite = np.isfinite(v)
+    cleared = v if finite.all() else np.where(finite, v, 0)
+    values = (weights.reshape(H, G * T, -1) @ cleared.transpose(1, 0, 2)).reshape(H, G, T, -1)
+    for s in np.flatnonzero(~finite.all((1, 2))):  # for the rows alone that see such a key
+        special = weights[..., s, None] * np.where(finite[s], 0, v[s])[:, None, None]
+        values += np.where(np.isneginf(scores[..., s, None]), 0, special)
     values /= np.where(total == 0, 1, total)
     return values.transpose(2, 0, 1, 3).reshape(T, H * G, -1), lse.transpose(2, 0, 1).reshape(T, -1)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
+from pykv.cache_folder import make_private
 from pykv.errors import CudaError
 
 DIRECTIONS = ("h2d", "d2h", "d2d")  # h: pinned host memory, d: memory of the current GPU
@@ -96,7 +97,7 @@ def store(table: Table) -> Table:
     """Keep the figures of the current GPU, or warn that it cannot be done, and return them."""
     file = _file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(file.parent)
         # Beside its final place, so that the last step is one atomic rename.
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".store-") as folder:
             written = Path(folder) / file.name
@@ -105,7 +106,7 @@ def store(table: Table) -> Table:
     except OSError as error:
         warnings.warn(
             f"pykv cannot keep its calibration in {file.parent} ({error.strerror}); it is measured "
-            "again in every process. Set PYKV_CACHE_DIR to a writable folder",
+            "again in every process. Set PYKV_CACHE_DIR to a folder that you alone can write",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -95,14 +95,20 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command, max_tokens)
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
-    inspect.add_argument("file", help="a GGUF file or the name of a model")
+    inspect.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
     size = commands.add_parser("size", help="say how large a model's KV cache is")
-    size.add_argument("file", help="a GGUF file or the name of a model")
+    size.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     size.add_argument("--ctx", type=int, help="tokens (the model's context)")
+    size.add_argument("--json", action="store_true", help="print one JSON object")
     _add_kv_dtype(size)
     size.set_defaults(run=_size)
+
+    models = commands.add_parser("models", help="list the models that are known by name or fetched")
+    models.add_argument("--json", action="store_true", help="print one JSON object")
+    models.set_defaults(run=_models)
 
     doctor = commands.add_parser("doctor", help="say whether this machine's GPU can be used")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -126,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("info", help="show the folder and its sizes").set_defaults(run=_cache_info)
-    clear = actions.add_parser("clear", help="delete compiled kernels")
+    clear = actions.add_parser("clear", help="delete compiled kernels and unfinished downloads")
     clear.add_argument("--models", action="store_true", help="delete fetched models as well")
     clear.set_defaults(run=_cache_clear)
     warmup = actions.add_parser("warmup", help="compile the usual kernels now")
@@ -137,7 +143,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="smollm2-135m", help="a name or a GGUF file (%(default)s)"
+        "--model",
+        default="smollm2-135m",
+        help="a name, a GGUF file, hf:owner/repo/file.gguf or https://... (%(default)s); see "
+        "`pykv models`",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     _add_kv_dtype(parser)
@@ -180,7 +189,16 @@ def _chat(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from pykv.llm import gguf, models
 
-    print(gguf.describe(gguf.read(models.fetch(args.file))))
+    file = gguf.read(models.fetch(args.file))
+    if not args.json:
+        print(gguf.describe(file))
+        return
+    tensors = [
+        {"name": x.name, "type": x.kind, "shape": x.shape, "bytes": x.nbytes}
+        for x in file.tensors.values()
+    ]
+    facts = {"file": str(file.path), "version": file.version, "metadata": file.metadata}
+    print(json.dumps(facts | {"tensors": tensors}, indent=2))
 
 
 def _size(args: argparse.Namespace) -> None:
@@ -195,6 +213,13 @@ def _size(args: argparse.Namespace) -> None:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
     of_head = spec.bytes_per_token(1, config.head_dim)
     per_token = config.num_layers * config.kv_heads * of_head
+    if args.json:
+        facts = {"kv_dtype": str(spec), "layers": config.num_layers, "kv_heads": config.kv_heads}
+        facts |= {"head_dim": config.head_dim, "bytes_per_token": per_token, "tokens": tokens}
+        print(
+            json.dumps(facts | {"bytes": per_token * tokens, "context": config.context}, indent=2)
+        )
+        return
     print(
         f"{spec}: {per_token:,} bytes a token "
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
@@ -203,6 +228,22 @@ def _size(args: argparse.Namespace) -> None:
     )
     if tokens > config.context:
         print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from pykv.llm import models
+
+    rows = models.listing()
+    if args.json:
+        print(json.dumps({"models": rows}, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        state = row["file"] or "not fetched"
+        print(f"{row['name']:<{width}}  {row['bytes'] / 1e6:>6,.0f} MB  {state}")
+        if row["licence"]:
+            print(f"{'':<{width}}  {row['licence']}")
+    print("Others: hf:owner/repo/file.gguf, https://..., or the path of a GGUF file.")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -326,21 +367,24 @@ def _check_outputs(json_path: str | None, csv_path: str | None) -> None:
 
 def _cache_info(args: argparse.Namespace) -> None:
     from pykv import cuda
+    from pykv.llm import model_files
 
-    print(f"folder   {cuda.cache_dir()}")
-    for name, pattern in (("kernels", "cubin/**/*"), ("models", "models/*.gguf")):
-        files = [path for path in cuda.cache_dir().glob(pattern) if path.is_file()]
-        print(f"{name:<8} {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
+    print(f"folder      {cuda.cache_dir()}")
+    models = [model.path for model in model_files.kept()]
+    kinds = {"kernels": cuda.cubins(), "models": models, "unfinished": model_files.unfinished()}
+    for name, files in kinds.items():
+        print(f"{name:<11} {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
 
 
 def _cache_clear(args: argparse.Namespace) -> None:
     from pykv import cuda
+    from pykv.llm import model_files
 
-    print(f"kernels  {cuda.clear_cubins():,} bytes deleted")
+    print(f"kernels     {cuda.clear_cubins():,} bytes deleted")
+    models, parts = model_files.remove(models=args.models)
     if args.models:
-        from pykv.llm import models
-
-        print(f"models   {models.remove():,} bytes deleted")
+        print(f"models      {models:,} bytes deleted")
+    print(f"unfinished  {parts:,} bytes deleted")
 
 
 def _cache_warmup(args: argparse.Namespace) -> None:

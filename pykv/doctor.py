@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +17,30 @@ from typing import Any
 import numpy as np
 
 from pykv import __version__, cuda, install
+from pykv.cache_folder import check_private, make_private
 from pykv.errors import CompileError, UnsupportedError
+from pykv.llm import model_files
 
 CUDA_13_DRIVER = 580  # first driver branch of the CUDA 13 line
 CUDA_12_DRIVER = 525  # and of the CUDA 12 line
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 INSUFFICIENT_DRIVER, NO_DEVICE = 35, 100  # of cudaError_t
+
+
+# Of bug reports: what is installed of these, without importing any.
+VERSIONS = (
+    "numpy",
+    "ml-dtypes",
+    *("cuda-core", "cuda-bindings", "cuda-pathfinder"),
+    *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
+    *("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    *("gguf", "tokenizers", "jinja2"),
+    *("torch", "jax"),
+)
+EXTRAS = {  # of pyproject.toml that are for every machine, and the packages that each names
+    "llm": ("gguf", "tokenizers", "jinja2", "tqdm", "requests", "filelock"),
+    "plot": ("matplotlib",),
+}
 
 
 @dataclass
@@ -31,11 +51,16 @@ class Finding:
         name: what was looked at.
         value: what was found.
         mend: the command that mends it, or what else to do; empty where nothing is wrong.
+        state: "ok", "FAULT", or "missing" for what is there for those who want it.
     """
 
     name: str
     value: str
     mend: str = ""
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        self.state = self.state or ("FAULT" if self.mend else "ok")
 
 
 @dataclass
@@ -46,7 +71,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not any(finding.mend for finding in self.findings)
+        return not any(finding.state == "FAULT" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, "findings": [vars(finding) for finding in self.findings]}
@@ -54,23 +79,36 @@ class Report:
     def as_text(self) -> str:
         lines = []
         for finding in self.findings:
-            value = finding.value.replace("\n", f"\n{'':<18}")
-            lines.append(f"{'FAULT' if finding.mend else 'ok':<6}{finding.name:<12}{value}")
+            value = finding.value.replace("\n", f"\n{'':<20}")
+            lines.append(f"{finding.state:<8}{finding.name:<12}{value}")
             if finding.mend:
-                lines.append(f"{'':<18}mend it: {finding.mend}")
+                verb = "add" if finding.state == "missing" else "mend"
+                lines.append(f"{'':<20}{verb} it: {finding.mend}")
         return "\n".join(lines)
 
 
 def examine() -> Report:
-    """Look at driver, GPU, packages, compiler, cache folder and cuBLAS, then compile and run one
-    kernel. Stops at the first fault on which the rest depends. A machine without a GPU is no
-    fault: NumPy runs there."""
+    """Look at versions, extras, memory, cache folder and models; at driver, GPU, packages, compiler
+    and cuBLAS, and compile and run one kernel. Stops at the first fault on which the rest depends.
+    A machine without a GPU is no fault: NumPy runs there."""
     report = Report()
     add = report.findings.append
-    add(Finding("pykv", f"{__version__}, Python {platform.python_version()}, {platform.system()}"))
+    add(
+        Finding("pykv", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+    )
+    add(Finding("versions", ", ".join(f"{name} {_version(name)}" for name in _installed(VERSIONS))))
+    for extra, names in EXTRAS.items():
+        lacking = [name for name in names if name not in _installed(names)]
+        if lacking:
+            text = f"{', '.join(lacking)} not installed"
+            add(Finding(extra, text, install.command(extra), "missing"))
+        else:
+            add(Finding(extra, "all packages of the extra are installed"))
+    add(Finding("memory", _memory()))
     add(_cache_folder())
+    report.findings += _models()
     if not cuda.has_driver():
-        add(Finding("gpu", "no NVIDIA driver: the NumPy reference runs"))
+        add(Finding("gpu", f"{cuda.devices.NO_DRIVER}: the NumPy reference runs"))
         return report
     for name, step in STEPS.items():
         try:
@@ -88,17 +126,49 @@ def examine() -> Report:
     return report
 
 
+def _installed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if _version(name)]
+
+
+def _memory() -> str:
+    """Of the host, and what is free on the disk of the cache folder."""
+    facts = []
+    with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
+        pages, page = (os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+        facts.append(f"{pages * page / 2**30:.1f} GiB of RAM")
+    folder = cuda.cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    return ", ".join([*facts, f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB of disk free"])
+
+
 def _cache_folder() -> Finding:
     folder = cuda.cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        make_private(cuda.cubin_dir())
+        check_private(model_files.folder())
+        with tempfile.TemporaryFile(dir=cuda.cubin_dir()):
             pass
     except OSError as error:
-        return Finding(
-            "cache", f"{folder}: {error.strerror}", "export PYKV_CACHE_DIR=/a/writable/one"
-        )
-    return Finding("cache", str(folder))
+        mend = "export PYKV_CACHE_DIR=/a/folder/of/your/own"
+        return Finding("cache", f"{error.filename or folder}: {error.strerror}", mend)
+    leftovers = sum(path.stat().st_size for path in model_files.unfinished())
+    rest = f", {leftovers:,} bytes of unfinished downloads (pykv cache clear)" if leftovers else ""
+    return Finding("cache", f"{folder}{rest}")
+
+
+def _models() -> list[Finding]:
+    """One for each fetched model; a file that is read to its end holds or is damaged."""
+    findings = []
+    for model in model_files.kept():
+        found = model_files.digest_of(model.path)
+        size = f"{model.path.stat().st_size / 1e6:,.0f} MB"
+        if found == model.sha256:
+            findings.append(Finding("model", f"{model.model}, {size}, SHA-256 {found}"))
+        else:
+            text = f"{model.path} is damaged: SHA-256 {found}, expected {model.sha256}"
+            findings.append(Finding("model", text, f"rm '{model.path}', then it is fetched again"))
+    return findings
 
 
 def _driver() -> Finding:
@@ -177,10 +247,17 @@ def _gpu() -> Finding:
     names = []
     for i in range(count):
         facts = cupy.cuda.runtime.getDeviceProperties(i)
-        memory = facts["totalGlobalMem"] / 2**30
+        free, total = (x / 2**30 for x in _gpu_memory(cupy, i))
         sm = f"sm_{facts['major']}{facts['minor']}"
-        names.append(f"{facts['name'].decode()} ({sm}, {memory:.0f} GiB)")
+        names.append(f"{facts['name'].decode()} ({sm}, {free:.0f} of {total:.0f} GiB free)")
     return Finding("gpu", "; ".join(names))
+
+
+def _gpu_memory(cupy: Any, device: int) -> tuple[int, int]:
+    """Bytes that are free and all bytes of a GPU."""
+    with cupy.cuda.Device(device):
+        free, total = cupy.cuda.runtime.memGetInfo()
+    return int(free), int(total)
 
 
 def _compiler() -> Finding:
@@ -191,7 +268,8 @@ def _compiler() -> Finding:
         arch = cuda.current_arch()
         cuda.compile("paged_append", arch, **paged_append.VARIANTS[0])
     except UnsupportedError as error:
-        newer = "pip install --upgrade nvidia-cuda-nvrtc"
+        line = "-cu12" if cuda.nvrtc_version().startswith("12.") else ""
+        newer = f"pip install --upgrade nvidia-cuda-nvrtc{line}"
         return Finding("compiler", str(error), _install(12) if "[cu12]" in str(error) else newer)
     except CompileError as error:
         return Finding("compiler", str(error), "report this to pykv")

@@ -16,34 +16,37 @@ NAME = "pykv-cuda"
 
 @cache
 def command(extra: str) -> str:
-    """The `pip install` command that adds an extra of pyproject.toml, such as "cu13".
+    """The command that adds an extra of pyproject.toml, such as "cu13": of uv where uv installed
+    pykv, as its environments have no pip, else of pip.
 
-    pip records in direct_url.json (PEP 610) where it took a distribution from, unless that was an
+    Both record in direct_url.json (PEP 610) where they took a distribution from, unless that was an
     index. A source tree on sys.path that was never installed has no record at all.
     """
     import json
     from importlib import metadata
 
     try:
-        record = metadata.distribution(NAME).read_text("direct_url.json")
+        found = metadata.distribution(NAME)
     except metadata.PackageNotFoundError:
         tree = Path(__file__).resolve().parents[1]
         return f"pip install -e '{tree}[{extra}]'"
-    return _from_record(json.loads(record or "{}"), extra)
+    tool = "uv pip" if (found.read_text("INSTALLER") or "").strip() == "uv" else "pip"
+    record = json.loads(found.read_text("direct_url.json") or "{}")
+    return f"{tool} install {_from_record(record, extra)}"
 
 
 def _from_record(record: dict[str, object], extra: str) -> str:
     url = str(record.get("url", ""))
     match record:
         case {"dir_info": {"editable": True}}:
-            return f"pip install -e '{_path(url)}[{extra}]'"
+            return f"-e '{_path(url)}[{extra}]'"
         case {"dir_info": _}:
-            return f"pip install '{_path(url)}[{extra}]'"
+            return f"'{_path(url)}[{extra}]'"
         case {"vcs_info": {"vcs": vcs, "commit_id": commit}}:
-            return f"pip install '{NAME}[{extra}] @ {vcs}+{url}@{commit}'"
+            return f"'{NAME}[{extra}] @ {vcs}+{url}@{commit}'"
         case {"archive_info": _}:
-            return f"pip install '{NAME}[{extra}] @ {url}'"
-    return f"pip install '{NAME}[{extra}]'"
+            return f"'{NAME}[{extra}] @ {url}'"
+    return f"'{NAME}[{extra}]'"
 
 
 def _path(url: str) -> str:

@@ -13,16 +13,24 @@ even. Code kinds store codes and a scale, in arrays of their own; a row decodes 
 
 How a row x is encoded, in float32, so that every device writes the same bits:
 
-    scale = max(max |x|, 1e-8) / largest, rounded to the dtype of the scales, but finite
+    scale = max(max |x|, 1e-8) / largest, rounded to nearest even in the dtype of the scales, but
+            finite; upwards where a float16 is subnormal
     code  = x * (1 / scale), clamped to -largest ... largest, to nearest even; 0 where the scale is
             not above 0 or 1 / scale is 0
 
-The scale is the one that is stored, so decoding meets no second rounding; float16 scales are
-subnormal for rows below 8e-3 and 0 below 4e-6. A row with a NaN or an infinity gets the scale NaN
-and codes 0: all of it decodes to NaN, as visible as in a cache of floats. Scales for a whole head
-or tensor are given, not found: x beyond what they cover is clamped, infinities too; NaN becomes
-0x7f in fp8, which is NaN, and 0 in int8 and int4. Source: the recipe of ferrum's int8 cache, with
-the stored scale in place of the exact one.
+The scale is the one that is stored, so decoding meets no second rounding. A float16 scale below
+2^-14 is a multiple of 2^-24; to nearest it could be too small for the row, or 0. So an error is
+that of ideal scales
+
+    fp8         for every row of max |x| >= 1e-8: codes have exponents of their own
+    int8, int4  for all rows with float32 scales; a float16 scale adds at most 2^-25 to each error,
+                which half a step of int8 exceeds where max |x| > 127 * 2^-24 = 7.6e-6, of int4
+                where max |x| > 4.2e-7
+
+A row with a NaN or an infinity gets the scale NaN and codes 0: all of it decodes to NaN, as visible
+as in a cache of floats. Scales for a whole head or tensor are given, not found: x beyond what they
+cover is clamped, infinities too; NaN becomes 0x7f in fp8, which is NaN, and 0 in int8 and int4.
+Source: the recipe of ferrum's int8 cache, with the stored scale in place of the exact one.
 """
 
 from __future__ import annotations
@@ -456,6 +464,8 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
     amax = np.abs(x).max(-1, initial=0)
     finite = np.isfinite(amax)  # NaN wins a maximum
     scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
+    if dtype == np.float16:  # no float32 scale is subnormal
+        scale = np.where(scale < 2**-14, np.ceil(scale * 2**24) / 2**24, scale)
     scale = np.minimum(scale, np.finfo(dtype).max).astype(dtype)
     return np.where(finite, scale, dtype.type(np.nan))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import footprint, on_gpu, to_host
+from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager, page_ids
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -359,7 +359,7 @@ class PagedKVCache:
     def _zeros(self, pages: int) -> list[Any]:
         """New arrays for K, V and their scales."""
         layers, heads, head_dim = self._sizes
-        spec, xp = self.spec, self._xp
+        spec, xp = self.spec, self._xp if self._xp is np else load_cupy()
         scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
         dtype = SCALE_DTYPES[spec.scale_dtype]
         shapes = spec.pool_shapes(pages, self.page_size, heads, head_dim)

@@ -14,6 +14,7 @@ import pytest
 
 import pykv
 from pykv import cli, cuda, doctor, verify
+from pykv.llm import model_files
 from pykv.ops import norm
 from tests.llm import tiny
 
@@ -275,6 +276,24 @@ def test_inspect(capsys):
     assert "blk.1.attn_k.weight F32 32 x 64 8192 bytes" in lines
 
 
+def test_inspect_json(capsys):
+    code, out, err = run(capsys, "inspect", "chat.gguf", "--json")
+    found = json.loads(out)
+    assert (code, err, found["version"]) == (0, "", 3)
+    assert found["metadata"]["llama.context_length"] == 128
+    assert len(found["metadata"]["tokenizer.ggml.tokens"]) > 4
+    expected = {"name": "blk.1.attn_k.weight", "type": "F32", "shape": [32, 64], "bytes": 8192}
+    assert expected in found["tensors"]
+
+
+def test_size_json(capsys):
+    code, out, err = run(capsys, "size", "chat.gguf", "--kv-dtype", "int8", "--ctx", 9, "--json")
+    sizes = dict(layers=2, kv_heads=2, head_dim=16, context=128)
+    assert (code, err) == (0, "") and json.loads(out) == sizes | dict(
+        kv_dtype="int8", tokens=9, bytes_per_token=144, bytes=1296
+    )
+
+
 LLAMA = "(2 layers x 2 heads x {} bytes of K{})"
 GEMMA = "(7 layers x 2 heads x {} bytes of K{})"
 BOTH, WITH_SCALES = " and V", ", V and scales"  # heads of 16 and of 32
@@ -322,7 +341,9 @@ def test_doctor(capsys, monkeypatch, mend, code):
     assert (got, err) == (code, "")
     assert json.loads(out) == {
         "ok": not code,
-        "findings": [{"name": "gpu", "value": "found", "mend": mend}],
+        "findings": [
+            {"name": "gpu", "value": "found", "mend": mend, "state": ["ok", "FAULT"][code]}
+        ],
     }
 
 
@@ -330,11 +351,8 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "has_driver", lambda: False)
     code, out, err = run(capsys, "doctor")
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()] == [
-        ["ok", "pykv"],
-        ["ok", "cache"],
-        ["ok", "gpu"],
-    ]
+    names = ["pykv", "versions", "llm", "plot", "memory", "cache", "gpu"]
+    assert [line.split()[1] for line in out.splitlines() if not line.startswith(" ")] == names
     assert str(tmp_path / "cache") in out
 
 
@@ -434,44 +452,88 @@ def test_verify_goes_on_where_an_op_raises(capsys, monkeypatch, few_rows):
     assert [case["op"] for case in others if case["ok"]] == ["rope"] * of_rope
 
 
-# --- cache ---
+# --- models and cache ---
+
+
+def test_models(capsys, filled):
+    code, out, err = run(capsys, "models")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[:2] == ["smollm2-135m 98 MB not fetched", "Apache-2.0"]
+    assert f"m 0 MB {filled / 'models' / 'm.gguf'}" in lines
+    assert "hf:owner/repo/file.gguf" in lines[-1]
+
+
+def test_models_json(capsys, filled):
+    code, out, err = run(capsys, "models", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["models"]}
+    assert (code, err) == (0, "") and rows["smollm2-135m"]["file"] is None
+    assert rows["m"]["bytes"] == 7 and rows["m"]["file"] == str(filled / "models" / "m.gguf")
+
+
+ENTRIES = f"cubin/entries/ab/{'0' * 62}", f"cubin/entries/cd/{'1' * 62}"
+FOREIGN = (
+    "cubin/README",
+    "cubin/entries/ab/notes",
+    "models/mine.gguf",
+    "models/x.part",
+    "own/file",
+)
 
 
 @pytest.fixture
 def filled(tmp_path):
-    """A cache folder with 10 bytes of cubins and 7 bytes of models."""
-    for name, size in (("cubin/entries/ab/x", 4), ("cubin/entries/cd/y", 6), ("models/m.gguf", 7)):
-        path = tmp_path / "cache" / name
+    """A cache folder with 12 bytes of cubins, of which 2 were never finished, 7 bytes of a model
+    and 3 of a download; and files that somebody else put there."""
+    folder = tmp_path / "cache"
+    sizes = {ENTRIES[0]: 4, ENTRIES[1]: 6, "cubin/tmp/entry-x1": 2, f"models/{'a' * 32}.part": 3}
+    for name, size in {**sizes, **dict.fromkeys(FOREIGN, 100), "models/m.gguf": 7}.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(size))
-    return tmp_path / "cache"
+    model_files.write_record(folder / "models/m.gguf", "m", "", folder / "models/m.gguf")
+    return folder
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_cache_info(capsys, filled):
     assert run(capsys, "cache", "info") == (
         0,
-        f"folder   {filled}\nkernels  2 files, 10 bytes\nmodels   1 files, 7 bytes\n",
+        f"folder      {filled}\nkernels     3 files, 12 bytes\nmodels      1 files, 7 bytes\n"
+        "unfinished  1 files, 3 bytes\n",
         "",
     )
 
 
 def test_cache_info_without_a_folder(capsys, tmp_path):
     code, out, err = run(capsys, "cache", "info")
-    assert (code, err) == (0, "") and out.count(" 0 files, 0 bytes\n") == 2
+    assert (code, err) == (0, "") and out.count(" 0 files, 0 bytes\n") == 3
     assert not (tmp_path / "cache").exists()
 
 
-def test_cache_clear_keeps_models(capsys, filled):
-    assert run(capsys, "cache", "clear") == (0, "kernels  10 bytes deleted\n", "")
-    assert not (filled / "cubin").exists() and (filled / "models" / "m.gguf").exists()
+def test_cache_clear_keeps_models_and_what_is_not_ours(capsys, filled):
+    out = "kernels     12 bytes deleted\nunfinished  3 bytes deleted\n"
+    assert run(capsys, "cache", "clear") == (0, out, "")
+    assert files_in(filled) == sorted([*FOREIGN, "models/m.gguf", "models/m.gguf.json"])
 
 
 def test_cache_clear_models(capsys, filled):
-    out = "kernels  10 bytes deleted\nmodels   7 bytes deleted\n"
+    out = "kernels     12 bytes deleted\nmodels      7 bytes deleted\nunfinished  3 bytes deleted\n"
     assert run(capsys, "cache", "clear", "--models") == (0, out, "")
-    assert list(filled.iterdir()) == []
-    out = "kernels  0 bytes deleted\nmodels   0 bytes deleted\n"
-    assert run(capsys, "cache", "clear", "--models") == (0, out, "")
+    assert files_in(filled) == sorted(FOREIGN)
+    code, out, err = run(capsys, "cache", "clear", "--models")
+    assert (code, err) == (0, "") and out.count(" 0 bytes deleted\n") == 3
+    assert files_in(filled) == sorted(FOREIGN)
+
+
+def test_cache_clear_leaves_no_empty_folders(capsys, filled):
+    for name in FOREIGN:
+        (filled / name).unlink()
+    assert run(capsys, "cache", "clear", "--models")[0] == 0
+    assert [path.name for path in filled.iterdir()] == ["own"]
 
 
 @pytest.fixture
@@ -484,10 +546,10 @@ def one_variant(monkeypatch):
 def test_cache_warmup(capsys, one_variant):
     code, out, err = run(capsys, "cache", "warmup", "--arch", "sm_80", "--arch", "sm_90")
     assert (code, out) == (0, "2 kernels compiled for sm_80, sm_90\n")
-    assert err.endswith("compiling kernels for sm_80, sm_90: 2/2\r\n")
+    assert err == "pykv: compiling kernels for sm_80, sm_90: 2 in all\n"
     again = run(capsys, "cache", "warmup", "--arch", "sm_90")
     assert again == (0, "0 kernels compiled for sm_90\n", "")
-    assert "kernels  0 files" not in run(capsys, "cache", "info")[1]
+    assert "kernels     0 files" not in run(capsys, "cache", "info")[1]
 
 
 @pytest.mark.nvrtc
@@ -626,6 +688,7 @@ def test_cuda_without_a_gpu(capsys, monkeypatch, packages_find):
     runtime = types.SimpleNamespace(getDeviceCount=count, CUDARuntimeError=CUDARuntimeError)
     stub = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(sys.modules, "cupy", stub)
+    monkeypatch.setattr(cuda.devices, "has_driver", lambda: True)
     text = "device is 'cuda', but the .*driver .*see `pykv doctor`"
     assert_one_line(run(capsys, *GOOD[:-1], "cuda"), text)
 
@@ -697,7 +760,17 @@ def test_version_and_help(capsys):
         assert ended.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"pykv {pykv.__version__}\n")
-    for command in ("run", "chat", "inspect", "size", "doctor", "verify", "bench", "cache"):
+    for command in (
+        "run",
+        "chat",
+        "inspect",
+        "size",
+        "models",
+        "doctor",
+        "verify",
+        "bench",
+        "cache",
+    ):
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
 
 

@@ -1,5 +1,6 @@
 """The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import textwrap
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +160,16 @@ def test_arch_that_this_line_cannot_target_names_the_extra(folder):
 
 
 @nvrtc
+@pytest.mark.parametrize("arch, wanted", [("sm_120", "12.8"), ("sm_121", "12.9")])
+def test_an_sm_newer_than_the_oldest_nvrtc_names_the_one_that_it_needs(
+    folder, monkeypatch, arch, wanted
+):
+    monkeypatch.setattr(cuda.compiler, "_targets", lambda: (50, 70, 75, 90))  # as NVRTC 12.4
+    with pytest.raises(UnsupportedError, match=f"arch is {arch}, .* expected NVRTC {wanted} or ne"):
+        cuda.compile(**{**JOB, "arch": arch})
+
+
+@nvrtc
 @pytest.mark.parametrize("arch", ["90", "sm_", "sm_9x", "compute-90", ""])
 def test_malformed_arch_is_refused(folder, arch):
     with pytest.raises(ParameterError, match=f"arch is '{arch}', expected sm_75 or the like"):
@@ -222,6 +234,60 @@ def test_folder_that_takes_nothing_means_memory_and_one_warning(folder, compiles
     assert cuda.compile(**JOB).code == first and len(compiles) == 2
 
 
+OTHERS_CAN_WRITE = [(folder, mode) for folder in ("", "cubin") for mode in (0o777, 0o770, 0o702)]
+
+
+@nvrtc
+@pytest.mark.parametrize("name, mode", OTHERS_CAN_WRITE)
+def test_cubins_that_others_could_plant_are_not_loaded(folder, compiles, name, mode):
+    """A cubin is code, and its checksum has no key."""
+    cuda.compile(**JOB)
+    (path,) = entries(folder)
+    planted = b"planted" * 99
+    path.write_bytes(planted + hashlib.sha256(planted).digest())
+    (folder / name).chmod(mode)
+    cuda.compiler._store_at.cache_clear()  # as in the next process
+    with pytest.warns(RuntimeWarning, match=f"in {folder / name} .*others can write.*chmod go-w"):
+        assert b"planted" not in cuda.compile(**JOB).code
+    assert len(compiles) == 2
+    (folder / name).chmod(0o700)
+
+
+@nvrtc
+def test_cubins_of_another_user_are_not_loaded(folder, compiles, monkeypatch):
+    cuda.compile(**JOB)
+    cuda.compiler._store_at.cache_clear()
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    if os.stat(folder).st_uid:  # what root owns is trusted
+        with pytest.warns(RuntimeWarning, match=f"it belongs to user {os.stat(folder).st_uid}"):
+            cuda.compile(**JOB)
+    else:
+        os.chown(folder / "cubin", 4712, -1)
+        with pytest.warns(RuntimeWarning, match="it belongs to user 4712, expected yourself"):
+            cuda.compile(**JOB)
+    assert len(compiles) == 2
+
+
+@nvrtc
+def test_the_cache_folder_is_made_for_its_owner_alone(folder, compiles):
+    mask = os.umask(0)
+    try:
+        cuda.compile(**JOB)
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder / "cubin")} == {0o700}
+
+
+@nvrtc
+def test_no_owners_where_the_system_has_none(folder, compiles, monkeypatch):
+    """On Windows the cache lies in the user's profile."""
+    monkeypatch.delattr(os, "getuid")
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    cuda.compile(**JOB)
+    assert len(entries(folder)) == 1
+
+
 @nvrtc
 def test_full_disk_means_memory_and_one_warning(folder, compiles, monkeypatch):
     cuda.compile(**{**JOB, "HEAD_DIM": 128})
@@ -253,9 +319,16 @@ def test_warmup_builds_what_is_missing_once(folder, compiles, capsys, monkeypatc
     some = [("paged_append", {**JOB_DEFINES, "HEAD_DIM": size}) for size in (64, 128)]
     monkeypatch.setattr(cuda.compiler, "variants", lambda arch=None: some)
     assert cuda.warmup(["sm_75", "sm_90"]) == 4
-    assert "compiling kernels for sm_75, sm_90: 4/4" in capsys.readouterr().err
+    what = "pykv: compiling kernels for sm_75, sm_90:"
+    assert capsys.readouterr().err == f"{what} 4 in all\n"  # a log, so no carriage returns
     assert cuda.warmup(["sm_75", "sm_90"]) == 0
-    assert capsys.readouterr().err == "" and len(compiles) == 4
+    assert capsys.readouterr().err == ""
+    assert len(compiles) == 4
+    cuda.clear_cubins()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cuda.warmup(["sm_75"]) == 2
+    what = "pykv: compiling kernels for sm_75:"
+    assert capsys.readouterr().err == f"{what} 1/2\r{what} 2/2\r\n"
 
 
 @nvrtc
@@ -362,6 +435,68 @@ def test_cubin_of_another_gpu_is_a_cuda_error():
     other = "sm_80" if cupy.cuda.Device().compute_capability.startswith("7") else "sm_75"
     with pytest.raises(CudaError, match=f"loading paged_append.cu for {other}: .*NO_BINARY"):
         cuda.driver.load(other, "paged_append", "paged_append", **JOB_DEFINES)
+
+
+# --- The choice of a GPU ---
+
+GIB = 1 << 30
+TWO = {0: (75, 12 * GIB), 1: (90, 4 * GIB)}  # SM and free memory of each
+
+
+def gpus(monkeypatch, facts, current=0):
+    """CuPy as it would be on a machine with these GPUs."""
+    monkeypatch.setattr(cuda.devices, "_facts", facts.__getitem__)
+    runtime = SimpleNamespace(
+        getDevice=lambda: current,
+        getDeviceCount=lambda: len(facts),
+        getDeviceProperties=lambda i: {"name": b"Tesla T4" if facts[i][0] == 75 else b"H100"},
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    "facts, current, need, chosen",
+    [
+        (TWO, 0, 1 * GIB, 1),  # the newer
+        (TWO, 0, 5 * GIB, 0),  # the one with room
+        (TWO, 0, 99 * GIB, 1),  # neither has: the newer, whose error will say what is missing
+        ({0: (90, GIB), 1: (90, 9 * GIB)}, 0, 0, 0),  # equals: the current one
+        ({0: (90, GIB), 1: (90, GIB)}, 1, 0, 1),
+        ({0: (90, GIB), 1: (90, 9 * GIB)}, 0, 2 * GIB, 1),
+        ({0: (75, 0)}, 0, GIB, 0),
+    ],
+)
+def test_auto_is_the_most_capable_gpu_with_room(monkeypatch, facts, current, need, chosen):
+    xp = gpus(monkeypatch, facts, current)
+    assert cuda.pick_device("auto", xp, nbytes=need) == f"cuda:{chosen}"
+
+
+def test_a_name_decides_alone(monkeypatch):
+    xp = gpus(monkeypatch, TWO)
+    assert cuda.pick_device("cuda:0", xp) == cuda.pick_device("cuda", xp) == "cuda:0"
+    assert cuda.pick_device("auto", np) == cuda.pick_device("cpu", np) == "cpu"
+
+
+def test_a_gpu_older_than_required_is_named(monkeypatch):
+    xp = gpus(monkeypatch, TWO)
+    assert cuda.pick_device("auto", xp, require_sm=80) == "cuda:1"
+    text = "^device is 'cuda', here GPU 0, Tesla T4 of sm_75, expected a GPU of sm_80 or newer$"
+    with pytest.raises(DeviceError, match=text):
+        cuda.pick_device("cuda", xp, require_sm=80)
+    with pytest.raises(DeviceError, match="'cpu', here the CPU, expected a GPU of sm_80 or newer"):
+        cuda.pick_device("cpu", np, require_sm=80)
+
+
+@pytest.mark.gpu
+def test_this_machine_picks_one_of_its_gpus():
+    import cupy
+
+    name = cuda.pick_device("auto", cupy, require_sm=50)
+    count = cupy.cuda.runtime.getDeviceCount()
+    assert name in [f"cuda:{i}" for i in range(count)]
+    sm, free = cuda.devices._facts(0)
+    assert sm == int(cupy.cuda.Device(0).compute_capability)
+    assert 0 < free <= cupy.cuda.runtime.memGetInfo()[1]
 
 
 # --- Import ---

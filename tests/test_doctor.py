@@ -1,15 +1,20 @@
 """pykv doctor on machines that we do not have: what it looks at is replaced, piece by piece."""
 
 import json
+import re
 import sys
+import tomllib
 import types
+from contextlib import nullcontext
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pykv import cuda, doctor, install
 from pykv.errors import CompileError
+from pykv.llm import model_files
 from pykv.ops import linear, paged_append
 
 CU12 = {
@@ -50,15 +55,18 @@ class Machine:
         self.set_driver("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build")
         monkeypatch.setattr(metadata, "version", self.version)
         monkeypatch.setattr(install, "command", lambda extra: f"pip install 'pykv-cuda[{extra}]'")
-        facts = dict(name=b"NVIDIA H100", major=9, minor=0, totalGlobalMem=80 * 2**30)
+        facts = dict(name=b"NVIDIA H100", major=9, minor=0)
         self.runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceCount=lambda: 1,
             getDeviceProperties=lambda device: facts,
+            memGetInfo=lambda: (60 * 2**30, 80 * 2**30),
         )
         stub = types.SimpleNamespace(
             cuda=types.SimpleNamespace(
-                runtime=self.runtime, get_current_stream=lambda: types.SimpleNamespace(ptr=0)
+                runtime=self.runtime,
+                Device=nullcontext,
+                get_current_stream=lambda: types.SimpleNamespace(ptr=0),
             ),
             **{name: getattr(np, name) for name in ("zeros", "asarray")},
             asnumpy=np.asarray,
@@ -89,6 +97,7 @@ class Machine:
         self.runtime.getDeviceCount = fail
 
 
+FIRST = ["pykv", "versions", "llm", "plot", "memory", "cache"]  # which need no driver
 OLD = "NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024"
 
 
@@ -104,7 +113,7 @@ def findings(report):
 def fault(name):
     """The last finding, which must be the only fault and of this name."""
     report = doctor.examine()
-    assert not report.ok and [f.name for f in report.findings if f.mend] == [name]
+    assert not report.ok and [f.name for f in report.findings if f.state == "FAULT"] == [name]
     assert report.findings[-1].name == name  # what depends on it is not looked at
     return report.findings[-1]
 
@@ -115,30 +124,30 @@ def fault(name):
 def test_all_is_well(machine):
     report = doctor.examine()
     assert report.ok
-    assert {f.name: f.value for f in report.findings[2:]} == {
+    assert {f.name: f.value for f in report.findings[len(FIRST) :]} == {
         "driver": "580.65.06 (CUDA 13 line)",
         "packages": "cuda-core 1.2.2, cuda-bindings 13.5.0, nvidia-cuda-nvrtc 13.5.37, "
         "cupy-cuda13x 14.2.0",
-        "gpu": "NVIDIA H100 (sm_90, 80 GiB)",
+        "gpu": "NVIDIA H100 (sm_90, 60 of 80 GiB free)",
         "compiler": "NVRTC 13.5 targets sm_90",
         "kernel": "compiled, ran, and gave the right values",
         "cublas": "found",
     }
-    assert [f.name for f in report.findings[:2]] == ["pykv", "cache"]
+    assert [f.name for f in report.findings[: len(FIRST)]] == FIRST
 
 
 def test_no_driver_is_no_fault(machine, monkeypatch):
     monkeypatch.setattr(cuda, "has_driver", lambda: False)
     monkeypatch.setattr(doctor, "STEPS", {"driver": None})  # nothing of CUDA may be touched
     report = doctor.examine()
-    assert report.ok and list(findings(report)) == ["pykv", "cache", "gpu"]
-    assert findings(report)["gpu"].value == "no NVIDIA driver: the NumPy reference runs"
+    assert report.ok and list(findings(report)) == [*FIRST, "gpu"]
+    assert findings(report)["gpu"].value == "there is no NVIDIA driver: the NumPy reference runs"
 
 
 def test_two_gpus_are_both_named(machine):
     machine.runtime.getDeviceCount = lambda: 2
     value = findings(doctor.examine())["gpu"].value
-    assert value == "NVIDIA H100 (sm_90, 80 GiB); NVIDIA H100 (sm_90, 80 GiB)"
+    assert value == "; ".join(["NVIDIA H100 (sm_90, 60 of 80 GiB free)"] * 2)
 
 
 def test_cuda_12_packages_on_a_newer_driver_are_fine(machine):
@@ -166,7 +175,7 @@ def test_cache_folder_that_cannot_be_written(machine, monkeypatch, tmp_path):
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "file" / "cache"))
     report = doctor.examine()
     found = findings(report)["cache"]
-    assert not report.ok and found.mend == "export PYKV_CACHE_DIR=/a/writable/one"
+    assert not report.ok and found.mend == "export PYKV_CACHE_DIR=/a/folder/of/your/own"
     assert found.value == f"{tmp_path / 'file' / 'cache'}: Not a directory"
     assert "kernel" in findings(report)  # the rest does not depend on it
 
@@ -181,7 +190,60 @@ def test_cache_folder_that_takes_no_files(machine, monkeypatch):
 
 def test_nothing_stays_in_the_cache_folder(machine, tmp_path):
     doctor.examine()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_cache_folder_that_others_can_write(machine, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    found = findings(doctor.examine())["cache"]
+    assert found.state == "FAULT" and "others can write there: chmod go-w" in found.value
+
+
+# --- Versions, extras, models ---
+
+
+def test_versions_are_those_of_a_bug_report(machine):
+    machine.versions |= {"numpy": "2.4.0", "torch": "2.8.0", "jax": "0.8.0"}
+    found = findings(doctor.examine())["versions"].value
+    for text in ("numpy 2.4.0", "nvidia-cuda-nvrtc 13.5.37", "cupy-cuda13x 14.2.0", "torch 2.8.0"):
+        assert text in found
+    assert "gguf" not in found and "jax 0.8.0" in found
+
+
+def test_a_missing_package_of_an_extra_is_no_fault_but_not_ok(machine):
+    machine.versions |= dict.fromkeys(doctor.EXTRAS["llm"], "1") | {"matplotlib": "3.9"}
+    report = findings(doctor.examine())
+    assert report["llm"].state == report["plot"].state == "ok"
+    del machine.versions["gguf"]
+    report = doctor.examine()
+    found = findings(report)["llm"]
+    assert (found.state, found.value) == ("missing", "gguf not installed") and report.ok
+    assert found.mend == "pip install 'pykv-cuda[llm]'"
+
+
+def test_extras_are_those_of_the_project():
+    root = Path(__file__).resolve().parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for name, packages in doctor.EXTRAS.items():
+        required = extras["optional-dependencies"][name]
+        assert tuple(re.split("[<>=]", text)[0] for text in required) == packages
+
+
+def test_models_are_held_against_their_checksums(machine, tmp_path):
+    path = tmp_path / "cache" / "models" / "m.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    digest = model_files.digest_of(path)
+    model_files.write_record(path, "hf:a/b/m.gguf", digest, path)
+    (path.parent / f"{'0' * 32}.part").write_bytes(b"abc")
+    report = findings(doctor.examine())
+    assert report["model"].value == f"hf:a/b/m.gguf, 0 MB, SHA-256 {digest}"
+    assert "3 bytes of unfinished downloads" in report["cache"].value
+    path.write_bytes(b"GGUf")
+    found = findings(doctor.examine())["model"]
+    assert found.state == "FAULT" and f"{path} is damaged" in found.value
+    assert found.mend == f"rm '{path}', then it is fetched again"
 
 
 # --- Driver and packages ---
@@ -320,8 +382,8 @@ def test_a_source_that_nvrtc_refuses(machine, monkeypatch):
         n for n, text in enumerate(doctor.examine().as_text().split("\n")) if "sm_90:" in text
     )
     assert doctor.examine().as_text().split("\n")[line + 1 : line + 3] == [
-        f"{'':<18}line one",
-        f"{'':<18}line two",
+        f"{'':<20}line one",
+        f"{'':<20}line two",
     ]
 
 
@@ -368,7 +430,7 @@ def test_json_shape(machine):
     report = json.loads(json.dumps(doctor.examine().as_dict()))
     assert set(report) == {"ok", "findings"} and report["ok"] is False
     for finding in report["findings"]:
-        assert set(finding) == {"name", "value", "mend"}
+        assert set(finding) == {"name", "value", "mend", "state"}
         assert all(isinstance(value, str) for value in finding.values())
     assert report["findings"][-1]["mend"] == "pip install 'pykv-cuda[cu13]'"
 
@@ -376,9 +438,10 @@ def test_json_shape(machine):
 def test_text_puts_the_way_out_below_the_fault(machine):
     machine.versions.clear()
     *sound, found, mend = doctor.examine().as_text().split("\n")
-    assert [line[:6] for line in sound] == ["ok    "] * 3
-    assert found.startswith("FAULT packages    missing: cuda-core")
-    assert mend == f"{'':<18}mend it: pip install 'pykv-cuda[cu13]'"
+    assert {line.split()[0] for line in sound} == {"ok", "missing", "add"}
+    assert "missing plot        matplotlib not installed" in sound
+    assert found.startswith("FAULT   packages    missing: cuda-core")
+    assert mend == f"{'':<20}mend it: pip install 'pykv-cuda[cu13]'"
 
 
 @pytest.mark.gpu
@@ -390,4 +453,5 @@ def test_this_machine():
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     assert name in findings(report)["gpu"].value
     assert cuda.current_arch() in findings(report)["compiler"].value
-    assert list(findings(report)) == ["pykv", "cache", *doctor.STEPS, "cublas"]
+    found = [name for name in findings(report) if name != "model"]
+    assert found == [*FIRST, *doctor.STEPS, "cublas"]

@@ -34,15 +34,15 @@ def command():
     install.command.cache_clear()
 
 
+@pytest.mark.parametrize("installer", [None, "pip\n", "uv\n"])
 @pytest.mark.parametrize("record, expected", RECORDS)
-def test_by_the_record_of_the_installation(monkeypatch, command, record, expected):
+def test_by_the_record_of_the_installation(monkeypatch, command, record, expected, installer):
     class Distribution:
         def read_text(self, name):
-            assert name == "direct_url.json"
-            return record and json.dumps(record)
+            return {"direct_url.json": record and json.dumps(record), "INSTALLER": installer}[name]
 
     monkeypatch.setattr(metadata, "distribution", lambda name: Distribution())
-    assert command() == expected
+    assert command() == ("uv " if installer == "uv\n" else "") + expected
 
 
 def test_a_tree_that_was_never_installed(monkeypatch, command):

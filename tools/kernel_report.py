@@ -54,7 +54,9 @@ def archs():
 def measure(stem, arch, defines):
     """The `Usage` of every kernel in one cubin, by name."""
     sizes, attributes = read_cubin(bytes(cuda.compile(stem, arch, **defines).code))
-    stacks = {name: value for (kind, name), value in attributes.items() if kind == MIN_STACK_SIZE}
+    # Functions inside a kernel, such as the slow path of a division, have a stack and no registers.
+    kernels = [name for kind, name in attributes if kind == REGCOUNT]
+    stacks = {name: attributes[MIN_STACK_SIZE, name] for name in kernels}
     # Spilled registers lie on the stack, and only ptxas's log tells them from arrays there.
     spills = read_spills(ptxas_log(stem, arch, defines)) if any(stacks.values()) else {}
     usages = {}

@@ -10,6 +10,7 @@ PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, 
 code that an M40 gets, `__CUDA_ARCH__` included.
 """
 
+from pykv.cache_folder import cache_dir
 from pykv.cuda.calls import (
     UPLOADS,
     Prepared,
@@ -31,6 +32,7 @@ from pykv.cuda.compiler import (
     clear_cubins,
     compile,
     cubin_dir,
+    cubins,
     is_cached,
     nvrtc_version,
     source,
@@ -41,7 +43,6 @@ from pykv.cuda.compiler import (
 from pykv.cuda.devices import (
     architectures,
     array_module,
-    cache_dir,
     check_stream,
     current_arch,
     current_device,
@@ -50,6 +51,7 @@ from pykv.cuda.devices import (
     has_driver,
     num_sms,
     on_stream,
+    pick_device,
     stream_handle,
     synchronize,
     use_device,

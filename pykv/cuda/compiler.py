@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import FLOATS
-from pykv.cuda.devices import cache_dir, split_arch
+from pykv.cache_folder import cache_dir, make_private
+from pykv.cuda.devices import split_arch
 from pykv.errors import CompileError, DeviceError, UnsupportedError
 from pykv.install import command
 
@@ -170,11 +171,19 @@ def _key(stem: str, arch: str, defines: dict[str, Any]) -> tuple[bytes, Any]:
     return key, options
 
 
+# The first NVRTC that targets an SM, of those which some NVRTC that we install does not.
+_SINCE = {100: "12.8", 103: "12.9", 110: "13.0", 120: "12.8", 121: "12.9"}
+
+
 def _check_arch(arch: str, wanted: str = "the kernels") -> None:
     known, (kind, number) = _targets(), split_arch(arch)
     if number in known:
         return
-    advice = "expected a newer NVRTC"
+    advice = (
+        f"expected NVRTC {_SINCE[number]} or newer"
+        if number in _SINCE
+        else "expected a newer NVRTC"
+    )
     if number < 75 and min(known) >= 75:
         advice = f"install the CUDA 12 packages instead: {command('cu12')}"
     if kind == "compute":
@@ -210,13 +219,20 @@ def _nvrtc() -> Any:
 
 # --- Cache of cubins ------------------------------------------------------------------------------
 
-_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take
+_memory: dict[bytes, bytes] = {}  # cubins that the folder would not take, or may not
 
 
 @cache
 def _store_at(path: Path) -> Any:
+    """The store in a folder.
+
+    Raises:
+        OSError: the folder cannot be had, or others can write there: cubins are code, and their
+            checksums have no key.
+    """
     from cuda.core.utils import FileStreamProgramCache
 
+    make_private(path)
     return FileStreamProgramCache(path)
 
 
@@ -248,8 +264,9 @@ def _store(key: bytes, cubin: bytes) -> None:
         _memory[key] = cubin
         if is_first:
             warnings.warn(
-                f"pykv cannot keep compiled kernels in {cubin_dir()} ({error.strerror}); "
-                "they are compiled again in every process. Set PYKV_CACHE_DIR to a writable folder",
+                f"pykv cannot keep compiled kernels in {error.filename or cubin_dir()} "
+                f"({error.strerror}); they are compiled again in every process. Set "
+                "PYKV_CACHE_DIR to a folder that you alone can write",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -261,13 +278,27 @@ def cubin_dir() -> Path:
 
 
 def clear_cubins() -> int:
-    """Delete all compiled kernels and return the bytes that they took."""
-    files = [path for path in cubin_dir().rglob("*") if path.is_file()]
-    freed = sum(path.stat().st_size for path in files)
-    shutil.rmtree(cubin_dir(), ignore_errors=True)
+    """Delete all compiled kernels and return the bytes that they took; other files stay."""
+    freed = 0
+    for path in cubins():
+        freed += path.stat().st_size
+        path.unlink()
+    emptied = [*cubin_dir().glob("entries/[0-9a-f][0-9a-f]"), cubin_dir() / "entries"]
+    for folder in (*emptied, cubin_dir() / "tmp", cubin_dir()):
+        with suppress(OSError):  # not there, or not empty
+            folder.rmdir()
     _store_at.cache_clear()
     _memory.clear()
     return freed
+
+
+def cubins() -> list[Path]:
+    """The files of the cache folder that hold compiled kernels: those of whole entries, which
+    cuda.core names by SHA-256, and those that it was writing when it was stopped."""
+    names = ("entries/[0-9a-f][0-9a-f]/*", "tmp/entry-*")
+    paths = [path for name in names for path in cubin_dir().glob(name)]
+    entry = re.compile(r"[0-9a-f]{62}|entry-\w+")
+    return [path for path in paths if entry.fullmatch(path.name) and not path.is_symlink()]
 
 
 # --- Warm-up --------------------------------------------------------------------------------------
@@ -294,27 +325,30 @@ def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
 def warmup(archs: list[str], *, force: bool = False) -> int:
     """Compile the variants that the cache folder lacks, in parallel, and return their number.
 
-    Says so on stderr when something is compiled. With `force` a failure raises; else it becomes one
-    warning, so that `import pykv` works on a GPU that cannot be targeted.
+    Says so on stderr when something is compiled, and counts there on a terminal. With `force` a
+    failure raises; else it becomes one warning, so that `import pykv` works on a GPU that cannot be
+    targeted.
     """
     jobs = [(arch, stem, defines) for arch in archs for stem, defines in variants(arch)]
     started = done = 0
+    what = f"pykv: compiling kernels for {', '.join(archs)}"
     try:
         missing = [job for job in jobs if not is_cached(*job)]
         started = len(missing)
         if missing:
+            _say(f"{what}: {started} in all", to_terminal=False)
             missing.sort(key=lambda job: -len(source(job[1])))  # the longest must not end last
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for _ in pool.map(lambda job: compile(job[1], job[0], **job[2]), missing):
                     done += 1
-                    _progress(f"pykv: compiling kernels for {', '.join(archs)}: {done}/{started}")
+                    _say(f"{what}: {done}/{started}", to_terminal=True, end="\r")
     except (UnsupportedError, CompileError, DeviceError) as error:
         if force:
             raise
         warnings.warn(f"pykv cannot compile its kernels: {error}", RuntimeWarning, stacklevel=2)
     finally:
         if started:
-            _progress("\n")
+            _say("", to_terminal=True)
     return done
 
 
@@ -324,5 +358,7 @@ def is_cached(arch: str, stem: str, defines: dict[str, Any]) -> bool:
     return _load(_key(stem, arch, defines)[0]) is not None
 
 
-def _progress(text: str) -> None:
-    print(text, end="" if text == "\n" else "\r", file=sys.stderr, flush=True)
+def _say(text: str, *, to_terminal: bool, end: str = "\n") -> None:
+    """Write to stderr, if it is a terminal, or if it is none: a log gets no carriage returns."""
+    if sys.stderr and sys.stderr.isatty() == to_terminal:
+        print(text, end=end, file=sys.stderr, flush=True)

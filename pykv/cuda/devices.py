@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from pykv.arrays import current_device as current_device
 from pykv.arrays import load_cupy
@@ -20,16 +19,19 @@ from pykv.errors import DeviceError, DtypeError, ParameterError
 from pykv.install import command
 
 
-def cache_dir() -> Path:
-    """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
-    return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
-
-
 def has_driver() -> bool:
     """Whether an NVIDIA driver seems present, without touching it."""
     if sys.platform == "win32":
         return Path(os.environ.get("SystemRoot", "C:/Windows"), "System32/nvcuda.dll").exists()
     return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))  # dxg: WSL 2
+
+
+NO_DRIVER = "there is no NVIDIA driver"  # in these words everywhere
+
+
+def why_no_gpu(error: Exception) -> str:
+    """What CUDARuntimeError means of which every call is answered."""
+    return f"the NVIDIA driver answers {error} (see `pykv doctor`)" if has_driver() else NO_DRIVER
 
 
 def architectures() -> list[str]:
@@ -76,7 +78,7 @@ def array_module(device: str) -> Any:
     except ImportError as error:
         if not has_driver():
             raise DeviceError(
-                f"device is {device!r}, but there is no NVIDIA driver; device='cpu' runs NumPy"
+                f"device is {device!r}, but {NO_DRIVER}; device='cpu' runs NumPy"
             ) from error
         reason = f"{error.name or error} is not installed: {command('cu13')} (or [cu12])"
         if kind == "cuda":
@@ -90,14 +92,55 @@ def array_module(device: str) -> Any:
         if error.status == no_device and kind == "auto":
             return np
         raise DeviceError(
-            f"device is {device!r}, but the NVIDIA driver answers {error}; see `pykv doctor`, "
-            "or pass device='cpu'"
+            f"device is {device!r}, but {why_no_gpu(error)}; device='cpu' runs NumPy"
         ) from error
     if not count and kind == "cuda":
         raise DeviceError(f"device is {device!r}, but the driver shows no GPU; see `pykv doctor`")
     if ordinal is not None and ordinal >= count:
         raise DeviceError(f"device is {device!r}, expected cuda:0 to cuda:{count - 1}")
     return cupy if count else np
+
+
+def pick_device(device: str, xp: Any, *, nbytes: int = 0, require_sm: int = 0) -> str:
+    """The one device that a name stands for: "cpu" or "cuda:N".
+
+    Args:
+        device: "auto" is the GPU of the highest SM with `nbytes` of free memory, and of equals the
+            current one; without such room, the GPU of the highest SM.
+        xp: what `array_module(device)` gave.
+        nbytes: memory that the work needs.
+        require_sm: the SM that the GPU must have at least, such as 80.
+
+    Raises:
+        DeviceError: the device is older than `require_sm`, or the CPU.
+    """
+    kind, ordinal = _parse_device(device)
+    needs = f"expected a GPU of sm_{require_sm} or newer"
+    if xp is np:
+        if require_sm:
+            raise DeviceError(f"device is {device!r}, here the CPU, {needs}")
+        return "cpu"
+    runtime = xp.cuda.runtime
+    chosen = runtime.getDevice() if ordinal is None else ordinal
+    if kind == "auto" and (count := runtime.getDeviceCount()) > 1:
+        gpus = {i: _facts(i) for i in range(count)}
+        chosen = max(gpus, key=lambda i: (gpus[i][1] >= nbytes, gpus[i][0], i == chosen, -i))
+    if require_sm and (sm := _facts(chosen)[0]) < require_sm:
+        name = runtime.getDeviceProperties(chosen)["name"].decode()
+        raise DeviceError(f"device is {device!r}, here GPU {chosen}, {name} of sm_{sm}, {needs}")
+    return f"cuda:{chosen}"
+
+
+def _facts(ordinal: int) -> tuple[int, int]:
+    """The number of a GPU's SM, and its free bytes by NVML, which needs no context."""
+    from cuda.core import Device
+
+    gpu = Device(ordinal)
+    try:
+        free = int(gpu.to_system_device().memory_info.free)
+    except Exception:  # NVML does not answer for every GPU, and has no common error; any may do
+        free = sys.maxsize
+    return int(gpu.arch), free
 
 
 def use_device(device: str) -> AbstractContextManager[Any]:
@@ -121,7 +164,8 @@ def device_name(xp: Any) -> str:
     """The name of the current GPU for `cupy`, else "CPU"."""
     if xp is np:
         return "CPU"
-    facts = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    runtime = load_cupy().cuda.runtime
+    facts = runtime.getDeviceProperties(runtime.getDevice())
     return str(facts["name"].decode())
 
 

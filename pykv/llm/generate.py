@@ -46,10 +46,11 @@ class LLM:
     """A model, its tokenizer and its paged cache.
 
     Args:
-        model: "smollm2-135m", "gemma3-270m" (fetched at the first use) or the path of a GGUF file.
-        device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": a GPU where
-            one is usable. Weights, cache and work stay on "cuda:1", whichever GPU is the current
-            one when a method is called, and that one stays current.
+        model: the path of a GGUF file, or what is fetched at the first use: "smollm2-135m",
+            "gemma3-270m", "hf:owner/repo/file.gguf" or an address, see pykv.llm.models.fetch.
+        device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
+            highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
+            whichever GPU is the current one when a method is called, and that one stays current.
         kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
@@ -68,12 +69,14 @@ class LLM:
             other prompts, other batches or answers left may differ in their last bits from those
             that a call of an LLM without them computes, as sums depend on the tokens of a step.
         progress: show a bar on stderr while weights are read.
+        require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
     Raises:
         FetchError: the model cannot be had.
         FormatError, UnsupportedError: the file is damaged, or not for pykv.
         CapacityError: weights and cache need more memory than is free.
-        DeviceError: `device` is "cuda" and no GPU is usable, or there is no such GPU.
+        DeviceError: `device` is "cuda" and no GPU is usable, there is no such GPU, or it is older
+            than `require_sm`.
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
 
@@ -95,6 +98,7 @@ class LLM:
         page_size: int = 16,
         prefix_cache: bool = True,
         progress: bool = False,
+        require_sm: int = 0,
     ):
         if not isinstance(kv_dtype, str):
             raise ParameterError(f"LLM: kv_dtype is {kv_dtype!r}, expected a text such as 'int8'")
@@ -116,7 +120,7 @@ class LLM:
         context, pool_tokens, page_size = numbers.values()
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
-        self._device = device
+        cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
@@ -124,11 +128,13 @@ class LLM:
             raise ParameterError(f"LLM: context is {context}, expected 1 to {config.context}")
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
-        with cuda.use_device(device):
-            # Without a pool or a context of its own the cache grows as calls need it.
-            tokens = pool_tokens or context or page_size
-            model_of = (self.file, config, weights_dtype, self.spec)
-            memory.require(memory.needed(*model_of, tokens, self.xp), self.xp)
+        # Without a pool or a context of its own the cache grows as calls need it.
+        tokens = pool_tokens or context or page_size
+        need = memory.needed(self.file, config, weights_dtype, self.spec, tokens, self.xp)
+        nbytes = need.weights + need.cache
+        self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
+        with cuda.use_device(self._device):
+            memory.require(need, self.xp)
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
             cache = PagedKVCache(

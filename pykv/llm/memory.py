@@ -55,9 +55,11 @@ def free(xp: Any) -> int | None:
         return None
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        return min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no control group, or "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Of what it uses, cached pages of files go when memory is asked for.
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(available, limit - used + int(cached["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no control group, or "max"
         return available
 
 

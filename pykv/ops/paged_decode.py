@@ -65,6 +65,8 @@ def decode(
 ) -> Any:
     """Softmax attention of the last queries of each sequence over the keys of its pages.
 
+    What a query does not see, NaN and infinities included, does not reach its result.
+
     Args:
         q: [B, HQ, D], one query a sequence, or [B, T, HQ, D], its last T tokens; float32, float16
             or bfloat16; sequences and tokens at any stride. HQ is a multiple of H, D of 8 and at

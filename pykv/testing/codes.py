@@ -71,7 +71,10 @@ def encode(x: Any, kind: str, scale: Any = None, scale_dtype: Any = np.float16) 
         largest, x = np.float32(LARGEST[kind]), x.astype(np.float32)
         if scale is None:
             amax = np.maximum(np.abs(x).max(-1), np.float32(1e-8))
-            scale = np.minimum(amax / largest, np.finfo(scale_dtype).max).astype(scale_dtype)
+            exact = np.minimum(amax / largest, np.finfo(scale_dtype).max)
+            scale = exact.astype(scale_dtype)
+            too_small = (exact < np.finfo(scale_dtype).smallest_normal) & (scale < exact)
+            scale = np.where(too_small, np.nextafter(scale, np.ones((), scale_dtype)), scale)
             scale = np.where(np.isfinite(x).all(-1), scale, np.array(np.nan, scale_dtype))
         wide = np.asarray(scale).astype(np.float32)[..., None]
         inverse = np.float32(1) / wide

@@ -71,3 +71,8 @@ def test_an_answer_is_no_prepared_call(tiny_paths):
     for method in (llm.generate, llm.stream, llm.logits, llm.perplexity):
         with pytest.raises(UnsupportedError, match=f"LLM.{method.__name__}: cannot be prepared"):
             cuda.prepare(method, [5, 6, 7])
+
+
+def test_a_device_that_is_refused_before_the_model_is_looked_for():
+    with pytest.raises(DeviceError, match="'cpu', here the CPU, expected a GPU of sm_80 or newer"):
+        LLM("no such file", device="cpu", require_sm=80)

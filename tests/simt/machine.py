@@ -23,6 +23,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from pykv import cuda
+from pykv.cache_folder import make_private
 from pykv.errors import PykvError
 from tests.simt import cupy
 
@@ -149,9 +150,9 @@ def build(name, text, flags):
     parts = [version(), text, *headers, *FLAGS, *flags]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     library = cuda.cache_dir() / "simt" / f"{name}-{key}.so"
+    make_private(library.parent)  # what lies there is run
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
     scratch = library.with_suffix(f".{os.getpid()}")
     if "__global__" in text:
         text = f'#include "machine.hpp"\n{text}\n{_exports(name, text, flags)}'

@@ -1,0 +1,208 @@
+"""One file over HTTP: resumed, tried again, and held against its SHA-256.
+
+By `requests`, which gguf needs as well: it knows proxies, .netrc and credentials in a URL, and
+drops credentials where a redirect leaves the host. pip is not asked: not every environment has it,
+and `python -m pip` runs a pip.py of the current folder. Nor is huggingface_hub, which knows one hub
+and compares sizes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pykv.errors import FetchError
+
+PIECE = 1 << 16  # bytes; of a connection that breaks, the last piece is lost
+TIMEOUT = 30.0  # seconds without an answer, or without a byte of one
+PAUSES = (1.0, 4.0, 10.0)  # seconds before it is tried again, which a byte that arrived restarts
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on a server.
+
+    Attributes:
+        url: where it is; never shown with credentials or a query.
+        sha256: what it must have, in hexadecimal digits; None where nobody says.
+        size: in bytes, None where the server does not say.
+        tag: the server's word for this version of the file, if it has one.
+        headers: that each request carries.
+    """
+
+    url: str
+    sha256: str | None = None
+    size: int | None = None
+    tag: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def part_name(self) -> str:
+        """The name of what has arrived so far: this version of this file, and no other's."""
+        version = self.sha256 or f"{self.url} {self.tag} {self.size}"
+        return f"{hashlib.sha256(version.encode()).hexdigest()[:32]}.part"
+
+
+def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = None) -> Remote:
+    """What a server says of a file, without its bytes.
+
+    Hugging Face states the SHA-256 of a large file on the way, in X-Linked-ETag.
+
+    Raises:
+        FetchError: there is no such file, or no answer; or nobody states a SHA-256, and an https
+            address leads to one without encryption, or the server does not state the size.
+    """
+    with answer(url, headers) as response:
+        passed = [*response.history, response]
+        if not sha256 and url.startswith("https:"):
+            for hop in passed:
+                if not hop.url.startswith("https:"):
+                    raise FetchError(
+                        f"{shown(url)} leads to {shown(hop.url)}, expected https; #sha256=... "
+                        "behind the address would do instead"
+                    )
+        linked = [hop.headers.get("X-Linked-ETag", "").strip('"') for hop in passed]
+        stated = [tag for tag in linked if re.fullmatch("[0-9a-f]{64}", tag)]
+        sha256 = sha256 or (stated[0] if stated else None)
+        length = response.headers.get("Content-Length", "")
+        if not (sha256 or length.isdecimal()):
+            raise FetchError(
+                f"{shown(url)} comes without its size, expected that or #sha256=... behind the "
+                "address: nothing would tell a file that is cut short"
+            )
+        tag = response.headers.get("ETag", "")
+        return Remote(
+            url,
+            sha256,
+            int(length) if length.isdecimal() else None,
+            tag if tag and not tag.startswith("W/") else None,  # W/: much the same, not the same
+            headers or {},
+        )
+
+
+def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
+    """Download a file, going on where an earlier attempt ended.
+
+    Args:
+        remote: from `probe`.
+        part: where the bytes go; kept when the connection is lost, deleted when they are wrong.
+        show: called with the number of bytes that are there, again and again.
+
+    Returns:
+        The SHA-256.
+
+    Raises:
+        FetchError: the server cannot be reached, or has another file than it should.
+        OSError: `part` cannot be written.
+    """
+    pauses, most = iter(PAUSES), 0
+    while True:
+        digest, have = _kept(remote, part)
+        try:
+            if have != remote.size or not part.exists():
+                digest, have = _append(remote, part, digest, have, show)
+            lost = f"the connection ended after {have:,} of {remote.size or have:,} bytes"
+        except ConnectionError as error:
+            lost, have = str(error), part.stat().st_size if part.exists() else 0
+        else:
+            if have >= (remote.size or 0):
+                break
+        if have > most:
+            pauses, most = iter(PAUSES), have
+        pause = next(pauses, None)
+        if pause is None:
+            raise FetchError(f"cannot fetch {shown(remote.url)}: {lost}; what arrived is kept")
+        time.sleep(pause)
+    found = str(digest.hexdigest())
+    if found != (remote.sha256 or found) or have != (remote.size or have):
+        part.unlink()
+        raise FetchError(
+            f"{shown(remote.url)} has {have:,} bytes of SHA-256 {found}, expected "
+            f"{remote.size or have:,} of {remote.sha256 or 'any'}; nothing was kept"
+        )
+    return found
+
+
+def _kept(remote: Remote, part: Path) -> tuple[Any, int]:
+    """Digest and number of the bytes of an earlier attempt, where the rest is known to continue
+    them."""
+    may_resume = remote.size is not None and bool(remote.sha256 or remote.tag)
+    if not (may_resume and part.exists() and part.stat().st_size <= (remote.size or 0)):
+        return hashlib.sha256(), 0
+    with part.open("rb") as file:
+        return hashlib.file_digest(file, "sha256"), file.tell()
+
+
+def _append(
+    remote: Remote, part: Path, digest: Any, have: int, show: Callable[[int], object]
+) -> tuple[Any, int]:
+    """Write what one answer brings behind the bytes that are there; digest and number of all."""
+    headers = dict(remote.headers)
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if remote.tag:
+            headers["If-Range"] = remote.tag
+    with _answer(remote.url, headers) as response:
+        if response.status_code == 200:  # a server without ranges, or with another file by now
+            digest, have = hashlib.sha256(), 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise FetchError(f"cannot fetch {shown(remote.url)}: the server sends another range")
+        with part.open("ab" if have else "wb") as file:
+            show(have)
+            for piece in response.iter_content(PIECE):
+                file.write(piece)
+                digest.update(piece)
+                have += len(piece)
+                show(have)
+                if have > (remote.size or have):
+                    break
+    return digest, have
+
+
+@contextmanager
+def answer(url: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
+    """The answer of a server, as `requests` has it.
+
+    Raises:
+        FetchError: there is none, or it is no success.
+    """
+    try:
+        with _answer(url, headers or {}) as response:
+            yield response
+    except ConnectionError as error:
+        raise FetchError(f"cannot fetch {shown(url)}: {error}") from error
+
+
+@contextmanager
+def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
+    """As `answer`, but a failure that may pass is a ConnectionError, then or while the body is
+    read."""
+    import requests
+
+    headers = {"Accept-Encoding": "identity", **headers}  # sizes and ranges are of the file itself
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            status = f"the server answers {response.status_code} {response.reason}"
+            if response.status_code >= 500 or response.status_code == 429:
+                raise ConnectionError(status)
+            if response.status_code in (401, 403):
+                status += " (Hugging Face lets in who sets HF_TOKEN)"
+            if response.status_code not in (200, 206):
+                raise FetchError(f"cannot fetch {shown(url)}: {status}")
+            yield response
+    except requests.RequestException as error:
+        reason = getattr(error.args[0] if error.args else error, "reason", error)
+        raise ConnectionError(" ".join(str(reason).split())) from error
+
+
+def shown(url: str) -> str:
+    """A URL without what nobody should read in a log: credentials, query and fragment."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,50 @@
+"""Whether pip would find the extras: for each Python, and beside each torch of the last two years.
+
+    python tools/check_extras.py
+
+Dry runs of uv's resolver against the package index, for Linux and wheels alone; nothing is
+installed. What a README says of torch is what stands here.
+"""
+
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+OTHERS = ("llm", "plot", "test")
+TORCH = {  # pins NVRTC or cuda-bindings to the CUDA line that it was built for
+    "cu12": ("2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0"),
+    "cu13": ("2.11.0", "2.13.0", "2.15.0"),
+}
+CASES = [("", python, extra) for python, extra in itertools.product(PYTHONS, TORCH)]
+CASES += [(torch, "3.12", extra) for extra, versions in TORCH.items() for torch in versions]
+
+
+def resolve(torch, python, extra):
+    """None where all can be installed together, else the resolver's reason."""
+    command = ["uv", "pip", "compile", "--quiet", "--only-binary", ":all:"]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+    for name in (extra, *OTHERS):
+        command += ["--extra", name]
+    beside = f"torch=={torch}" if torch else ""
+    command += [str(PYPROJECT), "-", "--output-file", "-"]
+    done = subprocess.run(command, input=beside, capture_output=True, text=True)
+    return None if done.returncode == 0 else done.stderr.strip()
+
+
+def main():
+    with ThreadPoolExecutor(4) as pool:  # most of the time is the index's
+        reasons = list(pool.map(lambda case: resolve(*case), CASES))
+    for (torch, python, extra), reason in zip(CASES, reasons, strict=True):
+        what = (
+            f"[{extra},{','.join(OTHERS)}] on Python {python}{torch and f' beside torch {torch}'}"
+        )
+        print(f"{what}: {'resolves' if reason is None else reason}")
+    return int(any(reasons))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ from pykv.llm.sampling import SamplingParams, is_integer
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
-from pykv.options import check_flag
+from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
 from pykv.specs import as_spec
 
@@ -105,6 +105,7 @@ class LLM:
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
         check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
+        require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         weights_dtype = float_kind("weights", weights)
         numbers: dict[str, Any] = dict(
             context=context, pool_tokens=pool_tokens, page_size=page_size

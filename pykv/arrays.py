@@ -153,7 +153,10 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
     memory = None
-    on_host = isinstance(arrays[0], np.ndarray)
+    first = arrays[0]
+    if first is None:
+        first = next((x for x in arrays if x is not None), None)
+    on_host = first is None or isinstance(first, np.ndarray)
     for x in arrays:
         if x is None:
             layouts.append(None)
@@ -311,6 +314,18 @@ def footprint(*arrays: Any) -> str:
     return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
 
 
+def check_module(op: str, xp: Any) -> Any:
+    """Check an array module, and return it.
+
+    Raises:
+        DtypeError: it is neither `numpy` nor `cupy`.
+    """
+    if xp is None or xp not in (np, sys.modules.get("cupy")):
+        given = getattr(xp, "__name__", type(xp).__name__)
+        raise DtypeError(f"{op}: xp is {given}, expected the module numpy or cupy")
+    return xp
+
+
 def module_of(array: Any) -> Any:
     """NumPy or CuPy, whichever a checked array is of."""
     return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
@@ -319,6 +334,11 @@ def module_of(array: Any) -> Any:
 def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
     return module_of(array).empty(shape, dtype)
+
+
+def current_device() -> int:
+    """The ordinal of CuPy's current GPU; raises as `load_cupy`."""
+    return int(load_cupy().cuda.runtime.getDevice())
 
 
 def load_cupy() -> Any:
@@ -332,10 +352,16 @@ def load_cupy() -> Any:
     except ImportError as error:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+    _check_driver(cupy)
+    return cupy
+
+
+@cache
+def _check_driver(cupy: Any) -> None:
+    """Asked until it has answered once."""
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         from pykv.cuda.devices import why_no_gpu  # which imports this module
 
         raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error
-    return cupy

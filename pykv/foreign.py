@@ -5,13 +5,15 @@ A library is looked up, never imported: whoever holds its array has imported it 
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import numpy as np
 
-from pykv.arrays import BFLOAT16, as_read_only, is_array, load_cupy
+from pykv.arrays import BFLOAT16, as_read_only, current_device, is_array, load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, UnsupportedError
+from pykv.options import check_whole
 
 HOST = (1, 3)  # DLPack's device types: the host's memory, pinned memory
 CUDA = (2, 13)  # a GPU's memory, managed memory
@@ -124,20 +126,34 @@ def from_pointer(
         owner: an object to keep alive as long as the array; the memory itself is not freed.
 
     Raises:
-        ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy or a driver is missing.
+        ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
+            negative, or all of it takes more bytes than 63 bits count.
+        DtypeError: `dtype` is no element type of numbers, or another argument no integer.
+        DeviceError: CuPy or a driver is missing, or no GPU is usable.
     """
-    dtype = np.dtype(dtype)
-    if any(size < 0 for size in shape):
-        raise ParameterError(f"from_pointer: shape is {shape}, expected sizes of at least 0")
-    if address <= 0 or address % dtype.alignment:
+    op = "from_pointer"
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError, AttributeError):
+        dtype = np.dtype(object)
+    if dtype.kind not in "biufcV" or dtype.names or dtype.itemsize == 0:
+        raise DtypeError(f"{op}: dtype is {dtype}, expected an element type of numbers")
+    if not isinstance(shape, (tuple, list)):
+        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a tuple of sizes")
+    most = 2**63 - 1
+    shape = tuple(check_whole(op, f"shape[{i}]", n, 0, most) for i, n in enumerate(shape))
+    address = check_whole(op, "address", address, 1, most)
+    if address % dtype.alignment:
         raise ParameterError(
-            f"from_pointer: address is {address:#x}, expected a positive multiple of "
-            f"{dtype.alignment} for {dtype}"
+            f"{op}: address is {address:#x}, expected a multiple of {dtype.alignment} for {dtype}"
         )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if address + nbytes > most:
+        raise ParameterError(f"{op}: shape is {shape}, expected fewer than 2^63 bytes")
+    if device is not None:
+        device = check_whole(op, "device", device, 0, 2**31 - 1)
+    else:
+        device = current_device()
     cupy = load_cupy()
-    if device is None:
-        device = cupy.cuda.runtime.getDevice()
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

@@ -155,6 +155,8 @@ def load(
     Waits for CuPy's current stream. Needs host memory for the pages.
     """
     op = "page_files.load"
+    if model is not None and not isinstance(model, str):
+        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
     with open(path, "rb") as file:

@@ -143,6 +143,9 @@ def addresses_of(
 ) -> tuple[Any, Any, Any, str]:
     """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
     `any_memory` will do."""
+    for name, given in (("sources", sources), ("destinations", destinations)):
+        if not isinstance(given, list | tuple):
+            raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of arrays")
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "

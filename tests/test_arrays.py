@@ -232,15 +232,14 @@ def test_from_pointer_shares_memory():
     assert float(a[11]) == 42 and b.data.device_id == a.data.device_id
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("address", [0, -16, 2])
+@pytest.mark.parametrize("address", [0, -16, 2, 2**64])
 def test_from_pointer_refuses_bad_addresses(address):
-    with pytest.raises(ParameterError, match="expected a positive multiple of 4 for float32"):
+    with pytest.raises(ParameterError, match="from_pointer: address is"):
         from_pointer(address, (1,), np.float32)
 
 
 def test_from_pointer_refuses_bad_shapes():
-    with pytest.raises(ParameterError, match=r"shape is \(2, -1\), expected sizes of at least 0"):
+    with pytest.raises(ParameterError, match=r"shape\[1\] is -1, expected 0 to"):
         from_pointer(16, (2, -1), np.float32)
 
 

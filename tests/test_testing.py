@@ -160,7 +160,7 @@ def test_exact_oracles_by_hand():
     np.testing.assert_allclose(oracles.frequencies(4, 100.0, 2.0, divisors), [0.5, 0.01])
     nan = np.nan
     rows = np.array([[nan, 2.0, nan, 2.0], [nan] * 4, [nan, -np.inf, -np.inf, nan]])
-    assert oracles.argmax(rows).tolist() == [1, 0, 1]
+    assert oracles.argmax(rows).tolist() == [1, -1, -1]
     indices, indptr = np.array([4, 2, -1]), np.array([0, 2, 2, 3])
     places = [paged.place(indices, indptr, 0, position, 8) for position in (-1, 7, 8, 15, 16)]
     assert places == [None, (4, 7), (2, 0), (2, 7), None]

@@ -37,6 +37,10 @@ template <int BYTES> struct Swizzled {
     static __device__ __forceinline__ int place(int row, int chunk) {
         return row * PITCH + (HAS_SWIZZLE ? chunk ^ row % 8 : chunk) * 16;
     }
+    // The place of the same chunk `rows` further, where the two numbers of rows share no bit.
+    static __device__ __forceinline__ int further(int place, int rows) {
+        return (HAS_SWIZZLE ? place ^ rows % 8 * 16 : place) + rows * PITCH;
+    }
 };
 using Halves = Swizzled<2 * D>;
 

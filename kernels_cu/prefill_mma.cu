@@ -236,7 +236,8 @@ prefill_mma(Q_T* __restrict__ out, float* __restrict__ lse, const Q_T* __restric
         }
 
         float largest[R];
-        bool grows = largest_scores(largest, x, m, factor, cap, V_HAS_CODES ? score_lag(bound) : LAG + P_HEADROOM);
+        const float lag = V_HAS_CODES ? score_lag(bound) : LAG + P_HEADROOM;
+        bool grows = largest_scores(largest, x, m, factor, cap, lag);
         float v_scale = 0.0f;
         if constexpr (V_HAS_CODES) {
 #pragma unroll

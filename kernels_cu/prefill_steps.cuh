@@ -150,12 +150,18 @@ __device__ __forceinline__ bool has_special_values(const u8* v_tile, const float
     bool found = false;
     if (V_HAS_CODES && threadIdx.x < KEYS) found = !is_finite(v_scales[threadIdx.x]);
     if constexpr (V_HAS_SPECIAL) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
-            const uint4 a = *(const uint4*)(v_tile + Halves::place(i / (D / 8), i % (D / 8)));
-            found |= special_elements<VM>(a.x) | special_elements<VM>(a.y) |
-                     special_elements<VM>(a.z) | special_elements<VM>(a.w);
+        u32 bits = 0;
+#pragma unroll
+        for (int i = 0; i < KEYS * (D / 8); i += THREADS) {
+            const int at = i + threadIdx.x, row = at / (D / 8), chunk = at % (D / 8);
+            if (KEYS * (D / 8) % THREADS && at >= KEYS * (D / 8)) break;
+            // Swizzled rows have no gaps, and any order will do.
+            const int place = Halves::HAS_SWIZZLE ? at * 16 : Halves::place(row, chunk);
+            const uint4 a = *(const uint4*)(v_tile + place);
+            bits |= special_elements<VM>(a.x) | special_elements<VM>(a.y) |
+                    special_elements<VM>(a.z) | special_elements<VM>(a.w);
         }
+        found |= bits != 0;
     }
     return found;
 }

@@ -133,14 +133,17 @@ def fetch(model: str) -> Path:
 
 def _local(model: str) -> Path:
     path = Path(model)
-    if path.is_file():
-        return path
-    siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+    try:
+        if path.is_file():
+            return path
+        siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+    except OSError as error:  # a name that no file can have, a folder that is closed
+        raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
     known = {name.lower(): name for name in (*siblings, *MODELS)}
     near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
     raise FetchError(
-        f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
-        "hf:owner/repo/file.gguf or https://...; no such file exists"
+        f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an "
+        "address as hf:owner/repo/file.gguf or https://...; no such file exists"
         + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
 
@@ -189,7 +192,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         raise wrong("one file (fetch the parts of a split one yourself, and give a path)")
     if name.startswith("hf:"):
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
-        if not names:
+        if not names or {".", "..", ""} & {*name[3:].split("/")}:  # they lead to another repository
             raise wrong("hf:owner/repo/file.gguf")
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         token = os.environ.get("HF_TOKEN")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from operator import index
 from typing import Any
@@ -111,6 +111,9 @@ class LLM:
                 raise ParameterError(f"LLM: {name} is {value!r}, expected an integer")
             if value < 1 and name != "context":
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
+        # A small integer of NumPy would wrap around in what is computed with it.
+        context, pool_tokens = (None if x is None else int(x) for x in (context, pool_tokens))
+        page_size = int(page_size)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
@@ -230,7 +233,8 @@ class LLM:
             An iterator of pieces, which can also `stop` the answer and knows its `completion`.
         """
         _refuse_prepare("LLM.stream")
-        answer = self._answer(prompt, params or SamplingParams(), special)
+        params = SamplingParams() if params is None else params
+        answer = self._answer(prompt, params, special)
         return Stream(answer, self._pieces(answer))
 
     def chat(
@@ -282,7 +286,7 @@ class LLM:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids))
+        return self.tokenizer.decode(_items("detokenize: ids", ids))
 
     # --- Numbers ---
 
@@ -384,7 +388,7 @@ _END = object()
 def _items(name: str, values: Any) -> list[Any]:
     """The items of a list, a tuple or an array."""
     try:
-        if isinstance(values, str | bytes | Mapping):
+        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
             raise TypeError
         return list(values)
     except TypeError:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pykv.errors import CapacityError
+from pykv.errors import CapacityError, ParameterError
 
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing
@@ -194,7 +194,7 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
     """Answer a message; both become part of the conversation, unless the message does not fit."""
     try:
         ids, kept = _fit(llm, params, [*messages, {"role": "user", "content": message}])
-    except CapacityError as error:
+    except (CapacityError, ParameterError) as error:  # a long one, or one that a template refuses
         note(f"{error}; the message was not sent")
         return
     if dropped := (len(messages) + 1 - len(kept)) // 2:

@@ -11,6 +11,7 @@ writes the inputs that are faults.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import random
@@ -58,7 +59,7 @@ def other_headers(data: bytes, count: int, seed: int) -> Iterator[fuzz.Mutant]:
         for _ in range(rng.choice((1, 1, 3))):
             part = rng.choice([header, *header.values()])
             if isinstance(part, dict):
-                part[rng.choice([*part, "other", "\x1b[1m"])] = rng.choice(VALUES)
+                part[rng.choice([*part, "other", "\x1b[1m"])] = copy.deepcopy(rng.choice(VALUES))
         if rng.randrange(2):
             _sign(header, data[8 + size :])
         text = json.dumps(header).encode()

@@ -191,25 +191,25 @@ def test_threads_share_a_stream(open_tiny):
     llm = open_tiny()
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     want = llm.generate([[5, 6, 7]], params)[0].text
-    stream, pieces, errors = llm.stream([5, 6, 7], params), [], []
+    pieces, errors = [], []
 
-    def read():
+    def read(stream):
         try:
             pieces.extend(stream)
         except BaseException as error:
             errors.append(error)
 
-    for _ in range(2):
-        threads = [threading.Thread(target=read) for _ in range(3)]
+    for closes in (False, True):
+        pieces.clear()
+        stream = llm.stream([5, 6, 7], params)
+        threads = [threading.Thread(target=read, args=[stream]) for _ in range(3)]
         for thread in threads:
             thread.start()
-        if pieces:
+        if closes:
             stream.close()
         for thread in threads:
             thread.join()
-        assert not errors
-        stream = llm.stream([5, 6, 7], params)
-    assert len("".join(pieces)) >= len(want)
+        assert not errors and (closes or sorted("".join(pieces)) == sorted(want))
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 

@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: object) -> None:
+    # Names in files and servers' words may hold what a terminal would obey.
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
     with suppress(BrokenPipeError):  # nobody is there to be told
-        print(f"pykv: {message}", file=sys.stderr, flush=True)
+        print(f"pykv: {text}", file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:

@@ -194,7 +194,7 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
     """Answer a message; both become part of the conversation, unless it is not sent."""
     try:
         ids, kept = _fit(llm, params, [*messages, {"role": "user", "content": message}])
-    except (CapacityError, ParameterError) as error:  # it is too long, or no valid text
+    except (CapacityError, ParameterError) as error:  # a long one, or one that a template refuses
         note(f"{error}; the message was not sent")
         return
     except KeyboardInterrupt:

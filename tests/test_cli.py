@@ -723,6 +723,12 @@ def test_a_bug_of_ours_is_one_line_too(capsys, monkeypatch, fake):
     assert "python -X dev" in err
 
 
+def test_what_a_terminal_would_obey_is_spelled(capsys, monkeypatch, fake):
+    """Names in files and the words of servers are in messages."""
+    monkeypatch.setattr(fake, "stream", raising(pykv.errors.FetchError("404 \x1b[31mred\r\x9b")))
+    assert_one_line(run(capsys, "run", "x"), r"404 \\x1b\[31mred\\r\\x9b")
+
+
 @pytest.mark.parametrize("command", ["run", "chat"])
 def test_ctrl_c_ends_the_line(capsys, monkeypatch, fake, command):
     say(monkeypatch, "hi")

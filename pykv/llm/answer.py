@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -75,13 +76,16 @@ class Stream(Iterator[str]):
 
     def __init__(self, answer: Answer, pieces: Generator[str, None, None]) -> None:
         self._answer, self._pieces = answer, pieces
+        self._lock = threading.RLock()  # a generator refuses a second thread
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._lock:
+            return next(self._pieces)
 
     def close(self) -> None:
-        """Free the sequence's pages; no piece follows."""
-        self._pieces.close()
+        """Free the sequence's pages, after the step that is being computed; no piece follows."""
+        with self._lock:
+            self._pieces.close()
 
     def stop(self) -> None:
         """End the answer after the step that is being computed, if it is not over: no piece but the

@@ -71,7 +71,8 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
         linked = [hop.headers.get("X-Linked-ETag", "").strip('"') for hop in passed]
         stated = [tag for tag in linked if re.fullmatch("[0-9a-f]{64}", tag)]
         sha256 = sha256 or (stated[0] if stated else None)
-        length = response.headers.get("Content-Length", "")
+        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        length = "" if encoded else response.headers.get("Content-Length", "")
         if not (sha256 or length.isdecimal()):
             raise FetchError(
                 f"{shown(url)} comes without its size, expected that or #sha256=... behind the "
@@ -152,8 +153,9 @@ def _append(
     with _answer(remote.url, headers) as response:
         if response.status_code == 200:  # a server without ranges, or with another file by now
             digest, have = hashlib.sha256(), 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise FetchError(f"cannot fetch {shown(remote.url)}: the server sends another range")
+        elif not _continues(response, remote, have):
+            part.unlink(missing_ok=True)  # or it would be asked for the same again for ever
+            raise ConnectionError("the server sends another range or version")
         with part.open("ab" if have else "wb") as file:
             show(have)
             for piece in response.iter_content(PIECE):
@@ -164,6 +166,12 @@ def _append(
                 if have > (remote.size or have):
                     break
     return digest, have
+
+
+def _continues(response: Any, remote: Remote, have: int) -> bool:
+    """Whether a partial answer goes on behind the bytes that are there, in the same version."""
+    of_range = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    return of_range and response.headers.get("ETag", remote.tag) in (remote.tag, None)
 
 
 @contextmanager
@@ -194,10 +202,10 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
                 raise ConnectionError(status)
             if response.status_code in (401, 403):
                 status += " (Hugging Face lets in who sets HF_TOKEN)"
-            if response.status_code not in (200, 206):
+            if response.status_code not in (200, 206, *[416] * ("Range" in headers)):
                 raise FetchError(f"cannot fetch {shown(url)}: {status}")
             yield response
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # the latter: where a redirect leads
         reason = getattr(error.args[0] if error.args else error, "reason", error)
         raise ConnectionError(" ".join(str(reason).split())) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from operator import index
 from typing import Any
@@ -238,7 +238,8 @@ class LLM:
             An iterator of pieces, which can also `stop` the answer and knows its `completion`.
         """
         _refuse_prepare("LLM.stream")
-        answer = self._answer(prompt, params or SamplingParams(), special)
+        params = SamplingParams() if params is None else params
+        answer = self._answer(prompt, params, special)
         return Stream(answer, self._pieces(answer))
 
     def chat(
@@ -398,7 +399,7 @@ _END = object()
 def _items(name: str, values: Any) -> list[Any]:
     """The items of a list, a tuple or an array."""
     try:
-        if isinstance(values, str | bytes | Mapping):
+        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
             raise TypeError
         return list(values)
     except TypeError:

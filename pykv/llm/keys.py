@@ -215,6 +215,12 @@ class Keys:
             return default
         value = self.file.metadata[full]
         if isinstance(value, list) and value:
+            layers = self.file.metadata.get(f"{self.name}.block_count")
+            if len(value) != layers:
+                raise FormatError(
+                    f"{self.file.path}: {full} is {brief(value)}, expected a number, or one for "
+                    f"each of {brief(layers)} layers"
+                )
             if any(other != value[0] for other in value):
                 raise UnsupportedError(f"{self.file.path}: {full} differs between layers")
             value = value[0]

@@ -75,7 +75,7 @@ def read_record(path: Path) -> KeptModel | None:
     try:
         record = json.loads(_record(path).read_text(encoding="utf-8"))
         return KeptModel(path, str(record["model"]), str(record["sha256"]), tuple(record["seen"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -133,12 +133,15 @@ def fetch(model: str) -> Path:
 
 def _local(model: str) -> Path:
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)  # of --model=~/x
-    if path.is_file():
-        return path
-    siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+    try:
+        if path.is_file():
+            return path
+        siblings = [str(x) for x in path.parent.glob("*.gguf")] if path.parent.is_dir() else []
+        found = "that is no file" if path.exists() else "no such file exists"
+    except OSError as error:  # a name that no file can have, a folder that is closed
+        raise FetchError(f"model is {model!r:.300}, expected a file: {error.strerror}") from error
     known = {name.lower(): name for name in (*siblings, *MODELS)}
     near = [known[name] for name in get_close_matches(model.lower(), known, cutoff=0.5)]
-    found = "that is no file" if path.exists() else "no such file exists"
     raise FetchError(
         f"model is {model!r}, expected a GGUF file or one of {', '.join(MODELS)}, or an address as "
         f"hf:owner/repo/file.gguf or https://...; {found}"
@@ -190,7 +193,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
         raise wrong("one file (fetch the parts of a split one yourself, and give a path)")
     if name.startswith("hf:"):
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)
-        if not names:
+        if not names or {".", "..", ""} & {*name[3:].split("/")}:  # they lead to another repository
             raise wrong("hf:owner/repo/file.gguf")
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         token = os.environ.get("HF_TOKEN")

@@ -41,6 +41,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = self.stop if isinstance(self.stop, list | tuple) else (self.stop,)
         object.__setattr__(self, "stop", tuple(stop))
+        # Python's numbers: NumPy's wrap around, and round what they are compared with.
+        for name, number in [*vars(self).items()]:
+            if isinstance(number, np.integer | np.floating):
+                object.__setattr__(self, name, number.item())
         t, p, m = self.temperature, self.top_p, self.min_p
         for name, valid, expected in (
             ("temperature", _is_real(t) and 0 <= t <= _LARGEST, f"from 0 to {_LARGEST:g}"),

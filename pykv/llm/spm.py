@@ -33,7 +33,9 @@ class Encoder:
                 f"{file.path}: key tokenizer.ggml.scores has {len(scores)} values, "
                 f"expected one float for each of the {len(tokens)} tokens"
             )
-        self.prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+        if any(score != score for score in scores):
+            raise FormatError(f"{file.path}: key tokenizer.ggml.scores holds a NaN")
+        self.prefix = file.get("tokenizer.ggml.add_space_prefix", True, bool)
         normal = [i for i, kind in enumerate(types) if kind == NORMAL and tokens[i]]
         self.ids = {tokens[i]: i for i in normal}
         self.scores = {tokens[i]: -scores[i] for i in normal}  # negated: heapq pops the smallest

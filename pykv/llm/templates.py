@@ -88,6 +88,8 @@ class _Worker:
     def ask(self, request: bytes) -> dict[str, Any] | None:
         """The reply to a request; None where the process had to be killed, or died."""
         with self.lock:
+            if self.process and self.owner == os.getpid() and self.process.poll() is not None:
+                self.stop()  # somebody ended it
             if self.process is None or self.owner != os.getpid():  # a fork has its own
                 self.process, self.owner = _start(), os.getpid()
             process = self.process
@@ -137,3 +139,9 @@ def _start() -> subprocess.Popen[bytes]:
 
 _worker = _Worker()
 atexit.register(_worker.stop)
+if hasattr(os, "register_at_fork"):  # a fork in the middle of a request would have half of it
+    os.register_at_fork(
+        before=_worker.lock.acquire,
+        after_in_parent=_worker.lock.release,
+        after_in_child=_worker.lock.release,
+    )

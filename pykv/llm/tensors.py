@@ -7,6 +7,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from pykv.errors import FormatError, UnsupportedError
@@ -200,9 +201,13 @@ def refuse_infinite(file: ModelFile, infos: list[TensorInfo], dtype: Any) -> Non
         values = _dequantized(info)
         if not np.isfinite(values).all():
             raise FormatError(f"{file.path}: tensor {info.name} holds a NaN or an infinity")
-        largest, limit = float(np.abs(values).max()), float(np.finfo(np.float16).max)
-        if largest > limit:
+        largest, limit = float(np.abs(values).max()), float(ml_dtypes.finfo(dtype).max)
+        with np.errstate(over="ignore"):
+            fits = {x: np.isfinite(values.astype(x)).all() for x in (dtype, ml_dtypes.bfloat16)}
+        if not fits[dtype]:
+            wider = "bf16" if fits[ml_dtypes.bfloat16] else "fp32"
             raise UnsupportedError(
                 f"{file.path}: tensor {info.name} has values up to {largest:g}, but "
-                f'{np.dtype(dtype)} ends at {limit:g}: weights="bf16" (--weights bf16) holds them'
+                f'{np.dtype(dtype)} ends at {limit:g}: weights="{wider}" (--weights {wider}) '
+                "holds them"
             )

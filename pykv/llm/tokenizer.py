@@ -8,8 +8,10 @@ from functools import cached_property
 
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, spm
-from pykv.llm.gguf import ModelFile
+from pykv.llm.gguf import ModelFile, brief
+from pykv.llm.sampling import is_integer
 from pykv.llm.token_types import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -57,6 +59,11 @@ class Tokenizer:
             raise FormatError(
                 f"{file.path}: key tokenizer.ggml.token_type has {len(types)} values, "
                 f"expected one for each of the {len(self._tokens)} tokens"
+            )
+        if strange := {i for i in types if type(i) is not int or not 0 <= i <= BYTE}:
+            raise FormatError(
+                f"{file.path}: key tokenizer.ggml.token_type holds {brief([*strange])}, "
+                f"expected integers from 0 to {BYTE}"
             )
         self.vocab_size = len(self._tokens)
         self.bos_id = self._id(file, "bos")
@@ -171,8 +178,8 @@ class Tokenizer:
 
     def token(self, i: int) -> str:
         """A token as the file spells it. ParameterError if there is none."""
-        if not 0 <= i < self.vocab_size:
-            raise ParameterError(f"token: id has {i}, expected 0 to {self.vocab_size - 1}")
+        if not is_integer(i) or not 0 <= i < self.vocab_size:
+            raise ParameterError(f"token: id has {i!r:.80}, expected 0 to {self.vocab_size - 1}")
         token: str = self._tokens[i]
         return token
 

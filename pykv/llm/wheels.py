@@ -55,7 +55,10 @@ def find(wheel: Wheel) -> download.Remote:
     accept = {"Accept": f"{_JSON}, text/html;q=0.1"}
     with download.answer(page_url, accept) as page:
         if page.headers.get("Content-Type", "").startswith(_JSON):
-            links = [str(file["url"]) for file in page.json()["files"]]
+            try:
+                links = [str(file["url"]) for file in page.json()["files"]]
+            except (KeyError, TypeError, RecursionError) as error:
+                raise FetchError(f"{download.shown(page_url)} lists no files ({error})") from error
         else:  # PEP 503
             links = [html.unescape(link) for link in re.findall(r'href="([^"]+)"', page.text)]
         urls = [urljoin(page.url, link) for link in links]

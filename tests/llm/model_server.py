@@ -16,7 +16,8 @@ class Server:
 
     `files` are bodies by path, `redirects` are targets. `behave` maps a path to a list of what
     becomes of its next answers, one after another: "cut" closes the connection half-way, a status
-    such as 503 is an error, "no ranges" ignores a Range header. After each 64 KiB of a body come a
+    such as 503 is an error, "no ranges" ignores a Range header, "range" sends another one,
+    "version" exchanges body and headers for those of `replace`. After each 64 KiB of a body come a
     pause of `slow` seconds and, if there is one, a wait for `gate`. Paths in `unsized` come without
     their length. `asked` lists (path, Range header, Authorization header).
     """
@@ -25,6 +26,7 @@ class Server:
     files: dict[str, bytes] = field(default_factory=dict)
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
+    replace: dict[str, tuple[bytes, dict[str, str]]] = field(default_factory=dict)
     behave: dict[str, list] = field(default_factory=dict)
     unsized: set[str] = field(default_factory=set)
     slow: float = 0.0
@@ -67,6 +69,8 @@ def serve():
             path, span = urlsplit(self.path).path, self.headers["Range"]
             state.asked.append((path, span, self.headers["Authorization"]))
             habit = state.behave[path].pop(0) if state.behave.get(path) else None
+            if habit == "version":
+                state.files[path], state.headers[path] = state.replace[path]
             if isinstance(habit, int):
                 self.send_error(habit)
             elif path in state.redirects:
@@ -76,7 +80,7 @@ def serve():
             elif path not in state.files:
                 self.send_error(404)
             else:
-                self.send_body(path, span if habit != "no ranges" else None, habit == "cut")
+                self.send_body(path, span if habit != "no ranges" else None, habit)
 
         def end(self, path, size):
             for name, value in state.headers.get(path, {}).items():
@@ -85,16 +89,16 @@ def serve():
                 self.send_header("Content-Length", str(size))
             self.end_headers()
 
-        def send_body(self, path, span, is_cut):
+        def send_body(self, path, span, habit):
             body, start = state.files[path], 0
             if span:
-                start = int(span.removeprefix("bytes=").rstrip("-"))
+                start = int(span.removeprefix("bytes=").rstrip("-")) + (habit == "range")
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             else:
                 self.send_response(200)
             self.end(path, len(body) - start)
-            end = (start + len(body)) // 2 if is_cut else len(body)
+            end = (start + len(body)) // 2 if habit == "cut" else len(body)
             with contextlib.suppress(OSError):  # the client was interrupted
                 for at in range(start, end, 1 << 16):
                     self.wfile.write(body[at : min(end, at + (1 << 16))])

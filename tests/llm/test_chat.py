@@ -4,6 +4,7 @@ what messages say never becomes a control token."""
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -237,12 +238,42 @@ def test_the_process_knows_nothing_of_ours(monkeypatch):
 
 
 def test_a_process_that_dies_is_replaced():
-    chat_prompt("x", USER)
+    """Before a request nobody notices; in the middle of one the template is blamed."""
+    assert chat_prompt("x", USER) == "x"
     templates._worker.process.kill()
     templates._worker.process.wait()
-    with pytest.raises(FormatError, match="fails"):
-        chat_prompt("x", USER)
     assert chat_prompt("x", USER) == "x"
+    threading.Timer(0.2, templates._worker.process.kill).start()
+    with pytest.raises(FormatError, match="fails"):
+        chat_prompt(
+            "{% for i in range(99999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", USER
+        )
+    assert chat_prompt("x", USER) == "x"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_in_the_middle_of_a_request():
+    """The child has a process of its own, and a lock that somebody can open."""
+    over = threading.Event()
+    texts = set()
+
+    def ask():
+        while not over.is_set():
+            texts.add(chat_prompt("{{ messages[0].content }}", USER))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)
+                os._exit(chat_prompt("child", USER) != "child")
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        thread.join()
+    assert texts == {"Hi"}
 
 
 def test_threads_take_turns():

@@ -416,6 +416,9 @@ def test_every_key_has_a_type(tmp_path, arch):
         ({".vocab_size": 1000}, "vocab_size is 1000, but the tokenizer has 263 tokens"),
         ({".attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
         ({".rope.freq_base": 0.5}, "freq_base is 0.5, expected a number from 1"),
+        ({".rope.freq_base": [1e4] * 3}, r"freq_base is \[3\] .*, or one for each of 2 layers"),
+        ({".block_count": [2, 2, 2]}, r"block_count is \[3\] .*, expected a number"),
+        ({".context_length": [64]}, r"context_length is \[1\] 64, expected a number, or one for"),
         (YARN | {".rope.freq_base": 1.0}, "the keys of llama.rope: .*base is 1"),
     ],
     ids=str,
@@ -483,6 +486,10 @@ def test_weights_beyond_float16_are_refused(tmp_path, name, device):
         LLM(path, device=device, weights=weights)
     tiny.write(path, "llama", edit=with_one(name, 65504))
     LLM(path, device=device)
+    tiny.write(path, "llama", edit=with_one(name, 3.4e38))
+    for weights in ("fp16", "bf16"):
+        with pytest.raises(UnsupportedError, match=r'up to 3.4e\+38, .*: weights="fp32"'):
+            LLM(path, device=device, weights=weights)
 
 
 @pytest.mark.parametrize("device", DEVICES)

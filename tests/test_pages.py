@@ -221,6 +221,17 @@ def test_views_of_one_memory_are_one_cache(xp, rng, spec, prepared):
     assert_holds(cache, moved(cache.spec, before, before, [0, 1], [6, 3]))
 
 
+@pytest.mark.parametrize("op", [pages.copy_pages, pages.convert_pages])
+def test_keys_and_values_go_to_memory_of_their_own(xp, rng, op):
+    source, target = (make(xp, rng, "fp16", **SIZES) for _ in range(2))
+    before = host(target)
+    both = Pages(target.k, target.k, None, None, target.spec)
+    text = r"target_pages\[0\] is 2, which shares memory with target_pages\[0\]"
+    with pytest.raises(ParameterError, match=text):
+        op(source, both, [0, 1], [2, 3])
+    assert_holds(target, before)
+
+
 def test_joint_tensors_do_not_overlap(xp, rng):
     """Keys and values in turn: where one array ends says nothing."""
     cache = make(xp, rng, "fp16", **SIZES, joint=True)

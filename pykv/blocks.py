@@ -324,7 +324,7 @@ class BlockManager:
     def _key(self, parent: bytes, tokens: Sequence[int]) -> bytes:
         try:
             return blake2b(self._pack(parent, *tokens), digest_size=_KEY_BYTES).digest()
-        except StructError as error:
+        except (StructError, TypeError) as error:
             expected = "expected integers of 64 bits with a sign"
             raise ParameterError(
                 f"BlockManager: tokens are {tokens}, {expected}: {error}"

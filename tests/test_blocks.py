@@ -372,3 +372,9 @@ def test_a_salt_cannot_stand_for_a_page():
     key_of_first_page = struct.pack("<16s2q", bytes(16), *tokens[:2])
     assert manager.reuse(tokens[2:], salt=key_of_first_page) == []
     assert manager.reuse(tokens) == [0, 1]
+
+
+def test_rows_are_no_tokens():
+    manager = blocks.BlockManager(4, 2)
+    with pytest.raises(ParameterError, match="expected integers of 64 bits"):
+        manager.reuse(np.zeros((4, 2), np.int64))

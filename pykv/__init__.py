@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from pykv import blocks
-from pykv.arrays import asarray, from_pointer
 from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
+from pykv.foreign import asarray, from_pointer
 from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache
 from pykv.sequence_cache import SequenceCache

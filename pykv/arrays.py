@@ -1,4 +1,4 @@
-"""Checks of an op's arrays, and the entrance for arrays of other libraries.
+"""Checks of an op's arrays.
 
 NumPy arrays mean the host, CuPy arrays a GPU. CuPy is looked up, never imported: whoever holds a
 CuPy array has imported it already.
@@ -142,7 +142,7 @@ class _Checker:
                 _limit(self._passed, 1024)
                 self._passed[key] = dims
             self._latest = layouts, dims
-        if self._written and isinstance(arrays[0], np.ndarray):
+        if self._written and (_read_only or isinstance(arrays[0], np.ndarray)):
             for name, i in self._written:
                 check_writeable(self._op, name, arrays[i])
         return dims
@@ -153,7 +153,10 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
     memory = None
-    on_host = isinstance(arrays[0], np.ndarray)
+    first = arrays[0]
+    if first is None:
+        first = next((x for x in arrays if x is not None), None)
+    on_host = first is None or isinstance(first, np.ndarray)
     for x in arrays:
         if x is None:
             layouts.append(None)
@@ -193,8 +196,7 @@ def _check_array(
     cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
     if not is_array(array):
-        expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
-        raise wrong(DtypeError, f"is a {type(array).__name__}", expected)
+        raise not_an_array(op, name, array)
     first = next(iter(given), None)
     if first and on_gpu(given[first]) == on_host:
         places = ("a GPU", "the host")
@@ -259,6 +261,12 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
+def not_an_array(op: str, name: str, x: Any) -> DtypeError:
+    """The error where an argument of an op should be an array."""
+    expected = "a NumPy or CuPy array (pykv.asarray takes torch, JAX and other arrays)"
+    return DtypeError(f"{op}: {name} is a {type(x).__name__}, expected {expected}")
+
+
 def on_gpu(array: Any) -> bool:
     """Whether a checked array lives on a GPU."""
     return not isinstance(array, np.ndarray)
@@ -268,15 +276,31 @@ def check_writeable(op: str, name: str, array: Any) -> None:
     """Check that an array may be written, if there is one.
 
     Raises:
-        ParameterError: it is a read-only NumPy array.
+        ParameterError: it is a read-only NumPy array, or one of `as_read_only`.
     """
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
+    if isinstance(array, np.ndarray):
+        is_read_only = not array.flags.writeable
+    else:
+        is_read_only = type(array) in _read_only.values()
+    if is_read_only:
         raise ParameterError(f"{op}: {name} is read-only, expected an array that may be written")
 
 
 def to_host(array: Any) -> Any:
     """The NumPy array of a checked array; waits for a GPU."""
     return array.get() if on_gpu(array) else array
+
+
+def as_read_only(array: Any) -> Any:
+    """A view of a CuPy array that no op writes to. CuPy's arrays have no flag for that, so their
+    class says it, which that of their views is as well."""
+    base = type(array)
+    if base not in _read_only:
+        _read_only[base] = type("ReadOnlyArray", (base,), {})
+    return _read_only[base](array.shape, array.dtype, array.data, array.strides)
+
+
+_read_only: dict[type, type] = {}  # CuPy's class to the one of `as_read_only`; mostly empty
 
 
 def footprint(*arrays: Any) -> str:
@@ -290,81 +314,16 @@ def footprint(*arrays: Any) -> str:
     return f"{size:.{int(unit != 'B')}f} {unit} on {device}"
 
 
-def asarray(x: Any) -> Any:
-    """The NumPy or CuPy array that shares memory with `x`, for use with every op.
-
-    Args:
-        x: a NumPy or CuPy array, or an object with DLPack or `__cuda_array_interface__`: torch
-            tensors (bfloat16 included), JAX and Numba arrays.
-
-    Returns:
-        The array itself, or a view of the same memory; CuPy for device memory, NumPy for host
-        memory. The view keeps `x` alive.
+def check_module(op: str, xp: Any) -> Any:
+    """Check an array module, and return it.
 
     Raises:
-        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin.
-
-    Does not copy. DLPack orders the producer's stream before CuPy's current one.
-
-    >>> x = np.ones(3)
-    >>> pykv.asarray(x) is x
-    True
+        DtypeError: it is neither `numpy` nor `cupy`.
     """
-    if is_array(x):
-        return x
-    try:
-        if hasattr(x, "__dlpack__"):
-            on_host = x.__dlpack_device__()[0] in (1, 3)  # DLPack: CPU, pinned host memory
-            if on_host and str(x.dtype) == "torch.bfloat16":  # NumPy's DLPack has no bfloat16
-                return np.from_dlpack(x.view(dtype=sys.modules["torch"].int16)).view(BFLOAT16)
-            return np.from_dlpack(x) if on_host else load_cupy().from_dlpack(x)
-        if hasattr(x, "__cuda_array_interface__"):
-            return load_cupy().asarray(x)
-    except (TypeError, BufferError, RuntimeError) as error:
-        if isinstance(error, DeviceError):
-            raise
-        raise DtypeError(f"asarray: x is a {type(x).__name__}, {error}") from error
-    raise DtypeError(
-        f"asarray: x is a {type(x).__name__}, expected an array with __dlpack__ or "
-        "__cuda_array_interface__"
-    )
-
-
-def from_pointer(
-    address: int,
-    shape: tuple[int, ...],
-    dtype: Any,
-    *,
-    device: int | None = None,
-    owner: Any = None,
-) -> Any:
-    """A CuPy array over device memory that somebody else allocated.
-
-    Args:
-        address: device address of the first element, in bytes; aligned to the element.
-        shape: sizes, row-major and contiguous.
-        dtype: NumPy or ml_dtypes element type.
-        device: ordinal of the GPU that holds the memory, the current one if None.
-        owner: an object to keep alive as long as the array; the memory itself is not freed.
-
-    Raises:
-        ParameterError: the address is null, negative or misaligned, or a size is negative.
-        DeviceError: CuPy or a driver is missing.
-    """
-    dtype = np.dtype(dtype)
-    if any(size < 0 for size in shape):
-        raise ParameterError(f"from_pointer: shape is {shape}, expected sizes of at least 0")
-    if address <= 0 or address % dtype.alignment:
-        raise ParameterError(
-            f"from_pointer: address is {address:#x}, expected a positive multiple of "
-            f"{dtype.alignment} for {dtype}"
-        )
-    cupy = load_cupy()
-    if device is None:
-        device = cupy.cuda.runtime.getDevice()
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+    if xp is None or xp not in (np, sys.modules.get("cupy")):
+        given = getattr(xp, "__name__", type(xp).__name__)
+        raise DtypeError(f"{op}: xp is {given}, expected the module numpy or cupy")
+    return xp
 
 
 def module_of(array: Any) -> Any:
@@ -375,6 +334,11 @@ def module_of(array: Any) -> Any:
 def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An uninitialised array of another shape and dtype, in the memory where `array` lives."""
     return module_of(array).empty(shape, dtype)
+
+
+def current_device() -> int:
+    """The ordinal of CuPy's current GPU; raises as `load_cupy`."""
+    return int(load_cupy().cuda.runtime.getDevice())
 
 
 def load_cupy() -> Any:
@@ -388,10 +352,16 @@ def load_cupy() -> Any:
     except ImportError as error:
         advice = f"{install.command('cu13')} (or [cu12])"
         raise DeviceError(f"GPU arrays need CuPy: {advice}") from error
+    _check_driver(cupy)
+    return cupy
+
+
+@cache
+def _check_driver(cupy: Any) -> None:
+    """Asked until it has answered once."""
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         from pykv.cuda.devices import why_no_gpu  # which imports this module
 
         raise DeviceError(f"GPU arrays need a GPU, but {why_no_gpu(error)}") from error
-    return cupy

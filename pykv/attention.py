@@ -118,19 +118,26 @@ def _check_options(
         raise ShapeError(f"{op}: k_pool has P=0, expected at least 1")
     scale = 1.0 / math.sqrt(D) if scale is None else check_number(op, "scale", scale)
     if window is not None:
-        window = check_whole(op, "window", window, 1)
+        window = min(check_whole(op, "window", window, 1), ALL_KEYS)
     if logits_soft_cap is not None:
         logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
     causal = check_flag(op, "causal", causal)
     check_choice(op, "lse_base", lse_base, LSE_BASES)
     if fixed_split is not None:
-        if check_whole(op, "fixed_split", fixed_split, 32) % 32:
-            raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+        check_split(op, fixed_split)
     if has_tree and T > MAX_TREE:
         raise UnsupportedError(f"{op}: q has T={T}, expected at most {MAX_TREE} with a tree")
     if has_tree and not causal:
         raise ParameterError(f"{op}: causal is False, expected True with a tree")
     return Scores(scale, window, logits_soft_cap, causal)
+
+
+def check_split(op: str, fixed_split: int) -> int:
+    """Check keys that are summed apart, and return them as an int."""
+    fixed_split = check_whole(op, "fixed_split", fixed_split, 32, 2**30)
+    if fixed_split % 32:
+        raise ParameterError(f"{op}: fixed_split is {fixed_split}, expected a multiple of 32")
+    return fixed_split
 
 
 def check_pages(

@@ -6,17 +6,16 @@ Dimensions and layouts as in pykv/layout.py; pykv/ops/permute.py says what users
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.arrays import checker, is_array, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.layout import AXES, BlockShape, Layout, strides
+from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.ops.block_copy import ADDRESSES
 from pykv.ranges import check_device
-
-ITEMSIZES = (1, 2, 4, 8)
 
 Range = tuple[int, int] | None
 
@@ -61,13 +60,7 @@ def sides_by_address(
     Raises:
         ParameterError, ShapeError, DtypeError, DeviceError: as permute.permute.
     """
-    if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
-        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a BlockShape")
-    shape = BlockShape(*map(int, shape))
-    if min(shape) < 0:
-        raise ParameterError(f"{op}: shape is {shape}, expected sizes of at least 0")
-    if shape.itemsize not in ITEMSIZES:
-        raise ParameterError(f"{op}: itemsize is {shape.itemsize}, expected 1, 2, 4 or 8")
+    shape = check_shape(op, "shape", shape)
     sides = to, from_ = [side_by_address(op, side, shape) for side in (dst, src)]
     if num_blocks == 0 or 0 in shape:
         return shape, to._replace(N=0), from_._replace(N=0)
@@ -115,11 +108,38 @@ def side_by_address(op: str, given: Given, shape: BlockShape) -> Side:
 
 def check_range(op: str, name: str, given: Any, stored: tuple[int, int], where: str) -> None:
     """Check that (first, end) is part of what is stored."""
-    first, end = given
+    first, end = check_pair(op, name, given)
     if not stored[0] <= first <= end <= stored[1]:
         raise ParameterError(
             f"{op}: {name} is {(first, end)}, expected a range in {stored[0]} .. {stored[1]}{where}"
         )
+
+
+def of_host(op: str, side: Side, shape: BlockShape) -> Side:
+    """A side of addresses of host memory as one of arrays.
+
+    Raises:
+        DeviceError: its table is on a GPU.
+    """
+    if on_gpu(side.table):
+        raise DeviceError(f"{op}: {side.name} is on a GPU, expected the host like what it names")
+    num_chunks = (side.layers[1] - side.layers[0]) * shape.O
+    inner = dict(
+        shape=(side.heads[1] - side.heads[0], shape.P, shape.D),
+        strides=(side.head_stride, side.token_stride, shape.itemsize),
+        typestr=np.dtype(f"u{shape.itemsize}").str,
+        version=3,
+    )
+
+    def chunk(at: int) -> Any:
+        return np.asarray(SimpleNamespace(__array_interface__=dict(inner, data=(at, False))))
+
+    chunks = [
+        chunk(address + i * side.chunk_stride)
+        for address in side.table.tolist()
+        for i in range(num_chunks // side.entries)
+    ]
+    return side._replace(entries=num_chunks, table=None, chunks=chunks)
 
 
 # --- Arrays ---------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class BlockManager:
             ParameterError: `tokens` is negative.
         """
         pages: list[int] = []
-        self.extend(pages, 0, tokens)
+        self.extend(pages, 0, check_whole("BlockManager.allocate", "tokens", tokens, 0))
         return pages
 
     def extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
@@ -288,7 +288,7 @@ class BlockManager:
             ParameterError: these are fewer than before.
         """
         old = self.num_pages
-        check_whole("BlockManager.grow", "num_pages", num_pages, old)
+        num_pages = check_whole("BlockManager.grow", "num_pages", num_pages, old, _MAX_PAGE)
         self._counts += [0] * (num_pages - old)
         self._keys += [None] * (num_pages - old)
         self._free[:0] = range(num_pages - 1, old - 1, -1)
@@ -365,7 +365,7 @@ def _root(op: str, salt: str | bytes) -> bytes:
         raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
     if not salt:
         return bytes(_KEY_BYTES)
-    salt = salt.encode() if isinstance(salt, str) else salt
+    salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
     # Hashed in another way than pages are: no salt gives the key of a page.
     return blake2b(salt, digest_size=_KEY_BYTES, person=b"salt").digest()
 
@@ -428,8 +428,11 @@ def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
     array([[ 7,  3, -1],
            [ 5, -1, -1]], dtype=int32)
     """
-    width = check_whole("page_table", "width", width, 0)
-    table = np.full((_length("page_table", sequences), width), -1, np.int32)
+    width = check_whole("page_table", "width", width, 0, _MAX_PAGE)
+    if isinstance(sequences, str | bytes) or not hasattr(sequences, "__len__"):
+        given = type(sequences).__name__
+        raise DtypeError(f"page_table: sequences is a {given}, expected a sequence of lists")
+    table = np.full((len(sequences), width), -1, np.int32)
     for b, (row, pages) in enumerate(zip(table, sequences, strict=True)):
         ids = page_ids("page_table", f"sequences[{b}]", pages, -1, _MAX_PAGE)
         if len(ids) > width:

@@ -44,6 +44,7 @@ import numpy as np
 
 from pykv.arrays import BFLOAT16, FLOATS, Rule
 from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.options import check_float_dtype, check_whole
 
 SMALLEST = np.float32(1e-8)  # what max |x| is taken for at least, so that 1 / scale is finite
 
@@ -176,7 +177,7 @@ class KVSpec:
             raise DtypeError(
                 f"KVSpec.parse: text is a {type(text).__name__}, expected one such as 'int8:HND'"
             )
-        return _parse(text)
+        return parsed("KVSpec.parse: text", text)
 
     def __str__(self) -> str:
         """A text that `parse` reads as this spec, and that leaves out what has no meaning."""
@@ -238,6 +239,7 @@ class KVSpec:
         >>> pykv.KVSpec.parse("k8v4:HND").pool_shapes(N=100, P=16, H=8, D=128)
         ((100, 8, 16, 128), (100, 8, 16, 64))
         """
+        _check_sizes("pool_shapes", N=N, P=P, H=H, D=D)
         return tuple((N, *self.page_order(P, H), kind.row_width(D)) for kind in self.kinds)
 
     def scale_shape(self, N: int, P: int, H: int) -> tuple[int, ...]:
@@ -246,6 +248,7 @@ class KVSpec:
         >>> [pykv.KVSpec.parse(text).scale_shape(100, 16, 8) for text in ("int8:HND", "int8:head")]
         [(100, 8, 16), (8,)]
         """
+        _check_sizes("scale_shape", N=N, P=P, H=H)
         if self.granularity == "token":
             return N, *self.page_order(P, H)
         return (H,) if self.granularity == "head" else (1,)
@@ -322,11 +325,27 @@ class KVSpec:
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         """Bytes of K and V that one token takes in one layer of `heads` KV heads of `head_dim`
         elements, its scales included."""
+        _check_sizes("bytes_per_token", heads=heads, head_dim=head_dim)
         scale = SCALE_DTYPES[self.scale_dtype].itemsize if self.has_dynamic_scales else 0
         return sum(
             heads * (kind.row_bytes(head_dim) + (scale if kind.largest else 0))
             for kind in self.kinds
         )
+
+
+def parsed(what: str, text: str) -> KVSpec:
+    """The spec that a text names.
+
+    Args:
+        what: the op's and the argument's name, for errors.
+
+    Raises:
+        ParameterError: as `KVSpec.parse`.
+    """
+    try:
+        return _parse(text)
+    except ParameterError as error:
+        raise ParameterError(f"{what}: {error}") from None
 
 
 @cache
@@ -338,25 +357,56 @@ def _parse(text: str) -> KVSpec:
         k, v = SHORT.get(kinds, (kinds, kinds))
     elif not (k and v):
         where = "after" if k else "before"
-        raise ParameterError(f"KVSpec: {text!r} has nothing {where} +, expected a kind")
+        raise ParameterError(f"{text!r} has nothing {where} +, expected a kind")
     if k not in KINDS or v not in KINDS:
-        raise ParameterError(
-            f"KVSpec: {kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}"
-        )
+        raise ParameterError(f"{kinds!r} is no kind, expected one of {', '.join((*KINDS, *SHORT))}")
     field_of = {word: field for field, words in _WORDS.items() for word in words}
     unknown = [word for word in rest if word not in field_of]
     if unknown:
         raise ParameterError(
-            f"KVSpec: {unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
+            f"{unknown[0]!r} of {text!r} is unknown, expected one of {', '.join(field_of)}"
         )
     words: dict[str, str] = {}
     for word in rest:
         if (field := field_of[word]) in words:
             raise ParameterError(
-                f"KVSpec: {text!r} has {field} given twice, expected {words[field]!r} or {word!r}"
+                f"{text!r} has {field} given twice, expected {words[field]!r} or {word!r}"
             )
         words[field] = word
     return KVSpec(k, v, **words)
+
+
+def _check_sizes(method: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        check_whole(f"KVSpec.{method}", name, size, 0)
+
+
+def _check_array(op: str, name: str, x: Any, dtypes: tuple[Any, ...]) -> None:
+    """Check what functions of rows take: a NumPy array, of one dimension at least."""
+    if not isinstance(x, np.ndarray) or x.ndim == 0:
+        raise DtypeError(f"{op}: {name} is a {type(x).__name__}, expected a NumPy array of rows")
+    if x.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise DtypeError(f"{op}: {name} has dtype {x.dtype}, expected {expected}")
+
+
+def _check_kind(op: str, kind: Any) -> None:
+    if not isinstance(kind, Kind):
+        expected = "one of pykv.kinds.KINDS.values()"
+        raise DtypeError(f"{op}: kind is a {type(kind).__name__}, expected {expected}")
+
+
+def _check_scale(op: str, scale: Any, shape: tuple[int, ...]) -> None:
+    """Check given scales of rows [...]."""
+    scale = np.asarray(scale)
+    if scale.dtype not in SCALE_DTYPES.values():
+        raise DtypeError(f"{op}: scale has dtype {scale.dtype}, expected float16 or float32")
+    try:
+        fits = np.broadcast_shapes(scale.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ShapeError(f"{op}: scale has shape {scale.shape}, expected one like {shape}")
 
 
 def quantize(
@@ -381,6 +431,15 @@ def quantize(
     >>> pykv.kinds.dequantize(codes, int8, scale).round(2)
     array([[ 0.5 , -1.27,  0.  ,  1.  ]], dtype=float32)
     """
+    op = "kinds.quantize"
+    _check_array(op, "x", x, (*FLOATS, np.dtype(np.float64)))
+    _check_kind(op, kind)
+    if kind.bits == 4 and x.shape[-1] % 2:
+        raise ShapeError(f"{op}: x has D={x.shape[-1]}, expected an even number")
+    if scale is None and kind.largest:
+        scale_dtype = check_float_dtype(op, "scale_dtype", scale_dtype, SCALE_DTYPES.values())
+    elif scale is not None:
+        _check_scale(op, scale, x.shape[:-1])
     if not kind.largest:
         return x.astype(kind.dtype), None
     x = x.astype(np.float32)
@@ -406,7 +465,7 @@ def row_scales(x: Any, kind: Kind, dtype: Any) -> Any:
     finite = np.isfinite(amax)  # NaN wins a maximum
     scale = np.maximum(np.where(finite, amax, np.float32(0)), SMALLEST) / np.float32(kind.largest)
     if dtype == np.float16:  # no float32 scale is subnormal
-        scale = np.where(scale < 2**-14, np.ceil(scale * 2**24) / 2**24, scale)
+        scale = np.where(scale < 2**-14, np.ceil(np.minimum(scale, 1) * 2**24) / 2**24, scale)
     scale = np.minimum(scale, np.finfo(dtype).max).astype(dtype)
     return np.where(finite, scale, dtype.type(np.nan))
 
@@ -436,6 +495,13 @@ def decode(codes: Any, kind: Kind) -> Any:
 def dequantize(codes: Any, kind: Kind, scale: Any = None) -> Any:
     """Rows [..., D] float32 of `codes` [..., W] of a `kind`, and of `scale` [...], which may
     broadcast and is None for kinds of floats."""
+    op = "kinds.dequantize"
+    _check_kind(op, kind)
+    _check_array(op, "codes", codes, (kind.dtype,))
+    if kind.largest:
+        if scale is None:
+            raise ParameterError(f"{op}: scale is None, expected scales for {kind.name}")
+        _check_scale(op, scale, codes.shape[:-1])
     x = decode(codes, kind)
     if not kind.largest:
         return x
@@ -464,6 +530,7 @@ def pack(codes: Any) -> Any:
     >>> pykv.kinds.unpack(pykv.kinds.pack(np.array([1, -1, 7, -7], np.int8)))
     array([ 1, -1,  7, -7], dtype=int8)
     """
+    _check_array("kinds.pack", "codes", codes, (np.dtype(np.int8),))
     if codes.shape[-1] % 2:
         raise ShapeError(f"kinds.pack: codes has D={codes.shape[-1]}, expected an even number")
     halves = codes.astype(np.uint8) & 15
@@ -472,5 +539,7 @@ def pack(codes: Any) -> Any:
 
 def unpack(packed: Any) -> Any:
     """The int4 codes, int8 [..., D], of bytes `packed` [..., D / 2]."""
-    halves = np.stack([packed << 4, packed & 0xF0], -1).reshape(*packed.shape[:-1], -1)
+    _check_array("kinds.unpack", "packed", packed, (np.dtype(np.uint8),))
+    D = 2 * packed.shape[-1]
+    halves = np.stack([packed << 4, packed & 0xF0], -1).reshape(*packed.shape[:-1], D)
     return halves.view(np.int8) >> 4

@@ -18,10 +18,15 @@ together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.options import check_whole
 
 STACKS = ("NHD", "HND")
 NAMES = (*STACKS, *(f"operational_{order}" for order in STACKS), "universal")
+
+ITEMSIZES = (1, 2, 4, 8)  # bytes of elements that blocks may have
 
 # The dimensions of arrays that hold N blocks. I = P * H * D elements, ordered as in a chunk.
 AXES = {
@@ -76,6 +81,60 @@ class Strides(NamedTuple):
     token: int
 
 
+def check_layout(op: str, name: str, layout: Any, known: tuple[str, ...] = NAMES) -> None:
+    """Check a Layout, and that its own name is one of `known`.
+
+    Args:
+        op, name: of who is given it, for messages.
+        layout: what is given.
+
+    Raises:
+        ParameterError: the name is unknown, a stride negative, or given where there are no stacks.
+        DtypeError: it is no Layout, or a part of it has another type.
+    """
+    if not isinstance(layout, Layout):
+        raise DtypeError(f"{op}: {name} is a {type(layout).__name__}, expected a Layout")
+    if layout.name not in known:
+        raise ParameterError(f"{op}: {name} is {layout.name!r}, expected {' or '.join(known)}")
+    for part in ("heads", "layers"):
+        if getattr(layout, part) is not None:
+            check_pair(op, f"{part} of {name}", getattr(layout, part))
+    for stride in ("token_stride", "head_stride"):
+        if getattr(layout, stride) is None:
+            continue
+        if not layout.is_stack:
+            raise ParameterError(f"{op}: {name} has {stride}, expected it for NHD or HND alone")
+        check_whole(op, f"{stride} of {name}", getattr(layout, stride), 0, 2**62)
+
+
+def check_pair(op: str, name: str, given: Any) -> tuple[int, int]:
+    """Check that a range is two whole numbers, and return them; `op`, `name` and `given` as of
+    `check_layout`."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise DtypeError(f"{op}: {name} is {given!r}, expected (first, end)")
+    first, end = (check_whole(op, name, n, -(2**63)) for n in given)
+    return first, end
+
+
+def check_shape(op: str, name: str, shape: Any) -> BlockShape:
+    """Check the sizes of a block and return them as ints.
+
+    Args:
+        op, name, shape: as of `check_layout`.
+
+    Raises:
+        ParameterError: a size is negative, or elements are not of 1, 2, 4 or 8 bytes.
+        DtypeError: it is no BlockShape, or a size no integer.
+    """
+    if not isinstance(shape, tuple) or len(shape) != len(BlockShape._fields):
+        raise DtypeError(f"{op}: {name} is a {type(shape).__name__}, expected a BlockShape")
+    sizes = zip(BlockShape._fields, shape, strict=True)
+    checked = BlockShape(*(check_whole(op, f"{name}.{n}", size, 0, 2**62) for n, size in sizes))
+    if checked.itemsize not in ITEMSIZES:
+        raise ParameterError(f"{op}: {name}.itemsize is {checked.itemsize}, expected 1, 2, 4 or 8")
+    return checked
+
+
 def strides(layout: Layout, stored: BlockShape) -> Strides:
     """The formulas of this module as strides; `stored` counts what the layout stores.
 
@@ -84,7 +143,12 @@ def strides(layout: Layout, stored: BlockShape) -> Strides:
     Strides(chunk=0, head=128, token=1024)
     >>> pykv.layout.strides(pykv.layout.Layout("universal"), shape)
     Strides(chunk=2048, head=8192, token=128)
+
+    Raises:
+        ParameterError, DtypeError: the layout is unknown, a size negative, or one of another type.
     """
+    check_layout("layout.strides", "layout", layout)
+    check_shape("layout.strides", "stored", stored)
     H, L, O, P, D, itemsize = stored
     if layout.name == "universal":
         token, head, chunk = D, L * O * P * D, P * D

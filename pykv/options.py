@@ -6,6 +6,7 @@ Each takes the op's and the argument's name, for errors, and returns the value a
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from pykv.errors import DtypeError, ParameterError
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+_BY_TYPE: dict[type, np.dtype[Any]] = {dtype.type: dtype for dtype in FLOATS}
 
 
 def check_whole(op: str, name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -60,6 +62,8 @@ def check_flag(op: str, name: str, value: Any) -> bool:
     Raises:
         DtypeError: it is something else.
     """
+    if value is True or value is False:
+        return value
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise DtypeError(f"{op}: {name} is {value!r}, expected True or False")
     return bool(value)
@@ -76,17 +80,23 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> st
     return value
 
 
-def check_float_dtype(op: str, name: str, value: Any) -> np.dtype[Any]:
+def check_float_dtype(
+    op: str, name: str, value: Any, dtypes: Collection[np.dtype[Any]] = FLOATS
+) -> np.dtype[Any]:
     """Check what names an element type, and return that.
 
     Raises:
-        DtypeError: it is none of `FLOATS`.
+        DtypeError: it is none of `dtypes`; None is none.
     """
+    known = _BY_TYPE.get(value) if isinstance(value, type) else None
+    if known is not None and known in dtypes:  # a tenth of the time that what follows takes
+        return known
     try:
-        dtype: np.dtype[Any] | None = np.dtype(value)
-    except (TypeError, ValueError):
+        dtype: np.dtype[Any] | None = None if value is None else np.dtype(value)
+    except (TypeError, ValueError, AttributeError):
         dtype = None
-    if dtype not in FLOATS:
+    if dtype is None or dtype not in dtypes:
         given = repr(value) if dtype is None else dtype
-        raise DtypeError(f"{op}: {name} is {given}, expected float32, float16 or bfloat16")
+        *others, last = map(str, dtypes)
+        raise DtypeError(f"{op}: {name} is {given}, expected {', '.join(others)} or {last}")
     return dtype

@@ -198,7 +198,7 @@ def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any 
         expected = None if source is None else getattr(source, name)
         if scales is expected:
             continue
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, scales):
             cuda.refuse_capture(op, "it looks at scales; prepare the call before")
             if expected is None and not (to_host(scales) > 0).all():
                 expects = "positive ones, set or found by an append"

@@ -20,6 +20,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from pykv import cuda
 from pykv.arrays import load_cupy, on_gpu, to_host
 from pykv.errors import DtypeError, FormatError, ParameterError
@@ -48,7 +53,7 @@ def save(
     Args:
         path: of the file. One that exists is replaced at once, when all is on the disk, and keeps
             its permissions; of a symbolic link the target is. A process that is killed leaves the
-            old file, and a hidden `.pykv-*` beside it.
+            old file, and a hidden `.pykv-*` beside it, which the next save to `path` removes.
         cache: see pykv.pages.
         pages: page ids; None: all.
         model: whatever tells whose cache this is; `load` compares it.
@@ -91,26 +96,46 @@ def save(
 
 def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
     """Make parts the contents of a file, or leave it as it is."""
-    scratch = path.with_name(f".pykv-{secrets.token_hex(8)}")
-    try:
-        with open(scratch, "xb") as file:
+    with _scratch(path) as file:
+        try:
             with suppress(FileNotFoundError):
-                os.chmod(scratch, stat.S_IMODE(os.stat(path).st_mode))
+                os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(scratch)
-        raise
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
     if os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a crash may undo the renaming
         finally:
             os.close(folder)
+
+
+def _scratch(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked while its process lives. Removes those for the same path
+    that nobody holds any more."""
+    prefix = f".pykv-{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
+    if fcntl is None:
+        return open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+    for left in path.parent.glob(f"{prefix}*"):
+        with suppress(OSError), open(left, "rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    while True:
+        file = open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # nobody has removed it before it was locked
+            return file
+        file.close()
 
 
 def _regular_path(op: str, path: str | os.PathLike[str]) -> Path:
@@ -155,6 +180,8 @@ def load(
     Waits for CuPy's current stream. Needs host memory for the pages.
     """
     op = "page_files.load"
+    if model is not None and not isinstance(model, str):
+        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
     with open(path, "rb") as file:

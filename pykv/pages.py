@@ -98,7 +98,7 @@ def zero_pages(cache: Any, pages: Ids, *, stream: Any = None) -> None:
     check_may_write(op, "cache", cache)
     arrays = list(moving_arrays(cache).values())
     if not on_gpu(cache.k):
-        cuda.run_on_host(lambda: _zero_on_host(arrays, ids))
+        cuda.run_on_host(lambda: _zero_on_host(arrays, ids), stream=stream)
         return
     places = places_of(arrays, np.unique(ids))  # block_copy allows no destination twice
     with cuda.on_stream(stream):
@@ -217,6 +217,11 @@ def convert_pages(
         lists.append(None if ids is None else pages.astype(np.int32))
         arrays = moving_arrays(side)
         sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
+    if len(sides[0].ids) != len(sides[1].ids):
+        raise ParameterError(
+            f"{op}: target_pages has {len(sides[1].ids)} pages, expected {len(sides[0].ids)} like "
+            "source_pages"
+        )
     check_targets(op, sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)
     if len(sides[1].ids):
@@ -249,7 +254,7 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
         MemoryError: the host has not as much that can be pinned.
     """
     op = "pages.host_pages"
-    num_pages = check_whole(op, "num_pages", num_pages, 0)
+    num_pages = check_whole(op, "num_pages", num_pages, 0, 2**31 - 1)
     facts_of(op, "cache", cache)
     made = {name: getattr(cache, name) for name in ARRAYS}  # given scales are shared
     for name, array in moving_arrays(cache).items():
@@ -283,6 +288,7 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     if store is None:
         store = host_pages(cache, len(pages))
+    facts_of(op, "store", store)
     copy_pages(cache, store, pages, np.arange(len(pages)), stream=stream)
     return store
 
@@ -291,6 +297,7 @@ def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None
     """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
     op = "pages.swap_in"
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    facts_of(op, "store", store)
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 
 

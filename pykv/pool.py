@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, kinds
-from pykv.arrays import footprint, load_cupy, to_host
+from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager, page_ids
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES, KVSpec
@@ -128,6 +128,7 @@ class PagedKVCache:
         Only enqueues on a GPU.
         """
         cuda.refuse_prepare("PagedKVCache.extend", "each call takes pages of its own")
+        cuda.check_stream(stream)
         copy = self.manager.extend(pages, start, stop)
         if copy is not None:
             source, destination = copy
@@ -160,7 +161,7 @@ class PagedKVCache:
         num_pages = self.k.shape[1]
         pages = check_whole("PagedKVCache.grow", "pages", pages, num_pages)
         old = (self.k, self.v, self.k_scales, self.v_scales)
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             new = self._zeros(pages)
             if self.spec.has_given_scales:  # not of pages; stores of swapped pages share them
                 new[2:] = old[2:]
@@ -171,7 +172,7 @@ class PagedKVCache:
                         larger[:, :num_pages] = array
 
             do_in(self._xp, copy_pages)
-            if stream is not None:
+            if stream is not None and on_gpu(self.k):
                 cuda.synchronize()
         self._set_arrays(new)
         self.manager.grow(pages)
@@ -278,7 +279,7 @@ class PagedKVCache:
     ) -> Any:
         """`append` to a layer that may lack scales; those that it lacks are found first."""
         op = f"PagedKVCache.{name}"
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
             self._look_for_scales()
             if layer not in self._unset:
@@ -380,7 +381,7 @@ class PagedKVCache:
 def do_in(xp: Any, step: Callable[[], None], stream: Any = None) -> None:
     """Do work on the arrays of a cache in `xp`, on a GPU by enqueuing it."""
     if xp is np:
-        cuda.run_on_host(step)
+        cuda.run_on_host(step, stream=stream)
     else:
         cuda.enqueue(step, stream)
 
@@ -392,6 +393,6 @@ def float_kind(argument: str, name: str) -> np.dtype[Any]:
         ParameterError: no such kind; the text names the argument.
     """
     floats = {kind: kinds.KINDS[kind].dtype for kind in ("fp16", "bf16", "fp32")}
-    if name not in tuple(floats):
+    if not isinstance(name, str) or name not in floats:
         raise ParameterError(f"{argument} is {name!r}, expected one of {', '.join(floats)}")
     return floats[name]

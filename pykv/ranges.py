@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import asarray, check_writeable, on_gpu
+from pykv.arrays import check_writeable, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.foreign import named_array
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
 
@@ -142,13 +143,18 @@ def addresses_of(
 ) -> tuple[Any, Any, Any, str]:
     """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
     `any_memory` will do."""
+    for name, given in (("sources", sources), ("destinations", destinations)):
+        if not isinstance(given, list | tuple):
+            raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of arrays")
     if len(sources) != len(destinations):
         raise ShapeError(
             f"{op}: destinations has {len(destinations)} arrays, expected {len(sources)} like "
             "sources"
         )
-    lists = {"sources": list(map(asarray, sources))}
-    lists["destinations"] = list(map(asarray, destinations))
+    lists = {
+        name: [named_array(op, f"{name}[{i}]", x) for i, x in enumerate(given)]
+        for name, given in (("sources", sources), ("destinations", destinations))
+    }
     device = "cuda" if any(map(on_gpu, sum(lists.values(), []))) else "cpu"
     addresses = []
     for name, arrays in lists.items():

@@ -58,6 +58,9 @@ class SequenceCache:
         spec: KVSpec | str = "int8",
         xp: Any = np,
     ):
+        op = "SequenceCache"
+        max_blocks = check_whole(op, "max_blocks", max_blocks, 1, 2**31 - 1)
+        block_size = check_whole(op, "block_size", block_size, 1, 2**31 - 1)
         pages = PagedKVCache(1, max_blocks, heads, head_dim, page_size=block_size, spec=spec, xp=xp)
         self.spec = pages.spec
         (self.k, self.v), (self.k_scales, self.v_scales) = pages.layers[0], pages.scales[0]
@@ -92,6 +95,7 @@ class SequenceCache:
         """
         op, num_blocks = "SequenceCache.assign", len(self.k)
         cuda.refuse_prepare(op, "it changes what the host knows")
+        cuda.check_stream(stream)
         ids = blocks.page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
         if len(ids) > num_blocks:
             raise CapacityError(
@@ -120,6 +124,7 @@ class SequenceCache:
             UnsupportedError: the call is being prepared.
         """
         cuda.refuse_prepare("SequenceCache.advance", "it changes what the host knows")
+        cuda.check_stream(stream)
         held = len(self.blocks) * self.block_size
         tokens = check_whole("SequenceCache.advance", "tokens", tokens, -self.length)
         if self.length + tokens > held:
@@ -158,10 +163,10 @@ class SequenceCache:
         if length_before is None:
             cuda.refuse_prepare("SequenceCache.append", "where rows go changes with the length")
         start = self.length if length_before is None else length_before
-        start = check_whole("SequenceCache.append", "length_before", start, 0)
+        start = check_whole("SequenceCache.append", "length_before", start, 0, 2**31 - 1)
         _check_rank("SequenceCache.append", "k", k, "T H D")
         slots = blocks.slots(self.blocks, start, start + len(k), self.block_size)
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             if self._xp is not np:
                 cuda.refuse_capture("SequenceCache.append", cuda.UPLOADS)
             self._pages.append(0, k, v, self._xp.asarray(slots), **options)
@@ -205,7 +210,7 @@ class SequenceCache:
                 raise CapacityError(
                     f"{op}: length is {length}, expected at most the {held} that the blocks hold"
                 )
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, self.k):
             lengths = self.context_lens
             if length is not None:
                 lengths = self._xp.full(1, length, np.int32)

@@ -26,8 +26,9 @@ from pykv.calibration import DIRECTIONS
 from pykv.copy_ways import calibrate as calibrate
 from pykv.copy_ways import is_available as is_available
 from pykv.copy_ways import is_memcpy_batch_available as is_memcpy_batch_available
-from pykv.errors import CudaError, DtypeError, ParameterError, UnsupportedError
+from pykv.errors import CudaError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_copy
+from pykv.options import check_choice, check_flag
 
 MODES = ("batched_with_fallback", "fallback_only", "batch_without_fallback", "auto")
 
@@ -125,15 +126,14 @@ def memcpy_batch(
     (2, array([4, 5, 0, 0, 0, 1], dtype=uint8))
     """
     op = "transfer.memcpy_batch"
-    _check_word(op, "mode", mode, MODES)
-    _check_word(op, "direction", direction, (None, *DIRECTIONS))
-    _check_word(op, "device", device, ("cuda", "cpu"))
+    _check_options(op, mode, direction, validate)
+    check_choice(op, "device", device, ("cuda", "cpu"))
     pairs = check_tables(op, src_ptrs, dst_ptrs, size, validate)
     if not len(pairs[0]):
         cuda.skip()
         return _NOTHING
     if device == "cpu":
-        return _copy_on_host(op, pairs, mode)
+        return _copy_on_host(op, pairs, mode, stream)
     if cuda.is_preparing():  # calls may come when the caller's tables hold something else
         pairs = deepcopy(pairs)
     cuda.array_module("cuda")
@@ -152,9 +152,11 @@ def memcpy_batch(
     return report
 
 
-def _check_word(op: str, name: str, word: Any, known: tuple[Any, ...]) -> None:
-    if word not in known:
-        raise ParameterError(f"{op}: {name} is {word!r}, expected one of {known}")
+def _check_options(op: str, mode: str, direction: str | None, validate: bool) -> None:
+    check_choice(op, "mode", mode, MODES)
+    if direction is not None:
+        check_choice(op, "direction", direction, DIRECTIONS)
+    check_flag(op, "validate", validate)
 
 
 def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: bool = False) -> Pairs:
@@ -164,7 +166,12 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
         op: name for messages.
         src_ptrs, dst_ptrs, size, validate: as of `memcpy_batch`.
     """
-    sizes = _integers(op, "size", size).astype(np.int64)
+    sizes = _integers(op, "size", size)
+    if sizes.ndim > 1:
+        raise ShapeError(f"{op}: size has shape {sizes.shape}, expected an integer or [N]")
+    if sizes.max(initial=0) >= 2**63:
+        raise ParameterError(f"{op}: size is {sizes.max()}, expected less than 2^63")
+    sizes = sizes.astype(np.int64)
     if sizes.min(initial=0) < 0:
         raise ParameterError(f"{op}: size is {sizes.min()}, expected at least 0")
     if not sizes.any():
@@ -173,8 +180,13 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
     for name, table in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs)):
         if table is None:
             raise ParameterError(f"{op}: {name} is None, expected addresses")
-        table = _integers(op, name, table).ravel()  # contiguous, unlike what reshape gives
-        tables.append(table.astype(np.uint64, copy=False))
+        table = _integers(op, name, table)
+        if table.ndim != 1:
+            raise ShapeError(f"{op}: {name} has shape {table.shape}, expected [N]")
+        if table.dtype.kind == "i" and table.min(initial=0) < 0:
+            i = int(np.argmin(table))
+            raise ParameterError(f"{op}: {name}[{i}] is {table[i]}, expected an address")
+        tables.append(np.ascontiguousarray(table, np.uint64))
     src, dst = tables
     if len(src) != len(dst):
         raise ParameterError(f"{op}: dst_ptrs has {len(dst)} addresses, expected {len(src)}")
@@ -183,16 +195,24 @@ def check_tables(op: str, src_ptrs: Any, dst_ptrs: Any, size: Any, validate: boo
     by_pair = sizes if sizes.ndim else int(sizes)
     if validate:
         ranges.check_overlaps(op, ("src_ptrs", src, by_pair), ("dst_ptrs", dst, by_pair))
-    if sizes.all():
-        return src, dst, by_pair
-    wanted = sizes > 0
-    return src[wanted], dst[wanted], sizes[wanted]
+    if not sizes.all():
+        wanted = sizes > 0
+        src, dst, by_pair = src[wanted], dst[wanted], sizes[wanted]
+    for name, table in (("src_ptrs", src), ("dst_ptrs", dst)):
+        if not table.all():
+            raise ParameterError(f"{op}: {name} has a null address, expected none")
+    return src, dst, by_pair
 
 
 def _integers(op: str, name: str, values: Any) -> Any:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError):  # lists of unlike lengths, or arrays of a GPU
+        array = np.asarray(None)
     if array.size and array.dtype.kind not in "iu":
-        raise DtypeError(f"{op}: {name} has dtype {array.dtype}, expected integers")
+        is_other = array.dtype.hasobject
+        given = f"is a {type(values).__name__}" if is_other else f"has dtype {array.dtype}"
+        raise DtypeError(f"{op}: {name} {given}, expected integers, as a list or a NumPy array")
     return array
 
 
@@ -294,8 +314,7 @@ def start(
     """
     op = "transfer.start"
     cuda.refuse_prepare(op, "each Transfer is waited for once; memcpy_batch can be prepared")
-    _check_word(op, "mode", mode, MODES)
-    _check_word(op, "direction", direction, (None, *DIRECTIONS))
+    _check_options(op, mode, direction, validate)
     lists = [x if isinstance(x, list | tuple) else [x] for x in (sources, destinations)]
     src, dst, sizes, device = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
@@ -305,7 +324,7 @@ def start(
         return Transfer(_NOTHING)
     if device == "cpu":
         began = time.perf_counter()
-        report = _copy_on_host(op, pairs, mode)
+        report = _copy_on_host(op, pairs, mode, stream)
         return Transfer(replace(report, elapsed_us=1e6 * (time.perf_counter() - began)))
     with cuda.on_stream(stream):
         import cupy
@@ -399,10 +418,11 @@ def _submit(op: str, pairs: Pairs, plan: CopyReport, mode: str) -> tuple[CopyRep
     return replace(plan, path=path, reason=reason), handle
 
 
-def _copy_on_host(op: str, pairs: Pairs, mode: str) -> CopyReport:
+def _copy_on_host(op: str, pairs: Pairs, mode: str, stream: Any) -> CopyReport:
     if mode == "batch_without_fallback":
         raise UnsupportedError(f"{op}: mode is {mode}, but host memory has no batch call")
     if mode == "auto":
         pairs = ranges.merge(*pairs)
+    cuda.check_stream(stream)
     block_copy.copy_on_host(*pairs)
     return _report(pairs, "host", "all of it is host memory")

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 import tomllib
 from functools import reduce
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 import pykv
+from tests.public import STEMS, functions, users_call
 
 ROOT = Path(pykv.__file__).parent
 NEEDS_EXTRA = ("pykv.llm", "pykv.__main__")  # the latter runs the command line
@@ -22,8 +22,6 @@ MODULES = [
     for module in pkgutil.walk_packages(pykv.__path__, "pykv.")
     if not module.name.startswith(NEEDS_EXTRA)
 ]
-STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
 
 
 @pytest.mark.parametrize("name", ["pykv", *MODULES])
@@ -59,45 +57,6 @@ def test_an_op_has_an_example(stem):
 
 
 # --- Parameters -----------------------------------------------------------------------------------
-
-
-def functions(module):
-    """The public functions, classes and methods that a module defines, by dotted name."""
-    found = {}
-    for name, thing in vars(module).items():
-        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
-            continue
-        if inspect.isclass(thing):
-            found[name] = thing
-            for method, raw in vars(thing).items():
-                raw = getattr(raw, "__func__", raw)  # of a classmethod or staticmethod
-                if not method.startswith("_") and inspect.isfunction(raw):
-                    found[f"{name}.{method}"] = raw
-        elif inspect.isfunction(inspect.unwrap(thing)):
-            found[name] = thing
-    return found
-
-
-def users_call():
-    """What users call, by module and dotted name: all of PUBLIC and of `pykv.__all__`; of ops, what
-    takes a stream or says what it raises, unless its texts are those of another op."""
-    found = {}
-    for name in PUBLIC:
-        module = importlib.import_module(f"pykv.{name}")
-        found |= {(module, name): thing for name, thing in functions(module).items()}
-    for name in pykv.__all__:
-        module = sys.modules.get(getattr(getattr(pykv, name), "__module__", None))
-        for dotted, thing in functions(module).items() if module else ():
-            if dotted.partition(".")[0] == name:
-                found[module, dotted] = thing
-    for stem in STEMS:
-        module = importlib.import_module(f"pykv.ops.{stem}")
-        for dotted, thing in functions(module).items():
-            names = parameters(thing)
-            is_call = "stream" in names or "Raises:" in (thing.__doc__ or "")
-            if is_call and names[:1] != ["op"]:
-                found[module, dotted] = thing
-    return found
 
 
 def parameters(thing):

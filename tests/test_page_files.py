@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +322,35 @@ def test_threads_that_save_to_one_path(rng, tmp_path):
     assert not failures and loads > 3 and [x.name for x in tmp_path.iterdir()] == ["x"]
 
 
+SAVES = """
+import itertools, sys
+from pykv import PagedKVCache, page_files
+
+cache = PagedKVCache(2, 64, 4, 64)
+for n in itertools.count():
+    cache.k[...] = n
+    page_files.save(sys.argv[1], cache)
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_saves(tmp_path, kind):
+    """There is a whole file at any time, and the next save removes what a killed one has left."""
+    path, cache = tmp_path / "x", PagedKVCache(2, 64, 4, 64)
+    for wait in (0.0, 0.002, 0.005, 0.01):
+        command = [sys.executable, "-c", SAVES, path]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with subprocess.Popen(command, **pipes) as process:
+            process.stdout.readline()
+            time.sleep(wait)
+            process.send_signal(kind)
+        assert process.returncode != 0
+        assert page_files.load(path, cache) == 64 and (cache.k == cache.k.flat[0]).all()
+    page_files.save(path, cache)
+    assert [x.name for x in tmp_path.iterdir()] == ["x"]
+
+
 KILLED = """
 import os, signal, sys
 from pykv import PagedKVCache, page_files
@@ -338,6 +369,9 @@ def test_a_save_that_is_killed_leaves_the_old_file(tmp_path):
     assert page_files.load(tmp_path / "x", cache, model="old") == 4
     names = [x.name for x in tmp_path.iterdir()]
     assert "y" not in names and sum(name.startswith(".pykv-") for name in names) == 2
+    for name in ("x", "y"):
+        page_files.save(tmp_path / name, cache)
+    assert {x.name for x in tmp_path.iterdir()} == {"x", "y"}
 
 
 # --- Given scales ---

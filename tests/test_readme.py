@@ -30,13 +30,15 @@ def python_blocks():
             if re.match(r"# \w+/\S+\.py\n", code):
                 continue  # a file of the example op, which tools/try_readme_op.py runs
             marks = pytest.mark.model if "LLM" in code else ()
-            yield pytest.param(name, code, marks=marks, id=f"{name}:{number}")
+            needs = "torch" if re.search(r"^import .*\btorch\b", code, re.MULTILINE) else ""
+            label = f"{name}:{number}{needs and ' with ' + needs}"
+            yield pytest.param(name, code, needs, marks=marks, id=label)
 
 
-@pytest.mark.parametrize("name, code", list(python_blocks()))
-def test_python_blocks_run(name, code):
-    if re.search(r"^import .*\btorch\b", code, re.MULTILINE):
-        pytest.importorskip("torch")
+@pytest.mark.parametrize("name, code, needs", list(python_blocks()))
+def test_python_blocks_run(name, code, needs):
+    if needs:
+        pytest.importorskip(needs)
     exec(compile(code, name, "exec"), {})
 
 

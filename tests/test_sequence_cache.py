@@ -295,6 +295,6 @@ def test_errors(xp):
         cache.decode(x[0], length=5)
     with pytest.raises(ShapeError, match="q has shape"):
         cache.decode(x)
-    with pytest.raises(ParameterError, match="pages is 0, expected at least 1"):
+    with pytest.raises(ParameterError, match="max_blocks is 0, expected 1 to"):
         SequenceCache(0, 4, 1, 8)
     assert not to_numpy(cache.k).any() and cache.length == 0

@@ -27,6 +27,12 @@ from tests.helpers import assert_same_bits, to_numpy
 PATHS = ("kernel", "batch", "loop")
 
 
+class Hashable(SimpleNamespace):
+    """As modules are."""
+
+    __hash__ = object.__hash__
+
+
 def in_threads(number, run):
     """Run `run(i)` in threads that begin together, and raise what one of them raised."""
     failures, gate = [], threading.Barrier(number)
@@ -120,12 +126,13 @@ def driver(monkeypatch):
         memcpyAsync=memcpy,
         CUDARuntimeError=Failure,
         getDevice=lambda: 0,
+        getDeviceCount=lambda: 1,
         streamIsCapturing=lambda handle: fake.capturing and handle != 55,
         eventRecord=record,
         eventQuery=query,
     )
     current = SimpleNamespace(ptr=7)
-    cupy = SimpleNamespace(
+    cupy = Hashable(
         ndarray=type("ndarray", (), {}),
         cuda=SimpleNamespace(
             runtime=runtime,

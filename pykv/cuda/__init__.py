@@ -43,6 +43,7 @@ from pykv.cuda.compiler import (
 from pykv.cuda.devices import (
     architectures,
     array_module,
+    check_stream,
     current_arch,
     current_device,
     current_sm,

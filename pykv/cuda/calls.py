@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pykv.arrays import load_cupy
-from pykv.cuda.devices import current_device, on_stream, synchronize
+from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
 
 Step = Callable[[], Any]
@@ -74,16 +74,23 @@ def enqueue(step: Step, stream: Any = None) -> None:
             step()
 
 
-def run_on_host(compute: Step, out: Any = None) -> None:
+def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
     """Take a step of NumPy's work, or record it.
 
     Args:
         compute: the work.
         out: an array that receives what `compute` returns; None: the result is dropped.
+        stream: what the op was given; it is checked, and of no meaning on the host.
 
     Raises:
+        DtypeError, ParameterError: `stream` is no stream, see `on_stream`.
         UnsupportedError: a CUDA graph is being captured, which would leave the work out.
     """
+
+    if stream is not None:
+        if _state.recording is not None:
+            _refuse_stream()
+        check_stream(stream)
 
     def step() -> None:
         if _state.captured is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv.arrays import current_device as current_device
 from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ParameterError
 from pykv.install import command
@@ -168,11 +169,6 @@ def device_name(xp: Any) -> str:
     return str(facts["name"].decode())
 
 
-def current_device() -> int:
-    """The ordinal of CuPy's current GPU."""
-    return int(load_cupy().cuda.runtime.getDevice())
-
-
 def current_arch() -> str:
     """The SM of the current GPU, such as "sm_90", or what PYKV_ARCH says instead."""
     return _arch(current_device())
@@ -202,8 +198,18 @@ def _arch(device: int) -> str:
 
 @cache
 def num_sms(device: int) -> int:
-    """Streaming multiprocessors of a GPU."""
-    return int(load_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+    """Streaming multiprocessors of a GPU.
+
+    Raises:
+        DeviceError: there is no such GPU.
+    """
+    cuda = load_cupy().cuda
+    try:
+        return int(cuda.Device(device).attributes["MultiProcessorCount"])
+    except cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"device is {device}, but the NVIDIA driver answers {error}; see `pykv doctor`"
+        ) from error
 
 
 # --- Streams --------------------------------------------------------------------------------------
@@ -211,20 +217,40 @@ def num_sms(device: int) -> int:
 _NO_CHANGE = nullcontext()
 
 
-def on_stream(stream: Any) -> AbstractContextManager[Any]:
+def on_stream(stream: Any, array: Any = None) -> AbstractContextManager[Any]:
     """A context that makes `stream` CuPy's current stream, so that launches, allocations and
     CuPy's own operations go there.
 
     Args:
         stream: None (nothing changes), a CuPy, torch or cuda.core stream, any object with
             `__cuda_stream__`, or an integer handle.
+        array: of the work; with a NumPy array nothing changes, as the host has no streams.
+
+    Inside of `on_stream(torch.cuda.current_stream())` the work of pykv and torch is in order, with
+    conversions both ways and the memory of outputs.
+
+    Raises:
+        DtypeError, ParameterError: `stream` is none of these; with NumPy arrays, too.
     """
     if stream is None:
         return _NO_CHANGE
+    handle = stream_handle(stream)
+    if isinstance(array, np.ndarray):
+        return _NO_CHANGE
     cuda = load_cupy().cuda
-    borrowed = core_stream(stream_handle(stream), cuda.runtime.getDevice())
+    borrowed = core_stream(handle, cuda.runtime.getDevice())
     context: AbstractContextManager[Any] = cuda.Stream.from_external(borrowed)
     return context
+
+
+def check_stream(stream: Any) -> None:
+    """Check that a stream is None or one that `on_stream` takes, where nothing is enqueued.
+
+    Raises:
+        DtypeError, ParameterError: as `stream_handle`.
+    """
+    if stream is not None:
+        stream_handle(stream)
 
 
 def stream_handle(stream: Any) -> int:
@@ -232,8 +258,11 @@ def stream_handle(stream: Any) -> int:
 
     Raises:
         DtypeError: the object is no stream.
+        ParameterError: the integer is no handle.
     """
     if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+        if not 0 <= stream < 2**64:
+            raise ParameterError(f"stream is {stream}, expected a handle of 64 bits")
         return int(stream)
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1])

@@ -13,7 +13,6 @@ import numpy as np
 from pykv import cuda, install
 from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import KVSpec
 from pykv.llm import gguf, memory, models, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
@@ -22,7 +21,9 @@ from pykv.llm.sampling import SamplingParams, is_integer
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
+from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
+from pykv.specs import as_spec
 
 # Of scales that heads or tensors share: how far beyond the largest magnitude of CALIBRATION they
 # reach.
@@ -102,9 +103,14 @@ class LLM:
     ):
         if not isinstance(kv_dtype, str):
             raise ParameterError(f"LLM: kv_dtype is {kv_dtype!r}, expected a text such as 'int8'")
-        self.spec = KVSpec.parse(kv_dtype)
+        self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
+        check_flag("LLM", "prefix_cache", prefix_cache)
+        check_flag("LLM", "progress", progress)
+        require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         weights_dtype = float_kind("weights", weights)
-        numbers = dict(context=context, pool_tokens=pool_tokens, page_size=page_size)
+        numbers: dict[str, Any] = dict(
+            context=context, pool_tokens=pool_tokens, page_size=page_size
+        )
         for name, value in numbers.items():
             if value is None and name != "page_size":
                 continue
@@ -112,6 +118,8 @@ class LLM:
                 raise ParameterError(f"LLM: {name} is {value!r}, expected an integer")
             if value < 1 and name != "context":
                 raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
+            numbers[name] = int(value)
+        context, pool_tokens, page_size = numbers.values()
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
@@ -279,23 +287,23 @@ class LLM:
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text, with the start token where the model wants one; `special` as in
         `generate`."""
-        return self.tokenizer.encode(text, special=special)
+        return self.tokenizer.encode(text, special=check_flag("tokenize", "special", special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(list(ids))
+        return self.tokenizer.decode(self._known("ids", ids))
 
     # --- Numbers ---
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The logits after each of T `token_ids`, [T, vocab] float32, on the host.
+    def logits(self, token_ids: str | Sequence[int]) -> np.ndarray:
+        """The logits after each of T `token_ids`, or of a text, [T, vocab] float32, on the host.
 
         Args, Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.logits")
         with self._lock, cuda.use_device(self._device):
             return np.concatenate(
-                [part for part, _ in self._scheduler.logits(self._ids(token_ids))]
+                [part for part, _ in self._scheduler.logits(self._ids(token_ids, name="token_ids"))]
             )
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:
@@ -307,7 +315,7 @@ class LLM:
         Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.perplexity")
-        ids = self._ids(text_or_ids)
+        ids = self._ids(text_or_ids, name="text_or_ids")
         if len(ids) < 2:
             raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
         total = 0.0
@@ -359,24 +367,30 @@ class LLM:
         sequence = scheduler.Sequence(ids, params, limit, ends)
         return Answer(sequence, self.tokenizer.stream_decoder())
 
-    def _ids(self, prompt: Any, special: bool = False) -> list[int]:
+    def _ids(self, prompt: Any, special: bool = False, name: str = "prompt") -> list[int]:
+        """Token ids of what argument `name` is."""
+        check_flag("LLM", "special", special)
         if isinstance(prompt, str):
             if not prompt:
-                raise ParameterError("prompt is empty, expected at least one character")
+                raise ParameterError(f"{name} is empty, expected at least one character")
             ids = self.tokenizer.encode(prompt, special=special, limit=self.context)
         else:
-            ids = [_token_id(i) for i in _items("prompt", prompt)]
-        vocab = self.model.config.vocab
+            ids = self._known(name, prompt)
         if not ids:
-            raise ParameterError("prompt is empty, expected at least one token")
-        for i in ids:
-            if not 0 <= i < vocab:
-                raise ParameterError(f"prompt has token id {i}, expected 0 to {vocab - 1}")
+            raise ParameterError(f"{name} is empty, expected at least one token")
         if len(ids) > self.context:
             raise CapacityError(
-                f"prompt has {len(ids)} tokens, expected at most the context of {self.context}"
+                f"{name} has {len(ids)} tokens, expected at most the context of {self.context}"
             )
         return ids
+
+    def _known(self, name: str, ids: Any) -> list[int]:
+        """Ids that are tokens of the model."""
+        vocab, known = self.model.config.vocab, [_token_id(name, i) for i in _items(name, ids)]
+        for i in known:
+            if not 0 <= i < vocab:
+                raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
+        return known
 
 
 _END = object()
@@ -392,14 +406,14 @@ def _items(name: str, values: Any) -> list[Any]:
         raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
 
 
-def _token_id(value: Any) -> int:
+def _token_id(name: str, value: Any) -> int:
     """An integer of any library."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return index(value)
     except TypeError:
-        raise ParameterError(f"prompt has token id {value!r:.80}, expected an integer") from None
+        raise ParameterError(f"{name} has token id {value!r:.80}, expected an integer") from None
 
 
 def _refuse_prepare(method: str) -> None:

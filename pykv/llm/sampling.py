@@ -50,7 +50,7 @@ class SamplingParams:
             ("seed", is_integer(self.seed) and 0 <= self.seed < 2**64, "an integer from 0"),
             ("max_tokens", is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
             ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False"),
         ):
             if not valid:
                 raise ParameterError(

@@ -80,7 +80,7 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
         launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars))
         launch(dict(x=x, y=y), stream)
     else:
-        cuda.run_on_host(lambda: reference_add(x, y))
+        cuda.run_on_host(lambda: reference_add(x, y), stream=stream)
 
 
 _check_gated = {
@@ -130,9 +130,9 @@ def embed(
     """
     op = "activation.embed"
     dims = _check_embed(table, ids, out)
-    scale = check_number(op, "scale", scale)
+    scale, dtype = check_number(op, "scale", scale), check_float_dtype(op, "dtype", dtype)
     if out is None:
-        out = like(table, (dims["T"], dims["E"]), check_float_dtype(op, "dtype", dtype))
+        out = like(table, (dims["T"], dims["E"]), dtype)
     if out.size == 0:
         return out
     if on_gpu(table):
@@ -140,7 +140,7 @@ def embed(
         launch(dict(out=out, table=table, ids=ids), stream)
     else:
         cuda.look(lambda: _check_ids(op, ids, dims["V"]))
-        cuda.run_on_host(lambda: reference_embed(table, ids, scale), out)
+        cuda.run_on_host(lambda: reference_embed(table, ids, scale), out, stream)
     return out
 
 
@@ -183,7 +183,7 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
         launch = dims.keep(None, lambda: _launch(name, x.dtype, grid, scalars))
         launch(dict(out=out, x=x), stream)
     else:
-        cuda.run_on_host(lambda: reference(name, x), out)
+        cuda.run_on_host(lambda: reference(name, x), out, stream)
     return out
 
 

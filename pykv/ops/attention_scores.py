@@ -18,6 +18,7 @@ from pykv import attention, cuda
 from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
+from pykv.ops import paged_check
 from pykv.options import check_flag
 from pykv.specs import spec_of
 
@@ -45,6 +46,7 @@ def score(
     lse_base: str = "e",
     accumulate: bool = False,
     out: Any = None,
+    check: bool | None = None,
     stream: Any = None,
 ) -> Any:
     """Sum the weights exp(score - lse) that the queries of a KV head gave to each key.
@@ -58,6 +60,7 @@ def score(
         lse_base: of `lse`, "e" or "2".
         accumulate: add to `out`, which must be given, instead of overwriting it.
         out: [B, H, M * P] float32; allocated if None.
+        check: look for wrong entries first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -80,6 +83,7 @@ def score(
     array([[[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
     op = "attention_scores.score"
+    check = paged_check.enabled(op, check)
     spec = spec_of(op, spec, k_pool, k_pool, k_scales, k_scales)
     if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
@@ -91,6 +95,11 @@ def score(
         op, dims, scale, window, logits_soft_cap, causal, tree, lse_base
     )
     accumulate = check_flag(op, "accumulate", accumulate)
+    if check:
+        with cuda.on_stream(stream, q):
+            paged_check.check_page_table(
+                page_table, lengths, dims["N"], dims["P"], seen=scores.seen(dims), op=op
+            )
     shape = (dims["B"], dims["H"], dims["M"] * dims["P"])
     if accumulate and out is None:
         raise ParameterError(f"{op}: out is None, expected an array to add to")
@@ -115,7 +124,7 @@ def score(
             found = reference(**arrays, **chosen_by_name)
             return out + found if accumulate else found
 
-        cuda.run_on_host(compute, out)
+        cuda.run_on_host(compute, out, stream)
     return out
 
 

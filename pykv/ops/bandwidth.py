@@ -12,7 +12,8 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import checker, on_gpu
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import ShapeError
+from pykv.options import check_whole
 
 BLOCK = 128  # threads
 
@@ -40,7 +41,7 @@ def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
     Runs where the arrays are; on a GPU it only enqueues. Bit-exact.
     """
     op = "bandwidth.read"
-    _check_vectors(op, vectors)
+    vectors = check_whole(op, "vectors", vectors, 1, 16)
     dims = _check_read(x, sums)
     if dims["G"] == 0:
         raise ShapeError(f"{op}: sums has G=0, expected at least 1")
@@ -48,7 +49,7 @@ def read(x: Any, sums: Any, *, vectors: int = 8, stream: Any = None) -> None:
         launch = dims.keep(vectors, lambda: _launch("read", dims["G"], vectors, dims["V"]))
         launch(dict(sums=sums, x=x), stream)
     else:
-        cuda.run_on_host(lambda: reference_read(x, sums, vectors))
+        cuda.run_on_host(lambda: reference_read(x, sums, vectors), stream=stream)
 
 
 def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
@@ -67,9 +68,8 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
     Runs where the array is; on a GPU it only enqueues. Bit-exact.
     """
     op = "bandwidth.write"
-    _check_vectors(op, vectors)
-    if not 0 <= seed < 2**32:
-        raise ParameterError(f"{op}: seed is {seed}, expected 0 to {2**32 - 1}")
+    vectors = check_whole(op, "vectors", vectors, 1, 16)
+    seed = check_whole(op, "seed", seed, 0, 2**32 - 1)
     dims = _check_write(out)
     V = dims["V"]
     if V == 0:
@@ -80,7 +80,7 @@ def write(out: Any, seed: int, *, vectors: int = 4, stream: Any = None) -> None:
         )
         launch(dict(out=out), stream)
     else:
-        cuda.run_on_host(lambda: reference_write(out, seed))
+        cuda.run_on_host(lambda: reference_write(out, seed), stream=stream)
 
 
 def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
@@ -106,7 +106,7 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
     True
     """
     op = "bandwidth.copy"
-    _check_vectors(op, vectors)
+    vectors = check_whole(op, "vectors", vectors, 1, 16)
     dims = _check_copy(x, out)
     V = dims["V"]
     if V == 0:
@@ -115,7 +115,7 @@ def copy(x: Any, out: Any, *, vectors: int = 2, stream: Any = None) -> None:
         launch = dims.keep(vectors, lambda: _launch("copy", _tiles(V, vectors), vectors, V))
         launch(dict(out=out, x=x), stream)
     else:
-        cuda.run_on_host(lambda: reference_copy(x, out))
+        cuda.run_on_host(lambda: reference_copy(x, out), stream=stream)
 
 
 _check_read = checker("bandwidth.read", ("sums",), x=("V 4", UINT32), sums=("G", UINT32))
@@ -146,11 +146,6 @@ def reference_write(out: Any, seed: int) -> None:
 def reference_copy(x: Any, out: Any) -> None:
     """The definition of `copy`, in NumPy."""
     out[...] = x
-
-
-def _check_vectors(op: str, vectors: int) -> None:
-    if not 1 <= vectors <= 16:
-        raise ParameterError(f"{op}: vectors is {vectors}, expected 1 to 16")
 
 
 def _tiles(V: int, vectors: int) -> int:

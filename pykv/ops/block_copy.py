@@ -24,6 +24,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
+from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import addresses_of, bytes_at, check_memory, merge
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
@@ -87,8 +88,7 @@ def vectorized_copy(
     array([4, 5, 0, 0, 0, 1], dtype=uint8)
     """
     op = "block_copy.vectorized_copy"
-    if device not in ("cuda", "cpu"):
-        raise ParameterError(f"{op}: device is {device!r}, expected cuda or cpu")
+    check_choice(op, "device", device, ("cuda", "cpu"))
     pairs = _check_pairs(op, src_ptrs, dst_ptrs, size, num_pairs)
     if len(pairs[0]) and device == "cpu" and on_gpu(pairs[0]):
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
@@ -142,9 +142,9 @@ def _copy(
     stream: Any,
 ) -> None:
     """Validate, and make as few pairs of NumPy tables as there can be; then copy."""
-    if max_ctas is not None and max_ctas < 1:
-        raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
-    if validate and len(src):
+    if max_ctas is not None:
+        max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
+    if check_flag(op, "validate", validate) and len(src):
         given = ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes)
         reached = sizes if device == "cuda" else 0
         check_memory(op, *given, reached, stream)
@@ -157,6 +157,7 @@ def _copy(
             sizes = sizes if isinstance(sizes, int) else sizes[order]
         src, dst, sizes = merge(src, dst, sizes)
     if device == "cpu":
+        cuda.check_stream(stream)
         copy_on_host(src, dst, sizes)
     else:
         copy_on_gpu(op, src, dst, sizes, max_ctas, stream)
@@ -256,6 +257,8 @@ def _check_pairs(
             f"{op}: size is a {type(size).__name__}, expected an integer, or a NumPy array of "
             "int64 (the host counts the tiles)"
         )
+    if num_pairs is not None:
+        num_pairs = check_whole(op, "num_pairs", num_pairs, -(2**63))  # below 0 is told later
     _checker(op)(src_ptrs, dst_ptrs)
     tables = dict(src_ptrs=src_ptrs, dst_ptrs=dst_ptrs)
     lengths = {name: len(table) for name, table in tables.items() if table is not None}
@@ -267,7 +270,7 @@ def _check_pairs(
             raise ShapeError(f"{op}: {name} has {length} entries, expected {shared} like {first}")
         if num_pairs is not None and length < num_pairs:
             raise ShapeError(f"{op}: {name} has {length} entries, expected num_pairs={num_pairs}")
-    count = shared if num_pairs is None else int(num_pairs)
+    count = shared if num_pairs is None else num_pairs
     if by_pair:
         size = size[: max(count, 0)]
     if count == 0 or not (size.any() if by_pair else size):
@@ -278,6 +281,8 @@ def _check_pairs(
             raise ParameterError(f"{op}: {name} is None, expected a table of addresses")
     if count < 0:
         raise ParameterError(f"{op}: num_pairs is {count}, expected at least 0")
+    if not by_pair and size >= 2**63:
+        raise ParameterError(f"{op}: size is {size}, expected less than 2^63")
     if np.min(size) < 0:
         at = f"size[{np.argmin(size)}]" if by_pair else "size"
         raise ParameterError(f"{op}: {at} is {np.min(size)}, expected at least 0")

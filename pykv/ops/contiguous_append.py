@@ -11,7 +11,7 @@ C tokens, which pykv.ops.paged_append writes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from pykv.arrays import (
 )
 from pykv.errors import ShapeError
 from pykv.kinds import LAYOUTS, KVSpec
-from pykv.ops import rope
+from pykv.ops import paged_check, rope
 from pykv.ops.paged_append import lanes_of
 from pykv.options import check_choice, check_flag, check_whole
 
@@ -52,6 +52,7 @@ def append(
     pairing: str = "half",
     layout: str = "NHD",
     advance: bool = False,
+    check: bool | None = None,
     stream: Any = None,
 ) -> None:
     """Write token t of batch row b to position lengths[s] + t of slot s = slots[b], in place.
@@ -70,16 +71,19 @@ def append(
         layout: "NHD" as above, or "HND": [B, H, T, K], [S, H, C, K] and so on.
         advance: add to lengths[s] the tokens that were written. With T above 1 this is a second
             launch.
+        check: look for wrong slots first, see pykv.ops.paged_check.
         stream: see pykv.cuda.on_stream.
 
     Raises:
         ShapeError: dimensions disagree, K or V is no multiple of 8, or 2F exceeds K.
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
-        ParameterError: `pairing` or `layout` is unknown.
+        ParameterError: `pairing` or `layout` is unknown; on the host a slot does not exist; the
+            check found a wrong entry.
         UnsupportedError: K or V is above 1024.
 
-    Runs where the arrays are; on a GPU it only enqueues, and slots are not range-checked. Rounds
+    Runs where the arrays are; on a GPU it only enqueues, and slots are not range-checked, unless
+    checking. Rounds
     once, to nearest even, and is bit-exact but for rotated keys, which are computed in float32.
     Sources: the FP16 cache of m40-llm, with lengths on the device; baracuda's KvCacheAppendPlan,
     which has the layout HND, offsets of 64 bits and K apart from V.
@@ -91,6 +95,7 @@ def append(
     (array([0., 1., 1., 0.], dtype=float16), array([3], dtype=int32))
     """
     op = "contiguous_append.append"
+    check = paged_check.enabled(op, check)
     spec = _SPECS[check_choice(op, "layout", layout, LAYOUTS)]
     dims = _checker(spec)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
     for name, letter in (("k", "K"), ("v", "V")):
@@ -99,6 +104,10 @@ def append(
         raise ShapeError(f"{op}: k has B={dims['B']}, expected S={dims['S']} where slots is None")
     rope.check_pairs(op, pairing, dims.get("F", 0), dims["K"])
     advance = check_flag(op, "advance", advance)
+    if slots is not None and (check or not on_gpu(k)):
+        with cuda.on_stream(stream, k):
+            look = paged_check.check_slots if check else paged_check.check_pages
+            look(slots, dims["S"], op=op, name="slots")
     if advance:
         check_writeable(op, "lengths", lengths)
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
@@ -112,7 +121,8 @@ def append(
         if count is not None:
             count(dict(lengths=lengths, slots=slots), stream)
     else:
-        cuda.run_on_host(lambda: _append_on_host(spec, rows, where, pairing, advance))
+        write = partial(_append_on_host, spec, rows, where, pairing, advance)
+        cuda.run_on_host(write, stream=stream)
 
 
 _SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know their axes

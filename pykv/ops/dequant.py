@@ -83,7 +83,7 @@ def dequantize(
         launch(dict(out=out, blocks=blocks), stream)
     else:
         _gguf()  # an error here, rather than at a prepared call
-        cuda.run_on_host(lambda: reference(blocks, kind, out))
+        cuda.run_on_host(lambda: reference(blocks, kind, out), stream=stream)
     return out
 
 

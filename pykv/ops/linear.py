@@ -109,7 +109,7 @@ def linear(
             launch = dims.keep(accumulate, lambda: _launch(x, w, bias, accumulate))
             launch(dict(out=out, x=x, w=w, bias=bias), stream)
     else:
-        cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate))
+        cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate), stream=stream)
     return out
 
 

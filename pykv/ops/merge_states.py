@@ -7,13 +7,14 @@ Kernel: kernels_cu/merge_states.cu.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, check_head_dim, checker, like, on_gpu, optional
-from pykv.options import check_choice
+from pykv.options import check_choice, check_flag
 
 _BLOCK = 128  # threads
 
@@ -67,7 +68,7 @@ def merge(
     check_head_dim(op, "values", dims["D"], 2**31 - 1)
     check_choice(op, "lse_base", lse_base, attention.LSE_BASES)
     out = like(values, values.shape[1:], values.dtype) if out is None else out
-    if out_lse is None and return_lse:
+    if check_flag(op, "return_lse", return_lse) and out_lse is None:
         out_lse = like(values, lse.shape[1:], np.float32)
     if out.size == 0:
         pass
@@ -75,7 +76,8 @@ def merge(
         launch = dims.keep(lse_base, lambda: _launch(values, lse, lse_base))
         launch(dict(out=out, out_lse=out_lse, values=values, lse=lse), stream)
     else:
-        cuda.run_on_host(lambda: _merge_on_host(values, lse, lse_base, out, out_lse))
+        compute = partial(_merge_on_host, values, lse, lse_base, out, out_lse)
+        cuda.run_on_host(compute, stream=stream)
     return (out, out_lse) if return_lse else out
 
 

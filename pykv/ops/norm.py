@@ -71,7 +71,7 @@ def rms_norm(
         launch = dims.keep((eps, offset), lambda: _launch(x, weight, out, eps, offset))
         launch(dict(out=out, x=x, weight=weight), stream)
     else:
-        cuda.run_on_host(lambda: reference(x, weight, eps, offset), out)
+        cuda.run_on_host(lambda: reference(x, weight, eps, offset), out, stream)
     return out
 
 

@@ -6,6 +6,7 @@ Kernel: kernels_cu/page_table.cu.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError
+from pykv.ops import paged_check
 from pykv.options import check_whole
 
 _BLOCK = 128  # threads
+_MOST = 2**31 - 1  # tokens of a request, pages and tokens a page: kernels count them in 32 bits
 
 VARIANTS = [dict(BLOCK=_BLOCK)]
 
@@ -54,10 +57,10 @@ def from_lists(
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
         ParameterError: `page_size` or `width` is not positive, or neither `width` nor `table` is
-            given.
-        CapacityError: on the host, a request has more than M pages.
+            given; on the host, `indptr` does not rise from 0 to at most I.
+        CapacityError: on the host, a request has more than M pages, or 2^31 tokens.
 
-    Runs where the arrays are; on a GPU it only enqueues, and M is not checked. Source:
+    Runs where the arrays are; on a GPU it only enqueues, and contents are not checked. Source:
     get_seq_lens of FlashInfer for the lengths.
 
     >>> lists = [np.array(x, np.int32) for x in ([7, 3, 5], [0, 2, 3], [1, 4])]
@@ -72,11 +75,11 @@ def from_lists(
     dims = _check(indices, indptr, last_page_len, table, lengths)
     B, M = dims["B"], dims.get("M", width)
     if width is not None:
-        check_whole(op, "width", width, 1)
+        check_whole(op, "width", width, 1, _MOST)
     if not M or (width is not None and width != M):
         raise ParameterError(f"{op}: width is {width}, expected the positive width of the table")
-    check_whole(op, "page_size", page_size, 1)
-    with cuda.on_stream(stream):
+    page_size = check_whole(op, "page_size", page_size, 1, _MOST)
+    with cuda.on_stream(stream, indptr):
         table = like(indptr, (B, M), np.int32) if table is None else table
         lengths = like(indptr, (B,), np.int32) if lengths is None else lengths
     if B == 0:
@@ -86,10 +89,9 @@ def from_lists(
         lists = dict(indices=indices, indptr=indptr, last_page_len=last_page_len)
         launch(dict(table=table, lengths=lengths, **lists), stream)
     else:
-        cuda.look(lambda: _check_width(op, indptr, M))
-        cuda.run_on_host(
-            lambda: reference(indices, indptr, last_page_len, page_size, table, lengths)
-        )
+        cuda.look(lambda: _check_on_host(op, indices, indptr, last_page_len, page_size, M))
+        make = partial(reference, indices, indptr, last_page_len, page_size, table, lengths)
+        cuda.run_on_host(make, stream=stream)
     return table, lengths
 
 
@@ -111,14 +113,28 @@ def reference(
     table[...] = -1
     for b, (first, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
         table[b, : end - first] = indices[first:end]
-        length = (end - first - 1) * page_size + last_page_len[b]
-        lengths[b] = max(0, length) if end > first else 0
+    lengths[...] = _lengths(indptr, last_page_len, page_size)
 
 
-def _check_width(op: str, indptr: Any, M: int) -> None:
+def _lengths(indptr: Any, last_page_len: Any, page_size: int) -> Any:
+    """Tokens of each request, [B] int64."""
+    pages = np.diff(indptr.astype(np.int64))
+    return np.where(pages > 0, np.maximum((pages - 1) * page_size + last_page_len, 0), 0)
+
+
+def _check_on_host(
+    op: str, indices: Any, indptr: Any, last_page_len: Any, page_size: int, M: int
+) -> None:
+    paged_check.check_starts(indptr, len(indices), op=op, name="indptr")
     most = int(np.diff(indptr).max())
     if most > M:
         raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
+    longest = int(_lengths(indptr, last_page_len, page_size).max())
+    if longest > _MOST:
+        raise CapacityError(
+            f"{op}: page_size is {page_size}, of which a request has {longest} tokens, expected "
+            f"at most {_MOST}"
+        )
 
 
 def _launch(B: int, M: int, page_size: int) -> cuda.Launch:

@@ -34,11 +34,11 @@ from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, check_writeable, ch
 from pykv.errors import ParameterError
 from pykv.kinds import POOLS, KVSpec, quantize
 from pykv.ops import paged_check
+from pykv.ops.paged_check import COUNTS
 from pykv.options import check_choice, check_flag
 from pykv.specs import spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
-COUNTS = ("before", "after")
 
 BLOCK = 128  # threads
 LANE_ELEMENTS = 16  # of a row that a thread has: its loads are in flight together
@@ -256,7 +256,8 @@ def _append(
 ) -> None:
     """The common part of the four functions; `where` is what the kernel calls rows, indices, indptr
     and counts, which include the new tokens if `after` and grow if `advance`."""
-    op, check = f"paged_append.{name}", paged_check.enabled(check)
+    op = f"paged_append.{name}"
+    check = paged_check.enabled(op, check)
     k, _, k_pool, *others = arrays.values()
     spec = spec_of(op, spec, k_pool, *others)
     dims = _checker(name, spec)(*arrays.values(), *where)
@@ -264,8 +265,10 @@ def _append(
     if advance:
         check_writeable(op, "positions" if name == "append_indexed" else "last_page_len", where[3])
     if check:
-        with cuda.on_stream(stream):
-            _check_contents(name, op, where, dims, COUNTS[after])
+        with cuda.on_stream(stream, k):
+            _check_contents(name, op, where, dims, after)
+    elif not on_gpu(k):
+        _check_on_host(name, op, where, dims)
     if k.size == 0:
         return
     if on_gpu(k):
@@ -276,24 +279,59 @@ def _append(
     else:
         places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], *where, after=after)
         grows = where[3] if advance else None
-        cuda.run_on_host(partial(append_on_host, op, arrays, spec, places_of, grows))
+        write = partial(append_on_host, arrays, spec, places_of, grows)
+        cuda.run_on_host(write, stream=stream)
 
 
 def _check_contents(
-    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, counts: str
+    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, after: bool
 ) -> None:
-    """Look for wrong entries of `where`."""
+    """Look for wrong entries of `where`, and for rows that go to one slot."""
     rows, indices, indptr, lengths = where
     N, P = dims["N"], dims["P"]
     if name == "append":
         return paged_check.check_slots(rows, N * P, op=op)
     if name == "append_indexed":
         paged_check.check_table(indices, indptr, None, N, P, appends=True, op=op)
-        return paged_check.check_positions(rows, lengths, indptr, P, op=op)
+        paged_check.check_positions(rows, lengths, indptr, P, op=op)
+    else:
+        if name == "append_ragged":
+            paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
+        options = dict(appends=True, counts=COUNTS[after], starts=rows, op=op)
+        paged_check.check_table(indices, indptr, lengths, N, P, **options)
+    T = dims["T"] if "T" in dims else dims["B"]
+    cuda.look(partial(_check_distinct, op, _ADDRESSES[name], T, P, where, after))
+
+
+def _check_distinct(
+    op: str, address: str, T: int, P: int, where: tuple[Any, Any, Any, Any], after: bool
+) -> None:
+    """Check that no two rows of lists of pages go to one slot."""
+    rows, indices, indptr, counts = (x.get() if x is not None and on_gpu(x) else x for x in where)
+    pages, offsets = places(address, T, P, rows, indices, indptr, counts, after)
+    written = np.flatnonzero(pages >= 0)
+    slots = pages[written] * P + offsets[written]
+    _, first, group = np.unique(slots, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[group] != np.arange(len(slots)))
+    if len(again):
+        i = int(again[0])
+        row, other = written[i], written[first[group[i]]]
+        raise ParameterError(
+            f"{op}: indices send rows {other} and {row} to slot {slots[i]}, expected one row a slot"
+        )
+
+
+def _check_on_host(name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims) -> None:
+    """Check what NumPy goes by: pages exist, and lists begin and end inside of `indices`."""
+    rows, indices, indptr, _ = where
+    if name == "append":
+        return paged_check.check_pages(rows, dims["N"] * dims["P"], op=op, name="slots")
+    if name == "append_indexed":
+        paged_check.check_pages(rows, dims["B"], op=op, name="batch_indices")
     if name == "append_ragged":
         paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
-    options = dict(appends=True, counts=counts, starts=rows, op=op)
-    return paged_check.check_table(indices, indptr, lengths, N, P, **options)
+    options = dict(appends=True, starts=np.zeros_like(indptr), op=op)  # of no new tokens
+    return paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], **options)
 
 
 _ADDRESSES = dict(  # what the kernel calls these functions
@@ -332,39 +370,33 @@ def places(
     """
     if address == "SLOTS":
         return np.where(rows < 0, -1, rows // P), rows % P
-    pages, offsets = np.full(T, -1, np.int64), np.zeros(T, np.int64)
-    for t in range(T):
-        new = 0  # how far the row lies behind the request's tokens
-        if address == "RAGGED":
-            b = int(np.searchsorted(rows[1:], t, "right"))
-            if b == len(rows) - 1:
-                continue
-            new = t - int(rows[b + 1] if after else rows[b])
-        elif address == "DECODE":
-            b, new = t, -int(after)
-        elif (b := int(rows[t])) < 0:
-            continue
-        first, end = int(indptr[b]), int(indptr[b + 1])
-        if address == "INDEXED":
-            position = int(counts[t])
-        else:
-            position = (end - first - 1) * P + int(counts[b]) + new
-        if 0 <= position < (end - first) * P:
-            pages[t], offsets[t] = indices[first + position // P], position % P
-    return pages, offsets
+    t = np.arange(T)
+    new: Any = 0  # how far the row lies behind the request's tokens
+    if address == "RAGGED":
+        b = np.searchsorted(rows[1:], t, "right")
+        known = b < len(rows) - 1
+        b = np.where(known, b, 0)
+        new = t - rows[b + 1 if after else b]
+    elif address == "DECODE":
+        b, known, new = t, np.full(T, True), -int(after)
+    else:
+        b, known = np.maximum(rows, 0), rows >= 0
+    if not known.any():
+        return np.full(T, -1), np.zeros(T, np.int64)
+    first = indptr[b].astype(np.int64)
+    tokens = (indptr[b + 1] - first) * P
+    position = counts if address == "INDEXED" else tokens - P + counts[b] + new
+    known &= (position >= 0) & (position < tokens)
+    listed = np.where(known, first + position // P, 0)
+    pages = np.where(known, indices[listed] if len(indices) else -1, -1)
+    return pages, np.where(known, position % P, 0)
 
 
 def append_on_host(
-    op: str, arrays: dict[str, Any], spec: KVSpec, places_of: Callable[[], Any], grows: Any = None
+    arrays: dict[str, Any], spec: KVSpec, places_of: Callable[[], Any], grows: Any = None
 ) -> None:
-    """Write rows where they go, if all of these pages exist, and add 1 to those of `grows`, if any,
-    whose row was written."""
+    """Write rows where they go, and add 1 to those of `grows`, if any, whose row was written."""
     pages, offsets = places_of()
-    N = len(arrays["k_pool"])
-    wrong = pages >= N
-    if wrong.any():
-        t = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: row {t} goes to page {pages[t]}, expected a page below {N}")
     reference(**arrays, spec=spec, pages=pages, offsets=offsets)
     if grows is not None:
         grows[pages >= 0] += 1

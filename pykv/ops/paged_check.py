@@ -34,10 +34,13 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional
 from pykv.errors import ParameterError
+from pykv.options import check_choice, check_flag, check_whole
 
 BLOCK = 256  # threads
 VARIANTS = [dict(INDEX=index, BLOCK=BLOCK) for index in ("int", "i64")]
 ALL_TOKENS = 2**31  # more than any sequence has
+_MOST = 2**63 - 1  # of pages and rows
+COUNTS = ("before", "after")  # of what `last_page_len` counts
 
 INDICES = (*INT32, np.dtype(np.int64))
 ALWAYS = os.environ.get("PYKV_CHECK") == "1"
@@ -50,9 +53,13 @@ Offender = tuple[int, int]  # reason and index
 Wrong = tuple[str, Any, Any, str]  # an array's name, the array, where in it, and what is expected
 
 
-def enabled(wanted: bool | None) -> bool:
-    """Whether an op shall check: its argument `check`, or where None, what PYKV_CHECK says."""
-    return ALWAYS if wanted is None else wanted
+def enabled(op: str, check: bool | None) -> bool:
+    """Whether an op shall check: its argument `check`, or where None, what PYKV_CHECK says.
+
+    Raises:
+        DtypeError: `check` is something else.
+    """
+    return ALWAYS if check is None else check_flag(op, "check", check)
 
 
 def _by_look(check: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +90,8 @@ def check_pages(
         op, name: for the text.
     """
     n = checker(op, **{name: ("n", INDICES)})(pages)["n"]
-    low = -(2**63) if may_skip else 0
+    num_pages = check_whole(op, "num_pages", num_pages, 0, _MOST)
+    low = -(2**63) if check_flag(op, "may_skip", may_skip) else 0
     allowed = f"below {num_pages}" if may_skip else f"0 to {num_pages - 1}"
     scalars = dict(n=n, low=low, end=num_pages)
     _refuse(op, "range", n, dict(values=pages), scalars, lambda _, i: (name, pages, i, allowed))
@@ -111,6 +119,7 @@ def check_slots(
     pykv.errors.ParameterError: paged_check.check_slots: slots[2] is 9, expected below 8
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
+    num_slots = check_whole(op, "num_slots", num_slots, 0, 2**32 - 1)
     expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: f"no {unit} twice"}
     arrays, scalars = dict(slots=slots), dict(n=n, end=num_slots)
     _refuse(op, "slots", n, arrays, scalars, lambda why, i: (name, slots, i, expected[why]))
@@ -128,6 +137,7 @@ def check_starts(
         op, name: for the text.
     """
     B = checker(op, **{name: ("B+1", INT32)})(starts)["B"]
+    end = check_whole(op, "end", end, 0, _MOST)
     arrays, scalars = dict(starts=starts), dict(B=B, end=end)
     _refuse(op, "starts", B + 1, arrays, scalars, partial(_wrong_start, name, starts, end))
 
@@ -171,6 +181,9 @@ def check_table(
     )
     sizes = check(indices, indptr, last_page_len, starts)
     n, B = sizes["n"], sizes["B"]
+    num_pages, page_size = _sizes(op, num_pages, page_size)
+    appends = check_flag(op, "appends", appends)
+    check_choice(op, "counts", counts, COUNTS)
     allowed = f"below {num_pages}" if appends else f"0 to {num_pages - 1}"
 
     def wrong(why: int, i: int) -> Wrong:
@@ -224,8 +237,9 @@ def check_page_table(
     )
     sizes = check(page_table, lengths, starts)
     B, M = sizes["B"], sizes["M"]
+    num_pages, page_size = _sizes(op, num_pages, page_size)
     stride = page_table.strides[0] // page_table.itemsize
-    seen = ALL_TOKENS if seen is None else min(seen, ALL_TOKENS)
+    seen = ALL_TOKENS if seen is None else min(check_whole(op, "seen", seen, 0), ALL_TOKENS)
 
     def wrong(why: int, i: int) -> Wrong:
         if why == BAD_COUNT:
@@ -258,6 +272,7 @@ def check_positions(
     check = checker(op, batch_indices=("n", INT32), positions=("n", INT32), indptr=("B+1", INT32))
     sizes = check(batch_indices, positions, indptr)
     n, B = sizes["n"], sizes["B"]
+    page_size = check_whole(op, "page_size", page_size, 1, 2**31 - 1)
 
     def wrong(why: int, i: int) -> Wrong:
         if why == BAD_ENTRY:
@@ -268,6 +283,12 @@ def check_positions(
 
     arrays = dict(batch_indices=batch_indices, positions=positions, indptr=indptr)
     _refuse(op, "positions", n, arrays, dict(n=n, B=B, page_size=page_size), wrong)
+
+
+def _sizes(op: str, num_pages: Any, page_size: Any) -> tuple[int, int]:
+    """N and P."""
+    N = check_whole(op, "num_pages", num_pages, 0, _MOST)
+    return N, check_whole(op, "page_size", page_size, 1, 2**31 - 1)
 
 
 def _wrong_start(name: str, starts: Any, end: int, why: int, i: int) -> Wrong:

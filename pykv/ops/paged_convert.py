@@ -81,7 +81,7 @@ def gather(
     dtype = check_float_dtype(op, "dtype", dtype)
     if k_out is None or v_out is None:
         shape = _dense_shape(op, spec, k_pool, pages)
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, k_pool):
             k_out, v_out = (like(k_pool, shape, dtype) if x is None else x for x in (k_out, v_out))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"))
     _move(op, _Side(spec, cache, pages, _CACHE), target, check, stream)
@@ -239,8 +239,8 @@ def _move(
     if n * P * H * D == 0 or 0 in (len(source.arrays[0]), len(target.arrays[0]), sizes.get("B")):
         return
     is_on_gpu = on_gpu(source.arrays[0])
-    if paged_check.enabled(check) or not is_on_gpu:
-        with cuda.on_stream(stream):
+    if paged_check.enabled(op, check) or not is_on_gpu:
+        with cuda.on_stream(stream, source.arrays[0]):
             _check_pages(op, source, target, rows, P)
     if is_on_gpu:
         specs, by_token = (source.spec, target.spec), rows is not None
@@ -252,7 +252,7 @@ def _move(
             moved = {f"{x}_{name}": pair[i] for name, pair in pairs.items() for x, i in k_and_v}
             launch(moved | tables, stream)
     else:
-        cuda.run_on_host(lambda: reference(source, target, rows))
+        cuda.run_on_host(lambda: reference(source, target, rows), stream=stream)
 
 
 @cache
@@ -270,6 +270,7 @@ def _checker(
         rules |= spec.rules(names[:4], pages)
         rules[names[4]] = optional("n", INT32)
     if by_token:
+        rules["indices"] = ("n", INT32)
         rules |= {name: ("T H | D", FLOATS) for name in target[1][:2]}
         rules |= dict(indptr=("B+1", INT32), starts=("B+1", INT32))
     return checker(op, target[0].written(target[1]), **rules)

@@ -10,7 +10,7 @@ Kernels: kernels_cu/paged_decode_mma.cu on tensor cores, for the kinds, head siz
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pykv.errors import CapacityError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
+from pykv.options import check_flag, check_whole
 from pykv.specs import as_spec, spec_of
 
 COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
@@ -132,7 +133,8 @@ def decode(
     >>> out[0, :, 0], lse[0].round(4)  # log(3)
     (array([3., 3.], dtype=float32), array([1.0986, 1.0986], dtype=float32))
     """
-    op, check = "paged_decode.decode", paged_check.enabled(check)
+    op = "paged_decode.decode"
+    check = paged_check.enabled(op, check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
@@ -144,10 +146,10 @@ def decode(
     )
     if check:
         seen, pool = scores.seen(dims), (dims["N"], dims["P"])
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, q):
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     out = like(q, q.shape, q.dtype) if out is None else out
-    if lse is None and return_lse:
+    if check_flag(op, "return_lse", return_lse) and lse is None:
         lse = like(q, q.shape[:-1], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
@@ -168,7 +170,8 @@ def decode(
     else:
         seen, pool = scores.seen(dims), (dims["N"], dims["P"])
         cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
-        cuda.run_on_host(lambda: attention.fill_on_host(reference, arrays, spec, scores, lse_base))
+        fill = partial(attention.fill_on_host, reference, arrays, spec, scores, lse_base)
+        cuda.run_on_host(fill, stream=stream)
     return (out, lse) if return_lse else out
 
 
@@ -178,7 +181,7 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
     rows = "B T" if many else "B"
     return checker(
         "paged_decode.decode",
-        ("out", "lse"),
+        ("out", "lse", "workspace"),
         **attention.rules(rows, spec.rules()),
         sinks=optional("HQ", FLOAT32),
         out=optional(f"{rows} HQ D", "q"),
@@ -209,8 +212,18 @@ def workspace_size(
         device: ordinal of the GPU, the current one if None.
 
     Raises:
-        DeviceError: there is no CuPy; on the host no workspace is needed.
+        ParameterError: a size is negative, or `fixed_split` no multiple of 32.
+        DtypeError: an argument is no integer.
+        DeviceError: there is no CuPy or no such GPU; on the host no workspace is needed.
     """
+    op = "paged_decode.workspace_size"
+    sizes = dict(B=B, T=T, HQ=HQ, H=H, D=D, capacity=capacity)
+    for name, size in sizes.items():
+        sizes[name] = check_whole(op, name, size, 1 if name == "H" else 0, 2**31 - 1)
+    if fixed_split is not None:
+        fixed_split = attention.check_split(op, fixed_split)
+    if device is not None:
+        device = check_whole(op, "device", device, 0, 2**31 - 1)
     num_sms = cuda.num_sms(cuda.current_device() if device is None else device)
     return _workspace_size(mma.Sizes(B, T, HQ, H, D, 1, capacity), num_sms, fixed_split)
 
@@ -238,9 +251,17 @@ def kernel_for(spec: KVSpec | str, D: int, *, sm: int | None = None, aligned: bo
         sm: 90 and the like, that of the current GPU if None.
         aligned: addresses and strides of the pools are multiples of 16 bytes, and pages and tokens
             less than 2^30 elements apart.
+
+    Raises:
+        ParameterError: the spec's text is unknown, or a number is not positive.
+        DtypeError: an argument has another type.
+        DeviceError: `sm` is None, and no GPU is usable.
     """
-    spec = as_spec("paged_decode.kernel_for", spec)
-    covered = mma.covers(cuda.current_sm() if sm is None else sm, spec, D)
+    op = "paged_decode.kernel_for"
+    spec = as_spec(op, spec)
+    D, aligned = check_whole(op, "D", D, 1), check_flag(op, "aligned", aligned)
+    sm = cuda.current_sm() if sm is None else check_whole(op, "sm", sm, 1)
+    covered = mma.covers(sm, spec, D)
     return "paged_decode_mma" if covered and aligned else "paged_decode"
 
 

@@ -30,7 +30,7 @@ from pykv.arrays import (
     on_gpu,
     optional,
 )
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.kinds import POOLS, KVSpec
 from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
@@ -119,7 +119,8 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     >>> q.shape, k_pool[0, 2, 0, 0], v_pool[0, 2, 0, 0]
     ((1, 2, 8), np.float16(16.0), np.float16(24.0))
     """
-    op, check = "paged_qkv.append", paged_check.enabled(check)
+    op = "paged_qkv.append"
+    check = paged_check.enabled(op, check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     pools = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     rotation = dict(positions=positions, inv_freq=inv_freq)
@@ -135,8 +136,10 @@ def append(  # one call in place of four: split, norm, rotation and append, with
     eps = check_number(op, "eps", eps, positive=True)
     hadamard = check_flag(op, "hadamard", hadamard)
     if check:
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, qkv):
             paged_check.check_slots(slots, dims["N"] * dims["P"], op=op)
+    elif not on_gpu(qkv):
+        paged_check.check_pages(slots, dims["N"] * dims["P"], op=op, name="slots")
     q_out = like(qkv, (dims["T"], HQ, dims["D"]), qkv.dtype) if q_out is None else q_out
     if dims["T"] == 0:
         return q_out
@@ -147,7 +150,8 @@ def append(  # one call in place of four: split, norm, rotation and append, with
         launch(arrays, stream)
     else:
         options = dict(**rotation, pairing=pairing, **norms, eps=eps, hadamard=hadamard)
-        cuda.run_on_host(lambda: _append_on_host(qkv, slots, pools, spec, dims, options), q_out)
+        write = partial(_append_on_host, qkv, slots, pools, spec, dims, options)
+        cuda.run_on_host(write, q_out, stream)
     return q_out
 
 
@@ -179,16 +183,25 @@ def hadamard_matrix(D: int) -> Any:
         64, 128 and 256 elements, three of 32 for 96, five of 16 for 80.
 
     Raises:
-        ParameterError: D is not positive.
+        ParameterError: D is not positive, or above 8192.
     """
-    check_whole("paged_qkv.hadamard_matrix", "D", D, 1)
+    check_whole("paged_qkv.hadamard_matrix", "D", D, 1, 2**13)
     return hadamard_transform(np.eye(D))
 
 
 def hadamard_transform(x: Any) -> Any:
     """`x` [..., D] times hadamard_matrix(D), by the fast Walsh-Hadamard transform in NumPy: the
     definition, in the order of the kernel. Of float16 and bfloat16 it makes float32.
+
+    Raises:
+        DtypeError: `x` is no NumPy array of floats.
+        ShapeError: it has no element.
     """
+    if not isinstance(x, np.ndarray) or x.dtype not in (*FLOATS, np.float64):
+        given = getattr(x, "dtype", type(x).__name__)
+        raise DtypeError(f"paged_qkv.hadamard_transform: x is of {given}, expected floats of NumPy")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ShapeError(f"paged_qkv.hadamard_transform: x has shape {x.shape}, expected [... D]")
     D = x.shape[-1]
     S = D & -D
     x = x.astype(np.result_type(x.dtype, np.float32))
@@ -221,7 +234,7 @@ def _append_on_host(
     q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **options)
     where = slots, None, None, None
     places_of = partial(paged_append.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
-    paged_append.append_on_host("paged_qkv.append", dict(k=k, v=v, **pools), spec, places_of)
+    paged_append.append_on_host(dict(k=k, v=v, **pools), spec, places_of)
     return q
 
 

@@ -13,9 +13,9 @@ heads and layers. NumPy arrays are moved by `reference`, CuPy arrays by the kern
 may differ in dtype, but not in element size: bits move.
 
 Addresses: `shape` is a BlockShape, and each side a table [addresses] of uint64 or int64 in
-device or pinned host memory; N entries, or for stacks N * L * O, chunk l * O + o of block b at
-(b * L + l) * O + o. NumPy tables are uploaded, CuPy tables used as they are. Elements need no
-alignment; below 16 bytes a move gets slower with it.
+device or pinned host memory, or with `device="cpu"` in any of the host; N entries, or for stacks
+N * L * O, chunk l * O + o of block b at (b * L + l) * O + o. NumPy tables are uploaded, CuPy tables
+used as they are. Elements need no alignment; below 16 bytes a move gets slower with it.
 
 Prepared (`pykv.prepare`), a move takes the NumPy tables of then: they go to the GPU once, and the
 memory that they name must outlive the calls.
@@ -29,9 +29,10 @@ from typing import Any, TypedDict, Unpack
 from pykv import block_memory, cuda
 from pykv.arrays import check_writeable
 from pykv.block_memory import Given, Range, Side
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.layout import NAMES, STACKS, BlockShape, Layout
+from pykv.errors import DtypeError, ShapeError, UnsupportedError
+from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
 from pykv.ops.block_copy import upload
+from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import check_memory
 
 VARIANTS = [dict(BLOCK=128, UNROLL=4)]
@@ -50,6 +51,7 @@ def permute(
     layers: Range = None,
     num_blocks: int | None = None,
     max_ctas: int | None = None,
+    device: str = "cuda",
     validate: bool = False,
     stream: Any = None,
 ) -> None:
@@ -64,9 +66,11 @@ def permute(
             is. None: what both sides hold, which must be the same unless a Layout names a part.
         num_blocks: N; None: as many as the tables have.
         max_ctas: thread blocks at most, to leave SMs to others; 32 fill a link to the host.
-        validate: make sure first, of addresses, that none is pageable host memory and, where chunks
-            are dense, that no destination overlaps another range. Costs about a microsecond an
-            address, and waits for CuPy tables to come to the host.
+        device: where addresses lie, as arrays say themselves: "cuda" for device or pinned host
+            memory, "cpu" for host memory, which NumPy moves.
+        validate: make sure first, of addresses, that with "cuda" none is pageable host memory and,
+            where chunks are dense, that no destination overlaps another range. Costs about a
+            microsecond an address, and waits for CuPy tables to come to the host.
         stream: see pykv.cuda.on_stream.
 
     Raises:
@@ -93,9 +97,9 @@ def permute(
     op = "permute.permute"
     to = Given("dst", dst, _layout(op, "dst_layout", dst_layout, NAMES))
     from_ = Given("src", src, _layout(op, "src_layout", src_layout, NAMES))
-    options = _Options(heads=heads, layers=layers, num_blocks=num_blocks)
-    options |= _Options(max_ctas=max_ctas, stream=stream)
-    _move(op, to, from_, shape, validate=validate, **options)
+    options = _Options(heads=heads, layers=layers, num_blocks=num_blocks, max_ctas=max_ctas)
+    options |= _Options(device=device, validate=validate, stream=stream)
+    _move(op, to, from_, shape, **options)
 
 
 def reference(dst: Any, src: Any) -> None:
@@ -117,14 +121,17 @@ def _move(
     layers: Range = None,
     num_blocks: int | None = None,
     max_ctas: int | None = None,
+    device: str = "cuda",
     validate: bool = False,
     stream: Any = None,
 ) -> None:
     """Check all, then move; arguments as of `permute`."""
-    if max_ctas is not None and max_ctas < 1:
-        raise ParameterError(f"{op}: max_ctas is {max_ctas}, expected None or at least 1")
-    if num_blocks is not None and num_blocks < 0:
-        raise ParameterError(f"{op}: num_blocks is {num_blocks}, expected at least 0")
+    if max_ctas is not None:
+        max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
+    if num_blocks is not None:
+        num_blocks = check_whole(op, "num_blocks", num_blocks, 0)
+    check_flag(op, "validate", validate)
+    check_choice(op, "device", device, ("cuda", "cpu"))
     if shape is None:
         shape, to, from_ = block_memory.sides_of_arrays(op, dst, src)
         if num_blocks is not None and num_blocks != to.N:
@@ -139,15 +146,18 @@ def _move(
     moved = shape._replace(H=heads[1] - heads[0], L=layers[1] - layers[0])
     if 0 in moved:
         return cuda.skip()
-    if to.chunks:
-        _move_on_host(op, to, from_, moved, heads[0], layers[0])
-        return
-    cuda.hold(*to.arrays, *from_.arrays)
-    if validate:
+    by_address = not to.chunks
+    if validate and by_address:
         of_src, of_dst = (
             (side.name, side.table, block_memory.entry_bytes(side, moved)) for side in (from_, to)
         )
-        check_memory(op, of_src, of_dst, 1, stream)
+        check_memory(op, of_src, of_dst, int(device == "cuda"), stream)
+    if by_address and device == "cpu":
+        to, from_ = (block_memory.of_host(op, side, shape) for side in (to, from_))
+    if to.chunks:
+        _move_on_host(op, to, from_, moved, heads[0], layers[0], stream)
+        return
+    cuda.hold(*to.arrays, *from_.arrays)
     with cuda.on_stream(stream):
         tables = upload("permute", dict(dst_ptrs=to.table, src_ptrs=from_.table))
     places = to.without_memory(), from_.without_memory()
@@ -158,7 +168,9 @@ def _move(
     launch(tables, stream)
 
 
-def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int) -> None:
+def _move_on_host(
+    op: str, to: Side, from_: Side, moved: BlockShape, head: int, layer: int, stream: Any
+) -> None:
     for chunk in to.chunks:
         check_writeable(op, to.name, chunk)
     views = (block_memory.host_chunks(side, moved, head, layer) for side in (to, from_))
@@ -168,16 +180,16 @@ def _move_on_host(op: str, to: Side, from_: Side, moved: BlockShape, head: int, 
         for dst, src in pairs:
             reference(dst, src)
 
-    cuda.run_on_host(move)
+    cuda.run_on_host(move, stream=stream)
 
 
 def _layout(op: str, name: str, layout: str | Layout, known: tuple[str, ...]) -> Layout:
-    layout = layout if isinstance(layout, Layout) else Layout(layout)
-    if layout.name not in known:
-        raise ParameterError(f"{op}: {name} is {layout.name!r}, expected {' or '.join(known)}")
-    for stride in ("token_stride", "head_stride"):
-        if getattr(layout, stride) is not None and not layout.is_stack:
-            raise ParameterError(f"{op}: {name} has {stride}, expected it for NHD or HND alone")
+    if not isinstance(layout, Layout):
+        if not isinstance(layout, str):
+            given = type(layout).__name__
+            raise DtypeError(f"{op}: {name} is a {given}, expected a Layout or its name")
+        layout = Layout(layout)
+    check_layout(op, name, layout, known)
     return layout
 
 
@@ -299,6 +311,8 @@ class _Options(TypedDict, total=False):
     layers: Range
     num_blocks: int | None
     max_ctas: int | None
+    device: str
+    validate: bool
     stream: Any
 
 
@@ -317,7 +331,7 @@ def universal_from_block(
         shape: sizes of a whole block, with addresses only.
         layout: "NHD" or "HND", or a Layout of that name that says which heads and layers the
             chunks hold, or how they are strided.
-        options: heads, layers, num_blocks, max_ctas and stream, as of `permute`.
+        options: heads, layers, num_blocks, max_ctas, device, validate and stream, as of `permute`.
 
     Raises: as `permute`.
 

@@ -10,7 +10,7 @@ Kernels: kernels_cu/prefill_mma.cu on tensor cores, for the kinds, head sizes an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
+from pykv.options import check_flag, check_float_dtype, check_whole
 from pykv.specs import as_spec, spec_of
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
@@ -118,7 +119,8 @@ def prefill(
     >>> pykv.ops.prefill.prefill(q, *cache.layers[0], table, lengths, starts)[:, 0, 0]
     array([1. , 1.5, 3. ], dtype=float32)
     """
-    op, check = "prefill.prefill", paged_check.enabled(check)
+    op = "prefill.prefill"
+    check = paged_check.enabled(op, check)
     spec = spec_of(op, spec, k_pool, v_pool, k_scales, v_scales)
     dims = _checker(spec)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths, q_starts, out, lse)
@@ -129,13 +131,13 @@ def prefill(
     if window is not None and not scores.causal:
         raise ParameterError(f"{op}: window is {window}, expected None with causal=False")
     if check:
-        with cuda.on_stream(stream):
+        with cuda.on_stream(stream, q):
             paged_check.check_starts(q_starts, dims["T"], op=op, name="q_starts")
             paged_check.check_page_table(
                 *(page_table, lengths, dims["N"], dims["P"]), seen=window, starts=q_starts, op=op
             )
     out = like(q, q.shape, q.dtype) if out is None else out
-    if lse is None and return_lse:
+    if check_flag(op, "return_lse", return_lse) and lse is None:
         lse = like(q, q.shape[:2], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths, q_starts=q_starts)
@@ -147,7 +149,8 @@ def prefill(
     else:
         pool = dims["N"], dims["P"]
         cuda.look(lambda: _check_on_host(op, arrays, pool, window))
-        cuda.run_on_host(lambda: attention.fill_on_host(reference, arrays, spec, scores, "e"))
+        fill = partial(attention.fill_on_host, reference, arrays, spec, scores, "e")
+        cuda.run_on_host(fill, stream=stream)
     return (out, lse) if return_lse else out
 
 
@@ -217,19 +220,19 @@ def prefill_contiguous(
     Runs as `prefill`; on a GPU the first call for a shape makes tables, which later ones share.
     """
     op = "prefill.prefill_contiguous"
-    spec = spec_of(op, spec, k, v, k_scales, v_scales)
+    spec = spec_of(op, spec, k, v, k_scales, v_scales, names=("k", "v"))
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
     out = like(q, q.shape, q.dtype) if out is None else out
-    if lse is None and return_lse:
+    if check_flag(op, "return_lse", return_lse) and lse is None:
         lse = like(q, q.shape[:3], np.float32)
-    with cuda.on_stream(stream):
+    with cuda.on_stream(stream, q):
         table, starts, full = dims.keep("tables", lambda: _tables(q, dims["P"]))
     if dims["P"] == 0:
         if on_gpu(q):
             cuda.enqueue(lambda: _see_nothing(out, lse), stream)
         else:
-            cuda.run_on_host(lambda: _see_nothing(out, lse))
+            cuda.run_on_host(lambda: _see_nothing(out, lse), stream=stream)
     else:
         prefill(
             *(q.reshape(B * T, HQ, D), k, v, table, full if lengths is None else lengths, starts),
@@ -287,10 +290,15 @@ def kernel_for(
         q_dtype: of the queries; the finer, the more shared memory they take.
         sm: 90 and the like, that of the current GPU if None.
         aligned: addresses and strides of the pools are multiples of 16 bytes.
+
+    Raises:
+        As paged_decode.kernel_for.
     """
-    sm = cuda.current_sm() if sm is None else sm
-    spec = as_spec("prefill.kernel_for", spec)
-    covered = aligned and mma.tiling_for(sm, spec, D, np.dtype(q_dtype)) is not None
+    op = "prefill.kernel_for"
+    spec, q_dtype = as_spec(op, spec), check_float_dtype(op, "q_dtype", q_dtype)
+    D, aligned = check_whole(op, "D", D, 1), check_flag(op, "aligned", aligned)
+    sm = cuda.current_sm() if sm is None else check_whole(op, "sm", sm, 1)
+    covered = aligned and mma.tiling_for(sm, spec, D, q_dtype) is not None
     return "prefill_mma" if covered else "prefill"
 
 

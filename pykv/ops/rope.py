@@ -7,13 +7,14 @@ Kernel: kernels_cu/rope.cu.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_number, check_whole
 
 HEADS_PER_THREAD = 4
@@ -73,7 +74,8 @@ def rotate(
         launch = dims.keep(pairing, lambda: _launch(q, k, F, pairing))
         launch(dict(q=q, k=k, positions=positions, inv_freq=inv_freq), stream)
     else:
-        cuda.run_on_host(lambda: reference(q, k, positions, inv_freq, pairing))
+        rotate_all = partial(reference, q, k, positions, inv_freq, pairing)
+        cuda.run_on_host(rotate_all, stream=stream)
 
 
 _check = checker(
@@ -131,7 +133,7 @@ def frequencies(
     """The angles per position, base ** (-2j / dim) for j < dim / 2, stretched for long contexts.
 
     Args:
-        dim: elements of a head that are rotated; even.
+        dim: elements of a head that are rotated; even, at most 2^16.
         base: 10000 in the paper, 500000 in Llama 3.
         scaling: "none"; "linear" divides by `factor`; "llama3" divides by `factor` where the
             wavelength 2 pi / f is above original_context / low_factor tokens, keeps f where it is
@@ -159,7 +161,7 @@ def frequencies(
     array([1.  , 0.01], dtype=float32)
     """
     op = "rope.frequencies"
-    if check_whole(op, "dim", dim, 2) % 2:
+    if check_whole(op, "dim", dim, 2, 2**16) % 2:
         raise ParameterError(f"{op}: dim is {dim}, expected a positive even number")
     check_whole(op, "original_context", original_context, 1)
     check_choice(op, "scaling", scaling, SCALINGS)
@@ -191,7 +193,10 @@ def frequencies(
         keep = 1 - np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
         freq *= keep + (1 - keep) / factor
     if divisors is not None:
-        divisors = np.asarray(divisors, np.float64)
+        if not isinstance(divisors, np.ndarray) or divisors.dtype.kind != "f":
+            given = getattr(divisors, "dtype", type(divisors).__name__)
+            raise DtypeError(f"{op}: divisors is of {given}, expected a NumPy array of floats")
+        divisors = divisors.astype(np.float64)
         if divisors.shape != freq.shape:
             raise ShapeError(f"{op}: divisors has shape {divisors.shape}, expected {freq.shape}")
         if not ((divisors > 0) & np.isfinite(divisors)).all():

@@ -6,6 +6,7 @@ Kernel: kernels_cu/sample.cu.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def argmax(logits: Any, *, out: Any = None, stream: Any = None) -> Any:
         launch = dims.keep(None, lambda: _launch("argmax", *logits.shape))
         launch(dict(out=out, logits=logits), stream)
     else:
-        cuda.run_on_host(lambda: reference_argmax(logits), out)
+        cuda.run_on_host(lambda: reference_argmax(logits), out, stream)
     return out
 
 
@@ -155,7 +156,8 @@ def sample(
         launch(dict(out=out, logits=logits, **filters, seeds=seeds, steps=steps), stream)
     else:
         cuda.look(lambda: _check_parameters(op, **filters, steps=steps))
-        cuda.run_on_host(lambda: reference(logits, **filters, seeds=seeds, steps=steps), out)
+        compute = partial(reference, logits, **filters, seeds=seeds, steps=steps)
+        cuda.run_on_host(compute, out, stream)
     return out
 
 

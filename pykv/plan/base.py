@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, checker
+from pykv.arrays import FLOATS, INT32, UINT8, VECTOR_BYTES, Dims, check_module, checker
 from pykv.errors import (
     CapacityError,
     DtypeError,
@@ -135,15 +135,21 @@ class Plan:
     ) -> None:
         name = f"{self._name()}.select"
         self._check_descriptor(name, descriptor)
-        self.descriptor, self._xp = descriptor, xp
+        self.descriptor, self._xp = descriptor, check_module(name, xp)
         self._element = as_dtype(name, "element", element)
         self._passed: Dims | None = None  # of the arguments that fitted last
-        self._workspace_check = checker(f"{self._name()}.run", workspace=("E", UINT8, VECTOR_BYTES))
+        self._run_name = f"{self._name()}.run"
+        self._workspace_check = checker(self._run_name, workspace=("E", UINT8, VECTOR_BYTES))
         self._spec = self._select(name)
-        preference = preference or Preference()
+        preference = Preference() if preference is None else preference
+        check_type(name, "preference", preference, Preference)
         if preference.backend not in (None, "pykv"):
-            raise UnsupportedError(f"{name}: backend is {preference.backend!r}, expected pykv")
+            raise UnsupportedError(
+                f"{name}: preference.backend is {preference.backend!r}, expected pykv"
+            )
         limit, needed = preference.max_workspace_bytes, self.workspace_size()
+        if limit is not None:
+            check_whole(name, "preference.max_workspace_bytes", limit, 0)
         if limit is not None and needed > limit:
             raise CapacityError(
                 f"{name}: the workspace takes {needed} bytes, expected at most {limit}"
@@ -289,11 +295,12 @@ class PagedPlan(Plan):
         On a GPU only enqueues, unless checking.
         """
         self._check_call(args, workspace)
-        if paged_check.enabled(check):
-            cache, op = self.descriptor.cache, f"{self._name()}.run"
+        op = self._run_name
+        if paged_check.enabled(op, check):
+            cache = self.descriptor.cache
             lists = args.indices, args.indptr, args.last_page_len
             sizes = cache.num_total_pages, cache.page_size
-            with cuda.on_stream(stream):
+            with cuda.on_stream(stream, args.indptr):
                 paged_check.check_table(*lists, *sizes, **self._lists_are, op=op)
         self._enqueue(args, workspace, stream)
 
@@ -359,8 +366,10 @@ def check_head_dim(name: str, size: str, head_dim: int, most: int) -> None:
 def as_dtype(name: str, argument: str, element: Any) -> np.dtype[Any]:
     """The dtype that an `element` names; `name` and `argument` are for messages."""
     try:
+        if element is None:  # NumPy's float64
+            raise TypeError
         dtype: np.dtype[Any] = np.dtype(element)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise DtypeError(
             f"{name}: {argument} is {element!r}, expected a dtype such as np.float16"
         ) from error

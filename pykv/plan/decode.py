@@ -96,7 +96,7 @@ class PagedDecodePlan(PagedPlan):
         self._scratch: int = 0  # bytes that the attention asks for
         if self._xp is not np:
             self._scratch = 4 * paged_decode.workspace_size(B, HQ, H, D, self._max_pages * P)
-        rules = dict(q=("B HQ | D", self._element), o=("B HQ | D", "q"))
+        rules = dict(q=("B HQ | D", self._element), o=("B HQ D", "q"))
         self._expect(dict(q=HQ, o=HQ), rules | dict(lse=optional("B HQ", FLOAT32)))
         self._shapes["lse"] = (B, HQ)
         return cache.spec

@@ -1,30 +1,14 @@
-"""No op answers an argument of a wrong kind with another error than one of pykv's own."""
+"""Options and outputs that ops must refuse; tests/test_arguments.py has what holds of all calls."""
 
 import inspect
 
 import numpy as np
 import pytest
 
+from pykv.arrays import as_read_only
 from pykv.errors import DtypeError, ParameterError, PykvError
 from pykv.ops import attention_scores, paged_decode, prefill
 from tests.ops.calls import OPS, filled
-
-
-@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
-def test_what_is_no_such_array_is_refused(xp, op, arguments):
-    given = {
-        name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()
-    }
-    for name, array in given.items():
-        if not hasattr(array, "shape"):
-            continue
-        other = np.float64 if array.dtype != np.float64 else np.float32
-        wrong = [None, [1, 2], 3, "text", np.float32(1), object()]
-        wrong += [array[..., None], array[0], array.astype(other)]
-        for x in wrong:
-            with pytest.raises(PykvError, match=f"{op.__name__}: "):
-                op(**{**given, name: x})
-
 
 OUTPUTS = ("out", "lse", "out_lse", "q_out", "table", "lengths", "sums", "k_out", "v_out")
 
@@ -60,6 +44,17 @@ def test_what_is_written_may_not_be_read_only(rng, op, arguments):
         for n, x in given.items():
             if isinstance(x, np.ndarray):
                 assert frozen[n].tobytes() == x.tobytes()
+
+
+def test_a_read_only_workspace_is_refused(xp, rng):
+    """Which is written on a GPU alone, and no output."""
+    kept = xp.zeros(1 << 16, np.float32)
+    if xp is np:
+        kept.flags.writeable = False
+    else:
+        kept = as_read_only(kept)
+    with pytest.raises(ParameterError, match="decode: workspace is read-only, expected"):
+        paged_decode.decode(**filled(dict(OPS)[paged_decode.decode], rng, xp), workspace=kept)
 
 
 NO_NUMBERS = ("1", [1], np.ones(2), 1j)

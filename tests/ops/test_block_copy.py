@@ -379,9 +379,9 @@ def test_errors_name_the_argument(xp, rng):
         copy(size=np.array([16, 0, -1]))
     with pytest.raises(ParameterError, match=r"dst_ptrs\[1\] is null"):
         copy(to=to * np.array([1, 0, 1], np.uint64))
-    with pytest.raises(ParameterError, match="max_ctas is 0, expected None or at least 1"):
+    with pytest.raises(ParameterError, match="max_ctas is 0, expected 1 to"):
         copy(max_ctas=0)
-    with pytest.raises(ParameterError, match="device is 'gpu', expected cuda or cpu"):
+    with pytest.raises(ParameterError, match="device is 'gpu', expected one of"):
         copy(device="gpu")
     with pytest.raises(ShapeError, match="dst_ptrs has 2 entries, expected 3 like src_ptrs"):
         copy(to=to[:2])

@@ -271,7 +271,7 @@ def test_the_environment_turns_it_on(monkeypatch):
         *((True, None, True), (True, True, True), (True, False, False)),
     ):
         monkeypatch.setattr(paged_check, "ALWAYS", always)
-        assert paged_check.enabled(wanted) is want
+        assert paged_check.enabled("op", wanted) is want
 
 
 @pytest.mark.parametrize(

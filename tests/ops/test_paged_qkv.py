@@ -250,7 +250,7 @@ def test_hadamard_matrix_is_blocks_of_sylvesters(rng, D, S):
 
 
 def test_hadamard_matrix_wants_elements():
-    with pytest.raises(ParameterError, match="hadamard_matrix: D is 0, expected at least 1"):
+    with pytest.raises(ParameterError, match="hadamard_matrix: D is 0, expected 1 to 8192"):
         paged_qkv.hadamard_matrix(0)
 
 

@@ -85,10 +85,15 @@ def shaped(flat, name, N, H, L, O, P, D):
 
 
 def addresses(blocks):
-    """The table of a device array [N, allocations, elements]."""
+    """The table of an array [N, allocations, elements]."""
     n, m, i = blocks.shape
     step = i * blocks.dtype.itemsize
-    return (blocks.data.ptr + np.arange(n * m) * step).astype(np.uint64)
+    first = blocks.ctypes.data if isinstance(blocks, np.ndarray) else blocks.data.ptr
+    return (first + np.arange(n * m) * step).astype(np.uint64)
+
+
+def place(xp):
+    return "cpu" if xp is np else "cuda"
 
 
 # --- Every layout to every other ------------------------------------------------------------------
@@ -125,16 +130,16 @@ def test_sizes_of_all_kinds_move(xp, rng, case, dst, src):
 @pytest.mark.parametrize("on_device", [False, True], ids=["numpy tables", "device tables"])
 @pytest.mark.parametrize("dst, src", DIRECTIONS)
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
-def test_addresses_move(device, rng, dst, src, dtype, on_device):
+def test_addresses_move(xp, rng, dst, src, dtype, on_device):
     sizes, dtype = (3, 3, 2, 2, 4, 5), np.dtype(dtype)
     given = random_blocks(rng, src, *sizes, dtype)
-    to = device.asarray(flat_blocks(dst, *sizes, dtype))
-    of = device.asarray(given)
+    to = xp.asarray(flat_blocks(dst, *sizes, dtype))
+    of = xp.asarray(given)
     tables = [addresses(to).view(np.int64), addresses(of)]
     if on_device:
-        tables = [device.asarray(t) for t in tables]
+        tables = [xp.asarray(t) for t in tables]
     shape = BlockShape(*sizes[1:], dtype.itemsize)
-    permute.permute(tables[0], dst, tables[1], src, shape)
+    permute.permute(tables[0], dst, tables[1], src, shape, device=place(xp), validate=True)
     assert_same_bits(to, expected(dst, src, given, *sizes))
 
 
@@ -289,17 +294,23 @@ def test_ranks_and_stages_hold_parts(xp, rng, layout):
         assert_same_bits(got, held)
 
 
-def test_parts_by_address(device, rng):
+def test_addresses_of_the_host_are_no_table_of_a_gpu(device):
+    tables = [device.asarray(np.full(1, 256, np.uint64)) for _ in range(2)]
+    with pytest.raises(DeviceError, match="hnd is on a GPU, expected the host like what it names"):
+        permute.nhd_to_hnd(*tables, BlockShape(1, 1, 1, 1, 8, 2), device="cpu")
+
+
+def test_parts_by_address(xp, rng):
     """A rank's heads and a stage's layers between tables."""
     sizes, dtype = (2, 4, 3, 2, 3, 8), np.dtype(np.float16)
     N, H, L, O, P, D = sizes
     given = random_blocks(rng, "universal", *sizes, dtype)
     whole = shaped(given, "universal", *sizes)
     held = poison((N, 2 * O, P * 3 * D), dtype)  # layers 1, 2 and heads 1 .. 3
-    to, of = device.asarray(held), device.asarray(given)
+    to, of = xp.asarray(held), xp.asarray(given)
     part = Layout("NHD", heads=(1, 4), layers=(1, 3))
-    shape = BlockShape(*sizes[1:], 2)
-    permute.block_from_universal(addresses(to), addresses(of), shape, part, heads=(2, 4))
+    tables, shape = (addresses(to), addresses(of)), BlockShape(*sizes[1:], 2)
+    permute.block_from_universal(*tables, shape, part, heads=(2, 4), device=place(xp))
     want = held.reshape(N, 2, O, P, 3, D)
     want[..., 1:, :] = whole[:, 2:4, 1:3].transpose(0, 2, 3, 4, 1, 5)
     assert_same_bits(to.reshape(want.shape), want)
@@ -460,12 +471,11 @@ def test_a_prepared_move_runs_again(xp, rng, form):
     if form == "lists":
         sides = [list(side) for side in sides]
     elif form != "arrays":
-        if xp is np:
-            pytest.skip("NumPy moves arrays alone")
         sides, shape = [addresses(to), addresses(blocks)], BlockShape(*sizes[1:], 4)
         if form == "device tables":
             sides = [xp.asarray(side) for side in sides]
-    call = cuda.prepare(permute.permute, sides[0], "universal", sides[1], "NHD", shape)
+    options = dict(device=place(xp))
+    call = cuda.prepare(permute.permute, sides[0], "universal", sides[1], "NHD", shape, **options)
     assert_same_bits(to, before.get() if xp is not np else before)
     if form == "lists":
         arrays = [weakref.ref(x) for side in sides for x in side]

@@ -43,9 +43,10 @@ class ndarray:
 
     __array_ufunc__ = None  # NumPy leaves mixed arithmetic to this class, which has none
 
-    def __init__(self, host, dtype=None, memptr=None):
+    def __init__(self, host, dtype=None, memptr=None, strides=None):
         """Around a NumPy array, or as CuPy's: a shape, and the memory from where on it lies."""
-        self.host = host if memptr is None else np.ndarray(host, dtype, memptr.bytes())
+        at = None if memptr is None else memptr.bytes()
+        self.host = host if at is None else np.ndarray(host, dtype, at, strides=strides)
 
     @property
     def data(self):

@@ -1,0 +1,159 @@
+"""The entrance for arrays of other libraries: torch, JAX, Numba, addresses.
+
+A library is looked up, never imported: whoever holds its array has imported it already.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import BFLOAT16, as_read_only, current_device, is_array, load_cupy
+from pykv.errors import DeviceError, DtypeError, ParameterError, PykvError, UnsupportedError
+from pykv.options import check_whole
+
+HOST = (1, 3)  # DLPack's device types: the host's memory, pinned memory
+CUDA = (2, 13)  # a GPU's memory, managed memory
+
+
+def asarray(x: Any) -> Any:
+    """The NumPy or CuPy array that shares memory with `x`, for use with every op.
+
+    Args:
+        x: a NumPy or CuPy array, or an object with DLPack or `__cuda_array_interface__`: torch
+            tensors, JAX and Numba arrays, of any strides.
+
+    Returns:
+        The array itself, or a view of the same memory, bfloat16 included; CuPy for device memory,
+        NumPy for host memory. The view keeps `x` alive. That of a JAX array is read-only, as JAX
+        takes its arrays to be, and no op writes to it. So is that of any but a torch tensor on the
+        host with NumPy 2.0.
+
+    Raises:
+        DtypeError: `x` speaks none of the protocols, or its element type has no NumPy twin. Codes
+            of FP8 are uint8 here: x.view(torch.uint8), x.view("uint8").
+        DeviceError: `x` is neither in the host's nor in an NVIDIA GPU's memory, as on torch's
+            device "meta", or CuPy or a driver is missing.
+        UnsupportedError: a torch tensor requires a gradient (pass x.detach(): pykv computes none),
+            is sparse, or is conjugated or negated by a flag alone (x.resolve_conj(),
+            x.resolve_neg()).
+
+    Does not copy. Work that the producer has enqueued on its current stream comes before later work
+    on CuPy's current stream; see pykv.cuda.on_stream for one stream of both.
+
+    >>> x = np.ones(3)
+    >>> pykv.asarray(x) is x
+    True
+    """
+    return named_array("asarray", "x", x)
+
+
+def named_array(op: str, name: str, x: Any) -> Any:
+    """`asarray` of an argument of an op, which errors name."""
+    if is_array(x):
+        return x
+    where = f"{op}: {name}"
+    torch, jax = (sys.modules.get(library) for library in ("torch", "jax"))
+    try:
+        is_tensor = torch is not None and isinstance(x, torch.Tensor)
+        if "float8" in str(getattr(x, "dtype", None)):
+            uint8 = "torch.uint8" if is_tensor else '"uint8"'
+            raise DtypeError(f"{where} has dtype {x.dtype}, expected its codes, .view({uint8})")
+        if is_tensor:
+            return _of_torch(torch, where, x)
+        if hasattr(x, "__dlpack__"):
+            return _of_dlpack(where, x, jax is not None and isinstance(x, jax.Array))
+        if hasattr(x, "__cuda_array_interface__"):
+            array = load_cupy().asarray(x)
+            _, is_immutable = x.__cuda_array_interface__["data"]
+            return as_read_only(array) if is_immutable else array
+    except PykvError:
+        raise
+    except Exception as error:  # of the other library, which may raise anything
+        raise DtypeError(f"{where} is a {type(x).__name__}, {error}") from error
+    expected = "an array with __dlpack__ or __cuda_array_interface__"
+    raise DtypeError(f"{where} is a {type(x).__name__}, expected {expected}")
+
+
+def _of_torch(torch: Any, where: str, x: Any) -> Any:
+    if x.layout is not torch.strided:
+        raise UnsupportedError(f"{where} has layout {x.layout}, expected a dense tensor")
+    if x.requires_grad:
+        raise UnsupportedError(
+            f"{where} requires a gradient, expected its .detach(): pykv has none"
+        )
+    for flag in ("conj", "neg"):
+        if getattr(x, f"is_{flag}")():  # DLPack passes negated tensors on as if they were not
+            expected = f"its values in memory, .resolve_{flag}()"
+            raise UnsupportedError(f"{where} has torch's {flag} bit, expected {expected}")
+    if x.device.type == "cpu":  # not by DLPack, which NumPy 2.0 imports read-only
+        is_bfloat16 = x.dtype == torch.bfloat16  # of which NumPy itself knows nothing
+        return x.view(torch.int16).numpy().view(BFLOAT16) if is_bfloat16 else x.numpy()
+    if x.device.type != "cuda":
+        raise DeviceError(f"{where} is on device {x.device}, expected one on cpu or cuda")
+    return load_cupy().from_dlpack(x)
+
+
+def _of_dlpack(where: str, x: Any, is_immutable: bool) -> Any:
+    device_type, _ = x.__dlpack_device__()
+    if device_type in HOST:  # of DLPack, NumPy knows no bfloat16
+        return np.asarray(x, copy=False) if is_immutable else np.from_dlpack(x)
+    if device_type not in CUDA:
+        has = f"is on DLPack's device type {int(device_type)}"
+        raise DeviceError(f"{where} {has}, expected one of {HOST + CUDA}")
+    array = load_cupy().from_dlpack(x)
+    return as_read_only(array) if is_immutable else array
+
+
+def from_pointer(
+    address: int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    device: int | None = None,
+    owner: Any = None,
+) -> Any:
+    """A CuPy array over device memory that somebody else allocated.
+
+    Args:
+        address: device address of the first element, in bytes; aligned to the element.
+        shape: sizes, row-major and contiguous.
+        dtype: NumPy or ml_dtypes element type.
+        device: ordinal of the GPU that holds the memory, the current one if None.
+        owner: an object to keep alive as long as the array; the memory itself is not freed.
+
+    Raises:
+        ParameterError: the address is null, misaligned or beyond 63 bits, a size or `device` is
+            negative, or all of it takes more bytes than 63 bits count.
+        DtypeError: `dtype` is no element type of numbers, or another argument no integer.
+        DeviceError: CuPy or a driver is missing, or no GPU is usable.
+    """
+    op = "from_pointer"
+    try:
+        dtype = np.dtype(dtype)
+    except (TypeError, ValueError, AttributeError):
+        dtype = np.dtype(object)
+    if dtype.kind not in "biufcV" or dtype.names or dtype.itemsize == 0:
+        raise DtypeError(f"{op}: dtype is {dtype}, expected an element type of numbers")
+    if not isinstance(shape, (tuple, list)):
+        raise DtypeError(f"{op}: shape is a {type(shape).__name__}, expected a tuple of sizes")
+    most = 2**63 - 1
+    shape = tuple(check_whole(op, f"shape[{i}]", n, 0, most) for i, n in enumerate(shape))
+    address = check_whole(op, "address", address, 1, most)
+    if address % dtype.alignment:
+        raise ParameterError(
+            f"{op}: address is {address:#x}, expected a multiple of {dtype.alignment} for {dtype}"
+        )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if address + nbytes > most:
+        raise ParameterError(f"{op}: shape is {shape}, expected fewer than 2^63 bytes")
+    if device is not None:
+        device = check_whole(op, "device", device, 0, 2**31 - 1)
+    else:
+        device = current_device()
+    cupy = load_cupy()
+    memory = cupy.cuda.UnownedMemory(address, nbytes, owner, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))

@@ -1,0 +1,406 @@
+"""Every public function and method, and a small valid call of each, for tests of all of them."""
+
+import functools
+import importlib
+import inspect
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import pykv
+from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
+from pykv.ops import permute
+from tests.llm import tiny
+from tests.ops.calls import OPS, filled, zeros
+
+STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
+PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
+
+
+def functions(module):
+    """The public functions, classes and methods that a module defines, by dotted name."""
+    found = {}
+    for name, thing in vars(module).items():
+        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(thing):
+            found[name] = thing
+            for method, raw in vars(thing).items():
+                raw = getattr(raw, "__func__", raw)  # of a classmethod or staticmethod
+                if not method.startswith("_") and inspect.isfunction(raw):
+                    found[f"{name}.{method}"] = raw
+        elif inspect.isfunction(inspect.unwrap(thing)):
+            found[name] = thing
+    return found
+
+
+def users_call():
+    """What users call, by module and dotted name: all of PUBLIC and of `pykv.__all__`; of ops, what
+    takes a stream, checks contents or says what it raises, unless it is told the name of an op."""
+    found = {}
+    for name in PUBLIC:
+        module = importlib.import_module(f"pykv.{name}")
+        found |= {(module, name): thing for name, thing in functions(module).items()}
+    for name in pykv.__all__:
+        module = sys.modules.get(getattr(getattr(pykv, name), "__module__", None))
+        for dotted, thing in functions(module).items() if module else ():
+            if dotted.partition(".")[0] == name:
+                found[module, dotted] = thing
+    for stem in STEMS:
+        module = importlib.import_module(f"pykv.ops.{stem}")
+        for dotted, thing in functions(module).items():
+            given = list(inspect.signature(thing).parameters)
+            says = "Raises:" in (thing.__doc__ or "") or dotted.startswith("check_")
+            if given[:1] != ["op"] and (says or {"stream", "options"} & set(given)):
+                found[module, dotted] = thing
+    return {key: thing for key, thing in found.items() if not key[1].startswith("reference")}
+
+
+def name_of(module, dotted):
+    return f"{module.__name__.removeprefix('pykv.')}.{dotted}"
+
+
+# --- Calls ----------------------------------------------------------------------------------------
+
+# What users are handed or hand on, but do not call with values of their own; or what ops call with
+# arguments that they have checked.
+UNCHECKED = """
+    errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
+    transfer.Transfer.wait llm.answer.Completion layout.Strides
+    plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
+    plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
+    plan.base.check_type plan.base.check_sizes plan.base.check_head_dim plan.base.as_dtype
+    plan.base.check_element plan.base.Plan.workspace_size plan.base.Plan.precision_guarantee
+    plan.base.Plan.sku plan.decode.PagedDecodePlan.workspace_size
+    plan.base.PagedCacheDescriptor.shapes
+    kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
+    kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
+    kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
+    layout.Layout layout.BlockShape plan.base.Preference pages.Pages
+    layout.check_layout layout.check_pair layout.check_shape
+    blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
+""".split()
+
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+
+_memory = [np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8)]
+_FROM, _TO = (x.ctypes.data + np.array([0, 16], np.uint64) for x in _memory)
+_DIVISORS, _ROW_OF_HOST = np.ones(4), zeros("f4", 2, 4)
+_POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
+_NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
+_UNIVERSAL, _OPERATIONAL = zeros("f2", 2, 2, 1, 2, 3, 4), zeros("f2", 2, 1, 2, 24)
+
+_OPS = {name_of(importlib.import_module(op.__module__), op.__name__): x for op, x in OPS}
+FUNCTIONS = {
+    **_OPS,
+    "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
+    "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
+    "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
+    "ops.contiguous_append.read_token": dict(slot=0, token=1)
+    | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
+    "ops.paged_check.check_pages": dict(pages=ints(1, -1), num_pages=2),
+    "ops.paged_check.check_slots": dict(slots=ints(1, -1), num_slots=2),
+    "ops.paged_check.check_starts": dict(starts=ints(0, 1, 2), end=2),
+    "ops.paged_check.check_table": dict(indices=ints(1, 0), indptr=ints(0, 1, 2))
+    | dict(last_page_len=ints(1, 2), num_pages=2, page_size=2),
+    "ops.paged_check.check_page_table": dict(page_table=ints([1, 0], [0, -1]), lengths=ints(3, 1))
+    | dict(num_pages=2, page_size=2),
+    "ops.paged_check.check_positions": dict(batch_indices=ints(0), positions=ints(1))
+    | dict(indptr=ints(0, 1), page_size=2),
+    "ops.paged_convert.gather_rows": dict(**_POOLS, indices=ints(2, 1), indptr=ints(0, 1, 2))
+    | dict(starts=ints(0, 1, 3), k_out=zeros("f4", 3, 2, 16), v_out=zeros("f4", 3, 2, 16)),
+    "ops.paged_decode.kernel_for": dict(spec="fp16", D=64, sm=90),
+    "ops.paged_decode.workspace_size": dict(B=2, HQ=4, H=2, D=64, capacity=64),
+    "ops.prefill.kernel_for": dict(spec="fp16", D=64, sm=90),
+    "ops.paged_qkv.hadamard_matrix": dict(D=4),
+    "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
+    "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
+    "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),
+    "ops.permute.universal_from_block": dict(universal=_UNIVERSAL, blocks=_NHD),
+    "ops.permute.block_from_universal": dict(blocks=_NHD, universal=_UNIVERSAL),
+    "ops.permute.operational_from_block": dict(operational=_OPERATIONAL, blocks=_NHD),
+    "ops.permute.block_from_operational": dict(blocks=_NHD, operational=_OPERATIONAL),
+    "ops.permute.nhd_to_hnd": dict(hnd=_HND, nhd=_NHD),
+    "ops.permute.hnd_to_nhd": dict(nhd=_NHD, hnd=_HND),
+    "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
+    "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
+    "arrays.asarray": dict(x=zeros("f4", 2)),
+    "arrays.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
+    "cuda.calls.graph": dict(function=lambda: None),
+    "blocks.BlockManager": dict(num_pages=8, page_size=2),
+    "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),
+    "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
+    "kinds.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
+    "kinds.KVSpec.parse": dict(text="int8:HND"),
+    "kinds.quantize": dict(x=zeros("f4", 2, 8), kind=kinds.KINDS["int8"]),
+    "kinds.dequantize": dict(codes=zeros("i1", 2, 8), kind=kinds.KINDS["int8"])
+    | dict(scale=zeros("f2", 2)),
+    "kinds.pack": dict(codes=zeros("i1", 2, 8)),
+    "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
+    "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
+    "llm.sampling.SamplingParams": {},
+    "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
+    "sequence_cache.SequenceCache": dict(max_blocks=2, block_size=2, heads=1, head_dim=8),
+}
+
+
+# --- Methods, and functions of caches: of a new object each time ----------------------------------
+
+
+def _given(xp, arguments):
+    """New arguments: arrays and lists of `arguments` are copied."""
+    return {name: _copied(xp, x) for name, x in arguments.items()}
+
+
+def _copied(xp, x):
+    if isinstance(x, np.ndarray):
+        is_of_host = x is _FROM or x is _TO or x is _DIVISORS or x is _ROW_OF_HOST
+        return x.copy() if is_of_host else xp.asarray(x.copy())
+    return [_copied(xp, one) for one in x] if isinstance(x, list) else x
+
+
+def _of(make, name, **arguments):
+    """A method of what `make` makes; of `...` it makes the value as well."""
+
+    def call(xp):
+        made, *others = make(xp)
+        mine = [x for x in arguments if arguments[x] is ...]
+        own = dict(zip(mine, others, strict=False))
+        return getattr(made, name), _given(xp, arguments) | own
+
+    return call
+
+
+def _manager(xp):
+    """A manager, and a sequence of three tokens in two pages of two."""
+    manager = blocks.BlockManager(8, 2)
+    return manager, manager.allocate(3)
+
+
+def _cache(xp, spec="fp16"):
+    cache = PagedKVCache(2, 4, 2, 16, page_size=2, spec=spec, xp=xp)
+    return cache, cache.manager.allocate(3)
+
+
+def _sequence(xp):
+    cache = SequenceCache(4, 2, 2, 16, xp=xp)
+    cache.assign([2, 0])
+    cache.advance(2)
+    return (cache,)
+
+
+def _spec(xp):
+    return (kinds.KVSpec("int8"),)
+
+
+def _with_caches(function, *names, **arguments):
+    """A function of pages that takes caches by these names."""
+    return lambda xp: (function, {name: _cache(xp)[0] for name in names} | _given(xp, arguments))
+
+
+def _swap_in(xp):
+    cache, _ = _cache(xp)
+    return pages.swap_in, dict(cache=cache, pages=[1], store=pages.swap_out(cache, [2]))
+
+
+def _file(function):
+    def call(xp):
+        path, cache = Path(_folder.name) / f"pages{next(_count)}", _cache(xp)[0]
+        if function is page_files.load:
+            page_files.save(path, cache, [1, 2])
+        return function, dict(path=path, cache=cache, pages=[1, 2])
+
+    return call
+
+
+_folder, _count = tempfile.TemporaryDirectory(), itertools.count()
+
+_PAGES = dict(page_size=2, num_total_pages=4, num_kv_heads=2, head_dim=8)
+_SIZES = dict(batch_size=1, num_heads=2, new_tokens=1, max_tokens=4, k_dim=8, v_dim=8)
+_ROWS, _ROW, _STORE = zeros("f2", 1, 2, 8), zeros("f2", 1, 2, 1, 8), zeros("f2", 1, 2, 4, 8)
+_BLOCKS = dict(k_data=zeros("f2", 4, 2, 2, 8), v_data=zeros("f2", 4, 2, 2, 8))
+_BLOCKS |= dict(indices=ints(3), indptr=ints(0, 1), last_page_len=ints(1))
+PLANS = {  # a descriptor's fields, and the arrays of a run
+    plan.PagedAppendPlan: (
+        dict(batch_size=1, cache=plan.PagedCacheDescriptor(**_PAGES)),
+        dict(key=_ROWS, value=_ROWS) | _BLOCKS,
+    ),
+    plan.PagedDecodePlan: (
+        dict(batch_size=1, num_q_heads=2, cache=plan.PagedCacheDescriptor(**_PAGES)),
+        dict(q=_ROWS, o=_ROWS, lse=zeros("f4", 1, 2)) | _BLOCKS,
+    ),
+    plan.ContiguousAppendPlan: (
+        _SIZES,
+        dict(k_new=_ROW, v_new=_ROW, k_cache=_STORE, v_cache=_STORE, cache_offsets=ints(1)),
+    ),
+}
+
+
+def _select(kind, of_cache=False):
+    """`select`, of a descriptor's fields or of those of its cache."""
+    fields, _ = PLANS[kind]
+    taken = plan.PagedCacheDescriptor if of_cache else kind.descriptor_type
+
+    def call(*, element=np.float16, preference=None, xp=np, **given):
+        made = taken(**given)
+        descriptor = kind.descriptor_type(**fields | dict(cache=made)) if of_cache else made
+        return kind.select(descriptor, element, preference=preference, xp=xp)
+
+    _sign(call, inspect.signature(taken).parameters, inspect.signature(kind.select).parameters)
+    return lambda xp: (call, dict(_PAGES if of_cache else fields) | dict(xp=xp))
+
+
+def _run(kind, name):
+    """`run` or `can_implement` of a plan, of its arrays."""
+    fields, arrays = PLANS[kind]
+
+    def call(xp):
+        selected = kind.select(kind.descriptor_type(**fields), np.float16, xp=xp)
+        method = getattr(selected, name)
+
+        def run(**given):
+            of_args = {n: given.pop(n) for n in kind.args_type._fields if n in given}
+            return method(kind.args_type(**of_args), **given)
+
+        of_args = inspect.signature(kind.args_type).parameters
+        _sign(run, of_args, inspect.signature(method).parameters)
+        return run, _given(xp, arrays)
+
+    return call
+
+
+def _sign(function, *parameters):
+    """Say which parameters a function takes, all by name."""
+    named = {n: p.replace(kind=p.KEYWORD_ONLY) for some in parameters for n, p in some.items()}
+    kept = [p for n, p in named.items() if n not in ("args", "descriptor")]
+    function.__signature__ = inspect.Signature(kept)
+
+
+@functools.cache
+def _model():
+    path = Path(_folder.name) / "tiny.gguf"
+    tiny.write(path, "llama")
+    return path
+
+
+@functools.cache
+def _loaded():
+    llm = pykv.LLM(_model(), device="cpu")
+    llm.file.metadata["tokenizer.chat_template"] = "{{ messages[0].content }}"
+    return llm
+
+
+def _llm(xp):
+    return (_loaded(),)
+
+
+_SHORT = pykv.SamplingParams(max_tokens=2)
+_MESSAGES = [dict(role="user", content="a")]
+
+
+def _prepare(op: Callable):
+    return pykv.prepare(op)
+
+
+def _normalised(xp):
+    return pykv.ops.norm.rms_norm(xp.ones((1, 8), np.float32), xp.ones(8, np.float32))
+
+
+_ATTENDED = dict(page_table=ints([1, 0], [2, -1]), lengths=ints(3, 1))
+_QUERIES, _NEW = zeros("f4", 2, 4, 16), zeros("f4", 2, 2, 16)
+METHODS = {
+    "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
+    "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
+    "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),
+    "llm.generate.LLM.chat": _of(_llm, "chat", messages=_MESSAGES, params=_SHORT),
+    "llm.generate.LLM.chat_ids": _of(_llm, "chat_ids", messages=_MESSAGES),
+    "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
+    "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
+    "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
+    "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
+    "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
+    "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
+    "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),
+    "blocks.BlockManager.allocate": _of(_manager, "allocate", tokens=3),
+    "blocks.BlockManager.extend": _of(_manager, "extend", pages=..., start=3, stop=5),
+    "blocks.BlockManager.fork": _of(_manager, "fork", pages=...),
+    "blocks.BlockManager.free": _of(_manager, "free", pages=...),
+    "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
+    "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
+    "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
+    "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
+    "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
+    "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
+    "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
+    "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
+    "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),
+    "pool.PagedKVCache.append": _of(_cache, "append", layer=1, k=_NEW, v=_NEW, slots=ints(3, 1)),
+    "pool.PagedKVCache.append_qkv": _of(
+        _cache, "append_qkv", layer=1, qkv=zeros("f4", 2, 128), slots=ints(3, 1)
+    ),
+    "pool.PagedKVCache.decode": _of(_cache, "decode", layer=1, q=_QUERIES, **_ATTENDED),
+    "pool.PagedKVCache.prefill": _of(
+        _cache, "prefill", layer=1, q=_QUERIES, **_ATTENDED, q_starts=ints(0, 1, 2)
+    ),
+    "sequence_cache.SequenceCache.assign": _of(_sequence, "assign", block_ids=[1]),
+    "sequence_cache.SequenceCache.advance": _of(_sequence, "advance", tokens=1),
+    "sequence_cache.SequenceCache.append": _of(
+        _sequence, "append", k=_NEW[:1], v=_NEW[:1], length_before=1
+    ),
+    "sequence_cache.SequenceCache.decode": _of(_sequence, "decode", q=_NEW[0], length=1),
+    "pages.zero_pages": _with_caches(pages.zero_pages, "cache", pages=[1, 2]),
+    "pages.copy_pages": _with_caches(
+        pages.copy_pages, "source", "target", source_pages=[1], target_pages=[2]
+    ),
+    "pages.convert_pages": _with_caches(
+        pages.convert_pages, "source", "target", source_pages=[1], target_pages=[2]
+    ),
+    "pages.host_pages": _with_caches(pages.host_pages, "cache", num_pages=2),
+    "pages.swap_out": _with_caches(pages.swap_out, "cache", pages=[1, 2]),
+    "pages.swap_in": _swap_in,
+    "page_files.save": _file(page_files.save),
+    "page_files.load": _file(page_files.load),
+    "plan.base.PagedCacheDescriptor": _select(plan.PagedDecodePlan, of_cache=True),
+    "plan.append.PagedAppendDescriptor": _select(plan.PagedAppendPlan),
+    "plan.append.ContiguousAppendDescriptor": _select(plan.ContiguousAppendPlan),
+    "plan.decode.PagedDecodeDescriptor": _select(plan.PagedDecodePlan),
+    "plan.base.Plan.select": _select(plan.PagedDecodePlan),
+    "plan.base.Plan.can_implement": _run(plan.PagedDecodePlan, "can_implement"),
+    "plan.base.PagedPlan.run": _run(plan.PagedAppendPlan, "run"),
+    "plan.append.PagedAppendPlan": _run(plan.PagedAppendPlan, "can_implement"),
+    "plan.append.ContiguousAppendPlan": _run(plan.ContiguousAppendPlan, "can_implement"),
+    "plan.append.ContiguousAppendPlan.run": _run(plan.ContiguousAppendPlan, "run"),
+    "plan.decode.PagedDecodePlan": _run(plan.PagedDecodePlan, "run"),
+}
+
+
+def call_of(name, xp):
+    """The function, or a method of a new object, and new arguments that pass."""
+    if name in METHODS:
+        return METHODS[name](xp)
+    module, dotted = _PLACES[name]
+    arguments = _given(xp, FUNCTIONS[name])
+    if name in _OPS:
+        arguments = filled(FUNCTIONS[name], np.random.default_rng(0), xp)
+    return functools.reduce(getattr, dotted.split("."), module), arguments
+
+
+OPTIONS = {  # whose options a call passes on
+    "ops.prefill.prefill_contiguous": pykv.ops.prefill.prefill,
+    **{name: permute.permute for name in FUNCTIONS if name.startswith("ops.permute.")},
+    "pool.PagedKVCache.append": pykv.ops.paged_append.append,
+    "pool.PagedKVCache.append_qkv": pykv.ops.paged_qkv.append,
+    "pool.PagedKVCache.decode": pykv.ops.paged_decode.decode,
+    "pool.PagedKVCache.prefill": pykv.ops.prefill.prefill,
+    "sequence_cache.SequenceCache.append": pykv.ops.paged_append.append,
+    "sequence_cache.SequenceCache.decode": pykv.ops.paged_decode.decode,
+}
+_PLACES = {name_of(*place): place for place in users_call()}
+CALLS = [name for name in _PLACES if name not in UNCHECKED]

@@ -1,0 +1,225 @@
+"""Wrong arguments of every public function raise typed errors that name the argument, before
+anything is launched or written."""
+
+import inspect
+import re
+import warnings
+
+import numpy as np
+import pytest
+
+import pykv
+from pykv import cuda
+from pykv.errors import CapacityError, DeviceError, ParameterError, PykvError
+from pykv.kinds import POOLS
+from tests.helpers import to_numpy
+from tests.public import CALLS, OPTIONS, call_of
+from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
+
+OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
+SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
+FREE = {  # values that no function can tell from right ones
+    "arrays.asarray": "x",
+    "arrays.from_pointer": "owner dtype",
+    **{f"ops.paged_check.{name}": "op name" for name in "check_pages check_slots".split()},
+    "ops.paged_check.check_starts": "op name",
+    "ops.paged_check.check_positions": "op",
+    "ops.paged_check.check_page_table": "op",
+    "ops.paged_check.check_table": "op last_page_len",
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_arguments_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text may be the path of a file
+    # A model is read for each value that passes, and a process begun for each chat.
+    assert not list(violations(name, np, with_limits=name not in SLOW))
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("xp", ["simt"], indirect=True)
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("ops.")])
+def test_wrong_arguments_are_refused_for_kernels(xp, name):
+    assert not list(violations(name, xp, with_limits=False))
+
+
+MOST = 2**31 - 1
+CONTENTS = {  # entries that lead out of arrays
+    "slots": [MOST],
+    "page_table": [MOST, -1],
+    "lengths": [MOST],
+    "indices": [MOST],
+    "batch_indices": [MOST],
+    "ids": [MOST, -1],
+    **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts"), [MOST, -1]),
+}
+UNREAD = {"page_table": 3}  # an entry past the length of its sequence
+NOT_FOLLOWED = {  # entries that these calls copy or cut off, or that another check has passed
+    "ops.contiguous_append.append": "lengths",
+    "ops.page_table.from_lists": "indices",
+    "ops.paged_check.check_positions": "indptr",
+}
+WITH_CONTENTS = [
+    name
+    for name in CALLS
+    if name.startswith(("ops.", "pool.")) and name not in ("ops.rope.rotate", "ops.sample.sample")
+]
+
+
+@pytest.mark.parametrize("name", WITH_CONTENTS)
+def test_entries_that_lead_out_of_arrays_are_refused(xp, name):
+    """On the host always, on a GPU if asked."""
+    function, given = call_of(name, xp)
+    checks = "check" in parameters_of(name, function)
+    if xp is not np and not (checks or "paged_check" in name):
+        return
+    for argument in (CONTENTS.keys() & given.keys()) - {NOT_FOLLOWED.get(name)}:
+        for i in range(given[argument].size):
+            for wrong in CONTENTS[argument] if UNREAD.get(argument) != i else ():
+                function, new = call_of(name, xp)
+                array = to_numpy(new[argument]).copy()
+                array.flat[i] = wrong
+                new[argument] = xp.asarray(array)
+                error, changed = outcome(function, new | (dict(check=True) if checks else {}))
+                assert isinstance(error, PykvError), (argument, i, wrong, error)
+                assert re.search(rf"\b{argument}\b", str(error)) and not changed, error
+
+
+@pytest.mark.parametrize("name", ["append_decode", "append_ragged", "append_indexed"])
+def test_two_rows_for_a_slot_are_refused_if_asked(xp, name):
+    function, given = call_of(f"ops.paged_append.{name}", xp)
+    given["indices"] = xp.asarray(np.array([2, 2], np.int32))
+    positions = "positions" if name == "append_indexed" else "last_page_len"
+    given[positions] = xp.asarray(np.array([1, 1], np.int32))
+    error, changed = outcome(function, given | dict(check=True))
+    assert isinstance(error, ParameterError) and not changed
+    assert "indices send rows 0 and 1 to slot 5, expected one row a slot" in str(error)
+
+
+def test_a_stream_means_nothing_on_the_host():
+    """Whatever stream, or none: not even CuPy is asked for."""
+    for name in CALLS:
+        function, given = call_of(name, np)
+        if "stream" in inspect.signature(function).parameters:
+            error, _ = outcome(function, given | dict(stream=1))
+            assert error is None, (name, error)
+
+
+def test_no_driver_is_a_device_error():
+    """Also where CuPy is installed."""
+    cupy = pytest.importorskip("cupy")
+    if cuda.has_driver():
+        pytest.skip("there is a driver")
+    addresses = [np.array([16], np.uint64)] * 2
+    calls = [
+        lambda: pykv.transfer.memcpy_batch(*addresses, 4),
+        lambda: pykv.ops.block_copy.vectorized_copy(*addresses, 4),
+        lambda: pykv.ops.paged_decode.workspace_size(1, 1, 1, 64, 64),
+        lambda: pykv.from_pointer(256, (1,), np.float32),
+        lambda: pykv.plan.PagedDecodePlan.select(DECODE, np.float16, xp=cupy),
+    ]
+    for call in calls:
+        with pytest.raises(DeviceError):
+            call()
+
+
+DECODE = pykv.plan.PagedDecodeDescriptor(1, 1, pykv.plan.PagedCacheDescriptor(2, 2, 1, 64))
+
+
+# --- Judging a call -------------------------------------------------------------------------------
+
+
+def violations(name, xp, with_limits=True):
+    """What is wrong with the answers to wrong arguments of a call, one line each."""
+    function, base = with_outputs(name, xp)
+    error, _ = outcome(function, base)
+    needs_gpu = isinstance(error, DeviceError)
+    if error is not None and not needs_gpu:
+        yield f"the valid call raises {error!r}"
+    for argument, parameter in parameters_of(name, function).items():
+        if argument in FREE.get(name, "").split():
+            continue
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        value = base.get(argument, default)
+        must, may = wrong_values(name, argument, parameter, value)
+        for i, wrong in enumerate([*must, *(may if with_limits else ())]):
+            function, given = with_outputs(name, xp)
+            error, changed = outcome(function, given | {argument: wrong})
+            what = f"{argument}={described(wrong)}"
+            # Sizes disagree with another argument, which may be the one that is named.
+            names = [argument, *given, *POOLS] if i >= len(must) or is_array(wrong) else [argument]
+            if error is None and i < len(must):
+                yield f"{what} passes"
+            elif isinstance(error, OSError) and argument == "path":
+                continue
+            elif error is not None and not isinstance(error, PykvError):
+                yield f"{what} raises {type(error).__name__}: {ascii(str(error))}"
+            elif isinstance(error, (CapacityError, DeviceError)) and i >= len(must):
+                continue
+            elif error is not None and not any(
+                re.search(rf"\b{x.removesuffix('s')}s?\b", str(error)) for x in names
+            ):
+                yield f"{what} is not named: {ascii(str(error))}"
+            if error is not None and changed:
+                yield f"{what} is refused, but something changed"
+        for other in other_spellings(kind_of(argument, parameter, value), value):
+            function, given = with_outputs(name, xp)
+            error, _ = outcome(function, given | {argument: other})
+            if error is not None and not needs_gpu:
+                yield f"{argument}={described(other)} raises {error!r}"
+
+
+def parameters_of(name, function):
+    """Those of a call, with the options that it passes on."""
+    own = inspect.signature(function).parameters
+    passed_on = inspect.signature(OPTIONS[name]).parameters if name in OPTIONS else {}
+    named = {n: p for n, p in own.items() if p.kind != p.VAR_KEYWORD}
+    return named | {n: p for n, p in passed_on.items() if p.kind == p.KEYWORD_ONLY and n not in own}
+
+
+def with_outputs(name, xp):
+    """A call whose outputs are given, too."""
+    function, given = call_of(name, xp)
+    own = inspect.signature(function).parameters
+    outputs = [n for n in OUTPUTS if n in own and own[n].default is None and n not in given]
+    if "table" not in own:
+        outputs = [n for n in outputs if n != "lengths"]
+    if not outputs or not name.startswith("ops."):
+        return function, given
+    options = dict(return_lse=True) if "return_lse" in own else {}
+    made = function(**given, **options)
+    parts = made if isinstance(made, tuple) else (made,)
+    return function, given | dict(zip(outputs, parts, strict=True))
+
+
+def outcome(function, given):
+    """The error of a call, or None, and whether arguments or the method's object changed."""
+    held = [getattr(function, "__self__", None), given]
+    before = state(held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            function(**given)
+        except Exception as error:
+            return error, state(held) != before
+    return None, False
+
+
+def state(thing, depth=4):
+    """All that a value holds, to be compared."""
+    if is_array(thing):
+        return thing.shape, to_numpy(thing).tobytes()
+    if isinstance(thing, (list, tuple)):
+        return [state(x, depth) for x in thing]
+    if isinstance(thing, dict):
+        return {key: state(x, depth) for key, x in thing.items()}
+    of_cache = type(thing).__module__.startswith("pykv.") and not isinstance(thing, pykv.LLM)
+    if of_cache and hasattr(thing, "__dict__") and depth:
+        return state(vars(thing), depth - 1)
+    return thing if isinstance(thing, (int, float, str, bytes)) else id(thing)
+
+
+def described(x):
+    if isinstance(x, np.ndarray):
+        return f"array {x.dtype}{list(x.shape)}, strides {x.strides}"
+    return f"{type(x).__name__} {ascii(x)[:40]}"

@@ -324,7 +324,7 @@ class BlockManager:
     def _key(self, parent: bytes, tokens: Sequence[int]) -> bytes:
         try:
             return blake2b(self._pack(parent, *tokens), digest_size=_KEY_BYTES).digest()
-        except StructError as error:
+        except (StructError, TypeError) as error:
             expected = "expected integers of 64 bits with a sign"
             raise ParameterError(
                 f"BlockManager: tokens are {tokens}, {expected}: {error}"
@@ -366,7 +366,8 @@ def _root(op: str, salt: str | bytes) -> bytes:
     if not salt:
         return bytes(_KEY_BYTES)
     salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
-    return blake2b(salt, digest_size=_KEY_BYTES).digest()
+    # Hashed in another way than pages are: no salt gives the key of a page.
+    return blake2b(salt, digest_size=_KEY_BYTES, person=b"salt").digest()
 
 
 def _length(op: str, tokens: Sequence[Any]) -> int:

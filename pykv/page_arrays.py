@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import blocks, ranges
+from pykv import blocks, cuda, ranges
 from pykv.arrays import Dims, check_writeable, checker, to_host
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
@@ -139,8 +139,8 @@ def places_of(arrays: list[Any], ids: Any) -> Places:
 
 
 def check_apart(op: str, source: Places, target: Places, *, in_place: bool = False) -> None:
-    """Check that target pages share no memory with source pages; `in_place`, that target page i
-    shares none but all of source page i.
+    """Check that target pages share no memory with source pages, nor their keys with their values;
+    `in_place`, that target page i shares none but all of source page i.
 
     Raises:
         ParameterError: one does.
@@ -160,7 +160,9 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
         return
     begin, end = _bounds(source)
     to_begin, to_end = _bounds(target)
-    if not ((begin[:, None] < to_end) & (to_begin < end[:, None])).any():
+    meets_source = (begin[:, None] < to_end) & (to_begin < end[:, None])
+    meets_target = (to_begin[:, None] < to_end) & (to_begin < to_end[:, None])
+    if not (meets_source.any() or np.triu(meets_target, 1).any()):
         return
     found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
     if found is not None:
@@ -180,6 +182,29 @@ def _bounds(places: Places) -> tuple[Any, Any]:
     """The first address of each array's pages, and the one behind their last byte."""
     sizes = np.array(places.page_bytes, np.uint64)
     return places.addresses.min(1), places.addresses.max(1) + sizes
+
+
+def check_given_scales(op: str, target: Any, source: Any = None, *, stream: Any = None) -> None:
+    """Check that scales that heads or tensors share in `target` are those of `source`; without a
+    source, that they are set, so that pages can be encoded with them.
+
+    Raises:
+        ParameterError: they are not.
+        UnsupportedError: a CUDA graph is being captured.
+
+    Waits for a GPU, unless both are the same arrays.
+    """
+    for name, scales in given_scales(target).items():
+        expected = None if source is None else getattr(source, name)
+        if scales is expected:
+            continue
+        with cuda.on_stream(stream, scales):
+            cuda.refuse_capture(op, "it looks at scales; prepare the call before")
+            if expected is None and not (to_host(scales) > 0).all():
+                expects = "positive ones, set or found by an append"
+                raise ParameterError(f"{op}: target.{name} are unset, expected {expects}")
+            if expected is not None and not same_values(scales, expected):
+                raise ParameterError(f"{op}: target.{name} differ, expected those of source")
 
 
 def same_values(a: Any, b: Any) -> bool:

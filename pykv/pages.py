@@ -33,14 +33,13 @@ from pykv.page_arrays import (
     ARRAYS,
     Ids,
     check_apart,
+    check_given_scales,
     check_may_write,
     check_targets,
     facts_of,
-    given_scales,
     moving_arrays,
     page_ids,
     places_of,
-    same_values,
 )
 from pykv.specs import as_spec
 
@@ -158,10 +157,8 @@ def copy_pages(
     places = places_of(list(moving_arrays(source).values()), ids)
     to_places = places_of(list(moving_arrays(target).values()), to_ids)
     check_apart(op, places, to_places)
-    for name, scales in given_scales(source).items():
-        others = getattr(target, name)
-        if scales is not others and not same_values(scales, others):
-            raise ParameterError(f"{op}: target.{name} differ, expected those of source")
+    if len(ids):
+        check_given_scales(op, target, source, stream=stream)
 
     over_link = on_gpu(source.k) != on_gpu(target.k)
     if over_link:
@@ -197,10 +194,11 @@ def convert_pages(
 
     Raises:
         ParameterError: a page does not exist, a target is listed twice, shares memory with another
-            page's source or is read-only, or L differs.
+            page's source or is read-only, L differs, or scales that heads or tensors of the target
+            share are unset.
         Others as pykv.ops.paged_convert.convert.
 
-    On a GPU only enqueues, a launch or two for each layer.
+    On a GPU only enqueues, a launch or two for each layer, but waits to see shared scales.
     """
     op = "pages.convert_pages"
     facts, to_facts = facts_of(op, "source", source), facts_of(op, "target", target)
@@ -226,6 +224,8 @@ def convert_pages(
         )
     check_targets(op, sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)
+    if len(sides[1].ids):
+        check_given_scales(op, target, stream=stream)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
     check_apart(op, *sides, in_place=spec.layout == out_spec.layout)

@@ -143,7 +143,8 @@ class PagedKVCache:
         """Make room for so many pages in each layer; those there are keep numbers and contents.
 
         Old and new arrays take memory together until the old are copied; views of the old ones,
-        which `layers` and `scales` had, hold what they held.
+        which `layers` and `scales` had, hold what they held. Scales that heads or tensors share
+        stay the same arrays.
 
         Args:
             pages: of each layer.
@@ -162,13 +163,13 @@ class PagedKVCache:
         old = (self.k, self.v, self.k_scales, self.v_scales)
         with cuda.on_stream(stream, self.k):
             new = self._zeros(pages)
+            if self.spec.has_given_scales:  # not of pages; stores of swapped pages share them
+                new[2:] = old[2:]
 
             def copy_pages() -> None:
                 for array, larger in zip(old, new, strict=True):
-                    if array is not None and len(array.shape) > 2:
+                    if larger is not array:
                         larger[:, :num_pages] = array
-                    elif array is not None:  # given scales are not of pages
-                        larger[...] = array
 
             do_in(self._xp, copy_pages)
             if stream is not None and on_gpu(self.k):

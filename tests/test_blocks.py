@@ -1,6 +1,8 @@
 """BlockManager: no page is lost, none changes under a sequence that holds it, and prefixes that are
 found again are the right ones."""
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -361,3 +363,18 @@ def test_slots_follow_the_pages():
 def test_page_table_pads_with_minus_one():
     table = blocks.page_table([[3, 1], [0]], 3)
     assert table.dtype == np.int32 and table.tolist() == [[3, 1, -1], [0, -1, -1]]
+
+
+def test_a_salt_cannot_stand_for_a_page():
+    """Whoever chooses a salt must not reach the pages of others behind a page of his choice."""
+    manager, tokens = blocks.BlockManager(4, 2), [5, 6, 7, 8]
+    manager.publish(manager.allocate(4), tokens)
+    key_of_first_page = struct.pack("<16s2q", bytes(16), *tokens[:2])
+    assert manager.reuse(tokens[2:], salt=key_of_first_page) == []
+    assert manager.reuse(tokens) == [0, 1]
+
+
+def test_rows_are_no_tokens():
+    manager = blocks.BlockManager(4, 2)
+    with pytest.raises(ParameterError, match="expected integers of 64 bits"):
+        manager.reuse(np.zeros((4, 2), np.int64))

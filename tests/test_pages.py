@@ -2,11 +2,13 @@
 
 import gc
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import pykv
 from pykv import PagedKVCache, cuda, kinds, pages
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
@@ -219,6 +221,17 @@ def test_views_of_one_memory_are_one_cache(xp, rng, spec, prepared):
     assert_holds(cache, moved(cache.spec, before, before, [0, 1], [6, 3]))
 
 
+@pytest.mark.parametrize("op", [pages.copy_pages, pages.convert_pages])
+def test_keys_and_values_go_to_memory_of_their_own(xp, rng, op):
+    source, target = (make(xp, rng, "fp16", **SIZES) for _ in range(2))
+    before = host(target)
+    both = Pages(target.k, target.k, None, None, target.spec)
+    text = r"target_pages\[0\] is 2, which shares memory with target_pages\[0\]"
+    with pytest.raises(ParameterError, match=text):
+        op(source, both, [0, 1], [2, 3])
+    assert_holds(target, before)
+
+
 def test_joint_tensors_do_not_overlap(xp, rng):
     """Keys and values in turn: where one array ends says nothing."""
     cache = make(xp, rng, "fp16", **SIZES, joint=True)
@@ -273,6 +286,40 @@ def test_convert(xp, rng, specs):
     pages.convert_pages(source, target, ids, to_ids)
     assert_holds(target, want)
     assert_holds(source, before)
+
+
+@pytest.mark.parametrize("text", ["int8:head", "e4m3:tensor:fp32", "fp16+int4:head:HND"])
+def test_pages_do_not_go_where_scales_are_unset(xp, text):
+    """Codes of a scale of 0 are zeros."""
+    sizes = dict(layers=2, pages=3, heads=2, head_dim=8, page_size=4, xp=xp)
+    source = PagedKVCache(**sizes, spec="fp16")
+    target = PagedKVCache(**sizes, spec=text, margin=1.5)
+    x = xp.ones((4, 2, 8), np.float32)
+    slots = xp.asarray(np.arange(4, dtype=np.int32))
+    for cache in (source, target):
+        cache.append(0, x, x, slots)
+    before = host(target)
+    for call in (pages.convert_pages, partial(pykv.prepare, pages.convert_pages)):
+        with pytest.raises(ParameterError, match=r"convert_pages: target.[kv]_scales are unset"):
+            call(source, target, [0], [1])
+    assert_holds(target, before)
+    pages.convert_pages(source, target, [], [])
+    target.append(1, x, x, slots)
+    pages.convert_pages(source, target, [0], [1])
+    assert_same_bits(target.k[0, 1], target.k[0, 0])
+
+
+def test_a_store_follows_the_scales_of_a_cache_that_grew(xp):
+    """The store was made before they were found."""
+    cache = PagedKVCache(1, 2, 2, 8, page_size=4, spec="int8:head", margin=1.5, xp=xp)
+    store = pages.host_pages(cache, 1)
+    cache.grow(5)
+    x = xp.ones((4, 2, 8), np.float32)
+    cache.append(0, x, x, xp.asarray(np.arange(4, dtype=np.int32)))
+    pages.swap_out(cache, [0], store)
+    pages.swap_in(cache, [4], store)
+    assert_same_bits(cache.k[0, 4], cache.k[0, 0])
+    assert bool((store.k_scales == cache.k_scales).all())
 
 
 def test_convert_in_place(xp, rng):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, install
+from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.llm import gguf, memory, models, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
@@ -431,7 +432,11 @@ def _calibrate(model: Model, cache: PagedKVCache, ids: list[int], xp: Any) -> No
         pass
     for scales, found in ((cache.k_scales, trial.k_scales), (cache.v_scales, trial.v_scales)):
         if scales is not None:
-            scales[...] = found
+            known = to_host(found)
+            largest = known.max(1, keepdims=True)
+            # Heads whose rows were all zero: an unset scale would make each append look for one.
+            spare = np.where(largest > 0, largest, 1)
+            scales[...] = xp.asarray(np.where(known > 0, known, spare).astype(known.dtype))
 
 
 def _load(file: gguf.ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:

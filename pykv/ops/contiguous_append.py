@@ -194,15 +194,15 @@ def reference(
         slot = b if slots is None else int(slots[b])
         if slot < 0 or lengths[slot] < 0:
             continue
-        positions = int(lengths[slot]) + np.arange(T)
-        keep = positions < capacity
-        rows = k[b, keep]
+        length = int(lengths[slot])
+        positions = np.arange(length, min(length + T, capacity))
+        rows, values = (x[b, : len(positions)] for x in (k, v))
         if inv_freq is not None:
             rows = rows.astype(np.result_type(k.dtype, np.float32))
-            rope.reference(rows, rows[:, :0], positions[keep], inv_freq, pairing)
+            rope.reference(rows, rows[:, :0], positions, inv_freq, pairing)
         with np.errstate(over="ignore"):  # to infinity, as floats round
-            k_cache[slot, positions[keep]] = rows
-            v_cache[slot, positions[keep]] = v[b, keep]
+            k_cache[slot, positions] = rows
+            v_cache[slot, positions] = values
 
 
 def _append_on_host(

@@ -99,14 +99,19 @@ def check_pages(
 
 @_by_look
 def check_slots(
-    slots: Any, num_slots: int, *, op: str = "paged_check.check_slots", name: str = "slots"
+    slots: Any,
+    num_slots: int,
+    *,
+    op: str = "paged_check.check_slots",
+    name: str = "slots",
+    unit: str = "slot",
 ) -> None:
-    """Flat slots to be written: in range, and none twice; negative ones are skipped.
+    """Flat slots, or pages, to be written: in range, and none twice; negative ones are skipped.
 
     Args:
         slots: [n] int32 or int64.
-        num_slots: N * P, below 2^32.
-        op, name: for the text.
+        num_slots: N * P, or N, below 2^32.
+        op, name, unit: for the text.
 
     >>> pykv.ops.paged_check.check_slots(np.array([0, -1, 9], np.int32), num_slots=8)
     Traceback (most recent call last):
@@ -115,7 +120,7 @@ def check_slots(
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
     num_slots = check_whole(op, "num_slots", num_slots, 0, 2**32 - 1)
-    expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: "no slot twice"}
+    expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: f"no {unit} twice"}
     arrays, scalars = dict(slots=slots), dict(n=n, end=num_slots)
     _refuse(op, "slots", n, arrays, scalars, lambda why, i: (name, slots, i, expected[why]))
 

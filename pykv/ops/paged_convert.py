@@ -12,7 +12,7 @@ twice leaves either; on a GPU pages are not range-checked (see pykv.ops.paged_ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,14 +277,15 @@ def _checker(
 
 
 def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:
-    """Check that pages exist."""
+    """Check that pages exist, and that none is written twice."""
     if rows is not None:
         (indptr, starts), N = rows, len(source.arrays[0])
         paged_check.check_starts(starts, len(target.arrays[0]), op=op)
         return paged_check.check_table(source.pages, indptr, None, N, P, starts=starts, op=op)
-    for side in (source, target):
+    check_targets = partial(paged_check.check_slots, unit="page")
+    for side, check in ((source, paged_check.check_pages), (target, check_targets)):
         if side.pages is not None:
-            paged_check.check_pages(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
+            check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
 # --- Definition -----------------------------------------------------------------------------------

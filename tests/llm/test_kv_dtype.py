@@ -10,6 +10,7 @@ from pykv.llm import LLM, generate
 from pykv.llm.weights import load
 from pykv.ops import paged_qkv
 from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
 
 SPECS = ("int8", "fp8", "int4", "k8v4", "fp16+e5m2", "int8:HND:fp32", "fp16:HND")
@@ -162,6 +163,23 @@ def test_a_first_prompt_of_one_token_spoils_nothing(open_llm, rng, name):
     alone = np.abs(open_llm(name, kv_dtype="int8:head").logits(ids) - want).max()
     llm.generate([[5]], greedy(1))
     assert np.abs(llm.logits(ids) - want).max() == alone < 0.3 * want.std()
+
+
+@without_simt
+def test_heads_of_zeros_have_scales(open_llm, tmp_path, rng):
+    """Without one, each append would look for it, which a CUDA graph cannot."""
+    rows_of_zeros = {"blk.0.attn_v.weight": 16, "blk.1.attn_v.weight": 32}  # a head, and both
+
+    def pruned(name, values):
+        values = values.copy()
+        values[: rows_of_zeros.get(name, 0)] = 0
+        return values
+
+    tiny.write(tmp_path / "llama.gguf", "llama", edit=pruned)
+    llm = open_llm(tmp_path / "llama", kv_dtype="int8:head")
+    scales = to_numpy(llm.cache.v_scales)
+    assert scales[0, 0] == scales[0, 1] > 0 and (scales[1] == 1).all()
+    llm.generate([tokens_of(rng, 9)], greedy(4))
 
 
 @without_simt

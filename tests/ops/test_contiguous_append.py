@@ -157,6 +157,20 @@ def test_a_token_a_call(xp, rng):
             assert_same_bits(read, rows[token, side, 0, 0].astype(np.float16))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_lengths_of_any_size_are_full_slots(xp, rng, dtype):
+    most = np.iinfo(dtype).max
+    rows = xp.asarray(rng.standard_normal((4, 3, 1, 8)).astype(np.float32))
+    cache = xp.zeros((2, 4, 5, 1, 8), np.float32)
+    lengths = xp.asarray(np.array([most, most - 1, 5, 3], dtype))
+    contiguous_append.append(rows, rows, cache[0], cache[1], lengths, advance=True)
+    assert to_numpy(lengths).tolist() == [most, most - 1, 5, 5]
+    want = np.zeros((4, 5, 1, 8), np.float32)
+    want[3, 3:] = to_numpy(rows)[3, :2]
+    for side in range(2):
+        assert_same_bits(cache[side], want)
+
+
 def test_read_token(xp, rng):
     k = rng.standard_normal((3, 4, 2, 8)).astype(np.float16)
     v = rng.standard_normal((3, 4, 2, 16)).astype(np.float32)

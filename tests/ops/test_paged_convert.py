@@ -498,8 +498,12 @@ def test_pages_that_do_not_exist(xp, rng):
     before = cache.everything()
     with pytest.raises(ParameterError, match=r"scatter: pages\[2\] is 4, expected below 4"):
         paged_convert.scatter(x, x, **options, pages=pages)
+    twice = xp.asarray(np.array([3, -1, 3], np.int32))
+    with pytest.raises(ParameterError, match=r"scatter: pages\[2\] is 3, expected no page twice"):
+        paged_convert.scatter(x, x, **options, pages=twice)
     for got, want in zip(cache.everything(), before, strict=True):
         assert_same_bits(got, want)
+    paged_convert.gather(**options, pages=twice)  # may read one twice
     tables = [xp.asarray(np.array(x, np.int32)) for x in ([0, 9, 1], [0, 2, 3], [0, 3, 5])]
     k_out = xp.zeros((5, 3, 16), np.float32)
     with pytest.raises(ParameterError, match=r"gather_rows: indices\[1\] is 9, expected 0 to 3"):

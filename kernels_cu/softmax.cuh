@@ -37,9 +37,10 @@ __device__ __forceinline__ float score_lag(float bound) {
 }
 
 // Moves the base m of a row to the logarithm of its sum of weights l, to within a factor of 2, so
-// that states of other keys may be merged with it; returns the factor of the row's other sums.
+// that states of other keys may be merged with it; returns the factor of the row's other sums, 1 for
+// a row that has seen no key: its sums are 0, which a large factor times a scale would make NaN.
 __device__ __forceinline__ float normalize_base(float& m, float& l) {
-    const u32 exponent = max(1u, min(__float_as_uint(l) >> 23, 253u));
+    const u32 exponent = l == 0.0f ? 127u : max(1u, min(__float_as_uint(l) >> 23, 253u));
     const float factor = __uint_as_float((254u - exponent) << 23);
     l *= factor;
     m += (float)((int)exponent - 127);

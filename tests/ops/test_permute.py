@@ -583,15 +583,15 @@ def table_of(count):
     [
         (ParameterError, "layout is 'DHN', expected NHD or HND", {"layout": "DHN"}),
         (ParameterError, "layout is 'universal', expected NHD or HND", {"layout": "universal"}),
-        (ParameterError, "layout is 1, expected NHD or HND", {"layout": 1}),
+        (DtypeError, "layout is a int, expected a Layout or its name", {"layout": 1}),
         (
             ParameterError,
             "itemsize is 3, expected 1, 2, 4 or 8",
             {"shape": SHAPE._replace(itemsize=3)},
         ),
-        (ParameterError, "expected sizes of at least 0", {"shape": SHAPE._replace(L=-1)}),
+        (ParameterError, "shape.L is -1, expected 0 to", {"shape": SHAPE._replace(L=-1)}),
         (ParameterError, "num_blocks is -1, expected at least 0", {"num_blocks": -1}),
-        (ParameterError, "max_ctas is 0, expected None or at least 1", {"max_ctas": 0}),
+        (ParameterError, "max_ctas is 0, expected 1 to", {"max_ctas": 0}),
         (ParameterError, r"heads is \(1, 4\), expected a range in 0 .. 3", {"heads": (1, 4)}),
         (ParameterError, r"heads is \(2, 1\), expected a range", {"heads": (2, 1)}),
         (ParameterError, r"layers is \(-1, 1\), expected a range in 0 .. 2", {"layers": (-1, 1)}),
@@ -612,7 +612,7 @@ def table_of(count):
         ),
         (
             ParameterError,
-            "blocks has strides of 5 between tokens and -20 between heads, which overlap",
+            "head_stride of layout is -20, expected 0 to",
             {"layout": Layout("HND", head_stride=-20)},
         ),
         (ParameterError, "universal is None, expected a table of addresses", {"universal": None}),

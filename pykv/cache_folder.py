@@ -12,7 +12,8 @@ import platformdirs
 
 def cache_dir() -> Path:
     """The folder of cubins and models: PYKV_CACHE_DIR, else the user's cache folder."""
-    return Path(os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False))
+    given = os.environ.get("PYKV_CACHE_DIR") or platformdirs.user_cache_dir("pykv", False)
+    return Path(given).expanduser()  # a ~ that no shell has seen, as in a .env file
 
 
 def make_private(folder: Path) -> None:

@@ -286,6 +286,9 @@ def _bench(args: argparse.Namespace) -> int:
     from pykv import bench, cuda
     from pykv.bench import options, report
 
+    if args.name is None:
+        print("\n".join(bench.names()))
+        return 0
     module = bench.load(args.name)
     given = _bench_parser(args.name, module).parse_args(args.options)
     cases = options.select(args.name, module, given)

@@ -653,3 +653,9 @@ def test_warnings_are_errors_here():
     """Else the tests above could miss a second warning."""
     with pytest.raises(UserWarning):
         warnings.warn("seen", UserWarning, stacklevel=1)
+
+
+def test_a_home_in_the_name_of_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYKV_CACHE_DIR", "~/cubins")
+    assert cuda.cache_dir() == tmp_path / "cubins"

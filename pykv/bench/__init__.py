@@ -80,15 +80,14 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 
-def load(name: str | None) -> Any:
+def load(name: str) -> Any:
     """The module of a benchmark.
 
     Raises:
-        ParameterError: there is none of this name, or no name.
+        ParameterError: there is none of this name.
     """
     if name not in names():
-        given = "no name is given" if name is None else f"{name!r} is no benchmark"
-        raise ParameterError(f"bench: {given}, expected one of {names()}")
+        raise ParameterError(f"bench: {name!r} is no benchmark, expected {', '.join(names())}")
     return import_module(f"pykv.bench.{name}")
 
 

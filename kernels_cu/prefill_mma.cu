@@ -20,7 +20,7 @@
 //           pykv/ops/prefill_mma.py chooses them for the SM
 // Launch:   grid ((T * G / ROWS + B) * H), block (BLOCK), SHARED_BYTES of dynamic shared memory
 // Traffic:  every ROWS rows read the keys they see; a sequence's K and V mostly hit the L2 cache
-// Stack: 88 bytes, of rows of 128 elements or more, whose sums and scores take most registers
+// Stack: 96 bytes, of rows of 128 elements or more, whose sums and scores take most registers
 // Order:    no atomics; float accumulation in key order
 //
 // The queries of the G heads of one KV head are rows of one matrix, row = token * G + head, so that

@@ -19,8 +19,8 @@ from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
 FREE = {  # values that no function can tell from right ones
-    "arrays.asarray": "x",
-    "arrays.from_pointer": "owner dtype",
+    "foreign.asarray": "x",
+    "foreign.from_pointer": "owner dtype",
     **{f"ops.paged_check.{name}": "op name" for name in "check_pages check_slots".split()},
     "ops.paged_check.check_starts": "op name",
     "ops.paged_check.check_positions": "op",

@@ -111,7 +111,8 @@ def check_slots(
     Args:
         slots: [n] int32 or int64.
         num_slots: N * P, or N, below 2^32.
-        op, name, unit: for the text.
+        op, name: for the text.
+        unit: "slot" or "page", likewise.
 
     >>> pykv.ops.paged_check.check_slots(np.array([0, -1, 9], np.int32), num_slots=8)
     Traceback (most recent call last):
@@ -120,6 +121,7 @@ def check_slots(
     """
     n = checker(op, **{name: ("n", INDICES)})(slots)["n"]
     num_slots = check_whole(op, "num_slots", num_slots, 0, 2**32 - 1)
+    check_choice(op, "unit", unit, ("slot", "page"))
     expected = {BAD_ENTRY: f"below {num_slots}", REPEATED: f"no {unit} twice"}
     arrays, scalars = dict(slots=slots), dict(n=n, end=num_slots)
     _refuse(op, "slots", n, arrays, scalars, lambda why, i: (name, slots, i, expected[why]))

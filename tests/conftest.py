@@ -1,6 +1,7 @@
 """Fixtures `xp` (one body for all machines) and `rng`; which tests are skipped or left out."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 
 from pykv import cuda
+
+# A shell that starts tests in the background has SIGINT ignored, by them and by what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def no_gpu() -> str | None:

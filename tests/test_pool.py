@@ -497,7 +497,7 @@ def note_streams(monkeypatch):
     current, noted, work = [None], [], cupy.enqueue
 
     @contextmanager
-    def on_stream(stream):
+    def on_stream(stream, array=None):
         outer = current[0]
         current[0] = outer if stream is None else stream
         yield
@@ -519,7 +519,7 @@ on_simt = pytest.mark.parametrize(
 
 
 @on_simt
-@pytest.mark.parametrize("stream", [None, "s"])
+@pytest.mark.parametrize("stream", [None, 7])
 def test_copies_go_to_the_stream_that_is_given(device, monkeypatch, stream):
     cache = PagedKVCache(1, 3, 1, 8, page_size=4, xp=device)
     noted, waits = note_streams(monkeypatch), []

@@ -265,7 +265,7 @@ def test_what_cannot_be_prepared(xp):
 
 
 @on_simt
-@pytest.mark.parametrize("stream", [None, "s"])
+@pytest.mark.parametrize("stream", [None, 7])
 def test_work_goes_to_the_stream_that_is_given(device, monkeypatch, stream):
     cache = SequenceCache(3, 4, 1, 8, spec="fp32", xp=device)
     noted = note_streams(monkeypatch)

@@ -198,7 +198,7 @@ def test_a_full_context_drops_the_oldest_turns(capsys, monkeypatch, streams):
 def test_a_message_that_is_refused_is_not_sent(capsys, monkeypatch, streams):
     code, _, err = chat(capsys, monkeypatch, "hi", "lone \ud83d", "hi")
     (note,) = [line for line in err.splitlines() if line.startswith("pykv: ")]
-    assert code == 0 and re.search("no lone surrogates; the message was not sent$", note)
+    assert code == 0 and re.search("no lone surrogates; .*; the message was not sent$", note)
     first = streams[0][1].completion.text
     assert streams[1][0] == f"[user:hi][assistant:{first}][user:hi][assistant:"
 

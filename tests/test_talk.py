@@ -308,6 +308,7 @@ def test_at_a_terminal():
         terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
         terminal.type("\x1b[A\n")  # Up
         terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
+        time.sleep(0.5)  # a signal before readline waits would be seen with the next key
         terminal.type("\x03")
         terminal.wait_for(r"Ctrl-D or /bye ends\r\n.*> ")
         terminal.type("\n")

@@ -217,3 +217,19 @@ def test_scores_of_other_keys(xp, rng, spec):
     assert (got[..., L - 1 :] == 0).all() and np.isnan(got[..., L - 3]).all()
     clean[..., L - 3] = got[..., L - 3] = 0
     assert_same_bits(got, clean)
+
+
+def test_warps_without_keys_leave_nothing(xp, rng):
+    """However large the scale of the values that the others sum."""
+    codes = [rng.integers(-127, 128, (1, 16, 1, 64)).astype(np.int8) for _ in range(2)]
+    scales = dict(k_scales=np.array([0.01], np.float32), v_scales=np.array([50], np.float32))
+    q = rng.standard_normal((1, 4, 64)).astype(np.float32)
+    table, lengths = np.zeros((1, 1), np.int32), np.array([5], np.int32)
+    spec = KVSpec.parse("int8:head:fp32")
+    arrays = [xp.asarray(x) for x in (q, *codes, table, lengths)]
+    given = {name: xp.asarray(x) for name, x in scales.items()}
+    got = to_numpy(paged_decode.decode(*arrays, spec=spec, **given))
+    k, v = codes[0][0, :5, 0] * 0.01, codes[1][0, :5, 0] * 50.0
+    weights = np.exp(q[0].astype(float) @ k.T / 8)
+    want = weights / weights.sum(1, keepdims=True) @ v
+    assert abs(got[0] - want).max() < 1e-3 * abs(want).max()

@@ -30,7 +30,7 @@ def resolve(torch, python, extra):
     for name in (extra, *OTHERS):
         command += ["--extra", name]
     beside = f"torch=={torch}" if torch else ""
-    command += [str(PYPROJECT), "-", "--output-file", "-"]
+    command += [str(PYPROJECT), "-"]
     done = subprocess.run(command, input=beside, capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr.strip()
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import footprint
-from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.arrays import footprint, not_an_array
+from pykv.errors import CapacityError, ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache, do_in
@@ -229,7 +229,6 @@ def _check_rank(op: str, name: str, array: Any, dims: str) -> None:
     rest."""
     shape = getattr(array, "shape", None)
     if shape is None:
-        given = type(array).__name__
-        raise DtypeError(f"{op}: {name} is a {given}, expected a NumPy or CuPy array [{dims}]")
+        raise not_an_array(op, name, array)
     if len(shape) != len(dims.split()):
         raise ShapeError(f"{op}: {name} has shape {shape}, expected [{dims}]")

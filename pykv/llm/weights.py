@@ -14,7 +14,7 @@ import numpy as np
 from pykv.llm import tensors
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import activation, linear, paged_qkv
+from pykv.ops import linear, paged_qkv
 
 
 @dataclass
@@ -100,9 +100,7 @@ def load(
         embedding = reader.matrix("embedding")
         output_norm = reader.vector("output_norm")
         if config.logit_divisor != 1:  # logits are a product with it
-            first = xp.zeros(1, np.int32)
-            output_norm = activation.embed(output_norm[None], first, scale=1 / config.logit_divisor)
-            output_norm = output_norm[0]
+            output_norm = output_norm * np.float32(1 / config.logit_divisor)
         model = Model(
             config=config,
             embedding=embedding,

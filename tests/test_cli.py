@@ -606,7 +606,7 @@ def test_bad_file(capsys, command, file, text):
         ("--min-p 2", "min_p is 2.0, expected from 0 to 1"),
         ("--seed -1", "seed is -1, expected an integer from 0"),
         ("--stop=", "expected non-empty strings"),
-        ("--ctx 0", "context is 0, expected 1 to 128"),
+        ("--ctx 0", "context is 0, expected at least 1"),
         ("--ctx 129", "context is 129, expected 1 to 128"),
         ("--ctx 4", "prompt has 5 tokens, expected at most the context of 4"),
     ],

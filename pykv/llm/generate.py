@@ -13,11 +13,12 @@ import numpy as np
 from pykv import cuda, install
 from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
+from pykv.kinds import KVSpec
 from pykv.llm import gguf, memory, models, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.sampling import SamplingParams, is_integer
+from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
@@ -52,7 +53,7 @@ class LLM:
         device: "cuda" (CuPy's current GPU), "cuda:1" and the like, "cpu", or "auto": the GPU of the
             highest SM with room for the weights, else the CPU. Weights, cache and work stay there,
             whichever GPU is the current one when a method is called, and that one stays current.
-        kv_dtype: what the cache stores: "fp16", "int8", "fp8", "k8v4", ..., see KVSpec.parse. Each
+        kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
             SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
@@ -92,7 +93,7 @@ class LLM:
         model: str = "smollm2-135m",
         *,
         device: str = "auto",
-        kv_dtype: str = "fp16",
+        kv_dtype: KVSpec | str = "fp16",
         weights: str = "fp16",
         context: int | None = None,
         pool_tokens: int | None = None,
@@ -101,33 +102,23 @@ class LLM:
         progress: bool = False,
         require_sm: int = 0,
     ):
-        if not isinstance(kv_dtype, str):
-            raise ParameterError(f"LLM: kv_dtype is {kv_dtype!r}, expected a text such as 'int8'")
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
+        weights_dtype = float_kind("weights", weights)
         check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
-        weights_dtype = float_kind("weights", weights)
-        numbers: dict[str, Any] = dict(
-            context=context, pool_tokens=pool_tokens, page_size=page_size
-        )
-        for name, value in numbers.items():
-            if value is None and name != "page_size":
-                continue
-            if not is_integer(value):
-                raise ParameterError(f"LLM: {name} is {value!r}, expected an integer")
-            if value < 1 and name != "context":
-                raise ParameterError(f"LLM: {name} is {value}, expected at least 1")
-            numbers[name] = int(value)
-        context, pool_tokens, page_size = numbers.values()
+        page_size = check_whole("LLM", "page_size", page_size, 1)
+        context = None if context is None else check_whole("LLM", "context", context, 1)
+        if pool_tokens is not None:
+            pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)
         install.require("llm", "gguf", "tokenizers")
         self.xp = cuda.array_module(device)
         cuda.pick_device(device, self.xp, require_sm=require_sm)  # before anything is fetched
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
-        if context is not None and not 1 <= context <= config.context:
-            raise ParameterError(f"LLM: context is {context}, expected 1 to {config.context}")
+        if context is not None:
+            check_whole("LLM", "context", context, 1, config.context)
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
         # Without a pool or a context of its own the cache grows as calls need it.

@@ -30,7 +30,16 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, check_writeable, checker, on_gpu
+from pykv.arrays import (
+    FLOATS,
+    INT32,
+    Dims,
+    check_head_dim,
+    check_writeable,
+    checker,
+    on_gpu,
+    to_host,
+)
 from pykv.errors import ParameterError
 from pykv.kinds import POOLS, KVSpec, quantize
 from pykv.ops import paged_check
@@ -307,7 +316,7 @@ def _check_distinct(
     op: str, address: str, T: int, P: int, where: tuple[Any, Any, Any, Any], after: bool
 ) -> None:
     """Check that no two rows of lists of pages go to one slot."""
-    rows, indices, indptr, counts = (x.get() if x is not None and on_gpu(x) else x for x in where)
+    rows, indices, indptr, counts = (x if x is None else to_host(x) for x in where)
     pages, offsets = places(address, T, P, rows, indices, indptr, counts, after)
     written = np.flatnonzero(pages >= 0)
     slots = pages[written] * P + offsets[written]

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from pykv import KVSpec
 from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError, PykvError
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
@@ -90,6 +91,12 @@ def test_params_of_a_stream_are_checked(open_tiny, params):
 def test_params_are_checked_before_any_work(open_tiny, params):
     with pytest.raises(ParameterError, match="params"):
         open_tiny().generate(["a"], params)
+
+
+def test_a_spec_is_a_kv_dtype(open_tiny):
+    """As a text is, wherever caches are made."""
+    answers = [open_tiny(kv_dtype=x).generate("ab") for x in ("int8", KVSpec("int8"))]
+    assert answers[0] == answers[1]
 
 
 def test_ids_of_every_sort_of_integer(open_tiny):

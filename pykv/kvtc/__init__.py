@@ -1,8 +1,24 @@
 """KVTC: caches as few bits of their principal components, by what one calibration of a model found.
 
+    artefact = pykv.kvtc.calibrate("smollm2-135m", texts, out="smollm2.kvtc")   once, minutes
+    artefact = pykv.kvtc.Artefact.load("smollm2.kvtc")
+
 Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2511.01815).
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text
 
-__all__ = ["Artefact", "Fingerprint", "Group", "Plan", "Side", "Text"]
+if _TYPE_CHECKING:
+    from pykv.kvtc.calibration import calibrate
+
+__all__ = ["Artefact", "Fingerprint", "Group", "Plan", "Side", "Text", "calibrate"]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "calibrate":  # needs the extra `llm`, so imported when used
+        return _import_module("pykv.kvtc.calibration").calibrate
+    raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
     _add_model(calibrate)
     commands_of_kvtc.add_calibrate(calibrate)
+    coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
+    _add_model(coders)
+    commands_of_kvtc.add_coders(coders)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")

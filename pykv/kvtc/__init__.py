@@ -13,12 +13,21 @@ from typing import Any as _Any
 from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text
 
 if _TYPE_CHECKING:
-    from pykv.kvtc.calibration import calibrate
+    from pykv.kvtc.calibration import calibrate, compare_coders
 
-__all__ = ["Artefact", "Fingerprint", "Group", "Plan", "Side", "Text", "calibrate"]
+__all__ = [
+    "Artefact",
+    "Fingerprint",
+    "Group",
+    "Plan",
+    "Side",
+    "Text",
+    "calibrate",
+    "compare_coders",
+]
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "calibrate":  # needs the extra `llm`, so imported when used
-        return _import_module("pykv.kvtc.calibration").calibrate
+    if name in ("calibrate", "compare_coders"):  # need the extra `llm`, so imported when used
+        return getattr(_import_module("pykv.kvtc.calibration"), name)
     raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

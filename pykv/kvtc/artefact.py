@@ -11,6 +11,7 @@ import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
 from pykv.kvtc import coder
+from pykv.options import check_whole
 
 SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
 
@@ -125,7 +126,8 @@ class Artefact:
         """Bytes of a token's coded keys and values in all layers.
 
         Raises:
-            ParameterError: there is no plan for `ratio`.
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
         """
         self.check_ratio("Artefact.row_bytes", ratio)
         sides = [side for group in self.groups for side in (group.k, group.v)]
@@ -171,12 +173,14 @@ class Artefact:
         """Check a ratio, and return it as an int.
 
         Raises:
-            ParameterError: there is no plan for `ratio`; the text names those that there are.
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
         """
-        if isinstance(ratio, bool) or ratio not in self.ratios:
+        whole = check_whole(op, "ratio", ratio, 1)
+        if whole not in self.ratios:
             has = ", ".join(map(str, self.ratios))
-            raise ParameterError(f"{op}: ratio is {ratio!r:.80}, expected one of {has}")
-        return int(ratio)
+            raise ParameterError(f"{op}: ratio is {whole}, expected one of {has}")
+        return whole
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file, whole or not at all; one that exists is replaced.

@@ -82,7 +82,7 @@ def calibrate(
     Waits for the GPU. Source: KVTC (arXiv 2511.01815), but for the coder, see pykv.kvtc.coder.
     """
     check_flag(_OP, "progress", progress)
-    path = None if out is None else whole_files.regular_path(_OP, out)
+    path = None if out is None else whole_files.regular_path(_OP, out, "out")
     texts = _checked_texts(_OP, texts)
     chosen = _checked_ratios(ratios)
     if not isinstance(model, (LLM, str)):

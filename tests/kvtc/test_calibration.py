@@ -192,7 +192,7 @@ def test_too_little_text_is_refused(llm):
         (dict(groups=[[0, 1], [1]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=1.5), DtypeError, "groups"),
         (dict(progress="yes"), DtypeError, "progress"),
-        (dict(out=5), DtypeError, "path"),
+        (dict(out=5), DtypeError, "out"),
     ],
 )
 def test_wrong_options_are_refused(llm, monkeypatch, options, error, text):

@@ -113,12 +113,12 @@ def check_may_write(op: str, name: str, cache: Any) -> None:
 
 
 class Places(NamedTuple):
-    """Where pages lie in the arrays [L, N, ...] that they are made of."""
+    """Where pages, or tokens, lie in the arrays that they are made of."""
 
     arrays: list[Any]  # None for one that is not there
-    ids: Any  # [n] pages
-    addresses: Any  # [arrays, L * n] uint64, layer by layer; 0 where there is no array
-    page_bytes: list[int]  # by array
+    ids: Any  # [n] pages, one for each token
+    addresses: Any  # [arrays, parts * n] uint64, layer by layer or head by head; 0 for no array
+    page_bytes: list[int]  # of a part, by array
 
     def ranges(self) -> tuple[Any, Any]:
         """All addresses, and the bytes at each, one integer if all are equal."""
@@ -136,6 +136,18 @@ def places_of(arrays: list[Any], ids: Any) -> Places:
             row[:] = np.add.outer(layers, ids * x.strides[1]).reshape(-1)
     sizes = [0 if x is None else math.prod(x.shape[2:]) * x.itemsize for x in arrays]
     return Places(arrays, ids, addresses.view(np.uint64), sizes)
+
+
+def places_of_rows(arrays: list[Any], pages: Any, offsets: Any) -> Places:
+    """Of the rows of tokens, at pages and offsets [T], in arrays [N, P, H, ...]."""
+    addresses = np.zeros((len(arrays), arrays[0].shape[2] * len(pages)), np.int64)
+    for row, x in zip(addresses, arrays, strict=True):
+        if x is not None:
+            heads = np.arange(x.shape[2]) * x.strides[2] + ranges.address_of(x)
+            tokens = np.int64(pages) * x.strides[0] + offsets * x.strides[1]
+            row[:] = np.add.outer(heads, tokens).reshape(-1)
+    sizes = [0 if x is None else math.prod(x.shape[3:]) * x.itemsize for x in arrays]
+    return Places(arrays, pages, addresses.view(np.uint64), sizes)
 
 
 def check_apart(op: str, source: Places, target: Places, *, in_place: bool = False) -> None:
@@ -158,20 +170,31 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
                 f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
             )
         return
+    found = find_shared(source, target, in_place=in_place)
+    if found is not None:
+        i, name, j = found[0], ("target_pages", "source_pages")[found[1]], found[2]
+        raise shared(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
+
+
+def find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int, bool, int] | None:
+    """The first target whose memory is another's: which one, whether the other is a source, and
+    which one of those. `in_place`, target i may be source i, all of it."""
     begin, end = _bounds(source)
     to_begin, to_end = _bounds(target)
     meets_source = (begin[:, None] < to_end) & (to_begin < end[:, None])
     meets_target = (to_begin[:, None] < to_end) & (to_begin < to_end[:, None])
     if not (meets_source.any() or np.triu(meets_target, 1).any()):
-        return
+        return None
     found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
-    if found is not None:
-        i, of_source, j = found[0] % len(to_ids), found[1], found[2]
-        name, n = ("source_pages", len(ids)) if of_source else ("target_pages", len(to_ids))
-        raise ParameterError(
-            f"{op}: target_pages[{i}] is {to_ids[i]}, which shares memory with {name}[{j % n}], "
-            "expected memory of its own"
-        )
+    if found is None:
+        return None
+    i, of_source, j = found
+    return i % len(target.ids), of_source, j % len((source if of_source else target).ids)
+
+
+def shared(op: str, target: str, other: str) -> ParameterError:
+    """The error where what is written shares memory with another."""
+    return ParameterError(f"{op}: {target} shares memory with {other}, expected memory of its own")
 
 
 def _is_same_memory(a: Any, b: Any) -> bool:

@@ -18,11 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
+from pykv.arrays import (
+    FLOATS,
+    INT32,
+    Dims,
+    check_head_dim,
+    checker,
+    like,
+    on_gpu,
+    optional,
+    to_host,
+)
 from pykv.errors import UnsupportedError
 from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
+from pykv.page_arrays import find_shared, places_of_rows, shared
 from pykv.specs import as_spec, spec_of
 
 BLOCK = 128  # threads
@@ -62,8 +73,8 @@ def gather(
 
     Raises:
         ShapeError, DtypeError, DeviceError: an array does not fit the spec or the others.
-        ParameterError: scales are missing or not wanted; a page does not exist (on the host, or
-            when checking).
+        ParameterError: scales are missing or not wanted; a page does not exist, or what is written
+            shares memory with other rows that are read or written (on the host, or when checking).
         UnsupportedError: D exceeds 512, or there are 2^31 rows.
 
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
@@ -242,6 +253,7 @@ def _move(
     if paged_check.enabled(op, check) or not is_on_gpu:
         with cuda.on_stream(stream, source.arrays[0]):
             _check_pages(op, source, target, rows, P)
+            cuda.look(partial(_check_apart, op, source, target, rows))
     if is_on_gpu:
         specs, by_token = (source.spec, target.spec), rows is not None
         indptr, starts = rows or (None, None)
@@ -288,6 +300,37 @@ def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> No
             check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
+def _check_apart(op: str, source: _Side, target: _Side, rows: Any) -> None:
+    """Check that no row is written that another one is read from or written to."""
+    source, target = (
+        side if side.pages is None else side._replace(pages=to_host(side.pages))
+        for side in (source, target)
+    )
+    from_page, from_offset, *to = _places(source, target, rows and tuple(map(to_host, rows)))
+    sides = (target if rows is None else _by_token(target)), source
+    places = [places_of_rows(_moving(sides[0]), *to)]
+    places.append(places_of_rows(_moving(source), from_page, from_offset))
+    found = find_shared(places[1], places[0], in_place=True) if len(from_page) else None
+    if found is not None:
+        i, of_source, j = found
+        page, other = places[0].ids[i], places[of_source].ids[j]
+        is_listed = f" is {page}, which" if target.pages is not None else ""
+        raise shared(op, _entry(target, page) + is_listed, _entry(sides[of_source], other))
+
+
+def _moving(side: _Side) -> list[Any]:
+    """The arrays that rows are made of, as [N, P, H, ...]."""
+    moving = side.arrays[: 4 if side.spec.has_dynamic_scales else 2]
+    return [side.spec.as_nhd(x) for x in (*moving, None, None)[:4]]
+
+
+def _entry(side: _Side, page: int) -> str:
+    """What errors call a page."""
+    if side.pages is None:
+        return f"{side.names[0]}[{page}]"
+    return f"{side.names[4]}[{np.flatnonzero(side.pages == page)[0]}]"
+
+
 # --- Definition -----------------------------------------------------------------------------------
 
 
@@ -295,8 +338,7 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
     """The definition of all functions, in NumPy, for arguments that are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
     if rows is not None:
-        k_out, v_out, *none = target.arrays
-        target = target._replace(arrays=(k_out[:, None], v_out[:, None], *none))  # of one token
+        target = _by_token(target)
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
         pool, scales = _nhd(source, i)
         to_pool, to_scales = _nhd(target, i)
@@ -317,6 +359,12 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
             to_pool[to_page, to_offset] = codes
         if _finds(target.spec, to_kind):
             to_scales[to_page, to_offset] = scale
+
+
+def _by_token(target: _Side) -> _Side:
+    """Rows [T, H, D] as pages of one token."""
+    k_out, v_out, *none = target.arrays
+    return target._replace(arrays=(k_out[:, None], v_out[:, None], *none))
 
 
 def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:

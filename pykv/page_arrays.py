@@ -173,7 +173,7 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
     found = find_shared(source, target, in_place=in_place)
     if found is not None:
         i, name, j = found[0], ("target_pages", "source_pages")[found[1]], found[2]
-        raise shared(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
+        raise not_apart(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
 
 
 def find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int, bool, int] | None:
@@ -192,7 +192,7 @@ def find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int,
     return i % len(target.ids), of_source, j % len((source if of_source else target).ids)
 
 
-def shared(op: str, target: str, other: str) -> ParameterError:
+def not_apart(op: str, target: str, other: str) -> ParameterError:
     """The error where what is written shares memory with another."""
     return ParameterError(f"{op}: {target} shares memory with {other}, expected memory of its own")
 

@@ -247,7 +247,8 @@ def convert_pages(
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:
-    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU.
+    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU. Scales that
+    heads or tensors share are the cache's own arrays: whoever changes them changes both.
 
     Raises:
         ParameterError: `num_pages` is negative.

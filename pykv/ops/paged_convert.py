@@ -33,7 +33,7 @@ from pykv.errors import UnsupportedError
 from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
-from pykv.page_arrays import find_shared, places_of_rows, shared
+from pykv.page_arrays import find_shared, not_apart, places_of_rows
 from pykv.specs import as_spec, spec_of
 
 BLOCK = 128  # threads
@@ -315,7 +315,7 @@ def _check_apart(op: str, source: _Side, target: _Side, rows: Any) -> None:
         i, of_source, j = found
         page, other = places[0].ids[i], places[of_source].ids[j]
         is_listed = f" is {page}, which" if target.pages is not None else ""
-        raise shared(op, _entry(target, page) + is_listed, _entry(sides[of_source], other))
+        raise not_apart(op, _entry(target, page) + is_listed, _entry(sides[of_source], other))
 
 
 def _moving(side: _Side) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import blocks, cuda, ranges
+from pykv import cuda, options, ranges
 from pykv.arrays import Dims, check_writeable, checker, to_host
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
@@ -85,7 +85,7 @@ def _arrays(cache: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def page_ids(op: str, name: str, pages: Ids, num_pages: int) -> Any:
     """[n] int64, all of them pages."""
-    return blocks.page_ids(op, name, pages, 0, num_pages - 1)
+    return options.page_ids(op, name, pages, 0, num_pages - 1)
 
 
 def check_targets(op: str, ids: Any, num_pages: int) -> None:

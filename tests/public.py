@@ -82,7 +82,7 @@ UNCHECKED = """
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
-    blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
+    kinds.parsed kinds.KVSpec.written kinds.count_largest
 """.split()
 
 

@@ -222,4 +222,6 @@ def state(thing, depth=4):
 def described(x):
     if isinstance(x, np.ndarray):
         return f"array {x.dtype}{list(x.shape)}, strides {x.strides}"
+    if isinstance(x, int) and x.bit_length() > 10_000:  # Python writes no more digits
+        return f"int of {x.bit_length()} bits"
     return f"{type(x).__name__} {ascii(x)[:40]}"

@@ -339,11 +339,18 @@ def test_no_call_takes_what_nobody_holds():
     assert pool.num_free == 4
 
 
-@pytest.mark.parametrize("start, stop", [(-1, 1), (5, 4), (33, 40)])
-def test_positions_are_checked(start, stop):
+@pytest.mark.parametrize(
+    "start, stop, text",
+    [
+        (-1, 1, "start is -1, expected at least 0"),
+        (5, 4, "stop is 4, expected at least 5"),
+        (33, 40, "start is 33, expected at most the 32 tokens that the pages hold"),
+    ],
+)
+def test_positions_are_checked(start, stop, text):
     pool = blocks.BlockManager(4, 16)
     pages = pool.allocate(20)
-    with pytest.raises(ParameterError, match=f"start is {start} and stop {stop}, expected start"):
+    with pytest.raises(ParameterError, match=f"BlockManager.extend: {text}"):
         pool.extend(pages, start, stop)
     with pytest.raises(ParameterError, match="33 tokens, expected at most the 32"):
         pool.publish(pages, range(33))

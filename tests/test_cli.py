@@ -218,6 +218,7 @@ def test_kv_and_weights(capsys, kv, nbytes):
     assert code == 0 and f"KV {nbytes} bytes a token, {6 * nbytes:,} in all" in err
 
 
+@pytest.mark.filterwarnings("ignore:.*rounding moves:UserWarning")
 @pytest.mark.parametrize(
     "kv, nbytes", [("int8", 144), ("k8v4", 112), ("fp8:fp32:HND", 160), ("int4:head", 64)]
 )
@@ -619,12 +620,12 @@ def test_bad_file(capsys, command, file, text):
         ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
         ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
-        ("--temperature -1", "temperature is -1.0, expected from 0 to "),
-        ("--temperature nan", "temperature is nan, expected from 0 to "),
-        ("--top-k -1", "top_k is -1, expected an integer from 0"),
-        ("--top-p 0", "top_p is 0.0, expected above 0"),
-        ("--min-p 2", "min_p is 2.0, expected from 0 to 1"),
-        ("--seed -1", "seed is -1, expected an integer from 0"),
+        ("--temperature -1", "temperature is -1.0, expected 0 to "),
+        ("--temperature nan", "temperature is nan, expected 0 to "),
+        ("--top-k -1", "top_k is -1, expected 0 to 2147483647"),
+        ("--top-p 0", "top_p is 0.0, expected a positive number up to 1"),
+        ("--min-p 2", "min_p is 2.0, expected 0 to 1"),
+        ("--seed -1", "seed is -1, expected 0 to 184"),
         ("--stop=", "expected non-empty strings"),
         ("--ctx 0", "context is 0, expected at least 1"),
         ("--ctx 129", "context is 129, expected 1 to 128"),

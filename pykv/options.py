@@ -28,7 +28,7 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST
         DtypeError: it is no integer; a bool is none.
         ParameterError: it is below `least` or above `most`.
     """
-    whole = value
+    whole: int = value
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -64,8 +64,9 @@ def check_number(
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
     if isinstance(value, np.generic):  # bounds would be rounded to its precision
         value = value.item()
-    if least <= value <= most and (value > _SMALLEST / 2 or not positive):
-        return float(value)
+    number: Any = value
+    if least <= number <= most and (number > _SMALLEST / 2 or not positive):
+        return float(number)
     expected = f"a {'positive ' * positive}finite number of float32"
     if least > -_LARGEST:
         expected = f"{least:g} to {most:g}"

@@ -222,11 +222,11 @@ class PagedKVCache:
         """
         arguments = (k, v, *self._pools("append", layer), slots)
         options = self._with_spec("append", layer, options)
-        append = partial(paged_append.append, *arguments, **options)
         if layer in self._unset:
+            append = partial(paged_append.append, *arguments, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
         else:
-            append(stream=stream)
+            paged_append.append(*arguments, stream=stream, **options)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -238,11 +238,11 @@ class PagedKVCache:
         """
         arguments = (qkv, *self._pools("append_qkv", layer), slots)
         full = self._with_spec("append_qkv", layer, options)
-        append = partial(paged_qkv.append, *arguments, **full)
         if layer in self._unset:
+            append = partial(paged_qkv.append, *arguments, **full)
             rows_of = partial(self._rows_of, qkv, options)
             return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
-        return append(stream=stream)
+        return paged_qkv.append(*arguments, stream=stream, **full)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see

@@ -93,7 +93,7 @@ def test_two_rows_for_a_slot_are_refused_if_asked(xp, name):
     given[positions] = xp.asarray(np.array([1, 1], np.int32))
     error, changed = outcome(function, given | dict(check=True))
     assert isinstance(error, ParameterError) and not changed
-    assert "indices send rows 0 and 1 to slot 5, expected one row a slot" in str(error)
+    assert "indices: the slot of row[1] is 5, expected no slot twice" in str(error)
 
 
 def test_a_stream_means_nothing_on_the_host():

@@ -78,7 +78,7 @@ class TensorInfo:
             with self.path.open("rb") as file:
                 found = stamp(file.fileno())
                 file.seek(self.start)
-                size = file.readinto(memoryview(data.reshape(-1)))
+                size = file.readinto(data.data)
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read ({error})") from None
         if found != self.stamp or size != self.nbytes:

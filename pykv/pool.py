@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ from pykv.kinds import SCALE_DTYPES, KVSpec
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import as_spec
+
+_first_append = threading.Lock()  # of all caches: it is rare
 
 
 class PagedKVCache:
@@ -277,9 +280,10 @@ class PagedKVCache:
         rows_of: Callable[[], tuple[Any, Any]],
         stream: Any,
     ) -> Any:
-        """`append` to a layer that may lack scales; those that it lacks are found first."""
+        """`append` to a layer that may lack scales; those that it lacks are found first, and taken
+        back if it fails: by one thread at a time, or others would have appended with them."""
         op = f"PagedKVCache.{name}"
-        with cuda.on_stream(stream, self.k):
+        with _first_append, cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
             self._look_for_scales()
             if layer not in self._unset:

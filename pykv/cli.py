@@ -223,10 +223,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
-    from pykv.kinds import KVSpec
     from pykv.llm import gguf, memory, models
     from pykv.llm.config import read_config
     from pykv.pool import float_kind
+    from pykv.specs import KVSpec
 
     spec = KVSpec.parse(args.kv_dtype)
     file = gguf.read_model(models.fetch(args.file))
@@ -285,7 +285,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from pykv import cuda, verify
-    from pykv.kinds import KVSpec
+    from pykv.specs import KVSpec
 
     spec = None if args.kv_dtype is None else KVSpec.parse(args.kv_dtype)
     found = verify.run(args.seed, spec)

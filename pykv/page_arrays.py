@@ -15,8 +15,7 @@ import numpy as np
 from pykv import cuda, options, ranges
 from pykv.arrays import Dims, check_writeable, checker, to_host
 from pykv.errors import DtypeError, ParameterError
-from pykv.kinds import KVSpec
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 Ids = Sequence[int] | Any  # or a NumPy array
 ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache

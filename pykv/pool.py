@@ -14,10 +14,10 @@ from pykv import cuda, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import SCALE_DTYPES
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 _first_append = threading.Lock()  # of all caches: it is rare
 

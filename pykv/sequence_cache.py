@@ -10,9 +10,9 @@ import numpy as np
 from pykv import blocks, cuda
 from pykv.arrays import footprint, not_an_array
 from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.options import check_whole, page_ids
 from pykv.pool import PagedKVCache, do_in
+from pykv.specs import KVSpec
 
 
 class SequenceCache:

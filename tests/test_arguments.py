@@ -11,7 +11,7 @@ import pytest
 import pykv
 from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, ParameterError, PykvError
-from pykv.kinds import POOLS
+from pykv.specs import POOLS
 from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values

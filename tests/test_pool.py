@@ -15,9 +15,9 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec
 from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy
 
 

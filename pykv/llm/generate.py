@@ -12,7 +12,6 @@ import numpy as np
 
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import KVSpec
 from pykv.llm import gguf, memory, models, scales, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
@@ -23,7 +22,7 @@ from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 
 class LLM:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.errors import CapacityError
-from pykv.kinds import KVSpec
 from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
+from pykv.specs import KVSpec
 
 
 class Needed(NamedTuple):

@@ -41,11 +41,11 @@ from pykv.arrays import (
     to_host,
 )
 from pykv.errors import ParameterError
-from pykv.kinds import POOLS, KVSpec, quantize
+from pykv.kinds import quantize
 from pykv.ops import paged_check
 from pykv.ops.paged_check import COUNTS
 from pykv.options import check_choice, check_flag
-from pykv.specs import spec_of
+from pykv.specs import POOLS, KVSpec, spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
 

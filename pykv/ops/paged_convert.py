@@ -30,11 +30,11 @@ from pykv.arrays import (
     to_host,
 )
 from pykv.errors import UnsupportedError
-from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
+from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
 from pykv.page_arrays import find_shared, not_apart, places_of_rows
-from pykv.specs import as_spec, spec_of
+from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
 BLOCK = 128  # threads
 MAX_HEAD_DIM = 512
@@ -59,7 +59,7 @@ def gather(
     """Read pages into dense arrays of floats.
 
     Args:
-        k_pool, v_pool, k_scales, v_scales, spec: a cache, as pykv.kinds.KVSpec says; None for
+        k_pool, v_pool, k_scales, v_scales, spec: a cache, as pykv.KVSpec says; None for
             `spec` is NHD with the kinds of the dtypes.
         pages: [n] int32, negative entries are skipped; None: all pages in order.
         k_out, v_out: [n, P, H, D] float32, float16 or bfloat16, all but D at any stride. None: made

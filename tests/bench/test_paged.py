@@ -5,7 +5,7 @@ import pytest
 
 from pykv import bench
 from pykv.bench import append, convert, gather, memory, pages, report, timing
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.testing import caches
 from pykv.testing.caches import empty
 from tests.helpers import without_simt

@@ -7,11 +7,11 @@ import pytest
 
 from pykv import kinds, pool
 from pykv.errors import NumberError
-from pykv.kinds import KVSpec
 from pykv.llm import LLM
 from pykv.llm.scales import MARGIN, TEXT
 from pykv.llm.weights import load
 from pykv.ops import paged_qkv
+from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of

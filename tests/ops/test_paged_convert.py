@@ -8,8 +8,9 @@ import pytest
 import pykv
 from pykv.arrays import BFLOAT16
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, KVSpec
+from pykv.kinds import KINDS
 from pykv.ops import paged_convert
+from pykv.specs import KVSpec
 from pykv.testing import codes
 from pykv.testing.paged import SCALE_DTYPES
 from tests.helpers import assert_same_bits, bits, to_numpy, without_simt

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from pykv.errors import UnsupportedError
 from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
-from pykv.page_arrays import find_shared, not_apart, places_of_rows
+from pykv.page_arrays import Side, check_rows_apart
 from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
 BLOCK = 128  # threads
@@ -95,7 +95,7 @@ def gather(
         with cuda.on_stream(stream, k_pool):
             k_out, v_out = (like(k_pool, shape, dtype) if x is None else x for x in (k_out, v_out))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"))
-    _move(op, _Side(spec, cache, pages, _CACHE), target, check, stream)
+    _move(op, Side(spec, cache, pages, _CACHE), target, check, stream)
     return k_out, v_out
 
 
@@ -130,7 +130,7 @@ def gather_rows(
     Raises: as `gather`.
     """
     op, cache = "paged_convert.gather_rows", (k_pool, v_pool, k_scales, v_scales)
-    source = _Side(spec_of(op, spec, *cache), cache, indices, (*POOLS, "indices"))
+    source = Side(spec_of(op, spec, *cache), cache, indices, (*POOLS, "indices"))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
     _move(op, source, target, check, stream, (indptr, starts))
 
@@ -158,7 +158,7 @@ def scatter(
     Raises: as `gather`.
     """
     op, cache = "paged_convert.scatter", (k_pool, v_pool, k_scales, v_scales)
-    target = _Side(spec_of(op, spec, *cache), cache, pages, _CACHE)
+    target = Side(spec_of(op, spec, *cache), cache, pages, _CACHE)
     _move(op, _dense(op, k, v, ("k", "v")), target, check, stream)
 
 
@@ -198,29 +198,20 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
     """
     op = "paged_convert.convert"
     out_names = ("k_out", "v_out", "k_out_scales", "v_out_scales", "out_pages")
-    source = _Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
+    source = Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
     outs = k_out, v_out, k_out_scales, v_out_scales
-    target = _Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
+    target = Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
     _move(op, source, target, check, stream)
 
 
-class _Side(NamedTuple):
-    """A source or target: a cache, or dense arrays as pools without scales."""
-
-    spec: KVSpec
-    arrays: tuple[Any, Any, Any, Any]  # pools of keys and of values, then their scales
-    pages: Any
-    names: tuple[str, ...]  # of the arrays and the pages
-
-
-def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> _Side:
+def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> Side:
     """Arrays of floats, [n, P, H, D] or of other dimensions."""
     for name, x in zip(names, (k, v), strict=True):
         if getattr(x, "dtype", None) not in FLOATS:
             checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
     k_name, v_name = names
     others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
-    return _Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
+    return Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
@@ -233,8 +224,8 @@ def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, i
 
 def _move(
     op: str,
-    source: _Side,
-    target: _Side,
+    source: Side,
+    target: Side,
     check: bool | None,
     stream: Any,
     rows: tuple[Any, Any] | None = None,
@@ -288,7 +279,7 @@ def _checker(
     return checker(op, target[0].written(target[1]), **rules)
 
 
-def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:
+def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None:
     """Check that pages exist, and that none is written twice."""
     if rows is not None:
         (indptr, starts), N = rows, len(source.arrays[0])
@@ -300,41 +291,20 @@ def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> No
             check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
-def _check_apart(op: str, source: _Side, target: _Side, rows: Any) -> None:
+def _check_apart(op: str, source: Side, target: Side, rows: Any) -> None:
     """Check that no row is written that another one is read from or written to."""
     source, target = (
         side if side.pages is None else side._replace(pages=to_host(side.pages))
         for side in (source, target)
     )
-    from_page, from_offset, *to = _places(source, target, rows and tuple(map(to_host, rows)))
-    sides = (target if rows is None else _by_token(target)), source
-    places = [places_of_rows(_moving(sides[0]), *to)]
-    places.append(places_of_rows(_moving(source), from_page, from_offset))
-    found = find_shared(places[1], places[0], in_place=True) if len(from_page) else None
-    if found is not None:
-        i, of_source, j = found
-        page, other = places[0].ids[i], places[of_source].ids[j]
-        is_listed = f" is {page}, which" if target.pages is not None else ""
-        raise not_apart(op, _entry(target, page) + is_listed, _entry(sides[of_source], other))
-
-
-def _moving(side: _Side) -> list[Any]:
-    """The arrays that rows are made of, as [N, P, H, ...]."""
-    moving = side.arrays[: 4 if side.spec.has_dynamic_scales else 2]
-    return [side.spec.as_nhd(x) for x in (*moving, None, None)[:4]]
-
-
-def _entry(side: _Side, page: int) -> str:
-    """What errors call a page."""
-    if side.pages is None:
-        return f"{side.names[0]}[{page}]"
-    return f"{side.names[4]}[{np.flatnonzero(side.pages == page)[0]}]"
+    places = _places(source, target, rows and tuple(map(to_host, rows)))
+    check_rows_apart(op, source, target if rows is None else _by_token(target), *places)
 
 
 # --- Definition -----------------------------------------------------------------------------------
 
 
-def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None) -> None:
+def reference(source: Side, target: Side, rows: tuple[Any, Any] | None = None) -> None:
     """The definition of all functions, in NumPy, for arguments that are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
     if rows is not None:
@@ -361,13 +331,13 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
             to_scales[to_page, to_offset] = scale
 
 
-def _by_token(target: _Side) -> _Side:
+def _by_token(target: Side) -> Side:
     """Rows [T, H, D] as pages of one token."""
     k_out, v_out, *none = target.arrays
     return target._replace(arrays=(k_out[:, None], v_out[:, None], *none))
 
 
-def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
+def _places(source: Side, target: Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
     """Page and offset of each token that moves, in the source and in the target."""
     P = _nhd(source, 0)[0].shape[1]
     if rows is None:
@@ -385,7 +355,7 @@ def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple
     return source.pages[indptr[b] + position // P], position % P, token, 0 * token
 
 
-def _nhd(side: _Side, which: int) -> tuple[Any, Any]:
+def _nhd(side: Side, which: int) -> tuple[Any, Any]:
     """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
     pool, scales = (side.spec.as_nhd(x) for x in side.arrays[which::2])
     if scales is not None and scales.ndim == 1:
@@ -437,14 +407,14 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
     return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
 
 
-def _pairs(source: _Side, target: _Side) -> dict[str, tuple[Any, Any]]:
+def _pairs(source: Side, target: Side) -> dict[str, tuple[Any, Any]]:
     """Arrays of keys and of values, by the kernel's names without the letter."""
     dst = dict(dst=target.arrays[:2], dst_scales=target.arrays[2:])
     return dict(**dst, src=source.arrays[:2], src_scales=source.arrays[2:])
 
 
 def _launches(
-    source: _Side, target: _Side, sizes: Dims, by_token: bool
+    source: Side, target: Side, sizes: Dims, by_token: bool
 ) -> list[tuple[cuda.Launch, int, int]]:
     """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
     for values: both, or where they differ in kind or strides, one of them in each launch."""
@@ -466,7 +436,7 @@ def _launches(
     return launches
 
 
-def _strides(source: _Side, target: _Side, which: int, by_token: bool) -> dict[str, int]:
+def _strides(source: Side, target: Side, which: int, by_token: bool) -> dict[str, int]:
     """Elements from a page to the next, and along the outer and the inner loop over its rows, which
     go as the target has them in memory."""
     strides: dict[str, int] = {}

@@ -15,6 +15,7 @@ import numpy as np
 from pykv.arrays import FLOATS
 from pykv.errors import DtypeError, ParameterError
 
+_BOOLS = {bool, np.bool_}
 _LARGEST_SIZE = 2**63 - 1  # of anything that is counted
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -144,7 +145,8 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
         ids = np.empty((0, 0))
     if ids.ndim == 1 and not ids.size:
         return ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
         raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
     wrong = (ids < least) | (ids > most)
     if wrong.any():

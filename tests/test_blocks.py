@@ -367,6 +367,12 @@ def test_slots_follow_the_pages():
         blocks.slots([5], 0, 5, 4)
 
 
+@pytest.mark.parametrize("wrong", [[True, 2], [1, np.False_], (2, True), np.ones(2, bool)], ids=str)
+def test_truth_values_are_no_pages(wrong):
+    with pytest.raises(ParameterError, match=r"pages is .*, expected a sequence of page ids"):
+        blocks.slots(wrong, 0, 2, 4)
+
+
 def test_page_table_pads_with_minus_one():
     table = blocks.page_table([[3, 1], [0]], 3)
     assert table.dtype == np.int32 and table.tolist() == [[3, 1, -1], [0, -1, -1]]

@@ -212,7 +212,7 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, Mapping) else None
             parts = key == "content" and (
-                (isinstance(value, list) and all(isinstance(part, Mapping) for part in value))
+                (isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value))
                 or (value is None and isinstance(message, Mapping) and message.get("tool_calls"))
             )
             if not isinstance(value, str) and not parts:

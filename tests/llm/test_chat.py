@@ -192,6 +192,7 @@ def test_a_file_without_a_template(file):
         (None, "messages has NoneType, expected a list"),
         (["Hi"], r"messages\[0\] has role None, expected a string"),
         ([*USER, {"role": "user"}], r"messages\[1\] has content None, expected a string"),
+        ([{"role": "user", "content": []}], r"messages\[0\] has content \[\], expected a string"),
         ([{"role": 1, "content": "Hi"}], r"messages\[0\] has role 1, expected a string"),
     ],
 )

@@ -17,7 +17,7 @@ SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as i
 
 
 class Text(NamedTuple):
-    """A text that a calibration used: its name, the `sha256` of its UTF-8, how many tokens of it."""
+    """A text that a calibration used: name, `sha256` of its UTF-8, and tokens that were read."""
 
     name: str
     sha256: str
@@ -92,7 +92,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Layers that share rows, and the sides `k` and `v`; keys have their rotation undone."""
+    """The `layers` that share rows, and these as `k` and `v`; keys have their rotation undone."""
 
     layers: tuple[int, ...]
     k: Side

@@ -5,36 +5,21 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from pykv.testing import codes
+
 F32 = np.float32
 HEADER = "<iiQQQQ"  # quant_type, int_bits, start, end, bytes of the payload, of the metadata
 
-# Values of the codes 0 .. 126 of E4M3FN: exponent bias 7, three bits of mantissa.
-FP8 = np.array(
-    [c * 2.0**-9 if c < 8 else 2.0 ** (c // 8 - 7) * (1 + c % 8 / 8) for c in range(127)]
-)
-# From where on a code is the nearest; on the border it is the even one of two.
-_BORDERS = [(a + b) / 2 for a, b in pairwise(FP8)]
+FP8 = codes.fp8_values("e4m3")  # the value of each code
 
 
-def fp8_code(x: Any) -> int:
-    """Of a float: that of the nearest value, or of the largest; 0x7f of a NaN."""
-    if np.isnan(x):
-        return 0x7F
-    size = abs(float(x))
-    code = int(np.searchsorted(_BORDERS, size))
-    if code < 126 and size == _BORDERS[code]:
-        code += code % 2
-    return code | 0x80 * bool(np.signbit(x))
-
-
-def fp8_value(code: int) -> float:
-    value = np.nan if code & 0x7F == 0x7F else float(FP8[code & 0x7F])
-    return -value if code & 0x80 else value
+def fp8_codes(x: Any) -> Any:
+    """Of floats: those of the nearest values."""
+    return codes.encode(x, "e4m3", F32(1))[0]
 
 
 def _width(low: Any, high: Any) -> Any:
@@ -58,12 +43,12 @@ def intx_value(code: int, low: Any, high: Any, bits: int) -> Any:
         return F32(F32(code) * _width(low, high)) / F32(2**bits - 1) + F32(low)
 
 
-def packed(codes: Sequence[int], bits: int) -> bytes:
+def packed(row: Sequence[int], bits: int) -> bytes:
     """A row of codes, the lowest bits first."""
-    row = bytearray(-(-len(codes) * bits // 8))
-    for i, code in enumerate(codes):
-        row[i * bits // 8] |= code << i * bits % 8
-    return bytes(row)
+    made = bytearray(-(-len(row) * bits // 8))
+    for i, code in enumerate(row):
+        made[i * bits // 8] |= code << i * bits % 8
+    return bytes(made)
 
 
 def unpacked(row: bytes, bits: int, n: int) -> list[int]:
@@ -82,7 +67,7 @@ def stream(x: Any, ranges: Iterable[tuple[int, int, str, int]]) -> bytes:
     for start, end, quant_type, bits in ranges:
         rows, metadata = x[:, start:end], b""
         if quant_type == "fp8":
-            payload = bytes(fp8_code(v) for row in rows for v in row)
+            payload = fp8_codes(rows).tobytes()
         else:
             found = [extremes(row) for row in rows]
             values = [low for low, _ in found] + [high for _, high in found]
@@ -108,10 +93,10 @@ def rows(data: bytes, num_ranges: int, B: int, C: int) -> Any:
         for b in range(B):
             row = data[at + b * (size // B) : at + (b + 1) * (size // B)]
             if kind == 0:
-                values[b, start:end] = [fp8_value(code) for code in row]
+                values[b, start:end] = FP8[list(row)]
             else:
-                codes = unpacked(row, bits, end - start)
-                values[b, start:end] = [intx_value(c, ends[b], ends[B + b], bits) for c in codes]
+                found = unpacked(row, bits, end - start)
+                values[b, start:end] = [intx_value(c, ends[b], ends[B + b], bits) for c in found]
         at += size
     assert at == len(data)
     return values

@@ -14,14 +14,15 @@ F32 = np.float32
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
-    edges = np.concatenate([kvtc.FP8, (kvtc.FP8[1:] + kvtc.FP8[:-1]) / 2, [449, np.inf, np.nan]])
+    values = kvtc.FP8[:127]
+    edges = np.concatenate([values, (values[1:] + values[:-1]) / 2, [449, np.inf, np.nan]])
     x = np.stack([edges, -edges]).astype(F32)
-    codes = np.array([[kvtc.fp8_code(v) for v in row] for row in x], np.uint8)
-    yield "fp8", wrong_values(op.quantize_fp8(xp.asarray(x), 5), codes[:, 5:].copy()), 0.0
+    codes = kvtc.fp8_codes(x[:, 5:])
+    yield "fp8", wrong_values(op.quantize_fp8(xp.asarray(x), 5), codes), 0.0
     codes = rng.integers(0, 127, (5, 33), np.uint8) | rng.integers(0, 2, (5, 33), np.uint8) << 7
     got = op.dequantize_fp8(xp.asarray(codes), xp.zeros((5, 36), F32), 2)
     want = np.zeros((5, 36), F32)
-    want[:, 2:35] = [[kvtc.fp8_value(int(code)) for code in row] for row in codes]
+    want[:, 2:35] = kvtc.FP8[codes]
     yield "fp8 and back", wrong_values(got, want), 0.0
 
     x = (rng.standard_normal((5, 141)) * 30 + 3).astype(F32)

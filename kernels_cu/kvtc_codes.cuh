@@ -11,6 +11,7 @@
 #error "kvtc_codes.cuh needs BLOCK, SMALL and MEDIUM"
 #endif
 constexpr int WARPS = BLOCK / WARP;
+constexpr int CTAS = 8;  // blocks that share an SM at least, so that 64 registers are enough
 constexpr int PIECE = 4096;     // columns of a wide range that a block holds at a time
 constexpr int TILE = 32 * 132;  // floats that it holds at most: 32 rows of 128 columns and their gaps
 constexpr int SHARED = TILE + 4 * WARPS;  // floats, with Extremes of warps behind
@@ -110,30 +111,31 @@ struct Fp8 {
     __device__ u32 operator()(float x) const { return two_codes(x, 0.0f, e4m3{}) & 0xffu; }
 };
 
-template <int BITS> struct Steps {
-    float low, width;
+struct Steps {
+    float low, width, last;
     __device__ u32 operator()(float x) const {
-        constexpr float LAST = (1 << BITS) - 1;
-        const float t = fminf(fmaxf((x - low) / width * LAST, 0.0f), LAST);  // NaN becomes 0
+        const float t = fminf(fmaxf((x - low) / width * last, 0.0f), last);  // NaN becomes 0
         return (u32)(t + 0.49999997f);  // halves go up: the largest float below a half rounds so
     }
 };
 
-// The codes of n floats to the bytes from `to` on, by neighbouring lanes of a warp or a block.
-// A lane makes whole words of the destination; each lane begins with another code of its word, so
-// that lanes read from different banks of shared memory.
-template <int BITS, typename Code>
-__device__ __forceinline__ void pack(u8* to, const float* x, int n, int lane, int lanes, Code code) {
-    constexpr int IN_BYTE = 8 / BITS, IN_WORD = 32 / BITS;
-    const int bytes = (n + IN_BYTE - 1) / IN_BYTE;
+// The codes, 2^log bits each, of n floats to the bytes from `to` on, by neighbouring lanes of a warp
+// or a block. A lane makes whole words of the destination; each lane begins with another code of its
+// word, so that lanes read from different banks of shared memory.
+template <typename Code>
+__device__ __forceinline__ void pack(u8* to, const float* x, int n, int log, int lane, int lanes,
+                                     Code code) {
+    const int in_word = 32 >> log, bytes = (n + (8 >> log) - 1) >> (3 - log);
     const int before = (int)((u64)to % 4);  // bytes of the first word that are not of this row
-    const int turn = lane % WARP * IN_WORD / WARP;
+    const int turn = lane % WARP >> log;
     for (int at = 4 * lane - before; at < bytes; at += 4 * lanes) {
         u32 word = 0;
-#pragma unroll 4  // or divisions side by side take all registers
-        for (int i = 0; i < IN_WORD; i++) {
-            const int nth = (i + turn) % IN_WORD, column = at * IN_BYTE + nth;
-            if ((u32)column < (u32)n) word |= code(x[column]) << BITS * nth;
+        for (int i = 0; i < in_word; i += 4) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int nth = (i + k + turn) & (in_word - 1), column = at * (8 >> log) + nth;
+                if ((u32)column < (u32)n) word |= code(x[column]) << (nth << log);
+            }
         }
         if (at >= 0 && at + 4 <= bytes) {
             *(u32*)(to + at) = word;
@@ -148,12 +150,12 @@ __device__ __forceinline__ void pack(u8* to, const float* x, int n, int lane, in
 
 __device__ __forceinline__ void put_codes(u8* to, const float* x, int n, int bits, float low,
                                           float high, int lane, int lanes) {
-    const float width = interval(low, high);
-    if (bits == 0) pack<8>(to, x, n, lane, lanes, Fp8{});
-    else if (bits == 1) pack<1>(to, x, n, lane, lanes, Steps<1>{low, width});
-    else if (bits == 2) pack<2>(to, x, n, lane, lanes, Steps<2>{low, width});
-    else if (bits == 4) pack<4>(to, x, n, lane, lanes, Steps<4>{low, width});
-    else pack<8>(to, x, n, lane, lanes, Steps<8>{low, width});
+    if (bits) {
+        const Steps steps{low, interval(low, high), (float)((1 << bits) - 1)};
+        pack(to, x, n, __ffs(bits) - 1, lane, lanes, steps);
+    } else {
+        pack(to, x, n, 3, lane, lanes, Fp8{});
+    }
 }
 
 // --- Quantize -------------------------------------------------------------------------------------
@@ -181,62 +183,66 @@ __device__ __forceinline__ void stage(float* tile, const Rows& from, int start, 
     __syncthreads();
 }
 
-__device__ __forceinline__ void put_extremes(const Place& to, const Extremes& found, float low,
-                                             float high, int* nonfinite, i64 row) {
+// What a row has of extremes: to low and high and, by the lane that `writes`, to memory.
+__device__ __forceinline__ void put_extremes(const Place& to, const Extremes& found, Mode mode,
+                                             float& low, float& high, bool writes, int* nonfinite,
+                                             i64 row) {
+    low = found.low(), high = found.top();
+    if (mode == FINITE && low > high) low = high = 0.0f;  // nothing is finite
+    if (!writes) return;
     store_float(to.minima, low);
     store_float(to.maxima, high);
     if (found.count && nonfinite) atomicAdd(nonfinite + row, found.count);
 }
 
-// One row of a range that is wider than a tile, by the whole block.
-template <Mode MODE>
-__device__ __forceinline__ void quantize_wide(float* tile, const Rows& from, const Range& r,
-                                              const Place& to, i64 row, int* nonfinite) {
+// One row of a range that is wider than a tile, by the whole block, piece by piece.
+__device__ __forceinline__ void quantize_wide(float* tile, Mode mode, const Rows& from,
+                                              const Range& r, const Place& to, i64 row,
+                                              int* nonfinite) {
     Extremes* of_warps = (Extremes*)(tile + TILE);
-    const int n = r.end - r.start, last = (n - 1) / PIECE;
+    const int n = r.end - r.start, pieces = (n + PIECE - 1) / PIECE;
     const float* x = tile + from.offset(r.start);
-    auto hold = [&](int piece) {
-        const int start = r.start + piece * PIECE, end = min(start + PIECE, r.end);
-        stage(tile, from, start, end, row, 1, 0);
-        return end - start;
-    };
-    auto find = [&](bool finite) {
+    float low = 0.0f, high = 0.0f;
+    if (mode == GIVEN && r.bits) low = *(const float*)to.minima, high = *(const float*)to.maxima;
+
+    // Passes: extremes of all values, of the finite ones where some are not, then codes. The last one
+    // goes backwards, as the latest pieces are in shared memory and in L2.
+    int held = -1;
+#pragma unroll 1
+    for (int pass = mode == GIVEN || !r.bits ? 2 : 0; pass < 3; pass++) {
+        if (pass == 2 && !to.codes) return;
         Extremes found = NOTHING;
-        for (int piece = 0; piece <= last; piece++) {
-            add_all(found, x, hold(piece), threadIdx.x, BLOCK, finite);
+#pragma unroll 1
+        for (int i = 0; i < pieces; i++) {
+            const int piece = pass == 2 ? pieces - 1 - i : i;
+            const int begin = r.start + piece * PIECE, end = min(begin + PIECE, r.end);
+            if (piece != held) stage(tile, from, begin, end, row, 1, 0);
+            held = piece;
+            if (pass < 2) {
+                add_all(found, x, end - begin, threadIdx.x, BLOCK, pass == 1);
+            } else {
+                u8* codes = to.codes + (i64)piece * (PIECE / 8) * (r.bits ? r.bits : 8);
+                put_codes(codes, x, end - begin, r.bits, low, high, threadIdx.x, BLOCK);
+            }
         }
+        if (pass == 2) return;
         found.join_lanes(WARP);
+        __syncthreads();  // nobody reads what warps have found before
         if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = found;
         __syncthreads();
         found = of_warps[0];
         for (int warp = 1; warp < WARPS; warp++) found.join(of_warps[warp]);
-        return found;
-    };
-
-    float low = 0.0f, high = 0.0f;
-    if (MODE == GIVEN && r.bits) {
-        low = *(const float*)to.minima, high = *(const float*)to.maxima;
-    } else if (MODE != GIVEN && r.bits) {
-        Extremes found = find(false);
-        if (MODE == FINITE && found.is_odd()) found = find(true);
-        low = found.low(), high = found.top();
-        if (MODE == FINITE && low > high) low = high = 0.0f;  // nothing is finite
-        if (threadIdx.x == 0) put_extremes(to, found, low, high, nonfinite, row);
-    }
-    if (!to.codes) return;
-    const bool is_held = MODE != GIVEN && r.bits;
-    for (int piece = last; piece >= 0; piece--) {  // the latest are in shared memory and in L2
-        const int columns = is_held && piece == last ? n - last * PIECE : hold(piece);
-        u8* codes = to.codes + (i64)piece * (PIECE / 8) * (r.bits ? r.bits : 8);
-        put_codes(codes, x, columns, r.bits, low, high, threadIdx.x, BLOCK);
+        if (pass == 0 && mode == FINITE && found.is_odd()) continue;
+        put_extremes(to, found, mode, low, high, threadIdx.x == 0, nonfinite, row);
+        pass = 1;
     }
 }
 
 // Some rows of some ranges, a team of lanes to each row of a range.
-template <Mode MODE, typename RangeAt, typename PlaceAt>
-__device__ __forceinline__ void quantize_tile(float* tile, const Rows& from, int ranges, int team,
-                                              i64 row, RangeAt range_at, PlaceAt place_at,
-                                              int* nonfinite) {
+template <typename RangeAt, typename PlaceAt>
+__device__ __forceinline__ void quantize_tile(float* tile, Mode mode, const Rows& from, int ranges,
+                                              int team, i64 row, RangeAt range_at,
+                                              PlaceAt place_at, int* nonfinite) {
     const int start = range_at(0).start, end = range_at(ranges - 1).end;
     const int width = from.offset(start) + end - start;
     const int rows = (int)min((i64)(team == 1 ? WARP : WARPS), from.B - row);
@@ -251,20 +257,18 @@ __device__ __forceinline__ void quantize_tile(float* tile, const Rows& from, int
         const float* x = tile + nth * pitch + (from.offset(start) + r.start - start);
         const Place to = place_at(r, row + nth);
         float low = 0.0f, high = 0.0f;
-        if (MODE == GIVEN && r.bits && n) {
+        if (mode == GIVEN && r.bits && n) {
             low = *(const float*)to.minima, high = *(const float*)to.maxima;
-        } else if (MODE != GIVEN && r.bits) {
+        } else if (mode != GIVEN && r.bits) {
             Extremes found = NOTHING;
             add_all(found, x, n, lane, team, false);
             found.join_lanes(team);
-            if (MODE == FINITE && __any_sync(FULL_MASK, found.is_odd())) {
+            if (mode == FINITE && __any_sync(FULL_MASK, found.is_odd())) {
                 found = NOTHING;
                 add_all(found, x, n, lane, team, true);
                 found.join_lanes(team);
             }
-            low = found.low(), high = found.top();
-            if (MODE == FINITE && low > high) low = high = 0.0f;  // nothing is finite
-            if (lane == 0 && n) put_extremes(to, found, low, high, nonfinite, row + nth);
+            put_extremes(to, found, mode, low, high, lane == 0 && n, nonfinite, row + nth);
         }
         if (to.codes && n) put_codes(to.codes, x, n, r.bits, low, high, lane, team);
     }

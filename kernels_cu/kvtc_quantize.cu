@@ -16,34 +16,27 @@
 // Order:    no sums of floats; bit for bit as NumPy
 #include "kvtc_codes.cuh"
 
-template <Mode MODE>
-__device__ __forceinline__ void quantize_one(float* tile, u8* codes, float* min_vals,
-                                             float* max_vals, const Rows& from, const Range& r,
-                                             int team) {
-    auto place = [&](const Range&, i64 row) {
-        return Place{codes ? codes + row * r.row_bytes : nullptr,
-                     (u8*)(min_vals + row), (u8*)(max_vals + row)};
-    };
-    if (team > WARP) {
-        quantize_wide<MODE>(tile, from, r, place(r, blockIdx.x), blockIdx.x, nullptr);
-    } else {
-        const i64 row = (i64)blockIdx.x * (team == 1 ? WARP : WARPS);
-        quantize_tile<MODE>(tile, from, 1, team, row, [&](int) { return r; }, place, nullptr);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 quantize_range(u8* __restrict__ codes, float* __restrict__ min_vals, float* __restrict__ max_vals,
                const float* __restrict__ x, int B, int C, i64 x_stride, int start, int end, int bits,
                int row_bytes, int team, int find) {
     __shared__ __align__(16) float tile[SHARED];
     const Rows from{x, x_stride, B, C};
     const Range r{start, end, bits, 0, 0, 0, row_bytes, 0};
-    if (find) quantize_one<ALL>(tile, codes, min_vals, max_vals, from, r, team);
-    else quantize_one<GIVEN>(tile, codes, min_vals, max_vals, from, r, team);
+    const Mode mode = find ? ALL : GIVEN;
+    auto place = [&](const Range&, i64 row) {
+        return Place{codes ? codes + row * row_bytes : nullptr, (u8*)(min_vals + row),
+                     (u8*)(max_vals + row)};
+    };
+    if (team > WARP) {
+        quantize_wide(tile, mode, from, r, place(r, blockIdx.x), blockIdx.x, nullptr);
+    } else {
+        const i64 row = (i64)blockIdx.x * (team == 1 ? WARP : WARPS);
+        quantize_tile(tile, mode, from, 1, team, row, [&](int) { return r; }, place, nullptr);
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 dequantize_range(float* __restrict__ out, const u8* __restrict__ codes,
                  const float* __restrict__ min_vals, const float* __restrict__ max_vals, int B, int C,
                  i64 out_stride, int start, int end, int bits, int row_bytes, int rows,

@@ -28,7 +28,7 @@ __device__ __forceinline__ Place place_in_stream(u8* stream, const Range& r, int
     return {codes + row * r.row_bytes, minima + 4 * row, maxima + 4 * row};
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const float* __restrict__ x,
                 const int* __restrict__ ranges, const int* __restrict__ tiles, int B, int C,
                 i64 x_stride, int wide_tiles, int medium_tiles, int small_tiles) {
@@ -61,15 +61,15 @@ quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const floa
     }
     if (rows == 1) {
         const Range r = *some;
-        quantize_wide<FINITE>(tile, from, r, place_in_stream(stream, r, B, row), row, nonfinite);
+        quantize_wide(tile, FINITE, from, r, place_in_stream(stream, r, B, row), row, nonfinite);
     } else {
-        quantize_tile<FINITE>(
-            tile, from, job.y, job.z, row, [&](int i) { return some[i]; },
+        quantize_tile(
+            tile, FINITE, from, job.y, job.z, row, [&](int i) { return some[i]; },
             [&](const Range& r, i64 at) { return place_in_stream(stream, r, B, at); }, nonfinite);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 dequantize_ranges(float* __restrict__ out, const u8* __restrict__ stream,
                   const int* __restrict__ ranges, int B, int C, i64 out_stride, int num_ranges,
                   int rows, int column_blocks) {

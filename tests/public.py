@@ -127,6 +127,9 @@ FUNCTIONS = {
     "ops.paged_qkv.hadamard_matrix": dict(D=4),
     "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
     "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
+    "ops.kvtc_blocks.gather_mean_subtract": dict(blocks=zeros("f2", 2, 8), mean=zeros("f4", 8)),
+    "ops.kvtc_blocks.mean_add_scatter": dict(x=zeros("f4", 2, 8), mean=zeros("f4", 8))
+    | dict(blocks=zeros("f2", 2, 8)),
     "kvtc.stream_v0.compressed_size": dict(ranges=RANGES, batch=2),
     "kvtc.v0.workspace_size": dict(features=8, components=4, batch=2),
     "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),

@@ -32,7 +32,7 @@ QUANT_TYPES = ("fp8", "intx")  # by their numbers in a header
 BITS = (1, 2, 4, 8)  # of a code of intx
 HEADER = struct.Struct("<iiQQQQ")
 FIELDS = ("quant_type", "int_bits", "start_idx", "end_idx", "packed_data_bytes", "metadata_bytes")
-MOST = 2**31 - 1  # coefficients, and bytes of a row, which kernels count in 32 bits
+MOST = 2**28 - 1  # coefficients of a row, whose bits kernels count in 32 bits
 
 
 class Range(NamedTuple):
@@ -70,7 +70,7 @@ class Range(NamedTuple):
 
 
 def row_bytes(n: int, bits: int) -> int:
-    """Bytes of n codes."""
+    """Bytes of n codes of so many `bits`."""
     return -(-n * bits // 8)
 
 
@@ -125,8 +125,8 @@ def _checked(op: str, ranges: tuple[Range, ...], features: int | None) -> tuple[
         at = one.end_idx
     if features is not None and at != features:
         raise ParameterError(f"{op}: ranges cover {at} coefficients, expected C={features}")
-    if sum(map(_bytes_of_row, ranges)) > MOST:
-        raise ParameterError(f"{op}: ranges take more than {MOST} bytes a row, expected fewer")
+    if sum(map(_bytes_of_row, ranges)) >= 2**31:
+        raise ParameterError(f"{op}: ranges take 2^31 bytes a row or more, expected fewer")
     return ranges
 
 
@@ -157,7 +157,7 @@ def stream_bytes(ranges: tuple[Range, ...], batch: int) -> int:
 
 @lru_cache(maxsize=256)
 def offsets(ranges: tuple[Range, ...], batch: int) -> tuple[int, ...]:
-    """[R + 1] where each header begins, and the end."""
+    """[R + 1] where the headers of `ranges` begin in a stream of `batch` rows, and its end."""
     sizes = (HEADER.size + batch * _bytes_of_row(one) for one in ranges)
     return tuple(accumulate(sizes, initial=0))
 
@@ -171,7 +171,7 @@ def row_offsets(ranges: tuple[Range, ...]) -> list[int]:
 
 
 def headers(ranges: tuple[Range, ...], batch: int) -> Any:
-    """[R, 40] uint8: the headers of ranges that are checked."""
+    """[R, 40] uint8: the headers of `ranges` that are checked, for `batch` rows."""
     packed = b"".join(HEADER.pack(*_fields(one, batch)) for one in ranges)
     return np.frombuffer(packed, np.uint8).reshape(-1, HEADER.size)
 

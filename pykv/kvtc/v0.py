@@ -55,14 +55,14 @@ class KvtcConfig:
 
     >>> from pykv.kvtc import v0
     >>> mean, basis = np.zeros(8, np.float32), np.eye(8, 4, dtype=np.float32)
-    >>> config = v0.KvtcConfig(mean, basis, [v0.Range(0, 1), v0.Range(1, 4, "intx", 4)])
+    >>> config = v0.KvtcConfig(mean, basis, [v0.Range(0, 1), v0.Range(1, 4, "intx", 2)])
     >>> blocks = np.arange(16, dtype=np.float16).reshape(2, 8)
     >>> codes = v0.compress(blocks, config)
-    >>> len(codes), config.compressed_size(2)  # 2 headers, 2 fp8, 4 extremes, 2 * 2 bytes
-    (102, 102)
+    >>> len(codes), config.compressed_size(2)  # 2 headers, 2 of fp8, 4 extremes, 2 of intx
+    (100, 100)
     >>> v0.decompress(codes, config, blocks)
-    >>> blocks[:, :5].tolist()
-    [[0.0, 1.0, 2.0, 3.0, 0.0], [8.0, 9.0, 10.0, 11.0, 0.0]]
+    >>> blocks[:, :5].tolist()  # 10 lies between the first two of the four steps from 9 to 11
+    [[0.0, 1.0, 2.333984375, 3.0, 0.0], [8.0, 9.0, 10.3359375, 11.0, 0.0]]
     """
 
     mean: Any
@@ -110,7 +110,10 @@ def _padded(x: Any, width: int) -> Any:
 
 
 def workspace_size(features: int, components: int, batch: int) -> int:
-    """Bytes of float32 rows of F features and C coefficients, each a multiple of eight wide.
+    """Bytes of float32 rows, each a multiple of eight wide.
+
+    Args:
+        features, components, batch: F, C and N.
 
     >>> from pykv.kvtc import v0
     >>> v0.workspace_size(256, 100, 8)  # 8 * (256 + 104) * 4
@@ -246,7 +249,8 @@ def _workspace(
     sizes = 4 * N * wide, 4 * N * narrow
     if given is None:
         given = like(config.mean, (sum(sizes),), np.uint8)
-    checker(op, ("workspace",), mean=("F", FLOAT32), workspace=("W", UINT8, 16))(config.mean, given)
+    rules = dict(mean=("F", FLOAT32), workspace=("W", UINT8, 16))
+    checker(op, ("workspace",), **rules)(config.mean, given)
     if given.size < sum(sizes):
         needed = config.workspace_size(N)
         raise CapacityError(f"{op}: workspace has {given.size} bytes, expected {needed}")

@@ -206,6 +206,8 @@ def _located(
         num_blocks = check_whole(op, "num_blocks", num_blocks, 0, _LIMIT - 1)
     if dtype is not None:
         dtype = check_float_dtype(op, "dtype", dtype, DTYPES)
+        if isinstance(blocks, list | tuple) or getattr(blocks, "dtype", None) in DTYPES:
+            raise ParameterError(f"{op}: dtype is {dtype}, expected None with blocks as arrays")
         return _by_address(op, blocks, mean, dtype, block_stride, num_blocks, device)
     for name, value in dict(block_stride=block_stride, num_blocks=num_blocks).items():
         if value is not None:

@@ -30,7 +30,7 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, UINT8, Dims, check_writeable, checker, like, on_gpu
 from pykv.errors import DeviceError, ParameterError, ShapeError, UnsupportedError
 from pykv.foreign import from_pointer
-from pykv.kvtc.stream_v0 import BITS, row_bytes
+from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
 from pykv.ranges import address_of, is_pageable
 
@@ -98,14 +98,14 @@ def dequantize_fp8(codes: Any, out: Any, start_feature: int = 0, *, stream: Any 
     Raises: as `quantize_fp8`. Runs where `out` is; on a GPU it only enqueues.
 
     >>> codes = np.array([[42, 254, 127]], np.uint8)
-    >>> pykv.ops.kvtc_quantize.dequantize_fp8(codes, np.zeros((1, 4), np.float32), 1)
-    array([[   0.    ,    0.3125, -448.    ,       nan]], dtype=float32)
+    >>> pykv.ops.kvtc_quantize.dequantize_fp8(codes, np.zeros((1, 4), np.float32), 1).tolist()
+    [[0.0, 0.3125, -448.0, nan]]
     """
     op = "kvtc_quantize.dequantize_fp8"
-    C, n = check_rows(op, out, "out")["C"], _check_codes(op, "codes", codes, out)
-    start = check_whole(op, "start_feature", start_feature, 0, C)
-    if start + n > C:
-        raise ShapeError(f"{op}: codes has {n} columns, expected {C - start} or fewer for out")
+    start, most = _columns(op, out, start_feature, None, "out")
+    n = _check_codes(op, "codes", codes, out)
+    if n > most:
+        raise ShapeError(f"{op}: codes has {n} columns, expected {most} or fewer for out")
     _dequantize(op, out, codes, None, None, start, n, 0, stream)
     return out
 
@@ -292,6 +292,8 @@ def check_rows(op: str, x: Any, name: str = "x") -> Dims:
 def _columns(op: str, x: Any, start: int, n: int | None, name: str = "x") -> tuple[int, int]:
     """The first of n columns of a matrix, and n."""
     C = check_rows(op, x, name)["C"]
+    if C > MOST:
+        raise UnsupportedError(f"{op}: {name} has C={C}, expected at most {MOST}")
     start = check_whole(op, "start_feature", start, 0, C)
     return start, C - start if n is None else check_whole(op, "range_features", n, 0, C - start)
 

@@ -10,7 +10,6 @@ from pykv.ops import (
     bandwidth,
     contiguous_append,
     dequant,
-    kvtc_blocks,
     kvtc_quantize,
     kvtc_ranges,
     linear,
@@ -61,14 +60,6 @@ OPS = [
         | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     ),
     (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
-    (
-        kvtc_blocks.gather_mean_subtract,
-        dict(blocks=zeros("f2", 2, 8), mean=zeros("f4", 8)),
-    ),
-    (
-        kvtc_blocks.mean_add_scatter,
-        dict(x=zeros("f4", 2, 8), mean=zeros("f4", 8), blocks=zeros("f2", 2, 8)),
-    ),
     (kvtc_quantize.quantize_fp8, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
     (kvtc_quantize.dequantize_fp8, dict(codes=zeros("u1", 2, 4), out=zeros("f4", 2, 8))),
     (kvtc_quantize.minmax_reduce, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),

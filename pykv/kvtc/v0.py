@@ -73,7 +73,7 @@ class KvtcConfig:
 
     def __post_init__(self) -> None:
         op = "v0.KvtcConfig"
-        rules = dict(mean=("F", FLOAT32), projection=("F C", FLOATS, 1))
+        rules = dict(mean=("F", FLOAT32), projection=("F C", FLOATS))
         dims = checker(op, **rules)(self.mean, self.projection)
         F, C = dims["F"], dims["C"]
         set_ = object.__setattr__

@@ -31,9 +31,10 @@ struct Blocks {
     const u64* addresses;
     i64 stride;
     int run;
-    __device__ T* at(i64 n) const {
-        const u64 base = addresses ? addresses[n / run] : (u64)first;
-        return (T*)(base + (u64)(n % run * stride));
+    __device__ T* at(u32 n) const {
+        const u32 nth = n / (u32)run;
+        const u64 base = addresses ? addresses[nth] : (u64)first;
+        return (T*)(base + (u64)((n - nth * (u32)run) * stride));
     }
 };
 
@@ -68,12 +69,12 @@ template <int V> __device__ __forceinline__ void store(float* to, const float (&
 // Some features of some blocks, V to a thread.
 template <int V, bool GATHER>
 __device__ __forceinline__ void move(float* x, i64 x_stride, const Blocks& blocks, const float* mean,
-                                     i64 begin, i64 end, int first, int last) {
+                                     u32 begin, u32 end, int first, int last) {
     for (int f = first + threadIdx.x * V; f < last; f += BLOCK * V) {
         float center[V];
         load(center, mean + f);
 #pragma unroll 2
-        for (i64 n = begin; n < end; n++) {
+        for (u32 n = begin; n < end; n++) {
             Elements<V>* block = (Elements<V>*)(blocks.at(n) + f);
             float* row = x + n * x_stride + f;
             float y[V];
@@ -96,10 +97,10 @@ __device__ __forceinline__ void move(float* x, i64 x_stride, const Blocks& block
 template <bool GATHER>
 __device__ __forceinline__ void move_piece(float* x, i64 x_stride, const Blocks& blocks,
                                            const float* mean, int N, int F, int pieces) {
-    const i64 begin = (i64)(blockIdx.x / pieces) * ROWS, end = min(begin + ROWS, (i64)N);
+    const u32 begin = blockIdx.x / pieces * ROWS, end = min(begin + ROWS, (u32)N);
     const int first = (int)(blockIdx.x % pieces) * PER_BLOCK, last = min(first + PER_BLOCK, F);
     u64 bits = (u64)x | (u64)mean | (u64)(x_stride * sizeof(float)) | (u64)F * sizeof(T);
-    for (i64 n = begin; n < end; n++) bits |= (u64)blocks.at(n);
+    for (u32 n = begin; n < end; n++) bits |= (u64)blocks.at(n);
     if (bits % 16 == 0) move<WIDE, GATHER>(x, x_stride, blocks, mean, begin, end, first, last);
     else move<1, GATHER>(x, x_stride, blocks, mean, begin, end, first, last);
 }

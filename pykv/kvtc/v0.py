@@ -76,6 +76,8 @@ class KvtcConfig:
         rules = dict(mean=("F", FLOAT32), projection=("F C", FLOATS))
         dims = checker(op, **rules)(self.mean, self.projection)
         F, C = dims["F"], dims["C"]
+        if F == 0 or C == 0:
+            raise ShapeError(f"{op}: projection has shape {(F, C)}, expected no zeros ([F C])")
         set_ = object.__setattr__
         set_(self, "ranges", check_ranges(op, self.ranges, C))
         # linear multiplies by rows of a multiple of eight: those of either side, with zeros behind.
@@ -172,15 +174,15 @@ def compress(
         rules = dict(mean=("F", FLOAT32), nonfinite=("N", INT32))
         if checker(op, ("nonfinite",), **rules)(mean, nonfinite)["N"] != N:
             raise ShapeError(f"{op}: nonfinite has N={len(nonfinite)}, expected N={N} blocks")
-    rows, coefficients = _workspace(op, config, N, workspace, _wide(F), C)
     if out.size == 0:
         return out
-    if F % 8:
-        _clear(rows, stream)
-    gather(blocks, mean, out=rows[:, :F], **where, stream=stream)
-    linear(rows, config._there, out=coefficients, gemm=gemm, stream=stream)
-    options = dict(out=out, nonfinite=nonfinite, stream=stream)
-    return kvtc_ranges.quantize_ranges(coefficients, ranges, **options)
+    with cuda.on_stream(stream, mean):
+        rows, coefficients = _workspace(op, config, N, workspace, _wide(F), C)
+        if F % 8:
+            _clear(rows)
+        gather(blocks, mean, out=rows[:, :F], **where)
+        linear(rows, config._there, out=coefficients, gemm=gemm)
+        return kvtc_ranges.quantize_ranges(coefficients, ranges, out=out, nonfinite=nonfinite)
 
 
 def decompress(
@@ -222,17 +224,17 @@ def decompress(
     check = check_flag(op, "check", check)
     where = dict(dtype=dtype, block_stride=block_stride, num_blocks=num_blocks, device=device)
     N = kvtc_blocks.locate(op, blocks, mean, **where, writes=True).N
-    coefficients, rows = _workspace(op, config, N, workspace, _wide(C), F)
-    out = coefficients[:, :C]
-    check_stream(op, codes, ranges, N, out, check, stream)
-    if rows.size == 0:
+    check_stream(op, codes, ranges, N, mean, check, stream)
+    if codes.size == 0:
         return
-    if C % 8:
-        _clear(coefficients, stream)
-    options = dict(out=out, check=False, stream=stream)
-    kvtc_ranges.dequantize_ranges(codes, ranges, N, **options)
-    linear(coefficients, config._back, out=rows, gemm=gemm, stream=stream)
-    mean_add_scatter(rows, mean, blocks, **where, stream=stream)
+    with cuda.on_stream(stream, mean):
+        coefficients, rows = _workspace(op, config, N, workspace, _wide(C), F)
+        if C % 8:
+            _clear(coefficients)
+        out = coefficients[:, :C]
+        kvtc_ranges.dequantize_ranges(codes, ranges, N, out=out, check=False)
+        linear(coefficients, config._back, out=rows, gemm=gemm)
+        mean_add_scatter(rows, mean, blocks, **where)
 
 
 def _check_config(op: str, config: KvtcConfig, gemm: str) -> None:
@@ -259,8 +261,8 @@ def _workspace(
     return first.reshape(N, wide), second.reshape(N, narrow)
 
 
-def _clear(x: Any, stream: Any) -> None:
+def _clear(x: Any) -> None:
     if on_gpu(x):
-        cuda.enqueue(lambda: x.data.memset_async(0, x.nbytes), stream)
+        cuda.enqueue(lambda: x.data.memset_async(0, x.nbytes))
     else:
-        cuda.run_on_host(lambda: x.fill(0), stream=stream)
+        cuda.run_on_host(lambda: x.fill(0))

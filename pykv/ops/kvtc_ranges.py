@@ -167,7 +167,7 @@ def check_stream(
     if codes.size != size:
         raise FormatError(f"{op}: codes has {codes.size} bytes, expected {size}")
     if check and size:
-        with cuda.on_stream(stream if on_gpu(codes) else None):
+        with cuda.on_stream(stream, codes):
             cuda.look(lambda: _check_headers(op, codes, ranges, batch))
 
 

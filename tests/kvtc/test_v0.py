@@ -1,6 +1,7 @@
 """kvtc.v0: what kvbm-kernels' own tests ask, then what they leave out."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,7 @@ from pykv.kvtc.v0 import KvtcConfig, Range, compress, compressed_size, decompres
 from pykv.ops import kvtc_quantize as quantize
 from pykv.ops import kvtc_ranges as ranged
 from pykv.ops.kvtc_blocks import gather_mean_subtract, mean_add_scatter
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy, without_simt
 
 F32 = np.float32
 DTYPES = [np.dtype(x) for x in ("float16", ml_dtypes.bfloat16, "float32", "float64")]
@@ -263,6 +264,37 @@ def test_prepared_and_captured(xp, rng, name):
         assert_same_bits(out, want)
 
 
+@without_simt
+def test_streams_of_several_threads(xp, rng):
+    """Each with its own stream, without a wait between its calls, with one config."""
+    F, C = 512, 96
+    config = config_of(xp, np.zeros(F), orthonormal(rng, F, C), [Range(0, C, "intx", 8)])
+    inputs = [xp.asarray(low_rank(rng, 200, F)) for _ in range(4)]
+
+    def work(x, stream):
+        codes = xp.zeros(config.compressed_size(200), np.uint8)
+        out = xp.zeros((200, F), F32)
+        if stream is not None:
+            xp.cuda.get_current_stream().synchronize()
+        compress(x, config, out=codes, gemm="own", stream=stream)
+        decompress(codes, config, out, gemm="own", check=False, stream=stream)
+        if stream is not None:
+            stream.synchronize()
+        return to_numpy(codes), to_numpy(out)
+
+    def rounds(x):
+        stream = None if xp is np else xp.cuda.Stream(non_blocking=True)
+        return [work(x, stream) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(rounds, inputs))
+    for x, pairs in zip(inputs, found, strict=True):
+        want = work(x, None)
+        for pair in pairs:
+            for got, right in zip(pair, want, strict=True):
+                assert_same_bits(got, right)
+
+
 def test_a_block_that_is_not_finite_tells(xp, rng):
     """Its coefficients are NaN; the others' codes are as without it."""
     F, C, ranges = CONFIGS["plain"]
@@ -345,6 +377,8 @@ def test_wrong_arguments(xp, rng):
         KvtcConfig(mean[:31], basis, ranges)
     with pytest.raises(ParameterError, match="ranges cover 4 coefficients, expected C=16"):
         KvtcConfig(mean, basis, ranges[:1])
+    with pytest.raises(ShapeError, match=r"projection has shape \(32, 0\)"):
+        KvtcConfig(mean, basis[:, :0], [])
     with pytest.raises(DtypeError, match="config is a tuple, expected a KvtcConfig"):
         compress(blocks, (mean, basis, ranges))
     with pytest.raises(ParameterError, match="gemm is 'magma'"):

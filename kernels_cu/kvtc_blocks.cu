@@ -10,9 +10,9 @@
 // Scalars:  run: blocks that lie block_stride bytes apart each; pieces: of PER_BLOCK features
 // Defines:  BLOCK_T = f16, bf16, float or double; BLOCK = threads; ROWS = blocks that share a mean
 // Launch:   grid (pieces * ceil(N / ROWS)), block (BLOCK), no shared memory
-// Traffic:  N * F * (sizeof(BLOCK_T) + 4) bytes, read and written once; 4 * F once from memory and
-//           once from L2 for each ROWS blocks. Threads move 16 bytes of a block where F, addresses and
-//           strides allow, else elements.
+// Traffic:  N * F * (sizeof(BLOCK_T) + 4) bytes, read or written once; 4 * F from L2 for each ROWS
+//           blocks. Threads move 16 bytes of a block where F, addresses and strides allow, else
+//           elements.
 // Order:    no sums; one rounding of a difference or a sum in float, and one to BLOCK_T
 #include "convert.cuh"
 
@@ -68,8 +68,8 @@ template <int V> __device__ __forceinline__ void store(float* to, const float (&
 
 // Some features of some blocks, V to a thread.
 template <int V, bool GATHER>
-__device__ __forceinline__ void move(float* x, i64 x_stride, const Blocks& blocks, const float* mean,
-                                     u32 begin, u32 end, int first, int last) {
+__device__ __forceinline__ void move(float* x, i64 x_stride, const Blocks& blocks,
+                                     const float* mean, u32 begin, u32 end, int first, int last) {
     for (int f = first + threadIdx.x * V; f < last; f += BLOCK * V) {
         float center[V];
         load(center, mean + f);
@@ -114,9 +114,9 @@ gather(float* __restrict__ x, const BLOCK_T* __restrict__ blocks, const u64* __r
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-scatter(BLOCK_T* __restrict__ blocks, const u64* __restrict__ addresses, const float* __restrict__ x,
-        const float* __restrict__ mean, int N, int F, i64 x_stride, i64 block_stride, int run,
-        int pieces) {
+scatter(BLOCK_T* __restrict__ blocks, const u64* __restrict__ addresses,
+        const float* __restrict__ x, const float* __restrict__ mean, int N, int F, i64 x_stride,
+        i64 block_stride, int run, int pieces) {
     const Blocks to{blocks, addresses, block_stride, run};
     move_piece<false>(const_cast<float*>(x), x_stride, to, mean, N, F, pieces);
 }

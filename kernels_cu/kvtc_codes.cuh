@@ -1,9 +1,10 @@
-// kvtc_codes.cuh: rows of ranges of coefficients to codes and back, bit for bit as the NumPy references
-// of pykv/ops/kvtc_quantize.py, which has the formulas.
+// kvtc_codes.cuh: rows of ranges of coefficients to codes and back, bit for bit as the NumPy
+// references of pykv/ops/kvtc_quantize.py, which has the formulas.
 //
-// A block holds a tile in shared memory: some rows of some ranges. Teams of lanes find the extremes of
-// a row of a range and make its codes: a lane of 16 columns, 8 or 32 lanes up to MEDIUM, beyond that
-// the block, in pieces that it reads twice, the second time from L2, if it needs extremes.
+// A block holds a tile in shared memory: some rows of some ranges. Teams of lanes find the extremes
+// of a row of a range and make its codes: a lane up to 16 columns, 8 lanes up to 128, a warp up to
+// MEDIUM. Beyond, the block is the team, and takes pieces, which it reads a second time, from L2,
+// where there are several and extremes are asked for.
 // Defines: BLOCK = threads; SMALL, MEDIUM = columns of tiles of single lanes and of larger teams.
 #include "convert.cuh"
 
@@ -11,9 +12,9 @@
 #error "kvtc_codes.cuh needs BLOCK, SMALL and MEDIUM"
 #endif
 constexpr int WARPS = BLOCK / WARP;
-constexpr int CTAS = 8;  // blocks that share an SM at least, so that 64 registers are enough
+constexpr int CTAS = 8;         // blocks that share an SM at least: 64 registers are enough
 constexpr int PIECE = 4096;     // columns of a wide range that a block holds at a time
-constexpr int TILE = 32 * 132;  // floats that it holds at most: 32 rows of 128 columns and their gaps
+constexpr int TILE = 32 * 132;  // floats that it holds: 32 rows of 128 columns and their gaps
 constexpr int SHARED = TILE + 4 * WARPS;  // floats, with Extremes of warps behind
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
 static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128, "small tiles fit");
@@ -30,11 +31,11 @@ struct Rows {
     i64 stride;
     int B, C;
     __device__ bool has_vectors() const { return stride % 4 == 0 && C % 4 == 0; }
-    // Of the first column in shared memory of those from `start` on: vectors begin at multiples of 4.
+    // Where column `start` lies in shared memory: vectors begin at multiples of 4.
     __device__ int offset(int start) const { return has_vectors() ? start % 4 : 0; }
 };
 
-// --- Bytes of any alignment -----------------------------------------------------------------------
+// --- Bytes of any alignment ----------------------------------------------------------------------
 
 __device__ __forceinline__ void store_float(u8* at, float x) {
     const u32 word = __float_as_uint(x);
@@ -57,7 +58,7 @@ __device__ __forceinline__ u32 load_bytes(const u8* at, int n) {
     return word;
 }
 
-// --- Extremes -------------------------------------------------------------------------------------
+// --- Extremes ------------------------------------------------------------------------------------
 
 // Of a row of a range: -minimum, maximum, a NaN where a value is not finite, and how many are not.
 struct Extremes {
@@ -105,7 +106,7 @@ __device__ __forceinline__ float interval(float low, float high) {
     return width < 1e-10f ? 1.0f : width;
 }
 
-// --- Codes ----------------------------------------------------------------------------------------
+// --- Codes ---------------------------------------------------------------------------------------
 
 struct Fp8 {
     __device__ u32 operator()(float x) const { return two_codes(x, 0.0f, e4m3{}) & 0xffu; }
@@ -119,9 +120,9 @@ struct Steps {
     }
 };
 
-// The codes, 2^log bits each, of n floats to the bytes from `to` on, by neighbouring lanes of a warp
-// or a block. A lane makes whole words of the destination; each lane begins with another code of its
-// word, so that lanes read from different banks of shared memory.
+// The codes, 2^log bits each, of n floats to the bytes from `to` on, by neighbouring lanes of a
+// warp or a block. A lane makes whole words of the destination; each lane begins with another code
+// of its word, so that lanes read from different banks of shared memory.
 template <typename Code>
 __device__ __forceinline__ void pack(u8* to, const float* x, int n, int log, int lane, int lanes,
                                      Code code) {
@@ -158,7 +159,7 @@ __device__ __forceinline__ void put_codes(u8* to, const float* x, int n, int bit
     }
 }
 
-// --- Quantize -------------------------------------------------------------------------------------
+// --- Quantize ------------------------------------------------------------------------------------
 
 // What becomes of extremes.
 enum Mode { GIVEN, ALL, FINITE };  // read; found, with infinities; found, of finite values
@@ -173,7 +174,9 @@ __device__ __forceinline__ void stage(float* tile, const Rows& from, int start, 
         const float* x = from.x + (row + i) * from.stride + (start - offset);
         float* to = tile + i * pitch;
         if (from.has_vectors()) {
-            for (int k = threadIdx.x % lanes * 4; k < width; k += lanes * 4) cp_async16(to + k, x + k);
+            for (int k = threadIdx.x % lanes * 4; k < width; k += lanes * 4) {
+                cp_async16(to + k, x + k);
+            }
         } else {
             for (int k = threadIdx.x % lanes; k < width; k += lanes) to[k] = x[k];
         }
@@ -205,7 +208,7 @@ __device__ __forceinline__ void quantize_wide(float* tile, Mode mode, const Rows
     float low = 0.0f, high = 0.0f;
     if (mode == GIVEN && r.bits) low = *(const float*)to.minima, high = *(const float*)to.maxima;
 
-    // Passes: extremes of all values, of the finite ones where some are not, then codes. The last one
+    // Passes: 0 extremes of all values, 1 of the finite ones where some are not, 2 codes. The last
     // goes backwards, as the latest pieces are in shared memory and in L2.
     int held = -1;
 #pragma unroll 1
@@ -234,7 +237,7 @@ __device__ __forceinline__ void quantize_wide(float* tile, Mode mode, const Rows
         for (int warp = 1; warp < WARPS; warp++) found.join(of_warps[warp]);
         if (pass == 0 && mode == FINITE && found.is_odd()) continue;
         put_extremes(to, found, mode, low, high, threadIdx.x == 0, nonfinite, row);
-        pass = 1;
+        pass = 1;  // 2 is next
     }
 }
 
@@ -274,12 +277,12 @@ __device__ __forceinline__ void quantize_tile(float* tile, Mode mode, const Rows
     }
 }
 
-// --- Dequantize -----------------------------------------------------------------------------------
+// --- Dequantize ----------------------------------------------------------------------------------
 
 // COUNT neighbouring columns of some rows, all of range r; `from` is where the first row lies.
 template <int COUNT>
-__device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place from, const Range& r,
-                                                   int column, int rows) {
+__device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place from,
+                                                   const Range& r, int column, int rows) {
     const int bits = r.bits ? r.bits : 8, bit = (column - r.start) * bits, shift = bit % 8;
     const int bytes = (shift + COUNT * bits + 7) / 8;
     const u32 last = (1u << bits) - 1;
@@ -305,7 +308,7 @@ __device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place
     }
 }
 
-// Columns `first` + 4 * thread .. + 3 of a block, as far as they are in start .. end - 1.
+// Four columns a thread, as far as they are in start .. end - 1, of some rows a block.
 template <typename RangeAt, typename PlaceAt>
 __device__ __forceinline__ void dequantize(float* out, i64 stride, int B, int C, int start, int end,
                                            int rows, int column_blocks, RangeAt range_at,

@@ -5,17 +5,18 @@
 //   x, out           [B, C] float, rows `x_stride` or `out_stride` elements apart
 //   stream           u8 of any alignment, in device or pinned host memory
 //   nonfinite        [B] int or null: the NaNs and infinities of intx ranges are added to it
-//   ranges    const  [R, 8] int, by rising start: start, end, bits (0: fp8), int_bits of the header,
-//                    which of the stream, bytes that a row takes in those before, row bytes, 0
-//   tiles     const  [tiles, 4] int: first range, ranges, team, 0; wide tiles, then medium, then small
-// Scalars:  wide_tiles, medium_tiles, small_tiles; num_ranges; rows of a block and column_blocks to a
-//           row when dequantising
+//   ranges    const  [R, 8] int, by rising start: start, end, bits (0: fp8), int_bits of the
+//                    header, which of the stream, bytes that a row takes in those before, row
+//                    bytes, 0
+//   tiles     const  [tiles, 4] int: first range, ranges, team, 0; wide ones, medium, then small
+// Scalars:  wide_tiles, medium_tiles, small_tiles; num_ranges; rows of a block and column_blocks to
+//           a row when dequantising
 // Defines:  BLOCK = threads; SMALL, MEDIUM as in kvtc_codes.cuh
 // Launch:   block (BLOCK). quantize_ranges: a block for each wide tile and row, medium tile and
 //           BLOCK / 32 rows, small tile and 32 rows. dequantize_ranges: column_blocks blocks, of
 //           4 * BLOCK columns, for each `rows` rows
-// Traffic:  4 * B * C + 40 * R + B * sum over ranges of ceil(n * bits / 8) + 8 for intx, bytes read and
-//           written once; tables and headers aside from L2
+// Traffic:  4 * B * C + 40 * R + B * (sum over ranges of ceil(n * bits / 8), and 8 for intx) bytes,
+//           read or written once; the tables come from L2
 // Order:    no sums of floats; counts of nonfinite in any order; bit for bit as NumPy
 #include "kvtc_codes.cuh"
 

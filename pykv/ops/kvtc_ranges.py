@@ -119,8 +119,8 @@ def dequantize_ranges(
             else. Nothing is written then.
         ShapeError, DtypeError, ParameterError, DeviceError, UnsupportedError: as `quantize_ranges`.
 
-    Runs where `out` is. With `check` waits for the headers of a stream on a GPU, other than while a
-    CUDA graph is being captured; else only enqueues, as `quantize_ranges` does.
+    Runs where `out` is. On a GPU, with `check`, waits for the headers, but not while a CUDA graph
+    is being captured; else only enqueues, as `quantize_ranges` does.
 
     >>> from pykv.kvtc.stream_v0 import Range
     >>> x, ranges = np.array([[0.3, 7, 8, 9]], np.float32), [Range(0, 1), Range(1, 4, "intx", 2)]
@@ -132,12 +132,13 @@ def dequantize_ranges(
     ranges, B = check_ranges(op, ranges), check_whole(op, "batch", batch, 0, 2**31 - 1)
     shape = B, sum(one.width for one in ranges)
     check = check_flag(op, "check", check)
-    checker(op, codes=("N", UINT8))(codes)
+    if out is not None:
+        check_rows(op, out, "out")
+        if out.shape != shape:
+            raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape} ([batch, C])")
+    check_stream(op, codes, ranges, B, codes if out is None else out, check, stream)
     out = like(codes, shape, np.float32) if out is None else out
     dims = check_rows(op, out, "out")
-    if out.shape != shape:
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape} ([batch, C])")
-    check_stream(op, codes, ranges, B, out, check, stream)
     if out.size == 0:
         return out
     if on_gpu(out):
@@ -160,15 +161,16 @@ def check_stream(
     stream: Any = None,
 ) -> None:
     """Check that `codes` is within reach of where `beside` is, has the size of a stream of ranges
-    that are checked, and with `check`, which waits for a GPU, their headers."""
+    that are checked, and with `check`, for which it waits until a GPU has made it, their headers.
+    """
     checker(op, codes=("N", UINT8))(codes)
     reach(op, "codes", codes, beside)
     size = stream_v0.stream_bytes(ranges, batch)
     if codes.size != size:
         raise FormatError(f"{op}: codes has {codes.size} bytes, expected {size}")
     if check and size:
-        with cuda.on_stream(stream, codes):
-            cuda.look(lambda: _check_headers(op, codes, ranges, batch))
+        with cuda.on_stream(stream, beside):
+            cuda.look(lambda: _check_headers(op, codes, ranges, batch, on_gpu(beside)))
 
 
 def stream_for(op: str, ranges: tuple[Range, ...], batch: int, beside: Any, out: Any) -> Any:
@@ -184,7 +186,9 @@ def stream_for(op: str, ranges: tuple[Range, ...], batch: int, beside: Any, out:
     return out[:size]
 
 
-def _check_headers(op: str, codes: Any, ranges: tuple[Range, ...], B: int) -> None:
+def _check_headers(op: str, codes: Any, ranges: tuple[Range, ...], B: int, by_gpu: bool) -> None:
+    if by_gpu and not on_gpu(codes):
+        cuda.synchronize()  # what is in pinned memory may still be on its way
     starts = np.array(stream_v0.offsets(ranges, B)[:-1])
     at = module_of(codes).asarray(np.add.outer(starts, np.arange(HEADER.size)))
     found = codes[at]

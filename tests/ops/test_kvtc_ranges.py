@@ -141,7 +141,16 @@ def test_pinned_memory(device, rng):
     got = op.quantize_ranges(device.asarray(x), ranges, out=out)
     device.cuda.get_current_stream().synchronize()
     assert isinstance(got, np.ndarray) and got.tobytes() == want
-    back = op.dequantize_ranges(out, ranges, 5, out=device.zeros(x.shape, F32))
+    own = device.cuda.Stream(non_blocking=True) if device.__name__ == "cupy" else None
+    out[...] = 0
+    given = device.asarray(x)
+    device.cuda.get_current_stream().synchronize()
+    op.quantize_ranges(given, ranges, out=out, stream=own)  # and no wait before it is read
+    back = device.zeros(x.shape, F32)
+    device.cuda.get_current_stream().synchronize()
+    op.dequantize_ranges(out, ranges, 5, out=back, stream=own)
+    if own is not None:
+        own.synchronize()
     assert_same_bits(back, rows_of(want, 3, 5, 65))
     with pytest.raises(DeviceError, match="out is in pageable host memory"):
         op.quantize_ranges(device.asarray(x), ranges, out=np.zeros(len(want), np.uint8))
@@ -192,6 +201,8 @@ def test_foreign_headers_are_refused_before_anything_is_written(xp, rng):
     for size in (0, 39, len(right) - 1, len(right) + 1):
         with pytest.raises(FormatError, match=f"codes has {size} bytes, expected {len(right)}"):
             op.dequantize_ranges(xp.asarray(np.resize(right, size)), ranges, 4)
+    with pytest.raises(FormatError, match="codes has 304 bytes, expected"):  # nothing is allocated
+        op.dequantize_ranges(xp.asarray(right), ranges, 2**31 - 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ Addresses: a table [K] of uint64 or int64 and the `dtype` of what they name; ele
 aligned, and moves of 16 bytes want more. Each is that of a block, or with `block_stride` of the
 first of N / K blocks that lie so many elements apart. They lie in device or pinned host memory, or
 with `device="cpu"` in any of the host. NumPy tables are uploaded, CuPy tables used as they are.
+
+Prepared (`pykv.prepare`), a call takes the NumPy tables of then: they go to the GPU once, and the
+memory that they name must outlive the calls.
 """
 
 from __future__ import annotations

@@ -167,9 +167,10 @@ def test_prepared_and_captured(xp, rng):
         op.quantize_ranges(given, ranges, out=out)
         return op.dequantize_ranges(out, ranges, 4, out=back)
 
-    calls = [pykv.prepare(op.quantize_ranges, given, ranges, out=out)]
+    call = pykv.prepare(op.quantize_ranges, given, ranges, out=out)
+    assert repr(call).startswith("Prepared(1 steps")  # one launch for all ranges
     given[...] = xp.asarray(x)
-    calls[0]()
+    call()
     assert to_numpy(out).tobytes() == stream(x, ranges)
     graph = pykv.graph(step)
     for factor in (1, 2, 3):

@@ -111,6 +111,7 @@ def check_memory(op: str, src: Ranges, dst: Ranges, reached: Any, stream: Any = 
 
 
 def is_pageable(address: int) -> bool:
+    """Whether an address is in host memory that no GPU reaches."""
     runtime = cuda.array_module("cuda").cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 

@@ -12,7 +12,7 @@
 #error "kvtc_codes.cuh needs BLOCK, SMALL and MEDIUM"
 #endif
 constexpr int WARPS = BLOCK / WARP;
-constexpr int CTAS = 8;         // blocks that share an SM at least: 64 registers are enough
+constexpr int CTAS = __CUDA_ARCH__ >= 800 ? 8 : 5;  // blocks of an SM: old ones hold no more
 constexpr int PIECE = 4096;     // columns of a wide range that a block holds at a time
 constexpr int TILE = 32 * 132;  // floats that it holds: 32 rows of 128 columns and their gaps
 constexpr int SHARED = TILE + 4 * WARPS;  // floats, with Extremes of warps behind

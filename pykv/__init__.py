@@ -44,6 +44,7 @@ __all__ = [
     "from_pointer",
     "graph",
     "kinds",
+    "kvtc",
     "layout",
     "ops",
     "page_files",

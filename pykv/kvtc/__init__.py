@@ -3,6 +3,9 @@
     artefact = pykv.kvtc.calibrate("smollm2-135m", texts, out="smollm2.kvtc")   once, minutes
     artefact = pykv.kvtc.Artefact.load("smollm2.kvtc")
 
+    v0         the operations and the stream of NVIDIA Dynamo's kvbm-kernels: rows of blocks
+    stream_v0  that stream: ranges of coefficients, sizes, headers
+
 Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2511.01815).
 """
 

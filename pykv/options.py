@@ -5,6 +5,7 @@ Each takes the op's and the argument's name, for errors, and returns the value a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection
 from numbers import Real
@@ -40,14 +41,19 @@ def check_whole(op: str, name: str, value: Any, least: int, most: int | None = N
     return whole
 
 
-def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
+def check_number(
+    op: str, name: str, value: Any, *, positive: bool = False, infinite: bool = False
+) -> float:
     """Check a number that kernels have in float32, and return it as a float.
 
     Raises:
         DtypeError: it is no number; a bool is none.
-        ParameterError: it is not finite in float32, or, if `positive`, not above 0 there.
+        ParameterError: it is NaN, or, unless `infinite`, not finite in float32, or, if `positive`,
+            not above 0 there.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if infinite and is_number and abs(value) == math.inf:
+        return float(value)
     if is_number and (_SMALLEST if positive else -_LARGEST) <= value <= _LARGEST:
         return float(value)
     expected = f"expected a {'positive ' * positive}finite number"

@@ -103,6 +103,12 @@ FUNCTIONS = {
     "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
     "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
+    "ops.compaction.compress": dict(x=zeros("f4", 8), threshold=0.5, out=zeros("f4", 8))
+    | dict(indices=zeros("i4", 8), count=zeros("i8", 1)),
+    "ops.compaction.count": dict(x=zeros("f4", 8), threshold=0.5),
+    "ops.compaction.expand": dict(values=zeros("f4", 2), indices=ints(1, 5), n=8)
+    | dict(count=np.array([2]), out=zeros("f4", 8)),
+    "ops.compaction.workspace_size": dict(n=8, itemsize=4),
     "ops.contiguous_append.read_token": dict(slot=0, token=1)
     | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     "ops.paged_check.check_pages": dict(pages=ints(1, -1), num_pages=2),
@@ -194,6 +200,10 @@ def _sequence(xp):
     cache.assign([2, 0])
     cache.advance(2)
     return (cache,)
+
+
+def _compressed(xp):
+    return (pykv.ops.compaction.compress(xp.ones(4, np.float32), 0.5),)
 
 
 def _spec(xp):
@@ -338,6 +348,8 @@ METHODS = {
     "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
+    "ops.compaction.Compressed.kept": _of(_compressed, "kept"),
+    "ops.compaction.Compressed.trimmed": _of(_compressed, "trimmed"),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
     "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),

@@ -135,6 +135,8 @@ FUNCTIONS = {
     "ops.permute.block_from_operational": dict(blocks=_NHD, operational=_OPERATIONAL),
     "ops.permute.nhd_to_hnd": dict(hnd=_HND, nhd=_NHD),
     "ops.permute.hnd_to_nhd": dict(nhd=_NHD, hnd=_HND),
+    "ops.throughput.fma": dict(x=zeros("f4", 8), steps=2),
+    "ops.throughput.exp2": dict(x=zeros("f4", 8), steps=2),
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "foreign.asarray": dict(x=zeros("f4", 2)),

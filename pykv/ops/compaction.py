@@ -22,7 +22,7 @@ INDICES = (np.dtype(np.int32), *INT64)
 MODES = ("gt", "ge")
 MOST = 2**42  # elements, whose tiles 32 bits count
 
-_LOOK_BACK_SM = 70  # the first whose order of memory the one-pass kernel is written for
+LOOK_BACK_SM = 70  # the first whose order of memory the one-pass kernel is written for
 _THREAD_BYTES = 64  # of x, that a thread takes of a tile
 _LINE_BYTES = 128  # of a stage in shared memory, beside the tile
 _INDEX_TYPES = dict(zip(INDICES, ("int", "i64"), strict=True))
@@ -394,7 +394,7 @@ def _launches(
         given = {name: scalars[name] for name in kernel.scalars}
         return cuda.Launch(kernel, grid, block, given, shared_bytes=shared_bytes)
 
-    if room is not None and sm >= _LOOK_BACK_SM:
+    if room is not None and sm >= LOOK_BACK_SM:
         resident = cuda.num_sms(x.data.device_id) * shape["BLOCKS_PER_SM"]
         return 1 + tiles, [launch("compaction", min(tiles, resident), shape["STAGES"] * stage)]
     launches = [launch("compaction_count", tiles, stage), launch("compaction_scan", 1, 0)]

@@ -136,7 +136,7 @@ def test_nothing_expands_to_fill(xp):
 
 
 def needs_look_back():
-    if cuda.current_sm() < compaction._LOOK_BACK_SM:
+    if cuda.current_sm() < compaction.LOOK_BACK_SM:
         pytest.skip("the kernel of one pass is not for this SM")
 
 

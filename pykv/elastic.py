@@ -32,7 +32,6 @@ from pykv.arrays import (
     FLOAT32,
     FLOATS,
     VECTOR_BYTES,
-    check_module,
     checker,
     is_array,
     like,
@@ -47,6 +46,7 @@ from pykv.ops import bandwidth, compaction, paged_decode, throughput
 from pykv.options import check_choice, check_number, check_whole
 
 FLOAT16 = (FLOATS[1],)
+MOST_CALLS = 10**6  # that may be timed, or go before: hours, not years
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,13 @@ class Timed:
 
 @dataclass(frozen=True)
 class CompressResult(Timed):
-    """`compaction.Compressed`, and how long it took; `gbps` is of the least traffic: all read once,
-    what is kept written once."""
+    """`ops.compaction.Compressed`, and how long it took.
+
+    Attributes:
+        values, indices, count: as of `Compressed`.
+        samples_ms, bytes: as of `Timed`; of the least traffic: all read once, what is kept written
+            once.
+    """
 
     values: Any
     indices: Any
@@ -140,7 +145,8 @@ def compress(
     samples: tuple[float, ...] = ()
     moved = 0
     if repetitions:
-        _wait(x, stream)
+        with cuda.on_stream(stream, x):
+            kept = got.kept()
         arrays: dict[str, Any] = dict(out=got.values, count=got.count)
         arrays["indices"] = False if got.indices is None else got.indices
         if on_gpu(x):
@@ -148,7 +154,7 @@ def compress(
             arrays["workspace"] = like(x, (size,), np.uint64)
         samples = _time(x, partial(compaction.compress, x, threshold, mode=mode, **arrays), *counts)
         index = 0 if got.indices is None else got.indices.itemsize
-        moved = x.nbytes + got.kept() * (x.itemsize + index)
+        moved = x.nbytes + kept * (x.itemsize + index)
     return CompressResult(samples, moved, *got)
 
 
@@ -179,7 +185,7 @@ def mem_bandwidth(
     """
     op = "elastic.mem_bandwidth"
     check_choice(op, "what", what, ("copy", "read", "write"))
-    iterations = check_whole(op, "iterations", iterations, 1)
+    iterations = check_whole(op, "iterations", iterations, 1, MOST_CALLS)
     (warmup,) = _counts(op, warmup=warmup)
     run, x, moved = _passes(op, input, output, size, what, vectors)
     return Timed(_time(x, run, iterations, warmup), moved)
@@ -207,8 +213,8 @@ def mem_bandwidth_batched(
     """
     op = "elastic.mem_bandwidth_batched"
     check_choice(op, "what", what, ("copy", "read", "write"))
-    passes = check_whole(op, "iters_per_launch", iters_per_launch, 1)
-    launches = check_whole(op, "num_launches", num_launches, 1)
+    passes = check_whole(op, "iters_per_launch", iters_per_launch, 1, MOST_CALLS)
+    launches = check_whole(op, "num_launches", num_launches, 1, MOST_CALLS)
     run, x, moved = _passes(op, input, output, size, what, vectors)
     least = timing.flush_bytes(module_of(x)) if on_gpu(x) and passes > 1 else 0
     if moved < least:
@@ -264,7 +270,7 @@ def compute_throughput(
     """
     op = "elastic.compute_throughput"
     steps = check_whole(op, "ops_per_element", ops_per_element, 1, 2**31 - 1)
-    repetitions = check_whole(op, "repetitions", repetitions, 1)
+    repetitions = check_whole(op, "repetitions", repetitions, 1, MOST_CALLS)
     (warmup,) = _counts(op, warmup=warmup)
     x = _first(op, "data", data, size)
     how = repetitions, warmup
@@ -338,6 +344,7 @@ def inference_cycle(
         ShapeError: dimensions disagree.
         DtypeError: an array has another dtype, or an option another type.
         ParameterError: an option is out of its range.
+        DeviceError: host and device arrays are mixed.
 
     The Elastic KV core's output arrays have no twin: what is kept lies in a cache of its own.
     """
@@ -346,7 +353,7 @@ def inference_cycle(
     keep = check_number(op, "keep", keep, positive=True)
     if keep >= 1:
         raise ParameterError(f"{op}: keep is {keep}, expected a number below 1")
-    how = check_whole(op, "repetitions", repetitions, 1), *_counts(op, warmup=warmup)
+    how = check_whole(op, "repetitions", repetitions, 1, MOST_CALLS), *_counts(op, warmup=warmup)
     _check_cycle(op, kv, q, steps)
     spec = KVSpec.parse("fp16")
     whole, some = (elastic.Layer(kv[0], kv[1], q, part, spec, steps) for part in (1, keep))
@@ -368,38 +375,42 @@ def inference_cycle(
     )
 
 
-def gpu_info(xp: Any = None) -> dict[str, Any]:
-    """What there is to know of the current GPU, or of the host.
+def gpu_info(device: str = "auto") -> dict[str, Any]:
+    """What there is to know of a GPU, or of the host.
 
     Args:
-        xp: `numpy` or `cupy`; None for what pykv would use.
+        device: "auto", "cpu", "cuda" for the current GPU, or "cuda:N".
 
     Returns:
         name, major, minor, total_memory (bytes), num_sms, l2_bytes, peak_gbps (by memory clock and
         bus width, None where the driver does not say) and `kernels`: by job, which kernel this GPU
         gets. Of the host everything but the name and the kernels is None.
+
+    Raises:
+        ParameterError: `device` is no name of a device.
+        DeviceError: there is no such GPU.
     """
-    xp = cuda.array_module("auto") if xp is None else check_module("elastic.gpu_info", xp)
-    facts: dict[str, Any] = {"name": cuda.device_name(xp)}
+    xp = cuda.array_module(device)
     unknown = ("major", "minor", "total_memory", "num_sms", "l2_bytes", "peak_gbps")
     if xp is np:
         reference = dict.fromkeys(("compaction", "decode"), "NumPy")
-        return facts | dict.fromkeys(unknown) | {"kernels": reference}
-    device, sm = xp.cuda.Device(), cuda.current_sm()
-    clock, width = (device.attributes.get(n) for n in ("MemoryClockRate", "GlobalMemoryBusWidth"))
-    peak = 2 * clock * 1e3 * width / 8 / 1e9 if clock and width else None  # kHz, bits, two edges
-    sizes = (device.mem_info[1], cuda.num_sms(device.id), device.attributes["L2CacheSize"])
-    found = (sm // 10, sm % 10, *sizes, peak)
-    kernels = dict(compaction="one pass" if sm >= compaction.LOOK_BACK_SM else "three passes")
-    kernels["decode"] = paged_decode.kernel_for("fp16", 128, sm=sm)
-    return facts | dict(zip(unknown, found, strict=True)) | {"kernels": kernels}
+        return {"name": cuda.device_name(xp), **dict.fromkeys(unknown), "kernels": reference}
+    with cuda.use_device(device):
+        gpu, sm = xp.cuda.Device(), cuda.current_sm()
+        clock, width = (gpu.attributes.get(n) for n in ("MemoryClockRate", "GlobalMemoryBusWidth"))
+        peak = 2 * clock * 1e3 * width / 8 / 1e9 if clock and width else None  # kHz, bits, 2 edges
+        sizes = (gpu.mem_info[1], cuda.num_sms(gpu.id), gpu.attributes["L2CacheSize"])
+        facts = dict(zip(unknown, (sm // 10, sm % 10, *sizes, peak), strict=True))
+        kernels = dict(compaction="one pass" if sm >= compaction.LOOK_BACK_SM else "three passes")
+        kernels["decode"] = paged_decode.kernel_for("fp16", 128, sm=sm)
+        return {"name": cuda.device_name(xp), **facts, "kernels": kernels}
 
 
 # --- Checks and clocks ----------------------------------------------------------------------------
 
 
 def _counts(op: str, **counts: Any) -> tuple[int, ...]:
-    return tuple(check_whole(op, name, count, 0) for name, count in counts.items())
+    return tuple(check_whole(op, name, count, 0, MOST_CALLS) for name, count in counts.items())
 
 
 def _flat(op: str, name: str, x: Any) -> Any:
@@ -408,7 +419,9 @@ def _flat(op: str, name: str, x: Any) -> Any:
         raise not_an_array(op, name, x)
     if not x.flags.c_contiguous:
         raise ShapeError(f"{op}: {name} has strides {x.strides}, expected a contiguous array")
-    return x.reshape(-1)
+    flat = x.reshape(-1)
+    checker(op, **{name: ("n", FLOATS)})(flat)
+    return flat
 
 
 def _first(op: str, name: str, x: Any, size: int | None) -> Any:
@@ -443,20 +456,15 @@ def _check_cycle(op: str, kv: Any, q: Any, steps: int) -> None:
     if dims["n"] != elastic.WINDOW + steps + 1:
         expected = f"n={elastic.WINDOW + steps + 1} for decode_steps={steps}"
         raise ShapeError(f"{op}: q has n={dims['n']}, expected {expected}")
-    if dims["H"] == 0 or dims["HQ"] % dims["H"]:
-        raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={dims['H']}")
-
-
-def _wait(x: Any, stream: Any = None) -> None:
-    """Until the work on an array that was enqueued so far is done."""
-    if on_gpu(x):
-        with cuda.on_stream(stream):
-            cuda.synchronize()
+    if 0 in dims.values() or dims["HQ"] % dims["H"]:
+        expected = f"a positive multiple of H={dims['H']}, and no empty dimension"
+        raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected {expected}")
 
 
 def _time(x: Any, run: Callable[[], object], samples: int, warmup: int) -> tuple[float, ...]:
     """Milliseconds of timed calls on arrays that lie where `x` does."""
-    _wait(x)
+    if on_gpu(x):
+        cuda.synchronize()  # the timer has a stream of its own
     timer = timing.Timer(module_of(x), samples=samples, warmup=warmup)
     work = Work(run, check=lambda: True, bytes=0)
     return tuple(us / 1e3 for us in timer.time(work).device_us)

@@ -2,7 +2,7 @@
 //
 // Arrays, contiguous (letters as in pykv/ops/compaction.py):
 //   x        const [n] X_T         at any address that is a multiple of the element
-//   values         [C] X_T         kept elements in the order of x; null: not wanted
+//   values         [C] X_T         kept elements in the order of x
 //   indices        [C] I_T         where each stands in x; null: not wanted
 //   count          [1] i64         how many are kept, those that find no place in C included
 //   words          [1 + tiles] u64 scratch: a ticket, then a word for each tile
@@ -27,8 +27,8 @@
 // One pass with decoupled look-back (Merrill and Garland, 2016). Blocks take tiles by ticket, so
 // that a tile waits only for tiles that running blocks hold: a block finishes its tiles in the
 // order of their tickets, so the first unfinished tile of all never waits. The next tile is on its
-// way to shared memory while this one is counted, waits for its place and is stored: two to six
-// blocks of an SM keep 64 to 96 KiB in flight, where bandwidth times latency asks for 36 (H200:
+// way to shared memory while this one is counted, waits for its place and is stored: three
+// blocks of an SM keep 96 KiB in flight or more, where bandwidth times latency asks for 36 (H200:
 // 4.8 TB/s at 1 us over 132 SMs). Kept elements are gathered in shared memory, so that each warp
 // stores whole lines.
 #include "batch.cuh"
@@ -78,19 +78,20 @@ __device__ __forceinline__ void fetch(u8* stage, const X_T* x, i64 first, i64 n)
     cp_async_commit();
 }
 
-// What a thread has of a tile: vectors that are a warp apart, the warp's own being consecutive.
+// What a thread knows of its vectors of a tile.
 struct Share {
     u32 kept;                 // bit j * E + e: element e of vector j is
     u32 before[VECTORS / 2];  // of two vectors each, in halves: kept elements of the warp before it
 };
 
-// Vector j of this thread, of a tile that has arrived.
+// Vector j of this thread, of a tile that has arrived. A warp's vectors are consecutive, and those of
+// its lanes in turn.
 __device__ __forceinline__ Elements vector_of(const u8* stage, int j) {
     return reinterpret_cast<const Elements*>(
         stage)[(threadIdx.x / WARP * VECTORS + j) * WARP + threadIdx.x % WARP];
 }
 
-// Take the share of a tile that has arrived; returns how many elements of the warp are kept.
+// Find what is kept of a tile that has arrived; returns how many elements of the warp are.
 __device__ __forceinline__ int take(Share& share, const u8* stage, float threshold) {
     share.kept = 0;
 #pragma unroll
@@ -135,10 +136,11 @@ __device__ __forceinline__ void gather(Staged* staged, int start, const Share& s
                                        Element element) {
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
+        const int kept = opaque((int)(share.kept >> j * E));  // or each bit would take a register
         int at = start + (int)(share.before[j / 2] >> j % 2 * 16 & 0xffffu);
 #pragma unroll
         for (int e = 0; e < E; e++) {
-            if (share.kept >> (j * E + e) & 1) staged[at++] = element(j, e);
+            if (kept >> e & 1) staged[at++] = element(j, e);
         }
     }
     __syncthreads();
@@ -172,27 +174,26 @@ __device__ __forceinline__ void store(X_T* values, I_T* indices, u8* stage, cons
     const i64 prefix = (i64)place.prefix, left = capacity - prefix;
     const int stored = (int)max(min((i64)place.total, left), 0ll);
     const int start = place.warps_before[threadIdx.x / WARP];
-    if (values != nullptr) {
-        Elements vectors[VECTORS];
+
+    Elements vectors[VECTORS];
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) vectors[j] = vector_of(stage, j);
-        __syncthreads();
-        X_T* staged = reinterpret_cast<X_T*>(stage);
-        const int shift = (int)((u64)(values + prefix) % LINE / sizeof(X_T));
-        gather(staged, shift + start, share, [&](int j, int e) { return vectors[j].elements[e]; });
-        store_staged(values + (prefix - shift), staged, shift, shift + stored,
-                     [](X_T x) { return x; });
-        __syncthreads();
-    }
-    if (indices != nullptr) {
-        u16* staged = reinterpret_cast<u16*>(stage);
-        const int shift = (int)((u64)(indices + prefix) % LINE / sizeof(I_T));
-        const int base = (threadIdx.x / WARP * VECTORS * WARP + threadIdx.x % WARP) * E;
-        gather(staged, shift + start, share,
-               [&](int j, int e) { return (u16)(base + j * WARP * E + e); });
-        store_staged(indices + (prefix - shift), staged, shift, shift + stored,
-                     [&](u16 position) { return (I_T)(first + position); });
-    }
+    for (int j = 0; j < VECTORS; j++) vectors[j] = vector_of(stage, j);
+    __syncthreads();
+    X_T* elements = reinterpret_cast<X_T*>(stage);
+    const int shift = (int)((u64)(values + prefix) % LINE / sizeof(X_T));
+    gather(elements, shift + start, share, [&](int j, int e) { return vectors[j].elements[e]; });
+    store_staged(values + (prefix - shift), elements, shift, shift + stored,
+                 [](X_T x) { return x; });
+    if (indices == nullptr) return;
+
+    __syncthreads();
+    u16* positions = reinterpret_cast<u16*>(stage);
+    const int index_shift = (int)((u64)(indices + prefix) % LINE / sizeof(I_T));
+    const int base = (threadIdx.x / WARP * VECTORS * WARP + threadIdx.x % WARP) * E;
+    gather(positions, index_shift + start, share,
+           [&](int j, int e) { return (u16)(base + j * WARP * E + e); });
+    store_staged(indices + (prefix - index_shift), positions, index_shift, index_shift + stored,
+                 [&](u16 position) { return (I_T)(first + position); });
 }
 
 #if __CUDA_ARCH__ >= 700

@@ -28,23 +28,22 @@ _LINE_BYTES = 128  # of a stage in shared memory, beside the tile
 _INDEX_TYPES = dict(zip(INDICES, ("int", "i64"), strict=True))
 
 
-def _shape(sm: int, itemsize: int) -> dict[str, int]:
+def _shape(sm: int) -> dict[str, int]:
     """Threads of a block, tiles that it has in shared memory, and blocks of an SM.
 
     The larger a tile, the fewer steps of the look-back; the SMs of data centres have the shared
-    memory for three blocks of two tiles of 24 KiB, but not the registers for twice the elements.
-    Below sm_80 copies to shared memory are not asynchronous, and more blocks serve better than a
-    second tile.
+    memory for two or three blocks of two tiles of 32 KiB. Below sm_80 copies to shared memory are
+    not asynchronous, and more blocks serve better than a second tile.
     """
     if sm < 80:
         return dict(BLOCK=256, STAGES=1, BLOCKS_PER_SM=3)
     if sm in (80, 90, 100, 103):
-        return dict(BLOCK=384, STAGES=2, BLOCKS_PER_SM=3 if itemsize == 4 else 2)
+        return dict(BLOCK=512, STAGES=2, BLOCKS_PER_SM=2 if sm == 80 else 3)
     return dict(BLOCK=256, STAGES=2, BLOCKS_PER_SM=2)
 
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(X_T=dtype, I_T="int", **cuda.by_sm(_shape, dtype.itemsize)) for dtype in FLOATS
+    dict(X_T=dtype, I_T="int", **cuda.by_sm(_shape)) for dtype in FLOATS
 ]
 
 
@@ -265,7 +264,7 @@ def workspace_size(n: int, itemsize: int) -> int:
     op = "compaction.workspace_size"
     n = check_whole(op, "n", n, 0, MOST)
     itemsize = check_whole(op, "itemsize", itemsize, 2, 4)
-    return 1 + _num_tiles(n, itemsize, _shape(cuda.current_sm(), itemsize)["BLOCK"])
+    return 1 + _num_tiles(n, itemsize, _shape(cuda.current_sm())["BLOCK"])
 
 
 _check_compress = checker(
@@ -383,7 +382,7 @@ def _launches(
     """Elements of workspace, and the launches for arrays that are checked: one pass over `x` where
     the SM has what that needs, else a count, a scan and a scatter; a count and a scan where nothing
     but the number is wanted."""
-    shape = _shape(sm, x.itemsize)
+    shape = _shape(sm)
     block, tiles = shape["BLOCK"], _num_tiles(x.size, x.itemsize, shape["BLOCK"])
     stage = block * _THREAD_BYTES + _LINE_BYTES
     defines = dict(shape, X_T=x.dtype, I_T=_INDEX_TYPES[index or INDICES[0]])
@@ -404,7 +403,7 @@ def _launches(
 
 
 def _launch_expand(values: Any, indices: Any, n: int, fill: float) -> cuda.Launch:
-    shape = _shape(cuda.current_sm(), values.itemsize)
+    shape = _shape(cuda.current_sm())
     defines = dict(shape, X_T=values.dtype, I_T=_INDEX_TYPES[indices.dtype])
     kernel = cuda.kernel("compaction", "compaction_expand", **defines)
     grid = _num_tiles(n, values.itemsize, shape["BLOCK"])

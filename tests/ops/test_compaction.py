@@ -15,7 +15,7 @@ from tests.helpers import assert_same_bits, product, to_numpy, without_simt
 
 DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
 UNUSUAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.1, -0.1, 1e-40, -1e-40, 1e-45, 3e38]
-TILE = 384 * 16  # elements of float32 that a block takes at a time on the SIMT machine's GPU
+TILE = 512 * 16  # elements of float32 that a block takes at a time on the SIMT machine's GPU
 SIZES = [0, 1, 31, 32, 33, 255, 256, 257, TILE - 1, TILE, TILE + 1, 2 * TILE + 5]
 THRESHOLDS = [0.1, -1.0, 0.0, -0.0, 1e-45, 65504.0, math.inf, -math.inf]
 

@@ -56,7 +56,7 @@ def check_number(
         return float(value)
     if is_number and (_SMALLEST if positive else -_LARGEST) <= value <= _LARGEST:
         return float(value)
-    expected = f"expected a {'positive ' * positive}finite number"
+    expected = f"expected a {'positive ' * positive}{'finite ' * (not infinite)}number"
     if is_number:
         raise ParameterError(f"{op}: {name} is {value}, {expected} of float32")
     raise DtypeError(f"{op}: {name} is a {type(value).__name__}, {expected}")

@@ -62,7 +62,8 @@ class Compressed(NamedTuple):
     count: Any
 
     def kept(self) -> int:
-        """How many elements are kept; waits for a GPU.
+        """How many elements are kept. Waits for CuPy's current stream, which must be that of the
+        call, or come after it.
 
         Raises:
             CapacityError: there are more than the arrays have room for.

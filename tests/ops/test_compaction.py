@@ -294,7 +294,7 @@ def test_errors_name_the_argument(xp):
     for threshold, given in ((math.nan, "nan"), (1e39, r"1e\+39")):
         with pytest.raises(ParameterError, match=f"compress: threshold is {given}, expected a"):
             compaction.compress(x, threshold)
-    with pytest.raises(DtypeError, match="threshold is a str, expected a finite number"):
+    with pytest.raises(DtypeError, match="threshold is a str, expected a number"):
         compaction.count(x, "1")
     with pytest.raises(ParameterError, match="mode is 'lt', expected one of"):
         compaction.compress(x, 1, mode="lt")

@@ -41,9 +41,9 @@ from pykv.arrays import (
 )
 from pykv.bench import Work, elastic, timing
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import bandwidth, compaction, paged_decode, throughput
 from pykv.options import check_choice, check_number, check_whole
+from pykv.specs import KVSpec
 
 FLOAT16 = (FLOATS[1],)
 MOST_CALLS = 10**6  # that may be timed, or go before: hours, not years

@@ -35,9 +35,9 @@ from pykv.bench import Work, memory
 from pykv.bench.options import Case
 from pykv.bench.report import Record, label
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
 from pykv.ops import attention_scores, compaction, paged_convert, paged_decode
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
 
 KEEPS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)

@@ -8,9 +8,9 @@ import pytest
 
 from pykv import bench, cli
 from pykv.bench import compaction, elastic, report
-from pykv.kinds import KVSpec
 from pykv.ops import compaction as op
 from pykv.ops import paged_decode
+from pykv.specs import KVSpec
 from tests.helpers import without_simt
 
 EVICTED = [{**case, "kv": kv} for case in elastic.QUICK for kv in ("fp16", "int8", "int4")]

@@ -11,7 +11,7 @@ from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import compaction
 from tests.faults import with_argument, with_changed_option, with_option
-from tests.helpers import assert_same_bits, product, to_numpy, without_simt
+from tests.helpers import assert_same_bits, launch, product, to_numpy, without_simt
 
 DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
 UNUSUAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.1, -0.1, 1e-40, -1e-40, 1e-45, 3e38]
@@ -148,9 +148,9 @@ def run_kernels(xp, x, threshold, sm, words=None):
     arrays |= dict(count=xp.zeros(1, np.int64), words=xp.zeros(size, np.uint64))
     if words is not None:
         arrays["words"] = words
-    for launch in launches:
-        launch({name: arrays[name] for name in launch.kernel.arrays})
-    return [launch.kernel.label for launch in launches], arrays
+    for call in launches:
+        call({name: arrays[name] for name in call.kernel.arrays})
+    return [call.kernel.label for call in launches], arrays
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,8 +158,8 @@ def test_one_pass_and_three_leave_the_same_bits(device, rng, dtype):
     needs_look_back()
     x = numbers(rng, 2 * TILE + 777, dtype)
     kept = kept_by_loop(x, 0.2)
-    ways = [run_kernels(device, device.asarray(x), 0.2, sm) for sm in (52, 90)]
-    for (labels, arrays), number in zip(ways, (3, 1), strict=True):
+    for sm, number in ((52, 3), (75, 1), (90, 1)):  # without and with a tile that is fetched ahead
+        labels, arrays = run_kernels(device, device.asarray(x), 0.2, sm)
         assert len(labels) == number
         assert_same_bits(arrays["count"], np.array([len(kept)]))
         assert_same_bits(arrays["values"][: len(kept)], x[kept])
@@ -183,6 +183,20 @@ def test_the_look_back_sums_what_other_blocks_left(device, rng, nearest):
     _, arrays = run_kernels(device, x, 0.5, 90, device.asarray(words))
     assert to_numpy(arrays["count"])[0] == prefix + 9
     assert not to_numpy(arrays["values"]).any()  # the place lies past the output
+
+
+@pytest.mark.parametrize("tiles", [1, 256, 257, 700])
+def test_counts_of_tiles_become_sums(device, rng, tiles):
+    """Of more tiles than the scan has threads, and more elements than 32 bits count."""
+    counts = rng.integers(0, 2**33, tiles)
+    words = device.asarray(np.array([5, *counts], np.uint64))
+    count = device.zeros(1, np.int64)
+    kernel = cuda.kernel(
+        "compaction", "compaction_scan", **compaction._shape(52), X_T="float", I_T="int"
+    )
+    launch(kernel, 1, 256, words, count, tiles)
+    sums = np.cumsum([0, *counts])
+    assert to_numpy(words).tolist() == [5, *sums[:-1]] and to_numpy(count)[0] == sums[-1]
 
 
 # --- Calls ----------------------------------------------------------------------------------------

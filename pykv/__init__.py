@@ -45,6 +45,7 @@ __all__ = [
     "from_pointer",
     "graph",
     "kinds",
+    "kvtc",
     "layout",
     "ops",
     "page_files",

@@ -13,7 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install
-from pykv.errors import DeviceError, ParameterError, PykvError
+from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
+from pykv.eval import command as eval_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except InstallError as error:
+        _complain(error)
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
         advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
@@ -130,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", nargs="?", help="bandwidth or another; without one all are listed")
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
+
+    judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
+    eval_command.add_jobs(judge)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -292,7 +298,7 @@ def _bench(args: argparse.Namespace) -> int:
     module = bench.load(args.name)
     given = _bench_parser(args.name, module).parse_args(args.options)
     cases = options.select(args.name, module, given)
-    _check_outputs(given.json, given.csv)
+    report.check_outputs("bench", {"--json": given.json, "--csv": given.csv})
     try:
         xp = cuda.array_module(given.device)
     except DeviceError as error:
@@ -354,20 +360,6 @@ def _bench_parser(name: str, module: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
     options.add_arguments(parser, module)
     return parser
-
-
-def _check_outputs(json_path: str | None, csv_path: str | None) -> None:
-    """Check that results can be written, and leave no trace of it; minutes later is too late."""
-    paths = [path for path in (json_path, csv_path) if path is not None]
-    if len(paths) == 2 and len(set(map(os.path.realpath, paths))) == 1:
-        raise ParameterError(f"bench: --json and --csv are both {json_path}, expected two files")
-    for path in paths:
-        if path != "-":
-            is_new = not os.path.lexists(path)
-            with open(path, "a"):
-                pass
-            if is_new:
-                os.remove(path)
 
 
 def _cache_info(args: argparse.Namespace) -> None:

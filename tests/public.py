@@ -13,12 +13,14 @@ import numpy as np
 
 import pykv
 from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
+from pykv.eval import changes, continuation, needles
 from pykv.ops import permute
 from tests.llm import tiny
 from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
+PUBLIC = """blocks eval.changes eval.continuation eval.needles eval.replay kinds layout page_files
+pages plan.append plan.base plan.decode transfer""".split()
 
 
 def functions(module):
@@ -82,6 +84,12 @@ UNCHECKED = """
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
+    eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm
+    eval.changes.identity eval.changes.mixed eval.changes.static_scale eval.changes.stored
+    eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
+    eval.continuation.join eval.continuation.losses eval.needles.Haystack eval.needles.Recall
+    eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
+    eval.replay.last_logits eval.replay.steps
     blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
 """.split()
 
@@ -134,6 +142,7 @@ FUNCTIONS = {
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),
+    "eval.changes.requantise": dict(spec="int8"),
     "blocks.BlockManager": dict(num_pages=8, page_size=2),
     "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),
     "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
@@ -301,6 +310,11 @@ def _llm(xp):
     return (_loaded(),)
 
 
+def _with_llm(function, **arguments):
+    return lambda xp: (function, dict(llm=_loaded()) | _given(xp, arguments))
+
+
+_CHANGES = {"int8": changes.requantise("int8")}
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -324,6 +338,17 @@ METHODS = {
     "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
+    "llm.generate.LLM.turn": _of(_llm, "turn"),
+    "eval.continuation.measure": _with_llm(
+        continuation.measure, windows=[[5, 6, 7, 8]], changes=_CHANGES, prefill=2
+    ),
+    "eval.continuation.windows": _with_llm(
+        continuation.windows, text="a text", count=1, prefill=2, score=1
+    ),
+    "eval.needles.haystack": _with_llm(needles.haystack, keys=1, tokens=100, seed=0),
+    "eval.needles.measure": _with_llm(
+        needles.measure, haystacks=[needles.Haystack("ab", ("c",), ("d",))], changes=_CHANGES
+    ),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),

@@ -1,0 +1,263 @@
+"""`pykv eval`: options, and results as text, JSON and figures."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pykv import install
+from pykv.errors import FormatError, ParameterError
+
+if TYPE_CHECKING:
+    from pykv.eval.changes import Change
+    from pykv.llm import LLM
+
+Record = dict[str, Any]
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """The options of `pykv eval`; imports nothing that takes time."""
+    jobs = parser.add_subparsers(required=True, metavar="JOB")
+    text = "hide facts in filler, change the cache, and ask for them"
+    needles = jobs.add_parser("needles", help=text, description=text)
+    needles.add_argument("--keys", default="1,4", help="facts in a text, 1 to 16 (%(default)s)")
+    needles.add_argument("--tokens", type=int, default=440, help="of a text (%(default)s)")
+    needles.add_argument("--seeds", type=int, default=24, help="texts of each sort (%(default)s)")
+    needles.set_defaults(run=_needles, kv_dtype=None)
+    text = "change the cache, and compare how texts go on: KL, top-1, perplexity"
+    goes_on = jobs.add_parser("continuation", help=text, description=text)
+    goes_on.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8")
+    goes_on.add_argument("--windows", type=int, default=2, help="of each text (%(default)s)")
+    goes_on.add_argument("--prefill", type=int, default=1536, help="tokens before (%(default)s)")
+    goes_on.add_argument("--score", type=int, default=256, help="tokens scored (%(default)s)")
+    goes_on.set_defaults(run=_continuation)
+    for job in (needles, goes_on):
+        add_model(job)
+        job.add_argument(
+            "--kv-dtype",
+            default="" if job is needles else "int8,int4",
+            metavar="KINDS",
+            help="kinds of cache, with commas between: int8,k8v4,fp8:head (%(default)s)",
+        )
+        add_outputs(job)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where."""
+    parser.add_argument("--model", default="smollm2-135m", help="as for `pykv run` (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Where results go."""
+    text = "write what was measured; - prints it, and no table"
+    parser.add_argument("--json", metavar="FILE", help=text)
+    parser.add_argument("--plot", metavar="FILE", help="draw it, as .svg or .png")
+
+
+# --- Jobs -----------------------------------------------------------------------------------------
+
+
+def _needles(args: argparse.Namespace) -> None:
+    from pykv.eval import changes, needles
+    from pykv.options import check_whole
+
+    keys = [_whole("--keys", word) for word in _listed("--keys", args.keys)]
+    if not keys:
+        raise ParameterError("eval needles: --keys is empty, expected 1,4 or the like")
+    for option in ("tokens", "seeds"):
+        check_whole("eval needles", f"--{option}", getattr(args, option), 1)
+    made: dict[str, Change] = {"dense": changes.identity} | _kinds(args.kv_dtype)
+    _check_outputs("eval needles", args)
+    llm = open_model(args)
+    stacks = {
+        n: [needles.haystack(llm, keys=n, tokens=args.tokens, seed=i) for i in range(args.seeds)]
+        for n in keys
+    }
+    rows = []
+    answers = sum(n * args.seeds * (2 * len(made) - 1) for n in keys)
+    with bar(answers, "answer") as progress:
+        for n, some in stacks.items():
+            found = needles.measure(llm, some, made, progress=progress)
+            for (name, aware), recall in found.items():
+                row = {"change": name, "keys": n, "query_aware": aware}
+                row |= _share(llm, recall.nbytes / recall.tokens)
+                rows.append(row | {"asked": len(recall.found), "recall": recall.share})
+    record = facts(llm, args, "needles") | {"tokens": args.tokens, "seeds": args.seeds}
+    head = {"change": "", "keys": "", "query": "", "asked": "", "of fp16": ".3f", "recall": ".3f"}
+    table = [
+        [row["change"], row["keys"], _query(row), row["asked"], row["share"], row["recall"]]
+        for row in rows
+    ]
+    finish(args, record | {"rows": rows}, head, table)
+
+
+def _query(row: Record) -> str:
+    return "" if row["change"] == "dense" else "aware" if row["query_aware"] else "agnostic"
+
+
+def _continuation(args: argparse.Namespace) -> None:
+    from pykv.eval import continuation
+
+    made = _kinds(args.kv_dtype)
+    if not made:
+        raise ParameterError("eval continuation: --kv-dtype is empty, expected int8 or the like")
+    texts = read_texts(args.text)
+    _check_outputs("eval continuation", args)
+    llm = open_model(args)
+    sizes = dict(count=args.windows, prefill=args.prefill, score=args.score)
+    windows = {name: continuation.windows(llm, text, **sizes) for name, text in texts.items()}
+    found: dict[str | None, dict[str, continuation.Cost]] = {}
+    each = args.prefill + args.score * (1 + len(made))
+    with bar(each * args.windows * len(texts), "token") as progress:
+        for text, ids in windows.items():
+            options = dict(prefill=args.prefill, progress=progress)
+            found[text] = continuation.measure(llm, ids, made, **options)
+    if len(found) > 1:  # all texts together
+        joined = [(name, [costs[name] for costs in found.values()]) for name in made]
+        found[None] = {name: continuation.join(costs) for name, costs in joined}
+    rows = []
+    for name in made:
+        for of, costs in found.items():
+            means = costs[name].as_dict()
+            row = {"change": name, "text": of} | _share(llm, means.pop("bytes_per_token"))
+            rows.append(row | means)
+    record = facts(llm, args, "continuation")
+    record |= {name: getattr(args, name) for name in ("windows", "prefill", "score")}
+    record["texts"] = {
+        name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
+    }
+    head = {"change": "", "text": "", "of fp16": ".3f", "KL": ".5f", "p99": ".4f", "top-1": ".3f"}
+    head |= {"perplexity": ".3f", "exact": ".3f"}
+    keys = ("change", "text", "share", "kl", "kl_p99", "top1", "perplexity", "exact_perplexity")
+    table = [[row[key] for key in keys] for row in rows]
+    finish(args, record | {"rows": rows}, head, table)
+
+
+# --- What jobs share ------------------------------------------------------------------------------
+
+
+def _listed(option: str, text: str) -> list[str]:
+    """Words between commas, none of them twice."""
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    for word in words:
+        if not word or words.count(word) > 1:
+            raise ParameterError(f"eval: {option} has {word!r} in {text!r}, expected each once")
+    return words
+
+
+def _whole(option: str, word: str) -> int:
+    if not word.isdecimal():
+        raise ParameterError(f"eval: {option} has {word!r}, expected whole numbers")
+    return int(word)
+
+
+def _kinds(text: str) -> dict[str, Change]:
+    """A change for each kind of cache."""
+    from pykv.eval import changes
+    from pykv.specs import as_spec
+
+    return {
+        word: changes.requantise(as_spec("eval", word, "--kv-dtype"))
+        for word in _listed("--kv-dtype", text)
+    }
+
+
+def read_texts(paths: list[str]) -> dict[str, str]:
+    """The texts of files, by their names.
+
+    Raises:
+        ParameterError: two files have the same name.
+        FormatError: a file is not UTF-8.
+    """
+    texts: dict[str, str] = {}
+    for path in map(Path, paths):
+        if path.name in texts:
+            raise ParameterError(f"eval: --text has two files called {path.name}, expected one")
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{path} is not UTF-8: {error.reason}") from error
+    return texts
+
+
+def open_model(args: argparse.Namespace) -> LLM:
+    """The model, with a cache of floats."""
+    from pykv.llm import LLM
+
+    options = dict(device=args.device, weights=args.weights, progress=sys.stderr.isatty())
+    return LLM(args.model, **options)
+
+
+@contextmanager
+def bar(total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A function that moves a bar on, which is on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, unit_scale=total > 10_000, disable=None) as shown:
+        yield shown.update
+
+
+def facts(llm: LLM, args: argparse.Namespace, job: str) -> Record:
+    """What a record says of machine, software and model."""
+    from pykv.bench import report
+
+    with llm.turn():
+        found = report.environment(llm.xp)
+    return {"eval": job, "model": Path(args.model).stem, "weights": args.weights} | found
+
+
+def _share(llm: LLM, bytes_per_token: float) -> Record:
+    """Bytes a token, and what part that is of an fp16 cache's."""
+    config = llm.model.config
+    of_fp16 = 4 * config.num_layers * config.kv_heads * config.head_dim
+    return {"bytes_per_token": bytes_per_token, "share": bytes_per_token / of_fp16}
+
+
+def _check_outputs(command: str, args: argparse.Namespace) -> None:
+    """Check before minutes are spent that results can be written."""
+    from pykv.bench import report
+    from pykv.figures import SUFFIXES
+
+    if args.plot is not None:
+        if not args.plot.endswith(SUFFIXES):
+            raise ParameterError(f"{command}: --plot is {args.plot}, expected .svg or .png")
+        install.require("plot", "matplotlib")
+    report.check_outputs(command, {"--json": args.json, "--plot": args.plot})
+
+
+def finish(
+    args: argparse.Namespace, record: Record, head: dict[str, str], table: list[list[Any]]
+) -> None:
+    """Write and print a record.
+
+    Args:
+        head, table: columns with the formats of their cells, and the cells.
+    """
+    from pykv.bench import report
+
+    text = json.dumps(record, indent=1) + "\n"
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(text, encoding="utf-8")
+    if args.json != "-":
+        cells = [
+            [
+                "all" if x is None else format(x, how)
+                for x, how in zip(row, head.values(), strict=True)
+            ]
+            for row in table
+        ]
+        text = report.aligned([list(head), *cells], left=(0, 1)) + "\n"
+    print(text, end="", flush=True)
+    if args.plot is not None:
+        from pykv.eval import plots
+        from pykv.figures import save
+
+        save(plots.draw(record), args.plot)

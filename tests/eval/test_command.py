@@ -1,0 +1,152 @@
+"""`pykv eval`: tables, JSON, figures, and mistakes on one line."""
+
+import json
+
+import pytest
+
+import pykv
+from pykv import cli
+from pykv.eval import changes, continuation, needles, plots
+
+TEXT = "the rain in Spain stays mainly in the plain; 9 gulls argued about breakfast. " * 12
+SIZES = ("--windows", "2", "--prefill", "37", "--score", "21")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT[::-1])
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys, tiny_path):
+    def run(job, *argv):
+        code = cli.main(["eval", job, "--model", str(tiny_path), "--device", "cpu", *argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_continuation(run, llm, in_a_folder):
+    argv = ("--text", "a.txt", "b.txt", "--kv-dtype", "int8,k8v4", *SIZES)
+    code, out, err = run("continuation", *argv, "--json", "x.json")
+    assert code == 0 and err == ""
+    record = json.loads((in_a_folder / "x.json").read_text())
+    assert record["eval"] == "continuation" and record["model"] == "tiny"
+    assert (record["prefill"], record["score"], record["windows"]) == (37, 21, 2)
+    assert record["device"] == "CPU" and record["pykv"] == pykv.__version__
+    assert list(record["texts"]) == ["a.txt", "b.txt"]
+    ways = [(row["change"], row["text"]) for row in record["rows"]]
+    assert ways == [(kind, of) for kind in ("int8", "k8v4") for of in ("a.txt", "b.txt", None)]
+    of_text = continuation.windows(llm, TEXT, count=2, prefill=37, score=21)
+    made = {"int8": changes.requantise("int8")}
+    want = continuation.measure(llm, of_text, made, prefill=37)["int8"].as_dict()
+    first, second, both = record["rows"][:3]
+    assert {key: first[key] for key in want} == want
+    assert first["share"] == first["bytes_per_token"] / (2 * 2 * 2 * 16 * 2) == 0.5625
+    assert both["kl"] == pytest.approx((first["kl"] + second["kl"]) / 2)
+    head, *lines = out.splitlines()
+    assert head.split() == "change text of fp16 KL p99 top-1 perplexity exact".split()
+    assert len(lines) == 6 and lines[2].split()[:3] == ["int8", "all", "0.562"]
+
+
+def test_needles(run, llm, in_a_folder):
+    argv = ("--keys", "1,2", "--tokens", "200", "--seeds", "1", "--kv-dtype", "int8")
+    code, out, err = run("needles", *argv, "--json", "x.json")
+    assert code == 0 and err == ""
+    record = json.loads((in_a_folder / "x.json").read_text())
+    assert (record["eval"], record["tokens"], record["seeds"]) == ("needles", 200, 1)
+    ways = [(row["change"], row["keys"], row["query_aware"]) for row in record["rows"]]
+    sorts = [("dense", True), ("int8", True), ("int8", False)]
+    assert ways == [(name, keys, aware) for keys in (1, 2) for name, aware in sorts]
+    assert [row["asked"] for row in record["rows"]] == [1, 1, 1, 2, 2, 2]
+    stacks = [needles.haystack(llm, keys=2, tokens=200, seed=0)]
+    want = needles.measure(llm, stacks, {"dense": changes.identity})["dense", True]
+    assert record["rows"][3]["recall"] == want.share and record["rows"][3]["share"] == 2.0
+    head, *lines = out.splitlines()
+    assert head.split() == ["change", "keys", "query", "asked", "of", "fp16", "recall"]
+    assert [line.split()[0] for line in lines] == ["dense", "int8", "int8"] * 2
+
+
+def test_json_alone(run):
+    code, out, err = run("continuation", "--text", "a.txt", *SIZES, "--json", "-")
+    assert code == 0 and err == ""
+    rows = json.loads(out)["rows"]
+    assert [(row["change"], row["text"]) for row in rows] == [("int8", "a.txt"), ("int4", "a.txt")]
+
+
+def test_figures(run, in_a_folder):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    argv = ("--keys", "1", "--tokens", "60", "--seeds", "1", "--kv-dtype", "int8")
+    assert run("needles", *argv, "--plot", "n.png")[0] == 0
+    assert (in_a_folder / "n.png").read_bytes().startswith(b"\x89PNG")
+    # Of exact rows the KL is 0, which no logarithm has.
+    argv = (*TEXTS, "--kv-dtype", "fp32", "--windows", "1", "--prefill", "9", "--score", "2")
+    assert run("continuation", *argv, "--plot", "c.svg")[0] == 0
+    svg = (in_a_folder / "c.svg").read_text()
+    assert "a.txt" in svg and ">fp32<" in svg
+
+
+def test_lines_of_a_figure():
+    """A line for each way, by what it keeps; the question's place and keys have panels."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    rows = [dict(change="dense", keys=n, query_aware=True, share=2.0, recall=0.9) for n in (1, 4)]
+    for share in (0.75, 0.25):
+        for aware in (True, False):
+            row = dict(keys=4, query_aware=aware, share=share, recall=share / (2 - aware))
+            rows.append(row | dict(change=f"snapkv:{share}"))
+    record = dict(eval="needles", model="m", tokens=440, seeds=2, rows=rows)
+    axes = plots.draw(record).axes
+    assert [axis.get_title("left") for axis in axes] == [
+        f"{keys}, question {how}" for keys in ("1 key", "4 keys") for how in ("seen", "not seen")
+    ]
+    found = [{x.get_label(): x.get_xydata().tolist() for x in axis.get_lines()} for axis in axes]
+    assert found[2]["snapkv"] == [[0.25, 0.25], [0.75, 0.75]]
+    assert found[3]["snapkv"] == [[0.25, 0.125], [0.75, 0.375]]
+    assert [sorted(lines) for lines in found[:2]] == [["dense"], ["dense"]]
+
+
+TEXTS = ("--text", "a.txt")
+
+
+@pytest.mark.parametrize(
+    "job, argv, text",
+    [
+        ("needles", ["--keys", "1,x"], "--keys has 'x', expected whole numbers"),
+        ("needles", ["--keys", "1,1"], "--keys has '1' in '1,1', expected each once"),
+        ("needles", ["--keys", "17"], "keys is 17, expected 1 to 16"),
+        ("needles", ["--keys", ""], "--keys is empty, expected"),
+        ("needles", ["--tokens", "0"], "--tokens is 0, expected at least 1"),
+        ("needles", ["--seeds", "0"], "--seeds is 0, expected at least 1"),
+        ("needles", ["--tokens", "1020", "--seeds", "1"], "expected at most the context of 1024"),
+        ("needles", ["--kv-dtype", "int7"], "--kv-dtype: 'int7' is no kind"),
+        ("needles", ["--plot", "x.pdf"], "--plot is x.pdf, expected .svg or .png"),
+        ("needles", ["--plot", "no/x.svg"], "No such file or directory: 'no/x.svg'"),
+        ("needles", ["--json", "x.svg", "--plot", "./x.svg"], "--json and --plot are both x.svg"),
+        ("continuation", ["--text", "no.txt"], "No such file or directory: 'no.txt'"),
+        ("continuation", ["--text", "latin.txt"], "latin.txt is not UTF-8"),
+        ("continuation", ["--text", "a.txt", "./a.txt"], "two files called a.txt"),
+        ("continuation", [*TEXTS, "--windows", "0"], "count is 0, expected at least 1"),
+        ("continuation", [*TEXTS, "--score", "0"], "score is 0, expected at least 1"),
+        ("continuation", [*TEXTS, "--prefill", "900"], "a window has 1156 tokens"),
+        ("continuation", [*TEXTS, "--windows", "9", "--prefill", "99"], "text has 782 tokens"),
+        ("continuation", [*TEXTS, "--kv-dtype", ""], "--kv-dtype is empty, expected int8"),
+        ("continuation", [*TEXTS, "--kv-dtype", "int8,,int4"], "--kv-dtype has '' in"),
+    ],
+)
+def test_mistakes_are_one_line(run, in_a_folder, job, argv, text):
+    before = sorted(in_a_folder.iterdir())
+    code, out, err = run(job, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("pykv: ") and text in err and err.count("\n") == 1, err
+    assert sorted(in_a_folder.iterdir()) == before
+
+
+def test_without_matplotlib_one_line_says_so_at_once(run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    code, _, err = run("needles", "--plot", "x.svg")
+    assert code == 2 and "matplotlib is not installed: " in err and "[plot]" in err
+    assert err.count("\n") == 1

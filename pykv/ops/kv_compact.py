@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import INT32, Dims, check_head_dim, checker, on_gpu, optional
+from pykv.arrays import INT32, Dims, check_head_dim, checker, on_gpu, optional, to_host
 from pykv.errors import ParameterError, ShapeError
 from pykv.kinds import KVSpec
 from pykv.ops import paged_check
@@ -87,7 +87,7 @@ def compact(
     tables = dict(page_table=page_table, out_table=out_table, kept=kept, counts=counts)
     if paged_check.enabled(op, check) or not on_gpu(kept):
         with cuda.on_stream(stream, kept):
-            cuda.look(partial(_look, op, *tables.values(), dims["N"], dims["P"]))
+            cuda.look(lambda: _look(op, tables, dims["N"], dims["P"]))
     if 0 in (dims["B"], dims["H"], dims["C"]):
         return
     pools = dict(k_pool=k_pool, v_pool=v_pool)
@@ -113,10 +113,9 @@ def _checker(spec: KVSpec) -> Callable[..., Dims]:
     )
 
 
-def _look(op: str, page_table: Any, out_table: Any, kept: Any, counts: Any, N: int, P: int) -> None:
+def _look(op: str, tables: dict[str, Any], N: int, P: int) -> None:
     """Check contents."""
-    host = [x.get() if on_gpu(x) else x for x in (page_table, out_table, kept, counts)]
-    page_table, out_table, kept, counts = host
+    page_table, out_table, kept, counts = map(to_host, tables.values())
     C, capacity = kept.shape[2], page_table.shape[1] * P
     for b, a in np.ndindex(*counts.shape):
         count = counts[b, a]

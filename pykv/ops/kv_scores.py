@@ -24,7 +24,9 @@ from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import spec_of
 
 MEASURES = ("norm", "largest", "cosine", "product")  # as the kernel numbers them
-_SIZES = dict(BLOCK=128, KEYS=256, Q_T="float")  # threads, and the rows that they score
+_SIZES: dict[str, Any] = dict(
+    BLOCK=128, KEYS=256, Q_T="float"
+)  # threads, and the rows that they score
 
 VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16")]
 

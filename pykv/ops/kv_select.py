@@ -79,9 +79,8 @@ def select(
         return kept, counts
     arrays = dict(kept=kept, counts=counts, scores=scores, lengths=lengths, budgets=budgets)
     if on_gpu(scores):
-        options = dict(sinks=sinks, recent=recent, has_threshold=threshold is not None)
-        options["threshold"] = threshold or 0.0
-        launch = dims.keep(tuple(options.values()), lambda: _launch(*scores.shape, options))
+        chosen = sinks, recent, threshold
+        launch = dims.keep(chosen, lambda: _launch(scores.shape, *chosen))
         launch(arrays, stream)
     else:
         choose = partial(reference, **arrays, sinks=sinks, recent=recent, threshold=threshold)
@@ -148,6 +147,11 @@ def reference(
             kept[r, s, : counts[r, s]] = np.flatnonzero(chosen)
 
 
-def _launch(R: int, S: int, C: int, options: dict[str, Any]) -> cuda.Launch:
+def _launch(
+    shape: tuple[int, int, int], sinks: int, recent: int, threshold: float | None
+) -> cuda.Launch:
+    R, S, C = shape
     kernel = cuda.kernel("kv_select", "kv_select", BLOCK=_BLOCK)
-    return cuda.Launch(kernel, R, _BLOCK, dict(S=S, C=C, **options))
+    scalars: dict[str, Any] = dict(S=S, C=C, sinks=sinks, recent=recent)
+    scalars |= dict(has_threshold=threshold is not None, threshold=threshold or 0.0)
+    return cuda.Launch(kernel, R, _BLOCK, scalars)

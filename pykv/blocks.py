@@ -6,12 +6,14 @@ p % P. All else is known to the manager alone, which never touches the arrays:
     allocate, extend     pages to write to                    free      gives up a sequence
     fork                 a second sequence on the same pages
     publish              offers what a sequence holds         reuse     takes what was offered
+    evict                fewer pages, for rows that stay
 
 The manager knows a sequence by the list itself: `extend`, `publish` and `free` refuse a copy, which
 may name pages that have gone to others since.
 
 Pages count the sequences that hold them. A page is written only where one sequence holds it and it
-is not published: `extend` swaps others for new pages, and says when contents must be copied.
+is not published: `extend` and `evict` swap others for new pages, and say when contents must be
+copied.
 
 Published pages are known by a key: the 128-bit BLAKE2b hash of the key of the page before and the
 page's own tokens, hence of all tokens from the sequence's start. Tokens are not kept: to make two
@@ -72,6 +74,8 @@ class BlockManager:
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
+        # Of sequences that rows were evicted from, by identity: the pages before those.
+        self._whole: dict[int, int] = {}
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
@@ -146,7 +150,7 @@ class BlockManager:
             num_pages = len(pages)
             if 0 <= start <= stop <= num_pages * P and start // P == num_pages - 1:
                 page = pages[-1]  # the usual case: one more token in the last page
-                if counts[page] == 1 and keys[page] is None:
+                if counts[page] == 1 and keys[page] is None and id(pages) not in self._whole:
                     return None
         first = max(start, 0) // P
         self._check_sequence("extend", pages, first)
@@ -162,6 +166,8 @@ class BlockManager:
         for page in pages[first:]:
             if counts[page] == 1:
                 self._forget(page)
+        if self._whole.get(id(pages), -1) * P >= start:
+            del self._whole[id(pages)]  # what followed the evicted rows is given up
         copy = None
         for i in shared:
             old, pages[i] = pages[i], self._take()
@@ -186,7 +192,67 @@ class BlockManager:
             ParameterError: a page is held by no sequence, or named twice.
         """
         self._check_held("fork", pages)
-        return self._hold(list(pages))
+        forked = self._hold(list(pages))
+        if id(pages) in self._whole and pages:
+            self._whole[id(forked)] = self._whole[id(pages)]
+        return forked
+
+    def evict(
+        self, sequences: Sequence[list[int]], start: int, stops: Sequence[int]
+    ) -> list[list[int]]:
+        """Make slots start ... stop - 1 of sequences ready for the rows that stay of them, and give
+        up their pages behind.
+
+        The rows from `start` on may then be moved from the pages that are returned to those that
+        the sequences have now: the same where a sequence alone held them, else new ones, so that
+        who shares a page, or finds it by its tokens, sees what it saw. All must be moved before
+        another call hands pages out and these are written to.
+
+        Args:
+            sequences: in place; each shrinks to the pages of its `stop` slots.
+            start: slots before it stay as they are.
+            stops: of each sequence, at most what its pages hold.
+
+        Returns:
+            For each sequence its pages before the call.
+
+        Raises:
+            CapacityError: the pool has too few free pages for those that are shared or published.
+            ParameterError: a slot is out of its range; or an entry is no sequence of this manager,
+                or there twice.
+
+        From `start` on the pages hold rows of other positions than their slots: `publish` refuses
+        them from then on.
+        """
+        op, P, counts, keys = "BlockManager.evict", self.page_size, self._counts, self._keys
+        start = check_whole(op, "start", start, 0)
+        if len(stops) != len(sequences):
+            counted = f"{len(stops)} stops for {len(sequences)} sequences"
+            raise ParameterError(f"{op}: there are {counted}, expected one for each")
+        if len({id(pages) for pages in sequences}) != len(sequences):
+            raise ParameterError(f"{op}: a sequence is there twice, expected each once")
+        for pages, stop in zip(sequences, stops, strict=True):
+            self._check_sequence("evict", pages)
+            check_whole(op, "stop", stop, 0, len(pages) * P)
+        old = [list(pages) for pages in sequences]
+        ends = [-(-stop // P) for stop in stops]
+        shared = [
+            [i for i in range(start // P, n) if counts[pages[i]] > 1 or keys[pages[i]] is not None]
+            for pages, n in zip(sequences, ends, strict=True)
+        ]
+        self.require(sum(map(len, shared)))
+        for pages, those in zip(sequences, shared, strict=True):
+            for i in those:
+                pages[i] = self._take()
+        for pages, before, those, n in zip(sequences, old, shared, ends, strict=True):
+            self._give_up([before[i] for i in those] + before[n:])
+            del pages[n:]
+            if not pages:
+                self._sequences.pop(id(pages), None)
+                self._whole.pop(id(pages), None)
+            elif start // P < self._whole.get(id(pages), n):
+                self._whole[id(pages)] = start // P
+        return old
 
     def free(self, pages: list[int]) -> None:
         """Give a sequence up and empty its list `pages`.
@@ -196,17 +262,8 @@ class BlockManager:
         """
         self._check_sequence("free", pages)
         self._sequences.pop(id(pages), None)
-        counts, keys = self._counts, self._keys
-        for page in reversed(pages):
-            counts[page] -= 1
-            if counts[page]:
-                continue
-            key = keys[page]
-            if key is not None and self._cached.setdefault(key, page) == page:
-                self._idle[page] = None
-            else:
-                keys[page] = None
-                self._free.append(page)
+        self._whole.pop(id(pages), None)
+        self._give_up(pages)
         pages.clear()
 
     # --- Prefixes ---
@@ -225,17 +282,19 @@ class BlockManager:
                 the pages.
 
         Raises:
-            ParameterError: there are more tokens than the pages hold, a token is too large, the
-                first page was published with other tokens or another salt, or as `free`.
+            ParameterError: there are more tokens than the pages hold, or than the first of them do
+                from which nothing was evicted; a token is too large, the first page was published
+                with other tokens or another salt, or as `free`.
         """
         op, P, keys = "BlockManager.publish", self.page_size, self._keys
         key = _root(op, salt)
         num_tokens = _length(op, tokens)
         self._check_sequence("publish", pages)
-        if num_tokens > len(pages) * P:
+        whole = self._whole.get(id(pages), len(pages)) if pages else 0
+        if num_tokens > whole * P:
+            which = "pages" if whole == len(pages) else "pages before evicted rows"
             raise ParameterError(
-                f"{op}: {num_tokens} tokens, expected at most the {len(pages) * P} that the pages "
-                "hold"
+                f"{op}: {num_tokens} tokens, expected at most the {whole * P} that the {which} hold"
             )
         found = []
         for i in range(num_tokens // P):
@@ -294,6 +353,20 @@ class BlockManager:
         self._free[:0] = range(num_pages - 1, old - 1, -1)
 
     # --- Pages ---
+
+    def _give_up(self, pages: list[int]) -> None:
+        """One sequence less holds each of these pages; the last first."""
+        counts, keys = self._counts, self._keys
+        for page in reversed(pages):
+            counts[page] -= 1
+            if counts[page]:
+                continue
+            key = keys[page]
+            if key is not None and self._cached.setdefault(key, page) == page:
+                self._idle[page] = None
+            else:
+                keys[page] = None
+                self._free.append(page)
 
     def _hold(self, pages: list[int]) -> list[int]:
         """Count a new sequence on pages that it shares."""

@@ -4,5 +4,18 @@ Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2
 """
 
 from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text
+from pykv.kvtc.codec import Codec
+from pykv.kvtc.stream import Coded, Header, parse
 
-__all__ = ["Artefact", "Fingerprint", "Group", "Plan", "Side", "Text"]
+__all__ = [
+    "Artefact",
+    "Coded",
+    "Codec",
+    "Fingerprint",
+    "Group",
+    "Header",
+    "Plan",
+    "Side",
+    "Text",
+    "parse",
+]

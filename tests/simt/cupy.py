@@ -168,10 +168,11 @@ def copy_bytes(to, at, size):
 def _gemm_ex(
     handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c, ldc, *rest
 ):
-    """c = alpha * a.T @ b + beta * c, column-major, for the one pair of operations in use."""
-    assert (op_a, op_b) == (cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N)
+    """c = alpha * a.T @ b + beta * c, or of a itself, column-major; b is not transposed."""
+    assert op_b == cublas.CUBLAS_OP_N
+    steps = (lda, 1) if op_a == cublas.CUBLAS_OP_T else (1, lda)
     alpha, beta = (_at(scalar, (1,), np.float32, (1,))[0] for scalar in (alpha, beta))
-    a, b = _at(a, (m, k), TYPES[type_a], (lda, 1)), _at(b, (n, k), TYPES[type_b], (ldb, 1))
+    a, b = _at(a, (m, k), TYPES[type_a], steps), _at(b, (n, k), TYPES[type_b], (ldb, 1))
     c = _at(c, (n, m), TYPES[type_c], (ldc, 1))
     product = alpha * (b.astype(np.float64) @ a.T.astype(np.float64))
     c[...] = (product + (beta * c.astype(np.float64) if beta else 0)).astype(c.dtype)

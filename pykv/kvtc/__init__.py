@@ -1,0 +1,33 @@
+"""KVTC: caches as few bits of their principal components, by what one calibration of a model found.
+
+    artefact = pykv.kvtc.calibrate("smollm2-135m", texts, out="smollm2.kvtc")   once, minutes
+    artefact = pykv.kvtc.Artefact.load("smollm2.kvtc")
+
+    codec = pykv.kvtc.Codec(artefact, 16, xp)         sixteen times smaller, on the CPU or a GPU
+    coded = codec.compress(cache, table, positions)   tokens of a sequence, from its pages
+    codec.decompress(pykv.kvtc.parse(coded.to_bytes()), cache, table)
+
+Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2511.01815).
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text
+from pykv.kvtc.codec import Codec
+from pykv.kvtc.stream import Coded, Header, parse
+
+if _TYPE_CHECKING:
+    from pykv.kvtc.calibration import calibrate
+
+__all__ = [
+    *("Artefact", "Fingerprint", "Group", "Plan", "Side", "Text", "calibrate"),
+    *("Coded", "Codec", "Header", "parse"),
+]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "calibrate":  # needs the extra `llm`, so imported when used
+        return _import_module("pykv.kvtc.calibration").calibrate
+    raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

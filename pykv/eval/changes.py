@@ -17,18 +17,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pykv import blocks, kinds
+import numpy as np
+
+from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.eval.replay import ExactCache
+from pykv.eviction import AdaKV, Policy
 from pykv.kinds import SCALE_DTYPES, Kind, KVSpec
+from pykv.kvtc.codec import Codec
+from pykv.llm.config import Config
 from pykv.ops import paged_qkv
 from pykv.pages import copy_pages
 from pykv.specs import as_spec
 
 
 class Kept(NamedTuple):
-    """What a change left: `nbytes` that a cache of its kind would take, and `rows` of each head."""
+    """What a change left.
+
+    Attributes:
+        nbytes: that its rows take; of exact ones as float16, an LLM's cache unless told otherwise.
+        rows: of each head.
+    """
 
     nbytes: int
     rows: int
@@ -96,7 +106,79 @@ def check_job(op: str, llm: Any, changes: Any, progress: Any) -> None:
 
 def identity(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
     """The change that changes nothing of the `tokens` of `pages` in `cache`."""
-    return Kept(tokens * cache.bytes_per_token, tokens)
+    config = cache.config
+    return Kept(tokens * config.num_layers * config.kv_heads * _fp16_row(config), tokens)
+
+
+def _fp16_row(config: Config) -> int:
+    """Bytes of a token's key and value in one head."""
+    return KVSpec("fp16", "fp16").bytes_per_token(1, config.head_dim)
+
+
+def evict(policy: Policy | AdaKV | str) -> Change:
+    """Rows that a policy of pykv.eviction keeps; it is shown the last queries, see ExactCache.
+
+    Args:
+        policy: such as pykv.eviction.SnapKV(ratio=0.5), or its text, "snapkv:0.5".
+
+    Raises:
+        ParameterError: the text is unknown.
+        DtypeError: it is no policy.
+        UnsupportedError: the policy wants scores that somebody sums while the model runs, as H2O
+            does; or from the change, heads keep different numbers of rows.
+    """
+    chosen = eviction.parse(policy) if isinstance(policy, str) else policy
+    if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
+        raise DtypeError(f"eval.evict: policy is a {type(policy).__name__}, expected a policy")
+    base = chosen.policy if isinstance(chosen, eviction.AdaKV) else chosen
+    if base.needs == "scores":
+        raise UnsupportedError(
+            f"eval.evict: policy is {policy!r}, expected one that goes by rows or by queries: the "
+            "attention that all queries gave is not kept here"
+        )
+
+    def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
+        config = cache.config
+        left = eviction.evict(
+            cache,
+            [pages],
+            [tokens],
+            chosen,
+            queries=[of_layer[None] for of_layer in cache.queries],
+            scale=config.attention_scale,
+            logits_soft_cap=config.attention_cap,
+        )
+        rows = int(left.lengths.max())
+        if rows != left.lengths.min():
+            raise UnsupportedError(
+                f"eval.evict: {policy!r} keeps other numbers of rows for each head"
+            )
+        return Kept(int(left.lengths.sum()) * _fp16_row(config), rows)
+
+    return change
+
+
+def code(codec: Codec) -> Change:
+    """Rows that went through a codec of pykv.kvtc, with the sinks and the window that it exempts.
+
+    Args:
+        codec: of the model's artefact, on its device.
+
+    Raises:
+        DtypeError: it is no Codec.
+    """
+    if not isinstance(codec, Codec):
+        raise DtypeError(
+            f"eval.code: codec is a {type(codec).__name__}, expected a pykv.kvtc.Codec"
+        )
+
+    def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
+        table, positions = (np.array(x, np.int32) for x in (pages, range(tokens)))
+        coded = codec.compress(cache, table, positions)
+        codec.decompress(coded, cache, table)
+        return Kept(coded.header.nbytes, tokens)
+
+    return change
 
 
 def requantise(spec: KVSpec | str) -> Change:

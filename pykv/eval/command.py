@@ -29,23 +29,36 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     needles.add_argument("--keys", default="1,4", help="facts in a text, 1 to 16 (%(default)s)")
     needles.add_argument("--tokens", type=int, default=440, help="of a text (%(default)s)")
     needles.add_argument("--seeds", type=int, default=24, help="texts of each sort (%(default)s)")
-    needles.set_defaults(run=_needles, kv_dtype=None)
+    needles.set_defaults(run=_needles)
     text = "change the cache, and compare how texts go on: KL, top-1, perplexity"
     goes_on = jobs.add_parser("continuation", help=text, description=text)
-    goes_on.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8")
-    goes_on.add_argument("--windows", type=int, default=2, help="of each text (%(default)s)")
-    goes_on.add_argument("--prefill", type=int, default=1536, help="tokens before (%(default)s)")
-    goes_on.add_argument("--score", type=int, default=256, help="tokens scored (%(default)s)")
+    _add_texts(goes_on)
     goes_on.set_defaults(run=_continuation)
     for job in (needles, goes_on):
         add_model(job)
         job.add_argument(
+            "--policy",
+            default="",
+            metavar="POLICIES",
+            help="of eviction, with what they keep: snapkv:0.5,keydiff:0.25,streaming:128",
+        )
+        job.add_argument(
             "--kv-dtype",
-            default="" if job is needles else "int8,int4",
+            default="",
             metavar="KINDS",
-            help="kinds of cache, with commas between: int8,k8v4,fp8:head (%(default)s)",
+            help="of cache: int8,k8v4,fp8:head",
         )
         add_outputs(job)
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """The options of `pykv kvtc evaluate`."""
+    parser.add_argument("--artefact", required=True, metavar="FILE", help="of kvtc calibrate")
+    parser.add_argument("--ratio", default="8,16,32", metavar="N,...", help="(%(default)s)")
+    parser.set_defaults(run=_evaluate)
+    add_model(parser)
+    _add_texts(parser)
+    add_outputs(parser)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +66,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="as for `pykv run` (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """Which texts go on, and how."""
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8")
+    parser.add_argument("--windows", type=int, default=2, help="of each text (%(default)s)")
+    parser.add_argument("--prefill", type=int, default=1536, help="tokens before (%(default)s)")
+    parser.add_argument("--score", type=int, default=256, help="tokens scored (%(default)s)")
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +95,7 @@ def _needles(args: argparse.Namespace) -> None:
         raise ParameterError("eval needles: --keys is empty, expected 1,4 or the like")
     for option in ("tokens", "seeds"):
         check_whole("eval needles", f"--{option}", getattr(args, option), 1)
-    made: dict[str, Change] = {"dense": changes.identity} | _kinds(args.kv_dtype)
+    made = {"dense": changes.identity} | _changes(args)
     _check_outputs("eval needles", args)
     llm = open_model(args)
     stacks = {
@@ -103,42 +124,97 @@ def _query(row: Record) -> str:
     return "" if row["change"] == "dense" else "aware" if row["query_aware"] else "agnostic"
 
 
-def _continuation(args: argparse.Namespace) -> None:
-    from pykv.eval import continuation
+_HEAD = {"KL": ".5f", "p99": ".4f", "top-1": ".3f", "perplexity": ".3f", "exact": ".3f"}
+_KEYS = ("kl", "kl_p99", "top1", "perplexity", "exact_perplexity")
 
-    made = _kinds(args.kv_dtype)
+
+def _continuation(args: argparse.Namespace) -> None:
+    made = _changes(args)
     if not made:
-        raise ParameterError("eval continuation: --kv-dtype is empty, expected int8 or the like")
+        raise ParameterError("eval continuation: expected --policy, --kv-dtype or both")
     texts = read_texts(args.text)
     _check_outputs("eval continuation", args)
     llm = open_model(args)
+    rows = _go_on(llm, args, texts, dict.fromkeys(texts, made))
+    head = {"change": "", "text": "", "of fp16": ".3f"} | _HEAD
+    table = [[row[key] for key in ("change", "text", "share", *_KEYS)] for row in rows]
+    finish(args, _record_of_texts("continuation", llm, args, texts, rows), head, table)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from pykv.eval import changes
+    from pykv.eval.coding import Judged
+    from pykv.kvtc.artefact import Artefact
+    from pykv.kvtc.codec import Codec
+    from pykv.kvtc.rows import fingerprint
+
+    ratios = [_whole("--ratio", word) for word in _listed("--ratio", args.ratio)]
+    texts = read_texts(args.text)
+    _check_outputs("kvtc evaluate", args)
+    artefact = Artefact.load(args.artefact)
+    for ratio in ratios:
+        artefact.check_ratio("kvtc evaluate: --ratio", ratio)
+    llm = open_model(args)
+    if differs := artefact.model.difference(fingerprint(llm.file, llm.model)):
+        raise FormatError(f"kvtc evaluate: {args.artefact} is of another model: {differs}")
+    with llm.turn():
+        codecs = {f"kvtc:{ratio}": Codec(artefact, ratio, llm.xp) for ratio in ratios}
+    made = {name: changes.code(codec) for name, codec in codecs.items()}
+    made |= {kind: changes.requantise(kind) for kind in ("int8", "int4")}
+    judged = {
+        text: {name: Judged(change, artefact) for name, change in made.items()} for text in texts
+    }
+    rows = _go_on(llm, args, texts, judged)
+    for row in rows:
+        some = judged if row["text"] is None else [row["text"]]
+        row |= Judged.errors([judged[text][row["change"]] for text in some])
+        row["total_ratio"] = 1 / row["share"]
+        codec = codecs.get(row["change"])
+        of_fp16 = row["bytes_per_token"] / row["share"]
+        row["coded_ratio"] = of_fp16 / codec.row_bytes if codec else row["total_ratio"]
+    head = {"change": "", "text": "", "ratio": ".1f", "total": ".1f", "K": ".3f", "V": ".3f"}
+    keys = ("change", "text", "coded_ratio", "total_ratio", "k_error", "v_error", *_KEYS)
+    table = [[row[key] for key in keys] for row in rows]
+    record = _record_of_texts("kvtc", llm, args, texts, rows)
+    record |= {"sinks": artefact.sinks, "window": artefact.window}
+    record["calibrated_on"] = {text.name: text.sha256 for text in artefact.texts}
+    finish(args, record, head | _HEAD, table)
+
+
+def _go_on(
+    llm: LLM, args: argparse.Namespace, texts: dict[str, str], made: dict[str, dict[str, Any]]
+) -> list[Record]:
+    """What the changes that are made for each text cost: of each text, and of all as None."""
+    from pykv.eval import continuation
+
     sizes = dict(count=args.windows, prefill=args.prefill, score=args.score)
     windows = {name: continuation.windows(llm, text, **sizes) for name, text in texts.items()}
     found: dict[str | None, dict[str, continuation.Cost]] = {}
-    each = args.prefill + args.score * (1 + len(made))
+    (names,) = {tuple(of_text) for of_text in made.values()}
+    each = args.prefill + args.score * (1 + len(names))
     with bar(each * args.windows * len(texts), "token") as progress:
         for text, ids in windows.items():
             options = dict(prefill=args.prefill, progress=progress)
-            found[text] = continuation.measure(llm, ids, made, **options)
-    if len(found) > 1:  # all texts together
-        joined = [(name, [costs[name] for costs in found.values()]) for name in made]
+            found[text] = continuation.measure(llm, ids, made[text], **options)
+    if len(found) > 1:
+        joined = [(name, [costs[name] for costs in found.values()]) for name in names]
         found[None] = {name: continuation.join(costs) for name, costs in joined}
     rows = []
-    for name in made:
+    for name in names:
         for of, costs in found.items():
             means = costs[name].as_dict()
             row = {"change": name, "text": of} | _share(llm, means.pop("bytes_per_token"))
             rows.append(row | means)
-    record = facts(llm, args, "continuation")
-    record |= {name: getattr(args, name) for name in ("windows", "prefill", "score")}
-    record["texts"] = {
-        name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()
-    }
-    head = {"change": "", "text": "", "of fp16": ".3f", "KL": ".5f", "p99": ".4f", "top-1": ".3f"}
-    head |= {"perplexity": ".3f", "exact": ".3f"}
-    keys = ("change", "text", "share", "kl", "kl_p99", "top1", "perplexity", "exact_perplexity")
-    table = [[row[key] for key in keys] for row in rows]
-    finish(args, record | {"rows": rows}, head, table)
+    return rows
+
+
+def _record_of_texts(
+    job: str, llm: LLM, args: argparse.Namespace, texts: dict[str, str], rows: list[Record]
+) -> Record:
+    found = facts(llm, args, job)
+    found |= {name: getattr(args, name) for name in ("windows", "prefill", "score")}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return found | {"texts": hashes, "rows": rows}
 
 
 # --- What jobs share ------------------------------------------------------------------------------
@@ -159,15 +235,17 @@ def _whole(option: str, word: str) -> int:
     return int(word)
 
 
-def _kinds(text: str) -> dict[str, Change]:
-    """A change for each kind of cache."""
+def _changes(args: argparse.Namespace) -> dict[str, Change]:
+    """A change for each policy and each kind of cache."""
     from pykv.eval import changes
     from pykv.specs import as_spec
 
-    return {
-        word: changes.requantise(as_spec("eval", word, "--kv-dtype"))
-        for word in _listed("--kv-dtype", text)
+    policies = _listed("--policy", args.policy)
+    kinds = {
+        word: as_spec("eval", word, "--kv-dtype") for word in _listed("--kv-dtype", args.kv_dtype)
     }
+    made = {word: changes.evict(word) for word in policies}
+    return made | {word: changes.requantise(spec) for word, spec in kinds.items()}
 
 
 def read_texts(paths: list[str]) -> dict[str, str]:

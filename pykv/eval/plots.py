@@ -16,7 +16,8 @@ def draw(record: Record) -> Any:
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        return {"needles": _needles, "continuation": _continuation}[record["eval"]](record)
+        figures = {"needles": _needles, "continuation": _continuation, "kvtc": _continuation}
+        return figures[record["eval"]](record)
 
 
 def _needles(record: Record) -> Any:

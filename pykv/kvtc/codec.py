@@ -160,7 +160,8 @@ class Codec:
         spec = self._check_cache(op, cache)
         with cuda.on_stream(stream, cache.k):
             table, positions = (
-                self._indices(op, name, x) for name, x in (("table", table), ("positions", positions))
+                self._indices(op, name, x)
+                for name, x in (("table", table), ("positions", positions))
             )
             header = self.header(len(positions), spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
@@ -188,7 +189,9 @@ class Codec:
                     )
                     k_widths, v_widths = group.widths
                     widths = dict(k_widths=k_widths, v_widths=v_widths)
-                    kvtc_code.encode(k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop])
+                    kvtc_code.encode(
+                        k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop]
+                    )
         return coded
 
     def decompress(  # likewise
@@ -398,9 +401,7 @@ class _Group(NamedTuple):
         )
 
 
-def _group(
-    op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int
-) -> _Group:
+def _group(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> _Group:
     """A group on a device, of whose bases the components without bits are left out."""
     layers = tuple(sorted(group.layers))
     if layers != tuple(group.layers):
@@ -458,7 +459,10 @@ def identify(artefact: Artefact) -> str:
 def _check_positions(op: str, positions: Any, expected: Sequence[int] | Any) -> None:
     """Compare coded positions with what they should be."""
     cuda.refuse_capture(op, "positions are compared on the host")
-    has, want = to_host(positions), np.asarray(to_host(expected) if is_array(expected) else expected)
+    has, want = (
+        to_host(positions),
+        np.asarray(to_host(expected) if is_array(expected) else expected),
+    )
     if has.shape != want.shape:
         raise FormatError(f"{op}: coded has {len(has)} positions, expected {want.size}")
     differ = np.flatnonzero(has != want)

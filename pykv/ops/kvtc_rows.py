@@ -214,7 +214,9 @@ def _check(
     if dims["F"] != features:
         raise ShapeError(f"{op}: mean has F={dims['F']}, expected E * H * D = {features}")
     if (arrays[11] is None) != (arrays[12] is None):
-        raise ParameterError(f"{op}: one of window and window_scales is None, expected both or none")
+        raise ParameterError(
+            f"{op}: one of window and window_scales is None, expected both or none"
+        )
     of_classes = sum(dims.get(letter, 0) for letter in "SXC")
     if of_classes > dims["T"] or ("C" in dims and of_classes != dims["T"]):
         has = ", ".join(f"{x}={dims[x]}" for x in "SCX" if x in dims)

@@ -199,9 +199,7 @@ def _multiply(  # two products, their options and where they go
         launch(arrays | dict(k_out=outs[0], v_out=outs[1]), stream)
 
 
-def reference(
-    xs: tuple[Any, Any], bases: tuple[Any, Any], outs: list[Any], back: bool
-) -> None:
+def reference(xs: tuple[Any, Any], bases: tuple[Any, Any], outs: list[Any], back: bool) -> None:
     """The definition of both functions, in NumPy."""
     for x, basis, out in zip(xs, bases, outs, strict=True):
         w = basis.astype(np.float32)

@@ -22,8 +22,17 @@ if _TYPE_CHECKING:
     from pykv.kvtc.calibration import calibrate
 
 __all__ = [
-    *("Artefact", "Fingerprint", "Group", "Plan", "Side", "Text", "calibrate"),
-    *("Coded", "Codec", "Header", "parse"),
+    "Artefact",
+    "Coded",
+    "Codec",
+    "Fingerprint",
+    "Group",
+    "Header",
+    "Plan",
+    "Side",
+    "Text",
+    "calibrate",
+    "parse",
 ]
 
 

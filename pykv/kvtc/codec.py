@@ -6,9 +6,8 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +15,13 @@ from pykv import cuda, ranges
 from pykv.arrays import check_module, check_writeable, is_array, on_gpu, to_host
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.foreign import from_pointer
-from pykv.kvtc.artefact import Artefact, Group, check_artefact
+from pykv.kvtc.artefact import Artefact, check_artefact
+from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear
 from pykv.options import check_choice, check_whole
 from pykv.page_arrays import check_given_scales, check_may_write, facts_of
 from pykv.specs import as_spec
-
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 class Codec:
@@ -78,10 +76,10 @@ class Codec:
         self._features = model.kv_heads * model.head_dim  # of a layer
         self.sinks, self.window = artefact.sinks, artefact.window
         self.row_bytes = artefact.row_bytes(self.ratio)
-        self._groups: list[_Group] = []
+        self._groups: list[Loaded] = []
         begin = 0
         for group in artefact.groups:
-            self._groups.append(_group(op, self._xp, group, model.inv_freq, self.ratio, begin))
+            self._groups.append(load(op, self._xp, group, model.inv_freq, self.ratio, begin))
             begin = self._groups[-1].end
         elements = [(2 * n.mean.shape[1], sum(map(sum, n.widths))) for n in self._groups]
         rows, components = (self._tokens * n for n in np.max(elements, axis=0).tolist())
@@ -159,10 +157,8 @@ class Codec:
         op = "Codec.compress"
         spec = self._check_cache(op, cache)
         with cuda.on_stream(stream, cache.k):
-            table, positions = (
-                self._indices(op, name, x)
-                for name, x in (("table", table), ("positions", positions))
-            )
+            table = self._indices(op, "table", table)
+            positions = self._indices(op, "positions", positions)
             header = self.header(len(positions), spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
             coded = Coded(header, data)
@@ -211,8 +207,8 @@ class Codec:
         Args:
             coded: what `compress` of a codec of the same artefact and ratio returned, or
                 stream.parse; data on the codec's device, or pinned on the host.
-            cache, table: as of `compress`; the cache may be of another spec. Position p goes to page
-                table[p // P].
+            cache, table: as of `compress`; the cache may be of another spec. Position p goes to
+                page table[p // P].
             positions: what the positions should be, a list or an array; None: whatever they are.
             layers: write these alone, so that attention over the first ones can start before the
                 last ones are there; None: all.
@@ -302,10 +298,8 @@ class Codec:
 
     def _indices(self, op: str, name: str, x: Any) -> Any:
         """An array of the codec's device; the host's are uploaded."""
-        if is_array(x) and on_gpu(x) == (self._xp is not np):
-            return x
-        if is_array(x) and on_gpu(x):
-            return x  # refused by the ops
+        if is_array(x) and (on_gpu(x) or self._xp is np):
+            return x  # which the ops check
         ids = np.asarray(x)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise DtypeError(f"{op}: {name} is {x!r:.80}, expected [n] integers")
@@ -343,7 +337,7 @@ class Codec:
         return pools | scales | dict(spec=spec, pairing=self._pairing)
 
     @staticmethod
-    def _frame(group: _Group) -> dict[str, Any]:
+    def _frame(group: Loaded) -> dict[str, Any]:
         return dict(places=group.places, mean=group.mean, inv_freq=group.inv_freq)
 
     def _pieces(
@@ -368,92 +362,11 @@ class Codec:
     def _workspace(flat: Any, n: int, sides: int, F: int) -> Any:
         return flat[: sides * n * F].reshape(sides, n, F)
 
-    def _coefficients_of(self, group: _Group, n: int, dtype: Any) -> tuple[Any, Any]:
+    def _coefficients_of(self, group: Loaded, n: int, dtype: Any) -> tuple[Any, Any]:
         """Workspaces [n, C] for those of K and V."""
         flat = self._coefficients.view(dtype)
         k, v = (n * sum(widths) for widths in group.widths)
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
-
-
-class _Group(NamedTuple):
-    """A group of layers as the ops take it."""
-
-    layers: tuple[int, ...]
-    places: Any
-    mean: Any
-    inv_freq: Any
-    bases: tuple[Any, Any]
-    steps: tuple[Any, Any]
-    widths: tuple[tuple[int, ...], tuple[int, ...]]
-    begin: int  # bytes of a coded token that are its own
-    end: int
-
-    def part(self, layers: range, features: int) -> _Group:
-        """The same for some layers of the model, of so many features each."""
-        a, b = (sum(i < edge for i in self.layers) for edge in (layers.start, layers.stop))
-        if (a, b) == (0, len(self.layers)):
-            return self
-        some = slice(a * features, b * features)
-        return self._replace(
-            places=self.places[a:b],
-            mean=self.mean[:, some],
-            bases=(self.bases[0][some], self.bases[1][some]),
-        )
-
-
-def _group(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> _Group:
-    """A group on a device, of whose bases the components without bits are left out."""
-    layers = tuple(sorted(group.layers))
-    if layers != tuple(group.layers):
-        raise ParameterError(f"{op}: artefact has layers {group.layers}, expected rising ones")
-    distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)
-    places = np.stack([np.array(layers), of_layer.reshape(-1)], 1).astype(np.int32)
-    sides = group.k, group.v
-    plans = [side.plans[ratio] for side in sides]
-    for plan in plans:
-        half = np.ldexp(0.5, coder.bits_of(plan.widths).astype(int))
-        if (half * plan.steps > _LARGEST).any():
-            raise ParameterError(
-                f"{op}: artefact has steps up to {plan.steps.max()}, expected coefficients within "
-                f"float16, up to {_LARGEST}"
-            )
-    k, v = (
-        xp.asarray(np.ascontiguousarray(side.basis[:, : len(plan.steps)]))
-        for side, plan in zip(sides, plans, strict=True)
-    )
-    return _Group(
-        layers,
-        xp.asarray(places),
-        xp.asarray(np.stack([side.mean for side in sides])),
-        xp.asarray(distinct.astype(np.float32)),
-        (k, v),
-        (xp.asarray(plans[0].steps), xp.asarray(plans[1].steps)),
-        (plans[0].widths, plans[1].widths),
-        begin,
-        begin + sum(plan.row_bytes for plan in plans),
-    )
-
-
-def identify(artefact: Artefact) -> str:
-    """SHA-256 of all that coded tokens depend on, in hexadecimal: the model's name, sizes and
-    rotation, the groups of layers, and each side's mean, basis, widths and steps.
-
-    Raises:
-        DtypeError: `artefact` is no Artefact.
-    """
-    model = check_artefact("codec.identify", artefact).model
-    facts = model.sha256, model.layers, model.kv_heads, model.head_dim, model.pairing
-    digest = hashlib.sha256(repr(facts).encode())
-    digest.update(np.ascontiguousarray(model.inv_freq, "<f4"))
-    for group in artefact.groups:
-        digest.update(repr(tuple(group.layers)).encode())
-        for side in (group.k, group.v):
-            digest.update(np.ascontiguousarray(side.mean, "<f2"))
-            digest.update(np.ascontiguousarray(side.basis, "<f2"))
-            for ratio, plan in side.plans.items():
-                digest.update(repr((ratio, tuple(plan.widths))).encode())
-                digest.update(np.ascontiguousarray(plan.steps, "<f4"))
-    return digest.hexdigest()
 
 
 def _check_positions(op: str, positions: Any, expected: Sequence[int] | Any) -> None:

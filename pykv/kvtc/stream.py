@@ -10,9 +10,9 @@ A stream, little-endian; each section begins at a multiple of 128 bytes, zeros l
                         8  u32      version, 1
                        12  u32      CRC-32 of the stream, computed with zeros here
                        16  u64      bytes of the stream
-                       24  32s      SHA-256 that names the artefact, see codec.identify
+                       24  32s      SHA-256 that names the artefact, see loaded.identify
                        56  u32 each ratio, L, H, D, T, S, X, B
-                       88  32s      KVSpec of the cache that they come from, ASCII, padded with zeros
+                       88  32s      KVSpec of the cache that they come from, ASCII, zeros behind it
     positions      i32 [T]                 rising
     sinks          f16 [S, 2, L, H, D]     keys as the cache has them, then values
     window         i8 [X, 2, L, H, D]      codes of heads times hadamard_matrix(D)
@@ -184,7 +184,7 @@ def parse(stream: Any) -> Coded:
         raise wrong("magic", bytes(data[: len(MAGIC)]), MAGIC)
     if len(data) < ALIGNMENT:
         raise wrong("bytes", len(data), f"at least {ALIGNMENT}")
-    _, version, crc, size, artefact, *counts, text = _HEADER.unpack_from(data)
+    _, version, crc, size, *facts, text = _HEADER.unpack(bytes(data[: _HEADER.size]))
     if version != VERSION:
         raise wrong("version", version, VERSION)
     if size != len(data):
@@ -195,7 +195,7 @@ def parse(stream: Any) -> Coded:
         spec = str(KVSpec.parse(text.rstrip(b"\0").decode("ascii")))
     except (UnicodeDecodeError, PykvError):
         raise wrong("spec", text, "the text of a KVSpec") from None
-    header = Header(artefact.hex(), *counts, spec)
+    header = Header(*[facts[0].hex(), *facts[1:], spec])
     for name in ("ratio", "layers", "heads", "head_dim"):
         if not 1 <= getattr(header, name) <= _MOST:
             raise wrong(name, getattr(header, name), f"1 to {_MOST}")

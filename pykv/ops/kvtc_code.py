@@ -124,7 +124,7 @@ def decode(
         launch = dims.keep(widths, lambda: _launch("decode", dims, widths, rows, dtype))
         launch(dict(rows=rows, k=outs[0], v=outs[1], k_steps=k_steps, v_steps=v_steps), stream)
     else:
-        unpack = partial(reference_decode, rows, k_steps, v_steps, *widths, outs)
+        unpack = partial(reference_decode, rows, k_steps, v_steps, widths[0], widths[1], outs)
         cuda.run_on_host(unpack, stream=stream)
     return outs[0], outs[1]
 

@@ -74,8 +74,8 @@ def gather(  # a cache, a sequence, what rows are, and where they go
     """Read tokens of a sequence from a cache.
 
     Args:
-        k_pools, v_pools: [L, N, P, H, W], or [L, N, H, P, W] where `spec` says HND, all but W at any
-            stride. D is a multiple of 8, at most 512.
+        k_pools, v_pools: [L, N, P, H, W], or [L, N, H, P, W] where `spec` says HND, all but W at
+            any stride. D is a multiple of 8, at most 512.
         table: [M] int32; the sequence's pages in order.
         positions: [T] int32, rising; position p lies in page table[p // P] at offset p % P.
         places: [E, 2] int32; the layer of the pools, and the row of `inv_freq`, for each layer of
@@ -90,8 +90,8 @@ def gather(  # a cache, a sequence, what rows are, and where they go
         pairing: of rotated elements, see rope.rotate.
         hadamard: heads in the pools are Hadamard-rotated, as paged_qkv.append does; undone in rows
             and sinks.
-        k_scales, v_scales, spec: as of paged_append.append, [L, N, P, H] and the like, or [L, H], or
-            [L, 1].
+        k_scales, v_scales, spec: as of paged_append.append, [L, N, P, H] and the like, or [L, H],
+            or [L, 1].
         check: look for wrong entries of `table`, `positions` and `places` first.
         stream: see pykv.cuda.on_stream.
 
@@ -219,8 +219,10 @@ def _check(
         )
     of_classes = sum(dims.get(letter, 0) for letter in "SXC")
     if of_classes > dims["T"] or ("C" in dims and of_classes != dims["T"]):
-        has = ", ".join(f"{x}={dims[x]}" for x in "SCX" if x in dims)
-        raise ShapeError(f"{op}: {has}, expected T={dims['T']} in all")
+        raise ShapeError(
+            f"{op}: positions has T={dims['T']}, expected {of_classes} as sinks, rows and window "
+            "have together"
+        )
     return dims, spec
 
 
@@ -230,9 +232,10 @@ def _check_contents(op: str, dims: Dims, table: Any, positions: Any, places: Any
     if (np.diff(positions) <= 0).any() or (positions < 0).any():
         raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
     if len(positions) and positions[-1] >= len(table) * dims["P"]:
+        most = len(table) * dims["P"]
         raise ParameterError(
-            f"{op}: positions go to {positions[-1]}, expected below {len(table) * dims['P']}, which "
-            f"the {len(table)} pages of table hold"
+            f"{op}: positions go to {positions[-1]}, expected below {most}, which the {len(table)} "
+            "pages of table hold"
         )
     pages = np.unique(table[positions // dims["P"]])
     for name, values, size in (
@@ -334,7 +337,7 @@ def reference_scatter(
         if S:
             x[:S] = arrays["sinks"][:, side, layer]
         if hadamard:
-            x = hadamard_transform(x)
+            x[: T - X] = hadamard_transform(x[: T - X])
         if X:
             scales = arrays["window_scales"][:, side, layer]
             mixed = dequantize(arrays["window"][:, side, layer], _INT8, scales)

@@ -199,3 +199,30 @@ def distance_from_draw(
     end = first + float(shares[place])
     bound = 2 * float(shares @ (below[kept] * 2.0**-22 + 2.0**-25))
     return max(first - random, random - end, 0.0), bound
+
+
+def packed_codes(x: Any, steps: Any, widths: Any) -> Any:
+    """A row of coefficients [C] as the bytes of one large integer: codes of 8, 7, ..., 1 bits, as
+    many as `widths` says, each floor(x / step) within its bits, counted from the lowest one."""
+    number = shift = at = 0
+    for bits, count in zip(range(8, 0, -1), widths, strict=True):
+        half = 2 ** (bits - 1)
+        for c in range(at, at + count):
+            quotient = float(np.float32(x[c]) / np.float32(steps[c]))
+            level = -half if math.isnan(quotient) else max(-half, min(quotient, half - 1))
+            number |= (math.floor(level) + half) << shift
+            shift += bits
+        at += count
+    return np.frombuffer(number.to_bytes(shift // 8, "little"), np.uint8)
+
+
+def middles(packed: Any, steps: Any, widths: Any, dtype: Any) -> Any:
+    """The coefficients [C] of such bytes: the middle of each code's interval."""
+    number = int.from_bytes(packed.tobytes(), "little")
+    out: list[Any] = []
+    for bits, count in zip(range(8, 0, -1), widths, strict=True):
+        for _ in range(count):
+            code = number % 2**bits - 2 ** (bits - 1)
+            out.append((dtype(code) + dtype(0.5)) * dtype(steps[len(out)]))
+            number >>= bits
+    return np.array(out, dtype)

@@ -9,6 +9,9 @@ from pykv.ops import (
     bandwidth,
     contiguous_append,
     dequant,
+    kvtc_code,
+    kvtc_project,
+    kvtc_rows,
     linear,
     merge_states,
     norm,
@@ -36,6 +39,15 @@ OUTS = dict(zip(("k_out", "v_out", "k_out_scales", "v_out_scales"), POOLS.values
 TABLE = dict(page_table=zeros("i4", 2, 2), lengths=zeros("i4", 2))
 LISTS = dict(indices=zeros("i4", 2), indptr=zeros("i4", 3))
 SPEC = KVSpec("int8", "int8")
+STEPS = dict(k_steps=zeros("f4", 32), v_steps=zeros("f4", 64))
+WIDTHS = dict(k_widths=(0, 0, 0, 0, 0, 0, 32, 0), v_widths=(0, 0, 0, 0, 0, 0, 64, 0))
+BASES = dict(k_basis=zeros("f2", 16, 8), v_basis=zeros("f2", 16, 24))
+LAYERS = dict(k_pools=zeros("i1", 2, 4, 2, 2, 16), v_pools=zeros("i1", 2, 4, 2, 2, 16))
+LAYERS |= dict(k_scales=zeros("f2", 2, 4, 2, 2), v_scales=zeros("f2", 2, 4, 2, 2))
+SEQUENCE = dict(table=zeros("i4", 2), positions=zeros("i4", 3), places=zeros("i4", 1, 2))
+SEQUENCE |= dict(mean=zeros("f2", 2, 32), inv_freq=zeros("f4", 1, 8))
+EXEMPT = dict(sinks=zeros("f2", 1, 2, 2, 2, 16), window=zeros("i1", 1, 2, 2, 2, 16))
+EXEMPT |= dict(window_scales=zeros("f2", 1, 2, 2, 2))
 PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
 OPS = [
     (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
@@ -55,6 +67,15 @@ OPS = [
         | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     ),
     (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
+    (
+        kvtc_code.encode,
+        dict(k=zeros("f4", 2, 32), v=zeros("f4", 2, 64), **STEPS, out=zeros("u1", 2, 24)) | WIDTHS,
+    ),
+    (kvtc_code.decode, dict(rows=zeros("u1", 2, 24), **STEPS) | WIDTHS),
+    (kvtc_project.project, dict(k=zeros("f2", 3, 16), v=zeros("f2", 3, 16), **BASES)),
+    (kvtc_project.restore, dict(k=zeros("f2", 3, 8), v=zeros("f2", 3, 24), **BASES)),
+    (kvtc_rows.gather, dict(**LAYERS, **SEQUENCE, **EXEMPT, kept_positions=zeros("i4", 3))),
+    (kvtc_rows.scatter, dict(**LAYERS, **SEQUENCE, **EXEMPT, rows=zeros("f2", 2, 1, 32))),
     (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
@@ -106,7 +127,8 @@ CONTENTS = dict(
     last_page_len=[1, 0],
     append_indptr=[0, 1, 2],
     batch_indices=[1, 0],
-    positions=[1, 0, 2],
+    positions=[0, 1, 3],
+    places=[[1, 0]],
     q_starts=[0, 1, 2],
     ids=[2, 0],
     temperature=[0.8, 0],

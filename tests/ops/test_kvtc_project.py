@@ -7,7 +7,7 @@ from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import kvtc_project as op
 from pykv.ops import linear
-from tests.faults import scaled
+from tests.faults import fixed, scaled
 from tests.helpers import assert_same_bits, to_numpy
 
 # T, F, Ck, Cv: within one tile and beyond, of sizes that no tile divides.
@@ -119,3 +119,6 @@ FAULTS = {
     "kvtc_project: project 1e-3 off": (op, "project", scaled(1e-3)),
     "kvtc_project: restore 1e-2 off": (op, "restore", scaled(1e-2)),
 }
+REFERENCE_FAULTS = [
+    (op, "reference", fixed(1, lambda bases: tuple(x * np.float16(1.01) for x in bases))),
+]

@@ -11,7 +11,7 @@ from pykv.kinds import POOLS
 from pykv.ops import kvtc_rows as op
 from pykv.ops import paged_append
 from pykv.testing import codes, oracles, paged
-from tests.faults import with_option
+from tests.faults import fixed, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 L, H, D, P, T = 3, 2, 16, 4, 11
@@ -212,7 +212,7 @@ def test_wrong_arguments(xp, rng):
             op.gather(**good | change)
 
     rows = xp.zeros((2, T - 1, 2 * H * D), np.float16)
-    refused(ShapeError, "C=10, expected T=11 in all", rows=rows)
+    refused(ShapeError, "positions has T=11, expected 10 as sinks, rows and window", rows=rows)
     refused(ShapeError, "mean has F=32, expected E", mean=good["mean"][:, :32])
     refused(DtypeError, "mean has dtype float32", mean=good["mean"].astype(np.float32))
     refused(ShapeError, "inv_freq has F=9", inv_freq=xp.zeros((2, 9), np.float32))
@@ -220,7 +220,7 @@ def test_wrong_arguments(xp, rng):
     refused(ParameterError, "pairing is 'none'", pairing="none")
     refused(ParameterError, "both or none", window=xp.zeros((1, 2, L, H, D), np.int8))
     sinks = xp.zeros((T + 1, 2, L, H, D), np.float16)
-    refused(ShapeError, "S=12, expected T=11", sinks=sinks)
+    refused(ShapeError, "positions has T=11, expected 12 as", sinks=sinks)
     for name, value, text in (
         ("positions", what["positions"][::-1].copy(), "positions fall"),
         ("positions", what["positions"] + np.int32(100), "which the . pages of table hold"),
@@ -231,4 +231,11 @@ def test_wrong_arguments(xp, rng):
 
 
 # Faults that `pykv verify` must see, in the functions and in their references.
-FAULTS = {"kvtc_rows: not turned": (op, "gather", with_option(pairing="adjacent"))}
+FAULTS = {
+    "kvtc_rows: pairs are others": (op, "gather", with_option(pairing="adjacent")),
+    "kvtc_rows: pairs back are others": (op, "scatter", with_option(pairing="adjacent")),
+}
+REFERENCE_FAULTS = [
+    (op, "reference", fixed(4, lambda hadamard: not hadamard)),
+    (op, "reference_scatter", fixed(4, lambda hadamard: not hadamard)),
+]

@@ -6,7 +6,7 @@ It may overwrite their rows, and says what they would take as it keeps them:
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept
 
 One that evicts moves the rows that stay to the front, in their order; they may be others for each
-layer and head, but equally many. Keys are rotated already, so they know their positions.
+layer and head. Keys are rotated already, so they know their positions.
 
 Dimensions: T tokens, H KV heads, D head size.
 """
@@ -37,11 +37,13 @@ class Kept(NamedTuple):
 
     Attributes:
         nbytes: that its rows take; of exact ones as float16, an LLM's cache unless told otherwise.
-        rows: of each head.
+        rows: of each head, or of the longest.
+        missing: [L, H] int32, by how many rows heads are behind the longest; None: they are equal.
     """
 
     nbytes: int
     rows: int
+    missing: Any = None
 
 
 Change = Callable[[ExactCache, list[int], int], Kept]
@@ -75,9 +77,11 @@ def changed(
             raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
         if kept.rows < tokens and any(exact.config.windows):
             raise UnsupportedError("eval: a change evicts, but sliding windows count its rows")
+        trial.missing = kept.missing
         trial.extend(copy, kept.rows, kept.rows + more)
         yield copy, kept
     finally:
+        trial.missing = None
         trial.manager.free(copy)
 
 
@@ -125,7 +129,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         ParameterError: the text is unknown.
         DtypeError: it is no policy.
         UnsupportedError: the policy wants scores that somebody sums while the model runs, as H2O
-            does; or from the change, heads keep different numbers of rows.
+            does.
     """
     chosen = eviction.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
@@ -148,12 +152,10 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,
         )
-        rows = int(left.lengths.max())
-        if rows != left.lengths.min():
-            raise UnsupportedError(
-                f"eval.evict: {policy!r} keeps other numbers of rows for each head"
-            )
-        return Kept(int(left.lengths.sum()) * _fp16_row(config), rows)
+        lengths = left.lengths[:, 0]  # [L, H]
+        missing = lengths.max() - lengths
+        nbytes = int(lengths.sum()) * _fp16_row(config)
+        return Kept(nbytes, int(lengths.max()), missing if missing.any() else None)
 
     return change
 

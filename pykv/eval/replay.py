@@ -1,6 +1,6 @@
 """One sequence through a model, with exact (float32) keys and values in a cache of its own.
 
-Dimensions: T tokens, V vocabulary, HQ query heads, D head size.
+Dimensions: T tokens, V vocabulary, L layers, HQ query heads, H KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pykv import blocks
+from pykv import blocks, eviction
 from pykv.arrays import module_of
 from pykv.errors import NumberError, ParameterError
 from pykv.llm.model import Batch, forward
+from pykv.ops import paged_qkv
 from pykv.pool import PagedKVCache
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class ExactCache(PagedKVCache):
     Attributes:
         config: of the model.
         queries: by layer, [T, HQ, D] of the last tokens, QUERIES at most, rotated as for attention.
+        missing: [L, H] int32, by how many rows heads are behind the longest, where some are; else
+            None.
 
     Raises:
         ParameterError: the model mixes heads by a Hadamard matrix, as an LLM for integers does.
@@ -46,17 +49,39 @@ class ExactCache(PagedKVCache):
         super().__init__(*sizes, page_size=16, spec="fp32", xp=llm.xp)
         self.queries: list[Any] = [llm.xp.zeros((0, config.heads, config.head_dim), np.float32)]
         self.queries *= config.num_layers
+        self.missing: np.ndarray | None = None
+        self.step: tuple[Any, int] = llm.xp.zeros((1, 0), np.int32), 0
 
-    def prefill(self, layer: int, q: Any, *where: Any, **options: Any) -> Any:
-        """As PagedKVCache.prefill of `layer` and `q`, whose last rows are kept."""
-        latest = module_of(q).concatenate([self.queries[layer], q])
+    def append_qkv(self, layer: int, qkv: Any, slots: Any, **options: Any) -> Any:
+        """As PagedKVCache.append_qkv of `layer` and `qkv`; `slots` are the longest head's."""
+        if self.missing is None:
+            return super().append_qkv(layer, qkv, slots, **options)
+        xp, n = module_of(qkv), len(qkv)
+        k, v = xp.empty((2, n, 1, *self.k.shape[3:]), np.float32)
+        q = paged_qkv.append(qkv, k, v, xp.arange(n, dtype=np.int32), **options)
+        table, first = self.step
+        # Tokens of one sequence are sequences of a token each, on the same pages.
+        lengths = first + np.arange(n, dtype=np.int32)[:, None] - self.missing[layer]
+        tables = xp.repeat(table, n, 0)
+        eviction.append(self, layer, k[:, 0], v[:, 0], tables, xp.asarray(lengths))
+        return q
+
+    def prefill(self, layer: int, q: Any, *where: Any, out: Any = None, **options: Any) -> Any:
+        """As PagedKVCache.prefill of `layer` and `q` into `out`; the last queries are kept."""
+        xp = module_of(q)
+        latest = xp.concatenate([self.queries[layer], q])
         self.queries[layer] = latest[-QUERIES:].copy()
-        return super().prefill(layer, q, *where, **options)
+        if self.missing is None:
+            return super().prefill(layer, q, *where, out=out, **options)
+        table, first = self.step
+        lengths = xp.asarray(first + len(q) - self.missing[layer][None])
+        out[...] = eviction.decode(self, layer, q[None], table, lengths, **options)[0]
+        return out
 
 
 def steps(
     llm: LLM,
-    cache: PagedKVCache,
+    cache: ExactCache,
     pages: list[int],
     ids: Sequence[int],
     *,
@@ -90,6 +115,7 @@ def steps(
             page_table=table,
             lengths=asarray(np.array([first + stop], np.int32)),
         )
+        cache.step = table, first + start
         last = None if every else asarray(np.array([len(part) - 1], np.int32))
         yield forward(llm.model, batch, cache, last)
 

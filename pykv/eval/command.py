@@ -88,13 +88,11 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 def _needles(args: argparse.Namespace) -> None:
     from pykv.eval import changes, needles
-    from pykv.options import check_whole
 
     keys = [_whole("--keys", word) for word in _listed("--keys", args.keys)]
     if not keys:
         raise ParameterError("eval needles: --keys is empty, expected 1,4 or the like")
-    for option in ("tokens", "seeds"):
-        check_whole("eval needles", f"--{option}", getattr(args, option), 1)
+    _check_numbers("eval needles", args, "tokens", "seeds")
     made = {"dense": changes.identity} | _changes(args)
     _check_outputs("eval needles", args)
     llm = open_model(args)
@@ -132,6 +130,7 @@ def _continuation(args: argparse.Namespace) -> None:
     made = _changes(args)
     if not made:
         raise ParameterError("eval continuation: expected --policy, --kv-dtype or both")
+    _check_numbers("eval continuation", args, "windows", "prefill", "score")
     texts = read_texts(args.text)
     _check_outputs("eval continuation", args)
     llm = open_model(args)
@@ -149,6 +148,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pykv.kvtc.rows import fingerprint
 
     ratios = [_whole("--ratio", word) for word in _listed("--ratio", args.ratio)]
+    _check_numbers("kvtc evaluate", args, "windows", "prefill", "score")
     texts = read_texts(args.text)
     _check_outputs("kvtc evaluate", args)
     artefact = Artefact.load(args.artefact)
@@ -218,6 +218,14 @@ def _record_of_texts(
 
 
 # --- What jobs share ------------------------------------------------------------------------------
+
+
+def _check_numbers(command: str, args: argparse.Namespace, *names: str) -> None:
+    """Check that numbers are at least 1."""
+    from pykv.options import check_whole
+
+    for name in names:
+        check_whole(command, f"--{name}", getattr(args, name), 1)
 
 
 def _listed(option: str, text: str) -> list[str]:

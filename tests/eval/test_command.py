@@ -7,8 +7,8 @@ import pytest
 import pykv
 from pykv import cli
 from pykv.eval import changes, continuation, needles, plots
+from tests.eval.conftest import TEXT
 
-TEXT = "the rain in Spain stays mainly in the plain; 9 gulls argued about breakfast. " * 12
 SIZES = ("--windows", "2", "--prefill", "37", "--score", "21")
 
 
@@ -24,7 +24,9 @@ def in_a_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def run(capsys, tiny_path):
     def run(job, *argv):
-        code = cli.main(["eval", job, "--model", str(tiny_path), "--device", "cpu", *argv])
+        code = cli.main(
+            ["eval", job, "--model", str(tiny_path), "--device", "cpu", "--weights", "fp32", *argv]
+        )
         return code, *capsys.readouterr()
 
     return run
@@ -65,17 +67,20 @@ def test_needles(run, llm, in_a_folder):
     assert [row["asked"] for row in record["rows"]] == [1, 1, 1, 2, 2, 2]
     stacks = [needles.haystack(llm, keys=2, tokens=200, seed=0)]
     want = needles.measure(llm, stacks, {"dense": changes.identity})["dense", True]
-    assert record["rows"][3]["recall"] == want.share and record["rows"][3]["share"] == 2.0
+    assert record["rows"][3]["recall"] == want.share and record["rows"][3]["share"] == 1.0
     head, *lines = out.splitlines()
     assert head.split() == ["change", "keys", "query", "asked", "of", "fp16", "recall"]
     assert [line.split()[0] for line in lines] == ["dense", "int8", "int8"] * 2
 
 
 def test_json_alone(run):
-    code, out, err = run("continuation", "--text", "a.txt", *SIZES, "--json", "-")
+    code, out, err = run("continuation", *TEXTS, "--policy", "keydiff:0.5", *SIZES, "--json", "-")
     assert code == 0 and err == ""
     rows = json.loads(out)["rows"]
-    assert [(row["change"], row["text"]) for row in rows] == [("int8", "a.txt"), ("int4", "a.txt")]
+    assert [(row["change"], row["share"]) for row in rows] == [
+        ("keydiff:0.5", pytest.approx(19 / 37)),
+        ("int8", 0.5625),
+    ]
 
 
 def test_figures(run, in_a_folder):
@@ -84,7 +89,18 @@ def test_figures(run, in_a_folder):
     assert run("needles", *argv, "--plot", "n.png")[0] == 0
     assert (in_a_folder / "n.png").read_bytes().startswith(b"\x89PNG")
     # Of exact rows the KL is 0, which no logarithm has.
-    argv = (*TEXTS, "--kv-dtype", "fp32", "--windows", "1", "--prefill", "9", "--score", "2")
+    argv = (
+        "--text",
+        "a.txt",
+        "--kv-dtype",
+        "fp32",
+        "--windows",
+        "1",
+        "--prefill",
+        "9",
+        "--score",
+        "2",
+    )
     assert run("continuation", *argv, "--plot", "c.svg")[0] == 0
     svg = (in_a_folder / "c.svg").read_text()
     assert "a.txt" in svg and ">fp32<" in svg
@@ -109,7 +125,7 @@ def test_lines_of_a_figure():
     assert [sorted(lines) for lines in found[:2]] == [["dense"], ["dense"]]
 
 
-TEXTS = ("--text", "a.txt")
+TEXTS = ("--text", "a.txt", "--kv-dtype", "int8")
 
 
 @pytest.mark.parametrize(
@@ -126,14 +142,16 @@ TEXTS = ("--text", "a.txt")
         ("needles", ["--plot", "x.pdf"], "--plot is x.pdf, expected .svg or .png"),
         ("needles", ["--plot", "no/x.svg"], "No such file or directory: 'no/x.svg'"),
         ("needles", ["--json", "x.svg", "--plot", "./x.svg"], "--json and --plot are both x.svg"),
-        ("continuation", ["--text", "no.txt"], "No such file or directory: 'no.txt'"),
-        ("continuation", ["--text", "latin.txt"], "latin.txt is not UTF-8"),
-        ("continuation", ["--text", "a.txt", "./a.txt"], "two files called a.txt"),
-        ("continuation", [*TEXTS, "--windows", "0"], "count is 0, expected at least 1"),
-        ("continuation", [*TEXTS, "--score", "0"], "score is 0, expected at least 1"),
+        ("continuation", [*TEXTS, "--text", "no.txt"], "No such file or directory: 'no.txt'"),
+        ("continuation", [*TEXTS, "--text", "latin.txt"], "latin.txt is not UTF-8"),
+        ("continuation", [*TEXTS, "--text", "a.txt", "./a.txt"], "two files called a.txt"),
+        ("continuation", [*TEXTS, "--windows", "0"], "--windows is 0, expected at least 1"),
+        ("continuation", [*TEXTS, "--score", "0"], "--score is 0, expected at least 1"),
         ("continuation", [*TEXTS, "--prefill", "900"], "a window has 1156 tokens"),
         ("continuation", [*TEXTS, "--windows", "9", "--prefill", "99"], "text has 782 tokens"),
-        ("continuation", [*TEXTS, "--kv-dtype", ""], "--kv-dtype is empty, expected int8"),
+        ("continuation", ["--text", "a.txt"], "expected --policy, --kv-dtype or both"),
+        ("continuation", [*TEXTS, "--policy", "h2o:0.5"], "'h2o:0.5', expected one that goes by"),
+        ("needles", ["--policy", "snap:0.5"], "'snap' of 'snap:0.5' is no policy"),
         ("continuation", [*TEXTS, "--kv-dtype", "int8,,int4"], "--kv-dtype has '' in"),
     ],
 )

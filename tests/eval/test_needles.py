@@ -76,7 +76,7 @@ def test_recall_worked_by_hand(llm, monkeypatch):
     text, question = (len(llm.tokenize(text)) for text in ("text 0", "a?"))
     aware = text + question - 1  # both begin with the start token
     assert [recall.tokens for recall in found.values()] == [4 * aware, 4 * aware, 4 * text]
-    assert found["dense", True].nbytes == 4 * aware * 512
+    assert found["dense", True].nbytes == 4 * aware * 256
     assert found["int8", False].nbytes == 4 * text * 2 * 2 * 2 * (16 + 2)
 
 

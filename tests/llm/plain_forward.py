@@ -36,6 +36,7 @@ class Numbers:
     gelu: bool = False
     attention_cap: float = math.inf
     logit_cap: float = math.inf
+    hidden: Any = None  # [layers, kv_heads, T, T] bool, keys that a query does not see, if any
 
 
 def logits(path: Any, ids: list[int], n: Numbers) -> np.ndarray:
@@ -93,6 +94,8 @@ def _attention(x: np.ndarray, layer: dict[str, np.ndarray], i: int, n: Numbers) 
             first = max(0, t + 1 - n.windows[i]) if n.windows and n.windows[i] else 0
             scores = k[first : t + 1, group] @ q[t, head] * n.scale
             scores = _capped(scores, n.attention_cap)
+            if n.hidden is not None:
+                scores[n.hidden[i, group, t, first : t + 1]] = -math.inf
             shares = np.exp(scores - scores.max())
             out[t, head] = shares / shares.sum() @ v[first : t + 1, group]
     return _project(out.reshape(T, -1), layer, "attn_output")

@@ -110,6 +110,18 @@ def gather(  # a cache, a sequence, what rows are, and where they go
     position outside of the table, or in a negative page, reads as zeros there. Computes in float32
     and rounds once. Source: KVTC (Staniszewski and Lancucki, 2026), which codes keys without their
     rotation.
+
+    >>> pools = np.ones((2, 2, 1, 4, 1, 8), np.float16)  # K and V; 2 layers, a page of 4 tokens
+    >>> table, positions = np.array([0], np.int32), np.arange(3, dtype=np.int32)
+    >>> places = np.array([[0, 0], [1, 0]], np.int32)  # a row has both layers, which turn alike
+    >>> mean, inv_freq = np.ones((2, 16), np.float16), np.zeros((1, 4), np.float32)
+    >>> frame = (table, positions, places, mean, inv_freq)
+    >>> rows = pykv.ops.kvtc_rows.gather(*pools, *frame)
+    >>> rows.shape, bool(rows.any())
+    ((2, 3, 16), False)
+    >>> pykv.ops.kvtc_rows.scatter(*pools, *frame, rows + np.float16(1))
+    >>> pools[0, 1, 0, :, 0, 0]
+    array([2., 2., 2., 1.], dtype=float16)
     """
     op = "kvtc_rows.gather"
     exempt = (sinks, window, window_scales, kept_positions)

@@ -41,7 +41,9 @@ def test_packing_is_what_the_format_says(rng, widths):
                 code = min(max(math.floor(quotient), -h), h - 1)
                 assert codes[row, i] == code
                 number |= (code + h) << (j * b)
-            want += b"".join((number >> 32 * w & 0xFFFFFFFF).to_bytes(4, "little") for w in range(b))
+            want += b"".join(
+                (number >> 32 * w & 0xFFFFFFFF).to_bytes(4, "little") for w in range(b)
+            )
         assert packed[row].tobytes() == want
     assert packed.shape == (3, coder.row_bytes(widths)) and coder.row_bytes(widths) % 4 == 0
     assert_same_bits(coder.unpack(packed, widths), codes)

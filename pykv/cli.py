@@ -14,7 +14,8 @@ from typing import Any
 
 from pykv import __version__, install
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
-from pykv.eval import command as eval_command
+from pykv.eval import commands as commands_of_eval
+from pykv.kvtc import commands as commands_of_kvtc
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +136,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
-    eval_command.add_jobs(judge)
+    commands_of_eval.add_jobs(judge)
+
+    kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
+    actions = kvtc.add_subparsers(required=True, metavar="ACTION")
+    calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
+    _add_model(calibrate)
+    commands_of_kvtc.add_calibrate(calibrate)
+    evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
+    commands_of_eval.add_evaluate(evaluate)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")

@@ -170,6 +170,42 @@ class Artefact:
         sides = [side for group in self.groups for side in (group.k, group.v)]
         return sum(side.plans[ratio].row_bytes for side in sides)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its facts without arrays, as JSON has them."""
+        model = {name: x for name, x in vars(self.model).items() if isinstance(x, (str, int))}
+        plans = [
+            {
+                "layers": list(group.layers),
+                "side": side,
+                "ratio": ratio,
+                "components": sum(plan.widths),
+                "widths": list(plan.widths),
+                "row_bytes": plan.row_bytes,
+                "error": plan.error,
+            }
+            for group in self.groups
+            for side, of_side in (("k", group.k), ("v", group.v))
+            for ratio, plan in of_side.plans.items()
+        ]
+        texts = [text._asdict() for text in self.texts]
+        return {"model": model, "texts": texts, "plans": plans, "sinks": self.sinks} | {
+            "window": self.window
+        }
+
+    def as_text(self) -> str:
+        """Bytes and held-out errors at each ratio, a line for each group of layers."""
+        tokens = sum(text.tokens for text in self.texts)
+        lines = [f"{self.model.architecture}, {tokens:,} tokens of {len(self.texts)} texts"]
+        lines.append(f"{'ratio':>5}  {'bytes a token':>13}  {'K error':>7}  {'V error':>7}  layers")
+        for ratio in self.ratios:
+            for group in self.groups:
+                k, v = group.k.plans[ratio], group.v.plans[ratio]
+                lines.append(
+                    f"{ratio:>5}  {k.row_bytes + v.row_bytes:>13,}  {k.error:>7.3f}  "
+                    f"{v.error:>7.3f}  {_ranges(group.layers)}"
+                )
+        return "\n".join(lines)
+
     def check_ratio(self, op: str, ratio: Any) -> int:
         """Check a ratio, and return it as an int.
 
@@ -459,6 +495,17 @@ def _problems_of_side(side: Side, F: int) -> Iterator[tuple[str, Any, str]]:
             yield "steps", "a value", "positive finite ones"
         if not 0 <= plan.error < np.inf:
             yield "error", plan.error, "a finite number"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Layers as "0-4, 6"."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
 
 
 def check_artefact(op: str, artefact: Any) -> Artefact:

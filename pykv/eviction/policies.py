@@ -5,68 +5,18 @@ Dimensions: as in pykv/eviction; n heads, that is B * n sequences of one head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.ops import attention_scores, kv_scores, kv_select, paged_decode
+from pykv.eviction.parts import Rows
+from pykv.ops import kv_scores, kv_select
 from pykv.options import check_number, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
-
-
-class Rows(NamedTuple):
-    """What policies score: rows of n heads of B sequences, each head a sequence of its own."""
-
-    xp: Any
-    layer: int
-    B: int
-    first: int
-    n: int
-    capacity: int
-    pools: dict[str, Any]
-    lengths: Any  # [B * n] int32, on the host
-    tables: dict[str, Any]  # page_table [B * n, M] and lengths, on the device
-    queries: Any  # [B * n, T, G, D] or None
-    given: Any  # [B, n, C] or None
-    options: dict[str, Any]  # scale and logits_soft_cap of attention
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """As `kv_scores` takes them."""
-        of_keys = dict(pool=self.pools["k_pool"], scales=self.pools["k_scales"])
-        return of_keys | dict(spec=self.pools["spec"], **self.tables)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        spec = self.pools["spec"]
-        of_values = dict(pool=self.pools["v_pool"], scales=self.pools["v_scales"])
-        return of_values | dict(spec=replace(spec, k=spec.v), **self.tables)
-
-    @property
-    def scale(self) -> float:
-        given = self.options["scale"]
-        return float(self.queries.shape[-1] ** -0.5 if given is None else given)
-
-    def send(self, x: Any) -> Any:
-        """An array on the cache's device."""
-        return self.xp.asarray(np.ascontiguousarray(x))
-
-    def of_keys(self, measure: str, **options: Any) -> Any:
-        found = kv_scores.score(**self.keys, measure=measure, **options)
-        return found.reshape(self.B, self.n, -1)
-
-    def mass(self, window: int) -> Any:
-        """The attention [B, n, C] that the last `window` queries gave to each row."""
-        q = self.xp.ascontiguousarray(self.queries[:, -window:])
-        options = {name: x for name, x in self.options.items() if x is not None}
-        _, lse = paged_decode.decode(q, **self.pools, **self.tables, return_lse=True, **options)
-        keys = {name: x for name, x in self.pools.items() if name not in ("v_pool", "v_scales")}
-        found = attention_scores.score(q, **keys, **self.tables, lse=lse, **options)
-        return found.reshape(self.B, self.n, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +314,7 @@ def parse(text: str) -> Policy | AdaKV:
         return AdaKV(parse(":".join(words)))  # type: ignore[arg-type]  # refuses another AdaKV
     if name not in POLICIES:
         known = ", ".join((*POLICIES, "adakv"))
-        raise ParameterError(f"{op}: {name!r} of {text!r} is no policy, expected one of {known}")
+        raise ParameterError(f"{op}: text {text!r} has no policy {name!r}, expected one of {known}")
     kind = POLICIES[name]
     given: dict[str, Any] = {}
     for word in words:
@@ -372,9 +322,11 @@ def parse(text: str) -> Policy | AdaKV:
         field = field if is_field else "ratio" if "." in value else "budget"
         if field not in {x.name for x in fields(kind)} or field in given:
             expected = ", ".join(x.name for x in fields(kind))
-            raise ParameterError(f"{op}: {word!r} of {text!r}, expected each once of {expected}")
+            raise ParameterError(
+                f"{op}: text {text!r} has {word!r}, expected each once of {expected}"
+            )
         try:
             given[field] = float(value) if field in ("ratio", "threshold") else int(value)
         except ValueError:
-            raise ParameterError(f"{op}: {word!r} of {text!r}, expected a number") from None
+            raise ParameterError(f"{op}: text {text!r} has {word!r}, expected a number") from None
     return kind(**given)

@@ -35,6 +35,7 @@ def decode(
     """Attention of the last queries over a layer whose heads hold different numbers of rows.
 
     Args:
+        cache, layer: where.
         q: [B, HQ, D] or [B, T, HQ, D].
         page_table: [B, M] int32.
         lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
@@ -103,9 +104,10 @@ def append(
     stream: Any = None,
     **options: Any,
 ) -> None:
-    """Write one row of each sequence behind the rows that each head holds.
+    """Write one row of each sequence behind the rows that each head holds, in one layer.
 
     Args:
+        cache, layer: where.
         k, v: [B, H, D], as of `paged_append.append`, whose `options` the others are.
         page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
         lengths: [B, H] int32 on the cache's device; rows of each head before this one.

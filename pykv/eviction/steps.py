@@ -41,7 +41,7 @@ class Evicted:
     freed_bytes: int
 
     def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
-        """What belongs to rows, [B, H, C], in their new slots; `fill` behind them."""
+        """What belongs to rows of a layer, `x` [B, H, C], in their new slots; `fill` behind."""
         xp, kept = module_of(x), self.kept[layer]
         if kept is None:
             return x

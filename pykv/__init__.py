@@ -27,7 +27,7 @@ from pykv.pool import PagedKVCache
 from pykv.sequence_cache import SequenceCache
 
 if _TYPE_CHECKING:
-    from pykv import cuda, kinds, kvtc, layout, ops, page_files, pages, plan, transfer
+    from pykv import cuda, eviction, kinds, kvtc, layout, ops, page_files, pages, plan, transfer
     from pykv.llm import LLM, Completion, SamplingParams
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "asarray",
     "blocks",
     "cuda",
+    "eviction",
     "from_pointer",
     "graph",
     "kinds",

@@ -226,14 +226,16 @@ class BlockManager:
         """
         op, P, counts, keys = "BlockManager.evict", self.page_size, self._counts, self._keys
         start = check_whole(op, "start", start, 0)
+        self.check_sequences(op, sequences)
+        if not isinstance(stops, list | tuple):
+            raise DtypeError(f"{op}: stops is a {type(stops).__name__}, expected a list")
         if len(stops) != len(sequences):
-            counted = f"{len(stops)} stops for {len(sequences)} sequences"
-            raise ParameterError(f"{op}: there are {counted}, expected one for each")
-        if len({id(pages) for pages in sequences}) != len(sequences):
-            raise ParameterError(f"{op}: a sequence is there twice, expected each once")
-        for pages, stop in zip(sequences, stops, strict=True):
-            self._check_sequence("evict", pages)
-            check_whole(op, "stop", stop, 0, len(pages) * P)
+            raise ParameterError(
+                f"{op}: stops has {len(stops)} entries, expected one for each of {len(sequences)} "
+                "sequences"
+            )
+        for i, (pages, stop) in enumerate(zip(sequences, stops, strict=True)):
+            check_whole(op, f"stops[{i}]", stop, 0, len(pages) * P)
         old = [list(pages) for pages in sequences]
         ends = [-(-stop // P) for stop in stops]
         shared = [
@@ -403,21 +405,33 @@ class BlockManager:
                 f"BlockManager: tokens are {tokens}, {expected}: {error}"
             ) from error
 
-    def _check_sequence(self, op: str, pages: list[int], first: int = 0) -> None:
+    def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
+        """Check that lists are sequences of this manager, each there once; `op` is for messages."""
+        if not isinstance(sequences, list | tuple):
+            given = type(sequences).__name__
+            raise DtypeError(f"{op}: sequences is a {given}, expected a list of page lists")
+        for i, pages in enumerate(sequences):
+            self._check_sequence(op.rpartition(".")[2], pages, name=f"sequences[{i}]")
+        if len({id(pages) for pages in sequences}) != len(sequences):
+            raise ParameterError(f"{op}: sequences has one twice, expected each once")
+
+    def _check_sequence(
+        self, op: str, pages: list[int], first: int = 0, name: str = "pages"
+    ) -> None:
         """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""
-        self._check_held(op, pages, first)
+        self._check_held(op, pages, first, name)
         if pages and self._sequences.get(id(pages)) is not pages:
             raise ParameterError(
-                f"BlockManager.{op}: pages are {pages} in another list, expected the list that the "
-                "manager handed out, which may name other pages by now"
+                f"BlockManager.{op}: {name} are {pages} in another list, expected the list that "
+                "the manager handed out, which may name other pages by now"
             )
 
-    def _check_held(self, op: str, pages: list[int], first: int = 0) -> None:
+    def _check_held(self, op: str, pages: list[int], first: int = 0, name: str = "pages") -> None:
         """Check that pages from `first` on are distinct and in use."""
         counts = self._counts
         if not isinstance(pages, list):
             given = type(pages).__name__
-            raise DtypeError(f"BlockManager.{op}: pages is a {given}, expected a list of pages")
+            raise DtypeError(f"BlockManager.{op}: {name} is a {given}, expected a list of pages")
         some = pages[first:]
         if not some or (
             set(map(type, some)) == {int}
@@ -428,7 +442,7 @@ class BlockManager:
         ):
             return
         raise ParameterError(
-            f"BlockManager.{op}: pages are {pages}, expected distinct pages in use"
+            f"BlockManager.{op}: {name} are {pages}, expected distinct pages in use"
         )
 
 

@@ -12,15 +12,26 @@ from pathlib import Path
 import numpy as np
 
 import pykv
-from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
+from pykv import (
+    PagedKVCache,
+    SequenceCache,
+    blocks,
+    eviction,
+    kinds,
+    layout,
+    page_files,
+    pages,
+    plan,
+)
 from pykv.eval import changes, continuation, needles
 from pykv.ops import permute
 from tests.llm import tiny
 from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = """blocks eval.changes eval.continuation eval.needles eval.replay kinds layout page_files
-pages plan.append plan.base plan.decode transfer""".split()
+PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
+PUBLIC += [f"eviction.{name}" for name in ("heads", "policies", "steps")]
+PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
 
 
 def functions(module):
@@ -91,7 +102,11 @@ UNCHECKED = """
     eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
     eval.replay.last_logits eval.replay.steps
     blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
+    eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
+    eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
 """.split()
+UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
+UNCHECKED += ["eviction.policies.Policy.score"]
 
 
 def ints(*values):
@@ -155,6 +170,12 @@ FUNCTIONS = {
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
     "llm.sampling.SamplingParams": {},
+    "eviction.policies.parse": dict(text="snapkv:40"),
+    "eviction.policies.AdaKV": dict(policy=eviction.KeyNorm(budget=4), floor=0.5),
+    **{
+        f"eviction.policies.{policy.__name__}": dict(budget=99, sinks=4, recent=8)
+        for policy in eviction.POLICIES.values()
+    },
     "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
     "sequence_cache.SequenceCache": dict(max_blocks=2, block_size=2, heads=1, head_dim=8),
 }
@@ -196,6 +217,23 @@ def _manager(xp):
 def _cache(xp, spec="fp16"):
     cache = PagedKVCache(2, 4, 2, 16, page_size=2, spec=spec, xp=xp)
     return cache, cache.manager.allocate(3)
+
+
+def _managers(xp):
+    manager, pages = _manager(xp)
+    return manager, [pages]
+
+
+def _evict(xp):
+    cache, pages = _cache(xp)
+    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2", layers=[1])
+    return eviction.evict, given | dict(scores=[xp.zeros((1, 2, 4), np.float32)] * 2)
+
+
+def _ragged(xp, **rows):
+    """Arguments of one layer whose heads hold different numbers of rows."""
+    tables = dict(page_table=ints([1, 0], [2, 3]), lengths=ints([3, 2], [1, 2]))
+    return dict(cache=_cache(xp)[0], layer=1, **_given(xp, rows | tables))
 
 
 def _sequence(xp):
@@ -360,6 +398,10 @@ METHODS = {
     "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
     "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
+    "blocks.BlockManager.evict": _of(_managers, "evict", sequences=..., start=1, stops=[2]),
+    "eviction.steps.evict": _evict,
+    "eviction.heads.decode": lambda xp: (eviction.decode, _ragged(xp, q=_QUERIES)),
+    "eviction.heads.append": lambda xp: (eviction.append, _ragged(xp, k=_NEW, v=_NEW)),
     "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
@@ -424,6 +466,8 @@ OPTIONS = {  # whose options a call passes on
     "pool.PagedKVCache.append_qkv": pykv.ops.paged_qkv.append,
     "pool.PagedKVCache.decode": pykv.ops.paged_decode.decode,
     "pool.PagedKVCache.prefill": pykv.ops.prefill.prefill,
+    "eviction.heads.decode": pykv.ops.paged_decode.decode,
+    "eviction.heads.append": pykv.ops.paged_append.append,
     "sequence_cache.SequenceCache.append": pykv.ops.paged_append.append,
     "sequence_cache.SequenceCache.decode": pykv.ops.paged_decode.decode,
 }

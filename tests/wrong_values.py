@@ -115,7 +115,7 @@ def wrong_values(call, name, parameter, value):
     if takes_any:
         must = [x for x in must if not is_array(x)]  # np.float32(1) may be a scale
     if is_array(value):
-        (may if takes_any else must).extend(_unlike(value, strided=name.endswith("_scales")))
+        (may if takes_any else must).extend(_unlike(value, strided=name.endswith("scales")))
         may.extend(_other(value))
     return must, may
 

@@ -1,18 +1,20 @@
-"""KV heads as sequences of their own, for heads that hold different numbers of rows.
+"""Attention over, and rows for, heads that hold different numbers of rows.
 
-Dimensions: as in pykv/eviction; N pages in the pool, n heads of a part.
+Dimensions: as in pykv/eviction.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import cache as kept
+from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import module_of, strided
-from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import POOLS, KVSpec
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
+from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.eviction.parts import Part, check_cache, of_heads, parts, refuse_own
 from pykv.ops import paged_append, paged_decode
 from pykv.pool import PagedKVCache
 
@@ -33,6 +35,7 @@ def decode(
     """Attention of the last queries over a layer whose heads hold different numbers of rows.
 
     Args:
+        cache, layer: where.
         q: [B, HQ, D] or [B, T, HQ, D].
         page_table: [B, M] int32.
         lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
@@ -49,12 +52,20 @@ def decode(
     lengths are the same for all heads.
     """
     op = "eviction.decode"
+    check_cache(op, cache, layer)
+    refuse_own(op, options)
+    many = getattr(q, "ndim", 3) == 4
+    dims = _decode_checker(many)(q, page_table, lengths, positions, alibi_slopes, sinks)
     if positions is None and (options.get("window") is not None or alibi_slopes is not None):
         raise ParameterError(f"{op}: positions are missing, expected some with a window or ALiBi")
-    B, T, (HQ, D) = len(q), q.shape[1] if q.ndim == 4 else 1, q.shape[-2:]
+    if 0 in q.shape:
+        out = module_of(q).empty_like(q)
+        return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
-    H = sum(part.n for part in made)
-    check_shape(op, "lengths", lengths, (B, H), np.int32)
+    B, HQ, D, H = (dims[letter] for letter in ("B", "HQ", "D", "H"))
+    _check_heads(op, made, H)
+    if HQ % H:
+        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
     xp, results = module_of(q), []
     for part in made:
         heads = slice(part.first, part.first + part.n)
@@ -68,7 +79,7 @@ def decode(
             flat = xp.ascontiguousarray(positions[:, heads])
             given["key_positions"] = flat.reshape(B * part.n, -1)
         found = paged_decode.decode(
-            of_heads(q.reshape(B, T, HQ, D), H, heads),
+            of_heads(q if many else q[:, None], H, heads),
             page_table=part.table(page_table),
             lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1),
             **part.pools,
@@ -93,17 +104,26 @@ def append(
     stream: Any = None,
     **options: Any,
 ) -> None:
-    """Write one row of each sequence behind the rows that each head holds.
+    """Write one row of each sequence behind the rows that each head holds, in one layer.
 
     Args:
+        cache, layer: where.
         k, v: [B, H, D], as of `paged_append.append`, whose `options` the others are.
         page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
         lengths: [B, H] int32 on the cache's device; rows of each head before this one.
 
-    Raises: as `paged_append.append`.
+    Raises: as `paged_append.append`; CapacityError, on the host, where no page is left for a row.
     """
-    B, H, _ = k.shape
-    check_shape("eviction.append", "lengths", lengths, (B, H), np.int32)
+    op = "eviction.append"
+    check_cache(op, cache, layer)
+    refuse_own(op, options)
+    dims = _append_check(k, v, page_table, lengths)
+    B, H = dims["B"], dims["H"]
+    _check_heads(op, parts(cache, layer), H)
+    if not on_gpu(lengths):
+        most = page_table.shape[1] * cache.page_size - 1
+        if ((lengths < 0) | (lengths > most)).any():
+            raise CapacityError(f"{op}: lengths are {lengths}, expected 0 to M * P - 1 = {most}")
     P, xp = np.int32(cache.page_size), module_of(k)
     with cuda.on_stream(stream, k):
         for part in parts(cache, layer):
@@ -115,79 +135,32 @@ def append(
             paged_append.append(new[0], new[1], slots=slots, **part.pools, **options)
 
 
-# --- Parts ---
+@kept
+def _decode_checker(many: bool) -> Callable[..., Dims]:
+    return checker(
+        "eviction.decode",
+        q=("B T | HQ D" if many else "B | HQ D", FLOATS),
+        page_table=("B M", INT32),
+        lengths=("B H", INT32),
+        positions=optional("B H C", INT32),
+        alibi_slopes=optional("HQ", FLOAT32),
+        sinks=optional("HQ", FLOAT32),
+    )
 
 
-class Part(NamedTuple):
-    """KV heads of a layer as pools of one head.
-
-    Attributes:
-        first, n: the heads.
-        pools: k_pool, v_pool, k_scales, v_scales and spec, as ops of caches take them.
-        unit: head h of page p is page p * unit + h - first of these pools.
-    """
-
-    first: int
-    n: int
-    pools: dict[str, Any]
-    unit: int
-
-    def table(self, page_table: Any) -> Any:
-        """The page table [B * n, M] of these heads, of one [B, M]."""
-        if self.n == 1:
-            return page_table
-        xp = module_of(page_table)
-        heads = xp.arange(self.n, dtype=np.int32)[None, :, None]
-        return (page_table[:, None, :] * np.int32(self.unit) + heads).reshape(
-            -1, page_table.shape[1]
-        )
+_append_check = checker(
+    "eviction.append",
+    k=("B H | D", FLOATS),
+    v=("B H | D", FLOATS),
+    page_table=("B M", INT32),
+    lengths=("B H", INT32),
+)
 
 
-def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
-    """All heads of a layer in one part where that can be: each head's scale of its own, or unless
-    `together`, makes them parts of their own."""
-    spec, pools = cache.spec, cache.layers[layer]
-    scales = cache.scales[layer]
-    P, (N, *_) = cache.page_size, pools[0].shape
-    H = spec.as_nhd(pools[0]).shape[2]
-    if not together or spec.granularity == "head" or H == 1:
-        made = []
-        for h in range(H):
-            arrays = dict(zip(POOLS, (*pools, *scales), strict=True))
-            of_head = {name: _head(spec, x, h) for name, x in arrays.items()}
-            made.append(Part(h, 1, of_head | dict(spec=spec), 1))
-        return made
-    unit = P * H if spec.layout == "NHD" else H
-    num_pages = (N - 1) * unit + H
-    if num_pages * P >= 2**31:
-        raise UnsupportedError(
-            f"eviction: {N} pages of {H} heads are {num_pages} pages of a head, expected slots of "
-            "these in 32 bits"
-        )
-
-    def view(x: Any) -> Any:
-        if x is None or x.ndim < 3:
-            return x
-        page, token, head, *row = spec.as_nhd(x).strides
-        shape = num_pages, *spec.page_order(P, 1), *x.shape[3:]
-        return strided(x, shape, (head, *spec.page_order(token, head), *row))
-
-    arrays = dict(zip(POOLS, map(view, (*pools, *scales)), strict=True))
-    return [Part(0, H, arrays | dict(spec=spec), unit)]
-
-
-def _head(spec: KVSpec, x: Any, h: int) -> Any:
-    """One head of a pool or of its scales, with its dimension."""
-    if x is None or x.ndim < 3:
-        return x[h : h + 1] if x is not None and spec.granularity == "head" else x
-    return x[:, :, h : h + 1] if spec.layout == "NHD" else x[:, h : h + 1]
-
-
-def of_heads(q: Any, H: int, heads: slice) -> Any:
-    """Queries [B * n, T, G, D] of n KV heads, of q [B, T, HQ, D]."""
-    B, T, HQ, D = q.shape
-    grouped = q.reshape(B, T, H, HQ // H, D)[:, :, heads].swapaxes(1, 2)
-    return module_of(q).ascontiguousarray(grouped).reshape(-1, T, HQ // H, D)
+def _check_heads(op: str, made: list[Part], H: int) -> None:
+    held = sum(part.n for part in made)
+    if H != held:
+        raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")
 
 
 def _of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
@@ -196,10 +169,3 @@ def _of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
     found = x.reshape(B, n, T, G, *x.shape[3:]).swapaxes(1, 2)
     found = module_of(x).ascontiguousarray(found).reshape(B, T, n * G, *x.shape[3:])
     return found if ndim == 4 else found[:, 0]
-
-
-def check_shape(op: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    if getattr(x, "shape", None) != shape or x.dtype != dtype:
-        given = f"{getattr(x, 'shape', None)} of {getattr(x, 'dtype', type(x).__name__)}"
-        error = ShapeError if getattr(x, "shape", None) != shape else DtypeError
-        raise error(f"{op}: {name} have shape {given}, expected {shape} of {np.dtype(dtype)}")

@@ -5,68 +5,18 @@ Dimensions: as in pykv/eviction; n heads, that is B * n sequences of one head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.ops import attention_scores, kv_scores, kv_select, paged_decode
+from pykv.eviction.parts import Rows
+from pykv.ops import kv_scores, kv_select
 from pykv.options import check_number, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
-
-
-class Rows(NamedTuple):
-    """What policies score: rows of n heads of B sequences, each head a sequence of its own."""
-
-    xp: Any
-    layer: int
-    B: int
-    first: int
-    n: int
-    capacity: int
-    pools: dict[str, Any]
-    lengths: Any  # [B * n] int32, on the host
-    tables: dict[str, Any]  # page_table [B * n, M] and lengths, on the device
-    queries: Any  # [B * n, T, G, D] or None
-    given: Any  # [B, n, C] or None
-    options: dict[str, Any]  # scale and logits_soft_cap of attention
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """As `kv_scores` takes them."""
-        of_keys = dict(pool=self.pools["k_pool"], scales=self.pools["k_scales"])
-        return of_keys | dict(spec=self.pools["spec"], **self.tables)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        spec = self.pools["spec"]
-        of_values = dict(pool=self.pools["v_pool"], scales=self.pools["v_scales"])
-        return of_values | dict(spec=replace(spec, k=spec.v), **self.tables)
-
-    @property
-    def scale(self) -> float:
-        given = self.options["scale"]
-        return float(self.queries.shape[-1] ** -0.5 if given is None else given)
-
-    def send(self, x: Any) -> Any:
-        """An array on the cache's device."""
-        return self.xp.asarray(np.ascontiguousarray(x))
-
-    def of_keys(self, measure: str, **options: Any) -> Any:
-        found = kv_scores.score(**self.keys, measure=measure, **options)
-        return found.reshape(self.B, self.n, -1)
-
-    def mass(self, window: int) -> Any:
-        """The attention [B, n, C] that the last `window` queries gave to each row."""
-        q = self.xp.ascontiguousarray(self.queries[:, -window:])
-        options = {name: x for name, x in self.options.items() if x is not None}
-        _, lse = paged_decode.decode(q, **self.pools, **self.tables, return_lse=True, **options)
-        keys = {name: x for name, x in self.pools.items() if name not in ("v_pool", "v_scales")}
-        found = attention_scores.score(q, **keys, **self.tables, lse=lse, **options)
-        return found.reshape(self.B, self.n, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +82,7 @@ class Policy:
         return self.threshold is None
 
     def counts(self, lengths: Any) -> Any:
-        """Of heads of so many rows how many stay at most, int32."""
+        """Of heads that hold `lengths` rows how many stay at most, int32."""
         if self.budget is not None:
             return np.minimum(lengths, self.budget).astype(np.int32)
         if self.ratio is None:
@@ -141,12 +91,14 @@ class Policy:
         return np.clip(kept, np.minimum(self.always, lengths), lengths).astype(np.int32)
 
     def score(self, rows: Rows) -> Any:
-        """What rows are worth, [B, n, C] float32 of n heads."""
+        """What `rows` are worth, [B, n, C] float32 of n heads; larger is better."""
         raise NotImplementedError
 
 
 class Streaming(Policy):
     """The first `sinks` rows and the last ones: StreamingLLM. Without a budget, `recent` of them.
+
+    Args, Raises: as `Policy`.
 
     >>> pykv.eviction.Streaming(sinks=4, recent=508).budget
     512
@@ -158,6 +110,7 @@ class Streaming(Policy):
         super().__post_init__()
 
     def score(self, rows: Rows) -> Any:
+        """Slots: the last rows are worth most."""
         slots = np.arange(rows.capacity, dtype=np.float32)
         return rows.send(np.broadcast_to(slots, (rows.B, rows.n, rows.capacity)))
 
@@ -167,7 +120,7 @@ class Random(Policy):
     """Any rows; what a policy must be better than.
 
     Args:
-        seed: of the numbers that rows get.
+        seed: of the numbers that rows get; the others as of `Policy`.
     """
 
     seed: int = 0
@@ -177,29 +130,42 @@ class Random(Policy):
         check_whole("Random", "seed", self.seed, 0)
 
     def score(self, rows: Rows) -> Any:
+        """The same numbers for the same seed, layer and sizes."""
         rng = np.random.default_rng([self.seed, rows.layer, rows.first])
         return rows.send(rng.random((rows.B, rows.n, rows.capacity), np.float32))
 
 
 class KeyNorm(Policy):
     """Keys of the smallest Euclidean norm. It fails where others do not, as on prompts whose
-    answer is a single passage: a baseline to be warned by, no advice."""
+    answer is a single passage: a baseline to be warned by, no advice.
+
+    Args, Raises: as `Policy`.
+    """
 
     def score(self, rows: Rows) -> Any:
+        """-|k| of the rows' keys."""
         return -rows.of_keys("norm")
 
 
 class Largest(Policy):
-    """Keys by their largest magnitude, with a `threshold` those above it."""
+    """Keys by their largest magnitude, with a `threshold` those above it.
+
+    Args, Raises: as `Policy`.
+    """
 
     def score(self, rows: Rows) -> Any:
+        """max |k| of the rows' keys."""
         return rows.of_keys("largest")
 
 
 class KeyDiff(Policy):
-    """Keys that differ most, by their cosine, from the mean direction of all."""
+    """Keys that differ most, by their cosine, from the mean direction of all.
+
+    Args, Raises: as `Policy`.
+    """
 
     def score(self, rows: Rows) -> Any:
+        """-cosine(k, mean of all rows' k / |k|)."""
         means = kv_scores.means(**rows.keys, run=_RUN, normalize=True)[:, 0]
         of_run = rows.lengths[:, None] - np.arange(means.shape[1]) * _RUN
         counts = rows.send(np.clip(of_run, 0, _RUN).astype(np.float32))
@@ -207,11 +173,15 @@ class KeyDiff(Policy):
 
 
 class Scores(Policy):
-    """Rows by the `scores` that `evict` is given."""
+    """Rows by the `scores` that `evict` is given.
+
+    Args, Raises: as `Policy`.
+    """
 
     needs = "scores"
 
     def score(self, rows: Rows) -> Any:
+        """What was given for the rows."""
         return rows.given
 
 
@@ -222,6 +192,8 @@ class H2O(Scores):
 
     `scores` are of `attention_scores.score(..., accumulate=True)`, call for call. Rows that move
     take theirs along: see `Evicted.moved`.
+
+    Args, Raises: as `Policy`.
     """
 
     recent: int = 64
@@ -230,12 +202,16 @@ class H2O(Scores):
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Policy):
     """Rows by the attention that the last query gave them, on average over the heads: all heads of
-    a layer keep the same."""
+    a layer keep the same.
+
+    Args, Raises: as `Policy`.
+    """
 
     per_head = False
     needs = "queries"
 
     def score(self, rows: Rows) -> Any:
+        """The mass that rows got from the last query."""
         return rows.mass(1)
 
 
@@ -246,7 +222,7 @@ class SnapKV(Policy):
 
     Args:
         window: of `queries`, that are asked; those of a shorter sequence all are.
-        pooling: rows, an odd number, of which each counts as the best.
+        pooling: rows, an odd number, of which each counts as the best. The others as of `Policy`.
     """
 
     window: int = 32
@@ -265,6 +241,7 @@ class SnapKV(Policy):
         return max(self.recent, self.window)
 
     def score(self, rows: Rows) -> Any:
+        """The largest mass of `pooling` neighbours."""
         mass = rows.mass(self.window)
         # The window's own rows stay; what it gave to itself makes no neighbour worth more.
         slots, ends = np.arange(rows.capacity), (rows.lengths - self.window)[:, None]
@@ -283,6 +260,8 @@ class ExpectedAttention(Policy):
 
     The mean and the variance of each element are those of the queries as they were rotated, taken
     as independent: exp(q.k) of a normal q is exp(mean.k + variance.(k * k) / 2).
+
+    Args, Raises: as `Policy`.
     """
 
     sinks: int = 4
@@ -290,6 +269,7 @@ class ExpectedAttention(Policy):
     needs = "queries"
 
     def score(self, rows: Rows) -> Any:
+        """softmax(mean.k + variance.(k * k) / 2) * |v| of rows, on average over query heads."""
         q, xp, scale = rows.queries.astype(np.float32), rows.xp, rows.scale
         mean = q.mean(1) * np.float32(scale)  # [B * n, G, D]
         spread = ((q * np.float32(scale) - mean[:, None]) ** 2).mean(1) * np.float32(0.5)
@@ -364,7 +344,7 @@ def parse(text: str) -> Policy | AdaKV:
         return AdaKV(parse(":".join(words)))  # type: ignore[arg-type]  # refuses another AdaKV
     if name not in POLICIES:
         known = ", ".join((*POLICIES, "adakv"))
-        raise ParameterError(f"{op}: {name!r} of {text!r} is no policy, expected one of {known}")
+        raise ParameterError(f"{op}: text {text!r} has no policy {name!r}, expected one of {known}")
     kind = POLICIES[name]
     given: dict[str, Any] = {}
     for word in words:
@@ -372,9 +352,11 @@ def parse(text: str) -> Policy | AdaKV:
         field = field if is_field else "ratio" if "." in value else "budget"
         if field not in {x.name for x in fields(kind)} or field in given:
             expected = ", ".join(x.name for x in fields(kind))
-            raise ParameterError(f"{op}: {word!r} of {text!r}, expected each once of {expected}")
+            raise ParameterError(
+                f"{op}: text {text!r} has {word!r}, expected each once of {expected}"
+            )
         try:
             given[field] = float(value) if field in ("ratio", "threshold") else int(value)
         except ValueError:
-            raise ParameterError(f"{op}: {word!r} of {text!r}, expected a number") from None
+            raise ParameterError(f"{op}: text {text!r} has {word!r}, expected a number") from None
     return kind(**given)

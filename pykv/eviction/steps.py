@@ -5,19 +5,19 @@ Dimensions: as in pykv/eviction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pykv import blocks, cuda
-from pykv.arrays import is_array, module_of, to_host
+from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to_host
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.eviction.heads import check_shape, of_heads, parts
-from pykv.eviction.policies import AdaKV, Policy, Rows, parse
+from pykv.eviction.parts import Rows, check_cache, of_heads, parts
+from pykv.eviction.policies import AdaKV, Policy, parse
 from pykv.ops import kv_compact, kv_select
-from pykv.options import check_whole
+from pykv.options import check_number, check_whole
 from pykv.pool import PagedKVCache
 
 
@@ -41,7 +41,7 @@ class Evicted:
     freed_bytes: int
 
     def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
-        """What belongs to rows, [B, H, C], in their new slots; `fill` behind them."""
+        """What belongs to rows of a layer, `x` [B, H, C], in their new slots; `fill` behind."""
         xp, kept = module_of(x), self.kept[layer]
         if kept is None:
             return x
@@ -52,7 +52,7 @@ class Evicted:
 def evict(
     cache: PagedKVCache,
     sequences: Sequence[list[int]],
-    lengths: Any,
+    lengths: Sequence[int] | Any,
     policy: Policy | AdaKV | str,
     *,
     layers: Sequence[int] | None = None,
@@ -105,27 +105,24 @@ def evict(
     """
     op = "eviction.evict"
     cuda.refuse_prepare(op, "each call moves rows of its own")
+    check_cache(op, cache)
     chosen = parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, Policy | AdaKV):
-        raise DtypeError(
-            f"{op}: policy is a {type(policy).__name__}, expected a policy or its text"
-        )
+        given = type(policy).__name__
+        raise DtypeError(f"{op}: policy is a {given}, expected a policy or its text")
+    if scale is not None:
+        scale = check_number(op, "scale", scale)
+    if logits_soft_cap is not None:
+        logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
     cuda.check_stream(stream)
     with cuda.on_stream(stream, cache.k):
         cuda.refuse_capture(op, "pages go back to the manager")
         work = _Work(op, cache, sequences, lengths, chosen)
-        given = dict(queries=queries, scores=scores)
-        kept, counts = work.select(
-            _layers(op, layers, len(cache.layers)), given, scale, logits_soft_cap
-        )
+        arrays = work.arrays(layers, queries=queries, scores=scores)
+        if positions is not None:
+            positions = work.positions(positions)
+        kept, counts = work.select(arrays, scale, logits_soft_cap)
         return work.compact(kept, counts, positions)
-
-
-def _layers(op: str, layers: Sequence[int] | None, L: int) -> list[int]:
-    """Which layers, checked."""
-    return [
-        check_whole(op, "layers", i, 0, L - 1) for i in (range(L) if layers is None else layers)
-    ]
 
 
 class _Work:
@@ -142,71 +139,93 @@ class _Work:
         self.op, self.cache, self.sequences, self.policy = op, cache, sequences, policy
         self.base = policy.policy if isinstance(policy, AdaKV) else policy
         self.xp = module_of(cache.k)
+        cache.manager.check_sequences(op, sequences)
         L, H = len(cache.layers), cache.spec.as_nhd(cache.layers[0][0]).shape[2]
         self.lengths = _check_lengths(op, lengths, (L, len(sequences), H))
-        width = max(map(len, sequences), default=0)
-        self.table = blocks.page_table(sequences, width)
+        self.table = blocks.page_table(sequences, max(map(len, sequences), default=0))
+        self.shape = len(sequences), H, self.table.shape[1] * cache.page_size
         for b, pages in enumerate(sequences):
             most, held = self.lengths[:, b].max(initial=0), len(pages) * cache.page_size
             if most > held:
                 raise ParameterError(
-                    f"{op}: lengths of sequence {b} are up to {most}, expected at most the {held} "
-                    "that its pages hold"
+                    f"{op}: lengths of sequences[{b}] are up to {most}, expected at most the "
+                    f"{held} that its pages hold"
                 )
 
+    def arrays(self, layers: Sequence[int] | None, **given: Any) -> dict[int, Any]:
+        """By layer that rows are evicted from: the array that the policy needs, or None."""
+        op, needs, L = self.op, self.base.needs, len(self.lengths)
+        if layers is not None and not isinstance(layers, list | tuple | range):
+            raise DtypeError(f"{op}: layers is a {type(layers).__name__}, expected a list")
+        chosen = range(L) if layers is None else layers
+        which = [check_whole(op, "layers", layer, 0, L - 1) for layer in chosen]
+        for name, x in given.items():
+            expected = "an array for each layer" if name == needs else "None"
+            if (x is None) == (name == needs):
+                wrong = "are missing" if x is None else "are given"
+                policy = type(self.base).__name__
+                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {policy}")
+        if not needs:
+            return dict.fromkeys(which)
+        found = _of_layers(op, needs, given[needs], which)
+        rules: Any = ("B H C", FLOAT32, 4) if needs == "scores" else ("B T | HQ D", FLOATS)
+        for layer, x in found.items():
+            sizes = checker(op, **{f"{needs}[{layer}]": rules})(x)
+            B, H, C = self.shape
+            if needs == "scores":
+                _check_sizes(op, f"{needs}[{layer}]", x, self.shape)
+            elif sizes["B"] != B or not sizes["T"] or sizes["HQ"] % H or not sizes["HQ"]:
+                raise ShapeError(
+                    f"{op}: {needs}[{layer}] has shape {x.shape}, expected [B, T, HQ, D] with "
+                    f"B={B}, some tokens and HQ a multiple of H={H}"
+                )
+        return found
+
+    def positions(self, given: Any) -> dict[int, Any]:
+        """By layer, checked."""
+        found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
+        for layer, x in found.items():
+            checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
+            _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
+        return found
+
     def select(
-        self, layers: list[int], given: dict[str, Any], scale: Any, logits_soft_cap: Any
+        self, arrays: dict[int, Any], scale: float | None, logits_soft_cap: float | None
     ) -> tuple[list[Any], Any]:
         """What each layer keeps, [B, H, C] on the device, or None where it is left alone, and how
         many rows that are, [L, B, H] on the host."""
-        needs = self.base.needs
-        if needs and given[needs] is None:
-            raise ParameterError(
-                f"{self.op}: {needs} are missing, expected an array of each layer for "
-                f"{type(self.base).__name__}"
-            )
         options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
         kept: list[Any] = [None] * len(self.lengths)
         counts = self.lengths.copy()
-        if self.table.size == 0:
+        if 0 in self.shape:
             return kept, counts
         pending = {}
-        for layer in layers:
-            scores = self._scores(layer, needs, given.get(needs), options)
+        for layer, array in arrays.items():
+            scores = self._scores(layer, array, options)
             kept[layer], pending[layer], counts[layer] = self._select(layer, scores)
         if isinstance(self.policy, AdaKV) or self.base.threshold is not None:
             for layer, found in pending.items():
                 counts[layer] = to_host(found)
         return kept, counts
 
-    def _scores(self, layer: int, needs: str, given: Any, options: dict[str, Any]) -> Any:
-        """[B, H, C]."""
-        B, M, P = *self.table.shape, self.cache.page_size
-        H = self.lengths.shape[2]
-        array: Any = given[layer] if needs else None
-        if needs == "scores":
-            check_shape(self.op, "scores", array, (B, H, M * P), np.float32)
-        elif needs == "queries":
-            if getattr(array, "ndim", 0) != 4 or array.shape[0] != B or array.shape[2] % H:
-                shape = getattr(array, "shape", None)
-                raise ShapeError(
-                    f"{self.op}: queries of layer {layer} have shape {shape}, expected "
-                    f"[B, T, HQ, D] with B={B} and HQ a multiple of H={H}"
-                )
+    def _scores(self, layer: int, array: Any, options: dict[str, Any]) -> Any:
+        """[B, H, C] of a layer."""
+        (B, H, C), xp, needs = self.shape, self.xp, self.base.needs
         found = []
         for part in parts(self.cache, layer):
             heads = slice(part.first, part.first + part.n)
             lengths = np.ascontiguousarray(self.lengths[layer][:, heads]).reshape(-1)
-            tables = dict(page_table=part.table(self.xp.asarray(self.table)))
-            tables |= dict(lengths=self.xp.asarray(lengths))
+            tables = dict(
+                page_table=part.table(xp.asarray(self.table)), lengths=xp.asarray(lengths)
+            )
             queries = of_heads(array, H, heads) if needs == "queries" else None
             scores = array[:, heads] if needs == "scores" else None
             rows = Rows(
-                *(self.xp, layer, B, part.first, part.n, M * P, part.pools, lengths, tables),
+                *(xp, layer, B, part.first, part.n, C, part.pools, lengths, tables),
                 *(queries, scores, options),
             )
             found.append(self.base.score(rows))
-        return found[0] if len(found) == 1 else self.xp.concatenate(tuple(found), 1)
+        return found[0] if len(found) == 1 else xp.concatenate(tuple(found), 1)
 
     def _select(self, layer: int, scores: Any) -> tuple[Any, Any, Any]:
         """Rows that are kept, how many on the device, and how many on the host at most."""
@@ -268,9 +287,7 @@ class _Work:
             if not shrinking or (of_layer is None and not is_copied):
                 continue
             if of_layer is None:  # rows stay in their slots, some in other pages
-                of_layer = xp.asarray(
-                    _all_rows(self.lengths[layer], self.table.shape[1] * cache.page_size)
-                )
+                of_layer = xp.asarray(_all_rows(self.lengths[layer], self.shape[2]))
             k_scales, v_scales = cache.scales[layer]
             kv_compact.compact(
                 *(k, v),
@@ -285,7 +302,7 @@ class _Work:
         made = Evicted(counts, kept, kept, freed, size)
         if positions is None:
             return made
-        moved = [made.moved(i, x, -1) for i, x in enumerate(positions)]
+        moved = [made.moved(layer, x, -1) for layer, x in positions.items()]
         return replace(made, positions=moved)
 
 
@@ -295,10 +312,30 @@ def _all_rows(lengths: Any, C: int) -> Any:
     return np.where(slots < lengths[..., None], slots, np.int32(-1))
 
 
+def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[int, Any]:
+    """What an argument has for each of these layers."""
+    if not isinstance(given, list | tuple | dict):
+        expected = "a list of an array for each layer, or a dict"
+        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected {expected}")
+    known = given if isinstance(given, dict) else dict(enumerate(given))
+    for layer in layers:
+        if layer not in known:
+            raise ParameterError(f"{op}: {name} has none for layer {layer}, expected an array")
+    return {layer: known[layer] for layer in layers}
+
+
+def _check_sizes(op: str, name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {shape}")
+
+
 def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
     """Rows of each head, [L, B, H] int32, of those of each sequence or head."""
-    given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
-    if given.size and given.dtype.kind not in "iu":
+    try:
+        given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
+    except (ValueError, OverflowError):  # lists of several lengths
+        given = np.empty(0, object)
+    if given.dtype.kind not in "iu" and (given.size or given.dtype == object):
         raise DtypeError(f"{op}: lengths have dtype {given.dtype}, expected integers")
     if given.shape not in (shape, shape[1:2]):
         raise ShapeError(

@@ -82,15 +82,15 @@ def score(
     op = "kv_scores.score"
     check_choice(op, "measure", measure, MEASURES)
     _check_wanted(op, measure, vectors=vectors, weights=weights)
-    spec, dims = _check(op, pool, scales, spec, page_table, lengths, vectors, weights, out)
+    arrays = dict(pool=pool, scales=scales, page_table=page_table, lengths=lengths)
+    arrays |= dict(vectors=vectors, weights=weights)
+    spec, dims = _check(op, spec, arrays, out, "B R C")
     B, H, C = dims["B"], dims["H"], dims["M"] * dims["P"]
     R = dims.get("R", H)
     if H == 0 or R % H or (vectors is None and R != H):
         expected = "a multiple of H" if vectors is not None else "H"
         raise ShapeError(f"{op}: R is {R}, expected {expected}={H}")
     out = _output(op, out, pool, (B, R, C), stream)
-    arrays = dict(vectors=vectors, weights=weights, pool=pool, scales=scales)
-    arrays |= dict(page_table=page_table, lengths=lengths)
     _look(op, check, dims, page_table, lengths, stream)
     if out.size == 0:
         pass
@@ -138,10 +138,10 @@ def means(
     op = "kv_scores.means"
     run = check_whole(op, "run", run, 1, 2**31 - 1)
     normalize = check_flag(op, "normalize", normalize)
-    spec, dims = _check(op, pool, scales, spec, page_table, lengths, means=out)
+    arrays = dict(pool=pool, scales=scales, page_table=page_table, lengths=lengths)
+    spec, dims = _check(op, spec, arrays, out, "B H K D")
     K = -(-dims["M"] * dims["P"] // run)
     out = _output(op, out, pool, (dims["B"], dims["H"], K, dims["D"]), stream)
-    arrays = dict(pool=pool, scales=scales, page_table=page_table, lengths=lengths)
     _look(op, check, dims, page_table, lengths, stream)
     if out.size == 0:
         pass
@@ -173,22 +173,14 @@ def _check_wanted(op: str, measure: str, **arrays: Any) -> None:
 
 
 def _check(
-    op: str,
-    pool: Any,
-    scales: Any,
-    spec: KVSpec | str | None,
-    page_table: Any,
-    lengths: Any,
-    vectors: Any = None,
-    weights: Any = None,
-    scores: Any = None,
-    means: Any = None,
+    op: str, spec: KVSpec | str | None, arrays: dict[str, Any], out: Any, shape: str
 ) -> tuple[KVSpec, Dims]:
     """Check arrays; the spec of the pool, as that of keys and of values, and the sizes."""
+    pool, scales = arrays["pool"], arrays["scales"]
     spec = spec_of(op, spec, pool, pool, scales, scales, names=("pool", "pool"))
     if spec.v != spec.k:
         spec = replace(spec, v=spec.k)
-    dims = _checker(op, spec)(pool, scales, page_table, lengths, vectors, weights, scores, means)
+    dims = _checker(op, spec, shape, len(arrays) > 4)(*arrays.values(), out)
     check_head_dim(op, "pool", dims["D"], attention.MAX_HEAD_DIM)
     if dims["P"] == 0:
         raise ShapeError(f"{op}: pool has P=0, expected at least 1")
@@ -196,20 +188,12 @@ def _check(
 
 
 @cache
-def _checker(op: str, spec: KVSpec) -> Callable[..., Dims]:
+def _checker(op: str, spec: KVSpec, out: str, with_vectors: bool) -> Callable[..., Dims]:
     rules = spec.rules(("pool", "pool", "scales", "scales"))
-    return checker(
-        op,
-        ("scores", "means"),
-        pool=rules["pool"],
-        scales=rules["scales"],
-        page_table=("B M", INT32),
-        lengths=("B", INT32),
-        vectors=optional("B R D", FLOAT32),
-        weights=optional("B R D", FLOAT32),
-        scores=optional("B R C", FLOAT32, 4),
-        means=optional("B H K D", FLOAT32),
-    )
+    rules |= dict(page_table=("B M", INT32), lengths=("B", INT32))
+    if with_vectors:
+        rules |= {name: optional("B R D", FLOAT32) for name in ("vectors", "weights")}
+    return checker(op, ("out",), **rules, out=optional(out, FLOAT32, 4))
 
 
 def _output(op: str, out: Any, pool: Any, shape: tuple[int, ...], stream: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.options import check_whole
 
 _BLOCK = 512  # threads
@@ -56,6 +56,7 @@ def select(
     Raises:
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         ParameterError: `sinks` or `recent` is negative, `threshold` is NaN.
+        CapacityError: on the host, a length exceeds C; on a GPU it is clamped.
 
     Of rows with equal scores those at lower segments and positions go first. Runs where the arrays
     are; on a GPU it only enqueues. The same bits in every run.
@@ -83,9 +84,16 @@ def select(
         launch = dims.keep(chosen, lambda: _launch(scores.shape, *chosen))
         launch(arrays, stream)
     else:
+        cuda.look(lambda: _check_on_host(op, lengths, scores.shape[2]))
         choose = partial(reference, **arrays, sinks=sinks, recent=recent, threshold=threshold)
         cuda.run_on_host(choose, stream=stream)
     return kept, counts
+
+
+def _check_on_host(op: str, lengths: Any, C: int) -> None:
+    if lengths.max() > C:
+        r, s = np.unravel_index(lengths.argmax(), lengths.shape)
+        raise CapacityError(f"{op}: lengths[{r}, {s}] is {lengths[r, s]}, expected at most C={C}")
 
 
 def check_threshold(op: str, name: str, value: Any) -> float:
@@ -95,12 +103,15 @@ def check_threshold(op: str, name: str, value: Any) -> float:
         DtypeError: it is no number; a bool is none.
         ParameterError: it is NaN.
     """
+    number: Any = value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
-    if math.isnan(value):
+    if abs(number) > 1e39:  # beyond float32
+        return math.inf if number > 0 else -math.inf
+    if math.isnan(number):
         raise ParameterError(f"{op}: {name} is nan, expected a number")
     with np.errstate(over="ignore"):
-        return float(np.float32(value))
+        return float(np.float32(number))
 
 
 _check = checker(

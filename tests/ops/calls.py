@@ -9,6 +9,9 @@ from pykv.ops import (
     bandwidth,
     contiguous_append,
     dequant,
+    kv_compact,
+    kv_scores,
+    kv_select,
     kvtc_code,
     kvtc_project,
     kvtc_rows,
@@ -68,6 +71,24 @@ OPS = [
     ),
     (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
     (
+        kv_compact.compact,
+        dict(**POOLS, page_table=TABLE["page_table"], kept=zeros("i4", 2, 2, 4))
+        | dict(counts=zeros("i4", 2, 2)),
+    ),
+    (
+        kv_scores.score,
+        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, measure="product")
+        | dict(vectors=zeros("f4", 2, 4, 16), weights=zeros("f4", 2, 4, 16)),
+    ),
+    (
+        kv_scores.means,
+        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, run=3),
+    ),
+    (
+        kv_select.select,
+        dict(scores=zeros("f4", 2, 2, 4), lengths=zeros("i4", 2, 2), budgets=zeros("i4", 2)),
+    ),
+    (
         kvtc_code.encode,
         dict(k=zeros("f4", 2, 32), v=zeros("f4", 2, 64), **STEPS, out=zeros("u1", 2, 24)) | WIDTHS,
     ),
@@ -122,6 +143,8 @@ CONTENTS = dict(
     slots=[3, 1],
     page_table=[[0, 1], [2, 3]],
     lengths=[3, 2],
+    kept=[[[0, 2, -1, -1], [1, 3, -1, -1]], [[1, -1, -1, -1], [-1, -1, -1, -1]]],
+    counts=[[2, 2], [1, 0]],
     indices=[2, 1],
     indptr=[0, 1, 2],
     last_page_len=[1, 0],
@@ -148,7 +171,7 @@ def filled(arguments, rng, xp):
 
 def _contents(name, x, rng):
     if name in CONTENTS:
-        return np.array(CONTENTS[name], x.dtype)[: len(x)]
+        return np.resize(np.array(CONTENTS[name], x.dtype), x.shape)
     if name.endswith("_scales"):
         return rng.uniform(0.01, 0.02, x.shape).astype(x.dtype)
     if x.dtype.kind == "f":

@@ -100,7 +100,8 @@ UNCHECKED = """
     eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
     eval.continuation.join eval.continuation.losses eval.needles.Haystack eval.needles.Recall
     eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
-    eval.replay.last_logits eval.replay.steps
+    eval.replay.last_logits eval.replay.steps eval.changes.code eval.coding.Judged
+    eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
@@ -157,6 +158,7 @@ FUNCTIONS = {
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),
+    "eval.changes.evict": dict(policy="snapkv:40"),
     "eval.changes.requantise": dict(spec="int8"),
     "blocks.BlockManager": dict(num_pages=8, page_size=2),
     "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),

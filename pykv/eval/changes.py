@@ -142,13 +142,15 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         )
 
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
-        config = cache.config
+        config, queries = cache.config, None
+        if base.needs == "queries":
+            queries = [of_layer[None] for of_layer in cache.queries]
         left = eviction.evict(
             cache,
             [pages],
             [tokens],
             chosen,
-            queries=[of_layer[None] for of_layer in cache.queries],
+            queries=queries,
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,
         )

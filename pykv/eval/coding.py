@@ -60,13 +60,13 @@ class Judged:
                 self._sums[0, side] += float(((x - y).astype(np.float64) ** 2).sum())
             inv_freq = xp.asarray(artefact.model.inv_freq[layer])
             rope.rotate(exact[0], exact[0][:, :0], back, inv_freq, pairing=artefact.model.pairing)
-            for side, (x, mean) in enumerate(zip(exact, means(artefact, layer), strict=True)):
+            for side, (x, mean) in enumerate(zip(exact, _means(artefact, layer), strict=True)):
                 spread = x.astype(np.float64) - xp.asarray(mean)
                 self._sums[1, side] += float((spread**2).sum())
         return kept
 
 
-def means(artefact: Artefact, layer: int) -> list[np.ndarray]:
+def _means(artefact: Artefact, layer: int) -> list[np.ndarray]:
     """The mean key and value [H, D] of a layer, float64, as the calibration found them."""
     (group,) = (group for group in artefact.groups if layer in group.layers)
     model, at = artefact.model, group.layers.index(layer)

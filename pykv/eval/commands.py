@@ -1,4 +1,4 @@
-"""`pykv eval`: options, and results as text, JSON and figures."""
+"""`pykv eval` and `pykv kvtc evaluate`: options, and results as text, JSON and figures."""
 
 from __future__ import annotations
 
@@ -148,6 +148,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pykv.kvtc.rows import fingerprint
 
     ratios = [_whole("--ratio", word) for word in _listed("--ratio", args.ratio)]
+    if not ratios:
+        raise ParameterError("kvtc evaluate: --ratio is empty, expected 8,16 or the like")
     _check_numbers("kvtc evaluate", args, "windows", "prefill", "score")
     texts = read_texts(args.text)
     _check_outputs("kvtc evaluate", args)

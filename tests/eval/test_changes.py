@@ -116,7 +116,7 @@ def test_the_last_queries_are_kept(llm, windows, monkeypatch, most):
     [
         ("h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
         ("adakv:h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
-        ("nothing:0.5", ParameterError, "'nothing' of 'nothing:0.5' is no policy"),
+        ("nothing:0.5", ParameterError, "text 'nothing:0.5' has no policy 'nothing'"),
         ("snapkv:0.0", ParameterError, "ratio is 0.0"),
         (3, DtypeError, "policy is a int, expected a policy"),
     ],

@@ -1,13 +1,16 @@
-"""`pykv eval`: tables, JSON, figures, and mistakes on one line."""
+"""`pykv eval` and `pykv kvtc evaluate`: tables, JSON, figures, and mistakes on one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import pykv
-from pykv import cli
+from pykv import cli, kvtc
 from pykv.eval import changes, continuation, needles, plots
+from pykv.kvtc.calibration import calibrate
 from tests.eval.conftest import TEXT
+from tests.llm import tiny
 
 SIZES = ("--windows", "2", "--prefill", "37", "--score", "21")
 
@@ -22,11 +25,15 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def run_kvtc(run, artefact_path):
+    return lambda *argv: run("evaluate", "--artefact", str(artefact_path), *argv, group="kvtc")
+
+
+@pytest.fixture
 def run(capsys, tiny_path):
-    def run(job, *argv):
-        code = cli.main(
-            ["eval", job, "--model", str(tiny_path), "--device", "cpu", "--weights", "fp32", *argv]
-        )
+    def run(job, *argv, group="eval"):
+        options = ("--model", str(tiny_path), "--device", "cpu", "--weights", "fp32")
+        code = cli.main([group, job, *options, *argv])
         return code, *capsys.readouterr()
 
     return run
@@ -71,6 +78,62 @@ def test_needles(run, llm, in_a_folder):
     head, *lines = out.splitlines()
     assert head.split() == ["change", "keys", "query", "asked", "of", "fp16", "recall"]
     assert [line.split()[0] for line in lines] == ["dense", "int8", "int8"] * 2
+
+
+@pytest.fixture(scope="module")
+def artefact_path(llm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("artefact") / "tiny.kvtc"
+    texts = {name: text for name, text in zip("ab", (TEXT[:500], TEXT[::-1][:500]), strict=True)}
+    replace(calibrate(llm, texts, ratios=(2, 8)), sinks=2, window=4).save(path)
+    return path
+
+
+def test_kvtc_evaluate(run_kvtc, in_a_folder, artefact_path, llm):
+    argv = ("--text", "a.txt", "b.txt", "--ratio", "2,8", *SIZES)
+    code, out, err = run_kvtc(*argv, "--json", "x.json")
+    assert code == 0 and err == ""
+    record = json.loads((in_a_folder / "x.json").read_text())
+    assert (record["eval"], record["sinks"], record["window"]) == ("kvtc", 2, 4)
+    assert list(record["calibrated_on"]) == ["a", "b"]
+    rows = {(row["change"], row["text"]): row for row in record["rows"]}
+    names = ("kvtc:2", "kvtc:8", "int8", "int4")
+    assert list(rows) == [(name, of) for name in names for of in ("a.txt", "b.txt", None)]
+    artefact = kvtc.Artefact.load(artefact_path)
+    stream = kvtc.Codec(artefact, 8).header(37, "fp32")
+    row = rows["kvtc:8", "a.txt"]
+    of_fp16 = 2 * 2 * 2 * 16 * 2  # bytes of a token
+    assert row["bytes_per_token"] == stream.nbytes / 37
+    assert row["total_ratio"] == pytest.approx(37 * of_fp16 / stream.nbytes)
+    assert row["coded_ratio"] == pytest.approx(of_fp16 / artefact.row_bytes(8))
+    assert rows["int8", None]["total_ratio"] == rows["int8", None]["coded_ratio"] == 1 / 0.5625
+    for error in ("k_error", "v_error"):
+        assert 0 < rows["int8", None][error] < rows["int4", None][error] < row[error] < 1
+        both = [rows["kvtc:8", of][error] for of in ("a.txt", "b.txt")]
+        assert min(both) < rows["kvtc:8", None][error] < max(both)
+    assert 0 < rows["int8", None]["kl"] < rows["kvtc:2", None]["kl"] < rows["kvtc:8", None]["kl"]
+    head, *lines = out.splitlines()
+    columns = "change text ratio total K V KL p99 top-1 perplexity exact"
+    assert head.split() == columns.split() and len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--ratio", "16"], "--ratio: ratio is 16, expected one of 2, 8"),
+        (["--ratio", "x"], "--ratio has 'x', expected whole numbers"),
+        (["--ratio", ""], "--ratio is empty, expected 8,16 or the like"),
+        (["--artefact", "a.txt"], "a.txt has magic"),
+        (["--artefact", "no"], "No such file or directory"),
+        (["--prefill", "6"], "prefill is 6, expected more than the 2 sinks and the window of 4"),
+        (["--model", "other.gguf"], "is of another model: "),
+    ],
+)
+def test_mistakes_of_kvtc_evaluate_are_one_line(run_kvtc, in_a_folder, argv, text):
+    if "other.gguf" in argv:
+        tiny.write(in_a_folder / "other.gguf", "llama", context=1024, rope_base=7e3)
+    code, out, err = run_kvtc("--text", "a.txt", "--ratio", "2", "--score", "9", *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("pykv: ") and text in err and err.count("\n") == 1, err
 
 
 def test_json_alone(run):
@@ -151,7 +214,7 @@ TEXTS = ("--text", "a.txt", "--kv-dtype", "int8")
         ("continuation", [*TEXTS, "--windows", "9", "--prefill", "99"], "text has 782 tokens"),
         ("continuation", ["--text", "a.txt"], "expected --policy, --kv-dtype or both"),
         ("continuation", [*TEXTS, "--policy", "h2o:0.5"], "'h2o:0.5', expected one that goes by"),
-        ("needles", ["--policy", "snap:0.5"], "'snap' of 'snap:0.5' is no policy"),
+        ("needles", ["--policy", "snap:0.5"], "text 'snap:0.5' has no policy 'snap'"),
         ("continuation", [*TEXTS, "--kv-dtype", "int8,,int4"], "--kv-dtype has '' in"),
     ],
 )

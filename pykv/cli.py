@@ -136,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
-    commands_of_eval.add_jobs(judge)
+    for job in commands_of_eval.add_jobs(judge):
+        _add_place(job)
 
     kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_of_kvtc.add_calibrate(calibrate)
     evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
     commands_of_eval.add_evaluate(evaluate)
+    _add_place(evaluate)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -158,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
     parser.add_argument(
         "--model",
         default="smollm2-135m",
@@ -166,8 +169,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "`pykv models`",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    _add_place(parser)
+    _add_kv_dtype(parser)
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    """The options of `pykv eval`; imports nothing that takes time."""
+def add_jobs(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The jobs of `pykv eval` and their options, but those that say which model, and where."""
     jobs = parser.add_subparsers(required=True, metavar="JOB")
     text = "hide facts in filler, change the cache, and ask for them"
     needles = jobs.add_parser("needles", help=text, description=text)
@@ -35,37 +35,25 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     _add_texts(goes_on)
     goes_on.set_defaults(run=_continuation)
     for job in (needles, goes_on):
-        add_model(job)
         job.add_argument(
             "--policy",
             default="",
             metavar="POLICIES",
             help="of eviction, with what they keep: snapkv:0.5,keydiff:0.25,streaming:128",
         )
-        job.add_argument(
-            "--kv-dtype",
-            default="",
-            metavar="KINDS",
-            help="of cache: int8,k8v4,fp8:head",
-        )
-        add_outputs(job)
+        text = "of cache, with commas between: int8,k8v4,fp8:head"
+        job.add_argument("--kv-dtype", default="", metavar="KINDS", help=text)
+        _add_outputs(job)
+    return [needles, goes_on]
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """The options of `pykv kvtc evaluate`."""
+    """The options of `pykv kvtc evaluate`, but those that say which model, and where."""
     parser.add_argument("--artefact", required=True, metavar="FILE", help="of kvtc calibrate")
     parser.add_argument("--ratio", default="8,16,32", metavar="N,...", help="(%(default)s)")
     parser.set_defaults(run=_evaluate)
-    add_model(parser)
     _add_texts(parser)
-    add_outputs(parser)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where."""
-    parser.add_argument("--model", default="smollm2-135m", help="as for `pykv run` (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    _add_outputs(parser)
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +64,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", type=int, default=256, help="tokens scored (%(default)s)")
 
 
-def add_outputs(parser: argparse.ArgumentParser) -> None:
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     text = "write what was measured; - prints it, and no table"
     parser.add_argument("--json", metavar="FILE", help=text)
@@ -95,27 +83,27 @@ def _needles(args: argparse.Namespace) -> None:
     _check_numbers("eval needles", args, "tokens", "seeds")
     made = {"dense": changes.identity} | _changes(args)
     _check_outputs("eval needles", args)
-    llm = open_model(args)
+    llm = _open_model(args)
     stacks = {
         n: [needles.haystack(llm, keys=n, tokens=args.tokens, seed=i) for i in range(args.seeds)]
         for n in keys
     }
     rows = []
     answers = sum(n * args.seeds * (2 * len(made) - 1) for n in keys)
-    with bar(answers, "answer") as progress:
+    with _bar(answers, "answer") as progress:
         for n, some in stacks.items():
             found = needles.measure(llm, some, made, progress=progress)
             for (name, aware), recall in found.items():
                 row = {"change": name, "keys": n, "query_aware": aware}
                 row |= _share(llm, recall.nbytes / recall.tokens)
                 rows.append(row | {"asked": len(recall.found), "recall": recall.share})
-    record = facts(llm, args, "needles") | {"tokens": args.tokens, "seeds": args.seeds}
+    record = _facts(llm, args, "needles") | {"tokens": args.tokens, "seeds": args.seeds}
     head = {"change": "", "keys": "", "query": "", "asked": "", "of fp16": ".3f", "recall": ".3f"}
     table = [
         [row["change"], row["keys"], _query(row), row["asked"], row["share"], row["recall"]]
         for row in rows
     ]
-    finish(args, record | {"rows": rows}, head, table)
+    _finish(args, record | {"rows": rows}, head, table)
 
 
 def _query(row: Record) -> str:
@@ -131,13 +119,13 @@ def _continuation(args: argparse.Namespace) -> None:
     if not made:
         raise ParameterError("eval continuation: expected --policy, --kv-dtype or both")
     _check_numbers("eval continuation", args, "windows", "prefill", "score")
-    texts = read_texts(args.text)
+    texts = _read_texts(args.text)
     _check_outputs("eval continuation", args)
-    llm = open_model(args)
+    llm = _open_model(args)
     rows = _go_on(llm, args, texts, dict.fromkeys(texts, made))
     head = {"change": "", "text": "", "of fp16": ".3f"} | _HEAD
     table = [[row[key] for key in ("change", "text", "share", *_KEYS)] for row in rows]
-    finish(args, _record_of_texts("continuation", llm, args, texts, rows), head, table)
+    _finish(args, _record_of_texts("continuation", llm, args, texts, rows), head, table)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -151,12 +139,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not ratios:
         raise ParameterError("kvtc evaluate: --ratio is empty, expected 8,16 or the like")
     _check_numbers("kvtc evaluate", args, "windows", "prefill", "score")
-    texts = read_texts(args.text)
+    texts = _read_texts(args.text)
     _check_outputs("kvtc evaluate", args)
     artefact = Artefact.load(args.artefact)
     for ratio in ratios:
         artefact.check_ratio("kvtc evaluate: --ratio", ratio)
-    llm = open_model(args)
+    llm = _open_model(args)
     if differs := artefact.model.difference(fingerprint(llm.file, llm.model)):
         raise FormatError(f"kvtc evaluate: {args.artefact} is of another model: {differs}")
     with llm.turn():
@@ -180,7 +168,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     record = _record_of_texts("kvtc", llm, args, texts, rows)
     record |= {"sinks": artefact.sinks, "window": artefact.window}
     record["calibrated_on"] = {text.name: text.sha256 for text in artefact.texts}
-    finish(args, record, head | _HEAD, table)
+    _finish(args, record, head | _HEAD, table)
 
 
 def _go_on(
@@ -194,7 +182,7 @@ def _go_on(
     found: dict[str | None, dict[str, continuation.Cost]] = {}
     (names,) = {tuple(of_text) for of_text in made.values()}
     each = args.prefill + args.score * (1 + len(names))
-    with bar(each * args.windows * len(texts), "token") as progress:
+    with _bar(each * args.windows * len(texts), "token") as progress:
         for text, ids in windows.items():
             options = dict(prefill=args.prefill, progress=progress)
             found[text] = continuation.measure(llm, ids, made[text], **options)
@@ -213,7 +201,7 @@ def _go_on(
 def _record_of_texts(
     job: str, llm: LLM, args: argparse.Namespace, texts: dict[str, str], rows: list[Record]
 ) -> Record:
-    found = facts(llm, args, job)
+    found = _facts(llm, args, job)
     found |= {name: getattr(args, name) for name in ("windows", "prefill", "score")}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     return found | {"texts": hashes, "rows": rows}
@@ -258,7 +246,7 @@ def _changes(args: argparse.Namespace) -> dict[str, Change]:
     return made | {word: changes.requantise(spec) for word, spec in kinds.items()}
 
 
-def read_texts(paths: list[str]) -> dict[str, str]:
+def _read_texts(paths: list[str]) -> dict[str, str]:
     """The texts of files, by their names.
 
     Raises:
@@ -276,7 +264,7 @@ def read_texts(paths: list[str]) -> dict[str, str]:
     return texts
 
 
-def open_model(args: argparse.Namespace) -> LLM:
+def _open_model(args: argparse.Namespace) -> LLM:
     """The model, with a cache of floats."""
     from pykv.llm import LLM
 
@@ -285,7 +273,7 @@ def open_model(args: argparse.Namespace) -> LLM:
 
 
 @contextmanager
-def bar(total: int, unit: str) -> Iterator[Callable[[int], object]]:
+def _bar(total: int, unit: str) -> Iterator[Callable[[int], object]]:
     """A function that moves a bar on, which is on stderr where that is a terminal."""
     from tqdm import tqdm
 
@@ -293,7 +281,7 @@ def bar(total: int, unit: str) -> Iterator[Callable[[int], object]]:
         yield shown.update
 
 
-def facts(llm: LLM, args: argparse.Namespace, job: str) -> Record:
+def _facts(llm: LLM, args: argparse.Namespace, job: str) -> Record:
     """What a record says of machine, software and model."""
     from pykv.bench import report
 
@@ -321,7 +309,7 @@ def _check_outputs(command: str, args: argparse.Namespace) -> None:
     report.check_outputs(command, {"--json": args.json, "--plot": args.plot})
 
 
-def finish(
+def _finish(
     args: argparse.Namespace, record: Record, head: dict[str, str], table: list[list[Any]]
 ) -> None:
     """Write and print a record.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.arrays import module_of
+from pykv.arrays import module_of, to_host
 from pykv.errors import ParameterError
 from pykv.eval.changes import Change, Kept
 from pykv.eval.replay import ExactCache
@@ -40,30 +40,35 @@ class Judged:
         return {f"{side}_error": float(x) for side, x in zip("kv", lost / there, strict=True)}
 
     def __call__(self, cache: ExactCache, pages: list[int], tokens: int) -> Kept:
-        artefact, xp = self._artefact, module_of(cache.k)
+        artefact = self._artefact
         some = np.arange(artefact.sinks, tokens - artefact.window, dtype=np.int32)
         if not len(some):
             raise ParameterError(
                 f"eval.coding: prefill is {tokens}, expected more than the {artefact.sinks} sinks "
                 f"and the window of {artefact.window} that the artefact exempts"
             )
-        of_slots = xp.asarray(blocks.slots(pages, 0, tokens, cache.page_size)[some])
+        slots = blocks.slots(pages, 0, tokens, cache.page_size)[some]
+        at = module_of(cache.k).asarray(slots)
 
         def rows() -> list[list[Any]]:
-            return [[x.reshape(-1, *x.shape[2:])[of_slots] for x in pair] for pair in cache.layers]
+            """[n, H, D] of keys and of values, of each layer, on the host."""
+            return [
+                [to_host(x.reshape(-1, *x.shape[2:])[at]) for x in pair] for pair in cache.layers
+            ]
 
         before = rows()
         kept = self._change(cache, pages, tokens)
-        back = xp.asarray(-some)
         for layer, (exact, changed) in enumerate(zip(before, rows(), strict=True)):
-            for side, (x, y) in enumerate(zip(exact, changed, strict=True)):
-                self._sums[0, side] += float(((x - y).astype(np.float64) ** 2).sum())
-            inv_freq = xp.asarray(artefact.model.inv_freq[layer])
-            rope.rotate(exact[0], exact[0][:, :0], back, inv_freq, pairing=artefact.model.pairing)
-            for side, (x, mean) in enumerate(zip(exact, _means(artefact, layer), strict=True)):
-                spread = x.astype(np.float64) - xp.asarray(mean)
-                self._sums[1, side] += float((spread**2).sum())
+            lost = [_squares(x - y) for x, y in zip(exact, changed, strict=True)]
+            keys, inv_freq = exact[0], artefact.model.inv_freq[layer]
+            rope.rotate(keys, keys[:, :0], -some, inv_freq, pairing=artefact.model.pairing)
+            means = _means(artefact, layer)
+            self._sums += lost, [_squares(x - mean) for x, mean in zip(exact, means, strict=True)]
         return kept
+
+
+def _squares(x: np.ndarray) -> float:
+    return float((x.astype(np.float64) ** 2).sum())
 
 
 def _means(artefact: Artefact, layer: int) -> list[np.ndarray]:

@@ -1,9 +1,9 @@
 """Facts hidden in filler, which a model is asked for after its cache was changed.
 
 A haystack is made here, from a seed: sentences of random words, between which so many facts ("The
-secret number of Vienna is 48213.") stand at depths spread over the text. Each fact is asked for,
-with the beginning of its answer given, as a small model needs it. Recall is the share of greedy
-answers that contain the number.
+secret number of Vienna is 48213.") stand at depths spread over the text. Each is asked for by the
+beginning of a sentence, which small models understand best. Recall is the share of greedy answers
+that contain the number.
 
 The change comes before the answer. Where it is aware of the query, it sees the text with the
 question, and the first token of the answer is drawn from what the model computed before; where it
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, Kept, changed, check_job, check_llm, identity
 from pykv.eval.replay import ExactCache, last_logits
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from pykv.llm import LLM
 
 FACT = "The secret number of {name} is {value}."
-QUESTION = (
-    "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
-)
+# SmolLM2 135M answers this; where a question stands before it, it takes one fact for another.
+QUESTION = "\n\nAs the text says, the secret number of {name} is"
 MORE_TOKENS = 3  # of an answer beyond those of the value: a space, a word before it
 
 NAMES = """Paris London Madrid Vienna Oslo Cairo Lima Tokyo Delhi Rome Dublin Athens Berlin Prague
@@ -243,7 +243,7 @@ class _Asked:
         """The greedy answer, up to the end of the value if it contains that."""
         ids: list[int] = []
         text = ""
-        while (token := int(logits.argmax())) not in self._llm.tokenizer.stop_ids:
+        while (token := int(to_host(logits).argmax())) not in self._llm.tokenizer.stop_ids:
             ids.append(token)
             text = self._llm.detokenize(ids)
             if value in text or len(ids) == self._answer_tokens:

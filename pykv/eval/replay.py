@@ -69,7 +69,7 @@ class ExactCache(PagedKVCache):
     def prefill(self, layer: int, q: Any, *where: Any, out: Any = None, **options: Any) -> Any:
         """As PagedKVCache.prefill of `layer` and `q` into `out`; the last queries are kept."""
         xp = module_of(q)
-        latest = xp.concatenate([self.queries[layer], q])
+        latest = xp.concatenate((self.queries[layer], q))
         self.queries[layer] = latest[-QUERIES:].copy()
         if self.missing is None:
             return super().prefill(layer, q, *where, out=out, **options)

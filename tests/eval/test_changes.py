@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pykv import blocks, eviction
+import pykv
+from pykv import blocks, cuda, eviction
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.eval import changes, replay
+from pykv.eval import changes, continuation, needles, replay
 from pykv.eval.coding import Judged
 from pykv.kvtc import Codec
 from pykv.kvtc import rows as rows_of
@@ -195,3 +196,33 @@ def test_a_prefill_that_is_exempt_is_refused(llm, windows, artefact):
     judged = Judged(changes.identity, replace(artefact, window=N - 2))
     with pytest.raises(ParameterError, match=f"prefill is {N}, expected more than the 2 sinks"):
         measure(llm, windows, judged)
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+def test_on_every_device(xp, tiny_path, llm, artefact, monkeypatch):
+    """What the host measures, in last bits: arrays of a GPU go through the same changes."""
+    monkeypatch.setattr(cuda, "array_module", lambda device: xp)
+    there = pykv.LLM(tiny_path, kv_dtype="fp32", weights="fp32")
+    windows = continuation.windows(llm, TEXT, prefill=12, score=2)
+    monkeypatch.setattr(needles, "MORE_TOKENS", 0)
+
+    def made(module):
+        code = changes.code(Codec(artefact, 2, module))
+        found = {"same": changes.identity, "kvtc": Judged(code, artefact)}
+        found["int8"] = changes.requantise("int8")
+        return found | {"evicted": changes.evict("adakv:snapkv:0.5:window=4")}
+
+    on_device, on_host = made(xp), made(np)
+    got = continuation.measure(there, windows, on_device, prefill=12)
+    want = continuation.measure(llm, windows, on_host, prefill=12)
+    for name, cost in want.items():
+        assert got[name].kl == pytest.approx(cost.kl, rel=1e-2, abs=1e-5), name
+        assert got[name].nbytes == cost.nbytes
+    assert (got["same"].kl == 0).all()
+    errors = [Judged.errors([some["kvtc"]]) for some in (on_device, on_host)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+    stack = needles.Haystack("ab", ("c",), ("~",))
+    (recall,) = needles.measure(there, [stack], {"same": changes.identity}).values()
+    assert recall.found == [False]

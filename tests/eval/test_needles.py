@@ -21,7 +21,7 @@ def test_haystack(llm, keys, tokens):
     assert [value for _, value in facts] == list(made.values)
     assert len({name for name, _ in facts}) == len(set(made.values)) == keys
     for (name, value), question in zip(facts, made.questions, strict=True):
-        assert question.endswith(f"The secret number of {name} is") and value not in question
+        assert question.endswith(f"the secret number of {name} is") and value not in question
         assert made.text.count(value) == 1
 
 

@@ -140,7 +140,7 @@ class _Work:
         self.base = policy.policy if isinstance(policy, AdaKV) else policy
         self.xp = module_of(cache.k)
         cache.manager.check_sequences(op, sequences)
-        L, H = len(cache.layers), cache.spec.as_nhd(cache.layers[0][0]).shape[2]
+        L, H, _ = cache.sizes
         self.lengths = _check_lengths(op, lengths, (L, len(sequences), H))
         self.table = blocks.page_table(sequences, max(map(len, sequences), default=0))
         self.shape = len(sequences), H, self.table.shape[1] * cache.page_size

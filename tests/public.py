@@ -218,7 +218,7 @@ def _managers(xp):
 
 def _evict(xp):
     cache, pages = _cache(xp)
-    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2", layers=[1])
+    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2")
     return eviction.evict, given | dict(scores=[xp.zeros((1, 2, 4), np.float32)] * 2)
 
 

@@ -154,6 +154,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_kv_dtype(parser)
     parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+    parser.add_argument(
+        "--evict",
+        metavar="POLICY",
+        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+    )
 
 
 def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:

@@ -176,6 +176,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_place(parser)
     _add_kv_dtype(parser)
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+    parser.add_argument(
+        "--evict",
+        metavar="POLICY",
+        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+    )
 
 
 def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
 PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
-PUBLIC += [f"eviction.{name}" for name in ("heads", "policies", "steps")]
+PUBLIC += [f"eviction.{name}" for name in ("block_selection", "heads", "policies", "steps")]
 PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
 
 
@@ -172,6 +172,7 @@ FUNCTIONS = {
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
     "llm.sampling.SamplingParams": {},
+    "eviction.block_selection.BlockSelection": dict(blocks=2, block=4, recent=8),
     "eviction.policies.parse": dict(text="snapkv:40"),
     "eviction.policies.AdaKV": dict(policy=eviction.KeyNorm(budget=4), floor=0.5),
     **{
@@ -228,7 +229,7 @@ def _managers(xp):
 
 def _evict(xp):
     cache, pages = _cache(xp)
-    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2", layers=[1])
+    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2")
     return eviction.evict, given | dict(scores=[xp.zeros((1, 2, 4), np.float32)] * 2)
 
 
@@ -236,6 +237,13 @@ def _ragged(xp, **rows):
     """Arguments of one layer whose heads hold different numbers of rows."""
     tables = dict(page_table=ints([1, 0], [2, 3]), lengths=ints([3, 2], [1, 2]))
     return dict(cache=_cache(xp)[0], layer=1, **_given(xp, rows | tables))
+
+
+def _blockwise(xp, **rows):
+    """Arguments of one layer whose blocks are a page each."""
+    selection = eviction.BlockSelection(blocks=1, block=2, recent=1)
+    arrays = dict(table=ints([1, 0], [2, 3]), lengths=ints(3, 4), means=zeros("f4", 2, 2, 2, 16))
+    return dict(cache=_cache(xp)[0], layer=1, selection=selection, **_given(xp, rows | arrays))
 
 
 def _sequence(xp):
@@ -404,6 +412,11 @@ METHODS = {
     "eviction.steps.evict": _evict,
     "eviction.heads.decode": lambda xp: (eviction.decode, _ragged(xp, q=_QUERIES)),
     "eviction.heads.append": lambda xp: (eviction.append, _ragged(xp, k=_NEW, v=_NEW)),
+    "eviction.block_selection.block_means": lambda xp: (eviction.block_means, _blockwise(xp)),
+    "eviction.block_selection.decode_blocks": lambda xp: (
+        eviction.decode_blocks,
+        _blockwise(xp, q=_QUERIES),
+    ),
     "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),

@@ -315,8 +315,8 @@ def test_shared_pages_are_copied(xp, rng, how):
     else:
         manager.publish(sequences[0], tokens)
     old = [to_numpy(x)[:, sequences[0]] for x in (cache.k, cache.v, cache.k_scales, cache.v_scales)]
-    eviction.evict(cache, sequences[:1], LENGTHS[:1], KeyNorm(budget=13, recent=2), layers=[1])
-    eviction.evict(cache, sequences[:1], LENGTHS[:1], KeyNorm(budget=13, recent=2), layers=[0])
+    eviction.evict(cache, sequences[:1], LENGTHS[:1], {1: KeyNorm(budget=13, recent=2)})
+    eviction.evict(cache, sequences[:1], LENGTHS[:1], {0: KeyNorm(budget=13, recent=2)})
     if how == "publish":
         with pytest.raises(
             ParameterError, match="13 tokens, expected at most the 0 that the pages"
@@ -335,7 +335,7 @@ def test_layers_that_are_left_alone_keep_their_rows(xp, rng):
     """Also where their pages are copied, as another sequence holds them."""
     cache, sequences, rows = cache_of(xp, rng)
     forks = [cache.manager.fork(pages) for pages in sequences]
-    evicted = eviction.evict(cache, sequences, LENGTHS, Random(budget=4), layers=[0])
+    evicted = eviction.evict(cache, sequences, LENGTHS, {0: Random(budget=4)})
     assert evicted.kept[1] is None and (evicted.lengths[1] == np.array(LENGTHS)[:, None]).all()
     assert (evicted.lengths[0] == 4).all()
     for b, n in enumerate(LENGTHS):
@@ -404,7 +404,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (ShapeError, r"lengths have shape \(2,\)", ([30, 11], "random:8"), {}),
         (DtypeError, "lengths have dtype float64", ([30.0, 11, 5], "random:8"), {}),
         (DtypeError, "policy is a int, expected a policy or its text", (LENGTHS, 8), {}),
-        (ParameterError, "layers is 2, expected 0 to 1", (LENGTHS, "random:8"), dict(layers=[2])),
+        (ParameterError, "layers of policy is 2, expected 0 to 1", (LENGTHS, {2: "random:8"}), {}),
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
     ):
         with pytest.raises(error, match=text):

@@ -6,7 +6,8 @@ It may overwrite their rows, and says what they would take as it keeps them:
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept
 
 One that evicts moves the rows that stay to the front, in their order; they may be others for each
-layer and head. Keys are rotated already, so they know their positions.
+layer and head. Keys are rotated already, so they know their positions; but a sliding window goes by
+the distance of slots, so such layers keep their last rows, all heads as many.
 
 Dimensions: T tokens, H KV heads, D head size.
 """
@@ -66,7 +67,6 @@ def changed(
 
     Raises:
         ParameterError: the change says that it kept a number of rows that there cannot be.
-        UnsupportedError: it evicts, and the model has layers with sliding windows.
     """
     copy = trial.manager.allocate(len(pages) * trial.page_size)
     try:
@@ -75,8 +75,6 @@ def changed(
         kept = change(trial, copy, tokens)
         if not 0 < kept.rows <= tokens:
             raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
-        if kept.rows < tokens and any(exact.config.windows):
-            raise UnsupportedError("eval: a change evicts, but sliding windows count its rows")
         trial.missing = kept.missing
         trial.extend(copy, kept.rows, kept.rows + more)
         yield copy, kept
@@ -120,7 +118,8 @@ def _fp16_row(config: Config) -> int:
 
 
 def evict(policy: Policy | AdaKV | str) -> Change:
-    """Rows that a policy of pykv.eviction keeps; it is shown the last queries, see ExactCache.
+    """Rows that a policy of pykv.eviction keeps; it is shown the last queries, see ExactCache. Layers
+    with a sliding window keep their last rows, as in an LLM.
 
     Args:
         policy: such as pykv.eviction.SnapKV(ratio=0.5), or its text, "snapkv:0.5".
@@ -129,7 +128,8 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         ParameterError: the text is unknown.
         DtypeError: it is no policy.
         UnsupportedError: the policy wants scores that somebody sums while the model runs, as H2O
-            does.
+            does; or from the change, heads would keep different numbers of rows, and layers have
+            sliding windows.
     """
     chosen = eviction.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
@@ -143,13 +143,22 @@ def evict(policy: Policy | AdaKV | str) -> Change:
 
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
         config, queries = cache.config, None
+        policies: list[Policy | AdaKV] = [chosen] * config.num_layers
+        if any(config.windows):
+            if base is not chosen or base.threshold is not None:
+                raise UnsupportedError(
+                    f"eval.evict: policy is {policy!r}, expected even budgets, as layers have "
+                    "sliding windows"
+                )
+            recent = eviction.Streaming(budget=int(base.counts(np.array(tokens))))
+            policies = [recent if window else chosen for window in config.windows]
         if base.needs == "queries":
             queries = [of_layer[None] for of_layer in cache.queries]
         left = eviction.evict(
             cache,
             [pages],
             [tokens],
-            chosen,
+            dict(enumerate(policies)),
             queries=queries,
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,

@@ -136,7 +136,7 @@ def measure(
             or the model mixes heads for integers.
         CapacityError: a window is longer than the model's context.
         DtypeError: an argument has another type.
-        UnsupportedError: a change evicts, and the model has layers with sliding windows.
+        UnsupportedError: from a change.
         NumberError: logits are not finite.
 
     Exact rows and logits of a window are computed once, for all changes. Holds two float32 caches

@@ -150,7 +150,7 @@ def measure(
         ParameterError: there is nothing to measure, or the model mixes heads for integers.
         DtypeError: an argument has another type.
         CapacityError: a text and a question are too long for the model's context.
-        UnsupportedError: a change evicts, and the model has layers with sliding windows.
+        UnsupportedError: from a change.
         NumberError: logits are not finite.
 
     Exact rows of a text are computed once, for all changes. Waits for the GPU.

@@ -20,6 +20,9 @@ keeps. Where lengths differ between heads (a threshold, `AdaKV`), each KV head i
 own: a pool of H heads is, by its strides, a pool of more pages with one head, and [B, H] lengths
 are B * H sequences of G query heads for the same kernels. `decode` and `append` here do that.
 
+`decode_blocks` evicts nothing: it attends to the blocks of a sequence whose mean keys suit a query
+best, and to its recent rows, by page tables of its own.
+
 Windows and ALiBi ask for distances, which slots no longer tell: there `decode` is given the
 `positions` that `evict` returns.
 
@@ -27,6 +30,7 @@ Sources: StreamingLLM (2023), H2O (2023), TOVA (2024), SnapKV (2024), keys of sm
 al. 2024), Ada-KV (2024), KeyDiff (2025), expected attention (2025); NVIDIA's kvpress for formulas.
 """
 
+from pykv.eviction.block_selection import BlockSelection, block_means, decode_blocks
 from pykv.eviction.heads import append, decode
 from pykv.eviction.policies import (
     H2O,
@@ -51,6 +55,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "AdaKV",
+    "BlockSelection",
     "Evicted",
     "ExpectedAttention",
     "KeyDiff",
@@ -62,7 +67,9 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "append",
+    "block_means",
     "decode",
+    "decode_blocks",
     "evict",
     "parse",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.eviction.parts import Part, check_cache, of_heads, parts, refuse_own
+from pykv.eviction.parts import Part, check_cache, of_heads, of_sequences, parts, refuse_own
 from pykv.ops import paged_append, paged_decode
 from pykv.pool import PagedKVCache
 
@@ -86,7 +86,7 @@ def decode(
             **given,
         )
         found = found if return_lse else (found,)
-        results.append([_of_sequences(x, B, part.n, q.ndim) for x in found])
+        results.append([of_sequences(x, B, part.n, q.ndim) for x in found])
     joined = [
         x[0] if len(x) == 1 else xp.concatenate(x, q.ndim - 2) for x in zip(*results, strict=True)
     ]
@@ -161,11 +161,3 @@ def _check_heads(op: str, made: list[Part], H: int) -> None:
     held = sum(part.n for part in made)
     if H != held:
         raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")
-
-
-def _of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
-    """[B, n * G, ...] or [B, T, n * G, ...] of results [B * n, T, G, ...]."""
-    T, G = x.shape[1:3]
-    found = x.reshape(B, n, T, G, *x.shape[3:]).swapaxes(1, 2)
-    found = module_of(x).ascontiguousarray(found).reshape(B, T, n * G, *x.shape[3:])
-    return found if ndim == 4 else found[:, 0]

@@ -91,6 +91,14 @@ def of_heads(q: Any, H: int, heads: slice) -> Any:
     return module_of(q).ascontiguousarray(grouped).reshape(B * n, T, HQ // H, D)
 
 
+def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
+    """[B, n * G, ...] or [B, T, n * G, ...] of results [B * n, T, G, ...]."""
+    T, G = x.shape[1:3]
+    found = x.reshape(B, n, T, G, *x.shape[3:]).swapaxes(1, 2)
+    found = module_of(x).ascontiguousarray(found).reshape(B, T, n * G, *x.shape[3:])
+    return found if ndim == 4 else found[:, 0]
+
+
 def check_cache(op: str, cache: Any, layer: Any = 0) -> None:
     """Check a cache and which of its layers is meant."""
     if not isinstance(cache, PagedKVCache):

@@ -76,11 +76,6 @@ class Policy:
         """Rows that always stay."""
         return self.sinks + self.last
 
-    @property
-    def is_even(self) -> bool:
-        """Whether heads of one length keep one number of rows, which is known beforehand."""
-        return self.threshold is None
-
     def counts(self, lengths: Any) -> Any:
         """Of heads that hold `lengths` rows how many stay at most, int32."""
         if self.budget is not None:

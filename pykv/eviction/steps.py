@@ -5,7 +5,7 @@ Dimensions: as in pykv/eviction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +53,8 @@ def evict(
     cache: PagedKVCache,
     sequences: Sequence[list[int]],
     lengths: Sequence[int] | Any,
-    policy: Policy | AdaKV | str,
+    policy: Policy | AdaKV | str | Mapping[int, Policy | AdaKV | str],
     *,
-    layers: Sequence[int] | None = None,
     queries: Any = None,
     scores: Any = None,
     positions: Any = None,
@@ -69,8 +68,8 @@ def evict(
         cache: where they are.
         sequences: B page lists of the cache's manager, which shrink.
         lengths: [B] rows of each, or [L, B, H] of each head, as `Evicted.lengths`.
-        policy: an object of this module, or a text that `parse` reads.
-        layers: which are evicted from; None: all. Pages go back when no layer has rows in them.
+        policy: an object of this module, or a text that `parse` reads; or by layer, of those that
+            rows are evicted from. Pages go back when no layer has rows in them.
         queries: by layer, [B, T, HQ, D] of the last T tokens of each sequence, rotated as they were
             for attention, which `SnapKV`, `TOVA` and `ExpectedAttention` ask for.
         scores: by layer, [B, H, C] float32 with C = M * P of the longest sequence, for `Scores` and
@@ -85,8 +84,8 @@ def evict(
 
     Raises:
         ParameterError: a sequence is none of the manager's or is there twice, a length exceeds its
-            pages, `queries` or `scores` that the policy needs are missing, or a layer does not
-            exist.
+            pages, `queries` or `scores` that policies need are missing or not wanted, or a layer
+            does not exist.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
         UnsupportedError: the call is being prepared, or a CUDA graph captured.
@@ -106,10 +105,7 @@ def evict(
     op = "eviction.evict"
     cuda.refuse_prepare(op, "each call moves rows of its own")
     check_cache(op, cache)
-    chosen = parse(policy) if isinstance(policy, str) else policy
-    if not isinstance(chosen, Policy | AdaKV):
-        given = type(policy).__name__
-        raise DtypeError(f"{op}: policy is a {given}, expected a policy or its text")
+    policies = _policies(op, policy, len(cache.layers))
     if scale is not None:
         scale = check_number(op, "scale", scale)
     if logits_soft_cap is not None:
@@ -117,12 +113,29 @@ def evict(
     cuda.check_stream(stream)
     with cuda.on_stream(stream, cache.k):
         cuda.refuse_capture(op, "pages go back to the manager")
-        work = _Work(op, cache, sequences, lengths, chosen)
-        arrays = work.arrays(layers, queries=queries, scores=scores)
+        work = _Work(op, cache, sequences, lengths, policies)
+        arrays = work.arrays(queries=queries, scores=scores)
         if positions is not None:
             positions = work.positions(positions)
         kept, counts = work.select(arrays, scale, logits_soft_cap)
         return work.compact(kept, counts, positions)
+
+
+def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
+    """By layer."""
+    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(range(L), given)
+    found = {}
+    for layer, policy in by_layer.items():
+        policy = parse(policy) if isinstance(policy, str) else policy
+        if not isinstance(policy, Policy | AdaKV):
+            wrong = type(policy).__name__
+            raise DtypeError(f"{op}: policy is a {wrong}, expected a policy or its text")
+        found[check_whole(op, "layers of policy", layer, 0, L - 1)] = policy
+    return found
+
+
+def _base(policy: Policy | AdaKV) -> Policy:
+    return policy.policy if isinstance(policy, AdaKV) else policy
 
 
 class _Work:
@@ -134,13 +147,12 @@ class _Work:
         cache: PagedKVCache,
         sequences: Sequence[list[int]],
         lengths: Any,
-        policy: Policy | AdaKV,
+        policies: dict[int, Policy | AdaKV],
     ) -> None:
-        self.op, self.cache, self.sequences, self.policy = op, cache, sequences, policy
-        self.base = policy.policy if isinstance(policy, AdaKV) else policy
+        self.op, self.cache, self.sequences, self.policies = op, cache, sequences, policies
         self.xp = module_of(cache.k)
         cache.manager.check_sequences(op, sequences)
-        L, H = len(cache.layers), cache.spec.as_nhd(cache.layers[0][0]).shape[2]
+        L, H, _ = cache.sizes
         self.lengths = _check_lengths(op, lengths, (L, len(sequences), H))
         self.table = blocks.page_table(sequences, max(map(len, sequences), default=0))
         self.shape = len(sequences), H, self.table.shape[1] * cache.page_size
@@ -152,34 +164,32 @@ class _Work:
                     f"{held} that its pages hold"
                 )
 
-    def arrays(self, layers: Sequence[int] | None, **given: Any) -> dict[int, Any]:
-        """By layer that rows are evicted from: the array that the policy needs, or None."""
-        op, needs, L = self.op, self.base.needs, len(self.lengths)
-        if layers is not None and not isinstance(layers, list | tuple | range):
-            raise DtypeError(f"{op}: layers is a {type(layers).__name__}, expected a list")
-        chosen = range(L) if layers is None else layers
-        which = [check_whole(op, "layers", layer, 0, L - 1) for layer in chosen]
+    def arrays(self, **given: Any) -> dict[int, Any]:
+        """By layer that rows are evicted from: the array that its policy needs, or None."""
+        op, (B, H, _), found = self.op, self.shape, dict[int, Any]()
+        bases = {layer: _base(policy) for layer, policy in self.policies.items()}
         for name, x in given.items():
-            expected = "an array for each layer" if name == needs else "None"
-            if (x is None) == (name == needs):
+            wanted = [layer for layer, base in bases.items() if base.needs == name]
+            if (x is None) == bool(wanted):
                 wrong = "are missing" if x is None else "are given"
-                policy = type(self.base).__name__
-                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {policy}")
-        if not needs:
-            return dict.fromkeys(which)
-        found = _of_layers(op, needs, given[needs], which)
-        rules: Any = ("B H C", FLOAT32, 4) if needs == "scores" else ("B T | HQ D", FLOATS)
+                expected = "an array for each layer" if wanted else "None"
+                names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
+                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {names}")
+            if wanted:
+                found |= _of_layers(op, name, x, wanted)
+        rules: dict[str, Any] = dict(scores=("B H C", FLOAT32, 4), queries=("B T | HQ D", FLOATS))
         for layer, x in found.items():
-            sizes = checker(op, **{f"{needs}[{layer}]": rules})(x)
-            B, H, C = self.shape
+            needs = bases[layer].needs
+            name = f"{needs}[{layer}]"
+            sizes = checker(op, **{name: rules[needs]})(x)
             if needs == "scores":
-                _check_sizes(op, f"{needs}[{layer}]", x, self.shape)
+                _check_sizes(op, name, x, self.shape)
             elif sizes["B"] != B or not sizes["T"] or sizes["HQ"] % H or not sizes["HQ"]:
                 raise ShapeError(
-                    f"{op}: {needs}[{layer}] has shape {x.shape}, expected [B, T, HQ, D] with "
-                    f"B={B}, some tokens and HQ a multiple of H={H}"
+                    f"{op}: {name} has shape {x.shape}, expected [B, T, HQ, D] with B={B}, some "
+                    f"tokens and HQ a multiple of H={H}"
                 )
-        return found
+        return {layer: found.get(layer) for layer in bases}
 
     def positions(self, given: Any) -> dict[int, Any]:
         """By layer, checked."""
@@ -203,14 +213,15 @@ class _Work:
         for layer, array in arrays.items():
             scores = self._scores(layer, array, options)
             kept[layer], pending[layer], counts[layer] = self._select(layer, scores)
-        if isinstance(self.policy, AdaKV) or self.base.threshold is not None:
-            for layer, found in pending.items():
+        for layer, found in pending.items():
+            policy = self.policies[layer]
+            if isinstance(policy, AdaKV) or policy.threshold is not None:
                 counts[layer] = to_host(found)
         return kept, counts
 
     def _scores(self, layer: int, array: Any, options: dict[str, Any]) -> Any:
         """[B, H, C] of a layer."""
-        (B, H, C), xp, needs = self.shape, self.xp, self.base.needs
+        (B, H, C), xp, base = self.shape, self.xp, _base(self.policies[layer])
         found = []
         for part in parts(self.cache, layer):
             heads = slice(part.first, part.first + part.n)
@@ -218,18 +229,19 @@ class _Work:
             tables = dict(
                 page_table=part.table(xp.asarray(self.table)), lengths=xp.asarray(lengths)
             )
-            queries = of_heads(array, H, heads) if needs == "queries" else None
-            scores = array[:, heads] if needs == "scores" else None
+            queries = of_heads(array, H, heads) if base.needs == "queries" else None
+            scores = array[:, heads] if base.needs == "scores" else None
             rows = Rows(
                 *(xp, layer, B, part.first, part.n, C, part.pools, lengths, tables),
                 *(queries, scores, options),
             )
-            found.append(self.base.score(rows))
+            found.append(base.score(rows))
         return found[0] if len(found) == 1 else xp.concatenate(tuple(found), 1)
 
     def _select(self, layer: int, scores: Any) -> tuple[Any, Any, Any]:
         """Rows that are kept, how many on the device, and how many on the host at most."""
-        xp, base, policy = self.xp, self.base, self.policy
+        xp, policy = self.xp, self.policies[layer]
+        base = _base(policy)
         B, H, C = scores.shape
         lengths = self.lengths[layer]
         limits = base.counts(lengths)
@@ -275,7 +287,7 @@ class _Work:
         shrinking = np.flatnonzero(is_less).tolist()
         manager.evict(
             [self.sequences[b] for b in shrinking],
-            self.base.sinks,
+            min((_base(policy).sinks for policy in self.policies.values()), default=0),
             counts.max((0, 2), initial=0)[shrinking].tolist(),
         )
         freed = manager.num_free - before

@@ -16,8 +16,9 @@ from pykv.kvtc.calibration import calibrate
 from tests.eval.conftest import TEXT, N
 from tests.eval.test_continuation import keep, measure, plainly
 from tests.helpers import assert_same_bits
-from tests.llm import plain_forward
+from tests.llm import plain_forward, tiny
 from tests.llm.plain_forward import Numbers, frequencies
+from tests.llm.test_keys import gemma3
 
 ROW = 2 * 16 * 2  # bytes of a key and a value of a head as float16
 
@@ -71,19 +72,42 @@ def ragged(lengths):
 
 @pytest.mark.parametrize("lengths", [[[20, 20], [20, 20]], [[N, 20], [7, 31]], [[1, 2], [3, 36]]])
 def test_heads_see_the_rows_that_they_keep(llm, tiny_path, windows, lengths):
-    """As a model in float64 does from which the others are hidden."""
+    """As a model in float64 does which finds no others."""
     (ids, *_), lengths = windows, np.array(lengths, np.int32)
-    n = len(ids) - 1
-    hidden = np.zeros((2, 2, n, n), bool)
-    for layer in range(2):
-        for head in range(2):
-            hidden[layer, head, N:, : N - lengths[layer, head]] = True
+
+    def held(layer, head, t):
+        begin = N - lengths[layer, head] if t >= N else 0
+        return list(range(begin, t + 1))
+
     numbers = Numbers(frequencies=[frequencies(16, 5e3)] * 2)
-    exact = plain_forward.logits(tiny_path, ids[:n], numbers)[N:]
-    changed = plain_forward.logits(tiny_path, ids[:n], replace(numbers, hidden=hidden))[N:]
+    exact = plain_forward.logits(tiny_path, ids[:-1], numbers)[N:]
+    changed = plain_forward.logits(tiny_path, ids[:-1], replace(numbers, held=held))[N:]
     kl, *_ = plainly(exact, changed, ids[N + 1 :])
     got = of(llm, [ids], ragged(lengths))
     assert got == pytest.approx(kl, rel=1e-3, abs=1e-5) and kl.mean() > 0.01
+
+
+def test_layers_with_sliding_windows_keep_their_last_rows(tmp_path):
+    """Others what the policy says, as a model in float64 does which finds no others."""
+    tiny.write_case(tmp_path / "gemma.gguf", "gemma3")
+    gemma = pykv.LLM(tmp_path / "gemma.gguf", device="cpu", weights="fp32")
+    (ids,) = continuation.windows(gemma, TEXT, prefill=N, score=9)
+    numbers = gemma3(2e5, 0.01)
+
+    def held(layer, head, t):
+        first = [] if numbers.windows[layer] else [0, 1]
+        return list(range(t + 1)) if t < N else [*first, *range(N - 10 + len(first), t + 1)]
+
+    exact = plain_forward.logits(tmp_path / "gemma.gguf", ids[:-1], numbers)[N:]
+    changed = replace(numbers, held=held)
+    changed = plain_forward.logits(tmp_path / "gemma.gguf", ids[:-1], changed)[N:]
+    kl, *_ = plainly(exact, changed, ids[N + 1 :])
+    got = of(gemma, [ids], changes.evict("streaming:10:sinks=2"))
+    assert got == pytest.approx(kl, rel=1e-3, abs=1e-5) and kl.mean() > 0.001
+    assert (of(gemma, [ids], changes.identity) == 0).all()
+    for policy in ("adakv:keydiff:0.5", "largest:threshold=1.5"):
+        with pytest.raises(UnsupportedError, match="expected even budgets, as layers have sliding"):
+            of(gemma, [ids], changes.evict(policy))
 
 
 def test_adakv_is_its_policy_where_heads_agree(llm, windows):

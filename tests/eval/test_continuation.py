@@ -7,7 +7,7 @@ import pytest
 
 import pykv
 from pykv import blocks
-from pykv.errors import CapacityError, NumberError, ParameterError, UnsupportedError
+from pykv.errors import CapacityError, NumberError, ParameterError
 from pykv.eval import changes, continuation, replay
 from pykv.kinds import KVSpec
 from tests.eval.conftest import TEXT, M, N
@@ -155,15 +155,6 @@ def test_tokens_keep_their_positions_behind_evicted_rows(llm, windows):
         logits.append(replay.last_logits(llm, cache, pages, [token], position=N + i, rows=1 + i))
     kl, *_ = plainly(llm.logits(ids[:-1])[N:], np.array(logits), ids[N + 1 :])
     assert found.kl == pytest.approx(kl, rel=1e-3, abs=1e-5)
-
-
-def test_windows_of_a_model_forbid_eviction(tmp_path, windows):
-    tiny.write_case(tmp_path / "gemma.gguf", "gemma3")
-    gemma = pykv.LLM(tmp_path / "gemma.gguf", device="cpu")
-    some = continuation.windows(gemma, TEXT, prefill=N, score=M)
-    assert (measure(gemma, some, changes.identity).kl == 0).all()
-    with pytest.raises(UnsupportedError, match="sliding windows"):
-        measure(gemma, some, keep(0, 1))
 
 
 @pytest.mark.parametrize("rows", [0, N + 1])

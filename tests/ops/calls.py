@@ -101,6 +101,11 @@ OPS = [
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
     (page_table.from_lists, dict(**LISTS, last_page_len=zeros("i4", 2), page_size=2, width=2)),
+    (
+        page_table.of_blocks,
+        dict(page_table=TABLE["page_table"], rows=zeros("i4", 2), chosen=zeros("i4", 4, 2))
+        | dict(counts=zeros("i4", 4), old=zeros("i4", 4), page_size=2, block_pages=1, width=2),
+    ),
     (paged_append.append, dict(**ROWS, **POOLS, slots=zeros("i4", 2))),
     (
         paged_append.append_decode,
@@ -145,6 +150,9 @@ CONTENTS = dict(
     lengths=[3, 2],
     kept=[[[0, 2, -1, -1], [1, 3, -1, -1]], [[1, -1, -1, -1], [-1, -1, -1, -1]]],
     counts=[[2, 2], [1, 0]],
+    rows=[3, 2],
+    chosen=[[0, -1], [0, -1], [-1, -1], [0, -1]],
+    old=[1, 1, 0, 1],
     indices=[2, 1],
     indptr=[0, 1, 2],
     last_page_len=[1, 0],
@@ -170,6 +178,8 @@ def filled(arguments, rng, xp):
 
 
 def _contents(name, x, rng):
+    if name == "counts" and x.ndim == 1:
+        return np.array([1, 0, 0, 1], x.dtype)
     if name in CONTENTS:
         return np.resize(np.array(CONTENTS[name], x.dtype), x.shape)
     if name.endswith("_scales"):

@@ -63,15 +63,16 @@ def _scratch(path: Path) -> BinaryIO:
         file.close()
 
 
-def regular_path(op: str, path: str | os.PathLike[str]) -> Path:
-    """The path of a file that exists or may be made, behind symbolic links."""
+def regular_path(op: str, path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The path of a file that exists or may be made, behind symbolic links; `name` is that of the
+    argument."""
     try:
         found = Path(os.path.realpath(os.fsdecode(path)))
     except TypeError:
         given = type(path).__name__
-        raise DtypeError(f"{op}: path is a {given}, expected a text or a pathlib.Path") from None
+        raise DtypeError(f"{op}: {name} is a {given}, expected a text or a pathlib.Path") from None
     except ValueError as error:  # a null character
-        raise ParameterError(f"{op}: path is {path!r}: {error}") from None
+        raise ParameterError(f"{op}: {name} is {path!r}: {error}") from None
     if found.exists() and not found.is_file():
-        raise ParameterError(f"{op}: path is {found}, expected a regular file")
+        raise ParameterError(f"{op}: {name} is {found}, expected a regular file")
     return found

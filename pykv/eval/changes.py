@@ -118,8 +118,8 @@ def _fp16_row(config: Config) -> int:
 
 
 def evict(policy: Policy | AdaKV | str) -> Change:
-    """Rows that a policy of pykv.eviction keeps; it is shown the last queries, see ExactCache. Layers
-    with a sliding window keep their last rows, as in an LLM.
+    """Rows that a policy of pykv.eviction keeps; it is shown the last queries, see ExactCache.
+    Layers with a sliding window keep their last rows, as in an LLM.
 
     Args:
         policy: such as pykv.eviction.SnapKV(ratio=0.5), or its text, "snapkv:0.5".

@@ -192,7 +192,7 @@ def test_too_little_text_is_refused(llm):
         (dict(groups=[[0, 1], [1]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=1.5), DtypeError, "groups"),
         (dict(progress="yes"), DtypeError, "progress"),
-        (dict(out=5), DtypeError, "path"),
+        (dict(out=5), DtypeError, "out"),
     ],
 )
 def test_wrong_options_are_refused(llm, monkeypatch, options, error, text):
@@ -331,3 +331,23 @@ def test_the_command(path, tmp_path, capsys):
         assert wrong[0][2:] in capsys.readouterr().err
     assert cli.main([*arguments[:-4], str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_coders_are_compared(path, tmp_path, capsys, llm):
+    calibrate(llm, TEXTS, out=tmp_path / "a", ratios=(2,), window=64)
+    (tmp_path / "text").write_text(text_of(9, 100))
+    arguments = ["kvtc", "coders", "--model", str(path), "--device", "cpu"]
+    arguments += ["--artefact", str(tmp_path / "a"), "--text", str(tmp_path / "text")]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["coders"]
+    assert [(x["layers"], x["side"], x["ratio"]) for x in found] == [
+        ([0, 1], "k", 2),
+        ([0, 1], "v", 2),
+    ]
+    for x in found:
+        assert x["static_bytes"] <= x["final_bytes"] and 0 < x["static_error"] < 1
+    assert cli.main(arguments) == 0 and "static: bytes" in capsys.readouterr().out
+    tiny.write(tmp_path / "other.gguf", "llama", rope_base=6_000.0)
+    arguments[3] = str(tmp_path / "other.gguf")
+    assert cli.main(arguments) == 2
+    assert "artefact has inv_freq of other values" in capsys.readouterr().err

@@ -141,3 +141,18 @@ def test_progress_counts_answers(llm):
     made = {"dense": changes.identity, "int8": changes.requantise("int8")}
     needles.measure(llm, stacks, made, progress=seen.append)
     assert sum(seen) == 3 * 2 * 3
+
+
+@pytest.mark.model
+def test_a_published_model_finds_facts_unless_they_are_evicted():
+    """Of two facts, asked for when half of the rows, or all but the last, are gone."""
+    llm = pykv.LLM("smollm2-135m", device="cpu")
+    stack = needles.haystack(llm, keys=2, tokens=120, seed=1)
+    made = {"dense": changes.identity}
+    made |= {policy: changes.evict(policy) for policy in ("snapkv:0.5", "streaming:24:sinks=2")}
+    found = needles.measure(llm, [stack], made, aware=True)
+    assert {name: recall.found for (name, _), recall in found.items()} == {
+        "dense": [True, True],
+        "snapkv:0.5": [True, True],
+        "streaming:24:sinks=2": [False, False],
+    }

@@ -109,7 +109,7 @@ def test_the_seed_decides_the_inputs(toy):
 
 
 def test_bad_requests(toy):
-    with pytest.raises(ParameterError, match=r"'x' is no benchmark, expected one of \['bandwidth"):
+    with pytest.raises(ParameterError, match="'x' is no benchmark, expected bandwidth, "):
         list(bench.run("x", [], np))
     with pytest.raises(ParameterError, match="warmup is -1, expected at least 0"):
         list(bench.run("toy", [], np, warmup=-1))

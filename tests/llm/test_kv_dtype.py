@@ -209,6 +209,7 @@ INT8_CALL = 0.45
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_int8_writes_the_text_of_fp16(model_path, model, device):

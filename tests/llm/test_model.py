@@ -298,7 +298,7 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
         ({"device": "cpu:0"}, "device is 'cpu:0', expected"),
         ({"device": 1}, "device is 1, expected"),
         ({"kv_dtype": "int7"}, "'int7' is no kind, expected one of fp32, fp16, bf16"),
-        ({"context": 0}, "context is 0, expected 1 to"),
+        ({"context": 0}, "context is 0, expected at least 1"),
         ({"page_size": 0}, "page_size is 0, expected at least 1"),
         ({"pool_tokens": 0}, "pool_tokens is 0, expected at least 1"),
     ],

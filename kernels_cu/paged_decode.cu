@@ -123,7 +123,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         m[r] = -INF;
         l[r] = 0.0f;
         row_position[r] = length - 1 - max(causal_offset - row / G, 0);
-        if (POSITIONS) row_position[r] = length > 0 ? positions[max(row_position[r], 0)] : 0;
+        if (POSITIONS && row_position[r] >= 0) row_position[r] = positions[row_position[r]];
         const Q_T* at = q + b * q_stride + row / G * q_token_stride +
                         (i64)(kv_head * G + row % G) * D;
         load_query(query[r], at, score_scale);

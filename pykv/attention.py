@@ -243,7 +243,7 @@ def masked_scores(
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
     key, query = np.arange(first, length), length - 1 - behind
     if positions is not None:
-        key, query = positions[key], positions[np.maximum(query, 0)]
+        key, query = positions[key], np.where(query < 0, -1, positions[query])
     if alibi_slopes is not None:
         values += alibi_slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
     seen = key <= query

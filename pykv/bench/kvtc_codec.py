@@ -233,7 +233,7 @@ def _decode(xp: Any, world: _World, case: Case) -> Call:
 
 def _project(xp: Any, world: _World, case: Case) -> Call:
     k, v = world.coefficients
-    options = dict(k_out=k, v_out=v, gemm=case["gemm"])
+    options = dict(k_out=k, v_out=v, gemm=case.get("gemm", "own"))
     bases = world.loaded.bases
     call = partial(kvtc_project.project, world.rows[0], world.rows[1], *bases, **options)
     return call, lambda: all(
@@ -245,7 +245,7 @@ def _project(xp: Any, world: _World, case: Case) -> Call:
 def _restore(xp: Any, world: _World, case: Case) -> Call:
     k, v = (x.astype(np.float16) for x in world.coefficients)
     bases, rows = world.loaded.bases, world.rows
-    options = dict(k_out=rows[0], v_out=rows[1], gemm=case["gemm"])
+    options = dict(k_out=rows[0], v_out=rows[1], gemm=case.get("gemm", "own"))
     call = partial(kvtc_project.restore, k, v, *bases, **options)
     return call, lambda: all(
         _is_product(out, x, host(basis[:COLUMNS]).T)
@@ -264,7 +264,7 @@ def _is_product(out: Any, x: Any, basis: Any) -> bool:
 def _codec(xp: Any, world: _World, case: Case) -> tuple[Codec, Any]:
     """A codec, and where coded tokens go."""
     T = case["tokens"]
-    codec = Codec(world.artefact, RATIO, xp, tokens=min(T, 4096), gemm=case["gemm"])
+    codec = Codec(world.artefact, RATIO, xp, tokens=min(T, 4096), gemm=case.get("gemm", "own"))
     size = codec.header(T, world.cache.spec).nbytes
     on_host = case.get("to") == "host"
     return codec, memory.pinned(xp, size) if on_host else xp.zeros(size, np.uint8)

@@ -19,16 +19,16 @@ compared when the call is prepared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
-from pykv.errors import ParameterError
+from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
-from pykv.options import check_whole
+from pykv.options import check_flag, check_whole
 from pykv.page_arrays import (
     ARRAYS,
     Ids,
@@ -42,6 +42,9 @@ from pykv.page_arrays import (
     places_of,
 )
 from pykv.specs import as_spec
+
+if TYPE_CHECKING:
+    from pykv.kvtc import Codec
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
@@ -263,20 +266,36 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
     return Pages(**made, spec=cache.spec)
 
 
-def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any = None) -> Pages:
+def swap_out(
+    cache: Any,
+    pages: Ids,
+    store: Any = None,
+    *,
+    codec: Codec | None = None,
+    tokens: int | None = None,
+    hadamard: bool = False,
+    stream: Any = None,
+) -> Any:
     """Copy pages to host memory: page pages[i] of the cache becomes page i of the store.
 
     Args:
         cache: see the module.
         pages: page ids.
-        store: what `host_pages` made; None: made, of len(pages) pages.
+        store: what `host_pages` made; None: made, of len(pages) pages. With a codec uint8 of pinned
+            memory, see Codec.compress.
+        codec: a pykv.kvtc.Codec, by which the pages, those of a sequence in order, become coded
+            tokens, many times smaller and not exact.
+        tokens: of the sequence, with a codec; None: all that the pages hold.
+        hadamard: as of Codec.compress.
         stream: see pykv.cuda.on_stream.
 
     Returns:
-        The store. On a GPU the copy is only enqueued: the host may read it, and the cache's pages
-        may go to others on other streams, when the stream has passed.
+        The store, or with a codec pykv.kvtc.Coded. On a GPU the copy is only enqueued: the host may
+        read it, and the cache's pages may go to others on other streams, when the stream has
+        passed.
 
-    Raises: as `copy_pages`.
+    Raises: as `copy_pages`, or as Codec.compress; ParameterError also for `tokens` or `hadamard`
+        without a codec.
 
     >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8, spec="int8")
     >>> store = pykv.pages.swap_out(cache, [3, 1])
@@ -285,7 +304,17 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
     op = "pages.swap_out"
-    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    facts = facts_of(op, "cache", cache)
+    pages = page_ids(op, "pages", pages, facts["pages"])
+    if codec is not None:
+        most = len(pages) * facts["page_size"]
+        count = most if tokens is None else check_whole(op, "tokens", tokens, 0, most)
+        header = check_codec(op, codec).header(count, cache.spec)
+        if store is None:
+            store = _host_memory((header.nbytes,), np.dtype(np.uint8), on_gpu(cache.k))
+        how = dict(out=store, hadamard=hadamard, stream=stream)
+        return codec.compress(cache, pages.astype(np.int32), range(count), **how)
+    refuse_options(op, hadamard, tokens)
     if store is None:
         store = host_pages(cache, len(pages))
     facts_of(op, "store", store)
@@ -293,12 +322,53 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     return store
 
 
-def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
-    """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
+def swap_in(
+    cache: Any,
+    pages: Ids,
+    store: Any,
+    *,
+    codec: Codec | None = None,
+    hadamard: bool = False,
+    stream: Any = None,
+) -> None:
+    """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round, with
+    the same codec, or one like it."""
     op = "pages.swap_in"
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    if codec is not None:
+        table = pages.astype(np.int32)
+        check_codec(op, codec).decompress(store, cache, table, hadamard=hadamard, stream=stream)
+        return
+    refuse_options(op, hadamard)
     facts_of(op, "store", store)
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
+
+
+def check_codec(op: str, codec: Any) -> Any:
+    """Check that an argument is a codec, and return it.
+
+    Raises:
+        DtypeError: it is something else.
+    """
+    from pykv.kvtc import Codec  # here, as few callers have one
+
+    if not isinstance(codec, Codec):
+        given = type(codec).__name__
+        raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec")
+    return codec
+
+
+def refuse_options(op: str, hadamard: bool, tokens: Any = None) -> None:
+    """Check that options of a codec are not given without one.
+
+    Raises:
+        ParameterError: one is.
+        DtypeError: `hadamard` is no flag.
+    """
+    mixed = check_flag(op, "hadamard", hadamard)
+    for name, given in (("hadamard", mixed), ("tokens", tokens is not None)):
+        if given:
+            raise ParameterError(f"{op}: {name} is given, expected none without a codec")
 
 
 def _host_memory(shape: tuple[int, ...], dtype: Any, pinned: bool) -> Any:

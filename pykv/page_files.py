@@ -22,6 +22,7 @@ from pykv.arrays import load_cupy, on_gpu, to_host
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.page_arrays import (
     Ids,
+    check_codec,
     check_may_write,
     check_targets,
     facts_of,
@@ -30,7 +31,7 @@ from pykv.page_arrays import (
     page_ids,
     same_values,
 )
-from pykv.pages import check_codec, host_pages, refuse_options, swap_in, swap_out
+from pykv.pages import host_pages, swap_in, swap_out
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec
@@ -85,9 +86,8 @@ def save(
     if not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
-    if codec is None:
-        refuse_options(op, hadamard, tokens)
-    elif model:
+    check_codec(op, codec, hadamard, tokens)
+    if codec is not None and model:
         raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
     store = swap_out(cache, ids, codec=codec, tokens=tokens, hadamard=hadamard)
     if on_gpu(cache.k):
@@ -148,6 +148,7 @@ def load(
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
+    check_codec(op, codec, hadamard)
     if codec is not None:
         if model is not None:
             raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
@@ -155,7 +156,6 @@ def load(
             op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"]
         )
         return _load_coded(op, path, cache, ids, codec, hadamard)
-    refuse_options(op, hadamard)
     with open(path, "rb") as file:
         metadata, table, begin = _read_header(op, file, path)
         count = _check_metadata(op, path, metadata, facts, model)
@@ -201,7 +201,6 @@ def _load_coded(op: str, path: Path, cache: Any, ids: Any, codec: Codec, hadamar
     """Read a stream into pages of a sequence."""
     from pykv.kvtc import parse  # here, as few callers have a codec
 
-    check_codec(op, codec)
     try:
         coded = parse(path.read_bytes())
     except FormatError as error:

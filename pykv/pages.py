@@ -25,14 +25,15 @@ import numpy as np
 
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import ParameterError
 from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
-from pykv.options import check_flag, check_whole
+from pykv.options import check_whole
 from pykv.page_arrays import (
     ARRAYS,
     Ids,
     check_apart,
+    check_codec,
     check_given_scales,
     check_may_write,
     check_targets,
@@ -306,15 +307,15 @@ def swap_out(
     op = "pages.swap_out"
     facts = facts_of(op, "cache", cache)
     pages = page_ids(op, "pages", pages, facts["pages"])
+    check_codec(op, codec, hadamard, tokens)
     if codec is not None:
         most = len(pages) * facts["page_size"]
         count = most if tokens is None else check_whole(op, "tokens", tokens, 0, most)
-        header = check_codec(op, codec).header(count, cache.spec)
+        header = codec.header(count, cache.spec)
         if store is None:
             store = _host_memory((header.nbytes,), np.dtype(np.uint8), on_gpu(cache.k))
         how = dict(out=store, hadamard=hadamard, stream=stream)
         return codec.compress(cache, pages.astype(np.int32), range(count), **how)
-    refuse_options(op, hadamard, tokens)
     if store is None:
         store = host_pages(cache, len(pages))
     facts_of(op, "store", store)
@@ -335,40 +336,13 @@ def swap_in(
     the same codec, or one like it."""
     op = "pages.swap_in"
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    check_codec(op, codec, hadamard)
     if codec is not None:
         table = pages.astype(np.int32)
-        check_codec(op, codec).decompress(store, cache, table, hadamard=hadamard, stream=stream)
+        codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
         return
-    refuse_options(op, hadamard)
     facts_of(op, "store", store)
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
-
-
-def check_codec(op: str, codec: Any) -> Any:
-    """Check that an argument is a codec, and return it.
-
-    Raises:
-        DtypeError: it is something else.
-    """
-    from pykv.kvtc import Codec  # here, as few callers have one
-
-    if not isinstance(codec, Codec):
-        given = type(codec).__name__
-        raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec")
-    return codec
-
-
-def refuse_options(op: str, hadamard: bool, tokens: Any = None) -> None:
-    """Check that options of a codec are not given without one.
-
-    Raises:
-        ParameterError: one is.
-        DtypeError: `hadamard` is no flag.
-    """
-    mixed = check_flag(op, "hadamard", hadamard)
-    for name, given in (("hadamard", mixed), ("tokens", tokens is not None)):
-        if given:
-            raise ParameterError(f"{op}: {name} is given, expected none without a codec")
 
 
 def _host_memory(shape: tuple[int, ...], dtype: Any, pinned: bool) -> Any:

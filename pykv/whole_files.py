@@ -44,6 +44,20 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.close(folder)
 
 
+def lock(file: BinaryIO) -> bool:
+    """Hold a file until it is closed; False where another process does. Systems without such locks
+    say True."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 def _scratch(path: Path) -> BinaryIO:
     """A new file beside `path`, locked while its process lives. Removes those for the same path
     that nobody holds any more."""

@@ -224,8 +224,7 @@ def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
     collect = rows.collect
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
     with pytest.raises(NumberError, match="not finite in float16"):
-        with np.errstate(over="ignore"):
-            calibrate(llm, TEXTS, **OPTIONS)
+        calibrate(llm, TEXTS, **OPTIONS)
 
 
 # --- Interruptions --------------------------------------------------------------------------------
@@ -289,6 +288,27 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
     for a, b in zip(
         facts(calibrate(llm, texts | TEXTS, out=out, **OPTIONS)), facts(want), strict=True
     ):
+        assert_same_bits(a, b)
+
+
+def test_two_runs_do_not_share_a_file(llm, monkeypatch, tmp_path):
+    pytest.importorskip("fcntl")
+    out, collect, errors = tmp_path / "a", rows.collect, []
+
+    def calibrate_too(*arguments):
+        if not errors:
+            with pytest.raises(
+                ParameterError, match="another process is writing .*a.rows"
+            ) as error:
+                errors.append(error)
+                calibrate(llm, TEXTS, out=out, **OPTIONS)
+        return collect(*arguments)
+
+    monkeypatch.setattr(rows, "collect", calibrate_too)
+    got = calibrate(llm, TEXTS, out=out, **OPTIONS)
+    assert errors and not os.path.exists(f"{out}.rows")
+    monkeypatch.setattr(rows, "collect", collect)
+    for a, b in zip(facts(got), facts(calibrate(llm, TEXTS, **OPTIONS)), strict=True):
         assert_same_bits(a, b)
 
 

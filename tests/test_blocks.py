@@ -213,8 +213,8 @@ class Pool(RuleBasedStateMachine):
             s[2] = [s[2][row] for row in rows]
             if start // P < (n if s[3] is None else s[3]):
                 s[3] = start // P
-            if not s[0]:
-                s[1:] = [], [], None  # nothing is left that a position could follow
+            if s[3] is None or not s[0]:  # only its end has gone
+                s[1:] = s[1][: len(rows)], s[2], None
             gone.append([old[i] for i in some] + old[n:])
         for i, pages in enumerate(gone):  # the last to hold a page gives it up
             self.give_up([page for page in pages if not any(page in x for x in gone[i + 1 :])])

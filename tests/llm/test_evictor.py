@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
@@ -139,6 +138,7 @@ def test_policies_that_do_not_fit_are_refused(tiny_paths, given, error, text):
         LLM(tiny_paths / "llama.gguf", device="cpu", eviction=given)
 
 
+@without_simt
 def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, monkeypatch):
     """Steps of 24 tokens, of which the last 10 are one."""
     monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 24)
@@ -147,8 +147,15 @@ def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, monkeypatch
     for n in (9, 10, 11, 24, 25, 33, 34, 35, 60):
         prompts = [tokens_of(rng, n), tokens_of(rng, 31)]
         got = llm.generate(prompts, greedy(4))
-        assert [x.token_ids for x in got] == [
-            want.generate([prompt], greedy(4))[0].token_ids for prompt in prompts
-        ]
-        if llm.xp is not np:
-            return
+        alone = [want.generate([prompt], greedy(4))[0] for prompt in prompts]
+        assert [x.token_ids for x in got] == [x.token_ids for x in alone]
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("xp", ["simt"], indirect=True)
+def test_kernels_and_graphs(open_llm, rng, monkeypatch):
+    """Evicts behind the prompt and between two replays of the step."""
+    monkeypatch.setattr(evictor, "EVERY", 2)
+    llm = open_llm(eviction="snapkv:6:window=3:pooling=1")
+    llm.generate([tokens_of(rng, 9)], greedy(5))
+    assert llm.stats.cached_tokens == 8  # 6 of 9, two more, 6 of 8, two more

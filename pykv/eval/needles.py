@@ -1,7 +1,7 @@
 """Facts hidden in filler, which a model is asked for after its cache was changed.
 
 A haystack is made here, from a seed: sentences of random words, between which so many facts ("The
-secret number of Vienna is 48213.") stand at depths spread over the text. Each is asked for by the
+secret number of Vienna is 482.") stand at depths spread over the text. Each is asked for by the
 beginning of a sentence, which small models understand best. Recall is the share of greedy answers
 that contain the number.
 
@@ -78,7 +78,8 @@ def haystack(llm: LLM, *, keys: int = 1, tokens: int = 440, seed: int = 0) -> Ha
     # RandomState's stream is frozen, those of other generators may change.
     random = np.random.RandomState(check_whole(op, "seed", seed, 0, 2**32 - 1))
     names = [NAMES[i] for i in random.permutation(len(NAMES))[:keys]]
-    values = [str(10_000 + i) for i in random.permutation(90_000)[:keys]]
+    # Three digits: a small model repeats these without a mistake, and they are three tokens to lose.
+    values = [str(100 + i) for i in random.permutation(900)[:keys]]
     depths = (np.arange(keys) + random.random_sample(keys)) / keys
     facts = [FACT.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
     parts = (KINDS, THINGS, DEEDS, KINDS, THINGS, WAYS)

@@ -17,7 +17,7 @@ def test_haystack(llm, keys, tokens):
     assert made == needles.haystack(llm, keys=keys, tokens=tokens, seed=3)
     assert made != needles.haystack(llm, keys=keys, tokens=tokens, seed=4)
     assert tokens - 80 < len(llm.tokenize(made.text)) <= tokens  # a sentence is up to 80 bytes
-    facts = re.findall(r"The secret number of (\w+) is (\d{5})\.", made.text)
+    facts = re.findall(r"The secret number of (\w+) is (\d{3})\.", made.text)
     assert [value for _, value in facts] == list(made.values)
     assert len({name for name, _ in facts}) == len(set(made.values)) == keys
     for (name, value), question in zip(facts, made.questions, strict=True):
@@ -39,7 +39,7 @@ def test_facts_are_spread(llm):
 def test_a_haystack_is_the_same_everywhere(llm):
     """Of a frozen stream of random numbers, whatever NumPy or Python."""
     text = needles.haystack(llm, keys=4, tokens=440, seed=7).text
-    assert hashlib.sha256(text.encode()).hexdigest().startswith("91ed2c056a5b29df")
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("ff584f938e0c566a")
 
 
 def test_too_few_tokens(llm):
@@ -144,15 +144,12 @@ def test_progress_counts_answers(llm):
 
 
 @pytest.mark.model
-def test_a_published_model_finds_facts_unless_they_are_evicted():
-    """Of two facts, asked for when half of the rows, or all but the last, are gone."""
+def test_a_published_model_finds_a_fact_unless_it_is_evicted():
     llm = pykv.LLM("smollm2-135m", device="cpu")
-    stack = needles.haystack(llm, keys=2, tokens=120, seed=1)
-    made = {"dense": changes.identity}
-    made |= {policy: changes.evict(policy) for policy in ("snapkv:0.5", "streaming:24:sinks=2")}
+    stack = needles.haystack(llm, tokens=80, seed=1)
+    made = {"dense": changes.identity, "last": changes.evict("streaming:20:sinks=2")}
     found = needles.measure(llm, [stack], made, aware=True)
     assert {name: recall.found for (name, _), recall in found.items()} == {
-        "dense": [True, True],
-        "snapkv:0.5": [True, True],
-        "streaming:24:sinks=2": [False, False],
+        "dense": [True],
+        "last": [False],
     }

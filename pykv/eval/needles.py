@@ -78,7 +78,7 @@ def haystack(llm: LLM, *, keys: int = 1, tokens: int = 440, seed: int = 0) -> Ha
     # RandomState's stream is frozen, those of other generators may change.
     random = np.random.RandomState(check_whole(op, "seed", seed, 0, 2**32 - 1))
     names = [NAMES[i] for i in random.permutation(len(NAMES))[:keys]]
-    # Three digits: a small model repeats these without a mistake, and they are three tokens to lose.
+    # Three digits: a small model repeats them without a mistake, and they are three rows to lose.
     values = [str(100 + i) for i in random.permutation(900)[:keys]]
     depths = (np.arange(keys) + random.random_sample(keys)) / keys
     facts = [FACT.format(name=name, value=value) for name, value in zip(names, values, strict=True)]

@@ -34,7 +34,7 @@ import numpy as np
 
 from pykv.arrays import check_module, to_host
 from pykv.errors import DtypeError, FormatError, PykvError
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 MAGIC = b"\x89PYKVTS\n"
 VERSION = 1

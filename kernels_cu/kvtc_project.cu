@@ -11,8 +11,8 @@
 // Defines:  X_T = float or f16; BACK = 0 or 1; TILE_T and TILE_O = tokens and outputs of a block;
 //           BLOCK = threads; STAGES = tiles of operands in shared memory, on tensor cores, from
 //           sm_75 on; 0: on CUDA cores, where both tiles are 64 and BLOCK is 256; SHARED_BYTES
-// Launch:   grid (ceil(T / TILE_T), ceil(max O / TILE_O), 2), block (BLOCK); z: K, V; SHARED_BYTES of
-//           dynamic shared memory. Blocks that follow each other share w
+// Launch:   grid (ceil(T / TILE_T), ceil(max O / TILE_O), 2), block (BLOCK); z: K, V; SHARED_BYTES
+//           of dynamic shared memory. Blocks that follow each other share w
 // Traffic:  w ceil(T / TILE_T) times and x ceil(O / TILE_O) times, mostly from L2
 // Order:    no atomics; products exact, sums in float, the order fixed by the launch
 #include "mma.cuh"

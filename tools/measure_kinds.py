@@ -34,8 +34,8 @@ from pykv.bench import report
 from pykv.errors import FormatError, PykvError
 from pykv.eval import continuation, replay
 from pykv.eval.changes import static_scale, stored
-from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
+from pykv.specs import KVSpec
 from pykv.testing import host
 
 TOPICS = ("execmodel", "import")

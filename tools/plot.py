@@ -19,7 +19,7 @@ from pykv import install
 from pykv.bench import CEILINGS, copy, report
 from pykv.errors import FormatError, ParameterError, PykvError
 from pykv.figures import COLORS, RED, STYLE, SUFFIXES, finish, new_figure, save
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 # --- sweep ----------------------------------------------------------------------------------------
 

@@ -25,12 +25,12 @@ from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.eval.replay import ExactCache
 from pykv.eviction import AdaKV, Policy
-from pykv.kinds import SCALE_DTYPES, Kind, KVSpec
+from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
 from pykv.ops import paged_qkv
 from pykv.pages import copy_pages
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 
 class Kept(NamedTuple):

@@ -9,7 +9,7 @@ import pykv
 from pykv import blocks
 from pykv.errors import CapacityError, NumberError, ParameterError
 from pykv.eval import changes, continuation, replay
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from tests.eval.conftest import TEXT, M, N
 from tests.llm import tiny
 

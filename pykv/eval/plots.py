@@ -30,6 +30,7 @@ def _needles(record: Record) -> Any:
         _lines(axis, [row for row in rows if row["query_aware"] == aware], "recall")
         axis.axhline(dense[keys], color="#222222", lw=0.8, label="dense")
         axis.set_ylim(-0.03, 1.03)
+        axis.set_xlim(0, max(1.03, axis.get_xlim()[1]))
         how = "seen" if aware else "not seen"
         axis.set_title(f"{keys} {'key' if keys == 1 else 'keys'}, question {how}", loc="left")
         axis.grid(alpha=0.3)
@@ -50,6 +51,7 @@ def _continuation(record: Record) -> Any:
         _lines(axis, [row for row in record["rows"] if row["text"] == text], "kl")
         axis.set_yscale("symlog", linthresh=1e-5, linscale=0.5)
         axis.set_ylim(0, None)
+        axis.set_xlim(0, max(1.03, axis.get_xlim()[1]))
         axis.set_xlabel("bytes kept, of an fp16 cache's")
         axis.set_title(text, loc="left")
         axis.grid(alpha=0.3)

@@ -160,10 +160,11 @@ def load(
     Args:
         path: of the file.
         cache: of the spec and sizes that the file was saved with, but any N.
-        pages: page ids, as many as the file has; its page i becomes page pages[i], and scales that
-            heads or tensors share must be those of the file, or zero, which is unset. None: the
-            file has all N pages of the cache. Shared scales that are unset, or those of all pages,
-            become the file's.
+            Scales that heads or tensors share must be those of the file, or all zero, which is
+            unset; then they become the file's. Others would be wrong for the cache's other pages,
+            and for those that were swapped out: whoever needs neither sets them to zero before.
+        pages: page ids, as many as the file has; its page i becomes page pages[i]. None: the file
+            has all N pages of the cache.
         model: what the file must have been saved with; None: anything.
 
     Returns:
@@ -214,8 +215,8 @@ def load(
         raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
     for name, x in given.items():
         known = to_host(getattr(cache, name))
-        if pages is not None and known.any() and not same_values(x, known):
-            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
+        if known.any() and not same_values(x, known):
+            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache, or 0")
     for name, x in given.items():
         scales = getattr(cache, name)
         scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x

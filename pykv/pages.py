@@ -26,7 +26,6 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
 from pykv.options import check_whole
 from pykv.page_arrays import (
@@ -41,7 +40,7 @@ from pykv.page_arrays import (
     page_ids,
     places_of,
 )
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
@@ -247,7 +246,8 @@ def convert_pages(
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:
-    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU.
+    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU. Scales that
+    heads or tensors share are the cache's own arrays: whoever changes them changes both.
 
     Raises:
         ParameterError: `num_pages` is negative.

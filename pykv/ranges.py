@@ -85,7 +85,7 @@ def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
         DeviceError: one is.
     """
     for i in np.flatnonzero(np.broadcast_to(sizes, table.shape)).tolist():
-        if _is_pageable(int(table[i])):
+        if is_pageable(int(table[i])):
             raise DeviceError(
                 f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU or "
                 "pinned host memory"
@@ -110,7 +110,8 @@ def check_memory(op: str, src: Ranges, dst: Ranges, reached: Any, stream: Any = 
         cuda.look(check)
 
 
-def _is_pageable(address: int) -> bool:
+def is_pageable(address: int) -> bool:
+    """Whether an address is in host memory that no GPU reaches."""
     runtime = cuda.array_module("cuda").cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
@@ -176,7 +177,7 @@ def addresses_of(
                 continue
             if on_gpu(array):
                 check_device(op, f"{name}[{i}]", array)
-            elif _is_pageable(address_of(array)):
+            elif is_pageable(address_of(array)):
                 raise DeviceError(
                     f"{op}: {name}[{i}] is in pageable host memory, expected it pinned, as "
                     "cupyx.empty_pinned makes it"

@@ -13,6 +13,7 @@ import numpy as np
 
 import pykv
 from pykv import (
+    KVSpec,
     PagedKVCache,
     SequenceCache,
     blocks,
@@ -23,12 +24,14 @@ from pykv import (
     pages,
     plan,
 )
+from pykv.kvtc import v0
 from pykv.ops import permute
 from tests.llm import tiny
-from tests.ops.calls import OPS, filled, zeros
+from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
+PUBLIC = "blocks kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
+PUBLIC += "plan.base plan.decode transfer".split()
 PUBLIC += [f"eviction.{name}" for name in ("block_selection", "heads", "policies", "steps")]
 
 
@@ -89,13 +92,16 @@ UNCHECKED = """
     plan.base.Plan.sku plan.decode.PagedDecodePlan.workspace_size
     plan.base.PagedCacheDescriptor.shapes
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
-    kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
-    kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
+    specs.KVSpec.page_order specs.KVSpec.as_nhd specs.KVSpec.strides specs.KVSpec.pool_strides
+    specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
-    blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
+    specs.parsed specs.KVSpec.written kinds.count_largest
+    kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
+    kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
+    kvtc.stream_v0.headers kvtc.stream_v0.check_headers
 """.split()
 UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
 UNCHECKED += ["eviction.policies.Policy.score"]
@@ -137,6 +143,11 @@ FUNCTIONS = {
     "ops.paged_qkv.hadamard_matrix": dict(D=4),
     "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
     "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
+    "ops.kvtc_blocks.gather_mean_subtract": dict(blocks=zeros("f2", 2, 8), mean=zeros("f4", 8)),
+    "ops.kvtc_blocks.mean_add_scatter": dict(x=zeros("f4", 2, 8), mean=zeros("f4", 8))
+    | dict(blocks=zeros("f2", 2, 8)),
+    "kvtc.stream_v0.compressed_size": dict(ranges=RANGES, batch=2),
+    "kvtc.v0.workspace_size": dict(features=8, components=4, batch=2),
     "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),
     "ops.permute.universal_from_block": dict(universal=_UNIVERSAL, blocks=_NHD),
     "ops.permute.block_from_universal": dict(blocks=_NHD, universal=_UNIVERSAL),
@@ -152,8 +163,8 @@ FUNCTIONS = {
     "blocks.BlockManager": dict(num_pages=8, page_size=2),
     "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),
     "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
-    "kinds.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
-    "kinds.KVSpec.parse": dict(text="int8:HND"),
+    "specs.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
+    "specs.KVSpec.parse": dict(text="int8:HND"),
     "kinds.quantize": dict(x=zeros("f4", 2, 8), kind=kinds.KINDS["int8"]),
     "kinds.dequantize": dict(codes=zeros("i1", 2, 8), kind=kinds.KINDS["int8"])
     | dict(scale=zeros("f2", 2)),
@@ -243,7 +254,7 @@ def _sequence(xp):
 
 
 def _spec(xp):
-    return (kinds.KVSpec("int8"),)
+    return (KVSpec("int8"),)
 
 
 def _with_caches(function, *names, **arguments):
@@ -359,6 +370,35 @@ def _normalised(xp):
     return pykv.ops.norm.rms_norm(xp.ones((1, 8), np.float32), xp.ones(8, np.float32))
 
 
+def _config(xp):
+    basis = np.eye(8, dtype=np.float32)
+    return v0.KvtcConfig(xp.zeros(8, np.float32), xp.asarray(basis), RANGES), xp.ones((2, 8), "f2")
+
+
+def _stream(xp):
+    config, blocks = _config(xp)
+    return config, v0.compress(blocks, config), blocks
+
+
+def _compress(xp):
+    config, blocks = _config(xp)
+    return v0.compress, dict(blocks=blocks, config=config)
+
+
+def _decompress(xp):
+    config, codes, blocks = _stream(xp)
+    return v0.decompress, dict(codes=codes, config=config, blocks=blocks)
+
+
+def _parse(xp):
+    return v0.parse, dict(data=_stream(np)[1], num_ranges=2, batch=2, features=8)
+
+
+def _dequantize_ranges(xp):
+    given = dict(codes=_stream(xp)[1], ranges=RANGES, batch=2)
+    return pykv.ops.kvtc_ranges.dequantize_ranges, given
+
+
 _ATTENDED = dict(page_table=ints([1, 0], [2, -1]), lengths=ints(3, 1))
 _QUERIES, _NEW = zeros("f4", 2, 4, 16), zeros("f4", 2, 2, 16)
 METHODS = {
@@ -371,6 +411,16 @@ METHODS = {
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
+    "kvtc.v0.KvtcConfig": lambda xp: (
+        v0.KvtcConfig,
+        _given(xp, dict(mean=zeros("f4", 8), projection=zeros("f4", 8, 8))) | dict(ranges=RANGES),
+    ),
+    "kvtc.v0.KvtcConfig.compressed_size": _of(_config, "compressed_size", batch=2),
+    "kvtc.v0.KvtcConfig.workspace_size": _of(_config, "workspace_size", batch=2),
+    "kvtc.v0.compress": _compress,
+    "kvtc.v0.decompress": _decompress,
+    "kvtc.stream_v0.parse": _parse,
+    "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
     "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),
@@ -390,9 +440,9 @@ METHODS = {
         eviction.decode_blocks,
         _blockwise(xp, q=_QUERIES),
     ),
-    "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
-    "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
-    "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
+    "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
+    "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
+    "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
     "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),

@@ -20,9 +20,9 @@ from pykv import PagedKVCache, eviction
 from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES, Case
 from pykv.eviction.parts import of_heads, parts
-from pykv.kinds import KVSpec
 from pykv.ops import kv_compact, kv_scores, kv_select, paged_decode
 from pykv.page_arrays import ARRAYS
+from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
 
 SIZES = dict(HQ=32, H=8, D=128, P=16, dtype="bf16")

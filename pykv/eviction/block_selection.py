@@ -19,10 +19,10 @@ from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, module_of
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import check_cache, of_heads, of_sequences, parts
-from pykv.kinds import KVSpec
 from pykv.ops import kv_scores, kv_select, page_table, paged_decode
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 
 _MEANS = KVSpec("fp32", layout="HND")  # of a head's blocks, as rows of a page
 

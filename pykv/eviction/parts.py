@@ -12,10 +12,10 @@ import numpy as np
 
 from pykv.arrays import module_of, strided
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.kinds import POOLS, KVSpec
 from pykv.ops import attention_scores, kv_scores, paged_decode
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
+from pykv.specs import POOLS, KVSpec
 
 
 class Part(NamedTuple):

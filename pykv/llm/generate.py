@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, install
-from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eviction import Policy
-from pykv.kinds import KVSpec
-from pykv.llm import gguf, memory, models, scheduler
+from pykv.llm import gguf, memory, models, scales, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
@@ -26,24 +24,7 @@ from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
-from pykv.specs import as_spec
-
-# Of scales that heads or tensors share: how far beyond the largest magnitude of CALIBRATION they
-# reach.
-SCALE_MARGIN = 1.5
-CALIBRATION = """\
-The old harbour lay quiet under a pale sky, and only the gulls argued about breakfast. In 1912, at
-a distance of 3,474.8 km, the ship sent 27 messages; 9 were answered. "Why not all of them?" she
-asked. Nobody knew -- and nobody cared!
-def mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)  # 0.0 where there are none
-{"id": 4096, "name": "Zoë", "tags": ["α", "β²", null], "ok": true}
-Der schnelle Fuchs springt über den Zaun. ¿Dónde está la biblioteca?
-你好，世界。Привет, мир! 日本語の文。
-SELECT name, count(*) FROM users WHERE age >= 18 GROUP BY name;
-Theorem 1. If f is continuous on [a, b], then f is bounded; hence sup |f(x)| < ∞.
-User: Please list three colours. Assistant: 1. Red 2. Green 3. Blue
-"""
+from pykv.specs import KVSpec, as_spec
 
 
 class LLM:
@@ -58,8 +39,9 @@ class LLM:
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
-            SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
-            clamps more than a thousandth of a layer's keys or values. Before they become integers,
+            scales.MARGIN times what its largest magnitude needs, and stays; a call warns where it
+            clamps more than a thousandth of a layer's keys or values, and loading where its steps
+            are too coarse, as those of int4 are. Before they become integers,
             heads are multiplied by a Hadamard matrix, which changes no product, but no element
             stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
@@ -147,12 +129,12 @@ class LLM:
                 config.head_dim,
                 page_size=page_size,
                 spec=self.spec,
-                margin=SCALE_MARGIN,
+                margin=scales.MARGIN,
                 xp=self.xp,
             )
             if self.spec.has_given_scales:
-                ids = self.tokenizer.encode(CALIBRATION)[: config.context - 1]
-                _calibrate(loaded, cache, ids, self.xp)
+                ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
+                scales.calibrate(loaded, cache, ids, self.xp)
         self._scheduler = Scheduler(
             *(loaded, cache, self.xp),
             may_grow=pool_tokens is None,
@@ -423,24 +405,6 @@ def _token_id(name: str, value: Any) -> int:
 
 def _refuse_prepare(method: str) -> None:
     cuda.refuse_prepare(method, "what it does next depends on logits, which it waits for")
-
-
-def _calibrate(model: Model, cache: PagedKVCache, ids: list[int], xp: Any) -> None:
-    """Set the scales that heads or tensors share to those that a prompt needs."""
-    config = model.config
-    sizes = (config.num_layers, 1, config.kv_heads, config.head_dim)
-    trial = PagedKVCache(*sizes, spec=cache.spec, margin=SCALE_MARGIN, xp=xp)
-    calibrating = Scheduler(model, trial, xp, may_grow=True, prefix_cache=False)
-    sequence = scheduler.Sequence(ids, SamplingParams(), len(ids) + 1)
-    for _ in calibrating.run([sequence]):
-        pass
-    for scales, found in ((cache.k_scales, trial.k_scales), (cache.v_scales, trial.v_scales)):
-        if scales is not None:
-            known = to_host(found)
-            largest = known.max(1, keepdims=True)
-            # Heads whose rows were all zero: an unset scale would make each append look for one.
-            spare = np.where(largest > 0, largest, 1)
-            scales[...] = xp.asarray(np.where(known > 0, known, spare).astype(known.dtype))
 
 
 def _load(file: gguf.ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:

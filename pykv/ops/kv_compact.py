@@ -17,9 +17,8 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import INT32, Dims, check_head_dim, checker, on_gpu, optional, to_host
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import paged_check
-from pykv.specs import spec_of
+from pykv.specs import KVSpec, spec_of
 
 _SIZES = dict(BLOCK=256, AHEAD=4)  # threads, and units that each holds: 16 KiB a block
 

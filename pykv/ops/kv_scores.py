@@ -18,10 +18,9 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.specs import spec_of
+from pykv.specs import KVSpec, spec_of
 
 MEASURES = ("norm", "largest", "cosine", "product")  # as the kernel numbers them
 _SIZES: dict[str, Any] = dict(

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import kv_compact
+from pykv.specs import KVSpec
 from pykv.testing import paged, wrong_values
 from pykv.verify import Cases
 

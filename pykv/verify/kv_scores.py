@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import kv_scores
+from pykv.specs import KVSpec
 from pykv.testing import judged, paged
 from pykv.testing.oracles import total
 from pykv.verify import Cases

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pykv import KVSpec
+from pykv.kvtc.stream_v0 import Range
 from pykv.ops import (
     activation,
     attention_scores,
@@ -12,6 +13,8 @@ from pykv.ops import (
     kv_compact,
     kv_scores,
     kv_select,
+    kvtc_quantize,
+    kvtc_ranges,
     linear,
     merge_states,
     norm,
@@ -40,6 +43,8 @@ TABLE = dict(page_table=zeros("i4", 2, 2), lengths=zeros("i4", 2))
 LISTS = dict(indices=zeros("i4", 2), indptr=zeros("i4", 3))
 SPEC = KVSpec("int8", "int8")
 PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
+EXTREMES = dict(min_vals=zeros("f4", 2), max_vals=zeros("f4", 2))
+RANGES = [Range(0, 2), Range(2, 8, "intx", 4)]
 OPS = [
     (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
     (activation.embed, dict(table=zeros("f4", 3, 8), ids=zeros("i4", 2))),
@@ -76,6 +81,19 @@ OPS = [
         kv_select.select,
         dict(scores=zeros("f4", 2, 2, 4), lengths=zeros("i4", 2, 2), budgets=zeros("i4", 2)),
     ),
+    (kvtc_quantize.quantize_fp8, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
+    (kvtc_quantize.dequantize_fp8, dict(codes=zeros("u1", 2, 4), out=zeros("f4", 2, 8))),
+    (kvtc_quantize.minmax_reduce, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
+    (
+        kvtc_quantize.quantize_intx,
+        dict(x=zeros("f4", 2, 8), **EXTREMES, int_bits=4, start_feature=1, range_features=4),
+    ),
+    (
+        kvtc_quantize.dequantize_intx,
+        dict(codes=zeros("u1", 2, 2), **EXTREMES, int_bits=4, out=zeros("f4", 2, 8))
+        | dict(start_feature=1, range_features=4),
+    ),
+    (kvtc_ranges.quantize_ranges, dict(x=zeros("f4", 2, 8), ranges=RANGES)),
     (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),

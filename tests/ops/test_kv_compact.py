@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import kv_compact as op
+from pykv.specs import KVSpec
 from pykv.testing import paged
 from tests.faults import does_nothing, with_changed_option
 from tests.helpers import assert_same_bits, to_numpy

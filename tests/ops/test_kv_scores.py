@@ -7,8 +7,8 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import kv_scores as op
+from pykv.specs import KVSpec
 from pykv.testing import paged
 from tests.faults import scaled, with_changed_option, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy

@@ -154,11 +154,8 @@ class BlockManager:
                 end = len(pages) * P
                 if end - P <= start <= stop <= end:  # the usual case: a token in the last page
                     page = pages[-1]
-                    if (
-                        counts[page] == 1
-                        and self._keys[page] is None
-                        and id(pages) not in self._whole
-                    ):
+                    has_evicted = id(pages) in self._whole
+                    if counts[page] == 1 and self._keys[page] is None and not has_evicted:
                         return None
         except (LookupError, TypeError):  # a new sequence, or something else than one
             pass

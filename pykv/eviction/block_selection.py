@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, module_of
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import check_cache, of_heads, of_sequences, parts
@@ -74,10 +75,12 @@ def block_means(
     Raises:
         ParameterError: `block` is no multiple of the page size, or there is no such layer.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
+        UnsupportedError: the call is being prepared.
 
-    On a GPU only enqueues.
+    On a GPU only enqueues, on CuPy's current stream.
     """
     op = "eviction.block_means"
+    cuda.refuse_prepare(op, "it makes tables for each call")
     pages = _check(op, cache, layer, selection)
     dims = _means_check(table, lengths, means)
     k_scales, _ = cache.scales[layer]
@@ -126,9 +129,10 @@ def decode_blocks(
     Raises: as `block_means` and `paged_decode.decode`.
 
     A block's score is the mean of q.k over its keys and the query heads of the KV head; of equal
-    blocks the first is taken. On a GPU only enqueues, and may be captured.
+    blocks the first is taken. On a GPU only enqueues, on CuPy's current stream; graphs capture it.
     """
     op = "eviction.decode_blocks"
+    cuda.refuse_prepare(op, "it makes tables for each call")
     pages = _check(op, cache, layer, selection)
     dims = _decode_check(q, table, lengths, means)
     B, HQ, H, M = (dims[letter] for letter in ("B", "HQ", "H", "M"))

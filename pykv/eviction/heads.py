@@ -5,7 +5,7 @@ Dimensions: as in pykv/eviction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache as kept
 from typing import Any
 
@@ -30,6 +30,7 @@ def decode(
     alibi_slopes: Any = None,
     sinks: Any = None,
     return_lse: bool = False,
+    stream: Any = None,
     **options: Any,
 ) -> Any:
     """Attention of the last queries over a layer whose heads hold different numbers of rows.
@@ -43,15 +44,16 @@ def decode(
         positions: [B, H, M * P] int32; of each row, ascending. Needed with a window or ALiBi.
         alibi_slopes, sinks: [HQ] float32, as of `paged_decode.decode`; each head is a launch of its
             own then, as where each head has a scale.
-        options: others of `paged_decode.decode`, but `out`, `lse` and `workspace`.
+        return_lse, options: others of `paged_decode.decode`, but `out`, `lse` and `workspace`.
+        stream: see pykv.cuda.on_stream.
 
-    Returns, Raises: as `paged_decode.decode`, whose kernels run; and ParameterError where positions
-    are needed and missing.
+    Returns, Raises: as `paged_decode.decode`, whose kernels run; ParameterError where positions are
+    needed and missing; UnsupportedError where the call is being prepared. A graph captures it.
 
-    On a GPU only enqueues; the same bits as `cache.decode` where `fixed_split` is given to both and
-    lengths are the same for all heads.
+    On a GPU only enqueues.
     """
     op = "eviction.decode"
+    cuda.refuse_prepare(op, "it makes tables for each call")
     check_cache(op, cache, layer)
     refuse_own(op, options)
     many = getattr(q, "ndim", 3) == 4
@@ -62,35 +64,57 @@ def decode(
         out = module_of(q).empty_like(q)
         return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
     made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
-    B, HQ, D, H = (dims[letter] for letter in ("B", "HQ", "D", "H"))
+    HQ, H = dims["HQ"], dims["H"]
     _check_heads(op, made, H)
     if HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
-    xp, results = module_of(q), []
-    for part in made:
-        heads = slice(part.first, part.first + part.n)
-        group = slice(part.first * HQ // H, (part.first + part.n) * HQ // H)
-        given = dict(return_lse=return_lse, **options)
-        given |= {
-            name: None if x is None else x[group]
-            for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks))
-        }
-        if positions is not None:
-            flat = xp.ascontiguousarray(positions[:, heads])
-            given["key_positions"] = flat.reshape(B * part.n, -1)
-        found = paged_decode.decode(
-            of_heads(q if many else q[:, None], H, heads),
-            page_table=part.table(page_table),
-            lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1),
-            **part.pools,
-            **given,
-        )
-        found = found if return_lse else (found,)
-        results.append([of_sequences(x, B, part.n, q.ndim) for x in found])
-    joined = [
-        x[0] if len(x) == 1 else xp.concatenate(x, q.ndim - 2) for x in zip(*results, strict=True)
-    ]
+    with cuda.on_stream(stream, q):
+        results = [
+            _of_part(part, q, page_table, lengths, positions, H, return_lse, options | given)
+            for part, given in _with_options(made, HQ // H, alibi_slopes, sinks)
+        ]
+        if len(results) == 1:
+            joined = results[0]
+        else:
+            pairs = zip(*results, strict=True)
+            joined = [module_of(q).concatenate(x, q.ndim - 2) for x in pairs]
     return tuple(joined) if return_lse else joined[0]
+
+
+def _with_options(
+    made: list[Part], G: int, alibi_slopes: Any, sinks: Any
+) -> Iterator[tuple[Part, dict[str, Any]]]:
+    """Each part with what is its heads' own."""
+    for part in made:
+        group = slice(part.first * G, (part.first + part.n) * G)
+        given = dict(alibi_slopes=alibi_slopes, sinks=sinks)
+        yield part, {name: None if x is None else x[group] for name, x in given.items()}
+
+
+def _of_part(
+    part: Part,
+    q: Any,
+    page_table: Any,
+    lengths: Any,
+    positions: Any,
+    H: int,
+    return_lse: bool,
+    options: dict[str, Any],
+) -> list[Any]:
+    """The results of `decode` for the heads of a part."""
+    xp, heads, B = module_of(q), slice(part.first, part.first + part.n), len(q)
+    if positions is not None:
+        flat = xp.ascontiguousarray(positions[:, heads])
+        options["key_positions"] = flat.reshape(B * part.n, positions.shape[2])
+    found = paged_decode.decode(
+        of_heads(q if q.ndim == 4 else q[:, None], H, heads),
+        page_table=part.table(page_table),
+        lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1),
+        return_lse=return_lse,
+        **part.pools,
+        **options,
+    )
+    return [of_sequences(x, B, part.n, q.ndim) for x in (found if return_lse else (found,))]
 
 
 def append(
@@ -112,9 +136,11 @@ def append(
         page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
         lengths: [B, H] int32 on the cache's device; rows of each head before this one.
 
-    Raises: as `paged_append.append`; CapacityError, on the host, where no page is left for a row.
+    Raises: as `paged_append.append`; CapacityError, on the host, where no page is left for a row;
+    UnsupportedError where the call is being prepared.
     """
     op = "eviction.append"
+    cuda.refuse_prepare(op, "it makes slots for each call")
     check_cache(op, cache, layer)
     refuse_own(op, options)
     dims = _append_check(k, v, page_table, lengths)

@@ -412,7 +412,7 @@ def _with_llm(function, **arguments):
 
 
 _CHANGES = {"int8": changes.requantise("int8")}
-_WORDS = {"a text": "the heat in the tea " * 40}
+_WORDS = {"a text": "the heat in the tea " * 20}
 _SMALL = dict(ratios=[2], window=64)
 
 

@@ -17,7 +17,7 @@ SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as i
 
 
 class Text(NamedTuple):
-    """A text that a calibration used: its name, the SHA-256 of its UTF-8, and how many tokens."""
+    """A text that a calibration used: name, `sha256` of its UTF-8, and tokens that were read."""
 
     name: str
     sha256: str
@@ -92,7 +92,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Layers that share rows; keys have their rotation undone."""
+    """The `layers` that share rows, and these as `k` and `v`; keys have their rotation undone."""
 
     layers: tuple[int, ...]
     k: Side
@@ -170,7 +170,7 @@ class Artefact:
         return "\n".join(lines)
 
     def check_ratio(self, op: str, ratio: Any) -> int:
-        """Check a ratio, and return it as an int.
+        """Check a ratio for an op, and return it as an int.
 
         Raises:
             DtypeError: `ratio` is no whole number.
@@ -215,7 +215,7 @@ class Artefact:
 
 
 def problems(artefact: Artefact) -> Iterator[tuple[str, Any, str]]:
-    """Fields that no calibration gives: name, value, and what is expected instead."""
+    """Fields of an artefact that no calibration gives: name, value, what is expected instead."""
     model, groups, ratios = artefact.model, artefact.groups, list(artefact.ratios)
     if not 0 < len(model.architecture.encode()) <= 32:
         yield "architecture", model.architecture, "1 to 32 bytes"
@@ -280,7 +280,7 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 
 def check_artefact(op: str, artefact: Any) -> Artefact:
-    """Check that an argument is an Artefact, and return it.
+    """Check that an argument of an op, `artefact`, is an Artefact, and return it.
 
     Raises:
         DtypeError: it is something else.

@@ -27,7 +27,7 @@ GROUP = 32  # components that are packed together
 
 
 def check_widths(op: str, widths: Any) -> tuple[int, ...]:
-    """Check the numbers of components of each width, and return them as ints.
+    """Check `widths` of an op, the numbers of components of each width, and return them as ints.
 
     Raises:
         DtypeError: one is no whole number.
@@ -46,12 +46,12 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
 
 
 def bits_of(widths: Sequence[int]) -> Any:
-    """Bits of each component, uint8 [C], falling."""
+    """Bits of each component, uint8 [C], falling, from `widths`."""
     return np.repeat(np.array(WIDTHS, np.uint8), widths)
 
 
 def row_bytes(widths: Sequence[int]) -> int:
-    """Bytes of a packed row, a multiple of 4."""
+    """Bytes of a packed row of these `widths`, a multiple of 4."""
     return sum(bits * count for bits, count in zip(WIDTHS, widths, strict=True)) // 8
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -324,6 +325,19 @@ def test_the_model_is_free_between_windows(llm, monkeypatch):
     monkeypatch.setattr(rows, "forward", watched)
     calibrate(llm, TEXTS, **OPTIONS)
     assert held and all(held) and not lock._is_owned()
+
+
+@pytest.mark.gpu
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_takes_20_seconds_on_a_gpu():
+    from pydoc_data import topics
+
+    llm = LLM("smollm2-135m", device="cuda")
+    started = time.perf_counter()
+    artefact = calibrate(llm, {"topics": "\n".join(topics.topics.values())}, tokens=13_000)
+    assert time.perf_counter() - started < 20
+    assert artefact.groups[0].k.plans[16].error < 0.25
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -419,6 +419,9 @@ def test_verify_of_one_cache(capsys):
     assert {case["op"] for case in report["cases"]} == {
         *(
             "attention_scores",
+            "kv_compact",
+            "kv_scores",
+            "kvtc_rows",
             "paged_append",
             "paged_convert",
             "paged_decode",

@@ -225,6 +225,7 @@ def test_a_prefill_that_is_exempt_is_refused(llm, windows, artefact):
 # --- Devices --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep  # whole models, kernel by kernel
 def test_on_every_device(xp, tiny_path, llm, artefact, monkeypatch):
     """What the host measures, in last bits: arrays of a GPU go through the same changes."""
     monkeypatch.setattr(cuda, "array_module", lambda device: xp)

@@ -45,7 +45,7 @@ def _tiles(sm: int, wide: bool) -> _Tiles:
     if sm < 75:
         return _Tiles(64, 64, 256, 0)
     if sm < 80:
-        return _Tiles(128, 128, 128, 2)
+        return _Tiles(128, 128, 256, 2)
     if not wide:
         return _Tiles(128, 128, 128, 3)
     return _Tiles(128, 256, 256, 4 if 90 <= sm < 120 else 3 if sm in (80, 87) else 2)
@@ -93,7 +93,7 @@ def project(
         DeviceError: host and device arrays are mixed.
         ParameterError: `gemm` is unknown.
         UnsupportedError: "cublas" is asked for where it is not installed, or while a graph is being
-            captured, which CuPy refuses.
+            captured, which CuPy refuses; a prepared call that goes to cuBLAS is captured.
 
     Runs where the arrays are; on a GPU it only enqueues. Products of float16 are exact, sums are
     float32; on tensor cores they are truncated, an error that grows with F and stays below 2e-4 of

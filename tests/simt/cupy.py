@@ -267,8 +267,6 @@ def get_default_memory_pool():
 
 cuda = SimpleNamespace(
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
-    UnownedMemory=lambda address, size, *_: MemoryPointer(_at(address, (size,), np.uint8, (1,))),
-    MemoryPointer=lambda memory, offset: memory + offset,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(

@@ -16,6 +16,9 @@
 #ifndef TREE
 #define TREE 0
 #endif
+#ifndef POSITIONS
+#define POSITIONS 0
+#endif
 
 constexpr int D = HEAD_DIM;
 constexpr int THREADS = BLOCK;

@@ -16,6 +16,8 @@
 //   lengths          const  [B] int32, clamped to 0 .. capacity
 //   alibi_slopes,    const  [HQ] float, with ALIBI and SINKS; tree const [B, T] u64 with TREE
 //   sinks
+//   key_positions    const  [B, C] int32 with POSITIONS: ascending positions of keys, for windows and
+//                           ALiBi; C = M * P
 // Scalars:  causal_offset = T - 1 where query t sees the keys up to its own, 0 where all see all of
 //           them; capacity = M * P; window = number of last keys seen, INT_MAX for all; split_keys
 //           = keys of a split, 0 where `splits` share those that are visible; score_scale = scale *
@@ -24,7 +26,7 @@
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; ROWS = query rows (heads of a group, times queries)
 //           a block serves, 1 to 4, above 256 elements 1 or 2; Q_T = float, f16 or bf16; K_T, V_T =
 //           float, f16, bf16, i8, i4, e4m3 or e5m2; SCALE_T = f16 or float; LOGITS_SOFT_CAP, ALIBI,
-//           SINKS, TREE = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
+//           SINKS, TREE, POSITIONS = 0 or 1; BLOCK = threads; COUNTERS = words that the tensor-core kernel keeps in
 //           front of a workspace
 // Launch:   paged_decode: grid (B * H * ceil(G * T / ROWS) * splits), block (BLOCK)
 //           paged_decode_merge: grid (B * T * HQ), block (BLOCK), where splits > 1
@@ -38,6 +40,7 @@
 // SLOTS lane groups take keys in turn; their states are merged at the end, over lanes, warps, then
 // splits.
 #include "attention_rows.cuh"
+#include "batch.cuh"
 #include "softmax.cuh"
 
 #if !defined(V_T) || !defined(ROWS) || !defined(COUNTERS)
@@ -78,8 +81,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              const V_T* __restrict__ v_pool, const SCALE_T* __restrict__ k_scales,
              const SCALE_T* __restrict__ v_scales, const int* __restrict__ page_table,
              const int* __restrict__ lengths, const float* __restrict__ alibi_slopes,
-             const float* __restrict__ sinks, const u64* __restrict__ tree, i64 q_stride,
-             i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
+             const float* __restrict__ sinks, const u64* __restrict__ tree,
+             const int* __restrict__ key_positions, i64 q_stride, i64 q_token_stride, i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
              i64 v_pool_page, i64 v_pool_token, i64 v_pool_head, i64 k_scales_page,
              i64 k_scales_token, i64 k_scales_head, i64 v_scales_page, i64 v_scales_token,
              i64 v_scales_head, int T, int causal_offset, int HQ, int H, int P, int M, int capacity,
@@ -97,7 +100,13 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 
     // This split's share of the visible keys, in whole steps of the block.
     const int length = max(0, min(lengths[b], capacity));
-    const int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
+    const int* const positions = key_positions + (i64)b * capacity;
+    int first_key = (int)max((i64)length - causal_offset - window, (i64)0);
+    if (POSITIONS && length > 0) {
+        const i64 hidden = (i64)positions[max(length - 1 - causal_offset, 0)] - window;
+        first_key = last_up_to(positions, length, hidden);
+        first_key += positions[first_key] <= hidden;
+    }
     const int steps = (length - first_key + SLOTS * AHEAD - 1) / (SLOTS * AHEAD);
     const int share = split_keys ? split_keys : (steps + splits - 1) / splits * (SLOTS * AHEAD);
     const int begin = (int)min(first_key + (i64)split * share, (i64)length);
@@ -114,6 +123,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
         m[r] = -INF;
         l[r] = 0.0f;
         row_position[r] = length - 1 - max(causal_offset - row / G, 0);
+        if (POSITIONS && row_position[r] >= 0) row_position[r] = positions[row_position[r]];
         const Q_T* at = q + b * q_stride + row / G * q_token_stride +
                         (i64)(kv_head * G + row % G) * D;
         load_query(query[r], at, score_scale);
@@ -158,22 +168,23 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 const int position = key + u * SLOTS;
+                const int stands = POSITIONS ? positions[min(position, end - 1)] : position;
                 float product = dot(query[r], x);
                 if (K_HAS_CODES) product *= k_scale[u];
                 if (LOGITS_SOFT_CAP) product = tanhf(product) * cap;
                 if (ALIBI) {
                     const int row = tile * ROWS + min(r, num_rows - 1);
                     const float slope = alibi_slopes[kv_head * G + row % G] * LOG2_E;
-                    product += slope * (position - row_position[r]);
+                    product += slope * (stands - row_position[r]);
                 }
                 bool is_visible = position < end;
                 const int branch = position - (length - 1 - causal_offset);
                 if (TREE && branch >= 0) {
                     const int token = min((tile * ROWS + r) / G, T - 1);
                     is_visible = is_visible && (tree[(i64)b * T + token] >> (branch & 63) & 1);
-                } else if (TREE || T > 1) {
-                    is_visible = is_visible && (TREE || position <= row_position[r]) &&
-                                 row_position[r] - position < window;
+                } else if (TREE || POSITIONS || T > 1) {
+                    is_visible = is_visible && (TREE || stands <= row_position[r]) &&
+                                 row_position[r] - stands < window;
                 }
                 score[r][u] = is_visible ? product : -INF;
                 seen |= (u32)is_visible << (r * AHEAD + u);

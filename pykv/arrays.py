@@ -303,6 +303,14 @@ def as_read_only(array: Any) -> Any:
 _read_only: dict[type, type] = {}  # CuPy's class to the one of `as_read_only`; mostly empty
 
 
+def strided(array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """A view of a contiguous array by another shape and other strides, in bytes; parts may overlap,
+    none may lie outside."""
+    if isinstance(array, np.ndarray):
+        return np.lib.stride_tricks.as_strided(array, shape, strides)
+    return type(array)(shape, array.dtype, array.data, strides)
+
+
 def footprint(*arrays: Any) -> str:
     """Bytes and device of arrays that lie together, such as "4.2 MB on cuda:0"; None takes none."""
     held = [array for array in arrays if array is not None]

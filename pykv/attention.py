@@ -27,7 +27,7 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 # Defines, and the arrays they are for.
-_FLAGS = dict(ALIBI="alibi_slopes", SINKS="sinks", TREE="tree")
+_FLAGS = dict(ALIBI="alibi_slopes", SINKS="sinks", TREE="tree", POSITIONS="key_positions")
 
 
 class Scores(NamedTuple):
@@ -229,9 +229,11 @@ def masked_scores(
     scores: Scores,
     alibi_slopes: Any = None,
     tree: Any = None,
+    positions: Any = None,
 ) -> Any:
     """Scores [H, G, T, S] of one sequence's queries [T, HQ, D] for keys [S, H, D], which are those
-    from `first` to `length` - 1; minus infinity where a query does not see a key."""
+    from `first` to `length` - 1, or stand at `positions`; minus infinity where a query does not see
+    a key."""
     T, HQ, D = q.shape
     H = k.shape[1]
     grouped = q.reshape(T, H, HQ // H, D).transpose(1, 2, 0, 3).reshape(H, -1, D)
@@ -241,6 +243,8 @@ def masked_scores(
         values = np.tanh(values / scores.logits_soft_cap) * scores.logits_soft_cap
     behind = np.arange(T - 1, -1, -1)[:, None] * scores.causal
     key, query = np.arange(first, length), length - 1 - behind
+    if positions is not None:
+        key, query = positions[key], np.where(query < 0, -1, positions[query])
     if alibi_slopes is not None:
         values += alibi_slopes.astype(q.dtype).reshape(H, -1, 1, 1) * (key - query)
     seen = key <= query
@@ -265,6 +269,7 @@ def scored_sequences(
     causal: bool = True,
     alibi_slopes: Any = None,
     tree: Any = None,
+    key_positions: Any = None,
 ) -> Iterator[tuple[int, range, Any]]:
     """For each sequence that has keys: its number, the positions of keys that some query sees, and
     `masked_scores` of these.
@@ -278,10 +283,12 @@ def scored_sequences(
     scores = Scores(scale, window, logits_soft_cap, causal)
     for b, length in enumerate(lengths.tolist()):
         if length > 0:
-            first = max(length - (T - 1) * causal - window, 0) if window else 0
-            rows, mask = range(first, length), None if tree is None else tree[b]
+            mask, positions = (None if x is None else x[b] for x in (tree, key_positions))
+            skips = window if positions is None else None
+            first = max(length - (T - 1) * causal - skips, 0) if skips else 0
+            rows = range(first, length)
             given = q[b].astype(dtype), decoded_rows(b, rows, dtype, *keys), first, length
-            yield b, rows, masked_scores(*given, scores, alibi_slopes, mask)
+            yield b, rows, masked_scores(*given, scores, alibi_slopes, mask, positions)
 
 
 @np.errstate(invalid="ignore")

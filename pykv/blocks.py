@@ -6,12 +6,14 @@ p % P. All else is known to the manager alone, which never touches the arrays:
     allocate, extend     pages to write to                    free      gives up a sequence
     fork                 a second sequence on the same pages
     publish              offers what a sequence holds         reuse     takes what was offered
+    evict                fewer pages, for rows that stay
 
 The manager knows a sequence by the list itself: `extend`, `publish` and `free` refuse a copy, which
 may name pages that have gone to others since.
 
 Pages count the sequences that hold them. A page is written only where one sequence holds it and it
-is not published: `extend` swaps others for new pages, and says when contents must be copied.
+is not published: `extend` and `evict` swap others for new pages, and say when contents must be
+copied.
 
 Published pages are known by a key: the 128-bit BLAKE2b hash of the key of the page before and the
 page's own tokens, hence of all tokens from the sequence's start. Tokens are not kept: to make two
@@ -72,6 +74,8 @@ class BlockManager:
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
+        # Of sequences that rows were evicted from, by identity: the pages before those.
+        self._whole: dict[int, int] = {}
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
@@ -150,7 +154,8 @@ class BlockManager:
                 end = len(pages) * P
                 if end - P <= start <= stop <= end:  # the usual case: a token in the last page
                     page = pages[-1]
-                    if counts[page] == 1 and self._keys[page] is None:
+                    has_evicted = id(pages) in self._whole
+                    if counts[page] == 1 and self._keys[page] is None and not has_evicted:
                         return None
         except (LookupError, TypeError):  # a new sequence, or something else than one
             pass
@@ -170,6 +175,8 @@ class BlockManager:
         for page in pages[first:]:
             if counts[page] == 1:
                 self._forget(page)
+        if self._whole.get(id(pages), -1) * P >= start:
+            del self._whole[id(pages)]  # what followed the evicted rows is given up
         copy = None
         for i in shared:
             old, pages[i] = pages[i], self._take()
@@ -194,7 +201,69 @@ class BlockManager:
             ParameterError: a page is held by no sequence, or named twice.
         """
         self._check_held("fork", pages)
-        return self._hold(list(pages))
+        forked = self._hold(list(pages))
+        if id(pages) in self._whole and pages:
+            self._whole[id(forked)] = self._whole[id(pages)]
+        return forked
+
+    def evict(
+        self, sequences: Sequence[list[int]], start: int, stops: Sequence[int]
+    ) -> list[list[int]]:
+        """Make slots start ... stop - 1 of sequences ready for the rows that stay of them, and give
+        up their pages behind.
+
+        The rows from `start` on may then be moved from the pages that are returned to those that
+        the sequences have now: the same where a sequence alone held them, else new ones, so that
+        who shares a page, or finds it by its tokens, sees what it saw. All must be moved before
+        another call hands pages out and these are written to.
+
+        Args:
+            sequences: in place; each shrinks to the pages of its `stop` slots.
+            start: slots before it stay as they are.
+            stops: of each sequence, at most what its pages hold.
+
+        Returns:
+            For each sequence its pages before the call.
+
+        Raises:
+            CapacityError: the pool has too few free pages for those that are shared or published.
+            ParameterError: a slot is out of its range; or an entry is no sequence of this manager,
+                or there twice.
+
+        From `start` on the pages hold rows of other positions than their slots: `publish` refuses
+        them from then on.
+        """
+        op, P, counts, keys = "BlockManager.evict", self.page_size, self._counts, self._keys
+        start = check_whole(op, "start", start, 0)
+        self.check_sequences(op, sequences)
+        if not isinstance(stops, list | tuple):
+            raise DtypeError(f"{op}: stops is a {type(stops).__name__}, expected a list")
+        if len(stops) != len(sequences):
+            raise ParameterError(
+                f"{op}: stops has {len(stops)} entries, expected one for each of {len(sequences)} "
+                "sequences"
+            )
+        for i, (pages, stop) in enumerate(zip(sequences, stops, strict=True)):
+            check_whole(op, f"stops[{i}]", stop, 0, len(pages) * P)
+        old = [list(pages) for pages in sequences]
+        ends = [-(-stop // P) for stop in stops]
+        shared = [
+            [i for i in range(start // P, n) if counts[pages[i]] > 1 or keys[pages[i]] is not None]
+            for pages, n in zip(sequences, ends, strict=True)
+        ]
+        self.require(sum(map(len, shared)))
+        for pages, those in zip(sequences, shared, strict=True):
+            for i in those:
+                pages[i] = self._take()
+        for pages, before, those, n in zip(sequences, old, shared, ends, strict=True):
+            self._give_up([before[i] for i in those] + before[n:])
+            del pages[n:]
+            if not pages:
+                self._sequences.pop(id(pages), None)
+                self._whole.pop(id(pages), None)
+            elif start // P < self._whole.get(id(pages), n):
+                self._whole[id(pages)] = start // P
+        return old
 
     def free(self, pages: list[int]) -> None:
         """Give a sequence up and empty its list `pages`.
@@ -204,17 +273,8 @@ class BlockManager:
         """
         self._check_sequence("free", pages)
         self._sequences.pop(id(pages), None)
-        counts, keys = self._counts, self._keys
-        for page in reversed(pages):
-            counts[page] -= 1
-            if counts[page]:
-                continue
-            key = keys[page]
-            if key is not None and self._cached.setdefault(key, page) == page:
-                self._idle[page] = None
-            else:
-                keys[page] = None
-                self._free.append(page)
+        self._whole.pop(id(pages), None)
+        self._give_up(pages)
         pages.clear()
 
     # --- Prefixes ---
@@ -233,17 +293,19 @@ class BlockManager:
                 the pages.
 
         Raises:
-            ParameterError: there are more tokens than the pages hold, a token is too large, the
-                first page was published with other tokens or another salt, or as `free`.
+            ParameterError: there are more tokens than the pages hold, or than the first of them do
+                from which nothing was evicted; a token is too large, the first page was published
+                with other tokens or another salt, or as `free`.
         """
         op, P, keys = "BlockManager.publish", self.page_size, self._keys
         key = _root(op, salt)
         num_tokens = _length(op, tokens)
         self._check_sequence("publish", pages)
-        if num_tokens > len(pages) * P:
+        whole = self._whole.get(id(pages), len(pages)) if pages else 0
+        if num_tokens > whole * P:
+            which = "pages" if whole == len(pages) else "pages before evicted rows"
             raise ParameterError(
-                f"{op}: {num_tokens} tokens, expected at most the {len(pages) * P} that the pages "
-                "hold"
+                f"{op}: {num_tokens} tokens, expected at most the {whole * P} that the {which} hold"
             )
         found = []
         for i in range(num_tokens // P):
@@ -303,6 +365,20 @@ class BlockManager:
 
     # --- Pages ---
 
+    def _give_up(self, pages: list[int]) -> None:
+        """One sequence less holds each of these pages; the last first."""
+        counts, keys = self._counts, self._keys
+        for page in reversed(pages):
+            counts[page] -= 1
+            if counts[page]:
+                continue
+            key = keys[page]
+            if key is not None and self._cached.setdefault(key, page) == page:
+                self._idle[page] = None
+            else:
+                keys[page] = None
+                self._free.append(page)
+
     def _hold(self, pages: list[int]) -> list[int]:
         """Count a new sequence on pages that it shares."""
         for page in pages:
@@ -338,23 +414,35 @@ class BlockManager:
                 f"BlockManager: tokens are {tokens}, {expected}: {error}"
             ) from error
 
-    def _check_sequence(self, op: str, pages: list[int], first: int = 0) -> None:
+    def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
+        """Check that lists are sequences of this manager, each there once; `op` is for messages."""
+        if not isinstance(sequences, list | tuple):
+            given = type(sequences).__name__
+            raise DtypeError(f"{op}: sequences is a {given}, expected a list of page lists")
+        for i, pages in enumerate(sequences):
+            self._check_sequence(op.rpartition(".")[2], pages, name=f"sequences[{i}]")
+        if len({id(pages) for pages in sequences}) != len(sequences):
+            raise ParameterError(f"{op}: sequences has one twice, expected each once")
+
+    def _check_sequence(
+        self, op: str, pages: list[int], first: int = 0, name: str = "pages"
+    ) -> None:
         """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""
         is_known = self._sequences.get(id(pages), self) is pages
         if not is_known or first < len(pages):
-            self._check_held(op, pages, first)
+            self._check_held(op, pages, first, name)
         if not is_known and pages:
             raise ParameterError(
-                f"BlockManager.{op}: pages are {pages} in another list, expected the list that the "
-                "manager handed out, which may name other pages by now"
+                f"BlockManager.{op}: {name} are {pages} in another list, expected the list that "
+                "the manager handed out, which may name other pages by now"
             )
 
-    def _check_held(self, op: str, pages: list[int], first: int = 0) -> None:
+    def _check_held(self, op: str, pages: list[int], first: int = 0, name: str = "pages") -> None:
         """Check that pages from `first` on are distinct and in use."""
         counts = self._counts
         if not isinstance(pages, list):
             given = type(pages).__name__
-            raise DtypeError(f"BlockManager.{op}: pages is a {given}, expected a list of pages")
+            raise DtypeError(f"BlockManager.{op}: {name} is a {given}, expected a list of pages")
         some = pages[first:]
         for page in some:
             if not (type(page) is int and 0 <= page < len(counts) and counts[page]):
@@ -363,7 +451,7 @@ class BlockManager:
             if len(some) < 2 or len(set(some)) == len(some):
                 return
         raise ParameterError(
-            f"BlockManager.{op}: pages are {pages}, expected distinct pages in use"
+            f"BlockManager.{op}: {name} are {pages}, expected distinct pages in use"
         )
 
 

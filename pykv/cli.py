@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install
-from pykv.errors import DeviceError, ParameterError, PykvError
+from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
+from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
 
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except InstallError as error:
+        _complain(error)
     except ModuleNotFoundError as error:
         cuda = str(error.name).partition(".")[0] in ("cuda", "cupy")
         advice = f"{install.command('cu13')} (or [cu12])" if cuda else install.command("llm")
@@ -147,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
 
+    judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
+    for job in commands_of_eval.add_jobs(judge):
+        _add_place(job)
+
     kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
@@ -155,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
     _add_model(coders)
     commands_of_kvtc.add_coders(coders)
+    evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
+    commands_of_eval.add_evaluate(evaluate)
+    _add_place(evaluate)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -168,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
     parser.add_argument(
         "--model",
         default="smollm2-135m",
@@ -176,9 +187,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "`pykv models`",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    _add_kv_dtype(parser)
     _add_weights(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    _add_place(parser)
+    _add_kv_dtype(parser)
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+    parser.add_argument(
+        "--evict",
+        metavar="POLICY",
+        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+    )
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -329,7 +349,7 @@ def _bench(args: argparse.Namespace) -> int:
     module = bench.load(args.name)
     given = _bench_parser(args.name, module).parse_args(args.options)
     cases = options.select(args.name, module, given)
-    _check_outputs(given.json, given.csv)
+    report.check_outputs("bench", {"--json": given.json, "--csv": given.csv})
     try:
         xp = cuda.array_module(given.device)
     except DeviceError as error:
@@ -392,20 +412,6 @@ def _bench_parser(name: str, module: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
     options.add_arguments(parser, module)
     return parser
-
-
-def _check_outputs(json_path: str | None, csv_path: str | None) -> None:
-    """Check that results can be written, and leave no trace of it; minutes later is too late."""
-    paths = [path for path in (json_path, csv_path) if path is not None]
-    if len(paths) == 2 and len(set(map(os.path.realpath, paths))) == 1:
-        raise ParameterError(f"bench: --json and --csv are both {json_path}, expected two files")
-    for path in paths:
-        if path != "-":
-            is_new = not os.path.lexists(path)
-            with open(path, "a"):
-                pass
-            if is_new:
-                os.remove(path)
 
 
 def _cache_info(args: argparse.Namespace) -> None:

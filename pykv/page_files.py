@@ -3,7 +3,7 @@
 A file is a safetensors file: 8 bytes with the size of a JSON header, the header, and the arrays
 [L, n, ...] (those of given scales [L, ...]), each contiguous, bfloat16 as its bits. The header's
 "__metadata__" holds the fingerprint and a SHA-256 of it and of all bytes of the arrays. Source:
-https://github.com/huggingface/safetensors#format.
+https://github.com/huggingface/safetensors#format. With a codec it is a stream of pykv.kvtc.stream.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from pykv import cuda, whole_files
 from pykv.arrays import load_cupy, on_gpu, to_host
-from pykv.errors import DtypeError, FormatError
+from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.page_arrays import (
     Ids,
+    check_codec,
     check_may_write,
     check_targets,
     facts_of,
@@ -32,13 +33,23 @@ from pykv.page_arrays import (
 )
 from pykv.pages import host_pages, swap_in, swap_out
 
+if TYPE_CHECKING:
+    from pykv.kvtc import Codec
+
 FORMAT = "pykv.pages.1"
 _MAX_HEADER = 1 << 20  # bytes; ours take less than 1 KiB
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
 
 
 def save(
-    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str = ""
+    path: str | os.PathLike[str],
+    cache: Any,
+    pages: Ids | None = None,
+    *,
+    model: str = "",
+    codec: Codec | None = None,
+    tokens: int | None = None,
+    hadamard: bool = False,
 ) -> None:
     """Write pages to a file, which any reader of safetensors opens.
 
@@ -48,10 +59,13 @@ def save(
             old file, and a hidden `.pykv-*` beside it, which the next save to `path` removes.
         cache: see pykv.pages.
         pages: page ids; None: all.
-        model: whatever tells whose cache this is; `load` compares it.
+        model: whatever tells whose cache this is; `load` compares it. None with a codec, whose
+            artefact tells.
+        codec, tokens, hadamard: as of pages.swap_out; the file is then a stream of pykv.kvtc.
 
     Raises:
-        ParameterError: a page does not exist, or `path` is a folder, a pipe or a device.
+        ParameterError: a page does not exist, `path` is a folder, a pipe or a device, or an option
+            is of no meaning with, or without, a codec.
         DtypeError: `cache` is no cache, `path` no path, or `model` no text.
         OSError: the file cannot be written; what was there before is still there.
 
@@ -72,9 +86,15 @@ def save(
     if not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
-    store = swap_out(cache, ids)
+    check_codec(op, codec, hadamard, tokens)
+    if codec is not None and model:
+        raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
+    store = swap_out(cache, ids, codec=codec, tokens=tokens, hadamard=hadamard)
     if on_gpu(cache.k):
         load_cupy().cuda.get_current_stream().synchronize()
+    if codec is not None:
+        whole_files.replace(path, [store.to_bytes()])
+        return
     tensors = {
         **moving_arrays(store),
         **{name: to_host(x) for name, x in given_scales(store).items()},
@@ -89,7 +109,13 @@ def save(
 
 
 def load(
-    path: str | os.PathLike[str], cache: Any, pages: Ids | None = None, *, model: str | None = None
+    path: str | os.PathLike[str],
+    cache: Any,
+    pages: Ids | None = None,
+    *,
+    model: str | None = None,
+    codec: Codec | None = None,
+    hadamard: bool = False,
 ) -> int:
     """Read what `save` wrote into pages of a cache.
 
@@ -102,6 +128,8 @@ def load(
         pages: page ids, as many as the file has; its page i becomes page pages[i]. None: the file
             has all N pages of the cache.
         model: what the file must have been saved with; None: anything.
+        codec, hadamard: as of pages.swap_in; the cache may then be of any spec, and pages those of
+            the sequence, which may be more than the file needs.
 
     Returns:
         How many pages there are.
@@ -121,6 +149,14 @@ def load(
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
+    check_codec(op, codec, hadamard)
+    if codec is not None:
+        if model is not None:
+            raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
+        ids = page_ids(
+            op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"]
+        )
+        return _load_coded(op, path, cache, ids, codec, hadamard)
     with open(path, "rb") as file:
         metadata, table, begin = _read_header(op, file, path)
         count = _check_metadata(op, path, metadata, facts, model)
@@ -160,6 +196,23 @@ def load(
     if on_gpu(cache.k):
         load_cupy().cuda.get_current_stream().synchronize()
     return count
+
+
+def _load_coded(op: str, path: Path, cache: Any, ids: Any, codec: Codec, hadamard: bool) -> int:
+    """Read a stream into pages of a sequence."""
+    from pykv.kvtc import parse  # here, as few callers have a codec
+
+    try:
+        coded = parse(path.read_bytes())
+    except FormatError as error:
+        raise FormatError(f"{op}: {path}: {error}") from None
+    there = coded.to(load_cupy() if on_gpu(cache.k) else np)
+    tokens, page_size = coded.header.tokens, int(facts_of(op, "cache", cache)["page_size"])
+    table = ids.astype(np.int32)
+    codec.decompress(there, cache, table, positions=range(tokens), hadamard=hadamard)
+    if on_gpu(cache.k):
+        load_cupy().cuda.get_current_stream().synchronize()
+    return -(-tokens // page_size)
 
 
 def _bytes(x: Any) -> memoryview:

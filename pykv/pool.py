@@ -38,6 +38,7 @@ class PagedKVCache:
 
     Attributes:
         spec: a KVSpec.
+        sizes: L, H and D.
         k, v: [L, N, P, H, W], one array each, or [L, N, H, P, W] where the spec says HND.
         k_scales, v_scales: None for kinds of floats; [L, N, P, H], or [L, N, H, P], where each
             token and head has a scale; else [L, H] or [L, 1], zero until it is set: by the caller,
@@ -79,7 +80,7 @@ class PagedKVCache:
     ):
         op = "PagedKVCache"
         sizes = dict(layers=layers, heads=heads, head_dim=head_dim)
-        self._sizes = tuple(check_whole(op, name, size, 1) for name, size in sizes.items())
+        self.sizes = tuple(check_whole(op, name, size, 1) for name, size in sizes.items())
         pages = check_whole(op, "pages", pages, 1)
         self.page_size = check_whole(op, "page_size", page_size, 1)
         if head_dim % 8:
@@ -97,7 +98,7 @@ class PagedKVCache:
         self.manager = BlockManager(pages, page_size)
 
     def __repr__(self) -> str:
-        layers, heads, head_dim = self._sizes
+        layers, heads, head_dim = self.sizes
         return (
             f"PagedKVCache(layers={layers}, pages={self.k.shape[1]}, heads={heads}, "
             f'head_dim={head_dim}, page_size={self.page_size}, spec="{self.spec}", '
@@ -107,7 +108,7 @@ class PagedKVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V, scales included, that one token takes in all layers."""
-        layers, heads, head_dim = self._sizes
+        layers, heads, head_dim = self.sizes
         return layers * self.spec.bytes_per_token(heads, head_dim)
 
     @property
@@ -265,7 +266,7 @@ class PagedKVCache:
 
     def _rows_of(self, qkv: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """K and V [T, H, D] float32 that paged_qkv.append would encode, from pages of a token."""
-        _, heads, head_dim = self._sizes
+        _, heads, head_dim = self.sizes
         k, v = (self._xp.empty((len(qkv), 1, heads, head_dim), np.float32) for _ in range(2))
         slots = self._xp.arange(len(qkv), dtype=np.int32)
         paged_qkv.append(qkv, k, v, slots, **options | dict(q_out=None, check=False))
@@ -363,7 +364,7 @@ class PagedKVCache:
 
     def _zeros(self, pages: int) -> list[Any]:
         """New arrays for K, V and their scales."""
-        layers, heads, head_dim = self._sizes
+        layers, heads, head_dim = self.sizes
         spec, xp = self.spec, self._xp if self._xp is np else load_cupy()
         scales = (layers, *spec.scale_shape(pages, self.page_size, heads))
         dtype = SCALE_DTYPES[spec.scale_dtype]

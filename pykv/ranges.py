@@ -110,6 +110,19 @@ def check_memory(op: str, src: Ranges, dst: Ranges, reached: Any, stream: Any = 
         cuda.look(check)
 
 
+def check_pinned(op: str, name: str, array: Any) -> None:
+    """Check that a NumPy array is in memory that a GPU reaches.
+
+    Raises:
+        DeviceError: it is not.
+    """
+    if is_pageable(address_of(array)):
+        raise DeviceError(
+            f"{op}: {name} is in pageable host memory, expected it pinned, as cupyx.empty_pinned "
+            "makes it"
+        )
+
+
 def is_pageable(address: int) -> bool:
     """Whether an address is in host memory that no GPU reaches."""
     runtime = cuda.array_module("cuda").cuda.runtime
@@ -177,11 +190,8 @@ def addresses_of(
                 continue
             if on_gpu(array):
                 check_device(op, f"{name}[{i}]", array)
-            elif is_pageable(address_of(array)):
-                raise DeviceError(
-                    f"{op}: {name}[{i}] is in pageable host memory, expected it pinned, as "
-                    "cupyx.empty_pinned makes it"
-                )
+            else:
+                check_pinned(op, f"{name}[{i}]", array)
         addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
     return addresses[0], addresses[1], sizes, device

@@ -73,7 +73,7 @@ class SequenceCache:
         self._pages, self._xp = pages, xp
 
     def __repr__(self) -> str:
-        _, heads, head_dim = self._pages._sizes
+        _, heads, head_dim = self._pages.sizes
         arrays = (self.k, self.v, self.k_scales, self.v_scales)
         return (
             f"SequenceCache(length={self.length}, max_blocks={len(self.k)}, "

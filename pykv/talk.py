@@ -34,6 +34,7 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         kv_dtype=args.kv_dtype,
         weights=args.weights,
         context=args.ctx,
+        eviction=args.evict,
         progress=sys.stderr.isatty(),
     )
     return llm, params

@@ -12,17 +12,32 @@ from pathlib import Path
 import numpy as np
 
 import pykv
-from pykv import KVSpec, PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
-from pykv.kvtc import v0
+from pykv import (
+    KVSpec,
+    PagedKVCache,
+    SequenceCache,
+    blocks,
+    eviction,
+    kinds,
+    kvtc,
+    layout,
+    page_files,
+    pages,
+    plan,
+)
+from pykv.eval import changes, continuation, needles
+from pykv.kvtc import Codec, v0
 from pykv.ops import permute
+from tests.kvtc import made
 from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = """
-    blocks elastic kinds kvtc.artefact kvtc.calibration kvtc.coder kvtc.stream_v0 kvtc.v0 layout
-    page_files pages plan.append plan.base plan.decode transfer
-""".split()
+PUBLIC = "blocks elastic kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
+PUBLIC += "plan.base plan.decode transfer".split()
+PUBLIC += [f"eviction.{name}" for name in ("block_selection", "heads", "policies", "steps")]
+PUBLIC += [f"kvtc.{name}" for name in ("artefact", "calibration", "codec", "coder", "stream")]
+PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
 
 
 def functions(module):
@@ -91,11 +106,24 @@ UNCHECKED = """
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
+    eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm
+    eval.changes.identity eval.changes.mixed eval.changes.static_scale eval.changes.stored
+    eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
+    eval.continuation.join eval.continuation.losses eval.needles.Haystack eval.needles.Recall
+    eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
+    eval.replay.last_logits eval.replay.steps eval.changes.code eval.coding.Judged
+    eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
+    kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
+    kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
     specs.parsed specs.KVSpec.written kinds.count_largest
+    eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
+    eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers
 """.split()
+UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
+UNCHECKED += ["eviction.policies.Policy.score"]
 
 
 def ints(*values):
@@ -110,6 +138,7 @@ _POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
 _NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
 _UNIVERSAL, _OPERATIONAL = zeros("f2", 2, 2, 1, 2, 3, 4), zeros("f2", 2, 1, 2, 24)
 
+_ARTEFACT = made.artefact(np.random.default_rng(0))
 _OPS = {name_of(importlib.import_module(op.__module__), op.__name__): x for op, x in OPS}
 FUNCTIONS = {
     **_OPS,
@@ -169,6 +198,8 @@ FUNCTIONS = {
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),
+    "eval.changes.evict": dict(policy="snapkv:40"),
+    "eval.changes.requantise": dict(spec="int8"),
     "blocks.BlockManager": dict(num_pages=8, page_size=2),
     "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),
     "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
@@ -184,7 +215,15 @@ FUNCTIONS = {
     "kvtc.coder.pack": dict(codes=zeros("i1", 2, 64), widths=_WIDTHS),
     "kvtc.coder.unpack": dict(packed=zeros("u1", 2, 20), widths=_WIDTHS),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
+    "kvtc.codec.Codec": dict(artefact=_ARTEFACT, ratio=4, xp=np),
     "llm.sampling.SamplingParams": {},
+    "eviction.block_selection.BlockSelection": dict(blocks=2, block=4, recent=8),
+    "eviction.policies.parse": dict(text="snapkv:40"),
+    "eviction.policies.AdaKV": dict(policy=eviction.KeyNorm(budget=4), floor=0.5),
+    **{
+        f"eviction.policies.{policy.__name__}": dict(budget=99, sinks=4, recent=8)
+        for policy in eviction.POLICIES.values()
+    },
     "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
     "sequence_cache.SequenceCache": dict(max_blocks=2, block_size=2, heads=1, head_dim=8),
 }
@@ -228,6 +267,30 @@ def _cache(xp, spec="fp16"):
     return cache, cache.manager.allocate(3)
 
 
+def _managers(xp):
+    manager, pages = _manager(xp)
+    return manager, [pages]
+
+
+def _evict(xp):
+    cache, pages = _cache(xp)
+    given = dict(cache=cache, sequences=[pages], lengths=[3], policy="scores:2")
+    return eviction.evict, given | dict(scores=[xp.zeros((1, 2, 4), np.float32)] * 2)
+
+
+def _ragged(xp, **rows):
+    """Arguments of one layer whose heads hold different numbers of rows."""
+    tables = dict(page_table=ints([1, 0], [2, 3]), lengths=ints([3, 2], [1, 2]))
+    return dict(cache=_cache(xp)[0], layer=1, **_given(xp, rows | tables))
+
+
+def _blockwise(xp, **rows):
+    """Arguments of one layer whose blocks are a page each."""
+    selection = eviction.BlockSelection(blocks=1, block=2, recent=1)
+    arrays = dict(table=ints([1, 0], [2, 3]), lengths=ints(3, 4), means=zeros("f4", 2, 2, 2, 16))
+    return dict(cache=_cache(xp)[0], layer=1, selection=selection, **_given(xp, rows | arrays))
+
+
 def _sequence(xp):
     cache = SequenceCache(4, 2, 2, 16, xp=xp)
     cache.assign([2, 0])
@@ -246,6 +309,28 @@ def _spec(xp):
 def _with_caches(function, *names, **arguments):
     """A function of pages that takes caches by these names."""
     return lambda xp: (function, {name: _cache(xp)[0] for name in names} | _given(xp, arguments))
+
+
+def _codec(xp):
+    """A codec, and a cache of its model."""
+    codec = Codec(_ARTEFACT, 4, xp, tokens=8)
+    return codec, PagedKVCache(made.L, 4, made.H, made.D, page_size=made.P, xp=xp)
+
+
+def _decompress(xp):
+    codec, cache = _codec(xp)
+    given = dict(coded=codec.compress(cache, [2, 0], range(6)), positions=list(range(6)))
+    return codec.decompress, dict(given, cache=cache, table=[1, 3], layers=range(1, 2))
+
+
+def _parse(xp):
+    codec, cache = _codec(np)
+    return kvtc.parse, dict(stream=codec.compress(cache, [2, 0], range(6)).to_bytes())
+
+
+def _to(xp):
+    codec, cache = _codec(xp)
+    return codec.compress(cache, [2, 0], range(6)).to, dict(xp=xp)
 
 
 def _swap_in(xp):
@@ -344,6 +429,11 @@ def _llm(xp):
     return (_loaded(),)
 
 
+def _with_llm(function, **arguments):
+    return lambda xp: (function, dict(llm=_loaded()) | _given(xp, arguments))
+
+
+_CHANGES = {"int8": changes.requantise("int8")}
 _WORDS = {"a text": "the heat in the tea " * 20}
 _SMALL = dict(ratios=[2], window=64)
 
@@ -420,6 +510,16 @@ METHODS = {
     "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
+    "eval.continuation.measure": _with_llm(
+        continuation.measure, windows=[[5, 6, 7, 8]], changes=_CHANGES, prefill=2
+    ),
+    "eval.continuation.windows": _with_llm(
+        continuation.windows, text="a text", count=1, prefill=2, score=1
+    ),
+    "eval.needles.haystack": _with_llm(needles.haystack, keys=1, tokens=100, seed=0),
+    "eval.needles.measure": _with_llm(
+        needles.measure, haystacks=[needles.Haystack("ab", ("c",), ("d",))], changes=_CHANGES
+    ),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
     "llm.generate.LLM.turn": _of(_llm, "turn"),
     "kvtc.calibration.calibrate": _calibrate,
@@ -454,6 +554,15 @@ METHODS = {
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
     "ops.compaction.Compressed.kept": _of(_compressed, "kept"),
     "ops.compaction.Compressed.trimmed": _of(_compressed, "trimmed"),
+    "blocks.BlockManager.evict": _of(_managers, "evict", sequences=..., start=1, stops=[2]),
+    "eviction.steps.evict": _evict,
+    "eviction.heads.decode": lambda xp: (eviction.decode, _ragged(xp, q=_QUERIES)),
+    "eviction.heads.append": lambda xp: (eviction.append, _ragged(xp, k=_NEW, v=_NEW)),
+    "eviction.block_selection.block_means": lambda xp: (eviction.block_means, _blockwise(xp)),
+    "eviction.block_selection.decode_blocks": lambda xp: (
+        eviction.decode_blocks,
+        _blockwise(xp, q=_QUERIES),
+    ),
     "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
@@ -474,6 +583,13 @@ METHODS = {
         _sequence, "append", k=_NEW[:1], v=_NEW[:1], length_before=1
     ),
     "sequence_cache.SequenceCache.decode": _of(_sequence, "decode", q=_NEW[0], length=1),
+    "kvtc.codec.Codec.header": _of(_codec, "header", tokens=6, spec="fp16", sinks=1, window=2),
+    "kvtc.codec.Codec.compress": _of(
+        _codec, "compress", cache=..., table=[2, 0], positions=list(range(6)), sinks=1, window=2
+    ),
+    "kvtc.codec.Codec.decompress": _decompress,
+    "kvtc.stream.Coded.to": _to,
+    "kvtc.stream.parse": _parse,
     "pages.zero_pages": _with_caches(pages.zero_pages, "cache", pages=[1, 2]),
     "pages.copy_pages": _with_caches(
         pages.copy_pages, "source", "target", source_pages=[1], target_pages=[2]
@@ -518,6 +634,8 @@ OPTIONS = {  # whose options a call passes on
     "pool.PagedKVCache.append_qkv": pykv.ops.paged_qkv.append,
     "pool.PagedKVCache.decode": pykv.ops.paged_decode.decode,
     "pool.PagedKVCache.prefill": pykv.ops.prefill.prefill,
+    "eviction.heads.decode": pykv.ops.paged_decode.decode,
+    "eviction.heads.append": pykv.ops.paged_append.append,
     "sequence_cache.SequenceCache.append": pykv.ops.paged_append.append,
     "sequence_cache.SequenceCache.decode": pykv.ops.paged_decode.decode,
 }

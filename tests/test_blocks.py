@@ -20,7 +20,8 @@ class Pool(RuleBasedStateMachine):
     whole prefix up to it, which is what keys and values depend on.
 
     The model of the cache is a list of (prefix, page) in the order of their last use; tokens are
-    few, so that prefixes meet.
+    few, so that prefixes meet. Rows that stay of a sequence keep their prefixes and change their
+    slots.
     """
 
     NUM_PAGES = 9
@@ -29,7 +30,8 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.pool = blocks.BlockManager(self.NUM_PAGES, P)
         self.contents = {}  # (page, offset): the prefix that was written there last
-        self.sequences = []  # [pages, tokens written]
+        # [pages, tokens written, the position that each slot holds, pages before evicted rows]
+        self.sequences = []
         self.offers = {}  # page: the prefix that it was published with, held or not
         self.found = {}  # prefix: the page that is offered for it
         self.idle = []  # offered pages that nobody holds, oldest first
@@ -37,7 +39,7 @@ class Pool(RuleBasedStateMachine):
     # The model ------------------------------------------------------------------------------------
 
     def held(self, page):
-        return sum(pages.count(page) for pages, _ in self.sequences)
+        return sum(pages.count(page) for pages, *_ in self.sequences)
 
     def evict(self, num_pages):
         """What the pool must do when it hands out so many pages."""
@@ -51,16 +53,16 @@ class Pool(RuleBasedStateMachine):
             del self.found[prefix]
 
     def all_held(self):
-        return {page for pages, _ in self.sequences for page in pages}
+        return {page for pages, *_ in self.sequences for page in pages}
 
     def state(self):
         """All that a caller can see."""
         pool = self.pool
-        return pool.num_pages, pool.num_free, pool.num_cached, [list(p) for p, _ in self.sequences]
+        return pool.num_pages, pool.num_free, pool.num_cached, [list(p) for p, *_ in self.sequences]
 
     def write(self, sequence, start, tokens):
         """Extend a sequence from `start` on, and write the tokens' entries."""
-        pages, old = sequence
+        pages, old, at, whole = sequence
         stop = start + len(tokens)
         fresh = [i for i in range(start // P, len(pages)) if self.held(pages[i]) > 1]
         num_new = max(-(-stop // P) - len(pages), 0)
@@ -75,7 +77,7 @@ class Pool(RuleBasedStateMachine):
             if self.held(page) == 1:
                 self.forget(page)
         self.evict(len(fresh) + num_new)
-        others = {page for other, _ in self.sequences if other is not pages for page in other}
+        others = {page for other, *_ in self.sequences if other is not pages for page in other}
 
         copy = self.pool.extend(pages, start, stop)
 
@@ -89,11 +91,16 @@ class Pool(RuleBasedStateMachine):
             assert copy == (before[fresh[0]], pages[fresh[0]])
             for offset in range(P):
                 self.contents[copy[1], offset] = self.contents.get((copy[0], offset))
-        sequence[1] = old[:start] + tokens
-        for position in range(start, stop):
-            page = pages[position // P]
+        known = at[start - 1] + 1 if start else 0
+        sequence[1:] = (
+            old[:known] + tokens,
+            at[:start] + list(range(known, known + len(tokens))),
+            None if whole is None or start <= whole * P else whole,
+        )
+        for slot in range(start, stop):
+            page = pages[slot // P]
             assert page not in others and page not in self.found.values()
-            self.contents[page, position % P] = tuple(sequence[1][: position + 1])
+            self.contents[page, slot % P] = tuple(sequence[1][: sequence[2][slot] + 1])
 
     # Rules ----------------------------------------------------------------------------------------
 
@@ -108,7 +115,7 @@ class Pool(RuleBasedStateMachine):
                 self.pool.allocate(len(tokens))
             assert self.state() == state
             return
-        self.sequences.append([[], []])
+        self.sequences.append([[], [], [], None])
         self.write(self.sequences[-1], 0, tokens)
 
     @precondition(lambda self: self.sequences)
@@ -116,31 +123,38 @@ class Pool(RuleBasedStateMachine):
     def append(self, data, tokens, back):
         """`back` of 0 appends; more rewrites the sequence's end."""
         sequence = data.draw(st.sampled_from(self.sequences))
-        self.write(sequence, max(len(sequence[1]) - back, 0), tokens)
+        self.write(sequence, max(len(sequence[2]) - back, 0), tokens)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def fork(self, data):
-        pages, tokens = data.draw(st.sampled_from(self.sequences))
-        self.sequences.append([self.pool.fork(pages), list(tokens)])
+        pages, tokens, at, whole = data.draw(st.sampled_from(self.sequences))
+        self.sequences.append([self.pool.fork(pages), list(tokens), list(at), whole])
         assert self.sequences[-1][0] == pages and self.sequences[-1][0] is not pages
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def publish(self, data):
-        pages, tokens = data.draw(st.sampled_from(self.sequences))
-        self.offer(pages, tokens[: max(len(tokens) - data.draw(st.integers(0, P)), 0)])
+        sequence = data.draw(st.sampled_from(self.sequences))
+        self.offer(sequence, data.draw(st.integers(0, P)))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), back=st.integers(1, P))
     def rewrite(self, data, back):
         """Publish all of a sequence, and write its end again."""
         sequence = data.draw(st.sampled_from(self.sequences))
-        self.offer(*sequence)
-        end = sequence[1][-back:]
-        self.write(sequence, len(sequence[1]) - len(end), [1 - token for token in end])
+        self.offer(sequence)
+        end = sequence[1][-min(back, len(sequence[2])) :] if sequence[2] else []
+        self.write(sequence, len(sequence[2]) - len(end), [1 - token for token in end])
 
-    def offer(self, pages, tokens):
+    def offer(self, sequence, back=0):
+        """Publish all but `back` tokens, as far as pages hold them."""
+        pages, tokens, _, whole = sequence
+        tokens = tokens[: max(len(tokens) - back, 0)]
+        if whole is not None and len(tokens) > whole * P:
+            with pytest.raises(ParameterError, match="that the pages before evicted rows hold"):
+                self.pool.publish(pages, tokens)
+            tokens = tokens[: whole * P]
         self.pool.publish(pages, tokens)
         for i in range(len(tokens) // P):
             prefix = tuple(tokens[: (i + 1) * P])
@@ -160,20 +174,68 @@ class Pool(RuleBasedStateMachine):
             entry = self.contents[pages[position // P], position % P]
             assert entry == tuple(tokens[: position + 1])
         self.idle = [page for page in self.idle if page not in pages]
-        self.sequences.append([pages, tokens[: len(pages) * P]])
+        held = len(pages) * P
+        self.sequences.append([pages, tokens[:held], list(range(held)), None])
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), start=st.integers(0, P + 1))
+    def evict_rows(self, data, start):
+        """Some rows of some sequences go, those before `start` stay."""
+        which = data.draw(st.integers(0, 2 ** len(self.sequences) - 1))
+        chosen = [s for i, s in enumerate(self.sequences) if which >> i & 1]
+        stays = data.draw(st.integers(0, 2 ** (6 * P) - 1))
+        kept = [[i for i in range(len(s[2])) if i < start or stays >> i & 1] for s in chosen]
+        ends = [-(-len(rows) // P) for rows in kept]
+        fresh = [
+            [i for i in range(start // P, n) if self.held(s[0][i]) > 1 or s[0][i] in self.offers]
+            for s, n in zip(chosen, ends, strict=True)
+        ]
+        wanted, room = sum(map(len, fresh)), self.NUM_PAGES - len(self.all_held())
+        before = [list(pages) for pages, *_ in chosen]
+        call = [pages for pages, *_ in chosen], start, list(map(len, kept))
+        if wanted > room:
+            state = self.state()
+            with pytest.raises(CapacityError, match=f"{wanted} pages wanted, {room} free"):
+                self.pool.evict(*call)
+            assert self.state() == state
+            return
+        self.evict(wanted)
+        assert self.pool.evict(*call) == before
+        new = {s[0][i] for s, some in zip(chosen, fresh, strict=True) for i in some}
+        assert len(new) == wanted and not new & {page for pages in before for page in pages}
+        moved, gone = {}, []
+        for s, old, some, rows, n in zip(chosen, before, fresh, kept, ends, strict=True):
+            assert s[0] == [s[0][i] if i in some else old[i] for i in range(n)]
+            for slot, row in enumerate(rows):
+                if slot >= start // P * P:
+                    entry = self.contents[old[row // P], row % P]
+                    moved[s[0][slot // P], slot % P] = entry
+            s[2] = [s[2][row] for row in rows]
+            if start // P < (n if s[3] is None else s[3]):
+                s[3] = start // P
+            if s[3] is None or not s[0]:  # only its end has gone
+                s[1:] = s[1][: len(rows)], s[2], None
+            gone.append([old[i] for i in some] + old[n:])
+        for i, pages in enumerate(gone):  # the last to hold a page gives it up
+            self.give_up([page for page in pages if not any(page in x for x in gone[i + 1 :])])
+        self.contents |= moved
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def free(self, data):
-        pages, _ = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+        pages, *_ = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+        self.give_up(pages)
+        self.pool.free(pages)
+        assert pages == []
+
+    def give_up(self, pages):
+        """A sequence less holds these."""
         for page in reversed(pages):
             if not self.held(page) and page in self.offers:
                 if self.found.setdefault(self.offers[page], page) == page:
                     self.idle.append(page)
                 else:
                     del self.offers[page]
-        self.pool.free(pages)
-        assert pages == []
 
     @precondition(lambda self: self.NUM_PAGES < 14)
     @rule(more=st.integers(0, 2))
@@ -191,10 +253,10 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def every_sequence_holds_what_it_wrote(self):
-        for pages, tokens in self.sequences:
-            assert len(set(pages)) == len(pages) and len(tokens) <= len(pages) * P
-            for position in range(len(tokens)):
-                entry = self.contents[pages[position // P], position % P]
+        for pages, tokens, at, _ in self.sequences:
+            assert len(set(pages)) == len(pages) and len(at) <= len(pages) * P
+            for slot, position in enumerate(at):
+                entry = self.contents[pages[slot // P], slot % P]
                 assert entry == tuple(tokens[: position + 1])
 
     def teardown(self):

@@ -196,10 +196,12 @@ def test_the_seed_decides_the_draw(capsys):
 
 def test_every_flag_reaches_the_model(capsys, fake):
     flags = "--model m --device cuda:1 --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
-    flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b"
+    flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b "
+    flags += "--evict keydiff:0.5"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
     options = dict(device="cuda:1", kv_dtype="bf16", weights="fp32", context=77, progress=False)
+    options["eviction"] = "keydiff:0.5"
     assert fake.options == options
     params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
     assert fake.asked == [("a prompt", pykv.SamplingParams(**params, stop=("a", "b")))]
@@ -209,6 +211,7 @@ def test_defaults(capsys, fake):
     assert run(capsys, "run", "x")[0] == 0
     assert fake.model == "smollm2-135m"
     options = dict(device="auto", kv_dtype="fp16", weights="fp16", context=None, progress=False)
+    options["eviction"] = None
     assert fake.options == options and fake.asked == [("x", pykv.SamplingParams())]
 
 
@@ -416,6 +419,9 @@ def test_verify_of_one_cache(capsys):
     assert {case["op"] for case in report["cases"]} == {
         *(
             "attention_scores",
+            "kv_compact",
+            "kv_scores",
+            "kvtc_rows",
             "paged_append",
             "paged_convert",
             "paged_decode",

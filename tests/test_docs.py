@@ -77,7 +77,7 @@ def undocumented(module, dotted, thing):
     texts = [own]
     for word in set(re.findall(r"[A-Za-z_][\w.]*\w", own)):
         referred = resolve(module, dotted, word)
-        if inspect.isroutine(referred):
+        if inspect.isroutine(referred) or inspect.isclass(referred):
             texts.append(inspect.getdoc(referred) or "")
     if "." in dotted:  # a method may rely on what its class explains
         texts.append(inspect.getdoc(getattr(module, dotted.partition(".")[0])) or "")
@@ -124,7 +124,7 @@ def test_the_package_is_typed_and_the_wheel_has_the_marker():
 
 
 def test_dir_shows_what_there_is():
-    modules = "blocks cuda kinds layout ops pages plan transfer".split()
+    modules = "blocks cuda eviction kinds layout ops pages plan transfer".split()
     assert {"LLM", "Completion", "SamplingParams", *modules} <= set(dir(pykv))
     for name in modules:
         assert getattr(pykv, name) is importlib.import_module(f"pykv.{name}")

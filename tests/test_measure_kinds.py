@@ -23,7 +23,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     tiny.write_case(folder / "tiny.gguf", "gemma3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure_kinds, "STEP_TOKENS", STEP)
+        patch.setattr("pykv.eval.replay.STEP_TOKENS", STEP)
         options = ["--tokens", str(TOKENS), "--device", "cpu", "--specs", *SPECS]
         path = folder / "kinds.json"
         assert measure_kinds.main([str(path), "--model", str(folder / "tiny.gguf"), *options]) == 0

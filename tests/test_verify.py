@@ -137,6 +137,9 @@ def test_the_ops_of_one_cache(text):
     assert [row.as_text() for row in rows if not row.ok] == []
     ops = (
         "attention_scores",
+        "kv_compact",
+        "kv_scores",
+        "kvtc_rows",
         "paged_append",
         "paged_convert",
         "paged_decode",

@@ -129,7 +129,7 @@ def wrong_values(call, name, parameter, value):
     if takes_any:
         must = [x for x in must if not is_array(x)]  # np.float32(1) may be a scale
     if is_array(value):
-        unlike = _unlike(value, strided=name.endswith("_scales"))
+        unlike = _unlike(value, strided=name.endswith("scales"))
         of_any = name == "blocks"  # any floats
         (may if takes_any else must).extend(
             x for x in unlike if not of_any or x.dtype != np.float64

@@ -29,12 +29,12 @@ from pydoc_data import topics
 import numpy as np
 
 import pykv
-from pykv import kinds
+from pykv import PagedKVCache
 from pykv.bench import report
 from pykv.errors import FormatError, PykvError
-from pykv.kinds import SCALE_DTYPES
-from pykv.llm.model import Batch, forward
-from pykv.ops import paged_decode, paged_qkv, prefill
+from pykv.eval import continuation, replay
+from pykv.eval.changes import static_scale, stored
+from pykv.ops import paged_decode
 from pykv.specs import KVSpec
 from pykv.testing import host
 
@@ -46,87 +46,47 @@ SPECS = [
     *(spec for code in CODES for spec in (code, f"{code}:fp32", f"{code}:head", f"{code}:tensor")),
 ]
 EVERY = 64  # of so many positions, one gives a query of which the attention output is judged
-STEP_TOKENS, STEP_LOGIT_BYTES = 512, 1 << 28  # of one forward step, at most
 
 
 # --- Passes ---------------------------------------------------------------------------------------
 
 
-class Rows:
-    """The cache of one sequence, in a single page a layer, whose rows went through `store`.
-
-    What `pykv.llm.model.forward` asks of a cache; keeps one query of EVERY.
+class Rows(PagedKVCache):
+    """The cache of one sequence, in a single page a layer, whose rows went through `store`; keeps
+    one query of EVERY.
 
     Args:
         store: of the layer, 0 for keys or 1 for values, and rows [T, H, D]: rows to keep.
     """
 
     def __init__(self, config, tokens, xp, store):
-        self.page_size = tokens
-        shape = (config.num_layers, 2, 1, tokens, config.kv_heads, config.head_dim)
-        self.pools = xp.zeros(shape, np.float32)
+        sizes = (config.num_layers, 1, config.kv_heads, config.head_dim)
+        super().__init__(*sizes, page_size=tokens, spec="fp32", xp=xp)
         self.queries = [[] for _ in range(config.num_layers)]
-        self.start = 0  # position of the first token of a step
+        self._filled = [0] * config.num_layers
         self._store = store
 
     def append_qkv(self, layer, qkv, slots, **options):
-        paged_qkv.append(qkv, *self.pools[layer], slots, **options)
-        stop = self.start + len(qkv)
-        for part, pool in enumerate(self.pools[layer]):
-            pool[0, self.start : stop] = self._store(layer, part, pool[0, self.start : stop])
+        super().append_qkv(layer, qkv, slots, **options)
+        start = self._filled[layer]
+        stop = self._filled[layer] = start + len(qkv)
+        for part, pool in enumerate(self.layers[layer]):
+            pool[0, start:stop] = self._store(layer, part, pool[0, start:stop])
 
     def prefill(self, layer, q, *where, **options):
-        first = -(self.start + 1) % EVERY
+        first = -(self._filled[layer] - len(q) + 1) % EVERY
         self.queries[layer].append(q[first::EVERY].copy())
-        return prefill.prefill(q, *self.pools[layer], *where, **options)
+        return super().prefill(layer, q, *where, **options)
 
 
 def perplexity(llm, ids, cache):
     """Run all tokens through the model, filling the cache."""
-    xp = llm.xp
-    step = max(1, min(STEP_TOKENS, STEP_LOGIT_BYTES // (4 * llm.model.config.vocab)))
-    total = 0.0
-    for start in range(0, len(ids), step):
-        part = ids[start : start + step]
-        where = np.arange(start, start + len(part), dtype=np.int32)
-        counts = np.array([0, len(part), start + len(part)], np.int32)
-        positions, counts = xp.asarray(where), xp.asarray(counts)
-        table = xp.zeros((1, 1), np.int32)
-        cache.start = start
-        tokens = xp.asarray(np.array(part, np.int32))
-        batch = Batch(tokens, positions, positions, counts[:2], table, counts[2:])
-        logits = forward(llm.model, batch, cache)
-        targets = np.array(ids[start + 1 : start + 1 + len(part)])
-        logits = logits[: len(targets)]
-        chosen = logits[xp.arange(len(targets)), xp.asarray(targets)]
-        top = logits.max(axis=1)
-        logits -= top[:, None]
-        xp.exp(logits, out=logits)
-        losses = xp.log(logits.sum(axis=1)) + top - chosen
-        total += float(losses.sum(dtype=np.float64))
+    total, start = 0.0, 1
+    for logits in replay.steps(llm, cache, [0], ids):
+        targets = np.array(ids[start : start + len(logits)])
+        total += continuation.losses(logits[: len(targets)], targets).sum()
+        start += len(logits)
     return float(np.exp(total / (len(ids) - 1)))
-
-
-def stored(rows, kind, spec, scale=None, hadamard=False):
-    """What rows [..., D] are after they were stored, float32 on the host."""
-    dtype = SCALE_DTYPES[spec.scale_dtype]
-    codes, scale = kinds.quantize(mixed(rows, hadamard), kind, scale=scale, scale_dtype=dtype)
-    return mixed(kinds.dequantize(codes, kind, scale), hadamard)
-
-
-def mixed(rows, hadamard):
-    """Rows [..., D], times the matrix if `hadamard`; on the host. Its own inverse."""
-    return paged_qkv.hadamard_transform(host(rows)) if hadamard else host(rows)
-
-
-def static_scale(rows, kind, spec, hadamard=False):
-    """The scales of rows [T, H, D] that a spec wants to be given, [H] or [1]; None if none."""
-    if not kind.largest or spec.has_dynamic_scales:
-        return None
-    by_head = mixed(rows, hadamard).swapaxes(0, 1).reshape(rows.shape[1], -1)
-    dtype = SCALE_DTYPES[spec.scale_dtype]
-    groups = by_head if spec.granularity == "head" else by_head.reshape(1, -1)
-    return kinds.row_scales(groups, kind, dtype)
 
 
 def scales_of(exact, spec, hadamard=False):
@@ -136,7 +96,7 @@ def scales_of(exact, spec, hadamard=False):
             static_scale(rows[0], kind, spec, hadamard)
             for rows, kind in zip(pair, spec.kinds, strict=True)
         ]
-        for pair in exact.pools
+        for pair in exact.layers
     ]
 
 
@@ -179,7 +139,7 @@ def attend(llm, cache, layer, k, v):
 def errors(llm, exact, outputs, spec, scales, hadamard=False):
     """Errors of keys, values and attention outputs, over all layers."""
     found = {name: Error() for name in ("k", "v", "attention")}
-    for layer, pair in enumerate(exact.pools):
+    for layer, pair in enumerate(exact.layers):
         rounded = [
             stored(rows, kind, spec, scale, hadamard)
             for rows, kind, scale in zip(pair, spec.kinds, scales[layer], strict=True)
@@ -201,7 +161,7 @@ def measure(model, specs, tokens, device="auto"):
         raise FormatError(f"measure_kinds: {len(ids)} tokens, expected {EVERY} to {tokens}")
     exact = Rows(config, tokens, llm.xp, lambda layer, part, rows: rows)
     exact_perplexity = perplexity(llm, ids, exact)
-    outputs = [attend(llm, exact, layer, *pair) for layer, pair in enumerate(exact.pools)]
+    outputs = [attend(llm, exact, layer, *pair) for layer, pair in enumerate(exact.layers)]
     rows = []
     ways = [(spec, how) for spec in specs for how in (False, True)[: 1 + spec.has_scales]]
     for spec, hadamard in ways:

@@ -20,9 +20,10 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ import numpy as np
 
 from pykv import __version__, cuda, doctor
 from pykv.bench.timing import Times, summarize
-from pykv.errors import FormatError
+from pykv.errors import FormatError, ParameterError
 
 if TYPE_CHECKING:
     from pykv.bench import Work
@@ -126,6 +127,34 @@ def summary(one: Record) -> str:
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+def check_outputs(command: str, outputs: Mapping[str, str | None]) -> None:
+    """Check that results can be written, and leave no trace of it; minutes later is too late.
+
+    Args:
+        command: for messages.
+        outputs: by option, the path that it is given, if any; "-" is standard output.
+
+    Raises:
+        ParameterError: two options name the same file.
+        OSError: one cannot be written.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        other, first = known.setdefault(os.path.realpath(path), (option, path))
+        if other != option:
+            raise ParameterError(
+                f"{command}: {other} and {option} are both {first}, expected two files"
+            )
+        if path != "-":
+            is_new = not os.path.lexists(path)
+            with open(path, "a"):
+                pass
+            if is_new:
+                os.remove(path)
 
 
 def to_json(records: list[Record]) -> str:
@@ -270,9 +299,15 @@ def to_table(records: list[Record]) -> str:
         cells = ["" if (us := one.get(name)) is None else f"{us:.1f}" for name in columns]
         share = "" if one["share"] is None else f"{one['share']:.1%}"
         rows.append([name, *cells, f"{one['gbps']:.1f}", share, one["ceiling"] or ""])
+    return aligned(rows, left=(0, len(head) - 1))
+
+
+def aligned(rows: list[list[str]], left: Collection[int] = (0,)) -> str:
+    """Rows of cells as columns, to the right but for those that `left` numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells, ceiling in rows:
-        middle = "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths[1:-1], strict=True))
-        lines.append(f"{name:<{widths[0]}}  {middle}  {ceiling}".rstrip())
-    return "\n".join(lines)
+    sides = ["<" if i in left else ">" for i in range(len(widths))]
+    lines = (
+        "  ".join(f"{x:{side}{w}}" for x, side, w in zip(row, sides, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

@@ -3,6 +3,10 @@
     artefact = pykv.kvtc.calibrate("smollm2-135m", texts, out="smollm2.kvtc")   once, minutes
     artefact = pykv.kvtc.Artefact.load("smollm2.kvtc")
 
+    codec = pykv.kvtc.Codec(artefact, 16, xp)         sixteen times smaller, on the CPU or a GPU
+    coded = codec.compress(cache, table, positions)   tokens of a sequence, from its pages
+    codec.decompress(pykv.kvtc.parse(coded.to_bytes()), cache, table)
+
     v0         the operations and the stream of NVIDIA Dynamo's kvbm-kernels: rows of blocks
     stream_v0  that stream: ranges of coefficients, sizes, headers
 
@@ -14,19 +18,25 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text
+from pykv.kvtc.codec import Codec
+from pykv.kvtc.stream import Coded, Header, parse
 
 if _TYPE_CHECKING:
     from pykv.kvtc.calibration import calibrate, compare_coders
 
 __all__ = [
     "Artefact",
+    "Coded",
+    "Codec",
     "Fingerprint",
     "Group",
+    "Header",
     "Plan",
     "Side",
     "Text",
     "calibrate",
     "compare_coders",
+    "parse",
 ]
 
 

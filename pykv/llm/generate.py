@@ -12,10 +12,12 @@ import numpy as np
 
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
+from pykv.eviction import Policy
 from pykv.llm import gguf, memory, models, scales, scheduler
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
+from pykv.llm.evictor import as_policy
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.tokenizer import Tokenizer
@@ -52,6 +54,12 @@ class LLM:
             a step of their own, whether the pages before them are found or computed. Pages that
             other prompts, other batches or answers left may differ in their last bits from those
             that a call of an LLM without them computes, as sums depend on the tokens of a step.
+        eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
+            policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
+            give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
+            get a prompt's last ones, later the last one. Layers with a sliding window keep their
+            last rows. Pages of prompts stay in the prefix cache as they were; rows are evicted from
+            copies. `logits` and `perplexity` see all tokens. None: all rows stay.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -81,6 +89,7 @@ class LLM:
         pool_tokens: int | None = None,
         page_size: int = 16,
         prefix_cache: bool = True,
+        eviction: Policy | str | None = None,
         progress: bool = False,
         require_sm: int = 0,
     ):
@@ -90,6 +99,7 @@ class LLM:
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
+        policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS)
         context = None if context is None else check_whole("LLM", "context", context, 1)
         if pool_tokens is not None:
             pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)
@@ -126,7 +136,10 @@ class LLM:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
         self._scheduler = Scheduler(
-            loaded, cache, self.xp, may_grow=pool_tokens is None, prefix_cache=prefix_cache
+            *(loaded, cache, self.xp),
+            may_grow=pool_tokens is None,
+            prefix_cache=prefix_cache,
+            eviction=policy,
         )
 
     @property

@@ -50,7 +50,13 @@ class Batch:
 
 
 def forward(
-    model: Model, batch: Batch, cache: PagedKVCache, rows: Any = None, *, gemm: str = "auto"
+    model: Model,
+    batch: Batch,
+    cache: PagedKVCache,
+    rows: Any = None,
+    *,
+    gemm: str = "auto",
+    queries: Any = None,
 ) -> Any:
     """Run the tokens of a batch through the model and append their keys and values to the cache.
 
@@ -60,6 +66,7 @@ def forward(
         cache: updated in place at `batch.slots`.
         rows: [R] int32, tokens whose logits are wanted; None means all T.
         gemm: what multiplies on a GPU, see linear.linear.
+        queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
 
     Returns:
         Logits [R, V] float32, on the model's device.
@@ -83,7 +90,7 @@ def forward(
         workspace = like(x, (size,), np.float32)
         cuda.enqueue(partial(workspace.__setitem__, slice(paged_decode.COUNTERS), 0))
     of_all = dict(positions=batch.positions, pairing=kind.pairing, eps=config.eps)
-    of_all |= dict(hadamard=model.hadamard, q_out=q)
+    of_all |= dict(hadamard=model.hadamard)
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
     multiply = partial(linear.linear, gemm=gemm)
 
@@ -99,7 +106,8 @@ def forward(
     for i, layer in enumerate(model.layers):
         norm.rms_norm(x, layer.attention_norm, eps=config.eps, out=normed)
         multiply(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
-        of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm)
+        q = q if queries is None else queries[i]
+        of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm, q_out=q)
         cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
         options = dict(scale=config.attention_scale, window=config.windows[i], out=attended)
         options |= dict(logits_soft_cap=config.attention_cap)
@@ -134,7 +142,9 @@ def _soft_cap(x: Any, cap: float) -> None:
     x *= cap
 
 
-def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[], Any]:
+def decode_step(
+    model: Model, batch: Batch, cache: PagedKVCache, queries: Any = None
+) -> Callable[[], Any]:
     """A function that does `forward` on a batch of one token a sequence; each call goes by what the
     batch's arrays contain then. The cache must not be grown meanwhile.
 
@@ -144,6 +154,7 @@ def decode_step(model: Model, batch: Batch, cache: PagedKVCache) -> Callable[[],
     """
     B = len(batch.ids)
     few = B <= GRAPH_SEQUENCES and linear.rereads(B) * model.matrix_bytes <= GRAPH_REREADS
-    step = partial(forward, model, batch, cache, gemm="own" if few else "auto")
+    gemm = "own" if few else "auto"
+    step = partial(forward, model, batch, cache, gemm=gemm, queries=queries)
     by_graph = few and on_gpu(batch.ids) and not paged_check.ALWAYS
     return cuda.graph(step) if by_graph else step

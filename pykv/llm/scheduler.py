@@ -18,7 +18,9 @@ import numpy as np
 
 from pykv import blocks
 from pykv.errors import NumberError
+from pykv.eviction import Policy
 from pykv.llm import sampling
+from pykv.llm.evictor import Evictor
 from pykv.llm.model import Batch, decode_step, forward
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.weights import Model
@@ -54,7 +56,8 @@ class Sequence:
         params: how tokens are drawn.
         limit: tokens of prompt and answer together, at most.
         end_ids: tokens that end the answer, and are no part of it.
-        pages, cached: pages that it holds, and tokens whose keys and values are there.
+        pages, cached: pages that it holds, and tokens whose keys and values were put there.
+        dropped: how many of these are evicted from each layer and head.
         generated: the answer.
         finish_reason: "stop" or "length", empty as long as it runs. Whoever reads the answer may
             set it between two steps.
@@ -66,8 +69,14 @@ class Sequence:
     end_ids: Set[int] = frozenset()
     pages: list[int] = field(default_factory=list)
     cached: int = 0
+    dropped: int = 0
     generated: list[int] = field(default_factory=list)
     finish_reason: str = ""
+
+    @property
+    def held(self) -> int:
+        """Rows that each layer and head holds; the next token gets this slot."""
+        return self.cached - self.dropped
 
 
 class Scheduler:
@@ -80,14 +89,26 @@ class Scheduler:
         may_grow: grow the cache where a call needs it.
         prefix_cache: keep the pages of finished sequences, as long as no call needs them, for
             prompts that begin alike, see `_prefix_steps`.
+        eviction: which rows sequences keep behind their prompts; None: all.
     """
 
     def __init__(
-        self, model: Model, cache: PagedKVCache, xp: Any, *, may_grow: bool, prefix_cache: bool
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        xp: Any,
+        *,
+        may_grow: bool,
+        prefix_cache: bool,
+        eviction: Policy | None = None,
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
         self.prefix_cache, self._may_grow = prefix_cache, may_grow
         self.stats = Stats()
+        self._evictor = None if eviction is None else Evictor(eviction, model, cache)
+        # The last tokens of a prompt are a step of their own: somebody must make their logits, and
+        # the queries that eviction asks for.
+        self._last = max(1, self._evictor.asked if self._evictor else 0)
 
     def run(self, sequences: list[Sequence]) -> Generator[None, None, None]:
         """Step until every sequence is finished; yields after each step. Closing the generator
@@ -124,7 +145,7 @@ class Scheduler:
                 stats.decode_tokens += len(unfinished)
                 yield
         finally:
-            stats.cached_tokens = sum(s.cached for s in sequences)
+            stats.cached_tokens = sum(s.held for s in sequences)
             try:
                 self._warn_of_clamped(sequences)
             finally:
@@ -162,7 +183,7 @@ class Scheduler:
         if not self.prefix_cache:
             return
         P, manager = self.cache.page_size, self.cache.manager
-        keys = {id(s): _page_keys(s.prompt[:-1], P) for s in sequences}
+        keys = {id(s): _page_keys(s.prompt[: -self._last], P) for s in sequences}
         known: set[int] = set()  # keys of pages that were computed here
         while True:
             due: list[tuple[Sequence, int]] = []
@@ -191,7 +212,7 @@ class Scheduler:
             room = PREFILL_TOKENS
             due: list[tuple[Sequence, int]] = []  # a sequence and the tokens to take from it
             for s in waiting:
-                if count := min(room, len(s.prompt) - s.cached):
+                if count := self._step(s, room):
                     due.append((s, count))
                     room -= count
             done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
@@ -201,6 +222,14 @@ class Scheduler:
             waiting = [s for s in waiting if not s.generated and not s.finish_reason]
             yield
 
+    def _step(self, s: Sequence, room: int) -> int:
+        """Tokens of a prompt for a step that has room for so many. The last ones stay together
+        where eviction asks for their queries."""
+        left = len(s.prompt) - s.cached
+        if self._last == 1 or left <= min(room, self._last):
+            return min(room, left)
+        return min(room, left - self._last) if left > self._last else 0
+
     def _forward(self, due: list[tuple[Sequence, int]], done: list[int]) -> Any:
         """The next tokens of prompts as one ragged batch; logits after the last token of those
         that `done` numbers."""
@@ -208,10 +237,29 @@ class Scheduler:
         batch = self._ragged_batch([s for s, _ in due], ids)
         last = np.cumsum([n for _, n in due]) - 1
         rows = self.xp.asarray(last[done].astype(np.int32))
-        logits = forward(self.model, batch, self.cache, rows)
+        queries = self._queries(int(last[-1]) + 1) if done else None
+        logits = forward(self.model, batch, self.cache, rows, queries=queries)
         for sequence, count in due:
             sequence.cached += count
+        for i in done:
+            first = int(last[i]) + 1 - due[i][1]
+            self._evict(due[i][0], queries, first, due[i][1])
         return logits
+
+    def _queries(self, tokens: int) -> Any:
+        """Where a step puts the queries of its tokens, if eviction asks for some."""
+        if self._evictor is None or not self._evictor.asked:
+            return None
+        config = self.model.config
+        shape = config.num_layers, tokens, config.heads, config.head_dim
+        return self.xp.empty(shape, np.float32)
+
+    def _evict(self, s: Sequence, queries: Any, first: int, count: int) -> None:
+        """Shrink a sequence, whose last tokens are `count` of `queries`."""
+        if self._evictor is not None:
+            asked = None if queries is None else queries[:, first : first + count]
+            left = s.limit - s.cached
+            s.dropped += s.held - self._evictor.evict(s.pages, s.held, asked, left)
 
     def _decoder(self, active: list[Sequence]) -> Callable[[], Any]:
         """A function that puts the last token of every sequence into the cache and gives the
@@ -220,17 +268,31 @@ class Scheduler:
         inputs = self.xp.empty((4, len(active)), np.int32)  # one transfer for all four
         fill = partial(np.copyto, inputs) if self.xp is np else inputs.set
         ids, positions, slots, lengths = inputs
-        batch = Batch(ids, positions, slots, None, self._page_table(active), lengths)
-        step = decode_step(self.model, batch, self.cache)
+        table, shown = self._page_table(active), [list(s.pages) for s in active]
+        batch = Batch(ids, positions, slots, None, table, lengths)
+        queries = self._queries(len(active))
+        step = decode_step(self.model, batch, self.cache, queries)
+
+        def evict() -> None:
+            """Shrink what has grown; the graph finds the new pages in its table."""
+            for i, s in enumerate(active):
+                if not s.finish_reason and self._evictor and self._evictor.is_due(s.held):
+                    self._evict(s, queries, i, 1)
+            pages = [list(s.pages) for s in active]
+            if pages != shown:
+                shown[:] = pages
+                table[...] = self.xp.asarray(blocks.page_table(pages, table.shape[1]))
 
         def decode() -> Any:
+            if self._evictor:
+                evict()
             packed = np.empty((4, len(active)), np.int32)
             for column, s in zip(packed.T, active, strict=True):
                 if s.finish_reason:
                     column[:] = 0, 0, -1, 0  # not written, and without keys
                     continue
-                slot = s.pages[s.cached // P] * P + s.cached % P
-                column[:] = s.generated[-1], s.cached, slot, s.cached + 1
+                slot = s.pages[s.held // P] * P + s.held % P
+                column[:] = s.generated[-1], s.cached, slot, s.held + 1
             fill(packed)
             logits = step()
             for s in active:
@@ -270,25 +332,33 @@ class Scheduler:
         try:
             for s in sequences:
                 if reuse:
-                    s.pages = manager.reuse(s.prompt[:-1])
+                    s.pages = manager.reuse(s.prompt[: -self._last])
                     s.cached = len(s.pages) * cache.page_size
-            wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
+            rooms = [self._room(s) for s in sequences]
+            pairs = list(zip(sequences, rooms, strict=True))
+            wanted = sum(manager.pages_for(room) - len(s.pages) for s, room in pairs)
             missing = wanted - manager.num_free
             if missing > 0 and self._may_grow:
                 cache.grow(manager.num_pages + missing)
             manager.require(wanted)
-            for s in sequences:
-                cache.extend(s.pages, s.cached, s.limit)
+            for s, room in pairs:
+                cache.extend(s.pages, s.cached, room)
         except BaseException:
             self._release(sequences)
             raise
+
+    def _room(self, s: Sequence) -> int:
+        """Rows to set aside for a sequence."""
+        if self._evictor is None:
+            return s.limit
+        return max(self._evictor.room(len(s.prompt), s.limit), s.cached)
 
     def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
         """Say so where scales that heads or tensors share do not fit these sequences."""
         if not self.cache.spec.has_given_scales:
             return
         pages_for = self.cache.manager.pages_for
-        pages = {page for s in sequences for page in s.pages[: pages_for(s.cached)]}
+        pages = {page for s in sequences for page in s.pages[: pages_for(s.held)]}
         shares = self.cache.clamped(sorted(pages))
         if shares.max() > CLAMPED_SHARE:
             layer, side = np.unravel_index(shares.argmax(), shares.shape)
@@ -304,15 +374,15 @@ class Scheduler:
         more tokens these hold."""
         manager, before = self.cache.manager, s.cached
         manager.free(s.pages)
-        s.pages = manager.reuse(s.prompt[:-1])
+        s.pages = manager.reuse(s.prompt[: -self._last])
         s.cached = len(s.pages) * self.cache.page_size
-        self.cache.extend(s.pages, s.cached, s.limit)
+        self.cache.extend(s.pages, s.cached, self._room(s))
         return s.cached - before
 
     def _release(self, sequences: list[Sequence]) -> None:
         """Give all pages back; what was computed on them may be reused."""
         for s in sequences:
-            if self.prefix_cache:
+            if self.prefix_cache and not s.dropped:  # else slots no longer hold the tokens in order
                 tokens = s.prompt + s.generated
                 self.cache.manager.publish(s.pages, tokens[: s.cached])
             self.cache.manager.free(s.pages)

@@ -7,6 +7,8 @@ Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -200,7 +202,11 @@ _PANEL = 1024  # features that one running sum of the tensor cores covers, see `
 _FLOAT32_SUMS = 16  # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, and no TF32
 _BETA = np.array([0, 1], np.float32)  # cuBLAS takes the address of a host scalar
 _BETA_ADDRESS = _BETA.__array_interface__["data"][0]
-_CAPTURE = "CuPy refuses it while a graph is being captured"
+_ONE_ADDRESS = _BETA_ADDRESS + _BETA.itemsize
+CAPTURE = "CuPy refuses it while a graph is being captured"
+NO_CUBLAS = (
+    "CuPy finds no cuBLAS: pip install nvidia-cublas (CUDA 13) or nvidia-cublas-cu12 (CUDA 12)"
+)
 
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
@@ -216,45 +222,50 @@ def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
 def _obstacle(x: Any, w: Any) -> str | None:
     """Why cuBLAS cannot multiply these arrays now, or None."""
     if not has_cublas():
-        return (
-            "CuPy finds no cuBLAS: pip install nvidia-cublas (CUDA 13) or nvidia-cublas-cu12 "
-            "(CUDA 12)"
-        )
+        return NO_CUBLAS
     if x.dtype != w.dtype and x.dtype not in FLOAT32:
         return f"x has dtype {x.dtype} and w {w.dtype}, expected equal ones or x float32"
     if w.dtype == BFLOAT16 and cuda.current_sm() < 80:
         return "bfloat16 needs sm_80 or newer there"
     if not x.shape[1]:
         return "x has I=0"
-    return _CAPTURE if cuda.is_capturing() else None
+    return CAPTURE if cuda.is_capturing() else None
 
 
 def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     """Enqueue the product. `out` starts as the bias, itself or zero; products add to it."""
     import cupy
-    from cupy.cuda import cublas
 
     if cuda.is_capturing():
-        raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {_CAPTURE}")
+        raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {CAPTURE}")
     T, O = out.shape
     if bias is not None:
         scalars = dict(O=O, accumulate=accumulate)
         launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
         launch(dict(out=out, bias=bias))
         accumulate = True
-    handle = cupy.cuda.device.get_cublas_handle()
-    mode = cublas.getMathMode(handle)
-    cublas.setMathMode(handle, _FLOAT32_SUMS)
-    try:
+    with float32_sums() as handle:
         if x.dtype == w.dtype:
             if x.strides[0] < x.shape[1] * x.itemsize:  # broadcast or reversed: unknown to cuBLAS
                 x = cupy.ascontiguousarray(x)
-            alpha, beta = (_BETA_ADDRESS + _BETA.itemsize * flag for flag in (1, accumulate))
-            _gemm_ex(handle, x, w, 0, x.shape[1], out, alpha, beta)
+            gemm_ex(handle, x, w, out, beta=_BETA_ADDRESS + _BETA.itemsize * accumulate)
         else:
             if not accumulate:
                 out.data.memset_async(0, out.nbytes)
             _add_split_product(handle, x, w, bias, out)
+
+
+@contextmanager
+def float32_sums() -> Iterator[int]:
+    """CuPy's handle of cuBLAS, whose products have float32 sums meanwhile."""
+    import cupy
+    from cupy.cuda import cublas
+
+    handle = cupy.cuda.device.get_cublas_handle()
+    mode = cublas.getMathMode(handle)
+    cublas.setMathMode(handle, _FLOAT32_SUMS)
+    try:
+        yield handle
     finally:
         cublas.setMathMode(handle, mode)
 
@@ -279,27 +290,36 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
             alpha = scalars.data.ptr + (1 + number) * scalars.itemsize
             panel = _PANEL if number == 0 else I  # truncation in a lesser piece does not show
             for first in range(0, I, panel):
-                last = min(I, first + panel)
-                _gemm_ex(handle, piece, w, first, last, out, alpha, one)
+                part = slice(first, min(I, first + panel))
+                gemm_ex(handle, piece[:, part], w[:, part], out, alpha, one)
     finally:
         cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_HOST)
 
 
-def _gemm_ex(
-    handle: int, x: Any, w: Any, first: int, last: int, out: Any, alpha: int, beta: int
+def gemm_ex(
+    handle: int,
+    x: Any,
+    w: Any,
+    out: Any,
+    alpha: int = _ONE_ADDRESS,
+    beta: int = _BETA_ADDRESS,
+    *,
+    transposed: bool = True,
 ) -> None:
-    """out = alpha * x @ w.T + beta * out over the features first .. last - 1; `x` has w's dtype.
+    """out = alpha * x @ w.T + beta * out, of `w` itself unless `transposed`; `x` has w's dtype, and
+    rows lie at any stride of at least their size. `alpha` and `beta` are addresses of float32.
 
     A row-major matrix is its own transpose to column-major cuBLAS: out.T = w.T.T @ x.T.
     """
     from cupy.cuda import cublas
 
     T, O = out.shape
-    kind, offset = _CUDA_R[w.dtype], first * w.itemsize
+    kind = _CUDA_R[w.dtype]
     cublas.gemmEx(
-        *(handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, O, T, last - first, alpha),
-        *(w.data.ptr + offset, kind, w.shape[1]),
-        *(x.data.ptr + offset, kind, x.strides[0] // x.itemsize, beta),
+        *(handle, cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_N),
+        *(O, T, x.shape[1], alpha),
+        *(w.data.ptr, kind, w.strides[0] // w.itemsize),
+        *(x.data.ptr, kind, x.strides[0] // x.itemsize, beta),
         *(out.data.ptr, _CUDA_R[out.dtype], O),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
     )

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
-from pykv.errors import CapacityError
+from pykv.arrays import FLOAT32, INT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
+from pykv.errors import CapacityError, ShapeError, UnsupportedError
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
 from pykv.options import check_flag, check_whole
@@ -52,6 +52,7 @@ def decode(
     alibi_slopes: Any = None,
     sinks: Any = None,
     tree: Any = None,
+    key_positions: Any = None,
     causal: bool = True,
     fixed_split: int | None = None,
     return_lse: bool = False,
@@ -86,6 +87,8 @@ def decode(
         sinks: [HQ] float32; a score for each head whose weight has no value (attention sink).
         tree: [B, T] uint64, T <= 64; query t sees the last T keys whose bits are set, and all
             before them. Where None, query t sees the keys up to its own.
+        key_positions: [B, M * P] int32; where keys stand in the sequence, ascending, for windows
+            and ALiBi where some were evicted, see pykv.eviction; on CUDA cores. None: key s at s.
         causal: where False, every query stands behind the last key, as queries of many sequences
             do behind a prefix that they share (see `merge_states` for the rest of each).
         fixed_split: keys that are summed apart, a multiple of 32: a sequence's result then has the
@@ -107,7 +110,7 @@ def decode(
     Raises:
         ShapeError: dimensions disagree, HQ is no multiple of H, or D none of 8.
         DtypeError: an array has another dtype, or an option another type.
-        UnsupportedError: D exceeds 512, or T 64 with a tree.
+        UnsupportedError: D exceeds 512, T 64 with a tree, or there are a tree and `key_positions`.
         ParameterError: a scalar is out of its range, scales are missing or too many, or, on the
             host, a page does not exist; the check found a wrong entry.
         CapacityError: the workspace is too small, or, on the host, a length exceeds M * P.
@@ -138,13 +141,16 @@ def decode(
     many = getattr(q, "ndim", 3) == 4
     dims = _checker(spec, many)(
         *(q, k_pool, v_pool, k_scales, v_scales, page_table, lengths),
-        *(alibi_slopes, tree, sinks, out, lse, workspace),
+        *(alibi_slopes, tree, sinks, key_positions, out, lse, workspace),
     )
+    if key_positions is not None:
+        _check_positions(op, dims, tree)
     scores = attention.check_options(
         op, dims, scale, window, logits_soft_cap, causal, tree, lse_base, fixed_split
     )
+    seen = scores.seen(dims) if key_positions is None else None
     if check:
-        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
+        pool = dims["N"], dims["P"]
         with cuda.on_stream(stream, q):
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
     out = like(q, q.shape, q.dtype) if out is None else out
@@ -152,7 +158,7 @@ def decode(
         lse = like(q, q.shape[:-1], np.float32)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
-    arrays |= dict(alibi_slopes=alibi_slopes, sinks=sinks, tree=tree)
+    arrays |= dict(alibi_slopes=alibi_slopes, sinks=sinks, tree=tree, key_positions=key_positions)
     if out.size == 0:
         pass
     elif on_gpu(q):
@@ -163,11 +169,13 @@ def decode(
         elif workspace is not None and workspace.size < size:
             raise CapacityError(f"{op}: workspace has {workspace.size} elements, expected {size}")
         arrays["workspace"] = workspace
+        if "key_positions" not in attend.kernel.arrays:
+            del arrays["key_positions"]
         attend(arrays, stream)
         if merge is not None:
             merge(dict(out=out, lse=lse, workspace=workspace, sinks=sinks), stream)
     else:
-        seen, pool = scores.seen(dims), (dims["N"], dims["P"])
+        pool = dims["N"], dims["P"]
         cuda.look(lambda: attention.check_pages(op, page_table, lengths, pool, seen))
         fill = partial(attention.fill_on_host, reference, arrays, spec, scores, lse_base)
         cuda.run_on_host(fill, stream=stream)
@@ -183,10 +191,19 @@ def _checker(spec: KVSpec, many: bool) -> Callable[..., Dims]:
         ("out", "lse", "workspace"),
         **attention.rules(rows, spec.rules()),
         sinks=optional("HQ", FLOAT32),
+        key_positions=optional("B C", INT32),
         out=optional(f"{rows} HQ D", "q"),
         lse=optional(f"{rows} HQ", FLOAT32),
         workspace=optional("E", FLOAT32, VECTOR_BYTES),
     )
+
+
+def _check_positions(op: str, dims: Dims, tree: Any) -> None:
+    if dims["C"] != dims["M"] * dims["P"]:
+        expected = dims["M"] * dims["P"]
+        raise ShapeError(f"{op}: key_positions has C={dims['C']}, expected M * P = {expected}")
+    if tree is not None:
+        raise UnsupportedError(f"{op}: tree is given, expected None with key_positions")
 
 
 def workspace_size(
@@ -281,8 +298,8 @@ def reference(
 ) -> tuple[Any, Any]:
     """The definition, in NumPy: `out` in the dtype of `q`, `lse` in that of the accumulation.
 
-    Arguments as of `decode`; `options` are `logits_soft_cap`, `causal`, `alibi_slopes` and `tree`.
-    Without a spec pools are of any floats.
+    Arguments as of `decode`; `options` are `logits_soft_cap`, `causal`, `alibi_slopes`, `tree` and
+    `key_positions`. Without a spec pools are of any floats.
     """
     many = q if q.ndim == 4 else q[:, None]  # [B, T, HQ, D]
     dtype = np.result_type(q.dtype, np.float32)
@@ -326,7 +343,7 @@ def _launches(
     suits = all(0 <= n < 2**30 for name, n in scalars.items() if name.endswith(("page", "token")))
     scalars |= attention.query_scalars(scores, dims, q)
     scalars |= dict(lse_unit=1.0 if lse_base == "2" else attention.LN_2)
-    suits &= attention.whole_vectors(k_pool, v_pool)
+    suits &= attention.whole_vectors(k_pool, v_pool) and arrays["key_positions"] is None
     if suits and mma.fits(cuda.current_sm(), spec, q.dtype, sizes):
         launch, size = mma.launch(spec, q.dtype, sizes, defines, scalars, fixed_split)
         return launch, None, size

@@ -207,3 +207,30 @@ def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
     numbers = [abs(number) for number in x.astype(np.float64).tolist()]
     kept = [i for i, a in enumerate(numbers) if a > threshold or (mode == "ge" and a == threshold)]
     return x[kept], np.array(kept, np.int32)
+
+
+def packed_codes(x: Any, steps: Any, widths: Any) -> Any:
+    """A row of coefficients [C] as the bytes of one large integer: codes of 8, 7, ..., 1 bits, as
+    many as `widths` says, each floor(x / step) within its bits, counted from the lowest one."""
+    number = shift = at = 0
+    for bits, count in zip(range(8, 0, -1), widths, strict=True):
+        half = 2 ** (bits - 1)
+        for c in range(at, at + count):
+            quotient = float(np.float32(x[c]) / np.float32(steps[c]))
+            level = -half if math.isnan(quotient) else max(-half, min(quotient, half - 1))
+            number |= (math.floor(level) + half) << shift
+            shift += bits
+        at += count
+    return np.frombuffer(number.to_bytes(shift // 8, "little"), np.uint8)
+
+
+def middles(packed: Any, steps: Any, widths: Any, dtype: Any) -> Any:
+    """The coefficients [C] of such bytes: the middle of each code's interval."""
+    number = int.from_bytes(packed.tobytes(), "little")
+    out: list[Any] = []
+    for bits, count in zip(range(8, 0, -1), widths, strict=True):
+        for _ in range(count):
+            code = number % 2**bits - 2 ** (bits - 1)
+            out.append((dtype(code) + dtype(0.5)) * dtype(steps[len(out)]))
+            number >>= bits
+    return np.array(out, dtype)

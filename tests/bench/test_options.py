@@ -17,6 +17,10 @@ SHAPES = {
         "--batch 3 --keys 50 --heads 10/2 --dim 24 --page 8 --kv int8 --dtype fp16",
         dict(B=3, L=50, HQ=10, H=2, D=24, P=8, kv="int8", dtype="fp16"),
     ),
+    "evict": (
+        "--batch 3 --keys 50 --heads 10/2 --dim 24 --page 8 --kv fp16 --dtype fp32",
+        dict(job="score", B=3, L=50, HQ=10, H=2, D=24, P=8, kv="fp16", dtype="fp32", keep=0.25),
+    ),
     "prefill": (
         "--batch 3 --keys 20 --queries 7 --heads 4/2 --dim 24 --page 8 --kv int8",
         dict(B=3, L=20, Q=7, HQ=4, H=2, D=24, P=8, kv="int8", dtype="bf16"),
@@ -45,6 +49,10 @@ SHAPES = {
         "--batch 3 --seq 50 --heads 4/2 --dim 24 --kv int8 --compress 3 --inference "
         "--decode-tokens 2",
         dict(what="cycle", B=3, L=50, HQ=4, H=2, D=24, kv="int8", keep=0.3333, steps=2),
+    ),
+    "kvtc_codec": (
+        "--tokens 9 --layers 3 --kv int8",
+        dict(op="gather", kv="int8", tokens=9, L=3, H=2, D=32, r=32),
     ),
     "calls": (
         "--batch 3 --keys 50 --heads 10/2 --dim 24 --page 8 --kv int8",

@@ -9,6 +9,7 @@ Dimensions: T tokens, E embedding, H heads, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Numbers:
     gelu: bool = False
     attention_cap: float = math.inf
     logit_cap: float = math.inf
+    # The positions that query t of a layer and KV head finds in its cache, where some were evicted.
+    held: Callable[[int, int, int], list[int]] | None = None
 
 
 def logits(path: Any, ids: list[int], n: Numbers) -> np.ndarray:
@@ -91,10 +94,12 @@ def _attention(x: np.ndarray, layer: dict[str, np.ndarray], i: int, n: Numbers) 
         group = head // (n.heads // n.kv_heads)
         for t in range(T):
             first = max(0, t + 1 - n.windows[i]) if n.windows and n.windows[i] else 0
-            scores = k[first : t + 1, group] @ q[t, head] * n.scale
+            seen = range(t + 1) if n.held is None else n.held(i, group, t)
+            rows = [s for s in seen if s >= first]
+            scores = k[rows, group] @ q[t, head] * n.scale
             scores = _capped(scores, n.attention_cap)
             shares = np.exp(scores - scores.max())
-            out[t, head] = shares / shares.sum() @ v[first : t + 1, group]
+            out[t, head] = shares / shares.sum() @ v[rows, group]
     return _project(out.reshape(T, -1), layer, "attn_output")
 
 

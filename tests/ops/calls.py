@@ -10,8 +10,14 @@ from pykv.ops import (
     bandwidth,
     contiguous_append,
     dequant,
+    kv_compact,
+    kv_scores,
+    kv_select,
+    kvtc_code,
+    kvtc_project,
     kvtc_quantize,
     kvtc_ranges,
+    kvtc_rows,
     linear,
     merge_states,
     norm,
@@ -39,6 +45,15 @@ OUTS = dict(zip(("k_out", "v_out", "k_out_scales", "v_out_scales"), POOLS.values
 TABLE = dict(page_table=zeros("i4", 2, 2), lengths=zeros("i4", 2))
 LISTS = dict(indices=zeros("i4", 2), indptr=zeros("i4", 3))
 SPEC = KVSpec("int8", "int8")
+STEPS = dict(k_steps=zeros("f4", 32), v_steps=zeros("f4", 64))
+WIDTHS = dict(k_widths=(0, 0, 0, 0, 0, 0, 32, 0), v_widths=(0, 0, 0, 0, 0, 0, 64, 0))
+BASES = dict(k_basis=zeros("f2", 16, 8), v_basis=zeros("f2", 16, 24))
+LAYERS = dict(k_pools=zeros("i1", 2, 4, 2, 2, 16), v_pools=zeros("i1", 2, 4, 2, 2, 16))
+LAYERS |= dict(k_scales=zeros("f2", 2, 4, 2, 2), v_scales=zeros("f2", 2, 4, 2, 2))
+SEQUENCE = dict(table=zeros("i4", 2), positions=zeros("i4", 3), places=zeros("i4", 1, 2))
+SEQUENCE |= dict(mean=zeros("f2", 2, 32), inv_freq=zeros("f4", 1, 8))
+EXEMPT = dict(sinks=zeros("f2", 1, 2, 2, 2, 16), window=zeros("i1", 1, 2, 2, 2, 16))
+EXEMPT |= dict(window_scales=zeros("f2", 1, 2, 2, 2))
 PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
 EXTREMES = dict(min_vals=zeros("f4", 2), max_vals=zeros("f4", 2))
 RANGES = [Range(0, 2), Range(2, 8, "intx", 4)]
@@ -60,6 +75,33 @@ OPS = [
         | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     ),
     (dequant.dequantize, dict(blocks=zeros("u1", 2, 34), kind="Q8_0")),
+    (
+        kv_compact.compact,
+        dict(**POOLS, page_table=TABLE["page_table"], kept=zeros("i4", 2, 2, 4))
+        | dict(counts=zeros("i4", 2, 2)),
+    ),
+    (
+        kv_scores.score,
+        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, measure="product")
+        | dict(vectors=zeros("f4", 2, 4, 16), weights=zeros("f4", 2, 4, 16)),
+    ),
+    (
+        kv_scores.means,
+        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, run=3),
+    ),
+    (
+        kv_select.select,
+        dict(scores=zeros("f4", 2, 2, 4), lengths=zeros("i4", 2, 2), budgets=zeros("i4", 2)),
+    ),
+    (
+        kvtc_code.encode,
+        dict(k=zeros("f4", 2, 32), v=zeros("f4", 2, 64), **STEPS, out=zeros("u1", 2, 24)) | WIDTHS,
+    ),
+    (kvtc_code.decode, dict(rows=zeros("u1", 2, 24), **STEPS) | WIDTHS),
+    (kvtc_project.project, dict(k=zeros("f2", 3, 16), v=zeros("f2", 3, 16), **BASES)),
+    (kvtc_project.restore, dict(k=zeros("f2", 3, 8), v=zeros("f2", 3, 24), **BASES)),
+    (kvtc_rows.gather, dict(**LAYERS, **SEQUENCE, **EXEMPT, kept_positions=zeros("i4", 3))),
+    (kvtc_rows.scatter, dict(**LAYERS, **SEQUENCE, **EXEMPT, rows=zeros("f2", 2, 1, 32))),
     (kvtc_quantize.quantize_fp8, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
     (kvtc_quantize.dequantize_fp8, dict(codes=zeros("u1", 2, 4), out=zeros("f4", 2, 8))),
     (kvtc_quantize.minmax_reduce, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
@@ -77,6 +119,11 @@ OPS = [
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
     (page_table.from_lists, dict(**LISTS, last_page_len=zeros("i4", 2), page_size=2, width=2)),
+    (
+        page_table.of_blocks,
+        dict(page_table=TABLE["page_table"], rows=zeros("i4", 2), chosen=zeros("i4", 4, 2))
+        | dict(counts=zeros("i4", 4), old=zeros("i4", 4), page_size=2, block_pages=1, width=2),
+    ),
     (paged_append.append, dict(**ROWS, **POOLS, slots=zeros("i4", 2))),
     (
         paged_append.append_decode,
@@ -119,12 +166,18 @@ CONTENTS = dict(
     slots=[3, 1],
     page_table=[[0, 1], [2, 3]],
     lengths=[3, 2],
+    kept=[[[0, 2, -1, -1], [1, 3, -1, -1]], [[1, -1, -1, -1], [-1, -1, -1, -1]]],
+    counts=[[2, 2], [1, 0]],
+    rows=[3, 2],
+    chosen=[[0, -1], [0, -1], [-1, -1], [0, -1]],
+    old=[1, 1, 0, 1],
     indices=[2, 1],
     indptr=[0, 1, 2],
     last_page_len=[1, 0],
     append_indptr=[0, 1, 2],
     batch_indices=[1, 0],
-    positions=[1, 0, 2],
+    positions=[0, 1, 3],
+    places=[[1, 0]],
     q_starts=[0, 1, 2],
     ids=[2, 0],
     temperature=[0.8, 0],
@@ -143,8 +196,10 @@ def filled(arguments, rng, xp):
 
 
 def _contents(name, x, rng):
+    if name == "counts" and x.ndim == 1:
+        return np.array([1, 0, 0, 1], x.dtype)
     if name in CONTENTS:
-        return np.array(CONTENTS[name], x.dtype)[: len(x)]
+        return np.resize(np.array(CONTENTS[name], x.dtype), x.shape)
     if name.endswith("_scales"):
         return rng.uniform(0.01, 0.02, x.shape).astype(x.dtype)
     if x.dtype.kind == "f":

@@ -89,3 +89,55 @@ def test_a_prepared_call_looks_for_requests_that_do_not_fit():
     lists[1][1] = 0
     with pytest.raises(CapacityError, match="width is 2, but a request has 3 pages"):
         call()
+
+
+# --- Of blocks ---
+
+BLOCKS = dict(page_size=2, block_pages=2)
+
+
+def blocks_of(xp, table, rows, chosen, counts, old, **options):
+    lists = (xp.asarray(np.array(x, np.int32)) for x in (table, rows, chosen, counts, old))
+    return page_table.of_blocks(*lists, **BLOCKS | options)
+
+
+def test_tables_of_blocks(xp):
+    """Two heads choose blocks of a sequence of 15 rows, of which those from 12 on are recent; a
+    second sequence has no old block; a third no rows."""
+    pages = [[30, 31, 32, 33, 34, 35, 36, 37], [40, 41, *[-1] * 6], [-1] * 8]
+    got = blocks_of(
+        xp,
+        *(pages, [15, 3, 0]),
+        [[0, 2, -1], [1, -1, -1], *[[-1] * 3] * 4],
+        [2, 1, 0, 0, 0, 0],
+        [3, 3, 0, 0, 0, 0],
+        width=6,
+        unit=10,
+    )
+    table, lengths = map(to_numpy, got)
+    assert table[0].tolist() == [300, 310, 340, 350, 360, 370]
+    assert table[1].tolist() == [321, 331, 361, 371, -1, -1]
+    assert table[2].tolist() == [400, 410, -1, -1, -1, -1]
+    assert table[3].tolist() == [401, 411, -1, -1, -1, -1]
+    assert (table[4:] == -1).all() and lengths.tolist() == [11, 7, 3, 3, 0, 0]
+
+
+def test_errors_of_blocks(xp):
+    good = dict(table=[[3, 4]], rows=[4], chosen=[[0]], counts=[1], old=[1], width=2)
+    for change, error, text in (
+        (dict(width=0), ParameterError, "width is 0, expected 1 to"),
+        (dict(width=None), ParameterError, "width is None, expected the positive width"),
+        (dict(unit=0), ParameterError, "unit is 0, expected 1 to"),
+        (dict(counts=[1, 1]), ShapeError, "counts has R=2, expected R=1"),
+    ):
+        with pytest.raises(error, match=text):
+            blocks_of(xp, **good | change)
+    for change, error, text in (
+        (dict(rows=[5]), CapacityError, r"rows are up to 5, expected at most K \* P = 4"),
+        (dict(old=[2]), ParameterError, "old is .2., expected 0 to the whole blocks"),
+        (dict(chosen=[[1]]), ParameterError, "chosen is ..1.., expected blocks from 0 to below"),
+        (dict(counts=[2]), ParameterError, "counts are .2., expected at most C=1"),
+        (dict(width=1), CapacityError, "width is 1, but a row has 2 pages"),
+    ):
+        with pytest.raises(error, match=text):
+            blocks_of(np, **good | change)

@@ -671,3 +671,61 @@ def test_a_wrong_entry_is_found(xp, rng):
     text = rf"paged_decode.decode: page_table\[1, 2\] is {len(k_pool)}, expected 0 to"
     with pytest.raises(ParameterError, match=text):
         run(*wrong, check=True)
+
+
+# --- Keys at positions of their own ---
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_keys_at_their_usual_positions_change_nothing(xp, rng, T):
+    args, options = feature_case(rng, "fp16", T=T, alibi_slopes=True)
+    options["window"] = 20
+    positions = np.tile(np.arange(args[3].shape[1] * 16, dtype=np.int32), (4, 1))
+    want, sums = call(xp, *args, **options)
+    got, lse = call(xp, *args, key_positions=xp.asarray(positions), **options)
+    np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(lse), to_numpy(sums), rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_windows_and_slopes_go_by_positions(xp, rng, T):
+    """A plain loop over the keys at their positions."""
+    D, P, G, H, window, scale = 8, 4, 2, 2, 9, 0.3
+    lengths = np.array([13, 1, 0, 5], np.int32)
+    pools = rng.standard_normal((2, 16, P, H, D)).astype(np.float32)
+    table = rng.permutation(16).astype(np.int32).reshape(4, 4)
+    positions = np.cumsum(rng.integers(1, 4, (4, 16)), 1).astype(np.int32)
+    q = rng.standard_normal((4, T, G * H, D)).astype(np.float32)
+    slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+    want = np.zeros(q.shape)
+    for b, t, head in np.ndindex(4, T, G * H):
+        n = int(lengths[b])
+        if n - T + t < 0:
+            continue
+        at, scores, rows = positions[b, n - T + t], [], []
+        for s in range(n):
+            if positions[b, s] <= at and at - positions[b, s] < window:
+                k, v = pools[:, table[b, s // P], s % P, head // G].astype(np.float64)
+                distance = positions[b, s] - at
+                scores.append(q[b, t, head] @ k * scale + slopes[head] * distance)
+                rows.append(v)
+        weights = np.exp(np.array(scores) - max(scores))
+        want[b, t, head] = weights @ np.array(rows) / weights.sum()
+    got = paged_decode.decode(
+        *(xp.asarray(x) for x in (q, *pools, table, lengths)),
+        key_positions=xp.asarray(positions),
+        alibi_slopes=xp.asarray(slopes),
+        window=window,
+        scale=scale,
+    )
+    np.testing.assert_allclose(to_numpy(got), want, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_do_not_fit_are_refused(xp):
+    q, pool = xp.zeros((1, 1, 8), np.float32), xp.zeros((1, 4, 1, 8), np.float16)
+    tables = xp.zeros((1, 1), np.int32), xp.zeros(1, np.int32)
+    with pytest.raises(ShapeError, match=r"key_positions has C=3, expected M \* P = 4"):
+        paged_decode.decode(q, pool, pool, *tables, key_positions=xp.zeros((1, 3), np.int32))
+    given = dict(key_positions=xp.zeros((1, 4), np.int32), tree=xp.zeros((1, 1), np.uint64))
+    with pytest.raises(UnsupportedError, match="tree is given, expected None with key_positions"):
+        paged_decode.decode(q, pool, pool, *tables, **given)

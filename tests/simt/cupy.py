@@ -83,7 +83,8 @@ def _operator(name):
     return lambda self, *others: _device(getattr(self.host, name)(*_host(others)))
 
 
-for _name in ("add", "sub", "mul", "neg", "invert", "and", "eq", "ne", "lt", "gt"):
+_NAMES = "add sub mul truediv floordiv mod pow neg invert and eq ne lt gt ge"
+for _name in _NAMES.split():
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -167,10 +168,11 @@ def copy_bytes(to, at, size):
 def _gemm_ex(
     handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c, ldc, *rest
 ):
-    """c = alpha * a.T @ b + beta * c, column-major, for the one pair of operations in use."""
-    assert (op_a, op_b) == (cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N)
+    """c = alpha * a.T @ b + beta * c, or of a itself, column-major; b is not transposed."""
+    assert op_b == cublas.CUBLAS_OP_N
+    steps = (lda, 1) if op_a == cublas.CUBLAS_OP_T else (1, lda)
     alpha, beta = (_at(scalar, (1,), np.float32, (1,))[0] for scalar in (alpha, beta))
-    a, b = _at(a, (m, k), TYPES[type_a], (lda, 1)), _at(b, (n, k), TYPES[type_b], (ldb, 1))
+    a, b = _at(a, (m, k), TYPES[type_a], steps), _at(b, (n, k), TYPES[type_b], (ldb, 1))
     c = _at(c, (n, m), TYPES[type_c], (ldc, 1))
     product = alpha * (b.astype(np.float64) @ a.T.astype(np.float64))
     c[...] = (product + (beta * c.astype(np.float64) if beta else 0)).astype(c.dtype)
@@ -272,9 +274,6 @@ cuda = SimpleNamespace(
     ),
     Event=Event,
     Stream=Stream,
-    # Memory that another array, which keeps it alive, holds: pinned memory of the host.
-    UnownedMemory=lambda address, nbytes, owner, device: _at(address, (nbytes,), np.uint8, (1,)),
-    MemoryPointer=lambda memory, offset: MemoryPointer(memory[offset:]),
     MemoryPool=lambda: SimpleNamespace(malloc=None),  # memory is never given to somebody else here
     using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds

@@ -1,0 +1,148 @@
+// kvtc_code.cu: coefficients of K and V to rows of packed codes, and back.
+//
+// Groups of 32 components share a width b of 8 ... 1 bits, which falls along a row. With the step s
+// of its component a coefficient x becomes
+//
+//   code = clip(floor(x / s), -h, h - 1), h = 2^(b-1)        and comes back as (code + 1/2) * s
+//
+// A group is b little-endian words: component j has bits j * b ... j * b + b - 1, which hold
+// code + h. A row is the words of K's groups, then of V's. Components behind the last group are not
+// stored.
+//
+// Arrays, row-major, last dimension contiguous (letters as in pykv/ops/kvtc_code.py):
+//   rows                      [T, W] words of four bytes, at a stride of `row_words`
+//   k, v                      [T, C] float (encode, const), X_T (decode); C may differ between them
+//   k_steps, v_steps   const  [C] float
+// Scalars:  T; row_words; v_start = words of K in a row; k_columns, v_columns = C, a multiple of
+//           32; k_upper, k_lower, v_upper, v_lower: counts of groups with 8 ... 5 bits, and with 4
+//           ... 1, 16 bits each, the first one lowest
+// Defines:  X_T = float or f16 of decoded coefficients; BLOCK = threads; TOKENS of a block
+// Launch:   grid (ceil(T / TOKENS), ceil(max C / (8 * BLOCK)), 2), block (BLOCK); z: K, V
+// Traffic:  encode  T * (4 * C + bytes of a row) for K and V; decode sizeof(X_T) in place of 4
+// Order:    no atomics, no sums; bit-exact
+#include "vector.cuh"
+
+#if !defined(X_T) || !defined(BLOCK) || !defined(TOKENS)
+#error "kvtc_code.cu needs X_T, BLOCK and TOKENS"
+#endif
+constexpr int OF_GROUP = 32, WARPS = BLOCK / WARP;
+constexpr int MOST = WARP * 8 / OF_GROUP * 8;  // words that the groups of a warp have
+static_assert(BLOCK % WARP == 0, "whole warps");
+
+// What a lane has of a row: eight components of `bits`, in as many bytes from `byte` on of its
+// warp's `words`, which are those of the row from `first` on.
+struct Share { int column, bits, byte, first, words; };
+
+__device__ __forceinline__ Share share_of_lane(u64 upper, u64 lower) {
+    const int column = (blockIdx.y * BLOCK + threadIdx.x) * 8;
+    int group = column / OF_GROUP, start = 0, bits = 0;
+#pragma unroll
+    for (int b = 8; b > 0; b--) {
+        const int count = (int)((b > 4 ? upper : lower) >> (8 - b) % 4 * 16 & 0xffffu);
+        if (bits == 0) {
+            const int before = min(group, count);
+            start += before * b;
+            group -= before;
+            if (before < count) bits = b;
+        }
+    }
+    const int first = __shfl_sync(FULL_MASK, start, 0);
+    const int end = __shfl_sync(FULL_MASK, start + bits, WARP - 1);
+    const int byte = (start - first) * 4 + (int)threadIdx.x % 4 * bits;
+    return Share{column, bits, byte, first, end - first};
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restrict__ v,
+       const float* __restrict__ k_steps, const float* __restrict__ v_steps, int T, int row_words,
+       int v_start, int k_columns, int v_columns, u64 k_upper, u64 k_lower, u64 v_upper,
+       u64 v_lower) {
+    __shared__ u32 staged[WARPS][TOKENS][MOST];
+    const bool is_v = blockIdx.z;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int columns = is_v ? v_columns : k_columns;
+    const Share mine = share_of_lane(is_v ? v_upper : k_upper, is_v ? v_lower : k_lower);
+    const float* const from = (is_v ? v : k) + mine.column;
+    const int t0 = blockIdx.x * TOKENS, tokens = min(TOKENS, T - t0);
+
+    float x[TOKENS][8], steps[8];
+    if (mine.bits > 0) {
+        load8(steps, (is_v ? v_steps : k_steps) + mine.column);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) load8(x[t], from + (i64)min(t0 + t, T - 1) * columns);
+        const float half = (float)(1 << mine.bits >> 1);
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            u64 packed = 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float level = floorf(__fdiv_rn(x[t][j], steps[j]));
+                const float code = fminf(fmaxf(level, -half), half - 1.0f);  // NaN: the lowest
+                packed |= (u64)(u32)(code + half) << j * mine.bits;
+            }
+            u8* const bytes = reinterpret_cast<u8*>(staged[warp][t]) + mine.byte;
+            for (int i = 0; i < mine.bits; i++) bytes[i] = (u8)(packed >> 8 * i);
+        }
+    }
+    __syncwarp();
+    u32* const to = reinterpret_cast<u32*>(rows) + (is_v ? v_start : 0) + mine.first;
+    for (int t = 0; t < tokens; t++) {
+        for (int i = lane; i < mine.words; i += WARP) {
+            to[(i64)(t0 + t) * row_words + i] = staged[warp][t][i];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+decode(X_T* __restrict__ k, X_T* __restrict__ v, const u8* __restrict__ rows,
+       const float* __restrict__ k_steps, const float* __restrict__ v_steps, int T, int row_words,
+       int v_start, int k_columns, int v_columns, u64 k_upper, u64 k_lower, u64 v_upper,
+       u64 v_lower) {
+    __shared__ u32 staged[WARPS][TOKENS][MOST];
+    const bool is_v = blockIdx.z;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int columns = is_v ? v_columns : k_columns;
+    const Share mine = share_of_lane(is_v ? v_upper : k_upper, is_v ? v_lower : k_lower);
+    const int t0 = blockIdx.x * TOKENS, tokens = min(TOKENS, T - t0);
+
+    const u32* const from =
+        reinterpret_cast<const u32*>(rows) + (is_v ? v_start : 0) + mine.first;
+    u32 words[TOKENS][MOST / WARP];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {  // all loads before the first store
+#pragma unroll
+        for (int i = 0; i < MOST / WARP; i++) {
+            const int word = lane + i * WARP;
+            if (t < tokens && word < mine.words) {
+                words[t][i] = from[(i64)(t0 + t) * row_words + word];
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+#pragma unroll
+        for (int i = 0; i < MOST / WARP; i++) {
+            const int word = lane + i * WARP;
+            if (t < tokens && word < mine.words) staged[warp][t][word] = words[t][i];
+        }
+    }
+    __syncwarp();
+    if (mine.bits == 0) return;
+    float steps[8];
+    load8(steps, (is_v ? v_steps : k_steps) + mine.column);
+    X_T* const to = (is_v ? v : k) + mine.column;
+    const float half = (float)(1 << mine.bits >> 1);
+    const u32 mask = (1u << mine.bits) - 1;
+    for (int t = 0; t < tokens; t++) {
+        const u8* const bytes = reinterpret_cast<const u8*>(staged[warp][t]) + mine.byte;
+        u64 packed = 0;
+        for (int i = 0; i < mine.bits; i++) packed |= (u64)bytes[i] << 8 * i;
+        float x[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const u32 code = (u32)(packed >> j * mine.bits) & mask;
+            x[j] = __fmul_rn((float)(int)code - half + 0.5f, steps[j]);
+        }
+        store8(to + (i64)(t0 + t) * columns, x);
+    }
+}

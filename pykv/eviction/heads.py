@@ -1,0 +1,189 @@
+"""Attention over, and rows for, heads that hold different numbers of rows.
+
+Dimensions: as in pykv/eviction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache as kept
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
+from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.eviction.parts import Part, check_cache, of_heads, of_sequences, parts, refuse_own
+from pykv.ops import paged_append, paged_decode
+from pykv.pool import PagedKVCache
+
+
+def decode(
+    cache: PagedKVCache,
+    layer: int,
+    q: Any,
+    page_table: Any,
+    lengths: Any,
+    *,
+    positions: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    stream: Any = None,
+    **options: Any,
+) -> Any:
+    """Attention of the last queries over a layer whose heads hold different numbers of rows.
+
+    Args:
+        cache, layer: where.
+        q: [B, HQ, D] or [B, T, HQ, D].
+        page_table: [B, M] int32.
+        lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
+            included.
+        positions: [B, H, M * P] int32; of each row, ascending. Needed with a window or ALiBi.
+        alibi_slopes, sinks: [HQ] float32, as of `paged_decode.decode`; each head is a launch of its
+            own then, as where each head has a scale.
+        return_lse, options: others of `paged_decode.decode`, but `out`, `lse` and `workspace`.
+        stream: see pykv.cuda.on_stream.
+
+    Returns, Raises: as `paged_decode.decode`, whose kernels run; ParameterError where positions are
+    needed and missing; UnsupportedError where the call is being prepared. A graph captures it.
+
+    On a GPU only enqueues.
+    """
+    op = "eviction.decode"
+    cuda.refuse_prepare(op, "it makes tables for each call")
+    check_cache(op, cache, layer)
+    refuse_own(op, options)
+    many = getattr(q, "ndim", 3) == 4
+    dims = _decode_checker(many)(q, page_table, lengths, positions, alibi_slopes, sinks)
+    if positions is None and (options.get("window") is not None or alibi_slopes is not None):
+        raise ParameterError(f"{op}: positions are missing, expected some with a window or ALiBi")
+    if 0 in q.shape:
+        out = module_of(q).empty_like(q)
+        return (out, module_of(q).empty(q.shape[:-1], np.float32)) if return_lse else out
+    made = parts(cache, layer, together=alibi_slopes is None and sinks is None)
+    HQ, H = dims["HQ"], dims["H"]
+    _check_heads(op, made, H)
+    if HQ % H:
+        raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
+    with cuda.on_stream(stream, q):
+        results = [
+            _of_part(part, q, page_table, lengths, positions, H, return_lse, options | given)
+            for part, given in _with_options(made, HQ // H, alibi_slopes, sinks)
+        ]
+        if len(results) == 1:
+            joined = results[0]
+        else:
+            pairs = zip(*results, strict=True)
+            joined = [module_of(q).concatenate(x, q.ndim - 2) for x in pairs]
+    return tuple(joined) if return_lse else joined[0]
+
+
+def _with_options(
+    made: list[Part], G: int, alibi_slopes: Any, sinks: Any
+) -> Iterator[tuple[Part, dict[str, Any]]]:
+    """Each part with what is its heads' own."""
+    for part in made:
+        group = slice(part.first * G, (part.first + part.n) * G)
+        given = dict(alibi_slopes=alibi_slopes, sinks=sinks)
+        yield part, {name: None if x is None else x[group] for name, x in given.items()}
+
+
+def _of_part(
+    part: Part,
+    q: Any,
+    page_table: Any,
+    lengths: Any,
+    positions: Any,
+    H: int,
+    return_lse: bool,
+    options: dict[str, Any],
+) -> list[Any]:
+    """The results of `decode` for the heads of a part."""
+    xp, heads, B = module_of(q), slice(part.first, part.first + part.n), len(q)
+    if positions is not None:
+        flat = xp.ascontiguousarray(positions[:, heads])
+        options["key_positions"] = flat.reshape(B * part.n, positions.shape[2])
+    found = paged_decode.decode(
+        of_heads(q if q.ndim == 4 else q[:, None], H, heads),
+        page_table=part.table(page_table),
+        lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1),
+        return_lse=return_lse,
+        **part.pools,
+        **options,
+    )
+    return [of_sequences(x, B, part.n, q.ndim) for x in (found if return_lse else (found,))]
+
+
+def append(
+    cache: PagedKVCache,
+    layer: int,
+    k: Any,
+    v: Any,
+    page_table: Any,
+    lengths: Any,
+    *,
+    stream: Any = None,
+    **options: Any,
+) -> None:
+    """Write one row of each sequence behind the rows that each head holds, in one layer.
+
+    Args:
+        cache, layer: where.
+        k, v: [B, H, D], as of `paged_append.append`, whose `options` the others are.
+        page_table: [B, M] int32; pages are there, see `PagedKVCache.extend`.
+        lengths: [B, H] int32 on the cache's device; rows of each head before this one.
+
+    Raises: as `paged_append.append`; CapacityError, on the host, where no page is left for a row;
+    UnsupportedError where the call is being prepared.
+    """
+    op = "eviction.append"
+    cuda.refuse_prepare(op, "it makes slots for each call")
+    check_cache(op, cache, layer)
+    refuse_own(op, options)
+    dims = _append_check(k, v, page_table, lengths)
+    B, H = dims["B"], dims["H"]
+    _check_heads(op, parts(cache, layer), H)
+    if not on_gpu(lengths):
+        most = page_table.shape[1] * cache.page_size - 1
+        if ((lengths < 0) | (lengths > most)).any():
+            raise CapacityError(f"{op}: lengths are {lengths}, expected 0 to M * P - 1 = {most}")
+    P, xp = np.int32(cache.page_size), module_of(k)
+    with cuda.on_stream(stream, k):
+        for part in parts(cache, layer):
+            heads = slice(part.first, part.first + part.n)
+            rows = xp.ascontiguousarray(lengths[:, heads]).reshape(-1)
+            pages = xp.take_along_axis(part.table(page_table), (rows // P)[:, None], 1)[:, 0]
+            new = [xp.ascontiguousarray(x[:, heads]).reshape(B * part.n, 1, -1) for x in (k, v)]
+            slots = pages * P + rows % P
+            paged_append.append(new[0], new[1], slots=slots, **part.pools, **options)
+
+
+@kept
+def _decode_checker(many: bool) -> Callable[..., Dims]:
+    return checker(
+        "eviction.decode",
+        q=("B T | HQ D" if many else "B | HQ D", FLOATS),
+        page_table=("B M", INT32),
+        lengths=("B H", INT32),
+        positions=optional("B H C", INT32),
+        alibi_slopes=optional("HQ", FLOAT32),
+        sinks=optional("HQ", FLOAT32),
+    )
+
+
+_append_check = checker(
+    "eviction.append",
+    k=("B H | D", FLOATS),
+    v=("B H | D", FLOATS),
+    page_table=("B M", INT32),
+    lengths=("B H", INT32),
+)
+
+
+def _check_heads(op: str, made: list[Part], H: int) -> None:
+    held = sum(part.n for part in made)
+    if H != held:
+        raise ShapeError(f"{op}: lengths has H={H}, expected the {held} heads of the cache")

@@ -1,0 +1,165 @@
+"""KV heads as sequences of their own: pools of one head, and what policies see of them.
+
+Dimensions: as in pykv/eviction; N pages in the pool, n heads of a part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.arrays import module_of, strided
+from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.ops import attention_scores, kv_scores, paged_decode
+from pykv.options import check_whole
+from pykv.pool import PagedKVCache
+from pykv.specs import POOLS, KVSpec
+
+
+class Part(NamedTuple):
+    """KV heads of a layer as pools of one head.
+
+    Attributes:
+        first, n: the heads.
+        pools: k_pool, v_pool, k_scales, v_scales and spec, as ops of caches take them.
+        unit: head h of page p is page p * unit + h - first of these pools.
+    """
+
+    first: int
+    n: int
+    pools: dict[str, Any]
+    unit: int
+
+    def table(self, page_table: Any) -> Any:
+        """The page table [B * n, M] of these heads, of one [B, M]."""
+        if self.n == 1:
+            return page_table
+        xp = module_of(page_table)
+        heads = xp.arange(self.n, dtype=np.int32)[None, :, None]
+        table = page_table[:, None, :] * np.int32(self.unit) + heads
+        return table.reshape(len(page_table) * self.n, page_table.shape[1])
+
+
+def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
+    """All heads of a layer in one part, unless each has a scale of its own or they shall not be
+    `together`: then a part for each."""
+    spec, pools = cache.spec, cache.layers[layer]
+    scales = cache.scales[layer]
+    P, (N, *_) = cache.page_size, pools[0].shape
+    H = spec.as_nhd(pools[0]).shape[2]
+    has_own_scales = spec.has_given_scales and spec.granularity == "head"
+    if not together or has_own_scales or H == 1:
+        made = []
+        for h in range(H):
+            arrays = dict(zip(POOLS, (*pools, *scales), strict=True))
+            of_head = {name: _head(spec, x, h) for name, x in arrays.items()}
+            made.append(Part(h, 1, of_head | dict(spec=spec), 1))
+        return made
+    unit = P * H if spec.layout == "NHD" else H
+    num_pages = (N - 1) * unit + H
+    if num_pages * P >= 2**31:
+        raise UnsupportedError(
+            f"eviction: {N} pages of {H} heads are {num_pages} pages of a head, expected slots of "
+            "these in 32 bits"
+        )
+
+    def view(x: Any) -> Any:
+        if x is None or x.ndim < 3:
+            return x
+        page, token, head, *row = spec.as_nhd(x).strides
+        shape = num_pages, *spec.page_order(P, 1), *x.shape[3:]
+        return strided(x, shape, (head, *spec.page_order(token, head), *row))
+
+    arrays = dict(zip(POOLS, map(view, (*pools, *scales)), strict=True))
+    return [Part(0, H, arrays | dict(spec=spec), unit)]
+
+
+def _head(spec: KVSpec, x: Any, h: int) -> Any:
+    """One head of a pool or of its scales, with its dimension."""
+    if x is None or x.ndim < 3:
+        return x[h : h + 1] if x is not None and spec.granularity == "head" else x
+    return x[:, :, h : h + 1] if spec.layout == "NHD" else x[:, h : h + 1]
+
+
+def of_heads(q: Any, H: int, heads: slice) -> Any:
+    """Queries [B * n, T, G, D] of n KV heads, of q [B, T, HQ, D]."""
+    B, T, HQ, D = q.shape
+    grouped = q.reshape(B, T, H, HQ // H, D)[:, :, heads].swapaxes(1, 2)
+    n = grouped.shape[1]
+    return module_of(q).ascontiguousarray(grouped).reshape(B * n, T, HQ // H, D)
+
+
+def of_sequences(x: Any, B: int, n: int, ndim: int) -> Any:
+    """[B, n * G, ...] or [B, T, n * G, ...] of results [B * n, T, G, ...]."""
+    T, G = x.shape[1:3]
+    found = x.reshape(B, n, T, G, *x.shape[3:]).swapaxes(1, 2)
+    found = module_of(x).ascontiguousarray(found).reshape(B, T, n * G, *x.shape[3:])
+    return found if ndim == 4 else found[:, 0]
+
+
+def check_cache(op: str, cache: Any, layer: Any = 0) -> None:
+    """Check a cache and which of its layers is meant."""
+    if not isinstance(cache, PagedKVCache):
+        raise DtypeError(f"{op}: cache is a {type(cache).__name__}, expected a PagedKVCache")
+    check_whole(op, "layer", layer, 0, len(cache.layers) - 1)
+
+
+def refuse_own(op: str, options: dict[str, Any]) -> None:
+    """Refuse options that are the cache's own."""
+    if given := {"k_scales", "v_scales", "spec"} & options.keys():
+        raise ParameterError(
+            f"{op}: {', '.join(sorted(given))} given, expected none: they are the cache's own"
+        )
+
+
+class Rows(NamedTuple):
+    """What policies score: rows of n heads of B sequences, each head a sequence of its own."""
+
+    xp: Any
+    layer: int
+    B: int
+    first: int
+    n: int
+    capacity: int
+    pools: dict[str, Any]
+    lengths: Any  # [B * n] int32, on the host
+    tables: dict[str, Any]  # page_table [B * n, M] and lengths, on the device
+    queries: Any  # [B * n, T, G, D] or None
+    given: Any  # [B, n, C] or None
+    options: dict[str, Any]  # scale and logits_soft_cap of attention
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """As `kv_scores` takes them."""
+        of_keys = dict(pool=self.pools["k_pool"], scales=self.pools["k_scales"])
+        return of_keys | dict(spec=self.pools["spec"], **self.tables)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        spec = self.pools["spec"]
+        of_values = dict(pool=self.pools["v_pool"], scales=self.pools["v_scales"])
+        return of_values | dict(spec=replace(spec, k=spec.v), **self.tables)
+
+    @property
+    def scale(self) -> float:
+        given = self.options["scale"]
+        return float(self.queries.shape[-1] ** -0.5 if given is None else given)
+
+    def send(self, x: Any) -> Any:
+        """An array on the cache's device."""
+        return self.xp.asarray(np.ascontiguousarray(x))
+
+    def of_keys(self, measure: str, **options: Any) -> Any:
+        found = kv_scores.score(**self.keys, measure=measure, **options)
+        return found.reshape(self.B, self.n, -1)
+
+    def mass(self, window: int) -> Any:
+        """The attention [B, n, C] that the last `window` queries gave to each row."""
+        q = self.xp.ascontiguousarray(self.queries[:, -window:])
+        options = {name: x for name, x in self.options.items() if x is not None}
+        _, lse = paged_decode.decode(q, **self.pools, **self.tables, return_lse=True, **options)
+        keys = {name: x for name, x in self.pools.items() if name not in ("v_pool", "v_scales")}
+        found = attention_scores.score(q, **keys, **self.tables, lse=lse, **options)
+        return found.reshape(self.B, self.n, -1)

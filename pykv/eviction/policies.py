@@ -1,0 +1,357 @@
+"""Policies: what rows of a cache are worth, and how many stay.
+
+Dimensions: as in pykv/eviction; n heads, that is B * n sequences of one head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.eviction.parts import Rows
+from pykv.ops import kv_scores, kv_select
+from pykv.options import check_number, check_whole
+
+_RUN = 512  # rows whose mean is one sum, of KeyDiff
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Which rows stay; the base of all policies.
+
+    Args:
+        budget: rows that each head of a sequence keeps at most.
+        ratio: or the share of its rows, above 0 and at most 1, rounded up.
+        threshold: only rows are kept whose score is above it, sinks and recent ones aside.
+        sinks, recent: first and last rows that always stay.
+
+    Raises:
+        ParameterError: there is neither budget nor ratio nor threshold, or both of the first; one
+            is out of its range; or `budget` is below `sinks` + `recent`.
+        DtypeError: an argument is no number.
+    """
+
+    budget: int | None = None
+    ratio: float | None = None
+    threshold: float | None = None
+    sinks: int = 0
+    recent: int = 0
+
+    per_head: ClassVar[bool] = True  # each KV head keeps rows of its own; else all of a layer agree
+    needs: ClassVar[str] = ""  # the argument of `evict` that scores are made of
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        if self.budget is None and self.ratio is None and self.threshold is None:
+            raise ParameterError(
+                f"{op}: budget, ratio and threshold are None, expected one of them"
+            )
+        if self.budget is not None and self.ratio is not None:
+            raise ParameterError(f"{op}: budget and ratio are given, expected one of them")
+        for name in ("sinks", "recent"):
+            check_whole(op, name, getattr(self, name), 0, _MOST)
+        if self.budget is not None:
+            check_whole(op, "budget", self.budget, 1, _MOST)
+            if self.budget < self.always:
+                raise ParameterError(
+                    f"{op}: budget is {self.budget}, expected at least the {self.always} of sinks "
+                    "and recent rows"
+                )
+        if self.ratio is not None and not 0 < check_number(op, "ratio", self.ratio) <= 1:
+            raise ParameterError(f"{op}: ratio is {self.ratio}, expected more than 0, at most 1")
+        if self.threshold is not None:
+            kv_select.check_threshold(op, "threshold", self.threshold)
+
+    @property
+    def last(self) -> int:
+        """The last rows that always stay."""
+        return self.recent
+
+    @property
+    def always(self) -> int:
+        """Rows that always stay."""
+        return self.sinks + self.last
+
+    def counts(self, lengths: Any) -> Any:
+        """Of heads that hold `lengths` rows how many stay at most, int32."""
+        if self.budget is not None:
+            return np.minimum(lengths, self.budget).astype(np.int32)
+        if self.ratio is None:
+            return lengths.astype(np.int32)
+        kept = np.ceil(np.float64(self.ratio) * lengths)
+        return np.clip(kept, np.minimum(self.always, lengths), lengths).astype(np.int32)
+
+    def score(self, rows: Rows) -> Any:
+        """What `rows` are worth, [B, n, C] float32 of n heads; larger is better."""
+        raise NotImplementedError
+
+
+class Streaming(Policy):
+    """The first `sinks` rows and the last ones: StreamingLLM. Without a budget, `recent` of them.
+
+    Args, Raises: as `Policy`.
+
+    >>> pykv.eviction.Streaming(sinks=4, recent=508).budget
+    512
+    """
+
+    def __post_init__(self) -> None:
+        if self.budget is None and self.ratio is None and self.recent:
+            object.__setattr__(self, "budget", self.sinks + self.recent)
+        super().__post_init__()
+
+    def score(self, rows: Rows) -> Any:
+        """Slots: the last rows are worth most."""
+        slots = np.arange(rows.capacity, dtype=np.float32)
+        return rows.send(np.broadcast_to(slots, (rows.B, rows.n, rows.capacity)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Policy):
+    """Any rows; what a policy must be better than.
+
+    Args:
+        seed: of the numbers that rows get; the others as of `Policy`.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("Random", "seed", self.seed, 0)
+
+    def score(self, rows: Rows) -> Any:
+        """The same numbers for the same seed, layer and sizes."""
+        rng = np.random.default_rng([self.seed, rows.layer, rows.first])
+        return rows.send(rng.random((rows.B, rows.n, rows.capacity), np.float32))
+
+
+class KeyNorm(Policy):
+    """Keys of the smallest Euclidean norm. It fails where others do not, as on prompts whose
+    answer is a single passage: a baseline to be warned by, no advice.
+
+    Args, Raises: as `Policy`.
+    """
+
+    def score(self, rows: Rows) -> Any:
+        """-|k| of the rows' keys."""
+        return -rows.of_keys("norm")
+
+
+class Largest(Policy):
+    """Keys by their largest magnitude, with a `threshold` those above it.
+
+    Args, Raises: as `Policy`.
+    """
+
+    def score(self, rows: Rows) -> Any:
+        """max |k| of the rows' keys."""
+        return rows.of_keys("largest")
+
+
+class KeyDiff(Policy):
+    """Keys that differ most, by their cosine, from the mean direction of all.
+
+    Args, Raises: as `Policy`.
+    """
+
+    def score(self, rows: Rows) -> Any:
+        """-cosine(k, mean of all rows' k / |k|)."""
+        means = kv_scores.means(**rows.keys, run=_RUN, normalize=True)[:, 0]
+        of_run = rows.lengths[:, None] - np.arange(means.shape[1]) * _RUN
+        counts = rows.send(np.clip(of_run, 0, _RUN).astype(np.float32))
+        return -rows.of_keys("cosine", vectors=(means * counts[..., None]).sum(1)[:, None])
+
+
+class Scores(Policy):
+    """Rows by the `scores` that `evict` is given.
+
+    Args, Raises: as `Policy`.
+    """
+
+    needs = "scores"
+
+    def score(self, rows: Rows) -> Any:
+        """What was given for the rows."""
+        return rows.given
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Scores):
+    """Heavy hitters: rows by the attention that they got from all queries so far, and recent ones,
+    which had no time to get any.
+
+    `scores` are of `attention_scores.score(..., accumulate=True)`, call for call. Rows that move
+    take theirs along: see `Evicted.moved`.
+
+    Args, Raises: as `Policy`.
+    """
+
+    recent: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Policy):
+    """Rows by the attention that the last query gave them, on average over the heads: all heads of
+    a layer keep the same.
+
+    Args, Raises: as `Policy`.
+    """
+
+    per_head = False
+    needs = "queries"
+
+    def score(self, rows: Rows) -> Any:
+        """The mass that rows got from the last query."""
+        return rows.mass(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Policy):
+    """Rows by the attention that the last `window` queries gave them and their neighbours. These
+    queries' own rows always stay.
+
+    Args:
+        window: of `queries`, that are asked; those of a shorter sequence all are.
+        pooling: rows, an odd number, of which each counts as the best. The others as of `Policy`.
+    """
+
+    window: int = 32
+    pooling: int = 5
+
+    needs = "queries"
+
+    def __post_init__(self) -> None:
+        check_whole("SnapKV", "window", self.window, 1, _MOST)
+        if check_whole("SnapKV", "pooling", self.pooling, 1) % 2 == 0:
+            raise ParameterError(f"SnapKV: pooling is {self.pooling}, expected an odd number")
+        super().__post_init__()
+
+    @property
+    def last(self) -> int:
+        return max(self.recent, self.window)
+
+    def score(self, rows: Rows) -> Any:
+        """The largest mass of `pooling` neighbours."""
+        mass = rows.mass(self.window)
+        # The window's own rows stay; what it gave to itself makes no neighbour worth more.
+        slots, ends = np.arange(rows.capacity), (rows.lengths - self.window)[:, None]
+        mass = mass * rows.send((slots < ends).astype(np.float32).reshape(rows.B, rows.n, -1))
+        best = mass.copy()
+        for step in range(1, min(self.pooling // 2, rows.capacity - 1) + 1):
+            for to, of in ((slice(step, None), slice(-step)), (slice(-step), slice(step, None))):
+                best[..., to] = rows.xp.maximum(best[..., to], mass[..., of])
+        return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(Policy):
+    """Rows by the attention that queries of the mean and the variance of `queries` would give them,
+    times the norm of their values.
+
+    The mean and the variance of each element are those of the queries as they were rotated, taken
+    as independent: exp(q.k) of a normal q is exp(mean.k + variance.(k * k) / 2).
+
+    Args, Raises: as `Policy`.
+    """
+
+    sinks: int = 4
+
+    needs = "queries"
+
+    def score(self, rows: Rows) -> Any:
+        """softmax(mean.k + variance.(k * k) / 2) * |v| of rows, on average over query heads."""
+        q, xp, scale = rows.queries.astype(np.float32), rows.xp, rows.scale
+        mean = q.mean(1) * np.float32(scale)  # [B * n, G, D]
+        spread = ((q * np.float32(scale) - mean[:, None]) ** 2).mean(1) * np.float32(0.5)
+        found = kv_scores.score(**rows.keys, measure="product", vectors=mean, weights=spread)
+        slots = np.arange(rows.capacity)
+        is_there = rows.send(slots < rows.lengths[:, None])[:, None]
+        found = xp.where(is_there, found, np.float32(-np.inf))
+        peak = xp.maximum(found.max(-1)[..., None], np.float32(-1e30))
+        weights = xp.exp(found - peak)
+        weights = (weights / xp.maximum(weights.sum(-1)[..., None], np.float32(1e-30))).mean(1)
+        norms = kv_scores.score(**rows.values, measure="norm")[:, 0]
+        return (weights * norms).reshape(rows.B, rows.n, -1)
+
+
+@dataclass(frozen=True)
+class AdaKV:
+    """The heads of a layer share their budget: rows compete across heads, by the scores of another
+    policy.
+
+    Args:
+        policy: whose scores, budget, sinks and recent rows these are; each head keeps rows of its
+            own.
+        floor: the share of its budget that each head keeps in any case, from 0 to 1.
+
+    Raises:
+        ParameterError: `floor` is out of its range, or heads of the policy keep the same rows.
+        DtypeError: an argument has another type.
+    """
+
+    policy: Policy
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            given = type(self.policy).__name__
+            raise DtypeError(f"AdaKV: policy is a {given}, expected a policy")
+        if not self.policy.per_head:
+            given = type(self.policy).__name__
+            raise ParameterError(f"AdaKV: policy is {given}, expected one whose heads may differ")
+        if not 0 <= check_number("AdaKV", "floor", self.floor) <= 1:
+            raise ParameterError(f"AdaKV: floor is {self.floor}, expected 0 to 1")
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.__name__.lower(): policy
+    for policy in (
+        *(Streaming, H2O, TOVA, SnapKV, KeyDiff, ExpectedAttention),
+        *(KeyNorm, Largest, Scores, Random),
+    )
+}
+
+
+def parse(text: str) -> Policy | AdaKV:
+    """The policy that a text names: a name, then after colons a budget, or a ratio with a point in
+    it, and fields of the policy; "adakv:" before it lets heads share.
+
+    Raises:
+        ParameterError: the name or a field is unknown, or a value is out of its range.
+        DtypeError: `text` is no text.
+
+    >>> pykv.eviction.parse("snapkv:512:window=16")
+    SnapKV(budget=512, ratio=None, threshold=None, sinks=0, recent=0, window=16, pooling=5)
+    >>> pykv.eviction.parse("adakv:keydiff:0.5").policy.ratio
+    0.5
+    """
+    op = "eviction.parse"
+    if not isinstance(text, str):
+        expected = "expected one such as 'snapkv:512'"
+        raise DtypeError(f"{op}: text is a {type(text).__name__}, {expected}")
+    name, *words = text.split(":")
+    if name == "adakv":
+        return AdaKV(parse(":".join(words)))  # type: ignore[arg-type]  # refuses another AdaKV
+    if name not in POLICIES:
+        known = ", ".join((*POLICIES, "adakv"))
+        raise ParameterError(f"{op}: text {text!r} has no policy {name!r}, expected one of {known}")
+    kind = POLICIES[name]
+    given: dict[str, Any] = {}
+    for word in words:
+        field, is_field, value = word.rpartition("=")
+        field = field if is_field else "ratio" if "." in value else "budget"
+        if field not in {x.name for x in fields(kind)} or field in given:
+            expected = ", ".join(x.name for x in fields(kind))
+            raise ParameterError(
+                f"{op}: text {text!r} has {word!r}, expected each once of {expected}"
+            )
+        try:
+            given[field] = float(value) if field in ("ratio", "threshold") else int(value)
+        except ValueError:
+            raise ParameterError(f"{op}: text {text!r} has {word!r}, expected a number") from None
+    return kind(**given)

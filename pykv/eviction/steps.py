@@ -1,0 +1,360 @@
+"""Eviction, step by step: score, select, compact.
+
+Dimensions: as in pykv/eviction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pykv import blocks, cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to_host
+from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.eviction.parts import Rows, check_cache, of_heads, parts
+from pykv.eviction.policies import AdaKV, Policy, parse
+from pykv.ops import kv_compact, kv_select
+from pykv.options import check_number, check_whole
+from pykv.pool import PagedKVCache
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What `evict` left.
+
+    Attributes:
+        lengths: [L, B, H] int32 on the host; rows that each head holds now.
+        kept: of each layer [B, H, C] int32 on the cache's device: the slot that row j had before;
+            behind the rows, -1. None of layers that were left alone.
+        positions: the same as positions in the sequences: `kept` where no `positions` were given.
+        freed_pages: pages that went back to the manager, less new ones in place of shared ones.
+        freed_bytes: the bytes of these.
+    """
+
+    lengths: Any
+    kept: list[Any]
+    positions: list[Any]
+    freed_pages: int
+    freed_bytes: int
+
+    def moved(self, layer: int, x: Any, fill: Any = 0) -> Any:
+        """What belongs to rows of a layer, `x` [B, H, C], in their new slots; `fill` behind."""
+        xp, kept = module_of(x), self.kept[layer]
+        if kept is None:
+            return x
+        taken = xp.take_along_axis(x, xp.maximum(kept, 0)[..., : x.shape[-1]], 2)
+        return xp.where(kept >= 0, taken, xp.asarray(fill, x.dtype))
+
+
+def evict(
+    cache: PagedKVCache,
+    sequences: Sequence[list[int]],
+    lengths: Sequence[int] | Any,
+    policy: Policy | AdaKV | str | Mapping[int, Policy | AdaKV | str],
+    *,
+    queries: Any = None,
+    scores: Any = None,
+    positions: Any = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    stream: Any = None,
+) -> Evicted:
+    """Keep the rows of sequences that a policy chooses, in place, and free the pages behind them.
+
+    Args:
+        cache: where they are.
+        sequences: B page lists of the cache's manager, which shrink.
+        lengths: [B] rows of each, or [L, B, H] of each head, as `Evicted.lengths`.
+        policy: an object of this module, or a text that `parse` reads; or by layer, of those that
+            rows are evicted from. Pages go back when no layer has rows in them.
+        queries: by layer, [B, T, HQ, D] of the last T tokens of each sequence, rotated as they were
+            for attention, which `SnapKV`, `TOVA` and `ExpectedAttention` ask for.
+        scores: by layer, [B, H, C] float32 with C = M * P of the longest sequence, for `Scores` and
+            `H2O`.
+        positions: by layer, [B, H, C] int32, what `Evicted.positions` was; None: slots are
+            positions.
+        scale, logits_soft_cap: of the model's attention, where `queries` are given.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        Evicted.
+
+    Raises:
+        ParameterError: a sequence is none of the manager's or is there twice, a length exceeds its
+            pages, `queries` or `scores` that policies need are missing or not wanted, or a layer
+            does not exist.
+        ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
+        CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
+        UnsupportedError: the call is being prepared, or a CUDA graph captured.
+
+    Copies page tables to a GPU and waits for it where lengths that are left depend on scores (a
+    threshold, AdaKV). Work of other streams on freed pages must wait for this one. Two evictions in
+    a row leave what both keep.
+
+    >>> cache = pykv.PagedKVCache(layers=1, pages=4, heads=1, head_dim=8, page_size=2)
+    >>> pages = cache.manager.allocate(tokens=7)
+    >>> rows = np.arange(7, dtype=np.float32).repeat(8).reshape(7, 1, 8)
+    >>> cache.append(0, rows, rows, pykv.blocks.slots(pages, 0, 7, 2))
+    >>> evicted = pykv.eviction.evict(cache, [pages], [7], "streaming:3:sinks=1")
+    >>> evicted.positions[0][0, 0, :3], evicted.freed_pages, pages
+    (array([0, 5, 6], dtype=int32), 2, [0, 1])
+    """
+    op = "eviction.evict"
+    cuda.refuse_prepare(op, "each call moves rows of its own")
+    check_cache(op, cache)
+    policies = _policies(op, policy, len(cache.layers))
+    if scale is not None:
+        scale = check_number(op, "scale", scale)
+    if logits_soft_cap is not None:
+        logits_soft_cap = check_number(op, "logits_soft_cap", logits_soft_cap, positive=True)
+    cuda.check_stream(stream)
+    with cuda.on_stream(stream, cache.k):
+        cuda.refuse_capture(op, "pages go back to the manager")
+        work = _Work(op, cache, sequences, lengths, policies)
+        arrays = work.arrays(queries=queries, scores=scores)
+        if positions is not None:
+            positions = work.positions(positions)
+        kept, counts = work.select(arrays, scale, logits_soft_cap)
+        return work.compact(kept, counts, positions)
+
+
+def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
+    """By layer."""
+    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(range(L), given)
+    found = {}
+    for layer, policy in by_layer.items():
+        policy = parse(policy) if isinstance(policy, str) else policy
+        if not isinstance(policy, Policy | AdaKV):
+            wrong = type(policy).__name__
+            raise DtypeError(f"{op}: policy is a {wrong}, expected a policy or its text")
+        found[check_whole(op, "layers of policy", layer, 0, L - 1)] = policy
+    return found
+
+
+def _base(policy: Policy | AdaKV) -> Policy:
+    return policy.policy if isinstance(policy, AdaKV) else policy
+
+
+class _Work:
+    """One call of `evict`, in its two steps."""
+
+    def __init__(
+        self,
+        op: str,
+        cache: PagedKVCache,
+        sequences: Sequence[list[int]],
+        lengths: Any,
+        policies: dict[int, Policy | AdaKV],
+    ) -> None:
+        self.op, self.cache, self.sequences, self.policies = op, cache, sequences, policies
+        self.xp = module_of(cache.k)
+        cache.manager.check_sequences(op, sequences)
+        L, H, _ = cache.sizes
+        self.lengths = _check_lengths(op, lengths, (L, len(sequences), H))
+        self.table = blocks.page_table(sequences, max(map(len, sequences), default=0))
+        self.shape = len(sequences), H, self.table.shape[1] * cache.page_size
+        for b, pages in enumerate(sequences):
+            most, held = self.lengths[:, b].max(initial=0), len(pages) * cache.page_size
+            if most > held:
+                raise ParameterError(
+                    f"{op}: lengths of sequences[{b}] are up to {most}, expected at most the "
+                    f"{held} that its pages hold"
+                )
+
+    def arrays(self, **given: Any) -> dict[int, Any]:
+        """By layer that rows are evicted from: the array that its policy needs, or None."""
+        op, (B, H, _), found = self.op, self.shape, dict[int, Any]()
+        bases = {layer: _base(policy) for layer, policy in self.policies.items()}
+        for name, x in given.items():
+            wanted = [layer for layer, base in bases.items() if base.needs == name]
+            if (x is None) == bool(wanted):
+                wrong = "are missing" if x is None else "are given"
+                expected = "an array for each layer" if wanted else "None"
+                names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
+                raise ParameterError(f"{op}: {name} {wrong}, expected {expected} for {names}")
+            if wanted:
+                found |= _of_layers(op, name, x, wanted)
+        rules: dict[str, Any] = dict(scores=("B H C", FLOAT32, 4), queries=("B T | HQ D", FLOATS))
+        for layer, x in found.items():
+            needs = bases[layer].needs
+            name = f"{needs}[{layer}]"
+            sizes = checker(op, **{name: rules[needs]})(x)
+            if needs == "scores":
+                _check_sizes(op, name, x, self.shape)
+            elif sizes["B"] != B or not sizes["T"] or sizes["HQ"] % H or not sizes["HQ"]:
+                raise ShapeError(
+                    f"{op}: {name} has shape {x.shape}, expected [B, T, HQ, D] with B={B}, some "
+                    f"tokens and HQ a multiple of H={H}"
+                )
+        return {layer: found.get(layer) for layer in bases}
+
+    def positions(self, given: Any) -> dict[int, Any]:
+        """By layer, checked."""
+        found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
+        for layer, x in found.items():
+            checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
+            _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
+        return found
+
+    def select(
+        self, arrays: dict[int, Any], scale: float | None, logits_soft_cap: float | None
+    ) -> tuple[list[Any], Any]:
+        """What each layer keeps, [B, H, C] on the device, or None where it is left alone, and how
+        many rows that are, [L, B, H] on the host."""
+        options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
+        kept: list[Any] = [None] * len(self.lengths)
+        counts = self.lengths.copy()
+        if 0 in self.shape:
+            return kept, counts
+        pending = {}
+        for layer, array in arrays.items():
+            scores = self._scores(layer, array, options)
+            kept[layer], pending[layer], counts[layer] = self._select(layer, scores)
+        for layer, found in pending.items():
+            policy = self.policies[layer]
+            if isinstance(policy, AdaKV) or policy.threshold is not None:
+                counts[layer] = to_host(found)
+        return kept, counts
+
+    def _scores(self, layer: int, array: Any, options: dict[str, Any]) -> Any:
+        """[B, H, C] of a layer."""
+        (B, H, C), xp, base = self.shape, self.xp, _base(self.policies[layer])
+        found = []
+        for part in parts(self.cache, layer):
+            heads = slice(part.first, part.first + part.n)
+            lengths = np.ascontiguousarray(self.lengths[layer][:, heads]).reshape(-1)
+            tables = dict(
+                page_table=part.table(xp.asarray(self.table)), lengths=xp.asarray(lengths)
+            )
+            queries = of_heads(array, H, heads) if base.needs == "queries" else None
+            scores = array[:, heads] if base.needs == "scores" else None
+            rows = Rows(
+                *(xp, layer, B, part.first, part.n, C, part.pools, lengths, tables),
+                *(queries, scores, options),
+            )
+            found.append(base.score(rows))
+        return found[0] if len(found) == 1 else xp.concatenate(tuple(found), 1)
+
+    def _select(self, layer: int, scores: Any) -> tuple[Any, Any, Any]:
+        """Rows that are kept, how many on the device, and how many on the host at most."""
+        xp, policy = self.xp, self.policies[layer]
+        base = _base(policy)
+        B, H, C = scores.shape
+        lengths = self.lengths[layer]
+        limits = base.counts(lengths)
+
+        def choose(scores: Any, lengths: Any, budgets: Any) -> tuple[Any, Any]:
+            sent = (xp.asarray(np.ascontiguousarray(x, np.int32)) for x in (lengths, budgets))
+            return kv_select.select(
+                xp.ascontiguousarray(scores),
+                *sent,
+                sinks=base.sinks,
+                recent=base.last,
+                threshold=base.threshold,
+            )
+
+        if isinstance(policy, AdaKV):
+            floors = np.floor(policy.floor * limits).astype(np.int32).reshape(-1)
+            if floors.any():
+                flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
+                first, _ = choose(flat, lengths.reshape(-1, 1), floors)
+                first = xp.where(first < 0, first[..., :1], first)[:, 0]  # -1 of none at all
+                flat = flat.copy()
+                flat[xp.arange(B * H)[:, None], 0, first] = np.float32(np.inf)
+                scores = flat.reshape(B, H, C)
+            kept, counts = choose(scores, lengths, limits.sum(1))
+        elif base.per_head:
+            flat = scores.reshape(B * H, 1, C)
+            kept, counts = choose(flat, lengths.reshape(-1, 1), limits.reshape(-1))
+        else:
+            if (lengths != lengths[:, :1]).any():
+                raise ParameterError(
+                    f"{self.op}: heads of layer {layer} hold different numbers of rows, expected "
+                    f"one number for {type(base).__name__}, which keeps the same rows of all"
+                )
+            kept, counts = choose(scores.mean(1)[:, None], lengths[:, :1], limits[:, 0])
+            kept, counts = xp.repeat(kept, H, 1), xp.repeat(counts, H, 1)
+        return kept.reshape(B, H, C), counts.reshape(B, H), limits
+
+    def compact(self, kept: list[Any], counts: Any, positions: Any) -> Evicted:
+        """Move rows and give up pages."""
+        cache, manager, xp = self.cache, self.cache.manager, self.xp
+        before = manager.num_free
+        is_less = (counts < self.lengths).any((0, 2))  # of each sequence
+        shrinking = np.flatnonzero(is_less).tolist()
+        manager.evict(
+            [self.sequences[b] for b in shrinking],
+            min((_base(policy).sinks for policy in self.policies.values()), default=0),
+            counts.max((0, 2), initial=0)[shrinking].tolist(),
+        )
+        freed = manager.num_free - before
+        table = blocks.page_table(self.sequences, self.table.shape[1])
+        tables = dict(page_table=xp.asarray(self.table), out_table=xp.asarray(table))
+        is_copied = ((table != self.table) & (table >= 0)).any()
+        for layer, (k, v) in enumerate(cache.layers):
+            of_layer = kept[layer]
+            if not shrinking or (of_layer is None and not is_copied):
+                continue
+            if of_layer is None:  # rows stay in their slots, some in other pages
+                of_layer = xp.asarray(_all_rows(self.lengths[layer], self.shape[2]))
+            k_scales, v_scales = cache.scales[layer]
+            kv_compact.compact(
+                *(k, v),
+                **tables,
+                kept=of_layer,
+                counts=xp.asarray(np.ascontiguousarray(counts[layer])),
+                k_scales=k_scales,
+                v_scales=v_scales,
+                spec=cache.spec,
+            )
+        size = freed * cache.page_size * cache.bytes_per_token
+        made = Evicted(counts, kept, kept, freed, size)
+        if positions is None:
+            return made
+        moved = [made.moved(layer, x, -1) for layer, x in positions.items()]
+        return replace(made, positions=moved)
+
+
+def _all_rows(lengths: Any, C: int) -> Any:
+    """The slots [B, H, C] of all rows of heads that hold `lengths` [B, H], then -1."""
+    slots = np.arange(C, dtype=np.int32)
+    return np.where(slots < lengths[..., None], slots, np.int32(-1))
+
+
+def _of_layers(op: str, name: str, given: Any, layers: Iterable[int]) -> dict[int, Any]:
+    """What an argument has for each of these layers."""
+    if not isinstance(given, list | tuple | dict):
+        expected = "a list of an array for each layer, or a dict"
+        raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected {expected}")
+    known = given if isinstance(given, dict) else dict(enumerate(given))
+    for layer in layers:
+        if layer not in known:
+            raise ParameterError(f"{op}: {name} has none for layer {layer}, expected an array")
+    return {layer: known[layer] for layer in layers}
+
+
+def _check_sizes(op: str, name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected {shape}")
+
+
+def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
+    """Rows of each head, [L, B, H] int32, of those of each sequence or head."""
+    try:
+        given = np.asarray(to_host(lengths) if is_array(lengths) else lengths)
+    except (ValueError, OverflowError):  # lists of several lengths
+        given = np.empty(0, object)
+    if given.dtype.kind not in "iu" and (given.size or given.dtype == object):
+        raise DtypeError(f"{op}: lengths have dtype {given.dtype}, expected integers")
+    if given.shape not in (shape, shape[1:2]):
+        raise ShapeError(
+            f"{op}: lengths have shape {given.shape}, expected {shape[1:2]} of sequences or "
+            f"{shape} of layers, sequences and heads"
+        )
+    if given.size and given.min() < 0:
+        raise ParameterError(f"{op}: lengths are down to {given.min()}, expected at least 0")
+    whole = given if given.ndim == 3 else given[None, :, None]
+    return np.broadcast_to(whole, shape).astype(np.int32)

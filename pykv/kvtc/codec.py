@@ -1,0 +1,400 @@
+"""Tokens of a cache to coded tokens and back, by what an artefact knows of their model.
+
+Dimensions: L layers, H KV heads, D head size, P tokens a page, M pages of a sequence, T tokens: S
+sinks, C rows, X of the window; F features of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda, ranges
+from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
+from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
+from pykv.foreign import from_pointer
+from pykv.kvtc.artefact import Artefact, check_artefact
+from pykv.kvtc.loaded import Loaded, identify, load
+from pykv.kvtc.stream import Coded, Header
+from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
+from pykv.options import check_choice, check_flag, check_whole, page_ids
+from pykv.page_arrays import Ids, check_given_scales, check_may_write, facts_of
+from pykv.specs import KVSpec, as_spec
+
+
+class Codec:
+    """Codes tokens at one ratio, and decodes them.
+
+    Args:
+        artefact: a pykv.kvtc.Artefact of the model whose caches are coded.
+        ratio: one that it has plans for.
+        xp: the array module that decides where the codec works, `numpy` or `cupy`.
+        tokens: rows that are coded at a time; more are coded piece by piece. The workspace takes
+            tokens * (4 * F + 8 * components) bytes.
+        gemm: which code multiplies on a GPU, see kvtc_project.project; "own" where calls are to be
+            captured into a graph.
+
+    Attributes:
+        artefact: SHA-256 that names the artefact, in hexadecimal.
+        ratio: as given.
+        row_bytes: of a coded token, in all layers.
+        sinks, window: how many tokens are kept otherwise, unless a call says so.
+
+    Raises:
+        ParameterError: the artefact has no such ratio, or holds steps beyond float16; `tokens` is
+            not positive, `gemm` unknown.
+        DtypeError: `artefact` is no Artefact, or `xp` another module.
+
+    Not thread-safe: calls share a workspace, so a codec works on one stream at a time.
+    Source: KVTC (Staniszewski and Lancucki, ICLR 2026), with a static quantiser in place of its
+    groups and its entropy coder.
+
+    >>> codec = pykv.kvtc.Codec(artefact, 16)  # doctest: +SKIP
+    >>> table = np.array(pages, np.int32)  # doctest: +SKIP
+    >>> coded = codec.compress(cache, table, np.arange(1500, dtype=np.int32))  # doctest: +SKIP
+    >>> codec.decompress(coded, cache, table)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        artefact: Artefact,
+        ratio: int,
+        xp: Any = np,
+        *,
+        tokens: int = 2048,
+        gemm: str = "auto",
+    ) -> None:
+        op = "Codec"
+        model = check_artefact(op, artefact).model
+        self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
+        self._xp = check_module(op, xp)
+        self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)
+        self._gemm = check_choice(op, "gemm", gemm, linear.GEMMS)
+        self.artefact, self._pairing = identify(artefact), model.pairing
+        self._sizes = dict(layers=model.layers, heads=model.kv_heads, head_dim=model.head_dim)
+        self._features = model.kv_heads * model.head_dim  # of a layer
+        self.sinks, self.window = artefact.sinks, artefact.window
+        self.row_bytes = artefact.row_bytes(self.ratio)
+        self._groups: list[Loaded] = []
+        begin = 0
+        for group in artefact.groups:
+            self._groups.append(load(op, self._xp, group, model.inv_freq, self.ratio, begin))
+            begin = self._groups[-1].end
+        elements = [(2 * n.mean.shape[1], sum(map(sum, n.widths))) for n in self._groups]
+        rows, components = (self._tokens * n for n in np.max(elements, axis=0).tolist())
+        self._rows = self._xp.empty(rows, np.float16)
+        self._coefficients = self._xp.empty(components, np.float32)
+        if self._xp is not np:
+            cuda.synchronize()  # or calls on other streams might not find what was uploaded
+
+    def header(
+        self,
+        tokens: int,
+        spec: KVSpec | str,
+        *,
+        sinks: int | None = None,
+        window: int | None = None,
+    ) -> Header:
+        """What a stream of so many tokens says of itself; its `nbytes` are those of the data.
+
+        Args:
+            tokens: T, exempt ones included.
+            spec: KVSpec of the cache that they come from, or its text.
+            sinks, window: how many of the first and of the last tokens are kept otherwise, at most
+                all; None: as many as the artefact says.
+
+        Raises:
+            ParameterError: a number is negative, or larger than what is left.
+            DtypeError: one is no whole number.
+        """
+        op = "Codec.header"
+        T = check_whole(op, "tokens", tokens, 0, 2**31 - 1)
+        S = min(self.sinks, T) if sinks is None else check_whole(op, "sinks", sinks, 0, T)
+        X = min(self.window, T - S) if window is None else window
+        X = check_whole(op, "window", X, 0, T - S)
+        text = str(as_spec(op, spec))
+        facts = self._sizes | dict(tokens=T, sinks=S, window=X, row_bytes=self.row_bytes)
+        return Header(self.artefact, self.ratio, **facts, spec=text)
+
+    def compress(  # a cache, a sequence, what is kept otherwise, where it goes and how
+        self,
+        cache: Any,
+        table: Ids,
+        positions: Ids,
+        *,
+        sinks: int | None = None,
+        window: int | None = None,
+        hadamard: bool = False,
+        out: Any = None,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> Coded:
+        """Code tokens of a sequence.
+
+        Args:
+            cache: of the artefact's model, see pykv.pages; of any spec.
+            table: [M] int32; the sequence's pages in order. A list or a NumPy array is uploaded.
+            positions: [T] int32, rising, likewise; position p lies in page table[p // P].
+            sinks, window: as of `header`. Pass sinks=0 for tokens that do not begin a sequence, and
+                window=0 for those behind which others follow.
+            hadamard: the cache holds Hadamard-rotated heads, see paged_qkv.append, as that of an
+                LLM does where KVSpec.wants_hadamard.
+            out: uint8 of at least `header(...).nbytes`: on the codec's device, or pinned on the
+                host; allocated on the device if None.
+            check: look for wrong entries first, see kvtc_rows.gather.
+            stream: see pykv.cuda.on_stream.
+
+        Returns:
+            Coded, with the first bytes of `out`, or a new array. On a GPU it is there when the
+            stream has passed.
+
+        Raises:
+            ParameterError: the cache is of another model, an entry is wrong (where checking), or
+                `out` is read-only.
+            CapacityError: `out` is too small; the text says what is needed.
+            ShapeError, DtypeError, DeviceError: an array is no such array, or elsewhere.
+            UnsupportedError: a list is to be uploaded while a CUDA graph is being captured.
+
+        On a GPU only enqueues: for up to `tokens` rows and each group of layers three launches, or
+        four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
+        """
+        op = "Codec.compress"
+        self._check_cache(op, cache)
+        spec = as_spec(op, cache.spec)
+        with cuda.on_stream(stream, cache.k):
+            table = self._indices(op, "table", table)
+            positions = self._indices(op, "positions", positions)
+            header = self.header(len(positions), spec, sinks=sinks, window=window)
+            data = self._output(op, out, header.nbytes)
+            coded = Coded(header, data)
+            there = Coded(header, self._reached(op, "out", data)).arrays()
+            how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
+            for group in self._groups:
+                coded_rows = there["rows"][:, group.begin : group.end]
+                for piece, rows, exempt in self._pieces(header, there):
+                    made = self._workspace(self._rows, len(rows), 2, group.mean.shape[1])
+                    kvtc_rows.gather(
+                        table=table,
+                        positions=positions[piece],
+                        **self._frame(group),
+                        rows=made,
+                        kept_positions=there["positions"][piece],
+                        **exempt,
+                        **how,
+                    )
+                    if not len(rows):
+                        continue
+                    k, v = self._coefficients_of(group, len(rows), np.float32)
+                    kvtc_project.project(
+                        made[0], made[1], *group.bases, k_out=k, v_out=v, gemm=self._gemm
+                    )
+                    k_widths, v_widths = group.widths
+                    widths = dict(k_widths=k_widths, v_widths=v_widths)
+                    kvtc_code.encode(
+                        k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop]
+                    )
+        return coded
+
+    def decompress(  # likewise
+        self,
+        coded: Coded,
+        cache: Any,
+        table: Ids,
+        *,
+        positions: Ids | None = None,
+        layers: range | None = None,
+        hadamard: bool = False,
+        check: bool | None = None,
+        stream: Any = None,
+    ) -> None:
+        """Write coded tokens into a cache.
+
+        Args:
+            coded: what `compress` of a codec of the same artefact and ratio returned, or
+                stream.parse; data on the codec's device, or pinned on the host.
+            cache, table: as of `compress`; the cache may be of another spec. Position p goes to
+                page table[p // P].
+            positions: what the positions should be, a list or an array; None: whatever they are.
+            layers: write these alone, so that attention over the first ones can start before the
+                last ones are there; None: all.
+            hadamard, check, stream: as of `compress`.
+
+        Raises:
+            FormatError: it was coded by another artefact or at another ratio, or positions differ.
+            ParameterError: the cache is of another model, read-only, or its shared scales are
+                unset; there are no such layers; an entry is wrong (where checking).
+            As `compress` else.
+
+        On a GPU only enqueues, as `compress`; but waits where `positions` are to be compared, or
+        heads or tensors share scales.
+        """
+        op = "Codec.decompress"
+        facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
+        header = self._check_coded(op, coded)
+        check_may_write(op, "cache", cache)
+        chosen, hadamard = self._check_layers(op, layers), check_flag(op, "hadamard", hadamard)
+        with cuda.on_stream(stream, cache.k):
+            if spec.has_given_scales:
+                check_given_scales(op, cache)
+            table = self._indices(op, "table", table)
+            there = Coded(header, self._reached(op, "coded", coded.data)).arrays()
+            if positions is not None:
+                _check_positions(op, there["positions"], positions)
+            if paged_check.enabled(op, check) or self._xp is np:
+                sizes = facts["pages"], facts["page_size"]
+                looks = kvtc_rows.check_sequence
+                cuda.look(partial(looks, op, table, there["positions"], *sizes))
+            how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
+            for group in self._groups:
+                part = group.part(chosen, self._features)
+                if not part.places.size:
+                    continue
+                coded_rows = there["rows"][:, group.begin : group.end]
+                for piece, rows, exempt in self._pieces(header, there):
+                    made = self._workspace(self._rows, len(rows), 2, part.mean.shape[1])
+                    if len(rows):
+                        k, v = self._coefficients_of(group, len(rows), np.float16)
+                        k_widths, v_widths = group.widths
+                        widths = dict(k_widths=k_widths, v_widths=v_widths)
+                        some = coded_rows[rows.start : rows.stop]
+                        kvtc_code.decode(some, *group.steps, **widths, k_out=k, v_out=v)
+                        kvtc_project.restore(
+                            k, v, *part.bases, k_out=made[0], v_out=made[1], gemm=self._gemm
+                        )
+                    kvtc_rows.scatter(
+                        table=table,
+                        positions=there["positions"][piece],
+                        **self._frame(part),
+                        rows=made,
+                        **exempt,
+                        **how,
+                    )
+
+    # --- Checks ---
+
+    def _check_cache(self, op: str, cache: Any) -> dict[str, Any]:
+        """Facts of a cache, which is of the artefact's model."""
+        facts = facts_of(op, "cache", cache)
+        for name, size in self._sizes.items():
+            if facts[name] != size:
+                raise ParameterError(
+                    f"{op}: cache has {name}={facts[name]}, expected {size} as the artefact's model"
+                )
+        return facts
+
+    def _check_coded(self, op: str, coded: Any) -> Header:
+        if not isinstance(coded, Coded):
+            given = type(coded).__name__
+            raise DtypeError(f"{op}: coded is a {given}, expected a pykv.kvtc.Coded")
+        header, counts = coded.header, coded.header
+        wanted = self.header(counts.tokens, counts.spec, sinks=counts.sinks, window=counts.window)
+        for name, want in vars(wanted).items():
+            if getattr(header, name) != want:
+                raise FormatError(
+                    f"{op}: coded has {name}={getattr(header, name)}, expected {want} as the codec"
+                )
+        _check_bytes(op, "coded", coded.data, header.nbytes)
+        return header
+
+    def _check_layers(self, op: str, layers: Any) -> range:
+        count = self._sizes["layers"]
+        if layers is None:
+            return range(count)
+        if not isinstance(layers, range) or layers.step != 1:
+            raise DtypeError(f"{op}: layers is {layers!r:.80}, expected a range of step 1")
+        if not 0 <= layers.start < layers.stop <= count:
+            raise ParameterError(f"{op}: layers is {layers}, expected some of range(0, {count})")
+        return layers
+
+    def _indices(self, op: str, name: str, x: Any) -> Any:
+        """An int32 array of the codec's device; what the host has is uploaded."""
+        if is_array(x) and (on_gpu(x) or self._xp is np):
+            checker(op, **{name: ("n", INT32)})(x)
+            return x
+        ids = page_ids(op, name, x, 0, 2**31 - 1).astype(np.int32)
+        if self._xp is not np:
+            cuda.refuse_capture(op, cuda.UPLOADS)
+        return self._xp.asarray(ids)
+
+    def _output(self, op: str, out: Any, nbytes: int) -> Any:
+        """The first bytes of `out`, or of a new array."""
+        if out is None:
+            return self._xp.empty(nbytes, np.uint8)
+        _check_bytes(op, "out", out, nbytes)
+        check_writeable(op, "out", out)
+        return out[:nbytes]
+
+    def _reached(self, op: str, name: str, data: Any) -> Any:
+        """Data as the codec's ops take them: those pinned on the host as an array of the GPU."""
+        if self._xp is np or on_gpu(data) or not data.size:
+            return data if data.size else self._xp.empty(0, np.uint8)
+        ranges.check_pinned(op, name, data)
+        return from_pointer(ranges.address_of(data), data.shape, data.dtype, owner=data)
+
+    # --- Parts of a call ---
+
+    def _cache(self, cache: Any, spec: Any) -> dict[str, Any]:
+        """Arguments of both ops of rows that say what the cache is."""
+        pools = dict(k_pools=cache.k, v_pools=cache.v)
+        scales = dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
+        return pools | scales | dict(spec=spec, pairing=self._pairing)
+
+    @staticmethod
+    def _frame(group: Loaded) -> dict[str, Any]:
+        return dict(places=group.places, mean=group.mean, inv_freq=group.inv_freq)
+
+    def _pieces(
+        self, header: Header, there: dict[str, Any]
+    ) -> Iterator[tuple[slice, range, dict[str, Any]]]:
+        """Pieces of at most `tokens` rows: their tokens, their rows, and arrays of the sinks before
+        the first and of the window behind the last."""
+        T, S, X = header.tokens, header.sinks, header.window
+        C = T - S - X
+        for first in range(0, max(C, 1), self._tokens):
+            rows = range(first, min(first + self._tokens, C))
+            exempt = {}
+            begin, end = S + rows.start, S + rows.stop
+            if first == 0:
+                begin, exempt["sinks"] = 0, there["sinks"]
+            if rows.stop == C:
+                end = T
+                exempt |= {name: there[name] for name in ("window", "window_scales")}
+            yield slice(begin, end), rows, exempt
+
+    @staticmethod
+    def _workspace(flat: Any, n: int, sides: int, F: int) -> Any:
+        return flat[: sides * n * F].reshape(sides, n, F)
+
+    def _coefficients_of(self, group: Loaded, n: int, dtype: Any) -> tuple[Any, Any]:
+        """Workspaces [n, C] for those of K and V."""
+        flat = self._coefficients.view(dtype)
+        k, v = (n * sum(widths) for widths in group.widths)
+        return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
+
+
+def _check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
+    """Check an array of so many bytes, or more."""
+    if not is_array(x) or x.dtype != np.uint8:
+        given = getattr(x, "dtype", type(x).__name__)
+        raise DtypeError(f"{op}: {name} is of {given}, expected an array of uint8")
+    if x.ndim != 1 or not x.flags.c_contiguous:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{nbytes}], contiguous")
+    if x.size < nbytes:
+        raise CapacityError(f"{op}: {name} has {x.size} bytes, expected at least {nbytes}")
+
+
+def _check_positions(op: str, positions: Any, expected: Ids) -> None:
+    """Compare coded positions with what they should be."""
+    cuda.refuse_capture(op, "positions are compared on the host")
+    has = to_host(positions)
+    given = to_host(expected) if is_array(expected) else expected
+    want = page_ids(op, "positions", given, 0, 2**31 - 1)
+    if has.shape != want.shape:
+        raise FormatError(f"{op}: coded has {len(has)} positions, expected {want.size}")
+    differ = np.flatnonzero(has != want)
+    if len(differ):
+        i = int(differ[0])
+        raise FormatError(f"{op}: coded has position {has[i]} at {i}, expected {want[i]}")

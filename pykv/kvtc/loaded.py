@@ -1,0 +1,120 @@
+"""An artefact at one ratio, on the device where its codec works.
+
+Dimensions: E layers of a group, F = E * H * D features of a row, C components of K or of V.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.errors import ParameterError
+from pykv.kvtc import coder
+from pykv.kvtc.artefact import Artefact, Group, check_artefact
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class Loaded(NamedTuple):
+    """A group of layers, as ops take it.
+
+    Attributes:
+        layers: of the model, rising.
+        places, inv_freq, mean: as of kvtc_rows.gather.
+        bases, steps, widths: of K and of V, without the components that have no bits.
+        begin, end: bytes of a coded token that are this group's.
+    """
+
+    layers: tuple[int, ...]
+    places: Any
+    mean: Any
+    inv_freq: Any
+    bases: tuple[Any, Any]
+    steps: tuple[Any, Any]
+    widths: tuple[tuple[int, ...], tuple[int, ...]]
+    begin: int
+    end: int
+
+    def part(self, layers: range, features: int) -> Loaded:
+        """The same for some layers of the model, of so many features each."""
+        a, b = (sum(i < edge for i in self.layers) for edge in (layers.start, layers.stop))
+        if (a, b) == (0, len(self.layers)):
+            return self
+        some = slice(a * features, b * features)
+        return self._replace(
+            places=self.places[a:b],
+            mean=self.mean[:, some],
+            bases=(self.bases[0][some], self.bases[1][some]),
+        )
+
+
+def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) -> Loaded:
+    """Load a group of an artefact, which is checked.
+
+    Args:
+        op: for messages.
+        xp: `numpy` or `cupy`.
+        group, inv_freq: of the artefact.
+        ratio: of one of its plans.
+        begin: where in a coded token its bytes begin.
+
+    Raises:
+        ParameterError: layers do not rise, or coefficients would not fit in float16.
+    """
+    layers = tuple(sorted(group.layers))
+    if layers != tuple(group.layers):
+        raise ParameterError(f"{op}: artefact has layers {group.layers}, expected rising ones")
+    distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)
+    places = np.stack([np.array(layers), of_layer.reshape(-1)], 1).astype(np.int32)
+    sides = group.k, group.v
+    plans = [side.plans[ratio] for side in sides]
+    for plan in plans:
+        half = np.ldexp(0.5, coder.bits_of(plan.widths).astype(int))
+        if (half * plan.steps > _LARGEST).any():
+            raise ParameterError(
+                f"{op}: artefact has steps up to {plan.steps.max()}, expected coefficients within "
+                f"float16, up to {_LARGEST}"
+            )
+    k, v = (
+        xp.asarray(np.ascontiguousarray(side.basis[:, : len(plan.steps)]))
+        for side, plan in zip(sides, plans, strict=True)
+    )
+    return Loaded(
+        layers,
+        xp.asarray(places),
+        xp.asarray(np.stack([side.mean for side in sides])),
+        xp.asarray(distinct.astype(np.float32)),
+        (k, v),
+        (xp.asarray(plans[0].steps), xp.asarray(plans[1].steps)),
+        (plans[0].widths, plans[1].widths),
+        begin,
+        begin + sum(plan.row_bytes for plan in plans),
+    )
+
+
+def identify(artefact: Artefact) -> str:
+    """SHA-256 of all that coded tokens depend on, in hexadecimal: the model's name, sizes and
+    rotation, the groups of layers, and each side's mean, basis, widths and steps.
+
+    Raises:
+        DtypeError: `artefact` is no Artefact.
+    """
+    model = check_artefact("kvtc.identify", artefact).model
+    facts = model.sha256, model.layers, model.kv_heads, model.head_dim, model.pairing
+    digest = hashlib.sha256(repr(facts).encode())
+
+    def add(x: Any, dtype: str) -> None:
+        digest.update(np.ascontiguousarray(x, dtype).tobytes())
+
+    add(model.inv_freq, "<f4")
+    for group in artefact.groups:
+        digest.update(repr(tuple(group.layers)).encode())
+        for side in (group.k, group.v):
+            add(side.mean, "<f2")
+            add(side.basis, "<f2")
+            for ratio, plan in side.plans.items():
+                digest.update(repr((ratio, tuple(plan.widths))).encode())
+                add(plan.steps, "<f4")
+    return digest.hexdigest()

@@ -1,0 +1,240 @@
+"""Coded tokens, and their bytes in a file or on a wire.
+
+Dimensions: T tokens, of which the first S (sinks) are float16 and the last X (window) int8, C rows
+between them, B bytes of a row, L layers, H KV heads, D head size.
+
+A stream, little-endian; each section begins at a multiple of 128 bytes, zeros lie between them:
+
+    header         offset  type     field
+                        0  8s       magic, b"\\x89PYKVTS\\n"
+                        8  u32      version, 1
+                       12  u32      CRC-32 of the stream, computed with zeros here
+                       16  u64      bytes of the stream
+                       24  32s      SHA-256 that names the artefact, see loaded.identify
+                       56  u32 each ratio, L, H, D, T, S, X, B
+                       88  32s      KVSpec of the cache that they come from, ASCII, zeros behind it
+    positions      i32 [T]                 rising
+    sinks          f16 [S, 2, L, H, D]     keys as the cache has them, then values
+    window         i8 [X, 2, L, H, D]      codes of heads times hadamard_matrix(D)
+    window_scales  f16 [X, 2, L, H]
+    rows           u8 [C, B]               see pykv.ops.kvtc_code, for each group of layers in order
+
+Every row has B bytes and depends on no other: tokens can be read alone.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.arrays import check_module, to_host
+from pykv.errors import DtypeError, FormatError, PykvError
+from pykv.specs import KVSpec
+
+MAGIC = b"\x89PYKVTS\n"
+VERSION = 1
+ALIGNMENT = 128
+_HEADER = struct.Struct("<8s2IQ32s8I32s")
+_MOST = 1 << 14  # layers, heads, elements of a head; and the ratio
+
+
+class Section(NamedTuple):
+    """An array behind the header.
+
+    Attributes:
+        offset: bytes from the header's end on.
+        shape, dtype: of the array.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stream says of itself.
+
+    Attributes:
+        artefact: SHA-256 that names the artefact, in hexadecimal.
+        ratio: whose plans of the artefact rows were coded by.
+        layers, heads, head_dim: of the model.
+        tokens, sinks, window: how many there are, and are kept otherwise.
+        row_bytes: of a coded row.
+        spec: text of the KVSpec of the cache that they come from.
+    """
+
+    artefact: str
+    ratio: int
+    layers: int
+    heads: int
+    head_dim: int
+    tokens: int
+    sinks: int
+    window: int
+    row_bytes: int
+    spec: str
+
+    def sections(self) -> dict[str, Section]:
+        """All sections, in order."""
+        T, S, X, L, H, D = (
+            *(self.tokens, self.sinks, self.window),
+            *(self.layers, self.heads, self.head_dim),
+        )
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = dict(
+            positions=((T,), np.int32),
+            sinks=((S, 2, L, H, D), np.float16),
+            window=((X, 2, L, H, D), np.int8),
+            window_scales=((X, 2, L, H), np.float16),
+            rows=((T - S - X, self.row_bytes), np.uint8),
+        )
+        found, end = {}, 0
+        for name, (shape, dtype) in shapes.items():
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            found[name] = Section(begin, shape, np.dtype(dtype).newbyteorder("<"))
+            end = begin + found[name].nbytes
+        return found
+
+    def pack(self, crc: int) -> bytes:
+        """Its bytes in a stream.
+
+        Args:
+            crc: CRC-32 of the stream.
+        """
+        size = ALIGNMENT + self.nbytes
+        counts = (
+            *(self.ratio, self.layers, self.heads, self.head_dim),
+            *(self.tokens, self.sinks, self.window, self.row_bytes),
+        )
+        facts = MAGIC, VERSION, crc, size, bytes.fromhex(self.artefact), *counts
+        return _HEADER.pack(*facts, self.spec.encode("ascii")).ljust(ALIGNMENT, b"\0")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sections, without the header."""
+        last = self.sections()["rows"]
+        return last.offset + last.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Tokens of a sequence, coded.
+
+    Attributes:
+        header: what they are.
+        data: [header.nbytes] uint8, all sections, in NumPy's or CuPy's memory.
+    """
+
+    header: Header
+    data: Any
+
+    def arrays(self) -> dict[str, Any]:
+        """Views of the sections by name."""
+        return {
+            name: self.data[of.offset : of.offset + of.nbytes].view(of.dtype).reshape(of.shape)
+            for name, of in self.header.sections().items()
+        }
+
+    def to(self, xp: Any) -> Coded:
+        """The same in the memory of an array module, `numpy` or `cupy`; of NumPy waits for a GPU.
+
+        Raises:
+            DtypeError: `xp` is another module.
+        """
+        xp = check_module("Coded.to", xp)
+        return Coded(self.header, to_host(self.data) if xp is np else xp.asarray(self.data))
+
+    def to_bytes(self) -> bytes:
+        """The stream. Waits for a GPU where `data` are there; those pinned on the host must have
+        arrived."""
+        header, data = self.header, to_host(self.data)
+        stream = bytearray(ALIGNMENT + header.nbytes)
+        for of in header.sections().values():
+            at = ALIGNMENT + of.offset
+            stream[at : at + of.nbytes] = memoryview(data[of.offset : of.offset + of.nbytes])
+        stream[:ALIGNMENT] = header.pack(0)
+        stream[:ALIGNMENT] = header.pack(_crc(stream))
+        return bytes(stream)
+
+
+def parse(stream: Any) -> Coded:
+    """Read a stream, all of which is checked.
+
+    Args:
+        stream: its bytes: `bytes`, or what has a buffer of them.
+
+    Returns:
+        Coded; its data are a read-only view of `stream`, in NumPy.
+
+    Raises:
+        FormatError: it is no stream, is damaged, or of another version; the text names the field.
+        DtypeError: it has no buffer of bytes.
+    """
+    op = "stream.parse"
+    try:
+        data = np.frombuffer(stream, np.uint8)
+    except (TypeError, ValueError, BufferError):
+        given = type(stream).__name__
+        raise DtypeError(f"{op}: stream is a {given}, expected bytes") from None
+    data.flags.writeable = False
+
+    def wrong(name: str, has: Any, expected: Any) -> FormatError:
+        return FormatError(f"{op}: stream has {name} {has!r:.80}, expected {expected}")
+
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        raise wrong("magic", bytes(data[: len(MAGIC)]), MAGIC)
+    if len(data) < ALIGNMENT:
+        raise wrong("bytes", len(data), f"at least {ALIGNMENT}")
+    _, version, crc, size, *facts, text = _HEADER.unpack(bytes(data[: _HEADER.size]))
+    if version != VERSION:
+        raise wrong("version", version, VERSION)
+    if size != len(data):
+        raise wrong("bytes", len(data), f"the {size} that it says")
+    if crc != _crc(data):
+        raise FormatError(f"{op}: stream is damaged: its CRC-32 does not hold")
+    try:
+        spec = str(KVSpec.parse(text.rstrip(b"\0").decode("ascii")))
+    except (UnicodeDecodeError, PykvError):
+        raise wrong("spec", text, "the text of a KVSpec") from None
+    header = Header(*[facts[0].hex(), *facts[1:], spec])
+    for name in ("ratio", "layers", "heads", "head_dim"):
+        if not 1 <= getattr(header, name) <= _MOST:
+            raise wrong(name, getattr(header, name), f"1 to {_MOST}")
+    if header.sinks + header.window > header.tokens:
+        has = f"{header.sinks} and {header.window}"
+        raise wrong("sinks and window", has, f"at most the {header.tokens} tokens")
+    if header.row_bytes % 4:
+        raise wrong("row_bytes", header.row_bytes, "a multiple of 4")
+    if ALIGNMENT + header.nbytes != size:
+        raise wrong("bytes", size, f"{ALIGNMENT + header.nbytes}, as its counts have it")
+    if header.pack(crc) != bytes(data[:ALIGNMENT]):
+        raise wrong("header", bytes(data[_HEADER.size : ALIGNMENT]), "zeros behind its fields")
+    coded = Coded(header, data[ALIGNMENT:])
+    _check_sections(op, coded)
+    return coded
+
+
+def _check_sections(op: str, coded: Coded) -> None:
+    """Check what lies between sections, and that positions rise."""
+    end = 0
+    for name, of in coded.header.sections().items():
+        if coded.data[end : of.offset].any():
+            raise FormatError(f"{op}: stream has bytes before {name}, expected zeros")
+        end = of.offset + of.nbytes
+    positions = coded.arrays()["positions"]
+    if (np.diff(positions) <= 0).any() or (positions < 0).any():
+        raise FormatError(f"{op}: stream has positions that fall or are negative")
+
+
+def _crc(stream: Any) -> int:
+    """CRC-32 of a stream with zeros in its place."""
+    return zlib.crc32(stream[16:], zlib.crc32(bytes(4), zlib.crc32(stream[:12])))

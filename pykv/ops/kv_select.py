@@ -1,0 +1,168 @@
+"""Which rows of a cache are kept: those of the largest scores.
+
+Dimensions: R groups of rows with a budget each, S segments of a group (the KV heads that share it),
+C scores of a segment.
+Kernel: kernels_cu/kv_select.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
+from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.options import check_whole
+
+_BLOCK = 512  # threads
+_MOST = 2**31 - 1
+
+VARIANTS = [dict(BLOCK=_BLOCK)]
+
+
+def select(
+    scores: Any,
+    lengths: Any,
+    budgets: Any = None,
+    *,
+    sinks: int = 0,
+    recent: int = 0,
+    threshold: float | None = None,
+    kept: Any = None,
+    counts: Any = None,
+    stream: Any = None,
+) -> tuple[Any, Any]:
+    """Choose the rows that are kept.
+
+    Args:
+        scores: [R, S, C] float32; larger is better. NaN counts as minus infinity.
+        lengths: [R, S] int32; rows of each segment. Those behind are not there.
+        budgets: [R] int32; rows that the segments of a group keep together. None: no limit.
+        sinks, recent: how many first and last rows of each segment go before all others.
+        threshold: of other rows only those are kept whose score is above it. None: any.
+        kept: [R, S, C] int32, allocated if None.
+        counts: [R, S] int32, allocated if None.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        kept: of each segment the rows that are kept, ascending, then -1.
+        counts: how many these are.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
+        ParameterError: `sinks` or `recent` is negative, `threshold` is NaN.
+        CapacityError: on the host, a length exceeds C; on a GPU it is clamped.
+
+    Of rows with equal scores those at lower segments and positions go first. Runs where the arrays
+    are; on a GPU it only enqueues. The same bits in every run.
+
+    >>> scores = np.array([[[0.1, 0.7, 0.3, 0.7, 0.2]]], np.float32)
+    >>> lengths, budgets = np.array([[5]], np.int32), np.array([3], np.int32)
+    >>> kept, counts = pykv.ops.kv_select.select(scores, lengths, budgets, recent=1)
+    >>> kept, counts
+    (array([[[ 1,  3,  4, -1, -1]]], dtype=int32), array([[3]], dtype=int32))
+    """
+    op = "kv_select.select"
+    dims = _check(scores, lengths, budgets, kept, counts)
+    sinks = check_whole(op, "sinks", sinks, 0, _MOST)
+    recent = check_whole(op, "recent", recent, 0, _MOST)
+    if threshold is not None:
+        threshold = check_threshold(op, "threshold", threshold)
+    with cuda.on_stream(stream, scores):
+        kept = like(scores, scores.shape, np.int32) if kept is None else kept
+        counts = like(scores, scores.shape[:2], np.int32) if counts is None else counts
+    if counts.size == 0:
+        return kept, counts
+    arrays = dict(kept=kept, counts=counts, scores=scores, lengths=lengths, budgets=budgets)
+    if on_gpu(scores):
+        chosen = sinks, recent, threshold
+        launch = dims.keep(chosen, lambda: _launch(scores.shape, *chosen))
+        launch(arrays, stream)
+    else:
+        cuda.look(lambda: _check_on_host(op, lengths, scores.shape[2]))
+        choose = partial(reference, **arrays, sinks=sinks, recent=recent, threshold=threshold)
+        cuda.run_on_host(choose, stream=stream)
+    return kept, counts
+
+
+def _check_on_host(op: str, lengths: Any, C: int) -> None:
+    if lengths.max() > C:
+        r, s = np.unravel_index(lengths.argmax(), lengths.shape)
+        raise CapacityError(f"{op}: lengths[{r}, {s}] is {lengths[r, s]}, expected at most C={C}")
+
+
+def check_threshold(op: str, name: str, value: Any) -> float:
+    """Check a threshold, which may be infinite, and return it as a float.
+
+    Raises:
+        DtypeError: it is no number; a bool is none.
+        ParameterError: it is NaN.
+    """
+    number: Any = value
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
+    if abs(number) > 1e39:  # beyond float32
+        return math.inf if number > 0 else -math.inf
+    if math.isnan(number):
+        raise ParameterError(f"{op}: {name} is nan, expected a number")
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
+
+
+_check = checker(
+    "kv_select.select",
+    ("kept", "counts"),
+    scores=("R S C", FLOAT32, 4),
+    lengths=("R S", INT32),
+    budgets=optional("R", INT32),
+    kept=optional("R S C", INT32),
+    counts=optional("R S", INT32),
+)
+
+
+def reference(
+    kept: Any,
+    counts: Any,
+    scores: Any,
+    lengths: Any,
+    budgets: Any,
+    sinks: int = 0,
+    recent: int = 0,
+    threshold: float | None = None,
+) -> None:
+    """The definition, in NumPy."""
+    R, S, C = scores.shape
+    kept[...] = -1
+    for r in range(R):
+        row, ends = np.arange(C), np.clip(lengths[r], 0, C)[:, None]
+        is_there = row < ends
+        is_first = is_there & ((row < sinks) | (row >= ends - recent))
+        values = np.where(np.isnan(scores[r]), -np.inf, scores[r])
+        may_stay = (
+            is_there if threshold is None else is_first | (is_there & (scores[r] > threshold))
+        )
+        # Stable: of equal rows the first; those that go before all others stand in front.
+        order = np.lexsort((-values.ravel(), ~is_first.ravel()))
+        order = order[may_stay.ravel()[order]]
+        if budgets is not None:
+            order = order[: max(budgets[r], 0)]
+        is_kept = np.zeros(S * C, bool)
+        is_kept[order] = True
+        for s, chosen in enumerate(is_kept.reshape(S, C)):
+            counts[r, s] = chosen.sum()
+            kept[r, s, : counts[r, s]] = np.flatnonzero(chosen)
+
+
+def _launch(
+    shape: tuple[int, int, int], sinks: int, recent: int, threshold: float | None
+) -> cuda.Launch:
+    R, S, C = shape
+    kernel = cuda.kernel("kv_select", "kv_select", BLOCK=_BLOCK)
+    scalars: dict[str, Any] = dict(S=S, C=C, sinks=sinks, recent=recent)
+    scalars |= dict(has_threshold=threshold is not None, threshold=threshold or 0.0)
+    return cuda.Launch(kernel, R, _BLOCK, scalars)

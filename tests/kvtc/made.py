@@ -1,0 +1,59 @@
+"""A model that has never been: rows of few directions, a cache full of them, and their artefact."""
+
+import numpy as np
+
+from pykv import PagedKVCache, blocks
+from pykv.kvtc import Artefact, Fingerprint, Group, plans
+from pykv.ops import paged_qkv, rope
+
+L, H, D, P = 3, 2, 16, 4
+F = H * D  # of a layer
+RATIOS = (4, 8)
+
+
+def rows(rng, n, side):
+    """[n, L, H, D] float32 of falling variance about a mean, the same directions every time."""
+    fixed = np.random.default_rng(side)
+    scales = 3 * 0.93 ** np.arange(L * F)
+    directions = np.linalg.qr(fixed.standard_normal((L * F, L * F)))[0]
+    mean = fixed.standard_normal(L * F)
+    x = rng.standard_normal((n, L * F)) * scales @ directions.T + mean
+    return x.astype(np.float32).reshape(n, L, H, D)
+
+
+def artefact(rng, layers=((0, 1, 2),), sinks=2, window=3):
+    """Calibrated on rows of its own; of the middle layer keys turn otherwise."""
+    inv_freq = np.stack([rope.frequencies(D, base) for base in (1e4, 1e2, 1e4)])
+    model = Fingerprint("llama", L, H, D, "half", inv_freq, "5a" * 32)
+    groups = []
+    for group in layers:
+        sides = []
+        for side in range(2):
+            x = rows(rng, 600, side)[:, list(group)].reshape(600, -1).astype(np.float16)
+            seen, held = (lambda x=x: iter([x[:400]])), (lambda x=x: iter([x[400:]]))
+            rank = min(64, len(group) * F)
+            sides.append(plans.fit(seen, held, len(group) * F, RATIOS, rank, np))
+        groups.append(Group(tuple(group), *sides))
+    return Artefact(model, tuple(groups), (), sinks, window)
+
+
+def sequence(rng, xp, made, n, *, spec="fp16", hadamard=False, start=0):
+    """A cache with a sequence of n tokens from `start` on, its page table, positions, and the keys
+    without rotation and values [n, L, H, D] that it was filled with."""
+    k, v = (rows(rng, n, side) for side in range(2))
+    positions = np.arange(start, start + n, dtype=np.int32)
+    pages = -(-(start + n) // P)
+    table = rng.permutation(pages + 1)[:pages].astype(np.int32)
+    cache = PagedKVCache(L, pages + 1, H, D, page_size=P, spec=spec, margin=1.5, xp=xp)
+    fill(xp, made, cache, table, positions, k, v, hadamard)
+    return cache, xp.asarray(table), xp.asarray(positions), k, v
+
+
+def fill(xp, made, cache, table, positions, k, v, hadamard=False):
+    slots = blocks.slots(table.tolist(), 0, len(table) * P, P)[positions]
+    for i in range(L):
+        keys, values = k[:, i].copy(), v[:, i].copy()
+        rope.rotate(keys, keys[:, :0], positions, made.model.inv_freq[i])
+        if hadamard:
+            keys, values = (paged_qkv.hadamard_transform(x) for x in (keys, values))
+        cache.append(i, *(xp.asarray(x) for x in (keys, values, slots)))

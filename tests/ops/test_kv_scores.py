@@ -1,0 +1,135 @@
+"""kv_scores: scores of rows and means of runs."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pykv import cuda
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.ops import kv_scores as op
+from pykv.specs import KVSpec
+from pykv.testing import paged
+from tests.faults import scaled, with_changed_option, with_option
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+
+CASES = (
+    *({"spec": spec} for spec in ("fp32", "bf16", "int8", "int4:HND", "e4m3:fp32", "int8:head")),
+    *({"D": D} for D in (8, 40, 128, 512)),
+    *({"P": P} for P in (1, 17)),
+    {"lengths": (1, 0, 256, 257)},
+)
+MEASURES = dict(norm=0, largest=0, cosine=1, product=1, squares=2)
+
+
+def arrays_of(rng, spec="fp16", D=64, P=16, lengths=(5, 0, 47)):
+    spec = KVSpec.parse(spec)
+    return spec, paged.filled(rng, spec, lengths, P, 2, D)
+
+
+def keys_of(xp, spec, cache):
+    sent = paged.send(xp, cache)
+    tables = dict(page_table=sent["page_table"], lengths=sent["lengths"])
+    return dict(pool=sent["k_pool"], scales=sent["k_scales"], spec=spec, **tables)
+
+
+# Each measure by itself, and each case by one of them.
+BOTH = [(name, dict()) for name in MEASURES] + list(zip(itertools.cycle(MEASURES), CASES))
+
+
+@pytest.mark.parametrize("name, case", BOTH, ids=str)
+def test_scores_match_the_reference_in_float64(xp, rng, case, name):
+    spec, cache = arrays_of(rng, **case)
+    vectors = rng.standard_normal((2, len(cache["lengths"]), 4, cache["k_pool"].shape[-1]))
+    if spec.k == "int4":
+        vectors = np.concatenate([vectors, vectors], -1)
+    if name == "cosine":
+        vectors = vectors[:, :, :2]
+    given = dict(zip(("vectors", "weights"), vectors[: MEASURES[name]].astype("f4"), strict=False))
+    measure = "product" if name == "squares" else name
+    sent = {n: xp.asarray(x) for n, x in given.items()}
+    got = op.score(**keys_of(xp, spec, cache), measure=measure, **sent)
+    where = keys_of(np, spec, cache) | dict(measure=measure, **given)
+    assert_close_to_oracle(got, op.reference(**where), op.reference(**where, dtype=np.float64))
+
+
+RUNS = [(16, False), (24, True), (1, False), (1000, True)]
+OF_RUNS = [(run, dict()) for run in RUNS] + list(zip(itertools.cycle(RUNS), CASES))
+
+
+@pytest.mark.parametrize("run, case", OF_RUNS, ids=str)
+def test_means_match_the_reference_in_float64(xp, rng, case, run):
+    (run, normalize), (spec, cache) = run, arrays_of(rng, **case)
+    got = op.means(**keys_of(xp, spec, cache), run=run, normalize=normalize)
+    where = keys_of(np, spec, cache) | dict(run=run, normalize=normalize)
+    low, exact = op.reference_means(**where), op.reference_means(**where, dtype=np.float64)
+    assert_close_to_oracle(got, low, exact)
+
+
+def test_by_hand(xp):
+    """Two rows of a head, (3, 4, 0 ...) and zeros, and one of NaN that is its own alone."""
+    pool = np.zeros((1, 4, 1, 8), np.float32)
+    pool[0, 0, 0, :2] = 3, -4
+    pool[0, 2] = np.nan
+    where = xp.asarray(pool), xp.zeros((1, 1), np.int32), xp.asarray(np.array([3], np.int32))
+    vectors = np.zeros((1, 1, 8), np.float32)
+    vectors[0, 0, 0] = 2
+    given = dict(vectors=xp.asarray(vectors))
+    for measure, options, want in (
+        ("norm", {}, 5),
+        ("largest", {}, 4),
+        ("cosine", given, 0.6),
+        ("product", given, 6),
+        ("product", dict(weights=xp.asarray(vectors), **given), 6 + 18),
+    ):
+        got = to_numpy(op.score(*where, measure, **options))[0, 0]
+        np.testing.assert_allclose(got, [want, 0, np.nan, 0], rtol=1e-6)
+    means = op.means(*where, 2, normalize=True)
+    np.testing.assert_allclose(to_numpy(means)[0, 0, 0, :3], [0.3, -0.4, 0], rtol=1e-6)
+
+
+def test_same_bits_again_and_prepared(xp, rng):
+    spec, cache = arrays_of(rng, lengths=(300, 20))
+    where = keys_of(xp, spec, cache)
+    once = to_numpy(op.score(**where, measure="norm")).copy()
+    call = cuda.prepare(op.score, **where, measure="norm")
+    means = cuda.prepare(op.means, **where, run=16)
+    for _ in range(2):
+        assert_same_bits(call(), once)
+        assert_same_bits(means(), op.means(**where, run=16))
+
+
+def test_errors_name_the_argument(xp, rng):
+    spec, cache = arrays_of(rng)
+    where = keys_of(xp, spec, cache)
+    vectors = xp.zeros((3, 3, 64), np.float32)
+    for measure, options, error, text in (
+        ("max", {}, ParameterError, "measure is 'max', expected one of"),
+        ("cosine", {}, ParameterError, "vectors is missing, expected an array for 'cosine'"),
+        ("norm", dict(vectors=vectors), ParameterError, "vectors is given, expected None for"),
+        ("cosine", dict(vectors=vectors, weights=vectors), ParameterError, "weights is given"),
+        ("product", dict(vectors=vectors), ShapeError, "R is 3, expected a multiple of H=2"),
+        ("norm", dict(out=xp.zeros((3, 2, 7), np.float32)), ShapeError, r"out has shape \(3, 2, 7"),
+        ("norm", dict(out=xp.zeros((3, 2, 64), np.float16)), DtypeError, "out has dtype"),
+    ):
+        with pytest.raises(error, match=text):
+            op.score(**where, measure=measure, **options)
+    with pytest.raises(ParameterError, match="run is 0, expected 1 to"):
+        op.means(**where, run=0)
+
+
+def test_contents_are_looked_at_on_the_host(rng):
+    spec, cache = arrays_of(rng)
+    where = keys_of(np, spec, cache)
+    where["lengths"][0] = 999
+    with pytest.raises(CapacityError, match=r"kv_scores.score: lengths\[0\] is 999"):
+        op.score(**where, measure="norm")
+
+
+# Faults that `pykv verify` must see, in the functions and in their references.
+FAULTS = {
+    "scores: 1e-4 off": (op, "score", scaled(1e-4)),
+    "scores: no squares": (op, "score", with_option(weights=None)),
+    "means: runs of one more": (op, "means", with_changed_option("run", lambda n: n + 1)),
+}
+REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", scaled(1e-4))]

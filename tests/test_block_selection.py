@@ -1,0 +1,118 @@
+"""Attention to the best blocks and the recent rows."""
+
+import numpy as np
+import pytest
+
+from pykv import PagedKVCache, blocks
+from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.eviction import BlockSelection, block_means, decode_blocks
+from tests.helpers import assert_same_bits, to_numpy
+
+H, G, D, P = 2, 2, 16, 4
+LENGTHS = [61, 20, 5, 0]
+
+
+def cache_of(xp, rng, spec="fp32", lengths=LENGTHS):
+    """A cache of a layer beside an empty one, page table, lengths and rows [B][2, n, H, D]."""
+    cache = PagedKVCache(2, 40, H, D, page_size=P, spec=spec, margin=2.0, xp=xp)
+    pages = [cache.manager.allocate(n) for n in lengths]
+    rows = [rng.standard_normal((2, n, H, D)).astype(np.float32) for n in lengths]
+    for listed, n, kv in zip(pages, lengths, rows, strict=True):
+        slots = xp.asarray(blocks.slots(listed, 0, n, P))
+        cache.append(1, *(xp.asarray(x) for x in kv), slots)
+    table = xp.asarray(blocks.page_table(pages, 17))
+    return cache, table, xp.asarray(np.array(lengths, np.int32)), rows
+
+
+def by_hand(q, k, v, selection):
+    """float64 attention of q [HQ, D] to the chosen blocks and the rows behind old blocks of k and v
+    [n, H, D]."""
+    out, n, block = np.zeros(q.shape), len(k), selection.block
+    old = max(n - selection.recent, 0) // block
+    for head in range(H):
+        group = q[head * G : head * G + G].astype(np.float64)
+        scores = [np.mean(k[i * block : (i + 1) * block, head] @ group.T) for i in range(old)]
+        best = sorted(sorted(range(old), key=lambda i: -scores[i])[: selection.blocks])
+        rows = [j for i in best for j in range(i * block, (i + 1) * block)]
+        rows += range(old * block, n)
+        for g in range(G if n else 0):
+            logits = k[rows, head] @ group[g] * D**-0.5
+            weights = np.exp(logits - logits.max())
+            out[head * G + g] = weights @ v[rows, head] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    "spec, tolerance",
+    [("fp32", 1e-5), ("fp16:HND", 2e-3), ("int8", 3e-2), ("int8:head", 5e-2)],
+)
+def test_best_blocks_and_recent_rows(xp, rng, spec, tolerance):
+    cache, table, lengths, rows = cache_of(xp, rng, spec)
+    selection = BlockSelection(blocks=3, block=8, recent=10)
+    means = block_means(cache, 1, table, lengths, selection)
+    assert means.shape == (4, H, 9, D)
+    q = rng.standard_normal((4, H * G, D)).astype(np.float32)
+    got = to_numpy(decode_blocks(cache, 1, xp.asarray(q), table, lengths, means, selection))
+    for b in range(len(LENGTHS)):
+        k, v = rows[b].astype(np.float64)
+        np.testing.assert_allclose(got[b], by_hand(q[b], k, v, selection), atol=tolerance)
+
+
+def test_only_chosen_pages_are_read(xp, rng):
+    """Old blocks that are not chosen hold NaN."""
+    cache, table, lengths, rows = cache_of(xp, rng, lengths=[61])
+    selection = BlockSelection(blocks=2, block=4, recent=8)
+    means = block_means(cache, 1, table, lengths, selection)
+    q = rng.standard_normal((1, H * G, D)).astype(np.float32)
+    k, v = (x.astype(np.float64) for x in rows[0])
+    scores = to_numpy(means)[0, :, :13] @ q[0].reshape(H, G, D).mean(1)[..., None]
+    read = np.zeros((H, 61), bool)
+    read[:, 52:] = True
+    for head in range(H):
+        for i in np.argsort(-scores[head, :, 0])[:2]:
+            read[head, i * 4 : i * 4 + 4] = True
+    for x in cache.layers[1]:
+        x[...] = np.float32(np.nan)
+    pages = to_numpy(table)[0]
+    slots = np.arange(61)
+    for head in range(H):
+        at = slots[read[head]]
+        for x, of in zip(cache.layers[1], rows[0], strict=True):
+            x[xp.asarray(pages[at // P]), xp.asarray(at % P), head] = xp.asarray(of[at, head])
+    got = decode_blocks(cache, 1, xp.asarray(q), table, lengths, means, selection)
+    np.testing.assert_allclose(to_numpy(got)[0], by_hand(q[0], k, v, selection), atol=1e-5)
+
+
+def test_all_blocks_are_the_dense_cache(xp, rng):
+    cache, table, lengths, _ = cache_of(xp, rng)
+    selection = BlockSelection(blocks=15, block=4, recent=1)
+    means = block_means(cache, 1, table, lengths, selection)
+    q = xp.asarray(rng.standard_normal((4, H * G, D)).astype(np.float32))
+    got = decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=32)
+    want = cache.decode(1, q, table, lengths, fixed_split=32)
+    np.testing.assert_allclose(to_numpy(got), to_numpy(want), rtol=1e-5, atol=1e-6)
+
+
+def test_means_follow_appended_rows(xp, rng):
+    cache, table, lengths, _ = cache_of(xp, rng, "int8")
+    selection = BlockSelection(blocks=2, block=8, recent=4)
+    means = block_means(cache, 1, table, lengths - np.int32(1), selection)
+    assert block_means(cache, 1, table, lengths, selection, means=means) is means
+    assert_same_bits(means, block_means(cache, 1, table, lengths, selection))
+
+
+def test_wrong_arguments(rng):
+    cache, table, lengths, _ = cache_of(np, rng)
+    good = BlockSelection(blocks=2, block=8, recent=4)
+    means = block_means(cache, 1, table, lengths, good)
+    q = np.zeros((4, H * G, D), np.float32)
+    with pytest.raises(ParameterError, match="blocks of 6 rows, expected a multiple of the 4"):
+        block_means(cache, 1, table, lengths, BlockSelection(block=6))
+    with pytest.raises(DtypeError, match="selection is a str, expected a BlockSelection"):
+        block_means(cache, 1, table, lengths, "best")
+    with pytest.raises(
+        ShapeError, match=r"means has shape \(4, 2, 8, 16\), expected \(4, 2, 9, 16"
+    ):
+        decode_blocks(cache, 1, q, table, lengths, means[:, :, :8].copy(), good)
+    with pytest.raises(ParameterError, match="blocks is 0, expected 1 to"):
+        BlockSelection(blocks=0)

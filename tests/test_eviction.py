@@ -1,0 +1,494 @@
+"""Eviction from paged caches: what stays, where it lies, what attention makes of it, and whose
+pages are whose."""
+
+import numpy as np
+import pytest
+
+from pykv import PagedKVCache, blocks, eviction
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.eviction import (
+    H2O,
+    TOVA,
+    AdaKV,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    Largest,
+    Random,
+    Scores,
+    SnapKV,
+    Streaming,
+)
+from tests.helpers import assert_same_bits, to_numpy
+
+L, H, G, D, P = 2, 2, 2, 16, 4
+LENGTHS = [30, 11, 5]
+
+
+def cache_of(xp, rng, spec="fp32", lengths=LENGTHS, pages=64):
+    """A cache, its sequences, and the keys and values [L][B][n, H, D] that it was given."""
+    cache = PagedKVCache(L, pages, H, D, page_size=P, spec=spec, margin=2.0, xp=xp)
+    cache.manager.allocate(8)
+    sequences = [cache.manager.allocate(n) for n in lengths]
+    rows = [
+        [rng.standard_normal((2, n, H, D)).astype(np.float32) for n in lengths] for _ in range(L)
+    ]
+    for layer in range(L):
+        for pages, n, kv in zip(sequences, lengths, rows[layer], strict=True):
+            slots = xp.asarray(blocks.slots(pages, 0, n, P))
+            cache.append(layer, *(xp.asarray(x) for x in kv), slots)
+    return cache, sequences, rows
+
+
+def queries_of(xp, rng, T=6):
+    q = rng.standard_normal((L, len(LENGTHS), T, H * G, D)).astype(np.float32)
+    return q, [xp.asarray(x) for x in q]
+
+
+def held(cache, layer, pages, length, head):
+    """Keys and values of a head, [2, length, D], by their slots."""
+    slots = np.arange(length)
+    where = np.array(pages)[slots // P], slots % P, head
+    return np.stack([to_numpy(cache.spec.as_nhd(x))[where] for x in cache.layers[layer]])
+
+
+def mass_of(q, keys, scale=D**-0.5):
+    """The attention [H, n] that queries [T, HQ, D], the last of n, give to keys [n, H, D]."""
+    n, T = len(keys), len(q)
+    total = np.zeros((H, n))
+    for t in range(T):
+        seen = n - T + t + 1
+        for head in range(H * G):
+            if seen > 0:
+                scores = keys[:seen, head // G] @ q[t, head].astype(np.float64) * scale
+                weights = np.exp(scores - scores.max())
+                total[head // G, :seen] += weights / weights.sum()
+    return total
+
+
+def best(scores, count, sinks=0, recent=0):
+    """The slots of the largest scores [n], of equal ones the first."""
+    n = len(scores)
+    always = [i for i in range(n) if i < sinks or i >= n - recent]
+    rest = sorted(set(range(n)) - set(always), key=lambda i: (-scores[i], i))
+    return sorted((always + rest)[: min(count, n)])
+
+
+def pooled(mass, window, pooling):
+    mass = np.where(np.arange(len(mass)) < len(mass) - window, mass, 0)
+    half = pooling // 2
+    return [mass[max(i - half, 0) : i + half + 1].max() for i in range(len(mass))]
+
+
+def expected(q, keys, values):
+    """[H, n], by the definition in float64."""
+    scores = np.zeros((H, len(keys)))
+    for head in range(H * G):
+        of_head = q[:, head].astype(np.float64)
+        mean, variance = of_head.mean(0), of_head.var(0)
+        k = keys[:, head // G]
+        logits = k @ mean * D**-0.5 + (k * k) @ variance / D / 2
+        weights = np.exp(logits - logits.max())
+        scores[head // G] += weights / weights.sum() / G
+    return scores * np.linalg.norm(values, axis=-1).T
+
+
+def scores_by_hand(policy, q, k, v):
+    """Scores [H, n] of a sequence and what always stays, by the definitions of the papers."""
+    n = len(k)
+    if isinstance(policy, Streaming):
+        return np.tile(np.arange(n), (H, 1))
+    if isinstance(policy, KeyNorm):
+        return -np.linalg.norm(k, axis=-1).T
+    if isinstance(policy, Largest):
+        return np.abs(k).max(-1).T
+    if isinstance(policy, KeyDiff):
+        unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        anchor = unit.mean(0)
+        return -((unit * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)).T
+    if isinstance(policy, TOVA):
+        return np.tile(mass_of(q[-1:], k).sum(0), (H, 1))
+    if isinstance(policy, SnapKV):
+        return np.array(
+            [pooled(m, policy.window, policy.pooling) for m in mass_of(q[-policy.window :], k)]
+        )
+    if isinstance(policy, ExpectedAttention):
+        return expected(q, k, v)
+    raise AssertionError(policy)
+
+
+POLICIES = [
+    Streaming(sinks=2, recent=6),
+    Streaming(budget=8, sinks=1),
+    KeyNorm(budget=7, sinks=1, recent=2),
+    Largest(ratio=0.5),
+    KeyDiff(budget=9, recent=3),
+    TOVA(budget=8),
+    SnapKV(budget=8, window=4, pooling=3),
+    ExpectedAttention(ratio=0.4, sinks=1),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda x: type(x).__name__)
+def test_what_stays_is_what_the_papers_say(xp, rng, policy):
+    cache, sequences, rows = cache_of(xp, rng)
+    q, sent = queries_of(xp, rng, T=min(LENGTHS))
+    given = dict(queries=sent) if policy.needs else {}
+    evicted = eviction.evict(cache, sequences, LENGTHS, policy, **given)
+    for layer in range(L):
+        positions = to_numpy(evicted.positions[layer])
+        for b, n in enumerate(LENGTHS):
+            k, v = rows[layer][b].astype(np.float64)
+            count = int(policy.counts(np.array(n)))
+            scores = scores_by_hand(policy, q[layer, b], k, v)
+            for head in range(H):
+                want = best(scores[head], count, policy.sinks, policy.last)
+                assert evicted.lengths[layer, b, head] == len(want) == count
+                assert positions[b, head, : len(want)].tolist() == want
+                assert (positions[b, head, len(want) :] == -1).all()
+                moved = held(cache, layer, sequences[b], len(want), head)
+                assert_same_bits(moved, rows[layer][b][:, want, head])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["fp16", "int8", "int8+int4:HND", "e4m3:fp32", "bf16:HND", "int8:head", "int8:tensor:HND"],
+)
+def test_codes_move_with_their_scales(xp, rng, spec):
+    cache, sequences, _ = cache_of(xp, rng, spec)
+    forks = [cache.manager.fork(pages) for pages in sequences]  # these keep what was there
+    evicted = eviction.evict(cache, sequences, LENGTHS, "adakv:random:8:sinks=1")
+    arrays = [(x, cache.spec) for x in (cache.k, cache.v)]
+    if cache.spec.has_dynamic_scales:
+        arrays += [(x, cache.spec) for x in (cache.k_scales, cache.v_scales)]
+    for layer, b, head in np.ndindex(*evicted.lengths.shape):
+        slots = to_numpy(evicted.kept[layer])[b, head, : evicted.lengths[layer, b, head]]
+        to = np.arange(len(slots))
+        for x, of in arrays:
+            x = of.as_nhd(to_numpy(x[layer]))
+            old = x[np.array(forks[b])[slots // P], slots % P, head]
+            new = x[np.array(sequences[b])[to // P], to % P, head]
+            assert_same_bits(new, old)
+
+
+def attended(cache, layer, q, sequences, lengths, xp, **options):
+    width = max(map(len, sequences))
+    table = xp.asarray(blocks.page_table(sequences, width))
+    lengths = xp.asarray(np.ascontiguousarray(lengths[layer]))
+    return eviction.decode(cache, layer, q, table, lengths, **options)
+
+
+def attention(q, k, v, where, scale, window=None, slopes=None, at=None):
+    """float64 attention of q [HQ, D], which stands at `at`, over rows `where` [H] of k and v
+    [n, H, D], and its log-sum-exp."""
+    out, lse = np.zeros(q.shape), np.zeros(len(q))
+    for head in range(len(q)):
+        rows = np.array(where[head // G])
+        if window is not None:
+            rows = rows[rows > at - window]
+        scores = k[rows, head // G] @ q[head] * scale
+        if slopes is not None:
+            scores = scores + slopes[head] * (rows - at)
+        weights = np.exp(scores - scores.max())
+        out[head] = weights @ v[rows, head // G] / weights.sum()
+        lse[head] = scores.max() + np.log(weights.sum())
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    "spec, kind, tolerance",
+    [
+        ("fp32", "plain", 1e-5),
+        ("fp16", "window", 2e-3),
+        ("int8", "alibi", 2e-2),
+        ("int8:head:HND", "plain", 5e-2),
+    ],
+)
+def test_attention_over_heads_of_their_own_lengths(xp, rng, spec, kind, tolerance):
+    """Equals float64 attention over the kept rows at their positions, with a row appended, and is
+    off from that over all rows by 2 * (1 - m) * V at most, m the mass that was kept and V the
+    largest norm of a value."""
+    cache, sequences, rows = cache_of(xp, rng, spec)
+    evicted = eviction.evict(cache, sequences, LENGTHS, "adakv:random:7:recent=1")
+    lengths, positions = evicted.lengths, evicted.positions
+    assert (lengths != lengths[..., :1]).any()
+    for pages, n in zip(sequences, lengths.max((0, 2)).tolist(), strict=True):
+        cache.extend(pages, n, n + 1)
+    table = xp.asarray(blocks.page_table(sequences, 8))
+    new = rng.standard_normal((2, 3, H, D)).astype(np.float32)
+    held = xp.asarray(np.ascontiguousarray(lengths[1]))
+    eviction.append(cache, 1, *(xp.asarray(x) for x in new), table, held)
+    at = np.full((3, H, 8 * P), -1, np.int32)
+    for b, head in np.ndindex(3, H):
+        n = lengths[1, b, head]
+        at[b, head, :n] = to_numpy(positions[1])[b, head, :n]
+        at[b, head, n] = LENGTHS[b]
+    q = rng.standard_normal((3, H * G, D)).astype(np.float32)
+    options, slopes = {}, None
+    if kind == "window":
+        options = dict(window=8, positions=xp.asarray(at))
+    if kind == "alibi":
+        slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
+        options = dict(alibi_slopes=xp.asarray(slopes), positions=xp.asarray(at))
+    now = xp.asarray(lengths[1] + 1)
+    got, lse = eviction.decode(cache, 1, xp.asarray(q), table, now, return_lse=True, **options)
+    for b, n in enumerate(LENGTHS):
+        k, v = (
+            np.concatenate([rows[1][b][i], new[i, b][None]]).astype(np.float64) for i in range(2)
+        )
+        kept = [at[b, head, : lengths[1, b, head] + 1] for head in range(H)]
+        rules = dict(scale=D**-0.5, window=options.get("window"), slopes=slopes, at=n)
+        want, sums = attention(q[b], k, v, kept, **rules)
+        full, total = attention(q[b], k, v, [np.arange(n + 1)] * H, **rules)
+        np.testing.assert_allclose(to_numpy(got)[b], want, atol=tolerance)
+        np.testing.assert_allclose(to_numpy(lse)[b], sums, atol=tolerance)
+        mass = np.exp(sums - total)
+        largest = np.linalg.norm(v, axis=-1).max(0).repeat(G)
+        error = np.linalg.norm(to_numpy(got)[b] - full, axis=-1)
+        assert (error <= 2 * (1 - mass) * largest + tolerance * D**0.5).all()
+        assert (mass < 1).any() or n < 8
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND"])
+def test_keeping_all_changes_no_bit(xp, rng, spec):
+    cache, sequences, _ = cache_of(xp, rng, spec)
+    q = xp.asarray(rng.standard_normal((3, H * G, D)).astype(np.float32))
+    table = xp.asarray(blocks.page_table(sequences, 8))
+    lengths = xp.asarray(np.array(LENGTHS, np.int32))
+    before, old = [list(pages) for pages in sequences], cache.manager.num_free
+    want = [to_numpy(cache.decode(i, q, table, lengths, fixed_split=32)) for i in range(L)]
+    arrays = [to_numpy(x) for x in (cache.k, cache.v)]
+    for policy in (KeyNorm(budget=30), KeyDiff(ratio=1.0), AdaKV(Random(ratio=1.0))):
+        evicted = eviction.evict(cache, sequences, LENGTHS, policy)
+        assert sequences == before and evicted.freed_bytes == 0 == cache.manager.num_free - old
+        assert (evicted.lengths == np.array(LENGTHS)[None, :, None]).all()
+    for x, y in zip(arrays, (cache.k, cache.v), strict=True):
+        assert_same_bits(y, x)
+    for layer in range(L):
+        assert_same_bits(cache.decode(layer, q, table, lengths, fixed_split=32), want[layer])
+        ragged = attended(cache, layer, q, sequences, evicted.lengths, xp, fixed_split=32)
+        np.testing.assert_allclose(to_numpy(ragged), want[layer], rtol=1e-5, atol=1e-6)
+
+
+def test_two_evictions_keep_what_both_would(xp, rng):
+    """By scores that stay with their positions, and by one of what both keep."""
+    cache, sequences, rows = cache_of(xp, rng)
+    twice, once = sequences, [cache.manager.fork(pages) for pages in sequences]
+    C = 8 * P
+    first = rng.standard_normal((L, 3, H, C)).astype(np.float32)
+    second = rng.standard_normal((L, 3, H, C)).astype(np.float32)
+    one = eviction.evict(
+        cache, twice, LENGTHS, Scores(threshold=-0.5), scores=list(map(xp.asarray, first))
+    )
+    moved = [one.moved(i, xp.asarray(second[i])) for i in range(L)]
+    width = max(map(len, twice)) * P
+    moved = [xp.ascontiguousarray(x[..., :width]) for x in moved]
+    positions = [xp.ascontiguousarray(x[..., :width]) for x in one.positions]
+    two = eviction.evict(
+        cache, twice, one.lengths, Scores(threshold=0.0), scores=moved, positions=positions
+    )
+    both = [
+        xp.asarray(np.where(a > -0.5, b, -1).astype(np.float32))
+        for a, b in zip(first, second, strict=True)
+    ]
+    all_at_once = eviction.evict(cache, once, LENGTHS, Scores(threshold=0.0), scores=both)
+    assert (two.lengths == all_at_once.lengths).all() and (two.lengths < one.lengths).any()
+    for layer, b, head in np.ndindex(*two.lengths.shape):
+        n = two.lengths[layer, b, head]
+        at = to_numpy(two.positions[layer])[b, head, :n]
+        assert at.tolist() == to_numpy(all_at_once.positions[layer])[b, head, :n].tolist()
+        assert (np.diff(at) > 0).all()
+        for pages in (twice[b], once[b]):
+            assert_same_bits(held(cache, layer, pages, n, head), rows[layer][b][:, at, head])
+
+
+def test_pages_go_back_and_bytes_are_told(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng, "int8")
+    free = cache.manager.num_free
+    evicted = eviction.evict(cache, sequences, LENGTHS, Streaming(sinks=1, recent=7))
+    assert [len(pages) for pages in sequences] == [2, 2, 2]
+    assert evicted.freed_pages == cache.manager.num_free - free == 8 + 3 + 2 - 6
+    assert evicted.freed_bytes == 7 * P * cache.bytes_per_token
+
+
+@pytest.mark.parametrize("how", ["fork", "publish"])
+def test_shared_pages_are_copied(xp, rng, how):
+    cache, sequences, rows = cache_of(xp, rng, "int8", pages=30)
+    manager, tokens = cache.manager, list(range(100, 130))
+    if how == "fork":
+        other = manager.fork(sequences[0])
+    else:
+        manager.publish(sequences[0], tokens)
+    old = [to_numpy(x)[:, sequences[0]] for x in (cache.k, cache.v, cache.k_scales, cache.v_scales)]
+    eviction.evict(cache, sequences[:1], LENGTHS[:1], {1: KeyNorm(budget=13, recent=2)})
+    eviction.evict(cache, sequences[:1], LENGTHS[:1], {0: KeyNorm(budget=13, recent=2)})
+    if how == "publish":
+        with pytest.raises(
+            ParameterError, match="13 tokens, expected at most the 0 that the pages"
+        ):
+            manager.publish(sequences[0], tokens[:13])
+        manager.free(sequences[0])
+        other = manager.reuse(tokens)
+    n = len(other)
+    for x, want in zip((cache.k, cache.v, cache.k_scales, cache.v_scales), old, strict=True):
+        assert_same_bits(
+            np.ascontiguousarray(to_numpy(x)[:, other]), np.ascontiguousarray(want[:, :n])
+        )
+
+
+def test_layers_that_are_left_alone_keep_their_rows(xp, rng):
+    """Also where their pages are copied, as another sequence holds them."""
+    cache, sequences, rows = cache_of(xp, rng)
+    forks = [cache.manager.fork(pages) for pages in sequences]
+    evicted = eviction.evict(cache, sequences, LENGTHS, {0: Random(budget=4)})
+    assert evicted.kept[1] is None and (evicted.lengths[1] == np.array(LENGTHS)[:, None]).all()
+    assert (evicted.lengths[0] == 4).all()
+    for b, n in enumerate(LENGTHS):
+        assert len(sequences[b]) == len(forks[b])
+        assert_same_bits(held(cache, 1, sequences[b], n, 0), rows[1][b][:, :, 0])
+
+
+def test_too_few_pages_for_copies_lose_nothing(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng, pages=17)
+    other = cache.manager.fork(sequences[0])
+    cache.manager.allocate(P)
+    state = [to_numpy(cache.k), [list(pages) for pages in sequences], cache.manager.num_free]
+    with pytest.raises(CapacityError, match="pool exhausted: 2 pages wanted, 1 free"):
+        eviction.evict(cache, sequences, LENGTHS, Random(budget=8))
+    assert_same_bits(cache.k, state[0])
+    assert [sequences, cache.manager.num_free] == state[1:] and other == sequences[0]
+
+
+def test_heavy_hitters_go_by_what_they_are_given(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng)
+    mass = rng.random((L, 3, H, 8 * P)).astype(np.float32)
+    policy = H2O(budget=8, recent=2)
+    with pytest.raises(
+        ParameterError, match="scores are missing, expected an array for each layer"
+    ):
+        eviction.evict(cache, sequences, LENGTHS, policy)
+    evicted = eviction.evict(cache, sequences, LENGTHS, policy, scores=list(map(xp.asarray, mass)))
+    for layer, b, head in np.ndindex(L, 3, H):
+        want = best(mass[layer, b, head, : LENGTHS[b]], 8, 0, 2)
+        assert to_numpy(evicted.kept[layer])[b, head, : len(want)].tolist() == want
+    taken = to_numpy(evicted.moved(0, xp.asarray(mass[0])))[0, 0, :8]
+    np.testing.assert_array_equal(taken, mass[0, 0, 0, to_numpy(evicted.kept[0])[0, 0, :8]])
+
+
+def test_heads_share_a_budget(xp, rng):
+    """AdaKV: the best rows of all heads, and of each head its best of a fifth."""
+    cache, sequences, _ = cache_of(xp, rng, lengths=[40])
+    scores = rng.random((L, 1, H, 40)).astype(np.float32)
+    scores[:, :, 0] += 10
+    for floor, counts in ((0.2, [18, 2]), (0.0, [20, 0]), (1.0, [10, 10])):
+        fork = [cache.manager.fork(sequences[0])]
+        policy = AdaKV(Scores(budget=10), floor=floor)
+        evicted = eviction.evict(cache, fork, [40], policy, scores=list(map(xp.asarray, scores)))
+        assert evicted.lengths[0, 0].tolist() == counts
+        for head, count in enumerate(counts):
+            want = best(scores[0, 0, head], count)
+            assert to_numpy(evicted.kept[0])[0, head, :count].tolist() == want
+        cache.manager.free(fork[0])
+
+
+def test_wrong_arguments_change_nothing(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng)
+    before, old = to_numpy(cache.k), [list(pages) for pages in sequences]
+    _, q = queries_of(xp, rng)
+    evict = eviction.evict
+    for error, text, arguments, options in (
+        (ParameterError, "queries are missing", (LENGTHS, "tova:8"), {}),
+        (
+            ShapeError,
+            r"queries\[0\] has shape",
+            (LENGTHS, "tova:8"),
+            dict(queries=[q[0][0]] * 2),
+        ),
+        (ParameterError, r"lengths of sequences\[1\] are up to 13", ([30, 13, 5], "random:8"), {}),
+        (ParameterError, "lengths are down to -1", ([30, -1, 5], "random:8"), {}),
+        (ShapeError, r"lengths have shape \(2,\)", ([30, 11], "random:8"), {}),
+        (DtypeError, "lengths have dtype float64", ([30.0, 11, 5], "random:8"), {}),
+        (DtypeError, "policy is a int, expected a policy or its text", (LENGTHS, 8), {}),
+        (ParameterError, "layers of policy is 2, expected 0 to 1", (LENGTHS, {2: "random:8"}), {}),
+        (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
+    ):
+        with pytest.raises(error, match=text):
+            evict(cache, sequences, *arguments, **options)
+    with pytest.raises(ParameterError, match="sequences has one twice"):
+        evict(cache, [sequences[0]] * 2, [30, 30], "random:8")
+    with pytest.raises(ParameterError, match="expected the list that the manager handed out"):
+        evict(cache, [list(sequences[0])], [30], "random:8")
+    assert_same_bits(cache.k, before)
+    assert sequences == old
+
+
+@pytest.mark.parametrize(
+    "make, error, text",
+    [
+        (lambda: KeyNorm(), ParameterError, "budget, ratio and threshold are None"),
+        (lambda: KeyNorm(budget=4, ratio=0.5), ParameterError, "budget and ratio are given"),
+        (
+            lambda: KeyNorm(budget=4, sinks=3, recent=2),
+            ParameterError,
+            "budget is 4, expected at le",
+        ),
+        (lambda: SnapKV(budget=31), ParameterError, "budget is 31, expected at least the 32"),
+        (lambda: KeyNorm(budget=-1), ParameterError, "budget is -1, expected 1 to"),
+        (lambda: KeyNorm(budget=2.5), DtypeError, "budget is a float"),
+        (lambda: KeyNorm(ratio=0), ParameterError, "ratio is 0, expected more than 0"),
+        (lambda: KeyNorm(ratio=1.5), ParameterError, "ratio is 1.5"),
+        (lambda: KeyNorm(threshold=np.nan), ParameterError, "threshold is nan"),
+        (lambda: KeyNorm(budget=8, sinks=-1), ParameterError, "sinks is -1"),
+        (lambda: SnapKV(budget=99, window=0), ParameterError, "window is 0"),
+        (lambda: SnapKV(budget=99, pooling=4), ParameterError, "pooling is 4, expected an odd"),
+        (lambda: Random(budget=9, seed=-1), ParameterError, "seed is -1"),
+        (lambda: AdaKV(TOVA(budget=9)), ParameterError, "policy is TOVA, expected one whose heads"),
+        (lambda: AdaKV("tova:9"), DtypeError, "policy is a str"),
+        (lambda: AdaKV(KeyNorm(budget=9), floor=2), ParameterError, "floor is 2"),
+        (lambda: eviction.parse("snap:8"), ParameterError, "text 'snap:8' has no policy 'snap'"),
+        (
+            lambda: eviction.parse("snapkv:8:9"),
+            ParameterError,
+            "'snapkv:8:9' has '9', expected each",
+        ),
+        (
+            lambda: eviction.parse("snapkv:eight"),
+            ParameterError,
+            "has 'eight', expected a number",
+        ),
+        (
+            lambda: eviction.parse("tova:8:window=3"),
+            ParameterError,
+            "has 'window=3', expected each",
+        ),
+        (lambda: eviction.parse("adakv:adakv:random:8"), DtypeError, "policy is a AdaKV"),
+        (lambda: eviction.parse("snapkv"), ParameterError, "expected one of them"),
+        (lambda: eviction.parse(8), DtypeError, "text is a int"),
+    ],
+)
+def test_policies_refuse_what_they_cannot_mean(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_texts_name_policies():
+    assert eviction.parse("snapkv:512") == SnapKV(budget=512)
+    assert eviction.parse("keydiff:0.5:sinks=4") == KeyDiff(ratio=0.5, sinks=4)
+    assert eviction.parse("largest:threshold=0.25") == Largest(threshold=0.25)
+    assert eviction.parse("adakv:snapkv:64:window=8") == AdaKV(SnapKV(budget=64, window=8))
+    assert eviction.parse("streaming:recent=12:sinks=4").budget == 16
+
+
+def test_windows_ask_for_positions(rng):
+    cache, sequences, _ = cache_of(np, rng)
+    q = np.zeros((3, H * G, D), np.float32)
+    with pytest.raises(ParameterError, match="positions are missing, expected some with a window"):
+        attended(cache, 0, q, sequences, np.ones((L, 3, H), np.int32), np, window=4)
+
+
+def test_it_cannot_be_prepared(rng):
+    from pykv import cuda
+
+    cache, sequences, _ = cache_of(np, rng)
+    with pytest.raises(UnsupportedError, match="each call moves rows of its own"):
+        cuda.prepare(eviction.evict, cache, sequences, LENGTHS, "random:8")

@@ -57,6 +57,7 @@ UNREAD = {"page_table": 3}  # an entry past the length of its sequence
 NOT_FOLLOWED = {  # entries that these calls copy or cut off, or that another check has passed
     "ops.contiguous_append.append": "lengths",
     "ops.page_table.from_lists": "indices",
+    "ops.page_table.of_blocks": "page_table",
     "ops.paged_check.check_positions": "indptr",
 }
 WITH_CONTENTS = [

@@ -12,22 +12,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-from pykv import cuda
+from pykv import cuda, whole_files
 from pykv.arrays import load_cupy, on_gpu, to_host
-from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.errors import DtypeError, FormatError
 from pykv.page_arrays import (
     Ids,
     check_may_write,
@@ -76,7 +68,7 @@ def save(
     """
     op = "page_files.save"
     cuda.refuse_prepare(op, "it writes a file; pages.swap_out can be prepared")
-    facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
+    facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
     if not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
@@ -91,65 +83,9 @@ def save(
     metadata["sha256"] = _digest(metadata, table, tensors)
     text = json.dumps({"__metadata__": metadata, **table}).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
-    _replace(path, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())])
-
-
-def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
-    """Make parts the contents of a file, or leave it as it is."""
-    with _scratch(path) as file:
-        try:
-            with suppress(FileNotFoundError):
-                os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is None:
-                file.close()  # Windows renames no open file
-            os.replace(file.name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(file.name)
-            raise
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a crash may undo the renaming
-        finally:
-            os.close(folder)
-
-
-def _scratch(path: Path) -> BinaryIO:
-    """A new file beside `path`, locked while its process lives. Removes those for the same path
-    that nobody holds any more."""
-    prefix = f".pykv-{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
-    if fcntl is None:
-        return open(path.with_name(prefix + secrets.token_hex(8)), "xb")
-    for left in path.parent.glob(f"{prefix}*"):
-        with suppress(OSError), open(left, "rb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
-    while True:
-        file = open(path.with_name(prefix + secrets.token_hex(8)), "xb")
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(file.name):  # nobody has removed it before it was locked
-            return file
-        file.close()
-
-
-def _regular_path(op: str, path: str | os.PathLike[str]) -> Path:
-    """The path of a file that exists or may be made, behind symbolic links."""
-    try:
-        found = Path(os.path.realpath(os.fsdecode(path)))
-    except TypeError:
-        given = type(path).__name__
-        raise DtypeError(f"{op}: path is a {given}, expected a text or a pathlib.Path") from None
-    except ValueError as error:  # a null character
-        raise ParameterError(f"{op}: path is {path!r}: {error}") from None
-    if found.exists() and not found.is_file():
-        raise ParameterError(f"{op}: path is {found}, expected a regular file")
-    return found
+    whole_files.replace(
+        path, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())]
+    )
 
 
 def load(
@@ -184,7 +120,7 @@ def load(
     if model is not None and not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
-    facts, path = facts_of(op, "cache", cache), _regular_path(op, path)
+    facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
     with open(path, "rb") as file:
         metadata, table, begin = _read_header(op, file, path)
         count = _check_metadata(op, path, metadata, facts, model)

@@ -30,8 +30,10 @@ from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
-PUBLIC += "plan.base plan.decode transfer".split()
+PUBLIC = """
+    blocks elastic kinds kvtc.artefact kvtc.calibration kvtc.coder kvtc.stream_v0 kvtc.v0 layout
+    page_files pages plan.append plan.base plan.decode transfer
+""".split()
 PUBLIC += [f"eviction.{name}" for name in ("block_selection", "heads", "policies", "steps")]
 
 
@@ -83,7 +85,8 @@ def name_of(module, dotted):
 # What users are handed or hand on, but do not call with values of their own; or what ops call with
 # arguments that they have checked.
 UNCHECKED = """
-    errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
+    elastic.Timed elastic.CompressResult elastic.CompressResult.kept elastic.Throughput
+    elastic.Cycle errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
     transfer.Transfer.wait llm.answer.Completion layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
@@ -94,6 +97,10 @@ UNCHECKED = """
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
     specs.KVSpec.page_order specs.KVSpec.as_nhd specs.KVSpec.strides specs.KVSpec.pool_strides
     specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
+    kvtc.artefact.Text kvtc.artefact.Fingerprint kvtc.artefact.Fingerprint.difference
+    kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
+    kvtc.artefact.Artefact.check_ratio kvtc.artefact.check_artefact kvtc.artefact.problems
+    kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
@@ -113,6 +120,7 @@ def ints(*values):
 
 _memory = [np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8)]
 _FROM, _TO = (x.ctypes.data + np.array([0, 16], np.uint64) for x in _memory)
+_WIDTHS = [0, 0, 0, 0, 32, 0, 0, 32]
 _DIVISORS, _ROW_OF_HOST = np.ones(4), zeros("f4", 2, 4)
 _POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
 _NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
@@ -124,6 +132,12 @@ FUNCTIONS = {
     "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
     "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
+    "ops.compaction.compress": dict(x=zeros("f4", 8), threshold=0.5, out=zeros("f4", 8))
+    | dict(indices=zeros("i4", 8), count=zeros("i8", 1)),
+    "ops.compaction.count": dict(x=zeros("f4", 8), threshold=0.5),
+    "ops.compaction.expand": dict(values=zeros("f4", 2), indices=ints(1, 5), n=8)
+    | dict(count=np.array([2]), out=zeros("f4", 8)),
+    "ops.compaction.workspace_size": dict(n=8, itemsize=4),
     "ops.contiguous_append.read_token": dict(slot=0, token=1)
     | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     "ops.paged_check.check_pages": dict(pages=ints(1, -1), num_pages=2),
@@ -155,8 +169,19 @@ FUNCTIONS = {
     "ops.permute.block_from_operational": dict(blocks=_NHD, operational=_OPERATIONAL),
     "ops.permute.nhd_to_hnd": dict(hnd=_HND, nhd=_NHD),
     "ops.permute.hnd_to_nhd": dict(nhd=_NHD, hnd=_HND),
+    "ops.throughput.fma": dict(x=zeros("f4", 8), steps=2),
+    "ops.throughput.exp2": dict(x=zeros("f4", 8), steps=2),
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
+    "elastic.compress": dict(kv=zeros("f4", 2, 4), threshold=0.5, indices=zeros("i4", 8))
+    | dict(out=zeros("f4", 8), repetitions=1),
+    "elastic.mem_bandwidth": dict(input=zeros("f4", 8), output=zeros("f4", 8), iterations=1),
+    "elastic.mem_bandwidth_batched": dict(input=zeros("f4", 8), output=zeros("f4", 8))
+    | dict(iters_per_launch=1, num_launches=1),
+    "elastic.compute_throughput": dict(data=zeros("f4", 8), ops_per_element=2, repetitions=1),
+    "elastic.inference_cycle": dict(kv=zeros("f2", 2, 1, 9, 2, 8), q=zeros("f2", 1, 18, 2, 8))
+    | dict(decode_steps=1, keep=0.5, repetitions=1),
+    "elastic.gpu_info": {},
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),
@@ -170,6 +195,10 @@ FUNCTIONS = {
     | dict(scale=zeros("f2", 2)),
     "kinds.pack": dict(codes=zeros("i1", 2, 8)),
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
+    "kvtc.coder.quantise": dict(x=zeros("f4", 2, 64), steps=zeros("f4", 64) + 1, widths=_WIDTHS),
+    "kvtc.coder.dequantise": dict(codes=zeros("i1", 2, 64), steps=zeros("f4", 64), widths=_WIDTHS),
+    "kvtc.coder.pack": dict(codes=zeros("i1", 2, 64), widths=_WIDTHS),
+    "kvtc.coder.unpack": dict(packed=zeros("u1", 2, 20), widths=_WIDTHS),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
     "llm.sampling.SamplingParams": {},
     "eviction.block_selection.BlockSelection": dict(blocks=2, block=4, recent=8),
@@ -251,6 +280,10 @@ def _sequence(xp):
     cache.assign([2, 0])
     cache.advance(2)
     return (cache,)
+
+
+def _compressed(xp):
+    return (pykv.ops.compaction.compress(xp.ones(4, np.float32), 0.5),)
 
 
 def _spec(xp):
@@ -358,6 +391,30 @@ def _llm(xp):
     return (_loaded(),)
 
 
+_WORDS = {"a text": "the heat in the tea " * 20}
+_SMALL = dict(ratios=[2], window=64)
+
+
+@functools.cache
+def _artefact():
+    return pykv.kvtc.calibrate(_loaded(), _WORDS, **_SMALL)
+
+
+def _calibrate(xp):
+    return pykv.kvtc.calibrate, dict(model=_loaded(), texts=_WORDS, **_SMALL)
+
+
+def _compare_coders(xp):
+    given = dict(model=_loaded(), artefact=_artefact(), texts={"short": "the tea " * 10})
+    return pykv.kvtc.compare_coders, given
+
+
+def _load_artefact(xp):
+    path = Path(_folder.name) / "artefact"
+    _artefact().save(path)
+    return pykv.kvtc.Artefact.load, dict(path=path)
+
+
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -411,6 +468,17 @@ METHODS = {
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
+    "llm.generate.LLM.turn": _of(_llm, "turn"),
+    "kvtc.calibration.calibrate": _calibrate,
+    "kvtc.calibration.compare_coders": _compare_coders,
+    "kvtc.artefact.Artefact.row_bytes": _of(lambda xp: (_artefact(),), "row_bytes", ratio=2),
+    "kvtc.artefact.Artefact.as_dict": _of(lambda xp: (_artefact(),), "as_dict"),
+    "kvtc.artefact.Artefact.as_text": _of(lambda xp: (_artefact(),), "as_text"),
+    "kvtc.artefact.Artefact.save": lambda xp: (
+        _artefact().save,
+        dict(path=Path(_folder.name) / "saved"),
+    ),
+    "kvtc.artefact.Artefact.load": _load_artefact,
     "kvtc.v0.KvtcConfig": lambda xp: (
         v0.KvtcConfig,
         _given(xp, dict(mean=zeros("f4", 8), projection=zeros("f4", 8, 8))) | dict(ranges=RANGES),
@@ -440,6 +508,8 @@ METHODS = {
         eviction.decode_blocks,
         _blockwise(xp, q=_QUERIES),
     ),
+    "ops.compaction.Compressed.kept": _of(_compressed, "kept"),
+    "ops.compaction.Compressed.trimmed": _of(_compressed, "trimmed"),
     "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),

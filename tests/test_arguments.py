@@ -18,6 +18,7 @@ from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
 OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
+SLOW += ("kvtc.calibration.calibrate", "kvtc.calibration.compare_coders")
 FREE = {  # values that no function can tell from right ones
     "foreign.asarray": "x",
     "foreign.from_pointer": "owner dtype",
@@ -32,7 +33,7 @@ FREE = {  # values that no function can tell from right ones
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_arguments_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a text may be the path of a file
-    # A model is read for each value that passes, and a process begun for each chat.
+    # A model is read or run for each value that passes, and a process begun for each chat.
     assert not list(violations(name, np, with_limits=name not in SLOW))
 
 
@@ -54,7 +55,8 @@ CONTENTS = {  # entries that lead out of arrays
     **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts"), [MOST, -1]),
 }
 UNREAD = {"page_table": 3}  # an entry past the length of its sequence
-NOT_FOLLOWED = {  # entries that these calls copy or cut off, or that another check has passed
+NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed
+    "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
     "ops.page_table.from_lists": "indices",
     "ops.page_table.of_blocks": "page_table",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence, Set
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from contextlib import closing, contextmanager
 from operator import index
 from typing import Any
 
@@ -168,6 +168,13 @@ class LLM:
         """Tokens and seconds of the last call."""
         return self._scheduler.stats
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While the block runs no other thread's call does a step, and the model's GPU is the
+        current one; for work on `model` and `cache` beside calls."""
+        with self._lock, cuda.use_device(self._device):
+            yield
+
     # --- Text ---
 
     def generate(
@@ -288,7 +295,7 @@ class LLM:
         Args, Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.logits")
-        with self._lock, cuda.use_device(self._device):
+        with self.turn():
             return np.concatenate(
                 [part for part, _ in self._scheduler.logits(self._ids(token_ids, name="token_ids"))]
             )
@@ -306,7 +313,7 @@ class LLM:
         if len(ids) < 2:
             raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
         total = 0.0
-        with self._lock, cuda.use_device(self._device):
+        with self.turn():
             for logits, start in self._scheduler.logits(ids):
                 targets = ids[start + 1 : start + 1 + len(logits)]
                 logits = logits[: len(targets)]
@@ -324,14 +331,14 @@ class LLM:
         steps = self._scheduler.run([answer.sequence for answer in answers])
         try:
             while True:
-                with self._lock, cuda.use_device(self._device):
+                with self.turn():
                     if next(steps, _END) is _END:
                         return
                 for answer in answers:
                     answer.read()
                 yield
         finally:  # or pages stay taken when we are closed
-            with self._lock, cuda.use_device(self._device):
+            with self.turn():
                 steps.close()
 
     def _pieces(self, answer: Answer) -> Generator[str, None, None]:

@@ -199,3 +199,11 @@ def distance_from_draw(
     end = first + float(shares[place])
     bound = 2 * float(shares @ (below[kept] * 2.0**-22 + 2.0**-25))
     return max(first - random, random - end, 0.0), bound
+
+
+def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
+    """The elements of x whose magnitude exceeds a threshold ("gt"), or is no less ("ge"), and where
+    they stand, as int32."""
+    numbers = [abs(number) for number in x.astype(np.float64).tolist()]
+    kept = [i for i, a in enumerate(numbers) if a > threshold or (mode == "ge" and a == threshold)]
+    return x[kept], np.array(kept, np.int32)

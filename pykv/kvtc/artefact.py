@@ -1,0 +1,291 @@
+"""What a calibration found; its file is that of artefact_file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.kvtc import coder
+from pykv.options import check_whole
+
+SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
+
+
+class Text(NamedTuple):
+    """A text that a calibration used: name, `sha256` of its UTF-8, and tokens that were read."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """What a model's rows depend on.
+
+    Attributes:
+        architecture: as its file names it.
+        layers, kv_heads, head_dim: sizes.
+        pairing: of rotated elements, see rope.rotate.
+        inv_freq: [layers, pairs] float32, radians a position; zeros where a layer is not rotated.
+        sha256: names the weights, see rows.fingerprint.
+    """
+
+    architecture: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    pairing: str
+    inv_freq: Any
+    sha256: str
+
+    def difference(self, other: Fingerprint) -> str:
+        """What differs, as "layers=30, expected 32" with the other's value last; "" if nothing."""
+        for name in ("architecture", "layers", "kv_heads", "head_dim", "pairing", "sha256"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others:
+                return f"{name}={mine}, expected {others}"
+        same = np.array_equal(self.inv_freq, other.inv_freq)
+        return "" if same else "inv_freq of other values, expected those of the model"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How components are coded at one ratio, see pykv.kvtc.coder.
+
+    Attributes:
+        widths: how many components have 8, 7, ..., 1 bits, each a multiple of 32.
+        steps: [C'] float32, of the first C' = sum(widths) components; the others are dropped.
+        error: of rows that the calibration held out, the norm of (row - decoded row) over that of
+            (row - mean), both over all rows.
+    """
+
+    widths: tuple[int, ...]
+    steps: Any
+    error: float
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a coded row, a multiple of 4."""
+        return coder.row_bytes(self.widths)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Keys or values of a group of layers. A row is a token's [layer, head, dim], F elements.
+
+    Attributes:
+        mean: [F] float16.
+        basis: [F, C] float16, orthonormal columns, by falling variance.
+        plans: by ratio.
+    """
+
+    mean: Any
+    basis: Any
+    plans: dict[int, Plan]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The `layers` that share rows, and these as `k` and `v`; keys have their rotation undone."""
+
+    layers: tuple[int, ...]
+    k: Side
+    v: Side
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """What a calibration found.
+
+    Attributes:
+        model: whose rows these are.
+        groups: every layer is in one of them.
+        texts: what it was calibrated on.
+        sinks: first tokens of a sequence that are kept as float16.
+        window: last tokens of a sequence that are kept as int8, rotated by a Hadamard matrix.
+    """
+
+    model: Fingerprint
+    groups: tuple[Group, ...]
+    texts: tuple[Text, ...] = ()
+    sinks: int = SINKS
+    window: int = WINDOW
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The ratios that it has plans for, rising."""
+        return tuple(self.groups[0].k.plans)
+
+    def row_bytes(self, ratio: int) -> int:
+        """Bytes of a token's coded keys and values in all layers.
+
+        Raises:
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
+        """
+        self.check_ratio("Artefact.row_bytes", ratio)
+        sides = [side for group in self.groups for side in (group.k, group.v)]
+        return sum(side.plans[ratio].row_bytes for side in sides)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its facts without arrays, as JSON has them."""
+        model = {name: x for name, x in vars(self.model).items() if isinstance(x, (str, int))}
+        plans = [
+            {
+                "layers": list(group.layers),
+                "side": side,
+                "ratio": ratio,
+                "components": sum(plan.widths),
+                "widths": list(plan.widths),
+                "row_bytes": plan.row_bytes,
+                "error": plan.error,
+            }
+            for group in self.groups
+            for side, of_side in (("k", group.k), ("v", group.v))
+            for ratio, plan in of_side.plans.items()
+        ]
+        texts = [text._asdict() for text in self.texts]
+        return {"model": model, "texts": texts, "plans": plans, "sinks": self.sinks} | {
+            "window": self.window
+        }
+
+    def as_text(self) -> str:
+        """Bytes and held-out errors at each ratio, a line for each group of layers."""
+        tokens = sum(text.tokens for text in self.texts)
+        lines = [f"{self.model.architecture}, {tokens:,} tokens of {len(self.texts)} texts"]
+        lines.append(f"{'ratio':>5}  {'bytes a token':>13}  {'K error':>7}  {'V error':>7}  layers")
+        for ratio in self.ratios:
+            for group in self.groups:
+                k, v = group.k.plans[ratio], group.v.plans[ratio]
+                lines.append(
+                    f"{ratio:>5}  {k.row_bytes + v.row_bytes:>13,}  {k.error:>7.3f}  "
+                    f"{v.error:>7.3f}  {_ranges(group.layers)}"
+                )
+        return "\n".join(lines)
+
+    def check_ratio(self, op: str, ratio: Any) -> int:
+        """Check a ratio for an op, and return it as an int.
+
+        Raises:
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
+        """
+        whole = check_whole(op, "ratio", ratio, 1)
+        if whole not in self.ratios:
+            has = ", ".join(map(str, self.ratios))
+            raise ParameterError(f"{op}: ratio is {whole}, expected one of {has}")
+        return whole
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file, whole or not at all; one that exists is replaced.
+
+        Raises:
+            ParameterError: `path` is a folder, a pipe or a device, or a field of the artefact has
+                no such value.
+            DtypeError: `path` is no path.
+            OSError: the file cannot be written; what was there before is still there.
+        """
+        from pykv.kvtc import artefact_file
+
+        artefact_file.write("Artefact.save", path, self)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Artefact:
+        """Read what `save` wrote. Arrays are read-only views of the file's bytes.
+
+        Raises:
+            FormatError: this is no such file, it is damaged or of another version; the text names
+                the field.
+            ParameterError: `path` is a folder, a pipe or a device.
+            DtypeError: `path` is no path.
+            OSError: the file cannot be read.
+        """
+        from pykv.kvtc import artefact_file
+
+        return artefact_file.read("Artefact.load", path)
+
+
+# --- What an artefact may hold --------------------------------------------------------------------
+
+
+def problems(artefact: Artefact) -> Iterator[tuple[str, Any, str]]:
+    """Fields of an artefact that no calibration gives: name, value, what is expected instead."""
+    model, groups, ratios = artefact.model, artefact.groups, list(artefact.ratios)
+    if not 0 < len(model.architecture.encode()) <= 32:
+        yield "architecture", model.architecture, "1 to 32 bytes"
+    pairs = model.inv_freq.shape[1]
+    if 2 * pairs > model.head_dim:
+        yield "inv_freq", f"{pairs} pairs", f"at most head_dim / 2 = {model.head_dim // 2}"
+    if not (np.isfinite(model.inv_freq).all() and (model.inv_freq >= 0).all()):
+        yield "inv_freq", "a value", "finite ones, not negative"
+    if sorted(i for group in groups for i in group.layers) != list(range(model.layers)):
+        yield "groups", [group.layers for group in groups], "each layer in one of them"
+    if ratios != sorted(set(ratios)) or ratios[0] < 1:
+        yield "ratios", ratios, "rising ones"
+    for text in artefact.texts:
+        if not (text.name.isprintable() and 0 < len(text.name.encode()) <= 96):
+            yield "texts", text.name, "printable names of 1 to 96 bytes"
+        if text.tokens < 1:
+            yield "texts", text.tokens, "at least 1 token"
+    for group in groups:
+        F = len(group.layers) * model.kv_heads * model.head_dim
+        for side in (group.k, group.v):
+            if list(side.plans) != ratios:
+                yield "plans", list(side.plans), f"those of ratios {ratios}"
+            yield from _problems_of_side(side, F)
+
+
+def _problems_of_side(side: Side, F: int) -> Iterator[tuple[str, Any, str]]:
+    C = side.basis.shape[1] if side.basis.ndim == 2 else 0
+    if side.mean.shape != (F,) or side.mean.dtype != np.float16:
+        yield "mean", f"{side.mean.dtype}{list(side.mean.shape)}", f"float16 [{F}]"
+    if side.basis.shape != (F, C) or side.basis.dtype != np.float16 or not 0 < C <= F:
+        yield "basis", f"{side.basis.dtype}{list(side.basis.shape)}", f"float16 [{F}, C <= {F}]"
+    if not np.isfinite(side.mean).all():
+        yield "mean", "a value", "finite ones"
+    norms = np.einsum("fc,fc->c", side.basis, side.basis, dtype=np.float32)
+    if not (abs(norms - 1) < 0.01).all():
+        yield "basis", "a column", "columns of length 1"
+    for ratio, plan in side.plans.items():
+        counts, steps, total = plan.widths, plan.steps, sum(plan.widths)
+        if len(counts) != len(coder.WIDTHS) or any(n % coder.GROUP or n < 0 for n in counts):
+            yield "widths", counts, f"eight multiples of {coder.GROUP}"
+        if not 0 < total <= C:
+            yield "widths", counts, f"1 to {C} components"
+        if plan.row_bytes * ratio > 2 * F:
+            yield "widths", counts, f"at most {2 * F // ratio} bytes a row at ratio {ratio}"
+        if steps.shape != (total,) or steps.dtype != np.float32:
+            yield "steps", f"{steps.dtype}{list(steps.shape)}", f"float32 [{total}]"
+        if not (np.isfinite(steps).all() and (steps > 0).all()):
+            yield "steps", "a value", "positive finite ones"
+        if not 0 <= plan.error < np.inf:
+            yield "error", plan.error, "a finite number"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Layers as "0-4, 6"."""
+    runs: list[list[int]] = []
+    for i in layers:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
+
+
+def check_artefact(op: str, artefact: Any) -> Artefact:
+    """Check that an argument of an op, `artefact`, is an Artefact, and return it.
+
+    Raises:
+        DtypeError: it is something else.
+    """
+    if not isinstance(artefact, Artefact):
+        given = type(artefact).__name__
+        raise DtypeError(f"{op}: artefact is a {given}, expected a pykv.kvtc.Artefact")
+    return artefact

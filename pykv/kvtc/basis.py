@@ -1,0 +1,123 @@
+"""The basis of rows: their mean and their principal components, from a Gram matrix.
+
+Dimensions: n rows, F features, C components. All runs in NumPy or in CuPy; of CuPy it takes matrix
+products alone, which need cuBLAS. Small factorisations run on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import to_host
+from pykv.errors import NumberError
+
+Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, some at a time
+
+SMALL = 2048  # features of which the host decomposes the Gram matrix
+_LEAF = 512  # rows of a matrix that the host factorises
+_MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # of the energy that the basis misses
+
+
+def mean_of(blocks: Blocks) -> Any:
+    """The mean of rows, float16 [F], which are summed in float64."""
+    total: Any = 0
+    count = 0
+    for rows in blocks():
+        total = total + rows.sum(axis=0, dtype=np.float64)
+        count += len(rows)
+    return (total / count).astype(np.float16)
+
+
+def gram_of(blocks: Blocks, mean: Any) -> Any:
+    """The Gram matrix [F, F] float32 of rows less their mean."""
+    gram: Any = 0
+    for rows in blocks():
+        centred = rows.astype(np.float32)
+        centred -= mean
+        gram += centred.T @ centred
+    return gram
+
+
+def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
+    """The `count` orthonormal columns [F, count] float32 that keep most of a Gram matrix, by
+    falling energy.
+
+    Args:
+        gram: [F, F] float32, symmetric.
+        count: at most F.
+        xp: `numpy` or `cupy`, whose arrays these are.
+        small: up to so many features the host decomposes the matrix. Above, an orthogonal iteration
+            begins with random columns; it ends where the energy that its columns miss falls by less
+            than a fiftieth. Columns of nearly equal energy come out mixed, which costs a coder
+            next to nothing: 1 % of SmolLM2's error.
+
+    Raises:
+        NumberError: the Gram matrix has fewer directions than `count`.
+    """
+    F = len(gram)
+    if F <= small:
+        _, vectors = np.linalg.eigh(to_host(gram))
+        return xp.asarray(np.ascontiguousarray(vectors[:, : -count - 1 : -1]))
+    total = float(xp.trace(gram))
+    columns = np.random.default_rng(0).standard_normal((F, count), np.float32)
+    q = orthonormal(xp.asarray(columns), xp)
+    missed = np.inf
+    for _ in range(_MOST_ITERATIONS):
+        y = gram @ q
+        before, missed = missed, total - float((q * y).sum(dtype=np.float64))
+        if before - missed <= _TOLERANCE * missed:
+            break
+        q = orthonormal(y, xp)
+    return orthonormal(q, xp, least=0.5)  # they are almost, where there are as many directions
+
+
+def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:
+    """Orthonormal columns of which the first j span what the first j of `y` [F, C] float32 do, by a
+    Cholesky factorisation in float64.
+
+    Raises:
+        NumberError: a column has no more than `least` of its length outside the span of those
+            before it.
+    """
+    y = y / xp.sqrt((y * y).sum(axis=0))
+    products: Any = 0
+    for start in range(0, len(y), 4096):
+        rows = y[start : start + 4096].astype(np.float64)
+        products += rows.T @ rows
+    inverse = inverse_cholesky(products, xp)
+    if not bool((xp.diagonal(inverse) * least < 1).all()):
+        raise _too_few()
+    return y @ inverse.T.astype(np.float32)
+
+
+def inverse_cholesky(a: Any, xp: Any) -> Any:
+    """The inverse of the lower Cholesky factor of `a` [n, n] float64, by halves: matrix products,
+    and factors of small matrices on the host.
+
+    Raises:
+        NumberError: `a` is not positive definite.
+    """
+    n = len(a)
+    if n <= _LEAF:
+        try:
+            return xp.asarray(np.linalg.inv(np.linalg.cholesky(to_host(a))))
+        except np.linalg.LinAlgError:
+            raise _too_few() from None
+    half = n // 2
+    first = inverse_cholesky(a[:half, :half], xp)
+    below = a[half:, :half] @ first.T
+    second = inverse_cholesky(a[half:, half:] - below @ below.T, xp)
+    whole = xp.zeros_like(a)
+    whole[:half, :half], whole[half:, half:] = first, second
+    whole[half:, :half] = -(second @ (below @ first))
+    return whole
+
+
+def _too_few() -> NumberError:
+    return NumberError(
+        "kvtc.calibrate: rows have fewer directions than components are wanted; give more text, or "
+        "a smaller rank"
+    )

@@ -1,0 +1,378 @@
+"""Calibration: from a model and texts to an artefact."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykv import whole_files
+from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
+from pykv.kvtc import groups as groups_coder
+from pykv.kvtc import plans
+from pykv.kvtc import rows as rows_of
+from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
+from pykv.kvtc.coder import GROUP
+from pykv.llm import LLM, memory
+from pykv.ops import linear
+from pykv.options import check_flag, check_whole
+
+RATIOS = (8, 16, 32, 64)
+HELD = 6  # one row of so many is held out,
+MOST_HELD = 8192  # but not more in all
+_ROWS_PER_FEATURE = 2  # fewer rows give a basis of their noise
+_WINDOW = 1024  # tokens
+_BLOCK = 4096  # rows on the device at a time
+_OP = "kvtc.calibrate"
+
+
+def calibrate(
+    model: LLM | str,
+    texts: Mapping[str, str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    ratios: Sequence[int] = RATIOS,
+    groups: str | int | Sequence[Sequence[int]] = "joint",
+    tokens: int | None = None,
+    window: int | None = None,
+    rank: int | None = None,
+    progress: bool = False,
+) -> Artefact:
+    """Find the basis of a model's keys and values, and what to keep of them at each ratio.
+
+    The model reads the texts in windows, each from an empty cache. Basis and mean are fitted to the
+    first five sixths of each text, steps and bits to the last sixth, whose errors the plans carry.
+
+    Args:
+        model: an LLM, on whose device all runs, or what pykv.LLM takes.
+        texts: by name. Kinds matter more than amounts: take four and more that resemble what the
+            caches will hold. Two rows for each feature are needed: 11,520 tokens for SmolLM2 135M.
+        out: where the artefact is saved. Beside it, in `out`.rows, rows are kept until it is, so
+            that a run that was interrupted goes on where it ended. None: in memory, and not saved.
+        ratios: of float16 rows to coded ones.
+        groups: layers that share a basis: "joint", all; "windows", those that see all keys and
+            those of each sliding window apart; a number, so many in sequence; or lists of layers.
+            More layers together need fewer bits: with groups of 5 layers of 30 the error is a third
+            larger.
+        tokens: that are read at most, an equal share of each text; None: all.
+        window: tokens of a window; None: 1,024, or the context where that is less.
+        rank: components at most, a multiple of 32; None: half of the features.
+        progress: show bars, and what memory is needed, on stderr.
+
+    Returns:
+        The artefact.
+
+    Raises:
+        ParameterError: there is too little text, an option is out of its range, no plan reaches a
+            ratio, or another process calibrates to `out`.
+        DtypeError: an argument has another type.
+        CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
+        InstallError: CuPy finds no cuBLAS.
+        NumberError: keys or values are not finite in float16, or have fewer directions than `rank`.
+        OSError: a file cannot be written.
+
+    Waits for the GPU. Source: KVTC (arXiv 2511.01815), but for the coder, see pykv.kvtc.coder.
+    """
+    check_flag(_OP, "progress", progress)
+    path = None if out is None else whole_files.regular_path(_OP, out, "out")
+    texts = _checked_texts(_OP, texts)
+    chosen = _checked_ratios(ratios)
+    if not isinstance(model, (LLM, str)):
+        raise DtypeError(f"{_OP}: model is a {type(model).__name__}, expected a pykv.LLM or a text")
+    llm = LLM(model, progress=progress) if isinstance(model, str) else model
+    if llm.xp is not np and not linear.has_cublas():
+        raise InstallError(
+            f"{_OP}: CuPy finds no cuBLAS, expected the package nvidia-cublas (CUDA 13) or "
+            'nvidia-cublas-cu12 (CUDA 12); device="cpu" needs none'
+        )
+    config = llm.model.config
+    if window is None:
+        window = min(_WINDOW, config.context)
+    window = check_whole(_OP, "window", window, SINKS + 2, config.context)
+    layers = _checked_groups(groups, config.windows)
+    width = config.kv_heads * config.head_dim
+    widest = width * max(map(len, layers))
+    most = _checked_rank(rank, widest)
+    for of_group in layers:
+        for ratio in chosen:
+            plans.budget(width * len(of_group), ratio)
+
+    ids, named = _tokens(_OP, llm, texts, tokens)
+    bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
+    windows = rows_of.windows_of(ids, window, bos)
+    counts = [max(0, len(w.ids) - SINKS) for w in windows]
+    if sum(counts) < _ROWS_PER_FEATURE * widest:
+        raise ParameterError(
+            f"{_OP}: texts has {sum(map(len, ids)):,} tokens, expected at least "
+            f"{_ROWS_PER_FEATURE * widest + SINKS * len(windows):,}: two for each of {widest:,} "
+            f"features, and {SINKS} for each window"
+        )
+    model_facts = rows_of.fingerprint(llm.file, llm.model)
+    facts = dict(
+        model=model_facts.sha256, window=window, sinks=SINKS, texts=[list(t) for t in named]
+    )
+    _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
+    kept = None if path is None else path.with_name(path.name + ".rows")
+    with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:
+        _collect(llm, windows, rows, progress)
+        select = _split(windows, counts)
+        with _bar(progress, 2 * len(layers), "bases", "") as bar:
+
+            def side(which: int, of_group: tuple[int, ...]) -> Side:
+                with llm.turn():
+                    found = _fit(rows, which, of_group, width, select, chosen, most, llm.xp)
+                bar.update(1)
+                return found
+
+            fitted = tuple(Group(x, side(0, x), side(1, x)) for x in layers)
+        artefact = Artefact(model_facts, fitted, named)
+        if path is not None:
+            artefact.save(path)
+        rows.remove()
+    return artefact
+
+
+def compare_coders(
+    model: LLM, artefact: Artefact, texts: Mapping[str, str], *, tokens: int | None = None
+) -> list[tuple[tuple[int, ...], str, groups_coder.Comparison]]:
+    """The static coder beside the paper's on rows of texts, both planned on these very rows, at the
+    final bytes of the paper's.
+
+    Args:
+        model: an LLM, that the artefact is of.
+        artefact: whose bases and ratios are taken.
+        texts: by name.
+        tokens: that are read at most, an equal share of each text; None: all.
+
+    Returns:
+        Layers, "k" or "v", and the comparison, for each group of layers, side and ratio.
+
+    Raises:
+        ParameterError: the artefact is of another model, or there are too few tokens for a row.
+        DtypeError: an argument has another type.
+
+    Runs on the host but for the model. Takes a minute or two for each side of 6,000 features.
+    """
+    op = "kvtc.compare_coders"
+    check_artefact(op, artefact)
+    if not isinstance(model, LLM):
+        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
+    facts = rows_of.fingerprint(model.file, model.model)
+    if difference := artefact.model.difference(facts):
+        raise ParameterError(f"{op}: artefact has {difference}")
+    ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)
+    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    windows = rows_of.windows_of(ids, min(_WINDOW, model.model.config.context), bos)
+    counts = [max(0, len(w.ids) - SINKS) for w in windows]
+    if not sum(counts):
+        raise ParameterError(f"{op}: texts has {sum(map(len, ids))} tokens, expected more")
+    width = facts.kv_heads * facts.head_dim
+    rows = rows_of.Rows(width * facts.layers, counts)
+    _collect(model, windows, rows, False)
+    found = []
+    for group in artefact.groups:
+        columns = _columns(group.layers, width)
+        for side, of_side in enumerate((group.k, group.v)):
+            every = [slice(None)] * len(windows)
+            centred = np.concatenate([*rows.blocks(side, columns, every, _BLOCK)]).astype(
+                np.float32
+            )
+            centred -= of_side.mean
+            kept = centred @ of_side.basis.astype(np.float32)
+            dropped = float(np.square(centred).sum(dtype=np.float64)) - float(
+                np.square(kept).sum(dtype=np.float64)
+            )
+            for one in groups_coder.compare(kept, dropped, len(of_side.mean), artefact.ratios):
+                found.append((group.layers, "kv"[side], one))
+    return found
+
+
+def _checked_rank(rank: int | None, features: int) -> int:
+    """Components at most of the widest group, a multiple of 32."""
+    most = features // GROUP * GROUP
+    if not most:
+        raise ParameterError(f"{_OP}: rows have {features} features, expected at least {GROUP}")
+    if rank is None:
+        return max(GROUP, features // 2 // GROUP * GROUP)
+    if check_whole(_OP, "rank", rank, GROUP, most) % GROUP:
+        raise ParameterError(f"{_OP}: rank is {rank}, expected a multiple of {GROUP}")
+    return int(rank)
+
+
+def _checked_texts(op: str, texts: Any) -> dict[str, str]:
+    if not isinstance(texts, Mapping):
+        raise DtypeError(
+            f"{op}: texts is a {type(texts).__name__}, expected a mapping of names to texts"
+        )
+    for name, text in texts.items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise DtypeError(f"{op}: texts has {name!r:.40}, expected names and texts alone")
+        if not (name.isprintable() and 0 < len(name.encode()) <= 96):
+            raise ParameterError(
+                f"{op}: texts has the name {name!r:.200}, expected 1 to 96 printable bytes"
+            )
+    return dict(texts)
+
+
+def _checked_ratios(ratios: Any) -> tuple[int, ...]:
+    try:
+        given = list(ratios)
+    except TypeError:
+        raise DtypeError(f"{_OP}: ratios is {ratios!r:.80}, expected whole numbers") from None
+    found = tuple(check_whole(_OP, "ratios", ratio, 2, 1024) for ratio in given)
+    if not found or list(found) != sorted(set(found)):
+        raise ParameterError(f"{_OP}: ratios is {ratios!r:.80}, expected rising numbers")
+    return found
+
+
+def _checked_groups(groups: Any, windows: tuple[int | None, ...]) -> list[tuple[int, ...]]:
+    """Layers of each group."""
+    L = len(windows)
+    if groups == "joint" and isinstance(groups, str):
+        return [tuple(range(L))]
+    if groups == "windows" and isinstance(groups, str):
+        kinds = dict.fromkeys(windows)  # in the order of layers
+        return [tuple(i for i in range(L) if windows[i] == kind) for kind in kinds]
+    if isinstance(groups, (str, bytes)):
+        raise ParameterError(f"{_OP}: groups is {groups!r:.80}, expected joint, windows or layers")
+    if not isinstance(groups, Sequence):
+        size = check_whole(_OP, "groups", groups, 1, L)
+        return [tuple(range(i, min(i + size, L))) for i in range(0, L, size)]
+    try:
+        found = [tuple(check_whole(_OP, "groups", i, 0, L - 1) for i in group) for group in groups]
+    except TypeError:
+        raise DtypeError(f"{_OP}: groups is {groups!r:.80}, expected lists of layers") from None
+    if sorted(i for group in found for i in group) != list(range(L)) or not all(found):
+        raise ParameterError(
+            f"{_OP}: groups is {groups!r:.80}, expected each of {L} layers in one of them"
+        )
+    return [tuple(sorted(group)) for group in found]
+
+
+def _tokens(
+    op: str, llm: LLM, texts: dict[str, str], most: int | None
+) -> tuple[list[list[int]], tuple[Text, ...]]:
+    """Ids of each text, an equal share of `most` each, and what the artefact says of them."""
+    ids = [llm.tokenizer.encode(text, bos=False) for text in texts.values()]
+    if most is not None:
+        share = check_whole(op, "tokens", most, 1) // max(1, len(ids))
+        ids = [of_text[:share] for of_text in ids]
+    named = tuple(
+        Text(name, hashlib.sha256(text.encode()).hexdigest(), len(of_text))
+        for (name, text), of_text in zip(texts.items(), ids, strict=True)
+        if of_text
+    )
+    return [of_text for of_text in ids if of_text], named
+
+
+def _require(
+    path: Path | None, count: int, total: int, widest: int, rank: int, xp: Any, progress: bool
+) -> None:
+    """Say what memory and disk a calibration takes, and CapacityError where they are too small."""
+    stored = 4 * count * total  # K and V in float16
+    held = min(count // HELD, MOST_HELD)
+    fit = 4 * (2 * widest**2 + 5 * widest * rank + 3 * held * rank + 2 * _BLOCK * widest)
+    of_host = stored if path is None else 0
+    if progress:
+        where = "memory" if path is None else f"{path.name}.rows"
+        print(
+            f"pykv: {count:,} rows of {total:,} features: {stored / 1e9:.2f} GB in {where}, "
+            f"{fit / 1e9:.2f} GB of {'memory' if xp is np else 'GPU memory'} to fit",
+            file=sys.stderr,
+        )
+    needs = [(fit + of_host, xp)] if xp is np else [(fit, xp), (of_host, np)]
+    for need, place in needs:
+        free = memory.free(place)
+        if free is not None and need > free:
+            where = "the host" if place is np else "the GPU"
+            raise CapacityError(
+                f"{_OP}: {need / 1e9:.2f} GB are needed, but {where} has {free / 1e9:.2f} GB free; "
+                "fewer layers in a group or a smaller rank need less"
+            )
+    if path is not None:
+        existing = path.with_name(path.name + ".rows")
+        there = existing.stat().st_size if existing.exists() else 0
+        free = shutil.disk_usage(path.parent).free
+        if stored - there > free:
+            raise CapacityError(
+                f"{_OP}: {existing} needs {stored:,} bytes, expected at most the {free:,} that are "
+                "free on its disk"
+            )
+
+
+def _collect(llm: LLM, windows: list[rows_of.Window], rows: rows_of.Rows, progress: bool) -> None:
+    """Add the rows of all windows that are not there."""
+    with _bar(progress, sum(len(w.ids) for w in windows), "rows", "tok") as bar:
+        bar.update(sum(len(w.ids) for w in windows[: len(rows)]))
+        for window in windows[len(rows) :]:
+            with llm.turn():
+                pair = rows_of.collect(llm.model, window.ids, llm.xp)
+                rows.append(*(x[SINKS:].reshape(-1, rows.features) for x in pair))
+            bar.update(len(window.ids))
+
+
+def _split(windows: list[rows_of.Window], counts: list[int]) -> tuple[list[slice], list[slice]]:
+    """Rows of each window that the basis sees, and those held out: the last ones of each text."""
+    of_text: dict[int, int] = {}
+    for window, count in zip(windows, counts, strict=True):
+        of_text[window.text] = of_text.get(window.text, 0) + count
+    share = min(1 / HELD, MOST_HELD / sum(counts))
+    left = {text: count - max(1, round(count * share)) for text, count in of_text.items()}
+    seen, held = [], []
+    for window, count in zip(windows, counts, strict=True):
+        first = min(count, left[window.text])
+        left[window.text] -= first
+        seen.append(slice(0, first))
+        held.append(slice(first, count))
+    return seen, held
+
+
+def _fit(
+    rows: rows_of.Rows,
+    side: int,
+    layers: tuple[int, ...],
+    width: int,
+    select: tuple[list[slice], list[slice]],
+    ratios: tuple[int, ...],
+    rank: int,
+    xp: Any,
+) -> Side:
+    """Fit the keys (0) or the values (1) of some layers."""
+    features, columns = width * len(layers), _columns(layers, width)
+
+    def blocks(chosen: list[slice]) -> Iterator[Any]:
+        return map(xp.asarray, rows.blocks(side, columns, chosen, _BLOCK))
+
+    seen, held = (partial(blocks, chosen) for chosen in select)
+    rank = min(rank, features // GROUP * GROUP)
+    return plans.fit(seen, held, features, ratios, rank, xp)
+
+
+def _columns(layers: tuple[int, ...], width: int) -> Any:
+    """Where the elements of some layers lie in a row, a slice where they lie together."""
+    first, stop = layers[0], layers[-1] + 1
+    if stop - first == len(layers):
+        return slice(first * width, stop * width)
+    return (np.array(layers)[:, None] * width + np.arange(width)).reshape(-1)
+
+
+def _bar(progress: bool, total: int, what: str, unit: str) -> Any:
+    """A bar on stderr, or what takes its place."""
+    if not progress:
+        return nullcontext(_Silent())
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, leave=False)
+
+
+class _Silent:
+    def update(self, n: int) -> None:
+        pass

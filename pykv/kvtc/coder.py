@@ -1,0 +1,140 @@
+"""The static coder: components of a row to bits and back, by steps and widths that are fixed.
+
+A row has C components, whose widths fall from 8 bits to 1. `widths` counts those of 8, 7, ..., 1
+bits, each a multiple of 32. A component x of width b and step s gets the code
+
+    clip(floor(x / s), -h, h - 1), h = 2^(b-1),    which decodes to (code + 0.5) * s
+
+in float32, with a true division. Components of one width are packed in groups of 32: a group is b
+little-endian uint32 words, and bits [j * b, (j + 1) * b) of the integer that they form are code + h
+of its component j. So each row takes `row_bytes(widths)` bytes, whatever it holds.
+
+These functions are the definition, in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv.errors import DtypeError, ParameterError, ShapeError
+from pykv.options import check_whole
+
+WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits, in the order of `widths`
+GROUP = 32  # components that are packed together
+
+
+def check_widths(op: str, widths: Any) -> tuple[int, ...]:
+    """Check `widths` of an op, the numbers of components of each width, and return them as ints.
+
+    Raises:
+        DtypeError: one is no whole number.
+        ParameterError: they are not eight multiples of 32.
+    """
+    try:
+        given = tuple(widths)
+    except TypeError:
+        given = ()
+    if len(given) != len(WIDTHS):
+        raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")
+    counts = tuple(check_whole(op, "widths", count, 0, 2**31) for count in given)
+    if any(count % GROUP for count in counts):
+        raise ParameterError(f"{op}: widths is {counts}, expected multiples of {GROUP}")
+    return counts
+
+
+def bits_of(widths: Sequence[int]) -> Any:
+    """Bits of each component, uint8 [C], falling, from `widths`."""
+    return np.repeat(np.array(WIDTHS, np.uint8), widths)
+
+
+def row_bytes(widths: Sequence[int]) -> int:
+    """Bytes of a packed row of these `widths`, a multiple of 4."""
+    return sum(bits * count for bits, count in zip(WIDTHS, widths, strict=True)) // 8
+
+
+def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
+    """Codes of components [n, C] float32, int8 [n, C]. NaN gets the lowest code.
+
+    Args:
+        x: [n, C] float32.
+        steps: [C] float32, positive.
+        widths: components of 8, 7, ..., 1 bits, C in all.
+
+    Raises:
+        ShapeError: sizes disagree.
+        DtypeError: an array is no NumPy array of its type.
+        ParameterError: `widths` are not eight multiples of 32.
+
+    >>> x = np.array([[0.9] * 32 + [-3.0] * 32], np.float32)
+    >>> steps = np.full(64, 0.5, np.float32)
+    >>> codes = pykv.kvtc.coder.quantise(x, steps, (0, 0, 0, 0, 0, 0, 32, 32))
+    >>> codes[0, 0], codes[0, -1]
+    (np.int8(1), np.int8(-1))
+    """
+    widths = _check("quantise", widths, x=x, steps=steps)
+    half = np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32))
+    return np.fmin(np.fmax(np.floor(x / steps), -half), half - 1).astype(np.int8)
+
+
+def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
+    """Components float32 [n, C] of codes int8 [n, C]; arguments and errors as of `quantise`."""
+    widths = _check("dequantise", widths, codes=codes, steps=steps)
+    return (codes + np.float32(0.5)) * steps
+
+
+def pack(codes: Any, widths: Sequence[int]) -> Any:
+    """Packed rows uint8 [n, row_bytes] of codes int8 [n, C]; errors as of `quantise`."""
+    widths = _check("pack", widths, codes=codes)
+    n = len(codes)
+    packed = np.empty((n, row_bytes(widths)), np.uint8)
+    for bits, count, of_codes, of_bytes in _sections(widths):
+        fields = (codes[:, of_codes] + np.int16(1 << bits >> 1)).astype(np.uint8)
+        planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
+        packed[:, of_bytes] = np.packbits(
+            planes.reshape(n, count * bits), axis=1, bitorder="little"
+        )
+    return packed
+
+
+def unpack(packed: Any, widths: Sequence[int]) -> Any:
+    """Codes int8 [n, C] of packed rows uint8 [n, row_bytes]; errors as of `quantise`."""
+    widths = _check("unpack", widths, packed=packed)
+    n = len(packed)
+    codes = np.empty((n, sum(widths)), np.int8)
+    for bits, count, of_codes, of_bytes in _sections(widths):
+        planes = np.unpackbits(packed[:, of_bytes], axis=1, bitorder="little")
+        fields = np.packbits(planes.reshape(n, count, bits), axis=2, bitorder="little")[..., 0]
+        codes[:, of_codes] = fields.astype(np.int16) - (1 << bits >> 1)
+    return codes
+
+
+def _sections(widths: Sequence[int]) -> Iterator[tuple[int, int, slice, slice]]:
+    """Of each width that occurs: bits, number of components, where these lie, and their bytes."""
+    component = byte = 0
+    for bits, count in zip(WIDTHS, widths, strict=True):
+        if count:
+            size = bits * count // 8
+            yield bits, count, slice(component, component + count), slice(byte, byte + size)
+            component, byte = component + count, byte + size
+
+
+def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
+    """Check arrays against widths, and return these."""
+    op = f"kvtc.coder.{name}"
+    counts = check_widths(op, widths)
+    C = sum(counts)
+    rules = {"x": (np.float32, C), "codes": (np.int8, C), "steps": (np.float32, C)}
+    rules["packed"] = np.uint8, row_bytes(counts)
+    for argument, array in arrays.items():
+        dtype, size = rules[argument]
+        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+            given = getattr(array, "dtype", type(array).__name__)
+            expected = f"a NumPy array of {np.dtype(dtype)}"
+            raise DtypeError(f"{op}: {argument} is of {given}, expected {expected}")
+        if array.ndim != (1 if argument == "steps" else 2) or array.shape[-1] != size:
+            expected = f"[{size}]" if argument == "steps" else f"[n, {size}]"
+            raise ShapeError(f"{op}: {argument} has shape {array.shape}, expected {expected}")
+    return counts

@@ -1,0 +1,180 @@
+"""Steps and bits of components: what the static coder keeps of a row at a ratio.
+
+All of it is found on rows that the basis has not seen. With too few rows to fit a basis, those that
+it has seen promise an error several times too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import to_host
+from pykv.errors import ParameterError
+from pykv.kvtc.artefact import Plan, Side
+from pykv.kvtc.basis import Blocks, components, gram_of, mean_of
+from pykv.kvtc.coder import GROUP, WIDTHS, bits_of
+
+# The best uniform steps for a Gaussian of deviation 1, by bits (Max, 1960), and what they are
+# multiplied by: components have heavier tails. Smaller steps suit rows that are held out by chance,
+# and clip others.
+GAUSSIAN_STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.057, 8: 0.031}
+STRETCHES = (1.0, 1.1, 1.22, 1.36, 1.5, 1.75)
+_ROWS = 256  # of a pass over components, so that they stay in a core's cache
+
+
+def fit(
+    seen: Blocks, held: Blocks, features: int, ratios: Sequence[int], rank: int, xp: Any
+) -> Side:
+    """Fit a basis to rows, and plans to others.
+
+    Args:
+        seen, held: rows [n, F] float16 of `xp`, for the basis and for the plans.
+        features: F.
+        ratios: of float16 rows to coded ones.
+        rank: components at most, a multiple of 32.
+        xp: `numpy` or `cupy`.
+
+    Raises:
+        ParameterError: a ratio leaves no bit for 32 components.
+        NumberError: rows have fewer directions than `rank`.
+    """
+    budgets = {ratio: budget(features, ratio) for ratio in ratios}
+    mean = mean_of(seen)
+    wide = components(gram_of(seen, mean), rank, xp)
+    basis = wide.astype(np.float16)
+    kept = xp.concatenate([part for part, _ in _projected(held, mean, basis)])
+    energy = (kept * kept).sum(axis=0)
+    order = xp.argsort(-energy)
+    basis, kept = basis[:, order], kept[:, order]
+    errors, steps = best_steps(kept, xp)
+    counts = {ratio: allocate(errors, budgets[ratio]) for ratio in ratios}
+    basis = xp.ascontiguousarray(basis[:, : max(sum(widths) for widths in counts.values())])
+    chosen = {
+        ratio: xp.asarray(steps[bits_of(widths), np.arange(sum(widths))])
+        for ratio, widths in counts.items()
+    }
+    relative = _measure(held, mean, basis, {r: (counts[r], chosen[r]) for r in ratios}, xp)
+    plans = {r: Plan(counts[r], to_host(chosen[r]), relative[r]) for r in ratios}
+    return Side(to_host(mean), to_host(basis), plans)
+
+
+def budget(features: int, ratio: int) -> int:
+    """Units of 32 bits of a row of F float16 at a ratio.
+
+    Raises:
+        ParameterError: there is none.
+    """
+    units = features // (2 * ratio)
+    if not units:
+        raise ParameterError(
+            f"kvtc.calibrate: ratios has {ratio}, expected at most {features // 2} for rows of "
+            f"{features} features"
+        )
+    return units
+
+
+def best_steps(kept: Any, xp: Any) -> tuple[Any, Any]:
+    """Squared errors and steps of each component by its bits, [9, C] float64 and float32 on the
+    host; with 0 bits the error is the component's energy and the step means nothing.
+
+    Args:
+        kept: [n, C] float32, components of rows.
+    """
+    energy = (kept * kept).sum(axis=0, dtype=np.float64)
+    sigma = xp.sqrt(energy / len(kept))
+    sigma = xp.maximum(sigma, 1e-6 * sigma.max() + 1e-30).astype(np.float32)
+    errors = np.empty((9, kept.shape[1]))
+    steps = np.ones((9, kept.shape[1]), np.float32)
+    errors[0] = to_host(energy)
+    for bits in reversed(WIDTHS):
+        tried = [sigma * np.float32(GAUSSIAN_STEPS[bits] * stretch) for stretch in STRETCHES]
+        sums = xp.stack([_squared_errors(kept, step, 1 << bits >> 1, xp) for step in tried])
+        best = sums.argmin(axis=0)
+        errors[bits] = to_host(sums.min(axis=0))
+        steps[bits] = to_host(xp.take_along_axis(xp.stack(tried), best[None], axis=0)[0])
+    return errors, steps
+
+
+def _squared_errors(kept: Any, steps: Any, half: int, xp: Any) -> Any:
+    """Of each component, summed over rows: float64 [C]."""
+    total: Any = 0
+    for start in range(0, len(kept), _ROWS if xp is np else len(kept)):
+        x = kept[start : start + _ROWS] if xp is np else kept
+        difference = coded(x, steps, half, xp) - x
+        total = total + (difference * difference).sum(axis=0, dtype=np.float64)
+    return total
+
+
+def coded(x: Any, steps: Any, half: Any, xp: Any) -> Any:
+    """What is decoded of components, as pykv.kvtc.coder defines it; `half` is 2^(bits - 1)."""
+    codes = xp.clip(xp.floor(x / steps), -half, half - 1)
+    return (codes + np.float32(0.5)) * steps
+
+
+def allocate(errors: Any, units: int) -> tuple[int, ...]:
+    """Widths of least error: how many components have 8, 7, ..., 1 bits, each a multiple of 32.
+
+    Exact among widths that fall: a dynamic program over groups of 32 components, the bits of a
+    group, and the units spent.
+
+    Args:
+        errors: [9, C] squared error of each component by its bits; C is a multiple of 32.
+        units: of 32 bits, at most, for a row.
+
+    >>> errors = 4.0 ** -np.arange(9)[:, None] * np.repeat([9.0, 1.0], 32)
+    >>> pykv.kvtc.plans.allocate(errors, 4)  # bits go to the larger group first
+    (0, 0, 0, 0, 0, 32, 0, 32)
+    """
+    of_groups = np.asarray(errors, np.float64).reshape(9, -1, GROUP).sum(axis=2)
+    count = of_groups.shape[1]
+    least = np.full((9, units + 1), np.inf)  # by bits of the last group, and units spent
+    least[8, 0] = 0
+    came_from = np.empty((count, 9, units + 1), np.uint8)
+    for g in range(count):
+        # The best predecessor of at least so many bits, for all bits at once.
+        best, origin = least.copy(), np.repeat(np.arange(9, dtype=np.uint8)[:, None], units + 1, 1)
+        for bits in range(7, -1, -1):
+            better = best[bits + 1] < best[bits]
+            best[bits] = np.where(better, best[bits + 1], best[bits])
+            origin[bits] = np.where(better, origin[bits + 1], origin[bits])
+        came_from[g] = origin
+        least.fill(np.inf)
+        for bits in range(min(8, units) + 1):
+            least[bits, bits:] = best[bits, : units + 1 - bits] + of_groups[bits, g]
+    place = np.unravel_index(least.argmin(), least.shape)
+    bits, spent = map(int, place)
+    counts = [0] * 9
+    for g in range(count - 1, -1, -1):
+        counts[bits] += GROUP
+        spent -= bits
+        bits = int(came_from[g, bits, spent])
+    return tuple(counts[:0:-1])
+
+
+def _projected(rows: Blocks, mean: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
+    """Components of rows, and the rows less their mean, float32, block by block."""
+    wide = basis.astype(np.float32)
+    for part in rows():
+        centred = part.astype(np.float32)
+        centred -= mean
+        yield centred @ wide, centred
+
+
+def _measure(
+    rows: Blocks, mean: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
+) -> dict[int, float]:
+    """The relative error of rows that are coded and decoded, by ratio."""
+    wide = basis.astype(np.float32)
+    total, errors = 0.0, dict.fromkeys(plans, 0.0)
+    for kept, centred in _projected(rows, mean, basis):
+        total += float((centred * centred).sum(dtype=np.float64))
+        for ratio, (widths, steps) in plans.items():
+            C = sum(widths)
+            half = xp.asarray(np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32)))
+            decoded = coded(kept[:, :C], steps, half, xp) @ wide[:, :C].T
+            decoded -= centred
+            errors[ratio] += float((decoded * decoded).sum(dtype=np.float64))
+    return {ratio: (error / total) ** 0.5 if total else 0.0 for ratio, error in errors.items()}

@@ -1,0 +1,204 @@
+"""Rows of keys and values that a model computes from texts, and the file that keeps them.
+
+A row is the keys, or the values, of one token in all layers, [layer, head, dim]. Keys have their
+rotation undone: what is left depends on positions little, so that rows of all positions share a
+basis.
+
+A file of rows begins with a line of JSON that says of what it is. The windows follow, each as
+float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from pykv import whole_files
+from pykv.arrays import to_host
+from pykv.errors import NumberError, ParameterError
+from pykv.kvtc.artefact import Fingerprint
+from pykv.llm.gguf import ModelFile
+from pykv.llm.model import Batch, forward
+from pykv.llm.weights import Model
+from pykv.ops import paged_qkv, rope
+from pykv.pool import PagedKVCache
+
+STEP = 512  # tokens of a forward step; bounds the scratch memory
+PAGE_SIZE = 16
+_SAMPLE = 4096  # bytes of each tensor
+
+
+class Window(NamedTuple):
+    """Tokens that a model reads from an empty cache, and whose text they are."""
+
+    ids: list[int]
+    text: int
+
+
+def fingerprint(file: ModelFile, model: Model) -> Fingerprint:
+    """What rows of a model depend on.
+
+    Its hash is a SHA-256 of the names, types, shapes and first 4,096 bytes of all tensors of the
+    file, in the order of names: it tells fine-tuned models and quantisations apart, and reads
+    little.
+    """
+    config, digest = model.config, hashlib.sha256()
+    for name in sorted(file.tensors):
+        tensor = file.tensors[name]
+        digest.update(f"{name} {tensor.kind} {tensor.shape}\n".encode())
+        digest.update(tensor.blocks.reshape(-1)[:_SAMPLE].tobytes())
+    return Fingerprint(
+        architecture=config.architecture,
+        layers=config.num_layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        pairing=config.kind.pairing,
+        inv_freq=np.stack(config.inv_freq).astype(np.float32),
+        sha256=digest.hexdigest(),
+    )
+
+
+def windows_of(texts: list[list[int]], length: int, bos: int | None) -> list[Window]:
+    """Tokens of texts in windows of `length` at most, equal ones of each text, behind `bos`."""
+    found = []
+    for i, ids in enumerate(texts):
+        room = length - (bos is not None)
+        count = -(-len(ids) // room)
+        for part in np.array_split(np.array(ids), count) if ids else ():
+            start = [] if bos is None else [bos]
+            found.append(Window(start + part.tolist(), i))
+    return found
+
+
+def collect(model: Model, ids: list[int], xp: Any) -> tuple[Any, Any]:
+    """Keys and values that a model computes of tokens, both [len(ids), L, H, D] float32, keys
+    before their rotation, neither mixed by a Hadamard matrix; on the model's device."""
+    config, n = model.config, len(ids)
+    sizes = config.kv_heads, config.head_dim
+    pages = -(-n // PAGE_SIZE)
+    cache = PagedKVCache(config.num_layers, pages, *sizes, page_size=PAGE_SIZE, spec="fp32", xp=xp)
+    table = xp.arange(pages, dtype=np.int32)[None]
+    tokens, positions = xp.asarray(np.array(ids, np.int32)), xp.arange(n, dtype=np.int32)
+    for start in range(0, n, STEP):
+        stop = min(start + STEP, n)
+        here, ends = positions[start:stop], np.array([0, stop - start, stop], np.int32)
+        q_starts, lengths = xp.asarray(ends[:2]), xp.asarray(ends[2:])
+        batch = Batch(tokens[start:stop], here, here, q_starts, table, lengths)
+        forward(model, batch, cache, xp.asarray(ends[1:2] - 1))
+    pools = (x.reshape(config.num_layers, -1, *sizes)[:, :n] for x in (cache.k, cache.v))
+    k, v = (xp.ascontiguousarray(x.swapaxes(0, 1)) for x in pools)
+    if model.hadamard:
+        mixing = xp.asarray(paged_qkv.hadamard_matrix(config.head_dim).astype(np.float32))
+        k, v = k @ mixing, v @ mixing
+    back = -positions
+    for i, layer in enumerate(model.layers):
+        keys = xp.ascontiguousarray(k[:, i])
+        rope.rotate(keys, keys[:, :0], back, layer.inv_freq, pairing=config.kind.pairing)
+        k[:, i] = keys
+    return k, v
+
+
+class Rows:
+    """Rows of windows, in memory, or in a file that a later run goes on with.
+
+    Args:
+        features: F, elements of a row.
+        counts: rows of each window.
+        path: of the file; None keeps rows in memory.
+        of: what the rows depend on, as JSON has it; a file of something else is begun anew.
+
+    Raises:
+        ParameterError: another process writes to the file.
+        OSError: it cannot be written.
+    """
+
+    def __init__(
+        self, features: int, counts: list[int], path: Path | None = None, of: Any = None
+    ) -> None:
+        self.features, self._path = features, path
+        self._held: list[Any] = []  # [2, n, F] of each window that is there
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if not whole_files.lock(self._file):
+            self._file.close()
+            raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
+        first = json.dumps(of, sort_keys=True).encode() + b"\n"
+        same = self._file.read(len(first)) == first
+        self._end = len(first)
+        if same:
+            self._take(counts)
+        self._file.truncate(self._end if same else 0)
+        if not same:
+            self._file.seek(0)
+            self._file.write(first)
+            self._file.flush()
+
+    def _take(self, counts: list[int]) -> None:
+        """Map the windows that the file has whole."""
+        assert self._path is not None
+        size = os.stat(self._path).st_size
+        for count in counts:
+            nbytes = 4 * count * self.features
+            if self._end + nbytes + 4 > size:
+                return
+            rows = np.memmap(self._path, "<f2", "r", self._end, (2, count, self.features))
+            stored = np.memmap(self._path, "<u4", "r", self._end + nbytes, (1,))
+            if zlib.crc32(rows.data) != int(stored[0]):
+                return
+            self._held.append(rows)
+            self._end += nbytes + 4
+
+    def __len__(self) -> int:
+        """Windows that are there."""
+        return len(self._held)
+
+    def append(self, k: Any, v: Any) -> None:
+        """Add the rows of the next window, [n, F] each.
+
+        Raises:
+            NumberError: a value is not finite in float16.
+        """
+        with np.errstate(over="ignore"):
+            rows = np.stack([to_host(x).astype(np.float16) for x in (k, v)])
+        if not np.isfinite(rows).all():
+            raise NumberError(
+                "kvtc.calibrate: the model's keys or values are not finite in float16; weights of "
+                "bf16 reach further (--weights bf16)"
+            )
+        if self._file is not None and self._path is not None:
+            self._file.seek(self._end)
+            self._file.write(rows.data)
+            self._file.write(zlib.crc32(rows.data).to_bytes(4, "little"))
+            self._file.flush()
+            begin, self._end = self._end, self._file.tell()
+            rows = np.memmap(self._path, "<f2", "r", begin, rows.shape)
+        self._held.append(rows)
+
+    def blocks(self, side: int, columns: Any, select: list[slice], most: int) -> Iterator[Any]:
+        """Float16 [n <= most, len(columns)] of keys (0) or values (1), of the rows that `select`
+        names for each window."""
+        for rows, chosen in zip(self._held, select, strict=True):
+            of_side = rows[side, chosen]
+            for start in range(0, len(of_side), most):
+                yield of_side[start : start + most, columns]
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._held.clear()
+        if self._file is not None and self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def close(self) -> None:
+        """Leave the file to a later run."""
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from pykv.errors import DtypeError, ParameterError
+
+
+def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Make parts the contents of a file, or leave it as it is."""
+    with _scratch(path) as file:
+        try:
+            with suppress(FileNotFoundError):
+                os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a crash may undo the renaming
+        finally:
+            os.close(folder)
+
+
+def lock(file: BinaryIO) -> bool:
+    """Hold a file until it is closed; False where another process does. Systems without such locks
+    say True."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _scratch(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked while its process lives. Removes those for the same path
+    that nobody holds any more."""
+    prefix = f".pykv-{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
+    if fcntl is None:
+        return open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+    for left in path.parent.glob(f"{prefix}*"):
+        with suppress(OSError), open(left, "rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    while True:
+        file = open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # nobody has removed it before it was locked
+            return file
+        file.close()
+
+
+def regular_path(op: str, path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The path of a file that exists or may be made, behind symbolic links; `name` is that of the
+    argument."""
+    try:
+        found = Path(os.path.realpath(os.fsdecode(path)))
+    except TypeError:
+        given = type(path).__name__
+        raise DtypeError(f"{op}: {name} is a {given}, expected a text or a pathlib.Path") from None
+    except ValueError as error:  # a null character
+        raise ParameterError(f"{op}: {name} is {path!r}: {error}") from None
+    if found.exists() and not found.is_file():
+        raise ParameterError(f"{op}: {name} is {found}, expected a regular file")
+    return found

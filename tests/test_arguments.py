@@ -59,6 +59,7 @@ NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another c
     "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
     "ops.page_table.from_lists": "indices",
+    "ops.page_table.of_blocks": "page_table",
     "ops.paged_check.check_positions": "indptr",
 }
 WITH_CONTENTS = [

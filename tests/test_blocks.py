@@ -152,7 +152,7 @@ class Pool(RuleBasedStateMachine):
         pages, tokens, _, whole = sequence
         tokens = tokens[: max(len(tokens) - back, 0)]
         if whole is not None and len(tokens) > whole * P:
-            with pytest.raises(ParameterError, match="that the pages before evicted rows hold"):
+            with pytest.raises(ParameterError, match=f"expected at most the {whole * P} that the"):
                 self.pool.publish(pages, tokens)
             tokens = tokens[: whole * P]
         self.pool.publish(pages, tokens)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
 from pykv.eviction.parts import Rows
-from pykv.ops import kv_scores, kv_select
+from pykv.ops import kv_scores
 from pykv.options import check_number, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
@@ -64,7 +64,7 @@ class Policy:
         if self.ratio is not None and not 0 < check_number(op, "ratio", self.ratio) <= 1:
             raise ParameterError(f"{op}: ratio is {self.ratio}, expected more than 0, at most 1")
         if self.threshold is not None:
-            kv_select.check_threshold(op, "threshold", self.threshold)
+            check_number(op, "threshold", self.threshold)
 
     @property
     def last(self) -> int:

@@ -7,17 +7,15 @@ Kernel: kernels_cu/kv_select.cu.
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
-from pykv.errors import CapacityError, DtypeError, ParameterError
-from pykv.options import check_whole
+from pykv.errors import CapacityError
+from pykv.options import check_number, check_whole
 
 _BLOCK = 512  # threads
 _MOST = 2**31 - 1
@@ -55,7 +53,7 @@ def select(
 
     Raises:
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
-        ParameterError: `sinks` or `recent` is negative, `threshold` is NaN.
+        ParameterError: `sinks` or `recent` is negative, `threshold` not finite.
         CapacityError: on the host, a length exceeds C; on a GPU it is clamped.
 
     Of rows with equal scores those at lower segments and positions go first. Runs where the arrays
@@ -72,7 +70,7 @@ def select(
     sinks = check_whole(op, "sinks", sinks, 0, _MOST)
     recent = check_whole(op, "recent", recent, 0, _MOST)
     if threshold is not None:
-        threshold = check_threshold(op, "threshold", threshold)
+        threshold = check_number(op, "threshold", threshold)
     with cuda.on_stream(stream, scores):
         kept = like(scores, scores.shape, np.int32) if kept is None else kept
         counts = like(scores, scores.shape[:2], np.int32) if counts is None else counts
@@ -94,24 +92,6 @@ def _check_on_host(op: str, lengths: Any, C: int) -> None:
     if lengths.max() > C:
         r, s = np.unravel_index(lengths.argmax(), lengths.shape)
         raise CapacityError(f"{op}: lengths[{r}, {s}] is {lengths[r, s]}, expected at most C={C}")
-
-
-def check_threshold(op: str, name: str, value: Any) -> float:
-    """Check a threshold, which may be infinite, and return it as a float.
-
-    Raises:
-        DtypeError: it is no number; a bool is none.
-        ParameterError: it is NaN.
-    """
-    number: Any = value
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
-    if abs(number) > 1e39:  # beyond float32
-        return math.inf if number > 0 else -math.inf
-    if math.isnan(number):
-        raise ParameterError(f"{op}: {name} is nan, expected a number")
-    with np.errstate(over="ignore"):
-        return float(np.float32(number))
 
 
 _check = checker(

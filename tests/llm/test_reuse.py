@@ -179,11 +179,11 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
     forward, calls = scheduler.forward, []
 
-    def failing(*args):
+    def failing(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return forward(*args)
+        return forward(*args, **options)
 
     monkeypatch.setattr(scheduler, "forward", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +257,9 @@ def test_prompts_of_one_call_compute_a_shared_page_once(open_llm, rng, monkeypat
     monkeypatch.setattr(
         scheduler,
         "forward",
-        lambda model, batch, *args: steps.append(len(batch.ids)) or forward(model, batch, *args),
+        lambda model, batch, *args, **options: (
+            steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
+        ),
     )
     start = tokens_of(rng, 40)
     prompts = [start + tokens_of(rng, n) for n in (1, 7, 20)] + [tokens_of(rng, 20)]

@@ -44,6 +44,20 @@ def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.close(folder)
 
 
+def lock(file: BinaryIO) -> bool:
+    """Hold a file until it is closed; False where another process does. Systems without such locks
+    say True."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 def _scratch(path: Path) -> BinaryIO:
     """A new file beside `path`, locked while its process lives. Removes those for the same path
     that nobody holds any more."""
@@ -63,15 +77,16 @@ def _scratch(path: Path) -> BinaryIO:
         file.close()
 
 
-def regular_path(op: str, path: str | os.PathLike[str]) -> Path:
-    """The path of a file that exists or may be made, behind symbolic links."""
+def regular_path(op: str, path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The path of a file that exists or may be made, behind symbolic links; `name` is that of the
+    argument."""
     try:
         found = Path(os.path.realpath(os.fsdecode(path)))
     except TypeError:
         given = type(path).__name__
-        raise DtypeError(f"{op}: path is a {given}, expected a text or a pathlib.Path") from None
+        raise DtypeError(f"{op}: {name} is a {given}, expected a text or a pathlib.Path") from None
     except ValueError as error:  # a null character
-        raise ParameterError(f"{op}: path is {path!r}: {error}") from None
+        raise ParameterError(f"{op}: {name} is {path!r}: {error}") from None
     if found.exists() and not found.is_file():
-        raise ParameterError(f"{op}: path is {found}, expected a regular file")
+        raise ParameterError(f"{op}: {name} is {found}, expected a regular file")
     return found

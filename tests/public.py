@@ -31,8 +31,10 @@ from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds kvtc.codec kvtc.stream kvtc.stream_v0 kvtc.v0 layout page_files".split()
-PUBLIC += "pages plan.append plan.base plan.decode transfer".split()
+PUBLIC = """
+    blocks kinds kvtc.artefact kvtc.calibration kvtc.codec kvtc.coder kvtc.stream kvtc.stream_v0
+    kvtc.v0 layout page_files pages plan.append plan.base plan.decode transfer
+""".split()
 
 
 def functions(module):
@@ -94,6 +96,10 @@ UNCHECKED = """
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
     specs.KVSpec.page_order specs.KVSpec.as_nhd specs.KVSpec.strides specs.KVSpec.pool_strides
     specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
+    kvtc.artefact.Text kvtc.artefact.Fingerprint kvtc.artefact.Fingerprint.difference
+    kvtc.artefact.Plan kvtc.artefact.Side kvtc.artefact.Group kvtc.artefact.Artefact
+    kvtc.artefact.Artefact.check_ratio kvtc.artefact.check_artefact kvtc.artefact.problems
+    kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
@@ -111,6 +117,7 @@ def ints(*values):
 
 _memory = [np.arange(32, dtype=np.uint8), np.zeros(32, np.uint8)]
 _FROM, _TO = (x.ctypes.data + np.array([0, 16], np.uint64) for x in _memory)
+_WIDTHS = [0, 0, 0, 0, 32, 0, 0, 32]
 _DIVISORS, _ROW_OF_HOST = np.ones(4), zeros("f4", 2, 4)
 _POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
 _NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
@@ -169,6 +176,10 @@ FUNCTIONS = {
     | dict(scale=zeros("f2", 2)),
     "kinds.pack": dict(codes=zeros("i1", 2, 8)),
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
+    "kvtc.coder.quantise": dict(x=zeros("f4", 2, 64), steps=zeros("f4", 64) + 1, widths=_WIDTHS),
+    "kvtc.coder.dequantise": dict(codes=zeros("i1", 2, 64), steps=zeros("f4", 64), widths=_WIDTHS),
+    "kvtc.coder.pack": dict(codes=zeros("i1", 2, 64), widths=_WIDTHS),
+    "kvtc.coder.unpack": dict(packed=zeros("u1", 2, 20), widths=_WIDTHS),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
     "kvtc.codec.Codec": dict(artefact=_ARTEFACT, ratio=4, xp=np),
     "llm.sampling.SamplingParams": {},
@@ -349,6 +360,30 @@ def _llm(xp):
     return (_loaded(),)
 
 
+_WORDS = {"a text": "the heat in the tea " * 20}
+_SMALL = dict(ratios=[2], window=64)
+
+
+@functools.cache
+def _artefact():
+    return pykv.kvtc.calibrate(_loaded(), _WORDS, **_SMALL)
+
+
+def _calibrate(xp):
+    return pykv.kvtc.calibrate, dict(model=_loaded(), texts=_WORDS, **_SMALL)
+
+
+def _compare_coders(xp):
+    given = dict(model=_loaded(), artefact=_artefact(), texts={"short": "the tea " * 10})
+    return pykv.kvtc.compare_coders, given
+
+
+def _load_artefact(xp):
+    path = Path(_folder.name) / "artefact"
+    _artefact().save(path)
+    return pykv.kvtc.Artefact.load, dict(path=path)
+
+
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -412,6 +447,17 @@ METHODS = {
     "kvtc.v0.decompress": _decompress,
     "kvtc.stream_v0.parse": _parse,
     "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
+    "llm.generate.LLM.turn": _of(_llm, "turn"),
+    "kvtc.calibration.calibrate": _calibrate,
+    "kvtc.calibration.compare_coders": _compare_coders,
+    "kvtc.artefact.Artefact.row_bytes": _of(lambda xp: (_artefact(),), "row_bytes", ratio=2),
+    "kvtc.artefact.Artefact.as_dict": _of(lambda xp: (_artefact(),), "as_dict"),
+    "kvtc.artefact.Artefact.as_text": _of(lambda xp: (_artefact(),), "as_text"),
+    "kvtc.artefact.Artefact.save": lambda xp: (
+        _artefact().save,
+        dict(path=Path(_folder.name) / "saved"),
+    ),
+    "kvtc.artefact.Artefact.load": _load_artefact,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
     "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),

@@ -18,6 +18,7 @@ from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
 OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
+SLOW += ("kvtc.calibration.calibrate", "kvtc.calibration.compare_coders")
 FREE = {  # values that no function can tell from right ones
     "foreign.asarray": "x",
     "foreign.from_pointer": "owner dtype",
@@ -32,7 +33,7 @@ FREE = {  # values that no function can tell from right ones
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_arguments_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a text may be the path of a file
-    # A model is read for each value that passes, and a process begun for each chat.
+    # A model is read or run for each value that passes, and a process begun for each chat.
     assert not list(violations(name, np, with_limits=name not in SLOW))
 
 

@@ -95,7 +95,7 @@ def subcommand(words):
     """`pykv cache info` and the like; of `pykv bench NAME`, a benchmark that there is."""
     if words[1] == "bench":
         return ("bench", "copy" if words[2:3] in ([], ["NAME"]) else words[2])
-    return tuple(words[1:3] if words[1] == "cache" else words[1:2])
+    return tuple(words[1:3] if words[1] in ("cache", "kvtc") else words[1:2])
 
 
 @cache

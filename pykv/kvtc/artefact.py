@@ -11,12 +11,13 @@ import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
 from pykv.kvtc import coder
+from pykv.options import check_whole
 
 SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
 
 
 class Text(NamedTuple):
-    """A text that a calibration used: its name, the SHA-256 of its UTF-8, and how many tokens."""
+    """A text that a calibration used: name, `sha256` of its UTF-8, and tokens that were read."""
 
     name: str
     sha256: str
@@ -91,7 +92,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Layers that share rows; keys have their rotation undone."""
+    """The `layers` that share rows, and these as `k` and `v`; keys have their rotation undone."""
 
     layers: tuple[int, ...]
     k: Side
@@ -125,7 +126,8 @@ class Artefact:
         """Bytes of a token's coded keys and values in all layers.
 
         Raises:
-            ParameterError: there is no plan for `ratio`.
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
         """
         self.check_ratio("Artefact.row_bytes", ratio)
         sides = [side for group in self.groups for side in (group.k, group.v)]
@@ -168,15 +170,17 @@ class Artefact:
         return "\n".join(lines)
 
     def check_ratio(self, op: str, ratio: Any) -> int:
-        """Check a ratio, and return it as an int.
+        """Check a ratio for an op, and return it as an int.
 
         Raises:
-            ParameterError: there is no plan for `ratio`; the text names those that there are.
+            DtypeError: `ratio` is no whole number.
+            ParameterError: there is no plan for it; the text names those that there are.
         """
-        if isinstance(ratio, bool) or ratio not in self.ratios:
+        whole = check_whole(op, "ratio", ratio, 1)
+        if whole not in self.ratios:
             has = ", ".join(map(str, self.ratios))
-            raise ParameterError(f"{op}: ratio is {ratio!r:.80}, expected one of {has}")
-        return int(ratio)
+            raise ParameterError(f"{op}: ratio is {whole}, expected one of {has}")
+        return whole
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file, whole or not at all; one that exists is replaced.
@@ -211,7 +215,7 @@ class Artefact:
 
 
 def problems(artefact: Artefact) -> Iterator[tuple[str, Any, str]]:
-    """Fields that no calibration gives: name, value, and what is expected instead."""
+    """Fields of an artefact that no calibration gives: name, value, what is expected instead."""
     model, groups, ratios = artefact.model, artefact.groups, list(artefact.ratios)
     if not 0 < len(model.architecture.encode()) <= 32:
         yield "architecture", model.architecture, "1 to 32 bytes"
@@ -276,7 +280,7 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 
 def check_artefact(op: str, artefact: Any) -> Artefact:
-    """Check that an argument is an Artefact, and return it.
+    """Check that an argument of an op, `artefact`, is an Artefact, and return it.
 
     Raises:
         DtypeError: it is something else.

@@ -21,7 +21,7 @@ _LEAF = 512  # rows of a matrix that the host factorises
 _MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # of the energy that the basis misses
 
 
-def mean_of(blocks: Blocks, xp: Any) -> Any:
+def mean_of(blocks: Blocks) -> Any:
     """The mean of rows, float16 [F], which are summed in float64."""
     total: Any = 0
     count = 0

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def calibrate(
         The artefact.
 
     Raises:
-        ParameterError: there is too little text, an option is out of its range, or no plan reaches
-            a ratio.
+        ParameterError: there is too little text, an option is out of its range, no plan reaches a
+            ratio, or another process calibrates to `out`.
         DtypeError: an argument has another type.
         CapacityError: memory, or the disk of `out`, is too small; nothing has been computed then.
         InstallError: CuPy finds no cuBLAS.
@@ -82,7 +82,7 @@ def calibrate(
     Waits for the GPU. Source: KVTC (arXiv 2511.01815), but for the coder, see pykv.kvtc.coder.
     """
     check_flag(_OP, "progress", progress)
-    path = None if out is None else whole_files.regular_path(_OP, out)
+    path = None if out is None else whole_files.regular_path(_OP, out, "out")
     texts = _checked_texts(_OP, texts)
     chosen = _checked_ratios(ratios)
     if not isinstance(model, (LLM, str)):
@@ -116,27 +116,27 @@ def calibrate(
             f"features, and {SINKS} for each window"
         )
     model_facts = rows_of.fingerprint(llm.file, llm.model)
-    of = dict(model=model_facts.sha256, window=window, sinks=SINKS, texts=[list(t) for t in named])
+    facts = dict(
+        model=model_facts.sha256, window=window, sinks=SINKS, texts=[list(t) for t in named]
+    )
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
     kept = None if path is None else path.with_name(path.name + ".rows")
-    rows = rows_of.Rows(width * config.num_layers, counts, kept, of)
-    _collect(llm, windows, rows, progress)
-    seen, held = _split(windows, counts)
-    fitted = []
-    with _bar(progress, 2 * len(layers), "bases", "") as bar:
-        for of_group in layers:
-            sides = []
-            for side in range(2):
+    with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:
+        _collect(llm, windows, rows, progress)
+        select = _split(windows, counts)
+        with _bar(progress, 2 * len(layers), "bases", "") as bar:
+
+            def side(which: int, of_group: tuple[int, ...]) -> Side:
                 with llm.turn():
-                    sides.append(
-                        _fit(rows, side, of_group, width, (seen, held), chosen, most, llm.xp)
-                    )
+                    found = _fit(rows, which, of_group, width, select, chosen, most, llm.xp)
                 bar.update(1)
-            fitted.append(Group(of_group, *sides))
-    artefact = Artefact(model_facts, tuple(fitted), named)
-    if path is not None:
-        artefact.save(path)
-    rows.remove()
+                return found
+
+            fitted = tuple(Group(x, side(0, x), side(1, x)) for x in layers)
+        artefact = Artefact(model_facts, fitted, named)
+        if path is not None:
+            artefact.save(path)
+        rows.remove()
     return artefact
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_whole
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits, in the order of `widths`
@@ -27,7 +27,7 @@ GROUP = 32  # components that are packed together
 
 
 def check_widths(op: str, widths: Any) -> tuple[int, ...]:
-    """Check the numbers of components of each width, and return them as ints.
+    """Check `widths` of an op, the numbers of components of each width, and return them as ints.
 
     Raises:
         DtypeError: one is no whole number.
@@ -46,12 +46,12 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
 
 
 def bits_of(widths: Sequence[int]) -> Any:
-    """Bits of each component, uint8 [C], falling."""
+    """Bits of each component, uint8 [C], falling, from `widths`."""
     return np.repeat(np.array(WIDTHS, np.uint8), widths)
 
 
 def row_bytes(widths: Sequence[int]) -> int:
-    """Bytes of a packed row, a multiple of 4."""
+    """Bytes of a packed row of these `widths`, a multiple of 4."""
     return sum(bits * count for bits, count in zip(WIDTHS, widths, strict=True)) // 8
 
 
@@ -65,6 +65,8 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
 
     Raises:
         ShapeError: sizes disagree.
+        DtypeError: an array is no NumPy array of its type.
+        ParameterError: `widths` are not eight multiples of 32.
 
     >>> x = np.array([[0.9] * 32 + [-3.0] * 32], np.float32)
     >>> steps = np.full(64, 0.5, np.float32)
@@ -72,65 +74,67 @@ def quantise(x: Any, steps: Any, widths: Sequence[int]) -> Any:
     >>> codes[0, 0], codes[0, -1]
     (np.int8(1), np.int8(-1))
     """
-    _check("quantise", x, widths, steps)
+    widths = _check("quantise", widths, x=x, steps=steps)
     half = np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32))
     return np.fmin(np.fmax(np.floor(x / steps), -half), half - 1).astype(np.int8)
 
 
 def dequantise(codes: Any, steps: Any, widths: Sequence[int]) -> Any:
     """Components float32 [n, C] of codes int8 [n, C]; arguments and errors as of `quantise`."""
-    _check("dequantise", codes, widths, steps)
+    widths = _check("dequantise", widths, codes=codes, steps=steps)
     return (codes + np.float32(0.5)) * steps
 
 
 def pack(codes: Any, widths: Sequence[int]) -> Any:
-    """Packed rows uint8 [n, row_bytes] of codes int8 [n, C].
-
-    Raises:
-        ShapeError: sizes disagree.
-    """
-    _check("pack", codes, widths)
+    """Packed rows uint8 [n, row_bytes] of codes int8 [n, C]; errors as of `quantise`."""
+    widths = _check("pack", widths, codes=codes)
     n = len(codes)
     packed = np.empty((n, row_bytes(widths)), np.uint8)
-    for bits, of_codes, of_bytes in _sections(widths):
+    for bits, count, of_codes, of_bytes in _sections(widths):
         fields = (codes[:, of_codes] + np.int16(1 << bits >> 1)).astype(np.uint8)
         planes = np.unpackbits(fields[..., None], axis=2, count=bits, bitorder="little")
-        packed[:, of_bytes] = np.packbits(planes.reshape(n, -1), axis=1, bitorder="little")
+        packed[:, of_bytes] = np.packbits(
+            planes.reshape(n, count * bits), axis=1, bitorder="little"
+        )
     return packed
 
 
 def unpack(packed: Any, widths: Sequence[int]) -> Any:
-    """Codes int8 [n, C] of packed rows uint8 [n, row_bytes].
-
-    Raises:
-        ShapeError: sizes disagree.
-    """
-    if packed.ndim != 2 or packed.shape[1] != row_bytes(widths):
-        raise ShapeError(
-            f"kvtc.coder.unpack: packed has shape {packed.shape}, expected [n, {row_bytes(widths)}]"
-        )
+    """Codes int8 [n, C] of packed rows uint8 [n, row_bytes]; errors as of `quantise`."""
+    widths = _check("unpack", widths, packed=packed)
     n = len(packed)
     codes = np.empty((n, sum(widths)), np.int8)
-    for bits, of_codes, of_bytes in _sections(widths):
+    for bits, count, of_codes, of_bytes in _sections(widths):
         planes = np.unpackbits(packed[:, of_bytes], axis=1, bitorder="little")
-        fields = np.packbits(planes.reshape(n, -1, bits), axis=2, bitorder="little")[..., 0]
+        fields = np.packbits(planes.reshape(n, count, bits), axis=2, bitorder="little")[..., 0]
         codes[:, of_codes] = fields.astype(np.int16) - (1 << bits >> 1)
     return codes
 
 
-def _sections(widths: Sequence[int]) -> Iterator[tuple[int, slice, slice]]:
-    """Bits, components and bytes of each width that occurs."""
+def _sections(widths: Sequence[int]) -> Iterator[tuple[int, int, slice, slice]]:
+    """Of each width that occurs: bits, number of components, where these lie, and their bytes."""
     component = byte = 0
     for bits, count in zip(WIDTHS, widths, strict=True):
         if count:
             size = bits * count // 8
-            yield bits, slice(component, component + count), slice(byte, byte + size)
+            yield bits, count, slice(component, component + count), slice(byte, byte + size)
             component, byte = component + count, byte + size
 
 
-def _check(name: str, x: Any, widths: Sequence[int], steps: Any = None) -> None:
-    C = sum(widths)
-    if x.ndim != 2 or x.shape[1] != C:
-        raise ShapeError(f"kvtc.coder.{name}: array has shape {x.shape}, expected [n, {C}]")
-    if steps is not None and steps.shape != (C,):
-        raise ShapeError(f"kvtc.coder.{name}: steps has shape {steps.shape}, expected [{C}]")
+def _check(name: str, widths: Any, **arrays: Any) -> tuple[int, ...]:
+    """Check arrays against widths, and return these."""
+    op = f"kvtc.coder.{name}"
+    counts = check_widths(op, widths)
+    C = sum(counts)
+    rules = {"x": (np.float32, C), "codes": (np.int8, C), "steps": (np.float32, C)}
+    rules["packed"] = np.uint8, row_bytes(counts)
+    for argument, array in arrays.items():
+        dtype, size = rules[argument]
+        if not isinstance(array, np.ndarray) or array.dtype != dtype:
+            given = getattr(array, "dtype", type(array).__name__)
+            expected = f"a NumPy array of {np.dtype(dtype)}"
+            raise DtypeError(f"{op}: {argument} is of {given}, expected {expected}")
+        if array.ndim != (1 if argument == "steps" else 2) or array.shape[-1] != size:
+            expected = f"[{size}]" if argument == "steps" else f"[n, {size}]"
+            raise ShapeError(f"{op}: {argument} has shape {array.shape}, expected {expected}")
+    return counts

@@ -204,7 +204,7 @@ def _nonzero(scale: Any) -> Any:
 def _packed(codes: Any, bits: int) -> Any:
     """Codes [n, size] of a width, the lowest bits of a byte first."""
     planes = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little")
-    return np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little")
+    return np.packbits(planes.reshape(len(codes), codes.shape[1] * bits), axis=1, bitorder="little")
 
 
 def _unpacked(packed: Any, bits: int, size: int) -> Any:

@@ -16,12 +16,13 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pykv import whole_files
 from pykv.arrays import to_host
-from pykv.errors import NumberError
+from pykv.errors import NumberError, ParameterError
 from pykv.kvtc.artefact import Fingerprint
 from pykv.llm.gguf import ModelFile
 from pykv.llm.model import Batch, forward
@@ -112,41 +113,49 @@ class Rows:
         counts: rows of each window.
         path: of the file; None keeps rows in memory.
         of: what the rows depend on, as JSON has it; a file of something else is begun anew.
+
+    Raises:
+        ParameterError: another process writes to the file.
+        OSError: it cannot be written.
     """
 
     def __init__(
         self, features: int, counts: list[int], path: Path | None = None, of: Any = None
     ) -> None:
-        self.features, self.counts, self.path = features, counts, path
+        self.features, self._path = features, path
         self._held: list[Any] = []  # [2, n, F] of each window that is there
+        self._file: BinaryIO | None = None
         if path is None:
             return
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if not whole_files.lock(self._file):
+            self._file.close()
+            raise ParameterError(f"kvtc.calibrate: out: another process is writing {path}")
         first = json.dumps(of, sort_keys=True).encode() + b"\n"
-        try:
-            with open(path, "rb") as file:
-                end = self._take(file.read(len(first)) == first, len(first))
-        except FileNotFoundError:
-            end = 0
-        with open(path, "r+b" if end else "wb") as file:
-            file.truncate(end)
-            if not end:
-                file.write(first)
+        same = self._file.read(len(first)) == first
+        self._end = len(first)
+        if same:
+            self._take(counts)
+        self._file.truncate(self._end if same else 0)
+        if not same:
+            self._file.seek(0)
+            self._file.write(first)
+            self._file.flush()
 
-    def _take(self, same: bool, end: int) -> int:
-        """Map the windows that a file has whole; returns where they end, 0 for another's file."""
-        assert self.path is not None
-        size = os.stat(self.path).st_size
-        for count in self.counts if same else ():
+    def _take(self, counts: list[int]) -> None:
+        """Map the windows that the file has whole."""
+        assert self._path is not None
+        size = os.stat(self._path).st_size
+        for count in counts:
             nbytes = 4 * count * self.features
-            if end + nbytes + 4 > size:
-                break
-            rows = np.memmap(self.path, "<f2", "r", end, (2, count, self.features))
-            stored = np.memmap(self.path, "<u4", "r", end + nbytes, (1,))
+            if self._end + nbytes + 4 > size:
+                return
+            rows = np.memmap(self._path, "<f2", "r", self._end, (2, count, self.features))
+            stored = np.memmap(self._path, "<u4", "r", self._end + nbytes, (1,))
             if zlib.crc32(rows.data) != int(stored[0]):
-                break
+                return
             self._held.append(rows)
-            end += nbytes + 4
-        return end if same else 0
+            self._end += nbytes + 4
 
     def __len__(self) -> int:
         """Windows that are there."""
@@ -158,20 +167,21 @@ class Rows:
         Raises:
             NumberError: a value is not finite in float16.
         """
-        rows = np.stack([to_host(x).astype(np.float16) for x in (k, v)])
+        with np.errstate(over="ignore"):
+            rows = np.stack([to_host(x).astype(np.float16) for x in (k, v)])
         if not np.isfinite(rows).all():
             raise NumberError(
                 "kvtc.calibrate: the model's keys or values are not finite in float16; weights of "
                 "bf16 reach further (--weights bf16)"
             )
-        if self.path is None:
-            self._held.append(rows)
-            return
-        with open(self.path, "ab") as file:
-            begin = file.tell()
-            file.write(rows.data)
-            file.write(zlib.crc32(rows.data).to_bytes(4, "little"))
-        self._held.append(np.memmap(self.path, "<f2", "r", begin, rows.shape))
+        if self._file is not None and self._path is not None:
+            self._file.seek(self._end)
+            self._file.write(rows.data)
+            self._file.write(zlib.crc32(rows.data).to_bytes(4, "little"))
+            self._file.flush()
+            begin, self._end = self._end, self._file.tell()
+            rows = np.memmap(self._path, "<f2", "r", begin, rows.shape)
+        self._held.append(rows)
 
     def blocks(self, side: int, columns: Any, select: list[slice], most: int) -> Iterator[Any]:
         """Float16 [n <= most, len(columns)] of keys (0) or values (1), of the rows that `select`
@@ -184,5 +194,11 @@ class Rows:
     def remove(self) -> None:
         """Delete the file."""
         self._held.clear()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self._file is not None and self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def close(self) -> None:
+        """Leave the file to a later run."""
+        if self._file is not None:
+            self._file.close()

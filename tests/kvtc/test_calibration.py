@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_too_little_text_is_refused(llm):
         (dict(groups=[[0, 1], [1]]), ParameterError, "groups is .*, expected each of 2 layers"),
         (dict(groups=1.5), DtypeError, "groups"),
         (dict(progress="yes"), DtypeError, "progress"),
-        (dict(out=5), DtypeError, "path"),
+        (dict(out=5), DtypeError, "out"),
     ],
 )
 def test_wrong_options_are_refused(llm, monkeypatch, options, error, text):
@@ -224,8 +225,7 @@ def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
     collect = rows.collect
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
     with pytest.raises(NumberError, match="not finite in float16"):
-        with np.errstate(over="ignore"):
-            calibrate(llm, TEXTS, **OPTIONS)
+        calibrate(llm, TEXTS, **OPTIONS)
 
 
 # --- Interruptions --------------------------------------------------------------------------------
@@ -292,6 +292,27 @@ def test_rows_of_something_else_are_not_used(llm, monkeypatch, tmp_path, other):
         assert_same_bits(a, b)
 
 
+def test_two_runs_do_not_share_a_file(llm, monkeypatch, tmp_path):
+    pytest.importorskip("fcntl")
+    out, collect, errors = tmp_path / "a", rows.collect, []
+
+    def calibrate_too(*arguments):
+        if not errors:
+            with pytest.raises(
+                ParameterError, match="another process is writing .*a.rows"
+            ) as error:
+                errors.append(error)
+                calibrate(llm, TEXTS, out=out, **OPTIONS)
+        return collect(*arguments)
+
+    monkeypatch.setattr(rows, "collect", calibrate_too)
+    got = calibrate(llm, TEXTS, out=out, **OPTIONS)
+    assert errors and not os.path.exists(f"{out}.rows")
+    monkeypatch.setattr(rows, "collect", collect)
+    for a, b in zip(facts(got), facts(calibrate(llm, TEXTS, **OPTIONS)), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_the_model_is_free_between_windows(llm, monkeypatch):
     """Another thread's call takes its turn."""
     forward, held = model.forward, []
@@ -304,6 +325,19 @@ def test_the_model_is_free_between_windows(llm, monkeypatch):
     monkeypatch.setattr(rows, "forward", watched)
     calibrate(llm, TEXTS, **OPTIONS)
     assert held and all(held) and not lock._is_owned()
+
+
+@pytest.mark.gpu
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_takes_20_seconds_on_a_gpu():
+    from pydoc_data import topics
+
+    llm = LLM("smollm2-135m", device="cuda")
+    started = time.perf_counter()
+    artefact = calibrate(llm, {"topics": "\n".join(topics.topics.values())}, tokens=13_000)
+    assert time.perf_counter() - started < 20
+    assert artefact.groups[0].k.plans[16].error < 0.25
 
 
 # --- The command ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 BASE = dict(T=5, HQ=8, H=2, D=64, F=32, pairing="half", dtype="float32")
 CHANGES = (
     *({"T": 0}, {"T": 1}, {"T": 130}, {"HQ": 1, "H": 1}, {"HQ": 40, "H": 8, "D": 128, "F": 64}),
-    *({"HQ": 71, "H": 3}, {"F": 0}, {"F": 1}, {"F": 16}, {"F": 31}, {"D": 80, "F": 40}),
+    *({"HQ": 71, "H": 3}, {"H": 0}, {"F": 0}, {"F": 1}, {"F": 16}, {"F": 31}, {"D": 80, "F": 40}),
     *({"D": 24, "F": 12}, {"D": 192, "F": 96}, {"D": 1024, "F": 300}),
     *({"dtype": "float16"}, {"dtype": "bfloat16"}),
 )

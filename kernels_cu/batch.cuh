@@ -15,14 +15,14 @@ __device__ __forceinline__ int last_up_to(const int* entries, int n, i64 x) {
 // Searched by the WIDTH lanes of a group, which cut what is left into WIDTH + 1 parts each round,
 // so that few loads depend on another. All groups of a warp call it, each with a question of its
 // own.
-template <int WIDTH, typename Passes>
-__device__ __forceinline__ int count_passing(int n, Passes passes) {
+template <int WIDTH, typename N, typename Passes>
+__device__ __forceinline__ N count_passing(N n, Passes passes) {
     const int lane = threadIdx.x % WIDTH, first = threadIdx.x % WARP - lane;
-    int low = 0;
-    for (int left = n + 1; left > 1;) {
+    N low = 0;
+    for (N left = n + 1; left > 1;) {
         left = (left + WIDTH) / (WIDTH + 1);
         const i64 probe = low + (i64)(lane + 1) * left - 1;
-        const u32 passed = __ballot_sync(FULL_MASK, probe < n && passes((int)probe));
+        const u32 passed = __ballot_sync(FULL_MASK, probe < n && passes((N)probe));
         low += __popc(passed >> first & (FULL_MASK >> (WARP - WIDTH))) * left;
     }
     return low;

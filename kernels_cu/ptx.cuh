@@ -196,6 +196,18 @@ __device__ __forceinline__ u32 atomic_inc_acq_rel(u32* at, u32 most) {
                  : "=r"(old) : "l"(at), "r"(most) : "memory");
     return old;
 }
+
+// [ld, st] One word that other blocks of the GPU store or load meanwhile, whole and at once; other
+// accesses may pass it.
+__device__ __forceinline__ u64 load_relaxed(u64* at) {
+    u64 x;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_relaxed(u64* at, u64 x) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(x) : "memory");
+}
 #endif
 
 #if __CUDA_ARCH__ >= 900

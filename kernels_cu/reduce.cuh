@@ -48,6 +48,17 @@ template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
     return sum;
 }
 
+// Sum of this lane's integer and those of the lanes before it.
+template <typename T> __device__ __forceinline__ T warp_scan(T x) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const T before = __shfl_up_sync(FULL_MASK, x, step);
+        if (lane >= step) x += before;
+    }
+    return x;
+}
+
 // Sum over a block of THREADS threads, all of which call it. `scratch` holds THREADS / 32 floats
 // and may be reused after a barrier.
 template <int THREADS>

@@ -20,7 +20,7 @@
 // level 0.
 // Filters keep a prefix of the tokens ordered by level and index. Where it ends is found without
 // sorting: three rounds of histograms, each over eleven bits more of the level.
-#include "types.cuh"
+#include "reduce.cuh"
 
 #ifndef BLOCK
 #error "sample.cu needs BLOCK"
@@ -54,17 +54,6 @@ __device__ __forceinline__ u64 warp_max(u64 x) {
     for (int lane = WARP / 2; lane > 0; lane /= 2) {
         const u64 other = __shfl_xor_sync(FULL_MASK, x, lane);
         x = x > other ? x : other;
-    }
-    return x;
-}
-
-// Sum of this lane's value and those of the lanes before it.
-__device__ __forceinline__ u64 warp_scan(u64 x) {
-    const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const u64 before = __shfl_up_sync(FULL_MASK, x, step);
-        if (lane >= step) x += before;
     }
     return x;
 }

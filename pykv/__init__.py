@@ -27,7 +27,7 @@ from pykv.sequence_cache import SequenceCache
 from pykv.specs import KVSpec
 
 if _TYPE_CHECKING:
-    from pykv import cuda, kinds, kvtc, layout, ops, page_files, pages, plan, transfer
+    from pykv import cuda, elastic, kinds, kvtc, layout, ops, page_files, pages, plan, transfer
     from pykv.llm import LLM, Completion, SamplingParams
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "asarray",
     "blocks",
     "cuda",
+    "elastic",
     "from_pointer",
     "graph",
     "kinds",

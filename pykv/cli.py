@@ -350,6 +350,7 @@ def _bench(args: argparse.Namespace) -> int:
                 if record["bench"] == args.name:
                     own.append(record)
     finally:  # what is measured is kept when somebody interrupts the rest
+        getattr(module, "derive", list)(own)
         texts = {
             given.json: report.to_json(records),
             given.csv: report.to_csv(own, getattr(module, "row", report.row)),

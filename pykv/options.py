@@ -5,6 +5,7 @@ Each takes the op's and the argument's name, for errors, and returns the value a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection
 from numbers import Real
@@ -51,6 +52,7 @@ def check_number(
     value: Any,
     *,
     positive: bool = False,
+    infinite: bool = False,
     least: float = -_LARGEST,
     most: float = _LARGEST,
 ) -> float:
@@ -58,17 +60,19 @@ def check_number(
 
     Raises:
         DtypeError: it is no number; a bool is none.
-        ParameterError: it is not finite in float32, below `least` or above `most`, or, if
-            `positive`, not above 0 there.
+        ParameterError: it is not finite in float32 (infinities pass if `infinite`), below `least`
+            or above `most`, or, if `positive`, not above 0 there.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
     if isinstance(value, np.generic):  # bounds would be rounded to its precision
         value = value.item()
     number: Any = value
+    if infinite and abs(number) == math.inf:
+        return float(number)
     if least <= number <= most and (number > _SMALLEST / 2 or not positive):
         return float(number)
-    expected = f"a {'positive ' * positive}finite number of float32"
+    expected = f"a {'positive ' * positive}{'finite ' * (not infinite)}number of float32"
     if least > -_LARGEST:
         expected = f"{least:g} to {most:g}"
     elif most < _LARGEST:

@@ -32,8 +32,8 @@ from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
 PUBLIC = """
-    blocks kinds kvtc.artefact kvtc.calibration kvtc.codec kvtc.coder kvtc.stream kvtc.stream_v0
-    kvtc.v0 layout page_files pages plan.append plan.base plan.decode transfer
+    blocks elastic kinds kvtc.artefact kvtc.calibration kvtc.codec kvtc.coder kvtc.stream
+    kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append plan.base plan.decode transfer
 """.split()
 
 
@@ -85,7 +85,8 @@ def name_of(module, dotted):
 # What users are handed or hand on, but do not call with values of their own; or what ops call with
 # arguments that they have checked.
 UNCHECKED = """
-    errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
+    elastic.Timed elastic.CompressResult elastic.CompressResult.kept elastic.Throughput
+    elastic.Cycle errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
     transfer.Transfer.wait llm.answer.Completion layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
@@ -130,6 +131,12 @@ FUNCTIONS = {
     "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
     "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
+    "ops.compaction.compress": dict(x=zeros("f4", 8), threshold=0.5, out=zeros("f4", 8))
+    | dict(indices=zeros("i4", 8), count=zeros("i8", 1)),
+    "ops.compaction.count": dict(x=zeros("f4", 8), threshold=0.5),
+    "ops.compaction.expand": dict(values=zeros("f4", 2), indices=ints(1, 5), n=8)
+    | dict(count=np.array([2]), out=zeros("f4", 8)),
+    "ops.compaction.workspace_size": dict(n=8, itemsize=4),
     "ops.contiguous_append.read_token": dict(slot=0, token=1)
     | dict(k_cache=zeros("f2", 1, 4, 2, 8), v_cache=zeros("f2", 1, 4, 2, 8)),
     "ops.paged_check.check_pages": dict(pages=ints(1, -1), num_pages=2),
@@ -161,8 +168,19 @@ FUNCTIONS = {
     "ops.permute.block_from_operational": dict(blocks=_NHD, operational=_OPERATIONAL),
     "ops.permute.nhd_to_hnd": dict(hnd=_HND, nhd=_NHD),
     "ops.permute.hnd_to_nhd": dict(nhd=_NHD, hnd=_HND),
+    "ops.throughput.fma": dict(x=zeros("f4", 8), steps=2),
+    "ops.throughput.exp2": dict(x=zeros("f4", 8), steps=2),
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
+    "elastic.compress": dict(kv=zeros("f4", 2, 4), threshold=0.5, indices=zeros("i4", 8))
+    | dict(out=zeros("f4", 8), repetitions=1),
+    "elastic.mem_bandwidth": dict(input=zeros("f4", 8), output=zeros("f4", 8), iterations=1),
+    "elastic.mem_bandwidth_batched": dict(input=zeros("f4", 8), output=zeros("f4", 8))
+    | dict(iters_per_launch=1, num_launches=1),
+    "elastic.compute_throughput": dict(data=zeros("f4", 8), ops_per_element=2, repetitions=1),
+    "elastic.inference_cycle": dict(kv=zeros("f2", 2, 1, 9, 2, 8), q=zeros("f2", 1, 18, 2, 8))
+    | dict(decode_steps=1, keep=0.5, repetitions=1),
+    "elastic.gpu_info": {},
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),
@@ -231,6 +249,10 @@ def _sequence(xp):
     cache.assign([2, 0])
     cache.advance(2)
     return (cache,)
+
+
+def _compressed(xp):
+    return (pykv.ops.compaction.compress(xp.ones(4, np.float32), 0.5),)
 
 
 def _spec(xp):
@@ -468,6 +490,8 @@ METHODS = {
     "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
     "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
+    "ops.compaction.Compressed.kept": _of(_compressed, "kept"),
+    "ops.compaction.Compressed.trimmed": _of(_compressed, "trimmed"),
     "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
     "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
     "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),

@@ -55,7 +55,8 @@ CONTENTS = {  # entries that lead out of arrays
     **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts"), [MOST, -1]),
 }
 UNREAD = {"page_table": 3}  # an entry past the length of its sequence
-NOT_FOLLOWED = {  # entries that these calls copy or cut off, or that another check has passed
+NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed
+    "ops.compaction.compress": "indices",
     "ops.contiguous_append.append": "lengths",
     "ops.page_table.from_lists": "indices",
     "ops.paged_check.check_positions": "indptr",

@@ -405,6 +405,28 @@ def test_roofline_reads_csv(drawn, tmp_path, write_json):
     )
 
 
+def evicted(keep, faster, steps=None, **facts):
+    case = dict(B=2, L=4000, HQ=8, H=2, D=64, kv="int8", keep=keep, what="attention")
+    results = dict(speedup_vs_baseline=faster, break_even_steps=steps)
+    return made(1.0, bench="elastic", **case) | dict(results=results, facts=facts)
+
+
+EVICTED = [
+    evicted(0.25, 3.0, 12.0, relative_l2=0.2, retained_mass=[0.75, 0.5]),
+    evicted(1.0, 1.0),
+    {**evicted(0.5, 9.0), "ok": False},
+]
+
+
+def test_elastic_figure(drawn, write_json):
+    want = [(1.0, 1.0, None, None, None), (0.25, 3.0, 0.2, 0.25, 12.0)]
+    assert plot.elastic_curves(EVICTED) == {"2 x 4,000, 8/2 heads of 64, int8": want}
+    faster, error, paid = drawn("elastic", [write_json("e.json", EVICTED)]).axes
+    assert [list(line.get_ydata()) for line in faster.lines] == [[1, 3], [1, 4]]
+    assert [list(line.get_ydata()) for line in error.lines[:2]] == [[0.2], [0.25]]
+    assert [list(line.get_xdata()) for line in paid.lines] == [[0.25]]
+
+
 @pytest.mark.parametrize(
     "figure, name, text",
     [
@@ -417,6 +439,7 @@ def test_roofline_reads_csv(drawn, tmp_path, write_json):
         ("roofline", "x.csv", "a,b\n1,2\n"),
         ("kinds", "x.json", "[]"),
         ("kinds", "x.json", "{"),
+        ("elastic", "x.json", json.dumps(SWEEP)),
     ],
 )
 def test_other_files_are_refused(drawn, tmp_path, capsys, figure, name, text):
@@ -445,6 +468,7 @@ def test_other_files_are_refused(drawn, tmp_path, capsys, figure, name, text):
         ("kinds", "x.json", '{"tiny": {"rows": [{"spec": "fp16", "perplexity": 0}]}}'),
         ("kinds", "x.json", '{"tiny": {"rows": 5}}'),
         ("kinds", "x.json", '{"tiny": 5}'),
+        ("elastic", "x.json", json.dumps([made(1.0, bench="elastic", what="attention")])),
         ("kinds", "x.json", "{}"),
     ],
 )

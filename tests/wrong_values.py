@@ -67,7 +67,8 @@ _TEXTS = "text path out model salt".split()  # any text passes
 _DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
 _MAKES = "num_pages pages max_blocks width N P H layers".split()  # 2^31 would fill the memory
 _OF_ANY_ARRAY = re.compile(  # of any rank, strides or bytes
-    r"kinds\.|kvtc\.|arrays\.|transfer\.|ops\.(permute|block_copy)\.|.*hadamard_transform|.*frequencies"
+    r"elastic\.compress|kinds\.|kvtc\.|arrays\.|transfer\.|ops\.(permute|block_copy)\.|"
+    r".*hadamard_transform|.*frequencies"
 )
 
 
@@ -115,6 +116,8 @@ def wrong_values(call, name, parameter, value):
         may = [x for x in may if type(x) is not int or x != 2**31]
     if name == "size":  # of memory that would be read
         must, may = [x for x in must if not isinstance(x, list)], [-1, -(2**70), 2**70]
+    if name in ("threshold", "fill"):  # may be infinite
+        must = [x for x in must if not (isinstance(x, np.floating) and np.isinf(x))]
     if name.endswith("_ptrs"):  # may be a list
         must = [x for x in must if not isinstance(x, list)]
     may.append(None)

@@ -5,7 +5,7 @@
 Needs NVRTC, but no GPU. A line for each kernel and entry of `VARIANTS`, a column for each SM. The
 stack of a thread holds what found no register: spills, and arrays whose index is known only at run
 time. A kernel file that needs some says so in its header, `// Stack: N bytes, why`; where a kernel
-uses more than that, the exit code is 1.
+uses more than that, the exit code is 1. A dash stands where an SM has no such kernel.
 """
 
 import dataclasses
@@ -152,7 +152,7 @@ def main(stems):
     cells = [cell for row in rows.values() for cell in row.values()]
     width = max(map(len, [*archs(), *cells])) + 1
     for row, usages in {"kernel": {arch: arch for arch in archs()}, **rows}.items():
-        print(*(f"{usages[arch]:{width}}" for arch in archs()), row, sep="")
+        print(*(f"{usages.get(arch, '-'):{width}}" for arch in archs()), row, sep="")
     print(f"{len(cells)} kernels, {len(faults)} with a stack that no header declares")
     print("\n".join(faults), end="\n" * bool(faults))
     return int(bool(faults))

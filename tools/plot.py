@@ -5,6 +5,7 @@
     python tools/plot.py peers flashinfer.json              # pykv's time over FlashInfer's
     python tools/plot.py kinds kinds.json                   # bytes a token against perplexity
     python tools/plot.py roofline decode.json prefill.json  # or CSV of `pykv bench ... --csv`
+    python tools/plot.py elastic elastic.json               # speed-up, error, when it has paid
 
 Needs matplotlib: the extra `plot`.
 """
@@ -12,6 +13,7 @@ Needs matplotlib: the extra `plot`.
 import argparse
 import csv
 import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -384,9 +386,70 @@ def roofline(paths):
     return finish(figure, title, timed)
 
 
+# --- elastic --------------------------------------------------------------------------------------
+
+
+def elastic_curves(records):
+    """{shape: [(keep, speed-up, error, lost mass, steps until it has paid)]}, keep falling; None
+    where a case has no such figure."""
+    found = {}
+    for one in records:
+        case = one["case"]
+        if one["bench"] != "elastic" or not one["ok"] or case["what"] != "attention":
+            continue
+        shape = f"{case['B']} x {case['L']:,}, {case['HQ']}/{case['H']} heads of {case['D']}"
+        results, facts = one["results"], one["facts"]
+        mass = facts.get("retained_mass")
+        found.setdefault(f"{shape}, {case['kv']}", []).append(
+            (case["keep"], results["speedup_vs_baseline"], facts.get("relative_l2"))
+            + (mass and 1 - mass[0], results["break_even_steps"])
+        )
+    return {shape: sorted(points, reverse=True) for shape, points in found.items()}
+
+
+def elastic(paths):
+    """Over the part of the keys that is kept: speed-up, error and lost mass, break-even."""
+    records = report.read_json(str(paths[0]))
+    curves = elastic_curves(records)
+    if not curves:
+        raise FormatError(f"{paths[0]} has no attention of `pykv bench elastic`")
+    figure, axes = new_figure(3.8, 3)
+    titles = ("speed-up over all keys", "error of the output", "steps until it has paid")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("part of the keys that is kept")
+        axis.set_xlim(1.03, 0)
+        axis.grid(alpha=0.3)
+    for color, (shape, points) in zip(itertools.cycle(COLORS.values()), curves.items()):
+        for axis, column, style in ((0, 1, "o-"), (1, 2, "o-"), (1, 3, "x:"), (2, 4, "o-")):
+            some = [(point[0], point[column]) for point in points if point[column] is not None]
+            label = shape if (axis, column) == (0, 1) else None
+            axes[axis].plot(*zip(*some, strict=True), style, color=color, ms=4, lw=1, label=label)
+    keeps = sorted({point[0] for points in curves.values() for point in points}, reverse=True)
+    axes[0].plot(
+        keeps, [1 / keep for keep in keeps], color="#222222", lw=1, ls="--", label="1 / part"
+    )
+    axes[0].set_ylim(0, None)
+    axes[2].set_yscale("log")
+    for place in (axes[2].yaxis.set_major_formatter, axes[2].yaxis.set_minor_formatter):
+        place("{x:,.0f}")
+    axes[1].plot([], [], "o-", color="#666666", ms=4, label="relative error (L2)")
+    axes[1].plot([], [], "x:", color="#666666", ms=4, label="softmax mass lost")
+    axes[1].legend(loc="upper left", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7)
+    return finish(figure, "Attention over a part of the keys, beside attention over all", records)
+
+
 # --- The command ----------------------------------------------------------------------------------
 
-FIGURES = {"sweep": sweep, "peers": peers, "kinds": kinds, "roofline": roofline}
+FIGURES = {
+    "sweep": sweep,
+    "peers": peers,
+    "kinds": kinds,
+    "roofline": roofline,
+    "elastic": elastic,
+}
 
 
 def read_csv(path):

@@ -13,6 +13,7 @@ and, where it wants them,
     add_arguments(parser), select(args)  options that it alone has, and the cases that they leave
     DEVICE               what --device is where it is not given, instead of "cuda"
     row(record)          the columns of its CSV instead of `report.row`
+    derive(records)      adds to its records what some of them say together
     conclude(records)    a closing line for people
 
 What cases allocate is freed after each; pinned memory comes from `pykv.bench.memory`. The ceilings
@@ -59,6 +60,7 @@ class Work:
             ready by `pykv.prepare` is measured as well.
         clocked: `run` times itself and returns seconds.
         samples: of calls that take seconds, how many are timed instead of what was asked for.
+        facts: what else the record says of the result, such as errors; `check` may fill it.
     """
 
     run: Callable[[], object]
@@ -72,6 +74,7 @@ class Work:
     op: partial[Any] | None = None
     clocked: bool = False
     samples: int | None = None
+    facts: dict[str, Any] | None = None
 
 
 def names() -> list[str]:

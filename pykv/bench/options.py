@@ -102,6 +102,17 @@ def _dim(text: str) -> Case:
     return dict(D=D)
 
 
+def _equal_heads(text: str) -> Case:
+    return _heads(text if "/" in text else f"{text}/{text}")
+
+
+def _fraction(text: str) -> Case:
+    keep = float(text)
+    if not 0 < keep <= 1:
+        raise ValueError
+    return dict(keep=keep)
+
+
 def has_dynamic_scales(kv: str) -> bool:
     """Whether a cache of this kind finds a scale for each row that it stores, or needs none."""
     spec = KVSpec.parse(kv)
@@ -130,11 +141,24 @@ OPTIONS = {
         "KV heads; with query heads, as in 40/8, the fused append of a layer",
     ),
     "kv_heads": number("heads", "H", "KV heads"),
+    "equal_heads": Option(
+        "heads", _equal_heads, f"heads, or {_HEADS}", "heads; or query heads / KV heads, as in 40/8"
+    ),
     "dim": Option("dim", _dim, f"a multiple of 8 up to {MAX_HEAD_DIM}", "elements of a head"),
     "page": number("page", "P", "tokens of a page"),
     "kv": word("kv", KVSpec.parse, "a kind", _KINDS),
     "row_kv": word("kv", has_dynamic_scales, _ROWS, _KINDS),
     "to": word("to", has_dynamic_scales, _ROWS, "kinds of the cache that is written"),
+    "elements": number("elements", "n", "elements of the array"),
+    "keep": Option("keep", _fraction, "a fraction above 0, up to 1", "kept parts, as in 0.5,0.1"),
+    "compress": Option(
+        "compress",
+        lambda text: dict(keep=round(1 / _count(text), 4)),
+        _NUMBER,
+        "C, to keep one of C keys; all at 1",
+    ),
+    "seq": number("seq", "L", "keys of each sequence before the first step"),
+    "decode_tokens": number("decode-tokens", "steps", "tokens of an inference cycle"),
     "dtype": one_of("dtype", DTYPES, "element of the rows"),
 }
 
@@ -172,7 +196,7 @@ def select(bench: str, module: Any, args: argparse.Namespace) -> list[Case]:
     lists = [
         read(bench, option, text)
         for option in (OPTIONS[name] for name in getattr(module, "OPTIONS", ()))
-        if (text := getattr(args, option.flag)) is not None
+        if (text := getattr(args, option.flag.replace("-", "_"))) is not None
     ]
     if lists:
         own = getattr(module, "own_cases", own_cases)

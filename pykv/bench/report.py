@@ -9,6 +9,7 @@ Keys of a record:
     warmup, flush_bytes, graph, wall   how it was timed, see pykv.bench.timing
     bytes, flops          of one call; gbps: bytes / median, in 1e9 bytes a second
     ceiling, ceiling_gbps, share   what gbps is held to, measured in the same run, and their ratio
+    facts                 what else a benchmark says of the result, by names that it explains
     device, sm, driver, cuda, nvrtc, pykv, date   where, with what and when; None where not known
     commit                of the code; with "+" behind it where files differed from that commit
 """
@@ -90,6 +91,8 @@ def record(
             if samples:
                 made[f"{name}_median"] = summarize(samples)["median"]
         made["gbps"] = work.bytes / made["median"] / 1e3
+    if work.facts is not None:
+        made["facts"] = work.facts
     return made | facts
 
 

@@ -226,3 +226,11 @@ def middles(packed: Any, steps: Any, widths: Any, dtype: Any) -> Any:
             out.append((dtype(code) + dtype(0.5)) * dtype(steps[len(out)]))
             number >>= bits
     return np.array(out, dtype)
+
+
+def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
+    """The elements of x whose magnitude exceeds a threshold ("gt"), or is no less ("ge"), and where
+    they stand, as int32."""
+    numbers = [abs(number) for number in x.astype(np.float64).tolist()]
+    kept = [i for i, a in enumerate(numbers) if a > threshold or (mode == "ge" and a == threshold)]
+    return x[kept], np.array(kept, np.int32)

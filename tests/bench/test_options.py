@@ -41,6 +41,15 @@ SHAPES = {
         "--tokens 9 --layers 3 --kv int8",
         dict(op="gather", kv="int8", tokens=9, L=3, H=2, D=32, r=32),
     ),
+    "compaction": (
+        "--elements 900 --keep 0.25 --dtype fp16",
+        dict(op="indices", n=900, keep=0.25, dtype="fp16", by="pykv"),
+    ),
+    "elastic": (
+        "--batch 3 --seq 50 --heads 4/2 --dim 24 --kv int8 --compress 3 --inference "
+        "--decode-tokens 2",
+        dict(what="cycle", B=3, L=50, HQ=4, H=2, D=24, kv="int8", keep=0.3333, steps=2),
+    ),
     "calls": (
         "--batch 3 --keys 50 --heads 10/2 --dim 24 --page 8 --kv int8",
         dict(job="decode", how="plan", B=3, L=50, HQ=10, H=2, D=24, P=8, kv="int8"),

@@ -35,7 +35,7 @@ class MemoryPointer:
         return self.host.reshape(-1).view(np.uint8)
 
     def memset_async(self, value, nbytes):
-        self.bytes()[:nbytes] = value
+        enqueue(self.bytes().__setitem__, slice(nbytes), value)
 
 
 class ndarray:

@@ -224,6 +224,9 @@ template <typename T> inline T opaque_pointer(T x) { return x; }
 
 inline unsigned atomic_inc_acq_rel(unsigned* at, unsigned most) { return atomicInc(at, most); }
 
+inline unsigned long long load_relaxed(unsigned long long* at) { return atomicOr(at, 0ull); }
+inline void store_relaxed(unsigned long long* at, unsigned long long x) { atomicExch(at, x); }
+
 // --- Clusters ------------------------------------------------------------------------------------
 
 inline void cluster_arrive(SIMT_SITE) { simt::arrive_at_cluster("cluster_arrive", file, line); }

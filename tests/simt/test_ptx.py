@@ -430,7 +430,11 @@ def signatures(text):
     """Every inline function: name to result and parameters."""
     text = " ".join(text.split())
     text = re.sub(r"(, )?SIMT_SITE", "", text)
-    for short, long in (("u16", "unsigned short"), ("u32", "unsigned")):
+    for short, long in (
+        ("u16", "unsigned short"),
+        ("u32", "unsigned"),
+        ("u64", "unsigned long long"),
+    ):
         text = text.replace(short, long)
     found = re.findall(r"inline(?:__)? ([\w ]+\*?) (\w+)\((.*?)\) {", text)
     return {name: (result, parameters) for result, name, parameters in found}
@@ -443,5 +447,5 @@ def test_inline_ptx_stands_in_one_header_and_has_twins():
     assert section.endswith("#endif  // PYKV_SIMT\n") and not signatures(before)
 
     wrappers, twins = signatures(section), signatures((HERE / "ptx.hpp").read_text())
-    assert len(wrappers) == 31
+    assert len(wrappers) == 33
     assert wrappers == {name: twins.get(name) for name in wrappers}

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from operator import index
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from pykv import cuda, install
-from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import KVSpec
-from pykv.llm import gguf, memory, models, scheduler
+from pykv.kvtc.codec import Codec
+from pykv.llm import gguf, memory, models, scheduler, sessions, shared_scales
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sessions import Session
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
 from pykv.specs import as_spec
-
-# Of scales that heads or tensors share: how far beyond the largest magnitude of CALIBRATION they
-# reach.
-SCALE_MARGIN = 1.5
-CALIBRATION = """\
-The old harbour lay quiet under a pale sky, and only the gulls argued about breakfast. In 1912, at
-a distance of 3,474.8 km, the ship sent 27 messages; 9 were answered. "Why not all of them?" she
-asked. Nobody knew -- and nobody cared!
-def mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)  # 0.0 where there are none
-{"id": 4096, "name": "Zoë", "tags": ["α", "β²", null], "ok": true}
-Der schnelle Fuchs springt über den Zaun. ¿Dónde está la biblioteca?
-你好，世界。Привет, мир! 日本語の文。
-SELECT name, count(*) FROM users WHERE age >= 18 GROUP BY name;
-Theorem 1. If f is continuous on [a, b], then f is bounded; hence sup |f(x)| < ∞.
-User: Please list three colours. Assistant: 1. Red 2. Green 3. Blue
-"""
 
 
 class LLM:
@@ -56,10 +41,10 @@ class LLM:
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
-            SCALE_MARGIN times what its largest magnitude needs, and stays; a call warns where it
-            clamps more than a thousandth of a layer's keys or values. Before they become integers,
-            heads are multiplied by a Hadamard matrix, which changes no product, but no element
-            stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
+            1.5 times what its largest magnitude needs, and stays; a call warns where it clamps more
+            than a thousandth of a layer's keys or values. Before they become integers, heads are
+            multiplied by a Hadamard matrix, which changes no product, but no element stands out
+            then: int8 disturbs logits by half to a third, and int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
@@ -104,6 +89,7 @@ class LLM:
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
         weights_dtype = float_kind("weights", weights)
+        self.weights_dtype: str = np.dtype(weights_dtype).name
         check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
@@ -137,12 +123,12 @@ class LLM:
                 config.head_dim,
                 page_size=page_size,
                 spec=self.spec,
-                margin=SCALE_MARGIN,
+                margin=shared_scales.MARGIN,
                 xp=self.xp,
             )
             if self.spec.has_given_scales:
-                ids = self.tokenizer.encode(CALIBRATION)[: config.context - 1]
-                _calibrate(loaded, cache, ids, self.xp)
+                ids = self.tokenizer.encode(shared_scales.CALIBRATION)[: config.context - 1]
+                shared_scales.calibrate(loaded, cache, ids, self.xp)
         self._scheduler = Scheduler(
             loaded, cache, self.xp, may_grow=pool_tokens is None, prefix_cache=prefix_cache
         )
@@ -292,6 +278,80 @@ class LLM:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(self._known("ids", ids))
 
+    # --- Sessions ---
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+        codec: Codec | str | None = None,
+    ) -> int:
+        """Write a conversation to a file, with the pages of the cache that hold its beginning.
+
+        Args:
+            path: of the file. One that exists is replaced at once, when all is on the disk; a new
+                one is readable by its owner alone.
+            prompt: messages as of `chat`, the last answer among them; or what `generate` was given,
+                token ids followed by those of the answer, or a text.
+            template_variables: as of `chat`, for messages.
+            codec: makes the file smaller, at a loss: a pykv.kvtc.Codec on the LLM's device, or
+                "FILE:RATIO" of an artefact, such as "smollm2.kvtc:16". None: pages are kept bit
+                for bit.
+
+        Returns:
+            How many of the first tokens the file keeps the pages of: full pages, which calls have
+            computed and the cache still holds. The others are computed when they are needed.
+
+        Raises:
+            ParameterError: the prompt is none, `path` is no regular file, the codec is for another
+                model, or the LLM has no `prefix_cache`.
+            DtypeError: `path` or `codec` is nothing of the kind.
+            OSError: the file cannot be written; what was there before is still there.
+
+        Waits for the GPU.
+
+        >>> llm = pykv.LLM("smollm2-135m")  # doctest: +SKIP
+        >>> talk = [{"role": "user", "content": "Hello"}]  # doctest: +SKIP
+        >>> talk += [{"role": "assistant", "content": llm.chat(talk).text}]  # doctest: +SKIP
+        >>> llm.save("talk.session", talk)  # doctest: +SKIP
+        >>> talk = llm.load("talk.session").messages  # in another process  # doctest: +SKIP
+        """
+        messages = prompt if _are_messages(prompt) else None
+        if messages is None:
+            ids = self._ids(prompt)
+        else:
+            variables = {"add_generation_prompt": False, **(template_variables or {})}
+            ids = chat_ids(self.file, self.tokenizer, messages, template_variables=variables)
+        return sessions.save(self, self._scheduler, path, ids, messages, codec)
+
+    def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
+        """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
+        prompts begin with its tokens reuse its pages as if this LLM had computed them.
+
+        Args:
+            path: of the file.
+            codec: of the artefact and ratio that the file was saved with; not used if it was saved
+                without.
+
+        Returns:
+            Its token ids, its messages if it has any, and how many tokens need no computing. Like
+            pages of finished calls, those that no call uses go when others need room.
+
+        Raises:
+            FormatError: this is no such file, it is damaged, or of another version, model, spec,
+                page size or codec; the LLM is as before.
+            CapacityError: its pages exceed the context or the pool.
+            ParameterError: `path` is no regular file, the codec is for another model, or the LLM
+                has no `prefix_cache`.
+            DtypeError: `path` or `codec` is nothing of the kind.
+            OSError: the file cannot be read.
+
+        Waits for the GPU.
+        """
+        return sessions.load(self, self._scheduler, path, codec)
+
     # --- Numbers ---
 
     def logits(self, token_ids: str | Sequence[int]) -> np.ndarray:
@@ -405,6 +465,11 @@ def _items(name: str, values: Any) -> list[Any]:
         raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
 
 
+def _are_messages(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether a prompt is one of `chat`; others are of `generate`."""
+    return isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt)
+
+
 def _token_id(name: str, value: Any) -> int:
     """An integer of any library."""
     try:
@@ -417,24 +482,6 @@ def _token_id(name: str, value: Any) -> int:
 
 def _refuse_prepare(method: str) -> None:
     cuda.refuse_prepare(method, "what it does next depends on logits, which it waits for")
-
-
-def _calibrate(model: Model, cache: PagedKVCache, ids: list[int], xp: Any) -> None:
-    """Set the scales that heads or tensors share to those that a prompt needs."""
-    config = model.config
-    sizes = (config.num_layers, 1, config.kv_heads, config.head_dim)
-    trial = PagedKVCache(*sizes, spec=cache.spec, margin=SCALE_MARGIN, xp=xp)
-    calibrating = Scheduler(model, trial, xp, may_grow=True, prefix_cache=False)
-    sequence = scheduler.Sequence(ids, SamplingParams(), len(ids) + 1)
-    for _ in calibrating.run([sequence]):
-        pass
-    for scales, found in ((cache.k_scales, trial.k_scales), (cache.v_scales, trial.v_scales)):
-        if scales is not None:
-            known = to_host(found)
-            largest = known.max(1, keepdims=True)
-            # Heads whose rows were all zero: an unset scale would make each append look for one.
-            spare = np.where(largest > 0, largest, 1)
-            scales[...] = xp.asarray(np.where(known > 0, known, spare).astype(known.dtype))
 
 
 def _load(file: gguf.ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:

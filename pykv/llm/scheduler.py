@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -149,6 +150,32 @@ class Scheduler:
         finally:
             self._release([sequence])
 
+    @contextmanager
+    def known(self, tokens: list[int]) -> Iterator[list[int]]:
+        """The pages of the longest prefix of tokens that is computed, which stay as they are while
+        the block runs."""
+        pages = self.cache.manager.reuse(tokens)
+        try:
+            yield pages
+        finally:
+            self.cache.manager.free(pages)
+
+    def adopt(self, tokens: list[int], write: Callable[[list[int]], None]) -> None:
+        """Let prompts that begin with these tokens, of full pages, reuse what `write` puts into
+        pages that it is told.
+
+        Raises:
+            CapacityError: the pool is too small.
+        """
+        manager = self.cache.manager
+        self._make_room(manager.pages_for(len(tokens)))
+        pages = manager.allocate(len(tokens))
+        try:
+            write(pages)
+            manager.publish(pages, tokens)
+        finally:
+            manager.free(pages)
+
     # --- Steps ---
 
     def _prefix_steps(self, sequences: list[Sequence], stats: Stats) -> Generator[None, None, None]:
@@ -273,15 +300,20 @@ class Scheduler:
                     s.pages = manager.reuse(s.prompt[:-1])
                     s.cached = len(s.pages) * cache.page_size
             wanted = sum(manager.pages_for(s.limit) - len(s.pages) for s in sequences)
-            missing = wanted - manager.num_free
-            if missing > 0 and self._may_grow:
-                cache.grow(manager.num_pages + missing)
-            manager.require(wanted)
+            self._make_room(wanted)
             for s in sequences:
                 cache.extend(s.pages, s.cached, s.limit)
         except BaseException:
             self._release(sequences)
             raise
+
+    def _make_room(self, wanted: int) -> None:
+        """So many free pages, or a CapacityError."""
+        manager = self.cache.manager
+        missing = wanted - manager.num_free
+        if missing > 0 and self._may_grow:
+            self.cache.grow(manager.num_pages + missing)
+        manager.require(wanted)
 
     def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
         """Say so where scales that heads or tensors share do not fit these sequences."""

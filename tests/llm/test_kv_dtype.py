@@ -6,7 +6,7 @@ import pytest
 from pykv import kinds, pool
 from pykv.errors import NumberError
 from pykv.kinds import KVSpec
-from pykv.llm import LLM, generate
+from pykv.llm import LLM, shared_scales
 from pykv.llm.weights import load
 from pykv.ops import paged_qkv
 from tests.helpers import assert_same_bits, to_numpy, without_simt
@@ -139,7 +139,7 @@ def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
         assert_same_bits(now, before)
 
     exact, spec = open_llm(kv_dtype="fp32", weights="fp32"), llm.spec
-    ids = exact.tokenize(generate.CALIBRATION)
+    ids = exact.tokenize(shared_scales.CALIBRATION)
     assert len(ids) > 200
     exact.logits(ids[: exact.context - 1])
     mix = paged_qkv.hadamard_transform if spec.wants_hadamard else np.asarray
@@ -148,7 +148,7 @@ def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
         peaks = np.abs(mix(to_numpy(rows))).max((1, 2, 4))  # zeros where no row is
         if spec.granularity == "tensor":
             peaks = peaks.max(1, keepdims=True)
-        want = generate.SCALE_MARGIN * peaks / kind.largest
+        want = shared_scales.MARGIN * peaks / kind.largest
         np.testing.assert_allclose(got[0], want[0], rtol=2e-3)
         np.testing.assert_allclose(got[1:], want[1:], rtol=0.1)  # behind codes of the first layer
 

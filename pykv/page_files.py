@@ -43,7 +43,8 @@ def save(
     Raises:
         ParameterError: a page does not exist, or `path` is a folder, a pipe or a device; or the
             codec is for another model.
-        DtypeError: `cache` is no cache, `path` no path, `model` no text, or `codec` no Codec.
+        DtypeError: `cache` is no cache, `path` no path, `model` no text, or `codec` no Codec, or
+            `hadamard` no bool.
         OSError: the file cannot be written; what was there before is still there.
 
     Several threads and processes may save to one path: one of their files is there in the end, and
@@ -62,7 +63,7 @@ def save(
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
     if not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
-    stored_pages.check_codec(op, codec)
+    stored_pages.check_codec(op, codec, hadamard)
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
     arrays = stored_pages.fetch(cache, ids, facts["page_size"], codec, hadamard)
     tensor_files.write(path, _metadata(facts, len(ids), model), arrays)
@@ -99,7 +100,8 @@ def load(
             The cache is as before.
         ParameterError: a page does not exist, or is listed twice; or `path` is a folder, a pipe or
             a device.
-        DtypeError: `cache` is no cache, `path` no path, or `codec` no Codec.
+        DtypeError: `cache` is no cache, `path` no path, or `codec` no Codec, or
+            `hadamard` no bool.
         OSError: the file cannot be read.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
@@ -109,7 +111,7 @@ def load(
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
-    stored_pages.check_codec(op, codec)
+    stored_pages.check_codec(op, codec, hadamard)
     with open(path, "rb") as file:
         header = tensor_files.read_header(op, file, path, "file of pages", FORMAT)
         expected = _metadata(facts, 0, model or "")

@@ -18,6 +18,7 @@ from pykv.arrays import load_cupy, on_gpu, to_host
 from pykv.errors import DtypeError, FormatError
 from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import Coded, parse
+from pykv.options import check_flag
 from pykv.page_arrays import given_scales, moving_arrays, same_values
 from pykv.pages import Pages, host_pages, swap_in, swap_out
 from pykv.tensor_files import Header, read_arrays, shown
@@ -39,8 +40,9 @@ class Stored(NamedTuple):
     coded: Coded | None
 
 
-def check_codec(op: str, codec: Any) -> None:
-    """Check that a codec is one, or None."""
+def check_codec(op: str, codec: Any, hadamard: Any = False) -> None:
+    """Check that a codec is one, or None, and `hadamard` a flag."""
+    check_flag(op, "hadamard", hadamard)
     if not isinstance(codec, Codec | None):
         given = type(codec).__name__
         raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec or None")

@@ -301,6 +301,17 @@ def _llm(xp):
     return (_loaded(),)
 
 
+def _session(method, **arguments):
+    """`save` or `load` of a session, which is there."""
+
+    def call(xp):
+        path = Path(_folder.name) / f"session{next(_count)}"
+        _loaded().save(path, [5, 6])
+        return getattr(_loaded(), method), dict(path=path) | arguments
+
+    return call
+
+
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -323,6 +334,9 @@ METHODS = {
     "llm.generate.LLM.chat_ids": _of(_llm, "chat_ids", messages=_MESSAGES),
     "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
+    "llm.generate.LLM.save": _session("save", prompt=[5, 6]),
+    "llm.generate.LLM.turn": _of(_llm, "turn"),
+    "llm.generate.LLM.load": _session("load"),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),

@@ -305,8 +305,9 @@ class LLM:
             computed and the cache still holds. The others are computed when they are needed.
 
         Raises:
-            ParameterError: the prompt is none, `path` is no regular file, the codec is for another
-                model, or the LLM has no `prefix_cache`.
+            ParameterError: the prompt is none, has variables but no messages, `path` is no regular
+                file, the codec is for another model, or the LLM has no `prefix_cache`.
+            CapacityError: a text, or token ids, exceed the context.
             DtypeError: `path` or `codec` is nothing of the kind.
             OSError: the file cannot be written; what was there before is still there.
 
@@ -320,6 +321,9 @@ class LLM:
         """
         messages = prompt if _are_messages(prompt) else None
         if messages is None:
+            if template_variables is not None:
+                given = f"template_variables is {template_variables!r:.80}"
+                raise ParameterError(f"LLM.save: {given}, expected None without messages")
             ids = self._ids(prompt)
         else:
             variables = {"add_generation_prompt": False, **(template_variables or {})}

@@ -14,6 +14,7 @@ from typing import Any
 
 from pykv import __version__, install
 from pykv.errors import DeviceError, ParameterError, PykvError
+from pykv.kvtc import commands as commands_of_kvtc
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", nargs="?", help="bandwidth or another; without one all are listed")
     bench.add_argument("options", nargs=argparse.REMAINDER, help="NAME --help says which")
     bench.set_defaults(run=_bench)
+
+    kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
+    actions = kvtc.add_subparsers(required=True, metavar="ACTION")
+    calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
+    _add_model(calibrate)
+    commands_of_kvtc.add_calibrate(calibrate)
+    coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
+    _add_model(coders)
+    commands_of_kvtc.add_coders(coders)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")

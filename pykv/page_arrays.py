@@ -16,6 +16,7 @@ from pykv import blocks, cuda, ranges
 from pykv.arrays import Dims, check_writeable, checker, to_host
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KVSpec
+from pykv.options import check_flag
 from pykv.specs import as_spec
 
 Ids = Sequence[int] | Any  # or a NumPy array
@@ -110,6 +111,26 @@ def check_may_write(op: str, name: str, cache: Any) -> None:
     """
     for letter, x in moving_arrays(cache).items():
         check_writeable(op, f"{name}.{letter}", x)
+
+
+def check_codec(op: str, codec: Any, hadamard: bool, tokens: Any = None) -> None:
+    """Check a codec, or where there is none that its options are not given either.
+
+    Raises:
+        DtypeError: it is something else, or `hadamard` no flag.
+        ParameterError: an option is given without it.
+    """
+    mixed = check_flag(op, "hadamard", hadamard)
+    if codec is None:
+        if mixed or tokens is not None:
+            name = "hadamard" if mixed else "tokens"
+            raise ParameterError(f"{op}: {name} is given, expected none without a codec")
+        return
+    from pykv.kvtc import Codec  # here, as few callers have one
+
+    if not isinstance(codec, Codec):
+        given = type(codec).__name__
+        raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec")
 
 
 class Places(NamedTuple):

@@ -1,19 +1,32 @@
 """Pages of a cache in files: save some, load them into another cache.
 
-A file is one of pykv.tensor_files with the arrays [L, n, ...] of the pages, those of given scales
-[L, ...]; or with "stream", [n] uint8, see pykv.kvtc.stream. Its facts are those in which two caches
-must agree, how many pages there are, and `model`.
+A file is one of pykv.tensor_files with the arrays [L, n, ...] of the pages and those of given
+scales [L, ...]; its facts are those in which two caches must agree, how many pages there are, and
+`model`. With a codec it is a stream of pykv.kvtc.stream.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pykv import cuda, stored_pages, tensor_files, whole_files
-from pykv.errors import DtypeError, FormatError
-from pykv.kvtc.codec import Codec
-from pykv.page_arrays import Ids, check_may_write, check_targets, facts_of, page_ids
+from pykv.arrays import load_cupy, on_gpu
+from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.page_arrays import (
+    Ids,
+    check_codec,
+    check_may_write,
+    check_targets,
+    facts_of,
+    page_ids,
+)
+
+if TYPE_CHECKING:
+    from pykv.kvtc import Codec
 
 FORMAT = "pykv.pages.1"
 
@@ -25,6 +38,7 @@ def save(
     *,
     model: str = "",
     codec: Codec | None = None,
+    tokens: int | None = None,
     hadamard: bool = False,
 ) -> None:
     """Write pages to a file, which any reader of safetensors opens.
@@ -35,16 +49,14 @@ def save(
             old file, and a hidden `.pykv-*` beside it, which the next save to `path` removes.
         cache: see pykv.pages.
         pages: page ids; None: all.
-        model: whatever tells whose cache this is; `load` compares it.
-        codec: a pykv.kvtc.Codec, which makes the file smaller, at a loss: the pages are those of a
-            sequence in order, from its start.
-        hadamard: as of Codec.compress.
+        model: whatever tells whose cache this is; `load` compares it. None with a codec, whose
+            artefact tells.
+        codec, tokens, hadamard: as of pages.swap_out; the file is then a stream of pykv.kvtc.
 
     Raises:
-        ParameterError: a page does not exist, or `path` is a folder, a pipe or a device; or the
-            codec is for another model.
-        DtypeError: `cache` is no cache, `path` no path, `model` no text, or `codec` no Codec, or
-            `hadamard` no bool.
+        ParameterError: a page does not exist, `path` is a folder, a pipe or a device, or an option
+            is of no meaning with, or without, a codec.
+        DtypeError: `cache` is no cache, `path` no path, or `model` no text.
         OSError: the file cannot be written; what was there before is still there.
 
     Several threads and processes may save to one path: one of their files is there in the end, and
@@ -63,9 +75,14 @@ def save(
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
     if not isinstance(model, str):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
-    stored_pages.check_codec(op, codec, hadamard)
     ids = page_ids(op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"])
-    arrays = stored_pages.fetch(cache, ids, facts["page_size"], codec, hadamard)
+    check_codec(op, codec, hadamard, tokens)
+    if codec is not None and model:
+        raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
+    arrays = stored_pages.fetch(cache, ids, codec, tokens, hadamard)
+    if codec is not None:
+        whole_files.replace(path, [memoryview(arrays["stream"])])
+        return
     tensor_files.write(path, _metadata(facts, len(ids), model), arrays)
 
 
@@ -88,20 +105,18 @@ def load(
             file has all N pages of the cache. Shared scales that are unset, or those of all pages,
             become the file's.
         model: what the file must have been saved with; None: anything.
-        codec: of the artefact and ratio that the file was saved with; not used if it was saved
-            without.
-        hadamard: as of Codec.compress.
+        codec, hadamard: as of pages.swap_in; the cache may then be of any spec, and pages those of
+            the sequence, which may be more than the file needs.
 
     Returns:
         How many pages there are.
 
     Raises:
-        FormatError: this is no such file, it is damaged, or of another spec, size, model or codec.
-            The cache is as before.
+        FormatError: this is no such file, it is damaged, or of another spec, size or model. The
+            cache is as before.
         ParameterError: a page does not exist, or is listed twice; or `path` is a folder, a pipe or
             a device.
-        DtypeError: `cache` is no cache, `path` no path, or `codec` no Codec, or
-            `hadamard` no bool.
+        DtypeError: `cache` is no cache, or `path` no path.
         OSError: the file cannot be read.
 
     Waits for CuPy's current stream. Needs host memory for the pages.
@@ -111,12 +126,18 @@ def load(
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a text")
     cuda.refuse_prepare(op, "it reads a file; pages.swap_in can be prepared")
     facts, path = facts_of(op, "cache", cache), whole_files.regular_path(op, path)
-    stored_pages.check_codec(op, codec, hadamard)
+    check_codec(op, codec, hadamard)
+    if codec is not None:
+        if model is not None:
+            raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
+        ids = page_ids(
+            op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"]
+        )
+        return _load_coded(op, path, cache, ids, codec, hadamard)
     with open(path, "rb") as file:
         header = tensor_files.read_header(op, file, path, "file of pages", FORMAT)
-        expected = _metadata(facts, 0, model or "")
         free = ("pages",) if model is not None else ("pages", "model")
-        tensor_files.check_facts(op, path, header, expected, free)
+        tensor_files.check_facts(op, path, header, _metadata(facts, 0, model or ""), free)
         count = header.number(op, path, "pages")
         if pages is None and count != facts["pages"]:
             raise FormatError(
@@ -129,10 +150,25 @@ def load(
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
         stored = stored_pages.take(op, file, path, header, cache, count, {})
     if pages is not None:
-        stored_pages.check_given_scales(op, path, stored, cache)
-    stored_pages.check_coded(op, path, stored, cache, facts["page_size"], codec)
-    stored_pages.put(cache, ids, stored, codec, hadamard)
+        stored_pages.check_scales(op, path, stored, cache)
+    stored_pages.put(cache, ids, stored)
     return count
+
+
+def _load_coded(op: str, path: Path, cache: Any, ids: Any, codec: Codec, hadamard: bool) -> int:
+    """Read a stream into pages of a sequence."""
+    from pykv.kvtc import parse  # here, as few callers have a codec
+
+    try:
+        coded = parse(path.read_bytes())
+    except FormatError as error:
+        raise FormatError(f"{op}: {path}: {error}") from None
+    there = coded.to(load_cupy() if on_gpu(cache.k) else np)
+    tokens, page_size = coded.header.tokens, int(facts_of(op, "cache", cache)["page_size"])
+    table = ids.astype(np.int32)
+    codec.decompress(there, cache, table, positions=range(tokens), hadamard=hadamard)
+    stored_pages.wait(cache)
+    return -(-tokens // page_size)
 
 
 def _metadata(facts: dict[str, Any], count: int, model: str) -> dict[str, str]:

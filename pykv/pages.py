@@ -19,7 +19,7 @@ compared when the call is prepared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from pykv.page_arrays import (
     ARRAYS,
     Ids,
     check_apart,
+    check_codec,
     check_given_scales,
     check_may_write,
     check_targets,
@@ -42,6 +43,9 @@ from pykv.page_arrays import (
     places_of,
 )
 from pykv.specs import as_spec
+
+if TYPE_CHECKING:
+    from pykv.kvtc import Codec
 
 LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
@@ -263,20 +267,36 @@ def host_pages(cache: Any, num_pages: int) -> Pages:
     return Pages(**made, spec=cache.spec)
 
 
-def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any = None) -> Pages:
+def swap_out(
+    cache: Any,
+    pages: Ids,
+    store: Any = None,
+    *,
+    codec: Codec | None = None,
+    tokens: int | None = None,
+    hadamard: bool = False,
+    stream: Any = None,
+) -> Any:
     """Copy pages to host memory: page pages[i] of the cache becomes page i of the store.
 
     Args:
         cache: see the module.
         pages: page ids.
-        store: what `host_pages` made; None: made, of len(pages) pages.
+        store: what `host_pages` made; None: made, of len(pages) pages. With a codec uint8 of pinned
+            memory, see Codec.compress.
+        codec: a pykv.kvtc.Codec, by which the pages, those of a sequence in order, become coded
+            tokens, many times smaller and not exact.
+        tokens: of the sequence, with a codec; None: all that the pages hold.
+        hadamard: as of Codec.compress.
         stream: see pykv.cuda.on_stream.
 
     Returns:
-        The store. On a GPU the copy is only enqueued: the host may read it, and the cache's pages
-        may go to others on other streams, when the stream has passed.
+        The store, or with a codec pykv.kvtc.Coded. On a GPU the copy is only enqueued: the host may
+        read it, and the cache's pages may go to others on other streams, when the stream has
+        passed.
 
-    Raises: as `copy_pages`.
+    Raises: as `copy_pages`, or as Codec.compress; ParameterError also for `tokens` or `hadamard`
+        without a codec.
 
     >>> cache = pykv.PagedKVCache(layers=2, pages=4, heads=1, head_dim=8, spec="int8")
     >>> store = pykv.pages.swap_out(cache, [3, 1])
@@ -285,7 +305,17 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     >>> pykv.pages.swap_in(cache, [0, 2], store)
     """
     op = "pages.swap_out"
-    pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    facts = facts_of(op, "cache", cache)
+    pages = page_ids(op, "pages", pages, facts["pages"])
+    check_codec(op, codec, hadamard, tokens)
+    if codec is not None:
+        most = len(pages) * facts["page_size"]
+        count = most if tokens is None else check_whole(op, "tokens", tokens, 0, most)
+        header = codec.header(count, cache.spec)
+        if store is None:
+            store = _host_memory((header.nbytes,), np.dtype(np.uint8), on_gpu(cache.k))
+        how = dict(out=store, hadamard=hadamard, stream=stream)
+        return codec.compress(cache, pages.astype(np.int32), range(count), **how)
     if store is None:
         store = host_pages(cache, len(pages))
     facts_of(op, "store", store)
@@ -293,10 +323,24 @@ def swap_out(cache: Any, pages: Ids, store: Pages | None = None, *, stream: Any 
     return store
 
 
-def swap_in(cache: Any, pages: Ids, store: Pages, *, stream: Any = None) -> None:
-    """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round."""
+def swap_in(
+    cache: Any,
+    pages: Ids,
+    store: Any,
+    *,
+    codec: Codec | None = None,
+    hadamard: bool = False,
+    stream: Any = None,
+) -> None:
+    """Copy page i of the store to page pages[i] of the cache: `swap_out`, the other way round, with
+    the same codec, or one like it."""
     op = "pages.swap_in"
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
+    check_codec(op, codec, hadamard)
+    if codec is not None:
+        table = pages.astype(np.int32)
+        codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
+        return
     facts_of(op, "store", store)
     copy_pages(store, cache, np.arange(len(pages)), pages, stream=stream)
 

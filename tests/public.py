@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 
 import pykv
-from pykv import PagedKVCache, SequenceCache, blocks, kinds, layout, page_files, pages, plan
+from pykv import PagedKVCache, SequenceCache, blocks, kinds, kvtc, layout, page_files, pages, plan
+from pykv.kvtc import Codec
 from pykv.ops import permute
+from tests.kvtc import made
 from tests.llm import tiny
 from tests.ops.calls import OPS, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds layout page_files pages plan.append plan.base plan.decode transfer".split()
+PUBLIC = "blocks kinds kvtc.codec kvtc.stream layout page_files pages".split()
+PUBLIC += "plan.append plan.base plan.decode transfer".split()
 
 
 def functions(module):
@@ -82,6 +85,8 @@ UNCHECKED = """
     kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
+    kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
+    kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
     blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
 """.split()
 
@@ -97,6 +102,7 @@ _POOLS = dict(k_pool=zeros("f2", 4, 2, 2, 16), v_pool=zeros("f2", 4, 2, 2, 16))
 _NHD, _HND = zeros("f2", 2, 1, 2, 3, 2, 4), zeros("f2", 2, 1, 2, 2, 3, 4)
 _UNIVERSAL, _OPERATIONAL = zeros("f2", 2, 2, 1, 2, 3, 4), zeros("f2", 2, 1, 2, 24)
 
+_ARTEFACT = made.artefact(np.random.default_rng(0))
 _OPS = {name_of(importlib.import_module(op.__module__), op.__name__): x for op, x in OPS}
 FUNCTIONS = {
     **_OPS,
@@ -145,6 +151,7 @@ FUNCTIONS = {
     "kinds.pack": dict(codes=zeros("i1", 2, 8)),
     "kinds.unpack": dict(packed=zeros("u1", 2, 8)),
     "layout.strides": dict(layout=layout.Layout("NHD"), stored=layout.BlockShape(1, 1, 1, 2, 4, 2)),
+    "kvtc.codec.Codec": dict(artefact=_ARTEFACT, ratio=4, xp=np),
     "llm.sampling.SamplingParams": {},
     "pool.PagedKVCache": dict(layers=1, pages=2, heads=1, head_dim=8),
     "sequence_cache.SequenceCache": dict(max_blocks=2, block_size=2, heads=1, head_dim=8),
@@ -203,6 +210,28 @@ def _spec(xp):
 def _with_caches(function, *names, **arguments):
     """A function of pages that takes caches by these names."""
     return lambda xp: (function, {name: _cache(xp)[0] for name in names} | _given(xp, arguments))
+
+
+def _codec(xp):
+    """A codec, and a cache of its model."""
+    codec = Codec(_ARTEFACT, 4, xp, tokens=8)
+    return codec, PagedKVCache(made.L, 4, made.H, made.D, page_size=made.P, xp=xp)
+
+
+def _decompress(xp):
+    codec, cache = _codec(xp)
+    given = dict(coded=codec.compress(cache, [2, 0], range(6)), positions=list(range(6)))
+    return codec.decompress, dict(given, cache=cache, table=[1, 3], layers=range(1, 2))
+
+
+def _parse(xp):
+    codec, cache = _codec(np)
+    return kvtc.parse, dict(stream=codec.compress(cache, [2, 0], range(6)).to_bytes())
+
+
+def _to(xp):
+    codec, cache = _codec(xp)
+    return codec.compress(cache, [2, 0], range(6)).to, dict(xp=xp)
 
 
 def _swap_in(xp):
@@ -369,6 +398,13 @@ METHODS = {
         _sequence, "append", k=_NEW[:1], v=_NEW[:1], length_before=1
     ),
     "sequence_cache.SequenceCache.decode": _of(_sequence, "decode", q=_NEW[0], length=1),
+    "kvtc.codec.Codec.header": _of(_codec, "header", tokens=6, spec="fp16", sinks=1, window=2),
+    "kvtc.codec.Codec.compress": _of(
+        _codec, "compress", cache=..., table=[2, 0], positions=list(range(6)), sinks=1, window=2
+    ),
+    "kvtc.codec.Codec.decompress": _decompress,
+    "kvtc.stream.Coded.to": _to,
+    "kvtc.stream.parse": _parse,
     "pages.zero_pages": _with_caches(pages.zero_pages, "cache", pages=[1, 2]),
     "pages.copy_pages": _with_caches(
         pages.copy_pages, "source", "target", source_pages=[1], target_pages=[2]

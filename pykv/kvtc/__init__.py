@@ -19,7 +19,7 @@ from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import Coded, Header, parse
 
 if _TYPE_CHECKING:
-    from pykv.kvtc.calibration import calibrate
+    from pykv.kvtc.calibration import calibrate, compare_coders
 
 __all__ = [
     "Artefact",
@@ -32,11 +32,12 @@ __all__ = [
     "Side",
     "Text",
     "calibrate",
+    "compare_coders",
     "parse",
 ]
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "calibrate":  # needs the extra `llm`, so imported when used
-        return _import_module("pykv.kvtc.calibration").calibrate
+    if name in ("calibrate", "compare_coders"):  # need the extra `llm`, so imported when used
+        return getattr(_import_module("pykv.kvtc.calibration"), name)
     raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

@@ -18,7 +18,7 @@ Blocks = Callable[[], Iterator[Any]]  # rows [n, F] float16 of `xp`, some at a t
 
 SMALL = 2048  # features of which the host decomposes the Gram matrix
 _LEAF = 512  # rows of a matrix that the host factorises
-_MOST_ITERATIONS, _TOLERANCE = 12, 1e-3  # of the energy that the basis misses
+_MOST_ITERATIONS, _TOLERANCE = 12, 0.02  # of the energy that the basis misses
 
 
 def mean_of(blocks: Blocks, xp: Any) -> Any:
@@ -51,8 +51,8 @@ def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
         xp: `numpy` or `cupy`, whose arrays these are.
         small: up to so many features the host decomposes the matrix. Above, an orthogonal iteration
             begins with random columns; it ends where the energy that its columns miss falls by less
-            than a thousandth. Columns of nearly equal energy come out mixed, which costs a coder
-            nothing.
+            than a fiftieth. Columns of nearly equal energy come out mixed, which costs a coder
+            next to nothing: 1 % of SmolLM2's error.
 
     Raises:
         NumberError: the Gram matrix has fewer directions than `count`.
@@ -71,22 +71,26 @@ def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
         if before - missed <= _TOLERANCE * missed:
             break
         q = orthonormal(y, xp)
-    return orthonormal(q, xp)
+    return orthonormal(q, xp, least=0.5)  # they are almost, where there are as many directions
 
 
-def orthonormal(y: Any, xp: Any) -> Any:
+def orthonormal(y: Any, xp: Any, least: float = 0.0) -> Any:
     """Orthonormal columns of which the first j span what the first j of `y` [F, C] float32 do, by a
     Cholesky factorisation in float64.
 
     Raises:
-        NumberError: the columns of `y` depend on each other.
+        NumberError: a column has no more than `least` of its length outside the span of those
+            before it.
     """
     y = y / xp.sqrt((y * y).sum(axis=0))
     products: Any = 0
     for start in range(0, len(y), 4096):
         rows = y[start : start + 4096].astype(np.float64)
         products += rows.T @ rows
-    return y @ inverse_cholesky(products, xp).T.astype(np.float32)
+    inverse = inverse_cholesky(products, xp)
+    if not bool((xp.diagonal(inverse) * least < 1).all()):
+        raise _too_few()
+    return y @ inverse.T.astype(np.float32)
 
 
 def inverse_cholesky(a: Any, xp: Any) -> Any:
@@ -101,10 +105,7 @@ def inverse_cholesky(a: Any, xp: Any) -> Any:
         try:
             return xp.asarray(np.linalg.inv(np.linalg.cholesky(to_host(a))))
         except np.linalg.LinAlgError:
-            raise NumberError(
-                "kvtc.calibrate: rows have fewer directions than components are wanted; give more "
-                "text, or a smaller rank"
-            ) from None
+            raise _too_few() from None
     half = n // 2
     first = inverse_cholesky(a[:half, :half], xp)
     below = a[half:, :half] @ first.T
@@ -113,3 +114,10 @@ def inverse_cholesky(a: Any, xp: Any) -> Any:
     whole[:half, :half], whole[half:, half:] = first, second
     whole[half:, :half] = -(second @ (below @ first))
     return whole
+
+
+def _too_few() -> NumberError:
+    return NumberError(
+        "kvtc.calibrate: rows have fewer directions than components are wanted; give more text, or "
+        "a smaller rank"
+    )

@@ -16,9 +16,10 @@ import numpy as np
 
 from pykv import whole_files
 from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
+from pykv.kvtc import groups as groups_coder
 from pykv.kvtc import plans
 from pykv.kvtc import rows as rows_of
-from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text
+from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
 from pykv.kvtc.coder import GROUP
 from pykv.llm import LLM, memory
 from pykv.ops import linear
@@ -82,7 +83,7 @@ def calibrate(
     """
     check_flag(_OP, "progress", progress)
     path = None if out is None else whole_files.regular_path(_OP, out)
-    texts = _checked_texts(texts)
+    texts = _checked_texts(_OP, texts)
     chosen = _checked_ratios(ratios)
     if not isinstance(model, (LLM, str)):
         raise DtypeError(f"{_OP}: model is a {type(model).__name__}, expected a pykv.LLM or a text")
@@ -104,7 +105,7 @@ def calibrate(
         for ratio in chosen:
             plans.budget(width * len(of_group), ratio)
 
-    ids, named = _tokens(llm, texts, tokens)
+    ids, named = _tokens(_OP, llm, texts, tokens)
     bos = llm.tokenizer.bos_id if llm.tokenizer.add_bos else None
     windows = rows_of.windows_of(ids, window, bos)
     counts = [max(0, len(w.ids) - SINKS) for w in windows]
@@ -139,6 +140,61 @@ def calibrate(
     return artefact
 
 
+def compare_coders(
+    model: LLM, artefact: Artefact, texts: Mapping[str, str], *, tokens: int | None = None
+) -> list[tuple[tuple[int, ...], str, groups_coder.Comparison]]:
+    """The static coder beside the paper's on rows of texts, both planned on these very rows, at the
+    final bytes of the paper's.
+
+    Args:
+        model: an LLM, that the artefact is of.
+        artefact: whose bases and ratios are taken.
+        texts: by name.
+        tokens: that are read at most, an equal share of each text; None: all.
+
+    Returns:
+        Layers, "k" or "v", and the comparison, for each group of layers, side and ratio.
+
+    Raises:
+        ParameterError: the artefact is of another model, or there are too few tokens for a row.
+        DtypeError: an argument has another type.
+
+    Runs on the host but for the model. Takes a minute or two for each side of 6,000 features.
+    """
+    op = "kvtc.compare_coders"
+    check_artefact(op, artefact)
+    if not isinstance(model, LLM):
+        raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
+    facts = rows_of.fingerprint(model.file, model.model)
+    if difference := artefact.model.difference(facts):
+        raise ParameterError(f"{op}: artefact has {difference}")
+    ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)
+    bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
+    windows = rows_of.windows_of(ids, min(_WINDOW, model.model.config.context), bos)
+    counts = [max(0, len(w.ids) - SINKS) for w in windows]
+    if not sum(counts):
+        raise ParameterError(f"{op}: texts has {sum(map(len, ids))} tokens, expected more")
+    width = facts.kv_heads * facts.head_dim
+    rows = rows_of.Rows(width * facts.layers, counts)
+    _collect(model, windows, rows, False)
+    found = []
+    for group in artefact.groups:
+        columns = _columns(group.layers, width)
+        for side, of_side in enumerate((group.k, group.v)):
+            every = [slice(None)] * len(windows)
+            centred = np.concatenate([*rows.blocks(side, columns, every, _BLOCK)]).astype(
+                np.float32
+            )
+            centred -= of_side.mean
+            kept = centred @ of_side.basis.astype(np.float32)
+            dropped = float(np.square(centred).sum(dtype=np.float64)) - float(
+                np.square(kept).sum(dtype=np.float64)
+            )
+            for one in groups_coder.compare(kept, dropped, len(of_side.mean), artefact.ratios):
+                found.append((group.layers, "kv"[side], one))
+    return found
+
+
 def _checked_rank(rank: int | None, features: int) -> int:
     """Components at most of the widest group, a multiple of 32."""
     most = features // GROUP * GROUP
@@ -151,17 +207,17 @@ def _checked_rank(rank: int | None, features: int) -> int:
     return int(rank)
 
 
-def _checked_texts(texts: Any) -> dict[str, str]:
+def _checked_texts(op: str, texts: Any) -> dict[str, str]:
     if not isinstance(texts, Mapping):
         raise DtypeError(
-            f"{_OP}: texts is a {type(texts).__name__}, expected a mapping of names to texts"
+            f"{op}: texts is a {type(texts).__name__}, expected a mapping of names to texts"
         )
     for name, text in texts.items():
         if not (isinstance(name, str) and isinstance(text, str)):
-            raise DtypeError(f"{_OP}: texts has {name!r:.40}, expected names and texts alone")
+            raise DtypeError(f"{op}: texts has {name!r:.40}, expected names and texts alone")
         if not (name.isprintable() and 0 < len(name.encode()) <= 96):
             raise ParameterError(
-                f"{_OP}: texts has the name {name!r:.200}, expected 1 to 96 printable bytes"
+                f"{op}: texts has the name {name!r:.200}, expected 1 to 96 printable bytes"
             )
     return dict(texts)
 
@@ -202,12 +258,12 @@ def _checked_groups(groups: Any, windows: tuple[int | None, ...]) -> list[tuple[
 
 
 def _tokens(
-    llm: LLM, texts: dict[str, str], most: int | None
+    op: str, llm: LLM, texts: dict[str, str], most: int | None
 ) -> tuple[list[list[int]], tuple[Text, ...]]:
     """Ids of each text, an equal share of `most` each, and what the artefact says of them."""
     ids = [llm.tokenizer.encode(text, bos=False) for text in texts.values()]
     if most is not None:
-        share = check_whole(_OP, "tokens", most, 1) // max(1, len(ids))
+        share = check_whole(op, "tokens", most, 1) // max(1, len(ids))
         ids = [of_text[:share] for of_text in ids]
     named = tuple(
         Text(name, hashlib.sha256(text.encode()).hexdigest(), len(of_text))
@@ -290,10 +346,7 @@ def _fit(
     xp: Any,
 ) -> Side:
     """Fit the keys (0) or the values (1) of some layers."""
-    features = width * len(layers)
-    columns: Any = slice(None)
-    if features < rows.features:
-        columns = (np.array(layers)[:, None] * width + np.arange(width)).reshape(-1)
+    features, columns = width * len(layers), _columns(layers, width)
 
     def blocks(chosen: list[slice]) -> Iterator[Any]:
         return map(xp.asarray, rows.blocks(side, columns, chosen, _BLOCK))
@@ -301,6 +354,14 @@ def _fit(
     seen, held = (partial(blocks, chosen) for chosen in select)
     rank = min(rank, features // GROUP * GROUP)
     return plans.fit(seen, held, features, ratios, rank, xp)
+
+
+def _columns(layers: tuple[int, ...], width: int) -> Any:
+    """Where the elements of some layers lie in a row, a slice where they lie together."""
+    first, stop = layers[0], layers[-1] + 1
+    if stop - first == len(layers):
+        return slice(first * width, stop * width)
+    return (np.array(layers)[:, None] * width + np.arange(width)).reshape(-1)
 
 
 def _bar(progress: bool, total: int, what: str, unit: str) -> Any:

@@ -6,21 +6,24 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import check_module, check_writeable, is_array, on_gpu, to_host
+from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
+from pykv.blocks import page_ids
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.foreign import from_pointer
+from pykv.kinds import KVSpec
 from pykv.kvtc.artefact import Artefact, check_artefact
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
-from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear
-from pykv.options import check_choice, check_whole
-from pykv.page_arrays import check_given_scales, check_may_write, facts_of
+from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
+from pykv.options import check_choice, check_flag, check_whole
+from pykv.page_arrays import Ids, check_given_scales, check_may_write, facts_of
 from pykv.specs import as_spec
 
 
@@ -68,7 +71,7 @@ class Codec:
     ) -> None:
         op = "Codec"
         self.model = model = check_artefact(op, artefact).model
-        self.ratio = artefact.check_ratio(op, ratio)
+        self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
         self._xp = check_module(op, xp)
         self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)
         self._gemm = check_choice(op, "gemm", gemm, linear.GEMMS)
@@ -90,7 +93,12 @@ class Codec:
             cuda.synchronize()  # or calls on other streams might not find what was uploaded
 
     def header(
-        self, tokens: int, spec: Any, *, sinks: int | None = None, window: int | None = None
+        self,
+        tokens: int,
+        spec: KVSpec | str,
+        *,
+        sinks: int | None = None,
+        window: int | None = None,
     ) -> Header:
         """What a stream of so many tokens says of itself; its `nbytes` are those of the data.
 
@@ -116,8 +124,8 @@ class Codec:
     def compress(  # a cache, a sequence, what is kept otherwise, where it goes and how
         self,
         cache: Any,
-        table: Any,
-        positions: Any,
+        table: Ids,
+        positions: Ids,
         *,
         sinks: int | None = None,
         window: int | None = None,
@@ -156,7 +164,8 @@ class Codec:
         four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
         """
         op = "Codec.compress"
-        spec = self._check_cache(op, cache)
+        self._check_cache(op, cache)
+        spec = as_spec(op, cache.spec)
         with cuda.on_stream(stream, cache.k):
             table = self._indices(op, "table", table)
             positions = self._indices(op, "positions", positions)
@@ -195,9 +204,9 @@ class Codec:
         self,
         coded: Coded,
         cache: Any,
-        table: Any,
+        table: Ids,
         *,
-        positions: Any = None,
+        positions: Ids | None = None,
         layers: range | None = None,
         hadamard: bool = False,
         check: bool | None = None,
@@ -225,10 +234,10 @@ class Codec:
         heads or tensors share scales.
         """
         op = "Codec.decompress"
-        spec = self._check_cache(op, cache)
+        facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
         header = self._check_coded(op, coded)
         check_may_write(op, "cache", cache)
-        chosen = self._check_layers(op, layers)
+        chosen, hadamard = self._check_layers(op, layers), check_flag(op, "hadamard", hadamard)
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
                 check_given_scales(op, cache)
@@ -236,6 +245,10 @@ class Codec:
             there = Coded(header, self._reached(op, "coded", coded.data)).arrays()
             if positions is not None:
                 _check_positions(op, there["positions"], positions)
+            if paged_check.enabled(op, check) or self._xp is np:
+                sizes = facts["pages"], facts["page_size"]
+                looks = kvtc_rows.check_sequence
+                cuda.look(partial(looks, op, table, there["positions"], *sizes))
             how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
             for group in self._groups:
                 part = group.part(chosen, self._features)
@@ -264,15 +277,15 @@ class Codec:
 
     # --- Checks ---
 
-    def _check_cache(self, op: str, cache: Any) -> Any:
-        """The spec of a cache of the artefact's model."""
+    def _check_cache(self, op: str, cache: Any) -> dict[str, Any]:
+        """Facts of a cache, which is of the artefact's model."""
         facts = facts_of(op, "cache", cache)
         for name, size in self._sizes.items():
             if facts[name] != size:
                 raise ParameterError(
                     f"{op}: cache has {name}={facts[name]}, expected {size} as the artefact's model"
                 )
-        return as_spec(op, cache.spec)
+        return facts
 
     def _check_coded(self, op: str, coded: Any) -> Header:
         if not isinstance(coded, Coded):
@@ -298,15 +311,14 @@ class Codec:
         return layers
 
     def _indices(self, op: str, name: str, x: Any) -> Any:
-        """An array of the codec's device; the host's are uploaded."""
+        """An int32 array of the codec's device; what the host has is uploaded."""
         if is_array(x) and (on_gpu(x) or self._xp is np):
-            return x  # which the ops check
-        ids = np.asarray(x)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise DtypeError(f"{op}: {name} is {x!r:.80}, expected [n] integers")
+            checker(op, **{name: ("n", INT32)})(x)
+            return x
+        ids = page_ids(op, name, x, 0, 2**31 - 1).astype(np.int32)
         if self._xp is not np:
             cuda.refuse_capture(op, cuda.UPLOADS)
-        return self._xp.asarray(ids.astype(np.int32))
+        return self._xp.asarray(ids)
 
     def _output(self, op: str, out: Any, nbytes: int) -> Any:
         """The first bytes of `out`, or of a new array."""
@@ -370,13 +382,12 @@ class Codec:
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
 
 
-def _check_positions(op: str, positions: Any, expected: Sequence[int] | Any) -> None:
+def _check_positions(op: str, positions: Any, expected: Ids) -> None:
     """Compare coded positions with what they should be."""
     cuda.refuse_capture(op, "positions are compared on the host")
-    has, want = (
-        to_host(positions),
-        np.asarray(to_host(expected) if is_array(expected) else expected),
-    )
+    has = to_host(positions)
+    given = to_host(expected) if is_array(expected) else expected
+    want = page_ids(op, "positions", given, 0, 2**31 - 1)
     if has.shape != want.shape:
         raise FormatError(f"{op}: coded has {len(has)} positions, expected {want.size}")
     differ = np.flatnonzero(has != want)

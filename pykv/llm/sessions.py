@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,9 +27,11 @@ from pykv.errors import CapacityError, FormatError, ParameterError, PykvError
 from pykv.kvtc.artefact import Artefact
 from pykv.kvtc.codec import Codec
 from pykv.kvtc.rows import fingerprint
+from pykv.kvtc.stream import parse
 from pykv.llm.chat import check_messages
 from pykv.llm.scheduler import Scheduler
-from pykv.page_arrays import facts_of
+from pykv.page_arrays import check_codec, facts_of
+from pykv.pages import swap_in
 
 if TYPE_CHECKING:
     from pykv.llm.generate import LLM
@@ -64,13 +67,12 @@ def save(
     arrays = {"tokens": np.array(ids, np.int32)}
     if messages is not None:
         arrays["messages"] = np.frombuffer(json.dumps(list(messages)).encode(), np.uint8)
+    mixed = codec is not None and llm.model.hadamard
     with llm.turn(), scheduler.known(ids) as pages:
-        hadamard = llm.model.hadamard
-        arrays |= stored_pages.fetch(cache, np.array(pages), cache.page_size, codec, hadamard)
-        kept = len(pages)
-        facts = _facts(llm, kept)
+        arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)
+        facts, kept = _facts(llm, len(pages)), len(pages) * cache.page_size
     tensor_files.write(path, facts, arrays, private=True)
-    return kept * cache.page_size
+    return kept
 
 
 def load(
@@ -96,17 +98,48 @@ def load(
             more = {"tokens": tokens}
             if "messages" in header.table:
                 more["messages"] = np.empty(header.length(op, path, "messages"), np.uint8)
-            stored = stored_pages.take(op, file, path, header, cache, count, more)
-        stored_pages.check_given_scales(op, path, stored, cache)
-        stored_pages.check_coded(op, path, stored, cache, cache.page_size, codec)
+            if "stream" in header.table:
+                more["stream"] = np.empty(header.length(op, path, "stream"), np.uint8)
+                tensor_files.read_arrays(op, file, path, header, more)
+                put = _put_coded(op, path, more["stream"], kept, llm, codec)
+            else:
+                stored = stored_pages.take(op, file, path, header, cache, count, more)
+                stored_pages.check_scales(op, path, stored, cache)
+                put = partial(stored_pages.put, cache, stored=stored)
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
-        hadamard = llm.model.hadamard
-        scheduler.adopt(
-            ids[:kept],
-            lambda pages: stored_pages.put(cache, np.array(pages), stored, codec, hadamard),
-        )
+        scheduler.adopt(ids[:kept], put)
     return Session(ids, messages, kept)
+
+
+def _put_coded(
+    op: str, path: Path, stream: Any, tokens: int, llm: LLM, codec: Codec | None
+) -> Callable[[list[int]], None]:
+    """A function that decodes a stream of so many tokens into pages.
+
+    Raises:
+        FormatError: it is damaged, or coded otherwise.
+    """
+    try:
+        coded = parse(stream)
+    except FormatError as error:
+        raise FormatError(f"{op}: {path}: {error}") from None
+    header, cache = coded.header, llm.cache
+    if codec is None:
+        has = f"{path} is coded by artefact {header.artefact} at ratio {header.ratio}"
+        raise FormatError(f"{op}: {has}, expected a codec of these")
+    for name, want in vars(codec.header(tokens, cache.spec)).items():
+        has = getattr(header, name)
+        if has != want:
+            raise FormatError(f"{op}: {path} is coded with {name}={has}, expected {want}")
+    if not np.array_equal(coded.arrays()["positions"], np.arange(tokens)):
+        raise FormatError(f"{op}: {path} is coded with positions other than 0 to {tokens - 1}")
+
+    def put(pages: list[int]) -> None:
+        swap_in(cache, pages, coded.to(llm.xp), codec=codec, hadamard=llm.model.hadamard)
+        stored_pages.wait(cache)
+
+    return put
 
 
 def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
@@ -123,7 +156,7 @@ def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
             raise ParameterError(f"{op}: codec is {codec!r:.80}, expected FILE:RATIO")
         with llm.turn():
             codec = Codec(Artefact.load(path), int(ratio), llm.xp)
-    stored_pages.check_codec(op, codec)
+    check_codec(op, codec, False)
     made: Codec | None = codec
     if made is not None:
         difference = made.model.difference(fingerprint(llm.file, llm.model))

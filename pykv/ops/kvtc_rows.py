@@ -238,26 +238,41 @@ def _check(
     return dims, spec
 
 
-def _check_contents(op: str, dims: Dims, table: Any, positions: Any, places: Any) -> None:
-    """Check what rows are found by."""
-    table, positions, places = (to_host(x) for x in (table, positions, places))
+def check_sequence(op: str, table: Any, positions: Any, num_pages: int, page_size: int) -> None:
+    """Check where tokens lie; waits for a GPU.
+
+    Args:
+        op: for messages.
+        table, positions: as of `gather`.
+        num_pages, page_size: N and P of the pools.
+
+    Raises:
+        ParameterError: positions do not rise, or lie outside of the table, or in pages that do not
+            exist.
+    """
+    table, positions = to_host(table), to_host(positions)
     if (np.diff(positions) <= 0).any() or (positions < 0).any():
         raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
-    if len(positions) and positions[-1] >= len(table) * dims["P"]:
-        most = len(table) * dims["P"]
+    most = len(table) * page_size
+    if len(positions) and positions[-1] >= most:
         raise ParameterError(
             f"{op}: positions go to {positions[-1]}, expected below {most}, which the {len(table)} "
             "pages of table hold"
         )
-    pages = np.unique(table[positions // dims["P"]])
-    for name, values, size in (
-        ("table", pages, dims["N"]),
-        ("places", places[:, 0], dims["L"]),
-        ("places", places[:, 1], dims["U"]),
-    ):
-        wrong = values[(values < 0) | (values >= size)]
-        if len(wrong):
-            raise ParameterError(f"{op}: {name} has {wrong[0]}, expected 0 to {size - 1}")
+    _check_entries(op, "table", table[positions // page_size], num_pages)
+
+
+def _check_contents(op: str, dims: Dims, table: Any, positions: Any, places: Any) -> None:
+    check_sequence(op, table, positions, dims["N"], dims["P"])
+    layers, rows = to_host(places).T
+    _check_entries(op, "places", layers, dims["L"])
+    _check_entries(op, "places", rows, dims["U"])
+
+
+def _check_entries(op: str, name: str, values: Any, size: int) -> None:
+    wrong = values[(values < 0) | (values >= size)]
+    if len(wrong):
+        raise ParameterError(f"{op}: {name} has {wrong[0]}, expected 0 to {size - 1}")
 
 
 def _run(

@@ -36,6 +36,10 @@ SHAPES = {
         "--layers 3 --pages 9 --heads 3 --dim 24 --page 8 --kv k8v4",
         dict(op="zero", L=3, pages=9, H=3, D=24, P=8, kv="k8v4"),
     ),
+    "kvtc_codec": (
+        "--tokens 9 --layers 3 --kv int8",
+        dict(op="gather", kv="int8", tokens=9, L=3, H=2, D=32, r=32),
+    ),
     "calls": (
         "--batch 3 --keys 50 --heads 10/2 --dim 24 --page 8 --kv int8",
         dict(job="decode", how="plan", B=3, L=50, HQ=10, H=2, D=24, P=8, kv="int8"),

@@ -1,0 +1,102 @@
+"""Commands of `pykv kvtc`: options and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+from pykv.errors import ParameterError
+from pykv.kvtc.artefact import Artefact
+
+
+def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
+    """The options of `pykv kvtc calibrate`, beside those of a model."""
+    _add_text(calibrate, "UTF-8; four kinds and more, of two tokens for each feature in all")
+    calibrate.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the artefact; FILE.rows keeps what an interrupted run has computed",
+    )
+    calibrate.add_argument("--window", type=int, help="tokens read in one go (1024)")
+    calibrate.add_argument("--ratio", default="8,16,32,64", metavar="N,...", help="(%(default)s)")
+    calibrate.add_argument(
+        "--groups",
+        default="joint",
+        help="layers that share a basis: joint, windows, or so many in sequence (%(default)s)",
+    )
+    calibrate.add_argument("--rank", type=int, help="components at most (half of the features)")
+    calibrate.add_argument("--json", action="store_true", help="print one JSON object")
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from pykv.kvtc.calibration import calibrate
+    from pykv.llm import LLM
+
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.ratio):
+        raise ParameterError(
+            f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
+        )
+    groups = int(args.groups) if args.groups.isdecimal() else args.groups
+    of_model = dict(device=args.device, weights=args.weights, context=args.ctx, progress=True)
+    artefact = calibrate(
+        LLM(args.model, **of_model),
+        _texts(args.text),
+        out=args.out,
+        ratios=tuple(map(int, args.ratio.split(","))),
+        groups=groups,
+        tokens=args.tokens,
+        window=args.window,
+        rank=args.rank,
+        progress=True,
+    )
+    facts = artefact.as_dict()
+    print(json.dumps(facts, indent=2) if args.json else artefact.as_text())
+
+
+def add_coders(coders: argparse.ArgumentParser) -> None:
+    """The options of `pykv kvtc coders`, beside those of a model."""
+    _add_text(coders, "UTF-8; some thousand tokens that the calibration has not read")
+    coders.add_argument("--artefact", required=True, metavar="FILE", help="of this model")
+    coders.add_argument("--json", action="store_true", help="print one JSON object")
+    coders.set_defaults(run=_coders)
+
+
+def _coders(args: argparse.Namespace) -> None:
+    from pykv.kvtc.calibration import compare_coders
+    from pykv.llm import LLM
+
+    artefact = Artefact.load(args.artefact)
+    of_model = dict(device=args.device, weights=args.weights, context=args.ctx, progress=True)
+    llm = LLM(args.model, **of_model)
+    found = compare_coders(llm, artefact, _texts(args.text), tokens=args.tokens)
+    if args.json:
+        rows = [
+            {"layers": list(layers), "side": side} | one._asdict() for layers, side, one in found
+        ]
+        print(json.dumps({"coders": rows}, indent=2))
+        return
+    print("ratio  side  paper: bytes  deflated  error   static: bytes  error")
+    for _, side, x in found:
+        print(
+            f"{x.ratio:>5}  {side:>4}  {x.planned_bytes:>12,.0f}  {x.final_bytes:>8,.0f}  "
+            f"{x.groups_error:.3f}  {x.static_bytes:>13,}  {x.static_error:.3f}"
+        )
+
+
+def _add_text(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--text", action="extend", nargs="+", required=True, metavar="FILE", help=what
+    )
+    parser.add_argument("--tokens", type=int, help="at most, an equal share of each text (all)")
+
+
+def _texts(paths: list[str]) -> dict[str, str]:
+    """The contents of files by the ends of their paths."""
+    texts: dict[str, str] = {}
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            texts[path.encode()[-96:].decode(errors="ignore")] = file.read()
+    return texts

@@ -1,0 +1,213 @@
+"""The coder of the KVTC paper, for comparison: groups of components, planned by a dynamic program.
+
+Components are cut into groups of 1, 16, 64, 256 or 1,024, and each is dropped, or stored as int2,
+int4 or FP8 with a float16 shift and scale of its own for each row. DEFLATE packs what is stored.
+The static coder of pykv.kvtc.coder needs neither shifts nor DEFLATE; `compare` shows what it gains.
+
+Dimensions: n rows, C components. Source: arXiv 2511.01815, section 3.3.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from pykv.errors import FormatError
+from pykv.kvtc import plans
+from pykv.kvtc.coder import bits_of, row_bytes
+
+SIZES = (1, 16, 64, 256, 1024)
+BITS = {"none": 0, "int2": 2, "int4": 4, "fp8": 8}
+OVERHEAD = 32  # bits of shift and scale
+UNIT = 2  # bits; every cost is a multiple
+ROWS = 256  # of which errors are measured; each is coded once for every place and size of a group
+_ELEMENTS = 1 << 20  # at a time
+_FP8 = ml_dtypes.float8_e4m3fn
+_FP8_LARGEST = 448.0
+
+
+class Range(NamedTuple):
+    """Components first ... first + size - 1, stored as `kind`."""
+
+    first: int
+    size: int
+    kind: str
+
+
+class Comparison(NamedTuple):
+    """Both coders at the same final bytes of the same rows; errors are relative to rows."""
+
+    ratio: int
+    planned_bytes: float  # a row, before DEFLATE
+    final_bytes: float  # a row, after it
+    groups_error: float
+    static_bytes: int
+    static_error: float
+
+
+def quantise(x: Any, kind: str) -> tuple[Any, Any, Any]:
+    """Codes uint8, shift and scale float16 of groups [..., size] float32 of components."""
+    if kind == "fp8":
+        scale = _float16(abs(x).max(axis=-1, keepdims=True) / np.float32(_FP8_LARGEST))
+        scaled = np.clip(x / _nonzero(scale), -_FP8_LARGEST, _FP8_LARGEST)
+        return scaled.astype(_FP8).view(np.uint8), np.zeros_like(scale), scale
+    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+    most = (1 << BITS[kind]) - 1
+    shift, scale = _float16(low), _float16((high - low) / np.float32(most))
+    codes = np.rint((x - shift.astype(np.float32)) / _nonzero(scale))
+    return np.clip(codes, 0, most).astype(np.uint8), shift, scale
+
+
+def dequantise(codes: Any, shift: Any, scale: Any, kind: str) -> Any:
+    """Components float32 of what `quantise` gave."""
+    values = codes.view(_FP8) if kind == "fp8" else codes
+    return values.astype(np.float32) * scale.astype(np.float32) + shift.astype(np.float32)
+
+
+def group_errors(kept: Any, sizes: Sequence[int] = SIZES) -> dict[tuple[int, str], Any]:
+    """Squared errors, summed over rows and group, by size and kind: float64 [C - size + 1], of the
+    group that begins at each component.
+
+    Args:
+        kept: [n, C] float32.
+        sizes: of groups; those above C have none.
+    """
+    n, C = kept.shape
+    errors = {}
+    for size in (s for s in sizes if s <= C):
+        windows = np.lib.stride_tricks.sliding_window_view(kept, size, axis=1)
+        step = max(1, _ELEMENTS // (n * size))
+        for kind in BITS:
+            found = np.empty(C - size + 1)
+            for first in range(0, len(found), step):
+                x = np.ascontiguousarray(windows[:, first : first + step])
+                difference = x if kind == "none" else dequantise(*quantise(x, kind), kind) - x
+                found[first : first + step] = np.square(difference).sum((0, 2), dtype=np.float64)
+            errors[size, kind] = found
+    return errors
+
+
+def plan(errors: dict[tuple[int, str], Any], bits: int) -> list[Range]:
+    """The ranges of least error that cover all components in `bits` a row, without those of "none".
+
+    Exact: a dynamic program over the end of the last group and the bits spent.
+
+    Args:
+        errors: by size and kind, of calibration rows, see group_errors; of size 1 among others.
+        bits: of a row, at most.
+    """
+    costs = {key: (BITS[key[1]] * key[0] + OVERHEAD) // UNIT for key in errors if key[1] != "none"}
+    options = [(size, kind, costs.get((size, kind), 0)) for size, kind in errors]
+    C, units = len(errors[1, "none"]), max(0, bits // UNIT)
+    longest = max(size for size, _, _ in options)
+    # Least errors of the components up to each of the last ends, by units that may be spent.
+    least = np.full((longest + 1, units + 1), np.inf)
+    least[0] = 0
+    taken = np.empty((C + 1, units + 1), np.uint8)
+    for end in range(1, C + 1):
+        best = np.full(units + 1, np.inf)
+        for option, (size, kind, cost) in enumerate(options):
+            if size > end or cost > units:
+                continue
+            before = least[(end - size) % (longest + 1), : units + 1 - cost]
+            total = before + errors[size, kind][end - size]
+            better = total < best[cost:]
+            best[cost:][better] = total[better]
+            taken[end, cost:][better] = option
+        least[end % (longest + 1)] = best
+    ranges, end, left = [], C, units
+    while end:
+        size, kind, cost = options[taken[end, left]]
+        end, left = end - size, left - cost
+        if kind != "none":
+            ranges.append(Range(end, size, kind))
+    return ranges[::-1]
+
+
+def encode(kept: Any, ranges: Sequence[Range]) -> bytes:
+    """Stored components of rows [n, C] float32, before DEFLATE: of each range the shifts and the
+    scales of all rows, then codes, whose rows begin at bytes."""
+    parts = []
+    for first, size, kind in ranges:
+        codes, shift, scale = quantise(kept[:, first : first + size], kind)
+        parts += [shift.tobytes(), scale.tobytes(), _packed(codes, BITS[kind]).tobytes()]
+    return b"".join(parts)
+
+
+def decode(data: bytes, ranges: Sequence[Range], n: int, C: int) -> Any:
+    """Components [n, C] float32 of what `encode` gave; what no range holds is zero.
+
+    Raises:
+        FormatError: the size is another.
+    """
+    kept = np.zeros((n, C), np.float32)
+    at = 0
+
+    def take(dtype: Any, *shape: int) -> Any:
+        nonlocal at
+        begin, at = at, at + n * shape[0] * np.dtype(dtype).itemsize
+        return np.frombuffer(data[begin:at], dtype).reshape(n, *shape)
+
+    want = sum(n * (OVERHEAD // 8 + -(-r.size * BITS[r.kind] // 8)) for r in ranges)
+    if len(data) != want:
+        raise FormatError(f"kvtc.groups.decode: data has {len(data)} bytes, expected {want}")
+    for first, size, kind in ranges:
+        shift, scale = take(np.float16, 1), take(np.float16, 1)
+        packed = take(np.uint8, -(-size * BITS[kind] // 8))
+        codes = _unpacked(packed, BITS[kind], size)
+        kept[:, first : first + size] = dequantise(codes, shift, scale, kind)
+    return kept
+
+
+def compare(
+    kept: Any, dropped: float, features: int, ratios: Sequence[int]
+) -> Iterator[Comparison]:
+    """Both coders on the rows that both are planned on, at the final bytes of the paper's.
+
+    Args:
+        kept: [n, C] float32, components of rows, by falling energy; C is a multiple of 32.
+        dropped: energy of the rows that no component holds.
+        features: F, elements of a row.
+        ratios: of float16 rows to what the paper's plan stores.
+    """
+    n = len(kept)
+    total = float(np.square(kept).sum(dtype=np.float64)) + dropped
+    errors, _ = plans.best_steps(kept, np)
+    of_groups = group_errors(kept[:: max(1, n // ROWS)])
+    for ratio in ratios:
+        ranges = plan(of_groups, 16 * features // ratio)
+        data = encode(kept, ranges)
+        packed = len(zlib.compress(data, 9)) / n
+        missed = np.square(decode(data, ranges, *kept.shape) - kept).sum(dtype=np.float64)
+        widths = plans.allocate(errors, int(packed) // 4)
+        bits = np.zeros(kept.shape[1], np.int64)
+        bits[: sum(widths)] = bits_of(widths)
+        static = errors[bits, np.arange(len(bits))].sum()
+        relative = [float((x + dropped) / total) ** 0.5 for x in (missed, static)]
+        yield Comparison(ratio, len(data) / n, packed, relative[0], row_bytes(widths), relative[1])
+
+
+def _float16(x: Any) -> Any:
+    largest = np.float32(np.finfo(np.float16).max)
+    return np.clip(x, -largest, largest).astype(np.float16)
+
+
+def _nonzero(scale: Any) -> Any:
+    """Divisors: a group whose scale is zero is its shift."""
+    return np.where(scale == 0, np.float16(1), scale).astype(np.float32)
+
+
+def _packed(codes: Any, bits: int) -> Any:
+    """Codes [n, size] of a width, the lowest bits of a byte first."""
+    planes = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little")
+    return np.packbits(planes.reshape(len(codes), -1), axis=1, bitorder="little")
+
+
+def _unpacked(packed: Any, bits: int, size: int) -> Any:
+    planes = np.unpackbits(packed, axis=1, count=size * bits, bitorder="little")
+    fields = np.packbits(planes.reshape(len(packed), size, bits), axis=2, bitorder="little")
+    return np.ascontiguousarray(fields[..., 0])

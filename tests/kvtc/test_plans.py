@@ -1,0 +1,166 @@
+"""Bases, steps and bits: against float64, brute force and the coder."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pykv.errors import NumberError, ParameterError
+from pykv.kvtc import basis, coder, plans
+
+
+def low_rank(rng, n, F, rank=24):
+    """Rows whose energy falls, around a mean that is larger than they are."""
+    scales = 0.8 ** np.arange(rank)
+    mixing = np.random.default_rng(5).standard_normal((rank, F))
+    noise = 0.01 * rng.standard_normal((n, F))
+    rows = (rng.standard_normal((n, rank)) * scales) @ mixing + noise
+    return (rows + np.linspace(-3, 3, F)).astype(np.float16)
+
+
+def blocks(x, size=50):
+    return lambda: (x[i : i + size] for i in range(0, len(x), size))
+
+
+# --- Bases ----------------------------------------------------------------------------------------
+
+
+def test_mean_and_gram_are_those_of_float64(rng):
+    x = low_rank(rng, 333, 40)
+    mean = basis.mean_of(blocks(x), np)
+    assert mean.dtype == np.float16
+    np.testing.assert_allclose(mean, x.astype(float).mean(0), rtol=1e-3)
+    centred = x.astype(float) - mean.astype(float)
+    np.testing.assert_allclose(basis.gram_of(blocks(x), mean), centred.T @ centred, rtol=1e-4)
+
+
+def test_orthogonal_iteration_keeps_what_a_decomposition_keeps(rng):
+    """Energy kept and bits needed, as far as a coder can tell."""
+    x = low_rank(rng, 2000, 300, 100).astype(np.float32)
+    gram = (x - x.mean(0)).T @ (x - x.mean(0))
+    exact, found = (basis.components(gram, 64, np, small=small) for small in (300, 299))
+    for q in (exact, found):
+        assert abs(q.T.astype(float) @ q - np.eye(64)).max() < 1e-5
+    energies = [np.einsum("fc,fg,gc->c", q, gram.astype(float), q) for q in (exact, found)]
+    assert energies[1].sum() > 0.999 * energies[0].sum()
+    # A coder's error at a fixed budget goes by the geometric mean.
+    assert np.log(energies[1]).mean() < np.log(energies[0]).mean() + 0.03
+    assert (np.diff(energies[0]) < 0).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, 512, 700, 1300])
+def test_inverse_cholesky_against_the_product(rng, n):
+    y = rng.standard_normal((n + 50, n))
+    a = y.T @ y
+    inverse = basis.inverse_cholesky(a, np)
+    assert abs(inverse @ a @ inverse.T - np.eye(n)).max() < 1e-7
+    assert not np.triu(inverse, 1).any()
+
+
+def test_too_few_directions_are_an_error():
+    for columns in ([[1, 1], [1, 1], [1, 1]], [[1, 0], [0, 0], [0, 0]]):
+        with pytest.raises(NumberError, match="fewer directions than components"):
+            with np.errstate(invalid="ignore"):
+                basis.orthonormal(np.array(columns, np.float32), np, least=0.5)
+    with pytest.raises(NumberError, match="fewer directions than components"):
+        basis.inverse_cholesky(-np.eye(3), np)
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+def test_steps_are_the_best_of_those_tried_by_the_coder(rng):
+    """Errors are those of pykv.kvtc.coder, in float64."""
+    kept = (rng.standard_t(4, (300, 32)) * np.geomspace(5, 0.1, 32)).astype(np.float32)
+    errors, steps = plans.best_steps(kept, np)
+    np.testing.assert_allclose(errors[0], (kept.astype(float) ** 2).sum(0), rtol=1e-6)
+    sigma = np.sqrt(errors[0] / 300)
+    for bits, of_gaussian in plans.GAUSSIAN_STEPS.items():
+        widths = [0] * 8
+        widths[8 - bits] = 32
+        tried = []
+        for stretch in plans.STRETCHES:
+            step = (sigma * of_gaussian * stretch).astype(np.float32)
+            decoded = coder.dequantise(coder.quantise(kept, step, widths), step, widths)
+            tried.append(((decoded - kept.astype(float)) ** 2).sum(0))
+        np.testing.assert_allclose(errors[bits], np.min(tried, axis=0), rtol=1e-3)
+        ratio = steps[bits] / (sigma * of_gaussian)
+        assert (abs(ratio[:, None] - plans.STRETCHES).min(1) < 1e-5).all()
+    assert (np.diff(errors, axis=0) < 0).all()
+
+
+def test_components_without_energy_get_positive_steps():
+    errors, steps = plans.best_steps(np.zeros((10, 32), np.float32), np)
+    assert (steps > 0).all() and not errors[0].any() and np.isfinite(errors).all()
+
+
+# --- Bits -----------------------------------------------------------------------------------------
+
+
+def cost_of(widths, errors):
+    bits = np.repeat(range(8, 0, -1), widths)
+    bits = np.pad(bits, (0, errors.shape[1] - len(bits)))
+    return errors[bits, np.arange(errors.shape[1])].sum()
+
+
+@pytest.mark.parametrize("groups, units", [(1, 3), (2, 5), (3, 4), (3, 12), (4, 7), (3, 30)])
+def test_allocation_is_the_best_of_all(rng, groups, units):
+    """Of all falling widths, tried one by one; errors need not fall evenly."""
+    for _ in range(20):
+        errors = np.sort(rng.random((9, groups * 32)) ** 3, axis=0)[::-1]
+        found = plans.allocate(errors, units)
+        assert sum(b * n for b, n in zip(range(8, 0, -1), found, strict=True)) <= 32 * units
+        best = np.inf
+        for widths in itertools.combinations_with_replacement(range(8, -1, -1), groups):
+            if sum(widths) <= units:
+                counts = [32 * widths.count(b) for b in range(8, 0, -1)]
+                best = min(best, cost_of(counts, errors))
+        assert cost_of(found, errors) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_budget_that_is_more_than_enough():
+    errors = np.geomspace(1, 1e-4, 9)[:, None] * np.ones(64)
+    assert plans.allocate(errors, 1000) == (64, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_ratios_out_of_reach_are_refused():
+    assert plans.budget(5760, 16) == 180
+    with pytest.raises(ParameterError, match="ratios has 33, expected at most 32"):
+        plans.budget(64, 33)
+
+
+# --- All of it ------------------------------------------------------------------------------------
+
+
+def test_held_out_errors_promise_those_of_other_rows(rng):
+    """Coded by pykv.kvtc.coder and decoded in float64."""
+    F, ratios = 128, (4, 8, 16)
+    seen, held, other = (low_rank(rng, n, F) for n in (1500, 300, 600))
+    side = plans.fit(blocks(seen), blocks(held), F, ratios, 64, np)
+    assert side.basis.dtype == side.mean.dtype == np.float16
+    wide, mean = side.basis.astype(float), side.mean.astype(float)
+    assert abs(wide.T @ wide - np.eye(wide.shape[1])).max() < 2e-3
+    assert wide.shape[1] == max(sum(plan.widths) for plan in side.plans.values())
+    centred = other.astype(float) - mean
+    last = 0.0
+    for ratio, plan in side.plans.items():
+        C = sum(plan.widths)
+        assert plan.row_bytes * ratio <= 2 * F
+        assert plan.steps.dtype == np.float32 and plan.steps.shape == (C,)
+        kept = (centred @ wide[:, :C]).astype(np.float32)
+        packed = coder.pack(coder.quantise(kept, plan.steps, plan.widths), plan.widths)
+        codes = coder.unpack(packed, plan.widths)
+        decoded = coder.dequantise(codes, plan.steps, plan.widths) @ wide[:, :C].T
+        error = np.linalg.norm(decoded - centred) / np.linalg.norm(centred)
+        assert error == pytest.approx(plan.error, rel=0.1)
+        assert last < error < 1
+        last = error
+
+
+def test_too_few_rows_promise_too_little_where_nothing_is_held_out(rng):
+    """Why errors are of rows that the basis has not seen."""
+    F = 128
+    seen, held = low_rank(rng, 40, F, 100), low_rank(rng, 300, F, 100)
+    honest = plans.fit(blocks(seen), blocks(held), F, (4,), 32, np)
+    fooled = plans.fit(blocks(seen), blocks(seen), F, (4,), 32, np)
+    assert fooled.plans[4].error < 0.7 * honest.plans[4].error

@@ -13,9 +13,9 @@
 //   rows                      [T, W] words of four bytes, at a stride of `row_words`
 //   k, v                      [T, C] float (encode, const), X_T (decode); C may differ between them
 //   k_steps, v_steps   const  [C] float
-// Scalars:  T; row_words; v_start = words of K in a row; k_columns, v_columns = C, a multiple of 32;
-//           k_upper, k_lower, v_upper, v_lower: counts of groups with 8 ... 5 bits, and with 4 ... 1,
-//           16 bits each, the first one lowest
+// Scalars:  T; row_words; v_start = words of K in a row; k_columns, v_columns = C, a multiple of
+//           32; k_upper, k_lower, v_upper, v_lower: counts of groups with 8 ... 5 bits, and with 4
+//           ... 1, 16 bits each, the first one lowest
 // Defines:  X_T = float or f16 of decoded coefficients; BLOCK = threads; TOKENS of a block
 // Launch:   grid (ceil(max C / (8 * BLOCK)), ceil(T / TOKENS), 2), block (BLOCK); z: K, V
 // Traffic:  encode  T * (4 * C + bytes of a row) for K and V; decode sizeof(X_T) in place of 4

@@ -1,7 +1,7 @@
 // kvtc_project.cu: rows of K and V times their bases, and coefficients back to rows.
 //
-//   forward  out[t, c] = sum over f of x[t, f] * w[f, c]     I = F features in, O = C components out
-//   BACK     out[t, f] = sum over c of x[t, c] * w[f, c]     I = C components in, O = F features out
+//   forward  out[t, c] = sum over f of x[t, f] * w[f, c]    I = F features in, O = C components out
+//   BACK     out[t, f] = sum over c of x[t, c] * w[f, c]    I = C components in, O = F features out
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/kvtc_project.py):
 //   k_out, v_out           [T, O]  X_T
@@ -11,8 +11,8 @@
 // Defines:  X_T = float or f16; BACK = 0 or 1; TILE_T and TILE_O = tokens and outputs of a block;
 //           BLOCK = threads; STAGES = tiles of operands in shared memory, on tensor cores, from
 //           sm_75 on; 0: on CUDA cores, where both tiles are 64 and BLOCK is 256; SHARED_BYTES
-// Launch:   grid (ceil(T / TILE_T), ceil(max O / TILE_O), 2), block (BLOCK); z: K, V; dynamic shared
-//           memory SHARED_BYTES. Blocks that follow each other share w
+// Launch:   grid (ceil(T / TILE_T), ceil(max O / TILE_O), 2), block (BLOCK); z: K, V; SHARED_BYTES
+//           of dynamic shared memory. Blocks that follow each other share w
 // Traffic:  w ceil(T / TILE_T) times and x ceil(O / TILE_O) times, mostly from L2
 // Order:    no atomics; products exact, sums in float, the order fixed by the launch
 #include "mma.cuh"
@@ -32,8 +32,11 @@ struct Product { X_T* out; const f16* x; const f16* w; int T, in, outputs; i64 s
 
 constexpr int DEPTH = 64;             // of I, in a stage
 constexpr int CHUNKS = DEPTH / 8;     // of 16 bytes
+constexpr int STEPS = DEPTH / 16;     // of mma
 constexpr int OWN_T = 64, OWN_O = 64;  // of a warp
 constexpr int WARPS_T = TILE_T / OWN_T, WARPS_O = TILE_O / OWN_O;
+// Operands of the next step come while those of a step are multiplied, where registers allow.
+constexpr int AHEAD = __CUDA_ARCH__ >= 800 ? 1 : 0;
 constexpr int X_ROWS = OWN_T / 16, W_PAIRS = OWN_O / 16;  // fragments of a warp
 static_assert(BLOCK == WARPS_T * WARPS_O * WARP, "a warp for each of its tiles");
 static_assert(TILE_T * CHUNKS % BLOCK == 0 && TILE_O * CHUNKS % BLOCK == 0, "equal shares");
@@ -131,15 +134,18 @@ __device__ __forceinline__ void multiply(const Product& p, int t0, int o0) {
         __syncthreads();  // the tile is there, and all have read the one that is replaced
         stage(tile + STAGES - 1);
         f16* const at = stages + tile % STAGES * STAGE;
-        Operands operands[2];
-        load_operands(operands[0], {at}, at + TILE_T * DEPTH, own_t, own_o, 0);
+        f16* const w = at + TILE_T * DEPTH;
+        Operands operands[AHEAD + 1];
+        const auto load = [&](int step) {
+            if (step >= STEPS) return;
+            load_operands(operands[step % (AHEAD + 1)], {at}, w, own_t, own_o, step);
+        };
 #pragma unroll
-        for (int step = 0; step < DEPTH / 16; step++) {
-            if (step + 1 < DEPTH / 16) {  // the next ones come while these are multiplied
-                load_operands(operands[(step + 1) % 2], {at}, at + TILE_T * DEPTH, own_t, own_o,
-                              step + 1);
-            }
-            const Operands& now = operands[step % 2];
+        for (int step = 0; step < AHEAD; step++) load(step);
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            load(step + AHEAD);
+            const Operands& now = operands[step % (AHEAD + 1)];
 #pragma unroll
             for (int m = 0; m < X_ROWS; m++) {
 #pragma unroll
@@ -192,7 +198,8 @@ __device__ __forceinline__ void multiply(const Product& p, int t0, int o0) {
     float (*const x_tile)[TILE_T] = reinterpret_cast<float (*)[TILE_T]>(shared);  // transposed
     float (*const w_tile)[TILE_O] = reinterpret_cast<float (*)[TILE_O]>(x_tile + DEPTH);
     const int row = threadIdx.x / 4, quarter = threadIdx.x % 4 * 4;
-    const int own_t = threadIdx.x / (TILE_O / OWN) * OWN, own_o = threadIdx.x % (TILE_O / OWN) * OWN;
+    const int own_t = threadIdx.x / (TILE_O / OWN) * OWN;
+    const int own_o = threadIdx.x % (TILE_O / OWN) * OWN;
     float sums[OWN][OWN] = {};
     for (int i = 0; i < p.in; i += DEPTH) {
         float x[4], w[4];

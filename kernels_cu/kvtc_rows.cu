@@ -13,12 +13,12 @@
 //   window_scales          [X, 2, L, H] f16
 //   kept_positions         [T] int; becomes a copy of `positions`, unless it is null
 //   k_pools, v_pools       pages of K_T, V_T: strides layer, page, token, head
-//   k_scales, v_scales     SCALE_T, dynamic or static, by SCALES: the same strides, 0 where they have
-//                          no such dimension; null for kinds of floats
+//   k_scales, v_scales     SCALE_T, dynamic or static, by SCALES: the same strides, 0 where they
+//                          have no such dimension; null for kinds of floats
 //   table           const  [num_pages] int   pages of the sequence, in order
-//   positions       const  [T] int           position p lies in page table[p / PAGE]; outside of the
-//                                            table, or in a negative page, it is read as zeros, and
-//                                            not written
+//   positions       const  [T] int           position p lies in page table[p / PAGE]; outside of
+//                                            the table, or in a negative page, it is read as zeros
+//                                            and not written
 //   places          const  [E, 2] int        layer of the pools, and row of inv_freq
 //   mean            const  [2, E, H, D] f16, stride mean_side
 //   inv_freq        const  [FREQS, PAIRS] float  radians a position; null where PAIRS is 0
@@ -26,8 +26,8 @@
 //           hadamard = 1: heads of the pools are Hadamard-rotated
 // Defines:  those of pool_write.cuh and head_row.cuh; BACK = 0 or 1; ROW_FLOAT = f16, or with BACK
 //           float; FREQS; TOKENS of a block
-// Launch:   grid (x, ceil(S / TOKENS) + ceil(C / TOKENS) + ceil(X / TOKENS), 2), block (BLOCK); z: K,
-//           V; heads are shared among x
+// Launch:   grid (x, ceil(S / TOKENS) + ceil(C / TOKENS) + ceil(X / TOKENS), 2), block (BLOCK); z:
+//           K, V; heads are shared among x
 // Traffic:  T * E * H * (bytes of a row of K and V with scales, and of what it becomes)
 // Order:    no atomics; floats from reading to storing; sums in an order that D decides
 #include "head_row.cuh"
@@ -112,7 +112,8 @@ struct Call {
 };
 
 template <typename T>
-__device__ __forceinline__ void unpack(float (&x)[PIECES][8], const Fragment<T>& from, float scale) {
+__device__ __forceinline__ void unpack(float (&x)[PIECES][8], const Fragment<T>& from,
+                                       float scale) {
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         unpack8(x[i], from.pieces[i]);
@@ -238,20 +239,29 @@ __device__ __forceinline__ void move_heads(const Call& c, const Layers<T>& pools
 
 #endif
 
+template <typename T> __device__ __forceinline__ T pick(bool second, T a, T b) {
+    return second ? b : a;
+}
+
+// One of two, field by field: a choice of whole structures would need a stack.
+template <typename T>
+__device__ __forceinline__ Layers<T> either(bool second, const Layers<T>& k, const Layers<T>& v) {
+    const Pool<T>&a = k.pool, &b = v.pool;
+    return {{pick(second, a.rows, b.rows), pick(second, a.page, b.page),
+             pick(second, a.token, b.token), pick(second, a.head, b.head),
+             pick(second, a.scales, b.scales), pick(second, a.scale_page, b.scale_page),
+             pick(second, a.scale_token, b.scale_token), pick(second, a.scale_head, b.scale_head)},
+            pick(second, k.layer, v.layer),
+            pick(second, k.scale_layer, v.scale_layer)};
+}
+
 // A head of K or of V, by one code for both where they are of one kind.
 template <typename A, typename B>
 __device__ __forceinline__ void move_heads(const Call& c, const Layers<A>& k, const Layers<B>& v,
                                            int index, bool wanted, Rotations rotations,
                                            float* exchange) {
-    if constexpr (SAME<A, B>) {  // field by field: a choice of whole structures takes a stack
-        const auto pick = [&](auto of_k, auto of_v) { return c.is_v ? of_v : of_k; };
-        const Pool<A>&a = k.pool, &b = v.pool;
-        const Layers<A> of_side{
-            {pick(a.rows, b.rows), pick(a.page, b.page), pick(a.token, b.token),
-             pick(a.head, b.head), pick(a.scales, b.scales), pick(a.scale_page, b.scale_page),
-             pick(a.scale_token, b.scale_token), pick(a.scale_head, b.scale_head)},
-            pick(k.layer, v.layer),
-            pick(k.scale_layer, v.scale_layer)};
+    if constexpr (SAME<A, B>) {
+        const Layers<A> of_side = either(c.is_v, k, v);
         move_heads(c, of_side, index, wanted, rotations, exchange);
     } else if (c.is_v) {
         move_heads(c, v, index, wanted, rotations, exchange);

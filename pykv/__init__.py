@@ -22,9 +22,9 @@ from pykv import blocks
 from pykv.cuda import graph, prepare
 from pykv.errors import PykvError
 from pykv.foreign import asarray, from_pointer
-from pykv.kinds import KVSpec
 from pykv.pool import PagedKVCache
 from pykv.sequence_cache import SequenceCache
+from pykv.specs import KVSpec
 
 if _TYPE_CHECKING:
     from pykv import cuda, kinds, kvtc, layout, ops, page_files, pages, plan, transfer

@@ -14,9 +14,10 @@ import numpy as np
 
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import POOLS, KVSpec, decode
+from pykv.kinds import decode
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_number, check_whole
+from pykv.specs import POOLS, KVSpec
 
 ALL_KEYS = 2**31 - 1  # what kernels take as `window` for no window
 MAX_HEAD_DIM = 512

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from pykv.errors import CapacityError, DtypeError, ParameterError
-from pykv.options import check_whole
+from pykv.options import check_whole, page_ids
 
 _KEY_BYTES = 16
 _MAX_PAGE = 2**31 - 1  # page tables are int32
@@ -99,7 +99,10 @@ class BlockManager:
 
     def require(self, num_pages: int) -> None:
         """Raise a CapacityError unless `num_pages` pages are free."""
-        if check_whole("BlockManager.require", "num_pages", num_pages, 0) > self.num_free:
+        self._require(check_whole("BlockManager.require", "num_pages", num_pages, 0))
+
+    def _require(self, num_pages: int) -> None:
+        if num_pages > len(self._free) + len(self._idle):
             raise CapacityError(
                 f"pool exhausted: {num_pages} pages wanted, {self.num_free} free of "
                 f"{self.num_pages} ({self.page_size} tokens a page)"
@@ -114,8 +117,11 @@ class BlockManager:
             CapacityError: the pool has too few free pages.
             ParameterError: `tokens` is negative.
         """
-        pages: list[int] = []
-        self.extend(pages, 0, check_whole("BlockManager.allocate", "tokens", tokens, 0))
+        count = -(-check_whole("BlockManager.allocate", "tokens", tokens, 0) // self.page_size)
+        self._require(count)
+        pages = [self._take() for _ in range(count)]
+        if pages:
+            self._sequences[id(pages)] = pages
         return pages
 
     def extend(self, pages: list[int], start: int, stop: int) -> tuple[int, int] | None:
@@ -135,30 +141,32 @@ class BlockManager:
 
         Raises:
             CapacityError: the pool has too few free pages.
-            ParameterError: start is behind stop, or past the end of the pages; or `pages` is no
-                sequence of this manager.
+            ParameterError: start is negative, behind stop, or past the end of the pages; or `pages`
+                is no sequence of this manager.
         """
-        P, counts, keys = self.page_size, self._counts, self._keys
-        if not type(start) is type(stop) is int:
-            start = check_whole("BlockManager.extend", "start", start, 0)
-            stop = check_whole("BlockManager.extend", "stop", stop, 0)
-        if self._sequences.get(id(pages), self) is pages:
-            num_pages = len(pages)
-            if 0 <= start <= stop <= num_pages * P and start // P == num_pages - 1:
-                page = pages[-1]  # the usual case: one more token in the last page
-                if counts[page] == 1 and keys[page] is None:
-                    return None
-        first = max(start, 0) // P
+        P, counts = self.page_size, self._counts
+        try:
+            if self._sequences[id(pages)] is pages and type(start) is type(stop) is int:
+                end = len(pages) * P
+                if end - P <= start <= stop <= end:  # the usual case: a token in the last page
+                    page = pages[-1]
+                    if counts[page] == 1 and self._keys[page] is None:
+                        return None
+        except (LookupError, TypeError):  # a new sequence, or something else than one
+            pass
+        start = check_whole("BlockManager.extend", "start", start, 0)
+        stop = check_whole("BlockManager.extend", "stop", stop, start)
+        first = start // P
         self._check_sequence("extend", pages, first)
         num_pages = len(pages)
-        if not 0 <= start <= min(stop, num_pages * P):
+        if start > num_pages * P:
             raise ParameterError(
-                f"BlockManager.extend: start is {start} and stop {stop}, expected start to be at "
-                f"most stop and the {num_pages * P} tokens that the pages hold"
+                f"BlockManager.extend: start is {start}, expected at most the {num_pages * P} "
+                "tokens that the pages hold"
             )
         shared = [i for i in range(first, num_pages) if counts[pages[i]] > 1]
         num_new = max(-(-stop // P) - num_pages, 0)
-        self.require(len(shared) + num_new)
+        self._require(len(shared) + num_new)
         for page in pages[first:]:
             if counts[page] == 1:
                 self._forget(page)
@@ -332,8 +340,10 @@ class BlockManager:
 
     def _check_sequence(self, op: str, pages: list[int], first: int = 0) -> None:
         """Check that a list is a sequence, or empty as a new one, and its pages from `first` on."""
-        self._check_held(op, pages, first)
-        if pages and self._sequences.get(id(pages)) is not pages:
+        is_known = self._sequences.get(id(pages), self) is pages
+        if not is_known or first < len(pages):
+            self._check_held(op, pages, first)
+        if not is_known and pages:
             raise ParameterError(
                 f"BlockManager.{op}: pages are {pages} in another list, expected the list that the "
                 "manager handed out, which may name other pages by now"
@@ -346,14 +356,12 @@ class BlockManager:
             given = type(pages).__name__
             raise DtypeError(f"BlockManager.{op}: pages is a {given}, expected a list of pages")
         some = pages[first:]
-        if not some or (
-            set(map(type, some)) == {int}
-            and min(some) >= 0
-            and max(some) < len(counts)
-            and len(set(some)) == len(some)
-            and all(map(counts.__getitem__, some))
-        ):
-            return
+        for page in some:
+            if not (type(page) is int and 0 <= page < len(counts) and counts[page]):
+                break
+        else:
+            if len(some) < 2 or len(set(some)) == len(some):
+                return
         raise ParameterError(
             f"BlockManager.{op}: pages are {pages}, expected distinct pages in use"
         )
@@ -441,29 +449,3 @@ def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
             )
         row[: len(ids)] = ids
     return table
-
-
-def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: int = 0) -> Any:
-    """Page ids as [n] int64.
-
-    Args:
-        op, name: for messages, which count entries from `first` on.
-        pages: a sequence or array of integers, none of them a bool.
-        least, most: page ids.
-
-    Raises:
-        ParameterError: it is no such sequence, or an id is out of its range.
-    """
-    try:
-        ids = np.asarray(pages)
-    except ValueError:  # sequences of several lengths
-        ids = np.empty((0, 0))
-    if ids.ndim == 1 and not ids.size:
-        return ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
-    wrong = (ids < least) | (ids > most)
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
-    return ids.astype(np.int64)

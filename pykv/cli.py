@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -66,6 +67,19 @@ def _complain(message: object) -> None:
         print(f"pykv: {text}", file=sys.stderr, flush=True)
 
 
+def _print_json(facts: dict[str, Any]) -> None:
+    """Print one JSON object, which has null for numbers that are not finite."""
+    print(json.dumps(_finite(facts), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     _complain(message)
 
@@ -103,11 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
-    size = commands.add_parser("size", help="say how large a model's KV cache is")
+    size = commands.add_parser("size", help="say how large a model's KV cache and its weights are")
     size.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     size.add_argument("--ctx", type=int, help="tokens (the model's context)")
     size.add_argument("--json", action="store_true", help="print one JSON object")
     _add_kv_dtype(size)
+    _add_weights(size)
     size.set_defaults(run=_size)
 
     models = commands.add_parser("models", help="list the models that are known by name or fetched")
@@ -163,8 +178,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     _add_kv_dtype(parser)
-    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    _add_weights(parser)
     parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
 
 
 def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
@@ -224,33 +243,38 @@ def _inspect(args: argparse.Namespace) -> None:
         for x in file.tensors.values()
     ]
     facts = {"file": str(file.path), "version": file.version, "metadata": file.metadata}
-    print(json.dumps(facts | {"tensors": tensors}, indent=2))
+    _print_json(facts | {"tensors": tensors})
 
 
 def _size(args: argparse.Namespace) -> None:
-    from pykv.kinds import KVSpec
-    from pykv.llm import gguf, models
+    from pykv.llm import gguf, memory, models
     from pykv.llm.config import read_config
+    from pykv.pool import float_kind
+    from pykv.specs import KVSpec
 
     spec = KVSpec.parse(args.kv_dtype)
-    config = read_config(gguf.read_model(models.fetch(args.file)))
+    file = gguf.read_model(models.fetch(args.file))
+    config = read_config(file)
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
+    itemsizes = {"gpu": float_kind("--weights", args.weights).itemsize, "host": 4}
+    weights = {place: memory.weight_bytes(file, size) for place, size in itemsizes.items()}
     of_head = spec.bytes_per_token(1, config.head_dim)
     per_token = config.num_layers * config.kv_heads * of_head
     if args.json:
         facts = {"kv_dtype": str(spec), "layers": config.num_layers, "kv_heads": config.kv_heads}
         facts |= {"head_dim": config.head_dim, "bytes_per_token": per_token, "tokens": tokens}
-        print(
-            json.dumps(facts | {"bytes": per_token * tokens, "context": config.context}, indent=2)
-        )
+        facts |= {"bytes": per_token * tokens, "context": config.context}
+        _print_json(facts | {"weights": args.weights, "weight_bytes": weights})
         return
     print(
         f"{spec}: {per_token:,} bytes a token "
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
         f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
-        f"{per_token * tokens:,} bytes for {tokens:,} tokens"
+        f"{per_token * tokens:,} bytes for {tokens:,} tokens\n"
+        f"weights: {weights['gpu']:,} bytes of a GPU in {args.weights}, or {weights['host']:,} of "
+        "the host"
     )
     if tokens > config.context:
         print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)
@@ -261,7 +285,7 @@ def _models(args: argparse.Namespace) -> None:
 
     rows = models.listing()
     if args.json:
-        print(json.dumps({"models": rows}, indent=2))
+        _print_json({"models": rows})
         return
     width = max(len(row["name"]) for row in rows)
     for row in rows:
@@ -276,13 +300,16 @@ def _doctor(args: argparse.Namespace) -> int:
     from pykv import doctor
 
     report = doctor.examine()
-    print(json.dumps(report.as_dict(), indent=2) if args.json else report.as_text())
+    if args.json:
+        _print_json(report.as_dict())
+    else:
+        print(report.as_text())
     return 0 if report.ok else 1
 
 
 def _verify(args: argparse.Namespace) -> int:
     from pykv import cuda, verify
-    from pykv.kinds import KVSpec
+    from pykv.specs import KVSpec
 
     spec = None if args.kv_dtype is None else KVSpec.parse(args.kv_dtype)
     found = verify.run(args.seed, spec)
@@ -298,7 +325,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(row.as_text(), flush=True)
     if args.json:
         facts = {"ok": ok, "device": device, "seed": args.seed, "kv_dtype": spec and str(spec)}
-        print(json.dumps(facts | {"cases": rows}, indent=2))
+        _print_json(facts | {"cases": rows})
     else:
         print(f"{len(rows)} rows, {sum(not row['ok'] for row in rows)} wrong")
         if not ok:

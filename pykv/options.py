@@ -15,45 +15,71 @@ import numpy as np
 from pykv.arrays import FLOATS
 from pykv.errors import DtypeError, ParameterError
 
+_BOOLS = {bool, np.bool_}
+_LARGEST_SIZE = 2**63 - 1  # of anything that is counted
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 _BY_TYPE: dict[type, np.dtype[Any]] = {dtype.type: dtype for dtype in FLOATS}
 
 
-def check_whole(op: str, name: str, value: Any, least: int, most: int | None = None) -> int:
+def check_whole(op: str, name: str, value: Any, least: int, most: int = _LARGEST_SIZE) -> int:
     """Check a size, a count or an index, and return it as an int.
 
     Raises:
         DtypeError: it is no integer; a bool is none.
         ParameterError: it is below `least` or above `most`.
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        whole = operator.index(value)
-    except TypeError:
-        given = type(value).__name__
-        raise DtypeError(f"{op}: {name} is a {given}, expected a whole number") from None
-    if whole < least or (most is not None and whole > most):
-        bounds = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ParameterError(f"{op}: {name} is {whole}, expected {bounds}")
+    whole: int = value
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            whole = operator.index(value)
+        except TypeError:
+            given = type(value).__name__
+            raise DtypeError(f"{op}: {name} is a {given}, expected a whole number") from None
+    if not least <= whole <= most:
+        is_open = most == _LARGEST_SIZE and whole < least
+        bounds = f"at least {least}" if is_open else f"{least} to {most}"
+        raise ParameterError(f"{op}: {name} is {_shown(whole)}, expected {bounds}")
     return whole
 
 
-def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
+def check_number(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    positive: bool = False,
+    least: float = -_LARGEST,
+    most: float = _LARGEST,
+) -> float:
     """Check a number that kernels have in float32, and return it as a float.
 
     Raises:
         DtypeError: it is no number; a bool is none.
-        ParameterError: it is not finite in float32, or, if `positive`, not above 0 there.
+        ParameterError: it is not finite in float32, below `least` or above `most`, or, if
+            `positive`, not above 0 there.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and (_SMALLEST if positive else -_LARGEST) <= value <= _LARGEST:
-        return float(value)
-    expected = f"expected a {'positive ' * positive}finite number"
-    if is_number:
-        raise ParameterError(f"{op}: {name} is {value}, {expected} of float32")
-    raise DtypeError(f"{op}: {name} is a {type(value).__name__}, {expected}")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise DtypeError(f"{op}: {name} is a {type(value).__name__}, expected a number")
+    if isinstance(value, np.generic):  # bounds would be rounded to its precision
+        value = value.item()
+    number: Any = value
+    if least <= number <= most and (number > _SMALLEST / 2 or not positive):
+        return float(number)
+    expected = f"a {'positive ' * positive}finite number of float32"
+    if least > -_LARGEST:
+        expected = f"{least:g} to {most:g}"
+    elif most < _LARGEST:
+        expected = f"a {'positive ' * positive}number up to {most:g}"
+    raise ParameterError(f"{op}: {name} is {_shown(value)}, expected {expected}")
+
+
+def _shown(value: Any) -> Any:
+    """A number as errors show it: Python writes no integer of thousands of digits."""
+    is_long = isinstance(value, int) and value.bit_length() > 256
+    return f"an integer of {value.bit_length()} bits" if is_long else value
 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
@@ -100,3 +126,30 @@ def check_float_dtype(
         *others, last = map(str, dtypes)
         raise DtypeError(f"{op}: {name} is {given}, expected {', '.join(others)} or {last}")
     return dtype
+
+
+def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: int = 0) -> Any:
+    """Page ids as [n] int64.
+
+    Args:
+        op, name: for messages, which count entries from `first` on.
+        pages: a sequence or array of integers, none of them a bool.
+        least, most: page ids.
+
+    Raises:
+        ParameterError: it is no such sequence, or an id is out of its range.
+    """
+    try:
+        ids = np.asarray(pages)
+    except ValueError:  # sequences of several lengths
+        ids = np.empty((0, 0))
+    if ids.ndim == 1 and not ids.size:
+        return ids.astype(np.int64)
+    holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
+        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
+    wrong = (ids < least) | (ids > most)
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ParameterError(f"{op}: {name}[{first + i}] is {ids[i]}, expected {least} to {most}")
+    return ids.astype(np.int64)

@@ -100,10 +100,11 @@ def load(
     Args:
         path: of the file.
         cache: of the spec and sizes that the file was saved with, but any N.
-        pages: page ids, as many as the file has; its page i becomes page pages[i], and scales that
-            heads or tensors share must be those of the file, or zero, which is unset. None: the
-            file has all N pages of the cache. Shared scales that are unset, or those of all pages,
-            become the file's.
+            Scales that heads or tensors share must be those of the file, or all zero, which is
+            unset; then they become the file's. Others would be wrong for the cache's other pages,
+            and for those that were swapped out: whoever needs neither sets them to zero before.
+        pages: page ids, as many as the file has; its page i becomes page pages[i]. None: the file
+            has all N pages of the cache.
         model: what the file must have been saved with; None: anything.
         codec, hadamard: as of pages.swap_in; the cache may then be of any spec, and pages those of
             the sequence, which may be more than the file needs.
@@ -149,8 +150,7 @@ def load(
         if len(ids) != count:
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
         stored = stored_pages.take(op, file, path, header, cache, count, {})
-    if pages is not None:
-        stored_pages.check_scales(op, path, stored, cache)
+    stored_pages.check_scales(op, path, stored, cache)
     stored_pages.put(cache, ids, stored)
     return count
 

@@ -26,7 +26,6 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
 from pykv.ops import block_copy, paged_convert
 from pykv.options import check_whole
 from pykv.page_arrays import (
@@ -42,7 +41,7 @@ from pykv.page_arrays import (
     page_ids,
     places_of,
 )
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec
@@ -251,7 +250,8 @@ def convert_pages(
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:
-    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU.
+    """Uninitialised host memory for pages of a cache, pinned if the cache is on a GPU. Scales that
+    heads or tensors share are the cache's own arrays: whoever changes them changes both.
 
     Raises:
         ParameterError: `num_pages` is negative.

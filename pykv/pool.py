@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 
 from pykv import cuda, kinds
 from pykv.arrays import footprint, load_cupy, on_gpu, to_host
-from pykv.blocks import BlockManager, page_ids
+from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import SCALE_DTYPES
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
-from pykv.options import check_number, check_whole
-from pykv.specs import as_spec
+from pykv.options import check_number, check_whole, page_ids
+from pykv.specs import KVSpec, as_spec
+
+_first_append = threading.Lock()  # of all caches: it is rare
 
 
 class PagedKVCache:
@@ -222,11 +225,11 @@ class PagedKVCache:
         """
         arguments = (k, v, *self._pools("append", layer), slots)
         options = self._with_spec("append", layer, options)
-        append = partial(paged_append.append, *arguments, **options)
         if layer in self._unset:
+            append = partial(paged_append.append, *arguments, **options)
             self._append_first("append", layer, slots, append, lambda: (k, v), stream)
         else:
-            append(stream=stream)
+            paged_append.append(*arguments, stream=stream, **options)
 
     def append_qkv(
         self, layer: int, qkv: Any, slots: Any, *, stream: Any = None, **options: Any
@@ -238,11 +241,11 @@ class PagedKVCache:
         """
         arguments = (qkv, *self._pools("append_qkv", layer), slots)
         full = self._with_spec("append_qkv", layer, options)
-        append = partial(paged_qkv.append, *arguments, **full)
         if layer in self._unset:
+            append = partial(paged_qkv.append, *arguments, **full)
             rows_of = partial(self._rows_of, qkv, options)
             return self._append_first("append_qkv", layer, slots, append, rows_of, stream)
-        return append(stream=stream)
+        return paged_qkv.append(*arguments, stream=stream, **full)
 
     def decode(self, layer: int, q: Any, page_table: Any, lengths: Any, **options: Any) -> Any:
         """Attention of the last queries [B, HQ, D] or [B, T, HQ, D] over one layer; see
@@ -277,9 +280,10 @@ class PagedKVCache:
         rows_of: Callable[[], tuple[Any, Any]],
         stream: Any,
     ) -> Any:
-        """`append` to a layer that may lack scales; those that it lacks are found first."""
+        """`append` to a layer that may lack scales; those that it lacks are found first, and taken
+        back if it fails: by one thread at a time, or others would have appended with them."""
         op = f"PagedKVCache.{name}"
-        with cuda.on_stream(stream, self.k):
+        with _first_append, cuda.on_stream(stream, self.k):
             cuda.refuse_capture(op, "scales are looked at first; append to the layer before")
             self._look_for_scales()
             if layer not in self._unset:

@@ -10,9 +10,9 @@ import numpy as np
 from pykv import blocks, cuda
 from pykv.arrays import footprint, not_an_array
 from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.kinds import KVSpec
-from pykv.options import check_whole
+from pykv.options import check_whole, page_ids
 from pykv.pool import PagedKVCache, do_in
+from pykv.specs import KVSpec
 
 
 class SequenceCache:
@@ -96,7 +96,7 @@ class SequenceCache:
         op, num_blocks = "SequenceCache.assign", len(self.k)
         cuda.refuse_prepare(op, "it changes what the host knows")
         cuda.check_stream(stream)
-        ids = blocks.page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
+        ids = page_ids(op, "block_ids", block_ids, 0, num_blocks - 1)
         if len(ids) > num_blocks:
             raise CapacityError(
                 f"{op}: block_ids has {len(ids)} blocks, expected at most {num_blocks}"

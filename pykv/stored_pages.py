@@ -74,7 +74,7 @@ def check_scales(op: str, path: Path, stored: Stored, cache: Any) -> None:
     for name, x in stored.given.items():
         known = to_host(getattr(cache, name))
         if known.any() and not same_values(x, known):
-            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache")
+            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache, or 0")
 
 
 def put(cache: Any, ids: Any, stored: Stored) -> None:

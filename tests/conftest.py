@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections import Counter
 from importlib import import_module
 
 import numpy as np
@@ -57,6 +58,17 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{reason} ({variable}=1: error)"))
+
+
+def pytest_xdist_auto_num_workers():
+    """Of `-n auto`: a process on a GPU holds a context and a pool of its own there."""
+    return min(4, os.cpu_count() or 1) if cuda.has_driver() else None  # one for each core
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, count in Counter(report.longrepr[2] for report in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 MACHINES = [

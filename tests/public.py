@@ -12,7 +12,18 @@ from pathlib import Path
 import numpy as np
 
 import pykv
-from pykv import PagedKVCache, SequenceCache, blocks, kinds, kvtc, layout, page_files, pages, plan
+from pykv import (
+    KVSpec,
+    PagedKVCache,
+    SequenceCache,
+    blocks,
+    kinds,
+    kvtc,
+    layout,
+    page_files,
+    pages,
+    plan,
+)
 from pykv.kvtc import Codec
 from pykv.ops import permute
 from tests.kvtc import made
@@ -81,13 +92,13 @@ UNCHECKED = """
     plan.base.Plan.sku plan.decode.PagedDecodePlan.workspace_size
     plan.base.PagedCacheDescriptor.shapes
     kinds.Kind kinds.Kind.row_bytes kinds.Kind.row_width kinds.row_scales kinds.encode kinds.decode
-    kinds.KVSpec.page_order kinds.KVSpec.as_nhd kinds.KVSpec.strides kinds.KVSpec.pool_strides
-    kinds.KVSpec.rules kinds.KVSpec.rules_of_scales transfer.check_tables
+    specs.KVSpec.page_order specs.KVSpec.as_nhd specs.KVSpec.strides specs.KVSpec.pool_strides
+    specs.KVSpec.rules specs.KVSpec.rules_of_scales transfer.check_tables
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
     layout.check_layout layout.check_pair layout.check_shape
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
-    blocks.page_ids kinds.parsed kinds.KVSpec.written kinds.count_largest
+    specs.parsed specs.KVSpec.written kinds.count_largest
 """.split()
 
 
@@ -143,8 +154,8 @@ FUNCTIONS = {
     "blocks.BlockManager": dict(num_pages=8, page_size=2),
     "blocks.slots": dict(pages=[7, 3], start=1, stop=3, page_size=2),
     "blocks.page_table": dict(sequences=[[7, 3], [5]], width=3),
-    "kinds.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
-    "kinds.KVSpec.parse": dict(text="int8:HND"),
+    "specs.KVSpec": dict(k="int8", v="int4", granularity="head", scale_dtype="fp32", layout="HND"),
+    "specs.KVSpec.parse": dict(text="int8:HND"),
     "kinds.quantize": dict(x=zeros("f4", 2, 8), kind=kinds.KINDS["int8"]),
     "kinds.dequantize": dict(codes=zeros("i1", 2, 8), kind=kinds.KINDS["int8"])
     | dict(scale=zeros("f2", 2)),
@@ -204,7 +215,7 @@ def _sequence(xp):
 
 
 def _spec(xp):
-    return (kinds.KVSpec("int8"),)
+    return (KVSpec("int8"),)
 
 
 def _with_caches(function, *names, **arguments):
@@ -378,9 +389,9 @@ METHODS = {
     "blocks.BlockManager.publish": _of(_manager, "publish", pages=..., tokens=[5, 6, 7]),
     "blocks.BlockManager.reuse": _of(_manager, "reuse", tokens=[5, 6, 7]),
     "blocks.BlockManager.grow": _of(_manager, "grow", num_pages=9),
-    "kinds.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
-    "kinds.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
-    "kinds.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
+    "specs.KVSpec.pool_shapes": _of(_spec, "pool_shapes", N=1, P=2, H=3, D=8),
+    "specs.KVSpec.scale_shape": _of(_spec, "scale_shape", N=1, P=2, H=3),
+    "specs.KVSpec.bytes_per_token": _of(_spec, "bytes_per_token", heads=2, head_dim=8),
     "pool.PagedKVCache.extend": _of(_cache, "extend", pages=..., start=3, stop=5),
     "pool.PagedKVCache.clamped": _of(_cache, "clamped", pages=[1, 2]),
     "pool.PagedKVCache.grow": _of(_cache, "grow", pages=5),

@@ -11,7 +11,7 @@ import pytest
 import pykv
 from pykv import cuda
 from pykv.errors import CapacityError, DeviceError, ParameterError, PykvError
-from pykv.kinds import POOLS
+from pykv.specs import POOLS
 from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
@@ -93,7 +93,7 @@ def test_two_rows_for_a_slot_are_refused_if_asked(xp, name):
     given[positions] = xp.asarray(np.array([1, 1], np.int32))
     error, changed = outcome(function, given | dict(check=True))
     assert isinstance(error, ParameterError) and not changed
-    assert "indices send rows 0 and 1 to slot 5, expected one row a slot" in str(error)
+    assert "indices: the slot of row[1] is 5, expected no slot twice" in str(error)
 
 
 def test_a_stream_means_nothing_on_the_host():
@@ -222,4 +222,6 @@ def state(thing, depth=4):
 def described(x):
     if isinstance(x, np.ndarray):
         return f"array {x.dtype}{list(x.shape)}, strides {x.strides}"
+    if isinstance(x, int) and x.bit_length() > 10_000:  # Python writes no more digits
+        return f"int of {x.bit_length()} bits"
     return f"{type(x).__name__} {ascii(x)[:40]}"

@@ -239,7 +239,7 @@ def test_from_pointer_refuses_bad_addresses(address):
 
 
 def test_from_pointer_refuses_bad_shapes():
-    with pytest.raises(ParameterError, match=r"shape\[1\] is -1, expected 0 to"):
+    with pytest.raises(ParameterError, match=r"shape\[1\] is -1, expected at least 0"):
         from_pointer(16, (2, -1), np.float32)
 
 

@@ -339,11 +339,18 @@ def test_no_call_takes_what_nobody_holds():
     assert pool.num_free == 4
 
 
-@pytest.mark.parametrize("start, stop", [(-1, 1), (5, 4), (33, 40)])
-def test_positions_are_checked(start, stop):
+@pytest.mark.parametrize(
+    "start, stop, text",
+    [
+        (-1, 1, "start is -1, expected at least 0"),
+        (5, 4, "stop is 4, expected at least 5"),
+        (33, 40, "start is 33, expected at most the 32 tokens that the pages hold"),
+    ],
+)
+def test_positions_are_checked(start, stop, text):
     pool = blocks.BlockManager(4, 16)
     pages = pool.allocate(20)
-    with pytest.raises(ParameterError, match=f"start is {start} and stop {stop}, expected start"):
+    with pytest.raises(ParameterError, match=f"BlockManager.extend: {text}"):
         pool.extend(pages, start, stop)
     with pytest.raises(ParameterError, match="33 tokens, expected at most the 32"):
         pool.publish(pages, range(33))
@@ -358,6 +365,12 @@ def test_slots_follow_the_pages():
     assert blocks.slots([5], 4, 4, 4).tolist() == []
     with pytest.raises(CapacityError, match="1 pages hold 4 tokens"):
         blocks.slots([5], 0, 5, 4)
+
+
+@pytest.mark.parametrize("wrong", [[True, 2], [1, np.False_], (2, True), np.ones(2, bool)], ids=str)
+def test_truth_values_are_no_pages(wrong):
+    with pytest.raises(ParameterError, match=r"pages is .*, expected a sequence of page ids"):
+        blocks.slots(wrong, 0, 2, 4)
 
 
 def test_page_table_pads_with_minus_one():

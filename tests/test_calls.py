@@ -344,6 +344,18 @@ def test_a_definition_that_works_at_once_cannot_be_prepared(xp, two):
             cuda.prepare(op, *args)
 
 
+def test_an_empty_array_is_no_sign_that_there_was_no_work():
+    """Neither of a definition that writes at once, nor of a helper that returns something."""
+    q, none = np.ones((2, 1, 8), np.float32), np.ones((2, 0, 8), np.float32)
+    angles = np.ones(2, np.int32), np.ones(4, np.float32)
+    for op, *args in (
+        (rope.reference, q, none, *angles, "half"),
+        (kinds.dequantize, q, kinds.KINDS["fp32"], ()),
+    ):
+        with pytest.raises(UnsupportedError, match="^prepare: .* recorded no work, expected an op"):
+            cuda.prepare(op, *args)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
 def test_an_op_that_has_nothing_to_do_can_be_prepared(xp, shape):
     x = xp.zeros(shape, np.float32)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from pykv import cli, cuda, doctor, verify
 from pykv.llm import model_files
 from pykv.ops import norm
 from tests.llm import tiny
+from tools import fuzz_gguf
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}[assistant:"
 COMMAND = [sys.executable, "-m", "pykv"]
@@ -216,6 +218,7 @@ def test_kv_and_weights(capsys, kv, nbytes):
     assert code == 0 and f"KV {nbytes} bytes a token, {6 * nbytes:,} in all" in err
 
 
+@pytest.mark.filterwarnings("ignore:.*rounding moves:UserWarning")
 @pytest.mark.parametrize(
     "kv, nbytes", [("int8", 144), ("k8v4", 112), ("fp8:fp32:HND", 160), ("int4:head", 64)]
 )
@@ -286,12 +289,28 @@ def test_inspect_json(capsys):
     assert expected in found["tensors"]
 
 
-def test_size_json(capsys):
-    code, out, err = run(capsys, "size", "chat.gguf", "--kv-dtype", "int8", "--ctx", 9, "--json")
-    sizes = dict(layers=2, kv_heads=2, head_dim=16, context=128)
-    assert (code, err) == (0, "") and json.loads(out) == sizes | dict(
-        kv_dtype="int8", tokens=9, bytes_per_token=144, bytes=1296
+def test_inspect_json_of_numbers_that_json_has_not(capsys, tmp_path):
+    keys = {"x.nan": float("nan"), "x.list": [1.5, float("-inf")]}
+    (tmp_path / "x.gguf").write_bytes(fuzz_gguf.packed(keys, {}))
+    code, out, err = run(capsys, "inspect", tmp_path / "x.gguf", "--json")
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert (code, err, found["metadata"]) == (0, "", {"x.nan": None, "x.list": [1.5, None]})
+
+
+@pytest.mark.parametrize("weights, itemsize", [("bf16", 2), ("fp32", 4)])
+def test_size_json(capsys, tmp_path, weights, itemsize):
+    flags = ("--kv-dtype", "int8", "--ctx", 9, "--json", "--weights", weights)
+    code, out, err = run(capsys, "size", "chat.gguf", *flags)
+    found, sizes = json.loads(out), dict(layers=2, kv_heads=2, head_dim=16, context=128)
+    nbytes = found.pop("weight_bytes")
+    assert (code, err) == (0, "") and found == sizes | dict(
+        kv_dtype="int8", tokens=9, bytes_per_token=144, bytes=1296, weights=weights
     )
+    _, out, _ = run(capsys, "inspect", "chat.gguf", "--json")
+    shapes = [tensor["shape"] for tensor in json.loads(out)["tensors"]]
+    matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    vectors = 4 * sum(shape[0] for shape in shapes if len(shape) == 1)
+    assert nbytes == {"gpu": itemsize * matrices + vectors, "host": 4 * matrices + vectors}
 
 
 LLAMA = "(2 layers x 2 heads x {} bytes of K{})"
@@ -320,12 +339,14 @@ def test_size_worked_by_hand(capsys, tmp_path, case, flags, out):
     tiny.write_case(tmp_path / "m.gguf", case)
     flags = f"--kv-dtype {flags}".split() if flags else []
     code, got, err = run(capsys, "size", tmp_path / "m.gguf", *flags)
-    assert (code, err) == (0, "") and got.startswith(out) and got.endswith(" tokens\n")
+    cache, weights = got.splitlines()
+    assert (code, err) == (0, "") and cache.startswith(out) and cache.endswith(" tokens")
+    assert re.fullmatch("weights: [0-9,]+ bytes of a GPU in fp16, or [0-9,]+ of the host", weights)
 
 
 def test_size_beyond_the_models_context_is_noted(capsys):
     code, out, err = run(capsys, "size", "base.gguf", "--ctx", 1000)
-    assert code == 0 and out.endswith("256,000 bytes for 1,000 tokens\n")
+    assert code == 0 and "256,000 bytes for 1,000 tokens\n" in out
     assert err == "note: the model's own context is 128 tokens\n"
 
 
@@ -599,12 +620,12 @@ def test_bad_file(capsys, command, file, text):
         ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
         ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
-        ("--temperature -1", "temperature is -1.0, expected from 0 to "),
-        ("--temperature nan", "temperature is nan, expected from 0 to "),
-        ("--top-k -1", "top_k is -1, expected an integer from 0"),
-        ("--top-p 0", "top_p is 0.0, expected above 0"),
-        ("--min-p 2", "min_p is 2.0, expected from 0 to 1"),
-        ("--seed -1", "seed is -1, expected an integer from 0"),
+        ("--temperature -1", "temperature is -1.0, expected 0 to "),
+        ("--temperature nan", "temperature is nan, expected 0 to "),
+        ("--top-k -1", "top_k is -1, expected 0 to 2147483647"),
+        ("--top-p 0", "top_p is 0.0, expected a positive number up to 1"),
+        ("--min-p 2", "min_p is 2.0, expected 0 to 1"),
+        ("--seed -1", "seed is -1, expected 0 to 184"),
         ("--stop=", "expected non-empty strings"),
         ("--ctx 0", "context is 0, expected at least 1"),
         ("--ctx 129", "context is 129, expected 1 to 128"),
@@ -637,6 +658,7 @@ def test_chat_with_a_base_model(capsys, monkeypatch):
     "flags, text",
     [
         ("--ctx 0", "--ctx is 0, expected at least 1"),
+        ("--weights int8", "--weights is 'int8', expected one of fp16, bf16, fp32"),
         ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
         ("--kv-dtype int8:row", "'row' of 'int8:row' is unknown, expected one of token, head"),
     ],

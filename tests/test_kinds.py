@@ -10,8 +10,8 @@ import pytest
 
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError
-from pykv.kinds import KINDS, KVSpec
-from pykv.specs import as_spec, spec_of
+from pykv.kinds import KINDS
+from pykv.specs import KVSpec, as_spec, spec_of
 from tests.helpers import to_numpy
 
 CODES = [kind for kind in KINDS.values() if kind.largest]
@@ -197,7 +197,7 @@ def test_unknown_names(make, message):
 def test_equal_specs_are_one_key_in_another_process():
     """Each interpreter hashes texts in its own way."""
     code = (
-        "import pickle, sys; from pykv.kinds import KVSpec; spec = pickle.load(sys.stdin.buffer); "
+        "import pickle, sys; from pykv import KVSpec; spec = pickle.load(sys.stdin.buffer); "
         "assert {KVSpec.parse('k8v4:HND'): 1}[spec] == 1 and spec.layout == 'HND'"
     )
     for seed in ("1", "2"):

@@ -9,7 +9,7 @@ import pytest
 
 import pykv
 from pykv import kinds
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from tests.llm import tiny
 from tools import measure_kinds
 

@@ -40,9 +40,19 @@ def test_save_and_load(xp, rng, tmp_path, spec):
 @without_simt
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_whole_cache(xp, rng, tmp_path, spec):
-    """Given scales come back with it."""
+    """Given scales come back with it, but not over others that a store of swapped pages shares."""
     cache, other = (make(xp, rng, spec, **SIZES) for _ in range(2))
     page_files.save(tmp_path / "x", cache)
+    store, before = pages.swap_out(other, [1, 2]), host(other)
+    if cache.spec.has_given_scales:
+        with pytest.raises(FormatError, match="has other ._scales, expected those of the cache, o"):
+            page_files.load(tmp_path / "x", other)
+        assert_holds(other, before)
+        assert_holds(store, {name: x[:, [1, 2]] if x is not None and x.ndim > 2 else x
+                             for name, x in before.items()})  # fmt: skip
+        for x in (other.k_scales, other.v_scales):
+            if x is not None:
+                x[...] = 0
     assert page_files.load(tmp_path / "x", other) == SIZES["N"]
     assert_holds(other, host(cache))
 

@@ -11,8 +11,8 @@ import pytest
 import pykv
 from pykv import PagedKVCache, cuda, kinds, pages
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.pages import Pages
+from pykv.specs import KVSpec
 from pykv.testing import codes
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 

@@ -16,7 +16,6 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec
 from pykv.ops import page_table, paged_append, paged_check, paged_decode
 from pykv.plan import (
     ContiguousAppendArgs,
@@ -32,6 +31,7 @@ from pykv.plan import (
     PrecisionGuarantee,
     Preference,
 )
+from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy
 
 CACHE = PagedCacheDescriptor(page_size=4, num_total_pages=7, num_kv_heads=2, head_dim=64)

@@ -1,5 +1,6 @@
 """PagedKVCache: append, then read back through both attentions."""
 
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,9 +15,9 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec
-from pykv.ops import norm, paged_decode, paged_qkv, prefill, rope
+from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy
 
 
@@ -333,6 +334,35 @@ def test_checks_reach_the_ops(xp):
     with pytest.raises(ParameterError, match=at_page):
         cache.prefill(0, q, table, lengths, starts, check=True)
     assert not bool((cache.k != 0).any())
+
+
+def test_a_thread_does_not_take_back_the_scales_of_another(monkeypatch):
+    """One fails behind its search for scales, while another appends its rows."""
+    cache = PagedKVCache(1, 3, 2, 8, page_size=4, spec="int8:head", margin=1.0)
+    rows, slots = np.full((2, 2, 8), 5, np.float32), np.arange(2, dtype=np.int32)
+    other = threading.Thread(target=lambda: cache.append(0, rows, rows, slots + 4))
+    find, on_host = PagedKVCache._find_scales, paged_append.append_on_host
+
+    def find_slowly(self, *args):
+        monkeypatch.undo()
+        other.start()
+        other.join(0.2)
+        find(self, *args)
+        monkeypatch.setattr(paged_append, "append_on_host", fail)
+
+    def fail(*args):
+        if threading.current_thread() is other:
+            return on_host(*args)
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(PagedKVCache, "_find_scales", find_slowly)
+    with pytest.raises(MemoryError):
+        cache.append(0, rows / 100, rows / 100, slots)
+    other.join()
+    for i, pools in enumerate((cache.k, cache.v)):
+        decoded = kinds.dequantize(pools[0, 1, :2], cache.spec.kinds[i], cache.scales[0][i])
+        assert np.abs(decoded - 5).max() < 0.05
 
 
 @pytest.mark.parametrize("margin", [0.0, -1.0, float("inf"), float("nan")])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pykv import kinds
-from pykv.kinds import KINDS, KVSpec
+from pykv.kinds import KINDS
+from pykv.specs import KVSpec
 from pykv.testing import attention, codes, judged, oracles, paged
 
 SPECS = ("fp16", "int8", "int4:fp32:HND", "e4m3:head", "e5m2:tensor:HND", "k8v4", "fp32+bf16")

@@ -16,8 +16,8 @@ import pytest
 from pykv import cuda, ops, testing, verify
 from pykv.arrays import BFLOAT16
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
 from pykv.ops import dequant, linear
+from pykv.specs import KVSpec
 from tests import planted
 from tests.helpers import without_simt
 

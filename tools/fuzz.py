@@ -12,6 +12,7 @@ costs a few milliseconds; so import before `run`, and start no thread. Needs Lin
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import select
@@ -51,11 +52,24 @@ class Report:
             + [f"{self.outcomes.total()} inputs: {counts}; {len(self.faults)} faults"]
         )
 
-    def keep(self, folder: Path, suffix: str) -> None:
-        """Write the inputs that are faults, numbered as they are printed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for n, (_, _, data) in enumerate(self.faults):
-            (folder / f"{n}{suffix}").write_bytes(data)
+    def finish(self, keep: Path | None, suffix: str) -> int:
+        """Print it, write the inputs that are faults to a folder, numbered as they are printed, and
+        return the exit code."""
+        print(self)
+        for n, (_, _, data) in enumerate(self.faults if keep else []):
+            assert keep
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{n}{suffix}").write_bytes(data)
+        return 1 if self.faults else 0
+
+
+def arguments(description: str, count: int) -> argparse.Namespace:
+    """`count`, `seed` and `keep` of the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("count", nargs="?", type=int, default=count, help="inputs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--keep", type=Path, help="folder for the inputs that are faults")
+    return parser.parse_args()
 
 
 def run(

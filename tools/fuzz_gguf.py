@@ -9,7 +9,6 @@ with 1 if there is a fault; --keep writes the inputs that are faults.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import struct
 import sys
@@ -153,11 +152,7 @@ def _value(value: Any, code: int) -> bytes:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Open damaged model files.")
-    parser.add_argument("count", nargs="?", type=int, default=300, help="inputs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder for the inputs that are faults")
-    given = parser.parse_args()
+    given = fuzz.arguments("Open damaged model files.", 300)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -171,10 +166,7 @@ def main() -> int:
             *(fuzz.mutants(path.read_bytes(), whole, given.seed) for path in paths),
         )
         report = fuzz.run(lambda data: attempt(data, folder / "mutant.gguf"), inputs)
-    print(report)
-    if given.keep:
-        report.keep(given.keep, ".gguf")
-    return 1 if report.faults else 0
+    return report.finish(given.keep, ".gguf")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ writes the inputs that are faults.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -100,11 +99,7 @@ def attempt(data: bytes, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Load damaged page files.")
-    parser.add_argument("count", nargs="?", type=int, default=150, help="inputs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder for the inputs that are faults")
-    given = parser.parse_args()
+    given = fuzz.arguments("Load damaged page files.", 150)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "mutant")
         inputs: list[fuzz.Mutant] = []
@@ -116,10 +111,7 @@ def main() -> int:
             inputs += fuzz.mutants(data, count // 2, given.seed)
             inputs += other_headers(data, count - count // 2, given.seed)
         report = fuzz.run(lambda data: attempt(data, path), inputs)
-    print(report)
-    if given.keep:
-        report.keep(given.keep, ".safetensors")
-    return 1 if report.faults else 0
+    return report.finish(given.keep, ".safetensors")
 
 
 if __name__ == "__main__":

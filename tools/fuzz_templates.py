@@ -10,7 +10,6 @@ batches that have one.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -146,17 +145,10 @@ def attempt(data: bytes) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Render random chat templates.")
-    parser.add_argument("count", nargs="?", type=int, default=300, help="templates (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder for the batches that have a fault")
-    given = parser.parse_args()
+    given = fuzz.arguments("Render random chat templates.", 300)
     seconds = 10 + BATCH * (SECONDS + 1)  # a process is started after each that was killed
     report = fuzz.run(attempt, batches(given.count, given.seed), seconds=seconds)
-    print(report)
-    if given.keep:
-        report.keep(given.keep, ".jinja")
-    return 1 if report.faults else 0
+    return report.finish(given.keep, ".jinja")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ import pykv
 from pykv import kinds
 from pykv.bench import report
 from pykv.errors import FormatError, PykvError
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import SCALE_DTYPES
 from pykv.llm.model import Batch, forward
 from pykv.ops import paged_decode, paged_qkv, prefill
+from pykv.specs import KVSpec
 from pykv.testing import host
 
 TOPICS = ("execmodel", "import")

@@ -18,7 +18,7 @@ from pathlib import Path
 from pykv import install
 from pykv.bench import CEILINGS, copy, report
 from pykv.errors import FormatError, ParameterError, PykvError
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 WIDTH = 8.8  # inches, at 100 pixels each as wide as a README
 COLORS = {  # of kinds, told apart by colour-blind readers as well

@@ -4,7 +4,7 @@ rows, which are [] where no record has what the table shows."""
 import statistics
 
 from pykv.bench import CEILINGS, blocks, copy, prefill, report
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 
 def table(head, rows):

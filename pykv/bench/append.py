@@ -24,9 +24,10 @@ import numpy as np
 
 from pykv.bench import Work, memory, timing
 from pykv.bench.options import DTYPES, Case
-from pykv.kinds import SCALE_DTYPES, KVSpec, dequantize, quantize
+from pykv.kinds import SCALE_DTYPES, dequantize, quantize
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.pages import Pages
+from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_close
 
 SIZES = dict(N=4096, P=16, H=8, D=128)

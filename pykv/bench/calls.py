@@ -16,7 +16,7 @@ import numpy as np
 from pykv import plan
 from pykv.bench import Work, append, decode
 from pykv.bench.options import Case
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.testing import caches, host
 
 SIZES = dict(L=1024, HQ=32, H=8, D=128, P=16)

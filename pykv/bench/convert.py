@@ -9,8 +9,9 @@ import numpy as np
 from pykv import kinds
 from pykv.bench import Work, memory
 from pykv.bench.gather import CHECKED, SIZES, TINY
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import SCALE_DTYPES
 from pykv.ops import paged_convert
+from pykv.specs import KVSpec
 from pykv.testing import caches
 
 

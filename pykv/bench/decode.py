@@ -9,8 +9,8 @@ import numpy as np
 
 from pykv.bench import Work, memory
 from pykv.bench.options import DTYPES
-from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
+from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
 
 SIZES = dict(HQ=32, H=8, D=128, P=16)

@@ -10,8 +10,8 @@ import numpy as np
 
 from pykv.bench import Work, memory, options
 from pykv.bench.options import DTYPES, Case, has_dynamic_scales
-from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
+from pykv.specs import KVSpec
 from pykv.testing import caches, wrong_values
 
 SIZES = dict(pages=4096, P=16, H=8, D=128)

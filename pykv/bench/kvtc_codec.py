@@ -26,11 +26,11 @@ import numpy as np
 
 from pykv.bench import Work, memory
 from pykv.bench.options import Case
-from pykv.kinds import KVSpec
 from pykv.kvtc import Artefact, Codec, Coded, Fingerprint, Group, Plan, Side, coder
 from pykv.kvtc.loaded import Loaded, load
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, rope
 from pykv.pages import Pages
+from pykv.specs import KVSpec
 from pykv.testing import caches, host
 
 RATIO = 16

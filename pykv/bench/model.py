@@ -22,9 +22,10 @@ import numpy as np
 from pykv import blocks
 from pykv.bench import Work, memory
 from pykv.bench.report import Record
-from pykv.kinds import KVSpec, dequantize
+from pykv.kinds import dequantize
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
 from pykv.testing import host
 
 MODEL = "smollm2-135m"

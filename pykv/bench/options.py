@@ -18,7 +18,7 @@ import numpy as np
 
 from pykv.arrays import BFLOAT16
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 Case = dict[str, Any]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from pykv import cuda, pages
 from pykv.bench import Work, memory
-from pykv.kinds import KVSpec
 from pykv.page_arrays import moving_arrays
+from pykv.specs import KVSpec
 from pykv.testing import caches
 
 SIZES = dict(L=1, pages=4096, P=16, H=8, D=128)

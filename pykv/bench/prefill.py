@@ -21,8 +21,8 @@ import numpy as np
 from pykv.bench import Work, memory, report
 from pykv.bench.options import DTYPES, Case
 from pykv.bench.report import Record
-from pykv.kinds import KVSpec
 from pykv.ops import linear, prefill
+from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition, is_close
 
 MATMUL = 8192  # rows of the matrices of the ceiling

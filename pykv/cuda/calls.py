@@ -312,9 +312,11 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
         result = op(*args, **options)
     finally:
         _state.recording = outer
-    # Without a step, an op of pykv had nothing to do, or is a function that works at once.
-    had_none = module.startswith("pykv.") and _has_empty((*args, *options.values(), result))
-    if not (recording.steps or recording.is_idle or had_none):
+    # Without a step, an op of pykv had nothing to do, or is a function that works at once, such as
+    # the reference of one.
+    is_op = module.startswith("pykv.") and not str(name).startswith("reference")
+    had_none = _is_empty(result) if result is not None else _has_empty((*args, *options.values()))
+    if not (recording.steps or recording.is_idle or (is_op and had_none)):
         raise UnsupportedError(f"prepare: {name} recorded no work, expected an op of pykv")
     if recording.device is not None:
         synchronize()
@@ -324,9 +326,15 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
 def _has_empty(values: Iterable[Any]) -> bool:
     """Whether an array or a list is without elements, of these or within lists of these."""
     return any(
-        not x or _has_empty(x) if isinstance(x, list | tuple) else getattr(x, "size", None) == 0
-        for x in values
+        not x or _has_empty(x) if isinstance(x, list | tuple) else _is_empty(x) for x in values
     )
+
+
+def _is_empty(result: Any) -> bool:
+    """Whether all arrays that an op returned are without elements."""
+    if isinstance(result, list | tuple):
+        return all(map(_is_empty, result))
+    return bool(getattr(result, "size", None) == 0)
 
 
 # --- Graphs ---------------------------------------------------------------------------------------

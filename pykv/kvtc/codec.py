@@ -14,17 +14,15 @@ import numpy as np
 
 from pykv import cuda, ranges
 from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
-from pykv.blocks import page_ids
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.foreign import from_pointer
-from pykv.kinds import KVSpec
 from pykv.kvtc.artefact import Artefact, check_artefact
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
-from pykv.options import check_choice, check_flag, check_whole
+from pykv.options import check_choice, check_flag, check_whole, page_ids
 from pykv.page_arrays import Ids, check_given_scales, check_may_write, facts_of
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 
 class Codec:

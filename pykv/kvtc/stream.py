@@ -34,7 +34,7 @@ import numpy as np
 
 from pykv.arrays import check_module, to_host
 from pykv.errors import DtypeError, FormatError, PykvError
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 MAGIC = b"\x89PYKVTS\n"
 VERSION = 1
@@ -44,7 +44,12 @@ _MOST = 1 << 14  # layers, heads, elements of a head; and the ratio
 
 
 class Section(NamedTuple):
-    """Where an array lies behind the header: bytes from there on."""
+    """An array behind the header.
+
+    Attributes:
+        offset: bytes from the header's end on.
+        shape, dtype: of the array.
+    """
 
     offset: int
     shape: tuple[int, ...]
@@ -100,7 +105,11 @@ class Header:
         return found
 
     def pack(self, crc: int) -> bytes:
-        """Its bytes in a stream of this CRC-32."""
+        """Its bytes in a stream.
+
+        Args:
+            crc: CRC-32 of the stream.
+        """
         size = ALIGNMENT + self.nbytes
         counts = (
             *(self.ratio, self.layers, self.heads, self.head_dim),

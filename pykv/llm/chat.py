@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from pykv.errors import ParameterError, UnsupportedError
+from pykv.errors import FormatError, ParameterError, UnsupportedError
 from pykv.llm.gguf import ModelFile
-from pykv.llm.templates import OP, render
+from pykv.llm.templates import OP, Rendered, render
+from pykv.llm.token_types import known_id
 from pykv.llm.tokenizer import Tokenizer
 
 
@@ -38,12 +39,13 @@ def chat_prompt(
 
     Raises:
         UnsupportedError: the file has no chat template, or no process can be started to render it.
-        ParameterError: the messages are malformed, or the template refuses them.
+        ParameterError: the messages are malformed, the template refuses them, or it wants strings
+            where contents are parts.
         FormatError: the template is no valid Jinja, fails, or takes too much time or memory.
         InstallError: jinja2 is not installed.
     """
     name, source, tokens = _template(model)
-    return render(name, source, _variables(messages, template_variables, tokens)).text
+    return _rendered(name, source, _variables(messages, template_variables, tokens)).text
 
 
 def chat_ids(
@@ -60,7 +62,7 @@ def chat_ids(
     """
     name, source, tokens = _template(model)
     variables = _variables(messages, template_variables, tokens)
-    plain = render(name, source, variables)
+    plain = _rendered(name, source, variables)
     given = {key: value for key, value in variables.items() if key not in tokens}
     said = list(_strings(list(given.values())))
     characters = frozenset().union(*said)
@@ -79,6 +81,34 @@ def chat_ids(
         return tokenizer.encode(plain.text, special=True, limit=limit)
     back = str.maketrans({stand_in: sign for sign, stand_in in stand_ins.items()})
     return tokenizer.encode(safe, special=True, stand_ins=back, limit=limit)
+
+
+def _rendered(name: str, source: str, variables: dict[str, Any]) -> Rendered:
+    """The prompt, of messages whose contents the template takes. Many want strings and fail with
+    Python's own words at parts, or write them as Python does."""
+    contents = [message["content"] for message in variables["messages"] if "content" in message]
+    others = [content for content in contents if not isinstance(content, str)]
+    try:
+        plain = render(name, source, variables)
+        if not any(str(content) in plain.text for content in others if content):
+            return plain
+    except FormatError:
+        texts = [{**message, "content": ""} for message in variables["messages"]]
+        if not others or not _renders(name, source, variables | {"messages": texts}):
+            raise
+    n, content = next((n, x) for n, x in enumerate(contents) if not isinstance(x, str))
+    raise ParameterError(
+        f"{OP}: messages[{n}] has content {content!r:.80}, which {name} does not take: it wants a "
+        "string"
+    )
+
+
+def _renders(name: str, source: str, variables: dict[str, Any]) -> bool:
+    try:
+        render(name, source, variables)
+    except (FormatError, ParameterError):
+        return False
+    return True
 
 
 def _marker(
@@ -147,10 +177,8 @@ def _template(model: ModelFile | str) -> tuple[str, str, dict[str, str]]:
         )
     tokens = model.get("tokenizer.ggml.tokens", [], list)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {
-        name: model.get(f"tokenizer.ggml.{role}_token_id", -1, int) for name, role in roles.items()
-    }
-    known = {f"{name}_token": tokens[i] for name, i in ids.items() if 0 <= i < len(tokens)}
+    ids = {name: known_id(model, role, len(tokens)) for name, role in roles.items()}
+    known = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     return f"the chat template of {model.path}", source, known
 
 
@@ -189,7 +217,7 @@ def check_messages(messages: Any) -> None:
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, Mapping) else None
             parts = key == "content" and (
-                (isinstance(value, list) and all(isinstance(part, Mapping) for part in value))
+                (isinstance(value, list) and value and all(isinstance(x, Mapping) for x in value))
                 or (value is None and isinstance(message, Mapping) and message.get("tool_calls"))
             )
             if not isinstance(value, str) and not parts:

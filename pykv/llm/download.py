@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 from pykv.errors import FetchError
 
+LARGEST = 1 << 36  # bytes of a file whose size nobody states; hubs hold smaller ones
+PAGE = 1 << 26  # bytes of a page that is read into memory
 PIECE = 1 << 16  # bytes; of a connection that breaks, the last piece is lost
 TIMEOUT = 30.0  # seconds without an answer, or without a byte of one
 PAUSES = (1.0, 4.0, 10.0)  # seconds before it is tried again, which a byte that arrived restarts
@@ -124,9 +126,10 @@ def receive(remote: Remote, part: Path, show: Callable[[int], object]) -> str:
     found = str(digest.hexdigest())
     if found != (remote.sha256 or found) or have != (remote.size or have):
         part.unlink()
+        size = f"{remote.size:,}" if remote.size else f"at most {LARGEST:,}"
         raise FetchError(
-            f"{shown(remote.url)} has {have:,} bytes of SHA-256 {found}, expected "
-            f"{remote.size or have:,} of {remote.sha256 or 'any'}; nothing was kept"
+            f"{shown(remote.url)} has {have:,} bytes of SHA-256 {found}, expected {size} of "
+            f"{remote.sha256 or 'any'}; nothing was kept"
         )
     return found
 
@@ -163,7 +166,7 @@ def _append(
                 digest.update(piece)
                 have += len(piece)
                 show(have)
-                if have > (remote.size or have):
+                if have > (remote.size or LARGEST):
                     break
     return digest, have
 
@@ -208,6 +211,20 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     except (requests.RequestException, ValueError) as error:  # the latter: where a redirect leads
         reason = getattr(error.args[0] if error.args else error, "reason", error)
         raise ConnectionError(" ".join(str(reason).split())) from error
+
+
+def body(response: Any) -> bytes:
+    """A page that `answer` gave.
+
+    Raises:
+        FetchError: it has more than PAGE bytes.
+    """
+    read = bytearray()
+    for piece in response.iter_content(PIECE):
+        read += piece
+        if len(read) > PAGE:
+            raise FetchError(f"{shown(response.url)} has more than the {PAGE:,} bytes expected")
+    return bytes(read)
 
 
 def shown(url: str) -> str:

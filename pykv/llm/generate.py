@@ -13,9 +13,8 @@ import numpy as np
 
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
-from pykv.kinds import KVSpec
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, memory, models, scheduler, sessions, shared_scales
+from pykv.llm import gguf, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
@@ -26,7 +25,7 @@ from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache, float_kind
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 
 class LLM:
@@ -41,10 +40,11 @@ class LLM:
         kv_dtype: what the cache stores: a KVSpec, or "fp16", "int8", "fp8", "k8v4", ... Each
             token and head has a scale; where heads or tensors share one instead ("int8:head"), it
             is found when the model is loaded, from a text of a few languages and notations, as
-            1.5 times what its largest magnitude needs, and stays; a call warns where it clamps more
-            than a thousandth of a layer's keys or values. Before they become integers, heads are
-            multiplied by a Hadamard matrix, which changes no product, but no element stands out
-            then: int8 disturbs logits by half to a third, and int4 becomes of use.
+            scales.MARGIN times what its largest magnitude needs, and stays; a call warns where it
+            clamps more than a thousandth of a layer's keys or values, and loading where its steps
+            are too coarse, as those of int4 are. Before they become integers,
+            heads are multiplied by a Hadamard matrix, which changes no product, but no element
+            stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
         weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
@@ -123,12 +123,12 @@ class LLM:
                 config.head_dim,
                 page_size=page_size,
                 spec=self.spec,
-                margin=shared_scales.MARGIN,
+                margin=scales.MARGIN,
                 xp=self.xp,
             )
             if self.spec.has_given_scales:
-                ids = self.tokenizer.encode(shared_scales.CALIBRATION)[: config.context - 1]
-                shared_scales.calibrate(loaded, cache, ids, self.xp)
+                ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
+                scales.calibrate(loaded, cache, ids, self.xp)
         self._scheduler = Scheduler(
             loaded, cache, self.xp, may_grow=pool_tokens is None, prefix_cache=prefix_cache
         )

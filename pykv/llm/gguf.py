@@ -1,8 +1,10 @@
-"""Read GGUF model files: metadata as Python values, tensors as views of the mapped file.
+"""Read GGUF model files: metadata as Python values, tensors as bytes that are read when asked for.
 
 The header is parsed here because the `gguf` package makes NumPy views of every string in it:
 opening takes 2.0 s with 49 152 tokens and 9.5 s with 262 144, here 0.03 s and 0.1 s. Its table of
-tensor types and its dequantisers are used.
+tensor types and its dequantisers are used. Tensors are read, not mapped: of a mapped file that
+somebody cuts short the next access ends the process (SIGBUS). The header is mapped, for the
+fraction of a second in which it is parsed.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pykv.errors import FormatError
-from pykv.llm.gguf_cursor import Cursor, plain
+from pykv.llm.gguf_cursor import Cursor, plain, stamp
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -50,25 +52,46 @@ def tensor_types() -> dict[int, TensorType]:
 class TensorInfo:
     """One tensor of a file.
 
-    `shape` is in NumPy's order: the last dimension is contiguous and is what blocks pack. `blocks`
-    is [rows, row_bytes] uint8, read-only, a view of the mapped file; rows is the product of all
-    dimensions but the last. A type that the package gguf does not know is called "type 99"; its
-    blocks are one row, of all bytes up to the next tensor.
+    `shape` is in NumPy's order: the last dimension is contiguous and is what blocks pack; `rows` is
+    the product of the others. A type that the package gguf does not know is called "type 99"; it is
+    one row, of all bytes up to the next tensor.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    blocks: NDArray[np.uint8]
+    rows: int
+    row_bytes: int
+    path: Path
+    start: int  # in the file
+    stamp: tuple[int, ...]  # of the file when its header was read
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes
+        return self.rows * self.row_bytes
+
+    @property
+    def blocks(self) -> NDArray[np.uint8]:
+        """[rows, row_bytes], read anew each time. FormatError if the file is not what it was."""
+        data = np.empty((self.rows, self.row_bytes), np.uint8)
+        try:
+            with self.path.open("rb") as file:
+                found = stamp(file.fileno())
+                file.seek(self.start)
+                size = file.readinto(data.data)
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot be read ({error})") from None
+        if found != self.stamp or size != self.nbytes:
+            raise FormatError(
+                f"{self.path}: has changed since its header was read, in which tensor "
+                f"{plain(self.name)} has bytes {self.start} to {self.start + self.nbytes}"
+            )
+        return data
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFile:
-    """An open model file; the mapping lives as long as this object or any tensor view does."""
+    """What the header of a model file says."""
 
     path: Path
     version: int
@@ -102,8 +125,8 @@ class ModelFile:
 
 
 def read(path: str | os.PathLike[str]) -> ModelFile:
-    """Map a GGUF file and parse its header; tensor bytes are not touched. Of a model that is split
-    into several files this reads the one that is given; `read_model` reads them all.
+    """Parse the header of a GGUF file; tensor bytes are not touched. Of a model that is split into
+    several files this reads the one that is given; `read_model` reads them all.
 
     Raises:
         FormatError: the file is missing, cut short, or anything in it contradicts the format.
@@ -167,6 +190,13 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
                 raise FormatError(
                     f"{part.path}: key {key} has {part.metadata[key]}, expected {expected}"
                 )
+        for key, value in part.metadata.items():
+            is_of_part = key.startswith("split.") or key == "general.alignment"
+            if not is_of_part and value != parts[0].metadata.get(key):
+                raise FormatError(
+                    f"{part.path}: key {plain(key)} has {brief(value)}, expected "
+                    f"{brief(parts[0].metadata.get(key))} as the first part has it"
+                )
         for name in part.tensors.keys() & tensors:
             raise FormatError(f"{part.path}: tensor {plain(name)} is in an earlier part, too")
         tensors |= part.tensors
@@ -188,7 +218,6 @@ def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo
         )
     table = [_entry(cursor) for _ in range(count)]
     data_start = -(-cursor.at // alignment) * alignment
-    mapped = np.frombuffer(cursor.data, np.uint8)
     tensors: dict[str, TensorInfo] = {}
     end_of_previous, previous = 0, ""
     in_order = sorted(table, key=lambda entry: entry[3])
@@ -214,8 +243,8 @@ def _tensors(cursor: Cursor, count: int, alignment: Any) -> dict[str, TensorInfo
         if offset < end_of_previous:
             raise FormatError(f"{path}: tensor {plain(name)} overlaps tensor {plain(previous)}")
         end_of_previous, previous = offset + nbytes, name
-        blocks = mapped[start : start + nbytes].reshape(rows, row_bytes)
-        tensors[name] = TensorInfo(name, block.kind, shape, blocks)
+        place = (path.absolute(), start, cursor.stamp)
+        tensors[name] = TensorInfo(name, block.kind, shape, rows, row_bytes, *place)
     return {entry[0]: tensors[entry[0]] for entry in table}
 
 

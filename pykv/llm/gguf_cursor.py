@@ -21,12 +21,19 @@ def plain(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:80] + "...")[1:-1]
 
 
+def stamp(descriptor: int) -> tuple[int, ...]:
+    """What tells an open file from another one, and from what it was before it was written to."""
+    facts = os.fstat(descriptor)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 @dataclass
 class Cursor:
     """A position in the mapped file; every step is checked against its end."""
 
     path: Path
     data: mmap.mmap
+    stamp: tuple[int, ...]
     at: int = 0
 
     @classmethod
@@ -38,7 +45,8 @@ class Cursor:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     raise FormatError(f"{path}: is empty, expected a GGUF file")
-                return cls(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return cls(path, data, stamp(file.fileno()))
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             if isinstance(error, FormatError):
                 raise

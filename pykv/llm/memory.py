@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.errors import CapacityError
-from pykv.kinds import KVSpec
 from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
+from pykv.specs import KVSpec
 
 
 class Needed(NamedTuple):
@@ -34,11 +34,15 @@ def needed(
         tokens: that the cache holds.
         xp: `numpy` or `cupy`.
     """
-    itemsize = 4 if xp is np else np.dtype(dtype).itemsize
-    shapes = [info.shape for info in file.tensors.values()]
-    weights = sum(prod(shape) * (itemsize if len(shape) == 2 else 4) for shape in shapes)
+    weights = weight_bytes(file, 4 if xp is np else np.dtype(dtype).itemsize)
     per_token = config.num_layers * spec.bytes_per_token(config.kv_heads, config.head_dim)
     return Needed(weights, per_token * tokens, tokens)
+
+
+def weight_bytes(file: ModelFile, itemsize: int) -> int:
+    """Bytes of a model's weights, where an element of a matrix takes `itemsize`; of a vector, 4."""
+    shapes = [info.shape for info in file.tensors.values()]
+    return sum(prod(shape) * (itemsize if len(shape) == 2 else 4) for shape in shapes)
 
 
 def free(xp: Any) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
-from pykv.errors import ParameterError
+from pykv.errors import DtypeError, ParameterError
 from pykv.ops import sample
+from pykv.options import check_flag, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SamplingParams:
 
     Raises:
         ParameterError: a value is out of its range, or out of float32's.
+        DtypeError: a value is of another type.
     """
 
     temperature: float = 0.0
@@ -39,43 +41,25 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = self.stop if isinstance(self.stop, list | tuple) else (self.stop,)
-        object.__setattr__(self, "stop", tuple(stop))
+        op, stop = "SamplingParams", self.stop
+        stop = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+        for text in stop:
+            if not isinstance(text, str):
+                raise DtypeError(f"{op}: stop is {self.stop!r:.80}, expected strings")
+            if not text:
+                raise ParameterError(f"{op}: stop is {self.stop!r:.80}, expected non-empty strings")
         # Python's numbers: NumPy's wrap around, and round what they are compared with.
-        for name, number in [*vars(self).items()]:
-            if isinstance(number, np.integer | np.floating):
-                object.__setattr__(self, name, number.item())
-        t, p, m = self.temperature, self.top_p, self.min_p
-        for name, valid, expected in (
-            ("temperature", _is_real(t) and 0 <= t <= _LARGEST, f"from 0 to {_LARGEST:g}"),
-            ("top_k", is_integer(self.top_k) and 0 <= self.top_k < 2**31, _integer(31)),
-            ("top_p", _is_real(p) and 0 < p <= 1 and np.float32(p) > 0, "above 0 and at most 1"),
-            ("min_p", _is_real(m) and 0 <= m <= 1, "from 0 to 1"),
-            ("seed", is_integer(self.seed) and 0 <= self.seed < 2**64, _integer(64)),
-            ("max_tokens", is_integer(self.max_tokens) and self.max_tokens > 0, "at least 1"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings"),
-            ("ignore_eos", isinstance(self.ignore_eos, (bool, np.bool_)), "True or False"),
-        ):
-            if not valid:
-                raise ParameterError(
-                    f"SamplingParams: {name} is {getattr(self, name)!r}, expected {expected}"
-                )
-
-
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-def _integer(bits: int) -> str:
-    return f"an integer from 0 to 2**{bits} - 1"
-
-
-def is_integer(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer of Python or NumPy, and no truth value."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, float | np.floating) or is_integer(value)
+        for name, value in dict(
+            temperature=check_number(op, "temperature", self.temperature, least=0),
+            top_k=check_whole(op, "top_k", self.top_k, 0, 2**31 - 1),
+            top_p=check_number(op, "top_p", self.top_p, positive=True, most=1),
+            min_p=check_number(op, "min_p", self.min_p, least=0, most=1),
+            seed=check_whole(op, "seed", self.seed, 0, 2**64 - 1),
+            max_tokens=check_whole(op, "max_tokens", self.max_tokens, 1),
+            stop=stop,
+            ignore_eos=check_flag(op, "ignore_eos", self.ignore_eos),
+        ).items():
+            object.__setattr__(self, name, value)
 
 
 def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -> list[int]:

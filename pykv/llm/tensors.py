@@ -172,7 +172,7 @@ def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
     start = 0
     for info in infos:
         part = out[start : start + info.shape[0]]
-        fill(xp, part.reshape(len(info.blocks), -1), info, dtype)
+        fill(xp, part.reshape(info.rows, -1), info, dtype)
         start += len(part)
     return out
 

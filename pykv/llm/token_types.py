@@ -20,25 +20,29 @@ BYTE = 6  # <0x0A>
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
-def special_id(file: ModelFile, role: str, num_tokens: int) -> int | None:
-    """The id that a file names for "bos", "eos" or the like; None where there is none.
-
-    Warns where a SentencePiece file lacks it, or it is outside the vocabulary: then the usual one
-    holds, if there is one.
-    """
-    key = f"tokenizer.ggml.{role}_token_id"
-    named: int | None = file.get(key, None, int)
+def known_id(file: ModelFile, role: str, num_tokens: int) -> int | None:
+    """The id of "bos", "eos" or the like: what a file names, or where a SentencePiece file names
+    none, or one outside of the vocabulary, the usual one; None where there is none."""
+    named: int | None = file.get(_key(role), None, int)
     if named is not None and 0 <= named < num_tokens:
         return named
-    usual = None
-    if file.metadata.get("tokenizer.ggml.model") == "llama":
-        usual = SENTENCEPIECE_IDS.get(role)
-    usual = usual if usual is not None and usual < num_tokens else None
-    if named is not None or (usual is not None and role != "unknown"):
+    is_spm = file.metadata.get("tokenizer.ggml.model") == "llama"
+    usual = SENTENCEPIECE_IDS.get(role) if is_spm else None
+    return usual if usual is not None and usual < num_tokens else None
+
+
+def special_id(file: ModelFile, role: str, num_tokens: int) -> int | None:
+    """The same, with a warning where it is not what the file names."""
+    named, known = file.metadata.get(_key(role)), known_id(file, role, num_tokens)
+    if known != named and (named is not None or role != "unknown"):
         what = "is missing" if named is None else f"has {named}, expected 0 to {num_tokens - 1}"
-        instead = "there is no such token" if usual is None else f"{usual} is taken"
-        warnings.warn(f"{file.path}: key {key} {what}; {instead}", stacklevel=2)
-    return usual
+        instead = "there is no such token" if known is None else f"{known} is taken"
+        warnings.warn(f"{file.path}: key {_key(role)} {what}; {instead}", stacklevel=2)
+    return known
+
+
+def _key(role: str) -> str:
+    return f"tokenizer.ggml.{role}_token_id"
 
 
 # Tokens after which an answer is over, known by their text: files name one or two in their keys,

@@ -9,7 +9,6 @@ from functools import cached_property
 from pykv.errors import CapacityError, FormatError, ParameterError, UnsupportedError
 from pykv.llm import bpe, spm
 from pykv.llm.gguf import ModelFile, brief
-from pykv.llm.sampling import is_integer
 from pykv.llm.token_types import (
     BYTE,
     CONTROL,
@@ -20,6 +19,7 @@ from pykv.llm.token_types import (
     endings,
     special_id,
 )
+from pykv.options import check_whole
 
 # by tokenizer.ggml.model
 ENCODERS: dict[str, type[bpe.Encoder] | type[spm.Encoder]] = {
@@ -177,10 +177,8 @@ class Tokenizer:
         return frozenset().union(*signs)
 
     def token(self, i: int) -> str:
-        """A token as the file spells it. ParameterError if there is none."""
-        if not is_integer(i) or not 0 <= i < self.vocab_size:
-            raise ParameterError(f"token: id has {i!r:.80}, expected 0 to {self.vocab_size - 1}")
-        token: str = self._tokens[i]
+        """A token as the file spells it. ParameterError or DtypeError if there is none."""
+        token: str = self._tokens[check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)]
         return token
 
 

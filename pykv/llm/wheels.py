@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import os
 import re
 import zipfile
@@ -56,11 +57,12 @@ def find(wheel: Wheel) -> download.Remote:
     with download.answer(page_url, accept) as page:
         if page.headers.get("Content-Type", "").startswith(_JSON):
             try:
-                links = [str(file["url"]) for file in page.json()["files"]]
-            except (KeyError, TypeError, RecursionError) as error:
+                links = [str(file["url"]) for file in json.loads(download.body(page))["files"]]
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise FetchError(f"{download.shown(page_url)} lists no files ({error})") from error
         else:  # PEP 503
-            links = [html.unescape(link) for link in re.findall(r'href="([^"]+)"', page.text)]
+            text = download.body(page).decode(errors="replace")
+            links = [html.unescape(link) for link in re.findall(r'href="([^"]+)"', text)]
         urls = [urljoin(page.url, link) for link in links]
     for url in urls:
         if unquote(urlsplit(url).path).endswith(f"/{wheel.file}"):

@@ -17,10 +17,9 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.options import check_flag
-from pykv.specs import spec_of
+from pykv.specs import KVSpec, spec_of
 
 _SIZES = dict(BLOCK=128, KEYS=256)  # threads, and the keys that they take
 

@@ -29,10 +29,10 @@ from pykv.arrays import (
     optional,
 )
 from pykv.errors import ShapeError
-from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import paged_check, rope
 from pykv.ops.paged_append import lanes_of
 from pykv.options import check_choice, check_flag, check_whole
+from pykv.specs import LAYOUTS, KVSpec
 
 LENGTHS = (*INT32, np.dtype(np.int64))
 MAX_HEAD_DIM = 1024

@@ -34,12 +34,12 @@ from pykv.arrays import (
     to_host,
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, KVSpec, dequantize, quantize
+from pykv.kinds import KINDS, dequantize, quantize
 from pykv.ops import paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM
 from pykv.ops.paged_qkv import hadamard_transform
 from pykv.options import check_flag
-from pykv.specs import spec_of
+from pykv.specs import KVSpec, spec_of
 
 BLOCK = 128  # threads
 TOKENS = 4  # of a block: they share the mean, and their loads are in flight together

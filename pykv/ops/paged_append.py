@@ -41,11 +41,11 @@ from pykv.arrays import (
     to_host,
 )
 from pykv.errors import ParameterError
-from pykv.kinds import POOLS, KVSpec, quantize
+from pykv.kinds import quantize
 from pykv.ops import paged_check
 from pykv.ops.paged_check import COUNTS
 from pykv.options import check_choice, check_flag
-from pykv.specs import spec_of
+from pykv.specs import POOLS, KVSpec, spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
 
@@ -308,26 +308,18 @@ def _check_contents(
             paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
         options = dict(appends=True, counts=COUNTS[after], starts=rows, op=op)
         paged_check.check_table(indices, indptr, lengths, N, P, **options)
-    T = dims["T"] if "T" in dims else dims["B"]
-    cuda.look(partial(_check_distinct, op, _ADDRESSES[name], T, P, where, after))
+    cuda.look(partial(_check_distinct, name, op, where, dims, after))
 
 
 def _check_distinct(
-    op: str, address: str, T: int, P: int, where: tuple[Any, Any, Any, Any], after: bool
+    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, after: bool
 ) -> None:
     """Check that no two rows of lists of pages go to one slot."""
     rows, indices, indptr, counts = (x if x is None else to_host(x) for x in where)
-    pages, offsets = places(address, T, P, rows, indices, indptr, counts, after)
-    written = np.flatnonzero(pages >= 0)
-    slots = pages[written] * P + offsets[written]
-    _, first, group = np.unique(slots, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[group] != np.arange(len(slots)))
-    if len(again):
-        i = int(again[0])
-        row, other = written[i], written[first[group[i]]]
-        raise ParameterError(
-            f"{op}: indices send rows {other} and {row} to slot {slots[i]}, expected one row a slot"
-        )
+    T, P = dims.get("T", dims["B"]), dims["P"]
+    pages, offsets = places(_ADDRESSES[name], T, P, rows, indices, indptr, counts, after)
+    slots = np.where(pages < 0, -1, np.int64(pages) * P + offsets)
+    paged_check.check_slots(slots, dims["N"] * P, op=op, name="indices: the slot of row")
 
 
 def _check_on_host(name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims) -> None:

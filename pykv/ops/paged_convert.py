@@ -13,17 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
+from pykv.arrays import (
+    FLOATS,
+    INT32,
+    Dims,
+    check_head_dim,
+    checker,
+    like,
+    on_gpu,
+    optional,
+    to_host,
+)
 from pykv.errors import UnsupportedError
-from pykv.kinds import POOLS, Kind, KVSpec, dequantize, quantize
+from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
-from pykv.specs import as_spec, spec_of
+from pykv.page_arrays import Side, check_rows_apart
+from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
 BLOCK = 128  # threads
 MAX_HEAD_DIM = 512
@@ -48,7 +59,7 @@ def gather(
     """Read pages into dense arrays of floats.
 
     Args:
-        k_pool, v_pool, k_scales, v_scales, spec: a cache, as pykv.kinds.KVSpec says; None for
+        k_pool, v_pool, k_scales, v_scales, spec: a cache, as pykv.KVSpec says; None for
             `spec` is NHD with the kinds of the dtypes.
         pages: [n] int32, negative entries are skipped; None: all pages in order.
         k_out, v_out: [n, P, H, D] float32, float16 or bfloat16, all but D at any stride. None: made
@@ -62,8 +73,8 @@ def gather(
 
     Raises:
         ShapeError, DtypeError, DeviceError: an array does not fit the spec or the others.
-        ParameterError: scales are missing or not wanted; a page does not exist (on the host, or
-            when checking).
+        ParameterError: scales are missing or not wanted; a page does not exist, or what is written
+            shares memory with other rows that are read or written (on the host, or when checking).
         UnsupportedError: D exceeds 512, or there are 2^31 rows.
 
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
@@ -84,7 +95,7 @@ def gather(
         with cuda.on_stream(stream, k_pool):
             k_out, v_out = (like(k_pool, shape, dtype) if x is None else x for x in (k_out, v_out))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"))
-    _move(op, _Side(spec, cache, pages, _CACHE), target, check, stream)
+    _move(op, Side(spec, cache, pages, _CACHE), target, check, stream)
     return k_out, v_out
 
 
@@ -119,7 +130,7 @@ def gather_rows(
     Raises: as `gather`.
     """
     op, cache = "paged_convert.gather_rows", (k_pool, v_pool, k_scales, v_scales)
-    source = _Side(spec_of(op, spec, *cache), cache, indices, (*POOLS, "indices"))
+    source = Side(spec_of(op, spec, *cache), cache, indices, (*POOLS, "indices"))
     target = _dense(op, k_out, v_out, ("k_out", "v_out"), "T H | D")
     _move(op, source, target, check, stream, (indptr, starts))
 
@@ -147,7 +158,7 @@ def scatter(
     Raises: as `gather`.
     """
     op, cache = "paged_convert.scatter", (k_pool, v_pool, k_scales, v_scales)
-    target = _Side(spec_of(op, spec, *cache), cache, pages, _CACHE)
+    target = Side(spec_of(op, spec, *cache), cache, pages, _CACHE)
     _move(op, _dense(op, k, v, ("k", "v")), target, check, stream)
 
 
@@ -187,29 +198,20 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
     """
     op = "paged_convert.convert"
     out_names = ("k_out", "v_out", "k_out_scales", "v_out_scales", "out_pages")
-    source = _Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
+    source = Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
     outs = k_out, v_out, k_out_scales, v_out_scales
-    target = _Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
+    target = Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
     _move(op, source, target, check, stream)
 
 
-class _Side(NamedTuple):
-    """A source or target: a cache, or dense arrays as pools without scales."""
-
-    spec: KVSpec
-    arrays: tuple[Any, Any, Any, Any]  # pools of keys and of values, then their scales
-    pages: Any
-    names: tuple[str, ...]  # of the arrays and the pages
-
-
-def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> _Side:
+def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> Side:
     """Arrays of floats, [n, P, H, D] or of other dimensions."""
     for name, x in zip(names, (k, v), strict=True):
         if getattr(x, "dtype", None) not in FLOATS:
             checker(op, **{name: (dims, FLOATS)})(x)  # says what is wrong
     k_name, v_name = names
     others = (f"scales of {k_name}", f"scales of {v_name}", f"pages of {k_name}")  # there are none
-    return _Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
+    return Side(spec_of(op, None, k, v), (k, v, None, None), None, (*names, *others))
 
 
 def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, int, int, int]:
@@ -222,8 +224,8 @@ def _dense_shape(op: str, spec: KVSpec, k_pool: Any, pages: Any) -> tuple[int, i
 
 def _move(
     op: str,
-    source: _Side,
-    target: _Side,
+    source: Side,
+    target: Side,
     check: bool | None,
     stream: Any,
     rows: tuple[Any, Any] | None = None,
@@ -242,6 +244,7 @@ def _move(
     if paged_check.enabled(op, check) or not is_on_gpu:
         with cuda.on_stream(stream, source.arrays[0]):
             _check_pages(op, source, target, rows, P)
+            cuda.look(partial(_check_apart, op, source, target, rows))
     if is_on_gpu:
         specs, by_token = (source.spec, target.spec), rows is not None
         indptr, starts = rows or (None, None)
@@ -276,7 +279,7 @@ def _checker(
     return checker(op, target[0].written(target[1]), **rules)
 
 
-def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> None:
+def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None:
     """Check that pages exist, and that none is written twice."""
     if rows is not None:
         (indptr, starts), N = rows, len(source.arrays[0])
@@ -288,15 +291,24 @@ def _check_pages(op: str, source: _Side, target: _Side, rows: Any, P: int) -> No
             check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
+def _check_apart(op: str, source: Side, target: Side, rows: Any) -> None:
+    """Check that no row is written that another one is read from or written to."""
+    source, target = (
+        side if side.pages is None else side._replace(pages=to_host(side.pages))
+        for side in (source, target)
+    )
+    places = _places(source, target, rows and tuple(map(to_host, rows)))
+    check_rows_apart(op, source, target if rows is None else _by_token(target), *places)
+
+
 # --- Definition -----------------------------------------------------------------------------------
 
 
-def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None) -> None:
+def reference(source: Side, target: Side, rows: tuple[Any, Any] | None = None) -> None:
     """The definition of all functions, in NumPy, for arguments that are checked."""
     from_page, from_offset, to_page, to_offset = _places(source, target, rows)
     if rows is not None:
-        k_out, v_out, *none = target.arrays
-        target = target._replace(arrays=(k_out[:, None], v_out[:, None], *none))  # of one token
+        target = _by_token(target)
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
         pool, scales = _nhd(source, i)
         to_pool, to_scales = _nhd(target, i)
@@ -319,7 +331,13 @@ def reference(source: _Side, target: _Side, rows: tuple[Any, Any] | None = None)
             to_scales[to_page, to_offset] = scale
 
 
-def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
+def _by_token(target: Side) -> Side:
+    """Rows [T, H, D] as pages of one token."""
+    k_out, v_out, *none = target.arrays
+    return target._replace(arrays=(k_out[:, None], v_out[:, None], *none))
+
+
+def _places(source: Side, target: Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
     """Page and offset of each token that moves, in the source and in the target."""
     P = _nhd(source, 0)[0].shape[1]
     if rows is None:
@@ -337,7 +355,7 @@ def _places(source: _Side, target: _Side, rows: tuple[Any, Any] | None) -> tuple
     return source.pages[indptr[b] + position // P], position % P, token, 0 * token
 
 
-def _nhd(side: _Side, which: int) -> tuple[Any, Any]:
+def _nhd(side: Side, which: int) -> tuple[Any, Any]:
     """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
     pool, scales = (side.spec.as_nhd(x) for x in side.arrays[which::2])
     if scales is not None and scales.ndim == 1:
@@ -389,14 +407,14 @@ def _scale_type(spec: KVSpec, kind: Kind) -> str:
     return "f16" if kind.largest and spec.scale_dtype == "fp16" else "float"
 
 
-def _pairs(source: _Side, target: _Side) -> dict[str, tuple[Any, Any]]:
+def _pairs(source: Side, target: Side) -> dict[str, tuple[Any, Any]]:
     """Arrays of keys and of values, by the kernel's names without the letter."""
     dst = dict(dst=target.arrays[:2], dst_scales=target.arrays[2:])
     return dict(**dst, src=source.arrays[:2], src_scales=source.arrays[2:])
 
 
 def _launches(
-    source: _Side, target: _Side, sizes: Dims, by_token: bool
+    source: Side, target: Side, sizes: Dims, by_token: bool
 ) -> list[tuple[cuda.Launch, int, int]]:
     """The launches for arrays that are checked, and the two sides that each moves, 0 for keys and 1
     for values: both, or where they differ in kind or strides, one of them in each launch."""
@@ -418,7 +436,7 @@ def _launches(
     return launches
 
 
-def _strides(source: _Side, target: _Side, which: int, by_token: bool) -> dict[str, int]:
+def _strides(source: Side, target: Side, which: int, by_token: bool) -> dict[str, int]:
     """Elements from a page to the next, and along the outer and the inner loop over its rows, which
     go as the target has them in memory."""
     strides: dict[str, int] = {}

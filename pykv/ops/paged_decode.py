@@ -18,11 +18,10 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, VECTOR_BYTES, Dims, checker, like, on_gpu, optional
 from pykv.errors import CapacityError
-from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import paged_decode_mma as mma
 from pykv.options import check_flag, check_whole
-from pykv.specs import as_spec, spec_of
+from pykv.specs import KVSpec, as_spec, spec_of
 
 COUNTERS = mma.COUNTERS  # elements at the start of a workspace that must be zero at first
 BLOCK = 128  # threads

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOATS
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 STEM = "paged_decode_mma"
 ROWS = 8  # query rows of a tile

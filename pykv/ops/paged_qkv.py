@@ -31,11 +31,10 @@ from pykv.arrays import (
     optional,
 )
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.kinds import POOLS, KVSpec
 from pykv.ops import norm, paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM, SLOTS
 from pykv.options import check_flag, check_number, check_whole
-from pykv.specs import spec_of
+from pykv.specs import POOLS, KVSpec, spec_of
 
 BLOCK = 128  # threads at most
 

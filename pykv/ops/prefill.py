@@ -18,11 +18,10 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
 from pykv.options import check_flag, check_float_dtype, check_whole
-from pykv.specs import as_spec, spec_of
+from pykv.specs import KVSpec, as_spec, spec_of
 
 SCORE_BYTES = 64 << 20  # scores the reference holds at once
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOATS
-from pykv.kinds import Kind, KVSpec
+from pykv.kinds import Kind
+from pykv.specs import KVSpec
 
 WARPS = 4
 BLOCK = 32 * WARPS

@@ -9,7 +9,6 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOATS, checker
-from pykv.kinds import LAYOUTS, KVSpec
 from pykv.ops import contiguous_append, paged_append
 from pykv.options import check_choice, check_flag
 from pykv.plan.base import (
@@ -21,6 +20,7 @@ from pykv.plan.base import (
     check_head_dim,
     check_sizes,
 )
+from pykv.specs import LAYOUTS, KVSpec
 
 # --- Paged append ---------------------------------------------------------------------------------
 

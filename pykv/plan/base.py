@@ -17,10 +17,9 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
-from pykv.kinds import KVSpec
 from pykv.ops import paged_append, paged_check
 from pykv.options import check_whole
-from pykv.specs import as_spec
+from pykv.specs import KVSpec, as_spec
 
 
 @dataclass(frozen=True)

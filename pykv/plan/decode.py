@@ -9,10 +9,10 @@ import numpy as np
 
 from pykv.arrays import FLOAT32, on_gpu, optional
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
 from pykv.ops import page_table, paged_decode
 from pykv.options import check_number
 from pykv.plan.base import PagedCacheDescriptor, PagedPlan, check_sizes
+from pykv.specs import KVSpec
 
 
 @dataclass(frozen=True)

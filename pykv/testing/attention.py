@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.testing import paged
 from pykv.testing.oracles import total
 

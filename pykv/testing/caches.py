@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import load_cupy, on_gpu
-from pykv.kinds import SCALE_DTYPES, KVSpec
+from pykv.kinds import SCALE_DTYPES
 from pykv.page_arrays import ARRAYS
 from pykv.pages import Pages
+from pykv.specs import KVSpec
 from pykv.testing import codes
 from pykv.testing.compare import host
 

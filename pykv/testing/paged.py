@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.testing import codes
 
 WILD = 2147480000  # a page id that faults, or raises, wherever it is used

@@ -43,7 +43,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.errors import ParameterError
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 
 Case = tuple[str, float, float]  # name, worst error, bound
 Cases = Iterator[Case]

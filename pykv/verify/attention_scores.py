@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import attention_scores
+from pykv.specs import KVSpec
 from pykv.testing import attention, error_and_bound, paged
 from pykv.verify import Case, Cases
 from pykv.verify.paged_decode import options_of

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import kvtc_rows
+from pykv.specs import KVSpec
 from pykv.testing import codes, error_and_bound, host, oracles, paged, wrong_values
 from pykv.verify import Cases
 

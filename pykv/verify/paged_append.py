@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16
-from pykv.kinds import KVSpec
 from pykv.ops import paged_append
+from pykv.specs import KVSpec
 from pykv.testing import paged, wrong_values
 from pykv.verify import Case, Cases
 

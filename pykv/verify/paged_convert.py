@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import paged_convert
+from pykv.specs import KVSpec
 from pykv.testing import host, paged, wrong_values
 from pykv.verify import Case, Cases
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import paged_decode
+from pykv.specs import KVSpec
 from pykv.testing import attention, judged, judged_states, paged
 from pykv.verify import Case, Cases
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pykv.arrays import BFLOAT16
-from pykv.kinds import KVSpec
 from pykv.ops import paged_qkv
+from pykv.specs import KVSpec
 from pykv.testing import error_and_bound, host, oracles, paged, wrong_values
 from pykv.verify import Cases
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
 from pykv.ops import prefill
+from pykv.specs import KVSpec
 from pykv.testing import attention, judged_states, paged
 from pykv.verify import Cases
 from pykv.verify.paged_decode import SHAPES

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.verify import Cases, prefill
 
 

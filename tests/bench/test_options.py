@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pykv import bench
-from pykv.bench import memory, options
+from pykv.bench import options
 from pykv.errors import ParameterError
+from tests.bench.test_paged import check_case
 from tests.helpers import without_simt
 
 # Of each benchmark: options, and a case that they make, by hand.
@@ -69,17 +70,7 @@ def test_own_shapes_are_measured_as_the_listed_ones_are(xp, rng, name):
     made = cases(name, text)
     assert want in made
     for case in made:
-        work = bench.load(name).make(case, xp, rng)
-        if work is None:
-            assert xp is np and case["op"].startswith("swap")
-            continue
-        assert not work.check()
-        for call in work.graph or (work.run,):
-            call()
-        if xp is not np:
-            xp.cuda.get_current_stream().synchronize()
-        assert work.check()
-    memory.free()
+        check_case(xp, rng, bench.load(name), case)
 
 
 def test_query_heads_make_the_fused_append(rng):

@@ -5,7 +5,7 @@ import pytest
 
 from pykv import bench
 from pykv.bench import append, convert, gather, memory, pages, report, timing
-from pykv.kinds import KVSpec
+from pykv.specs import KVSpec
 from pykv.testing import caches
 from pykv.testing.caches import empty
 from tests.helpers import without_simt
@@ -20,6 +20,10 @@ CASES = [
 @without_simt
 @pytest.mark.parametrize("module, case", CASES)
 def test_a_case_does_what_it_says(xp, rng, module, case):
+    check_case(xp, rng, module, case)
+
+
+def check_case(xp, rng, module, case):
     """Its check fails before the call and holds after it."""
     work = module.make(case, xp, rng)
     if work is None:

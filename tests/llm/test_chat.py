@@ -104,6 +104,38 @@ def test_messages_of_tools_and_parts():
     assert chat_prompt("{{ messages[0].content[0].text }}", parts) == "Hi"
 
 
+PARTS = [{"type": "text", "text": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, "{{ messages[-1].content }}", "{{ messages[-1].content | trim }}"]
+)
+def test_templates_that_want_strings_say_so(file, template):
+    """They fail in Python's words, or write parts as Python does."""
+    messages = [*USER, {"role": "user", "content": PARTS}]
+    text = r"messages\[1\] has content \[{'type': .*model.gguf does not take: it wants a string"
+    with pytest.raises(ParameterError, match=text):
+        chat_prompt(file(template), messages)
+    with pytest.raises(FormatError, match="ZeroDivisionError"):  # which has nothing to do with it
+        chat_prompt("{{ 1 / 0 }}", messages)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    with pytest.raises(ParameterError, match=r"messages\[1\] has content None, which"):
+        chat_prompt(CHATML, [*USER, call])
+
+
+def test_usual_tokens_of_sentencepiece(tmp_path):
+    """The same ones as the tokenizer takes where the file names none."""
+    writer = library.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_eos_token_id(99)
+    writer.add_chat_template("{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert chat_prompt(gguf.read(tmp_path / "model.gguf"), USER) == "<s>|</s>|<unk>|"
+
+
 def test_extra_keys_of_a_message_reach_the_template():
     assert chat_prompt("{{ messages[0].name }}", [{**USER[0], "name": "Ada"}]) == "Ada"
 
@@ -160,6 +192,7 @@ def test_a_file_without_a_template(file):
         (None, "messages has NoneType, expected a list"),
         (["Hi"], r"messages\[0\] has role None, expected a string"),
         ([*USER, {"role": "user"}], r"messages\[1\] has content None, expected a string"),
+        ([{"role": "user", "content": []}], r"messages\[0\] has content \[\], expected a string"),
         ([{"role": 1, "content": "Hi"}], r"messages\[0\] has role 1, expected a string"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pykv.errors import FormatError, PykvError, UnsupportedError
-from pykv.llm import LLM, gguf
+from pykv.llm import LLM, gguf, weights
 from pykv.llm.tokenizer import Tokenizer
 from tests.llm import tiny
 from tools import fuzz_gguf
@@ -98,14 +98,32 @@ def test_tensors_are_rows_of_blocks(sample):
     assert (packed.kind, packed.shape, packed.blocks.shape) == ("Q8_0", (3, 32), (3, 34))
 
 
-def test_tensors_are_views_of_the_file(sample):
-    blocks = gguf.read(sample).tensor("cube").blocks
-    assert blocks.base is not None and not blocks.flags.writeable
-    with sample.open("r+b") as file:
-        content = file.read()
-        file.seek(content.index(TENSORS["cube"].tobytes()))
-        file.write(b"\xff")
-    assert blocks[0, 0] == 255
+@pytest.mark.parametrize("change", ["cut short", "written to", "replaced", "gone"])
+def test_a_file_that_changes_is_noticed(sample, change):
+    """Its mapping would end the process where it is cut short."""
+    info = gguf.read(sample).tensor("cube")
+    kept = info.blocks
+    data = sample.read_bytes()
+    if change == "cut short":
+        os.truncate(sample, info.start + 1)
+    elif change == "written to":
+        os.utime(sample, ns=(0, 0))  # clocks of file systems are coarse
+    else:
+        sample.rename(sample.with_name("old"))
+        if change == "replaced":
+            sample.write_bytes(data)
+    text = "cannot be read" if change == "gone" else "has changed since its header was read, in wh"
+    with pytest.raises(FormatError, match=text):
+        _ = info.blocks
+    assert kept.tobytes() == TENSORS["cube"].tobytes()
+
+
+def test_a_file_that_is_cut_short_while_it_is_loaded(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    tiny.write(path, "llama")
+    file = gguf.read(path)
+    with pytest.raises(FormatError, match="has changed since its header was read"):
+        weights.load(file, progress=lambda nbytes: os.truncate(path, 4096))
 
 
 def test_get_and_require(sample):
@@ -344,6 +362,8 @@ def test_parts_that_do_not_belong_together(parts):
     "keys, without, text",
     [
         ({"split.no": 2}, (), "split.no has 2, expected 1"),
+        ({"general.architecture": "qwen2"}, (), "has 'qwen2', expected 'llama' as the first part"),
+        ({"llama.attention.scale": 2.0}, (), "has 2.0, expected None as the first part has it"),
         ({"split.count": 4}, (), "split.count has 4, expected 3"),
         ({}, ("blk.0.ffn_up.weight",), "split.tensors.count has 21, but the parts hold 20 tensors"),
     ],

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pykv.errors import CapacityError, FormatError, NumberError, PykvError, UnsupportedError
-from pykv.kinds import KVSpec
 from pykv.llm import LLM, SamplingParams, generate, gguf, memory, tensors
 from pykv.llm.config import read_config
 from pykv.llm.keys import ARCHITECTURES, HARMLESS, KEYS, ONLY
+from pykv.specs import KVSpec
 from tests.llm import plain_forward, tiny
 from tests.llm.plain_forward import Numbers, frequencies, yarn
 

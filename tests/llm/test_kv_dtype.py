@@ -1,18 +1,22 @@
 """Caches of every kind under a model: codes are written, read by both attentions, and kept."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from pykv import kinds, pool
 from pykv.errors import NumberError
-from pykv.kinds import KVSpec
-from pykv.llm import LLM, shared_scales
+from pykv.llm import LLM
+from pykv.llm.scales import MARGIN, TEXT
 from pykv.llm.weights import load
 from pykv.ops import paged_qkv
+from pykv.specs import KVSpec
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*rounding moves:UserWarning")
 SPECS = ("int8", "fp8", "int4", "k8v4", "fp16+e5m2", "int8:HND:fp32", "fp16:HND")
 SHARED = ("int8:head", "e4m3:tensor:fp32", "k8v4:head:HND")
 
@@ -139,7 +143,7 @@ def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
         assert_same_bits(now, before)
 
     exact, spec = open_llm(kv_dtype="fp32", weights="fp32"), llm.spec
-    ids = exact.tokenize(shared_scales.CALIBRATION)
+    ids = exact.tokenize(TEXT)
     assert len(ids) > 200
     exact.logits(ids[: exact.context - 1])
     mix = paged_qkv.hadamard_transform if spec.wants_hadamard else np.asarray
@@ -148,7 +152,7 @@ def test_shared_scales_come_from_a_text(open_llm, rng, monkeypatch, kv_dtype):
         peaks = np.abs(mix(to_numpy(rows))).max((1, 2, 4))  # zeros where no row is
         if spec.granularity == "tensor":
             peaks = peaks.max(1, keepdims=True)
-        want = shared_scales.MARGIN * peaks / kind.largest
+        want = MARGIN * peaks / kind.largest
         np.testing.assert_allclose(got[0], want[0], rtol=2e-3)
         np.testing.assert_allclose(got[1:], want[1:], rtol=0.1)  # behind codes of the first layer
 
@@ -193,6 +197,17 @@ def test_scales_that_do_not_fit_are_said_so(open_llm, rng):
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
+@without_simt
+def test_steps_that_are_too_coarse_are_said_so(open_llm):
+    text = r"int4:head: rounding moves the (keys|values) of layer \d by \d\d% of their root mean sq"
+    with pytest.warns(UserWarning, match=text):
+        open_llm(kv_dtype="int4:head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kv_dtype in ("int4", "int8:tensor", "e5m2:head", "fp16"):
+            open_llm(kv_dtype=kv_dtype)
+
+
 # Texts that models are sure how to continue: on the published models the two best logits of every
 # token lie at least 0.25 apart, with either cache. Codes of 8 bits move logits by up to 0.3, sums
 # in another order by 0.02, and where the best are closer than that, the text may be another one.
@@ -209,6 +224,7 @@ INT8_CALL = 0.45
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
 def test_int8_writes_the_text_of_fp16(model_path, model, device):

@@ -421,6 +421,22 @@ def test_an_address_without_its_size(server, folder):
     assert models.fetch(address).read_bytes() == LARGE
 
 
+def test_a_body_of_unknown_size_that_does_not_end(server, folder, monkeypatch):
+    server.files["/m.gguf"] = LARGE
+    server.unsized.add("/m.gguf")
+    monkeypatch.setattr(download, "LARGEST", len(LARGE) // 2)
+    text = f"SHA-256 .*, expected at most {len(LARGE) // 2:,} of {sha256(LARGE)}; nothing was kept"
+    with pytest.raises(FetchError, match=text):
+        models.fetch(f"{server.url}/m.gguf#sha256={sha256(LARGE)}")
+    assert files(folder) == []
+
+
+def test_an_index_that_does_not_end(server, folder, tiny, monkeypatch):
+    monkeypatch.setattr(download, "PAGE", 100)
+    with pytest.raises(FetchError, match="has more than the 100 bytes expected"):
+        models.fetch("tiny")
+
+
 def test_a_page_instead_of_a_model(server, folder):
     server.files["/m.gguf"] = b"<!doctype html>"
     with pytest.raises(FetchError, match=r"has magic b'<!do', expected b'GGUF'"):

@@ -14,24 +14,27 @@ from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError,
 from pykv.llm import LLM, SamplingParams, gguf, weights
 from tests.llm import tiny
 
-WRONG_PARAMS = [
-    *({"stop": value} for value in (None, 5, [None], "", b"x", ["a", ""])),
-    *({"temperature": value} for value in ("1", None, True, -1, 1e308, 10**400, float("inf"), 1j)),
-    *({"top_p": value} for value in ("1", None, 0, 1e-300, 1.5, float("nan"), -(10**400))),
-    *({"min_p": value} for value in ("0", None, -0.1, 2, float("nan"))),
-    *({"top_k": value} for value in (None, 1.5, "3", True, 2**31, -1)),
-    *({"seed": value} for value in (None, 1.0, "1", -1, 2**64)),
-    *({"max_tokens": value} for value in (None, 0, 1.5, "9", True)),
-    *({"ignore_eos": value} for value in (None, "no", 1)),
-    *({"temperature": value} for value in (np.float16("inf"), np.float32("nan"))),
+WRONG_PARAMS = [  # of another type, and of another value
+    ("stop", (None, 5, [None], b"x"), ("", ["a", ""])),
+    ("temperature", ("1", None, True, 1j), (-1, 1e308, 10**400, 10**5000, float("inf"))),
+    ("top_p", ("1", None), (0, 1e-300, 1.5, float("nan"), -(10**400))),
+    ("min_p", ("0", None), (-0.1, 2, float("nan"))),
+    ("top_k", (None, 1.5, "3", True), (2**31, -1)),
+    ("seed", (None, 1.0, "1"), (-1, 2**64, 10**5000)),
+    ("max_tokens", (None, 1.5, "9", True), (0,)),
+    ("ignore_eos", (None, "no", 2), ()),
+    ("temperature", (), (np.float16("inf"), np.float32("nan"))),
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG_PARAMS, ids=lambda wrong: str(wrong)[:40])
-def test_parameters_are_checked_when_they_are_made(wrong):
-    (name,) = wrong
-    with pytest.raises(ParameterError, match=f"SamplingParams: {name} is .*, expected "):
-        SamplingParams(**wrong)
+@pytest.mark.parametrize(
+    "name, types, values", WRONG_PARAMS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_parameters_are_checked_when_they_are_made(name, types, values):
+    for error, wrong in ((DtypeError, types), (ParameterError, values)):
+        for value in wrong:
+            with pytest.raises(error, match=f"SamplingParams: {name} is .*, expected "):
+                SamplingParams(**{name: value})
 
 
 def test_parameters_of_every_sort_of_number(open_tiny):
@@ -139,8 +142,8 @@ def test_special_is_true_or_false(open_tiny):
 @pytest.mark.parametrize(
     ("wrong", "bound"),
     [
-        ({"seed": 2**64}, r"2\*\*64 - 1"),
-        ({"top_k": 2**31}, r"2\*\*31 - 1"),
+        ({"seed": 2**64}, str(2**64 - 1)),
+        ({"top_k": 2**31}, str(2**31 - 1)),
         ({"temperature": 1e39}, "e.38"),
     ],
     ids=str,

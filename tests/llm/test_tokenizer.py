@@ -282,9 +282,9 @@ def test_vocabulary(path):
     t = byte_level(path)
     assert t.vocab_size == 269 and t.token(260) == "Ġhello" and t.token(265) == "<|im_end|>"
     for i in (-1, 269):
-        with pytest.raises(ParameterError, match=f"id has {i}, expected 0 to 268"):
+        with pytest.raises(ParameterError, match=f"id is {i}, expected 0 to 268"):
             t.token(i)
-        with pytest.raises(ParameterError, match=f"id has {i}"):
+        with pytest.raises(ParameterError, match=f"id is {i}"):
             t.decode([0, i])
 
 

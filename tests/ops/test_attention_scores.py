@@ -5,8 +5,8 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import ParameterError, ShapeError
-from pykv.kinds import KVSpec
 from pykv.ops import attention_scores, paged_decode
+from pykv.specs import KVSpec
 from pykv.testing import attention
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.ops.test_paged_decode import cache, call, feature_case, queries_of

@@ -7,9 +7,9 @@ import pytest
 
 from pykv import KVSpec
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import POOLS
 from pykv.ops import kvtc_rows as op
 from pykv.ops import paged_append
+from pykv.specs import POOLS
 from pykv.testing import codes, oracles, paged
 from tests.faults import fixed, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy

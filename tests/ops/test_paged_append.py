@@ -7,8 +7,9 @@ import pytest
 import pykv
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, KVSpec
+from pykv.kinds import KINDS
 from pykv.ops import paged_append, paged_check, paged_decode
+from pykv.specs import KVSpec
 from pykv.testing import codes, paged
 from tests.helpers import assert_same_bits, product, to_numpy
 

@@ -8,8 +8,9 @@ import pytest
 import pykv
 from pykv.arrays import BFLOAT16
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KINDS, KVSpec
+from pykv.kinds import KINDS
 from pykv.ops import paged_convert
+from pykv.specs import KVSpec
 from pykv.testing import codes
 from pykv.testing.paged import SCALE_DTYPES
 from tests.helpers import assert_same_bits, bits, to_numpy, without_simt
@@ -510,6 +511,51 @@ def test_pages_that_do_not_exist(xp, rng):
         arrays = dict(zip(("indices", "indptr", "starts"), tables, strict=True))
         paged_convert.gather_rows(**options, **arrays, k_out=k_out, v_out=k_out)
     assert not bits(k_out).any()
+
+
+def test_memory_that_is_written_is_no_other_rows(xp, rng):
+    """Always on the host, on a GPU when asked; a row may be its own source."""
+    cache = Cache(xp, rng, KVSpec("int8"), 3, 2, 3, 16, strided=False)
+    one, two = (xp.asarray(np.array(x, np.int32)) for x in ([-1, 0, 1], [2, 1, 0]))
+    k, v = cache.pools
+    check = dict(check=None if xp is np else True)
+    outs = dict(k_out=k, v_out=v, k_out_scales=cache.scales[0], v_out_scales=cache.scales[1])
+    both = dict(**cache.arrays(), spec=cache.spec, out_spec=cache.spec, **check)
+    before = cache.everything()
+
+    def fails(match, call, *args, **options):
+        with pytest.raises(ParameterError, match=match):
+            call(*args, **options)
+
+    convert_ = paged_convert.convert
+    text = r"convert: out_pages\[2\] is 0, which shares memory with pages\[1\], expected memory of"
+    fails(text, convert_, **both, **outs, pages=one, out_pages=two)
+    # Keys and values of the target are one array; so are keys of one side and values of the other.
+    spare = Cache(xp, rng, KVSpec("int8"), 3, 2, 3, 16, strided=False)
+    scales = dict(zip(("k_out_scales", "v_out_scales"), spare.scales, strict=True))
+    same = dict(**scales, k_out=spare.pools[0], v_out=spare.pools[0])
+    fails(r"convert: k_out\[0\] shares memory with k_out\[0\]", convert_, **both, **same)
+    crossed = dict(**scales, k_out=v, v_out=spare.pools[1])
+    fails(r"convert: k_out\[0\] shares memory with k_pool\[0\]", convert_, **both, **crossed)
+    turned = dict(outs, k_out=k.reshape(3, 3, 2, 16), v_out=v.reshape(3, 3, 2, 16))
+    turned |= {name: outs[name].reshape(3, 3, 2) for name in scales}
+    hnd = dict(both, out_spec="int8:HND")
+    fails(r"convert: k_out\[\d\] shares memory with k_pool\[\d\]", convert_, **hnd, **turned)
+    floats = [xp.zeros((4, 2, 3, 16), np.float32) for _ in "kv"]
+    parts = dict(zip(("k_out", "v_out"), (x[:3] for x in floats), strict=True))
+    text = r"gather: k_out\[1\] shares memory with pages\[2\]"
+    fails(text, paged_convert.gather, *floats, one, **parts, **check)
+    text = r"scatter: pages\[2\] is 0, which shares memory with k\[0\]"
+    fails(text, paged_convert.scatter, *parts.values(), *floats, two, **check)
+    lists = [xp.asarray(np.array(x, np.int32)) for x in ([2, 0], [0, 2], [0, 3])]
+    tokens = dict(k_out=floats[0].reshape(8, 3, 16), v_out=floats[1].reshape(8, 3, 16))
+    text = r"gather_rows: k_out\[0\] shares memory with indices\[1\]"
+    fails(text, paged_convert.gather_rows, *floats, *lists, **tokens, **check)
+    convert_(**both, **outs, pages=two, out_pages=two)
+    for got, want in zip(cache.everything(), before, strict=True):
+        assert_same_bits(got, want)
+    joint = xp.zeros((2, 3, 2, 3, 16), np.float32)  # keys and values side by side in each page
+    paged_convert.scatter(floats[0][:2], floats[1][:2], joint[:, 0], joint[:, 1], **check)
 
 
 def test_a_prepared_call_goes_by_what_pages_hold_then(xp, rng):

@@ -17,6 +17,7 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.ops import paged_decode, paged_decode_mma
+from pykv.specs import KVSpec
 from pykv.testing import attention
 from pykv.testing.paged import WILD, filled
 from tests.helpers import assert_close_to_oracle, assert_same_bits, product, to_numpy
@@ -73,7 +74,7 @@ CODE_CASES = [
 
 def cache(rng, keys, P, H, D, spec, unseen=None):
     """Pools and scales of a spec, by name, and a page table, as pykv.testing.paged fills them."""
-    spec = kinds.KVSpec.parse(spec)
+    spec = KVSpec.parse(spec)
     arrays = filled(rng, spec, keys, P, H, D, unseen=unseen)
     del arrays["lengths"]
     return spec, arrays, arrays.pop("page_table")
@@ -146,7 +147,7 @@ def test_matches_a_plain_loop(xp, rng, P, window):
     where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
     where |= dict(page_table=table, lengths=counts)
     options = dict(scale=0.7, window=window)
-    want = attention.decode(q, where, kinds.KVSpec("fp32", "fp32"), np.float64, **options)
+    want = attention.decode(q, where, KVSpec("fp32", "fp32"), np.float64, **options)
     np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)  # 16 ulp of 1
     np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
 
@@ -405,8 +406,8 @@ def test_the_kernel_for_a_cache():
         ("fp16", 72, 90): "paged_decode",
     }
     for (spec, D, sm), stem in choices.items():
-        assert paged_decode.kernel_for(kinds.KVSpec.parse(spec), D, sm=sm) == stem
-    assert paged_decode.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "paged_decode"
+        assert paged_decode.kernel_for(KVSpec.parse(spec), D, sm=sm) == stem
+    assert paged_decode.kernel_for(KVSpec(), 128, sm=90, aligned=False) == "paged_decode"
 
 
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
@@ -417,7 +418,7 @@ def test_no_block_asks_for_more_shared_memory_than_there_is(sm, q):
     for text, D, G in itertools.product(
         ("fp16", "bf16", "int8", "int4"), (64, 128, 256), (1, 4, 8)
     ):
-        spec, sizes = kinds.KVSpec.parse(text), paged_decode_mma.Sizes(2, 1, G, 1, D, 16, 8)
+        spec, sizes = KVSpec.parse(text), paged_decode_mma.Sizes(2, 1, G, 1, D, 16, 8)
         if not paged_decode_mma.covers(sm, spec, D):
             continue
         asked = paged_decode_mma.shared_bytes(sm, spec, np.dtype(q), sizes)
@@ -560,7 +561,7 @@ def test_a_poisoned_workspace_does_not_show(xp, rng):
 @pytest.mark.parametrize("sm", [75, 80, 90])
 def test_workspace_suffices_for_every_kind(monkeypatch, text, q, sm, H, T, B):
     """Kinds differ in the blocks that run at once; fewer blocks may cut keys into more ranges."""
-    spec, dtype = kinds.KVSpec.parse(text), np.dtype(q)
+    spec, dtype = KVSpec.parse(text), np.dtype(q)
     monkeypatch.setattr(cuda, "num_sms", lambda device: 132)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "current_sm", lambda: sm)
@@ -640,7 +641,7 @@ def test_errors_name_the_argument(xp, rng):
     with pytest.raises(ShapeError, match="lengths has B=2, expected B=3"):
         decode(q, k_pool, v_pool, table, lengths[:2])
     with pytest.raises(DtypeError, match="v_pool has dtype float32, expected float16"):
-        decode(q, k_pool, v_pool.astype(np.float32), table, lengths, spec=kinds.KVSpec())
+        decode(q, k_pool, v_pool.astype(np.float32), table, lengths, spec=KVSpec())
     with pytest.raises(ParameterError, match="spec is missing, and v_pool is uint8"):
         decode(q, k_pool, xp.zeros(v_pool.shape, np.uint8), table, lengths)
     with pytest.raises(DtypeError, match="lengths has dtype int64, expected int32"):

@@ -8,8 +8,8 @@ import pytest
 import pykv
 from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.kinds import KVSpec
 from pykv.ops import norm, paged_append, paged_qkv, rope
+from pykv.specs import KVSpec
 from tests.helpers import assert_close_to_oracle, assert_same_bits, product, to_numpy
 from tests.ops.test_paged_append import Cache, dtype_of, on, options_of
 

@@ -10,6 +10,7 @@ from pykv import kinds
 from pykv.arrays import FLOATS
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import paged_decode, prefill, prefill_mma
+from pykv.specs import KVSpec
 from pykv.testing import attention
 from tests.conftest import array_module
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
@@ -88,7 +89,7 @@ def test_matches_a_plain_loop(xp, rng, P, window, causal, cap):
     q, k_pool, v_pool, table, lengths, starts = args
     where = dict(k_pool=k_pool, v_pool=v_pool, k_scales=None, v_scales=None)
     where |= dict(page_table=table, lengths=lengths)
-    want = attention.prefill(q, where, kinds.KVSpec("fp32", "fp32"), starts, np.float64, **options)
+    want = attention.prefill(q, where, KVSpec("fp32", "fp32"), starts, np.float64, **options)
     np.testing.assert_allclose(out, want[0], rtol=0, atol=2e-6)
     np.testing.assert_allclose(lse, want[1], rtol=0, atol=2e-6)
 
@@ -194,7 +195,7 @@ def test_codes_are_the_floats_that_they_decode_to(xp, rng, spec):
 @pytest.mark.parametrize("rises", [True, False])
 def test_scales_of_values_differ_from_tile_to_tile(xp, rng, spec, q, D, rises):
     """By 2^26 over the keys: sums so far and later ones must keep to one unit."""
-    spec, L = kinds.KVSpec.parse(spec), 200
+    spec, L = KVSpec.parse(spec), 200
     size = np.exp2(np.linspace(-12, 14, L) * (1 if rises else -1)).astype(np.float32)
     k, v = rng.standard_normal((2, 1, L, 1, D)).astype(np.float32)
     arrays = {}
@@ -371,7 +372,7 @@ def test_errors_name_the_argument(xp, rng):
     codes = xp.zeros(k_pool.shape, np.uint8)
     with pytest.raises(ParameterError, match="spec is missing, and k_pool is uint8"):
         run(q, codes, codes, *args[3:])
-    e4m3 = kinds.KVSpec.parse("e4m3")
+    e4m3 = KVSpec.parse("e4m3")
     with pytest.raises(ParameterError, match="k_scales is missing, expected scales for e4m3"):
         run(q, codes, codes, *args[3:], spec=e4m3)
     with pytest.raises(DtypeError, match="v_pool has dtype float16, expected uint8"):
@@ -548,8 +549,8 @@ def test_the_kernel_for_a_cache():
         ("fp16", 272, "float16", 90): "prefill",
     }
     for (spec, D, q, sm), stem in choices.items():
-        assert prefill.kernel_for(kinds.KVSpec.parse(spec), D, q, sm=sm) == stem
-    assert prefill.kernel_for(kinds.KVSpec(), 128, sm=90, aligned=False) == "prefill"
+        assert prefill.kernel_for(KVSpec.parse(spec), D, q, sm=sm) == stem
+    assert prefill.kernel_for(KVSpec(), 128, sm=90, aligned=False) == "prefill"
 
 
 @pytest.mark.parametrize("sm", [75, 80, 86, 89, 90, 100, 120])
@@ -558,14 +559,14 @@ def test_no_block_asks_for_more_shared_memory_than_there_is(sm, q):
     """CUDA programming guide, compute capabilities: shared memory of a block."""
     limit = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[sm] << 10
     for text, D in itertools.product(("fp16", "bf16", "int8", "int4", "e4m3+bf16"), (16, 80, 256)):
-        tiling = prefill_mma.tiling(sm, kinds.KVSpec.parse(text), D, q)
+        tiling = prefill_mma.tiling(sm, KVSpec.parse(text), D, q)
         assert tiling is None or 0 < tiling.shared_bytes <= limit
 
 
 def test_tiles_by_hand():
     """128 rows and twice two slots of 64 keys, of 256 bytes each; with codes two slots, queues of
     128 bytes a key, and scales; on an SM of 100 KiB half as many rows and keys."""
-    bf16, int8, q = kinds.KVSpec("bf16", "bf16"), kinds.KVSpec("int8", "int8"), FLOATS[2]
+    bf16, int8, q = KVSpec("bf16", "bf16"), KVSpec("int8", "int8"), FLOATS[2]
     assert prefill_mma.tiling(90, bf16, 128, q) == (128, 64, 256 * (128 + 256))
     assert prefill_mma.tiling(80, bf16, 128, q) == (128, 32, 256 * (128 + 128))
     assert prefill_mma.tiling(89, bf16, 128, q) == (64, 32, 256 * (64 + 128))

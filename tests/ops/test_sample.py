@@ -287,14 +287,14 @@ def test_unusual_logits(xp):
         ([nan, nan, nan, nan], {-1}),
         ([-3e38, -3e38, -inf, -3e38], {0, 1, 3}),
         ([1e-45, 0, -0.0, -1e-45], {0, 1, 2, 3}),
-        ([0, -29, -27, -100], {0}),  # exp(-27) is 2^-39: possible, but not in 40 draws
+        ([0, -29, -27, -100], {0}),  # exp(-27) is 2^-39: possible, but not in 20 draws
     ]
     for temperature, top_p in ((1.0, 1.0), (1.0, 0.9999), (1e-30, 1.0), (1e-45, 0.9999)):
         for row, want in rows:
             if temperature == 1e-45 and 1e-45 in row:
                 want = {0}  # 2^26 log2(e) / temperature overflows
             got = draw(
-                xp, repeat(row, 40), temperature=temperature, top_p=top_p, seeds=np.arange(40)
+                xp, repeat(row, 20), temperature=temperature, top_p=top_p, seeds=np.arange(20)
             )
             assert set(got.tolist()) == want, (row, temperature)
 

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv.kinds import KVSpec
 from pykv.ops import attention_scores, paged_decode, prefill
+from pykv.specs import KVSpec
 from pykv.testing import attention, codes, paged
 from tests.helpers import assert_same_bits, product, to_numpy
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import pykv
+from tests.llm.test_sessions import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
     COMMAND,
     answer,
@@ -398,6 +399,18 @@ def test_run_goes_on(capsys, tmp_path, how):
         llm = pykv.LLM("chat.gguf", device="cpu")
         start = llm.tokenize("hello there" + first[0]["text"])
         assert len(llm.load(path).token_ids) > 40 and first[0]["prompt_tokens"] < len(start)
+
+
+def test_a_coded_session_goes_on(capsys, tmp_path):
+    path = tmp_path / "talk"
+    artefact_of("chat.gguf").save(tmp_path / "a.kvtc")
+    flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--max-tokens", 20, "--json")
+    flags += ("--session", path, "--session-codec", f"{tmp_path / 'a.kvtc'}:2")
+    assert run(capsys, *flags, "hello there")[0] == 0
+    code, out, err = run(capsys, *flags, "and then?")
+    assert code == 0 and json.loads(out)["reused_tokens"] == 16 and " tokens need no" in err
+    code, _, err = run(capsys, *flags[:-2], "more")
+    assert code == 2 and "is coded by artefact" in err
 
 
 def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):

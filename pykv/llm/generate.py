@@ -14,6 +14,7 @@ import numpy as np
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
 from pykv.kvtc.codec import Codec
+from pykv.kvtc.rows import fingerprint
 from pykv.llm import gguf, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
@@ -116,6 +117,8 @@ class LLM:
             memory.require(need, self.xp)
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
+            # Now, as the file may change, or go, before a session is saved.
+            self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(
                 config.num_layers,
                 -(-(pool_tokens or 1) // page_size),

@@ -26,7 +26,6 @@ from pykv import cuda, stored_pages, tensor_files, whole_files
 from pykv.errors import CapacityError, FormatError, ParameterError, PykvError
 from pykv.kvtc.artefact import Artefact
 from pykv.kvtc.codec import Codec
-from pykv.kvtc.rows import fingerprint
 from pykv.kvtc.stream import parse
 from pykv.llm.chat import check_messages
 from pykv.llm.scheduler import Scheduler
@@ -159,7 +158,7 @@ def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
     check_codec(op, codec, False)
     made: Codec | None = codec
     if made is not None:
-        difference = made.model.difference(fingerprint(llm.file, llm.model))
+        difference = made.model.difference(llm.fingerprint)
         if difference:
             raise ParameterError(f"{op}: codec is of a model with {difference}")
     return made
@@ -179,7 +178,7 @@ def _facts(llm: LLM, count: int) -> dict[str, str]:
     """What a file with so many pages says of itself."""
     config = llm.model.config
     keys = {k: v for k, v in llm.file.metadata.items() if k.startswith(f"{config.architecture}.")}
-    model = [fingerprint(llm.file, llm.model).sha256, keys]
+    model = [llm.fingerprint.sha256, keys]
     facts = {name: str(fact) for name, fact in facts_of("LLM", "cache", llm.cache).items()}
     return facts | dict(
         format=FORMAT,

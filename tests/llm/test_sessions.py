@@ -83,8 +83,12 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
 
 @pytest.fixture(scope="module")
 def artefact(tiny_paths):
-    """Of the tiny model: all components of its rows, 8 bits each."""
-    llm = LLM(tiny_paths / "llama.gguf", device="cpu")
+    return artefact_of(tiny_paths / "llama.gguf")
+
+
+def artefact_of(path):
+    """Of a tiny model: all components of its rows, 8 bits each."""
+    llm = LLM(path, device="cpu")
     rows = collect(llm.model, tokens_of(np.random.default_rng(5), 128), np)
     sides = []
     for x in (of_side.reshape(128, -1) for of_side in rows):
@@ -126,6 +130,13 @@ def test_a_codec_makes_a_file_smaller(open_llm, rng, tmp_path, artefact, monkeyp
     assert 0 < (np.exp(p) * (p - q)).sum() < 0.1  # without half of the components it is 5
     if kv_dtype == "fp16":
         assert path.stat().st_size < 0.75 * (tmp_path / "plain").stat().st_size
+
+
+@without_simt
+def test_a_coded_file_of_no_pages(open_llm, rng, tmp_path, artefact, xp):
+    codec, path = Codec(artefact, 2, xp), tmp_path / "x"
+    assert open_llm().save(path, [5, 6], codec=codec) == 0
+    assert open_llm().load(path, codec=codec).token_ids == [5, 6]
 
 
 @without_simt
@@ -353,3 +364,12 @@ def test_an_interrupted_save_leaves_the_old_file(open_llm, rng, tmp_path, monkey
             llm.save(path, tokens_of(rng, 5))
     assert path.read_bytes() == good and [x.name for x in tmp_path.iterdir()] == ["x"]
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+@without_simt
+def test_the_model_file_may_go_before_a_save(open_llm, tiny_paths, rng, tmp_path):
+    (tiny_paths / "gone.gguf").write_bytes((tiny_paths / "llama.gguf").read_bytes())
+    llm = open_llm("gone")
+    (tiny_paths / "gone.gguf").unlink()
+    saved(llm, tmp_path / "x", rng)
+    assert open_llm().load(tmp_path / "x").token_ids

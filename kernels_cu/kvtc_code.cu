@@ -17,7 +17,7 @@
 //           32; k_upper, k_lower, v_upper, v_lower: counts of groups with 8 ... 5 bits, and with 4
 //           ... 1, 16 bits each, the first one lowest
 // Defines:  X_T = float or f16 of decoded coefficients; BLOCK = threads; TOKENS of a block
-// Launch:   grid (ceil(max C / (8 * BLOCK)), ceil(T / TOKENS), 2), block (BLOCK); z: K, V
+// Launch:   grid (ceil(T / TOKENS), ceil(max C / (8 * BLOCK)), 2), block (BLOCK); z: K, V
 // Traffic:  encode  T * (4 * C + bytes of a row) for K and V; decode sizeof(X_T) in place of 4
 // Order:    no atomics, no sums; bit-exact
 #include "vector.cuh"
@@ -34,7 +34,7 @@ static_assert(BLOCK % WARP == 0, "whole warps");
 struct Share { int column, bits, byte, first, words; };
 
 __device__ __forceinline__ Share share_of_lane(u64 upper, u64 lower) {
-    const int column = (blockIdx.x * BLOCK + threadIdx.x) * 8;
+    const int column = (blockIdx.y * BLOCK + threadIdx.x) * 8;
     int group = column / OF_GROUP, start = 0, bits = 0;
 #pragma unroll
     for (int b = 8; b > 0; b--) {
@@ -63,7 +63,7 @@ encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restri
     const int columns = is_v ? v_columns : k_columns;
     const Share mine = share_of_lane(is_v ? v_upper : k_upper, is_v ? v_lower : k_lower);
     const float* const from = (is_v ? v : k) + mine.column;
-    const int t0 = blockIdx.y * TOKENS, tokens = min(TOKENS, T - t0);
+    const int t0 = blockIdx.x * TOKENS, tokens = min(TOKENS, T - t0);
 
     float x[TOKENS][8], steps[8];
     if (mine.bits > 0) {
@@ -103,7 +103,7 @@ decode(X_T* __restrict__ k, X_T* __restrict__ v, const u8* __restrict__ rows,
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int columns = is_v ? v_columns : k_columns;
     const Share mine = share_of_lane(is_v ? v_upper : k_upper, is_v ? v_lower : k_lower);
-    const int t0 = blockIdx.y * TOKENS, tokens = min(TOKENS, T - t0);
+    const int t0 = blockIdx.x * TOKENS, tokens = min(TOKENS, T - t0);
 
     const u32* const from =
         reinterpret_cast<const u32*>(rows) + (is_v ? v_start : 0) + mine.first;

@@ -26,8 +26,8 @@
 //           hadamard = 1: heads of the pools are Hadamard-rotated
 // Defines:  those of pool_write.cuh and head_row.cuh; BACK = 0 or 1; ROW_FLOAT = f16, or with BACK
 //           float; FREQS; TOKENS of a block
-// Launch:   grid (x, ceil(S / TOKENS) + ceil(C / TOKENS) + ceil(X / TOKENS), 2), block (BLOCK); z:
-//           K, V; heads are shared among x
+// Launch:   grid (ceil(S / TOKENS) + ceil(C / TOKENS) + ceil(X / TOKENS), y, 2), block (BLOCK); z:
+//           K, V; heads are shared among y
 // Traffic:  T * E * H * (bytes of a row of K and V with scales, and of what it becomes)
 // Order:    no atomics; floats from reading to storing; sums in an order that D decides
 #include "head_row.cuh"
@@ -47,7 +47,7 @@ struct Tokens { Class of; int first, nth, count; };
 
 __device__ __forceinline__ Tokens tokens_of_block(int num_sinks, int num_rows, int num_window) {
     const int counts[3] = {num_sinks, num_rows, num_window};
-    int tile = blockIdx.y, before = 0;
+    int tile = blockIdx.x, before = 0;
 #pragma unroll
     for (int of = 0; of < 3; of++) {
         const int tiles = (counts[of] + TOKENS - 1) / TOKENS;
@@ -289,7 +289,7 @@ kvtc_rows(ROW_FLOAT* rows, f16* sinks, i8* window, f16* window_scales, int* kept
     const int is_v = blockIdx.z;
     Call c{rows, sinks, window, window_scales, places, mean, rows_side, mean_side, layers,
            all_layers, hadamard, is_v, tokens, {}};
-    const bool keeps = !BACK && kept_positions && !is_v && blockIdx.x == 0 && threadIdx.x == 0;
+    const bool keeps = !BACK && kept_positions && !is_v && blockIdx.y == 0 && threadIdx.x == 0;
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         const int token = tokens.first + min(t, tokens.count - 1), position = positions[token];
@@ -314,7 +314,7 @@ kvtc_rows(ROW_FLOAT* rows, f16* sinks, i8* window, f16* window_scales, int* kept
                             v_scales, v_scales_page, v_scales_token, v_scales_head},
                            v_pool_layer, v_scales_layer};
     const int heads = layers * H, group = threadIdx.x / LANES;
-    for (int first = blockIdx.x * GROUPS; first < heads; first += gridDim.x * GROUPS) {
+    for (int first = blockIdx.y * GROUPS; first < heads; first += gridDim.y * GROUPS) {
         const bool wanted = first + group < heads;  // no lane leaves its warp
         const int head = min(first + group, heads - 1);
         float* const row = exchange[IN_LANE ? 0 : group];

@@ -34,7 +34,8 @@ class Codec:
         xp: the array module that decides where the codec works, `numpy` or `cupy`.
         tokens: rows that are coded at a time; more are coded piece by piece. The workspace takes
             tokens * (4 * F + 8 * components) bytes.
-        gemm: which code multiplies on a GPU, see kvtc_project.project.
+        gemm: which code multiplies on a GPU, see kvtc_project.project; "own" where calls are to be
+            captured into a graph.
 
     Attributes:
         artefact: SHA-256 that names the artefact, in hexadecimal.
@@ -296,6 +297,7 @@ class Codec:
                 raise FormatError(
                     f"{op}: coded has {name}={getattr(header, name)}, expected {want} as the codec"
                 )
+        _check_bytes(op, "coded", coded.data, header.nbytes)
         return header
 
     def _check_layers(self, op: str, layers: Any) -> range:
@@ -322,13 +324,7 @@ class Codec:
         """The first bytes of `out`, or of a new array."""
         if out is None:
             return self._xp.empty(nbytes, np.uint8)
-        if not is_array(out) or out.dtype != np.uint8:
-            given = getattr(out, "dtype", type(out).__name__)
-            raise DtypeError(f"{op}: out is of {given}, expected an array of uint8")
-        if out.ndim != 1 or not out.flags.c_contiguous:
-            raise ShapeError(f"{op}: out has shape {out.shape}, expected [{nbytes}], contiguous")
-        if out.size < nbytes:
-            raise CapacityError(f"{op}: out has {out.size} bytes, expected at least {nbytes}")
+        _check_bytes(op, "out", out, nbytes)
         check_writeable(op, "out", out)
         return out[:nbytes]
 
@@ -378,6 +374,17 @@ class Codec:
         flat = self._coefficients.view(dtype)
         k, v = (n * sum(widths) for widths in group.widths)
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
+
+
+def _check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
+    """Check an array of so many bytes, or more."""
+    if not is_array(x) or x.dtype != np.uint8:
+        given = getattr(x, "dtype", type(x).__name__)
+        raise DtypeError(f"{op}: {name} is of {given}, expected an array of uint8")
+    if x.ndim != 1 or not x.flags.c_contiguous:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{nbytes}], contiguous")
+    if x.size < nbytes:
+        raise CapacityError(f"{op}: {name} has {x.size} bytes, expected at least {nbytes}")
 
 
 def _check_positions(op: str, positions: Any, expected: Ids) -> None:

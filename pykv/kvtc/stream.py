@@ -154,7 +154,8 @@ class Coded:
         return Coded(self.header, to_host(self.data) if xp is np else xp.asarray(self.data))
 
     def to_bytes(self) -> bytes:
-        """The stream; waits for a GPU."""
+        """The stream. Waits for a GPU where `data` are there; those pinned on the host must have
+        arrived."""
         header, data = self.header, to_host(self.data)
         stream = bytearray(ALIGNMENT + header.nbytes)
         for of in header.sections().values():

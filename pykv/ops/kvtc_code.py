@@ -203,5 +203,5 @@ def _launch(
             scalars[f"{side}_{half}"] = sum(n << 16 * i for i, n in enumerate(of_half))
         scalars[f"{side}_columns"] = dims[f"C{side}"]
     kernel = cuda.kernel("kvtc_code", name, X_T=dtype, BLOCK=BLOCK, TOKENS=TOKENS)
-    grid = max(1, -(-C // (8 * BLOCK))), -(-T // TOKENS), 2
+    grid = -(-T // TOKENS), max(1, -(-C // (8 * BLOCK))), 2
     return cuda.Launch(kernel, grid, BLOCK, scalars)

@@ -93,7 +93,7 @@ def project(
         DeviceError: host and device arrays are mixed.
         ParameterError: `gemm` is unknown.
         UnsupportedError: "cublas" is asked for where it is not installed, or while a graph is being
-            captured, which CuPy refuses.
+            captured, which CuPy refuses; a prepared call that goes to cuBLAS is captured.
 
     Runs where the arrays are; on a GPU it only enqueues. Products of float16 are exact, sums are
     float32; on tensor cores they are truncated, an error that grows with F and stays below 2e-4 of

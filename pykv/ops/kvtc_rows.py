@@ -423,7 +423,7 @@ def _launch(
         scalars |= spec.pool_strides(**{kernel_name: None if x is None else x[0]})
         scalars[f"{kernel_name}_layer"] = 0 if x is None else x.strides[0] // x.itemsize
     kernel = cuda.kernel("kvtc_rows", "kvtc_rows", **defines)
-    return cuda.Launch(kernel, (min(chunks, wanted), tiles, 2), BLOCK, scalars)
+    return cuda.Launch(kernel, (tiles, min(chunks, wanted), 2), BLOCK, scalars)
 
 
 def defines_of(  # each is a define

@@ -232,6 +232,8 @@ def test_other_positions_and_codecs_are_noticed(xp, rng):
     refused(FormatError, "coded has ratio=4, expected 8", codec=Codec(artefact, 8, xp))
     small = PagedKVCache(L, 3, H, 2 * D, page_size=P, xp=xp)
     refused(ParameterError, f"cache has head_dim={2 * D}, expected {D} as", cache=small)
+    short = replace(coded, data=coded.data[:-1])
+    refused(CapacityError, "coded has .* bytes, expected at least", coded=short)
     refused(DtypeError, "coded is a bytes, expected a pykv.kvtc.Coded", coded=b"")
     refused(DtypeError, r"layers is \[0\], expected a range of step 1", layers=[0])
     refused(DtypeError, "expected a range of step 1", layers=range(0, 3, 2))

@@ -53,28 +53,30 @@ def test_of_windows_and_a_pool(open_llm, rng, tmp_path, computed):
 
 def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **options):
     first, path = open_llm(name, **options), tmp_path / "x.session"
-    prompt, more = tokens_of(rng, 40), tokens_of(rng, 9)
-    (answer,) = first.generate([prompt], greedy(20))
+    prompt, more = tokens_of(rng, 30), tokens_of(rng, 5)
+    (answer,) = first.generate([prompt], greedy(4))
     said = prompt + answer.token_ids
-    assert first.save(path, said) == 48  # of 59 that have entries
+    assert first.save(path, said) == 32  # of 33 that have entries
     computed.clear()
-    (want,) = first.generate([said + more], greedy(8))
+    (want,) = first.generate([said + more], greedy(3))
     expected = list(computed)
 
     second = open_llm(name, **options)
     computed.clear()
     session = second.load(path)
-    assert (session.token_ids, session.messages, session.cached_tokens) == (said, None, 48)
+    assert (session.token_ids, session.messages, session.cached_tokens) == (said, None, 32)
     assert not computed
-    assert second.generate([said + more], greedy(8)) == [want]
-    assert second.stats.reused_tokens == 48 and computed == expected
-    assert sum(computed[:1]) <= 60 + 9 - 48
+    assert second.generate([said + more], greedy(3)) == [want]
+    assert second.stats.reused_tokens == 32 and computed == expected
+    assert computed[0] == 34 + 5 - 32
     # The pages are those of the first, bit for bit.
     with first._scheduler.known(said) as pages, second._scheduler.known(said) as others:
         for x in ("k", "v", "k_scales", "v_scales"):
             if getattr(first.cache, x) is not None and first.spec.granularity == "token":
                 a, b = getattr(first.cache, x), getattr(second.cache, x)
-                assert_same_bits(to_numpy(a)[:, pages[:3]], to_numpy(b)[:, others[:3]])
+                assert_same_bits(to_numpy(a)[:, pages[:2]], to_numpy(b)[:, others[:2]])
+    cached = second.cache.manager.num_cached
+    assert second.load(path) == session and second.cache.manager.num_cached == cached
     assert second.cache.manager.num_free == second.cache.manager.num_pages
 
 
@@ -116,16 +118,16 @@ def test_a_codec_makes_a_file_smaller(open_llm, rng, tmp_path, artefact, monkeyp
     """And little different; the file names an artefact, by its text or by its codec."""
     plain, path = open_llm(kv_dtype=kv_dtype), tmp_path / "x.session"
     artefact.save(tmp_path / "a.kvtc")
-    prompt = tokens_of(rng, 70)
+    prompt = tokens_of(rng, 36)
     plain.generate([prompt], greedy(1))
-    assert plain.save(tmp_path / "plain", prompt) == 64
-    assert plain.save(path, prompt, codec=Codec(artefact, 2, xp)) == 64
+    assert plain.save(tmp_path / "plain", prompt) == 32
+    assert plain.save(path, prompt, codec=Codec(artefact, 2, xp)) == 32
     noted = noted_logits(monkeypatch)
     plain.generate([prompt], greedy(1))
     llm = open_llm(kv_dtype=kv_dtype)
-    assert llm.load(path, codec=f"{tmp_path / 'a.kvtc'}:2").cached_tokens == 64
+    assert llm.load(path, codec=f"{tmp_path / 'a.kvtc'}:2").cached_tokens == 32
     llm.generate([prompt], greedy(1))
-    assert llm.stats.reused_tokens == 64
+    assert llm.stats.reused_tokens == 32
     p, q = (x - np.logaddexp.reduce(x) for x in np.array(noted, np.float64))
     assert 0 < (np.exp(p) * (p - q)).sum() < 0.1  # without half of the components it is 5
     if kv_dtype == "fp16":

@@ -337,6 +337,9 @@ class LLM:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
         prompts begin with its tokens reuse its pages as if this LLM had computed them.
 
+        Pages that were coded are near what the model computes, and serve every prompt that begins
+        so, unless the cache has exact ones.
+
         Args:
             path: of the file.
             codec: of the artefact and ratio that the file was saved with; not used if it was saved

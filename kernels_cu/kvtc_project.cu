@@ -33,7 +33,7 @@ struct Product { X_T* out; const f16* x; const f16* w; int T, in, outputs; i64 s
 constexpr int DEPTH = 64;             // of I, in a stage
 constexpr int CHUNKS = DEPTH / 8;     // of 16 bytes
 constexpr int STEPS = DEPTH / 16;     // of mma
-constexpr int OWN_T = 64, OWN_O = 64;  // of a warp
+constexpr int OWN_O = 64, OWN_T = TILE_T * TILE_O / OWN_O * WARP / BLOCK;  // of a warp
 constexpr int WARPS_T = TILE_T / OWN_T, WARPS_O = TILE_O / OWN_O;
 // Operands of the next step come while those of a step are multiplied, where registers allow.
 constexpr int AHEAD = __CUDA_ARCH__ >= 800 ? 1 : 0;

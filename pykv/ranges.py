@@ -85,7 +85,7 @@ def check_reachable(op: str, name: str, table: Any, sizes: Any) -> None:
         DeviceError: one is.
     """
     for i in np.flatnonzero(np.broadcast_to(sizes, table.shape)).tolist():
-        if _is_pageable(int(table[i])):
+        if is_pageable(int(table[i])):
             raise DeviceError(
                 f"{op}: {name}[{i}] is in pageable host memory, expected memory of a GPU or "
                 "pinned host memory"
@@ -116,14 +116,15 @@ def check_pinned(op: str, name: str, array: Any) -> None:
     Raises:
         DeviceError: it is not.
     """
-    if _is_pageable(address_of(array)):
+    if is_pageable(address_of(array)):
         raise DeviceError(
             f"{op}: {name} is in pageable host memory, expected it pinned, as cupyx.empty_pinned "
             "makes it"
         )
 
 
-def _is_pageable(address: int) -> bool:
+def is_pageable(address: int) -> bool:
+    """Whether an address is in host memory that no GPU reaches."""
     runtime = cuda.array_module("cuda").cuda.runtime
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 

@@ -24,15 +24,15 @@ from pykv import (
     pages,
     plan,
 )
-from pykv.kvtc import Codec
+from pykv.kvtc import Codec, v0
 from pykv.ops import permute
 from tests.kvtc import made
 from tests.llm import tiny
-from tests.ops.calls import OPS, filled, zeros
+from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks kinds kvtc.codec kvtc.stream layout page_files pages".split()
-PUBLIC += "plan.append plan.base plan.decode transfer".split()
+PUBLIC = "blocks kinds kvtc.codec kvtc.stream kvtc.stream_v0 kvtc.v0 layout page_files".split()
+PUBLIC += "pages plan.append plan.base plan.decode transfer".split()
 
 
 def functions(module):
@@ -99,6 +99,9 @@ UNCHECKED = """
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
     specs.parsed specs.KVSpec.written kinds.count_largest
+    kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
+    kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
+    kvtc.stream_v0.headers kvtc.stream_v0.check_headers
 """.split()
 
 
@@ -139,6 +142,11 @@ FUNCTIONS = {
     "ops.paged_qkv.hadamard_matrix": dict(D=4),
     "ops.paged_qkv.hadamard_transform": dict(x=_ROW_OF_HOST),
     "ops.rope.frequencies": dict(dim=8, base=1e4, divisors=_DIVISORS),
+    "ops.kvtc_blocks.gather_mean_subtract": dict(blocks=zeros("f2", 2, 8), mean=zeros("f4", 8)),
+    "ops.kvtc_blocks.mean_add_scatter": dict(x=zeros("f4", 2, 8), mean=zeros("f4", 8))
+    | dict(blocks=zeros("f2", 2, 8)),
+    "kvtc.stream_v0.compressed_size": dict(ranges=RANGES, batch=2),
+    "kvtc.v0.workspace_size": dict(features=8, components=4, batch=2),
     "ops.permute.permute": dict(dst=_UNIVERSAL, src=_NHD, dst_layout="universal", src_layout="NHD"),
     "ops.permute.universal_from_block": dict(universal=_UNIVERSAL, blocks=_NHD),
     "ops.permute.block_from_universal": dict(blocks=_NHD, universal=_UNIVERSAL),
@@ -364,6 +372,35 @@ def _normalised(xp):
     return pykv.ops.norm.rms_norm(xp.ones((1, 8), np.float32), xp.ones(8, np.float32))
 
 
+def _config(xp):
+    basis = np.eye(8, dtype=np.float32)
+    return v0.KvtcConfig(xp.zeros(8, np.float32), xp.asarray(basis), RANGES), xp.ones((2, 8), "f2")
+
+
+def _stream(xp):
+    config, blocks = _config(xp)
+    return config, v0.compress(blocks, config), blocks
+
+
+def _compress(xp):
+    config, blocks = _config(xp)
+    return v0.compress, dict(blocks=blocks, config=config)
+
+
+def _decompress(xp):
+    config, codes, blocks = _stream(xp)
+    return v0.decompress, dict(codes=codes, config=config, blocks=blocks)
+
+
+def _parse(xp):
+    return v0.parse, dict(data=_stream(np)[1], num_ranges=2, batch=2, features=8)
+
+
+def _dequantize_ranges(xp):
+    given = dict(codes=_stream(xp)[1], ranges=RANGES, batch=2)
+    return pykv.ops.kvtc_ranges.dequantize_ranges, given
+
+
 _ATTENDED = dict(page_table=ints([1, 0], [2, -1]), lengths=ints(3, 1))
 _QUERIES, _NEW = zeros("f4", 2, 4, 16), zeros("f4", 2, 2, 16)
 METHODS = {
@@ -379,6 +416,16 @@ METHODS = {
     "llm.generate.LLM.load": _session("load"),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "llm.generate.LLM.perplexity": _of(_llm, "perplexity", text_or_ids=[5, 6]),
+    "kvtc.v0.KvtcConfig": lambda xp: (
+        v0.KvtcConfig,
+        _given(xp, dict(mean=zeros("f4", 8), projection=zeros("f4", 8, 8))) | dict(ranges=RANGES),
+    ),
+    "kvtc.v0.KvtcConfig.compressed_size": _of(_config, "compressed_size", batch=2),
+    "kvtc.v0.KvtcConfig.workspace_size": _of(_config, "workspace_size", batch=2),
+    "kvtc.v0.compress": _compress,
+    "kvtc.v0.decompress": _decompress,
+    "kvtc.stream_v0.parse": _parse,
+    "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
     "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),

@@ -38,7 +38,9 @@ def test_what_attempts_come_to():
         assert expected in report, (attempt, report)
 
 
-@pytest.mark.parametrize("fuzzer, count", [("fuzz_gguf.py", 300), ("fuzz_templates.py", 100)])
+@pytest.mark.parametrize(
+    "fuzzer, count", [("fuzz_gguf.py", 300), ("fuzz_templates.py", 100), ("fuzz_kvtc.py", 100)]
+)
 def test_damaged_inputs_bring_nothing_but_pykv_errors(fuzzer, count):
     command = [sys.executable, str(TOOLS / fuzzer), str(count)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -9,7 +9,7 @@ import pytest
 from pykv import kinds
 from pykv.kinds import KINDS
 from pykv.specs import KVSpec
-from pykv.testing import attention, codes, judged, oracles, paged
+from pykv.testing import attention, codes, judged, kvtc, oracles, paged
 
 SPECS = ("fp16", "int8", "int4:fp32:HND", "e4m3:head", "e5m2:tensor:HND", "k8v4", "fp32+bf16")
 
@@ -195,3 +195,14 @@ def test_judged_takes_the_oracle_in_both_dtypes():
     error, bound = judged(np.array([1.0], np.float32), oracle, np.float32)
     assert asked == [np.float32, np.float64]
     assert error == 2**-30 and 4 * 2**-23 < bound < 5 * 2**-23
+
+
+def test_a_stream_of_kvtc_by_hand():
+    """One row: 1.5 in fp8, then 0, 1, 3 and a NaN in two bits, and read back."""
+    x = np.array([[1.5, 0, 1, 3, np.nan]], np.float32)
+    made = kvtc.stream(x, [(0, 1, "fp8", 8), (1, 5, "intx", 2)])
+    first = "00000000 08000000 0000000000000000 0100000000000000 0100000000000000 0000000000000000"
+    second = "01000000 02000000 0100000000000000 0500000000000000 0100000000000000 0800000000000000"
+    # 0b00_11_01_00 behind the minimum 0 and the maximum 3
+    assert made.hex() == f"{first} 3c {second} 00000000 00004040 34".replace(" ", "")
+    assert kvtc.rows(made, 2, 1, 5).tolist() == [[1.5, 0, 1, 3, 0]]

@@ -7,6 +7,8 @@
     coded = codec.compress(cache, table, positions)   tokens of a sequence, from its pages
     codec.decompress(pykv.kvtc.parse(coded.to_bytes()), cache, table)
 
+    v0, stream_v0   the operations and the stream of NVIDIA Dynamo's kvbm-kernels: rows of blocks
+
 Source: KV Cache Transform Coding (Staniszewski and Lancucki, ICLR 2026, arXiv 2511.01815).
 """
 

@@ -45,7 +45,7 @@ def _tiles(sm: int, wide: bool) -> _Tiles:
     if sm < 75:
         return _Tiles(64, 64, 256, 0)
     if sm < 80:
-        return _Tiles(128, 128, 128, 2)
+        return _Tiles(128, 128, 256, 2)
     if not wide:
         return _Tiles(128, 128, 128, 3)
     return _Tiles(128, 256, 256, 4 if 90 <= sm < 120 else 3 if sm in (80, 87) else 2)

@@ -1,48 +1,76 @@
-"""bench kvtc_codec: what a run counts, and that its check can fail."""
+"""bench kvtc: its cases, what a run moves, kvbench's columns, and what is concluded."""
+
+import csv
+import io
 
 import numpy as np
 import pytest
 
-from pykv.bench import kvtc_codec, memory, report
-from pykv.kvtc import coder
-from tests.helpers import without_simt
+from pykv import bench, cli
+from pykv.bench import kvtc, report
+from pykv.kvtc import stream_v0
+from pykv.ops import kvtc_ranges
+from tests.bench.test_copy import machine  # noqa: F401, a fixture
+
+KVBENCH = "tokens_per_block,num_blocks,features,pca_components,quant_type,operation"
+KVBENCH += ",uncompressed_bytes,compressed_bytes,median_ms,bandwidth_gbps,compression_ratio"
 
 
-@without_simt
-@pytest.mark.parametrize("case", kvtc_codec.QUICK, ids=report.label)
-def test_a_case_does_what_it_says(xp, rng, case):
-    """Its check fails before the call and holds after it."""
-    work = kvtc_codec.make(case, xp, rng)
-    if work is None:
-        assert case.get("gemm") == "cublas" or (xp is np and case["to"] == "host")
-        return
+@pytest.mark.parametrize("case", kvtc.QUICK, ids=report.label)
+def test_a_case_does_what_it_says(machine, rng, case):  # noqa: F811
+    """Its check fails before the call, and holds after it. Bytes: those moved, or the blocks'."""
+    work = kvtc.make(case, machine, rng)
+    N, F, C = (case[letter] for letter in "NFC")
+    ranges = kvtc.ranges_of(case["quant_type"], C)
+    moved = dict.fromkeys(kvtc.STAGES, N * F * 6)
+    size = stream_v0.compressed_size(ranges, N)
+    moved |= dict.fromkeys(kvtc.CODERS, 4 * N * C + size)
+    assert work.bytes == moved.get(case["operation"], 2 * N * F)
+    assert work.ceiling == ("copy" if case["operation"] in moved else None)
+    assert work.flops == (0 if case["operation"] in moved else 2 * N * F * C)
     assert not work.check()
     work.run()
-    if xp is not np:
-        xp.cuda.get_current_stream().synchronize()
     assert work.check()
-    memory.free()
 
 
-# 20 tokens of 128 features and 32 components of K and of V; a row has 4 bits a component.
-@pytest.mark.parametrize(
-    "op, moved, flops",
-    [
-        ("gather", 20 * (2 * 256 + 4 * 128), 0),
-        ("encode", 20 * (8 * 32 + 32), 0),
-        ("decode", 20 * (4 * 32 + 32), 0),
-        ("project", 20 * 4 * 128, 4 * 20 * 128 * 32),
-        ("compress", 20 * 4 * 128, 4 * 20 * 128 * 32),
-    ],
-)
-def test_bytes_by_hand(rng, op, moved, flops):
-    case = next(x for x in kvtc_codec.QUICK if x["op"] == op and x.get("gemm", "own") == "own")
-    work = kvtc_codec.make(case, np, rng)
-    assert (work.bytes, work.flops) == (moved, flops)
+def test_groups_cover_every_coefficient_with_bits_that_fall():
+    for C in (1, 17, 96, 1728, 10_000):
+        ranges = kvtc.ranges_of("groups", C)
+        assert stream_v0.check_ranges("bench", ranges, C) == ranges
+        bits = [one.int_bits for one in ranges]
+        assert bits == sorted(bits, reverse=True)
+    assert {1, 16, 64, 256, 1024} <= {one.width for one in ranges}
 
 
-@pytest.mark.parametrize("r, p", [(1504, 5760), (9984, 40960), (32, 128), (64, 32)])
-def test_a_plan_has_a_bit_for_each_feature(r, p):
-    widths = kvtc_codec._widths(r, p)
-    assert sum(widths) == r and not any(n % 32 for n in widths)
-    assert 0.9 * p <= 8 * coder.row_bytes(widths) <= max(p, r)
+def test_rows_of_a_stream(rng):
+    ranges = kvtc.ranges_of("groups", 96)
+    x = rng.standard_normal((7, 96)).astype(np.float32)
+    part = kvtc.rows_of_stream(kvtc_ranges.quantize_ranges(x, ranges), ranges, 7, [5, 0, 2])
+    assert (part == kvtc_ranges.quantize_ranges(x[[5, 0, 2]], ranges)).all()
+
+
+def selected(*argv):
+    return kvtc.select(cli._bench_parser("kvtc", kvtc).parse_args(argv))
+
+
+def test_kinds_and_kvbenchs_shapes():
+    cases = selected("--kvtc-bits", "int8", "--quick")
+    assert {case["quant_type"] for case in cases} == {"int8"} and len(cases) == 8
+    cases = selected("--num-blocks", "1,8", "--tokens-per-block", "16,64")
+    assert len(cases) == 2 * 2 * 3 * 2
+    assert cases[0] == dict(operation="compress", quant_type="fp8", N=1, F=16384, C=4096)
+    assert cases[-1] == dict(operation="decompress", quant_type="int2", N=8, F=65536, C=16384)
+
+
+def test_the_csv_has_kvbenchs_columns(capsys, monkeypatch):
+    monkeypatch.setattr(bench.load("bandwidth"), "QUICK_SIZE", 1 << 12)
+    options = "--quick --device cpu --kvtc-bits int4 --csv -".split()
+    assert cli.main(["bench", "kvtc", *options]) == 0
+    printed, told = capsys.readouterr()
+    assert printed.startswith(KVBENCH + ",")
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert [row["operation"] for row in rows] == [*kvtc.OPERATIONS]
+    sizes = {(row["uncompressed_bytes"], row["compressed_bytes"]) for row in rows}
+    assert sizes == {("2560", str(40 + 8 * 5 + 5 * 48))}
+    assert all(row["compression_ratio"] == "8.00" and row["ok"] == "True" for row in rows)
+    assert "stages:" in told and "compress of int4, N=5 F=256 C=96:" in told

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pykv import KVSpec
+from pykv.kvtc.stream_v0 import Range
 from pykv.ops import (
     activation,
     attention_scores,
@@ -11,6 +12,8 @@ from pykv.ops import (
     dequant,
     kvtc_code,
     kvtc_project,
+    kvtc_quantize,
+    kvtc_ranges,
     kvtc_rows,
     linear,
     merge_states,
@@ -49,6 +52,8 @@ SEQUENCE |= dict(mean=zeros("f2", 2, 32), inv_freq=zeros("f4", 1, 8))
 EXEMPT = dict(sinks=zeros("f2", 1, 2, 2, 2, 16), window=zeros("i1", 1, 2, 2, 2, 16))
 EXEMPT |= dict(window_scales=zeros("f2", 1, 2, 2, 2))
 PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
+EXTREMES = dict(min_vals=zeros("f4", 2), max_vals=zeros("f4", 2))
+RANGES = [Range(0, 2), Range(2, 8, "intx", 4)]
 OPS = [
     (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
     (activation.embed, dict(table=zeros("f4", 3, 8), ids=zeros("i4", 2))),
@@ -76,6 +81,19 @@ OPS = [
     (kvtc_project.restore, dict(k=zeros("f2", 3, 8), v=zeros("f2", 3, 24), **BASES)),
     (kvtc_rows.gather, dict(**LAYERS, **SEQUENCE, **EXEMPT, kept_positions=zeros("i4", 3))),
     (kvtc_rows.scatter, dict(**LAYERS, **SEQUENCE, **EXEMPT, rows=zeros("f2", 2, 1, 32))),
+    (kvtc_quantize.quantize_fp8, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
+    (kvtc_quantize.dequantize_fp8, dict(codes=zeros("u1", 2, 4), out=zeros("f4", 2, 8))),
+    (kvtc_quantize.minmax_reduce, dict(x=zeros("f4", 2, 8), start_feature=1, range_features=4)),
+    (
+        kvtc_quantize.quantize_intx,
+        dict(x=zeros("f4", 2, 8), **EXTREMES, int_bits=4, start_feature=1, range_features=4),
+    ),
+    (
+        kvtc_quantize.dequantize_intx,
+        dict(codes=zeros("u1", 2, 2), **EXTREMES, int_bits=4, out=zeros("f4", 2, 8))
+        | dict(start_feature=1, range_features=4),
+    ),
+    (kvtc_ranges.quantize_ranges, dict(x=zeros("f4", 2, 8), ranges=RANGES)),
     (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),

@@ -11,6 +11,7 @@ from pykv.ops import attention_scores, paged_decode, prefill
 from tests.ops.calls import OPS, filled
 
 OUTPUTS = ("out", "lse", "out_lse", "q_out", "table", "lengths", "sums", "k_out", "v_out")
+OUTPUTS += ("min_vals", "max_vals")
 
 
 @pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))

@@ -266,8 +266,6 @@ def get_default_memory_pool():
 
 cuda = SimpleNamespace(
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
-    UnownedMemory=lambda address, size, *_: MemoryPointer(_at(address, (size,), np.uint8, (1,))),
-    MemoryPointer=lambda memory, offset: memory + offset,
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(
@@ -275,6 +273,9 @@ cuda = SimpleNamespace(
     ),
     Event=Event,
     Stream=Stream,
+    # Memory that another array, which keeps it alive, holds: pinned memory of the host.
+    UnownedMemory=lambda address, nbytes, owner, device: _at(address, (nbytes,), np.uint8, (1,)),
+    MemoryPointer=lambda memory, offset: MemoryPointer(memory[offset:]),
     MemoryPool=lambda: SimpleNamespace(malloc=None),  # memory is never given to somebody else here
     using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds

@@ -1,0 +1,332 @@
+// kvtc_codes.cuh: rows of ranges of coefficients to codes and back, bit for bit as the NumPy
+// references of pykv/ops/kvtc_quantize.py, which has the formulas.
+//
+// A block holds a tile in shared memory: some rows of some ranges. Teams of lanes find the extremes
+// of a row of a range and make its codes: a lane up to 16 columns, 8 lanes up to 128, a warp up to
+// MEDIUM. Beyond, the block is the team, and takes pieces, which it reads a second time, from L2,
+// where there are several and extremes are asked for.
+// Defines: BLOCK = threads; SMALL, MEDIUM = columns of tiles of single lanes and of larger teams.
+#include "convert.cuh"
+
+#if !defined(BLOCK) || !defined(SMALL) || !defined(MEDIUM)
+#error "kvtc_codes.cuh needs BLOCK, SMALL and MEDIUM"
+#endif
+constexpr int WARPS = BLOCK / WARP;
+constexpr int CTAS = __CUDA_ARCH__ >= 800 ? 8 : 5;  // blocks of an SM: old ones hold no more
+constexpr int PIECE = 4096;     // columns of a wide range that a block holds at a time
+constexpr int TILE = 32 * 132;  // floats that it holds: 32 rows of 128 columns and their gaps
+constexpr int SHARED = TILE + 4 * WARPS;  // floats, with Extremes of warps behind
+constexpr float LARGEST_FLOAT = 3.402823466e38f;
+static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128, "small tiles fit");
+static_assert(WARPS * (MEDIUM + 8) <= TILE && PIECE + 4 <= TILE, "medium and wide tiles fit");
+
+struct alignas(16) Range { int start, end, bits, int_bits, index, before, row_bytes, unused; };
+
+// Where a row of a range lies; null where there is no such thing.
+struct Place { u8 *codes, *minima, *maxima; };
+
+// The matrix that is read.
+struct Rows {
+    const float* x;
+    i64 stride;
+    int B, C;
+    __device__ bool has_vectors() const { return stride % 4 == 0 && C % 4 == 0; }
+    // Where column `start` lies in shared memory: vectors begin at multiples of 4.
+    __device__ int offset(int start) const { return has_vectors() ? start % 4 : 0; }
+};
+
+// --- Bytes of any alignment ----------------------------------------------------------------------
+
+__device__ __forceinline__ void store_float(u8* at, float x) {
+    const u32 word = __float_as_uint(x);
+    if ((u64)at % 4 == 0) {
+        *(u32*)at = word;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) at[i] = (u8)(word >> 8 * i);
+    }
+}
+
+// Up to four bytes.
+__device__ __forceinline__ u32 load_bytes(const u8* at, int n) {
+    if (n == 4 && (u64)at % 4 == 0) return *(const u32*)at;
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (i < n) word |= (u32)at[i] << 8 * i;
+    }
+    return word;
+}
+
+// --- Extremes ------------------------------------------------------------------------------------
+
+// Of a row of a range: -minimum, maximum, a NaN where a value is not finite, and how many are not.
+struct Extremes {
+    float negated, high, odd;
+    int count;
+
+    __device__ void add(float x) {
+        negated = fmaxf(negated, -x);
+        high = fmaxf(high, x);
+        odd += x * 0.0f;
+    }
+    __device__ void join(const Extremes& other) {
+        negated = fmaxf(negated, other.negated);
+        high = fmaxf(high, other.high);
+        odd += other.odd;
+        count += other.count;
+    }
+    __device__ void join_lanes(int lanes) {
+        for (int step = lanes / 2; step > 0; step /= 2) {
+            join({__shfl_xor_sync(FULL_MASK, negated, step), __shfl_xor_sync(FULL_MASK, high, step),
+                  __shfl_xor_sync(FULL_MASK, odd, step), __shfl_xor_sync(FULL_MASK, count, step)});
+        }
+    }
+    __device__ bool is_odd() const { return odd != odd; }
+    __device__ float low() const { return -negated + 0.0f; }  // no -0.0
+    __device__ float top() const { return high + 0.0f; }
+};
+constexpr Extremes NOTHING = {-LARGEST_FLOAT, -LARGEST_FLOAT, 0.0f, 0};
+
+// Adds every `lanes`-th of n floats, the `lane`-th first; with `finite`, counts what is not finite.
+__device__ __forceinline__ void add_all(Extremes& to, const float* x, int n, int lane, int lanes,
+                                        bool finite) {
+    if (finite) {
+        for (int i = lane; i < n; i += lanes) {
+            if (fabsf(x[i]) <= LARGEST_FLOAT) to.add(x[i]);
+            else to.count++;
+        }
+    } else {
+        for (int i = lane; i < n; i += lanes) to.add(x[i]);
+    }
+}
+
+__device__ __forceinline__ float interval(float low, float high) {
+    const float width = high - low;
+    return width < 1e-10f ? 1.0f : width;
+}
+
+// --- Codes ---------------------------------------------------------------------------------------
+
+struct Fp8 {
+    __device__ u32 operator()(float x) const { return two_codes(x, 0.0f, e4m3{}) & 0xffu; }
+};
+
+struct Steps {
+    float low, width, last;
+    __device__ u32 operator()(float x) const {
+        const float t = fminf(fmaxf((x - low) / width * last, 0.0f), last);  // NaN becomes 0
+        return (u32)(t + 0.49999997f);  // halves go up: the largest float below a half rounds so
+    }
+};
+
+// The codes, 2^log bits each, of n floats to the bytes from `to` on, by neighbouring lanes of a
+// warp or a block. A lane makes whole words of the destination; each lane begins with another code
+// of its word, so that lanes read from different banks of shared memory.
+template <typename Code>
+__device__ __forceinline__ void pack(u8* to, const float* x, int n, int log, int lane, int lanes,
+                                     Code code) {
+    const int in_word = 32 >> log, bytes = (n + (8 >> log) - 1) >> (3 - log);
+    const int before = (int)((u64)to % 4);  // bytes of the first word that are not of this row
+    const int turn = lane % WARP >> log;
+    for (int at = 4 * lane - before; at < bytes; at += 4 * lanes) {
+        u32 word = 0;
+        for (int i = 0; i < in_word; i += 4) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const int nth = (i + k + turn) & (in_word - 1), column = at * (8 >> log) + nth;
+                if ((u32)column < (u32)n) word |= code(x[column]) << (nth << log);
+            }
+        }
+        if (at >= 0 && at + 4 <= bytes) {
+            *(u32*)(to + at) = word;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (at + i >= 0 && at + i < bytes) to[at + i] = (u8)(word >> 8 * i);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void put_codes(u8* to, const float* x, int n, int bits, float low,
+                                          float high, int lane, int lanes) {
+    if (bits) {
+        const Steps steps{low, interval(low, high), (float)((1 << bits) - 1)};
+        pack(to, x, n, __ffs(bits) - 1, lane, lanes, steps);
+    } else {
+        pack(to, x, n, 3, lane, lanes, Fp8{});
+    }
+}
+
+// --- Quantize ------------------------------------------------------------------------------------
+
+// What becomes of extremes.
+enum Mode { GIVEN, ALL, FINITE };  // read; found, with infinities; found, of finite values
+
+// Columns start .. end - 1 of `rows` rows to shared memory, `pitch` floats a row, and a barrier.
+__device__ __forceinline__ void stage(float* tile, const Rows& from, int start, int end, i64 row,
+                                      int rows, int pitch) {
+    __syncthreads();  // nobody reads what was there
+    const int offset = from.offset(start), width = offset + end - start;
+    const int lanes = rows == 1 ? BLOCK : WARP;
+    for (int i = threadIdx.x / lanes; i < rows; i += BLOCK / lanes) {
+        const float* x = from.x + (row + i) * from.stride + (start - offset);
+        float* to = tile + i * pitch;
+        if (from.has_vectors()) {
+            for (int k = threadIdx.x % lanes * 4; k < width; k += lanes * 4) {
+                cp_async16(to + k, x + k);
+            }
+        } else {
+            for (int k = threadIdx.x % lanes; k < width; k += lanes) to[k] = x[k];
+        }
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+}
+
+// What a row has of extremes: to low and high and, by the lane that `writes`, to memory.
+__device__ __forceinline__ void put_extremes(const Place& to, const Extremes& found, Mode mode,
+                                             float& low, float& high, bool writes, int* nonfinite,
+                                             i64 row) {
+    low = found.low(), high = found.top();
+    if (mode == FINITE && low > high) low = high = 0.0f;  // nothing is finite
+    if (!writes) return;
+    store_float(to.minima, low);
+    store_float(to.maxima, high);
+    if (found.count && nonfinite) atomicAdd(nonfinite + row, found.count);
+}
+
+// One row of a range that is wider than a tile, by the whole block, piece by piece.
+__device__ __forceinline__ void quantize_wide(float* tile, Mode mode, const Rows& from,
+                                              const Range& r, const Place& to, i64 row,
+                                              int* nonfinite) {
+    Extremes* of_warps = (Extremes*)(tile + TILE);
+    const int n = r.end - r.start, pieces = (n + PIECE - 1) / PIECE;
+    const float* x = tile + from.offset(r.start);
+    float low = 0.0f, high = 0.0f;
+    if (mode == GIVEN && r.bits) low = *(const float*)to.minima, high = *(const float*)to.maxima;
+
+    // Passes: 0 extremes of all values, 1 of the finite ones where some are not, 2 codes. The last
+    // goes backwards, as the latest pieces are in shared memory and in L2.
+    int held = -1;
+#pragma unroll 1
+    for (int pass = mode == GIVEN || !r.bits ? 2 : 0; pass < 3; pass++) {
+        if (pass == 2 && !to.codes) return;
+        Extremes found = NOTHING;
+#pragma unroll 1
+        for (int i = 0; i < pieces; i++) {
+            const int piece = pass == 2 ? pieces - 1 - i : i;
+            const int begin = r.start + piece * PIECE, end = min(begin + PIECE, r.end);
+            if (piece != held) stage(tile, from, begin, end, row, 1, 0);
+            held = piece;
+            if (pass < 2) {
+                add_all(found, x, end - begin, threadIdx.x, BLOCK, pass == 1);
+            } else {
+                u8* codes = to.codes + (i64)piece * (PIECE / 8) * (r.bits ? r.bits : 8);
+                put_codes(codes, x, end - begin, r.bits, low, high, threadIdx.x, BLOCK);
+            }
+        }
+        if (pass == 2) return;
+        found.join_lanes(WARP);
+        __syncthreads();  // nobody reads what warps have found before
+        if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = found;
+        __syncthreads();
+        found = of_warps[0];
+        for (int warp = 1; warp < WARPS; warp++) found.join(of_warps[warp]);
+        if (pass == 0 && mode == FINITE && found.is_odd()) continue;
+        put_extremes(to, found, mode, low, high, threadIdx.x == 0, nonfinite, row);
+        pass = 1;  // 2 is next
+    }
+}
+
+// Some rows of some ranges, a team of lanes to each row of a range.
+template <typename RangeAt, typename PlaceAt>
+__device__ __forceinline__ void quantize_tile(float* tile, Mode mode, const Rows& from, int ranges,
+                                              int team, i64 row, RangeAt range_at,
+                                              PlaceAt place_at, int* nonfinite) {
+    const int start = range_at(0).start, end = range_at(ranges - 1).end;
+    const int width = from.offset(start) + end - start;
+    const int rows = (int)min((i64)(team == 1 ? WARP : WARPS), from.B - row);
+    const int pitch = team == 1 ? (width + 31) / 32 * 32 + 4 : (width + 3) / 4 * 4 + 4;
+    stage(tile, from, start, end, row, rows, pitch);
+
+    const int lane = threadIdx.x % team, groups = (rows * team + WARP - 1) / WARP;
+    for (int item = threadIdx.x / WARP; item < ranges * groups; item += WARPS) {
+        const Range r = range_at(item / groups);
+        const int nth = item % groups * (WARP / team) + threadIdx.x % WARP / team;
+        const int n = nth < rows ? r.end - r.start : 0;  // the others join the shuffles
+        const float* x = tile + nth * pitch + (from.offset(start) + r.start - start);
+        const Place to = place_at(r, row + nth);
+        float low = 0.0f, high = 0.0f;
+        if (mode == GIVEN && r.bits && n) {
+            low = *(const float*)to.minima, high = *(const float*)to.maxima;
+        } else if (mode != GIVEN && r.bits) {
+            Extremes found = NOTHING;
+            add_all(found, x, n, lane, team, false);
+            found.join_lanes(team);
+            if (mode == FINITE && __any_sync(FULL_MASK, found.is_odd())) {
+                found = NOTHING;
+                add_all(found, x, n, lane, team, true);
+                found.join_lanes(team);
+            }
+            put_extremes(to, found, mode, low, high, lane == 0 && n, nonfinite, row + nth);
+        }
+        if (to.codes && n) put_codes(to.codes, x, n, r.bits, low, high, lane, team);
+    }
+}
+
+// --- Dequantize ----------------------------------------------------------------------------------
+
+// COUNT neighbouring columns of some rows, all of range r; `from` is where the first row lies.
+template <int COUNT>
+__device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place from,
+                                                   const Range& r, int column, int rows) {
+    const int bits = r.bits ? r.bits : 8, bit = (column - r.start) * bits, shift = bit % 8;
+    const int bytes = (shift + COUNT * bits + 7) / 8;
+    const u32 last = (1u << bits) - 1;
+#pragma unroll 2
+    for (int i = 0; i < rows; i++) {
+        const u32 word = load_bytes(from.codes + (i64)i * r.row_bytes + bit / 8, bytes) >> shift;
+        float y[COUNT];
+        if (r.bits) {
+            const float low = __uint_as_float(load_bytes(from.minima + 4 * (i64)i, 4));
+            const float high = __uint_as_float(load_bytes(from.maxima + 4 * (i64)i, 4));
+            const float width = interval(low, high);
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) {
+                y[k] = (float)(word >> k * bits & last) * width / (float)last + low;
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) y[k] = to_float(e4m3{(u8)(word >> 8 * k)});
+        }
+        float* to = out + i * stride + column;
+        if constexpr (COUNT == 4) *(float4*)to = make_float4(y[0], y[1], y[2], y[3]);
+        else *to = y[0];
+    }
+}
+
+// Four columns a thread, as far as they are in start .. end - 1, of some rows a block.
+template <typename RangeAt, typename PlaceAt>
+__device__ __forceinline__ void dequantize(float* out, i64 stride, int B, int C, int start, int end,
+                                           int rows, int column_blocks, RangeAt range_at,
+                                           PlaceAt place_at) {
+    const int block = (int)(blockIdx.x % column_blocks);
+    const i64 row = (i64)(blockIdx.x / column_blocks) * rows;
+    const int column = start / 4 * 4 + (block * BLOCK + threadIdx.x) * 4;
+    const int from = max(column, start), to = min(column + 4, end);
+    if (from >= to) return;
+    rows = (int)min((i64)rows, B - row);
+    out += row * stride;
+    Range r = range_at(from);
+    if (to - from == 4 && to <= r.end && stride % 4 == 0 && C % 4 == 0) {
+        dequantize_columns<4>(out, stride, place_at(r, row), r, column, rows);
+        return;
+    }
+    for (int c = from; c < to; c++) {
+        if (c >= r.end) r = range_at(c);
+        dequantize_columns<1>(out, stride, place_at(r, row), r, c, rows);
+    }
+}

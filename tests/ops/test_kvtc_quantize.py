@@ -1,0 +1,177 @@
+"""kvtc_quantize: bits of every code, against formulas written out and a parser that knows `struct`
+alone."""
+
+import numpy as np
+import pytest
+
+from pykv.errors import DeviceError, ParameterError, ShapeError
+from pykv.ops import kvtc_quantize as op
+from pykv.testing.kvtc import FP8, fp8_codes, intx_code, intx_value, packed
+from tests.faults import fixed, scaled, second_halved, with_argument, zeros
+from tests.helpers import assert_same_bits, to_numpy
+
+F32 = np.float32
+LIMITS = np.finfo(F32)
+
+
+# --- Codes ----------------------------------------------------------------------------------------
+
+EDGES = [448, 449, 464, 464.0001, 1e30, np.inf, 240, 247.9, 248, 256, 416, 0, 1e-10, np.nan]
+EDGES += [2**-9, 2**-10, np.nextafter(F32(2**-10), F32(1)), 1.5 * 2**-9, 2**-6, LIMITS.tiny]
+
+
+def test_every_code_of_fp8_and_its_neighbours(xp):
+    """All codes, all midpoints, what lies beside them, and the edges; both signs."""
+    values = FP8[:127].astype(F32)
+    middle = (values[1:] + values[:-1]) / 2
+    x = np.concatenate(
+        [values, middle, np.nextafter(middle, F32(0)), np.nextafter(middle, F32(1e9))]
+    )
+    x = np.concatenate([x, np.array(EDGES, F32)])
+    x = np.stack([x, -x])
+    got = op.quantize_fp8(xp.asarray(x))
+    assert_same_bits(got, fp8_codes(x))
+    assert to_numpy(got)[:, :127].tolist() == [[*range(127)], [*range(128, 255)]]
+
+
+def test_every_code_of_fp8_comes_back(xp):
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    got = to_numpy(op.dequantize_fp8(xp.asarray(codes), xp.zeros((2, 128), F32)))
+    want = FP8.reshape(2, 128).astype(F32)
+    assert np.array_equal(got, want, equal_nan=True)
+    assert np.signbit(got[1, 0])
+
+
+SHAPES = [  # B, C, start, n
+    *((4, 32, 0, 32), (3, 33, 0, 33), (5, 41, 3, 31), (2, 9, 8, 1), (1, 1, 0, 1), (67, 6, 2, 3)),
+    *((3, 1100, 40, 1024), (2, 1100, 1, 1050), (37, 20, 0, 16), (9, 24, 4, 17), (2, 132, 0, 130)),
+]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 2, 1])
+@pytest.mark.parametrize("B, C, start, n", SHAPES)
+def test_intx_by_the_formulas(xp, rng, B, C, start, n, bits):
+    """Codes, extremes and values of some columns; nothing beside them is read or written."""
+    x = np.full((B, C), np.nan, F32)
+    x[:, start : start + n] = rng.standard_normal((B, n)) * 10.0 ** rng.integers(-3, 4, (B, 1))
+    given = xp.asarray(x)
+    low, high = op.minmax_reduce(given, start, n)
+    rows = x[:, start : start + n]
+    assert_same_bits(low, rows.min(1))
+    assert_same_bits(high, rows.max(1))
+    codes = op.quantize_intx(given, low, high, bits, start, n)
+    found = [*zip(rows.min(1), rows.max(1), strict=True)]
+    want = [[intx_code(v, *e, bits) for v in row] for row, e in zip(rows, found, strict=True)]
+    assert to_numpy(codes).tobytes() == b"".join(packed(row, bits) for row in want)
+    out = xp.full((B, C), 7, F32)
+    assert op.dequantize_intx(codes, low, high, bits, out, start, n) is out
+    back = np.full((B, C), 7, F32)
+    for b, row in enumerate(want):
+        back[b, start : start + n] = [intx_value(code, *found[b], bits) for code in row]
+    assert_same_bits(out, back)
+    step = (rows.max(1) - rows.min(1))[:, None] / (2**bits - 1)
+    if n > 1:
+        assert (abs(back[:, start : start + n] - rows) <= step * 0.5001).all()
+
+
+@pytest.mark.parametrize("n", [5, 40, 200, 1500, 5000])
+def test_wide_ranges_and_odd_addresses(xp, rng, n):
+    """Every word of codes at every address; ranges that take several turns of a block."""
+    x = rng.standard_normal((2, n + 3)).astype(F32)
+    given = xp.asarray(x)
+    for bits in (1, 4, 8):
+        low, high = op.minmax_reduce(given, 3, n)
+        want = op.reference_intx(x[:, 3:], x[:, 3:].min(1), x[:, 3:].max(1), bits)
+        guarded = xp.full(want.size + 9, 0xA5, np.uint8)
+        for at in range(1, 5):
+            out = guarded[at : at + want.size].reshape(want.shape)
+            op.quantize_intx(given, low, high, bits, 3, n, out=out)
+            assert_same_bits(out, want)
+            assert (to_numpy(guarded)[at + want.size :] == 0xA5).all()
+            op.dequantize_intx(out, low, high, bits, back := xp.zeros(x.shape, F32), 3, n)
+            assert_same_bits(
+                back[:, 3:], op.reference_values(want, x[:, 3:].min(1), x[:, 3:].max(1), bits, n)
+            )
+            guarded[...] = xp.full(guarded.size, 0xA5, np.uint8)
+
+
+def test_minmax_reduce_of_what_is_not_finite(xp):
+    """NaNs do not count, infinities do; without anything else the ends of float32 stay."""
+    nan, inf = np.nan, np.inf
+    x = np.array([[1, nan, -2], [nan] * 3, [inf, 1, nan], [-0.0, -0.0, nan], [-inf, -inf, 3]], F32)
+    low, high = op.minmax_reduce(xp.asarray(x))
+    assert_same_bits(low, np.array([-2, LIMITS.max, 1, 0, -inf], F32))
+    assert_same_bits(high, np.array([1, LIMITS.min, inf, 0, 3], F32))
+
+
+def test_nothing_is_nothing(xp):
+    x = xp.zeros((2, 4), F32)
+    low, high = xp.full(2, 5, F32), xp.full(2, 6, F32)
+    assert op.minmax_reduce(x, 4, 0, min_vals=low, max_vals=high) == (low, high)
+    assert to_numpy(low).tolist() == [5, 5] and to_numpy(high).tolist() == [6, 6]
+    assert op.quantize_fp8(x, 4).shape == (2, 0)
+    assert op.quantize_fp8(x[:0]).shape == (0, 4)
+
+
+def pinned(xp, size):
+    memory = xp.cuda.alloc_pinned_memory(max(size, 1))
+    return (
+        memory[:size] if isinstance(memory, np.ndarray) else np.frombuffer(memory, np.uint8, size)
+    )
+
+
+# --- Memory and wrong arguments -------------------------------------------------------------------
+
+
+def test_pinned_memory(device, rng):
+    """Codes of the host that a GPU reaches; pageable memory is refused."""
+    x = rng.standard_normal((5, 65)).astype(F32)
+    codes = pinned(device, 5 * 65).reshape(5, 65)
+    op.quantize_fp8(device.asarray(x), out=codes)
+    device.cuda.get_current_stream().synchronize()
+    assert_same_bits(codes, op.quantize_fp8(x))
+    got = op.dequantize_fp8(codes, device.zeros(x.shape, F32))
+    assert_same_bits(got, op.dequantize_fp8(codes, np.zeros_like(x)))
+    with pytest.raises(DeviceError, match="out is in pageable host memory"):
+        op.quantize_fp8(device.asarray(x), out=np.zeros((5, 65), np.uint8))
+
+
+def test_wrong_arguments(xp):
+    x = xp.zeros((4, 64), F32)
+    with pytest.raises(
+        ShapeError, match=r"codes has 32 bytes a row, expected 16 for 32 codes of 4"
+    ):
+        codes = xp.zeros((4, 32), np.uint8)
+        op.dequantize_intx(codes, xp.zeros(4, F32), xp.zeros(4, F32), 4, x, 32)
+    with pytest.raises(ParameterError, match="int_bits is 3, expected one of"):
+        op.quantize_intx(x, xp.zeros(4, F32), xp.zeros(4, F32), 3)
+    with pytest.raises(ParameterError, match="range_features is 33, expected 0 to 32"):
+        op.quantize_fp8(x, 32, 33)
+    with pytest.raises(ShapeError, match="min_vals has B=3, expected B=4"):
+        op.quantize_intx(x, xp.zeros(3, F32), xp.zeros(4, F32), 4)
+
+
+def test_a_gpu_and_the_host_do_not_mix(device):
+    x = np.zeros((2, 8), F32)
+    with pytest.raises(DeviceError, match="out is on a GPU"):
+        op.quantize_fp8(x, out=device.zeros((2, 8), np.uint8))
+    with pytest.raises(DeviceError):
+        op.quantize_intx(device.asarray(x), np.zeros(2, F32), np.zeros(2, F32), 4)
+
+
+FAULTS = {
+    "kvtc_quantize: other columns": (op, "quantize_fp8", with_argument(1, lambda start: start - 1)),
+    "kvtc_quantize: extremes off": (op, "minmax_reduce", scaled(1e-6)),
+    "kvtc_quantize: another minimum": (
+        op,
+        "dequantize_intx",
+        with_argument(1, lambda low: low * F32(1.01)),
+    ),
+}
+REFERENCE_FAULTS = [
+    (op, "reference_fp8", zeros),
+    (op, "reference_intx", fixed(1, lambda low: low * F32(1.01))),
+    (op, "reference_values", fixed(2, lambda high: high * F32(1.01))),
+    (op, "reference_extremes", second_halved),
+    (op, "reference_fp8_values", scaled(0.5)),
+]

@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, max_tokens in ((run, 128), (chat, 2048)):
         _add_model(command)
         _add_sampling(command, max_tokens)
+        _add_session(command)
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
     inspect.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
@@ -223,6 +224,19 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     parser.add_argument("--min-p", type=float, default=0.0, help="0 keeps all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
+
+
+def _add_session(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--session",
+        metavar="FILE",
+        help="go on with the conversation in this file, if it exists, and keep it there",
+    )
+    parser.add_argument(
+        "--session-codec",
+        metavar="ARTEFACT:RATIO",
+        help="keep it so many times smaller, at a loss, by an artefact of `pykv kvtc calibrate`",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,24 +1,20 @@
 """Pages of a cache in files: save some, load them into another cache.
 
-A file is a safetensors file: 8 bytes with the size of a JSON header, the header, and the arrays
-[L, n, ...] (those of given scales [L, ...]), each contiguous, bfloat16 as its bits. The header's
-"__metadata__" holds the fingerprint and a SHA-256 of it and of all bytes of the arrays. Source:
-https://github.com/huggingface/safetensors#format. With a codec it is a stream of pykv.kvtc.stream.
+A file is one of pykv.tensor_files with the arrays [L, n, ...] of the pages and those of given
+scales [L, ...]; its facts are those in which two caches must agree, how many pages there are, and
+`model`. With a codec it is a stream of pykv.kvtc.stream.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pykv import cuda, whole_files
-from pykv.arrays import load_cupy, on_gpu, to_host
+from pykv import cuda, stored_pages, tensor_files, whole_files
+from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.page_arrays import (
     Ids,
@@ -26,19 +22,13 @@ from pykv.page_arrays import (
     check_may_write,
     check_targets,
     facts_of,
-    given_scales,
-    moving_arrays,
     page_ids,
-    same_values,
 )
-from pykv.pages import host_pages, swap_in, swap_out
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec
 
 FORMAT = "pykv.pages.1"
-_MAX_HEADER = 1 << 20  # bytes; ours take less than 1 KiB
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
 
 
 def save(
@@ -89,23 +79,11 @@ def save(
     check_codec(op, codec, hadamard, tokens)
     if codec is not None and model:
         raise ParameterError(f"{op}: model is {model!r}, expected none with a codec")
-    store = swap_out(cache, ids, codec=codec, tokens=tokens, hadamard=hadamard)
-    if on_gpu(cache.k):
-        load_cupy().cuda.get_current_stream().synchronize()
+    arrays = stored_pages.fetch(cache, ids, codec, tokens, hadamard)
     if codec is not None:
-        whole_files.replace(path, [store.to_bytes()])
+        whole_files.replace(path, [memoryview(arrays["stream"])])
         return
-    tensors = {
-        **moving_arrays(store),
-        **{name: to_host(x) for name, x in given_scales(store).items()},
-    }
-    metadata, table = _metadata(facts, len(ids), model), _table(tensors)
-    metadata["sha256"] = _digest(metadata, table, tensors)
-    text = json.dumps({"__metadata__": metadata, **table}).encode()
-    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
-    whole_files.replace(
-        path, [len(text).to_bytes(8, "little"), text, *map(_bytes, tensors.values())]
-    )
+    tensor_files.write(path, _metadata(facts, len(ids), model), arrays)
 
 
 def load(
@@ -158,8 +136,10 @@ def load(
         )
         return _load_coded(op, path, cache, ids, codec, hadamard)
     with open(path, "rb") as file:
-        metadata, table, begin = _read_header(op, file, path)
-        count = _check_metadata(op, path, metadata, facts, model)
+        header = tensor_files.read_header(op, file, path, "file of pages", FORMAT)
+        free = ("pages",) if model is not None else ("pages", "model")
+        tensor_files.check_facts(op, path, header, _metadata(facts, 0, model or ""), free)
+        count = header.number(op, path, "pages")
         if pages is None and count != facts["pages"]:
             raise FormatError(
                 f"{op}: {path} has {count} pages, expected all {facts['pages']}, or a list of pages"
@@ -169,32 +149,9 @@ def load(
         check_may_write(op, "cache", cache)
         if len(ids) != count:
             raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
-        store = host_pages(cache, count)
-        given = {name: to_host(x).copy() for name, x in given_scales(cache).items()}
-        tensors = {**moving_arrays(store), **given}
-        expected = _table(tensors)
-        for name in {**expected, **table}:
-            if table.get(name) != expected.get(name):
-                has = f"{_shown(name)}={_shown(table.get(name))}"
-                raise FormatError(f"{op}: {path} has {has}, expected {expected.get(name)}")
-        size = os.fstat(file.fileno()).st_size
-        want = begin + sum(x.nbytes for x in tensors.values())
-        if size != want:
-            raise FormatError(f"{op}: {path} has {size} bytes, expected {want}")
-        for x in tensors.values():
-            file.readinto(_bytes(x))  # too few show in the checksum
-    if _digest(metadata, table, tensors) != metadata["sha256"]:
-        raise FormatError(f"{op}: {path} is damaged: its checksum does not hold")
-    for name, x in given.items():
-        known = to_host(getattr(cache, name))
-        if known.any() and not same_values(x, known):
-            raise FormatError(f"{op}: {path} has other {name}, expected those of the cache, or 0")
-    for name, x in given.items():
-        scales = getattr(cache, name)
-        scales[...] = load_cupy().asarray(x) if on_gpu(scales) else x
-    swap_in(cache, ids, store)
-    if on_gpu(cache.k):
-        load_cupy().cuda.get_current_stream().synchronize()
+        stored = stored_pages.take(op, file, path, header, cache, count, {})
+    stored_pages.check_scales(op, path, stored, cache)
+    stored_pages.put(cache, ids, stored)
     return count
 
 
@@ -210,79 +167,11 @@ def _load_coded(op: str, path: Path, cache: Any, ids: Any, codec: Codec, hadamar
     tokens, page_size = coded.header.tokens, int(facts_of(op, "cache", cache)["page_size"])
     table = ids.astype(np.int32)
     codec.decompress(there, cache, table, positions=range(tokens), hadamard=hadamard)
-    if on_gpu(cache.k):
-        load_cupy().cuda.get_current_stream().synchronize()
+    stored_pages.wait(cache)
     return -(-tokens // page_size)
-
-
-def _bytes(x: Any) -> memoryview:
-    return memoryview(x.reshape(-1).view(np.uint8))
-
-
-def _table(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The header of a file with these arrays."""
-    table: dict[str, Any] = {}
-    end = 0
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        table[name] = dict(
-            dtype=_CODES[x.dtype.name], shape=list(x.shape), data_offsets=[begin, end]
-        )
-    return table
 
 
 def _metadata(facts: dict[str, Any], count: int, model: str) -> dict[str, str]:
     """The fingerprint; safetensors takes text alone."""
     found = {name: str(fact) for name, fact in facts.items()}
     return {**found, "format": FORMAT, "pages": str(count), "model": model}
-
-
-def _digest(metadata: dict[str, str], table: dict[str, Any], tensors: dict[str, Any]) -> str:
-    facts = {name: text for name, text in metadata.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps([facts, table], sort_keys=True).encode())
-    for x in tensors.values():
-        digest.update(_bytes(x))
-    return digest.hexdigest()
-
-
-def _read_header(op: str, file: BinaryIO, path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Metadata, tensors, and where the arrays begin."""
-    first = file.read(8)
-    size = int.from_bytes(first, "little")
-    if len(first) < 8 or size > _MAX_HEADER:
-        raise FormatError(f"{op}: {path} is no file of pages: its header has {size} bytes")
-    try:
-        header = json.loads(file.read(size))
-        metadata = header.pop("__metadata__")
-        found = metadata["format"]
-        is_text = all(isinstance(fact, str) for fact in metadata.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged") from error
-    if found != FORMAT:
-        raise FormatError(f"{op}: {path} has format {_shown(found)!r}, expected {FORMAT!r}")
-    if not is_text:
-        raise FormatError(f"{op}: {path} has metadata that is no text")
-    return metadata, header, 8 + size
-
-
-def _check_metadata(
-    op: str, path: Path, metadata: dict[str, str], facts: dict[str, Any], model: str | None
-) -> int:
-    """Hold the fingerprint against the cache; returns the number of pages."""
-    wanted = {name: str(fact) for name, fact in facts.items() if name != "pages"}
-    if model is not None:
-        wanted["model"] = model
-    for name, want in wanted.items():
-        if metadata.get(name) != want:
-            has = _shown(metadata.get(name))
-            raise FormatError(f"{op}: {path} has {name}={has}, expected {want}")
-    count = metadata.get("pages", "")
-    if not (re.fullmatch("[0-9]{1,9}", count) and "sha256" in metadata):
-        raise FormatError(f"{op}: {path} is no file of pages: its header is damaged")
-    return int(count)
-
-
-def _shown(value: Any) -> str:
-    """What a file holds, for a message of one line: a terminal must not obey it."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError
 
 HELP = """\
@@ -45,31 +47,94 @@ def note(text: str) -> None:
     print(f"pykv: {text}", file=sys.stderr, flush=True)
 
 
+# --- Sessions ---
+
+
+def _check_session(args: argparse.Namespace) -> None:
+    """Check what can be checked before a model is read."""
+    if args.session is None:
+        if args.session_codec is not None:
+            raise ParameterError(
+                "--session-codec has no --session whose file it could make smaller"
+            )
+        return
+    path = whole_files.regular_path("--session", args.session)
+    if not os.access(path.parent, os.W_OK):
+        raise ParameterError(f"--session is {path}, expected a file in a folder to write to")
+
+
+@contextmanager
+def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list[Any]]:
+    """What was said before, messages of a `chat` or token ids of a text, to be added to; what the
+    block leaves is saved, however it ends. Without --session it is an empty list."""
+    if args.session is None:
+        yield []
+        return
+    from pykv.llm import sessions
+
+    path = whole_files.regular_path("--session", args.session)
+    codec = sessions.open_codec("--session-codec", args.session_codec, llm)
+    history: list[Any] = []
+    if path.exists():
+        found = llm.load(path, codec=codec)
+        if (found.messages is not None) != chat:
+            text = "a text, which `pykv run` without --chat goes on with"
+            talk = "messages, which `pykv chat` and `pykv run --chat` go on with"
+            raise ParameterError(f"--session: {path} holds {text if chat else talk}")
+        history = found.messages if chat else found.token_ids
+        kept = f"the first {found.cached_tokens} of {len(found.token_ids)} tokens"
+        note(f"{path}: {kept} need no computing")
+    before = list(history)
+    try:
+        yield history
+    finally:
+        if history != before:
+            if len(history) > (_first_turn(history) if chat else 0):
+                llm.save(path, history, codec=codec)
+            else:
+                path.unlink(missing_ok=True)  # as /clear has it
+
+
 # --- run ---
 
 
 def run(args: argparse.Namespace) -> None:
-    """`pykv run`: continue each prompt, or answer it with --chat."""
+    """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
+    conversation."""
+    _check_session(args)
     llm, params = open_model(args)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
-    for n, given in enumerate(args.prompts, 1):
-        prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
-        if args.chat:
-            ids = llm.chat_ids([{"role": "user", "content": prompt}])
-            stream = llm.stream(ids, params)
-        else:
-            stream = llm.stream(prompt, params, special=args.special)
-        if args.json:
-            for _ in stream:
-                pass
-            print(json.dumps(_record(llm, prompt, stream.completion)), flush=True)
-            continue
-        if len(args.prompts) > 1:
-            print(f"==> {n}: {_brief(prompt)} <==", flush=True)
-        _print(stream)
-        ending = _ending(stream.completion, params)
-        print("; ".join([_summary(llm), *ending]), file=sys.stderr, flush=True)
+    with _session(llm, args, chat=args.chat) as history:
+        for n, given in enumerate(args.prompts, 1):
+            prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
+            said, asked = _asked(llm, history, prompt, args)
+            stream = llm.stream(asked, params, special=args.special)
+            if args.json:
+                for _ in stream:
+                    pass
+                print(json.dumps(_record(llm, prompt, stream.completion)), flush=True)
+            else:
+                if len(args.prompts) > 1:
+                    print(f"==> {n}: {_brief(prompt)} <==", flush=True)
+                _print(stream)
+                ending = _ending(stream.completion, params)
+                print("; ".join([_summary(llm), *ending]), file=sys.stderr, flush=True)
+            if args.session is not None:
+                answer = stream.completion
+                history[:] = said + ([_assistant(answer)] if args.chat else answer.token_ids)
+
+
+def _asked(llm: Any, history: list[Any], prompt: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """A history with a prompt behind it, and what an LLM streams the answer to."""
+    if args.chat:
+        said = [*history, {"role": "user", "content": prompt}]
+        return said, llm.chat_ids(said)
+    if args.session is None:
+        return history, prompt
+    bos = False if history else None
+    said = history + llm.tokenizer.encode(prompt, bos=bos, special=args.special)
+    return said, said
 
 
 def _brief(prompt: str) -> str:
@@ -137,20 +202,23 @@ def _speed(stats: Any) -> str:
 
 def chat(args: argparse.Namespace) -> None:
     """`pykv chat`: talk until Ctrl-D, the end of a piped input, or /bye."""
+    _check_session(args)
     llm, params = open_model(args)
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:
         with suppress(ImportError):  # Windows' console edits lines itself
             import readline  # noqa: F401 - gives `input` line editing and history
         print("/help lists the commands")
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    while (message := _ask(people)) is not None:
-        if command := re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL):
-            if command[1] == "bye":
-                return
-            _obey(command[1], command[2] or "", messages)
-        elif message:
-            _answer(llm, params, messages, message)
+    with _session(llm, args, chat=True) as messages:
+        if args.system:
+            _obey("system", args.system, messages)
+        while (message := _ask(people)) is not None:
+            if command := re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", message, re.DOTALL):
+                if command[1] == "bye":
+                    return
+                _obey(command[1], command[2] or "", messages)
+            elif message:
+                _answer(llm, params, messages, message)
 
 
 def _ask(people: bool) -> str | None:
@@ -205,14 +273,17 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
         note(
             f"the context of {llm.context} tokens is full: the oldest {dropped} turns were dropped"
         )
-    messages[:] = kept
     stream = llm.stream(ids, params)
     with _stopped_by_ctrl_c(stream):
         _print(stream)
     completion = stream.completion
-    messages.append({"role": "assistant", "content": completion.text})
+    messages[:] = [*kept, _assistant(completion)]
     facts = [f"{len(completion.token_ids)} tokens", _speed(llm.stats), *_ending(completion, params)]
     print(f"({', '.join(facts)})", file=sys.stderr, flush=True)
+
+
+def _assistant(completion: Any) -> dict[str, str]:
+    return {"role": "assistant", "content": completion.text}
 
 
 def _fit(

@@ -19,9 +19,10 @@ except ImportError:  # Windows
 from pykv.errors import DtypeError, ParameterError
 
 
-def replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Make parts the contents of a file, or leave it as it is."""
-    with _scratch(path) as file:
+def replace(path: Path, parts: Iterable[bytes | memoryview], *, private: bool = False) -> None:
+    """Make parts the contents of a file, or leave it as it is. One that exists keeps its
+    permissions; a new one has the usual ones, or is for its owner alone where `private`."""
+    with _scratch(path, 0o600 if private else 0o666) as file:
         try:
             with suppress(FileNotFoundError):
                 os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
@@ -58,18 +59,23 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
-def _scratch(path: Path) -> BinaryIO:
+def _scratch(path: Path, mode: int) -> BinaryIO:
     """A new file beside `path`, locked while its process lives. Removes those for the same path
     that nobody holds any more."""
+
+    def new() -> BinaryIO:
+        name = path.with_name(prefix + secrets.token_hex(8))
+        return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
+
     prefix = f".pykv-{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
     if fcntl is None:
-        return open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+        return new()
     for left in path.parent.glob(f"{prefix}*"):
         with suppress(OSError), open(left, "rb") as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
     while True:
-        file = open(path.with_name(prefix + secrets.token_hex(8)), "xb")
+        file = new()
         with suppress(OSError):  # file systems without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):  # nobody has removed it before it was locked

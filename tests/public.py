@@ -458,6 +458,17 @@ def _load_artefact(xp):
     return pykv.kvtc.Artefact.load, dict(path=path)
 
 
+def _session(method, **arguments):
+    """`save` or `load` of a session, which is there."""
+
+    def call(xp):
+        path = Path(_folder.name) / f"session{next(_count)}"
+        _loaded().save(path, [5, 6])
+        return getattr(_loaded(), method), dict(path=path) | arguments
+
+    return call
+
+
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -509,6 +520,8 @@ METHODS = {
     "llm.generate.LLM.chat_ids": _of(_llm, "chat_ids", messages=_MESSAGES),
     "llm.generate.LLM.tokenize": _of(_llm, "tokenize", text="ab"),
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
+    "llm.generate.LLM.save": _session("save", prompt=[5, 6]),
+    "llm.generate.LLM.load": _session("load"),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "eval.continuation.measure": _with_llm(
         continuation.measure, windows=[[5, 6, 7, 8]], changes=_CHANGES, prefill=2

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import pykv
+from tests.llm.test_sessions import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
     COMMAND,
     answer,
@@ -325,3 +326,119 @@ def test_errors_end_the_chat(capsys, monkeypatch, fake):  # noqa: F811
     say(monkeypatch, "a")
     monkeypatch.setattr(fake, "stream", raising(pykv.errors.CapacityError("no page left")))
     assert_one_line(run(capsys, "chat"), "no page left")
+
+
+# --- Sessions ---
+
+
+def test_a_chat_goes_on(capsys, monkeypatch, tmp_path):
+    """The answers are those of one talk, and what was computed is not computed again."""
+    path = tmp_path / "talk"
+    flags = ("--max-tokens", 16)
+    code, out, err = chat(capsys, monkeypatch, "hi", "tell me more", flags=flags)
+    assert code == 0 and not list(tmp_path.iterdir())
+    flags += ("--session", path)
+    code, first, _ = chat(capsys, monkeypatch, "hi", flags=flags)
+    assert code == 0 and path.stat().st_mode & 0o777 == 0o600
+    code, second, err = chat(capsys, monkeypatch, "tell me more", flags=flags)
+    assert code == 0 and first + second == out
+    found = re.match(rf"pykv: {path}: the first (\d+) of \d+ tokens need no computing\n", err)
+    assert found and int(found[1]) >= 16
+    session = pykv.LLM("chat.gguf", device="cpu").load(path)
+    assert [m["content"] for m in session.messages[::2]] == ["hi", "tell me more"]
+
+
+def test_commands_of_a_session(capsys, monkeypatch, tmp_path):
+    """A system message is kept; a talk without turns is none, and has no file."""
+    path, llm = tmp_path / "talk", pykv.LLM("chat.gguf", device="cpu")
+    flags = ("--max-tokens", 3, "--session", path)
+    assert chat(capsys, monkeypatch, flags=flags)[0] == 0 and not path.exists()
+    assert chat(capsys, monkeypatch, "hi", flags=(*flags, "--system", "S"))[0] == 0
+    assert [m["role"] for m in llm.load(path).messages] == ["system", "user", "assistant"]
+    before = path.stat().st_ino
+    assert chat(capsys, monkeypatch, "/help", flags=flags)[0] == 0
+    assert path.stat().st_ino == before  # as it was
+    assert chat(capsys, monkeypatch, flags=(*flags, "--system", "T"))[0] == 0
+    assert llm.load(path).messages[0]["content"] == "T"
+    assert chat(capsys, monkeypatch, "/clear", flags=flags)[0] == 0 and not path.exists()
+
+
+def test_ctrl_c_keeps_what_was_said(capsys, monkeypatch, tmp_path):
+    """Of an answer that is not finished, nothing."""
+    path, stream = tmp_path / "talk", pykv.LLM.stream
+    asked = []
+
+    def interrupted(self, ids, params):
+        asked.append(ids)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return stream(self, ids, params)
+
+    monkeypatch.setattr(pykv.LLM, "stream", interrupted)
+    flags = ("--max-tokens", 3, "--session", path)
+    assert chat(capsys, monkeypatch, "hi", "and", flags=flags)[0] == 130
+    messages = pykv.LLM("chat.gguf", device="cpu").load(path).messages
+    assert [m["content"] for m in messages][::2] == ["hi"] and len(messages) == 2
+
+
+@pytest.mark.parametrize("how", [(), ("--chat",)])
+def test_run_goes_on(capsys, tmp_path, how):
+    flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--max-tokens", 20, "--json", *how)
+    path = tmp_path / "talk"
+
+    def texts(*prompts, file=path):
+        code, out, _ = run(capsys, *flags, "--session", file, *prompts)
+        assert code == 0
+        return [json.loads(line) for line in out.splitlines()]
+
+    whole = texts("hello there", "and then?", file=tmp_path / "whole")
+    first, second = texts("hello there"), texts("and then?")
+    assert [x["text"] for x in first + second] == [x["text"] for x in whole]
+    assert second[0]["reused_tokens"] == whole[1]["reused_tokens"] >= 16
+    if not how:
+        llm = pykv.LLM("chat.gguf", device="cpu")
+        start = llm.tokenize("hello there" + first[0]["text"])
+        assert len(llm.load(path).token_ids) > 40 and first[0]["prompt_tokens"] < len(start)
+
+
+def test_a_coded_session_goes_on(capsys, tmp_path):
+    path = tmp_path / "talk"
+    artefact_of("chat.gguf").save(tmp_path / "a.kvtc")
+    flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--max-tokens", 20, "--json")
+    flags += ("--session", path, "--session-codec", f"{tmp_path / 'a.kvtc'}:2")
+    assert run(capsys, *flags, "hello there")[0] == 0
+    code, out, err = run(capsys, *flags, "and then?")
+    assert code == 0 and json.loads(out)["reused_tokens"] == 16 and " tokens need no" in err
+    code, _, err = run(capsys, *flags[:-2], "more")
+    assert code == 2 and "is coded by artefact" in err
+
+
+def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "talk"
+    base = ("--device", "cpu", "--max-tokens", 2)
+    on_chat = ("--model", "chat.gguf", *base)
+    assert run(capsys, "run", *on_chat, "--session", path, "hello")[0] == 0
+    good = path.read_bytes()
+    say(monkeypatch)
+    assert_one_line(
+        run(capsys, "chat", *on_chat, "--session", path), "holds a text, which `pykv run` without"
+    )
+    other = ("--kv-dtype", "int8")
+    done = run(capsys, "run", *on_chat, *other, "--session", path, "x")
+    assert "has spec=fp16, expected int8" in done[2] and done[:2] == (2, "")
+    path.write_bytes(good[:-1])
+    done = run(capsys, "run", *on_chat, "--session", path, "x")
+    assert "bytes, expected" in done[2] and done[0] == 2 and path.read_bytes() == good[:-1]
+    for flags, text in (
+        (("--session-codec", "a:2"), "--session-codec has no --session"),
+        (("--session", tmp_path), "expected a regular file"),
+        (("--session", tmp_path / "no" / "x"), "expected a file in a folder to write to"),
+    ):
+        assert_one_line(run(capsys, "chat", "--model", "missing.gguf", *flags), text)
+    flags = ("--session", tmp_path / "new", "--session-codec", "a")
+    done = run(capsys, "chat", *on_chat, *flags)
+    assert done[0] == 2 and "codec is 'a', expected FILE:RATIO" in done[2]
+    chat_file = tmp_path / "chat"
+    assert run(capsys, "run", "--chat", *on_chat, "--session", chat_file, "hi")[0] == 0
+    done = run(capsys, "run", *on_chat, "--session", chat_file, "hi")
+    assert "holds messages, which `pykv chat`" in done[2] and done[0] == 2

@@ -90,6 +90,8 @@ def kind_of(name, parameter, value):
         return "array"
     if name == "stop" and "str" in words:
         return name
+    if "Mapping" in words and "Sequence[int]" in annotation:
+        return "list"  # token ids, or messages
     if "Mapping" in words or "SamplingParams" in words:
         return "object"
     if words & {"Ids", "Sequence", "list"}:

@@ -39,6 +39,7 @@ class Codec:
 
     Attributes:
         artefact: SHA-256 that names the artefact, in hexadecimal.
+        model: the Fingerprint of whose caches are coded.
         ratio: as given.
         row_bytes: of a coded token, in all layers.
         sinks, window: how many tokens are kept otherwise, unless a call says so.
@@ -68,7 +69,7 @@ class Codec:
         gemm: str = "auto",
     ) -> None:
         op = "Codec"
-        model = check_artefact(op, artefact).model
+        self.model = model = check_artefact(op, artefact).model
         self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
         self._xp = check_module(op, xp)
         self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)

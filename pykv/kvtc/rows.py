@@ -53,7 +53,7 @@ def fingerprint(file: ModelFile, model: Model) -> Fingerprint:
     for name in sorted(file.tensors):
         tensor = file.tensors[name]
         digest.update(f"{name} {tensor.kind} {tensor.shape}\n".encode())
-        digest.update(tensor.blocks.reshape(-1)[:_SAMPLE].tobytes())
+        digest.update(tensor.first_bytes(_SAMPLE).data)
     return Fingerprint(
         architecture=config.architecture,
         layers=config.num_layers,

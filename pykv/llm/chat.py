@@ -188,7 +188,7 @@ def _variables(
     tokens: dict[str, str],
 ) -> dict[str, Any]:
     """All that a template sees, checked."""
-    _check(messages)
+    check_messages(messages)
     if given is not None and not isinstance(given, Mapping):
         raise ParameterError(
             f"{OP}: template_variables has {type(given).__name__}, expected a dict of names"
@@ -203,7 +203,12 @@ def _variables(
     return defaults | dict(given or {}) | own
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+def check_messages(messages: Any) -> None:
+    """Check that messages are such as `chat_prompt` takes.
+
+    Raises:
+        ParameterError: they are not.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ParameterError(
             f"{OP}: messages has {type(messages).__name__}, expected a list of at least one message"

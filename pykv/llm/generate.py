@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from operator import index
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
 from pykv.eviction import Policy
-from pykv.llm import gguf, memory, models, scales, scheduler
+from pykv.kvtc.codec import Codec
+from pykv.kvtc.rows import fingerprint
+from pykv.llm import gguf, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sessions import Session
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
@@ -95,6 +99,7 @@ class LLM:
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
         weights_dtype = float_kind("weights", weights)
+        self.weights_dtype: str = np.dtype(weights_dtype).name
         check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
@@ -122,6 +127,8 @@ class LLM:
             memory.require(need, self.xp)
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
+            # Now, as the file may change, or go, before a session is saved.
+            self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(
                 config.num_layers,
                 -(-(pool_tokens or 1) // page_size),
@@ -287,6 +294,87 @@ class LLM:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(self._known("ids", ids))
 
+    # --- Sessions ---
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+        codec: Codec | str | None = None,
+    ) -> int:
+        """Write a conversation to a file, with the pages of the cache that hold its beginning.
+
+        Args:
+            path: of the file. One that exists is replaced at once, when all is on the disk; a new
+                one is readable by its owner alone.
+            prompt: messages as of `chat`, the last answer among them; or what `generate` was given,
+                token ids followed by those of the answer, or a text.
+            template_variables: as of `chat`, for messages.
+            codec: makes the file smaller, at a loss: a pykv.kvtc.Codec on the LLM's device, or
+                "FILE:RATIO" of an artefact, such as "smollm2.kvtc:16". None: pages are kept bit
+                for bit.
+
+        Returns:
+            How many of the first tokens the file keeps the pages of: full pages, which calls have
+            computed and the cache still holds. The others are computed when they are needed.
+
+        Raises:
+            ParameterError: the prompt is none, has variables but no messages, `path` is no regular
+                file, the codec is for another model, or the LLM has no `prefix_cache`.
+            CapacityError: a text, or token ids, exceed the context.
+            DtypeError: `path` or `codec` is nothing of the kind.
+            OSError: the file cannot be written; what was there before is still there.
+
+        Waits for the GPU.
+
+        >>> llm = pykv.LLM("smollm2-135m")  # doctest: +SKIP
+        >>> talk = [{"role": "user", "content": "Hello"}]  # doctest: +SKIP
+        >>> talk += [{"role": "assistant", "content": llm.chat(talk).text}]  # doctest: +SKIP
+        >>> llm.save("talk.session", talk)  # doctest: +SKIP
+        >>> talk = llm.load("talk.session").messages  # in another process  # doctest: +SKIP
+        """
+        messages = prompt if _are_messages(prompt) else None
+        if messages is None:
+            if template_variables is not None:
+                given = f"template_variables is {template_variables!r:.80}"
+                raise ParameterError(f"LLM.save: {given}, expected None without messages")
+            ids = self._ids(prompt)
+        else:
+            variables = {"add_generation_prompt": False, **(template_variables or {})}
+            ids = chat_ids(self.file, self.tokenizer, messages, template_variables=variables)
+        return sessions.save(self, self._scheduler, path, ids, messages, codec)
+
+    def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
+        """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
+        prompts begin with its tokens reuse its pages as if this LLM had computed them.
+
+        Pages that were coded are near what the model computes, and serve every prompt that begins
+        so, unless the cache has exact ones.
+
+        Args:
+            path: of the file.
+            codec: of the artefact and ratio that the file was saved with; not used if it was saved
+                without.
+
+        Returns:
+            Its token ids, its messages if it has any, and how many tokens need no computing. Like
+            pages of finished calls, those that no call uses go when others need room.
+
+        Raises:
+            FormatError: this is no such file, it is damaged, or of another version, model, spec,
+                page size or codec; the LLM is as before.
+            CapacityError: its pages exceed the context or the pool.
+            ParameterError: `path` is no regular file, the codec is for another model, or the LLM
+                has no `prefix_cache`.
+            DtypeError: `path` or `codec` is nothing of the kind.
+            OSError: the file cannot be read.
+
+        Waits for the GPU.
+        """
+        return sessions.load(self, self._scheduler, path, codec)
+
     # --- Numbers ---
 
     def logits(self, token_ids: str | Sequence[int]) -> np.ndarray:
@@ -398,6 +486,11 @@ def _items(name: str, values: Any) -> list[Any]:
         return list(values)
     except TypeError:
         raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
+
+
+def _are_messages(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether a prompt is one of `chat`; others are of `generate`."""
+    return isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt)
 
 
 def _token_id(name: str, value: Any) -> int:

@@ -73,7 +73,11 @@ class TensorInfo:
     @property
     def blocks(self) -> NDArray[np.uint8]:
         """[rows, row_bytes], read anew each time. FormatError if the file is not what it was."""
-        data = np.empty((self.rows, self.row_bytes), np.uint8)
+        return self.first_bytes(self.nbytes).reshape(self.rows, self.row_bytes)
+
+    def first_bytes(self, most: int) -> NDArray[np.uint8]:
+        """As many of the first bytes, read anew each time. FormatError as for `blocks`."""
+        data = np.empty(min(most, self.nbytes), np.uint8)
         try:
             with self.path.open("rb") as file:
                 found = stamp(file.fileno())
@@ -81,7 +85,7 @@ class TensorInfo:
                 size = file.readinto(data.data)
         except OSError as error:
             raise FormatError(f"{self.path}: cannot be read ({error})") from None
-        if found != self.stamp or size != self.nbytes:
+        if found != self.stamp or size != data.nbytes:
             raise FormatError(
                 f"{self.path}: has changed since its header was read, in which tensor "
                 f"{plain(self.name)} has bytes {self.start} to {self.start + self.nbytes}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -169,6 +170,32 @@ class Scheduler:
                 yield (logits if self.xp is np else logits.get()), start
         finally:
             self._release([sequence])
+
+    @contextmanager
+    def known(self, tokens: list[int]) -> Iterator[list[int]]:
+        """The pages of the longest prefix of tokens that is computed, which stay as they are while
+        the block runs."""
+        pages = self.cache.manager.reuse(tokens)
+        try:
+            yield pages
+        finally:
+            self.cache.manager.free(pages)
+
+    def adopt(self, tokens: list[int], write: Callable[[list[int]], None]) -> None:
+        """Let prompts that begin with these tokens, of full pages, reuse what `write` puts into
+        pages that it is told.
+
+        Raises:
+            CapacityError: the pool is too small.
+        """
+        manager = self.cache.manager
+        self._make_room(manager.pages_for(len(tokens)))
+        pages = manager.allocate(len(tokens))
+        try:
+            write(pages)
+            manager.publish(pages, tokens)
+        finally:
+            manager.free(pages)
 
     # --- Steps ---
 
@@ -337,10 +364,7 @@ class Scheduler:
             rooms = [self._room(s) for s in sequences]
             pairs = list(zip(sequences, rooms, strict=True))
             wanted = sum(manager.pages_for(room) - len(s.pages) for s, room in pairs)
-            missing = wanted - manager.num_free
-            if missing > 0 and self._may_grow:
-                cache.grow(manager.num_pages + missing)
-            manager.require(wanted)
+            self._make_room(wanted)
             for s, room in pairs:
                 cache.extend(s.pages, s.cached, room)
         except BaseException:
@@ -352,6 +376,14 @@ class Scheduler:
         if self._evictor is None:
             return s.limit
         return max(self._evictor.room(len(s.prompt), s.limit), s.cached)
+
+    def _make_room(self, wanted: int) -> None:
+        """So many free pages, or a CapacityError."""
+        manager = self.cache.manager
+        missing = wanted - manager.num_free
+        if missing > 0 and self._may_grow:
+            self.cache.grow(manager.num_pages + missing)
+        manager.require(wanted)
 
     def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
         """Say so where scales that heads or tensors share do not fit these sequences."""

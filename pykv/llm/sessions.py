@@ -1,0 +1,208 @@
+"""A conversation in a file: its token ids, the pages of those that are computed, its messages.
+
+A file is one of pykv.tensor_files with
+
+    tokens    i32 [T]       of the whole conversation
+    messages  u8 [n]        JSON, UTF-8; not there where a text or token ids were saved
+    pages                   of the first tokens, see pykv.page_files
+
+Its facts are those of pages, and of what computed them: a SHA-256 that names the model, and the
+dtype of its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda, stored_pages, tensor_files, whole_files
+from pykv.errors import CapacityError, FormatError, ParameterError, PykvError
+from pykv.kvtc.artefact import Artefact
+from pykv.kvtc.codec import Codec
+from pykv.kvtc.stream import parse
+from pykv.llm.chat import check_messages
+from pykv.llm.scheduler import Scheduler
+from pykv.page_arrays import check_codec, facts_of
+from pykv.pages import swap_in
+
+if TYPE_CHECKING:
+    from pykv.llm.generate import LLM
+
+FORMAT = "pykv.session.1"
+
+
+class Session(NamedTuple):
+    """A conversation that was loaded.
+
+    Attributes:
+        token_ids: of all of it.
+        messages: of all of it; None where a text or token ids were saved.
+        cached_tokens: how many of the first tokens no call computes again.
+    """
+
+    token_ids: list[int]
+    messages: list[dict[str, Any]] | None
+    cached_tokens: int
+
+
+def save(
+    llm: LLM,
+    scheduler: Scheduler,
+    path: str | os.PathLike[str],
+    ids: list[int],
+    messages: Sequence[Any] | None,
+    codec: Codec | str | None,
+) -> int:
+    """Write a file; returns how many tokens it keeps the pages of. See LLM.save."""
+    op, cache = "LLM.save", llm.cache
+    path, codec = _checked(op, llm, scheduler, path, codec)
+    arrays = {"tokens": np.array(ids, np.int32)}
+    if messages is not None:
+        arrays["messages"] = np.frombuffer(json.dumps(list(messages)).encode(), np.uint8)
+    mixed = codec is not None and llm.model.hadamard
+    with llm.turn(), scheduler.known(ids) as pages:
+        arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)
+        facts, kept = _facts(llm, len(pages)), len(pages) * cache.page_size
+    tensor_files.write(path, facts, arrays, private=True)
+    return kept
+
+
+def load(
+    llm: LLM, scheduler: Scheduler, path: str | os.PathLike[str], codec: Codec | str | None
+) -> Session:
+    """Read a file and put its pages into the cache. See LLM.load."""
+    op, cache = "LLM.load", llm.cache
+    path, codec = _checked(op, llm, scheduler, path, codec)
+    with llm.turn():
+        with open(path, "rb") as file:
+            header = tensor_files.read_header(op, file, path, "session", FORMAT)
+            tensor_files.check_facts(op, path, header, _facts(llm, 0), ("pages",))
+            count = header.number(op, path, "pages")
+            tokens = np.empty(header.length(op, path, "tokens"), np.int32)
+            kept = count * cache.page_size
+            if kept > len(tokens):
+                raise FormatError(f"{op}: {path} has {count} pages of {len(tokens)} tokens")
+            if kept > llm.context:
+                raise CapacityError(
+                    f"{op}: {path} has pages of {kept} tokens, expected at most the context of "
+                    f"{llm.context}"
+                )
+            more = {"tokens": tokens}
+            if "messages" in header.table:
+                more["messages"] = np.empty(header.length(op, path, "messages"), np.uint8)
+            if "stream" in header.table:
+                more["stream"] = np.empty(header.length(op, path, "stream"), np.uint8)
+                tensor_files.read_arrays(op, file, path, header, more)
+                put = _put_coded(op, path, more["stream"], kept, llm, codec)
+            else:
+                stored = stored_pages.take(op, file, path, header, cache, count, more)
+                stored_pages.check_scales(op, path, stored, cache)
+                put = partial(stored_pages.put, cache, stored=stored)
+        ids = _token_ids(op, path, tokens, llm.model.config.vocab)
+        messages = _messages(op, path, more["messages"]) if "messages" in more else None
+        scheduler.adopt(ids[:kept], put)
+    return Session(ids, messages, kept)
+
+
+def _put_coded(
+    op: str, path: Path, stream: Any, tokens: int, llm: LLM, codec: Codec | None
+) -> Callable[[list[int]], None]:
+    """A function that decodes a stream of so many tokens into pages.
+
+    Raises:
+        FormatError: it is damaged, or coded otherwise.
+    """
+    try:
+        coded = parse(stream)
+    except FormatError as error:
+        raise FormatError(f"{op}: {path}: {error}") from None
+    header, cache = coded.header, llm.cache
+    if codec is None:
+        has = f"{path} is coded by artefact {header.artefact} at ratio {header.ratio}"
+        raise FormatError(f"{op}: {has}, expected a codec of these")
+    for name, want in vars(codec.header(tokens, cache.spec)).items():
+        has = getattr(header, name)
+        if has != want:
+            raise FormatError(f"{op}: {path} is coded with {name}={has}, expected {want}")
+    if not np.array_equal(coded.arrays()["positions"], np.arange(tokens)):
+        raise FormatError(f"{op}: {path} is coded with positions other than 0 to {tokens - 1}")
+
+    def put(pages: list[int]) -> None:
+        swap_in(cache, pages, coded.to(llm.xp), codec=codec, hadamard=llm.model.hadamard)
+        stored_pages.wait(cache)
+
+    return put
+
+
+def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
+    """A codec of a model's caches; a text names the file of an artefact, and a ratio.
+
+    Raises:
+        ParameterError: the text is no such text, or the artefact is of another model.
+        DtypeError: it is neither.
+        FormatError, OSError: the file is none, or cannot be read.
+    """
+    if isinstance(codec, str):
+        path, _, ratio = codec.rpartition(":")
+        if not path or not ratio.isdecimal() or len(ratio) > 9:
+            raise ParameterError(f"{op}: codec is {codec!r:.80}, expected FILE:RATIO")
+        with llm.turn():
+            codec = Codec(Artefact.load(path), int(ratio), llm.xp)
+    check_codec(op, codec, False)
+    made: Codec | None = codec
+    if made is not None:
+        difference = made.model.difference(llm.fingerprint)
+        if difference:
+            raise ParameterError(f"{op}: codec is of a model with {difference}")
+    return made
+
+
+def _checked(
+    op: str, llm: LLM, scheduler: Scheduler, path: Any, codec: Any
+) -> tuple[Path, Codec | None]:
+    """A path and a codec of a call."""
+    cuda.refuse_prepare(op, "it reads or writes a file")
+    if not scheduler.prefix_cache:
+        raise ParameterError(f"{op}: prefix_cache is False, expected an LLM that keeps pages")
+    return whole_files.regular_path(op, path), open_codec(op, codec, llm)
+
+
+def _facts(llm: LLM, count: int) -> dict[str, str]:
+    """What a file with so many pages says of itself."""
+    config = llm.model.config
+    keys = {k: v for k, v in llm.file.metadata.items() if k.startswith(f"{config.architecture}.")}
+    model = [llm.fingerprint.sha256, keys]
+    facts = {name: str(fact) for name, fact in facts_of("LLM", "cache", llm.cache).items()}
+    return facts | dict(
+        format=FORMAT,
+        pages=str(count),
+        model=hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        weights=llm.weights_dtype,
+    )
+
+
+def _token_ids(op: str, path: Path, tokens: Any, vocab: int) -> list[int]:
+    wrong = (tokens < 0) | (tokens >= vocab)
+    if wrong.any():
+        raise FormatError(
+            f"{op}: {path} has token id {tokens[wrong][0]}, expected 0 to {vocab - 1}"
+        )
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
+def _messages(op: str, path: Path, data: Any) -> list[dict[str, Any]]:
+    try:
+        messages = json.loads(data.tobytes())
+        check_messages(messages)
+    except (ValueError, RecursionError, PykvError) as error:
+        raise FormatError(f"{op}: {path} has messages that are none: {error}") from None
+    found: list[dict[str, Any]] = messages
+    return found

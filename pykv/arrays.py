@@ -344,6 +344,18 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return module_of(array).empty(shape, dtype)
 
 
+def shared_dtype(op: str, k_out: Any, v_out: Any, default: Any) -> Any:
+    """The dtype of two outputs that one kernel writes: of those that are given, or `default`.
+
+    Raises:
+        DtypeError: they have two.
+    """
+    dtypes = [out.dtype for out in (k_out, v_out) if out is not None] or [np.dtype(default)]
+    if dtypes[0] != dtypes[-1]:
+        raise DtypeError(f"{op}: v_out has dtype {dtypes[-1]}, expected {dtypes[0]} as k_out")
+    return dtypes[0]
+
+
 def current_device() -> int:
     """The ordinal of CuPy's current GPU; raises as `load_cupy`."""
     return int(load_cupy().cuda.runtime.getDevice())

@@ -158,10 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
-    _add_model(calibrate)
+    _add_place(calibrate)
+    _add_context(calibrate)
     commands_of_kvtc.add_calibrate(calibrate)
     coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
-    _add_model(coders)
+    _add_place(coders)
+    _add_context(coders)
     commands_of_kvtc.add_coders(coders)
     evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
     commands_of_eval.add_evaluate(evaluate)
@@ -194,12 +196,16 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_place(parser)
     _add_kv_dtype(parser)
-    parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+    _add_context(parser)
     parser.add_argument(
         "--evict",
         metavar="POLICY",
         help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
     )
+
+
+def _add_context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

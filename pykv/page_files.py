@@ -49,8 +49,8 @@ def save(
             old file, and a hidden `.pykv-*` beside it, which the next save to `path` removes.
         cache: see pykv.pages.
         pages: page ids; None: all.
-        model: whatever tells whose cache this is; `load` compares it. None with a codec, whose
-            artefact tells.
+        model: whatever tells whose cache this is; `load` compares it. Left out with a codec,
+            whose artefact tells.
         codec, tokens, hadamard: as of pages.swap_out; the file is then a stream of pykv.kvtc.
 
     Raises:
@@ -134,6 +134,7 @@ def load(
         ids = page_ids(
             op, "pages", range(facts["pages"]) if pages is None else pages, facts["pages"]
         )
+        check_targets(op, ids, facts["pages"])
         return _load_coded(op, path, cache, ids, codec, hadamard)
     with open(path, "rb") as file:
         header = tensor_files.read_header(op, file, path, "file of pages", FORMAT)

@@ -338,6 +338,7 @@ def swap_in(
     pages = page_ids(op, "pages", pages, facts_of(op, "cache", cache)["pages"])
     check_codec(op, codec, hadamard)
     if codec is not None:
+        check_targets(op, pages, facts_of(op, "cache", cache)["pages"])
         table = pages.astype(np.int32)
         codec.decompress(store, cache, table, hadamard=hadamard, stream=stream)
         return

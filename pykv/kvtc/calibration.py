@@ -101,6 +101,7 @@ def calibrate(
     width = config.kv_heads * config.head_dim
     widest = width * max(map(len, layers))
     most = _checked_rank(rank, widest)
+    _checked_rank(None, width * min(map(len, layers)))
     for of_group in layers:
         for ratio in chosen:
             plans.budget(width * len(of_group), ratio)
@@ -116,9 +117,8 @@ def calibrate(
             f"features, and {SINKS} for each window"
         )
     model_facts = rows_of.fingerprint(llm.file, llm.model)
-    facts = dict(
-        model=model_facts.sha256, window=window, sinks=SINKS, texts=[list(t) for t in named]
-    )
+    facts = dict(model=model_facts.sha256, weights=llm.weights_dtype, window=window, sinks=SINKS)
+    facts |= dict(texts=[list(t) for t in named])
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
     kept = None if path is None else path.with_name(path.name + ".rows")
     with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:

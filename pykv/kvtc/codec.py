@@ -163,10 +163,9 @@ class Codec:
         four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
         """
         op = "Codec.compress"
-        self._check_cache(op, cache)
-        spec = as_spec(op, cache.spec)
+        facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
         with cuda.on_stream(stream, cache.k):
-            table = self._indices(op, "table", table)
+            table = self._indices(op, "table", table, facts["pages"] - 1)
             positions = self._indices(op, "positions", positions)
             header = self.header(len(positions), spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
@@ -240,7 +239,13 @@ class Codec:
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
                 check_given_scales(op, cache)
-            table = self._indices(op, "table", table)
+            table = self._indices(op, "table", table, facts["pages"] - 1)
+            room = len(table) * facts["page_size"]
+            if header.tokens > room:
+                raise ParameterError(
+                    f"{op}: coded has {header.tokens} tokens, expected at most the {room} that "
+                    "the pages of table hold"
+                )
             there = Coded(header, self._reached(op, "coded", coded.data)).arrays()
             if positions is not None:
                 _check_positions(op, there["positions"], positions)
@@ -310,12 +315,12 @@ class Codec:
             raise ParameterError(f"{op}: layers is {layers}, expected some of range(0, {count})")
         return layers
 
-    def _indices(self, op: str, name: str, x: Any) -> Any:
-        """An int32 array of the codec's device; what the host has is uploaded."""
+    def _indices(self, op: str, name: str, x: Any, most: int = 2**31 - 1) -> Any:
+        """An int32 array of the codec's device; what the host has is checked and uploaded."""
         if is_array(x) and (on_gpu(x) or self._xp is np):
             checker(op, **{name: ("n", INT32)})(x)
             return x
-        ids = page_ids(op, name, x, 0, 2**31 - 1).astype(np.int32)
+        ids = page_ids(op, name, x, 0, most).astype(np.int32)
         if self._xp is not np:
             cuda.refuse_capture(op, cuda.UPLOADS)
         return self._xp.asarray(ids)

@@ -24,6 +24,7 @@ from pykv.options import check_whole
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)  # bits, in the order of `widths`
 GROUP = 32  # components that are packed together
+MOST = GROUP * 0xFFFF  # components of a width: the kernel counts groups in 16 bits
 
 
 def check_widths(op: str, widths: Any) -> tuple[int, ...]:
@@ -31,7 +32,7 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
 
     Raises:
         DtypeError: one is no whole number.
-        ParameterError: they are not eight multiples of 32.
+        ParameterError: they are not eight multiples of 32, or above 2 million.
     """
     try:
         given = tuple(widths)
@@ -39,7 +40,7 @@ def check_widths(op: str, widths: Any) -> tuple[int, ...]:
         given = ()
     if len(given) != len(WIDTHS):
         raise ParameterError(f"{op}: widths is {widths!r:.80}, expected {len(WIDTHS)} numbers")
-    counts = tuple(check_whole(op, "widths", count, 0, 2**31) for count in given)
+    counts = tuple(check_whole(op, "widths", count, 0, MOST) for count in given)
     if any(count % GROUP for count in counts):
         raise ParameterError(f"{op}: widths is {counts}, expected multiples of {GROUP}")
     return counts

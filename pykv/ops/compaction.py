@@ -45,6 +45,7 @@ def _shape(sm: int) -> dict[str, int]:
 VARIANTS: list[dict[str, Any]] = [
     dict(X_T=dtype, I_T="int", **cuda.by_sm(_shape)) for dtype in FLOATS
 ]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 class Compressed(NamedTuple):

@@ -26,6 +26,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(_SIZES, K_UNIT=16, V_UNIT=16, K_UNITS=units, V_UNITS=units, **KVSpec(kind).type_defines)
     for kind, units in (("fp16", 16), ("int8", 8))  # of D = 128
 ]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 def compact(

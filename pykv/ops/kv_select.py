@@ -21,6 +21,7 @@ _BLOCK = 512  # threads
 _MOST = 2**31 - 1
 
 VARIANTS = [dict(BLOCK=_BLOCK)]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 def select(
@@ -123,6 +124,7 @@ def reference(
         is_there = row < ends
         is_first = is_there & ((row < sinks) | (row >= ends - recent))
         values = np.where(np.isnan(scores[r]), -np.inf, scores[r])
+        values = np.where(is_first, np.inf, values)  # of sinks and recent rows the first go first
         may_stay = (
             is_there if threshold is None else is_first | (is_there & (scores[r] > threshold))
         )

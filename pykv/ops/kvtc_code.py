@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, UINT8, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, FLOATS, UINT8, Dims, checker, like, on_gpu, optional, shared_dtype
 from pykv.errors import ShapeError
 from pykv.kvtc import coder
 
@@ -25,6 +25,7 @@ BLOCK = 128  # threads, eight components each
 TOKENS = 4  # of a block: their loads are in flight together
 
 VARIANTS: list[dict[str, Any]] = [dict(X_T="f16", BLOCK=BLOCK, TOKENS=TOKENS)]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 def encode(
@@ -98,7 +99,8 @@ def decode(
     Args:
         rows: [T, B] uint8, at any stride that is a multiple of 4 bytes.
         k_steps, v_steps, k_widths, v_widths: those that `encode` had.
-        k_out, v_out: [T, C] float16 or float32, both of one dtype; float16 is allocated if None.
+        k_out, v_out: [T, C] float16 or float32, both of one dtype; one of that, or of
+            float16, is allocated if None.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -113,14 +115,14 @@ def decode(
     dims = _check_decode(rows, k_steps, v_steps, k_out, v_out)
     widths = _check_widths(op, dims, k_widths, v_widths)
     _check_row(op, "rows", rows, sum(map(coder.row_bytes, widths)))
+    dtype = shared_dtype(op, k_out, v_out, np.float16)
     outs = [
-        like(rows, (dims["T"], dims[name]), np.float16) if out is None else out
+        like(rows, (dims["T"], dims[name]), dtype) if out is None else out
         for name, out in (("Ck", k_out), ("Cv", v_out))
     ]
     if dims["T"] == 0:
         return outs[0], outs[1]
     if on_gpu(rows):
-        dtype = outs[0].dtype
         launch = dims.keep(widths, lambda: _launch("decode", dims, widths, rows, dtype))
         launch(dict(rows=rows, k=outs[0], v=outs[1], k_steps=k_steps, v_steps=v_steps), stream)
     else:

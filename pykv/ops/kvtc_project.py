@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, checker, like, on_gpu, optional
+from pykv.arrays import FLOAT32, FLOATS, checker, like, load_cupy, on_gpu, optional, shared_dtype
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.ops import linear
 from pykv.options import check_choice
@@ -60,6 +60,7 @@ VARIANTS: list[dict[str, Any]] = [
     for X_T, back in (("float", 0), ("f16", 1))
     for wide in (False, True)
 ]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 def project(
@@ -130,7 +131,8 @@ def restore(
         k, v: [T, C] float16; C is a multiple of 8.
         k_basis, v_basis: [F, C] float16, rows at any stride; some rows of the bases restore these
             features alone. F is a multiple of 8.
-        k_out, v_out: [T, F] float16 or float32, both of one dtype; float16 is allocated if None.
+        k_out, v_out: [T, F] float16 or float32, both of one dtype; one of that, or of
+            float16, is allocated if None.
         gemm, stream: as of `project`.
 
     Returns:
@@ -142,8 +144,8 @@ def restore(
     """
     op = "kvtc_project.restore"
     dims = _check_restore(k, v, k_basis, v_basis, k_out, v_out)
-    shape = dims["T"], dims["F"]
-    outs = [like(k, shape, np.float16) if out is None else out for out in (k_out, v_out)]
+    shape, dtype = (dims["T"], dims["F"]), shared_dtype(op, k_out, v_out, np.float16)
+    outs = [like(k, shape, dtype) if out is None else out for out in (k_out, v_out)]
     _multiply(op, dims, (k, v), (k_basis, v_basis), outs, True, gemm, stream)
     return outs[0], outs[1]
 
@@ -256,4 +258,6 @@ def _cublas(
             if not x.size:
                 out.data.memset_async(0, out.nbytes)
             elif out.size:
+                if basis.strides[0] < basis.shape[1] * basis.itemsize:  # repeated, or backwards
+                    basis = load_cupy().ascontiguousarray(basis)
                 linear.gemm_ex(handle, x, basis, out, transposed=back)

@@ -39,6 +39,7 @@ SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
 ROWS = 16  # of a block that dequantizes
 
 VARIANTS = [dict(BLOCK=BLOCK, SMALL=SMALL, MEDIUM=MEDIUM)]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 LOWEST, HIGHEST = np.finfo(np.float32).min, np.finfo(np.float32).max
 

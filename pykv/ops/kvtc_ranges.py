@@ -32,6 +32,7 @@ from pykv.ops.kvtc_quantize import (
 from pykv.options import check_flag, check_whole
 
 VARIANTS = kvtc_quantize.VARIANTS
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
 def quantize_ranges(

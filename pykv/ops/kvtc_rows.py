@@ -45,7 +45,7 @@ BLOCK = 128  # threads
 TOKENS = 4  # of a block: they share the mean, and their loads are in flight together
 _FLOAT16 = FLOATS[1:2]
 _INT8 = KINDS["int8"]
-_MOST_PAIRS = 1024  # of all rows of frequencies: sines and cosines of a block's tokens are shared
+_MOST_PAIRS = 1280  # and one of each row of frequencies: a block shares those of its tokens
 _POOLS = ("k_pools", "v_pools", "k_scales", "v_scales")
 
 
@@ -82,7 +82,7 @@ def gather(  # a cache, a sequence, what rows are, and where they go
             a row.
         mean: [2, F] float16, both at any stride.
         inv_freq: [U, R] float32, radians a position as rope.rotate has them, zeros where a layer is
-            not rotated; U * R of at most 1024.
+            not rotated; U * (R + 1) of at most 1280.
         rows: [2, C, F] float16; allocated if None, C = T - S - X.
         sinks: [S, 2, L, H, D] float16; None: S is 0. Only the layers of `places` are written.
         window, window_scales: [X, 2, L, H, D] int8 and [X, 2, L, H] float16, likewise.
@@ -104,7 +104,7 @@ def gather(  # a cache, a sequence, what rows are, and where they go
         DeviceError: host and device arrays are mixed.
         ParameterError: scales are missing, or given for floats; `pairing` is unknown; on the host,
             or where checking, an entry is wrong.
-        UnsupportedError: D is above 512, or U * R above 1024.
+        UnsupportedError: D is above 512, or U * (R + 1) above 1280.
 
     Runs where the arrays are; on a GPU it only enqueues, one launch for K and V of all layers. A
     position outside of the table, or in a negative page, reads as zeros there. Computes in float32
@@ -218,10 +218,10 @@ def _check(
     D, features = dims["D"], dims["E"] * dims["H"] * dims["D"]
     check_head_dim(op, "k_pools", D, MAX_HEAD_DIM)
     rope.check_pairs(op, pairing, dims["R"], D)
-    if dims["U"] * dims["R"] > _MOST_PAIRS:
+    if dims["U"] * (dims["R"] + 1) > _MOST_PAIRS:
         raise UnsupportedError(
             f"{op}: inv_freq has {dims['U']} rows of {dims['R']} pairs, expected at most "
-            f"{_MOST_PAIRS} in all"
+            f"{_MOST_PAIRS} with one more a row"
         )
     if dims["F"] != features:
         raise ShapeError(f"{op}: mean has F={dims['F']}, expected E * H * D = {features}")
@@ -450,3 +450,4 @@ VARIANTS = [
     for back in (False, True)
     for H, D in ((3, 64), (8, 128))
 ]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need

@@ -27,7 +27,9 @@ def computed(monkeypatch):
     monkeypatch.setattr(
         scheduler,
         "forward",
-        lambda model, batch, *args: steps.append(len(batch.ids)) or forward(model, batch, *args),
+        lambda model, batch, *args, **options: (
+            steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
+        ),
     )
     return steps
 

@@ -185,6 +185,7 @@ CONTENTS = dict(
     min_p=[0.1, 0],
     seeds=[1, 2],
 )
+CONTENTS_BY_RANK = {("counts", 1): [1, 0, 0, 1], ("table", 1): [0, 1]}
 
 
 def filled(arguments, rng, xp):
@@ -196,9 +197,9 @@ def filled(arguments, rng, xp):
 
 
 def _contents(name, x, rng):
-    if name == "counts" and x.ndim == 1:
-        return np.array([1, 0, 0, 1], x.dtype)
-    if name in CONTENTS:
+    if (name, x.ndim) in CONTENTS_BY_RANK:
+        return np.array(CONTENTS_BY_RANK[name, x.ndim], x.dtype)
+    if name in CONTENTS and (name, x.ndim) != ("rows", 3):
         return np.resize(np.array(CONTENTS[name], x.dtype), x.shape)
     if name.endswith("_scales"):
         return rng.uniform(0.01, 0.02, x.shape).astype(x.dtype)

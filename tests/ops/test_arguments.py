@@ -7,11 +7,11 @@ import pytest
 
 from pykv.arrays import as_read_only
 from pykv.errors import DtypeError, ParameterError, PykvError
-from pykv.ops import attention_scores, paged_decode, prefill
+from pykv.ops import attention_scores, kv_select, paged_decode, prefill
 from tests.ops.calls import OPS, filled
 
 OUTPUTS = ("out", "lse", "out_lse", "q_out", "table", "lengths", "sums", "k_out", "v_out")
-OUTPUTS += ("min_vals", "max_vals")
+OUTPUTS += ("min_vals", "max_vals", "kept")
 
 
 @pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
@@ -81,7 +81,8 @@ def test_wrong_options_are_refused(xp, op, arguments):
         name: xp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in arguments.items()
     }
     names = inspect.signature(op).parameters
-    for name in PASSED_ON if "options" in names else WRONG.keys() & names:
+    options = WRONG.keys() & names - ({"counts"} if op is kv_select.select else set())  # an array
+    for name in PASSED_ON if "options" in names else options:
         for x in WRONG[name]:
             with pytest.raises(PykvError, match=f": {name} "):
                 op(**{**given, name: x})

@@ -32,7 +32,7 @@ def one(xp, scores, budget, length=None, **options):
         ([np.nan, -np.inf, 1], 2, {}, [0, 2]),
         ([np.inf, 1, 2, 3, 0], 3, dict(sinks=1, recent=1), [0, 3, 4]),
         ([9, 9, 9, 0, 0], 2, dict(recent=2), [3, 4]),
-        ([9, 9, 0, 0, 0], 2, dict(recent=3), [2, 3]),  # too small a budget: the first of them
+        ([9, 9, 0, 1, 2], 2, dict(recent=3), [2, 3]),  # too small a budget: the first of them
         ([1, 2], 5, {}, [0, 1]),
         ([1, 2], 0, dict(sinks=1), []),
         ([1, 2], -3, {}, []),

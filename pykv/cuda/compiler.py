@@ -308,8 +308,8 @@ def variants(arch: str | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Every (stem, defines) that the ops declare as `VARIANTS`: the usual specialisations.
 
     Args:
-        arch: leave out what an op does not launch on this SM, or compiles at its first call alone, by
-            its `VARIANTS_SMS`; None: all.
+        arch: leave out what an op does not launch on this SM, or compiles at its first call
+            alone, by its `VARIANTS_SMS`; None: all.
     """
     from importlib import import_module
 

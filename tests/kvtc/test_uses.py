@@ -73,8 +73,12 @@ def test_what_does_not_fit_is_refused(rng, artefact, tmp_path):
         page_files.load(path, back, [0, 1, 2, 3], codec=foreign)
     with pytest.raises(FormatError, match="no file of pages"):
         page_files.load(path, back, [0, 1, 2, 3])
-    with pytest.raises(ParameterError, match="positions go to 13, expected below 12"):
+    with pytest.raises(ParameterError, match="coded has 14 tokens, expected at most the 12"):
         page_files.load(path, back, [0, 1, 2], codec=codec)
+    with pytest.raises(ParameterError, match="expected no page twice"):
+        page_files.load(path, back, [0, 1, 1, 2], codec=codec)
+    with pytest.raises(ParameterError, match="expected no page twice"):
+        pages.swap_in(back, [3, 3], pages.swap_out(cache, ids, codec=codec), codec=codec)
     for how, text in (
         (dict(tokens=3), "tokens is given, expected none without a codec"),
         (dict(hadamard=True), "hadamard is given, expected none without a codec"),

@@ -79,6 +79,19 @@ def negated(op):
     return lambda k, v, *rest, **options: op(-k, v, *rest, **options)
 
 
+def test_outputs_are_of_one_dtype(xp):
+    """That of the one that is given: one kernel writes both."""
+    k_widths, v_widths = WIDTHS["one bit"], WIDTHS["eight bits"]
+    rows, k_steps, v_steps = xp.zeros((2, 68), np.uint8), xp.ones(32, "f4"), xp.ones(64, "f4")
+    args, widths = (rows, k_steps, v_steps), dict(k_widths=k_widths, v_widths=v_widths)
+    outs = op.decode(*args, **widths, k_out=xp.zeros((2, 32), np.float32))
+    assert [out.dtype for out in outs] == [np.float32, np.float32]
+    assert (to_numpy(outs[1]) == -127.5).all()
+    outs = xp.zeros((2, 32), np.float32), xp.zeros((2, 64), np.float16)
+    with pytest.raises(DtypeError, match="v_out has dtype float16, expected float32"):
+        op.decode(*args, **widths, k_out=outs[0], v_out=outs[1])
+
+
 def test_no_tokens(xp):
     widths = WIDTHS["one bit"]
     x, steps = xp.zeros((0, 32), np.float32), xp.ones(32, np.float32)

@@ -202,8 +202,10 @@ class BlockManager:
         """
         self._check_held("fork", pages)
         forked = self._hold(list(pages))
-        if id(pages) in self._whole and pages:
-            self._whole[id(forked)] = self._whole[id(pages)]
+        moved = {page for i, n in self._whole.items() for page in self._sequences[i][n:]}
+        whole = next((i for i, page in enumerate(forked) if page in moved), None)
+        if whole is not None:
+            self._whole[id(forked)] = whole
         return forked
 
     def evict(
@@ -261,8 +263,10 @@ class BlockManager:
             if not pages:
                 self._sequences.pop(id(pages), None)
                 self._whole.pop(id(pages), None)
-            elif start // P < self._whole.get(id(pages), n):
-                self._whole[id(pages)] = start // P
+            else:
+                whole = min(self._whole.pop(id(pages), n), start // P)
+                if whole < n:
+                    self._whole[id(pages)] = whole
         return old
 
     def free(self, pages: list[int]) -> None:

@@ -86,13 +86,30 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
         note(f"{path}: {kept} need no computing")
     before = list(history)
     try:
-        yield history
+        with _ended_by_signals():
+            yield history
     finally:
         if history != before:
             if len(history) > (_first_turn(history) if chat else 0):
                 llm.save(path, history, codec=codec)
             else:
                 path.unlink(missing_ok=True)  # as /clear has it
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the block as an exception does."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # --- run ---

@@ -453,3 +453,19 @@ def test_rows_are_no_tokens():
     manager = blocks.BlockManager(4, 2)
     with pytest.raises(ParameterError, match="expected integers of 64 bits"):
         manager.reuse(np.zeros((4, 2), np.int64))
+
+
+def test_moved_rows_are_never_published():
+    """Neither by a fork of the first pages, nor after a second eviction."""
+    manager = blocks.BlockManager(8, 4)
+    pages = manager.allocate(12)
+    manager.evict([pages], 0, [8])
+    with pytest.raises(ParameterError, match="expected at most the 0 that the pages before"):
+        manager.publish(manager.fork(pages[:2]), list(range(8)))
+    manager = blocks.BlockManager(16, 4)
+    pages = manager.allocate(32)
+    manager.evict([pages], 20, [28])
+    manager.evict([pages], 20, [12])
+    with pytest.raises(ParameterError, match="expected at most the 12"):
+        manager.publish(pages, list(range(20)))
+    manager.publish(pages, list(range(12)))

@@ -391,6 +391,24 @@ def test_heads_share_a_budget(xp, rng):
         cache.manager.free(fork[0])
 
 
+def test_positions_may_be_those_of_more_pages(xp, rng):
+    """As the eviction before left them."""
+    cache, sequences, _ = cache_of(xp, rng)
+    one = eviction.evict(cache, sequences, LENGTHS, "streaming:4")
+    two = eviction.evict(cache, sequences, one.lengths, "streaming:2", positions=one.positions)
+    for b, length in enumerate(LENGTHS):
+        n = min(length, 2)
+        last = to_numpy(two.positions[0])[b, :, :n]
+        assert (last == np.arange(length - n, length)).all()
+
+
+def test_a_floor_keeps_no_row_below_the_threshold(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng)
+    for policy in (Largest(threshold=1e6), AdaKV(Largest(threshold=1e6))):
+        forked = [cache.manager.fork(pages) for pages in sequences]
+        assert not eviction.evict(cache, forked, LENGTHS, policy).lengths.any()
+
+
 def test_wrong_arguments_change_nothing(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     before, old = to_numpy(cache.k), [list(pages) for pages in sequences]

@@ -363,6 +363,24 @@ def test_commands_of_a_session(capsys, monkeypatch, tmp_path):
     assert chat(capsys, monkeypatch, "/clear", flags=flags)[0] == 0 and not path.exists()
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_keep_what_was_said(capsys, monkeypatch, tmp_path, name):
+    number, path, stream = getattr(signal, name), tmp_path / "talk", pykv.LLM.stream
+    before, asked = signal.getsignal(number), []
+
+    def ended(self, ids, params):
+        asked.append(ids)
+        if len(asked) == 2:
+            signal.raise_signal(number)
+        return stream(self, ids, params)
+
+    monkeypatch.setattr(pykv.LLM, "stream", ended)
+    with pytest.raises(SystemExit):
+        chat(capsys, monkeypatch, "hi", "and", flags=("--max-tokens", 3, "--session", path))
+    assert signal.getsignal(number) is before
+    assert len(pykv.LLM("chat.gguf", device="cpu").load(path).messages) == 2
+
+
 def test_ctrl_c_keeps_what_was_said(capsys, monkeypatch, tmp_path):
     """Of an answer that is not finished, nothing."""
     path, stream = tmp_path / "talk", pykv.LLM.stream

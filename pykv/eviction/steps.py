@@ -196,6 +196,8 @@ class _Work:
         found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
         for layer, x in found.items():
             checker(self.op, **{f"positions[{layer}]": ("B H C", INT32)})(x)
+            if x.shape[2] > self.shape[2]:  # of more pages, before an eviction
+                found[layer] = x = self.xp.ascontiguousarray(x[..., : self.shape[2]])
             _check_sizes(self.op, f"positions[{layer}]", x, self.shape)
         return found
 
@@ -261,10 +263,10 @@ class _Work:
             if floors.any():
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)
-                first = xp.where(first < 0, first[..., :1], first)[:, 0]  # -1 of none at all
-                flat = flat.copy()
-                flat[xp.arange(B * H)[:, None], 0, first] = np.float32(np.inf)
-                scores = flat.reshape(B, H, C)
+                spare = xp.zeros((B * H, 1, 1), np.float32)  # the place of -1, no row
+                flat = xp.concatenate((flat, spare), 2)
+                flat[xp.arange(B * H)[:, None], 0, first[:, 0]] = np.float32(np.inf)
+                scores = flat[..., :C].reshape(B, H, C)
             kept, counts = choose(scores, lengths, limits.sum(1))
         elif base.per_head:
             flat = scores.reshape(B * H, 1, C)
@@ -356,5 +358,7 @@ def _check_lengths(op: str, lengths: Any, shape: tuple[int, int, int]) -> Any:
         )
     if given.size and given.min() < 0:
         raise ParameterError(f"{op}: lengths are down to {given.min()}, expected at least 0")
+    if given.size and given.max() > 2**31 - 1:
+        raise ParameterError(f"{op}: lengths are up to {given.max()}, expected rows of pages")
     whole = given if given.ndim == 3 else given[None, :, None]
     return np.broadcast_to(whole, shape).astype(np.int32)

@@ -75,11 +75,16 @@ class Evictor:
         return int(self._policy.counts(np.array(held)))
 
     def room(self, prompt: int, limit: int) -> int:
-        """Rows to set aside for a prompt and what follows it, up to `limit` tokens. The last are
-        for copies of pages that others may find."""
+        """Rows to set aside for a prompt and what follows it, up to `limit` tokens. Full pages of
+        the prompt may be found by others: then they come back to nobody, and kept rows move to
+        copies."""
         kept, P = self.kept(prompt), self._cache.page_size
-        copies = -(-kept // P) * P if kept < prompt else 0
-        return max(prompt, self._ahead(kept, limit - prompt)) + copies
+        ahead = self._ahead(kept, limit - prompt)
+        if limit in (prompt, ahead):  # nothing is ever evicted
+            return limit
+        found = max((prompt - max(1, self.asked)) // P * P, 0)
+        copies = -(-min(kept, found) // P) * P
+        return found + max(ahead, prompt - found + copies)
 
     def is_due(self, held: int) -> bool:
         """Whether a sequence must shrink before another row comes."""

@@ -286,7 +286,9 @@ class Scheduler:
         if self._evictor is not None:
             asked = None if queries is None else queries[:, first : first + count]
             left = s.limit - s.cached
-            s.dropped += s.held - self._evictor.evict(s.pages, s.held, asked, left)
+            held, dropped = s.held, s.dropped
+            s.dropped += 1  # should it fail, slots may hold other tokens, and nothing is published
+            s.dropped = dropped + held - self._evictor.evict(s.pages, held, asked, left)
 
     def _decoder(self, active: list[Sequence]) -> Callable[[], Any]:
         """A function that puts the last token of every sequence into the cache and gives the
@@ -311,8 +313,6 @@ class Scheduler:
                 table[...] = self.xp.asarray(blocks.page_table(pages, table.shape[1]))
 
         def decode() -> Any:
-            if self._evictor:
-                evict()
             packed = np.empty((4, len(active)), np.int32)
             for column, s in zip(packed.T, active, strict=True):
                 if s.finish_reason:
@@ -324,6 +324,8 @@ class Scheduler:
             logits = step()
             for s in active:
                 s.cached += not s.finish_reason
+            if self._evictor:
+                evict()  # by the queries of this step
             return logits
 
         return decode

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv import eviction
+from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming
-from pykv.llm import LLM, SamplingParams, evictor
+from pykv.llm import LLM, SamplingParams, evictor, scheduler
 from tests.helpers import without_simt
 from tests.llm import plain_forward
 from tests.llm.test_keys import LLAMA, gemma3
@@ -118,6 +120,65 @@ def test_a_small_pool_is_enough_for_a_long_answer(open_llm, rng, monkeypatch):
     assert llm.cache.manager.num_pages == 5
 
 
+@without_simt
+def test_pages_suffice_for_what_others_may_find(open_llm, rng, monkeypatch):
+    """A prompt below the budget is found by its tokens; its rows move to copies later."""
+    monkeypatch.setattr(evictor, "EVERY", 8)
+    llm = open_llm(eviction="streaming:48")
+    start = tokens_of(rng, 40)
+    llm.generate([start], greedy(40))
+    llm.generate([start + [n] for n in (3, 4, 5)], greedy(40))
+    manager = llm.cache.manager
+    assert llm.stats.reused_tokens and manager.num_free == manager.num_pages
+
+
+@without_simt
+def test_what_is_never_evicted_needs_no_more_pages(open_llm, rng):
+    llm = open_llm(eviction="streaming:16", pool_tokens=64, context=64)
+    assert llm.logits(tokens_of(rng, 64)).shape[0] == 64
+
+
+@without_simt
+def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
+    """Also where the batch has just become smaller."""
+    monkeypatch.setattr(evictor, "EVERY", 8)
+    make, evict, seen = scheduler.Scheduler._queries, evictor.Evictor.evict, []
+
+    def queries(self, tokens):
+        made = make(self, tokens)
+        if made is not None:
+            made[...] = np.nan
+        return made
+
+    def evicted(self, pages, held, queries, left):
+        seen.append(queries.copy())
+        return evict(self, pages, held, queries, left)
+
+    monkeypatch.setattr(scheduler.Scheduler, "_queries", queries)
+    monkeypatch.setattr(evictor.Evictor, "evict", evicted)
+    llm = open_llm(eviction="tova:16")
+    for count in (7, 8, 9, 10):
+        prompts = [tokens_of(rng, 24), tokens_of(rng, 24)]
+        llm.generate(prompts, [greedy(14), greedy(count)])
+    assert len(seen) > 8 and not any(np.isnan(x).any() for x in seen)
+
+
+@without_simt
+def test_a_failed_eviction_loses_no_page(open_llm, rng, monkeypatch):
+    monkeypatch.setattr(evictor, "EVERY", 8)
+    llm = open_llm(eviction="streaming:16")
+    evict = eviction.evict
+
+    def fails(*args, **options):
+        evict(*args, **options)
+        raise CapacityError("planted")
+
+    monkeypatch.setattr(eviction, "evict", fails)
+    with pytest.raises(CapacityError, match="planted"):
+        llm.generate([tokens_of(rng, 40), tokens_of(rng, 9)], greedy(30))
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
 @pytest.mark.parametrize(
     "given, error, text",
     [
@@ -158,4 +219,4 @@ def test_kernels_and_graphs(open_llm, rng, monkeypatch):
     monkeypatch.setattr(evictor, "EVERY", 2)
     llm = open_llm(eviction="snapkv:6:window=3:pooling=1")
     llm.generate([tokens_of(rng, 9)], greedy(5))
-    assert llm.stats.cached_tokens == 8  # 6 of 9, two more, 6 of 8, two more
+    assert llm.stats.cached_tokens == 6  # of 9, of two more, and of two more

@@ -272,7 +272,9 @@ __device__ __forceinline__ void move_heads(const Call& c, const Layers<A>& k, co
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+constexpr int RESIDENT = BACK ? 5 : 4;  // blocks on an SM that registers allow
+
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 kvtc_rows(ROW_FLOAT* rows, f16* sinks, i8* window, f16* window_scales, int* kept_positions,
           K_T* k_pools, V_T* v_pools, SCALE_T* k_scales, SCALE_T* v_scales,
           const int* __restrict__ table, const int* __restrict__ positions,

@@ -272,7 +272,8 @@ __device__ __forceinline__ void move_heads(const Call& c, const Layers<A>& k, co
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-constexpr int RESIDENT = BACK ? 5 : 4;  // blocks on an SM that registers allow
+// Blocks on an SM that registers allow.
+constexpr int RESIDENT = BACK && __CUDA_ARCH__ >= 750 ? 5 : 4;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 kvtc_rows(ROW_FLOAT* rows, f16* sinks, i8* window, f16* window_scales, int* kept_positions,

@@ -551,7 +551,7 @@ def test_no_ctypes_anywhere(folder):
     imports = re.compile(r"^\s*(import\b.*\bctypes|from\s+ctypes)\b", re.MULTILINE)
     for path in (ROOT / folder).rglob("*"):
         if path.suffix in (".py", "") and path.is_file():  # tools without a suffix are scripts
-            assert not imports.search(path.read_text()), path
+            assert not imports.search(path.read_text("utf-8")), path
 
 
 # --- Launch and streams ---

@@ -202,10 +202,11 @@ class BlockManager:
         """
         self._check_held("fork", pages)
         forked = self._hold(list(pages))
-        moved = {page for i, n in self._whole.items() for page in self._sequences[i][n:]}
-        whole = next((i for i, page in enumerate(forked) if page in moved), None)
-        if whole is not None:
-            self._whole[id(forked)] = whole
+        if self._whole:
+            moved = {page for i, n in self._whole.items() for page in self._sequences[i][n:]}
+            whole = next((i for i, page in enumerate(forked) if page in moved), None)
+            if whole is not None:
+                self._whole[id(forked)] = whole
         return forked
 
     def evict(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import check_writeable, on_gpu
+from pykv.arrays import check_writeable, like, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
-from pykv.foreign import named_array
+from pykv.foreign import from_pointer, named_array
 
 Ranges = tuple[str, Any, Any]  # name, [C] uint64 addresses, and bytes: an integer or [C] int64
 
@@ -121,6 +121,22 @@ def check_pinned(op: str, name: str, array: Any) -> None:
             f"{op}: {name} is in pageable host memory, expected it pinned, as cupyx.empty_pinned "
             "makes it"
         )
+
+
+def reach(op: str, name: str, data: Any, beside: Any) -> Any:
+    """Data as an array of the device where `beside` is: on a GPU pinned memory is within reach.
+
+    Raises:
+        DeviceError: they are elsewhere.
+    """
+    if on_gpu(data) == on_gpu(beside):
+        return data
+    if on_gpu(data):
+        raise DeviceError(f"{op}: {name} is on a GPU, expected the host like the rows")
+    if data.size == 0:
+        return like(beside, data.shape, data.dtype)
+    check_pinned(op, name, data)
+    return from_pointer(address_of(data), data.shape, data.dtype, owner=data)
 
 
 def is_pageable(address: int) -> bool:

@@ -525,6 +525,25 @@ def test_import_without_a_driver_touches_no_cuda_package():
     assert not {"ssl", "email.parser", "importlib.metadata", "urllib.request"} & set(loaded)
 
 
+def test_every_module_can_be_the_first():
+    """Whatever is imported before the others: no module waits for one that waits for it."""
+    code = """
+    import importlib, pkgutil, sys, pykv
+    names = [m.name for m in pkgutil.walk_packages(pykv.__path__, "pykv.")]
+    for name in names:
+        if name.endswith(("__main__", "template_worker")):  # programs
+            continue
+        for loaded in [n for n in sys.modules if n.split(".")[0] == "pykv"]:
+            del sys.modules[loaded]
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # an extra that is not installed
+            assert error.name.split(".")[0] != "pykv", error
+    print(len(names))
+    """
+    assert int(run_python(code, PYKV_COMPILE="lazy")) > 100
+
+
 @pytest.mark.gpu
 def test_import_creates_no_context():
     code = """

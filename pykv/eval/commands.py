@@ -133,7 +133,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from pykv.eval.coding import Judged
     from pykv.kvtc.artefact import Artefact
     from pykv.kvtc.codec import Codec
-    from pykv.kvtc.rows import fingerprint
 
     ratios = [_whole("--ratio", word) for word in _listed("--ratio", args.ratio)]
     if not ratios:
@@ -145,7 +144,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     for ratio in ratios:
         artefact.check_ratio("kvtc evaluate: --ratio", ratio)
     llm = _open_model(args)
-    if differs := artefact.model.difference(fingerprint(llm.file, llm.model)):
+    if differs := artefact.model.difference(llm.fingerprint):
         raise FormatError(f"kvtc evaluate: {args.artefact} is of another model: {differs}")
     with llm.turn():
         codecs = {f"kvtc:{ratio}": Codec(artefact, ratio, llm.xp) for ratio in ratios}

@@ -33,7 +33,7 @@ class Fingerprint:
         layers, kv_heads, head_dim: sizes.
         pairing: of rotated elements, see rope.rotate.
         inv_freq: [layers, pairs] float32, radians a position; zeros where a layer is not rotated.
-        sha256: names the weights, see rows.fingerprint.
+        sha256: names the weights, see pykv.llm.fingerprint.
     """
 
     architecture: str

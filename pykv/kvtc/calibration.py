@@ -116,7 +116,7 @@ def calibrate(
             f"{_ROWS_PER_FEATURE * widest + SINKS * len(windows):,}: two for each of {widest:,} "
             f"features, and {SINKS} for each window"
         )
-    model_facts = rows_of.fingerprint(llm.file, llm.model)
+    model_facts = llm.fingerprint
     facts = dict(model=model_facts.sha256, weights=llm.weights_dtype, window=window, sinks=SINKS)
     facts |= dict(texts=[list(t) for t in named])
     _require(path, sum(counts), width * config.num_layers, widest, most, llm.xp, progress)
@@ -165,7 +165,7 @@ def compare_coders(
     check_artefact(op, artefact)
     if not isinstance(model, LLM):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
-    facts = rows_of.fingerprint(model.file, model.model)
+    facts = model.fingerprint
     if difference := artefact.model.difference(facts):
         raise ParameterError(f"{op}: artefact has {difference}")
     ids, _ = _tokens(op, model, _checked_texts(op, texts), tokens)

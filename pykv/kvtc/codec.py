@@ -15,7 +15,6 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
-from pykv.foreign import from_pointer
 from pykv.kvtc.artefact import Artefact, check_artefact
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
@@ -170,7 +169,7 @@ class Codec:
             header = self.header(len(positions), spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
             coded = Coded(header, data)
-            there = Coded(header, self._reached(op, "out", data)).arrays()
+            there = Coded(header, ranges.reach(op, "out", data, self._rows)).arrays()
             how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
             for group in self._groups:
                 coded_rows = there["rows"][:, group.begin : group.end]
@@ -246,7 +245,7 @@ class Codec:
                     f"{op}: coded has {header.tokens} tokens, expected at most the {room} that "
                     "the pages of table hold"
                 )
-            there = Coded(header, self._reached(op, "coded", coded.data)).arrays()
+            there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows)).arrays()
             if positions is not None:
                 _check_positions(op, there["positions"], positions)
             if paged_check.enabled(op, check) or self._xp is np:
@@ -332,13 +331,6 @@ class Codec:
         _check_bytes(op, "out", out, nbytes)
         check_writeable(op, "out", out)
         return out[:nbytes]
-
-    def _reached(self, op: str, name: str, data: Any) -> Any:
-        """Data as the codec's ops take them: those pinned on the host as an array of the GPU."""
-        if self._xp is np or on_gpu(data) or not data.size:
-            return data if data.size else self._xp.empty(0, np.uint8)
-        ranges.check_pinned(op, name, data)
-        return from_pointer(ranges.address_of(data), data.shape, data.dtype, owner=data)
 
     # --- Parts of a call ---
 

@@ -10,7 +10,6 @@ float16 keys [n, F], values [n, F] and the CRC-32 of both, u32, little-endian.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -23,8 +22,6 @@ import numpy as np
 from pykv import whole_files
 from pykv.arrays import to_host
 from pykv.errors import NumberError, ParameterError
-from pykv.kvtc.artefact import Fingerprint
-from pykv.llm.gguf import ModelFile
 from pykv.llm.model import Batch, forward
 from pykv.llm.weights import Model
 from pykv.ops import paged_qkv, rope
@@ -32,7 +29,6 @@ from pykv.pool import PagedKVCache
 
 STEP = 512  # tokens of a forward step; bounds the scratch memory
 PAGE_SIZE = 16
-_SAMPLE = 4096  # bytes of each tensor
 
 
 class Window(NamedTuple):
@@ -40,29 +36,6 @@ class Window(NamedTuple):
 
     ids: list[int]
     text: int
-
-
-def fingerprint(file: ModelFile, model: Model) -> Fingerprint:
-    """What rows of a model depend on.
-
-    Its hash is a SHA-256 of the names, types, shapes and first 4,096 bytes of all tensors of the
-    file, in the order of names: it tells fine-tuned models and quantisations apart, and reads
-    little.
-    """
-    config, digest = model.config, hashlib.sha256()
-    for name in sorted(file.tensors):
-        tensor = file.tensors[name]
-        digest.update(f"{name} {tensor.kind} {tensor.shape}\n".encode())
-        digest.update(tensor.first_bytes(_SAMPLE).data)
-    return Fingerprint(
-        architecture=config.architecture,
-        layers=config.num_layers,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        pairing=config.kind.pairing,
-        inv_freq=np.stack(config.inv_freq).astype(np.float32),
-        sha256=digest.hexdigest(),
-    )
 
 
 def windows_of(texts: list[list[int]], length: int, bos: int | None) -> list[Window]:

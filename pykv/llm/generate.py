@@ -15,12 +15,12 @@ from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
 from pykv.eviction import Policy
 from pykv.kvtc.codec import Codec
-from pykv.kvtc.rows import fingerprint
 from pykv.llm import gguf, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy
+from pykv.llm.fingerprint import fingerprint
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sessions import Session

@@ -28,11 +28,10 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, UINT8, Dims, check_writeable, checker, like, on_gpu
-from pykv.errors import DeviceError, ParameterError, ShapeError, UnsupportedError
-from pykv.foreign import from_pointer
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
-from pykv.ranges import address_of, is_pageable
+from pykv.ranges import reach
 
 BLOCK = 128  # threads
 SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
@@ -331,26 +330,6 @@ def _check_codes(op: str, name: str, codes: Any, beside: Any) -> int:
     if len(codes) != len(beside):
         raise ShapeError(f"{op}: {name} has B={len(codes)}, expected B={len(beside)}")
     return N
-
-
-def reach(op: str, name: str, codes: Any, beside: Any) -> Any:
-    """Bytes as an array of the device where `beside` is: on a GPU pinned memory is within reach.
-
-    Raises:
-        DeviceError: they are elsewhere.
-    """
-    if on_gpu(codes) == on_gpu(beside):
-        return codes
-    if on_gpu(codes):
-        raise DeviceError(f"{op}: {name} is on a GPU, expected the host like the rows")
-    if codes.size == 0:
-        return like(beside, codes.shape, np.uint8)
-    if is_pageable(address_of(codes)):
-        raise DeviceError(
-            f"{op}: {name} is in pageable host memory, expected a GPU's, or pinned memory as "
-            "cupyx.empty_pinned makes it"
-        )
-    return from_pointer(address_of(codes), codes.shape, np.uint8, owner=codes)
 
 
 # --- Launches -------------------------------------------------------------------------------------

@@ -25,11 +25,11 @@ from pykv.ops.kvtc_quantize import (
     ROWS,
     SMALL,
     check_rows,
-    reach,
     rows_of_block,
     team,
 )
 from pykv.options import check_flag, check_whole
+from pykv.ranges import reach
 
 VARIANTS = kvtc_quantize.VARIANTS
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need

@@ -131,7 +131,7 @@ def test_a_model_is_calibrated(llm, tmp_path):
         assert side.mean.shape == (64,) and 0 < side.plans[2].error <= side.plans[4].error < 1
     for a, b in zip(facts(artefact), facts(Artefact.load(out)), strict=True):
         assert_same_bits(a, b)
-    assert not rows.fingerprint(llm.file, llm.model).difference(Artefact.load(out).model)
+    assert not llm.fingerprint.difference(Artefact.load(out).model)
 
 
 @pytest.mark.parametrize(

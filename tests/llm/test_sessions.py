@@ -10,7 +10,7 @@ import pytest
 from pykv import kvtc, prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec
-from pykv.kvtc.rows import collect, fingerprint
+from pykv.kvtc.rows import collect
 from pykv.llm import LLM, scheduler
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
@@ -101,7 +101,7 @@ def artefact_of(path):
         steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
         plan = kvtc.Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
         sides.append(kvtc.Side(mean.astype(np.float16), basis.astype(np.float16), {2: plan}))
-    model = fingerprint(llm.file, llm.model)
+    model = llm.fingerprint
     return kvtc.Artefact(model, (kvtc.Group((0, 1), *sides),), (), sinks=4, window=8)
 
 

@@ -301,11 +301,11 @@ def _check_outputs(command: str, args: argparse.Namespace) -> None:
     from pykv.bench import report
     from pykv.figures import SUFFIXES
 
-    if args.plot is not None:
-        if not args.plot.endswith(SUFFIXES):
-            raise ParameterError(f"{command}: --plot is {args.plot}, expected .svg or .png")
-        install.require("plot", "matplotlib")
+    if args.plot is not None and not args.plot.endswith(SUFFIXES):
+        raise ParameterError(f"{command}: --plot is {args.plot}, expected .svg or .png")
     report.check_outputs(command, {"--json": args.json, "--plot": args.plot})
+    if args.plot is not None:
+        install.require("plot", "matplotlib")
 
 
 def _finish(

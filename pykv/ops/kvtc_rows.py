@@ -213,7 +213,7 @@ def _check(
     op: str, arrays: tuple[Any, ...], spec: KVSpec | str | None, pairing: str
 ) -> tuple[Dims, KVSpec]:
     """Sizes and the spec of arrays in the order of the checker's rules."""
-    spec = spec_of(op, spec, *arrays[:4])
+    spec = spec_of(op, spec, *arrays[:4], names=("k_pools", "v_pools"))
     dims = _checker(op, spec)(*arrays)
     D, features = dims["D"], dims["E"] * dims["H"] * dims["D"]
     check_head_dim(op, "k_pools", D, MAX_HEAD_DIM)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.llm.sampling import SamplingParams, TokenLogprobs, choose
+from pykv.llm.sampling import NO_PENALTIES, SamplingParams, TokenLogprobs, choose
 from pykv.ops import adjust_logits, logprobs
 
 _NOBODY: tuple[Any, int] = None, 0
@@ -125,7 +125,9 @@ class Sampler:
     def _penalties(self, sequences: Sequence[Drawing], V: int) -> dict[str, Any]:
         """Arguments of `adjust` for sequences with penalties, whose rows hold all but the tokens
         that it counts itself."""
-        asking = [s for s in sequences if s.params.is_penalised]
+        penalties = [s.params.penalties for s in sequences]
+        pairs = zip(sequences, penalties, strict=True)
+        asking = [s for s, values in pairs if values != NO_PENALTIES]
         if not asking:
             return {}
         rows = self._rows(asking, V)
@@ -140,10 +142,8 @@ class Sampler:
             elif owner is not s or counted != len(s.generated):
                 self._owners[row] = _NOBODY  # until `adjust` has been called
                 tally = 2 * np.bincount(np.array(s.generated, np.int32), minlength=V)
-                tally[np.unique(s.prompt)] += 1
+                tally[s.prompt] |= 1
                 self._tallies[row] = self._xp.asarray(tally.astype(np.int32))
-        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        penalties = [[getattr(s.params, name) for name in names] for s in sequences]
         return dict(penalties=np.array(penalties, np.float32), tally_rows=tally_rows, tokens=tokens)
 
     def _rows(self, asking: list[Drawing], V: int) -> dict[int, int]:
@@ -169,18 +169,25 @@ class Sampler:
 
 def _biases(sequences: Sequence[Drawing], V: int) -> dict[str, Any]:
     """Arguments of `adjust` for `logit_bias`, and for the ends that `min_tokens` forbids."""
-    biases: list[dict[int, float]] = []
-    for s in sequences:
-        biases.append(dict(s.params.logit_bias))
-        if len(s.generated) < s.params.min_tokens:
-            biases[-1] |= {i: -np.inf for i in s.end_ids if i < V}
-    if not any(biases):
+    parts = [
+        s.params.biases if len(s.generated) >= s.params.min_tokens else _without_ends(s, V)
+        for s in sequences
+    ]
+    sizes = [len(ids) for ids, _ in parts]
+    if not any(sizes):
         return {}
-    return dict(
-        bias_indptr=np.cumsum([0, *map(len, biases)]).astype(np.int32),
-        bias_ids=np.array([i for bias in biases for i in bias], np.int32),
-        bias_values=np.array([x for bias in biases for x in bias.values()], np.float32),
-    )
+    ids, values = (np.concatenate(x) for x in zip(*parts, strict=True))
+    bias_indptr = np.cumsum([0, *sizes]).astype(np.int32)
+    return dict(bias_indptr=bias_indptr, bias_ids=ids, bias_values=values)
+
+
+def _without_ends(s: Drawing, V: int) -> tuple[Any, Any]:
+    """The biases of a sequence that may not end yet."""
+    ends = np.array([i for i in s.end_ids if i < V], np.int32)
+    ids, values = s.params.biases
+    others = ~np.isin(ids, ends)
+    forbidden = np.full(len(ends), -np.inf, np.float32)
+    return np.concatenate([ids[others], ends]), np.concatenate([values[others], forbidden])
 
 
 def _masks(masks: Any, B: int, V: int) -> dict[str, Any]:

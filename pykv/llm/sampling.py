@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pykv.errors import DtypeError, ParameterError
 from pykv.ops import sample
 from pykv.options import check_flag, check_number, check_whole
 
+NO_PENALTIES = (1.0, 0.0, 0.0)
 MAX_LOGPROBS = 20  # likeliest tokens that params may ask for
 
 
@@ -99,10 +100,15 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     @property
-    def is_penalised(self) -> bool:
-        """Whether draws depend on the tokens before them beyond the logits."""
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return penalties != (1, 0, 0)
+    def penalties(self) -> tuple[float, float, float]:
+        """Repetition, presence, frequency; NO_PENALTIES changes no logit."""
+        return self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+
+    @cached_property
+    def biases(self) -> tuple[Any, Any]:
+        """The ids [E] int32 and values [E] float32 of `logit_bias`."""
+        pairs = dict(self.logit_bias)
+        return np.array([*pairs], np.int32), np.array([*pairs.values()], np.float32)
 
 
 def check_vocabulary(op: str, params: SamplingParams, vocab: int) -> None:
@@ -174,7 +180,7 @@ def draw(logits: Any, params: list[SamplingParams], steps: list[int], xp: Any) -
     Synchronises: the ids come to the host.
     """
     for i, p in enumerate(params):
-        if p.is_penalised or p.logit_bias or p.min_tokens or p.logprobs is not None:
+        if p.penalties != NO_PENALTIES or p.logit_bias or p.min_tokens or p.logprobs is not None:
             raise ParameterError(
                 f"draw: params[{i}] is {p}, expected no penalties, logit_bias, logprobs or "
                 "min_tokens, which need a Sampler"

@@ -82,7 +82,8 @@ def test_greedy_tokens_equal_a_plain_loop(xp, rng):
     for step in range(40):
         chosen = rng.permutation(len(known))[: 1 + step % len(known)]
         batch = [known[i] for i in chosen]
-        logits = (2 * rng.standard_normal((len(batch), V))).astype(F32)
+        logits = rng.standard_normal((len(batch), V)).astype(F32)
+        logits[:, 5:] -= 30  # so that a few tokens come again and again
         masks = [None if i % 2 else bits_of(*rng.permutation(V)[:40]) for i in chosen]
         given = xp.asarray(logits)
         tokens, logprobs = make.draw(given, batch, masks)
@@ -116,6 +117,18 @@ def test_a_failed_step_counts_nothing(xp):
         tokens, _ = make.draw(logits, pair)
         assert tokens[0] == want
         pair[0].generated.append(tokens[0])
+
+
+def test_a_row_that_was_given_away_in_a_failed_step_is_counted_anew(xp, monkeypatch):
+    make, logits = Sampler(xp), xp.zeros((1, V), np.float32)
+    first, second = sequence([5], presence_penalty=1), sequence([6], [0, 1], presence_penalty=1)
+    first.generated += make.draw(logits, [first])[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.adjust_logits, "adjust", None)
+        with pytest.raises(TypeError):
+            make.draw(logits, [second])
+    assert make.draw(logits, [first])[0] == [1]
+    assert make.draw(logits, [second])[0] == [2]
 
 
 @pytest.mark.parametrize("options", [{}, dict(top_k=9, top_p=0.9, min_p=0.01)], ids=str)

@@ -20,6 +20,7 @@
 // level 0.
 // Filters keep a prefix of the tokens ordered by level and index. Where it ends is found without
 // sorting: three rounds of histograms, each over eleven bits more of the level.
+#include "order.cuh"
 #include "reduce.cuh"
 
 #ifndef BLOCK
@@ -41,22 +42,6 @@ struct Scratch {
     u64 rest, sum;
     u32 digit;
 };
-
-// Order of floats as unsigned integers. NaN sinks below -inf, and -0 equals +0.
-__device__ __forceinline__ u32 ordered(float x) {
-    if (x != x) return 0;
-    const u32 u = __float_as_uint(x + 0.0f);
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-
-__device__ __forceinline__ u64 warp_max(u64 x) {
-#pragma unroll
-    for (int lane = WARP / 2; lane > 0; lane /= 2) {
-        const u64 other = __shfl_xor_sync(FULL_MASK, x, lane);
-        x = x > other ? x : other;
-    }
-    return x;
-}
 
 // Index of the largest logit, the lowest where several are equal; -1 if it is infinite, or all are
 // NaN. Leaves s.sums in use until the next barrier.

@@ -228,6 +228,21 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (%(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0, help="0 keeps all (%(default)s)")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="FACTOR",
+        help="above 1 for fewer tokens that prompt or answer have (%(default)s)",
+    )
+    for name, what in (("presence", "the answer has"), ("frequency", "it has, each time")):
+        parser.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=0.0,
+            metavar="LOGITS",
+            help=f"-2 to 2, above 0 for fewer tokens that {what} (%(default)s)",
+        )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer")
 

@@ -28,8 +28,9 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the sampling parameters; the latter first, as they are quick to refuse."""
     from pykv.llm import LLM, SamplingParams
 
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop")
-    params = SamplingParams(**{name: getattr(args, name) for name in names})
+    names = "temperature top_k top_p min_p seed max_tokens stop repetition_penalty "
+    names += "presence_penalty frequency_penalty"
+    params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
     llm = LLM(
         args.model,
         device=args.device,

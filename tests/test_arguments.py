@@ -16,7 +16,8 @@ from tests.helpers import to_numpy
 from tests.public import CALLS, OPTIONS, call_of
 from tests.wrong_values import is_array, kind_of, other_spellings, wrong_values
 
-OUTPUTS = "out q_out table k_out v_out lengths lse out_lse".split()  # in the order of results
+OUTPUTS = "out q_out table k_out v_out lengths lse out_lse top_ids top_logprobs"
+OUTPUTS = OUTPUTS.split()  # in the order of results
 SLOW = ("llm.generate.LLM", "llm.generate.LLM.chat", "llm.generate.LLM.chat_ids")
 SLOW += ("kvtc.calibration.calibrate", "kvtc.calibration.compare_coders")
 FREE = {  # values that no function can tell from right ones
@@ -52,7 +53,9 @@ CONTENTS = {  # entries that lead out of arrays
     "indices": [MOST],
     "batch_indices": [MOST],
     "ids": [MOST, -1],
-    **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts"), [MOST, -1]),
+    "bias_ids": [MOST, -1],
+    **dict.fromkeys(("tally_rows", "mask_rows"), [MOST, -2]),
+    **dict.fromkeys(("indptr", "append_indptr", "q_starts", "starts", "bias_indptr"), [MOST, -1]),
 }
 UNREAD = {"page_table": 3}  # an entry past the length of its sequence
 NOT_FOLLOWED = {  # entries that calls write, copy or cut off, or that another check has passed

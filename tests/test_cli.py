@@ -197,13 +197,15 @@ def test_the_seed_decides_the_draw(capsys):
 def test_every_flag_reaches_the_model(capsys, fake):
     flags = "--model m --device cuda:1 --kv-dtype bf16 --weights fp32 --ctx 77 --max-tokens 5 "
     flags += "--temperature 0.5 --top-k 6 --top-p 0.75 --min-p 0.25 --seed 9 --stop a --stop b "
-    flags += "--evict keydiff:0.5"
+    flags += "--evict keydiff:0.5 --repetition-penalty 1.25 --presence-penalty 0.5 "
+    flags += "--frequency-penalty -0.25"
     assert run(capsys, "run", "a prompt", *flags.split())[0] == 0
     assert fake.model == "m"
     options = dict(device="cuda:1", kv_dtype="bf16", weights="fp32", context=77, progress=False)
     options["eviction"] = "keydiff:0.5"
     assert fake.options == options
     params = dict(temperature=0.5, top_k=6, top_p=0.75, min_p=0.25, seed=9, max_tokens=5)
+    params |= dict(repetition_penalty=1.25, presence_penalty=0.5, frequency_penalty=-0.25)
     assert fake.asked == [("a prompt", pykv.SamplingParams(**params, stop=("a", "b")))]
 
 
@@ -631,6 +633,9 @@ def test_bad_file(capsys, command, file, text):
         ("--top-k -1", "top_k is -1, expected 0 to 2147483647"),
         ("--top-p 0", "top_p is 0.0, expected a positive number up to 1"),
         ("--min-p 2", "min_p is 2.0, expected 0 to 1"),
+        ("--repetition-penalty 0", "repetition_penalty is 0.0, expected 0.01 to 100"),
+        ("--presence-penalty 3", "presence_penalty is 3.0, expected -2 to 2"),
+        ("--frequency-penalty -3", "frequency_penalty is -3.0, expected -2 to 2"),
         ("--seed -1", "seed is -1, expected 0 to 184"),
         ("--stop=", "expected non-empty strings"),
         ("--ctx 0", "context is 0, expected at least 1"),

@@ -2,6 +2,6 @@
 
 from pykv.llm.answer import Completion, Stream
 from pykv.llm.generate import LLM
-from pykv.llm.sampling import SamplingParams
+from pykv.llm.sampling import SamplingParams, TokenLogprobs
 
-__all__ = ["LLM", "Completion", "SamplingParams", "Stream"]
+__all__ = ["LLM", "Completion", "SamplingParams", "Stream", "TokenLogprobs"]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.scheduler import Sequence
 from pykv.llm.tokenizer import StreamDecoder
 
@@ -20,12 +21,14 @@ class Completion:
         prompt_token_ids: the prompt as the model saw it.
         finish_reason: "stop" (an end token or a stop string), "length", or "abort" (see
             `Stream.stop`); empty as long as a stream goes on.
+        logprobs: how likely each of `token_ids` was; None unless SamplingParams.logprobs asks.
     """
 
     text: str
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: str
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class Answer:
@@ -68,7 +71,8 @@ class Answer:
     def completion(self) -> Completion:
         """What is known by now."""
         s = self.sequence
-        return Completion(self._text, s.generated, s.prompt, s.finish_reason)
+        logprobs = None if s.params.logprobs is None else s.logprobs
+        return Completion(self._text, s.generated, s.prompt, s.finish_reason, logprobs)
 
 
 class Stream(Iterator[str]):

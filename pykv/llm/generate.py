@@ -21,7 +21,7 @@ from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy
 from pykv.llm.fingerprint import fingerprint
-from pykv.llm.sampling import SamplingParams
+from pykv.llm.sampling import SamplingParams, check_vocabulary
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sessions import Session
 from pykv.llm.tokenizer import Tokenizer
@@ -438,6 +438,7 @@ class LLM:
     def _answer(self, prompt: Any, params: SamplingParams, special: bool) -> Answer:
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"params has {params!r}, expected SamplingParams")
+        check_vocabulary("params", params, self.model.config.vocab)
         ids = self._ids(prompt, special)
         if len(ids) == self.context:
             raise CapacityError(
@@ -446,6 +447,7 @@ class LLM:
             )
         limit = min(self.context, len(ids) + params.max_tokens)
         ends = frozenset() if params.ignore_eos else self.tokenizer.stop_ids
+        ends |= frozenset(params.stop_token_ids)
         sequence = scheduler.Sequence(ids, params, limit, ends)
         return Answer(sequence, self.tokenizer.stream_decoder())
 

@@ -20,10 +20,10 @@ import numpy as np
 from pykv import blocks
 from pykv.errors import NumberError
 from pykv.eviction import Policy
-from pykv.llm import sampling
 from pykv.llm.evictor import Evictor
 from pykv.llm.model import Batch, decode_step, forward
-from pykv.llm.sampling import SamplingParams
+from pykv.llm.sampler import Sampler
+from pykv.llm.sampling import SamplingParams, TokenLogprobs
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
@@ -60,6 +60,7 @@ class Sequence:
         pages, cached: pages that it holds, and tokens whose keys and values were put there.
         dropped: how many of these are evicted from each layer and head.
         generated: the answer.
+        logprobs: of each token of it, if `params` ask for them.
         finish_reason: "stop" or "length", empty as long as it runs. Whoever reads the answer may
             set it between two steps.
     """
@@ -72,6 +73,7 @@ class Sequence:
     cached: int = 0
     dropped: int = 0
     generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
 
     @property
@@ -106,6 +108,7 @@ class Scheduler:
         self.model, self.cache, self.xp = model, cache, xp
         self.prefix_cache, self._may_grow = prefix_cache, may_grow
         self.stats = Stats()
+        self._sampler = Sampler(xp)
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
         # The last tokens of a prompt are a step of their own: somebody must make their logits, and
         # the queries that eviction asks for.
@@ -332,10 +335,9 @@ class Scheduler:
 
     def _draw(self, sequences: list[Sequence], logits: Any) -> None:
         """The next token of every sequence that is not finished, from its row."""
-        params = [s.params for s in sequences]
-        steps = [len(s.generated) for s in sequences]
-        tokens = sampling.draw(logits, params, steps, self.xp)
-        for s, token in zip(sequences, tokens, strict=True):
+        for s, token, logprobs in zip(
+            sequences, *self._sampler.draw(logits, sequences), strict=True
+        ):
             if s.finish_reason:
                 continue
             if token < 0:
@@ -348,6 +350,8 @@ class Scheduler:
                 s.finish_reason = "stop"
                 continue
             s.generated.append(token)
+            if logprobs is not None:
+                s.logprobs.append(logprobs)
             if len(s.prompt) + len(s.generated) == s.limit:
                 s.finish_reason = "length"
 

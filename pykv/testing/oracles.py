@@ -201,6 +201,54 @@ def distance_from_draw(
     return max(first - random, random - end, 0.0), bound
 
 
+def adjusted_logits(
+    logits: Any,
+    dtype: Any,
+    prompts: Any,
+    answers: Any,
+    penalties: Any,
+    biases: Any,
+    masks: Any,
+) -> Any:
+    """Rows of logits [B, V] after penalties, biases and masks, one token at a time.
+
+    Args:
+        logits: [B, V] float32.
+        dtype: what is computed in.
+        prompts, answers: a list of token ids for each row, or None: no penalties.
+        penalties: (repetition, presence, frequency) of each row.
+        biases: a dict of tokens and what is added for each row.
+        masks: the set of tokens that are allowed of each row, or None: all.
+    """
+    out = logits.astype(dtype)
+    for b, row in enumerate(out):
+        repetition, presence, frequency = (dtype(x) for x in penalties[b])
+        for i in range(len(row)):
+            if prompts[b] is not None:
+                if i in prompts[b] or i in answers[b]:
+                    row[i] = row[i] / repetition if row[i] > 0 else row[i] * repetition
+                if i in answers[b]:
+                    row[i] -= presence + frequency * dtype(answers[b].count(i))
+            if i in biases[b]:
+                row[i] += dtype(biases[b][i])
+            if masks[b] is not None and i not in masks[b]:
+                row[i] = -np.inf
+    return out
+
+
+def logprobs(logits: Any, dtype: Any) -> Any:
+    """The log-softmax of each row [B, V], of which NaN count as -inf."""
+    x = np.where(np.isnan(logits), -np.inf, logits).astype(dtype)
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def likeliest(row: Any, count: int) -> list[int]:
+    """The tokens of the largest logits above -inf, the lowest first among equals."""
+    known = [i for i, x in enumerate(row.tolist()) if x > -math.inf]
+    return sorted(known, key=lambda i: (-row[i], i))[:count]
+
+
 def exceeding(x: Any, threshold: float, mode: str) -> tuple[Any, Any]:
     """The elements of x whose magnitude exceeds a threshold ("gt"), or is no less ("ge"), and where
     they stand, as int32."""

@@ -6,6 +6,7 @@ from pykv import KVSpec
 from pykv.kvtc.stream_v0 import Range
 from pykv.ops import (
     activation,
+    adjust_logits,
     attention_scores,
     bandwidth,
     contiguous_append,
@@ -19,6 +20,7 @@ from pykv.ops import (
     kvtc_ranges,
     kvtc_rows,
     linear,
+    logprobs,
     merge_states,
     norm,
     page_table,
@@ -55,10 +57,17 @@ SEQUENCE |= dict(mean=zeros("f2", 2, 32), inv_freq=zeros("f4", 1, 8))
 EXEMPT = dict(sinks=zeros("f2", 1, 2, 2, 2, 16), window=zeros("i1", 1, 2, 2, 2, 16))
 EXEMPT |= dict(window_scales=zeros("f2", 1, 2, 2, 2))
 PARAMETERS = dict(temperature="f4", top_k="i4", top_p="f4", min_p="f4", seeds="u8", steps="i4")
+BIASES = dict(bias_indptr=zeros("i4", 3), bias_ids=zeros("i4", 2), bias_values=zeros("f4", 2))
+PENALTIES = dict(tallies=zeros("i4", 3, 5), penalties=zeros("f4", 2, 3), tokens=zeros("i4", 2))
+MASKS = dict(masks=zeros("i4", 2, 1), mask_rows=zeros("i4", 2))
 EXTREMES = dict(min_vals=zeros("f4", 2), max_vals=zeros("f4", 2))
 RANGES = [Range(0, 2), Range(2, 8, "intx", 4)]
 OPS = [
     (activation.add, dict(x=zeros("f4", 3, 8), y=zeros("f4", 3, 8))),
+    (
+        adjust_logits.adjust,
+        dict(logits=zeros("f4", 2, 5), **PENALTIES, tally_rows=zeros("i4", 2), **BIASES, **MASKS),
+    ),
     (activation.embed, dict(table=zeros("f4", 3, 8), ids=zeros("i4", 2))),
     (activation.swiglu, dict(x=zeros("f4", 3, 8))),
     (activation.geglu, dict(x=zeros("f4", 3, 8))),
@@ -116,6 +125,10 @@ OPS = [
     ),
     (kvtc_ranges.quantize_ranges, dict(x=zeros("f4", 2, 8), ranges=RANGES)),
     (linear.linear, dict(x=zeros("f4", 3, 8), w=zeros("f2", 5, 8))),
+    (
+        logprobs.top,
+        dict(logits=zeros("f4", 2, 5), tokens=zeros("i4", 2), wanted=zeros("i4", 2), K=3),
+    ),
     (merge_states.merge, dict(values=zeros("f4", 2, 3, 2, 8), lse=zeros("f4", 2, 3, 2))),
     (norm.rms_norm, dict(x=zeros("f4", 3, 8), weight=zeros("f4", 8))),
     (page_table.from_lists, dict(**LISTS, last_page_len=zeros("i4", 2), page_size=2, width=2)),
@@ -184,6 +197,13 @@ CONTENTS = dict(
     top_p=[1, 1],
     min_p=[0.1, 0],
     seeds=[1, 2],
+    penalties=[[1.5, 0.5, 0.25], [1, 0, 1]],
+    tally_rows=[2, 0],
+    bias_indptr=[0, 2, 2],
+    bias_ids=[3, 1],
+    masks=[[7], [30]],
+    mask_rows=[1, -1],
+    wanted=[3, 0],
 )
 CONTENTS_BY_RANK = {("counts", 1): [1, 0, 0, 1], ("table", 1): [0, 1]}
 

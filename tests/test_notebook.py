@@ -2,6 +2,7 @@
 kernel that it launches compiles for a T4. .ci/run executes it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,9 +88,11 @@ def test_a_clone_is_found_here_below_and_around(cell, where):
 
 def test_the_newest_wheel_here_is_taken_before_a_clone(cell):
     clone(Path.cwd())
-    for version in ("0.1.0", "0.2.0"):
-        Path(f"pykv_cuda-{version}-py3-none-any.whl").touch()
-    assert cell() == f"{Path.cwd() / 'pykv_cuda-0.2.0-py3-none-any.whl'}[llm,plot]"
+    for age, version in enumerate(("0.10.0", "0.9.0", "0.1.0")):
+        wheel = Path(f"pykv_cuda-{version}-py3-none-any.whl")
+        wheel.touch()
+        os.utime(wheel, (10**9 - age, 10**9 - age))
+    assert cell() == f"{Path.cwd() / 'pykv_cuda-0.10.0-py3-none-any.whl'}[llm,plot]"
 
 
 def test_without_either_one_sentence_says_what_to_do(cell):

@@ -9,6 +9,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import CompileError
 from pykv.ops import paged_decode_mma
+from tests.helpers import swept
 
 pytest.importorskip("cuda.core")
 
@@ -16,10 +17,8 @@ from tools import kernel_report  # noqa: E402 - what it names is asked of NVRTC 
 
 pytestmark = pytest.mark.nvrtc
 ARCHS = kernel_report.archs()
-ALWAYS = (ARCHS[0], "sm_90")  # the others in the sweep, and by tools/kernel_report.py
-EVERY_ARCH = [
-    pytest.param(arch, marks=() if arch in ALWAYS else pytest.mark.sweep) for arch in ARCHS
-]
+# The others in the sweep and by tools/kernel_report.py; the oldest always as PTX, see below.
+EVERY_ARCH = ["sm_90", *swept(arch for arch in ARCHS if arch != "sm_90")]
 
 
 def test_the_line_is_covered():

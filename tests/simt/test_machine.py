@@ -8,6 +8,7 @@ import pytest
 
 from pykv import cuda, verify
 from pykv.ops import compaction
+from tests.helpers import swept
 from tests.simt import cupy as simt
 from tests.simt import machine
 
@@ -777,8 +778,13 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 # --- The kernels of pykv --------------------------------------------------------------------------
 
 
+IN_SWEEP = ["paged_decode_mma", "prefill_mma"]  # tests of decode and prefill run them always
+
+
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)
-@pytest.mark.parametrize("stem", cuda.stems())
+@pytest.mark.parametrize(
+    "stem", [*(stem for stem in cuda.stems() if stem not in IN_SWEEP), *swept(IN_SWEEP)]
+)
 def test_every_kernel_runs(device, stem):
     """`pykv verify` on the machine: the op is right, and no kernel of its file is left out."""
     machine.launched.clear()

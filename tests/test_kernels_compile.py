@@ -17,7 +17,7 @@ from tools import kernel_report  # noqa: E402 - what it names is asked of NVRTC 
 
 pytestmark = pytest.mark.nvrtc
 ARCHS = kernel_report.archs()
-# The others in the sweep and by tools/kernel_report.py; the oldest always as PTX, see below.
+# The others in the sweep and by tools/kernel_report.py; the oldest also as PTX, see below.
 EVERY_ARCH = ["sm_90", *swept(arch for arch in ARCHS if arch != "sm_90")]
 
 

@@ -15,10 +15,9 @@ Pages count the sequences that hold them. A page is written only where one seque
 is not published: `extend` and `evict` swap others for new pages, and say when contents must be
 copied.
 
-Published pages are known by a key: the 128-bit BLAKE2b hash of the key of the page before and the
-page's own tokens, hence of all tokens from the sequence's start. Tokens are not kept: to make two
-prefixes meet takes 2^64 attempts, even on purpose. Only full pages have a key. A salt keeps
-prefixes of equal tokens apart where contents depend on more than tokens.
+Published pages are known by a key, a hash of all tokens from the sequence's start (prefix_keys.py).
+Only full pages have a key. A salt keeps prefixes of equal tokens apart where contents depend on
+more than tokens.
 
 A published page that no sequence holds any more keeps its contents until a page is wanted and no
 other is free; the least recently used goes first, in a sequence the last page first.
@@ -28,18 +27,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import blake2b
-from struct import Struct
-from struct import error as StructError
-from typing import Any
 
-import numpy as np
-
+from pykv import prefix_keys
 from pykv.errors import CapacityError, DtypeError, ParameterError
-from pykv.options import check_whole, page_ids
+from pykv.options import check_whole
+from pykv.page_lists import MAX_PAGE, page_table, slots
 
-_KEY_BYTES = 16
-_MAX_PAGE = 2**31 - 1  # page tables are int32
+__all__ = ["BlockManager", "page_table", "slots"]
 
 
 class BlockManager:
@@ -69,8 +63,8 @@ class BlockManager:
     """
 
     def __init__(self, num_pages: int, page_size: int):
-        num_pages = check_whole("BlockManager", "num_pages", num_pages, 0, _MAX_PAGE)
-        self.page_size = check_whole("BlockManager", "page_size", page_size, 1, _MAX_PAGE)
+        num_pages = check_whole("BlockManager", "num_pages", num_pages, 0, MAX_PAGE)
+        self.page_size = check_whole("BlockManager", "page_size", page_size, 1, MAX_PAGE)
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
@@ -79,7 +73,6 @@ class BlockManager:
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
         self._free: list[int] = []  # pages with no contents; a stack, page 0 goes out first
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
-        self._pack = Struct(f"<{_KEY_BYTES}s{self.page_size}q").pack
         self.grow(num_pages)
 
     @property
@@ -303,8 +296,8 @@ class BlockManager:
                 with other tokens or another salt, or as `free`.
         """
         op, P, keys = "BlockManager.publish", self.page_size, self._keys
-        key = _root(op, salt)
-        num_tokens = _length(op, tokens)
+        key = prefix_keys.root(op, salt)
+        num_tokens = prefix_keys.count(op, tokens)
         self._check_sequence("publish", pages)
         whole = self._whole.get(id(pages), len(pages)) if pages else 0
         if num_tokens > whole * P:
@@ -316,7 +309,7 @@ class BlockManager:
         for i in range(num_tokens // P):
             known = keys[pages[i]]
             if known is None or i == 0:
-                key = self._key(key, tokens[i * P : (i + 1) * P])
+                key = prefix_keys.after(key, tokens[i * P : (i + 1) * P])
                 if known not in (None, key):
                     raise ParameterError(
                         f"{op}: page {pages[i]} was published with other tokens or another salt, "
@@ -344,9 +337,9 @@ class BlockManager:
         """
         P = self.page_size
         pages = []
-        key = _root("BlockManager.reuse", salt)
-        for start in range(0, _length("BlockManager.reuse", tokens) - P + 1, P):
-            key = self._key(key, tokens[start : start + P])
+        key = prefix_keys.root("BlockManager.reuse", salt)
+        for start in range(0, prefix_keys.count("BlockManager.reuse", tokens) - P + 1, P):
+            key = prefix_keys.after(key, tokens[start : start + P])
             page = self._cached.get(key)
             if page is None:
                 break
@@ -363,7 +356,7 @@ class BlockManager:
             ParameterError: these are fewer than before.
         """
         old = self.num_pages
-        num_pages = check_whole("BlockManager.grow", "num_pages", num_pages, old, _MAX_PAGE)
+        num_pages = check_whole("BlockManager.grow", "num_pages", num_pages, old, MAX_PAGE)
         self._counts += [0] * (num_pages - old)
         self._keys += [None] * (num_pages - old)
         self._free[:0] = range(num_pages - 1, old - 1, -1)
@@ -410,15 +403,6 @@ class BlockManager:
             if self._cached.get(key) == page:
                 del self._cached[key]
 
-    def _key(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        try:
-            return blake2b(self._pack(parent, *tokens), digest_size=_KEY_BYTES).digest()
-        except (StructError, TypeError) as error:
-            expected = "expected integers of 64 bits with a sign"
-            raise ParameterError(
-                f"BlockManager: tokens are {tokens}, {expected}: {error}"
-            ) from error
-
     def check_sequences(self, op: str, sequences: Sequence[list[int]]) -> None:
         """Check that lists are sequences of this manager, each there once; `op` is for messages."""
         if not isinstance(sequences, list | tuple):
@@ -458,87 +442,3 @@ class BlockManager:
         raise ParameterError(
             f"BlockManager.{op}: {name} are {pages}, expected distinct pages in use"
         )
-
-
-def _root(op: str, salt: str | bytes) -> bytes:
-    """The key before the first page."""
-    if not isinstance(salt, str | bytes):
-        raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
-    if not salt:
-        return bytes(_KEY_BYTES)
-    salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
-    # Hashed in another way than pages are: no salt gives the key of a page.
-    return blake2b(salt, digest_size=_KEY_BYTES, person=b"salt").digest()
-
-
-def _length(op: str, tokens: Sequence[Any]) -> int:
-    """The number of tokens, of a sequence that can be sliced."""
-    if not (hasattr(tokens, "__len__") and hasattr(tokens, "__getitem__")):
-        given = type(tokens).__name__
-        raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")
-    return len(tokens)
-
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-
-def slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.ndarray:
-    """Flat slots, int32 [stop - start], of positions start ... stop - 1 of a sequence.
-
-    Args:
-        pages: the sequence, as BlockManager hands it out.
-        start, stop: positions, 0 <= start <= stop.
-        page_size: P, tokens a page; position p has the slot pages[p // P] * P + p % P.
-
-    Raises:
-        CapacityError: the sequence's pages end before `stop`.
-        ParameterError: a position is out of its range, or a page that is written to is negative or
-            so large that its slots exceed int32.
-        DtypeError: a position is no whole number.
-
-    >>> pykv.blocks.slots([7, 3], 2, 6, page_size=4)
-    array([30, 31, 12, 13], dtype=int32)
-    """
-    P = check_whole("slots", "page_size", page_size, 1)
-    start = check_whole("slots", "start", start, 0)
-    stop = check_whole("slots", "stop", stop, start)
-    table = page_ids("slots", "pages", pages, -1, _MAX_PAGE)
-    if stop > len(table) * P:
-        raise CapacityError(
-            f"slots: stop is {stop}, but {len(table)} pages hold {len(table) * P} tokens"
-        )
-    first = start // P
-    page_ids("slots", "pages", table[first : -(-stop // P)], 0, 2**31 // P - 1, first=first)
-    positions = np.arange(start, stop)
-    flat: np.ndarray = table[positions // P] * P + positions % P
-    return flat.astype(np.int32)
-
-
-def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """The page table, int32 [B, width], of several sequences; unused entries are -1.
-
-    Args:
-        sequences: B lists of pages, none longer than `width`; -1 where a page is not read.
-        width: M, pages that a row has room for.
-
-    Raises:
-        ParameterError: a sequence has more pages than `width`, or one that is no int32 from -1 on.
-        DtypeError: `width` is no whole number, or `sequences` no sequence.
-
-    >>> pykv.blocks.page_table([[7, 3], [5]], width=3)
-    array([[ 7,  3, -1],
-           [ 5, -1, -1]], dtype=int32)
-    """
-    width = check_whole("page_table", "width", width, 0, _MAX_PAGE)
-    if isinstance(sequences, str | bytes) or not hasattr(sequences, "__len__"):
-        given = type(sequences).__name__
-        raise DtypeError(f"page_table: sequences is a {given}, expected a sequence of lists")
-    table = np.full((len(sequences), width), -1, np.int32)
-    for b, (row, pages) in enumerate(zip(table, sequences, strict=True)):
-        ids = page_ids("page_table", f"sequences[{b}]", pages, -1, _MAX_PAGE)
-        if len(ids) > width:
-            raise ParameterError(
-                f"page_table: sequences[{b}] has {len(ids)} pages, expected at most width={width}"
-            )
-        row[: len(ids)] = ids
-    return table

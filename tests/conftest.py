@@ -40,7 +40,8 @@ def pytest_report_header():
 
     if machine.unavailable():
         return f"simt: {machine.unavailable()}"
-    return f"simt: {machine.version()}{'' if machine.poisons_locals() else ', locals not poisoned'}"
+    poisons = machine.takes(machine.POISON)
+    return f"simt: {machine.version()}{'' if poisons else ', locals not poisoned'}"
 
 
 def pytest_addoption(parser):

@@ -46,6 +46,12 @@ def launch(kernel, grid, block, *args, **options):
     cuda.Launch(kernel, grid, block, scalars, **options)(arrays)
 
 
+def swept(cases):
+    """Cases for the sweep, because others of their kind run always; a tuple is several values."""
+    several = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*case, marks=pytest.mark.sweep) for case in several]
+
+
 def product(*axes):
     """Every combination; a sweep, but for those that differ from the first one in one place."""
     params = []

@@ -13,10 +13,13 @@ from pykv.testing import attention, judged_states, paged
 from pykv.verify import Cases
 from pykv.verify.paged_decode import SHAPES
 
-COUNTS, LENGTHS = [1, 5, 40, 100], [1, 21, 40, 300]  # new tokens, and all keys
+COUNTS, LENGTHS = [1, 5, 20, 70], [1, 21, 20, 200]  # new tokens, and all keys
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
+    yield from cases_without_keys(KVSpec.parse("fp32"), np.float32, rng, xp)
+    yield from _contiguous(KVSpec.parse("fp32"), None, rng, xp)
+    yield from _contiguous(KVSpec.parse("int8:HND"), [20, 0, 7], rng, xp)
     for D, G, text in SHAPES:
         spec = KVSpec.parse(text)
         cache = paged.filled(rng, spec, LENGTHS, 16, 2, D)
@@ -24,9 +27,6 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
         for window in (None, 30):
             options: Any = dict(scale=D**-0.5, window=window)
             yield from _case(f"D={D} G={G} {text} window={window}", q, cache, spec, options, xp)
-    yield from cases_without_keys(KVSpec.parse("fp32"), np.float32, rng, xp)
-    yield from _contiguous(KVSpec.parse("fp32"), None, rng, xp)
-    yield from _contiguous(KVSpec.parse("int8:HND"), [20, 0, 7], rng, xp)
 
 
 def cases_without_keys(spec: KVSpec, q_dtype: Any, rng: np.random.Generator, xp: Any) -> Cases:

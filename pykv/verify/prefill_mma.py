@@ -11,6 +11,6 @@ from pykv.verify import Cases, prefill
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
+    yield from prefill.cases_without_keys(KVSpec.parse("int8"), np.float16, rng, xp)
     for text in ("fp16", "bf16", "int8", "int4", "k8v4:HND", "e4m3:head"):
         yield from prefill.cases_of(KVSpec.parse(text), rng, xp)
-    yield from prefill.cases_without_keys(KVSpec.parse("int8"), np.float16, rng, xp)

@@ -12,7 +12,7 @@ from pykv.ops import paged_append
 from pykv.specs import POOLS
 from pykv.testing import codes, oracles, paged
 from tests.faults import fixed, with_option
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 
 L, H, D, P, T = 3, 2, 16, 4, 11
 NAMES = ("k_pools", "v_pools", "k_scales", "v_scales")
@@ -28,7 +28,7 @@ MORE = (
     *(dict(S=8, X=3), dict(S=0, X=11)),
 )
 CASES = [{**BASE, **change} for change in ({}, *CHANGES)]
-CASES += [pytest.param({**BASE, **change}, marks=pytest.mark.sweep) for change in MORE]
+CASES += swept({**BASE, **change} for change in MORE)
 
 
 def world(rng, case, xp, *, tokens=T):

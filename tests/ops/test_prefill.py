@@ -35,10 +35,11 @@ CHANGES = (
     *({"G": G} for G in (1, 3, 5, 7, 12)),
     *({"P": P} for P in (1, 5, 64)),
     *({"sequences": s} for s in (((0, 0),), ((1, 1),), ((0, 5), (9, 9), (0, 0), (2, 20), (0, 3)))),
-    *({"sequences": s} for s in (((70, 97),), ((33, 1025),), ((6, 2), (4, 4), (3, 0)))),
+    *({"sequences": s} for s in (((70, 97),), ((6, 2), (4, 4), (3, 0)))),
+    {"sequences": ((33, 1025),), "H": 1},
     {"sequences": EDGES, "G": 1},
     *({"window": w} for w in (1, 16, 17, 1000)),
-    {"window": 40, "sequences": ((100, 130), (5, 2), (64, 300))},
+    {"window": 40, "sequences": ((100, 130), (5, 2), (64, 300)), "H": 1},
     *({"causal": False}, {"causal": False, "sequences": ((5, 3), (2, 50), (3, 0))}),
     {"logits_soft_cap": 1.5, "window": 20, "P": 5},
     # Other dtypes and head sizes, each a kernel of its own, with edges of another axis: on tensor

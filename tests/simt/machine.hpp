@@ -9,18 +9,16 @@
 #include <string.h>
 
 #include <typeinfo>
-#include <utility>
 
 // --- Declarations and types ----------------------------------------------------------------------
 
+// machine.py finds kernels by __global__ and __launch_bounds__, and takes these away.
 #define PYKV_SIMT
-#define __global__
 #define __device__
 #define __host__
 #define __constant__ static const
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static __attribute__((section("simt_shared")))  // machine.py handles extern ones
 
@@ -142,34 +140,29 @@ __attribute__((no_sanitize("thread"))) inline T atomic(T* at, Change change) {
     return old;
 }
 
+template <int... I> struct Numbers {};  // those below N; <utility>'s take 50 ms to read
+template <int N, int... I> struct NumbersBelow : NumbersBelow<N - 1, N - 1, I...> {};
+template <int... I> struct NumbersBelow<0, I...> : Numbers<I...> {};
+
 // How machine.py calls a kernel, and what it may know of its parameters.
 template <class... P>
 struct Signature {
-    static constexpr int count = sizeof...(P);
     static const char* name(int i) {
-        const char* names[] = {typeid(P).name()..., ""};
+        const char* names[] = {typeid(P).name()..., nullptr};
         return names[i];
     }
     template <int... I>
     __attribute__((no_sanitize("thread")))
-    static void call(void (*kernel)(P...), void** values, std::integer_sequence<int, I...>) {
+    static void call(void (*kernel)(P...), void** values, Numbers<I...>) {
         kernel(*static_cast<P*>(values[I])...);
+    }
+    static void call(void (*kernel)(P...), void** values) {
+        call(kernel, values, NumbersBelow<sizeof...(P)>());
     }
 };
 template <class... P> Signature<P...> signature(void (*)(P...)) { return {}; }
 constexpr int max_threads(int threads = 1024, int = 0) { return threads; }
 }  // namespace simt
-
-#define SIMT_EXPORT(kernel, bounds)                                                               \
-    extern "C" const char* simt_parameter_##kernel(int i) {                                       \
-        using S = decltype(simt::signature(kernel));                                              \
-        return i < S::count ? S::name(i) : nullptr;                                               \
-    }                                                                                             \
-    extern "C" void simt_call_##kernel(void** values) {                                           \
-        using S = decltype(simt::signature(kernel));                                              \
-        S::call(kernel, values, std::make_integer_sequence<int, S::count>());                     \
-    }                                                                                             \
-    extern "C" int simt_max_threads_##kernel() { return simt::max_threads bounds; }
 
 #define threadIdx (simt::thread_index())
 #define blockIdx (simt::block_index())
@@ -264,8 +257,9 @@ SIMT_REDUCE(xor, unsigned, a ^ b)
 
 // --- Atomics: the old value comes back -----------------------------------------------------------
 
+// Always inlined, because simt::atomic takes its caller for the place.
 #define SIMT_ATOMIC(name, T, expression)                                  \
-    inline T name(T* at, T x) {                                           \
+    __attribute__((always_inline)) inline T name(T* at, T x) {            \
         return simt::atomic(at, [x](T old) -> T { return expression; });  \
     }
 #define SIMT_INTEGER_ATOMICS(T)                          \
@@ -275,7 +269,7 @@ SIMT_REDUCE(xor, unsigned, a ^ b)
     SIMT_ATOMIC(atomicAnd, T, old & x)                   \
     SIMT_ATOMIC(atomicOr, T, old | x)                    \
     SIMT_ATOMIC(atomicXor, T, old ^ x)                   \
-    inline T atomicCAS(T* at, T expected, T x) {         \
+    __attribute__((always_inline)) inline T atomicCAS(T* at, T expected, T x) { \
         return simt::atomic(at, [=](T old) -> T { return old == expected ? x : old; }); \
     }
 SIMT_INTEGER_ATOMICS(int)

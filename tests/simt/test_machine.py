@@ -8,6 +8,7 @@ import pytest
 
 from pykv import cuda, verify
 from pykv.ops import compaction
+from tests.helpers import swept
 from tests.simt import cupy as simt
 from tests.simt import machine
 
@@ -578,7 +579,7 @@ def test_an_index_beyond_32_bits(kernel_folder):
 
 
 def test_locals_are_poisoned(kernel_folder):
-    if not machine.poisons_locals():
+    if not machine.takes(machine.POISON):
         pytest.skip(f"{machine.version()} has no {machine.POISON}")
     text = (
         'extern "C" __global__ void faulty(float* out, int n) {\n'
@@ -588,6 +589,40 @@ def test_locals_are_poisoned(kernel_folder):
     machine.launch(add_kernel(kernel_folder, text), 1, 4, out, np.int32(3))
     got = out.get().tolist()
     assert got[:3] == [1, 1, 1] and not abs(got[3]) < 1e30  # or NaN
+
+
+def test_variants_of_a_kernel_share_no_shared_memory(kernel_folder):
+    """Statics of an inline function are one in a process, if libraries are linked as usual."""
+    (kernel_folder / "faulty.cu").write_text(
+        '#include "ptx.cuh"\n'
+        "__device__ __forceinline__ int* buffer() { __shared__ int s[SIZE]; return s; }\n"
+        'extern "C" __global__ void faulty(int* out) {\n'
+        "    buffer()[threadIdx.x] = threadIdx.x; __syncthreads();\n"
+        "    out[threadIdx.x] = buffer()[SIZE - 1 - threadIdx.x]; }"
+    )
+    cuda.source.cache_clear()
+    for size in (32, 64):
+        kernel, out = (
+            machine.load(machine.ARCH, "faulty", "faulty", SIZE=size),
+            simt.zeros(64, "i4"),
+        )
+        machine.launch(kernel, 1, size, out)
+        assert out.get()[:size].tolist() == [*reversed(range(size))]
+
+
+def test_defines_that_change_nothing_share_a_build(kernel_folder):
+    (kernel_folder / "faulty.cu").write_text(
+        'extern "C" __global__ void faulty(int* out) { *out = SIZE; }'
+    )
+    cuda.source.cache_clear()
+
+    def builds(arch, **defines):
+        machine.load(arch, "faulty", "faulty", **defines)
+        return len(list((cuda.cache_dir() / "simt").glob("faulty-*.so")))
+
+    before = builds("sm_52", SIZE=17)
+    assert builds("sm_90", SIZE=17, UNUSED=1) == before
+    assert builds("sm_90", SIZE=18, UNUSED=1) == before + 1
 
 
 def test_the_seed_decides_the_order(kernel_folder, monkeypatch):
@@ -743,8 +778,13 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 # --- The kernels of pykv --------------------------------------------------------------------------
 
 
+IN_SWEEP = ["paged_decode_mma", "prefill_mma"]  # tests of decode and prefill run them always
+
+
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)
-@pytest.mark.parametrize("stem", cuda.stems())
+@pytest.mark.parametrize(
+    "stem", [*(stem for stem in cuda.stems() if stem not in IN_SWEEP), *swept(IN_SWEEP)]
+)
 def test_every_kernel_runs(device, stem):
     """`pykv verify` on the machine: the op is right, and no kernel of its file is left out."""
     machine.launched.clear()

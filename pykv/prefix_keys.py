@@ -1,0 +1,46 @@
+"""Keys of published pages: a hash of all tokens from the start of the sequence to the page's end.
+
+The key of a page is the 128-bit BLAKE2b hash of the key of the page before and the page's own
+tokens. Tokens are not kept: to make two prefixes meet takes 2^64 attempts, even on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from struct import error as StructError
+from struct import pack
+from typing import Any
+
+from pykv.errors import DtypeError, ParameterError
+
+_BYTES = 16
+
+
+def root(op: str, salt: str | bytes) -> bytes:
+    """The key before the first page."""
+    if not isinstance(salt, str | bytes):
+        raise DtypeError(f"{op}: salt is a {type(salt).__name__}, expected a text or bytes")
+    if not salt:
+        return bytes(_BYTES)
+    salt = salt.encode("utf-8", "surrogatepass") if isinstance(salt, str) else salt
+    # Hashed in another way than pages are: no salt gives the key of a page.
+    return blake2b(salt, digest_size=_BYTES, person=b"salt").digest()
+
+
+def after(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full page with these tokens, behind the page or root with the key `parent`."""
+    try:
+        data = pack(f"<{_BYTES}s{len(tokens)}q", parent, *tokens)
+    except (StructError, TypeError) as error:
+        expected = "expected integers of 64 bits with a sign"
+        raise ParameterError(f"BlockManager: tokens are {tokens}, {expected}: {error}") from error
+    return blake2b(data, digest_size=_BYTES).digest()
+
+
+def count(op: str, tokens: Sequence[Any]) -> int:
+    """The number of tokens, of a sequence that can be sliced."""
+    if not (hasattr(tokens, "__len__") and hasattr(tokens, "__getitem__")):
+        given = type(tokens).__name__
+        raise DtypeError(f"{op}: tokens is a {given}, expected a sequence of token ids")
+    return len(tokens)

@@ -20,19 +20,13 @@
 //           add_bias, absmax, split   each array once
 // Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
 //           in every bit. absmax uses an atomic maximum, which has no order.
+#include "epilogue.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(W_T) || !defined(B_T) || !defined(BLOCK)
 #error "linear.cu needs X_T, W_T, B_T and BLOCK"
 #endif
-
-__device__ __forceinline__ void finish(X_T* out, float sum, const B_T* bias, int o,
-                                       int accumulate) {
-    if (bias) sum += to_float(bias[o]);
-    if (accumulate) sum += to_float(*out);
-    *out = from_float<X_T>(sum);
-}
 
 #if defined(ROWS) && defined(WIDE) && defined(OUTPUTS)
 

@@ -6,6 +6,9 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -53,7 +56,7 @@ def pack(blocks: Any, kind: str) -> Any:
         DtypeError: `blocks` is no array of bytes.
         UnsupportedError: there is no kernel for `kind`.
 
-    Runs where the blocks are, by NumPy or CuPy, with scratch memory of four bytes an element.
+    Runs where the blocks are, by NumPy or CuPy, with some 100 MB of scratch memory.
 
     >>> pykv.ops.block_linear.pack(np.zeros((2, 36), np.uint8), "Q4_0").shape
     (2, 48)
@@ -65,7 +68,13 @@ def pack(blocks: Any, kind: str) -> Any:
         raise ShapeError(
             f"{op}: blocks has W={W}, expected a multiple of {form.nbytes} bytes ({kind})"
         )
-    return planes.pack(blocks, kind)
+    I = W // form.nbytes * form.elements
+    rows = like(blocks, (len(blocks), planes.row_bytes(kind, I)), np.uint8)
+    step = max(1, _PACKED // max(I, 1))
+    for first in range(0, len(blocks), step):
+        part = slice(first, first + step)
+        rows[part] = planes.pack(blocks[part], kind)
+    return rows
 
 
 def multiply(
@@ -191,6 +200,16 @@ def take(
     return out
 
 
+def warm_up(kinds: Sequence[str]) -> None:
+    """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
+    lacks them; of activations in float32."""
+    jobs = [_defines(kind, FLOATS[0], FLOATS[0], rows) for kind in kinds for rows in _OUTS]
+    arch = cuda.current_arch()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda defines: cuda.compile("block_linear", arch, **defines), jobs):
+            pass
+
+
 _check_pack = checker("block_linear.pack", blocks=("R W", UINT8, 1))
 _check = checker(
     "block_linear.multiply",
@@ -230,6 +249,7 @@ def _check_ids(op: str, ids: Any, O: int) -> None:
         raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {O - 1}")
 
 
+_PACKED = 1 << 24  # elements that are packed at a time
 _PIECE = 1 << 20  # elements that the host dequantises at a time
 
 

@@ -28,18 +28,18 @@ template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N
     }
 }
 
-// Lanes exchange HALF of 2 * HALF values, then half of those, down to one. A recursion, because the
+// Lanes exchange half of their values, keep KEPT sums, and so on down to one. A recursion, because the
 // compiler does not unroll a loop of such loops in a large kernel, and x would lie on the stack.
-template <int HALF> __device__ __forceinline__ void fold_sums(float* x) {
-    if constexpr (HALF > 0) {
-        const bool upper = threadIdx.x & HALF;
+template <int KEPT> __device__ __forceinline__ void fold_sums(float* x) {
+    if constexpr (KEPT > 0) {
+        const bool upper = threadIdx.x & KEPT;
 #pragma unroll
-        for (int i = 0; i < HALF; i++) {
-            const float given = upper ? x[i] : x[i + HALF];
-            const float kept = upper ? x[i + HALF] : x[i];
-            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, HALF);
+        for (int i = 0; i < KEPT; i++) {
+            const float given = upper ? x[i] : x[i + KEPT];
+            const float kept = upper ? x[i + KEPT] : x[i];
+            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, KEPT);
         }
-        fold_sums<HALF / 2>(x);
+        fold_sums<KEPT / 2>(x);
     }
 }
 

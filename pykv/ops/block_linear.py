@@ -19,25 +19,49 @@ from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.options import check_flag, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
 
-# How `gemv` is cut; a GPU has not measured them yet.
+# How products are cut, reckoned from bytes and instructions. First `gemv`, then `gemm`.
 _BLOCK = 128  # threads
 _OUTS = {1: 8, 2: 8, 4: 4, 8: 4}  # outputs of a warp, by the tokens that share one reading of w
 _STAGED = 8  # slices of x in shared memory at most, of 4.6 KB each: tokens times parts
 _BLOCKS = 4  # on an SM, below which warps share outputs
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
+_FEW = 8  # tokens up to which `gemv` multiplies, from sm_75 on
+_TILES_T = (16, 32, 64)  # tokens of a block
+_WIDE = dict(K_WARPS=1, OWN_TILES=2)  # a block has 128 outputs
+_NARROW = dict(K_WARPS=4, OWN_TILES=1)  # 16, of up to 32 tokens: where wide blocks are too few
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
 
-def _defines(kind: str, x: Any, bias: Any, rows: int) -> dict[str, Any]:
-    types = dict(KIND=kind, X_T=x, B_T=bias)
-    return types | dict(BLOCK=_BLOCK, ROWS=rows, OUTS=_OUTS[rows])
+def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
+    return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=_BLOCK, **sizes)
+
+
+def _rows(rows: int) -> dict[str, int]:
+    return dict(ROWS=rows, OUTS=_OUTS[rows])
+
+
+def _tiles_t(kind: str) -> tuple[int, ...]:
+    """Tokens of a block; with a scale for 16 elements, registers do not allow the most."""
+    return _TILES_T[:2] if kind in ("Q2_K", "Q3_K", "Q6_K") else _TILES_T
+
+
+def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
+    """All ways in which products are cut on an SM."""
+    few = [_rows(rows) for rows in _OUTS]
+    if sm < 75:
+        return few
+    narrow = [dict(TILE_T=tokens, **_NARROW) for tokens in _TILES_T[:2]]
+    return few + narrow + [dict(TILE_T=tokens, **_WIDE) for tokens in _tiles_t(kind)]
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", 1) for kind in FORMATS),
-    *(_defines("Q4_K", "float", "float", rows) for rows in (2, 4, 8)),
+    *(_defines(kind, "float", "float", **_rows(1)) for kind in FORMATS),
+    *(_defines("Q4_K", "float", "float", **_rows(rows)) for rows in (2, 8)),
+    _defines("Q4_K", "float", "float", TILE_T=32, **_NARROW),
+    _defines("Q4_K", "float", "float", TILE_T=64, **_WIDE),
+    _defines("Q6_K", "float", "float", TILE_T=32, **_WIDE),
 ]
 
 
@@ -110,10 +134,11 @@ def multiply(
         UnsupportedError: there is no kernel for `kind`.
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
-    kernel. Codes are multiplied as the small integers that they are, exact in float32, and sums
-    are float32; scales multiply the sums of their group. On the host the matrix is dequantised by
-    pieces at each call, many times slower than a product with weights in float32. Source of the
-    formats: ggml-common.h of llama.cpp.
+    kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
+    multiply the sums of their group. From sm_75 on tensor cores multiply more than 8 tokens, which
+    take float32 as the sum of two float16, 22 bits of every element down to 2^-14 of the largest
+    near it. On the host the matrix is dequantised by pieces at each call, many times slower than a
+    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -203,8 +228,9 @@ def take(
 def warm_up(kinds: Sequence[str]) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
     lacks them; of activations in float32."""
-    jobs = [_defines(kind, FLOATS[0], FLOATS[0], rows) for kind in kinds for rows in _OUTS]
-    arch = cuda.current_arch()
+    arch, sm = cuda.current_arch(), cuda.current_sm()
+    floats = FLOATS[0], FLOATS[0]
+    jobs = [_defines(kind, *floats, **sizes) for kind in kinds for sizes in _sizes(kind, sm)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda defines: cuda.compile("block_linear", arch, **defines), jobs):
             pass
@@ -276,33 +302,51 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
 
 
 def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
-    """The launch of `gemv` for arrays that are checked."""
+    """The launch of `gemv` or `gemm` for arrays that are checked."""
     (T, I), (O, W) = x.shape, w.shape
-    rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    warps, outs, parts = _BLOCK // 32, _OUTS[rows], 1
-
-    def blocks(parts: int) -> int:
-        return -(-int(O) // (outs * (warps // parts)))
-
-    few = _BLOCKS * cuda.num_sms(x.data.device_id)
-    most = min(warps, _STAGED // rows, -(-I // _SLICE))  # parts that have something to do
-    while 2 * parts <= most and blocks(parts) < few:
-        parts *= 2
-    kernel = _kernel("gemv", kind, x.dtype, bias, rows)
-    scalars = dict(T=T, O=O, I=I, W=W, parts=parts, accumulate=accumulate)
+    scalars = dict(T=T, O=O, I=I, W=W, accumulate=accumulate)
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
-    grid = blocks(parts), -(-T // rows)
+    num_sms = cuda.num_sms(x.data.device_id)
+    if T > _FEW and cuda.current_sm() >= 75:
+        sizes, grid = _tiles(T, O, _tiles_t(kind), num_sms)
+        kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
+        return cuda.Launch(kernel, grid, _BLOCK, scalars)
+    rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
+    parts, outputs = _parts(O, I, rows, num_sms)
+    kernel = _kernel("gemv", kind, x.dtype, bias, **_rows(rows))
+    grid = -(-O // outputs), -(-T // rows)
     shared = parts * rows * _SLICE_BYTES
-    return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared)
+    return cuda.Launch(kernel, grid, _BLOCK, scalars | dict(parts=parts), shared_bytes=shared)
+
+
+def _parts(O: int, I: int, rows: int, num_sms: int) -> tuple[int, int]:
+    """Warps that share outputs in `gemv`, and the outputs of a block."""
+    warps, parts = _BLOCK // 32, 1
+    most = min(warps, _STAGED // rows, -(-I // _SLICE))  # that have something to do
+    while 2 * parts <= most and O * parts < _OUTS[rows] * warps * _BLOCKS * num_sms:
+        parts *= 2
+    return parts, _OUTS[rows] * (warps // parts)
+
+
+def _tiles(
+    T: int, O: int, tiles_t: tuple[int, ...], num_sms: int
+) -> tuple[dict[str, int], tuple[int, int]]:
+    """Defines and the grid of `gemm`, of which a block has some of `tiles_t` tokens."""
+    tokens = next((n for n in tiles_t if n >= T), tiles_t[-1])
+    outputs = 16 * _WIDE["OWN_TILES"] * (_BLOCK // 32)
+    if 2 * -(-O // outputs) * -(-T // tokens) >= num_sms:
+        return dict(TILE_T=tokens, **_WIDE), (-(-O // outputs), -(-T // tokens))
+    tokens = min(tokens, _TILES_T[1])
+    return dict(TILE_T=tokens, **_NARROW), (-(-O // 16), -(-T // tokens))
 
 
 def _launch_take(w: Any, kind: str, out: Any, scale: float) -> cuda.Launch:
     (T, I), (O, W) = out.shape, w.shape
-    kernel = _kernel("expand", kind, out.dtype, None, 1)
+    kernel = _kernel("expand", kind, out.dtype, None, **_rows(1))
     grid = T, -(-I // (4 * _BLOCK))
     return cuda.Launch(kernel, grid, _BLOCK, dict(O=O, I=I, W=W, scale=scale))
 
 
-def _kernel(name: str, kind: str, dtype: Any, bias: Any, rows: int) -> cuda.Kernel:
+def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:
     of_bias = FLOATS[0] if bias is None else bias.dtype
-    return cuda.kernel("block_linear", name, **_defines(kind, dtype, of_bias, rows))
+    return cuda.kernel("block_linear", name, **_defines(kind, dtype, of_bias, **sizes))

@@ -76,6 +76,10 @@ def inputs(rng, T, O, I, kind, x, bias, accumulate):
 )
 def test_product(xp, rng, case):
     """Against gguf's own values, in the inputs' precision and in float64."""
+    judge(xp, rng, case)
+
+
+def judge(xp, rng, case):
     O, I, kind, accumulate = (case[name] for name in ("O", "I", "kind", "accumulate"))
     rows, blocks, bias, old = inputs(rng, **case)
     values = dequantized(blocks, kind)
@@ -94,6 +98,69 @@ def test_product(xp, rng, case):
     assert_close_to_oracle(got, low, oracle)
     around = np.delete(to_numpy(given[2]), np.s_[8 : 8 + O], axis=1)
     assert np.isnan(around.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"kind": kind, "T": 70} for kind in ("Q8_0", "Q3_K", "Q5_K", "IQ4_XS")),
+        *({"T": T, "kind": "Q5_1", "I": 288} for T in (9, 17)),
+        *(
+            {"x": x, "T": 20, "bias": "float32", "accumulate": True}
+            for x in ("float16", "bfloat16")
+        ),
+    ],
+    ids=str,
+)
+def test_wide_tiles(xp, rng, monkeypatch, change):
+    """Which a GPU takes where there are enough of them."""
+    monkeypatch.setattr(op.cuda, "num_sms", lambda device: 1)
+    judge(xp, rng, {**BASE, "O": 131, "I": 512, **change})
+
+
+@pytest.mark.parametrize("T", [1, 12])
+def test_activations_have_the_range_of_float32(xp, rng, T):
+    """Tokens of any size, in which elements grow a million times on the way or shrink."""
+    steps = np.exp2(np.linspace(0, 20, 512))
+    x = rng.standard_normal((T, 512)) * np.exp2(rng.uniform(-90, 90, (T, 1)))
+    x = (x * (steps if T == 1 else np.where(np.arange(T)[:, None] % 2, steps, 1 / steps))).astype(
+        "f4"
+    )
+    x[T // 2 :, 64:300] = 0
+    blocks = random_blocks(rng, "Q6_K", 40, 512)
+    oracle = x.astype(np.float64) @ dequantized(blocks, "Q6_K").astype(np.float64).T
+    got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), "Q6_K"), "Q6_K"))
+    error, size = np.abs(got - oracle).max(1), np.abs(oracle).max(1)
+    assert (error <= 1e-6 * size).all()
+
+
+def test_how_products_are_cut():
+    """By hand, for 132 SMs: of small layers warps share outputs, and tiles are narrow."""
+    assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
+    assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
+    assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
+    wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
+    assert op._tiles(32, 16384, op._TILES_T, 132) == (wide, (128, 1))
+    assert op._tiles(32, 2048, op._TILES_T, 132) == (narrow, (128, 1))
+    assert op._tiles(64, 2048, op._TILES_T, 132) == (narrow, (128, 2))
+    assert op._tiles(512, 2048, op._TILES_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
+    assert op._tiles(512, 2048, op._tiles_t("Q6_K"), 132) == (wide, (16, 16))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
+    made = []
+    monkeypatch.setattr(op.cuda, "current_arch", lambda: "sm_90")
+    monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
+    monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
+    op.warm_up([kind])
+    ways = [op._rows(rows) for rows in op._OUTS]
+    for T in range(9, 200, 7):
+        ways += [op._tiles(T, O, op._tiles_t(kind), 132)[0] for O in (576, 4096, 49152)]
+    for sizes in ways:
+        defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
+        assert ("block_linear", "sm_90", defines) in made
+    assert len(made) == len({str(sizes) for sizes in ways})
 
 
 @pytest.mark.parametrize("kind", KINDS)

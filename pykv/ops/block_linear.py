@@ -26,10 +26,11 @@ _STAGED = 8  # slices of x in shared memory at most, of 4.6 KB each: tokens time
 _BLOCKS = 4  # on an SM, below which warps share outputs
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
-_FEW = 8  # tokens up to which `gemv` multiplies, from sm_75 on
-_TILES_T = (16, 32, 64)  # tokens of a block
-_WIDE = dict(K_WARPS=1, OWN_TILES=2)  # a block has 128 outputs
-_NARROW = dict(K_WARPS=4, OWN_TILES=1)  # 16, of up to 32 tokens: where wide blocks are too few
+_FEW = 4  # tokens up to which `gemv` multiplies, from sm_75 on
+_WIDE_T = (8, 16, 32, 64)  # tokens of a block that has 128 outputs
+_WIDE = dict(K_WARPS=1, OWN_TILES=2)
+_NARROW_T = (8, 32)  # of a block that has 16, where wide ones would be too few
+_NARROW = dict(K_WARPS=4, OWN_TILES=1)
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
@@ -42,18 +43,18 @@ def _rows(rows: int) -> dict[str, int]:
     return dict(ROWS=rows, OUTS=_OUTS[rows])
 
 
-def _tiles_t(kind: str) -> tuple[int, ...]:
-    """Tokens of a block; with a scale for 16 elements, registers do not allow the most."""
-    return _TILES_T[:2] if kind in ("Q2_K", "Q3_K", "Q6_K") else _TILES_T
+def _wide_t(kind: str) -> tuple[int, ...]:
+    """Tokens of a wide block; with a scale for 16 elements, registers do not allow the most."""
+    return _WIDE_T[:3] if kind in ("Q2_K", "Q3_K", "Q6_K") else _WIDE_T
 
 
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which products are cut on an SM."""
-    few = [_rows(rows) for rows in _OUTS]
     if sm < 75:
-        return few
-    narrow = [dict(TILE_T=tokens, **_NARROW) for tokens in _TILES_T[:2]]
-    return few + narrow + [dict(TILE_T=tokens, **_WIDE) for tokens in _tiles_t(kind)]
+        return [_rows(rows) for rows in _OUTS]
+    sizes = [_rows(rows) for rows in _OUTS if rows <= _FEW]
+    sizes += [dict(TILE_T=tokens, **_NARROW) for tokens in _NARROW_T]
+    return sizes + [dict(TILE_T=tokens, **_WIDE) for tokens in _wide_t(kind)]
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -135,7 +136,7 @@ def multiply(
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
-    multiply the sums of their group. From sm_75 on tensor cores multiply more than 8 tokens, which
+    multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
     take float32 as the sum of two float16, 22 bits of every element down to 2^-14 of the largest
     near it. On the host the matrix is dequantised by pieces at each call, many times slower than a
     product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
@@ -308,7 +309,7 @@ def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool) ->
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
     num_sms = cuda.num_sms(x.data.device_id)
     if T > _FEW and cuda.current_sm() >= 75:
-        sizes, grid = _tiles(T, O, _tiles_t(kind), num_sms)
+        sizes, grid = _tiles(T, O, _wide_t(kind), num_sms)
         kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
         return cuda.Launch(kernel, grid, _BLOCK, scalars)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
@@ -329,15 +330,17 @@ def _parts(O: int, I: int, rows: int, num_sms: int) -> tuple[int, int]:
 
 
 def _tiles(
-    T: int, O: int, tiles_t: tuple[int, ...], num_sms: int
+    T: int, O: int, wide_t: tuple[int, ...], num_sms: int
 ) -> tuple[dict[str, int], tuple[int, int]]:
-    """Defines and the grid of `gemm`, of which a block has some of `tiles_t` tokens."""
-    tokens = next((n for n in tiles_t if n >= T), tiles_t[-1])
-    outputs = 16 * _WIDE["OWN_TILES"] * (_BLOCK // 32)
-    if 2 * -(-O // outputs) * -(-T // tokens) >= num_sms:
-        return dict(TILE_T=tokens, **_WIDE), (-(-O // outputs), -(-T // tokens))
-    tokens = min(tokens, _TILES_T[1])
-    return dict(TILE_T=tokens, **_NARROW), (-(-O // 16), -(-T // tokens))
+    """Defines and the grid of `gemm`, whose wide blocks have some of `wide_t` tokens."""
+
+    def cut(of_block: tuple[int, ...], sizes: dict[str, int]) -> tuple[dict[str, int], Any]:
+        tokens = next((n for n in of_block if n >= T), of_block[-1])
+        outputs = 16 * sizes["OWN_TILES"] * (_BLOCK // 32) // sizes["K_WARPS"]
+        return dict(TILE_T=tokens, **sizes), (-(-O // outputs), -(-T // tokens))
+
+    defines, grid = cut(wide_t, _WIDE)
+    return (defines, grid) if 2 * grid[0] * grid[1] >= num_sms else cut(_NARROW_T, _NARROW)
 
 
 def _launch_take(w: Any, kind: str, out: Any, scale: float) -> cuda.Launch:

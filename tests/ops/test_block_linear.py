@@ -104,7 +104,7 @@ def judge(xp, rng, case):
     "change",
     [
         *({"kind": kind, "T": 70} for kind in ("Q8_0", "Q3_K", "Q5_K", "IQ4_XS")),
-        *({"T": T, "kind": "Q5_1", "I": 288} for T in (9, 17)),
+        *({"T": T, "kind": "Q5_1", "I": 288} for T in (5, 9, 17)),
         *(
             {"x": x, "T": 20, "bias": "float32", "accumulate": True}
             for x in ("float16", "bfloat16")
@@ -139,12 +139,13 @@ def test_how_products_are_cut():
     assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
     assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
     assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
+    assert op._tiles(8, 16384, op._WIDE_T, 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
     wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
-    assert op._tiles(32, 16384, op._TILES_T, 132) == (wide, (128, 1))
-    assert op._tiles(32, 2048, op._TILES_T, 132) == (narrow, (128, 1))
-    assert op._tiles(64, 2048, op._TILES_T, 132) == (narrow, (128, 2))
-    assert op._tiles(512, 2048, op._TILES_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
-    assert op._tiles(512, 2048, op._tiles_t("Q6_K"), 132) == (wide, (16, 16))
+    assert op._tiles(32, 16384, op._WIDE_T, 132) == (wide, (128, 1))
+    assert op._tiles(32, 2048, op._WIDE_T, 132) == (narrow, (128, 1))
+    assert op._tiles(64, 2048, op._WIDE_T, 132) == (narrow, (128, 2))
+    assert op._tiles(512, 2048, op._WIDE_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
+    assert op._tiles(512, 2048, op._wide_t("Q6_K"), 132) == (wide, (16, 16))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
@@ -154,9 +155,9 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
     monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
     op.warm_up([kind])
-    ways = [op._rows(rows) for rows in op._OUTS]
-    for T in range(9, 200, 7):
-        ways += [op._tiles(T, O, op._tiles_t(kind), 132)[0] for O in (576, 4096, 49152)]
+    ways = [op._rows(rows) for rows in (1, 2, 4)]
+    for T in range(5, 200, 3):
+        ways += [op._tiles(T, O, op._wide_t(kind), 132)[0] for O in (576, 4096, 49152)]
     for sizes in ways:
         defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
         assert ("block_linear", "sm_90", defines) in made

@@ -60,10 +60,19 @@ __device__ __forceinline__ void stage(float* staged, const X_T* x, i64 x_stride,
     for (int piece = threadIdx.x; piece < parts * ROWS * (SLICE / 4); piece += BLOCK) {
         const int row = piece / (SLICE / 4), at = piece % (SLICE / 4) * 4;
         const int t = t0 + row % ROWS, i = i0 + row / ROWS * SLICE + at;
-        float values[4] = {};
-        if (t < T && i < I) load4(values, x + t * x_stride + i);
-        store4(staged + row * (WARP * PITCH) + at / GROUP * PITCH + at % GROUP, values);
+        float* to = staged + row * (WARP * PITCH) + at / GROUP * PITCH + at % GROUP;
+        if (t >= T || i >= I) {
+            *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+        } else if constexpr (SAME<X_T, float>) {
+            cp_async16(to, x + t * x_stride + i);
+        } else {
+            float values[4];
+            load4(values, x + t * x_stride + i);
+            store4(to, values);
+        }
     }
+    cp_async_commit();
+    cp_async_wait<0>();
 }
 
 // sums[r * OUTS + o] += the product of a group of weights and of the lane's elements of row r.

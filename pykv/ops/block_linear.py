@@ -138,8 +138,9 @@ def multiply(
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
     take float32 as the sum of two float16, 22 bits of every element down to 2^-14 of the largest
-    near it. On the host the matrix is dequantised by pieces at each call, many times slower than a
-    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
+    near it; older GPUs read the matrix again for every 8 tokens. On the host it is dequantised by
+    pieces at each call, many times slower than a product with weights in float32. Source of the
+    formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")

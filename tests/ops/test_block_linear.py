@@ -28,6 +28,7 @@ CHANGES = (
 )
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 SWEEP = [{**BASE, "kind": kind, "T": T} for kind in KINDS for T in (2, 4, 9, 33)]
+SWEEP = [case for case in SWEEP if case not in CASES]
 # Offsets of the float16 numbers in a block.
 HALVES = dict(Q4_1=(0, 2), Q5_1=(0, 2), Q4_K=(0, 2), Q5_K=(0, 2), Q2_K=(80, 82), Q3_K=(108,))
 HALVES |= dict(Q6_K=(208,), MXFP4=())
@@ -104,7 +105,7 @@ def judge(xp, rng, case):
     "change",
     [
         *({"kind": kind, "T": 70} for kind in ("Q8_0", "Q3_K", "Q5_K", "IQ4_XS")),
-        *({"T": T, "kind": "Q5_1", "I": 288} for T in (5, 9, 17)),
+        *({"T": T, "kind": "Q5_1", "I": 288} for T in (5, 9)),
         *(
             {"x": x, "T": 20, "bias": "float32", "accumulate": True}
             for x in ("float16", "bfloat16")

@@ -1,7 +1,8 @@
 // linear.cu: out = x @ w.T + bias, weights in rows as GGUF stores them.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear.py):
-//   out               [T, O]  X_T, written; where `accumulate` is 1 also read and added to
+//   out               [T, O]  X_T at row stride out_stride elements, written; where `accumulate` is 1
+//                     also read and added to
 //   x          const  [T, I]  X_T, row stride x_stride elements, a multiple of 8
 //   w          const  [O, I]  W_T, I a multiple of 8
 //   bias       const  [O]     B_T, or null
@@ -20,19 +21,13 @@
 //           add_bias, absmax, split   each array once
 // Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
 //           in every bit. absmax uses an atomic maximum, which has no order.
+#include "epilogue.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(W_T) || !defined(B_T) || !defined(BLOCK)
 #error "linear.cu needs X_T, W_T, B_T and BLOCK"
 #endif
-
-__device__ __forceinline__ void finish(X_T* out, float sum, const B_T* bias, int o,
-                                       int accumulate) {
-    if (bias) sum += to_float(bias[o]);
-    if (accumulate) sum += to_float(*out);
-    *out = from_float<X_T>(sum);
-}
 
 #if defined(ROWS) && defined(WIDE) && defined(OUTPUTS)
 
@@ -50,7 +45,8 @@ static_assert(OUTPUTS == OUTS * (WIDE ? WARPS : 1), "of all warps, or shared by 
 
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, RESIDENT)
 gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
-     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, int accumulate) {
+     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, i64 out_stride,
+     int accumulate) {
     __shared__ float partial[WARPS][SUMS];
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
@@ -99,7 +95,7 @@ gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
     }
     const int o = o0 + lane % OUTS;
     const int t = t0 + lane / OUTS;
-    if (lane < SUMS && o < O && t < T) finish(out + (i64)t * O + o, sum, bias, o, accumulate);
+    if (lane < SUMS && o < O && t < T) finish(out + t * out_stride + o, sum, bias, o, accumulate);
 }
 
 #elif defined(TILE) && defined(X_PIECES)
@@ -124,7 +120,8 @@ __device__ __forceinline__ void load_or_zero(float (&v)[8], const T* p, i64 stri
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
-     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, int accumulate) {
+     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, i64 out_stride,
+     int accumulate) {
     __shared__ __align__(16) float x_tile[DEPTH][TILE];  // transposed: a thread's tokens adjoin
     __shared__ __align__(16) float w_tile[DEPTH][TILE];
     const int t0 = blockIdx.y * TILE;
@@ -181,7 +178,7 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
         for (int o = 0; o < OWN; o++) {
             const int token = t0 + own_t + t, output = o0 + own_o + o;
             if (token < T && output < O) {
-                finish(out + (i64)token * O + output, sums[t][o], bias, output, accumulate);
+                finish(out + token * out_stride + output, sums[t][o], bias, output, accumulate);
             }
         }
     }
@@ -191,8 +188,9 @@ gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w
 
 // out = bias, or out += bias.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-add_bias(X_T* __restrict__ out, const B_T* __restrict__ bias, int O, int accumulate) {
-    X_T* row = out + (i64)blockIdx.x * O;
+add_bias(X_T* __restrict__ out, const B_T* __restrict__ bias, int O, i64 out_stride,
+         int accumulate) {
+    X_T* row = out + blockIdx.x * out_stride;
     for (int o = threadIdx.x; o < O; o += BLOCK) finish(row + o, 0.0f, bias, o, accumulate);
 }
 

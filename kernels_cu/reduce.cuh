@@ -28,20 +28,26 @@ template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N
     }
 }
 
-// N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N]. Lanes exchange
-// half of their values at each step: N - 1 + log2(32 / N) shuffles, not 5 * N. Overwrites x.
+// Lanes exchange half of their values, keep KEPT sums, and so on down to one. A recursion, because the
+// compiler does not unroll a loop of such loops in a large kernel, and x would lie on the stack.
+template <int KEPT> __device__ __forceinline__ void fold_sums(float* x) {
+    if constexpr (KEPT > 0) {
+        const bool upper = threadIdx.x & KEPT;
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            const float given = upper ? x[i] : x[i + KEPT];
+            const float kept = upper ? x[i + KEPT] : x[i];
+            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, KEPT);
+        }
+        fold_sums<KEPT / 2>(x);
+    }
+}
+
+// N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N], by N - 1 +
+// log2(32 / N) shuffles, not 5 * N. Overwrites x.
 template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
     static_assert(N >= 1 && N <= WARP && (N & (N - 1)) == 0, "a power of two up to 32");
-#pragma unroll
-    for (int half = N / 2; half > 0; half /= 2) {
-        const bool upper = threadIdx.x & half;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float given = upper ? x[i] : x[i + half];
-            const float kept = upper ? x[i + half] : x[i];
-            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, half);
-        }
-    }
+    fold_sums<N / 2>(x);
     float sum = x[0];
 #pragma unroll
     for (int lane = N; lane < WARP; lane *= 2) sum += __shfl_xor_sync(FULL_MASK, sum, lane);

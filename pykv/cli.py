@@ -209,7 +209,9 @@ def _add_context(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", default="fp16", help="fp16, bf16 or fp32 (%(default)s)")
+    parser.add_argument(
+        "--weights", default="fp16", help="fp16, bf16, fp32 or stored (%(default)s)"
+    )
 
 
 def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
@@ -288,9 +290,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _size(args: argparse.Namespace) -> None:
-    from pykv.llm import gguf, memory, models
+    from pykv.llm import gguf, matrices, memory, models
     from pykv.llm.config import read_config
-    from pykv.pool import float_kind
     from pykv.specs import KVSpec
 
     spec = KVSpec.parse(args.kv_dtype)
@@ -299,8 +300,13 @@ def _size(args: argparse.Namespace) -> None:
     tokens = config.context if args.ctx is None else args.ctx
     if tokens < 1:
         raise ParameterError(f"size: --ctx is {tokens}, expected at least 1")
-    itemsizes = {"gpu": float_kind("--weights", args.weights).itemsize, "host": 4}
-    weights = {place: memory.weight_bytes(file, size) for place, size in itemsizes.items()}
+    dtype = matrices.weights_dtype("--weights", args.weights)
+    if dtype is None:
+        matrices.check_stored(file)
+    weights = {
+        place: memory.weight_bytes(file, dtype, spec, place == "host") for place in ("gpu", "host")
+    }
+    as_what = "as stored" if dtype is None else f"in {args.weights}"
     of_head = spec.bytes_per_token(1, config.head_dim)
     per_token = config.num_layers * config.kv_heads * of_head
     if args.json:
@@ -314,7 +320,7 @@ def _size(args: argparse.Namespace) -> None:
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
         f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
         f"{per_token * tokens:,} bytes for {tokens:,} tokens\n"
-        f"weights: {weights['gpu']:,} bytes of a GPU in {args.weights}, or {weights['host']:,} of "
+        f"weights: {weights['gpu']:,} bytes of a GPU {as_what}, or {weights['host']:,} of "
         "the host"
     )
     if tokens > config.context:

@@ -349,6 +349,17 @@ def test_size_worked_by_hand(capsys, tmp_path, case, flags, out):
     assert re.fullmatch("weights: [0-9,]+ bytes of a GPU in fp16, or [0-9,]+ of the host", weights)
 
 
+def test_size_of_weights_as_stored(capsys, tmp_path):
+    """Both places hold what the file does; rows of 64 values of Q8_0 are 68 bytes, here 80."""
+    tiny.write(tmp_path / "m.gguf", "llama", kind="Q8_0", ffn=64)
+    code, got, err = run(capsys, "size", tmp_path / "m.gguf", "--weights", "stored")
+    _, out, _ = run(capsys, "inspect", tmp_path / "m.gguf", "--json")
+    shapes = [tensor["shape"] for tensor in json.loads(out)["tensors"]]
+    nbytes = sum(80 * shape[0] if len(shape) == 2 else 4 * shape[0] for shape in shapes)
+    weights = f"weights: {nbytes:,} bytes of a GPU as stored, or {nbytes:,} of the host"
+    assert (code, err, got.splitlines()[1]) == (0, "", weights)
+
+
 def test_size_beyond_the_models_context_is_noted(capsys):
     code, out, err = run(capsys, "size", "base.gguf", "--ctx", 1000)
     assert code == 0 and "256,000 bytes for 1,000 tokens\n" in out
@@ -625,7 +636,7 @@ def test_bad_file(capsys, command, file, text):
     [
         ("--device gpu", "device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
-        ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32"),
+        ("--weights int4", "weights is 'int4', expected one of fp16, bf16, fp32, stored"),
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
         ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
         ("--temperature -1", "temperature is -1.0, expected 0 to "),
@@ -669,7 +680,7 @@ def test_chat_with_a_base_model(capsys, monkeypatch):
     "flags, text",
     [
         ("--ctx 0", "--ctx is 0, expected at least 1"),
-        ("--weights int8", "--weights is 'int8', expected one of fp16, bf16, fp32"),
+        ("--weights int8", "--weights is 'int8', expected one of fp16, bf16, fp32, stored"),
         ("--kv-dtype int7", "'int7' is no kind, expected one of fp32, fp16, .*, fp8, k8v4"),
         ("--kv-dtype int8:row", "'row' of 'int8:row' is unknown, expected one of token, head"),
     ],

@@ -15,7 +15,7 @@ from pykv import cuda, install
 from pykv.errors import CapacityError, ParameterError
 from pykv.eviction import Policy
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, memory, models, scales, scheduler, sessions
+from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
@@ -27,7 +27,7 @@ from pykv.llm.sessions import Session
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
-from pykv.pool import PagedKVCache, float_kind
+from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
 
 
@@ -48,7 +48,11 @@ class LLM:
             are too coarse, as those of int4 are. Before they become integers,
             heads are multiplied by a Hadamard matrix, which changes no product, but no element
             stands out then: int8 disturbs logits by half to a third, and int4 becomes of use.
-        weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32".
+        weights: what the file's matrices are rounded to, "fp16", "bf16" or "fp32"; or "stored":
+            they stay the blocks of the file, in as much memory, and products dequantise them on the
+            way. Their numbers are those of "fp32". On the host that is many times slower than the
+            others, on a GPU it reads less; with a `kv_dtype` of int8 or int4 attention's output
+            matrix is float16.
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
         page_size: tokens a page.
@@ -98,8 +102,8 @@ class LLM:
         require_sm: int = 0,
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
-        weights_dtype = float_kind("weights", weights)
-        self.weights_dtype: str = np.dtype(weights_dtype).name
+        dtype = matrices.weights_dtype("weights", weights)
+        self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
@@ -114,19 +118,21 @@ class LLM:
         self._lock = threading.RLock()
         self.file = gguf.read_model(models.fetch(str(model)))
         config = read_config(self.file)
+        if dtype is None:
+            matrices.check_stored(self.file)
         if context is not None:
             check_whole("LLM", "context", context, 1, config.context)
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
         # Without a pool or a context of its own the cache grows as calls need it.
         tokens = pool_tokens or context or page_size
-        need = memory.needed(self.file, config, weights_dtype, self.spec, tokens, self.xp)
+        need = memory.needed(self.file, config, dtype, self.spec, tokens, self.xp)
         nbytes = need.weights + need.cache
         self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
         with cuda.use_device(self._device):
             memory.require(need, self.xp)
             hadamard = self.spec.wants_hadamard
-            loaded = _load(self.file, self.xp, weights_dtype, hadamard, progress)
+            loaded = _load(self.file, self.xp, dtype, hadamard, progress)
             # Now, as the file may change, or go, before a session is saved.
             self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(

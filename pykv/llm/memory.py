@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.errors import CapacityError
+from pykv.llm import matrices, tensors
 from pykv.llm.config import Config
 from pykv.llm.gguf import ModelFile
 from pykv.specs import KVSpec
@@ -29,20 +30,29 @@ def needed(
 
     Args:
         file, config: the model, as read_config has checked it.
-        dtype: of the matrices on a GPU; the host keeps float32.
+        dtype: of the matrices on a GPU, of which the host keeps float32; None: as stored.
         spec: what the cache stores.
         tokens: that the cache holds.
         xp: `numpy` or `cupy`.
     """
-    weights = weight_bytes(file, 4 if xp is np else np.dtype(dtype).itemsize)
+    weights = weight_bytes(file, dtype, spec, xp is np)
     per_token = config.num_layers * spec.bytes_per_token(config.kv_heads, config.head_dim)
     return Needed(weights, per_token * tokens, tokens)
 
 
-def weight_bytes(file: ModelFile, itemsize: int) -> int:
-    """Bytes of a model's weights, where an element of a matrix takes `itemsize`; of a vector, 4."""
-    shapes = [info.shape for info in file.tensors.values()]
-    return sum(prod(shape) * (itemsize if len(shape) == 2 else 4) for shape in shapes)
+def weight_bytes(file: ModelFile, dtype: Any, spec: KVSpec, on_host: bool) -> int:
+    """Bytes of a model's weights, see `needed`; vectors are float32. With a cache that wants
+    Hadamard-rotated heads, attention's output matrix does not stay as stored, see weights.load."""
+    total = 0
+    for name, info in file.tensors.items():
+        is_rotated = spec.wants_hadamard and tensors.is_role(name, "attention_out")
+        if len(info.shape) != 2:
+            total += prod(info.shape) * 4
+        elif dtype is None and not is_rotated:
+            total += matrices.stored_bytes(info.kind, *info.shape)
+        else:
+            total += prod(info.shape) * (4 if on_host else np.dtype(dtype or "f2").itemsize)
+    return total
 
 
 def free(xp: Any) -> int | None:
@@ -76,5 +86,5 @@ def require(need: Needed, xp: Any) -> None:
             f"LLM: the model needs {total / 1e9:.2f} GB ({need.weights / 1e9:.2f} GB of weights, "
             f"{need.cache / 1e9:.2f} GB of cache for {need.tokens:,} tokens), but {where} has "
             f"{has / 1e9:.2f} GB free. What helps: a smaller context (--ctx), "
-            f'kv_dtype="int8"{other}, or a smaller model'
+            f'kv_dtype="int8", weights="stored"{other}, or a smaller model'
         )

@@ -3,7 +3,7 @@
 The same `forward` runs on NumPy and on CuPy arrays, because every op decides by its arrays.
 Activations are float32 and the cache has its own dtype. Weights are rounded to one dtype, float16
 unless asked otherwise, on every device, so that a CPU and a GPU run the same model; the CPU keeps
-the rounded values as float32, which its matrix products want.
+the rounded values as float32, which its matrix products want. Or they stay as the file stores them.
 
 Dimensions: T tokens of all sequences, B sequences, M pages a sequence at most, HQ query heads,
 H KV heads, D head size, E embedding, F feed-forward size, V vocabulary.
@@ -20,6 +20,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.arrays import like, on_gpu
+from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import activation, linear, norm, paged_check, paged_decode
 from pykv.pool import PagedKVCache
@@ -76,7 +77,7 @@ def forward(
     config = model.config
     kind = config.kind
     T, HQ, H = len(batch.ids), config.heads, config.kv_heads
-    x = activation.embed(model.embedding, batch.ids, scale=config.embedding_scale)
+    x = matrices.embed(model.embedding, batch.ids, config.embedding_scale)
     normed = like(x, x.shape, np.float32)
     qkv = like(x, (T, (HQ + 2 * H) * config.head_dim), np.float32)
     q, attended = (like(x, (T, HQ, config.head_dim), np.float32) for _ in range(2))
@@ -92,7 +93,7 @@ def forward(
     of_all = dict(positions=batch.positions, pairing=kind.pairing, eps=config.eps)
     of_all |= dict(hadamard=model.hadamard)
     gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
-    multiply = partial(linear.linear, gemm=gemm)
+    multiply = partial(matrices.multiply, gemm=gemm)
 
     def add_product(y: Any, weight: Any, bias: Any, post_norm: Any) -> None:
         """x += y @ weight.T + bias, normalised first where the model has a post norm."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
+from pykv.arrays import FLOATS
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.gguf_cursor import plain
-from pykv.ops import dequant
+from pykv.llm.matrices import PLAIN, Stored
+from pykv.ops import block_linear, dequant
 
 if TYPE_CHECKING:
     from pykv.llm.config import Config
@@ -57,6 +60,12 @@ def find(file: ModelFile, role: str, i: int = 0) -> TensorInfo | None:
 def require(file: ModelFile, role: str, i: int = 0) -> TensorInfo:
     """The same; FormatError with all names tried if there is none."""
     return file.tensor(*(name.format(i=i) for name in NAMES[role]))
+
+
+def is_role(name: str, role: str) -> bool:
+    """Whether a tensor has this role in some layer."""
+    found = _LAYER.match(name)
+    return found is not None and name in (form.format(i=found[1]) for form in NAMES[role])
 
 
 def model_shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -163,12 +172,13 @@ def _dequantized(info: TensorInfo) -> np.ndarray:
     return values
 
 
-def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
+def joined(xp: Any, infos: list[TensorInfo], dtype: Any, on_host: Any = np.float32) -> Any:
     """Matrices one below the other, as one: several projections of one input in one product; or
-    vectors one behind the other. In an allocation of its own, hence aligned as kernels want it."""
+    vectors one behind the other. In an allocation of its own, hence aligned as kernels want it. On
+    the host the rounded values are held as `on_host`."""
     columns = infos[0].shape[1:]
     rows = sum(info.shape[0] for info in infos)
-    out = xp.empty((rows, *columns), np.float32 if xp is np else dtype)
+    out = xp.empty((rows, *columns), on_host if xp is np else dtype)
     start = 0
     for info in infos:
         part = out[start : start + info.shape[0]]
@@ -176,6 +186,28 @@ def joined(xp: Any, infos: list[TensorInfo], dtype: Any) -> Any:
         start += len(part)
     return out
 
+
+def stored(xp: Any, infos: list[TensorInfo]) -> tuple[Stored, Any]:
+    """Matrices one below the other as the file has them, and whether they are finite as of
+    `all_finite`. Those of one type make one part."""
+    I, finite = infos[0].shape[1], xp.ones((), bool)
+    parts: list[tuple[str, Any]] = []
+    for kind, of_kind in groupby(infos, lambda info: info.kind):
+        if kind in PLAIN:
+            rows = joined(xp, list(of_kind), _DTYPES[kind], on_host=_DTYPES[kind])
+            finite &= all_finite(xp, rows)
+        else:
+            packed = tuple(block_linear.pack(xp.asarray(info.blocks), kind) for info in of_kind)
+            rows = xp.concatenate(packed) if len(packed) > 1 else packed[0]
+            step = max(1, _PIECE // I)
+            for start in range(0, len(rows), step):
+                values = block_linear.take(rows[start : start + step], kind, I)
+                finite &= all_finite(xp, values)
+        parts.append((kind, rows))
+    return Stored(parts, I), finite
+
+
+_DTYPES = dict(zip(PLAIN, FLOATS, strict=True))
 
 _PIECE = 1 << 20  # elements; bounds the scratch memory
 

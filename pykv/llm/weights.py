@@ -1,4 +1,4 @@
-"""The weights of a decoder-only model, read and dequantised."""
+"""The weights of a decoder-only model, read and dequantised, or kept as the file has them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from pykv.llm import tensors
+from pykv.llm import matrices, tensors
 from pykv.llm.config import Config, read_config
 from pykv.llm.gguf import ModelFile, TensorInfo
-from pykv.ops import linear, paged_qkv
+from pykv.llm.matrices import Stored
+from pykv.ops import block_linear, linear, paged_qkv
 
 
 @dataclass
 class Layer:
-    """Weights of one layer; matrices are [outputs, inputs], None where a model has no such part."""
+    """Weights of one layer; matrices are [outputs, inputs], arrays or matrices.Stored, and None
+    where a model has no such part."""
 
     attention_norm: Any
     qkv: Any
@@ -57,7 +59,11 @@ class Model:
     def matrix_bytes(self) -> int:
         """Of all matrices that a step multiplies with."""
         weights = [x for layer in self.layers for x in vars(layer).values()]
-        return sum(int(x.nbytes) for x in (*weights, self.head) if x is not None and x.ndim == 2)
+        return sum(
+            int(x.nbytes)
+            for x in (*weights, self.head)
+            if isinstance(x, Stored) or getattr(x, "ndim", 0) == 2
+        )
 
 
 def load(
@@ -68,21 +74,24 @@ def load(
     hadamard: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
 ) -> Model:
-    """Read and dequantise every weight.
+    """Read every weight.
 
     Args:
         file: an open GGUF file.
         xp: `numpy` or `cupy`; where the weights go, on CuPy's current GPU.
-        dtype: float16, bfloat16 or float32; what matrices are rounded to. Vectors stay float32.
-        hadamard: see Model; for caches of which KVSpec.wants_hadamard is true.
+        dtype: float16, bfloat16 or float32; what matrices are dequantised and rounded to. None:
+            they stay matrices.Stored. Vectors are float32.
+        hadamard: see Model; for caches of which KVSpec.wants_hadamard is true. `attention_out` is
+            float16 then if `dtype` is None.
         progress: called with the bytes of each tensor that has been read.
 
     Raises:
         FormatError, UnsupportedError: see pykv.llm.config.read_config; or a weight is not finite in
-            `dtype`.
+            `dtype`; or matrices.check_stored.
     """
     config = read_config(file)
-    reader = _Reader(file, config, xp, dtype, progress)
+    rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
+    reader = _Reader(file, config, xp, dtype, progress, rounded)
     E, D = config.embedding, config.head_dim
     frequencies = {id(f): xp.asarray(f) for f in config.inv_freq}
     mixing = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32)) if hadamard else None
@@ -110,6 +119,9 @@ def load(
             hadamard=hadamard,
         )
     reader.refuse_infinite()
+    if xp is not np and dtype is None:
+        kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
+        block_linear.warm_up(sorted(kinds - {*matrices.PLAIN}))
     return model
 
 
@@ -133,7 +145,8 @@ class _Reader:
     xp: Any
     dtype: Any
     progress: Callable[[int], object]
-    finite: list[tuple[list[TensorInfo], Any]] = field(default_factory=list)
+    rounded: dict[str, Any]  # dtypes of roles that do not stay as they are stored
+    finite: list[tuple[list[TensorInfo], Any, Any]] = field(default_factory=list)
 
     def layer(self, i: int, inv_freq: Any) -> Layer:
         vectors = ("attention_norm", "ffn_norm", "attention_out_bias", "down_bias")
@@ -156,17 +169,21 @@ class _Reader:
 
     def matrix(self, *roles: str, i: int = 0) -> Any:
         """Matrices of these roles, one below the other."""
-        return self._joined(roles, i, self.dtype)
+        return self._joined(roles, i, self.rounded.get(roles[0], self.dtype))
 
     def _joined(self, roles: tuple[str, ...], i: int, dtype: Any) -> Any:
         infos = [tensors.require(self.file, role, i) for role in roles]
-        values = tensors.joined(self.xp, infos, dtype)
-        self.finite.append((infos, tensors.all_finite(self.xp, values)))
+        if dtype is None:
+            values, finite = tensors.stored(self.xp, infos)
+        else:
+            values = tensors.joined(self.xp, infos, dtype)
+            finite = tensors.all_finite(self.xp, values)
+        self.finite.append((infos, finite, dtype))
         self.progress(sum(info.nbytes for info in infos))
         return values
 
     def refuse_infinite(self) -> None:
         """An error if a weight is NaN or infinite; waits for the device."""
-        for infos, finite in self.finite:
+        for infos, finite, dtype in self.finite:
             if not bool(finite):
-                tensors.refuse_infinite(self.file, infos, self.dtype)
+                tensors.refuse_infinite(self.file, infos, dtype or np.float32)

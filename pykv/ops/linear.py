@@ -57,7 +57,7 @@ def linear(
         x: [T, I] float32, float16 or bfloat16; tokens at any stride. I is a multiple of 8.
         w: [O, I] float32, float16 or bfloat16; one row for each output, as GGUF stores it.
         bias: [O] float32 or the dtype of `w`.
-        out: [T, O] dtype of `x`; allocated when missing.
+        out: [T, O] dtype of `x`, tokens at any stride; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
         gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, and up to 64
             where weights are small; else cuBLAS, where it is installed and the stream is not being
@@ -108,7 +108,7 @@ def linear(
         if to_cublas:
             cuda.enqueue(lambda: _cublas(x, w, bias, out, accumulate), stream)
         else:
-            launch = dims.keep(accumulate, lambda: _launch(x, w, bias, accumulate))
+            launch = dims.keep(accumulate, lambda: _launch(x, w, bias, out, accumulate))
             launch(dict(out=out, x=x, w=w, bias=bias), stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate), stream=stream)
@@ -121,7 +121,7 @@ _check = checker(
     x=("T | I", FLOATS),
     w=("O I", FLOATS),
     bias=optional("O", (*FLOAT32, "w")),
-    out=optional("T O", "x"),
+    out=optional("T | O", "x"),
 )
 
 
@@ -161,10 +161,10 @@ _REREAD_TOKENS = 64
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
-def _launch(x: Any, w: Any, bias: Any, accumulate: bool) -> cuda.Launch:
+def _launch(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
     """The launch of `gemv` or `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
-    scalars = dict(T=T, O=O, I=I, x_stride=x.strides[0] // x.itemsize, accumulate=accumulate)
+    scalars = dict(T=T, O=O, I=I, x_stride=_step(x), out_stride=_step(out), accumulate=accumulate)
     if T > _GEMV_TOKENS and not _is_small(T, w):
         grid = -(-O // _TILE), -(-T // _TILE)
         return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
@@ -184,6 +184,11 @@ def rereads(T: int) -> int:
 def _is_small(T: int, w: Any) -> bool:
     """Whether weights are small enough to be read again."""
     return T <= _REREAD_TOKENS and rereads(T) * w.nbytes <= _REREAD_BYTES
+
+
+def _step(array: Any) -> int:
+    """Elements from a row to the next."""
+    return int(array.strides[0]) // int(array.itemsize)
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any) -> cuda.Kernel:
@@ -240,7 +245,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
         raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {CAPTURE}")
     T, O = out.shape
     if bias is not None:
-        scalars = dict(O=O, accumulate=accumulate)
+        scalars = dict(O=O, out_stride=_step(out), accumulate=accumulate)
         launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
         launch(dict(out=out, bias=bias))
         accumulate = True
@@ -251,7 +256,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
             gemm_ex(handle, x, w, out, beta=_BETA_ADDRESS + _BETA.itemsize * accumulate)
         else:
             if not accumulate:
-                out.data.memset_async(0, out.nbytes)
+                out.fill(0)
             _add_split_product(handle, x, w, bias, out)
 
 
@@ -278,7 +283,7 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
     T, I = x.shape
     pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)
     scalars = cupy.zeros(8, np.float32)  # the layout is in linear.cu
-    sizes = dict(I=I, x_stride=x.strides[0] // x.itemsize)
+    sizes = dict(I=I, x_stride=_step(x))
     cuda.Launch(_kernel("absmax", x, w, bias), T, _BLOCK, sizes)(dict(scalars=scalars, x=x))
     split = cuda.Launch(_kernel("split", x, w, bias), T, _BLOCK, dict(sizes, T=T))
     split(dict(pieces=pieces, scalars=scalars, x=x))
@@ -318,8 +323,8 @@ def gemm_ex(
     cublas.gemmEx(
         *(handle, cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_N),
         *(O, T, x.shape[1], alpha),
-        *(w.data.ptr, kind, w.strides[0] // w.itemsize),
-        *(x.data.ptr, kind, x.strides[0] // x.itemsize, beta),
-        *(out.data.ptr, _CUDA_R[out.dtype], O),
+        *(w.data.ptr, kind, _step(w)),
+        *(x.data.ptr, kind, _step(x), beta),
+        *(out.data.ptr, _CUDA_R[out.dtype], _step(out)),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
     )

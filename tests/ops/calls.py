@@ -9,6 +9,7 @@ from pykv.ops import (
     adjust_logits,
     attention_scores,
     bandwidth,
+    block_linear,
     contiguous_append,
     dequant,
     kv_compact,
@@ -78,6 +79,8 @@ OPS = [
     ),
     (bandwidth.read, dict(x=zeros("u4", 4, 4), sums=zeros("u4", 2))),
     (bandwidth.copy, dict(x=zeros("u4", 4, 4), out=zeros("u4", 4, 4))),
+    (block_linear.multiply, dict(x=zeros("f4", 3, 32), w=zeros("u1", 5, 48), kind="Q8_0")),
+    (block_linear.take, dict(w=zeros("u1", 5, 48), kind="Q8_0", I=32, ids=zeros("i4", 2))),
     (
         contiguous_append.append,
         dict(k=zeros("f4", 1, 2, 2, 8), v=zeros("f4", 1, 2, 2, 8), lengths=zeros("i4", 1))

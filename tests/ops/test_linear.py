@@ -42,14 +42,14 @@ def dtype_of(name):
 
 
 def inputs(rng, T, O, I, x, w, bias, accumulate, gemm):
-    """x is a part of wider rows, whose other elements are NaN; out is NaN unless it is read."""
+    """x and out are parts of wider rows, whose other elements are NaN; so is out, if not read."""
     rows = np.full((T, I + 24), np.nan, dtype_of(x))
     rows[:, 8 : 8 + I] = rng.standard_normal((T, I))
     matrix = (rng.standard_normal((O, I)) / max(I, 1) ** 0.5).astype(dtype_of(w))
     vector = None if bias is None else rng.standard_normal(O).astype(dtype_of(bias))
-    old = np.full((T, O), np.nan, dtype_of(x))
+    old = np.full((T, -(-O // 8) * 8 + 16), np.nan, dtype_of(x))
     if accumulate:
-        old[...] = rng.standard_normal((T, O))
+        old[:, 8 : 8 + O] = rng.standard_normal((T, O))
     return rows, matrix, vector, old
 
 
@@ -65,16 +65,22 @@ def need_cublas(xp, gemm, w="float16"):
 def run(xp, rng, case):
     """What `linear` gives, what NumPy gives in the same types, and what it gives in float64."""
     rows, w, bias, old = inputs(rng, **case)
-    x, accumulate = rows[:, 8 : 8 + case["I"]], case["accumulate"]
-    low, oracle = old.copy(), old.astype(np.float64)
+    x, accumulate, part = (
+        rows[:, 8 : 8 + case["I"]],
+        case["accumulate"],
+        np.s_[:, 8 : 8 + case["O"]],
+    )
+    low, oracle = old[part].copy(), old[part].astype(np.float64)
     linear.reference(x, w, bias, low, accumulate)
     bias64 = None if bias is None else bias.astype(np.float64)
     linear.reference(x.astype(np.float64), w.astype(np.float64), bias64, oracle, accumulate)
 
-    rows, w, bias, out = (None if a is None else xp.asarray(a) for a in (rows, w, bias, old))
-    x = rows[:, 8 : 8 + case["I"]]
+    rows, w, bias, wide = (None if a is None else xp.asarray(a) for a in (rows, w, bias, old))
+    x, out = rows[:, 8 : 8 + case["I"]], wide[part]
     got = linear.linear(x, w, bias=bias, out=out, accumulate=accumulate, gemm=case["gemm"])
     assert got is out
+    around = np.delete(to_numpy(wide), np.s_[8 : 8 + case["O"]], axis=1)
+    assert np.isnan(around.astype(np.float32)).all()
     return got, low, oracle
 
 

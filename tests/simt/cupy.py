@@ -83,7 +83,7 @@ def _operator(name):
     return lambda self, *others: _device(getattr(self.host, name)(*_host(others)))
 
 
-_NAMES = "add sub mul truediv floordiv mod pow neg invert and eq ne lt gt ge"
+_NAMES = "or xor lshift rshift add sub mul truediv floordiv mod pow neg invert and eq ne lt gt ge"
 for _name in _NAMES.split():
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
 

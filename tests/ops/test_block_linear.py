@@ -1,0 +1,297 @@
+"""block_linear: products with GGUF blocks of every type, and rows of them."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pykv import planes
+from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
+from pykv.ops import block_linear as op
+from tests.faults import fixed, scaled, with_argument, with_option
+from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+
+gguf = pytest.importorskip("gguf")
+
+KINDS = tuple(planes.FORMATS)
+BASE = dict(T=3, O=5, I=256, kind="Q4_K", x="float32", bias=None, accumulate=False)
+CHANGES = (
+    *({"kind": kind, "T": 1} for kind in KINDS),
+    *({"kind": kind, "T": 9} for kind in ("Q4_0", "Q4_1", "Q6_K", "IQ4_NL")),
+    *({"T": T} for T in (0, 2, 4, 5, 6, 7, 8, 9, 33)),
+    *({"O": O, "T": 1} for O in (0, 1, 8, 9, 33)),
+    *({"kind": "Q6_K", "I": I, "T": T} for I in (0, 1024, 2304) for T in (1, 3)),
+    *({"kind": "Q4_1", "I": I, "T": T} for I in (32, 96, 576, 1056) for T in (1, 4, 9)),
+    *({"kind": "Q8_0", "I": 4128, "O": 20, "T": T} for T in (1, 2, 8)),  # warps share outputs
+    *({"x": x, "T": T} for x in ("float16", "bfloat16") for T in (1, 5)),
+    *({"bias": "float32", "accumulate": a, "T": T} for a in (False, True) for T in (1, 9)),
+    *({"bias": "float16", "x": "float16", "accumulate": True}, {"accumulate": True}),
+)
+CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+SWEEP = [{**BASE, "kind": kind, "T": T} for kind in KINDS for T in (2, 4, 9, 33)]
+SWEEP = [case for case in SWEEP if case not in CASES]
+# Offsets of the float16 numbers in a block.
+HALVES = dict(Q4_1=(0, 2), Q5_1=(0, 2), Q4_K=(0, 2), Q5_K=(0, 2), Q2_K=(80, 82), Q3_K=(108,))
+HALVES |= dict(Q6_K=(208,), MXFP4=())
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def random_blocks(rng, kind, R, I):
+    """Random bytes, but scales are numbers from 2^-6 to 1 of either sign."""
+    form = planes.FORMATS[kind]
+    blocks = rng.integers(0, 256, (R, I // form.elements, form.nbytes), np.uint8)
+    for at in HALVES.get(kind, (0,)):
+        half = np.exp2(rng.uniform(-6, 0, blocks.shape[:2])) * rng.choice([-1, 1], blocks.shape[:2])
+        blocks[..., at : at + 2] = half.astype(np.float16)[..., None].view(np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = rng.integers(120, 130, blocks.shape[:2])
+    return blocks.reshape(R, I // form.elements * form.nbytes)
+
+
+def dequantized(blocks, kind):
+    """The values by gguf, float32."""
+    form = planes.FORMATS[kind]
+    R, W = blocks.shape
+    if not blocks.size:
+        return np.zeros((R, W // form.nbytes * form.elements), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+
+
+def inputs(rng, T, O, I, kind, x, bias, accumulate):
+    """x and out are parts of wider rows, whose other elements are NaN; as is what out is not."""
+    rows = np.full((T, I + 24), np.nan, dtype_of(x))
+    rows[:, 8 : 8 + I] = rng.standard_normal((T, I))
+    blocks = random_blocks(rng, kind, O, I)
+    vector = None if bias is None else rng.standard_normal(O).astype(dtype_of(bias))
+    old = np.full((T, -(-O // 8) * 8 + 16), np.nan, dtype_of(x))
+    if accumulate:
+        old[:, 8 : 8 + O] = rng.standard_normal((T, O))
+    return rows, blocks, vector, old
+
+
+@pytest.mark.parametrize(
+    "case", CASES + [pytest.param(case, marks=pytest.mark.sweep) for case in SWEEP], ids=str
+)
+def test_product(xp, rng, case):
+    """Against gguf's own values, in the inputs' precision and in float64."""
+    judge(xp, rng, case)
+
+
+def judge(xp, rng, case):
+    O, I, kind, accumulate = (case[name] for name in ("O", "I", "kind", "accumulate"))
+    rows, blocks, bias, old = inputs(rng, **case)
+    values = dequantized(blocks, kind)
+
+    def product(dtype):
+        y = rows[:, 8 : 8 + I].astype(dtype) @ values.astype(dtype).T
+        y = y if bias is None else y + bias.astype(dtype)
+        return y + old[:, 8 : 8 + O].astype(dtype) if accumulate else y
+
+    low, oracle = product(np.float32).astype(rows.dtype), product(np.float64)
+    w = op.pack(xp.asarray(blocks), kind)
+    given = [None if a is None else xp.asarray(a) for a in (rows, bias, old)]
+    x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
+    got = op.multiply(x, w, kind, bias=given[1], out=out, accumulate=accumulate)
+    assert got is out
+    assert_close_to_oracle(got, low, oracle)
+    around = np.delete(to_numpy(given[2]), np.s_[8 : 8 + O], axis=1)
+    assert np.isnan(around.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"kind": kind, "T": 70} for kind in ("Q8_0", "Q3_K", "Q5_K", "IQ4_XS")),
+        *({"T": T, "kind": "Q5_1", "I": 288} for T in (5, 9)),
+        *(
+            {"x": x, "T": 20, "bias": "float32", "accumulate": True}
+            for x in ("float16", "bfloat16")
+        ),
+    ],
+    ids=str,
+)
+def test_wide_tiles(xp, rng, monkeypatch, change):
+    """Which a GPU takes where there are enough of them."""
+    monkeypatch.setattr(op.cuda, "num_sms", lambda device: 1)
+    judge(xp, rng, {**BASE, "O": 131, "I": 512, **change})
+
+
+@pytest.mark.parametrize("T", [1, 12])
+def test_activations_have_the_range_of_float32(xp, rng, T):
+    """Tokens of any size, in which elements grow a million times on the way or shrink."""
+    steps = np.exp2(np.linspace(0, 20, 512))
+    x = rng.standard_normal((T, 512)) * np.exp2(rng.uniform(-90, 90, (T, 1)))
+    x = (x * (steps if T == 1 else np.where(np.arange(T)[:, None] % 2, steps, 1 / steps))).astype(
+        "f4"
+    )
+    x[T // 2 :, 64:300] = 0
+    blocks = random_blocks(rng, "Q6_K", 40, 512)
+    oracle = x.astype(np.float64) @ dequantized(blocks, "Q6_K").astype(np.float64).T
+    got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), "Q6_K"), "Q6_K"))
+    error, size = np.abs(got - oracle).max(1), np.abs(oracle).max(1)
+    assert (error <= 1e-6 * size).all()
+
+
+def test_how_products_are_cut():
+    """By hand, for 132 SMs: of small layers warps share outputs, and tiles are narrow."""
+    assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
+    assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
+    assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
+    assert op._tiles(8, 16384, op._WIDE_T, 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
+    wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
+    assert op._tiles(32, 16384, op._WIDE_T, 132) == (wide, (128, 1))
+    assert op._tiles(32, 2048, op._WIDE_T, 132) == (narrow, (128, 1))
+    assert op._tiles(64, 2048, op._WIDE_T, 132) == (narrow, (128, 2))
+    assert op._tiles(512, 2048, op._WIDE_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
+    assert op._tiles(512, 2048, op._wide_t("Q6_K"), 132) == (wide, (16, 16))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
+    made = []
+    monkeypatch.setattr(op.cuda, "current_arch", lambda: "sm_90")
+    monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
+    monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
+    op.warm_up([kind])
+    ways = [op._rows(rows) for rows in (1, 2, 4)]
+    for T in range(5, 200, 3):
+        ways += [op._tiles(T, O, op._wide_t(kind), 132)[0] for O in (576, 4096, 49152)]
+    for sizes in ways:
+        defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
+        assert ("block_linear", "sm_90", defines) in made
+    assert len(made) == len({str(sizes) for sizes in ways})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_gguf(xp, rng, kind):
+    """All bits, of any blocks: infinite, subnormal and negative scales, too."""
+    form = planes.FORMATS[kind]
+    blocks = rng.integers(0, 256, (7, 768 // form.elements * form.nbytes), np.uint8)
+    want = dequantized(blocks, kind)
+    w = op.pack(xp.asarray(blocks), kind)
+    assert w.shape == (7, planes.row_bytes(kind, 768))
+    with np.errstate(over="ignore", invalid="ignore"):
+        got = to_numpy(op.take(w, kind, 768))
+        is_number = ~np.isnan(want)
+        assert_same_bits(got[is_number], want[is_number])
+        assert np.isnan(got[~is_number]).all()
+        ids = np.array([6, 0, 6, 3], np.int32)
+        scaled = op.take(w, kind, 768, xp.asarray(ids), scale=0.3)
+        want = want[ids] * np.float32(0.3)
+    is_number = ~np.isnan(want)
+    assert_same_bits(to_numpy(scaled)[is_number], want[is_number])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_are_rounded_once(xp, rng, dtype):
+    blocks = random_blocks(rng, "Q4_K", 3, 256)
+    want = dequantized(blocks, "Q4_K").astype(dtype_of(dtype))
+    w, out = op.pack(xp.asarray(blocks), "Q4_K"), xp.full((3, 256), np.nan, dtype_of(dtype))
+    assert op.take(w, "Q4_K", 256, out=out) is out
+    assert_same_bits(out, want)
+
+
+def test_packing_moves_bits_and_loses_none(rng):
+    """Any two rows of blocks that differ in one bit do so packed."""
+    for kind, form in planes.FORMATS.items():
+        block = rng.integers(0, 256, (1, 256 // form.elements * form.nbytes), np.uint8)
+        others = np.repeat(block, 8 * block.size, 0)
+        bits = np.arange(8 * block.size)
+        others[bits, bits // 8] ^= (1 << bits % 8).astype(np.uint8)
+        packed, base = op.pack(others, kind), op.pack(block, kind)
+        moved = np.unpackbits(packed ^ base, axis=1)
+        assert (moved.sum(axis=1) == 1).all() and (moved.sum(axis=0) <= 1).all(), kind
+
+
+def test_a_nan_scale_stays_in_its_row(xp, rng):
+    """Of weights; that of an activation in its token. Of 40 rows, so that all warps have some."""
+    for kind, at in (("Q4_0", 0), ("Q5_K", 2), ("Q6_K", 208)):
+        form = planes.FORMATS[kind]
+        blocks = random_blocks(rng, kind, 40, 512)
+        x = rng.standard_normal((9, 512)).astype(np.float32)
+        clean = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        blocks[7, form.nbytes + at : form.nbytes + at + 2] = np.array([np.nan], "f2").view("u1")
+        x[3, 500] = np.nan
+        got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        assert np.isnan(got[3]).all() and np.isnan(got[:, 7]).all()
+        got, clean = (np.delete(np.delete(y, 3, 0), 7, 1) for y in (got, clean))
+        np.testing.assert_allclose(got, clean, rtol=0, atol=1e-5 * np.abs(clean).max())
+
+
+def test_small_integers_are_exact(xp, rng):
+    """By a plain loop; scales of 1."""
+    q, x = rng.integers(-8, 8, (11, 64)), rng.integers(-3, 4, (4, 64))
+    want = [[sum(int(a) * int(b) for a, b in zip(row, w, strict=True)) for w in q] for row in x]
+    blocks = np.zeros((11, 2, 18), np.uint8)
+    blocks[..., :2] = np.array([1], np.float16).view(np.uint8)
+    codes = (q + 8).astype(np.uint8).reshape(11, 2, 2, 16)
+    blocks[..., 2:] = codes[:, :, 0] | codes[:, :, 1] << 4
+    w = op.pack(xp.asarray(blocks.reshape(11, -1)), "Q4_0")
+    got = op.multiply(xp.asarray(x.astype(np.float32)), w, "Q4_0")
+    assert_same_bits(got, np.array(want, np.float32))
+
+
+def test_errors_name_the_argument(xp):
+    x, w = xp.zeros((3, 256), np.float32), xp.zeros((5, 144), np.uint8)
+    with pytest.raises(UnsupportedError, match="multiply: kind is 'Q8_1', expected one of Q4_0, "):
+        op.multiply(x, w, "Q8_1")
+    with pytest.raises(ShapeError, match=r"x has I=224, expected a multiple of 256 \(Q4_K\)"):
+        op.multiply(x[:, :224], w, "Q4_K")
+    with pytest.raises(ShapeError, match="w has W=144, expected W=160: I=256 elements of Q4_1"):
+        op.multiply(x, w, "Q4_1")
+    with pytest.raises(ShapeError, match=r"w has W=144, expected W=288: I=512 elements of Q4_K"):
+        op.take(w, "Q4_K", 512)
+    with pytest.raises(ShapeError, match=r"blocks has W=145, expected a multiple of 144 bytes"):
+        op.pack(xp.zeros((2, 145), np.uint8), "Q4_K")
+    with pytest.raises(DtypeError, match="w has dtype int8, expected uint8"):
+        op.multiply(x, w.view(np.int8), "Q4_K")
+    with pytest.raises(ShapeError, match="bias has O=4, expected O=5"):
+        op.multiply(x, w, "Q4_K", bias=xp.zeros(4, np.float32))
+    with pytest.raises(ShapeError, match=r"out has shape \(5, 255\), expected \(5, 256\)"):
+        op.take(w, "Q4_K", 256, out=xp.zeros((5, 255), np.float32))
+    with pytest.raises(ParameterError, match="accumulate has no out to add to"):
+        op.multiply(x, w, "Q4_K", accumulate=True)
+    with pytest.raises(DtypeError, match="dtype is float64, expected float32, float16"):
+        op.take(w, "Q4_K", 256, dtype="float64")
+
+
+def test_misaligned_rows_are_refused(device):
+    bytes_ = device.zeros(5 * 144 + 8, np.uint8)
+    x, w = device.zeros((3, 256), np.float32), bytes_[8:].reshape(5, 144)
+    with pytest.raises(ShapeError, match="w has address 0x.*, expected a multiple of 16 bytes"):
+        op.multiply(x, w, "Q4_K")
+    with pytest.raises(ShapeError, match="w has address 0x.*, expected a multiple of 16 bytes"):
+        op.take(w, "Q4_K", 256)
+
+
+def test_ids_outside_of_the_matrix(xp):
+    w = op.pack(xp.asarray(np.full((3, 34), 60, np.uint8)), "Q8_0")
+    ids = xp.asarray(np.array([2, 3, -1], np.int32))
+    if xp is np:
+        with pytest.raises(ParameterError, match=r"take: ids\[1\] is 3, expected 0 to 2"):
+            op.take(w, "Q8_0", 32, ids)
+    else:
+        got = to_numpy(op.take(w, "Q8_0", 32, ids))
+        assert (got[0] > 0).all() and (got[1:] == 0).all()
+
+
+FAULTS = {
+    "block_linear: 1e-5 off": (op, "multiply", scaled(1e-5)),
+    "block_linear: nothing is added to": (op, "multiply", with_option(accumulate=False)),
+    "block_linear: IQ4_NL is Q4_0": (
+        *(op, "multiply"),
+        with_argument(2, lambda kind: "Q4_0" if kind == "IQ4_NL" else kind),
+    ),
+    "block_linear: no scale": (op, "take", with_option(scale=1.0)),
+    "block_linear: two bits change places": (
+        *(op, "pack"),
+        lambda pack: lambda blocks, kind: pack(blocks ^ (blocks[:, :1] & 1), kind),
+    ),
+}
+REFERENCE_FAULTS = [
+    (op, "reference", fixed(3, lambda bias: None)),
+    (op, "reference_take", fixed(4, lambda scale: 1.0)),
+]

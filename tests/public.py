@@ -111,7 +111,8 @@ UNCHECKED = """
     eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
     eval.continuation.join eval.continuation.losses eval.needles.Haystack eval.needles.Recall
     eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
-    eval.replay.last_logits eval.replay.steps eval.changes.code eval.coding.Judged
+    eval.replay.last_logits eval.replay.steps eval.replay.append eval.replay.Place
+    eval.replay.Place.after eval.changes.code eval.coding.Judged
     eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes

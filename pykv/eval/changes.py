@@ -14,8 +14,7 @@ Dimensions: T tokens, H KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.eval.replay import ExactCache
+from pykv.eval.replay import ExactCache, Place
 from pykv.eviction import AdaKV, Policy
 from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
@@ -50,37 +49,32 @@ class Kept(NamedTuple):
 Change = Callable[[ExactCache, list[int], int], Kept]
 
 
-@contextmanager
 def changed(
     change: Change, exact: ExactCache, pages: list[int], trial: ExactCache, tokens: int, more: int
-) -> Iterator[tuple[list[int], Kept]]:
-    """A context in which `trial` holds a changed copy of a sequence, with room for more.
+) -> tuple[Place, Kept]:
+    """Put a changed copy of a sequence into `trial`.
 
     Args:
         change: see above.
         exact, pages: the sequence's rows, of which the first `tokens` are changed.
-        trial: a cache that nobody else uses.
+        trial: a cache that nobody else uses, with pages for the copy.
         more: tokens that may be appended.
 
     Returns:
-        The pages of the copy, and what the change says that it kept.
+        Where the copy goes on, whose pages are the caller's to free, and what the change says that
+        it kept.
 
     Raises:
         ParameterError: the change says that it kept a number of rows that there cannot be.
     """
     copy = trial.manager.allocate(len(pages) * trial.page_size)
-    try:
-        copy_pages(exact, trial, pages, copy)
-        trial.queries = list(exact.queries)
-        kept = change(trial, copy, tokens)
-        if not 0 < kept.rows <= tokens:
-            raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
-        trial.missing = kept.missing
-        trial.extend(copy, kept.rows, kept.rows + more)
-        yield copy, kept
-    finally:
-        trial.missing = None
-        trial.manager.free(copy)
+    copy_pages(exact, trial, pages, copy)
+    trial.queries = list(exact.queries)
+    kept = change(trial, copy, tokens)
+    if not 0 < kept.rows <= tokens:
+        raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
+    trial.extend(copy, kept.rows, kept.rows + more)
+    return Place(copy, tokens, kept.rows, kept.missing), kept
 
 
 def check_llm(op: str, llm: Any) -> None:

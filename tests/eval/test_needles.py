@@ -58,13 +58,15 @@ def test_recall_worked_by_hand(llm, monkeypatch):
     """Of an answerer that knows one text alone, and half of it where the rows are int8."""
     stacks = [needles.Haystack(f"text {i}", ("a?", "b?"), (f"{i}1", f"{i}2")) for i in range(2)]
 
-    def answer(asked, logits, pages, position, rows, value):
-        exact = asked._trial.k[0, pages[0], 0, 0, 0] == asked._exact.k[0, asked._pages[0], 0, 0, 0]
-        return {"01": "it is 01, I say", "02": "02" if exact else "20", "11": "", "12": "1 2"}[
-            value
-        ]
+    texts = {"01": "it is 01, I say", "02": "02", "11": "", "12": "1 2"}
 
-    monkeypatch.setattr(needles._Asked, "_answer", answer)
+    def finish(asked, answers):
+        first = asked._exact.k[0, asked._pages[0], 0, 0, 0]
+        for one in answers:
+            exact = asked._trial.k[0, one.place.pages[0], 0, 0, 0] == first
+            one.text = texts[one.value] if exact or one.value != "02" else "20"
+
+    monkeypatch.setattr(needles._Asked, "_finish", finish)
     made = {"dense": changes.identity, "int8": changes.requantise("int8")}
     found = needles.measure(llm, stacks, made)
     assert {way: recall.found for way, recall in found.items()} == {
@@ -111,6 +113,27 @@ def test_a_change_comes_before_or_after_the_question(llm):
     assert [x[0] for x in seen] == [text + one - 1, text + three - 1, text]
     assert [x[1] for x in seen] == [x[0] for x in seen]  # queries of this question alone
     assert len({x[2] for x in seen}) == 3
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_answers_together_are_those_one_by_one(llm, monkeypatch, aware):
+    """Of questions of several lengths behind rows of several numbers, also of each head."""
+    policies = ("random:0.5", "keydiff:0.3", "adakv:keydiff:0.4")
+    made = {"dense": changes.identity} | {name: changes.evict(name) for name in policies}
+    stack = needles.Haystack(
+        "the plain in Spain", (" of rain?", " the", " a gull"), ("~", "?", "!")
+    )
+
+    def texts(together):
+        monkeypatch.setattr(needles, "TOGETHER", together)
+        asked = needles._Asked(llm, stack)
+        found = {(x.name, x.value): x.text for x in asked.answers(made, aware)}
+        manager = asked._trial.manager
+        assert manager.num_free == manager.num_pages
+        return found
+
+    found = texts(5)
+    assert found == texts(1) and len(found) == 12 and len(set(found.values())) > 3
 
 
 def test_evicted_rows_are_missed(llm):

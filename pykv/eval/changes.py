@@ -22,8 +22,8 @@ import numpy as np
 from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.eval.replay import ExactCache, Place
-from pykv.eviction import AdaKV, Policy
+from pykv.eval.replay import QUERIES, ExactCache, Place
+from pykv.eviction import AdaKV, Policy, Rotary
 from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
@@ -122,8 +122,8 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         ParameterError: the text is unknown.
         DtypeError: it is no policy.
         UnsupportedError: the policy wants scores that somebody sums while the model runs, as H2O
-            does; or from the change, heads would keep different numbers of rows, and layers have
-            sliding windows.
+            does, or more than QUERIES queries; or from the change, heads would keep different
+            numbers of rows, and layers have sliding windows.
     """
     chosen = eviction.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
@@ -133,6 +133,11 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         raise UnsupportedError(
             f"eval.evict: policy is {policy!r}, expected one that goes by rows or by queries: the "
             "attention that all queries gave is not kept here"
+        )
+    if base.asked > QUERIES:
+        raise UnsupportedError(
+            f"eval.evict: policy is {policy!r}, expected a window of {QUERIES} at most: no more of "
+            "the last queries are kept here"
         )
 
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
@@ -146,8 +151,9 @@ def evict(policy: Policy | AdaKV | str) -> Change:
                 )
             recent = eviction.Streaming(budget=int(base.counts(np.array(tokens))))
             policies = [recent if window else chosen for window in config.windows]
-        if base.needs == "queries":
+        if asks := base.needs == "queries" and not all(config.windows):
             queries = [of_layer[None] for of_layer in cache.queries]
+        looks_ahead = asks and base.looks_ahead
         left = eviction.evict(
             cache,
             [pages],
@@ -156,6 +162,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             queries=queries,
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,
+            rotary=Rotary(config.inv_freq, config.kind.pairing) if looks_ahead else None,
         )
         lengths = left.lengths[:, 0]  # [L, H]
         missing = lengths.max() - lengths

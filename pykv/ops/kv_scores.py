@@ -22,7 +22,7 @@ from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import KVSpec, spec_of
 
-MEASURES = ("norm", "largest", "cosine", "product")  # as the kernel numbers them
+MEASURES = ("norm", "largest", "cosine", "product", "quadratic")  # as the kernel numbers them
 _SIZES: dict[str, Any] = dict(
     BLOCK=128, KEYS=256, Q_T="float"
 )  # threads, and the rows that they score
@@ -51,9 +51,10 @@ def score(
         pool: [N, P, H, W] or, in HND, [N, H, P, W]; keys, or values.
         page_table, lengths: as of `paged_decode.decode`.
         measure: of a row x: "norm", its Euclidean norm; "largest", its largest magnitude; "cosine",
-            of the angle to its vector, 0 where one of them is zero; "product", x.vector, with
-            `weights` plus (x * x).weights.
-        vectors, weights: [B, R, D] float32; row r of R is of KV head r * H // R.
+            of the angle to its vector, 0 where one of them is zero; "product", x.vector;
+            "quadratic", x.vector + x.W.x for a matrix W of `weights`.
+        vectors: [B, R, D] float32, for the last three; row r of R is of KV head r * H // R.
+        weights: [B, R, D, D] float32, for the last one.
         scales: of codes, as `spec` says.
         spec: its keys say the kind of the pool, be these keys or values, and it says the layout;
             where None, what dtypes tell, in NHD.
@@ -73,7 +74,7 @@ def score(
 
     Runs where the arrays are; on a GPU it only enqueues. Computes in float32. Sources: keys of
     small norms get much attention (Devoto et al. 2024); those that differ from the others do
-    (KeyDiff, 2025); means and variances of queries foretell it (expected attention, 2025).
+    (KeyDiff, 2025); means and covariances of queries foretell it (expected attention, 2025).
 
     >>> pool, table = np.ones((1, 4, 1, 8), np.float16), np.zeros((1, 1), np.int32)
     >>> pykv.ops.kv_scores.score(pool, table, np.array([2], np.int32), "norm").round(3)
@@ -160,15 +161,13 @@ def means(
 
 def _check_wanted(op: str, measure: str, **arrays: Any) -> None:
     """Check that arrays are given where a measure asks for them, and nowhere else."""
-    wanted = dict(vectors=measure in ("cosine", "product"), weights=False)
+    wanted = dict(
+        vectors=measure in ("cosine", "product", "quadratic"), weights=measure == "quadratic"
+    )
     for name, array in arrays.items():
         if array is None and wanted[name]:
             raise ParameterError(f"{op}: {name} is missing, expected an array for {measure!r}")
-        if (
-            array is not None
-            and not wanted[name]
-            and not (name == "weights" and measure == "product")
-        ):
+        if array is not None and not wanted[name]:
             raise ParameterError(f"{op}: {name} is given, expected None for {measure!r}")
 
 
@@ -192,7 +191,7 @@ def _checker(op: str, spec: KVSpec, out: str, with_vectors: bool) -> Callable[..
     rules = spec.rules(("pool", "pool", "scales", "scales"))
     rules |= dict(page_table=("B M", INT32), lengths=("B", INT32))
     if with_vectors:
-        rules |= {name: optional("B R D", FLOAT32) for name in ("vectors", "weights")}
+        rules |= dict(vectors=optional("B R D", FLOAT32), weights=optional("B R D D", FLOAT32))
     return checker(op, ("out",), **rules, out=optional(out, FLOAT32, 4))
 
 
@@ -250,8 +249,8 @@ def reference(
                 if measure == "cosine":
                     norms = np.sqrt((x * x).sum(-1) * (vector * vector).sum(1))
                     products = np.divide(products, norms, where=norms != 0, out=0 * norms)
-                elif weights is not None:
-                    products += ((x * x) @ weights[b].astype(dtype)[..., None])[..., 0]
+                elif measure == "quadratic":
+                    products += ((x @ weights[b].astype(dtype)) * x).sum(-1)
                 found[b, :, : len(rows)] = products
     return found
 

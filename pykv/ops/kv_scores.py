@@ -27,7 +27,10 @@ _SIZES: dict[str, Any] = dict(
     BLOCK=128, KEYS=256, Q_T="float"
 )  # threads, and the rows that they score
 
-VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16")]
+VARIANTS: list[dict[str, Any]] = [
+    dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16", MEASURE=MEASURES.index(measure))
+    for measure in ("norm", "quadratic")
+]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 

@@ -141,6 +141,7 @@ def test_the_last_queries_are_kept(llm, windows, monkeypatch, most):
     [
         ("h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
         ("adakv:h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
+        ("snapkv:999:window=129", UnsupportedError, "expected a window of 128 at most"),
         ("nothing:0.5", ParameterError, "text 'nothing:0.5' has no policy 'nothing'"),
         ("snapkv:0.0", ParameterError, "ratio is 0.0"),
         (3, DtypeError, "policy is a int, expected a policy"),

@@ -166,13 +166,30 @@ def test_progress_counts_answers(llm):
     assert sum(seen) == 3 * 2 * 3
 
 
+@pytest.fixture(scope="module")
+def published():
+    return pykv.LLM("smollm2-135m", device="cpu")
+
+
 @pytest.mark.model
-def test_a_published_model_finds_a_fact_unless_it_is_evicted():
-    llm = pykv.LLM("smollm2-135m", device="cpu")
-    stack = needles.haystack(llm, tokens=80, seed=2)  # the fact is no last sentence
+def test_a_published_model_finds_a_fact_unless_it_is_evicted(published):
+    stack = needles.haystack(published, tokens=80, seed=2)  # the fact is no last sentence
     made = {"dense": changes.identity, "last": changes.evict("streaming:20:sinks=2")}
-    found = needles.measure(llm, [stack], made, aware=True)
+    found = needles.measure(published, [stack], made, aware=True)
     assert {name: recall.found for (name, _), recall in found.items()} == {
         "dense": [True],
         "last": [False],
     }
+
+
+@pytest.mark.model
+def test_what_a_published_model_finds_behind_half_of_the_rows(published):
+    """As much as behind all of them where all are kept, and more by a policy than by chance."""
+    stack = needles.haystack(published, keys=4, tokens=160, seed=50)
+    policies = ("keydiff:1.0", "keydiff:0.5", "random:0.5")
+    made = {"dense": changes.identity} | {name: changes.evict(name) for name in policies}
+    found = needles.measure(published, [stack], made, aware=True)
+    recalls = {name: recall for (name, _), recall in found.items()}
+    assert recalls["dense"].share >= 0.75
+    assert recalls["keydiff:1.0"].found == recalls["dense"].found
+    assert recalls["keydiff:0.5"].share >= recalls["random:0.5"].share + 0.5

@@ -23,9 +23,9 @@ __device__ __forceinline__ void load_query(float (&query)[EIGHTS][8], const Q_T*
     }
 }
 
-// This lane's part of the product of a query and a key.
-__device__ __forceinline__ float dot_of_lane(const float (&query)[EIGHTS][8],
-                                             const float (&key)[EIGHTS][8]) {
+// The product of a query and a key; every lane of the group gets it.
+__device__ __forceinline__ float dot(const float (&query)[EIGHTS][8],
+                                     const float (&key)[EIGHTS][8]) {
     float sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < EIGHTS; e++) {
@@ -35,11 +35,5 @@ __device__ __forceinline__ float dot_of_lane(const float (&query)[EIGHTS][8],
         for (int i = 0; i < 8; i++) part += query[e][i] * key[e][i];
         sum += is_active ? part : 0.0f;
     }
-    return sum;
-}
-
-// The product; every lane of the group gets it.
-__device__ __forceinline__ float dot(const float (&query)[EIGHTS][8],
-                                     const float (&key)[EIGHTS][8]) {
-    return group_sum<LANES>(dot_of_lane(query, key));
+    return group_sum<LANES>(sum);
 }

@@ -6,19 +6,19 @@
 //   pool        const  [N, P, H, D] in any order, strides of page, token and head in array
 //                      elements: K_T
 //   scales      const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
-//   vectors     const  [B, R, D] float, with MEASURE COSINE, PRODUCT and QUADRATIC
-//   weights     const  [B, R, D, D] float, with QUADRATIC
+//   vectors     const  [B, R, D] float, with MEASURE COSINE, PRODUCT and SQUARES
+//   factors     const  [B, R, T, D] float, with SQUARES
 //   page_table  const  [B, M] int32, read up to the length alone
 //   lengths     const  [B] int32, clamped to 0 .. capacity
-// Scalars:  R, the rows of `vectors`: R / H for each head; runs = ceil(C / run)
+// Scalars:  R, the rows of `vectors`: R / H for each head; T; runs = ceil(C / run)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float; K_T = float, f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; BLOCK = threads; of kv_scores KEYS, rows of a block, and
-//           MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3, QUADRATIC 4; of kv_means
+//           MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3, SQUARES 4; of kv_means
 //           NORMALIZE = 0 or 1: rows are divided by their norms
 // Launch:   kv_scores: grid (B * R * ceil(C / KEYS)), block (BLOCK)
 //           kv_means: grid (B * H * runs), block (BLOCK)
 // Traffic:  rows once, for R / H > 1 later ones hit the caches; 4 bytes a row and score; 4 * D
-//           bytes a run; of weights all for each block, which later groups find in the L1 cache
+//           bytes a run; of factors all for each block, which its groups share in the L1 cache
 // Order:    no atomics; sums in an order set by HEAD_DIM and BLOCK alone
 //
 // LANES lanes hold a row, eight elements each (above 256 twice eight).
@@ -34,9 +34,9 @@
 #define NORMALIZE 0
 #endif
 constexpr bool IS_NORM = MEASURE == 0, IS_LARGEST = MEASURE == 1, IS_COSINE = MEASURE == 2,
-               IS_PRODUCT = MEASURE == 3, IS_QUADRATIC = MEASURE == 4;
-// Rows that lanes hold at once, which share each load of weights.
-constexpr int TOGETHER = !IS_QUADRATIC ? 1 : KEYS / SLOTS < 4 ? KEYS / SLOTS : 4;
+               IS_PRODUCT = MEASURE == 3, IS_SQUARES = MEASURE == 4;
+// Rows that lanes hold at once, which share each load of a factor.
+constexpr int TOGETHER = !IS_SQUARES ? 1 : KEYS / SLOTS < 4 ? KEYS / SLOTS : 4;
 static_assert(KEYS % (SLOTS * TOGETHER) == 0, "all lanes of a warp take as many rows");
 
 // This lane's part of a row, decoded.
@@ -61,37 +61,27 @@ __device__ __forceinline__ float largest_of(const float (&x)[EIGHTS][8]) {
     return __uint_as_float(peak[0]);
 }
 
-// Add x.W.x of rows x to `scores`, for a matrix W [D, D]; every lane of the group gets them.
-__device__ __forceinline__ void add_quadratic(float (&scores)[TOGETHER],
-                                              const float (&x)[TOGETHER][EIGHTS][8],
-                                              const float* weights) {
-    float sum[TOGETHER] = {};
+// Add the squares of x.f for T factors f [T, D] to `scores` of rows x; all lanes of the group do.
+__device__ __forceinline__ void add_squares(float (&scores)[TOGETHER],
+                                            const float (&x)[TOGETHER][EIGHTS][8],
+                                            const float* factors, int T) {
+    for (int t = 0; t < T; t++) {
+        float factor[EIGHTS][8];
+        load_query(factor, factors + (i64)t * D, 1.0f);
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++) {
-        for (int lane = 0; lane < LANES && (e * LANES + lane) * 8 < D; lane++) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const int d = (e * LANES + lane) * 8 + i;
-                float weight[EIGHTS][8];
-                load_query(weight, weights + d * D, 1.0f);
-#pragma unroll
-                for (int t = 0; t < TOGETHER; t++) {
-                    const float factor = __shfl_sync(FULL_MASK, x[t][e][i], lane, LANES);
-                    sum[t] += factor * dot_of_lane(weight, x[t]);
-                }
-            }
+        for (int i = 0; i < TOGETHER; i++) {
+            const float product = dot(factor, x[i]);
+            scores[i] += product * product;
         }
     }
-#pragma unroll
-    for (int t = 0; t < TOGETHER; t++) scores[t] += group_sum<LANES>(sum[t]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
           const SCALE_T* __restrict__ scales, const float* __restrict__ vectors,
-          const float* __restrict__ weights, const int* __restrict__ page_table,
+          const float* __restrict__ factors, const int* __restrict__ page_table,
           const int* __restrict__ lengths, i64 pool_page, i64 pool_token, i64 pool_head,
-          i64 scales_page, i64 scales_token, i64 scales_head, int R, int H, int P, int M,
+          i64 scales_page, i64 scales_token, i64 scales_head, int R, int T, int H, int P, int M,
           int capacity) {
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
@@ -101,17 +91,17 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
     float* const out = scores + ((i64)b * R + r) * capacity;
 
     float vector[EIGHTS][8], of_vector = 1.0f;
-    if (IS_COSINE || IS_PRODUCT || IS_QUADRATIC) {
+    if (IS_COSINE || IS_PRODUCT || IS_SQUARES) {
         load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
         if (IS_COSINE) of_vector = sqrtf(dot(vector, vector));
     }
     const int slot = threadIdx.x / LANES, slot_of_warp = threadIdx.x / WARP * WARP / LANES;
-#pragma unroll(IS_QUADRATIC ? 1 : LANES <= 8 ? 2 : 4)
+#pragma unroll(IS_SQUARES ? 1 : LANES <= 8 ? 2 : 4)
     for (int i = slot; i < KEYS; i += SLOTS * TOGETHER) {
         float score[TOGETHER] = {};
-        // A warp takes this branch as one. But for QUADRATIC all of a block do, so that loads of
+        // A warp takes this branch as one. But for SQUARES all of a block do, so that loads of
         // several rows may overlap.
-        const int first = IS_QUADRATIC ? begin + i - slot + slot_of_warp : begin;
+        const int first = IS_SQUARES ? begin + i - slot + slot_of_warp : begin;
         if (first < length) {
             float x[TOGETHER][EIGHTS][8];
 #pragma unroll
@@ -133,9 +123,9 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
                     score[t] = dot(vector, x[t]);
                     score[t] = of_both == 0.0f ? 0.0f : score[t] / of_both;
                 }
-                if (IS_PRODUCT || IS_QUADRATIC) score[t] = dot(vector, x[t]);
+                if (IS_PRODUCT || IS_SQUARES) score[t] = dot(vector, x[t]);
             }
-            if (IS_QUADRATIC) add_quadratic(score, x, weights + ((i64)b * R + r) * D * D);
+            if (IS_SQUARES) add_squares(score, x, factors + ((i64)b * R + r) * T * D, T);
         }
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {

@@ -295,10 +295,11 @@ class ExpectedAttention(Policy):
         queries = rows.queries[:, -self.window :].astype(np.float32) * np.float32(rows.scale)
         queries = ahead(queries, rows.layer, rows.rotary, self.future)
         mean = queries.mean(1)  # [B * n, G, D]
-        spread = (queries - mean[:, None]).swapaxes(1, 2)  # [B * n, G, T, D]
-        weights = spread.swapaxes(2, 3) @ spread * np.float32(0.5 / queries.shape[1])
-        given = dict(vectors=mean, weights=xp.ascontiguousarray(weights))
-        found = kv_scores.score(**rows.keys, measure="quadratic", **given)
+        # k.covariance.k / 2 is a sum of squares, of k times what each query adds to the mean.
+        root = np.float32((0.5 / queries.shape[1]) ** 0.5)
+        factors = (queries - mean[:, None]).swapaxes(1, 2) * root  # [B * n, G, T, D]
+        given = dict(vectors=mean, factors=xp.ascontiguousarray(factors))
+        found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)
         is_there = (slots >= self.sinks) & (slots < rows.lengths[:, None])
         found = xp.where(rows.send(is_there)[:, None], found, np.float32(-np.inf))

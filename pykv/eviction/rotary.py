@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv.arrays import FLOAT32, checker, module_of
 from pykv.errors import DtypeError, ParameterError
-from pykv.ops import paged_qkv, rope
+from pykv.ops import linear, paged_qkv, rope
 from pykv.options import check_flag
 
 
@@ -77,7 +77,7 @@ def ahead(q: Any, layer: int, rotary: Rotary, future: int) -> Any:
     mixing = None
     if rotary.hadamard:
         mixing = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32))
-        q = q @ mixing
+        q = linear.linear(q.reshape(-1, D), mixing).reshape(q.shape)
     mean = np.exp(1j * frequencies * np.arange(1, future + 1)[:, None]).mean(0)
     turned = np.exp(1j * frequencies * np.arange(T - 1, -1, -1)[:, None]) * mean  # [T, F]
     real, imaginary = (
@@ -88,4 +88,4 @@ def ahead(q: Any, layer: int, rotary: Rotary, future: int) -> Any:
     a, b = q[..., first], q[..., second]
     found[..., first] = a * real - b * imaginary
     found[..., second] = a * imaginary + b * real
-    return found if mixing is None else found @ mixing
+    return found if mixing is None else linear.linear(found.reshape(-1, D), mixing).reshape(q.shape)

@@ -12,7 +12,7 @@ from pykv.testing import judged, paged
 from pykv.testing.oracles import total
 from pykv.verify import Cases
 
-_MEASURES = ("norm", "largest", "cosine", "product", "quadratic")
+_MEASURES = ("norm", "largest", "cosine", "product", "squares")
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
@@ -31,12 +31,12 @@ def _cases(spec: KVSpec, D: int, rng: np.random.Generator, xp: Any) -> Cases:
     where = dict(page_table=sent["page_table"], lengths=sent["lengths"], spec=spec)
     keys = dict(pool=sent["k_pool"], scales=sent["k_scales"], **where)
     for measure in _MEASURES:
-        R = G * H if measure in ("product", "quadratic") else H
+        R = G * H if measure in ("product", "squares") else H
         vectors = rng.standard_normal((4, R, D)).astype(np.float32)
-        weights = rng.standard_normal((4, R, D, D)).astype(np.float32) / np.float32(D**0.5)
-        arrays = {"cosine": [vectors], "product": [vectors], "quadratic": [vectors, weights]}
+        factors = rng.standard_normal((4, R, 5, D)).astype(np.float32)
+        arrays = {"cosine": [vectors], "product": [vectors], "squares": [vectors, factors]}
         given = arrays.get(measure, [])
-        options = dict(zip(("vectors", "weights"), map(xp.asarray, given), strict=False))
+        options = dict(zip(("vectors", "factors"), map(xp.asarray, given), strict=False))
         got = kv_scores.score(**keys, measure=measure, **options)
 
         def oracle(dtype: Any, measure: str = measure, R: int = R, given: Any = given) -> Any:
@@ -71,12 +71,13 @@ def _scores(spec: KVSpec, cache: Any, measure: str, R: int, given: Any, dtype: A
             if measure == "norm":
                 found[b, r, i] = norm
                 continue
-            vector, *weights = (part[b, r].astype(dtype) for part in given)
+            vector, *factors = (part[b, r].astype(dtype) for part in given)
             found[b, r, i] = total(x * vector)
             if measure == "cosine":
                 found[b, r, i] /= norm * np.sqrt(total(vector * vector))
-            for weight in weights:
-                found[b, r, i] += total(x * total(weight.swapaxes(0, 1) * x[:, None]))
+            for factor in factors:
+                products = total(np.ascontiguousarray((factor * x).swapaxes(0, 1)))
+                found[b, r, i] += total(products * products)
     return found
 
 

@@ -19,7 +19,7 @@ CASES = (
     *({"P": P} for P in (1, 17)),
     {"lengths": (1, 0, 256, 257)},
 )
-MEASURES = dict(norm=0, largest=0, cosine=1, product=1, quadratic=2)
+MEASURES = dict(norm=0, largest=0, cosine=1, product=1, squares=2)
 
 
 def arrays_of(rng, spec="fp16", D=64, P=16, lengths=(5, 0, 47)):
@@ -35,7 +35,7 @@ def keys_of(xp, spec, cache):
 
 # Each measure by itself, and each case by one of them.
 BOTH = [(name, dict()) for name in MEASURES] + list(zip(itertools.cycle(MEASURES), CASES))
-BOTH += [("quadratic", dict(D=D, lengths=(3, 70 // D))) for D in (8, 40, 512)]
+BOTH += [("squares", dict(D=D, lengths=(3, 70 // D))) for D in (8, 40, 512)]
 
 
 @pytest.mark.parametrize("name, case", BOTH, ids=str)
@@ -44,8 +44,8 @@ def test_scores_match_the_reference_in_float64(xp, rng, case, name):
     B, D = len(cache["lengths"]), case.get("D", 64)
     R = 2 if name == "cosine" else 4
     vectors = rng.standard_normal((B, R, D)).astype(np.float32)
-    weights = rng.standard_normal((B, R, D, D)).astype(np.float32)
-    given = dict(list(dict(vectors=vectors, weights=weights).items())[: MEASURES[name]])
+    factors = rng.standard_normal((B, R, 3, D)).astype(np.float32)
+    given = dict(list(dict(vectors=vectors, factors=factors).items())[: MEASURES[name]])
     sent = {n: xp.asarray(x) for n, x in given.items()}
     got = op.score(**keys_of(xp, spec, cache), measure=name, **sent)
     where = keys_of(np, spec, cache) | dict(measure=name, **given)
@@ -73,15 +73,15 @@ def test_by_hand(xp):
     where = xp.asarray(pool), xp.zeros((1, 1), np.int32), xp.asarray(np.array([3], np.int32))
     vectors = np.zeros((1, 1, 8), np.float32)
     vectors[0, 0, 0] = 2
-    weights = np.zeros((1, 1, 8, 8), np.float32)
-    weights[0, 0, 0, :2] = 2, 5
+    factors = np.zeros((1, 1, 2, 8), np.float32)
+    factors[0, 0, 0, :2], factors[0, 0, 1, 1] = (2, 5), 1
     given = dict(vectors=xp.asarray(vectors))
     for measure, options, want in (
         ("norm", {}, 5),
         ("largest", {}, 4),
         ("cosine", given, 0.6),
         ("product", given, 6),
-        ("quadratic", dict(weights=xp.asarray(weights), **given), 6 + 3 * (2 * 3 + 5 * -4)),
+        ("squares", dict(factors=xp.asarray(factors), **given), 6 + 14**2 + 4**2),
     ):
         got = to_numpy(op.score(*where, measure, **options))[0, 0]
         np.testing.assert_allclose(got, [want, 0, np.nan, 0], rtol=1e-6)
@@ -108,9 +108,9 @@ def test_errors_name_the_argument(xp, rng):
         ("max", {}, ParameterError, "measure is 'max', expected one of"),
         ("cosine", {}, ParameterError, "vectors is missing, expected an array for 'cosine'"),
         ("norm", dict(vectors=vectors), ParameterError, "vectors is given, expected None for"),
-        ("product", dict(vectors=vectors, weights=vectors), ParameterError, "weights is given"),
-        ("quadratic", dict(vectors=vectors), ParameterError, "weights is missing, expected an"),
-        ("quadratic", dict(vectors=vectors, weights=vectors), ShapeError, "weights has shape"),
+        ("product", dict(vectors=vectors, factors=vectors), ParameterError, "factors is given"),
+        ("squares", dict(vectors=vectors), ParameterError, "factors is missing, expected an"),
+        ("squares", dict(vectors=vectors, factors=vectors), ShapeError, "factors has shape"),
         ("product", dict(vectors=vectors), ShapeError, "R is 3, expected a multiple of H=2"),
         ("norm", dict(out=xp.zeros((3, 2, 7), np.float32)), ShapeError, r"out has shape \(3, 2, 7"),
         ("norm", dict(out=xp.zeros((3, 2, 64), np.float16)), DtypeError, "out has dtype"),
@@ -136,7 +136,7 @@ def halved(x):
 # Faults that `pykv verify` must see, in the functions and in their references.
 FAULTS = {
     "scores: 1e-4 off": (op, "score", scaled(1e-4)),
-    "scores: half the weights": (op, "score", with_changed_option("weights", halved)),
+    "scores: half the factors": (op, "score", with_changed_option("factors", halved)),
     "means: runs of one more": (op, "means", with_changed_option("run", lambda n: n + 1)),
 }
 REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", scaled(1e-4))]

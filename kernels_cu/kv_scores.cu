@@ -36,7 +36,7 @@
 constexpr bool IS_NORM = MEASURE == 0, IS_LARGEST = MEASURE == 1, IS_COSINE = MEASURE == 2,
                IS_PRODUCT = MEASURE == 3, IS_SQUARES = MEASURE == 4;
 // Rows that lanes hold at once, which share each load of a factor.
-constexpr int TOGETHER = !IS_SQUARES ? 1 : KEYS / SLOTS < 4 ? KEYS / SLOTS : 4;
+constexpr int TOGETHER = IS_SQUARES ? 2 : 1;
 static_assert(KEYS % (SLOTS * TOGETHER) == 0, "all lanes of a warp take as many rows");
 
 // This lane's part of a row, decoded.
@@ -76,7 +76,7 @@ __device__ __forceinline__ void add_squares(float (&scores)[TOGETHER],
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, IS_SQUARES ? 6 : 0)
 kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
           const SCALE_T* __restrict__ scales, const float* __restrict__ vectors,
           const float* __restrict__ factors, const int* __restrict__ page_table,

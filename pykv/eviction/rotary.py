@@ -34,7 +34,7 @@ class Rotary(NamedTuple):
 
 
 def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
-    """Check what `layers` of heads of D elements need of a `rotary`.
+    """Check for `op` what `layers` of heads of D elements need of a `rotary`.
 
     Raises:
         DtypeError: it is no Rotary, or frequencies are no array of floats.

@@ -6,19 +6,19 @@
 //   pool        const  [N, P, H, D] in any order, strides of page, token and head in array
 //                      elements: K_T
 //   scales      const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
-//   vectors,    const  [B, R, D] float, with MEASURE COSINE and PRODUCT; weights may be null
-//   weights
+//   vectors     const  [B, R, D] float, with MEASURE COSINE, PRODUCT and SQUARES
+//   factors     const  [B, R, T, D] float, with SQUARES
 //   page_table  const  [B, M] int32, read up to the length alone
 //   lengths     const  [B] int32, clamped to 0 .. capacity
-// Scalars:  R, the rows of `vectors`: R / H for each head; runs = ceil(C / run)
+// Scalars:  R, the rows of `vectors`: R / H for each head; T; runs = ceil(C / run)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float; K_T = float, f16, bf16, i8, i4, e4m3 or
 //           e5m2; SCALE_T = f16 or float; BLOCK = threads; of kv_scores KEYS, rows of a block, and
-//           MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3; of kv_means NORMALIZE = 0 or 1: rows
-//           are divided by their norms
+//           MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3, SQUARES 4; of kv_means
+//           NORMALIZE = 0 or 1: rows are divided by their norms
 // Launch:   kv_scores: grid (B * R * ceil(C / KEYS)), block (BLOCK)
 //           kv_means: grid (B * H * runs), block (BLOCK)
 // Traffic:  rows once, for R / H > 1 later ones hit the caches; 4 bytes a row and score; 4 * D
-//           bytes a run
+//           bytes a run; of factors all for each block, which its groups share in the L1 cache
 // Order:    no atomics; sums in an order set by HEAD_DIM and BLOCK alone
 //
 // LANES lanes hold a row, eight elements each (above 256 twice eight).
@@ -34,8 +34,10 @@
 #define NORMALIZE 0
 #endif
 constexpr bool IS_NORM = MEASURE == 0, IS_LARGEST = MEASURE == 1, IS_COSINE = MEASURE == 2,
-               IS_PRODUCT = MEASURE == 3;
-static_assert(KEYS % SLOTS == 0, "all lanes of a warp take as many rows");
+               IS_PRODUCT = MEASURE == 3, IS_SQUARES = MEASURE == 4;
+// Rows that lanes hold at once, which share each load of a factor.
+constexpr int TOGETHER = IS_SQUARES ? 2 : 1;
+static_assert(KEYS % (SLOTS * TOGETHER) == 0, "all lanes of a warp take as many rows");
 
 // This lane's part of a row, decoded.
 __device__ __forceinline__ void load_row(float (&x)[EIGHTS][8], const K_T* row, float scale) {
@@ -59,12 +61,27 @@ __device__ __forceinline__ float largest_of(const float (&x)[EIGHTS][8]) {
     return __uint_as_float(peak[0]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Add the squares of x.f for T factors f [T, D] to `scores` of rows x; all lanes of the group do.
+__device__ __forceinline__ void add_squares(float (&scores)[TOGETHER],
+                                            const float (&x)[TOGETHER][EIGHTS][8],
+                                            const float* factors, int T) {
+    for (int t = 0; t < T; t++) {
+        float factor[EIGHTS][8];
+        load_query(factor, factors + (i64)t * D, 1.0f);
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            const float product = dot(factor, x[i]);
+            scores[i] += product * product;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, IS_SQUARES ? 6 : 0)
 kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
           const SCALE_T* __restrict__ scales, const float* __restrict__ vectors,
-          const float* __restrict__ weights, const int* __restrict__ page_table,
+          const float* __restrict__ factors, const int* __restrict__ page_table,
           const int* __restrict__ lengths, i64 pool_page, i64 pool_token, i64 pool_head,
-          i64 scales_page, i64 scales_token, i64 scales_head, int R, int H, int P, int M,
+          i64 scales_page, i64 scales_token, i64 scales_head, int R, int T, int H, int P, int M,
           int capacity) {
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
@@ -73,46 +90,50 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
     const int length = max(0, min(lengths[b], capacity));
     float* const out = scores + ((i64)b * R + r) * capacity;
 
-    float vector[EIGHTS][8], weight[EIGHTS][8], of_vector = 1.0f;
-    if (IS_COSINE || IS_PRODUCT) {
+    float vector[EIGHTS][8], of_vector = 1.0f;
+    if (IS_COSINE || IS_PRODUCT || IS_SQUARES) {
         load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
         if (IS_COSINE) of_vector = sqrtf(dot(vector, vector));
-        if (weights) load_query(weight, weights + ((i64)b * R + r) * D, 1.0f);
     }
-    const int slot = threadIdx.x / LANES;
-#pragma unroll(LANES <= 8 ? 2 : 4)
-    for (int i = slot; i < KEYS; i += SLOTS) {
-        const int key = begin + i;
-        float score = 0.0f;
-        if (begin < length) {  // a block takes this branch as one
-            const u32 safe = min(key, length - 1);
-            const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
-            float scale = 1.0f, x[EIGHTS][8];
-            if (LARGEST<K_T> > 0.0f) {
-                scale = to_float(scales[page * scales_page + token * scales_token +
-                                        kv_head * scales_head]);
-            }
-            load_row(x, pool + page * pool_page + token * pool_token + kv_head * pool_head, scale);
-            if (IS_LARGEST) score = largest_of(x);
-            if (IS_NORM) score = sqrtf(dot(x, x));
-            if (IS_COSINE) {
-                const float of_both = sqrtf(dot(x, x)) * of_vector;
-                score = dot(vector, x);
-                score = of_both == 0.0f ? 0.0f : score / of_both;
-            }
-            if (IS_PRODUCT) {
-                score = dot(vector, x);
-                if (weights) {
+    const int slot = threadIdx.x / LANES, slot_of_warp = threadIdx.x / WARP * WARP / LANES;
+#pragma unroll(IS_SQUARES ? 1 : LANES <= 8 ? 2 : 4)
+    for (int i = slot; i < KEYS; i += SLOTS * TOGETHER) {
+        float score[TOGETHER] = {};
+        // A warp takes this branch as one. But for SQUARES all of a block do, so that loads of
+        // several rows may overlap.
+        const int first = IS_SQUARES ? begin + i - slot + slot_of_warp : begin;
+        if (first < length) {
+            float x[TOGETHER][EIGHTS][8];
 #pragma unroll
-                    for (int e = 0; e < EIGHTS; e++) {
-#pragma unroll
-                        for (int j = 0; j < 8; j++) x[e][j] *= x[e][j];
-                    }
-                    score += dot(weight, x);
+            for (int t = 0; t < TOGETHER; t++) {
+                const u32 safe = min(begin + i + t * SLOTS, length - 1);
+                const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
+                float scale = 1.0f;
+                if (LARGEST<K_T> > 0.0f) {
+                    scale = to_float(scales[page * scales_page + token * scales_token +
+                                            kv_head * scales_head]);
                 }
+                const K_T* row =
+                    pool + page * pool_page + token * pool_token + kv_head * pool_head;
+                load_row(x[t], row, scale);
+                if (IS_LARGEST) score[t] = largest_of(x[t]);
+                if (IS_NORM) score[t] = sqrtf(dot(x[t], x[t]));
+                if (IS_COSINE) {
+                    const float of_both = sqrtf(dot(x[t], x[t])) * of_vector;
+                    score[t] = dot(vector, x[t]);
+                    score[t] = of_both == 0.0f ? 0.0f : score[t] / of_both;
+                }
+                if (IS_PRODUCT || IS_SQUARES) score[t] = dot(vector, x[t]);
+            }
+            if (IS_SQUARES) add_squares(score, x, factors + ((i64)b * R + r) * T * D, T);
+        }
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++) {
+            const int key = begin + i + t * SLOTS;
+            if (threadIdx.x % LANES == 0 && key < capacity) {
+                out[key] = key < length ? score[t] : 0.0f;
             }
         }
-        if (threadIdx.x % LANES == 0 && key < capacity) out[key] = key < length ? score : 0.0f;
     }
 }
 

@@ -35,7 +35,9 @@ from tests.ops.calls import OPS, RANGES, filled, zeros
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
 PUBLIC = "blocks elastic kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
 PUBLIC += "plan.base plan.decode transfer".split()
-PUBLIC += [f"eviction.{name}" for name in ("block_selection", "heads", "policies", "steps")]
+PUBLIC += [
+    f"eviction.{name}" for name in ("block_selection", "heads", "policies", "rotary", "steps")
+]
 PUBLIC += [f"kvtc.{name}" for name in ("artefact", "calibration", "codec", "coder", "stream")]
 PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
 
@@ -111,12 +113,14 @@ UNCHECKED = """
     eval.continuation.Cost eval.continuation.Cost.as_dict eval.continuation.compare
     eval.continuation.join eval.continuation.losses eval.needles.Haystack eval.needles.Recall
     eval.replay.ExactCache eval.replay.ExactCache.prefill eval.replay.check_finite
-    eval.replay.last_logits eval.replay.steps eval.changes.code eval.coding.Judged
+    eval.replay.last_logits eval.replay.steps eval.replay.append eval.replay.Place
+    eval.replay.Place.after eval.changes.code eval.coding.Judged
     eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
     kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
     specs.parsed specs.KVSpec.written kinds.count_largest
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
+    eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
     eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets

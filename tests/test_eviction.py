@@ -19,6 +19,7 @@ from pykv.eviction import (
     SnapKV,
     Streaming,
 )
+from pykv.ops import paged_qkv, rope
 from tests.helpers import assert_same_bits, to_numpy
 
 L, H, G, D, P = 2, 2, 2, 16, 4
@@ -80,20 +81,38 @@ def pooled(mass, window, pooling):
     return [mass[max(i - half, 0) : i + half + 1].max() for i in range(len(mass))]
 
 
-def expected(q, keys, values):
-    """[H, n], by the definition in float64."""
-    scores = np.zeros((H, len(keys)))
+# As a model of two layers with pairs of a head of 16, of which the last four elements stay.
+ROTARY = eviction.Rotary([rope.frequencies(12, base) for base in (100.0, 1e4)], "adjacent")
+
+
+def rotation(layer, n):
+    """The matrix [D, D] of a rotation by n positions."""
+    matrix = np.eye(D)
+    for pair, frequency in enumerate(ROTARY.inv_freq[layer].astype(np.float64)):
+        a, b = 2 * pair, 2 * pair + 1
+        matrix[a, a] = matrix[b, b] = np.cos(n * frequency)
+        matrix[b, a] = np.sin(n * frequency)
+        matrix[a, b] = -matrix[b, a]
+    return matrix
+
+
+def expected(policy, layer, q, keys, values):
+    """[H, n], by the definition in float64: of queries that are rotated back by their positions."""
+    n, T, s = len(keys), min(policy.window, len(q)), policy.sinks
+    turned = np.mean([rotation(layer, p) for p in range(n, n + policy.future)], 0)
+    shares = np.zeros((H, n))
     for head in range(H * G):
-        of_head = q[:, head].astype(np.float64)
-        mean, variance = of_head.mean(0), of_head.var(0)
-        k = keys[:, head // G]
-        logits = k @ mean * D**-0.5 + (k * k) @ variance / D / 2
-        weights = np.exp(logits - logits.max())
-        scores[head // G] += weights / weights.sum() / G
-    return scores * np.linalg.norm(values, axis=-1).T
+        of_head = zip(range(n - T, n), q[len(q) - T :, head].astype(np.float64), strict=True)
+        plain = np.stack([rotation(layer, -p) @ x for p, x in of_head])
+        mean = turned @ plain.mean(0)
+        covariance = turned @ np.cov(plain, rowvar=False, bias=True) @ turned.T
+        logits = [k @ mean + k @ covariance @ k / 2 for k in keys[s:, head // G] * D**-0.5]
+        weights = np.exp(logits - np.max(logits, initial=-np.inf))
+        shares[head // G, s:] += weights / weights.sum() / G
+    return (shares + policy.epsilon) * np.linalg.norm(values, axis=-1).T
 
 
-def scores_by_hand(policy, q, k, v):
+def scores_by_hand(policy, layer, q, k, v):
     """Scores [H, n] of a sequence and what always stays, by the definitions of the papers."""
     n = len(k)
     if isinstance(policy, Streaming):
@@ -113,7 +132,7 @@ def scores_by_hand(policy, q, k, v):
             [pooled(m, policy.window, policy.pooling) for m in mass_of(q[-policy.window :], k)]
         )
     if isinstance(policy, ExpectedAttention):
-        return expected(q, k, v)
+        return expected(policy, layer, q, k, v)
     raise AssertionError(policy)
 
 
@@ -125,7 +144,8 @@ POLICIES = [
     KeyDiff(budget=9, recent=3),
     TOVA(budget=8),
     SnapKV(budget=8, window=4, pooling=3),
-    ExpectedAttention(ratio=0.4, sinks=1),
+    ExpectedAttention(ratio=0.4, sinks=1, future=40),
+    ExpectedAttention(budget=7, sinks=2, recent=1, window=3, epsilon=0, future=1),
 ]
 
 
@@ -134,13 +154,14 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy):
     cache, sequences, rows = cache_of(xp, rng)
     q, sent = queries_of(xp, rng, T=min(LENGTHS))
     given = dict(queries=sent) if policy.needs else {}
+    given |= dict(rotary=ROTARY) if policy.looks_ahead else {}
     evicted = eviction.evict(cache, sequences, LENGTHS, policy, **given)
     for layer in range(L):
         positions = to_numpy(evicted.positions[layer])
         for b, n in enumerate(LENGTHS):
             k, v = rows[layer][b].astype(np.float64)
             count = int(policy.counts(np.array(n)))
-            scores = scores_by_hand(policy, q[layer, b], k, v)
+            scores = scores_by_hand(policy, layer, q[layer, b], k, v)
             for head in range(H):
                 want = best(scores[head], count, policy.sinks, policy.last)
                 assert evicted.lengths[layer, b, head] == len(want) == count
@@ -148,6 +169,24 @@ def test_what_stays_is_what_the_papers_say(xp, rng, policy):
                 assert (positions[b, head, len(want) :] == -1).all()
                 moved = held(cache, layer, sequences[b], len(want), head)
                 assert_same_bits(moved, rows[layer][b][:, want, head])
+
+
+def test_mixed_heads_are_looked_ahead_of_as_others(xp, rng):
+    """Heads that a Hadamard matrix mixed, queries and keys, lose the same rows."""
+    policy = ExpectedAttention(budget=9, sinks=1, epsilon=0, future=30)
+    found = []
+    for mixed in (False, True):
+        cache, sequences, _ = cache_of(xp, np.random.default_rng(3))
+        q, _ = queries_of(xp, np.random.default_rng(4))
+        if mixed:
+            q, keys = (paged_qkv.hadamard_transform(x) for x in (q, to_numpy(cache.k)))
+            cache.k[...] = xp.asarray(keys)
+        rotary = ROTARY._replace(hadamard=mixed)
+        sent = list(map(xp.asarray, q))
+        evicted = eviction.evict(cache, sequences, LENGTHS, policy, queries=sent, rotary=rotary)
+        found.append([to_numpy(x) for x in evicted.kept])
+    for plain, mixed in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, mixed)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +452,12 @@ def test_wrong_arguments_change_nothing(xp, rng):
     cache, sequences, _ = cache_of(xp, rng)
     before, old = to_numpy(cache.k), [list(pages) for pages in sequences]
     _, q = queries_of(xp, rng)
-    evict = eviction.evict
+    evict, ahead, given = eviction.evict, "expectedattention:8", dict(rotary=ROTARY)
+    F, wide = ROTARY.inv_freq, np.ones(2)
+
+    def frequencies(*arguments):
+        return dict(queries=q, rotary=eviction.Rotary(*arguments))
+
     for error, text, arguments, options in (
         (ParameterError, "queries are missing", (LENGTHS, "tova:8"), {}),
         (
@@ -429,6 +473,13 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (DtypeError, "policy is a int, expected a policy or its text", (LENGTHS, 8), {}),
         (ParameterError, "layers of policy is 2, expected 0 to 1", (LENGTHS, {2: "random:8"}), {}),
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
+        (ParameterError, "rotary is missing, expected how the", (LENGTHS, ahead), dict(queries=q)),
+        (ParameterError, "rotary is given, expected None", (LENGTHS, "random:8"), given),
+        (DtypeError, "rotary is a list", (LENGTHS, ahead), dict(queries=q, rotary=[])),
+        (ParameterError, "inv_freq has 1 layers", (LENGTHS, ahead), frequencies([F[0]])),
+        (DtypeError, "inv_freq has dtype float64", (LENGTHS, ahead), frequencies([F[0], wide])),
+        (ShapeError, "inv_freq has F=9", (LENGTHS, ahead), frequencies([np.ones(9, "f4")] * 2)),
+        (ParameterError, "pairing is 'no'", (LENGTHS, ahead), frequencies(F, "no")),
     ):
         with pytest.raises(error, match=text):
             evict(cache, sequences, *arguments, **options)
@@ -450,7 +501,7 @@ def test_wrong_arguments_change_nothing(xp, rng):
             ParameterError,
             "budget is 4, expected at le",
         ),
-        (lambda: SnapKV(budget=31), ParameterError, "budget is 31, expected at least the 32"),
+        (lambda: SnapKV(budget=15), ParameterError, "budget is 15, expected at least the 16"),
         (lambda: KeyNorm(budget=-1), ParameterError, "budget is -1, expected 1 to"),
         (lambda: KeyNorm(budget=2.5), DtypeError, "budget is a float"),
         (lambda: KeyNorm(ratio=0), ParameterError, "ratio is 0, expected more than 0"),
@@ -459,6 +510,9 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (lambda: KeyNorm(budget=8, sinks=-1), ParameterError, "sinks is -1"),
         (lambda: SnapKV(budget=99, window=0), ParameterError, "window is 0"),
         (lambda: SnapKV(budget=99, pooling=4), ParameterError, "pooling is 4, expected an odd"),
+        (lambda: ExpectedAttention(budget=9, window=0), ParameterError, "window is 0"),
+        (lambda: ExpectedAttention(budget=9, future=0), ParameterError, "future is 0"),
+        (lambda: ExpectedAttention(budget=9, epsilon=-0.1), ParameterError, "epsilon is -0.1"),
         (lambda: Random(budget=9, seed=-1), ParameterError, "seed is -1"),
         (lambda: AdaKV(TOVA(budget=9)), ParameterError, "policy is TOVA, expected one whose heads"),
         (lambda: AdaKV("tova:9"), DtypeError, "policy is a str"),
@@ -493,6 +547,8 @@ def test_texts_name_policies():
     assert eviction.parse("snapkv:512") == SnapKV(budget=512)
     assert eviction.parse("keydiff:0.5:sinks=4") == KeyDiff(ratio=0.5, sinks=4)
     assert eviction.parse("largest:threshold=0.25") == Largest(threshold=0.25)
+    ahead = eviction.parse("expectedattention:0.5:epsilon=0.1:future=64")
+    assert ahead == ExpectedAttention(ratio=0.5, epsilon=0.1, future=64)
     assert eviction.parse("adakv:snapkv:64:window=8") == AdaKV(SnapKV(budget=64, window=8))
     assert eviction.parse("streaming:recent=12:sinks=4").budget == 16
 

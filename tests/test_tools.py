@@ -768,6 +768,37 @@ def test_accuracy_by_hand(project):
     assert lines[-1] == stamp
 
 
+def test_needles_by_hand(project):
+    rows = [dict(change="dense", keys=4, query_aware=True, asked=8, recall=0.875)]
+    for name, aware, recall in (
+        ("random:0.5", True, 0.25),
+        ("random:0.25", True, 0.125),
+        ("random:0.5", False, 0.0),
+        ("keydiff:0.5", True, 1.0),
+        ("keydiff:0.5", False, 0.5),
+    ):
+        rows.append(dict(change=name, keys=4, query_aware=aware, asked=8, recall=recall))
+    record = dict(model="tiny", tokens=1440, seeds=2, rows=rows, device="CPU", commit="abc")
+    folder = project / readme_tables.RESULTS / "cpu-2-cores"
+    folder.mkdir()
+    (folder / "needles.json").write_text(json.dumps(record))
+    (folder / "needles.svg").write_text("")
+    assert readme_tables.main([], project) == 0
+    lines = (project / readme_tables.RESULTS / "accuracy.md").read_text().splitlines()
+    begin = lines.index("## tiny, 1,440 tokens, 2 texts")
+    policies = "random:0.5,random:0.25,keydiff:0.5"
+    assert [line for line in lines[begin + 1 :] if line] == [
+        f"`pykv eval needles --model tiny --keys 4 --tokens 1440 --seeds 2 --policy {policies}`",
+        "All rows: 0.875 of 8 with 4 facts in a text. Columns: the part of the rows that stays.",
+        "| policy | facts | 0.25, seen | 0.5, seen | 0.25, not seen | 0.5, not seen |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| random | 4 | 0.125 | 0.250 |  | 0.000 |",
+        "| keydiff | 4 |  | 1.000 |  | 0.500 |",
+        "![bytes kept against recall](cpu-2-cores/needles.svg)",
+        "CPU; recorded at commit abc: [cpu-2-cores/needles.json](cpu-2-cores/needles.json)",
+    ]
+
+
 @pytest.mark.parametrize(
     "commit, text",
     [

@@ -10,6 +10,8 @@
     (cd $results; python ../../plot.py roofline decode.json prefill.json --out roofline.svg)
     python -m tools.readme_tables  # --check: exit code 1 where a file is not up to date
 
+    pykv eval needles ... --json tools/results/cpu-2-cores/needles.json  # as accuracy.md says
+
 Writes tools/results/README.md, tools/results/accuracy.md, and README.md between its two markers.
 Of records that are missing nothing is written. Below each table stands when and at which commit it
 was recorded, or that its records name no clean one.
@@ -203,7 +205,34 @@ def accuracy(records):
             title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
             parts += [title, tables.kinds_table(one["rows"])]
         parts.append(stamp(name, [one]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + evicted(records)) + "\n"
+
+
+NEEDLES = ("needles", "needles_2000")  # records of `pykv eval needles`
+
+
+def evicted(records):
+    """The part of accuracy.md on caches that keep some rows alone."""
+    names = [f"{HOST}/{stem}" for stem in NEEDLES if records.exists(f"{HOST}/{stem}.json")]
+    if not names:
+        return []
+    parts = [
+        "# Eviction",
+        "Facts hidden in filler, which the model is asked for when its cache keeps a part of its "
+        "rows (`pykv eval needles`): the\nshare of answers that contain the value. Seen: rows are "
+        "evicted when the question is there, not seen: before it. Where\nit is seen, the first "
+        "token of an answer is drawn before eviction. SnapKV's window and pooling, and what\n"
+        "ExpectedAttention looks at, are the defaults, chosen on texts of other seeds (1000 to "
+        "1004).",
+    ]
+    for name in names:
+        one = records.load(f"{name}.json")
+        with report.reading(f"{name}.json"):
+            parts += tables.needles(one)
+        if records.exists(f"{name}.svg"):
+            parts.append(f"![bytes kept against recall]({name}.svg)")
+        parts.append(stamp(f"{name}.json", [one]))
+    return parts
 
 
 def speed(records):

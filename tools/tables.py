@@ -325,6 +325,40 @@ def compile_times(records):
     return "Each in a process of its own, without interpreter start.", ["what", "time"], rows
 
 
+def needles(record):
+    """A heading, the command that made a record of `pykv eval needles`, and its table: policies
+    against the ratios of rows that they keep."""
+    rows = [row for row in record["rows"] if row["change"] != "dense"]
+    keys = sorted({row["keys"] for row in rows})
+    policies = list(dict.fromkeys(row["change"] for row in rows))
+    title = f"## {record['model']}, {record['tokens']:,} tokens, {record['seeds']} texts"
+    command = (
+        f"pykv eval needles --model {record['model']} --keys {','.join(map(str, keys))} "
+        f"--tokens {record['tokens']} --seeds {record['seeds']} --policy {','.join(policies)}"
+    )
+    dense = ", ".join(
+        f"{row['recall']:.3f} of {row['asked']} with {row['keys']} facts in a text"
+        for row in record["rows"]
+        if row["change"] == "dense"
+    )
+    ratios = sorted({policy.partition(":")[2] for policy in policies})
+    head = ["policy", "facts", *(f"{ratio}, seen" for ratio in ratios)]
+    recalls = {(row["change"], row["keys"], row["query_aware"]): row["recall"] for row in rows}
+    lines = []
+    for name in dict.fromkeys(policy.partition(":")[0] for policy in policies):
+        for n in keys:
+            found = [
+                recalls.get((f"{name}:{ratio}", n, seen))
+                for seen in (True, False)
+                for ratio in ratios
+            ]
+            cells = ["" if recall is None else f"{recall:.3f}" for recall in found]
+            lines.append([name, str(n), *cells])
+    head += [f"{ratio}, not seen" for ratio in ratios]
+    text = f"`{command}`\n\nAll rows: {dense}. Columns: the part of the rows that stays."
+    return [title, text, table(head, lines)]
+
+
 def kinds_table(rows):
     """The rows of a model."""
     base = next((row["perplexity"] for row in rows if row["spec"] == "fp16"), None)

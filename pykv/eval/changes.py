@@ -14,8 +14,7 @@ Dimensions: T tokens, H KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +22,8 @@ import numpy as np
 from pykv import blocks, eviction, kinds
 from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
-from pykv.eval.replay import ExactCache
-from pykv.eviction import AdaKV, Policy
+from pykv.eval.replay import QUERIES, ExactCache, Place
+from pykv.eviction import AdaKV, Policy, Rotary
 from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
@@ -50,37 +49,32 @@ class Kept(NamedTuple):
 Change = Callable[[ExactCache, list[int], int], Kept]
 
 
-@contextmanager
 def changed(
     change: Change, exact: ExactCache, pages: list[int], trial: ExactCache, tokens: int, more: int
-) -> Iterator[tuple[list[int], Kept]]:
-    """A context in which `trial` holds a changed copy of a sequence, with room for more.
+) -> tuple[Place, Kept]:
+    """Put a changed copy of a sequence into `trial`.
 
     Args:
         change: see above.
         exact, pages: the sequence's rows, of which the first `tokens` are changed.
-        trial: a cache that nobody else uses.
+        trial: a cache that nobody else uses, with pages for the copy.
         more: tokens that may be appended.
 
     Returns:
-        The pages of the copy, and what the change says that it kept.
+        Where the copy goes on, whose pages are the caller's to free, and what the change says that
+        it kept.
 
     Raises:
         ParameterError: the change says that it kept a number of rows that there cannot be.
     """
     copy = trial.manager.allocate(len(pages) * trial.page_size)
-    try:
-        copy_pages(exact, trial, pages, copy)
-        trial.queries = list(exact.queries)
-        kept = change(trial, copy, tokens)
-        if not 0 < kept.rows <= tokens:
-            raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
-        trial.missing = kept.missing
-        trial.extend(copy, kept.rows, kept.rows + more)
-        yield copy, kept
-    finally:
-        trial.missing = None
-        trial.manager.free(copy)
+    copy_pages(exact, trial, pages, copy)
+    trial.queries = list(exact.queries)
+    kept = change(trial, copy, tokens)
+    if not 0 < kept.rows <= tokens:
+        raise ParameterError(f"eval: a change keeps {kept.rows} rows, expected 1 to {tokens}")
+    trial.extend(copy, kept.rows, kept.rows + more)
+    return Place(copy, tokens, kept.rows, kept.missing), kept
 
 
 def check_llm(op: str, llm: Any) -> None:
@@ -128,8 +122,8 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         ParameterError: the text is unknown.
         DtypeError: it is no policy.
         UnsupportedError: the policy wants scores that somebody sums while the model runs, as H2O
-            does; or from the change, heads would keep different numbers of rows, and layers have
-            sliding windows.
+            does, or more than QUERIES queries; or from the change, heads would keep different
+            numbers of rows, and layers have sliding windows.
     """
     chosen = eviction.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
@@ -139,6 +133,11 @@ def evict(policy: Policy | AdaKV | str) -> Change:
         raise UnsupportedError(
             f"eval.evict: policy is {policy!r}, expected one that goes by rows or by queries: the "
             "attention that all queries gave is not kept here"
+        )
+    if base.asked > QUERIES:
+        raise UnsupportedError(
+            f"eval.evict: policy is {policy!r}, expected a window of {QUERIES} at most: no more of "
+            "the last queries are kept here"
         )
 
     def change(cache: ExactCache, pages: list[int], tokens: int) -> Kept:
@@ -152,8 +151,9 @@ def evict(policy: Policy | AdaKV | str) -> Change:
                 )
             recent = eviction.Streaming(budget=int(base.counts(np.array(tokens))))
             policies = [recent if window else chosen for window in config.windows]
-        if base.needs == "queries":
+        if asks := base.needs == "queries" and not all(config.windows):
             queries = [of_layer[None] for of_layer in cache.queries]
+        looks_ahead = asks and base.looks_ahead
         left = eviction.evict(
             cache,
             [pages],
@@ -162,6 +162,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
             queries=queries,
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,
+            rotary=Rotary(config.inv_freq, config.kind.pairing) if looks_ahead else None,
         )
         lengths = left.lengths[:, 0]  # [L, H]
         missing = lengths.max() - lengths

@@ -20,7 +20,7 @@ import numpy as np
 from pykv.arrays import module_of, to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, changed, check_job, check_llm
-from pykv.eval.replay import ExactCache, check_finite, last_logits, steps
+from pykv.eval.replay import ExactCache, Place, check_finite, last_logits, steps
 from pykv.options import check_whole
 
 if TYPE_CHECKING:
@@ -153,15 +153,16 @@ def measure(
             exact, trial = ExactCache(llm, size), ExactCache(llm, size)
             pages = exact.manager.allocate(size)
             before, after = ids[:prefill], ids[prefill:size]
-            last_logits(llm, exact, pages, before)
+            last_logits(llm, exact, Place(pages), before)
             progress(prefill)
-            logits = list(steps(llm, exact, pages, after, position=prefill))
+            logits = list(steps(llm, exact, Place(pages, prefill, prefill), after))
             progress(len(after))
             for name, change in changes.items():
                 where = (exact, pages, trial, prefill, len(after))
-                with changed(change, *where) as (copy, kept):
-                    got = steps(llm, trial, copy, after, position=prefill, rows=kept.rows)
-                    found[name].append(_cost(logits, got, ids[prefill + 1 :], kept.nbytes, prefill))
+                place, kept = changed(change, *where)
+                got = steps(llm, trial, place, after)
+                found[name].append(_cost(logits, got, ids[prefill + 1 :], kept.nbytes, prefill))
+                trial.manager.free(place.pages)
                 progress(len(after))
     return {name: join(costs) for name, costs in found.items()}
 

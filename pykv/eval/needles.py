@@ -16,17 +16,18 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
 from pykv.eval.changes import Change, Kept, changed, check_job, check_llm, identity
-from pykv.eval.replay import ExactCache, last_logits
+from pykv.eval.replay import ExactCache, Place, append, check_finite, last_logits
 from pykv.options import check_flag, check_whole
+from pykv.pages import copy_pages
 
 if TYPE_CHECKING:
     from pykv.llm import LLM
@@ -35,6 +36,8 @@ FACT = "The secret number of {name} is {value}."
 # SmolLM2 135M answers this; where a question stands before it, it takes one fact for another.
 QUESTION = "\n\nAs the text says, the secret number of {name} is"
 MORE_TOKENS = 3  # of an answer beyond those of the value: a space, a word before it
+# Answers that are computed together, which reads the weights once for all; and bytes of their rows.
+TOGETHER, TOGETHER_BYTES = 16, 2 << 30
 
 NAMES = """Paris London Madrid Vienna Oslo Cairo Lima Tokyo Delhi Rome Dublin Athens Berlin Prague
 Lisbon Warsaw""".split()
@@ -154,7 +157,8 @@ def measure(
         UnsupportedError: from a change.
         NumberError: logits are not finite.
 
-    Exact rows of a text are computed once, for all changes. Waits for the GPU.
+    Exact rows of a text are computed once, for all changes; answers behind them, some at a time.
+    Waits for the GPU.
     """
     op = "eval.needles"
     check_job(op, llm, changes, progress)
@@ -169,13 +173,28 @@ def measure(
         for one in given:
             asked = _Asked(llm, one)
             for how, some in jobs.items():
-                for name, kept, tokens, is_found in asked.answers(some, how):
-                    recall = recalls[name, how]
-                    recall.found.append(is_found)
-                    recall.nbytes += kept.nbytes
-                    recall.tokens += tokens
+                for answer in asked.answers(some, how):
+                    recall = recalls[answer.name, how]
+                    recall.found.append(answer.value in answer.text)
+                    recall.nbytes += answer.kept.nbytes
+                    recall.tokens += answer.tokens
                     progress(1)
     return recalls
+
+
+@dataclass
+class _Answer:
+    """The answer to a question behind a change: where it goes on, and the tokens to append next,
+    none where it has ended."""
+
+    name: str
+    kept: Kept
+    tokens: int  # that were changed
+    value: str
+    place: Place
+    next_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
 
 
 class _Asked:
@@ -194,61 +213,70 @@ class _Asked:
                 f"eval.needles: text, question and answer have {room} tokens, expected at most the "
                 f"context of {llm.context}"
             )
-        self._exact, self._trial = ExactCache(llm, room), ExactCache(llm, room)
+        self._exact = ExactCache(llm, room)
         self._pages = self._exact.manager.allocate(room)
-        self._append(self._exact, self._pages, context, 0)
+        copy_bytes = len(self._pages) * self._exact.page_size * self._exact.bytes_per_token
+        self._together = max(1, min(TOGETHER, TOGETHER_BYTES // copy_bytes))
+        copies = 1 + self._together  # of agnostic changes, one is copied for each question
+        self._trial = ExactCache(llm, copies * len(self._pages) * self._exact.page_size)
+        last_logits(llm, self._exact, Place(self._pages), context)
 
-    def answers(
-        self, changes: Mapping[str, Change], aware: bool
-    ) -> Iterator[tuple[str, Kept, int, bool]]:
-        """Of each question and change: its name, what it kept of how many tokens, and whether the
-        value was found."""
+    def answers(self, changes: Mapping[str, Change], aware: bool) -> Iterator[_Answer]:
+        """The answer to each question behind each change."""
+        begun = self._aware(changes) if aware else self._agnostic(changes)
+        while some := list(islice(begun, self._together)):
+            self._finish(some)
+            for one in some:
+                self._trial.manager.free(one.place.pages)
+            yield from some
+
+    def _aware(self, changes: Mapping[str, Change]) -> Iterator[_Answer]:
+        """Answers behind changes that come after each question, each with its first token."""
         context, queries = self._tokens, list(self._exact.queries)
-        if aware:
-            for question, value in self._questions:
-                self._exact.queries = list(queries)
-                last = self._append(self._exact, self._pages, question, context)
-                tokens = context + len(question)
-                for name, change in changes.items():
-                    with self._changed(change, tokens) as (pages, kept):
-                        answer = self._answer(last, pages, tokens, kept.rows, value)
-                    yield name, kept, tokens, value in answer
-            self._exact.queries = queries
-            return
-        for name, change in changes.items():
-            with self._changed(change, context) as (pages, kept):
-                for question, value in self._questions:
-                    last = self._append(self._trial, pages, question, context, kept.rows)
-                    stop, rows = context + len(question), kept.rows + len(question)
-                    answer = self._answer(last, pages, stop, rows, value)
-                    yield name, kept, context, value in answer
+        for question, value in self._questions:
+            self._exact.queries = list(queries)
+            where = Place(self._pages, context, context)
+            first = last_logits(self._llm, self._exact, where, question).argmax()
+            tokens = context + len(question)
+            for name, change in changes.items():
+                place, kept = self._changed(change, tokens)
+                answer = _Answer(name, kept, tokens, value, place, [])
+                self._take(answer, int(first))
+                yield answer
+        self._exact.queries = queries
 
-    def _changed(
-        self, change: Change, tokens: int
-    ) -> AbstractContextManager[tuple[list[int], Kept]]:
+    def _agnostic(self, changes: Mapping[str, Change]) -> Iterator[_Answer]:
+        """Answers behind changes of the text alone, which begin with the question."""
+        trial = self._trial
+        for name, change in changes.items():
+            place, kept = self._changed(change, self._tokens)
+            for question, value in self._questions:
+                copy = trial.manager.allocate(len(place.pages) * trial.page_size)
+                copy_pages(trial, trial, place.pages, copy)
+                own = place._replace(pages=copy)
+                yield _Answer(name, kept, self._tokens, value, own, question)
+            trial.manager.free(place.pages)
+
+    def _changed(self, change: Change, tokens: int) -> tuple[Place, Kept]:
         more = self._room - tokens
         return changed(change, self._exact, self._pages, self._trial, tokens, more)
 
-    def _append(
-        self,
-        cache: ExactCache,
-        pages: list[int],
-        ids: list[int],
-        position: int,
-        rows: int | None = None,
-    ) -> Any:
-        """The logits after tokens that are appended."""
-        return last_logits(self._llm, cache, pages, ids, position=position, rows=rows)
+    def _finish(self, answers: list[_Answer]) -> None:
+        """Complete greedy answers, a token of each at a time."""
+        while going := [one for one in answers if one.next_ids]:
+            ids = [one.next_ids for one in going]
+            logits = append(self._llm, self._trial, [one.place for one in going], ids)
+            check_finite(logits)
+            for one, token in zip(going, to_host(logits.argmax(axis=1)).tolist(), strict=True):
+                one.place = one.place.after(len(one.next_ids))
+                self._take(one, token)
 
-    def _answer(self, logits: Any, pages: list[int], position: int, rows: int, value: str) -> str:
-        """The greedy answer, up to the end of the value if it contains that."""
-        ids: list[int] = []
-        text = ""
-        while (token := int(to_host(logits).argmax())) not in self._llm.tokenizer.stop_ids:
-            ids.append(token)
-            text = self._llm.detokenize(ids)
-            if value in text or len(ids) == self._answer_tokens:
-                break
-            logits = self._append(self._trial, pages, [token], position, rows)
-            position, rows = position + 1, rows + 1
-        return text
+    def _take(self, answer: _Answer, token: int) -> None:
+        """Add a token to an answer, which ends with its value."""
+        answer.next_ids = []
+        if token in self._llm.tokenizer.stop_ids:
+            return
+        answer.ids.append(token)
+        answer.text = self._llm.detokenize(answer.ids)
+        if answer.value not in answer.text and len(answer.ids) < self._answer_tokens:
+            answer.next_ids = [token]

@@ -48,6 +48,7 @@ from pykv.eviction.policies import (
     Streaming,
     parse,
 )
+from pykv.eviction.rotary import Rotary
 from pykv.eviction.steps import Evicted, evict
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "Largest",
     "Policy",
     "Random",
+    "Rotary",
     "Scores",
     "SnapKV",
     "Streaming",

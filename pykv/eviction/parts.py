@@ -129,6 +129,7 @@ class Rows(NamedTuple):
     queries: Any  # [B * n, T, G, D] or None
     given: Any  # [B, n, C] or None
     options: dict[str, Any]  # scale and logits_soft_cap of attention
+    rotary: Any  # a Rotary, for policies that look ahead
 
     @property
     def keys(self) -> dict[str, Any]:

@@ -12,11 +12,14 @@ import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
 from pykv.eviction.parts import Rows
+from pykv.eviction.rotary import ahead
 from pykv.ops import kv_scores
 from pykv.options import check_number, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
+_FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
+_MOST_AHEAD = 1 << 16  # positions whose rotations are averaged on the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class Policy:
 
     per_head: ClassVar[bool] = True  # each KV head keeps rows of its own; else all of a layer agree
     needs: ClassVar[str] = ""  # the argument of `evict` that scores are made of
+    looks_ahead: ClassVar[bool] = False  # and whether that needs its `rotary`, too
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -75,6 +79,11 @@ class Policy:
     def always(self) -> int:
         """Rows that always stay."""
         return self.sinks + self.last
+
+    @property
+    def asked(self) -> int:
+        """The last queries that are looked at."""
+        return getattr(self, "window", 1) if self.needs == "queries" else 0
 
     def counts(self, lengths: Any) -> Any:
         """Of heads that hold `lengths` rows how many stay at most, int32."""
@@ -220,8 +229,8 @@ class SnapKV(Policy):
         pooling: rows, an odd number, of which each counts as the best. The others as of `Policy`.
     """
 
-    window: int = 32
-    pooling: int = 5
+    window: int = 16
+    pooling: int = 7
 
     needs = "queries"
 
@@ -250,33 +259,55 @@ class SnapKV(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
-    """Rows by the attention that queries of the mean and the variance of `queries` would give them,
-    times the norm of their values.
+    """Rows by the attention that queries to come are expected to give them, and by the norms of
+    their values.
 
-    The mean and the variance of each element are those of the queries as they were rotated, taken
-    as independent: exp(q.k) of a normal q is exp(mean.k + variance.(k * k) / 2).
+    Queries to come are taken to be normal, with the mean and the covariance of the last `window`
+    ones before their rotation, rotated as the next `future` positions do on average: exp(q.k) of
+    such a q is exp(mean.k + k.covariance.k / 2) on average. A row is worth |v| times its share of
+    that among all rows but the sinks, plus `epsilon`: where that is far above a share, norms decide
+    alone, and where it is 0, rows that nobody is expected to see go whatever they hold.
 
-    Args, Raises: as `Policy`.
+    Args:
+        window: of `queries`, that are looked at; of a shorter sequence all are.
+        future: positions behind the last one.
+        epsilon: at least 0. The others as of `Policy`.
     """
 
     sinks: int = 4
+    window: int = 128
+    future: int = 512
+    epsilon: float = 0.02
 
     needs = "queries"
+    looks_ahead = True
+
+    def __post_init__(self) -> None:
+        op = "ExpectedAttention"
+        check_whole(op, "window", self.window, 1, _MOST)
+        check_whole(op, "future", self.future, 1, _MOST_AHEAD)
+        check_number(op, "epsilon", self.epsilon, least=0)
+        super().__post_init__()
 
     def score(self, rows: Rows) -> Any:
-        """softmax(mean.k + variance.(k * k) / 2) * |v| of rows, on average over query heads."""
-        q, xp, scale = rows.queries.astype(np.float32), rows.xp, rows.scale
-        mean = q.mean(1) * np.float32(scale)  # [B * n, G, D]
-        spread = ((q * np.float32(scale) - mean[:, None]) ** 2).mean(1) * np.float32(0.5)
-        found = kv_scores.score(**rows.keys, measure="product", vectors=mean, weights=spread)
+        """(softmax(mean.k + k.covariance.k / 2), on average over query heads, + epsilon) * |v|."""
+        xp = rows.xp
+        queries = rows.queries[:, -self.window :].astype(np.float32) * np.float32(rows.scale)
+        queries = ahead(queries, rows.layer, rows.rotary, self.future)
+        mean = queries.mean(1)  # [B * n, G, D]
+        # k.covariance.k / 2 is a sum of squares, of k times what each query adds to the mean.
+        root = np.float32((0.5 / queries.shape[1]) ** 0.5)
+        factors = (queries - mean[:, None]).swapaxes(1, 2) * root  # [B * n, G, T, D]
+        given = dict(vectors=mean, factors=xp.ascontiguousarray(factors))
+        found = kv_scores.score(**rows.keys, measure="squares", **given)
         slots = np.arange(rows.capacity)
-        is_there = rows.send(slots < rows.lengths[:, None])[:, None]
-        found = xp.where(is_there, found, np.float32(-np.inf))
+        is_there = (slots >= self.sinks) & (slots < rows.lengths[:, None])
+        found = xp.where(rows.send(is_there)[:, None], found, np.float32(-np.inf))
         peak = xp.maximum(found.max(-1)[..., None], np.float32(-1e30))
-        weights = xp.exp(found - peak)
-        weights = (weights / xp.maximum(weights.sum(-1)[..., None], np.float32(1e-30))).mean(1)
+        shares = xp.exp(found - peak)
+        shares = (shares / xp.maximum(shares.sum(-1)[..., None], np.float32(1e-30))).mean(1)
         norms = kv_scores.score(**rows.values, measure="norm")[:, 0]
-        return (weights * norms).reshape(rows.B, rows.n, -1)
+        return ((shares + np.float32(self.epsilon)) * norms).reshape(rows.B, rows.n, -1)
 
 
 @dataclass(frozen=True)
@@ -325,8 +356,8 @@ def parse(text: str) -> Policy | AdaKV:
         ParameterError: the name or a field is unknown, or a value is out of its range.
         DtypeError: `text` is no text.
 
-    >>> pykv.eviction.parse("snapkv:512:window=16")
-    SnapKV(budget=512, ratio=None, threshold=None, sinks=0, recent=0, window=16, pooling=5)
+    >>> pykv.eviction.parse("snapkv:512:window=32")
+    SnapKV(budget=512, ratio=None, threshold=None, sinks=0, recent=0, window=32, pooling=7)
     >>> pykv.eviction.parse("adakv:keydiff:0.5").policy.ratio
     0.5
     """
@@ -351,7 +382,7 @@ def parse(text: str) -> Policy | AdaKV:
                 f"{op}: text {text!r} has {word!r}, expected each once of {expected}"
             )
         try:
-            given[field] = float(value) if field in ("ratio", "threshold") else int(value)
+            given[field] = float(value) if field in _FRACTIONS else int(value)
         except ValueError:
             raise ParameterError(f"{op}: text {text!r} has {word!r}, expected a number") from None
     return kind(**given)

@@ -16,6 +16,7 @@ from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
 from pykv.eviction.policies import AdaKV, Policy, parse
+from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
 from pykv.options import check_number, check_whole
 from pykv.pool import PagedKVCache
@@ -60,6 +61,7 @@ def evict(
     positions: Any = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    rotary: Rotary | None = None,
     stream: Any = None,
 ) -> Evicted:
     """Keep the rows of sequences that a policy chooses, in place, and free the pages behind them.
@@ -77,6 +79,7 @@ def evict(
         positions: by layer, [B, H, C] int32, what `Evicted.positions` was; None: slots are
             positions.
         scale, logits_soft_cap: of the model's attention, where `queries` are given.
+        rotary: how the model rotates queries, for `ExpectedAttention`.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -84,8 +87,8 @@ def evict(
 
     Raises:
         ParameterError: a sequence is none of the manager's or is there twice, a length exceeds its
-            pages, `queries` or `scores` that policies need are missing or not wanted, or a layer
-            does not exist.
+            pages, `queries`, `scores` or `rotary` that policies need are missing or not wanted, or
+            a layer does not exist.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
         UnsupportedError: the call is being prepared, or a CUDA graph captured.
@@ -115,9 +118,11 @@ def evict(
         cuda.refuse_capture(op, "pages go back to the manager")
         work = _Work(op, cache, sequences, lengths, policies)
         arrays = work.arrays(queries=queries, scores=scores)
+        work.check_rotary(rotary)
         if positions is not None:
             positions = work.positions(positions)
-        kept, counts = work.select(arrays, scale, logits_soft_cap)
+        options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
+        kept, counts = work.select(arrays, options, rotary)
         return work.compact(kept, counts, positions)
 
 
@@ -191,6 +196,18 @@ class _Work:
                 )
         return {layer: found.get(layer) for layer in bases}
 
+    def check_rotary(self, rotary: Any) -> None:
+        """Check that it is given where a policy looks ahead, and nowhere else."""
+        bases = {layer: _base(policy) for layer, policy in self.policies.items()}
+        wanted = [layer for layer, base in bases.items() if base.looks_ahead]
+        if (rotary is None) == bool(wanted):
+            wrong = "is missing" if rotary is None else "is given"
+            expected = "how the model rotates" if wanted else "None"
+            names = " and ".join(sorted({type(base).__name__ for base in bases.values()}))
+            raise ParameterError(f"{self.op}: rotary {wrong}, expected {expected} for {names}")
+        if wanted:
+            check_rotary(self.op, rotary, wanted, self.cache.sizes[2])
+
     def positions(self, given: Any) -> dict[int, Any]:
         """By layer, checked."""
         found = _of_layers(self.op, "positions", given, range(len(self.lengths)))
@@ -202,18 +219,17 @@ class _Work:
         return found
 
     def select(
-        self, arrays: dict[int, Any], scale: float | None, logits_soft_cap: float | None
+        self, arrays: dict[int, Any], options: dict[str, Any], rotary: Rotary | None
     ) -> tuple[list[Any], Any]:
         """What each layer keeps, [B, H, C] on the device, or None where it is left alone, and how
         many rows that are, [L, B, H] on the host."""
-        options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
         kept: list[Any] = [None] * len(self.lengths)
         counts = self.lengths.copy()
         if 0 in self.shape:
             return kept, counts
         pending = {}
         for layer, array in arrays.items():
-            scores = self._scores(layer, array, options)
+            scores = self._scores(layer, array, options, rotary)
             kept[layer], pending[layer], counts[layer] = self._select(layer, scores)
         for layer, found in pending.items():
             policy = self.policies[layer]
@@ -221,7 +237,9 @@ class _Work:
                 counts[layer] = to_host(found)
         return kept, counts
 
-    def _scores(self, layer: int, array: Any, options: dict[str, Any]) -> Any:
+    def _scores(
+        self, layer: int, array: Any, options: dict[str, Any], rotary: Rotary | None
+    ) -> Any:
         """[B, H, C] of a layer."""
         (B, H, C), xp, base = self.shape, self.xp, _base(self.policies[layer])
         found = []
@@ -235,7 +253,7 @@ class _Work:
             scores = array[:, heads] if base.needs == "scores" else None
             rows = Rows(
                 *(xp, layer, B, part.first, part.n, C, part.pools, lengths, tables),
-                *(queries, scores, options),
+                *(queries, scores, options, rotary),
             )
             found.append(base.score(rows))
         return found[0] if len(found) == 1 else xp.concatenate(tuple(found), 1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pykv import eviction
 from pykv.errors import DtypeError, UnsupportedError
-from pykv.eviction import AdaKV, Policy, Streaming
+from pykv.eviction import AdaKV, Policy, Rotary, Streaming
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
@@ -49,14 +49,9 @@ def as_policy(op: str, given: Any, most: int) -> Policy | None:
         )
     if policy.needs == "scores":
         raise UnsupportedError(f"{op}: eviction is {name}, expected a policy that needs no scores")
-    if _asked(policy) > most:
+    if policy.asked > most:
         raise UnsupportedError(f"{op}: eviction has a window above {most}, expected at most that")
     return policy
-
-
-def _asked(policy: Policy) -> int:
-    """The last queries of a prompt that a policy asks for."""
-    return getattr(policy, "window", 1) if policy.needs == "queries" else 0
 
 
 class Evictor:
@@ -68,7 +63,8 @@ class Evictor:
 
     def __init__(self, policy: Policy, model: Model, cache: PagedKVCache) -> None:
         self._policy, self._config, self._cache = policy, model.config, cache
-        self.asked = _asked(policy)
+        self._rotary = Rotary(model.config.inv_freq, model.config.kind.pairing, model.hadamard)
+        self.asked = policy.asked
 
     def kept(self, held: int) -> int:
         """Rows that stay of so many."""
@@ -114,11 +110,13 @@ class Evictor:
             i: self._policy if window is None else recent for i, window in enumerate(config.windows)
         }
         asks = self.asked and any(window is None for window in config.windows)
+        looks_ahead = asks and self._policy.looks_ahead
         eviction.evict(
             *(self._cache, [pages], [held], policies),
             queries={i: q[None] for i, q in enumerate(queries)} if asks else None,
             scale=config.attention_scale,
             logits_soft_cap=config.attention_cap,
+            rotary=self._rotary if looks_ahead else None,
         )
         self._cache.extend(pages, kept, self._ahead(kept, left))
         return kept

@@ -65,9 +65,10 @@ class LLM:
         eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
             policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
             give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
-            get a prompt's last ones, later the last one. Layers with a sliding window keep their
-            last rows. Pages of prompts stay in the prefix cache as they were; rows are evicted from
-            copies. `logits` and `perplexity` see all tokens. None: all rows stay.
+            get a prompt's last ones, of tokens that the prefix cache is not asked for, and later
+            the last one. Layers with a sliding window keep their last rows. Pages of prompts stay
+            in the prefix cache as they were; rows are evicted from copies. `logits` and
+            `perplexity` see all tokens. None: all rows stay.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 

@@ -1,8 +1,8 @@
 """What each cached row is worth by itself, or beside a vector; and means of runs of rows.
 
-Dimensions: B sequences, H KV heads, R rows of vectors, a multiple of H, D head size, W elements
-that D codes take, N pages in the pool, P tokens a page, M pages a sequence can have, C = M * P, K
-runs of rows.
+Dimensions: B sequences, H KV heads, R rows of vectors, a multiple of H, T factors of each, D head
+size, W elements that D codes take, N pages in the pool, P tokens a page, M pages a sequence can
+have, C = M * P, K runs of rows.
 Kernels: kernels_cu/kv_scores.cu. How much attention keys got is attention_scores.
 """
 
@@ -22,12 +22,15 @@ from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import KVSpec, spec_of
 
-MEASURES = ("norm", "largest", "cosine", "product")  # as the kernel numbers them
+MEASURES = ("norm", "largest", "cosine", "product", "squares")  # as the kernel numbers them
 _SIZES: dict[str, Any] = dict(
     BLOCK=128, KEYS=256, Q_T="float"
 )  # threads, and the rows that they score
 
-VARIANTS: list[dict[str, Any]] = [dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16")]
+VARIANTS: list[dict[str, Any]] = [
+    dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16", MEASURE=MEASURES.index(measure))
+    for measure in ("norm", "squares")
+]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
@@ -38,7 +41,7 @@ def score(
     measure: str,
     *,
     vectors: Any = None,
-    weights: Any = None,
+    factors: Any = None,
     scales: Any = None,
     spec: KVSpec | str | None = None,
     out: Any = None,
@@ -51,9 +54,10 @@ def score(
         pool: [N, P, H, W] or, in HND, [N, H, P, W]; keys, or values.
         page_table, lengths: as of `paged_decode.decode`.
         measure: of a row x: "norm", its Euclidean norm; "largest", its largest magnitude; "cosine",
-            of the angle to its vector, 0 where one of them is zero; "product", x.vector, with
-            `weights` plus (x * x).weights.
-        vectors, weights: [B, R, D] float32; row r of R is of KV head r * H // R.
+            of the angle to its vector, 0 where one of them is zero; "product", x.vector;
+            "squares", x.vector and the sum of (x.f)^2 over its T factors f.
+        vectors: [B, R, D] float32, for the last three; row r of R is of KV head r * H // R.
+        factors: [B, R, T, D] float32, for the last one.
         scales: of codes, as `spec` says.
         spec: its keys say the kind of the pool, be these keys or values, and it says the layout;
             where None, what dtypes tell, in NHD.
@@ -73,7 +77,7 @@ def score(
 
     Runs where the arrays are; on a GPU it only enqueues. Computes in float32. Sources: keys of
     small norms get much attention (Devoto et al. 2024); those that differ from the others do
-    (KeyDiff, 2025); means and variances of queries foretell it (expected attention, 2025).
+    (KeyDiff, 2025); means and covariances of queries foretell it (expected attention, 2025).
 
     >>> pool, table = np.ones((1, 4, 1, 8), np.float16), np.zeros((1, 1), np.int32)
     >>> pykv.ops.kv_scores.score(pool, table, np.array([2], np.int32), "norm").round(3)
@@ -81,9 +85,9 @@ def score(
     """
     op = "kv_scores.score"
     check_choice(op, "measure", measure, MEASURES)
-    _check_wanted(op, measure, vectors=vectors, weights=weights)
+    _check_wanted(op, measure, vectors=vectors, factors=factors)
     arrays = dict(pool=pool, scales=scales, page_table=page_table, lengths=lengths)
-    arrays |= dict(vectors=vectors, weights=weights)
+    arrays |= dict(vectors=vectors, factors=factors)
     spec, dims = _check(op, spec, arrays, out, "B R C")
     B, H, C = dims["B"], dims["H"], dims["M"] * dims["P"]
     R = dims.get("R", H)
@@ -160,15 +164,11 @@ def means(
 
 def _check_wanted(op: str, measure: str, **arrays: Any) -> None:
     """Check that arrays are given where a measure asks for them, and nowhere else."""
-    wanted = dict(vectors=measure in ("cosine", "product"), weights=False)
+    wanted = dict(vectors=measure in ("cosine", "product", "squares"), factors=measure == "squares")
     for name, array in arrays.items():
         if array is None and wanted[name]:
             raise ParameterError(f"{op}: {name} is missing, expected an array for {measure!r}")
-        if (
-            array is not None
-            and not wanted[name]
-            and not (name == "weights" and measure == "product")
-        ):
+        if array is not None and not wanted[name]:
             raise ParameterError(f"{op}: {name} is given, expected None for {measure!r}")
 
 
@@ -192,7 +192,7 @@ def _checker(op: str, spec: KVSpec, out: str, with_vectors: bool) -> Callable[..
     rules = spec.rules(("pool", "pool", "scales", "scales"))
     rules |= dict(page_table=("B M", INT32), lengths=("B", INT32))
     if with_vectors:
-        rules |= {name: optional("B R D", FLOAT32) for name in ("vectors", "weights")}
+        rules |= dict(vectors=optional("B R D", FLOAT32), factors=optional("B R T D", FLOAT32))
     return checker(op, ("out",), **rules, out=optional(out, FLOAT32, 4))
 
 
@@ -226,7 +226,7 @@ def reference(
     measure: str,
     *,
     vectors: Any = None,
-    weights: Any = None,
+    factors: Any = None,
     scales: Any = None,
     spec: KVSpec | None = None,
     dtype: Any = np.float32,
@@ -250,8 +250,8 @@ def reference(
                 if measure == "cosine":
                     norms = np.sqrt((x * x).sum(-1) * (vector * vector).sum(1))
                     products = np.divide(products, norms, where=norms != 0, out=0 * norms)
-                elif weights is not None:
-                    products += ((x * x) @ weights[b].astype(dtype)[..., None])[..., 0]
+                elif measure == "squares":
+                    products += ((x @ factors[b].astype(dtype).swapaxes(1, 2)) ** 2).sum(-1)
                 found[b, :, : len(rows)] = products
     return found
 
@@ -302,7 +302,7 @@ def _score_launch(spec: KVSpec, pool: Any, scales: Any, dims: Dims, measure: str
         cuda.kernel("kv_scores", "kv_scores", **defines, MEASURE=number),
         grid=dims["B"] * R * -(-scalars["capacity"] // _SIZES["KEYS"]),
         block=_SIZES["BLOCK"],
-        scalars=scalars | dict(R=R),
+        scalars=scalars | dict(R=R, T=dims.get("T", 0)),
     )
 
 

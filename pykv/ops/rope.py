@@ -100,14 +100,16 @@ def pair_steps(pairing: str, F: int) -> dict[str, int]:
     return dict(step=1, gap=F) if pairing == "half" else dict(step=2, gap=1)
 
 
+def pair_slices(pairing: str, F: int) -> tuple[slice, slice]:
+    """Where the first and the second elements of a head's F pairs are."""
+    if pairing == "half":
+        return slice(0, F), slice(F, 2 * F)
+    return slice(0, 2 * F, 2), slice(1, 2 * F, 2)
+
+
 def reference(q: Any, k: Any, positions: Any, inv_freq: Any, pairing: str) -> None:
     """The definition of `rotate`, in NumPy; tests hold the kernel against it."""
-    F = len(inv_freq)
-    first, second = (
-        (slice(0, F), slice(F, 2 * F))
-        if pairing == "half"
-        else (slice(0, 2 * F, 2), slice(1, 2 * F, 2))
-    )
+    first, second = pair_slices(pairing, len(inv_freq))
     wide = np.result_type(q.dtype, np.float32)
     angles = positions.astype(np.float64)[:, None, None] * inv_freq.astype(np.float64)
     sine, cosine = np.sin(angles).astype(wide), np.cos(angles).astype(wide)

@@ -12,7 +12,7 @@ from pykv.testing import judged, paged
 from pykv.testing.oracles import total
 from pykv.verify import Cases
 
-_MEASURES = ("norm", "largest", "cosine", "product", "product and squares")
+_MEASURES = ("norm", "largest", "cosine", "product", "squares")
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
@@ -30,19 +30,19 @@ def _cases(spec: KVSpec, D: int, rng: np.random.Generator, xp: Any) -> Cases:
     sent = paged.send(xp, cache)
     where = dict(page_table=sent["page_table"], lengths=sent["lengths"], spec=spec)
     keys = dict(pool=sent["k_pool"], scales=sent["k_scales"], **where)
-    for name in _MEASURES:
-        measure, _, has_squares = name.partition(" and ")
-        R = G * H if measure == "product" else H
-        vectors = rng.standard_normal((2, 4, R, D)).astype(np.float32)
-        given = vectors[:1] if measure in ("cosine", "product") else vectors[:0]
-        given = vectors if has_squares else given
-        options = dict(zip(("vectors", "weights"), map(xp.asarray, given), strict=False))
+    for measure in _MEASURES:
+        R = G * H if measure in ("product", "squares") else H
+        vectors = rng.standard_normal((4, R, D)).astype(np.float32)
+        factors = rng.standard_normal((4, R, 5, D)).astype(np.float32)
+        arrays = {"cosine": [vectors], "product": [vectors], "squares": [vectors, factors]}
+        given = arrays.get(measure, [])
+        options = dict(zip(("vectors", "factors"), map(xp.asarray, given), strict=False))
         got = kv_scores.score(**keys, measure=measure, **options)
 
         def oracle(dtype: Any, measure: str = measure, R: int = R, given: Any = given) -> Any:
             return _scores(spec, cache, measure, R, given, dtype)
 
-        yield f"{name} D={D} {spec}", *judged(got, oracle, np.float32)
+        yield f"{measure} D={D} {spec}", *judged(got, oracle, np.float32)
     for run, normalize in ((16, False), (100, True)):
         got = kv_scores.means(**keys, run=run, normalize=normalize)
 
@@ -71,12 +71,13 @@ def _scores(spec: KVSpec, cache: Any, measure: str, R: int, given: Any, dtype: A
             if measure == "norm":
                 found[b, r, i] = norm
                 continue
-            vector, *weights = (part[b, r].astype(dtype) for part in given)
+            vector, *factors = (part[b, r].astype(dtype) for part in given)
             found[b, r, i] = total(x * vector)
             if measure == "cosine":
                 found[b, r, i] /= norm * np.sqrt(total(vector * vector))
-            for weight in weights:
-                found[b, r, i] += total(x * x * weight)
+            for factor in factors:
+                products = total(np.ascontiguousarray((factor * x).swapaxes(0, 1)))
+                found[b, r, i] += total(products * products)
     return found
 
 

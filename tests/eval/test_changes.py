@@ -131,7 +131,7 @@ def test_the_last_queries_are_kept(llm, windows, monkeypatch, most):
     monkeypatch.setattr(replay, "QUERIES", most)
     monkeypatch.setattr(replay, "STEP_TOKENS", 6)
     cache = Recording(llm, N)
-    replay.last_logits(llm, cache, cache.manager.allocate(N), windows[0][:N])
+    replay.last_logits(llm, cache, replay.Place(cache.manager.allocate(N)), windows[0][:N])
     for kept, given in zip(cache.queries, recorded, strict=True):
         assert_same_bits(kept, np.concatenate(given)[-most:])
 
@@ -141,6 +141,7 @@ def test_the_last_queries_are_kept(llm, windows, monkeypatch, most):
     [
         ("h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
         ("adakv:h2o:0.5", UnsupportedError, "attention that all queries gave is not kept"),
+        ("snapkv:999:window=129", UnsupportedError, "expected a window of 128 at most"),
         ("nothing:0.5", ParameterError, "text 'nothing:0.5' has no policy 'nothing'"),
         ("snapkv:0.0", ParameterError, "ratio is 0.0"),
         (3, DtypeError, "policy is a int, expected a policy"),
@@ -166,7 +167,7 @@ def test_rows_go_through_the_codec(llm, windows, artefact):
     codec = Codec(artefact, 8)
     exact, trial = (replay.ExactCache(llm, N) for _ in range(2))
     pages = [cache.manager.allocate(N) for cache in (exact, trial)]
-    replay.last_logits(llm, exact, pages[0], windows[0][:N])
+    replay.last_logits(llm, exact, replay.Place(pages[0]), windows[0][:N])
     table, positions = np.array(pages[0], np.int32), np.arange(N, dtype=np.int32)
     coded = codec.compress(exact, table, positions)
     codec.decompress(coded, trial, np.array(pages[1], np.int32))

@@ -43,7 +43,7 @@ def test_rows_of_another_text_cost_what_the_model_says_of_that(llm, windows):
 
     def change(cache, pages, tokens):
         taken = replay.ExactCache(llm, tokens)
-        replay.last_logits(llm, taken, taken.manager.allocate(tokens), other)
+        replay.last_logits(llm, taken, replay.Place(taken.manager.allocate(tokens)), other)
         slots = blocks.slots(pages, 0, tokens, cache.page_size)
         for layer in range(2):
             for pool, source in zip(cache.layers[layer], taken.layers[layer], strict=True):
@@ -149,10 +149,11 @@ def test_tokens_keep_their_positions_behind_evicted_rows(llm, windows):
     found = measure(llm, [ids], keep(0))
     cache = replay.ExactCache(llm, 64)
     pages = cache.manager.allocate(64)
-    replay.last_logits(llm, cache, pages, ids[:1])
+    replay.last_logits(llm, cache, replay.Place(pages), ids[:1])
     logits = []
     for i, token in enumerate(ids[N:-1]):  # one after another, by their own positions
-        logits.append(replay.last_logits(llm, cache, pages, [token], position=N + i, rows=1 + i))
+        place = replay.Place(pages, N + i, 1 + i)
+        logits.append(replay.last_logits(llm, cache, place, [token]))
     kl, *_ = plainly(llm.logits(ids[:-1])[N:], np.array(logits), ids[N + 1 :])
     assert found.kl == pytest.approx(kl, rel=1e-3, abs=1e-5)
 

@@ -58,13 +58,15 @@ def test_recall_worked_by_hand(llm, monkeypatch):
     """Of an answerer that knows one text alone, and half of it where the rows are int8."""
     stacks = [needles.Haystack(f"text {i}", ("a?", "b?"), (f"{i}1", f"{i}2")) for i in range(2)]
 
-    def answer(asked, logits, pages, position, rows, value):
-        exact = asked._trial.k[0, pages[0], 0, 0, 0] == asked._exact.k[0, asked._pages[0], 0, 0, 0]
-        return {"01": "it is 01, I say", "02": "02" if exact else "20", "11": "", "12": "1 2"}[
-            value
-        ]
+    texts = {"01": "it is 01, I say", "02": "02", "11": "", "12": "1 2"}
 
-    monkeypatch.setattr(needles._Asked, "_answer", answer)
+    def finish(asked, answers):
+        first = asked._exact.k[0, asked._pages[0], 0, 0, 0]
+        for one in answers:
+            exact = asked._trial.k[0, one.place.pages[0], 0, 0, 0] == first
+            one.text = texts[one.value] if exact or one.value != "02" else "20"
+
+    monkeypatch.setattr(needles._Asked, "_finish", finish)
     made = {"dense": changes.identity, "int8": changes.requantise("int8")}
     found = needles.measure(llm, stacks, made)
     assert {way: recall.found for way, recall in found.items()} == {
@@ -113,6 +115,27 @@ def test_a_change_comes_before_or_after_the_question(llm):
     assert len({x[2] for x in seen}) == 3
 
 
+@pytest.mark.parametrize("aware", [True, False])
+def test_answers_together_are_those_one_by_one(llm, monkeypatch, aware):
+    """Of questions of several lengths behind rows of several numbers, also of each head."""
+    policies = ("random:0.5", "keydiff:0.3", "adakv:keydiff:0.4")
+    made = {"dense": changes.identity} | {name: changes.evict(name) for name in policies}
+    stack = needles.Haystack(
+        "the plain in Spain", (" of rain?", " the", " a gull"), ("~", "?", "!")
+    )
+
+    def texts(together):
+        monkeypatch.setattr(needles, "TOGETHER", together)
+        asked = needles._Asked(llm, stack)
+        found = {(x.name, x.value): x.text for x in asked.answers(made, aware)}
+        manager = asked._trial.manager
+        assert manager.num_free == manager.num_pages
+        return found
+
+    found = texts(5)
+    assert found == texts(1) and len(found) == 12 and len(set(found.values())) > 3
+
+
 def test_evicted_rows_are_missed(llm):
     """A model that repeats what it read cannot repeat what is gone."""
     text, questions = "the plain in Spain", (" of rain?",)
@@ -143,13 +166,30 @@ def test_progress_counts_answers(llm):
     assert sum(seen) == 3 * 2 * 3
 
 
+@pytest.fixture(scope="module")
+def published():
+    return pykv.LLM("smollm2-135m", device="cpu")
+
+
 @pytest.mark.model
-def test_a_published_model_finds_a_fact_unless_it_is_evicted():
-    llm = pykv.LLM("smollm2-135m", device="cpu")
-    stack = needles.haystack(llm, tokens=80, seed=2)  # the fact is no last sentence
+def test_a_published_model_finds_a_fact_unless_it_is_evicted(published):
+    stack = needles.haystack(published, tokens=80, seed=2)  # the fact is no last sentence
     made = {"dense": changes.identity, "last": changes.evict("streaming:20:sinks=2")}
-    found = needles.measure(llm, [stack], made, aware=True)
+    found = needles.measure(published, [stack], made, aware=True)
     assert {name: recall.found for (name, _), recall in found.items()} == {
         "dense": [True],
         "last": [False],
     }
+
+
+@pytest.mark.model
+def test_what_a_published_model_finds_behind_half_of_the_rows(published):
+    """As much as behind all of them where all are kept, and more by a policy than by chance."""
+    stack = needles.haystack(published, keys=4, tokens=160, seed=50)
+    policies = ("keydiff:1.0", "keydiff:0.5", "random:0.5")
+    made = {"dense": changes.identity} | {name: changes.evict(name) for name in policies}
+    found = needles.measure(published, [stack], made, aware=True)
+    recalls = {name: recall for (name, _), recall in found.items()}
+    assert recalls["dense"].share >= 0.75
+    assert recalls["keydiff:1.0"].found == recalls["dense"].found
+    assert recalls["keydiff:0.5"].share >= recalls["random:0.5"].share + 0.5

@@ -68,7 +68,9 @@ def test_answers_are_computed_from_the_rows_that_stay(
 
 
 @without_simt
-@pytest.mark.parametrize("policy", ["snapkv:12:window=4", "keydiff:0.5", "tova:9"])
+@pytest.mark.parametrize(
+    "policy", ["snapkv:12:window=4", "keydiff:0.5", "tova:9", "expectedattention:12:window=8"]
+)
 def test_batches_reuse_and_pools(open_llm, rng, policy):
     """The same answers one by one, in a batch and again from the prefix cache; no page is lost."""
     llm = open_llm(eviction=policy)
@@ -161,6 +163,24 @@ def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
         prompts = [tokens_of(rng, 24), tokens_of(rng, 24)]
         llm.generate(prompts, [greedy(14), greedy(count)])
     assert len(seen) > 8 and not any(np.isnan(x).any() for x in seen)
+
+
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+def test_queries_to_come_are_turned_as_the_model_turns_its_own(
+    open_llm, rng, monkeypatch, kv_dtype
+):
+    evict, seen = eviction.evict, []
+
+    def evicted(*args, **options):
+        seen.append((options["rotary"], options["queries"][0].shape[1]))
+        return evict(*args, **options)
+
+    monkeypatch.setattr(eviction, "evict", evicted)
+    llm = open_llm(eviction="expectedattention:0.5:window=9", kv_dtype=kv_dtype, weights="fp32")
+    llm.generate([tokens_of(rng, 40)], greedy(2))
+    config = llm.model.config
+    assert seen == [((config.inv_freq, config.kind.pairing, kv_dtype == "int8"), 9)]
 
 
 @without_simt

@@ -94,8 +94,8 @@ OPS = [
     ),
     (
         kv_scores.score,
-        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, measure="product")
-        | dict(vectors=zeros("f4", 2, 4, 16), weights=zeros("f4", 2, 4, 16)),
+        dict(pool=POOLS["k_pool"], scales=POOLS["k_scales"], **TABLE, measure="squares")
+        | dict(vectors=zeros("f4", 2, 4, 16), factors=zeros("f4", 2, 4, 3, 16)),
     ),
     (
         kv_scores.means,

@@ -10,7 +10,7 @@ from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
 from pykv.ops import kv_scores as op
 from pykv.specs import KVSpec
 from pykv.testing import paged
-from tests.faults import scaled, with_changed_option, with_option
+from tests.faults import scaled, with_changed_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 CASES = (
@@ -35,21 +35,20 @@ def keys_of(xp, spec, cache):
 
 # Each measure by itself, and each case by one of them.
 BOTH = [(name, dict()) for name in MEASURES] + list(zip(itertools.cycle(MEASURES), CASES))
+BOTH += [("squares", dict(D=D, lengths=(3, 70 // D))) for D in (8, 40, 512)]
 
 
 @pytest.mark.parametrize("name, case", BOTH, ids=str)
 def test_scores_match_the_reference_in_float64(xp, rng, case, name):
     spec, cache = arrays_of(rng, **case)
-    vectors = rng.standard_normal((2, len(cache["lengths"]), 4, cache["k_pool"].shape[-1]))
-    if spec.k == "int4":
-        vectors = np.concatenate([vectors, vectors], -1)
-    if name == "cosine":
-        vectors = vectors[:, :, :2]
-    given = dict(zip(("vectors", "weights"), vectors[: MEASURES[name]].astype("f4"), strict=False))
-    measure = "product" if name == "squares" else name
+    B, D = len(cache["lengths"]), case.get("D", 64)
+    R = 2 if name == "cosine" else 4
+    vectors = rng.standard_normal((B, R, D)).astype(np.float32)
+    factors = rng.standard_normal((B, R, 3, D)).astype(np.float32)
+    given = dict(list(dict(vectors=vectors, factors=factors).items())[: MEASURES[name]])
     sent = {n: xp.asarray(x) for n, x in given.items()}
-    got = op.score(**keys_of(xp, spec, cache), measure=measure, **sent)
-    where = keys_of(np, spec, cache) | dict(measure=measure, **given)
+    got = op.score(**keys_of(xp, spec, cache), measure=name, **sent)
+    where = keys_of(np, spec, cache) | dict(measure=name, **given)
     assert_close_to_oracle(got, op.reference(**where), op.reference(**where, dtype=np.float64))
 
 
@@ -74,13 +73,15 @@ def test_by_hand(xp):
     where = xp.asarray(pool), xp.zeros((1, 1), np.int32), xp.asarray(np.array([3], np.int32))
     vectors = np.zeros((1, 1, 8), np.float32)
     vectors[0, 0, 0] = 2
+    factors = np.zeros((1, 1, 2, 8), np.float32)
+    factors[0, 0, 0, :2], factors[0, 0, 1, 1] = (2, 5), 1
     given = dict(vectors=xp.asarray(vectors))
     for measure, options, want in (
         ("norm", {}, 5),
         ("largest", {}, 4),
         ("cosine", given, 0.6),
         ("product", given, 6),
-        ("product", dict(weights=xp.asarray(vectors), **given), 6 + 18),
+        ("squares", dict(factors=xp.asarray(factors), **given), 6 + 14**2 + 4**2),
     ):
         got = to_numpy(op.score(*where, measure, **options))[0, 0]
         np.testing.assert_allclose(got, [want, 0, np.nan, 0], rtol=1e-6)
@@ -107,7 +108,9 @@ def test_errors_name_the_argument(xp, rng):
         ("max", {}, ParameterError, "measure is 'max', expected one of"),
         ("cosine", {}, ParameterError, "vectors is missing, expected an array for 'cosine'"),
         ("norm", dict(vectors=vectors), ParameterError, "vectors is given, expected None for"),
-        ("cosine", dict(vectors=vectors, weights=vectors), ParameterError, "weights is given"),
+        ("product", dict(vectors=vectors, factors=vectors), ParameterError, "factors is given"),
+        ("squares", dict(vectors=vectors), ParameterError, "factors is missing, expected an"),
+        ("squares", dict(vectors=vectors, factors=vectors), ShapeError, "factors has shape"),
         ("product", dict(vectors=vectors), ShapeError, "R is 3, expected a multiple of H=2"),
         ("norm", dict(out=xp.zeros((3, 2, 7), np.float32)), ShapeError, r"out has shape \(3, 2, 7"),
         ("norm", dict(out=xp.zeros((3, 2, 64), np.float16)), DtypeError, "out has dtype"),
@@ -126,10 +129,14 @@ def test_contents_are_looked_at_on_the_host(rng):
         op.score(**where, measure="norm")
 
 
+def halved(x):
+    return None if x is None else x * np.float32(0.5)
+
+
 # Faults that `pykv verify` must see, in the functions and in their references.
 FAULTS = {
     "scores: 1e-4 off": (op, "score", scaled(1e-4)),
-    "scores: no squares": (op, "score", with_option(weights=None)),
+    "scores: half the factors": (op, "score", with_changed_option("factors", halved)),
     "means: runs of one more": (op, "means", with_changed_option("run", lambda n: n + 1)),
 }
 REFERENCE_FAULTS = [(op, "reference", scaled(1e-4)), (op, "reference_means", scaled(1e-4))]

@@ -1,0 +1,91 @@
+"""Queries that are still to come, as far as a rotation tells: those there are, turned further.
+
+Dimensions: as in pykv/eviction; F rotated pairs of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.arrays import FLOAT32, checker, module_of
+from pykv.errors import DtypeError, ParameterError
+from pykv.ops import linear, paged_qkv, rope
+from pykv.options import check_flag
+
+
+class Rotary(NamedTuple):
+    """How a model rotates queries and keys, see `rope.rotate`.
+
+    Attributes:
+        inv_freq: by layer, [F] float32 on the host, radians a position; F = 0 where none rotates.
+        pairing: of the elements of a head.
+        hadamard: whether heads are multiplied by `paged_qkv.hadamard_matrix` after.
+
+    >>> pykv.eviction.Rotary([pykv.ops.rope.frequencies(64, 10000.0)] * 2).pairing
+    'half'
+    """
+
+    inv_freq: Sequence[Any]
+    pairing: str = "half"
+    hadamard: bool = False
+
+
+def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
+    """Check for `op` what `layers` of heads of D elements need of a `rotary`.
+
+    Raises:
+        DtypeError: it is no Rotary, or frequencies are no array of floats.
+        ShapeError: more elements are to be rotated than heads have, or frequencies are no vector.
+        ParameterError: a layer has no frequencies, or the pairing is unknown.
+    """
+    if not isinstance(rotary, Rotary):
+        raise DtypeError(f"{op}: rotary is a {type(rotary).__name__}, expected a pykv Rotary")
+    check_flag(op, "rotary.hadamard", rotary.hadamard)
+    for layer in layers:
+        if layer >= len(rotary.inv_freq):
+            raise ParameterError(
+                f"{op}: rotary.inv_freq has {len(rotary.inv_freq)} layers, expected one for layer "
+                f"{layer}"
+            )
+        dims = _check(rotary.inv_freq[layer])
+        rope.check_pairs(op, rotary.pairing, dims["F"], D)
+
+
+_check = checker("eviction.evict", **{"rotary.inv_freq": ("F", FLOAT32)})
+
+
+def ahead(q: Any, layer: int, rotary: Rotary, future: int) -> Any:
+    """The last T queries of sequences, each turned from its own position to the `future` ones that
+    come next, on average over these.
+
+    Args:
+        q: [N, T, G, D] float32, rotated, of T positions in a row, of which the last is that of the
+            last token.
+        layer: which frequencies of `rotary`.
+        future: positions.
+
+    Returns:
+        The mean over j = 1 ... future of R(j + T - 1 - t) q[:, t], with R(n) the rotation by n
+        positions: rotations add up, so nobody needs to know where the queries stand. The mean and
+        the covariance of these are those of unrotated queries times the mean rotation.
+    """
+    xp, (T, D) = module_of(q), (q.shape[1], q.shape[3])
+    frequencies = np.asarray(rotary.inv_freq[layer], np.float64)
+    mixing = None
+    if rotary.hadamard:
+        mixing = xp.asarray(paged_qkv.hadamard_matrix(D).astype(np.float32))
+        q = linear.linear(q.reshape(-1, D), mixing).reshape(q.shape)
+    mean = np.exp(1j * frequencies * np.arange(1, future + 1)[:, None]).mean(0)
+    turned = np.exp(1j * frequencies * np.arange(T - 1, -1, -1)[:, None]) * mean  # [T, F]
+    real, imaginary = (
+        xp.asarray(np.ascontiguousarray(x, np.float32))[:, None] for x in (turned.real, turned.imag)
+    )
+    found = q.copy()
+    first, second = rope.pair_slices(rotary.pairing, len(frequencies))
+    a, b = q[..., first], q[..., second]
+    found[..., first] = a * real - b * imaginary
+    found[..., second] = a * imaginary + b * real
+    return found if mixing is None else linear.linear(found.reshape(-1, D), mixing).reshape(q.shape)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pykv import kvtc, prepare, tensor_files, whole_files
+from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec
-from pykv.kvtc.rows import collect
 from pykv.llm import LLM, scheduler
 from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.kvtc.made import artefact_of
 from tests.llm import tiny
 from tests.llm.test_reuse import P, greedy, tokens_of
 
@@ -87,22 +87,7 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
 
 @pytest.fixture(scope="module")
 def artefact(tiny_paths):
-    return artefact_of(tiny_paths / "llama.gguf")
-
-
-def artefact_of(path):
-    """Of a tiny model: all components of its rows, 8 bits each."""
-    llm = LLM(path, device="cpu")
-    rows = collect(llm.model, tokens_of(np.random.default_rng(5), 128), np)
-    sides = []
-    for x in (of_side.reshape(128, -1) for of_side in rows):
-        mean = x.mean(0)
-        basis = np.linalg.svd(x - mean, full_matrices=False)[2].T
-        steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
-        plan = kvtc.Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
-        sides.append(kvtc.Side(mean.astype(np.float16), basis.astype(np.float16), {2: plan}))
-    model = llm.fingerprint
-    return kvtc.Artefact(model, (kvtc.Group((0, 1), *sides),), (), sinks=4, window=8)
+    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 def noted_logits(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import cli
+from pykv import cli, kvtc
 from pykv.errors import CapacityError, DtypeError, NumberError, ParameterError
 from pykv.kvtc import Artefact, calibrate, calibration, rows
 from pykv.kvtc.artefact import SINKS
@@ -385,3 +385,19 @@ def test_coders_are_compared(path, tmp_path, capsys, llm):
     arguments[3] = str(tmp_path / "other.gguf")
     assert cli.main(arguments) == 2
     assert "artefact has inv_freq of other values" in capsys.readouterr().err
+
+
+def test_configs_of_v0_streams(llm):
+    """Rows that the plans have not seen come back, from the bytes that the ratio allows."""
+    artefact = calibrate(llm, TEXTS, ratios=(2,), window=64)
+    configs = kvtc.v0_configs(llm, artefact, TEXTS, 2)
+    assert list(configs) == [((0, 1), "k"), ((0, 1), "v")]
+    ids = llm.tokenizer.encode(text_of(9, 60))[:64]
+    for x, config in zip(rows.collect(llm.model, ids, np), configs.values(), strict=True):
+        x = x[SINKS:].reshape(-1, 64)
+        codes = kvtc.v0.compress(x, config)
+        assert 0.7 * x.size < len(codes) - 40 * len(config.ranges) <= x.size
+        kvtc.v0.decompress(codes, config, back := np.zeros_like(x))
+        assert 0 < np.linalg.norm(back - x) < 0.2 * np.linalg.norm(x - config.mean)
+    with pytest.raises(ParameterError, match="ratio is 512, expected less: a row has 2 bits"):
+        kvtc.v0_configs(llm, artefact, TEXTS, 512)

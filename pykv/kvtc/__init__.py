@@ -42,10 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    if name in (
-        "calibrate",
-        "compare_coders",
-        "v0_configs",
-    ):  # need the extra `llm`, so imported when used
+    if name in ("calibrate", "compare_coders", "v0_configs"):
+        # They need the extra `llm`, so they are imported when used.
         return getattr(_import_module("pykv.kvtc.calibration"), name)
     raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import cli, kvtc
-from pykv.errors import CapacityError, DtypeError, NumberError, ParameterError
+from pykv import cli, cuda, kvtc
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    InstallError,
+    NumberError,
+    ParameterError,
+)
 from pykv.kvtc import Artefact, calibrate, calibration, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model
@@ -219,6 +225,14 @@ def test_memory_is_asked_for_first(llm, monkeypatch, tmp_path):
     with pytest.raises(CapacityError, match="x.rows needs [0-9,]+ bytes, expected at most the 10"):
         calibrate(llm, TEXTS, out=tmp_path / "x", **OPTIONS)
     assert not os.listdir(tmp_path)
+
+
+def test_a_missing_cublas_is_named_first(device, path, monkeypatch):
+    monkeypatch.setattr(cuda, "array_module", lambda name: device)
+    monkeypatch.setattr(calibration.linear, "has_cublas", lambda: False)
+    monkeypatch.setattr(rows, "collect", None)
+    with pytest.raises(InstallError, match="finds no cuBLAS, expected the package nvidia-cublas"):
+        calibrate(LLM(path), TEXTS, **OPTIONS)
 
 
 def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
-from pykv.kvtc import Codec
+from pykv.kvtc import Codec, Coded, parse
 from pykv.llm import LLM, scheduler
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.kvtc.made import artefact_of
@@ -156,6 +156,30 @@ def test_a_coded_file_wants_its_codec(open_llm, rng, tmp_path, artefact, xp):
         with pytest.raises(FileNotFoundError):
             call(*given, codec="missing.kvtc:2")
     assert free.cache.manager.num_cached == 0
+
+
+@without_simt
+def test_coded_positions_are_those_of_the_tokens(
+    open_llm, rng, tmp_path, artefact, monkeypatch, xp
+):
+    """A file whose sums hold, and whose stream begins with another position."""
+    llm, path, codec = open_llm(), tmp_path / "x", Codec(artefact, 2, xp)
+    prompt, write = tokens_of(rng, 40), tensor_files.write
+    llm.generate([prompt], greedy(1))
+
+    def lie(path, facts, arrays, **options):
+        coded = parse(arrays["stream"])
+        data = coded.data.copy()
+        Coded(coded.header, data).arrays()["positions"][...] += 1
+        arrays["stream"] = np.frombuffer(Coded(coded.header, data).to_bytes(), np.uint8)
+        write(path, facts, arrays, **options)
+
+    monkeypatch.setattr(tensor_files, "write", lie)
+    llm.save(path, prompt, codec=codec)
+    other = open_llm()
+    with pytest.raises(FormatError, match="is coded with positions other than 0 to 31"):
+        other.load(path, codec=codec)
+    assert other.cache.manager.num_cached == 0
 
 
 def with_mean(artefact, mean):

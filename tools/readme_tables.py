@@ -203,7 +203,27 @@ def accuracy(records):
             title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
             parts += [title, tables.kinds_table(one["rows"])]
         parts.append(stamp(name, [one]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *coded(records)]) + "\n"
+
+
+def coded(records):
+    """What KVTC costs, by what was coded, in parts of accuracy.md."""
+    name = f"{HOST}/kvtc.json"
+    parts = []
+    for title, one in records.load(name).items():
+        with report.reading(name):
+            before, after, count = (one[key] for key in ("prefill", "score", "windows"))
+            text = (
+                f"`pykv kvtc evaluate`: {count} windows of each text; {before:,} tokens computed "
+                f"exactly are coded, {after} more put in.\nKL: of what the model says of each next "
+                "one, from what it says without a change. The ratio is that of coded rows,\nbeside "
+                f"{one['sinks']} first tokens in float16 and the last {one['window']} in int8. "
+                f"Calibrated on {', '.join(one['calibrated_on'])}:\n"
+                "[pykv/kvtc](../../pykv/kvtc/README.md)."
+            )
+            parts += [f"## KVTC: {title}", text, tables.kvtc_table(one["rows"])]
+        parts.append(stamp(name, [one]))
+    return parts
 
 
 def speed(records):

@@ -51,7 +51,7 @@ class Form(NamedTuple):
     kl: float
 
 
-SHORT, LONG = Form(quickly, 500, 64, 0.04), Form(by_readme, 1500, 256, 0.012)
+SHORT, LONG = Form(quickly, 500, 64, 0.03), Form(by_readme, 1500, 256, 0.012)
 
 
 @pytest.mark.model

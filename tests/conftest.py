@@ -16,6 +16,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LEFT_OUT = ("sweep", "nightly")  # markers of tests that run with the option of the same name
+
+
 def no_gpu() -> str | None:
     """Why GPU tests cannot run here, or None. A driver that is present but broken is an error."""
     if not cuda.has_driver():
@@ -45,14 +48,17 @@ def pytest_report_header():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sweep", action="store_true", help="run tests that are marked sweep, too")
+    for marker in LEFT_OUT:
+        text = f"run tests that are marked {marker}, too"
+        parser.addoption(f"--{marker}", action="store_true", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("sweep"):
-        left_out = [item for item in items if item.get_closest_marker("sweep")]
-        config.hook.pytest_deselected(items=left_out)  # pytest prints how many
-        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    for marker in LEFT_OUT:
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        if left_out and not config.getoption(marker):
+            config.hook.pytest_deselected(items=left_out)  # pytest prints how many
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     for marker, find_reason in (("gpu", no_gpu), ("simt", no_simt)):
         variable = f"PYKV_REQUIRE_{marker.upper()}"
         reason = None if os.environ.get(variable) == "1" else find_reason()

@@ -457,6 +457,10 @@ def _compare_coders(xp):
     return pykv.kvtc.compare_coders, given
 
 
+def _v0_configs(xp):
+    return pykv.kvtc.v0_configs, _compare_coders(xp)[1] | dict(ratio=2)
+
+
 def _load_artefact(xp):
     path = Path(_folder.name) / "artefact"
     _artefact().save(path)
@@ -542,6 +546,7 @@ METHODS = {
     "llm.generate.LLM.turn": _of(_llm, "turn"),
     "kvtc.calibration.calibrate": _calibrate,
     "kvtc.calibration.compare_coders": _compare_coders,
+    "kvtc.calibration.v0_configs": _v0_configs,
     "kvtc.artefact.Artefact.row_bytes": _of(lambda xp: (_artefact(),), "row_bytes", ratio=2),
     "kvtc.artefact.Artefact.as_dict": _of(lambda xp: (_artefact(),), "as_dict"),
     "kvtc.artefact.Artefact.as_text": _of(lambda xp: (_artefact(),), "as_text"),

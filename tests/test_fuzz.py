@@ -38,9 +38,10 @@ def test_what_attempts_come_to():
         assert expected in report, (attempt, report)
 
 
-@pytest.mark.parametrize(
-    "fuzzer, count", [("fuzz_gguf.py", 300), ("fuzz_templates.py", 100), ("fuzz_kvtc.py", 100)]
-)
+FUZZERS = {"gguf": 300, "templates": 100, "kvtc": 100, "sessions": 60}
+
+
+@pytest.mark.parametrize("fuzzer, count", [(f"fuzz_{x}.py", n) for x, n in FUZZERS.items()])
 def test_damaged_inputs_bring_nothing_but_pykv_errors(fuzzer, count):
     command = [sys.executable, str(TOOLS / fuzzer), str(count)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 import pykv
-from tests.llm.test_sessions import artefact_of
+from tests.kvtc.made import artefact_of
 from tests.test_cli import (  # noqa: F401 - fixtures are found by name
     COMMAND,
     answer,
@@ -421,7 +421,7 @@ def test_run_goes_on(capsys, tmp_path, how):
 
 def test_a_coded_session_goes_on(capsys, tmp_path):
     path = tmp_path / "talk"
-    artefact_of("chat.gguf").save(tmp_path / "a.kvtc")
+    artefact_of(pykv.LLM("chat.gguf", device="cpu")).save(tmp_path / "a.kvtc")
     flags = ("run", "--model", "chat.gguf", "--device", "cpu", "--max-tokens", 20, "--json")
     flags += ("--session", path, "--session-codec", f"{tmp_path / 'a.kvtc'}:2")
     assert run(capsys, *flags, "hello there")[0] == 0

@@ -758,6 +758,14 @@ def test_accuracy_by_hand(project):
     path = project / readme_tables.RESULTS / "cpu-2-cores" / "kinds.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"tiny": dict(rows=rows, tokens=128, device="CPU", commit="abc")}))
+    costs = dict(k_error=0.1234, v_error=0.2, kl=0.01, kl_p99=0.5, top1=0.9)
+    coded = dict(
+        rows=[dict(change="kvtc:16", text=None, coded_ratio=16, total_ratio=9.96, **costs)]
+    )
+    coded |= dict(
+        windows=2, prefill=1536, score=256, sinks=4, window=128, calibrated_on={"a": "5f"}
+    )
+    path.with_name("kvtc.json").write_text(json.dumps({"tiny": coded | dict(device="CPU")}))
     assert readme_tables.main([], project) == 0
     lines = (project / readme_tables.RESULTS / "accuracy.md").read_text().splitlines()
     assert "## tiny, 128 tokens of Python's language reference" in lines
@@ -765,7 +773,9 @@ def test_accuracy_by_hand(project):
     assert f"| fp16 |  |  |  | 1,792 | {judged}10.000 | +0.00% |" in lines
     assert f"| int8, int4 | head | fp16 | yes | 900 | {judged}10.500 | +5.00% |" in lines
     stamp = "CPU; recorded at commit abc: [cpu-2-cores/kinds.json](cpu-2-cores/kinds.json)"
-    assert lines[-1] == stamp
+    assert stamp in lines and "## KVTC: tiny" in lines
+    assert "| kvtc:16 | all | 16.0 | 10.0 | 0.123 | 0.200 | 0.0100 | 0.5000 | 0.900 |" in lines
+    assert lines[-1].endswith("[cpu-2-cores/kvtc.json](cpu-2-cores/kvtc.json)")
 
 
 def test_needles_by_hand(project):

@@ -9,7 +9,6 @@ writes the inputs that are faults.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -61,11 +60,7 @@ def attempt(data: bytes, config: KvtcConfig) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Read damaged KVTC streams.")
-    parser.add_argument("count", nargs="?", type=int, default=150, help="inputs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder for the inputs that are faults")
-    given = parser.parse_args()
+    given = fuzz.arguments("Read damaged KVTC streams.", 150)
     total = fuzz.Report()
     for n, plan in enumerate(PLANS):
         config = make_config(plan)
@@ -76,10 +71,7 @@ def main() -> int:
         report = fuzz.run(lambda data, config=config: attempt(data, config), mutants)
         total.outcomes += report.outcomes
         total.faults += report.faults
-    print(total)
-    if given.keep:
-        total.keep(given.keep, ".kvtc")
-    return 1 if total.faults else 0
+    return total.finish(given.keep, ".kvtc")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def other_headers(data: bytes, count: int, seed: int) -> Iterator[fuzz.Mutant]:
             part = rng.choice([header, *header.values()])
             if isinstance(part, dict):
                 part[rng.choice([*part, "other", "\x1b[1m"])] = copy.deepcopy(rng.choice(VALUES))
-        if rng.randrange(2):
-            _sign(header, data[8 + size :])
+        if rng.randrange(2) and isinstance(header.get("__metadata__"), dict):
+            header["__metadata__"]["sha256"] = digest_of(header, data[8 + size :])
         text = json.dumps(header).encode()
         if not rng.randrange(4):
             opening = rng.choice((b"[", b'{"a":', b'{"__metadata__":'))
@@ -72,13 +72,13 @@ def _file(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _sign(header: dict[str, Any], arrays: bytes) -> None:
-    metadata = header.get("__metadata__")
-    if isinstance(metadata, dict):
-        facts = {name: text for name, text in metadata.items() if name != "sha256"}
-        table = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        text = json.dumps([facts, table], sort_keys=True).encode()
-        metadata["sha256"] = hashlib.sha256(text + arrays).hexdigest()
+def digest_of(header: dict[str, Any], arrays: bytes) -> str:
+    """The checksum that a file of this header, whose metadata are a dict, and these bytes needs."""
+    metadata = header["__metadata__"]
+    facts = {name: text for name, text in metadata.items() if name != "sha256"}
+    table = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    text = json.dumps([facts, table], sort_keys=True).encode()
+    return hashlib.sha256(text + arrays).hexdigest()
 
 
 def attempt(data: bytes, path: Path) -> None:

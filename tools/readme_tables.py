@@ -205,7 +205,7 @@ def accuracy(records):
             title = f"## {model}, {one['tokens']:,} tokens of Python's language reference"
             parts += [title, tables.kinds_table(one["rows"])]
         parts.append(stamp(name, [one]))
-    return "\n\n".join(parts + evicted(records)) + "\n"
+    return "\n\n".join([*parts, *coded(records), *evicted(records)]) + "\n"
 
 
 NEEDLES = ("needles", "needles_2000")  # records of `pykv eval needles`
@@ -232,6 +232,26 @@ def evicted(records):
         if records.exists(f"{name}.svg"):
             parts.append(f"![bytes kept against recall]({name}.svg)")
         parts.append(stamp(f"{name}.json", [one]))
+    return parts
+
+
+def coded(records):
+    """What KVTC costs, by what was coded, in parts of accuracy.md."""
+    name = f"{HOST}/kvtc.json"
+    parts = []
+    for title, one in records.load(name).items():
+        with report.reading(name):
+            before, after, count = (one[key] for key in ("prefill", "score", "windows"))
+            text = (
+                f"`pykv kvtc evaluate`: {count} windows of each text; {before:,} tokens computed "
+                f"exactly are coded, {after} more put in.\nKL: of what the model says of each next "
+                "one, from what it says without a change. The ratio is that of coded rows,\nbeside "
+                f"{one['sinks']} first tokens in float16 and the last {one['window']} in int8. "
+                f"Calibrated on {', '.join(one['calibrated_on'])}:\n"
+                "[pykv/kvtc](../../pykv/kvtc/README.md)."
+            )
+            parts += [f"## KVTC: {title}", text, tables.kvtc_table(one["rows"])]
+        parts.append(stamp(name, [one]))
     return parts
 
 

@@ -383,3 +383,20 @@ def kinds_table(rows):
             ]
         )
     return table([*head, "perplexity", "to fp16"], lines)
+
+
+def kvtc_table(rows):
+    """The rows of a record of `pykv kvtc evaluate`."""
+    head = ["rows", "text", "ratio", "of all bytes", "K", "V", "KL", "99 % of KL", "top-1"]
+    lines = [
+        [
+            row["change"],
+            row["text"] or "all",
+            *(f"{row[name]:.1f}" for name in ("coded_ratio", "total_ratio")),
+            *(f"{row[name]:.3f}" for name in ("k_error", "v_error")),
+            *(f"{row[name]:.4f}" for name in ("kl", "kl_p99")),
+            f"{row['top1']:.3f}",
+        ]
+        for row in rows
+    ]
+    return table(head, lines)

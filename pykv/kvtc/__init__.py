@@ -22,7 +22,7 @@ from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import Coded, Header, parse
 
 if _TYPE_CHECKING:
-    from pykv.kvtc.calibration import calibrate, compare_coders
+    from pykv.kvtc.calibration import calibrate, compare_coders, v0_configs
 
 __all__ = [
     "Artefact",
@@ -37,10 +37,12 @@ __all__ = [
     "calibrate",
     "compare_coders",
     "parse",
+    "v0_configs",
 ]
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("calibrate", "compare_coders"):  # need the extra `llm`, so imported when used
+    if name in ("calibrate", "compare_coders", "v0_configs"):
+        # They need the extra `llm`, so they are imported when used.
         return getattr(_import_module("pykv.kvtc.calibration"), name)
     raise AttributeError(f"module 'pykv.kvtc' has no attribute {name!r}")

@@ -61,16 +61,15 @@ def components(gram: Any, count: int, xp: Any, *, small: int = SMALL) -> Any:
     if F <= small:
         _, vectors = np.linalg.eigh(to_host(gram))
         return xp.asarray(np.ascontiguousarray(vectors[:, : -count - 1 : -1]))
-    total = float(xp.trace(gram))
+    total, missed = float(xp.trace(gram)), np.inf
     columns = np.random.default_rng(0).standard_normal((F, count), np.float32)
-    q = orthonormal(xp.asarray(columns), xp)
-    missed = np.inf
+    y = gram @ xp.asarray(columns)
     for _ in range(_MOST_ITERATIONS):
+        q = orthonormal(y, xp)
         y = gram @ q
         before, missed = missed, total - float((q * y).sum(dtype=np.float64))
         if before - missed <= _TOLERANCE * missed:
             break
-        q = orthonormal(y, xp)
     return orthonormal(q, xp, least=0.5)  # they are almost, where there are as many directions
 
 

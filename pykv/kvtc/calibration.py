@@ -21,6 +21,7 @@ from pykv.kvtc import plans
 from pykv.kvtc import rows as rows_of
 from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
 from pykv.kvtc.coder import GROUP
+from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
 from pykv.ops import linear
 from pykv.options import check_flag, check_whole
@@ -161,7 +162,53 @@ def compare_coders(
 
     Runs on the host but for the model. Takes a minute or two for each side of 6,000 features.
     """
-    op = "kvtc.compare_coders"
+    found = []
+    for layers, side, of_side, kept, dropped in _components(
+        "kvtc.compare_coders", model, artefact, texts, tokens
+    ):
+        for one in groups_coder.compare(kept, dropped, len(of_side.mean), artefact.ratios):
+            found.append((layers, side, one))
+    return found
+
+
+def v0_configs(
+    model: LLM,
+    artefact: Artefact,
+    texts: Mapping[str, str],
+    ratio: int,
+    *,
+    tokens: int | None = None,
+) -> dict[tuple[tuple[int, ...], str], KvtcConfig]:
+    """Configs of v0 streams whose ranges are the paper's plan for rows of texts: pykv.kvtc.v0 codes
+    rows [n, F] of all of a group's layers by them.
+
+    Args:
+        model, artefact, texts, tokens: as of compare_coders.
+        ratio: of float16 rows to the stream, but for its headers; any.
+
+    Returns:
+        A config for layers and "k" or "v", of each group of layers. A row is [layer, head, dim],
+        keys before their rotation.
+
+    Raises:
+        ParameterError: as of compare_coders, or the ratio is out of reach.
+        DtypeError: an argument has another type.
+
+    Runs as compare_coders does.
+    """
+    op = "kvtc.v0_configs"
+    ratio = check_whole(op, "ratio", ratio, 1)
+    return {
+        (layers, side): groups_coder.v0_config(of_side.mean, of_side.basis, kept, ratio)
+        for layers, side, of_side, kept, _ in _components(op, model, artefact, texts, tokens)
+    }
+
+
+def _components(
+    op: str, model: Any, artefact: Any, texts: Any, tokens: int | None
+) -> Iterator[tuple[tuple[int, ...], str, Side, Any, float]]:
+    """Of each group and side: layers, "k" or "v", the side, components [n, C] float32 of the rows
+    of texts, and the energy that these leave out."""
     check_artefact(op, artefact)
     if not isinstance(model, LLM):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
@@ -177,7 +224,6 @@ def compare_coders(
     width = facts.kv_heads * facts.head_dim
     rows = rows_of.Rows(width * facts.layers, counts)
     _collect(model, windows, rows, False)
-    found = []
     for group in artefact.groups:
         columns = _columns(group.layers, width)
         for side, of_side in enumerate((group.k, group.v)):
@@ -190,9 +236,7 @@ def compare_coders(
             dropped = float(np.square(centred).sum(dtype=np.float64)) - float(
                 np.square(kept).sum(dtype=np.float64)
             )
-            for one in groups_coder.compare(kept, dropped, len(of_side.mean), artefact.ratios):
-                found.append((group.layers, "kv"[side], one))
-    return found
+            yield group.layers, "kv"[side], of_side, kept, dropped
 
 
 def _checked_rank(rank: int | None, features: int) -> int:

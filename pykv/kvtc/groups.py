@@ -3,6 +3,7 @@
 Components are cut into groups of 1, 16, 64, 256 or 1,024, and each is dropped, or stored as int2,
 int4 or FP8 with a float16 shift and scale of its own for each row. DEFLATE packs what is stored.
 The static coder of pykv.kvtc.coder needs neither shifts nor DEFLATE; `compare` shows what it gains.
+`v0_config` makes streams of pykv.kvtc.v0, on a GPU too, by such a plan.
 
 Dimensions: n rows, C components. Source: arXiv 2511.01815, section 3.3.
 """
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pykv.errors import FormatError
-from pykv.kvtc import plans
+from pykv.errors import FormatError, ParameterError
+from pykv.kvtc import plans, stream_v0
 from pykv.kvtc.coder import bits_of, row_bytes
+from pykv.kvtc.v0 import KvtcConfig
 
 SIZES = (1, 16, 64, 256, 1024)
 BITS = {"none": 0, "int2": 2, "int4": 4, "fp8": 8}
-OVERHEAD = 32  # bits of shift and scale
+OVERHEAD, V0_OVERHEAD = 32, 64  # bits of a row's shift and scale, or its extremes in a v0 stream
 UNIT = 2  # bits; every cost is a multiple
 ROWS = 256  # of which errors are measured; each is coded once for every place and size of a group
 _ELEMENTS = 1 << 20  # at a time
@@ -91,7 +93,7 @@ def group_errors(kept: Any, sizes: Sequence[int] = SIZES) -> dict[tuple[int, str
     return errors
 
 
-def plan(errors: dict[tuple[int, str], Any], bits: int) -> list[Range]:
+def plan(errors: dict[tuple[int, str], Any], bits: int, overhead: int = OVERHEAD) -> list[Range]:
     """The ranges of least error that cover all components in `bits` a row, without those of "none".
 
     Exact: a dynamic program over the end of the last group and the bits spent.
@@ -99,8 +101,9 @@ def plan(errors: dict[tuple[int, str], Any], bits: int) -> list[Range]:
     Args:
         errors: by size and kind, of calibration rows, see group_errors; of size 1 among others.
         bits: of a row, at most.
+        overhead: bits of a row that a range takes beside its codes.
     """
-    costs = {key: (BITS[key[1]] * key[0] + OVERHEAD) // UNIT for key in errors if key[1] != "none"}
+    costs = {key: (BITS[key[1]] * key[0] + overhead) // UNIT for key in errors if key[1] != "none"}
     options = [(size, kind, costs.get((size, kind), 0)) for size, kind in errors]
     C, units = len(errors[1, "none"]), max(0, bits // UNIT)
     longest = max(size for size, _, _ in options)
@@ -189,6 +192,33 @@ def compare(
         static = errors[bits, np.arange(len(bits))].sum()
         relative = [float((x + dropped) / total) ** 0.5 for x in (missed, static)]
         yield Comparison(ratio, len(data) / n, packed, relative[0], row_bytes(widths), relative[1])
+
+
+def v0_config(mean: Any, basis: Any, kept: Any, ratio: int) -> KvtcConfig:
+    """The plan of rows as a config of v0 streams, which have the extremes of a range as float32.
+    Groups of "fp8" become intx of 8 bits, as many bytes: FP8 of a v0 stream has no scale, and ends
+    at 448.
+
+    Args:
+        mean, basis: [F] and [F, C] float16, of rows.
+        kept: [n, C] float32, their components, by falling energy.
+        ratio: of float16 rows to the stream, but for its headers.
+
+    Raises:
+        ParameterError: the ratio leaves no room for a range.
+    """
+    bits = 16 * len(mean) // ratio
+    ranges = plan(group_errors(kept[:: max(1, len(kept) // ROWS)]), bits, V0_OVERHEAD)
+    if not ranges:
+        raise ParameterError(f"kvtc.groups: ratio is {ratio}, expected less: a row has {bits} bits")
+    ends = np.cumsum([r.size for r in ranges]).tolist()
+    of_stream = [
+        stream_v0.Range(end - r.size, end, "intx", BITS[r.kind])
+        for r, end in zip(ranges, ends, strict=True)
+    ]
+    columns = np.concatenate([np.arange(r.first, r.first + r.size) for r in ranges])
+    stored = np.ascontiguousarray(basis[:, columns], np.float32)
+    return KvtcConfig(mean.astype(np.float32), stored, of_stream)
 
 
 def _float16(x: Any) -> Any:

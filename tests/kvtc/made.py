@@ -1,9 +1,11 @@
-"""A model that has never been: rows of few directions, a cache full of them, and their artefact."""
+"""A model that has never been: rows of few directions, a cache full of them, and their artefact;
+and the artefact of a tiny model that is one."""
 
 import numpy as np
 
 from pykv import PagedKVCache, blocks
-from pykv.kvtc import Artefact, Fingerprint, Group, plans
+from pykv.kvtc import Artefact, Fingerprint, Group, Plan, Side, plans
+from pykv.kvtc.rows import collect
 from pykv.ops import paged_qkv, rope
 
 L, H, D, P = 3, 2, 16, 4
@@ -35,6 +37,20 @@ def artefact(rng, layers=((0, 1, 2),), sinks=2, window=3):
             sides.append(plans.fit(seen, held, len(group) * F, RATIOS, rank, np))
         groups.append(Group(tuple(group), *sides))
     return Artefact(model, tuple(groups), (), sinks, window)
+
+
+def artefact_of(llm):
+    """Of a tiny model on the CPU: all components of its rows, 8 bits each, as ratio 2."""
+    layers, ids = llm.model.config.num_layers, np.random.default_rng(5).integers(3, 250, 128)
+    sides = []
+    for x in (of_side.reshape(128, -1) for of_side in collect(llm.model, ids.tolist(), np)):
+        mean = x.mean(0)
+        basis = np.linalg.svd(x - mean, full_matrices=False)[2].T
+        steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
+        plan = Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
+        sides.append(Side(mean.astype(np.float16), basis.astype(np.float16), {2: plan}))
+    group = Group(tuple(range(layers)), *sides)
+    return Artefact(llm.fingerprint, (group,), (), sinks=4, window=8)
 
 
 def sequence(rng, xp, made, n, *, spec="fp16", hadamard=False, start=0):

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 import pykv
-from pykv import cli
-from pykv.errors import CapacityError, DtypeError, NumberError, ParameterError
+from pykv import cli, cuda, kvtc
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    InstallError,
+    NumberError,
+    ParameterError,
+)
 from pykv.kvtc import Artefact, calibrate, calibration, rows
 from pykv.kvtc.artefact import SINKS
 from pykv.llm import LLM, memory, model
@@ -221,6 +227,14 @@ def test_memory_is_asked_for_first(llm, monkeypatch, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_missing_cublas_is_named_first(device, path, monkeypatch):
+    monkeypatch.setattr(cuda, "array_module", lambda name: device)
+    monkeypatch.setattr(calibration.linear, "has_cublas", lambda: False)
+    monkeypatch.setattr(rows, "collect", None)
+    with pytest.raises(InstallError, match="finds no cuBLAS, expected the package nvidia-cublas"):
+        calibrate(LLM(path), TEXTS, **OPTIONS)
+
+
 def test_values_beyond_float16_are_an_error(llm, monkeypatch, tmp_path):
     collect = rows.collect
     monkeypatch.setattr(rows, "collect", lambda *a: (collect(*a)[0], 1e5 * collect(*a)[1]))
@@ -385,3 +399,19 @@ def test_coders_are_compared(path, tmp_path, capsys, llm):
     arguments[3] = str(tmp_path / "other.gguf")
     assert cli.main(arguments) == 2
     assert "artefact has inv_freq of other values" in capsys.readouterr().err
+
+
+def test_configs_of_v0_streams(llm):
+    """Rows that the plans have not seen come back, from the bytes that the ratio allows."""
+    artefact = calibrate(llm, TEXTS, ratios=(2,), window=64)
+    configs = kvtc.v0_configs(llm, artefact, TEXTS, 2)
+    assert list(configs) == [((0, 1), "k"), ((0, 1), "v")]
+    ids = llm.tokenizer.encode(text_of(9, 60))[:64]
+    for x, config in zip(rows.collect(llm.model, ids, np), configs.values(), strict=True):
+        x = x[SINKS:].reshape(-1, 64)
+        codes = kvtc.v0.compress(x, config)
+        assert 0.7 * x.size < len(codes) - 40 * len(config.ranges) <= x.size
+        kvtc.v0.decompress(codes, config, back := np.zeros_like(x))
+        assert 0 < np.linalg.norm(back - x) < 0.2 * np.linalg.norm(x - config.mean)
+    with pytest.raises(ParameterError, match="ratio is 512, expected less: a row has 2 bits"):
+        kvtc.v0_configs(llm, artefact, TEXTS, 512)

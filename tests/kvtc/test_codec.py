@@ -8,7 +8,7 @@ import pytest
 import pykv
 from pykv import KVSpec, PagedKVCache, cuda
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError
-from pykv.kvtc import Codec, coder, parse
+from pykv.kvtc import Codec, Coded, coder, parse
 from pykv.ops import rope
 from tests.helpers import to_numpy
 from tests.kvtc import made
@@ -209,6 +209,34 @@ def test_prepared_and_captured(xp, rng):
     want = codec.compress(cache, table, positions).to_bytes()
     out[...] = 0
     assert call().to_bytes() == want
+
+
+@pytest.mark.parametrize("layers, launches", [(((0, 1, 2),), 3), (((0, 2), (1,)), 6)])
+def test_three_launches_each_way(device, rng, layers, launches):
+    """For each group of layers."""
+    artefact = made.artefact(rng, layers=layers)
+    cache, table, positions, *_ = made.sequence(rng, device, artefact, 10)
+    codec = Codec(artefact, 4, device, gemm="own")
+    there = pykv.prepare(codec.compress, cache, table, positions)
+    back = pykv.prepare(codec.decompress, there(), empty_like(cache, device), table)
+    assert f"({launches} steps" in repr(there) and f"({launches} steps" in repr(back)
+
+
+def test_a_token_alone(xp, rng):
+    """Its position and its bytes in a stream of its own are enough."""
+    artefact = made.artefact(rng)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 12)
+    codec = Codec(artefact, 4, xp)
+    coded = codec.compress(cache, table, positions, sinks=0, window=0)
+    codec.decompress(coded, whole := empty_like(cache, xp), table)
+    header = codec.header(1, cache.spec, sinks=0, window=0)
+    one = Coded(header, xp.zeros(header.nbytes, np.uint8))
+    for name, x in one.arrays().items():
+        x[...] = coded.arrays()[name][7:8]
+    codec.decompress(one, alone := empty_like(cache, xp), table, positions=[7])
+    got, want = (rows_of(artefact, c, table, positions) for c in (alone, whole))
+    np.testing.assert_allclose(got[:, 7], want[:, 7], atol=1e-2)
+    assert np.abs(got[:, 7]).max() > 0.1 and not to_numpy(alone.v)[:, to_numpy(table)[0]].any()
 
 
 def test_other_positions_and_codecs_are_noticed(xp, rng):

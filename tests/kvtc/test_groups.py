@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from pykv.errors import FormatError
-from pykv.kvtc import groups
+from pykv.errors import FormatError, ParameterError
+from pykv.kvtc import groups, v0
 from pykv.kvtc.groups import Range
+from tests.helpers import to_numpy
 
 
 def components(rng, n, C, fall=0.9):
@@ -107,3 +108,34 @@ def test_the_static_coder_needs_no_more_bytes(rng):
         assert found.final_bytes <= found.planned_bytes * 1.02 <= 2 * 256 / found.ratio * 1.02
         assert found.static_bytes <= found.final_bytes
         assert 0 < found.static_error <= 1.02 * found.groups_error
+
+
+@pytest.mark.parametrize("ratio", [4, 8, 16])
+def test_a_plan_makes_streams_of_v0(xp, rng, ratio):
+    """Of the bytes of the ratio and headers, with the error of the plan; ranges of "none" are not
+    there."""
+    n, F, C = 64, 128, 96
+    mean, basis = rng.standard_normal(F), np.linalg.qr(rng.standard_normal((F, C)))[0]
+    mean, basis = mean.astype(np.float16), basis.astype(np.float16)
+    kept = components(rng, n, C, 0.93)
+    rows = kept @ basis.T.astype(np.float32) + mean
+    config = groups.v0_config(mean, basis, kept, ratio)
+    on_device = v0.KvtcConfig(xp.asarray(config.mean), xp.asarray(config.projection), config.ranges)
+    codes = v0.compress(xp.asarray(rows), on_device)
+    headers = 40 * len(config.ranges)
+    assert 0.8 < (codes.size - headers) / (n * 2 * F / ratio) <= 1
+    v0.decompress(codes, on_device, out := xp.zeros((n, F), np.float32))
+    errors = groups.group_errors(kept)
+    planned = groups.plan(errors, 16 * F // ratio, 64)
+    assert [r.size for r in planned] == [r.width for r in config.ranges]
+    lost = errors[1, "none"]
+    there = np.concatenate([np.arange(r.first, r.first + r.size) for r in planned])
+    want = lost.sum() - lost[there].sum() + sum(errors[r.size, r.kind][r.first] for r in planned)
+    found = np.square(to_numpy(out).astype(float) - rows).sum()
+    least = 0.5 if any(r.kind == "fp8" for r in planned) else 0.95  # 8 bits of intx are nearer
+    assert least * want < found < 1.05 * want
+
+
+def test_a_ratio_without_room_for_a_range(rng):
+    with pytest.raises(ParameterError, match="ratio is 16, expected less: a row has 64 bits"):
+        groups.v0_config(np.zeros(64, np.float16), np.eye(64, 32), components(rng, 9, 32), 16)

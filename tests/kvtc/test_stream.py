@@ -49,9 +49,10 @@ def test_a_stream_is_what_the_format_says(stream, rng):
     assert coded.header.row_bytes == row_bytes and coded.to_bytes() == stream
 
 
-def test_damaged_streams_are_refused(stream, rng):
+@pytest.mark.parametrize("count", [400, pytest.param(3000, marks=pytest.mark.sweep)])
+def test_damaged_streams_are_refused(stream, rng, count):
     """Whatever bit is changed, and wherever the end is cut off."""
-    for at in rng.permutation(8 * len(stream))[:400].tolist():
+    for at in rng.permutation(8 * len(stream))[:count].tolist():
         damaged = bytearray(stream)
         damaged[at // 8] ^= 1 << at % 8
         with pytest.raises(FormatError, match="stream"):

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pykv import kvtc, prepare, tensor_files, whole_files
+from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
-from pykv.kvtc import Codec
-from pykv.kvtc.rows import collect
+from pykv.kvtc import Codec, Coded, parse
 from pykv.llm import LLM, scheduler
 from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.kvtc.made import artefact_of
 from tests.llm import tiny
 from tests.llm.test_reuse import P, greedy, tokens_of
 
@@ -87,22 +87,7 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
 
 @pytest.fixture(scope="module")
 def artefact(tiny_paths):
-    return artefact_of(tiny_paths / "llama.gguf")
-
-
-def artefact_of(path):
-    """Of a tiny model: all components of its rows, 8 bits each."""
-    llm = LLM(path, device="cpu")
-    rows = collect(llm.model, tokens_of(np.random.default_rng(5), 128), np)
-    sides = []
-    for x in (of_side.reshape(128, -1) for of_side in rows):
-        mean = x.mean(0)
-        basis = np.linalg.svd(x - mean, full_matrices=False)[2].T
-        steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
-        plan = kvtc.Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
-        sides.append(kvtc.Side(mean.astype(np.float16), basis.astype(np.float16), {2: plan}))
-    model = llm.fingerprint
-    return kvtc.Artefact(model, (kvtc.Group((0, 1), *sides),), (), sinks=4, window=8)
+    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 def noted_logits(monkeypatch):
@@ -171,6 +156,30 @@ def test_a_coded_file_wants_its_codec(open_llm, rng, tmp_path, artefact, xp):
         with pytest.raises(FileNotFoundError):
             call(*given, codec="missing.kvtc:2")
     assert free.cache.manager.num_cached == 0
+
+
+@without_simt
+def test_coded_positions_are_those_of_the_tokens(
+    open_llm, rng, tmp_path, artefact, monkeypatch, xp
+):
+    """A file whose sums hold, and whose stream begins with another position."""
+    llm, path, codec = open_llm(), tmp_path / "x", Codec(artefact, 2, xp)
+    prompt, write = tokens_of(rng, 40), tensor_files.write
+    llm.generate([prompt], greedy(1))
+
+    def lie(path, facts, arrays, **options):
+        coded = parse(arrays["stream"])
+        data = coded.data.copy()
+        Coded(coded.header, data).arrays()["positions"][...] += 1
+        arrays["stream"] = np.frombuffer(Coded(coded.header, data).to_bytes(), np.uint8)
+        write(path, facts, arrays, **options)
+
+    monkeypatch.setattr(tensor_files, "write", lie)
+    llm.save(path, prompt, codec=codec)
+    other = open_llm()
+    with pytest.raises(FormatError, match="is coded with positions other than 0 to 31"):
+        other.load(path, codec=codec)
+    assert other.cache.manager.num_cached == 0
 
 
 def with_mean(artefact, mean):

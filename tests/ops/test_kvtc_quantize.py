@@ -42,6 +42,20 @@ def test_every_code_of_fp8_comes_back(xp):
     assert np.signbit(got[1, 0])
 
 
+@pytest.mark.parametrize("start, n", [(0, 9), (5, 31), (40, 1), (3, 38)])
+def test_fp8_of_some_columns(xp, rng, start, n):
+    """The others are not read, and not written."""
+    x = np.full((3, 41), np.nan, F32)
+    x[:, start : start + n] = 100 * rng.standard_normal((3, n))
+    codes = op.quantize_fp8(xp.asarray(x), start, n)
+    assert_same_bits(codes, fp8_codes(x[:, start : start + n]))
+    out = xp.full((3, 41), 7, F32)
+    assert op.dequantize_fp8(codes, out, start) is out
+    want = np.full((3, 41), 7, F32)
+    want[:, start : start + n] = FP8[to_numpy(codes)]
+    assert_same_bits(out, want)
+
+
 SHAPES = [  # B, C, start, n
     *((4, 32, 0, 32), (3, 33, 0, 33), (5, 41, 3, 31), (2, 9, 8, 1), (1, 1, 0, 1), (67, 6, 2, 3)),
     *((3, 1100, 40, 1024), (2, 1100, 1, 1050), (37, 20, 0, 16), (9, 24, 4, 17), (2, 132, 0, 130)),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.errors import NumberError
+from pykv.errors import NumberError, PykvError
 from pykv.eviction import Policy
 from pykv.llm.evictor import Evictor
 from pykv.llm.model import Batch, decode_step, forward
@@ -63,6 +63,10 @@ class Sequence:
         logprobs: of each token of it, if `params` ask for them.
         finish_reason: "stop" or "length", empty as long as it runs. Whoever reads the answer may
             set it between two steps.
+        read: called when it has got a token or ended.
+        error: why, where the reason is "error".
+        reused: tokens of the prompt that the cache held.
+        mask: gives bits of the tokens that may be drawn next, or None where all may.
     """
 
     prompt: list[int]
@@ -75,6 +79,10 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
+    read: Callable[[], None] = lambda: None
+    error: PykvError | None = None
+    reused: int = 0
+    mask: Callable[[], Any] | None = None
 
     @property
     def held(self) -> int:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from pykv.llm.scheduler import Sequence
+from pykv.llm.sequence import Sequence
 from pykv.llm.tokenizer import StreamDecoder
 
 
@@ -33,6 +33,7 @@ class Answer:
 
     def __init__(self, sequence: Sequence, decoder: StreamDecoder) -> None:
         self.sequence, self._decoder = sequence, decoder
+        sequence.read = self.read
         self._text = ""
         self._num_read = 0  # tokens that are in the text
         self._num_given = 0  # characters that `piece` has handed out

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pykv.errors import CapacityError, PykvError
 from pykv.llm.answer import Answer
-from pykv.llm.scheduler import Sequence
+from pykv.llm.sequence import Sequence
 from pykv.serve.constraints import Constraint
 from pykv.serve.fields import ApiError
 from pykv.serve.metrics import Metrics

@@ -11,7 +11,7 @@ from pykv import kvtc, prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec
 from pykv.kvtc.rows import collect
-from pykv.llm import LLM, scheduler
+from pykv.llm import LLM, runner
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
 from tests.llm.test_reuse import P, greedy, tokens_of
@@ -23,9 +23,9 @@ TEMPLATE += "{% if add_generation_prompt %}[assistant:{% endif %}"
 @pytest.fixture
 def computed(monkeypatch):
     """How many tokens each forward step computes; of a step that is a graph, when it is made."""
-    steps, forward = [], scheduler.forward
+    steps, forward = [], runner.forward
     monkeypatch.setattr(
-        scheduler,
+        runner,
         "forward",
         lambda model, batch, *args, **options: (
             steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
@@ -106,11 +106,11 @@ def artefact_of(path):
 
 
 def noted_logits(monkeypatch):
-    noted, draw = [], scheduler.sampling.draw
+    noted, draw = [], runner.Sampler.draw
     monkeypatch.setattr(
-        scheduler.sampling,
+        runner.Sampler,
         "draw",
-        lambda logits, *args: noted.append(to_numpy(logits)[0]) or draw(logits, *args),
+        lambda self, logits, *args: noted.append(to_numpy(logits)[0]) or draw(self, logits, *args),
     )
     return noted
 

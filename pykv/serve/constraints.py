@@ -51,7 +51,10 @@ class Grammars:
         if matcher.is_error():
             message = matcher.get_error().strip().splitlines()[0]
             raise ParameterError(f"the schema cannot be followed: {message}")
-        return Constraint(matcher, self._vocab, trigger)
+        ends = np.zeros(-(-self._vocab // 32), np.uint32)
+        for i in self._tokenizer.stop_ids:
+            ends[i // 32] |= np.uint32(1 << i % 32)
+        return Constraint(matcher, trigger, ends.view(np.int32))
 
     def _llguidance(self) -> Any:
         """The vocabulary as llguidance has it, made at the first use."""
@@ -90,14 +93,14 @@ class _Vocabulary:
 class Constraint:
     """Which token may follow, of one sequence. See Grammars.constraint."""
 
-    def __init__(self, matcher: Any, vocab: int, trigger: str) -> None:
+    def __init__(self, matcher: Any, trigger: str, ends: np.ndarray) -> None:
         self._first = matcher if trigger else None
         self._matcher = None if trigger else matcher
-        self._vocab, self._trigger = vocab, trigger
+        self._trigger, self._ends = trigger, ends
 
     def copy(self) -> Constraint:
         """Another one in the same state, for another sequence."""
-        made = Constraint(self._first or self._matcher, self._vocab, self._trigger)
+        made = Constraint(self._first or self._matcher, self._trigger, self._ends)
         if self._matcher is not None:
             made._matcher = self._matcher.deep_copy()
         return made
@@ -106,9 +109,9 @@ class Constraint:
         """Bits of the tokens that may follow, [ceil(vocab / 32)] int32; None: all of them."""
         if self._matcher is None:
             return None
-        bits = np.empty(-(-self._vocab // 32), np.int32)
+        bits = np.zeros_like(self._ends)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        return bits
+        return bits if bits.any() else self._ends  # a parser that gave up ends the answer
 
     def push(self, tokens: Sequence[int], text: str) -> None:
         """Go on behind tokens that were drawn; `text` is all that the sequence says with them."""

@@ -263,10 +263,11 @@ class Engine:
             log.error("a step failed: %s: %s", type(error).__name__, error)
             self._fail_all(error)
         changed, self._changed = self._changed, []
-        _wake({self._jobs[job] for job in changed if job in self._jobs})
+        works = {self._jobs[job] for job in changed if job in self._jobs}
         for job in changed:
             if job.sequence.finish_reason:
                 self._end(job)
+        _wake(works)  # last, so that who reads an answer finds it counted
 
     def _read(self, job: Job) -> None:
         """Called by the scheduler when a sequence has got a token or ended."""

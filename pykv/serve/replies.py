@@ -124,9 +124,10 @@ class Reply:
                 content.append(one | {"top_logprobs": others})
             return {"content": content, "refusal": None}
         tokens, offsets = [self._text(entry.token_id) for entry in found], []
-        for text in tokens:
+        for entry in found:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+            data = self._tokenizer.token_bytes(entry.token_id)
+            self._offsets[index] += len(data.decode("utf-8", "ignore"))
         tops = [list(entry.top.items())[:count] for entry in found]
         return {
             "tokens": tokens,
@@ -140,7 +141,12 @@ class Reply:
         return {"token": self._text(token), "logprob": logprob, "bytes": data}
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
+        """A token as OpenAI spells it: a part of a character by its bytes, which differ."""
+        data = self._tokenizer.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _call(call: Call) -> dict[str, Any]:

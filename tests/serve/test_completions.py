@@ -178,7 +178,7 @@ def test_logprobs_of_a_chat(serve, top, stream):
     else:
         entries = client.ask(CHAT, **fields)["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries) == "Hi €".encode()
-    assert [entry["token"] for entry in entries[:3]] == ["H", "i", " "]
+    assert [entry["token"] for entry in entries[:4]] == ["H", "i", " ", "bytes:\\xe2"]
     for entry in entries:
         assert entry["logprob"] == -0.5 and len(entry["top_logprobs"]) == (top or 0)
         for other in entry["top_logprobs"][:1]:

@@ -16,11 +16,12 @@ import numpy as np
 
 from pykv import blocks
 from pykv.eviction import Policy
+from pykv.llm import scheduler
 from pykv.llm.evictor import Evictor
 from pykv.llm.model import Batch, decode_rows, decode_step, forward
 from pykv.llm.sampler import Sampler
 from pykv.llm.sampling import SamplingParams
-from pykv.llm.scheduler import PREFILL_TOKENS, Piece
+from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
@@ -115,7 +116,8 @@ class ModelRunner:
     def logits(self, ids: list[int], pages: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, [n, V] on the host, and the first position of each; on
         pages that nobody else holds."""
-        step = max(1, min(PREFILL_TOKENS, LOGIT_BYTES // (4 * self.model.config.vocab)))
+        most = scheduler.PREFILL_TOKENS
+        step = max(1, min(most, LOGIT_BYTES // (4 * self.model.config.vocab)))
         sequence = Sequence(ids, SamplingParams(), len(ids), pages=pages)
         for start in range(0, len(ids), step):
             part = ids[start : start + step]

@@ -14,7 +14,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Protocol
 
 from pykv.blocks import BlockManager
@@ -175,15 +175,17 @@ class Scheduler:
         decoding = [s for s in self.running if s.decodes and not s.finish_reason]
         if decoding:
             started = time.perf_counter()
-            changed += self._compute(decoding, lambda: self._runner.decode(decoding), decoding)
+            changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
             self.stats.decode_tokens += len(decoding)
             self.stats.decode_seconds += time.perf_counter() - started
-        if pieces := self._pieces(PREFILL_TOKENS - len(decoding), held_back):
+        pieces = None
+        if len(decoding) < len(self.running):
+            pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
+        if pieces:
             started = time.perf_counter()
             whole = [s for s, n in pieces if s.due == n]
-            changed += self._compute(
-                [s for s, _ in pieces], lambda: self._runner.prompts(pieces), whole
-            )
+            parts = [s for s, _ in pieces]
+            changed += self._compute(lambda: self._prompts(pieces), whole, parts)
             self.stats.prompt_seconds += time.perf_counter() - started
         for s in changed:
             if not s.finish_reason:
@@ -246,18 +248,22 @@ class Scheduler:
                 room -= n
         return pieces
 
+    def _prompts(self, pieces: list[Piece]) -> list[int]:
+        """Compute pieces of prompts, and offer the pages that are full."""
+        tokens = self._runner.prompts(pieces)
+        for s, _ in pieces:
+            if s.prefix and s.cached <= s.prefix:
+                self.cache.manager.publish(s.pages, s.tokens[: s.cached])
+        return tokens
+
     def _compute(
-        self, sequences: list[Sequence], run: Callable[[], list[int]], drawn: list[Sequence]
+        self, run: Callable[[], list[int]], drawn: list[Sequence], sequences: list[Sequence]
     ) -> list[Sequence]:
-        """Run a part of a step; `drawn` get a token each. Returns these."""
-        manager = self.cache.manager
+        """Run a part of a step, in which `drawn` of its sequences get a token. Returns these."""
         try:
             for s, token in zip(drawn, run(), strict=True):
                 if not s.finish_reason:  # nobody has ended it meanwhile
                     s.append(token)
-            for s in sequences:
-                if s.prefix and s.cached <= s.prefix:
-                    manager.publish(s.pages, s.tokens[: s.cached])
         except BaseException:
             for s in sequences:
                 self._wait_again(s, publish=False)
@@ -285,9 +291,9 @@ class Scheduler:
         followed: set[int] = set()
         if not self.waiting:
             return followed
-        computed = {
-            key for s in self.running for key in s.keys[s.cached // self.cache.manager.page_size :]
-        }
+        P = self.cache.manager.page_size
+        pending = (s.keys[s.cached // P :] for s in self.running if s.cached < s.prefix)
+        computed = set(chain.from_iterable(pending))
         for s in list(self.waiting):
             if s.finish_reason:
                 continue
@@ -304,7 +310,7 @@ class Scheduler:
                 continue
             self.waiting.remove(s)
             insort(self.running, s, key=_order)
-            computed.update(s.keys[s.cached // self.cache.manager.page_size :])
+            computed.update(s.keys[s.cached // P :])
         return followed
 
     def _place(self, s: Sequence) -> bool:

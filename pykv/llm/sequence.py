@@ -80,7 +80,8 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether the last token of the answer alone is due."""
-        return bool(self.generated) and self.due == 1
+        answer = len(self.generated)
+        return answer > 0 and self.cached == len(self.prompt) + answer - 1
 
     def append(self, token: int) -> None:
         """Add a token that was drawn, and see whether the answer ends; -1 says that it cannot go

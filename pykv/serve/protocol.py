@@ -275,7 +275,7 @@ class Protocol:
         new = {name[:40] for name in fields.unknown} - _LOGGED
         if new and len(_LOGGED) < 1000:
             _LOGGED.update(new)
-            log.warning("fields that are ignored: %s", ", ".join(map(repr, sorted(new)))[:400])
+            log.warning("fields that are ignored: %s", ", ".join(map(ascii, sorted(new)))[:400])
 
 
 def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:

@@ -170,6 +170,8 @@ class Scheduler:
         their beginning; none is lost, and none reuses what the step may have left unwritten.
         """
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
+        for s in changed:
+            self._end(s)
         self._give_pages(changed)
         held_back = self._admit(changed)
         decoding = [s for s in self.running if s.decodes and not s.finish_reason]

@@ -420,6 +420,19 @@ def test_what_reads_an_answer_may_end_it():
     assert [n for n, _ in seen] == [1, 2, 3, 3] and seen[-1] == (3, "abort")
 
 
+def test_who_has_ended_makes_room_before_anybody_gives_way():
+    world = World(6)
+    first, second = (world.make([n] * 7, 30) for n in (1, 2))
+    world.add(first)
+    world.add(second)
+    while len(first.generated) < 6:  # each holds three pages, which are full
+        world.step()
+    second.finish_reason = "abort"
+    world.step()
+    world.finish()
+    assert world.scheduler.stats.preemptions == 0 and len(first.tokens) == 6 * P + 1
+
+
 def test_what_waits_or_has_ended_can_be_aborted():
     world = World(20, slots=1)
     a, b, never = (world.make([n] * 5, 2) for n in (1, 2, 3))

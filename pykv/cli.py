@@ -17,6 +17,7 @@ from pykv import __version__, install
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
+from pykv.serve import command as command_of_serve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_sampling(command, max_tokens)
         _add_session(command)
 
+    serve = commands.add_parser("serve", help="answer OpenAI's clients over HTTP")
+    serve.add_argument("model", nargs="?", default="smollm2-135m", help=MODEL)
+    _add_device(serve)
+    _add_weights(serve)
+    _add_cache(serve)
+    command_of_serve.add_serve(serve)
+
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
     inspect.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -181,20 +189,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODEL = (
+    "a name, a GGUF file, hf:owner/repo/file.gguf or https://... (%(default)s); see `pykv models`"
+)
+
+
 def _add_place(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
-    parser.add_argument(
-        "--model",
-        default="smollm2-135m",
-        help="a name, a GGUF file, hf:owner/repo/file.gguf or https://... (%(default)s); see "
-        "`pykv models`",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--model", default="smollm2-135m", help=MODEL)
+    _add_device(parser)
     _add_weights(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_place(parser)
+    _add_cache(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    """What the cache stores, and of which tokens."""
     _add_kv_dtype(parser)
     _add_context(parser)
     parser.add_argument(
@@ -205,7 +222,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_context(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ctx", type=int, help="tokens of prompt and answer (the model's context)")
+    parser.add_argument(
+        *("--ctx", "--context"),
+        type=int,
+        help="tokens of prompt and answer (the model's context)",
+    )
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,7 @@ VERSIONS = (
 )
 EXTRAS = {  # of pyproject.toml that are for every machine, and the packages that each names
     "llm": ("gguf", "tokenizers", "jinja2", "tqdm", "requests", "filelock"),
+    "serve": ("starlette", "uvicorn", "llguidance"),
     "plot": ("matplotlib",),
 }
 

@@ -388,7 +388,7 @@ def test_doctor_without_a_driver(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "has_driver", lambda: False)
     code, out, err = run(capsys, "doctor")
     assert (code, err) == (0, "")
-    names = ["pykv", "versions", "llm", "plot", "memory", "cache", "gpu"]
+    names = ["pykv", "versions", "llm", "serve", "plot", "memory", "cache", "gpu"]
     assert [line.split()[1] for line in out.splitlines() if not line.startswith(" ")] == names
     assert str(tmp_path / "cache") in out
 
@@ -813,6 +813,7 @@ def test_version_and_help(capsys):
     for command in (
         "run",
         "chat",
+        "serve",
         "inspect",
         "size",
         "models",

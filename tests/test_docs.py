@@ -16,7 +16,8 @@ import pykv
 from tests.public import STEMS, functions, users_call
 
 ROOT = Path(pykv.__file__).parent
-NEEDS_EXTRA = ("pykv.llm", "pykv.__main__")  # the latter runs the command line
+# The last runs the command line.
+NEEDS_EXTRA = ("pykv.llm", "pykv.serve", "pykv.__main__")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(pykv.__path__, "pykv.")

@@ -29,6 +29,8 @@ def python_blocks():
         for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1):
             if re.match(r"# \w+/\S+\.py\n", code):
                 continue  # a file of the example op, which tools/try_readme_op.py runs
+            if "localhost:8000" in code:
+                continue  # needs a server; tests/serve/test_examples.py has one
             marks = pytest.mark.model if "LLM" in code else ()
             needs = "torch" if re.search(r"^import .*\btorch\b", code, re.MULTILINE) else ""
             label = f"{name}:{number}{needs and ' with ' + needs}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-OTHERS = ("llm", "plot", "notebook", "test")
+OTHERS = ("llm", "serve", "plot", "notebook", "test")
 TORCH = {  # pins NVRTC or cuda-bindings to the CUDA line that it was built for
     "cu12": ("2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0"),
     "cu13": ("2.11.0", "2.13.0", "2.15.0"),

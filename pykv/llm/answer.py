@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from pykv.llm.sampling import TokenLogprobs
-from pykv.llm.scheduler import Sequence
+from pykv.llm.sequence import Sequence
 from pykv.llm.tokenizer import StreamDecoder
 
 
@@ -36,6 +36,7 @@ class Answer:
 
     def __init__(self, sequence: Sequence, decoder: StreamDecoder) -> None:
         self.sequence, self._decoder = sequence, decoder
+        sequence.read = self.read
         self._text = ""
         self._num_read = 0  # tokens that are in the text
         self._num_given = 0  # characters that `piece` has handed out
@@ -71,7 +72,8 @@ class Answer:
     def completion(self) -> Completion:
         """What is known by now."""
         s = self.sequence
-        logprobs = None if s.params.logprobs is None else s.logprobs
+        asks = s.params.logprobs is not None
+        logprobs = s.logprobs[: len(s.generated)] if asks else None  # an end token's is behind
         return Completion(self._text, s.generated, s.prompt, s.finish_reason, logprobs)
 
 

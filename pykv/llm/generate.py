@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from operator import index
 from typing import Any, TypeGuard
 
@@ -21,8 +21,10 @@ from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy
 from pykv.llm.fingerprint import fingerprint
+from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams, check_vocabulary
 from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sequence import Sequence as TokenSequence
 from pykv.llm.sessions import Session
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
@@ -54,14 +56,17 @@ class LLM:
             others, on a GPU it reads less; with a `kv_dtype` of int8 or int4 attention's output
             matrix is float16.
         context: tokens of prompt and answer at most; None takes the model's own limit.
-        pool_tokens: tokens that the cache holds in all; None makes it as large as each call needs.
+        pool_tokens: tokens that the cache holds in all. What finds no room waits, and what has come
+            last gives its pages up and is computed again later; an answer that fills the pool alone
+            ends with "length". None makes the cache as large as each call needs.
         page_size: tokens a page.
         prefix_cache: keep the pages of finished calls, as long as no call needs them, for prompts
-            that begin alike. A call that is repeated gets the same logits, bit for bit and for any
-            kv_dtype, as long as its pages are kept: the last 1 to page_size tokens of a prompt are
-            a step of their own, whether the pages before them are found or computed. Pages that
-            other prompts, other batches or answers left may differ in their last bits from those
-            that a call of an LLM without them computes, as sums depend on the tokens of a step.
+            that begin alike. A call that is repeated, with no other beside it, gets the same
+            logits, bit for bit and for any kv_dtype, as long as its pages are kept: the last 1 to
+            page_size tokens of a prompt are a step of their own, whether the pages before them are
+            found or computed. Pages that other prompts, other batches or answers left may differ in
+            their last bits from those that a call of an LLM without them computes, as sums depend
+            on the tokens of a step.
         eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
             policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
             give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
@@ -81,10 +86,10 @@ class LLM:
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
 
-    Calls may come from several threads: they take turns under a lock, which each holds for one step
-    at a time (512 tokens of prompts, or a token of each answer), so answers are those of calls one
-    after another. A stream holds it only while a piece is computed. `stats` are of the call that
-    began last. Sources: GGUF, vLLM's paged attention.
+    Calls may come from several threads: their sequences are decoded as one batch, of which each
+    step (512 tokens, a token of each answer among them) is done by one of the threads under a lock.
+    A stream goes on while other calls step. `stats` are of all since the call that began last.
+    Sources: GGUF, vLLM's paged attention.
     """
 
     def __init__(
@@ -149,11 +154,9 @@ class LLM:
             if self.spec.has_given_scales:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
+        self._runner = ModelRunner(loaded, cache, self.xp, policy)
         self._scheduler = Scheduler(
-            *(loaded, cache, self.xp),
-            may_grow=pool_tokens is None,
-            prefix_cache=prefix_cache,
-            eviction=policy,
+            self._runner, cache, may_grow=pool_tokens is None, prefix_cache=prefix_cache
         )
 
     @property
@@ -165,12 +168,12 @@ class LLM:
     @property
     def model(self) -> Model:
         """The weights and their configuration."""
-        return self._scheduler.model
+        return self._runner.model
 
     @property
     def cache(self) -> PagedKVCache:
         """The pages of all calls."""
-        return self._scheduler.cache
+        return self._runner.cache
 
     @property
     def has_chat_template(self) -> bool:
@@ -179,7 +182,7 @@ class LLM:
 
     @property
     def stats(self) -> Stats:
-        """Tokens and seconds of the last call."""
+        """Tokens and seconds since the last call began: its own, if no other ran beside it."""
         return self._scheduler.stats
 
     @contextmanager
@@ -212,8 +215,8 @@ class LLM:
         Raises:
             ParameterError: a prompt is empty or holds no token ids, or params do not match the
                 prompts.
-            CapacityError: a prompt is longer than the context, or the pool is too small; no
-                token has been computed then.
+            CapacityError: a prompt is longer than the context or the pool, or the pool cannot grow;
+                no token has been computed then.
             NumberError: logits are not finite.
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
@@ -391,9 +394,8 @@ class LLM:
         """
         _refuse_prepare("LLM.logits")
         with self.turn():
-            return np.concatenate(
-                [part for part, _ in self._scheduler.logits(self._ids(token_ids, name="token_ids"))]
-            )
+            parts = self._logits(self._ids(token_ids, name="token_ids"))
+            return np.concatenate([part for part, _ in parts])
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:
         """exp of the mean negative log-likelihood of every token but the first, given those before.
@@ -409,7 +411,7 @@ class LLM:
             raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
         total = 0.0
         with self.turn():
-            for logits, start in self._scheduler.logits(ids):
+            for logits, start in self._logits(ids):
                 targets = ids[start + 1 : start + 1 + len(logits)]
                 logits = logits[: len(targets)]
                 top = logits.max(axis=1)
@@ -418,23 +420,38 @@ class LLM:
                 total += float((np.log(mass) + top - chosen).sum())
         return float(np.exp(total / (len(ids) - 1)))
 
+    def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
+        """Logits of consecutive positions, computed anew, and the first position of each."""
+        with self._scheduler.new_pages(ids) as pages:
+            yield from self._runner.logits(ids, pages)
+
     # --- From text to sequences and back ---
 
     def _run(self, answers: list[Answer]) -> Generator[None, None, None]:
-        """Step until every answer is finished; yields after each step, with the caller's GPU as
-        the current one."""
-        steps = self._scheduler.run([answer.sequence for answer in answers])
+        """Step until every answer is finished, by our steps or another thread's; yields after each
+        of ours, with the caller's GPU as the current one."""
+        sequences, is_over = [answer.sequence for answer in answers], False
         try:
-            while True:
+            with self.turn():
+                self._scheduler.stats = Stats()
+                self._scheduler.add(*sequences)
+            while not is_over:
                 with self.turn():
-                    if next(steps, _END) is _END:
-                        return
-                for answer in answers:
-                    answer.read()
+                    if any(not s.finish_reason for s in sequences):
+                        self._scheduler.step()
+                for error in (s.error for s in sequences if s.error):
+                    raise error
+                is_over = all(s.finish_reason for s in sequences)
+                if is_over:
+                    self._abort(sequences)  # those that a caller has ended
                 yield
         finally:  # or pages stay taken when we are closed
-            with self.turn():
-                steps.close()
+            self._abort(sequences)
+
+    def _abort(self, sequences: list[TokenSequence]) -> None:
+        with self.turn(), ExitStack() as each:
+            for s in sequences:
+                each.callback(self._scheduler.abort, s)
 
     def _pieces(self, answer: Answer) -> Generator[str, None, None]:
         with closing(self._run([answer])) as steps:
@@ -455,7 +472,7 @@ class LLM:
         limit = min(self.context, len(ids) + params.max_tokens)
         ends = frozenset() if params.ignore_eos else self.tokenizer.stop_ids
         ends |= frozenset(params.stop_token_ids)
-        sequence = scheduler.Sequence(ids, params, limit, ends)
+        sequence = TokenSequence(ids, params, limit, ends)
         return Answer(sequence, self.tokenizer.stream_decoder())
 
     def _ids(self, prompt: Any, special: bool = False, name: str = "prompt") -> list[int]:
@@ -482,9 +499,6 @@ class LLM:
             if not 0 <= i < vocab:
                 raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
         return known
-
-
-_END = object()
 
 
 def _items(name: str, values: Any) -> list[Any]:

@@ -153,9 +153,21 @@ def decode_step(
     sequences therefore get a CUDA graph, whose logits are one array, filled anew by each call from
     the second on. Not while PYKV_CHECK asks to look at all page tables.
     """
-    B = len(batch.ids)
-    few = B <= GRAPH_SEQUENCES and linear.rereads(B) * model.matrix_bytes <= GRAPH_REREADS
+    few = _are_few(model, len(batch.ids))
     gemm = "own" if few else "auto"
     step = partial(forward, model, batch, cache, gemm=gemm, queries=queries)
     by_graph = few and on_gpu(batch.ids) and not paged_check.ALWAYS
     return cuda.graph(step) if by_graph else step
+
+
+def decode_rows(model: Model, sequences: int, xp: Any) -> int:
+    """Rows of a step that decodes so many sequences: as many, or where that is a graph a power of
+    two, so that few graphs serve all. A row that nobody has costs a GPU little, and another graph
+    as much as a few steps."""
+    rows = min(1 << (sequences - 1).bit_length(), GRAPH_SEQUENCES)
+    return rows if xp is not np and sequences <= rows and _are_few(model, rows) else sequences
+
+
+def _are_few(model: Model, rows: int) -> bool:
+    """Whether so many rows are multiplied by pykv's own kernels, which graphs capture."""
+    return rows <= GRAPH_SEQUENCES and linear.rereads(rows) * model.matrix_bytes <= GRAPH_REREADS

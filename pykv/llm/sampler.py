@@ -15,7 +15,7 @@ _NOBODY: tuple[Any, int] = None, 0
 
 
 class Drawing(Protocol):
-    """What a draw needs to know of a sequence; pykv.llm.scheduler.Sequence has it.
+    """What a draw needs to know of a sequence; pykv.llm.sequence.Sequence has it.
 
     Attributes:
         params: how tokens are drawn.

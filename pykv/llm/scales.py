@@ -9,8 +9,10 @@ import numpy as np
 
 from pykv import kinds
 from pykv.arrays import to_host
+from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams
-from pykv.llm.scheduler import Scheduler, Sequence
+from pykv.llm.scheduler import Scheduler
+from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
@@ -40,10 +42,14 @@ def calibrate(model: Model, cache: PagedKVCache, ids: list[int], xp: Any) -> Non
     config = model.config
     sizes = (config.num_layers, 1, config.kv_heads, config.head_dim)
     trial = PagedKVCache(*sizes, spec=cache.spec, margin=MARGIN, xp=xp)
-    calibrating = Scheduler(model, trial, xp, may_grow=True, prefix_cache=False)
+    runner = ModelRunner(model, trial, xp)
+    calibrating = Scheduler(runner, trial, may_grow=True, prefix_cache=False)
     sequence = Sequence(ids, SamplingParams(), len(ids) + 1)
-    for _ in calibrating.run([sequence]):
-        pass
+    calibrating.add(sequence)
+    while calibrating.has_work:
+        calibrating.step()
+    if sequence.error:
+        raise sequence.error
     _warn_if_coarse(trial, len(ids) * config.kv_heads * config.head_dim)
     for scales, found in ((cache.k_scales, trial.k_scales), (cache.v_scales, trial.v_scales)):
         if scales is not None:

@@ -1,43 +1,38 @@
-"""The loop that decodes sequences of token ids as one batch, through a paged cache.
+"""Which tokens a step computes: continuous batching over a paged cache.
 
-One step is the same for one sequence and for many: pack the tokens that are due into a `Batch`, run
-`model.forward`, draw a token for every sequence whose last token was in it. No text and no files
-here: see pykv.llm.generate.
+A step decodes a token of every answer and fills what is left of its tokens with pieces of prompts.
+Sequences come and go between any two steps, first come first served. They get pages one by one;
+where none is left the youngest gives up its own, waits in its old place, and is computed again from
+its prompt and its answer so far. No text, no arrays and no model here: pykv.llm.runner has these.
+Sources: Orca's iteration-level scheduling; vLLM's preemption by recomputing.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, count
+from typing import Protocol
 
-import numpy as np
+from pykv.blocks import BlockManager
+from pykv.errors import CapacityError
+from pykv.llm.sequence import Sequence, page_keys
 
-from pykv import blocks
-from pykv.errors import NumberError
-from pykv.eviction import Policy
-from pykv.llm.evictor import Evictor
-from pykv.llm.model import Batch, decode_step, forward
-from pykv.llm.sampler import Sampler
-from pykv.llm.sampling import SamplingParams, TokenLogprobs
-from pykv.llm.weights import Model
-from pykv.pool import PagedKVCache
+PREFILL_TOKENS = 512  # tokens of one step at most; bounds the scratch memory
 
-PREFILL_TOKENS = 512  # tokens of one prompt step at most; bounds the scratch memory
-CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
-LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
+Piece = tuple[Sequence, int]  # a sequence, and how many of its due tokens a step computes
 
 
 @dataclass
 class Stats:
-    """Tokens and seconds of the last call, and the tokens that its cache held.
+    """Tokens and seconds of all sequences since the scheduler began, or somebody replaced this.
 
-    Of the prompts' tokens, `reused_tokens` were in the cache, from earlier calls or another prompt
-    of this one; the seconds are those of the others.
+    Of the prompts' tokens, `reused_tokens` were in the cache; the seconds are those of the others.
+    `cached_tokens` are what the cache held of sequences when they ended, `preemptions` how often
+    one gave its pages up.
     """
 
     prompt_tokens: int = 0
@@ -46,133 +41,160 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     cached_tokens: int = 0
+    preemptions: int = 0
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One prompt on its way.
+class Cache(Protocol):
+    """What the scheduler needs of a PagedKVCache."""
+
+    manager: BlockManager
+
+    def extend(self, pages: list[int], start: int, stop: int) -> None: ...
+
+    def grow(self, pages: int) -> None: ...
+
+
+class Runner(Protocol):
+    """What computes the steps. Both calls move `cached` of their sequences on, and give tokens
+    that are drawn, -1 where logits are not finite.
 
     Attributes:
-        prompt: at least one token id.
-        params: how tokens are drawn.
-        limit: tokens of prompt and answer together, at most.
-        end_ids: tokens that end the answer, and are no part of it.
-        pages, cached: pages that it holds, and tokens whose keys and values were put there.
-        dropped: how many of these are evicted from each layer and head.
-        generated: the answer.
-        logprobs: of each token of it, if `params` ask for them.
-        finish_reason: "stop" or "length", empty as long as it runs. Whoever reads the answer may
-            set it between two steps.
+        last: tokens at the end of a prompt that are computed in one step.
     """
 
-    prompt: list[int]
-    params: SamplingParams
-    limit: int
-    end_ids: Set[int] = frozenset()
-    pages: list[int] = field(default_factory=list)
-    cached: int = 0
-    dropped: int = 0
-    generated: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str = ""
+    last: int
 
-    @property
-    def held(self) -> int:
-        """Rows that each layer and head holds; the next token gets this slot."""
-        return self.cached - self.dropped
+    def room(self, sequence: Sequence) -> int | None:
+        """Rows to set aside for all that a sequence may hold; None where pages come one by one."""
+
+    def prompts(self, pieces: list[Piece]) -> list[int]:
+        """A token for each sequence of which all tokens are computed then, in order."""
+
+    def decode(self, sequences: list[Sequence]) -> list[int]:
+        """A token for each."""
+
+    def end(self, sequence: Sequence) -> None:
+        """Look at what a sequence leaves in its pages."""
 
 
 class Scheduler:
-    """Runs sequences through a model and its cache.
+    """Decides who runs, on which pages.
 
     Args:
-        model: the weights.
-        cache: the pages, on the model's device.
-        xp: the array module of both.
-        may_grow: grow the cache where a call needs it.
-        prefix_cache: keep the pages of finished sequences, as long as no call needs them, for
-            prompts that begin alike, see `_prefix_steps`.
-        eviction: which rows sequences keep behind their prompts; None: all.
+        runner: computes the steps.
+        cache: the pages that it computes on.
+        may_grow: grow the cache, so that whoever is added can reach its limit.
+        prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
+            that begin alike. A prompt that begins as one that is being computed waits for it.
+        slots: sequences that run at once, at most; None: as many as have pages.
+        max_waiting: sequences that wait, at most.
+
+    Attributes:
+        running, waiting: sequences, in the order in which they came.
+        stats: what was done; may be replaced by new ones.
+
+    Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
+    page are a step of their own, whether the pages are found or computed: what a step sums in which
+    order depends on how many tokens it has. Of sequences that are added by one call none goes on to
+    these tokens before the others' pages are there; so the call, when it is repeated and finds its
+    pages, runs the same steps but for those that computed them. Source: vLLM's deterministic prefix
+    caching.
     """
 
     def __init__(
         self,
-        model: Model,
-        cache: PagedKVCache,
-        xp: Any,
+        runner: Runner,
+        cache: Cache,
         *,
         may_grow: bool,
         prefix_cache: bool,
-        eviction: Policy | None = None,
+        slots: int | None = None,
+        max_waiting: int | None = None,
     ) -> None:
-        self.model, self.cache, self.xp = model, cache, xp
-        self.prefix_cache, self._may_grow = prefix_cache, may_grow
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
         self.stats = Stats()
-        self._sampler = Sampler(xp)
-        self._evictor = None if eviction is None else Evictor(eviction, model, cache)
-        # The last tokens of a prompt are a step of their own: somebody must make their logits, and
-        # the queries that eviction asks for.
-        self._last = max(1, self._evictor.asked if self._evictor else 0)
+        self.prefix_cache, self.cache = prefix_cache, cache
+        self._runner, self._may_grow = runner, may_grow
+        self._slots, self._max_waiting = slots, max_waiting
+        self._counter = count()
 
-    def run(self, sequences: list[Sequence]) -> Generator[None, None, None]:
-        """Step until every sequence is finished; yields after each step. Closing the generator
-        frees their pages.
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.running or self.waiting)
 
-        Raises:
-            CapacityError: the pool is too small; nothing has been computed then.
-        """
-        self._reserve(sequences, reuse=self.prefix_cache)
-        self.stats = stats = Stats(
-            prompt_tokens=sum(len(s.prompt) for s in sequences),
-            reused_tokens=sum(s.cached for s in sequences),
-        )
-        try:
-            for steps in (self._prefix_steps(sequences, stats), self._prompt_steps(sequences)):
-                while True:
-                    started = time.perf_counter()
-                    if next(steps, _END) is _END:
-                        break
-                    stats.prompt_seconds += time.perf_counter() - started
-                    yield
-            active: list[Sequence] = []
-            pool = None
-            # A finished row costs a GPU little; another graph costs as much as a few steps.
-            rows_for_one = 1 if self.xp is np else 2
-            while unfinished := [s for s in sequences if not s.finish_reason]:
-                started = time.perf_counter()
-                fewer = len(active) > rows_for_one * len(unfinished)
-                if not active or fewer or self.cache.k is not pool:  # another call grows it
-                    active, pool = unfinished, self.cache.k
-                    decode = self._decoder(active)
-                self._draw(active, decode())
-                stats.decode_seconds += time.perf_counter() - started
-                stats.decode_tokens += len(unfinished)
-                yield
-        finally:
-            stats.cached_tokens = sum(s.held for s in sequences)
-            try:
-                self._warn_of_clamped(sequences)
-            finally:
-                self._release(sequences)
+    # --- What callers ask for ---
 
-    def logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
-        """Logits of consecutive positions, [n, V] on the host, and the first position of each.
+    def add(self, *sequences: Sequence) -> None:
+        """Let sequences wait for their turn: all of them, or none where an error is raised.
 
         Raises:
-            CapacityError: the pool is too small.
+            CapacityError: a prompt and a token can never fit into the pool, it cannot grow as far
+                as the sequences may, or too many wait.
         """
-        step = max(1, min(PREFILL_TOKENS, LOGIT_BYTES // (4 * self.model.config.vocab)))
-        sequence = Sequence(ids, SamplingParams(), len(ids))
-        self._reserve([sequence], reuse=False)  # or logits would be missing
-        try:
-            for start in range(0, len(ids), step):
-                part = ids[start : start + step]
-                batch = self._ragged_batch([sequence], [part])
-                logits = forward(self.model, batch, self.cache)
-                sequence.cached += len(part)
-                yield (logits if self.xp is np else logits.get()), start
-        finally:
-            self._release([sequence])
+        most, waiting = self._max_waiting, len(self.waiting) + len(sequences)
+        if most is not None and waiting > most:
+            raise CapacityError(
+                f"Scheduler.add: {waiting} sequences would wait, expected at most {most}"
+            )
+        if self._may_grow:
+            self._grow(sequences)
+        manager = self.cache.manager
+        for s in sequences:
+            wanted = manager.pages_for(self._rows(s))
+            if wanted > manager.num_pages:
+                raise CapacityError(
+                    f"prompt of {len(s.prompt)} tokens needs {wanted} pages, expected at most the "
+                    f"{manager.num_pages} of the pool ({manager.page_size} tokens a page)"
+                )
+        group = next(self._counter)
+        for s in sequences:
+            s.order, s.group = next(self._counter), group
+            self._name_pages(s)
+            self.waiting.append(s)
+            self.stats.prompt_tokens += len(s.prompt)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Give a sequence up, wherever it is; one that has ended stays as it is."""
+        sequence.finish_reason = sequence.finish_reason or "abort"
+        self._end(sequence)
+
+    def step(self) -> list[Sequence]:
+        """Compute one step of the model.
+
+        Returns:
+            The sequences that got a token or ended. None may, as in the midst of a long prompt.
+
+        Whatever a model raises leaves the sequences of its step waiting, to be computed again from
+        their beginning; none is lost, and none reuses what the step may have left unwritten.
+        """
+        changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
+        for s in changed:
+            self._end(s)
+        self._give_pages(changed)
+        held_back = self._admit(changed)
+        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+        if decoding:
+            started = time.perf_counter()
+            changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
+            self.stats.decode_tokens += len(decoding)
+            self.stats.decode_seconds += time.perf_counter() - started
+        pieces = None
+        if len(decoding) < len(self.running):
+            pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
+        if pieces:
+            started = time.perf_counter()
+            whole = [s for s, n in pieces if s.due == n]
+            parts = [s for s, _ in pieces]
+            changed += self._compute(lambda: self._prompts(pieces), whole, parts)
+            self.stats.prompt_seconds += time.perf_counter() - started
+        for s in changed:
+            if not s.finish_reason:
+                s.read()
+            if s.finish_reason:
+                self._end(s)
+        return changed
 
     @contextmanager
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
@@ -184,9 +206,10 @@ class Scheduler:
         finally:
             self.cache.manager.free(pages)
 
-    def adopt(self, tokens: list[int], write: Callable[[list[int]], None]) -> None:
-        """Let prompts that begin with these tokens, of full pages, reuse what `write` puts into
-        pages that it is told.
+    @contextmanager
+    def new_pages(self, tokens: list[int]) -> Iterator[list[int]]:
+        """Pages for these tokens while the block runs, which writes them. Then prompts that begin
+        alike may reuse those that are full.
 
         Raises:
             CapacityError: the pool is too small.
@@ -195,193 +218,196 @@ class Scheduler:
         self._make_room(manager.pages_for(len(tokens)))
         pages = manager.allocate(len(tokens))
         try:
-            write(pages)
-            manager.publish(pages, tokens)
+            yield pages
+            if self.prefix_cache:
+                manager.publish(pages, tokens)
         finally:
             manager.free(pages)
 
     # --- Steps ---
 
-    def _prefix_steps(self, sequences: list[Sequence], stats: Stats) -> Generator[None, None, None]:
-        """Compute the full pages of the prompts before their last tokens; yields after each step.
+    def _pieces(self, room: int, held_back: set[int]) -> list[Piece]:
+        """What a step computes of prompts, for which it has room for so many tokens; a page at
+        least, and the tokens that belong together, however many answers it decodes."""
+        P, last = self.cache.manager.page_size, self._runner.last
+        room = max(room, last, min(P, PREFILL_TOKENS))
+        running = [s for s in self.running if not s.finish_reason]
+        held_back |= {s.group for s in running if s.cached < s.prefix}
+        pieces: list[Piece] = []
+        for s in running:
+            if s.cached < s.prefix:
+                n = min(s.prefix - s.cached, room)
+                whole = (s.cached + n) // P * P - s.cached
+                n = whole if whole > 0 or pieces else n  # a page may be more than a step
+            elif s.decodes or s.group in held_back:
+                continue
+            elif last == 1 or s.due <= min(room, last):
+                n = min(room, s.due)
+            else:
+                n = min(room, s.due - last) if s.due > last else 0
+            if n > 0:
+                pieces.append((s, n))
+                room -= n
+        return pieces
 
-        What a step sums in which order depends on how many tokens it has. The tokens behind the
-        pages are therefore left to a step of their own, which is the same whether the pages were
-        found or computed; and a page that two prompts share is computed once, for both. Source:
-        vLLM's deterministic prefix caching.
-        """
-        if not self.prefix_cache:
-            return
-        P, manager = self.cache.page_size, self.cache.manager
-        keys = {id(s): _page_keys(s.prompt[: -self._last], P) for s in sequences}
-        known: set[int] = set()  # keys of pages that were computed here
-        while True:
-            due: list[tuple[Sequence, int]] = []
-            room, computing = PREFILL_TOKENS, set[int]()
+    def _prompts(self, pieces: list[Piece]) -> list[int]:
+        """Compute pieces of prompts, and offer the pages that are full."""
+        tokens = self._runner.prompts(pieces)
+        for s, _ in pieces:
+            if s.prefix and s.cached <= s.prefix:
+                self.cache.manager.publish(s.pages, s.tokens[: s.cached])
+        return tokens
+
+    def _compute(
+        self, run: Callable[[], list[int]], drawn: list[Sequence], sequences: list[Sequence]
+    ) -> list[Sequence]:
+        """Run a part of a step, in which `drawn` of its sequences get a token. Returns these."""
+        try:
+            for s, token in zip(drawn, run(), strict=True):
+                if not s.finish_reason:  # nobody has ended it meanwhile
+                    s.append(token)
+        except BaseException:
             for s in sequences:
-                of_pages = keys[id(s)]
-                if s.cached % P == 0 and not known.isdisjoint(of_pages[s.cached // P :][:1]):
-                    stats.reused_tokens += self._reuse(s)
-                first, count = s.cached // P, min(room, len(of_pages) * P - s.cached)
-                if count and of_pages[first] not in computing:
-                    due.append((s, count))
-                    room -= count
-                    computing.update(of_pages[first : -(-(s.cached + count) // P)])
-            if not due:
-                return
-            self._forward(due, [])
-            for s, _ in due:
-                manager.publish(s.pages, s.prompt[: s.cached])
-                known.update(keys[id(s)][: s.cached // P])
-            yield
+                self._wait_again(s, publish=False)
+            raise
+        return drawn
 
-    def _prompt_steps(self, sequences: list[Sequence]) -> Generator[None, None, None]:
-        """Compute what is left of the prompts and draw a token for each; yields after each step."""
-        waiting = list(sequences)
-        while waiting:
-            room = PREFILL_TOKENS
-            due: list[tuple[Sequence, int]] = []  # a sequence and the tokens to take from it
-            for s in waiting:
-                if count := self._step(s, room):
-                    due.append((s, count))
-                    room -= count
-            done = [i for i, (s, n) in enumerate(due) if s.cached + n == len(s.prompt)]
-            logits = self._forward(due, done)
-            if done:
-                self._draw([due[i][0] for i in done], logits)
-            waiting = [s for s in waiting if not s.generated and not s.finish_reason]
-            yield
+    def _end(self, s: Sequence) -> None:
+        """Take an ended sequence out, and give its pages back."""
+        queue = self.running if s in self.running else self.waiting
+        if s not in queue:
+            return
+        queue.remove(s)
+        self.stats.cached_tokens += s.held
+        try:
+            self._runner.end(s)
+        finally:
+            self._give_up(s, publish=s.finish_reason != "error")
+            s.read()
 
-    def _step(self, s: Sequence, room: int) -> int:
-        """Tokens of a prompt for a step that has room for so many. The last ones stay together
-        where eviction asks for their queries."""
-        left = len(s.prompt) - s.cached
-        if self._last == 1 or left <= min(room, self._last):
-            return min(room, left)
-        return min(room, left - self._last) if left > self._last else 0
+    # --- Who runs ---
 
-    def _forward(self, due: list[tuple[Sequence, int]], done: list[int]) -> Any:
-        """The next tokens of prompts as one ragged batch; logits after the last token of those
-        that `done` numbers."""
-        ids = [s.prompt[s.cached : s.cached + n] for s, n in due]
-        batch = self._ragged_batch([s for s, _ in due], ids)
-        last = np.cumsum([n for _, n in due]) - 1
-        rows = self.xp.asarray(last[done].astype(np.int32))
-        queries = self._queries(int(last[-1]) + 1) if done else None
-        logits = forward(self.model, batch, self.cache, rows, queries=queries)
-        for sequence, count in due:
-            sequence.cached += count
-        for i in done:
-            first = int(last[i]) + 1 - due[i][1]
-            self._evict(due[i][0], queries, first, due[i][1])
-        return logits
-
-    def _queries(self, tokens: int) -> Any:
-        """Where a step puts the queries of its tokens, if eviction asks for some."""
-        if self._evictor is None or not self._evictor.asked:
-            return None
-        config = self.model.config
-        shape = config.num_layers, tokens, config.heads, config.head_dim
-        return self.xp.empty(shape, np.float32)
-
-    def _evict(self, s: Sequence, queries: Any, first: int, count: int) -> None:
-        """Shrink a sequence, whose last tokens are `count` of `queries`."""
-        if self._evictor is not None:
-            asked = None if queries is None else queries[:, first : first + count]
-            left = s.limit - s.cached
-            held, dropped = s.held, s.dropped
-            s.dropped += 1  # should it fail, slots may hold other tokens, and nothing is published
-            s.dropped = dropped + held - self._evictor.evict(s.pages, held, asked, left)
-
-    def _decoder(self, active: list[Sequence]) -> Callable[[], Any]:
-        """A function that puts the last token of every sequence into the cache and gives the
-        logits after it, [B, V]. The row of one that is finished has no meaning."""
-        P = self.cache.page_size
-        inputs = self.xp.empty((4, len(active)), np.int32)  # one transfer for all four
-        fill = partial(np.copyto, inputs) if self.xp is np else inputs.set
-        ids, positions, slots, lengths = inputs
-        table, shown = self._page_table(active), [list(s.pages) for s in active]
-        batch = Batch(ids, positions, slots, None, table, lengths)
-        queries = self._queries(len(active))
-        step = decode_step(self.model, batch, self.cache, queries)
-
-        def evict() -> None:
-            """Shrink what has grown; the graph finds the new pages in its table."""
-            for i, s in enumerate(active):
-                if not s.finish_reason and self._evictor and self._evictor.is_due(s.held):
-                    self._evict(s, queries, i, 1)
-            pages = [list(s.pages) for s in active]
-            if pages != shown:
-                shown[:] = pages
-                table[...] = self.xp.asarray(blocks.page_table(pages, table.shape[1]))
-
-        def decode() -> Any:
-            packed = np.empty((4, len(active)), np.int32)
-            for column, s in zip(packed.T, active, strict=True):
-                if s.finish_reason:
-                    column[:] = 0, 0, -1, 0  # not written, and without keys
-                    continue
-                slot = s.pages[s.held // P] * P + s.held % P
-                column[:] = s.generated[-1], s.cached, slot, s.held + 1
-            fill(packed)
-            logits = step()
-            for s in active:
-                s.cached += not s.finish_reason
-            if self._evictor:
-                evict()  # by the queries of this step
-            return logits
-
-        return decode
-
-    def _draw(self, sequences: list[Sequence], logits: Any) -> None:
-        """The next token of every sequence that is not finished, from its row."""
-        for s, token, logprobs in zip(
-            sequences, *self._sampler.draw(logits, sequences), strict=True
-        ):
+    def _admit(self, changed: list[Sequence]) -> set[int]:
+        """Let those run that wait and find pages, in their order. A prompt waits for one that
+        computes its pages; others may pass it meanwhile. Returns the groups that have such."""
+        followed: set[int] = set()
+        if not self.waiting:
+            return followed
+        P = self.cache.manager.page_size
+        pending = (s.keys[s.cached // P :] for s in self.running if s.cached < s.prefix)
+        computed = set(chain.from_iterable(pending))
+        for s in list(self.waiting):
             if s.finish_reason:
                 continue
-            if token < 0:
-                raise NumberError(
-                    "the model's logits are not finite: its numbers leave the range of float16 or "
-                    "float32, or its file is damaged; weights and a cache of bf16 reach further "
-                    "(--weights bf16 --kv-dtype bf16)"
-                )
-            if token in s.end_ids:
-                s.finish_reason = "stop"
+            if self._slots is not None and len(self.running) >= self._slots:
+                break
+            if not computed.isdisjoint(s.keys):
+                followed.add(s.group)
                 continue
-            s.generated.append(token)
-            if logprobs is not None:
-                s.logprobs.append(logprobs)
-            if len(s.prompt) + len(s.generated) == s.limit:
-                s.finish_reason = "length"
+            if not self._place(s):
+                if self.running:
+                    break
+                self._refuse(s)
+                changed.append(s)
+                continue
+            self.waiting.remove(s)
+            insort(self.running, s, key=_order)
+            computed.update(s.keys[s.cached // P :])
+        return followed
+
+    def _place(self, s: Sequence) -> bool:
+        """Give a sequence pages for all of its tokens, if there are as many. A pool that cannot
+        grow shall have a spare page for each of the others, too, or this would soon have to go."""
+        manager = self.cache.manager
+        spare = 0 if self._may_grow else len(self.running)
+        if self.running and s.wanted + spare > manager.num_free:
+            return False
+        try:
+            if self.prefix_cache:
+                s.pages = manager.reuse(s.tokens[: -self._runner.last])
+                s.cached = len(s.pages) * manager.page_size
+            rows = max(self._rows(s), s.cached)
+            s.wanted = manager.pages_for(rows) - len(s.pages)
+            if not self.running:
+                with suppress(CapacityError):
+                    self._make_room(s.wanted)
+            if s.wanted + spare > manager.num_free:
+                self._give_up(s, publish=False)
+                return False
+            self.cache.extend(s.pages, s.cached, rows)
+        except BaseException:
+            self._give_up(s, publish=False)
+            raise
+        if not s.preemptions:
+            s.reused = s.cached
+            self.stats.reused_tokens += s.cached
+        s.wanted = 0
+        return True
+
+    def _give_pages(self, changed: list[Sequence]) -> None:
+        """A page for the next row of each answer; the oldest get theirs first. An answer that fills
+        the pool alone is as long as fits, as at the end of a context."""
+        P = self.cache.manager.page_size
+        for s in list(self.running):
+            if s.finish_reason or not s.decodes:  # what was preempted has more due
+                continue
+            while s.held == len(s.pages) * P:
+                try:
+                    self._extend(s)
+                except CapacityError:
+                    youngest = self.running[-1]
+                    if len(self.running) == 1:
+                        s.finish_reason = "length"
+                        changed.append(s)
+                        break
+                    self.stats.preemptions += 1
+                    self._wait_again(youngest, publish=True)
+                    if youngest is s:
+                        break
+
+    def _extend(self, s: Sequence) -> None:
+        """A page for the next row of a sequence."""
+        if len(self.running) == 1:
+            self._make_room(1)
+        self.cache.extend(s.pages, s.held, s.held + 1)
+
+    def _wait_again(self, s: Sequence, *, publish: bool) -> None:
+        """Put a running sequence back to its place in the queue, to be computed again."""
+        if s in self.running:
+            self.running.remove(s)
+            s.preemptions += 1
+            self._give_up(s, publish=publish)
+            self._name_pages(s)
+            insort(self.waiting, s, key=_order)
 
     # --- Pages ---
 
-    def _reserve(self, sequences: list[Sequence], *, reuse: bool) -> None:
-        """Pages for all tokens that the sequences may reach, or an error before any work. With
-        `reuse`, a prompt's pages that are known begin it; its last token is always computed, as
-        somebody must make its logits."""
-        cache, manager = self.cache, self.cache.manager
-        try:
-            for s in sequences:
-                if reuse:
-                    s.pages = manager.reuse(s.prompt[: -self._last])
-                    s.cached = len(s.pages) * cache.page_size
-            rooms = [self._room(s) for s in sequences]
-            pairs = list(zip(sequences, rooms, strict=True))
-            wanted = sum(manager.pages_for(room) - len(s.pages) for s, room in pairs)
-            self._make_room(wanted)
-            for s, room in pairs:
-                cache.extend(s.pages, s.cached, room)
-        except BaseException:
-            self._release(sequences)
-            raise
+    def _rows(self, s: Sequence) -> int:
+        """Rows that must be free before a sequence runs: its tokens and the next, which an answer
+        that fills the pool does not get."""
+        rows, tokens = self._runner.room(s), len(s.prompt) + len(s.generated)
+        if rows is None:
+            fills = tokens == self.cache.manager.num_pages * self.cache.manager.page_size
+            rows = tokens if fills and s.generated else tokens + 1
+        return rows
 
-    def _room(self, s: Sequence) -> int:
-        """Rows to set aside for a sequence."""
-        if self._evictor is None:
-            return s.limit
-        return max(self._evictor.room(len(s.prompt), s.limit), s.cached)
+    def _grow(self, sequences: Iterable[Sequence]) -> None:
+        """Make the pool as large as all sequences, and these, need to reach their limits."""
+        manager, found = self.cache.manager, []
+        wanted = 0
+        try:
+            for s in (*self.running, *self.waiting, *sequences):
+                pages = s.pages
+                if not pages and self.prefix_cache:
+                    pages = manager.reuse(s.tokens[: -self._runner.last])
+                    found.append(pages)
+                rows = self._runner.room(s)
+                whole = manager.pages_for(s.limit if rows is None else rows)
+                wanted += max(whole - len(pages), 0)
+            self._make_room(wanted)
+        finally:
+            for pages in found:
+                manager.free(pages)
 
     def _make_room(self, wanted: int) -> None:
         """So many free pages, or a CapacityError."""
@@ -391,71 +417,36 @@ class Scheduler:
             self.cache.grow(manager.num_pages + missing)
         manager.require(wanted)
 
-    def _warn_of_clamped(self, sequences: list[Sequence]) -> None:
-        """Say so where scales that heads or tensors share do not fit these sequences."""
-        if not self.cache.spec.has_given_scales:
+    def _refuse(self, s: Sequence) -> None:
+        """End a sequence that finds too few pages although nobody runs. Its answer so far is as
+        long as the pool allows; that others hold pages, who are no sequences, is an error."""
+        manager = self.cache.manager
+        if manager.pages_for(len(s.tokens)) > manager.num_pages:
+            s.finish_reason = "length"
             return
-        pages_for = self.cache.manager.pages_for
-        pages = {page for s in sequences for page in s.pages[: pages_for(s.held)]}
-        shares = self.cache.clamped(sorted(pages))
-        if shares.max() > CLAMPED_SHARE:
-            layer, side = np.unravel_index(shares.argmax(), shares.shape)
-            warnings.warn(
-                f"{self.cache.spec}: {shares.max():.1%} of the {('keys', 'values')[side]} of layer "
-                f"{layer} exceed the scales of the cache, and are clamped; take a kv_dtype with a "
-                "scale for each token, such as int8",
-                stacklevel=2,
-            )
-
-    def _reuse(self, s: Sequence) -> int:
-        """Take the pages of a prompt that are known by now in place of its own; returns how many
-        more tokens these hold."""
-        manager, before = self.cache.manager, s.cached
-        manager.free(s.pages)
-        s.pages = manager.reuse(s.prompt[: -self._last])
-        s.cached = len(s.pages) * self.cache.page_size
-        self.cache.extend(s.pages, s.cached, self._room(s))
-        return s.cached - before
-
-    def _release(self, sequences: list[Sequence]) -> None:
-        """Give all pages back; what was computed on them may be reused."""
-        for s in sequences:
-            if self.prefix_cache and not s.dropped:  # else slots no longer hold the tokens in order
-                tokens = s.prompt + s.generated
-                self.cache.manager.publish(s.pages, tokens[: s.cached])
-            self.cache.manager.free(s.pages)
-
-    def _page_table(self, sequences: list[Sequence]) -> Any:
-        width = max(len(s.pages) for s in sequences)
-        return self.xp.asarray(blocks.page_table([s.pages for s in sequences], width))
-
-    def _ragged_batch(self, sequences: list[Sequence], ids: list[list[int]]) -> Batch:
-        """A batch of the given tokens, which follow what each sequence has in the cache."""
-        spans = [(s.cached, s.cached + len(i)) for s, i in zip(sequences, ids, strict=True)]
-        slots = [
-            blocks.slots(s.pages, *span, self.cache.page_size)
-            for s, span in zip(sequences, spans, strict=True)
-        ]
-        starts = np.cumsum([0] + [stop - start for start, stop in spans])
-        asarray = self.xp.asarray
-        return Batch(
-            ids=asarray(np.concatenate(ids).astype(np.int32)),
-            positions=asarray(np.concatenate([np.arange(*s) for s in spans]).astype(np.int32)),
-            slots=asarray(np.concatenate(slots)),
-            q_starts=asarray(starts.astype(np.int32)),
-            page_table=self._page_table(sequences),
-            lengths=asarray(np.array([stop for _, stop in spans], np.int32)),
+        s.finish_reason, s.error = (
+            "error",
+            CapacityError(
+                f"pool exhausted: {s.wanted} pages wanted, {manager.num_free} free of "
+                f"{manager.num_pages} ({manager.page_size} tokens a page)"
+            ),
         )
 
+    def _give_up(self, s: Sequence, *, publish: bool) -> None:
+        """Give the pages of a sequence back; what was computed on them may be reused."""
+        manager = self.cache.manager
+        if publish and self.prefix_cache and not s.dropped:  # else slots hold other tokens
+            manager.publish(s.pages, s.tokens[: s.cached])
+        manager.free(s.pages)
+        s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
 
-_END = object()
+    def _name_pages(self, s: Sequence) -> None:
+        """Note the full pages that a sequence publishes before its last tokens."""
+        P = self.cache.manager.page_size
+        if self.prefix_cache:
+            s.keys = page_keys(s.tokens[: -self._runner.last], P)
+            s.prefix = len(s.keys) * P
 
 
-def _page_keys(tokens: list[int], page_size: int) -> list[int]:
-    """For each full page of tokens a number that prefixes up to its end share if they are equal,
-    and hardly any others: who finds one looks again."""
-    key, keys = 0, []
-    for stop in range(page_size, len(tokens) + 1, page_size):
-        key = hash((key, *tokens[stop - page_size : stop]))
-        keys.append(key)
-    return keys
+def _order(s: Sequence) -> int:
+    return s.order

@@ -107,7 +107,8 @@ def load(
                 put = partial(stored_pages.put, cache, stored=stored)
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
-        scheduler.adopt(ids[:kept], put)
+        with scheduler.new_pages(ids[:kept]) as pages:
+            put(pages)
     return Session(ids, messages, kept)
 
 

@@ -42,6 +42,7 @@ class Tokenizer:
         add_bos: whether `encode` puts BOS first when it is not told.
         vocab_size: number of tokens.
         control: finds control tokens in a text.
+        hidden_ids: tokens that are no part of a text: control tokens and the unknown one.
     """
 
     def __init__(self, file: ModelFile) -> None:
@@ -75,7 +76,7 @@ class Tokenizer:
         roles = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
         named = (self.eos_id, *(self._id(file, role) for role in roles))
         self.stop_ids = frozenset([*ends, *(i for i in named if i is not None)])
-        self._hidden = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
+        self.hidden_ids = {i for i, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         control = {self._tokens[i]: i for i, kind in enumerate(types) if kind == CONTROL}
         user_defined = {self._tokens[i]: i for i, kind in enumerate(types) if kind == USER_DEFINED}
         self._encoder = ENCODERS[name](file, self._tokens, types)
@@ -181,6 +182,11 @@ class Tokenizer:
         token: str = self._tokens[check_whole("Tokenizer.token", "id", i, 0, self.vocab_size - 1)]
         return token
 
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that a token stands for; those of a control token spell it. Raises as
+        `token`."""
+        return self._encoder.decode(i, self.token(i))
+
 
 class StreamDecoder:
     """Ids in, text out as soon as its characters are complete."""
@@ -195,7 +201,7 @@ class StreamDecoder:
         """Text that became certain with this id; empty inside a character of several tokens."""
         t = self._tokenizer
         token = t.token(i)
-        if i in t._hidden:
+        if i in t.hidden_ids:
             self._at_start = True
             return "" if self._skip_special else self._utf8.decode(token.encode())
         data = t._encoder.decode(i, token)

@@ -8,7 +8,7 @@ import pytest
 from pykv import eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming
-from pykv.llm import LLM, SamplingParams, evictor, scheduler
+from pykv.llm import LLM, SamplingParams, evictor, runner
 from tests.helpers import without_simt
 from tests.llm import plain_forward
 from tests.llm.test_keys import LLAMA, gemma3
@@ -144,7 +144,7 @@ def test_what_is_never_evicted_needs_no_more_pages(open_llm, rng):
 def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
     """Also where the batch has just become smaller."""
     monkeypatch.setattr(evictor, "EVERY", 8)
-    make, evict, seen = scheduler.Scheduler._queries, evictor.Evictor.evict, []
+    make, evict, seen = runner.ModelRunner._queries, evictor.Evictor.evict, []
 
     def queries(self, tokens):
         made = make(self, tokens)
@@ -156,7 +156,7 @@ def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
         seen.append(queries.copy())
         return evict(self, pages, held, queries, left)
 
-    monkeypatch.setattr(scheduler.Scheduler, "_queries", queries)
+    monkeypatch.setattr(runner.ModelRunner, "_queries", queries)
     monkeypatch.setattr(evictor.Evictor, "evict", evicted)
     llm = open_llm(eviction="tova:16")
     for count in (7, 8, 9, 10):

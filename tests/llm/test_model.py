@@ -282,8 +282,8 @@ def test_bad_requests_are_refused_before_any_work(tiny_path):
     ):
         with pytest.raises(error, match=text):
             llm.generate([prompt])
-    with pytest.raises(CapacityError, match="pool exhausted: 5 pages wanted, 4 free of 4"):
-        llm.generate([[5] * 60, [6]], SamplingParams(max_tokens=4))
+    with pytest.raises(CapacityError, match="prompt of 70 tokens needs 5 pages, expected at most"):
+        LLM(tiny_path, device="cpu", pool_tokens=64).generate([[6], [5] * 70])
     with pytest.raises(ParameterError, match="1 params, expected one for each of 2 prompts"):
         llm.generate([[5], [6]], [SamplingParams()])
     assert llm.cache.manager.num_free == 4

@@ -73,7 +73,7 @@ def open_tiny(path):
 )
 def test_prompts_are_checked_before_any_work(open_tiny, prompts, monkeypatch):
     llm = open_tiny()
-    monkeypatch.setattr(llm._scheduler, "run", None)
+    monkeypatch.setattr(llm._scheduler, "add", None)
     with pytest.raises(ParameterError, match="promp"):
         llm.generate(prompts)
 

@@ -108,8 +108,8 @@ def test_the_pool_keeps_its_size_and_evicts(open_llm, rng):
     llm.generate([second], greedy(8))
     assert llm.stats.reused_tokens == 16
     assert llm.cache.manager.num_pages == 6 and llm.cache.manager.num_free == 6
-    with pytest.raises(CapacityError, match="pool exhausted: 3 pages wanted, 2 free of 6"):
-        llm.generate([second[:33], first, first], greedy(8))
+    with pytest.raises(CapacityError, match="96 tokens needs 7 pages, expected at most the 6 of"):
+        llm.generate([first, tokens_of(rng, 96)], greedy(8))
     assert llm.cache.manager.num_free == 6
     llm.generate([second], greedy(8))
     assert llm.stats.reused_tokens == 32  # a refusal forgets nothing
@@ -136,35 +136,32 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
 def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
     """On a device, from the second step of the same rows on; the text is that of eager ones. Not
     where validation looks at all tables, nor where too much would be read again."""
-    llm = open_llm(prefix_cache=False)
-    on_host, forward, calls = llm.xp is np, model.forward, []
+    forward, calls, answers = model.forward, [], []
 
     def counted(*args, **options):
         calls.append(args)
         return forward(*args, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    prompts, answers = [tokens_of(rng, n) for n in (5, 9, 3)], []
+    prompts = [tokens_of(rng, n) for n in (5, 15, 3)]
     monkeypatch.setattr(model.linear, "rereads", lambda T: T - 1)
+    eager = [3] * 3 + [2] * 3 + [1] * 3
     for most, most_bytes, always, expected in (
-        (0, 1 << 30, False, 9),
-        (3, 1 << 30, False, 4),
-        (1, 1 << 30, False, 8),
-        (3, 0, False, 8),
-        (3, 1 << 30, True, 9),
+        (0, 1 << 30, False, eager),
+        (3, 1 << 30, False, [3, 3, 2, 2, 1, 1]),
+        (9, 1 << 30, False, [4, 4, 2, 2, 1, 1]),
+        (1, 1 << 30, False, [3] * 3 + [2] * 3 + [1, 1]),
+        (3, 0, False, [3] * 3 + [2] * 3 + [1, 1]),
+        (3, 1 << 30, True, eager),
     ):
         monkeypatch.setattr(model, "GRAPH_SEQUENCES", most)
         monkeypatch.setattr(model, "GRAPH_REREADS", most_bytes)
         monkeypatch.setattr(paged_check, "ALWAYS", always)
+        llm = open_llm(prefix_cache=False)
         calls.clear()
-        # On a device, the third one's row stays until the second is finished, too.
         answers.append(llm.generate(prompts, [greedy(10), greedy(7), greedy(4)]))
-        assert len(calls) == (9 if on_host else expected)
         rows = [len(batch.ids) for _, batch, *_ in calls]
-        if on_host:
-            assert rows == [3] * 3 + [2] * 3 + [1] * 3
-        elif expected == 9:
-            assert rows == [3] * 6 + [1] * 3
+        assert rows == (eager if llm.xp is np else expected)
         assert llm.stats.decode_tokens == 9 + 6 + 3
     assert answers[1:] == answers[:-1]
 
@@ -174,10 +171,10 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
     """A step that ends in an error may have left its entries unwritten."""
     llm = open_llm()
     prompt = tokens_of(rng, 40)
-    from pykv.llm import scheduler
+    from pykv.llm import runner, scheduler
 
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
-    forward, calls = scheduler.forward, []
+    forward, calls = runner.forward, []
 
     def failing(*args, **options):
         calls.append(args)
@@ -185,7 +182,7 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
             raise KeyboardInterrupt
         return forward(*args, **options)
 
-    monkeypatch.setattr(scheduler, "forward", failing)
+    monkeypatch.setattr(runner, "forward", failing)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt], greedy(4))
     assert llm.cache.manager.num_cached == 1
@@ -209,15 +206,15 @@ def test_logits_are_computed_for_every_token(open_llm, rng):
 
 def noted_logits(monkeypatch):
     """A list that grows by the logits of each draw."""
-    from pykv.llm import scheduler
+    from pykv.llm import runner
 
-    noted, draw = [], scheduler.sampling.draw
+    noted, draw = [], runner.Sampler.draw
 
-    def note(logits, *args):
+    def note(self, logits, *args):
         noted.append(to_numpy(logits).copy())
-        return draw(logits, *args)
+        return draw(self, logits, *args)
 
-    monkeypatch.setattr(scheduler.sampling, "draw", note)
+    monkeypatch.setattr(runner.Sampler, "draw", note)
     return noted
 
 
@@ -250,12 +247,12 @@ def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype
 
 @without_simt
 def test_prompts_of_one_call_compute_a_shared_page_once(open_llm, rng, monkeypatch):
-    from pykv.llm import scheduler
+    from pykv.llm import runner
 
     llm, plain, steps = open_llm(), open_llm(prefix_cache=False), []
-    forward = scheduler.forward
+    forward = runner.forward
     monkeypatch.setattr(
-        scheduler,
+        runner,
         "forward",
         lambda model, batch, *args, **options: (
             steps.append(len(batch.ids)) or forward(model, batch, *args, **options)

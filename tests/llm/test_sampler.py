@@ -9,7 +9,7 @@ import pytest
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.llm import SamplingParams, TokenLogprobs, sampler, sampling
 from pykv.llm.sampler import Sampler
-from pykv.llm.scheduler import Sequence
+from pykv.llm.sequence import Sequence
 from tests.helpers import to_numpy, without_simt
 
 INF = math.inf

@@ -10,7 +10,7 @@ import pytest
 from pykv import prepare, tensor_files, whole_files
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, UnsupportedError
 from pykv.kvtc import Codec, Coded, parse
-from pykv.llm import LLM, scheduler
+from pykv.llm import LLM, runner
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.kvtc.made import artefact_of
 from tests.llm import tiny
@@ -23,9 +23,9 @@ TEMPLATE += "{% if add_generation_prompt %}[assistant:{% endif %}"
 @pytest.fixture
 def computed(monkeypatch):
     """How many tokens each forward step computes; of a step that is a graph, when it is made."""
-    steps, forward = [], scheduler.forward
+    steps, forward = [], runner.forward
     monkeypatch.setattr(
-        scheduler,
+        runner,
         "forward",
         lambda model, batch, *args, **options: (
             steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
@@ -91,11 +91,11 @@ def artefact(tiny_paths):
 
 
 def noted_logits(monkeypatch):
-    noted, draw = [], scheduler.sampling.draw
+    noted, draw = [], runner.Sampler.draw
     monkeypatch.setattr(
-        scheduler.sampling,
+        runner.Sampler,
         "draw",
-        lambda logits, *args: noted.append(to_numpy(logits)[0]) or draw(logits, *args),
+        lambda self, logits, *args: noted.append(to_numpy(logits)[0]) or draw(self, logits, *args),
     )
     return noted
 

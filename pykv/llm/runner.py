@@ -1,0 +1,230 @@
+"""The steps that a scheduler plans: tokens packed into batches, run through the model, and drawn.
+
+Answers are decoded by a step of their own, one row each, which on a GPU is a CUDA graph; pieces of
+prompts are one ragged batch. So a row of an answer is computed alike, whatever prompts come beside
+it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pykv import blocks
+from pykv.eviction import Policy
+from pykv.llm import scheduler
+from pykv.llm.evictor import Evictor
+from pykv.llm.model import Batch, decode_rows, decode_step, forward
+from pykv.llm.sampler import Sampler
+from pykv.llm.sampling import SamplingParams
+from pykv.llm.scheduler import Piece
+from pykv.llm.sequence import Sequence
+from pykv.llm.weights import Model
+from pykv.pool import PagedKVCache
+
+CLAMPED_SHARE = 1e-3  # of the elements of a layer's keys or values that shared scales clamp
+LOGIT_BYTES = 1 << 27  # logits of one step at most, where all positions are asked for
+DECODERS = 8  # are kept, of other numbers of rows and pages: each may be a graph with its memory
+TABLE_PAGES = 16  # of a decoder at least; 256 keys of usual pages are read without splits
+
+
+class ModelRunner:
+    """Runs the steps of a Scheduler; see scheduler.Runner for its methods.
+
+    Args:
+        model: the weights.
+        cache: the pages, on the model's device.
+        xp: the array module of both.
+        eviction: which rows sequences keep behind their prompts; None: all. Where rows are evicted,
+            sequences take all the pages that they may need at once: computed again, they would keep
+            others.
+    """
+
+    def __init__(
+        self, model: Model, cache: PagedKVCache, xp: Any, eviction: Policy | None = None
+    ) -> None:
+        self.model, self.cache, self.xp = model, cache, xp
+        self._evictor = None if eviction is None else Evictor(eviction, model, cache)
+        # The last tokens of a prompt are a step of their own: somebody must make their logits, and
+        # the queries that eviction asks for.
+        self.last = max(1, self._evictor.asked if self._evictor else 0)
+        self._decoders: OrderedDict[tuple[int, int], _Decoder] = OrderedDict()
+        self._pool: Any = None  # of the decoders
+        self._sampler = Sampler(xp)
+
+    def room(self, sequence: Sequence) -> int | None:
+        """Rows to set aside for all that a sequence may hold, where rows are evicted."""
+        if self._evictor is None:
+            return None
+        return self._evictor.room(len(sequence.tokens), sequence.limit)
+
+    def prompts(self, pieces: list[Piece]) -> list[int]:
+        """Compute the next tokens of prompts as one ragged batch."""
+        sequences = [s for s, _ in pieces]
+        ids = [s.tokens[s.cached : s.cached + n] for s, n in pieces]
+        done = [i for i, (s, n) in enumerate(pieces) if s.due == n]
+        batch = self._ragged_batch(sequences, ids)
+        last = np.cumsum([n for _, n in pieces]) - 1
+        rows = self.xp.asarray(last[done].astype(np.int32))
+        queries = self._queries(int(last[-1]) + 1) if done else None
+        logits = forward(self.model, batch, self.cache, rows, queries=queries)
+        for s, n in pieces:
+            s.cached += n
+        for i in done:
+            s, n = pieces[i]
+            self._evict(s, queries, int(last[i]) + 1 - n, n)
+        return self._draw([sequences[i] for i in done], logits)
+
+    def decode(self, sequences: list[Sequence]) -> list[int]:
+        """Put the last token of every answer into the cache, and draw the next."""
+        if self._pool is not self.cache.k:  # the cache has grown, or another took its place
+            self._decoders.clear()
+            self._pool = self.cache.k
+        most = max(len(s.pages) for s in sequences)
+        rows = decode_rows(self.model, len(sequences), self.xp)
+        size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
+        decoder = self._decoders.pop(size, None) or self._decoder(*size)
+        self._decoders[size] = decoder  # the last is the one used last
+        if len(self._decoders) > DECODERS:
+            self._decoders.popitem(last=False)
+        logits = decoder.run(sequences)
+        for i, s in enumerate(sequences):
+            s.cached += 1
+            if self._evictor and self._evictor.is_due(s.held):
+                self._evict(s, decoder.queries, i, 1)
+        return self._draw(sequences, logits)
+
+    def end(self, sequence: Sequence) -> None:
+        """Say so where scales that heads or tensors share do not fit a sequence."""
+        if not self.cache.spec.has_given_scales:
+            return
+        pages = sequence.pages[: self.cache.manager.pages_for(sequence.held)]
+        shares = self.cache.clamped(pages)
+        if shares.max() > CLAMPED_SHARE:
+            layer, side = np.unravel_index(shares.argmax(), shares.shape)
+            warnings.warn(
+                f"{self.cache.spec}: {shares.max():.1%} of the {('keys', 'values')[side]} of layer "
+                f"{layer} exceed the scales of the cache, and are clamped; take a kv_dtype with a "
+                "scale for each token, such as int8",
+                stacklevel=2,
+            )
+
+    def logits(self, ids: list[int], pages: list[int]) -> Iterator[tuple[np.ndarray, int]]:
+        """Logits of consecutive positions, [n, V] on the host, and the first position of each; on
+        pages that nobody else holds."""
+        most = scheduler.PREFILL_TOKENS
+        step = max(1, min(most, LOGIT_BYTES // (4 * self.model.config.vocab)))
+        sequence = Sequence(ids, SamplingParams(), len(ids), pages=pages)
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            batch = self._ragged_batch([sequence], [part])
+            logits = forward(self.model, batch, self.cache)
+            sequence.cached += len(part)
+            yield (logits if self.xp is np else logits.get()), start
+
+    def _draw(self, sequences: list[Sequence], logits: Any) -> list[int]:
+        """The next token of each sequence, from its row. What it draws goes by the tokens of its
+        answer, however often these were computed."""
+        if not sequences:
+            return []
+        masks = [s.mask() if s.mask else None for s in sequences]
+        given = None if all(mask is None for mask in masks) else masks
+        tokens, found = self._sampler.draw(logits, sequences, given)
+        for s, logprobs in zip(sequences, found, strict=True):
+            if logprobs is not None:
+                s.logprobs.append(logprobs)
+        return tokens
+
+    def _queries(self, tokens: int) -> Any:
+        """Where a step puts the queries of its tokens, if eviction asks for some."""
+        if self._evictor is None or not self._evictor.asked:
+            return None
+        config = self.model.config
+        shape = config.num_layers, tokens, config.heads, config.head_dim
+        return self.xp.empty(shape, np.float32)
+
+    def _evict(self, s: Sequence, queries: Any, first: int, count: int) -> None:
+        """Shrink a sequence, whose last tokens are `count` of `queries`."""
+        if self._evictor is not None:
+            asked = None if queries is None else queries[:, first : first + count]
+            left = s.limit - s.cached
+            s.dropped = s.cached - self._evictor.evict(s.pages, s.held, asked, left)
+
+    def _ragged_batch(self, sequences: list[Sequence], ids: list[list[int]]) -> Batch:
+        """A batch of the given tokens, which follow what each sequence has in the cache."""
+        spans = [(s.cached, s.cached + len(i)) for s, i in zip(sequences, ids, strict=True)]
+        slots = [
+            blocks.slots(s.pages, *span, self.cache.page_size)
+            for s, span in zip(sequences, spans, strict=True)
+        ]
+        starts = np.cumsum([0] + [stop - start for start, stop in spans])
+        width = max(len(s.pages) for s in sequences)
+        asarray = self.xp.asarray
+        return Batch(
+            ids=asarray(np.concatenate(ids).astype(np.int32)),
+            positions=asarray(np.concatenate([np.arange(*s) for s in spans]).astype(np.int32)),
+            slots=asarray(np.concatenate(slots)),
+            q_starts=asarray(starts.astype(np.int32)),
+            page_table=asarray(blocks.page_table([s.pages for s in sequences], width)),
+            lengths=asarray(np.array([stop for _, stop in spans], np.int32)),
+        )
+
+    def _decoder(self, rows: int, width: int) -> _Decoder:
+        return _Decoder(self.model, self.cache, self.xp, (rows, width), self._queries(rows))
+
+
+class _Decoder:
+    """Decodes up to `rows` sequences of up to `width` pages by one step, a CUDA graph where that
+    pays: rows that nobody has are not written, and see no keys."""
+
+    def __init__(
+        self, model: Model, cache: PagedKVCache, xp: Any, size: tuple[int, int], queries: Any
+    ) -> None:
+        rows, _ = size
+        self.queries = queries
+        self._page_size, self._on_host = cache.page_size, xp is np
+        self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
+        self._table = xp.full(size, -1, np.int32)
+        self._packed = np.empty((4, rows), np.int32)
+        self._pages = np.full(size, -1, np.int32)  # what the table shall hold
+        # Of each row: the list of its pages, how many of them are in the table, rows evicted.
+        self._shown: list[tuple[list[int] | None, int, int]] = [(None, 0, 0)] * rows
+        ids, positions, slots, lengths = self._inputs
+        batch = Batch(ids, positions, slots, None, self._table, lengths)
+        self._step = decode_step(model, batch, cache, queries)
+
+    def run(self, sequences: list[Sequence]) -> Any:
+        """Logits after the last token of each sequence, [n, V]."""
+        P, packed = self._page_size, self._packed
+        packed[:] = [[0], [0], [-1], [0]]
+        for i, s in enumerate(sequences):
+            slot = s.pages[s.held // P] * P + s.held % P
+            packed[:, i] = s.generated[-1], s.cached, slot, s.held + 1
+        self._fill(self._inputs, packed)
+        if self._show(sequences):
+            self._fill(self._table, self._pages)
+        return self._step()[: len(sequences)]
+
+    def _show(self, sequences: list[Sequence]) -> bool:
+        """Note the pages that have come; whether there are any."""
+        is_new = False
+        for i, s in enumerate(sequences):
+            pages, count, dropped = self._shown[i]
+            if pages is not s.pages or count > len(s.pages) or dropped != s.dropped:
+                count = 0
+                self._pages[i] = -1
+            if count < len(s.pages):
+                self._pages[i, count : len(s.pages)] = s.pages[count:]
+                self._shown[i] = s.pages, len(s.pages), s.dropped
+                is_new = True
+        return is_new
+
+    def _fill(self, array: Any, values: np.ndarray) -> None:
+        if self._on_host:
+            array[...] = values
+        else:
+            array.set(values)

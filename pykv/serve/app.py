@@ -1,0 +1,317 @@
+"""The endpoints, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from importlib import resources
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from pykv.llm.generate import LLM
+from pykv.serve import front, metrics, replies
+from pykv.serve.engine import Engine, Steps, Work, make_work
+from pykv.serve.fields import ApiError, parse
+from pykv.serve.metrics import Metrics
+from pykv.serve.protocol import Asked, Protocol
+from pykv.serve.replies import Reply
+
+BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
+BODY_SECONDS = 30.0  # for a body to arrive
+SEND_SECONDS = 60.0  # for a client to take what was sent
+_PAGE = {"/": ("index.html", "text/html"), "/chat.js": ("chat.js", "text/javascript")}
+_PAGE |= {"/style.css": ("style.css", "text/css")}
+_CSP = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+_CSP += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+class Server(NamedTuple):
+    """What the endpoints share."""
+
+    llm: LLM
+    engine: Engine
+    protocol: Protocol
+    created: int
+
+    @property
+    def model(self) -> str:
+        """The name that answers carry."""
+        return self.protocol.names[0]
+
+
+def make_server(llm: LLM, scheduler: Steps, names: list[str], *, limit: int) -> Server:
+    """What answers, not started yet.
+
+    Args:
+        llm: the model.
+        scheduler: that runs its sequences.
+        names: of the model, in requests; answers carry the first.
+        limit: sequences that may run and wait.
+    """
+    engine = Engine(scheduler, llm.turn, Metrics(), limit=limit)
+    return Server(llm, engine, Protocol(llm, names), int(time.time()))
+
+
+def create_app(server: Server, *, api_key: str | None = None, loopback: bool = True) -> front.App:
+    """The application.
+
+    Args:
+        server: what answers.
+        api_key: that requests must carry, if any.
+        loopback: other machines cannot connect, so that names of theirs are refused.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: Router) -> AsyncIterator[None]:
+        server.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(server.engine.stop)
+
+    posts = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": completions,
+        "/generate": generate,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+    }
+    gets: dict[str, Callable[..., Any]] = {
+        "/health": health,
+        "/metrics": read_metrics,
+        "/v1/models": models,
+        "/v1/models/{name:path}": model,
+    }
+    routes = [Route(path, partial(call, server), methods=["POST"]) for path, call in posts.items()]
+    routes += [Route(path, partial(call, server), methods=["GET"]) for path, call in gets.items()]
+    routes += [Route(path, partial(page, *file), methods=["GET"]) for path, file in _PAGE.items()]
+    router = Router(routes, lifespan=lifespan, redirect_slashes=False)
+    return front.App(router, server.engine.metrics, api_key=api_key, loopback=loopback)
+
+
+# --- Answers ---
+
+
+async def chat(server: Server, request: Request) -> Response:
+    return await _complete(server, request, server.protocol.chat, chat=True)
+
+
+async def completions(server: Server, request: Request) -> Response:
+    return await _complete(server, request, server.protocol.completions, chat=False)
+
+
+async def _complete(
+    server: Server, request: Request, read: Callable[[dict[str, Any]], Asked], *, chat: bool
+) -> Response:
+    asked, work = await _begin(server, request, read)
+    reply = Reply(asked, work, server.model, server.llm.tokenizer, chat=chat)
+    if not asked.stream:
+        return await _whole(server, request, work, reply.body())
+
+    async def events() -> AsyncIterator[bytes]:
+        async for chunk in reply.chunks():
+            yield replies.event(chunk)
+        yield replies.DONE
+
+    def failed(error: ApiError) -> bytes:
+        return replies.event(error.body()) + replies.DONE
+
+    return Stream(server, work, events(), failed, "text/event-stream")
+
+
+async def generate(server: Server, request: Request) -> Response:
+    """m40-llm's endpoint: the text so far in each line, and what is new of it."""
+    asked, work = await _begin(server, request, server.protocol.generate)
+
+    async def lines() -> AsyncIterator[dict[str, Any]]:
+        output = ""
+        async for _, delta in work.deltas():
+            output += delta.text
+            done = bool(delta.finish_reason)
+            yield {"output": output, "delta": delta.text, "done": done}
+
+    async def whole() -> dict[str, Any]:
+        return {"output": [line async for line in lines()][-1]["output"]}
+
+    if not asked.stream:
+        return await _whole(server, request, work, whole())
+
+    async def encoded() -> AsyncIterator[bytes]:
+        async for line in lines():
+            yield json.dumps(line).encode() + b"\n"
+
+    def failed(error: ApiError) -> bytes:
+        return json.dumps({"error": str(error)}).encode() + b"\n"
+
+    return Stream(server, work, encoded(), failed, "application/jsonl")
+
+
+async def _begin(
+    server: Server, request: Request, read: Callable[[dict[str, Any]], Asked]
+) -> tuple[Asked, Work]:
+    """Read a body and let the engine begin; what takes the processor runs beside the loop."""
+    data = await _body(request)
+    asked = await asyncio.to_thread(lambda: read(parse(data)))
+    work = make_work(asked.answers, asked.constraints)
+    request.scope["pykv.work"] = work
+    server.engine.submit(work)
+    return asked, work
+
+
+async def _whole(
+    server: Server, request: Request, work: Work, body: Coroutine[Any, Any, dict[str, Any]]
+) -> Response:
+    try:
+        return JSONResponse(await _unless_gone(request.receive, body))
+    finally:
+        server.engine.abort(work)
+
+
+class Stream(Response):
+    """A body that is sent as it comes, until its client goes away."""
+
+    def __init__(
+        self,
+        server: Server,
+        work: Work,
+        parts: AsyncIterator[bytes],
+        failed: Callable[[ApiError], bytes],
+        media_type: str,
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=media_type)
+        del self.headers["content-length"]
+        self._engine, self._work, self._parts, self._failed = server.engine, work, parts, failed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+
+        async def send_part(data: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        async def send_all() -> None:
+            await send(start)
+            try:
+                async for part in self._parts:
+                    await send_part(part)
+            except ApiError as error:
+                await send_part(self._failed(error))
+            await send_part(b"", False)
+
+        try:
+            await _unless_gone(receive, send_all())
+        finally:
+            self._engine.abort(self._work)
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` returns.
+
+    Raises:
+        ClientGone: the client went away before.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise front.ClientGone
+    except TimeoutError:
+        raise front.ClientGone from None
+    finally:
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, if it is small enough and arrives in time."""
+    too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > BODY_BYTES:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                data += part
+                if len(data) > BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body took more than {BODY_SECONDS:g} s") from None
+    return bytes(data)
+
+
+# --- Facts ---
+
+
+async def tokenize(server: Server, request: Request) -> Response:
+    data = await _body(request)
+    ids = await asyncio.to_thread(lambda: server.protocol.tokenize(parse(data)))
+    facts = {"tokens": ids, "count": len(ids), "max_model_len": server.llm.context}
+    return JSONResponse(facts)
+
+
+async def detokenize(server: Server, request: Request) -> Response:
+    data = await _body(request)
+    text = await asyncio.to_thread(lambda: server.protocol.detokenize(parse(data)))
+    return JSONResponse({"prompt": text})
+
+
+async def health(server: Server, _: Request) -> Response:
+    if not server.engine.is_alive:
+        raise ApiError(503, "the engine has stopped", code="stopping")
+    return JSONResponse({"status": "ok"})
+
+
+async def read_metrics(server: Server, _: Request) -> Response:
+    manager = server.llm.cache.manager
+    text = server.engine.metrics.text(
+        server.model,
+        pages=manager.num_pages,
+        held=manager.num_pages - manager.num_free,
+        **server.engine.load(),
+    )
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def models(server: Server, _: Request) -> Response:
+    data = [_model(server, name) for name in server.protocol.names]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def model(server: Server, request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in server.protocol.names:
+        names = " or ".join(server.protocol.names)
+        message = f"model is {name!r:.80}, expected {names}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return JSONResponse(_model(server, name))
+
+
+def _model(server: Server, name: str) -> dict[str, Any]:
+    facts = {"id": name, "object": "model", "created": server.created, "owned_by": "pykv"}
+    return facts | {"max_model_len": server.llm.context}
+
+
+async def page(file: str, media_type: str, _: Request) -> Response:
+    """A file of the page to chat with."""
+    data = resources.files("pykv.serve").joinpath("page", file).read_bytes()
+    headers = {"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    return Response(data, media_type=media_type, headers=headers)

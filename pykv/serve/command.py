@@ -1,0 +1,183 @@
+"""`pykv serve`: options, the model, and the HTTP server until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from pykv import install
+from pykv.errors import CapacityError, ParameterError
+from pykv.options import check_whole
+
+STOP_SECONDS = 30  # that running answers have to end after SIGTERM
+QUEUE = 8  # sequences that may wait, for each slot
+GPU_SLOTS, HOST_SLOTS = 64, 16
+SLOT_TOKENS = 2048  # of the pool for each slot, if there is memory for so many
+SHARE = 0.5  # of the free memory that the pool takes at most, unless one context needs more
+
+
+def add_serve(serve: argparse.ArgumentParser) -> None:
+    """The options of `pykv serve`, beside those of a model's place and cache."""
+    serve.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (%(default)s)")
+    serve.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="that requests must carry; PYKV_API_KEY keeps it off the command line",
+    )
+    serve.add_argument(
+        "--slots",
+        type=int,
+        help=f"sequences decoded together at most ({GPU_SLOTS}, or {HOST_SLOTS} on a CPU)",
+    )
+    serve.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="that requests call the model by, instead of its own; several are one model",
+    )
+    serve.add_argument(
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="info is a line for each request, never its text (%(default)s)",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    install.require("serve", "starlette", "uvicorn", "llguidance")
+    key = args.api_key or os.environ.get("PYKV_API_KEY") or None
+    slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
+    loopback = _is_loopback(args.host)
+    if key is None and not loopback:
+        raise ParameterError(
+            f"serve: --host is {args.host}, which others can reach, expected an --api-key as well"
+        )
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    with _listen(args.host, args.port) as listening:  # a port in use is noticed before the model
+        server, facts = open_server(args, slots)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        ready = f"pykv: {server.model} answers at {url} ({facts})"
+        if not loopback:
+            ready += "\npykv: without TLS others on the way can read it: put a proxy before it"
+        run(server, listening, ready, api_key=key, loopback=loopback)
+
+
+def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
+    """The model that options name, ready to answer, and what to say of it."""
+    import numpy as np
+
+    from pykv.llm import LLM
+    from pykv.llm.scheduler import Scheduler
+    from pykv.serve.app import make_server
+
+    llm = LLM(
+        args.model,
+        device=args.device,
+        kv_dtype=args.kv_dtype,
+        weights=args.weights,
+        context=args.ctx,
+        eviction=args.evict,
+        progress=sys.stderr.isatty(),
+    )
+    slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
+    _grow(llm, slots)
+    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=slots)
+    names = args.served_model_name or [Path(args.model).name.removesuffix(".gguf")]
+    pool = llm.cache.manager.num_pages * llm.cache.page_size
+    facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"
+    return make_server(llm, scheduler, names, limit=slots * (1 + QUEUE)), facts
+
+
+def _grow(llm: Any, slots: int) -> None:
+    """Give the cache the pages of a server, which do not become more.
+
+    Raises:
+        CapacityError: there is no room for one context.
+    """
+    from pykv.llm import memory
+
+    cache = llm.cache
+    with llm.turn():
+        free = memory.free(llm.xp)
+    tokens = slots * min(llm.context, SLOT_TOKENS)
+    if free is not None:
+        tokens = min(tokens, int(SHARE * free) // cache.bytes_per_token)
+    tokens = max(tokens, llm.context)
+    if free is not None and tokens * cache.bytes_per_token > free:
+        raise CapacityError(
+            f"serve: a context of {tokens:,} tokens takes {tokens * cache.bytes_per_token:,} bytes "
+            f"of cache, expected at most the {free:,} that are free: see --context and --kv-dtype"
+        )
+    with llm.turn():
+        cache.grow(-(-tokens // cache.page_size))
+
+
+def run(
+    server: Any, listening: socket.socket, ready: str, *, api_key: str | None, loopback: bool
+) -> None:
+    """Answer requests at a socket until SIGTERM or SIGINT; running answers end first.
+
+    Args:
+        server: a pykv.serve.app.Server.
+        listening: the socket.
+        ready: printed on stderr once requests are answered.
+        api_key, loopback: see create_app.
+    """
+    import uvicorn
+
+    from pykv.serve.app import create_app
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(ready, file=sys.stderr, flush=True)
+
+    # uvicorn raises the signal again once it has stopped: this is how it should end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    app = create_app(server, api_key=api_key, loopback=loopback)
+    Announced(http_config(app)).run(sockets=[listening])
+
+
+def http_config(app: Any) -> Any:
+    """How uvicorn runs an application: its limits and timeouts."""
+    import uvicorn
+
+    from pykv.serve.front import HEADER_BYTES
+
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    from pykv.serve.front import LOOPBACK
+
+    return host in LOOPBACK
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    check_whole("serve", "--port", port, 0, 65535)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)

@@ -1,0 +1,325 @@
+"""One thread that owns an LLM: requests come from any thread, tokens leave to an event loop.
+
+The thread alone calls the scheduler. It turns tokens into text, as stop strings end sequences, and
+puts what is new into a queue of each sequence; the event loop is woken once a step and takes from
+these queues when it can. A client that is behind therefore holds nobody up: what waits for it
+becomes one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from pykv.errors import CapacityError, PykvError
+from pykv.llm.answer import Answer
+from pykv.llm.sequence import Sequence
+from pykv.serve.constraints import Constraint
+from pykv.serve.fields import ApiError
+from pykv.serve.metrics import Metrics
+
+log = logging.getLogger("pykv.serve")
+
+
+class Steps(Protocol):
+    """What the engine asks of a scheduler, see pykv.llm.scheduler.Scheduler."""
+
+    waiting: list[Sequence]
+    stats: Any
+
+    def add(self, *sequences: Sequence) -> None: ...
+    def abort(self, sequence: Sequence) -> None: ...
+    def step(self) -> list[Sequence]: ...
+
+
+class Delta(NamedTuple):
+    """What is new of a sequence.
+
+    Attributes:
+        text: that no stop string can take back any more.
+        tokens: ids; their text may come later.
+        logprobs: of these tokens, where they were asked for.
+        finish_reason: "stop", "length" or "error"; empty while it goes on.
+        error: why, where the reason is "error".
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[Any]
+    finish_reason: str
+    error: Exception | None = None
+
+
+class Job:
+    """One sequence of a request.
+
+    Args:
+        answer: its text.
+        constraint: which tokens it may take, see pykv.serve.constraints.
+    """
+
+    def __init__(self, answer: Answer, constraint: Constraint | None = None) -> None:
+        self.answer, self.constraint = answer, constraint
+        self.sequence = answer.sequence
+        self._num_read = 0
+        self._ready: deque[Delta] = deque()
+        self._submitted = self._last = time.perf_counter()
+
+    def read(self, metrics: Metrics) -> None:
+        """Put what is new into the queue; of the engine's thread."""
+        s, now = self.sequence, time.perf_counter()
+        self.answer.read()
+        tokens = s.generated[self._num_read :]
+        if tokens and not self._num_read:
+            metrics.time_to_first_token.observe(now - self._submitted)
+        elif tokens:
+            metrics.inter_token_latency.observe(now - self._last, len(tokens))
+        if tokens and self.constraint is not None:
+            self.constraint.push(tokens, self.answer.completion().text)
+        logprobs = s.logprobs[self._num_read : len(s.generated)]
+        self._num_read, self._last = len(s.generated), now
+        metrics.generation_tokens += len(tokens)
+        piece = self.answer.piece()
+        self._ready.append(Delta(piece, tokens, logprobs, s.finish_reason, s.error))
+
+    def fail(self, error: Exception) -> None:
+        """End it by an error; of the engine's thread."""
+        self.sequence.finish_reason = "error"
+        self._ready.append(Delta("", [], [], "error", error))
+
+    def take(self) -> Delta | None:
+        """All that is new as one, or None; of the event loop."""
+        parts = []
+        while self._ready:  # the engine's thread may append meanwhile
+            parts.append(self._ready.popleft())
+        if not parts:
+            return None
+        return Delta(
+            "".join(part.text for part in parts),
+            [token for part in parts for token in part.tokens],
+            [entry for part in parts for entry in part.logprobs],
+            parts[-1].finish_reason,
+            parts[-1].error,
+        )
+
+
+class Work:
+    """The sequences of one request, on the event loop that asked for them."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self.changed = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """What comes, with the number of its sequence, until all have ended.
+
+        Raises:
+            ApiError: a sequence failed.
+        """
+        running = len(self.jobs)
+        while running:
+            await self.changed.wait()
+            self.changed.clear()
+            for index, job in enumerate(self.jobs):
+                if (delta := job.take()) is None:
+                    continue
+                if delta.error is not None:
+                    raise as_api_error(delta.error)
+                running -= bool(delta.finish_reason)
+                yield index, delta
+
+
+def make_work(answers: list[Answer], constraints: list[Constraint | None]) -> Work:
+    """A request of these sequences, on the running event loop."""
+    return Work([Job(*pair) for pair in zip(answers, constraints, strict=True)])
+
+
+class Engine:
+    """Runs the requests of many clients through a scheduler.
+
+    Args:
+        scheduler: which no one else calls.
+        turn: a context in which it may step, as LLM.turn.
+        metrics: counts what happens.
+        limit: sequences that may run and wait; more are refused.
+    """
+
+    def __init__(
+        self, scheduler: Steps, turn: Callable[[], Any], metrics: Metrics, *, limit: int
+    ) -> None:
+        self.scheduler, self.metrics, self.limit = scheduler, metrics, limit
+        self._turn = turn
+        self._lock = threading.Condition()
+        self._inbox: list[tuple[Work, bool]] = []  # a request, and whether it begins or is aborted
+        self._stopping = False
+        self._jobs: dict[Job, Work] = {}  # that run; of the thread
+        self._changed: list[Job] = []  # jobs that were read since the readers were woken
+        self._num_open = 0  # sequences that were taken and have not ended; under the lock
+        self._thread = threading.Thread(target=self._run, name="pykv-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests get answers."""
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, work: Work) -> None:
+        """Take a request, or refuse it at once. Does not wait.
+
+        Raises:
+            ApiError: 503, there are too many, or the server stops.
+        """
+        with self._lock:
+            if self._stopping or not self._thread.is_alive():
+                raise ApiError(503, "the server is stopping", code="stopping")
+            if self._num_open + len(work.jobs) > self.limit:
+                raise ApiError(
+                    503,
+                    f"{self._num_open} sequences run or wait, expected at most {self.limit} with "
+                    "those of this request: try again later",
+                    code="overloaded",
+                    headers={"Retry-After": "1"},
+                )
+            self._num_open += len(work.jobs)
+            self._inbox.append((work, True))
+            self._lock.notify()
+
+    def abort(self, work: Work) -> None:
+        """End what is left of a request, as nobody waits for it. Does not wait."""
+        with self._lock:
+            self._inbox.append((work, False))
+            self._lock.notify()
+
+    def load(self) -> dict[str, int]:
+        """Sequences that run and wait, and how often one gave way to others."""
+        with self._lock:
+            total = self._num_open
+        waiting = min(total, len(self.scheduler.waiting))
+        preemptions = self.scheduler.stats.preemptions
+        return {"running": total - waiting, "waiting": waiting, "preemptions": preemptions}
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End all sequences and the thread; waits so long for the step that is being computed."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # --- Of the thread ---
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._inbox or self._stopping or self._jobs):
+                    self._lock.wait()
+                inbox, self._inbox = self._inbox, []
+                if self._stopping:
+                    break
+            for work, begins in inbox:
+                (self._begin if begins else self._abort)(work)
+            if self._jobs:
+                self._step()
+        for work, begins in inbox:
+            if begins:
+                self._jobs |= dict.fromkeys(work.jobs, work)
+        self._fail_all(ApiError(503, "the server is stopping", code="stopping"))
+
+    def _begin(self, work: Work) -> None:
+        for job in work.jobs:
+            job.sequence.read = partial(self._read, job)
+            job.sequence.mask = job.constraint.mask if job.constraint else None
+            self._jobs[job] = work
+            self.metrics.prompt_tokens += len(job.sequence.prompt)
+        try:
+            with self._turn():
+                self.scheduler.add(*(job.sequence for job in work.jobs))
+        except Exception as error:
+            self._fail(work.jobs, error)
+
+    def _abort(self, work: Work) -> None:
+        for job in work.jobs:
+            if job in self._jobs:
+                with self._turn():
+                    self.scheduler.abort(job.sequence)
+                self._end(job)
+
+    def _step(self) -> None:
+        try:
+            with self._turn():
+                self.scheduler.step()
+        except Exception as error:  # the sequences of the step would be computed again, and fail
+            log.error("a step failed: %s: %s", type(error).__name__, error)
+            self._fail_all(error)
+        changed, self._changed = self._changed, []
+        works = {self._jobs[job] for job in changed if job in self._jobs}
+        for job in changed:
+            if job.sequence.finish_reason:
+                self._end(job)
+        _wake(works)  # last, so that who reads an answer finds it counted
+
+    def _read(self, job: Job) -> None:
+        """Called by the scheduler when a sequence has got a token or ended."""
+        if job in self._jobs:
+            job.read(self.metrics)
+            self._changed.append(job)
+
+    def _fail_all(self, error: Exception) -> None:
+        self._fail(list(self._jobs), error)
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """End sequences by an error."""
+        works = {self._jobs[job] for job in jobs}
+        for job in jobs:
+            job.fail(error)
+            self._end(job)
+            with self._turn(), suppress(Exception):  # one error is told, the first
+                self.scheduler.abort(job.sequence)
+        _wake(works)
+
+    def _end(self, job: Job) -> None:
+        """Forget a sequence that has ended."""
+        if self._jobs.pop(job, None):
+            s = job.sequence
+            self.metrics.count_finished(s.finish_reason, len(s.prompt), s.reused)
+            with self._lock:
+                self._num_open -= 1
+
+
+def _wake(works: Iterable[Work]) -> None:
+    """Let the readers of requests look at their queues: one call for each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Work]] = {}
+    for work in works:
+        by_loop.setdefault(work.loop, []).append(work)
+    for loop, those in by_loop.items():
+
+        def wake(those: list[Work] = those) -> None:
+            for work in those:
+                work.changed.set()
+
+        try:
+            loop.call_soon_threadsafe(wake)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            pass
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """An exception of the engine as clients see it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, CapacityError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, PykvError):
+        return ApiError(500, str(error), code=type(error).__name__)
+    return ApiError(500, f"a fault inside the server: {type(error).__name__}", code="internal")

@@ -1,0 +1,123 @@
+"""What every request passes: who may ask, errors as JSON, a line in the log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pykv.serve.fields import ApiError
+from pykv.serve.metrics import Metrics
+
+log = logging.getLogger("pykv.serve")
+
+_OPEN = ("/", "/chat.js", "/style.css", "/health")  # without a key
+HEADER_BYTES = 32 << 10
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class App:
+    """An application behind these checks.
+
+    Args:
+        app: answers what passes.
+        metrics: counts answers.
+        api_key: that requests must carry, if any.
+        loopback: the server listens on this machine alone.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, *, api_key: str | None, loopback: bool
+    ) -> None:
+        self._app, self._metrics = app, metrics
+        self._key, self._loopback = api_key, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self  # so that the router raises what it refuses
+        began, status = time.perf_counter(), 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                await self._app(scope, receive, noted)
+            except ClientGone:
+                status = 499  # as nginx calls it
+            except HTTPException as error:  # no such path, or method
+                message = f"{scope['method']} {scope['path']!r:.200}: {error.detail}"
+                headers = dict(error.headers or {})
+                refused = ApiError(error.status_code, message, headers=headers)
+                await self._refuse(refused, scope, receive, noted)
+            except ApiError as error:
+                await self._refuse(error, scope, receive, noted)
+            except Exception as error:
+                log.exception("a fault at %s", scope["path"])
+                if status:
+                    raise  # in the middle of an answer: the connection is closed
+                fault = ApiError(500, f"a fault inside the server: {type(error).__name__}")
+                await self._refuse(fault, scope, receive, noted)
+        finally:
+            self._metrics.responses[status] += 1
+            self._log(scope, status, time.perf_counter() - began)
+
+    def _check(self, scope: Scope) -> None:
+        """Refuse what may not be asked.
+
+        A page of another site can let its reader's browser ask a server on the same machine: such
+        requests carry an Origin, or, after DNS rebinding, another Host.
+        """
+        size = len(scope["raw_path"]) + sum(len(k) + len(v) for k, v in scope["headers"])
+        if size > HEADER_BYTES:
+            raise ApiError(431, f"path and headers take {size} bytes, expected {HEADER_BYTES}")
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise ApiError(403, f"origin is {origin!r:.80}, expected this server's own pages")
+        if self._key is None:
+            if self._loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:
+                raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
+        elif scope["path"] not in _OPEN:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                advice = {"WWW-Authenticate": "Bearer"}
+                message = "the API key is missing or wrong, expected Authorization: Bearer KEY"
+                raise ApiError(401, message, code="invalid_api_key", headers=advice)
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        # m40-llm's endpoint has the message alone.
+        plain = scope["path"] == "/generate"
+        body: dict[str, Any] = {"error": str(error)} if plain else error.body()
+        if error.status in (408, 413):  # what is left of the body is not read
+            error.headers["Connection"] = "close"
+        await JSONResponse(body, error.status, error.headers)(scope, receive, send)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        """One line, without any text of the request."""
+        client = (scope.get("client") or ["-"])[0]
+        facts = f"{client} {scope['method']} {scope['path']!r:.100} {status} {seconds:.3f} s"
+        if (work := scope.get("pykv.work")) is not None:
+            prompt = sum(len(job.sequence.prompt) for job in work.jobs)
+            answers = sum(len(job.sequence.generated) for job in work.jobs)
+            facts += f" {prompt}+{answers} tokens"
+            self._metrics.e2e_request_latency.observe(seconds)
+        log.info("%s", facts)

@@ -1,0 +1,136 @@
+"""Many clients that ask a server at once, and how long they wait; by the standard library alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+TOKENS = range(32, 250)  # that prompts are made of: bytes, or the like, in every vocabulary
+SECONDS = 600.0  # that one request may take
+
+
+@dataclass
+class Load:
+    """What clients saw.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        first: of each request that was answered, seconds to its first piece.
+        between: seconds between pieces of an answer.
+        prompt_tokens, answer_tokens, cached_tokens: as the server counts them.
+        failures: of the others, why.
+    """
+
+    seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    cached_tokens: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """The same as numbers of a record; times in milliseconds."""
+        facts: dict[str, Any] = {
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.answer_tokens / self.seconds, 2),
+            "prompt_tokens": self.prompt_tokens,
+            "answer_tokens": self.answer_tokens,
+            "cached_tokens": self.cached_tokens,
+            "failures": len(self.failures),
+        }
+        for name, values in (("first", self.first), ("between", self.between)):
+            for percent in (50, 95, 99):
+                facts[f"{name}_p{percent}_ms"] = round(1e3 * percentile(values, percent), 3)
+        return facts
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The smallest value that so many percent do not exceed; 0 of none."""
+    ordered = sorted(values)
+    at = -(-len(ordered) * percent // 100)
+    return ordered[max(int(at), 1) - 1] if ordered else 0.0
+
+
+async def ask(
+    url: str,
+    *,
+    clients: int,
+    requests: int,
+    prompt: int,
+    answer: int,
+    shared: int,
+    seed: int = 0,
+) -> Load:
+    """Let clients ask a server, each one request after another.
+
+    Args:
+        url: of the server.
+        clients: that ask at once.
+        requests: in all.
+        prompt, answer: tokens of each.
+        shared: tokens that all prompts begin with.
+        seed: of the prompts.
+    """
+    draw = random.Random(seed)
+    prefix = draw.choices(TOKENS, k=shared)
+    rest = [prefix + draw.choices(TOKENS, k=prompt - shared) for _ in range(requests)]
+    load, began = Load(), time.perf_counter()
+
+    async def client() -> None:
+        while rest:
+            body = {"prompt": rest.pop(), "max_tokens": answer, "ignore_eos": True}
+            try:
+                async with asyncio.timeout(SECONDS):
+                    await _request(url, body | {"temperature": 0}, load)
+            except (OSError, ValueError, EOFError, TimeoutError) as error:
+                load.failures.append(f"{type(error).__name__}: {error}")
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    load.seconds = time.perf_counter() - began
+    return load
+
+
+async def _request(url: str, body: dict[str, Any], load: Load) -> None:
+    """One streamed completion, whose times and counts are added to `load`."""
+    place = urlsplit(url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port or 80)
+    data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    lines = ["POST /v1/completions HTTP/1.1", f"Host: {place.netloc}", "Connection: close"]
+    lines += ["Content-Type: application/json", f"Content-Length: {len(data)}", "", ""]
+    try:
+        began = last = time.perf_counter()
+        writer.write("\r\n".join(lines).encode() + data)
+        status = (await reader.readline()).split()
+        if status[1:2] != [b"200"]:
+            raise ValueError(b" ".join(status[1:]).decode(errors="replace") or "no answer")
+        async for event in _events(reader):
+            if "error" in event:
+                raise ValueError(event["error"]["message"])
+            now = time.perf_counter()
+            if event["choices"]:
+                load.first.append(now - began) if last == began else load.between.append(now - last)
+                last = now
+            elif usage := event.get("usage"):
+                load.prompt_tokens += usage["prompt_tokens"]
+                load.answer_tokens += usage["completion_tokens"]
+                details = usage.get("prompt_tokens_details") or {}
+                load.cached_tokens += details.get("cached_tokens") or 0
+    finally:
+        writer.close()
+
+
+async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """The objects of server-sent events, up to [DONE]. Lines with sizes of chunks stand between."""
+    while line := await reader.readline():
+        if line.startswith(b"data: [DONE]"):
+            return
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])
+    raise EOFError("the answer was cut off")

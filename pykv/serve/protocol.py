@@ -1,0 +1,322 @@
+"""What the bodies of each endpoint ask for: prompts as token ids, sampling parameters, and how the
+answer shall look.
+
+Fields are OpenAI's, and those that vLLM adds; `null` is the same as none, unknown ones are ignored
+and named once in the log, wrong values are refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
+from pykv.llm.answer import Answer
+from pykv.llm.generate import LLM
+from pykv.llm.sampling import SamplingParams
+from pykv.serve.constraints import Constraint, Grammars
+from pykv.serve.fields import ApiError, Fields, wrong
+from pykv.serve.tools import Tools, grammar, read_format, read_messages, read_tools
+
+log = logging.getLogger("pykv.serve")
+
+MAX_CHOICES = 128  # prompts times n
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 64  # strings, and characters of each are MAX_STOP
+MAX_STOP = 1024
+# What OpenAI's clients may send and nothing here depends on.
+_IGNORED = """
+    user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
+    modalities best_of
+""".split()
+_LOGGED: set[str] = set()  # unknown fields that the log has named
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        answers: a sequence for each choice, `n` for each prompt.
+        constraints: of these; None where any text will do.
+        stream, include_usage: send pieces, and counts behind them.
+        logprobs: likeliest tokens to name beside each; None: no logprobs.
+        tools: that may be called.
+        echo: texts of the prompts to begin the choices with.
+    """
+
+    answers: list[Answer]
+    constraints: list[Constraint | None]
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: int | None = None
+    tools: Tools | None = None
+    echo: list[str] | None = None
+
+
+class Protocol:
+    """Reads bodies for one LLM; threads may share it.
+
+    Args:
+        llm: whose tokenizer and template are used.
+        names: of the model, the first one first.
+    """
+
+    def __init__(self, llm: LLM, names: list[str]) -> None:
+        self.llm, self.names = llm, names
+        template = llm.file.metadata.get("tokenizer.chat_template", "")
+        self._template = template if isinstance(template, str) else ""
+        self._knows_tools = "tools" in self._template and "<tool_call>" in self._template
+        self.grammars = Grammars(llm.tokenizer, llm.model.config.vocab)
+
+    def chat(self, body: dict[str, Any]) -> Asked:
+        """A body of /v1/chat/completions."""
+        fields = self._begin(body)
+        messages = read_messages(fields, native=self._knows_tools)
+        tools = read_tools(fields, native=self._knows_tools)
+        schema = read_format(fields)
+        variables = fields.take("chat_template_kwargs", dict, default={})
+        if tools is not None:
+            messages = tools.instruct(messages)
+            variables = {"tools": tools.given, **variables} if tools.native else variables
+        logprobs = fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
+        if not fields.flag("logprobs"):
+            if logprobs:
+                raise wrong("top_logprobs", logprobs, "logprobs to be true as well")
+            logprobs = None
+        most = fields.whole("max_tokens", None, 1)
+        most = fields.whole("max_completion_tokens", most, 1)
+        rule = grammar(tools, schema)
+        asked = self._asked(fields, most or self.llm.context, logprobs, rule, tools=tools)
+        ids = self._checked("messages", lambda: self._chat_ids(messages, variables))
+        return asked([ids], param="messages")
+
+    def completions(self, body: dict[str, Any]) -> Asked:
+        """A body of /v1/completions."""
+        fields = self._begin(body)
+        prompts = _prompts(fields.take("prompt", str, list))
+        logprobs = fields.whole("logprobs", None, 0, MAX_TOP_LOGPROBS)
+        most = fields.whole("max_tokens", 16, 1)
+        if fields.take("suffix", str):
+            raise wrong("suffix", fields.body["suffix"], "none: texts are continued only")
+        schema = read_format(fields)
+        special = fields.flag("special")
+        echo = None
+        if fields.flag("echo"):
+            if logprobs is not None:
+                raise wrong("echo", True, "no logprobs beside it: prompts have none")
+            echo = self._checked("prompt", lambda: [self._text(prompt) for prompt in prompts])
+        return self._asked(fields, most, logprobs, grammar(None, schema), echo=echo)(
+            prompts, special
+        )
+
+    def generate(self, body: dict[str, Any]) -> Asked:
+        """A body of /generate, the endpoint of m40-llm."""
+        fields = self._begin(body)
+        prompt = fields.take("prompt", str)
+        if prompt is None:
+            raise wrong("prompt", None, "a string")
+        style = fields.choice("prompt_format", "auto", "auto", "raw", "llama3-chat", "qwen-chat")
+        marks = {"auto": "", "llama3-chat": "<|start_header_id|>", "qwen-chat": "<|im_start|>"}
+        if style in marks and marks[style] not in self._template:
+            raise wrong("prompt_format", style, "auto or raw: the model's template is another")
+        most = fields.whole("max_tokens", self.llm.context, 1)
+        asked = self._asked(fields, most, None, None, temperature=0.0)
+        if style == "raw" or not self._template:
+            return asked([prompt])
+        messages = [{"role": "user", "content": prompt}]
+        return asked([self._checked("prompt", lambda: self._chat_ids(messages, {}))])
+
+    def tokenize(self, body: dict[str, Any]) -> list[int]:
+        """A body of /tokenize: a prompt, or messages."""
+        fields = self._begin(body)
+        if fields.take("messages") is not None:
+            messages = read_messages(fields, native=self._knows_tools)
+            ids = self._checked("messages", lambda: self._chat_ids(messages, {}))
+        else:
+            prompt = fields.take("prompt", str)
+            if prompt is None:
+                raise wrong("prompt", None, "a string")
+            bos = None if fields.flag("add_special_tokens", True) else False
+            special = fields.flag("special")
+            encode = self.llm.tokenizer.encode
+            ids = self._checked("prompt", lambda: encode(prompt, bos=bos, special=special))
+        self._note_unknown(fields)
+        return list(ids)
+
+    def detokenize(self, body: dict[str, Any]) -> str:
+        """A body of /detokenize."""
+        fields = self._begin(body)
+        tokens = fields.take("tokens", list)
+        if tokens is None:
+            raise wrong("tokens", None, "a list of token ids")
+        self._note_unknown(fields)
+        text: str = self._checked("tokens", lambda: self.llm.detokenize(tokens))
+        return text
+
+    # --- What bodies have in common ---
+
+    def _begin(self, body: dict[str, Any]) -> Fields:
+        fields = Fields(body)
+        fields.ignore(*_IGNORED)
+        model = fields.take("model", str)
+        if model is not None and model not in self.names:
+            raise ApiError(
+                404,
+                f"model is {model!r:.80}, expected {' or '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return fields
+
+    def _asked(
+        self,
+        fields: Fields,
+        most: int,
+        logprobs: int | None,
+        rule: tuple[str, str] | None,
+        *,
+        temperature: float = 1.0,
+        tools: Tools | None = None,
+        echo: list[str] | None = None,
+    ) -> Callable[..., Asked]:
+        """Reads the fields that are left; returns a function from prompts, whether they may hold
+        control tokens, and the field that they come from, to what is asked."""
+        n = fields.whole("n", 1, 1, MAX_CHOICES)
+        stream = fields.flag("stream")
+        options = fields.part("stream_options")
+        include_usage = options.flag("include_usage")
+        options.ignore("include_obfuscation", "continuous_usage_stats")
+        params = self._params(fields, most, logprobs, temperature)
+        if rule is not None and params.ignore_eos:
+            raise wrong("ignore_eos", True, "false beside tools or a response_format")
+        self._note_unknown(fields)
+        constraint = self._constraint(rule)
+
+        def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
+            if len(prompts) * n > MAX_CHOICES:
+                raise wrong("n", n, f"{MAX_CHOICES} choices at most, of {len(prompts)} prompts")
+            each = [_reseeded(params, choice) for choice in range(n)]
+
+            def make() -> list[Answer]:
+                return [self.llm._answer(p, one, special) for p in prompts for one in each]
+
+            answers = self._checked(param, make)
+            constraints = [constraint and constraint.copy() for _ in answers]
+            return Asked(
+                answers,
+                constraints,
+                n,
+                stream,
+                include_usage,
+                logprobs,
+                tools,
+                echo and [text for text in echo for _ in range(n)],
+            )
+
+        return asked
+
+    def _params(
+        self, fields: Fields, most: int, logprobs: int | None, temperature: float
+    ) -> SamplingParams:
+        """How tokens are drawn; fields that are absent keep what SamplingParams has."""
+        seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
+        vocab = self.llm.model.config.vocab
+        given: dict[str, Any] = dict(
+            temperature=fields.number("temperature", temperature, least=0, most=2),
+            top_p=max(fields.number("top_p", 1.0, least=0, most=1), 1e-9),
+            top_k=max(fields.whole("top_k", 0, -1, 2**31 - 1), 0),  # vLLM's -1 keeps all
+            min_p=fields.number("min_p", 0.0, least=0, most=1),
+            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+            max_tokens=most,
+            stop=_stops(fields.take("stop", str, list, default=[])),
+            ignore_eos=fields.flag("ignore_eos"),
+        )
+        more = dict(
+            repetition_penalty=fields.number("repetition_penalty", 1.0, positive=True, most=10),
+            presence_penalty=fields.number("presence_penalty", 0.0, least=-2, most=2),
+            frequency_penalty=fields.number("frequency_penalty", 0.0, least=-2, most=2),
+            logit_bias=_biases(fields.take("logit_bias", dict, default={}), vocab),
+            stop_token_ids=_ids("stop_token_ids", fields.take("stop_token_ids", list), vocab),
+            min_tokens=fields.whole("min_tokens", 0, 0, most),
+            logprobs=logprobs,
+        )
+        return SamplingParams(**given, **more)
+
+    def _constraint(self, rule: tuple[str, str] | None) -> Constraint | None:
+        if rule is None:
+            return None
+        try:
+            return self.grammars.constraint(*rule)
+        except ParameterError as error:
+            param = "tools" if "call" in rule[0] else "response_format"
+            raise ApiError(400, f"{param}: {error}", param=param) from None
+
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.llm.detokenize(prompt)
+
+    def _chat_ids(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+        return self.llm.chat_ids(messages, template_variables=variables)
+
+    def _checked(self, param: str, make: Callable[[], Any]) -> Any:
+        """What a function makes of a field; its errors are the field's."""
+        codes = {CapacityError: "context_length_exceeded", UnsupportedError: "unsupported"}
+        try:
+            return make()
+        except PykvError as error:
+            code = codes.get(type(error))
+            raise ApiError(400, str(error), param=param, code=code) from None
+
+    def _note_unknown(self, fields: Fields) -> None:
+        new = {name[:40] for name in fields.unknown} - _LOGGED
+        if new and len(_LOGGED) < 1000:
+            _LOGGED.update(new)
+            log.warning("fields that are ignored: %s", ", ".join(map(ascii, sorted(new)))[:400])
+
+
+def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
+    """The parameters of one of several choices: each draws its own tokens."""
+    return replace(params, seed=(params.seed + choice) % 2**64) if choice else params
+
+
+def _prompts(given: Any) -> list[Any]:
+    """Prompts of a field that holds a text, token ids, or several of either."""
+    if isinstance(given, str):
+        return [given]
+    if given and all(type(x) is int for x in given):
+        return [given]
+    if given and all(isinstance(x, str | list) for x in given):
+        return list(given)
+    raise wrong("prompt", given, "a string, a list of token ids, or a list of these")
+
+
+def _stops(given: str | list[Any]) -> tuple[str, ...]:
+    stops = [given] if isinstance(given, str) else given
+    fits = all(isinstance(x, str) and 0 < len(x) <= MAX_STOP for x in stops)
+    if not fits or len(stops) > MAX_STOPS:
+        expected = f"up to {MAX_STOPS} strings of 1 to {MAX_STOP} characters"
+        raise wrong("stop", given, expected)
+    return tuple(stops)
+
+
+def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
+    biases = {}
+    for key, value in given.items():
+        is_known = key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab
+        if not is_known:
+            raise wrong("logit_bias", key, f"token ids from 0 to {vocab - 1}")
+        if type(value) not in (int, float) or not -100 <= value <= 100:
+            raise wrong(f"logit_bias.{key}", value, "-100 to 100")
+        biases[int(key)] = float(value)
+    return biases
+
+
+def _ids(name: str, given: list[Any] | None, vocab: int) -> tuple[int, ...]:
+    for i in given or ():
+        if type(i) is not int or not 0 <= i < vocab:
+            raise wrong(name, i, f"token ids from 0 to {vocab - 1}")
+    return tuple(given or ())

@@ -1,0 +1,313 @@
+"""Messages and tools as chat templates have them, and calls of tools in what models answer.
+
+Models that were trained on tools have them in their template, and mark calls as <tool_call> ...
+</tool_call>; others are told in the system message to answer with JSON alone. Both write
+{"name": ..., "arguments": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pykv.serve.fields import Fields, wrong
+
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# Blanks that a grammar leaves open are where a small model loops.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Call(NamedTuple):
+    """A call of a tool: its name, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+# --- Messages ---
+
+
+def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
+    """The messages of a body, as templates have them.
+
+    Args:
+        fields: of the body.
+        native: whether the template knows tools; else calls and results become text.
+    """
+    given = fields.take("messages", list)
+    if not given:
+        raise wrong("messages", given, "a list of at least one message")
+    messages: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of called functions, by the id of the call
+    for n, item in enumerate(given):
+        where = f"messages[{n}]"
+        if not isinstance(item, dict):
+            raise wrong(where, item, "an object")
+        message = Fields(item, f"{where}.")
+        role = message.choice("role", None, *_ROLES)
+        if role is None:
+            raise wrong(f"{where}.role", None, f"one of {_ROLES}")
+        calls = _read_calls(message) if role == "assistant" else []
+        content = _content(message, f"{where}.content")
+        if content is None and role != "assistant":
+            raise wrong(f"{where}.content", None, "a string or a list of parts")
+        made = {"role": "system" if role == "developer" else role, "content": content or ""}
+        if isinstance(message.body.get("name"), str):
+            made["name"] = message.body["name"]
+        names |= {call["id"]: call["function"]["name"] for call in calls}
+        if role == "tool":
+            call_id = message.take("tool_call_id", str, default="")
+            made["tool_call_id"] = call_id
+            made.setdefault("name", names.get(call_id, "the tool"))
+        if calls:
+            made["tool_calls"] = calls
+        messages.append(made if native else _as_text(made))
+    return messages
+
+
+def _content(message: Fields, where: str) -> str | None:
+    """The text of a message; parts are joined."""
+    content = message.take("content", str, list)
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for n, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else part
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
+            raise wrong(f"{where}[{n}].type", kind, '"text", and the text')
+        texts.append(text)
+    return "".join(texts)
+
+
+def _read_calls(message: Fields) -> list[dict[str, Any]]:
+    """The calls of an assistant's message, with arguments as objects: templates write them so."""
+    made = []
+    for n, call in enumerate(message.take("tool_calls", list, default=[])):
+        where = f"{message.where}tool_calls[{n}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str):
+            raise wrong(where, call, 'an object with {"function": {"name": ...}}')
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                raise wrong(f"{where}.function.arguments", arguments, "JSON") from None
+        function = {"name": name, "arguments": arguments}
+        made.append({"id": str(call.get("id", "")), "type": "function", "function": function})
+    return made
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message for a template that knows no tools."""
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"Result of {message['name']}: {message['content']}"}
+    calls = [json.dumps(call["function"]) for call in message.pop("tool_calls", [])]
+    if calls:
+        message["content"] = "\n".join([message["content"], *calls]).strip()
+    return message
+
+
+# --- Tools ---
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a request lets a model call.
+
+    Attributes:
+        functions: by name, with their schemas of parameters.
+        given: the field itself, for templates.
+        forced: the answer is a call.
+        native: the template knows tools.
+    """
+
+    functions: dict[str, dict[str, Any]]
+    given: list[dict[str, Any]]
+    forced: bool
+    native: bool
+
+    @property
+    def opening(self) -> str:
+        """What a call begins with."""
+        return OPENING if self.native else "{"
+
+    def instruct(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages that tell a model of the tools which its template does not know."""
+        if self.native:
+            return messages
+        described = "\n".join(json.dumps(tool["function"]) for tool in self.given)
+        text = (
+            f"You can call these functions:\n{described}\n"
+            'To call one, answer with nothing but {"name": ..., "arguments": {...}} in JSON.'
+        )
+        if messages[0]["role"] == "system":
+            first = messages[0] | {"content": f"{messages[0]['content']}\n\n{text}"}
+            return [first, *messages[1:]]
+        return [{"role": "system", "content": text}, *messages]
+
+
+def read_tools(fields: Fields, *, native: bool) -> Tools | None:
+    """The tools of a body; None where there are none, or none may be called."""
+    given = fields.take("tools", list, default=[])
+    choice = fields.take("tool_choice", str, dict, default="auto" if given else "none")
+    fields.ignore("parallel_tool_calls")
+    functions: dict[str, dict[str, Any]] = {}
+    for n, tool in enumerate(given):
+        where = f"tools[{n}]"
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+            raise wrong(where, tool, 'an object with {"type": "function", "function": {...}}')
+        name = function.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise wrong(f"{where}.function.name", name, "1 to 64 letters, digits, _ and -")
+        schema = function.get("parameters")
+        if schema is not None and not isinstance(schema, dict):
+            raise wrong(f"{where}.function.parameters", schema, "a JSON schema")
+        functions[name] = schema or {"type": "object"}
+    if choice == "none":
+        return None
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in functions:
+            raise wrong("tool_choice", choice, f"a function of tools: {', '.join(functions)}")
+        return Tools({name: functions[name]}, given, True, native)
+    if choice not in ("auto", "required"):
+        raise wrong("tool_choice", choice, "none, auto, required, or a function")
+    if not functions:
+        raise wrong("tools", given, f"functions, as tool_choice is {choice!r}")
+    return Tools(functions, given, choice == "required", native)
+
+
+# --- Grammars ---
+
+
+def read_format(fields: Fields) -> dict[str, Any] | None:
+    """The JSON schema that `response_format` asks for."""
+    asked = fields.part("response_format")
+    kind = asked.choice("type", "text", "text", "json_object", "json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    part = asked.part("json_schema")
+    part.ignore("name", "description", "strict")
+    schema: dict[str, Any] | None = part.take("schema", dict)
+    if schema is None:
+        raise wrong("response_format.json_schema.schema", None, "a JSON schema")
+    return schema
+
+
+def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> tuple[str, str] | None:
+    """The grammar of an answer, and the text behind which it holds; None: any text will do."""
+    if tools is None:
+        return None if schema is None else (f"start: {_json(schema)}", "")
+    names = list(tools.functions)
+    rules = [f"call: {' | '.join(f'call{n}' for n in range(len(names)))}"]
+    for n, name in enumerate(names):
+        head = json.dumps(f'{{"name": "{name}", "arguments": ')
+        rules += [f'call{n}: {head} arguments{n} "}}"']
+        rules += [f"arguments{n}: {_json(tools.functions[name])}"]
+    marked = f'"{OPENING}\\n" call "\\n{CLOSING}"' if tools.native else "call"
+    if tools.forced:
+        start, trigger = f"start: {marked}", ""
+    elif schema is not None:
+        start, trigger = f"start: answer | {marked}\nanswer: {_json(schema)}", ""
+    elif tools.native:  # any text, and calls wherever one is begun
+        start, trigger = f'start: /\\s*/ call /\\s*/ "{CLOSING}"', OPENING
+    else:
+        start, trigger = "start: TEXT | call\nTEXT: /[^{](.|\\n)*/", ""
+    return "\n".join([start, *rules]), trigger
+
+
+def _json(schema: dict[str, Any]) -> str:
+    """A schema as a rule of llguidance's Lark."""
+    return "%json " + json.dumps({"x-guidance": _COMPACT, **schema})
+
+
+# --- Calls in answers ---
+
+
+class CallReader:
+    """Tells text from calls while an answer comes.
+
+    Args:
+        tools: what may be called.
+    """
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools, self._held = tools, ""
+        self._is_text = self._is_behind_call = False
+        self.num_calls = 0
+
+    def push(self, text: str, ended: bool) -> tuple[str, list[Call]]:
+        """What is certain with this text: text of the answer, and calls."""
+        self._held += text
+        read = self._read_marked if self._tools.native else self._read_bare
+        said, calls = read(ended)
+        self.num_calls += len(calls)
+        return said, calls
+
+    def _read_bare(self, ended: bool) -> tuple[str, list[Call]]:
+        """A call is all of the answer."""
+        if not self._is_text and self._held.lstrip()[:1] in ("", "{") and not ended:
+            return "", []
+        call = None if self._is_text else self._call(self._held)
+        said, self._held, self._is_text = self._held, "", True
+        return ("", [call]) if call else (said, [])
+
+    def _read_marked(self, ended: bool) -> tuple[str, list[Call]]:
+        """Calls stand between marks; blanks around them are no part of the text."""
+        said, calls = "", []
+        while (start := self._held.find(OPENING)) >= 0:
+            stop = self._held.find(CLOSING, start)
+            if stop < 0 and not ended:
+                break
+            stop = stop if stop >= 0 else len(self._held)
+            call = self._call(self._held[start + len(OPENING) : stop])
+            stop += len(CLOSING)
+            before, self._held = self._held[:stop], self._held[stop:]
+            if call:
+                calls.append(call)
+                before = before[:start].rstrip()
+            said += self._unless_blank(before)
+            self._is_behind_call = call is not None
+        keep = 0
+        if start >= 0:
+            keep = len(self._held) - len(self._held[:start].rstrip())
+        elif not ended:
+            certain = self._held[: len(self._held) - _overlap(self._held, OPENING)].rstrip()
+            keep = len(self._held) - len(certain)
+        at = len(self._held) - keep
+        text, self._held = self._held[:at], self._held[at:]
+        return said + self._unless_blank(text), calls
+
+    def _unless_blank(self, text: str) -> str:
+        """A text, without its first blanks where it stands behind a call."""
+        text = text.lstrip() if self._is_behind_call else text
+        self._is_behind_call = self._is_behind_call and not text
+        return text
+
+    def _call(self, text: str) -> Call | None:
+        """A call, if a text is one of a function that may be called."""
+        try:
+            found = json.loads(text)
+            name, arguments = found["name"], found["arguments"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
+        known = isinstance(name, str) and name in self._tools.functions
+        if not known or not isinstance(arguments, dict):
+            return None
+        return Call(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Characters at the end of a text with which a mark begins."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)

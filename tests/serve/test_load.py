@@ -1,0 +1,64 @@
+"""The load tool, by a server whose answers and times are known."""
+
+import asyncio
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from pykv.bench import serve as bench
+from pykv.serve import load
+from tests.llm import tiny
+
+SIZES = dict(clients=3, requests=7, prompt=20, answer=10, shared=12)
+
+
+def test_percentiles_by_hand():
+    values = [float(n) for n in range(100, 0, -1)]
+    assert [load.percentile(values, p) for p in (50, 95, 99, 100)] == [50, 95, 99, 100]
+    assert load.percentile([3.0], 50) == 3 and load.percentile([], 99) == 0
+
+
+def test_what_clients_see(serve):
+    prompts = []
+    client = serve(lambda s: prompts.append(s.prompt) or [5] * 20, seconds=0.02)
+    found = asyncio.run(load.ask(client.url, **SIZES))
+    assert not found.failures and found.answer_tokens == 70 and found.prompt_tokens == 140
+    assert len(found.first) == 7 and found.seconds >= 3 * 10 * 0.02
+    facts = found.facts()
+    assert facts["failures"] == 0 and facts["between_p50_ms"] >= 15
+    assert len({tuple(p[:12]) for p in prompts}) == 1 and len({tuple(p) for p in prompts}) == 7
+
+
+def test_failures_are_counted(serve):
+    client = serve(lambda _: [5, RuntimeError("broken")], limit=2)
+    found = asyncio.run(load.ask(client.url, **SIZES))
+    assert len(found.failures) == 7 and found.answer_tokens == 0
+    kinds = {failure.partition(":")[2].strip()[:7] for failure in found.failures}
+    assert kinds <= {"a fault", "503 Ser"} and "a fault" in kinds
+    found = asyncio.run(load.ask("http://127.0.0.1:9", **SIZES))
+    assert len(found.failures) == 7 and "tokens_per_second" in found.facts()
+
+
+def test_cases_and_the_closing_line():
+    given = dict(model="m", url=None, quick=False, **dict.fromkeys(SIZES))
+    assert [case["clients"] for case in bench.select(Namespace(**given))] == [1, 16, 64]
+    (case,) = bench.select(Namespace(**(given | {"clients": 5, "url": "http://x"})))
+    assert case["clients"] == 5 and case["prompt"] == 512 and case["url"] == "http://x"
+    facts = load.Load(2.0, [0.1], [0.01], 10, 40, 5).facts()
+    record = dict(bench="serve", ok=True, case=case, facts=facts)
+    assert bench.conclude([record]) == (
+        "5 clients: 20.0 tokens/s; ms at p50/p95/p99: first 100.0/100.0/100.0, between "
+        "10.0/10.0/10.0; 5 of 10 prompt tokens kept; 0 failures"
+    )
+    assert bench.conclude([record | {"ok": False}]) == "5 clients: 0 failures"
+
+
+def test_a_server_of_its_own(tmp_path, rng):
+    """From its start to its end, with a tiny model."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    tiny.write(tmp_path / "m.gguf", "llama")
+    case = dict(model=str(tmp_path / "m.gguf"), **SIZES)
+    work = bench.make(case, np, rng)
+    assert work.run() > 0 and work.check() and work.facts["answer_tokens"] == 70
+    assert work.run() > 0 and work.facts["cached_tokens"] >= 7 * 16  # a page of each

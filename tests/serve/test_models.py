@@ -1,0 +1,225 @@
+"""The server over the scheduler of a tiny model: crowds beyond the pool, and the command itself."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pykv import cli
+from pykv.llm import LLM, SamplingParams
+from pykv.llm.scheduler import Scheduler
+from tests.llm import tiny
+from tests.serve.conftest import PLAIN, serving
+from tests.serve.test_clients import connect, request_bytes, until
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    tiny.write(path, "llama", context=600, keys={"tokenizer.chat_template": PLAIN})
+    return path
+
+
+@pytest.fixture
+def client(path):
+    """Of a server whose pool holds three of the longest sequences."""
+    llm = LLM(path, device="cpu", pool_tokens=900)
+    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=8)
+    with serving(llm, scheduler, limit=200) as client:
+        yield client
+        until(lambda: client.metrics()["pykv:kv_pages_held"] == 0)
+        counts = client.metrics()
+        assert counts["vllm:num_requests_running"] == counts["vllm:num_requests_waiting"] == 0
+    manager = llm.cache.manager
+    assert manager.num_free == manager.num_pages
+
+
+def test_crowds_beyond_the_pool_get_what_each_gets_alone(client, path):
+    """Requests that together need far more than the pool."""
+    alone = LLM(path, device="cpu")
+    prompts = [[5 + n % 7] * (20 + 9 * n) for n in range(14)]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    want = [answer.text for answer in alone.generate(prompts, params)]
+
+    def ask(prompt):
+        body = dict(prompt=prompt, max_tokens=60, ignore_eos=True, temperature=0)
+        return client.ask(TEXT, **body)
+
+    with ThreadPoolExecutor(14) as pool:
+        answers = list(pool.map(ask, prompts))
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    assert sum(a == b for a, b in zip(texts, want, strict=True)) >= 13  # of ties in float sums
+    assert all(answer["usage"]["completion_tokens"] == 60 for answer in answers)
+    assert client.metrics()["vllm:num_preemptions_total"] > 0
+
+
+def test_a_prefix_is_computed_once(client):
+    usages = [client.ask(TEXT, prompt=[7] * 100 + [n], max_tokens=2)["usage"] for n in (8, 9)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached == [0, 96]
+    assert client.metrics()["vllm:prefix_cache_hits_total"] == 96
+
+
+def test_choices_share_a_prompt_and_differ(client):
+    answer = client.ask(TEXT, prompt=[7] * 50, n=4, max_tokens=20, temperature=1.5, seed=3)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert len(set(texts)) == 4 and answer["usage"]["prompt_tokens"] == 50
+    again = client.ask(TEXT, prompt=[7] * 50, n=4, max_tokens=20, temperature=1.5, seed=3)
+    assert [choice["text"] for choice in again["choices"]] == texts
+
+
+def test_sampling_of_every_sort(client):
+    """Biases, penalties, stop tokens, logprobs: what only this choice of fields can give."""
+    fields = dict(prompt=[7] * 20, max_tokens=8, temperature=0, ignore_eos=True)
+    plain = client.ask(TEXT, **fields, logprobs=2)["choices"][0]
+    tops = plain["logprobs"]["top_logprobs"]
+    for token, logprob, top in zip(
+        plain["logprobs"]["tokens"], plain["logprobs"]["token_logprobs"], tops, strict=True
+    ):
+        assert max(top.values()) == logprob == top[token]  # greedy
+    biased = client.ask(TEXT, **fields, logit_bias={"70": 100})["choices"][0]
+    assert biased["text"] == client.server.llm.detokenize([70] * 8)
+    other = client.ask(TEXT, **fields, logit_bias={"70": 20}, frequency_penalty=2)["choices"][0]
+    assert other["text"] != biased["text"]
+    ended = client.ask(TEXT, **fields, logit_bias={"70": 100}, stop_token_ids=[70])["choices"][0]
+    assert (ended["text"], ended["finish_reason"]) == ("", "stop")
+
+
+def test_an_answer_that_follows_a_schema(client):
+    """Of a model that would say anything."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
+    }
+    schema |= {"required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(4):
+        fields = dict(messages=USER, response_format=form, seed=seed, max_tokens=40)
+        (choice,) = client.ask(CHAT, **fields)["choices"]
+        assert json.loads(choice["message"]["content"])["a"] <= 99
+        assert choice["finish_reason"] == "stop"
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    fields = dict(messages=USER, tools=[tool], tool_choice="required")
+    (choice,) = client.ask(CHAT, **fields)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["a"] <= 99
+
+
+def test_who_leaves_gives_the_pages_back(client):
+    """In the queue, while a prompt is read, while an answer comes."""
+    draw = random.Random(1)
+    body = request_bytes(TEXT, prompt=[9] * 150, max_tokens=140, ignore_eos=True, stream=True)
+    connections = [connect(client, body) for _ in range(20)]
+    for connection in connections:
+        time.sleep(draw.random() / 50)
+        connection.close()
+    until(lambda: client.metrics()["vllm:num_requests_running"] == 0)
+
+
+# --- The command ---
+
+
+@pytest.fixture
+def command(path, tmp_path):
+    """A function that starts `pykv serve` and gives the process, its port and what it says."""
+    processes = []
+
+    def start(*options):
+        log = tmp_path / "stderr"
+        words = [sys.executable, "-m", "pykv", "serve", str(path), "--device", "cpu", "--port", "0"]
+        with log.open("wb") as file:
+            process = subprocess.Popen([*words, *options], stderr=file)
+        processes.append(process)
+        while not (found := re.search(r" answers at http://\S+:(\d+) \((.*)\)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        return process, int(found[1]), log
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_lets_answers_end(command):
+    process, port, log = command("--slots", "2", "--kv-dtype", "int8", "--log-level", "info")
+    facts = "(CPU, 2 slots, context 600, cache of 1,200 tokens)"
+    last = log.read_text().splitlines()[-1]
+    assert last == f"pykv: small answers at http://127.0.0.1:{port} {facts}"
+    data = request_bytes(prompt="x", max_tokens=250, ignore_eos=True, stream=True)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(data)
+        head = connection.recv(1 << 16)
+        assert head.startswith(b"HTTP/1.1 200 OK")
+        process.send_signal(signal.SIGTERM)
+        body = head + b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert b'"finish_reason": "length"' in body and b"data: [DONE]" in body
+    assert process.wait(30) == 0
+    text = log.read_text()
+    assert "POST '/v1/chat/completions' 200" in text
+    assert "Traceback" not in text and "ERROR" not in text
+
+
+def test_ctrl_c_ends_it(command):
+    process, _, log = command()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0 and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ("--host 0.0.0.0", "--host is 0.0.0.0, which others can reach, expected an --api-key"),
+        ("--port 70000", "--port is 70000, expected 0 to 65535"),
+        ("--slots 0", "--slots is 0, expected 1 to 4096"),
+        ("--context 0", "context is 0"),
+        ("--kv-dtype int3", "kv_dtype"),
+    ],
+)
+def test_bad_options_are_one_line(path, capsys, monkeypatch, options, text):
+    monkeypatch.delenv("PYKV_API_KEY", raising=False)
+    code = cli.main(["serve", str(path), "--device", "cpu", "--port", "0", *options.split()])
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and text in err and err.count("\n") == 1
+
+
+def test_a_port_in_use_is_noticed_before_the_model(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert cli.main(["serve", "no-such-model", "--port", port]) == 2
+    assert "in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "llguidance"])
+def test_without_the_extra(package):
+    code = f"import sys; sys.modules[{package!r}] = None; from pykv.cli import main; "
+    code += "sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(rf"pykv: {package} is not installed: pip install .*\[serve\]'", done.stderr)
+
+
+def test_a_key_of_the_environment(command, monkeypatch):
+    monkeypatch.setenv("PYKV_API_KEY", "sesame")
+    _, port, _ = command("--host", "0.0.0.0", "--served-model-name", "mine")
+    import http.client
+
+    for headers, status in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", "/v1/models", headers=headers)
+        response = connection.getresponse()
+        assert response.status == status
+        assert status == 401 or json.loads(response.read())["data"][0]["id"] == "mine"
+        connection.close()
+    assert os.environ["PYKV_API_KEY"] == "sesame"

@@ -1,0 +1,273 @@
+"""What is refused, and how; that whoever asks without a key, or from elsewhere, learns nothing."""
+
+import json
+import logging
+import socket
+import time
+
+import pytest
+
+from pykv.errors import CapacityError, NumberError
+from pykv.serve import protocol
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "a", "function": {"name": "f", "arguments": "{"}}
+
+WRONG = [  # endpoint, the field that the error names, fields
+    (CHAT, "messages", {}),
+    (CHAT, "messages", {"messages": []}),
+    (CHAT, "messages", {"messages": "Hi"}),
+    (CHAT, "messages[0]", {"messages": ["Hi"]}),
+    (CHAT, "messages[0].role", {"messages": [{"content": "Hi"}]}),
+    (CHAT, "messages[0].role", {"messages": [{"role": "wizard", "content": "Hi"}]}),
+    (CHAT, "messages[0].content", {"messages": [{"role": "user"}]}),
+    (CHAT, "messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
+    (CHAT, "messages[0].content[0].type", {"messages": [{"role": "user", "content": ["Hi"]}]}),
+    (
+        CHAT,
+        "messages[1].content[1].type",
+        {
+            "messages": [
+                *USER,
+                {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]},
+            ]
+        },
+    ),
+    (
+        CHAT,
+        "messages[0].tool_calls[0].function.arguments",
+        {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+    ),
+    (CHAT, "messages[0].tool_calls[0]", {"messages": [{"role": "assistant", "tool_calls": [5]}]}),
+    (CHAT, "messages", {"messages": [{"role": "user", "content": "\ud800"}]}),
+    (CHAT, "temperature", {"temperature": 2.5}),
+    (CHAT, "temperature", {"temperature": "hot"}),
+    (CHAT, "temperature", {"temperature": True}),
+    (CHAT, "top_p", {"top_p": -0.1}),
+    (CHAT, "top_k", {"top_k": -2}),
+    (CHAT, "min_p", {"min_p": 2}),
+    (CHAT, "seed", {"seed": 2**64}),
+    (CHAT, "seed", {"seed": 1.5}),
+    (CHAT, "n", {"n": 0}),
+    (CHAT, "n", {"n": 1000}),
+    (CHAT, "max_tokens", {"max_tokens": 0}),
+    (CHAT, "max_completion_tokens", {"max_completion_tokens": "many"}),
+    (CHAT, "stop", {"stop": [""]}),
+    (CHAT, "stop", {"stop": [5]}),
+    (CHAT, "stop", {"stop": ["a"] * 65}),
+    (CHAT, "stop", {"stop": {}}),
+    (CHAT, "stop_token_ids", {"stop_token_ids": [-1]}),
+    (CHAT, "stream", {"stream": "yes"}),
+    (CHAT, "stream_options", {"stream_options": []}),
+    (CHAT, "stream_options.include_usage", {"stream_options": {"include_usage": 1}}),
+    (CHAT, "top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+    (CHAT, "top_logprobs", {"top_logprobs": 2}),
+    (CHAT, "logprobs", {"logprobs": 2}),
+    (CHAT, "presence_penalty", {"presence_penalty": 3}),
+    (CHAT, "repetition_penalty", {"repetition_penalty": 0}),
+    (CHAT, "logit_bias", {"logit_bias": {"x": 1}}),
+    (CHAT, "logit_bias", {"logit_bias": {"999999": 1}}),
+    (CHAT, "logit_bias.5", {"logit_bias": {"5": 101}}),
+    (CHAT, "logit_bias.5", {"logit_bias": {"5": "1"}}),
+    (CHAT, "response_format", {"response_format": "json"}),
+    (CHAT, "response_format.type", {"response_format": {"type": "yaml"}}),
+    (CHAT, "response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
+    (CHAT, "tools[0]", {"tools": ["f"]}),
+    (CHAT, "tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
+    (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
+    (CHAT, "tool_choice", {"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}),
+    (CHAT, "tools", {"tool_choice": "required"}),
+    (CHAT, "chat_template_kwargs", {"chat_template_kwargs": []}),
+    (TEXT, "prompt", {"prompt": None}),
+    (TEXT, "prompt", {"prompt": ""}),
+    (TEXT, "prompt", {"prompt": []}),
+    (TEXT, "prompt", {"prompt": [[]]}),
+    (TEXT, "prompt", {"prompt": [1, "x"]}),
+    (TEXT, "prompt", {"prompt": [10**9]}),
+    (TEXT, "suffix", {"prompt": "x", "suffix": "y"}),
+    (TEXT, "echo", {"prompt": "x", "echo": True, "logprobs": 1}),
+    (TEXT, "logprobs", {"prompt": "x", "logprobs": 21}),
+    (TEXT, "n", {"prompt": ["x"] * 100, "n": 2}),
+    ("/tokenize", "prompt", {"prompt": 5}),
+    ("/detokenize", "tokens", {}),
+    ("/detokenize", "tokens", {"tokens": [10**9]}),
+]
+
+
+@pytest.fixture(scope="module")
+def one(llms):
+    """A server that all wrong requests share, and that survives them."""
+    from tests.serve.conftest import Scripted, serving
+
+    with serving(llms(), Scripted(llms(), lambda _: "x")) as client:
+        yield client
+        assert client.ask(CHAT, messages=USER)["choices"][0]["message"]["content"] == "x"
+        assert client.scheduler.is_idle
+
+
+@pytest.mark.parametrize("path, param, fields", WRONG, ids=lambda x: str(x)[:60])
+def test_wrong_values_are_refused_by_name(one, path, param, fields):
+    body = {"messages": USER, **fields} if path == CHAT and fields else fields
+    status, error = one.refused(path, **body)
+    assert status == 400 and error["type"] == "invalid_request_error"
+    assert error["param"] == param and error["message"]
+
+
+def test_a_context_that_does_not_fit_says_both_numbers(one):
+    for body in (
+        {"messages": [{"role": "user", "content": "x" * 1100}]},
+        {"messages": [{"role": "user", "content": "x" * 100_000}]},
+    ):
+        status, error = one.refused(CHAT, **body)
+        assert status == 400 and error["code"] == "context_length_exceeded"
+        assert "1000" in error["message"] and error["param"] == "messages"
+    status, error = one.refused(TEXT, prompt=[5] * 1000)
+    assert (status, error["param"]) == (400, "prompt") and "1000 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 100_000,
+     b'{"n": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}'],
+    ids=lambda x: str(x[:12]),
+)  # fmt: skip
+def test_malformed_bodies(one, data):
+    status, _, answer = one.request("POST", TEXT, data)
+    error = json.loads(answer)["error"]
+    assert status == 400 and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [("GET", "/v1/nothing", 404), ("POST", "/", 405), ("GET", CHAT, 405), ("PUT", TEXT, 405),
+     ("GET", "/v1/models/", 404), ("GET", "/../etc/passwd", 404), ("GET", "/page/chat.js", 404)],
+)  # fmt: skip
+def test_paths_and_methods(one, method, path, status):
+    got, headers, data = one.request(method, path)
+    assert got == status and json.loads(data)["error"]["type"] == "invalid_request_error"
+    assert ("Allow" in headers) == (status == 405)
+
+
+def test_a_large_body_is_not_read(one):
+    for headers in ({"Content-Length": str(10 << 20)}, {"Transfer-Encoding": "chunked"}):
+        with socket.create_connection(("127.0.0.1", one.port), timeout=10) as connection:
+            lines = [f"POST {TEXT} HTTP/1.1", "Host: localhost"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            sent = 0
+            try:
+                while "Transfer-Encoding" in headers and sent < 10 << 20:
+                    connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+                    sent += 65536
+                answer = connection.recv(100)
+            except OSError:  # it was closed while we still sent
+                continue
+            assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_large_headers_are_refused(one):
+    for size in (40_000, 10_000_000):
+        try:
+            assert one.request("GET", "/health", headers={"X-Large": "x" * size})[0] in (400, 431)
+        except OSError:  # it was closed while we still sent
+            assert size > 100_000
+
+
+def test_unknown_fields_are_ignored_and_named_once(one, caplog, monkeypatch):
+    monkeypatch.setattr(protocol, "_LOGGED", set())
+    with caplog.at_level(logging.WARNING, "pykv.serve"):
+        for _ in range(2):
+            one.ask(CHAT, messages=USER, guided_magic="secret", user="me", store=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "fields that are ignored: 'guided_magic'"
+    ]
+
+
+def test_the_log_has_a_line_for_each_request_without_its_text(one, caplog):
+    with caplog.at_level(logging.INFO, "pykv.serve"):
+        one.ask(TEXT, prompt="a secret", max_tokens=4)
+        one.refused(TEXT, prompt="")
+        deadline = time.monotonic() + 5
+        while len(caplog.records) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    first, second = (record.getMessage() for record in caplog.records)
+    tokens = len(one.server.llm.tokenize("a secret"))
+    assert f"127.0.0.1 POST '{TEXT}' 200 " in first and first.endswith(f" {tokens}+1 tokens")
+    assert "POST" in second and " 400 " in second and "secret" not in first + second
+
+
+# --- Who may ask ---
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", TEXT, "/generate", "/nothing"])
+def test_a_key_is_asked_for(serve, path):
+    client = serve(api_key="sesame")
+    method = "POST" if path in (TEXT, "/generate") else "GET"
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer sesame2"}):
+        status, got, data = client.request(method, path, b"{}", headers)
+        assert status == 401 and got["WWW-Authenticate"] == "Bearer"
+        error = json.loads(data)["error"]
+        assert path == "/generate" or error["code"] == "invalid_api_key"
+    status, _, _ = client.request(method, path, b"{}", {"Authorization": "Bearer sesame"})
+    assert status != 401
+    assert client.request("GET", "/health")[0] == client.request("GET", "/")[0] == 200
+
+
+def test_other_sites_pages_may_not_ask(serve):
+    """Neither by a form or a script of theirs, nor by a name of theirs that leads here."""
+    client = serve()
+    own = client.url
+    for headers, status in (
+        ({"Origin": own}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": f"localhost:{client.port}"}, 200),
+        ({"Host": f"evil.example:{client.port}"}, 403),
+        ({"Host": ""}, 403),
+    ):
+        got, answer, _ = client.request("GET", "/v1/models", headers=headers)
+        assert got == status, headers
+        assert "Access-Control-Allow-Origin" not in answer
+
+
+def test_a_key_lets_other_names_in(serve):
+    client = serve(api_key="sesame")
+    headers = {"Host": "models.example", "Authorization": "Bearer sesame"}
+    assert client.request("GET", "/v1/models", headers=headers)[0] == 200
+
+
+# --- What goes wrong inside ---
+
+
+def test_a_full_queue_is_503_with_retry_after(serve):
+    client = serve(limit=2)
+    status, error = client.refused(CHAT, messages=USER, n=3)
+    assert (status, error["code"]) == (503, "overloaded")
+    data = json.dumps({"messages": USER, "n": 3})
+    assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
+    assert client.ask(CHAT, messages=USER, n=2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("error", [NumberError("not finite"), RuntimeError("path /secret")])
+def test_a_step_that_fails_ends_its_requests_and_no_others(serve, stream, error):
+    said = iter([[5, error], "fine"])
+    client = serve(lambda _: next(said))
+    if stream:
+        *_, last = client.events(CHAT, messages=USER)
+        found = last["error"]
+    else:
+        status, found = client.refused(CHAT, messages=USER)
+        assert status == 500
+    assert found["type"] == "server_error" and "secret" not in found["message"]
+    assert client.ask(CHAT, messages=USER)["choices"][0]["message"]["content"] == "fine"
+    assert client.scheduler.is_idle
+
+
+def test_a_prompt_that_can_never_fit(serve):
+    client = serve(lambda _: CapacityError("prompt of 9 tokens needs 2 pages, expected at most 1"))
+    status, error = client.refused(CHAT, messages=USER)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "2 pages" in error["message"]

@@ -1,0 +1,243 @@
+"""Answers that follow a schema, calls of tools, and what templates see of both."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pykv.serve.fields import Fields
+from pykv.serve.tools import CallReader, Tools, read_messages
+from tests.serve.conftest import PLAIN, TOOLS
+
+USER = [{"role": "user", "content": "Hi"}]
+CHAT = "/v1/chat/completions"
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {"City": {"type": "string", "enum": ["Paris", "Rome"]}},
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+TIME = {"type": "function", "function": {"name": "time", "description": "What time it is."}}
+ARGUMENTS = '{"city": "Paris", "days": 3}'
+CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
+MARKED = f"<tool_call>\n{CALL}\n</tool_call>"
+STRICT = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
+
+
+def text_of(chunks):
+    return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+
+
+# --- Schemas ---
+
+
+@pytest.mark.parametrize(
+    "form, text", [(STRICT, ARGUMENTS), ({"type": "json_object"}, '{"a": [1, "€"]}')]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_follows_a_schema(serve, form, text, stream):
+    client = serve(text)
+    if stream:
+        chunks = client.events(CHAT, messages=USER, response_format=form)
+        assert text_of(chunks) == text and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        (choice,) = client.ask(CHAT, messages=USER, response_format=form)["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    if form is STRICT:
+        answer = client.ask("/v1/completions", prompt="x", response_format=form, max_tokens=99)
+        assert answer["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize("text", ['{"city": "Oslo"', "Hello", '{"city": "Paris"}', " {", "[1]"])
+def test_a_token_against_the_schema_has_no_bit(serve, text):
+    """The scripted model refuses to say what the mask forbids."""
+    client = serve(text)
+    status, error = client.refused(CHAT, messages=USER, response_format=STRICT)
+    assert status == 500 and "AssertionError" in error["message"]
+
+
+def test_choices_follow_the_schema_each_for_itself(serve):
+    client = serve(lambda s: ARGUMENTS if s.params.seed % 2 else ARGUMENTS.replace("Paris", "Rome"))
+    answer = client.ask(CHAT, messages=USER, response_format=STRICT, n=4, seed=0)
+    cities = [json.loads(c["message"]["content"])["city"] for c in answer["choices"]]
+    assert cities == ["Rome", "Paris", "Rome", "Paris"]
+
+
+@pytest.mark.parametrize("schema", [{"type": "objekt"}, {"$ref": "#/nowhere"}, {"pattern": "("}])
+def test_schemas_that_are_none(serve, schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    status, error = serve().refused(CHAT, messages=USER, response_format=form)
+    assert status == 400 and error["param"] == "response_format"
+
+
+def test_ignore_eos_and_a_schema_exclude_each_other(serve):
+    status, error = serve().refused(CHAT, messages=USER, response_format=STRICT, ignore_eos=True)
+    assert (status, error["param"]) == (400, "ignore_eos")
+
+
+def test_a_mask_by_hand(llms):
+    """Of the bytes of {"a": 1 or 2}, by a model whose tokens are bytes."""
+    from pykv.serve.constraints import Grammars
+
+    tokenizer = llms().tokenizer
+    grammars = Grammars(tokenizer, tokenizer.vocab_size + 5)  # logits beyond the tokens
+    first = grammars.constraint('start: /[12]/ "x"')
+    other = first.copy()
+
+    def allowed(constraint):
+        bits = np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")
+        return [
+            tokenizer.token(i) if i not in tokenizer.stop_ids else "" for i in np.flatnonzero(bits)
+        ]
+
+    ids = {c: tokenizer.encode(c, bos=False) for c in "12x"}
+    assert allowed(first) == ["1", "2"]
+    first.push(ids["2"], "2")
+    assert allowed(first) == ["x"] and allowed(other) == ["1", "2"]
+    first.push(ids["x"], "2x")
+    assert allowed(first) == [""]  # the end alone
+
+
+# --- Calls ---
+
+
+@pytest.mark.parametrize("template, said", [(PLAIN, CALL), (TOOLS, MARKED)])
+@pytest.mark.parametrize(
+    "choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_a_call(serve, template, said, choice):
+    client = serve(said, template=template)
+    fields = dict(messages=USER, tools=[WEATHER, TIME], tool_choice=choice)
+    (got,) = client.ask(CHAT, **fields)["choices"]
+    assert got["finish_reason"] == "tool_calls" and got["message"]["content"] is None
+    (call,) = got["message"]["tool_calls"]
+    assert call["id"].startswith("call_") and call["type"] == "function"
+    assert call["function"] == {"name": "weather", "arguments": ARGUMENTS}
+
+    chunks = client.events(CHAT, **fields)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    (calls,) = (delta["tool_calls"] for delta in deltas if "tool_calls" in delta)
+    assert calls[0]["index"] == 0 and calls[0]["function"] == call["function"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls" and not text_of(chunks)
+
+
+@pytest.mark.parametrize("template", [PLAIN, TOOLS])
+def test_a_text_where_a_call_was_possible(serve, template):
+    client = serve("No {tool} < needed.", template=template)
+    chunks = client.events(CHAT, messages=USER, tools=[WEATHER])
+    assert text_of(chunks) == "No {tool} < needed."
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    (choice,) = client.ask(CHAT, messages=USER, tools=[WEATHER])["choices"]
+    assert choice["message"]["content"] == "No {tool} < needed."
+    assert "tool_calls" not in choice["message"]
+
+
+def test_text_and_several_calls(serve):
+    said = f"Let me see. {MARKED}\n{MARKED.replace('Paris', 'Rome')}"
+    client = serve(said, template=TOOLS)
+    (choice,) = client.ask(CHAT, messages=USER, tools=[WEATHER])["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert choice["message"]["content"] == "Let me see."
+    assert [json.loads(c["function"]["arguments"])["city"] for c in calls] == ["Paris", "Rome"]
+    assert len({call["id"] for call in calls}) == 2
+    deltas = [c["choices"][0]["delta"] for c in client.events(CHAT, messages=USER, tools=[WEATHER])]
+    assert [d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d] == [0, 1]
+
+
+@pytest.mark.parametrize("template, said", [(PLAIN, CALL), (TOOLS, MARKED)])
+@pytest.mark.parametrize("what", ["Oslo", "name"])
+def test_a_call_of_nothing_has_no_bits(serve, template, said, what):
+    wrong = said.replace("Paris", what) if what == "Oslo" else said.replace("weather", "wether")
+    client = serve(wrong, template=template)
+    status, _ = client.refused(CHAT, messages=USER, tools=[WEATHER])
+    assert status == 500  # the scripted model refuses to say it
+
+
+def test_no_tool_may_be_called(serve):
+    seen = []
+    client = serve(lambda s: seen.append(s.prompt) or CALL)
+    (choice,) = client.ask(CHAT, messages=USER, tools=[WEATHER], tool_choice="none")["choices"]
+    assert choice["message"]["content"] == CALL and choice["finish_reason"] == "stop"
+    assert seen[0] == client.server.llm.chat_ids(USER)
+
+
+def test_a_call_that_is_cut_off_is_text(serve):
+    client = serve(CALL)
+    (choice,) = client.ask(CHAT, messages=USER, tools=[WEATHER], max_tokens=20)["choices"]
+    text = choice["message"]["content"]
+    assert choice["finish_reason"] == "length" and text and CALL.startswith(text)
+
+
+# --- What models see ---
+
+
+def test_a_template_that_knows_tools_gets_them(serve):
+    seen = []
+    client = serve(lambda s: seen.append(s.prompt) or "x", template=TOOLS)
+    client.ask(CHAT, messages=USER, tools=[WEATHER])
+    llm = client.server.llm
+    assert seen[0] == llm.chat_ids(USER, template_variables={"tools": [WEATHER]})
+
+
+def test_another_template_is_told_in_the_system_message(serve):
+    seen = []
+    client = serve(lambda s: seen.append(client.server.llm.detokenize(s.prompt)) or "x")
+    client.ask(CHAT, messages=USER, tools=[TIME])
+    client.ask(CHAT, messages=[{"role": "system", "content": "Be brief."}, *USER], tools=[TIME])
+    for text, start in zip(seen, ("[system:You can", "[system:Be brief.\n\nYou can"), strict=True):
+        assert text.startswith(start) and json.dumps(TIME["function"]) in text
+        assert text.endswith("[user:Hi][assistant:")
+
+
+TALK = [
+    *USER,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": ARGUMENTS},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+]
+
+
+def test_results_of_calls():
+    native = read_messages(Fields({"messages": TALK}), native=True)
+    function = native[1]["tool_calls"][0]["function"]
+    assert function == {"name": "weather", "arguments": json.loads(ARGUMENTS)}
+    assert native[2] == {
+        "role": "tool", "content": "sunny", "tool_call_id": "call_1", "name": "weather"
+    }  # fmt: skip
+    plain = read_messages(Fields({"messages": TALK}), native=False)
+    assert plain[1] == {"role": "assistant", "content": CALL}
+    assert plain[2] == {"role": "user", "content": "Result of weather: sunny"}
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_pieces_of_any_size_make_the_same(native, size):
+    tools = Tools({"weather": SCHEMA}, [], False, native)
+    texts = {
+        CALL: (CALL, 0) if native else ("", 1),
+        f"a < b {MARKED} c": ("a < bc", 1) if native else (f"a < b {MARKED} c", 0),
+        f"{MARKED}\n\n{MARKED} ": ("", 2) if native else (f"{MARKED}\n\n{MARKED} ", 0),
+        "{not json} ": ("{not json} ", 0),
+        "<tool_call>{</tool_call>! ": ("<tool_call>{</tool_call>! ", 0),
+        "<tool_cal": ("<tool_cal", 0),
+        "": ("", 0),
+    }
+    for text, want in texts.items():
+        reader, said, num_calls = CallReader(tools), "", 0
+        parts = [text[start : start + size] for start in range(0, len(text), size)]
+        for n, part in enumerate([*parts, ""]):
+            piece, calls = reader.push(part, n == len(parts))
+            said, num_calls = said + piece, num_calls + len(calls)
+        assert (said, num_calls) == want

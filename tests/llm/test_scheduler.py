@@ -249,7 +249,8 @@ def act(world, choice):
             pass
         fake.fails = None
         for s in [s for s in world.live if s.finish_reason]:  # ended, and not yet said so
-            world.abort(s)
+            stepped.abort(s)
+            world.end(s)
         assert all(s.generated[: len(before[s])] == before[s] for s in before)
         world.check()
     elif what == 8:

@@ -276,7 +276,10 @@ __device__ __forceinline__ bool stage(Slice* slices, const X_T* x, i64 x_stride,
             float lower[2] = {v[0], v[1]}, upper[2] = {v[2], v[3]};
             const u32 a = split_halves<f16>(lower), b = split_halves<f16>(upper);
             *reinterpret_cast<uint2*>(to + p * 64) = uint2{a, b};
-            v[0] = lower[0], v[1] = lower[1], v[2] = upper[0], v[3] = upper[1];
+            const float rest[4] = {lower[0], lower[1], upper[0], upper[1]};
+            // What an infinity leaves is a NaN: the first piece says it all.
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[j] = fabsf(rest[j]) < INF ? rest[j] : 0.0f;
         }
     }
     return any_shrunk;

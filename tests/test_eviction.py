@@ -475,6 +475,12 @@ def test_wrong_arguments_change_nothing(xp, rng):
         (ShapeError, r"scores\[0\] has shape", (LENGTHS, "scores:8"), dict(scores=q)),
         (ParameterError, "rotary is missing, expected how the", (LENGTHS, ahead), dict(queries=q)),
         (ParameterError, "rotary is given, expected None", (LENGTHS, "random:8"), given),
+        (
+            DtypeError,
+            "inv_freq is a NoneType, expected a list",
+            (LENGTHS, ahead),
+            frequencies(None),
+        ),
         (DtypeError, "rotary is a list", (LENGTHS, ahead), dict(queries=q, rotary=[])),
         (ParameterError, "inv_freq has 1 layers", (LENGTHS, ahead), frequencies([F[0]])),
         (DtypeError, "inv_freq has dtype float64", (LENGTHS, ahead), frequencies([F[0], wide])),

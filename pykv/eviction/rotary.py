@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv.arrays import FLOAT32, checker, module_of
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DeviceError, DtypeError, ParameterError
 from pykv.ops import linear, paged_qkv, rope
 from pykv.options import check_flag
 
@@ -37,13 +37,17 @@ def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
     """Check for `op` what `layers` of heads of D elements need of a `rotary`.
 
     Raises:
-        DtypeError: it is no Rotary, or frequencies are no array of floats.
+        DtypeError: it is no Rotary, or frequencies are no list of arrays of floats.
+        DeviceError: these are on a GPU.
         ShapeError: more elements are to be rotated than heads have, or frequencies are no vector.
         ParameterError: a layer has no frequencies, or the pairing is unknown.
     """
     if not isinstance(rotary, Rotary):
         raise DtypeError(f"{op}: rotary is a {type(rotary).__name__}, expected a pykv Rotary")
     check_flag(op, "rotary.hadamard", rotary.hadamard)
+    if not isinstance(rotary.inv_freq, list | tuple):
+        given = type(rotary.inv_freq).__name__
+        raise DtypeError(f"{op}: rotary.inv_freq is a {given}, expected a list of arrays")
     for layer in layers:
         if layer >= len(rotary.inv_freq):
             raise ParameterError(
@@ -51,6 +55,8 @@ def check_rotary(op: str, rotary: Any, layers: Iterable[int], D: int) -> None:
                 f"{layer}"
             )
         dims = _check(rotary.inv_freq[layer])
+        if not isinstance(rotary.inv_freq[layer], np.ndarray):
+            raise DeviceError(f"{op}: rotary.inv_freq[{layer}] is on a GPU, expected the host")
         rope.check_pairs(op, rotary.pairing, dims["F"], D)
 
 

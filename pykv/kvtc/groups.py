@@ -93,7 +93,9 @@ def group_errors(kept: Any, sizes: Sequence[int] = SIZES) -> dict[tuple[int, str
     return errors
 
 
-def plan(errors: dict[tuple[int, str], Any], bits: int, overhead: int = OVERHEAD) -> list[Range]:
+def plan(
+    errors: dict[tuple[int, str], Any], bits: int, overhead: int = OVERHEAD, codes: int = UNIT
+) -> list[Range]:
     """The ranges of least error that cover all components in `bits` a row, without those of "none".
 
     Exact: a dynamic program over the end of the last group and the bits spent.
@@ -102,8 +104,13 @@ def plan(errors: dict[tuple[int, str], Any], bits: int, overhead: int = OVERHEAD
         errors: by size and kind, of calibration rows, see group_errors; of size 1 among others.
         bits: of a row, at most.
         overhead: bits of a row that a range takes beside its codes.
+        codes: the bits that codes of a range take are a multiple of so many.
     """
-    costs = {key: (BITS[key[1]] * key[0] + overhead) // UNIT for key in errors if key[1] != "none"}
+    costs = {
+        (size, kind): (-(-BITS[kind] * size // codes) * codes + overhead) // UNIT
+        for size, kind in errors
+        if kind != "none"
+    }
     options = [(size, kind, costs.get((size, kind), 0)) for size, kind in errors]
     C, units = len(errors[1, "none"]), max(0, bits // UNIT)
     longest = max(size for size, _, _ in options)
@@ -208,7 +215,7 @@ def v0_config(mean: Any, basis: Any, kept: Any, ratio: int) -> KvtcConfig:
         ParameterError: the ratio leaves no room for a range.
     """
     bits = 16 * len(mean) // ratio
-    ranges = plan(group_errors(kept[:: max(1, len(kept) // ROWS)]), bits, V0_OVERHEAD)
+    ranges = plan(group_errors(kept[:: max(1, len(kept) // ROWS)]), bits, V0_OVERHEAD, codes=8)
     if not ranges:
         raise ParameterError(f"kvtc.groups: ratio is {ratio}, expected less: a row has {bits} bits")
     ends = np.cumsum([r.size for r in ranges]).tolist()

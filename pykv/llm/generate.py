@@ -54,7 +54,7 @@ class LLM:
             they stay the blocks of the file, in as much memory, and products dequantise them on the
             way. Their numbers are those of "fp32". On the host that is many times slower than the
             others, on a GPU it reads less; with a `kv_dtype` of int8 or int4 attention's output
-            matrix is float16.
+            matrix is float32.
         context: tokens of prompt and answer at most; None takes the model's own limit.
         pool_tokens: tokens that the cache holds in all. What finds no room waits, and what has come
             last gives its pages up and is computed again later; an answer that fills the pool alone
@@ -136,7 +136,7 @@ class LLM:
         nbytes = need.weights + need.cache
         self._device = cuda.pick_device(device, self.xp, nbytes=nbytes, require_sm=require_sm)
         with cuda.use_device(self._device):
-            memory.require(need, self.xp)
+            memory.require(need, self.xp, dtype)
             hadamard = self.spec.wants_hadamard
             loaded = _load(self.file, self.xp, dtype, hadamard, progress)
             # Now, as the file may change, or go, before a session is saved.

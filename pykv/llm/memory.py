@@ -42,16 +42,16 @@ def needed(
 
 def weight_bytes(file: ModelFile, dtype: Any, spec: KVSpec, on_host: bool) -> int:
     """Bytes of a model's weights, see `needed`; vectors are float32. With a cache that wants
-    Hadamard-rotated heads, attention's output matrix does not stay as stored, see weights.load."""
+    Hadamard-rotated heads, attention's output matrix is float32, see weights.load."""
     total = 0
     for name, info in file.tensors.items():
         is_rotated = spec.wants_hadamard and tensors.is_role(name, "attention_out")
-        if len(info.shape) != 2:
+        if len(info.shape) != 2 or is_rotated:
             total += prod(info.shape) * 4
-        elif dtype is None and not is_rotated:
+        elif dtype is None:
             total += matrices.stored_bytes(info.kind, *info.shape)
         else:
-            total += prod(info.shape) * (4 if on_host else np.dtype(dtype or "f2").itemsize)
+            total += prod(info.shape) * (4 if on_host else np.dtype(dtype).itemsize)
     return total
 
 
@@ -77,14 +77,17 @@ def free(xp: Any) -> int | None:
         return available
 
 
-def require(need: Needed, xp: Any) -> None:
-    """CapacityError if that much memory is not free, before anything is read."""
+def require(need: Needed, xp: Any, dtype: Any = None) -> None:
+    """CapacityError if that much memory is not free, before anything is read; `dtype` as of
+    `needed`."""
     has, total = free(xp), need.weights + need.cache
     if has is not None and total > has:
         where, other = ("the host", "") if xp is np else ("the GPU", ', device="cpu"')
+        if dtype is not None:
+            other = f', weights="{matrices.STORED}"{other}'
         raise CapacityError(
             f"LLM: the model needs {total / 1e9:.2f} GB ({need.weights / 1e9:.2f} GB of weights, "
             f"{need.cache / 1e9:.2f} GB of cache for {need.tokens:,} tokens), but {where} has "
             f"{has / 1e9:.2f} GB free. What helps: a smaller context (--ctx), "
-            f'kv_dtype="int8", weights="stored"{other}, or a smaller model'
+            f'kv_dtype="int8"{other}, or a smaller model'
         )

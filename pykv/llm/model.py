@@ -170,4 +170,4 @@ def decode_rows(model: Model, sequences: int, xp: Any) -> int:
 
 def _are_few(model: Model, rows: int) -> bool:
     """Whether so many rows are multiplied by pykv's own kernels, which graphs capture."""
-    return rows <= GRAPH_SEQUENCES and linear.rereads(rows) * model.matrix_bytes <= GRAPH_REREADS
+    return rows <= GRAPH_SEQUENCES and linear.rereads(rows) * model.float_bytes <= GRAPH_REREADS

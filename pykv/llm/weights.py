@@ -58,12 +58,24 @@ class Model:
     @property
     def matrix_bytes(self) -> int:
         """Of all matrices that a step multiplies with."""
-        weights = [x for layer in self.layers for x in vars(layer).values()]
-        return sum(
-            int(x.nbytes)
-            for x in (*weights, self.head)
-            if isinstance(x, Stored) or getattr(x, "ndim", 0) == 2
+        return sum(int(x.nbytes) for x in self._matrices())
+
+    @property
+    def float_bytes(self) -> int:
+        """Of those that are arrays of floats, which linear.linear reads again for more tokens."""
+        arrays = (
+            rows
+            for x in self._matrices()
+            for kind, rows in (x.parts if isinstance(x, Stored) else [(matrices.PLAIN[0], x)])
+            if kind in matrices.PLAIN
         )
+        return sum(int(rows.nbytes) for rows in arrays)
+
+    def _matrices(self) -> list[Any]:
+        weights = [x for layer in self.layers for x in vars(layer).values()]
+        return [
+            x for x in (*weights, self.head) if isinstance(x, Stored) or getattr(x, "ndim", 0) == 2
+        ]
 
 
 def load(
@@ -82,7 +94,7 @@ def load(
         dtype: float16, bfloat16 or float32; what matrices are dequantised and rounded to. None:
             they stay matrices.Stored. Vectors are float32.
         hadamard: see Model; for caches of which KVSpec.wants_hadamard is true. `attention_out` is
-            float16 then if `dtype` is None.
+            float32 then, of values that were rounded to `dtype`, or to float16 where that is None.
         progress: called with the bytes of each tensor that has been read.
 
     Raises:
@@ -90,6 +102,11 @@ def load(
             `dtype`; or matrices.check_stored.
     """
     config = read_config(file)
+    if dtype is None:
+        matrices.check_stored(file)
+        if xp is not np:
+            kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
+            block_linear.warm_up(sorted(kinds - {*matrices.PLAIN}))
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
     reader = _Reader(file, config, xp, dtype, progress, rounded)
     E, D = config.embedding, config.head_dim
@@ -119,9 +136,6 @@ def load(
             hadamard=hadamard,
         )
     reader.refuse_infinite()
-    if xp is not np and dtype is None:
-        kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
-        block_linear.warm_up(sorted(kinds - {*matrices.PLAIN}))
     return model
 
 

@@ -7,21 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from pykv import planes
+from pykv import cuda, planes
 from pykv.ops import block_linear
 from pykv.testing import judged, oracles, wrong_values
 from pykv.verify import Case, Cases
-
-_MANY = (9, 70)  # tokens
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if find_spec("gguf") is None:  # it comes with the extra `llm`
         return
     for kind in planes.FORMATS:
-        yield _product(kind, 1, rng, xp)
-    for tokens in _MANY:
-        yield _product("Q4_K", tokens, rng, xp)
+        for tokens in (1, 9):  # the GEMV, tensor cores
+            yield _product(kind, tokens, rng, xp)
+    yield _product("Q4_K", 70, rng, xp)
+    if xp is not np:  # so many outputs that blocks are wide
+        wide = 64 * cuda.num_sms(cuda.current_device()) + 8
+        for kind in ("Q4_K", "Q6_K", "Q8_0", "Q2_K", "IQ4_XS"):
+            yield _product(kind, 64, rng, xp, O=wide, I=512)
     yield _product("Q4_1", 3, rng, xp, accumulate=True)
     yield from _rows(rng, xp)
 
@@ -40,9 +42,15 @@ def _blocks(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, A
 
 
 def _product(
-    kind: str, T: int, rng: np.random.Generator, xp: Any, accumulate: bool = False
+    kind: str,
+    T: int,
+    rng: np.random.Generator,
+    xp: Any,
+    *,
+    O: int = 72,
+    I: int = 1280,
+    accumulate: bool = False,
 ) -> Case:
-    O, I = 72, 1280
     x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (I, O))
     blocks, values = _blocks(kind, O, I, rng)
     bias = rng.standard_normal(O).astype(np.float32)

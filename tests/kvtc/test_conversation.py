@@ -106,5 +106,5 @@ def logits_of(llm, ids, kept):
     with llm.turn(), llm._scheduler.known(ids[:kept]) as pages:
         assert len(pages) * llm.cache.page_size == kept
         llm.cache.extend(pages, kept, kept + len(more))
-        parts = replay.steps(llm, llm.cache, pages, more, position=kept)
+        parts = replay.steps(llm, llm.cache, replay.Place(pages, kept, kept), more)
         return np.concatenate([to_numpy(part) for part in parts])

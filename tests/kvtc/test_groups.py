@@ -126,7 +126,7 @@ def test_a_plan_makes_streams_of_v0(xp, rng, ratio):
     assert 0.8 < (codes.size - headers) / (n * 2 * F / ratio) <= 1
     v0.decompress(codes, on_device, out := xp.zeros((n, F), np.float32))
     errors = groups.group_errors(kept)
-    planned = groups.plan(errors, 16 * F // ratio, 64)
+    planned = groups.plan(errors, 16 * F // ratio, 64, codes=8)
     assert [r.size for r in planned] == [r.width for r in config.ranges]
     lost = errors[1, "none"]
     there = np.concatenate([np.arange(r.first, r.first + r.size) for r in planned])
@@ -134,6 +134,16 @@ def test_a_plan_makes_streams_of_v0(xp, rng, ratio):
     found = np.square(to_numpy(out).astype(float) - rows).sum()
     least = 0.5 if any(r.kind == "fp8" for r in planned) else 0.95  # 8 bits of intx are nearer
     assert least * want < found < 1.05 * want
+
+
+def test_rows_of_codes_end_at_bytes(rng):
+    """Two components say it all: a range of one takes a byte, which the ratio allows for."""
+    n, F, C = 64, 264, 256
+    kept = rng.standard_normal((n, C)).astype(np.float32) * 1e-6
+    kept[:, [0, 128]] = rng.standard_normal((n, 2)) * 100
+    config = groups.v0_config(np.zeros(F, np.float16), np.eye(F, C, dtype=np.float16), kept, 32)
+    codes = v0.compress(kept @ np.eye(C, F, dtype=np.float32), config)
+    assert codes.size - 40 * len(config.ranges) <= n * 2 * F / 32
 
 
 def test_a_ratio_without_room_for_a_range(rng):

@@ -66,6 +66,28 @@ def test_memory_is_that_of_the_file(tmp_path, kv_dtype):
     assert taken < as_fp32 / 2
 
 
+@pytest.mark.parametrize("weights", [None, np.float16])
+def test_memory_with_mixed_heads(xp, tmp_path, weights):
+    """Attention's output is float32 then."""
+    tiny.write_case(tmp_path / "tiny.gguf", "llama-mixed")
+    file, spec = gguf.read(tmp_path / "tiny.gguf"), KVSpec.parse("int8")
+    model = load(file, xp, dtype=weights, hadamard=True)
+    assert model.layers[0].attention_out.dtype == np.float32
+    taken = model.matrix_bytes + model.output_norm.nbytes
+    for layer in model.layers:
+        taken += layer.attention_norm.nbytes + layer.ffn_norm.nbytes
+    assert memory.needed(file, read_config(file), weights, spec, 1, xp).weights == taken
+
+
+def test_what_is_read_again_for_more_tokens(tmp_path):
+    """Only arrays of floats: a step of others is a graph, however large they are."""
+    tiny.write_case(tmp_path / "tiny.gguf", "llama-Q8_0")
+    file = gguf.read(tmp_path / "tiny.gguf")
+    assert load(file, dtype=None).float_bytes == 0
+    as_floats = load(file)
+    assert as_floats.float_bytes == as_floats.matrix_bytes > 0
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
 def test_parts_of_a_matrix(xp, rng, tmp_path, kind):
     """Of other types than their neighbours; with a bias, added to what is there; T = 1 and 3."""
@@ -103,7 +125,7 @@ def test_a_type_without_a_kernel_is_named(tmp_path):
     file.tensors[name] = replace(file.tensors[name], kind="IQ2_XXS")
     text = f'tensor {name} has type IQ2_XXS, expected with weights="stored" one of Q4_0, .*BF16'
     with pytest.raises(UnsupportedError, match=text):
-        matrices.check_stored(file)
+        load(file, dtype=None)
 
 
 @pytest.mark.parametrize("device", DEVICES)

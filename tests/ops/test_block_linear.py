@@ -206,6 +206,18 @@ def test_packing_moves_bits_and_loses_none(rng):
         assert (moved.sum(axis=1) == 1).all() and (moved.sum(axis=0) <= 1).all(), kind
 
 
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_infinite_activations(xp, rng, kind, T):
+    """Are infinities of the weights' signs, or NaN where a weight is zero; in their row alone."""
+    blocks, x = random_blocks(rng, kind, 24, 256), rng.standard_normal((T, 256)).astype(np.float32)
+    x[0, 3] = np.inf
+    with np.errstate(invalid="ignore"):
+        got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        np.testing.assert_array_equal(got[0], np.inf * dequantized(blocks, kind)[:, 3])
+    assert np.isfinite(got[1:]).all()
+
+
 def test_a_nan_scale_stays_in_its_row(xp, rng):
     """Of weights; that of an activation in its token. Of 40 rows, so that all warps have some."""
     for kind, at in (("Q4_0", 0), ("Q5_K", 2), ("Q6_K", 208)):

@@ -190,7 +190,7 @@ expand(X_T* __restrict__ out, const u8* __restrict__ w, const int* __restrict__ 
         const u8* high = row + (i64)G * CodesOf::WORDS * 4;
         const int place = (g * CodesOf::WORDS + (K::BITS == 8 ? 4 * half : 0) + s) * 4;
         const u32 word = CodesOf::WORDS ? *reinterpret_cast<const u32*>(row + place) : 0u;
-        CodesOf c;
+        CodesOf c{};  // kinds without pairs load none
         c.load_high(high, g, G);
         float d[K::HALVES], m[K::HALVES];
         K::decode(d, m, K::load(row + (i64)G * CodesOf::BYTES, g, G), g);

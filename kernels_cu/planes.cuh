@@ -44,10 +44,10 @@ template <int BITS> struct Codes {
 };
 
 // The entries of a table of 16 bytes at the four nibbles in the lower half of `places`.
-__device__ __forceinline__ u32 look_up(const u32 (&table)[4], u32 places) {
+__device__ __forceinline__ u32 look_up(uint4 table, u32 places) {
     const u32 place = places & 0x7777u;
-    const u32 lower = __byte_perm(table[0], table[1], place);
-    const u32 upper = __byte_perm(table[2], table[3], place);
+    const u32 lower = __byte_perm(table.x, table.y, place);
+    const u32 upper = __byte_perm(table.z, table.w, place);
     return __byte_perm(lower, upper, 0x3210u + (places >> 1 & 0x4444u));
 }
 
@@ -109,21 +109,24 @@ using Q8_0 = OneHalf<8, 128>;
 using Q4_1 = TwoHalves<4>;
 using Q5_1 = TwoHalves<5>;
 
-using Table = const u32 (&)[4];
 // -127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113, and twice the numbers of e2m1
-__device__ constexpr u32 IQ4_TABLE[4] = {0x3f2d1801u, 0x766a5d4fu, 0xa6998d81u, 0xf1d9c5b5u};
-__device__ constexpr u32 E2M1_TABLE[4] = {0x83828180u, 0x8c888684u, 0x7d7e7f80u, 0x74787a7cu};
+__device__ __forceinline__ uint4 iq4_table() {
+    return {0x3f2d1801u, 0x766a5d4fu, 0xa6998d81u, 0xf1d9c5b5u};
+}
+__device__ __forceinline__ uint4 e2m1_table() {
+    return {0x83828180u, 0x8c888684u, 0x7d7e7f80u, 0x74787a7cu};
+}
 
 struct IQ4_NL : OneHalf<4, 128> {
     static constexpr bool TABLE = true;
-    static __device__ __forceinline__ Table table() { return IQ4_TABLE; }
+    static __device__ __forceinline__ uint4 table() { return iq4_table(); }
 };
 
 struct MXFP4 {
     static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
     static constexpr bool TABLE = true, HAS_ADDEND = false;
     using Raw = u32;
-    static __device__ __forceinline__ Table table() { return E2M1_TABLE; }
+    static __device__ __forceinline__ uint4 table() { return e2m1_table(); }
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) { return scales[g]; }
     static __device__ __forceinline__ void decode(float (&d)[1], float (&)[1], Raw e, int) {
@@ -224,7 +227,7 @@ struct IQ4_XS {
     static constexpr int BITS = 4, ZERO = 128, HALVES = 1;
     static constexpr bool TABLE = true, HAS_ADDEND = false;
     using Raw = uint2;  // a half, pairs of eight scales, their nibbles
-    static __device__ __forceinline__ Table table() { return IQ4_TABLE; }
+    static __device__ __forceinline__ uint4 table() { return iq4_table(); }
 
     static __device__ __forceinline__ Raw load(const u8* scales, int g, int) {
         return *reinterpret_cast<const uint2*>(scales + (i64)(g / 8) * 8);

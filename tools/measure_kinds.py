@@ -82,7 +82,7 @@ class Rows(PagedKVCache):
 def perplexity(llm, ids, cache):
     """Run all tokens through the model, filling the cache."""
     total, start = 0.0, 1
-    for logits in replay.steps(llm, cache, [0], ids):
+    for logits in replay.steps(llm, cache, replay.Place([0]), ids):
         targets = np.array(ids[start : start + len(logits)])
         total += continuation.losses(logits[: len(targets)], targets).sum()
         start += len(logits)

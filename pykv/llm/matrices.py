@@ -38,7 +38,7 @@ def weights_dtype(argument: str, name: str) -> np.dtype[Any] | None:
     Raises:
         ParameterError: no such name; the text names the argument.
     """
-    return None if name == STORED else float_kind(argument, name, STORED)
+    return None if isinstance(name, str) and name == STORED else float_kind(argument, name, STORED)
 
 
 def check_stored(file: ModelFile) -> None:

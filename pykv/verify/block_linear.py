@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, planes
+from pykv import planes
+from pykv.cuda import current_device, num_sms
 from pykv.ops import block_linear
 from pykv.testing import judged, oracles, wrong_values
 from pykv.verify import Case, Cases
@@ -21,7 +22,7 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
             yield _product(kind, tokens, rng, xp)
     yield _product("Q4_K", 70, rng, xp)
     if xp is not np:  # so many outputs that blocks are wide
-        wide = 64 * cuda.num_sms(cuda.current_device()) + 8
+        wide = 64 * num_sms(current_device()) + 8
         for kind in ("Q4_K", "Q6_K", "Q8_0", "Q2_K", "IQ4_XS"):
             yield _product(kind, 64, rng, xp, O=wide, I=512)
     yield _product("Q4_1", 3, rng, xp, accumulate=True)

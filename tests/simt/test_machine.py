@@ -778,7 +778,8 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 # --- The kernels of pykv --------------------------------------------------------------------------
 
 
-IN_SWEEP = ["paged_decode_mma", "prefill_mma"]  # tests of decode and prefill run them always
+# Long; tests of their ops run these kernels always.
+IN_SWEEP = ["block_linear", "paged_decode_mma", "prefill_mma"]
 
 
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)

@@ -165,6 +165,7 @@ def http_config(app: Any) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anyone can write X-Forwarded-For, and the log would repeat it
         timeout_keep_alive=75,
         timeout_graceful_shutdown=STOP_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,

@@ -11,7 +11,7 @@ from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
@@ -161,8 +161,8 @@ async def _begin(
     data = await _body(request)
     asked = await asyncio.to_thread(lambda: read(parse(data)))
     work = make_work(asked.answers, asked.constraints)
-    request.scope["pykv.work"] = work
     server.engine.submit(work)
+    request.scope["pykv.work"] = work  # what is refused has no tokens, and no latency
     return asked, work
 
 
@@ -240,7 +240,11 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, if it is small enough and arrives in time."""
+    """The body, if it is small enough and arrives in time.
+
+    Raises:
+        ClientGone: the client went away before its end.
+    """
     too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > BODY_BYTES:
@@ -254,6 +258,8 @@ async def _body(request: Request) -> bytes:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body took more than {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise front.ClientGone from None
     return bytes(data)
 
 

@@ -92,6 +92,8 @@ def test_choices_draw_tokens_of_their_own(serve):
     seeds = [choice["message"]["content"] for choice in answer["choices"]]
     assert seeds == [str(2**64 - 1), "0", "1"]
     assert answer["usage"]["prompt_tokens"] == len(client.server.llm.chat_ids(USER))
+    answer = client.ask("/v1/completions", prompt=["x", "x"], n=2, seed=5)
+    assert [choice["text"] for choice in answer["choices"]] == ["5", "6", "7", "8"]
     first, second = (client.ask(CHAT, messages=USER)["choices"] for _ in range(2))
     assert first != second  # without a seed each request has another
 
@@ -252,6 +254,8 @@ def test_generate_of_m40_llm(serve):
     )
     status, answer = client.post("/generate", prompt=5)
     assert status == 400 and answer["error"].startswith("prompt is 5, expected")
+    status, answer = client.post("/generate", prompt="x", n=2)
+    assert status == 400 and answer["error"].startswith("n is 2, expected")
 
 
 @pytest.mark.parametrize("style", ["auto", "raw", "llama3-chat"])

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -23,6 +23,8 @@ from pykv.serve.fields import ApiError, parse
 from pykv.serve.metrics import Metrics
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
+
+_T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
 BODY_SECONDS = 30.0  # for a body to arrive
@@ -138,8 +140,8 @@ async def generate(server: Server, request: Request) -> Response:
             done = bool(delta.finish_reason)
             yield {"output": output, "delta": delta.text, "done": done}
 
-    async def whole() -> dict[str, Any]:
-        return {"output": [line async for line in lines()][-1]["output"]}
+    async def whole() -> Response:
+        return JSONResponse({"output": [line async for line in lines()][-1]["output"]})
 
     if not asked.stream:
         return await _whole(server, request, work, whole())
@@ -167,10 +169,10 @@ async def _begin(
 
 
 async def _whole(
-    server: Server, request: Request, work: Work, body: Coroutine[Any, Any, dict[str, Any]]
+    server: Server, request: Request, work: Work, body: Coroutine[Any, Any, Response]
 ) -> Response:
     try:
-        return JSONResponse(await _unless_gone(request.receive, body))
+        return await _unless_gone(request.receive, body)
     finally:
         server.engine.abort(work)
 
@@ -213,7 +215,7 @@ class Stream(Response):
             self._engine.abort(self._work)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """What `work` returns.
 
     Raises:
@@ -224,17 +226,18 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    task = asyncio.create_task(work)
+    tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
+        if task.done():
+            return task.result()
         raise front.ClientGone
     except TimeoutError:
         raise front.ClientGone from None
     finally:
-        for task in tasks:
-            task.cancel()
+        for each in tasks:
+            each.cancel()
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
 

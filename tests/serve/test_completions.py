@@ -1,8 +1,11 @@
 """What the endpoints answer, in OpenAI's forms."""
 
 import re
+import threading
 
 import pytest
+
+from pykv.serve.replies import Reply
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -201,6 +204,35 @@ def test_logprobs_of_a_completion(serve):
         if found := chunk["choices"][0]["logprobs"]:
             offsets += found["text_offset"]
     assert offsets == [0, 1, 2]
+
+
+def test_offsets_count_characters_of_several_tokens(serve):
+    """€ has three tokens here; it is in the text once its last one has come."""
+    client = serve("a€b")
+    (choice,) = client.ask("/v1/completions", prompt="x", logprobs=0)["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2]
+
+
+def test_logprobs_are_spelled_beside_the_event_loop(serve, monkeypatch):
+    threads = set()
+
+    def spelled(self, index, found):
+        threads.add(threading.current_thread().name)
+        return None
+
+    monkeypatch.setattr(Reply, "_of_choice", spelled)
+    client = serve()
+    client.ask(CHAT, messages=USER, logprobs=True)
+    assert threads and all(name.startswith("asyncio_") for name in threads)
+
+
+def test_a_token_is_spelled_once(serve, monkeypatch):
+    client = serve("x" * 50)
+    spelled, tokenizer = [], client.server.llm.tokenizer
+    spell = tokenizer.token_bytes
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda i: spelled.append(i) or spell(i))
+    client.ask(CHAT, messages=USER, logprobs=True, top_logprobs=2)
+    assert len(spelled) == len(set(spelled)) == 2
 
 
 # --- The others ---

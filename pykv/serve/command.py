@@ -155,12 +155,13 @@ def http_config(app: Any) -> Any:
     """How uvicorn runs an application: its limits and timeouts."""
     import uvicorn
 
+    from pykv.serve.connection import Connection
     from pykv.serve.front import HEADER_BYTES
 
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         log_config=None,
         access_log=False,

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pykv.errors import CapacityError, NumberError
-from pykv.serve import front, protocol
+from pykv.serve import connection, front, protocol
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -183,6 +183,23 @@ def test_large_headers_are_refused(one):
             assert one.request("GET", "/health", headers={"X-Large": "x" * size})[0] in (400, 431)
         except OSError:  # it was closed while we still sent
             assert size > 100_000
+
+
+def test_headers_that_do_not_end_in_time(serve, monkeypatch):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.3)
+    client = serve("Hello", seconds=0.1)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for data, answers in ((b"", 0), (whole[:-2], 0), (whole, 1)):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sender:
+            sender.sendall(data)
+            if answers:
+                received = b""
+                while not received.endswith(b"}"):
+                    received += sender.recv(1000)
+                sender.sendall(whole[:9])  # the next header
+            assert sender.recv(1000) == b""
+    (choice,) = client.ask(CHAT, messages=USER)["choices"]  # takes longer, behind its header
+    assert choice["message"]["content"] == "Hello"
 
 
 def test_unknown_fields_are_ignored_and_named_once(one, caplog, monkeypatch):

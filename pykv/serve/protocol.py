@@ -135,9 +135,10 @@ class Protocol:
     def tokenize(self, body: dict[str, Any]) -> list[int]:
         """A body of /tokenize: a prompt, or messages."""
         fields = self._begin(body)
-        if fields.take("messages") is not None:
+        param = "prompt" if fields.take("messages") is None else "messages"
+        if param == "messages":
             messages = read_messages(fields, native=self._knows_tools)
-            ids = self._checked("messages", lambda: self._chat_ids(messages, {}))
+            ids = self._checked(param, lambda: self._chat_ids(messages, {}))
         else:
             prompt = fields.take("prompt", str)
             if prompt is None:
@@ -145,8 +146,8 @@ class Protocol:
             bos = None if fields.flag("add_special_tokens", True) else False
             special = fields.flag("special")
             encode = partial(self.llm.tokenizer.encode, bos=bos, special=special)
-            ids = self._checked("prompt", lambda: encode(prompt, limit=self.llm.context))
-        self._check_length("prompt", ids)
+            ids = self._checked(param, lambda: encode(prompt, limit=self.llm.context))
+        self._check_length(param, ids)
         self._note_unknown(fields)
         return list(ids)
 

@@ -100,6 +100,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     ("/tokenize", "prompt", {"prompt": 5}),
     ("/tokenize", "prompt", {"prompt": "x" * 1100}),
     ("/tokenize", "prompt", {"prompt": "x" * 100_000}),
+    ("/tokenize", "messages", {"messages": [{"role": "user", "content": "x" * 1000}]}),
     ("/detokenize", "tokens", {"tokens": [5] * 1001}),
     ("/detokenize", "tokens", {}),
     ("/detokenize", "tokens", {"tokens": [10**9]}),

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
@@ -23,6 +23,8 @@ from pykv.serve.fields import ApiError, parse
 from pykv.serve.metrics import Metrics
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
+
+_T = TypeVar("_T")
 
 BODY_BYTES = 8 << 20  # of a request; a context of a million tokens fits
 BODY_SECONDS = 30.0  # for a body to arrive
@@ -138,8 +140,8 @@ async def generate(server: Server, request: Request) -> Response:
             done = bool(delta.finish_reason)
             yield {"output": output, "delta": delta.text, "done": done}
 
-    async def whole() -> dict[str, Any]:
-        return {"output": [line async for line in lines()][-1]["output"]}
+    async def whole() -> Response:
+        return JSONResponse({"output": [line async for line in lines()][-1]["output"]})
 
     if not asked.stream:
         return await _whole(server, request, work, whole())
@@ -161,16 +163,16 @@ async def _begin(
     data = await _body(request)
     asked = await asyncio.to_thread(lambda: read(parse(data)))
     work = make_work(asked.answers, asked.constraints)
-    request.scope["pykv.work"] = work
     server.engine.submit(work)
+    request.scope["pykv.work"] = work  # what is refused has no tokens, and no latency
     return asked, work
 
 
 async def _whole(
-    server: Server, request: Request, work: Work, body: Coroutine[Any, Any, dict[str, Any]]
+    server: Server, request: Request, work: Work, body: Coroutine[Any, Any, Response]
 ) -> Response:
     try:
-        return JSONResponse(await _unless_gone(request.receive, body))
+        return await _unless_gone(request.receive, body)
     finally:
         server.engine.abort(work)
 
@@ -213,7 +215,7 @@ class Stream(Response):
             self._engine.abort(self._work)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """What `work` returns.
 
     Raises:
@@ -224,23 +226,28 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    task = asyncio.create_task(work)
+    tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(gone())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
+        if task.done():
+            return task.result()
         raise front.ClientGone
     except TimeoutError:
         raise front.ClientGone from None
     finally:
-        for task in tasks:
-            task.cancel()
+        for each in tasks:
+            each.cancel()
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _body(request: Request) -> bytes:
-    """The body, if it is small enough and arrives in time."""
+    """The body, if it is small enough and arrives in time.
+
+    Raises:
+        ClientGone: the client went away before its end.
+    """
     too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > BODY_BYTES:
@@ -254,6 +261,8 @@ async def _body(request: Request) -> bytes:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body took more than {BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise front.ClientGone from None
     return bytes(data)
 
 

@@ -155,16 +155,18 @@ def http_config(app: Any) -> Any:
     """How uvicorn runs an application: its limits and timeouts."""
     import uvicorn
 
+    from pykv.serve.connection import Connection
     from pykv.serve.front import HEADER_BYTES
 
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anyone can write X-Forwarded-For, and the log would repeat it
         timeout_keep_alive=75,
         timeout_graceful_shutdown=STOP_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,

@@ -35,12 +35,13 @@ class Grammars:
         self._lock = threading.Lock()
         self._made: Any = None
 
-    def constraint(self, grammar: str, trigger: str = "") -> Constraint:
+    def constraint(self, grammar: str, trigger: str = "", once: bool = False) -> Constraint:
         """A constraint by a grammar in llguidance's dialect of Lark.
 
         Args:
             grammar: its text; `%json {...}` in it is a JSON schema.
             trigger: a text behind which it holds, each time anew; empty: from the first token.
+            once: the answer ends where it held for the first time.
 
         Raises:
             ParameterError: it is no grammar, or too large a one.
@@ -54,7 +55,7 @@ class Grammars:
         ends = np.zeros(-(-self._vocab // 32), np.uint32)
         for i in self._tokenizer.stop_ids:
             ends[i // 32] |= np.uint32(1 << i % 32)
-        return Constraint(matcher, trigger, ends.view(np.int32))
+        return Constraint(matcher, trigger, ends.view(np.int32), once)
 
     def _llguidance(self) -> Any:
         """The vocabulary as llguidance has it, made at the first use."""
@@ -93,14 +94,14 @@ class _Vocabulary:
 class Constraint:
     """Which token may follow, of one sequence. See Grammars.constraint."""
 
-    def __init__(self, matcher: Any, trigger: str, ends: np.ndarray) -> None:
+    def __init__(self, matcher: Any, trigger: str, ends: np.ndarray, once: bool) -> None:
         self._first = matcher if trigger else None
         self._matcher = None if trigger else matcher
-        self._trigger, self._ends = trigger, ends
+        self._trigger, self._ends, self._once = trigger, ends, once
 
     def copy(self) -> Constraint:
         """Another one in the same state, for another sequence."""
-        made = Constraint(self._first or self._matcher, self._trigger, self._ends)
+        made = Constraint(self._first or self._matcher, self._trigger, self._ends, self._once)
         if self._matcher is not None:
             made._matcher = self._matcher.deep_copy()
         return made
@@ -117,7 +118,7 @@ class Constraint:
         """Go on behind tokens that were drawn; `text` is all that the sequence says with them."""
         if self._matcher is not None:
             self._matcher.consume_tokens(list(tokens))
-            if self._trigger and self._matcher.is_stopped():
+            if self._trigger and not self._once and self._matcher.is_stopped():
                 self._matcher = None
         elif self._first is not None and text.endswith(self._trigger):
             self._matcher = self._first.deep_copy()

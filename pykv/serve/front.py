@@ -70,7 +70,7 @@ class App:
             except ApiError as error:
                 await self._refuse(error, scope, receive, noted)
             except Exception as error:
-                log.exception("a fault at %s", scope["path"])
+                log.exception("a fault at %.100r", scope["path"])  # quoted: it may hold line ends
                 if status:
                     raise  # in the middle of an answer: the connection is closed
                 fault = ApiError(500, f"a fault inside the server: {type(error).__name__}")
@@ -91,14 +91,15 @@ class App:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise ApiError(403, f"origin is {origin!r:.80}, expected this server's own pages")
         if self._key is None:
-            if self._loopback and urlsplit(f"//{host}").hostname not in LOOPBACK:
+            if self._loopback and _hostname(host) not in LOOPBACK:
                 raise ApiError(403, f"host is {host!r:.80}, expected localhost, or an --api-key")
         elif scope["path"] not in _OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            key = self._key.encode("utf-8", "surrogateescape")  # the bytes of the command line
+            if not hmac.compare_digest(given.encode("latin-1"), key):
                 advice = {"WWW-Authenticate": "Bearer"}
                 message = "the API key is missing or wrong, expected Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key", headers=advice)
@@ -121,3 +122,19 @@ class App:
             facts += f" {prompt}+{answers} tokens"
             self._metrics.e2e_request_latency.observe(seconds)
         log.info("%s", facts)
+
+
+def _netloc(url: str) -> str | None:
+    """Host and port of a URL; None: it is none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
+
+
+def _hostname(netloc: str) -> str | None:
+    """The host alone of a host and port; None: they are none."""
+    try:
+        return urlsplit(f"//{netloc}").hostname
+    except ValueError:
+        return None

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
@@ -19,7 +20,7 @@ from pykv.llm.generate import LLM
 from pykv.llm.sampling import SamplingParams
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
-from pykv.serve.tools import Tools, grammar, read_format, read_messages, read_tools
+from pykv.serve.tools import Rule, Tools, grammar, read_format, read_messages, read_tools
 
 log = logging.getLogger("pykv.serve")
 
@@ -30,7 +31,6 @@ MAX_STOP = 1024
 # What OpenAI's clients may send and nothing here depends on.
 _IGNORED = """
     user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
-    modalities best_of
 """.split()
 _LOGGED: set[str] = set()  # unknown fields that the log has named
 
@@ -105,14 +105,14 @@ class Protocol:
             raise wrong("suffix", fields.body["suffix"], "none: texts are continued only")
         schema = read_format(fields)
         special = fields.flag("special")
-        echo = None
-        if fields.flag("echo"):
-            if logprobs is not None:
-                raise wrong("echo", True, "no logprobs beside it: prompts have none")
-            echo = self._checked("prompt", lambda: [self._text(prompt) for prompt in prompts])
-        return self._asked(fields, most, logprobs, grammar(None, schema), echo=echo)(
-            prompts, special
-        )
+        echo = fields.flag("echo")
+        if echo and logprobs is not None:
+            raise wrong("echo", True, "no logprobs beside it: prompts have none")
+        asked = self._asked(fields, most, logprobs, grammar(None, schema))(prompts, special)
+        if not echo:
+            return asked
+        texts = [self._text(prompt) for prompt in prompts for _ in range(asked.n)]
+        return replace(asked, echo=texts)
 
     def generate(self, body: dict[str, Any]) -> Asked:
         """A body of /generate, the endpoint of m40-llm."""
@@ -125,6 +125,7 @@ class Protocol:
         if style in marks and marks[style] not in self._template:
             raise wrong("prompt_format", style, "auto or raw: the model's template is another")
         most = fields.whole("max_tokens", self.llm.context, 1)
+        fields.whole("n", 1, 1, 1)  # an answer is one text
         asked = self._asked(fields, most, None, None, temperature=0.0)
         if style == "raw" or not self._template:
             return asked([prompt])
@@ -134,17 +135,19 @@ class Protocol:
     def tokenize(self, body: dict[str, Any]) -> list[int]:
         """A body of /tokenize: a prompt, or messages."""
         fields = self._begin(body)
-        if fields.take("messages") is not None:
+        param = "prompt" if fields.take("messages") is None else "messages"
+        if param == "messages":
             messages = read_messages(fields, native=self._knows_tools)
-            ids = self._checked("messages", lambda: self._chat_ids(messages, {}))
+            ids = self._checked(param, lambda: self._chat_ids(messages, {}))
         else:
             prompt = fields.take("prompt", str)
             if prompt is None:
                 raise wrong("prompt", None, "a string")
             bos = None if fields.flag("add_special_tokens", True) else False
             special = fields.flag("special")
-            encode = self.llm.tokenizer.encode
-            ids = self._checked("prompt", lambda: encode(prompt, bos=bos, special=special))
+            encode = partial(self.llm.tokenizer.encode, bos=bos, special=special)
+            ids = self._checked(param, lambda: encode(prompt, limit=self.llm.context))
+        self._check_length(param, ids)
         self._note_unknown(fields)
         return list(ids)
 
@@ -154,6 +157,7 @@ class Protocol:
         tokens = fields.take("tokens", list)
         if tokens is None:
             raise wrong("tokens", None, "a list of token ids")
+        self._check_length("tokens", tokens)
         self._note_unknown(fields)
         text: str = self._checked("tokens", lambda: self.llm.detokenize(tokens))
         return text
@@ -178,15 +182,17 @@ class Protocol:
         fields: Fields,
         most: int,
         logprobs: int | None,
-        rule: tuple[str, str] | None,
+        rule: Rule | None,
         *,
         temperature: float = 1.0,
         tools: Tools | None = None,
-        echo: list[str] | None = None,
     ) -> Callable[..., Asked]:
         """Reads the fields that are left; returns a function from prompts, whether they may hold
         control tokens, and the field that they come from, to what is asked."""
         n = fields.whole("n", 1, 1, MAX_CHOICES)
+        fields.whole("best_of", n, n, n)  # all choices are answered
+        if (modalities := fields.take("modalities", list, default=["text"])) != ["text"]:
+            raise wrong("modalities", modalities, '["text"]')
         stream = fields.flag("stream")
         options = fields.part("stream_options")
         include_usage = options.flag("include_usage")
@@ -194,16 +200,24 @@ class Protocol:
         params = self._params(fields, most, logprobs, temperature)
         if rule is not None and params.ignore_eos:
             raise wrong("ignore_eos", True, "false beside tools or a response_format")
+        if rule is not None and params.min_tokens:  # a grammar may leave nothing but the end
+            raise wrong("min_tokens", params.min_tokens, "0 beside tools or a response_format")
         self._note_unknown(fields)
         constraint = self._constraint(rule)
 
         def asked(prompts: list[Any], special: bool = False, param: str = "prompt") -> Asked:
             if len(prompts) * n > MAX_CHOICES:
                 raise wrong("n", n, f"{MAX_CHOICES} choices at most, of {len(prompts)} prompts")
-            each = [_reseeded(params, choice) for choice in range(n)]
+            for prompt in prompts:
+                if isinstance(prompt, list):
+                    self._check_length(param, prompt)
 
             def make() -> list[Answer]:
-                return [self.llm._answer(p, one, special) for p in prompts for one in each]
+                each = [prompt for prompt in prompts for _ in range(n)]
+                return [
+                    self.llm._answer(prompt, _reseeded(params, choice), special)
+                    for choice, prompt in enumerate(each)
+                ]
 
             answers = self._checked(param, make)
             constraints = [constraint and constraint.copy() for _ in answers]
@@ -215,7 +229,6 @@ class Protocol:
                 include_usage,
                 logprobs,
                 tools,
-                echo and [text for text in echo for _ in range(n)],
             )
 
         return asked
@@ -237,7 +250,7 @@ class Protocol:
             ignore_eos=fields.flag("ignore_eos"),
         )
         more = dict(
-            repetition_penalty=fields.number("repetition_penalty", 1.0, positive=True, most=10),
+            repetition_penalty=fields.number("repetition_penalty", 1.0, least=0.01, most=100),
             presence_penalty=fields.number("presence_penalty", 0.0, least=-2, most=2),
             frequency_penalty=fields.number("frequency_penalty", 0.0, least=-2, most=2),
             logit_bias=_biases(fields.take("logit_bias", dict, default={}), vocab),
@@ -247,13 +260,13 @@ class Protocol:
         )
         return SamplingParams(**given, **more)
 
-    def _constraint(self, rule: tuple[str, str] | None) -> Constraint | None:
+    def _constraint(self, rule: Rule | None) -> Constraint | None:
         if rule is None:
             return None
         try:
             return self.grammars.constraint(*rule)
         except ParameterError as error:
-            param = "tools" if "call" in rule[0] else "response_format"
+            param = "tools" if "call" in rule.grammar else "response_format"
             raise ApiError(400, f"{param}: {error}", param=param) from None
 
     def _text(self, prompt: str | list[int]) -> str:
@@ -261,6 +274,12 @@ class Protocol:
 
     def _chat_ids(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         return self.llm.chat_ids(messages, template_variables=variables)
+
+    def _check_length(self, param: str, ids: list[Any]) -> None:
+        """Refuse what is longer than the context before work is done for each id."""
+        if len(ids) > self.llm.context:
+            message = f"{param} has {len(ids)} tokens, expected at most {self.llm.context}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def _checked(self, param: str, make: Callable[[], Any]) -> Any:
         """What a function makes of a field; its errors are the field's."""
@@ -279,7 +298,7 @@ class Protocol:
 
 
 def _reseeded(params: SamplingParams, choice: int) -> SamplingParams:
-    """The parameters of one of several choices: each draws its own tokens."""
+    """The parameters of one of a request's choices: each draws its own tokens."""
     return replace(params, seed=(params.seed + choice) % 2**64) if choice else params
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 from pykv.llm.tokenizer import Tokenizer
 from pykv.serve.engine import Delta, Job, Work
@@ -38,8 +41,10 @@ class Reply:
         }
         self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.jobs]
         self._offsets = [0] * len(work.jobs)  # characters before the next token, for logprobs
+        self._decoders = [tokenizer.stream_decoder() for _ in work.jobs]  # that count them
+        self._spellings: dict[int, tuple[str, list[int]]] = {}
 
-    async def body(self) -> dict[str, Any]:
+    async def body(self) -> Response:
         """The whole answer."""
         choices: list[dict[str, Any]] = [{} for _ in self._work.jobs]
         texts = list(self._asked.echo or [""] * len(choices))
@@ -52,6 +57,23 @@ class Reply:
             logprobs[index] += self._logprobs(delta)
             if reason:
                 choices[index] = {"index": index, "finish_reason": reason}
+
+        def encoded() -> Response:
+            made = self._choices(choices, texts, calls, logprobs)
+            counts = usage(self._work.jobs, self._asked.n)
+            return JSONResponse(self._head | {"choices": made, "usage": counts})
+
+        # Logprobs of long answers take seconds, in which others would get no tokens.
+        return await asyncio.to_thread(encoded)
+
+    def _choices(
+        self,
+        choices: list[dict[str, Any]],
+        texts: list[str],
+        calls: list[list[Call]],
+        logprobs: list[Any],
+    ) -> list[dict[str, Any]]:
+        """Choices with all that was said in them."""
         for index, choice in enumerate(choices):
             if self._chat:
                 message: dict[str, Any] = {"role": "assistant", "content": texts[index]}
@@ -62,7 +84,7 @@ class Reply:
             else:
                 choice["text"] = texts[index]
             choice["logprobs"] = self._of_choice(index, logprobs[index])
-        return self._head | {"choices": choices, "usage": usage(self._work.jobs, self._asked.n)}
+        return choices
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The answer, piece by piece."""
@@ -126,8 +148,7 @@ class Reply:
         tokens, offsets = [self._text(entry.token_id) for entry in found], []
         for entry in found:
             offsets.append(self._offsets[index])
-            data = self._tokenizer.token_bytes(entry.token_id)
-            self._offsets[index] += len(data.decode("utf-8", "ignore"))
+            self._offsets[index] += len(self._decoders[index].push(entry.token_id))
         tops = [list(entry.top.items())[:count] for entry in found]
         return {
             "tokens": tokens,
@@ -137,16 +158,23 @@ class Reply:
         }
 
     def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
-        data = list(self._tokenizer.token_bytes(token))
-        return {"token": self._text(token), "logprob": logprob, "bytes": data}
+        text, data = self._spelling(token)
+        return {"token": text, "logprob": logprob, "bytes": data}
 
     def _text(self, token: int) -> str:
-        """A token as OpenAI spells it: a part of a character by its bytes, which differ."""
-        data = self._tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return self._spelling(token)[0]
+
+    def _spelling(self, token: int) -> tuple[str, list[int]]:
+        """A token as OpenAI spells it, a part of a character by its bytes, which differ; and its
+        bytes."""
+        if token not in self._spellings:
+            data = self._tokenizer.token_bytes(token)
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            self._spellings[token] = text, list(data)
+        return self._spellings[token]
 
 
 def _call(call: Call) -> dict[str, Any]:

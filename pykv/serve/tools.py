@@ -126,12 +126,14 @@ class Tools:
         given: the field itself, for templates.
         forced: the answer is a call.
         native: the template knows tools.
+        parallel: an answer may be several calls.
     """
 
     functions: dict[str, dict[str, Any]]
     given: list[dict[str, Any]]
     forced: bool
     native: bool
+    parallel: bool = True
 
     @property
     def opening(self) -> str:
@@ -157,7 +159,7 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
     """The tools of a body; None where there are none, or none may be called."""
     given = fields.take("tools", list, default=[])
     choice = fields.take("tool_choice", str, dict, default="auto" if given else "none")
-    fields.ignore("parallel_tool_calls")
+    parallel = fields.flag("parallel_tool_calls", True)
     functions: dict[str, dict[str, Any]] = {}
     for n, tool in enumerate(given):
         where = f"tools[{n}]"
@@ -178,15 +180,23 @@ def read_tools(fields: Fields, *, native: bool) -> Tools | None:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in functions:
             raise wrong("tool_choice", choice, f"a function of tools: {', '.join(functions)}")
-        return Tools({name: functions[name]}, given, True, native)
+        return Tools({name: functions[name]}, given, True, native, parallel)
     if choice not in ("auto", "required"):
         raise wrong("tool_choice", choice, "none, auto, required, or a function")
     if not functions:
         raise wrong("tools", given, f"functions, as tool_choice is {choice!r}")
-    return Tools(functions, given, choice == "required", native)
+    return Tools(functions, given, choice == "required", native, parallel)
 
 
 # --- Grammars ---
+
+
+class Rule(NamedTuple):
+    """Arguments of pykv.serve.constraints.Grammars.constraint."""
+
+    grammar: str
+    trigger: str = ""
+    once: bool = False
 
 
 def read_format(fields: Fields) -> dict[str, Any] | None:
@@ -205,10 +215,10 @@ def read_format(fields: Fields) -> dict[str, Any] | None:
     return schema
 
 
-def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> tuple[str, str] | None:
-    """The grammar of an answer, and the text behind which it holds; None: any text will do."""
+def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> Rule | None:
+    """What an answer keeps to; None: any text will do."""
     if tools is None:
-        return None if schema is None else (f"start: {_json(schema)}", "")
+        return None if schema is None else Rule(f"start: {_json(schema)}")
     names = list(tools.functions)
     rules = [f"call: {' | '.join(f'call{n}' for n in range(len(names)))}"]
     for n, name in enumerate(names):
@@ -224,7 +234,7 @@ def grammar(tools: Tools | None, schema: dict[str, Any] | None) -> tuple[str, st
         start, trigger = f'start: /\\s*/ call /\\s*/ "{CLOSING}"', OPENING
     else:
         start, trigger = "start: TEXT | call\nTEXT: /[^{](.|\\n)*/", ""
-    return "\n".join([start, *rules]), trigger
+    return Rule("\n".join([start, *rules]), trigger, once=not tools.parallel)
 
 
 def _json(schema: dict[str, Any]) -> str:

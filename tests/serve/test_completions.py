@@ -1,8 +1,11 @@
 """What the endpoints answer, in OpenAI's forms."""
 
 import re
+import threading
 
 import pytest
+
+from pykv.serve.replies import Reply
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -92,6 +95,8 @@ def test_choices_draw_tokens_of_their_own(serve):
     seeds = [choice["message"]["content"] for choice in answer["choices"]]
     assert seeds == [str(2**64 - 1), "0", "1"]
     assert answer["usage"]["prompt_tokens"] == len(client.server.llm.chat_ids(USER))
+    answer = client.ask("/v1/completions", prompt=["x", "x"], n=2, seed=5)
+    assert [choice["text"] for choice in answer["choices"]] == ["5", "6", "7", "8"]
     first, second = (client.ask(CHAT, messages=USER)["choices"] for _ in range(2))
     assert first != second  # without a seed each request has another
 
@@ -201,6 +206,35 @@ def test_logprobs_of_a_completion(serve):
     assert offsets == [0, 1, 2]
 
 
+def test_offsets_count_characters_of_several_tokens(serve):
+    """€ has three tokens here; it is in the text once its last one has come."""
+    client = serve("a€b")
+    (choice,) = client.ask("/v1/completions", prompt="x", logprobs=0)["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2]
+
+
+def test_logprobs_are_spelled_beside_the_event_loop(serve, monkeypatch):
+    threads = set()
+
+    def spelled(self, index, found):
+        threads.add(threading.current_thread().name)
+        return None
+
+    monkeypatch.setattr(Reply, "_of_choice", spelled)
+    client = serve()
+    client.ask(CHAT, messages=USER, logprobs=True)
+    assert threads and all(name.startswith("asyncio_") for name in threads)
+
+
+def test_a_token_is_spelled_once(serve, monkeypatch):
+    client = serve("x" * 50)
+    spelled, tokenizer = [], client.server.llm.tokenizer
+    spell = tokenizer.token_bytes
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda i: spelled.append(i) or spell(i))
+    client.ask(CHAT, messages=USER, logprobs=True, top_logprobs=2)
+    assert len(spelled) == len(set(spelled)) == 2
+
+
 # --- The others ---
 
 
@@ -252,6 +286,8 @@ def test_generate_of_m40_llm(serve):
     )
     status, answer = client.post("/generate", prompt=5)
     assert status == 400 and answer["error"].startswith("prompt is 5, expected")
+    status, answer = client.post("/generate", prompt="x", n=2)
+    assert status == 400 and answer["error"].startswith("n is 2, expected")
 
 
 @pytest.mark.parametrize("style", ["auto", "raw", "llama3-chat"])

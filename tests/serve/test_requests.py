@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pykv.errors import CapacityError, NumberError
-from pykv.serve import protocol
+from pykv.serve import connection, front, protocol
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -67,6 +67,13 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "logprobs", {"logprobs": 2}),
     (CHAT, "presence_penalty", {"presence_penalty": 3}),
     (CHAT, "repetition_penalty", {"repetition_penalty": 0}),
+    (CHAT, "repetition_penalty", {"repetition_penalty": 0.005}),
+    (CHAT, "min_tokens", {"min_tokens": 1, "response_format": {"type": "json_object"}}),
+    (CHAT, "min_tokens", {"min_tokens": 1, "tools": [TOOL]}),
+    (CHAT, "parallel_tool_calls", {"tools": [TOOL], "parallel_tool_calls": "no"}),
+    (CHAT, "modalities", {"modalities": ["text", "audio"]}),
+    (TEXT, "best_of", {"prompt": "x", "best_of": 2}),
+    (TEXT, "prompt", {"prompt": [5] * 1001, "echo": True}),
     (CHAT, "logit_bias", {"logit_bias": {"x": 1}}),
     (CHAT, "logit_bias", {"logit_bias": {"999999": 1}}),
     (CHAT, "logit_bias.5", {"logit_bias": {"5": 101}}),
@@ -91,6 +98,10 @@ WRONG = [  # endpoint, the field that the error names, fields
     (TEXT, "logprobs", {"prompt": "x", "logprobs": 21}),
     (TEXT, "n", {"prompt": ["x"] * 100, "n": 2}),
     ("/tokenize", "prompt", {"prompt": 5}),
+    ("/tokenize", "prompt", {"prompt": "x" * 1100}),
+    ("/tokenize", "prompt", {"prompt": "x" * 100_000}),
+    ("/tokenize", "messages", {"messages": [{"role": "user", "content": "x" * 1000}]}),
+    ("/detokenize", "tokens", {"tokens": [5] * 1001}),
     ("/detokenize", "tokens", {}),
     ("/detokenize", "tokens", {"tokens": [10**9]}),
 ]
@@ -175,6 +186,23 @@ def test_large_headers_are_refused(one):
             assert size > 100_000
 
 
+def test_headers_that_do_not_end_in_time(serve, monkeypatch):
+    monkeypatch.setattr(connection, "HEADER_SECONDS", 0.3)
+    client = serve("Hello", seconds=0.1)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for data, answers in ((b"", 0), (whole[:-2], 0), (whole, 1)):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=5) as sender:
+            sender.sendall(data)
+            if answers:
+                received = b""
+                while not received.endswith(b"}"):
+                    received += sender.recv(1000)
+                sender.sendall(whole[:9])  # the next header
+            assert sender.recv(1000) == b""
+    (choice,) = client.ask(CHAT, messages=USER)["choices"]  # takes longer, behind its header
+    assert choice["message"]["content"] == "Hello"
+
+
 def test_unknown_fields_are_ignored_and_named_once(one, caplog, monkeypatch):
     monkeypatch.setattr(protocol, "_LOGGED", set())
     with caplog.at_level(logging.WARNING, "pykv.serve"):
@@ -189,13 +217,39 @@ def test_the_log_has_a_line_for_each_request_without_its_text(one, caplog):
     with caplog.at_level(logging.INFO, "pykv.serve"):
         one.ask(TEXT, prompt="a secret", max_tokens=4)
         one.refused(TEXT, prompt="")
-        deadline = time.monotonic() + 5
-        while len(caplog.records) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        _wait(lambda: len(caplog.records) == 2)
     first, second = (record.getMessage() for record in caplog.records)
     tokens = len(one.server.llm.tokenize("a secret"))
     assert f"127.0.0.1 POST '{TEXT}' 200 " in first and first.endswith(f" {tokens}+1 tokens")
     assert "POST" in second and " 400 " in second and "secret" not in first + second
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault(one, caplog):
+    with caplog.at_level(logging.INFO, "pykv.serve"):
+        with socket.create_connection(("127.0.0.1", one.port), timeout=10) as connection:
+            lines = [f"POST {TEXT} HTTP/1.1", "Host: localhost", "Content-Length: 100", "", "{"]
+            connection.sendall("\r\n".join(lines).encode())
+            time.sleep(0.1)  # so that it is waited for
+        _wait(lambda: caplog.records)
+    (record,) = caplog.records
+    assert f"POST '{TEXT}' 499 " in record.getMessage() and record.exc_info is None
+
+
+def test_the_log_repeats_no_address_and_no_line_end_of_a_client(one, caplog, monkeypatch):
+    monkeypatch.setattr(front.App, "_check", None)  # a fault
+    with caplog.at_level(logging.INFO, "pykv.serve"):
+        headers = {"X-Forwarded-For": "6.6.6.6"}
+        assert one.request("GET", "/a%0aforged", headers=headers)[0] == 500
+        _wait(lambda: len(caplog.records) == 2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == r"a fault at '/a\nforged'"
+    assert messages[1].startswith("127.0.0.1 GET ")
+
+
+def _wait(condition):
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 # --- Who may ask ---
@@ -226,6 +280,8 @@ def test_other_sites_pages_may_not_ask(serve):
         ({"Host": f"localhost:{client.port}"}, 200),
         ({"Host": f"evil.example:{client.port}"}, 403),
         ({"Host": ""}, 403),
+        ({"Host": "["}, 403),
+        ({"Origin": "http://["}, 403),
     ):
         got, answer, _ = client.request("GET", "/v1/models", headers=headers)
         assert got == status, headers
@@ -238,6 +294,13 @@ def test_a_key_lets_other_names_in(serve):
     assert client.request("GET", "/v1/models", headers=headers)[0] == 200
 
 
+def test_a_key_of_any_letters(serve):
+    client = serve(api_key="sésame€")
+    for key, want in (("sésame€", 200), ("sesame", 401)):
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert client.request("GET", "/v1/models", headers=headers)[0] == want
+
+
 # --- What goes wrong inside ---
 
 
@@ -247,6 +310,7 @@ def test_a_full_queue_is_503_with_retry_after(serve):
     assert (status, error["code"]) == (503, "overloaded")
     data = json.dumps({"messages": USER, "n": 3})
     assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
+    assert client.metrics()["vllm:e2e_request_latency_seconds_count"] == 0
     assert client.ask(CHAT, messages=USER, n=2)
 
 

@@ -147,6 +147,16 @@ def test_text_and_several_calls(serve):
     assert [d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d] == [0, 1]
 
 
+def test_one_call_alone(serve):
+    """The scripted model refuses to say what the mask forbids, a second call."""
+    said = iter([f"Look. {MARKED}", f"Look. {MARKED}\n{MARKED}"])
+    client = serve(lambda _: next(said), template=TOOLS)
+    fields = dict(messages=USER, tools=[WEATHER], parallel_tool_calls=False)
+    (choice,) = client.ask(CHAT, **fields)["choices"]
+    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
+    assert client.refused(CHAT, **fields)[0] == 500
+
+
 @pytest.mark.parametrize("template, said", [(PLAIN, CALL), (TOOLS, MARKED)])
 @pytest.mark.parametrize("what", ["Oslo", "name"])
 def test_a_call_of_nothing_has_no_bits(serve, template, said, what):

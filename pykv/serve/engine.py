@@ -31,6 +31,7 @@ class Steps(Protocol):
     """What the engine asks of a scheduler, see pykv.llm.scheduler.Scheduler."""
 
     waiting: list[Sequence]
+    failed: list[Sequence]
     stats: Any
 
     def add(self, *sequences: Sequence) -> None: ...
@@ -182,11 +183,18 @@ class Engine:
         """Take a request, or refuse it at once. Does not wait.
 
         Raises:
-            ApiError: 503, there are too many, or the server stops.
+            ApiError: 503, there are too many, or the server stops; 400, they always would be.
         """
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise ApiError(503, "the server is stopping", code="stopping")
+            if len(work.jobs) > self.limit:
+                raise ApiError(
+                    400,
+                    f"n asks for {len(work.jobs)} sequences, expected at most {self.limit} with "
+                    "those of all prompts",
+                    param="n",
+                )
             if self._num_open + len(work.jobs) > self.limit:
                 raise ApiError(
                     503,
@@ -277,7 +285,8 @@ class Engine:
                 self.scheduler.step()
         except Exception as error:  # the sequences of the step would be computed again, and fail
             log.error("a step failed: %s: %s", type(error).__name__, error)
-            self._fail(list(self._jobs), error)
+            failed = [job for job in self._jobs if job.sequence in self.scheduler.failed]
+            self._fail(failed or list(self._jobs), error)
         changed, self._changed = self._changed, []
         works = {self._jobs[job] for job in changed if job in self._jobs}
         for job in changed:

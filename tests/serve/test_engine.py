@@ -137,3 +137,31 @@ def test_a_fault_of_the_engine_ends_all_who_wait(start, caplog, monkeypatch):
 
     within(run())
     assert not engine.is_alive and "planted" in caplog.text
+
+
+def test_a_step_that_fails_ends_its_own_sequences(start):
+    """Neither those that wait, nor one that has ended and was not read."""
+    engine = start({1: "one", 2: "two", 3: "three"}, slots=2)
+    scheduler = engine.scheduler
+    step, calls = scheduler.step, []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) > 1:
+            return step()
+        first, second, _ = scheduler.waiting
+        scheduler.failed = [first, second]
+        second.generated += map(ord, "two")
+        second.finish_reason = "length"
+        raise RuntimeError("planted")
+
+    scheduler.step = breaks
+
+    async def run():
+        with engine._lock:  # so that it takes all at once
+            works = [submit(engine, answer(n)) for n in (1, 2, 3)]
+        return await asyncio.gather(*map(read, works), return_exceptions=True)
+
+    first, second, third = within(run())
+    assert isinstance(first, ApiError) and first.status == 500
+    assert second == (["two"], [["length"]]) and third == (["three"], [["stop"]])

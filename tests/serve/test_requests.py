@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -246,11 +247,23 @@ def test_a_key_lets_other_names_in(serve):
 
 def test_a_full_queue_is_503_with_retry_after(serve):
     client = serve(limit=2)
-    status, error = client.refused(CHAT, messages=USER, n=3)
-    assert (status, error["code"]) == (503, "overloaded")
-    data = json.dumps({"messages": USER, "n": 3})
-    assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
+    client.scheduler.gate.clear()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.ask, CHAT, messages=USER)
+        while not client.scheduler.waiting:
+            time.sleep(0.01)
+        status, error = client.refused(CHAT, messages=USER, n=2)
+        assert (status, error["code"]) == (503, "overloaded")
+        data = json.dumps({"messages": USER, "n": 2})
+        assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
+        client.scheduler.gate.set()
+        assert first.result()
     assert client.ask(CHAT, messages=USER, n=2)
+
+
+def test_more_choices_than_ever_fit_are_refused_for_good(serve):
+    status, error = serve(limit=2).refused(CHAT, messages=USER, n=3)
+    assert (status, error["param"]) == (400, "n") and "at most 2" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

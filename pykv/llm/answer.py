@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pykv.llm.sampling import TokenLogprobs
 from pykv.llm.sequence import Sequence
@@ -41,31 +42,44 @@ class Answer:
         self._num_read = 0  # tokens that are in the text
         self._num_given = 0  # characters that `piece` has handed out
         self._is_complete = False
+        # Of each stop string, as they are matched: how many of its characters the text ends with,
+        # and where to go on where the next is another.
+        self._stops = [(stop, _borders(stop)) for stop in sequence.params.stop]
+        self._matched = [0] * len(self._stops)
 
     def read(self) -> None:
         """Turn new tokens into text, and end the sequence at a stop string."""
         s = self.sequence
         for token in s.generated[self._num_read :]:
-            known = len(self._text)
-            self._text += self._decoder.push(token)
-            for stop in s.params.stop:
-                at = self._text.find(stop, max(0, known - len(stop) + 1))
-                if at >= 0:
-                    self._text, s.finish_reason, self._is_complete = self._text[:at], "stop", True
+            if self._is_complete:  # it came before anybody read that the text is over
+                break
+            self._push(self._decoder.push(token))
         self._num_read = len(s.generated)
         if s.finish_reason and not self._is_complete:
             self._text += self._decoder.finish()
             self._is_complete = True
 
+    def _push(self, more: str) -> None:
+        """Add text, up to the first stop string; by Knuth, Morris and Pratt, in a few steps for
+        each character and stop string, however long these are."""
+        known = len(self._text)
+        self._text += more
+        for i, (stop, borders) in enumerate(self._stops):
+            n = self._matched[i]
+            for at, character in enumerate(self._text[known:], known + 1):
+                while n and stop[n] != character:
+                    n = borders[n]
+                n += stop[n] == character
+                if n == len(stop):
+                    self._text, self._is_complete = self._text[: at - n], True
+                    self.sequence.finish_reason = "stop"
+                    break
+            self._matched[i] = n
+
     def piece(self) -> str:
         """Text that was not handed out yet, and that no stop string can take back any more."""
-        text, hold = self._text, 0
-        for stop in () if self._is_complete else self.sequence.params.stop:
-            for n in range(min(len(stop) - 1, len(text)), hold, -1):
-                if text.endswith(stop[:n]):
-                    hold = n
-                    break
-        piece = text[self._num_given : len(text) - hold]
+        hold = 0 if self._is_complete else max(self._matched, default=0)
+        piece = self._text[self._num_given : len(self._text) - hold]
         self._num_given += len(piece)
         return piece
 
@@ -75,6 +89,18 @@ class Answer:
         asks = s.params.logprobs is not None
         logprobs = s.logprobs[: len(s.generated)] if asks else None  # an end token's is behind
         return Completion(self._text, s.generated, s.prompt, s.finish_reason, logprobs)
+
+
+@lru_cache(256)
+def _borders(stop: str) -> list[int]:
+    """Of each n: the length of the longest shorter prefix that the first n characters end with."""
+    borders = [0, 0]
+    for character in stop[1:]:
+        n = borders[-1]
+        while n and stop[n] != character:
+            n = borders[n]
+        borders.append(n + (stop[n] == character))
+    return borders
 
 
 class Stream(Iterator[str]):

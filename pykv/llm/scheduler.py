@@ -92,6 +92,7 @@ class Scheduler:
     Attributes:
         running, waiting: sequences, in the order in which they came.
         stats: what was done; may be replaced by new ones.
+        failed: sequences of the model's call that raised, if it did in the last step.
 
     Not thread-safe. A piece of a prompt ends where a page does, and the tokens behind the last full
     page are a step of their own, whether the pages are found or computed: what a step sums in which
@@ -113,6 +114,7 @@ class Scheduler:
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.failed: list[Sequence] = []
         self.stats = Stats()
         self.prefix_cache, self.cache = prefix_cache, cache
         self._runner, self._may_grow = runner, may_grow
@@ -169,31 +171,19 @@ class Scheduler:
         Whatever a model raises leaves the sequences of its step waiting, to be computed again from
         their beginning; none is lost, and none reuses what the step may have left unwritten.
         """
+        self.failed = []
         changed = [s for s in (*self.running, *self.waiting) if s.finish_reason]
         for s in changed:
             self._end(s)
         self._give_pages(changed)
-        held_back = self._admit(changed)
-        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
-        if decoding:
-            started = time.perf_counter()
-            changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
-            self.stats.decode_tokens += len(decoding)
-            self.stats.decode_seconds += time.perf_counter() - started
-        pieces = None
-        if len(decoding) < len(self.running):
-            pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
-        if pieces:
-            started = time.perf_counter()
-            whole = [s for s, n in pieces if s.due == n]
-            parts = [s for s, _ in pieces]
-            changed += self._compute(lambda: self._prompts(pieces), whole, parts)
-            self.stats.prompt_seconds += time.perf_counter() - started
-        for s in changed:
-            if not s.finish_reason:
-                s.read()
-            if s.finish_reason:
-                self._end(s)
+        try:
+            self._run(self._admit(changed), changed)
+        finally:  # a token that is drawn is read before the next is, whatever came behind it
+            for s in changed:
+                if not s.finish_reason:
+                    s.read()
+                if s.finish_reason:
+                    self._end(s)
         return changed
 
     @contextmanager
@@ -225,6 +215,24 @@ class Scheduler:
             manager.free(pages)
 
     # --- Steps ---
+
+    def _run(self, held_back: set[int], changed: list[Sequence]) -> None:
+        """Compute a step, and add those that got a token to `changed`."""
+        decoding = [s for s in self.running if s.decodes and not s.finish_reason]
+        if decoding:
+            started = time.perf_counter()
+            changed += self._compute(lambda: self._runner.decode(decoding), decoding, decoding)
+            self.stats.decode_tokens += len(decoding)
+            self.stats.decode_seconds += time.perf_counter() - started
+        pieces = None
+        if len(decoding) < len(self.running):
+            pieces = self._pieces(PREFILL_TOKENS - len(decoding), held_back)
+        if pieces:
+            started = time.perf_counter()
+            whole = [s for s, n in pieces if s.due == n]
+            parts = [s for s, _ in pieces]
+            changed += self._compute(lambda: self._prompts(pieces), whole, parts)
+            self.stats.prompt_seconds += time.perf_counter() - started
 
     def _pieces(self, room: int, held_back: set[int]) -> list[Piece]:
         """What a step computes of prompts, for which it has room for so many tokens; a page at
@@ -267,6 +275,7 @@ class Scheduler:
                 if not s.finish_reason:  # nobody has ended it meanwhile
                     s.append(token)
         except BaseException:
+            self.failed = list(sequences)
             for s in sequences:
                 self._wait_again(s, publish=False)
             raise

@@ -113,14 +113,29 @@ def _grow(llm: Any, slots: int) -> None:
     tokens = slots * min(llm.context, SLOT_TOKENS)
     if free is not None:
         tokens = min(tokens, int(SHARE * free) // cache.bytes_per_token)
-    tokens = max(tokens, llm.context)
+    tokens = max(tokens, _rows_of_one(llm))
     if free is not None and tokens * cache.bytes_per_token > free:
         raise CapacityError(
-            f"serve: a context of {tokens:,} tokens takes {tokens * cache.bytes_per_token:,} bytes "
-            f"of cache, expected at most the {free:,} that are free: see --context and --kv-dtype"
+            f"serve: a context of {llm.context:,} tokens takes {tokens:,} rows, "
+            f"{tokens * cache.bytes_per_token:,} bytes of cache, expected at most the {free:,} "
+            "that are free: see --context and --kv-dtype"
         )
     with llm.turn():
         cache.grow(-(-tokens // cache.page_size))
+
+
+def _rows_of_one(llm: Any) -> int:
+    """Rows of the cache that any one request finds enough. Where rows are evicted, a long prompt
+    needs more than the context, as what is kept of it is copied; most of all one of the longest, as
+    far as a page's length, by which pages of prompts are shared."""
+    from pykv.llm import SamplingParams
+    from pykv.llm.sequence import Sequence
+
+    most: int = llm.context
+    for prompt in range(max(1, most - llm.cache.page_size), llm.context):
+        s = Sequence([0] * prompt, SamplingParams(), llm.context)
+        most = max(most, llm._runner.room(s) or 0)
+    return most
 
 
 def run(
@@ -141,14 +156,19 @@ def run(
     class Announced(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            if self.started:
+            if self.started and not self.should_exit:
                 print(ready, file=sys.stderr, flush=True)
 
-    # uvicorn raises the signal again once it has stopped: this is how it should end.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     app = create_app(server, api_key=api_key, loopback=loopback)
-    Announced(http_config(app)).run(sockets=[listening])
+    announced = Announced(http_config(app))
+
+    def end(*_: Any) -> None:
+        announced.should_exit = True
+
+    # For what comes before uvicorn sets its own; it raises that again once it has stopped.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    announced.run(sockets=[listening])
 
 
 def http_config(app: Any) -> Any:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +31,7 @@ class Steps(Protocol):
     """What the engine asks of a scheduler, see pykv.llm.scheduler.Scheduler."""
 
     waiting: list[Sequence]
+    failed: list[Sequence]
     stats: Any
 
     def add(self, *sequences: Sequence) -> None: ...
@@ -68,12 +68,14 @@ class Job:
     def __init__(self, answer: Answer, constraint: Constraint | None = None) -> None:
         self.answer, self.constraint = answer, constraint
         self.sequence = answer.sequence
-        self._num_read = 0
+        self._num_read, self._is_over = 0, False
         self._ready: deque[Delta] = deque()
         self._submitted = self._last = time.perf_counter()
 
     def read(self, metrics: Metrics) -> None:
-        """Put what is new into the queue; of the engine's thread."""
+        """Put what is new into the queue, until the end is there; of the engine's thread."""
+        if self._is_over:  # a stop string ended it before the scheduler did
+            return
         s, now = self.sequence, time.perf_counter()
         self.answer.read()
         tokens = s.generated[self._num_read :]
@@ -87,12 +89,14 @@ class Job:
         self._num_read, self._last = len(s.generated), now
         metrics.generation_tokens += len(tokens)
         piece = self.answer.piece()
+        self._is_over = bool(s.finish_reason)
         self._ready.append(Delta(piece, tokens, logprobs, s.finish_reason, s.error))
 
     def fail(self, error: Exception) -> None:
-        """End it by an error; of the engine's thread."""
-        self.sequence.finish_reason = "error"
-        self._ready.append(Delta("", [], [], "error", error))
+        """End it by an error, unless its end is there; of the engine's thread."""
+        if not self._is_over:
+            self._is_over, self.sequence.finish_reason = True, "error"
+            self._ready.append(Delta("", [], [], "error", error))
 
     def take(self) -> Delta | None:
         """All that is new as one, or None; of the event loop."""
@@ -124,7 +128,7 @@ class Work:
         Raises:
             ApiError: a sequence failed.
         """
-        running = len(self.jobs)
+        running = set(range(len(self.jobs)))
         while running:
             await self.changed.wait()
             self.changed.clear()
@@ -133,7 +137,8 @@ class Work:
                     continue
                 if delta.error is not None:
                     raise as_api_error(delta.error)
-                running -= bool(delta.finish_reason)
+                if delta.finish_reason:
+                    running.discard(index)
                 yield index, delta
 
 
@@ -178,11 +183,18 @@ class Engine:
         """Take a request, or refuse it at once. Does not wait.
 
         Raises:
-            ApiError: 503, there are too many, or the server stops.
+            ApiError: 503, there are too many, or the server stops; 400, they always would be.
         """
         with self._lock:
             if self._stopping or not self._thread.is_alive():
                 raise ApiError(503, "the server is stopping", code="stopping")
+            if len(work.jobs) > self.limit:
+                raise ApiError(
+                    400,
+                    f"n asks for {len(work.jobs)} sequences, expected at most {self.limit} with "
+                    "those of all prompts",
+                    param="n",
+                )
             if self._num_open + len(work.jobs) > self.limit:
                 raise ApiError(
                     503,
@@ -220,27 +232,41 @@ class Engine:
     # --- Of the thread ---
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while not (self._inbox or self._stopping or self._jobs):
-                    self._lock.wait()
-                inbox, self._inbox = self._inbox, []
-                if self._stopping:
-                    break
-            for work, begins in inbox:
-                (self._begin if begins else self._abort)(work)
-            if self._jobs:
-                self._step()
+        try:
+            while (inbox := self._take()) is not None:
+                for work, begins in inbox:
+                    (self._begin if begins else self._abort)(work)
+                if self._jobs:
+                    self._step()
+        except Exception:  # a fault of the engine: who waits for it shall not wait for ever
+            log.exception("the engine ends")
+        with self._lock:
+            self._stopping = True
+        self._open_inbox()
+        self._fail(list(self._jobs), ApiError(503, "the server is stopping", code="stopping"))
+
+    def _take(self) -> list[tuple[Work, bool]] | None:
+        """Wait for something to do. Returns what begins and is aborted; None: the engine stops."""
+        with self._lock:
+            while not (self._inbox or self._stopping or self._jobs):
+                self._lock.wait()
+            if self._stopping:
+                return None
+        return self._open_inbox()
+
+    def _open_inbox(self) -> list[tuple[Work, bool]]:
+        """Empty the inbox; what begins is known from here on, and ended with the others."""
+        with self._lock:
+            inbox, self._inbox = self._inbox, []
         for work, begins in inbox:
             if begins:
                 self._jobs |= dict.fromkeys(work.jobs, work)
-        self._fail_all(ApiError(503, "the server is stopping", code="stopping"))
+        return inbox
 
     def _begin(self, work: Work) -> None:
         for job in work.jobs:
             job.sequence.read = partial(self._read, job)
             job.sequence.mask = job.constraint.mask if job.constraint else None
-            self._jobs[job] = work
             self.metrics.prompt_tokens += len(job.sequence.prompt)
         try:
             with self._turn():
@@ -251,9 +277,7 @@ class Engine:
     def _abort(self, work: Work) -> None:
         for job in work.jobs:
             if job in self._jobs:
-                with self._turn():
-                    self.scheduler.abort(job.sequence)
-                self._end(job)
+                self._drop(job)
 
     def _step(self) -> None:
         try:
@@ -261,7 +285,8 @@ class Engine:
                 self.scheduler.step()
         except Exception as error:  # the sequences of the step would be computed again, and fail
             log.error("a step failed: %s: %s", type(error).__name__, error)
-            self._fail_all(error)
+            failed = [job for job in self._jobs if job.sequence in self.scheduler.failed]
+            self._fail(failed or list(self._jobs), error)
         changed, self._changed = self._changed, []
         works = {self._jobs[job] for job in changed if job in self._jobs}
         for job in changed:
@@ -275,18 +300,26 @@ class Engine:
             job.read(self.metrics)
             self._changed.append(job)
 
-    def _fail_all(self, error: Exception) -> None:
-        self._fail(list(self._jobs), error)
-
     def _fail(self, jobs: list[Job], error: Exception) -> None:
-        """End sequences by an error."""
+        """End sequences by an error; those that have ended are read to their end."""
         works = {self._jobs[job] for job in jobs}
         for job in jobs:
-            job.fail(error)
-            self._end(job)
-            with self._turn(), suppress(Exception):  # one error is told, the first
-                self.scheduler.abort(job.sequence)
+            if not job.sequence.finish_reason:
+                job.fail(error)
+            self._drop(job)
         _wake(works)
+
+    def _drop(self, job: Job) -> None:
+        """Take a sequence from the scheduler. What that raises is of no other's concern."""
+        s = job.sequence
+        s.finish_reason = s.finish_reason or "abort"  # then the next step ends it at the latest
+        try:
+            with self._turn():
+                self.scheduler.abort(s)
+        except Exception as error:
+            log.error("a sequence was not ended well: %s: %s", type(error).__name__, error)
+            job.fail(error)
+        self._end(job)
 
     def _end(self, job: Job) -> None:
         """Forget a sequence that has ended."""

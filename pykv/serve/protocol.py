@@ -26,8 +26,9 @@ log = logging.getLogger("pykv.serve")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_TOP_LOGPROBS = 20
-MAX_STOPS = 64  # strings, and characters of each are MAX_STOP
-MAX_STOP = 1024
+MAX_STOPS = 16  # strings, and characters of each are MAX_STOP
+MAX_STOP = 256
+MAX_IDS = 1024  # of logit_bias, and of stop_token_ids: each step looks at all of them
 # What OpenAI's clients may send and nothing here depends on.
 _IGNORED = """
     user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
@@ -323,6 +324,8 @@ def _stops(given: str | list[Any]) -> tuple[str, ...]:
 
 
 def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
+    if len(given) > MAX_IDS:
+        raise wrong("logit_bias", len(given), f"up to {MAX_IDS} token ids")
     biases = {}
     for key, value in given.items():
         is_known = key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab
@@ -335,6 +338,8 @@ def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
 
 
 def _ids(name: str, given: list[Any] | None, vocab: int) -> tuple[int, ...]:
+    if len(given or ()) > MAX_IDS:
+        raise wrong(name, len(given or ()), f"up to {MAX_IDS} token ids")
     for i in given or ():
         if type(i) is not int or not 0 <= i < vocab:
             raise wrong(name, i, f"token ids from 0 to {vocab - 1}")

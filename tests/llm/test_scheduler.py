@@ -434,6 +434,27 @@ def test_who_has_ended_makes_room_before_anybody_gives_way():
     assert world.scheduler.stats.preemptions == 0 and len(first.tokens) == 6 * P + 1
 
 
+def test_a_prompt_that_fails_leaves_answers_as_they_are():
+    """Their token of that step is read before the next is drawn, and `failed` names the others."""
+    world = World(40, slots=2)
+    first, second, third = (world.make([n] * 5, 9) for n in (1, 2, 3))
+    seen = []
+    first.read = lambda: seen.append(len(first.generated))
+    world.add(first)
+    while not first.generated:
+        world.step()
+    world.add(second)
+    world.add(third)
+    world.fake.fails = "prompts"
+    with pytest.raises(RuntimeError, match="planted"):
+        world.scheduler.step()
+    assert world.scheduler.failed == [second] and seen == [1, 2] and first.preemptions == 0
+    world.fake.fails = None
+    world.step()
+    assert not world.scheduler.failed and seen == [1, 2, 3]
+    world.finish()
+
+
 def test_what_waits_or_has_ended_can_be_aborted():
     world = World(20, slots=1)
     a, b, never = (world.make([n] * 5, 2) for n in (1, 2, 3))

@@ -45,7 +45,7 @@ class Scripted:
 
     def __init__(self, llm, say, seconds=0.0, slots=8):
         self.llm, self.say, self.slots = llm, say, slots
-        self.running, self.waiting, self.scripts = [], [], {}
+        self.running, self.waiting, self.failed, self.scripts = [], [], [], {}
         self.stats = SimpleNamespace(preemptions=0)
         self.gate, self.seconds = threading.Event(), seconds
         self.gate.set()

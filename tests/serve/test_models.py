@@ -16,8 +16,10 @@ import pytest
 from pykv import cli
 from pykv.llm import LLM, SamplingParams
 from pykv.llm.scheduler import Scheduler
+from pykv.llm.sequence import Sequence
+from pykv.serve.command import open_server
 from tests.llm import tiny
-from tests.serve.conftest import PLAIN, serving
+from tests.serve.conftest import PLAIN, Scripted, serving
 from tests.serve.test_clients import connect, request_bytes, until
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -169,6 +171,54 @@ def test_sigterm_lets_answers_end(command):
     text = log.read_text()
     assert "POST '/v1/chat/completions' 200" in text
     assert "Traceback" not in text and "ERROR" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
+    """Which sets handlers of its own only then."""
+    import uvicorn
+
+    from pykv.serve.app import make_server
+    from pykv.serve.command import run
+
+    begin, seen = uvicorn.Server.run, []
+
+    def early(self, sockets):
+        signal.raise_signal(number)
+        seen.append(self.should_exit)
+        if self.should_exit:
+            begin(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", early)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    server = make_server(llms(), Scripted(llms(), lambda _: "x"), ["tiny"], limit=4)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            run(server, listening, "ready", api_key=None, loopback=True)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert seen == [True] and not server.engine.is_alive
+
+
+@pytest.mark.parametrize("evict", ["streaming:0.5", "streaming:200", "snapkv:0.75"])
+def test_every_prompt_below_the_context_finds_room(path, evict):
+    """In the pool of one slot; what is kept of a prompt is copied for a while."""
+    given = cli._parser().parse_args(["serve", str(path), "--device", "cpu", "--evict", evict])
+    server, _ = open_server(given, 1)
+    scheduler, context = server.engine.scheduler, server.llm.context
+    for length in range(1, context):
+        for limit in {length + 1, context}:
+            s = Sequence([5] * length, SamplingParams(), limit)
+            scheduler.add(s)
+            scheduler.abort(s)
+    manager = server.llm.cache.manager
+    assert manager.num_free == manager.num_pages
+    s = Sequence([5] * (context - 2), SamplingParams(ignore_eos=True), context)
+    scheduler.add(s)
+    while scheduler.has_work:
+        scheduler.step()
+    assert s.finish_reason == "length" and len(s.tokens) == context
 
 
 def test_ctrl_c_ends_it(command):

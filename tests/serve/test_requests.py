@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -56,9 +57,11 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "max_completion_tokens", {"max_completion_tokens": "many"}),
     (CHAT, "stop", {"stop": [""]}),
     (CHAT, "stop", {"stop": [5]}),
-    (CHAT, "stop", {"stop": ["a"] * 65}),
+    (CHAT, "stop", {"stop": ["a"] * 17}),
+    (CHAT, "stop", {"stop": "a" * 257}),
     (CHAT, "stop", {"stop": {}}),
     (CHAT, "stop_token_ids", {"stop_token_ids": [-1]}),
+    (CHAT, "stop_token_ids", {"stop_token_ids": [5] * 1025}),
     (CHAT, "stream", {"stream": "yes"}),
     (CHAT, "stream_options", {"stream_options": []}),
     (CHAT, "stream_options.include_usage", {"stream_options": {"include_usage": 1}}),
@@ -78,6 +81,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "logit_bias", {"logit_bias": {"999999": 1}}),
     (CHAT, "logit_bias.5", {"logit_bias": {"5": 101}}),
     (CHAT, "logit_bias.5", {"logit_bias": {"5": "1"}}),
+    (CHAT, "logit_bias", {"logit_bias": {f"{i:04}": 1 for i in range(1025)}}),
     (CHAT, "response_format", {"response_format": "json"}),
     (CHAT, "response_format.type", {"response_format": {"type": "yaml"}}),
     (CHAT, "response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
@@ -306,12 +310,24 @@ def test_a_key_of_any_letters(serve):
 
 def test_a_full_queue_is_503_with_retry_after(serve):
     client = serve(limit=2)
-    status, error = client.refused(CHAT, messages=USER, n=3)
-    assert (status, error["code"]) == (503, "overloaded")
-    data = json.dumps({"messages": USER, "n": 3})
-    assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
-    assert client.metrics()["vllm:e2e_request_latency_seconds_count"] == 0
+    client.scheduler.gate.clear()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.ask, CHAT, messages=USER)
+        while not client.scheduler.waiting:
+            time.sleep(0.01)
+        status, error = client.refused(CHAT, messages=USER, n=2)
+        assert (status, error["code"]) == (503, "overloaded")
+        data = json.dumps({"messages": USER, "n": 2})
+        assert client.request("POST", CHAT, data)[1]["Retry-After"] == "1"
+        assert client.metrics()["vllm:e2e_request_latency_seconds_count"] == 0
+        client.scheduler.gate.set()
+        assert first.result()
     assert client.ask(CHAT, messages=USER, n=2)
+
+
+def test_more_choices_than_ever_fit_are_refused_for_good(serve):
+    status, error = serve(limit=2).refused(CHAT, messages=USER, n=3)
+    assert (status, error["param"]) == (400, "n") and "at most 2" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,6 +12,7 @@ from pykv.errors import FormatError, UnsupportedError
 from pykv.llm import LLM, SamplingParams, gguf, matrices, memory, tensors
 from pykv.llm.config import read_config
 from pykv.llm.weights import load
+from pykv.ops import block_linear
 from pykv.specs import KVSpec
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.llm import tiny
@@ -67,8 +68,9 @@ def test_memory_is_that_of_the_file(tmp_path, kv_dtype):
 
 
 @pytest.mark.parametrize("weights", [None, np.float16])
-def test_memory_with_mixed_heads(xp, tmp_path, weights):
+def test_memory_with_mixed_heads(xp, tmp_path, monkeypatch, weights):
     """Attention's output is float32 then."""
+    monkeypatch.setattr(block_linear, "warm_up", lambda kinds: None)  # NVRTC's work
     tiny.write_case(tmp_path / "tiny.gguf", "llama-mixed")
     file, spec = gguf.read(tmp_path / "tiny.gguf"), KVSpec.parse("int8")
     model = load(file, xp, dtype=weights, hadamard=True)

@@ -14,20 +14,23 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-OTHERS = ("llm", "serve", "plot", "notebook", "test")
+OTHERS = {  # by the oldest glibc that there are wheels for: llguidance, of serve, sets the latter
+    "2_28": ("llm", "plot", "notebook"),
+    "2_31": ("llm", "serve", "plot", "notebook", "test"),
+}
 TORCH = {  # pins NVRTC or cuda-bindings to the CUDA line that it was built for
     "cu12": ("2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0"),
     "cu13": ("2.11.0", "2.13.0", "2.15.0"),
 }
-CASES = [("", python, extra) for python, extra in itertools.product(PYTHONS, TORCH)]
-CASES += [(torch, "3.12", extra) for extra, versions in TORCH.items() for torch in versions]
+CASES = [("", *case) for case in itertools.product(PYTHONS, TORCH, OTHERS)]
+CASES += [(torch, "3.12", extra, "2_31") for extra, found in TORCH.items() for torch in found]
 
 
-def resolve(torch, python, extra):
+def resolve(torch, python, extra, glibc):
     """None where all can be installed together, else the resolver's reason."""
     command = ["uv", "pip", "compile", "--quiet", "--only-binary", ":all:"]
-    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
-    for name in (extra, *OTHERS):
+    command += ["--python-version", python, "--python-platform", f"x86_64-manylinux_{glibc}"]
+    for name in (extra, *OTHERS[glibc]):
         command += ["--extra", name]
     beside = f"torch=={torch}" if torch else ""
     command += [str(PYPROJECT), "-"]
@@ -38,10 +41,9 @@ def resolve(torch, python, extra):
 def main():
     with ThreadPoolExecutor(4) as pool:  # most of the time is the index's
         reasons = list(pool.map(lambda case: resolve(*case), CASES))
-    for (torch, python, extra), reason in zip(CASES, reasons, strict=True):
-        what = (
-            f"[{extra},{','.join(OTHERS)}] on Python {python}{torch and f' beside torch {torch}'}"
-        )
+    for (torch, python, extra, glibc), reason in zip(CASES, reasons, strict=True):
+        names = ",".join((extra, *OTHERS[glibc]))
+        what = f"[{names}] on Python {python}{torch and f' beside torch {torch}'}, glibc {glibc}"
         print(f"{what}: {'resolves' if reason is None else reason}")
     return int(any(reasons))
 

@@ -236,12 +236,13 @@ class _Asked:
         for question, value in self._questions:
             self._exact.queries = list(queries)
             where = Place(self._pages, context, context)
-            first = last_logits(self._llm, self._exact, where, question).argmax()
+            logits = to_host(last_logits(self._llm, self._exact, where, question))
+            first = int(logits.argmax())
             tokens = context + len(question)
             for name, change in changes.items():
                 place, kept = self._changed(change, tokens)
                 answer = _Answer(name, kept, tokens, value, place, [])
-                self._take(answer, int(first))
+                self._take(answer, first)
                 yield answer
         self._exact.queries = queries
 

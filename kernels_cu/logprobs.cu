@@ -84,6 +84,7 @@ logprobs(float* __restrict__ out, int* __restrict__ top_ids, float* __restrict__
                 // All look at the tokens of the thread that had the best one.
                 const int owner = index % THREADS;
                 u64 next = 0;
+#pragma unroll 1  // once, up to a million tokens; more at a time spill
                 for (i64 i = owner + (i64)THREADS * threadIdx.x; i < V; i += THREADS * THREADS) {
                     const u64 key = key_of(row[i], (int)i);
                     if (key < best) next = max(next, key);

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pykv import planes
-from pykv.bench import Work, memory
+from pykv.bench import Work, memory, synthetic
 from pykv.ops import block_linear, linear
 from pykv.testing import caches, is_close
 from pykv.testing.compare import host
@@ -49,12 +49,13 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if case["by"] == "cublas" and (xp is np or not linear.has_cublas()):
         return None
     x, out = caches.values(xp, rng, (T, I), np.dtype(np.float32))[0], xp.zeros((T, O), np.float32)
-    blocks = _blocks(kind, O, I, rng)
     if kind in planes.FORMATS:
+        blocks = synthetic.blocks(kind, O, I, rng)
         w = block_linear.pack(xp.asarray(blocks), kind)
         op = partial(block_linear.multiply, x, w, kind, out=out)
-    else:
-        w = xp.asarray(blocks.view(np.float16))
+    else:  # float16 below 2
+        blocks = rng.integers(0, 1 << 16, (O, I), np.uint16) & 0xBFFF
+        w, blocks = xp.asarray(blocks.view(np.float16)), blocks.view(np.uint8)
         op = partial(linear.linear, x, w, out=out, gemm=case["by"])
 
     def check() -> bool:
@@ -71,16 +72,3 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     nbytes = int(w.nbytes + x.nbytes + out.nbytes)
     few = T <= 8
     return Work(op, check, nbytes, 2 * T * O * I, ceiling="read", reads_only=few, op=op)
-
-
-def _blocks(kind: str, O: int, I: int, rng: np.random.Generator) -> Any:
-    """Random blocks whose scales, which lie at either end, are finite; or float16 below 2."""
-    if kind == "F16":
-        return (rng.integers(0, 256, (O, 2 * I), np.uint8).view(np.uint16) & 0xBFFF).view(np.uint8)
-    form = planes.FORMATS[kind]
-    blocks = rng.integers(0, 256, (O, I // form.elements * form.nbytes), np.uint8)
-    for end in (1, 3, form.nbytes - 3, form.nbytes - 1):
-        blocks[:, end :: form.nbytes] &= 0x3B
-    if kind == "MXFP4":  # an exponent
-        blocks[:, :: form.nbytes] &= 0x7F
-    return blocks

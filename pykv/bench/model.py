@@ -1,14 +1,17 @@
-"""The next token of B sequences: a decode step of a published model, over caches of three kinds.
+"""The next token of B sequences, and prompts of Q tokens, by a whole model.
 
-A sequence has L tokens of one of a few random prompts before, with the keys and values that the
-model gives them: over random ones logits are noise, which a single code on the other side of a tie
-changes. The step is that of pykv.LLM, a CUDA graph where that is one. Times are by the clock, from
-an idle GPU until it has chosen the tokens, the likeliest ones, as what the host does is part of
-what a user waits for. Bytes are those that a step cannot do without:
+Q=1 is a decode step over L tokens, Q=L a prompt. A sequence that is decoded has L tokens of one of
+a few random prompts before, with the keys and values that the model gives them: over random ones
+logits are noise, which a single code on the other side of a tie changes. The step is that of
+pykv.LLM, a CUDA graph where that is one. Times are by the clock, from an idle GPU until it has
+chosen the tokens, the likeliest ones, as what the host does is part of what a user waits for. Bytes
+are those that a step cannot do without:
 
     matrices of all layers and of the head, once + B * L tokens of the cache with their scales
 
-The model is fetched like that of `pykv run`.
+The model is fetched like that of `pykv run`; or `--shape 8b --type q4_k` makes one of noise, whose
+matrices stay blocks as its file's would. A decode step is checked on the host, a prompt against a
+decode step of its last token; of noise, a decode step only for numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +23,16 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.bench import Work, memory
+from pykv.arrays import module_of
+from pykv.bench import Work, memory, options, synthetic
 from pykv.bench.report import Record
 from pykv.kinds import dequantize
+from pykv.llm import gguf, models
+from pykv.llm.matrices import STORED, weights_dtype
+from pykv.llm.model import Batch, decode_step, forward
+from pykv.llm.scheduler import PREFILL_TOKENS
+from pykv.llm.weights import Model, load
+from pykv.ops import sample
 from pykv.pages import copy_pages
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
@@ -31,17 +41,30 @@ from pykv.testing import host
 MODEL = "smollm2-135m"
 PAGE_SIZE = 16
 PROMPTS = 4  # so that neighbours in a batch hold different rows
+
+
+def _cases(weights: str, model: str = MODEL) -> list[dict[str, Any]]:
+    """The table: tokens of 1 to 128 sequences, and two prompts."""
+    case: dict[str, Any] = dict(model=model, weights=weights, kv="fp16")
+    sizes = [dict(B=B, Q=1, L=512) for B in (1, 8, 32, 64, 128)]
+    sizes += [dict(B=1, Q=L, L=L) for L in (512, 4096)]
+    return [case | size for size in sizes]
+
+
+_FP16: dict[str, Any] = dict(model=MODEL, weights="fp16")
 CASES = [
-    dict(model=MODEL, B=B, L=L, kv=kv)
-    for L in (512, 8000)
-    for B in (1, 16, 64)
-    for kv in ("fp16", "int8", "fp8")
+    *(case for weights in ("fp16", STORED) for case in _cases(weights)),
+    *(_FP16 | dict(kv=kv, B=B, Q=1, L=512) for B in (1, 64) for kv in ("int8", "fp8")),
+    *(_FP16 | dict(kv=kv, B=B, Q=1, L=8000) for B in (1, 16, 64) for kv in ("fp16", "int8", "fp8")),
 ]
-OPTIONS = ("batch", "keys", "kv")
-QUICK = [dict(model=MODEL, B=2, L=40, kv=kv) for kv in ("fp16", "int8")]
-# Of logits, whose standard deviation is about 2, over the same rows: far more than what sums in
-# another order were seen to change, 0.001.
-TOLERANCE = 0.05
+OPTIONS = ("batch", "keys", "prompt", "kv")
+QUICK = [
+    *(_FP16 | dict(kv=kv, B=2, Q=1, L=40) for kv in ("fp16", "int8")),
+    _FP16 | dict(kv="fp16", B=1, Q=20, L=20),
+]
+# Of logits over the same rows, in units of their standard deviation: far more than what sums in
+# another order were seen to change, 0.0005.
+TOLERANCE = 0.025
 # Of the step's new rows, in units of their largest element: a code may fall to the other side of a
 # tie, and codes of 4 bits are a seventh apart.
 ROW_TOLERANCE = 0.15
@@ -49,20 +72,30 @@ ROW_TOLERANCE = 0.15
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MODEL, help="as of pykv run", metavar="NAME|FILE")
+    parser.add_argument("--weights", help="as of pykv run; default: fp16, and stored")
+    shapes = ", ".join(synthetic.SHAPES)
+    parser.add_argument("--shape", help=f"instead of --model, a model of noise: {shapes}")
+    parser.add_argument("--type", default="q4_k", help="of the matrices of --shape, as in q4_k")
 
 
 def select(args: argparse.Namespace) -> list[dict[str, Any]]:
-    return [{**case, "model": args.model} for case in (QUICK if args.quick else CASES)]
+    if args.shape is not None:
+        return _cases(STORED, synthetic.name(args.shape, args.type))
+    cases = [{**case, "model": args.model} for case in (QUICK if args.quick else CASES)]
+    if args.weights is None:
+        return cases
+    weights_dtype("--weights", args.weights)
+    return options.distinct({**case, "weights": args.weights} for case in cases)
 
 
 def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None:
-    """The work of a case: B sequences of L tokens in a cache of kind `kv`, and their next one."""
-    from pykv.llm.model import decode_step, forward
-    from pykv.ops import sample
-
-    B, L = case["B"], case["L"]
-    spec = KVSpec.parse(case["kv"])
-    model = _load(case["model"], xp, spec.wants_hadamard)
+    """The work of a case: B sequences in a cache of kind `kv`, and their next token."""
+    B, Q, L, spec = case["B"], case["Q"], case["L"], KVSpec.parse(case["kv"])
+    if Q not in (1, L):
+        return None
+    if synthetic.is_name(case["model"]) and spec.wants_hadamard:
+        return None  # rotated weights come from files
+    model = _load(case["model"], case["weights"], xp, spec.wants_hadamard)
     config = model.config
     M = -(-(L + 1) // PAGE_SIZE)
     sizes = (config.num_layers, B * M, config.kv_heads, config.head_dim)
@@ -72,21 +105,15 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         return None
     cache = PagedKVCache(*sizes, **options, xp=xp)
     table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
-    for pages in table[:PROMPTS]:
-        _read(xp, model, cache, pages, rng.integers(0, config.vocab, L).astype(np.int32))
+    prompts = rng.integers(0, config.vocab, (min(B, PROMPTS), L)).astype(np.int32)
+    if Q > 1:
+        return _prompt(model, cache, table, prompts)
+    for pages, ids in zip(table, prompts, strict=False):
+        _read(model, cache, pages, ids)
     for b in range(PROMPTS, B):
         copy_pages(cache, cache, table[b % PROMPTS], table[b])
-    last = np.array([blocks.slots(pages.tolist(), L, L + 1, PAGE_SIZE)[0] for pages in table])
     ids = rng.integers(0, config.vocab, B).astype(np.int32)
-
-    def batch(xp: Any, which: Any, page_table: Any, slots: Any) -> Any:
-        """The step of sequences `which`, whose pages and new slots these are."""
-        count = len(ids[which])
-        columns = (ids[which], np.full(count, L), slots, None, page_table, np.full(count, L + 1))
-        return _batch(xp, *columns)
-
-    step = batch(xp, slice(None), table, last)
-    decode = decode_step(model, step, cache)
+    decode = decode_step(model, _next(xp, ids, table, L), cache)
     logits, tokens = None, xp.full(B, -1, np.int32)
 
     def run() -> None:
@@ -99,23 +126,55 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
         if logits is None:
             return False
         b = int(rng.integers(B))
+        got = host(logits[b])
+        right = bool(np.isfinite(got).all()) and int(tokens[b]) == int(got.argmax())
+        if synthetic.is_name(case["model"]):
+            return right
         alone = _AsWritten(sizes[0], M, *sizes[2:], **options)
         pages = table[b] if xp is np else xp.asarray(table[b])
         for name in ("k", "v", "k_scales", "v_scales"):
             pool = getattr(cache, name)
             if pool is not None:
                 getattr(alone, name)[...] = host(pool[:, pages])
-        of_one = batch(np, [b], np.arange(M)[None], np.array([L]))
-        same = _load(case["model"], np, spec.wants_hadamard)
-        (want,), got = forward(same, of_one, alone), host(logits[b])
-        off = float(np.abs(got - want).max())
-        return (
-            alone.off <= ROW_TOLERANCE and off <= TOLERANCE and int(tokens[b]) == int(got.argmax())
-        )
+        same = _load(case["model"], case["weights"], np, spec.wants_hadamard)
+        (want,) = forward(same, _next(np, ids[b : b + 1], np.arange(M)[None], L), alone)
+        return right and alone.off <= ROW_TOLERANCE and _are_alike(got, want)
 
-    return Work(
-        run=run, check=check, bytes=model.matrix_bytes + B * L * of_token, ceiling="read", wall=True
-    )
+    nbytes = model.matrix_bytes + B * L * of_token
+    return Work(run=run, check=check, bytes=nbytes, ceiling="read", wall=True)
+
+
+def _prompt(model: Model, cache: PagedKVCache, table: Any, prompts: Any) -> Work | None:
+    """The work of whole prompts, one after the other."""
+    xp, config = module_of(cache.k), model.config
+    if len(table) > len(prompts):
+        return None
+    tokens, logits = xp.full(1, -1, np.int32), None
+
+    def run() -> None:
+        nonlocal logits
+        for pages, ids in zip(table, prompts, strict=True):
+            logits = _read(model, cache, pages, ids)
+            sample.argmax(logits, out=tokens)
+
+    def check() -> bool:
+        """The last token of the last prompt, decoded where it was."""
+        if logits is None:
+            return False
+        got = host(logits[0])
+        (want,) = forward(
+            model, _next(xp, prompts[-1:, -1], table[-1:], prompts.shape[1] - 1), cache
+        )
+        return int(tokens[0]) == int(got.argmax()) and _are_alike(got, host(want))
+
+    E, D = config.embedding, config.head_dim
+    of_layer = 2 * (config.heads + config.kv_heads) * D * E + 3 * config.feed_forward * E
+    flops = 2 * (prompts.size * config.num_layers * of_layer + len(prompts) * config.vocab * E)
+    return Work(run, check, model.matrix_bytes, flops, wall=True)
+
+
+def _are_alike(got: Any, want: Any) -> bool:
+    return float(np.abs(got - want).max()) <= TOLERANCE * float(np.std(want))
 
 
 class _AsWritten(PagedKVCache):
@@ -147,33 +206,38 @@ class _AsWritten(PagedKVCache):
         ]
 
 
-def _read(xp: Any, model: Any, cache: Any, pages: Any, ids: Any) -> None:
-    """Fill a sequence's pages with the keys and values of its tokens."""
-    from pykv.llm.model import forward
-    from pykv.llm.scheduler import PREFILL_TOKENS
-
+def _read(model: Model, cache: PagedKVCache, pages: Any, ids: Any) -> Any:
+    """Fill a sequence's pages with the keys and values of its tokens; logits of the last [1, V]."""
+    xp = module_of(cache.k)
     slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
     for start in range(0, len(ids), PREFILL_TOKENS):
         stop = min(start + PREFILL_TOKENS, len(ids))
         where, starts = np.arange(start, stop), np.array([0, stop - start])
         columns = (ids[start:stop], where, slots[start:stop], starts, pages[None], np.array([stop]))
-        forward(model, _batch(xp, *columns), cache, xp.zeros(1, np.int32))
+        last = xp.full(1, stop - start - 1, np.int32)
+        logits = forward(model, _batch(xp, *columns), cache, last)
+    return logits
 
 
-def _batch(xp: Any, *columns: Any) -> Any:
+def _next(xp: Any, ids: Any, table: Any, L: int) -> Batch:
+    """The step of tokens that come behind L others."""
+    count = len(ids)
+    slots = [blocks.slots(pages.tolist(), L, L + 1, PAGE_SIZE)[0] for pages in table]
+    return _batch(xp, ids, np.full(count, L), np.array(slots), None, table, np.full(count, L + 1))
+
+
+def _batch(xp: Any, *columns: Any) -> Batch:
     """A Batch of these columns, on a device."""
-    from pykv.llm.model import Batch
-
     return Batch(*(x if x is None else xp.asarray(x.astype(np.int32)) for x in columns))
 
 
-@lru_cache(maxsize=4)
-def _load(name: str, xp: Any, hadamard: bool) -> Any:
-    """A model's weights on the GPU or the host, kept for all cases."""
-    from pykv.llm import gguf, models
-    from pykv.llm.weights import load
-
-    return load(gguf.read_model(models.fetch(name)), xp, hadamard=hadamard)
+@lru_cache(maxsize=2)
+def _load(name: str, weights: str, xp: Any, hadamard: bool) -> Model:
+    """A model on the GPU or the host, kept for the cases that follow."""
+    if synthetic.is_name(name):
+        return synthetic.model(name, xp)
+    dtype = weights_dtype("--weights", weights)
+    return load(gguf.read_model(models.fetch(name)), xp, dtype=dtype, hadamard=hadamard)
 
 
 def conclude(records: list[Record]) -> str:
@@ -182,8 +246,8 @@ def conclude(records: list[Record]) -> str:
     for one in records:
         if one["bench"] == "model" and one["ok"]:
             case, seconds = one["case"], one["median"] / 1e6
-            lines.append(
-                f"{case['model']}, {case['B']} x {case['L']} tokens, {case['kv']}: "
-                f"{case['B'] / seconds:.0f} tokens/s, {1e3 * seconds:.2f} ms a step"
-            )
+            B, Q, L = case["B"], case["Q"], case["L"]
+            what = f"{B} x {L} tokens" if Q == 1 else f"{B} prompts of {L} tokens"
+            rate = f"{B * Q / seconds:.0f} tokens/s, {1e3 * seconds:.2f} ms"
+            lines.append(f"{case['model']}, {case['weights']}, {what}, {case['kv']}: {rate}")
     return "\n".join(lines)

@@ -119,6 +119,10 @@ def has_dynamic_scales(kv: str) -> bool:
     return spec.has_dynamic_scales or not spec.has_scales
 
 
+def _prompt(text: str) -> Case:
+    return dict(Q=_count(text), L=_count(text))
+
+
 _NUMBER = f"a whole number above 0, up to {MAX_COUNT}"
 _ROWS = "a kind that finds a scale for each row"
 _KINDS = "kinds of the cache, as in int8,bf16:HND"
@@ -130,6 +134,7 @@ OPTIONS = {
     "batch": number("batch", "B", "sequences"),
     "keys": number("keys", "L", "keys of each sequence"),
     "queries": number("queries", "Q", "last tokens of a prompt that are queries"),
+    "prompt": Option("prompt", _prompt, _NUMBER, "tokens of a prompt, instead of a decode step"),
     "tokens": number("tokens", "tokens", "new rows"),
     "pages": number("pages", "pages", "pages that one call moves"),
     "layers": number("layers", "L", "layers of the cache"),

@@ -1,11 +1,12 @@
-"""bench model: a decode step of a tiny model, and that its check can fail."""
+"""bench model: steps and prompts of tiny models, and that their checks can fail."""
 
 from argparse import Namespace
 
 import numpy as np
 import pytest
 
-from pykv.bench import model
+from pykv.bench import model, synthetic
+from pykv.errors import ParameterError
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.llm import tiny
 
@@ -21,11 +22,11 @@ def path(tmp_path_factory):
 @pytest.mark.parametrize("kv", ["fp16", "int8"])
 def test_a_step_is_checked_on_the_host(xp, rng, path, kv):
     """Right after a step; not before one, and not with another layer's weights."""
-    work = model.make(dict(model=path, B=3, L=20, kv=kv), xp, rng)
+    work = model.make(dict(model=path, weights="fp16", B=3, Q=1, L=20, kv=kv), xp, rng)
     assert not work.check()
     work.run()
     assert work.check()
-    weights = model._load(path, xp, kv == "int8").layers[1].down
+    weights = model._load(path, "fp16", xp, kv == "int8").layers[1].down
     kept = to_numpy(weights).copy()
     weights *= 4
     work.run()
@@ -36,23 +37,88 @@ def test_a_step_is_checked_on_the_host(xp, rng, path, kv):
     assert work.check()
 
 
+@without_simt
+@pytest.mark.parametrize("weights", ["fp16", "stored"])
+def test_a_prompt_is_checked_by_a_decode_step(xp, rng, path, weights):
+    work = model.make(dict(model=path, weights=weights, B=2, Q=40, L=40, kv="fp16"), xp, rng)
+    assert not work.check()
+    work.run()
+    assert work.check()
+    norm = model._load(path, weights, xp, False).output_norm
+    kept = norm.copy()
+    norm *= 4
+    assert not work.check()
+    norm[...] = kept
+
+
+def test_operations_of_a_prompt_by_hand(rng, path):
+    work = model.make(dict(model=path, weights="fp16", B=1, Q=40, L=40, kv="fp16"), np, rng)
+    vocab = len(model._load(path, "fp16", np, False).head)
+    matrices = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
+    assert work.flops == 2 * (40 * matrices + vocab * 64)
+    case = dict(model=path, weights="fp16", B=9, Q=40, L=40, kv="fp16")
+    assert model.make(case, np, rng) is None  # more prompts than are made
+
+
+@without_simt
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k", "f16"])
+def test_a_model_of_noise(xp, rng, monkeypatch, kind):
+    """Its bytes are those of its type; a step of it has numbers for logits, a prompt is right."""
+    sizes = dict(num_layers=2, embedding=256, heads=4, kv_heads=2, head_dim=64, feed_forward=512)
+    monkeypatch.setitem(synthetic.SHAPES, "1b", sizes)
+    monkeypatch.setattr(synthetic, "VOCAB", 300)
+    model._load.cache_clear()
+    name = synthetic.name("1b", kind)
+    for Q in (1, 20):
+        case = dict(model=name, weights="stored", B=1, Q=Q, L=20, kv="fp16")
+        work = model.make(case, xp, rng)
+        work.run()
+        assert work.check()
+    # Bytes of a row of 256 weights and of 512, in planes of 16 bytes.
+    one, two = {"q4_k": (144, 288), "q6_k": (224, 432), "f16": (512, 1024)}[kind]
+    nbytes = 2 * ((512 + 256 + 1024) * one + 256 * two) + 300 * one
+    assert model._load(name, "stored", xp, False).matrix_bytes == nbytes
+    assert model.make(case | dict(kv="int8"), xp, rng) is None  # rotated weights come from files
+    model._load.cache_clear()
+
+
+def test_names_of_noise():
+    assert synthetic.is_name("8b-q8_0") and synthetic.is_name("1b-f16")
+    assert not any(map(synthetic.is_name, ("smollm2-135m", "8b", "8b-q4_9", "2b-q4_k", "x.gguf")))
+    for shape, kind, text in (
+        ("2b", "q4_k", "--shape is '2b'"),
+        ("1b", "q4_z", "--type is 'q4_z'"),
+    ):
+        with pytest.raises(ParameterError, match=text):
+            synthetic.name(shape, kind)
+
+
 def test_bytes_by_hand(rng, path):
     """2 layers of 64 columns: Q, K and V of 4 + 2 + 2 heads of 16, O of 64, gate and up of 96, and
     down; a head of V rows. Then 3 x 20 tokens of 2 layers, K and V, 2 heads of 16 + 2 bytes."""
-    work = model.make(dict(model=path, B=3, L=20, kv="int8"), np, rng)
+    work = model.make(dict(model=path, weights="fp16", B=3, Q=1, L=20, kv="int8"), np, rng)
     rows = np.dtype(np.float32).itemsize  # the host's matrices
-    vocab = len(model._load(path, np, True).head)
+    vocab = len(model._load(path, "fp16", np, True).head)
     matrices = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96) + vocab * 64
     assert work.bytes == rows * matrices + 3 * 20 * 2 * 2 * 2 * (16 + 2)
 
 
 def test_options_and_the_closing_line():
-    cases = model.select(Namespace(quick=False, model="m.gguf"))
-    assert len(cases) == 18 and {case["model"] for case in cases} == {"m.gguf"}
-    case = dict(model="m", B=16, L=512, kv="fp8")
+    options = dict(quick=False, model="m.gguf", weights=None, shape=None, type="q4_k")
+    cases = model.select(Namespace(**options))
+    assert len(cases) == len(model.CASES) and {case["model"] for case in cases} == {"m.gguf"}
+    cases = model.select(Namespace(**options | dict(weights="stored")))
+    assert {case["weights"] for case in cases} == {"stored"} and len(cases) < len(model.CASES)
+    cases = model.select(Namespace(**options | dict(shape="8b", type="Q8_0")))
+    assert {case["model"] for case in cases} == {"8b-q8_0"} and len(cases) == 7
+    with pytest.raises(ParameterError, match="--weights"):
+        model.select(Namespace(**options | dict(weights="int3")))
+    case = dict(model="m", weights="fp16", B=16, Q=1, L=512, kv="fp8")
     record = dict(bench="model", ok=True, case=case, median=2000.0)
-    assert model.conclude([record, {**record, "ok": False}]) == (
-        "m, 16 x 512 tokens, fp8: 8000 tokens/s, 2.00 ms a step"
+    prompt = {**record, "case": case | dict(B=1, Q=512)}
+    assert model.conclude([record, prompt, {**record, "ok": False}]) == (
+        "m, fp16, 16 x 512 tokens, fp8: 8000 tokens/s, 2.00 ms\n"
+        "m, fp16, 1 prompts of 512 tokens, fp8: 256000 tokens/s, 2.00 ms"
     )
 
 

@@ -562,6 +562,9 @@ def prompted(median, flops, **case):
     }
 
 
+DECODED = dict(model="m", weights="fp16", B=1, Q=1, L=8000)
+SEEN = dict(tokens_per_second=1234.5)
+SEEN |= {f"{name}_p{p}_ms": p / 10 for name in ("first", "between") for p in (50, 95, 99)}
 LAYER = dict(tokens=8, dtype="fp16", kv="int8", norm=False, hadamard=True)
 RECORDS = {
     "copy": [
@@ -620,9 +623,50 @@ RECORDS = {
     ],
     "compile": [made(2.5e6, bench="compile", what="warmup")],
     "model": [
-        made(5000.0, bench="model", B=1, L=8000, kv="fp16"),
-        made(4500.0, bench="model", B=1, L=8000, kv="fp8"),
-        {**WRONG, "bench": "model", "case": dict(B=1, L=8000, kv="int8")},
+        made(5000.0, bench="model", **DECODED, kv="fp16") | {"share": 0.4},
+        made(4000.0, bench="model", **DECODED, kv="fp8") | {"share": None},
+        {**WRONG, "bench": "model", "case": dict(**DECODED, kv="int8")},
+        made(2000.0, bench="model", **DECODED | dict(Q=512, L=512), kv="fp16") | {"share": None},
+    ],
+    "compaction": [
+        made(10.0, bench="compaction", n=1024, dtype="fp32", by=by, op="values", keep=0.5)
+        | {"share": share}
+        for by, share in (("pykv", 0.8), ("torch", 0.15))
+    ],
+    "evict": [
+        made(us, bench="evict", B=64, L=16384, kv="int8", keep=0.25, job=job) | {"share": 0.5}
+        for job, us in (("evict", 1000.0), ("score", 600.0))
+    ],
+    "elastic": [
+        made(us, bench="elastic", B=1, L=1024, kv="fp16", keep=keep, what=what, steps=0)
+        for what, keep, us in (("attention", 1.0, 9.0), ("attention", 0.25, 4.0))
+        + (("evict", 0.25, 50.0), ("evict", 0.5, 60.0))
+    ],
+    "kvtc": [
+        made(us, bench="kvtc", operation=operation, quant_type=kind, N=4096, F=5760, C=1728)
+        | {"share": share, "gbps": 90.0}
+        for operation, kind, us, share in (
+            ("gather", "fp8", 20.0, 0.9),
+            ("quantize", "int4", 10.0, 0.8),
+            ("compress", "groups", 500.0, None),
+        )
+    ],
+    "kvtc_codec": [
+        made(us, bench="kvtc_codec", op=op, kv="fp16", tokens=512, L=30, H=3, D=64, r=1504, **how)
+        | {"share": share, "flops": flops, "gbps": 100.0}
+        for op, us, share, flops, how in (
+            ("gather", 8.0, 0.75, 0, {}),
+            ("project", 50.0, None, 10**10, dict(gemm="own")),
+        )
+    ],
+    "linear": [
+        made(us, bench="linear", kind=kind, T=T, O=8192, I=2048, by=by)
+        | {"share": 0.5, "flops": 2 * T * 8192 * 2048}
+        for kind, T, by, us in (("Q4_K", 1, "own", 6.0), ("F16", 512, "cublas", 50.0))
+    ],
+    "serve": [
+        made(1e6, bench="serve", model="m", clients=16, prompt=512, shared=256, answer=128)
+        | {"facts": SEEN}
     ],
 }
 
@@ -682,9 +726,34 @@ def test_tables_by_hand(project, capsys):
         "| --- | --- | --- | --- |",
         "| NHD to universal | 93.0 % | 96.0 % | 98.0 % |",
         "| HND to NHD |  | 89.0 % |  |",
-        "| sequences x context | fp16 | int8 | fp8 |",
+        "| what | element | kept | pykv | torch |",
+        "| --- | --- | --- | --- | --- |",
+        "| values | fp32 | 0.5 | 10.0 (80 %) | 10.0 (15 %) |",
+        "| sequences x keys | kind | kept | evict | score |",
+        "| --- | --- | --- | --- | --- |",
+        "| 64 x 16,384 | int8 | 0.25 | 1,000.0 (50 %) | 600.0 (50 %) |",
+        "| sequences x keys | kind | kept | all | kept | x | evict | paid after |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 1 x 1,024 | fp16 | 0.25 | 9.0 | 4.0 | 2.25 | 50 | 10 |",
+        "| what | by | kind | tokens | model | components | us | rate | share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| gather |  | fp16 | 512 | 30 x 3 x 64 | 1,504 | 8.0 | 100 GB/s | 75.0 % of copy |",
+        "| project | own | fp16 | 512 | 30 x 3 x 64 | 1,504 | 50.0 | 100 GB/s, 200 TFLOP/s |  |",
+        "| blocks | coefficients | kind | gather | scatter | quantize | dequantize |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| 4,096 x 5,760 | 1,728 | fp8 | 20.0 (90 %) |  |  |  |",
+        "| 4,096 x 5,760 | 1,728 | int4 |  |  | 10.0 (80 %) |  |",
+        "| matrix | tokens | Q4_K | F16 cublas |",
         "| --- | --- | --- | --- |",
-        "| 1 x 8,000 | 5.0 |  | 4.5 |",
+        "| 8,192 x 2,048 | 1 | 6.0 (50 %) |  |",
+        "| 8,192 x 2,048 | 512 |  | 50.0 (344 TFLOP/s) |",
+        "| model | sequences | fp16, fp16 | fp16, fp8 |",
+        "| --- | --- | --- | --- |",
+        "| m | 1 x 8,000 | 200 (40 %) | 250 |",
+        "| m | prompt of 512 | 256,000 |  |",
+        "| model | clients | prompt | shared | answer | tokens/s | first | between |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| m | 16 | 512 | 256 | 128 | 1,234 | 5.0 / 9.5 / 9.9 | 5.0 / 9.5 / 9.9 |",
         "| call | kind | op | prepared | plan |",
         "| --- | --- | --- | --- | --- |",
         "| append, batch 8 | int8 | 15.0 | 6.0 | 20.0 |",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pykv.bench import report
 from pykv.errors import FormatError, PykvError
-from tools import tables
+from tools import system_tables, tables
 from tools.tables import table
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +145,14 @@ SECTIONS = [
         "copy_sweep.svg",
     ),
     ("Permutes", "pykv bench permute", "permute", tables.permutes, None),
-    ("A step of a model", "pykv bench model", "model", tables.models, None),
+    ("Compaction", "pykv bench compaction", "compaction", system_tables.compactions, None),
+    ("Eviction", "pykv bench evict", "evict", system_tables.evictions, None),
+    ("Forgetting", "pykv bench elastic", "elastic", system_tables.cycles, "elastic.svg"),
+    ("KVTC, the codec", "pykv bench kvtc_codec", "kvtc_codec", system_tables.codecs, None),
+    ("KVTC, v0 streams", "pykv bench kvtc", "kvtc", system_tables.v0_stages, None),
+    ("Stored weights", "pykv bench linear", "linear", system_tables.products, None),
+    ("Whole models", "pykv bench model", "model", system_tables.models, None),
+    ("The server", "pykv bench serve", "serve", system_tables.servers, None),
     ("Host time of a call", "pykv bench calls", "calls", tables.host_times, None),
     ("Block manager", "pykv bench blocks", "blocks", tables.block_rates, None),
     ("Compiling", "pykv bench compile", "compile", tables.compile_times, None),

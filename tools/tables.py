@@ -263,24 +263,6 @@ def prompts(records):
     return text, head, rows
 
 
-def models(records):
-    """Milliseconds of a token of every sequence, by batch, context and kind."""
-    found = {}
-    for one in records:
-        if one["bench"] == "model" and one["ok"]:
-            case = one["case"]
-            found.setdefault((case["B"], case["L"]), {})[case["kv"]] = one["median"] / 1e3
-    kinds = ["fp16", "int8", "fp8"]
-    rows = [
-        [f"{B} x {L:,}", *(f"{times[kind]:.1f}" if kind in times else "" for kind in kinds)]
-        for (B, L), times in found.items()
-    ]
-    text = (
-        "The next token of sequences of SmolLM2-135M: milliseconds by the clock, as a CUDA graph."
-    )
-    return text, ["sequences x context", *kinds], rows
-
-
 def host_times(records):
     """Microseconds of the host for a call, by op, prepared and plan."""
     found = {}

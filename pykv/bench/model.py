@@ -51,11 +51,13 @@ def _cases(weights: str, model: str = MODEL) -> list[dict[str, Any]]:
     return [case | size for size in sizes]
 
 
+NOISE = ("1b-q4_k", "1b-q8_0", "1b-f16", "8b-q4_k")
 _FP16: dict[str, Any] = dict(model=MODEL, weights="fp16")
 CASES = [
     *(case for weights in ("fp16", STORED) for case in _cases(weights)),
     *(_FP16 | dict(kv=kv, B=B, Q=1, L=512) for B in (1, 64) for kv in ("int8", "fp8")),
     *(_FP16 | dict(kv=kv, B=B, Q=1, L=8000) for B in (1, 16, 64) for kv in ("fp16", "int8", "fp8")),
+    *(case for model in NOISE for case in _cases(STORED, model)),
 ]
 OPTIONS = ("batch", "keys", "prompt", "kv")
 QUICK = [
@@ -71,7 +73,9 @@ ROW_TOLERANCE = 0.15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=MODEL, help="as of pykv run", metavar="NAME|FILE")
+    parser.add_argument(
+        "--model", help="as of pykv run, for all cases of a file", metavar="NAME|FILE"
+    )
     parser.add_argument("--weights", help="as of pykv run; default: fp16, and stored")
     shapes = ", ".join(synthetic.SHAPES)
     parser.add_argument("--shape", help=f"instead of --model, a model of noise: {shapes}")
@@ -81,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.shape is not None:
         return _cases(STORED, synthetic.name(args.shape, args.type))
-    cases = [{**case, "model": args.model} for case in (QUICK if args.quick else CASES)]
+    cases = QUICK if args.quick else CASES
+    if args.model is not None:
+        of_files = [case for case in cases if not synthetic.is_name(case["model"])]
+        cases = [{**case, "model": args.model} for case in of_files]
     if args.weights is None:
         return cases
     weights_dtype("--weights", args.weights)
@@ -170,7 +177,8 @@ def _prompt(model: Model, cache: PagedKVCache, table: Any, prompts: Any) -> Work
     E, D = config.embedding, config.head_dim
     of_layer = 2 * (config.heads + config.kv_heads) * D * E + 3 * config.feed_forward * E
     flops = 2 * (prompts.size * config.num_layers * of_layer + len(prompts) * config.vocab * E)
-    return Work(run, check, model.matrix_bytes, flops, wall=True)
+    samples = 5 if flops > 1e12 else None
+    return Work(run, check, model.matrix_bytes, flops, wall=True, samples=samples)
 
 
 def _are_alike(got: Any, want: Any) -> bool:

@@ -106,10 +106,12 @@ def test_bytes_by_hand(rng, path):
 def test_options_and_the_closing_line():
     options = dict(quick=False, model="m.gguf", weights=None, shape=None, type="q4_k")
     cases = model.select(Namespace(**options))
-    assert len(cases) == len(model.CASES) and {case["model"] for case in cases} == {"m.gguf"}
+    assert len(cases) > 20 and {case["model"] for case in cases} == {"m.gguf"}
+    cases = model.select(Namespace(**options | dict(model=None)))
+    assert cases == model.CASES and {case["model"] for case in cases} > {"8b-q4_k", model.MODEL}
     cases = model.select(Namespace(**options | dict(weights="stored")))
     assert {case["weights"] for case in cases} == {"stored"} and len(cases) < len(model.CASES)
-    cases = model.select(Namespace(**options | dict(shape="8b", type="Q8_0")))
+    cases = model.select(Namespace(**options | dict(shape="8b", type="Q8_0", model=None)))
     assert {case["model"] for case in cases} == {"8b-q8_0"} and len(cases) == 7
     with pytest.raises(ParameterError, match="--weights"):
         model.select(Namespace(**options | dict(weights="int3")))

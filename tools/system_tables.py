@@ -1,0 +1,211 @@
+"""Tables of the records of what is built on the caches: compaction, eviction, KVTC, products with
+stored weights, whole models and the server; as in `tools/tables.py`."""
+
+from tools.tables import own, percent
+
+
+def _times(found, ways):
+    """Rows of a dict of names to dicts of `ways` to records: microseconds, and shares."""
+    return [
+        [*name, *(_time(cell[way]) if way in cell else "" for way in ways)]
+        for name, cell in found.items()
+    ]
+
+
+def _time(record):
+    share = record["share"]
+    return f"{record['median']:,.1f}" + (f" ({100 * share:.0f} %)" if share is not None else "")
+
+
+def _by(records, name, way):
+    """Records in dicts of `way(case)`, in dicts of `name(case)`."""
+    found = {}
+    for one in records:
+        found.setdefault(name(one["case"]), {})[way(one["case"])] = one
+    return found
+
+
+def compactions(records):
+    """Times of compress and expand, beside what others take for values."""
+    records = own(records, "compaction")
+    found = _by(records, lambda c: (c["op"], c["dtype"], f"{c['keep']:g}"), lambda c: c["by"])
+    ways = list(dict.fromkeys(one["case"]["by"] for one in records))
+    n = max((one["case"]["n"] for one in records), default=0)
+    text = (
+        f"{n:,} elements: microseconds and the share of a copy of as many bytes, the array read "
+        "once and what is kept\nwritten once; a count alone, of reading."
+    )
+    return text, ["what", "element", "kept", *ways], _times(found, ways)
+
+
+def evictions(records):
+    """Times of the steps of eviction, and of attention to what stays."""
+    records = own(records, "evict")
+    found = _by(
+        records,
+        lambda c: (f"{c['B']} x {c['L']:,}", c["kv"], f"{c['keep']:g}"),
+        lambda c: c["job"],
+    )
+    ways = list(dict.fromkeys(one["case"]["job"] for one in records))
+    text = (
+        "One layer, 32/8 heads of 128: microseconds and the share of the copy or read ceiling. "
+        "`evict` scores, selects and\ncompacts; `even` and `ragged` attend to what is kept, "
+        "`blocks` to the 16 best blocks of 32 and the last 1,024 rows."
+    )
+    return text, ["sequences x keys", "kind", "kept", *ways], _times(found, ways)
+
+
+def cycles(records):
+    """Tokens after an eviction against tokens over all keys."""
+    found = {}
+    for one in own(records, "elastic"):
+        case = one["case"]
+        if case["what"] != "attention":
+            found.setdefault((case["B"], case["L"], case["kv"]), {})[
+                case["what"], case["keep"], case["steps"]
+            ] = one["median"]
+            continue
+        cell = found.setdefault((case["B"], case["L"], case["kv"]), {})
+        cell["attention", case["keep"], 0] = one["median"]
+    rows = []
+    for (B, L, kv), cell in found.items():
+        dense = cell.get(("attention", 1.0, 0))
+        for (what, keep, _), us in cell.items():
+            if what != "attention" or keep == 1 or dense is None:
+                continue
+            evict = cell.get(("evict", keep, 0))
+            paid = evict / (dense - us) if evict and us < dense else None
+            rows.append(
+                [f"{B} x {L:,}", kv, f"{keep:g}", f"{dense:.1f}", f"{us:.1f}", f"{dense / us:.2f}"]
+                + [f"{evict:,.0f}" if evict else "", f"{paid:,.0f}" if paid else ""]
+            )
+    text = (
+        "One layer: microseconds of attention to all keys and to those kept, of the eviction that "
+        "leads there, and after how many\nsteps it has paid."
+    )
+    head = ["sequences x keys", "kind", "kept", "all", "kept", "x", "evict", "paid after"]
+    return text, head, rows
+
+
+def v0_stages(records):
+    """Stages of the seed's streams, by kind."""
+    stages = ("gather", "scatter", "quantize", "dequantize")
+    found = {}
+    for one in own(records, "kvtc"):
+        case = one["case"]
+        name = (f"{case['N']:,} x {case['F']:,}", f"{case['C']:,}", case["quant_type"])
+        found.setdefault(name, {})[case["operation"]] = one
+    rows = _times(
+        {name: cell for name, cell in found.items() if not cell.keys().isdisjoint(stages)}, stages
+    )
+    whole = [
+        f"{one['case']['operation']} of {name[0]}: {one['gbps']:.0f} GB/s"
+        for name, cell in found.items()
+        for one in (cell.get("compress"), cell.get("decompress"))
+        if one
+    ]
+    text = (
+        "Blocks x features, and coefficients: microseconds and the share of a copy. Whole, in "
+        f"GB/s of float16 keys and values: {', '.join(whole)}."
+    )
+    return text, ["blocks", "coefficients", "kind", *stages], rows
+
+
+def codecs(records):
+    """Stages of the codec, and whole calls."""
+    rows = []
+    for one in own(records, "kvtc_codec"):
+        case = one["case"]
+        shape = f"{case['L']} x {case['H']} x {case['D']}"
+        how = " ".join(case[key] for key in ("gemm", "to") if key in case)
+        share = percent(one["share"]) + " of copy" if one["share"] is not None else ""
+        rate = f"{one['gbps']:,.0f} GB/s"
+        if one["flops"]:
+            rate += f", {one['flops'] / one['median'] / 1e6:,.0f} TFLOP/s"
+        rows.append(
+            [case["op"], how, case["kv"], f"{case['tokens']:,}", shape, f"{case['r']:,}"]
+            + [f"{one['median']:,.1f}", rate, share]
+        )
+    text = (
+        "Tokens of layers x heads x head size to coded rows and back: microseconds. GB/s of "
+        "products and whole calls count\nfloat16 keys and values."
+    )
+    head = ["what", "by", "kind", "tokens", "model", "components", "us", "rate", "share"]
+    return text, head, rows
+
+
+def products(records):
+    """Products with a model's matrices, by type and tokens."""
+    found = _by(
+        own(records, "linear"),
+        lambda c: (f"{c['O']:,} x {c['I']:,}", f"{c['T']:,}"),
+        lambda c: c["kind"] if c["by"] == "own" else f"{c['kind']} {c['by']}",
+    )
+    ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
+    rows = []
+    for name, cell in found.items():
+        texts = []
+        for way in ways:
+            one = cell.get(way)
+            text = f"{one['median']:,.1f}" if one else ""
+            if one and int(name[1].replace(",", "")) > 64:
+                text += f" ({one['flops'] / one['median'] / 1e6:.0f} TFLOP/s)"
+            elif one:
+                text += f" ({100 * one['share']:.0f} %)"
+            texts.append(text)
+        rows.append([*name, *texts])
+    text = (
+        "Float32 activations times a matrix of rows x columns as a GGUF file stores it: "
+        "microseconds, and the share of what the\nstored bytes could be read at, or TFLOP/s."
+    )
+    return text, ["matrix", "tokens", *ways], rows
+
+
+def models(records):
+    """Tokens a second of whole models, by what weights and caches are stored as."""
+    records = own(records, "model")
+    found = _by(
+        records,
+        lambda c: (
+            c["model"],
+            f"{c['B']} x {c['L']:,}" if c["Q"] == 1 else f"prompt of {c['Q']:,}",
+        ),
+        lambda c: (c["weights"], c["kv"]),
+    )
+    ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
+    rows = []
+    for name, cell in found.items():
+        texts = []
+        for way in ways:
+            one = cell.get(way)
+            tokens = one["case"]["B"] * one["case"]["Q"] if one else 0
+            share = f" ({100 * one['share']:.0f} %)" if one and one["share"] is not None else ""
+            texts.append(f"{tokens / one['median'] * 1e6:,.0f}{share}" if one else "")
+        rows.append([*name, *texts])
+    text = (
+        "Tokens a second by the clock: decode steps of sequences x tokens before, as a CUDA graph, "
+        "with the share of what\nmatrices and cache could be read at; and prompts. Columns: "
+        "weights, cache. Models named by shape and type are noise."
+    )
+    return text, ["model", "sequences", *(f"{w}, {kv}" for w, kv in ways)], rows
+
+
+def servers(records):
+    """What clients of `pykv serve` see."""
+    rows = []
+    for one in own(records, "serve"):
+        case, facts = one["case"], one["facts"]
+        waits = [
+            " / ".join(f"{facts[f'{name}_p{p}_ms']:.1f}" for p in (50, 95, 99))
+            for name in ("first", "between")
+        ]
+        rows.append(
+            [case["model"], str(case["clients"]), f"{case['prompt']:,}", f"{case['shared']:,}"]
+            + [f"{case['answer']:,}", f"{facts['tokens_per_second']:,.0f}", *waits]
+        )
+    text = (
+        "Clients that ask at once: tokens a second of all, and milliseconds at the 50th, 95th and "
+        "99th percentile until the first\ntoken and between tokens."
+    )
+    head = ["model", "clients", "prompt", "shared", "answer", "tokens/s", "first", "between"]
+    return text, head, rows

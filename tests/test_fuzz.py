@@ -38,7 +38,7 @@ def test_what_attempts_come_to():
         assert expected in report, (attempt, report)
 
 
-FUZZERS = {"gguf": 300, "templates": 100, "kvtc": 100, "sessions": 60}
+FUZZERS = {"gguf": 100, "templates": 40, "kvtc": 60, "sessions": 40}  # thousands nightly
 
 
 @pytest.mark.parametrize("fuzzer, count", [(f"fuzz_{x}.py", n) for x, n in FUZZERS.items()])

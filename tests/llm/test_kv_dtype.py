@@ -99,6 +99,7 @@ def test_mixing_changes_nothing_but_what_is_stored(open_llm, rng, name):
     assert np.abs(to_numpy(llm.cache.k) - rows).max() > 0.1
 
 
+@without_simt
 def test_integers_are_mixed_and_no_others(open_llm):
     for kv_dtype in ("int8", "int4:head", "k8v4", "fp16+int4"):
         assert open_llm(kv_dtype=kv_dtype).model.hadamard

@@ -46,7 +46,10 @@ def test_variants_compile_and_keep_to_their_stack(stem, arch, which):
             assert usage.stack_bytes <= kernel_report.declared_stack(stem), (kernel, usage)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in ARCHS if int(arch[3:]) >= 75])
+@pytest.mark.parametrize(
+    "arch",
+    ["sm_75", "sm_90", *swept(arch for arch in ARCHS if int(arch[3:]) in (80, 86, 89, 100, 120))],
+)
 def test_what_decode_adds_to_its_variants_compiles(arch):
     """One sequence alone, in a cluster where there are such; scales of a head."""
     defines = dict(paged_decode_mma.VARIANTS[-1], ROW_SCALES=0, ALONE=1)

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections import Counter
 from importlib import import_module
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -51,20 +52,41 @@ def pytest_addoption(parser):
     for marker in LEFT_OUT:
         text = f"run tests that are marked {marker}, too"
         parser.addoption(f"--{marker}", action="store_true", help=text)
+    text = "of each test function run the first case, and one in N of the others"
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help=text)
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that a sample is one of what they leave
 def pytest_collection_modifyitems(config, items):
     for marker in LEFT_OUT:
-        left_out = [item for item in items if item.get_closest_marker(marker)]
-        if left_out and not config.getoption(marker):
-            config.hook.pytest_deselected(items=left_out)  # pytest prints how many
-            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        if not config.getoption(marker):
+            leave_out(config, items, [item for item in items if item.get_closest_marker(marker)])
+    leave_out(config, items, beside_sample(items, config.getoption("--one-in")))
     for marker, find_reason in (("gpu", no_gpu), ("simt", no_simt)):
         variable = f"PYKV_REQUIRE_{marker.upper()}"
         reason = None if os.environ.get(variable) == "1" else find_reason()
         for item in items:
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{reason} ({variable}=1: error)"))
+
+
+def leave_out(config, items, left_out):
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)  # pytest prints how many
+        left_out = set(left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def beside_sample(items, one_in):
+    """The tests that a sample leaves out. Names decide by their hashes: always the same tests, and
+    not always the same value of one parameter, as every Nth of a product would be."""
+    seen, left_out = set(), []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if function in seen and crc32(item.nodeid.encode()) % one_in:
+            left_out.append(item)
+        seen.add(function)
+    return left_out
 
 
 def pytest_xdist_auto_num_workers():

@@ -15,7 +15,7 @@ ATTEMPTS = {
     "raise FormatError('\\x1b[2J')": "unprintable message '\\x1b[2J'",
     "{}['key']": "KeyError: 'key'",
     "bytearray(3 << 30)": "MemoryError",
-    "time.sleep(60)": "no end within 0.2 s",
+    "time.sleep(60)": "no end within 2 s",
     "os.kill(os.getpid(), 11)": "the process ended with -11",
 }
 PROGRAM = """
@@ -25,7 +25,7 @@ from tools import fuzz
 from pykv.errors import FormatError
 for attempt in sys.argv[2:]:
     mutants = fuzz.mutants(bytes(100), 2, seed=1)
-    print(fuzz.run(lambda data: exec(attempt), mutants, seconds=0.2), end="\\0")
+    print(fuzz.run(lambda data: exec(attempt), mutants, seconds=2), end="\\0")
 """
 
 
@@ -38,7 +38,7 @@ def test_what_attempts_come_to():
         assert expected in report, (attempt, report)
 
 
-FUZZERS = {"gguf": 300, "templates": 100, "kvtc": 100, "sessions": 60}
+FUZZERS = {"gguf": 100, "templates": 40, "kvtc": 60, "sessions": 40}  # thousands nightly
 
 
 @pytest.mark.parametrize("fuzzer, count", [(f"fuzz_{x}.py", n) for x, n in FUZZERS.items()])

@@ -291,7 +291,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def wait_for(self, pattern):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
             if select.select([self.master], [], [], 0.2)[0]:
@@ -309,13 +309,13 @@ def test_at_a_terminal():
         terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
         terminal.type("\x1b[A\n")  # Up
         terminal.wait_for(r"Ctrl-D does(.|\n)*> ")
-        time.sleep(0.5)  # a signal before readline waits would be seen with the next key
+        time.sleep(1)  # a signal before readline waits would be seen with the next key
         terminal.type("\x03")
         terminal.wait_for(r"Ctrl-D or /bye ends\r\n.*> ")
         terminal.type("\n")
         terminal.wait_for("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(120) == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()

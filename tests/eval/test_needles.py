@@ -183,6 +183,7 @@ def test_a_published_model_finds_a_fact_unless_it_is_evicted(published):
 
 
 @pytest.mark.model
+@pytest.mark.sweep
 def test_what_a_published_model_finds_behind_half_of_the_rows(published):
     """As much as behind all of them where all are kept, and more by a policy than by chance."""
     stack = needles.haystack(published, keys=4, tokens=160, seed=50)

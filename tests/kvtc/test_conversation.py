@@ -59,7 +59,7 @@ SHORT, LONG = Form(quickly, 500, 64, 0.03), Form(by_readme, 1500, 256, 0.012)
 @pytest.mark.parametrize(
     "device, form",
     [
-        pytest.param("cpu", SHORT, id="short"),
+        pytest.param("cpu", SHORT, id="short", marks=pytest.mark.sweep),
         pytest.param("cpu", LONG, id="long", marks=pytest.mark.nightly),
         pytest.param("cuda", LONG, id="gpu", marks=pytest.mark.gpu),
     ],

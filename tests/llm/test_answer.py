@@ -78,8 +78,8 @@ def test_many_long_stop_strings_cost_little():
     best = 1.0
     for token in [0, *[1, 2] * 50]:
         s.generated.append(token)
-        started = time.perf_counter()
+        started = time.thread_time()
         answer.read()
         answer.piece()
-        best = min(best, time.perf_counter() - started) if token else best
+        best = min(best, time.thread_time() - started) if token else best
     assert best < 5e-3

@@ -204,12 +204,6 @@ def test_malformed_messages(messages, message):
 # ---- templates are foreign code
 
 
-@pytest.fixture
-def soon(monkeypatch):
-    """Templates are stopped after a second."""
-    monkeypatch.setattr(templates, "SECONDS", 1.0)
-
-
 HUGE = [
     "{{ 'a' * 10**9 }}",
     "{{ ['a'] * 10**9 }}",
@@ -238,20 +232,23 @@ HUGE = [
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS bounds memory on Linux alone")
 @pytest.mark.parametrize("template", HUGE, ids=lambda text: text[:60])
-def test_templates_are_bounded_in_memory_and_time(soon, template):
+def test_templates_are_bounded_in_memory_and_time(monkeypatch, template):
     started = time.monotonic()
-    with pytest.raises(FormatError, match="the given chat template (fails|leaves)") as caught:
-        chat_prompt(template, USER)
-    assert time.monotonic() - started < 5 and str(caught.value).isprintable()
+    with monkeypatch.context() as soon:  # but not the process that is started for the next one
+        soon.setattr(templates, "SECONDS", 1.0)
+        with pytest.raises(FormatError, match="the given chat template (fails|leaves)") as caught:
+            chat_prompt(template, USER)
+    assert time.monotonic() - started < 20 and str(caught.value).isprintable()
     assert chat_prompt("{{ messages[0].content }}", USER) == "Hi", "the next one works"
 
 
 def test_rendering_is_fast():
+    """A process for each would take 20 s and more."""
     chat_prompt(CHATML, USER)
     started = time.monotonic()
     for _ in range(100):
         chat_prompt(CHATML, USER)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_an_error_of_a_template_is_one_line():
@@ -297,10 +294,10 @@ def test_a_fork_in_the_middle_of_a_request():
     thread = threading.Thread(target=ask)
     thread.start()
     try:
-        for _ in range(20):
+        for _ in range(8):
             child = os.fork()
             if child == 0:
-                signal.alarm(10)
+                signal.alarm(60)
                 os._exit(chat_prompt("child", USER) != "child")
             assert os.waitpid(child, 0)[1] == 0
     finally:

@@ -425,11 +425,11 @@ def test_every_key_has_a_type(tmp_path, arch):
 )
 def test_numbers_are_held_against_the_tensors(tmp_path, keys, text):
     """In no time and no memory, whatever they are."""
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tiny.write(tmp_path / "x.gguf", "llama", keys=keys)
     with pytest.raises((FormatError, UnsupportedError), match=text):
         read_config(gguf.read(tmp_path / "x.gguf"))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

@@ -12,7 +12,7 @@ from pykv.llm.scales import MARGIN, TEXT
 from pykv.llm.weights import load
 from pykv.ops import paged_qkv
 from pykv.specs import KVSpec
-from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.helpers import assert_same_bits, swept, to_numpy, without_simt
 from tests.llm import tiny
 from tests.llm.test_model import DEVICES, MODELS, assert_same_tokens, greedy, truth_of
 
@@ -58,9 +58,9 @@ def test_a_model_reads_what_the_kinds_define(open_llm, rng, monkeypatch, name, k
 @pytest.mark.parametrize(
     "name, kv_dtype",
     [
-        ("llama", "int8"),
         ("llama", "e4m3+int4:head:HND"),
-        pytest.param("gemma3", "int8", marks=pytest.mark.sweep),
+        pytest.param("llama", "int8", marks=pytest.mark.sweep),
+        pytest.param("gemma3", "int8", marks=pytest.mark.nightly),
     ],
 )
 def test_a_model_with_codes_on_every_machine(open_llm, rng, monkeypatch, name, kv_dtype):
@@ -89,7 +89,7 @@ def check_a_model(open_llm, rng, monkeypatch, name, kv_dtype):
     np.testing.assert_allclose(logits, want, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", *swept(["gemma3"])])
 def test_mixing_changes_nothing_but_what_is_stored(open_llm, rng, name):
     """Without codes there is nothing to gain, and nothing may be lost."""
     llm, ids = open_llm(name, kv_dtype="fp32", weights="fp32"), tokens_of(rng, 40)
@@ -99,6 +99,7 @@ def test_mixing_changes_nothing_but_what_is_stored(open_llm, rng, name):
     assert np.abs(to_numpy(llm.cache.k) - rows).max() > 0.1
 
 
+@without_simt
 def test_integers_are_mixed_and_no_others(open_llm):
     for kv_dtype in ("int8", "int4:head", "k8v4", "fp16+int4"):
         assert open_llm(kv_dtype=kv_dtype).model.hadamard

@@ -157,6 +157,7 @@ def test_a_cache_of_rotated_heads(tmp_path, device):
 
 
 @pytest.mark.model
+@pytest.mark.sweep
 @pytest.mark.parametrize("device", DEVICES)
 def test_smollm2_answers_as_with_float32(model_path, device):
     """Its matrices are Q4_1 and Q8_0. Tokens agree up to a tie."""

@@ -276,7 +276,7 @@ def test_interruptions(server, folder, kind):
     """Each run gets a little further than the one before; the last one ends with the model."""
     server.add_repository_file("m.gguf", LARGE)
     server.slow = 0.1
-    for n in range(3):
+    for n in (0, 2):
         process = start("hf:owner/repo/m.gguf")
         while not any(path.stat().st_size > n << 17 for path in model_files.unfinished()):
             time.sleep(0.005)

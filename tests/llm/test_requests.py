@@ -186,11 +186,11 @@ def test_ctrl_c_while_weights_are_read(tmp_path, monkeypatch):
 def test_a_prompt_that_is_much_too_long_is_refused_at_once(open_tiny):
     llm = open_tiny()
     text = "hello " * 2_000_000
-    started = time.perf_counter()
+    started = time.process_time()
     for method in (llm.generate, llm.stream, llm.logits, llm.perplexity):
         with pytest.raises(CapacityError, match=r"at least \d+ tokens, expected at most 128"):
             method(text)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_control_tokens_of_a_prompt_are_read_on_request(open_tiny):

@@ -298,7 +298,7 @@ class TestServing(Serving.TestCase):
 
 
 @pytest.mark.parametrize(
-    "steps", [20_000, pytest.param(100_000, marks=[pytest.mark.sweep, pytest.mark.slow])]
+    "steps", [6_000, pytest.param(100_000, marks=[pytest.mark.sweep, pytest.mark.slow])]
 )
 def test_many_steps(steps):
     """Of a pool that is mostly too small."""

@@ -534,12 +534,12 @@ def test_a_text_that_is_much_too_long_is_not_encoded(byte_tokenizer, pair):
     for t in (byte_tokenizer, pair[0]):
         if pair[1].unk_id() in pair[1].encode("ß"):
             continue  # no bytes: any run of such characters is one token
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(
             CapacityError, match=r"prompt has at least \d+ tokens, expected at most 99"
         ):
             t.encode("Hello, world. " * 700_000, limit=99)
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
 
 
 # ---- errors

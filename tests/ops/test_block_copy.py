@@ -6,7 +6,7 @@ import pytest
 from pykv import cuda, ranges
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.ops import block_copy
-from tests.helpers import assert_same_bits, to_numpy, without_simt
+from tests.helpers import assert_same_bits, swept, to_numpy, without_simt
 
 TILE = block_copy.FEW["TILE"]  # the larger one, and a multiple of the other
 LINE = 128  # where tiles meet
@@ -132,8 +132,14 @@ def test_more_pairs_than_a_grid_has_rows(xp, rng, by_pair):
     assert_same_bits(dst, want)
 
 
-@pytest.mark.parametrize("max_ctas", [None, 1])
-@pytest.mark.parametrize("C", [1, 31, 32, 33, 1023, 1024, 1025, 1100])
+@pytest.mark.parametrize(
+    "C, max_ctas",
+    [
+        *((C, max_ctas) for C in (1, 31, 32, 33) for max_ctas in (None, 1)),
+        *[(1024, 1), (1025, None)],
+        *swept([(1023, None), (1023, 1), (1024, None), (1025, 1), (1100, None), (1100, 1)]),
+    ],
+)
 def test_tiles_find_their_pair(device, rng, C, max_ctas):
     """Among as many pairs as the search takes one, two and three rounds for; of device tables,
     whose empty pairs stay."""

@@ -114,11 +114,19 @@ def test_tokens_become_rows(xp, rng, case):
     assert np.isnan(to_numpy(out["sinks"])[:, :, 1].astype(np.float32)).all()  # no layer of rows
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        *((case, "float16") for case in CASES[: len(CHANGES) + 1]),
+        *[(BASE, "float32"), ({**BASE, "kv": "int8"}, "float32")],
+        *swept(({**BASE, **change}, "float16") for change in MORE),
+        *swept(
+            ({**BASE, **change}, "float32") for change in (*CHANGES, *MORE) if "kv" not in change
+        ),
+    ],
+    ids=str,
+)
 def test_rows_become_tokens(xp, rng, case, dtype):
-    if dtype == "float32" and case["kv"] not in ("fp16", "int8"):
-        pytest.skip("the kinds are those of float16")
     spec, pools, what = world(rng, case, xp)
     D, S, X = case["D"], case["S"], case["X"]
     rows = rng.standard_normal((2, T - S - X, 2 * H * D)).astype(dtype)

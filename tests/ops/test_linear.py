@@ -194,7 +194,8 @@ def test_few_tokens_and_small_weights_do_without_cublas(device, monkeypatch):
     taken = []
     monkeypatch.setattr(linear, "_obstacle", lambda x, w: None)
     monkeypatch.setattr(linear, "_cublas", lambda x, *rest: taken.append(len(x)))
-    small, large = (device.zeros((O, 64), np.float16) for O in (16, 262152))  # 32 MiB and 1 KiB
+    monkeypatch.setattr(linear, "_REREAD_BYTES", 32 << 10)
+    small, large = (device.zeros((O, 64), np.float16) for O in (16, 264))  # 2 KiB, 33 KiB
     for w, tokens in ((small, (1, 8, 9, 32, 64)), (large, (8,))):
         for T in tokens:
             linear.linear(device.ones((T, 64), np.float32), w)

@@ -25,17 +25,17 @@ from tests.helpers import assert_close_to_oracle, assert_same_bits, product, swe
 BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
 CHANGES = (
     *({"G": G} for G in (1, 2, 3, 5, 7, 8, 12)),
-    *({"D": D} for D in (8, 40, 80, 128, 256)),
-    *({"P": P} for P in (1, 3, 64)),
+    *({"D": D} for D in (8, 40, 128, 256)),
+    *({"P": P} for P in (1, 3)),
     *({"lengths": n} for n in ((0,), (1,), (15, 16, 17), (97, 0, 1, 300), (1025,), (1, 1025) * 5)),
     *({"window": w} for w in (1, 16, 17, 1000)),
-    *({"q": "float16"}, {"q": "bfloat16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
+    *({"q": "float16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
     {"H": 1, "G": 7, "D": 128, "lengths": (1025,), "window": 600},
     {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "kv": "float32"},
     {"H": 1, "G": 1, "D": 8, "P": 1, "lengths": (600, 3)},
 )
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
-CASES += swept([{**BASE, "D": 192}])
+CASES += swept({**BASE, **c} for c in ({"D": 80}, {"D": 192}, {"P": 64}, {"q": "bfloat16"}))
 
 
 def paged(rng, keys, P, H, D, kv, unseen=None):
@@ -56,28 +56,29 @@ def inputs(rng, lengths, G, H, D, P, window, q, kv):
 # Kinds, scales and layouts; each meets lengths that cut tiles, a group that fills half a tile, and
 # more keys than one block takes.
 SPECS = (
-    *("bf16", "int8", "int4", "e4m3", "e5m2", "k8v4", "e4m3+bf16", "fp32+int8"),
-    *("int8:head", "e4m3:tensor:fp32", "int8:fp32:HND", "fp16:HND"),
+    *("bf16", "int8", "int4", "e4m3", "k8v4", "fp32+int8"),
+    *("int8:head", "e4m3:tensor:fp32", "fp16:HND"),
 )
 CODE_BASE = dict(lengths=(5, 0, 47, 400), G=4, H=2, D=64, P=16, window=None, q="float16")
 CODE_CASES = [
     *({**CODE_BASE, "spec": spec} for spec in SPECS),
-    *({**CODE_BASE, "spec": spec, "D": 128} for spec in ("fp16", "int8")),
-    *({**CODE_BASE, "spec": "int8", "P": P} for P in (1, 17)),
-    *({**CODE_BASE, "spec": "int8", "D": D} for D in (96, 80, 256)),
+    {**CODE_BASE, "spec": "int8", "D": 128},
+    {**CODE_BASE, "spec": "int8", "P": 1},
+    *({**CODE_BASE, "spec": "int8", "D": D} for D in (80, 256)),
     *({**CODE_BASE, "spec": "int8", "G": G, "H": 1} for G in (1, 7, 8, 12)),
-    *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("int8", "e4m3")),
+    {**CODE_BASE, "spec": "int8", "q": "float32"},
     {**CODE_BASE, "spec": "e4m3", "q": "bfloat16", "window": 33},
     {**CODE_BASE, "spec": "int4", "D": 8, "H": 1},
     {**CODE_BASE, "spec": "int8", "D": 512, "H": 1, "G": 3},
 ]
 CODE_CASES += swept(
     [
-        *({**CODE_BASE, "spec": spec} for spec in ("fp16+int4", "int4:head:HND")),
-        *({**CODE_BASE, "spec": spec, "D": 128} for spec in ("bf16", "int4", "e4m3")),
-        *({**CODE_BASE, "spec": "int8", "P": P} for P in (3, 64)),
-        {**CODE_BASE, "spec": "int8", "D": 32},
-        *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("bf16", "k8v4")),
+        *({**CODE_BASE, "spec": spec} for spec in ("fp16+int4", "int4:head:HND", "e5m2")),
+        *({**CODE_BASE, "spec": spec} for spec in ("e4m3+bf16", "int8:fp32:HND")),
+        *({**CODE_BASE, "spec": spec, "D": 128} for spec in ("fp16", "bf16", "int4", "e4m3")),
+        *({**CODE_BASE, "spec": "int8", "P": P} for P in (3, 17, 64)),
+        *({**CODE_BASE, "spec": "int8", "D": D} for D in (32, 96)),
+        *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("bf16", "k8v4", "e4m3")),
     ]
 )
 
@@ -263,8 +264,7 @@ def test_rows_of_many_states(xp, rng, length):
     judge(call(xp, *args, fixed_split=32), *args, 64**-0.5)
 
 
-@pytest.mark.parametrize("q", ["float32", "float16"])
-@pytest.mark.parametrize("spec", ["int8", "e4m3+int4:fp32"])
+@pytest.mark.parametrize("spec, q", product(["int8", "e4m3+int4:fp32"], ["float32", "float16"]))
 def test_scores_that_grow(xp, rng, spec, q):
     """The maximum moves at most tiles that a warp reads: units of weights must not follow."""
     D, L = 64, 3500

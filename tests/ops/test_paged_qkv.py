@@ -23,9 +23,8 @@ CASES = [
     *(
         {**BASE, "D": D, "F": F, "pairing": pairing, "spec": spec}
         for D, F, pairing, spec in (
-            *((8, 4, "half", "fp32"), (8, 3, "adjacent", "int8"), (80, 40, "half", "int8")),
-            *((128, 64, "adjacent", "fp16"), (128, 1, "half", "fp16"), (64, 31, "half", "fp16")),
-            *((64, 0, "half", "int8"), (264, 132, "half", "int8"), (512, 256, "half", "fp16")),
+            *((8, 3, "adjacent", "int8"), (80, 40, "half", "int8"), (128, 64, "adjacent", "fp16")),
+            *((64, 31, "half", "fp16"), (264, 132, "half", "int8"), (512, 256, "half", "fp16")),
         )
     ),
     # What is not asked for.
@@ -37,9 +36,8 @@ CASES = [
         {**BASE, "new": new, "norm": weight, "spec": spec}
         for new, weight, spec in (
             *(("float16", "float16", "fp16"), ("bfloat16", "float32", "bf16:HND")),
-            *(("bfloat16", "bfloat16", "int8:HND"), ("float32", "bfloat16", "e5m2:fp32")),
-            *(("float32", "float32", "k8v4:HND"), ("float16", "float16", "int8:tensor:fp32")),
-            *(("float32", "float32", "int4+bf16:head"), ("float32", "float16", "fp16+e4m3")),
+            *(("bfloat16", "bfloat16", "int8:HND"), ("float32", "float32", "k8v4:HND")),
+            *(("float16", "float16", "int8:tensor:fp32"), ("float32", "float16", "fp16+e4m3")),
         )
     ),
 ]
@@ -48,11 +46,14 @@ MORE = [
         {**BASE, "D": D, "F": F, "pairing": pairing, "spec": spec}
         for D, F, pairing, spec in (
             *((16, 8, "half", "fp16"), (24, 12, "half", "fp16"), (80, 16, "adjacent", "fp16")),
+            *((8, 4, "half", "fp32"), (128, 1, "half", "fp16"), (64, 0, "half", "int8")),
             *((128, 64, "half", "int8"), (64, 8, "half", "fp32"), (256, 128, "half", "fp16")),
         )
     ),
     {**BASE, "spec": "int4:fp32"},
     {**BASE, "new": "float16", "spec": "e4m3"},
+    {**BASE, "norm": "bfloat16", "new": "float32", "spec": "e5m2:fp32"},
+    {**BASE, "norm": "float32", "new": "float32", "spec": "int4+bf16:head"},
 ]
 
 
@@ -68,15 +69,15 @@ MIXED = mixed(
     *((64, 32, "half", "float32", "float32", "int8"), (64, 0, "half", None, "float16", "int4")),
     *((64, 24, "adjacent", None, "float16", "e4m3"), (64, 31, "half", None, "float32", "fp32")),
     (128, 64, "half", "float32", "float32", "int4:head"),
-    (256, 0, "half", "float16", "float16", "e4m3:fp32"),
     (96, 48, "half", "float32", "float32", "k8v4"),
-    (80, 16, "adjacent", "float16", "float16", "int8:head"),
     (8, 3, "adjacent", None, "float16", "fp32"),
     (40, 20, "adjacent", "float32", "float32", "fp16+e4m3"),
     (512, 256, "half", None, "float32", "int8"),
 )
 MORE_MIXED = mixed(
     (128, 64, "adjacent", None, "float16", "int8:HND"),
+    (256, 0, "half", "float16", "float16", "e4m3:fp32"),
+    (80, 16, "adjacent", "float16", "float16", "int8:head"),
     (256, 128, "half", "float32", "float32", "int8"),
     (96, 20, "adjacent", None, "float16", "fp16"),
     (80, 40, "half", None, "float32", "e4m3:head"),

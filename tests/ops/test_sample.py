@@ -160,9 +160,9 @@ def test_weights_are_powers_of_two():
 @pytest.mark.parametrize("V", [1, 2, 3, 32, 33, 1000, 1025, 40000, 262144])
 def test_equal_logits_draw_an_exact_index(xp, V):
     """With n tokens kept, the index is floor(n * random / 2^64); the lowest indices are kept."""
-    seeds = np.arange(5) + 10**12
+    seeds = np.arange(5 if V < 10_000 else 2) + 10**12
     random = [random_bits(int(seed), 3) for seed in seeds]
-    logits = np.full((5, V), -7.25, np.float32)
+    logits = np.full((len(seeds), V), -7.25, np.float32)
     for options, kept in (
         ({}, V),
         ({"top_k": min(V, 77)}, min(V, 77)),
@@ -203,11 +203,11 @@ FILTERS = (
 @pytest.mark.parametrize("options, ties", product(FILTERS, [True, False]), ids=str)
 def test_draws_equal_a_plain_loop(xp, rng, options, ties):
     """Only decisions that tip within 1e-6 may fall differently; they are left out, and rare."""
-    options = {**OFF, **options}
-    logits = (2 * rng.standard_normal((60, 12))).astype(np.float32)
+    options, count = {**OFF, **options}, 60 if xp is np else 20
+    logits = (2 * rng.standard_normal((count, 12))).astype(np.float32)
     if ties:
         logits = np.round(logits)
-    seeds = rng.integers(0, 2**63, 60).astype(np.uint64)
+    seeds = rng.integers(0, 2**63, count).astype(np.uint64)
     got = draw(xp, logits, **options, seeds=seeds, steps=4)
     clear = 0
     for row, seed, token in zip(logits, seeds.tolist(), got.tolist(), strict=True):
@@ -218,7 +218,7 @@ def test_draws_equal_a_plain_loop(xp, rng, options, ties):
             clear += 1
             assert token == want, (row, kept)
     # min_p = 1 and ties at top_p lie on the border, exactly; other tests look at them.
-    assert clear > 56 or options["min_p"] == 1 or (ties and options["top_p"] < 1)
+    assert clear > count - 4 or options["min_p"] == 1 or (ties and options["top_p"] < 1)
 
 
 @without_simt

@@ -130,8 +130,13 @@ def test_values_that_grow_and_shrink(xp, rng, spec, step, T):
 KINDS = ("fp16", "bf16", "int8", "int4:fp32", "e4m3", "e5m2:fp32", "fp32", "e4m3:head", "k8v4:HND")
 HIDING = (dict(T=70), dict(T=70, window=30), dict(T=3), dict(T=5, window=3), dict(T=4, tree=True))
 POISONED = [
-    *product(HIDING, KINDS, QUERIES[::2]),
-    *((dict(T=3), kind, "float32") for kind in ("bf16", "int8", "e4m3", "k8v4", "fp32")),
+    *product(HIDING, KINDS, QUERIES[::2], [np.nan, np.inf]),
+    (dict(T=70), "e5m2:fp32", "float32", np.inf),  # the one code that is infinite
+    *(
+        (dict(T=3), kind, "float32", value)
+        for kind in ("bf16", "int8", "e4m3", "k8v4", "fp32")
+        for value in (np.nan, np.inf)
+    ),
 ]
 
 
@@ -151,8 +156,7 @@ def poison(rng, spec, cache, at, sides, value, columns):
     return cache
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("hiding, spec, q", POISONED, ids=str)
+@pytest.mark.parametrize("hiding, spec, q, value", POISONED, ids=str)
 def test_what_is_not_finite_stays_with_rows_that_see_it(xp, rng, hiding, spec, q, value):
     """Others keep their bits, as do other columns."""
     options, L, H, G = dict(hiding), 140, 2, 2

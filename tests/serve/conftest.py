@@ -112,7 +112,7 @@ class Client:
         self.port, self.server, self.scheduler = port, server, scheduler
         self.url = f"http://127.0.0.1:{port}"
 
-    def request(self, method, path, data=None, headers=None, timeout=20):
+    def request(self, method, path, data=None, headers=None, timeout=60):
         """Status, headers and bytes of one answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:

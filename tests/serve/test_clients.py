@@ -18,7 +18,7 @@ USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
 
 
-def until(condition, seconds=10):
+def until(condition, seconds=60):
     """Wait for something that another thread does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -36,7 +36,7 @@ def connect(client, data, size=None):
     connection = socket.socket()
     if size:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-    connection.settimeout(10)
+    connection.settimeout(60)
     connection.connect(("127.0.0.1", client.port))
     connection.sendall(data)
     return connection
@@ -48,7 +48,7 @@ def test_who_leaves_is_aborted(serve, stream):
     with connect(client, request_bytes(stream=stream)) as connection:
         until(lambda: client.scheduler.running)
         assert not stream or connection.recv(4000)
-    until(lambda: client.scheduler.is_idle, 3)
+    until(lambda: client.scheduler.is_idle)
     key = 'vllm:request_success_total{model_name="tiny",finished_reason="abort"}'
     until(lambda: client.metrics().get(key) == 1)
     assert client.metrics()["vllm:generation_tokens_total"] < 600

@@ -160,7 +160,7 @@ def test_sigterm_lets_answers_end(command):
     last = log.read_text().splitlines()[-1]
     assert last == f"pykv: small answers at http://127.0.0.1:{port} {facts}"
     data = request_bytes(prompt="x", max_tokens=250, ignore_eos=True, stream=True)
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(data)
         head = connection.recv(1 << 16)
         assert head.startswith(b"HTTP/1.1 200 OK")
@@ -266,7 +266,7 @@ def test_a_key_of_the_environment(command, monkeypatch):
     import http.client
 
     for headers, status in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/v1/models", headers=headers)
         response = connection.getresponse()
         assert response.status == status

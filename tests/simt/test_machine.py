@@ -779,7 +779,10 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 
 
 # Long; tests of their ops run these kernels always.
-IN_SWEEP = ["block_linear", "paged_decode_mma", "prefill_mma"]
+IN_SWEEP = [
+    *("attention_scores", "block_linear", "kv_scores", "kvtc_rows", "linear", "paged_append"),
+    *("paged_convert", "paged_decode", "paged_decode_mma", "prefill", "prefill_mma", "sample"),
+]
 
 
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)

@@ -20,13 +20,15 @@ Only full pages have a key. A salt keeps prefixes of equal tokens apart where co
 more than tokens.
 
 A published page that no sequence holds any more keeps its contents until a page is wanted and no
-other is free; the least recently used goes first, in a sequence the last page first.
+other is free; the least recently used goes first, in a sequence the last page first. `on_forget` is
+told before.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from pykv import prefix_keys
 from pykv.errors import CapacityError, DtypeError, ParameterError
@@ -45,6 +47,8 @@ class BlockManager:
 
     Attributes:
         page_size: as given.
+        on_forget: called with (key, page) of published pages before they are handed out for want of
+            others, while they hold what they held; must not call the manager. None: nobody asks.
 
     Raises:
         ParameterError: a size is out of its range.
@@ -65,6 +69,7 @@ class BlockManager:
     def __init__(self, num_pages: int, page_size: int):
         num_pages = check_whole("BlockManager", "num_pages", num_pages, 0, MAX_PAGE)
         self.page_size = check_whole("BlockManager", "page_size", page_size, 1, MAX_PAGE)
+        self.on_forget: Callable[[list[tuple[bytes, int]]], None] | None = None
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
@@ -90,20 +95,31 @@ class BlockManager:
         """Pages that `reuse` may find, held or not."""
         return len(self._cached)
 
+    @property
+    def published(self) -> list[tuple[bytes, int]]:
+        """(key, page) of all that `reuse` may find."""
+        return list(self._cached.items())
+
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many `tokens`."""
         return -(-check_whole("BlockManager.pages_for", "tokens", tokens, 0) // self.page_size)
 
     def require(self, num_pages: int) -> None:
         """Raise a CapacityError unless `num_pages` pages are free."""
-        self._require(check_whole("BlockManager.require", "num_pages", num_pages, 0))
-
-    def _require(self, num_pages: int) -> None:
+        num_pages = check_whole("BlockManager.require", "num_pages", num_pages, 0)
         if num_pages > len(self._free) + len(self._idle):
             raise CapacityError(
                 f"pool exhausted: {num_pages} pages wanted, {self.num_free} free of "
                 f"{self.num_pages} ({self.page_size} tokens a page)"
             )
+
+    def _reserve(self, num_pages: int) -> None:
+        """Check that `num_pages` pages are free, and say which of them will lose what they hold."""
+        self.require(num_pages)
+        count = num_pages - len(self._free)
+        if count > 0 and self.on_forget is not None:
+            going = list(islice(self._idle, count))
+            self.on_forget([(key, page) for page in going if (key := self._keys[page]) is not None])
 
     # --- Sequences ---
 
@@ -115,7 +131,7 @@ class BlockManager:
             ParameterError: `tokens` is negative.
         """
         count = -(-check_whole("BlockManager.allocate", "tokens", tokens, 0) // self.page_size)
-        self._require(count)
+        self._reserve(count)
         pages = [self._take() for _ in range(count)]
         if pages:
             self._sequences[id(pages)] = pages
@@ -164,7 +180,7 @@ class BlockManager:
             )
         shared = [i for i in range(first, num_pages) if counts[pages[i]] > 1]
         num_new = max(-(-stop // P) - num_pages, 0)
-        self._require(len(shared) + num_new)
+        self._reserve(len(shared) + num_new)
         for page in pages[first:]:
             if counts[page] == 1:
                 self._forget(page)
@@ -247,7 +263,7 @@ class BlockManager:
             [i for i in range(start // P, n) if counts[pages[i]] > 1 or keys[pages[i]] is not None]
             for pages, n in zip(sequences, ends, strict=True)
         ]
-        self.require(sum(map(len, shared)))
+        self._reserve(sum(map(len, shared)))
         for pages, those in zip(sequences, shared, strict=True):
             for i in those:
                 pages[i] = self._take()
@@ -335,11 +351,8 @@ class BlockManager:
         Raises:
             ParameterError: a token is too large.
         """
-        P = self.page_size
         pages = []
-        key = prefix_keys.root("BlockManager.reuse", salt)
-        for start in range(0, prefix_keys.count("BlockManager.reuse", tokens) - P + 1, P):
-            key = prefix_keys.after(key, tokens[start : start + P])
+        for key in prefix_keys.of_pages("BlockManager.reuse", tokens, self.page_size, salt):
             page = self._cached.get(key)
             if page is None:
                 break

@@ -179,7 +179,11 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
-    actions.add_parser("info", help="show the folder and its sizes").set_defaults(run=_cache_info)
+    info = actions.add_parser("info", help="show the folder and its sizes")
+    info.add_argument(
+        "--disk-cache", metavar="DIR[:SIZE]", help="and what a folder of --disk-cache holds and did"
+    )
+    info.set_defaults(run=_cache_info)
     clear = actions.add_parser("clear", help="delete compiled kernels and unfinished downloads")
     clear.add_argument("--models", action="store_true", help="delete fetched models as well")
     clear.set_defaults(run=_cache_clear)
@@ -218,6 +222,16 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         "--evict",
         metavar="POLICY",
         help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+    )
+    parser.add_argument(
+        "--host-cache",
+        metavar="SIZE[:int8]",
+        help="keep pages that the cache forgets in so much host memory, such as 4GiB",
+    )
+    parser.add_argument(
+        "--disk-cache",
+        metavar="DIR:SIZE[:int8]",
+        help="and on disk, for other processes as well: tiers:50GiB",
     )
 
 
@@ -485,6 +499,10 @@ def _cache_info(args: argparse.Namespace) -> None:
     kinds = {"kernels": cuda.cubins(), "models": models, "unfinished": model_files.unfinished()}
     for name, files in kinds.items():
         print(f"{name:<11} {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
+    if args.disk_cache is not None:
+        from pykv.tiers import commands
+
+        print(commands.describe(args.disk_cache))
 
 
 def _cache_clear(args: argparse.Namespace) -> None:

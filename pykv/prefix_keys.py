@@ -6,7 +6,7 @@ tokens. Tokens are not kept: to make two prefixes meet takes 2^64 attempts, even
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from struct import error as StructError
 from struct import pack
@@ -36,6 +36,16 @@ def after(parent: bytes, tokens: Sequence[int]) -> bytes:
         expected = "expected integers of 64 bits with a sign"
         raise ParameterError(f"BlockManager: tokens are {tokens}, {expected}: {error}") from error
     return blake2b(data, digest_size=_BYTES).digest()
+
+
+def of_pages(
+    op: str, tokens: Sequence[int], page_size: int, salt: str | bytes = b""
+) -> Iterator[bytes]:
+    """The keys of the full pages of tokens, in order, each hashed when it is asked for."""
+    key = root(op, salt)
+    for start in range(0, count(op, tokens) - page_size + 1, page_size):
+        key = after(key, tokens[start : start + page_size])
+        yield key
 
 
 def count(op: str, tokens: Sequence[Any]) -> int:

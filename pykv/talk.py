@@ -38,6 +38,8 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         weights=args.weights,
         context=args.ctx,
         eviction=args.evict,
+        host_cache=args.host_cache,
+        disk_cache=args.disk_cache,
         progress=sys.stderr.isatty(),
     )
     return llm, params
@@ -98,6 +100,18 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
 
 
 @contextmanager
+def _flushed(llm: Any) -> Iterator[None]:
+    """What the block leaves in the cache goes to --disk-cache, however it ends."""
+    try:
+        yield
+    finally:
+        if llm.tiers is not None:
+            llm.flush()
+            for line in llm.tiers.counters.as_text().splitlines():
+                note(line)
+
+
+@contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that is closed, end the block as an exception does."""
 
@@ -123,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     llm, params = open_model(args)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")
-    with _session(llm, args, chat=args.chat) as history:
+    with _flushed(llm), _session(llm, args, chat=args.chat) as history:
         for n, given in enumerate(args.prompts, 1):
             prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
             said, asked = _asked(llm, history, prompt, args)
@@ -227,7 +241,7 @@ def chat(args: argparse.Namespace) -> None:
         with suppress(ImportError):  # Windows' console edits lines itself
             import readline  # noqa: F401 - gives `input` line editing and history
         print("/help lists the commands")
-    with _session(llm, args, chat=True) as messages:
+    with _flushed(llm), _session(llm, args, chat=True) as messages:
         if args.system:
             _obey("system", args.system, messages)
         while (message := _ask(people)) is not None:

@@ -28,16 +28,23 @@ _CODES["int32"] = "I32"
 
 
 def write(
-    path: Path, metadata: dict[str, str], arrays: dict[str, Any], *, private: bool = False
+    path: Path,
+    metadata: dict[str, str],
+    arrays: dict[str, Any],
+    *,
+    private: bool = False,
+    durable: bool = True,
 ) -> None:
-    """Write a file, whole or not at all; NumPy's arrays, contiguous, little-endian. A new file is
-    `private` to its owner, or as whole_files.replace makes it."""
+    """Write a file, whole or not at all; NumPy's arrays, contiguous, little-endian; `private` and
+    `durable` as of whole_files.replace."""
     table = _table(arrays)
     metadata = metadata | {"sha256": _digest(metadata, table, arrays)}
     text = json.dumps({"__metadata__": metadata, **table}).encode()
     text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
     first = len(text).to_bytes(8, "little") + text
-    whole_files.replace(path, [first, *map(_bytes, arrays.values())], private=private)
+    whole_files.replace(
+        path, [first, *map(_bytes, arrays.values())], private=private, durable=durable
+    )
 
 
 class Header(NamedTuple):

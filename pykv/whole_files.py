@@ -18,18 +18,29 @@ except ImportError:  # Windows
 
 from pykv.errors import DtypeError, ParameterError
 
+SCRATCH = ".pykv-"  # names of files that are not whole yet begin so
 
-def replace(path: Path, parts: Iterable[bytes | memoryview], *, private: bool = False) -> None:
+
+def replace(
+    path: Path,
+    parts: Iterable[bytes | memoryview],
+    *,
+    private: bool = False,
+    durable: bool = True,
+) -> None:
     """Make parts the contents of a file, or leave it as it is. One that exists keeps its
-    permissions; a new one has the usual ones, or is for its owner alone where `private`."""
-    with _scratch(path, 0o600 if private else 0o666) as file:
+    permissions; a new one has the usual ones, or is for its owner alone where `private`. One that
+    is not `durable` is whole when its process is killed, but perhaps not when the machine stops;
+    what a killed process leaves beside it is for `clear` to remove."""
+    with _scratch(path, 0o600 if private else 0o666, clears=durable) as file:
         try:
             with suppress(FileNotFoundError):
                 os.chmod(file.name, stat.S_IMODE(os.stat(path).st_mode))
             for part in parts:
                 file.write(part)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             if fcntl is None:
                 file.close()  # Windows renames no open file
             os.replace(file.name, path)
@@ -37,7 +48,7 @@ def replace(path: Path, parts: Iterable[bytes | memoryview], *, private: bool = 
             with suppress(OSError):
                 os.unlink(file.name)
             raise
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    if durable and os.name == "posix":  # elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # or a crash may undo the renaming
@@ -59,21 +70,29 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
-def _scratch(path: Path, mode: int) -> BinaryIO:
-    """A new file beside `path`, locked while its process lives. Removes those for the same path
-    that nobody holds any more."""
+def clear(folder: Path, prefix: str = SCRATCH) -> None:
+    """Remove what killed processes left in a folder in the midst of `replace`."""
+    if fcntl is None:
+        return
+    for left in folder.glob(f"{prefix}*"):
+        with suppress(OSError), open(left, "rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _scratch(path: Path, mode: int, *, clears: bool) -> BinaryIO:
+    """A new file beside `path`, locked while its process lives. With `clears` removes those for the
+    same path that nobody holds any more."""
 
     def new() -> BinaryIO:
         name = path.with_name(prefix + secrets.token_hex(8))
         return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
 
-    prefix = f".pykv-{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
+    prefix = f"{SCRATCH}{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
     if fcntl is None:
         return new()
-    for left in path.parent.glob(f"{prefix}*"):
-        with suppress(OSError), open(left, "rb") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+    if clears:
+        clear(path.parent, prefix)
     while True:
         file = new()
         with suppress(OSError):  # file systems without locks

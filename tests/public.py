@@ -531,6 +531,7 @@ METHODS = {
     "llm.generate.LLM.detokenize": _of(_llm, "detokenize", ids=[5, 6]),
     "llm.generate.LLM.save": _session("save", prompt=[5, 6]),
     "llm.generate.LLM.load": _session("load"),
+    "llm.generate.LLM.flush": _of(_llm, "flush"),
     "llm.generate.LLM.logits": _of(_llm, "logits", token_ids=[5, 6]),
     "eval.continuation.measure": _with_llm(
         continuation.measure, windows=[[5, 6, 7, 8]], changes=_CHANGES, prefill=2

@@ -26,6 +26,7 @@ from pykv.llm.sampling import SamplingParams, check_vocabulary
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sequence import Sequence as TokenSequence
 from pykv.llm.sessions import Session
+from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
 from pykv.llm.weights import Model, load
 from pykv.options import check_flag, check_whole
@@ -74,6 +75,12 @@ class LLM:
             the last one. Layers with a sliding window keep their last rows. Pages of prompts stay
             in the prefix cache as they were; rows are evicted from copies. `logits` and
             `perplexity` see all tokens. None: all rows stay.
+        host_cache: bytes of the host's memory for full pages that the prefix cache would forget, of
+            which prompts find as many again as they begin with: "4GiB", an integer, or
+            "4GiB:int8", which keeps them as int8 codes. None: they are forgotten.
+        disk_cache: a folder, and bytes, for pages that are in the host's memory, which other
+            processes with an equal model, weights, kv_dtype and page_size find as well:
+            "DIR:50GiB" or "DIR:50GiB:int8"; see `flush` and pykv/tiers/README.md.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 
@@ -104,6 +111,8 @@ class LLM:
         page_size: int = 16,
         prefix_cache: bool = True,
         eviction: Policy | str | None = None,
+        host_cache: str | int | None = None,
+        disk_cache: str | None = None,
         progress: bool = False,
         require_sm: int = 0,
     ):
@@ -114,6 +123,7 @@ class LLM:
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
+        check_tiers("LLM", host_cache, disk_cache, prefix_cache)
         policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS)
         context = None if context is None else check_whole("LLM", "context", context, 1)
         if pool_tokens is not None:
@@ -154,9 +164,14 @@ class LLM:
             if self.spec.has_given_scales:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
-        self._runner = ModelRunner(loaded, cache, self.xp, policy)
+            self._runner = ModelRunner(loaded, cache, self.xp, policy)
+            self.tiers = open_tiers(self, host_cache, disk_cache)
         self._scheduler = Scheduler(
-            self._runner, cache, may_grow=pool_tokens is None, prefix_cache=prefix_cache
+            self._runner,
+            cache,
+            may_grow=pool_tokens is None,
+            prefix_cache=prefix_cache,
+            tiers=self.tiers,
         )
 
     @property
@@ -377,13 +392,20 @@ class LLM:
                 page size or codec; the LLM is as before.
             CapacityError: its pages exceed the context or the pool.
             ParameterError: `path` is no regular file, the codec is for another model, or the LLM
-                has no `prefix_cache`.
+                has no `prefix_cache`, or a `disk_cache` and the file is coded.
             DtypeError: `path` or `codec` is nothing of the kind.
             OSError: the file cannot be read.
 
         Waits for the GPU.
         """
         return sessions.load(self, self._scheduler, path, codec)
+
+    def flush(self) -> None:
+        """Write the full pages of the prefix cache and of `host_cache` to `disk_cache`, for another
+        process to find. Waits. Without a disk_cache it does nothing."""
+        with self.turn():
+            if self.tiers is not None:
+                self.tiers.flush()
 
     # --- Numbers ---
 

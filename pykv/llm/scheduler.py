@@ -54,6 +54,12 @@ class Cache(Protocol):
     def grow(self, pages: int) -> None: ...
 
 
+class Tiers(Protocol):
+    """What the scheduler needs of pykv.tiers.Tiers."""
+
+    def fetch(self, tokens: list[int]) -> None: ...
+
+
 class Runner(Protocol):
     """What computes the steps. Both calls move `cached` of their sequences on, and give tokens
     that are drawn, -1 where logits are not finite.
@@ -88,6 +94,7 @@ class Scheduler:
             that begin alike. A prompt that begins as one that is being computed waits for it.
         slots: sequences that run at once, at most; None: as many as have pages.
         max_waiting: sequences that wait, at most.
+        tiers: where pages that the cache forgot come back from; None: nowhere.
 
     Attributes:
         running, waiting: sequences, in the order in which they came.
@@ -111,6 +118,7 @@ class Scheduler:
         prefix_cache: bool,
         slots: int | None = None,
         max_waiting: int | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -118,7 +126,7 @@ class Scheduler:
         self.stats = Stats()
         self.prefix_cache, self.cache = prefix_cache, cache
         self._runner, self._may_grow = runner, may_grow
-        self._slots, self._max_waiting = slots, max_waiting
+        self._slots, self._max_waiting, self._tiers = slots, max_waiting, tiers
         self._counter = count()
 
     @property
@@ -190,7 +198,7 @@ class Scheduler:
     def known(self, tokens: list[int]) -> Iterator[list[int]]:
         """The pages of the longest prefix of tokens that is computed, which stay as they are while
         the block runs."""
-        pages = self.cache.manager.reuse(tokens)
+        pages = self._reuse(tokens)
         try:
             yield pages
         finally:
@@ -333,7 +341,7 @@ class Scheduler:
             return False
         try:
             if self.prefix_cache:
-                s.pages = manager.reuse(s.tokens[: -self._runner.last])
+                s.pages = self._reuse(s.tokens[: -self._runner.last])
                 s.cached = len(s.pages) * manager.page_size
             rows = max(self._rows(s), s.cached)
             s.wanted = manager.pages_for(rows) - len(s.pages)
@@ -390,6 +398,12 @@ class Scheduler:
             insort(self.waiting, s, key=_order)
 
     # --- Pages ---
+
+    def _reuse(self, tokens: list[int]) -> list[int]:
+        """Pages of the longest prefix that is computed, those in tiers among them."""
+        if self._tiers is not None:
+            self._tiers.fetch(tokens)
+        return self.cache.manager.reuse(tokens)
 
     def _rows(self, s: Sequence) -> int:
         """Rows that must be free before a sequence runs: its tokens and the next, which an answer

@@ -69,8 +69,8 @@ def save(
     mixed = codec is not None and llm.model.hadamard
     with llm.turn(), scheduler.known(ids) as pages:
         arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)
-        facts, kept = _facts(llm, len(pages)), len(pages) * cache.page_size
-    tensor_files.write(path, facts, arrays, private=True)
+        metadata, kept = facts(llm, len(pages)), len(pages) * cache.page_size
+    tensor_files.write(path, metadata, arrays, private=True)
     return kept
 
 
@@ -83,7 +83,7 @@ def load(
     with llm.turn():
         with open(path, "rb") as file:
             header = tensor_files.read_header(op, file, path, "session", FORMAT)
-            tensor_files.check_facts(op, path, header, _facts(llm, 0), ("pages",))
+            tensor_files.check_facts(op, path, header, facts(llm, 0), ("pages",))
             count = header.number(op, path, "pages")
             tokens = np.empty(header.length(op, path, "tokens"), np.int32)
             kept = count * cache.page_size
@@ -100,6 +100,11 @@ def load(
             if "stream" in header.table:
                 more["stream"] = np.empty(header.length(op, path, "stream"), np.uint8)
                 tensor_files.read_arrays(op, file, path, header, more)
+                if llm.tiers is not None and llm.tiers.folder is not None:
+                    raise ParameterError(
+                        f"{op}: {path} is coded, expected one without a codec where disk_cache "
+                        "keeps pages as they are computed"
+                    )
                 put = _put_coded(op, path, more["stream"], kept, llm, codec)
             else:
                 stored = stored_pages.take(op, file, path, header, cache, count, more)
@@ -175,13 +180,13 @@ def _checked(
     return whole_files.regular_path(op, path), open_codec(op, codec, llm)
 
 
-def _facts(llm: LLM, count: int) -> dict[str, str]:
+def facts(llm: LLM, count: int) -> dict[str, str]:
     """What a file with so many pages says of itself."""
     config = llm.model.config
     keys = {k: v for k, v in llm.file.metadata.items() if k.startswith(f"{config.architecture}.")}
     model = [llm.fingerprint.sha256, keys]
-    facts = {name: str(fact) for name, fact in facts_of("LLM", "cache", llm.cache).items()}
-    return facts | dict(
+    found = {name: str(fact) for name, fact in facts_of("LLM", "cache", llm.cache).items()}
+    return found | dict(
         format=FORMAT,
         pages=str(count),
         model=hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),

@@ -294,6 +294,7 @@ async def read_metrics(server: Server, _: Request) -> Response:
         server.model,
         pages=manager.num_pages,
         held=manager.num_pages - manager.num_free,
+        tiers=None if server.llm.tiers is None else server.llm.tiers.counters,
         **server.engine.load(),
     )
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -71,6 +71,7 @@ def _serve(args: argparse.Namespace) -> None:
         if not loopback:
             ready += "\npykv: without TLS others on the way can read it: put a proxy before it"
         run(server, listening, ready, api_key=key, loopback=loopback)
+        server.llm.flush()
 
 
 def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
@@ -88,11 +89,20 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
         weights=args.weights,
         context=args.ctx,
         eviction=args.evict,
+        host_cache=args.host_cache,
+        disk_cache=args.disk_cache,
         progress=sys.stderr.isatty(),
     )
     slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
     _grow(llm, slots)
-    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=slots)
+    scheduler = Scheduler(
+        llm._runner,
+        llm.cache,
+        may_grow=False,
+        prefix_cache=True,
+        slots=slots,
+        tiers=llm.tiers,
+    )
     names = args.served_model_name or [Path(args.model).name.removesuffix(".gguf")]
     pool = llm.cache.manager.num_pages * llm.cache.page_size
     facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"

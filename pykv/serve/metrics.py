@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
+from pykv.tiers.counters import Counters as TierCounters
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds.
 FIRST_TOKEN = (
@@ -64,7 +66,15 @@ class Metrics:
         self.prefix_hits += reused_tokens
 
     def text(
-        self, model: str, *, running: int, waiting: int, pages: int, held: int, preemptions: int
+        self,
+        model: str,
+        *,
+        running: int,
+        waiting: int,
+        pages: int,
+        held: int,
+        preemptions: int,
+        tiers: TierCounters | None = None,
     ) -> str:
         """All of them.
 
@@ -74,6 +84,7 @@ class Metrics:
             pages: of the cache.
             held: of these, by sequences.
             preemptions: so far.
+            tiers: what tiers did, where there are any.
         """
         label = 'model_name="' + model.replace("\\", r"\\").replace('"', r"\"") + '"'
         gauges = {
@@ -83,13 +94,16 @@ class Metrics:
             "pykv:kv_pages": (pages, "Pages of the cache."),
             "pykv:kv_pages_held": (held, "Pages that sequences hold."),
         }
-        counters = {
+        counters: dict[str, tuple[float, str]] = {
             "vllm:prompt_tokens_total": (self.prompt_tokens, "Tokens of prompts."),
             "vllm:generation_tokens_total": (self.generation_tokens, "Tokens of answers."),
             "vllm:prefix_cache_queries_total": (self.prefix_queries, "Tokens looked for."),
             "vllm:prefix_cache_hits_total": (self.prefix_hits, "Tokens found in the cache."),
             "vllm:num_preemptions_total": (preemptions, "Sequences that gave way to others."),
         }
+        for name, value in ({} if tiers is None else tiers.as_dict()).items():
+            text = f"Tiers: {name.replace('_', ' ')}; see pykv.tiers.Counters."
+            counters[f"pykv:tiers_{name}_total"] = (value, text)
         lines: list[str] = []
         for kind, table in (("gauge", gauges), ("counter", counters)):
             for name, (value, text) in table.items():

@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
+from pykv.serve.metrics import Metrics
 from pykv.serve.replies import Reply
+from pykv.tiers import Counters
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -319,3 +321,13 @@ def test_metrics_count(serve):
     assert after["vllm:e2e_request_latency_seconds_count"] == 1
     bucket = 'vllm:inter_token_latency_seconds_bucket{model_name="tiny",le="+Inf"}'
     assert after[bucket] == 20 and label not in "".join(after)
+
+
+def test_metrics_of_tiers():
+    counters = Counters(host_hits=3)
+    counters.from_host.count(3, 768, 0.25)
+    load = dict(running=0, waiting=0, pages=8, held=0, preemptions=0)
+    text = Metrics().text("m", **load, tiers=counters)
+    assert 'pykv:tiers_host_hits_total{model_name="m"} 3\n' in text
+    assert 'pykv:tiers_from_host_seconds_total{model_name="m"} 0.25\n' in text
+    assert "tiers" not in Metrics().text("m", **load)

@@ -4,11 +4,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -171,6 +173,25 @@ def test_sigterm_lets_answers_end(command):
     text = log.read_text()
     assert "POST '/v1/chat/completions' 200" in text
     assert "Traceback" not in text and "ERROR" not in text
+
+
+def test_the_next_server_finds_what_one_left_on_disk(command, tmp_path):
+    if shutil.disk_usage(tmp_path).free < 2 << 30:
+        pytest.skip("the disk is too full for a tier")
+    body = json.dumps(dict(prompt="x" * 40, max_tokens=2)).encode()
+    for hits in (0, 2):  # full pages of 16 tokens
+        process, port, _ = command("--slots", "1", "--disk-cache", f"{tmp_path / 'tier'}:1MB")
+        url = f"http://127.0.0.1:{port}"
+        request = urllib.request.Request(
+            f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        assert f'pykv:tiers_disk_hits_total{{model_name="small"}} {hits}\n' in text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

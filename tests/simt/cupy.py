@@ -236,11 +236,20 @@ class Stream:
         calls, Stream.captured = Stream.captured, None
         return SimpleNamespace(launch=lambda: [call() for call in calls])
 
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
 
 class Event:
     """Everything is done when the call returns, so every event has happened."""
 
-    ptr = 0
+    ptr, done = 0, True
+
+    def record(self, stream):
+        pass
 
     def synchronize(self):
         pass
@@ -267,10 +276,14 @@ def get_default_memory_pool():
 
 cuda = SimpleNamespace(
     alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
+    PinnedMemory=lambda size: empty(size, np.uint8).host,
+    PinnedMemoryPointer=lambda memory, offset: memory[offset:],
     cublas=cublas,
     device=SimpleNamespace(get_cublas_handle=lambda: 0),
     get_current_stream=lambda: SimpleNamespace(
-        ptr=int(Stream.captured is not None), synchronize=lambda: None
+        ptr=int(Stream.captured is not None),
+        synchronize=lambda: None,
+        wait_event=lambda event: None,
     ),
     Event=Event,
     Stream=Stream,

@@ -1,0 +1,58 @@
+"""The tiers of a model's cache: whether they make sense, and what their files depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import to_host
+from pykv.errors import CapacityError, ParameterError
+from pykv.llm import memory
+from pykv.llm.sessions import facts
+from pykv.page_arrays import given_scales
+from pykv.tiers import Tiers
+from pykv.tiers.sizes import parse_disk, parse_host
+
+if TYPE_CHECKING:
+    from pykv.llm.generate import LLM
+
+
+def check_tiers(op: str, host: Any, disk: Any, prefix_cache: bool) -> None:
+    """Check what can be checked before a model is read.
+
+    Raises:
+        ParameterError, DtypeError: see pykv.tiers.sizes; or there is no prefix cache.
+        CapacityError: the host has not as much memory free, which it may hand out all the same.
+    """
+    given = [name for name, x in (("host_cache", host), ("disk_cache", disk)) if x is not None]
+    if given and not prefix_cache:
+        raise ParameterError(f"{op}: {given[0]} is given, expected none without a prefix_cache")
+    if host is not None:
+        nbytes, free = parse_host(op, "host_cache", host).nbytes, memory.free(np)
+        if free is not None and nbytes > free:
+            raise CapacityError(
+                f"{op}: host_cache asks for {nbytes:,} bytes, but the host has {free:,} free"
+            )
+    if disk is not None:
+        parse_disk(op, "disk_cache", disk)
+
+
+def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
+    """The tiers of a model's cache; None where it has none."""
+    if host is None and disk is None:
+        return None
+    return Tiers(llm.cache, host=host, disk=disk, identity=_identity(llm))
+
+
+def _identity(llm: LLM) -> dict[str, str]:
+    """What keys and values depend on beside tokens: what sessions compare; scales that are found
+    once; and the sort of device, as sums in another order differ in their last bits."""
+    scales = hashlib.sha256()
+    for x in given_scales(llm.cache).values():
+        scales.update(np.ascontiguousarray(to_host(x)).tobytes())
+    device = "cpu" if llm.xp is np else cuda.current_arch()
+    found = {name: text for name, text in facts(llm, 0).items() if name not in ("format", "pages")}
+    return found | dict(scales=scales.hexdigest(), device=device)

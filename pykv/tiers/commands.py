@@ -1,0 +1,39 @@
+"""What `pykv cache info --disk-cache` says of a folder of tiers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pykv.errors import ParameterError
+from pykv.tiers import disk
+from pykv.tiers.sizes import parse_disk
+
+
+def describe(given: str) -> str:
+    """Lines about a folder: its pages, and what all processes did that have ended well.
+
+    Args:
+        given: the folder, or "DIR:SIZE" as the commands that use it take it.
+
+    Raises:
+        ParameterError: there is no such folder.
+    """
+    folder = Path(os.path.expanduser(given))
+    if not folder.is_dir():
+        try:
+            found = parse_disk("cache info", "--disk-cache", given).folder
+        except ParameterError:
+            found = None
+        if found is None or not found.is_dir():
+            raise ParameterError(f"cache info: --disk-cache is {given}, expected a folder")
+        folder = found
+    files = disk.entries(folder)
+    models = {entry.path.parent.parent for entry in files}
+    nbytes = sum(entry.nbytes for entry in files)
+    lines = [
+        f"tiers       {folder}: {len(files):,} pages of {len(models)} models and kinds, "
+        f"{nbytes:,} bytes",
+        *disk.read_counters(folder).as_text().splitlines(),
+    ]
+    return "\n            ".join(lines)

@@ -1,0 +1,103 @@
+"""What tiers did: pages found and not found, and how many bytes went which way in which time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class Flow:
+    """Pages that went one way, their bytes there, and the seconds that copies took, which may
+    overlap with each other and with the model's work."""
+
+    pages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def count(self, pages: int, nbytes: int, seconds: float) -> None:
+        """Add a copy."""
+        self.pages += pages
+        self.bytes += nbytes
+        self.seconds += seconds
+
+
+@dataclass
+class Counters:
+    """Counters of one process's tiers, or of all that a folder has served.
+
+    Attributes:
+        host_hits, disk_hits: pages that a prompt found there.
+        misses: full pages of prompts that neither the cache nor a tier had.
+        refused: pages that fell and found no room, or that the system did not let us write.
+        damaged: files that were not what their name says, or could not be read; each is a miss.
+        to_host, from_host: between the cache and the host tier.
+        to_disk, from_disk: between the host tier and files.
+    """
+
+    host_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    refused: int = 0
+    damaged: int = 0
+    to_host: Flow = field(default_factory=Flow)
+    from_host: Flow = field(default_factory=Flow)
+    to_disk: Flow = field(default_factory=Flow)
+    from_disk: Flow = field(default_factory=Flow)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, by name: a flow has pages, bytes and seconds of its own."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{name}_{part}" if part else name: number for part, number in parts}
+        return flat
+
+    @staticmethod
+    def from_dict(flat: dict[str, Any]) -> Counters:
+        """Of what `as_dict` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        counters = Counters()
+        known = counters.as_dict()
+        for name, number in flat.items():
+            if type(number) not in (int, float) or not 0 <= number < math.inf:
+                raise ValueError(f"{name} is {number!r}, expected a number of things")
+            if name not in known:
+                raise ValueError(f"{name!r} is unknown")
+            flow, _, part = name.rpartition("_")
+            of_flow = isinstance(getattr(counters, flow, None), Flow)
+            target = getattr(counters, flow) if of_flow else counters
+            setattr(target, part if of_flow else name, type(known[name])(number))
+        return counters
+
+    def plus(self, other: Counters) -> Counters:
+        """The sums of both."""
+        more = other.as_dict()
+        return Counters.from_dict({name: n + more[name] for name, n in self.as_dict().items()})
+
+    def since(self, before: Counters) -> Counters:
+        """What came since these were `before`."""
+        less = before.as_dict()
+        return Counters.from_dict({name: n - less[name] for name, n in self.as_dict().items()})
+
+    def as_text(self) -> str:
+        """Lines for people."""
+        asked = self.host_hits + self.disk_hits + self.misses
+        share = (self.host_hits + self.disk_hits) / max(asked, 1)
+        lines = [
+            f"pages asked for {asked:,}: {self.host_hits:,} in host memory, {self.disk_hits:,} on "
+            f"disk, {self.misses:,} nowhere ({share:.0%} found)"
+        ]
+        for item in fields(self):
+            flow = getattr(self, item.name)
+            if isinstance(flow, Flow) and flow.pages:
+                speed = flow.bytes / 1e9 / flow.seconds if flow.seconds else 0.0
+                way = item.name.replace("_", " ")
+                lines.append(f"{way}: {flow.pages:,} pages, {flow.bytes:,} bytes, {speed:.2f} GB/s")
+        if self.refused or self.damaged:
+            lines.append(f"{self.refused:,} pages refused, {self.damaged:,} files damaged")
+        return "\n".join(lines)

@@ -1,0 +1,226 @@
+"""The disk tier: one folder of files, a page in each, which several processes share.
+
+    DIR/<identity>/<2 digits>/<key>.page   a file of pykv.tensor_files with the array `page`
+    DIR/counters.json                      what tiers of this folder did, in all processes
+    DIR/lock                               held while one process makes room, or writes the former
+
+`identity` is a hash of all that a page's contents depend on beside its tokens, `key` the hash of
+these and of all before. So a file never changes: it is written whole under a name of its own, then
+renamed. A process that is killed leaves what it had renamed, and a hidden file that the next one
+removes. A reader believes no file: its facts and its checksum must hold. When the folder is full
+the files that were used least recently go, by their time of modification, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pykv import tensor_files, whole_files
+from pykv.cache_folder import check_private
+from pykv.errors import FormatError
+from pykv.tiers.counters import Counters
+
+FORMAT = "pykv.tier.1"  # the layout version: another one is another identity
+FLOOR = 1 << 30  # bytes of the disk that stay free
+SUFFIX = ".page"
+_OP = "tiers.disk"
+_HEADER = 1024  # bytes of a file beside its page, at most
+_KEEP = 0.9  # of the limit, once room was made
+_LOOK = 1 / 16  # of the limit, written by us alone before others' files are counted again
+
+
+class Entry(NamedTuple):
+    """A file of a folder of tiers."""
+
+    time: float
+    nbytes: int
+    path: Path
+
+
+class DiskTier:
+    """Pages in files.
+
+    Args:
+        folder: made for its owner alone where it does not exist.
+        limit: bytes of all files in it, of any identity; exceeded by no more than what each other
+            process writes until it counts again, a sixteenth of this.
+        identity: what contents depend on, by name.
+        nbytes: of a page.
+
+    Raises:
+        PermissionError: others can write there.
+        OSError: the folder cannot be made or read.
+
+    Its methods may be called from several threads. What they raise leaves the folder as it was, but
+    for files that went to make room.
+    """
+
+    def __init__(self, folder: Path, limit: int, identity: dict[str, str], nbytes: int) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(folder)  # who can write there decides what models say
+        facts = identity | dict(format=FORMAT, page_bytes=str(nbytes))
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.folder, self.limit = folder, limit
+        self._identity, self._own = digest, folder / digest[:32]
+        self._nbytes = nbytes
+        self._lock = threading.Lock()  # of what follows
+        self._known: set[bytes] = set()
+        self._total = self._written = 0  # bytes of all files; those of ours since they were counted
+        self._count()
+        if self._own.is_dir():
+            for sub in self._own.iterdir():
+                whole_files.clear(sub)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known or self._path(key).exists()
+
+    def read(self, key: bytes, row: np.ndarray) -> bool:
+        """Fill a row with a page; False where there is no such file any more, and the row holds
+        anything.
+
+        Raises:
+            FormatError: the file was damaged or is another's; it is gone now.
+            OSError: it cannot be read.
+        """
+        path = self._path(key)
+        try:
+            if path.exists() and not path.is_file():  # nor a pipe, which would be waited for
+                raise FormatError(f"{_OP}: {path} is no file")
+            with open(path, "rb") as file:
+                self._read(file, path, key, row)
+        except FileNotFoundError:  # another process made room
+            self._forget(key)
+            return False
+        except FormatError:
+            self._forget(key)
+            with suppress(OSError):
+                path.unlink()
+            raise
+        with suppress(OSError):
+            os.utime(path)
+        return True
+
+    def _read(self, file: BufferedReader, path: Path, key: bytes, row: np.ndarray) -> None:
+        header = tensor_files.read_header(_OP, file, path, "page of a tier", FORMAT)
+        tensor_files.check_facts(_OP, path, header, self._facts(key), ())
+        tensor_files.read_arrays(_OP, file, path, header, {"page": row})
+
+    def write(self, key: bytes, row: np.ndarray) -> None:
+        """Keep a page.
+
+        Raises:
+            OSError: the system refuses, or too little of the disk would stay free.
+        """
+        path, size = self._path(key), row.nbytes + _HEADER
+        self._make_room(size)
+        if shutil.disk_usage(self.folder).free < FLOOR + size:
+            raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tensor_files.write(path, self._facts(key), {"page": row}, private=True, durable=False)
+        with self._lock:
+            self._known.add(key)
+            self._total += size
+            self._written += size
+
+    def note(self, counters: Counters) -> None:
+        """Add counters to those of the folder, unless another process is at it.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        with open(self.folder / "lock", "ab") as file:
+            if whole_files.lock(file):
+                total = read_counters(self.folder).plus(counters)
+                text = json.dumps(total.as_dict()).encode()
+                path = self.folder / "counters.json"
+                whole_files.replace(path, [text], private=True, durable=False)
+
+    def _forget(self, key: bytes) -> None:
+        with self._lock:
+            self._known.discard(key)
+
+    def _facts(self, key: bytes) -> dict[str, str]:
+        return dict(format=FORMAT, identity=self._identity, key=key.hex())
+
+    def _path(self, key: bytes) -> Path:
+        name = key.hex()
+        return self._own / name[:2] / f"{name}{SUFFIX}"
+
+    # --- Room ---
+
+    def _count(self) -> list[Entry]:
+        """Look at all files."""
+        found = entries(self.folder)
+        own = {e.path.stem for e in found if e.path.parent.parent == self._own}
+        with self._lock:
+            self._known = {bytes.fromhex(name) for name in own if _is_hex(name)}
+            self._total, self._written = sum(e.nbytes for e in found), 0
+        return found
+
+    def _make_room(self, size: int) -> None:
+        """Delete what was used least recently, if files would exceed the limit; one process at a
+        time, or each would delete as much.
+
+        Raises:
+            OSError: there is no room.
+        """
+        if self._written > _LOOK * self.limit:
+            self._count()
+        if self._total + size <= self.limit:
+            return
+        with open(self.folder / "lock", "ab") as file:
+            if not whole_files.lock(file):
+                raise OSError(errno.EBUSY, "another process makes room", str(self.folder))
+            found = sorted(self._count())
+            if self._total + size > self.limit:  # nobody made room meanwhile
+                excess = self._total + size - _KEEP * self.limit
+                for entry in found:
+                    if excess > 0:
+                        entry.path.unlink(missing_ok=True)
+                        excess -= entry.nbytes
+                self._count()
+        if self._total + size > self.limit:
+            raise OSError(errno.ENOSPC, f"a page exceeds {self.limit:,} bytes", str(self.folder))
+
+
+def entries(folder: Path) -> list[Entry]:
+    """All pages of a folder of tiers."""
+    found = []
+    for identity in _folders(folder):
+        for sub in _folders(identity):
+            with suppress(OSError), os.scandir(sub) as items:
+                for item in items:
+                    with suppress(OSError):  # gone meanwhile
+                        if item.name.endswith(SUFFIX) and item.is_file(follow_symlinks=False):
+                            facts = item.stat(follow_symlinks=False)
+                            found.append(Entry(facts.st_mtime, facts.st_size, Path(item.path)))
+    return found
+
+
+def read_counters(folder: Path) -> Counters:
+    """What tiers of a folder did, in all processes that have said so."""
+    try:
+        return Counters.from_dict(json.loads((folder / "counters.json").read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return Counters()  # damaged, or of another version: counting begins anew
+
+
+def _folders(folder: str | Path) -> list[str]:
+    with suppress(OSError), os.scandir(folder) as items:
+        return [item.path for item in items if item.is_dir(follow_symlinks=False)]
+    return []
+
+
+def _is_hex(name: str) -> bool:
+    return len(name) == 32 and not name.strip("0123456789abcdef")

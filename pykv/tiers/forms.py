@@ -1,0 +1,88 @@
+"""The form of a page outside its cache: one contiguous row of bytes that holds all its layers.
+
+Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size.
+
+    row  keys [L, P, H, W], values, then their scales [L, P, H] where each token and head has one;
+         each begins at a multiple of ALIGNMENT bytes, as does the next row; NHD or HND as the spec
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from pykv.errors import ParameterError
+from pykv.kinds import SCALE_DTYPES
+from pykv.page_arrays import ARRAYS
+from pykv.pages import Pages
+from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
+
+ALIGNMENT = 128  # bytes
+
+
+@dataclass(frozen=True)
+class Form:
+    """How pages of a cache lie in rows.
+
+    Attributes:
+        spec: what rows hold.
+        nbytes: of a row.
+        parts: name, offset, shape [L, ...] and dtype of each array of a page.
+    """
+
+    spec: KVSpec
+    nbytes: int
+    parts: tuple[tuple[str, int, tuple[int, ...], Any], ...]
+
+    def pages(self, rows: np.ndarray, cache: PagedKVCache) -> Pages:
+        """Rows [N, nbytes] uint8 of the host as pages, without a copy; scales that heads or tensors
+        share are the cache's own."""
+        made = dict.fromkeys(ARRAYS)
+        if self.spec.has_given_scales:
+            made |= dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
+        for name, offset, (L, *page), dtype in self.parts:
+            steps = [dtype.itemsize * prod(page[i:]) for i in range(1, len(page) + 1)]
+            strides = (dtype.itemsize * prod(page), self.nbytes, *steps)
+            shape = (L, len(rows), *page)
+            made[name] = np.ndarray(shape, dtype, rows, offset, strides)
+        return Pages(**made, spec=self.spec)
+
+
+def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:
+    """The form of a cache's pages by a codec of sizes.CODECS.
+
+    Args:
+        op, name: for messages, the latter of the argument that names the codec.
+
+    Raises:
+        ParameterError: the codec would make pages no smaller.
+    """
+    plain = _form(cache, cache.spec)
+    if codec == "none":
+        return plain
+    words = dict(scale_dtype=cache.spec.scale_dtype, layout=cache.spec.layout)
+    coded = _form(cache, KVSpec(codec, codec, **words))
+    if coded.nbytes >= plain.nbytes or cache.spec.has_given_scales:
+        raise ParameterError(
+            f"{op}: {name} has the codec {codec}, expected none: the cache holds {cache.spec}"
+        )
+    return coded
+
+
+def _form(cache: PagedKVCache, spec: KVSpec) -> Form:
+    L, H, D = cache.sizes
+    P, offset, parts = cache.page_size, 0, []
+    scales: list[tuple[int, ...] | None] = [None, None]
+    if spec.has_dynamic_scales:
+        scales = [spec.scale_shape(L, P, H) if kind.largest else None for kind in spec.kinds]
+    dtypes = [*(kind.dtype for kind in spec.kinds), *[SCALE_DTYPES[spec.scale_dtype]] * 2]
+    shapes = (*spec.pool_shapes(L, P, H, D), *scales)
+    for name, shape, dtype in zip(ARRAYS, shapes, dtypes, strict=True):
+        if shape is not None:
+            parts.append((name, offset, shape, np.dtype(dtype)))
+            offset += -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return Form(spec, offset, tuple(parts))

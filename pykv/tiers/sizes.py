@@ -1,0 +1,95 @@
+"""What a user says of a tier, as texts: "4GiB", "4GiB:int8", "DIR:50GiB", "DIR:50GiB:int8"."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.options import check_choice, check_whole
+
+CODECS = ("none", "int8")
+_UNITS = {"B": 1} | {
+    f"{letter}{i}B": base**power
+    for i, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("KMGT", 1)
+}
+_SIZE = r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?P<unit>[KMGT]i?B|B)"
+_OPTION = re.compile(rf"(?:(?P<folder>.+):)?(?P<size>{_SIZE})(?::(?P<codec>[^:/\\]+))?", re.DOTALL)
+
+
+class Limit(NamedTuple):
+    """How large a tier may be, and how pages go there.
+
+    Attributes:
+        nbytes: at most.
+        codec: one of CODECS: "none" keeps a page bit for bit, "int8" as codes with a scale for each
+            token and head.
+        folder: of a disk; None of the host's memory.
+    """
+
+    nbytes: int
+    codec: str
+    folder: Path | None = None
+
+
+def parse_bytes(op: str, name: str, value: Any) -> int:
+    """A positive number of bytes, of an integer or a text such as "4GiB", "1.5 GB" or "512B".
+
+    Args:
+        op, name: for messages.
+        value: as given.
+
+    Raises:
+        DtypeError: it is neither.
+        ParameterError: it is no such text, or not positive.
+    """
+    if not isinstance(value, str):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            given = type(value).__name__
+            raise DtypeError(f"{op}: {name} is a {given}, expected a size such as '4GiB'")
+        return check_whole(op, name, value, 1)
+    found = re.fullmatch(_SIZE, value)
+    if not found:
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected a size such as '4GiB'")
+    nbytes = int(float(found["number"]) * _UNITS[found["unit"]])
+    return check_whole(op, name, nbytes, 1)
+
+
+def parse_host(op: str, name: str, value: Any) -> Limit:
+    """The limit of host memory: bytes, "4GiB" or "4GiB:int8".
+
+    Raises: as `parse_bytes`; ParameterError also for an unknown codec.
+    """
+    if not isinstance(value, str):
+        return Limit(parse_bytes(op, name, value), "none")
+    found = _OPTION.fullmatch(value)
+    if not found or found["folder"]:
+        expected = "expected SIZE or SIZE:CODEC, such as '4GiB'"
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
+    return Limit(parse_bytes(op, name, found["size"]), _codec(op, name, found["codec"]))
+
+
+def parse_disk(op: str, name: str, value: Any) -> Limit:
+    """The limit of a folder: "DIR:50GiB" or "DIR:50GiB:int8"; ~ is the user's home.
+
+    Raises: as `parse_host`; ParameterError also where the folder is something else.
+    """
+    if not isinstance(value, str):
+        given = type(value).__name__
+        raise DtypeError(f"{op}: {name} is a {given}, expected a text such as 'DIR:50GiB'")
+    found = _OPTION.fullmatch(value)
+    if not found or not found["folder"] or "\0" in value:
+        expected = "expected DIR:SIZE or DIR:SIZE:CODEC, such as 'tiers:50GiB'"
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, {expected}")
+    nbytes = parse_bytes(op, name, found["size"])
+    folder = Path(os.path.realpath(os.path.expanduser(found["folder"])))
+    if folder.exists() and not folder.is_dir():
+        raise ParameterError(f"{op}: {name} is {folder}, expected a folder")
+    return Limit(nbytes, _codec(op, name, found["codec"]), folder)
+
+
+def _codec(op: str, name: str, codec: str | None) -> str:
+    return check_choice(op, f"{name}'s codec", codec or "none", CODECS)

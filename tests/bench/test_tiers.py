@@ -1,0 +1,64 @@
+"""The benchmark of tiers: each case finds what it should, and a wrong token is no result."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from pykv import bench
+from pykv.bench import tiers
+from pykv.tiers import disk, stack
+from tests.llm import tiny
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "FLOOR", 0)
+    tiny.write_case(tmp_path / "m.gguf", "llama")
+    return str(tmp_path / "m.gguf")
+
+
+def case_of(path, tmp_path, place, codec):
+    return dict(model=path, tokens=40, kv="fp16", place=place, codec=codec, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "place, codec", [(case["place"], case["codec"]) for case in tiers.CASES], ids=str
+)
+def test_a_case_does_what_it_says(path, tmp_path, rng, place, codec):
+    work = tiers.make(case_of(path, tmp_path, place, codec), np, rng)
+    assert work.run() > 0 and work.run() > 0
+    assert work.check()
+    assert work.bytes == (0 if place == "compute" else 32 * 256)
+    ways = {"host": {"from_host_gbps"}, "disk": {"from_host_gbps", "from_disk_gbps"}}
+    assert set(work.facts) == {"same_token"} | ways.get(place, set())
+
+
+def test_what_is_computed_again_is_no_result(path, tmp_path, rng, monkeypatch):
+    work = tiers.make(case_of(path, tmp_path, "host", "none"), np, rng)
+    monkeypatch.setattr(stack.Tiers, "fetch", lambda self, tokens: None)
+    work.run()
+    assert not work.check()
+
+
+def test_options():
+    given = dict(model="m", tokens=50, kv_dtype="int8", folder="/x", quick=False)
+    cases = tiers.select(argparse.Namespace(**given))
+    assert len(cases) == len(tiers.CASES)
+    want = dict(model="m", tokens=50, kv="int8", folder="/x", place="disk", codec="int8")
+    assert cases[-1] == want
+
+
+def test_advice():
+    def record(place, codec, median, ok=True):
+        return dict(case=dict(place=place, codec=codec), median=median, ok=ok)
+
+    records = [record("compute", "none", 1e6), record("host", "none", 1e5)]
+    records += [record("disk", "none", 9e5), record("disk", "int8", None, ok=False)]
+    assert tiers.conclude(records).splitlines() == [
+        "compute (none): 1,000.0 ms to the first token",
+        "host (none): 100.0 ms to the first token, 0.10 of the time of computing it",
+        "disk (none): 900.0 ms to the first token, 0.90 of the time of computing it: this does "
+        "not pay here; a codec, or a faster disk, may",
+    ]
+    assert "tiers" in bench.names()

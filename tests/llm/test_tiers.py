@@ -1,0 +1,212 @@
+"""A model whose cache forgets: the text with tiers is the text without, and less is computed."""
+
+import numpy as np
+import pytest
+
+from pykv import cli
+from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.kvtc import Codec
+from pykv.llm import LLM, SamplingParams
+from pykv.tiers import disk
+from tests.helpers import without_simt
+from tests.kvtc.made import artefact_of
+from tests.llm.test_reuse import P, greedy, noted_logits, tokens_of
+from tests.tiers.conftest import no_floor  # noqa: F401
+
+
+def test_the_text_is_that_without_tiers(open_llm, rng, tmp_path):
+    check_the_text(open_llm, rng, tmp_path, "fp16", prompts=2)
+
+
+@without_simt
+@pytest.mark.parametrize("kv_dtype", ["int8", "k8v4:HND", "int8:head", "fp8"])
+def test_the_text_of_other_kinds(open_llm, rng, tmp_path, kv_dtype):
+    check_the_text(open_llm, rng, tmp_path, kv_dtype, prompts=3)
+
+
+def check_the_text(open_llm, rng, tmp_path, kv_dtype, prompts):
+    """In one process, and in the next one. A pool of one prompt forgets all others."""
+    options = dict(kv_dtype=kv_dtype, pool_tokens=4 * P)
+    tiers = dict(host_cache="1MB", disk_cache=f"{tmp_path}:10MB")
+    plain, llm = open_llm(**options), open_llm(**options, **tiers)
+    asked = [tokens_of(rng, 3 * P + 5) for _ in range(prompts)]
+    for n in range(2):
+        for prompt in asked:
+            assert llm.generate([prompt], greedy(4)) == plain.generate([prompt], greedy(4))
+            assert llm.stats.reused_tokens == n * 3 * P and plain.stats.reused_tokens == 0
+    llm.flush()
+    other = open_llm(**options, disk_cache=f"{tmp_path}:10MB")
+    for prompt in asked:
+        assert other.generate([prompt], greedy(4)) == plain.generate([prompt], greedy(4))
+        assert other.stats.reused_tokens == 3 * P
+    assert other.tiers.counters.disk_hits == 3 * prompts
+    assert other.cache.manager.num_free == other.cache.manager.num_pages
+
+
+@without_simt
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_call_gets_the_same_bits_from_a_tier(open_llm, rng, monkeypatch, batch):
+    """As if nothing had been forgotten, whatever came between."""
+    llm = open_llm(pool_tokens=16 * P, host_cache="2MB")
+    kept = open_llm(pool_tokens=200 * P)
+    noted = noted_logits(monkeypatch)
+    start = tokens_of(rng, 70)
+    prompts = [start + tokens_of(rng, n) for n in (1, 7, 30)] + [tokens_of(rng, 33)]
+    calls = [prompts] if batch else [[prompt] for prompt in prompts]
+    for call in calls * 3:
+        seen = []
+        for model in (llm, kept):
+            noted.clear()
+            seen.append((model.generate(call, greedy(5)), np.concatenate(noted).tobytes()))
+            model.generate([tokens_of(rng, 120)], greedy(1))
+        assert seen[0] == seen[1]
+    assert llm.tiers.counters.host_hits > 0
+
+
+@without_simt
+def test_an_answer_that_gave_way_goes_on_from_a_tier(open_llm, rng):
+    """Sequences that find too few pages are preempted, and fall."""
+    plain = open_llm()
+    llm = open_llm(pool_tokens=8 * P, host_cache="2MB")
+    prompts = [tokens_of(rng, 30) for _ in range(4)]
+    want = [plain.generate([prompt], greedy(40))[0].text for prompt in prompts]
+    assert [answer.text for answer in llm.generate(prompts, greedy(40))] == want
+    assert llm.stats.preemptions and llm.tiers.counters.host_hits
+
+
+@without_simt
+def test_with_eviction(open_llm, rng):
+    """Prompts fall as they were, before rows are evicted from copies."""
+    options = dict(eviction="streaming:16", pool_tokens=8 * P)
+    plain, llm = open_llm(**options), open_llm(**options, host_cache="2MB")
+    asked = [tokens_of(rng, 60) for _ in range(3)] * 2
+    for prompt in asked:
+        assert llm.generate([prompt], greedy(6)) == plain.generate([prompt], greedy(6))
+    assert llm.tiers.counters.host_hits
+
+
+@without_simt
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_codes_change_little(open_llm, rng, tmp_path, monkeypatch, where):
+    """Less than pages of zeros by far: KL of the first token's distribution."""
+    options = dict(host_cache="1MB:int8")
+    if where == "disk":
+        options = dict(host_cache="1MB", disk_cache=f"{tmp_path}:10MB:int8")
+    prompt = tokens_of(rng, 60)
+    llm = open_llm(pool_tokens=5 * P, **options)
+    noted = noted_logits(monkeypatch)
+    llm.generate([prompt], greedy(1))
+    if where == "disk":
+        llm.flush()
+        llm = open_llm(pool_tokens=5 * P, **options)
+    else:
+        llm.generate([tokens_of(rng, 70)], greedy(1))
+    llm.generate([prompt], greedy(1))
+    assert llm.stats.reused_tokens == 48
+    p, q = (x[0] - np.logaddexp.reduce(x[0]) for x in np.array([noted[0], noted[-1]], np.float64))
+    assert 0 < (np.exp(p) * (p - q)).sum() < 0.02
+
+
+@without_simt
+def test_other_models_and_kinds_are_not_seen(open_llm, rng, tmp_path):
+    where = f"{tmp_path}:10MB"
+    prompt = tokens_of(rng, 40)
+    llm = open_llm(disk_cache=where)
+    llm.generate([prompt], greedy(1))
+    llm.flush()
+    for name, options in (
+        ("gemma3", {}),
+        ("llama", dict(kv_dtype="int8")),
+        ("llama", dict(weights="fp32")),
+        ("llama", dict(page_size=8)),
+    ):
+        other = open_llm(name, disk_cache=where, **options)
+        other.generate([prompt], greedy(1))
+        assert other.stats.reused_tokens == 0
+    same = open_llm(disk_cache=where)
+    same.generate([prompt], greedy(1))
+    assert same.stats.reused_tokens == 32
+
+
+@without_simt
+def test_a_session_keeps_what_fell(open_llm, rng, tmp_path):
+    llm = open_llm(pool_tokens=4 * P, host_cache="1MB")
+    prompt = tokens_of(rng, 40)
+    llm.generate([prompt], greedy(1))
+    llm.generate([tokens_of(rng, 60)], greedy(1))
+    assert llm.save(tmp_path / "x", prompt) == 32
+
+
+@without_simt
+def test_a_coded_session_does_not_reach_exact_files(open_llm, tiny_paths, rng, tmp_path, xp):
+    codec = Codec(artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu")), 2, xp)
+    first = open_llm()
+    prompt = tokens_of(rng, 40)
+    first.generate([prompt], greedy(1))
+    first.save(tmp_path / "x", prompt, codec=codec)
+    llm = open_llm(disk_cache=f"{tmp_path / 'tier'}:1MB")
+    with pytest.raises(ParameterError, match="LLM.load: .*x is coded, expected one without"):
+        llm.load(tmp_path / "x", codec=codec)
+    assert llm.cache.manager.num_cached == 0
+    assert open_llm(host_cache="1MB").load(tmp_path / "x", codec=codec).cached_tokens == 32
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        (dict(host_cache="much"), ParameterError, "LLM: host_cache is 'much', expected SIZE"),
+        (dict(host_cache=-1), ParameterError, "LLM: host_cache is -1, expected at least 1"),
+        (dict(host_cache=1.5), DtypeError, "LLM: host_cache is a float"),
+        (dict(host_cache="1KiB"), ParameterError, "host_cache is 1,024 bytes, expected at least"),
+        (dict(disk_cache="1GiB"), ParameterError, "LLM: disk_cache is '1GiB', expected DIR:SIZE"),
+        (dict(disk_cache="{}/file:1GiB"), ParameterError, "file, expected a folder"),
+        (dict(disk_cache="{}/file/below:1GiB"), OSError, "file"),
+        (dict(disk_cache="{}/t:1KiB"), ParameterError, "disk_cache is 1,024 bytes, expected at"),
+        (dict(host_cache="9999TiB"), CapacityError, "host_cache asks for"),
+        (
+            dict(host_cache="1MB", prefix_cache=False),
+            ParameterError,
+            "LLM: host_cache is given, expected none without a prefix_cache",
+        ),
+    ],
+)
+def test_wrong_options(tiny_paths, tmp_path, options, error, text):
+    (tmp_path / "file").write_text("mine")
+    options = {k: x.format(tmp_path) if type(x) is str else x for k, x in options.items()}
+    with pytest.raises(error, match=text):
+        LLM(tiny_paths / "llama.gguf", device="cpu", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# --- Commands ---
+
+
+def test_run_finds_what_another_process_left(tiny_paths, tmp_path, capsys):
+    where = f"{tmp_path / 'tier'}:10MB"
+    command = ["run", "--model", str(tiny_paths / "llama.gguf"), "--device", "cpu"]
+    command += ["--max-tokens", "3", "--json", "the rain in the time of the rain"]
+    said = []
+    for extra in ([], ["--disk-cache", where], ["--disk-cache", where, "--host-cache", "1MB"]):
+        assert cli.main([*command, *extra]) == 0
+        said.append(capsys.readouterr())
+    texts = [x.out.partition('"finish')[0] for x in said]
+    assert texts[0] == texts[1] == texts[2]
+    pages = len(disk.entries(tmp_path / "tier"))
+    assert pages and "pykv: pages asked for" not in said[0].err
+    assert f"0 in host memory, 0 on disk, {pages} nowhere (0% found)" in said[1].err
+    assert f"0 in host memory, {pages} on disk, 0 nowhere (100% found)" in said[2].err
+    for given in (where, str(tmp_path / "tier")):
+        assert cli.main(["cache", "info", "--disk-cache", given]) == 0
+        out = capsys.readouterr().out
+        assert f"tier: {pages} pages of 1 models and kinds, " in out
+        assert f"pages asked for {2 * pages}: 0 in host memory, {pages} on disk" in out
+    assert cli.main(["cache", "info", "--disk-cache", str(tmp_path / "none")]) == 2
+    assert "none, expected a folder" in capsys.readouterr().err
+
+
+@without_simt
+def test_sampling_is_that_without_tiers(open_llm, rng):
+    plain, llm = open_llm(pool_tokens=5 * P), open_llm(pool_tokens=5 * P, host_cache="1MB")
+    how = SamplingParams(max_tokens=5, temperature=1.0, seed=7, ignore_eos=True)
+    for prompt in [tokens_of(rng, 40) for _ in range(2)] * 2:
+        assert llm.generate([prompt], how) == plain.generate([prompt], how)

@@ -1,0 +1,278 @@
+"""The disk tier: what others may have done to its files, and what a system may refuse."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykv import tensor_files, whole_files
+from pykv.errors import FormatError
+from pykv.tiers import disk
+from pykv.tiers.disk import DiskTier
+from tests.tiers.made import World
+
+N = 512  # bytes of a page
+KEYS = [bytes([i]) * 16 for i in range(60)]
+
+
+def row(key):
+    return np.random.default_rng(list(key)).integers(0, 256, N).astype(np.uint8)
+
+
+def tier(folder, limit=10**6, **identity):
+    return DiskTier(Path(folder), limit, identity, N)
+
+
+def holds(files, key):
+    got = np.zeros(N, np.uint8)
+    found = files.read(key, got)
+    assert not found or (got == row(key)).all()
+    return found
+
+
+def test_a_page_is_a_file_that_readers_of_safetensors_open(tmp_path):
+    files = tier(tmp_path / "a" / "b")
+    assert KEYS[1] not in files and not holds(files, KEYS[1])
+    files.write(KEYS[1], row(KEYS[1]))
+    assert KEYS[1] in files and holds(files, KEYS[1])
+    (path,) = tmp_path.rglob("*.page")
+    assert path.parent.name == "01" and path.name == f"{'01' * 16}.page"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert files.folder.stat().st_mode & 0o777 == 0o700
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == 8 + size + N
+
+
+def test_other_identities_are_not_seen(tmp_path):
+    files = tier(tmp_path, model="a")
+    files.write(KEYS[0], row(KEYS[0]))
+    assert KEYS[0] in tier(tmp_path, model="a")
+    for other in (tier(tmp_path, model="b"), tier(tmp_path), DiskTier(tmp_path, 10**6, {}, 64)):
+        assert KEYS[0] not in other
+
+
+@pytest.mark.parametrize("version", ["FORMAT", "KEY", "IDENTITY"])
+def test_a_file_under_another_name_is_damaged(tmp_path, monkeypatch, version):
+    """Of another key, another identity, or another layout version."""
+    files = tier(tmp_path)
+    if version == "IDENTITY":
+        other = tier(tmp_path, model="b")
+        other.write(KEYS[0], row(KEYS[0]))
+        source = other._path(KEYS[0])
+    else:
+        with monkeypatch.context() as patch:
+            if version == "FORMAT":
+                patch.setattr(disk, "FORMAT", "pykv.tier.0")
+            files.write(KEYS[1], row(KEYS[1]))
+        source = files._path(KEYS[1])
+    target = files._path(KEYS[0 if version != "FORMAT" else 1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+    key = bytes.fromhex(target.stem)
+    with pytest.raises(FormatError, match="has (format|key|identity)"):
+        files.read(key, np.zeros(N, np.uint8))
+    assert not target.exists() and not holds(files, key)
+
+
+def test_every_damaged_byte_is_found(tmp_path):
+    files = tier(tmp_path)
+    files.write(KEYS[0], row(KEYS[0]))
+    path = files._path(KEYS[0])
+    good = path.read_bytes()
+    damaged = [good[:n] for n in range(0, len(good), 37)] + [good + b"x", b"x" * len(good)]
+    for at in range(0, len(good), 5):
+        damaged.append(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+    for text in damaged:
+        path.write_bytes(text)
+        with pytest.raises(FormatError):
+            files.read(KEYS[0], np.zeros(N, np.uint8))
+        assert not path.exists()
+    path.write_bytes(good)
+    assert holds(files, KEYS[0])
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    files = tier(tmp_path)
+    path = files._path(KEYS[0])
+    path.parent.mkdir(parents=True)
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(FormatError, match="is no file"):
+        files.read(KEYS[0], np.zeros(N, np.uint8))
+
+
+def test_foreign_files_stay(tmp_path):
+    files = tier(tmp_path, 10_000)
+    names = ["notes", "x.page", f"{'0' * 32}/ab/notes", f"{'0' * 32}/x.page"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(50_000))
+    for key in KEYS:
+        files.write(key, row(key))
+    assert all((tmp_path / name).stat().st_size == 50_000 for name in names)
+    assert holds(tier(tmp_path), KEYS[-1])
+
+
+# --- Room ---
+
+
+def size_of(folder):
+    return sum(entry.nbytes for entry in disk.entries(folder))
+
+
+def test_the_least_recently_used_files_go(tmp_path):
+    limit = 12_000
+    files = tier(tmp_path, limit)
+    for i, key in enumerate(KEYS):
+        files.write(key, row(key))
+        os.utime(files._path(key), (i, i))
+        assert size_of(tmp_path) <= limit
+        if KEYS[0] in files:
+            assert holds(files, KEYS[0])  # which makes it the youngest
+    left = [key for key in KEYS if holds(files, key)]
+    assert KEYS[0] in left and left[1:] == KEYS[-len(left) + 1 :] and len(left) >= 8
+    small = tier(tmp_path, 3_000, model="b")  # the limit is of all identities
+    small.write(KEYS[0], row(KEYS[0]))
+    assert size_of(tmp_path) <= 3_000
+    with pytest.raises(OSError, match="a page exceeds 1,000 bytes"):
+        tier(tmp_path, 1_000).write(KEYS[3], row(KEYS[3]))
+
+
+def test_one_process_makes_room_at_a_time(tmp_path):
+    files = tier(tmp_path, 12_000)
+    with open(tmp_path / "lock", "ab") as held:
+        assert whole_files.lock(held)
+        with pytest.raises(OSError, match="another process makes room"):
+            for key in KEYS:
+                files.write(key, row(key))
+        before = size_of(tmp_path)
+        files.note(World(host=256).tiers.counters)
+        assert not (tmp_path / "counters.json").exists()
+    files.write(KEYS[50], row(KEYS[50]))
+    assert size_of(tmp_path) <= before <= 12_000
+
+
+def test_others_files_are_counted(tmp_path):
+    """Two processes write in turn; each counts again after a sixteenth of the limit."""
+    limit = 24_000
+    both = [tier(tmp_path, limit) for _ in range(2)]
+    for i in range(120):
+        key = bytes([i % 256, i // 256]) * 8
+        both[i % 2].write(key, row(key))
+        assert size_of(tmp_path) <= limit * 17 / 16 + 2 * N
+
+
+def test_some_of_the_disk_stays_free(tmp_path, monkeypatch):
+    files = tier(tmp_path)
+    monkeypatch.setattr(disk, "FLOOR", 1 << 62)
+    with pytest.raises(OSError, match="bytes would stay free") as found:
+        files.write(KEYS[0], row(KEYS[0]))
+    assert found.value.errno == errno.ENOSPC and not disk.entries(tmp_path)
+
+
+# --- What the system refuses, seen from above ---
+
+
+def test_a_full_disk_is_counted_and_nothing_is_left(tmp_path, monkeypatch):
+    world = World(host="100KB", disk=f"{tmp_path}:1MB")
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_files.os, "replace", full)
+        world.ask([1] * 8)
+        world.tiers._settle(wait_for=9)
+        world.tiers.fall(world.cache.manager.published)
+        world.tiers._settle(wait_for=9)
+    assert world.tiers.counters.refused == 4 and not disk.entries(tmp_path)
+    assert not list(tmp_path.rglob(f"{whole_files.SCRATCH}*"))
+    assert world.ask([1] * 8) == 4
+    world.ask([2] * 8)
+    world.tiers.flush()  # now there is room for all
+    assert len(disk.entries(tmp_path)) == 8 and world.tiers.counters.refused == 4
+    assert World(disk=f"{tmp_path}:1MB").ask([1] * 8) == 4
+
+
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    first = World(disk=f"{tmp_path}:1MB")
+    first.ask([1] * 8)
+    first.tiers.flush()
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tensor_files, "write", refuse)
+    for name in ("utime", "unlink"):
+        monkeypatch.setattr(disk.os, name, refuse)
+    world = World(disk=f"{tmp_path}:1MB")
+    assert world.ask([1] * 8) == 4
+    world.ask([2] * 8)
+    world.tiers.flush()
+    assert world.tiers.counters.refused == 4 and world.tiers.counters.disk_hits == 4
+
+
+def test_files_that_cannot_be_read_are_misses(tmp_path, monkeypatch):
+    first = World(disk=f"{tmp_path}:1MB")
+    first.ask([1] * 8)
+    first.tiers.flush()
+    world = World(disk=f"{tmp_path}:1MB")
+
+    def refuse(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(DiskTier, "_read", refuse)
+    assert world.ask([1] * 8) == 0
+    assert world.tiers.counters.damaged >= 1 and world.tiers.counters.misses == 4
+
+
+def test_damaged_files_are_misses(tmp_path):
+    first = World(disk=f"{tmp_path}:1MB")
+    first.ask([1, 2, 3, 4, 5, 6, 7, 8])
+    first.tiers.flush()
+    for entry in disk.entries(tmp_path):
+        text = bytearray(entry.path.read_bytes())
+        text[-1 - N // 4] ^= 1
+        entry.path.write_bytes(text)
+    world = World(disk=f"{tmp_path}:1MB")
+    assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert world.tiers.counters.damaged == 4 and world.tiers.counters.disk_hits == 0
+    world.tiers.flush()
+    assert World(disk=f"{tmp_path}:1MB").ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="other users of this system are not known")
+def test_a_folder_where_others_can_write(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(PermissionError, match="others can write there"):
+        tier(tmp_path)
+
+
+# --- Processes ---
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    files = tier(tmp_path)
+    files.write(KEYS[0], row(KEYS[0]))
+    left = files._path(KEYS[0]).parent / f"{whole_files.SCRATCH}0123"
+    left.write_bytes(b"half")
+    assert holds(tier(tmp_path), KEYS[0]) and not left.exists()
+    left.write_bytes(b"half")
+    with open(left, "rb") as held:  # of a process that lives
+        assert whole_files.lock(held)
+        tier(tmp_path)
+    assert left.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_processes_that_are_killed():
+    """20 rounds; tools/nightly has 1,000."""
+    tool = Path(__file__).parents[2] / "tools" / "kill_tiers.py"
+    command = [sys.executable, "-W", "error", str(tool), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no wrong page" in done.stdout and ", 0 files" not in done.stdout

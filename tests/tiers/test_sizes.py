@@ -1,0 +1,104 @@
+"""What a user says of tiers, read or refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from pykv.errors import DtypeError, ParameterError
+from pykv.tiers.sizes import Limit, parse_bytes, parse_disk, parse_host
+
+
+@pytest.mark.parametrize(
+    "value, nbytes",
+    [
+        ("4GiB", 4 << 30),
+        ("1.5 GB", 1_500_000_000),
+        ("512B", 512),
+        ("3KiB", 3072),
+        ("2MB", 2_000_000),
+        ("1TiB", 1 << 40),
+        (77, 77),
+    ],
+)
+def test_bytes(value, nbytes):
+    assert parse_bytes("op", "name", value) == nbytes
+
+
+@pytest.mark.parametrize(
+    "value, error, text",
+    [
+        ("4", ParameterError, "op: name is '4', expected a size such as '4GiB'"),
+        ("4gb", ParameterError, "is '4gb', expected a size"),
+        ("-1GiB", ParameterError, "is '-1GiB', expected a size"),
+        ("1e9B", ParameterError, "expected a size"),
+        ("", ParameterError, "is '', expected a size"),
+        ("0GiB", ParameterError, "is 0, expected at least 1"),
+        ("0.1B", ParameterError, "is 0, expected at least 1"),
+        (0, ParameterError, "is 0, expected at least 1"),
+        (-5, ParameterError, "is -5, expected at least 1"),
+        ("9" * 400 + "B", ParameterError, "expected a size"),
+        ("9" * 18 + "TiB", ParameterError, "expected 1 to"),
+        (True, DtypeError, "name is a bool, expected a size such as '4GiB'"),
+        (1.5, DtypeError, "name is a float, expected a size"),
+        (None, DtypeError, "name is a NoneType, expected a size"),
+    ],
+)
+def test_no_bytes(value, error, text):
+    with pytest.raises(error, match=text):
+        parse_bytes("op", "name", value)
+
+
+def test_host():
+    assert parse_host("op", "name", 5) == Limit(5, "none")
+    assert parse_host("op", "name", "4GiB") == Limit(4 << 30, "none")
+    assert parse_host("op", "name", "1KiB:int8") == Limit(1024, "int8")
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("x:4GiB", "is 'x:4GiB', expected SIZE or SIZE:CODEC"),
+        ("4GiB:", "expected SIZE or SIZE:CODEC"),
+        ("4GiB:int4", "name's codec is 'int4', expected one of"),
+        ("4GiB:zip", "name's codec is 'zip', expected one of"),
+        ("int8", "expected SIZE or SIZE:CODEC"),
+    ],
+)
+def test_no_host(value, text):
+    with pytest.raises(ParameterError, match=text):
+        parse_host("op", "name", value)
+
+
+def test_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_disk("op", "name", f"{tmp_path}:1GB") == Limit(10**9, "none", tmp_path)
+    assert parse_disk("op", "name", "~/a b:1GB:int8") == Limit(10**9, "int8", tmp_path / "a b")
+    # A folder's name may hold colons, even one that looks like a size.
+    assert parse_disk("op", "name", f"{tmp_path}/c:1GB:2MB").folder == tmp_path / "c:1GB"
+    assert parse_disk("op", "name", "d:1GB").folder == Path.cwd() / "d"
+
+
+@pytest.mark.parametrize(
+    "value, error, text",
+    [
+        ("4GiB", ParameterError, "is '4GiB', expected DIR:SIZE or DIR:SIZE:CODEC"),
+        ("/tmp", ParameterError, "is '/tmp', expected DIR:SIZE"),
+        ("/tmp:", ParameterError, "expected DIR:SIZE"),
+        ("/tmp:-1GiB", ParameterError, "expected DIR:SIZE"),
+        ("/tmp:0B", ParameterError, "name is 0, expected at least 1"),
+        ("/tmp:1GiB:zip", ParameterError, "name's codec is 'zip'"),
+        ("a\0b:1GiB", ParameterError, "expected DIR:SIZE"),
+        (5, DtypeError, "name is a int, expected a text such as 'DIR:50GiB'"),
+        (Path("/tmp"), DtypeError, "name is a .*Path, expected a text"),
+    ],
+)
+def test_no_disk(value, error, text):
+    with pytest.raises(error, match=text):
+        parse_disk("op", "name", value)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ParameterError, match="x, expected a folder"):
+        parse_disk("op", "name", f"{tmp_path}/x:1GiB")
+    assert (tmp_path / "x").read_text() == "mine"

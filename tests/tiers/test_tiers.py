@@ -1,0 +1,343 @@
+"""Tiers: a page that comes back is the one that fell, whatever happens in between."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from pykv import prefix_keys
+from pykv.errors import CapacityError, ParameterError
+from pykv.tiers import Counters, Tiers, disk, host, stack
+from tests.helpers import to_numpy, without_simt
+from tests.tiers.made import P, World
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=11)
+ROW = 256  # bytes of a page of World's, in float16
+
+
+class Tiered(RuleBasedStateMachine):
+    """Prompts of few tokens, so that they meet, on a cache of six pages. `World.ask` holds each
+    page that it is given to what its tokens say. The model: keys that were ever computed."""
+
+    HOST, DISK = 100 * ROW, None
+
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.computed = set()
+        self.lossy = False
+        self.open()
+
+    def open(self):
+        where = None if self.DISK is None else f"{self.folder}:{self.DISK}B"
+        self.world = World(host=self.HOST, disk=where)
+
+    def teardown(self):
+        self.world.tiers._threads.shutdown()
+        shutil.rmtree(self.folder)
+
+    @rule(tokens=PROMPTS)
+    def ask(self, tokens):
+        keys = list(prefix_keys.of_pages("test", tokens, P))
+        known = 0
+        while known < len(keys) and keys[known] in self.computed:
+            known += 1
+        found = self.world.ask(tokens)
+        assert found == known if self.is_ample() else found <= known
+        self.computed.update(keys)
+        counters = self.world.tiers.counters
+        assert counters.host_hits + counters.disk_hits == counters.from_host.pages + sum(
+            count for flow, count, _ in self.world.tiers._moving if flow is counters.from_host
+        )
+
+    def is_ample(self):
+        """Whether all that was computed must be found."""
+        return True
+
+    @rule()
+    def flush(self):
+        self.world.tiers.flush()
+
+    def files(self):
+        self.world.tiers.flush()
+        return sorted(entry.path for entry in disk.entries(self.folder))
+
+
+class Disk(Tiered):
+    """With files: another process goes on, files are damaged or vanish."""
+
+    DISK = 10**6
+
+    @rule()
+    def open_again(self):
+        self.world.tiers.flush()
+        self.open()
+
+    @rule(data=st.data())
+    def damage(self, data):
+        files = [path for path in self.files() if path.stat().st_size]
+        if not files:
+            return
+        path = data.draw(st.sampled_from(files))
+        text = bytearray(path.read_bytes())
+        how = data.draw(st.sampled_from(["flip", "cut", "other", "gone", "empty"]))
+        if how == "flip":
+            text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+            path.write_bytes(text)
+        elif how == "cut":
+            path.write_bytes(text[: data.draw(st.integers(0, len(text) - 1))])
+        elif how == "other":
+            path.write_bytes(data.draw(st.sampled_from(files)).read_bytes())
+        elif how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"")
+        self.lossy = True
+
+    def is_ample(self):
+        return not self.lossy
+
+
+class Tight(Disk):
+    """Three rows of memory, and some ten files."""
+
+    HOST, DISK = 3 * ROW, 12_000
+
+    def is_ample(self):
+        return False
+
+    @rule()
+    def files_are_few(self):
+        assert sum(map(lambda path: path.stat().st_size, self.files())) <= self.DISK
+
+
+for machine in (Tiered, Disk, Tight):
+    machine.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+TestHost, TestDisk, TestTight = (machine.TestCase for machine in (Tiered, Disk, Tight))
+
+
+def test_the_machine_would_see_a_wrong_page(monkeypatch):
+    """Rows come in the order in which they were used, whatever was asked for."""
+    wrong = lambda self, keys: list(self._slots.values())[: len(keys)]  # noqa: E731
+    monkeypatch.setattr(host.HostTier, "find_first", wrong)
+    world = World(host=100 * ROW)
+    with pytest.raises(AssertionError, match="has other k than its key"):
+        for first in range(6):
+            world.ask([first, 1, 2, 1])
+
+
+# --- Where pages go ---
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND", "int8:head", "k8v4:fp32"])
+def test_pages_fall_and_come_back(xp, spec, tmp_path):
+    """On a device through staging memory; from another LLM's files as well."""
+    disk = f"{tmp_path}:1MB"
+    world = World(pages=4, spec=spec, xp=xp, host="100KB", disk=disk)
+    prompts = [[first, *range(7)] for first in range(3)]
+    assert [world.ask(p) for p in prompts] == [0, 0, 0]
+    assert [world.ask(p) for p in prompts] == [4, 4, 4]
+    world.tiers.flush()
+    counters = world.tiers.counters
+    assert (counters.host_hits, counters.disk_hits, counters.misses) == (12, 0, 12)
+    assert counters.to_disk.pages == 12 and counters.from_host.pages == 12
+    other = World(pages=4, spec=spec, xp=xp, host="100KB", disk=disk)
+    assert [other.ask(p) for p in prompts] == [4, 4, 4]
+    assert other.tiers.counters.disk_hits == 12
+
+
+@without_simt
+def test_the_longest_prefix_without_a_gap_comes_back(xp):
+    world = World(pages=4, xp=xp, host=100 * ROW)
+    world.ask([1, 2, 3, 4, 5, 6, 7, 8])
+    world.ask([9] * 8)  # all four fall
+    (second,) = [
+        key for i, key in enumerate(prefix_keys.of_pages("test", [1, 2, 3, 4], P)) if i == 1
+    ]
+    world.tiers._host.release([world.tiers._host._slots.pop(second)])
+    assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 1
+
+
+@without_simt
+def test_pages_that_sequences_hold_stay(xp):
+    """A prompt finds as much as there are free pages for."""
+    world = World(pages=4, xp=xp, host=100 * ROW)
+    world.ask([1, 2, 3, 4, 5, 6, 7, 8])
+    manager = world.cache.manager
+    taken = manager.allocate(3 * P)
+    world.tiers.fetch([1, 2, 3, 4, 5, 6, 7, 8])
+    assert manager.num_free == 1 and manager.num_cached == 1
+    manager.free(taken)
+    assert world.ask([1, 2, 3, 4, 5, 6, 7, 8]) == 4
+
+
+def test_a_page_that_came_back_costs_no_copy_to_fall_again():
+    world = World(pages=4, host=100 * ROW)
+    prompts = [[first, *range(7)] for first in range(2)]
+    for _ in range(5):
+        for prompt in prompts:
+            world.ask(prompt)
+    world.tiers._settle()
+    assert world.tiers.counters.to_host.pages == 8
+
+
+def test_the_least_recently_used_goes_first():
+    world = World(pages=2, host=4 * ROW)
+    for prompt in ([1] * 4, [2] * 4, [1] * 4, [3] * 4, [4] * 4):
+        world.ask(prompt)
+    world.ask([5] * 4)
+    assert [world.ask(prompt) for prompt in ([1] * 4, [2] * 4)] == [0, 0]
+    world = World(pages=2, host=4 * ROW)
+    for prompt in ([1] * 4, [2] * 4, [3] * 4, [1] * 4, [4] * 4):
+        world.ask(prompt)  # 1 was used since 2 and 3
+    assert world.ask([1] * 4) == 2
+
+
+def test_codes_come_back_nearly(xp, tmp_path):
+    """Elements are whole numbers up to 63, so a step of a row is at most half."""
+    for options in (dict(host="100KB:int8"), dict(host="100KB", disk=f"{tmp_path}:1MB:int8")):
+        world = World(pages=2, xp=xp, head_dim=64, **options)
+        world.ask([1] * 4)
+        want = [to_numpy(x).copy() for x in (world.cache.k, world.cache.v)]
+        if "disk" in options:
+            world.tiers.flush()
+            world = World(pages=2, xp=xp, head_dim=64, **options)
+        else:
+            world.ask([2] * 4)
+        world.tiers.fetch([1] * 4)
+        pages = world.cache.manager.reuse([1] * 4)
+        assert len(pages) == 2
+        for x, y in zip(map(to_numpy, (world.cache.k, world.cache.v)), want, strict=True):
+            off = abs(x[:, pages].astype(np.float32) - y[:, [0, 1]].astype(np.float32)).max()
+            assert 0 < off <= 0.3
+        assert world.tiers.counters.as_dict()["from_host_pages"] == 0 or True
+
+
+def test_a_codec_makes_pages_smaller(tmp_path):
+    """Parts of a page begin at multiples of 128 bytes."""
+    host = World(head_dim=64, host="10KB:int8").tiers
+    both = World(head_dim=64, host="10KB", disk=f"{tmp_path}:1MB:int8").tiers
+    assert host._form.nbytes == both._disk_form.nbytes == 2 * (2 * P * 64 + 128)
+    assert both._form.nbytes == 2 * 2 * (2 * P * 64)
+
+
+# --- What goes wrong ---
+
+
+def test_an_interrupted_copy_leaves_no_page(monkeypatch):
+    world = World(pages=4, host=100 * ROW)
+    world.ask([1] * 8)
+    move, calls = stack.Moves.out, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return move(*args)
+
+    monkeypatch.setattr(stack.Moves, "out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.ask([2] * 8)
+    assert len(world.tiers._host) == 0 and len(world.tiers._host._free) == 100
+    assert world.ask([1] * 8) == 4  # the manager had not forgotten them
+    assert world.cache.manager.num_free == 4
+
+
+def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
+    world = World(pages=4, host=100 * ROW)
+    world.ask([1] * 8)
+    world.ask([2] * 8)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack.Moves, "back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            world.ask([1] * 8)
+    assert world.cache.manager.num_cached == 0 and world.cache.manager.num_free == 4
+    assert world.ask([1] * 8) == 4
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(host=ROW - 1), "Tiers: host_cache is 255 bytes, expected at least the 256 of a page"),
+        (
+            dict(host=ROW, disk="x:255B"),
+            "Tiers: disk_cache is 255 bytes, expected at least the 256",
+        ),
+        (dict(host="1KB:int8", spec="int8"), "host_cache has the codec int8, expected none: the"),
+        (dict(host="1KB", disk="x:1KB:int8", spec="int8:head"), "disk_cache has the codec int8, "),
+    ],
+)
+def test_tiers_that_make_no_sense(options, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError, match=text):
+        World(**options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_cannot_be_had(monkeypatch):
+    def refuse(*args):
+        raise MemoryError("no")
+
+    monkeypatch.setattr(host.np, "empty", refuse)
+    with pytest.raises(
+        CapacityError, match="Tiers: host_cache asks for 1,024 bytes of host memory"
+    ):
+        host.allocate("Tiers", "host_cache", np, 4, 256)
+
+
+def test_memory_that_cannot_be_pinned(device, monkeypatch):
+    if not hasattr(device, "enqueue"):
+        pytest.skip("of a runtime that is made up")
+
+    def refuse(size):
+        raise device.cuda.runtime.CUDARuntimeError("out of memory")
+
+    monkeypatch.setattr(device.cuda, "PinnedMemory", refuse)
+    with pytest.raises(CapacityError, match="1,024 bytes of pinned host memory: out of memory"):
+        World(xp=device, host=1024)
+
+
+def test_without_tiers_nothing_is_told():
+    cache = World(host=ROW).cache
+    cache.manager.on_forget = None
+    cache.manager.free(cache.manager.allocate(2))
+
+
+# --- Counters ---
+
+
+def test_counters_add_up():
+    a = Counters(host_hits=3, misses=1)
+    a.to_host.count(2, 512, 0.5)
+    b = a.plus(a)
+    assert (b.host_hits, b.to_host.pages, b.to_host.seconds) == (6, 4, 1.0)
+    assert b.since(a) == a and Counters.from_dict(a.as_dict()) == a
+    assert a.as_text().splitlines() == [
+        "pages asked for 4: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
+        "to host: 2 pages, 512 bytes, 0.00 GB/s",
+    ]
+    for flat in (dict(host_hits=-1), dict(hits=1), dict(misses="1"), dict(misses=True)):
+        with pytest.raises(ValueError):
+            Counters.from_dict(flat)
+
+
+def test_the_folder_adds_up_what_processes_did(tmp_path):
+    for n in range(1, 4):
+        world = World(host=100 * ROW, disk=f"{tmp_path}:1MB")
+        world.ask([n] * 8)
+        world.tiers.flush()
+        world.tiers.flush()  # what is noted is not noted again
+        total = disk.read_counters(tmp_path)
+        assert total.misses == 4 * n and total.to_disk.pages == 4 * n
+    (tmp_path / "counters.json").write_text("[1]")
+    assert disk.read_counters(tmp_path) == Counters()
+    assert isinstance(world.tiers, Tiers)

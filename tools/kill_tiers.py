@@ -1,0 +1,126 @@
+"""Processes that share a disk tier, killed at random moments: no wrong page, no file cut short.
+
+    python tools/kill_tiers.py ROUNDS [--seed N] [--folder DIR]
+
+In each round two processes ask for prompts whose pages fall to a folder that is a little too small,
+and look at every page that they are given. Both are killed, every other one in the midst of writing
+a file. Then every file of the folder must be whole, and be the page that its name says.
+"""
+
+import argparse
+import itertools
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from pykv import whole_files  # noqa: E402
+from pykv.tiers import disk  # noqa: E402
+from tests.tiers.made import World, contents  # noqa: E402
+
+LIMIT = 20_000  # bytes of the folder: some twenty files, so that room is made all the time
+WRONG = 3  # exit code of a process that was given a wrong page
+
+
+def work(folder: Path, seed: int) -> None:
+    """Ask for prompts until killed."""
+    rng = np.random.default_rng(seed)
+    world = World(pages=8, disk=f"{folder}:{LIMIT}B", host="1KiB")
+    if seed % 2:
+        die_at(int(rng.integers(1, 8)))
+    while True:
+        prompt = [int(rng.integers(30)), *rng.integers(3, size=int(rng.integers(2, 12))).tolist()]
+        world.ask(prompt)
+
+
+def die_at(count: int) -> None:
+    """End this process when the first part of its file number `count` is written."""
+    replace, files = whole_files.replace, itertools.count(1)
+
+    def dying(path: Path, parts: Iterable[bytes], **options: bool) -> None:
+        number = next(files)
+
+        def some() -> Iterator[bytes]:
+            for part in parts:
+                yield part
+                if number == count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        replace(path, some(), **options)
+
+    whole_files.replace = dying
+
+
+def start(folder: Path, seed: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work(folder, seed)
+    except AssertionError as error:
+        print(f"seed {seed}: {error}", file=sys.stderr)
+    except BaseException as error:  # of a process that was not asked to end
+        print(f"seed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
+    os._exit(WRONG)
+
+
+def check(folder: Path) -> int:
+    """Read every file; returns how many there are."""
+    world = World(pages=2)
+    form = world.tiers._form
+    files = disk.entries(folder)
+    identities = {entry.path.parent.parent for entry in files}
+    assert len(identities) <= 1, identities
+    tier = reader(folder, form.nbytes)
+    for entry in files:
+        row = np.empty(form.nbytes, np.uint8)
+        key = bytes.fromhex(entry.path.stem)
+        assert tier.read(key, row), entry.path
+        page = form.pages(row[None], world.cache)
+        for x in (page.k, page.v):
+            assert (x[:, 0] == contents(key, x[:, 0])).all(), entry.path
+    left = [path for path in folder.rglob(f"{whole_files.SCRATCH}*")]
+    assert not left, left
+    return len(files)
+
+
+def reader(folder: Path, nbytes: int) -> disk.DiskTier:
+    """Of the identity that `World` makes."""
+    return World(pages=2, disk=f"{folder}:{LIMIT}B", host="1KiB").tiers._files
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="a new one by default")
+    args = parser.parse_args(argv)
+    disk.FLOOR = 0  # a small disk will do
+    rng = np.random.default_rng(args.seed)
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.folder or Path(made, "tier")
+        files = 0
+        for n in range(args.rounds):
+            pids = [start(folder, args.seed * 1_000_003 + 2 * n + i) for i in range(2)]
+            for pid in pids:
+                time.sleep(float(rng.uniform(0.005, 0.08)))
+                os.kill(pid, signal.SIGKILL)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+            if codes != [-signal.SIGKILL] * 2:
+                print(f"round {n}: exit codes {codes}", file=sys.stderr)
+                return 1
+            files = check(folder)
+    print(f"{args.rounds} rounds, {files} files at the end, no wrong page")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -217,7 +217,9 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evict",
         metavar="POLICY",
-        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4, or "
+        "with another policy: streaming, snapkv, tova, expectedattention, h2o, keydiff, keynorm, "
+        "largest, random; before it adakv: lets heads share a budget",
     )
 
 

@@ -92,7 +92,10 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
     )
     slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
     _grow(llm, slots)
-    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=slots)
+    prefix_cache = llm._scheduler.prefix_cache
+    scheduler = Scheduler(
+        llm._runner, llm.cache, may_grow=False, prefix_cache=prefix_cache, slots=slots
+    )
     names = args.served_model_name or [Path(args.model).name.removesuffix(".gguf")]
     pool = llm.cache.manager.num_pages * llm.cache.page_size
     facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"

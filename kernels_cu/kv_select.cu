@@ -38,6 +38,18 @@ __device__ __forceinline__ u32 order_of(const float* scores, int i, int length, 
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// Count the digits of a warp's lanes that have one. Those that equal the first lane's are counted at
+// once: scores are much alike in their first digit, and one address is added to in turn.
+__device__ __forceinline__ void count_digit(int* histogram, int digit, bool has_one) {
+    const u32 all = __ballot_sync(FULL_MASK, has_one);
+    if (all == 0) return;
+    const int lane = threadIdx.x % WARP, first = __ffs((int)all) - 1;
+    const bool is_same = digit == __shfl_sync(FULL_MASK, digit, first);
+    const u32 same = __ballot_sync(FULL_MASK, has_one && is_same);
+    if (lane == first) atomicAdd(&histogram[digit], __popc(same));
+    else if (has_one && !is_same) atomicAdd(&histogram[digit], 1);
+}
+
 // The sum over a block of pairs of counts below 2^32, and of those of the threads before this one.
 // All threads call it; `scratch` may be reused after a barrier.
 __device__ __forceinline__ u64 counts_before(u64 own, u64* scratch, u64& total) {
@@ -93,7 +105,8 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
                 for (const u32 order : orders) {
                     const bool is_open =
                         low + bits == 32 || order >> (low + bits) == last >> (low + bits);
-                    if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
+                    count_digit(histogram, (int)(order >> low & ((1u << bits) - 1)),
+                                order && is_open);
                 }
             }
         }

@@ -280,11 +280,12 @@ def reference_means(
     for b, length in enumerate(lengths.tolist()):
         rows = range(max(length, 0))
         x = attention.decoded_rows(b, rows, dtype, pool, scales, spec, page_table)
-        if normalize:
-            norms = np.sqrt((x * x).sum(-1, keepdims=True))
-            x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
-        for i, first in enumerate(range(0, len(rows), run)):
-            found[b, :, i] = x[first : first + run].mean(0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            if normalize:
+                norms = np.sqrt((x * x).sum(-1, keepdims=True))
+                x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
+            for i, first in enumerate(range(0, len(rows), run)):
+                found[b, :, i] = x[first : first + run].mean(0)
     return found
 
 

@@ -6,16 +6,17 @@
 //   pool        const  [N, P, H, D] in any order, strides of page, token and head in array
 //                      elements: K_T
 //   scales      const  [N, P, H], likewise, stride 0 where they are shared; SCALE_T
-//   vectors     const  [B, R, D] float, with MEASURE COSINE, PRODUCT and SQUARES
-//   factors     const  [B, R, T, D] float, with SQUARES
+//   vectors     const  [B, R, D] float, of kv_squares, and with MEASURE COSINE and PRODUCT
+//   factors     const  [B, R, T, D] float, of kv_squares
 //   page_table  const  [B, M] int32, read up to the length alone
 //   lengths     const  [B] int32, clamped to 0 .. capacity
 // Scalars:  R, the rows of `vectors`: R / H for each head; T; runs = ceil(C / run)
 // Defines:  HEAD_DIM, a multiple of 8 up to 512; Q_T = float; K_T = float, f16, bf16, i8, i4, e4m3 or
-//           e5m2; SCALE_T = f16 or float; BLOCK = threads; of kv_scores KEYS, rows of a block, and
-//           MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3, SQUARES 4; of kv_means
-//           NORMALIZE = 0 or 1: rows are divided by their norms
-// Launch:   kv_scores: grid (B * R * ceil(C / KEYS)), block (BLOCK)
+//           e5m2; SCALE_T = f16 or float; BLOCK = threads; KEYS, rows of a block of kv_scores and
+//           kv_squares; of kv_scores AHEAD_BYTES, 64 at least, which a lane loads before it uses any,
+//           and MEASURE = NORM 0, LARGEST 1, COSINE 2, PRODUCT 3; of kv_means NORMALIZE = 0 or 1:
+//           rows are divided by their norms
+// Launch:   kv_scores, kv_squares: grid (B * R * ceil(C / KEYS)), block (BLOCK)
 //           kv_means: grid (B * H * runs), block (BLOCK)
 // Traffic:  rows once, for R / H > 1 later ones hit the caches; 4 bytes a row and score; 4 * D
 //           bytes a run; of factors all for each block, which its groups share in the L1 cache
@@ -24,8 +25,8 @@
 // LANES lanes hold a row, eight elements each (above 256 twice eight).
 #include "attention_rows.cuh"
 
-#ifndef KEYS
-#error "kv_scores.cu needs KEYS"
+#if !defined(KEYS) || !defined(AHEAD_BYTES)
+#error "kv_scores.cu needs KEYS and AHEAD_BYTES"
 #endif
 #ifndef MEASURE
 #define MEASURE 0
@@ -34,10 +35,9 @@
 #define NORMALIZE 0
 #endif
 constexpr bool IS_NORM = MEASURE == 0, IS_LARGEST = MEASURE == 1, IS_COSINE = MEASURE == 2,
-               IS_PRODUCT = MEASURE == 3, IS_SQUARES = MEASURE == 4;
-// Rows that lanes hold at once, which share each load of a factor.
-constexpr int TOGETHER = IS_SQUARES ? 2 : 1;
-static_assert(KEYS % (SLOTS * TOGETHER) == 0, "all lanes of a warp take as many rows");
+               IS_PRODUCT = MEASURE == 3;
+constexpr int TOGETHER = 2;      // rows that lanes of kv_squares hold at once, which share factors
+static_assert(KEYS % (SLOTS * TOGETHER) == 0 && KEYS % THREADS == 0, "all warps take as many rows");
 
 // This lane's part of a row, decoded.
 __device__ __forceinline__ void load_row(float (&x)[EIGHTS][8], const K_T* row, float scale) {
@@ -49,16 +49,18 @@ __device__ __forceinline__ void load_row(float (&x)[EIGHTS][8], const K_T* row, 
     }
 }
 
-// The largest magnitude of a row; NaN wins.
-__device__ __forceinline__ float largest_of(const float (&x)[EIGHTS][8]) {
-    u32 peak[1] = {0};
-#pragma unroll
-    for (int e = 0; e < EIGHTS; e++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) peak[0] = max(peak[0], __float_as_uint(fabsf(x[e][i])));
+// Where a row begins, in array elements, and its scale.
+struct Place { i64 at; float scale; };
+
+__device__ __forceinline__ Place place_of(const int* pages, u32 row, int P, const SCALE_T* scales,
+                                          i64 pool_page, i64 pool_token, i64 pool_head,
+                                          i64 scales_page, i64 scales_token, i64 scales_head) {
+    const i64 page = pages[row / P], token = row % P;
+    Place place = {page * pool_page + token * pool_token + pool_head, 1.0f};
+    if (LARGEST<K_T> > 0.0f) {
+        place.scale = to_float(scales[page * scales_page + token * scales_token + scales_head]);
     }
-    group_max<LANES>(peak);
-    return __uint_as_float(peak[0]);
+    return place;
 }
 
 // Add the squares of x.f for T factors f [T, D] to `scores` of rows x; all lanes of the group do.
@@ -76,13 +78,108 @@ __device__ __forceinline__ void add_squares(float (&scores)[TOGETHER],
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, IS_SQUARES ? 6 : 0)
+// What a row is measured by, of a lane's share of it or of all: codes, which the row's scale follows.
+struct Measured {
+    float squares, product;  // with the vector
+    u32 peak;                // bits of the largest magnitude; those of NaN are larger
+};
+
+__device__ __forceinline__ void measure(Measured& found, const Eight<K_T>& eight,
+                                        const float (&vector)[8]) {
+    if constexpr (IS_NORM && SAME<K_T, i8>) {  // below 2^24, so exact
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) sum = dp4a((int)eight.words[i], (int)eight.words[i], sum);
+        found.squares += (float)sum;
+    } else {
+        float x[8];
+        unpack8(x, eight);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (IS_NORM || IS_COSINE) found.squares += x[i] * x[i];
+            if (IS_COSINE || IS_PRODUCT) found.product += vector[i] * x[i];
+            if (IS_LARGEST) found.peak = max(found.peak, __float_as_uint(fabsf(x[i])));
+        }
+    }
+}
+
+// A warp takes WARP rows at a time: lane l finds where row l is, each group of LANES loads as many
+// rows, one a step, and the steps' shares are exchanged at once, so that lane l ends up with row l.
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
 kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
           const SCALE_T* __restrict__ scales, const float* __restrict__ vectors,
-          const float* __restrict__ factors, const int* __restrict__ page_table,
-          const int* __restrict__ lengths, i64 pool_page, i64 pool_token, i64 pool_head,
-          i64 scales_page, i64 scales_token, i64 scales_head, int R, int T, int H, int P, int M,
-          int capacity) {
+          const int* __restrict__ page_table, const int* __restrict__ lengths, i64 pool_page,
+          i64 pool_token, i64 pool_head, i64 scales_page, i64 scales_token, i64 scales_head, int R,
+          int H, int P, int M, int capacity) {
+    constexpr int BATCH = AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS < LANES
+                              ? AHEAD_BYTES / sizeof(Eight<K_T>) / EIGHTS : LANES;
+    const int chunks = capacity / KEYS + (capacity % KEYS != 0);
+    const int begin = blockIdx.x % chunks * KEYS;
+    const int r = blockIdx.x / chunks % R, b = blockIdx.x / chunks / R;
+    const int kv_head = r / (R / H), lane = threadIdx.x % WARP;
+    const int length = max(0, min(lengths[b], capacity));
+    float* const out = scores + ((i64)b * R + r) * capacity;
+
+    float vector[EIGHTS][8] = {}, of_vector = 1.0f;
+    if (IS_COSINE || IS_PRODUCT) load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
+    if (IS_COSINE) of_vector = sqrtf(dot(vector, vector));
+    for (int i = threadIdx.x - lane; i < KEYS; i += THREADS) {
+        const int key = begin + i + lane;
+        float score = 0.0f;
+        if (begin + i < length) {
+            const Place place =
+                place_of(page_table + (i64)b * M, min(key, length - 1), P, scales, pool_page,
+                         pool_token, kv_head * pool_head, scales_page, scales_token,
+                         kv_head * scales_head);
+            float squares[LANES], products[LANES];
+            u32 peaks[LANES];
+#pragma unroll
+            for (int first = 0; first < LANES; first += BATCH) {
+                Eight<K_T> row[BATCH][EIGHTS];
+#pragma unroll
+                for (int s = 0; s < BATCH; s++) {
+                    const i64 at = __shfl_sync(FULL_MASK, place.at, first + s, LANES);
+#pragma unroll
+                    for (int e = 0; e < EIGHTS; e++) {
+                        row[s][e] = get8(pool + at + safe_column(e) / PACKED<K_T>);
+                    }
+                }
+#pragma unroll
+                for (int s = 0; s < BATCH; s++) {
+                    Measured found = {};
+#pragma unroll
+                    for (int e = 0; e < EIGHTS; e++) {
+                        const bool is_active = (e * LANES + LANES) * 8 <= D || column(e) < D;
+                        if (is_active) measure(found, row[s][e], vector[e]);
+                    }
+                    squares[first + s] = found.squares;
+                    products[first + s] = found.product;
+                    peaks[first + s] = found.peak;
+                }
+            }
+            if (IS_NORM || IS_COSINE) fold_sums<LANES / 2>(squares);
+            if (IS_COSINE || IS_PRODUCT) fold_sums<LANES / 2>(products);
+            if (IS_LARGEST) fold<LANES / 2>(peaks, [](u32 a, u32 b) { return max(a, b); });
+            if (IS_NORM) score = sqrtf(squares[0]) * place.scale;
+            if (IS_LARGEST) score = __uint_as_float(peaks[0]) * place.scale;
+            if (IS_PRODUCT) score = products[0] * place.scale;
+            if (IS_COSINE) {
+                const float of_both = sqrtf(squares[0]) * place.scale * of_vector;
+                score = of_both == 0.0f ? 0.0f : products[0] * place.scale / of_both;
+            }
+        }
+        if (key < capacity) out[key] = key < length ? score : 0.0f;
+    }
+}
+
+// Rows times the vector, and the squares of rows times factors. Lanes hold TOGETHER rows at once.
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
+kv_squares(float* __restrict__ scores, const K_T* __restrict__ pool,
+           const SCALE_T* __restrict__ scales, const float* __restrict__ vectors,
+           const float* __restrict__ factors, const int* __restrict__ page_table,
+           const int* __restrict__ lengths, i64 pool_page, i64 pool_token, i64 pool_head,
+           i64 scales_page, i64 scales_token, i64 scales_head, int R, int T, int H, int P, int M,
+           int capacity) {
     const int chunks = capacity / KEYS + (capacity % KEYS != 0);
     const int begin = blockIdx.x % chunks * KEYS;
     const int r = blockIdx.x / chunks % R, b = blockIdx.x / chunks / R;
@@ -90,42 +187,24 @@ kv_scores(float* __restrict__ scores, const K_T* __restrict__ pool,
     const int length = max(0, min(lengths[b], capacity));
     float* const out = scores + ((i64)b * R + r) * capacity;
 
-    float vector[EIGHTS][8], of_vector = 1.0f;
-    if (IS_COSINE || IS_PRODUCT || IS_SQUARES) {
-        load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
-        if (IS_COSINE) of_vector = sqrtf(dot(vector, vector));
-    }
+    float vector[EIGHTS][8];
+    load_query(vector, vectors + ((i64)b * R + r) * D, 1.0f);
     const int slot = threadIdx.x / LANES, slot_of_warp = threadIdx.x / WARP * WARP / LANES;
-#pragma unroll(IS_SQUARES ? 1 : LANES <= 8 ? 2 : 4)
+#pragma unroll 1
     for (int i = slot; i < KEYS; i += SLOTS * TOGETHER) {
         float score[TOGETHER] = {};
-        // A warp takes this branch as one. But for SQUARES all of a block do, so that loads of
-        // several rows may overlap.
-        const int first = IS_SQUARES ? begin + i - slot + slot_of_warp : begin;
-        if (first < length) {
+        if (begin + i - slot + slot_of_warp < length) {  // a warp takes this branch as one
             float x[TOGETHER][EIGHTS][8];
 #pragma unroll
             for (int t = 0; t < TOGETHER; t++) {
-                const u32 safe = min(begin + i + t * SLOTS, length - 1);
-                const i64 page = page_table[(i64)b * M + safe / P], token = safe % P;
-                float scale = 1.0f;
-                if (LARGEST<K_T> > 0.0f) {
-                    scale = to_float(scales[page * scales_page + token * scales_token +
-                                            kv_head * scales_head]);
-                }
-                const K_T* row =
-                    pool + page * pool_page + token * pool_token + kv_head * pool_head;
-                load_row(x[t], row, scale);
-                if (IS_LARGEST) score[t] = largest_of(x[t]);
-                if (IS_NORM) score[t] = sqrtf(dot(x[t], x[t]));
-                if (IS_COSINE) {
-                    const float of_both = sqrtf(dot(x[t], x[t])) * of_vector;
-                    score[t] = dot(vector, x[t]);
-                    score[t] = of_both == 0.0f ? 0.0f : score[t] / of_both;
-                }
-                if (IS_PRODUCT || IS_SQUARES) score[t] = dot(vector, x[t]);
+                const Place place =
+                    place_of(page_table + (i64)b * M, min(begin + i + t * SLOTS, length - 1), P,
+                             scales, pool_page, pool_token, kv_head * pool_head, scales_page,
+                             scales_token, kv_head * scales_head);
+                load_row(x[t], pool + place.at, place.scale);
+                score[t] = dot(vector, x[t]);
             }
-            if (IS_SQUARES) add_squares(score, x, factors + ((i64)b * R + r) * T * D, T);
+            add_squares(score, x, factors + ((i64)b * R + r) * T * D, T);
         }
 #pragma unroll
         for (int t = 0; t < TOGETHER; t++) {

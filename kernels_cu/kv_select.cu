@@ -9,17 +9,18 @@
 //   budgets   const  [R] int        rows that the S segments keep together; null: no limit
 // Scalars:  sinks, recent: the first and the last rows of a segment, which pass before all others;
 //           has_threshold, threshold: others are kept where their score exceeds it alone
-// Defines:  BLOCK = threads, a power of two from 128 to 1024
+// Defines:  BLOCK = threads, a power of two from 128 to 1024; ITEMS, scores that each has at once
 // Launch:   grid (R), block (BLOCK)
 // Traffic:  scores once, then from the caches three times; 4 bytes an entry of `kept`
 // Order:    atomics count integers alone: every run gives the same
 //
 // A score becomes a word that is ordered as the scores are: 0 of rows that may not be kept, all ones
-// of those that must. The word of the last row that is kept is found digit by digit.
+// of those that must. The word of the last row that is kept is found digit by digit. Lanes that count
+// the same digit are left to the hardware: adding them up first took a tenth longer (H200).
 #include "types.cuh"
 
-#ifndef BLOCK
-#error "kv_select.cu needs BLOCK"
+#if !defined(BLOCK) || !defined(ITEMS)
+#error "kv_select.cu needs BLOCK and ITEMS"
 #endif
 constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;  // 32 bits are three digits, the last short
 constexpr int WARPS = BLOCK / WARP;
@@ -82,10 +83,19 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
         __syncthreads();
         for (int s = 0; s < S; s++) {
             const int length = length_of(s);
-            for (int i = threadIdx.x; i < length; i += BLOCK) {
-                const u32 order = order_of(scores + (group + s) * C, i, length, rules);
-                const bool is_open = low + bits == 32 || order >> (low + bits) == last >> (low + bits);
-                if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
+            for (int tile = 0; tile < length; tile += BLOCK * ITEMS) {
+                u32 orders[ITEMS];
+#pragma unroll
+                for (int item = 0; item < ITEMS; item++) {
+                    const int i = tile + item * BLOCK + threadIdx.x;
+                    orders[item] = i < length ? order_of(scores + (group + s) * C, i, length, rules) : 0;
+                }
+#pragma unroll
+                for (const u32 order : orders) {
+                    const bool is_open =
+                        low + bits == 32 || order >> (low + bits) == last >> (low + bits);
+                    if (order && is_open) atomicAdd(&histogram[order >> low & ((1u << bits) - 1)], 1);
+                }
             }
         }
         __syncthreads();
@@ -123,18 +133,30 @@ kv_select(int* __restrict__ kept, int* __restrict__ counts, const float* __restr
     u64 before = 0;  // rows of earlier tiles: above `last` in the upper half, of that order below
     for (int s = 0; s < S; s++) {
         const int length = length_of(s);
+        const auto pair_of = [&](u32 order) {
+            return (u64)(order > last) << 32 | (u64)(order == last && order);
+        };
         const auto kept_of = [&](u64 pair) { return (int)(pair >> 32) + min((int)(u32)pair, ties); };
         const int segment_start = kept_of(before);
         int* const out = kept + (group + s) * C;
-        for (int tile = 0; tile < length; tile += BLOCK) {
-            const int i = tile + threadIdx.x;
-            const u32 order =
-                i < length ? order_of(scores + (group + s) * C, i, length, rules) : 0;
-            const bool is_above = order > last, is_tie = order == last && order;
-            u64 total;
-            const u64 mine =
-                before + counts_before((u64)is_above << 32 | (u64)is_tie, scratch, total);
-            if (is_above || (is_tie && (int)(u32)mine < ties)) out[kept_of(mine) - segment_start] = i;
+        for (int tile = 0; tile < length; tile += BLOCK * ITEMS) {
+            const int first = tile + threadIdx.x * ITEMS;
+            u32 orders[ITEMS];
+            u64 own = 0, total;
+#pragma unroll
+            for (int item = 0; item < ITEMS; item++) {
+                const int i = first + item;
+                orders[item] = i < length ? order_of(scores + (group + s) * C, i, length, rules) : 0;
+                own += pair_of(orders[item]);
+            }
+            u64 mine = before + counts_before(own, scratch, total);
+#pragma unroll
+            for (int item = 0; item < ITEMS; item++) {
+                const u64 pair = pair_of(orders[item]);
+                const bool is_kept = pair >> 32 || (pair && (int)(u32)mine < ties);
+                if (is_kept) out[kept_of(mine) - segment_start] = first + item;
+                mine += pair;
+            }
             before += total;
             __syncthreads();  // `scratch` is read
         }

@@ -28,19 +28,25 @@ template <int WIDTH, int N> __device__ __forceinline__ void group_max(u32 (&x)[N
     }
 }
 
-// Lanes exchange half of their values, keep KEPT sums, and so on down to one. A recursion, because the
-// compiler does not unroll a loop of such loops in a large kernel, and x would lie on the stack.
-template <int KEPT> __device__ __forceinline__ void fold_sums(float* x) {
+// Lanes exchange half of their values, keep KEPT that are joined, and so on down to one: of 2 * KEPT
+// values, lane l of an aligned group of as many lanes keeps in x[0] what the group's x[l % (2 * KEPT)]
+// join to. A recursion, because the compiler does not unroll a loop of such loops in a large kernel,
+// and x would lie on the stack.
+template <int KEPT, typename T, typename Join> __device__ __forceinline__ void fold(T* x, Join join) {
     if constexpr (KEPT > 0) {
         const bool upper = threadIdx.x & KEPT;
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {
-            const float given = upper ? x[i] : x[i + KEPT];
-            const float kept = upper ? x[i + KEPT] : x[i];
-            x[i] = kept + __shfl_xor_sync(FULL_MASK, given, KEPT);
+            const T given = upper ? x[i] : x[i + KEPT];
+            const T kept = upper ? x[i + KEPT] : x[i];
+            x[i] = join(kept, __shfl_xor_sync(FULL_MASK, given, KEPT));
         }
-        fold_sums<KEPT / 2>(x);
+        fold<KEPT / 2>(x, join);
     }
+}
+
+template <int KEPT> __device__ __forceinline__ void fold_sums(float* x) {
+    fold<KEPT>(x, [](float a, float b) { return a + b; });
 }
 
 // N sums at once, N a power of two up to 32: lane l gets the warp's sum of x[l % N], by N - 1 +

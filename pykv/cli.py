@@ -221,7 +221,9 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evict",
         metavar="POLICY",
-        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4",
+        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4; "
+        "also tova, h2o, expectedattention, keynorm, largest, random, and before any of them but "
+        "tova adakv:, by which heads share a budget",
     )
     parser.add_argument(
         "--host-cache",

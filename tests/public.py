@@ -121,7 +121,7 @@ UNCHECKED = """
     specs.parsed specs.KVSpec.written kinds.count_largest
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
-    eviction.steps.Evicted.moved blocks.BlockManager.check_sequences
+    eviction.steps.Evicted.moved eviction.policies.base_of blocks.BlockManager.check_sequences
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers
@@ -581,6 +581,10 @@ METHODS = {
     "blocks.BlockManager.evict": _of(_managers, "evict", sequences=..., start=1, stops=[2]),
     "eviction.steps.evict": _evict,
     "eviction.heads.decode": lambda xp: (eviction.decode, _ragged(xp, q=_QUERIES)),
+    "eviction.heads.attention_mass": lambda xp: (
+        eviction.attention_mass,
+        _ragged(xp, q=zeros("f4", 2, 1, 4, 16), before=zeros("f4", 2, 2, 3)),
+    ),
     "eviction.heads.append": lambda xp: (eviction.append, _ragged(xp, k=_NEW, v=_NEW)),
     "eviction.block_selection.block_means": lambda xp: (eviction.block_means, _blockwise(xp)),
     "eviction.block_selection.decode_blocks": lambda xp: (

@@ -414,6 +414,30 @@ def test_heavy_hitters_go_by_what_they_are_given(xp, rng):
     np.testing.assert_array_equal(taken, mass[0, 0, 0, to_numpy(evicted.kept[0])[0, 0, :8]])
 
 
+@pytest.mark.parametrize("spec", ["fp32", "fp32:HND"])
+def test_attention_is_summed_over_calls(xp, rng, spec):
+    """Of heads that hold different numbers of rows, and where the first call saw fewer pages."""
+    cache, sequences, rows = cache_of(xp, rng, spec)
+    lengths = np.array([[30, 17], [11, 2], [3, 5]], np.int32)
+    calls, sums = [(lengths - 2, 1, 5), (lengths, 2, 8)], np.zeros((3, H, 8 * P))
+    mass = None
+    for held, T, width in calls:
+        q = rng.standard_normal((3, T, H * G, D)).astype(np.float32)
+        table = xp.asarray(blocks.page_table(sequences, 8)[:, :width].copy())
+        held = np.minimum(held, width * P)
+        sent = xp.asarray(q), table, xp.asarray(held)
+        mass = eviction.attention_mass(cache, 1, *sent, before=mass, scale=0.3)
+        assert mass.shape == (3, H, width * P)
+        for b, head in np.ndindex(3, H):
+            n = held[b, head]
+            keys = rows[1][b][0][:n].astype(np.float64)
+            sums[b, head, :n] += mass_of(q[b], keys, 0.3)[head]
+    np.testing.assert_allclose(to_numpy(mass), sums, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ShapeError, match="before has C=32, expected at most M . P = 20"):
+        short = xp.asarray(blocks.page_table(sequences, 8)[:, :5].copy())
+        eviction.attention_mass(cache, 1, sent[0], short, sent[2], before=mass)
+
+
 def test_heads_share_a_budget(xp, rng):
     """AdaKV: the best rows of all heads, and of each head its best of a fifth."""
     cache, sequences, _ = cache_of(xp, rng, lengths=[40])

@@ -35,7 +35,7 @@ from pykv.bench import Work, memory
 from pykv.bench.options import Case
 from pykv.bench.report import Record, label
 from pykv.errors import ParameterError
-from pykv.ops import attention_scores, compaction, paged_convert, paged_decode
+from pykv.ops import attention_scores, kv_select, paged_convert, paged_decode
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 from pykv.testing import caches, host, is_by_definition
@@ -184,12 +184,10 @@ class Layer:
             query = xp.ascontiguousarray(q[:, WINDOW + t])
             self._steps += [append, step(query, self.some, self.kept + t + 1)]
         self._places = self.some.slots(0, self.kept)
-        size, self._found = B * self.all.room, None
-        self._chosen = dict(out=xp.zeros(size, np.float32), indices=xp.zeros(size, np.int32))
-        self._chosen |= dict(count=xp.zeros(1, np.int64))
-        if xp is not np:
-            of_gpu = compaction.workspace_size(size, 4)
-            self._chosen["workspace"] = xp.empty(of_gpu, np.uint64)
+        self._limits = xp.full((B, 1), self.L, np.int32), xp.full(B, self.kept, np.int32)
+        self._kept = xp.zeros((B, 1, self.all.room), np.int32)
+        self._counts = xp.zeros((B, 1), np.int32)
+        self._starts = xp.asarray(self.all.room * np.arange(B, dtype=np.int32)[:, None])
 
     def masses(self, q: Any) -> Any:
         """[B, H, room] float32: the attention that queries behind the last key give each key, over
@@ -202,10 +200,7 @@ class Layer:
     def evict(self) -> None:
         """Score every key, select the best of each sequence, and copy their rows, in order."""
         scores = self.masses(self._window).sum(1)  # of tokens: a row stays in all heads or in none
-        rank = self.all.room - self.kept
-        least = self.xp.partition(scores, rank, axis=1)[:, rank : rank + 1]
-        is_kept = (scores >= least).astype(np.float32).reshape(-1)
-        compaction.compress(is_kept, 0.5, **self._chosen)
+        kv_select.select(scores[:, None], *self._limits, kept=self._kept, counts=self._counts)
         tokens = [self._as_tokens(store) for store in (self.all, self.some)]
         outs = {name.replace("_", "_out_").replace("_pool", ""): x for name, x in tokens[1].items()}
         spec = self.all.cache.spec
@@ -215,12 +210,12 @@ class Layer:
     @property
     def slots_kept(self) -> Any:
         """[B * kept] int32: slots of all keys, of those that `evict` keeps."""
-        return self._chosen["indices"][: self.B * self.kept]
+        return (self._kept[:, 0, : self.kept] + self._starts).reshape(-1)
 
     def is_evicted(self) -> bool:
         """Whether `evict` chose as many as it should, the best ones, and copied their rows."""
-        if int(host(self._chosen["count"])[0]) != self.B * self.kept:
-            return False  # also where scores are equal
+        if (host(self._counts) != self.kept).any():
+            return False
         scores = host(self.masses(self._window).sum(1))
         best = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, : self.kept], axis=1)
         slots = best + np.arange(self.B)[:, None] * self.all.room

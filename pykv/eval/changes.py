@@ -24,6 +24,7 @@ from pykv.arrays import module_of, to_host
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.eval.replay import QUERIES, ExactCache, Place
 from pykv.eviction import AdaKV, Policy, Rotary
+from pykv.eviction.policies import base_of
 from pykv.kinds import SCALE_DTYPES, Kind
 from pykv.kvtc.codec import Codec
 from pykv.llm.config import Config
@@ -128,7 +129,7 @@ def evict(policy: Policy | AdaKV | str) -> Change:
     chosen = eviction.parse(policy) if isinstance(policy, str) else policy
     if not isinstance(chosen, eviction.Policy | eviction.AdaKV):
         raise DtypeError(f"eval.evict: policy is a {type(policy).__name__}, expected a policy")
-    base = chosen.policy if isinstance(chosen, eviction.AdaKV) else chosen
+    base = base_of(chosen)
     if base.needs == "scores":
         raise UnsupportedError(
             f"eval.evict: policy is {policy!r}, expected one that goes by rows or by queries: the "

@@ -31,7 +31,7 @@ al. 2024), Ada-KV (2024), KeyDiff (2025), expected attention (2025); NVIDIA's kv
 """
 
 from pykv.eviction.block_selection import BlockSelection, block_means, decode_blocks
-from pykv.eviction.heads import append, decode
+from pykv.eviction.heads import append, attention_mass, decode
 from pykv.eviction.policies import (
     H2O,
     POLICIES,
@@ -69,6 +69,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "append",
+    "attention_mass",
     "block_means",
     "decode",
     "decode_blocks",

@@ -14,7 +14,15 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, module_of, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
-from pykv.eviction.parts import Part, check_cache, of_heads, of_sequences, parts, refuse_own
+from pykv.eviction.parts import (
+    Part,
+    check_cache,
+    mass_of,
+    of_heads,
+    of_sequences,
+    parts,
+    refuse_own,
+)
 from pykv.ops import paged_append, paged_decode
 from pykv.pool import PagedKVCache
 
@@ -161,6 +169,68 @@ def append(
             paged_append.append(new[0], new[1], slots=slots, **part.pools, **options)
 
 
+def attention_mass(
+    cache: PagedKVCache,
+    layer: int,
+    q: Any,
+    page_table: Any,
+    lengths: Any,
+    *,
+    before: Any = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    stream: Any = None,
+) -> Any:
+    """How much attention the last queries gave to each row of a layer; what `H2O` sums up.
+
+    Args:
+        cache, layer: where.
+        q: [B, T, HQ, D] of the last T tokens of each sequence, rotated as for attention.
+        page_table: [B, M] int32.
+        lengths: [B, H] int32 on the cache's device; rows of each head, those of the queries
+            included.
+        before: [B, H, C] float32, C at most M * P; what earlier queries gave, which is added.
+        scale, logits_soft_cap: of the model's attention.
+        stream: see pykv.cuda.on_stream.
+
+    Returns:
+        [B, H, M * P] float32: sums over the queries of each KV head; 0 behind its rows.
+
+    Raises:
+        ParameterError: there is no such layer.
+        ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
+        UnsupportedError: the call is being prepared.
+
+    On a GPU only enqueues. Twice the attention of T queries a sequence.
+    """
+    op = "eviction.attention_mass"
+    cuda.refuse_prepare(op, "it makes tables for each call")
+    check_cache(op, cache, layer)
+    dims = _mass_check(q, page_table, lengths, before)
+    B, H, C = dims["B"], dims["H"], dims["M"] * cache.page_size
+    made = parts(cache, layer)
+    _check_heads(op, made, H)
+    if dims["HQ"] % H:
+        raise ShapeError(f"{op}: q has HQ={dims['HQ']}, expected a multiple of H={H}")
+    if dims.get("C", 0) > C:
+        raise ShapeError(f"{op}: before has C={dims['C']}, expected at most M * P = {C}")
+    xp = module_of(q)
+    with cuda.on_stream(stream, q):
+        total = xp.zeros((B, H, C), np.float32)
+        if before is not None:
+            total[..., : before.shape[2]] = before
+        if 0 in q.shape or not total.size:
+            return total
+        options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
+        for part in made:
+            heads = slice(part.first, part.first + part.n)
+            tables = dict(page_table=part.table(page_table))
+            tables |= dict(lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1))
+            found = mass_of(part.pools, of_heads(q, H, heads), tables, options)
+            total[:, heads] += found.reshape(B, part.n, C)
+    return total
+
+
 @kept
 def _decode_checker(many: bool) -> Callable[..., Dims]:
     return checker(
@@ -174,6 +244,13 @@ def _decode_checker(many: bool) -> Callable[..., Dims]:
     )
 
 
+_mass_check = checker(
+    "eviction.attention_mass",
+    q=("B T | HQ D", FLOATS),
+    page_table=("B M", INT32),
+    lengths=("B H", INT32),
+    before=optional("B H C", FLOAT32),
+)
 _append_check = checker(
     "eviction.append",
     k=("B H | D", FLOATS),

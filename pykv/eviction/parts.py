@@ -159,8 +159,19 @@ class Rows(NamedTuple):
     def mass(self, window: int) -> Any:
         """The attention [B, n, C] that the last `window` queries gave to each row."""
         q = self.xp.ascontiguousarray(self.queries[:, -window:])
-        options = {name: x for name, x in self.options.items() if x is not None}
-        _, lse = paged_decode.decode(q, **self.pools, **self.tables, return_lse=True, **options)
-        keys = {name: x for name, x in self.pools.items() if name not in ("v_pool", "v_scales")}
-        found = attention_scores.score(q, **keys, **self.tables, lse=lse, **options)
+        found = mass_of(self.pools, q, self.tables, self.options)
         return found.reshape(self.B, self.n, -1)
+
+
+def mass_of(pools: dict[str, Any], q: Any, tables: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The attention [B * n, 1, C] that queries [B * n, T, G, D] of heads gave to their rows.
+
+    Args:
+        pools: of a Part.
+        tables: page_table [B * n, M] and lengths [B * n].
+        options: scale and logits_soft_cap of attention; None: as where they are left out.
+    """
+    given = {name: x for name, x in options.items() if x is not None}
+    _, lse = paged_decode.decode(q, **pools, **tables, return_lse=True, **given)
+    keys = {name: x for name, x in pools.items() if name not in ("v_pool", "v_scales")}
+    return attention_scores.score(q, **keys, **tables, lse=lse, **given)

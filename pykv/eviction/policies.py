@@ -194,8 +194,8 @@ class H2O(Scores):
     """Heavy hitters: rows by the attention that they got from all queries so far, and recent ones,
     which had no time to get any.
 
-    `scores` are of `attention_scores.score(..., accumulate=True)`, call for call. Rows that move
-    take theirs along: see `Evicted.moved`.
+    `scores` are those of `attention_mass`, or of `attention_scores.score(..., accumulate=True)`,
+    call for call. Rows that move take theirs along: see `Evicted.moved`.
 
     Args, Raises: as `Policy`.
     """
@@ -337,6 +337,15 @@ class AdaKV:
             raise ParameterError(f"AdaKV: policy is {given}, expected one whose heads may differ")
         if not 0 <= check_number("AdaKV", "floor", self.floor) <= 1:
             raise ParameterError(f"AdaKV: floor is {self.floor}, expected 0 to 1")
+
+
+def base_of(policy: Policy | AdaKV) -> Policy:
+    """The policy whose scores and budget these are.
+
+    >>> pykv.eviction.policies.base_of(pykv.eviction.parse("adakv:random:8")).budget
+    8
+    """
+    return policy.policy if isinstance(policy, AdaKV) else policy
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -15,7 +15,7 @@ from pykv import blocks, cuda
 from pykv.arrays import FLOAT32, FLOATS, INT32, checker, is_array, module_of, to_host
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction.parts import Rows, check_cache, of_heads, parts
-from pykv.eviction.policies import AdaKV, Policy, parse
+from pykv.eviction.policies import AdaKV, Policy, base_of, parse
 from pykv.eviction.rotary import Rotary, check_rotary
 from pykv.ops import kv_compact, kv_select
 from pykv.options import check_number, check_whole
@@ -139,10 +139,6 @@ def _policies(op: str, given: Any, L: int) -> dict[int, Policy | AdaKV]:
     return found
 
 
-def _base(policy: Policy | AdaKV) -> Policy:
-    return policy.policy if isinstance(policy, AdaKV) else policy
-
-
 class _Work:
     """One call of `evict`, in its two steps."""
 
@@ -172,7 +168,7 @@ class _Work:
     def arrays(self, **given: Any) -> dict[int, Any]:
         """By layer that rows are evicted from: the array that its policy needs, or None."""
         op, (B, H, _), found = self.op, self.shape, dict[int, Any]()
-        bases = {layer: _base(policy) for layer, policy in self.policies.items()}
+        bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         for name, x in given.items():
             wanted = [layer for layer, base in bases.items() if base.needs == name]
             if (x is None) == bool(wanted):
@@ -198,7 +194,7 @@ class _Work:
 
     def check_rotary(self, rotary: Any) -> None:
         """Check that it is given where a policy looks ahead, and nowhere else."""
-        bases = {layer: _base(policy) for layer, policy in self.policies.items()}
+        bases = {layer: base_of(policy) for layer, policy in self.policies.items()}
         wanted = [layer for layer, base in bases.items() if base.looks_ahead]
         if (rotary is None) == bool(wanted):
             wrong = "is missing" if rotary is None else "is given"
@@ -241,7 +237,7 @@ class _Work:
         self, layer: int, array: Any, options: dict[str, Any], rotary: Rotary | None
     ) -> Any:
         """[B, H, C] of a layer."""
-        (B, H, C), xp, base = self.shape, self.xp, _base(self.policies[layer])
+        (B, H, C), xp, base = self.shape, self.xp, base_of(self.policies[layer])
         found = []
         for part in parts(self.cache, layer):
             heads = slice(part.first, part.first + part.n)
@@ -261,7 +257,7 @@ class _Work:
     def _select(self, layer: int, scores: Any) -> tuple[Any, Any, Any]:
         """Rows that are kept, how many on the device, and how many on the host at most."""
         xp, policy = self.xp, self.policies[layer]
-        base = _base(policy)
+        base = base_of(policy)
         B, H, C = scores.shape
         lengths = self.lengths[layer]
         limits = base.counts(lengths)
@@ -307,7 +303,7 @@ class _Work:
         shrinking = np.flatnonzero(is_less).tolist()
         manager.evict(
             [self.sequences[b] for b in shrinking],
-            min((_base(policy).sinks for policy in self.policies.values()), default=0),
+            min((base_of(policy).sinks for policy in self.policies.values()), default=0),
             counts.max((0, 2), initial=0)[shrinking].tolist(),
         )
         freed = manager.num_free - before

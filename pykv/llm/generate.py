@@ -12,14 +12,14 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pykv import cuda, install
-from pykv.errors import CapacityError, ParameterError
-from pykv.eviction import Policy
+from pykv.errors import CapacityError, ParameterError, UnsupportedError
+from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
 from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions
 from pykv.llm.answer import Answer, Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
-from pykv.llm.evictor import as_policy
+from pykv.llm.evictor import as_policy, sums_attention
 from pykv.llm.fingerprint import fingerprint
 from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams, check_vocabulary
@@ -67,14 +67,16 @@ class LLM:
             page_size tokens of a prompt are a step of their own, whether the pages before them are
             found or computed. Pages that other prompts, other batches or answers left may differ in
             their last bits from those that a call of an LLM without them computes, as sums depend
-            on the tokens of a step.
+            on the tokens of a step. None: yes, unless `eviction` is H2O, which must see all queries
+            of a prompt, and refuses one.
         eviction: which rows the cache keeps of a prompt once it is read, and of a growing answer: a
             policy of pykv.eviction, or a text such as "snapkv:512". A `budget` holds from then on,
             give or take EVERY rows; a `ratio` is of the prompt alone. Policies that ask for queries
             get a prompt's last ones, of tokens that the prefix cache is not asked for, and later
-            the last one. Layers with a sliding window keep their last rows. Pages of prompts stay
-            in the prefix cache as they were; rows are evicted from copies. `logits` and
-            `perplexity` see all tokens. None: all rows stay.
+            the last one; H2O gets all. Heads that share a budget (AdaKV) hold up to H times it,
+            and so many pages are set aside. Layers with a sliding window keep their last rows.
+            Pages of prompts stay in the prefix cache as they were; rows are evicted from copies.
+            `logits` and `perplexity` see all tokens. None: all rows stay.
         host_cache: bytes of the host's memory for full pages that the prefix cache would forget, of
             which prompts find as many again as they begin with: "4GiB", an integer, or
             "4GiB:int8", which keeps them as int8 codes. None: they are forgotten.
@@ -109,8 +111,8 @@ class LLM:
         context: int | None = None,
         pool_tokens: int | None = None,
         page_size: int = 16,
-        prefix_cache: bool = True,
-        eviction: Policy | str | None = None,
+        prefix_cache: bool | None = None,
+        eviction: Policy | AdaKV | str | None = None,
         host_cache: str | int | None = None,
         disk_cache: str | None = None,
         progress: bool = False,
@@ -119,12 +121,19 @@ class LLM:
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
         dtype = matrices.weights_dtype("weights", weights)
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
-        check_flag("LLM", "prefix_cache", prefix_cache)
         check_flag("LLM", "progress", progress)
         require_sm = check_whole("LLM", "require_sm", require_sm, 0)
         page_size = check_whole("LLM", "page_size", page_size, 1)
+        policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS, self.spec)
+        sums = sums_attention(policy)
+        if prefix_cache is None:
+            prefix_cache = not sums
+        if check_flag("LLM", "prefix_cache", prefix_cache) and sums:
+            raise UnsupportedError(
+                "LLM: eviction is H2O with a prefix_cache, expected prefix_cache=False: pages that "
+                "are found do not tell how much attention their rows got"
+            )
         check_tiers("LLM", host_cache, disk_cache, prefix_cache)
-        policy = as_policy("LLM", eviction, scheduler.PREFILL_TOKENS)
         context = None if context is None else check_whole("LLM", "context", context, 1)
         if pool_tokens is not None:
             pool_tokens = check_whole("LLM", "pool_tokens", pool_tokens, 1)

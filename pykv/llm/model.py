@@ -23,7 +23,6 @@ from pykv.arrays import like, on_gpu
 from pykv.llm import matrices
 from pykv.llm.weights import Model
 from pykv.ops import activation, linear, norm, paged_check, paged_decode
-from pykv.pool import PagedKVCache
 
 # A CUDA graph decodes so many sequences at most, and none that would read so many bytes of weights
 # again (13 ms at 300 GB/s, as long as Python takes for a step): else products by cuBLAS pay, of
@@ -53,7 +52,7 @@ class Batch:
 def forward(
     model: Model,
     batch: Batch,
-    cache: PagedKVCache,
+    cache: Any,
     rows: Any = None,
     *,
     gemm: str = "auto",
@@ -64,7 +63,8 @@ def forward(
     Args:
         model: weights.
         batch: the tokens, on the model's device.
-        cache: updated in place at `batch.slots`.
+        cache: a PagedKVCache, updated in place at `batch.slots`; or for a step of one token a
+            sequence a HeadRows, which has slots and lengths of its own.
         rows: [R] int32, tokens whose logits are wanted; None means all T.
         gemm: what multiplies on a GPU, see linear.linear.
         queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
@@ -143,9 +143,7 @@ def _soft_cap(x: Any, cap: float) -> None:
     x *= cap
 
 
-def decode_step(
-    model: Model, batch: Batch, cache: PagedKVCache, queries: Any = None
-) -> Callable[[], Any]:
+def decode_step(model: Model, batch: Batch, cache: Any, queries: Any = None) -> Callable[[], Any]:
     """A function that does `forward` on a batch of one token a sequence; each call goes by what the
     batch's arrays contain then. The cache must not be grown meanwhile.
 

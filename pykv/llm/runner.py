@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from pykv import blocks
-from pykv.eviction import Policy
+from pykv.eviction import AdaKV, Policy
 from pykv.llm import scheduler
 from pykv.llm.evictor import Evictor
+from pykv.llm.head_rows import HeadRows
 from pykv.llm.model import Batch, decode_rows, decode_step, forward
 from pykv.llm.sampler import Sampler
 from pykv.llm.sampling import SamplingParams
@@ -45,7 +46,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Model, cache: PagedKVCache, xp: Any, eviction: Policy | None = None
+        self, model: Model, cache: PagedKVCache, xp: Any, eviction: Policy | AdaKV | None = None
     ) -> None:
         self.model, self.cache, self.xp = model, cache, xp
         self._evictor = None if eviction is None else Evictor(eviction, model, cache)
@@ -70,13 +71,17 @@ class ModelRunner:
         batch = self._ragged_batch(sequences, ids)
         last = np.cumsum([n for _, n in pieces]) - 1
         rows = self.xp.asarray(last[done].astype(np.int32))
-        queries = self._queries(int(last[-1]) + 1) if done else None
+        evictor = self._evictor
+        queries = None
+        if evictor is not None and (evictor.sums or (done and evictor.asked)):
+            queries = self._queries(int(last[-1]) + 1)
         logits = forward(self.model, batch, self.cache, rows, queries=queries)
-        for s, n in pieces:
+        for i, (s, n) in enumerate(pieces):
             s.cached += n
-        for i in done:
-            s, n = pieces[i]
-            self._evict(s, queries, int(last[i]) + 1 - n, n)
+            if evictor is not None:
+                end = int(last[i]) + 1
+                asked = None if queries is None else queries[:, end - n : end]
+                evictor.see_prompt(s, asked, i in done)
         return self._draw([sequences[i] for i in done], logits)
 
     def decode(self, sequences: list[Sequence]) -> list[int]:
@@ -94,8 +99,9 @@ class ModelRunner:
         logits = decoder.run(sequences)
         for i, s in enumerate(sequences):
             s.cached += 1
-            if self._evictor and self._evictor.is_due(s.held):
-                self._evict(s, decoder.queries, i, 1)
+            if self._evictor is not None:
+                queries = decoder.queries
+                self._evictor.see_answer(s, None if queries is None else queries[:, i : i + 1])
         return self._draw(sequences, logits)
 
     def end(self, sequence: Sequence) -> None:
@@ -140,19 +146,10 @@ class ModelRunner:
         return tokens
 
     def _queries(self, tokens: int) -> Any:
-        """Where a step puts the queries of its tokens, if eviction asks for some."""
-        if self._evictor is None or not self._evictor.asked:
-            return None
+        """Where a step puts the queries of its tokens."""
         config = self.model.config
         shape = config.num_layers, tokens, config.heads, config.head_dim
         return self.xp.empty(shape, np.float32)
-
-    def _evict(self, s: Sequence, queries: Any, first: int, count: int) -> None:
-        """Shrink a sequence, whose last tokens are `count` of `queries`."""
-        if self._evictor is not None:
-            asked = None if queries is None else queries[:, first : first + count]
-            left = s.limit - s.cached
-            s.dropped = s.cached - self._evictor.evict(s.pages, s.held, asked, left)
 
     def _ragged_batch(self, sequences: list[Sequence], ids: list[list[int]]) -> Batch:
         """A batch of the given tokens, which follow what each sequence has in the cache."""
@@ -174,28 +171,46 @@ class ModelRunner:
         )
 
     def _decoder(self, rows: int, width: int) -> _Decoder:
-        return _Decoder(self.model, self.cache, self.xp, (rows, width), self._queries(rows))
+        evictor, queries, heads = self._evictor, None, None
+        if evictor is not None and (evictor.asked or evictor.sums):
+            queries = self._queries(rows)
+        if evictor is not None and evictor.is_ragged:
+            heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
+        return _Decoder(self.model, self.cache, self.xp, (rows, width), queries, heads)
 
 
 class _Decoder:
     """Decodes up to `rows` sequences of up to `width` pages by one step, a CUDA graph where that
-    pays: rows that nobody has are not written, and see no keys."""
+    pays: rows that nobody has are not written, and see no keys.
+
+    Args:
+        model, cache, xp: of the runner.
+        size: rows and width.
+        queries: where the step puts those of its tokens, or None.
+        heads: what stands for the cache, where heads hold different numbers of rows.
+    """
 
     def __init__(
-        self, model: Model, cache: PagedKVCache, xp: Any, size: tuple[int, int], queries: Any
+        self,
+        model: Model,
+        cache: PagedKVCache,
+        xp: Any,
+        size: tuple[int, int],
+        queries: Any,
+        heads: HeadRows | None,
     ) -> None:
         rows, _ = size
-        self.queries = queries
+        self.queries, self._heads = queries, heads
         self._page_size, self._on_host = cache.page_size, xp is np
         self._inputs = xp.empty((4, rows), np.int32)  # one transfer for all four
         self._table = xp.full(size, -1, np.int32)
         self._packed = np.empty((4, rows), np.int32)
         self._pages = np.full(size, -1, np.int32)  # what the table shall hold
         # Of each row: the list of its pages, how many of them are in the table, rows evicted.
-        self._shown: list[tuple[list[int] | None, int, int]] = [(None, 0, 0)] * rows
+        self._shown: list[tuple[list[int] | None, int, int, Any]] = [(None, 0, 0, None)] * rows
         ids, positions, slots, lengths = self._inputs
         batch = Batch(ids, positions, slots, None, self._table, lengths)
-        self._step = decode_step(model, batch, cache, queries)
+        self._step = decode_step(model, batch, heads or cache, queries)
 
     def run(self, sequences: list[Sequence]) -> Any:
         """Logits after the last token of each sequence, [n, V]."""
@@ -205,21 +220,25 @@ class _Decoder:
             slot = s.pages[s.held // P] * P + s.held % P
             packed[:, i] = s.generated[-1], s.cached, slot, s.held + 1
         self._fill(self._inputs, packed)
-        if self._show(sequences):
+        is_new = self._show(sequences)
+        if is_new:
             self._fill(self._table, self._pages)
+        if self._heads is not None:
+            self._heads.show(sequences, self._pages, is_new)
         return self._step()[: len(sequences)]
 
     def _show(self, sequences: list[Sequence]) -> bool:
         """Note the pages that have come; whether there are any."""
         is_new = False
         for i, s in enumerate(sequences):
-            pages, count, dropped = self._shown[i]
-            if pages is not s.pages or count > len(s.pages) or dropped != s.dropped:
+            pages, count, dropped, behind = self._shown[i]
+            is_same = pages is s.pages and dropped == s.dropped and behind is s.behind
+            if not is_same or count > len(s.pages):
                 count = 0
                 self._pages[i] = -1
             if count < len(s.pages):
                 self._pages[i, count : len(s.pages)] = s.pages[count:]
-                self._shown[i] = s.pages, len(s.pages), s.dropped
+                self._shown[i] = s.pages, len(s.pages), s.dropped, s.behind
                 is_new = True
         return is_new
 

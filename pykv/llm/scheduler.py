@@ -458,10 +458,12 @@ class Scheduler:
     def _give_up(self, s: Sequence, *, publish: bool) -> None:
         """Give the pages of a sequence back; what was computed on them may be reused."""
         manager = self.cache.manager
-        if publish and self.prefix_cache and not s.dropped:  # else slots hold other tokens
+        is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
+        if publish and self.prefix_cache and is_whole:
             manager.publish(s.pages, s.tokens[: s.cached])
         manager.free(s.pages)
         s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
+        s.behind, s.mass, s.unsummed = None, {}, []
 
     def _name_pages(self, s: Sequence) -> None:
         """Note the full pages that a sequence publishes before its last tokens."""

@@ -33,7 +33,10 @@ class Sequence:
     The others are the scheduler's and its runner's:
 
         pages, cached: pages that it holds, and tokens whose keys and values are there.
-        dropped: how many of these are evicted from each layer and head.
+        dropped: how many of these are evicted from the layer and head that holds most.
+        behind: [L, H] by how many rows the others are behind that one; None: they are not.
+        mass, unsummed: the attention that rows got so far, by layer, and queries of which that is
+            not known yet, where eviction asks for it.
         order, group: its place in the queue; sequences that were added together.
         prefix, keys: tokens of the full pages that others may find, and a number for each such
             page, see page_keys.
@@ -55,6 +58,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     dropped: int = 0
+    behind: Any = None
+    mass: dict[int, Any] = field(default_factory=dict)
+    unsummed: list[Any] = field(default_factory=list)
     order: int = 0
     group: int = 0
     prefix: int = 0
@@ -69,7 +75,7 @@ class Sequence:
 
     @property
     def held(self) -> int:
-        """Rows that each layer and head holds; the next token gets this slot."""
+        """Rows that layers and heads hold at most; the next token gets this slot of those."""
         return self.cached - self.dropped
 
     @property

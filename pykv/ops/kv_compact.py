@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import INT32, Dims, check_head_dim, checker, on_gpu, optional, to_host
+from pykv.arrays import INT32, Dims, check_head_dim, checker, like, on_gpu, optional, to_host
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.specs import KVSpec, spec_of
 
-_SIZES = dict(BLOCK=256, AHEAD=4)  # threads, and units that each holds: 16 KiB a block
-
-VARIANTS: list[dict[str, Any]] = [
-    dict(_SIZES, K_UNIT=16, V_UNIT=16, K_UNITS=units, V_UNITS=units, **KVSpec(kind).type_defines)
-    for kind, units in (("fp16", 16), ("int8", 8))  # of D = 128
-]
-VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
+_SIZES = dict(BLOCK=256, BLOCKS_PER_SM=4)
+_AHEAD = 4  # units of keys, and of values, that a thread holds: 32 KiB a block, 128 KiB an SM
 
 
 def compact(
@@ -64,9 +59,10 @@ def compact(
             not ascend or a page does not exist.
         UnsupportedError: D exceeds 512.
 
-    Runs where the arrays are; on a GPU it only enqueues. Bits move as they are. What stood behind
-    the last kept row stays where it was. In slots that a sequence shares with others `out_table`
-    names new pages, or the others see rows that are not theirs.
+    Runs where the arrays are; on a GPU it only enqueues, and allocates a word for each 32 KiB of
+    rows. Bits move as they are. What stood behind the last kept row stays where it was. In slots
+    that a sequence shares with others `out_table` names new pages, or the others see rows that are
+    not theirs.
 
     >>> k_pool = np.arange(4, dtype=np.float16).repeat(8).reshape(2, 2, 1, 8)
     >>> table, kept = np.array([[1, 0]], np.int32), np.array([[[0, 3]]], np.int32)
@@ -94,8 +90,11 @@ def compact(
     own = (k_scales, v_scales) if spec.has_dynamic_scales else (None, None)
     pools |= dict(zip(("k_scales", "v_scales"), own, strict=True))
     if on_gpu(kept):
-        launch = dims.keep(spec, lambda: _launch(spec, pools, dims))
-        launch(pools | tables, stream)
+        size, launch = dims.keep(spec, lambda: _launch(spec, pools, dims))
+        with cuda.on_stream(stream):
+            words = like(kept, (size,), np.uint32)
+        cuda.enqueue(partial(words.data.memset_async, 0, words.nbytes), stream)
+        launch(pools | tables | dict(words=words), stream)
     else:
         cuda.run_on_host(partial(reference, spec, pools, **tables), stream=stream)
 
@@ -156,30 +155,45 @@ def reference(
             bits[out_table[b, to // P], to % P, head] = rows
 
 
-def _launch(spec: KVSpec, pools: dict[str, Any], dims: Dims) -> cuda.Launch:
-    """The launch for arrays that are checked."""
+def _launch(spec: KVSpec, pools: dict[str, Any], dims: Dims) -> tuple[int, cuda.Launch]:
+    """Words of the kernel, and the launch for arrays that are checked."""
     strides = {
         name: n * pools[name.rpartition("_")[0]].itemsize if n else 0
         for name, n in spec.pool_strides(**pools).items()
     }
-    defines: dict[str, Any] = _SIZES | spec.type_defines
+    units: dict[str, int] = {}
     for side, kind in zip("kv", spec.kinds, strict=True):
         row = kind.row_bytes(dims["D"])
         steps = [n for name, n in strides.items() if name.startswith(f"{side}_pool")]
         unit = _unit(row, pools[f"{side}_pool"].data.ptr, *steps)
-        defines |= {f"{side.upper()}_UNIT": unit, f"{side.upper()}_UNITS": row // unit}
+        units |= {f"{side.upper()}_UNIT": unit, f"{side.upper()}_UNITS": row // unit}
+    defines = _defines(spec, **units)
+    groups, chunks = dims["B"] * dims["H"], -(-dims["C"] // defines["ROWS"])
+    resident = cuda.num_sms(pools["k_pool"].data.device_id) * defines["BLOCKS_PER_SM"]
+    blocks = min(-(-resident // groups), chunks, defines["BLOCK"] // 2)
     is_own = dims["A"] > 1
-    scalars = strides | {letter: dims[letter] for letter in "HPM"}
+    scalars = strides | {letter: dims[letter] for letter in "HPMC"}
     scalars |= dict(kept_sequence=dims["A"] * dims["C"], kept_head=dims["C"] * is_own)
-    scalars |= dict(counts_sequence=dims["A"], counts_head=int(is_own))
-    return cuda.Launch(
-        cuda.kernel("kv_compact", "kv_compact", **defines),
-        grid=(dims["B"] * dims["H"], 4 if spec.has_dynamic_scales else 2),
-        block=_SIZES["BLOCK"],
-        scalars=scalars,
-    )
+    scalars |= dict(counts_sequence=dims["A"], counts_head=int(is_own), turns=-(-chunks // blocks))
+    kernel = cuda.kernel("kv_compact", "kv_compact", **defines)
+    launch = cuda.Launch(kernel, (groups, blocks), defines["BLOCK"], scalars)
+    return groups * (1 + chunks), launch
+
+
+def _defines(spec: KVSpec, **units: int) -> dict[str, Any]:
+    """Of a kernel whose rows are so many units of so many bytes."""
+    threads = _SIZES["BLOCK"]
+    rows = min(max(_AHEAD * threads // max(units["K_UNITS"], units["V_UNITS"]), 1), threads)
+    return dict(_SIZES, ROWS=rows, **units, **spec.type_defines)
 
 
 def _unit(*multiples: int) -> int:
     """The widest of 16, 8 and 4 bytes that divides all of these."""
     return next(unit for unit in (16, 8, 4) if not any(n % unit for n in multiples))
+
+
+VARIANTS: list[dict[str, Any]] = [
+    _defines(KVSpec(kind), K_UNIT=16, V_UNIT=16, K_UNITS=units, V_UNITS=units)
+    for kind, units in (("fp16", 16), ("int8", 8))  # of D = 128
+]
+VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need

@@ -22,14 +22,19 @@ from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.specs import KVSpec, spec_of
 
-MEASURES = ("norm", "largest", "cosine", "product", "squares")  # as the kernel numbers them
-_SIZES: dict[str, Any] = dict(
-    BLOCK=128, KEYS=256, Q_T="float"
-)  # threads, and the rows that they score
+MEASURES = (
+    "norm",
+    "largest",
+    "cosine",
+    "product",
+    "squares",
+)  # numbers of kv_scores, and kv_squares
+# Threads, the rows that they score, and bytes that each loads ahead.
+_SIZES: dict[str, Any] = dict(BLOCK=128, KEYS=256, AHEAD_BYTES=64, Q_T="float")
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(_SIZES, HEAD_DIM=128, K_T="f16", SCALE_T="f16", MEASURE=MEASURES.index(measure))
-    for measure in ("norm", "squares")
+    dict(_SIZES, HEAD_DIM=128, K_T=kind, SCALE_T="f16", MEASURE=MEASURES.index(measure))
+    for kind, measure in (("f16", "cosine"), ("i8", "norm"))
 ]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
@@ -102,7 +107,8 @@ def score(
         launch = dims.keep(
             (spec, measure), lambda: _score_launch(spec, pool, scales, dims, measure)
         )
-        launch(dict(scores=out, **arrays), stream)
+        given = dict(arrays, scores=out)
+        launch({name: given[name] for name in launch.kernel.arrays}, stream)
     else:
         cuda.run_on_host(lambda: reference(**arrays, spec=spec, measure=measure), out, stream)
     return out
@@ -274,11 +280,12 @@ def reference_means(
     for b, length in enumerate(lengths.tolist()):
         rows = range(max(length, 0))
         x = attention.decoded_rows(b, rows, dtype, pool, scales, spec, page_table)
-        if normalize:
-            norms = np.sqrt((x * x).sum(-1, keepdims=True))
-            x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
-        for i, first in enumerate(range(0, len(rows), run)):
-            found[b, :, i] = x[first : first + run].mean(0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            if normalize:
+                norms = np.sqrt((x * x).sum(-1, keepdims=True))
+                x = np.divide(x, norms, where=norms != 0, out=np.zeros_like(x))
+            for i, first in enumerate(range(0, len(rows), run)):
+                found[b, :, i] = x[first : first + run].mean(0)
     return found
 
 
@@ -296,14 +303,14 @@ def _arguments(spec: KVSpec, pool: Any, scales: Any, dims: Dims) -> tuple[dict[s
 
 def _score_launch(spec: KVSpec, pool: Any, scales: Any, dims: Dims, measure: str) -> cuda.Launch:
     defines, scalars = _arguments(spec, pool, scales, dims)
-    R = dims.get("R", dims["H"])
-    number = MEASURES.index(measure)
-    return cuda.Launch(
-        cuda.kernel("kv_scores", "kv_scores", **defines, MEASURE=number),
-        grid=dims["B"] * R * -(-scalars["capacity"] // _SIZES["KEYS"]),
-        block=_SIZES["BLOCK"],
-        scalars=scalars | dict(R=R, T=dims.get("T", 0)),
-    )
+    scalars |= dict(R=dims.get("R", dims["H"]))
+    if measure == "squares":
+        kernel, more = cuda.kernel("kv_scores", "kv_squares", **defines), dict(T=dims["T"])
+    else:
+        number = MEASURES.index(measure)
+        kernel, more = cuda.kernel("kv_scores", "kv_scores", **defines, MEASURE=number), {}
+    grid = dims["B"] * scalars["R"] * -(-scalars["capacity"] // _SIZES["KEYS"])
+    return cuda.Launch(kernel, grid, _SIZES["BLOCK"], scalars | more)
 
 
 def _means_launch(

@@ -17,10 +17,10 @@ from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError
 from pykv.options import check_number, check_whole
 
-_BLOCK = 512  # threads
+_SIZES = dict(BLOCK=512, ITEMS=4)  # threads, and scores that each has at once
 _MOST = 2**31 - 1
 
-VARIANTS = [dict(BLOCK=_BLOCK)]
+VARIANTS = [_SIZES]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 
@@ -144,7 +144,7 @@ def _launch(
     shape: tuple[int, int, int], sinks: int, recent: int, threshold: float | None
 ) -> cuda.Launch:
     R, S, C = shape
-    kernel = cuda.kernel("kv_select", "kv_select", BLOCK=_BLOCK)
+    kernel = cuda.kernel("kv_select", "kv_select", **_SIZES)
     scalars: dict[str, Any] = dict(S=S, C=C, sinks=sinks, recent=recent)
     scalars |= dict(has_threshold=threshold is not None, threshold=threshold or 0.0)
-    return cuda.Launch(kernel, R, _BLOCK, scalars)
+    return cuda.Launch(kernel, R, _SIZES["BLOCK"], scalars)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, row_places
 from pykv.arrays import (
     FLOATS,
     INT32,
@@ -38,13 +38,10 @@ from pykv.arrays import (
     check_writeable,
     checker,
     on_gpu,
-    to_host,
 )
-from pykv.errors import ParameterError
 from pykv.kinds import quantize
 from pykv.ops import paged_check
-from pykv.ops.paged_check import COUNTS
-from pykv.options import check_choice, check_flag
+from pykv.options import check_flag
 from pykv.specs import POOLS, KVSpec, spec_of
 
 SLOTS = (*INT32, np.dtype(np.int64))
@@ -156,7 +153,7 @@ def append_decode(
     (array([0., 1.], dtype=float16), array([2], dtype=int32))
     """
     name = "append_decode"
-    after = counts_after(f"paged_append.{name}", counts, advance)
+    after = row_places.counts_after(f"paged_append.{name}", counts, advance)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (None, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after, advance)
@@ -197,7 +194,7 @@ def append_ragged(  # as append_decode
     get_batch_indices_positions.
     """
     name = "append_ragged"
-    after = counts_after(f"paged_append.{name}", counts)
+    after = row_places.counts_after(f"paged_append.{name}", counts)
     arrays = dict(k=k, v=v, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     where = (append_indptr, indices, indptr, last_page_len)
     _append(name, arrays, where, spec, check, stream, after)
@@ -242,17 +239,6 @@ def append_indexed(  # as append_decode
     _append("append_indexed", arrays, where, spec, check, stream, advance=advance)
 
 
-def counts_after(op: str, counts: str, advance: bool = False) -> bool:
-    """Whether `counts` is "after", which is checked, and that `advance` goes with it."""
-    after = check_choice(op, "counts", counts, COUNTS) == "after"
-    if check_flag(op, "advance", advance) and after:
-        raise ParameterError(
-            f"{op}: advance is True and counts 'after', expected 'before': what is counted after a "
-            "call cannot be changed by it"
-        )
-    return after
-
-
 def _append(
     name: str,
     arrays: dict[str, Any],
@@ -275,9 +261,9 @@ def _append(
         check_writeable(op, "positions" if name == "append_indexed" else "last_page_len", where[3])
     if check:
         with cuda.on_stream(stream, k):
-            _check_contents(name, op, where, dims, after)
+            row_places.check_contents(name, op, where, dims, after)
     elif not on_gpu(k):
-        _check_on_host(name, op, where, dims)
+        row_places.check_on_host(name, op, where, dims)
     if k.size == 0:
         return
     if on_gpu(k):
@@ -286,58 +272,14 @@ def _append(
         launch = dims.keep(options, partial(_launch, name, arrays, dims, *options))
         launch(arrays, stream)
     else:
-        places_of = partial(places, _ADDRESSES[name], len(k), dims["P"], *where, after=after)
+        places_of = partial(
+            row_places.places, row_places.ADDRESSES[name], len(k), dims["P"], *where, after=after
+        )
         grows = where[3] if advance else None
         write = partial(append_on_host, arrays, spec, places_of, grows)
         cuda.run_on_host(write, stream=stream)
 
 
-def _check_contents(
-    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, after: bool
-) -> None:
-    """Look for wrong entries of `where`, and for rows that go to one slot."""
-    rows, indices, indptr, lengths = where
-    N, P = dims["N"], dims["P"]
-    if name == "append":
-        return paged_check.check_slots(rows, N * P, op=op)
-    if name == "append_indexed":
-        paged_check.check_table(indices, indptr, None, N, P, appends=True, op=op)
-        paged_check.check_positions(rows, lengths, indptr, P, op=op)
-    else:
-        if name == "append_ragged":
-            paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
-        options = dict(appends=True, counts=COUNTS[after], starts=rows, op=op)
-        paged_check.check_table(indices, indptr, lengths, N, P, **options)
-    cuda.look(partial(_check_distinct, name, op, where, dims, after))
-
-
-def _check_distinct(
-    name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims, after: bool
-) -> None:
-    """Check that no two rows of lists of pages go to one slot."""
-    rows, indices, indptr, counts = (x if x is None else to_host(x) for x in where)
-    T, P = dims.get("T", dims["B"]), dims["P"]
-    pages, offsets = places(_ADDRESSES[name], T, P, rows, indices, indptr, counts, after)
-    slots = np.where(pages < 0, -1, np.int64(pages) * P + offsets)
-    paged_check.check_slots(slots, dims["N"] * P, op=op, name="indices: the slot of row")
-
-
-def _check_on_host(name: str, op: str, where: tuple[Any, Any, Any, Any], dims: Dims) -> None:
-    """Check what NumPy goes by: pages exist, and lists begin and end inside of `indices`."""
-    rows, indices, indptr, _ = where
-    if name == "append":
-        return paged_check.check_pages(rows, dims["N"] * dims["P"], op=op, name="slots")
-    if name == "append_indexed":
-        paged_check.check_pages(rows, dims["B"], op=op, name="batch_indices")
-    if name == "append_ragged":
-        paged_check.check_starts(rows, dims["T"], op=op, name="append_indptr")
-    options = dict(appends=True, starts=np.zeros_like(indptr), op=op)  # of no new tokens
-    return paged_check.check_table(indices, indptr, None, dims["N"], dims["P"], **options)
-
-
-_ADDRESSES = dict(  # what the kernel calls these functions
-    append="SLOTS", append_decode="DECODE", append_ragged="RAGGED", append_indexed="INDEXED"
-)
 _TABLE = dict(indices=("I", INT32), indptr=("B+1", INT32))
 _LENGTHS = dict(last_page_len=("B", INT32))
 _RULES: dict[str, dict[str, Any]] = dict(  # in the order of `where`
@@ -356,41 +298,6 @@ def _checker(name: str, spec: KVSpec) -> Callable[..., Dims]:
 
 
 # --- Definition -----------------------------------------------------------------------------------
-
-
-def places(
-    address: str, T: int, P: int, rows: Any, indices: Any, indptr: Any, counts: Any, after: bool
-) -> tuple[Any, Any]:
-    """Page and offset of each row, in NumPy; the page is negative where the row is skipped.
-
-    Args:
-        address: "SLOTS", "DECODE", "RAGGED" or "INDEXED".
-        T, P: rows, and tokens a page.
-        rows, indices, indptr, counts: the arrays that go by these names in the kernel.
-        after: whether `counts` includes the new tokens.
-    """
-    if address == "SLOTS":
-        return np.where(rows < 0, -1, rows // P), rows % P
-    t = np.arange(T)
-    new: Any = 0  # how far the row lies behind the request's tokens
-    if address == "RAGGED":
-        b = np.searchsorted(rows[1:], t, "right")
-        known = b < len(rows) - 1
-        b = np.where(known, b, 0)
-        new = t - rows[b + 1 if after else b]
-    elif address == "DECODE":
-        b, known, new = t, np.full(T, True), -int(after)
-    else:
-        b, known = np.maximum(rows, 0), rows >= 0
-    if not known.any():
-        return np.full(T, -1), np.zeros(T, np.int64)
-    first = indptr[b].astype(np.int64)
-    tokens = (indptr[b + 1] - first) * P
-    position = counts if address == "INDEXED" else tokens - P + counts[b] + new
-    known &= (position >= 0) & (position < tokens)
-    listed = np.where(known, first + position // P, 0)
-    pages = np.where(known, indices[listed] if len(indices) else -1, -1)
-    return pages, np.where(known, position % P, 0)
 
 
 def append_on_host(
@@ -439,7 +346,7 @@ def _launch(
     """The launch for arrays that are checked."""
     k, v, *pools, rows, _, _, _ = arrays.values()
     T, H, D = k.shape
-    address, wide = _ADDRESSES[name], rows is not None and rows.dtype == SLOTS[1]
+    address, wide = row_places.ADDRESSES[name], rows is not None and rows.dtype == SLOTS[1]
     flags = dict(AFTER=int(after), ADVANCE=int(advance), ROW_T="i64" if wide else "int")
     defines = defines_of(address, spec, k.dtype, H, D, dims["P"], **flags)
     steps = (stride // x.itemsize for x in (k, v) for stride in x.strides[:2])
@@ -453,7 +360,7 @@ def _launch(
 def defines_of(
     address: str, spec: KVSpec, dtype: Any, H: int, D: int, P: int, **flags: Any
 ) -> dict[str, Any]:
-    """The kernel's defines, for rows of `dtype` and one of `_ADDRESSES`; `flags` are AFTER and
+    """The kernel's defines, for rows of `dtype` and one of the ADDRESSES; `flags` are AFTER and
     ADVANCE, else 0, and ROW_T, else "int"."""
     defines = dict(NEW_T=dtype, ADDRESS=address, ROW_T="int", AFTER=0, ADVANCE=0) | flags
     lanes, rows = lanes_of(D), BLOCK // lanes_of(D)

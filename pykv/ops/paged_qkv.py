@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, row_places
 from pykv.arrays import (
     FLOAT32,
     FLOATS,
@@ -232,7 +232,7 @@ def _append_on_host(
     """Write K and V to their slots and return Q; `options` are those of `split`."""
     q, k, v = split(qkv.reshape(len(qkv), -1, dims["D"]), dims["H"], **options)
     where = slots, None, None, None
-    places_of = partial(paged_append.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
+    places_of = partial(row_places.places, "SLOTS", len(qkv), dims["P"], *where, after=False)
     paged_append.append_on_host(dict(k=k, v=v, **pools), spec, places_of)
     return q
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda
+from pykv import cuda, row_places
 from pykv.arrays import FLOATS, checker
 from pykv.ops import contiguous_append, paged_append
 from pykv.options import check_choice, check_flag
@@ -86,7 +86,7 @@ class PagedAppendPlan(PagedPlan):
         descriptor: PagedAppendDescriptor = self.descriptor
         advance, cache = descriptor.advance, descriptor.cache
         self._check_pages(name)
-        after = paged_append.counts_after(name, descriptor.counts, advance)
+        after = row_places.counts_after(name, descriptor.counts, advance)
         self._lists_are = dict(appends=True, counts=descriptor.counts)
         H, D, P = cache.num_kv_heads, cache.head_dim, cache.page_size
         rows = dict(key=("B H | D", self._element), value=("B H | D", "key"))

@@ -99,7 +99,7 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
         llm._runner,
         llm.cache,
         may_grow=False,
-        prefix_cache=True,
+        prefix_cache=llm._scheduler.prefix_cache,
         slots=slots,
         tiers=llm.tiers,
     )

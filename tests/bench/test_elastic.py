@@ -9,7 +9,7 @@ import pytest
 from pykv import bench, cli
 from pykv.bench import compaction, elastic, report
 from pykv.ops import compaction as op
-from pykv.ops import paged_decode
+from pykv.ops import kv_select, paged_decode
 from pykv.specs import KVSpec
 from tests.helpers import without_simt
 
@@ -87,10 +87,15 @@ def test_wrong_results_are_found(rng, monkeypatch):
         return elastic.make({**elastic.QUICK[0], "what": what, "keep": keep}, np, rng)
 
     evict, attention = made("evict", 0.5), made("attention", 0.25)
-    right = op.reference
-    monkeypatch.setattr(op, "reference", lambda *args: right(*args)[::-1][:-1][::-1])
+    right, select = op.reference, kv_select.reference
+
+    def fewer(*, budgets, **given):
+        select(budgets=budgets - 1, **given)
+
+    monkeypatch.setattr(kv_select, "reference", fewer)
     evict.run()
     assert not evict.check()  # a key too few
+    monkeypatch.setattr(op, "reference", lambda *args: right(*args)[::-1][:-1][::-1])
     right_decode = paged_decode.reference
 
     def wrong(*args, **options):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pykv import eviction
+from pykv import cuda, eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming
 from pykv.llm import LLM, SamplingParams, evictor, runner
@@ -144,7 +144,7 @@ def test_what_is_never_evicted_needs_no_more_pages(open_llm, rng):
 def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
     """Also where the batch has just become smaller."""
     monkeypatch.setattr(evictor, "EVERY", 8)
-    make, evict, seen = runner.ModelRunner._queries, evictor.Evictor.evict, []
+    make, evict, seen = runner.ModelRunner._queries, evictor.Evictor._evict, []
 
     def queries(self, tokens):
         made = make(self, tokens)
@@ -152,12 +152,12 @@ def test_rows_are_chosen_by_queries_of_this_batch(open_llm, rng, monkeypatch):
             made[...] = np.nan
         return made
 
-    def evicted(self, pages, held, queries, left):
+    def evicted(self, s, queries):
         seen.append(queries.copy())
-        return evict(self, pages, held, queries, left)
+        return evict(self, s, queries)
 
     monkeypatch.setattr(runner.ModelRunner, "_queries", queries)
-    monkeypatch.setattr(evictor.Evictor, "evict", evicted)
+    monkeypatch.setattr(evictor.Evictor, "_evict", evicted)
     llm = open_llm(eviction="tova:16")
     for count in (7, 8, 9, 10):
         prompts = [tokens_of(rng, 24), tokens_of(rng, 24)]
@@ -204,19 +204,148 @@ def test_a_failed_eviction_loses_no_page(open_llm, rng, monkeypatch):
     [
         ("snap:3", ParameterError, "text 'snap:3' has no policy 'snap'"),
         (3, DtypeError, "eviction is a int, expected a policy"),
-        (AdaKV(KeyNorm(budget=9)), UnsupportedError, "eviction is AdaKV"),
+        (AdaKV(KeyNorm(threshold=1.0)), UnsupportedError, "eviction has a threshold"),
+        ("adakv:scores:9", UnsupportedError, "eviction is AdaKV, expected a policy that needs no"),
         (KeyNorm(threshold=1.0), UnsupportedError, "eviction has a threshold"),
-        (
-            H2O(budget=99),
-            UnsupportedError,
-            "eviction is H2O, expected a policy that needs no scores",
-        ),
+        ("scores:9", UnsupportedError, "eviction is Scores, expected a policy that needs no"),
         (SnapKV(budget=999, window=600), UnsupportedError, "eviction has a window above 512"),
     ],
 )
 def test_policies_that_do_not_fit_are_refused(tiny_paths, given, error, text):
     with pytest.raises(error, match=text):
         LLM(tiny_paths / "llama.gguf", device="cpu", eviction=given)
+
+
+def test_what_a_cache_cannot_do_is_refused(tiny_paths):
+    with pytest.raises(UnsupportedError, match="eviction is H2O with a prefix_cache, expected"):
+        LLM(tiny_paths / "llama.gguf", device="cpu", eviction=H2O(budget=99), prefix_cache=True)
+    with pytest.raises(UnsupportedError, match="eviction is AdaKV with kv_dtype int8:head"):
+        LLM(
+            tiny_paths / "llama.gguf", device="cpu", eviction="adakv:random:9", kv_dtype="int8:head"
+        )
+
+
+def shared_by_hand(prompt, total, budget, floor, H, windows):
+    """As `held_by_hand`, of heads that share a budget, by the scores of Random; and how many rows
+    the longest head of all held at most."""
+    found, most = {}, 0
+    rows = {(i, h): list(range(prompt)) for i in range(len(windows)) for h in range(H)}
+
+    def cut():
+        C = -(-max(map(len, rows.values())) // P) * P
+        for i, window in enumerate(windows):
+            held = [rows[i, h] for h in range(H)]
+            if window:
+                for h in range(H):
+                    rows[i, h] = held[h][-budget:]
+                continue
+            scores = np.random.default_rng([0, i, 0]).random((1, H, C), np.float32)[0]
+            shares = [min(len(x), budget) for x in held]
+            places = [(h, j) for h in range(H) for j in range(len(held[h]))]
+            of = {(h, j): scores[h, j] for h, j in places}
+            for h in range(H):  # what each head keeps in any case
+                own = sorted(range(len(held[h])), key=lambda j: -scores[h, j])
+                of |= {(h, j): np.inf for j in own[: int(floor * shares[h])]}
+            stay = sorted(sorted(places, key=lambda x: -of[x])[: sum(shares)])
+            for h in range(H):
+                rows[i, h] = [held[h][j] for g, j in stay if g == h]
+
+    if prompt > budget:
+        cut()
+    for t in range(total):
+        if t >= prompt:
+            mean = max(sum(len(rows[i, h]) for h in range(H)) / H for i in range(len(windows)))
+            if mean >= budget + evictor.EVERY:
+                cut()
+        for (i, h), held in rows.items():
+            if t >= prompt:
+                held = rows[i, h] = [*held, t]
+                most = max(most, len(held))
+            found[i, h, t] = held if t >= prompt else list(range(t + 1))
+    return found, most
+
+
+@without_simt
+@pytest.mark.parametrize("name, numbers", [("llama", LLAMA), ("gemma3", gemma3(2e5, 0.01))])
+def test_heads_share_a_budget(open_llm, tiny_paths, rng, monkeypatch, name, numbers):
+    """Answers come from the rows that each head kept; also in a batch, and with codes."""
+    monkeypatch.setattr(evictor, "EVERY", 5)
+    llm = open_llm(name, eviction="adakv:random:9", **EXACT)
+    H, windows = llm.model.config.kv_heads, numbers.windows or [0] * numbers.layers
+    prompts, answers = [tokens_of(rng, n) for n in (29, 4)], []
+    for prompt in prompts:
+        answers += llm.generate([prompt], greedy(15))
+        ids = prompt + answers[-1].token_ids
+        held, most = shared_by_hand(len(prompt), len(ids), 9, 0.2, H, windows)
+        assert llm.stats.cached_tokens <= most
+        rows = replace(numbers, held=lambda i, head, t, held=held: held[i, head, t])
+        logits = plain_forward.logits(tiny_paths / f"{name}.gguf", ids, rows)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answers[-1].token_ids
+    assert llm.generate(prompts, greedy(15)) == answers
+    manager = llm.cache.manager
+    assert manager.num_free == manager.num_pages
+    coded = open_llm(name, eviction="adakv:keydiff:0.5", kv_dtype="int8")
+    alone = [coded.generate([prompt], greedy(9))[0] for prompt in prompts]
+    assert coded.generate(prompts, greedy(9)) == alone
+
+
+@without_simt
+@pytest.mark.parametrize("policy", ["h2o:12:recent=2", "adakv:h2o:12:recent=2"])
+def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, policy):
+    """In pieces of a prompt and tokens of an answer, and rows that move take theirs along: equals
+    sums in float64 of what the queries gave to the rows that were there."""
+    monkeypatch.setattr(evictor, "EVERY", 6)
+    monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 16)
+    llm = open_llm(eviction=policy, **EXACT)
+    config, sums, checked = llm.model.config, {}, []
+    H, G = config.kv_heads, config.heads // config.kv_heads
+    sees = {name: getattr(evictor.Evictor, name) for name in ("see_prompt", "see_answer")}
+    evict = eviction.evict
+
+    def add(s, queries):
+        """What queries [L, T, HQ, D] give to the rows that heads hold now."""
+        rows = evictor.rows_of(s, config.num_layers, H)
+        for i, h in np.ndindex(rows.shape):
+            n, T = int(rows[i, h]), queries.shape[1]
+            slots = np.arange(n)
+            pages = np.array(s.pages)[slots // P]
+            keys = np.array(llm.cache.k[i][pages.tolist(), slots % P, h], np.float64)
+            total = sums.setdefault((i, h), [])
+            total += [0.0] * (n - len(total))
+            for t, g in np.ndindex(T, G):
+                seen = n - T + t + 1
+                q = np.array(queries[i, t, h * G + g], np.float64)
+                logits = keys[:seen] @ q * config.attention_scale
+                weights = np.exp(logits - logits.max())
+                for j, weight in enumerate(weights / weights.sum()):
+                    total[j] += weight
+
+    def see_prompt(self, s, queries, is_last):
+        add(s, queries)
+        sees["see_prompt"](self, s, queries, is_last)
+
+    def see_answer(self, s, queries):
+        add(s, queries)
+        sees["see_answer"](self, s, queries)
+
+    def evicted(cache, pages, lengths, policies, **options):
+        for (i, h), want in sums.items():
+            got = np.array(options["scores"][i][0, h, : len(want)])
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        left = evict(cache, pages, lengths, policies, **options)
+        for i, h in sums:
+            kept = np.array(left.kept[i][0, h, : left.lengths[i, 0, h]])
+            sums[i, h] = [sums[i, h][j] for j in kept]
+        checked.append(left.lengths[:, 0])
+        return left
+
+    monkeypatch.setattr(evictor.Evictor, "see_prompt", see_prompt)
+    monkeypatch.setattr(evictor.Evictor, "see_answer", see_answer)
+    monkeypatch.setattr(eviction, "evict", evicted)
+    llm.generate([tokens_of(rng, 41)], greedy(20))
+    assert len(checked) == 4  # behind the prompt, and three times in the answer
+    assert (np.array(checked).sum(2) == 12 * H).all()
+    assert not llm.stats.reused_tokens
 
 
 @without_simt
@@ -234,9 +363,17 @@ def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, monkeypatch
 
 @pytest.mark.simt
 @pytest.mark.parametrize("xp", ["simt"], indirect=True)
-def test_kernels_and_graphs(open_llm, rng, monkeypatch):
+@pytest.mark.parametrize(
+    "policy", ["snapkv:6:window=3:pooling=1", "h2o:6:recent=1", "adakv:random:6:recent=1"]
+)
+def test_kernels_and_graphs(open_llm, tiny_paths, rng, monkeypatch, policy):
     """Evicts behind the prompt and between two replays of the step."""
     monkeypatch.setattr(evictor, "EVERY", 2)
-    llm = open_llm(eviction="snapkv:6:window=3:pooling=1")
-    llm.generate([tokens_of(rng, 9)], greedy(5))
-    assert llm.stats.cached_tokens == 6  # of 9, of two more, and of two more
+    llm = open_llm(eviction=policy)
+    prompt = tokens_of(rng, 9)
+    (answer,) = llm.generate([prompt], greedy(5))
+    assert llm.stats.cached_tokens == 6 or policy.startswith("adakv")  # of 9, two and two more
+    if policy.startswith("adakv"):
+        monkeypatch.setattr(cuda, "array_module", lambda device: np)
+        host = LLM(tiny_paths / "llama.gguf", eviction=policy)
+        assert host.generate([prompt], greedy(5)) == [answer]

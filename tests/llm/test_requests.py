@@ -117,7 +117,7 @@ def test_ids_of_every_sort_of_integer(open_tiny):
         *({"kv_dtype": None}, {"kv_dtype": 8}, {"weights": None}, {"weights": []}),
         *({"context": 10.5}, {"context": "9"}, {"context": True}, {"context": 0}),
         *({"page_size": None}, {"page_size": 2.0}, {"pool_tokens": "9"}, {"pool_tokens": 0}),
-        *({"prefix_cache": "no"}, {"prefix_cache": None}, {"progress": "no"}),
+        *({"prefix_cache": "no"}, {"prefix_cache": 2}, {"progress": "no"}),
     ],
     ids=str,
 )

@@ -222,7 +222,9 @@ def test_a_signal_before_the_server_listens_ends_it(llms, monkeypatch, number):
     assert seen == [True] and not server.engine.is_alive
 
 
-@pytest.mark.parametrize("evict", ["streaming:0.5", "streaming:200", "snapkv:0.75"])
+@pytest.mark.parametrize(
+    "evict", ["streaming:0.5", "streaming:200", "snapkv:0.75", "adakv:random:100", "h2o:100"]
+)
 def test_every_prompt_below_the_context_finds_room(path, evict):
     """In the pool of one slot; what is kept of a prompt is copied for a while."""
     given = cli._parser().parse_args(["serve", str(path), "--device", "cpu", "--evict", evict])

@@ -79,7 +79,7 @@ class Work:
 
 def names() -> list[str]:
     """The benchmarks there are."""
-    shared = ("memory", "options", "report", "timing")
+    shared = ("command", "memory", "options", "report", "timing")
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pykv import install
 from pykv.errors import CapacityError, ParameterError
+from pykv.model_options import open_llm
 from pykv.options import check_whole
 
 STOP_SECONDS = 30  # that running answers have to end after SIGTERM
@@ -77,22 +78,13 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
     """The model that options name, ready to answer, and what to say of it."""
     import numpy as np
 
-    from pykv.llm import LLM
     from pykv.llm.scheduler import Scheduler
     from pykv.serve.app import make_server
 
-    llm = LLM(
-        args.model,
-        device=args.device,
-        kv_dtype=args.kv_dtype,
-        weights=args.weights,
-        context=args.ctx,
-        eviction=args.evict,
-        progress=sys.stderr.isatty(),
-    )
+    llm = open_llm(args)
     slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
     _grow(llm, slots)
-    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=slots)
+    scheduler = Scheduler(llm.runner, llm.cache, may_grow=False, prefix_cache=True, slots=slots)
     names = args.served_model_name or [Path(args.model).name.removesuffix(".gguf")]
     pool = llm.cache.manager.num_pages * llm.cache.page_size
     facts = f"{llm.device}, {slots} slots, context {llm.context:,}, cache of {pool:,} tokens"
@@ -134,7 +126,7 @@ def _rows_of_one(llm: Any) -> int:
     most: int = llm.context
     for prompt in range(max(1, most - llm.cache.page_size), llm.context):
         s = Sequence([0] * prompt, SamplingParams(), llm.context)
-        most = max(most, llm._runner.room(s) or 0)
+        most = max(most, llm.runner.room(s) or 0)
     return most
 
 

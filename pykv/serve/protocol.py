@@ -17,6 +17,7 @@ from typing import Any
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
 from pykv.llm.generate import LLM
+from pykv.llm.prompts import answer_to
 from pykv.llm.sampling import SamplingParams
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
@@ -216,7 +217,7 @@ class Protocol:
             def make() -> list[Answer]:
                 each = [prompt for prompt in prompts for _ in range(n)]
                 return [
-                    self.llm._answer(prompt, _reseeded(params, choice), special)
+                    answer_to(self.llm, prompt, _reseeded(params, choice), special)
                     for choice, prompt in enumerate(each)
                 ]
 

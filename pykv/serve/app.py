@@ -21,6 +21,7 @@ from pykv.serve import front, metrics, replies
 from pykv.serve.engine import Engine, Steps, Work, make_work
 from pykv.serve.fields import ApiError, parse
 from pykv.serve.metrics import Metrics
+from pykv.serve.openapi import describe
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
 
@@ -91,6 +92,7 @@ def create_app(server: Server, *, api_key: str | None = None, loopback: bool = T
         "/metrics": read_metrics,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
+        "/openapi.json": partial(openapi, has_key=api_key is not None),
     }
     routes = [Route(path, partial(call, server), methods=["POST"]) for path, call in posts.items()]
     routes += [Route(path, partial(call, server), methods=["GET"]) for path, call in gets.items()]
@@ -316,6 +318,11 @@ async def model(server: Server, request: Request) -> Response:
 def _model(server: Server, name: str) -> dict[str, Any]:
     facts = {"id": name, "object": "model", "created": server.created, "owned_by": "pykv"}
     return facts | {"max_model_len": server.llm.context}
+
+
+async def openapi(server: Server, _: Request, *, has_key: bool) -> Response:
+    facts = await asyncio.to_thread(lambda: describe(server.protocol, has_key=has_key))
+    return JSONResponse(facts)
 
 
 async def page(file: str, media_type: str, _: Request) -> Response:

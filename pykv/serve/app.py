@@ -126,7 +126,7 @@ async def _complete(
         yield replies.DONE
 
     def failed(error: ApiError) -> bytes:
-        return replies.event(error.body()) + replies.DONE
+        return replies.event(json.dumps(error.body())) + replies.DONE
 
     return Stream(server, work, events(), failed, "text/event-stream")
 
@@ -161,9 +161,8 @@ async def generate(server: Server, request: Request) -> Response:
 async def _begin(
     server: Server, request: Request, read: Callable[[dict[str, Any]], Asked]
 ) -> tuple[Asked, Work]:
-    """Read a body and let the engine begin; what takes the processor runs beside the loop."""
-    data = await _body(request)
-    asked = await asyncio.to_thread(lambda: read(parse(data)))
+    """Read a body and let the engine begin."""
+    asked = await _read(request, read)
     work = make_work(asked.answers, asked.constraints)
     server.engine.submit(work)
     request.scope["pykv.work"] = work  # what is refused has no tokens, and no latency
@@ -244,6 +243,19 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
+    """What a body asks for; it is read beside the loop, as it takes the processor."""
+    data = await _body(request)
+
+    def made() -> _T:
+        try:
+            return read(parse(data))
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+    return await asyncio.to_thread(made)
+
+
 async def _body(request: Request) -> bytes:
     """The body, if it is small enough and arrives in time.
 
@@ -272,15 +284,13 @@ async def _body(request: Request) -> bytes:
 
 
 async def tokenize(server: Server, request: Request) -> Response:
-    data = await _body(request)
-    ids = await asyncio.to_thread(lambda: server.protocol.tokenize(parse(data)))
+    ids = await _read(request, server.protocol.tokenize)
     facts = {"tokens": ids, "count": len(ids), "max_model_len": server.llm.context}
     return JSONResponse(facts)
 
 
 async def detokenize(server: Server, request: Request) -> Response:
-    data = await _body(request)
-    text = await asyncio.to_thread(lambda: server.protocol.detokenize(parse(data)))
+    text = await _read(request, server.protocol.detokenize)
     return JSONResponse({"prompt": text})
 
 

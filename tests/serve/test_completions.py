@@ -1,10 +1,15 @@
 """What the endpoints answer, in OpenAI's forms."""
 
+import json
 import re
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from pykv.llm.sampling import TokenLogprobs
+from pykv.serve.protocol import Asked
 from pykv.serve.replies import Reply
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -218,7 +223,7 @@ def test_logprobs_are_spelled_beside_the_event_loop(serve, monkeypatch):
 
     def spelled(self, index, found):
         threads.add(threading.current_thread().name)
-        return None
+        return "null"
 
     monkeypatch.setattr(Reply, "_of_choice", spelled)
     client = serve()
@@ -271,8 +276,6 @@ def test_health_and_head(serve):
 
 
 def test_generate_of_m40_llm(serve):
-    import json
-
     client = serve(seconds=0.001)
     assert client.ask("/generate", prompt="x") == {"output": "Hello, you."}
     data = json.dumps({"prompt": "x", "stream": True, "max_tokens": 5})
@@ -319,3 +322,17 @@ def test_metrics_count(serve):
     assert after["vllm:e2e_request_latency_seconds_count"] == 1
     bucket = 'vllm:inter_token_latency_seconds_bucket{model_name="tiny",le="+Inf"}'
     assert after[bucket] == 20 and label not in "".join(after)
+
+
+def test_logprobs_are_numbers_of_json():
+    """Of a token that cannot come, too."""
+    asked = Asked([], [], stream=True, logprobs=1)
+    tokenizer = SimpleNamespace(
+        stream_decoder=lambda: SimpleNamespace(push=lambda i: "x"), token_bytes=lambda i: b"x"
+    )
+    entry = TokenLogprobs(5, -np.inf, {5: -np.inf})
+    for chat in (True, False):
+        reply = Reply(asked, SimpleNamespace(jobs=[None]), "m", tokenizer, chat=chat)
+        found = json.loads(reply._of_choice(0, [entry]))
+        values = found["content"][0]["logprob"] if chat else found["token_logprobs"][0]
+        assert values == -9999

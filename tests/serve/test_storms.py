@@ -95,7 +95,7 @@ async def storm(port, clients, requests, seed):
     async def client():
         while left:
             left.pop()
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(600):
                 await talk(port, draw, draw.choice(SORTS), served)
 
     await asyncio.gather(*(client() for _ in range(clients)))

@@ -13,7 +13,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-from pykv import __version__, install
+from pykv import __version__, install, model_options
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
@@ -112,15 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="what the model should know first")
     chat.set_defaults(run=_chat)
     for command, max_tokens in ((run, 128), (chat, 2048)):
-        _add_model(command)
+        model_options.add_model(command)
         _add_sampling(command, max_tokens)
         _add_session(command)
 
     serve = commands.add_parser("serve", help="answer OpenAI's clients over HTTP")
-    serve.add_argument("model", nargs="?", default="smollm2-135m", help=MODEL)
-    _add_device(serve)
-    _add_weights(serve)
-    _add_cache(serve)
+    serve.add_argument("model", nargs="?", default="smollm2-135m", help=model_options.MODEL)
+    model_options.add_device(serve)
+    model_options.add_weights(serve)
+    model_options.add_cache(serve)
     command_of_serve.add_serve(serve)
 
     inspect = commands.add_parser("inspect", help="show a GGUF file's metadata and tensors")
@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("file", help="a GGUF file, or a model as for `pykv run`")
     size.add_argument("--ctx", type=int, help="tokens (the model's context)")
     size.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_kv_dtype(size)
-    _add_weights(size)
+    model_options.add_kv_dtype(size)
+    model_options.add_weights(size)
     size.set_defaults(run=_size)
 
     models = commands.add_parser("models", help="list the models that are known by name or fetched")
@@ -161,21 +161,21 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("eval", help="say what a lossy cache costs a model")
     for job in commands_of_eval.add_jobs(judge):
-        _add_place(job)
+        model_options.add_place(job)
 
     kvtc = commands.add_parser("kvtc", help="keep caches eight to sixty-four times smaller")
     actions = kvtc.add_subparsers(required=True, metavar="ACTION")
     calibrate = actions.add_parser("calibrate", help="find what to keep of a model's cache")
-    _add_place(calibrate)
-    _add_context(calibrate)
+    model_options.add_place(calibrate)
+    model_options.add_context(calibrate)
     commands_of_kvtc.add_calibrate(calibrate)
     coders = actions.add_parser("coders", help="hold the static coder against the KVTC paper's")
-    _add_place(coders)
-    _add_context(coders)
+    model_options.add_place(coders)
+    model_options.add_context(coders)
     commands_of_kvtc.add_coders(coders)
     evaluate = actions.add_parser("evaluate", help="say what each ratio costs a model")
     commands_of_eval.add_evaluate(evaluate)
-    _add_place(evaluate)
+    model_options.add_place(evaluate)
 
     cache = commands.add_parser("cache", help="look after compiled kernels and fetched models")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
@@ -191,74 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--arch", action="append", help="sm_75 and the like; no GPU is needed")
     warmup.set_defaults(run=_cache_warmup)
     return parser
-
-
-MODEL = (
-    "a name, a GGUF file, hf:owner/repo/file.gguf or https://... (%(default)s); see `pykv models`"
-)
-
-
-def _add_place(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
-    parser.add_argument("--model", default="smollm2-135m", help=MODEL)
-    _add_device(parser)
-    _add_weights(parser)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    _add_place(parser)
-    _add_cache(parser)
-
-
-def _add_cache(parser: argparse.ArgumentParser) -> None:
-    """What the cache stores, and of which tokens."""
-    _add_kv_dtype(parser)
-    _add_context(parser)
-    parser.add_argument(
-        "--evict",
-        metavar="POLICY",
-        help="keep some rows of the cache alone: snapkv:512, keydiff:0.5, streaming:1024:sinks=4; "
-        "also tova, h2o, expectedattention, keynorm, largest, random, and before any of them but "
-        "tova adakv:, by which heads share a budget",
-    )
-    parser.add_argument(
-        "--host-cache",
-        metavar="SIZE[:int8]",
-        help="keep pages that the cache forgets in so much host memory, such as 4GiB",
-    )
-    parser.add_argument(
-        "--disk-cache",
-        metavar="DIR:SIZE[:int8]",
-        help="and on disk, for other processes as well: tiers:50GiB",
-    )
-
-
-def _add_context(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        *("--ctx", "--context"),
-        type=int,
-        help="tokens of prompt and answer (the model's context)",
-    )
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights", default="fp16", help="fp16, bf16, fp32 or stored (%(default)s)"
-    )
-
-
-def _add_kv_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kv-dtype",
-        default="fp16",
-        metavar="KIND",
-        help="fp16, bf16, fp32, int8, int4, fp8 or k8v4; or keys and values apart, a scale for "
-        "each head, of fp32: int8+e4m3:head:fp32 (%(default)s)",
-    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -418,78 +350,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pykv import bench, cuda
-    from pykv.bench import options, report
+    from pykv.bench import command
 
-    if args.name is None:
-        print("\n".join(bench.names()))
-        return 0
-    module = bench.load(args.name)
-    given = _bench_parser(args.name, module).parse_args(args.options)
-    cases = options.select(args.name, module, given)
-    report.check_outputs("bench", {"--json": given.json, "--csv": given.csv})
-    try:
-        xp = cuda.array_module(given.device)
-    except DeviceError as error:
-        if cuda.has_driver():
-            raise
-        raise DeviceError(
-            f"bench {args.name}: device is {given.device!r}, but there is no NVIDIA driver; "
-            "--device cpu runs the NumPy reference"
-        ) from error
-
-    records: list[report.Record] = []
-    own: list[report.Record] = []
-    try:
-        how = {name: getattr(given, name) for name in ("samples", "warmup", "seed", "quick")}
-        with cuda.use_device(given.device):
-            for record in bench.run(args.name, cases, xp, **how):
-                records.append(record)
-                if record["bench"] == args.name:
-                    own.append(record)
-    finally:  # what is measured is kept when somebody interrupts the rest
-        getattr(module, "derive", list)(own)
-        texts = {
-            given.json: report.to_json(records),
-            given.csv: report.to_csv(own, getattr(module, "row", report.row)),
-        }
-        for path in texts.keys() - {None, "-"} if own else ():
-            with open(path, "w", encoding="utf-8", newline="") as file:
-                file.write(texts[path])
-        if given.json and own and (own[0]["commit"] or "").endswith("+"):
-            _complain(f"{given.json} says +: files differ from the commit, so no table takes it")
-    print(texts.get("-", report.to_table(records) + "\n"), end="")
-    if hasattr(module, "conclude"):
-        print(module.conclude(own), file=sys.stderr)
-    if all(record["ok"] for record in records):
-        return 0
-    _complain("some results are wrong")
-    return 1
-
-
-def _bench_parser(name: str, module: Any) -> argparse.ArgumentParser:
-    """The options of a benchmark."""
-    from pykv.bench import options
-
-    parser = argparse.ArgumentParser(
-        prog=f"pykv bench {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --page is not --pages
-    )
-    device = getattr(module, "DEVICE", "cuda")
-    for option, text in (
-        ("--json", "write a record for each case, ceilings included; - prints them, and no table"),
-        ("--csv", "write a row for each case; - prints them, and no table"),
-    ):
-        parser.add_argument(option, help=text, metavar="FILE")
-    parser.add_argument("--samples", type=int, default=20, help="of each case (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=5, help="calls before those (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (%(default)s)")
-    parser.add_argument("--device", default=device, help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small cases, to see that it works")
-    options.add_arguments(parser, module)
-    return parser
+    return command.run(args)
 
 
 def _cache_info(args: argparse.Namespace) -> None:

@@ -200,8 +200,15 @@ def encode(y: Any, kind: Kind) -> Any:
     return codes if kind.name == "int8" else pack(codes)
 
 
+# Of all float16, by their bits: NumPy converts them one by one, in twice the time.
+_OF_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
 def decode(codes: Any, kind: Kind) -> Any:
     """Values [..., D] float32 of codes [..., W], or of elements of a float kind."""
+    if codes.dtype == np.float16:
+        values: Any = _OF_FLOAT16.take(codes.view(np.uint16))
+        return values
     if kind.name == "e4m3":
         codes = codes.view(ml_dtypes.float8_e4m3fn)
     elif kind.name == "e5m2":

@@ -14,6 +14,7 @@ from typing import Any
 
 from pykv import whole_files
 from pykv.errors import CapacityError, ParameterError
+from pykv.model_options import open_llm
 
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing
@@ -26,23 +27,12 @@ Ctrl-C        stops an answer"""
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the sampling parameters; the latter first, as they are quick to refuse."""
-    from pykv.llm import LLM, SamplingParams
+    from pykv.llm import SamplingParams
 
     names = "temperature top_k top_p min_p seed max_tokens stop repetition_penalty "
     names += "presence_penalty frequency_penalty"
     params = SamplingParams(**{name: getattr(args, name) for name in names.split()})
-    llm = LLM(
-        args.model,
-        device=args.device,
-        kv_dtype=args.kv_dtype,
-        weights=args.weights,
-        context=args.ctx,
-        eviction=args.evict,
-        host_cache=args.host_cache,
-        disk_cache=args.disk_cache,
-        progress=sys.stderr.isatty(),
-    )
-    return llm, params
+    return open_llm(args), params
 
 
 def note(text: str) -> None:

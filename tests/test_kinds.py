@@ -12,7 +12,7 @@ from pykv import kinds
 from pykv.errors import DtypeError, ParameterError
 from pykv.kinds import KINDS
 from pykv.specs import KVSpec, as_spec, spec_of
-from tests.helpers import to_numpy
+from tests.helpers import assert_same_bits, to_numpy
 
 CODES = [kind for kind in KINDS.values() if kind.largest]
 
@@ -378,3 +378,9 @@ def test_largest_codes_are_counted(name, rng):
     codes, _ = kinds.quantize(x, kind, scale=scale)
     want = (np.abs(kinds.decode(codes, kind)) == kind.largest).sum()
     assert 0 < want < x.size and kinds.count_largest(codes, kind) == want
+
+
+def test_every_float16_is_decoded():
+    codes = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    values = kinds.decode(codes.reshape(-1, 64), KINDS["fp16"])
+    assert_same_bits(values.reshape(-1), codes.astype(np.float32))

@@ -72,7 +72,7 @@ def state_of(llm: LLM) -> list[Any]:
 def held_of(llm: LLM) -> list[bytes]:
     """The pages of what an LLM held before."""
     cache = llm.cache
-    with llm._scheduler.known(BEFORE) as pages:
+    with llm._scheduler.pages.known(BEFORE) as pages:
         return [x[:, pages].tobytes() for x in (cache.k, cache.v)]
 
 

@@ -79,7 +79,7 @@ class Work:
 
 def names() -> list[str]:
     """The benchmarks there are."""
-    shared = ("memory", "options", "report", "synthetic", "timing")
+    shared = ("command", "memory", "options", "report", "synthetic", "timing")
     return sorted(module.name for module in iter_modules(__path__) if module.name not in shared)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pykv import install
 from pykv.errors import FormatError, ParameterError
+from pykv.model_options import PLACE, open_llm
 
 if TYPE_CHECKING:
     from pykv.eval.changes import Change
@@ -83,7 +83,7 @@ def _needles(args: argparse.Namespace) -> None:
     _check_numbers("eval needles", args, "tokens", "seeds")
     made = {"dense": changes.identity} | _changes(args)
     _check_outputs("eval needles", args)
-    llm = _open_model(args)
+    llm = open_llm(args, PLACE)
     stacks = {
         n: [needles.haystack(llm, keys=n, tokens=args.tokens, seed=i) for i in range(args.seeds)]
         for n in keys
@@ -121,7 +121,7 @@ def _continuation(args: argparse.Namespace) -> None:
     _check_numbers("eval continuation", args, "windows", "prefill", "score")
     texts = _read_texts(args.text)
     _check_outputs("eval continuation", args)
-    llm = _open_model(args)
+    llm = open_llm(args, PLACE)
     rows = _go_on(llm, args, texts, dict.fromkeys(texts, made))
     head = {"change": "", "text": "", "of fp16": ".3f"} | _HEAD
     table = [[row[key] for key in ("change", "text", "share", *_KEYS)] for row in rows]
@@ -143,7 +143,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     artefact = Artefact.load(args.artefact)
     for ratio in ratios:
         artefact.check_ratio("kvtc evaluate: --ratio", ratio)
-    llm = _open_model(args)
+    llm = open_llm(args, PLACE)
     if differs := artefact.model.difference(llm.fingerprint):
         raise FormatError(f"kvtc evaluate: {args.artefact} is of another model: {differs}")
     with llm.turn():
@@ -261,14 +261,6 @@ def _read_texts(paths: list[str]) -> dict[str, str]:
         except UnicodeDecodeError as error:
             raise FormatError(f"{path} is not UTF-8: {error.reason}") from error
     return texts
-
-
-def _open_model(args: argparse.Namespace) -> LLM:
-    """The model, with a cache of floats."""
-    from pykv.llm import LLM
-
-    options = dict(device=args.device, weights=args.weights, progress=sys.stderr.isatty())
-    return LLM(args.model, **options)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ import re
 
 from pykv.errors import ParameterError
 from pykv.kvtc.artefact import Artefact
+from pykv.model_options import PLACE, open_llm
+
+OPTIONS = PLACE | {"ctx": "context"}  # of a model, whose cache is one of floats
 
 
 def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
@@ -33,16 +36,14 @@ def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from pykv.kvtc.calibration import calibrate
-    from pykv.llm import LLM
 
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.ratio):
         raise ParameterError(
             f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
         )
     groups = int(args.groups) if args.groups.isdecimal() else args.groups
-    of_model = dict(device=args.device, weights=args.weights, context=args.ctx, progress=True)
     artefact = calibrate(
-        LLM(args.model, **of_model),
+        open_llm(args, OPTIONS),
         _texts(args.text),
         out=args.out,
         ratios=tuple(map(int, args.ratio.split(","))),
@@ -66,11 +67,9 @@ def add_coders(coders: argparse.ArgumentParser) -> None:
 
 def _coders(args: argparse.Namespace) -> None:
     from pykv.kvtc.calibration import compare_coders
-    from pykv.llm import LLM
 
     artefact = Artefact.load(args.artefact)
-    of_model = dict(device=args.device, weights=args.weights, context=args.ctx, progress=True)
-    llm = LLM(args.model, **of_model)
+    llm = open_llm(args, OPTIONS)
     found = compare_coders(llm, artefact, _texts(args.text), tokens=args.tokens)
     if args.json:
         rows = [

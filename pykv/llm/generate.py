@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, closing, contextmanager
-from operator import index
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from pykv import cuda, install
-from pykv.errors import CapacityError, ParameterError, UnsupportedError
+from pykv.errors import ParameterError, UnsupportedError
 from pykv.eviction import AdaKV, Policy
 from pykv.kvtc.codec import Codec
-from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions
-from pykv.llm.answer import Answer, Completion, Stream
+from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions, shared_steps
+from pykv.llm.answer import Completion, Stream
 from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy, sums_attention
 from pykv.llm.fingerprint import fingerprint
+from pykv.llm.prompts import answer_to, items, known_ids, read_ids
 from pykv.llm.runner import ModelRunner
-from pykv.llm.sampling import SamplingParams, check_vocabulary
+from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
-from pykv.llm.sequence import Sequence as TokenSequence
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
@@ -94,6 +93,10 @@ class LLM:
             than `require_sm`.
         ParameterError: an option is unknown or out of its range.
         InstallError: a package of the extra `llm` is not installed.
+
+    Attributes:
+        runner: computes the steps; another Scheduler may plan them, between this one's, as that of
+            `pykv serve` does.
 
     Calls may come from several threads: their sequences are decoded as one batch, of which each
     step (512 tokens, a token of each answer among them) is done by one of the threads under a lock.
@@ -173,10 +176,11 @@ class LLM:
             if self.spec.has_given_scales:
                 ids = self.tokenizer.encode(scales.TEXT)[: config.context - 1]
                 scales.calibrate(loaded, cache, ids, self.xp)
-            self._runner = ModelRunner(loaded, cache, self.xp, policy)
+            self.runner = ModelRunner(loaded, cache, self.xp, policy)
             self.tiers = open_tiers(self, host_cache, disk_cache)
+        self.prefix_cache = prefix_cache
         self._scheduler = Scheduler(
-            self._runner,
+            self.runner,
             cache,
             may_grow=pool_tokens is None,
             prefix_cache=prefix_cache,
@@ -192,12 +196,12 @@ class LLM:
     @property
     def model(self) -> Model:
         """The weights and their configuration."""
-        return self._runner.model
+        return self.runner.model
 
     @property
     def cache(self) -> PagedKVCache:
         """The pages of all calls."""
-        return self._runner.cache
+        return self.runner.cache
 
     @property
     def has_chat_template(self) -> bool:
@@ -245,16 +249,16 @@ class LLM:
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")
-        prompts = [prompts] if isinstance(prompts, str) else _items("generate: prompts", prompts)
+        prompts = [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
-        params = _items("generate: params", params)
+        params = items("generate: params", params)
         if len(params) != len(prompts):
             raise ParameterError(
                 f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
             )
-        answers = [self._answer(*pair, special) for pair in zip(prompts, params, strict=True)]
-        for _ in self._run(answers):
+        answers = [answer_to(self, *pair, special) for pair in zip(prompts, params, strict=True)]
+        for _ in shared_steps.run(self._scheduler, self.turn, answers):
             pass
         return [answer.completion() for answer in answers]
 
@@ -274,8 +278,8 @@ class LLM:
         """
         _refuse_prepare("LLM.stream")
         params = SamplingParams() if params is None else params
-        answer = self._answer(prompt, params, special)
-        return Stream(answer, self._pieces(answer))
+        answer = answer_to(self, prompt, params, special)
+        return Stream(answer, shared_steps.pieces(self._scheduler, self.turn, answer))
 
     def chat(
         self,
@@ -326,7 +330,7 @@ class LLM:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(self._known("ids", ids))
+        return self.tokenizer.decode(known_ids(self, "ids", ids))
 
     # --- Sessions ---
 
@@ -374,11 +378,11 @@ class LLM:
             if template_variables is not None:
                 given = f"template_variables is {template_variables!r:.80}"
                 raise ParameterError(f"LLM.save: {given}, expected None without messages")
-            ids = self._ids(prompt)
+            ids = read_ids(self, "prompt", prompt)
         else:
             variables = {"add_generation_prompt": False, **(template_variables or {})}
             ids = chat_ids(self.file, self.tokenizer, messages, template_variables=variables)
-        return sessions.save(self, self._scheduler, path, ids, messages, codec)
+        return sessions.save(self, self._scheduler.pages, path, ids, messages, codec)
 
     def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
@@ -407,7 +411,7 @@ class LLM:
 
         Waits for the GPU.
         """
-        return sessions.load(self, self._scheduler, path, codec)
+        return sessions.load(self, self._scheduler.pages, path, codec)
 
     def flush(self) -> None:
         """Write the full pages of the prefix cache and of `host_cache` to `disk_cache`, for another
@@ -425,7 +429,7 @@ class LLM:
         """
         _refuse_prepare("LLM.logits")
         with self.turn():
-            parts = self._logits(self._ids(token_ids, name="token_ids"))
+            parts = self._logits(read_ids(self, "token_ids", token_ids))
             return np.concatenate([part for part, _ in parts])
 
     def perplexity(self, text_or_ids: str | Sequence[int]) -> float:
@@ -437,7 +441,7 @@ class LLM:
         Raises: as a prompt of `generate`.
         """
         _refuse_prepare("LLM.perplexity")
-        ids = self._ids(text_or_ids, name="text_or_ids")
+        ids = read_ids(self, "text_or_ids", text_or_ids)
         if len(ids) < 2:
             raise ParameterError(f"perplexity: {len(ids)} tokens, expected at least 2")
         total = 0.0
@@ -453,108 +457,13 @@ class LLM:
 
     def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, computed anew, and the first position of each."""
-        with self._scheduler.new_pages(ids) as pages:
-            yield from self._runner.logits(ids, pages)
-
-    # --- From text to sequences and back ---
-
-    def _run(self, answers: list[Answer]) -> Generator[None, None, None]:
-        """Step until every answer is finished, by our steps or another thread's; yields after each
-        of ours, with the caller's GPU as the current one."""
-        sequences, is_over = [answer.sequence for answer in answers], False
-        try:
-            with self.turn():
-                self._scheduler.stats = Stats()
-                self._scheduler.add(*sequences)
-            while not is_over:
-                with self.turn():
-                    if any(not s.finish_reason for s in sequences):
-                        self._scheduler.step()
-                for error in (s.error for s in sequences if s.error):
-                    raise error
-                is_over = all(s.finish_reason for s in sequences)
-                if is_over:
-                    self._abort(sequences)  # those that a caller has ended
-                yield
-        finally:  # or pages stay taken when we are closed
-            self._abort(sequences)
-
-    def _abort(self, sequences: list[TokenSequence]) -> None:
-        with self.turn(), ExitStack() as each:
-            for s in sequences:
-                each.callback(self._scheduler.abort, s)
-
-    def _pieces(self, answer: Answer) -> Generator[str, None, None]:
-        with closing(self._run([answer])) as steps:
-            for _ in steps:
-                if piece := answer.piece():
-                    yield piece
-
-    def _answer(self, prompt: Any, params: SamplingParams, special: bool) -> Answer:
-        if not isinstance(params, SamplingParams):
-            raise ParameterError(f"params has {params!r}, expected SamplingParams")
-        check_vocabulary("params", params, self.model.config.vocab)
-        ids = self._ids(prompt, special)
-        if len(ids) == self.context:
-            raise CapacityError(
-                f"prompt has {len(ids)} tokens, expected fewer than the context of {self.context}: "
-                "the answer needs room"
-            )
-        limit = min(self.context, len(ids) + params.max_tokens)
-        ends = frozenset() if params.ignore_eos else self.tokenizer.stop_ids
-        ends |= frozenset(params.stop_token_ids)
-        sequence = TokenSequence(ids, params, limit, ends)
-        return Answer(sequence, self.tokenizer.stream_decoder())
-
-    def _ids(self, prompt: Any, special: bool = False, name: str = "prompt") -> list[int]:
-        """Token ids of what argument `name` is."""
-        check_flag("LLM", "special", special)
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ParameterError(f"{name} is empty, expected at least one character")
-            ids = self.tokenizer.encode(prompt, special=special, limit=self.context)
-        else:
-            ids = self._known(name, prompt)
-        if not ids:
-            raise ParameterError(f"{name} is empty, expected at least one token")
-        if len(ids) > self.context:
-            raise CapacityError(
-                f"{name} has {len(ids)} tokens, expected at most the context of {self.context}"
-            )
-        return ids
-
-    def _known(self, name: str, ids: Any) -> list[int]:
-        """Ids that are tokens of the model."""
-        vocab, known = self.model.config.vocab, [_token_id(name, i) for i in _items(name, ids)]
-        for i in known:
-            if not 0 <= i < vocab:
-                raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
-        return known
-
-
-def _items(name: str, values: Any) -> list[Any]:
-    """The items of a list, a tuple or an array."""
-    try:
-        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
-            raise TypeError
-        return list(values)
-    except TypeError:
-        raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
+        with self._scheduler.pages.new(ids) as pages:
+            yield from self.runner.logits(ids, pages)
 
 
 def _are_messages(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether a prompt is one of `chat`; others are of `generate`."""
     return isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt)
-
-
-def _token_id(name: str, value: Any) -> int:
-    """An integer of any library."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return index(value)
-    except TypeError:
-        raise ParameterError(f"{name} has token id {value!r:.80}, expected an integer") from None
 
 
 def _refuse_prepare(method: str) -> None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Protocol
 
-from pykv.blocks import BlockManager
 from pykv.errors import CapacityError
-from pykv.llm.sequence import Sequence, page_keys
+from pykv.llm.sequence import Sequence
+from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
 
 PREFILL_TOKENS = 512  # tokens of one step at most; bounds the scratch memory
 
@@ -42,22 +42,6 @@ class Stats:
     decode_seconds: float = 0.0
     cached_tokens: int = 0
     preemptions: int = 0
-
-
-class Cache(Protocol):
-    """What the scheduler needs of a PagedKVCache."""
-
-    manager: BlockManager
-
-    def extend(self, pages: list[int], start: int, stop: int) -> None: ...
-
-    def grow(self, pages: int) -> None: ...
-
-
-class Tiers(Protocol):
-    """What the scheduler needs of pykv.tiers.Tiers."""
-
-    def fetch(self, tokens: list[int]) -> None: ...
 
 
 class Runner(Protocol):
@@ -98,6 +82,7 @@ class Scheduler:
 
     Attributes:
         running, waiting: sequences, in the order in which they came.
+        pages: of the sequences.
         stats: what was done; may be replaced by new ones.
         failed: sequences of the model's call that raised, if it did in the last step.
 
@@ -124,9 +109,16 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.failed: list[Sequence] = []
         self.stats = Stats()
-        self.prefix_cache, self.cache = prefix_cache, cache
-        self._runner, self._may_grow = runner, may_grow
-        self._slots, self._max_waiting, self._tiers = slots, max_waiting, tiers
+        self.pages = SequencePages(
+            cache,
+            runner.room,
+            runner.last,
+            may_grow=may_grow,
+            prefix_cache=prefix_cache,
+            tiers=tiers,
+        )
+        self._runner, self._cache, self._manager = runner, cache, cache.manager
+        self._slots, self._max_waiting = slots, max_waiting
         self._counter = count()
 
     @property
@@ -148,20 +140,14 @@ class Scheduler:
             raise CapacityError(
                 f"Scheduler.add: {waiting} sequences would wait, expected at most {most}"
             )
-        if self._may_grow:
-            self._grow(sequences)
-        manager = self.cache.manager
+        if self.pages.may_grow:
+            self.pages.grow_for((*self.running, *self.waiting, *sequences))
         for s in sequences:
-            wanted = manager.pages_for(self._rows(s))
-            if wanted > manager.num_pages:
-                raise CapacityError(
-                    f"prompt of {len(s.prompt)} tokens needs {wanted} pages, expected at most the "
-                    f"{manager.num_pages} of the pool ({manager.page_size} tokens a page)"
-                )
+            self.pages.check_fits(s)
         group = next(self._counter)
         for s in sequences:
             s.order, s.group = next(self._counter), group
-            self._name_pages(s)
+            self.pages.name(s)
             self.waiting.append(s)
             self.stats.prompt_tokens += len(s.prompt)
 
@@ -194,34 +180,6 @@ class Scheduler:
                     self._end(s)
         return changed
 
-    @contextmanager
-    def known(self, tokens: list[int]) -> Iterator[list[int]]:
-        """The pages of the longest prefix of tokens that is computed, which stay as they are while
-        the block runs."""
-        pages = self._reuse(tokens)
-        try:
-            yield pages
-        finally:
-            self.cache.manager.free(pages)
-
-    @contextmanager
-    def new_pages(self, tokens: list[int]) -> Iterator[list[int]]:
-        """Pages for these tokens while the block runs, which writes them. Then prompts that begin
-        alike may reuse those that are full.
-
-        Raises:
-            CapacityError: the pool is too small.
-        """
-        manager = self.cache.manager
-        self._make_room(manager.pages_for(len(tokens)))
-        pages = manager.allocate(len(tokens))
-        try:
-            yield pages
-            if self.prefix_cache:
-                manager.publish(pages, tokens)
-        finally:
-            manager.free(pages)
-
     # --- Steps ---
 
     def _run(self, held_back: set[int], changed: list[Sequence]) -> None:
@@ -245,7 +203,7 @@ class Scheduler:
     def _pieces(self, room: int, held_back: set[int]) -> list[Piece]:
         """What a step computes of prompts, for which it has room for so many tokens; a page at
         least, and the tokens that belong together, however many answers it decodes."""
-        P, last = self.cache.manager.page_size, self._runner.last
+        P, last = self._manager.page_size, self._runner.last
         room = max(room, last, min(P, PREFILL_TOKENS))
         running = [s for s in self.running if not s.finish_reason]
         held_back |= {s.group for s in running if s.cached < s.prefix}
@@ -270,8 +228,7 @@ class Scheduler:
         """Compute pieces of prompts, and offer the pages that are full."""
         tokens = self._runner.prompts(pieces)
         for s, _ in pieces:
-            if s.prefix and s.cached <= s.prefix:
-                self.cache.manager.publish(s.pages, s.tokens[: s.cached])
+            self.pages.offer(s)
         return tokens
 
     def _compute(
@@ -299,7 +256,7 @@ class Scheduler:
         try:
             self._runner.end(s)
         finally:
-            self._give_up(s, publish=s.finish_reason != "error")
+            self.pages.give_up(s, publish=s.finish_reason != "error")
             s.read()
 
     # --- Who runs ---
@@ -310,7 +267,7 @@ class Scheduler:
         followed: set[int] = set()
         if not self.waiting:
             return followed
-        P = self.cache.manager.page_size
+        P = self._manager.page_size
         pending = (s.keys[s.cached // P :] for s in self.running if s.cached < s.prefix)
         computed = set(chain.from_iterable(pending))
         for s in list(self.waiting):
@@ -335,25 +292,21 @@ class Scheduler:
     def _place(self, s: Sequence) -> bool:
         """Give a sequence pages for all of its tokens, if there are as many. A pool that cannot
         grow shall have a spare page for each of the others, too, or this would soon have to go."""
-        manager = self.cache.manager
-        spare = 0 if self._may_grow else len(self.running)
+        manager = self._manager
+        spare = 0 if self.pages.may_grow else len(self.running)
         if self.running and s.wanted + spare > manager.num_free:
             return False
         try:
-            if self.prefix_cache:
-                s.pages = self._reuse(s.tokens[: -self._runner.last])
-                s.cached = len(s.pages) * manager.page_size
-            rows = max(self._rows(s), s.cached)
-            s.wanted = manager.pages_for(rows) - len(s.pages)
+            rows = self.pages.find(s)
             if not self.running:
                 with suppress(CapacityError):
-                    self._make_room(s.wanted)
+                    self.pages.make_room(s.wanted)
             if s.wanted + spare > manager.num_free:
-                self._give_up(s, publish=False)
+                self.pages.give_up(s, publish=False)
                 return False
-            self.cache.extend(s.pages, s.cached, rows)
+            self._cache.extend(s.pages, s.cached, rows)
         except BaseException:
-            self._give_up(s, publish=False)
+            self.pages.give_up(s, publish=False)
             raise
         if not s.preemptions:
             s.reused = s.cached
@@ -364,7 +317,7 @@ class Scheduler:
     def _give_pages(self, changed: list[Sequence]) -> None:
         """A page for the next row of each answer; the oldest get theirs first. An answer that fills
         the pool alone is as long as fits, as at the end of a context."""
-        P = self.cache.manager.page_size
+        P = self._manager.page_size
         for s in list(self.running):
             if s.finish_reason or not s.decodes:  # what was preempted has more due
                 continue
@@ -385,65 +338,22 @@ class Scheduler:
     def _extend(self, s: Sequence) -> None:
         """A page for the next row of a sequence."""
         if len(self.running) == 1:
-            self._make_room(1)
-        self.cache.extend(s.pages, s.held, s.held + 1)
+            self.pages.make_room(1)
+        self._cache.extend(s.pages, s.held, s.held + 1)
 
     def _wait_again(self, s: Sequence, *, publish: bool) -> None:
         """Put a running sequence back to its place in the queue, to be computed again."""
         if s in self.running:
             self.running.remove(s)
             s.preemptions += 1
-            self._give_up(s, publish=publish)
-            self._name_pages(s)
+            self.pages.give_up(s, publish=publish)
+            self.pages.name(s)
             insort(self.waiting, s, key=_order)
-
-    # --- Pages ---
-
-    def _reuse(self, tokens: list[int]) -> list[int]:
-        """Pages of the longest prefix that is computed, those in tiers among them."""
-        if self._tiers is not None:
-            self._tiers.fetch(tokens)
-        return self.cache.manager.reuse(tokens)
-
-    def _rows(self, s: Sequence) -> int:
-        """Rows that must be free before a sequence runs: its tokens and the next, which an answer
-        that fills the pool does not get."""
-        rows, tokens = self._runner.room(s), len(s.prompt) + len(s.generated)
-        if rows is None:
-            fills = tokens == self.cache.manager.num_pages * self.cache.manager.page_size
-            rows = tokens if fills and s.generated else tokens + 1
-        return rows
-
-    def _grow(self, sequences: Iterable[Sequence]) -> None:
-        """Make the pool as large as all sequences, and these, need to reach their limits."""
-        manager, found = self.cache.manager, []
-        wanted = 0
-        try:
-            for s in (*self.running, *self.waiting, *sequences):
-                pages = s.pages
-                if not pages and self.prefix_cache:
-                    pages = manager.reuse(s.tokens[: -self._runner.last])
-                    found.append(pages)
-                rows = self._runner.room(s)
-                whole = manager.pages_for(s.limit if rows is None else rows)
-                wanted += max(whole - len(pages), 0)
-            self._make_room(wanted)
-        finally:
-            for pages in found:
-                manager.free(pages)
-
-    def _make_room(self, wanted: int) -> None:
-        """So many free pages, or a CapacityError."""
-        manager = self.cache.manager
-        missing = wanted - manager.num_free
-        if missing > 0 and self._may_grow:
-            self.cache.grow(manager.num_pages + missing)
-        manager.require(wanted)
 
     def _refuse(self, s: Sequence) -> None:
         """End a sequence that finds too few pages although nobody runs. Its answer so far is as
         long as the pool allows; that others hold pages, who are no sequences, is an error."""
-        manager = self.cache.manager
+        manager = self._manager
         if manager.pages_for(len(s.tokens)) > manager.num_pages:
             s.finish_reason = "length"
             return
@@ -454,23 +364,6 @@ class Scheduler:
                 f"{manager.num_pages} ({manager.page_size} tokens a page)"
             ),
         )
-
-    def _give_up(self, s: Sequence, *, publish: bool) -> None:
-        """Give the pages of a sequence back; what was computed on them may be reused."""
-        manager = self.cache.manager
-        is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
-        if publish and self.prefix_cache and is_whole:
-            manager.publish(s.pages, s.tokens[: s.cached])
-        manager.free(s.pages)
-        s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
-        s.behind, s.mass, s.unsummed = None, {}, []
-
-    def _name_pages(self, s: Sequence) -> None:
-        """Note the full pages that a sequence publishes before its last tokens."""
-        P = self.cache.manager.page_size
-        if self.prefix_cache:
-            s.keys = page_keys(s.tokens[: -self._runner.last], P)
-            s.prefix = len(s.keys) * P
 
 
 def _order(s: Sequence) -> int:

@@ -28,7 +28,7 @@ from pykv.kvtc.artefact import Artefact
 from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import parse
 from pykv.llm.chat import check_messages
-from pykv.llm.scheduler import Scheduler
+from pykv.llm.sequence_pages import SequencePages
 from pykv.page_arrays import check_codec, facts_of
 from pykv.pages import swap_in
 
@@ -54,7 +54,7 @@ class Session(NamedTuple):
 
 def save(
     llm: LLM,
-    scheduler: Scheduler,
+    shared: SequencePages,
     path: str | os.PathLike[str],
     ids: list[int],
     messages: Sequence[Any] | None,
@@ -62,12 +62,12 @@ def save(
 ) -> int:
     """Write a file; returns how many tokens it keeps the pages of. See LLM.save."""
     op, cache = "LLM.save", llm.cache
-    path, codec = _checked(op, llm, scheduler, path, codec)
+    path, codec = _checked(op, llm, shared, path, codec)
     arrays = {"tokens": np.array(ids, np.int32)}
     if messages is not None:
         arrays["messages"] = np.frombuffer(json.dumps(list(messages)).encode(), np.uint8)
     mixed = codec is not None and llm.model.hadamard
-    with llm.turn(), scheduler.known(ids) as pages:
+    with llm.turn(), shared.known(ids) as pages:
         arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)
         metadata, kept = facts(llm, len(pages)), len(pages) * cache.page_size
     tensor_files.write(path, metadata, arrays, private=True)
@@ -75,11 +75,11 @@ def save(
 
 
 def load(
-    llm: LLM, scheduler: Scheduler, path: str | os.PathLike[str], codec: Codec | str | None
+    llm: LLM, shared: SequencePages, path: str | os.PathLike[str], codec: Codec | str | None
 ) -> Session:
     """Read a file and put its pages into the cache. See LLM.load."""
     op, cache = "LLM.load", llm.cache
-    path, codec = _checked(op, llm, scheduler, path, codec)
+    path, codec = _checked(op, llm, shared, path, codec)
     with llm.turn():
         with open(path, "rb") as file:
             header = tensor_files.read_header(op, file, path, "session", FORMAT)
@@ -112,7 +112,7 @@ def load(
                 put = partial(stored_pages.put, cache, stored=stored)
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
-        with scheduler.new_pages(ids[:kept]) as pages:
+        with shared.new(ids[:kept]) as pages:
             put(pages)
     return Session(ids, messages, kept)
 
@@ -171,11 +171,11 @@ def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
 
 
 def _checked(
-    op: str, llm: LLM, scheduler: Scheduler, path: Any, codec: Any
+    op: str, llm: LLM, shared: SequencePages, path: Any, codec: Any
 ) -> tuple[Path, Codec | None]:
     """A path and a codec of a call."""
     cuda.refuse_prepare(op, "it reads or writes a file")
-    if not scheduler.prefix_cache:
+    if not shared.prefix_cache:
         raise ParameterError(f"{op}: prefix_cache is False, expected an LLM that keeps pages")
     return whole_files.regular_path(op, path), open_codec(op, codec, llm)
 

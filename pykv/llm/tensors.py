@@ -153,22 +153,40 @@ def can_dequantize(kind: str) -> bool:
 
 def fill(xp: Any, out: Any, info: TensorInfo, dtype: Any) -> None:
     """Write a tensor's values, rounded to `dtype`, into `out` [rows, columns]: on a GPU of that
-    dtype, on the host float32. The GPU dequantises the kinds that it knows."""
+    dtype, on the host float32 or that dtype. The GPU dequantises the kinds that it knows."""
     if info.kind in dequant.KINDS and xp is not np:
         dequant.dequantize(xp.asarray(info.blocks), info.kind, out=out)
-    elif info.kind in dequant.KINDS:
-        out[...] = dequant.dequantize(info.blocks, info.kind, dtype=dtype)
     else:
-        with np.errstate(over="ignore"):  # weights.load looks for infinities
-            values = _dequantized(info).astype(dtype)
-        out[...] = xp.asarray(values)
+        blocks = info.blocks
+        step = max(1, _PIECE // (16 * out.shape[1]))  # so that a piece stays in a core's cache
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows] = xp.asarray(rounded(_dequantized(blocks[rows], info.kind), dtype))
 
 
-def _dequantized(info: TensorInfo) -> np.ndarray:
-    """A tensor's values on the host, float32 [rows, columns]."""
+def rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Float32 `values`, which may be overwritten, as the nearest of `dtype`, ties to even; past its
+    range infinities. NumPy converts float16 one by one; this is exact but for the sign of zeros."""
+    with np.errstate(over="ignore", invalid="ignore"):  # weights.load looks for infinities
+        if dtype != np.float16:
+            return values.astype(dtype, copy=False)
+        # 1.5 * 2^(e + 13), for the exponent e of each value, at least that of normal float16: a sum
+        # with it has a last place of 2^(e - 10), that of a float16.
+        shift = values.view(np.uint32) & np.uint32(0x7F800000)
+        np.clip(shift, np.uint32(113 << 23), np.uint32(143 << 23), out=shift)
+        shift += np.uint32((13 << 23) | 1 << 22)
+        values += shift.view(np.float32)
+        values -= shift.view(np.float32)
+        if not np.abs(values).max(initial=0) < 65536:
+            values[np.abs(values) >= 65536] *= np.float32(np.inf)
+    return values
+
+
+def _dequantized(blocks: np.ndarray, kind: str) -> np.ndarray:
+    """Values of blocks on the host, float32 [rows, columns]."""
     import gguf
 
-    values: np.ndarray = gguf.quants.dequantize(info.blocks, gguf.GGMLQuantizationType[info.kind])
+    values: np.ndarray = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     return values
 
 
@@ -230,7 +248,7 @@ def refuse_infinite(file: ModelFile, infos: list[TensorInfo], dtype: Any) -> Non
         UnsupportedError: `dtype` does not reach as far as the file's numbers.
     """
     for info in infos:
-        values = _dequantized(info)
+        values = _dequantized(info.blocks, info.kind)
         if not np.isfinite(values).all():
             raise FormatError(f"{file.path}: tensor {info.name} holds a NaN or an infinity")
         largest, limit = float(np.abs(values).max()), float(ml_dtypes.finfo(dtype).max)

@@ -7,6 +7,7 @@ constraints   answers that follow a JSON schema, by masks over the vocabulary
 engine        one thread that owns the LLM; tokens to an event loop
 replies       answers as bodies, or as chunks while they come
 app           endpoints, keys, limits
+openapi       their description, by the fields that protocol asks for
 metrics       what the server counts, in Prometheus' text format
 command       `pykv serve`
 page          a page to chat with

@@ -21,6 +21,7 @@ from pykv.serve import front, metrics, replies
 from pykv.serve.engine import Engine, Steps, Work, make_work
 from pykv.serve.fields import ApiError, parse
 from pykv.serve.metrics import Metrics
+from pykv.serve.openapi import describe
 from pykv.serve.protocol import Asked, Protocol
 from pykv.serve.replies import Reply
 
@@ -91,6 +92,7 @@ def create_app(server: Server, *, api_key: str | None = None, loopback: bool = T
         "/metrics": read_metrics,
         "/v1/models": models,
         "/v1/models/{name:path}": model,
+        "/openapi.json": partial(openapi, has_key=api_key is not None),
     }
     routes = [Route(path, partial(call, server), methods=["POST"]) for path, call in posts.items()]
     routes += [Route(path, partial(call, server), methods=["GET"]) for path, call in gets.items()]
@@ -124,7 +126,7 @@ async def _complete(
         yield replies.DONE
 
     def failed(error: ApiError) -> bytes:
-        return replies.event(error.body()) + replies.DONE
+        return replies.event(json.dumps(error.body())) + replies.DONE
 
     return Stream(server, work, events(), failed, "text/event-stream")
 
@@ -159,9 +161,8 @@ async def generate(server: Server, request: Request) -> Response:
 async def _begin(
     server: Server, request: Request, read: Callable[[dict[str, Any]], Asked]
 ) -> tuple[Asked, Work]:
-    """Read a body and let the engine begin; what takes the processor runs beside the loop."""
-    data = await _body(request)
-    asked = await asyncio.to_thread(lambda: read(parse(data)))
+    """Read a body and let the engine begin."""
+    asked = await _read(request, read)
     work = make_work(asked.answers, asked.constraints)
     server.engine.submit(work)
     request.scope["pykv.work"] = work  # what is refused has no tokens, and no latency
@@ -242,6 +243,19 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def _read(request: Request, read: Callable[[dict[str, Any]], _T]) -> _T:
+    """What a body asks for; it is read beside the loop, as it takes the processor."""
+    data = await _body(request)
+
+    def made() -> _T:
+        try:
+            return read(parse(data))
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+    return await asyncio.to_thread(made)
+
+
 async def _body(request: Request) -> bytes:
     """The body, if it is small enough and arrives in time.
 
@@ -270,15 +284,13 @@ async def _body(request: Request) -> bytes:
 
 
 async def tokenize(server: Server, request: Request) -> Response:
-    data = await _body(request)
-    ids = await asyncio.to_thread(lambda: server.protocol.tokenize(parse(data)))
+    ids = await _read(request, server.protocol.tokenize)
     facts = {"tokens": ids, "count": len(ids), "max_model_len": server.llm.context}
     return JSONResponse(facts)
 
 
 async def detokenize(server: Server, request: Request) -> Response:
-    data = await _body(request)
-    text = await asyncio.to_thread(lambda: server.protocol.detokenize(parse(data)))
+    text = await _read(request, server.protocol.detokenize)
     return JSONResponse({"prompt": text})
 
 
@@ -317,6 +329,11 @@ async def model(server: Server, request: Request) -> Response:
 def _model(server: Server, name: str) -> dict[str, Any]:
     facts = {"id": name, "object": "model", "created": server.created, "owned_by": "pykv"}
     return facts | {"max_model_len": server.llm.context}
+
+
+async def openapi(server: Server, _: Request, *, has_key: bool) -> Response:
+    facts = await asyncio.to_thread(lambda: describe(server.protocol, has_key=has_key))
+    return JSONResponse(facts)
 
 
 async def page(file: str, media_type: str, _: Request) -> Response:

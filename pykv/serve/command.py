@@ -13,6 +13,7 @@ from typing import Any
 
 from pykv import install
 from pykv.errors import CapacityError, ParameterError
+from pykv.model_options import open_llm
 from pykv.options import check_whole
 
 STOP_SECONDS = 30  # that running answers have to end after SIGTERM
@@ -78,28 +79,17 @@ def open_server(args: argparse.Namespace, slots: int | None) -> tuple[Any, str]:
     """The model that options name, ready to answer, and what to say of it."""
     import numpy as np
 
-    from pykv.llm import LLM
     from pykv.llm.scheduler import Scheduler
     from pykv.serve.app import make_server
 
-    llm = LLM(
-        args.model,
-        device=args.device,
-        kv_dtype=args.kv_dtype,
-        weights=args.weights,
-        context=args.ctx,
-        eviction=args.evict,
-        host_cache=args.host_cache,
-        disk_cache=args.disk_cache,
-        progress=sys.stderr.isatty(),
-    )
+    llm = open_llm(args)
     slots = slots or (HOST_SLOTS if llm.xp is np else GPU_SLOTS)
     _grow(llm, slots)
     scheduler = Scheduler(
-        llm._runner,
+        llm.runner,
         llm.cache,
         may_grow=False,
-        prefix_cache=llm._scheduler.prefix_cache,
+        prefix_cache=llm.prefix_cache,
         slots=slots,
         tiers=llm.tiers,
     )
@@ -144,7 +134,7 @@ def _rows_of_one(llm: Any) -> int:
     most: int = llm.context
     for prompt in range(max(1, most - llm.cache.page_size), llm.context):
         s = Sequence([0] * prompt, SamplingParams(), llm.context)
-        most = max(most, llm._runner.room(s) or 0)
+        most = max(most, llm.runner.room(s) or 0)
     return most
 
 

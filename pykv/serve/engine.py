@@ -233,17 +233,25 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while (inbox := self._take()) is not None:
-                for work, begins in inbox:
-                    (self._begin if begins else self._abort)(work)
-                if self._jobs:
-                    self._step()
+            while self._go_on():
+                pass
         except Exception:  # a fault of the engine: who waits for it shall not wait for ever
             log.exception("the engine ends")
         with self._lock:
             self._stopping = True
         self._open_inbox()
         self._fail(list(self._jobs), ApiError(503, "the server is stopping", code="stopping"))
+
+    def _go_on(self) -> bool:
+        """Do what has come, and a step; False: the engine stops. Of its own, so that nothing of a
+        request stays known here while the next is waited for."""
+        if (inbox := self._take()) is None:
+            return False
+        for work, begins in inbox:
+            (self._begin if begins else self._abort)(work)
+        if self._jobs:
+            self._step()
+        return True
 
     def _take(self) -> list[tuple[Work, bool]] | None:
         """Wait for something to do. Returns what begins and is aborted; None: the engine stops."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pykv.errors import PykvError
 from pykv.options import check_choice, check_number, check_whole
 
 _JSON = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean"}
+_TYPES |= {float: "number", int: "integer"}
 
 
 class ApiError(Exception):
@@ -65,6 +68,9 @@ def parse(data: bytes) -> dict[str, Any]:
 class Fields:
     """The fields of an object of JSON; `null` is the same as none.
 
+    What is asked of each field is noted, so that `schema` says what a body may hold by the calls
+    that check it.
+
     Args:
         body: the object.
         where: what stands before a field's name in errors, such as "stream_options.".
@@ -72,50 +78,129 @@ class Fields:
 
     def __init__(self, body: dict[str, Any], where: str = "") -> None:
         self.body, self.where = body, where
-        self._taken: set[str] = set()
+        self._asked: dict[str, dict[str, Any] | list[Fields] | Fields] = {}
+        self._required: list[str] = []
 
     @property
     def unknown(self) -> set[str]:
         """Fields that nobody has taken."""
-        return self.body.keys() - self._taken
+        return self.body.keys() - self._asked
 
-    def take(self, name: str, *kinds: type, default: Any = None) -> Any:
-        """A field of one of these types, of any without them."""
-        self._taken.add(name)
+    def schema(self) -> dict[str, Any]:
+        """The fields that were asked for, as a JSON schema."""
+        properties: dict[str, Any] = {}
+        for name, asked in self._asked.items():
+            if isinstance(asked, Fields):
+                properties[name] = asked.schema() | {"type": ["object", "null"]}
+            elif isinstance(asked, list):
+                each = [fields.schema() for fields in asked]
+                fields = {key: x for one in each for key, x in one["properties"].items()}
+                common = [key for key in fields if all(key in one["required"] for one in each)]
+                item = {"type": "object", "properties": fields, "required": common}
+                properties[name] = {"type": "array", "minItems": 1, "items": item}
+            else:
+                properties[name] = asked
+        return {"type": "object", "properties": properties, "required": self._required}
+
+    def take(
+        self, name: str, *kinds: type, default: Any = None, required: bool = False, **facts: Any
+    ) -> Any:
+        """A field of one of these types, of any without them.
+
+        Args:
+            name: of the field.
+            kinds: of its value.
+            default: where there is none.
+            required: there must be one.
+            facts: what else holds for it, as JSON schemas say it; the caller checks these.
+        """
+        self._note(name, kinds, default, required, facts)
         value = self.body.get(name)
-        if value is None:
+        if value is None and not required:
             return default
         if kinds and type(value) not in kinds:
             expected = " or ".join(_JSON[kind] for kind in kinds)
             raise wrong(self.where + name, value, expected)
         return value
 
+    def each(self, name: str) -> list[Fields]:
+        """The objects of a field that is a list of at least one."""
+        given = self.take(name, list, required=True)
+        if not given:
+            raise wrong(self.where + name, given, "a list of at least one")
+        made = []
+        for n, item in enumerate(given):
+            where = f"{self.where}{name}[{n}]"
+            if not isinstance(item, dict):
+                raise wrong(where, item, "an object")
+            made.append(Fields(item, f"{where}."))
+        self._asked[name] = made
+        return made
+
     def ignore(self, *names: str) -> None:
         """Fields that change nothing here, whatever they have."""
-        self._taken.update(names)
+        for name in names:
+            self._asked[name] = {}
 
     def flag(self, name: str, default: bool = False) -> bool:
         return bool(self.take(name, bool, default=default))
 
-    def number(self, name: str, default: Any, **bounds: Any) -> Any:
-        return self._checked(name, default, lambda x: check_number("", name, x, **bounds))
+    def number(self, name: str, default: Any, least: float, most: float) -> Any:
+        facts = dict(minimum=least, maximum=most)
+        check = partial(check_number, "", name, least=least, most=most)
+        return self._checked(name, default, check, (float,), facts)
 
     def whole(self, name: str, default: Any, least: int, most: int = 2**63 - 1) -> Any:
-        return self._checked(name, default, lambda x: check_whole("", name, x, least, most))
+        facts = dict(minimum=least, maximum=most)
+        check = partial(check_whole, "", name, least=least, most=most)
+        return self._checked(name, default, check, (int,), facts)
 
     def choice(self, name: str, default: Any, *choices: str) -> Any:
-        return self._checked(name, default, lambda x: check_choice("", name, x, choices))
+        """One of some words; there must be one where `default` is None."""
+        check = partial(check_choice, "", name, choices=choices)
+        required = default is None
+        values = [*choices] if required else [*choices, None]
+        return self._checked(name, default, check, (str,), dict(enum=values), required)
 
     def part(self, name: str) -> Fields:
         """The fields of a field that is an object."""
-        return Fields(self.take(name, dict, default={}), f"{self.where}{name}.")
+        made = Fields(self.take(name, dict, default={}), f"{self.where}{name}.")
+        self._asked[name] = made
+        return made
 
-    def _checked(self, name: str, default: Any, check: Callable[[Any], Any]) -> Any:
-        value = self.take(name)
-        if value is None:
+    def _checked(
+        self,
+        name: str,
+        default: Any,
+        check: Callable[..., Any],
+        kinds: tuple[type, ...],
+        facts: dict[str, Any],
+        required: bool = False,
+    ) -> Any:
+        self._note(name, kinds, default, required, facts)
+        value = self.body.get(name)
+        if value is None and not required:
             return default
         try:
             return check(value)
         except PykvError as error:
             message = self.where + str(error).removeprefix(": ")
             raise ApiError(400, message, param=self.where + name) from None
+
+    def _note(
+        self,
+        name: str,
+        kinds: tuple[type, ...],
+        default: Any,
+        required: bool,
+        facts: dict[str, Any],
+    ) -> None:
+        types = [_TYPES[kind] for kind in kinds]
+        if required:
+            self._required.append(name)
+            self._asked[name] = {"type": types, **facts}
+            return
+        noted: dict[str, Any] = {"type": [*types, "null"], **facts} if kinds else {}
+        if default is not None:
+            noted["default"] = default
+        self._asked[name] = noted

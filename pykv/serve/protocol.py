@@ -17,6 +17,7 @@ from typing import Any
 from pykv.errors import CapacityError, ParameterError, PykvError, UnsupportedError
 from pykv.llm.answer import Answer
 from pykv.llm.generate import LLM
+from pykv.llm.prompts import answer_to
 from pykv.llm.sampling import SamplingParams
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
@@ -33,6 +34,11 @@ MAX_IDS = 1024  # of logit_bias, and of stop_token_ids: each step looks at all o
 _IGNORED = """
     user store metadata service_tier safety_identifier prompt_cache_key reasoning_effort verbosity
 """.split()
+# What the description of bodies says of fields that functions below check.
+_STOP: dict[str, Any] = dict(minLength=1, maxLength=MAX_STOP)
+_STOPS = _STOP | dict(maxItems=MAX_STOPS, items={"type": "string", **_STOP})
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+_BIASES: dict[str, Any] = dict(maxProperties=MAX_IDS, additionalProperties=_BIAS)
 _LOGGED: set[str] = set()  # unknown fields that the log has named
 
 
@@ -99,10 +105,10 @@ class Protocol:
     def completions(self, body: dict[str, Any]) -> Asked:
         """A body of /v1/completions."""
         fields = self._begin(body)
-        prompts = _prompts(fields.take("prompt", str, list))
+        prompts = _prompts(fields.take("prompt", str, list, required=True, minItems=1))
         logprobs = fields.whole("logprobs", None, 0, MAX_TOP_LOGPROBS)
         most = fields.whole("max_tokens", 16, 1)
-        if fields.take("suffix", str):
+        if fields.take("suffix", str, maxLength=0):
             raise wrong("suffix", fields.body["suffix"], "none: texts are continued only")
         schema = read_format(fields)
         special = fields.flag("special")
@@ -118,9 +124,7 @@ class Protocol:
     def generate(self, body: dict[str, Any]) -> Asked:
         """A body of /generate, the endpoint of m40-llm."""
         fields = self._begin(body)
-        prompt = fields.take("prompt", str)
-        if prompt is None:
-            raise wrong("prompt", None, "a string")
+        prompt = fields.take("prompt", str, required=True, minLength=1)
         style = fields.choice("prompt_format", "auto", "auto", "raw", "llama3-chat", "qwen-chat")
         marks = {"auto": "", "llama3-chat": "<|start_header_id|>", "qwen-chat": "<|im_start|>"}
         if style in marks and marks[style] not in self._template:
@@ -141,9 +145,7 @@ class Protocol:
             messages = read_messages(fields, native=self._knows_tools)
             ids = self._checked(param, lambda: self._chat_ids(messages, {}))
         else:
-            prompt = fields.take("prompt", str)
-            if prompt is None:
-                raise wrong("prompt", None, "a string")
+            prompt = fields.take("prompt", str, required=True)
             bos = None if fields.flag("add_special_tokens", True) else False
             special = fields.flag("special")
             encode = partial(self.llm.tokenizer.encode, bos=bos, special=special)
@@ -155,9 +157,8 @@ class Protocol:
     def detokenize(self, body: dict[str, Any]) -> str:
         """A body of /detokenize."""
         fields = self._begin(body)
-        tokens = fields.take("tokens", list)
-        if tokens is None:
-            raise wrong("tokens", None, "a list of token ids")
+        vocab = self.llm.model.config.vocab
+        tokens = fields.take("tokens", list, required=True, items=_id_below(vocab))
         self._check_length("tokens", tokens)
         self._note_unknown(fields)
         text: str = self._checked("tokens", lambda: self.llm.detokenize(tokens))
@@ -192,7 +193,8 @@ class Protocol:
         control tokens, and the field that they come from, to what is asked."""
         n = fields.whole("n", 1, 1, MAX_CHOICES)
         fields.whole("best_of", n, n, n)  # all choices are answered
-        if (modalities := fields.take("modalities", list, default=["text"])) != ["text"]:
+        text: dict[str, Any] = dict(default=["text"], enum=[["text"], None])
+        if (modalities := fields.take("modalities", list, **text)) != ["text"]:
             raise wrong("modalities", modalities, '["text"]')
         stream = fields.flag("stream")
         options = fields.part("stream_options")
@@ -216,7 +218,7 @@ class Protocol:
             def make() -> list[Answer]:
                 each = [prompt for prompt in prompts for _ in range(n)]
                 return [
-                    self.llm._answer(prompt, _reseeded(params, choice), special)
+                    answer_to(self.llm, prompt, _reseeded(params, choice), special)
                     for choice, prompt in enumerate(each)
                 ]
 
@@ -240,6 +242,10 @@ class Protocol:
         """How tokens are drawn; fields that are absent keep what SamplingParams has."""
         seed = fields.whole("seed", None, -(2**63), 2**64 - 1)
         vocab = self.llm.model.config.vocab
+        min_tokens = fields.whole("min_tokens", 0, 0)
+        if min_tokens > most:
+            raise wrong("min_tokens", min_tokens, f"0 to {most}, as many as there may be")
+        few_ids: dict[str, Any] = dict(items=_id_below(vocab), maxItems=MAX_IDS)
         given: dict[str, Any] = dict(
             temperature=fields.number("temperature", temperature, least=0, most=2),
             top_p=max(fields.number("top_p", 1.0, least=0, most=1), 1e-9),
@@ -247,16 +253,18 @@ class Protocol:
             min_p=fields.number("min_p", 0.0, least=0, most=1),
             seed=secrets.randbits(63) if seed is None else seed % 2**64,
             max_tokens=most,
-            stop=_stops(fields.take("stop", str, list, default=[])),
+            stop=_stops(fields.take("stop", str, list, default=[], **_STOPS)),
             ignore_eos=fields.flag("ignore_eos"),
         )
         more = dict(
             repetition_penalty=fields.number("repetition_penalty", 1.0, least=0.01, most=100),
             presence_penalty=fields.number("presence_penalty", 0.0, least=-2, most=2),
             frequency_penalty=fields.number("frequency_penalty", 0.0, least=-2, most=2),
-            logit_bias=_biases(fields.take("logit_bias", dict, default={}), vocab),
-            stop_token_ids=_ids("stop_token_ids", fields.take("stop_token_ids", list), vocab),
-            min_tokens=fields.whole("min_tokens", 0, 0, most),
+            logit_bias=_biases(fields.take("logit_bias", dict, default={}, **_BIASES), vocab),
+            stop_token_ids=_ids(
+                "stop_token_ids", fields.take("stop_token_ids", list, **few_ids), vocab
+            ),
+            min_tokens=min_tokens,
             logprobs=logprobs,
         )
         return SamplingParams(**given, **more)
@@ -335,6 +343,11 @@ def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
             raise wrong(f"logit_bias.{key}", value, "-100 to 100")
         biases[int(key)] = float(value)
     return biases
+
+
+def _id_below(vocab: int) -> dict[str, Any]:
+    """A token's id in a JSON schema."""
+    return {"type": "integer", "minimum": 0, "maximum": vocab - 1}
 
 
 def _ids(name: str, given: list[Any] | None, vocab: int) -> tuple[int, ...]:

@@ -9,12 +9,14 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pykv.llm.tokenizer import Tokenizer
 from pykv.serve.engine import Delta, Job, Work
 from pykv.serve.protocol import Asked
 from pykv.serve.tools import Call, CallReader
+
+LEAST = -9999.0  # what OpenAI says of tokens that cannot come; JSON has no infinity
 
 
 class Reply:
@@ -33,61 +35,53 @@ class Reply:
     ) -> None:
         self._asked, self._work, self._tokenizer, self._chat = asked, work, tokenizer, chat
         kind = "chat.completion" if chat else "text_completion"
-        self._head = {
+        head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": f"{kind}.chunk" if chat and asked.stream else kind,
             "created": int(time.time()),
             "model": model,
         }
+        self._head = json.dumps(head)[:-1]  # of every chunk, which then goes on
         self._readers = [CallReader(asked.tools) if asked.tools else None for _ in work.jobs]
         self._offsets = [0] * len(work.jobs)  # characters before the next token, for logprobs
         self._decoders = [tokenizer.stream_decoder() for _ in work.jobs]  # that count them
         self._spellings: dict[int, tuple[str, list[int]]] = {}
+        self._entries: dict[int, tuple[str, str]] = {}  # JSON before a logprob, and behind
 
     async def body(self) -> Response:
         """The whole answer."""
-        choices: list[dict[str, Any]] = [{} for _ in self._work.jobs]
-        texts = list(self._asked.echo or [""] * len(choices))
-        calls: list[list[Call]] = [[] for _ in choices]
-        logprobs: list[Any] = [[] for _ in choices]
+        count = len(self._work.jobs)
+        texts, reasons = list(self._asked.echo or [""] * count), [""] * count
+        calls: list[list[Call]] = [[] for _ in texts]
+        logprobs: list[Any] = [[] for _ in texts]
         async for index, delta in self._work.deltas():
             text, called, reason = self._read(index, delta)
             texts[index] += text
             calls[index] += called
             logprobs[index] += self._logprobs(delta)
-            if reason:
-                choices[index] = {"index": index, "finish_reason": reason}
+            reasons[index] = reason
 
         def encoded() -> Response:
-            made = self._choices(choices, texts, calls, logprobs)
-            counts = usage(self._work.jobs, self._asked.n)
-            return JSONResponse(self._head | {"choices": made, "usage": counts})
+            said = map(self._message, texts, calls) if self._chat else texts
+            each = enumerate(zip(said, logprobs, reasons, strict=True))
+            choices = ", ".join(self._choice(index, *of) for index, of in each)
+            counts = json.dumps(usage(self._work.jobs, self._asked.n))
+            body = f'{self._head}, "choices": [{choices}], "usage": {counts}}}'
+            return Response(body, media_type="application/json")
 
         # Logprobs of long answers take seconds, in which others would get no tokens.
         return await asyncio.to_thread(encoded)
 
-    def _choices(
-        self,
-        choices: list[dict[str, Any]],
-        texts: list[str],
-        calls: list[list[Call]],
-        logprobs: list[Any],
-    ) -> list[dict[str, Any]]:
-        """Choices with all that was said in them."""
-        for index, choice in enumerate(choices):
-            if self._chat:
-                message: dict[str, Any] = {"role": "assistant", "content": texts[index]}
-                if calls[index]:
-                    message["content"] = texts[index] or None
-                    message["tool_calls"] = [_call(call) for call in calls[index]]
-                choice["message"] = message
-            else:
-                choice["text"] = texts[index]
-            choice["logprobs"] = self._of_choice(index, logprobs[index])
-        return choices
+    @staticmethod
+    def _message(text: str, calls: list[Call]) -> dict[str, Any]:
+        """All that was said in a choice."""
+        if not calls:
+            return {"role": "assistant", "content": text}
+        made = [_call(call) for call in calls]
+        return {"role": "assistant", "content": text or None, "tool_calls": made}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer, piece by piece."""
+    async def chunks(self) -> AsyncIterator[str]:
+        """The answer, piece by piece, as JSON."""
         for index in range(len(self._work.jobs)):
             if self._chat:
                 yield self._chunk(index, {"role": "assistant", "content": ""}, [])
@@ -106,16 +100,24 @@ class Reply:
             if reason and self._chat:
                 yield self._chunk(index, {}, [], reason)
         if self._asked.include_usage:
-            yield self._head | {"choices": [], "usage": usage(self._work.jobs, self._asked.n)}
+            counts = json.dumps(usage(self._work.jobs, self._asked.n))
+            yield f'{self._head}, "choices": [], "usage": {counts}}}'
 
-    def _chunk(
-        self, index: int, said: Any, logprobs: list[Any], reason: str = ""
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta" if self._chat else "text": said}
-        choice["logprobs"] = self._of_choice(index, logprobs) if logprobs else None
-        choice["finish_reason"] = reason or None
-        chunk = self._head | {"choices": [choice]}
-        return chunk | {"usage": None} if self._asked.include_usage else chunk
+    def _chunk(self, index: int, said: Any, logprobs: list[Any], reason: str = "") -> str:
+        choice = self._choice(index, said, logprobs, reason)
+        more = ', "usage": null' if self._asked.include_usage else ""
+        return f'{self._head}, "choices": [{choice}]{more}}}'
+
+    def _choice(self, index: int, said: Any, logprobs: list[Any], reason: str) -> str:
+        """A choice, or what is new of it. JSON is written here rather than by json.dumps of all,
+        as most of it is the same every time."""
+        name = "text" if not self._chat else "delta" if self._asked.stream else "message"
+        named = self._asked.logprobs is not None and (logprobs or not self._asked.stream)
+        found = self._of_choice(index, logprobs) if named else "null"
+        return (
+            f'{{"index": {index}, "{name}": {json.dumps(said)}, "logprobs": {found}, '
+            f'"finish_reason": {json.dumps(reason or None)}}}'
+        )
 
     def _read(self, index: int, delta: Delta) -> tuple[str, list[Call], str]:
         """Text, calls and the reason of the end of a delta, as clients see them."""
@@ -133,33 +135,38 @@ class Reply:
         """A TokenLogprobs for each token, where they are asked for."""
         return [] if self._asked.logprobs is None else delta.logprobs
 
-    def _of_choice(self, index: int, found: list[Any]) -> dict[str, Any] | None:
+    def _of_choice(self, index: int, found: list[Any]) -> str:
         """The logprobs of a choice, as the endpoint has them."""
         count = self._asked.logprobs
-        if count is None:
-            return None
         if self._chat:
+            entry = self._entry
             content = []
-            for entry in found:
-                others = [self._spelled(*pair) for pair in list(entry.top.items())[:count]]
-                one = self._spelled(entry.token_id, entry.logprob)
-                content.append(one | {"top_logprobs": others})
-            return {"content": content, "refusal": None}
-        tokens, offsets = [self._text(entry.token_id) for entry in found], []
-        for entry in found:
+            for x in found:
+                top = ", ".join([entry(*pair) for pair in list(x.top.items())[:count]])
+                one = entry(x.token_id, x.logprob)[:-1]
+                content.append(f'{one}, "top_logprobs": [{top}]}}')
+            return f'{{"content": [{", ".join(content)}], "refusal": null}}'
+        tokens, offsets = [self._text(x.token_id) for x in found], []
+        for x in found:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._decoders[index].push(entry.token_id))
-        tops = [list(entry.top.items())[:count] for entry in found]
-        return {
+            self._offsets[index] += len(self._decoders[index].push(x.token_id))
+        tops = [list(x.top.items())[:count] for x in found]
+        facts = {
             "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in found],
-            "top_logprobs": [{self._text(i): x for i, x in top} for top in tops],
+            "token_logprobs": [max(x.logprob, LEAST) for x in found],
+            "top_logprobs": [{self._text(i): max(x, LEAST) for i, x in top} for top in tops],
             "text_offset": offsets,
         }
+        return json.dumps(facts)
 
-    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
-        text, data = self._spelling(token)
-        return {"token": text, "logprob": logprob, "bytes": data}
+    def _entry(self, token: int, logprob: float) -> str:
+        """A token with its logprob, of chat completions."""
+        if token not in self._entries:
+            text, data = self._spelling(token)
+            head = f'{{"token": {json.dumps(text)}, "logprob": '
+            self._entries[token] = head, f', "bytes": {data}}}'
+        head, tail = self._entries[token]
+        return f"{head}{max(logprob, LEAST)}{tail}"
 
     def _text(self, token: int) -> str:
         return self._spelling(token)[0]
@@ -195,9 +202,9 @@ def usage(jobs: list[Job], n: int) -> dict[str, Any]:
     }
 
 
-def event(data: dict[str, Any]) -> bytes:
+def event(data: str) -> bytes:
     """A server-sent event."""
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    return f"data: {data}\n\n".encode()
 
 
 DONE = b"data: [DONE]\n\n"

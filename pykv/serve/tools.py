@@ -17,6 +17,10 @@ from pykv.serve.fields import Fields, wrong
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+# A part of a message's content, for the description of bodies.
+_TEXT = {kind: {"type": "string"} for kind in ("text", "refusal")}
+_PART = {"type": "object", "properties": {"type": {"enum": [*_TEXT]}, **_TEXT}}
+_PART |= {"required": ["type"]}
 # Blanks that a grammar leaves open are where a small model loops.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -38,26 +42,15 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
         fields: of the body.
         native: whether the template knows tools; else calls and results become text.
     """
-    given = fields.take("messages", list)
-    if not given:
-        raise wrong("messages", given, "a list of at least one message")
     messages: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # of called functions, by the id of the call
-    for n, item in enumerate(given):
-        where = f"messages[{n}]"
-        if not isinstance(item, dict):
-            raise wrong(where, item, "an object")
-        message = Fields(item, f"{where}.")
+    for message in fields.each("messages"):
         role = message.choice("role", None, *_ROLES)
-        if role is None:
-            raise wrong(f"{where}.role", None, f"one of {_ROLES}")
         calls = _read_calls(message) if role == "assistant" else []
-        content = _content(message, f"{where}.content")
-        if content is None and role != "assistant":
-            raise wrong(f"{where}.content", None, "a string or a list of parts")
+        content = _content(message, required=role != "assistant")
         made = {"role": "system" if role == "developer" else role, "content": content or ""}
-        if isinstance(message.body.get("name"), str):
-            made["name"] = message.body["name"]
+        if name := message.take("name", str):
+            made["name"] = name
         names |= {call["id"]: call["function"]["name"] for call in calls}
         if role == "tool":
             call_id = message.take("tool_call_id", str, default="")
@@ -69,12 +62,12 @@ def read_messages(fields: Fields, *, native: bool) -> list[dict[str, Any]]:
     return messages
 
 
-def _content(message: Fields, where: str) -> str | None:
+def _content(message: Fields, *, required: bool) -> str | None:
     """The text of a message; parts are joined."""
-    content = message.take("content", str, list)
+    content = message.take("content", str, list, required=required, items=_PART)
     if content is None or isinstance(content, str):
         return content
-    texts = []
+    where, texts = f"{message.where}content", []
     for n, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else part
         text = part.get(kind) if kind in ("text", "refusal") else None

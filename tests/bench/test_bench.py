@@ -65,7 +65,7 @@ def run(capsys, *argv):
 
 def test_benchmarks_are_found_by_file():
     assert "bandwidth" in bench.names()
-    assert not {"caches", "memory", "options", "report", "timing"} & set(bench.names())
+    assert not {"caches", "command", "memory", "options", "report", "timing"} & set(bench.names())
     for name in bench.names():
         module = bench.load(name)
         assert module.CASES and module.make and module.__doc__

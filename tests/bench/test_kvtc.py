@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pykv import bench, cli
-from pykv.bench import kvtc, report
+from pykv.bench import command, kvtc, report
 from pykv.kvtc import stream_v0
 from pykv.ops import kvtc_ranges
 from tests.bench.test_copy import machine  # noqa: F401, a fixture
@@ -50,7 +50,7 @@ def test_rows_of_a_stream(rng):
 
 
 def selected(*argv):
-    return kvtc.select(cli._bench_parser("kvtc", kvtc).parse_args(argv))
+    return kvtc.select(command.parser_of("kvtc", kvtc).parse_args(argv))
 
 
 def test_kinds_and_kvbenchs_shapes():

@@ -103,7 +103,7 @@ def go_on(device, folder):
 def logits_of(llm, ids, kept):
     """Logits [n, V] after each token from `kept` on but the last, behind the pages that it has."""
     more = ids[kept:-1]
-    with llm.turn(), llm._scheduler.known(ids[:kept]) as pages:
+    with llm.turn(), llm._scheduler.pages.known(ids[:kept]) as pages:
         assert len(pages) * llm.cache.page_size == kept
         llm.cache.extend(pages, kept, kept + len(more))
         parts = replay.steps(llm, llm.cache, replay.Place(pages, kept, kept), more)

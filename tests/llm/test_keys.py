@@ -559,3 +559,18 @@ def test_memory_is_estimated_before_anything_is_read(tmp_path, monkeypatch, devi
 def test_free_memory_of_the_host():
     found = memory.free(np)
     assert found is None or 2**20 < found < 2**50
+
+
+def test_values_are_rounded_to_float16():
+    """As NumPy does: every exponent, every tie between two float16 and its neighbours."""
+    halves = np.arange(1 << 15, dtype=np.uint16).view(np.float16).astype(F4)
+    halves = halves[np.isfinite(halves)]
+    ties = (halves[1:] + halves[:-1]) / 2  # exact, as is 65520 between the largest and 2^16
+    others = np.random.RandomState(0).randint(0, 1 << 32, 1 << 20, np.uint64).astype(np.uint32)
+    near = [np.nextafter(ties, F4(to)) for to in (0, np.inf)]
+    past = np.array([65504, 65519.99, 65520, 65536, 1e38, np.inf, np.nan], F4)
+    x = np.concatenate([halves, ties, *near, past, others.view(F4)])
+    with np.errstate(all="ignore"):
+        x = np.concatenate([x, -x])
+        want = x.astype(np.float16).astype(F4)
+    np.testing.assert_array_equal(tensors.rounded(x.copy(), np.float16), want)

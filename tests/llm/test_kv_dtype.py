@@ -94,7 +94,7 @@ def test_mixing_changes_nothing_but_what_is_stored(open_llm, rng, name):
     """Without codes there is nothing to gain, and nothing may be lost."""
     llm, ids = open_llm(name, kv_dtype="fp32", weights="fp32"), tokens_of(rng, 40)
     want, rows = llm.logits(ids), to_numpy(llm.cache.k).copy()
-    llm._runner.model = load(llm.file, llm.xp, dtype=np.float32, hadamard=True)
+    llm.runner.model = load(llm.file, llm.xp, dtype=np.float32, hadamard=True)
     np.testing.assert_allclose(llm.logits(ids), want, rtol=0, atol=1e-3)
     assert np.abs(to_numpy(llm.cache.k) - rows).max() > 0.1
 

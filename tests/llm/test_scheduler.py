@@ -254,7 +254,7 @@ def act(world, choice):
         assert all(s.generated[: len(before[s])] == before[s] for s in before)
         world.check()
     elif what == 8:
-        with stepped.known(some_prompt(choice)):
+        with stepped.pages.known(some_prompt(choice)):
             pass
     elif what == 9 and stepped.running:
         fake.spoils = stepped.running[choice(len(stepped.running))]
@@ -393,7 +393,7 @@ def test_pages_that_others_hold():
     """They are no sequences, and will not end by any step."""
     world = World(4)
     s = world.make([1] * 9, 3)
-    with world.scheduler.new_pages([7] * 8) as pages:
+    with world.scheduler.pages.new([7] * 8) as pages:
         world.fake.states |= {page * P + i: 0 for page in pages for i in range(P)}
         world.add(s)
         assert world.scheduler.step() == [s] and s.finish_reason == "error"
@@ -522,7 +522,7 @@ def test_pages_of_a_row_that_comes_back_are_read_anew(open_exact):
     for _ in range(4):
         stepped.step()
     stepped._wait_again(second, publish=False)
-    with stepped.new_pages([7] * 20):
+    with stepped.pages.new([7] * 20):
         while stepped.has_work:
             stepped.step()
     assert [first.generated, second.generated] == [x.token_ids for x in want]
@@ -554,7 +554,7 @@ def test_a_stop_string_ends_an_answer_in_any_calls_steps(open_exact):
 
 def test_pages_that_no_call_gives_back(open_exact):
     llm = open_exact(pool_tokens=4 * P)
-    with llm._scheduler.new_pages([7] * 2 * P):
+    with llm._scheduler.pages.new([7] * 2 * P):
         with pytest.raises(CapacityError, match="pool exhausted"):
             llm.generate([[5] * 9], greedy(2))
         assert len(llm.generate([[5] * 4], greedy(9))[0].token_ids) == 2 * P + 1 - 4

@@ -72,7 +72,7 @@ def check_that_it_goes_on(open_llm, rng, tmp_path, computed, name="llama", **opt
     assert second.stats.reused_tokens == 32 and computed == expected
     assert computed[0] == 34 + 5 - 32
     # The pages are those of the first, bit for bit.
-    with first._scheduler.known(said) as pages, second._scheduler.known(said) as others:
+    with first._scheduler.pages.known(said) as pages, second._scheduler.pages.known(said) as others:
         for x in ("k", "v", "k_scales", "v_scales"):
             if getattr(first.cache, x) is not None and first.spec.granularity == "token":
                 a, b = getattr(first.cache, x), getattr(second.cache, x)

@@ -1,11 +1,16 @@
 """What the endpoints answer, in OpenAI's forms."""
 
+import json
 import re
 import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from pykv.llm.sampling import TokenLogprobs
 from pykv.serve.metrics import Metrics
+from pykv.serve.protocol import Asked
 from pykv.serve.replies import Reply
 from pykv.tiers import Counters
 
@@ -220,7 +225,7 @@ def test_logprobs_are_spelled_beside_the_event_loop(serve, monkeypatch):
 
     def spelled(self, index, found):
         threads.add(threading.current_thread().name)
-        return None
+        return "null"
 
     monkeypatch.setattr(Reply, "_of_choice", spelled)
     client = serve()
@@ -273,8 +278,6 @@ def test_health_and_head(serve):
 
 
 def test_generate_of_m40_llm(serve):
-    import json
-
     client = serve(seconds=0.001)
     assert client.ask("/generate", prompt="x") == {"output": "Hello, you."}
     data = json.dumps({"prompt": "x", "stream": True, "max_tokens": 5})
@@ -331,3 +334,17 @@ def test_metrics_of_tiers():
     assert 'pykv:tiers_host_hits_total{model_name="m"} 3\n' in text
     assert 'pykv:tiers_from_host_seconds_total{model_name="m"} 0.25\n' in text
     assert "tiers" not in Metrics().text("m", **load)
+
+
+def test_logprobs_are_numbers_of_json():
+    """Of a token that cannot come, too."""
+    asked = Asked([], [], stream=True, logprobs=1)
+    tokenizer = SimpleNamespace(
+        stream_decoder=lambda: SimpleNamespace(push=lambda i: "x"), token_bytes=lambda i: b"x"
+    )
+    entry = TokenLogprobs(5, -np.inf, {5: -np.inf})
+    for chat in (True, False):
+        reply = Reply(asked, SimpleNamespace(jobs=[None]), "m", tokenizer, chat=chat)
+        found = json.loads(reply._of_choice(0, [entry]))
+        values = found["content"][0]["logprob"] if chat else found["token_logprobs"][0]
+        assert values == -9999

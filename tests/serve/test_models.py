@@ -39,7 +39,7 @@ def path(tmp_path_factory):
 def client(path):
     """Of a server whose pool holds three of the longest sequences."""
     llm = LLM(path, device="cpu", pool_tokens=900)
-    scheduler = Scheduler(llm._runner, llm.cache, may_grow=False, prefix_cache=True, slots=8)
+    scheduler = Scheduler(llm.runner, llm.cache, may_grow=False, prefix_cache=True, slots=8)
     with serving(llm, scheduler, limit=200) as client:
         yield client
         until(lambda: client.metrics()["pykv:kv_pages_held"] == 0)

@@ -22,6 +22,7 @@ WRONG = [  # endpoint, the field that the error names, fields
     (CHAT, "messages", {"messages": "Hi"}),
     (CHAT, "messages[0]", {"messages": ["Hi"]}),
     (CHAT, "messages[0].role", {"messages": [{"content": "Hi"}]}),
+    (CHAT, "messages[0].name", {"messages": [{"role": "user", "content": "Hi", "name": 5}]}),
     (CHAT, "messages[0].role", {"messages": [{"role": "wizard", "content": "Hi"}]}),
     (CHAT, "messages[0].content", {"messages": [{"role": "user"}]}),
     (CHAT, "messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
@@ -255,6 +256,19 @@ def _wait(condition):
     deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "metadata", "tools", "prompt", "stop"])
+@pytest.mark.parametrize("depth", [500, 900, 960, 980, 10**5])
+def test_deep_nesting_is_no_fault(serve, field, depth):
+    """Whether parsing, a template or the text of an error is what finds it too deep."""
+    nested = '{"a":' * depth + "1" + "}" * depth
+    nested = f"[{nested}]" if field in ("tools", "prompt", "stop") else nested
+    path, own = (TEXT, "") if field == "prompt" else (CHAT, f'"messages": {json.dumps(USER)}, ')
+    data = f'{{{own}"max_tokens": 2, "{field}": {nested}}}'
+    status, _, answer = serve().request("POST", path, data)
+    assert status == 400 or (status == 200 and field == "metadata")
+    assert status == 200 or set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
 
 
 # --- Who may ask ---

@@ -1,0 +1,80 @@
+"""What callers give as a prompt, and the sequence that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from pykv.errors import CapacityError, ParameterError
+from pykv.llm.answer import Answer
+from pykv.llm.sampling import SamplingParams, check_vocabulary
+from pykv.llm.sequence import Sequence
+from pykv.options import check_flag
+
+if TYPE_CHECKING:
+    from pykv.llm.generate import LLM
+
+
+def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = False) -> Answer:
+    """The answer to a prompt, which no scheduler knows yet. Args, Raises: see LLM.generate."""
+    if not isinstance(params, SamplingParams):
+        raise ParameterError(f"params has {params!r}, expected SamplingParams")
+    check_vocabulary("params", params, llm.model.config.vocab)
+    ids = read_ids(llm, "prompt", prompt, special)
+    if len(ids) == llm.context:
+        raise CapacityError(
+            f"prompt has {len(ids)} tokens, expected fewer than the context of {llm.context}: "
+            "the answer needs room"
+        )
+    limit = min(llm.context, len(ids) + params.max_tokens)
+    ends = frozenset() if params.ignore_eos else llm.tokenizer.stop_ids
+    ends |= frozenset(params.stop_token_ids)
+    return Answer(Sequence(ids, params, limit, ends), llm.tokenizer.stream_decoder())
+
+
+def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[int]:
+    """Token ids of argument `name`, a text or ids: at least one, and at most a context."""
+    check_flag("LLM", "special", special)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ParameterError(f"{name} is empty, expected at least one character")
+        ids = llm.tokenizer.encode(prompt, special=special, limit=llm.context)
+    else:
+        ids = known_ids(llm, name, prompt)
+    if not ids:
+        raise ParameterError(f"{name} is empty, expected at least one token")
+    if len(ids) > llm.context:
+        raise CapacityError(
+            f"{name} has {len(ids)} tokens, expected at most the context of {llm.context}"
+        )
+    return ids
+
+
+def known_ids(llm: LLM, name: str, ids: Any) -> list[int]:
+    """Ids that are tokens of the model."""
+    vocab, known = llm.model.config.vocab, [_token_id(name, i) for i in items(name, ids)]
+    for i in known:
+        if not 0 <= i < vocab:
+            raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
+    return known
+
+
+def items(name: str, values: Any) -> list[Any]:
+    """The items of a list, a tuple or an array."""
+    try:
+        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
+            raise TypeError
+        return list(values)
+    except TypeError:
+        raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
+
+
+def _token_id(name: str, value: Any) -> int:
+    """An integer of any library."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise ParameterError(f"{name} has token id {value!r:.80}, expected an integer") from None

@@ -1,0 +1,176 @@
+"""Pages of sequences: how many each needs, which it finds computed, and who gets them back.
+
+The scheduler decides who runs; this is what it asks for pages, and what else reads or writes the
+pages of a cache between its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from pykv.blocks import BlockManager
+from pykv.errors import CapacityError
+from pykv.llm.sequence import Sequence, page_keys
+
+
+class Cache(Protocol):
+    """What a scheduler needs of a PagedKVCache."""
+
+    manager: BlockManager
+
+    def extend(self, pages: list[int], start: int, stop: int) -> None: ...
+
+    def grow(self, pages: int) -> None: ...
+
+
+class Tiers(Protocol):
+    """What a scheduler needs of pykv.tiers.Tiers."""
+
+    def fetch(self, tokens: list[int]) -> None: ...
+
+
+class SequencePages:
+    """The pages of a cache, as sequences come, grow and go.
+
+    Args:
+        cache: the pages.
+        room: rows to set aside for all that a sequence may hold; None where pages come one by one.
+        last: tokens at the end of a prompt that are computed whether their pages are found or not.
+        may_grow: grow the cache where pages are missing.
+        prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
+            that begin alike.
+        tiers: where pages that the cache forgot come back from; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        room: Callable[[Sequence], int | None],
+        last: int,
+        *,
+        may_grow: bool,
+        prefix_cache: bool,
+        tiers: Tiers | None = None,
+    ) -> None:
+        self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
+        self._room, self._last, self._tiers = room, last, tiers
+
+    # --- Beside sequences ---
+
+    @contextmanager
+    def known(self, tokens: list[int]) -> Iterator[list[int]]:
+        """The pages of the longest prefix of tokens that is computed, which stay as they are while
+        the block runs."""
+        pages = self._reuse(tokens)
+        try:
+            yield pages
+        finally:
+            self.cache.manager.free(pages)
+
+    @contextmanager
+    def new(self, tokens: list[int]) -> Iterator[list[int]]:
+        """Pages for these tokens while the block runs, which writes them. Then prompts that begin
+        alike may reuse those that are full.
+
+        Raises:
+            CapacityError: the pool is too small.
+        """
+        manager = self.cache.manager
+        self.make_room(manager.pages_for(len(tokens)))
+        pages = manager.allocate(len(tokens))
+        try:
+            yield pages
+            if self.prefix_cache:
+                manager.publish(pages, tokens)
+        finally:
+            manager.free(pages)
+
+    # --- How many ---
+
+    def rows(self, s: Sequence) -> int:
+        """Rows that must be free before a sequence runs: its tokens and the next, which an answer
+        that fills the pool does not get."""
+        rows, tokens = self._room(s), len(s.prompt) + len(s.generated)
+        if rows is None:
+            fills = tokens == self.cache.manager.num_pages * self.cache.manager.page_size
+            rows = tokens if fills and s.generated else tokens + 1
+        return rows
+
+    def check_fits(self, s: Sequence) -> None:
+        """Raise a CapacityError for a prompt that never fits into the pool with a token."""
+        manager = self.cache.manager
+        wanted = manager.pages_for(self.rows(s))
+        if wanted > manager.num_pages:
+            raise CapacityError(
+                f"prompt of {len(s.prompt)} tokens needs {wanted} pages, expected at most the "
+                f"{manager.num_pages} of the pool ({manager.page_size} tokens a page)"
+            )
+
+    def grow_for(self, sequences: Iterable[Sequence]) -> None:
+        """Make the pool as large as all of these sequences need to reach their limits."""
+        manager, found = self.cache.manager, []
+        wanted = 0
+        try:
+            for s in sequences:
+                pages = s.pages
+                if not pages and self.prefix_cache:
+                    pages = manager.reuse(s.tokens[: -self._last])
+                    found.append(pages)
+                rows = self._room(s)
+                whole = manager.pages_for(s.limit if rows is None else rows)
+                wanted += max(whole - len(pages), 0)
+            self.make_room(wanted)
+        finally:
+            for pages in found:
+                manager.free(pages)
+
+    def make_room(self, wanted: int) -> None:
+        """So many free pages, or a CapacityError."""
+        manager = self.cache.manager
+        missing = wanted - manager.num_free
+        if missing > 0 and self.may_grow:
+            self.cache.grow(manager.num_pages + missing)
+        manager.require(wanted)
+
+    # --- Whose ---
+
+    def find(self, s: Sequence) -> int:
+        """Give a sequence that has no pages those which others have computed of it. Returns the
+        rows that it needs in all, and notes in `wanted` how many pages these lack."""
+        manager = self.cache.manager
+        if self.prefix_cache:
+            s.pages = self._reuse(s.tokens[: -self._last])
+            s.cached = len(s.pages) * manager.page_size
+        rows = max(self.rows(s), s.cached)
+        s.wanted = manager.pages_for(rows) - len(s.pages)
+        return rows
+
+    def offer(self, s: Sequence) -> None:
+        """Let others find the full pages of a prompt that is being computed."""
+        if s.prefix and s.cached <= s.prefix:
+            self.cache.manager.publish(s.pages, s.tokens[: s.cached])
+
+    def give_up(self, s: Sequence, *, publish: bool) -> None:
+        """Give the pages of a sequence back; what was computed on them may be reused."""
+        manager = self.cache.manager
+        is_whole = not s.dropped and s.behind is None  # else slots hold other tokens
+        if publish and self.prefix_cache and is_whole:
+            manager.publish(s.pages, s.tokens[: s.cached])
+        manager.free(s.pages)
+        s.pages, s.cached, s.dropped = [], 0, 0  # a new list: tables know a sequence by it
+        s.behind, s.mass, s.unsummed = None, {}, []
+
+    def name(self, s: Sequence) -> None:
+        """Note the full pages that a sequence publishes before its last tokens."""
+        P = self.cache.manager.page_size
+        if self.prefix_cache:
+            s.keys = page_keys(s.tokens[: -self._last], P)
+            s.prefix = len(s.keys) * P
+
+    def _reuse(self, tokens: list[int]) -> list[int]:
+        """Pages of the longest prefix that is computed, those in tiers among them."""
+        if self._tiers is not None:
+            self._tiers.fetch(tokens)
+        return self.cache.manager.reuse(tokens)

@@ -1,0 +1,48 @@
+"""Steps of one scheduler that the calls of several threads share: whoever waits does the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, closing
+
+from pykv.llm.answer import Answer
+from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sequence import Sequence
+
+Turn = Callable[[], AbstractContextManager[None]]  # LLM.turn
+
+
+def run(scheduler: Scheduler, turn: Turn, answers: list[Answer]) -> Generator[None, None, None]:
+    """Step until every answer is finished, by our steps or another thread's; yields after each
+    of ours, with the caller's GPU as the current one."""
+    sequences, is_over = [answer.sequence for answer in answers], False
+    try:
+        with turn():
+            scheduler.stats = Stats()
+            scheduler.add(*sequences)
+        while not is_over:
+            with turn():
+                if any(not s.finish_reason for s in sequences):
+                    scheduler.step()
+            for error in (s.error for s in sequences if s.error):
+                raise error
+            is_over = all(s.finish_reason for s in sequences)
+            if is_over:
+                _abort(scheduler, turn, sequences)  # those that a caller has ended
+            yield
+    finally:  # or pages stay taken when we are closed
+        _abort(scheduler, turn, sequences)
+
+
+def pieces(scheduler: Scheduler, turn: Turn, answer: Answer) -> Generator[str, None, None]:
+    """The text of one answer, as it comes."""
+    with closing(run(scheduler, turn, [answer])) as steps:
+        for _ in steps:
+            if piece := answer.piece():
+                yield piece
+
+
+def _abort(scheduler: Scheduler, turn: Turn, sequences: list[Sequence]) -> None:
+    with turn(), ExitStack() as each:
+        for s in sequences:
+            each.callback(scheduler.abort, s)

@@ -1,0 +1,180 @@
+"""Crowds of clients of every sort over a pool that is too small for them: afterwards no page is
+held, no sequence is known, and no memory has stayed."""
+
+import asyncio
+import gc
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pykv.llm import LLM
+from pykv.llm.scheduler import Scheduler
+from pykv.serve.engine import Job
+from tests.llm import tiny
+from tests.serve.conftest import PLAIN, serving
+from tests.serve.test_clients import request_bytes, until
+
+TEXT = "/v1/completions"
+SORTS = ("whole", "stream", "slow", "leaves", "cut", "wrong")
+
+
+class Counting:
+    """A runner that computes nothing: tokens are letters, by how many there were."""
+
+    last = 1
+
+    def room(self, s):
+        return None
+
+    def prompts(self, pieces):
+        for s, n in pieces:
+            s.cached += n
+        return [self._letter(s) for s, _ in pieces if s.due == 0]
+
+    def decode(self, sequences):
+        for s in sequences:
+            s.cached += 1
+        return [self._letter(s) for s in sequences]
+
+    def end(self, s):
+        pass
+
+    def _letter(self, s):
+        return 100 + s.cached % 20
+
+
+async def talk(port, draw, sort, served):
+    """One client; counts a whole answer in `served`."""
+    prompt = [5] * draw.choice((3, 40, 200)) + [draw.randrange(5, 200)]
+    body = dict(prompt=prompt, max_tokens=draw.randrange(1, 120), ignore_eos=True)
+    body |= dict(n=draw.choice((1, 1, 3)), stream=sort != "whole")
+    if sort == "wrong":
+        body["temperature"] = "hot"
+    data = request_bytes(TEXT, **body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 12)
+    try:
+        if sort == "cut":
+            writer.write(data[: draw.randrange(len(data))])
+            await asyncio.sleep(draw.random() / 20)
+            return
+        writer.write(data)
+        if sort == "leaves":
+            await asyncio.wait_for(reader.read(draw.randrange(1, 2000)), draw.random() / 5)
+            return
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head[9:12] in (b"200", b"400" if sort == "wrong" else b"503"), head
+        if head[9:12] != b"200":
+            return
+        answer = b""
+        while sort != "whole" and not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            piece = await reader.read(300 if sort == "slow" else 1 << 16)
+            assert piece, answer[-200:]
+            answer = (answer + piece)[-100:]
+            await asyncio.sleep(0.002 * (sort == "slow"))
+        if sort == "whole":
+            size = int(re.search(rb"content-length: (\d+)", head)[1])
+            usage = json.loads(await reader.readexactly(size))["usage"]
+            assert usage["completion_tokens"] == body["max_tokens"] * body["n"]
+        served.append(sort)
+    except TimeoutError:
+        pass
+    finally:
+        writer.transport.abort()
+
+
+async def storm(port, clients, requests, seed):
+    """Clients, each one request after another; half of these leave, or send what is no request.
+    Returns the sorts of those that were answered."""
+    draw, left, served = random.Random(seed), list(range(requests)), []
+
+    async def client():
+        while left:
+            left.pop()
+            async with asyncio.timeout(600):
+                await talk(port, draw, draw.choice(SORTS), served)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return served
+
+
+def test_nothing_stays_of_a_storm(tmp_path):
+    """Half of the clients leave at random moments; others are slow, and bursts exceed the pool."""
+    path = tmp_path / "m.gguf"
+    tiny.write(path, "llama", context=600, keys={"tokenizer.chat_template": PLAIN})
+    llm = LLM(path, device="cpu", pool_tokens=400)
+    scheduler = Scheduler(Counting(), llm.cache, may_grow=False, prefix_cache=True, slots=16)
+    with serving(llm, scheduler, limit=60) as client:
+        served = asyncio.run(storm(client.port, 100, 300, 0))
+        assert {"whole", "stream", "slow"} <= set(served)
+        until(lambda: client.metrics()["pykv:kv_pages_held"] == 0)
+        counts = client.metrics()
+        assert counts["vllm:num_requests_running"] == counts["vllm:num_requests_waiting"] == 0
+        assert counts["vllm:num_preemptions_total"] > 0
+        statuses = {key.split('"')[1] for key in counts if key.startswith("pykv:responses")}
+        assert statuses <= {"200", "400", "499", "503"}
+
+        def jobs():
+            gc.collect()
+            return sum(isinstance(x, Job) for x in gc.get_objects())
+
+        until(lambda: jobs() == 0)
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+
+
+def start(path, port, log):
+    """`pykv serve`, ready; its process and port."""
+    command = [sys.executable, "-m", "pykv", "serve", str(path), "--device", "cpu"]
+    command += ["--port", str(port), "--slots", "16", "--log-level", "error"]
+    process = subprocess.Popen(command, stderr=log)
+
+    def said():
+        assert process.poll() is None
+        return re.search(r"127.0.0.1:(\d+) ", open(log.name).read())
+
+    until(said, 60)
+    return process, int(said()[1])
+
+
+def resident(process):
+    """KiB of memory."""
+    with open(f"/proc/{process.pid}/status") as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
+
+
+def held(port):
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return float(re.search(r"^pykv:kv_pages_held\{.*\} (\S+)$", text, re.M)[1])
+
+
+@pytest.mark.nightly
+def test_memory_is_flat_and_a_killed_server_comes_back(tmp_path):
+    """The command itself, over 2,000 requests behind a first 500."""
+    path = tmp_path / "m.gguf"
+    tiny.write(path, "llama", context=600, keys={"tokenizer.chat_template": PLAIN})
+    with open(tmp_path / "log", "w+") as log, open(tmp_path / "log2", "w+") as log2:
+        process, port = start(path, 0, log)
+        asyncio.run(storm(port, 100, 500, 1))
+        before = resident(process)
+        for seed in range(2, 6):
+            served = asyncio.run(storm(port, 100, 500, seed))
+            until(lambda: held(port) == 0)
+            print(f"{len(served)} answered whole, {resident(process) - before:+} KiB")
+        assert resident(process) - before < 8 << 10
+        process.kill()
+        process.wait()
+        process, _ = start(path, port, log2)
+        assert asyncio.run(storm(port, 20, 50, 6))
+        until(lambda: held(port) == 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "Traceback" not in open(log.name).read() + open(log2.name).read()

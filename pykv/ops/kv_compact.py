@@ -20,8 +20,13 @@ from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.specs import KVSpec, spec_of
 
-_SIZES = dict(BLOCK=256, BLOCKS_PER_SM=4)
+_BLOCK = 256  # threads
 _AHEAD = 4  # units of keys, and of values, that a thread holds: 32 KiB a block, 128 KiB an SM
+
+
+def _shape(sm: int) -> dict[str, int]:
+    """Blocks of an SM: on the oldest a fourth would leave too few registers."""
+    return dict(BLOCKS_PER_SM=4 if sm >= 75 else 3)
 
 
 def compact(
@@ -167,7 +172,7 @@ def _launch(spec: KVSpec, pools: dict[str, Any], dims: Dims) -> tuple[int, cuda.
         steps = [n for name, n in strides.items() if name.startswith(f"{side}_pool")]
         unit = _unit(row, pools[f"{side}_pool"].data.ptr, *steps)
         units |= {f"{side.upper()}_UNIT": unit, f"{side.upper()}_UNITS": row // unit}
-    defines = _defines(spec, **units)
+    defines = _defines(spec, **units) | _shape(cuda.current_sm())
     groups, chunks = dims["B"] * dims["H"], -(-dims["C"] // defines["ROWS"])
     resident = cuda.num_sms(pools["k_pool"].data.device_id) * defines["BLOCKS_PER_SM"]
     blocks = min(-(-resident // groups), chunks, defines["BLOCK"] // 2)
@@ -182,9 +187,8 @@ def _launch(spec: KVSpec, pools: dict[str, Any], dims: Dims) -> tuple[int, cuda.
 
 def _defines(spec: KVSpec, **units: int) -> dict[str, Any]:
     """Of a kernel whose rows are so many units of so many bytes."""
-    threads = _SIZES["BLOCK"]
-    rows = min(max(_AHEAD * threads // max(units["K_UNITS"], units["V_UNITS"]), 1), threads)
-    return dict(_SIZES, ROWS=rows, **units, **spec.type_defines)
+    rows = max(_AHEAD * _BLOCK // max(units["K_UNITS"], units["V_UNITS"]), 1)
+    return dict(BLOCK=_BLOCK, ROWS=min(rows, _BLOCK), **units, **spec.type_defines)
 
 
 def _unit(*multiples: int) -> int:
@@ -193,7 +197,7 @@ def _unit(*multiples: int) -> int:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    _defines(KVSpec(kind), K_UNIT=16, V_UNIT=16, K_UNITS=units, V_UNITS=units)
+    _defines(KVSpec(kind), K_UNIT=16, V_UNIT=16, K_UNITS=units, V_UNITS=units) | cuda.by_sm(_shape)
     for kind, units in (("fp16", 16), ("int8", 8))  # of D = 128
 ]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need

@@ -10,6 +10,7 @@
 // Shared memory: floats for the widest tile of the launch: 32 * 132 for small ones, BLOCK / 32 *
 //          (MEDIUM + 8) for medium ones, the widest range or PIECE and 8 for wide ones
 #include "convert.cuh"
+#include "quotient.cuh"
 
 #if !defined(BLOCK) || !defined(SMALL) || !defined(MEDIUM) || !defined(PIECE)
 #error "kvtc_codes.cuh needs BLOCK, SMALL, MEDIUM and PIECE"
@@ -116,15 +117,6 @@ __device__ __forceinline__ float interval(float low, float high) {
 struct Fp8 {
     __device__ u32 operator()(float x) const { return two_codes(x, 0.0f, e4m3{}) & 0xffu; }
 };
-
-// a / b to nearest even, where `inverse` is 1 / b to nearest even and nothing on the way under- or
-// overflows: a quotient that its exact remainder corrects twice (Markstein, 1990). Half of what
-// the compiler's division takes, which finds the inverse anew.
-__device__ __forceinline__ float quotient(float a, float b, float inverse) {
-    float q = __fmul_rn(a, inverse);
-    q = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
-    return __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
-}
 
 // Codes between two extremes. The difference to the lower one is clamped before it is divided, which
 // leaves the same codes, and quotients that decide about one are not small. Widths whose inverse

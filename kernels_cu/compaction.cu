@@ -9,47 +9,46 @@
 //   out            [n] X_T         of compaction_expand, whose indices ascend
 // Scalars:  n; capacity = C; threshold: kept are elements with |x| > threshold, which NaN never is;
 //           fill, of compaction_expand: all of out that no index names
-// Defines:  X_T = float, f16 or bf16; I_T = int or i64; BLOCK = threads; STAGES = tiles of a block in
-//           shared memory, 1 or 2; BLOCKS_PER_SM. A tile is BLOCK * 64 bytes of x, from a multiple
-//           of 16 bytes on
-// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile)
+// Defines:  X_T = float, f16 or bf16; I_T = int or i64; BLOCK = threads; VECTORS = 2 or 4 of 16 bytes
+//           that a thread takes of a tile, which begins at a multiple of 16 bytes; AHEAD = 1: the
+//           next tile is loaded before this one is counted, 0: once it is gathered, which takes
+//           fewer registers; BLOCKS_PER_SM; LOOK = words before its tile that a thread looks at;
+//           PARTS = tiles of a block of compaction_expand
+// Launch:   block (BLOCK); tiles = ceil((n + 16 / sizeof(X_T) - 1) / elements of a tile). An entry is
+//           sizeof(X_T) bytes, and 2 more where indices are wanted
 //           compaction          grid (any number of blocks), words all zero, dynamic shared memory
-//                               STAGES * STAGE_BYTES; from sm_70 on
-//           compaction_count    grid (tiles), STAGE_BYTES: leaves each tile's count in its word
+//                               two entries for each element of a tile; from sm_70 on
+//           compaction_count    grid (tiles): leaves each tile's count in its word
 //           compaction_scan     grid (1): then the sums of the counts before each tile, and count
-//           compaction_scatter  grid (tiles), STAGE_BYTES: then values and indices
-//           compaction_expand   grid (tiles), static shared memory alone
+//           compaction_scatter  grid (tiles), an entry each: then values and indices
+//           compaction_expand   grid (ceil(tiles / PARTS)), static shared memory alone
 // Traffic:  compaction: n * sizeof(X_T) read + kept * (sizeof(X_T) + sizeof(I_T)) written, the least
 //           there is, and 16 bytes a tile; its ceiling is that of a copy of as many bytes. count and
 //           scatter read x once each. compaction_expand: the same least, read and written in turn
 // Order:    integer counts alone decide where an element goes: the same bits in every run
 //
 // One pass with decoupled look-back (Merrill and Garland, 2016). Blocks take tiles by ticket, so
-// that a tile waits only for tiles that running blocks hold: a block finishes its tiles in the
-// order of their tickets, so the first unfinished tile of all never waits. The next tile is on its
-// way to shared memory while this one is counted, waits for its place and is stored: three
-// blocks of an SM keep 96 KiB in flight or more, where bandwidth times latency asks for 36 (H200:
-// 4.8 TB/s at 1 us over 132 SMs). Kept elements are gathered in shared memory, so that each warp
-// stores whole lines.
+// that a tile waits only for tiles that running blocks hold: a block publishes the counts of its
+// tiles in the order of their tickets and waits for nothing but counts, so the first count that is
+// missing never waits. A tile is stored only after the next one of its block is counted: by then the
+// blocks of all tiles before it have published theirs, and the look-back finds them at the first
+// look instead of holding all blocks in step. Meanwhile its kept elements wait in shared memory, and
+// the registers take the next tile: two blocks of 512 threads of an SM keep 64 KiB in flight, where
+// bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
 #include "batch.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(STAGES) || \
-    !defined(BLOCKS_PER_SM)
-#error "compaction.cu needs X_T, I_T, BLOCK, STAGES and BLOCKS_PER_SM"
+#if !defined(X_T) || !defined(I_T) || !defined(BLOCK) || !defined(VECTORS) || !defined(AHEAD) || \
+    !defined(BLOCKS_PER_SM) || !defined(LOOK) || !defined(PARTS)
+#error "compaction.cu needs X_T, I_T, BLOCK, VECTORS, AHEAD, BLOCKS_PER_SM, LOOK and PARTS"
 #endif
 constexpr int WARPS = BLOCK / WARP;
 constexpr int E = 16 / sizeof(X_T);  // elements of a vector
-constexpr int VECTORS = 4;           // of a thread
 constexpr int TILE = BLOCK * VECTORS * E;
 constexpr int LINE = 128;  // bytes that a warp should store as a whole
-constexpr int STAGE_BYTES = TILE * sizeof(X_T) + LINE;  // a line more, to begin anywhere in one
-static_assert(WARPS <= WARP && BLOCK % WARP == 0, "a lane for each warp's count");
-static_assert(STAGES == 1 || STAGES == 2, "the next tile, or none, beside this one");
-static_assert(VECTORS * E <= 32 && WARP * E < 1 << 16 && TILE <= 1 << 16, "a mask and 16 bits");
-
-using Elements = Vector<X_T, E>;
+static_assert(LOOK * WARPS <= WARP && BLOCK % WARP == 0, "a lane for what each warp has to say");
+static_assert(VECTORS % 2 == 0 && VECTORS <= 4 && TILE <= 1 << 16, "a mask and 16 bits");
 
 __device__ __forceinline__ int tiles_of(i64 n) { return (int)((n + E - 1 + TILE - 1) / TILE); }
 
@@ -58,52 +57,87 @@ __device__ __forceinline__ i64 first_of(int tile, const X_T* x) {
     return (i64)tile * TILE - (i64)((u64)x % 16 / sizeof(X_T));
 }
 
-// Begin to fetch a tile. What lies outside of x becomes NaN, which is not kept.
-__device__ __forceinline__ void fetch(u8* stage, const X_T* x, i64 first, i64 n) {
-    X_T* to = reinterpret_cast<X_T*>(stage);
-#pragma unroll
-    for (int j = 0; j < VECTORS; j++) {
-        const int at = (j * BLOCK + threadIdx.x) * E;
-        const i64 from = first + at;
-        if (from >= 0 && from + E <= n) {
-            cp_async16(to + at, x + from);
-        } else {
-#pragma unroll 1  // rare, so small rather than fast
-            for (int e = 0; e < E; e++) {
-                const bool exists = from + e >= 0 && from + e < n;
-                to[at + e] = exists ? x[from + e] : from_float<X_T>(__uint_as_float(0x7fffffffu));
-            }
-        }
-    }
-    cp_async_commit();
+// Position in the tile of element 0 of vector j of this thread. A warp's vectors are consecutive,
+// and those of its lanes in turn.
+__device__ __forceinline__ int position_of(int j) {
+    return ((threadIdx.x / WARP * VECTORS + j) * WARP + threadIdx.x % WARP) * E;
 }
 
-// What a thread knows of its vectors of a tile.
+__device__ __forceinline__ X_T element_of(const uint4& vector, int e) {
+    return reinterpret_cast<const Vector<X_T, E>&>(vector).elements[e];
+}
+
+// This thread's vectors of a tile. What lies outside of x becomes NaN, which is not kept.
+__device__ __forceinline__ void load_tile(uint4 (&vectors)[VECTORS], const X_T* x, i64 first,
+                                          i64 n) {
+    if (first >= 0 && first + TILE <= n) {
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) vectors[j] = load16_eager(x + first + position_of(j));
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) {
+        Vector<X_T, E> some;
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            const i64 at = first + position_of(j) + e;
+            some.elements[e] = at >= 0 && at < n ? x[at] : from_float<X_T>(__uint_as_float(~0u));
+        }
+        vectors[j] = *reinterpret_cast<const uint4*>(&some);
+    }
+}
+
+// What this thread keeps of its vectors of a tile.
 struct Share {
-    u32 kept;                 // bit j * E + e: element e of vector j is
+    u32 kept;                 // element e of vector j: bit 4 * j + e; of 16 bits: see bit_of
     u32 before[VECTORS / 2];  // of two vectors each, in halves: kept elements of the warp before it
 };
 
-// Vector j of this thread, of a tile that has arrived. A warp's vectors are consecutive, and those of
-// its lanes in turn.
-__device__ __forceinline__ Elements vector_of(const u8* stage, int j) {
-    return reinterpret_cast<const Elements*>(
-        stage)[(threadIdx.x / WARP * VECTORS + j) * WARP + threadIdx.x % WARP];
+// Where `kept >> 4 * j` has element e of vector j. Two elements of 16 bits stand in a word, and so do
+// their bits in the halves of the mask.
+__device__ constexpr int bit_of(int e) { return E == 4 ? e : e % 2 * 16 + e / 2; }
+
+// A threshold, as elements are compared with it. Magnitudes of 16 bits are integers of 15 bits in
+// the order of the numbers, which a sum carries to bit 15 if they are large enough, two at once.
+struct Limit {
+    float threshold;
+    u32 above, is_nan;  // addends
+};
+
+template <typename T> __device__ __forceinline__ Limit limit_of(float threshold) {
+    if constexpr (sizeof(T) == 4) {
+        return {threshold, 0, 0};
+    } else {
+        constexpr u32 INFINITE = IS_BF16<T> ? 0x7f80u : 0x7c00u;
+        const T nearest = from_float<T>(fabsf(threshold));
+        const int most = threshold < 0.0f ? -1  // the largest magnitude that is not kept
+                                          : nearest.bits - (to_float(nearest) > threshold);
+        return {threshold, (u32)(0x7fff - most) * 0x10001u, (0x7fffu - INFINITE) * 0x10001u};
+    }
 }
 
-// Find what is kept of a tile that has arrived; returns how many elements of the warp are.
-__device__ __forceinline__ int take(Share& share, const u8* stage, float threshold) {
+// Find what is kept of a tile; returns how many elements of the warp are.
+__device__ __forceinline__ int take(Share& share, const uint4 (&vectors)[VECTORS],
+                                    const Limit& limit) {
     share.kept = 0;
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
-        const Elements vector = vector_of(stage, j);
+        const u32 words[4] = {vectors[j].x, vectors[j].y, vectors[j].z, vectors[j].w};
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-            const bool is_kept = fabsf(to_float(vector.elements[e])) > threshold;
-            share.kept |= (u32)is_kept << (j * E + e);
+        for (int w = 0; w < 4; w++) {
+            if constexpr (E == 4) {
+                const bool is_kept = fabsf(__uint_as_float(words[w])) > limit.threshold;
+                share.kept |= (u32)is_kept << (4 * j + w);
+            } else {
+                const u32 magnitudes = words[w] & 0x7fff7fffu;
+                const u32 above = magnitudes + limit.above, is_nan = magnitudes + limit.is_nan;
+                share.kept |= (above & ~is_nan & 0x80008000u) >> (15 - 4 * j - w);
+            }
         }
     }
-    const auto own = [&](int j) { return __popc(share.kept >> j * E & (1u << E) - 1u); };
+    const auto own = [&](int j) {
+        return __popc(share.kept >> 4 * j & (E == 4 ? 0xfu : 0x000f000fu));
+    };
     u32 total = 0;
 #pragma unroll
     for (int j = 0; j < VECTORS; j += 2) {  // counts of two vectors are scanned at once
@@ -115,216 +149,253 @@ __device__ __forceinline__ int take(Share& share, const u8* stage, float thresho
     return (int)total;
 }
 
-// Where the kept elements of a tile go.
-struct Place {
-    u64 prefix;               // kept elements of all tiles before
-    int total;                // of this one
-    int warps_before[WARPS];  // of the tile, before each warp
+// Of the warps' counts: the sum before this thread's warp, and of all.
+struct Start {
+    int before, total;
 };
 
-// From each warp's count to the sums before it, by the first warp; returns the total.
-__device__ __forceinline__ int scan_warps(Place& place) {
-    const int lane = threadIdx.x;
-    const u32 own = lane < WARPS ? place.warps_before[lane] : 0, sum = warp_scan(own);
-    if (lane < WARPS) place.warps_before[lane] = sum - own;
-    return __shfl_sync(FULL_MASK, sum, WARP - 1);
+__device__ __forceinline__ Start start_of(const int (&counts)[WARPS]) {
+    const int lane = threadIdx.x % WARP;
+    const u32 sum = warp_scan(lane < WARPS ? (u32)counts[lane] : 0u);
+    const u32 upto = __shfl_sync(FULL_MASK, sum, threadIdx.x / WARP);
+    return {(int)upto - counts[threadIdx.x / WARP], (int)__shfl_sync(FULL_MASK, sum, WARP - 1)};
 }
 
-// Gather in the stage what `element(j, e)` is for each kept element, in order, from `start` on.
-template <typename Staged, typename Element>
-__device__ __forceinline__ void gather(Staged* staged, int start, const Share& share,
-                                       Element element) {
+// Gather a tile's kept elements in order, and their positions in the tile where they are wanted.
+template <bool POSITIONS>
+__device__ __forceinline__ void gather(X_T* elements, u16* positions, int start, const Share& share,
+                                       const uint4 (&vectors)[VECTORS]) {
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
-        const int kept = opaque((int)(share.kept >> j * E));  // or each bit would take a register
+        const int kept = opaque((int)(share.kept >> 4 * j));  // or each bit would take a register
         int at = start + (int)(share.before[j / 2] >> j % 2 * 16 & 0xffffu);
 #pragma unroll
         for (int e = 0; e < E; e++) {
-            if (kept >> e & 1) staged[at++] = element(j, e);
-        }
-    }
-    __syncthreads();
-}
-
-// Store entries shift .. end - 1 of the stage, as `convert` makes them. Both vectors are aligned.
-template <typename Staged, typename Out, typename Convert>
-__device__ __forceinline__ void store_staged(Out* to, const Staged* staged, int shift, int end,
-                                             Convert convert) {
-    constexpr int N = 16 / sizeof(Out);
-    for (int i = threadIdx.x * N; i < end; i += BLOCK * N) {
-        if (i >= shift && i + N <= end) {
-            const auto some = *reinterpret_cast<const Vector<Staged, N>*>(staged + i);
-            Vector<Out, N> made;
-#pragma unroll
-            for (int e = 0; e < N; e++) made.elements[e] = convert(some.elements[e]);
-            __stcs(reinterpret_cast<uint4*>(to + i), *reinterpret_cast<const uint4*>(&made));
-        } else {
-#pragma unroll 1
-            for (int e = i; e < i + N; e++) {
-                if (e >= shift && e < end) to[e] = convert(staged[e]);
+            if (kept >> bit_of(e) & 1) {
+                elements[at] = element_of(vectors[j], e);
+                if constexpr (POSITIONS) positions[at] = (u16)(position_of(j) + e);
+                at++;
             }
         }
     }
 }
 
-// Values and indices of a tile, whose place all threads see. They are gathered from where the
-// output stands in its line on, so that warps store whole lines; indices as positions in the tile.
-__device__ __forceinline__ void store(X_T* values, I_T* indices, u8* stage, const Place& place,
-                                      i64 capacity, const Share& share, i64 first) {
-    const i64 prefix = (i64)place.prefix, left = capacity - prefix;
-    const int stored = (int)max(min((i64)place.total, left), 0ll);
-    const int start = place.warps_before[threadIdx.x / WARP];
+// Store entry i of a tile as `entry(i)` at to[i], a line by each warp.
+template <typename Out, typename Entry>
+__device__ __forceinline__ void store_run(Out* to, int count, Entry entry) {
+    const int shift = (int)((u64)to % LINE / sizeof(Out));
+    if constexpr (sizeof(Out) >= 4) {
+#pragma unroll 4
+        for (int i = (int)threadIdx.x - shift; i < count; i += BLOCK) {
+            if (i >= 0) __stcs(to + i, entry(i));
+        }
+    } else {  // two at once
+#pragma unroll 4
+        for (int i = 2 * (int)threadIdx.x - shift; i < count; i += 2 * BLOCK) {
+            if (i >= 0 && i + 1 < count) {
+                const u32 pair = entry(i).bits | (u32)entry(i + 1).bits << 16;
+                __stcs(reinterpret_cast<u32*>(to + i), pair);
+            } else if (i >= 0) {
+                to[i] = entry(i);
+            } else if (i == -1) {
+                to[0] = entry(0);
+            }
+        }
+    }
+}
 
-    Elements vectors[VECTORS];
-#pragma unroll
-    for (int j = 0; j < VECTORS; j++) vectors[j] = vector_of(stage, j);
-    __syncthreads();
-    X_T* elements = reinterpret_cast<X_T*>(stage);
-    const int shift = (int)((u64)(values + prefix) % LINE / sizeof(X_T));
-    gather(elements, shift + start, share, [&](int j, int e) { return vectors[j].elements[e]; });
-    store_staged(values + (prefix - shift), elements, shift, shift + stored,
-                 [](X_T x) { return x; });
+// Values and indices of a tile that is gathered, whose first kept element is number `prefix` of all.
+__device__ __forceinline__ void store_tile(X_T* values, I_T* indices, const X_T* elements,
+                                           const u16* positions, i64 prefix, int total,
+                                           i64 capacity, i64 first) {
+    const int stored = (int)max(min((i64)total, capacity - prefix), 0ll);
+    store_run(values + prefix, stored, [&](int i) { return elements[i]; });
     if (indices == nullptr) return;
-
-    __syncthreads();
-    u16* positions = reinterpret_cast<u16*>(stage);
-    const int index_shift = (int)((u64)(indices + prefix) % LINE / sizeof(I_T));
-    const int base = (threadIdx.x / WARP * VECTORS * WARP + threadIdx.x % WARP) * E;
-    gather(positions, index_shift + start, share,
-           [&](int j, int e) { return (u16)(base + j * WARP * E + e); });
-    store_staged(indices + (prefix - index_shift), positions, index_shift, index_shift + stored,
-                 [&](u16 position) { return (I_T)(first + position); });
+    store_run(indices + prefix, stored, [&](int i) { return (I_T)(first + positions[i]); });
 }
 
 #if __CUDA_ARCH__ >= 700
 // A tile's word: 0 until its count is known; then that, marked as PART; then all that is kept up to
 // its end, marked as WHOLE. A word is the whole message, so relaxed order is enough.
 constexpr u64 PART = 1ull << 62, WHOLE = 2ull << 62, NUMBER = PART - 1;
-constexpr int WINDOWS = 4;  // of a warp's lanes, that are read at once
 
-// Kept elements before a tile, by a warp: sums counts backwards up to the nearest WHOLE.
+// What words of consecutive tiles say, from the last tile backwards.
+struct Seen {
+    u64 sum;      // of the counts up to the nearest WHOLE, that included
+    bool is_whole, is_known;  // there is one; no word up to there is missing
+};
+
+// Of one word of each lane; lanes count backwards.
+__device__ __forceinline__ Seen see(u64 word) {
+    const u32 known = __ballot_sync(FULL_MASK, word != 0);
+    const u32 whole = __ballot_sync(FULL_MASK, word >= WHOLE);
+    const u32 wanted = whole ? whole ^ (whole - 1) : FULL_MASK;  // up to the nearest
+    const bool counts = (wanted & ~whole) >> threadIdx.x % WARP & 1;
+    const u32 parts = __shfl_sync(FULL_MASK, warp_scan(counts ? (u32)word : 0u), WARP - 1);
+    const u64 nearest = __shfl_sync(FULL_MASK, word, __ffs((int)whole) - 1 & (WARP - 1));
+    return {parts + (whole ? nearest & NUMBER : 0ull), whole != 0, (known & wanted) == wanted};
+}
+
+__device__ __forceinline__ u64 word_before(u64* words, int tile, int distance) {
+    const int at = tile - 1 - distance;
+    return at < 0 ? WHOLE : load_relaxed(words + at);
+}
+
+// Kept elements before a tile, by a warp that waits for what is missing.
 __device__ __forceinline__ u64 look_back(u64* words, int tile) {
     u64 before = 0;
-    for (int last = tile - 1;;) {
-        u64 word[WINDOWS];
-#pragma unroll
-        for (int w = 0; w < WINDOWS; w++) {
-            const int at = last - w * WARP - (int)(threadIdx.x % WARP);
-            word[w] = at < 0 ? WHOLE : load_relaxed(words + at);
-        }
-#pragma unroll
-        for (int w = 0; w < WINDOWS; w++) {
-            const u32 known = __ballot_sync(FULL_MASK, word[w] != 0);
-            const u32 whole = __ballot_sync(FULL_MASK, word[w] >= WHOLE);
-            const u32 wanted = whole ? (whole ^ (whole - 1)) : FULL_MASK;  // up to the nearest
-            if ((known & wanted) != wanted) break;                        // wait for these
-            const bool counts = wanted >> threadIdx.x % WARP & 1;
-            const u64 sum = warp_scan(counts ? word[w] & NUMBER : 0ull);
-            before += __shfl_sync(FULL_MASK, sum, WARP - 1);
-            if (whole) return before;
-            last -= WARP;
-        }
+    for (int distance = threadIdx.x % WARP;;) {
+        const Seen seen = see(word_before(words, tile, distance));
+        if (!seen.is_known) continue;
+        before += seen.sum;
+        if (seen.is_whole) return before;
+        distance += WARP;
     }
+}
+
+// Kept elements before a tile, by a warp, from what the block saw of WARP words each.
+__device__ __forceinline__ u64 resolve(const Seen (&seen)[LOOK * WARPS], u64* words, int tile) {
+    const int lane = threadIdx.x % WARP;
+    const Seen own = lane < LOOK * WARPS ? seen[lane] : Seen{0, false, true};
+    const u32 known = __ballot_sync(FULL_MASK, own.is_known);
+    const u32 whole = __ballot_sync(FULL_MASK, own.is_whole);
+    const u32 wanted = whole ^ (whole - 1);
+    if (!whole || (known & wanted) != wanted) return look_back(words, tile);
+    const u64 sum = warp_scan(wanted >> lane & 1 ? own.sum : 0ull);
+    return __shfl_sync(FULL_MASK, sum, WARP - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 compaction(X_T* __restrict__ values, I_T* __restrict__ indices, i64* __restrict__ count,
            u64* __restrict__ words, const X_T* __restrict__ x, i64 n, i64 capacity,
            float threshold) {
-    extern __shared__ __align__(128) u8 stages[];
-    __shared__ Place place;
-    __shared__ int tickets[2];
-    const int num_tiles = tiles_of(n);
+    extern __shared__ __align__(128) u8 gathered[];  // elements of two tiles, then positions
+    __shared__ int counts[WARPS];
+    __shared__ Seen seen[LOOK * WARPS];
+    __shared__ u64 prefix;
+    __shared__ int ticket;
+    const int warp = threadIdx.x / WARP, num_tiles = tiles_of(n);
+    const Limit limit = limit_of<X_T>(threshold);
     u64* of_tiles = words + 1;
-
-    // The first thread asks for a ticket long before the block needs it.
-    u32* ticket = reinterpret_cast<u32*>(words);
-    u32 asked = threadIdx.x == 0 ? atomicAdd(ticket, 1u) : 0;
-    const auto next_tile = [&](int turn) {
-        if (threadIdx.x == 0) tickets[turn] = (int)asked;
-        __syncthreads();
-        if (threadIdx.x == 0) asked = atomicAdd(ticket, 1u);
-        return tickets[turn];
+    const auto elements_of = [&](int turn) {
+        return reinterpret_cast<X_T*>(gathered) + turn * TILE;
     };
-    const auto fetch_if_any = [&](u8* stage, int tile) {
-        if (tile < num_tiles) fetch(stage, x, first_of(tile, x), n);
-        else cp_async_commit();
+    const auto positions_of = [&](int turn) {
+        return reinterpret_cast<u16*>(gathered + 2 * TILE * sizeof(X_T)) + turn * TILE;
     };
+    const auto ask = [&]() { return (int)atomicAdd(reinterpret_cast<u32*>(words), 1u); };
 
-    int tile = next_tile(1);
-    fetch_if_any(stages, tile);
-    for (int turn = 0; tile < num_tiles; turn ^= 1) {
-        const int next = next_tile(turn);
-        u8* stage = stages + (STAGES == 2 ? turn * STAGE_BYTES : 0);
-        if constexpr (STAGES == 2) fetch_if_any(stages + (turn ^ 1) * STAGE_BYTES, next);
-        cp_async_wait<STAGES - 1>();
-        __syncthreads();
+    // The next tile is on its way, this one is counted and gathered, the last one is stored.
+    uint4 vectors[VECTORS];
+    int tile = num_tiles, last = num_tiles, last_total = 0;  // num_tiles: none
+    if (threadIdx.x == 0) ticket = ask();
+    __syncthreads();
+    for (int turn = 0;; turn ^= 1) {
+        const int next = min(ticket, num_tiles);
+        if (tile == num_tiles && last == num_tiles && next == num_tiles) break;
+        int asked = 0;
+        uint4 ahead[VECTORS];
+        if constexpr (AHEAD) load_tile(ahead, x, first_of(next, x), n);
+        if (threadIdx.x == 0) asked = ask();
+        u64 before[LOOK];
+#pragma unroll
+        for (int i = 0; i < LOOK; i++) {
+            before[i] = word_before(of_tiles, last, i * BLOCK + threadIdx.x);
+        }
 
         Share share;
-        const int kept = take(share, stage, threshold);
-        if (threadIdx.x % WARP == 0) place.warps_before[threadIdx.x / WARP] = kept;
+        int kept = 0;
+        if (tile < num_tiles) kept = take(share, vectors, limit);
+        if (threadIdx.x % WARP == 0) counts[warp] = kept;
+#pragma unroll
+        for (int i = 0; i < LOOK; i++) {
+            const Seen saw = see(before[i]);
+            if (threadIdx.x % WARP == 0) seen[i * WARPS + warp] = saw;
+        }
         __syncthreads();
-        if (threadIdx.x < WARP) {
-            const u64 total = scan_warps(place);
-            if (threadIdx.x == 0) store_relaxed(of_tiles + tile, PART | total);
-            const u64 before = look_back(of_tiles, tile);
-            if (threadIdx.x == 0) {
-                store_relaxed(of_tiles + tile, WHOLE | (before + total));
-                place.prefix = before, place.total = (int)total;
-                if (tile == num_tiles - 1) *count = (i64)(before + total);
+        const Start start = start_of(counts);
+        if (warp == 0) {
+            if (threadIdx.x == 0 && tile < num_tiles) {
+                store_relaxed(of_tiles + tile, PART | (u64)start.total);
+            }
+            if (last < num_tiles) {
+                const u64 before = resolve(seen, of_tiles, last), upto = before + last_total;
+                if (threadIdx.x == 0) {
+                    store_relaxed(of_tiles + last, WHOLE | upto);
+                    prefix = before;
+                    if (last == num_tiles - 1) *count = (i64)upto;
+                }
+            }
+            if (threadIdx.x == 0) ticket = asked;
+        }
+        if (tile < num_tiles) {
+            if (indices == nullptr) {
+                gather<false>(elements_of(turn), nullptr, start.before, share, vectors);
+            } else {
+                gather<true>(elements_of(turn), positions_of(turn), start.before, share, vectors);
             }
         }
+        if constexpr (!AHEAD) load_tile(vectors, x, first_of(next, x), n);
         __syncthreads();
-        store(values, indices, stage, place, capacity, share, first_of(tile, x));
-        if constexpr (STAGES == 1) {
-            __syncthreads();
-            fetch_if_any(stages, next);
+        if (last < num_tiles) {
+            store_tile(values, indices, elements_of(turn ^ 1), positions_of(turn ^ 1), (i64)prefix,
+                       last_total, capacity, first_of(last, x));
         }
-        tile = next;
+        last = tile, last_total = start.total, tile = next;
+        if constexpr (AHEAD) {
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++) vectors[j] = ahead[j];
+        }
     }
 }
 #endif
 
-// The tile of this block: take its share and leave the warps' counts in `place`.
-__device__ __forceinline__ void take_block(Share& share, Place& place, u8* stage, const X_T* x,
-                                           i64 n, float threshold) {
-    fetch(stage, x, first_of(blockIdx.x, x), n);
-    cp_async_wait<0>();
+// The tile of this block: take its share; returns where this thread's warp starts, and the total.
+__device__ __forceinline__ Start take_block(Share& share, uint4 (&vectors)[VECTORS],
+                                            int (&counts)[WARPS], const X_T* x, i64 n,
+                                            float threshold) {
+    load_tile(vectors, x, first_of(blockIdx.x, x), n);
+    const int kept = take(share, vectors, limit_of<X_T>(threshold));
+    if (threadIdx.x % WARP == 0) counts[threadIdx.x / WARP] = kept;
     __syncthreads();
-    const int kept = take(share, stage, threshold);
-    if (threadIdx.x % WARP == 0) place.warps_before[threadIdx.x / WARP] = kept;
-    __syncthreads();
+    return start_of(counts);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_count(u64* __restrict__ words, const X_T* __restrict__ x, i64 n, float threshold) {
-    extern __shared__ __align__(128) u8 stage[];
-    __shared__ Place place;
+    __shared__ int counts[WARPS];
     Share share;
-    take_block(share, place, stage, x, n, threshold);
-    if (threadIdx.x >= WARP) return;
-    const int total = scan_warps(place);
-    if (threadIdx.x == 0) words[1 + blockIdx.x] = total;
+    uint4 vectors[VECTORS];
+    const Start start = take_block(share, vectors, counts, x, n, threshold);
+    if (threadIdx.x == 0) words[1 + blockIdx.x] = start.total;
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles) {
+    constexpr int OWN = 8;  // consecutive words of a thread
     __shared__ u64 sums[WARPS];
     const int warp = threadIdx.x / WARP;
     u64 before = 0;
-    for (i64 first = 0; first < num_tiles; first += BLOCK) {
-        const i64 at = 1 + first + threadIdx.x;
-        const u64 own = at <= num_tiles ? words[at] : 0;
-        const u64 sum = warp_scan(own);
-        if (threadIdx.x % WARP == WARP - 1) sums[warp] = sum;
+    for (i64 first = 0; first < num_tiles; first += BLOCK * OWN) {
+        const i64 at = 1 + first + threadIdx.x * OWN;
+        u64 own[OWN], sum = 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) own[i] = at + i <= num_tiles ? words[at + i] : 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) sum += own[i];
+        const u64 upto = warp_scan(sum);
+        if (threadIdx.x % WARP == WARP - 1) sums[warp] = upto;
         __syncthreads();
-        u64 warps = 0, total = 0;
+        u64 place = before + upto - sum;
         for (int i = 0; i < WARPS; i++) {
-            if (i < warp) warps += sums[i];
-            total += sums[i];
+            if (i < warp) place += sums[i];
+            before += sums[i];
         }
-        if (at <= num_tiles) words[at] = before + warps + sum - own;
-        before += total;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            if (at + i <= num_tiles) words[at + i] = place;
+            place += own[i];
+        }
         __syncthreads();
     }
     if (threadIdx.x == 0) *count = (i64)before;
@@ -333,52 +404,78 @@ compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles)
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_T* __restrict__ x,
                    const u64* __restrict__ words, i64 n, i64 capacity, float threshold) {
-    extern __shared__ __align__(128) u8 stage[];
-    __shared__ Place place;
+    extern __shared__ __align__(128) u8 gathered[];  // elements of the tile, then positions
+    X_T* elements = reinterpret_cast<X_T*>(gathered);
+    u16* positions = reinterpret_cast<u16*>(gathered + TILE * sizeof(X_T));
+    __shared__ int counts[WARPS];
     Share share;
-    take_block(share, place, stage, x, n, threshold);
-    if (threadIdx.x < WARP) {
-        const int total = scan_warps(place);
-        if (threadIdx.x == 0) place.prefix = words[1 + blockIdx.x], place.total = total;
+    uint4 vectors[VECTORS];
+    const Start start = take_block(share, vectors, counts, x, n, threshold);
+    if (indices == nullptr) {
+        gather<false>(elements, nullptr, start.before, share, vectors);
+    } else {
+        gather<true>(elements, positions, start.before, share, vectors);
     }
     __syncthreads();
-    store(values, indices, stage, place, capacity, share, first_of(blockIdx.x, x));
+    store_tile(values, indices, elements, positions, (i64)words[1 + blockIdx.x], start.total,
+               capacity, first_of(blockIdx.x, x));
 }
 
-// Each block finds the values of its part of `out` by searching the ascending indices.
+// Each block finds the values of its tiles of `out` by searching the ascending indices: first
+// among all, then among those that the next tile can have.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_expand(X_T* __restrict__ out, const X_T* __restrict__ values,
                   const I_T* __restrict__ indices, const i64* __restrict__ count, i64 n,
                   i64 capacity, float fill) {
     __shared__ __align__(16) X_T tile[TILE];
-    __shared__ i64 bounds[2];
+    __shared__ i64 bounds[3];  // where the indices of this tile begin and of the two behind it
     const i64 kept = count == nullptr ? capacity : max(min(*count, capacity), 0ll);
-    const i64 first = first_of(blockIdx.x, out);
-    if (threadIdx.x < 2 * WARP) {  // two warps find the first index of this tile and of the next
-        const int which = threadIdx.x / WARP;
-        const i64 limit = first + which * TILE;
+    const int num_tiles = tiles_of(n), begin = blockIdx.x * PARTS;
+    const int end = min(begin + PARTS, num_tiles), warp = threadIdx.x / WARP;
+    Vector<X_T, E> empty;
+#pragma unroll
+    for (int e = 0; e < E; e++) empty.elements[e] = from_float<X_T>(fill);
+    const auto own = [&](int j) {
+        return reinterpret_cast<Vector<X_T, E>*>(tile + (j * BLOCK + threadIdx.x) * E);
+    };
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) *own(j) = empty;
+    if (warp < 2) {
+        const i64 limit = first_of(begin + warp, out);
         const i64 found =
             count_passing<WARP>(kept, [&](i64 i) { return (i64)indices[i] < limit; });
-        if (threadIdx.x % WARP == 0) bounds[which] = found;
-    }
-    for (int at = threadIdx.x; at < TILE; at += BLOCK) tile[at] = from_float<X_T>(fill);
-    __syncthreads();
-    for (i64 i = bounds[0] + threadIdx.x; i < bounds[1]; i += BLOCK) {
-        const i64 at = (i64)indices[i] - first;
-        if (at >= 0 && at < TILE) tile[at] = values[i];  // always, where indices ascend
+        if (threadIdx.x % WARP == 0) bounds[warp] = found;
     }
     __syncthreads();
-#pragma unroll
-    for (int j = 0; j < VECTORS; j++) {
-        const int at = (j * BLOCK + threadIdx.x) * E;
-        const i64 to = first + at;
-        if (to >= 0 && to + E <= n) {
-            __stcs(reinterpret_cast<uint4*>(out + to), *reinterpret_cast<const uint4*>(tile + at));
-        } else {
-#pragma unroll 1
-            for (int e = 0; e < E; e++) {
-                if (to + e >= 0 && to + e < n) out[to + e] = tile[at + e];
-            }
+    for (int part = begin, turn = 0; part < end; part++, turn = (turn + 1) % 3) {
+        const i64 first = first_of(part, out), from = bounds[turn], to = bounds[(turn + 1) % 3];
+        if (warp == WARPS - 1 && part + 1 < end) {
+            const i64 limit = first_of(part + 2, out);
+            const int most = (int)max(min(kept - to, (i64)TILE), 0ll);
+            const int found =
+                count_passing<WARP>(most, [&](int i) { return (i64)indices[to + i] < limit; });
+            if (threadIdx.x % WARP == 0) bounds[(turn + 2) % 3] = to + found;
         }
+#pragma unroll 4
+        for (i64 i = from + threadIdx.x; i < to; i += BLOCK) {
+            const i64 at = (i64)indices[i] - first;
+            const X_T value = values[i];
+            if (at >= 0 && at < TILE) tile[at] = value;  // always, where indices ascend
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            const i64 at = first + (j * BLOCK + threadIdx.x) * E;
+            if (at >= 0 && at + E <= n) {
+                __stcs(reinterpret_cast<uint4*>(out + at), *reinterpret_cast<const uint4*>(own(j)));
+            } else {
+#pragma unroll 1
+                for (int e = 0; e < E; e++) {
+                    if (at + e >= 0 && at + e < n) out[at + e] = own(j)->elements[e];
+                }
+            }
+            *own(j) = empty;
+        }
+        __syncthreads();
     }
 }

@@ -20,6 +20,7 @@
 // Launch:   grid (ceil(T / TOKENS), ceil(max C / (8 * BLOCK)), 2), block (BLOCK); z: K, V
 // Traffic:  encode  T * (4 * C + bytes of a row) for K and V; decode sizeof(X_T) in place of 4
 // Order:    no atomics, no sums; bit-exact
+#include "quotient.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(BLOCK) || !defined(TOKENS)
@@ -52,6 +53,49 @@ __device__ __forceinline__ Share share_of_lane(u64 upper, u64 lower) {
     return Share{column, bits, byte, first, end - first};
 }
 
+// Codes + h of eight coefficients, as many bits each, the first lowest. Where all steps allow it,
+// quotients come from inverses: of coefficients that are clamped first, which leaves the same codes,
+// and times 2^64, so that no remainder is subnormal.
+struct Coder {
+    float steps[8], inverses[8];
+    bool has_inverses;
+
+    __device__ Coder(const float* from) {
+        load8(steps, from);
+        has_inverses = true;
+#pragma unroll
+        for (int j = 0; j < 8; j++) has_inverses &= steps[j] >= 1e-15f && steps[j] <= 1e15f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            if (has_inverses) steps[j] *= SCALE;
+            inverses[j] = 1.0f / steps[j];
+        }
+    }
+    __device__ u64 operator()(const float (&x)[8], int bits) const {
+        const int half = 1 << bits >> 1;
+        const float largest = (float)half;
+        u32 packed[2] = {0, 0};
+        if (has_inverses) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float most = largest * steps[j];
+                const float clamped = fminf(fmaxf(x[j] * SCALE, -most), most);  // NaN: the lowest
+                const int level = (int)floorf(quotient(clamped, steps[j], inverses[j]));
+                packed[j / 4] |= (u32)(min(level, half - 1) + half) << j % 4 * bits;
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const float level = floorf(__fdiv_rn(x[j], steps[j]));
+                const float code = fminf(fmaxf(level, -largest), largest - 1.0f);
+                packed[j / 4] |= (u32)(code + largest) << j % 4 * bits;
+            }
+        }
+        return packed[0] | (u64)packed[1] << 4 * bits;
+    }
+    static constexpr float SCALE = 18446744073709551616.0f;
+};
+
 extern "C" __global__ void __launch_bounds__(BLOCK)
 encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restrict__ v,
        const float* __restrict__ k_steps, const float* __restrict__ v_steps, int T, int row_words,
@@ -65,23 +109,19 @@ encode(u8* __restrict__ rows, const float* __restrict__ k, const float* __restri
     const float* const from = (is_v ? v : k) + mine.column;
     const int t0 = blockIdx.x * TOKENS, tokens = min(TOKENS, T - t0);
 
-    float x[TOKENS][8], steps[8];
     if (mine.bits > 0) {
-        load8(steps, (is_v ? v_steps : k_steps) + mine.column);
+        float x[TOKENS][8];
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) load8(x[t], from + (i64)min(t0 + t, T - 1) * columns);
-        const float half = (float)(1 << mine.bits >> 1);
+        const Coder coder((is_v ? v_steps : k_steps) + mine.column);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            u64 packed = 0;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float level = floorf(__fdiv_rn(x[t][j], steps[j]));
-                const float code = fminf(fmaxf(level, -half), half - 1.0f);  // NaN: the lowest
-                packed |= (u64)(u32)(code + half) << j * mine.bits;
-            }
+            const u64 packed = coder(x[t], mine.bits);
             u8* const bytes = reinterpret_cast<u8*>(staged[warp][t]) + mine.byte;
-            for (int i = 0; i < mine.bits; i++) bytes[i] = (u8)(packed >> 8 * i);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i < mine.bits) bytes[i] = (u8)(packed >> 8 * i);
+            }
         }
     }
     __syncwarp();
@@ -131,17 +171,21 @@ decode(X_T* __restrict__ k, X_T* __restrict__ v, const u8* __restrict__ rows,
     float steps[8];
     load8(steps, (is_v ? v_steps : k_steps) + mine.column);
     X_T* const to = (is_v ? v : k) + mine.column;
-    const float half = (float)(1 << mine.bits >> 1);
+    const float offset = (float)(1 << mine.bits >> 1) - 0.5f;
     const u32 mask = (1u << mine.bits) - 1;
+    const int word = mine.byte / 4, last = (mine.byte + mine.bits - 1) / 4;
     for (int t = 0; t < tokens; t++) {
-        const u8* const bytes = reinterpret_cast<const u8*>(staged[warp][t]) + mine.byte;
-        u64 packed = 0;
-        for (int i = 0; i < mine.bits; i++) packed |= (u64)bytes[i] << 8 * i;
+        const u32* const own = staged[warp][t];
+        const u64 upper = own[min(word + 2, last)];
+        const u64 both = own[word] | (u64)own[min(word + 1, last)] << 32;
+        const int shift = mine.byte % 4 * 8;
+        const u64 packed = shift ? both >> shift | upper << (64 - shift) : both;
+        const u32 halves[2] = {(u32)packed, (u32)(packed >> 4 * mine.bits)};
         float x[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const u32 code = (u32)(packed >> j * mine.bits) & mask;
-            x[j] = __fmul_rn((float)(int)code - half + 0.5f, steps[j]);
+            const u32 code = halves[j / 4] >> j % 4 * mine.bits & mask;
+            x[j] = __fmul_rn((float)(int)code - offset, steps[j]);
         }
         store8(to + (i64)(t0 + t) * columns, x);
     }

@@ -3,22 +3,22 @@
 //
 // A block holds a tile in shared memory: some rows of some ranges. Teams of lanes find the extremes
 // of a row of a range and make its codes: a lane up to 16 columns, 8 lanes up to 128, a warp up to
-// MEDIUM. Beyond, the block is the team, and takes pieces, which it reads a second time, from L2,
-// where there are several and extremes are asked for.
-// Defines: BLOCK = threads; SMALL, MEDIUM = columns of tiles of single lanes and of larger teams.
+// MEDIUM. Beyond, the block is the team, and takes pieces of up to PIECE columns, which it reads a
+// second time, from L2, where there are several and extremes are asked for.
+// Defines: BLOCK = threads; SMALL, MEDIUM = columns of tiles of single lanes and of larger teams;
+//          PIECE, a multiple of 32
+// Shared memory: floats for the widest tile of the launch: 32 * 132 for small ones, BLOCK / 32 *
+//          (MEDIUM + 8) for medium ones, the widest range or PIECE and 8 for wide ones
 #include "convert.cuh"
+#include "quotient.cuh"
 
-#if !defined(BLOCK) || !defined(SMALL) || !defined(MEDIUM)
-#error "kvtc_codes.cuh needs BLOCK, SMALL and MEDIUM"
+#if !defined(BLOCK) || !defined(SMALL) || !defined(MEDIUM) || !defined(PIECE)
+#error "kvtc_codes.cuh needs BLOCK, SMALL, MEDIUM and PIECE"
 #endif
 constexpr int WARPS = BLOCK / WARP;
-constexpr int CTAS = __CUDA_ARCH__ >= 800 ? 8 : 5;  // blocks of an SM: old ones hold no more
-constexpr int PIECE = 4096;     // columns of a wide range that a block holds at a time
-constexpr int TILE = 32 * 132;  // floats that it holds: 32 rows of 128 columns and their gaps
-constexpr int SHARED = TILE + 4 * WARPS;  // floats, with Extremes of warps behind
+constexpr int CTAS = (__CUDA_ARCH__ >= 800 ? 768 : 640) / BLOCK;  // blocks of an SM
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
-static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128, "small tiles fit");
-static_assert(WARPS * (MEDIUM + 8) <= TILE && PIECE + 4 <= TILE, "medium and wide tiles fit");
+static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128 && PIECE % 32 == 0, "tiles fit");
 
 struct alignas(16) Range { int start, end, bits, int_bits, index, before, row_bytes, unused; };
 
@@ -88,7 +88,7 @@ struct Extremes {
 };
 constexpr Extremes NOTHING = {-LARGEST_FLOAT, -LARGEST_FLOAT, 0.0f, 0};
 
-// Adds every `lanes`-th of n floats, the `lane`-th first; with `finite`, counts what is not finite.
+// Adds of n floats in shared memory those of one of `lanes`; with `finite`, counts what is not finite.
 __device__ __forceinline__ void add_all(Extremes& to, const float* x, int n, int lane, int lanes,
                                         bool finite) {
     if (finite) {
@@ -96,9 +96,15 @@ __device__ __forceinline__ void add_all(Extremes& to, const float* x, int n, int
             if (fabsf(x[i]) <= LARGEST_FLOAT) to.add(x[i]);
             else to.count++;
         }
-    } else {
-        for (int i = lane; i < n; i += lanes) to.add(x[i]);
+        return;
     }
+    const int vectors = (u64)x % 16 == 0 ? n / 4 : 0;
+#pragma unroll 2
+    for (int i = lane; i < vectors; i += lanes) {
+        const float4 four = ((const float4*)x)[i];
+        to.add(four.x), to.add(four.y), to.add(four.z), to.add(four.w);
+    }
+    for (int i = vectors * 4 + lane; i < n; i += lanes) to.add(x[i]);
 }
 
 __device__ __forceinline__ float interval(float low, float high) {
@@ -112,38 +118,60 @@ struct Fp8 {
     __device__ u32 operator()(float x) const { return two_codes(x, 0.0f, e4m3{}) & 0xffu; }
 };
 
+// Codes between two extremes. The difference to the lower one is clamped before it is divided, which
+// leaves the same codes, and quotients that decide about one are not small. Widths whose inverse
+// is subnormal are scaled; of one that is no number, or infinite, all codes are 0.
 struct Steps {
-    float low, width, last;
+    float scale, offset, width, inverse, last;
+    __device__ Steps(float low, float high, int bits) : last((float)((1 << bits) - 1)) {
+        const float unscaled = interval(low, high);
+        const bool is_finite = unscaled <= LARGEST_FLOAT;
+        scale = unscaled <= 4e37f ? 1.0f : 0.25f;
+        offset = is_finite ? -low * scale : -INF;
+        width = is_finite ? unscaled * scale : 1.0f;
+        inverse = 1.0f / width;
+    }
     __device__ u32 operator()(float x) const {
-        const float t = fminf(fmaxf((x - low) / width * last, 0.0f), last);  // NaN becomes 0
+        const float above = fminf(fmaxf(__fmaf_rn(x, scale, offset), 0.0f), width);  // NaN: 0
+        const float t = __fmul_rn(quotient(above, width, inverse), last);
         return (u32)(t + 0.49999997f);  // halves go up: the largest float below a half rounds so
     }
 };
 
-// The codes, 2^log bits each, of n floats to the bytes from `to` on, by neighbouring lanes of a
-// warp or a block. A lane makes whole words of the destination; each lane begins with another code
-// of its word, so that lanes read from different banks of shared memory.
-template <typename Code>
-__device__ __forceinline__ void pack(u8* to, const float* x, int n, int log, int lane, int lanes,
+// The codes, 2^LOG bits each, of n floats in shared memory to the bytes from `to` on, by
+// neighbouring lanes of a warp or a block. A lane makes words of four bytes, from four floats at a
+// time; each begins with another four of its word, so that lanes read from different banks.
+template <int LOG, typename Code>
+__device__ __forceinline__ void pack(u8* to, const float* x, int n, int lane, int lanes,
                                      Code code) {
-    const int in_word = 32 >> log, bytes = (n + (8 >> log) - 1) >> (3 - log);
-    const int before = (int)((u64)to % 4);  // bytes of the first word that are not of this row
-    const int turn = lane % WARP >> log;
-    for (int at = 4 * lane - before; at < bytes; at += 4 * lanes) {
+    constexpr int BITS = 1 << LOG, FOURS = 8 / BITS;
+    const int bytes = (n * BITS + 7) / 8, turn = lane % 8 * FOURS / 8;
+    const bool has_vectors = (u64)x % 16 == 0;
+    for (int at = 4 * lane; at < bytes; at += 4 * lanes) {
         u32 word = 0;
-        for (int i = 0; i < in_word; i += 4) {
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                const int nth = (i + k + turn) & (in_word - 1), column = at * (8 >> log) + nth;
-                if ((u32)column < (u32)n) word |= code(x[column]) << (nth << log);
+#pragma unroll 2  // eight divisions at once
+        for (int i = 0; i < FOURS; i++) {
+            const int nth = (i + turn) % FOURS, column = at * (8 / BITS) + 4 * nth;
+            u32 codes = 0;
+            if (has_vectors && column + 4 <= n) {
+                const float4 four = *(const float4*)(x + column);
+                codes = code(four.x) | code(four.y) << BITS | code(four.z) << 2 * BITS |
+                        code(four.w) << 3 * BITS;
+            } else {
+#pragma unroll 1
+                for (int k = 0; k < 4 && column + k < n; k++) codes |= code(x[column + k]) << k * BITS;
             }
+            word |= codes << nth * (4 * BITS);
         }
-        if (at >= 0 && at + 4 <= bytes) {
-            *(u32*)(to + at) = word;
+        u8* const first = to + at;
+        if (at + 4 <= bytes && (u64)first % 4 == 0) {
+            *(u32*)first = word;
+        } else if (at + 4 <= bytes && (u64)first % 2 == 0) {
+            ((u16*)first)[0] = (u16)word, ((u16*)first)[1] = (u16)(word >> 16);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (at + i >= 0 && at + i < bytes) to[at + i] = (u8)(word >> 8 * i);
+                if (at + i < bytes) first[i] = (u8)(word >> 8 * i);
             }
         }
     }
@@ -151,12 +179,12 @@ __device__ __forceinline__ void pack(u8* to, const float* x, int n, int log, int
 
 __device__ __forceinline__ void put_codes(u8* to, const float* x, int n, int bits, float low,
                                           float high, int lane, int lanes) {
-    if (bits) {
-        const Steps steps{low, interval(low, high), (float)((1 << bits) - 1)};
-        pack(to, x, n, __ffs(bits) - 1, lane, lanes, steps);
-    } else {
-        pack(to, x, n, 3, lane, lanes, Fp8{});
-    }
+    if (bits == 0) return pack<3>(to, x, n, lane, lanes, Fp8{});
+    const Steps steps(low, high, bits);
+    if (bits == 1) pack<0>(to, x, n, lane, lanes, steps);
+    else if (bits == 2) pack<1>(to, x, n, lane, lanes, steps);
+    else if (bits == 4) pack<2>(to, x, n, lane, lanes, steps);
+    else pack<3>(to, x, n, lane, lanes, steps);
 }
 
 // --- Quantize ------------------------------------------------------------------------------------
@@ -199,10 +227,9 @@ __device__ __forceinline__ void put_extremes(const Place& to, const Extremes& fo
 }
 
 // One row of a range that is wider than a tile, by the whole block, piece by piece.
-__device__ __forceinline__ void quantize_wide(float* tile, Mode mode, const Rows& from,
-                                              const Range& r, const Place& to, i64 row,
-                                              int* nonfinite) {
-    Extremes* of_warps = (Extremes*)(tile + TILE);
+__device__ __forceinline__ void quantize_wide(float* tile, Extremes (&of_warps)[WARPS], Mode mode,
+                                              const Rows& from, const Range& r, const Place& to,
+                                              i64 row, int* nonfinite) {
     const int n = r.end - r.start, pieces = (n + PIECE - 1) / PIECE;
     const float* x = tile + from.offset(r.start);
     float low = 0.0f, high = 0.0f;
@@ -286,7 +313,8 @@ __device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place
     const int bits = r.bits ? r.bits : 8, bit = (column - r.start) * bits, shift = bit % 8;
     const int bytes = (shift + COUNT * bits + 7) / 8;
     const u32 last = (1u << bits) - 1;
-#pragma unroll 2
+    const float steps = (float)last, inverse = 1.0f / steps;
+#pragma unroll 4
     for (int i = 0; i < rows; i++) {
         const u32 word = load_bytes(from.codes + (i64)i * r.row_bytes + bit / 8, bytes) >> shift;
         float y[COUNT];
@@ -294,9 +322,17 @@ __device__ __forceinline__ void dequantize_columns(float* out, i64 stride, Place
             const float low = __uint_as_float(load_bytes(from.minima + 4 * (i64)i, 4));
             const float high = __uint_as_float(load_bytes(from.maxima + 4 * (i64)i, 4));
             const float width = interval(low, high);
+            if (width <= 1e36f) {  // 255 of them are finite
 #pragma unroll
-            for (int k = 0; k < COUNT; k++) {
-                y[k] = (float)(word >> k * bits & last) * width / (float)last + low;
+                for (int k = 0; k < COUNT; k++) {
+                    const float all = __fmul_rn((float)(word >> k * bits & last), width);
+                    y[k] = quotient(all, steps, inverse) + low;
+                }
+            } else {
+#pragma unroll 1
+                for (int k = 0; k < COUNT; k++) {
+                    y[k] = (float)(word >> k * bits & last) * width / steps + low;
+                }
             }
         } else {
 #pragma unroll

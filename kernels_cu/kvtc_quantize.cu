@@ -8,10 +8,10 @@
 //   min_vals, max_vals  [B] float, written if `find` is set, else read; null for fp8
 // Scalars:  start, end = columns; bits of a code, 0 for fp8; team = lanes that share a row; rows of
 //           a block and column_blocks to a row when dequantising
-// Defines:  BLOCK = threads; SMALL, MEDIUM as in kvtc_codes.cuh
-// Launch:   block (BLOCK). quantize_range: a block for each row where team exceeds a warp, else for
-//           BLOCK / 32 rows, or 32 where team is 1. dequantize_range: column_blocks blocks, of
-//           4 * BLOCK columns, for each `rows` rows
+// Defines:  BLOCK = threads; SMALL, MEDIUM, PIECE as in kvtc_codes.cuh
+// Launch:   block (BLOCK). quantize_range: dynamic shared memory as kvtc_codes.cuh says, a block for
+//           each row where team exceeds a warp, else for BLOCK / 32 rows, or 32 where team is 1.
+//           dequantize_range: column_blocks blocks, of 4 * BLOCK columns, for each `rows` rows
 // Traffic:  B * (4 * n + row_bytes + 8) bytes for n columns, without the 8 for fp8
 // Order:    no sums of floats; bit for bit as NumPy
 #include "kvtc_codes.cuh"
@@ -20,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 quantize_range(u8* __restrict__ codes, float* __restrict__ min_vals, float* __restrict__ max_vals,
                const float* __restrict__ x, int B, int C, i64 x_stride, int start, int end,
                int bits, int row_bytes, int team, int find) {
-    __shared__ __align__(16) float tile[SHARED];
+    extern __shared__ __align__(16) float tile[];
+    __shared__ Extremes of_warps[WARPS];
     const Rows from{x, x_stride, B, C};
     const Range r{start, end, bits, 0, 0, 0, row_bytes, 0};
     const Mode mode = find ? ALL : GIVEN;
@@ -29,7 +30,7 @@ quantize_range(u8* __restrict__ codes, float* __restrict__ min_vals, float* __re
                      (u8*)(max_vals + row)};
     };
     if (team > WARP) {
-        quantize_wide(tile, mode, from, r, place(r, blockIdx.x), blockIdx.x, nullptr);
+        quantize_wide(tile, of_warps, mode, from, r, place(r, blockIdx.x), blockIdx.x, nullptr);
     } else {
         const i64 row = (i64)blockIdx.x * (team == 1 ? WARP : WARPS);
         quantize_tile(tile, mode, from, 1, team, row, [&](int) { return r; }, place, nullptr);

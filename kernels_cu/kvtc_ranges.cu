@@ -11,10 +11,10 @@
 //   tiles     const  [tiles, 4] int: first range, ranges, team, 0; wide ones, medium, then small
 // Scalars:  wide_tiles, medium_tiles, small_tiles; num_ranges; rows of a block and column_blocks to
 //           a row when dequantising
-// Defines:  BLOCK = threads; SMALL, MEDIUM as in kvtc_codes.cuh
-// Launch:   block (BLOCK). quantize_ranges: a block for each wide tile and row, medium tile and
-//           BLOCK / 32 rows, small tile and 32 rows. dequantize_ranges: column_blocks blocks, of
-//           4 * BLOCK columns, for each `rows` rows
+// Defines:  BLOCK = threads; SMALL, MEDIUM, PIECE as in kvtc_codes.cuh
+// Launch:   block (BLOCK). quantize_ranges: dynamic shared memory as kvtc_codes.cuh says, a block for
+//           each wide tile and row, medium tile and BLOCK / 32 rows, small tile and 32 rows.
+//           dequantize_ranges: column_blocks blocks, of 4 * BLOCK columns, for each `rows` rows
 // Traffic:  4 * B * C + 40 * R + B * (sum over ranges of ceil(n * bits / 8), and 8 for intx) bytes,
 //           read or written once; the tables come from L2
 // Order:    no sums of floats; counts of nonfinite in any order; bit for bit as NumPy
@@ -33,7 +33,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, CTAS)
 quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const float* __restrict__ x,
                 const int* __restrict__ ranges, const int* __restrict__ tiles, int B, int C,
                 i64 x_stride, int wide_tiles, int medium_tiles, int small_tiles) {
-    __shared__ __align__(16) float tile[SHARED];
+    extern __shared__ __align__(16) float tile[];
+    __shared__ Extremes of_warps[WARPS];
     u32 block = blockIdx.x;
     int first = 0, count = wide_tiles, rows = 1;
     if (block >= (u32)wide_tiles * B) {
@@ -62,7 +63,7 @@ quantize_ranges(u8* __restrict__ stream, int* __restrict__ nonfinite, const floa
     }
     if (rows == 1) {
         const Range r = *some;
-        quantize_wide(tile, FINITE, from, r, place_in_stream(stream, r, B, row), row, nonfinite);
+        quantize_wide(tile, of_warps, FINITE, from, r, place_in_stream(stream, r, B, row), row, nonfinite);
     } else {
         quantize_tile(
             tile, FINITE, from, job.y, job.z, row, [&](int i) { return some[i]; },

@@ -23,23 +23,22 @@ MODES = ("gt", "ge")
 MOST = 2**42  # elements, whose tiles 32 bits count
 
 LOOK_BACK_SM = 70  # the first whose order of memory the one-pass kernel is written for
-_THREAD_BYTES = 64  # of x, that a thread takes of a tile
-_LINE_BYTES = 128  # of a stage in shared memory, beside the tile
+_POSITION_BYTES = 2  # of a kept element in its tile
 _INDEX_TYPES = dict(zip(INDICES, ("int", "i64"), strict=True))
 
 
 def _shape(sm: int) -> dict[str, int]:
-    """Threads of a block, tiles that it has in shared memory, and blocks of an SM.
+    """Threads of a block, vectors of 16 bytes that each takes of a tile, whether the next tile is
+    loaded before this one is counted, blocks of an SM, words before its tile that a thread looks
+    at, and tiles that a block expands in turn.
 
     The larger a tile, the fewer steps of the look-back; the SMs of data centres have the shared
-    memory for two or three blocks of two tiles of 32 KiB. Below sm_80 copies to shared memory are
-    not asynchronous, and more blocks serve better than a second tile.
+    memory for two blocks of two tiles of 32 KiB with positions.
     """
-    if sm < 80:
-        return dict(BLOCK=256, STAGES=1, BLOCKS_PER_SM=3)
     if sm in (80, 90, 100, 103):
-        return dict(BLOCK=512, STAGES=2, BLOCKS_PER_SM=2 if sm == 80 else 3)
-    return dict(BLOCK=256, STAGES=2, BLOCKS_PER_SM=2)
+        return dict(BLOCK=512, VECTORS=4, AHEAD=1, BLOCKS_PER_SM=2, LOOK=1, PARTS=4)
+    per_sm = 2 if sm == 75 else 3
+    return dict(BLOCK=256, VECTORS=2, AHEAD=1, BLOCKS_PER_SM=per_sm, LOOK=2, PARTS=4)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -266,7 +265,7 @@ def workspace_size(n: int, itemsize: int) -> int:
     op = "compaction.workspace_size"
     n = check_whole(op, "n", n, 0, MOST)
     itemsize = check_whole(op, "itemsize", itemsize, 2, 4)
-    return 1 + _num_tiles(n, itemsize, _shape(cuda.current_sm())["BLOCK"])
+    return 1 + _num_tiles(n, itemsize, _shape(cuda.current_sm()))
 
 
 _check_compress = checker(
@@ -351,10 +350,14 @@ def _check_indices(op: str, indices: Any, n: int, count: Any) -> None:
 # --- Launch ---------------------------------------------------------------------------------------
 
 
-def _num_tiles(n: int, itemsize: int, block: int) -> int:
+def _tile(itemsize: int, shape: dict[str, int]) -> int:
+    """Elements of a tile."""
+    return shape["BLOCK"] * shape["VECTORS"] * 16 // itemsize
+
+
+def _num_tiles(n: int, itemsize: int, shape: dict[str, int]) -> int:
     """Tiles of an array that may start anywhere within 16 bytes."""
-    tile = block * _THREAD_BYTES // itemsize
-    return -(-(n + 16 // itemsize - 1) // tile)
+    return -(-(n + 16 // itemsize - 1) // _tile(itemsize, shape))
 
 
 def _enqueue(
@@ -385,22 +388,23 @@ def _launches(
     the SM has what that needs, else a count, a scan and a scatter; a count and a scan where nothing
     but the number is wanted."""
     shape = _shape(sm)
-    block, tiles = shape["BLOCK"], _num_tiles(x.size, x.itemsize, shape["BLOCK"])
-    stage = block * _THREAD_BYTES + _LINE_BYTES
+    tiles = _num_tiles(x.size, x.itemsize, shape)
+    entry_bytes = x.itemsize + (_POSITION_BYTES if index is not None else 0)
+    gathered_bytes = _tile(x.itemsize, shape) * entry_bytes
     defines = dict(shape, X_T=x.dtype, I_T=_INDEX_TYPES[index or INDICES[0]])
     scalars = dict(n=x.size, capacity=room or 0, threshold=above, num_tiles=tiles)
 
-    def launch(name: str, grid: int, shared_bytes: int) -> cuda.Launch:
+    def launch(name: str, grid: int, shared_bytes: int = 0) -> cuda.Launch:
         kernel = cuda.kernel("compaction", name, **defines)
         given = {name: scalars[name] for name in kernel.scalars}
-        return cuda.Launch(kernel, grid, block, given, shared_bytes=shared_bytes)
+        return cuda.Launch(kernel, grid, shape["BLOCK"], given, shared_bytes=shared_bytes)
 
     if room is not None and sm >= LOOK_BACK_SM:
         resident = cuda.num_sms(x.data.device_id) * shape["BLOCKS_PER_SM"]
-        return 1 + tiles, [launch("compaction", min(tiles, resident), shape["STAGES"] * stage)]
-    launches = [launch("compaction_count", tiles, stage), launch("compaction_scan", 1, 0)]
+        return 1 + tiles, [launch("compaction", min(tiles, resident), 2 * gathered_bytes)]
+    launches = [launch("compaction_count", tiles), launch("compaction_scan", 1)]
     if room is not None:
-        launches.append(launch("compaction_scatter", tiles, stage))
+        launches.append(launch("compaction_scatter", tiles, gathered_bytes))
     return 1 + tiles, launches
 
 
@@ -408,6 +412,6 @@ def _launch_expand(values: Any, indices: Any, n: int, fill: float) -> cuda.Launc
     shape = _shape(cuda.current_sm())
     defines = dict(shape, X_T=values.dtype, I_T=_INDEX_TYPES[indices.dtype])
     kernel = cuda.kernel("compaction", "compaction_expand", **defines)
-    grid = _num_tiles(n, values.itemsize, shape["BLOCK"])
+    grid = -(-_num_tiles(n, values.itemsize, shape) // shape["PARTS"])
     scalars = dict(n=n, capacity=values.size, fill=fill)
     return cuda.Launch(kernel, grid, shape["BLOCK"], scalars)

@@ -33,11 +33,20 @@ from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
 from pykv.ranges import reach
 
-BLOCK = 128  # threads
+BLOCK = 256  # threads
 SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
-ROWS = 16  # of a block that dequantizes
+ROWS = 32  # of a block that dequantizes
 
-VARIANTS = [dict(BLOCK=BLOCK, SMALL=SMALL, MEDIUM=MEDIUM)]
+
+def _piece(sm: int) -> dict[str, int]:
+    """Columns of a wide range that are in shared memory at a time: 16 KiB of it let old SMs hold
+    five blocks, newer ones have 48 KiB for each of four."""
+    return dict(PIECE=12_256 if sm >= 80 else 4_096)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(BLOCK=BLOCK, SMALL=SMALL, MEDIUM=MEDIUM, **cuda.by_sm(_piece))
+]
 VARIANTS_SMS = range(0)  # none at import: few programs call it, and they compile what they need
 
 LOWEST, HIGHEST = np.finfo(np.float32).min, np.finfo(np.float32).max
@@ -382,6 +391,16 @@ def rows_of_block(lanes: int) -> int:
     return 1 if lanes > 32 else 32 if lanes == 1 else BLOCK // 32
 
 
+def tile_bytes(widest: int, sm: int) -> int:
+    """Shared memory of a block that quantizes ranges of up to `widest` columns."""
+    floats = 32 * 132
+    if team(widest) > 1:
+        floats = max(floats, BLOCK // 32 * (MEDIUM + 8))
+    if team(widest) > 32:
+        floats = max(floats, min(widest, _piece(sm)["PIECE"]) + 8)
+    return 4 * floats
+
+
 def check_grid(op: str, blocks: int) -> int:
     """Check how many blocks a launch has."""
     if blocks >= 2**31:
@@ -406,12 +425,15 @@ def _made(
     """The launch on the current device; stride in elements."""
     scalars = dict(B=B, C=C, start=start, end=start + n, bits=bits)
     scalars |= dict(row_bytes=row_bytes(n, bits or 8))
+    shared_bytes = 0
     if name == "quantize_range":
         scalars |= dict(x_stride=stride, team=team(n), find=find)
         blocks = -(-B // rows_of_block(team(n)))
+        shared_bytes = tile_bytes(n, cuda.current_sm())
     else:
         column_blocks = columns_of_block(start, n)
         scalars |= dict(out_stride=stride, rows=ROWS, column_blocks=column_blocks)
         blocks = column_blocks * -(-B // ROWS)
     kernel = cuda.kernel("kvtc_quantize", name, **VARIANTS[0])
-    return cuda.Launch(kernel, check_grid(f"kvtc_quantize.{name}", blocks), BLOCK, scalars)
+    grid = check_grid(f"kvtc_quantize.{name}", blocks)
+    return cuda.Launch(kernel, grid, BLOCK, scalars, shared_bytes=shared_bytes)

@@ -27,6 +27,7 @@ from pykv.ops.kvtc_quantize import (
     check_rows,
     rows_of_block,
     team,
+    tile_bytes,
 )
 from pykv.options import check_flag, check_whole
 from pykv.ranges import reach
@@ -287,7 +288,8 @@ def _quantize(x: Any, ranges: tuple[Range, ...]) -> cuda.Launch:
     scalars |= dict(wide_tiles=wide, medium_tiles=medium, small_tiles=small)
     kernel = cuda.kernel("kvtc_ranges", "quantize_ranges", **VARIANTS[0])
     kvtc_quantize.check_grid("kvtc_ranges.quantize_ranges", blocks)
-    return cuda.Launch(kernel, blocks, BLOCK, scalars)
+    shared_bytes = tile_bytes(max(one.width for one in ranges), cuda.current_sm())
+    return cuda.Launch(kernel, blocks, BLOCK, scalars, shared_bytes=shared_bytes)
 
 
 def _dequantize(out: Any, num_ranges: int) -> cuda.Launch:

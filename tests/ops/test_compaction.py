@@ -166,12 +166,12 @@ def test_one_pass_and_three_leave_the_same_bits(device, rng, dtype):
         assert to_numpy(arrays["indices"][: len(kept)]).tolist() == kept
 
 
-@pytest.mark.parametrize("nearest", [1, 31, 32, 33, 64, 127, 128, 129, 300, 320])
+@pytest.mark.parametrize("nearest", [1, 31, 32, 33, 300, 511, 512, 513, 544, 545, 700])
 def test_the_look_back_sums_what_other_blocks_left(device, rng, nearest):
     """Tiles before the ticket have their counts, one of them, `nearest`, all before it as well:
-    what the block would find had others taken these tiles."""
+    what the block would find had others taken these tiles. It looks at 512 words at once."""
     needs_look_back()
-    before, part, whole = 320, 1 << 62, 2 << 62
+    before, part, whole = 700, 1 << 62, 2 << 62
     x = device.zeros(before * TILE + 9, np.float32)
     x[before * TILE :] = 1  # what is left for this block
     counts = rng.integers(0, TILE + 1, before)
@@ -185,7 +185,7 @@ def test_the_look_back_sums_what_other_blocks_left(device, rng, nearest):
     assert not to_numpy(arrays["values"]).any()  # the place lies past the output
 
 
-@pytest.mark.parametrize("tiles", [1, 256, 257, 700])
+@pytest.mark.parametrize("tiles", [1, 8, 2048, 2049, 4500])
 def test_counts_of_tiles_become_sums(device, rng, tiles):
     """Of more tiles than the scan has threads, and more elements than 32 bits count."""
     counts = rng.integers(0, 2**33, tiles)

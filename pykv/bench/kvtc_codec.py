@@ -124,7 +124,7 @@ def _world(
     for basis in bases:
         basis *= np.float16(np.sqrt(3 / p))  # columns of length 1
         mean = (rng.standard_normal(p) / 8).astype(np.float16)
-        sides.append(Side(mean, basis, {RATIO: Plan(widths, steps, 0.0)}))
+        sides.append(Side(mean, np.ones(p, np.float16), basis, {RATIO: Plan(widths, steps, 0.0)}))
     artefact = Artefact(model, (Group(tuple(range(L)), *sides),), (), 0, 0)
     loaded = load("bench", xp, artefact.groups[0], model.inv_freq, RATIO, 0)
     rows = xp.asarray(caches.values(np, rng, (2, T, p), np.dtype(np.float16))[0])
@@ -244,7 +244,7 @@ def _project(xp: Any, world: _World, case: Case) -> Call:
 
 def _restore(xp: Any, world: _World, case: Case) -> Call:
     k, v = (x.astype(np.float16) for x in world.coefficients)
-    bases, rows = world.loaded.bases, world.rows
+    bases, rows = world.loaded.back, world.rows
     options = dict(k_out=rows[0], v_out=rows[1], gemm=case.get("gemm", "own"))
     call = partial(kvtc_project.restore, k, v, *bases, **options)
     return call, lambda: all(

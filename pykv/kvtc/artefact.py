@@ -14,6 +14,7 @@ from pykv.kvtc import coder
 from pykv.options import check_whole
 
 SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
+LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5  # weights; bases times these keep their precision in float16
 
 
 class Text(NamedTuple):
@@ -79,13 +80,18 @@ class Plan:
 class Side:
     """Keys or values of a group of layers. A row is a token's [layer, head, dim], F elements.
 
+    Its components are ((row - mean) * weights) @ basis; what they come from is
+    (components @ basis.T) / weights + mean.
+
     Attributes:
         mean: [F] float16.
+        weights: [F] float16, within LIGHTEST and HEAVIEST: how much an element's error counts.
         basis: [F, C] float16, orthonormal columns, by falling variance.
         plans: by ratio.
     """
 
     mean: Any
+    weights: Any
     basis: Any
     plans: dict[int, Plan]
 
@@ -247,6 +253,11 @@ def _problems_of_side(side: Side, F: int) -> Iterator[tuple[str, Any, str]]:
         yield "mean", f"{side.mean.dtype}{list(side.mean.shape)}", f"float16 [{F}]"
     if side.basis.shape != (F, C) or side.basis.dtype != np.float16 or not 0 < C <= F:
         yield "basis", f"{side.basis.dtype}{list(side.basis.shape)}", f"float16 [{F}, C <= {F}]"
+    weights = side.weights
+    if weights.shape != (F,) or weights.dtype != np.float16:
+        yield "weights", f"{weights.dtype}{list(weights.shape)}", f"float16 [{F}]"
+    if not ((weights >= LIGHTEST) & (weights <= HEAVIEST)).all():
+        yield "weights", "a value", f"{LIGHTEST} to {HEAVIEST}"
     if not np.isfinite(side.mean).all():
         yield "mean", "a value", "finite ones"
     norms = np.einsum("fc,fc->c", side.basis, side.basis, dtype=np.float32)

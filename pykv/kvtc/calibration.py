@@ -17,9 +17,10 @@ import numpy as np
 from pykv import whole_files
 from pykv.errors import CapacityError, DtypeError, InstallError, ParameterError
 from pykv.kvtc import groups as groups_coder
-from pykv.kvtc import plans
+from pykv.kvtc import importance, plans
 from pykv.kvtc import rows as rows_of
 from pykv.kvtc.artefact import SINKS, Artefact, Group, Side, Text, check_artefact
+from pykv.kvtc.basis import orthonormal
 from pykv.kvtc.coder import GROUP
 from pykv.kvtc.v0 import KvtcConfig
 from pykv.llm import LLM, memory
@@ -99,7 +100,8 @@ def calibrate(
         window = min(_WINDOW, config.context)
     window = check_whole(_OP, "window", window, SINKS + 2, config.context)
     layers = _checked_groups(groups, config.windows)
-    width = config.kv_heads * config.head_dim
+    head_dim = config.head_dim
+    width = config.kv_heads * head_dim
     widest = width * max(map(len, layers))
     most = _checked_rank(rank, widest)
     _checked_rank(None, width * min(map(len, layers)))
@@ -124,12 +126,13 @@ def calibrate(
     kept = None if path is None else path.with_name(path.name + ".rows")
     with closing(rows_of.Rows(width * config.num_layers, counts, kept, facts)) as rows:
         _collect(llm, windows, rows, progress)
-        select = _split(windows, counts)
+        select, counting = _split(windows, counts), _importance(llm, windows)
         with _bar(progress, 2 * len(layers), "bases", "") as bar:
 
             def side(which: int, of_group: tuple[int, ...]) -> Side:
                 with llm.turn():
-                    found = _fit(rows, which, of_group, width, select, chosen, most, llm.xp)
+                    weights = importance.weights_of(counting[which, list(of_group)], head_dim)
+                    found = _fit(rows, which, of_group, weights, select, chosen, most, llm.xp)
                 bar.update(1)
                 return found
 
@@ -163,9 +166,13 @@ def compare_coders(
     Runs on the host but for the model. Takes a minute or two for each side of 6,000 features.
     """
     found = []
-    for layers, side, of_side, kept, dropped in _components(
+    for layers, side, of_side, centred in _centred(
         "kvtc.compare_coders", model, artefact, texts, tokens
     ):
+        centred *= of_side.weights
+        kept = centred @ of_side.basis.astype(np.float32)
+        dropped = float(np.square(centred).sum(dtype=np.float64))
+        dropped -= float(np.square(kept).sum(dtype=np.float64))
         for one in groups_coder.compare(kept, dropped, len(of_side.mean), artefact.ratios):
             found.append((layers, side, one))
     return found
@@ -198,17 +205,23 @@ def v0_configs(
     """
     op = "kvtc.v0_configs"
     ratio = check_whole(op, "ratio", ratio, 1)
-    return {
-        (layers, side): groups_coder.v0_config(of_side.mean, of_side.basis, kept, ratio)
-        for layers, side, of_side, kept, _ in _components(op, model, artefact, texts, tokens)
-    }
+    found = {}
+    for layers, side, of_side, centred in _centred(op, model, artefact, texts, tokens):
+        # A v0 stream has no weights: its basis is that of the same rows without them.
+        spanned = of_side.basis.astype(np.float32) / of_side.weights.astype(np.float32)[:, None]
+        basis = orthonormal(spanned, np).astype(np.float16)
+        kept = centred @ basis.astype(np.float32)
+        order = np.argsort(-np.square(kept).sum(axis=0))
+        basis, kept = basis[:, order], kept[:, order]
+        found[layers, side] = groups_coder.v0_config(of_side.mean, basis, kept, ratio)
+    return found
 
 
-def _components(
+def _centred(
     op: str, model: Any, artefact: Any, texts: Any, tokens: int | None
-) -> Iterator[tuple[tuple[int, ...], str, Side, Any, float]]:
-    """Of each group and side: layers, "k" or "v", the side, components [n, C] float32 of the rows
-    of texts, and the energy that these leave out."""
+) -> Iterator[tuple[tuple[int, ...], str, Side, Any]]:
+    """Of each group and side: layers, "k" or "v", the side, and the rows of texts less their mean,
+    [n, F] float32."""
     check_artefact(op, artefact)
     if not isinstance(model, LLM):
         raise DtypeError(f"{op}: model is a {type(model).__name__}, expected a pykv.LLM")
@@ -232,11 +245,7 @@ def _components(
                 np.float32
             )
             centred -= of_side.mean
-            kept = centred @ of_side.basis.astype(np.float32)
-            dropped = float(np.square(centred).sum(dtype=np.float64)) - float(
-                np.square(kept).sum(dtype=np.float64)
-            )
-            yield group.layers, "kv"[side], of_side, kept, dropped
+            yield group.layers, "kv"[side], of_side, centred
 
 
 def _checked_rank(rank: int | None, features: int) -> int:
@@ -363,6 +372,16 @@ def _collect(llm: LLM, windows: list[rows_of.Window], rows: rows_of.Rows, progre
             bar.update(len(window.ids))
 
 
+def _importance(llm: LLM, windows: list[rows_of.Window]) -> Any:
+    """The importance of keys and values by layer and head, of the first window of each text."""
+    first = {window.text: window.ids for window in reversed(windows)}
+    total: Any = 0
+    for ids in first.values():
+        with llm.turn():
+            total = total + importance.measure(llm.model, ids, llm.xp)
+    return total
+
+
 def _split(windows: list[rows_of.Window], counts: list[int]) -> tuple[list[slice], list[slice]]:
     """Rows of each window that the basis sees, and those held out: the last ones of each text."""
     of_text: dict[int, int] = {}
@@ -383,21 +402,21 @@ def _fit(
     rows: rows_of.Rows,
     side: int,
     layers: tuple[int, ...],
-    width: int,
+    weights: Any,
     select: tuple[list[slice], list[slice]],
     ratios: tuple[int, ...],
     rank: int,
     xp: Any,
 ) -> Side:
-    """Fit the keys (0) or the values (1) of some layers."""
-    features, columns = width * len(layers), _columns(layers, width)
+    """Fit the keys (0) or the values (1) of some layers, see plans.fit."""
+    columns = _columns(layers, len(weights) // len(layers))
 
     def blocks(chosen: list[slice]) -> Iterator[Any]:
         return map(xp.asarray, rows.blocks(side, columns, chosen, _BLOCK))
 
     seen, held = (partial(blocks, chosen) for chosen in select)
-    rank = min(rank, features // GROUP * GROUP)
-    return plans.fit(seen, held, features, ratios, rank, xp)
+    rank = min(rank, len(weights) // GROUP * GROUP)
+    return plans.fit(seen, held, weights, ratios, rank, xp)
 
 
 def _columns(layers: tuple[int, ...], width: int) -> Any:

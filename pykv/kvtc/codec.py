@@ -267,7 +267,7 @@ class Codec:
                         some = coded_rows[rows.start : rows.stop]
                         kvtc_code.decode(some, *group.steps, **widths, k_out=k, v_out=v)
                         kvtc_project.restore(
-                            k, v, *part.bases, k_out=made[0], v_out=made[1], gemm=self._gemm
+                            k, v, *part.back, k_out=made[0], v_out=made[1], gemm=self._gemm
                         )
                     kvtc_rows.scatter(
                         table=table,

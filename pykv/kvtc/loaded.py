@@ -12,7 +12,7 @@ import numpy as np
 
 from pykv.errors import ParameterError
 from pykv.kvtc import coder
-from pykv.kvtc.artefact import Artefact, Group, check_artefact
+from pykv.kvtc.artefact import Artefact, Group, Side, check_artefact
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -23,7 +23,8 @@ class Loaded(NamedTuple):
     Attributes:
         layers: of the model, rising.
         places, inv_freq, mean: as of kvtc_rows.gather.
-        bases, steps, widths: of K and of V, without the components that have no bits.
+        bases, back: of K and of V, what makes components of rows, and rows of components.
+        steps, widths: likewise, without the components that have no bits.
         begin, end: bytes of a coded token that are this group's.
     """
 
@@ -32,6 +33,7 @@ class Loaded(NamedTuple):
     mean: Any
     inv_freq: Any
     bases: tuple[Any, Any]
+    back: tuple[Any, Any]
     steps: tuple[Any, Any]
     widths: tuple[tuple[int, ...], tuple[int, ...]]
     begin: int
@@ -47,6 +49,7 @@ class Loaded(NamedTuple):
             places=self.places[a:b],
             mean=self.mean[:, some],
             bases=(self.bases[0][some], self.bases[1][some]),
+            back=(self.back[0][some], self.back[1][some]),
         )
 
 
@@ -77,9 +80,8 @@ def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) 
                 f"{op}: artefact has steps up to {plan.steps.max()}, expected coefficients within "
                 f"float16, up to {_LARGEST}"
             )
-    k, v = (
-        xp.asarray(np.ascontiguousarray(side.basis[:, : len(plan.steps)]))
-        for side, plan in zip(sides, plans, strict=True)
+    (k, k_back), (v, v_back) = (
+        _both_ways(side, len(plan.steps), xp) for side, plan in zip(sides, plans, strict=True)
     )
     return Loaded(
         layers,
@@ -87,6 +89,7 @@ def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) 
         xp.asarray(np.stack([side.mean for side in sides])),
         xp.asarray(distinct.astype(np.float32)),
         (k, v),
+        (k_back, v_back),
         (xp.asarray(plans[0].steps), xp.asarray(plans[1].steps)),
         (plans[0].widths, plans[1].widths),
         begin,
@@ -94,9 +97,19 @@ def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) 
     )
 
 
+def _both_ways(side: Side, count: int, xp: Any) -> tuple[Any, Any]:
+    """The first columns of a basis, times the weights of rows, and by them: [F, count] float16."""
+    basis, weights = side.basis[:, :count].astype(np.float32), side.weights.astype(np.float32)
+    to, back = (
+        xp.asarray(np.ascontiguousarray(x.astype(np.float16)))
+        for x in (basis * weights[:, None], basis / weights[:, None])
+    )
+    return to, back
+
+
 def identify(artefact: Artefact) -> str:
     """SHA-256 of all that coded tokens depend on, in hexadecimal: the model's name, sizes and
-    rotation, the groups of layers, and each side's mean, basis, widths and steps.
+    rotation, the groups of layers, and each side's mean, weights, basis, widths and steps.
 
     Raises:
         DtypeError: `artefact` is no Artefact.
@@ -113,6 +126,7 @@ def identify(artefact: Artefact) -> str:
         digest.update(repr(tuple(group.layers)).encode())
         for side in (group.k, group.v):
             add(side.mean, "<f2")
+            add(side.weights, "<f2")
             add(side.basis, "<f2")
             for ratio, plan in side.plans.items():
                 digest.update(repr((ratio, tuple(plan.widths))).encode())

@@ -26,13 +26,13 @@ _ROWS = 256  # of a pass over components, so that they stay in a core's cache
 
 
 def fit(
-    seen: Blocks, held: Blocks, features: int, ratios: Sequence[int], rank: int, xp: Any
+    seen: Blocks, held: Blocks, weights: Any, ratios: Sequence[int], rank: int, xp: Any
 ) -> Side:
-    """Fit a basis to rows, and plans to others.
+    """Fit a basis to weighted rows, and plans to others.
 
     Args:
         seen, held: rows [n, F] float16 of `xp`, for the basis and for the plans.
-        features: F.
+        weights: [F] float16 on the host, of artefact.Side.
         ratios: of float16 rows to coded ones.
         rank: components at most, a multiple of 32.
         xp: `numpy` or `cupy`.
@@ -41,11 +41,14 @@ def fit(
         ParameterError: a ratio leaves no bit for 32 components.
         NumberError: rows have fewer directions than `rank`.
     """
-    budgets = {ratio: budget(features, ratio) for ratio in ratios}
-    mean = mean_of(seen)
-    wide = components(gram_of(seen, mean), rank, xp)
+    budgets = {ratio: budget(len(weights), ratio) for ratio in ratios}
+    mean, scales = mean_of(seen), xp.asarray(weights.astype(np.float32))
+    gram = gram_of(seen, mean)
+    gram *= scales
+    gram *= scales[:, None]
+    wide = components(gram, rank, xp)
     basis = wide.astype(np.float16)
-    kept = xp.concatenate([part for part, _ in _projected(held, mean, basis)])
+    kept = xp.concatenate([part for part, _ in _projected(held, mean, scales, basis)])
     energy = (kept * kept).sum(axis=0)
     order = xp.argsort(-energy)
     basis, kept = basis[:, order], kept[:, order]
@@ -56,9 +59,10 @@ def fit(
         ratio: xp.asarray(steps[bits_of(widths), np.arange(sum(widths))])
         for ratio, widths in counts.items()
     }
-    relative = _measure(held, mean, basis, {r: (counts[r], chosen[r]) for r in ratios}, xp)
+    coders = {r: (counts[r], chosen[r]) for r in ratios}
+    relative = _measure(held, mean, scales, basis, coders, xp)
     plans = {r: Plan(counts[r], to_host(chosen[r]), relative[r]) for r in ratios}
-    return Side(to_host(mean), to_host(basis), plans)
+    return Side(to_host(mean), weights, to_host(basis), plans)
 
 
 def budget(features: int, ratio: int) -> int:
@@ -154,27 +158,28 @@ def allocate(errors: Any, units: int) -> tuple[int, ...]:
     return tuple(counts[:0:-1])
 
 
-def _projected(rows: Blocks, mean: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
-    """Components of rows, and the rows less their mean, float32, block by block."""
+def _projected(rows: Blocks, mean: Any, scales: Any, basis: Any) -> Iterator[tuple[Any, Any]]:
+    """Components of weighted rows, and the rows less their mean, float32, block by block."""
     wide = basis.astype(np.float32)
     for part in rows():
         centred = part.astype(np.float32)
         centred -= mean
-        yield centred @ wide, centred
+        yield (centred * scales) @ wide, centred
 
 
 def _measure(
-    rows: Blocks, mean: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
+    rows: Blocks, mean: Any, scales: Any, basis: Any, plans: dict[int, tuple[Any, Any]], xp: Any
 ) -> dict[int, float]:
     """The relative error of rows that are coded and decoded, by ratio."""
     wide = basis.astype(np.float32)
     total, errors = 0.0, dict.fromkeys(plans, 0.0)
-    for kept, centred in _projected(rows, mean, basis):
+    for kept, centred in _projected(rows, mean, scales, basis):
         total += float((centred * centred).sum(dtype=np.float64))
         for ratio, (widths, steps) in plans.items():
             C = sum(widths)
             half = xp.asarray(np.ldexp(np.float32(0.5), bits_of(widths).astype(np.int32)))
             decoded = coded(kept[:, :C], steps, half, xp) @ wide[:, :C].T
+            decoded /= scales
             decoded -= centred
             errors[ratio] += float((decoded * decoded).sum(dtype=np.float64))
     return {ratio: (error / total) ** 0.5 if total else 0.0 for ratio, error in errors.items()}

@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -50,21 +51,34 @@ def windows_of(texts: list[list[int]], length: int, bos: int | None) -> list[Win
     return found
 
 
+def read(
+    model: Model, ids: list[int], xp: Any, queries: Any = None, squares: Any = None
+) -> PagedKVCache:
+    """A float32 cache of tokens, in order, on the model's device; `queries` and `squares`, as of
+    llm.model.forward, are filled for as many of the last tokens, STEP at most."""
+    config, n = model.config, len(ids)
+    last = 0 if squares is None else squares.shape[1]
+    pages = -(-n // PAGE_SIZE)
+    sizes = config.num_layers, pages, config.kv_heads, config.head_dim
+    cache = PagedKVCache(*sizes, page_size=PAGE_SIZE, spec="fp32", xp=xp)
+    table = xp.arange(pages, dtype=np.int32)[None]
+    tokens, positions = xp.asarray(np.array(ids, np.int32)), xp.arange(n, dtype=np.int32)
+    edges = [*range(0, n - last, STEP), n - last, n] if last else [*range(0, n, STEP), n]
+    for start, stop in pairwise(edges):
+        here, ends = positions[start:stop], np.array([0, stop - start, stop], np.int32)
+        q_starts, lengths = xp.asarray(ends[:2]), xp.asarray(ends[2:])
+        batch = Batch(tokens[start:stop], here, here, q_starts, table, lengths)
+        asked = dict(queries=queries, squares=squares) if last and stop == n else {}
+        forward(model, batch, cache, xp.asarray(ends[1:2] - 1), **asked)
+    return cache
+
+
 def collect(model: Model, ids: list[int], xp: Any) -> tuple[Any, Any]:
     """Keys and values that a model computes of tokens, both [len(ids), L, H, D] float32, keys
     before their rotation, neither mixed by a Hadamard matrix; on the model's device."""
     config, n = model.config, len(ids)
-    sizes = config.kv_heads, config.head_dim
-    pages = -(-n // PAGE_SIZE)
-    cache = PagedKVCache(config.num_layers, pages, *sizes, page_size=PAGE_SIZE, spec="fp32", xp=xp)
-    table = xp.arange(pages, dtype=np.int32)[None]
-    tokens, positions = xp.asarray(np.array(ids, np.int32)), xp.arange(n, dtype=np.int32)
-    for start in range(0, n, STEP):
-        stop = min(start + STEP, n)
-        here, ends = positions[start:stop], np.array([0, stop - start, stop], np.int32)
-        q_starts, lengths = xp.asarray(ends[:2]), xp.asarray(ends[2:])
-        batch = Batch(tokens[start:stop], here, here, q_starts, table, lengths)
-        forward(model, batch, cache, xp.asarray(ends[1:2] - 1))
+    cache = read(model, ids, xp)
+    sizes, positions = (config.kv_heads, config.head_dim), xp.arange(n, dtype=np.int32)
     pools = (x.reshape(config.num_layers, -1, *sizes)[:, :n] for x in (cache.k, cache.v))
     k, v = (xp.ascontiguousarray(x.swapaxes(0, 1)) for x in pools)
     if model.hadamard:

@@ -57,6 +57,7 @@ def forward(
     *,
     gemm: str = "auto",
     queries: Any = None,
+    squares: Any = None,
 ) -> Any:
     """Run the tokens of a batch through the model and append their keys and values to the cache.
 
@@ -68,6 +69,7 @@ def forward(
         rows: [R] int32, tokens whose logits are wanted; None means all T.
         gemm: what multiplies on a GPU, see linear.linear.
         queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
+        squares: [L, T] float32; filled with the mean square of activations behind each attention.
 
     Returns:
         Logits [R, V] float32, on the model's device.
@@ -119,6 +121,8 @@ def forward(
             cache.prefill(i, q, batch.page_table, batch.lengths, batch.q_starts, **options)
         post_norm = layer.post_attention_norm
         add_product(attended_rows, layer.attention_out, layer.attention_out_bias, post_norm)
+        if squares is not None:
+            squares[i] = (x * x).mean(axis=1)
 
         norm.rms_norm(x, layer.ffn_norm, eps=config.eps, out=normed)
         multiply(normed, layer.gate_up, bias=layer.gate_up_bias, out=gate_up)

@@ -34,7 +34,8 @@ def artefact(rng, layers=((0, 1, 2),), sinks=2, window=3):
             x = rows(rng, 600, side)[:, list(group)].reshape(600, -1).astype(np.float16)
             seen, held = (lambda x=x: iter([x[:400]])), (lambda x=x: iter([x[400:]]))
             rank = min(64, len(group) * F)
-            sides.append(plans.fit(seen, held, len(group) * F, RATIOS, rank, np))
+            weights = np.geomspace(0.5, 2, len(group) * F)[:: 1 - 2 * side].astype(np.float16)
+            sides.append(plans.fit(seen, held, weights, RATIOS, rank, np))
         groups.append(Group(tuple(group), *sides))
     return Artefact(model, tuple(groups), (), sinks, window)
 
@@ -48,7 +49,8 @@ def artefact_of(llm):
         basis = np.linalg.svd(x - mean, full_matrices=False)[2].T
         steps = 5 * np.abs((x - mean) @ basis).max(0) / 256
         plan = Plan((len(steps), *[0] * 7), steps.astype(np.float32), 0.01)
-        sides.append(Side(mean.astype(np.float16), basis.astype(np.float16), {2: plan}))
+        ones = np.ones(len(mean), np.float16)
+        sides.append(Side(mean.astype(np.float16), ones, basis.astype(np.float16), {2: plan}))
     group = Group(tuple(range(layers)), *sides)
     return Artefact(llm.fingerprint, (group,), (), sinks=4, window=8)
 

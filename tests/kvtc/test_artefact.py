@@ -24,7 +24,8 @@ def side(rng, layers):
         ratio: Plan(widths, rng.uniform(0.1, 1, 32).astype(np.float32), ratio / 100)
         for ratio, widths in RATIOS.items()
     }
-    return Side(rng.standard_normal(F).astype(np.float16), basis, plans)
+    mean, weights = rng.standard_normal(F), rng.uniform(0.1, 9, F)
+    return Side(mean.astype(np.float16), weights.astype(np.float16), basis, plans)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_a_file_is_what_the_format_says(artefact, path):
             at += 1
 
     magic, version, pairing, size, sha256, model, name = take("8sIIQ32s32s32s")
-    assert (magic, version, pairing, size) == (b"\x89PYKVTC\n", 1, 1, len(data))
+    assert (magic, version, pairing, size) == (b"\x89PYKVTC\n", 2, 1, len(data))
     assert sha256 == hashlib.sha256(data[:24] + bytes(32) + data[56:]).digest()
     assert model.hex() == "5a" * 32 and name.rstrip(b"\0") == b"llama"
     assert take("9I") == (L, H, D, PAIRS, 2, 2, 2, 3, 64)
@@ -81,6 +82,7 @@ def test_a_file_is_what_the_format_says(artefact, path):
         F = len(group.layers) * H * D
         for of_side in (group.k, group.v):
             assert take(f"{F}e") == tuple(of_side.mean.tolist())
+            assert take(f"{F}e") == tuple(of_side.weights.tolist())
             assert take(f"{F * 32}e") == tuple(of_side.basis.ravel().tolist())
             for plan in of_side.plans.values():
                 assert take("32f") == tuple(plan.steps.tolist())
@@ -97,6 +99,7 @@ def test_it_comes_back(artefact, path):
         assert mine.layers == other.layers
         for a, b in ((mine.k, other.k), (mine.v, other.v)):
             assert_same_bits(a.mean, b.mean)
+            assert_same_bits(a.weights, b.weights)
             assert_same_bits(a.basis, b.basis)
             for ratio, plan in a.plans.items():
                 assert_same_bits(plan.steps, b.plans[ratio].steps)
@@ -162,7 +165,7 @@ def forged(data):
 
 
 FIELDS = [  # offset, format, value, what the error names
-    (8, "<I", 2, "version"),
+    (8, "<I", 1, "version"),
     (12, "<I", 2, "pairing"),
     (88, "<8s", b"lla\x1bma", "architecture"),
     (88, "<8s", b"\xff", "architecture"),
@@ -183,7 +186,7 @@ FIELDS = [  # offset, format, value, what the error names
     (148, "<I", 2**30, "sinks"),
     (152, "<I", 2**30, "window"),
     (156, "<I", 1, "padding"),
-    (192, "<I", 1, "basis"),
+    (192, "<I", 1, "basis|weights"),
     (192, "<I", 7, "bytes|groups"),
     (204, "<f", np.nan, "inv_freq"),
     (204, "<f", -1.0, "inv_freq"),
@@ -203,11 +206,14 @@ FIELDS = [  # offset, format, value, what the error names
     (636, "<96s", b"", "texts"),
     (636 + 128, "<Q", 0, "texts"),
     (960, "<e", np.inf, "mean"),
-    (960 + 192, "<e", np.nan, "basis"),
-    (960 + 192, "<e", 2.0, "basis"),
-    (960 + 192 + 6144, "<f", 0.0, "steps"),
-    (960 + 192 + 6144, "<f", -1.0, "steps"),
-    (960 + 192 + 6144, "<f", np.nan, "steps"),
+    (960 + 192, "<e", np.nan, "weights"),
+    (960 + 192, "<e", 0.0, "weights"),
+    (960 + 192, "<e", 64.0, "weights"),
+    (960 + 384, "<e", np.nan, "basis"),
+    (960 + 384, "<e", 2.0, "basis"),
+    (960 + 384 + 6144, "<f", 0.0, "steps"),
+    (960 + 384 + 6144, "<f", -1.0, "steps"),
+    (960 + 384 + 6144, "<f", np.nan, "steps"),
 ]
 
 

@@ -51,7 +51,12 @@ def facts(artefact):
         x
         for group in artefact.groups
         for side in (group.k, group.v)
-        for x in (side.mean, side.basis, *(plan.steps for plan in side.plans.values()))
+        for x in (
+            side.mean,
+            side.weights,
+            side.basis,
+            *(plan.steps for plan in side.plans.values()),
+        )
     ]
 
 

@@ -145,7 +145,8 @@ def test_held_out_errors_promise_those_of_other_rows(xp, rng):
     """Coded by pykv.kvtc.coder and decoded in float64."""
     F, ratios = 128, (4, 8, 16)
     seen, held, other = (low_rank(rng, n, F) for n in (1500, 300, 600))
-    side = plans.fit(blocks(seen, xp), blocks(held, xp), F, ratios, 64, xp)
+    weights = rng.uniform(0.5, 2, F).astype(np.float16)
+    side = plans.fit(blocks(seen, xp), blocks(held, xp), weights, ratios, 64, xp)
     assert side.basis.dtype == side.mean.dtype == np.float16
     wide, mean = side.basis.astype(float), side.mean.astype(float)
     assert abs(wide.T @ wide - np.eye(wide.shape[1])).max() < 2e-3
@@ -156,10 +157,10 @@ def test_held_out_errors_promise_those_of_other_rows(xp, rng):
         C = sum(plan.widths)
         assert plan.row_bytes * ratio <= 2 * F
         assert plan.steps.dtype == np.float32 and plan.steps.shape == (C,)
-        kept = (centred @ wide[:, :C]).astype(np.float32)
+        kept = (centred * weights @ wide[:, :C]).astype(np.float32)
         packed = coder.pack(coder.quantise(kept, plan.steps, plan.widths), plan.widths)
         codes = coder.unpack(packed, plan.widths)
-        decoded = coder.dequantise(codes, plan.steps, plan.widths) @ wide[:, :C].T
+        decoded = coder.dequantise(codes, plan.steps, plan.widths) @ wide[:, :C].T / weights
         error = np.linalg.norm(decoded - centred) / np.linalg.norm(centred)
         assert error == pytest.approx(plan.error, rel=0.1)
         assert last < error < 1
@@ -168,10 +169,10 @@ def test_held_out_errors_promise_those_of_other_rows(xp, rng):
 
 def test_too_few_rows_promise_too_little_where_nothing_is_held_out(rng):
     """Why errors are of rows that the basis has not seen."""
-    F = 128
+    F, ones = 128, np.ones(128, np.float16)
     seen, held = low_rank(rng, 40, F, 100), low_rank(rng, 300, F, 100)
-    honest = plans.fit(blocks(seen), blocks(held), F, (4,), 32, np)
-    fooled = plans.fit(blocks(seen), blocks(seen), F, (4,), 32, np)
+    honest = plans.fit(blocks(seen), blocks(held), ones, (4,), 32, np)
+    fooled = plans.fit(blocks(seen), blocks(seen), ones, (4,), 32, np)
     assert fooled.plans[4].error < 0.7 * honest.plans[4].error
 
 
@@ -216,7 +217,7 @@ def test_a_model_of_8b_takes_40_gb_and_two_minutes(xp, n, F, rank):
         xp.get_default_memory_pool().free_all_blocks()
     started = time.perf_counter()
     for _ in range(2):
-        side = plans.fit(seen, held, F, (8, 16, 32), rank, xp)
+        side = plans.fit(seen, held, np.ones(F, np.float16), (8, 16, 32), rank, xp)
     seconds = time.perf_counter() - started
     assert 0 < side.plans[8].error < side.plans[16].error < 0.6
     assert seconds < 120

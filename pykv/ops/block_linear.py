@@ -7,7 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from pykv import cuda, planes
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.ops import linear_mma
 from pykv.options import check_flag, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
 
@@ -303,16 +304,16 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
     return planes.values(w if ids is None else w[ids], kind, I) * np.float32(scale)
 
 
-def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
-    """The launch of `gemv` or `gemm` for arrays that are checked."""
+def _launch(
+    x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool
+) -> Callable[[dict[str, Any], Any], None]:
+    """The launches of `gemv` or of `linear_mma` for arrays that are checked."""
     (T, I), (O, W) = x.shape, w.shape
     scalars = dict(T=T, O=O, I=I, W=W, accumulate=accumulate)
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
     num_sms = cuda.num_sms(x.data.device_id)
-    if T > _FEW and cuda.current_sm() >= 75:
-        sizes, grid = _tiles(T, O, _wide_t(kind), num_sms)
-        kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
-        return cuda.Launch(kernel, grid, _BLOCK, scalars)
+    if T > _FEW and linear_mma.has_kernel(kind, cuda.current_sm()):
+        return linear_mma.product(x, w, kind, bias, out, accumulate)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     parts, outputs = _parts(O, I, rows, num_sms)
     kernel = _kernel("gemv", kind, x.dtype, bias, **_rows(rows))

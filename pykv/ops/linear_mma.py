@@ -85,7 +85,9 @@ def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
     of waves. Few tokens alone, whose number makes no difference."""
     slots = num_sms * tiling.RESIDENT
     most = min(8, stages // 2) if 2 * tiles <= 3 * slots and tiling.TILE_T <= 64 else 1
-    return min(range(1, max(most, 1) + 1), key=lambda parts: (-(-tiles * parts // slots) / parts, parts))
+    return min(
+        range(1, max(most, 1) + 1), key=lambda parts: (-(-tiles * parts // slots) / parts, parts)
+    )
 
 
 def product(
@@ -147,7 +149,9 @@ def product(
             }
         given = {name: own[name] for name in ("pieces", "totals", "units", "counters")}
         split(dict(given, x=arrays["x"]), stream)
-        gemm(dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream)
+        gemm(
+            dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
+        )
 
     return run
 

@@ -7,7 +7,7 @@ import pytest
 from pykv import planes
 from pykv.ops import block_linear
 from pykv.ops import linear_mma as op
-from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
+from tests.helpers import assert_close_to_oracle, swept
 from tests.ops.test_block_linear import dequantized, random_blocks
 
 pytest.importorskip("gguf")

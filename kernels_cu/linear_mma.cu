@@ -248,6 +248,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const Operands& w, const u8
 #pragma unroll
     for (int n = 0; n < N_TILES; n += N_OF_TURN) {
         load(n + X_AHEAD * N_OF_TURN);
+        if (EXACT) schedule_fence();  // else all operands come first, for want of registers
         multiply_tiles(sums, w, b[n / N_OF_TURN % (X_AHEAD + 1)], n, totals);
     }
 }

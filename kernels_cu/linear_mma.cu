@@ -15,11 +15,12 @@
 //   units             [T'] float  one over that power
 //   partial           [parts, tiles, sums of a tile] float, where parts > 1
 //   counters          [tiles] u32, which `split` sets to zero
-// Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; PIECES of x;
+// Defines:  KIND = a kind of planes.cuh, f16 or bf16; X_T, B_T = float, f16 or bf16; EXACT = 1 or 0,
+//           see Order; PIECES of x;
 //           BLOCK = threads; TILE_T = tokens of a block, a multiple of 8; OWN_TILES, 16 outputs
 //           each, of a warp; DEPTH = elements of a row in a stage, 64 or 128, a multiple of what a
 //           lane loads at once; STAGES in shared memory; AHEAD = units of weights on their way;
-//           X_AHEAD = 1: operands of the next tokens are read while some are multiplied, or 0;
+//           X_AHEAD = operands of tokens that are read ahead of their products, 0 to 3;
 //           RESIDENT = blocks on an SM; GROUP_O = tiles of outputs whose blocks run together;
 //           SHARED_BYTES. From sm_75 on; below, both kernels do nothing
 // Launch:   split   grid (T'), block (BLOCK)
@@ -27,25 +28,24 @@
 //                   TILE_T, block (BLOCK), SHARED_BYTES of dynamic shared memory
 // Traffic:  split   T * I elements of x, PIECES * T' * I' * 2 bytes written
 //           gemm    weights for each TILE_T tokens, pieces for each block of outputs, most from L2
-// Order:    float x: products of pieces with codes or floats exact, sums of 32 elements on tensor
-//           cores, of these in float, times their scales; else weights rounded to f16, all sums on
-//           tensor cores. Parts are added in order by the block that comes last. The order depends
+// Order:    EXACT: products of pieces with codes or floats exact, sums of 32 elements on tensor
+//           cores, of these in float, times their scales; else scales and weights rounded to f16,
+//           all sums on tensor cores. Parts are added in order by the block that comes last. The order depends
 //           on the launch alone, so two runs agree in every bit, and a token's results do not
 //           depend on the others of its launch
 #include "epilogue.cuh"
 #include "mma_weights.cuh"
 #include "reduce.cuh"
 
-#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(PIECES)
-#error "linear_mma.cu needs KIND, X_T, B_T, BLOCK and PIECES"
+#if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(EXACT) || !defined(PIECES)
+#error "linear_mma.cu needs KIND, X_T, B_T, EXACT and PIECES"
 #endif
-#if !defined(TILE_T) || !defined(OWN_TILES) || !defined(DEPTH) || !defined(STAGES) || \
+#if !defined(BLOCK) || !defined(TILE_T) || !defined(OWN_TILES) || !defined(DEPTH) || !defined(STAGES) || \
     !defined(AHEAD) || !defined(X_AHEAD) || !defined(RESIDENT) || !defined(GROUP_O) || !defined(SHARED_BYTES)
-#error "linear_mma.cu needs TILE_T, OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
+#error "linear_mma.cu needs BLOCK, TILE_T, OWN_TILES, DEPTH, STAGES, AHEAD, X_AHEAD, RESIDENT, GROUP_O and SHARED_BYTES"
 #endif
 
 #if __CUDA_ARCH__ >= 750
-constexpr bool EXACT = SAME<X_T, float>;
 using W = Weights<KIND, EXACT>;
 using M = W::M;
 
@@ -226,30 +226,71 @@ __device__ __forceinline__ void multiply_tiles(Sums& sums, const Operands& w,
     }
 }
 
-// Sums of a warp += the products of 32 elements, from `sub` * 32 on in a stage.
-__device__ __forceinline__ void multiply(Sums& sums, const Operands& w, const u8* stage, int sub) {
+// Sums of a warp += the products of 32 elements, from `sub` * 32 on in a stage; sums that are
+// exact, or of a single tile of tokens.
+__device__ __forceinline__ void multiply_group(Sums& sums, const Operands& w, const u8* stage, int sub) {
     const int lane = threadIdx.x % WARP;
     const u8* const row = stage + lane % 8 * PITCH + ((sub * 4 + lane / 8) ^ lane % 8) * 16;
     const float* const totals =
         reinterpret_cast<const float*>(stage + PIECES * PIECE_BYTES) + lane % 4 * 2 * TOTALS + sub * 2;
-    u32 b[X_AHEAD + 1][N_OF_TURN][PIECES][4];
+    constexpr int LOOK = X_AHEAD > 0;
+    u32 b[LOOK + 1][N_OF_TURN][PIECES][4];
     const auto load = [&](int n) {
         if (n >= N_TILES) return;
 #pragma unroll
         for (int i = 0; i < N_OF_TURN; i++) {
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
-                ldmatrix_x4(b[n / N_OF_TURN % (X_AHEAD + 1)][i][p],
+                ldmatrix_x4(b[n / N_OF_TURN % (LOOK + 1)][i][p],
                             row + p * PIECE_BYTES + (n + i) * (8 * PITCH));
             }
         }
     };
-    if (X_AHEAD) load(0);
+    if (LOOK) load(0);
 #pragma unroll
     for (int n = 0; n < N_TILES; n += N_OF_TURN) {
-        load(n + X_AHEAD * N_OF_TURN);
-        if (EXACT) schedule_fence();  // else all operands come first, for want of registers
-        multiply_tiles(sums, w, b[n / N_OF_TURN % (X_AHEAD + 1)], n, totals);
+        load(n + LOOK * N_OF_TURN);
+        schedule_fence();  // else all operands come first, for want of registers
+        multiply_tiles(sums, w, b[n / N_OF_TURN % (LOOK + 1)], n, totals);
+    }
+}
+
+// The same for sums that go on from group to group: a step of mma for all tokens, then the next, so
+// that no mma waits for the one before.
+__device__ __forceinline__ void multiply_steps(Sums& sums, const Operands& w, const u8* stage,
+                                               int sub) {
+    constexpr int PAIRS = N_TILES / 2, TURNS = 2 * PAIRS;
+    const int lane = threadIdx.x % WARP;
+    const u8* const row = stage + (lane / 16 * 8 + lane % 8) * PITCH;
+    u32 b[X_AHEAD + 1][PIECES][4];
+    const auto load = [&](int turn) {
+        if (turn >= TURNS) return;
+        const int chunk = (sub * 4 + turn / PAIRS * 2 + lane / 8 % 2) ^ lane % 8;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            ldmatrix_x4(b[turn % (X_AHEAD + 1)][p],
+                        row + p * PIECE_BYTES + turn % PAIRS * (16 * PITCH) + chunk * 16);
+        }
+    };
+#pragma unroll
+    for (int turn = 0; turn < X_AHEAD; turn++) load(turn);
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        load(turn + X_AHEAD);
+        const int step = turn / PAIRS, n = turn % PAIRS * 2;
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            const u32 (&of_turn)[4] = b[turn % (X_AHEAD + 1)][p];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int o = 0; o < OWN_TILES; o++) {
+                    mma_16x16<M>(sums[o][n + i], w.a[o][0][step][0], w.a[o][1][step][0],
+                                 w.a[o][0][step][1], w.a[o][1][step][1], of_turn[2 * i],
+                                 of_turn[2 * i + 1]);
+                }
+            }
+        }
     }
 }
 
@@ -274,7 +315,11 @@ __device__ __forceinline__ void multiply_unit(Sums& sums, W (&own)[ROWS], const 
 #pragma unroll
             for (int r = 0; r < ROWS; r++) own[r].load(w + offsets[r], unit + AHEAD, I, t);
         }
-        multiply(sums, operands, stage, sub0 + sub);
+        if constexpr (W::SCALES == 0 && N_TILES % 2 == 0) {
+            multiply_steps(sums, operands, stage, sub0 + sub);
+        } else {
+            multiply_group(sums, operands, stage, sub0 + sub);
+        }
     }
 }
 
@@ -343,7 +388,9 @@ gemm(X_T* __restrict__ out, float* partial, u32* counters, const M* __restrict__
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) weights[u][r].load(own_w + offsets[r], first * UNITS + u, I, t);
+        for (int r = 0; r < ROWS; r++) {
+            if (I > 0) weights[u][r].load(own_w + offsets[r], first * UNITS + u, I, t);
+        }
     }
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) copy(first + i);

@@ -29,7 +29,7 @@ template <int ZERO> __device__ __forceinline__ void code_pairs(u32 (&to)[2], u32
 //   scales(d, m, unit)     of a group, where SCALES of them and `addend` follow the product
 
 // Codes of GGUF blocks, which are exact in f16; their scales multiply the sums of a group.
-template <typename K, bool EXACT> struct Weights {
+template <typename K, bool IS_EXACT> struct Weights {
     using M = f16;
     using CodesOf = Codes<K::BITS>;
     static constexpr int OWN = 4, SUBS = 1, SCALES = K::HALVES;
@@ -111,9 +111,9 @@ template <typename K> struct Weights<K, false> {
 };
 
 // f16 and bf16 as they are. Exact sums begin anew for each unit.
-template <typename T, bool EXACT> struct FloatWeights {
+template <typename T, bool IS_EXACT> struct FloatWeights {
     using M = T;
-    static constexpr int OWN = 8, SUBS = 1, SCALES = EXACT ? 1 : 0;
+    static constexpr int OWN = 8, SUBS = 1, SCALES = IS_EXACT ? 1 : 0;
     static constexpr bool HAS_ADDEND = false;
 
     uint4 words;

@@ -15,7 +15,9 @@ from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOATS, like
 
 FLOAT_KINDS = dict(zip(("f16", "bf16"), FLOATS[1:], strict=True))  # of weights that are no blocks
+KIND_OF = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
 _ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
+_BLOCKS = 2  # on an SM, whose loads hide each other's latency
 
 
 class Tiling(NamedTuple):
@@ -42,52 +44,53 @@ def has_kernel(kind: str, sm: int) -> bool:
     return sm >= (80 if kind == "bf16" else 75)
 
 
-def num_pieces(kind: str, x: Any) -> int:
-    """The 16-bit numbers that x is the sum of: 22 bits of float32, or 24 for bfloat16 weights."""
+def num_pieces(kind: str, x: Any, exact: bool) -> int:
+    """The 16-bit numbers that x is the sum of: 22 bits of float32, 24 for bfloat16 weights; where
+    it need not be exact 11 and 16."""
     if kind == "bf16":
-        return {BFLOAT16: 1, FLOATS[1]: 2}.get(x, 3)
-    return 2 if x == FLOATS[0] else 1
+        return 1 if x == BFLOAT16 else 3 if exact and x == FLOATS[0] else 2
+    return 2 if exact and x == FLOATS[0] else 1
 
 
-def _stage_bytes(kind: str, x: Any, tiling: Tiling) -> int:
-    """Of x in shared memory, and the sums of 16 elements each, which addends multiply."""
-    of_totals = tiling.DEPTH // 16 * 4 if x == FLOATS[0] and kind in _ADDENDS else 0
-    return tiling.TILE_T * (num_pieces(kind, x) * tiling.DEPTH * 2 + of_totals)
+def _totals(kind: str, exact: bool, elements: int) -> int:
+    """Sums of 16 elements of x, which addends multiply."""
+    return elements // 16 if exact and kind in _ADDENDS else 0
 
 
-def defines(kind: str, x: Any, bias: Any, tiling: Tiling) -> dict[str, Any]:
+def defines(kind: str, x: Any, bias: Any, exact: bool, tiling: Tiling) -> dict[str, Any]:
     """All of the kernel's defines; x and bias are dtypes."""
-    shared = tiling.STAGES * _stage_bytes(kind, x, tiling)
-    sizes = dict(tiling._asdict(), PIECES=num_pieces(kind, x), SHARED_BYTES=shared)
-    return dict(KIND=kind, X_T=x, B_T=bias, **sizes)
+    pieces = num_pieces(kind, x, exact)
+    of_token = pieces * tiling.DEPTH * 2 + 4 * _totals(kind, exact, tiling.DEPTH)
+    shared = tiling.STAGES * tiling.TILE_T * of_token
+    sizes = dict(tiling._asdict(), PIECES=pieces, SHARED_BYTES=shared)
+    return dict(KIND=kind, X_T=x, B_T=bias, EXACT=int(exact), **sizes)
 
 
-def tilings(kind: str, x: Any, sm: int) -> list[Tiling]:
+def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
     """What blocks multiply, for ever more tokens: the last for any number."""
-    is_exact, is_float = x == FLOATS[0], kind in FLOAT_KINDS
-    units = 1 if not (is_exact or is_float) else 4  # of weights in 128 elements
+    is_float = kind in FLOAT_KINDS
+    units = 4 if exact or is_float else 1  # of weights in 128 elements
     stages = 2 if sm < 80 else 3
-    few = [Tiling(tokens, 1, 256, 128, stages, units, 0, 1) for tokens in (8, 16, 32)]
-    if is_exact or sm < 80:
-        depth, units = (64, 1) if is_exact or is_float else (128, 1)
-        return [*few, Tiling(64, 2, 128, depth, stages, units, 0, 2)]
-    wide = Tiling(128, 2, 256, 64 if is_float else 128, stages, 1, int(is_float), 1)
-    return [*few, Tiling(64, 2, 256, 128, stages, 1, 0, 1), wide]
+    few = [Tiling(tokens, 1, 128, 128, stages, units, 0, 2) for tokens in (8, 16, 32)]
+    if exact or sm < 80:
+        depth = 64 if exact or is_float else 128
+        return [*few, Tiling(64, 2, 128, depth, stages, 1, 0, 2)]
+    has_halves = kind in ("Q2_K", "Q3_K", "Q6_K")
+    middle = Tiling(64, 2, 128, 128, stages, 1, 1, 2)
+    if has_halves or not is_float:
+        return [*few, middle]
+    return [*few, middle, Tiling(128, 2, 128, 64, stages, 1, 0, 2)]
 
 
-def choose(kind: str, x: Any, T: int, sm: int) -> Tiling:
+def choose(kind: str, exact: bool, T: int, sm: int) -> Tiling:
     """The tiling for T tokens."""
-    return next((t for t in tilings(kind, x, sm) if t.TILE_T >= T), tilings(kind, x, sm)[-1])
+    all_of_them = tilings(kind, exact, sm)
+    return next((one for one in all_of_them if one.TILE_T >= T), all_of_them[-1])
 
 
-def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
-    """Parts of I, each for a block, that keep all multiprocessors busy: those with the least time
-    of waves. Few tokens alone, whose number makes no difference."""
-    slots = num_sms * tiling.RESIDENT
-    most = min(8, stages // 2) if 2 * tiles <= 3 * slots and tiling.TILE_T <= 64 else 1
-    return min(
-        range(1, max(most, 1) + 1), key=lambda parts: (-(-tiles * parts // slots) / parts, parts)
-    )
+def _num_parts(tiles: int, stages: int, num_sms: int) -> int:
+    """Parts of I, each for a block, that give every multiprocessor some blocks."""
+    return max(1, min(-(-_BLOCKS * num_sms // tiles), 8, stages // 2))
 
 
 def product(
@@ -97,6 +100,7 @@ def product(
     bias: Any,
     out: Any,
     accumulate: bool,
+    exact: bool,
     tiling: Tiling | None = None,
     parts: int | None = None,
 ) -> Callable[[dict[str, Any], Any], None]:
@@ -107,16 +111,19 @@ def product(
         x, bias, out, accumulate: as of block_linear.multiply.
         w: [O, W] bytes of blocks as block_linear.pack makes them; or float16, bfloat16.
         kind: of planes.FORMATS, "f16" or "bf16".
+        exact: whether x is the sum of as many pieces as it has bits, and weights are not rounded;
+            else both are rounded to float16, x times a power of two for each token.
         tiling, parts: other than those that are chosen.
     """
     (T, I), O = x.shape, len(w)
     num_sms = cuda.num_sms(x.data.device_id)
-    tiling = tiling or choose(kind, x.dtype, T, cuda.current_sm())
+    tiling = tiling or choose(kind, exact, T, cuda.current_sm())
     tiles_o, tiles_t = -(-O // tiling.outputs), -(-T // tiling.TILE_T)
     stages = -(-I // tiling.DEPTH)
     rows, padded, tiles = tiles_t * tiling.TILE_T, stages * tiling.DEPTH, tiles_o * tiles_t
-    parts = parts or _num_parts(tiling, tiles, stages, num_sms)
-    every = defines(kind, x.dtype, FLOATS[0] if bias is None else bias.dtype, tiling)
+    parts = parts or _num_parts(tiles, stages, num_sms)
+    of_bias = FLOATS[0] if bias is None else bias.dtype
+    every = defines(kind, x.dtype, of_bias, exact, tiling)
     counters = tiles if parts > 1 else 0
     split = cuda.Launch(
         cuda.kernel("linear_mma", "split", **every),
@@ -132,10 +139,9 @@ def product(
         | dict(out_stride=_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
     )
-    has_totals = x.dtype == FLOATS[0] and kind in _ADDENDS
     sizes: dict[str, tuple[int, Any]] = dict(
         pieces=(every["PIECES"] * rows * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
-        totals=(rows * padded // 16 if has_totals else 0, np.float32),
+        totals=(_totals(kind, exact, rows * padded), np.float32),
         units=(rows, np.float32),
         partial=(tiles * parts * tiling.TILE_T * tiling.outputs if counters else 0, np.float32),
         counters=(counters, np.uint32),
@@ -162,8 +168,8 @@ def _step(array: Any) -> int:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    defines(kind, x, FLOATS[0], tiling)
-    for kind, x in (("Q4_K", FLOATS[0]), ("Q6_K", FLOATS[1]))
-    for tiling in (tilings(kind, x, 90)[0], tilings(kind, x, 90)[-1])
+    defines(kind, x, FLOATS[0], exact, tilings(kind, exact, 90)[number])
+    for kind, x, exact in (("Q4_K", FLOATS[0], True), ("Q6_K", FLOATS[1], False))
+    for number in (0, -1)
 ]
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

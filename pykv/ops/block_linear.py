@@ -122,12 +122,11 @@ def multiply(
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
     take float32 as the sum of two float16, 22 bits of every element down to 2^-28 of the token's
-    largest; for 16-bit `x` weights are rounded to float16, whose largest is 65504. The copy of `x` takes 4
-    bytes an element from CuPy's memory pool, or 2. A token's result
-    depends on the number of tokens, in its last bits, but not on the other tokens. Older GPUs read
-    the matrix again for every 8 tokens. On the host it is dequantised by pieces at each call, many
-    times slower than a product with weights in float32. Source of the formats: ggml-common.h of
-    llama.cpp.
+    largest; for 16-bit `x` weights are rounded to float16, whose largest is 65504. The copy of `x`
+    takes 4 bytes an element from CuPy's memory pool, or 2. A token's result depends on the number
+    of tokens, in its last bits, but not on the other tokens. Older GPUs read the matrix again for
+    every 8 tokens. On the host it is dequantised by pieces at each call, many times slower than a
+    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")

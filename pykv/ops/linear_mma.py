@@ -17,7 +17,7 @@ from pykv.arrays import BFLOAT16, FLOATS, like
 FLOAT_KINDS = dict(zip(("f16", "bf16"), FLOATS[1:], strict=True))  # of weights that are no blocks
 KIND_OF = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
 _ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
-_BLOCKS = 2  # on an SM, whose loads hide each other's latency
+_MOST = {64: 128}  # tokens of a product whose blocks have fewer; H200
 
 
 class Tiling(NamedTuple):
@@ -75,22 +75,22 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
     if exact or sm < 80:
         depth = 64 if exact or is_float else 128
         return [*few, Tiling(64, 2, 128, depth, stages, 1, 0, 2)]
-    has_halves = kind in ("Q2_K", "Q3_K", "Q6_K")
     middle = Tiling(64, 2, 128, 128, stages, 1, 1, 2)
-    if has_halves or not is_float:
+    if kind in ("Q2_K", "Q3_K", "Q6_K"):  # scales of halves take the registers of more sums
         return [*few, middle]
-    return [*few, middle, Tiling(128, 2, 128, 64, stages, 1, 0, 2)]
+    return [*few, middle, Tiling(128, 2, 128, 128, stages, 2 if is_float else 1, 1, 2, 16)]
 
 
 def choose(kind: str, exact: bool, T: int, sm: int) -> Tiling:
     """The tiling for T tokens."""
-    all_of_them = tilings(kind, exact, sm)
-    return next((one for one in all_of_them if one.TILE_T >= T), all_of_them[-1])
+    *others, last = tilings(kind, exact, sm)
+    return next((one for one in others if T <= _MOST.get(one.TILE_T, one.TILE_T)), last)
 
 
-def _num_parts(tiles: int, stages: int, num_sms: int) -> int:
-    """Parts of I, each for a block, that give every multiprocessor some blocks."""
-    return max(1, min(-(-_BLOCKS * num_sms // tiles), 8, stages // 2))
+def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
+    """Parts of I, each for a block, that keep all multiprocessors busy at once."""
+    slots = num_sms * (4 if tiling.OWN_TILES == 1 else 2)
+    return max(1, min(slots // tiles, 8, stages // 2))
 
 
 def product(
@@ -121,7 +121,7 @@ def product(
     tiles_o, tiles_t = -(-O // tiling.outputs), -(-T // tiling.TILE_T)
     stages = -(-I // tiling.DEPTH)
     rows, padded, tiles = tiles_t * tiling.TILE_T, stages * tiling.DEPTH, tiles_o * tiles_t
-    parts = parts or _num_parts(tiles, stages, num_sms)
+    parts = parts or _num_parts(tiling, tiles, stages, num_sms)
     of_bias = FLOATS[0] if bias is None else bias.dtype
     every = defines(kind, x.dtype, of_bias, exact, tiling)
     counters = tiles if parts > 1 else 0
@@ -167,9 +167,18 @@ def _step(array: Any) -> int:
     return int(array.strides[0]) // int(array.itemsize)
 
 
+def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str, int]:
+    every = defines(kind, x, x, exact, tilings(kind, exact, sm)[number])
+    return {name: value for name, value in every.items() if isinstance(value, int)}
+
+
 VARIANTS: list[dict[str, Any]] = [
-    defines(kind, x, FLOATS[0], exact, tilings(kind, exact, 90)[number])
-    for kind, x, exact in (("Q4_K", FLOATS[0], True), ("Q6_K", FLOATS[1], False))
-    for number in (0, -1)
+    dict(KIND=kind, X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
+    for kind, x, exact, number in (
+        *(("Q4_K", FLOATS[0], True, number) for number in (0, -1)),
+        *(("Q4_K", FLOATS[1], False, number) for number in (0, -1)),
+        ("Q6_K", FLOATS[1], False, -1),
+        ("f16", FLOATS[1], False, -1),
+    )
 ]
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

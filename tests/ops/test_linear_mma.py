@@ -89,12 +89,14 @@ def test_how_products_are_cut():
         64,
         64,
     ]
-    assert [op.choose("f16", False, T, 90).TILE_T for T in (33, 65)] == [64, 128]
-    assert op._num_parts(tiles=224, stages=32, num_sms=132) == 2
-    assert op._num_parts(tiles=32, stages=32, num_sms=132) == 8
-    assert op._num_parts(tiles=9, stages=5, num_sms=132) == 2
-    assert op._num_parts(tiles=448, stages=32, num_sms=132) == 1
-    assert op._num_parts(tiles=9, stages=1, num_sms=132) == 1
+    assert [op.choose("f16", False, T, 90).TILE_T for T in (33, 128, 129)] == [64, 64, 128]
+    small, middle = op.tilings("f16", False, 90)[0], op.tilings("f16", False, 90)[3]
+    assert op._num_parts(small, tiles=224, stages=32, num_sms=132) == 2
+    assert op._num_parts(small, tiles=32, stages=32, num_sms=132) == 8
+    assert op._num_parts(small, tiles=9, stages=5, num_sms=132) == 2
+    assert op._num_parts(middle, tiles=112, stages=32, num_sms=132) == 2
+    assert op._num_parts(middle, tiles=448, stages=32, num_sms=132) == 1
+    assert op._num_parts(middle, tiles=9, stages=1, num_sms=132) == 1
 
 
 FAULTS = {

@@ -7,7 +7,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 from pykv import cuda, planes
 from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.ops import linear_mma
 from pykv.options import check_flag, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
 
-# How products are cut, reckoned from bytes and instructions. First `gemv`, then `gemm`.
+# How products are cut, reckoned from bytes and instructions.
 _BLOCK = 128  # threads
 _OUTS = {1: 8, 2: 8, 4: 4, 8: 4}  # outputs of a warp, by the tokens that share one reading of w
 _STAGED = 8  # slices of x in shared memory at most, of 4.6 KB each: tokens times parts
@@ -27,10 +28,6 @@ _BLOCKS = 4  # on an SM, below which warps share outputs
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
 _FEW = 4  # tokens up to which `gemv` multiplies, from sm_75 on
-_WIDE_T = (8, 16, 32, 64)  # tokens of a block that has 128 outputs
-_WIDE = dict(K_WARPS=1, OWN_TILES=2)
-_NARROW_T = (8, 32)  # of a block that has 16, where wide ones would be too few
-_NARROW = dict(K_WARPS=4, OWN_TILES=1)
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
@@ -43,26 +40,9 @@ def _rows(rows: int) -> dict[str, int]:
     return dict(ROWS=rows, OUTS=_OUTS[rows])
 
 
-def _wide_t(kind: str) -> tuple[int, ...]:
-    """Tokens of a wide block; with a scale for 16 elements, registers do not allow the most."""
-    return _WIDE_T[:3] if kind in ("Q2_K", "Q3_K", "Q6_K") else _WIDE_T
-
-
-def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
-    """All ways in which products are cut on an SM."""
-    if sm < 75:
-        return [_rows(rows) for rows in _OUTS]
-    sizes = [_rows(rows) for rows in _OUTS if rows <= _FEW]
-    sizes += [dict(TILE_T=tokens, **_NARROW) for tokens in _NARROW_T]
-    return sizes + [dict(TILE_T=tokens, **_WIDE) for tokens in _wide_t(kind)]
-
-
 VARIANTS: list[dict[str, Any]] = [
     *(_defines(kind, "float", "float", **_rows(1)) for kind in FORMATS),
     *(_defines("Q4_K", "float", "float", **_rows(rows)) for rows in (2, 8)),
-    _defines("Q4_K", "float", "float", TILE_T=32, **_NARROW),
-    _defines("Q4_K", "float", "float", TILE_T=64, **_WIDE),
-    _defines("Q6_K", "float", "float", TILE_T=32, **_WIDE),
 ]
 
 
@@ -110,6 +90,7 @@ def multiply(
     bias: Any = None,
     out: Any = None,
     accumulate: bool = False,
+    exact: bool = True,
     stream: Any = None,
 ) -> Any:
     """`x @ w.T + bias`, added to what `out` holds if `accumulate`.
@@ -122,6 +103,9 @@ def multiply(
         bias: [O] float32 or the dtype of `x`.
         out: [T, O] dtype of `x`, tokens at any stride; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
+        exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
+            there as weights are, two to four times faster for many tokens; an error of about 5e-4
+            of the largest output. Of no meaning for 16-bit `x` and wherever else products are made.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -137,10 +121,12 @@ def multiply(
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
-    take float32 as the sum of two float16, 22 bits of every element down to 2^-14 of the largest
-    near it; older GPUs read the matrix again for every 8 tokens. On the host it is dequantised by
-    pieces at each call, many times slower than a product with weights in float32. Source of the
-    formats: ggml-common.h of llama.cpp.
+    take float32 as the sum of two float16, 22 bits of every element down to 2^-28 of the token's
+    largest; for 16-bit `x` weights are rounded to float16, whose largest is 65504. The copy of `x`
+    takes 4 bytes an element from CuPy's memory pool, or 2. A token's result depends on the number
+    of tokens, in its last bits, but not on the other tokens. Older GPUs read the matrix again for
+    every 8 tokens. On the host it is dequantised by pieces at each call, many times slower than a
+    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -151,13 +137,15 @@ def multiply(
     dims = _check(x, w, bias, out)
     _check_row(op, kind, "x", dims["I"], dims["W"])
     accumulate = check_flag(op, "accumulate", accumulate)
+    exact = check_flag(op, "exact", exact)
     if accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
     out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
     if out.size == 0:
         return out
     if on_gpu(x):
-        launch = dims.keep((kind, accumulate), lambda: _launch(x, w, kind, bias, out, accumulate))
+        options = kind, accumulate, exact and x.dtype in FLOAT32
+        launch = dims.keep(options, lambda: _launch(x, w, bias, out, *options))
         launch(dict(out=out, x=x, w=w, bias=bias), stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, kind, bias, out, accumulate), stream=stream)
@@ -232,9 +220,16 @@ def warm_up(kinds: Sequence[str]) -> None:
     lacks them; of activations in float32."""
     arch, sm = cuda.current_arch(), cuda.current_sm()
     floats = FLOATS[0], FLOATS[0]
-    jobs = [_defines(kind, *floats, **sizes) for kind in kinds for sizes in _sizes(kind, sm)]
+    jobs: list[tuple[str, dict[str, Any]]] = []
+    for kind in kinds:
+        has_tiles = linear_mma.has_kernel(kind, sm)
+        few = [rows for rows in _OUTS if rows <= _FEW or not has_tiles]
+        jobs += [("block_linear", _defines(kind, *floats, **_rows(rows))) for rows in few]
+        if has_tiles:
+            tilings = linear_mma.tilings(kind, True, sm)
+            jobs += [("linear_mma", linear_mma.defines(kind, *floats, True, t)) for t in tilings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda defines: cuda.compile("block_linear", arch, **defines), jobs):
+        for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
 
 
@@ -303,16 +298,16 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
     return planes.values(w if ids is None else w[ids], kind, I) * np.float32(scale)
 
 
-def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
-    """The launch of `gemv` or `gemm` for arrays that are checked."""
+def _launch(
+    x: Any, w: Any, bias: Any, out: Any, kind: str, accumulate: bool, exact: bool
+) -> Callable[[dict[str, Any], Any], None]:
+    """The launches of `gemv` or of `linear_mma` for arrays that are checked."""
     (T, I), (O, W) = x.shape, w.shape
     scalars = dict(T=T, O=O, I=I, W=W, accumulate=accumulate)
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
     num_sms = cuda.num_sms(x.data.device_id)
-    if T > _FEW and cuda.current_sm() >= 75:
-        sizes, grid = _tiles(T, O, _wide_t(kind), num_sms)
-        kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
-        return cuda.Launch(kernel, grid, _BLOCK, scalars)
+    if T > _FEW and linear_mma.has_kernel(kind, cuda.current_sm()):
+        return linear_mma.product(x, w, kind, bias, out, accumulate, exact)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     parts, outputs = _parts(O, I, rows, num_sms)
     kernel = _kernel("gemv", kind, x.dtype, bias, **_rows(rows))
@@ -328,20 +323,6 @@ def _parts(O: int, I: int, rows: int, num_sms: int) -> tuple[int, int]:
     while 2 * parts <= most and O * parts < _OUTS[rows] * warps * _BLOCKS * num_sms:
         parts *= 2
     return parts, _OUTS[rows] * (warps // parts)
-
-
-def _tiles(
-    T: int, O: int, wide_t: tuple[int, ...], num_sms: int
-) -> tuple[dict[str, int], tuple[int, int]]:
-    """Defines and the grid of `gemm`, whose wide blocks have some of `wide_t` tokens."""
-
-    def cut(of_block: tuple[int, ...], sizes: dict[str, int]) -> tuple[dict[str, int], Any]:
-        tokens = next((n for n in of_block if n >= T), of_block[-1])
-        outputs = 16 * sizes["OWN_TILES"] * (_BLOCK // 32) // sizes["K_WARPS"]
-        return dict(TILE_T=tokens, **sizes), (-(-O // outputs), -(-T // tokens))
-
-    defines, grid = cut(wide_t, _WIDE)
-    return (defines, grid) if 2 * grid[0] * grid[1] >= num_sms else cut(_NARROW_T, _NARROW)
 
 
 def _launch_take(w: Any, kind: str, out: Any, scale: float) -> cuda.Launch:

@@ -7,7 +7,7 @@ Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.ops import linear_mma
 from pykv.options import check_choice, check_flag
 
 GEMMS = ("auto", "own", "cublas")
@@ -161,11 +162,16 @@ _REREAD_TOKENS = 64
 _WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
 
 
-def _launch(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
-    """The launch of `gemv` or `gemm` for arrays that are checked."""
+def _launch(
+    x: Any, w: Any, bias: Any, out: Any, accumulate: bool
+) -> Callable[[dict[str, Any], Any], None]:
+    """The launches of `gemv`, of `linear_mma` or `gemm`, for arrays that are checked."""
     (T, I), O = x.shape, len(w)
     scalars = dict(T=T, O=O, I=I, x_stride=_step(x), out_stride=_step(out), accumulate=accumulate)
     if T > _GEMV_TOKENS and not _is_small(T, w):
+        kind = linear_mma.KIND_OF.get(w.dtype)
+        if kind and linear_mma.has_kernel(kind, cuda.current_sm()):
+            return linear_mma.product(x, w, kind, bias, out, accumulate, x.dtype in FLOAT32)
         grid = -(-O // _TILE), -(-T // _TILE)
         return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
     rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)

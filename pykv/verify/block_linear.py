@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pykv import planes
-from pykv.cuda import current_device, num_sms
 from pykv.ops import block_linear
 from pykv.testing import judged, oracles, wrong_values
 from pykv.verify import Case, Cases
@@ -18,14 +17,8 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if find_spec("gguf") is None:  # it comes with the extra `llm`
         return
     for kind in planes.FORMATS:
-        for tokens in (1, 9):  # the GEMV, tensor cores
-            yield _product(kind, tokens, rng, xp)
-    yield _product("Q4_K", 70, rng, xp)
-    if xp is not np:  # so many outputs that blocks are wide
-        wide = 64 * num_sms(current_device()) + 8
-        for kind in ("Q4_K", "Q6_K", "Q8_0", "Q2_K", "IQ4_XS"):
-            yield _product(kind, 64, rng, xp, O=wide, I=512)
-    yield _product("Q4_1", 3, rng, xp, accumulate=True)
+        yield product(kind, 1, rng, xp)
+    yield product("Q4_1", 3, rng, xp, accumulate=True)
     yield from _rows(rng, xp)
 
 
@@ -42,7 +35,7 @@ def _blocks(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, A
     return packed, quants.dequantize(packed, GGMLQuantizationType[kind])
 
 
-def _product(
+def product(
     kind: str,
     T: int,
     rng: np.random.Generator,

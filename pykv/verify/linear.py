@@ -18,13 +18,14 @@ F16 = np.dtype(np.float16)
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for gemm in ["own"] + ["cublas"] * (xp is not np and linear.has_cublas()):
         for shape in ((1, 576, 576), (3, 1000, 1536), (70, 576, 576)):
-            yield _case(gemm, shape, F16, rng, xp)
+            yield case(gemm, shape, F16, rng, xp)
         if gemm == "own" or cuda.current_sm() >= 80:  # cuBLAS multiplies bfloat16 from there on
-            yield _case(gemm, (3, 72, 576), BFLOAT16, rng, xp)
-        yield _case(gemm, (3, 72, 576), F16, rng, xp, accumulate=True)
+            yield case(gemm, (3, 72, 576), BFLOAT16, rng, xp)
+        yield case(gemm, (3, 72, 576), F16, rng, xp, accumulate=True)
+    yield case("own", (70, 72, 576), np.dtype(np.float32), rng, xp)  # not on tensor cores
 
 
-def _case(
+def case(
     gemm: str,
     shape: tuple[int, int, int],
     weights: Any,

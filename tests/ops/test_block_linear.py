@@ -7,6 +7,7 @@ import pytest
 from pykv import planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
+from pykv.ops import linear_mma
 from tests.faults import fixed, scaled, with_argument, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 
@@ -19,7 +20,7 @@ CHANGES = (
     *({"kind": kind, "T": 9} for kind in ("Q4_0", "Q6_K")),
     *({"T": T} for T in (0, 2, 4, 5, 6, 7, 8, 9, 33)),
     *({"O": O, "T": 1} for O in (0, 1, 8, 9, 33)),
-    *({"kind": "Q6_K", "I": I, "T": T} for I in (0, 1024, 2304) for T in (1, 3)),
+    *({"kind": "Q6_K", "I": I, "T": T} for I in (0, 1024, 2304) for T in (1, 3, 9)),
     *({"kind": "Q4_1", "I": I, "T": T} for I in (32, 96, 576, 1056) for T in (1, 4, 9)),
     *({"kind": "Q8_0", "I": 4128, "O": 20, "T": T} for T in (1, 2, 8)),  # warps share outputs
     *({"x": x, "T": T} for x in ("float16", "bfloat16") for T in (1, 5)),
@@ -99,23 +100,14 @@ def judge(xp, rng, case):
     assert np.isnan(around.astype(np.float32)).all()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"kind": kind, "T": 70} for kind in ("Q8_0", "Q3_K")),
-        *swept({"kind": kind, "T": 70} for kind in ("Q5_K", "IQ4_XS")),
-        *({"T": T, "kind": "Q5_1", "I": 288} for T in (5, 9)),
-        *(
-            {"x": x, "T": 20, "bias": "float32", "accumulate": True}
-            for x in ("float16", "bfloat16")
-        ),
-    ],
-    ids=str,
-)
-def test_wide_tiles(xp, rng, monkeypatch, change):
-    """Which a GPU takes where there are enough of them."""
-    monkeypatch.setattr(op.cuda, "num_sms", lambda device: 1)
-    judge(xp, rng, {**BASE, "O": 131, "I": 512, **change})
+def test_inexact_products_round_to_float16(xp, rng):
+    """Where tensor cores multiply; the host's are the same with and without."""
+    x = rng.standard_normal((9, 512)).astype(np.float32)
+    blocks = random_blocks(rng, "Q4_K", 24, 512)
+    w, oracle = op.pack(xp.asarray(blocks), "Q4_K"), x.astype("f8") @ dequantized(blocks, "Q4_K").T
+    exact, rounded = (op.multiply(xp.asarray(x), w, "Q4_K", exact=e) for e in (True, False))
+    errors = [np.abs(to_numpy(y) - oracle).max() / np.abs(oracle).max() for y in (exact, rounded)]
+    assert errors[0] < 1e-6 and errors[1] < 2e-3 and (xp is np) == (errors[1] < 1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 12])
@@ -135,17 +127,10 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 
 def test_how_products_are_cut():
-    """By hand, for 132 SMs: of small layers warps share outputs, and tiles are narrow."""
+    """By hand, for 132 SMs: of small layers warps share outputs."""
     assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
     assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
     assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
-    assert op._tiles(8, 16384, op._WIDE_T, 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
-    wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
-    assert op._tiles(32, 16384, op._WIDE_T, 132) == (wide, (128, 1))
-    assert op._tiles(32, 2048, op._WIDE_T, 132) == (narrow, (128, 1))
-    assert op._tiles(64, 2048, op._WIDE_T, 132) == (narrow, (128, 2))
-    assert op._tiles(512, 2048, op._WIDE_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
-    assert op._tiles(512, 2048, op._wide_t("Q6_K"), 132) == (wide, (16, 16))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
@@ -155,13 +140,14 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
     monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
     op.warm_up([kind])
-    ways = [op._rows(rows) for rows in (1, 2, 4)]
+    floats = np.dtype("f4"), np.dtype("f4")
+    ways = [("block_linear", op._defines(kind, *floats, **op._rows(rows))) for rows in (1, 2, 4)]
     for T in range(5, 200, 3):
-        ways += [op._tiles(T, O, op._wide_t(kind), 132)[0] for O in (576, 4096, 49152)]
-    for sizes in ways:
-        defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
-        assert ("block_linear", "sm_90", defines) in made
-    assert len(made) == len({str(sizes) for sizes in ways})
+        tiling = linear_mma.choose(kind, True, T, 90)
+        ways.append(("linear_mma", linear_mma.defines(kind, *floats, True, tiling)))
+    for stem, defines in ways:
+        assert (stem, "sm_90", defines) in made
+    assert len(made) == len({str(way) for way in ways})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,137 @@
+// mma_weights.cuh: rows of weights as operand A of mma, from global memory to registers.
+//
+// A warp multiplies 16 rows at a time: lane 4 * g + t has elements of rows g and g + 8. mma sums
+// over all k, whose order is free as long as x has the same: lane t takes OWN elements that follow
+// each other of each 4 * OWN, so that it loads whole words, and x is permuted in front (`element`).
+// What a lane loads at once is its part of a unit of SUBS * 32 elements of a row.
+#include "mma.cuh"
+#include "planes.cuh"
+
+// The element of x that stands at place p of a row, for lanes that own OWN: slots 2t, 2t + 1, then
+// 2t + 8, 2t + 9 of an mma are four elements that follow each other.
+template <int OWN> __device__ __forceinline__ int element(int p) {
+    const int slot = p % 16, step = p % (4 * OWN) / 16;
+    return p / (4 * OWN) * (4 * OWN) + slot % 8 / 2 * OWN + step * 4 + slot / 8 * 2 + slot % 2;
+}
+
+// Codes of four elements, a byte each, less what stands for zero, as two pairs of f16.
+template <int ZERO> __device__ __forceinline__ void code_pairs(u32 (&to)[2], u32 four) {
+    constexpr u32 BASE = 0x64006400u;  // 1024, whose lowest bit is 1
+    to[0] = sub_f16x2(__byte_perm(four, BASE, 0x5150), BASE + ZERO * 0x10001u);
+    to[1] = sub_f16x2(__byte_perm(four, BASE, 0x5352), BASE + ZERO * 0x10001u);
+}
+
+// Each kind of weights has
+//   load(row, unit, I, t)  what lane t needs of a unit; past the end of the row any finite weights
+//                          of it, which meet zeros
+//   begin(unit, I, t)      before the first pairs of a unit
+//   pairs(to, sub)         two steps of mma, two pairs each: 32 elements from sub * 32 on
+//   scales(d, m, unit)     of a group, where SCALES of them and `addend` follow the product
+
+// Codes of GGUF blocks, which are exact in f16; their scales multiply the sums of a group.
+template <typename K, bool IS_EXACT> struct Weights {
+    using M = f16;
+    using CodesOf = Codes<K::BITS>;
+    static constexpr int OWN = 4, SUBS = 1, SCALES = K::HALVES;
+    static constexpr bool HAS_ADDEND = K::HAS_ADDEND;
+
+    u32 words[K::BITS == 8 ? 2 : 1];
+    CodesOf high;
+    typename K::Raw raw;
+    int lane;
+
+    __device__ __forceinline__ void load(const u8* row, int unit, int I, int t) {
+        const int G = I / 32, g = min(unit, G - 1);
+        lane = t;
+        if (CodesOf::WORDS) {
+            const u32* at = reinterpret_cast<const u32*>(row) + g * CodesOf::WORDS + t;
+            words[0] = at[0];
+            if (K::BITS == 8) words[K::BITS == 8] = at[4];
+        }
+        high.load_high(row + G * CodesOf::WORDS * 4, g, G);
+        raw = K::load(row + G * CodesOf::BYTES, g, G);
+    }
+    __device__ __forceinline__ void begin(int, int, int) {}
+    __device__ __forceinline__ void pairs(u32 (&to)[2][2], int) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const u32 word = CodesOf::WORDS ? words[K::BITS == 8 ? half : 0] : 0u;
+            code_pairs<K::ZERO>(to[half], quad<K>(word, high.pairs[half], high.ones, half, lane));
+        }
+    }
+    __device__ __forceinline__ void scales(float (&d)[SCALES], float (&m)[SCALES], int unit,
+                                           int I) const {
+        K::decode(d, m, raw, min(unit, I / 32 - 1));
+    }
+};
+
+// The same times their scales, rounded to f16: a lane has groups of its own.
+template <typename K> struct Weights<K, false> {
+    using M = f16;
+    using CodesOf = Codes<K::BITS>;
+    static constexpr int OWN = 32, SUBS = 4, SCALES = 0;
+    static constexpr bool HAS_ADDEND = false;
+
+    CodesOf codes;
+    typename K::Raw raw;
+    u32 scale[K::HALVES], addend[K::HALVES];
+
+    static __device__ __forceinline__ int group(int unit, int I, int t) {
+        return min(unit * 4 + t, I / 32 - 1);
+    }
+    __device__ __forceinline__ void load(const u8* row, int unit, int I, int t) {
+        const int G = I / 32, g = group(unit, I, t);
+        codes.load(row, g, G);
+        raw = K::load(row + G * CodesOf::BYTES, g, G);
+    }
+    __device__ __forceinline__ void begin(int unit, int I, int t) {
+        float d[K::HALVES], m[K::HALVES] = {};
+        K::decode(d, m, raw, group(unit, I, t));
+#pragma unroll
+        for (int h = 0; h < K::HALVES; h++) {
+            scale[h] = two_halves(d[h], d[h], f16{});
+            addend[h] = two_halves(m[h], m[h], f16{});
+        }
+    }
+    __device__ __forceinline__ void pairs(u32 (&to)[2][2], int sub) const {
+        const int half = sub / 2, h = K::HALVES == 2 ? half : 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int s = sub % 2 * 2 + i;
+            u32 of_codes[2];
+            code_pairs<K::ZERO>(of_codes, quad<K>(codes.word(half, s), codes.pairs[half],
+                                                  codes.ones, half, s));
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                to[i][j] = fma_f16x2(of_codes[j], scale[h], K::HAS_ADDEND ? addend[h] : 0u);
+            }
+        }
+    }
+    __device__ __forceinline__ void scales(float (&)[1], float (&)[1], int, int) const {}
+};
+
+// f16 and bf16 as they are. Exact sums begin anew for each unit.
+template <typename T, bool IS_EXACT> struct FloatWeights {
+    using M = T;
+    static constexpr int OWN = 8, SUBS = 1, SCALES = IS_EXACT ? 1 : 0;
+    static constexpr bool HAS_ADDEND = false;
+
+    uint4 words;
+
+    __device__ __forceinline__ void load(const u8* row, int unit, int I, int t) {
+        const int i = unit * 32 + t * 8;
+        words = i < I ? *reinterpret_cast<const uint4*>(row + (i64)i * 2) : uint4{0, 0, 0, 0};
+    }
+    __device__ __forceinline__ void begin(int, int, int) {}
+    __device__ __forceinline__ void pairs(u32 (&to)[2][2], int) const {
+        to[0][0] = words.x, to[0][1] = words.y, to[1][0] = words.z, to[1][1] = words.w;
+    }
+    __device__ __forceinline__ void scales(float (&d)[1], float (&)[1], int, int) const {
+        d[0] = 1.0f;
+    }
+};
+
+template <> struct Weights<f16, true> : FloatWeights<f16, true> {};
+template <> struct Weights<f16, false> : FloatWeights<f16, false> {};
+template <> struct Weights<bf16, true> : FloatWeights<bf16, true> {};
+template <> struct Weights<bf16, false> : FloatWeights<bf16, false> {};

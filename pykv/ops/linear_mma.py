@@ -1,0 +1,184 @@
+"""The tensor-core kernel of `pykv.ops.block_linear` and `pykv.ops.linear`: its sizes and launches.
+
+Dimensions: T tokens, I features in, O features out, W bytes of a row of weights.
+Kernel: kernels_cu/linear_mma.cu, which holds the sizes chosen here against what it lays out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.arrays import BFLOAT16, FLOATS, like
+
+FLOAT_KINDS = dict(zip(("f16", "bf16"), FLOATS[1:], strict=True))  # of weights that are no blocks
+KIND_OF = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
+_ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
+_MOST = {64: 128}  # tokens of a product whose blocks have fewer; H200
+
+
+class Tiling(NamedTuple):
+    """The kernel's defines of these names."""
+
+    TILE_T: int
+    OWN_TILES: int
+    BLOCK: int
+    DEPTH: int
+    STAGES: int
+    AHEAD: int
+    X_AHEAD: int
+    RESIDENT: int
+    GROUP_O: int = 8
+
+    @property
+    def outputs(self) -> int:
+        """Of a block."""
+        return 16 * self.OWN_TILES * (self.BLOCK // 32)
+
+
+def has_kernel(kind: str, sm: int) -> bool:
+    """Whether tensor cores of an SM multiply weights of a kind: blocks, "f16" or "bf16"."""
+    return sm >= (80 if kind == "bf16" else 75)
+
+
+def num_pieces(kind: str, x: Any, exact: bool) -> int:
+    """The 16-bit numbers that x is the sum of: 22 bits of float32, 24 for bfloat16 weights; where
+    it need not be exact 11 and 16."""
+    if kind == "bf16":
+        return 1 if x == BFLOAT16 else 3 if exact and x == FLOATS[0] else 2
+    return 2 if exact and x == FLOATS[0] else 1
+
+
+def _totals(kind: str, exact: bool, elements: int) -> int:
+    """Sums of 16 elements of x, which addends multiply."""
+    return elements // 16 if exact and kind in _ADDENDS else 0
+
+
+def defines(kind: str, x: Any, bias: Any, exact: bool, tiling: Tiling) -> dict[str, Any]:
+    """All of the kernel's defines; x and bias are dtypes."""
+    pieces = num_pieces(kind, x, exact)
+    of_token = pieces * tiling.DEPTH * 2 + 4 * _totals(kind, exact, tiling.DEPTH)
+    shared = tiling.STAGES * tiling.TILE_T * of_token
+    sizes = dict(tiling._asdict(), PIECES=pieces, SHARED_BYTES=shared)
+    return dict(KIND=kind, X_T=x, B_T=bias, EXACT=int(exact), **sizes)
+
+
+def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
+    """What blocks multiply, for ever more tokens: the last for any number."""
+    is_float = kind in FLOAT_KINDS
+    units = 4 if exact or is_float else 1  # of weights in 128 elements
+    stages = 2 if sm < 80 else 3
+    few = [Tiling(tokens, 1, 128, 128, stages, units, 0, 2) for tokens in (8, 16, 32)]
+    if exact or sm < 80:
+        depth = 64 if exact or is_float else 128
+        return [*few, Tiling(64, 2, 128, depth, stages, 1, 0, 2)]
+    middle = Tiling(64, 2, 128, 128, stages, 1, 1, 2)
+    if kind in ("Q2_K", "Q3_K", "Q6_K"):  # scales of halves take the registers of more sums
+        return [*few, middle]
+    return [*few, middle, Tiling(128, 2, 128, 128, stages, 2 if is_float else 1, 1, 2, 16)]
+
+
+def choose(kind: str, exact: bool, T: int, sm: int) -> Tiling:
+    """The tiling for T tokens."""
+    *others, last = tilings(kind, exact, sm)
+    return next((one for one in others if T <= _MOST.get(one.TILE_T, one.TILE_T)), last)
+
+
+def _num_parts(tiling: Tiling, tiles: int, stages: int, num_sms: int) -> int:
+    """Parts of I, each for a block, that keep all multiprocessors busy at once."""
+    slots = num_sms * (4 if tiling.OWN_TILES == 1 else 2)
+    return max(1, min(slots // tiles, 8, stages // 2))
+
+
+def product(
+    x: Any,
+    w: Any,
+    kind: str,
+    bias: Any,
+    out: Any,
+    accumulate: bool,
+    exact: bool,
+    tiling: Tiling | None = None,
+    parts: int | None = None,
+) -> Callable[[dict[str, Any], Any], None]:
+    """The function of arrays by name (out, x, w, bias) and a stream that enqueues
+    `x @ w.T + bias`, for arrays of the layout of these, which are checked.
+
+    Args:
+        x, bias, out, accumulate: as of block_linear.multiply.
+        w: [O, W] bytes of blocks as block_linear.pack makes them; or float16, bfloat16.
+        kind: of planes.FORMATS, "f16" or "bf16".
+        exact: whether x is the sum of as many pieces as it has bits, and weights are not rounded;
+            else both are rounded to float16, x times a power of two for each token.
+        tiling, parts: other than those that are chosen.
+    """
+    (T, I), O = x.shape, len(w)
+    num_sms = cuda.num_sms(x.data.device_id)
+    tiling = tiling or choose(kind, exact, T, cuda.current_sm())
+    tiles_o, tiles_t = -(-O // tiling.outputs), -(-T // tiling.TILE_T)
+    stages = -(-I // tiling.DEPTH)
+    rows, padded, tiles = tiles_t * tiling.TILE_T, stages * tiling.DEPTH, tiles_o * tiles_t
+    parts = parts or _num_parts(tiling, tiles, stages, num_sms)
+    of_bias = FLOATS[0] if bias is None else bias.dtype
+    every = defines(kind, x.dtype, of_bias, exact, tiling)
+    counters = tiles if parts > 1 else 0
+    split = cuda.Launch(
+        cuda.kernel("linear_mma", "split", **every),
+        rows,
+        tiling.BLOCK,
+        dict(T=T, I=I, padded_I=padded, x_stride=_step(x), num_counters=counters),
+    )
+    gemm = cuda.Launch(
+        cuda.kernel("linear_mma", "gemm", **every),
+        (tiles, parts),
+        tiling.BLOCK,
+        dict(T=T, O=O, I=I, padded_I=padded, tiles_t=tiles_t, w_stride=w.strides[0])
+        | dict(out_stride=_step(out), accumulate=accumulate),
+        shared_bytes=every["SHARED_BYTES"],
+    )
+    sizes: dict[str, tuple[int, Any]] = dict(
+        pieces=(every["PIECES"] * rows * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
+        totals=(_totals(kind, exact, rows * padded), np.float32),
+        units=(rows, np.float32),
+        partial=(tiles * parts * tiling.TILE_T * tiling.outputs if counters else 0, np.float32),
+        counters=(counters, np.uint32),
+    )
+
+    def run(arrays: dict[str, Any], stream: Any) -> None:
+        with cuda.on_stream(stream):
+            own = {
+                name: like(arrays["x"], (size,), dtype) if size else None
+                for name, (size, dtype) in sizes.items()
+            }
+        given = {name: own[name] for name in ("pieces", "totals", "units", "counters")}
+        split(dict(given, x=arrays["x"]), stream)
+        gemm(
+            dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
+        )
+
+    return run
+
+
+def _step(array: Any) -> int:
+    """Elements from a row to the next."""
+    return int(array.strides[0]) // int(array.itemsize)
+
+
+def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str, int]:
+    every = defines(kind, x, x, exact, tilings(kind, exact, sm)[number])
+    return {name: value for name, value in every.items() if isinstance(value, int)}
+
+
+VARIANTS: list[dict[str, Any]] = [
+    dict(KIND=kind, X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
+    for kind, x, exact, number in (
+        *(("Q4_K", FLOATS[0], True, number) for number in (0, -1)),
+        *(("Q4_K", FLOATS[1], False, number) for number in (0, -1)),
+        ("Q6_K", FLOATS[1], False, -1),
+        ("f16", FLOATS[1], False, -1),
+    )
+]
+VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

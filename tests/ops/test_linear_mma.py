@@ -1,0 +1,106 @@
+"""linear_mma: products on tensor cores, cut in every way."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pykv import planes
+from pykv.ops import block_linear, linear
+from pykv.ops import linear_mma as op
+from tests.faults import fixed, scaled
+from tests.helpers import assert_close_to_oracle, swept
+from tests.ops.test_block_linear import dequantized, random_blocks
+
+pytest.importorskip("gguf")
+
+FLOAT16, FLOAT32, BFLOAT16 = (np.dtype(t) for t in ("f2", "f4", ml_dtypes.bfloat16))
+
+
+def weights_of(rng, kind, O, I):
+    """Weights as `product` takes them, on the host, and their values."""
+    if kind in op.FLOAT_KINDS:
+        w = rng.standard_normal((O, I)).astype(op.FLOAT_KINDS[kind])
+        return w, w.astype(np.float32)
+    blocks = random_blocks(rng, kind, O, I)
+    return block_linear.pack(blocks, kind), dequantized(blocks, kind)
+
+
+def product(xp, x, w, kind, exact, tiling=None, parts=None):
+    x, w, out = xp.asarray(x), xp.asarray(w), xp.full((len(x), len(w)), np.nan, x.dtype)
+    run = op.product(x, w, kind, None, out, False, exact, tiling, parts)
+    run(dict(out=out, x=x, w=w, bias=None), None)
+    return out
+
+
+def judge(xp, rng, kind, dtype, exact, T, O, I, tiling, parts):
+    """By values as they are, and by those in the precision that the kernel has."""
+    x = (rng.standard_normal((T, I)) / 64).astype(dtype)  # float16 holds the products
+    w, values = weights_of(rng, kind, O, I)
+    got = product(xp, x, w, kind, exact, tiling, parts)
+    oracle = x.astype(np.float64) @ values.astype(np.float64).T
+    low_x, low_w = x.astype(np.float32), values
+    if dtype == FLOAT32 and not exact:
+        low_x, low_w = (a.astype(np.float16).astype(np.float32) for a in (low_x, low_w))
+    assert_close_to_oracle(got, (low_x @ low_w.T).astype(dtype), oracle)
+
+
+HALVES = (FLOAT16, BFLOAT16)
+CASES = [
+    *(("Q4_K", FLOAT32, True, number) for number in range(-1, 2)),
+    *(("Q4_K", FLOAT16, False, number) for number in range(-1, 2)),
+    *((kind, FLOAT16, False, -1) for kind in ("Q6_K", "Q8_0", "Q2_K", "Q5_1", "IQ4_XS", "MXFP4")),
+    ("Q6_K", FLOAT32, False, -1),
+    *((kind, FLOAT32, True, n) for kind in ("f16", "bf16") for n in (0, -1)),
+    *((kind, x, False, -1) for kind in ("f16", "bf16") for x in HALVES),
+]
+SWEEP = [
+    (kind, x, x == FLOAT32, n)
+    for kind in planes.FORMATS
+    for x in (FLOAT32, FLOAT16)
+    for n in range(-1, 3)
+]
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, exact, number",
+    [*CASES, *swept(case for case in SWEEP if case not in CASES)],
+    ids=str,
+)
+def test_every_tiling(device, rng, kind, dtype, exact, number):
+    """More tokens and outputs than a block has, but no whole blocks."""
+    tiling = op.tilings(kind, exact, 90)[number]
+    I = 328 if kind in op.FLOAT_KINDS else 512
+    sizes = tiling.TILE_T + 3, tiling.outputs + 5, I
+    judge(device, rng, kind, dtype, exact, *sizes, tiling, 1)
+
+
+@pytest.mark.parametrize("kind, exact", [("Q4_K", True), ("Q6_K", False), ("f16", True)])
+def test_parts_are_added_in_order(device, rng, kind, exact):
+    tiling = op.tilings(kind, exact, 90)[1]
+    judge(device, rng, kind, FLOAT32, exact, 20, tiling.outputs + 8, 1024, tiling, 3)
+
+
+def test_how_products_are_cut():
+    """By hand, for 132 SMs: few tokens of small layers are cut into parts of I."""
+    assert [op.choose("Q4_K", True, T, 90).TILE_T for T in (5, 9, 32, 33, 512)] == [
+        8,
+        16,
+        32,
+        64,
+        64,
+    ]
+    assert [op.choose("f16", False, T, 90).TILE_T for T in (33, 128, 129)] == [64, 64, 128]
+    small, middle = op.tilings("f16", False, 90)[0], op.tilings("f16", False, 90)[3]
+    assert op._num_parts(small, tiles=224, stages=32, num_sms=132) == 2
+    assert op._num_parts(small, tiles=32, stages=32, num_sms=132) == 8
+    assert op._num_parts(small, tiles=9, stages=5, num_sms=132) == 2
+    assert op._num_parts(middle, tiles=112, stages=32, num_sms=132) == 2
+    assert op._num_parts(middle, tiles=448, stages=32, num_sms=132) == 1
+    assert op._num_parts(middle, tiles=9, stages=1, num_sms=132) == 1
+
+
+FAULTS = {
+    "linear_mma: 1e-5 off": (block_linear, "multiply", scaled(1e-5), "linear_mma"),
+    "linear_mma: floats 1e-5 off": (linear, "linear", scaled(1e-5), "linear_mma"),
+}
+REFERENCE_FAULTS = [(block_linear, "reference", fixed(3, lambda bias: None))]

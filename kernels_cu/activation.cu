@@ -17,25 +17,12 @@
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
 // Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
+#include "gate.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(TABLE_T) || !defined(BLOCK)
 #error "activation.cu needs X_T, TABLE_T and BLOCK"
 #endif
-
-// 1 / (1 + exp(-x)) without overflow.
-__device__ __forceinline__ float sigmoid(float x) {
-    const float z = expf(-fabsf(x));
-    return (x < 0.0f ? z : 1.0f) / (1.0f + z);
-}
-
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-
-// The tanh approximation of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel.
-__device__ __forceinline__ float gelu(float x) {
-    constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
-    return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
-}
 
 template <float (*ACTIVATION)(float)>
 __device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __restrict__ x,

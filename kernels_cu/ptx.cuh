@@ -123,6 +123,28 @@ template <int N> __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// [prefetch] Asks for the line of an address, for L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
+// [griddepcontrol] Lets the next kernel of the stream start that was launched to start early, once
+// all blocks have come here or ended. It sees no writes of this kernel before await_previous.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernel before has ended and its writes are visible; at once in a kernel that was
+// not launched to start early. All blocks of one that was must come here, so that what follows it
+// may rely on all that was before.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #if __CUDA_ARCH__ >= 750
 // [ldmatrix] Four 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 * i + j passes the
 // address of row j of matrix i, 16 bytes aligned to 16. Lane 4 * g + t receives in r[i] row g,

@@ -14,6 +14,7 @@ gguf = pytest.importorskip("gguf")
 
 KINDS = tuple(planes.FORMATS)
 BASE = dict(T=3, O=5, I=256, kind="Q4_K", x="float32", bias=None, accumulate=False)
+BASE |= dict(norm=False, gate=None)
 CHANGES = (
     *({"kind": kind, "T": 1} for kind in KINDS),
     *({"kind": kind, "T": 9} for kind in ("Q4_0", "Q4_1", "Q6_K", "IQ4_NL")),
@@ -25,6 +26,23 @@ CHANGES = (
     *({"x": x, "T": T} for x in ("float16", "bfloat16") for T in (1, 5)),
     *({"bias": "float32", "accumulate": a, "T": T} for a in (False, True) for T in (1, 9)),
     *({"bias": "float16", "x": "float16", "accumulate": True}, {"accumulate": True}),
+    *({"kind": kind, "T": T} for kind in op.PLAIN for T in (1, 2, 3, 8, 9)),
+    *({"kind": "F16", "T": T, "I": I} for I in (0, 8, 40, 1032) for T in (1, 9)),
+    *({"kind": "F32", "T": 4, "I": 2056, "O": 9}, {"kind": "BF16", "x": "float16", "T": 9}),
+    *({"kind": "BF16", "x": "bfloat16", "T": 9}, {"kind": "F16", "x": "bfloat16", "T": 5}),
+    *({"norm": True, "T": T, "I": 1280, "O": 40} for T in (1, 3, 4, 5, 9)),
+    *({"norm": True, "kind": kind, "T": T} for kind in ("F16", "Q8_0") for T in (2, 20)),
+    *({"gate": gate, "T": T, "O": 20} for gate in op.GATES for T in (1, 3, 9)),
+    *(
+        {"gate": "silu", "norm": True, "bias": "float32", "accumulate": True, **change}
+        for change in (
+            *({"T": T, "O": O} for T in (1, 4, 33) for O in (3, 33)),
+            *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
+            {"T": 2, "I": 2304, "kind": "Q6_K"},
+            {"T": 9, "I": 0},
+            {"T": 1, "I": 0},
+        )
+    ),
 )
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 SWEEP = [{**BASE, "kind": kind, "T": T} for kind in KINDS for T in (2, 4, 9, 33)]
@@ -39,7 +57,9 @@ def dtype_of(name):
 
 
 def random_blocks(rng, kind, R, I):
-    """Random bytes, but scales are numbers from 2^-6 to 1 of either sign."""
+    """Random bytes, but scales are numbers from 2^-6 to 1 of either sign; or random floats."""
+    if kind in op.PLAIN:
+        return rng.standard_normal((R, I)).astype(op.PLAIN[kind])
     form = planes.FORMATS[kind]
     blocks = rng.integers(0, 256, (R, I // form.elements, form.nbytes), np.uint8)
     for at in HALVES.get(kind, (0,)):
@@ -52,6 +72,8 @@ def random_blocks(rng, kind, R, I):
 
 def dequantized(blocks, kind):
     """The values by gguf, float32."""
+    if kind in op.PLAIN:
+        return blocks.astype(np.float32)
     form = planes.FORMATS[kind]
     R, W = blocks.shape
     if not blocks.size:
@@ -60,16 +82,27 @@ def dequantized(blocks, kind):
         return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
 
 
-def inputs(rng, T, O, I, kind, x, bias, accumulate):
+def inputs(rng, T, O, I, kind, x, bias, accumulate, norm, gate):
     """x and out are parts of wider rows, whose other elements are NaN; as is what out is not."""
+    R = 2 * O if gate else O
     rows = np.full((T, I + 24), np.nan, dtype_of(x))
-    rows[:, 8 : 8 + I] = rng.standard_normal((T, I))
-    blocks = random_blocks(rng, kind, O, I)
-    vector = None if bias is None else rng.standard_normal(O).astype(dtype_of(bias))
+    rows[:, 8 : 8 + I] = rng.standard_normal((T, I)) * 3
+    blocks = random_blocks(rng, kind, R, I)
+    vector = None if bias is None else rng.standard_normal(R).astype(dtype_of(bias))
     old = np.full((T, -(-O // 8) * 8 + 16), np.nan, dtype_of(x))
     if accumulate:
         old[:, 8 : 8 + O] = rng.standard_normal((T, O))
-    return rows, blocks, vector, old
+    # A norm's weights are the smaller for a gate, where the products would grow by its square.
+    weights = rng.uniform(-0.1, 0.1, I).astype(np.float32) if norm else None
+    return rows, blocks, vector, old, weights
+
+
+def activated(a, gate):
+    """By their textbook formulas."""
+    with np.errstate(over="ignore"):
+        if gate == "silu":
+            return a / (1 + np.exp(-a))
+        return a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2
 
 
 @pytest.mark.parametrize(
@@ -81,20 +114,26 @@ def test_product(xp, rng, case):
 
 
 def judge(xp, rng, case):
-    O, I, kind, accumulate = (case[name] for name in ("O", "I", "kind", "accumulate"))
-    rows, blocks, bias, old = inputs(rng, **case)
+    O, I, kind, gate = (case[name] for name in ("O", "I", "kind", "gate"))
+    rows, blocks, bias, old, norm = inputs(rng, **case)
     values = dequantized(blocks, kind)
 
     def product(dtype):
-        y = rows[:, 8 : 8 + I].astype(dtype) @ values.astype(dtype).T
+        y = rows[:, 8 : 8 + I].astype(dtype)
+        if norm is not None:
+            squares = (y * y).sum(-1, keepdims=True) / max(I, 1)
+            y = y / np.sqrt(squares + dtype(1e-3)) * norm.astype(dtype)
+        y = y @ values.astype(dtype).T
         y = y if bias is None else y + bias.astype(dtype)
-        return y + old[:, 8 : 8 + O].astype(dtype) if accumulate else y
+        y = activated(y[:, :O], gate) * y[:, O:] if gate else y
+        return y + old[:, 8 : 8 + O].astype(dtype) if case["accumulate"] else y
 
     low, oracle = product(np.float32).astype(rows.dtype), product(np.float64)
-    w = op.pack(xp.asarray(blocks), kind)
-    given = [None if a is None else xp.asarray(a) for a in (rows, bias, old)]
+    w = xp.asarray(blocks) if kind in op.PLAIN else op.pack(xp.asarray(blocks), kind)
+    given = [None if a is None else xp.asarray(a) for a in (rows, bias, old, norm)]
     x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
-    got = op.multiply(x, w, kind, bias=given[1], out=out, accumulate=accumulate)
+    options = dict(bias=given[1], norm=given[3], eps=1e-3, gate=gate, early=True)
+    got = op.multiply(x, w, kind, out=out, accumulate=case["accumulate"], **options)
     assert got is out
     assert_close_to_oracle(got, low, oracle)
     around = np.delete(to_numpy(given[2]), np.s_[8 : 8 + O], axis=1)
@@ -137,31 +176,45 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: of small layers warps share outputs, and tiles are narrow."""
-    assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
-    assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
-    assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
-    assert op._tiles(8, 16384, op._WIDE_T, 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
+    assert op._warps(R=14336, I=4096, kind="Q4_K", rows=1, num_sms=132) == (8, 2)
+    assert op._warps(R=2048, I=2048, kind="Q4_K", rows=1, num_sms=132) == (2, 2)
+    assert op._warps(R=49152, I=576, kind="Q4_1", rows=1, num_sms=132) == (8, 1)
+    assert op._warps(R=49152, I=576, kind="Q4_1", rows=4, num_sms=132) == (4, 1)
+    assert op._warps(R=49152, I=576, kind="F16", rows=1, num_sms=132) == (4, 1)
+    assert op._warps(R=576, I=1536, kind="F16", rows=2, num_sms=132) == (2, 2)
+    assert op._warps(R=576, I=1536, kind="F32", rows=8, num_sms=132) == (2, 1)
+    assert op._tiles(8, 16384, "Q4_K", 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
     wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
-    assert op._tiles(32, 16384, op._WIDE_T, 132) == (wide, (128, 1))
-    assert op._tiles(32, 2048, op._WIDE_T, 132) == (narrow, (128, 1))
-    assert op._tiles(64, 2048, op._WIDE_T, 132) == (narrow, (128, 2))
-    assert op._tiles(512, 2048, op._WIDE_T, 132) == ({**wide, "TILE_T": 64}, (16, 8))
-    assert op._tiles(512, 2048, op._wide_t("Q6_K"), 132) == (wide, (16, 16))
+    assert op._tiles(32, 16384, "Q4_K", 132) == (wide, (128, 1))
+    assert op._tiles(32, 2048, "Q4_K", 132) == (narrow, (128, 1))
+    assert op._tiles(64, 2048, "Q4_K", 132) == (narrow, (128, 2))
+    assert op._tiles(512, 2048, "F16", 132) == ({**wide, "TILE_T": 64}, (16, 8))
+    assert op._tiles(512, 2048, "Q6_K", 132) == (wide, (16, 16))
+    assert op._tiles(32, 2048, "BF16", 132) == ({**narrow, "TILE_T": 16}, (128, 2))
+    assert op.has_tiles("F16", 75) and op.has_tiles("BF16", 80) and not op.has_tiles("BF16", 75)
+    assert not op.has_tiles("Q4_0", 70) and not op.has_tiles("F32", 120)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "F16", "BF16"])
+@pytest.mark.parametrize("sm", [52, 90])
+def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm):
     made = []
-    monkeypatch.setattr(op.cuda, "current_arch", lambda: "sm_90")
-    monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
+    monkeypatch.setattr(op.cuda, "current_arch", lambda: f"sm_{sm}")
+    monkeypatch.setattr(op.cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
     op.warm_up([kind])
-    ways = [op._rows(rows) for rows in (1, 2, 4)]
-    for T in range(5, 200, 3):
-        ways += [op._tiles(T, O, op._wide_t(kind), 132)[0] for O in (576, 4096, 49152)]
+    ways = [] if kind in op.PLAIN else [dict(EXPAND=1)]
+    for T in range(1, 200, 3):
+        for R in (576, 4096, 49152):
+            if T > 4 and sm > 75:
+                ways.append(op._tiles(T, R, kind, 132)[0])
+            else:
+                rows = min(8, 1 << (T - 1).bit_length())
+                ways.append(dict(ROWS=rows, OUTS=op._warps(R, 576, kind, rows, 132)[0]))
+    ways += [dict(ROWS=2, OUTS=outs) for outs in op._outs(kind, 2)]
     for sizes in ways:
         defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
-        assert ("block_linear", "sm_90", defines) in made
+        assert ("block_linear", f"sm_{sm}", defines) in made
     assert len(made) == len({str(sizes) for sizes in ways})
 
 

@@ -217,6 +217,12 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     });
 }
 
+inline void prefetch_l2(const void*) {}
+
+// Kernels of the machine run one after another.
+inline void let_next_start() {}
+inline void await_previous() {}
+
 inline void schedule_fence() {}
 
 inline int opaque(int x) { return x; }

@@ -203,7 +203,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const Weights<K> (&w)[OWN_T
 constexpr int RESIDENT = K_WARPS > 1 ? 4 : 2;  // blocks on an SM that registers allow
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
-gemm(X_T* __restrict__ out, const X_T* __restrict__ x, const u8* __restrict__ w,
+gemm(X_T* out, const X_T* x, const u8* __restrict__ w,
      const B_T* __restrict__ bias, const float* __restrict__ norm, int T, int O, int I, int W,
      i64 x_stride, i64 out_stride, int accumulate, int gate, float eps) {
 #if __CUDA_ARCH__ >= 750

@@ -70,26 +70,38 @@ template <typename T> struct Share<Plain<T>> {
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const X_T* x,
                                       const float* norm, i64 x_stride, int t0, int T, int i0,
                                       int I, int parts) {
+    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 ? 2 : 1;  // loads in flight
+    static_assert(SLICE % (AHEAD * STEP) == 0, "whole steps");
+    for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
+        float values[AHEAD][ROWS][4], factors[AHEAD][4];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const X_T* row = x + min(t0 + r, T - 1) * x_stride;
-#pragma unroll 2
-        for (int at = threadIdx.x * 4; at < parts * SLICE; at += BLOCK * 4) {
-            float v[4] = {};
-            if (i0 + at < I) {
-                load4(v, row + i0 + at);
-                if (norm) {
-                    float by[4];
-                    load4(by, norm + i0 + at);
+        for (int a = 0; a < AHEAD; a++) {
+            const int i = min(i0 + first + a * STEP, I - 4);
+            if (norm) load4(factors[a], norm + i);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        squares[r] = fmaf(v[j], v[j], squares[r]);
-                        v[j] *= by[j];
-                    }
-                }
+            for (int r = 0; r < ROWS; r++) {
+                load4(values[a][r], x + min(t0 + r, T - 1) * x_stride + i);
             }
-            float* slice = staged + (at / SLICE * ROWS + r) * SLICE_FLOATS;
-            store4(slice + Share<K>::place(at % SLICE), v);
+        }
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++) {
+            const int at = first + a * STEP;
+            float* slice = staged + at / SLICE * (ROWS * SLICE_FLOATS) + Share<K>::place(at % SLICE);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                u32 words[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float value = i0 + at < I ? values[a][r][j] : 0.0f;
+                    if (norm) {
+                        squares[r] = fmaf(value, value, squares[r]);
+                        value *= factors[a][j];
+                    }
+                    words[j] = __float_as_uint(value);
+                }
+                store16_shared(slice + r * SLICE_FLOATS,
+                               uint4{words[0], words[1], words[2], words[3]});
+            }
         }
     }
 }
@@ -143,7 +155,7 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const u8* __restrict__ w,
+gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
      const B_T* __restrict__ bias, const float* __restrict__ norm, int T, int O, int I, int W,
      i64 x_stride, i64 out_stride, int parts, int accumulate, int gate, float eps) {
     extern __shared__ __align__(128) float staged[];

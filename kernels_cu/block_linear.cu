@@ -28,7 +28,8 @@
 //           gemm    grid (ceil(R / (16 * OWN_TILES * BLOCK / 32 / K_WARPS)), ceil(T / TILE_T)),
 //                   block (BLOCK)
 //           gemv and gemm may start early: before the kernel ahead has ended they read w, bias and
-//           norm alone
+//           norm alone, which are __restrict__; x and out are not, so that no load of them moves
+//           ahead of the wait, or goes through the read-only path
 // Traffic:  gemv    R * W bytes of w for each ROWS rows of x, which stay in L2
 //           expand  T * W + T * I * sizeof(X_T) bytes
 //           gemm    R * W bytes of w for each TILE_T rows of x; x for each block of outputs, from L2

@@ -81,6 +81,13 @@ __device__ __forceinline__ void store16(void* p, const uint4& x) {
                  :: "l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+// The same to shared memory.
+__device__ __forceinline__ void store16_shared(void* p, const uint4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"((u32)__cvta_generic_to_shared(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
 // [cp.async] Asynchronous copy of 16 bytes that bypasses L1, both addresses aligned to 16. Below
 // sm_80 it is an ordinary copy, and commit and wait do nothing.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {

@@ -203,8 +203,7 @@ def multiply(
     array([[63.978527]], dtype=float32)
     """
     op = "block_linear.multiply"
-    if kind not in PLAIN:
-        _check_kind(op, kind, KINDS)
+    _check_kind(op, kind, KINDS)
     dims = _checker(kind if kind in PLAIN else None, gate is not None)(x, w, bias, norm, out)
     if kind in PLAIN:
         _check_columns(op, dims["I"])

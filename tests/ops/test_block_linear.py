@@ -7,7 +7,7 @@ import pytest
 from pykv import planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
-from tests.faults import fixed, scaled, with_argument, with_option
+from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 
 gguf = pytest.importorskip("gguf")
@@ -34,7 +34,7 @@ CHANGES = (
     *({"norm": True, "kind": kind, "T": T} for kind in ("F16", "Q8_0") for T in (2, 20)),
     *({"gate": gate, "T": T, "O": 20} for gate in op.GATES for T in (1, 3, 9)),
     *(
-        {"gate": "silu", "norm": True, "bias": "float32", "accumulate": True, **change}
+        {"gate": "swiglu", "norm": True, "bias": "float32", "accumulate": True, **change}
         for change in (
             *({"T": T, "O": O} for T in (1, 4, 33) for O in (3, 33)),
             *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
@@ -100,7 +100,7 @@ def inputs(rng, T, O, I, kind, x, bias, accumulate, norm, gate):
 def activated(a, gate):
     """By their textbook formulas."""
     with np.errstate(over="ignore"):
-        if gate == "silu":
+        if gate == "swiglu":
             return a / (1 + np.exp(-a))
         return a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2
 
@@ -319,6 +319,20 @@ def test_errors_name_the_argument(xp):
         op.take(w, "Q4_K", 256, out=xp.zeros((5, 255), np.float32))
     with pytest.raises(ParameterError, match="accumulate has no out to add to"):
         op.multiply(x, w, "Q4_K", accumulate=True)
+    with pytest.raises(UnsupportedError, match="take: kind is 'F16', expected one of Q4_0, "):
+        op.take(w, "F16", 256)
+    with pytest.raises(DtypeError, match="w has dtype uint8, expected float16"):
+        op.multiply(x, w, "F16")
+    with pytest.raises(ShapeError, match="x has I=12, expected a multiple of 8"):
+        op.multiply(xp.zeros((3, 12), "f4"), xp.zeros((4, 12), "f4"), "F32")
+    with pytest.raises(ShapeError, match=r"w has size 5, expected 2O=4 \(\[2O W\]\)"):
+        op.multiply(x, w, "Q4_K", gate="swiglu")
+    with pytest.raises(ParameterError, match="gate is 'silu', expected one of"):
+        op.multiply(x, w[:4], "Q4_K", gate="silu")
+    with pytest.raises(ShapeError, match="norm has I=255, expected I=256"):
+        op.multiply(x, w, "Q4_K", norm=xp.zeros(255, np.float32))
+    with pytest.raises(ParameterError, match="eps is 0, expected"):
+        op.multiply(x, w, "Q4_K", norm=xp.zeros(256, np.float32), eps=0)
     with pytest.raises(DtypeError, match="dtype is float64, expected float32, float16"):
         op.take(w, "Q4_K", 256, dtype="float64")
 
@@ -346,6 +360,11 @@ def test_ids_outside_of_the_matrix(xp):
 FAULTS = {
     "block_linear: 1e-5 off": (op, "multiply", scaled(1e-5)),
     "block_linear: nothing is added to": (op, "multiply", with_option(accumulate=False)),
+    "block_linear: no norm": (op, "multiply", with_option(norm=None)),
+    "block_linear: every gate is SwiGLU": (
+        *(op, "multiply"),
+        with_changed_option("gate", lambda gate: gate and "swiglu"),
+    ),
     "block_linear: IQ4_NL is Q4_0": (
         *(op, "multiply"),
         with_argument(2, lambda kind: "Q4_0" if kind == "IQ4_NL" else kind),
@@ -358,5 +377,6 @@ FAULTS = {
 }
 REFERENCE_FAULTS = [
     (op, "reference", fixed(3, lambda bias: None)),
+    (op, "reference", fixed(5, lambda norm: None)),
     (op, "reference_take", fixed(4, lambda scale: 1.0)),
 ]

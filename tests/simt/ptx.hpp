@@ -101,6 +101,7 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 inline uint4 load16_eager(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
+inline void store16_shared(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global, 16);

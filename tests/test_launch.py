@@ -153,6 +153,23 @@ def bound(declare, monkeypatch):
 SCALARS = dict(n=1, seed=2, stride=3, bits=4, scale=0.5)
 
 
+@pytest.mark.parametrize(
+    "sm, version, overlaps",
+    [(90, 12030, True), (120, 13000, True), (90, 12020, False), (80, 13000, 0)],
+)
+def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version, overlaps):
+    """Code for an older SM, by PYKV_ARCH on a new GPU as well, would not wait."""
+    pytest.importorskip("cuda.core")
+    cupy = ModuleType("cupy")
+    cupy.cuda = ModuleType("cuda")
+    cupy.cuda.runtime = ModuleType("runtime")
+    cupy.cuda.runtime.driverGetVersion = lambda: version
+    monkeypatch.setattr(cuda.driver, "load_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.driver, "current_sm", lambda: sm)
+    made = [cuda.driver.configure(None, 7, 8, 0, None, early) for early in (True, False)]
+    assert [x.programmatic_stream_serialization for x in made] == [overlaps, False]
+
+
 def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
     kernel = cuda.kernel("some", "one")
     backwards = dict(reversed(SCALARS.items()))

@@ -50,6 +50,12 @@ _BLOCKS = 4  # on an SM, below which warps share outputs
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
 _FEW = 4  # tokens up to which `gemv` multiplies, where there are tiles
+# It also multiplies more, reading weights again for every 8 of them, where tiles of as many outputs
+# as pay are too few for a GPU: a step of SmolLM2 for 8 tokens took 1,950 us by narrow ones on an
+# H200, and 970 by reading again.
+_AGAIN_TOKENS = 64
+_AGAIN_BYTES = 32 << 20
+_AGAIN_PLAIN = 32  # tokens up to which floats are, however large the matrix is
 _WIDE_T = (8, 16, 32, 64)  # tokens of a block that has 128 outputs
 _WIDE = dict(K_WARPS=1, OWN_TILES=2)
 _NARROW_T = (8, 32)  # of a block that has 16, where wide ones would be too few
@@ -65,7 +71,7 @@ def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
 def _outs(kind: str, rows: int) -> tuple[int, ...]:
     """Rows of w that a warp may have, the usual number first."""
     most = min(_OUTS[rows], _PLAIN_OUTS.get(kind, 8))
-    return (most,) if rows == 8 or most == _FEW_OUTS else (most, _FEW_OUTS)
+    return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
 
 
 def _tile_t(kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -82,10 +88,8 @@ def has_tiles(kind: str, sm: int) -> bool:
 
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which products are cut on an SM, and rows are taken."""
-    tiles = has_tiles(kind, sm)
-    few = [rows for rows in _OUTS if rows <= _FEW or not tiles]
-    sizes = [dict(ROWS=rows, OUTS=outs) for rows in few for outs in _outs(kind, rows)]
-    if tiles:
+    sizes = [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows)]
+    if has_tiles(kind, sm):
         wide, narrow = _tile_t(kind)
         sizes += [dict(TILE_T=tokens, **_NARROW) for tokens in narrow]
         sizes += [dict(TILE_T=tokens, **_WIDE) for tokens in wide]
@@ -190,10 +194,10 @@ def multiply(
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
     take float32 as the sum of two float16, 22 bits of every element down to 2^-14 of the largest
-    near it, or for BF16 (from sm_80 on) of three bfloat16; older GPUs, and all for F32, read the
-    matrix again for every 8 tokens. The factor of a normalised row multiplies its sums. On the host
-    blocks are dequantised by pieces at each call, many times slower than a product with weights in
-    float32. Source of the formats: ggml-common.h of llama.cpp.
+    near it, or for BF16 (from sm_80 on) of three bfloat16; small matrices are read again for every
+    8 tokens, as all are on older GPUs, and of F32. The factor of a normalised row multiplies its
+    sums. On the host blocks are dequantised by pieces at each call, many times slower than a
+    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -415,8 +419,8 @@ def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options) ->
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
     scalars |= dict(gate=0 if options.gate is None else 1 + GATES.index(options.gate))
     num_sms = cuda.num_sms(x.data.device_id)
-    if T > _FEW and has_tiles(kind, cuda.current_sm()):
-        sizes, grid = _tiles(T, R, kind, num_sms)
+    sizes, grid = _tiles(T, R, kind, num_sms)
+    if has_tiles(kind, cuda.current_sm()) and not _reads_again(T, w.nbytes, kind, sizes):
         kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
         return cuda.Launch(kernel, grid, _BLOCK, scalars, early=options.early)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
@@ -426,6 +430,14 @@ def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options) ->
     shared = parts * rows * _SLICE_BYTES
     scalars |= dict(parts=parts)
     return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared, early=options.early)
+
+
+def _reads_again(T: int, nbytes: int, kind: str, tile: dict[str, int]) -> bool:
+    """Whether `gemv` multiplies, though there are tiles for T tokens."""
+    again = -(-T // max(_OUTS)) - 1
+    is_small = T <= _AGAIN_TOKENS and again * nbytes <= _AGAIN_BYTES
+    is_narrow = tile["K_WARPS"] > 1
+    return T <= _FEW or (kind in PLAIN and T <= _AGAIN_PLAIN) or (is_narrow and is_small)
 
 
 def _warps(R: int, I: int, kind: str, rows: int, num_sms: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ BASE |= dict(norm=False, gate=None)
 CHANGES = (
     *({"kind": kind, "T": 1} for kind in KINDS),
     *({"kind": kind, "T": 9} for kind in ("Q4_0", "Q4_1", "Q6_K", "IQ4_NL")),
-    *({"T": T} for T in (0, 2, 4, 5, 6, 7, 8, 9, 33)),
+    *({"T": T} for T in (0, 2, 4, 5, 6, 7, 8, 9, 33, 65)),
     *({"O": O, "T": 1} for O in (0, 1, 8, 9, 33)),
     *({"kind": "Q6_K", "I": I, "T": T} for I in (0, 1024, 2304) for T in (1, 3)),
     *({"kind": "Q4_1", "I": I, "T": T} for I in (32, 96, 576, 1056) for T in (1, 4, 9)),
@@ -140,6 +140,23 @@ def judge(xp, rng, case):
     assert np.isnan(around.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"T": 5},
+        *({"T": 9, "kind": kind} for kind in ("Q4_1", "Q6_K", "F16", "BF16")),
+        *({"T": T, "gate": "geglu", "norm": True, "O": 20, "I": 1280} for T in (7, 33)),
+        {"T": 9, "kind": "Q8_0", "norm": True, "bias": "float32", "accumulate": True},
+    ],
+    ids=str,
+)
+def test_both_ways(device, rng, monkeypatch, change, tiles):
+    """By tiles where small matrices would be read again, and the other way round."""
+    monkeypatch.setattr(op, "_reads_again", lambda *_: not tiles)
+    judge(device, rng, {**BASE, **change})
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -191,6 +208,12 @@ def test_how_products_are_cut():
     assert op._tiles(512, 2048, "F16", 132) == ({**wide, "TILE_T": 64}, (16, 8))
     assert op._tiles(512, 2048, "Q6_K", 132) == (wide, (16, 16))
     assert op._tiles(32, 2048, "BF16", 132) == ({**narrow, "TILE_T": 16}, (128, 2))
+    few, many = (op._tiles(T, 3072, "Q4_1", 132)[0] for T in (8, 65))
+    assert op._reads_again(4, 1 << 40, "Q4_1", few) and op._reads_again(8, 1 << 40, "Q4_1", few)
+    assert op._reads_again(64, 4 << 20, "Q4_1", few)
+    assert not op._reads_again(64, 5 << 20, "Q4_1", few) and not op._reads_again(65, 1, "F16", many)
+    assert not op._reads_again(8, 1, "Q4_1", op._tiles(8, 49152, "Q4_1", 132)[0])
+    assert op._reads_again(32, 1 << 40, "F16", wide) and not op._reads_again(33, 1, "F16", wide)
     assert op.has_tiles("F16", 75) and op.has_tiles("BF16", 80) and not op.has_tiles("BF16", 75)
     assert not op.has_tiles("Q4_0", 70) and not op.has_tiles("F32", 120)
 
@@ -206,11 +229,10 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     ways = [] if kind in op.PLAIN else [dict(EXPAND=1)]
     for T in range(1, 200, 3):
         for R in (576, 4096, 49152):
+            rows = min(8, 1 << (T - 1).bit_length())
+            ways.append(dict(ROWS=rows, OUTS=op._warps(R, 576, kind, rows, 132)[0]))
             if T > 4 and sm > 75:
                 ways.append(op._tiles(T, R, kind, 132)[0])
-            else:
-                rows = min(8, 1 << (T - 1).bit_length())
-                ways.append(dict(ROWS=rows, OUTS=op._warps(R, 576, kind, rows, 132)[0]))
     ways += [dict(ROWS=2, OUTS=outs) for outs in op._outs(kind, 2)]
     for sizes in ways:
         defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)

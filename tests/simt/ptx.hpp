@@ -218,7 +218,7 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
     });
 }
 
-inline void prefetch_l2(const void*) {}
+inline void prefetch_l2(const void* global) {}
 
 // Kernels of the machine run one after another.
 inline void let_next_start() {}

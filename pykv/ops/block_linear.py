@@ -68,9 +68,12 @@ def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
     return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=_BLOCK, **sizes)
 
 
-def _outs(kind: str, rows: int) -> tuple[int, ...]:
-    """Rows of w that a warp may have, the usual number first."""
+def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
+    """Rows of w that a warp may have, the usual number first. Where there are tiles, 8 tokens are
+    for small matrices, and with 4 rows each registers would allow half of the blocks."""
     most = min(_OUTS[rows], _PLAIN_OUTS.get(kind, 8))
+    if rows == 8 and has_tiles(kind, sm):
+        most = _FEW_OUTS
     return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
 
 
@@ -88,7 +91,7 @@ def has_tiles(kind: str, sm: int) -> bool:
 
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which products are cut on an SM, and rows are taken."""
-    sizes = [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows)]
+    sizes = [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
     if has_tiles(kind, sm):
         wide, narrow = _tile_t(kind)
         sizes += [dict(TILE_T=tokens, **_NARROW) for tokens in narrow]
@@ -97,7 +100,7 @@ def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1)[0]) for kind in KINDS),
+    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1, 90)[0]) for kind in KINDS),
     *(_defines(kind, "float", "float", EXPAND=1) for kind in FORMATS),
     *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
     *(_defines(kind, "float", "float", TILE_T=32, **_NARROW) for kind in ("Q4_K", "F16")),
@@ -419,12 +422,13 @@ def _launch(x: Any, w: Any, kind: str, bias: Any, out: Any, options: Options) ->
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
     scalars |= dict(gate=0 if options.gate is None else 1 + GATES.index(options.gate))
     num_sms = cuda.num_sms(x.data.device_id)
+    sm = cuda.current_sm()
     sizes, grid = _tiles(T, R, kind, num_sms)
-    if has_tiles(kind, cuda.current_sm()) and not _reads_again(T, w.nbytes, kind, sizes):
+    if has_tiles(kind, sm) and not _reads_again(T, w.nbytes, kind, sizes):
         kernel = _kernel("gemm", kind, x.dtype, bias, **sizes)
         return cuda.Launch(kernel, grid, _BLOCK, scalars, early=options.early)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    outs, parts = _warps(R, I, kind, rows, num_sms)
+    outs, parts = _warps(R, I, _outs(kind, rows, sm), rows, num_sms)
     kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=rows, OUTS=outs)
     grid = -(-R // (outs * (_BLOCK // 32 // parts))), -(-T // rows)
     shared = parts * rows * _SLICE_BYTES
@@ -440,15 +444,14 @@ def _reads_again(T: int, nbytes: int, kind: str, tile: dict[str, int]) -> bool:
     return T <= _FEW or (kind in PLAIN and T <= _AGAIN_PLAIN) or (is_narrow and is_small)
 
 
-def _warps(R: int, I: int, kind: str, rows: int, num_sms: int) -> tuple[int, int]:
-    """Rows of w of a warp in `gemv`, and warps that share them."""
+def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tuple[int, int]:
+    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them."""
     warps, parts = _BLOCK // 32, 1
-    usual, *fewer = _outs(kind, rows)
+    usual = outs[0]
     most = min(warps, _STAGED // rows, -(-I // _SLICE))  # that have something to do
     while 2 * parts <= most and R * parts < usual * warps * _BLOCKS * num_sms:
         parts *= 2
-    outs = usual if R * parts >= usual * warps * num_sms else min([usual, *fewer])
-    return outs, parts
+    return usual if R * parts >= usual * warps * num_sms else outs[-1], parts
 
 
 def _tiles(T: int, R: int, kind: str, num_sms: int) -> tuple[dict[str, int], tuple[int, int]]:

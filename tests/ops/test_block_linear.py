@@ -193,13 +193,15 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: of small layers warps share outputs, and tiles are narrow."""
-    assert op._warps(R=14336, I=4096, kind="Q4_K", rows=1, num_sms=132) == (8, 2)
-    assert op._warps(R=2048, I=2048, kind="Q4_K", rows=1, num_sms=132) == (2, 2)
-    assert op._warps(R=49152, I=576, kind="Q4_1", rows=1, num_sms=132) == (8, 1)
-    assert op._warps(R=49152, I=576, kind="Q4_1", rows=4, num_sms=132) == (4, 1)
-    assert op._warps(R=49152, I=576, kind="F16", rows=1, num_sms=132) == (4, 1)
-    assert op._warps(R=576, I=1536, kind="F16", rows=2, num_sms=132) == (2, 2)
-    assert op._warps(R=576, I=1536, kind="F32", rows=8, num_sms=132) == (2, 1)
+    assert op._warps(14336, 4096, (8, 2), 1, 132) == (8, 2)
+    assert op._warps(2048, 2048, (8, 2), 1, 132) == (2, 2)
+    assert op._warps(49152, 576, (8, 2), 1, 132) == (8, 1)
+    assert op._warps(49152, 576, (4, 2), 4, 132) == (4, 1)
+    assert op._warps(576, 1536, (4, 2), 2, 132) == (2, 2)
+    assert op._warps(576, 1536, (2,), 8, 132) == (2, 1)
+    of_kinds = [op._outs(kind, 1, 90) for kind in ("Q4_K", "F16", "F32")]
+    assert of_kinds == [(8, 2), (4, 2), (2,)]
+    assert op._outs("Q4_K", 8, 75) == op._outs("F16", 8, 90) == (2,) != op._outs("Q4_K", 8, 70)
     assert op._tiles(8, 16384, "Q4_K", 132) == ({**op._WIDE, "TILE_T": 8}, (128, 1))
     wide, narrow = (dict(TILE_T=32, **sizes) for sizes in (op._WIDE, op._NARROW))
     assert op._tiles(32, 16384, "Q4_K", 132) == (wide, (128, 1))
@@ -230,10 +232,12 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     for T in range(1, 200, 3):
         for R in (576, 4096, 49152):
             rows = min(8, 1 << (T - 1).bit_length())
-            ways.append(dict(ROWS=rows, OUTS=op._warps(R, 576, kind, rows, 132)[0]))
+            ways.append(
+                dict(ROWS=rows, OUTS=op._warps(R, 576, op._outs(kind, rows, sm), rows, 132)[0])
+            )
             if T > 4 and sm > 75:
                 ways.append(op._tiles(T, R, kind, 132)[0])
-    ways += [dict(ROWS=2, OUTS=outs) for outs in op._outs(kind, 2)]
+    ways += [dict(ROWS=2, OUTS=outs) for outs in op._outs(kind, 2, sm)]
     for sizes in ways:
         defines = op._defines(kind, np.dtype("f4"), np.dtype("f4"), **sizes)
         assert ("block_linear", f"sm_{sm}", defines) in made

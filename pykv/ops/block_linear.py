@@ -206,8 +206,9 @@ def multiply(
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
     array([[0., 0., 0.]], dtype=float32)
     >>> x, w = np.full((1, 8), 3, np.float32), np.ones((2, 8), np.float16)  # a gate and an up
-    >>> pykv.ops.block_linear.multiply(x, w, "F16", norm=np.ones(8, np.float32), gate="swiglu")
-    array([[63.978527]], dtype=float32)
+    >>> y = pykv.ops.block_linear.multiply(x, w, "F16", norm=np.ones(8, "f4"), gate="swiglu")
+    >>> y.round(2)
+    array([[63.98]], dtype=float32)
     """
     op = "block_linear.multiply"
     _check_kind(op, kind, KINDS)
@@ -408,7 +409,8 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
 def run(
     dims: Dims, x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Any, stream: Any
 ) -> None:
-    """Launch the kernel of `multiply` for arrays that are checked; `dims` keeps what it takes."""
+    """Launch the kernel of `multiply`, which does what `options` say, for arrays that are checked;
+    `dims` keeps the launch."""
     launch = dims.keep((kind, options), lambda: _launch(x, w, kind, bias, out, options))
     w = w.view(np.uint8) if kind in PLAIN else w
     launch(dict(out=out, x=x, w=w, bias=bias, norm=norm), stream)

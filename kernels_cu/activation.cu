@@ -1,7 +1,8 @@
 // activation.cu: gated activations, residual add and embedding rows.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/activation.py):
-//   swiglu, geglu   out            [T, F]    X_T
+//   swiglu, geglu   out            [T, F]    X_T; token stride out_stride elements; written, and
+//                                            where `accumulate` is 1 also read and added to
 //                   x       const  [T, 2F]   X_T, gate then up; token stride x_stride elements
 //   add             x              [count]   X_T, updated in place, x += y
 //                   y       const  [count]   X_T; may be x
@@ -13,60 +14,52 @@
 // Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
 //           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
 //           up).
-//           Arrays are 16-byte aligned, and so are the rows of x where F % 8 == 0
+//           Arrays are 16-byte aligned, and so are the rows of x and out where
+//           F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
 // Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
+#include "gate.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(TABLE_T) || !defined(BLOCK)
 #error "activation.cu needs X_T, TABLE_T and BLOCK"
 #endif
 
-// 1 / (1 + exp(-x)) without overflow.
-__device__ __forceinline__ float sigmoid(float x) {
-    const float z = expf(-fabsf(x));
-    return (x < 0.0f ? z : 1.0f) / (1.0f + z);
-}
-
-__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-
-// The tanh approximation of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel.
-__device__ __forceinline__ float gelu(float x) {
-    constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
-    return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
-}
-
 template <float (*ACTIVATION)(float)>
 __device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __restrict__ x,
-                                         i64 x_stride, int F) {
+                                         i64 x_stride, i64 out_stride, int F, int accumulate) {
     const X_T* gate = x + blockIdx.x * x_stride;
     const X_T* up = gate + F;
-    out += (i64)blockIdx.x * F;
+    out += blockIdx.x * out_stride;
     const int first = (blockIdx.y * BLOCK + threadIdx.x) * 8;
     if (F % 8 == 0) {
         if (first >= F) return;
-        float g[8], u[8];
+        float g[8], u[8], old[8] = {};
         load8(g, gate + first);
         load8(u, up + first);
+        if (accumulate) load8(old, out + first);
 #pragma unroll
-        for (int i = 0; i < 8; i++) g[i] = ACTIVATION(g[i]) * u[i];
+        for (int i = 0; i < 8; i++) g[i] = fmaf(ACTIVATION(g[i]), u[i], old[i]);
         store8(out + first, g);
     } else {
         for (int i = first; i < min(first + 8, F); i++) {
-            out[i] = from_float<X_T>(ACTIVATION(to_float(gate[i])) * to_float(up[i]));
+            const float old = accumulate ? to_float(out[i]) : 0.0f;
+            out[i] = from_float<X_T>(fmaf(ACTIVATION(to_float(gate[i])), to_float(up[i]), old));
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
-swiglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
-    gate_row<silu>(out, x, x_stride, F);
+swiglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, i64 out_stride, int F,
+       int accumulate) {
+    gate_row<silu>(out, x, x_stride, out_stride, F, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
-geglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, int F) {
-    gate_row<gelu>(out, x, x_stride, F);
+geglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, i64 out_stride, int F,
+      int accumulate) {
+    gate_row<gelu>(out, x, x_stride, out_stride, F, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)

@@ -1,4 +1,5 @@
-// linear.cu: out = x @ w.T + bias, weights in rows as GGUF stores them.
+// linear.cu: out = x @ w.T + bias of many tokens, weights in rows as GGUF stores them. Few tokens, and
+// whatever tensor cores multiply, is of block_linear.cu.
 //
 // Arrays, row-major, last dimension contiguous (letters as in pykv/ops/linear.py):
 //   out               [T, O]  X_T at row stride out_stride elements, written; where `accumulate` is 1
@@ -10,14 +11,10 @@
 //   scalars           [8] float; [0] largest |x| (zero before `absmax`), [1..3] weight of each
 //                     piece, [4] = 1
 // Defines:  X_T, W_T, B_T = float, f16 or bf16
-//           BLOCK = threads; ROWS = 1, 2, 4 or 8, WIDE = 0 or 1 and OUTPUTS of a block compile
-//           `gemv`; TILE = tokens and outputs of a block, and X_PIECES = 1, 2 or 3 for W_T compile
-//           the other kernels
-// Launch:   gemv     grid (ceil(O / OUTPUTS), ceil(T / ROWS)), block (BLOCK)
-//           gemm     grid (ceil(O / TILE), ceil(T / TILE)), block (BLOCK)
+//           BLOCK = threads; TILE = tokens and outputs of a block; X_PIECES = 1, 2 or 3 for W_T
+// Launch:   gemm     grid (ceil(O / TILE), ceil(T / TILE)), block (BLOCK)
 //           add_bias, absmax, split   grid (T), block (BLOCK)
-// Traffic:  gemv     O * I weights for each ROWS rows of x; x stays in L1 and L2
-//           gemm     ceil(T / TILE) * O * I weights and ceil(O / TILE) * T * I elements of x
+// Traffic:  gemm     ceil(T / TILE) * O * I weights and ceil(O / TILE) * T * I elements of x
 //           add_bias, absmax, split   each array once
 // Order:    products and sums in float, fused; the order is fixed by the launch, so two runs agree
 //           in every bit. absmax uses an atomic maximum, which has no order.
@@ -25,80 +22,10 @@
 #include "reduce.cuh"
 #include "vector.cuh"
 
-#if !defined(X_T) || !defined(W_T) || !defined(B_T) || !defined(BLOCK)
-#error "linear.cu needs X_T, W_T, B_T and BLOCK"
+#if !defined(X_T) || !defined(W_T) || !defined(B_T) || !defined(BLOCK) || !defined(TILE) || \
+    !defined(X_PIECES)
+#error "linear.cu needs X_T, W_T, B_T, BLOCK, TILE and X_PIECES"
 #endif
-
-#if defined(ROWS) && defined(WIDE) && defined(OUTPUTS)
-
-// A warp multiplies OUTS rows of weights with ROWS rows of x, so that each weight is read once and
-// each element of x once for OUTS weights. A wide layer has enough rows for one warp each; in a
-// narrow one, where latency rules, all warps of a block share the rows and split I among them.
-constexpr int WARPS = BLOCK / WARP;
-constexpr int OUTS = WIDE ? 4 : 2;
-constexpr int PARTS = WIDE ? 1 : WARPS;  // of I
-constexpr int SUMS = ROWS * OUTS;
-constexpr int UNROLL = ROWS <= 2 ? 2 : 1;  // loads in flight against registers
-constexpr int RESIDENT = ROWS == 1 ? 6 : ROWS <= 4 ? 4 : 3;  // blocks on an SM that registers allow
-static_assert(SUMS <= WARP, "a lane for each sum");
-static_assert(OUTPUTS == OUTS * (WIDE ? WARPS : 1), "of all warps, or shared by them");
-
-extern "C" __global__ void __launch_bounds__(WARPS * WARP, RESIDENT)
-gemv(X_T* __restrict__ out, const X_T* __restrict__ x, const W_T* __restrict__ w,
-     const B_T* __restrict__ bias, int T, int O, int I, i64 x_stride, i64 out_stride,
-     int accumulate) {
-    __shared__ float partial[WARPS][SUMS];
-    const int lane = threadIdx.x % WARP;
-    const int warp = threadIdx.x / WARP;
-    const int part = PARTS > 1 ? warp : 0;
-    const int o0 = (PARTS > 1 ? blockIdx.x : blockIdx.x * WARPS + warp) * OUTS;
-    const int t0 = blockIdx.y * ROWS;
-
-    // Past the edge the last row is read again and its sum dropped.
-    const W_T* w_rows[OUTS];
-    const X_T* x_rows[ROWS];
-#pragma unroll
-    for (int o = 0; o < OUTS; o++) w_rows[o] = w + (i64)min(o0 + o, O - 1) * I;
-#pragma unroll
-    for (int t = 0; t < ROWS; t++) x_rows[t] = x + min(t0 + t, T - 1) * x_stride;
-
-    float sums[SUMS] = {};
-#pragma unroll UNROLL
-    for (int i = (part * WARP + lane) * 8; i < I; i += PARTS * WARP * 8) {
-        float weights[OUTS][8];
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) load8(weights[o], w_rows[o] + i);
-#pragma unroll
-        for (int t = 0; t < ROWS; t++) {
-            float values[8];
-            load8(values, x_rows[t] + i);
-#pragma unroll
-            for (int o = 0; o < OUTS; o++) {
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    sums[t * OUTS + o] = fmaf(weights[o][j], values[j], sums[t * OUTS + o]);
-                }
-            }
-        }
-    }
-
-    float sum = warp_sums(sums);  // lane l: token l / OUTS, output l % OUTS
-    if (PARTS > 1) {
-        if (lane < SUMS) partial[warp][lane] = sum;
-        __syncthreads();
-        if (warp > 0) return;
-        sum = 0.0f;
-        if (lane < SUMS) {
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) sum += partial[p][lane];
-        }
-    }
-    const int o = o0 + lane % OUTS;
-    const int t = t0 + lane / OUTS;
-    if (lane < SUMS && o < O && t < T) finish(out + t * out_stride + o, sum, bias, o, accumulate);
-}
-
-#elif defined(TILE) && defined(X_PIECES)
 
 // --- A tile of tokens by outputs -----------------------------------------------------------------
 
@@ -261,7 +188,3 @@ split(W_T* __restrict__ pieces, float* __restrict__ scalars, const X_T* __restri
         scalars[4] = 1.0f;
     }
 }
-
-#else
-#error "linear.cu needs ROWS, WIDE and OUTPUTS, or TILE and X_PIECES"
-#endif

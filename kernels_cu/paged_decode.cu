@@ -90,6 +90,7 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
     __shared__ __align__(16) float warp_acc[WARPS][ROWS][D];
     __shared__ float warp_m[WARPS][ROWS], warp_l[WARPS][ROWS];
 
+    let_next_start();
     const int G = HQ / H;
     const int tiles = (G * T + ROWS - 1) / ROWS;
     const int split = blockIdx.x % splits, block = blockIdx.x / splits;

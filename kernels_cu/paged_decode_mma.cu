@@ -97,6 +97,7 @@ paged_decode_mma(Q_T* __restrict__ out, float* __restrict__ lse, float* workspac
     __shared__ int is_last;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int g = lane / 4, t = lane % 4;  // as in the fragments of mma
+    let_next_start();
 
     const int tile_of_head = blockIdx.x, kv_head = blockIdx.y, range = blockIdx.z;
     const int tiles = gridDim.x * gridDim.y, ranges = gridDim.z;

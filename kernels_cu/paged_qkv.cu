@@ -23,7 +23,8 @@
 //           Q, K and V times Hadamard's matrix, last; BLOCK = threads; LANES = how many of them
 //           share a head, a power of two up to 32
 // Launch:   grid (T, (HQ + 2H) / (BLOCK / LANES) rounded up), block (BLOCK), no dynamic shared
-//           memory: a block has heads of one token, which share sines and cosines
+//           memory: a block has heads of one token, which share sines and cosines. It may start
+//           early, hence no pointer is __restrict__: no load moves ahead of the wait
 // Traffic:  T * ((2 * HQ + 2H) * D * sizeof(NEW_T) + H * bytes of a row of K and V with its scales)
 // Order:    no atomics; floats from reading to storing, sums in an order that D decides; where
 //           HADAMARD is 0, V, and all where there is neither norm nor rotation, is bit-exact; two
@@ -57,16 +58,18 @@ __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weig
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-paged_qkv(NEW_T* __restrict__ q_out, K_T* __restrict__ k_pool, V_T* __restrict__ v_pool,
-          SCALE_T* __restrict__ k_scales, SCALE_T* __restrict__ v_scales,
-          const NEW_T* __restrict__ qkv, const ROW_T* __restrict__ slots,
-          const int* __restrict__ positions, const float* __restrict__ inv_freq,
-          const W_T* __restrict__ q_norm, const W_T* __restrict__ k_norm,
+paged_qkv(NEW_T* q_out, K_T* k_pool, V_T* v_pool,
+          SCALE_T* k_scales, SCALE_T* v_scales,
+          const NEW_T* qkv, const ROW_T* slots,
+          const int* positions, const float* inv_freq,
+          const W_T* q_norm, const W_T* k_norm,
           i64 k_pool_page, i64 k_pool_token, i64 k_pool_head,
           i64 v_pool_page, i64 v_pool_token, i64 v_pool_head,
           i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
           i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
           i64 q_token, i64 q_head, i64 qkv_token, float eps) {
+    let_next_start();
+    await_previous();
     const u32 token = blockIdx.x, group = threadIdx.x / LANES;
     const u32 head = blockIdx.y * GROUPS + group;
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp

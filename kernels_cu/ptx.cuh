@@ -81,6 +81,13 @@ __device__ __forceinline__ void store16(void* p, const uint4& x) {
                  :: "l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+// The same to shared memory.
+__device__ __forceinline__ void store16_shared(void* p, const uint4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"((u32)__cvta_generic_to_shared(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+
 // [cp.async] Asynchronous copy of 16 bytes that bypasses L1, both addresses aligned to 16. Below
 // sm_80 it is an ordinary copy, and commit and wait do nothing.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global) {
@@ -120,6 +127,28 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int N> __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#endif
+}
+
+// [prefetch] Asks for the line of an address, for L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
+// [griddepcontrol] Lets the next kernel of the stream start that was launched to start early, once
+// all blocks have come here or ended. It sees no writes of this kernel before await_previous.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernel before has ended and its writes are visible; at once in a kernel that was
+// not launched to start early. All blocks of one that was must come here, so that what follows it
+// may rely on all that was before.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
+from pykv.ops import block_linear
 
 # A shell that starts tests in the background has SIGINT ignored, by them and by what they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -130,6 +131,7 @@ def array_module(request):
     monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
     monkeypatch.setattr(cuda.launch, "driver", machine)
     monkeypatch.setattr(cuda.devices, "_arch", lambda device: machine.ARCH)
+    monkeypatch.setattr(block_linear, "warm_up", lambda kinds: None)  # NVRTC's work
     return cupy
 
 

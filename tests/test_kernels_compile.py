@@ -63,7 +63,6 @@ SHARED_SIZES = dict(  # numbers that the host chooses and the kernel computes as
     paged_decode_mma=("ROWS", "KEYS", "MIN_KEYS", "STAGE_BYTES", "Q_BYTES", "STATE_PITCH"),
     prefill_mma=("ROWS", "KEYS", "SHARED_BYTES"),
     prefill=("BLOCK",),
-    linear=("OUTPUTS",),
 )
 
 

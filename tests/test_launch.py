@@ -12,6 +12,7 @@ from pykv.ops import (
     activation,
     attention_scores,
     bandwidth,
+    block_linear,
     contiguous_append,
     linear,
     merge_states,
@@ -98,7 +99,7 @@ def test_every_kernel_has_a_signature(stem):
 
 COMPILED = [  # kernels of every type of scalar
     *(("linear", name, linear.VARIANTS[0]) for name in ("gemm", "absmax", "split", "add_bias")),
-    ("linear", "gemv", linear.VARIANTS[1]),
+    ("block_linear", "gemv", block_linear.VARIANTS[0]),
     *(("sample", name, sample.VARIANTS[0]) for name in ("argmax", "sample")),
     *(("activation", name, activation.VARIANTS[0]) for name in ("swiglu", "embed")),
     ("merge_states", "merge_states", merge_states.VARIANTS[0]),
@@ -152,12 +153,30 @@ def bound(declare, monkeypatch):
 SCALARS = dict(n=1, seed=2, stride=3, bits=4, scale=0.5)
 
 
+@pytest.mark.parametrize(
+    "sm, version, overlaps",
+    [(90, 12030, True), (120, 13000, True), (90, 12020, False), (80, 13000, 0)],
+)
+def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version, overlaps):
+    """Code for an older SM, by PYKV_ARCH on a new GPU as well, would not wait."""
+    pytest.importorskip("cuda.core")
+    cupy = ModuleType("cupy")
+    cupy.cuda = ModuleType("cuda")
+    cupy.cuda.runtime = ModuleType("runtime")
+    cupy.cuda.runtime.driverGetVersion = lambda: version
+    monkeypatch.setattr(cuda.driver, "load_cupy", lambda: cupy)
+    monkeypatch.setattr(cuda.driver, "current_sm", lambda: sm)
+    made = [cuda.driver.configure(None, 7, 8, 0, None, early) for early in (True, False)]
+    assert [x.programmatic_stream_serialization for x in made] == [overlaps, False]
+
+
 def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
     kernel = cuda.kernel("some", "one")
     backwards = dict(reversed(SCALARS.items()))
-    cuda.Launch(kernel, 7, (8, 2), backwards, shared_bytes=9, cluster=(1,))(dict(x="x", out=None))
+    options = dict(shared_bytes=9, cluster=(1,), early=True)
+    cuda.Launch(kernel, 7, (8, 2), backwards, **options)(dict(x="x", out=None))
     ((handle, config, arrays, scalars),) = bound
-    assert handle == ("sm_90", "some", "one") and config == (handle, 7, (8, 2), 9, (1,))
+    assert handle == ("sm_90", "some", "one") and config == (handle, 7, (8, 2), 9, (1,), True)
     assert arrays == [None, "x"] and scalars == list(SCALARS.values())
     types = [np.int32, np.uint32, np.int64, np.uint64, np.float32]
     assert [type(x) for x in scalars] == types

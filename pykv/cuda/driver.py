@@ -14,7 +14,7 @@ from typing import Any
 
 from pykv.arrays import load_cupy
 from pykv.cuda.compiler import compile
-from pykv.cuda.devices import core_stream
+from pykv.cuda.devices import core_stream, current_sm
 from pykv.errors import CudaError, DtypeError, ParameterError
 
 # Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is for its own variables.
@@ -47,8 +47,10 @@ def configure(
     block: int | tuple[int, ...],
     shared_bytes: int,
     cluster: tuple[int, ...] | None,
+    early: bool = False,
 ) -> Any:
-    """The configuration of a launch of these sizes on the current GPU, for `bind`.
+    """The configuration of a launch of these sizes on the current GPU, for `bind`; with `early` one
+    that may overlap the kernel ahead of it, where the GPU and the driver have that.
 
     Raises:
         ParameterError: the cluster's sizes do not divide the grid's.
@@ -56,7 +58,7 @@ def configure(
     """
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, load_cupy().cuda.runtime.getDevice())
-    return _config(grid, block, shared_bytes, cluster)
+    return _config(grid, block, shared_bytes, cluster, early and _has_early())
 
 
 def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ...]) -> Any:
@@ -139,12 +141,22 @@ def _allow_shared(kernel: Any, shared_bytes: int, device: int) -> None:
             raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
 
 
+def _has_early() -> bool:
+    """Whether kernels may overlap; in graphs as well, of which drivers know since CUDA 12.3. Code
+    for older SMs does not wait for the kernel ahead of it."""
+    version = load_cupy().cuda.runtime.driverGetVersion()
+    return current_sm() >= 90 and bool(version >= 12030)
+
+
 @lru_cache(maxsize=4096)
-def _config(grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] | None) -> Any:
+def _config(
+    grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] | None, early: bool
+) -> Any:
     from cuda.core import LaunchConfig
 
+    options = dict(block=block, shmem_size=shared_bytes, programmatic_stream_serialization=early)
     if cluster is None:
-        return LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+        return LaunchConfig(grid=grid, **options)
     blocks = grid if isinstance(grid, tuple) else (grid,)
     sizes = tuple(zip_longest(blocks, cluster, fillvalue=1))
     if any(size < 1 or n % size for n, size in sizes):
@@ -152,4 +164,4 @@ def _config(grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] |
             f"cuda.Launch: cluster is {cluster}, expected sizes that divide those of grid {grid}"
         )
     clusters = tuple(n // size for n, size in sizes)  # in these cuda.core counts the grid then
-    return LaunchConfig(grid=clusters, cluster=cluster, block=block, shmem_size=shared_bytes)
+    return LaunchConfig(grid=clusters, cluster=cluster, **options)

@@ -103,6 +103,9 @@ class Launch:
             that the kernel declares.
         shared_bytes: dynamic shared memory of a block.
         cluster: blocks that share a cluster, sizes that divide the grid's; from sm_90 on.
+        early: the kernel may start before the one ahead of it in the stream has ended (programmatic
+            dependent launch); it calls `await_previous` before it reads what others write, or
+            writes. Without effect below sm_90.
 
     Raises:
         ParameterError: a scalar is missing, unknown or beyond its type, or the cluster does not
@@ -129,10 +132,11 @@ class Launch:
         *,
         shared_bytes: int = 0,
         cluster: tuple[int, ...] | None = None,
+        early: bool = False,
     ) -> None:
         self.kernel = kernel
         self._scalars = _typed(kernel, scalars or {})
-        self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster)
+        self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster, early)
 
     def __call__(self, arrays: Mapping[str, Any], stream: Any = None) -> None:
         kernel = self.kernel

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import planes
-from pykv.arrays import like
+from pykv.arrays import like, on_gpu
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
 from pykv.ops import activation, block_linear, linear
+from pykv.ops.block_linear import PLAIN
+from pykv.ops.norm import rms_norm
 from pykv.pool import float_kind
 
 STORED = "stored"  # what `weights` says for matrices that stay as they are in the file
-PLAIN = ("F32", "F16", "BF16")  # types of GGUF tensors that are arrays of floats
 
 
 class Stored(NamedTuple):
@@ -58,38 +59,73 @@ def check_stored(file: ModelFile) -> None:
 
 def stored_bytes(kind: str, O: int, I: int) -> int:
     """Bytes of a matrix that stays as it is in the file."""
-    return O * (planes.row_bytes(kind, I) if kind in planes.FORMATS else I * PLAIN_BYTES[kind])
+    return O * (planes.row_bytes(kind, I) if kind in planes.FORMATS else I * PLAIN[kind].itemsize)
 
 
-PLAIN_BYTES = dict(zip(PLAIN, (4, 2, 2), strict=True))
+# Tokens up to which a product normalises and gates itself. Of more, launches of their own do, into
+# arrays that a model has, and linear_mma or cuBLAS multiply.
+FUSED_TOKENS = 8
 
 
 def multiply(
     x: Any,
     w: Any,
     *,
+    norm: Any = None,
+    eps: float = 1e-6,
     bias: Any = None,
     out: Any = None,
     accumulate: bool = False,
     gemm: str = "auto",
+    normed: Any = None,
 ) -> Any:
-    """`x @ w.T + bias` as of linear.linear and block_linear.multiply, for w an array or Stored."""
-    if not isinstance(w, Stored):
-        return linear.linear(x, w, bias=bias, out=out, accumulate=accumulate, gemm=gemm)
+    """`x @ w.T + bias` as of block_linear.multiply, for weights of a model: w an array or Stored.
+
+    `gemm` as of linear.linear. `normed`, like `x`, holds its rows where normalising them is a
+    step of its own.
+    """
+    parts = _parts(w)
     if out is None:
-        out = like(x, (len(x), sum(len(rows) for _, rows in w.parts)), x.dtype)
+        out = like(x, (len(x), sum(len(rows) for _, rows in parts)), x.dtype)
+    is_fused = _is_fused(x)
+    if norm is not None and not is_fused:
+        x, norm = rms_norm(x, norm, eps=eps, out=normed), None
     first = 0
-    for kind, rows in w.parts:
-        part = slice(first, first + len(rows))
-        options: dict[str, Any] = dict(
-            bias=None if bias is None else bias[part], out=out[:, part], accumulate=accumulate
-        )
-        if kind in PLAIN:
+    for kind, rows in parts:
+        options: dict[str, Any] = dict(bias=bias, out=out, accumulate=accumulate)
+        if len(parts) > 1:
+            part = slice(first, first + len(rows))
+            options |= dict(bias=None if bias is None else bias[part], out=out[:, part])
+        if kind in PLAIN and not is_fused:
             linear.linear(x, rows, gemm=gemm, **options)
         else:
-            block_linear.multiply(x, rows, kind, **options)
+            block_linear.multiply(x, rows, kind, norm=norm, eps=eps, early=True, **options)
         first += len(rows)
     return out
+
+
+def gated(x: Any, w: Any, gate: str, *, out: Any, gate_up: Any, **options: Any) -> None:
+    """out = the products with the gates of w, activated, times those with what they open.
+
+    `options` as of `multiply`; `gate_up`, [T, 2F], holds the products where the gate is a step of
+    its own.
+    """
+    parts = _parts(w)
+    if len(parts) == 1 and _is_fused(x):
+        ((kind, rows),) = parts
+        of_norm = dict(norm=options["norm"], eps=options["eps"], bias=options["bias"])
+        block_linear.multiply(x, rows, kind, gate=gate, out=out, early=True, **of_norm)
+        return
+    multiply(x, w, out=gate_up, **options)
+    getattr(activation, gate)(gate_up, out=out)
+
+
+def _parts(w: Any) -> list[tuple[str, Any]]:
+    return w.parts if isinstance(w, Stored) else [(block_linear.KIND_OF[w.dtype], w)]
+
+
+def _is_fused(x: Any) -> bool:
+    return on_gpu(x) and len(x) <= FUSED_TOKENS
 
 
 def embed(table: Any, ids: Any, scale: float) -> Any:

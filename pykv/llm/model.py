@@ -22,13 +22,9 @@ from pykv import cuda
 from pykv.arrays import like, on_gpu
 from pykv.llm import matrices
 from pykv.llm.weights import Model
-from pykv.ops import activation, linear, norm, paged_check, paged_decode
+from pykv.ops import activation, norm, paged_check, paged_decode
 
-# A CUDA graph decodes so many sequences at most, and none that would read so many bytes of weights
-# again (13 ms at 300 GB/s, as long as Python takes for a step): else products by cuBLAS pay, of
-# which CuPy captures none.
-GRAPH_SEQUENCES = 64
-GRAPH_REREADS = 4 << 30
+GRAPH_ROWS = 64  # rows of a graph's step: a power of two up to here, then multiples of it
 
 
 @dataclass
@@ -94,8 +90,8 @@ def forward(
         cuda.enqueue(partial(workspace.__setitem__, slice(paged_decode.COUNTERS), 0))
     of_all = dict(positions=batch.positions, pairing=kind.pairing, eps=config.eps)
     of_all |= dict(hadamard=model.hadamard)
-    gated = activation.geglu if kind.activation == "geglu" else activation.swiglu
-    multiply = partial(matrices.multiply, gemm=gemm)
+    multiply = partial(matrices.multiply, gemm=gemm, eps=config.eps, normed=normed)
+    gated = partial(matrices.gated, gemm=gemm, eps=config.eps, normed=normed)
 
     def add_product(y: Any, weight: Any, bias: Any, post_norm: Any) -> None:
         """x += y @ weight.T + bias, normalised first where the model has a post norm."""
@@ -107,8 +103,7 @@ def forward(
         activation.add(x, normed)
 
     for i, layer in enumerate(model.layers):
-        norm.rms_norm(x, layer.attention_norm, eps=config.eps, out=normed)
-        multiply(normed, layer.qkv, bias=layer.qkv_bias, out=qkv)
+        multiply(x, layer.qkv, norm=layer.attention_norm, bias=layer.qkv_bias, out=qkv)
         q = q if queries is None else queries[i]
         of_layer = dict(inv_freq=layer.inv_freq, q_norm=layer.q_norm, k_norm=layer.k_norm, q_out=q)
         cache.append_qkv(i, qkv, batch.slots, **of_layer, **of_all)
@@ -124,16 +119,14 @@ def forward(
         if squares is not None:
             squares[i] = (x * x).mean(axis=1)
 
-        norm.rms_norm(x, layer.ffn_norm, eps=config.eps, out=normed)
-        multiply(normed, layer.gate_up, bias=layer.gate_up_bias, out=gate_up)
-        gated(gate_up, out=hidden)
+        of_gate = dict(norm=layer.ffn_norm, bias=layer.gate_up_bias, gate_up=gate_up)
+        gated(x, layer.gate_up, kind.activation, **of_gate, out=hidden)
         add_product(hidden, layer.down, layer.down_bias, layer.post_ffn_norm)
 
     if rows is not None:
         x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
-    norm.rms_norm(x, model.output_norm, eps=config.eps, out=normed)
-    logits = multiply(normed, model.head)
+    logits = multiply(x, model.head, norm=model.output_norm, normed=normed)
     if config.logit_cap is not None:
         cap = partial(_soft_cap, logits, config.logit_cap)
         cuda.enqueue(cap) if on_gpu(logits) else cap()
@@ -151,25 +144,22 @@ def decode_step(model: Model, batch: Batch, cache: Any, queries: Any = None) -> 
     """A function that does `forward` on a batch of one token a sequence; each call goes by what the
     batch's arrays contain then. The cache must not be grown meanwhile.
 
-    A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU, few
-    sequences therefore get a CUDA graph, whose logits are one array, filled anew by each call from
-    the second on. Not while PYKV_CHECK asks to look at all page tables.
+    A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU it
+    therefore is a CUDA graph, whose logits are one array, filled anew by each call from the second
+    on. Not while PYKV_CHECK asks to look at all page tables.
     """
-    few = _are_few(model, len(batch.ids))
-    gemm = "own" if few else "auto"
+    by_graph = on_gpu(batch.ids) and not paged_check.ALWAYS
+    gemm = "own" if by_graph else "auto"  # CuPy captures no cuBLAS
     step = partial(forward, model, batch, cache, gemm=gemm, queries=queries)
-    by_graph = few and on_gpu(batch.ids) and not paged_check.ALWAYS
     return cuda.graph(step) if by_graph else step
 
 
-def decode_rows(model: Model, sequences: int, xp: Any) -> int:
-    """Rows of a step that decodes so many sequences: as many, or where that is a graph a power of
-    two, so that few graphs serve all. A row that nobody has costs a GPU little, and another graph
-    as much as a few steps."""
-    rows = min(1 << (sequences - 1).bit_length(), GRAPH_SEQUENCES)
-    return rows if xp is not np and sequences <= rows and _are_few(model, rows) else sequences
-
-
-def _are_few(model: Model, rows: int) -> bool:
-    """Whether so many rows are multiplied by pykv's own kernels, which graphs capture."""
-    return rows <= GRAPH_SEQUENCES and linear.rereads(rows) * model.float_bytes <= GRAPH_REREADS
+def decode_rows(sequences: int, xp: Any) -> int:
+    """Rows of a step that decodes so many sequences: as many, or where that is a graph a few more,
+    so that few graphs serve all. A row that nobody has costs a GPU little, and another graph as
+    much as a few steps."""
+    if xp is np:
+        return sequences
+    if sequences > GRAPH_ROWS:
+        return -(-sequences // GRAPH_ROWS) * GRAPH_ROWS
+    return 1 << (sequences - 1).bit_length()

@@ -90,7 +90,7 @@ class ModelRunner:
             self._decoders.clear()
             self._pool = self.cache.k
         most = max(len(s.pages) for s in sequences)
-        rows = decode_rows(self.model, len(sequences), self.xp)
+        rows = decode_rows(len(sequences), self.xp)
         size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
         decoder = self._decoders.pop(size, None) or self._decoder(*size)
         self._decoders[size] = decoder  # the last is the one used last
@@ -180,8 +180,8 @@ class ModelRunner:
 
 
 class _Decoder:
-    """Decodes up to `rows` sequences of up to `width` pages by one step, a CUDA graph where that
-    pays: rows that nobody has are not written, and see no keys.
+    """Decodes up to `rows` sequences of up to `width` pages by one step, a CUDA graph on a
+    GPU: rows that nobody has are not written, and see no keys.
 
     Args:
         model, cache, xp: of the runner.

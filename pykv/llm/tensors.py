@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from pykv.arrays import FLOATS
 from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.gguf_cursor import plain
-from pykv.llm.matrices import PLAIN, Stored
+from pykv.llm.matrices import Stored
 from pykv.ops import block_linear, dequant
+from pykv.ops.block_linear import PLAIN
 
 if TYPE_CHECKING:
     from pykv.llm.config import Config
@@ -212,7 +212,7 @@ def stored(xp: Any, infos: list[TensorInfo]) -> tuple[Stored, Any]:
     parts: list[tuple[str, Any]] = []
     for kind, of_kind in groupby(infos, lambda info: info.kind):
         if kind in PLAIN:
-            rows = joined(xp, list(of_kind), _DTYPES[kind], on_host=_DTYPES[kind])
+            rows = joined(xp, list(of_kind), PLAIN[kind], on_host=PLAIN[kind])
             finite &= all_finite(xp, rows)
         else:
             packed = tuple(block_linear.pack(xp.asarray(info.blocks), kind) for info in of_kind)
@@ -224,8 +224,6 @@ def stored(xp: Any, infos: list[TensorInfo]) -> tuple[Stored, Any]:
         parts.append((kind, rows))
     return Stored(parts, I), finite
 
-
-_DTYPES = dict(zip(PLAIN, FLOATS, strict=True))
 
 _PIECE = 1 << 20  # elements; bounds the scratch memory
 

@@ -60,17 +60,6 @@ class Model:
         """Of all matrices that a step multiplies with."""
         return sum(int(x.nbytes) for x in self._matrices())
 
-    @property
-    def float_bytes(self) -> int:
-        """Of those that are arrays of floats, which linear.linear reads again for more tokens."""
-        arrays = (
-            rows
-            for x in self._matrices()
-            for kind, rows in (x.parts if isinstance(x, Stored) else [(matrices.PLAIN[0], x)])
-            if kind in matrices.PLAIN
-        )
-        return sum(int(rows.nbytes) for rows in arrays)
-
     def _matrices(self) -> list[Any]:
         weights = [x for layer in self.layers for x in vars(layer).values()]
         return [
@@ -102,11 +91,13 @@ def load(
             `dtype`; or matrices.check_stored.
     """
     config = read_config(file)
+    kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
     if dtype is None:
         matrices.check_stored(file)
-        if xp is not np:
-            kinds = {info.kind for info in file.tensors.values() if len(info.shape) == 2}
-            block_linear.warm_up(sorted(kinds - {*matrices.PLAIN}))
+    else:
+        kinds = {block_linear.KIND_OF[np.dtype(dtype)]}
+    if xp is not np:
+        block_linear.warm_up(sorted(kinds | ({"F32"} if hadamard else set())))
     rounded = dict(attention_out=np.float16) if hadamard and dtype is None else {}
     reader = _Reader(file, config, xp, dtype, progress, rounded)
     E, D = config.embedding, config.head_dim

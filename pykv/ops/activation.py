@@ -179,12 +179,22 @@ def _gated(name: str, x: Any, out: Any, stream: Any) -> Any:
     if out.size == 0:
         return out
     if on_gpu(x):
-        grid, scalars = (T, -(-F // _PER_BLOCK)), dict(x_stride=x.strides[0] // x.itemsize, F=F)
-        launch = dims.keep(None, lambda: _launch(name, x.dtype, grid, scalars))
+        launch = dims.keep(None, lambda: launch_gated(name, x, out, False))
         launch(dict(out=out, x=x), stream)
     else:
         cuda.run_on_host(lambda: reference(name, x), out, stream)
     return out
+
+
+def launch_gated(name: str, x: Any, out: Any, accumulate: bool) -> cuda.Launch:
+    """The launch of `swiglu` or `geglu` for arrays of the layout of these, which are checked; out
+    may have any stride, and is added to if `accumulate`."""
+    T, F = out.shape
+    scalars = dict(F=F, accumulate=accumulate)
+    scalars |= {
+        f"{name}_stride": a.strides[0] // a.itemsize for name, a in (("out", out), ("x", x))
+    }
+    return _launch(name, x.dtype, (T, -(-F // _PER_BLOCK)), scalars)
 
 
 def _launch(

@@ -1,4 +1,5 @@
-"""Products with weights that stay the blocks of a GGUF file, and rows of them.
+"""Products with weights that stay the blocks of a GGUF file, or are floats, with what a model does
+in front of them and behind; rows of blocks.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row.
 Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
@@ -7,27 +8,51 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv import cuda, planes
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT8, checker, like, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    UINT8,
+    VECTOR_BYTES,
+    Dims,
+    checker,
+    like,
+    on_gpu,
+    optional,
+)
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import linear_mma
-from pykv.options import check_flag, check_float_dtype, check_number, check_whole
+from pykv.ops import activation, linear_mma
+from pykv.ops import norm as rms_norm
+from pykv.options import check_choice, check_flag, check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
 
-# How products are cut, reckoned from bytes and instructions.
+# Kinds whose rows are floats, not blocks, and their dtypes.
+PLAIN = dict(zip(("F32", "F16", "BF16"), FLOATS, strict=True))
+KINDS = (*FORMATS, *PLAIN)
+KIND_OF = {dtype: kind for kind, dtype in PLAIN.items()}
+GATES = ("swiglu", "geglu")
+
+# How `gemv` cuts products, reckoned from bytes and instructions.
 _BLOCK = 128  # threads
-_OUTS = {1: 8, 2: 8, 4: 4, 8: 4}  # outputs of a warp, by the tokens that share one reading of w
+_OUTS = {1: 8, 2: 8, 4: 4, 8: 4}  # rows of w of a warp, by the tokens that share one reading of w
+_PLAIN_OUTS = dict(F32=2, F16=4, BF16=4)  # of floats at most: a lane holds 32 elements of each
+_FEW_OUTS = 2  # where more would leave multiprocessors without a block
 _STAGED = 8  # slices of x in shared memory at most, of 4.6 KB each: tokens times parts
 _BLOCKS = 4  # on an SM, below which warps share outputs
 _SLICE = 1024  # elements of a row that a warp multiplies at a time
 _SLICE_BYTES = 4608
-_FEW = 4  # tokens up to which `gemv` multiplies, from sm_75 on
+_FEW = 4  # tokens up to which `gemv` multiplies, where linear_mma has a kernel
+# It also multiplies up to 8 in one launch where the matrix is so small that this takes a few us, as
+# long as the launches do that linear_mma, a norm and a gate of their own take.
+_SMALL = 8 << 20  # elements
 
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind
 
@@ -36,13 +61,25 @@ def _defines(kind: str, x: Any, bias: Any, **sizes: int) -> dict[str, Any]:
     return dict(KIND=kind, X_T=x, B_T=bias, BLOCK=_BLOCK, **sizes)
 
 
-def _rows(rows: int) -> dict[str, int]:
-    return dict(ROWS=rows, OUTS=_OUTS[rows])
+def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
+    """Rows of w that a warp may have, the usual number first. Where linear_mma has a kernel, 8
+    tokens are for small matrices, and with 4 rows each registers would allow half of the blocks."""
+    most = min(_OUTS[rows], _PLAIN_OUTS.get(kind, 8))
+    if rows == 8 and linear_mma.has_kernel(kind, sm):
+        most = _FEW_OUTS
+    return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
+
+
+def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
+    """All ways in which `gemv` cuts products on an SM, and how rows are taken."""
+    sizes = [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
+    return sizes if kind in PLAIN else [*sizes, dict(EXPAND=1)]
 
 
 VARIANTS: list[dict[str, Any]] = [
-    *(_defines(kind, "float", "float", **_rows(1)) for kind in FORMATS),
-    *(_defines("Q4_K", "float", "float", **_rows(rows)) for rows in (2, 8)),
+    *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1, 90)[0]) for kind in KINDS),
+    *(_defines(kind, "float", "float", EXPAND=1) for kind in FORMATS),
+    *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
 ]
 
 
@@ -67,7 +104,8 @@ def pack(blocks: Any, kind: str) -> Any:
     (2, 48)
     """
     op = "block_linear.pack"
-    form = _check_kind(op, kind)
+    _check_kind(op, kind, FORMATS)
+    form = FORMATS[kind]
     W = _check_pack(blocks)["W"]
     if W % form.nbytes:
         raise ShapeError(
@@ -88,21 +126,35 @@ def multiply(
     kind: str,
     *,
     bias: Any = None,
+    norm: Any = None,
+    eps: float = 1e-6,
+    gate: str | None = None,
     out: Any = None,
     accumulate: bool = False,
+    early: bool = False,
     exact: bool = True,
     stream: Any = None,
 ) -> Any:
-    """`x @ w.T + bias`, added to what `out` holds if `accumulate`.
+    """`x @ w.T + bias`, added to what `out` holds if `accumulate`; of few tokens in one launch,
+    whatever is asked for in front of the product and behind it.
 
     Args:
         x: [T, I] float32, float16 or bfloat16; tokens at any stride. I is a multiple of the
-            elements of a block.
-        w: [O, W] uint8; what `pack` made of a matrix of `kind` with rows of I elements.
-        kind: a name of `planes.FORMATS`.
-        bias: [O] float32 or the dtype of `x`.
+            elements of a block, for floats of 8.
+        w: [O, W] uint8; what `pack` made of a matrix of `kind` with rows of I elements. Where
+            `kind` is "F32", "F16" or "BF16", the matrix itself: [O, I] of that type. With a gate
+            [2O, ...]: the rows of gates, then of what they open.
+        kind: a name of `planes.FORMATS`, or one of these three.
+        bias: [O], with a gate [2O], float32 or the dtype of `x`.
+        norm: [I] float32; `x / sqrt(mean(x**2) + eps) * norm` is multiplied, see norm.rms_norm.
+        eps: added to the mean square.
+        gate: "swiglu" or "geglu": each output is the activation of one product times another, see
+            activation.swiglu and geglu. None: no gate.
         out: [T, O] dtype of `x`, tokens at any stride; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
+        early: `w`, `bias` and `norm` were written long ago, as a model's weights are. From sm_90 on
+            the kernel may then begin to read them before the kernel ahead of it in the stream has
+            ended (programmatic dependent launch).
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
             there as weights are, two to four times faster for many tokens; an error of about 5e-4
             of the largest output. Of no meaning for 16-bit `x` and wherever else products are made.
@@ -115,40 +167,59 @@ def multiply(
         ShapeError: dimensions disagree, or I is no multiple of the block's elements.
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
-        ParameterError: `accumulate` lacks `out`.
+        ParameterError: `accumulate` lacks `out`, `gate` is unknown, or `eps` not positive and
+            finite.
         UnsupportedError: there is no kernel for `kind`.
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
-    multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, which
-    take float32 as the sum of two float16, 22 bits of every element down to 2^-28 of the token's
-    largest; for 16-bit `x` weights are rounded to float16, whose largest is 65504. The copy of `x`
-    takes 4 bytes an element from CuPy's memory pool, or 2. A token's result depends on the number
-    of tokens, in its last bits, but not on the other tokens. Older GPUs read the matrix again for
-    every 8 tokens. On the host it is dequantised by pieces at each call, many times slower than a
+    multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
+    more than 8 by a small matrix, in launches of their own: norm, product, gate. They take float32
+    as the sum of two float16, 22 bits of every element down to 2^-28 of the token's largest, or for
+    BF16 (from sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose
+    largest is 65504, and what meets between launches to the dtype of `x`. The copies of `x` take up
+    to 10 bytes an element from CuPy's memory pool, and a gate's products their size. A token's
+    result depends on the number of tokens, in its last bits, but not on the other tokens. Older
+    GPUs, and F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by
+    pieces at each call, many times slower than a
     product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
     array([[0., 0., 0.]], dtype=float32)
+    >>> x, w = np.full((1, 8), 3, np.float32), np.ones((2, 8), np.float16)  # a gate and an up
+    >>> y = pykv.ops.block_linear.multiply(x, w, "F16", norm=np.ones(8, "f4"), gate="swiglu")
+    >>> y.round(2)
+    array([[63.98]], dtype=float32)
     """
     op = "block_linear.multiply"
-    _check_kind(op, kind)
-    dims = _check(x, w, bias, out)
-    _check_row(op, kind, "x", dims["I"], dims["W"])
-    accumulate = check_flag(op, "accumulate", accumulate)
-    exact = check_flag(op, "exact", exact)
-    if accumulate and out is None:
+    _check_kind(op, kind, KINDS)
+    dims = _checker(kind if kind in PLAIN else None, gate is not None)(x, w, bias, norm, out)
+    if kind in PLAIN:
+        _check_columns(op, dims["I"])
+    else:
+        _check_row(op, kind, "x", dims["I"], dims["W"])
+    if gate is not None:
+        check_choice(op, "gate", gate, GATES)
+    options = Options(
+        gate=gate,
+        eps=check_number(op, "eps", eps, positive=True),
+        accumulate=check_flag(op, "accumulate", accumulate),
+        early=check_flag(op, "early", early),
+        exact=check_flag(op, "exact", exact),
+    )
+    if options.accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
     out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
     if out.size == 0:
         return out
+    if dims["I"] == 0:
+        norm = None  # of no elements, whose products are 0
     if on_gpu(x):
-        options = kind, accumulate, exact and x.dtype in FLOAT32
-        launch = dims.keep(options, lambda: _launch(x, w, bias, out, *options))
-        launch(dict(out=out, x=x, w=w, bias=bias), stream)
+        run(dims, x, w, kind, bias, norm, out, options, stream)
     else:
-        cuda.run_on_host(lambda: reference(x, w, kind, bias, out, accumulate), stream=stream)
+        work = partial(reference, x, w, kind, bias, out, norm, options)
+        cuda.run_on_host(work, stream=stream)
     return out
 
 
@@ -194,7 +265,7 @@ def take(
     (1, 32)
     """
     op = "block_linear.take"
-    _check_kind(op, kind)
+    _check_kind(op, kind, FORMATS)
     I = check_whole(op, "I", I, 0)
     dims = _check_take(w, ids, out)
     _check_row(op, kind, "a row", I, dims["W"])
@@ -222,10 +293,8 @@ def warm_up(kinds: Sequence[str]) -> None:
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
     for kind in kinds:
-        has_tiles = linear_mma.has_kernel(kind, sm)
-        few = [rows for rows in _OUTS if rows <= _FEW or not has_tiles]
-        jobs += [("block_linear", _defines(kind, *floats, **_rows(rows))) for rows in few]
-        if has_tiles:
+        jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
+        if linear_mma.has_kernel(kind, sm):
             tilings = linear_mma.tilings(kind, True, sm)
             jobs += [("linear_mma", linear_mma.defines(kind, *floats, True, t)) for t in tilings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -234,14 +303,23 @@ def warm_up(kinds: Sequence[str]) -> None:
 
 
 _check_pack = checker("block_linear.pack", blocks=("R W", UINT8, 1))
-_check = checker(
-    "block_linear.multiply",
-    ("out",),
-    x=("T | I", FLOATS),
-    w=("O W", UINT8),
-    bias=optional("O", (*FLOAT32, "x")),
-    out=optional("T | O", "x"),
-)
+
+
+@cache
+def _checker(plain: str | None, has_gate: bool) -> Callable[..., Dims]:
+    """Of `multiply` with a matrix of floats or of blocks."""
+    rows = "2O" if has_gate else "O"
+    return checker(
+        "block_linear.multiply",
+        ("out",),
+        x=("T | I", FLOATS),
+        w=(f"{rows} I", (PLAIN[plain],)) if plain else (f"{rows} W", UINT8),
+        bias=optional(rows, (*FLOAT32, "x")),
+        norm=optional("I", FLOAT32, VECTOR_BYTES),
+        out=optional("T | O", "x"),
+    )
+
+
 _check_take = checker(
     "block_linear.take",
     ("out",),
@@ -251,10 +329,14 @@ _check_take = checker(
 )
 
 
-def _check_kind(op: str, kind: str) -> planes.Format:
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise UnsupportedError(f"{op}: kind is {kind!r}, expected one of {', '.join(FORMATS)}")
-    return FORMATS[kind]
+def _check_kind(op: str, kind: str, known: Iterable[str]) -> None:
+    if not isinstance(kind, str) or kind not in known:
+        raise UnsupportedError(f"{op}: kind is {kind!r}, expected one of {', '.join(known)}")
+
+
+def _check_columns(op: str, I: int) -> None:
+    if I % 8:
+        raise ShapeError(f"{op}: x has I={I}, expected a multiple of 8")
 
 
 def _check_row(op: str, kind: str, name: str, I: int, W: int) -> None:
@@ -272,23 +354,38 @@ def _check_ids(op: str, ids: Any, O: int) -> None:
         raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {O - 1}")
 
 
+class Options(NamedTuple):
+    """What `multiply` does beside the product."""
+
+    gate: str | None = None
+    eps: float = 1e-6
+    accumulate: bool = False
+    early: bool = False
+    exact: bool = True
+
+
 _PACKED = 1 << 24  # elements that are packed at a time
 _PIECE = 1 << 20  # elements that the host dequantises at a time
 
 
-def reference(x: Any, w: Any, kind: str, bias: Any, out: Any, accumulate: bool) -> None:
+def reference(x: Any, w: Any, kind: str, bias: Any, out: Any, norm: Any, options: Options) -> None:
     """The definition of `multiply`, in NumPy; tests hold the kernels against it."""
     I, dtype = x.shape[1], np.result_type(x.dtype, np.float32)
     wide = x.astype(dtype, copy=False)
+    if norm is not None:
+        wide = rms_norm.reference(wide, norm, options.eps, 0.0)
     y = np.empty((len(x), len(w)), dtype)
     step = max(1, _PIECE // max(I, 1))
     for first in range(0, len(w), step):
-        values = planes.values(w[first : first + step], kind, I).astype(dtype, copy=False)
+        part = w[first : first + step]
+        values = (part if kind in PLAIN else planes.values(part, kind, I)).astype(dtype, copy=False)
         # For one token BLAS reads the matrix in storage order.
         y[:, first : first + step] = values @ wide[0] if len(x) == 1 else wide @ values.T
     if bias is not None:
         y += bias
-    if accumulate:
+    if options.gate is not None:
+        y = activation.reference(options.gate, y)
+    if options.accumulate:
         y += out
     out[...] = y
 
@@ -298,36 +395,89 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
     return planes.values(w if ids is None else w[ids], kind, I) * np.float32(scale)
 
 
+def run(
+    dims: Dims, x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Any, stream: Any
+) -> None:
+    """Launch the kernels of `multiply`, which do what `options` say, for arrays that are checked;
+    `dims` keeps the launches."""
+    launch = dims.keep((kind, options), lambda: _launch(x, w, kind, bias, norm, out, options))
+    w = w.view(np.uint8) if kind in PLAIN else w
+    launch(dict(out=out, x=x, w=w, bias=bias, norm=norm), stream)
+
+
+def _by_gemv(x: Any, w: Any, kind: str) -> bool:
+    T, I = x.shape
+    is_small = T <= max(_OUTS) and len(w) * I <= _SMALL
+    return T <= _FEW or is_small or not linear_mma.has_kernel(kind, cuda.current_sm())
+
+
 def _launch(
-    x: Any, w: Any, bias: Any, out: Any, kind: str, accumulate: bool, exact: bool
+    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The launches of `gemv` or of `linear_mma` for arrays that are checked."""
-    (T, I), (O, W) = x.shape, w.shape
-    scalars = dict(T=T, O=O, I=I, W=W, accumulate=accumulate)
+    """The launch of `gemv`, or the launches around a product by linear_mma."""
+    if not _by_gemv(x, w, kind):
+        return _launches(x, w, kind, bias, norm, out, options)
+    (T, I), R, O = x.shape, len(w), out.shape[1]
+    scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize)
+    scalars |= dict(eps=options.eps, accumulate=options.accumulate)
     scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
+    scalars |= dict(gate=0 if options.gate is None else 1 + GATES.index(options.gate))
     num_sms = cuda.num_sms(x.data.device_id)
-    if T > _FEW and linear_mma.has_kernel(kind, cuda.current_sm()):
-        return linear_mma.product(x, w, kind, bias, out, accumulate, exact)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    parts, outputs = _parts(O, I, rows, num_sms)
-    kernel = _kernel("gemv", kind, x.dtype, bias, **_rows(rows))
-    grid = -(-O // outputs), -(-T // rows)
+    outs, parts = _warps(R, I, _outs(kind, rows, cuda.current_sm()), rows, num_sms)
+    kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=rows, OUTS=outs)
+    grid = -(-R // (outs * (_BLOCK // 32 // parts))), -(-T // rows)
     shared = parts * rows * _SLICE_BYTES
-    return cuda.Launch(kernel, grid, _BLOCK, scalars | dict(parts=parts), shared_bytes=shared)
+    scalars |= dict(parts=parts)
+    return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared, early=options.early)
 
 
-def _parts(O: int, I: int, rows: int, num_sms: int) -> tuple[int, int]:
-    """Warps that share outputs in `gemv`, and the outputs of a block."""
+def _launches(
+    x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
+) -> Callable[[dict[str, Any], Any], None]:
+    """The function of arrays by name and a stream that enqueues norm, product and gate, each by a
+    kernel of its own, and has memory for what they hand on."""
+    rows = products = finish = None
+    if norm is not None:
+        rows = like(x, x.shape, x.dtype)
+    if options.gate is not None:
+        products = like(x, (len(x), len(w)), x.dtype)
+        finish = activation.launch_gated(options.gate, products, out, options.accumulate)
+    multiply_rows = linear_mma.product(
+        x if rows is None else rows,
+        *(w, kind, bias, out if products is None else products),
+        accumulate=options.accumulate and products is None,
+        exact=options.exact and x.dtype in FLOAT32,
+    )
+    sizes = [None if a is None else a.shape for a in (rows, products)]
+
+    def run_all(arrays: dict[str, Any], stream: Any) -> None:
+        x, out, norm = (arrays[name] for name in ("x", "out", "norm"))
+        with cuda.on_stream(stream):
+            rows, products = (size and like(x, size, x.dtype) for size in sizes)
+        if rows is not None:
+            rms_norm.rms_norm(x, norm, eps=options.eps, out=rows, stream=stream)
+        given = dict(x=x if rows is None else rows, out=out if products is None else products)
+        multiply_rows(dict(given, w=arrays["w"], bias=arrays["bias"]), stream)
+        if finish is not None:
+            finish(dict(out=out, x=products), stream)
+
+    return run_all
+
+
+def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tuple[int, int]:
+    """Rows of w of a warp in `gemv`, one of `outs`, and warps that share them."""
     warps, parts = _BLOCK // 32, 1
+    usual = outs[0]
     most = min(warps, _STAGED // rows, -(-I // _SLICE))  # that have something to do
-    while 2 * parts <= most and O * parts < _OUTS[rows] * warps * _BLOCKS * num_sms:
+    while 2 * parts <= most and R * parts < usual * warps * _BLOCKS * num_sms:
         parts *= 2
-    return parts, _OUTS[rows] * (warps // parts)
+    return usual if R * parts >= usual * warps * num_sms else outs[-1], parts
 
 
 def _launch_take(w: Any, kind: str, out: Any, scale: float) -> cuda.Launch:
     (T, I), (O, W) = out.shape, w.shape
-    kernel = _kernel("expand", kind, out.dtype, None, **_rows(1))
+    kernel = _kernel("expand", kind, out.dtype, None, EXPAND=1)
     grid = T, -(-I // (4 * _BLOCK))
     return cuda.Launch(kernel, grid, _BLOCK, dict(O=O, I=I, W=W, scale=scale))
 

@@ -1,13 +1,14 @@
 """Multiply activations with a weight matrix: out = x @ w.T + bias.
 
 Dimensions: T tokens, I features in, O features out.
-Kernel: kernels_cu/linear.cu; products of many tokens go to cuBLAS where it is installed.
+Kernel: kernels_cu/linear.cu; block_linear.cu for few tokens, linear_mma.cu for more on tensor
+cores; products of many tokens go to cuBLAS where it is installed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,29 +18,16 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import linear_mma
+from pykv.ops import block_linear, linear_mma
 from pykv.options import check_choice, check_flag
 
 GEMMS = ("auto", "own", "cublas")
 
 _TILE = 64  # tokens and outputs of a block of `gemm`
 _BLOCK = 256  # threads
-_GEMV_BLOCK = 128
 _PIECES = dict(zip(FLOATS, (1, 2, 3), strict=True))  # that a float32 is split into, see `linear`
 
-
-def _gemv_sizes(rows: int, wide: int) -> dict[str, int]:
-    """Tokens and outputs of a block: a warp has four outputs of a wide layer for itself; the two
-    of a narrow one, where latency rules, are shared by all warps."""
-    outputs = 4 * (_GEMV_BLOCK // 32) if wide else 2
-    return dict(BLOCK=_GEMV_BLOCK, ROWS=rows, WIDE=wide, OUTPUTS=outputs)
-
-
-_TYPES = dict(X_T="float", W_T="f16", B_T="float")
-VARIANTS = [
-    dict(_TYPES, BLOCK=_BLOCK, TILE=_TILE, X_PIECES=2),
-    *(dict(_TYPES, **_gemv_sizes(rows, wide)) for rows in (1, 8) for wide in (0, 1)),
-]
+VARIANTS = [dict(X_T="float", W_T="f16", B_T="float", BLOCK=_BLOCK, TILE=_TILE, X_PIECES=2)]
 
 
 def linear(
@@ -60,9 +48,10 @@ def linear(
         bias: [O] float32 or the dtype of `w`.
         out: [T, O] dtype of `x`, tokens at any stride; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
-        gemm: which code multiplies on a GPU. "auto": the own kernel up to 8 tokens, and up to 64
-            where weights are small; else cuBLAS, where it is installed and the stream is not being
-            captured. "own": never cuBLAS. "cublas": for any number of tokens. The host ignores it.
+        gemm: which code multiplies on a GPU. "auto": the own kernels up to 8 tokens, and up to 64
+            where they use tensor cores, see block_linear.multiply; else cuBLAS, where it is
+            installed and the stream is not being captured. "own": never cuBLAS. "cublas": for any
+            number of tokens. The host ignores it.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -108,9 +97,13 @@ def linear(
             to_cublas = gemm != "own" and _uses_cublas(x, w, gemm)
         if to_cublas:
             cuda.enqueue(lambda: _cublas(x, w, bias, out, accumulate), stream)
-        else:
+        elif _by_own_tiles(x, w):
             launch = dims.keep(accumulate, lambda: _launch(x, w, bias, out, accumulate))
             launch(dict(out=out, x=x, w=w, bias=bias), stream)
+        else:
+            options = block_linear.Options(accumulate=accumulate)
+            kind = block_linear.KIND_OF[w.dtype]
+            block_linear.run(dims, x, w, kind, bias, None, out, options, stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate), stream=stream)
     return out
@@ -152,44 +145,30 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
     out[...] = y
 
 
-_GEMV_ROWS = 8  # tokens that share one reading of the weights
-_GEMV_TOKENS = 32  # up to here, reading the weights again beats the tile kernel
-# Small weights may be read again, this many bytes in all: 110 us at 300 GB/s (T4), 50 on an H200,
-# which multiplies meanwhile. Tiles of so few weights are too few for a GPU, and to get cuBLAS going
-# takes the host 80 us more than the own kernel: a step of SmolLM2 for 64 tokens takes 14 ms by it.
-_REREAD_BYTES = 32 << 20
-_REREAD_TOKENS = 64
-_WIDE = 32  # outputs for each multiprocessor that keep it busy with whole rows: 8 warps of 4
+_FEW_TOKENS = 8  # that share one reading of the weights
+_OWN_TOKENS = 64  # up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it
+# has no kernel reading weights again beats the tiles of linear.cu
 
 
-def _launch(
-    x: Any, w: Any, bias: Any, out: Any, accumulate: bool
-) -> Callable[[dict[str, Any], Any], None]:
-    """The launches of `gemv`, of `linear_mma` or `gemm`, for arrays that are checked."""
+def _has_mma(w: Any) -> bool:
+    return linear_mma.has_kernel(block_linear.KIND_OF[w.dtype], cuda.current_sm())
+
+
+def _by_own_tiles(x: Any, w: Any) -> bool:
+    """Whether `gemm` of linear.cu multiplies: many tokens that tensor cores do not, in tiles that
+    keep half of the multiprocessors busy."""
+    T, tiles = len(x), -(-len(w) // _TILE) * -(-len(x) // _TILE)
+    if T <= _OWN_TOKENS or _has_mma(w):
+        return False
+    return 2 * tiles >= cuda.num_sms(x.data.device_id)
+
+
+def _launch(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
+    """The launch of `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
     scalars = dict(T=T, O=O, I=I, x_stride=_step(x), out_stride=_step(out), accumulate=accumulate)
-    if T > _GEMV_TOKENS and not _is_small(T, w):
-        kind = linear_mma.KIND_OF.get(w.dtype)
-        if kind and linear_mma.has_kernel(kind, cuda.current_sm()):
-            return linear_mma.product(x, w, kind, bias, out, accumulate, x.dtype in FLOAT32)
-        grid = -(-O // _TILE), -(-T // _TILE)
-        return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
-    rows = next(rows for rows in (1, 2, 4, _GEMV_ROWS) if rows >= T or rows == _GEMV_ROWS)
-    wide = O >= _WIDE * cuda.num_sms(x.data.device_id)
-    sizes = _gemv_sizes(rows, int(wide))
-    kernel = cuda.kernel("linear", "gemv", **_types(x, w, bias), **sizes)
-    grid = -(-O // sizes["OUTPUTS"]), -(-T // rows)
-    return cuda.Launch(kernel, grid, _GEMV_BLOCK, scalars)
-
-
-def rereads(T: int) -> int:
-    """The number of times that the own kernel rereads weights for few tokens."""
-    return max(0, -(-T // _GEMV_ROWS) - 1)
-
-
-def _is_small(T: int, w: Any) -> bool:
-    """Whether weights are small enough to be read again."""
-    return T <= _REREAD_TOKENS and rereads(T) * w.nbytes <= _REREAD_BYTES
+    grid = -(-O // _TILE), -(-T // _TILE)
+    return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
 
 
 def _step(array: Any) -> int:
@@ -198,12 +177,9 @@ def _step(array: Any) -> int:
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any) -> cuda.Kernel:
+    types = dict(X_T=x.dtype, W_T=w.dtype, B_T=FLOATS[0] if bias is None else bias.dtype)
     sizes = dict(BLOCK=_BLOCK, TILE=_TILE, X_PIECES=_PIECES[w.dtype])
-    return cuda.kernel("linear", name, **_types(x, w, bias), **sizes)
-
-
-def _types(x: Any, w: Any, bias: Any) -> dict[str, Any]:
-    return dict(X_T=x.dtype, W_T=w.dtype, B_T=FLOATS[0] if bias is None else bias.dtype)
+    return cuda.kernel("linear", name, **types, **sizes)
 
 
 # --- cuBLAS ---------------------------------------------------------------------------------------
@@ -222,7 +198,7 @@ NO_CUBLAS = (
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
     """Whether cuBLAS multiplies; for gemm="cublas" an error says why it cannot."""
-    if gemm == "auto" and (len(x) <= _GEMV_ROWS or _is_small(len(x), w)):
+    if gemm == "auto" and len(x) <= (_OWN_TOKENS if _has_mma(w) else _FEW_TOKENS):
         return False
     obstacle = _obstacle(x, w)
     if obstacle and gemm == "cublas":

@@ -14,8 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOATS, like
 
-FLOAT_KINDS = dict(zip(("f16", "bf16"), FLOATS[1:], strict=True))  # of weights that are no blocks
-KIND_OF = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
+FLOAT_KINDS = dict(F16=FLOATS[1], BF16=FLOATS[2])  # of weights that are no blocks
 _ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
 _MOST = {64: 128}  # tokens of a product whose blocks have fewer; H200
 
@@ -40,14 +39,14 @@ class Tiling(NamedTuple):
 
 
 def has_kernel(kind: str, sm: int) -> bool:
-    """Whether tensor cores of an SM multiply weights of a kind: blocks, "f16" or "bf16"."""
-    return sm >= (80 if kind == "bf16" else 75)
+    """Whether tensor cores of an SM multiply weights of a kind, which all do but F32."""
+    return kind != "F32" and sm >= (80 if kind == "BF16" else 75)
 
 
 def num_pieces(kind: str, x: Any, exact: bool) -> int:
     """The 16-bit numbers that x is the sum of: 22 bits of float32, 24 for bfloat16 weights; where
     it need not be exact 11 and 16."""
-    if kind == "bf16":
+    if kind == "BF16":
         return 1 if x == BFLOAT16 else 3 if exact and x == FLOATS[0] else 2
     return 2 if exact and x == FLOATS[0] else 1
 
@@ -57,13 +56,18 @@ def _totals(kind: str, exact: bool, elements: int) -> int:
     return elements // 16 if exact and kind in _ADDENDS else 0
 
 
+def _element(kind: str) -> str:
+    """The define KIND: blocks by their name, floats by their type."""
+    return kind.lower() if kind in FLOAT_KINDS else kind
+
+
 def defines(kind: str, x: Any, bias: Any, exact: bool, tiling: Tiling) -> dict[str, Any]:
     """All of the kernel's defines; x and bias are dtypes."""
     pieces = num_pieces(kind, x, exact)
     of_token = pieces * tiling.DEPTH * 2 + 4 * _totals(kind, exact, tiling.DEPTH)
     shared = tiling.STAGES * tiling.TILE_T * of_token
     sizes = dict(tiling._asdict(), PIECES=pieces, SHARED_BYTES=shared)
-    return dict(KIND=kind, X_T=x, B_T=bias, EXACT=int(exact), **sizes)
+    return dict(KIND=_element(kind), X_T=x, B_T=bias, EXACT=int(exact), **sizes)
 
 
 def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
@@ -110,7 +114,7 @@ def product(
     Args:
         x, bias, out, accumulate: as of block_linear.multiply.
         w: [O, W] bytes of blocks as block_linear.pack makes them; or float16, bfloat16.
-        kind: of planes.FORMATS, "f16" or "bf16".
+        kind: of planes.FORMATS, "F16" or "BF16".
         exact: whether x is the sum of as many pieces as it has bits, and weights are not rounded;
             else both are rounded to float16, x times a power of two for each token.
         tiling, parts: other than those that are chosen.
@@ -173,12 +177,12 @@ def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str
 
 
 VARIANTS: list[dict[str, Any]] = [
-    dict(KIND=kind, X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
+    dict(KIND=_element(kind), X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
     for kind, x, exact, number in (
         *(("Q4_K", FLOATS[0], True, number) for number in (0, -1)),
         *(("Q4_K", FLOATS[1], False, number) for number in (0, -1)),
         ("Q6_K", FLOATS[1], False, -1),
-        ("f16", FLOATS[1], False, -1),
+        ("F16", FLOATS[1], False, -1),
     )
 ]
 VARIANTS_SMS = range(0)  # none at import: compiled when a model has a tensor of the kind

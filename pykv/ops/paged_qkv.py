@@ -282,6 +282,7 @@ def _launch(
         grid=(T, -(-(HQ + 2 * H) // (defines["BLOCK"] // defines["LANES"]))),
         block=defines["BLOCK"],
         scalars=scalars | dict(eps=eps),
+        early=True,
     )
 
 

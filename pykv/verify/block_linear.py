@@ -16,14 +16,21 @@ from pykv.verify import Case, Cases
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
     if find_spec("gguf") is None:  # it comes with the extra `llm`
         return
-    for kind in planes.FORMATS:
+    for kind in (*planes.FORMATS, *block_linear.PLAIN):
         yield product(kind, 1, rng, xp)
     yield product("Q4_1", 3, rng, xp, accumulate=True)
+    yield product("F32", 9, rng, xp)
+    for tokens, gate in ((1, None), (1, "geglu"), (4, "swiglu"), (9, None), (9, "geglu")):
+        yield product("Q5_K", tokens, rng, xp, norm=True, gate=gate, accumulate=tokens > 1)
+    yield product("F16", 70, rng, xp, norm=True, gate="swiglu")
     yield from _rows(rng, xp)
 
 
 def _blocks(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Random blocks, whose scales are finite, and their values."""
+    """Random blocks, whose scales are finite, and their values; floats are both."""
+    if kind in block_linear.PLAIN:
+        floats = rng.standard_normal((O, I)).astype(block_linear.PLAIN[kind])
+        return floats, floats.astype(np.float32)
     from gguf import GGMLQuantizationType, quants
 
     form = planes.FORMATS[kind]
@@ -43,20 +50,31 @@ def product(
     *,
     O: int = 72,
     I: int = 1280,
+    norm: bool = False,
+    gate: str | None = None,
     accumulate: bool = False,
 ) -> Case:
+    R = 2 * O if gate else O
     x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (I, O))
-    blocks, values = _blocks(kind, O, I, rng)
-    bias = rng.standard_normal(O).astype(np.float32)
-    w = block_linear.pack(xp.asarray(blocks), kind)
+    blocks, values = _blocks(kind, R, I, rng)
+    bias = rng.standard_normal(R).astype(np.float32)
+    # Products of normalised rows are near 1, where gates bend.
+    weights = (rng.uniform(-1, 1, I) / (np.abs(values).mean() * I**0.5)).astype(np.float32)
+    w = xp.asarray(blocks)
+    w = w if kind in block_linear.PLAIN else block_linear.pack(w, kind)
     options: Any = dict(out=xp.array(old), accumulate=True) if accumulate else {}
+    options |= dict(gate=gate, norm=xp.asarray(weights) if norm else None)
     got = block_linear.multiply(xp.asarray(x), w, kind, bias=xp.asarray(bias), **options)
 
     def oracle(dtype: Any) -> Any:
-        return oracles.linear(x, values, bias, dtype) + old.astype(dtype) * accumulate
+        rows = oracles.rms_norm(x, weights, 1e-6, 0, dtype) if norm else x
+        y = oracles.linear(rows, values, bias, dtype)
+        if gate:
+            y = getattr(oracles, gate)(y, dtype)
+        return y + old.astype(dtype) * accumulate
 
-    sizes = f"[{T}, {I}] x [{O}, {I}] {kind}"
-    return f"{sizes}{', added' * accumulate}", *judged(got, oracle, np.float32)
+    done = ", normalised" * norm + f", {gate}" * bool(gate) + ", added" * accumulate
+    return f"[{T}, {I}] x [{R}, {I}] {kind}{done}", *judged(got, oracle, np.float32)
 
 
 def _rows(rng: np.random.Generator, xp: Any) -> Cases:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from pykv import cuda
 from pykv.errors import CapacityError, NumberError
-from pykv.llm import SamplingParams, model
+from pykv.llm import LLM, SamplingParams, model
 from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
@@ -135,7 +136,7 @@ def test_a_pool_that_grows_keeps_its_contents(open_llm, rng):
 
 def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
     """On a device, from the second step of the same rows on; the text is that of eager ones. Not
-    where validation looks at all tables, nor where too much would be read again."""
+    where validation looks at all tables."""
     forward, calls, answers = model.forward, [], []
 
     def counted(*args, **options):
@@ -144,18 +145,14 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
 
     monkeypatch.setattr(model, "forward", counted)
     prompts = [tokens_of(rng, n) for n in (5, 15, 3)]
-    monkeypatch.setattr(model.linear, "rereads", lambda T: T - 1)
     eager = [3] * 3 + [2] * 3 + [1] * 3
-    for most, most_bytes, always, expected in (
-        (0, 1 << 30, False, eager),
-        (3, 1 << 30, False, [3, 3, 2, 2, 1, 1]),
-        (9, 1 << 30, False, [4, 4, 2, 2, 1, 1]),
-        (1, 1 << 30, False, [3] * 3 + [2] * 3 + [1, 1]),
-        (3, 0, False, [3] * 3 + [2] * 3 + [1, 1]),
-        (3, 1 << 30, True, eager),
+    for multiple, always, expected in (
+        (1, True, eager),
+        (1, False, [3, 3, 2, 2, 1, 1]),
+        (2, False, [4, 4, 2, 2, 1, 1]),
+        (64, False, [4, 4, 2, 2, 1, 1]),
     ):
-        monkeypatch.setattr(model, "GRAPH_SEQUENCES", most)
-        monkeypatch.setattr(model, "GRAPH_REREADS", most_bytes)
+        monkeypatch.setattr(model, "GRAPH_ROWS", multiple)
         monkeypatch.setattr(paged_check, "ALWAYS", always)
         llm = open_llm(prefix_cache=False)
         calls.clear()
@@ -164,6 +161,39 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
         assert rows == (eager if llm.xp is np else expected)
         assert llm.stats.decode_tokens == 9 + 6 + 3
     assert answers[1:] == answers[:-1]
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("weights", ["fp16", "stored"])
+def test_launches_of_a_step(tiny_paths, device, monkeypatch, weights):
+    """Norm, Q, K and V; rotation and append; attention; output; norm, gate and up; down: six a
+    layer, whatever the weights are; the embedding and the head."""
+    monkeypatch.setattr(cuda, "array_module", lambda _: device)
+    labels, steps, forward, launch = [], [], model.forward, cuda.Launch.__call__
+
+    def labelled(self, *args):
+        labels.append(self.kernel.label)
+        launch(self, *args)
+
+    def counted(of_model, batch, *args, **options):
+        labels.clear()
+        logits = forward(of_model, batch, *args, **options)
+        steps.append(list(labels))
+        return logits
+
+    monkeypatch.setattr(cuda.Launch, "__call__", labelled)
+    monkeypatch.setattr(model, "forward", counted)
+    llm = LLM(tiny_paths / "llama.gguf", weights=weights)
+    llm.generate([[5, 6, 7]], greedy(3))
+    assert steps and all(len(step) == 6 * llm.model.config.num_layers + 2 for step in steps)
+    assert steps[0].count("block_linear.cu gemv") == 4 * llm.model.config.num_layers + 1
+
+
+def test_rows_of_graphs(xp):
+    """Powers of two, then multiples of 64; on the host as many as there are sequences."""
+    counts = [1, 2, 3, 5, 33, 64, 65, 128, 129, 500]
+    rows = [model.decode_rows(n, xp) for n in counts]
+    assert rows == (counts if xp is np else [1, 2, 4, 8, 64, 64, 128, 128, 192, 512])
 
 
 @without_simt

@@ -79,7 +79,11 @@ OPS = [
     ),
     (bandwidth.read, dict(x=zeros("u4", 4, 4), sums=zeros("u4", 2))),
     (bandwidth.copy, dict(x=zeros("u4", 4, 4), out=zeros("u4", 4, 4))),
-    (block_linear.multiply, dict(x=zeros("f4", 3, 32), w=zeros("u1", 5, 48), kind="Q8_0")),
+    (
+        block_linear.multiply,
+        dict(x=zeros("f4", 3, 32), w=zeros("u1", 6, 48), kind="Q8_0", norm=zeros("f4", 32))
+        | dict(eps=1e-6, gate="swiglu", early=True, exact=False),
+    ),
     (block_linear.take, dict(w=zeros("u1", 5, 48), kind="Q8_0", I=32, ids=zeros("i4", 2))),
     (
         contiguous_append.append,

@@ -4,17 +4,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pykv import planes
+from pykv import cuda, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
 from pykv.ops import linear_mma
-from tests.faults import fixed, scaled, with_argument, with_option
+from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 
 gguf = pytest.importorskip("gguf")
 
 KINDS = tuple(planes.FORMATS)
 BASE = dict(T=3, O=5, I=256, kind="Q4_K", x="float32", bias=None, accumulate=False)
+BASE |= dict(norm=False, gate=None)
 CHANGES = (
     *({"kind": kind, "T": 1} for kind in KINDS),
     *({"kind": kind, "T": 9} for kind in ("Q4_0", "Q6_K")),
@@ -26,6 +27,23 @@ CHANGES = (
     *({"x": x, "T": T} for x in ("float16", "bfloat16") for T in (1, 5)),
     *({"bias": "float32", "accumulate": a, "T": T} for a in (False, True) for T in (1, 9)),
     *({"bias": "float16", "x": "float16", "accumulate": True}, {"accumulate": True}),
+    *({"kind": kind, "T": T} for kind in op.PLAIN for T in (1, 2, 3, 8, 9)),
+    *({"kind": "F16", "T": T, "I": I} for I in (0, 8, 40, 1032) for T in (1, 9)),
+    *({"kind": "F32", "T": 4, "I": 2056, "O": 9}, {"kind": "BF16", "x": "float16", "T": 9}),
+    *({"kind": "BF16", "x": "bfloat16", "T": 9}, {"kind": "F16", "x": "bfloat16", "T": 5}),
+    *({"norm": True, "T": T, "I": 1280, "O": 40} for T in (1, 3, 4, 5, 9)),
+    *({"norm": True, "kind": kind, "T": T} for kind in ("F16", "Q8_0") for T in (2, 20)),
+    *({"gate": gate, "T": T, "O": 20} for gate in op.GATES for T in (1, 3, 9)),
+    *(
+        {"gate": "swiglu", "norm": True, "bias": "float32", "accumulate": True, **change}
+        for change in (
+            *({"T": T, "O": O} for T in (1, 4, 33) for O in (3, 33)),
+            *({"T": T, "x": "float16", "kind": "F16"} for T in (1, 9)),
+            {"T": 2, "I": 2304, "kind": "Q6_K"},
+            {"T": 9, "I": 0},
+            {"T": 1, "I": 0},
+        )
+    ),
 )
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 SWEEP = [{**BASE, "kind": kind, "T": T} for kind in KINDS for T in (2, 4, 9, 33)]
@@ -40,7 +58,9 @@ def dtype_of(name):
 
 
 def random_blocks(rng, kind, R, I):
-    """Random bytes, but scales are numbers from 2^-6 to 1 of either sign."""
+    """Random bytes, but scales are numbers from 2^-6 to 1 of either sign; or random floats."""
+    if kind in op.PLAIN:
+        return rng.standard_normal((R, I)).astype(op.PLAIN[kind])
     form = planes.FORMATS[kind]
     blocks = rng.integers(0, 256, (R, I // form.elements, form.nbytes), np.uint8)
     for at in HALVES.get(kind, (0,)):
@@ -53,6 +73,8 @@ def random_blocks(rng, kind, R, I):
 
 def dequantized(blocks, kind):
     """The values by gguf, float32."""
+    if kind in op.PLAIN:
+        return blocks.astype(np.float32)
     form = planes.FORMATS[kind]
     R, W = blocks.shape
     if not blocks.size:
@@ -61,16 +83,27 @@ def dequantized(blocks, kind):
         return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
 
 
-def inputs(rng, T, O, I, kind, x, bias, accumulate):
+def inputs(rng, T, O, I, kind, x, bias, accumulate, norm, gate):
     """x and out are parts of wider rows, whose other elements are NaN; as is what out is not."""
+    R = 2 * O if gate else O
     rows = np.full((T, I + 24), np.nan, dtype_of(x))
-    rows[:, 8 : 8 + I] = rng.standard_normal((T, I))
-    blocks = random_blocks(rng, kind, O, I)
-    vector = None if bias is None else rng.standard_normal(O).astype(dtype_of(bias))
+    rows[:, 8 : 8 + I] = rng.standard_normal((T, I)) * 3
+    blocks = random_blocks(rng, kind, R, I)
+    vector = None if bias is None else rng.standard_normal(R).astype(dtype_of(bias))
     old = np.full((T, -(-O // 8) * 8 + 16), np.nan, dtype_of(x))
     if accumulate:
         old[:, 8 : 8 + O] = rng.standard_normal((T, O))
-    return rows, blocks, vector, old
+    # A norm's weights are the smaller for a gate, where the products would grow by its square.
+    weights = rng.uniform(-0.1, 0.1, I).astype(np.float32) if norm else None
+    return rows, blocks, vector, old, weights
+
+
+def activated(a, gate):
+    """By their textbook formulas."""
+    with np.errstate(over="ignore"):
+        if gate == "swiglu":
+            return a / (1 + np.exp(-a))
+        return a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2
 
 
 @pytest.mark.parametrize("case", CASES + swept(SWEEP), ids=str)
@@ -80,24 +113,70 @@ def test_product(xp, rng, case):
 
 
 def judge(xp, rng, case):
-    O, I, kind, accumulate = (case[name] for name in ("O", "I", "kind", "accumulate"))
-    rows, blocks, bias, old = inputs(rng, **case)
+    O, I, kind, gate = (case[name] for name in ("O", "I", "kind", "gate"))
+    rows, blocks, bias, old, norm = inputs(rng, **case)
     values = dequantized(blocks, kind)
 
     def product(dtype):
-        y = rows[:, 8 : 8 + I].astype(dtype) @ values.astype(dtype).T
+        y = rows[:, 8 : 8 + I].astype(dtype)
+        if norm is not None:
+            squares = (y * y).sum(-1, keepdims=True) / max(I, 1)
+            y = y / np.sqrt(squares + dtype(1e-3)) * norm.astype(dtype)
+        y = y @ values.astype(dtype).T
         y = y if bias is None else y + bias.astype(dtype)
-        return y + old[:, 8 : 8 + O].astype(dtype) if accumulate else y
+        y = activated(y[:, :O], gate) * y[:, O:] if gate else y
+        return y + old[:, 8 : 8 + O].astype(dtype) if case["accumulate"] else y
 
     low, oracle = product(np.float32).astype(rows.dtype), product(np.float64)
-    w = op.pack(xp.asarray(blocks), kind)
-    given = [None if a is None else xp.asarray(a) for a in (rows, bias, old)]
+    w = xp.asarray(blocks) if kind in op.PLAIN else op.pack(xp.asarray(blocks), kind)
+    given = [None if a is None else xp.asarray(a) for a in (rows, bias, old, norm)]
     x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
-    got = op.multiply(x, w, kind, bias=given[1], out=out, accumulate=accumulate)
+    options = dict(bias=given[1], norm=given[3], eps=1e-3, gate=gate, early=True)
+    got = op.multiply(x, w, kind, out=out, accumulate=case["accumulate"], **options)
     assert got is out
     assert_close_to_oracle(got, low, oracle)
     around = np.delete(to_numpy(given[2]), np.s_[8 : 8 + O], axis=1)
     assert np.isnan(around.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("small", [0, 1 << 40])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"T": 5},
+        *({"T": 8, "kind": kind} for kind in ("Q4_1", "F16", "BF16")),
+        {"T": 7, "gate": "geglu", "norm": True, "O": 20, "I": 1280},
+        {"T": 6, "kind": "Q8_0", "norm": True, "bias": "float32", "accumulate": True},
+        {"T": 5, "kind": "F16", "gate": "swiglu", "norm": True, "accumulate": True},
+    ],
+    ids=str,
+)
+def test_both_ways(device, rng, monkeypatch, change, small):
+    """By linear_mma where `gemv` would multiply by a small matrix, and as it is."""
+    monkeypatch.setattr(op, "_SMALL", small)
+    judge(device, rng, {**BASE, **change})
+
+
+@pytest.mark.parametrize("change", [{"kind": "Q6_K"}, {"kind": "F16", "norm": True}])
+def test_old_gpus_read_again(device, rng, monkeypatch, change):
+    """For every 8 tokens, where tensor cores have no kernel."""
+    monkeypatch.setattr(linear_mma, "has_kernel", lambda kind, sm: False)
+    judge(device, rng, {**BASE, "T": 19, "gate": "geglu", "O": 4, **change})
+
+
+def test_a_prepared_product_of_many_launches(xp, rng):
+    """Is repeated with what its arrays hold then."""
+    x, norm = (xp.asarray(rng.standard_normal(n).astype("f4")) for n in ((9, 64), 64))
+    w, out = xp.asarray(rng.standard_normal((16, 64)).astype("f2")), xp.zeros((9, 8), "f4")
+    options = dict(norm=norm, gate="swiglu")
+    first = op.multiply(x, w, "F16", **options)
+    run = cuda.prepare(op.multiply, x, w, "F16", out=out, accumulate=True, **options)
+    for _ in range(2):
+        run()
+    np.testing.assert_allclose(to_numpy(out), 2 * to_numpy(first), rtol=1e-6)
+    x[...] = 0
+    run()
+    np.testing.assert_allclose(to_numpy(out), 2 * to_numpy(first), rtol=1e-6)
 
 
 def test_inexact_products_round_to_float16(xp, rng):
@@ -128,25 +207,38 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
 
 def test_how_products_are_cut():
     """By hand, for 132 SMs: of small layers warps share outputs."""
-    assert op._parts(O=14336, I=4096, rows=1, num_sms=132) == (2, 16)
-    assert op._parts(O=2048, I=2048, rows=1, num_sms=132) == (2, 16)  # two have something to do
-    assert op._parts(O=49152, I=576, rows=8, num_sms=132) == (1, 16)
+    assert op._warps(14336, 4096, (8, 2), 1, 132) == (8, 2)
+    assert op._warps(2048, 2048, (8, 2), 1, 132) == (2, 2)
+    assert op._warps(49152, 576, (8, 2), 1, 132) == (8, 1)
+    assert op._warps(49152, 576, (4, 2), 4, 132) == (4, 1)
+    assert op._warps(576, 1536, (4, 2), 2, 132) == (2, 2)
+    assert op._warps(576, 1536, (2,), 8, 132) == (2, 1)
+    of_kinds = [op._outs(kind, 1, 90) for kind in ("Q4_K", "F16", "F32")]
+    assert of_kinds == [(8, 2), (4, 2), (2,)]
+    assert op._outs("Q4_K", 8, 75) == op._outs("F16", 8, 90) == (2,) != op._outs("Q4_K", 8, 70)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "F16", "BF16"])
+@pytest.mark.parametrize("sm", [52, 90])
+def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm):
     made = []
-    monkeypatch.setattr(op.cuda, "current_arch", lambda: "sm_90")
-    monkeypatch.setattr(op.cuda, "current_sm", lambda: 90)
+    monkeypatch.setattr(op.cuda, "current_arch", lambda: f"sm_{sm}")
+    monkeypatch.setattr(op.cuda, "current_sm", lambda: sm)
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
     op.warm_up([kind])
     floats = np.dtype("f4"), np.dtype("f4")
-    ways = [("block_linear", op._defines(kind, *floats, **op._rows(rows))) for rows in (1, 2, 4)]
-    for T in range(5, 200, 3):
-        tiling = linear_mma.choose(kind, True, T, 90)
+    sizes = [] if kind in op.PLAIN else [dict(EXPAND=1)]
+    for T in range(1, 9):
+        rows = min(8, 1 << (T - 1).bit_length())
+        outs = op._outs(kind, rows, sm)
+        taken = {op._warps(R, 576, outs, rows, 132)[0] for R in (576, 4096, 49152)}
+        sizes += [dict(ROWS=rows, OUTS=n) for n in sorted({*taken, *(outs if rows == 2 else ())})]
+    ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
+    for T in range(5, 200, 3) if sm > 75 else ():
+        tiling = linear_mma.choose(kind, True, T, sm)
         ways.append(("linear_mma", linear_mma.defines(kind, *floats, True, tiling)))
     for stem, defines in ways:
-        assert (stem, "sm_90", defines) in made
+        assert (stem, f"sm_{sm}", defines) in made
     assert len(made) == len({str(way) for way in ways})
 
 
@@ -251,6 +343,20 @@ def test_errors_name_the_argument(xp):
         op.take(w, "Q4_K", 256, out=xp.zeros((5, 255), np.float32))
     with pytest.raises(ParameterError, match="accumulate has no out to add to"):
         op.multiply(x, w, "Q4_K", accumulate=True)
+    with pytest.raises(UnsupportedError, match="take: kind is 'F16', expected one of Q4_0, "):
+        op.take(w, "F16", 256)
+    with pytest.raises(DtypeError, match="w has dtype uint8, expected float16"):
+        op.multiply(x, w, "F16")
+    with pytest.raises(ShapeError, match="x has I=12, expected a multiple of 8"):
+        op.multiply(xp.zeros((3, 12), "f4"), xp.zeros((4, 12), "f4"), "F32")
+    with pytest.raises(ShapeError, match=r"w has size 5, expected 2O=4 \(\[2O W\]\)"):
+        op.multiply(x, w, "Q4_K", gate="swiglu")
+    with pytest.raises(ParameterError, match="gate is 'silu', expected one of"):
+        op.multiply(x, w[:4], "Q4_K", gate="silu")
+    with pytest.raises(ShapeError, match="norm has I=255, expected I=256"):
+        op.multiply(x, w, "Q4_K", norm=xp.zeros(255, np.float32))
+    with pytest.raises(ParameterError, match="eps is 0, expected"):
+        op.multiply(x, w, "Q4_K", norm=xp.zeros(256, np.float32), eps=0)
     with pytest.raises(DtypeError, match="dtype is float64, expected float32, float16"):
         op.take(w, "Q4_K", 256, dtype="float64")
 
@@ -278,6 +384,11 @@ def test_ids_outside_of_the_matrix(xp):
 FAULTS = {
     "block_linear: 1e-5 off": (op, "multiply", scaled(1e-5)),
     "block_linear: nothing is added to": (op, "multiply", with_option(accumulate=False)),
+    "block_linear: no norm": (op, "multiply", with_option(norm=None)),
+    "block_linear: every gate is SwiGLU": (
+        *(op, "multiply"),
+        with_changed_option("gate", lambda gate: gate and "swiglu"),
+    ),
     "block_linear: IQ4_NL is Q4_0": (
         *(op, "multiply"),
         with_argument(2, lambda kind: "Q4_0" if kind == "IQ4_NL" else kind),
@@ -290,5 +401,6 @@ FAULTS = {
 }
 REFERENCE_FAULTS = [
     (op, "reference", fixed(3, lambda bias: None)),
+    (op, "reference", fixed(5, lambda norm: None)),
     (op, "reference_take", fixed(4, lambda scale: 1.0)),
 ]

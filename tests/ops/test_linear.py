@@ -90,6 +90,18 @@ def test_product(xp, rng, case):
     assert_close_to_oracle(*run(xp, rng, case))
 
 
+@pytest.mark.parametrize("T", [9, 33, 65, 70])
+@pytest.mark.parametrize("w", ["float32", "float16"])
+def test_product_without_tensor_cores(device, rng, monkeypatch, T, w):
+    """As an old GPU multiplies; from 65 tokens on in tiles, if these fill it."""
+    monkeypatch.setattr(linear.linear_mma, "has_kernel", lambda kind, sm: False)
+    for num_sms in (2, 1000):
+        monkeypatch.setattr(cuda, "num_sms", lambda device, n=num_sms: n)
+        for O, I in ((24, 64), (65, 1032), (130, 24)):
+            case = dict(BASE, T=T, w=w, O=O, I=I, bias="float32", accumulate=True)
+            assert_close_to_oracle(*run(device, rng, case))
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("bias", [None, "float32"])
 @pytest.mark.parametrize("w", ["float16", "bfloat16"])
@@ -186,24 +198,21 @@ def test_float32_weights_are_not_copied():
     assert len(seen) == 1 and np.shares_memory(seen[0], w)
 
 
-def test_weights_are_read_again_for_every_eight_tokens():
-    assert [linear.rereads(T) for T in (0, 1, 8, 9, 16, 17, 64)] == [0, 0, 0, 1, 1, 2, 7]
-
-
-def test_few_tokens_and_small_weights_do_without_cublas(device, monkeypatch):
+def test_few_tokens_do_without_cublas(device, monkeypatch):
+    """More of them where tensor cores multiply."""
     taken = []
     monkeypatch.setattr(linear, "_obstacle", lambda x, w: None)
     monkeypatch.setattr(linear, "_cublas", lambda x, *rest: taken.append(len(x)))
-    monkeypatch.setattr(linear, "_REREAD_BYTES", 32 << 10)
-    small, large = (device.zeros((O, 64), np.float16) for O in (16, 264))  # 2 KiB, 33 KiB
-    for w, tokens in ((small, (1, 8, 9, 32, 64)), (large, (8,))):
-        for T in tokens:
+    own = cuda.current_sm() >= 75
+    for dtype, most in ((np.float16, 64 if own else 8), (np.float32, 8)):
+        w = device.zeros((16, 64), dtype)
+        for T in (1, 8, most):
             linear.linear(device.ones((T, 64), np.float32), w)
-    assert taken == []
-    for w, T in ((small, 65), (large, 9)):
-        linear.linear(device.ones((T, 64), np.float32), w)
-        linear.linear(device.ones((T, 64), np.float32), w, gemm="cublas")
-    assert taken == [65, 65, 9, 9]
+        assert taken == []
+        linear.linear(device.ones((most + 1, 64), np.float32), w)
+        linear.linear(device.ones((1, 64), np.float32), w, gemm="cublas")
+        assert taken == [most + 1, 1]
+        taken.clear()
 
 
 @pytest.mark.gpu

@@ -50,8 +50,8 @@ CASES = [
     *(("Q4_K", FLOAT16, False, number) for number in range(-1, 2)),
     *((kind, FLOAT16, False, -1) for kind in ("Q6_K", "Q8_0", "Q2_K", "Q5_1", "IQ4_XS", "MXFP4")),
     ("Q6_K", FLOAT32, False, -1),
-    *((kind, FLOAT32, True, n) for kind in ("f16", "bf16") for n in (0, -1)),
-    *((kind, x, False, -1) for kind in ("f16", "bf16") for x in HALVES),
+    *((kind, FLOAT32, True, n) for kind in ("F16", "BF16") for n in (0, -1)),
+    *((kind, x, False, -1) for kind in ("F16", "BF16") for x in HALVES),
 ]
 SWEEP = [
     (kind, x, x == FLOAT32, n)
@@ -74,7 +74,7 @@ def test_every_tiling(device, rng, kind, dtype, exact, number):
     judge(device, rng, kind, dtype, exact, *sizes, tiling, 1)
 
 
-@pytest.mark.parametrize("kind, exact", [("Q4_K", True), ("Q6_K", False), ("f16", True)])
+@pytest.mark.parametrize("kind, exact", [("Q4_K", True), ("Q6_K", False), ("F16", True)])
 def test_parts_are_added_in_order(device, rng, kind, exact):
     tiling = op.tilings(kind, exact, 90)[1]
     judge(device, rng, kind, FLOAT32, exact, 20, tiling.outputs + 8, 1024, tiling, 3)
@@ -89,8 +89,8 @@ def test_how_products_are_cut():
         64,
         64,
     ]
-    assert [op.choose("f16", False, T, 90).TILE_T for T in (33, 128, 129)] == [64, 64, 128]
-    small, middle = op.tilings("f16", False, 90)[0], op.tilings("f16", False, 90)[3]
+    assert [op.choose("F16", False, T, 90).TILE_T for T in (33, 128, 129)] == [64, 64, 128]
+    small, middle = op.tilings("F16", False, 90)[0], op.tilings("F16", False, 90)[3]
     assert op._num_parts(small, tiles=224, stages=32, num_sms=132) == 2
     assert op._num_parts(small, tiles=32, stages=32, num_sms=132) == 8
     assert op._num_parts(small, tiles=9, stages=5, num_sms=132) == 2

@@ -286,7 +286,7 @@ def load(arch, stem, name, **defines):
     return _kernel(name, stem, cuda.source(stem), arch.replace("compute_", "sm_"), macros)
 
 
-def configure(kernel, grid, block, shared_bytes, cluster):
+def configure(kernel, grid, block, shared_bytes, cluster, early=False):
     """As pykv.cuda.driver.configure.
 
     Raises:

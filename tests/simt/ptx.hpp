@@ -101,6 +101,7 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 inline uint4 load16_eager(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
+inline void store16_shared(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }
 
 inline void cp_async16(void* shared, const void* global) {
     simt::copy_later(shared, global, 16);
@@ -216,6 +217,12 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
                                             simt::half_at(c, i)));
     });
 }
+
+inline void prefetch_l2(const void* global) {}
+
+// Kernels of the machine run one after another.
+inline void let_next_start() {}
+inline void await_previous() {}
 
 inline void schedule_fence() {}
 

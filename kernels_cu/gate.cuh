@@ -1,0 +1,21 @@
+// gate.cuh: activations of gated layers, in float.
+#include "types.cuh"
+
+// 1 / (1 + exp(-x)) without overflow.
+__device__ __forceinline__ float sigmoid(float x) {
+    const float z = expf(-fabsf(x));
+    return (x < 0.0f ? z : 1.0f) / (1.0f + z);
+}
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// The tanh approximation of GELU, with (1 + tanh(u)) / 2 = sigmoid(2 u), which does not cancel.
+__device__ __forceinline__ float gelu(float x) {
+    constexpr float TWICE_ROOT_2_PI = 1.5957691216057308f;  // 2 * sqrt(2 / pi)
+    return x * sigmoid(TWICE_ROOT_2_PI * (x + 0.044715f * x * x * x));
+}
+
+// What a gate lets through of `up`: 1 is SwiGLU, 2 GeGLU.
+__device__ __forceinline__ float gated(int kind, float gate, float up) {
+    return (kind == 1 ? silu(gate) : gelu(gate)) * up;
+}

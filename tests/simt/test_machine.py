@@ -779,7 +779,7 @@ def test_device_arrays_do_not_become_numpy_arrays_unasked():
 
 
 # Long; tests of their ops run these kernels always.
-IN_SWEEP = ["block_linear", "paged_decode_mma", "prefill_mma"]
+IN_SWEEP = ["block_linear", "linear_mma", "paged_decode_mma", "prefill_mma"]
 
 
 @pytest.mark.parametrize("device", [pytest.param("simt", marks=pytest.mark.simt)], indirect=True)
@@ -796,6 +796,7 @@ def test_every_kernel_runs(device, stem):
     sm = int(machine.ARCH[3:])
     if sm < 75:  # where tensor cores begin that it knows
         declared -= {"paged_decode_mma", "prefill_mma"}
+        declared = set() if stem == "linear_mma" else declared
     # Of the two ways of compaction an SM takes one; its tests run both.
     looks_back = sm >= compaction.LOOK_BACK_SM
     declared -= {"compaction_scatter" if looks_back else "compaction"}

@@ -403,7 +403,7 @@ compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles)
     if (threadIdx.x == 0) *count = (i64)before;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_T* __restrict__ x,
                    const u64* __restrict__ words, i64 n, i64 capacity, float threshold) {
     extern __shared__ __align__(128) u8 gathered[];  // elements of the tile, then positions

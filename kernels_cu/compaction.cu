@@ -33,8 +33,10 @@
 // missing never waits. A tile is stored only after the next one of its block is counted: by then the
 // blocks of all tiles before it have published theirs, and the look-back finds them at the first
 // look instead of holding all blocks in step. Meanwhile its kept elements wait in shared memory, and
-// the registers take the next tile: two blocks of 512 threads of an SM keep 64 KiB in flight, where
-// bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
+// the registers take the next tile: three blocks of 512 threads of an SM keep up to 96 KiB in
+// flight, where bandwidth times latency asks for 36 (H200: 4.8 TB/s at 1 us over 132 SMs).
+//
+// Stack: 8 bytes, for two registers that three blocks of 512 threads of an SM lack
 #include "batch.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
@@ -401,7 +403,7 @@ compaction_scan(u64* __restrict__ words, i64* __restrict__ count, i64 num_tiles)
     if (threadIdx.x == 0) *count = (i64)before;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(BLOCK)
 compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_T* __restrict__ x,
                    const u64* __restrict__ words, i64 n, i64 capacity, float threshold) {
     extern __shared__ __align__(128) u8 gathered[];  // elements of the tile, then positions
@@ -422,21 +424,26 @@ compaction_scatter(X_T* __restrict__ values, I_T* __restrict__ indices, const X_
 }
 
 // Each block finds the values of its tiles of `out` by searching the ascending indices: first
-// among all, then among those that the next tile can have.
-extern "C" __global__ void __launch_bounds__(BLOCK)
+// among all, then among those that the next tile can have. The first OWN of a thread's entries of a
+// tile are loaded before the last tile is stored.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 compaction_expand(X_T* __restrict__ out, const X_T* __restrict__ values,
                   const I_T* __restrict__ indices, const i64* __restrict__ count, i64 n,
                   i64 capacity, float fill) {
+    constexpr int OWN = 8;
     __shared__ __align__(16) X_T tile[TILE];
-    __shared__ i64 bounds[3];  // where the indices of this tile begin and of the two behind it
+    __shared__ i64 bounds[3];  // where the indices of the first two tiles begin; of a later one
     const i64 kept = count == nullptr ? capacity : max(min(*count, capacity), 0ll);
-    const int num_tiles = tiles_of(n), begin = blockIdx.x * PARTS;
-    const int end = min(begin + PARTS, num_tiles), warp = threadIdx.x / WARP;
+    const int begin = blockIdx.x * PARTS, end = min(begin + PARTS, tiles_of(n));
+    const int warp = threadIdx.x / WARP;
     Vector<X_T, E> empty;
 #pragma unroll
     for (int e = 0; e < E; e++) empty.elements[e] = from_float<X_T>(fill);
     const auto own = [&](int j) {
         return reinterpret_cast<Vector<X_T, E>*>(tile + (j * BLOCK + threadIdx.x) * E);
+    };
+    const auto put = [&](i64 at, X_T value) {
+        if (at >= 0 && at < TILE) tile[at] = value;  // always, where indices ascend
     };
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) *own(j) = empty;
@@ -447,22 +454,40 @@ compaction_expand(X_T* __restrict__ out, const X_T* __restrict__ values,
         if (threadIdx.x % WARP == 0) bounds[warp] = found;
     }
     __syncthreads();
-    for (int part = begin, turn = 0; part < end; part++, turn = (turn + 1) % 3) {
-        const i64 first = first_of(part, out), from = bounds[turn], to = bounds[(turn + 1) % 3];
+
+    X_T some[OWN];
+    I_T places[OWN];
+    i64 from = bounds[0], to = bounds[1];
+    const auto load_own = [&]() {
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            const i64 i = from + threadIdx.x + k * BLOCK;
+            if (i < to) places[k] = load_eager(indices + i), some[k] = load_eager(values + i);
+        }
+    };
+    load_own();
+    for (int part = begin; part < end; part++) {
+        const i64 first = first_of(part, out);
         if (warp == WARPS - 1 && part + 1 < end) {
             const i64 limit = first_of(part + 2, out);
             const int most = (int)max(min(kept - to, (i64)TILE), 0ll);
             const int found =
                 count_passing<WARP>(most, [&](int i) { return (i64)indices[to + i] < limit; });
-            if (threadIdx.x % WARP == 0) bounds[(turn + 2) % 3] = to + found;
+            if (threadIdx.x % WARP == 0) bounds[2] = to + found;
         }
-#pragma unroll 4
-        for (i64 i = from + threadIdx.x; i < to; i += BLOCK) {
-            const i64 at = (i64)indices[i] - first;
-            const X_T value = values[i];
-            if (at >= 0 && at < TILE) tile[at] = value;  // always, where indices ascend
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            if (from + threadIdx.x + k * BLOCK < to) put((i64)places[k] - first, some[k]);
+        }
+        for (i64 i = from + threadIdx.x + OWN * BLOCK; i < to; i += BLOCK) {
+            put((i64)indices[i] - first, values[i]);
         }
         __syncthreads();
+        from = to;
+        if (part + 1 < end) {
+            to = bounds[2];
+            load_own();
+        }
 #pragma unroll
         for (int j = 0; j < VECTORS; j++) {
             const i64 at = first + (j * BLOCK + threadIdx.x) * E;

@@ -16,7 +16,7 @@
 #error "kvtc_codes.cuh needs BLOCK, SMALL, MEDIUM and PIECE"
 #endif
 constexpr int WARPS = BLOCK / WARP;
-constexpr int CTAS = (__CUDA_ARCH__ >= 800 ? 768 : 640) / BLOCK;  // blocks of an SM
+constexpr int CTAS = 640 / BLOCK;  // blocks of an SM
 constexpr float LARGEST_FLOAT = 3.402823466e38f;
 static_assert(BLOCK % WARP == 0 && SMALL + 3 <= 128 && PIECE % 32 == 0, "tiles fit");
 

@@ -65,6 +65,26 @@ __device__ __forceinline__ void e4m3x4_to_f16x4(u32 (&pairs)[2], u32 word) {
 }
 #endif
 
+// [ld] Eager load of an element of 2, 4 or 8 bytes; see load16_eager.
+template <typename T> __device__ __forceinline__ T load_eager(const T* p) {
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "what the instruction loads");
+    T x;
+    if constexpr (sizeof(T) == 2) {
+        u16 bits;
+        asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(p) : "memory");
+        x = reinterpret_cast<const T&>(bits);
+    } else if constexpr (sizeof(T) == 4) {
+        u32 bits;
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(p) : "memory");
+        x = reinterpret_cast<const T&>(bits);
+    } else {
+        u64 bits;
+        asm volatile("ld.global.u64 %0, [%1];" : "=l"(bits) : "l"(p) : "memory");
+        x = reinterpret_cast<const T&>(bits);
+    }
+    return x;
+}
+
 // [ld] Eager load of 16 bytes, aligned to 16: it stays above the next schedule_fence, while the
 // compiler sinks ordinary loads of read-only memory to their first use.
 __device__ __forceinline__ uint4 load16_eager(const void* p) {

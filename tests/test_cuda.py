@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from pykv import cuda
+from pykv.cuda import driver
 from pykv.errors import (
     CompileError,
     CudaError,
@@ -577,6 +578,24 @@ def test_no_ctypes_anywhere(folder):
 
 
 # --- Launch and streams ---
+
+
+def test_a_kernel_keeps_the_most_shared_memory_that_a_launch_asked_for(monkeypatch):
+    """A smaller launch in between takes none of it away."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    done, kernel = [], type("Kernel", (), {"handle": 7})()
+
+    def set_attribute(attribute, value, handle, device):
+        done.append((attribute.name.rpartition("MAX_DYNAMIC")[1], value, handle, device))
+        return (bindings.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(bindings, "cuKernelSetAttribute", set_attribute)
+    monkeypatch.setattr(driver, "_allowed", {})
+    for nbytes in (64 << 10, 96 << 10, 64 << 10, 96 << 10):
+        driver._allow_shared(kernel, nbytes, 0)
+    driver._allow_shared(kernel, 64 << 10, 1)
+    sizes = [(value, device) for name, value, handle, device in done if name and handle == 7]
+    assert sizes == [(64 << 10, 0), (96 << 10, 0), (64 << 10, 1)]
 
 
 @pytest.mark.parametrize(

@@ -125,20 +125,28 @@ def _launcher() -> tuple[Callable[..., None], Callable[[], Any], Callable[[], in
     return launch, cuda.get_current_stream, cuda.runtime.getDevice
 
 
-@lru_cache(maxsize=256)
+_allowed: dict[tuple[Any, int], int] = {}  # bytes, by kernel and device
+_allowing = threading.Lock()
+
+
 def _allow_shared(kernel: Any, shared_bytes: int, device: int) -> None:
     """Let a kernel have more dynamic shared memory than any may have unasked, and as many blocks
-    on an SM as its whole shared memory holds."""
+    on an SM as its whole shared memory holds. What it may have is never made less: another launch
+    of it may need that."""
     from cuda.bindings import driver
 
     attributes = driver.CUfunction_attribute
-    for attribute, value in (
-        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
-        (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-    ):
-        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
+    with _allowing:
+        if shared_bytes <= _allowed.get((kernel, device), 0):
+            return
+        for attribute, value in (
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ):
+            (status,) = driver.cuKernelSetAttribute(attribute, value, kernel.handle, device)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise CudaError(f"cuKernelSetAttribute({attribute.name}, {value}): {status.name}")
+        _allowed[kernel, device] = shared_bytes
 
 
 def _has_early() -> bool:

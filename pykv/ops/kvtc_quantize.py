@@ -33,14 +33,14 @@ from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
 from pykv.ranges import reach
 
-BLOCK = 256  # threads
+BLOCK = 128  # threads
 SMALL, MEDIUM = 125, 1024  # columns of tiles, see kvtc_codes.cuh
-ROWS = 32  # of a block that dequantizes
+ROWS = 8  # of a block that dequantizes
 
 
 def _piece(sm: int) -> dict[str, int]:
     """Columns of a wide range that are in shared memory at a time: 16 KiB of it let old SMs hold
-    five blocks, newer ones have 48 KiB for each of four."""
+    five blocks, newer ones have 48 KiB for each of four or five."""
     return dict(PIECE=12_256 if sm >= 80 else 4_096)
 
 

@@ -9,7 +9,7 @@ from pykv import cuda, eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
 from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming
 from pykv.llm import LLM, SamplingParams, evictor, runner
-from tests.helpers import without_simt
+from tests.helpers import to_numpy, without_simt
 from tests.llm import plain_forward
 from tests.llm.test_keys import LLAMA, gemma3
 
@@ -309,12 +309,12 @@ def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, policy):
             n, T = int(rows[i, h]), queries.shape[1]
             slots = np.arange(n)
             pages = np.array(s.pages)[slots // P]
-            keys = np.array(llm.cache.k[i][pages.tolist(), slots % P, h], np.float64)
+            keys = to_numpy(llm.cache.k[i])[pages, slots % P, h].astype(np.float64)
             total = sums.setdefault((i, h), [])
             total += [0.0] * (n - len(total))
             for t, g in np.ndindex(T, G):
                 seen = n - T + t + 1
-                q = np.array(queries[i, t, h * G + g], np.float64)
+                q = to_numpy(queries[i, t, h * G + g]).astype(np.float64)
                 logits = keys[:seen] @ q * config.attention_scale
                 weights = np.exp(logits - logits.max())
                 for j, weight in enumerate(weights / weights.sum()):
@@ -330,11 +330,11 @@ def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, policy):
 
     def evicted(cache, pages, lengths, policies, **options):
         for (i, h), want in sums.items():
-            got = np.array(options["scores"][i][0, h, : len(want)])
+            got = to_numpy(options["scores"][i][0, h, : len(want)])
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
         left = evict(cache, pages, lengths, policies, **options)
         for i, h in sums:
-            kept = np.array(left.kept[i][0, h, : left.lengths[i, 0, h]])
+            kept = to_numpy(left.kept[i][0, h, : left.lengths[i, 0, h]])
             sums[i, h] = [sums[i, h][j] for j in kept]
         checked.append(left.lengths[:, 0])
         return left

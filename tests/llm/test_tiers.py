@@ -137,9 +137,14 @@ def test_a_session_keeps_what_fell(open_llm, rng, tmp_path):
     assert llm.save(tmp_path / "x", prompt) == 32
 
 
+@pytest.fixture(scope="module")
+def artefact(tiny_paths):
+    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
+
+
 @without_simt
-def test_a_coded_session_does_not_reach_exact_files(open_llm, tiny_paths, rng, tmp_path, xp):
-    codec = Codec(artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu")), 2, xp)
+def test_a_coded_session_does_not_reach_exact_files(artefact, open_llm, rng, tmp_path, xp):
+    codec = Codec(artefact, 2, xp)
     first = open_llm()
     prompt = tokens_of(rng, 40)
     first.generate([prompt], greedy(1))

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -126,18 +128,23 @@ def test_nothing_stays_of_a_storm(tmp_path):
     assert llm.cache.manager.num_free == llm.cache.manager.num_pages
 
 
-def start(path, port, log):
-    """`pykv serve`, ready; its process and port."""
+@contextmanager
+def command(path, port, log):
+    """`pykv serve`, ready; its process and port. It is killed at the end."""
     command = [sys.executable, "-m", "pykv", "serve", str(path), "--device", "cpu"]
     command += ["--port", str(port), "--slots", "16", "--log-level", "error"]
     process = subprocess.Popen(command, stderr=log)
 
     def said():
         assert process.poll() is None
-        return re.search(r"127.0.0.1:(\d+) ", open(log.name).read())
+        return re.search(r"127.0.0.1:(\d+) ", Path(log.name).read_text())
 
-    until(said, 60)
-    return process, int(said()[1])
+    try:
+        until(said, 60)
+        yield process, int(said()[1])
+    finally:
+        process.kill()
+        process.wait()
 
 
 def resident(process):
@@ -161,8 +168,7 @@ def test_memory_is_flat_and_a_killed_server_comes_back(tmp_path):
     """The command itself, over 2,000 requests behind a first 500."""
     path = tmp_path / "m.gguf"
     tiny.write(path, "llama", context=600, keys={"tokenizer.chat_template": PLAIN})
-    with open(tmp_path / "log", "w+") as log, open(tmp_path / "log2", "w+") as log2:
-        process, port = start(path, 0, log)
+    with open(tmp_path / "log", "w+") as log, command(path, 0, log) as (process, port):
         asyncio.run(storm(port, 100, 500, 1))
         before = resident(process)
         for seed in range(2, 6):
@@ -170,11 +176,9 @@ def test_memory_is_flat_and_a_killed_server_comes_back(tmp_path):
             until(lambda: held(port) == 0)
             print(f"{len(served)} answered whole, {resident(process) - before:+} KiB")
         assert resident(process) - before < 8 << 10
-        process.kill()
-        process.wait()
-        process, _ = start(path, port, log2)
+    with open(tmp_path / "again", "w+") as again, command(path, port, again) as (process, _):
         assert asyncio.run(storm(port, 20, 50, 6))
         until(lambda: held(port) == 0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert "Traceback" not in open(log.name).read() + open(log2.name).read()
+    assert "Traceback" not in Path(log.name).read_text() + Path(again.name).read_text()

@@ -98,6 +98,8 @@ inline void e4m3x4_to_f16x4(unsigned (&pairs)[2], unsigned word) {
 
 // --- Copies and fragments ------------------------------------------------------------------------
 
+template <typename T> inline T load_eager(const T* p) { return *p; }
+
 inline uint4 load16_eager(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 
 inline void store16(void* p, const uint4& x) { *reinterpret_cast<uint4*>(p) = x; }

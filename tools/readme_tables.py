@@ -11,6 +11,7 @@
     python -m tools.readme_tables  # --check: exit code 1 where a file is not up to date
 
     pykv eval needles ... --json tools/results/cpu-2-cores/needles.json  # as accuracy.md says
+    pykv kvtc evaluate ...  # $results/kvtc_quality.json holds such records by their headings
 
 Writes tools/results/README.md, tools/results/accuracy.md, and README.md between its two markers.
 Of records that are missing nothing is written. Below each table stands when and at which commit it
@@ -215,12 +216,12 @@ def accuracy(records):
     return "\n\n".join([*parts, *coded(records), *evicted(records)]) + "\n"
 
 
-NEEDLES = ("needles", "needles_2000")  # records of `pykv eval needles`
+NEEDLES = (f"{HOST}/needles", f"{GPU}/needles_2000")  # records of `pykv eval needles`
 
 
 def evicted(records):
     """The part of accuracy.md on caches that keep some rows alone."""
-    names = [f"{HOST}/{stem}" for stem in NEEDLES if records.exists(f"{HOST}/{stem}.json")]
+    names = [name for name in NEEDLES if records.exists(f"{name}.json")]
     if not names:
         return []
     parts = [
@@ -244,7 +245,7 @@ def evicted(records):
 
 def coded(records):
     """What KVTC costs, by what was coded, in parts of accuracy.md."""
-    name = f"{HOST}/kvtc.json"
+    name = f"{GPU}/kvtc_quality.json"
     parts = []
     for title, one in records.load(name).items():
         with report.reading(name):

@@ -49,9 +49,10 @@ def linear(
         out: [T, O] dtype of `x`, tokens at any stride; allocated when missing.
         accumulate: add to `out`, which then must be given: a residual connection in one step.
         gemm: which code multiplies on a GPU. "auto": the own kernels up to 8 tokens, and up to 64
-            where they use tensor cores, see block_linear.multiply; else cuBLAS, where it is
-            installed and the stream is not being captured. "own": never cuBLAS. "cublas": for any
-            number of tokens. The host ignores it.
+            where they use tensor cores, see block_linear.multiply, or as many as small matrices
+            make no more than 2^33 multiplications with; else cuBLAS, where it is installed and the
+            stream is not being captured. "own": never cuBLAS. "cublas": for any number of tokens.
+            The host ignores it.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -146,8 +147,13 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
 
 
 _FEW_TOKENS = 8  # that share one reading of the weights
-_OWN_TOKENS = 64  # up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it
-# has no kernel reading weights again beats the tiles of linear.cu
+# Up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it has no kernel reading
+# weights again beats the tiles of linear.cu.
+_OWN_TOKENS = 64
+# Of matrices so small that there are no more multiplications linear_mma also beats it, as cuBLAS
+# keeps the host 150 to 200 us a call. On an H200 a prompt of 512 tokens takes SmolLM2 20 ms by it
+# and 11 by linear_mma; 512 tokens times 14,336 x 4,096 are 345 and 445 us.
+_OWN_PRODUCTS = 1 << 33
 
 
 def _has_mma(w: Any) -> bool:
@@ -198,7 +204,8 @@ NO_CUBLAS = (
 
 def _uses_cublas(x: Any, w: Any, gemm: str) -> bool:
     """Whether cuBLAS multiplies; for gemm="cublas" an error says why it cannot."""
-    if gemm == "auto" and len(x) <= (_OWN_TOKENS if _has_mma(w) else _FEW_TOKENS):
+    is_small = len(x) <= _OWN_TOKENS or len(x) * w.size <= _OWN_PRODUCTS
+    if gemm == "auto" and (is_small if _has_mma(w) else len(x) <= _FEW_TOKENS):
         return False
     obstacle = _obstacle(x, w)
     if obstacle and gemm == "cublas":

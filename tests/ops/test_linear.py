@@ -199,13 +199,17 @@ def test_float32_weights_are_not_copied():
 
 
 def test_few_tokens_do_without_cublas(device, monkeypatch):
-    """More of them where tensor cores multiply."""
+    """More of them where tensor cores multiply, and of small matrices."""
     taken = []
+    monkeypatch.setattr(linear, "_OWN_PRODUCTS", 70 * 16 * 64)
     monkeypatch.setattr(linear, "_obstacle", lambda x, w: None)
     monkeypatch.setattr(linear, "_cublas", lambda x, *rest: taken.append(len(x)))
     own = cuda.current_sm() >= 75
-    for dtype, most in ((np.float16, 64 if own else 8), (np.float32, 8)):
-        w = device.zeros((16, 64), dtype)
+    for dtype, rows, most in (
+        *((np.float16, rows, of_own if own else 8) for rows, of_own in ((16, 70), (32, 64))),
+        (np.float32, 16, 8),
+    ):
+        w = device.zeros((rows, 64), dtype)
         for T in (1, 8, most):
             linear.linear(device.ones((T, 64), np.float32), w)
         assert taken == []

@@ -147,8 +147,8 @@ def reference(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
 
 
 _FEW_TOKENS = 8  # that share one reading of the weights
-# Up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it has no kernel reading
-# weights again beats the tiles of linear.cu.
+# Up to here linear_mma beats cuBLAS, which takes float32 by pieces, and where it has no kernel
+# reading weights again beats the tiles of linear.cu.
 _OWN_TOKENS = 64
 # Of matrices so small that there are no more multiplications linear_mma also beats it, as cuBLAS
 # keeps the host 150 to 200 us a call. On an H200 a prompt of 512 tokens takes SmolLM2 20 ms by it

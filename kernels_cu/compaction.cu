@@ -185,6 +185,7 @@ __device__ __forceinline__ void gather(X_T* elements, u16* positions, int start,
 // Store entry i of a tile as `entry(i)` at to[i], a line by each warp.
 template <typename Out, typename Entry>
 __device__ __forceinline__ void store_run(Out* to, int count, Entry entry) {
+    if (count == 0) return;  // there is no entry 0
     const int shift = (int)((u64)to % LINE / sizeof(Out));
     if constexpr (sizeof(Out) >= 4) {
 #pragma unroll 4

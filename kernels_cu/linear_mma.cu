@@ -100,7 +100,7 @@ split(M* __restrict__ pieces, float* __restrict__ totals, float* __restrict__ un
     for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, scratch[i]);
     // Brings the largest to 2^14 .. 2^15; both the power and one over it are normal numbers.
     const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
-    const int power_of = min(max(14 - exponent, -112), 126);
+    const int power_of = min(max(14 - exponent, -113), 126);
     const float power = __uint_as_float((u32)(127 + power_of) << 23);
     if (threadIdx.x == 0) units[t] = __uint_as_float((u32)(127 - power_of) << 23);
 

@@ -81,8 +81,8 @@ def multiply(
 ) -> Any:
     """`x @ w.T + bias` as of block_linear.multiply, for weights of a model: w an array or Stored.
 
-    `gemm` as of linear.linear. `normed`, like `x`, holds its rows where normalising them is a
-    step of its own.
+    `gemm` as of linear.linear, for more tokens than one launch takes. `normed`, like `x`, holds its
+    rows where normalising them is a step of its own.
     """
     parts = _parts(w)
     if out is None:

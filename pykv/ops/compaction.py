@@ -39,7 +39,8 @@ def _shape(sm: int) -> dict[str, int]:
     if sm in (80, 90, 100, 103):
         per_sm = 2 if sm == 80 else 3
         return dict(BLOCK=512, VECTORS=4, AHEAD=0, BLOCKS_PER_SM=per_sm, LOOK=1, PARTS=4)
-    return dict(BLOCK=256, VECTORS=4, AHEAD=0, BLOCKS_PER_SM=3, LOOK=2, PARTS=4)
+    vectors = 2 if sm == 75 else 4  # which has 64 KiB for all that a block shares
+    return dict(BLOCK=256, VECTORS=vectors, AHEAD=0, BLOCKS_PER_SM=3, LOOK=2, PARTS=4)
 
 
 def _expand_shape(sm: int) -> dict[str, int]:

@@ -80,7 +80,9 @@ def tilings(kind: str, exact: bool, sm: int) -> list[Tiling]:
         depth = 64 if exact or is_float else 128
         return [*few, Tiling(64, 2, 128, depth, stages, 1, 0, 2)]
     middle = Tiling(64, 2, 128, 128, stages, 1, 1, 2)
-    if kind in ("Q2_K", "Q3_K", "Q6_K"):  # scales of halves take the registers of more sums
+    # Scales of halves take the registers of more sums; two pieces of x, as of float16 for bfloat16
+    # weights, the shared memory of more tokens.
+    if kind in ("Q2_K", "Q3_K", "Q6_K", "BF16"):
         return [*few, middle]
     return [*few, middle, Tiling(128, 2, 128, 128, stages, 2 if is_float else 1, 1, 2, 16)]
 

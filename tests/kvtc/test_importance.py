@@ -76,6 +76,12 @@ def test_importance_is_that_of_plain_loops(open_model, arch):
     np.testing.assert_allclose(got, by_loops(model, ids), rtol=1e-3, atol=1e-6 * got.max())
 
 
+def test_a_single_token_asks_nothing(open_model):
+    model = open_model("llama")
+    got = importance.measure(model, [5], np)
+    assert got.shape == (2, model.config.num_layers, model.config.kv_heads) and not got.any()
+
+
 def test_mixed_heads_and_stored_matrices_count_as_much(open_model):
     """A Hadamard matrix turns heads and not their errors."""
     model = open_model("llama", "Q8_0", weights="fp32")

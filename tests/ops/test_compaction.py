@@ -12,6 +12,7 @@ from pykv.errors import CapacityError, DeviceError, DtypeError, ParameterError, 
 from pykv.ops import compaction
 from tests.faults import with_argument, with_changed_option, with_option
 from tests.helpers import assert_same_bits, launch, product, to_numpy, without_simt
+from tests.simt import machine
 
 DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
 UNUSUAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 0.1, -0.1, 1e-40, -1e-40, 1e-45, 3e38]
@@ -93,6 +94,31 @@ def test_no_more_than_there_is_room_for(xp, rng, room):
     for read in (got.kept, got.trimmed):
         with pytest.raises(CapacityError, match=message):
             read()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_tiles_that_keep_nothing_write_nothing(xp, dtype, first):
+    """Between tiles that keep some, and where there is no room left."""
+    x = np.zeros(5 * TILE, dtype)
+    x[:first], x[4 * TILE :][:5] = 1, 2
+    for room in (first + 5,) if xp is np else (first + 5, first):
+        values, indices = xp.full(room + 9, 7, dtype), xp.full(room + 9, 7, np.int32)
+        got = compaction.compress(xp.asarray(x), 0.5, out=values[:room], indices=indices[:room])
+        assert to_numpy(got.count)[0] == first + 5
+        assert (to_numpy(values[room:]) == 7).all() and (to_numpy(indices[room:]) == 7).all()
+        want = np.array([1] * first + [2] * 5, dtype)[:room]
+        assert_same_bits(values[:room], want)
+
+
+def test_a_block_of_every_sm_has_the_memory():
+    """Two tiles with positions, and 1 KiB of its own."""
+    for sm, most in machine.SHARED.items():
+        for dtype in DTYPES:
+            size = np.dtype(dtype).itemsize
+            tile = compaction._tile(size, compaction._shape(sm))
+            tiles = 2 if sm >= compaction.LOOK_BACK_SM else 1
+            assert tiles * tile * (size + 2) + 1024 <= most << 10, (sm, dtype)
 
 
 def test_only_what_is_wanted(xp, rng):

@@ -1,15 +1,19 @@
 """linear_mma: products on tensor cores, cut in every way."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from pykv import planes
+from pykv.arrays import FLOATS
 from pykv.ops import block_linear, linear
 from pykv.ops import linear_mma as op
 from tests.faults import fixed, scaled
-from tests.helpers import assert_close_to_oracle, swept
+from tests.helpers import assert_close_to_oracle, swept, to_numpy
 from tests.ops.test_block_linear import dequantized, random_blocks
+from tests.simt import machine
 
 pytest.importorskip("gguf")
 
@@ -78,6 +82,24 @@ def test_every_tiling(device, rng, kind, dtype, exact, number):
 def test_parts_are_added_in_order(device, rng, kind, exact):
     tiling = op.tilings(kind, exact, 90)[1]
     judge(device, rng, kind, FLOAT32, exact, 20, tiling.outputs + 8, 1024, tiling, 3)
+
+
+def test_a_block_of_every_sm_has_the_memory():
+    """With 1 KiB of its own."""
+    for sm, most in machine.SHARED.items():
+        for kind in (*planes.FORMATS, *op.FLOAT_KINDS):
+            for x, exact in itertools.product(FLOATS, (True, False)):
+                if op.has_kernel(kind, sm):
+                    for tiling in op.tilings(kind, exact, sm):
+                        made = op.defines(kind, x, x, exact, tiling)
+                        assert made["SHARED_BYTES"] + 1024 <= most << 10, (sm, made)
+
+
+def test_the_largest_float32_stays_finite(device):
+    x = np.full((9, 64), np.finfo(np.float32).max, np.float32) * np.eye(9, 64, dtype=np.float32)
+    w = device.asarray(np.eye(24, 64).astype(np.float16))
+    got = to_numpy(linear.linear(device.asarray(x), w, gemm="own"))
+    np.testing.assert_allclose(got, x @ np.eye(24, 64).T.astype(np.float32), rtol=1e-6)
 
 
 def test_how_products_are_cut():

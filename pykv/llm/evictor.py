@@ -125,11 +125,13 @@ class Evictor:
 
     def see_answer(self, s: Sequence, queries: Any) -> None:
         """Look at a token of an answer, behind which a sequence shrinks where it is time."""
-        if self.sums:
-            s.unsummed.append(queries.copy())  # the next step overwrites them
         budget = self._base.budget
         if budget is None:
             return
+        if self.sums:
+            s.unsummed.append(queries.copy())  # the next step overwrites them
+            if len(s.unsummed) >= EVERY:  # or they would fill the memory
+                self._sum(s)
         behind = 0.0 if s.behind is None else s.behind.mean(1).min()
         if s.held - behind >= budget + EVERY:
             self._evict(s, queries)

@@ -97,6 +97,9 @@ class LLM:
     Attributes:
         runner: computes the steps; another Scheduler may plan them, between this one's, as that of
             `pykv serve` does.
+        prefix_cache: whether prompts find pages of others.
+        is_exact: whether all pages that they find are as they were computed: none came back from
+            codes, of a tier or a session.
 
     Calls may come from several threads: their sequences are decoded as one batch, of which each
     step (512 tokens, a token of each answer among them) is done by one of the threads under a lock.
@@ -179,6 +182,7 @@ class LLM:
             self.runner = ModelRunner(loaded, cache, self.xp, policy)
             self.tiers = open_tiers(self, host_cache, disk_cache)
         self.prefix_cache = prefix_cache
+        self.is_exact = self.tiers is None or self.tiers.is_exact
         self._scheduler = Scheduler(
             self.runner,
             cache,

@@ -70,6 +70,7 @@ def save(
     with llm.turn(), shared.known(ids) as pages:
         arrays |= stored_pages.fetch(cache, pages, codec, hadamard=mixed)
         metadata, kept = facts(llm, len(pages)), len(pages) * cache.page_size
+        metadata["exact"] = str(int(llm.is_exact))
     tensor_files.write(path, metadata, arrays, private=True)
     return kept
 
@@ -84,7 +85,7 @@ def load(
         with open(path, "rb") as file:
             header = tensor_files.read_header(op, file, path, "session", FORMAT)
             tensor_files.check_facts(op, path, header, facts(llm, 0), ("pages",))
-            count = header.number(op, path, "pages")
+            count, exact = (header.number(op, path, name) for name in ("pages", "exact"))
             tokens = np.empty(header.length(op, path, "tokens"), np.int32)
             kept = count * cache.page_size
             if kept > len(tokens):
@@ -97,14 +98,19 @@ def load(
             more = {"tokens": tokens}
             if "messages" in header.table:
                 more["messages"] = np.empty(header.length(op, path, "messages"), np.uint8)
-            if "stream" in header.table:
+            is_coded = "stream" in header.table
+            if is_coded:
                 more["stream"] = np.empty(header.length(op, path, "stream"), np.uint8)
                 tensor_files.read_arrays(op, file, path, header, more)
+            if is_coded or not exact:
                 if llm.tiers is not None and llm.tiers.folder is not None:
                     raise ParameterError(
-                        f"{op}: {path} is coded, expected one without a codec where disk_cache "
-                        "keeps pages as they are computed"
+                        f"{op}: {path} {'is' if is_coded else 'holds pages that were'} coded, "
+                        "expected one without a codec where disk_cache keeps pages as they are "
+                        "computed"
                     )
+                llm.is_exact = False
+            if is_coded:
                 put = _put_coded(op, path, more["stream"], kept, llm, codec)
             else:
                 stored = stored_pages.take(op, file, path, header, cache, count, more)

@@ -82,7 +82,8 @@ class Counters:
     def since(self, before: Counters) -> Counters:
         """What came since these were `before`."""
         less = before.as_dict()
-        return Counters.from_dict({name: n - less[name] for name, n in self.as_dict().items()})
+        flat = self.as_dict().items()
+        return Counters.from_dict({name: max(n - less[name], 0) for name, n in flat})  # sums round
 
     def as_text(self) -> str:
         """Lines for people."""

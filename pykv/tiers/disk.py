@@ -48,6 +48,9 @@ class Entry(NamedTuple):
     path: Path
 
 
+_making_room = threading.Lock()  # of all tiers of this process, which may share a folder
+
+
 class DiskTier:
     """Pages in files.
 
@@ -73,17 +76,18 @@ class DiskTier:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder, self.limit = folder, limit
         self._identity, self._own = digest, folder / digest[:32]
+        self._own.mkdir(mode=0o700, exist_ok=True)
+        check_private(self._own)
         self._nbytes = nbytes
         self._lock = threading.Lock()  # of what follows
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted
         self._count()
-        if self._own.is_dir():
-            for sub in self._own.iterdir():
-                whole_files.clear(sub)
+        for sub in self._own.iterdir():
+            whole_files.clear(sub)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._known or self._path(key).exists()
+        return key in self._known or os.path.exists(self._path(key))  # False where the disk fails
 
     def read(self, key: bytes, row: np.ndarray) -> bool:
         """Fill a row with a page; False where there is no such file any more, and the row holds
@@ -123,7 +127,8 @@ class DiskTier:
             OSError: the system refuses, or too little of the disk would stay free.
         """
         path, size = self._path(key), row.nbytes + _HEADER
-        self._make_room(size)
+        with _making_room:  # one thread waits for another, but no process for another
+            self._make_room(size)
         if shutil.disk_usage(self.folder).free < FLOOR + size:
             raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,18 +138,20 @@ class DiskTier:
             self._total += size
             self._written += size
 
-    def note(self, counters: Counters) -> None:
-        """Add counters to those of the folder, unless another process is at it.
+    def note(self, counters: Counters) -> bool:
+        """Add counters to those of the folder; False where another process is at it.
 
         Raises:
             OSError: the system refuses.
         """
         with open(self.folder / "lock", "ab") as file:
-            if whole_files.lock(file):
-                total = read_counters(self.folder).plus(counters)
-                text = json.dumps(total.as_dict()).encode()
-                path = self.folder / "counters.json"
-                whole_files.replace(path, [text], private=True, durable=False)
+            if not whole_files.lock(file):
+                return False
+            total = read_counters(self.folder).plus(counters)
+            text = json.dumps(total.as_dict()).encode()
+            path = self.folder / "counters.json"
+            whole_files.replace(path, [text], private=True, durable=False)
+            return True
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
@@ -175,6 +182,8 @@ class DiskTier:
         Raises:
             OSError: there is no room.
         """
+        if size > self.limit:
+            raise OSError(errno.ENOSPC, f"a page exceeds {self.limit:,} bytes", str(self.folder))
         if self._written > _LOOK * self.limit:
             self._count()
         if self._total + size <= self.limit:
@@ -190,8 +199,6 @@ class DiskTier:
                         entry.path.unlink(missing_ok=True)
                         excess -= entry.nbytes
                 self._count()
-        if self._total + size > self.limit:
-            raise OSError(errno.ENOSPC, f"a page exceeds {self.limit:,} bytes", str(self.folder))
 
 
 def entries(folder: Path) -> list[Entry]:

@@ -51,6 +51,7 @@ class Tiers:
     Attributes:
         counters: what was done so far.
         folder: of the disk tier; None without one.
+        is_exact: pages come back bit for bit.
 
     Raises:
         ParameterError: a text is none, a tier smaller than a page, a codec of no use, or the folder
@@ -93,6 +94,7 @@ class Tiers:
         rows = allocate(op, "host_cache", xp, count, self._form.nbytes)
         self.counters = Counters()
         self.folder = None if limit is None else limit.folder
+        self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
         self._noted = Counters()  # what the folder knows of them
         self._cache, self._host = cache, HostTier(rows)
         self._moves = Moves(cache, self._form, rows)
@@ -129,21 +131,26 @@ class Tiers:
         who wants them in another process. Waits. Without a disk tier it does nothing."""
         if self._files is None:
             return
+        self._write_refused()
         for some in _pieces(self._cache.manager.published, self._moves.most):
             self.fall([(key, page) for key, page in some if key not in self._files])
-        self._moves.wait()
-        for key, slot in self._host.items():  # some may have been refused before
-            self._write_later(key, slot, Moved(0.0))
+        self._write_refused()
         self._settle(wait_for=len(self._writing))
         new = self.counters.since(self._noted)
         with suppress(OSError):
-            self._files.note(new)
-            self._noted = self._noted.plus(new)
+            if self._files.note(new):
+                self._noted = self._noted.plus(new)
 
     def clear_host(self) -> None:
         """Forget what host memory holds, once it is in files; these stay."""
         self._settle(wait_for=len(self._writing))
         self._host.clear()
+
+    def _write_refused(self) -> None:
+        """Have rows of the host tier written that files did not take when they fell."""
+        self._moves.wait()
+        for key, slot in self._host.items():
+            self._write_later(key, slot, Moved(0.0))
 
     def _write_later(self, key: bytes, slot: int, moved: Moved) -> None:
         """Have a thread write a row, once it was moved there, unless there is such a file."""
@@ -241,7 +248,7 @@ class Tiers:
         for key, future in futures.items():
             try:
                 seconds = future.result()
-            except (FormatError, OSError):
+            except (FormatError, OSError, MemoryError):
                 seconds = None
                 self.counters.damaged += 1
             if seconds is None:

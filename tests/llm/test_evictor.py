@@ -349,6 +349,21 @@ def test_attention_of_all_queries_is_summed(open_llm, rng, monkeypatch, policy):
 
 
 @without_simt
+@pytest.mark.parametrize("policy, most", [("h2o:0.5:recent=2", 0), ("h2o:40:recent=2", 5)])
+def test_queries_of_an_answer_do_not_pile_up(open_llm, rng, monkeypatch, policy, most):
+    monkeypatch.setattr(evictor, "EVERY", 6)
+    llm, kept, see = open_llm(eviction=policy), [], evictor.Evictor.see_answer
+
+    def see_answer(self, s, queries):
+        see(self, s, queries)
+        kept.append(len(s.unsummed))
+
+    monkeypatch.setattr(evictor.Evictor, "see_answer", see_answer)
+    llm.generate([tokens_of(rng, 20)], greedy(16))
+    assert len(kept) == 15 and max(kept) == most
+
+
+@without_simt
 def test_long_prompts_keep_their_last_tokens_together(open_llm, rng, monkeypatch):
     """Steps of 24 tokens, of which the last 10 are one."""
     monkeypatch.setattr("pykv.llm.scheduler.PREFILL_TOKENS", 24)

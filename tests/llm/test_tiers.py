@@ -156,6 +156,25 @@ def test_a_coded_session_does_not_reach_exact_files(artefact, open_llm, rng, tmp
     assert open_llm(host_cache="1MB").load(tmp_path / "x", codec=codec).cached_tokens == 32
 
 
+@without_simt
+def test_pages_that_were_coded_do_not_reach_exact_files_by_a_session(open_llm, rng, tmp_path):
+    """From codes of the host tier, and once more through an LLM without tiers."""
+    first = open_llm(pool_tokens=4 * P, host_cache="1MB:int8")
+    prompt = tokens_of(rng, 40)
+    first.generate([prompt], greedy(1))
+    first.generate([tokens_of(rng, 60)], greedy(1))
+    assert first.save(tmp_path / "x", prompt) == 32
+    between = open_llm()
+    assert between.is_exact and not first.is_exact
+    between.load(tmp_path / "x")
+    assert not between.is_exact and between.save(tmp_path / "y", prompt) == 32
+    llm = open_llm(disk_cache=f"{tmp_path / 'tier'}:1MB")
+    for name in ("x", "y"):
+        with pytest.raises(ParameterError, match=f"LLM.load: .*{name} holds pages that were coded"):
+            llm.load(tmp_path / name)
+    assert llm.cache.manager.num_cached == 0 and llm.is_exact
+
+
 @pytest.mark.parametrize(
     "options, error, text",
     [

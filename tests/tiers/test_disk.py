@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,40 @@ def test_one_process_makes_room_at_a_time(tmp_path):
         assert not (tmp_path / "counters.json").exists()
     files.write(KEYS[50], row(KEYS[50]))
     assert size_of(tmp_path) <= before <= 12_000
+
+
+def test_threads_wait_for_room(tmp_path):
+    """Every page is written, whoever makes room."""
+    files = tier(tmp_path, limit=40 * (N + 1024))
+    rows = np.random.default_rng(0).integers(0, 256, (400, N), np.uint8)
+    keys = [i.to_bytes(16, "little") for i in range(400)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(files.write, keys, rows))  # raises what they raise
+    found = np.zeros(N, np.uint8)
+    assert files.read(keys[-1], found) and (found == rows[-1]).all()
+
+
+def test_folders_of_an_identity_are_private(tmp_path):
+    """Whatever the umask, and where the folder was there before."""
+    before = os.umask(0)
+    try:
+        tier(tmp_path).write(KEYS[0], np.zeros(N, np.uint8))
+    finally:
+        os.umask(before)
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert len(folders) == 2 and all(path.stat().st_mode & 0o77 == 0 for path in folders)
+
+
+def test_a_disk_that_fails_has_no_pages(tmp_path, monkeypatch):
+    files, stat = tier(tmp_path), os.stat
+
+    def fails(path, *rest, **options):
+        if str(path).endswith(disk.SUFFIX):
+            raise OSError(errno.EIO, "fails", str(path))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", fails)
+    assert KEYS[0] not in files
 
 
 def test_others_files_are_counted(tmp_path):

@@ -92,13 +92,16 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
 @contextmanager
 def _flushed(llm: Any) -> Iterator[None]:
     """What the block leaves in the cache goes to --disk-cache, however it ends."""
-    try:
+    if llm.tiers is None:
         yield
+        return
+    try:
+        with _ended_by_signals():
+            yield
     finally:
-        if llm.tiers is not None:
-            llm.flush()
-            for line in llm.tiers.counters.as_text().splitlines():
-                note(line)
+        llm.flush()
+        for line in llm.tiers.counters.as_text().splitlines():
+            note(line)
 
 
 @contextmanager

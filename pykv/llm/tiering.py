@@ -30,20 +30,25 @@ def check_tiers(op: str, host: Any, disk: Any, prefix_cache: bool) -> None:
     given = [name for name, x in (("host_cache", host), ("disk_cache", disk)) if x is not None]
     if given and not prefix_cache:
         raise ParameterError(f"{op}: {given[0]} is given, expected none without a prefix_cache")
+    _check_free(op, host)
+    if disk is not None:
+        parse_disk(op, "disk_cache", disk)
+
+
+def _check_free(op: str, host: Any) -> None:
     if host is not None:
         nbytes, free = parse_host(op, "host_cache", host).nbytes, memory.free(np)
         if free is not None and nbytes > free:
             raise CapacityError(
                 f"{op}: host_cache asks for {nbytes:,} bytes, but the host has {free:,} free"
             )
-    if disk is not None:
-        parse_disk(op, "disk_cache", disk)
 
 
 def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
     """The tiers of a model's cache; None where it has none."""
     if host is None and disk is None:
         return None
+    _check_free("LLM", host)  # once more, beside the weights
     return Tiers(llm.cache, host=host, disk=disk, identity=_identity(llm))
 
 

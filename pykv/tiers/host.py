@@ -82,6 +82,9 @@ class HostTier:
         self._free += slots
 
 
+_MEMORY_PAGE = 4096  # bytes that a host hands out at once, at least
+
+
 def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray:
     """[count, nbytes] uint8 of host memory, pinned for `cupy`: of exactly that size, which CuPy's
     pool would round up to a power of two.
@@ -92,7 +95,9 @@ def allocate(op: str, name: str, xp: Any, count: int, nbytes: int) -> np.ndarray
     size = count * nbytes
     try:
         if xp is np:
-            return np.empty((count, nbytes), np.uint8)
+            rows = np.empty((count, nbytes), np.uint8)
+            rows.reshape(-1)[::_MEMORY_PAGE] = 0  # or the memory would be taken as rows fill
+            return rows
         cuda = load_cupy().cuda
         try:
             memory = cuda.PinnedMemory(size)

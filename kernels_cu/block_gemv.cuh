@@ -6,6 +6,8 @@
 // apart, so a block brings x to shared memory first, with gaps that let eight lanes read 16 bytes
 // each without a conflict. `parts` warps share outputs and split I; the others of the block have
 // outputs of their own.
+#include "reduce.cuh"
+
 constexpr int WARPS = BLOCK / WARP;
 constexpr int SUMS = ROWS * OUTS;
 constexpr int LANE = 32;  // elements of a lane

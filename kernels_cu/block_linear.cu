@@ -36,7 +36,6 @@
 //                   product with scale, then once more to X_T
 #include "gate.cuh"
 #include "plain.cuh"
-#include "reduce.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(BLOCK)
 #error "block_linear.cu needs KIND, X_T, B_T and BLOCK"

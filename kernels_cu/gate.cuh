@@ -1,5 +1,4 @@
 // gate.cuh: activations of gated layers, in float.
-#include "types.cuh"
 
 // 1 / (1 + exp(-x)) without overflow.
 __device__ __forceinline__ float sigmoid(float x) {

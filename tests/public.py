@@ -107,7 +107,7 @@ UNCHECKED = """
     kvtc.artefact.Artefact.check_ratio kvtc.artefact.check_artefact kvtc.artefact.problems
     kvtc.coder.check_widths kvtc.coder.bits_of kvtc.coder.row_bytes
     layout.Layout layout.BlockShape plan.base.Preference pages.Pages
-    layout.check_layout layout.check_pair layout.check_shape ops.block_linear.run
+    layout.check_layout layout.check_pair layout.check_shape ops.block_linear.product
     ops.activation.launch_gated
     eval.changes.Kept eval.changes.changed eval.changes.check_job eval.changes.check_llm
     eval.changes.identity eval.changes.mixed eval.changes.static_scale eval.changes.stored

@@ -614,13 +614,16 @@ def test_cuda_core_counts_a_grid_in_clusters(monkeypatch, grid, cluster, cluster
     pytest.importorskip("cuda.core")
     monkeypatch.setattr("cuda.core.LaunchConfig", dict)
     config = cuda.driver._config.__wrapped__
-    assert config(grid, 128, 64, None) == dict(grid=grid, block=128, shmem_size=64)
+    for early in (False, True):
+        sizes = dict(block=128, shmem_size=64, programmatic_stream_serialization=early)
+        assert config(grid, 128, 64, None, early) == dict(grid=grid, **sizes)
+        if clusters:
+            want = dict(grid=clusters, cluster=cluster, **sizes)
+            assert config(grid, 128, 64, cluster, early) == want
     if clusters:
-        want = dict(grid=clusters, cluster=cluster, block=128, shmem_size=64)
-        assert config(grid, 128, 64, cluster) == want
         return
     with pytest.raises(ParameterError, match=re.escape(f"cluster is {cluster}, expected sizes")):
-        config(grid, 128, 64, cluster)
+        config(grid, 128, 64, cluster, False)
 
 
 def test_stream_handles_of_every_library():

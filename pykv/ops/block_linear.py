@@ -216,7 +216,7 @@ def multiply(
     if dims["I"] == 0:
         norm = None  # of no elements, whose products are 0
     if on_gpu(x):
-        run(dims, x, w, kind, bias, norm, out, options, stream)
+        product(dims, x, w, kind, bias, norm, out, options)(stream)
     else:
         work = partial(reference, x, w, kind, bias, out, norm, options)
         cuda.run_on_host(work, stream=stream)
@@ -395,14 +395,14 @@ def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
     return planes.values(w if ids is None else w[ids], kind, I) * np.float32(scale)
 
 
-def run(
-    dims: Dims, x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Any, stream: Any
-) -> None:
-    """Launch the kernels of `multiply`, which do what `options` say, for arrays that are checked;
+def product(
+    dims: Dims, x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, asked: Options
+) -> Callable[[Any], None]:
+    """A function of a stream that launches the kernels of `multiply`, for arrays that are checked;
     `dims` keeps the launches."""
-    launch = dims.keep((kind, options), lambda: _launch(x, w, kind, bias, norm, out, options))
+    launch = dims.keep((kind, asked), lambda: _launch(x, w, kind, bias, norm, out, asked))
     w = w.view(np.uint8) if kind in PLAIN else w
-    launch(dict(out=out, x=x, w=w, bias=bias, norm=norm), stream)
+    return partial(launch, dict(out=out, x=x, w=w, bias=bias, norm=norm))
 
 
 def _by_gemv(x: Any, w: Any, kind: str) -> bool:

@@ -104,7 +104,7 @@ def linear(
         else:
             options = block_linear.Options(accumulate=accumulate)
             kind = block_linear.KIND_OF[w.dtype]
-            block_linear.run(dims, x, w, kind, bias, None, out, options, stream)
+            block_linear.product(dims, x, w, kind, bias, None, out, options)(stream)
     else:
         cuda.run_on_host(lambda: reference(x, w, bias, out, accumulate), stream=stream)
     return out

@@ -34,6 +34,7 @@
 //                   are summed in float
 //           expand  products and the sum rounded to float each, as the gguf package does, then the
 //                   product with scale, then once more to X_T
+// Stack: 8 bytes, for one register more than the 128 that ptxas gives gemv of Q4_K on sm_120
 #include "gate.cuh"
 #include "plain.cuh"
 

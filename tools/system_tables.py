@@ -4,10 +4,12 @@ stored weights, whole models and the server; as in `tools/tables.py`."""
 from tools.tables import own, percent
 
 
-def _times(found, ways):
-    """Rows of a dict of names to dicts of `ways` to records: microseconds, and shares."""
+def _times(found, ways, text=None):
+    """Rows of a dict of names to dicts of `ways` to records: what `text` makes of name and record,
+    or microseconds and shares."""
+    text = text or (lambda name, record: _time(record))
     return [
-        [*name, *(_time(cell[way]) if way in cell else "" for way in ways)]
+        [*name, *(text(name, cell[way]) if way in cell else "" for way in ways)]
         for name, cell in found.items()
     ]
 
@@ -57,28 +59,24 @@ def evictions(records):
 
 def cycles(records):
     """Tokens after an eviction against tokens over all keys."""
-    found = {}
-    for one in own(records, "elastic"):
-        case = one["case"]
-        if case["what"] != "attention":
-            found.setdefault((case["B"], case["L"], case["kv"]), {})[
-                case["what"], case["keep"], case["steps"]
-            ] = one["median"]
-            continue
-        cell = found.setdefault((case["B"], case["L"], case["kv"]), {})
-        cell["attention", case["keep"], 0] = one["median"]
+    found = _by(
+        [one for one in own(records, "elastic") if one["case"]["what"] != "cycle"],
+        lambda c: (c["B"], c["L"], c["kv"]),
+        lambda c: (c["what"], c["keep"]),
+    )
     rows = []
     for (B, L, kv), cell in found.items():
-        dense = cell.get(("attention", 1.0, 0))
-        for (what, keep, _), us in cell.items():
-            if what != "attention" or keep == 1 or dense is None:
-                continue
-            evict = cell.get(("evict", keep, 0))
-            paid = evict / (dense - us) if evict and us < dense else None
-            rows.append(
-                [f"{B} x {L:,}", kv, f"{keep:g}", f"{dense:.1f}", f"{us:.1f}", f"{dense / us:.2f}"]
-                + [f"{evict:,.0f}" if evict else "", f"{paid:,.0f}" if paid else ""]
-            )
+        times = {way: one["median"] for way, one in cell.items()}
+        dense = times.pop(("attention", 1.0), None)
+        for (what, keep), us in times.items():
+            if what == "attention" and dense is not None:
+                evict = times.get(("evict", keep))
+                paid = evict / (dense - us) if evict and us < dense else None
+                rows.append(
+                    [f"{B} x {L:,}", kv, f"{keep:g}", f"{dense:.1f}", f"{us:.1f}"]
+                    + [f"{dense / us:.2f}", f"{evict:,.0f}" if evict else ""]
+                    + [f"{paid:,.0f}" if paid else ""]
+                )
     text = (
         "One layer: microseconds of attention to all keys and to those kept, of the eviction that "
         "leads there, and after how many\nsteps it has paid."
@@ -142,23 +140,17 @@ def products(records):
         lambda c: c["kind"] if c["by"] == "own" else f"{c['kind']} {c['by']}",
     )
     ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
-    rows = []
-    for name, cell in found.items():
-        texts = []
-        for way in ways:
-            one = cell.get(way)
-            text = f"{one['median']:,.1f}" if one else ""
-            if one and int(name[1].replace(",", "")) > 64:
-                text += f" ({one['flops'] / one['median'] / 1e6:.0f} TFLOP/s)"
-            elif one:
-                text += f" ({100 * one['share']:.0f} %)"
-            texts.append(text)
-        rows.append([*name, *texts])
+
+    def time(name, one):
+        if int(name[1].replace(",", "")) <= 64:
+            return _time(one)
+        return f"{one['median']:,.1f} ({one['flops'] / one['median'] / 1e6:.0f} TFLOP/s)"
+
     text = (
         "Float32 activations times a matrix of rows x columns as a GGUF file stores it: "
         "microseconds, and the share of what the\nstored bytes could be read at, or TFLOP/s."
     )
-    return text, ["matrix", "tokens", *ways], rows
+    return text, ["matrix", "tokens", *ways], _times(found, ways, time)
 
 
 def models(records):
@@ -173,21 +165,19 @@ def models(records):
         lambda c: (c["weights"], c["kv"]),
     )
     ways = list(dict.fromkeys(way for cell in found.values() for way in cell))
-    rows = []
-    for name, cell in found.items():
-        texts = []
-        for way in ways:
-            one = cell.get(way)
-            tokens = one["case"]["B"] * one["case"]["Q"] if one else 0
-            share = f" ({100 * one['share']:.0f} %)" if one and one["share"] is not None else ""
-            texts.append(f"{tokens / one['median'] * 1e6:,.0f}{share}" if one else "")
-        rows.append([*name, *texts])
+
+    def rate(name, one):
+        tokens = one["case"]["B"] * one["case"]["Q"]
+        share = f" ({100 * one['share']:.0f} %)" if one["share"] is not None else ""
+        return f"{tokens / one['median'] * 1e6:,.0f}{share}"
+
     text = (
         "Tokens a second by the clock: decode steps of sequences x tokens before, as a CUDA graph, "
         "with the share of what\nmatrices and cache could be read at; and prompts. Columns: "
         "weights, cache. Models named by shape and type are noise."
     )
-    return text, ["model", "sequences", *(f"{w}, {kv}" for w, kv in ways)], rows
+    head = ["model", "sequences", *(f"{weights}, {kv}" for weights, kv in ways)]
+    return text, head, _times(found, ways, rate)
 
 
 def servers(records):

@@ -26,6 +26,7 @@ from pykv import blocks
 from pykv.arrays import module_of
 from pykv.bench import Work, memory, options, synthetic
 from pykv.bench.report import Record
+from pykv.errors import ParameterError
 from pykv.kinds import dequantize
 from pykv.llm import gguf, models
 from pykv.llm.matrices import STORED, weights_dtype
@@ -79,12 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="as of pykv run; default: fp16, and stored")
     shapes = ", ".join(synthetic.SHAPES)
     parser.add_argument("--shape", help=f"instead of --model, a model of noise: {shapes}")
-    parser.add_argument("--type", default="q4_k", help="of the matrices of --shape, as in q4_k")
+    parser.add_argument("--type", help="of the matrices of --shape (q4_k)")
 
 
 def select(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.prompt is not None and args.keys is not None:
+        raise ParameterError("bench model: --keys is given, expected none beside --prompt")
     if args.shape is not None:
-        return _cases(STORED, synthetic.name(args.shape, args.type))
+        if args.model is not None or args.weights not in (None, STORED):
+            raise ParameterError(
+                "bench model: --model or --weights is given, expected none beside --shape, whose "
+                "matrices are stored"
+            )
+        cases = _cases(STORED, synthetic.name(args.shape, args.type or "q4_k"))
+        return cases[:1] if args.quick else cases
+    if args.type is not None:
+        raise ParameterError("bench model: --type is given, expected --shape beside it")
     cases = QUICK if args.quick else CASES
     if args.model is not None:
         of_files = [case for case in cases if not synthetic.is_name(case["model"])]
@@ -255,7 +266,7 @@ def conclude(records: list[Record]) -> str:
         if one["bench"] == "model" and one["ok"]:
             case, seconds = one["case"], one["median"] / 1e6
             B, Q, L = case["B"], case["Q"], case["L"]
-            what = f"{B} x {L} tokens" if Q == 1 else f"{B} prompts of {L} tokens"
+            what = f"{B} x {L} tokens" if Q == 1 else f"{B} x prompt of {L} tokens"
             rate = f"{B * Q / seconds:.0f} tokens/s, {1e3 * seconds:.2f} ms"
             lines.append(f"{case['model']}, {case['weights']}, {what}, {case['kv']}: {rate}")
     return "\n".join(lines)

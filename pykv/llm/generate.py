@@ -409,7 +409,8 @@ class LLM:
                 page size or codec; the LLM is as before.
             CapacityError: its pages exceed the context or the pool.
             ParameterError: `path` is no regular file, the codec is for another model, or the LLM
-                has no `prefix_cache`, or a `disk_cache` and the file is coded.
+                has no `prefix_cache`, or a `disk_cache` and the file is coded, or was
+                saved where pages had come back from codes (`is_exact`).
             DtypeError: `path` or `codec` is nothing of the kind.
             OSError: the file cannot be read.
 

@@ -156,8 +156,8 @@ def multiply(
             the kernel may then begin to read them before the kernel ahead of it in the stream has
             ended (programmatic dependent launch).
         exact: whether float32 `x` keeps its bits on tensor cores. If not, it is rounded to float16
-            there as weights are, two to four times faster for many tokens; an error of about 5e-4
-            of the largest output. Of no meaning for 16-bit `x` and wherever else products are made.
+            there as weights are, which half of the products do then; an error of about 5e-4 of the
+            largest output. Of no meaning for 16-bit `x` and wherever else products are made.
         stream: see pykv.cuda.on_stream.
 
     Returns:
@@ -181,8 +181,8 @@ def multiply(
     to 10 bytes an element from CuPy's memory pool, and a gate's products their size. A token's
     result depends on the number of tokens, in its last bits, but not on the other tokens. Older
     GPUs, and F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by
-    pieces at each call, many times slower than a
-    product with weights in float32. Source of the formats: ggml-common.h of llama.cpp.
+    pieces at each call, many times slower than a product with weights in float32. Source of the
+    formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")

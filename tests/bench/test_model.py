@@ -104,7 +104,8 @@ def test_bytes_by_hand(rng, path):
 
 
 def test_options_and_the_closing_line():
-    options = dict(quick=False, model="m.gguf", weights=None, shape=None, type="q4_k")
+    options = dict(quick=False, model="m.gguf", weights=None, shape=None, type=None)
+    options |= dict(keys=None, prompt=None)
     cases = model.select(Namespace(**options))
     assert len(cases) > 20 and {case["model"] for case in cases} == {"m.gguf"}
     cases = model.select(Namespace(**options | dict(model=None)))
@@ -113,6 +114,16 @@ def test_options_and_the_closing_line():
     assert {case["weights"] for case in cases} == {"stored"} and len(cases) < len(model.CASES)
     cases = model.select(Namespace(**options | dict(shape="8b", type="Q8_0", model=None)))
     assert {case["model"] for case in cases} == {"8b-q8_0"} and len(cases) == 7
+    quick = model.select(Namespace(**options | dict(shape="1b", model=None, quick=True)))
+    assert [(case["model"], case["B"]) for case in quick] == [("1b-q4_k", 1)]
+    for wrong in (
+        dict(type="q4_k"),
+        dict(shape="1b"),
+        dict(shape="1b", model=None, weights="fp16"),
+        dict(keys="512", prompt="512"),
+    ):
+        with pytest.raises(ParameterError, match="^bench model: --.* is given, expected"):
+            model.select(Namespace(**options | wrong))
     with pytest.raises(ParameterError, match="--weights"):
         model.select(Namespace(**options | dict(weights="int3")))
     case = dict(model="m", weights="fp16", B=16, Q=1, L=512, kv="fp8")
@@ -120,7 +131,7 @@ def test_options_and_the_closing_line():
     prompt = {**record, "case": case | dict(B=1, Q=512)}
     assert model.conclude([record, prompt, {**record, "ok": False}]) == (
         "m, fp16, 16 x 512 tokens, fp8: 8000 tokens/s, 2.00 ms\n"
-        "m, fp16, 1 prompts of 512 tokens, fp8: 256000 tokens/s, 2.00 ms"
+        "m, fp16, 1 x prompt of 512 tokens, fp8: 256000 tokens/s, 2.00 ms"
     )
 
 

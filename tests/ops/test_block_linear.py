@@ -180,13 +180,14 @@ def test_a_prepared_product_of_many_launches(xp, rng):
 
 
 def test_inexact_products_round_to_float16(xp, rng):
-    """Where tensor cores multiply; the host's are the same with and without."""
+    """Where tensor cores multiply; elsewhere they are the same with and without."""
     x = rng.standard_normal((9, 512)).astype(np.float32)
     blocks = random_blocks(rng, "Q4_K", 24, 512)
     w, oracle = op.pack(xp.asarray(blocks), "Q4_K"), x.astype("f8") @ dequantized(blocks, "Q4_K").T
     exact, rounded = (op.multiply(xp.asarray(x), w, "Q4_K", exact=e) for e in (True, False))
     errors = [np.abs(to_numpy(y) - oracle).max() / np.abs(oracle).max() for y in (exact, rounded)]
-    assert errors[0] < 1e-6 and errors[1] < 2e-3 and (xp is np) == (errors[1] < 1e-6)
+    rounds = xp is not np and linear_mma.has_kernel("Q4_K", cuda.current_sm())
+    assert errors[0] < 1e-6 and errors[1] < 2e-3 and rounds == (errors[1] > 1e-6)
 
 
 @pytest.mark.parametrize("T", [1, 12])

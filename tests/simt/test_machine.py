@@ -610,7 +610,8 @@ def test_variants_of_a_kernel_share_no_shared_memory(kernel_folder):
         assert out.get()[:size].tolist() == [*reversed(range(size))]
 
 
-def test_defines_that_change_nothing_share_a_build(kernel_folder):
+def test_defines_that_change_nothing_share_a_build(kernel_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path / "cache"))
     (kernel_folder / "faulty.cu").write_text(
         'extern "C" __global__ void faulty(int* out) { *out = SIZE; }'
     )

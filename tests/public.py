@@ -33,8 +33,9 @@ from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
 
 STEMS = [name for name in dir(pykv.ops) if not name.startswith("_")]
-PUBLIC = "blocks elastic kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
+PUBLIC = "blocks kinds kvtc.stream_v0 kvtc.v0 layout page_files pages plan.append".split()
 PUBLIC += "plan.base plan.decode transfer".split()
+PUBLIC += [f"elastic.{name}" for name in ("compaction", "cycle", "rates", "timed")]
 PUBLIC += [
     f"eviction.{name}" for name in ("block_selection", "heads", "policies", "rotary", "steps")
 ]
@@ -90,8 +91,9 @@ def name_of(module, dotted):
 # What users are handed or hand on, but do not call with values of their own; or what ops call with
 # arguments that they have checked.
 UNCHECKED = """
-    elastic.Timed elastic.CompressResult elastic.CompressResult.kept elastic.Throughput
-    elastic.Cycle errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
+    elastic.timed.Timed elastic.timed.counts elastic.timed.time_calls elastic.rates.Throughput
+    elastic.compaction.CompressResult elastic.compaction.CompressResult.kept elastic.cycle.Cycle
+    errors.PykvError transfer.CopyReport transfer.Transfer transfer.Transfer.done
     transfer.Transfer.wait llm.answer.Completion layout.Strides
     plan.base.Sku plan.base.PrecisionGuarantee plan.base.Plan plan.base.PagedPlan
     plan.append.PagedAppendArgs plan.append.ContiguousAppendArgs plan.decode.PagedDecodeArgs
@@ -192,15 +194,15 @@ FUNCTIONS = {
     "ops.throughput.exp2": dict(x=zeros("f4", 8), steps=2),
     "transfer.memcpy_batch": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "transfer.start": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
-    "elastic.compress": dict(kv=zeros("f4", 2, 4), threshold=0.5, indices=zeros("i4", 8))
+    "elastic.compaction.compress": dict(kv=zeros("f4", 2, 4), threshold=0.5, indices=zeros("i4", 8))
     | dict(out=zeros("f4", 8), repetitions=1),
-    "elastic.mem_bandwidth": dict(input=zeros("f4", 8), output=zeros("f4", 8), iterations=1),
-    "elastic.mem_bandwidth_batched": dict(input=zeros("f4", 8), output=zeros("f4", 8))
+    "elastic.rates.mem_bandwidth": dict(input=zeros("f4", 8), output=zeros("f4", 8), iterations=1),
+    "elastic.rates.mem_bandwidth_batched": dict(input=zeros("f4", 8), output=zeros("f4", 8))
     | dict(iters_per_launch=1, num_launches=1),
-    "elastic.compute_throughput": dict(data=zeros("f4", 8), ops_per_element=2, repetitions=1),
-    "elastic.inference_cycle": dict(kv=zeros("f2", 2, 1, 9, 2, 8), q=zeros("f2", 1, 18, 2, 8))
+    "elastic.rates.compute_throughput": dict(data=zeros("f4", 8), ops_per_element=2, repetitions=1),
+    "elastic.cycle.inference_cycle": dict(kv=zeros("f2", 2, 1, 9, 2, 8), q=zeros("f2", 1, 18, 2, 8))
     | dict(decode_steps=1, keep=0.5, repetitions=1),
-    "elastic.gpu_info": {},
+    "elastic.rates.gpu_info": {},
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
     "cuda.calls.graph": dict(function=lambda: None),

@@ -175,7 +175,9 @@ def t4(monkeypatch):
         monkeypatch.setattr(module, "array_module", lambda name: of_device.get(name, cupy))
         monkeypatch.setattr(module, "device_name", lambda xp: "T4")
     monkeypatch.setattr(linear, "has_cublas", lambda: False)  # or it would calibrate on nothing
-    monkeypatch.setattr(elastic, "_time", lambda x, run, samples, warmup: (run(), (1.0,))[1])
+    monkeypatch.setattr(
+        elastic.rates, "time_calls", lambda x, run, samples, warmup: (run(), (1.0,))[1]
+    )
     monkeypatch.setattr(bench, "run", run_once)
     # Random numbers of benchmarks, which matter as little.
     monkeypatch.setattr(caches, "_numbers", lambda xp, rng, shape, dtype: empty(shape, dtype))

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +20,14 @@ from pykv.llm.chat import chat_ids
 from pykv.llm.config import read_config
 from pykv.llm.evictor import as_policy, sums_attention
 from pykv.llm.fingerprint import fingerprint
-from pykv.llm.prompts import answer_to, items, known_ids, read_ids
+from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
 from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
-from pykv.llm.weights import Model, load
+from pykv.llm.weights import Model, load_with_bar
 from pykv.options import check_flag, check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec, as_spec
@@ -163,7 +163,7 @@ class LLM:
         with cuda.use_device(self._device):
             memory.require(need, self.xp, dtype)
             hadamard = self.spec.wants_hadamard
-            loaded = _load(self.file, self.xp, dtype, hadamard, progress)
+            loaded = load_with_bar(self.file, self.xp, dtype, hadamard, progress)
             # Now, as the file may change, or go, before a session is saved.
             self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(
@@ -253,15 +253,7 @@ class LLM:
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")
-        prompts = [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        params = items("generate: params", params)
-        if len(params) != len(prompts):
-            raise ParameterError(
-                f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
-            )
-        answers = [answer_to(self, *pair, special) for pair in zip(prompts, params, strict=True)]
+        answers = answers_to(self, prompts, params, special)
         for _ in shared_steps.run(self._scheduler, self.turn, answers):
             pass
         return [answer.completion() for answer in answers]
@@ -377,16 +369,8 @@ class LLM:
         >>> llm.save("talk.session", talk)  # doctest: +SKIP
         >>> talk = llm.load("talk.session").messages  # in another process  # doctest: +SKIP
         """
-        messages = prompt if _are_messages(prompt) else None
-        if messages is None:
-            if template_variables is not None:
-                given = f"template_variables is {template_variables!r:.80}"
-                raise ParameterError(f"LLM.save: {given}, expected None without messages")
-            ids = read_ids(self, "prompt", prompt)
-        else:
-            variables = {"add_generation_prompt": False, **(template_variables or {})}
-            ids = chat_ids(self.file, self.tokenizer, messages, template_variables=variables)
-        return sessions.save(self, self._scheduler.pages, path, ids, messages, codec)
+        said = sessions.conversation(self, prompt, template_variables)
+        return sessions.save(self, self._scheduler.pages, path, *said, codec)
 
     def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
@@ -466,20 +450,5 @@ class LLM:
             yield from self.runner.logits(ids, pages)
 
 
-def _are_messages(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Whether a prompt is one of `chat`; others are of `generate`."""
-    return isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt)
-
-
 def _refuse_prepare(method: str) -> None:
     cuda.refuse_prepare(method, "what it does next depends on logits, which it waits for")
-
-
-def _load(file: gguf.ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:
-    if not progress:
-        return load(file, xp, dtype=dtype, hadamard=hadamard)
-    from tqdm import tqdm
-
-    total = sum(info.nbytes for info in file.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False) as bar:
-        return load(file, xp, dtype=dtype, hadamard=hadamard, progress=bar.update)

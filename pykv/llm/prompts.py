@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from pykv.llm.generate import LLM
 
 
+def answers_to(llm: LLM, prompts: Any, params: Any, special: bool) -> list[Answer]:
+    """The answers to prompts, of which no scheduler knows yet. Args, Raises: see LLM.generate."""
+    prompts = [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts)
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(prompts)
+    params = items("generate: params", params)
+    if len(params) != len(prompts):
+        raise ParameterError(
+            f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
+        )
+    return [answer_to(llm, *pair, special) for pair in zip(prompts, params, strict=True)]
+
+
 def answer_to(llm: LLM, prompt: Any, params: SamplingParams, special: bool = False) -> Answer:
     """The answer to a prompt, which no scheduler knows yet. Args, Raises: see LLM.generate."""
     if not isinstance(params, SamplingParams):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,8 @@ from pykv.errors import CapacityError, FormatError, ParameterError, PykvError
 from pykv.kvtc.artefact import Artefact
 from pykv.kvtc.codec import Codec
 from pykv.kvtc.stream import parse
-from pykv.llm.chat import check_messages
+from pykv.llm.chat import chat_ids, check_messages
+from pykv.llm.prompts import read_ids
 from pykv.llm.sequence_pages import SequencePages
 from pykv.page_arrays import check_codec, facts_of
 from pykv.pages import swap_in
@@ -50,6 +51,19 @@ class Session(NamedTuple):
     token_ids: list[int]
     messages: list[dict[str, Any]] | None
     cached_tokens: int
+
+
+def conversation(
+    llm: LLM, prompt: Any, variables: Mapping[str, Any] | None
+) -> tuple[list[int], Sequence[Any] | None]:
+    """Token ids of what LLM.save was given, and its messages: None of a text or token ids."""
+    if isinstance(prompt, list | tuple) and any(isinstance(x, Mapping) for x in prompt):
+        variables = {"add_generation_prompt": False, **(variables or {})}
+        return chat_ids(llm.file, llm.tokenizer, prompt, template_variables=variables), prompt
+    if variables is not None:
+        given = f"template_variables is {variables!r:.80}"
+        raise ParameterError(f"LLM.save: {given}, expected None without messages")
+    return read_ids(llm, "prompt", prompt), None
 
 
 def save(

@@ -130,6 +130,17 @@ def load(
     return model
 
 
+def load_with_bar(file: ModelFile, xp: Any, dtype: Any, hadamard: bool, progress: bool) -> Model:
+    """`load`, with a bar on stderr if `progress`."""
+    if not progress:
+        return load(file, xp, dtype=dtype, hadamard=hadamard)
+    from tqdm import tqdm
+
+    total = sum(info.nbytes for info in file.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", leave=False) as bar:
+        return load(file, xp, dtype=dtype, hadamard=hadamard, progress=bar.update)
+
+
 @contextmanager
 def _pool() -> Iterator[ThreadPoolExecutor]:
     """Threads that begin nothing more when the block is left, as by Ctrl-C."""

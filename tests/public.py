@@ -150,7 +150,7 @@ _OPS = {name_of(importlib.import_module(op.__module__), op.__name__): x for op, 
 FUNCTIONS = {
     **_OPS,
     "ops.bandwidth.write": dict(out=zeros("u4", 4, 4), seed=1),
-    "ops.block_linear.pack": dict(blocks=zeros("u1", 2, 34), kind="Q8_0"),
+    "ops.block_rows.pack": dict(blocks=zeros("u1", 2, 34), kind="Q8_0"),
     "ops.block_copy.copy_arrays": dict(sources=[zeros("f4", 4)], destinations=[zeros("f4", 4)]),
     "ops.block_copy.vectorized_copy": dict(src_ptrs=_FROM, dst_ptrs=_TO, size=16, device="cpu"),
     "ops.compaction.compress": dict(x=zeros("f4", 8), threshold=0.5, out=zeros("f4", 8))

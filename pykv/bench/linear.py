@@ -16,7 +16,7 @@ import numpy as np
 
 from pykv import planes
 from pykv.bench import Work, memory, synthetic
-from pykv.ops import block_linear, linear
+from pykv.ops import block_linear, block_rows, linear
 from pykv.testing import caches, is_close
 from pykv.testing.compare import host
 
@@ -51,7 +51,7 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     x, out = caches.values(xp, rng, (T, I), np.dtype(np.float32))[0], xp.zeros((T, O), np.float32)
     if kind in planes.FORMATS:
         blocks = synthetic.blocks(kind, O, I, rng)
-        w = block_linear.pack(xp.asarray(blocks), kind)
+        w = block_rows.pack(xp.asarray(blocks), kind)
         op = partial(block_linear.multiply, x, w, kind, out=out)
     else:  # float16 below 2
         blocks = rng.integers(0, 1 << 16, (O, I), np.uint16) & 0xBFFF

@@ -15,7 +15,7 @@ from pykv.errors import ParameterError
 from pykv.llm.config import Config
 from pykv.llm.matrices import Stored
 from pykv.llm.weights import Layer, Model
-from pykv.ops import block_linear, rope
+from pykv.ops import block_rows, rope
 
 # Those of Llama 3.2 1B and Llama 3.1 8B.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def model(text: str, xp: Any) -> Model:
 
     def stored(rows: Any, I: int) -> Stored:
         on_device = xp.asarray(rows)
-        packed = block_linear.pack(on_device, kind) if kind in planes.FORMATS else on_device
+        packed = block_rows.pack(on_device, kind) if kind in planes.FORMATS else on_device
         return Stored([(kind, packed)], I)
 
     heads, F = (sizes["heads"] + 2 * sizes["kv_heads"]) * D, sizes["feed_forward"]

@@ -13,7 +13,7 @@ from pykv import planes
 from pykv.arrays import like, on_gpu
 from pykv.errors import UnsupportedError
 from pykv.llm.gguf import ModelFile
-from pykv.ops import activation, block_linear, linear
+from pykv.ops import activation, block_linear, block_rows, linear
 from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.pool import float_kind
@@ -23,7 +23,7 @@ STORED = "stored"  # what `weights` says for matrices that stay as they are in t
 
 class Stored(NamedTuple):
     """Matrices one below the other, [O, I] together. Each of `parts` is the type of GGUF tensors
-    and the rows: of block_linear.pack, or for `PLAIN` types an array of floats."""
+    and the rows: of block_rows.pack, or for `PLAIN` types an array of floats."""
 
     parts: list[tuple[str, Any]]
     I: int
@@ -133,6 +133,6 @@ def embed(table: Any, ids: Any, scale: float) -> Any:
     if isinstance(table, Stored):
         ((kind, rows),) = table.parts
         if kind not in PLAIN:
-            return block_linear.take(rows, kind, table.I, ids, scale=scale)
+            return block_rows.take(rows, kind, table.I, ids, scale=scale)
         table = rows
     return activation.embed(table, ids, scale=scale)

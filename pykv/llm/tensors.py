@@ -15,7 +15,7 @@ from pykv.errors import FormatError, UnsupportedError
 from pykv.llm.gguf import ModelFile, TensorInfo
 from pykv.llm.gguf_cursor import plain
 from pykv.llm.matrices import Stored
-from pykv.ops import block_linear, dequant
+from pykv.ops import block_rows, dequant
 from pykv.ops.block_linear import PLAIN
 
 if TYPE_CHECKING:
@@ -215,11 +215,11 @@ def stored(xp: Any, infos: list[TensorInfo]) -> tuple[Stored, Any]:
             rows = joined(xp, list(of_kind), PLAIN[kind], on_host=PLAIN[kind])
             finite &= all_finite(xp, rows)
         else:
-            packed = tuple(block_linear.pack(xp.asarray(info.blocks), kind) for info in of_kind)
+            packed = tuple(block_rows.pack(xp.asarray(info.blocks), kind) for info in of_kind)
             rows = xp.concatenate(packed) if len(packed) > 1 else packed[0]
             step = max(1, _PIECE // I)
             for start in range(0, len(rows), step):
-                values = block_linear.take(rows[start : start + step], kind, I)
+                values = block_rows.take(rows[start : start + step], kind, I)
                 finite &= all_finite(xp, values)
         parts.append((kind, rows))
     return Stored(parts, I), finite

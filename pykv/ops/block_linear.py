@@ -1,5 +1,5 @@
 """Products with weights that stay the blocks of a GGUF file, or are floats, with what a model does
-in front of them and behind; rows of blocks.
+in front of them and behind.
 
 Dimensions: T tokens, I features in, O features out, W bytes of a row.
 Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
@@ -8,7 +8,7 @@ Kernel: kernels_cu/block_linear.cu; pykv/planes.py describes the rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from pykv import cuda, planes
 from pykv.arrays import (
     FLOAT32,
     FLOATS,
-    INT32,
     UINT8,
     VECTOR_BYTES,
     Dims,
@@ -28,10 +27,10 @@ from pykv.arrays import (
     on_gpu,
     optional,
 )
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
-from pykv.ops import activation, linear_mma
+from pykv.errors import ParameterError, ShapeError
+from pykv.ops import activation, block_rows, linear_mma
 from pykv.ops import norm as rms_norm
-from pykv.options import check_choice, check_flag, check_float_dtype, check_number, check_whole
+from pykv.options import check_choice, check_flag, check_number
 from pykv.planes import FORMATS
 
 # Kinds whose rows are floats, not blocks, and their dtypes.
@@ -71,53 +70,14 @@ def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
 
 
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
-    """All ways in which `gemv` cuts products on an SM, and how rows are taken."""
-    sizes = [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
-    return sizes if kind in PLAIN else [*sizes, dict(EXPAND=1)]
+    """All ways in which `gemv` cuts products on an SM."""
+    return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]
 
 
 VARIANTS: list[dict[str, Any]] = [
     *(_defines(kind, "float", "float", ROWS=1, OUTS=_outs(kind, 1, 90)[0]) for kind in KINDS),
-    *(_defines(kind, "float", "float", EXPAND=1) for kind in FORMATS),
     *(_defines("Q4_K", "float", "float", ROWS=rows, OUTS=_OUTS[rows]) for rows in (2, 8)),
 ]
-
-
-def pack(blocks: Any, kind: str) -> Any:
-    """Rows as `multiply` and `take` want them, of a matrix as GGUF stores it.
-
-    Args:
-        blocks: [R, W] uint8; each row is a whole number of blocks.
-        kind: a name of `planes.FORMATS`.
-
-    Returns:
-        [R, planes.row_bytes] uint8, new: the same bits, up to 15 bytes more a row.
-
-    Raises:
-        ShapeError: W is no multiple of the block's bytes.
-        DtypeError: `blocks` is no array of bytes.
-        UnsupportedError: there is no kernel for `kind`.
-
-    Runs where the blocks are, by NumPy or CuPy, with some 100 MB of scratch memory.
-
-    >>> pykv.ops.block_linear.pack(np.zeros((2, 36), np.uint8), "Q4_0").shape
-    (2, 48)
-    """
-    op = "block_linear.pack"
-    _check_kind(op, kind, FORMATS)
-    form = FORMATS[kind]
-    W = _check_pack(blocks)["W"]
-    if W % form.nbytes:
-        raise ShapeError(
-            f"{op}: blocks has W={W}, expected a multiple of {form.nbytes} bytes ({kind})"
-        )
-    I = W // form.nbytes * form.elements
-    rows = like(blocks, (len(blocks), planes.row_bytes(kind, I)), np.uint8)
-    step = max(1, _PACKED // max(I, 1))
-    for first in range(0, len(blocks), step):
-        part = slice(first, first + step)
-        rows[part] = planes.pack(blocks[part], kind)
-    return rows
 
 
 def multiply(
@@ -141,9 +101,9 @@ def multiply(
     Args:
         x: [T, I] float32, float16 or bfloat16; tokens at any stride. I is a multiple of the
             elements of a block, for floats of 8.
-        w: [O, W] uint8; what `pack` made of a matrix of `kind` with rows of I elements. Where
-            `kind` is "F32", "F16" or "BF16", the matrix itself: [O, I] of that type. With a gate
-            [2O, ...]: the rows of gates, then of what they open.
+        w: [O, W] uint8; what block_rows.pack made of a matrix of `kind` with rows of I elements.
+            Where `kind` is "F32", "F16" or "BF16", the matrix itself: [O, I] of that type. With a
+            gate [2O, ...]: the rows of gates, then of what they open.
         kind: a name of `planes.FORMATS`, or one of these three.
         bias: [O], with a gate [2O], float32 or the dtype of `x`.
         norm: [I] float32; `x / sqrt(mean(x**2) + eps) * norm` is multiplied, see norm.rms_norm.
@@ -184,7 +144,7 @@ def multiply(
     pieces at each call, many times slower than a product with weights in float32. Source of the
     formats: ggml-common.h of llama.cpp.
 
-    >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
+    >>> w = pykv.ops.block_rows.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
     array([[0., 0., 0.]], dtype=float32)
     >>> x, w = np.full((1, 8), 3, np.float32), np.ones((2, 8), np.float16)  # a gate and an up
@@ -193,12 +153,12 @@ def multiply(
     array([[63.98]], dtype=float32)
     """
     op = "block_linear.multiply"
-    _check_kind(op, kind, KINDS)
+    block_rows.check_kind(op, kind, KINDS)
     dims = _checker(kind if kind in PLAIN else None, gate is not None)(x, w, bias, norm, out)
     if kind in PLAIN:
         _check_columns(op, dims["I"])
     else:
-        _check_row(op, kind, "x", dims["I"], dims["W"])
+        block_rows.check_row(op, kind, "x", dims["I"], dims["W"])
     if gate is not None:
         check_choice(op, "gate", gate, GATES)
     options = Options(
@@ -223,69 +183,6 @@ def multiply(
     return out
 
 
-def take(
-    w: Any,
-    kind: str,
-    I: int,
-    ids: Any = None,
-    *,
-    scale: float = 1.0,
-    out: Any = None,
-    dtype: Any = np.float32,
-    stream: Any = None,
-) -> Any:
-    """The values of rows, times `scale`: the embeddings of tokens.
-
-    Args:
-        w: [O, W] uint8; what `pack` made of a matrix of `kind`.
-        kind: a name of `planes.FORMATS`.
-        I: elements of a row.
-        ids: [T] int32, rows of `w`; None takes all, in order.
-        scale: rounded to float32.
-        out: [T, I] float32, float16 or bfloat16; allocated when missing.
-        dtype: element type of a new array.
-        stream: see pykv.cuda.on_stream.
-
-    Returns:
-        `out`, or a new array.
-
-    Raises:
-        ShapeError: dimensions disagree, or I is no multiple of the block's elements.
-        DtypeError: an array has another dtype, or `dtype` is none of the three.
-        DeviceError: host and device arrays are mixed.
-        ParameterError: `scale` is not finite; on the host also: an id is outside of `w`.
-        UnsupportedError: there is no kernel for `kind`.
-
-    Runs where the arrays are. On a GPU it only enqueues, and ids are not range-checked there: one
-    outside of `w` reads as zeros. Bit-exact to the package gguf in float32, which is multiplied by
-    `scale` and rounded to nearest even.
-
-    >>> w = pykv.ops.block_linear.pack(np.zeros((3, 18), np.uint8), "Q4_0")
-    >>> pykv.ops.block_linear.take(w, "Q4_0", 32, np.array([2], np.int32)).shape
-    (1, 32)
-    """
-    op = "block_linear.take"
-    _check_kind(op, kind, FORMATS)
-    I = check_whole(op, "I", I, 0)
-    dims = _check_take(w, ids, out)
-    _check_row(op, kind, "a row", I, dims["W"])
-    scale, dtype = check_number(op, "scale", scale), check_float_dtype(op, "dtype", dtype)
-    T = dims["O"] if ids is None else dims["T"]
-    out = like(w, (T, I), dtype) if out is None else out
-    if out.shape != (T, I):
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {(T, I)}")
-    if out.size == 0:
-        return out
-    if on_gpu(w):
-        launch = dims.keep((kind, I, scale, out.dtype), lambda: _launch_take(w, kind, out, scale))
-        launch(dict(out=out, w=w, ids=ids), stream)
-    else:
-        if ids is not None:
-            cuda.look(lambda: _check_ids(op, ids, dims["O"]))
-        cuda.run_on_host(lambda: reference_take(w, kind, I, ids, scale), out, stream)
-    return out
-
-
 def warm_up(kinds: Sequence[str]) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
     lacks them; of activations in float32."""
@@ -294,15 +191,14 @@ def warm_up(kinds: Sequence[str]) -> None:
     jobs: list[tuple[str, dict[str, Any]]] = []
     for kind in kinds:
         jobs += [("block_linear", _defines(kind, *floats, **sizes)) for sizes in _sizes(kind, sm)]
+        if kind in FORMATS:
+            jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
             tilings = linear_mma.tilings(kind, True, sm)
             jobs += [("linear_mma", linear_mma.defines(kind, *floats, True, t)) for t in tilings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
-
-
-_check_pack = checker("block_linear.pack", blocks=("R W", UINT8, 1))
 
 
 @cache
@@ -320,38 +216,9 @@ def _checker(plain: str | None, has_gate: bool) -> Callable[..., Dims]:
     )
 
 
-_check_take = checker(
-    "block_linear.take",
-    ("out",),
-    w=("O W", UINT8),
-    ids=optional("T", INT32),
-    out=optional("R I", FLOATS),
-)
-
-
-def _check_kind(op: str, kind: str, known: Iterable[str]) -> None:
-    if not isinstance(kind, str) or kind not in known:
-        raise UnsupportedError(f"{op}: kind is {kind!r}, expected one of {', '.join(known)}")
-
-
 def _check_columns(op: str, I: int) -> None:
     if I % 8:
         raise ShapeError(f"{op}: x has I={I}, expected a multiple of 8")
-
-
-def _check_row(op: str, kind: str, name: str, I: int, W: int) -> None:
-    elements, nbytes = FORMATS[kind].elements, planes.row_bytes(kind, I)
-    if I % elements:
-        raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of {elements} ({kind})")
-    if nbytes != W:
-        raise ShapeError(f"{op}: w has W={W}, expected W={nbytes}: I={I} elements of {kind}")
-
-
-def _check_ids(op: str, ids: Any, O: int) -> None:
-    wrong = np.flatnonzero((ids < 0) | (ids >= O))
-    if len(wrong):
-        index = int(wrong[0])
-        raise ParameterError(f"{op}: ids[{index}] is {ids[index]}, expected 0 to {O - 1}")
 
 
 class Options(NamedTuple):
@@ -364,7 +231,6 @@ class Options(NamedTuple):
     exact: bool = True
 
 
-_PACKED = 1 << 24  # elements that are packed at a time
 _PIECE = 1 << 20  # elements that the host dequantises at a time
 
 
@@ -388,11 +254,6 @@ def reference(x: Any, w: Any, kind: str, bias: Any, out: Any, norm: Any, options
     if options.accumulate:
         y += out
     out[...] = y
-
-
-def reference_take(w: Any, kind: str, I: int, ids: Any, scale: float) -> Any:
-    """The definition of `take`, in NumPy: float32 rows."""
-    return planes.values(w if ids is None else w[ids], kind, I) * np.float32(scale)
 
 
 def product(
@@ -473,13 +334,6 @@ def _warps(R: int, I: int, outs: tuple[int, ...], rows: int, num_sms: int) -> tu
     while 2 * parts <= most and R * parts < usual * warps * _BLOCKS * num_sms:
         parts *= 2
     return usual if R * parts >= usual * warps * num_sms else outs[-1], parts
-
-
-def _launch_take(w: Any, kind: str, out: Any, scale: float) -> cuda.Launch:
-    (T, I), (O, W) = out.shape, w.shape
-    kernel = _kernel("expand", kind, out.dtype, None, EXPAND=1)
-    grid = T, -(-I // (4 * _BLOCK))
-    return cuda.Launch(kernel, grid, _BLOCK, dict(O=O, I=I, W=W, scale=scale))
 
 
 def _kernel(name: str, kind: str, dtype: Any, bias: Any, **sizes: int) -> cuda.Kernel:

@@ -115,7 +115,7 @@ def product(
 
     Args:
         x, bias, out, accumulate: as of block_linear.multiply.
-        w: [O, W] bytes of blocks as block_linear.pack makes them; or float16, bfloat16.
+        w: [O, W] bytes of blocks as block_rows.pack makes them; or float16, bfloat16.
         kind: of planes.FORMATS, "F16" or "BF16".
         exact: whether x is the sum of as many pieces as it has bits, and weights are not rounded;
             else both are rounded to float16, x times a power of two for each token.

@@ -1,4 +1,4 @@
-"""Products with GGUF blocks, one dot product an output, and rows; values are those of gguf."""
+"""Products with GGUF blocks, one dot product an output; values are those of gguf."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pykv import planes
-from pykv.ops import block_linear
-from pykv.testing import judged, oracles, wrong_values
+from pykv.ops import block_linear, block_rows
+from pykv.testing import judged, oracles
 from pykv.verify import Case, Cases
 
 
@@ -23,10 +23,9 @@ def cases(rng: np.random.Generator, xp: Any) -> Cases:
     for tokens, gate in ((1, None), (1, "geglu"), (4, "swiglu"), (9, None), (9, "geglu")):
         yield product("Q5_K", tokens, rng, xp, norm=True, gate=gate, accumulate=tokens > 1)
     yield product("F16", 70, rng, xp, norm=True, gate="swiglu")
-    yield from _rows(rng, xp)
 
 
-def _blocks(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, Any]:
+def blocks_of(kind: str, O: int, I: int, rng: np.random.Generator) -> tuple[Any, Any]:
     """Random blocks, whose scales are finite, and their values; floats are both."""
     if kind in block_linear.PLAIN:
         floats = rng.standard_normal((O, I)).astype(block_linear.PLAIN[kind])
@@ -56,12 +55,12 @@ def product(
 ) -> Case:
     R = 2 * O if gate else O
     x, old = (rng.standard_normal((T, n)).astype(np.float32) for n in (I, O))
-    blocks, values = _blocks(kind, R, I, rng)
+    blocks, values = blocks_of(kind, R, I, rng)
     bias = rng.standard_normal(R).astype(np.float32)
     # Products of normalised rows are near 1, where gates bend.
     weights = (rng.uniform(-1, 1, I) / (np.abs(values).mean() * I**0.5)).astype(np.float32)
     w = xp.asarray(blocks)
-    w = w if kind in block_linear.PLAIN else block_linear.pack(w, kind)
+    w = w if kind in block_linear.PLAIN else block_rows.pack(w, kind)
     options: Any = dict(out=xp.array(old), accumulate=True) if accumulate else {}
     options |= dict(gate=gate, norm=xp.asarray(weights) if norm else None)
     got = block_linear.multiply(xp.asarray(x), w, kind, bias=xp.asarray(bias), **options)
@@ -75,12 +74,3 @@ def product(
 
     done = ", normalised" * norm + f", {gate}" * bool(gate) + ", added" * accumulate
     return f"[{T}, {I}] x [{R}, {I}] {kind}{done}", *judged(got, oracle, np.float32)
-
-
-def _rows(rng: np.random.Generator, xp: Any) -> Cases:
-    ids = np.array([5, 0, 5], np.int32)
-    for kind in planes.FORMATS:
-        blocks, values = _blocks(kind, 6, 512, rng)
-        w = block_linear.pack(xp.asarray(blocks), kind)
-        got = block_linear.take(w, kind, 512, xp.asarray(ids), scale=0.3)
-        yield f"rows of {kind}", wrong_values(got, values[ids] * np.float32(0.3)), 0.0

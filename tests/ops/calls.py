@@ -10,6 +10,7 @@ from pykv.ops import (
     attention_scores,
     bandwidth,
     block_linear,
+    block_rows,
     contiguous_append,
     dequant,
     kv_compact,
@@ -84,7 +85,7 @@ OPS = [
         dict(x=zeros("f4", 3, 32), w=zeros("u1", 6, 48), kind="Q8_0", norm=zeros("f4", 32))
         | dict(eps=1e-6, gate="swiglu", early=True, exact=False),
     ),
-    (block_linear.take, dict(w=zeros("u1", 5, 48), kind="Q8_0", I=32, ids=zeros("i4", 2))),
+    (block_rows.take, dict(w=zeros("u1", 5, 48), kind="Q8_0", I=32, ids=zeros("i4", 2))),
     (
         contiguous_append.append,
         dict(k=zeros("f4", 1, 2, 2, 8), v=zeros("f4", 1, 2, 2, 8), lengths=zeros("i4", 1))

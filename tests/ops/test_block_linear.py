@@ -1,4 +1,4 @@
-"""block_linear: products with GGUF blocks of every type, and rows of them."""
+"""block_linear: products with GGUF blocks of every type."""
 
 import ml_dtypes
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from pykv import cuda, planes
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
-from pykv.ops import linear_mma
+from pykv.ops import block_rows, linear_mma
 from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
 from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
 
@@ -128,7 +128,7 @@ def judge(xp, rng, case):
         return y + old[:, 8 : 8 + O].astype(dtype) if case["accumulate"] else y
 
     low, oracle = product(np.float32).astype(rows.dtype), product(np.float64)
-    w = xp.asarray(blocks) if kind in op.PLAIN else op.pack(xp.asarray(blocks), kind)
+    w = xp.asarray(blocks) if kind in op.PLAIN else block_rows.pack(xp.asarray(blocks), kind)
     given = [None if a is None else xp.asarray(a) for a in (rows, bias, old, norm)]
     x, out = given[0][:, 8 : 8 + I], given[2][:, 8 : 8 + O]
     options = dict(bias=given[1], norm=given[3], eps=1e-3, gate=gate, early=True)
@@ -183,7 +183,10 @@ def test_inexact_products_round_to_float16(xp, rng):
     """Where tensor cores multiply; elsewhere they are the same with and without."""
     x = rng.standard_normal((9, 512)).astype(np.float32)
     blocks = random_blocks(rng, "Q4_K", 24, 512)
-    w, oracle = op.pack(xp.asarray(blocks), "Q4_K"), x.astype("f8") @ dequantized(blocks, "Q4_K").T
+    w, oracle = (
+        block_rows.pack(xp.asarray(blocks), "Q4_K"),
+        x.astype("f8") @ dequantized(blocks, "Q4_K").T,
+    )
     exact, rounded = (op.multiply(xp.asarray(x), w, "Q4_K", exact=e) for e in (True, False))
     errors = [np.abs(to_numpy(y) - oracle).max() / np.abs(oracle).max() for y in (exact, rounded)]
     rounds = xp is not np and linear_mma.has_kernel("Q4_K", cuda.current_sm())
@@ -201,7 +204,7 @@ def test_activations_have_the_range_of_float32(xp, rng, T):
     x[T // 2 :, 64:300] = 0
     blocks = random_blocks(rng, "Q6_K", 40, 512)
     oracle = x.astype(np.float64) @ dequantized(blocks, "Q6_K").astype(np.float64).T
-    got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), "Q6_K"), "Q6_K"))
+    got = to_numpy(op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), "Q6_K"), "Q6_K"))
     error, size = np.abs(got - oracle).max(1), np.abs(oracle).max(1)
     assert (error <= 1e-6 * size).all()
 
@@ -228,60 +231,21 @@ def test_a_model_that_is_loaded_finds_its_kernels_compiled(monkeypatch, kind, sm
     monkeypatch.setattr(op.cuda, "compile", lambda *stem, **defines: made.append((*stem, defines)))
     op.warm_up([kind])
     floats = np.dtype("f4"), np.dtype("f4")
-    sizes = [] if kind in op.PLAIN else [dict(EXPAND=1)]
+    sizes = []
     for T in range(1, 9):
         rows = min(8, 1 << (T - 1).bit_length())
         outs = op._outs(kind, rows, sm)
         taken = {op._warps(R, 576, outs, rows, 132)[0] for R in (576, 4096, 49152)}
         sizes += [dict(ROWS=rows, OUTS=n) for n in sorted({*taken, *(outs if rows == 2 else ())})]
     ways = [("block_linear", op._defines(kind, *floats, **size)) for size in sizes]
+    if kind not in op.PLAIN:
+        ways.append(("block_rows", block_rows.defines(kind, floats[0])))
     for T in range(5, 200, 3) if sm > 75 else ():
         tiling = linear_mma.choose(kind, True, T, sm)
         ways.append(("linear_mma", linear_mma.defines(kind, *floats, True, tiling)))
     for stem, defines in ways:
         assert (stem, f"sm_{sm}", defines) in made
     assert len(made) == len({str(way) for way in ways})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_those_of_gguf(xp, rng, kind):
-    """All bits, of any blocks: infinite, subnormal and negative scales, too."""
-    form = planes.FORMATS[kind]
-    blocks = rng.integers(0, 256, (7, 768 // form.elements * form.nbytes), np.uint8)
-    want = dequantized(blocks, kind)
-    w = op.pack(xp.asarray(blocks), kind)
-    assert w.shape == (7, planes.row_bytes(kind, 768))
-    with np.errstate(over="ignore", invalid="ignore"):
-        got = to_numpy(op.take(w, kind, 768))
-        is_number = ~np.isnan(want)
-        assert_same_bits(got[is_number], want[is_number])
-        assert np.isnan(got[~is_number]).all()
-        ids = np.array([6, 0, 6, 3], np.int32)
-        scaled = op.take(w, kind, 768, xp.asarray(ids), scale=0.3)
-        want = want[ids] * np.float32(0.3)
-    is_number = ~np.isnan(want)
-    assert_same_bits(to_numpy(scaled)[is_number], want[is_number])
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rows_are_rounded_once(xp, rng, dtype):
-    blocks = random_blocks(rng, "Q4_K", 3, 256)
-    want = dequantized(blocks, "Q4_K").astype(dtype_of(dtype))
-    w, out = op.pack(xp.asarray(blocks), "Q4_K"), xp.full((3, 256), np.nan, dtype_of(dtype))
-    assert op.take(w, "Q4_K", 256, out=out) is out
-    assert_same_bits(out, want)
-
-
-def test_packing_moves_bits_and_loses_none(rng):
-    """Any two rows of blocks that differ in one bit do so packed."""
-    for kind, form in planes.FORMATS.items():
-        block = rng.integers(0, 256, (1, 256 // form.elements * form.nbytes), np.uint8)
-        others = np.repeat(block, 8 * block.size, 0)
-        bits = np.arange(8 * block.size)
-        others[bits, bits // 8] ^= (1 << bits % 8).astype(np.uint8)
-        packed, base = op.pack(others, kind), op.pack(block, kind)
-        moved = np.unpackbits(packed ^ base, axis=1)
-        assert (moved.sum(axis=1) == 1).all() and (moved.sum(axis=0) <= 1).all(), kind
 
 
 @pytest.mark.parametrize("T", [1, 9])
@@ -291,7 +255,7 @@ def test_infinite_activations(xp, rng, kind, T):
     blocks, x = random_blocks(rng, kind, 24, 256), rng.standard_normal((T, 256)).astype(np.float32)
     x[0, 3] = np.inf
     with np.errstate(invalid="ignore"):
-        got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        got = to_numpy(op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), kind), kind))
         np.testing.assert_array_equal(got[0], np.inf * dequantized(blocks, kind)[:, 3])
     assert np.isfinite(got[1:]).all()
 
@@ -302,10 +266,12 @@ def test_a_nan_scale_stays_in_its_row(xp, rng):
         form = planes.FORMATS[kind]
         blocks = random_blocks(rng, kind, 40, 512)
         x = rng.standard_normal((9, 512)).astype(np.float32)
-        clean = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        clean = to_numpy(
+            op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), kind), kind)
+        )
         blocks[7, form.nbytes + at : form.nbytes + at + 2] = np.array([np.nan], "f2").view("u1")
         x[3, 500] = np.nan
-        got = to_numpy(op.multiply(xp.asarray(x), op.pack(xp.asarray(blocks), kind), kind))
+        got = to_numpy(op.multiply(xp.asarray(x), block_rows.pack(xp.asarray(blocks), kind), kind))
         assert np.isnan(got[3]).all() and np.isnan(got[:, 7]).all()
         got, clean = (np.delete(np.delete(y, 3, 0), 7, 1) for y in (got, clean))
         np.testing.assert_allclose(got, clean, rtol=0, atol=1e-5 * np.abs(clean).max())
@@ -319,7 +285,7 @@ def test_small_integers_are_exact(xp, rng):
     blocks[..., :2] = np.array([1], np.float16).view(np.uint8)
     codes = (q + 8).astype(np.uint8).reshape(11, 2, 2, 16)
     blocks[..., 2:] = codes[:, :, 0] | codes[:, :, 1] << 4
-    w = op.pack(xp.asarray(blocks.reshape(11, -1)), "Q4_0")
+    w = block_rows.pack(xp.asarray(blocks.reshape(11, -1)), "Q4_0")
     got = op.multiply(xp.asarray(x.astype(np.float32)), w, "Q4_0")
     assert_same_bits(got, np.array(want, np.float32))
 
@@ -332,20 +298,12 @@ def test_errors_name_the_argument(xp):
         op.multiply(x[:, :224], w, "Q4_K")
     with pytest.raises(ShapeError, match="w has W=144, expected W=160: I=256 elements of Q4_1"):
         op.multiply(x, w, "Q4_1")
-    with pytest.raises(ShapeError, match=r"w has W=144, expected W=288: I=512 elements of Q4_K"):
-        op.take(w, "Q4_K", 512)
-    with pytest.raises(ShapeError, match=r"blocks has W=145, expected a multiple of 144 bytes"):
-        op.pack(xp.zeros((2, 145), np.uint8), "Q4_K")
     with pytest.raises(DtypeError, match="w has dtype int8, expected uint8"):
         op.multiply(x, w.view(np.int8), "Q4_K")
     with pytest.raises(ShapeError, match="bias has O=4, expected O=5"):
         op.multiply(x, w, "Q4_K", bias=xp.zeros(4, np.float32))
-    with pytest.raises(ShapeError, match=r"out has shape \(5, 255\), expected \(5, 256\)"):
-        op.take(w, "Q4_K", 256, out=xp.zeros((5, 255), np.float32))
     with pytest.raises(ParameterError, match="accumulate has no out to add to"):
         op.multiply(x, w, "Q4_K", accumulate=True)
-    with pytest.raises(UnsupportedError, match="take: kind is 'F16', expected one of Q4_0, "):
-        op.take(w, "F16", 256)
     with pytest.raises(DtypeError, match="w has dtype uint8, expected float16"):
         op.multiply(x, w, "F16")
     with pytest.raises(ShapeError, match="x has I=12, expected a multiple of 8"):
@@ -358,8 +316,6 @@ def test_errors_name_the_argument(xp):
         op.multiply(x, w, "Q4_K", norm=xp.zeros(255, np.float32))
     with pytest.raises(ParameterError, match="eps is 0, expected"):
         op.multiply(x, w, "Q4_K", norm=xp.zeros(256, np.float32), eps=0)
-    with pytest.raises(DtypeError, match="dtype is float64, expected float32, float16"):
-        op.take(w, "Q4_K", 256, dtype="float64")
 
 
 def test_misaligned_rows_are_refused(device):
@@ -367,19 +323,6 @@ def test_misaligned_rows_are_refused(device):
     x, w = device.zeros((3, 256), np.float32), bytes_[8:].reshape(5, 144)
     with pytest.raises(ShapeError, match="w has address 0x.*, expected a multiple of 16 bytes"):
         op.multiply(x, w, "Q4_K")
-    with pytest.raises(ShapeError, match="w has address 0x.*, expected a multiple of 16 bytes"):
-        op.take(w, "Q4_K", 256)
-
-
-def test_ids_outside_of_the_matrix(xp):
-    w = op.pack(xp.asarray(np.full((3, 34), 60, np.uint8)), "Q8_0")
-    ids = xp.asarray(np.array([2, 3, -1], np.int32))
-    if xp is np:
-        with pytest.raises(ParameterError, match=r"take: ids\[1\] is 3, expected 0 to 2"):
-            op.take(w, "Q8_0", 32, ids)
-    else:
-        got = to_numpy(op.take(w, "Q8_0", 32, ids))
-        assert (got[0] > 0).all() and (got[1:] == 0).all()
 
 
 FAULTS = {
@@ -394,14 +337,8 @@ FAULTS = {
         *(op, "multiply"),
         with_argument(2, lambda kind: "Q4_0" if kind == "IQ4_NL" else kind),
     ),
-    "block_linear: no scale": (op, "take", with_option(scale=1.0)),
-    "block_linear: two bits change places": (
-        *(op, "pack"),
-        lambda pack: lambda blocks, kind: pack(blocks ^ (blocks[:, :1] & 1), kind),
-    ),
 }
 REFERENCE_FAULTS = [
     (op, "reference", fixed(3, lambda bias: None)),
     (op, "reference", fixed(5, lambda norm: None)),
-    (op, "reference_take", fixed(4, lambda scale: 1.0)),
 ]

@@ -8,7 +8,7 @@ import pytest
 
 from pykv import cuda, planes
 from pykv.arrays import FLOATS
-from pykv.ops import block_linear, linear
+from pykv.ops import block_linear, block_rows, linear
 from pykv.ops import linear_mma as op
 from tests.faults import fixed, scaled
 from tests.helpers import assert_close_to_oracle, swept, to_numpy
@@ -26,7 +26,7 @@ def weights_of(rng, kind, O, I):
         w = rng.standard_normal((O, I)).astype(op.FLOAT_KINDS[kind])
         return w, w.astype(np.float32)
     blocks = random_blocks(rng, kind, O, I)
-    return block_linear.pack(blocks, kind), dequantized(blocks, kind)
+    return block_rows.pack(blocks, kind), dequantized(blocks, kind)
 
 
 def product(xp, x, w, kind, exact, tiling=None, parts=None):

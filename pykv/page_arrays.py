@@ -177,13 +177,13 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
                 f"{op}: target_pages[{i}] is {to_ids[i]}, expected no page of source_pages"
             )
         return
-    found = _find_shared(source, target, in_place=in_place)
+    found = find_shared(source, target, in_place=in_place)
     if found is not None:
         i, name, j = found[0], ("target_pages", "source_pages")[found[1]], found[2]
-        raise _not_apart(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
+        raise not_apart(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
 
 
-def _find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int, bool, int] | None:
+def find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int, bool, int] | None:
     """The first target whose memory is another's: which one, whether the other is a source, and
     which one of those. `in_place`, target i may be source i, all of it."""
     begin, end = _bounds(source)
@@ -199,67 +199,9 @@ def _find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int
     return i % len(target.ids), of_source, j % len((source if of_source else target).ids)
 
 
-def _not_apart(op: str, target: str, other: str) -> ParameterError:
+def not_apart(op: str, target: str, other: str) -> ParameterError:
     """The error where what is written shares memory with another."""
     return ParameterError(f"{op}: {target} shares memory with {other}, expected memory of its own")
-
-
-class Side(NamedTuple):
-    """The source or target of rows: a cache, or dense arrays as pools without scales."""
-
-    spec: KVSpec
-    arrays: tuple[Any, Any, Any, Any]  # pools of keys and of values, then their scales
-    pages: Any
-    names: tuple[str, ...]  # of the arrays and the pages
-
-
-def check_rows_apart(
-    op: str, source: Side, target: Side, pages: Any, offsets: Any, to_pages: Any, to_offsets: Any
-) -> None:
-    """Check that rows share memory with no others where they are written.
-
-    Args:
-        source, target: on any device, but pages on the host.
-        pages, offsets, to_pages, to_offsets: [T] of each token; token i of the target may be all
-            of token i of the source.
-
-    Raises:
-        ParameterError: one does.
-    """
-    if not len(pages):
-        return
-    rows = [_rows_of(target, to_pages, to_offsets), _rows_of(source, pages, offsets)]
-    found = _find_shared(rows[1], rows[0], in_place=True)
-    if found is not None:
-        i, of_source, j = found
-        page, other = rows[0].ids[i], rows[of_source].ids[j]
-        is_listed = f" is {page}, which" if target.pages is not None else ""
-        name = _entry((target, source)[of_source], other)
-        raise _not_apart(op, _entry(target, page) + is_listed, name)
-
-
-def _rows_of(side: Side, pages: Any, offsets: Any) -> Places:
-    """Where the rows of tokens lie, at pages and offsets [T]."""
-    pools, scales = (
-        side.arrays[:2],
-        side.arrays[2:] if side.spec.has_dynamic_scales else (None,) * 2,
-    )
-    arrays = [side.spec.as_nhd(x) for x in (*pools, *scales)]
-    addresses = np.zeros((len(arrays), arrays[0].shape[2] * len(pages)), np.int64)
-    for row, x in zip(addresses, arrays, strict=True):
-        if x is not None:
-            heads = np.arange(x.shape[2]) * x.strides[2] + ranges.address_of(x)
-            tokens = np.int64(pages) * x.strides[0] + offsets * x.strides[1]
-            row[:] = np.add.outer(heads, tokens).reshape(-1)
-    sizes = [0 if x is None else math.prod(x.shape[3:]) * x.itemsize for x in arrays]
-    return Places(arrays, pages, addresses.view(np.uint64), sizes)
-
-
-def _entry(side: Side, page: int) -> str:
-    """What errors call a page."""
-    if side.pages is None:
-        return f"{side.names[0]}[{page}]"
-    return f"{side.names[4]}[{np.flatnonzero(side.pages == page)[0]}]"
 
 
 def _is_same_memory(a: Any, b: Any) -> bool:

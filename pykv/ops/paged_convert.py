@@ -27,13 +27,12 @@ from pykv.arrays import (
     like,
     on_gpu,
     optional,
-    to_host,
 )
 from pykv.errors import UnsupportedError
 from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
-from pykv.page_arrays import Side, check_rows_apart
+from pykv.page_rows import Side, by_token, check_apart, nhd, places
 from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
 BLOCK = 128  # threads
@@ -244,7 +243,7 @@ def _move(
     if paged_check.enabled(op, check) or not is_on_gpu:
         with cuda.on_stream(stream, source.arrays[0]):
             _check_pages(op, source, target, rows, P)
-            cuda.look(partial(_check_apart, op, source, target, rows))
+            cuda.look(partial(check_apart, op, source, target, rows))
     if is_on_gpu:
         specs, by_token = (source.spec, target.spec), rows is not None
         indptr, starts = rows or (None, None)
@@ -291,27 +290,17 @@ def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None
             check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
-def _check_apart(op: str, source: Side, target: Side, rows: Any) -> None:
-    """Check that no row is written that another one is read from or written to."""
-    source, target = (
-        side if side.pages is None else side._replace(pages=to_host(side.pages))
-        for side in (source, target)
-    )
-    places = _places(source, target, rows and tuple(map(to_host, rows)))
-    check_rows_apart(op, source, target if rows is None else _by_token(target), *places)
-
-
 # --- Definition -----------------------------------------------------------------------------------
 
 
 def reference(source: Side, target: Side, rows: tuple[Any, Any] | None = None) -> None:
     """The definition of all functions, in NumPy, for arguments that are checked."""
-    from_page, from_offset, to_page, to_offset = _places(source, target, rows)
+    from_page, from_offset, to_page, to_offset = places(source, target, rows)
     if rows is not None:
-        target = _by_token(target)
+        target = by_token(target)
     for i, (kind, to_kind) in enumerate(zip(source.spec.kinds, target.spec.kinds, strict=True)):
-        pool, scales = _nhd(source, i)
-        to_pool, to_scales = _nhd(target, i)
+        pool, scales = nhd(source, i)
+        to_pool, to_scales = nhd(target, i)
         codes, scale = pool[from_page, from_offset], None  # [tokens, H, W]
         if scales is not None:
             scale = scales[from_page, from_offset]
@@ -329,38 +318,6 @@ def reference(source: Side, target: Side, rows: tuple[Any, Any] | None = None) -
             to_pool[to_page, to_offset] = codes
         if _finds(target.spec, to_kind):
             to_scales[to_page, to_offset] = scale
-
-
-def _by_token(target: Side) -> Side:
-    """Rows [T, H, D] as pages of one token."""
-    k_out, v_out, *none = target.arrays
-    return target._replace(arrays=(k_out[:, None], v_out[:, None], *none))
-
-
-def _places(source: Side, target: Side, rows: tuple[Any, Any] | None) -> tuple[Any, ...]:
-    """Page and offset of each token that moves, in the source and in the target."""
-    P = _nhd(source, 0)[0].shape[1]
-    if rows is None:
-        n = len(source.arrays[0] if source.pages is None else source.pages)
-        from_pages, to_pages = (
-            np.arange(n) if side.pages is None else side.pages for side in (source, target)
-        )
-        moved = (from_pages >= 0) & (to_pages >= 0)
-        offset = np.tile(np.arange(P), int(moved.sum()))
-        return np.repeat(from_pages[moved], P), offset, np.repeat(to_pages[moved], P), offset
-    indptr, starts = rows
-    token = np.arange(starts[0], starts[-1])
-    b = np.searchsorted(starts, token, "right") - 1
-    position = token - starts[b]
-    return source.pages[indptr[b] + position // P], position % P, token, 0 * token
-
-
-def _nhd(side: Side, which: int) -> tuple[Any, Any]:
-    """Views [N, P, H, W] of a pool and [N, P, H] of its scales, if any."""
-    pool, scales = (side.spec.as_nhd(x) for x in side.arrays[which::2])
-    if scales is not None and scales.ndim == 1:
-        scales = np.broadcast_to(scales, pool.shape[:3])
-    return pool, scales
 
 
 def _finds(spec: KVSpec, kind: Kind) -> bool:

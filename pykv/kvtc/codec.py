@@ -15,7 +15,7 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
-from pykv.kvtc.artefact import Artefact, check_artefact
+from pykv.kvtc.artefact import Artefact, check_artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
@@ -44,8 +44,8 @@ class Codec:
         sinks, window: how many tokens are kept otherwise, unless a call says so.
 
     Raises:
-        ParameterError: the artefact has no such ratio, or holds steps beyond float16; `tokens` is
-            not positive, `gemm` unknown.
+        ParameterError: the artefact has no such ratio, holds steps beyond float16, or a field that
+            no calibration gives; `tokens` is not positive, `gemm` unknown.
         DtypeError: `artefact` is no Artefact, or `xp` another module.
 
     Not thread-safe: calls share a workspace, so a codec works on one stream at a time.
@@ -69,6 +69,8 @@ class Codec:
     ) -> None:
         op = "Codec"
         self.model = model = check_artefact(op, artefact).model
+        for name, has, expected in problems(artefact, lengths=False):
+            raise ParameterError(f"{op}: artefact has {name} {has!r:.80}, expected {expected}")
         self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
         self._xp = check_module(op, xp)
         self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)

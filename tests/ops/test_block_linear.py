@@ -172,6 +172,13 @@ def test_old_gpus_read_again(device, rng, monkeypatch, change):
     judge(device, rng, {**BASE, "T": 19, "gate": "geglu", "O": 4, **change})
 
 
+def test_more_tokens_than_a_grid_has_rows(device):
+    """Of old GPUs, and of F32 everywhere."""
+    x, w = device.zeros((524_281, 8), np.float16), device.zeros((8, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="x has T=524281, expected at most 524280"):
+        op.multiply(x, w, "F32")
+
+
 def test_a_prepared_product_of_many_launches(xp, rng):
     """Is repeated with what its arrays hold then."""
     x, norm = (xp.asarray(rng.standard_normal(n).astype("f4")) for n in ((9, 64), 64))

@@ -103,6 +103,12 @@ def test_product_without_tensor_cores(device, rng, monkeypatch, T, w):
             assert_close_to_oracle(*run(device, rng, case))
 
 
+def test_more_tokens_than_a_grid_has_rows(device):
+    x, w = device.zeros((4_194_241, 8), np.float16), device.zeros((8, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="x has T=4194241, expected at most 4194240"):
+        linear.linear(x, w, gemm="own")
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("bias", [None, "float32"])
 @pytest.mark.parametrize("w", ["float16", "bfloat16"])

@@ -151,7 +151,7 @@ def page_ids(op: str, name: str, pages: Any, least: int, most: int, *, first: in
         return ids.astype(np.int64)
     holds_bools = isinstance(pages, list | tuple) and not _BOOLS.isdisjoint(map(type, pages))
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or holds_bools:
-        raise ParameterError(f"{op}: {name} is {pages!r}, expected a sequence of page ids")
+        raise ParameterError(f"{op}: {name} is {pages!r:.80}, expected a sequence of page ids")
     wrong = (ids < least) | (ids > most)
     if wrong.any():
         i = int(np.argmax(wrong))

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import arrays, cuda
 from pykv.testing import error_and_bound, host
 
 to_numpy = host
@@ -44,6 +44,12 @@ def launch(kernel, grid, block, *args, **options):
     arrays = dict(zip(kernel.arrays, args, strict=False))
     scalars = dict(zip(kernel.scalars, args[len(arrays) :], strict=True))
     cuda.Launch(kernel, grid, block, scalars, **options)(arrays)
+
+
+def make_every_launch(monkeypatch):
+    """Ops make a launch at each call, and leave none, where a test changes what launches are made
+    of: else that of an earlier call with the same layouts would be taken."""
+    monkeypatch.setattr(arrays.Dims, "keep", lambda self, options, make: make())
 
 
 def swept(cases):

@@ -4,7 +4,7 @@ pages are whose."""
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, blocks, eviction
+from pykv import KVSpec, PagedKVCache, blocks, eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.eviction import (
     H2O,
@@ -18,6 +18,7 @@ from pykv.eviction import (
     Scores,
     SnapKV,
     Streaming,
+    parts,
 )
 from pykv.ops import paged_qkv, rope
 from tests.helpers import assert_same_bits, to_numpy
@@ -596,3 +597,22 @@ def test_it_cannot_be_prepared(rng):
     cache, sequences, _ = cache_of(np, rng)
     with pytest.raises(UnsupportedError, match="each call moves rows of its own"):
         cuda.prepare(eviction.evict, cache, sequences, LENGTHS, "random:8")
+
+
+@pytest.mark.parametrize("text", ["fp16", "int8:HND", "int8:tensor"])
+@pytest.mark.parametrize("page_size, heads", [(16, 8), (1, 3), (256, 2)])
+def test_the_largest_cache_has_slots_of_32_bits(text, page_size, heads):
+    spec = KVSpec.parse(text)
+    most = parts.most_pages(spec, page_size, heads)
+    unit = heads if spec.layout == "HND" else page_size * heads
+    last = [((n - 1) * unit + heads) * page_size for n in (most, most + 1)]
+    assert last[0] < 2**31 <= last[1]
+    assert parts.most_pages(spec, page_size, 1) is None
+    assert parts.most_pages(KVSpec.parse("int8:head"), page_size, heads) is None
+
+
+def test_a_cache_beyond_slots_of_32_bits_is_refused(monkeypatch):
+    cache = PagedKVCache(1, 4, 2, 8, page_size=4)
+    monkeypatch.setattr(parts, "SLOTS", 100)
+    with pytest.raises(UnsupportedError, match="eviction: the cache has 4 pages of 4 tokens and 2"):
+        parts.parts(cache, 0)

@@ -210,6 +210,16 @@ def test_scalars_that_a_kernel_cannot_take(bound, change, error, text):
         cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | change)
 
 
+@pytest.mark.parametrize("grid", [2**31, (1, 65536), (1, 1, 65536)])
+def test_grids_that_no_gpu_has(bound, grid):
+    most = tuple(min(n, m) for n, m in zip(np.atleast_1d(grid), cuda.MOST_BLOCKS, strict=False))
+    cuda.Launch(cuda.kernel("some", "one"), most, 32, SCALARS)
+    with pytest.raises(
+        UnsupportedError, match="^cuda.Launch: some.cu one: grid is .*, expected at"
+    ):
+        cuda.Launch(cuda.kernel("some", "one"), grid, 32, SCALARS)
+
+
 @pytest.mark.parametrize("value", [2**31 - 1, -(2**31), np.int64(5), np.uint8(5), True])
 def test_whole_numbers_of_any_kind_are_taken(bound, value):
     cuda.Launch(cuda.kernel("some", "one"), 1, 32, SCALARS | {"n": value})(dict(out=None, x=None))

@@ -56,4 +56,4 @@ from pykv.cuda.devices import (
     synchronize,
     use_device,
 )
-from pykv.cuda.launch import Kernel, Launch, active_clusters, kernel, signature
+from pykv.cuda.launch import MOST_BLOCKS, Kernel, Launch, active_clusters, kernel, signature

@@ -29,6 +29,8 @@ SCALARS: dict[str, type[Any]] = {  # types that a kernel's scalars may have
     "float": np.float32,
 }
 
+MOST_BLOCKS = 2**31 - 1, 65_535, 65_535  # of a grid, along x, y and z; of every GPU
+
 _PARAMETERS = f"arrays first, then scalars of {', '.join(SCALARS)}"
 
 
@@ -111,6 +113,7 @@ class Launch:
         ParameterError: a scalar is missing, unknown or beyond its type, or the cluster does not
             divide the grid.
         DtypeError: a scalar is no number, or no integer where the kernel takes one.
+        UnsupportedError: the grid has more than MOST_BLOCKS.
         CudaError: the GPU has less shared memory.
 
     Called with the kernel's arrays by its names for them (CuPy arrays, or None for a null pointer)
@@ -136,6 +139,11 @@ class Launch:
     ) -> None:
         self.kernel = kernel
         self._scalars = _typed(kernel, scalars or {})
+        sizes = grid if isinstance(grid, tuple) else (grid,)
+        if any(size > most for size, most in zip(sizes, MOST_BLOCKS, strict=False)):
+            raise UnsupportedError(
+                f"cuda.Launch: {kernel.label}: grid is {sizes}, expected at most {MOST_BLOCKS}"
+            )
         self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster, early)
 
     def __call__(self, arrays: Mapping[str, Any], stream: Any = None) -> None:

@@ -17,6 +17,8 @@ from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import POOLS, KVSpec
 
+SLOTS = 2**31  # that int32 counts
+
 
 class Part(NamedTuple):
     """KV heads of a layer as pools of one head.
@@ -49,21 +51,16 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
     scales = cache.scales[layer]
     P, (N, *_) = cache.page_size, pools[0].shape
     H = spec.as_nhd(pools[0]).shape[2]
-    has_own_scales = spec.has_given_scales and spec.granularity == "head"
-    if not together or has_own_scales or H == 1:
+    if not together or _are_apart(spec, H):
         made = []
         for h in range(H):
             arrays = dict(zip(POOLS, (*pools, *scales), strict=True))
             of_head = {name: _head(spec, x, h) for name, x in arrays.items()}
             made.append(Part(h, 1, of_head | dict(spec=spec), 1))
         return made
-    unit = P * H if spec.layout == "NHD" else H
+    check_size("eviction", N, spec, P, H)
+    unit = _unit(spec, P, H)
     num_pages = (N - 1) * unit + H
-    if num_pages * P >= 2**31:
-        raise UnsupportedError(
-            f"eviction: {N} pages of {H} heads are {num_pages} pages of a head, expected slots of "
-            "these in 32 bits"
-        )
 
     def view(x: Any) -> Any:
         if x is None or x.ndim < 3:
@@ -74,6 +71,36 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
 
     arrays = dict(zip(POOLS, map(view, (*pools, *scales)), strict=True))
     return [Part(0, H, arrays | dict(spec=spec), unit)]
+
+
+def most_pages(spec: KVSpec, page_size: int, heads: int) -> int | None:
+    """Pages of a cache of which slots of 32 bits tell the rows of all heads, see Part.unit; None
+    where each head is a part of its own."""
+    if _are_apart(spec, heads):
+        return None
+    return ((SLOTS - 1) // page_size - heads) // _unit(spec, page_size, heads) + 1
+
+
+def check_size(op: str, num_pages: int, spec: KVSpec, page_size: int, heads: int) -> None:
+    """Check a cache that rows are to be evicted from.
+
+    Raises:
+        UnsupportedError: it has more than `most_pages`.
+    """
+    most = most_pages(spec, page_size, heads)
+    if most is not None and num_pages > most:
+        raise UnsupportedError(
+            f"{op}: the cache has {num_pages} pages of {page_size} tokens and {heads} heads, "
+            f"expected at most {most} where rows are evicted"
+        )
+
+
+def _are_apart(spec: KVSpec, heads: int) -> bool:
+    return heads == 1 or (spec.has_given_scales and spec.granularity == "head")
+
+
+def _unit(spec: KVSpec, page_size: int, heads: int) -> int:
+    return page_size * heads if spec.layout == "NHD" else heads
 
 
 def _head(spec: KVSpec, x: Any, h: int) -> Any:

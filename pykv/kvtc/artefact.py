@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +12,11 @@ import numpy as np
 
 from pykv.errors import DtypeError, ParameterError
 from pykv.kvtc import coder
+from pykv.ops.rope import PAIRINGS
 from pykv.options import check_whole
 
 SINKS, WINDOW = 4, 128  # first tokens kept as they are, and last ones kept as int8
+MOST = 1 << 14  # layers, heads, elements of a head and the like; and the ratio
 LIGHTEST, HEAVIEST = 2.0**-5, 2.0**5  # weights; bases times these keep their precision in float16
 
 
@@ -126,7 +129,7 @@ class Artefact:
     @property
     def ratios(self) -> tuple[int, ...]:
         """The ratios that it has plans for, rising."""
-        return tuple(self.groups[0].k.plans)
+        return tuple(self.groups[0].k.plans) if self.groups else ()
 
     def row_bytes(self, ratio: int) -> int:
         """Bytes of a token's coded keys and values in all layers.
@@ -220,59 +223,100 @@ class Artefact:
 # --- What an artefact may hold --------------------------------------------------------------------
 
 
-def problems(artefact: Artefact) -> Iterator[tuple[str, Any, str]]:
-    """Fields of an artefact that no calibration gives: name, value, what is expected instead."""
-    model, groups, ratios = artefact.model, artefact.groups, list(artefact.ratios)
-    if not 0 < len(model.architecture.encode()) <= 32:
-        yield "architecture", model.architecture, "1 to 32 bytes"
-    pairs = model.inv_freq.shape[1]
+def problems(artefact: Artefact, *, lengths: bool = True) -> Iterator[tuple[str, Any, str]]:
+    """Fields of an artefact that no calibration gives: name, value, what is expected instead. Only
+    the first may be asked for: others may make no sense then.
+
+    Args:
+        artefact: of any fields.
+        lengths: whether columns of bases are measured, too, which takes as long as a product.
+    """
+    model, groups, texts = artefact.model, artefact.groups, artefact.texts
+    for name, value, least in (
+        *((name, getattr(model, name), 1) for name in ("layers", "kv_heads", "head_dim")),
+        *((name, getattr(artefact, name), 0) for name in ("sinks", "window")),
+        *(("groups", len(groups), 1), ("texts", len(texts), 0)),
+    ):
+        if not isinstance(value, int | np.integer) or not least <= value <= MOST:
+            yield name, value, f"{least} to {MOST}"
+    name = model.architecture
+    if not isinstance(name, str) or not re.fullmatch("[ -~]{1,32}", name):
+        yield "architecture", name, "1 to 32 printable ASCII characters"
+    if model.pairing not in PAIRINGS:
+        yield "pairing", model.pairing, f"one of {PAIRINGS}"
+    if not _is_sha256(model.sha256):
+        yield "sha256", model.sha256, "64 hexadecimal digits"
+    inv_freq = model.inv_freq
+    pairs = inv_freq.shape[-1] if isinstance(inv_freq, np.ndarray) and inv_freq.ndim else 0
+    if not _is(inv_freq, np.float32, (model.layers, pairs)):
+        yield "inv_freq", _shown(inv_freq), f"float32 [{model.layers}, pairs]"
     if 2 * pairs > model.head_dim:
         yield "inv_freq", f"{pairs} pairs", f"at most head_dim / 2 = {model.head_dim // 2}"
-    if not (np.isfinite(model.inv_freq).all() and (model.inv_freq >= 0).all()):
+    if not (np.isfinite(inv_freq).all() and (inv_freq >= 0).all()):
         yield "inv_freq", "a value", "finite ones, not negative"
-    if sorted(i for group in groups for i in group.layers) != list(range(model.layers)):
-        yield "groups", [group.layers for group in groups], "each layer in one of them"
-    if ratios != sorted(set(ratios)) or ratios[0] < 1:
-        yield "ratios", ratios, "rising ones"
-    for text in artefact.texts:
+    of_groups = [list(group.layers) for group in groups]
+    if sorted(i for layers in of_groups for i in layers) != list(range(model.layers)):
+        yield "groups", of_groups, "each layer in one of them"
+    if of_groups != [sorted(layers) for layers in of_groups]:
+        yield "groups", of_groups, "rising layers"
+    ratios = list(artefact.ratios)
+    if not ratios or ratios != sorted(set(ratios)) or not 1 <= ratios[0] <= ratios[-1] <= MOST:
+        yield "ratios", ratios, f"rising ones from 1 to {MOST}"
+    for text in texts:
         if not (text.name.isprintable() and 0 < len(text.name.encode()) <= 96):
             yield "texts", text.name, "printable names of 1 to 96 bytes"
-        if text.tokens < 1:
+        if not 1 <= text.tokens < 2**64:
             yield "texts", text.tokens, "at least 1 token"
+        if not _is_sha256(text.sha256):
+            yield "texts", text.sha256, "64 hexadecimal digits"
     for group in groups:
         F = len(group.layers) * model.kv_heads * model.head_dim
         for side in (group.k, group.v):
             if list(side.plans) != ratios:
                 yield "plans", list(side.plans), f"those of ratios {ratios}"
-            yield from _problems_of_side(side, F)
+            yield from _problems_of_side(side, F, lengths)
 
 
-def _problems_of_side(side: Side, F: int) -> Iterator[tuple[str, Any, str]]:
-    C = side.basis.shape[1] if side.basis.ndim == 2 else 0
-    if side.mean.shape != (F,) or side.mean.dtype != np.float16:
-        yield "mean", f"{side.mean.dtype}{list(side.mean.shape)}", f"float16 [{F}]"
-    if side.basis.shape != (F, C) or side.basis.dtype != np.float16 or not 0 < C <= F:
-        yield "basis", f"{side.basis.dtype}{list(side.basis.shape)}", f"float16 [{F}, C <= {F}]"
-    weights = side.weights
-    if weights.shape != (F,) or weights.dtype != np.float16:
-        yield "weights", f"{weights.dtype}{list(weights.shape)}", f"float16 [{F}]"
+def _is_sha256(text: Any) -> bool:
+    return isinstance(text, str) and bool(re.fullmatch("[0-9a-f]{64}", text))
+
+
+def _is(x: Any, dtype: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape
+
+
+def _shown(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+
+
+def _problems_of_side(side: Side, F: int, lengths: bool) -> Iterator[tuple[str, Any, str]]:
+    basis, weights = side.basis, side.weights
+    C = basis.shape[-1] if isinstance(basis, np.ndarray) and basis.ndim else 0
+    for name in ("mean", "weights"):
+        if not _is(x := getattr(side, name), np.float16, (F,)):
+            yield name, _shown(x), f"float16 [{F}]"
+    if not _is(basis, np.float16, (F, C)) or not 0 < C <= F:
+        yield "basis", _shown(basis), f"float16 [{F}, C <= {F}]"
     if not ((weights >= LIGHTEST) & (weights <= HEAVIEST)).all():
         yield "weights", "a value", f"{LIGHTEST} to {HEAVIEST}"
-    if not np.isfinite(side.mean).all():
-        yield "mean", "a value", "finite ones"
-    norms = np.einsum("fc,fc->c", side.basis, side.basis, dtype=np.float32)
-    if not (abs(norms - 1) < 0.01).all():
-        yield "basis", "a column", "columns of length 1"
+    for name in ("mean", "basis"):
+        if not np.isfinite(getattr(side, name)).all():
+            yield name, "a value", "finite ones"
+    if lengths:
+        norms = np.einsum("fc,fc->c", basis, basis, dtype=np.float32)
+        if not (abs(norms - 1) < 0.01).all():
+            yield "basis", "a column", "columns of length 1"
     for ratio, plan in side.plans.items():
-        counts, steps, total = plan.widths, plan.steps, sum(plan.widths)
+        counts, steps = plan.widths, plan.steps
         if len(counts) != len(coder.WIDTHS) or any(n % coder.GROUP or n < 0 for n in counts):
             yield "widths", counts, f"eight multiples of {coder.GROUP}"
+        total = sum(counts)
         if not 0 < total <= C:
             yield "widths", counts, f"1 to {C} components"
         if plan.row_bytes * ratio > 2 * F:
             yield "widths", counts, f"at most {2 * F // ratio} bytes a row at ratio {ratio}"
-        if steps.shape != (total,) or steps.dtype != np.float32:
-            yield "steps", f"{steps.dtype}{list(steps.shape)}", f"float32 [{total}]"
+        if not _is(steps, np.float32, (total,)):
+            yield "steps", _shown(steps), f"float32 [{total}]"
         if not (np.isfinite(steps).all() and (steps > 0).all()):
             yield "steps", "a value", "positive finite ones"
         if not 0 <= plan.error < np.inf:

@@ -42,7 +42,7 @@ import numpy as np
 from pykv import whole_files
 from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import coder
-from pykv.kvtc.artefact import Artefact, Fingerprint, Group, Plan, Side, Text, problems
+from pykv.kvtc.artefact import MOST, Artefact, Fingerprint, Group, Plan, Side, Text, problems
 from pykv.ops.rope import PAIRINGS
 
 MAGIC = b"\x89PYKVTC\n"
@@ -50,7 +50,6 @@ VERSION = 2  # 1 had no weights
 _HEADER = struct.Struct("<8s2IQ32s32s32s9I")
 _TEXT = np.dtype([("name", "S96"), ("sha256", "V32"), ("tokens", "<u8")])
 _ALIGNMENT = 64
-_MOST = 1 << 14  # of a number in the header
 
 
 def write(op: str, path: str | os.PathLike[str], artefact: Artefact) -> None:
@@ -185,8 +184,8 @@ class _Header(NamedTuple):
         for count in found._fields[4:]:
             least = 0 if count in ("pairs", "texts", "sinks", "window") else 1
             value = getattr(found, count)
-            if not least <= value <= _MOST:
-                raise wrong(count, value, f"{least} to {_MOST}")
+            if not least <= value <= MOST:
+                raise wrong(count, value, f"{least} to {MOST}")
         if found.groups > found.layers:
             raise wrong("groups", found.groups, f"at most the {found.layers} layers")
         return found

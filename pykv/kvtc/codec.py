@@ -15,7 +15,7 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
-from pykv.kvtc.artefact import Artefact, check_artefact
+from pykv.kvtc.artefact import Artefact, check_artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
@@ -44,8 +44,8 @@ class Codec:
         sinks, window: how many tokens are kept otherwise, unless a call says so.
 
     Raises:
-        ParameterError: the artefact has no such ratio, or holds steps beyond float16; `tokens` is
-            not positive, `gemm` unknown.
+        ParameterError: the artefact has no such ratio, holds steps beyond float16, or a field that
+            no calibration gives; `tokens` is not positive, `gemm` unknown.
         DtypeError: `artefact` is no Artefact, or `xp` another module.
 
     Not thread-safe: calls share a workspace, so a codec works on one stream at a time.
@@ -69,6 +69,8 @@ class Codec:
     ) -> None:
         op = "Codec"
         self.model = model = check_artefact(op, artefact).model
+        for name, has, expected in problems(artefact, lengths=False):
+            raise ParameterError(f"{op}: artefact has {name} {has!r:.80}, expected {expected}")
         self.ratio = artefact.check_ratio(op, check_whole(op, "ratio", ratio, 1))
         self._xp = check_module(op, xp)
         self._tokens = check_whole(op, "tokens", tokens, 1, 2**20)
@@ -165,7 +167,8 @@ class Codec:
         facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
         with cuda.on_stream(stream, cache.k):
             table = self._indices(op, "table", table, facts["pages"] - 1)
-            positions = self._indices(op, "positions", positions)
+            last = len(table) * facts["page_size"] - 1
+            positions = self._indices(op, "positions", positions, last, kvtc_rows.check_rising)
             header = self.header(len(positions), spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
             coded = Coded(header, data)
@@ -238,7 +241,8 @@ class Codec:
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
                 check_given_scales(op, cache)
-            table = self._indices(op, "table", table, facts["pages"] - 1)
+            last, distinct = facts["pages"] - 1, kvtc_rows.check_distinct
+            table = self._indices(op, "table", table, last, distinct)
             room = len(table) * facts["page_size"]
             if header.tokens > room:
                 raise ParameterError(
@@ -251,7 +255,7 @@ class Codec:
             if paged_check.enabled(op, check) or self._xp is np:
                 sizes = facts["pages"], facts["page_size"]
                 looks = kvtc_rows.check_sequence
-                cuda.look(partial(looks, op, table, there["positions"], *sizes))
+                cuda.look(partial(looks, op, table, there["positions"], *sizes, writes=True))
             how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
             for group in self._groups:
                 part = group.part(chosen, self._features)
@@ -314,12 +318,14 @@ class Codec:
             raise ParameterError(f"{op}: layers is {layers}, expected some of range(0, {count})")
         return layers
 
-    def _indices(self, op: str, name: str, x: Any, most: int = 2**31 - 1) -> Any:
+    def _indices(self, op: str, name: str, x: Any, most: int, check: Any = None) -> Any:
         """An int32 array of the codec's device; what the host has is checked and uploaded."""
         if is_array(x) and (on_gpu(x) or self._xp is np):
             checker(op, **{name: ("n", INT32)})(x)
             return x
         ids = page_ids(op, name, x, 0, most).astype(np.int32)
+        if check is not None:
+            check(op, ids)
         if self._xp is not np:
             cuda.refuse_capture(op, cuda.UPLOADS)
         return self._xp.asarray(ids)

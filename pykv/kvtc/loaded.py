@@ -64,11 +64,9 @@ def load(op: str, xp: Any, group: Group, inv_freq: Any, ratio: int, begin: int) 
         begin: where in a coded token its bytes begin.
 
     Raises:
-        ParameterError: layers do not rise, or coefficients would not fit in float16.
+        ParameterError: coefficients would not fit in float16.
     """
-    layers = tuple(sorted(group.layers))
-    if layers != tuple(group.layers):
-        raise ParameterError(f"{op}: artefact has layers {group.layers}, expected rising ones")
+    layers = tuple(group.layers)
     distinct, of_layer = np.unique(inv_freq[list(layers)], axis=0, return_inverse=True)
     places = np.stack([np.array(layers), of_layer.reshape(-1)], 1).astype(np.int32)
     sides = group.k, group.v

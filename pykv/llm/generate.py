@@ -13,6 +13,7 @@ import numpy as np
 from pykv import cuda, install
 from pykv.errors import ParameterError, UnsupportedError
 from pykv.eviction import AdaKV, Policy
+from pykv.eviction.parts import check_size, most_pages
 from pykv.kvtc.codec import Codec
 from pykv.llm import gguf, matrices, memory, models, scales, scheduler, sessions, shared_steps
 from pykv.llm.answer import Completion, Stream
@@ -155,6 +156,11 @@ class LLM:
             check_whole("LLM", "context", context, 1, config.context)
         self.context = context or config.context
         self.tokenizer = Tokenizer(self.file)
+        pages = -(-(pool_tokens or 1) // page_size)
+        of_pages, most = (self.spec, page_size, config.kv_heads), None
+        if policy is not None:
+            check_size("LLM", pages, *of_pages)
+            most = most_pages(*of_pages)
         # Without a pool or a context of its own the cache grows as calls need it.
         tokens = pool_tokens or context or page_size
         need = memory.needed(self.file, config, dtype, self.spec, tokens, self.xp)
@@ -168,7 +174,7 @@ class LLM:
             self.fingerprint = fingerprint(self.file, loaded)
             cache = PagedKVCache(
                 config.num_layers,
-                -(-(pool_tokens or 1) // page_size),
+                pages,
                 config.kv_heads,
                 config.head_dim,
                 page_size=page_size,
@@ -189,6 +195,7 @@ class LLM:
             may_grow=pool_tokens is None,
             prefix_cache=prefix_cache,
             tiers=self.tiers,
+            most_pages=most,
         )
 
     @property

@@ -79,6 +79,7 @@ class Scheduler:
         slots: sequences that run at once, at most; None: as many as have pages.
         max_waiting: sequences that wait, at most.
         tiers: where pages that the cache forgot come back from; None: nowhere.
+        most_pages: that the cache may grow to; None: as memory allows.
 
     Attributes:
         running, waiting: sequences, in the order in which they came.
@@ -104,6 +105,7 @@ class Scheduler:
         slots: int | None = None,
         max_waiting: int | None = None,
         tiers: Tiers | None = None,
+        most_pages: int | None = None,
     ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -116,6 +118,7 @@ class Scheduler:
             may_grow=may_grow,
             prefix_cache=prefix_cache,
             tiers=tiers,
+            most_pages=most_pages,
         )
         self._runner, self._cache, self._manager = runner, cache, cache.manager
         self._slots, self._max_waiting = slots, max_waiting

@@ -42,6 +42,7 @@ class SequencePages:
         prefix_cache: keep pages of prompts and answers, as long as nobody needs them, for prompts
             that begin alike.
         tiers: where pages that the cache forgot come back from; None: nowhere.
+        most_pages: that the cache may grow to; None: as memory allows.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class SequencePages:
         may_grow: bool,
         prefix_cache: bool,
         tiers: Tiers | None = None,
+        most_pages: int | None = None,
     ) -> None:
         self.cache, self.may_grow, self.prefix_cache = cache, may_grow, prefix_cache
+        self._most_pages = most_pages
         self._room, self._last, self._tiers = room, last, tiers
 
     # --- Beside sequences ---
@@ -131,7 +134,13 @@ class SequencePages:
         manager = self.cache.manager
         missing = wanted - manager.num_free
         if missing > 0 and self.may_grow:
-            self.cache.grow(manager.num_pages + missing)
+            pages, most = manager.num_pages + missing, self._most_pages
+            if most is not None and pages > most:
+                raise CapacityError(
+                    f"the cache would grow to {pages} pages ({manager.page_size} tokens a page), "
+                    f"expected at most {most} where rows are evicted"
+                )
+            self.cache.grow(pages)
         manager.require(wanted)
 
     # --- Whose ---

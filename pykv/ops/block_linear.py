@@ -129,7 +129,8 @@ def multiply(
         DeviceError: host and device arrays are mixed.
         ParameterError: `accumulate` lacks `out`, `gate` is unknown, or `eps` not positive and
             finite.
-        UnsupportedError: there is no kernel for `kind`.
+        UnsupportedError: there is no kernel for `kind`, or, where tensor cores have none, there are
+            more than 524,280 tokens.
 
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
@@ -287,6 +288,9 @@ def _launch(
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     outs, parts = _warps(R, I, _outs(kind, rows, cuda.current_sm()), rows, num_sms)
     kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=rows, OUTS=outs)
+    most = rows * cuda.MOST_BLOCKS[1]
+    if T > most:
+        raise UnsupportedError(f"block_linear.multiply: x has T={T}, expected at most {most}")
     grid = -(-R // (outs * (_BLOCK // 32 // parts))), -(-T // rows)
     shared = parts * rows * _SLICE_BYTES
     scalars |= dict(parts=parts)

@@ -166,7 +166,7 @@ def scatter(  # as gather
         rows: [2, C, F] float16 or float32, the rows without their mean.
         places: as of `gather`; the layers that are written, which may be some alone.
         table, positions, mean, inv_freq, sinks, window, window_scales, pairing, hadamard, check,
-            stream: as of `gather`. Positions are distinct.
+            stream: as of `gather`. Positions are distinct, and so are the pages that they lie in.
 
     Raises: as `gather`.
 
@@ -238,32 +238,59 @@ def _check(
     return dims, spec
 
 
-def check_sequence(op: str, table: Any, positions: Any, num_pages: int, page_size: int) -> None:
+def check_sequence(
+    op: str, table: Any, positions: Any, num_pages: int, page_size: int, *, writes: bool = False
+) -> None:
     """Check where tokens lie; waits for a GPU.
 
     Args:
         op: for messages.
         table, positions: as of `gather`.
         num_pages, page_size: N and P of the pools.
+        writes: whether tokens are written there.
 
     Raises:
         ParameterError: positions do not rise, or lie outside of the table, or in pages that do not
-            exist.
+            exist, or are written to twice.
     """
     table, positions = to_host(table), to_host(positions)
-    if (np.diff(positions) <= 0).any() or (positions < 0).any():
-        raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
+    check_rising(op, positions)
     most = len(table) * page_size
     if len(positions) and positions[-1] >= most:
         raise ParameterError(
             f"{op}: positions go to {positions[-1]}, expected below {most}, which the {len(table)} "
             "pages of table hold"
         )
-    _check_entries(op, "table", table[positions // page_size], num_pages)
+    pages = table[np.unique(positions // page_size)]
+    _check_entries(op, "table", pages, num_pages)
+    if writes:
+        check_distinct(op, pages)
+
+
+def check_rising(op: str, positions: Any) -> None:
+    """Check positions.
+
+    Raises:
+        ParameterError: they do not rise, or are negative.
+    """
+    if (np.diff(positions) <= 0).any() or (positions < 0).any():
+        raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
+
+
+def check_distinct(op: str, pages: Any) -> None:
+    """Check that pages of a table that are written to are different ones.
+
+    Raises:
+        ParameterError: one is there twice.
+    """
+    found, counts = np.unique(pages, return_counts=True)
+    if (counts > 1).any():
+        raise ParameterError(f"{op}: table has page {found[counts > 1][0]} twice, expected it once")
 
 
 def _check_contents(op: str, dims: Dims, table: Any, positions: Any, places: Any) -> None:
-    check_sequence(op, table, positions, dims["N"], dims["P"])
+    writes = op == "kvtc_rows.scatter"
+    check_sequence(op, table, positions, dims["N"], dims["P"], writes=writes)
     layers, rows = to_host(places).T
     _check_entries(op, "places", layers, dims["L"])
     _check_entries(op, "places", rows, dims["U"])

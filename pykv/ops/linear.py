@@ -65,7 +65,8 @@ def linear(
         ParameterError: `gemm` is unknown, or `accumulate` lacks `out`.
         UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being
             captured (CuPy refuses), or for dtypes that differ with `x` not float32; a prepared call
-            that goes to cuBLAS is captured.
+            that goes to cuBLAS is captured; or there are more than 4,194,240 tokens, where neither
+            cuBLAS nor tensor cores multiply.
 
     Runs where the arrays are. On a GPU it only enqueues. Sums in float32, never through TF32.
 
@@ -173,6 +174,9 @@ def _launch(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> cuda.Launc
     """The launch of `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
     scalars = dict(T=T, O=O, I=I, x_stride=_step(x), out_stride=_step(out), accumulate=accumulate)
+    most = _TILE * cuda.MOST_BLOCKS[1]
+    if T > most:
+        raise UnsupportedError(f"linear.linear: x has T={T}, expected at most {most}")
     grid = -(-O // _TILE), -(-T // _TILE)
     return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+_MOST = 1 << 62  # things; sums stay below
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Counters:
         counters = Counters()
         known = counters.as_dict()
         for name, number in flat.items():
-            if type(number) not in (int, float) or not 0 <= number < math.inf:
+            if type(number) not in (int, float) or not 0 <= number < _MOST:
                 raise ValueError(f"{name} is {number!r}, expected a number of things")
             if name not in known:
                 raise ValueError(f"{name!r} is unknown")
@@ -77,7 +78,8 @@ class Counters:
     def plus(self, other: Counters) -> Counters:
         """The sums of both."""
         more = other.as_dict()
-        return Counters.from_dict({name: n + more[name] for name, n in self.as_dict().items()})
+        flat = self.as_dict().items()
+        return Counters.from_dict({name: min(n + more[name], _MOST - 1) for name, n in flat})
 
     def since(self, before: Counters) -> Counters:
         """What came since these were `before`."""

@@ -22,7 +22,7 @@ import threading
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -83,8 +83,8 @@ class DiskTier:
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted
         self._count()
-        for sub in self._own.iterdir():
-            whole_files.clear(sub)
+        for place in (folder, *self._own.iterdir()):
+            whole_files.clear(place)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._known or os.path.exists(self._path(key))  # False where the disk fails
@@ -144,7 +144,7 @@ class DiskTier:
         Raises:
             OSError: the system refuses.
         """
-        with open(self.folder / "lock", "ab") as file:
+        with self._open_lock() as file:
             if not whole_files.lock(file):
                 return False
             total = read_counters(self.folder).plus(counters)
@@ -152,6 +152,12 @@ class DiskTier:
             path = self.folder / "counters.json"
             whole_files.replace(path, [text], private=True, durable=False)
             return True
+
+    def _open_lock(self) -> BinaryIO:
+        path = self.folder / "lock"
+        if path.exists() and not path.is_file():  # nor a pipe, which would be waited for
+            raise OSError(errno.EEXIST, "it is no file", str(path))
+        return open(path, "ab")
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
@@ -188,7 +194,7 @@ class DiskTier:
             self._count()
         if self._total + size <= self.limit:
             return
-        with open(self.folder / "lock", "ab") as file:
+        with self._open_lock() as file:
             if not whole_files.lock(file):
                 raise OSError(errno.EBUSY, "another process makes room", str(self.folder))
             found = sorted(self._count())
@@ -217,10 +223,13 @@ def entries(folder: Path) -> list[Entry]:
 
 def read_counters(folder: Path) -> Counters:
     """What tiers of a folder did, in all processes that have said so."""
+    path = folder / "counters.json"
     try:
-        return Counters.from_dict(json.loads((folder / "counters.json").read_bytes()))
+        if path.is_file():
+            return Counters.from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return Counters()  # damaged, or of another version: counting begins anew
+        pass
+    return Counters()  # none, damaged, or of another version: counting begins anew
 
 
 def _folders(folder: str | Path) -> list[str]:

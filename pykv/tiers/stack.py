@@ -18,13 +18,14 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import CapacityError, FormatError, ParameterError
 from pykv.pages import convert_pages
 from pykv.pool import PagedKVCache
 from pykv.tiers.counters import Counters, Flow
@@ -57,7 +58,8 @@ class Tiers:
         ParameterError: a text is none, a tier smaller than a page, a codec of no use, or the folder
             something else.
         DtypeError: an argument is neither.
-        CapacityError: the host has not as much memory, or none that can be pinned.
+        CapacityError: the host has not as much memory, or none that can be pinned; or starts no
+            threads for files.
         OSError: the folder cannot be made or read, or others can write there.
 
     Not thread-safe: whoever calls the cache's manager calls this. Sources: LMCache, SGLang's
@@ -98,7 +100,7 @@ class Tiers:
         self._noted = Counters()  # what the folder knows of them
         self._cache, self._host = cache, HostTier(rows)
         self._moves = Moves(cache, self._form, rows)
-        self._threads = ThreadPoolExecutor(THREADS, "pykv-tiers")
+        self._threads = _start_threads(op, 0 if self._files is None else THREADS)
         self._writing: dict[bytes, Future[float]] = {}
         self._moving: list[tuple[Flow, int, Moved]] = []  # copies whose seconds are not known yet
         self._held: Collection[bytes] = ()  # pages that are on their way back
@@ -301,7 +303,7 @@ class Tiers:
                 del self._writing[key]
                 try:
                     self.counters.to_disk.count(1, self._disk_form.nbytes, future.result())
-                except OSError:
+                except (OSError, MemoryError):
                     self.counters.refused += 1
         left = []
         for flow, count, moved in self._moving:
@@ -315,6 +317,24 @@ class Tiers:
         self._moving.append((flow, count, moved))
         if len(self._moving) > 64:
             self._settle()
+
+
+def _start_threads(op: str, count: int) -> ThreadPoolExecutor:
+    """Threads that run already. One that the system refused later would leave its task with the
+    others, who would write a row when it holds another page.
+
+    Raises:
+        CapacityError: the system refuses.
+    """
+    threads, all_run = ThreadPoolExecutor(max(count, 1), "pykv-tiers"), Barrier(max(count, 1))
+    try:
+        wait([threads.submit(all_run.wait) for _ in range(count)])
+    except BaseException as error:
+        all_run.abort()  # or those that wait would never end
+        if not isinstance(error, RuntimeError):
+            raise
+        raise CapacityError(f"{op}: disk_cache asks for {count} threads: {error}") from error
+    return threads
 
 
 def _count(op: str, name: str, limit: Limit, form: Form) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from pykv import whole_files
 from pykv.errors import DtypeError, FormatError, ParameterError
-from pykv.kvtc import Artefact, Fingerprint, Group, Plan, Side, Text, coder
+from pykv.kvtc import Artefact, Codec, Fingerprint, Group, Plan, Side, Text, coder
 from tests.helpers import assert_same_bits
 
 L, H, D, PAIRS = 3, 2, 24, 10
@@ -289,3 +289,71 @@ def test_what_no_calibration_gives_is_not_saved(artefact, tmp_path):
 
 def test_the_order_of_widths_is_that_of_the_coder():
     assert coder.WIDTHS == tuple(range(8, 0, -1))
+
+
+def of_model(name, change):
+    return lambda made: replace(
+        made, model=replace(made.model, **{name: change(getattr(made.model, name))})
+    )
+
+
+def of_side(name, change):
+    def changed(made):
+        first, *others = made.groups
+        side = replace(first.k, **{name: change(getattr(first.k, name))})
+        return replace(made, groups=(replace(first, k=side), *others))
+
+    return changed
+
+
+def of_plan(name, change):
+    def plans(known):
+        return known | {8: replace(known[8], **{name: change(getattr(known[8], name))})}
+
+    return of_side("plans", plans)
+
+
+def falling(made):
+    """Layers in another order than the file has them in."""
+    first, *others = made.groups
+    return replace(made, groups=(replace(first, layers=(2, 0)), *others))
+
+
+UNSOUND = [
+    ("inv_freq", of_model("inv_freq", lambda x: x[:1])),
+    ("inv_freq", of_model("inv_freq", lambda x: np.concatenate((x, x)))),
+    *(("inv_freq", of_model("inv_freq", change)) for change in (np.ravel, np.float64, type)),
+    ("pairing", of_model("pairing", str.upper)),
+    *(("sha256", of_model("sha256", change)) for change in (str.upper, lambda x: x[2:], type)),
+    *(("architecture", of_model("architecture", lambda x, y=y: y)) for y in ("é", "a\0", "", None)),
+    *(("layers", of_model("layers", change)) for change in (float, lambda x: 0)),
+    ("head_dim", of_model("head_dim", lambda x: 1 << 20)),
+    *(("sinks", lambda made, n=n: replace(made, sinks=n)) for n in (-1, 1.5, 1 << 20)),
+    *(("window", lambda made, n=n: replace(made, window=n)) for n in (-1, None, 1 << 20)),
+    ("groups", falling),
+    ("groups", lambda made: replace(made, groups=())),
+    ("groups", lambda made: replace(made, groups=made.groups[:1])),
+    ("texts", lambda made: replace(made, texts=(Text("a", "zz", 1),))),
+    ("texts", lambda made: replace(made, texts=(Text("a", "5a" * 32, 2**64),))),
+    *(("mean", of_side("mean", lambda x, y=y: x * y)) for y in (np.float16(np.inf), np.float32(1))),
+    ("mean", of_side("mean", np.ndarray.tolist)),
+    ("weights", of_side("weights", np.zeros_like)),
+    ("basis", of_side("basis", lambda x: x * np.float16(np.nan))),
+    ("basis", of_side("basis", np.ndarray.tolist)),
+    *(("steps", of_plan("steps", change)) for change in (np.negative, np.zeros_like)),
+    ("steps", of_plan("steps", lambda x: x[1:])),
+    ("widths", of_plan("widths", lambda x: x[1:])),
+    ("widths", of_plan("widths", lambda x: (3,) * 8)),
+    ("error", of_plan("error", lambda x: np.nan)),
+    *(("plans|ratios", of_side("plans", change)) for change in (lambda x: {}, lambda x: {8: x[8]})),
+]
+
+
+@pytest.mark.parametrize("name, change", UNSOUND, ids=[name for name, _ in UNSOUND])
+def test_what_no_calibration_gives_is_neither_saved_nor_used(artefact, tmp_path, name, change):
+    unsound = change(artefact)
+    with pytest.raises(ParameterError, match=rf"Artefact\.save: ({name}) is "):
+        unsound.save(tmp_path / "a.kvtc")
+    assert not os.listdir(tmp_path)
+    with pytest.raises(ParameterError, match=rf"Codec: (artefact has ({name}) |ratio is 8)"):
+        Codec(unsound, 8)

@@ -273,6 +273,25 @@ def test_other_positions_and_codecs_are_noticed(xp, rng):
     np.testing.assert_array_equal(to_numpy(cache.k), before)
 
 
+def test_lists_are_looked_at_wherever_the_codec_is(xp, rng):
+    """A stream of falling positions could be written, but not be read."""
+    artefact = made.artefact(rng)
+    cache, table, _, *_ = made.sequence(rng, xp, artefact, 12)
+    codec = Codec(artefact, 4, xp)
+    for positions, text in (
+        ([3, 2], "positions fall"),
+        ([3, 3], "positions fall"),
+        ([3, 12], r"positions(\[1\] is 12, expected 0 to 11| go to 12, expected below 12)"),
+    ):
+        with pytest.raises(ParameterError, match=text):
+            codec.compress(cache, table, positions)
+    coded, before = codec.compress(cache, table, [0, 1, 5]), to_numpy(cache.k).copy()
+    for twice in ([1, 1, 2], xp.asarray(np.array([1, 1, 2], np.int32))):
+        with pytest.raises(ParameterError, match="table has page 1 twice, expected it once"):
+            codec.decompress(coded, cache, twice, check=True)
+    np.testing.assert_array_equal(to_numpy(cache.k), before)
+
+
 def test_wrong_codecs(rng):
     artefact = made.artefact(rng)
     with pytest.raises(ParameterError, match="ratio is 5, expected one of 4, 8"):

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import pykv
 from pykv import cuda, eviction
 from pykv.errors import CapacityError, DtypeError, ParameterError, UnsupportedError
-from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming
+from pykv.eviction import H2O, AdaKV, KeyNorm, SnapKV, Streaming, parts
 from pykv.llm import LLM, SamplingParams, evictor, runner
 from tests.helpers import to_numpy, without_simt
 from tests.llm import plain_forward
@@ -181,6 +182,28 @@ def test_queries_to_come_are_turned_as_the_model_turns_its_own(
     llm.generate([tokens_of(rng, 40)], greedy(2))
     config = llm.model.config
     assert seen == [((config.inv_freq, config.kind.pairing, kv_dtype == "int8"), 9)]
+
+
+@without_simt
+@pytest.mark.parametrize("policy", ["adakv:keydiff:16", "streaming:16"])
+def test_a_cache_beyond_32_bits_is_refused_before_anything_is_computed(
+    open_llm, rng, monkeypatch, policy
+):
+    """As large as it is, or as it would grow."""
+    sizes = pykv.KVSpec(), P, 2  # tiny's heads
+    monkeypatch.setattr(parts, "SLOTS", 6 * P * P * 2)
+    most = parts.most_pages(*sizes)
+    assert most == 6
+    with pytest.raises(UnsupportedError, match="LLM: the cache has 7 pages of 16 tokens and 2 hea"):
+        open_llm(eviction=policy, pool_tokens=7 * P)
+    open_llm(eviction=policy, pool_tokens=6 * P)
+    llm = open_llm(eviction=policy)
+    prompts = [tokens_of(rng, 3 * P) for _ in range(4)]
+    with pytest.raises(CapacityError, match="would grow to .* at most 6 where rows are evicted"):
+        llm.generate(prompts, greedy(2))
+    assert llm.stats.decode_tokens == llm.stats.prompt_seconds == 0
+    assert llm.cache.manager.num_free == llm.cache.manager.num_pages
+    llm.generate(prompts[:1], greedy(20))
 
 
 @without_simt

@@ -9,7 +9,13 @@ from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear as op
 from pykv.ops import block_rows, linear_mma
 from tests.faults import fixed, scaled, with_argument, with_changed_option, with_option
-from tests.helpers import assert_close_to_oracle, assert_same_bits, swept, to_numpy
+from tests.helpers import (
+    assert_close_to_oracle,
+    assert_same_bits,
+    make_every_launch,
+    swept,
+    to_numpy,
+)
 
 gguf = pytest.importorskip("gguf")
 
@@ -153,6 +159,7 @@ def judge(xp, rng, case):
 )
 def test_both_ways(device, rng, monkeypatch, change, small):
     """By linear_mma where `gemv` would multiply by a small matrix, and as it is."""
+    make_every_launch(monkeypatch)
     monkeypatch.setattr(op, "_SMALL", small)
     judge(device, rng, {**BASE, **change})
 
@@ -160,8 +167,16 @@ def test_both_ways(device, rng, monkeypatch, change, small):
 @pytest.mark.parametrize("change", [{"kind": "Q6_K"}, {"kind": "F16", "norm": True}])
 def test_old_gpus_read_again(device, rng, monkeypatch, change):
     """For every 8 tokens, where tensor cores have no kernel."""
+    make_every_launch(monkeypatch)
     monkeypatch.setattr(linear_mma, "has_kernel", lambda kind, sm: False)
     judge(device, rng, {**BASE, "T": 19, "gate": "geglu", "O": 4, **change})
+
+
+def test_more_tokens_than_a_grid_has_rows(device):
+    """Of old GPUs, and of F32 everywhere."""
+    x, w = device.zeros((524_281, 8), np.float16), device.zeros((8, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="x has T=524281, expected at most 524280"):
+        op.multiply(x, w, "F32")
 
 
 def test_a_prepared_product_of_many_launches(xp, rng):

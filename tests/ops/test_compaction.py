@@ -166,6 +166,12 @@ def needs_look_back():
         pytest.skip("the kernel of one pass is not for this SM")
 
 
+def fits(sm, x, own):
+    """Whether an SM has the memory for another one's two tiles with positions."""
+    tile = compaction._tile(x.itemsize, compaction._shape(sm))
+    return 2 * tile * (x.itemsize + 2) + 1024 <= machine.SHARED.get(own, 99) << 10
+
+
 def run_kernels(xp, x, threshold, sm, words=None):
     """The launches of an SM, by hand; `words` are those that the kernels find."""
     room = x.size
@@ -181,10 +187,12 @@ def run_kernels(xp, x, threshold, sm, words=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass_and_three_leave_the_same_bits(device, rng, dtype):
+    """By the shapes of all SMs that this one has the memory for."""
     needs_look_back()
     x = numbers(rng, 2 * TILE + 777, dtype)
-    kept = kept_by_loop(x, 0.2)
-    for sm, number in ((52, 3), (75, 1), (90, 1)):  # without and with a tile that is fetched ahead
+    kept, own = kept_by_loop(x, 0.2), cuda.current_sm()
+    others = {tuple(compaction._shape(sm).values()): sm for sm in (80, 89, 90) if fits(sm, x, own)}
+    for sm, number in ((52, 3), *((sm, 1) for sm in {own, *others.values()})):
         labels, arrays = run_kernels(device, device.asarray(x), 0.2, sm)
         assert len(labels) == number
         assert_same_bits(arrays["count"], np.array([len(kept)]))
@@ -197,16 +205,18 @@ def test_the_look_back_sums_what_other_blocks_left(device, rng, nearest):
     """Tiles before the ticket have their counts, one of them, `nearest`, all before it as well:
     what the block would find had others taken these tiles. It looks at 512 words at once."""
     needs_look_back()
+    sm = cuda.current_sm()
+    tile = compaction._tile(4, compaction._shape(sm))
     before, part, whole = 700, 1 << 62, 2 << 62
-    x = device.zeros(before * TILE + 9, np.float32)
-    x[before * TILE :] = 1  # what is left for this block
-    counts = rng.integers(0, TILE + 1, before)
+    x = device.zeros(before * tile + 9, np.float32)
+    x[before * tile :] = 1  # what is left for this block
+    counts = rng.integers(0, tile + 1, before)
     words = [part | int(count) for count in counts]
     base = 2**40 + 5  # more than 32 bits hold
     words[before - nearest] = whole | base
     words = np.array([before, *words, 0], np.uint64)
     prefix = base + int(counts[before - nearest + 1 :].sum())
-    _, arrays = run_kernels(device, x, 0.5, 90, device.asarray(words))
+    _, arrays = run_kernels(device, x, 0.5, sm, device.asarray(words))
     assert to_numpy(arrays["count"])[0] == prefix + 9
     assert not to_numpy(arrays["values"]).any()  # the place lies past the output
 

@@ -9,7 +9,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import linear
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, make_every_launch, to_numpy
 
 BASE = dict(T=3, O=24, I=64, x="float32", w="float16", bias=None, accumulate=False, gemm="own")
 CHANGES = (
@@ -94,12 +94,19 @@ def test_product(xp, rng, case):
 @pytest.mark.parametrize("w", ["float32", "float16"])
 def test_product_without_tensor_cores(device, rng, monkeypatch, T, w):
     """As an old GPU multiplies; from 65 tokens on in tiles, if these fill it."""
+    make_every_launch(monkeypatch)
     monkeypatch.setattr(linear.linear_mma, "has_kernel", lambda kind, sm: False)
     for num_sms in (2, 1000):
         monkeypatch.setattr(cuda, "num_sms", lambda device, n=num_sms: n)
         for O, I in ((24, 64), (65, 1032), (130, 24)):
             case = dict(BASE, T=T, w=w, O=O, I=I, bias="float32", accumulate=True)
             assert_close_to_oracle(*run(device, rng, case))
+
+
+def test_more_tokens_than_a_grid_has_rows(device):
+    x, w = device.zeros((4_194_241, 8), np.float16), device.zeros((8, 8), np.float32)
+    with pytest.raises(UnsupportedError, match="x has T=4194241, expected at most 4194240"):
+        linear.linear(x, w, gemm="own")
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

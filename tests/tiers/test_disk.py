@@ -106,6 +106,28 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         files.read(KEYS[0], np.zeros(N, np.uint8))
 
 
+@pytest.mark.parametrize("name", ["lock", "counters.json"])
+def test_pipes_in_the_folder_are_not_waited_for(tmp_path, name):
+    files = tier(tmp_path, 12_000)
+    os.mkfifo(tmp_path / name)
+    counters = World(host=256).tiers.counters
+    if name == "lock":
+        with pytest.raises(OSError, match="it is no file"):
+            files.note(counters)
+        with pytest.raises(OSError, match="it is no file"):
+            for key in KEYS:
+                files.write(key, row(key))
+    else:
+        assert files.note(counters)
+
+
+def test_what_a_killed_process_left_beside_the_counters_goes(tmp_path):
+    left = tmp_path / f"{whole_files.SCRATCH}0"
+    left.touch()
+    tier(tmp_path)
+    assert not left.exists()
+
+
 def test_foreign_files_stay(tmp_path):
     files = tier(tmp_path, 10_000)
     names = ["notes", "x.page", f"{'0' * 32}/ab/notes", f"{'0' * 32}/x.page"]

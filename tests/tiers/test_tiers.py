@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,48 @@ def test_an_interrupted_copy_leaves_no_page(monkeypatch):
     assert world.cache.manager.num_free == 4
 
 
+def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
+    world = World(pages=4, disk=f"{tmp_path}:1MB")
+
+    def refuse(*args, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack.DiskTier, "write", refuse)
+        for n in range(3):
+            world.ask([n] * 8)
+        world.tiers.flush()
+    counters = world.tiers.counters
+    assert counters.refused >= 8 and counters.to_disk.pages == 0 and not world.tiers._writing
+    world.tiers.flush()
+    assert counters.to_disk.pages == 12
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
+    """Not when a page falls: its row would be written when it holds another one."""
+    start, running = threading.Thread.start, threading.active_count()
+
+    def some(thread):
+        if threading.active_count() > running + 1:
+            raise error("no more")
+        start(thread)
+
+    monkeypatch.setattr(stack, "THREADS", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", some)
+        if error is RuntimeError:
+            error = CapacityError
+        with pytest.raises(error):
+            World(disk=f"{tmp_path}:1MB")
+    world = World(pages=4, disk=f"{tmp_path}:1MB")
+    monkeypatch.setattr(threading.Thread, "start", None)  # nobody needs more
+    for n in range(3):
+        world.ask([n] * 8)
+    world.tiers.flush()
+    assert world.tiers.counters.to_disk.pages == 12
+
+
 def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
     world = World(pages=4, host=100 * ROW)
     world.ask([1] * 8)
@@ -338,6 +381,13 @@ def test_the_folder_adds_up_what_processes_did(tmp_path):
         world.tiers.flush()  # what is noted is not noted again
         total = disk.read_counters(tmp_path)
         assert total.misses == 4 * n and total.to_disk.pages == 4 * n
-    (tmp_path / "counters.json").write_text("[1]")
-    assert disk.read_counters(tmp_path) == Counters()
+    large = "1" + 400 * "0"
+    for text in ("[1]", *(f'{{"to_disk_{x}": {large}}}' for x in ("pages", "bytes", "seconds"))):
+        (tmp_path / "counters.json").write_text(text)
+        assert disk.read_counters(tmp_path) == Counters()
+    (tmp_path / "counters.json").write_text('{"misses": 4611686018427387903}')
+    for n in (4, 5):
+        world.ask([n] * 8)
+        world.tiers.flush()
+    assert disk.read_counters(tmp_path).misses == 2**62 - 1
     assert isinstance(world.tiers, Tiers)

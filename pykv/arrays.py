@@ -37,10 +37,15 @@ VECTOR_BYTES = 16  # widest load of a GPU thread; kernels assume it of element a
 
 class Dims(dict[str, int]):
     """Sizes that a `checker` bound to letters. Arrays of equal layouts on one device get the same
-    object, so that an op can keep with it what it derives from layouts."""
+    object, so that an op can keep with it what it derives from layouts.
+
+    Attributes:
+        layouts: stands for them where something is kept elsewhere; hashable.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.layouts = object()
         self._kept: dict[Any, Any] = {}
 
     def keep(self, options: Any, make: Callable[[], Any]) -> Any:

@@ -19,11 +19,20 @@ from pykv.specs import KVSpec, as_spec
 
 Ids = Sequence[int] | Any  # or a NumPy array
 ARRAYS = ("k", "v", "k_scales", "v_scales")  # of a cache
+_ATTRIBUTES = (*ARRAYS, "spec")
 
 
 def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     """What two caches must agree in to exchange pages, and `pages`, in which they need not."""
-    missing = [x for x in (*ARRAYS, "spec") if not hasattr(cache, x)]
+    spec, sizes, _ = check_cache(op, name, cache)
+    names = dict(layers="L", page_size="P", heads="H", head_dim="D", pages="N")
+    return dict(spec=str(spec)) | {name: sizes[letter] for name, letter in names.items()}
+
+
+def check_cache(op: str, name: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any, ...]]:
+    """Check the arrays of a cache: its spec, the sizes of its pools, and what stands for the
+    layouts of all arrays."""
+    missing = [x for x in _ATTRIBUTES if not hasattr(cache, x)]
     if missing:
         raise DtypeError(
             f"{op}: {name} is a {type(cache).__name__} without {', '.join(missing)}, expected a "
@@ -33,11 +42,11 @@ def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     pools, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
     if spec.granularity == "token":
         sizes = _pages_checker(op, name, spec)(*pools, *scales)
-    else:  # scales may be elsewhere than pages that were swapped out
-        sizes = _pages_checker(op, name, spec)(*pools)
-        _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
-    names = dict(layers="L", page_size="P", heads="H", head_dim="D", pages="N")
-    return dict(spec=str(spec)) | {name: sizes[letter] for name, letter in names.items()}
+        return spec, sizes, (sizes.layouts,)
+    # Scales may be elsewhere than pages that were swapped out.
+    sizes = _pages_checker(op, name, spec)(*pools)
+    of_scales = _scales_checker(op, name, spec, sizes["L"], sizes["H"])(*scales)
+    return spec, sizes, (sizes.layouts, of_scales.layouts)
 
 
 @cache

@@ -139,7 +139,7 @@ def bound(declare, monkeypatch):
     )
     seen = []
 
-    def bind(handle, config, arrays, scalars):
+    def bind(handle, config, arrays, scalars, offsets):
         return lambda: seen.append((handle, config, list(arrays), list(scalars)))
 
     fake = ModuleType("driver")

@@ -5,6 +5,7 @@
     launch     kernels by name and their launches, whose parameters the .cu file names
     driver     launches by cuda.core: the one seam, where tests put another machine
     calls      plain, prepared and graphed calls
+    replay     calls of several launches, found once for each layout
 
 PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the
 code that an M40 gets, `__CUDA_ARCH__` included.
@@ -57,3 +58,4 @@ from pykv.cuda.devices import (
     use_device,
 )
 from pykv.cuda.launch import MOST_BLOCKS, Kernel, Launch, active_clusters, kernel, signature
+from pykv.cuda.replay import replayed

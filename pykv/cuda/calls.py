@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -43,18 +44,20 @@ class _State(threading.local):
 
     recording: _Recording | None = None
     captured: list[Any] | None = None  # objects that must live as long as the graph being captured
+    traced: list[Any] | None = None  # steps that `traced` observes
     used_gpu = False  # since `graph` last asked
 
 
 _state = _State()
 
 
-def enqueue(step: Step, stream: Any = None) -> None:
+def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
     """Take a step of GPU work on a stream, or record it.
 
     Args:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
         stream: see `on_stream`; a recorded step runs on the stream of each call.
+        launched: the Launch that made the step and its arrays, for `traced`.
     """
     recording = _state.recording
     if recording is not None:
@@ -67,11 +70,24 @@ def enqueue(step: Step, stream: Any = None) -> None:
     _state.used_gpu = True
     if _state.captured is not None:
         _state.captured.append(step)
+    if _state.traced is not None:
+        _state.traced.append(launched or step)
     if stream is None:
         step()
     else:
         with on_stream(stream):
             step()
+
+
+@contextmanager
+def traced() -> Iterator[list[Any]]:
+    """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
+    steps as they are."""
+    outer, _state.traced = _state.traced, []
+    try:
+        yield _state.traced
+    finally:
+        _state.traced = outer
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:

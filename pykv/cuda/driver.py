@@ -61,7 +61,13 @@ def configure(
     return _config(grid, block, shared_bytes, cluster, early and _has_early())
 
 
-def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ...]) -> Any:
+def bind(
+    kernel: Any,
+    config: Any,
+    arrays: Sequence[Any],
+    scalars: tuple[Any, ...],
+    offsets: Sequence[int] | None = None,
+) -> Any:
     """A function without arguments that enqueues the kernel on CuPy's current stream.
 
     Args:
@@ -70,6 +76,7 @@ def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ..
         arrays: CuPy arrays, whose addresses are read here and which live as long as the function,
             or None for a null pointer.
         scalars: NumPy scalars, the kernel's parameters behind those.
+        offsets: bytes from the address of each array on; None: none.
     """
     core_launch, current_stream, current_device = _launcher()
     try:
@@ -79,6 +86,8 @@ def bind(kernel: Any, config: Any, arrays: Sequence[Any], scalars: tuple[Any, ..
             f"cuda.Launch: arrays are {', '.join(type(x).__name__ for x in arrays)}, expected "
             "CuPy arrays or None"
         ) from error
+    if offsets is not None:
+        values = [value + offset for value, offset in zip(values, offsets, strict=True)]
 
     def enqueue(_kept: Any = arrays) -> None:
         stream = core_stream(current_stream().ptr, current_device())

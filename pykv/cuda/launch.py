@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -154,7 +154,16 @@ class Launch:
             ordered = []
         if len(ordered) != len(arrays) or not ordered:
             raise _names_error(kernel, "arrays", arrays, kernel.arrays)
-        enqueue(driver.bind(kernel.handle, self._config, ordered, self._scalars), stream)
+        enqueue(self.bound(ordered), stream, (self, ordered))
+
+    def bound(self, arrays: Sequence[Any], offsets: Sequence[int] | None = None) -> Any:
+        """A function that enqueues the kernel on CuPy's current stream.
+
+        Args:
+            arrays: in the kernel's order.
+            offsets: bytes from their addresses on; None: none.
+        """
+        return driver.bind(self.kernel.handle, self._config, arrays, self._scalars, offsets)
 
 
 def _typed(kernel: Kernel, scalars: Mapping[str, Any]) -> tuple[np.generic, ...]:

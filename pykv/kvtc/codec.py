@@ -6,21 +6,31 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pykv import cuda, ranges
-from pykv.arrays import INT32, check_module, check_writeable, checker, is_array, on_gpu, to_host
+from pykv.arrays import (
+    INT32,
+    UINT8,
+    Dims,
+    check_module,
+    check_writeable,
+    checker,
+    is_array,
+    on_gpu,
+    to_host,
+)
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.kvtc.artefact import Artefact, check_artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
 from pykv.options import check_choice, check_flag, check_whole, page_ids
-from pykv.page_arrays import Ids, check_given_scales, check_may_write, facts_of
+from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
 from pykv.specs import KVSpec, as_spec
 
 
@@ -91,6 +101,10 @@ class Codec:
         self._coefficients = self._xp.empty(components, np.float32)
         if self._xp is not np:
             cuda.synchronize()  # or calls on other streams might not find what was uploaded
+        self._own = [self._rows, self._coefficients]  # arrays that launches take, beside the calls'
+        for n in self._groups:
+            self._own += [n.places, n.mean, n.inv_freq, *n.bases, *n.back, *n.steps]
+        self._kept = Dims()  # headers, and what calls of known layouts enqueue
 
     def header(
         self,
@@ -117,9 +131,14 @@ class Codec:
         S = min(self.sinks, T) if sinks is None else check_whole(op, "sinks", sinks, 0, T)
         X = min(self.window, T - S) if window is None else window
         X = check_whole(op, "window", X, 0, T - S)
-        text = str(as_spec(op, spec))
-        facts = self._sizes | dict(tokens=T, sinks=S, window=X, row_bytes=self.row_bytes)
-        return Header(self.artefact, self.ratio, **facts, spec=text)
+        spec = as_spec(op, spec)
+
+        def make() -> Header:
+            facts = self._sizes | dict(tokens=T, sinks=S, window=X, row_bytes=self.row_bytes)
+            return Header(self.artefact, self.ratio, **facts, spec=str(spec))
+
+        found: Header = self._kept.keep((T, S, X, spec), make)
+        return found
 
     def compress(  # a cache, a sequence, what is kept otherwise, where it goes and how
         self,
@@ -164,41 +183,51 @@ class Codec:
         four with cuBLAS. Arrays of the GPU can be captured by pykv.graph, lists by preparing.
         """
         op = "Codec.compress"
-        facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
+        spec, sizes, layouts = self._check_cache(op, cache)
+        hadamard = check_flag(op, "hadamard", hadamard)
         with cuda.on_stream(stream, cache.k):
-            table = self._indices(op, "table", table, facts["pages"] - 1)
-            last = len(table) * facts["page_size"] - 1
+            table = self._indices(op, "table", table, sizes["N"] - 1)
+            last = table.size * sizes["P"] - 1
             positions = self._indices(op, "positions", positions, last, kvtc_rows.check_rising)
-            header = self.header(len(positions), spec, sinks=sinks, window=window)
+            dims = _check_compress(table, positions)
+            header = self.header(dims["T"], spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
             coded = Coded(header, data)
-            there = Coded(header, ranges.reach(op, "out", data, self._rows)).arrays()
+            there = ranges.reach(op, "out", data, self._rows)
             how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
-            for group in self._groups:
-                coded_rows = there["rows"][:, group.begin : group.end]
-                for piece, rows, exempt in self._pieces(header, there):
-                    made = self._workspace(self._rows, len(rows), 2, group.mean.shape[1])
-                    kvtc_rows.gather(
-                        table=table,
-                        positions=positions[piece],
-                        **self._frame(group),
-                        rows=made,
-                        kept_positions=there["positions"][piece],
-                        **exempt,
-                        **how,
-                    )
-                    if not len(rows):
-                        continue
-                    k, v = self._coefficients_of(group, len(rows), np.float32)
-                    kvtc_project.project(
-                        made[0], made[1], *group.bases, k_out=k, v_out=v, gemm=self._gemm
-                    )
-                    k_widths, v_widths = group.widths
-                    widths = dict(k_widths=k_widths, v_widths=v_widths)
-                    kvtc_code.encode(
-                        k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop]
-                    )
+            call = partial(self._compress, Coded(header, there), table, positions, how)
+            arrays = (*_arrays_of(cache), table, positions, there)
+            key = ("compress", layouts, dims.layouts, header, hadamard)
+            self._enqueue(op, key, arrays, call, check)
         return coded
+
+    def _compress(self, coded: Coded, table: Any, positions: Any, how: dict[str, Any]) -> None:
+        """`compress`, of arrays that are checked and on the codec's device."""
+        header, there = coded.header, coded.arrays()
+        for group in self._groups:
+            coded_rows = there["rows"][:, group.begin : group.end]
+            for piece, rows, exempt in self._pieces(header, there):
+                made = self._workspace(self._rows, len(rows), 2, group.mean.shape[1])
+                kvtc_rows.gather(
+                    table=table,
+                    positions=positions[piece],
+                    **self._frame(group),
+                    rows=made,
+                    kept_positions=there["positions"][piece],
+                    **exempt,
+                    **how,
+                )
+                if not len(rows):
+                    continue
+                k, v = self._coefficients_of(group, len(rows), np.float32)
+                kvtc_project.project(
+                    made[0], made[1], *group.bases, k_out=k, v_out=v, gemm=self._gemm
+                )
+                k_widths, v_widths = group.widths
+                widths = dict(k_widths=k_widths, v_widths=v_widths)
+                kvtc_code.encode(
+                    k, v, *group.steps, **widths, out=coded_rows[rows.start : rows.stop]
+                )
 
     def decompress(  # likewise
         self,
@@ -234,65 +263,90 @@ class Codec:
         heads or tensors share scales.
         """
         op = "Codec.decompress"
-        facts, spec = self._check_cache(op, cache), as_spec(op, cache.spec)
+        spec, sizes, layouts = self._check_cache(op, cache)
         header = self._check_coded(op, coded)
         check_may_write(op, "cache", cache)
         chosen, hadamard = self._check_layers(op, layers), check_flag(op, "hadamard", hadamard)
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
                 check_given_scales(op, cache)
-            last, distinct = facts["pages"] - 1, kvtc_rows.check_distinct
+            last, distinct = sizes["N"] - 1, kvtc_rows.check_distinct
             table = self._indices(op, "table", table, last, distinct)
-            room = len(table) * facts["page_size"]
+            dims = _check_decompress(table)
+            room = dims["M"] * sizes["P"]
             if header.tokens > room:
                 raise ParameterError(
                     f"{op}: coded has {header.tokens} tokens, expected at most the {room} that "
                     "the pages of table hold"
                 )
-            there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows)).arrays()
+            there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows))
             if positions is not None:
-                _check_positions(op, there["positions"], positions)
+                _check_positions(op, there.arrays()["positions"], positions)
             if paged_check.enabled(op, check) or self._xp is np:
-                sizes = facts["pages"], facts["page_size"]
-                looks = kvtc_rows.check_sequence
-                cuda.look(partial(looks, op, table, there["positions"], *sizes, writes=True))
+                looks, given = kvtc_rows.check_sequence, there.arrays()["positions"]
+                looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
+                cuda.look(looks)
             how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
-            for group in self._groups:
-                part = group.part(chosen, self._features)
-                if not part.places.size:
-                    continue
-                coded_rows = there["rows"][:, group.begin : group.end]
-                for piece, rows, exempt in self._pieces(header, there):
-                    made = self._workspace(self._rows, len(rows), 2, part.mean.shape[1])
-                    if len(rows):
-                        k, v = self._coefficients_of(group, len(rows), np.float16)
-                        k_widths, v_widths = group.widths
-                        widths = dict(k_widths=k_widths, v_widths=v_widths)
-                        some = coded_rows[rows.start : rows.stop]
-                        kvtc_code.decode(some, *group.steps, **widths, k_out=k, v_out=v)
-                        kvtc_project.restore(
-                            k, v, *part.back, k_out=made[0], v_out=made[1], gemm=self._gemm
-                        )
-                    kvtc_rows.scatter(
-                        table=table,
-                        positions=there["positions"][piece],
-                        **self._frame(part),
-                        rows=made,
-                        **exempt,
-                        **how,
+            call = partial(self._decompress, there, table, chosen, how)
+            arrays = (*_arrays_of(cache), table, there.data)
+            key = ("decompress", layouts, dims.layouts, header, hadamard, chosen)
+            self._enqueue(op, key, arrays, call, check)
+
+    def _decompress(self, coded: Coded, table: Any, layers: range, how: dict[str, Any]) -> None:
+        """`decompress`, of arrays that are checked and on the codec's device."""
+        header, there = coded.header, coded.arrays()
+        for group in self._groups:
+            part = group.part(layers, self._features)
+            if not part.places.size:
+                continue
+            coded_rows = there["rows"][:, group.begin : group.end]
+            for piece, rows, exempt in self._pieces(header, there):
+                made = self._workspace(self._rows, len(rows), 2, part.mean.shape[1])
+                if len(rows):
+                    k, v = self._coefficients_of(group, len(rows), np.float16)
+                    k_widths, v_widths = group.widths
+                    widths = dict(k_widths=k_widths, v_widths=v_widths)
+                    some = coded_rows[rows.start : rows.stop]
+                    kvtc_code.decode(some, *group.steps, **widths, k_out=k, v_out=v)
+                    kvtc_project.restore(
+                        k, v, *part.back, k_out=made[0], v_out=made[1], gemm=self._gemm
                     )
+                kvtc_rows.scatter(
+                    table=table,
+                    positions=there["positions"][piece],
+                    **self._frame(part),
+                    rows=made,
+                    **exempt,
+                    **how,
+                )
+
+    def _enqueue(
+        self,
+        op: str,
+        key: Any,
+        arrays: tuple[Any, ...],
+        call: Callable[[], None],
+        check: bool | None,
+    ) -> None:
+        """Make a call; on a GPU what it enqueues is found once for each layout of its `arrays`, of
+        which the last is that of coded tokens."""
+        if self._xp is np or paged_check.enabled(op, check):
+            call()
+        else:
+            key = (*key, _check_data(arrays[-1]).layouts)
+            cuda.replayed(self._kept, key, (*arrays, *self._own), call)
 
     # --- Checks ---
 
-    def _check_cache(self, op: str, cache: Any) -> dict[str, Any]:
-        """Facts of a cache, which is of the artefact's model."""
-        facts = facts_of(op, "cache", cache)
-        for name, size in self._sizes.items():
-            if facts[name] != size:
+    def _check_cache(self, op: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any, ...]]:
+        """As check_cache, of the artefact's model."""
+        checked = check_cache(op, "cache", cache)
+        for letter, (name, size) in zip("LHD", self._sizes.items(), strict=True):
+            if (has := checked[1][letter]) != size:
                 raise ParameterError(
-                    f"{op}: cache has {name}={facts[name]}, expected {size} as the artefact's model"
+                    f"{op}: cache has {name}={has}, expected {size} as the artefact's model"
                 )
-        return facts
+        return checked
 
     def _check_coded(self, op: str, coded: Any) -> Header:
         if not isinstance(coded, Coded):
@@ -300,13 +354,13 @@ class Codec:
             raise DtypeError(f"{op}: coded is a {given}, expected a pykv.kvtc.Coded")
         header, counts = coded.header, coded.header
         wanted = self.header(counts.tokens, counts.spec, sinks=counts.sinks, window=counts.window)
-        for name, want in vars(wanted).items():
+        for name, want in vars(wanted).items() if header is not wanted else ():
             if getattr(header, name) != want:
                 raise FormatError(
                     f"{op}: coded has {name}={getattr(header, name)}, expected {want} as the codec"
                 )
         _check_bytes(op, "coded", coded.data, header.nbytes)
-        return header
+        return wanted
 
     def _check_layers(self, op: str, layers: Any) -> range:
         count = self._sizes["layers"]
@@ -319,9 +373,8 @@ class Codec:
         return layers
 
     def _indices(self, op: str, name: str, x: Any, most: int, check: Any = None) -> Any:
-        """An int32 array of the codec's device; what the host has is checked and uploaded."""
+        """An array of the codec's device; what the host has is checked and uploaded."""
         if is_array(x) and (on_gpu(x) or self._xp is np):
-            checker(op, **{name: ("n", INT32)})(x)
             return x
         ids = page_ids(op, name, x, 0, most).astype(np.int32)
         if check is not None:
@@ -336,15 +389,14 @@ class Codec:
             return self._xp.empty(nbytes, np.uint8)
         _check_bytes(op, "out", out, nbytes)
         check_writeable(op, "out", out)
-        return out[:nbytes]
+        return out if out.size == nbytes else out[:nbytes]
 
     # --- Parts of a call ---
 
     def _cache(self, cache: Any, spec: Any) -> dict[str, Any]:
         """Arguments of both ops of rows that say what the cache is."""
-        pools = dict(k_pools=cache.k, v_pools=cache.v)
-        scales = dict(k_scales=cache.k_scales, v_scales=cache.v_scales)
-        return pools | scales | dict(spec=spec, pairing=self._pairing)
+        arrays = zip(("k_pools", "v_pools", "k_scales", "v_scales"), _arrays_of(cache), strict=True)
+        return dict(arrays, spec=spec, pairing=self._pairing)
 
     @staticmethod
     def _frame(group: Loaded) -> dict[str, Any]:
@@ -377,6 +429,15 @@ class Codec:
         flat = self._coefficients.view(dtype)
         k, v = (n * sum(widths) for widths in group.widths)
         return flat[:k].reshape(n, -1), flat[k : k + v].reshape(n, -1)
+
+
+_check_compress = checker("Codec.compress", table=("M", INT32), positions=("T", INT32))
+_check_decompress = checker("Codec.decompress", table=("M", INT32))
+_check_data = checker("Codec", data=("n", UINT8))
+
+
+def _arrays_of(cache: Any) -> tuple[Any, ...]:
+    return cache.k, cache.v, cache.k_scales, cache.v_scales
 
 
 def _check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ class Header:
         facts = MAGIC, VERSION, crc, size, bytes.fromhex(self.artefact), *counts
         return _HEADER.pack(*facts, self.spec.encode("ascii")).ljust(ALIGNMENT, b"\0")
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all sections, without the header."""
         last = self.sections()["rows"]

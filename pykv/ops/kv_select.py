@@ -17,7 +17,13 @@ from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError
 from pykv.options import check_number, check_whole
 
-_SIZES = dict(BLOCK=512, ITEMS=4)  # threads, and scores that each has at once
+BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
+_PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
+_TALLY_WORDS = _PASSES * (_DIGITS + 4)  # counts, and of each digit what they said
+_SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLY_WORDS=_TALLY_WORDS)
+_LONG = (
+    32768  # scores of a group that pay for the launches of `_in_parts` (H200: a block takes 80 us)
+)
 _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]
@@ -80,8 +86,12 @@ def select(
     arrays = dict(kept=kept, counts=counts, scores=scores, lengths=lengths, budgets=budgets)
     if on_gpu(scores):
         chosen = sinks, recent, threshold
-        launch = dims.keep(chosen, lambda: _launch(scores.shape, *chosen))
-        launch(arrays, stream)
+        parts, launches = dims.keep(chosen, lambda: _launches(scores, *chosen))
+        if parts:
+            arrays |= _scratch(scores, parts, budgets is not None, stream)
+            launches = launches if budgets is not None else launches[_PASSES:]
+        for launch in launches:
+            launch({name: arrays[name] for name in launch.kernel.arrays}, stream)
     else:
         cuda.look(lambda: _check_on_host(op, lengths, scores.shape[2]))
         choose = partial(reference, **arrays, sinks=sinks, recent=recent, threshold=threshold)
@@ -140,11 +150,51 @@ def reference(
             kept[r, s, : counts[r, s]] = np.flatnonzero(chosen)
 
 
-def _launch(
-    shape: tuple[int, int, int], sinks: int, recent: int, threshold: float | None
-) -> cuda.Launch:
-    R, S, C = shape
-    kernel = cuda.kernel("kv_select", "kv_select", **_SIZES)
+# --- Launches -------------------------------------------------------------------------------------
+
+
+def _launches(
+    scores: Any, sinks: int, recent: int, threshold: float | None
+) -> tuple[int, list[cuda.Launch]]:
+    """Launches for arrays that are checked, and the parts that they cut a segment into: 0 where one
+    launch has a block for each group; else there is one for each digit, and two that then write.
+
+    Groups that are long, and fewer than SMs, are cut into as many parts as a GPU holds blocks, two
+    an SM.
+    """
+    R, S, C = scores.shape
+    num_sms, tile = cuda.num_sms(scores.data.device_id), BLOCK * ITEMS
     scalars: dict[str, Any] = dict(S=S, C=C, sinks=sinks, recent=recent)
     scalars |= dict(has_threshold=threshold is not None, threshold=threshold or 0.0)
-    return cuda.Launch(kernel, R, _SIZES["BLOCK"], scalars)
+    if S * C < _LONG or max(R, S) > num_sms:
+        kernel = cuda.kernel("kv_select", "kv_select", **_SIZES)
+        return 0, [cuda.Launch(kernel, R, BLOCK, scalars)]
+    tiles = -(-C // tile)
+    slice_tiles = -(-tiles // max(1, 2 * num_sms // (R * S)))
+    parts = -(-tiles // slice_tiles)
+    scalars |= dict(slice=slice_tiles * tile)
+
+    def launch(name: str, **more: int) -> cuda.Launch:
+        kernel, early = (
+            cuda.kernel("kv_select", f"kv_select_{name}", **_SIZES),
+            more != dict(digit=0),
+        )
+        return cuda.Launch(kernel, (parts, S, R), BLOCK, scalars | more, early=early)
+
+    counting = [launch("count", digit=i) for i in range(_PASSES)]
+    return parts, [*counting, launch("pairs"), launch("write")]
+
+
+def _scratch(scores: Any, parts: int, counts: bool, stream: Any) -> dict[str, Any]:
+    """Memory that the launches of parts share; tallies, which are zeros, where they count."""
+    R, S, _ = scores.shape
+    with cuda.on_stream(stream):
+        tallies = like(scores, (R, _TALLY_WORDS), np.int32) if counts else None
+        pairs = like(scores, (R, S, parts), np.uint64)
+    if counts:
+        cuda.enqueue(partial(_clear, tallies), stream)
+    return dict(tallies=tallies, pairs=pairs)
+
+
+def _clear(x: Any) -> None:
+    x.data.memset_async(0, x.nbytes)

@@ -83,6 +83,57 @@ def test_counts_are_exact_and_rows_are_the_best(xp, rng, S, C, ties):
                 assert (np.diff(chosen[tied].astype(int)) <= 0).all()  # the first of equal ones
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Groups of any length are cut into parts of one tile."""
+    monkeypatch.setattr(op, "_LONG", 0)
+
+
+@pytest.mark.parametrize(
+    "S, C, options",
+    [
+        (1, 5000, {}),
+        (2, 4097, dict(sinks=3, recent=2100)),
+        (3, 2048, dict(threshold=0.25)),
+        (1, 1, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_parts_choose_what_the_definition_does(device, rng, in_parts, S, C, options, ties):
+    """Bit for bit; ragged lengths and budgets, of nothing and of more than there is."""
+    scores = rng.standard_normal((6, S, C)).astype(np.float32)
+    if ties:
+        scores = np.round(scores)
+    scores[0, 0, : C // 2] = np.nan
+    lengths = rng.integers(0, C + 1, (6, S)).astype(np.int32)
+    lengths[1] = C
+    lengths[2, 0] = 0
+    budgets = rng.integers(0, lengths.sum(1) + 1).astype(np.int32)
+    budgets[3:] = -1, 2**31 - 1, lengths[5].sum()
+    sent = [device.asarray(x) for x in (scores, lengths, budgets)]
+    for limits in (budgets, None):
+        given = *sent[:2], None if limits is None else sent[2]
+        kept, counts = op.select(*given, **options)
+        want = np.full((6, S, C), 7, np.int32), np.full((6, S), 7, np.int32)
+        op.reference(*want, scores, lengths, limits, **options)
+        assert_same_bits(counts, want[1])
+        assert_same_bits(kept, want[0])
+
+
+def test_a_captured_call_in_parts(device, rng, in_parts):
+    scores = device.asarray(rng.standard_normal((1, 1, 5000)).astype(np.float32))
+    lengths, budgets = device.full((1, 1), 5000, np.int32), device.full(1, 5, np.int32)
+    step = cuda.graph(lambda: op.select(scores, lengths, budgets))
+    step(), step()
+    for budget in (70, 3000):
+        budgets[...] = budget
+        kept, counts = step()
+        assert to_numpy(counts).tolist() == [[budget]]
+        best = np.argsort(-to_numpy(scores)[0, 0], kind="stable")[:budget]
+        assert to_numpy(kept)[0, 0, :budget].tolist() == sorted(best.tolist())
+
+
 def test_errors_name_the_argument(xp):
     scores, lengths = xp.zeros((2, 1, 4), np.float32), xp.zeros((2, 1), np.int32)
     with pytest.raises(ParameterError, match="threshold is nan, expected a finite number"):

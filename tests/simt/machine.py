@@ -300,9 +300,22 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False):
     return grid, block, shared_bytes, cluster or (1, 1, 1)
 
 
-def bind(kernel, config, arrays, scalars):
+def bind(kernel, config, arrays, scalars, offsets=None):
     """As pykv.cuda.driver.bind, with arrays of tests/simt/cupy.py."""
+    if offsets is not None:
+        kinds = [kind for _, kind in kernel.parameters]
+        arrays = list(map(_from, arrays, offsets, kinds))
     return partial(cupy.enqueue, _run, kernel, config, *arrays, *scalars)
+
+
+def _from(array, offset, kind):
+    """An array's bytes from an offset on, of the type that a kernel declares; all of one that is
+    not contiguous."""
+    if array is None or not array.flags.c_contiguous:
+        return array
+    dtype = np.dtype(DTYPES[kind.lstrip("PK")])
+    count = (array.nbytes - offset) // dtype.itemsize
+    return cupy.ndarray((count,), dtype, array.data + offset)
 
 
 def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None):

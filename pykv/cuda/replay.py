@@ -1,0 +1,114 @@
+"""Calls of several launches, which are found once for each layout of their arrays.
+
+An op that is made of others checks the same layouts, slices the same workspaces and looks up the
+same launches at each call. `replayed` makes the call once, and notes which of its arrays each
+launch took, and from which byte on; equal layouts then cost a lookup and the launches themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from pykv.arrays import Dims
+from pykv.cuda.calls import enqueue, is_capturing, is_preparing, traced
+from pykv.cuda.launch import Launch
+from pykv.errors import UnsupportedError
+
+
+class _Moved(NamedTuple):
+    """A launch whose arrays lie in those of a call."""
+
+    launch: Launch
+    sources: tuple[int | None, ...]  # of each of its arrays, the index of the call's
+    offsets: tuple[int, ...]  # bytes from that one's address on
+
+
+def replayed(
+    dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], None], stream: Any = None
+) -> None:
+    """Enqueue on a GPU what `call` enqueues, from the second time on without calling it.
+
+    Args:
+        dims: of a checker, whose arrays are those of `arrays` whose layouts may differ.
+        key: hashable; all else that `call` goes by.
+        arrays: all arrays, or None, that launches of `call` take, whole or in parts.
+        call: enqueues launches, and other steps if they touch none of the `arrays` but those that
+            are the same at each call. It allocates nothing, and waits for nothing.
+        stream: see on_stream; that of `call` as well.
+
+    Raises:
+        UnsupportedError: a launch takes an array that is none of `arrays` nor in one: `call` does
+            not keep to this.
+        As `call`, which checks.
+
+    While a call is prepared or a graph captured, it is made each time; as are calls of which two
+    arrays share memory, so that it cannot be told which of them a launch took.
+    """
+    if is_preparing() or is_capturing():
+        call()
+        return
+
+    is_new = False
+
+    def make() -> list[Any]:
+        nonlocal is_new
+        is_new = True
+        with traced() as steps:
+            call()
+        found = [_moved(x[0], x[1], arrays) if isinstance(x, tuple) else x for x in steps]
+        return [] if None in found else found
+
+    plan = dims.keep(key, make)
+    if is_new:
+        return
+    if not plan:
+        call()
+        return
+    steps = [
+        step.launch.bound([None if i is None else arrays[i] for i in step.sources], step.offsets)
+        if type(step) is _Moved
+        else step
+        for step in plan
+    ]
+
+    def take() -> None:
+        for step in steps:
+            step()
+
+    enqueue(take, stream)
+
+
+def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Moved | None:
+    """Where a launch's arrays lie; None where that is not to be told."""
+    sources: list[int | None] = []
+    offsets = []
+    for name, x in zip(launch.kernel.arrays, taken, strict=True):
+        if x is None:
+            sources.append(None)
+            offsets.append(0)
+            continue
+        places = [i for i, array in enumerate(arrays) if _lies_in(x, array)]
+        if not places:
+            raise UnsupportedError(
+                f"cuda.replayed: {launch.kernel.label}: {name} is in none of the call's arrays"
+            )
+        if len(places) > 1 and x.size:
+            return None
+        sources.append(places[0])
+        offsets.append(x.data.ptr - arrays[places[0]].data.ptr)
+    return _Moved(launch, tuple(sources), tuple(offsets))
+
+
+def _lies_in(x: Any, array: Any) -> bool:
+    """Whether an array is another, or part of a contiguous one."""
+    if array is None:
+        return False
+    begin, at = array.data.ptr, x.data.ptr
+    if not array.flags.c_contiguous:
+        return bool(at == begin and (x.shape, x.strides) == (array.shape, array.strides))
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.strides, strict=True))
+    size = last + x.itemsize if x.size else 0
+    return bool(
+        min(x.strides, default=0) >= 0 and begin <= at and at + size <= begin + array.nbytes
+    )

@@ -24,6 +24,7 @@ from pykv.llm.prompts import answer_to, items, known_ids, read_ids
 from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
@@ -208,6 +209,11 @@ class LLM:
         return self.runner.cache
 
     @property
+    def pages(self) -> SequencePages:
+        """Whose the pages are; for work beside calls, in a `turn`."""
+        return self._scheduler.pages
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works: the file carries a template."""
         return "tokenizer.chat_template" in self.file.metadata
@@ -386,7 +392,7 @@ class LLM:
         else:
             variables = {"add_generation_prompt": False, **(template_variables or {})}
             ids = chat_ids(self.file, self.tokenizer, messages, template_variables=variables)
-        return sessions.save(self, self._scheduler.pages, path, ids, messages, codec)
+        return sessions.save(self, self.pages, path, ids, messages, codec)
 
     def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
@@ -416,7 +422,7 @@ class LLM:
 
         Waits for the GPU.
         """
-        return sessions.load(self, self._scheduler.pages, path, codec)
+        return sessions.load(self, self.pages, path, codec)
 
     def flush(self) -> None:
         """Write the full pages of the prefix cache and of `host_cache` to `disk_cache`, for another
@@ -462,7 +468,7 @@ class LLM:
 
     def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, computed anew, and the first position of each."""
-        with self._scheduler.pages.new(ids) as pages:
+        with self.pages.new(ids) as pages:
             yield from self.runner.logits(ids, pages)
 
 

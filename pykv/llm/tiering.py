@@ -70,13 +70,13 @@ def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
         llm.cache,
         host=host,
         disk=disk,
-        identity=_identity(llm),
+        identity=identity(llm),
         open_codec=opened,
         hadamard=llm.model.hadamard,
     )
 
 
-def _identity(llm: LLM) -> dict[str, str]:
+def identity(llm: LLM) -> dict[str, str]:
     """What keys and values depend on beside tokens: what sessions compare; scales that are found
     once; and the sort of device, as sums in another order differ in their last bits."""
     scales = hashlib.sha256()

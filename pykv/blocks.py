@@ -102,8 +102,14 @@ class BlockManager:
         return list(self._cached.items())
 
     def place_of(self, page: int) -> int:
-        """How many pages come before a published one in its sequence."""
-        return self._places[page]
+        """How many pages come before a published one in its sequence.
+
+        Raises:
+            ParameterError: there is no such page.
+        """
+        return self._places[
+            check_whole("BlockManager.place_of", "page", page, 0, len(self._places) - 1)
+        ]
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many `tokens`."""

@@ -240,18 +240,23 @@ class Handover:
     def _read(self, region: Any, keys: list[bytes]) -> list[int]:
         """Rows with the first of these pages, as far as the peer has them still."""
         slots = self._claim(len(keys), ())
-        rows = self._region.rows
+        rows, step = self._region.rows, -(-len(slots) // THREADS) or 1
+        parts = [slice(i, i + step) for i in range(0, len(slots), step)]
         reads = [
-            self._threads.submit(region.get, key, rows[slot])
-            for key, slot in zip(keys, slots, strict=False)
+            self._threads.submit(
+                region.get, keys[: len(slots)][part], [rows[slot] for slot in slots[part]]
+            )
+            for part in parts
         ]
-        errors = [read.exception() for read in reads]  # all have ended then
-        found = [error is None and read.result() for error, read in zip(errors, reads, strict=True)]
-        count = (found + [False]).index(False)
-        first = next((error for error in errors if error is not None), None)
-        if first is not None:
+        errors = [error for read in reads if (error := read.exception()) is not None]
+        if errors:  # all have ended
             self._host.release(slots)
-            raise first
+            raise errors[0]
+        count = 0
+        for part, read in zip(parts, reads, strict=True):
+            count += read.result()
+            if count < min(part.stop, len(slots)):
+                break
         self._host.release(slots[count:])
         return slots[:count]
 

@@ -210,13 +210,14 @@ class _File:
         self._peer, self._fd = peer, os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
 
-    def read(self, offset: int, out: Any) -> None:
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        while len(view):
-            n = os.preadv(self._fd, [view], offset)
-            if n <= 0:
-                raise TransportError(f"transport: {self._peer} has a region that was cut short")
-            view, offset = view[n:], offset + n
+    def read(self, parts: list[tuple[int, Any]]) -> None:
+        for offset, out in parts:
+            view = memoryview(out.reshape(-1).view(np.uint8))
+            while len(view):
+                n = os.preadv(self._fd, [view], offset)
+                if n <= 0:
+                    raise TransportError(f"transport: {self._peer} has a region that was cut short")
+                view, offset = view[n:], offset + n
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):

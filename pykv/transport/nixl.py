@@ -29,6 +29,7 @@ from pykv.transport.region import PeerRegion, Region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
 _SCRATCH = 1 << 20  # bytes through which a peer's header and table come
+_AGAIN = 1.0  # seconds after which a peer is asked once more for what it has
 _PAUSE = 2e-4  # seconds between two looks at a transfer, or for messages
 
 
@@ -116,30 +117,34 @@ class Nixl:
 
         self._wait(op, peer, is_answered)
         address, size = self._regions.pop(request)
+        descs = _call("takes no address", lambda: self._descs([(address, size)]))
+        self._reach(op, peer, descs)
 
-        def read(offset: int, out: Any) -> None:
-            self._read(peer, address + offset, out.reshape(-1).view(np.uint8))
+        def read(parts: list[tuple[int, Any]]) -> None:
+            pieces = [(address + offset, out.reshape(-1).view(np.uint8)) for offset, out in parts]
+            self._read(peer, pieces)
 
         return PeerRegion(peer, read, size, self._facts, self._nbytes)
 
-    def _read(self, peer: str, address: int, out: Any) -> None:
-        """Fill an array from a peer's memory; one that is not registered by way of another."""
+    def _read(self, peer: str, parts: list[tuple[int, Any]]) -> None:
+        """Fill arrays from a peer's addresses; one that is not registered by way of another."""
         begin, end = address_of(self._memory), address_of(self._memory) + self._memory.nbytes
+        own = [x for x in parts if begin <= address_of(x[1]) < end]
         with self._lock:
-            if begin <= address_of(out) and address_of(out) + out.nbytes <= end:
-                self._transfer(peer, address, out)
-                return
-            for at in range(0, out.nbytes, _SCRATCH):
-                part = out[at : at + _SCRATCH]
-                self._transfer(peer, address + at, self._scratch[: part.nbytes])
-                part[...] = self._scratch[: part.nbytes]
+            if own:
+                self._transfer(peer, own)
+            for address, out in [x for x in parts if not begin <= address_of(x[1]) < end]:
+                for at in range(0, out.nbytes, _SCRATCH):
+                    part = out[at : at + _SCRATCH]
+                    self._transfer(peer, [(address + at, self._scratch[: part.nbytes])])
+                    part[...] = self._scratch[: part.nbytes]
 
-    def _transfer(self, peer: str, address: int, out: Any) -> None:
-        agent, n = self._agent, out.nbytes
+    def _transfer(self, peer: str, parts: list[tuple[int, Any]]) -> None:
+        agent = self._agent
 
         def run() -> str:
-            local = agent.get_xfer_descs([(address_of(out), n, 0)], "DRAM")
-            remote = agent.get_xfer_descs([(address, n, 0)], "DRAM")
+            local = self._descs([(address_of(out), out.nbytes) for _, out in parts])
+            remote = self._descs([(address, out.nbytes) for address, out in parts])
             handle = agent.initialize_xfer("READ", local, remote, peer)
             state: str = agent.transfer(handle)
             end = time.monotonic() + self._timeout
@@ -151,6 +156,9 @@ class Nixl:
         state = _call(f"reads nothing of {peer}", run)
         if state != "DONE":
             raise TransportError(f"transport: {peer} gave no bytes: NIXL says {state}")
+
+    def _descs(self, ranges: list[tuple[int, int]]) -> Any:
+        return self._agent.get_xfer_descs([(*x, 0) for x in ranges], "DRAM")
 
     # --- Messages ---
 
@@ -207,15 +215,24 @@ class Nixl:
         """See Transport."""
         self._agent = self._memory = None
 
-    def _reach(self, op: str, peer: str) -> None:
-        """Know how to reach a peer, and have it know how to reach this process."""
-        if self.is_alive(peer):
-            return
+    def _reach(self, op: str, peer: str, where: Any = None) -> None:
+        """Know how to reach a peer, and its memory at `where`, and have it know this process."""
         at = self._peers.get(peer)
-        if at is not None:
-            self._agent.fetch_remote_metadata(peer, *at)
-            self._agent.send_local_metadata(*at)
-        self._wait(op, peer, lambda: self.is_alive(peer))
+
+        def is_known() -> bool:
+            return bool(self._agent.check_remote_metadata(peer, where))
+
+        def asks() -> bool:
+            if at is not None:
+                self._agent.fetch_remote_metadata(peer, *at)
+                self._agent.send_local_metadata(*at)
+            end = time.monotonic() + _AGAIN
+            while not is_known() and time.monotonic() < end:
+                time.sleep(_PAUSE)
+            return is_known()
+
+        if not is_known():
+            self._wait(op, peer, asks)
 
     def _wait(self, op: str, peer: str, is_done: Callable[[], bool]) -> None:
         end = time.monotonic() + self._timeout

@@ -25,7 +25,7 @@ with Local("other", sys.argv[1]) as transport:
     region = transport.register(4, 1000, dict(model="a"))
     region.rows[2] = 5
     region.put(b"k" * 16, 2)
-    while True:
+    while True:  # and not before
         for message in transport.messages(1.0):
             transport.notify(message.sender, dict(said=message.facts))
 """
@@ -40,6 +40,13 @@ def other(tmp_path):
     process.wait()
 
 
+def connect(here):
+    """The other's region, once it has a page."""
+    while not (region := wait_for(here, "other")).exists([KEY]):
+        time.sleep(0.01)
+    return region
+
+
 @pytest.fixture
 def here(tmp_path):
     with Local("here", tmp_path) as transport:
@@ -48,9 +55,9 @@ def here(tmp_path):
 
 
 def test_pages_and_messages_come_from_another_process(other, here):
-    region = wait_for(here, "other")
+    region = connect(here)
     row = np.zeros(1000, np.uint8)
-    assert region.exists([KEY]) == [KEY] and region.get(KEY, row) and (row == 5).all()
+    assert region.exists([KEY]) == [KEY] and region.get([KEY], [row]) == 1 and (row == 5).all()
     assert here.messages(0.0) == []
     big = dict(tokens=list(range(200_000)))
     here.notify("other", big)
@@ -59,7 +66,7 @@ def test_pages_and_messages_come_from_another_process(other, here):
 
 def test_a_process_that_is_killed(other, here, tmp_path):
     """It is known at once, and what it left goes when somebody begins."""
-    region = wait_for(here, "other")
+    region = connect(here)
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
     assert not here.is_alive("other")
@@ -116,7 +123,7 @@ def test_a_region_that_is_cut_short(here, tmp_path):
         assert region.exists([KEY])
         os.truncate(tmp_path / "other.pages", 4096)
         with pytest.raises(TransportError, match="a region that was cut short"):
-            region.get(KEY, np.zeros(1000, np.uint8))
+            region.get([KEY], [np.zeros(1000, np.uint8)])
         with pytest.raises(TransportError, match="other has rows 4, expected as many as its 4096"):
             here.connect("other")
         os.truncate(tmp_path / "other.pages", size_before := 4096 + 4000)

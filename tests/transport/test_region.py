@@ -1,5 +1,7 @@
 """Regions: what another process reads is the page, or an error, whatever its memory holds."""
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from pykv.transport.region import PeerRegion, Region, size_of
 
 FACTS = dict(model="a", spec="fp16")
 N = 200  # bytes of a page
+FIRST_CONSTANT = 12466887728733407977  # of checksums
 KEYS = [bytes([i + 1]) * 16 for i in range(3)]
 
 
@@ -30,9 +33,10 @@ def filled(count=3, facts=FACTS):
 def peer_of(memory, size=None, facts=FACTS, nbytes=N):
     size = len(memory) if size is None else size
 
-    def read(offset, out):
-        assert 0 <= offset and offset + out.nbytes <= size, "beyond the region"
-        out.reshape(-1).view(np.uint8)[...] = memory[offset : offset + out.nbytes]
+    def read(parts):
+        for offset, out in parts:
+            assert 0 <= offset and offset + out.nbytes <= size, "beyond the region"
+            out.reshape(-1).view(np.uint8)[...] = memory[offset : offset + out.nbytes]
 
     return PeerRegion("peer", read, size, facts, nbytes)
 
@@ -43,7 +47,7 @@ def test_pages_come_as_they_are():
     assert peer.exists(KEYS) == KEYS
     assert peer.exists([KEYS[2], bytes(16), KEYS[0]]) == KEYS[2:]
     for key in KEYS:
-        assert peer.get(key, got) and (got == row(key)).all()
+        assert peer.get([key], [got]) == 1 and (got == row(key)).all()
     own.drop(1)
     assert peer_of(memory).exists(KEYS) == KEYS[:1]
 
@@ -55,13 +59,13 @@ def test_a_row_that_was_filled_anew_is_none():
     assert peer.exists(KEYS) == KEYS
     own.drop(0)
     own.rows[0] = 7
-    assert not peer.get(KEYS[0], got)
+    assert peer.get(KEYS[:2], [got, got.copy()]) == 0
     own.put(b"x" * 16, 0)
     assert peer.exists(KEYS) == []
     own.rows[1] = 7
     own.put(KEYS[1], 1)
     assert not peer_of(memory)._slots and peer.exists(KEYS[1:]) == KEYS[1:]
-    assert peer.get(KEYS[1], got) and (got == 7).all()
+    assert peer.get([KEYS[1]], [got]) == 1 and (got == 7).all()
 
 
 def test_every_flipped_bit_is_seen():
@@ -78,12 +82,12 @@ def test_every_flipped_bit_is_seen():
             peer = peer_of(memory)
             there = peer.exists(KEYS)
             for key in there:
-                if peer.get(key, got):
+                if peer.get([key], [got]):
                     assert (got == row(key)).all()
             gone += len(there) < 3
         except TransportError:
             errors += 1
-    assert gone == 3 * 16 and errors >= 128 - 64 + 3 * (12 + N)
+    assert gone == 3 * 16 and errors >= 128 - 64 + 3 * (8 + N)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_every_flipped_bit_is_seen():
         (dict(size=100), "peer has 100 bytes, expected a region"),
         (dict(size=4096), "peer has rows 3, expected as many as its 4096 bytes hold"),
         (dict(facts=dict(model="b")), "peer has pages of facts '"),
-        (dict(nbytes=N + 1), "peer has rows of bytes 200, expected 201"),
+        (dict(nbytes=N + 8), "peer has rows of bytes 200, expected 208"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, text):
@@ -106,6 +110,19 @@ def test_another_version_is_refused(monkeypatch):
         memory, _ = filled()
     with pytest.raises(TransportError, match="peer has version 2, expected 1"):
         peer_of(memory)
+
+
+def test_checksums_are_those_of_other_processes():
+    """Worked out with Python's integers; NumPy must not change the constants."""
+    words = np.arange(1, 4, dtype="<u8")
+    constants = [int(x) for x in region._constants(3)]
+    assert [x % 2 for x in constants] == [1, 1, 1]
+    assert constants[0] == FIRST_CONSTANT
+    want = sum(int(w) * c for w, c in zip(words, constants, strict=True))
+    want += zlib.crc32(b"k" * 16 + (7).to_bytes(8, "little"))
+    assert region._checksum(b"k" * 16, 7, words.view(np.uint8)) == want % 2**64
+    with pytest.raises(ParameterError, match="Region: nbytes is 12, expected a multiple of 8"):
+        Region(np.zeros(5000, np.uint8), 1, 12, FACTS)
 
 
 # --- Messages ---

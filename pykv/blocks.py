@@ -73,6 +73,7 @@ class BlockManager:
         self._sequences: dict[int, list[int]] = {}  # those that hold pages, by identity
         self._counts: list[int] = []  # of each page: how many sequences hold it
         self._keys: list[bytes | None] = []  # of each page; None where it is not published
+        self._places: list[int] = []  # of each page, in the sequence that published it last
         # Of sequences that rows were evicted from, by identity: the pages before those.
         self._whole: dict[int, int] = {}
         self._cached: dict[bytes, int] = {}  # the page of a key; of equal pages the first
@@ -99,6 +100,16 @@ class BlockManager:
     def published(self) -> list[tuple[bytes, int]]:
         """(key, page) of all that `reuse` may find."""
         return list(self._cached.items())
+
+    def place_of(self, page: int) -> int:
+        """How many pages come before a published one in its sequence.
+
+        Raises:
+            ParameterError: there is no such page.
+        """
+        return self._places[
+            check_whole("BlockManager.place_of", "page", page, 0, len(self._places) - 1)
+        ]
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many `tokens`."""
@@ -334,8 +345,8 @@ class BlockManager:
             else:
                 key = known
             found.append((pages[i], key))
-        for page, key in found:
-            keys[page] = key
+        for place, (page, key) in enumerate(found):
+            keys[page], self._places[page] = key, place
             self._cached.setdefault(key, page)
 
     def reuse(self, tokens: Sequence[int], *, salt: str | bytes = b"") -> list[int]:
@@ -372,6 +383,7 @@ class BlockManager:
         num_pages = check_whole("BlockManager.grow", "num_pages", num_pages, old, MAX_PAGE)
         self._counts += [0] * (num_pages - old)
         self._keys += [None] * (num_pages - old)
+        self._places += [0] * (num_pages - old)
         self._free[:0] = range(num_pages - 1, old - 1, -1)
 
     # --- Pages ---

@@ -12,6 +12,7 @@
       NumberError       (ArithmeticError)      a model computed NaN or infinities
       FormatError       (ValueError)           the bytes of a file are not what they claim
       FetchError        (RuntimeError)         a model could not be fetched
+      TransportError    (RuntimeError)         another process died, is silent, or sent nonsense
       InstallError      (ModuleNotFoundError)  a package of one of pykv's extras is missing
 
 Each has a second, built-in parent, so `except ValueError` works for people who do not know pykv.
@@ -65,6 +66,10 @@ class FormatError(PykvError, ValueError):
 
 class FetchError(PykvError, RuntimeError):
     """A model could not be fetched; the text names the ways out."""
+
+
+class TransportError(PykvError, RuntimeError):
+    """Another process has died, does not answer, or its pages are not what they claim to be."""
 
 
 class InstallError(PykvError, ModuleNotFoundError):

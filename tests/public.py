@@ -571,6 +571,7 @@ METHODS = {
     "ops.kvtc_ranges.dequantize_ranges": _dequantize_ranges,
     "cuda.calls.prepare": lambda xp: (_prepare, dict(op=lambda: _normalised(xp))),
     "blocks.BlockManager.pages_for": _of(_manager, "pages_for", tokens=3),
+    "blocks.BlockManager.place_of": _of(_manager, "place_of", page=3),
     "blocks.BlockManager.require": _of(_manager, "require", num_pages=3),
     "blocks.BlockManager.allocate": _of(_manager, "allocate", tokens=3),
     "blocks.BlockManager.extend": _of(_manager, "extend", pages=..., start=3, stop=5),

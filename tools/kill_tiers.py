@@ -3,8 +3,9 @@
     python tools/kill_tiers.py ROUNDS [--seed N] [--folder DIR]
 
 In each round two processes ask for prompts whose pages fall to a folder that is a little too small,
-and look at every page that they are given. Both are killed, every other one in the midst of writing
-a file. Then every file of the folder must be whole, and be the page that its name says.
+by one codec after the other, and look at every page that they are given. Both are killed, every
+other one in the midst of writing a file. Then every file of the folder must be whole, and be the
+page that its name says, as near as the codec keeps it.
 """
 
 import argparse
@@ -24,20 +25,30 @@ import numpy as np  # noqa: E402
 
 from pykv import whole_files  # noqa: E402
 from pykv.tiers import disk  # noqa: E402
-from tests.tiers.made import World, contents  # noqa: E402
+from tests.tiers.made import KVTC, World  # noqa: E402
 
-LIMIT = 20_000  # bytes of the folder: some twenty files, so that room is made all the time
+CODECS = ("none", "int8", "int4", KVTC)  # of a round, in turn; all have files in the folder
+HEAD_DIM = 64
+LIMIT = 40_000  # bytes of the folder: some twenty files, so that room is made all the time
+MOST = 13  # tokens of a prompt
 WRONG = 3  # exit code of a process that was given a wrong page
 
 
-def work(folder: Path, seed: int) -> None:
+def open_world(folder: Path, codec: str, pages: int) -> World:
+    return World(pages=pages, head_dim=HEAD_DIM, host="4KiB", disk=f"{folder}:{LIMIT}B:{codec}")
+
+
+def work(folder: Path, codec: str, seed: int) -> None:
     """Ask for prompts until killed."""
     rng = np.random.default_rng(seed)
-    world = World(pages=8, disk=f"{folder}:{LIMIT}B", host="1KiB")
+    world = open_world(folder, codec, pages=8)
     if seed % 2:
         die_at(int(rng.integers(1, 8)))
     while True:
-        prompt = [int(rng.integers(30)), *rng.integers(3, size=int(rng.integers(2, 12))).tolist()]
+        prompt = [
+            int(rng.integers(30)),
+            *rng.integers(3, size=int(rng.integers(2, MOST - 1))).tolist(),
+        ]
         world.ask(prompt)
 
 
@@ -59,12 +70,12 @@ def die_at(count: int) -> None:
     whole_files.replace = dying
 
 
-def start(folder: Path, seed: int) -> int:
+def start(folder: Path, codec: str, seed: int) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        work(folder, seed)
+        work(folder, codec, seed)
     except AssertionError as error:
         print(f"seed {seed}: {error}", file=sys.stderr)
     except BaseException as error:  # of a process that was not asked to end
@@ -74,27 +85,34 @@ def start(folder: Path, seed: int) -> int:
 
 def check(folder: Path) -> int:
     """Read every file; returns how many there are."""
-    world = World(pages=2)
-    form = world.tiers._form
-    files = disk.entries(folder)
-    identities = {entry.path.parent.parent for entry in files}
-    assert len(identities) <= 1, identities
-    tier = reader(folder, form.nbytes)
-    for entry in files:
-        row = np.empty(form.nbytes, np.uint8)
-        key = bytes.fromhex(entry.path.stem)
-        assert tier.read(key, row), entry.path
-        page = form.pages(row[None], world.cache)
-        for x in (page.k, page.v):
-            assert (x[:, 0] == contents(key, x[:, 0])).all(), entry.path
+    checked = 0
+    for codec in CODECS:
+        world = open_world(folder, codec, pages=2)
+        (rows,), tier = world.tiers._rows, world.tiers._files
+        files = [entry for entry in disk.entries(folder) if tier._own in entry.path.parents]
+        for entry in files:
+            is_exact = codec in ("none", KVTC) and entry.nbytes > rows.form.nbytes
+            form = rows.form if is_exact else rows.file_form
+            row, key = np.empty(form.nbytes, np.uint8), bytes.fromhex(entry.path.stem)
+            assert tier.read(key, row), entry.path
+            view = form.view(row[None], world.cache)
+            near = 0.0 if is_exact else world.near
+            assert any(is_page(world, form, view, key, place, near) for place in range(MOST // 2))
+        checked += len(files)
+    assert checked == len(disk.entries(folder)), "files of nobody"
     left = [path for path in folder.rglob(f"{whole_files.SCRATCH}*")]
     assert not left, left
-    return len(files)
+    return checked
 
 
-def reader(folder: Path, nbytes: int) -> disk.DiskTier:
-    """Of the identity that `World` makes."""
-    return World(pages=2, disk=f"{folder}:{LIMIT}B", host="1KiB").tiers._files
+def is_page(world: World, form: object, view: object, key: bytes, place: int, near: float) -> bool:
+    """Whether a row is the page of a key, if it is at a place."""
+    form.take(view, world.cache, [0], [1], [place])
+    try:
+        world.check(key, 1, near)
+    except AssertionError:
+        return False
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.folder or Path(made, "tier")
         files = 0
         for n in range(args.rounds):
-            pids = [start(folder, args.seed * 1_000_003 + 2 * n + i) for i in range(2)]
+            seed, codec = args.seed * 1_000_003 + 2 * n, CODECS[n % len(CODECS)]
+            pids = [start(folder, codec, seed + i) for i in range(2)]
             for pid in pids:
                 time.sleep(float(rng.uniform(0.005, 0.08)))
                 os.kill(pid, signal.SIGKILL)

@@ -4,10 +4,11 @@
     cache    the cache of the model, which has them
     host     the host tier: full pages are copied to the cache, see pykv.tiers
     disk     files, which are read past the system's own cache
+    process  the memory of another process of this machine, see pykv.transport
 
 The last tokens, up to a page, are computed in any case. A codec makes pages smaller, and not exact.
 Times are by the clock, of a whole call. Bytes are those of the full pages in their tier. The model
-is fetched like that of `pykv run`.
+is fetched like that of `pykv run`. Cases of KVTC are those of an artefact that is given.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import argparse
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -32,8 +35,8 @@ MODEL = "smollm2-135m"
 TOKENS = 8000
 SAMPLES = 5  # of each case: a call may take seconds
 _PLACES = (
-    *(("compute", "none"), ("cache", "none")),
-    *((place, codec) for codec in ("none", "int8") for place in ("host", "disk")),
+    *(("compute", "none"), ("cache", "none"), ("process", "none")),
+    *((place, codec) for codec in ("none", "int8", "int4") for place in ("host", "disk")),
 )
 CASES: list[Case] = [
     dict(model=MODEL, tokens=TOKENS, kv="fp16", place=place, codec=codec)
@@ -46,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MODEL, help="as of pykv run", metavar="NAME|FILE")
     parser.add_argument("--tokens", type=int, help=f"of the prompt ({TOKENS})")
     parser.add_argument("--kv-dtype", default="fp16", help="of the cache (%(default)s)")
+    parser.add_argument(
+        "--artefact", metavar="FILE:RATIO", help="of KVTC, as another codec: smollm2.kvtc:16"
+    )
     parser.add_argument("--folder", help="where files go, on the disk in question; a temporary one")
 
 
@@ -56,7 +62,10 @@ def select(args: argparse.Namespace) -> list[Case]:
         change["tokens"] = args.tokens
     if args.folder is not None:
         change["folder"] = args.folder
-    return [{**case, **change} for case in (QUICK if args.quick else CASES)]
+    cases = list(QUICK if args.quick else CASES)
+    if args.artefact is not None:
+        cases += [{**cases[0], "place": x, "codec": args.artefact} for x in ("host", "disk")]
+    return [{**case, **change} for case in cases]
 
 
 def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
@@ -71,11 +80,14 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     first = SamplingParams(max_tokens=1, ignore_eos=True)
     found = (L - 1) // llm.cache.page_size * llm.cache.page_size if place != "compute" else 0
     facts: dict[str, Any] = {}
+    take = _other_process(llm, case, prompt) if place == "process" else None
     answers = [llm.generate([prompt], first)[0].token_ids]  # of tokens that were all computed
 
     def run() -> float:
         _forget(llm, place)
         began = perf_counter()
+        if take is not None:
+            facts.update(take())
         answers[1:] = [llm.generate([prompt], first)[0].token_ids]
         seconds = perf_counter() - began  # the token is on the host
         facts.update(_speeds(llm))
@@ -84,7 +96,7 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     def check() -> bool:
         """The token is the first call's, unless a codec may change it; all pages were found."""
         facts["same_token"] = answers[1] == answers[0]
-        is_right = facts["same_token"] or case["codec"] != "none"
+        is_right = facts["same_token"] or not llm.is_exact
         return bool(is_right and llm.stats.reused_tokens == found)
 
     nbytes = found * llm.cache.bytes_per_token
@@ -92,7 +104,8 @@ def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
 
 
 def _open(case: Case, folder: Path, device: str) -> Any:
-    """A model with the tiers of a case, which have room for its prompt."""
+    """A model with the tiers of a case, which have room for its prompt; where a fourth of them is
+    for first pages, too."""
     from pykv.llm import LLM, gguf, memory, models
     from pykv.llm.config import read_config
     from pykv.specs import KVSpec
@@ -100,7 +113,7 @@ def _open(case: Case, folder: Path, device: str) -> Any:
     spec, L = KVSpec.parse(case["kv"]), case["tokens"]
     file = gguf.read_model(models.fetch(case["model"]))
     need = memory.needed(file, read_config(file), None, spec, 2 * L + 64, np)
-    size, place = f"{need.cache}B", case["place"]
+    size, place = f"{2 * need.cache}B", case["place"]
     tiers: dict[str, Any] = {}
     if place == "host":
         tiers["host_cache"] = f"{size}:{case['codec']}"
@@ -116,9 +129,33 @@ def _open(case: Case, folder: Path, device: str) -> Any:
     )
 
 
+def _other_process(llm: Any, case: Case, prompt: list[int]) -> Callable[[], dict[str, float]]:
+    """A function that takes the pages of a prompt from a region of shared memory, which another
+    model would fill as this one does; it returns what it measured."""
+    from pykv.llm import SamplingParams
+    from pykv.transport import Handover, Local
+
+    names = [f"bench-{os.getpid()}-{uuid4().hex[:8]}-{i}" for i in range(2)]
+    local = [Local(name) for name in names]
+    size = 2 * llm.cache.manager.page_size * llm.cache.bytes_per_token
+    size = max(size, len(prompt) * llm.cache.bytes_per_token)
+    source, target = (Handover(llm, transport, size=size) for transport in local)
+    for transport in local:
+        weakref.finalize(llm, transport.close)
+    llm.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
+    source.offer(prompt)
+
+    def take() -> dict[str, float]:
+        before, began = target.taken_bytes, perf_counter()
+        target.take(names[0], prompt)
+        return dict(take_gbps=(target.taken_bytes - before) / 1e9 / (perf_counter() - began))
+
+    return take
+
+
 def _forget(llm: Any, place: str) -> None:
     """Leave the pages of the cache to a tier alone; not timed."""
-    if llm.tiers is None:
+    if llm.tiers is None and place != "process":
         return
     with llm.turn():
         manager = llm.cache.manager
@@ -162,5 +199,8 @@ def conclude(records: list[Record]) -> str:
             if median > 0.8 * computed:
                 line += ": this does not pay here"
                 line += "; a codec, or a faster disk, may" if place == "disk" else ""
+        whole = medians.get((place, "none"))
+        if codec != "none" and whole and median > 1.1 * whole:
+            line += "; slower than without the codec, whose gain is room alone"
         lines.append(line)
     return "\n".join(lines)

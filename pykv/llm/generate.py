@@ -25,6 +25,7 @@ from pykv.llm.prompts import answer_to, answers_to, known_ids, read_ids
 from pykv.llm.runner import ModelRunner
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Scheduler, Stats
+from pykv.llm.sequence_pages import SequencePages
 from pykv.llm.sessions import Session
 from pykv.llm.tiering import check_tiers, open_tiers
 from pykv.llm.tokenizer import Tokenizer
@@ -215,6 +216,11 @@ class LLM:
         return self.runner.cache
 
     @property
+    def pages(self) -> SequencePages:
+        """Whose the pages are; for work beside calls, in a `turn`."""
+        return self._scheduler.pages
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` works: the file carries a template."""
         return "tokenizer.chat_template" in self.file.metadata
@@ -377,7 +383,7 @@ class LLM:
         >>> talk = llm.load("talk.session").messages  # in another process  # doctest: +SKIP
         """
         said = sessions.conversation(self, prompt, template_variables)
-        return sessions.save(self, self._scheduler.pages, path, *said, codec)
+        return sessions.save(self, self.pages, path, *said, codec)
 
     def load(self, path: str | os.PathLike[str], *, codec: Codec | str | None = None) -> Session:
         """Read what `save` wrote, of the same model, weights, kv_dtype and page_size; calls whose
@@ -407,7 +413,7 @@ class LLM:
 
         Waits for the GPU.
         """
-        return sessions.load(self, self._scheduler.pages, path, codec)
+        return sessions.load(self, self.pages, path, codec)
 
     def flush(self) -> None:
         """Write the full pages of the prefix cache and of `host_cache` to `disk_cache`, for another
@@ -453,7 +459,7 @@ class LLM:
 
     def _logits(self, ids: list[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Logits of consecutive positions, computed anew, and the first position of each."""
-        with self._scheduler.pages.new(ids) as pages:
+        with self.pages.new(ids) as pages:
             yield from self.runner.logits(ids, pages)
 
 

@@ -167,8 +167,11 @@ def _put_coded(
     return put
 
 
-def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
-    """A codec of a model's caches; a text names the file of an artefact, and a ratio.
+def open_codec(
+    op: str, codec: Any, llm: LLM, *, name: str = "codec", xp: Any = None, tokens: int = 2048
+) -> Codec | None:
+    """A codec of a model's caches; a text names the file of an artefact, and a ratio; `xp` is where
+    it works, the LLM's device by default, and `tokens` as of Codec.
 
     Raises:
         ParameterError: the text is no such text, or the artefact is of another model.
@@ -178,15 +181,15 @@ def open_codec(op: str, codec: Any, llm: LLM) -> Codec | None:
     if isinstance(codec, str):
         path, _, ratio = codec.rpartition(":")
         if not path or not ratio.isdecimal() or len(ratio) > 9:
-            raise ParameterError(f"{op}: codec is {codec!r:.80}, expected FILE:RATIO")
+            raise ParameterError(f"{op}: {name} is {codec!r:.80}, expected FILE:RATIO")
         with llm.turn():
-            codec = Codec(Artefact.load(path), int(ratio), llm.xp)
+            codec = Codec(Artefact.load(path), int(ratio), xp or llm.xp, tokens=tokens)
     check_codec(op, codec, False)
     made: Codec | None = codec
     if made is not None:
         difference = made.model.difference(llm.fingerprint)
         if difference:
-            raise ParameterError(f"{op}: codec is of a model with {difference}")
+            raise ParameterError(f"{op}: {name} is of a model with {difference}")
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import to_host
 from pykv.errors import CapacityError, ParameterError
+from pykv.kvtc import Codec
 from pykv.llm import memory
-from pykv.llm.sessions import facts
+from pykv.llm.sessions import facts, open_codec
 from pykv.page_arrays import given_scales
 from pykv.tiers import Tiers
-from pykv.tiers.sizes import parse_disk, parse_host
+from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 if TYPE_CHECKING:
     from pykv.llm.generate import LLM
@@ -24,15 +26,24 @@ def check_tiers(op: str, host: Any, disk: Any, prefix_cache: bool) -> None:
     """Check what can be checked before a model is read.
 
     Raises:
-        ParameterError, DtypeError: see pykv.tiers.sizes; or there is no prefix cache.
+        ParameterError, DtypeError: see pykv.tiers.sizes; or there is no prefix cache, or no file of
+            an artefact.
         CapacityError: the host has not as much memory free, which it may hand out all the same.
     """
     given = [name for name, x in (("host_cache", host), ("disk_cache", disk)) if x is not None]
     if given and not prefix_cache:
         raise ParameterError(f"{op}: {given[0]} is given, expected none without a prefix_cache")
     _check_free(op, host)
+    if host is not None:
+        _check_artefact(op, "host_cache", parse_host(op, "host_cache", host))
     if disk is not None:
-        parse_disk(op, "disk_cache", disk)
+        _check_artefact(op, "disk_cache", parse_disk(op, "disk_cache", disk))
+
+
+def _check_artefact(op: str, name: str, limit: Limit) -> None:
+    found = artefact_of(limit.codec)
+    if found is not None and not os.path.isfile(found[0]):
+        raise ParameterError(f"{op}: {name}'s artefact is {found[0]:.80}, expected a file")
 
 
 def _check_free(op: str, host: Any) -> None:
@@ -49,10 +60,23 @@ def open_tiers(llm: LLM, host: Any, disk: Any) -> Tiers | None:
     if host is None and disk is None:
         return None
     _check_free("LLM", host)  # once more, beside the weights
-    return Tiers(llm.cache, host=host, disk=disk, identity=_identity(llm))
+
+    def opened(name: str, codec: str, xp: Any, tokens: int) -> Codec:
+        made = open_codec("LLM", codec, llm, name=f"{name}'s codec", xp=xp, tokens=tokens)
+        assert made is not None
+        return made
+
+    return Tiers(
+        llm.cache,
+        host=host,
+        disk=disk,
+        identity=identity(llm),
+        open_codec=opened,
+        hadamard=llm.model.hadamard,
+    )
 
 
-def _identity(llm: LLM) -> dict[str, str]:
+def identity(llm: LLM) -> dict[str, str]:
     """What keys and values depend on beside tokens: what sessions compare; scales that are found
     once; and the sort of device, as sums in another order differ in their last bits."""
     scales = hashlib.sha256()

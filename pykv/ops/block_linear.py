@@ -27,7 +27,7 @@ from pykv.arrays import (
     on_gpu,
     optional,
 )
-from pykv.errors import ParameterError, ShapeError
+from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import activation, block_rows, linear_mma
 from pykv.ops import norm as rms_norm
 from pykv.options import check_choice, check_flag, check_number

@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -79,9 +80,10 @@ class DiskTier:
         self._own.mkdir(mode=0o700, exist_ok=True)
         check_private(self._own)
         self._nbytes = nbytes
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Condition()  # of what follows
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted
+        self._pending = 0  # bytes that threads are about to write
         self._count()
         for place in (folder, *self._own.iterdir()):
             whole_files.clear(place)
@@ -127,16 +129,15 @@ class DiskTier:
             OSError: the system refuses, or too little of the disk would stay free.
         """
         path, size = self._path(key), row.nbytes + _HEADER
-        with _making_room:  # one thread waits for another, but no process for another
-            self._make_room(size)
-        if shutil.disk_usage(self.folder).free < FLOOR + size:
-            raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tensor_files.write(path, self._facts(key), {"page": row}, private=True, durable=False)
-        with self._lock:
-            self._known.add(key)
-            self._total += size
-            self._written += size
+        with self._room_for(size):
+            if shutil.disk_usage(self.folder).free < FLOOR + size:
+                raise OSError(errno.ENOSPC, f"less than {FLOOR:,} bytes would stay free", str(path))
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tensor_files.write(path, self._facts(key), {"page": row}, private=True, durable=False)
+            with self._lock:
+                self._known.add(key)
+                self._total += size
+                self._written += size
 
     def note(self, counters: Counters) -> bool:
         """Add counters to those of the folder; False where another process is at it.
@@ -181,6 +182,28 @@ class DiskTier:
             self._total, self._written = sum(e.nbytes for e in found), 0
         return found
 
+    @contextmanager
+    def _room_for(self, size: int) -> Iterator[None]:
+        """Room for a file while the block writes it. One thread waits for another, but no process
+        for another.
+
+        Raises:
+            OSError: there is none.
+        """
+        with _making_room:
+            with self._lock:
+                most = _KEEP * self.limit - size
+                self._lock.wait_for(lambda: not self._pending or self._pending <= most)
+            self._make_room(size)
+            with self._lock:
+                self._pending += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending -= size
+                self._lock.notify_all()
+
     def _make_room(self, size: int) -> None:
         """Delete what was used least recently, if files would exceed the limit; one process at a
         time, or each would delete as much.
@@ -192,14 +215,15 @@ class DiskTier:
             raise OSError(errno.ENOSPC, f"a page exceeds {self.limit:,} bytes", str(self.folder))
         if self._written > _LOOK * self.limit:
             self._count()
-        if self._total + size <= self.limit:
+        if self._total + self._pending + size <= self.limit:
             return
         with self._open_lock() as file:
             if not whole_files.lock(file):
                 raise OSError(errno.EBUSY, "another process makes room", str(self.folder))
             found = sorted(self._count())
-            if self._total + size > self.limit:  # nobody made room meanwhile
-                excess = self._total + size - _KEEP * self.limit
+            wanted = self._total + self._pending + size
+            if wanted > self.limit:  # nobody made room meanwhile
+                excess = wanted - _KEEP * self.limit
                 for entry in found:
                     if excess > 0:
                         entry.path.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""The form of a page outside its cache: one contiguous row of bytes that holds all its layers.
+"""The form of a page outside its cache: one contiguous row of bytes that holds all its layers, as
+it is or in another kind. (Codes of KVTC: pykv.tiers.coded.)
 
 Dimensions: L layers, N pages, P tokens a page, H KV heads, D head size.
 
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
 from pykv.kinds import SCALE_DTYPES
 from pykv.page_arrays import ARRAYS
-from pykv.pages import Pages
+from pykv.pages import Pages, convert_pages, copy_pages
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -38,7 +40,12 @@ class Form:
     nbytes: int
     parts: tuple[tuple[str, int, tuple[int, ...], Any], ...]
 
-    def pages(self, rows: np.ndarray, cache: PagedKVCache) -> Pages:
+    @property
+    def name(self) -> str:
+        """What tells its rows from those of other forms."""
+        return str(self.spec)
+
+    def view(self, rows: np.ndarray, cache: Any) -> Pages:
         """Rows [N, nbytes] uint8 of the host as pages, without a copy; scales that heads or tensors
         share are the cache's own."""
         made = dict.fromkeys(ARRAYS)
@@ -50,6 +57,28 @@ class Form:
             shape = (L, len(rows), *page)
             made[name] = np.ndarray(shape, dtype, rows, offset, strides)
         return Pages(**made, spec=self.spec)
+
+    def staging(self, cache: Any, count: int) -> Pages:
+        """Memory of the device for so many pages."""
+        xp, scales = load_cupy(), self.spec.has_given_scales
+        made: dict[str, Any] = dict(
+            k=None,
+            v=None,
+            k_scales=cache.k_scales if scales else None,
+            v_scales=cache.v_scales if scales else None,
+        )
+        for name, _, (L, *page), dtype in self.parts:
+            made[name] = xp.empty((L, count, *page), dtype)
+        return Pages(**made, spec=self.spec)
+
+    @staticmethod
+    def put(source: Any, target: Any, ids: list[int], slots: list[int], places: Any = None) -> None:
+        """Copy pages of a cache to others on its device, or convert them where specs differ."""
+        move = copy_pages if source.spec == target.spec else convert_pages
+        move(source, target, ids, slots)
+
+    take = put
+    copy = staticmethod(copy_pages)  # over the link of a GPU
 
 
 def form_of(op: str, name: str, cache: PagedKVCache, codec: str) -> Form:

@@ -9,13 +9,14 @@ neither.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pykv.arrays import load_cupy, on_gpu
-from pykv.pages import Pages, convert_pages, copy_pages
 from pykv.pool import PagedKVCache
+from pykv.tiers.coded import CodedForm
 from pykv.tiers.forms import Form
 
 STAGED_BYTES = 32 << 20  # of each piece of staging memory, or a page: link time hides the launches
@@ -48,8 +49,8 @@ class Moved(NamedTuple):
 class _Half:
     """A piece of staging memory, and the event behind which it may be written to."""
 
-    def __init__(self, pages: Pages, free: Any) -> None:
-        self.pages, self.free = pages, free
+    def __init__(self, memory: Any, free: Any) -> None:
+        self.memory, self.free = memory, free
 
 
 class Moves:
@@ -62,52 +63,52 @@ class Moves:
 
     Attributes:
         most: pages of one call.
-        pages: the rows as pages.
+        view: the rows, as the form sees them.
     """
 
-    def __init__(self, cache: PagedKVCache, form: Form, rows: np.ndarray) -> None:
+    def __init__(self, cache: PagedKVCache, form: Form | CodedForm, rows: np.ndarray) -> None:
         self._cache, self._form = cache, form
-        self.pages = form.pages(rows, cache)
+        self.view = form.view(rows, cache)
         self.most = max(1, min(STAGED_BYTES // form.nbytes, len(rows) // 2))
         self._stream: Any = None
         self._halves: list[_Half] = []
         if on_gpu(cache.k):
             cuda = load_cupy().cuda
             self._stream = cuda.Stream(non_blocking=True)
-            self._halves = [_Half(_staging(form, cache, self.most), cuda.Event()) for _ in range(2)]
+            self._halves = [_Half(form.staging(cache, self.most), cuda.Event()) for _ in range(2)]
 
-    def out(self, ids: list[int], slots: list[int]) -> Moved:
-        """Copy pages `ids` of the cache to rows; on a GPU the pages may be written to by what is
-        enqueued on the current stream from now on."""
+    def out(self, ids: list[int], slots: list[int], places: list[int]) -> Moved:
+        """Copy pages `ids` of the cache, at `places` of their sequences, to rows; on a GPU the
+        pages may be written to by what is enqueued on the current stream from now on."""
         if self._stream is None:
-            return self._on_host(self._cache, self.pages, ids, slots)
+            return _timed(self._form.put, self._cache, self.view, ids, slots, places)
         half, at = self._take(), list(range(len(ids)))
         current, staged, events = self._current(), load_cupy().cuda.Event(), self._events()
         current.wait_event(half.free)
-        _put(self._cache, half.pages, ids, at)
+        self._form.put(self._cache, half.memory, ids, at, places)
         staged.record(current)
         self._stream.wait_event(staged)
         with self._stream:
             events[0].record(self._stream)
-            copy_pages(half.pages, self.pages, at, slots)
+            self._form.copy(half.memory, self.view, at, slots)
             events[1].record(self._stream)
         half.free = events[1]
         return Moved(0.0, events)
 
-    def back(self, slots: list[int], ids: list[int]) -> Moved:
-        """Copy rows to pages `ids` of the cache, for what is enqueued on the current stream from
-        now on."""
+    def back(self, slots: list[int], ids: list[int], places: list[int]) -> Moved:
+        """Copy rows to pages `ids` of the cache, at `places` of their sequences, for what is
+        enqueued on the current stream from now on."""
         if self._stream is None:
-            return self._on_host(self.pages, self._cache, slots, ids)
+            return _timed(self._form.take, self.view, self._cache, slots, ids, places)
         half, at = self._take(), list(range(len(ids)))
         current, events = self._current(), self._events()
         with self._stream:
             self._stream.wait_event(half.free)
             events[0].record(self._stream)
-            copy_pages(self.pages, half.pages, slots, at)
+            self._form.copy(self.view, half.memory, slots, at)
             events[1].record(self._stream)
         current.wait_event(events[1])
-        _put(half.pages, self._cache, at, ids)
+        self._form.take(half.memory, self._cache, at, ids, places)
         half.free = load_cupy().cuda.Event()  # not events[1], which says when the link was done
         half.free.record(current)
         return Moved(0.0, events)
@@ -122,12 +123,6 @@ class Moves:
         return self._halves[0]
 
     @staticmethod
-    def _on_host(source: Any, target: Any, ids: list[int], to_ids: list[int]) -> Moved:
-        began = time.perf_counter()
-        _put(source, target, ids, to_ids)
-        return Moved(time.perf_counter() - began)
-
-    @staticmethod
     def _current() -> Any:
         return load_cupy().cuda.get_current_stream()
 
@@ -137,22 +132,8 @@ class Moves:
         return cuda.Event(), cuda.Event()
 
 
-def _put(source: Any, target: Any, ids: list[int], to_ids: list[int]) -> None:
-    """Copy pages on one device, or convert them where the specs differ."""
-    move = copy_pages if source.spec == target.spec else convert_pages
-    move(source, target, ids, to_ids)
-
-
-def _staging(form: Form, cache: PagedKVCache, count: int) -> Pages:
-    """Memory of the device for pages in a form."""
-    xp = load_cupy()
-    scales = form.spec.has_given_scales
-    made: dict[str, Any] = dict(
-        k=None,
-        v=None,
-        k_scales=cache.k_scales if scales else None,
-        v_scales=cache.v_scales if scales else None,
-    )
-    for name, _, (L, *page), dtype in form.parts:
-        made[name] = xp.empty((L, count, *page), dtype)
-    return Pages(**made, spec=form.spec)
+def _timed(move: Callable[..., None], *args: Any) -> Moved:
+    """A copy by the host."""
+    began = time.perf_counter()
+    move(*args)
+    return Moved(time.perf_counter() - began)

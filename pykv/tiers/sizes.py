@@ -1,4 +1,7 @@
-"""What a user says of a tier, as texts: "4GiB", "4GiB:int8", "DIR:50GiB", "DIR:50GiB:int8"."""
+"""What a user says of a tier, as texts: "4GiB", "4GiB:int8", "DIR:50GiB", "DIR:50GiB:CODEC".
+
+A codec is one of CODECS, or "FILE:RATIO" of an artefact of pykv.kvtc, such as "smollm2.kvtc:16".
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.options import check_choice, check_whole
+from pykv.options import check_whole
 
-CODECS = ("none", "int8")
+CODECS = ("none", "int8", "int4")
 _UNITS = {"B": 1} | {
     f"{letter}{i}B": base**power
     for i, base in (("", 1000), ("i", 1024))
     for power, letter in enumerate("KMGT", 1)
 }
 _SIZE = r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?P<unit>[KMGT]i?B|B)"
-_OPTION = re.compile(rf"(?:(?P<folder>.+):)?(?P<size>{_SIZE})(?::(?P<codec>[^:/\\]+))?", re.DOTALL)
+_OPTION = re.compile(rf"(?:(?P<folder>.+):)?(?P<size>{_SIZE})(?::(?P<codec>.+))?", re.DOTALL)
 
 
 class Limit(NamedTuple):
@@ -25,8 +28,8 @@ class Limit(NamedTuple):
 
     Attributes:
         nbytes: at most.
-        codec: one of CODECS: "none" keeps a page bit for bit, "int8" as codes with a scale for each
-            token and head.
+        codec: "none" keeps a page bit for bit, "int8" and "int4" as codes with a scale for each
+            token and head, "FILE:RATIO" as that artefact of pykv.kvtc codes it.
         folder: of a disk; None of the host's memory.
     """
 
@@ -91,5 +94,17 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
     return Limit(nbytes, _codec(op, name, found["codec"]), folder)
 
 
+def artefact_of(codec: str) -> tuple[str, int] | None:
+    """The file and the ratio that a codec names; None where it is another."""
+    path, _, ratio = codec.rpartition(":")
+    return (path, int(ratio)) if path and re.fullmatch("[0-9]{1,9}", ratio) else None
+
+
 def _codec(op: str, name: str, codec: str | None) -> str:
-    return check_choice(op, f"{name}'s codec", codec or "none", CODECS)
+    codec = codec or "none"
+    if codec not in CODECS and artefact_of(codec) is None:
+        raise ParameterError(
+            f"{op}: {name}'s codec is {codec!r:.80}, expected one of {', '.join(CODECS)}, or "
+            "FILE:RATIO of an artefact, such as 'smollm2.kvtc:16'"
+        )
+    return codec

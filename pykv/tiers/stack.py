@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from threading import Barrier
@@ -26,17 +26,47 @@ import numpy as np
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import CapacityError, FormatError, ParameterError
-from pykv.pages import convert_pages
+from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
+from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.disk import DiskTier
 from pykv.tiers.forms import Form, form_of
 from pykv.tiers.host import HostTier, allocate
 from pykv.tiers.moves import Moved, Moves
-from pykv.tiers.sizes import Limit, parse_disk, parse_host
+from pykv.tiers.sizes import Limit, artefact_of, parse_disk, parse_host
 
 BUFFER_BYTES = 64 << 20  # of host memory where there is a disk tier alone
+EXACT_SHARE = 4  # beside coded rows, a fourth of host memory is for the pages before them
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # that read and write files
+_CODED_TOKENS = 512  # that a codec works on at a time; its workspace is in a GPU's memory
+
+Opener = Callable[[str, str, Any, int], Codec]
+
+
+class _Rows:
+    """Rows of host memory of one form.
+
+    Attributes:
+        form, file_form: of the rows, and of files that are made of them.
+        is_coded: only pages whose places rise can go at once.
+        host: which pages are in them.
+        moves: to the cache and back.
+        places: of the page in each row.
+    """
+
+    def __init__(self, cache: PagedKVCache, form: Any, file_form: Any, count: int) -> None:
+        xp = load_cupy() if on_gpu(cache.k) else np
+        self.form, self.file_form = form, file_form
+        self.is_coded = isinstance(form, CodedForm)
+        self.host = HostTier(allocate("Tiers", "host_cache", xp, count, form.nbytes))
+        self.moves = Moves(cache, form, self.host.rows)
+        self.places = [0] * count
+
+    def add(self, key: bytes, slot: int, place: int) -> None:
+        """Note the page that a claimed row holds now."""
+        self.host.add(key, slot)
+        self.places[slot] = place
 
 
 class Tiers:
@@ -44,10 +74,13 @@ class Tiers:
 
     Args:
         cache: whose block manager is asked to say what it forgets.
-        host: bytes of the host's memory, "4GiB" or "4GiB:int8"; None: none but what passes on its
-            way to the disk.
-        disk: "DIR:50GiB" or "DIR:50GiB:int8"; None: none.
+        host: bytes of the host's memory, "4GiB", "4GiB:int8" or another codec of pykv.tiers.sizes;
+            None: none but what passes on its way to the disk.
+        disk: "DIR:50GiB" or "DIR:50GiB:int8" likewise; None: none.
         identity: all that contents depend on beside tokens, by name: files of others are not seen.
+        open_codec: opens a codec "FILE:RATIO" of the cache's model, of an argument's name, the
+            text, an array module, and tokens that it works on at a time; None: there is none.
+        hadamard: the cache holds Hadamard-rotated heads, as of Codec.compress.
 
     Attributes:
         counters: what was done so far.
@@ -55,8 +88,8 @@ class Tiers:
         is_exact: pages come back bit for bit.
 
     Raises:
-        ParameterError: a text is none, a tier smaller than a page, a codec of no use, or the folder
-            something else.
+        ParameterError: a text is none, a tier smaller than a page, a codec of no use or not to be
+            had, or the folder something else.
         DtypeError: an argument is neither.
         CapacityError: the host has not as much memory, or none that can be pinned; or starts no
             threads for files.
@@ -73,60 +106,93 @@ class Tiers:
         host: str | int | None = None,
         disk: str | None = None,
         identity: dict[str, str] | None = None,
+        open_codec: Opener | None = None,
+        hadamard: bool = False,
     ) -> None:
-        op = "Tiers"
-        limit = None if disk is None else parse_disk(op, "disk_cache", disk)
+        limit = None if disk is None else parse_disk("Tiers", "disk_cache", disk)
+        plain = form_of("Tiers", "host_cache", cache, "none")
         if host is None:
-            most = max(BUFFER_BYTES, 2 * form_of(op, "host_cache", cache, "none").nbytes)
-            own = Limit(most, "none")
+            own = Limit(max(BUFFER_BYTES, 2 * plain.nbytes), "none")
         else:
-            own = parse_host(op, "host_cache", host)
-        self._form = form_of(op, "host_cache", cache, own.codec)
-        count = _count(op, "host_cache", own, self._form)
+            own = parse_host("Tiers", "host_cache", host)
+        self._cache = cache
+
+        def form(name: str, codec: str, xp: Any) -> Form | CodedForm:
+            if artefact_of(codec) is None:
+                return form_of("Tiers", name, cache, codec)
+            if open_codec is None:
+                raise ParameterError(f"Tiers: {name}'s codec is {codec!r}, expected a model's")
+            made = open_codec(name, codec, xp, _CODED_TOKENS)
+            return CodedForm("Tiers", name, made, cache, hadamard)
+
+        of_rows = form("host_cache", own.codec, load_cupy() if on_gpu(cache.k) else np)
+        of_files = of_rows
+        if limit is not None and limit.codec != own.codec:
+            of_files = form("disk_cache", limit.codec, np)
+            if of_files.nbytes >= of_rows.nbytes:
+                of_files = of_rows  # what was lost on the way does not come back
+        self._exact_pages: int = max(getattr(x, "exact_pages", 0) for x in (of_rows, of_files))
+        counts = _counts(own, plain, of_rows)
         self._files: DiskTier | None = None
-        self._disk_form = self._form
         if limit is not None and limit.folder is not None:
-            self._disk_form = form_of(op, "disk_cache", cache, limit.codec)
-            if self._disk_form.nbytes >= self._form.nbytes:
-                self._disk_form = self._form  # what was lost on the way does not come back
-            _count(op, "disk_cache", limit, self._disk_form)
-            facts = (identity or {}) | dict(form=str(self._disk_form.spec), host=own.codec)
-            self._files = DiskTier(limit.folder, limit.nbytes, facts, self._disk_form.nbytes)
-        xp = load_cupy() if on_gpu(cache.k) else np
-        rows = allocate(op, "host_cache", xp, count, self._form.nbytes)
+            largest = max(of_files.nbytes, plain.nbytes if self._exact_pages else 0)
+            _check_fits("disk_cache", limit.nbytes, largest)
+            source = own.codec if artefact_of(own.codec) is None else of_rows.name
+            facts = (identity or {}) | dict(form=of_files.name, host=source)
+            self._files = DiskTier(limit.folder, limit.nbytes, facts, of_files.nbytes)
+        self._rows = [_Rows(cache, of_rows, of_files, counts[-1])]
+        if len(counts) > 1:
+            self._rows.insert(0, _Rows(cache, plain, plain, counts[0]))
         self.counters = Counters()
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
         self._noted = Counters()  # what the folder knows of them
-        self._cache, self._host = cache, HostTier(rows)
-        self._moves = Moves(cache, self._form, rows)
-        self._threads = _start_threads(op, 0 if self._files is None else THREADS)
-        self._writing: dict[bytes, Future[float]] = {}
-        self._moving: list[tuple[Flow, int, Moved]] = []  # copies whose seconds are not known yet
+        self._threads = _start_threads(0 if self._files is None else THREADS)
+        self._writing: dict[bytes, tuple[Future[float], int]] = {}  # and bytes of files
+        self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
         self._held: Collection[bytes] = ()  # pages that are on their way back
         cache.manager.on_forget = self.fall
+
+    def _rows_of(self, place: int) -> _Rows:
+        """Where pages go that are at a place of their sequences."""
+        return self._rows[0 if place < self._exact_pages else -1]
+
+    def _file_form(self, rows: _Rows, place: int) -> Any:
+        """The form of a page in a file."""
+        return rows.form if place < self._exact_pages else rows.file_form
 
     # --- Down ---
 
     def fall(self, pages: Sequence[tuple[bytes, int]]) -> None:
         """Keep pages of the cache, (key, page) each, which may be written to once this returns; on
         a GPU by what is enqueued on the current stream from then on."""
-        missing = [(key, page) for key, page in pages if self._host.find(key) is None]
-        for some in _pieces(missing, self._moves.most):
-            slots = self._claim(len(some))
-            self.counters.refused += len(some) - len(slots)
-            some = some[: len(slots)]
-            if not some:
-                continue
-            try:
-                moved = self._moves.out([page for _, page in some], slots)
-            except BaseException:
-                self._host.release(slots)
-                raise
-            self._note(self.counters.to_host, len(some), moved)
-            for (key, _), slot in zip(some, slots, strict=True):
-                self._host.add(key, slot)
-                self._write_later(key, slot, moved)
+        place_of = self._cache.manager.place_of
+        for rows in self._rows:
+            find = rows.host.find
+            some = [pair for pair in pages if self._rows_of(place_of(pair[1])) is rows]
+            missing = [pair for pair in some if find(pair[0]) is None]
+            for group in rising(missing, place_of) if rows.is_coded else [missing]:
+                for piece in _pieces(group, rows.moves.most):
+                    self._fall(rows, piece)
+
+    def _fall(self, rows: _Rows, pages: Sequence[tuple[bytes, int]]) -> None:
+        """Copy pages that go at once, whose places rise."""
+        slots = self._claim(rows, len(pages))
+        self.counters.refused += len(pages) - len(slots)
+        pages = pages[: len(slots)]
+        if not pages:
+            return
+        ids = [page for _, page in pages]
+        places = [self._cache.manager.place_of(page) for page in ids]
+        try:
+            moved = rows.moves.out(ids, slots, places)
+        except BaseException:
+            rows.host.release(slots)
+            raise
+        self._note(self.counters.to_host, rows, len(ids), moved)
+        for (key, _), slot, place in zip(pages, slots, places, strict=True):
+            rows.add(key, slot, place)
+            self._write_later(rows, key, slot, moved)
 
     def flush(self) -> None:
         """Write all published pages of the cache and the host tier to files, and the counters; for
@@ -134,7 +200,7 @@ class Tiers:
         if self._files is None:
             return
         self._write_refused()
-        for some in _pieces(self._cache.manager.published, self._moves.most):
+        for some in _pieces(self._cache.manager.published, self._rows[-1].moves.most):
             self.fall([(key, page) for key, page in some if key not in self._files])
         self._write_refused()
         self._settle(wait_for=len(self._writing))
@@ -146,21 +212,25 @@ class Tiers:
     def clear_host(self) -> None:
         """Forget what host memory holds, once it is in files; these stay."""
         self._settle(wait_for=len(self._writing))
-        self._host.clear()
+        for rows in self._rows:
+            rows.host.clear()
 
     def _write_refused(self) -> None:
         """Have rows of the host tier written that files did not take when they fell."""
-        self._moves.wait()
-        for key, slot in self._host.items():
-            self._write_later(key, slot, Moved(0.0))
+        for rows in self._rows:
+            rows.moves.wait()
+            for key, slot in rows.host.items():
+                self._write_later(rows, key, slot, Moved(0.0))
 
-    def _write_later(self, key: bytes, slot: int, moved: Moved) -> None:
+    def _write_later(self, rows: _Rows, key: bytes, slot: int, moved: Moved) -> None:
         """Have a thread write a row, once it was moved there, unless there is such a file."""
         files = self._files
         if files is not None and key not in self._writing and key not in files:
-            self._writing[key] = self._threads.submit(self._write, files, key, slot, moved)
+            nbytes = self._file_form(rows, rows.places[slot]).nbytes
+            written = self._threads.submit(self._write, files, rows, key, slot, moved)
+            self._writing[key] = written, nbytes
 
-    def _write(self, files: DiskTier, key: bytes, slot: int, moved: Moved) -> float:
+    def _write(self, files: DiskTier, rows: _Rows, key: bytes, slot: int, moved: Moved) -> float:
         """Write a row to a file, of a thread. Returns seconds.
 
         Raises:
@@ -168,10 +238,12 @@ class Tiers:
         """
         moved.wait()
         began = time.perf_counter()
-        row = self._host.rows[slot]
-        if self._disk_form is not self._form:
-            row, coded = self._disk_row()
-            convert_pages(self._moves.pages, coded, [slot], [0])
+        row, place = rows.host.rows[slot], rows.places[slot]
+        form = self._file_form(rows, place)
+        if form is not rows.form:
+            row = np.zeros(form.nbytes, np.uint8)
+            view = form.view(row[None], self._cache)
+            form.put(rows.moves.view, view, [slot], [0], [place])
         files.write(key, row)
         return time.perf_counter() - began
 
@@ -195,16 +267,18 @@ class Tiers:
                 keys = list(prefix_keys.of_pages("Tiers.fetch", tokens, P))
             while len(pages) < len(keys):
                 start = len(pages)
-                most = min(self._moves.most, manager.num_free)
-                slots = self._find(keys[start : start + most])
+                rows = self._rows_of(start)
+                most = min(rows.moves.most, manager.num_free)
+                if start < self._exact_pages:
+                    most = min(most, self._exact_pages - start)
+                slots = self._find(rows, keys[start : start + most], start)
                 if not slots:
                     break
                 self._held = keys[start : start + len(slots)]
                 stop = start + len(slots)
                 manager.extend(pages, start * P, stop * P)  # others may fall now
-                self._note(
-                    self.counters.from_host, len(slots), self._moves.back(slots, pages[start:])
-                )
+                moved = rows.moves.back(slots, pages[start:], list(range(start, stop)))
+                self._note(self.counters.from_host, rows, len(slots), moved)
                 manager.publish(pages, tokens[: stop * P])
             self.counters.misses += max(len(keys) - len(pages), 0)
         finally:
@@ -212,21 +286,22 @@ class Tiers:
             manager.free(pages)
         self._settle()
 
-    def _find(self, keys: list[bytes]) -> list[int]:
-        """Rows of the first of these pages, until one is nowhere."""
-        slots = self._host.find_first(keys)
+    def _find(self, rows: _Rows, keys: list[bytes], place: int) -> list[int]:
+        """Rows of the first of these pages, until one is nowhere; the first is at `place`."""
+        slots = rows.host.find_first(keys)
         self.counters.host_hits += len(slots)
         found: list[tuple[bytes, int | None]] = []
         for key in keys[len(slots) :]:
-            slot = self._host.find(key)
+            slot = rows.host.find(key)
             if slot is None and (self._files is None or key not in self._files):
                 break
             found.append((key, slot))
         if not found:
             return slots
         self._held = keys[: len(slots) + len(found)]
-        missing = [key for key, slot in found if slot is None]
-        read = self._read_all(missing, self._claim(len(missing)))
+        places = {key: place + i for i, key in enumerate(keys)}
+        missing = {key: places[key] for key, slot in found if slot is None}
+        read = self._read_all(rows, missing, self._claim(rows, len(missing)))
         for key, slot in found:
             row = read.get(key) if slot is None else slot
             if row is None:
@@ -236,16 +311,22 @@ class Tiers:
             self.counters.host_hits += slot is not None
         return slots
 
-    def _read_all(self, keys: list[bytes], slots: list[int]) -> dict[bytes, int]:
-        """Read files into claimed rows; returns the rows of those that were right."""
-        self._moves.wait()  # for earlier copies from these rows
-        rows = dict(zip(keys, slots, strict=False))
-        futures = {key: self._threads.submit(self._read, key, slot) for key, slot in rows.items()}
+    def _read_all(
+        self, rows: _Rows, places: dict[bytes, int], slots: list[int]
+    ) -> dict[bytes, int]:
+        """Read files of pages at places into claimed rows; returns those of files that were
+        right."""
+        rows.moves.wait()  # for earlier copies from these rows
+        read = dict(zip(places, slots, strict=False))
+        futures = {
+            key: self._threads.submit(self._read, rows, key, slot, places[key])
+            for key, slot in read.items()
+        }
         try:
             wait(futures.values())
         except BaseException:
             wait(futures.values())  # or threads would write to rows of others
-            self._host.release(slots)
+            rows.host.release(slots)
             raise
         for key, future in futures.items():
             try:
@@ -254,13 +335,14 @@ class Tiers:
                 seconds = None
                 self.counters.damaged += 1
             if seconds is None:
-                self._host.release([rows.pop(key)])
+                rows.host.release([read.pop(key)])
             else:
-                self._host.add(key, rows[key])
-                self.counters.from_disk.count(1, self._disk_form.nbytes, seconds)
-        return rows
+                rows.add(key, read[key], places[key])
+                nbytes = self._file_form(rows, places[key]).nbytes
+                self.counters.from_disk.count(1, nbytes, seconds)
+        return read
 
-    def _read(self, key: bytes, slot: int) -> float | None:
+    def _read(self, rows: _Rows, key: bytes, slot: int, place: int) -> float | None:
         """Read a file into a row, of a thread. Returns seconds; None if there is none any more.
 
         Raises:
@@ -268,28 +350,25 @@ class Tiers:
         """
         assert self._files is not None
         began = time.perf_counter()
-        if self._disk_form is self._form:
-            found = self._files.read(key, self._host.rows[slot])
+        form = self._file_form(rows, place)
+        if form is rows.form:
+            found = self._files.read(key, rows.host.rows[slot])
         else:
-            row, coded = self._disk_row()
+            row = np.zeros(form.nbytes, np.uint8)
             found = self._files.read(key, row)
             if found:
-                convert_pages(coded, self._moves.pages, [0], [slot])
+                view = form.view(row[None], self._cache)
+                form.take(view, rows.moves.view, [0], [slot], [place])
         return time.perf_counter() - began if found else None
-
-    def _disk_row(self) -> tuple[np.ndarray, Any]:
-        """A row of the disk's form, and as a page."""
-        row = np.zeros(self._disk_form.nbytes, np.uint8)
-        return row, self._disk_form.pages(row[None], self._cache)
 
     # --- Rows and counters ---
 
-    def _claim(self, count: int) -> list[int]:
+    def _claim(self, rows: _Rows, count: int) -> list[int]:
         """Rows for so many pages; waits for files, from which rows become free."""
         slots: list[int] = []
         while True:
             busy = {*self._writing, *self._held}
-            slots += self._host.claim(count - len(slots), busy)
+            slots += rows.host.claim(count - len(slots), busy)
             if len(slots) == count or not self._writing:
                 return slots
             self._settle(wait_for=1)
@@ -297,29 +376,29 @@ class Tiers:
     def _settle(self, wait_for: int = 0) -> None:
         """Count what is done, and wait until so many files are."""
         files = list(self._writing.items())
-        wait(future for _, future in files[:wait_for])
-        for key, future in files:
+        wait(future for _, (future, _) in files[:wait_for])
+        for key, (future, nbytes) in files:
             if future.done():
                 del self._writing[key]
                 try:
-                    self.counters.to_disk.count(1, self._disk_form.nbytes, future.result())
+                    self.counters.to_disk.count(1, nbytes, future.result())
                 except (OSError, MemoryError):
                     self.counters.refused += 1
         left = []
-        for flow, count, moved in self._moving:
+        for flow, count, nbytes, moved in self._moving:
             if moved.events is not None and not moved.events[1].done:
-                left.append((flow, count, moved))
+                left.append((flow, count, nbytes, moved))
             else:
-                flow.count(count, count * self._form.nbytes, moved.took())
+                flow.count(count, nbytes, moved.took())
         self._moving = left
 
-    def _note(self, flow: Flow, count: int, moved: Moved) -> None:
-        self._moving.append((flow, count, moved))
+    def _note(self, flow: Flow, rows: _Rows, count: int, moved: Moved) -> None:
+        self._moving.append((flow, count, count * rows.form.nbytes, moved))
         if len(self._moving) > 64:
             self._settle()
 
 
-def _start_threads(op: str, count: int) -> ThreadPoolExecutor:
+def _start_threads(count: int) -> ThreadPoolExecutor:
     """Threads that run already. One that the system refused later would leave its task with the
     others, who would write a row when it holds another page.
 
@@ -333,22 +412,39 @@ def _start_threads(op: str, count: int) -> ThreadPoolExecutor:
         all_run.abort()  # or those that wait would never end
         if not isinstance(error, RuntimeError):
             raise
-        raise CapacityError(f"{op}: disk_cache asks for {count} threads: {error}") from error
+        raise CapacityError(f"Tiers: disk_cache asks for {count} threads: {error}") from error
     return threads
 
 
-def _count(op: str, name: str, limit: Limit, form: Form) -> int:
-    """Pages that a tier has room for.
+def _counts(limit: Limit, plain: Form, form: Form | CodedForm) -> list[int]:
+    """Rows that host memory has room for; where they are coded, of pages as they are first.
 
     Raises:
         ParameterError: none.
     """
-    if limit.nbytes < form.nbytes:
+    if not isinstance(form, CodedForm):
+        _check_fits("host_cache", limit.nbytes, form.nbytes)
+        return [limit.nbytes // form.nbytes]
+    share = limit.nbytes // EXACT_SHARE
+    least = EXACT_SHARE * plain.nbytes
+    if share < plain.nbytes or limit.nbytes - share < form.nbytes:
         raise ParameterError(
-            f"{op}: {name} is {limit.nbytes:,} bytes, expected at least the {form.nbytes:,} of a "
-            "page"
+            f"Tiers: host_cache is {limit.nbytes:,} bytes, expected at least {least:,}, of which "
+            f"1/{EXACT_SHARE} keeps first pages as they are"
         )
-    return limit.nbytes // form.nbytes
+    return [share // plain.nbytes, (limit.nbytes - share) // form.nbytes]
+
+
+def _check_fits(name: str, limit: int, nbytes: int) -> None:
+    """Check that a tier has room for a page.
+
+    Raises:
+        ParameterError: it has not.
+    """
+    if limit < nbytes:
+        raise ParameterError(
+            f"Tiers: {name} is {limit:,} bytes, expected at least the {nbytes:,} of a page"
+        )
 
 
 def _pieces(pages: Sequence[tuple[bytes, int]], most: int) -> Iterator[Sequence[tuple[bytes, int]]]:

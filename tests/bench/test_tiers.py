@@ -7,7 +7,9 @@ import pytest
 
 from pykv import bench
 from pykv.bench import tiers
+from pykv.llm import LLM
 from pykv.tiers import disk, stack
+from tests.kvtc.made import artefact_of
 from tests.llm import tiny
 
 
@@ -30,7 +32,11 @@ def test_a_case_does_what_it_says(path, tmp_path, rng, place, codec):
     assert work.run() > 0 and work.run() > 0
     assert work.check()
     assert work.bytes == (0 if place == "compute" else 32 * 256)
-    ways = {"host": {"from_host_gbps"}, "disk": {"from_host_gbps", "from_disk_gbps"}}
+    ways = {
+        "process": {"take_gbps"},
+        "host": {"from_host_gbps"},
+        "disk": {"from_host_gbps", "from_disk_gbps"},
+    }
     assert set(work.facts) == {"same_token"} | ways.get(place, set())
 
 
@@ -42,11 +48,20 @@ def test_what_is_computed_again_is_no_result(path, tmp_path, rng, monkeypatch):
 
 
 def test_options():
-    given = dict(model="m", tokens=50, kv_dtype="int8", folder="/x", quick=False)
+    given = dict(model="m", tokens=50, kv_dtype="int8", folder="/x", quick=False, artefact=None)
     cases = tiers.select(argparse.Namespace(**given))
     assert len(cases) == len(tiers.CASES)
-    want = dict(model="m", tokens=50, kv="int8", folder="/x", place="disk", codec="int8")
+    want = dict(model="m", tokens=50, kv="int8", folder="/x", place="disk", codec="int4")
     assert cases[-1] == want
+    more = tiers.select(argparse.Namespace(**{**given, "artefact": "a.kvtc:16"}))
+    assert more == [*cases, *({**want, "place": x, "codec": "a.kvtc:16"} for x in ("host", "disk"))]
+
+
+def test_an_artefact(path, tmp_path, rng):
+    artefact_of(LLM(path, device="cpu")).save(tmp_path / "x.kvtc")
+    for place in ("host", "disk"):
+        work = tiers.make(case_of(path, tmp_path, place, f"{tmp_path}/x.kvtc:2"), np, rng)
+        assert work.run() > 0 and work.check()
 
 
 def test_advice():
@@ -55,10 +70,13 @@ def test_advice():
 
     records = [record("compute", "none", 1e6), record("host", "none", 1e5)]
     records += [record("disk", "none", 9e5), record("disk", "int8", None, ok=False)]
+    records += [record("host", "int4", 2e5)]
     assert tiers.conclude(records).splitlines() == [
         "compute (none): 1,000.0 ms to the first token",
         "host (none): 100.0 ms to the first token, 0.10 of the time of computing it",
         "disk (none): 900.0 ms to the first token, 0.90 of the time of computing it: this does "
         "not pay here; a codec, or a faster disk, may",
+        "host (int4): 200.0 ms to the first token, 0.20 of the time of computing it; slower than "
+        "without the codec, whose gain is room alone",
     ]
     assert "tiers" in bench.names()

@@ -85,26 +85,64 @@ def test_with_eviction(open_llm, rng):
     assert llm.tiers.counters.host_hits
 
 
+@pytest.fixture(scope="module")
+def artefact(tiny_paths):
+    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def coded(artefact, tmp_path_factory):
+    """A codec's text."""
+    path = tmp_path_factory.mktemp("kvtc") / "tiny.kvtc"
+    artefact.save(path)
+    return f"{path}:2"
+
+
 @without_simt
 @pytest.mark.parametrize("where", ["host", "disk"])
-def test_codes_change_little(open_llm, rng, tmp_path, monkeypatch, where):
-    """Less than pages of zeros by far: KL of the first token's distribution."""
-    options = dict(host_cache="1MB:int8")
+@pytest.mark.parametrize(
+    "kv_dtype, codec, most",
+    [
+        ("fp16", "int8", 1e-3),
+        ("fp16", "int4", 0.05),
+        ("fp16", "kvtc", 2e-3),
+        ("int8", "int4", 0.05),
+        ("int8:HND", "kvtc", 2e-3),
+    ],
+)
+def test_codes_change_little(
+    open_llm, coded, rng, tmp_path, monkeypatch, where, kv_dtype, codec, most
+):
+    """KL of the first token's distribution. Less than another page by far."""
+    codec = coded if codec == "kvtc" else codec
+    options = dict(kv_dtype=kv_dtype, pool_tokens=5 * P, host_cache=f"1MB:{codec}")
     if where == "disk":
-        options = dict(host_cache="1MB", disk_cache=f"{tmp_path}:10MB:int8")
+        options |= dict(host_cache="1MB", disk_cache=f"{tmp_path}:10MB:{codec}")
     prompt = tokens_of(rng, 60)
-    llm = open_llm(pool_tokens=5 * P, **options)
+    llm = open_llm(**options)
     noted = noted_logits(monkeypatch)
     llm.generate([prompt], greedy(1))
     if where == "disk":
         llm.flush()
-        llm = open_llm(pool_tokens=5 * P, **options)
+        llm = open_llm(**options)
     else:
         llm.generate([tokens_of(rng, 70)], greedy(1))
     llm.generate([prompt], greedy(1))
-    assert llm.stats.reused_tokens == 48
+    assert llm.stats.reused_tokens == 48 and not llm.is_exact
     p, q = (x[0] - np.logaddexp.reduce(x[0]) for x in np.array([noted[0], noted[-1]], np.float64))
-    assert 0 < (np.exp(p) * (p - q)).sum() < 0.02
+    assert 0 < (np.exp(p) * (p - q)).sum() < most
+    llm.generate([[*tokens_of(rng, 48), *prompt[48:]]], greedy(1))
+    q = (noted[-1][0] - np.logaddexp.reduce(noted[-1][0])).astype(np.float64)
+    assert (np.exp(p) * (p - q)).sum() > 2 * most
+
+
+@without_simt
+def test_an_artefact_of_another_model_is_refused(open_llm, coded, tmp_path):
+    for name, given in (("host_cache", f"1MB:{coded}"), ("disk_cache", f"{tmp_path}:1MB:{coded}")):
+        with pytest.raises(ParameterError, match=f"LLM: {name}'s codec is of a model with"):
+            open_llm("gemma3", **{name: given})
+        with pytest.raises(ParameterError, match="ratio is 3, expected"):
+            open_llm(**{name: given.removesuffix("2") + "3"})
 
 
 @without_simt
@@ -135,11 +173,6 @@ def test_a_session_keeps_what_fell(open_llm, rng, tmp_path):
     llm.generate([prompt], greedy(1))
     llm.generate([tokens_of(rng, 60)], greedy(1))
     assert llm.save(tmp_path / "x", prompt) == 32
-
-
-@pytest.fixture(scope="module")
-def artefact(tiny_paths):
-    return artefact_of(LLM(tiny_paths / "llama.gguf", device="cpu"))
 
 
 @without_simt
@@ -186,6 +219,13 @@ def test_pages_that_were_coded_do_not_reach_exact_files_by_a_session(open_llm, r
         (dict(disk_cache="{}/file:1GiB"), ParameterError, "file, expected a folder"),
         (dict(disk_cache="{}/file/below:1GiB"), OSError, "file"),
         (dict(disk_cache="{}/t:1KiB"), ParameterError, "disk_cache is 1,024 bytes, expected at"),
+        (dict(host_cache="1MB:kvtc"), ParameterError, "host_cache's codec is 'kvtc', expected one"),
+        (
+            dict(host_cache="1MB:x.kvtc:16"),
+            ParameterError,
+            "LLM: host_cache's artefact is x.kvtc, expected a file",
+        ),
+        (dict(disk_cache="{}/t:1MB:x.kvtc:16"), ParameterError, "disk_cache's artefact is x.kvtc"),
         (dict(host_cache="9999TiB"), CapacityError, "host_cache asks for"),
         (
             dict(host_cache="1MB", prefix_cache=False),

@@ -179,11 +179,19 @@ def test_one_process_makes_room_at_a_time(tmp_path):
     assert size_of(tmp_path) <= before <= 12_000
 
 
-def test_threads_wait_for_room(tmp_path):
-    """Every page is written, whoever makes room."""
-    files = tier(tmp_path, limit=40 * (N + 1024))
-    rows = np.random.default_rng(0).integers(0, 256, (400, N), np.uint8)
-    keys = [i.to_bytes(16, "little") for i in range(400)]
+@pytest.mark.parametrize("room", [40, 3])
+def test_threads_wait_for_room(tmp_path, monkeypatch, room):
+    """Every page is written, whoever makes room, and there is never more than the limit."""
+    files = tier(tmp_path, limit=room * (N + 1024))
+    write = tensor_files.write
+
+    def writing(*args, **options):
+        write(*args, **options)
+        assert size_of(tmp_path) <= files.limit
+
+    monkeypatch.setattr(tensor_files, "write", writing)
+    rows = np.random.default_rng(0).integers(0, 256, (120, N), np.uint8)
+    keys = [i.to_bytes(16, "little") for i in range(120)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(files.write, keys, rows))  # raises what they raise
     found = np.zeros(N, np.uint8)
@@ -327,7 +335,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_processes_that_are_killed():
-    """20 rounds; tools/nightly has 1,000."""
+    """20 rounds, five of each codec; tools/nightly has 1,000."""
     tool = Path(__file__).parents[2] / "tools" / "kill_tiers.py"
     command = [sys.executable, "-W", "error", str(tool), "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

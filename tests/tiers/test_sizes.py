@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pykv.errors import DtypeError, ParameterError
-from pykv.tiers.sizes import Limit, parse_bytes, parse_disk, parse_host
+from pykv.tiers.sizes import Limit, artefact_of, parse_bytes, parse_disk, parse_host
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_host():
     assert parse_host("op", "name", 5) == Limit(5, "none")
     assert parse_host("op", "name", "4GiB") == Limit(4 << 30, "none")
     assert parse_host("op", "name", "1KiB:int8") == Limit(1024, "int8")
+    assert parse_host("op", "name", "1KiB:/a b/c:d.kvtc:16") == Limit(1024, "/a b/c:d.kvtc:16")
+    assert artefact_of("/a b/c:d.kvtc:16") == ("/a b/c:d.kvtc", 16) and artefact_of("int8") is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,10 @@ def test_host():
     [
         ("x:4GiB", "is 'x:4GiB', expected SIZE or SIZE:CODEC"),
         ("4GiB:", "expected SIZE or SIZE:CODEC"),
-        ("4GiB:int4", "name's codec is 'int4', expected one of"),
+        ("4GiB:kvtc", "name's codec is 'kvtc', expected one of none, int8, int4, or FILE:RATIO of"),
+        ("4GiB:16", "name's codec is '16', expected one of"),
+        ("4GiB::16", "name's codec is ':16', expected one of"),
+        ("4GiB:a.kvtc:0x10", "name's codec is 'a.kvtc:0x10', expected one of"),
         ("4GiB:zip", "name's codec is 'zip', expected one of"),
         ("int8", "expected SIZE or SIZE:CODEC"),
     ],
@@ -73,6 +78,8 @@ def test_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_disk("op", "name", f"{tmp_path}:1GB") == Limit(10**9, "none", tmp_path)
     assert parse_disk("op", "name", "~/a b:1GB:int8") == Limit(10**9, "int8", tmp_path / "a b")
+    given = parse_disk("op", "name", f"{tmp_path}:1GB:x/y.kvtc:32")
+    assert given == Limit(10**9, "x/y.kvtc:32", tmp_path)
     # A folder's name may hold colons, even one that looks like a size.
     assert parse_disk("op", "name", f"{tmp_path}/c:1GB:2MB").folder == tmp_path / "c:1GB"
     assert parse_disk("op", "name", "d:1GB").folder == Path.cwd() / "d"

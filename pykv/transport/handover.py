@@ -1,0 +1,269 @@
+"""Prompts that one process computes and another answers: the pages of their beginning move.
+
+    prefill process   Handover(llm, Local("prefill")).serve()
+    decode process    Handover(llm, Local("decode")).ask("prefill", prompt), then llm.generate
+
+Both have a model of the same file, weights, kv_dtype and page_size. What goes wrong with the other
+process is a TransportError of that call; the prompt can then be computed here, as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from pykv import prefix_keys
+from pykv.arrays import load_cupy, on_gpu
+from pykv.errors import CapacityError, ParameterError, PykvError, TransportError
+from pykv.llm.prompts import read_ids
+from pykv.llm.sampling import SamplingParams
+from pykv.llm.tiering import identity
+from pykv.ranges import address_of
+from pykv.tiers.forms import form_of
+from pykv.tiers.host import HostTier
+from pykv.tiers.moves import Moves
+from pykv.tiers.sizes import parse_bytes
+from pykv.transport.interface import Transport
+from pykv.transport.messages import Message
+
+if TYPE_CHECKING:
+    from pykv.llm import LLM
+
+THREADS = min(8, os.cpu_count() or 1)  # that read and check pages
+_LOOK = 0.2  # seconds after which one looks whether a silent process lives
+
+
+class Handover:
+    """Gives full pages of a model's prefix cache to other processes, and takes theirs.
+
+    Args:
+        llm: with a prefix cache.
+        transport: an engine, such as pykv.transport.Local; with nothing registered.
+        size: bytes of host memory for pages that others may read, or that have come: the least
+            recently used go first. "256MiB", or an integer.
+        timeout: seconds that an answer may take.
+
+    Attributes:
+        taken_pages, taken_bytes: what came.
+
+    Raises:
+        ParameterError: the size is less than two pages, the LLM has no prefix cache, or something
+            is registered.
+        CapacityError: there is no such memory.
+
+    Not thread-safe; calls of the LLM may run beside it. Source: disaggregated prefill, as of
+    DistServe (Zhong et al., OSDI 2024), vLLM's connectors and NVIDIA Dynamo.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        transport: Transport,
+        *,
+        size: str | int = "256MiB",
+        timeout: float = 60.0,
+    ) -> None:
+        op, cache = "Handover", llm.cache
+        if not llm.prefix_cache:
+            raise ParameterError(f"{op}: prefix_cache is False, expected an LLM that keeps pages")
+        form = form_of(op, "size", cache, "none")
+        nbytes = parse_bytes(op, "size", size)
+        if nbytes < 2 * form.nbytes:
+            raise ParameterError(
+                f"{op}: size is {nbytes:,} bytes, expected at least the {2 * form.nbytes:,} of two "
+                "pages"
+            )
+        self.taken_pages = self.taken_bytes = 0
+        self._llm, self._transport, self._timeout = llm, transport, timeout
+        self._is_exact = llm.is_exact
+        facts = identity(llm) | dict(exact=str(llm.is_exact))  # or files of tiers might take codes
+        self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
+        rows = self._region.rows
+        if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
+            load_cupy().cuda.runtime.hostRegister(address_of(rows), rows.nbytes, 0)
+        self._host = HostTier(rows)
+        self._moves = Moves(cache, form, rows)
+        self._threads = ThreadPoolExecutor(THREADS, "pykv-transport")
+
+    # --- To others ---
+
+    def offer(self, tokens: Sequence[int]) -> int:
+        """Let others read the full pages of tokens that the cache holds, from the first on.
+
+        Returns:
+            How many pages of these tokens others can read; as many as `size` has room for.
+
+        Raises:
+            ParameterError: the tokens are none, or the LLM has loaded a coded session since.
+
+        Waits for a GPU.
+        """
+        llm, region = self._llm, self._region
+        if llm.is_exact != self._is_exact:
+            raise ParameterError(
+                "Handover.offer: the LLM has loaded pages that were coded, expected those that "
+                "models computed"
+            )
+        ids, P = read_ids(llm, "tokens", tokens), llm.cache.page_size
+        with llm.turn(), llm.pages.known(ids) as pages:
+            keys = list(prefix_keys.of_pages("Handover.offer", ids, P))[: len(pages)]
+            keys = keys[: len(region.rows)]
+            missing = [i for i, key in enumerate(keys) if self._host.find(key) is None]
+            for start in range(0, len(missing), self._moves.most):
+                places = missing[start : start + self._moves.most]
+                slots = self._claim(len(places), keys)
+                try:
+                    self._moves.out([pages[i] for i in places], slots, places).wait()
+                except BaseException:
+                    self._host.release(slots)
+                    raise
+                for i, slot in zip(places, slots, strict=True):
+                    region.put(keys[i], slot)
+                    self._host.add(keys[i], slot)
+        return len(keys)
+
+    def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Compute prompts that others ask for, one by one, until `stop`, which is asked a few times
+        a second. What is wrong with one is said to who sent it."""
+        while not stop():
+            for message in self._transport.messages(_LOOK):
+                facts = self._answer(message)
+                try:
+                    self._transport.notify(message.sender, facts)
+                except TransportError:
+                    pass  # it has gone meanwhile
+
+    def _answer(self, message: Message) -> dict[str, Any]:
+        request, tokens = message.facts.get("request"), message.facts.get("tokens")
+        try:
+            if not isinstance(request, str) or not isinstance(tokens, list):
+                raise ParameterError("Handover.serve: a message is no request for tokens")
+            ids = read_ids(self._llm, "tokens", tokens)
+            first = SamplingParams(max_tokens=1, ignore_eos=True)
+            self._llm.generate([ids], first)
+            return dict(answer=request, pages=self.offer(ids))
+        except PykvError as error:
+            return dict(answer=request, error=str(error))
+
+    # --- From others ---
+
+    def ask(self, peer: str, prompt: str | Sequence[int]) -> int:
+        """Have another process compute a prompt, and take its pages.
+
+        Args:
+            peer: the name of a process that runs `serve`.
+            prompt: a text, or token ids.
+
+        Returns:
+            How many of the first tokens need no computing here.
+
+        Raises:
+            TransportError: the peer died, did not answer in time, refused, is of another version,
+                or has pages that are damaged or another model's.
+            As LLM.generate for the prompt.
+        """
+        ids = read_ids(self._llm, "prompt", prompt)
+        request = secrets.token_hex(8)
+        self._transport.connect(peer)  # before it computes what could not be taken
+        self._transport.notify(peer, dict(request=request, tokens=ids))
+        facts = self._wait_for(peer, request)
+        if "error" in facts:
+            raise TransportError(f"Handover.ask: {peer} says: {str(facts['error'])[:500]!r}")
+        return self.take(peer, ids)
+
+    def _wait_for(self, peer: str, request: str) -> dict[str, Any]:
+        """What a peer answers to a request. Answers to requests that were given up are left out."""
+        end = time.monotonic() + self._timeout
+        while (left := end - time.monotonic()) > 0:
+            alive = self._transport.is_alive(peer)  # before: it may answer, and end
+            for message in self._transport.messages(min(left, _LOOK)):
+                if message.sender == peer and message.facts.get("answer") == request:
+                    return message.facts
+            if not alive:
+                raise TransportError(f"Handover.ask: {peer} has died")
+        raise TransportError(f"Handover.ask: {peer} did not answer in {self._timeout:g} s")
+
+    def take(self, peer: str, tokens: Sequence[int]) -> int:
+        """Read pages of tokens that another process offers and this one lacks, from the first on,
+        and have calls find them.
+
+        Returns:
+            How many of the first tokens need no computing here, because they came or were there.
+
+        Raises:
+            TransportError: as `ask`. Pages that came before stay.
+
+        Nothing is written to the cache unless its checksum holds. Waits for a GPU.
+        """
+        llm, P = self._llm, self._llm.cache.page_size
+        ids, manager = read_ids(llm, "tokens", tokens), llm.cache.manager
+        with llm.turn():
+            region = self._transport.connect(peer)
+            keys = list(prefix_keys.of_pages("Handover.take", ids, P))
+            pages = manager.reuse(ids)
+            try:
+                there = len(pages) + len(region.exists(keys[len(pages) :]))
+                while len(pages) < there:
+                    start = len(pages)
+                    most = min(self._moves.most, there - start, self._room_for(there - start))
+                    slots = self._read(region, keys[start : start + most])
+                    stop = start + len(slots)
+                    if len(slots) < most:
+                        there = stop  # the peer has the next no longer
+                    if not slots:
+                        break
+                    try:
+                        manager.extend(pages, start * P, stop * P)
+                        places = list(range(start, stop))
+                        self._moves.back(slots, pages[start:], places).wait()
+                    finally:
+                        self._host.release(slots)
+                    manager.publish(pages, ids[: stop * P])
+                    self.taken_pages += len(slots)
+                    self.taken_bytes += len(slots) * self._region.rows.shape[1]
+                return len(pages) * P
+            finally:
+                manager.free(pages)
+
+    def _room_for(self, wanted: int) -> int:
+        """Free pages of the cache, which grows where it may."""
+        try:
+            self._llm.pages.make_room(wanted)
+        except CapacityError:
+            pass
+        return min(self._llm.cache.manager.num_free, wanted)
+
+    def _read(self, region: Any, keys: list[bytes]) -> list[int]:
+        """Rows with the first of these pages, as far as the peer has them still."""
+        slots = self._claim(len(keys), ())
+        rows, step = self._region.rows, -(-len(slots) // THREADS) or 1
+        parts = [slice(i, i + step) for i in range(0, len(slots), step)]
+        reads = [
+            self._threads.submit(
+                region.get, keys[: len(slots)][part], [rows[slot] for slot in slots[part]]
+            )
+            for part in parts
+        ]
+        errors = [error for read in reads if (error := read.exception()) is not None]
+        if errors:  # all have ended
+            self._host.release(slots)
+            raise errors[0]
+        count = 0
+        for part, read in zip(parts, reads, strict=True):
+            count += read.result()
+            if count < min(part.stop, len(slots)):
+                break
+        self._host.release(slots[count:])
+        return slots[:count]
+
+    def _claim(self, count: int, busy: Any) -> list[int]:
+        """Rows that nobody is offered any more."""
+        self._moves.wait()
+        slots = self._host.claim(count, busy)
+        for slot in slots:
+            self._region.drop(slot)
+        return slots

@@ -1,0 +1,274 @@
+"""Processes of one machine: pages in files of shared memory, messages over Unix sockets.
+
+    FOLDER/<name>.lock    held while the process lives, by the system
+    FOLDER/<name>.pages   its region, which it maps and others read
+    FOLDER/<name>.socket  where it is told things
+
+A process that is killed leaves files whose lock nobody holds: the next one that opens the folder
+removes them. multiprocessing.shared_memory would not do: before Python 3.13 whoever attaches a
+segment deletes it when it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from pykv.cache_folder import check_private
+from pykv.errors import CapacityError, ParameterError, TransportError, UnsupportedError
+from pykv.options import check_whole
+from pykv.transport import messages
+from pykv.transport.messages import MOST_BYTES, Message, check_name
+from pykv.transport.region import PeerRegion, Region, size_of
+
+SUFFIXES = (".lock", ".pages", ".socket")
+_BACKLOG = 64  # messages that wait
+_PATIENCE = 5.0  # seconds to send or receive one message
+
+
+def default_folder() -> Path:
+    """Of this user, in memory where the system has such a folder."""
+    shared = Path("/dev/shm")
+    base = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    return base / f"pykv-{os.getuid()}"
+
+
+class Local:
+    """An engine for processes of one machine and user; see pykv.transport.Transport.
+
+    Args:
+        name: of this process.
+        folder: which all of them share; None: one of this user, in memory. On a disk it works, too,
+            at the speed of the system's cache of files.
+
+    Raises:
+        ParameterError: a living process has the name, or it is none.
+        PermissionError: others can write to the folder.
+        OSError: the folder cannot be made or read, or its path is too long for a socket.
+        UnsupportedError: the system has no Unix sockets.
+    """
+
+    def __init__(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
+        op = "Local"
+        if fcntl is None or not hasattr(socket, "AF_UNIX"):
+            raise UnsupportedError(f"{op}: this system has no Unix sockets, or no file locks")
+        self.name = check_name(op, "name", name)
+        self._folder = default_folder() if folder is None else Path(folder)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(self._folder)
+        self._facts: dict[str, str] | None = None
+        self._nbytes = 0
+        self._lock = _hold(self._path(name, ".lock"))
+        if self._lock is None:
+            raise ParameterError(f"{op}: name is {name!r}, expected one that no process has")
+        try:
+            self._clear_dead()
+            path = self._path(name, ".socket")
+            path.unlink(missing_ok=True)
+            self._path(name, ".pages").unlink(missing_ok=True)
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket.bind(str(path))
+            self._socket.listen(_BACKLOG)
+        except BaseException:
+            self._remove(name)
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- Pages ---
+
+    def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
+        """See Transport."""
+        op = "Local.register"
+        count, nbytes = (
+            check_whole(op, name, n, 1, 1 << 40)
+            for name, n in (("count", count), ("nbytes", nbytes))
+        )
+        if self._facts is not None:
+            raise ParameterError(f"{op}: there is a region, expected one alone")
+        size, path = size_of(count, nbytes), self._path(self.name, ".pages")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            if hasattr(os, "posix_fallocate"):  # or memory that is full would end the process later
+                os.posix_fallocate(fd, 0, size)
+            else:
+                os.truncate(fd, size)
+            memory = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+        except OSError as error:
+            path.unlink()
+            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise CapacityError(f"{op}: {size:,} bytes of {path}: {error}") from error
+            raise
+        finally:
+            os.close(fd)
+        self._facts, self._nbytes = dict(facts), nbytes
+        return Region(memory, count, nbytes, facts)
+
+    def connect(self, peer: str) -> PeerRegion:
+        """See Transport."""
+        op = "Local.connect"
+        if self._facts is None:
+            raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
+        self._check_alive(op, peer)
+        try:
+            file = _File(peer, self._path(peer, ".pages"))
+        except OSError as error:
+            raise TransportError(f"{op}: {peer} has no region: {error}") from error
+        return PeerRegion(peer, file.read, file.size, self._facts, self._nbytes)
+
+    # --- Messages ---
+
+    def notify(self, peer: str, facts: dict[str, Any]) -> None:
+        """See Transport."""
+        op = "Local.notify"
+        self._check_alive(op, peer)
+        data = messages.pack(Message(self.name, facts))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
+            to.settimeout(_PATIENCE)
+            try:
+                to.connect(str(self._path(peer, ".socket")))
+                to.sendall(data)
+            except OSError as error:
+                raise TransportError(f"{op}: {peer} takes no message: {error}") from error
+
+    def messages(self, timeout: float) -> list[Message]:
+        """See Transport."""
+        found: list[Message] = []
+        end = time.monotonic() + timeout
+        while True:
+            wait = 0.0 if found else max(end - time.monotonic(), 0.0)
+            self._socket.settimeout(wait)
+            try:
+                peer, _ = self._socket.accept()
+            except (TimeoutError, BlockingIOError):
+                return found
+            with peer, suppress(TransportError, OSError):
+                found.append(messages.unpack(_receive(peer)))
+
+    # --- Who lives ---
+
+    def is_alive(self, peer: str) -> bool:
+        """See Transport."""
+        return _is_held(self._path(check_name("Local.is_alive", "peer", peer), ".lock"))
+
+    def close(self) -> None:
+        """See Transport. What is mapped stays readable here."""
+        if self._lock is not None:
+            self._socket.close()
+            self._remove(self.name)
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_alive(self, op: str, peer: str) -> None:
+        check_name(op, "peer", peer)
+        if not self.is_alive(peer):
+            has = self._path(peer, ".lock").exists()
+            state = "has died" if has else "is no process that is known here"
+            raise TransportError(f"{op}: {peer} {state}")
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self._folder / f"{name}{suffix}"
+
+    def _remove(self, name: str) -> None:
+        for suffix in (*SUFFIXES[1:], SUFFIXES[0]):  # the lock last, which says whose they are
+            with suppress(OSError):
+                self._path(name, suffix).unlink()
+
+    def _clear_dead(self) -> None:
+        """Remove what killed processes left."""
+        for path in self._folder.glob("*.lock"):
+            if path.stem != self.name and not _is_held(path):
+                held = _hold(path)
+                if held is not None:
+                    self._remove(path.stem)
+                    os.close(held)
+
+
+class _File:
+    """A peer's region, read as a file: one that is cut short, or goes, is an error, no signal."""
+
+    def __init__(self, peer: str, path: Path) -> None:
+        self._peer, self._fd = peer, os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, parts: list[tuple[int, Any]]) -> None:
+        for offset, out in parts:
+            view = memoryview(out.reshape(-1).view(np.uint8))
+            while len(view):
+                n = os.preadv(self._fd, [view], offset)
+                if n <= 0:
+                    raise TransportError(f"transport: {self._peer} has a region that was cut short")
+                view, offset = view[n:], offset + n
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):
+            os.close(self._fd)
+
+
+def _hold(path: Path) -> int | None:
+    """Open and lock a file until it is closed; None where another process holds it."""
+    for _ in range(20):  # those who look hold it for a moment
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd  # nobody has removed it meanwhile
+        except BlockingIOError:
+            pass
+        os.close(fd)
+        time.sleep(0.005)
+    return None
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds a file."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _receive(peer: socket.socket) -> bytes:
+    """All that a process sends.
+
+    Raises:
+        OSError: it takes too long.
+        TransportError: it is too much.
+    """
+    parts: list[bytes] = []
+    end, size = time.monotonic() + _PATIENCE, 0
+    while True:
+        peer.settimeout(max(end - time.monotonic(), 0.001))
+        part = peer.recv(1 << 20)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise TransportError(f"transport: a message exceeds {MOST_BYTES:,} bytes")

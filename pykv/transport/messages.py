@@ -1,0 +1,91 @@
+"""What processes say to each other: facts as JSON, with a name and a checksum.
+
+offset  type     field, little-endian
+     0  8s       magic, b"\\x89PYKVTM\\n"
+     8  u32      version, 1
+    12  u32      CRC-32 of all bytes behind it
+    16  u32 x2   bytes of the sender's name, and of the facts
+    24           the name, then the facts, a JSON object, both UTF-8
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from typing import Any, NamedTuple
+
+from pykv.errors import DtypeError, ParameterError, TransportError
+
+MAGIC = b"\x89PYKVTM\n"
+VERSION = 1
+MOST_BYTES = 1 << 26  # of a message
+_HEADER = struct.Struct("<8s4I")
+
+
+class Message(NamedTuple):
+    """What a process said.
+
+    Attributes:
+        sender: its name.
+        facts: by name.
+    """
+
+    sender: str
+    facts: dict[str, Any]
+
+
+def check_name(op: str, argument: str, name: Any) -> str:
+    """Check the name of a process: up to 40 letters, digits, dashes, underscores and dots.
+
+    Raises:
+        ParameterError: it is another text.
+        DtypeError: it is no text.
+    """
+    if not isinstance(name, str):
+        raise DtypeError(f"{op}: {argument} is a {type(name).__name__}, expected a name")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", name):
+        expected = "expected up to 40 letters, digits, dashes, underscores or dots"
+        raise ParameterError(f"{op}: {argument} is {name!r:.80}, {expected}")
+    return name
+
+
+def pack(message: Message) -> bytes:
+    """Its bytes."""
+    name, facts = message.sender.encode(), json.dumps(message.facts).encode()
+    sizes = struct.pack("<2I", len(name), len(facts))
+    crc = zlib.crc32(facts, zlib.crc32(name, zlib.crc32(sizes)))
+    return MAGIC + struct.pack("<2I", VERSION, crc) + sizes + name + facts
+
+
+def unpack(data: bytes) -> Message:
+    """Of its bytes.
+
+    Raises:
+        TransportError: they are none, damaged, or of another version.
+    """
+
+    def wrong(name: str, has: Any, expected: Any) -> TransportError:
+        return TransportError(f"transport: a message has {name} {has!r:.80}, expected {expected}")
+
+    if len(data) < _HEADER.size:
+        raise wrong("bytes", len(data), f"at least {_HEADER.size}")
+    magic, version, crc, name_bytes, fact_bytes = _HEADER.unpack(data[: _HEADER.size])
+    if magic != MAGIC:
+        raise wrong("magic", magic, MAGIC)
+    if version != VERSION:
+        raise wrong("version", version, VERSION)
+    if _HEADER.size + name_bytes + fact_bytes != len(data):
+        raise wrong("bytes", len(data), "as many as it says")
+    if zlib.crc32(data[16:]) != crc:
+        raise TransportError("transport: a message is damaged: its CRC-32 does not hold")
+    middle = _HEADER.size + name_bytes
+    try:
+        sender = check_name("transport", "sender", data[_HEADER.size : middle].decode())
+        facts = json.loads(data[middle:])
+    except (ValueError, RecursionError) as error:
+        raise TransportError(f"transport: a message is none: {error}") from None
+    if not isinstance(facts, dict):
+        raise wrong("facts", facts, "a JSON object")
+    return Message(sender, facts)

@@ -1,0 +1,267 @@
+"""Processes of one machine or of several, by NVIDIA's NIXL, which takes UCX between hosts.
+
+The extra `nixl`. Its wheels ask for torch, gigabytes of it, and do without: `pip install --no-deps
+nixl-cu12` is 69 MB, and enough for this. Source: https://github.com/ai-dynamo/nixl, its Python API.
+
+A process listens at a port, where NIXL's own thread hands out what peers need to reach its memory.
+A region's address is asked for by a message, and answered while the peer looks for messages.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pykv import install
+from pykv.errors import CapacityError, InstallError, ParameterError, TransportError
+from pykv.options import check_whole
+from pykv.ranges import address_of
+from pykv.transport import messages
+from pykv.transport.messages import Message, check_name
+from pykv.transport.region import PeerRegion, Region, size_of
+
+_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
+_SCRATCH = 1 << 20  # bytes through which a peer's header and table come
+_AGAIN = 1.0  # seconds after which a peer is asked once more for what it has
+_PAUSE = 2e-4  # seconds between two looks at a transfer, or for messages
+
+
+class Nixl:
+    """An engine over NIXL; see pykv.transport.Transport.
+
+    Args:
+        name: of this process.
+        port: where it listens, for peers; on all addresses of the host.
+        peers: host and port of each process that this one asks. One that only answers needs none.
+        backend: of NIXL.
+        timeout: seconds that a peer may take to be reached, and a transfer.
+
+    Raises:
+        ParameterError: a name or port is none.
+        InstallError: NIXL is not installed.
+        TransportError: NIXL does not start.
+
+    NIXL does not say whether a peer lives: one that has died is one that does not answer in time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        peers: Mapping[str, tuple[str, int]] | None = None,
+        *,
+        backend: str = "UCX",
+        timeout: float = 30.0,
+    ) -> None:
+        op = "Nixl"
+        self.name = check_name(op, "name", name)
+        port = check_whole(op, "port", port, 1, 65535)
+        self._peers = {check_name(op, "peers", peer): at for peer, at in (peers or {}).items()}
+        self._timeout, api = timeout, _load()
+        config = api.nixl_agent_config(
+            enable_listen_thread=True, listen_port=port, backends=[backend]
+        )
+        self._agent = _call("starts not", lambda: api.nixl_agent(name, config))
+        if backend not in self._agent.backends:
+            raise TransportError(f"{op}: NIXL has no backend {backend!r}")
+        self._lock = threading.Lock()  # of transfers
+        self._inbox: list[Message] = []
+        self._regions: dict[str, tuple[int, int]] = {}  # address and size, by request
+        self._scratch = np.zeros(_SCRATCH, np.uint8)
+        self._register(self._scratch)
+        self._memory: Any = None
+        self._facts: dict[str, str] = {}
+        self._nbytes = 0
+
+    def __enter__(self) -> Nixl:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- Pages ---
+
+    def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
+        """See Transport."""
+        op = "Nixl.register"
+        if self._memory is not None:
+            raise ParameterError(f"{op}: there is a region, expected one alone")
+        size = size_of(check_whole(op, "count", count, 1), check_whole(op, "nbytes", nbytes, 1))
+        try:
+            self._memory = np.zeros(size, np.uint8)
+        except MemoryError as error:
+            raise CapacityError(f"{op}: {size:,} bytes of host memory: {error}") from error
+        self._register(self._memory)
+        self._facts, self._nbytes = dict(facts), nbytes
+        return Region(self._memory, count, nbytes, facts)
+
+    def connect(self, peer: str) -> PeerRegion:
+        """See Transport."""
+        op = "Nixl.connect"
+        if self._memory is None:
+            raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
+        self._reach(op, peer)
+        request = secrets.token_hex(8)
+        self.notify(peer, {"region?": request})
+
+        def is_answered() -> bool:
+            self._poll()
+            return request in self._regions
+
+        self._wait(op, peer, is_answered)
+        address, size = self._regions.pop(request)
+        descs = _call("takes no address", lambda: self._descs([(address, size)]))
+        self._reach(op, peer, descs)
+
+        def read(parts: list[tuple[int, Any]]) -> None:
+            pieces = [(address + offset, out.reshape(-1).view(np.uint8)) for offset, out in parts]
+            self._read(peer, pieces)
+
+        return PeerRegion(peer, read, size, self._facts, self._nbytes)
+
+    def _read(self, peer: str, parts: list[tuple[int, Any]]) -> None:
+        """Fill arrays from a peer's addresses; one that is not registered by way of another."""
+        begin, end = address_of(self._memory), address_of(self._memory) + self._memory.nbytes
+        own = [x for x in parts if begin <= address_of(x[1]) < end]
+        with self._lock:
+            if own:
+                self._transfer(peer, own)
+            for address, out in [x for x in parts if not begin <= address_of(x[1]) < end]:
+                for at in range(0, out.nbytes, _SCRATCH):
+                    part = out[at : at + _SCRATCH]
+                    self._transfer(peer, [(address + at, self._scratch[: part.nbytes])])
+                    part[...] = self._scratch[: part.nbytes]
+
+    def _transfer(self, peer: str, parts: list[tuple[int, Any]]) -> None:
+        agent = self._agent
+
+        def run() -> str:
+            local = self._descs([(address_of(out), out.nbytes) for _, out in parts])
+            remote = self._descs([(address, out.nbytes) for address, out in parts])
+            handle = agent.initialize_xfer("READ", local, remote, peer)
+            state: str = agent.transfer(handle)
+            end = time.monotonic() + self._timeout
+            while state == "PROC" and time.monotonic() < end:
+                state = agent.check_xfer_state(handle)
+            agent.release_xfer_handle(handle)
+            return state
+
+        state = _call(f"reads nothing of {peer}", run)
+        if state != "DONE":
+            raise TransportError(f"transport: {peer} gave no bytes: NIXL says {state}")
+
+    def _descs(self, ranges: list[tuple[int, int]]) -> Any:
+        return self._agent.get_xfer_descs([(*x, 0) for x in ranges], "DRAM")
+
+    # --- Messages ---
+
+    def notify(self, peer: str, facts: dict[str, Any]) -> None:
+        """See Transport."""
+        op = "Nixl.notify"
+        self._reach(op, peer)
+        data = messages.pack(Message(self.name, facts))
+        _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
+
+    def messages(self, timeout: float) -> list[Message]:
+        """See Transport."""
+        end = time.monotonic() + timeout
+        while True:
+            self._poll()
+            if self._inbox or time.monotonic() >= end:
+                found, self._inbox = self._inbox, []
+                return found
+            time.sleep(_PAUSE)
+
+    def _poll(self) -> None:
+        """Take what has come; answer who asks for the region."""
+        for sender, all_data in self._agent.get_new_notifs().items():
+            for data in all_data:
+                try:
+                    message = messages.unpack(data)
+                except TransportError:
+                    continue
+                if message.sender == sender:
+                    self._sort(message)
+
+    def _sort(self, message: Message) -> None:
+        asked, given = message.facts.get("region?"), message.facts.get("region")
+        if isinstance(asked, str) and self._memory is not None:
+            where = address_of(self._memory), self._memory.nbytes
+            try:
+                self.notify(message.sender, {"region": asked, "at": where})
+            except TransportError:
+                pass  # it has gone meanwhile
+        elif isinstance(given, str):
+            at = message.facts.get("at")
+            if isinstance(at, list) and len(at) == 2 and all(type(n) is int for n in at):
+                self._regions[given] = at[0], at[1]
+        elif asked is None:
+            self._inbox.append(message)
+
+    # --- Who lives ---
+
+    def is_alive(self, peer: str) -> bool:
+        """See Transport: whether it was reached."""
+        return bool(self._agent.check_remote_metadata(check_name("Nixl.is_alive", "peer", peer)))
+
+    def close(self) -> None:
+        """See Transport."""
+        self._agent = self._memory = None
+
+    def _reach(self, op: str, peer: str, where: Any = None) -> None:
+        """Know how to reach a peer, and its memory at `where`, and have it know this process."""
+        at = self._peers.get(peer)
+
+        def is_known() -> bool:
+            return bool(self._agent.check_remote_metadata(peer, where))
+
+        def asks() -> bool:
+            if at is not None:
+                self._agent.fetch_remote_metadata(peer, *at)
+                self._agent.send_local_metadata(*at)
+            end = time.monotonic() + _AGAIN
+            while not is_known() and time.monotonic() < end:
+                time.sleep(_PAUSE)
+            return is_known()
+
+        if not is_known():
+            self._wait(op, peer, asks)
+
+    def _wait(self, op: str, peer: str, is_done: Callable[[], bool]) -> None:
+        end = time.monotonic() + self._timeout
+        while not is_done():
+            if time.monotonic() > end:
+                raise TransportError(f"{op}: {peer} did not answer in {self._timeout:g} s")
+            time.sleep(_PAUSE)
+
+    def _register(self, memory: Any) -> None:
+        where = [(address_of(memory), memory.nbytes, 0, "")]
+        _call("registers no memory", lambda: self._agent.register_memory(where, "DRAM"))
+
+
+def _load() -> ModuleType:
+    for package in _PACKAGES:
+        try:
+            return import_module(f"{package}._api")
+        except ImportError:
+            continue
+    raise InstallError(f"nixl is not installed: {install.command('nixl')}", name="nixl")
+
+
+def _call(what: str, run: Callable[[], Any]) -> Any:
+    """What a call of NIXL returns.
+
+    Raises:
+        TransportError: it raises; NIXL's errors have no parent but Exception.
+    """
+    try:
+        return run()
+    except Exception as error:
+        raise TransportError(f"transport: NIXL {what}: {type(error).__name__}: {error}") from error

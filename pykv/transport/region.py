@@ -1,0 +1,209 @@
+"""A region of memory that other processes read: pages by key, in rows, with a table of them.
+
+    header   128 bytes, little-endian
+             offset  type     field
+                  0  8s       magic, b"\\x89PYKVTR\\n"
+                  8  u32      version, 1
+                 12  u32      CRC-32 of the header, computed with zeros here
+                 16  u64 x2   rows, and bytes of each, a multiple of 8
+                 32  32s      SHA-256 of the facts that contents depend on
+    table    64 bytes for each row: key 16s, generation u64, checksum u64, zeros
+    rows     from a multiple of 4,096 bytes on, one behind the other
+
+A row's generation counts how often it was filled. Its checksum is the sum of its u64 words, each
+times an odd constant, and of the CRC-32 of key and generation, modulo 2^64: whatever happens to one
+word shows, and of other damage all but one in 2^63 by chance; three times as fast as a CRC-32.
+(Multilinear hashing: Carter and Wegman 1979; Lemire and Kaser 2014.) Nobody locks: a reader that
+was late sees another key or generation, or bytes that do not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pykv.errors import ParameterError, TransportError
+
+MAGIC = b"\x89PYKVTR\n"
+VERSION = 1
+HEADER_BYTES = 128
+_HEADER = struct.Struct("<8s2I2Q32s")
+_ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
+_NO_KEY = bytes(16)
+_MOST = 1 << 40  # rows, and bytes of one
+
+Read = Callable[[list[tuple[int, Any]]], None]
+
+
+def size_of(count: int, nbytes: int) -> int:
+    """Bytes of a region with so many rows, of so many bytes each."""
+    return _begin(count) + count * nbytes
+
+
+class Region:
+    """A region of this process.
+
+    Args:
+        memory: [size_of(count, nbytes)] uint8 of the host, which others can read.
+        count, nbytes: of the rows.
+        facts: all that contents depend on, by name.
+
+    Attributes:
+        rows: [count, nbytes] uint8; whoever fills one calls `drop` before, and `put` behind.
+
+    Raises:
+        ParameterError: `nbytes` is no multiple of 8.
+    """
+
+    def __init__(self, memory: Any, count: int, nbytes: int, facts: dict[str, str]) -> None:
+        if nbytes % 8:
+            raise ParameterError(f"Region: nbytes is {nbytes}, expected a multiple of 8")
+        begin = _begin(count)
+        self._table = memory[HEADER_BYTES : HEADER_BYTES + count * _ENTRY.itemsize].view(_ENTRY)
+        self._table[...] = np.zeros((), _ENTRY)
+        self.rows = memory[begin : begin + count * nbytes].reshape(count, nbytes)
+        header = _pack(count, nbytes, digest(facts))
+        memory[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
+
+    def drop(self, slot: int) -> None:
+        """Say that a row holds nothing."""
+        self._table["key"][slot] = _NO_KEY
+
+    def put(self, key: bytes, slot: int) -> None:
+        """Offer what a row holds."""
+        entry = self._table[slot : slot + 1]
+        generation = int(entry["generation"][0]) + 1
+        entry["generation"] = generation
+        entry["checksum"] = _checksum(key, generation, self.rows[slot])
+        entry["key"] = np.void(key)
+
+
+class PeerRegion:
+    """A region of another process, none of which is believed.
+
+    Args:
+        peer: its name, for messages.
+        read: fills arrays, each from an offset of the region on.
+        size: bytes of the region.
+        facts, nbytes: of this process's own pages.
+
+    Raises:
+        TransportError: it is no region, of another version, of other pages, or other rows.
+    """
+
+    def __init__(
+        self, peer: str, read: Read, size: int, facts: dict[str, str], nbytes: int
+    ) -> None:
+        self._peer, self._read, self._nbytes = peer, read, nbytes
+        if size < HEADER_BYTES:
+            raise TransportError(f"transport: {peer} has {size} bytes, expected a region of pages")
+        header = np.empty(HEADER_BYTES, np.uint8)
+        read([(0, header)])
+        self._count = _check_header(peer, header.tobytes(), size, digest(facts), nbytes)
+        self._slots: dict[bytes, tuple[int, int, int]] = {}
+
+    def exists(self, keys: list[bytes]) -> list[bytes]:
+        """The first of these keys, until one is not there now."""
+        table = np.empty(self._count, _ENTRY)
+        self._read([(HEADER_BYTES, table.view(np.uint8))])
+        names, numbers = (
+            table["key"].tobytes(),
+            zip(table["generation"], table["checksum"], strict=True),
+        )
+        self._slots = {
+            names[16 * i : 16 * i + 16]: (i, int(generation), int(checksum))
+            for i, (generation, checksum) in enumerate(numbers)
+        }
+        self._slots.pop(_NO_KEY, None)
+        there = [key in self._slots for key in keys]
+        return keys[: there.index(False)] if False in there else keys
+
+    def get(self, keys: list[bytes], rows: list[Any]) -> int:
+        """Fill rows with pages.
+
+        Args:
+            keys: of pages that `exists` found.
+            rows: [nbytes] uint8 of each; those of pages that do not come hold anything.
+
+        Returns:
+            How many came, from the first on, until the peer had one no longer.
+
+        Raises:
+            TransportError: one is not what its entry says.
+        """
+        begin, known = _begin(self._count), [self._slots[key] for key in keys]
+        at = [begin + slot * self._nbytes for slot, _, _ in known]
+        self._read(list(zip(at, rows, strict=True)))
+        for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+            slot, generation, checksum = known[i]
+            if _checksum(key, generation, row) == checksum:
+                continue
+            entry = np.empty(1, _ENTRY)
+            self._read([(HEADER_BYTES + slot * _ENTRY.itemsize, entry.view(np.uint8))])
+            if entry["key"][0].tobytes() != key or int(entry["generation"][0]) != generation:
+                return i  # filled with another page meanwhile
+            raise TransportError(
+                f"transport: {self._peer} has a page {key.hex()} that is damaged: its checksum "
+                "does not hold"
+            )
+        return len(keys)
+
+
+def digest(facts: dict[str, str]) -> bytes:
+    """SHA-256 of facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+def _check_header(peer: str, header: bytes, size: int, facts: bytes, nbytes: int) -> int:
+    """Rows of a region, whose header is right."""
+    magic, version, crc, count, row_bytes, sha256 = _HEADER.unpack(header[: _HEADER.size])
+
+    def wrong(name: str, has: Any, expected: Any) -> TransportError:
+        return TransportError(f"transport: {peer} has {name} {has!r:.80}, expected {expected}")
+
+    if magic != MAGIC:
+        raise wrong("magic", magic, MAGIC)
+    if version != VERSION:
+        raise wrong("version", version, VERSION)
+    if crc != _header_crc(header):
+        raise TransportError(f"transport: {peer} has a damaged header: its CRC-32 does not hold")
+    if sha256 != facts:
+        raise wrong("pages of facts", sha256.hex()[:16], f"those of {facts.hex()[:16]}, see facts")
+    if row_bytes != nbytes:
+        raise wrong("rows of bytes", row_bytes, nbytes)
+    if not 0 < count < _MOST or size_of(count, nbytes) > size:
+        raise wrong("rows", count, f"as many as its {size} bytes hold")
+    return int(count)
+
+
+def _pack(count: int, nbytes: int, facts: bytes) -> bytes:
+    header = _HEADER.pack(MAGIC, VERSION, 0, count, nbytes, facts).ljust(HEADER_BYTES, b"\0")
+    crc = _header_crc(header)
+    return _HEADER.pack(MAGIC, VERSION, crc, count, nbytes, facts).ljust(HEADER_BYTES, b"\0")
+
+
+def _header_crc(header: bytes) -> int:
+    return zlib.crc32(header[16:], zlib.crc32(bytes(4), zlib.crc32(header[:12])))
+
+
+def _checksum(key: bytes, generation: int, row: Any) -> int:
+    words = np.ascontiguousarray(row).view("<u8")
+    first = zlib.crc32(key + generation.to_bytes(8, "little"))
+    return (int(np.dot(words, _constants(len(words)))) + first) % 2**64
+
+
+@lru_cache(maxsize=4)
+def _constants(count: int) -> Any:
+    """Odd numbers, the same in all processes: NumPy keeps streams of its bit generators."""
+    return np.random.PCG64(2024).random_raw(count) | np.uint64(1)
+
+
+def _begin(count: int) -> int:
+    return -(-(HEADER_BYTES + count * _ENTRY.itemsize) // 4096) * 4096

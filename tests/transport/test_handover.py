@@ -1,0 +1,249 @@
+"""Prompts that one process computes and another answers: the text is that of one process, and what
+goes wrong with the other is an error of that prompt alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pykv.errors import ParameterError, TransportError
+from pykv.llm import LLM, SamplingParams
+from pykv.page_arrays import moving_arrays
+from pykv.tiers import disk
+from pykv.transport import Handover, Local, example, handover, local, region, wait_for
+from tests.llm import tiny
+
+pytestmark = pytest.mark.skipif(local.fcntl is None, reason="this system has no file locks")
+P = 16  # tokens a page
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "gemma3"):
+        tiny.write_case(folder / f"{name}.gguf", name)
+    return folder
+
+
+@pytest.fixture
+def open_side(paths, tmp_path):
+    """A name's LLM and handover, on this thread."""
+    opened = []
+
+    def open_side(name, model="llama", size="256KB", timeout=20.0, **options):
+        transport = Local(name, tmp_path / "shm")
+        opened.append(transport)
+        llm = LLM(paths / f"{model}.gguf", device="cpu", **options)
+        return llm, Handover(llm, transport, size=size, timeout=timeout)
+
+    yield open_side
+    for transport in opened:
+        transport.close()
+
+
+@pytest.fixture
+def serve():
+    """Have handovers answer on threads of their own."""
+    stop, threads = threading.Event(), []
+
+    def serve(given):
+        threads.append(threading.Thread(target=given.serve, args=[stop.is_set]))
+        threads[-1].start()
+
+    yield serve
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def tokens_of(rng, n):
+    return rng.integers(3, 250, n).tolist()
+
+
+def pages_of(llm, tokens):
+    with llm.turn(), llm.pages.known(tokens) as pages:
+        return {name: x[:, pages].copy() for name, x in moving_arrays(llm.cache).items()}
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8", "k8v4:HND", "fp8"])
+def test_the_text_is_that_of_one_process(open_side, serve, rng, kv_dtype):
+    alone = open_side("alone", kv_dtype=kv_dtype)[0]
+    options = dict(kv_dtype=kv_dtype, pool_tokens=30 * P)  # which forgets nothing
+    prefill, given = open_side("prefill", **options)
+    decode, taken = open_side("decode", **options)
+    serve(given)
+    prompts = [tokens_of(rng, n) for n in (3 * P + 5, 2 * P, 5)]
+    prompts.append(prompts[0][: 2 * P] + tokens_of(rng, 20))
+    for prompt, pages in zip(prompts, (3, 2, 0, 3), strict=True):
+        assert taken.ask("prefill", prompt) == pages * P
+        for name, x in pages_of(prefill, prompt).items():
+            got = pages_of(decode, prompt)[name]
+            assert (got.view(np.uint8) == x.view(np.uint8)).all() and got.shape[1] == pages
+        assert decode.generate([prompt], GREEDY) == alone.generate([prompt], GREEDY)
+        assert decode.stats.reused_tokens == (len(prompt) - 1) // P * P
+    assert taken.taken_pages == 3 + 2 + 0 + 1  # what is there does not come again
+    assert decode.cache.manager.num_free == decode.cache.manager.num_pages
+
+
+def test_more_than_memory_holds(open_side, serve, rng):
+    """Of either side, or the pool: what fits comes, the rest is computed."""
+    prompt = tokens_of(rng, 6 * P)
+    row = 8192  # of tiny's pages, in float16
+    want = open_side("alone")[0].generate([prompt], GREEDY)
+    _, given = open_side("prefill", size=3 * row)
+    assert given._region.rows.shape[0] >= 3
+    count = min(6, given._region.rows.shape[0])
+    serve(given)
+    for i, options in enumerate((dict(size=2 * row), dict(pool_tokens=7 * P), {})):
+        decode, taken = open_side(f"decode{i}", **options)
+        assert taken.ask("prefill", prompt) == count * P
+        assert decode.generate([prompt], GREEDY) == want
+    decode, taken = open_side("small", pool_tokens=7 * P)
+    with decode.turn():
+        held = decode.cache.manager.allocate(5 * P)
+    assert taken.ask("prefill", prompt) == min(2, count) * P
+    with decode.turn():
+        decode.cache.manager.free(held)
+    assert decode.generate([prompt], GREEDY) == want
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(model="gemma3"), dict(kv_dtype="int8"), dict(weights="fp32"), dict(page_size=8)],
+    ids=str,
+)
+def test_another_model_is_refused(open_side, serve, rng, other):
+    serve(open_side("prefill", **other)[1])
+    decode, taken = open_side("decode")
+    with pytest.raises(TransportError, match="prefill has pages of facts"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    assert decode.cache.manager.num_cached == 0
+
+
+def test_another_version_is_refused(open_side, rng, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(region, "VERSION", 2)
+        open_side("prefill")
+    _, taken = open_side("decode")
+    with pytest.raises(TransportError, match="prefill has version 2, expected 1"):
+        taken.ask("prefill", tokens_of(rng, 40))
+
+
+def test_a_damaged_page_is_an_error_of_its_prompt(open_side, rng):
+    prefill, given = open_side("prefill")
+    decode, taken = open_side("decode")
+    good, bad = tokens_of(rng, 40), tokens_of(rng, 40)
+    for prompt in (good, bad):
+        prefill.generate([prompt], GREEDY)
+        assert given.offer(prompt) == 2
+    given._region.rows[given._host.items()[-1][1]][100] ^= 1
+    with pytest.raises(TransportError, match="prefill has a page .* that is damaged"):
+        taken.take("prefill", bad)
+    assert decode.cache.manager.num_cached == 0 and taken.taken_pages == 0
+    assert decode.cache.manager.num_free == decode.cache.manager.num_pages
+    assert taken.take("prefill", good) == 32
+    assert len(taken._host._free) == len(taken._region.rows)  # nothing is lost
+
+
+def test_what_was_overwritten_meanwhile_is_computed(open_side, rng, monkeypatch):
+    prefill, given = open_side("prefill")
+    _, taken = open_side("decode")
+    prompt = tokens_of(rng, 70)
+    prefill.generate([prompt], GREEDY)
+    assert given.offer(prompt) == 4
+    read = handover.Handover._read
+
+    def late(self, *args):
+        slot = given._host.items()[2][1]
+        given._region.drop(slot)
+        given._region.rows[slot] = 1
+        return read(self, *args)
+
+    monkeypatch.setattr(handover.Handover, "_read", late)
+    assert taken.take("prefill", prompt) == 2 * P
+
+
+def test_a_prompt_that_is_refused(open_side, serve, rng):
+    serve(open_side("prefill", context=32)[1])
+    _, taken = open_side("decode")
+    with pytest.raises(TransportError, match="prefill says: 'tokens has 40 tokens, expected at mo"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    taken._transport.notify("prefill", dict(request=1, tokens="x"))  # nothing comes of it
+    assert taken.ask("prefill", tokens_of(rng, 20)) == 16
+
+
+def test_one_that_is_silent(open_side, rng):
+    decode, taken = open_side("decode", timeout=0.3)
+    with pytest.raises(TransportError, match="prefill is no process that is known here"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    open_side("prefill")
+    with pytest.raises(TransportError, match=r"prefill did not answer in 0.3 s"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    assert decode.generate([tokens_of(rng, 40)], GREEDY)[0].token_ids
+
+
+def test_codes_do_not_reach_exact_files(open_side, serve, rng, tmp_path, monkeypatch):
+    """Pages that came back from codes are those of another sort of process."""
+    monkeypatch.setattr(disk, "FLOOR", 0)
+    serve(open_side("prefill", host_cache="1MB:int8")[1])
+    _, taken = open_side("decode", disk_cache=f"{tmp_path / 'tier'}:1MB")
+    with pytest.raises(TransportError, match="prefill has pages of facts"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    decode, taken = open_side("coded", host_cache="1MB:int8")
+    assert taken.ask("prefill", tokens_of(rng, 40)) == 32
+    decode.is_exact = not decode.is_exact  # as a session would
+    with pytest.raises(ParameterError, match="Handover.offer: the LLM has loaded pages"):
+        taken.offer(tokens_of(rng, 40))
+
+
+def test_options(open_side, paths, tmp_path):
+    with pytest.raises(ParameterError, match="Handover: size is 100 bytes, expected at least"):
+        open_side("small", size=100)
+    llm = LLM(paths / "llama.gguf", device="cpu", prefix_cache=False)
+    with pytest.raises(ParameterError, match="Handover: prefix_cache is False"):
+        Handover(llm, None)
+
+
+# --- Two processes ---
+
+
+@pytest.fixture
+def other(paths, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "pykv.transport.example", "--prefill", "other"]
+    command += ["--model", str(paths / "llama.gguf"), "--folder", str(tmp_path / "shm")]
+    process = subprocess.Popen(command)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_process_that_dies_while_it_is_asked(open_side, other, rng, monkeypatch, how):
+    """The call raises; the prompt can be computed here, and the next process be asked."""
+    decode, taken = open_side("decode", timeout=60.0 if how == "killed" else 1.0)
+    wait_for(taken._transport, "other")
+    prompt = tokens_of(rng, 40)
+    assert taken.ask("other", prompt) == 32
+    os.kill(other.pid, signal.SIGSTOP)  # it answers no more
+    if how == "killed":
+        threading.Timer(0.5, other.kill).start()
+    began = time.monotonic()
+    said = "other has died" if how == "killed" else r"other did not answer in 1 s"
+    with pytest.raises(TransportError, match=said):
+        taken.ask("other", tokens_of(rng, 40))
+    assert time.monotonic() - began < 20
+    assert decode.generate([prompt], GREEDY)[0].token_ids and decode.stats.reused_tokens == 32
+
+
+def test_the_example(paths, tmp_path, capsys):
+    options = ["--model", str(paths / "llama.gguf"), "--folder", str(tmp_path)]
+    assert example.main([*options, "--prompt", "the rain in the time of the rain in the time"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "as of one process"
+    with Local("next", tmp_path):
+        assert {path.stem for path in tmp_path.iterdir()} == {"next"}

@@ -1,0 +1,158 @@
+"""Regions: what another process reads is the page, or an error, whatever its memory holds."""
+
+import zlib
+
+import numpy as np
+import pytest
+
+from pykv.errors import DtypeError, ParameterError, TransportError
+from pykv.transport import messages, region
+from pykv.transport.messages import Message
+from pykv.transport.region import PeerRegion, Region, size_of
+
+FACTS = dict(model="a", spec="fp16")
+N = 200  # bytes of a page
+FIRST_CONSTANT = 12466887728733407977  # of checksums
+KEYS = [bytes([i + 1]) * 16 for i in range(3)]
+
+
+def row(key):
+    return np.random.default_rng(list(key)).integers(0, 256, N).astype(np.uint8)
+
+
+def filled(count=3, facts=FACTS):
+    """Memory of a region with three pages."""
+    memory = np.zeros(size_of(count, N), np.uint8)
+    own = Region(memory, count, N, facts)
+    for slot, key in enumerate(KEYS[:count]):
+        own.rows[slot] = row(key)
+        own.put(key, slot)
+    return memory, own
+
+
+def peer_of(memory, size=None, facts=FACTS, nbytes=N):
+    size = len(memory) if size is None else size
+
+    def read(parts):
+        for offset, out in parts:
+            assert 0 <= offset and offset + out.nbytes <= size, "beyond the region"
+            out.reshape(-1).view(np.uint8)[...] = memory[offset : offset + out.nbytes]
+
+    return PeerRegion("peer", read, size, facts, nbytes)
+
+
+def test_pages_come_as_they_are():
+    memory, own = filled()
+    peer, got = peer_of(memory), np.zeros(N, np.uint8)
+    assert peer.exists(KEYS) == KEYS
+    assert peer.exists([KEYS[2], bytes(16), KEYS[0]]) == KEYS[2:]
+    for key in KEYS:
+        assert peer.get([key], [got]) == 1 and (got == row(key)).all()
+    own.drop(1)
+    assert peer_of(memory).exists(KEYS) == KEYS[:1]
+
+
+def test_a_row_that_was_filled_anew_is_none():
+    """Whatever the reader knew of it, and where the same page came back."""
+    memory, own = filled()
+    peer, got = peer_of(memory), np.zeros(N, np.uint8)
+    assert peer.exists(KEYS) == KEYS
+    own.drop(0)
+    own.rows[0] = 7
+    assert peer.get(KEYS[:2], [got, got.copy()]) == 0
+    own.put(b"x" * 16, 0)
+    assert peer.exists(KEYS) == []
+    own.rows[1] = 7
+    own.put(KEYS[1], 1)
+    assert not peer_of(memory)._slots and peer.exists(KEYS[1:]) == KEYS[1:]
+    assert peer.get([KEYS[1]], [got]) == 1 and (got == 7).all()
+
+
+def test_every_flipped_bit_is_seen():
+    """Of header and table: what they say is refused, or found nowhere, or right."""
+    good, _ = filled()
+    got = np.zeros(N, np.uint8)
+    errors = gone = 0
+    for at in range(4096 + 3 * N):
+        if 128 + 3 * 64 <= at < 4096:
+            continue  # nothing is there
+        memory = good.copy()
+        memory[at] ^= 1 << (at % 8)
+        try:
+            peer = peer_of(memory)
+            there = peer.exists(KEYS)
+            for key in there:
+                if peer.get([key], [got]):
+                    assert (got == row(key)).all()
+            gone += len(there) < 3
+        except TransportError:
+            errors += 1
+    assert gone == 3 * 16 and errors >= 128 - 64 + 3 * (8 + N)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(size=100), "peer has 100 bytes, expected a region"),
+        (dict(size=4096), "peer has rows 3, expected as many as its 4096 bytes hold"),
+        (dict(facts=dict(model="b")), "peer has pages of facts '"),
+        (dict(nbytes=N + 8), "peer has rows of bytes 200, expected 208"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, text):
+    with pytest.raises(TransportError, match=text):
+        peer_of(filled()[0], **change)
+
+
+def test_another_version_is_refused(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(region, "VERSION", 2)
+        memory, _ = filled()
+    with pytest.raises(TransportError, match="peer has version 2, expected 1"):
+        peer_of(memory)
+
+
+def test_checksums_are_those_of_other_processes():
+    """Worked out with Python's integers; NumPy must not change the constants."""
+    words = np.arange(1, 4, dtype="<u8")
+    constants = [int(x) for x in region._constants(3)]
+    assert [x % 2 for x in constants] == [1, 1, 1]
+    assert constants[0] == FIRST_CONSTANT
+    want = sum(int(w) * c for w, c in zip(words, constants, strict=True))
+    want += zlib.crc32(b"k" * 16 + (7).to_bytes(8, "little"))
+    assert region._checksum(b"k" * 16, 7, words.view(np.uint8)) == want % 2**64
+    with pytest.raises(ParameterError, match="Region: nbytes is 12, expected a multiple of 8"):
+        Region(np.zeros(5000, np.uint8), 1, 12, FACTS)
+
+
+# --- Messages ---
+
+
+def test_messages():
+    message = Message("a", dict(request="ä", tokens=[1, 2]))
+    assert messages.unpack(messages.pack(message)) == message
+
+
+def test_messages_that_are_none(monkeypatch):
+    good = messages.pack(Message("a", dict(request="x")))
+    wrong = [good[:n] for n in range(len(good))] + [good + b"x", b"x" * 100]
+    wrong += [good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :] for i in range(len(good))]
+    wrong += [messages.pack(Message(name, {})) for name in ("", "a/b", ".x", "a" * 41)]
+    wrong += [messages.pack(Message("a", facts)) for facts in ([], 1, None)]
+    monkeypatch.setattr(messages.json, "dumps", lambda facts: "[" * 100_000)
+    wrong.append(messages.pack(Message("a", {})))
+    for data in wrong:
+        with pytest.raises(TransportError):
+            messages.unpack(data)
+    monkeypatch.setattr(messages, "VERSION", 2)
+    with pytest.raises(TransportError, match="a message has version 1, expected 2"):
+        messages.unpack(good)
+
+
+def test_names():
+    assert messages.check_name("op", "name", "a-1_b.c") == "a-1_b.c"
+    for name in ("", "a b", "a/b", "..", "-a", "a" * 41, "ä", "a\n"):
+        with pytest.raises(ParameterError, match="op: name is .*, expected up to 40 letters"):
+            messages.check_name("op", "name", name)
+    with pytest.raises(DtypeError, match="op: name is a int"):
+        messages.check_name("op", "name", 1)

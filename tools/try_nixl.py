@@ -1,0 +1,137 @@
+"""Pages between two processes by NIXL: text, speed, and a process that is killed.
+
+    pip install --no-deps nixl-cu12   # 69 MB; with what its wheel asks for, gigabytes of torch
+    python tools/try_nixl.py [--model NAME|FILE] [--device cpu]
+
+First one process computes a prompt and another goes on, as in pykv/transport/example.py. Then 64
+pages of 1 MiB: as NIXL moves them, in one request, and as pykv does, with a checksum on each. Then
+the other process is killed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from pykv import LLM, SamplingParams  # noqa: E402
+from pykv.errors import TransportError  # noqa: E402
+from pykv.ranges import address_of  # noqa: E402
+from pykv.transport import Handover, Nixl, wait_for  # noqa: E402
+from pykv.transport.example import PROMPT  # noqa: E402
+
+COUNT, NBYTES, SAMPLES = 64, 1 << 20, 15
+FACTS = {"what": "bytes"}
+KEYS = [bytes([i + 1]) * 16 for i in range(COUNT)]
+
+
+def serve_model(args: argparse.Namespace) -> None:
+    llm = LLM(args.model, device=args.device)
+    parent = os.getppid()
+    with Nixl("prefill", args.port) as transport:
+        Handover(llm, transport, size="64MiB").serve(lambda: os.getppid() != parent)
+
+
+def serve_bytes(args: argparse.Namespace) -> None:
+    parent = os.getppid()
+    with Nixl("bytes", args.port + 2) as transport:
+        region = transport.register(COUNT, NBYTES, FACTS)
+        region.rows[...] = np.random.default_rng(0).integers(0, 256, region.rows.shape, np.uint8)
+        for slot, key in enumerate(KEYS):
+            region.put(key, slot)
+        while os.getppid() == parent:
+            for message in transport.messages(0.1):
+                transport.notify(message.sender, {"at": address_of(region.rows)})
+
+
+def start(mode: str, args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "--mode", mode, "--model", args.model]
+    return subprocess.Popen([*command, "--device", args.device, "--port", str(args.port)])
+
+
+def try_text(args: argparse.Namespace) -> bool:
+    """Whether the text is that of one process."""
+    greedy = SamplingParams(max_tokens=24)
+    llm = LLM(args.model, device=args.device)
+    with Nixl("decode", args.port + 1, {"prefill": ("127.0.0.1", args.port)}) as transport:
+        handover = Handover(llm, transport, size="64MiB")
+        came = handover.ask("prefill", PROMPT)
+        answer = llm.generate(PROMPT, greedy)[0]
+    alone = LLM(args.model, device=args.device).generate(PROMPT, greedy)[0]
+    print(f"{came} tokens came; the text is that of one process: {answer == alone}")
+    return came > 0 and answer == alone
+
+
+def try_speed(args: argparse.Namespace, other: subprocess.Popen[bytes]) -> bool:
+    """Print GB/s, and whether a process that is killed is an error in time."""
+    peers = {"bytes": ("127.0.0.1", args.port + 2)}
+    with Nixl("reader", args.port + 3, peers, timeout=5.0) as transport:
+        own = transport.register(COUNT, NBYTES, FACTS)
+        region = wait_for(transport, "bytes")
+        transport.notify("bytes", {})
+        (message,) = transport.messages(10.0)
+        raw, checked = [], []
+        for _ in range(SAMPLES):
+            began = time.perf_counter()
+            read_all(transport, "bytes", message.facts["at"], own.rows)
+            raw.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            assert region.exists(KEYS) == KEYS
+            assert region.get(KEYS, list(own.rows)) == COUNT
+            checked.append(time.perf_counter() - began)
+        size = COUNT * NBYTES / 1e9
+        both = [size / min(seconds) for seconds in (raw, checked)]
+        print(f"NIXL alone {both[0]:.2f} GB/s, pages with checksums {both[1]:.2f} GB/s")
+        other.kill()
+        other.wait()
+        began = time.perf_counter()
+        try:
+            region.get(KEYS[:1], list(own.rows[:1]))
+        except TransportError as error:
+            print(f"killed: after {time.perf_counter() - began:.1f} s: {error}")
+            return True
+        print("killed: its pages came all the same")
+        return False
+
+
+def read_all(transport: Nixl, peer: str, address: int, rows: np.ndarray) -> None:
+    """All rows in one request, as NIXL's own examples do."""
+    agent = transport._agent
+    at = [(address_of(rows) + i * NBYTES, NBYTES, 0) for i in range(COUNT)]
+    there = [(address + i * NBYTES, NBYTES, 0) for i in range(COUNT)]
+    local, remote = (agent.get_xfer_descs(x, "DRAM") for x in (at, there))
+    handle = agent.initialize_xfer("READ", local, remote, peer)
+    state = agent.transfer(handle)
+    while state == "PROC":
+        state = agent.check_xfer_state(handle)
+    assert state == "DONE", state
+    agent.release_xfer_handle(handle)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--port", type=int, default=5710, help="and the next three")
+    parser.add_argument("--mode", choices=("main", "model", "bytes"), default="main")
+    args = parser.parse_args(argv)
+    if args.mode != "main":
+        (serve_model if args.mode == "model" else serve_bytes)(args)
+        return 0
+    others = [start(mode, args) for mode in ("model", "bytes")]
+    try:
+        return 0 if try_text(args) and try_speed(args, others[1]) else 1
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -118,6 +118,7 @@ class CodedForm:
                 arrays["rows"].reshape(len(ids), self.nbytes)[...] = source.rows[slots]
             else:
                 arrays["positions"][...] = load_cupy().asarray(positions)
+                table = load_cupy().asarray(table)  # has pages twice where nothing is written
             how: dict[str, Any] = dict(hadamard=self._hadamard, check=False)
             self._codec.decompress(coded, target, table, **how)
 

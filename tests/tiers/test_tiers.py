@@ -393,7 +393,10 @@ def test_an_interrupted_way_back_publishes_nothing(monkeypatch):
             "Tiers: disk_cache is 255 bytes, expected at least the 256",
         ),
         (dict(host=f"4095B:{KVTC}", head_dim=64), "4,095 bytes, expected at least 4,096, of which"),
-        (dict(host=f"1MB:{KVTC}", spec="int8:head"), "host_cache has an artefact, expected none"),
+        (
+            dict(host=f"1MB:{KVTC}", spec="int8:head", head_dim=64),
+            "host_cache has an artefact, expected none",
+        ),
         (dict(host="1KB:int4", spec="int4"), "host_cache has the codec int4, expected none: the"),
         (dict(host="1KB:int8", spec="int8"), "host_cache has the codec int8, expected none: the"),
         (dict(host="1KB", disk="x:1KB:int8", spec="int8:head"), "disk_cache has the codec int8, "),

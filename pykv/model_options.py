@@ -43,12 +43,13 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host-cache",
-        metavar="SIZE[:int8]",
-        help="keep pages that the cache forgets in so much host memory, such as 4GiB",
+        metavar="SIZE[:CODEC]",
+        help="keep pages that the cache forgets in so much host memory, such as 4GiB; codecs are "
+        "int8, int4, and FILE:RATIO of an artefact of `pykv kvtc calibrate`",
     )
     parser.add_argument(
         "--disk-cache",
-        metavar="DIR:SIZE[:int8]",
+        metavar="DIR:SIZE[:CODEC]",
         help="and on disk, for other processes as well: tiers:50GiB",
     )
 

@@ -79,11 +79,12 @@ class LLM:
             Pages of prompts stay in the prefix cache as they were; rows are evicted from copies.
             `logits` and `perplexity` see all tokens. None: all rows stay.
         host_cache: bytes of the host's memory for full pages that the prefix cache would forget, of
-            which prompts find as many again as they begin with: "4GiB", an integer, or
-            "4GiB:int8", which keeps them as int8 codes. None: they are forgotten.
+            which prompts find as many again as they begin with: "4GiB", an integer, or with a
+            codec "4GiB:int8", "4GiB:int4" or "4GiB:FILE:RATIO" of an artefact of pykv.kvtc. None:
+            they are forgotten.
         disk_cache: a folder, and bytes, for pages that are in the host's memory, which other
             processes with an equal model, weights, kv_dtype and page_size find as well:
-            "DIR:50GiB" or "DIR:50GiB:int8"; see `flush` and pykv/tiers/README.md.
+            "DIR:50GiB", or with a codec likewise; see `flush` and pykv/tiers/README.md.
         progress: show a bar on stderr while weights are read.
         require_sm: refuse a device that is no GPU of at least this SM, such as 80.
 

@@ -1,0 +1,201 @@
+"""The engine over NIXL: with NIXL where it is installed, and with agents of this process that do
+what its Python API says."""
+
+import ctypes
+import socket
+import threading
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pykv.errors import InstallError, ParameterError, TransportError
+from pykv.transport import Nixl, nixl, wait_for
+
+FACTS = dict(model="a")
+KEYS = [bytes([i + 1]) * 16 for i in range(3)]
+N = 3 << 19  # bytes of a page
+
+
+class Agent:
+    """Of NIXL: agents by port, whose memory is that of this process."""
+
+    ports = {}
+    failing = False
+
+    def __init__(self, name, config):
+        self.name, self.backends = name, dict.fromkeys(config.backends)
+        self.known, self.notifs, self.registered = {}, {}, []
+        Agent.ports[config.listen_port] = self
+
+    def register_memory(self, where, kind):
+        assert kind == "DRAM"
+        self.registered += [(address, size) for address, size, _, _ in where]
+
+    def fetch_remote_metadata(self, peer, host, port):
+        if port in Agent.ports:
+            self.known[peer] = Agent.ports[port], list(Agent.ports[port].registered)
+
+    def send_local_metadata(self, host, port):
+        if port in Agent.ports:
+            Agent.ports[port].known[self.name] = self, list(self.registered)
+
+    def check_remote_metadata(self, peer, descs=None):
+        return peer in self.known and all(
+            any(a <= x and x + n <= a + size for a, size in self.known[peer][1])
+            for x, n, _ in descs or ()
+        )
+
+    def get_xfer_descs(self, descs, kind):
+        return descs
+
+    def initialize_xfer(self, operation, local, remote, peer):
+        assert operation == "READ" and self.check_remote_metadata(peer, remote)
+        for address, size, _ in local:
+            assert any(a <= address and address + size <= a + n for a, n in self.registered)
+        return SimpleNamespace(local=local, remote=remote, looks=0)
+
+    def transfer(self, handle):
+        return "PROC"
+
+    def check_xfer_state(self, handle):
+        if Agent.failing:
+            return "ERR"
+        for (to, n, _), (source, m, _) in zip(handle.local, handle.remote, strict=True):
+            assert n == m
+            ctypes.memmove(to, source, n)
+        return "DONE"
+
+    def release_xfer_handle(self, handle):
+        pass
+
+    def send_notif(self, peer, data):
+        self.known[peer][0].notifs.setdefault(self.name, []).append(data)
+
+    def get_new_notifs(self):
+        found, self.notifs = self.notifs, {}
+        return found
+
+
+def config(*, enable_listen_thread, listen_port, backends):
+    assert enable_listen_thread
+    return SimpleNamespace(listen_port=listen_port, backends=[x for x in backends if x == "UCX"])
+
+
+@pytest.fixture(params=["made", "installed"])
+def api(request, monkeypatch):
+    if request.param == "installed":
+        if not any(find_spec(name) for name in nixl._PACKAGES):
+            pytest.skip("NIXL is not installed")
+        return
+    made = SimpleNamespace(nixl_agent=Agent, nixl_agent_config=config)
+    monkeypatch.setattr(nixl, "_load", lambda: made)
+    monkeypatch.setattr(Agent, "ports", {})
+
+
+@pytest.fixture
+def ports():
+    taken = [socket.socket() for _ in range(2)]
+    for each in taken:
+        each.bind(("127.0.0.1", 0))
+    found = [each.getsockname()[1] for each in taken]
+    for each in taken:
+        each.close()
+    return found
+
+
+@pytest.fixture
+def other(api, ports):
+    """A process that offers three pages, on a thread; the transport, and its region."""
+    stop = threading.Event()
+    transport = Nixl("other", ports[0])
+    region = transport.register(4, N, FACTS)
+    for slot, key in enumerate(KEYS):
+        region.rows[slot] = slot + 5
+        region.put(key, slot)
+
+    def answer():
+        while not stop.is_set():
+            for message in transport.messages(0.05):
+                transport.notify(message.sender, dict(said=message.facts))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield region
+    stop.set()
+    thread.join()
+    transport.close()
+
+
+@pytest.fixture
+def here(api, ports):
+    with Nixl("here", ports[1], {"other": ("127.0.0.1", ports[0])}, timeout=5.0) as transport:
+        yield transport
+
+
+def test_pages_and_messages_come(other, here):
+    """Into rows that are registered, and into others by way of some that are."""
+    own = here.register(3, N, FACTS)
+    region = wait_for(here, "other")
+    assert region.exists([*KEYS, b"z" * 16]) == KEYS
+    for rows in (list(own.rows), [np.zeros(N, np.uint8) for _ in KEYS]):
+        assert region.get(KEYS, rows) == 3
+        assert [set(row.tolist()) for row in rows] == [{5}, {6}, {7}]
+    here.notify("other", dict(x=1))
+    assert [message.facts for message in here.messages(5.0)] == [dict(said=dict(x=1))]
+    assert here.messages(0.0) == []
+
+
+def test_what_is_wrong_is_an_error(other, here, monkeypatch):
+    with pytest.raises(ParameterError, match="nothing is registered"):
+        here.connect("other")
+    here.register(3, N, dict(model="b"))
+    with pytest.raises(TransportError, match="other has pages of facts"):
+        here.connect("other")
+    with pytest.raises(ParameterError, match="there is a region"):
+        here.register(3, N, FACTS)
+
+
+def test_transfers_that_fail(other, here, monkeypatch):
+    here.register(3, N, FACTS)
+    region = here.connect("other")
+    other.rows[1, 77] += 1
+    assert region.exists(KEYS) == KEYS
+    with pytest.raises(TransportError, match="other has a page 0202.* that is damaged"):
+        region.get(KEYS, [np.zeros(N, np.uint8) for _ in KEYS])
+    if isinstance(here._agent, Agent):
+        monkeypatch.setattr(Agent, "failing", True)
+        with pytest.raises(TransportError, match="other gave no bytes: NIXL says ERR"):
+            region.exists(KEYS)
+
+        def refuse(*args):
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(Agent, "send_notif", refuse)
+        with pytest.raises(TransportError, match="NIXL brings no message to other: RuntimeError"):
+            here.notify("other", {})
+
+
+def test_nobody_is_there(here, monkeypatch):
+    here.register(3, N, FACTS)
+    monkeypatch.setattr(here, "_timeout", 0.2)
+    for peer in ("other", "unknown"):
+        with pytest.raises(TransportError, match=f"Nixl.connect: {peer} did not answer in 0.2 s"):
+            here.connect(peer)
+
+
+def test_options(api, ports):
+    for given, text in (
+        (dict(name="a b"), "Nixl: name is 'a b'"),
+        (dict(port=0), "Nixl: port is 0"),
+        (dict(peers={"a/b": ("x", 1)}), "Nixl: peers is 'a/b'"),
+    ):
+        with pytest.raises(ParameterError, match=text):
+            Nixl(**{"name": "a", "port": ports[0], **given})
+
+
+def test_without_nixl(monkeypatch):
+    monkeypatch.setattr(nixl, "_PACKAGES", ("no_such_package",))
+    with pytest.raises(InstallError, match=r"nixl is not installed: .*nixl\]"):
+        Nixl("a", 5000)

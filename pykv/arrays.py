@@ -53,7 +53,8 @@ class Dims(dict[str, int]):
 
         Args:
             options: hashable; all that `make` depends on besides types, shapes, strides, dtypes,
-                alignment and device of the checked arrays.
+                alignment and device of the checked arrays. Zeros of both signs are equal: a float
+                whose sign counts is given as its text.
             make: called if nothing is kept; returns something other than None.
 
         Raises:

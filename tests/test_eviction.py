@@ -455,6 +455,16 @@ def test_heads_share_a_budget(xp, rng):
         cache.manager.free(fork[0])
 
 
+def test_a_floor_stands_above_infinite_scores(xp, rng):
+    cache, sequences, _ = cache_of(xp, rng, lengths=[40])
+    scores = rng.random((L, 1, H, 40)).astype(np.float32)
+    scores[:, :, 0] = np.inf
+    given = list(map(xp.asarray, scores))
+    evicted = eviction.evict(cache, sequences, [40], AdaKV(Scores(budget=10)), scores=given)
+    assert evicted.lengths[0, 0].tolist() == [18, 2]
+    assert to_numpy(evicted.kept[0])[0, 1, :2].tolist() == best(scores[0, 0, 1], 2)
+
+
 def test_positions_may_be_those_of_more_pages(xp, rng):
     """As the eviction before left them."""
     cache, sequences, _ = cache_of(xp, rng)

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import numpy as np
+
 from pykv.arrays import load_cupy
 from pykv.cuda.devices import check_stream, current_device, on_stream, synchronize
 from pykv.errors import CudaError, DeviceError, DtypeError, ParameterError, UnsupportedError
@@ -91,7 +93,8 @@ def traced() -> Iterator[list[Any]]:
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
-    """Take a step of NumPy's work, or record it.
+    """Take a step of NumPy's work, or record it. It warns of infinities and NaN no more than a
+    kernel does.
 
     Args:
         compute: the work.
@@ -113,9 +116,10 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
             raise UnsupportedError(
                 "graph: the function works on NumPy arrays as well, expected arrays of a GPU alone"
             )
-        value = compute()
-        if out is not None:
-            out[...] = value
+        with np.errstate(all="ignore"):
+            value = compute()
+            if out is not None:
+                out[...] = value
 
     if _state.recording is None:
         step()

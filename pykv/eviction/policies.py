@@ -379,7 +379,9 @@ def parse(text: str) -> Policy | AdaKV:
         return AdaKV(parse(":".join(words)))  # type: ignore[arg-type]  # refuses another AdaKV
     if name not in POLICIES:
         known = ", ".join((*POLICIES, "adakv"))
-        raise ParameterError(f"{op}: text {text!r} has no policy {name!r}, expected one of {known}")
+        raise ParameterError(
+            f"{op}: text {text!r:.80} has no policy {name!r:.80}, expected one of {known}"
+        )
     kind = POLICIES[name]
     given: dict[str, Any] = {}
     for word in words:
@@ -388,10 +390,12 @@ def parse(text: str) -> Policy | AdaKV:
         if field not in {x.name for x in fields(kind)} or field in given:
             expected = ", ".join(x.name for x in fields(kind))
             raise ParameterError(
-                f"{op}: text {text!r} has {word!r}, expected each once of {expected}"
+                f"{op}: text {text!r:.80} has {word!r:.80}, expected each once of {expected}"
             )
         try:
             given[field] = float(value) if field in _FRACTIONS else int(value)
         except ValueError:
-            raise ParameterError(f"{op}: text {text!r} has {word!r}, expected a number") from None
+            raise ParameterError(
+                f"{op}: text {text!r:.80} has {word!r:.80}, expected a number"
+            ) from None
     return kind(**given)

@@ -278,7 +278,8 @@ class _Work:
                 flat = xp.ascontiguousarray(scores).reshape(B * H, 1, C)
                 first, _ = choose(flat, lengths.reshape(-1, 1), floors)
                 spare = xp.zeros((B * H, 1, 1), np.float32)  # the place of -1, no row
-                flat = xp.concatenate((flat, spare), 2)
+                largest = np.float32(np.finfo(np.float32).max)  # below infinity, as floors are
+                flat = xp.concatenate((xp.minimum(flat, largest), spare), 2)
                 flat[xp.arange(B * H)[:, None], 0, first[:, 0]] = np.float32(np.inf)
                 scores = flat[..., :C].reshape(B, H, C)
             kept, counts = choose(scores, lengths, limits.sum(1))

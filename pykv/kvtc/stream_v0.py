@@ -95,7 +95,8 @@ def check_ranges(
         if not isinstance(one, Range):
             raise DtypeError(f"{op}: ranges[{i}] is a {type(one).__name__}, expected a Range")
     try:
-        return _checked(op, tuple(ranges), features)
+        types = tuple(type(field) for one in ranges for field in one)  # as 1.0 and True equal 1
+        return _checked(op, tuple(ranges), features, types)
     except TypeError as error:
         if isinstance(error, DtypeError):
             raise
@@ -103,7 +104,9 @@ def check_ranges(
 
 
 @lru_cache(maxsize=256)
-def _checked(op: str, ranges: tuple[Range, ...], features: int | None) -> tuple[Range, ...]:
+def _checked(
+    op: str, ranges: tuple[Range, ...], features: int | None, types: tuple[type, ...]
+) -> tuple[Range, ...]:
     for i, one in enumerate(ranges):
         name = f"ranges[{i}]"
         start = check_whole(op, f"{name}.start_idx", one.start_idx, 0, MOST)

@@ -136,7 +136,7 @@ def embed(
     if out.size == 0:
         return out
     if on_gpu(table):
-        launch = dims.keep((out.dtype, scale), lambda: _launch_embed(table, out, scale))
+        launch = dims.keep((out.dtype, str(scale)), lambda: _launch_embed(table, out, scale))
         launch(dict(out=out, table=table, ids=ids), stream)
     else:
         cuda.look(lambda: _check_ids(op, ids, dims["V"]))

@@ -122,7 +122,8 @@ def take(
     if out.size == 0:
         return out
     if on_gpu(w):
-        launch = dims.keep((kind, I, scale, out.dtype), lambda: _launch(w, kind, out, scale))
+        options = kind, I, str(scale), out.dtype
+        launch = dims.keep(options, lambda: _launch(w, kind, out, scale))
         launch(dict(out=out, w=w, ids=ids), stream)
     else:
         if ids is not None:

@@ -254,7 +254,7 @@ def expand(
     if not on_gpu(values):
         cuda.run_on_host(lambda: reference_expand(values, indices, n, fill, count), out, stream)
     elif n:
-        launch = dims.keep((n, fill), lambda: _launch_expand(values, indices, n, fill))
+        launch = dims.keep((n, str(fill)), lambda: _launch_expand(values, indices, n, fill))
         launch(dict(out=out, values=values, indices=indices, count=count), stream)
     return out
 

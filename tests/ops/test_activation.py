@@ -92,6 +92,14 @@ def test_embeddings_are_exact(xp, rng, T, V, E, table, dtype):
     assert_same_bits(got, np.array(want, np.float32).reshape(T, E).astype(dtype_of(dtype)))
 
 
+def test_the_sign_of_zero_scales(xp):
+    """Whichever came first with these layouts."""
+    table, ids = xp.ones((2, 8), np.float32), xp.zeros(1, np.int32)
+    for scale in (0.0, -0.0, 0.0):
+        got = activation.embed(table, ids, scale=scale)
+        assert_same_bits(got, np.full((1, 8), scale, np.float32))
+
+
 def test_embeddings_into_out(xp, rng):
     table = rng.standard_normal((4, 8)).astype(np.float16)
     out = xp.full((4, 8), np.nan, np.float32)

@@ -1,6 +1,7 @@
 """Options and outputs that ops must refuse; tests/test_arguments.py has what holds of all calls."""
 
 import inspect
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -45,6 +46,19 @@ def test_what_is_written_may_not_be_read_only(rng, op, arguments):
         for n, x in given.items():
             if isinstance(x, np.ndarray):
                 assert frozen[n].tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
+def test_no_number_is_warned_of(rng, op, arguments, value):
+    """On the host as little as on a GPU: where warnings are errors, a row would fail a call."""
+    given = filled(arguments, rng, np)
+    for x in given.values():
+        if isinstance(x, np.ndarray) and x.dtype.kind in "fV" and x.dtype.itemsize > 1:
+            with np.errstate(over="ignore"):
+                x.reshape(-1)[::2] = np.array(value).astype(x.dtype)
+    with suppress(PykvError):  # which some refuse
+        op(**given)
 
 
 def test_a_read_only_workspace_is_refused(xp, rng):

@@ -31,6 +31,16 @@ def test_rows_are_those_of_gguf(xp, rng, kind):
     assert_same_bits(to_numpy(scaled)[is_number], want[is_number])
 
 
+def test_the_sign_of_zero_scales(xp):
+    """Whichever came first with these layouts."""
+    blocks = np.full((2, 18), 0x99, np.uint8)
+    blocks[:, :2] = np.ones((2, 1), np.float16).view(np.uint8)
+    w = op.pack(xp.asarray(blocks), "Q4_0")  # ones
+    for scale in (0.0, -0.0, 0.0):
+        got = op.take(w, "Q4_0", 32, scale=scale)
+        assert_same_bits(got, np.full((2, 32), scale, np.float32))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rows_are_rounded_once(xp, rng, dtype):
     blocks = random_blocks(rng, "Q4_K", 3, 256)

@@ -158,6 +158,14 @@ def test_nothing_expands_to_fill(xp):
     assert compaction.expand(nothing, nowhere, 0).size == 0
 
 
+def test_the_sign_of_zero_fills(xp):
+    """Whichever came first with these layouts."""
+    values, indices = xp.ones(1, np.float32), xp.zeros(1, np.int32)
+    for fill in (0.0, -0.0, 0.0):
+        got = compaction.expand(values, indices, 3, fill)
+        assert_same_bits(got, np.array([1, fill, fill], np.float32))
+
+
 # --- The kernels' two ways ------------------------------------------------------------------------
 
 

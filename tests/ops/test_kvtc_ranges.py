@@ -254,3 +254,13 @@ FAULTS = {
     "kvtc_ranges: another order": (op, "quantize_ranges", fixed(1, lambda plan: plan[::-1])),
 }
 REFERENCE_FAULTS = [(op, "reference_ranges", zeros), (op, "reference_rows", zeros)]
+
+
+@pytest.mark.parametrize(
+    "one", [Range(0.0, 8), Range(False, 8), Range(0, np.float64(8)), Range(0, 8, "fp8", 0.0)]
+)
+def test_numbers_that_equal_whole_ones_are_none(one):
+    """Also behind those that they equal."""
+    assert stream_v0.compressed_size([Range(0, 8)], 2)
+    with pytest.raises(DtypeError, match=r"ranges\[0\]\.\w+ is a (float|float64|bool), expected"):
+        stream_v0.compressed_size([one], 2)

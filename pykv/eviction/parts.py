@@ -49,8 +49,7 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
     scales = cache.scales[layer]
     P, (N, *_) = cache.page_size, pools[0].shape
     H = spec.as_nhd(pools[0]).shape[2]
-    has_own_scales = spec.has_given_scales and spec.granularity == "head"
-    if not together or has_own_scales or H == 1:
+    if not together or has_own_scales(spec) or H == 1:
         made = []
         for h in range(H):
             arrays = dict(zip(POOLS, (*pools, *scales), strict=True))
@@ -74,6 +73,11 @@ def parts(cache: PagedKVCache, layer: int, together: bool = True) -> list[Part]:
 
     arrays = dict(zip(POOLS, map(view, (*pools, *scales)), strict=True))
     return [Part(0, H, arrays | dict(spec=spec), unit)]
+
+
+def has_own_scales(spec: KVSpec) -> bool:
+    """Whether each head has a scale of its own, and so a part."""
+    return spec.has_given_scales and spec.granularity == "head"
 
 
 def _head(spec: KVSpec, x: Any, h: int) -> Any:

@@ -7,15 +7,15 @@
 //   scores    const  [R, S, C] float
 //   lengths   const  [R, S] int     clamped to 0 .. C
 //   budgets   const  [R] int        rows that the S segments keep together; null: no limit
-//   tallies          [R, TALLY_WORDS] int  of long groups: zeros at first; counts of digits, and what
-//                                          they said, see TALLY_WORDS
+//   tallies          [R, PASSES * DIGITS] int  of long groups: zeros at first; how often rows have
+//                                          each digit
 //   pairs            [R, S, parts] u64     of long groups: rows above the last one that is kept in
 //                                          the upper half, and of its order, of each part
 // Scalars:  sinks, recent: the first and the last rows of a segment, which pass before all others;
 //           has_threshold, threshold: others are kept where their score exceeds it alone; slice:
 //           scores of a part, whole tiles; digit: which one is counted
 // Defines:  BLOCK = threads, a power of two from 128 to 1024; ITEMS, scores that each has at once;
-//           TALLY_WORDS
+//           TALLIES = PASSES * DIGITS
 // Launch:   block (BLOCK). kv_select: grid (R). Of long groups grid (parts, S, R), parts = ceil(C /
 //           slice): kv_select_count for each digit in turn, where there are budgets,
 //           kv_select_pairs, kv_select_write
@@ -28,15 +28,16 @@
 // the same digit are left to the hardware: adding them up first took a tenth longer (H200).
 //
 // A block takes 2.5 us for 1,000 scores (H200), so groups that are few and long are cut into parts.
-// Their blocks meet at the ends of launches alone; the last one of a group to count says the digit.
+// Their blocks meet at the ends of launches alone, and all of them find the digits that were counted.
 #include "ptx.cuh"
 #include "types.cuh"
 
-#if !defined(BLOCK) || !defined(ITEMS) || !defined(TALLY_WORDS)
-#error "kv_select.cu needs BLOCK, ITEMS and TALLY_WORDS"
+#if !defined(BLOCK) || !defined(ITEMS) || !defined(TALLIES)
+#error "kv_select.cu needs BLOCK, ITEMS and TALLIES"
 #endif
 constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;  // 32 bits are three digits, the last short
 constexpr int WARPS = BLOCK / WARP, TILE = BLOCK * ITEMS, PASSES = (32 + DIGIT_BITS - 1) / DIGIT_BITS;
+static_assert(TALLIES == PASSES * DIGITS, "the host allocates as much");
 static_assert(DIGITS % BLOCK == 0 && BLOCK % WARP == 0, "threads share the digits evenly");
 
 // What passes of a segment: its first rows, those from `recent` on, and what exceeds the threshold.
@@ -80,9 +81,6 @@ struct Cut {
     u32 last;
     int ties, takes_all;
 };
-
-constexpr int CUTS_AT = PASSES * DIGITS + PASSES;  // behind histograms and arrived blocks
-static_assert(TALLY_WORDS == CUTS_AT + 3 * PASSES, "the host allocates as much");
 
 __device__ __forceinline__ Cut first_cut(const int* budgets, i64 group) {
     const int ties = budgets ? max(budgets[group], 0) : 0x7fffffff;
@@ -255,16 +253,15 @@ struct Part {
     }
 };
 
-__device__ __forceinline__ Cut load_cut(const int* tally, int pass) {
-    const int* const at = tally + CUTS_AT + 3 * pass;
-    return {(u32)at[0], at[1], at[2]};
-}
-
-__device__ __forceinline__ void store_cut(int* tally, int pass, const Cut& cut) {
-    int* const at = tally + CUTS_AT + 3 * pass;
-    at[0] = (int)cut.last;
-    at[1] = cut.ties;
-    at[2] = cut.takes_all;
+// The cut of this block's group after some passes; without budgets nothing was counted.
+__device__ __forceinline__ Cut cut_after(int passes, const int* tallies, const int* budgets,
+                                         u64* scratch, Found& found) {
+    Cut cut = first_cut(budgets, blockIdx.z);
+    for (int pass = 0; !cut.takes_all && pass < passes; pass++) {
+        const int* const histogram = tallies + ((i64)blockIdx.z * PASSES + pass) * DIGITS;
+        cut_deeper(cut, histogram, scratch, found, pass);
+    }
+    return cut;
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
@@ -274,43 +271,18 @@ kv_select_count(int* tallies, const float* scores, const int* lengths, const int
     __shared__ int histogram[DIGITS];
     __shared__ u64 scratch[WARPS];
     __shared__ Found found;
-    __shared__ bool is_last;
     await_previous();
-    int* const tally = tallies + (i64)blockIdx.z * TALLY_WORDS;
-    Cut cut = digit ? load_cut(tally, digit - 1) : first_cut(budgets, blockIdx.z);
-    if (cut.takes_all) {
-        if (blockIdx.x + blockIdx.y + threadIdx.x == 0) store_cut(tally, digit, cut);
-        return;
-    }
+    const Cut cut = cut_after(digit, tallies, budgets, scratch, found);
+    if (cut.takes_all) return;
     clear(histogram);
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
-    count_digits(histogram, scores + part.segment * C, part.begin, part.end, rules,
-                 cut.last, digit);
+    count_digits(histogram, scores + part.segment * C, part.begin, part.end, rules, cut.last, digit);
     __syncthreads();
-    int* const all = tally + digit * DIGITS;
+    int* const all = tallies + ((i64)blockIdx.z * PASSES + digit) * DIGITS;
     for (int i = threadIdx.x; i < DIGITS; i += BLOCK) {
         if (histogram[i]) atomicAdd(all + i, histogram[i]);
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const int arrived = atomicAdd(tally + PASSES * DIGITS + digit, 1);
-        is_last = arrived == (int)(gridDim.x * gridDim.y) - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
-    for (int i = threadIdx.x; i < DIGITS; i += BLOCK) histogram[i] = all[i];
-    __syncthreads();
-    cut_deeper(cut, histogram, scratch, found, digit);
-    if (threadIdx.x == 0) store_cut(tally, digit, cut);
-}
-
-// The cut of a group; without budgets nothing was counted.
-__device__ __forceinline__ Cut final_cut(const int* tallies, const int* budgets) {
-    if (!budgets) return first_cut(budgets, 0);
-    return load_cut(tallies + (i64)blockIdx.z * TALLY_WORDS, PASSES - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2)
@@ -318,8 +290,9 @@ kv_select_pairs(u64* pairs, const int* tallies, const float* scores, const int* 
                 const int* budgets, int S, int C, int sinks, int recent, int has_threshold,
                 float threshold, int slice) {
     __shared__ u64 scratch[WARPS];
+    __shared__ Found found;
     await_previous();
-    const Pairs of_rows(final_cut(tallies, budgets));
+    const Pairs of_rows(cut_after(PASSES, tallies, budgets, scratch, found));
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
     u64 own = 0, total;
@@ -335,8 +308,9 @@ kv_select_write(int* kept, int* counts, const u64* pairs, const int* tallies, co
                 const int* lengths, const int* budgets, int S, int C, int sinks, int recent,
                 int has_threshold, float threshold, int slice) {
     __shared__ u64 scratch[WARPS];
+    __shared__ Found found;
     await_previous();
-    const Pairs of_rows(final_cut(tallies, budgets));
+    const Pairs of_rows(cut_after(PASSES, tallies, budgets, scratch, found));
     const Part part(lengths, S, C, slice);
     const Rules rules = {sinks, part.length - recent, has_threshold, threshold};
     scores += part.segment * C;

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, blocks
+from pykv import PagedKVCache, blocks, cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.eviction import BlockSelection, block_means, decode_blocks
 from tests.helpers import assert_same_bits, to_numpy
@@ -116,3 +116,53 @@ def test_wrong_arguments(rng):
         decode_blocks(cache, 1, q, table, lengths, means[:, :, :8].copy(), good)
     with pytest.raises(ParameterError, match="blocks is 0, expected 1 to"):
         BlockSelection(blocks=0)
+
+
+@pytest.mark.parametrize("spec", ["fp16", "int8:HND", "int8:head"])
+def test_further_calls_take_other_arrays(device, rng, spec):
+    """As a first call takes them, on queries at any stride, in a captured graph as well."""
+    selection, made = BlockSelection(blocks=2, block=4, recent=8), []
+    for lengths in (LENGTHS, LENGTHS[::-1], [33, 61, 7, 18]):
+        cache, table, lengths, _ = cache_of(device, rng, spec, lengths)
+        means = block_means(cache, 1, table, lengths, selection)
+        q = rng.standard_normal((4, 2, H * G, D)).astype(np.float32)
+        given = table, lengths, means
+        host = [cache_on_host(cache), *map(to_numpy, given)]
+        for side in (0, 1):
+            want = decode_blocks(host[0], 1, q[:, side].copy(), *host[1:], selection)
+            sent = device.asarray(q)[:, side]
+            got = decode_blocks(cache, 1, sent, *given, selection)
+            assert to_numpy(got).shape == want.shape
+            np.testing.assert_allclose(to_numpy(got), want, atol=2e-3)
+            made.append(got)
+    assert len({x.data.ptr for x in made}) == len(made)  # results of earlier calls stay
+    sent = device.asarray(q[:, 1])
+    step = cuda.graph(lambda: decode_blocks(cache, 1, sent, *given, selection))
+    step(), assert_same_bits(step(), got)
+
+
+def cache_on_host(cache):
+    (L, H, D), pages = cache.sizes, cache.k.shape[1]
+    made = PagedKVCache(L, pages, H, D, page_size=P, spec=cache.spec)
+    for name in ("k", "v", "k_scales", "v_scales"):
+        if getattr(cache, name) is not None:
+            getattr(made, name)[...] = to_numpy(getattr(cache, name))
+    return made
+
+
+def test_further_calls_are_checked(device, rng):
+    cache, table, lengths, _ = cache_of(device, rng)
+    selection = BlockSelection(blocks=2, block=4, recent=8)
+    means = block_means(cache, 1, table, lengths, selection)
+    q = device.zeros((4, H * G, D), np.float32)
+    for _ in range(2):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64)
+    with pytest.raises(DtypeError, match="fixed_split is a float"):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, fixed_split=64.0)
+    with pytest.raises(ParameterError, match="scale is nan"):
+        decode_blocks(cache, 1, q, table, lengths, means, selection, scale=float("nan"))
+    with pytest.raises(ShapeError, match="means has shape"):
+        decode_blocks(cache, 1, q, table, lengths, means[:, :, :4].copy(), selection)
+    with pytest.raises(ParameterError, match="there is no|is -1|holds|page"):
+        wrong = table * 0 - np.int32(1)
+        decode_blocks(cache, 1, q, wrong, lengths, means, selection, check=True)

@@ -5,7 +5,7 @@ import pytest
 
 from pykv import cuda
 from pykv.arrays import FLOAT32, Dims, checker
-from pykv.errors import DtypeError, FormatError, ParameterError, UnsupportedError
+from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc import Codec
 from pykv.ops import activation
 from tests.helpers import assert_same_bits, to_numpy
@@ -63,10 +63,18 @@ def test_arrays_that_share_memory_are_never_mixed_up(device):
     assert add.calls == 2
 
 
-def test_an_array_of_nobody_is_refused(device):
-    x, y = pair(device)
-    with pytest.raises(UnsupportedError, match=r"activation.cu add: y is in none of the call's"):
-        cuda.replayed(Dims(), None, (x,), lambda: activation.add(x, y))
+def test_a_call_that_allocates_is_made_each_time(device):
+    kept, calls = Dims(), []
+
+    def body():
+        calls.append(len(calls))
+        activation.add(x, device.full(x.shape, calls[-1], np.float32))
+
+    x, _ = pair(device)
+    want = to_numpy(x)
+    for _ in range(3):
+        cuda.replayed(kept, None, (x,), body)
+    assert_same_bits(x, want + 0 + 1 + 2)
 
 
 def test_prepared_and_captured_calls(device):

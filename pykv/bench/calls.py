@@ -3,6 +3,9 @@
 Cases are calls of a decode step, of B requests, whose work on the device is small. Host times are
 the result; of `how` = "op" with the same call prepared beside it, of "plan" with arguments that the
 plan has run before. The plan takes lists of pages instead of slots or a page table.
+
+Beside them are calls of several launches: `compress` and `decompress` of kvtc_codec, and of `evict`
+the jobs `evict` and `blocks`, which cannot be prepared.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pykv import plan
-from pykv.bench import Work, append, decode
+from pykv.bench import Work, append, decode, evict, kvtc_codec
 from pykv.bench.options import Case
 from pykv.specs import KVSpec
 from pykv.testing import caches, host
@@ -32,8 +35,21 @@ def _cases(batches: tuple[int, ...], sizes: dict[str, int]) -> list[Case]:
     ]
 
 
-CASES = _cases((8, 64), SIZES)
-QUICK = _cases((2,), dict(L=20, HQ=4, H=2, D=16, P=4))
+def _longer(tokens: int, model: dict[str, int], selected: Case) -> list[Case]:
+    """Calls of several launches: of a codec, and of a cache that is too long."""
+    coded = [dict(job=job, how="op") for job in ("compress", "decompress")]
+    of_codec = [dict(one, gemm="own", kv="fp16", tokens=tokens, **model) for one in coded]
+    jobs = dict(evict=("int8", 0.25), blocks=("bf16", 1.0))
+    return of_codec + [
+        dict(selected, job=job, how="call", kv=kv, keep=keep) for job, (kv, keep) in jobs.items()
+    ]
+
+
+CASES = _cases((8, 64), SIZES) + _longer(512, kvtc_codec.SMOL, dict(evict.SIZES, B=1, L=131072))
+_TINY = dict(HQ=4, H=2, D=16, P=4)
+QUICK = _cases((2,), dict(_TINY, L=20)) + _longer(
+    20, kvtc_codec.TINY, dict(HQ=4, H=2, D=32, P=16, dtype="fp32", B=1, L=1700)
+)
 OPTIONS = ("batch", "keys", "heads", "dim", "page", "row_kv")
 
 
@@ -45,7 +61,11 @@ def own_cases(cases: list[Case], change: Case) -> list[Case]:
 
 def make(case: Case, xp: Any, rng: np.random.Generator) -> Work | None:
     """The work of a case: requests of L tokens in fp16, the last of which is appended, or whose
-    query attends to all."""
+    query attends to all; or that of another benchmark."""
+    if case["job"] in ("compress", "decompress"):
+        return kvtc_codec.make({**case, "op": case["job"]}, xp, rng)
+    if case["how"] == "call":
+        return evict.make(case, xp, rng)
     job = _append if case["job"] == "append" else _decode
     return job({**case, "dtype": "fp16"}, xp, rng)
 

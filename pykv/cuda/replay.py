@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from pykv.arrays import Dims
 from pykv.cuda.calls import enqueue, is_capturing, is_preparing, traced
 from pykv.cuda.launch import Launch
-from pykv.errors import UnsupportedError
 
 
 class _Moved(NamedTuple):
@@ -34,16 +33,14 @@ def replayed(
         key: hashable; all else that `call` goes by.
         arrays: all arrays, or None, that launches of `call` take, whole or in parts.
         call: enqueues launches, and other steps if they touch none of the `arrays` but those that
-            are the same at each call. It allocates nothing, and waits for nothing.
+            are the same at each call. It does nothing else: what CuPy does by itself is not seen.
         stream: see on_stream; that of `call` as well.
 
-    Raises:
-        UnsupportedError: a launch takes an array that is none of `arrays` nor in one: `call` does
-            not keep to this.
-        As `call`, which checks.
+    Raises: as `call`, which checks.
 
-    While a call is prepared or a graph captured, it is made each time; as are calls of which two
-    arrays share memory, so that it cannot be told which of them a launch took.
+    `call` is made each time where that would be wrong: while it is prepared or a graph captured; if
+    a launch takes an array that lies in none of `arrays`, such as one that `call` allocates, or in
+    two of them, so that it cannot be told which is meant.
     """
     if is_preparing() or is_capturing():
         call()
@@ -83,17 +80,13 @@ def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Move
     """Where a launch's arrays lie; None where that is not to be told."""
     sources: list[int | None] = []
     offsets = []
-    for name, x in zip(launch.kernel.arrays, taken, strict=True):
+    for x in taken:
         if x is None:
             sources.append(None)
             offsets.append(0)
             continue
         places = [i for i, array in enumerate(arrays) if _lies_in(x, array)]
-        if not places:
-            raise UnsupportedError(
-                f"cuda.replayed: {launch.kernel.label}: {name} is in none of the call's arrays"
-            )
-        if len(places) > 1 and x.size:
+        if not places or (len(places) > 1 and x.size):
             return None
         sources.append(places[0])
         offsets.append(x.data.ptr - arrays[places[0]].data.ptr)

@@ -10,16 +10,19 @@ kernels of dense attention read these alone. Source: the exact block selection o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, module_of
+from pykv import attention, cuda
+from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu
 from pykv.errors import DtypeError, ParameterError, ShapeError
-from pykv.eviction.parts import check_cache, of_heads, of_sequences, parts
-from pykv.ops import kv_scores, kv_select, page_table, paged_decode
+from pykv.eviction.parts import Part, check_cache, has_own_scales, parts
+from pykv.ops import block_queries, kv_scores, kv_select, page_table, paged_check, paged_decode
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
@@ -135,63 +138,128 @@ def decode_blocks(
     cuda.refuse_prepare(op, "it makes tables for each call")
     pages = _check(op, cache, layer, selection)
     dims = _decode_check(q, table, lengths, means)
-    B, HQ, H, M = (dims[letter] for letter in ("B", "HQ", "H", "M"))
+    B, HQ, H, D, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "M"))
     _check_means(op, means, cache, M, selection)
     if HQ % H:
         raise ShapeError(f"{op}: q has HQ={HQ}, expected a multiple of H={H}")
+    if fixed_split is not None:
+        attention.check_split(op, fixed_split)
+    xp, spec, P = module_of(q), cache.spec, cache.page_size
+    out = like(q, q.shape, q.dtype)
     if 0 in q.shape:
-        return module_of(q).empty_like(q)
-    xp, results = module_of(q), []
-    old = xp.maximum(lengths - np.int32(selection.recent), np.int32(0)) // np.int32(selection.block)
-    width = min(selection.blocks * pages + -(-selection.recent // cache.page_size) + pages, M)
+        return out
+    width = min(selection.blocks * pages + -(-selection.recent // P) + pages, M)
+    G, n = HQ // H, 1 if has_own_scales(spec) else H  # n heads at a time
+    device = q.data.device_id if on_gpu(q) else None
+    sections, size = _sections(B * n, G, D, means.shape[2], width, P, fixed_split, device)
+    q, memory = xp.ascontiguousarray(q), like(q, (size,), np.uint8)
+    options = dict(scale=scale, logits_soft_cap=logits_soft_cap, fixed_split=fixed_split)
+    of_blocks = dict(page_size=P, block_pages=pages, width=width)
+    attend = partial(_attend, selection, of_blocks, sections, dict(options, check=check))
+    if n == H:
+        arrays = q, table, lengths, means, out, memory
+        call = partial(_attend_once, attend, cache, layer, arrays)
+        if device is None or paged_check.enabled(op, check):
+            call()
+        else:
+            pools, given = (*cache.layers[layer], *cache.scales[layer]), tuple(options.values())
+            layouts = _pools_checker(spec)(*pools).layouts
+            key = layouts, selection, given, tuple(map(type, given))
+            cuda.replayed(dims, key, (*pools, *arrays), call)
+        return out
     for part in parts(cache, layer):
-        heads = slice(part.first, part.first + part.n)
-        grouped = of_heads(q[:, None], H, heads)
-        old_of_heads = xp.repeat(old, part.n)
-        of_part = xp.ascontiguousarray(means[:, heads])
-        chosen, counts = _choose(of_part, grouped, old_of_heads, selection.blocks)
-        tables = page_table.of_blocks(
-            *(table, lengths, chosen, counts, old_of_heads),
-            page_size=cache.page_size,
-            block_pages=pages,
-            unit=part.unit,
-            width=width,
+        of_part = slice(part.first * G, (part.first + 1) * G)
+        found = like(q, (B, G, D), q.dtype)
+        of_head = xp.ascontiguousarray(means[:, part.first : part.first + 1])
+        some = xp.ascontiguousarray(q[:, of_part])
+        attend(part, some, table, lengths, of_head, found, memory)
+        out[:, of_part] = found
+    return out
+
+
+def _attend_once(
+    attend: Callable[..., None], cache: PagedKVCache, layer: int, arrays: tuple[Any, ...]
+) -> None:
+    """`_attend` of all heads in one part."""
+    (part,) = parts(cache, layer)
+    attend(part, *arrays)
+
+
+@lru_cache(maxsize=256)
+def _sections(
+    R: int, G: int, D: int, K: int, width: int, P: int, fixed_split: int | None, device: int | None
+) -> tuple[dict[str, tuple[slice, tuple[int, ...], Any]], int]:
+    """What R heads need between launches: where in scratch memory, shapes and dtypes; and its
+    bytes."""
+    size = 0
+    if device is not None:
+        size = paged_decode.workspace_size(
+            R, G, 1, D, width * P, fixed_split=fixed_split, device=device
         )
-        found = paged_decode.decode(
-            grouped,
-            **part.pools,
-            page_table=tables[0],
-            lengths=tables[1],
-            scale=scale,
-            logits_soft_cap=logits_soft_cap,
-            fixed_split=fixed_split,
-            check=check,
-        )
-        results.append(of_sequences(found, B, part.n, 3))
-    return results[0] if len(results) == 1 else xp.concatenate(tuple(results), 1)
-
-
-def _choose(means: Any, q: Any, old: Any, blocks: int) -> tuple[Any, Any]:
-    """The best blocks [R, K] of heads, ascending, and how many.
-
-    Args:
-        means: [B, n, K, D]; R = B * n.
-        q: [R, 1, G, D].
-        old: [R] int32; blocks that can be chosen.
-    """
-    xp, R = module_of(q), len(old)
-    _, _, K, D = means.shape
-    scores = kv_scores.score(
-        means.reshape(R, 1, K, D),
-        xp.arange(R, dtype=np.int32)[:, None],
-        old,
-        "product",
-        vectors=q.astype(np.float32).mean(2),
-        spec=_MEANS,
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = dict(
+        vectors=((R, 1, D), np.float32),
+        rows=((R, 1), np.int32),
+        old=((R,), np.int32),
+        budgets=((R,), np.int32),
+        scores=((R, 1, K), np.float32),
+        kept=((R, 1, K), np.int32),
+        counts=((R, 1), np.int32),
+        table=((R, width), np.int32),
+        lengths=((R,), np.int32),
+        workspace=((size,), np.float32),
     )
-    budgets = xp.full(R, blocks, np.int32)
-    chosen, counts = kv_select.select(scores, old[:, None], budgets)
-    return chosen[:, 0], counts[:, 0]
+    found, end = {}, 0
+    for name, (shape, dtype) in shapes.items():
+        begin = -(-end // 128) * 128
+        end = begin + 4 * prod(shape)
+        found[name] = slice(begin, end), shape, dtype
+    return found, end
+
+
+def _attend(
+    selection: BlockSelection,
+    of_blocks: dict[str, int],
+    sections: dict[str, Any],
+    options: dict[str, Any],
+    part: Part,
+    q: Any,
+    table: Any,
+    lengths: Any,
+    means: Any,
+    out: Any,
+    memory: Any,
+) -> None:
+    """`decode_blocks` for the heads of a part: q and out [B, n * G, D], means [B, n, K, D]."""
+    made = {
+        name: memory[at].view(dtype).reshape(shape) for name, (at, shape, dtype) in sections.items()
+    }
+    workspace = made["workspace"] if made["workspace"].size else None
+    (B, n, K, D), sizes = means.shape, dict(block=selection.block, recent=selection.recent)
+    outs = [made[name] for name in block_queries.Asked._fields]
+    zeros = None if workspace is None else workspace[: paged_decode.COUNTERS]
+    asked = block_queries.ask(
+        *(q, lengths, *outs), heads=n, blocks=selection.blocks, zeros=zeros, **sizes
+    )
+    kv_scores.score(
+        *(means.reshape(B * n, 1, K, D), asked.rows, asked.old, "product"),
+        **dict(vectors=asked.vectors, spec=_MEANS, out=made["scores"]),
+    )
+    kept, counts = made["kept"], made["counts"]
+    kv_select.select(*(made["scores"], asked.old[:, None], asked.budgets), kept=kept, counts=counts)
+    page_table.of_blocks(
+        *(table, lengths, kept[:, 0], counts[:, 0], asked.old),
+        **dict(of_blocks, unit=part.unit, table=made["table"], lengths=made["lengths"]),
+    )
+    grouped = B * n, 1, q.shape[1] // n, D
+    paged_decode.decode(
+        q.reshape(grouped),
+        **part.pools,
+        page_table=made["table"],
+        lengths=made["lengths"],
+        out=out.reshape(grouped),
+        workspace=workspace,
+        **options,
+    )
 
 
 _means_check = checker(
@@ -208,6 +276,11 @@ _decode_check = checker(
     lengths=("B", INT32),
     means=("B H K D", FLOAT32, 16),
 )
+
+
+@cache
+def _pools_checker(spec: KVSpec) -> Callable[..., Dims]:
+    return checker("eviction.decode_blocks", **spec.rules())
 
 
 def _check(op: str, cache: PagedKVCache, layer: int, selection: BlockSelection) -> int:

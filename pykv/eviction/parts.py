@@ -96,11 +96,16 @@ def check_size(op: str, num_pages: int, spec: KVSpec, page_size: int, heads: int
 
 
 def _are_apart(spec: KVSpec, heads: int) -> bool:
-    return heads == 1 or (spec.has_given_scales and spec.granularity == "head")
+    return heads == 1 or has_own_scales(spec)
 
 
 def _unit(spec: KVSpec, page_size: int, heads: int) -> int:
     return page_size * heads if spec.layout == "NHD" else heads
+
+
+def has_own_scales(spec: KVSpec) -> bool:
+    """Whether each head has a scale of its own, and so a part."""
+    return spec.has_given_scales and spec.granularity == "head"
 
 
 def _head(spec: KVSpec, x: Any, h: int) -> Any:

@@ -19,8 +19,7 @@ from pykv.options import check_number, check_whole
 
 BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
 _PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
-_TALLY_WORDS = _PASSES * (_DIGITS + 4)  # counts, and of each digit what they said
-_SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLY_WORDS=_TALLY_WORDS)
+_SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLIES=_PASSES * _DIGITS)
 _LONG = (
     32768  # scores of a group that pay for the launches of `_in_parts` (H200: a block takes 80 us)
 )
@@ -189,7 +188,7 @@ def _scratch(scores: Any, parts: int, counts: bool, stream: Any) -> dict[str, An
     """Memory that the launches of parts share; tallies, which are zeros, where they count."""
     R, S, _ = scores.shape
     with cuda.on_stream(stream):
-        tallies = like(scores, (R, _TALLY_WORDS), np.int32) if counts else None
+        tallies = like(scores, (R, _PASSES, _DIGITS), np.int32) if counts else None
         pairs = like(scores, (R, S, parts), np.uint64)
     if counts:
         cuda.enqueue(partial(_clear, tallies), stream)

@@ -10,6 +10,7 @@ from pykv.ops import (
     attention_scores,
     bandwidth,
     block_linear,
+    block_queries,
     block_rows,
     contiguous_append,
     dequant,
@@ -77,6 +78,11 @@ OPS = [
         attention_scores.score,
         dict(q=zeros("f4", 2, 2, 16), k_pool=POOLS["k_pool"], k_scales=POOLS["k_scales"], **TABLE)
         | dict(lse=zeros("f4", 2, 2)),
+    ),
+    (
+        block_queries.ask,
+        dict(q=zeros("f4", 2, 4, 8), lengths=zeros("i4", 2))
+        | dict(heads=2, block=2, recent=1, blocks=1),
     ),
     (bandwidth.read, dict(x=zeros("u4", 4, 4), sums=zeros("u4", 2))),
     (bandwidth.copy, dict(x=zeros("u4", 4, 4), out=zeros("u4", 4, 4))),

@@ -253,10 +253,13 @@ class LLM:
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")
-        prompts = [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts)
+        texts = "a text, or a list of prompts"
+        prompts = (
+            [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts, texts)
+        )
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
-        params = items("generate: params", params)
+        params = items("generate: params", params, "SamplingParams, or a list of them")
         if len(params) != len(prompts):
             raise ParameterError(
                 f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"

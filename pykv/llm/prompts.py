@@ -53,21 +53,24 @@ def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[in
 
 def known_ids(llm: LLM, name: str, ids: Any) -> list[int]:
     """Ids that are tokens of the model."""
-    vocab, known = llm.model.config.vocab, [_token_id(name, i) for i in items(name, ids)]
+    vocab, known = (
+        llm.model.config.vocab,
+        [_token_id(name, i) for i in items(name, ids, "a list of token ids")],
+    )
     for i in known:
         if not 0 <= i < vocab:
             raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
     return known
 
 
-def items(name: str, values: Any) -> list[Any]:
-    """The items of a list, a tuple or an array."""
+def items(name: str, values: Any, what: str) -> list[Any]:
+    """The items of a list, a tuple or an array; `what` says what was expected else."""
     try:
         if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
             raise TypeError
         return list(values)
     except TypeError:
-        raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
+        raise ParameterError(f"{name} is {values!r:.80}, expected {what}") from None
 
 
 def _token_id(name: str, value: Any) -> int:

@@ -253,10 +253,9 @@ class LLM:
             UnsupportedError: the call is being prepared by pykv.prepare.
         """
         _refuse_prepare("LLM.generate")
-        texts = "a text, or a list of prompts"
-        prompts = (
-            [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts, texts)
-        )
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts = items("generate: prompts", prompts, "a text, or a list of prompts")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         params = items("generate: params", params, "SamplingParams, or a list of them")

@@ -53,10 +53,8 @@ def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[in
 
 def known_ids(llm: LLM, name: str, ids: Any) -> list[int]:
     """Ids that are tokens of the model."""
-    vocab, known = (
-        llm.model.config.vocab,
-        [_token_id(name, i) for i in items(name, ids, "a list of token ids")],
-    )
+    vocab = llm.model.config.vocab
+    known = [_token_id(name, i) for i in items(name, ids, "a list of token ids")]
     for i in known:
         if not 0 <= i < vocab:
             raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")

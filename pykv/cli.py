@@ -52,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"{error.name} is not installed: {advice}")
     except UnicodeDecodeError as error:
         _complain(f"the text given is not valid {error.encoding}: {error.reason}")
-    except (PykvError, OSError) as error:
+    except PykvError as error:
         _complain(error)
+    except OSError as error:
+        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        _complain(f"{file}{error.strerror or error}")
     except MemoryError as error:
         _complain(f"out of memory: {error}")
     except Exception as error:

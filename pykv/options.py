@@ -106,7 +106,7 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> st
         ParameterError: it is none of `choices`.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ParameterError(f"{op}: {name} is {value!r}, expected one of {choices}")
+        raise ParameterError(f"{op}: {name} is {value!r:.80}, expected one of {', '.join(choices)}")
     return value
 
 

@@ -54,6 +54,13 @@ def _check_session(args: argparse.Namespace) -> None:
     path = whole_files.regular_path("--session", args.session)
     if not os.access(path.parent, os.W_OK):
         raise ParameterError(f"--session is {path}, expected a file in a folder to write to")
+    if args.session_codec is not None:
+        artefact, _, ratio = args.session_codec.rpartition(":")
+        if not (ratio.isdecimal() and os.path.isfile(artefact)):
+            raise ParameterError(
+                f"--session-codec is {args.session_codec!r:.200}, expected FILE:RATIO of a file "
+                "that exists"
+            )
 
 
 @contextmanager
@@ -127,6 +134,8 @@ def run(args: argparse.Namespace) -> None:
     """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
     conversation."""
     _check_session(args)
+    if "" in args.prompts:
+        raise ParameterError("prompt is empty, expected at least one character")
     llm, params = open_model(args)
     if not (args.chat or args.special or args.json) and llm.has_chat_template:
         note("this model has a chat template: --chat answers a prompt, else it is continued")

@@ -86,7 +86,10 @@ def _scratch(path: Path, mode: int, *, clears: bool) -> BinaryIO:
 
     def new() -> BinaryIO:
         name = path.with_name(prefix + secrets.token_hex(8))
-        return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
+        try:
+            return open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))
+        except OSError as error:  # of the file that somebody asked for
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     prefix = f"{SCRATCH}{hashlib.sha256(path.name.encode(errors='replace')).hexdigest()[:12]}-"
     if fcntl is None:

@@ -669,6 +669,11 @@ def test_empty_prompt(capsys, monkeypatch):
     assert_one_line(tiny_run(capsys, "-"), "prompt is empty, expected at least one character")
 
 
+def test_an_empty_prompt_is_noticed_before_the_model(capsys):
+    result = run(capsys, "run", "hello", "", "--model", "missing.gguf")
+    assert_one_line(result, "prompt is empty")
+
+
 def test_prompt_that_is_no_text(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"))
     assert_one_line(tiny_run(capsys, "-"), "the text given is not valid utf-8")
@@ -753,7 +758,9 @@ def raising(error):
     "error, text",
     [
         (MemoryError("2 GiB"), "out of memory: 2 GiB"),
-        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device"), "^pykv: No space left on device$"),
+        (OSError(28, "No space left", "/x/y"), "^pykv: /x/y: No space left$"),
+        (OSError("neither number nor file"), "^pykv: neither number nor file$"),
         (ModuleNotFoundError(name="jinja2"), r"jinja2 is not installed: pip install .*\[llm\]'"),
         (ModuleNotFoundError(name="cuda.core"), r"cuda.core is not .*\[cu13\]' \(or \[cu12\]\)"),
     ],

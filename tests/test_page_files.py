@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pykv import PagedKVCache, cuda, page_files, pages
+from pykv import PagedKVCache, cuda, page_files, pages, whole_files
 from pykv.errors import DtypeError, FormatError, ParameterError, UnsupportedError
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 from tests.test_pages import SIZES, SPECS, assert_holds, host, make, moved
@@ -406,3 +406,10 @@ def test_scales_that_are_unset_become_those_of_the_file(xp, rng, tmp_path):
     page_files.load(path, loaded)
     loaded.append(0, xp.asarray(10 * rows), xp.asarray(rows), slots)
     assert_same_bits(loaded.k_scales, saved.k_scales)
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path):
+    """Not the one beside it that would have been renamed."""
+    with pytest.raises(FileNotFoundError) as caught:
+        whole_files.replace(tmp_path / "no" / "x", [b"1"])
+    assert caught.value.filename == str(tmp_path / "no" / "x")

@@ -449,13 +449,16 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
     assert "bytes, expected" in done[2] and done[0] == 2 and path.read_bytes() == good[:-1]
     for flags, text in (
         (("--session-codec", "a:2"), "--session-codec has no --session"),
+        (("--session", path, "--session-codec", "a"), "'a', expected FILE:RATIO of a file that"),
+        (("--session", path, "--session-codec", "a:2"), "'a:2', expected FILE:RATIO of a file"),
+        (("--session", path, "--session-codec", f"{path}:x"), "expected FILE:RATIO of a file"),
         (("--session", tmp_path), "expected a regular file"),
         (("--session", tmp_path / "no" / "x"), "expected a file in a folder to write to"),
     ):
         assert_one_line(run(capsys, "chat", "--model", "missing.gguf", *flags), text)
-    flags = ("--session", tmp_path / "new", "--session-codec", "a")
+    flags = ("--session", tmp_path / "new", "--session-codec", f"{path}:2")
     done = run(capsys, "chat", *on_chat, *flags)
-    assert done[0] == 2 and "codec is 'a', expected FILE:RATIO" in done[2]
+    assert done[0] == 2 and "talk has magic" in done[2]
     chat_file = tmp_path / "chat"
     assert run(capsys, "run", "--chat", *on_chat, "--session", chat_file, "hi")[0] == 0
     done = run(capsys, "run", *on_chat, "--session", chat_file, "hi")

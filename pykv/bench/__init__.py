@@ -11,13 +11,14 @@ and, where it wants them,
     OPTIONS              names of the options of `pykv.bench.options` that make cases of its own,
     own_cases(cases, change)             and how, where the first case with other values will not do
     add_arguments(parser), select(args)  options that it alone has, and the cases that they leave
+    HAS_NO_SHARES        True: nothing is set against ceilings, so they are not measured
     DEVICE               what --device is where it is not given, instead of "cuda"
     row(record)          the columns of its CSV instead of `report.row`
     derive(records)      adds to its records what some of them say together
     conclude(records)    a closing line for people
 
 What cases allocate is freed after each; pinned memory comes from `pykv.bench.memory`. The ceilings
-come from `pykv.bench.bandwidth`, whose cases run first in every benchmark.
+come from `pykv.bench.bandwidth`, whose cases run first in every other benchmark.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def run(
     seed: int = 0,
     quick: bool = False,
 ) -> Iterator[Record]:
-    """Measure this device's ceilings, then the cases of a benchmark; a record for each.
+    """Measure this device's ceilings, unless the benchmark says that it `HAS_NO_SHARES` of them,
+    then its cases; a record for each.
 
     Args:
         name: of the benchmark.
@@ -124,9 +126,9 @@ def run(
     for what, value, least in (("samples", samples, 20), ("warmup", warmup, 0), ("seed", seed, 0)):
         if value < least:
             raise ParameterError(f"bench: {what} is {value}, expected at least {least}")
-    load(name)
-    ceilings = load(CEILINGS)
+    needs_none, ceilings = getattr(load(name), "HAS_NO_SHARES", False), load(CEILINGS)
     of_ceilings = ceilings.cases(ceilings.QUICK_SIZE) if quick else ceilings.CASES
+    of_ceilings = [] if needs_none else of_ceilings
     jobs = {CEILINGS: of_ceilings, name: list(cases)}  # one job, where these are what is wanted
     total, numbers = sum(map(len, jobs.values())), itertools.count(1)
     timer, facts = timing.Timer(xp, samples=samples, warmup=warmup), report.environment(xp)

@@ -15,6 +15,7 @@ from pykv.bench.report import Record
 from pykv.blocks import BlockManager
 
 DEVICE = "auto"  # no call touches it
+HAS_NO_SHARES = True
 PAGES, P = 4096, 16
 
 OPERATIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -15,7 +16,9 @@ from pykv.talk import note
 def run(args: argparse.Namespace) -> int:
     """`pykv bench`: run the cases that options name; 1: a result is wrong."""
     if args.name is None:
-        print("\n".join(bench.names()))
+        width = max(map(len, bench.names()))
+        for name in bench.names():
+            print(f"{name:<{width}}  {_brief(bench.load(name).__doc__)}")
         return 0
     module = bench.load(args.name)
     given = parser_of(args.name, module).parse_args(args.options)
@@ -58,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     note("some results are wrong")
     return 1
+
+
+def _brief(doc: str) -> str:
+    """What a docstring says first: up to a stop or a semicolon."""
+    return re.split(r"[.;](?:\s|$)", " ".join(doc.split()), maxsplit=1)[0]
 
 
 def parser_of(name: str, module: Any) -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ from pykv.errors import CompileError
 STEM = "paged_decode_mma"
 CASES: list[Case] = [dict(what=what) for what in ("variant", "warmup", "import")]
 QUICK: list[Case] = [dict(what="import")]
+HAS_NO_SHARES = True
 SAMPLES = 5  # a warm-up takes seconds
 HOST_ARCH = "sm_90"  # what is compiled for where there is no GPU
 

@@ -123,7 +123,7 @@ def summary(one: Record) -> str:
     """A result on one line."""
     if not one["ok"]:
         return "WRONG result, not timed"
-    return f"{one['median']:.1f} us, {one['gbps']:.1f} GB/s"
+    return f"{one['median']:.1f} us" + (f", {one['gbps']:.1f} GB/s" if one["bytes"] else "")
 
 
 # --- Files ----------------------------------------------------------------------------------------

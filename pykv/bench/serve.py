@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from pykv.bench import Work, report
-from pykv.bench.options import Case
+from pykv.bench.options import MAX_COUNT, Case
 from pykv.bench.report import Record
 from pykv.errors import DeviceError
+from pykv.options import check_whole
 from pykv.serve import load
 
 DEVICE = "auto"
@@ -39,6 +40,7 @@ SIZES = dict(prompt=512, answer=128, shared=256)
 CASES: list[Case] = [dict(model=MODEL, clients=n, requests=8 * n, **SIZES) for n in (1, 16, 64)]
 QUICK: list[Case] = [dict(model=MODEL, clients=2, requests=4, prompt=40, answer=8, shared=20)]
 READY_SECONDS = 300.0
+HAS_NO_SHARES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select(args: argparse.Namespace) -> list[Case]:
     """The cases; with numbers of one's own, one of these instead."""
     names = ("clients", "requests", *SIZES)
-    own = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    least = {"shared": 0}
+    own = {
+        name: check_whole("bench serve", f"--{name}", n, least.get(name, 1), MAX_COUNT)
+        for name, n in given.items()
+    }
     cases = QUICK if args.quick else CASES
     cases = [{**cases[0], **own}] if own else cases
     where = dict(model=args.model) | ({"url": args.url} if args.url else {})

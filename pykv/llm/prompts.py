@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 def answers_to(llm: LLM, prompts: Any, params: Any, special: bool) -> list[Answer]:
     """The answers to prompts, of which no scheduler knows yet. Args, Raises: see LLM.generate."""
-    prompts = [prompts] if isinstance(prompts, str) else items("generate: prompts", prompts)
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    prompts = items("generate: prompts", prompts, "a text, or a list of prompts")
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(prompts)
-    params = items("generate: params", params)
+    params = items("generate: params", params, "SamplingParams, or a list of them")
     if len(params) != len(prompts):
         raise ParameterError(
             f"generate: {len(params)} params, expected one for each of {len(prompts)} prompts"
@@ -66,21 +68,22 @@ def read_ids(llm: LLM, name: str, prompt: Any, special: bool = False) -> list[in
 
 def known_ids(llm: LLM, name: str, ids: Any) -> list[int]:
     """Ids that are tokens of the model."""
-    vocab, known = llm.model.config.vocab, [_token_id(name, i) for i in items(name, ids)]
+    vocab = llm.model.config.vocab
+    known = [_token_id(name, i) for i in items(name, ids, "a list of token ids")]
     for i in known:
         if not 0 <= i < vocab:
             raise ParameterError(f"{name} has token id {i}, expected 0 to {vocab - 1}")
     return known
 
 
-def items(name: str, values: Any) -> list[Any]:
-    """The items of a list, a tuple or an array."""
+def items(name: str, values: Any, what: str) -> list[Any]:
+    """The items of a list, a tuple or an array; `what` says what was expected else."""
     try:
         if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set):
             raise TypeError
         return list(values)
     except TypeError:
-        raise ParameterError(f"{name} is {values!r:.80}, expected a list") from None
+        raise ParameterError(f"{name} is {values!r:.80}, expected {what}") from None
 
 
 def _token_id(name: str, value: Any) -> int:

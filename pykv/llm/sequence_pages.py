@@ -28,7 +28,7 @@ class Cache(Protocol):
 class Tiers(Protocol):
     """What a scheduler needs of pykv.tiers.Tiers."""
 
-    def fetch(self, tokens: list[int]) -> None: ...
+    def fetch(self, tokens: list[int], *, again: bool = False) -> None: ...
 
 
 class SequencePages:
@@ -150,7 +150,7 @@ class SequencePages:
         rows that it needs in all, and notes in `wanted` how many pages these lack."""
         manager = self.cache.manager
         if self.prefix_cache:
-            s.pages = self._reuse(s.tokens[: -self._last])
+            s.pages = self._reuse(s.tokens[: -self._last], again=s.wanted > 0)
             s.cached = len(s.pages) * manager.page_size
         rows = max(self.rows(s), s.cached)
         s.wanted = manager.pages_for(rows) - len(s.pages)
@@ -178,8 +178,8 @@ class SequencePages:
             s.keys = page_keys(s.tokens[: -self._last], P)
             s.prefix = len(s.keys) * P
 
-    def _reuse(self, tokens: list[int]) -> list[int]:
+    def _reuse(self, tokens: list[int], *, again: bool = False) -> list[int]:
         """Pages of the longest prefix that is computed, those in tiers among them."""
         if self._tiers is not None:
-            self._tiers.fetch(tokens)
+            self._tiers.fetch(tokens, again=again)
         return self.cache.manager.reuse(tokens)

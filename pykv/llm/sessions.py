@@ -132,6 +132,9 @@ def load(
                 put = partial(stored_pages.put, cache, stored=stored)
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
+        if is_coded:
+            with shared.known(ids[:kept]):  # exact pages of a tier come first, and stay published
+                pass
         with shared.new(ids[:kept]) as pages:
             put(pages)
     return Session(ids, messages, kept)

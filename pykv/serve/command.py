@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -54,6 +55,8 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     install.require("serve", "starlette", "uvicorn", "llguidance")
+    if args.api_key == "":  # as of a variable of the shell that is not set
+        raise ParameterError("serve: --api-key is empty, expected a key")
     key = args.api_key or os.environ.get("PYKV_API_KEY") or None
     slots = None if args.slots is None else check_whole("serve", "--slots", args.slots, 1, 4096)
     loopback = _is_loopback(args.host)
@@ -202,4 +205,10 @@ def _is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     check_whole("serve", "--port", port, 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            reason = f"{os.strerror(errno.EADDRINUSE)}; --port 0 takes a free one"
+        raise ParameterError(f"serve: --host is {host}, --port is {port}: {reason}") from None

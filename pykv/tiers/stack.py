@@ -249,12 +249,13 @@ class Tiers:
 
     # --- Up ---
 
-    def fetch(self, tokens: Sequence[int]) -> None:
+    def fetch(self, tokens: Sequence[int], *, again: bool = False) -> None:
         """Bring back what the cache lacks of the full pages of tokens, and publish it, for
         BlockManager.reuse to find; as far as pages are free.
 
         Args:
             tokens: of a prompt, from its start.
+            again: the prompt waits, and its misses were counted.
 
         On a GPU pages of the host tier are there for what is enqueued on the current stream from
         then on; the host waits for files.
@@ -280,7 +281,8 @@ class Tiers:
                 moved = rows.moves.back(slots, pages[start:], list(range(start, stop)))
                 self._note(self.counters.from_host, rows, len(slots), moved)
                 manager.publish(pages, tokens[: stop * P])
-            self.counters.misses += max(len(keys) - len(pages), 0)
+            if not again:
+                self.counters.misses += max(len(keys) - len(pages), 0)
         finally:
             self._held = ()
             manager.free(pages)

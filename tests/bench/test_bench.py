@@ -101,6 +101,13 @@ def test_ceilings_are_measured_first_and_shares_are_of_them(toy):
     assert all(max(some) == 1 and min(some) > 0 for some in shares.values())
 
 
+def test_a_benchmark_without_shares_waits_for_no_ceilings(toy, monkeypatch):
+    monkeypatch.setattr(toy.module, "HAS_NO_SHARES", True, raising=False)
+    records = list(bench.run("toy", toy.module.CASES, np))
+    assert {one["bench"] for one in records} == {"toy"} and records[0]["ok"]
+    assert records[0]["ceiling_gbps"] is records[0]["share"] is None
+
+
 def test_the_seed_decides_the_inputs(toy):
     for seed in (1, 1, 2):
         list(bench.run("toy", toy.module.CASES[:1], np, seed=seed))
@@ -307,7 +314,12 @@ def test_what_was_measured_survives_ctrl_c(capsys, tmp_path, toy):
 
 def test_without_a_name_all_are_listed(capsys):
     assert cli.main(["bench"]) == 0
-    assert capsys.readouterr().out.split() == bench.names()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == bench.names()
+    assert all(len(line.split()) > 2 for line in lines)
+    assert "pages       Whole pages of a cache: fork (copies on the device), swap" in "\n".join(
+        lines
+    )
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,9 @@ def test_the_commit_says_whether_files_differ(tmp_path):
     assert report.commit(tmp_path) == commit
     (tmp_path / "file").write_text("two")
     assert report.commit(tmp_path) == commit + "+"
+
+
+def test_nothing_moved_has_no_speed():
+    one = dict(ok=True, median=2.5, bytes=0, gbps=0.0)
+    assert report.summary(one) == "2.5 us"
+    assert report.summary(one | dict(bytes=5, gbps=2.0)) == "2.5 us, 2.0 GB/s"

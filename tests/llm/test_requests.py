@@ -2,6 +2,7 @@
 that are stopped."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -76,6 +77,17 @@ def test_prompts_are_checked_before_any_work(open_tiny, prompts, monkeypatch):
     monkeypatch.setattr(llm._scheduler, "add", None)
     with pytest.raises(ParameterError, match="promp"):
         llm.generate(prompts)
+
+
+def test_what_was_meant_is_said(open_tiny):
+    llm = open_tiny()
+    for prompts, params, text in (
+        (5, None, "prompts is 5, expected a text, or a list of prompts"),
+        ([1, 2], None, "prompt is 1, expected a list of token ids"),
+        ("a", {"max_tokens": 1}, "params is {'max_tokens': 1}, expected SamplingParams, or a list"),
+    ):
+        with pytest.raises(ParameterError, match=re.escape(text)):
+            llm.generate(prompts, params)
 
 
 @pytest.mark.parametrize("ids", [5, None, "ab", b"ab", [1.5], [None], ["a"], [True], [-1], [263]])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pykv import cli
+from pykv.arrays import to_host
 from pykv.errors import CapacityError, DtypeError, ParameterError
 from pykv.kvtc import Codec
 from pykv.llm import LLM, SamplingParams
@@ -72,6 +73,20 @@ def test_an_answer_that_gave_way_goes_on_from_a_tier(open_llm, rng):
     want = [plain.generate([prompt], greedy(40))[0].text for prompt in prompts]
     assert [answer.text for answer in llm.generate(prompts, greedy(40))] == want
     assert llm.stats.preemptions and llm.tiers.counters.host_hits
+
+
+@without_simt
+def test_misses_of_a_prompt_that_waits_are_counted_once(open_llm, rng):
+    """It looks for its pages at each step, as long as another answer holds those that it lacks."""
+    llm = open_llm(pool_tokens=8 * P, host_cache="2MB")
+    first, second = tokens_of(rng, 4 * P + 2), tokens_of(rng, 3 * P + 2)
+    llm.generate([second[: 2 * P + 1]], greedy(1))
+    before = llm.tiers.counters.misses
+    fetch, asked = llm.tiers.fetch, []
+    llm.tiers.fetch = lambda tokens, again=False: (asked.append(tokens), fetch(tokens, again=again))
+    llm.generate([first, second], greedy(10))
+    waited = sum(tokens[:P] == second[:P] for tokens in asked)
+    assert waited > 5 and llm.tiers.counters.misses - before == 4 + 1
 
 
 @without_simt
@@ -187,6 +202,34 @@ def test_a_coded_session_does_not_reach_exact_files(artefact, open_llm, rng, tmp
         llm.load(tmp_path / "x", codec=codec)
     assert llm.cache.manager.num_cached == 0
     assert open_llm(host_cache="1MB").load(tmp_path / "x", codec=codec).cached_tokens == 32
+
+
+@without_simt
+def test_exact_pages_of_a_tier_come_before_those_of_a_coded_session(
+    artefact, open_llm, rng, tmp_path, xp
+):
+    """As those of the cache do: what they serve is what the model computes."""
+    codec = Codec(artefact, 2, xp)
+    llm = open_llm(pool_tokens=6 * P, host_cache="1MB")
+    prompt = tokens_of(rng, 40)
+    llm.generate([prompt], greedy(1))
+    llm.save(tmp_path / "x", prompt, codec=codec)
+    kept = held_bytes(llm, prompt[:32])
+    llm.generate([tokens_of(rng, 80)], greedy(1))  # the prompt falls
+    assert not held_bytes(llm, prompt)
+    assert llm.load(tmp_path / "x", codec=codec).cached_tokens == 32
+    assert held_bytes(llm, prompt[:32]) == kept
+    other = open_llm()
+    other.load(tmp_path / "x", codec=codec)
+    assert held_bytes(other, prompt[:32]) != kept
+
+
+def held_bytes(llm, tokens):
+    """What the cache has of tokens, in all layers."""
+    pages = llm.cache.manager.reuse(tokens)
+    held = b"".join(to_host(x[:, pages]).tobytes() for x in (llm.cache.k, llm.cache.v))
+    llm.cache.manager.free(pages)
+    return held
 
 
 @without_simt

@@ -6,6 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
+from pykv import cli
 from pykv.bench import serve as bench
 from pykv.serve import load
 from tests.llm import tiny
@@ -52,6 +53,14 @@ def test_cases_and_the_closing_line():
         "10.0/10.0/10.0; 5 of 10 prompt tokens kept; 0 failures"
     )
     assert bench.conclude([record | {"ok": False}]) == "5 clients: 0 failures"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_wrong_counts_are_refused_before_anything_runs(capsys, name):
+    """As there is no model of this name."""
+    wrong = -1 if name == "shared" else 0
+    assert cli.main(["bench", "serve", "--model", "missing.gguf", f"--{name}", str(wrong)]) == 2
+    assert f"--{name} is {wrong}, expected" in capsys.readouterr().err
 
 
 def test_a_server_of_its_own(tmp_path, rng):

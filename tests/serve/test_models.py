@@ -255,6 +255,11 @@ def test_ctrl_c_ends_it(command):
     [
         ("--host 0.0.0.0", "--host is 0.0.0.0, which others can reach, expected an --api-key"),
         ("--port 70000", "--port is 70000, expected 0 to 65535"),
+        (
+            "--host no.such.host.invalid --api-key k",
+            "--host is no.such.host.invalid, --port is 0: ",
+        ),
+        ("--api-key=", "--api-key is empty, expected a key"),
         ("--slots 0", "--slots is 0, expected 1 to 4096"),
         ("--context 0", "context is 0"),
         ("--kv-dtype int3", "kv_dtype"),
@@ -271,7 +276,8 @@ def test_a_port_in_use_is_noticed_before_the_model(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert cli.main(["serve", "no-such-model", "--port", port]) == 2
-    assert "in use" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"--port is {port}: Address already in use; --port 0 takes a free one\n" in err
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "llguidance"])

@@ -56,4 +56,11 @@ from pykv.cuda.devices import (
     synchronize,
     use_device,
 )
-from pykv.cuda.launch import Kernel, Launch, active_clusters, kernel, signature
+from pykv.cuda.launch import (
+    Kernel,
+    Launch,
+    active_clusters,
+    cooperative_blocks,
+    kernel,
+    signature,
+)

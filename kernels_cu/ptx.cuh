@@ -257,7 +257,38 @@ __device__ __forceinline__ u64 load_relaxed(u64* at) {
 __device__ __forceinline__ void store_relaxed(u64* at, u64 x) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(at), "l"(x) : "memory");
 }
+
+// [red, ld] A counter by which blocks of the GPU wait for each other: what a thread knows before it
+// adds, is known to whoever has loaded the sum.
+__device__ __forceinline__ void add_release(u32* at, u32 x) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+    return x;
+}
 #endif
+
+// [ld.volatile, st.volatile] One word of mapped memory of the host, whole and at once, as by
+// ld.relaxed.sys; other accesses may pass it.
+__device__ __forceinline__ u64 load_host(const u64* at) {
+    u64 x;
+    asm volatile("ld.volatile.global.u64 %0, [%1];" : "=l"(x) : "l"(at) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_host(u64* at, u64 x) {
+    asm volatile("st.volatile.global.u64 [%0], %1;" :: "l"(at), "l"(x) : "memory");
+}
+
+// [%globaltimer] Nanoseconds of a clock that all SMs share; it steps by up to a microsecond.
+__device__ __forceinline__ u64 global_timer() {
+    u64 x;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(x) :: "memory");
+    return x;
+}
 
 #if __CUDA_ARCH__ >= 900
 // [barrier.cluster] Arrive with release order: cluster_wait of any thread of the cluster sees what

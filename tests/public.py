@@ -27,7 +27,7 @@ from pykv import (
 )
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
-from pykv.ops import permute
+from pykv.ops import mailbox, permute
 from tests.kvtc import made
 from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
@@ -262,6 +262,13 @@ def _of(make, name, **arguments):
         return getattr(made, name), _given(xp, arguments) | own
 
     return call
+
+
+def _mailbox(xp):
+    """A mailbox that has had one job; of the host, where nobody must stop it."""
+    box = mailbox.Mailbox(np.zeros((2, 4), np.float32))
+    box.submit(0, 1.0, 1.0)
+    return (box,)
 
 
 def _manager(xp):
@@ -525,6 +532,11 @@ def _dequantize_ranges(xp):
 _ATTENDED = dict(page_table=ints([1, 0], [2, -1]), lengths=ints(3, 1))
 _QUERIES, _NEW = zeros("f4", 2, 4, 16), zeros("f4", 2, 2, 16)
 METHODS = {
+    "ops.mailbox.Mailbox": lambda xp: (mailbox.Mailbox, dict(x=xp.zeros((2, 4), np.float32))),
+    "ops.mailbox.Mailbox.submit": _of(_mailbox, "submit", row=1, scale=2.0, bias=1.0, n=3),
+    "ops.mailbox.Mailbox.poll": _of(_mailbox, "poll", job=1),
+    "ops.mailbox.Mailbox.wait": _of(_mailbox, "wait", job=1),
+    "ops.mailbox.Mailbox.stop": _of(_mailbox, "stop"),
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
     "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
     "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),

@@ -57,5 +57,13 @@ from pykv.cuda.devices import (
     synchronize,
     use_device,
 )
-from pykv.cuda.launch import MOST_BLOCKS, Kernel, Launch, active_clusters, kernel, signature
+from pykv.cuda.launch import (
+    MOST_BLOCKS,
+    Kernel,
+    Launch,
+    active_clusters,
+    cooperative_blocks,
+    kernel,
+    signature,
+)
 from pykv.cuda.replay import replayed

@@ -1,7 +1,7 @@
 """The launches of cuda.core, and the one seam where tests replace them.
 
-pykv.cuda.launch knows kernels and parameters by name, and asks this module for four functions.
-tests/simt/machine.py has the same four, and stands in for this module where there is no GPU.
+pykv.cuda.launch knows kernels and parameters by name, and asks this module for five functions.
+tests/simt/machine.py has the same five, and stands in for this module where there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from pykv.arrays import load_cupy
 from pykv.cuda.compiler import compile
-from pykv.cuda.devices import core_stream, current_sm
+from pykv.cuda.devices import core_stream, current_sm, num_sms
 from pykv.errors import CudaError, DtypeError, ParameterError
 
 # Dynamic shared memory that every kernel may have unasked: of 48 KiB, 1 is for its own variables.
@@ -48,9 +48,11 @@ def configure(
     shared_bytes: int,
     cluster: tuple[int, ...] | None,
     early: bool = False,
+    cooperative: bool = False,
 ) -> Any:
     """The configuration of a launch of these sizes on the current GPU, for `bind`; with `early` one
-    that may overlap the kernel ahead of it, where the GPU and the driver have that.
+    that may overlap the kernel ahead of it, where the GPU and the driver have that. A cooperative
+    one has all its blocks on the GPU at once; of one block that asks nothing of the GPU.
 
     Raises:
         ParameterError: the cluster's sizes do not divide the grid's.
@@ -58,7 +60,8 @@ def configure(
     """
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, load_cupy().cuda.runtime.getDevice())
-    return _config(grid, block, shared_bytes, cluster, early and _has_early())
+    together = cooperative and grid not in (1, (1,))
+    return _config(grid, block, shared_bytes, cluster, early and _has_early(), together)
 
 
 def bind(
@@ -125,6 +128,16 @@ def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_by
     return int(kernel.occupancy.max_active_clusters(config, stream=stream))
 
 
+@lru_cache(maxsize=256)
+def cooperative_blocks(kernel: Any, block: int, shared_bytes: int) -> int:
+    """The number of a kernel's blocks that the current GPU runs at once."""
+    device = load_cupy().cuda.runtime.getDevice()
+    if shared_bytes > SHARED_BYTES:
+        _allow_shared(kernel, shared_bytes, device)
+    blocks = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)
+    return int(blocks) * num_sms(device)
+
+
 @cache
 def _launcher() -> tuple[Callable[..., None], Callable[[], Any], Callable[[], int]]:
     """Functions that a launch needs, looked up once: an import costs as much as a launch."""
@@ -167,11 +180,18 @@ def _has_early() -> bool:
 
 @lru_cache(maxsize=4096)
 def _config(
-    grid: Any, block: Any, shared_bytes: int, cluster: tuple[int, ...] | None, early: bool
+    grid: Any,
+    block: Any,
+    shared_bytes: int,
+    cluster: tuple[int, ...] | None,
+    early: bool,
+    together: bool,
 ) -> Any:
     from cuda.core import LaunchConfig
 
     options = dict(block=block, shmem_size=shared_bytes, programmatic_stream_serialization=early)
+    if together:
+        options |= dict(is_cooperative=True)
     if cluster is None:
         return LaunchConfig(grid=grid, **options)
     blocks = grid if isinstance(grid, tuple) else (grid,)

@@ -108,6 +108,8 @@ class Launch:
         early: the kernel may start before the one ahead of it in the stream has ended (programmatic
             dependent launch); it calls `await_previous` before it reads what others write, or
             writes. Without effect below sm_90.
+        cooperative: all blocks are on the GPU at once, so that they may wait for each other; at
+            most `cooperative_blocks`.
 
     Raises:
         ParameterError: a scalar is missing, unknown or beyond its type, or the cluster does not
@@ -136,6 +138,7 @@ class Launch:
         shared_bytes: int = 0,
         cluster: tuple[int, ...] | None = None,
         early: bool = False,
+        cooperative: bool = False,
     ) -> None:
         self.kernel = kernel
         self._scalars = _typed(kernel, scalars or {})
@@ -144,7 +147,9 @@ class Launch:
             raise UnsupportedError(
                 f"cuda.Launch: {kernel.label}: grid is {sizes}, expected at most {MOST_BLOCKS}"
             )
-        self._config = driver.configure(kernel.handle, grid, block, shared_bytes, cluster, early)
+        self._config = driver.configure(
+            kernel.handle, grid, block, shared_bytes, cluster, early, cooperative
+        )
 
     def __call__(self, arrays: Mapping[str, Any], stream: Any = None) -> None:
         kernel = self.kernel
@@ -204,3 +209,9 @@ def _names_error(
 def active_clusters(kernel: Kernel, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
     """The number of clusters of a kernel's blocks that the current GPU runs at once."""
     return int(driver.active_clusters(kernel.handle, block, cluster, shared_bytes))
+
+
+def cooperative_blocks(kernel: Kernel, block: int, shared_bytes: int = 0) -> int:
+    """The number of a kernel's blocks that the current GPU runs at once, which may wait for each
+    other in a cooperative launch."""
+    return int(driver.cooperative_blocks(kernel.handle, block, shared_bytes))

@@ -5,6 +5,7 @@ would on a GPU. What `empty` returns is poisoned.
 """
 
 import math
+import threading
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -145,6 +146,49 @@ def allocations_at(addresses):
     return [tuple(map(int, bounds[i])) for i in np.unique(found[inside])]
 
 
+_pinned = weakref.WeakValueDictionary()  # as _live, of the host's pinned memory
+
+
+def _pin(size):
+    memory = empty(size, np.uint8).host
+    bounds = memory.ctypes.data, memory.ctypes.data + size
+    _pinned[bounds] = _live[bounds]
+    return memory
+
+
+def is_pinned(address):
+    """Whether it lies in pinned memory, which the host may touch while a kernel does."""
+    return any(first <= address < end for first, end in list(_pinned))
+
+
+# --- Kernels that run while the host goes on ------------------------------------------------------
+
+_beside = []  # (thread, what it raised)
+
+
+def run_beside(work):
+    """Run a kernel in a thread; `Stream.synchronize` waits for it and raises what it raised."""
+    errors = []
+
+    def run():
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    _beside.append((thread, errors))
+    thread.start()
+
+
+def _wait_beside():
+    while _beside:
+        thread, errors = _beside.pop()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+
 # --- Memory by its address, and cuBLAS ------------------------------------------------------------
 
 
@@ -240,7 +284,11 @@ class Stream:
         pass
 
     def synchronize(self):
-        pass
+        _wait_beside()
+
+    @property
+    def done(self):
+        return not any(thread.is_alive() for thread, _ in _beside)
 
 
 class Event:
@@ -275,7 +323,7 @@ def get_default_memory_pool():
 
 
 cuda = SimpleNamespace(
-    alloc_pinned_memory=lambda size: empty(size, np.uint8).host,
+    alloc_pinned_memory=_pin,
     PinnedMemory=lambda size: empty(size, np.uint8).host,
     PinnedMemoryPointer=lambda memory, offset: memory[offset:],
     cublas=cublas,

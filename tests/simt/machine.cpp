@@ -14,6 +14,13 @@
 //     exited, and nothing else that other threads have told it since;
 //   - which shared bytes a block has written: the others must not be read;
 //   - which blocks of the cluster may have exited: their shared memory must not be read.
+// All blocks of a cooperative launch run together: they stand where a cluster's do, and a thread that
+// polls a word hands over to the others until something has changed. What one block tells another
+// goes by the memory model of PTX (its sections "Release and Acquire Patterns" and "Causality
+// Order"): a release tells what its thread knows, a fence makes the strong stores behind it tell what
+// it knew then, and the barrier of a block is joined to what its threads know. Blocks that all wait
+// for words which nobody is left to change have a deadlock. Mapped memory of the host may be touched
+// by strong accesses alone.
 // A fault ends the launch; its text names block, thread and place.
 #include <dlfcn.h>
 #include <setjmp.h>
@@ -22,11 +29,15 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 using u16 = uint16_t;
@@ -36,10 +47,11 @@ using ull = unsigned long long;  // for printf
 
 constexpr int WARP = 32;
 constexpr int VALUE_BYTES = 64;
-constexpr int MAX_THREADS = 1024;  // of a cluster
-constexpr int MAX_BLOCKS = 8;      // likewise, on every GPU that has clusters
+constexpr int MAX_THREADS = 1024;  // of a cluster, or of a cooperative grid
+constexpr int MAX_BLOCKS = 8;      // likewise, on every GPU that has clusters; of a cooperative grid
 constexpr size_t STACK_BYTES = 128 << 10;
 constexpr size_t PAGE = 4096;
+constexpr u32 MOST_IN_A_ROW = 1 << 12;  // accesses without a wait, where blocks run together
 
 struct uint3 { u32 x, y, z; };
 
@@ -56,7 +68,7 @@ struct Array {
     const char* name;
     char* begin;
     u64 bytes;
-    int writable, shared;
+    int writable, shared, mapped;
 };
 
 struct Launch {
@@ -66,6 +78,7 @@ struct Launch {
     Array* arrays;
     int num_arrays;
     char* dynamic_shared;
+    int cooperative;
     u64 seed;
     char fault[1000];   // empty if there was none
     char module[1000];  // the library with the fault, where the text does not name its place
@@ -88,7 +101,7 @@ constexpr int MAX_ARRIVALS = NUMBER / MAX_BLOCKS;
 
 struct Region {
     Array array;
-    Cell* cells;   // one a byte; null where nothing writes
+    Cell* cells;    // one a byte, or one for each block that runs together; null where nothing writes
     int rank = -1;  // of the block whose image it is
     int of = -1;    // which region it is an image of
 };
@@ -98,7 +111,16 @@ struct Copy {
     int bytes, group;
 };
 
-enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, EXITED };
+enum State { READY, AT_BARRIER, AT_CLUSTER, AT_MEETING, AT_CONVERGENCE, POLLING, EXITED };
+
+// What a thread has been told: until when all is over that each thread did, each warp as a whole and
+// each block as a whole. A barrier of a cluster, whose warps arrive together, tells this too.
+struct News {
+    u32 thread[MAX_THREADS], warp[MAX_THREADS / WARP], block[MAX_BLOCKS];
+    int number;  // of the cluster's barrier, from 1 on
+    u32 time;
+};
+using Known = std::shared_ptr<const News>;  // null: nothing
 
 struct Thread {
     uint3 index;
@@ -118,14 +140,11 @@ struct Thread {
     u32 converged;              // what __activemask returns
     std::vector<Copy> copies;   // not waited for
     int groups;                 // of copies, committed so far
-};
-
-// What a barrier of the cluster tells: until when all is over that each thread did, and each warp,
-// whose lanes arrive together.
-struct News {
-    u32 thread[MAX_THREADS], warp[MAX_THREADS / WARP];
-    int number;  // of the barrier, from 1 on
-    u32 time;
+    Known known, met;    // of a cooperative launch: of what it was told; by the lanes it met last
+    Known fenced;        // what it knew at its last fence
+    Known seen;          // what a fence would tell it of words that it has loaded
+    u32 changes;         // there were so many when it began to poll
+    std::vector<std::pair<u64, u32>> polled;  // words it has loaded, and the changes until then
 };
 
 struct Block {
@@ -163,6 +182,11 @@ static News news[2];                 // of the last two: no live thread is furth
 struct Release { u32 time, cluster_start, block_time, warp_time; u16 thread; int told; };
 static std::vector<Release> releases;  // of this launch, by time
 static std::vector<News> all_told;     // to threads that then did an atomic
+static bool together;                  // the blocks of a cooperative launch, which are all
+static std::unordered_map<u64, Known> words;  // what a word tells whoever acquires it
+static u32 in_a_row;                   // accesses since a thread has waited
+static u32 changes;                    // of words by strong stores and atomics
+static bool is_timed;                  // somebody has looked at a clock, or at the host's memory
 static u64 random_state;
 
 static u32 random_below(u32 n) {
@@ -289,6 +313,13 @@ static std::string waiting(const Thread& t) {
     return format("waits in %s at %s:%d", t.name, t.file, t.line);
 }
 
+static void wait(State state, const char* name, u32 mask, const char* file, int line) {
+    current->state = state;
+    current->name = name, current->mask = mask, current->file = file, current->line = line;
+    in_a_row = 0;
+    suspend();
+}
+
 // --- Memory --------------------------------------------------------------------------------------
 
 // The rank of its block, or -1 if there are several.
@@ -316,6 +347,7 @@ static std::string who_text(u16 who) {
 
 static bool is_told(const News& told, u16 who, u32 time) {
     const int number = who & NUMBER;
+    if (together && who & MANY_WARPS) return time <= told.block[number % MAX_BLOCKS];
     if (!(who & MANY_BLOCKS)) return time <= told.thread[number - 1];
     if (!(who & MANY_WARPS)) return time <= told.warp[number];
     return (who & MANY_LANES ? number : number / MAX_BLOCKS) < told.number;
@@ -353,6 +385,7 @@ static bool is_released(u16 who, u32 time) {
 // Whether the current thread has been told, by other ways than its own block's barriers, that what
 // `who` did at `time` is over.
 RARE static bool is_told(u16 who, u32 time) {
+    if (together) return current->known && is_told(*current->known, who, time);
     const bool of_others = time < cluster_start || block_of(who) != running;
     if (of_others && blocks[running].acquired && is_released(who, time)) return true;
     // Cells of shared memory know no other cluster.
@@ -367,7 +400,7 @@ static bool is_ordered(u16 who, u32 time) {
         const int me = index_of(*current);
         if (who == me + 1 || time <= current->block_time) return true;
         if (warp_of(who) == me / WARP && time <= current->warp_time) return true;
-        if (!current->told) return false;
+        if (!together && !current->told) return false;
     }
     return is_told(who, time);
 }
@@ -422,8 +455,19 @@ static u16 joined(u16 who, u32 time) {
     return MANY_WARPS | (running + MAX_BLOCKS * arrivals);
 }
 
-COMMON static void touch(Region& region, u64 i, const Access& by) {
-    Cell& cell = region.cells[i];
+// Stop where an access races with the last ones to a byte.
+COMMON static void check_order(const Region& region, const Cell& cell, u64 i, const Access& by) {
+    const bool both_atomic = by.atomic && cell.writer & ATOMIC;
+    if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
+        race(region, i, by, cell.writer, cell.write_time, "writes");
+    }
+    if (by.writes && !(by.atomic && cell.reader & ATOMIC) &&
+        !is_ordered(cell.reader, cell.read_time)) {
+        race(region, i, by, cell.reader, cell.read_time, "reads");
+    }
+}
+
+COMMON static void touch(Region& region, Cell& cell, u64 i, const Access& by) {
     if (region.array.shared) {  // what an earlier cluster did there does not count
         if (cell.write_time < cluster_start) cell.writer = 0;
         if (cell.read_time < cluster_start) cell.reader = 0;
@@ -432,13 +476,7 @@ COMMON static void touch(Region& region, u64 i, const Access& by) {
         stop(*current, by.caller, format("%s byte %llu of %s, which an asynchronous copy writes",
                                          by.verb(), (ull)i, name_of(region).c_str()));
     }
-    const bool both_atomic = by.atomic && cell.writer & ATOMIC;
-    if (!both_atomic && !is_ordered(cell.writer, cell.write_time)) {
-        race(region, i, by, cell.writer, cell.write_time, "writes");
-    }
-    if (by.writes && !is_ordered(cell.reader, cell.read_time)) {
-        race(region, i, by, cell.reader, cell.read_time, "reads");
-    }
+    check_order(region, cell, i, by);
     if (region.array.shared && cell.writer == 0 && (!by.writes || by.atomic)) {
         stop(*current, by.caller, format("reads byte %llu of %s, which no thread has written",
                                          (ull)i, name_of(region).c_str()));
@@ -448,7 +486,8 @@ COMMON static void touch(Region& region, u64 i, const Access& by) {
         cell.write_time = now;
         cell.reader = 0;
     } else {
-        cell.reader = joined(cell.reader, cell.read_time);
+        const bool atomic = by.atomic && (cell.reader & ATOMIC || is_ordered(cell.reader, cell.read_time));
+        cell.reader = joined(cell.reader, cell.read_time) | (atomic ? ATOMIC : 0);
         cell.read_time = now;
     }
 }
@@ -456,11 +495,32 @@ COMMON static void touch(Region& region, u64 i, const Access& by) {
 static bool same(const Cell& a, const Cell& b) { return !memcmp(&a, &b, sizeof a); }
 
 // Bytes that were touched together have equal cells: the first answers for those that follow it.
+// Of memory that the blocks of a cooperative launch share, each has a cell of every byte.
+RARE static void touch_together(Region& region, u64 begin, u64 bytes, const Access& by) {
+    const size_t size = num_blocks * sizeof(Cell);
+    Cell before[MAX_BLOCKS];
+    for (u64 i = 0; i < bytes; i++) {
+        Cell* const row = region.cells + (begin + i) * num_blocks;
+        memcpy(before, row, size);
+        for (int b = 0; b < num_blocks; b++) {
+            if (b == running) continue;
+            check_order(region, row[b], begin + i, by);
+            if (by.writes && !by.atomic) row[b] = {};  // what is over tells no more than this write
+        }
+        touch(region, row[running], begin + i, by);
+        for (Cell* next = row + num_blocks; i + 1 < bytes && !memcmp(next, before, size); i++) {
+            memcpy(next, row, size);
+            next += num_blocks;
+        }
+    }
+}
+
 COMMON static void touch_all(Region& region, u64 begin, u64 bytes, const Access& by) {
+    if (together && !region.array.shared) return touch_together(region, begin, bytes, by);
     Cell* const cells = region.cells + begin;
     for (u64 i = 0; i < bytes; i++) {
         const Cell before = cells[i];
-        touch(region, begin + i, by);
+        touch(region, cells[i], begin + i, by);
         const Cell after = cells[i];
         for (; i + 1 < bytes && same(cells[i + 1], before); i++) cells[i + 1] = after;
     }
@@ -487,6 +547,12 @@ RARE static void touch_image(Region& image, u64 begin, u64 bytes, const Access& 
     block.last_reader = current, block.last_read = &image, block.read_at = by.caller;
 }
 
+// Let other threads go on, as one that waits by plain loads does not: they are about to race.
+RARE static void hand_over() {
+    current->changes = changes - 1;
+    wait(POLLING, "a loop", 0, "", 0);
+}
+
 static void access(u64 address, u64 bytes, const Access& by) {
     if (!launch) return;  // the library is being loaded or asked for its kernels
     if (address - (u64)stacks < MAX_THREADS * STACK_BYTES) return;  // locals
@@ -494,6 +560,12 @@ static void access(u64 address, u64 bytes, const Access& by) {
     Region* const region = find(address, bytes);
     if (!region) out_of_bounds(address, bytes, by);
     const u64 begin = address - (u64)region->array.begin;
+    if (together && ++in_a_row > MOST_IN_A_ROW) hand_over();
+    if (region->array.mapped) {
+        if (by.atomic) return;
+        stop(*current, by.caller, format("%s byte %llu of %s, mapped memory of the host, by a plain "
+                                         "access", by.verb(), (ull)begin, name_of(*region).c_str()));
+    }
     if (region->rank >= 0) {
         touch_image(*region, begin, bytes, by);
     } else if (region->cells) {
@@ -503,13 +575,56 @@ static void access(u64 address, u64 bytes, const Access& by) {
     }
 }
 
-// --- Meetings ------------------------------------------------------------------------------------
+// --- What blocks of a cooperative launch tell each other -----------------------------------------
 
-static void wait(State state, const char* name, u32 mask, const char* file, int line) {
-    current->state = state;
-    current->name = name, current->mask = mask, current->file = file, current->line = line;
-    suspend();
+static void sum_up(News& news) {
+    for (u32& time : news.warp) time = ~0u;
+    for (u32& time : news.block) time = ~0u;
+    for (int i = 0; i < num_blocks * stride; i++) {
+        if (i % stride >= num_threads) continue;
+        news.warp[i / WARP] = std::min(news.warp[i / WARP], news.thread[i]);
+        news.block[i / stride] = std::min(news.block[i / stride], news.thread[i]);
+    }
 }
+
+static Known joined(const Known& a, const Known& b) {
+    if (!a || !b || a == b) return a ? a : b;
+    const auto both = std::make_shared<News>(*a);
+    bool a_knows_all = true;
+    for (int i = 0; i < num_blocks * stride; i++) {
+        a_knows_all = a_knows_all && b->thread[i] <= a->thread[i];
+        both->thread[i] = std::max(a->thread[i], b->thread[i]);
+    }
+    if (a_knows_all) return a;
+    sum_up(*both);
+    return both;
+}
+
+// What several threads have been told.
+static Known joined_of(const Thread* first, int count, u32 mask = ~0u) {
+    Known all;
+    for (int i = 0; i < count; i++) {
+        if (first[i].state != EXITED && mask >> i % WARP & 1) all = joined(all, first[i].known);
+    }
+    return all;
+}
+
+// All that the current thread knows to be over; what it does from here on is later.
+static Known knowledge() {
+    const auto news = current->known ? std::make_shared<News>(*current->known)
+                                     : std::make_shared<News>();
+    const int me = index_of(*current), first = running * stride;
+    for (int i = first; i < first + num_threads; i++) {
+        const u32 time = i / WARP == me / WARP ? std::max(current->block_time, current->warp_time)
+                                               : current->block_time;
+        news->thread[i] = std::max(news->thread[i], i == me ? now : time);
+    }
+    sum_up(*news);
+    now++;
+    return news;
+}
+
+// --- Meetings ------------------------------------------------------------------------------------
 
 static bool same(const char* a, const char* b) { return a == b || !strcmp(a, b); }
 
@@ -528,10 +643,12 @@ static bool release_lanes(Thread* lanes, int count) {
             if (mask >> j & 1) complete = same_site(lanes[i], lanes[j]);
         }
         if (!complete) continue;
+        const Known known = together ? joined_of(lanes, count, mask) : nullptr;
         for (int to = 0; to < count; to++) {
             if (!(mask >> to & 1)) continue;
             lanes[to].state = READY;
             lanes[to].met_at = now;
+            lanes[to].met = known;
             memcpy(handed[index_of(lanes[to])], lanes[to].brought, VALUE_BYTES);
         }
         released = true;
@@ -553,7 +670,11 @@ static bool release_lanes(Thread* lanes, int count) {
     return released;
 }
 
-// Run the lanes of a warp until each has exited or waits at a barrier.
+static bool any_polls(const Thread* first, int count) {
+    return std::any_of(first, first + count, [](const Thread& t) { return t.state == POLLING; });
+}
+
+// Run the lanes of a warp until each has exited, waits at a barrier or polls.
 static void run_warp(Thread* lanes, int count) {
     fill(lane_order, count);
     do {
@@ -562,6 +683,7 @@ static void run_warp(Thread* lanes, int count) {
             if (lanes[i].state == READY) resume(lanes[i]);
         }
     } while (release_lanes(lanes, count));
+    if (any_polls(lanes, count)) return;  // who may yet come
     for (int i = 0; i < count; i++) {
         const Thread& t = lanes[i];
         if (t.state != AT_MEETING) continue;
@@ -582,8 +704,9 @@ static bool release_block() {
     const Thread* first = nullptr;
     int predicates = 0, told = 0;
     for (int i = 0; i < num_threads; i++) {
-        if (block[i].state == AT_CLUSTER) return false;
+        if (block[i].state == AT_CLUSTER || block[i].state == POLLING) return false;
     }
+    const Known known = together ? joined_of(block, num_threads) : nullptr;
     for (int i = 0; i < num_threads; i++) {
         const Thread& t = block[i];
         if (t.state == EXITED) continue;
@@ -602,6 +725,7 @@ static bool release_block() {
         t.block_time = now;
         t.predicates = predicates;
         t.told = told;
+        t.known = known;
     }
     now++;
     blocks[running].exited = !first;
@@ -635,7 +759,7 @@ static void check_last_read() {
                 block.index.y, block.index.z));
 }
 
-// Run a block until all its threads have exited or some wait for the cluster.
+// Run a block until all its threads have exited or some wait for the cluster, or poll.
 static void run_block() {
     do {
         shuffle(warp_order);
@@ -684,8 +808,76 @@ static bool release_cluster() {
     return any_left;
 }
 
+// --- Blocks that run together --------------------------------------------------------------------
+
+constexpr int IDLE_ROUNDS = 4;            // in which all look again, before it is a deadlock
+constexpr u64 IDLE_SECONDS = 60;          // likewise where clocks or the host may change something
+constexpr u32 IDLE_MICROSECONDS = 20;     // between two looks at them
+
+static u64 nanoseconds() {
+    timespec at;
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    return at.tv_sec * 1000000000ull + at.tv_nsec;
+}
+
+// Let the threads of a block go on that poll, and return whether any of its threads can: all, or
+// those before which something has changed.
+static bool wake(int rank, bool all) {
+    Thread* const first = threads + rank * stride;
+    bool any = false;
+    for (Thread* t = first; t < first + num_threads; t++) {
+        if (t->state == POLLING && (all || t->changes != changes)) t->state = READY;
+        any = any || t->state == READY;
+    }
+    return any;
+}
+
+[[noreturn]] static void stop_polling() {
+    std::string others;
+    const Thread* polls = nullptr;
+    int num_polls = 0;
+    for (int i = 0; i < num_blocks * stride; i++) {
+        const Thread& t = threads[i];
+        if (t.state != POLLING) continue;
+        if (!polls) polls = &t;
+        else if (num_polls < 4) others += "; " + thread_name(i) + " " + waiting(t);
+        num_polls++;
+    }
+    running = rank_of(*polls);
+    stop(*polls, nullptr, waiting(*polls) + " for a change that nobody is left to make" + others);
+}
+
+static void run_together() {
+    int idle = 0;
+    u32 changes_before = 0;
+    u64 changed_at = nanoseconds();
+    for (bool any_left = true, all = false; any_left;) {
+        bool any_ran = any_left = false;
+        shuffle(block_order);
+        for (u32 rank : block_order) {
+            if (blocks[rank].exited) continue;
+            any_left = true;
+            if (!wake(rank, all)) continue;
+            any_ran = true;
+            if (num_blocks > 1) switch_to(rank);
+            run_block();
+        }
+        if (changes != changes_before) idle = 0, changed_at = nanoseconds();
+        changes_before = changes;
+        all = !any_ran;
+        if (any_ran || !any_left) continue;
+        const bool is_late = nanoseconds() - changed_at > IDLE_SECONDS * 1000000000ull;
+        if (is_timed && !is_late) {
+            usleep(IDLE_MICROSECONDS);
+        } else if (is_late || ++idle > IDLE_ROUNDS) {
+            stop_polling();
+        }
+        is_timed = false;
+    }
+}
+
 static void run_cluster(u32 cluster) {
-    const u32(&sizes)[3] = launch->cluster;
+    const u32(&sizes)[3] = together ? launch->grid : launch->cluster;
     const u32 clusters[3] = {launch->grid[0] / sizes[0], launch->grid[1] / sizes[1],
                              launch->grid[2] / sizes[2]};
     const uint3 at = position(cluster, clusters);
@@ -708,7 +900,10 @@ static void run_cluster(u32 cluster) {
         t.arrivals = t.waits = t.told = 0;
         t.copies.clear();
         t.groups = 0;
+        t.known = t.met = t.fenced = t.seen = nullptr;
+        t.polled.clear();
     }
+    if (together) return run_together();
     do {
         shuffle(block_order);
         for (u32 rank : block_order) {
@@ -742,7 +937,12 @@ extern "C" int simt_run(Launch* given) {
     launch = given;
     random_state = launch->seed;
     num_threads = launch->block[0] * launch->block[1] * launch->block[2];
-    num_blocks = launch->cluster[0] * launch->cluster[1] * launch->cluster[2];
+    together = launch->cooperative;
+    const u32(&sizes)[3] = together ? launch->grid : launch->cluster;
+    num_blocks = sizes[0] * sizes[1] * sizes[2];
+    words.clear();
+    changes = 0;
+    is_timed = false;
     fill(warp_order, (num_threads + WARP - 1) / WARP);
     stride = (int)warp_order.size() * WARP;
     running = 0;
@@ -752,8 +952,9 @@ extern "C" int simt_run(Launch* given) {
     bool watched = true;
     for (int i = 0; i < launch->num_arrays; i++) {
         const Array& a = launch->arrays[i];
-        const bool has_cells = a.writable && a.bytes && !(a.shared && num_blocks > 1);
-        Cell* cells = has_cells ? (Cell*)reserve_for_launch(a.bytes * sizeof(Cell)) : nullptr;
+        const bool has_cells = a.writable && a.bytes && !(a.shared && num_blocks > 1) && !a.mapped;
+        const u64 num_cells = a.bytes * (together && !a.shared ? num_blocks : 1);
+        Cell* cells = has_cells ? (Cell*)reserve_for_launch(num_cells * sizeof(Cell)) : nullptr;
         watched = watched && (cells || !has_cells);
         regions.push_back({a, cells});
     }
@@ -779,6 +980,9 @@ extern "C" int simt_run(Launch* given) {
 // --- What machine.hpp declares -------------------------------------------------------------------
 
 namespace simt {
+enum { LOADS = 1, STORES = 2 };    // kinds of strong accesses
+enum { ACQUIRE = 1, RELEASE = 2 };  // their orders
+
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return blocks[running].index; }
 uint3 block_size() { return {launch->block[0], launch->block[1], launch->block[2]}; }
@@ -866,17 +1070,85 @@ const void* map_shared_rank(const void* shared, u32 rank, const char* name, cons
     return shared;  // of the one block there is
 }
 
-void order_memory() { current->warp_time = current->met_at; }
+void order_memory() {
+    current->warp_time = current->met_at;
+    if (together) current->known = joined(current->known, current->met);
+}
 
-void atomic_access(const void* address, int bytes, const void* caller) {
-    access((u64)address, bytes, {true, true, caller});
-    if (find((u64)address, bytes)->array.shared) return;
+static void yield(const char* name, const char* file, int line) {
+    wait(POLLING, name, 0, file, line);
+}
+
+// A strong access to a word of memory that blocks share: what it tells and what it is told.
+static void synchronise(u64 address, int kind, int order) {
+    Known& word = words[address];
+    if (kind & LOADS) {
+        Known& to = order & ACQUIRE ? current->known : current->seen;
+        to = joined(to, word);
+    }
+    if (!(kind & STORES)) return;
+    const Known told = order & RELEASE ? knowledge() : current->fenced;
+    word = kind & LOADS ? joined(word, told) : told;  // an atomic carries on what a release began
+    changes++;
+}
+
+void poll(const void* address, const char* name, const char* file, int line) {
+    if (!together) return;
+    const u64 word = (u64)address;
+    auto last = current->polled.begin();
+    while (last != current->polled.end() && last->first != word) ++last;
+    if (last == current->polled.end()) {
+        current->polled.push_back({word, changes});
+        return;
+    }
+    if (last->second == changes || random_below(4) == 0) {
+        // A change lets it go; so does the next round, where others went first by chance.
+        current->changes = last->second == changes ? changes : changes - 1;
+        const size_t at = last - current->polled.begin();
+        yield(name, file, line);
+        last = current->polled.begin() + at;
+    }
+    last->second = changes;
+}
+
+static void tell_later_blocks(u64 address, int bytes) {
+    if (find(address, bytes)->array.shared) return;
     blocks[running].acquired = now;
     const Thread& t = *current;
     const News& told = news[t.told % 2];
     if (t.told && (all_told.empty() || all_told.back().time != told.time)) all_told.push_back(told);
     releases.push_back({now, cluster_start, t.block_time, t.warp_time, (u16)index_of(t),
                         t.told ? (int)all_told.size() - 1 : -1});
+}
+
+void strong_access(const void* address, int bytes, int kind, int order, const void* caller) {
+    if (together && kind & STORES && random_below(4) == 0) {  // as anywhere, others may go first
+        current->changes = changes - 1;
+        yield("a strong store", "", 0);
+    }
+    const Region* const region = find((u64)address, bytes);
+    if (region && region->array.mapped) is_timed = true;
+    access((u64)address, bytes, {(kind & STORES) != 0 || !together, true, caller});
+    if (together) {
+        synchronise((u64)address, kind, order);
+    } else {
+        tell_later_blocks((u64)address, bytes);
+    }
+}
+
+void fence() {
+    if (!together) return;  // its atomics tell all that it knows
+    current->known = joined(current->known, current->seen);
+    current->fenced = knowledge();
+}
+
+u64 global_timer() {
+    is_timed = true;
+    return nanoseconds();
+}
+
+void atomic_access(const void* address, int bytes, int order, const void* caller) {
+    strong_access(address, bytes, LOADS | STORES, order, caller);
 }
 
 static void set_copying(const Copy& copy, bool copying) {

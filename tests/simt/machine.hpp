@@ -79,7 +79,16 @@ const char (*meet_lanes(const char* name, unsigned mask, const void* value, int 
 
 unsigned converged_lanes(const char* name, const char* file, int line);  // who waits at this site
 void order_memory();  // of the lanes that have just met
-void atomic_access(const void* address, int bytes, const void* caller);
+
+// Accesses to words that other blocks, or the host, touch meanwhile. `poll` comes before a load: a
+// thread that has loaded the word before hands over to the others until something has changed.
+enum { LOADS = 1, STORES = 2 };    // kinds
+enum { ACQUIRE = 1, RELEASE = 2 };  // orders, of which 0 is relaxed
+void poll(const void* address, const char* name, const char* file, int line);
+void strong_access(const void* address, int bytes, int kind, int order, const void* caller);
+void atomic_access(const void* address, int bytes, int order, const void* caller);
+void fence();  // of the GPU or the system
+unsigned long long global_timer();
 
 // The barrier of all live threads of the cluster's blocks, in two steps that follow each other; a
 // warp's lanes take each together.
@@ -132,9 +141,21 @@ T reduce(const char* name, unsigned mask, const T& mine, Fold fold, const char* 
     return total;
 }
 
+template <class T>
+__attribute__((no_sanitize("thread"))) inline T strong_load(const T* at, int order) {
+    strong_access(at, sizeof(T), LOADS, order, __builtin_return_address(0));
+    return *const_cast<const volatile T*>(at);
+}
+
+template <class T>
+__attribute__((no_sanitize("thread"))) inline void strong_store(T* at, T x, int order) {
+    strong_access(at, sizeof(T), STORES, order, __builtin_return_address(0));
+    *const_cast<volatile T*>(at) = x;
+}
+
 template <class T, class Change>
-__attribute__((no_sanitize("thread"))) inline T atomic(T* at, Change change) {
-    atomic_access(at, sizeof(T), __builtin_return_address(0));
+__attribute__((no_sanitize("thread"))) inline T atomic(T* at, Change change, int order = 0) {
+    atomic_access(at, sizeof(T), order, __builtin_return_address(0));
     const T old = *at;
     *at = change(old);
     return old;
@@ -186,9 +207,9 @@ inline void __syncwarp(unsigned mask = ~0u, SIMT_SITE) {
     simt::meet_lanes("__syncwarp", mask, "", 0, file, line);
     simt::order_memory();
 }
-inline void __threadfence() {}  // threads run one at a time
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence() { simt::fence(); }
+inline void __threadfence_block() {}  // tells other blocks nothing
+inline void __threadfence_system() { simt::fence(); }
 
 // --- Warp functions ------------------------------------------------------------------------------
 

@@ -31,8 +31,8 @@ HERE = Path(__file__).parent
 ARCH = os.environ.get("PYKV_ARCH", "sm_90").replace("compute_", "sm_")
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
-MAX_CLUSTER = 8  # blocks, where no kernel asks for more
-MAX_CLUSTER_THREADS = 1024  # of whole warps: the machine's own limit
+MAX_CLUSTER = 8  # blocks, where no kernel asks for more; the machine's limit of cooperative grids
+MAX_CLUSTER_THREADS = 1024  # of whole warps: the machine's own limit, of cooperative grids too
 STATIC_SHARED = 48 << 10
 # Bytes of shared memory that a block may ask for (CUDA programming guide, compute capabilities).
 SHARED = {
@@ -67,7 +67,7 @@ DTYPES = {
     "2i4": np.uint8,
 }
 DECLARATIONS = """
-struct Array { const char* name; char* begin; uint64_t bytes; int writable, shared; };
+struct Array { const char* name; char* begin; uint64_t bytes; int writable, shared, mapped; };
 struct Launch {
     void (*call)(void**);
     void** values;
@@ -75,6 +75,7 @@ struct Launch {
     struct Array* arrays;
     int num_arrays;
     char* dynamic_shared;
+    int cooperative;
     uint64_t seed;
     char fault[1000];
     char module[1000];
@@ -286,7 +287,7 @@ def load(arch, stem, name, **defines):
     return _kernel(name, stem, cuda.source(stem), arch.replace("compute_", "sm_"), macros)
 
 
-def configure(kernel, grid, block, shared_bytes, cluster, early=False):
+def configure(kernel, grid, block, shared_bytes, cluster, early=False, cooperative=False):
     """As pykv.cuda.driver.configure.
 
     Raises:
@@ -297,7 +298,14 @@ def configure(kernel, grid, block, shared_bytes, cluster, early=False):
     if cluster is not None:
         cluster = _three_sizes(cluster)
         _check_cluster(kernel, grid, block, cluster)
-    return grid, block, shared_bytes, cluster or (1, 1, 1)
+    if cooperative:
+        most = cooperative_blocks(kernel, math.prod(block), shared_bytes)
+        if cluster or math.prod(grid) > most:
+            raise SimtError(
+                f"{kernel.label}: a cooperative grid is {grid}, expected at most {most} blocks "
+                f"here, with blocks of {block}, and no clusters"
+            )
+    return grid, block, shared_bytes, cluster or (1, 1, 1), cooperative
 
 
 def bind(kernel, config, arrays, scalars, offsets=None):
@@ -318,17 +326,21 @@ def _from(array, offset, kind):
     return cupy.ndarray((count,), dtype, array.data + offset)
 
 
-def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None):
+def launch(kernel, grid, block, *args, shared_bytes=0, cluster=None, cooperative=False):
     """Run a kernel that `load` returned, whatever its parameters are.
 
     Raises:
         SimtError: the sizes, the arguments or the kernel itself are at fault.
     """
-    _run(kernel, configure(kernel, grid, block, shared_bytes, cluster), *args)
+    _run(
+        kernel,
+        configure(kernel, grid, block, shared_bytes, cluster, cooperative=cooperative),
+        *args,
+    )
 
 
 def _run(kernel, config, *args):
-    grid, block, shared_bytes, cluster = config
+    grid, block, shared_bytes, cluster, cooperative = config
     if len(args) != len(kernel.parameters):
         raise SimtError(f"{kernel.label} takes {len(kernel.parameters)} arguments, not {len(args)}")
     values, arrays = [], []
@@ -336,14 +348,17 @@ def _run(kernel, config, *args):
         values.append(_value(kernel.label, name, kind, arg))
         if isinstance(arg, cupy.ndarray):
             begin, end = byte_bounds(arg.host)
-            arrays.append((name, begin, end, not kind.startswith("PK"), False))
-            if arg.dtype == np.uint64:  # may be a table of addresses
+            is_mapped = cupy.is_pinned(begin)
+            arrays.append((name, begin, end, not kind.startswith("PK"), False, is_mapped))
+            if arg.dtype == np.uint64 and not is_mapped:  # may be a table of addresses
                 found = cupy.allocations_at(arg.host)
-                arrays += [(f"memory that {name} names", *bounds, True, False) for bounds in found]
+                arrays += [
+                    (f"memory that {name} names", *bounds, True, False, False) for bounds in found
+                ]
     dynamic = np.empty(shared_bytes + 128, np.uint8)
     start = dynamic.ctypes.data + -dynamic.ctypes.data % 128
-    regions = [(name, at, at + size, True, True) for _, name, at, size in kernel.shared]
-    regions += [("dynamic shared memory", start, start + shared_bytes, True, True)]
+    regions = [(name, at, at + size, True, True, False) for _, name, at, size in kernel.shared]
+    regions += [("dynamic shared memory", start, start + shared_bytes, True, True, False)]
     regions += _joined(arrays)
 
     ffi, machine = _machine()
@@ -354,14 +369,24 @@ def _run(kernel, config, *args):
     table = ffi.new("struct Array[]", len(regions))
     state.values, state.arrays, state.num_arrays = pointers, table, len(regions)
     state.grid, state.block, state.cluster = grid, block, cluster
-    state.dynamic_shared = ffi.cast("char*", start)
+    state.dynamic_shared, state.cooperative = ffi.cast("char*", start), cooperative
     state.seed = int(os.environ.get("PYKV_SIMT_SEED", "0"))
-    for to, name, (_, begin, end, writable, shared) in zip(table, names, regions, strict=True):
+    for to, name, (_, begin, end, *flags) in zip(table, names, regions, strict=True):
         to.name, to.begin, to.bytes = name, ffi.cast("char*", begin), end - begin
-        to.writable, to.shared = writable, shared
+        to.writable, to.shared, to.mapped = flags
+    kept = (names, table, pointers, values, dynamic, args)
+    launched.add((kernel.stem, kernel.name))
+    if cooperative and any(mapped for *_, mapped in regions):
+        cupy.run_beside(partial(_finish, kernel, state, kept))  # the host goes on, and talks to it
+    else:
+        _finish(kernel, state, kept)
+
+
+def _finish(kernel, state, kept):
+    """Run what is prepared; `kept` is the memory that it touches."""
+    ffi, machine = _machine()
     with _lock:
         failed = machine.simt_run(state)
-    launched.add((kernel.stem, kernel.name))
     if failed < 0:
         raise MemoryError(f"{kernel.label}: no memory to watch its arrays")
     if failed:
@@ -371,6 +396,11 @@ def _run(kernel, config, *args):
 def active_clusters(kernel, block, cluster, shared_bytes):
     """As pykv.cuda.driver.active_clusters: two blocks an SM."""
     return 2 * cupy.NUM_SMS // math.prod(cluster)
+
+
+def cooperative_blocks(kernel, block, shared_bytes):
+    """As pykv.cuda.driver.cooperative_blocks: as many as the machine has threads for."""
+    return min(MAX_CLUSTER, MAX_CLUSTER_THREADS // (-(-block // 32) * 32))
 
 
 def _three_sizes(sizes):
@@ -428,9 +458,10 @@ def _joined(arrays):
     joined = []
     for array in sorted(arrays, key=lambda array: array[1:3]):
         if joined and array[1] < joined[-1][2]:
-            name, begin, end, writable, _ = joined[-1]
+            name, begin, end, writable, _, mapped = joined[-1]
             joined[-1] = (
                 *(f"{name}, {array[0]}", begin, max(end, array[2]), writable or array[3], False),
+                mapped,
             )
         else:
             joined.append(array)

@@ -232,7 +232,32 @@ inline int opaque(int x) { return x; }
 
 template <typename T> inline T opaque_pointer(T x) { return x; }
 
-inline unsigned atomic_inc_acq_rel(unsigned* at, unsigned most) { return atomicInc(at, most); }
+// Always inlined, because the machine takes the caller for the place.
+__attribute__((always_inline)) inline unsigned atomic_inc_acq_rel(unsigned* at, unsigned most) {
+    return simt::atomic(
+        at, [most](unsigned old) { return old >= most ? 0 : old + 1; },
+        simt::ACQUIRE | simt::RELEASE);
+}
+
+__attribute__((always_inline)) inline void add_release(unsigned* at, unsigned x) {
+    simt::atomic(at, [x](unsigned old) { return old + x; }, simt::RELEASE);
+}
+
+__attribute__((always_inline)) inline unsigned load_acquire(const unsigned* at, SIMT_SITE) {
+    simt::poll(at, "load_acquire", file, line);
+    return simt::strong_load(at, simt::ACQUIRE);
+}
+
+__attribute__((always_inline)) inline unsigned long long load_host(const unsigned long long* at, SIMT_SITE) {
+    simt::poll(at, "load_host", file, line);
+    return simt::strong_load(at, 0);
+}
+
+__attribute__((always_inline)) inline void store_host(unsigned long long* at, unsigned long long x) {
+    simt::strong_store(at, x, 0);
+}
+
+inline unsigned long long global_timer() { return simt::global_timer(); }
 
 inline unsigned long long load_relaxed(unsigned long long* at) { return atomicOr(at, 0ull); }
 inline void store_relaxed(unsigned long long* at, unsigned long long x) { atomicExch(at, x); }

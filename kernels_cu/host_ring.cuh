@@ -1,0 +1,54 @@
+// host_ring.cuh: words that a kernel and the host exchange while it runs, in pinned memory of the host
+// that the GPU sees (layout and the host's side: pykv/host_rings.py).
+//
+// A slot is 8 words of 8 bytes. The low half of a word is payload, the high half the number of its
+// message: a word is stored at once, so whoever finds the number that it waits for in every word has
+// the whole message, without a fence. Messages are numbered from 1 on, modulo 2^32; message n lies
+// in slot n % SLOTS. What else the message speaks of, in memory of the GPU, needs a fence of the
+// system ahead of the words.
+#include "ptx.cuh"
+
+#if !defined(SLOTS)
+#error "host_ring.cuh needs SLOTS"
+#endif
+static_assert(SLOTS > 0 && (SLOTS & (SLOTS - 1)) == 0, "numbers wrap around at a whole round");
+
+constexpr int SLOT_WORDS = 8, LINE_WORDS = 16;  // a line of 128 bytes is one side's
+constexpr int BEAT = 0, ABORT = 1;              // the host's line: it counts calls; 1 ends the kernel
+constexpr int STATE = LINE_WORDS;               // the kernel's line
+constexpr int COMMANDS = 2 * LINE_WORDS, RESULTS = COMMANDS + SLOTS * SLOT_WORDS;
+
+enum State { RUNNING = 1, STOPPED = 2, SILENT = 3, ABORTED = 4 };
+
+// What a whole warp waits for: the words of a command in lanes 0 to 7, and RUNNING; or SILENT if the
+// host has done nothing for `limit` ns, or ABORTED. `beat` is what the lanes saw last of the host's.
+__device__ __forceinline__ State await_command(u32& payload, u64& beat, const u64* host, u32 number,
+                                               u64 limit) {
+    const int lane = threadIdx.x % WARP;
+    const bool has_word = lane < SLOT_WORDS;
+    const u64* const at = host + (has_word ? COMMANDS + (int)(number % SLOTS) * SLOT_WORDS + lane
+                                           : lane % 2 ? ABORT : BEAT);
+    u64 heard = global_timer();
+    for (;;) {
+        const u64 word = load_host(at);
+        const u64 now = global_timer();
+        payload = (u32)word;
+        if (__any_sync(FULL_MASK, !has_word && lane % 2 && word != 0)) return ABORTED;
+        if (__all_sync(FULL_MASK, !has_word || (u32)(word >> 32) == number)) return RUNNING;
+        if (__any_sync(FULL_MASK, !has_word && word != beat)) heard = now;
+        beat = word;
+        if (__any_sync(FULL_MASK, now - heard > limit && now > heard)) return SILENT;
+    }
+}
+
+// Lane i's payload is word i of the result.
+__device__ __forceinline__ void post_result(u64* host, u32 number, u32 payload) {
+    const int lane = threadIdx.x % WARP;
+    if (lane >= SLOT_WORDS) return;
+    store_host(host + RESULTS + (int)(number % SLOTS) * SLOT_WORDS + lane,
+               (u64)number << 32 | payload);
+}
+
+__device__ __forceinline__ void post_state(u64* host, u32 number, State state) {
+    if (threadIdx.x == 0) store_host(host + STATE, (u64)number << 32 | state);
+}

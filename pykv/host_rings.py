@@ -1,0 +1,85 @@
+"""Rings of messages between the host and a kernel that stays on the GPU, in pinned memory.
+
+Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
+
+    0    beat       counts the host's calls: where it stands still for too long, the kernel ends
+    1    abort      1: the kernel ends before its next command
+    16   state      low half a `State`, high half the number of the last command it has taken
+    32   commands   SLOTS slots of 8 words, host to kernel
+    ...  results    SLOTS slots of 8 words, kernel to host
+
+A word of a slot is payload in its low half and the number of the message in its high half: message
+n, from 1 on, lies in slot n % SLOTS, and is whole when all its words have its number. NCCL's
+protocol LL numbers its words likewise. The host never has more than SLOTS commands out whose
+results it has not taken, so no slot is written again too soon.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pykv.arrays import load_cupy
+from pykv.foreign import from_pointer
+
+SLOTS = 64  # of either ring
+_WORDS = 8  # of a slot
+_BEAT, _ABORT, _STATE, _COMMANDS = 0, 1, 16, 32
+_RESULTS = _COMMANDS + SLOTS * _WORDS
+_SIZE = _RESULTS + SLOTS * _WORDS
+_LOW = 0xFFFFFFFF
+
+
+class State(enum.IntEnum):
+    """What a kernel says of itself."""
+
+    STARTING = 0
+    RUNNING = 1
+    STOPPED = 2  # by command
+    SILENT = 3  # it has not heard of the host for too long
+    ABORTED = 4
+
+
+class Rings:
+    """Both rings and the words beside them; for one thread of the host at a time.
+
+    Attributes:
+        on_gpu: the words as the kernel's argument.
+    """
+
+    def __init__(self) -> None:
+        self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
+        self._words: Any = np.frombuffer(self._memory, np.uint64, _SIZE)
+        self._words[:] = 0
+        address = self._words.ctypes.data
+        self.on_gpu = from_pointer(address, (_SIZE,), np.uint64, owner=self._memory)
+
+    def beat(self) -> None:
+        """Tell the kernel that the host lives."""
+        self._words[_BEAT] = (int(self._words[_BEAT]) + 1) & _LOW
+
+    def abort(self) -> None:
+        """Have the kernel end before its next command."""
+        self._words[_ABORT] = 1
+
+    def state(self) -> tuple[State, int]:
+        """The kernel's state, and the number of the last command that it has taken."""
+        word = int(self._words[_STATE])
+        return State(word & _LOW), word >> 32
+
+    def post(self, number: int, payload: Sequence[int]) -> None:
+        """Write a command of up to 8 integers of 32 bits."""
+        at = _COMMANDS + number % SLOTS * _WORDS
+        values = np.zeros(_WORDS, np.uint64)
+        values[: len(payload)] = payload
+        self._words[at : at + _WORDS] = values | np.uint64((number & _LOW) << 32)
+
+    def result(self, number: int) -> np.ndarray | None:
+        """The 8 integers of a result, uint32; None where it has not come yet."""
+        at = _RESULTS + number % SLOTS * _WORDS
+        words = self._words[at : at + _WORDS].copy()
+        whole = bool((words >> np.uint64(32) == number & _LOW).all())
+        return words.astype(np.uint32) if whole else None

@@ -1,4 +1,5 @@
-// block_gemv.cuh: few tokens times a matrix, on CUDA cores; a part of block_linear.cu.
+// block_gemv.cuh: few tokens times a matrix, on CUDA cores; a part of block_linear.cu and
+// product_chain.cu.
 //
 // A warp multiplies OUTS rows of weights by slices of 1024 elements, a lane 32 of them. Blocks: a
 // group of 32, of which a lane loads 16 bytes of nibbles, 512 bytes a warp. Plain: four times eight
@@ -156,31 +157,33 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
-gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
-     const B_T* __restrict__ bias, const float* __restrict__ norm, int T, int O, int I, int W,
-     i64 x_stride, i64 out_stride, int parts, int accumulate, int gate, float eps) {
-    extern __shared__ __align__(128) float staged[];
-    __shared__ float partial[WARPS][SUMS], square_sums[WARPS][ROWS];
+// What warps of a block tell each other.
+struct WarpSums { float partial[WARPS][SUMS], squares[WARPS][ROWS]; };
+
+// The block's part of a product: outputs of one tile, for tokens t0 on. `await` comes before x and out
+// are read, and behind the first loads of w; all threads call it once.
+template <typename Await>
+__device__ __forceinline__ void
+gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, const B_T* bias,
+          const float* norm, int T, int O, int I, int W, i64 x_stride, i64 out_stride, int parts, int accumulate,
+          int gate, float eps, int tile, int t0, Await await) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int part = warp % parts;
-    const int t0 = blockIdx.y * ROWS;
 
     // The second half of a warp's rows of weights follows the first, or is what it opens.
     const int outputs = gate ? OUTS / 2 : OUTS;
-    const int o0 = (blockIdx.x * (WARPS / parts) + warp / parts) * outputs;
+    const int o0 = (tile * (WARPS / parts) + warp / parts) * outputs;
     const int last = (gate ? 2 * O : O) - 1, second = o0 + (gate ? O : OUTS / 2);
     const int t = t0 + lane / OUTS, o = o0 + lane % OUTS;  // whose sum the lane gets
     const int of_row = lane % OUTS < OUTS / 2 ? o : second + lane % OUTS - OUTS / 2;
 
-    let_next_start();
     if (norm && threadIdx.x * 32 < I) prefetch_l2(norm + threadIdx.x * 32);
     const float addend = bias ? to_float(bias[min(of_row, last)]) : 0.0f;
     const bool writes = part == 0 && lane < SUMS && lane % OUTS < outputs && o < O && t < T;
     float sums[SUMS] = {}, squares[ROWS] = {}, old = 0.0f;
     const auto begin = [&] {  // to read what may have been written just before
-        await_previous();
+        await();
         if (accumulate && writes) old = to_float(out[t * out_stride + o]);
     };
     if (I == 0) begin();
@@ -209,20 +212,20 @@ gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const float total = group_sum<WARP>(squares[r]);
-            if (lane == 0) square_sums[warp][r] = total;
+            if (lane == 0) shared.squares[warp][r] = total;
         }
     }
-    if (parts > 1 && lane < SUMS) partial[warp][lane] = sum;
+    if (parts > 1 && lane < SUMS) shared.partial[warp][lane] = sum;
     if (norm || parts > 1) __syncthreads();
     if (part > 0) return;
     if (parts > 1) {
         sum = 0.0f;
-        for (int p = 0; p < parts; p++) sum += partial[warp + p][lane % SUMS];
+        for (int p = 0; p < parts; p++) sum += shared.partial[warp + p][lane % SUMS];
     }
     if (norm) {
         float total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; i++) total += square_sums[i][lane / OUTS % ROWS];
+        for (int i = 0; i < WARPS; i++) total += shared.squares[i][lane / OUTS % ROWS];
         sum *= 1.0f / sqrtf(total / (float)I + eps);
     }
     if (bias) sum += addend;

@@ -39,3 +39,14 @@ using K = KIND;
 constexpr int GROUP = 32;
 
 #include "block_gemv.cuh"
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
+     const B_T* __restrict__ bias, const float* __restrict__ norm, int T, int O, int I, int W,
+     i64 x_stride, i64 out_stride, int parts, int accumulate, int gate, float eps) {
+    extern __shared__ __align__(128) float staged[];
+    __shared__ WarpSums shared;
+    let_next_start();
+    gemv_tile(staged, shared, out, x, w, bias, norm, T, O, I, W, x_stride, out_stride, parts,
+              accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS, [] { await_previous(); });
+}

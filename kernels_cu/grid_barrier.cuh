@@ -5,6 +5,8 @@
 // may do what needs nothing of the others, such as loading weights.
 #include "ptx.cuh"
 
+#if __CUDA_ARCH__ >= 700
+
 // All threads call it. Whoever has waited sees what they wrote before.
 __device__ __forceinline__ void grid_arrive(u32* counters) {
     __syncthreads();
@@ -26,3 +28,5 @@ __device__ __forceinline__ void grid_leave(u32* counters) {
         counters[0] = 0;
     }
 }
+
+#endif

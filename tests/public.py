@@ -27,7 +27,7 @@ from pykv import (
 )
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
-from pykv.ops import mailbox, permute
+from pykv.ops import mailbox, permute, product_chain
 from tests.kvtc import made
 from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
@@ -269,6 +269,15 @@ def _mailbox(xp):
     box = mailbox.Mailbox(np.zeros((2, 4), np.float32))
     box.submit(0, 1.0, 1.0)
     return (box,)
+
+
+def _chain(xp):
+    """Of the host: not every GPU has chains."""
+    x, w, out = (
+        np.zeros(shape, t) for shape, t in (((1, 8), "f4"), ((4, 8), "f2"), ((1, 4), "f4"))
+    )
+    products = [product_chain.Product(x, w, out)]
+    return product_chain.ProductChain, dict(products=products, kind="F16", blocks=2)
 
 
 def _manager(xp):
@@ -537,6 +546,7 @@ METHODS = {
     "ops.mailbox.Mailbox.poll": _of(_mailbox, "poll", job=1),
     "ops.mailbox.Mailbox.wait": _of(_mailbox, "wait", job=1),
     "ops.mailbox.Mailbox.stop": _of(_mailbox, "stop"),
+    "ops.product_chain.ProductChain": _chain,
     "llm.generate.LLM": lambda xp: (pykv.LLM, dict(model=_model(), device="cpu")),
     "llm.generate.LLM.generate": _of(_llm, "generate", prompts=[[5, 6]], params=_SHORT),
     "llm.generate.LLM.stream": _of(_llm, "stream", prompt=[5, 6], params=_SHORT),

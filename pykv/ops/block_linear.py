@@ -154,23 +154,8 @@ def multiply(
     array([[63.98]], dtype=float32)
     """
     op = "block_linear.multiply"
-    block_rows.check_kind(op, kind, KINDS)
-    dims = _checker(kind if kind in PLAIN else None, gate is not None)(x, w, bias, norm, out)
-    if kind in PLAIN:
-        _check_columns(op, dims["I"])
-    else:
-        block_rows.check_row(op, kind, "x", dims["I"], dims["W"])
-    if gate is not None:
-        check_choice(op, "gate", gate, GATES)
-    options = Options(
-        gate=gate,
-        eps=check_number(op, "eps", eps, positive=True),
-        accumulate=check_flag(op, "accumulate", accumulate),
-        early=check_flag(op, "early", early),
-        exact=check_flag(op, "exact", exact),
-    )
-    if options.accumulate and out is None:
-        raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
+    asked = Options(gate, eps, accumulate, early, exact)
+    dims, options = checked(op, x, w, kind, bias, norm, out, asked)
     out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
     if out.size == 0:
         return out
@@ -200,6 +185,31 @@ def warm_up(kinds: Sequence[str]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
+
+
+def checked(
+    op: str, x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, asked: Options
+) -> tuple[Dims, Options]:
+    """The sizes of what `multiply` is given, and its options; it raises what `multiply` says."""
+    block_rows.check_kind(op, kind, KINDS)
+    has_gate = asked.gate is not None
+    dims = _checker(kind if kind in PLAIN else None, has_gate)(x, w, bias, norm, out)
+    if kind in PLAIN:
+        _check_columns(op, dims["I"])
+    else:
+        block_rows.check_row(op, kind, "x", dims["I"], dims["W"])
+    if asked.gate is not None:
+        check_choice(op, "gate", asked.gate, GATES)
+    options = Options(
+        gate=asked.gate,
+        eps=check_number(op, "eps", asked.eps, positive=True),
+        accumulate=check_flag(op, "accumulate", asked.accumulate),
+        early=check_flag(op, "early", asked.early),
+        exact=check_flag(op, "exact", asked.exact),
+    )
+    if options.accumulate and out is None:
+        raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
+    return dims, options
 
 
 @cache
@@ -279,22 +289,45 @@ def _launch(
     """The launch of `gemv`, or the launches around a product by linear_mma."""
     if not _by_gemv(x, w, kind):
         return _launches(x, w, kind, bias, norm, out, options)
-    (T, I), R, O = x.shape, len(w), out.shape[1]
-    scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize)
-    scalars |= dict(eps=options.eps, accumulate=options.accumulate)
-    scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
-    scalars |= dict(gate=0 if options.gate is None else 1 + GATES.index(options.gate))
-    num_sms = cuda.num_sms(x.data.device_id)
-    rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
-    outs, parts = _warps(R, I, _outs(kind, rows, cuda.current_sm()), rows, num_sms)
-    kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=rows, OUTS=outs)
-    most = rows * cuda.MOST_BLOCKS[1]
-    if T > most:
-        raise UnsupportedError(f"block_linear.multiply: x has T={T}, expected at most {most}")
-    grid = -(-R // (outs * (_BLOCK // 32 // parts))), -(-T // rows)
-    shared = parts * rows * _SLICE_BYTES
-    scalars |= dict(parts=parts)
+    cut = cut_of(x, w, kind)
+    most = cut.rows * cuda.MOST_BLOCKS[1]
+    if len(x) > most:
+        raise UnsupportedError(f"block_linear.multiply: x has T={len(x)}, expected at most {most}")
+    scalars = scalars_of(x, w, out, options, cut.parts)
+    kernel = _kernel("gemv", kind, x.dtype, bias, ROWS=cut.rows, OUTS=cut.outs)
+    grid = cut.tiles, -(-len(x) // cut.rows)
+    shared = cut.shared_bytes
     return cuda.Launch(kernel, grid, _BLOCK, scalars, shared_bytes=shared, early=options.early)
+
+
+class Cut(NamedTuple):
+    """How `gemv` cuts a product."""
+
+    rows: int  # of x that share one reading of w
+    outs: int  # rows of w of a warp
+    parts: int  # warps that share those
+    tiles: int  # of rows of w
+    shared_bytes: int  # of dynamic shared memory
+
+
+def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
+    """How `gemv` cuts a product, where it has the choice as asked."""
+    (T, I), R = x.shape, len(w)
+    num_sms = cuda.num_sms(x.data.device_id)
+    rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
+    choice = (outs,) if outs else _outs(kind, rows, cuda.current_sm())
+    outs, parts = _warps(R, I, choice, rows, num_sms)
+    tiles = -(-R // (outs * (_BLOCK // 32 // parts)))
+    return Cut(rows, outs, parts, tiles, parts * rows * _SLICE_BYTES)
+
+
+def scalars_of(x: Any, w: Any, out: Any, asked: Options, parts: int) -> dict[str, Any]:
+    """The scalars of `gemv`."""
+    (T, I), O = x.shape, out.shape[1]
+    scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize, parts=parts)
+    scalars |= dict(eps=asked.eps, accumulate=asked.accumulate)
+    scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
+    return scalars | dict(gate=0 if asked.gate is None else 1 + GATES.index(asked.gate))
 
 
 def _launches(

@@ -18,7 +18,7 @@ from pykv.errors import (
 from pykv.ops import norm, paged_append, paged_decode, paged_qkv, prefill, rope
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
-from tests.helpers import assert_same_bits, to_numpy
+from tests.helpers import assert_same_bits, to_numpy, without_simt
 
 
 def test_sizes_and_bytes(xp):
@@ -623,3 +623,16 @@ def test_results_are_those_of_the_op(xp, rng, spec, name, gives_out, gives_lse, 
         assert_same_bits(x, want[1])
     if gives_lse:
         assert_same_bits(lse, want[1])
+
+
+@without_simt
+def test_grow_keeps_zeros_of_either_sign(xp):
+    """Pages of zeros are not copied, as new ones hold zeros; but -0 is no such page."""
+    cache = PagedKVCache(2, 1, 1, 8, spec="fp32", xp=xp)
+    cache.k[1, 0] = -0.0
+    cache.grow(3)
+    k, v = to_numpy(cache.k), to_numpy(cache.v)
+    assert (
+        np.signbit(k[1, 0]).all() and not np.signbit(k[0]).any() and not np.signbit(k[1, 1:]).any()
+    )
+    assert not k.any() and not v.view("u1").any()

@@ -230,6 +230,10 @@ _PIECE = 1 << 20  # elements; bounds the scratch memory
 
 def all_finite(xp: Any, values: Any) -> Any:
     """Whether no value is NaN or infinite: a boolean, on a GPU an array of one, not waited for."""
+    if xp is np and values.dtype == np.float32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.vdot(values, values)):  # a fifth of the time of looking at each
+                return xp.ones((), bool)
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     exponent = bits.dtype.type(np.array(np.inf, values.dtype).view(bits.dtype)[()])
     finite = xp.ones((), bool)

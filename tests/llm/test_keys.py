@@ -529,6 +529,7 @@ def test_all_finite_looks_at_every_piece(xp, monkeypatch):
                 y = x.copy()
                 y.reshape(-1)[at] = value
                 assert not bool(tensors.all_finite(xp, xp.asarray(y)))
+    assert bool(tensors.all_finite(xp, xp.full((3, 100), 3e38, np.float32)))  # squares overflow
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -145,10 +145,9 @@ def decode_blocks(
     old = xp.maximum(lengths - np.int32(selection.recent), np.int32(0)) // np.int32(selection.block)
     width = min(selection.blocks * pages + -(-selection.recent // cache.page_size) + pages, M)
     for part in parts(cache, layer):
-        heads = slice(part.first, part.first + part.n)
-        grouped = of_heads(q[:, None], H, heads)
+        grouped = of_heads(q[:, None], H, part.heads)
         old_of_heads = xp.repeat(old, part.n)
-        of_part = xp.ascontiguousarray(means[:, heads])
+        of_part = xp.ascontiguousarray(means[:, part.heads])
         chosen, counts = _choose(of_part, grouped, old_of_heads, selection.blocks)
         tables = page_table.of_blocks(
             *(table, lengths, chosen, counts, old_of_heads),

@@ -26,6 +26,7 @@ from pykv.arrays import (
     like,
     on_gpu,
     optional,
+    row_step,
 )
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import activation, block_rows, linear_mma
@@ -281,7 +282,7 @@ def _launch(
     (T, I), R, O = x.shape, len(w), out.shape[1]
     scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize)
     scalars |= dict(eps=options.eps, accumulate=options.accumulate)
-    scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
+    scalars |= dict(x_stride=row_step(x), out_stride=row_step(out))
     scalars |= dict(gate=0 if options.gate is None else 1 + GATES.index(options.gate))
     num_sms = cuda.num_sms(x.data.device_id)
     rows = next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))

@@ -350,6 +350,17 @@ def like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return module_of(array).empty(shape, dtype)
 
 
+def row_step(array: Any) -> int:
+    """Elements from a row, the first dimension, to the next."""
+    return int(array.strides[0]) // int(array.itemsize)
+
+
+def check_shape(op: str, name: str, array: Any, shape: tuple[int, ...], letters: str = "") -> None:
+    """Check the shape of an array that has the right dimensions."""
+    if array.shape != shape:
+        raise ShapeError(f"{op}: {name} has shape {array.shape}, expected {shape}{letters}")
+
+
 def shared_dtype(op: str, k_out: Any, v_out: Any, default: Any) -> Any:
     """The dtype of two outputs that one kernel writes: of those that are given, or `default`.
 

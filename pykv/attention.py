@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, optional
+from pykv.arrays import FLOAT32, FLOATS, INT32, UINT64, Dims, check_head_dim, like, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import decode
 from pykv.ops import paged_check
@@ -203,6 +203,17 @@ def query_scalars(scores: Scores, dims: dict[str, int], q: Any) -> dict[str, int
 
 
 # --- Attention in NumPy ---------------------------------------------------------------------------
+
+
+def outputs(
+    op: str, q: Any, out: Any, lse: Any, return_lse: Any, shape: Any = None
+) -> tuple[Any, Any]:
+    """`out` [..., D] of a shape, that of `q` if None, and its `lse`, made where they are missing
+    and wanted."""
+    out = like(q, shape or q.shape, q.dtype) if out is None else out
+    if check_flag(op, "return_lse", return_lse) and lse is None:
+        lse = like(q, out.shape[:-1], np.float32)
+    return out, lse
 
 
 def fill_on_host(

@@ -1,6 +1,7 @@
 """The CUDA layer: sources, cubins and their cache without a GPU; launches and streams with one."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -614,16 +615,17 @@ def test_cuda_core_counts_a_grid_in_clusters(monkeypatch, grid, cluster, cluster
     pytest.importorskip("cuda.core")
     monkeypatch.setattr("cuda.core.LaunchConfig", dict)
     config = cuda.driver._config.__wrapped__
-    for early in (False, True):
+    for early, together in itertools.product((False, True), repeat=2):
         sizes = dict(block=128, shmem_size=64, programmatic_stream_serialization=early)
-        assert config(grid, 128, 64, None, early) == dict(grid=grid, **sizes)
+        sizes |= dict(is_cooperative=True) if together else {}
+        assert config(grid, 128, 64, None, early, together) == dict(grid=grid, **sizes)
         if clusters:
             want = dict(grid=clusters, cluster=cluster, **sizes)
-            assert config(grid, 128, 64, cluster, early) == want
+            assert config(grid, 128, 64, cluster, early, together) == want
     if clusters:
         return
     with pytest.raises(ParameterError, match=re.escape(f"cluster is {cluster}, expected sizes")):
-        config(grid, 128, 64, cluster, False)
+        config(grid, 128, 64, cluster, False, False)
 
 
 def test_stream_handles_of_every_library():

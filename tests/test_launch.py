@@ -173,10 +173,11 @@ def test_kernels_overlap_where_gpu_and_driver_let_them(monkeypatch, sm, version,
 def test_arguments_reach_the_driver_in_the_kernels_order_and_types(bound):
     kernel = cuda.kernel("some", "one")
     backwards = dict(reversed(SCALARS.items()))
-    options = dict(shared_bytes=9, cluster=(1,), early=True)
+    options = dict(shared_bytes=9, cluster=(1,), early=True, cooperative=True)
     cuda.Launch(kernel, 7, (8, 2), backwards, **options)(dict(x="x", out=None))
     ((handle, config, arrays, scalars),) = bound
-    assert handle == ("sm_90", "some", "one") and config == (handle, 7, (8, 2), 9, (1,), True)
+    config_of = 7, (8, 2), 9, (1,), True, True
+    assert handle == ("sm_90", "some", "one") and config == (handle, *config_of)
     assert arrays == [None, "x"] and scalars == list(SCALARS.values())
     types = [np.int32, np.uint32, np.int64, np.uint64, np.float32]
     assert [type(x) for x in scalars] == types

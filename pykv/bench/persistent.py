@@ -14,7 +14,7 @@ import numpy as np
 
 from pykv import cuda
 from pykv.bench import Work, memory, synthetic
-from pykv.ops import block_linear
+from pykv.ops import block_linear, block_rows
 from pykv.ops.product_chain import Product, ProductChain, has_kernel
 from pykv.testing import caches
 from pykv.testing.compare import host
@@ -86,7 +86,7 @@ def _products(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> list[P
         if kind == "F16":
             values = rng.standard_normal((O, I), np.float32) / np.float32(I**0.5)
             return xp.asarray(values.astype(np.float16))
-        return block_linear.pack(xp.asarray(synthetic.blocks(kind, O, I, rng)), kind)
+        return block_rows.pack(xp.asarray(synthetic.blocks(kind, O, I, rng)), kind)
 
     products = []
     for i in range(L):

@@ -170,7 +170,7 @@ def decode_blocks(
     for part in parts(cache, layer):
         of_part = slice(part.first * G, (part.first + 1) * G)
         found = like(q, (B, G, D), q.dtype)
-        of_head = xp.ascontiguousarray(means[:, part.first : part.first + 1])
+        of_head = xp.ascontiguousarray(means[:, part.heads])
         some = xp.ascontiguousarray(q[:, of_part])
         attend(part, some, table, lengths, of_head, found, memory)
         out[:, of_part] = found

@@ -94,7 +94,7 @@ def _with_options(
 ) -> Iterator[tuple[Part, dict[str, Any]]]:
     """Each part with what is its heads' own."""
     for part in made:
-        group = slice(part.first * G, (part.first + part.n) * G)
+        group = slice(part.heads.start * G, part.heads.stop * G)
         given = dict(alibi_slopes=alibi_slopes, sinks=sinks)
         yield part, {name: None if x is None else x[group] for name, x in given.items()}
 
@@ -110,19 +110,17 @@ def _of_part(
     options: dict[str, Any],
 ) -> list[Any]:
     """The results of `decode` for the heads of a part."""
-    xp, heads, B = module_of(q), slice(part.first, part.first + part.n), len(q)
     if positions is not None:
-        flat = xp.ascontiguousarray(positions[:, heads])
-        options["key_positions"] = flat.reshape(B * part.n, positions.shape[2])
+        options["key_positions"] = part.rows_of(positions)
     found = paged_decode.decode(
-        of_heads(q if q.ndim == 4 else q[:, None], H, heads),
+        of_heads(q if q.ndim == 4 else q[:, None], H, part.heads),
         page_table=part.table(page_table),
-        lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1),
+        lengths=part.rows_of(lengths),
         return_lse=return_lse,
         **part.pools,
         **options,
     )
-    return [of_sequences(x, B, part.n, q.ndim) for x in (found if return_lse else (found,))]
+    return [of_sequences(x, len(q), part.n, q.ndim) for x in (found if return_lse else (found,))]
 
 
 def append(
@@ -152,8 +150,7 @@ def append(
     check_cache(op, cache, layer)
     refuse_own(op, options)
     dims = _append_check(k, v, page_table, lengths)
-    B, H = dims["B"], dims["H"]
-    _check_heads(op, parts(cache, layer), H)
+    _check_heads(op, parts(cache, layer), dims["H"])
     if not on_gpu(lengths):
         most = page_table.shape[1] * cache.page_size - 1
         if ((lengths < 0) | (lengths > most)).any():
@@ -161,12 +158,11 @@ def append(
     P, xp = np.int32(cache.page_size), module_of(k)
     with cuda.on_stream(stream, k):
         for part in parts(cache, layer):
-            heads = slice(part.first, part.first + part.n)
-            rows = xp.ascontiguousarray(lengths[:, heads]).reshape(-1)
+            rows = part.rows_of(lengths)
             pages = xp.take_along_axis(part.table(page_table), (rows // P)[:, None], 1)[:, 0]
-            new = [xp.ascontiguousarray(x[:, heads]).reshape(B * part.n, 1, -1) for x in (k, v)]
+            new_k, new_v = (part.rows_of(x)[:, None] for x in (k, v))
             slots = pages * P + rows % P
-            paged_append.append(new[0], new[1], slots=slots, **part.pools, **options)
+            paged_append.append(new_k, new_v, slots=slots, **part.pools, **options)
 
 
 def attention_mass(
@@ -223,11 +219,9 @@ def attention_mass(
             return total
         options = dict(scale=scale, logits_soft_cap=logits_soft_cap)
         for part in made:
-            heads = slice(part.first, part.first + part.n)
-            tables = dict(page_table=part.table(page_table))
-            tables |= dict(lengths=xp.ascontiguousarray(lengths[:, heads]).reshape(-1))
-            found = mass_of(part.pools, of_heads(q, H, heads), tables, options)
-            total[:, heads] += found.reshape(B, part.n, C)
+            tables = dict(page_table=part.table(page_table), lengths=part.rows_of(lengths))
+            found = mass_of(part.pools, of_heads(q, H, part.heads), tables, options)
+            total[:, part.heads] += found.reshape(B, part.n, C)
     return total
 
 

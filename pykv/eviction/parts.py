@@ -24,7 +24,7 @@ class Part(NamedTuple):
     """KV heads of a layer as pools of one head.
 
     Attributes:
-        first, n: the heads.
+        first, n, heads: of the layer; the last as a slice.
         pools: k_pool, v_pool, k_scales, v_scales and spec, as ops of caches take them.
         unit: head h of page p is page p * unit + h - first of these pools.
     """
@@ -33,6 +33,15 @@ class Part(NamedTuple):
     n: int
     pools: dict[str, Any]
     unit: int
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.first, self.first + self.n)
+
+    def rows_of(self, x: Any) -> Any:
+        """[B * n, ...], contiguous, of these heads' part of an array [B, H, ...]."""
+        rows = module_of(x).ascontiguousarray(x[:, self.heads])
+        return rows.reshape(len(x) * self.n, *x.shape[2:])
 
     def table(self, page_table: Any) -> Any:
         """The page table [B * n, M] of these heads, of one [B, M]."""

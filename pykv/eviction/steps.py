@@ -240,13 +240,12 @@ class _Work:
         (B, H, C), xp, base = self.shape, self.xp, base_of(self.policies[layer])
         found = []
         for part in parts(self.cache, layer):
-            heads = slice(part.first, part.first + part.n)
-            lengths = np.ascontiguousarray(self.lengths[layer][:, heads]).reshape(-1)
+            lengths = part.rows_of(self.lengths[layer])
             tables = dict(
                 page_table=part.table(xp.asarray(self.table)), lengths=xp.asarray(lengths)
             )
-            queries = of_heads(array, H, heads) if base.needs == "queries" else None
-            scores = array[:, heads] if base.needs == "scores" else None
+            queries = of_heads(array, H, part.heads) if base.needs == "queries" else None
+            scores = array[:, part.heads] if base.needs == "scores" else None
             rows = Rows(
                 *(xp, layer, B, part.first, part.n, C, part.pools, lengths, tables),
                 *(queries, scores, options, rotary),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional
+from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional, row_step
 from pykv.errors import ParameterError
 from pykv.options import check_float_dtype, check_number
 
@@ -191,9 +191,7 @@ def launch_gated(name: str, x: Any, out: Any, accumulate: bool) -> cuda.Launch:
     may have any stride, and is added to if `accumulate`."""
     T, F = out.shape
     scalars = dict(F=F, accumulate=accumulate)
-    scalars |= {
-        f"{name}_stride": a.strides[0] // a.itemsize for name, a in (("out", out), ("x", x))
-    }
+    scalars |= {f"{name}_stride": row_step(a) for name, a in (("out", out), ("x", x))}
     return _launch(name, x.dtype, (T, -(-F // _PER_BLOCK)), scalars)
 
 

@@ -26,6 +26,7 @@ from pykv.arrays import (
     like,
     on_gpu,
     optional,
+    row_step,
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import activation, block_rows, linear_mma
@@ -326,7 +327,7 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, parts: int) -> dict[str
     (T, I), O = x.shape, out.shape[1]
     scalars = dict(T=T, O=O, I=I, W=w.shape[1] * w.itemsize, parts=parts)
     scalars |= dict(eps=asked.eps, accumulate=asked.accumulate)
-    scalars |= dict(x_stride=x.strides[0] // x.itemsize, out_stride=out.strides[0] // out.itemsize)
+    scalars |= dict(x_stride=row_step(x), out_stride=row_step(out))
     return scalars | dict(gate=0 if asked.gate is None else 1 + GATES.index(asked.gate))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda, planes
-from pykv.arrays import FLOATS, INT32, UINT8, checker, like, on_gpu, optional
+from pykv.arrays import FLOATS, INT32, UINT8, check_shape, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.options import check_float_dtype, check_number, check_whole
 from pykv.planes import FORMATS
@@ -117,8 +117,7 @@ def take(
     scale, dtype = check_number(op, "scale", scale), check_float_dtype(op, "dtype", dtype)
     T = dims["O"] if ids is None else dims["T"]
     out = like(w, (T, I), dtype) if out is None else out
-    if out.shape != (T, I):
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {(T, I)}")
+    check_shape(op, "out", out, (T, I))
     if out.size == 0:
         return out
     if on_gpu(w):

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, INT32, Dims, check_head_dim, checker, like, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    INT32,
+    Dims,
+    check_head_dim,
+    check_shape,
+    checker,
+    like,
+    on_gpu,
+    optional,
+)
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.options import check_choice, check_flag, check_whole
@@ -207,8 +217,7 @@ def _output(op: str, out: Any, pool: Any, shape: tuple[int, ...], stream: Any) -
     if out is None:
         with cuda.on_stream(stream, pool):
             return like(pool, shape, np.float32)
-    if out.shape != shape:
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape}")
+    check_shape(op, "out", out, shape)
     return out
 
 

@@ -25,7 +25,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, check_writeable, checker, like, on_gpu
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    check_shape,
+    check_writeable,
+    checker,
+    like,
+    on_gpu,
+    row_step,
+)
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.foreign import named_array
 from pykv.ops.block_copy import ADDRESSES, upload
@@ -90,8 +99,7 @@ def gather_mean_subtract(
     shape = given.N, len(mean)
     out = like(mean, shape, np.float32) if out is None else out
     checker(op, ("out",), mean=("F", FLOAT32), out=("N | F", FLOAT32))(mean, out)
-    if out.shape != shape:
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape}")
+    check_shape(op, "out", out, shape)
     if out.size == 0:
         return out
     if on_gpu(mean):
@@ -303,7 +311,7 @@ def _launch_on(op: str, name: str, given: Blocks, x: Any, mean: Any, stream: Any
     if table is not None:
         with cuda.on_stream(stream):
             table = upload(op, dict(addresses=table))["addresses"]
-    sizes = given.N, x.shape[1], x.strides[0] // x.itemsize, given.stride, given.run
+    sizes = given.N, x.shape[1], row_step(x), given.stride, given.run
     launch = _launch(cuda.current_device(), op, name, given.dtype, *sizes)
     launch(dict(x=x, blocks=given.array, addresses=table, mean=mean), stream)
 

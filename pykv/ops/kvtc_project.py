@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, checker, like, load_cupy, on_gpu, optional, shared_dtype
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    checker,
+    like,
+    load_cupy,
+    on_gpu,
+    optional,
+    row_step,
+    shared_dtype,
+)
 from pykv.errors import ShapeError, UnsupportedError
 from pykv.ops import linear
 from pykv.options import check_choice
@@ -223,7 +233,7 @@ def _launch(
     scalars = dict(T=T)
     for side, x, basis, size in zip("kv", xs, bases, outputs, strict=True):
         scalars |= {f"{side}_in": x.shape[1], f"{side}_out_size": size}
-        scalars[f"{side}_stride"] = basis.strides[0] // basis.itemsize
+        scalars[f"{side}_stride"] = row_step(basis)
     grid = -(-T // tiles.TILE_T), -(-max(outputs) // tiles.TILE_O), 2
     return cuda.Launch(kernel, grid, tiles.BLOCK, scalars, shared_bytes=tiles.SHARED_BYTES)
 

@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, UINT8, Dims, check_writeable, checker, like, on_gpu
+from pykv.arrays import FLOAT32, UINT8, Dims, check_shape, check_writeable, checker, like, on_gpu
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
@@ -327,8 +327,7 @@ def _codes(op: str, out: Any, x: Any, n: int, bits: int) -> Any:
         return like(x, shape, np.uint8)
     _check_codes(op, "out", out, x)
     check_writeable(op, "out", out)
-    if out.shape != shape:
-        raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape}")
+    check_shape(op, "out", out, shape)
     return out
 
 

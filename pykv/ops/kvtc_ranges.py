@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, INT32, UINT8, checker, like, module_of, on_gpu
-from pykv.errors import FormatError, ParameterError, ShapeError
+from pykv.arrays import (
+    FLOAT32,
+    INT32,
+    UINT8,
+    check_shape,
+    checker,
+    like,
+    module_of,
+    on_gpu,
+    row_step,
+)
+from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import stream_v0
 from pykv.kvtc.stream_v0 import HEADER, Range, check_ranges
 from pykv.ops import kvtc_quantize
@@ -136,8 +146,7 @@ def dequantize_ranges(
     check = check_flag(op, "check", check)
     if out is not None:
         check_rows(op, out, "out")
-        if out.shape != shape:
-            raise ShapeError(f"{op}: out has shape {out.shape}, expected {shape} ([batch, C])")
+        check_shape(op, "out", out, shape, " ([batch, C])")
     check_stream(op, codes, ranges, B, codes if out is None else out, check, stream)
     out = like(codes, shape, np.float32) if out is None else out
     dims = check_rows(op, out, "out")
@@ -284,7 +293,7 @@ def _quantize(x: Any, ranges: tuple[Range, ...]) -> cuda.Launch:
     B, C = x.shape
     wide, medium, small = _tables(ranges)[2]
     blocks = wide * B + medium * -(-B // rows_of_block(32)) + small * -(-B // rows_of_block(1))
-    scalars = dict(B=B, C=C, x_stride=x.strides[0] // x.itemsize)
+    scalars = dict(B=B, C=C, x_stride=row_step(x))
     scalars |= dict(wide_tiles=wide, medium_tiles=medium, small_tiles=small)
     kernel = cuda.kernel("kvtc_ranges", "quantize_ranges", **VARIANTS[0])
     kvtc_quantize.check_grid("kvtc_ranges.quantize_ranges", blocks)
@@ -296,7 +305,7 @@ def _dequantize(out: Any, num_ranges: int) -> cuda.Launch:
     B, C = out.shape
     column_blocks = kvtc_quantize.columns_of_block(0, C)
     blocks = column_blocks * -(-B // ROWS)
-    scalars = dict(B=B, C=C, out_stride=out.strides[0] // out.itemsize, num_ranges=num_ranges)
+    scalars = dict(B=B, C=C, out_stride=row_step(out), num_ranges=num_ranges)
     scalars |= dict(rows=ROWS, column_blocks=column_blocks)
     kernel = cuda.kernel("kvtc_ranges", "dequantize_ranges", **VARIANTS[0])
     kvtc_quantize.check_grid("kvtc_ranges.dequantize_ranges", blocks)

@@ -31,6 +31,7 @@ from pykv.arrays import (
     like,
     on_gpu,
     optional,
+    row_step,
     to_host,
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
@@ -443,12 +444,12 @@ def _launch(
     wanted = -(-16 * cuda.num_sms(rows.data.device_id) // (2 * tiles))
     scalars = dict(zip(("num_sinks", "num_rows", "num_window"), counts, strict=True))
     scalars |= dict(num_pages=dims["M"], layers=dims["E"], all_layers=dims["L"])
-    scalars |= dict(hadamard=int(hadamard), mean_side=mean.strides[0] // mean.itemsize)
-    scalars |= dict(rows_side=rows.strides[0] // rows.itemsize)
+    scalars |= dict(hadamard=int(hadamard), mean_side=row_step(mean))
+    scalars |= dict(rows_side=row_step(rows))
     for name, kernel_name in zip(_POOLS, ("k_pool", "v_pool", *_POOLS[2:]), strict=True):
         x = arrays[name]
         scalars |= spec.pool_strides(**{kernel_name: None if x is None else x[0]})
-        scalars[f"{kernel_name}_layer"] = 0 if x is None else x.strides[0] // x.itemsize
+        scalars[f"{kernel_name}_layer"] = 0 if x is None else row_step(x)
     kernel = cuda.kernel("kvtc_rows", "kvtc_rows", **defines)
     return cuda.Launch(kernel, (tiles, min(chunks, wanted), 2), BLOCK, scalars)
 

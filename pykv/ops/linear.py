@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional
+from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional, row_step
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, linear_mma
 from pykv.options import check_choice, check_flag
@@ -173,17 +173,14 @@ def _by_own_tiles(x: Any, w: Any) -> bool:
 def _launch(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> cuda.Launch:
     """The launch of `gemm` for arrays that are checked."""
     (T, I), O = x.shape, len(w)
-    scalars = dict(T=T, O=O, I=I, x_stride=_step(x), out_stride=_step(out), accumulate=accumulate)
+    scalars = dict(
+        T=T, O=O, I=I, x_stride=row_step(x), out_stride=row_step(out), accumulate=accumulate
+    )
     most = _TILE * cuda.MOST_BLOCKS[1]
     if T > most:
         raise UnsupportedError(f"linear.linear: x has T={T}, expected at most {most}")
     grid = -(-O // _TILE), -(-T // _TILE)
     return cuda.Launch(_kernel("gemm", x, w, bias), grid, _BLOCK, scalars)
-
-
-def _step(array: Any) -> int:
-    """Elements from a row to the next."""
-    return int(array.strides[0]) // int(array.itemsize)
 
 
 def _kernel(name: str, x: Any, w: Any, bias: Any) -> cuda.Kernel:
@@ -238,7 +235,7 @@ def _cublas(x: Any, w: Any, bias: Any, out: Any, accumulate: bool) -> None:
         raise UnsupportedError(f"linear.linear: this call goes to cuBLAS, but {CAPTURE}")
     T, O = out.shape
     if bias is not None:
-        scalars = dict(O=O, out_stride=_step(out), accumulate=accumulate)
+        scalars = dict(O=O, out_stride=row_step(out), accumulate=accumulate)
         launch = cuda.Launch(_kernel("add_bias", x, w, bias), T, _BLOCK, scalars)
         launch(dict(out=out, bias=bias))
         accumulate = True
@@ -276,7 +273,7 @@ def _add_split_product(handle: int, x: Any, w: Any, bias: Any, out: Any) -> None
     T, I = x.shape
     pieces = cupy.empty((_PIECES[w.dtype], T, I), w.dtype)
     scalars = cupy.zeros(8, np.float32)  # the layout is in linear.cu
-    sizes = dict(I=I, x_stride=_step(x))
+    sizes = dict(I=I, x_stride=row_step(x))
     cuda.Launch(_kernel("absmax", x, w, bias), T, _BLOCK, sizes)(dict(scalars=scalars, x=x))
     split = cuda.Launch(_kernel("split", x, w, bias), T, _BLOCK, dict(sizes, T=T))
     split(dict(pieces=pieces, scalars=scalars, x=x))
@@ -316,8 +313,8 @@ def gemm_ex(
     cublas.gemmEx(
         *(handle, cublas.CUBLAS_OP_T if transposed else cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_N),
         *(O, T, x.shape[1], alpha),
-        *(w.data.ptr, kind, _step(w)),
-        *(x.data.ptr, kind, _step(x), beta),
-        *(out.data.ptr, _CUDA_R[out.dtype], _step(out)),
+        *(w.data.ptr, kind, row_step(w)),
+        *(x.data.ptr, kind, row_step(x), beta),
+        *(out.data.ptr, _CUDA_R[out.dtype], row_step(out)),
         *(cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT),
     )

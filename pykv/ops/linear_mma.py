@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import BFLOAT16, FLOATS, like
+from pykv.arrays import BFLOAT16, FLOATS, like, row_step
 
 FLOAT_KINDS = dict(F16=FLOATS[1], BF16=FLOATS[2])  # of weights that are no blocks
 _ADDENDS = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # kinds whose elements are d * code + m
@@ -135,14 +135,14 @@ def product(
         cuda.kernel("linear_mma", "split", **every),
         rows,
         tiling.BLOCK,
-        dict(T=T, I=I, padded_I=padded, x_stride=_step(x), num_counters=counters),
+        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters),
     )
     gemm = cuda.Launch(
         cuda.kernel("linear_mma", "gemm", **every),
         (tiles, parts),
         tiling.BLOCK,
         dict(T=T, O=O, I=I, padded_I=padded, tiles_t=tiles_t, w_stride=w.strides[0])
-        | dict(out_stride=_step(out), accumulate=accumulate),
+        | dict(out_stride=row_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
     )
     sizes: dict[str, tuple[int, Any]] = dict(
@@ -166,11 +166,6 @@ def product(
         )
 
     return run
-
-
-def _step(array: Any) -> int:
-    """Elements from a row to the next."""
-    return int(array.strides[0]) // int(array.itemsize)
 
 
 def _sizes_for(sm: int, kind: str, x: Any, exact: bool, number: int) -> dict[str, int]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, check_head_dim, checker, like, on_gpu, optional
-from pykv.options import check_choice, check_flag
+from pykv.arrays import FLOAT32, FLOATS, check_head_dim, checker, on_gpu, optional, row_step
+from pykv.options import check_choice
 
 _BLOCK = 128  # threads
 
@@ -67,9 +67,7 @@ def merge(
     dims = _check(values, lse, out, out_lse)
     check_head_dim(op, "values", dims["D"], 2**31 - 1)
     check_choice(op, "lse_base", lse_base, attention.LSE_BASES)
-    out = like(values, values.shape[1:], values.dtype) if out is None else out
-    if check_flag(op, "return_lse", return_lse) and out_lse is None:
-        out_lse = like(values, lse.shape[1:], np.float32)
+    out, out_lse = attention.outputs(op, values, out, out_lse, return_lse, values.shape[1:])
     if out.size == 0:
         pass
     elif on_gpu(values):
@@ -122,8 +120,8 @@ def _launch(values: Any, lse: Any, lse_base: str) -> cuda.Launch:
         grid=-(-T * HQ * (D // 4) // _BLOCK),
         block=_BLOCK,
         scalars=dict(
-            values_stride=values.strides[0] // values.itemsize,
-            lse_stride=lse.strides[0] // lse.itemsize,
+            values_stride=row_step(values),
+            lse_stride=row_step(lse),
             S=S,
             R=T * HQ,
             to_binary=to_binary,

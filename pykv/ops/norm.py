@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional
+from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional, row_step
 from pykv.options import check_number
 
 _BLOCK = 256  # threads
@@ -97,7 +97,5 @@ def _launch(x: Any, weight: Any, out: Any, eps: float, offset: float) -> cuda.La
     name, block_rows = ("rms_norm_warp", _BLOCK // 32) if D <= _WARP_MAX_D else ("rms_norm", 1)
     kernel = cuda.kernel("norm", name, X_T=x.dtype, W_T=weight.dtype, BLOCK=_BLOCK)
     scalars = dict(rows=T * H, H=H, D=D, eps=eps, offset=offset)
-    scalars |= {
-        f"{name}_stride": a.strides[0] // a.itemsize for name, a in (("out", out), ("x", x))
-    }
+    scalars |= {f"{name}_stride": row_step(a) for name, a in (("out", out), ("x", x))}
     return cuda.Launch(kernel, -(-T * H // block_rows), _BLOCK, scalars)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional
+from pykv.arrays import INT32, checker, load_cupy, on_gpu, optional, row_step
 from pykv.errors import ParameterError
 from pykv.options import check_choice, check_flag, check_whole
 
@@ -240,7 +240,7 @@ def check_page_table(
     sizes = check(page_table, lengths, starts)
     B, M = sizes["B"], sizes["M"]
     num_pages, page_size = _sizes(op, num_pages, page_size)
-    stride = page_table.strides[0] // page_table.itemsize
+    stride = row_step(page_table)
     seen = ALL_TOKENS if seen is None else min(check_whole(op, "seen", seen, 0), ALL_TOKENS)
 
     def wrong(why: int, i: int) -> Wrong:

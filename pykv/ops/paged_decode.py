@@ -153,9 +153,7 @@ def decode(
         pool = dims["N"], dims["P"]
         with cuda.on_stream(stream, q):
             paged_check.check_page_table(page_table, lengths, *pool, seen=seen, op=op)
-    out = like(q, q.shape, q.dtype) if out is None else out
-    if check_flag(op, "return_lse", return_lse) and lse is None:
-        lse = like(q, q.shape[:-1], np.float32)
+    out, lse = attention.outputs(op, q, out, lse, return_lse)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths)
     arrays |= dict(alibi_slopes=alibi_slopes, sinks=sinks, tree=tree, key_positions=key_positions)

@@ -29,6 +29,7 @@ from pykv.arrays import (
     like,
     on_gpu,
     optional,
+    row_step,
 )
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import norm, paged_append, paged_check, rope
@@ -276,7 +277,7 @@ def _launch(
     defines = defines_of(qkv.dtype, spec, HQ, H, D, dims["P"], F, norm_dtype, **flags)
     q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
     scalars = spec.pool_strides(**{name: arrays[name] for name in POOLS})
-    scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=qkv.strides[0] // qkv.itemsize)
+    scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=row_step(qkv))
     return cuda.Launch(
         cuda.kernel("paged_qkv", "paged_qkv", **defines),
         grid=(T, -(-(HQ + 2 * H) // (defines["BLOCK"] // defines["LANES"]))),

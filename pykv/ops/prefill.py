@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, Dims, checker, like, module_of, on_gpu, optional
+from pykv.arrays import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    Dims,
+    checker,
+    module_of,
+    on_gpu,
+    optional,
+    row_step,
+)
 from pykv.errors import ParameterError, ShapeError
 from pykv.ops import paged_check
 from pykv.ops import prefill_mma as mma
@@ -135,9 +145,7 @@ def prefill(
             paged_check.check_page_table(
                 *(page_table, lengths, dims["N"], dims["P"]), seen=window, starts=q_starts, op=op
             )
-    out = like(q, q.shape, q.dtype) if out is None else out
-    if check_flag(op, "return_lse", return_lse) and lse is None:
-        lse = like(q, q.shape[:2], np.float32)
+    out, lse = attention.outputs(op, q, out, lse, return_lse)
     arrays = dict(out=out, lse=lse, q=q, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales)
     arrays |= dict(v_scales=v_scales, page_table=page_table, lengths=lengths, q_starts=q_starts)
     if dims["T"] * dims["HQ"] * dims["B"] == 0:
@@ -222,9 +230,7 @@ def prefill_contiguous(
     spec = spec_of(op, spec, k, v, k_scales, v_scales, names=("k", "v"))
     dims = _contiguous_checker(spec)(q, k, v, k_scales, v_scales, lengths, out, lse)
     B, T, HQ, D = q.shape
-    out = like(q, q.shape, q.dtype) if out is None else out
-    if check_flag(op, "return_lse", return_lse) and lse is None:
-        lse = like(q, q.shape[:3], np.float32)
+    out, lse = attention.outputs(op, q, out, lse, return_lse)
     with cuda.on_stream(stream, q):
         table, starts, full = dims.keep("tables", lambda: _tables(q, dims["P"]))
     if dims["P"] == 0:
@@ -356,7 +362,7 @@ def _launch(
     T, B, HQ, H, D, P, M = (dims[letter] for letter in ("T", "B", "HQ", "H", "D", "P", "M"))
     q, k_pool, v_pool = (arrays[name] for name in ("q", "k_pool", "v_pool"))
     scalars = attention.kernel_scalars(spec, scores, dims, arrays) | dict(B=B, HQ=HQ, H=H)
-    scalars |= dict(q_stride=q.strides[0] // q.itemsize, causal=scores.causal)
+    scalars |= dict(q_stride=row_step(q), causal=scores.causal)
     # Nothing follows a single page, and kernels like even ones.
     scalars |= dict(P=-(-P // 64) * 64 if M == 1 else P)
     defines = attention.kernel_defines(spec, scores, arrays)

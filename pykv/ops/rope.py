@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pykv import cuda
-from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu
+from pykv.arrays import FLOAT32, FLOATS, INT32, checker, on_gpu, row_step
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_number, check_whole
 
@@ -214,7 +214,7 @@ def _launch(q: Any, k: Any, F: int, pairing: str) -> cuda.Launch:
     height = BLOCK // width
     defines = dict(X_T=q.dtype, HEADS_PER_THREAD=HEADS_PER_THREAD, BLOCK=BLOCK)
     scalars = dict(HQ=HQ, H=H, D=D, F=F, **pair_steps(pairing, F))
-    scalars |= {f"{name}_stride": x.strides[0] // x.itemsize for name, x in (("q", q), ("k", k))}
+    scalars |= {f"{name}_stride": row_step(x) for name, x in (("q", q), ("k", k))}
     return cuda.Launch(
         cuda.kernel("rope", "rope", **defines),
         grid=(T, -(-(HQ + H) // (height * HEADS_PER_THREAD))),

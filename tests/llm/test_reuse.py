@@ -37,9 +37,9 @@ def test_scales_are_reused_with_their_pages(open_llm, rng, kv_dtype):
 
 def check_the_text(open_llm, rng, name, **options):
     llm, plain = open_llm(name, **options), open_llm(name, prefix_cache=False, **options)
-    start = tokens_of(rng, 50)
-    prompts = [start + tokens_of(rng, n) for n in (3, 20)] + [start[:40] + tokens_of(rng, 5)]
-    for prompt, reused in zip(prompts, (0, 48, 32), strict=True):
+    start = tokens_of(rng, 34)
+    prompts = [start + tokens_of(rng, n) for n in (3, 20)] + [start[:24] + tokens_of(rng, 5)]
+    for prompt, reused in zip(prompts, (0, 32, 16), strict=True):
         assert llm.generate([prompt], greedy(4)) == plain.generate([prompt], greedy(4))
         assert (llm.stats.reused_tokens, plain.stats.reused_tokens) == (reused, 0)
         assert llm.stats.prompt_tokens == len(prompt)

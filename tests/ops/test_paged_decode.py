@@ -31,11 +31,14 @@ CHANGES = (
     *({"window": w} for w in (1, 16, 17, 1000)),
     *({"q": "float16"}, {"kv": "float32"}, {"q": "bfloat16", "kv": "bfloat16"}),
     {"H": 1, "G": 7, "D": 128, "lengths": (1025,), "window": 600},
+)
+MORE = (
+    *({"D": 80}, {"D": 192}, {"P": 64}, {"q": "bfloat16"}),
     {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "kv": "float32"},
     {"H": 1, "G": 1, "D": 8, "P": 1, "lengths": (600, 3)},
 )
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
-CASES += swept({**BASE, **c} for c in ({"D": 80}, {"D": 192}, {"P": 64}, {"q": "bfloat16"}))
+CASES += swept({**BASE, **change} for change in MORE)
 
 
 def paged(rng, keys, P, H, D, kv, unseen=None):
@@ -62,12 +65,8 @@ SPECS = (
 CODE_BASE = dict(lengths=(5, 0, 47, 400), G=4, H=2, D=64, P=16, window=None, q="float16")
 CODE_CASES = [
     *({**CODE_BASE, "spec": spec} for spec in SPECS),
-    {**CODE_BASE, "spec": "int8", "D": 128},
-    {**CODE_BASE, "spec": "int8", "P": 1},
-    *({**CODE_BASE, "spec": "int8", "D": D} for D in (80, 256)),
+    {**CODE_BASE, "spec": "int8", "D": 80},
     *({**CODE_BASE, "spec": "int8", "G": G, "H": 1} for G in (1, 7, 8, 12)),
-    {**CODE_BASE, "spec": "int8", "q": "float32"},
-    {**CODE_BASE, "spec": "e4m3", "q": "bfloat16", "window": 33},
     {**CODE_BASE, "spec": "int4", "D": 8, "H": 1},
     {**CODE_BASE, "spec": "int8", "D": 512, "H": 1, "G": 3},
 ]
@@ -76,9 +75,10 @@ CODE_CASES += swept(
         *({**CODE_BASE, "spec": spec} for spec in ("fp16+int4", "int4:head:HND", "e5m2")),
         *({**CODE_BASE, "spec": spec} for spec in ("e4m3+bf16", "int8:fp32:HND")),
         *({**CODE_BASE, "spec": spec, "D": 128} for spec in ("fp16", "bf16", "int4", "e4m3")),
-        *({**CODE_BASE, "spec": "int8", "P": P} for P in (3, 17, 64)),
-        *({**CODE_BASE, "spec": "int8", "D": D} for D in (32, 96)),
-        *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("bf16", "k8v4", "e4m3")),
+        *({**CODE_BASE, "spec": "int8", "P": P} for P in (1, 3, 17, 64)),
+        *({**CODE_BASE, "spec": "int8", "D": D} for D in (32, 96, 128, 256)),
+        *({**CODE_BASE, "spec": spec, "q": "float32"} for spec in ("int8", "bf16", "k8v4", "e4m3")),
+        {**CODE_BASE, "spec": "e4m3", "q": "bfloat16", "window": 33},
     ]
 )
 
@@ -221,7 +221,11 @@ def feature_case(
     return (q, *store, np.array(lengths, np.int32)), options
 
 
-@pytest.mark.parametrize("features, spec", product(FEATURES, ["fp16", "int8", "fp32"]), ids=str)
+@pytest.mark.parametrize(
+    "features, spec",
+    [*product(FEATURES, ["fp16", "fp32"]), *swept((one, "int8") for one in FEATURES)],
+    ids=str,
+)
 def test_features_match_the_oracle(xp, rng, features, spec):
     args, options = feature_case(rng, spec, **features)
     got = call(xp, *args, **options)
@@ -230,7 +234,7 @@ def test_features_match_the_oracle(xp, rng, features, spec):
 
 
 ALONE = (
-    *(dict(spec=spec) for spec in ("fp16", "int8", "int4", "fp32")),
+    *(dict(spec=spec) for spec in ("fp16", "int8", "fp32")),
     *(dict(length=length) for length in (0, 1, 128, 129, 1024, 1025, 2047)),
     *(dict(G=G, H=H) for G, H in ((1, 1), (12, 1), (1, 13))),
     dict(T=3, window=700, logits_soft_cap=3.0, alibi_slopes=True, sinks=True, tree=True),
@@ -241,7 +245,7 @@ ALONE = (
     "case, M, q",
     [
         *product(ALONE, [256, 257], ["float32", "float16"]),
-        *swept((dict(spec=spec), 256, "float32") for spec in ("bf16", "e4m3", "k8v4")),
+        *swept((dict(spec=spec), 256, "float32") for spec in ("int4", "bf16", "e4m3", "k8v4")),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import pytest
 
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.ops import block_linear
+from pykv.ops import block_linear, block_rows
 from pykv.ops import product_chain as op
 from pykv.ops.product_chain import Product, ProductChain, Rows, Touched, stages_of
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
@@ -79,7 +79,7 @@ def test_stored_weights_with_a_gate(xp_of_chains, rng):
     x = rng.standard_normal((1, 256)).astype(np.float32)
     packed = rng.integers(0, 256, (64, 144), np.uint8)
     packed[:, [1, 3]] &= 0x3B  # finite scales
-    w = block_linear.pack(xp.asarray(packed), "Q4_K")
+    w = block_rows.pack(xp.asarray(packed), "Q4_K")
     out, want = (xp.asarray(np.full((1, 32), np.nan, np.float32)) for _ in range(2))
     ProductChain([Product(xp.asarray(x), w, out, gate="geglu")], "Q4_K")()
     block_linear.multiply(xp.asarray(x), w, "Q4_K", gate="geglu", out=want)

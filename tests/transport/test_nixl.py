@@ -1,7 +1,6 @@
 """The engine over NIXL: with NIXL where it is installed, and with agents of this process that do
 what its Python API says."""
 
-import ctypes
 import socket
 import threading
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pykv import ranges
 from pykv.errors import InstallError, ParameterError, TransportError
 from pykv.transport import Nixl, nixl, wait_for
 
@@ -64,7 +64,7 @@ class Agent:
             return "ERR"
         for (to, n, _), (source, m, _) in zip(handle.local, handle.remote, strict=True):
             assert n == m
-            ctypes.memmove(to, source, n)
+            ranges.bytes_at(to, n)[...] = ranges.bytes_at(source, n)
         return "DONE"
 
     def release_xfer_handle(self, handle):

@@ -412,6 +412,7 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
         wait([threads.submit(all_run.wait) for _ in range(count)])
     except BaseException as error:
         all_run.abort()  # or those that wait would never end
+        threads.shutdown(wait=False, cancel_futures=True)
         if not isinstance(error, RuntimeError):
             raise
         raise CapacityError(f"Tiers: disk_cache asks for {count} threads: {error}") from error

@@ -346,11 +346,12 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
     """Not when a page falls: its row would be written when it holds another one."""
-    start, running = threading.Thread.start, threading.active_count()
+    start, started = threading.Thread.start, []
 
     def some(thread):
-        if threading.active_count() > running + 1:
+        if started:
             raise error("no more")
+        started.append(thread)
         start(thread)
 
     monkeypatch.setattr(stack, "THREADS", 4)
@@ -360,6 +361,7 @@ def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
             error = CapacityError
         with pytest.raises(error):
             World(disk=f"{tmp_path}:1MB")
+    started[0].join()  # which waited for the others
     world = World(pages=4, disk=f"{tmp_path}:1MB")
     monkeypatch.setattr(threading.Thread, "start", None)  # nobody needs more
     for n in range(3):

@@ -7,7 +7,7 @@ that D codes take.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class KVSpec:
         """The kinds of keys and values."""
         return KINDS[self.k], KINDS[self.v]
 
-    @property
+    @cached_property
     def has_scales(self) -> bool:
         return any(kind.largest for kind in self.kinds)
 

@@ -33,6 +33,8 @@ from pykv.options import check_choice, check_flag, check_whole, page_ids
 from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
 from pykv.specs import KVSpec, as_spec
 
+_How = Callable[[], dict[str, Any]]  # see Codec._how
+
 
 class Codec:
     """Codes tokens at one ratio, and decodes them.
@@ -194,14 +196,14 @@ class Codec:
             data = self._output(op, out, header.nbytes)
             coded = Coded(header, data)
             there = ranges.reach(op, "out", data, self._rows)
-            how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
+            how = partial(self._how, cache, spec, hadamard, check)
             call = partial(self._compress, Coded(header, there), table, positions, how)
             arrays = (*_arrays_of(cache), table, positions, there)
             key = ("compress", layouts, dims.layouts, header, hadamard)
             self._enqueue(op, key, arrays, call, check)
         return coded
 
-    def _compress(self, coded: Coded, table: Any, positions: Any, how: dict[str, Any]) -> None:
+    def _compress(self, coded: Coded, table: Any, positions: Any, how: _How) -> None:
         """`compress`, of arrays that are checked and on the codec's device."""
         header, there = coded.header, coded.arrays()
         for group in self._groups:
@@ -215,7 +217,7 @@ class Codec:
                     rows=made,
                     kept_positions=there["positions"][piece],
                     **exempt,
-                    **how,
+                    **how(),
                 )
                 if not len(rows):
                     continue
@@ -286,13 +288,13 @@ class Codec:
                 looks, given = kvtc_rows.check_sequence, there.arrays()["positions"]
                 looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
                 cuda.look(looks)
-            how = dict(hadamard=hadamard, check=check, **self._cache(cache, spec))
+            how = partial(self._how, cache, spec, hadamard, check)
             call = partial(self._decompress, there, table, chosen, how)
             arrays = (*_arrays_of(cache), table, there.data)
             key = ("decompress", layouts, dims.layouts, header, hadamard, chosen)
             self._enqueue(op, key, arrays, call, check)
 
-    def _decompress(self, coded: Coded, table: Any, layers: range, how: dict[str, Any]) -> None:
+    def _decompress(self, coded: Coded, table: Any, layers: range, how: _How) -> None:
         """`decompress`, of arrays that are checked and on the codec's device."""
         header, there = coded.header, coded.arrays()
         for group in self._groups:
@@ -317,7 +319,7 @@ class Codec:
                     **self._frame(part),
                     rows=made,
                     **exempt,
-                    **how,
+                    **how(),
                 )
 
     def _enqueue(
@@ -393,10 +395,10 @@ class Codec:
 
     # --- Parts of a call ---
 
-    def _cache(self, cache: Any, spec: Any) -> dict[str, Any]:
-        """Arguments of both ops of rows that say what the cache is."""
+    def _how(self, cache: Any, spec: KVSpec, hadamard: bool, check: bool | None) -> dict[str, Any]:
+        """Arguments of both ops of rows that say what the cache is, and what to do."""
         arrays = zip(("k_pools", "v_pools", "k_scales", "v_scales"), _arrays_of(cache), strict=True)
-        return dict(arrays, spec=spec, pairing=self._pairing)
+        return dict(arrays, spec=spec, pairing=self._pairing, hadamard=hadamard, check=check)
 
     @staticmethod
     def _frame(group: Loaded) -> dict[str, Any]:

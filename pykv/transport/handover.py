@@ -83,10 +83,11 @@ class Handover:
         facts = identity(llm) | dict(exact=str(llm.is_exact))  # or files of tiers might take codes
         self._region = transport.register(nbytes // form.nbytes, form.nbytes, facts)
         rows = self._region.rows
-        if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
-            load_cupy().cuda.runtime.hostRegister(address_of(rows), rows.nbytes, 0)
         self._host = HostTier(rows)
-        self._moves = Moves(cache, form, rows)
+        with llm.turn():
+            if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
+                load_cupy().cuda.runtime.hostRegister(address_of(rows), rows.nbytes, 0)
+            self._moves = Moves(cache, form, rows)
         self._threads = ThreadPoolExecutor(THREADS, "pykv-transport")
 
     # --- To others ---
@@ -212,10 +213,8 @@ class Handover:
                     most = min(self._moves.most, there - start, self._room_for(there - start))
                     slots = self._read(region, keys[start : start + most])
                     stop = start + len(slots)
-                    if len(slots) < most:
-                        there = stop  # the peer has the next no longer
                     if not slots:
-                        break
+                        break  # the peer has the next no longer, or there is no free page
                     try:
                         manager.extend(pages, start * P, stop * P)
                         places = list(range(start, stop))

@@ -11,7 +11,7 @@ import pytest
 
 from pykv import ranges
 from pykv.errors import InstallError, ParameterError, TransportError
-from pykv.transport import Nixl, nixl, wait_for
+from pykv.transport import Message, Nixl, messages, nixl, wait_for
 
 FACTS = dict(model="a")
 KEYS = [bytes([i + 1]) * 16 for i in range(3)]
@@ -177,6 +177,17 @@ def test_transfers_that_fail(other, here, monkeypatch):
             here.notify("other", {})
 
 
+def test_foreign_messages_are_left_out(other, here):
+    here.register(3, N, FACTS)
+    here.connect("other")
+    for data in (b"", b"x" * 100, messages.pack(Message("another", dict(x=1)))):
+        here._agent.send_notif("other", data)
+    for facts in ({"region": "x", "at": [1]}, {"region": "x", "at": [True, None]}, {"region?": 1}):
+        here.notify("other", facts)
+    here.notify("other", dict(x=1))
+    assert [message.facts for message in here.messages(5.0)] == [dict(said=dict(x=1))]
+
+
 def test_nobody_is_there(here, monkeypatch):
     here.register(3, N, FACTS)
     monkeypatch.setattr(here, "_timeout", 0.2)
@@ -193,6 +204,11 @@ def test_options(api, ports):
     ):
         with pytest.raises(ParameterError, match=text):
             Nixl(**{"name": "a", "port": ports[0], **given})
+
+
+def test_a_backend_that_there_is_not(api, ports):
+    with pytest.raises(TransportError, match="Nixl: NIXL has no backend 'NONE'"):
+        Nixl("a", ports[0], backend="NONE")
 
 
 def test_without_nixl(monkeypatch):

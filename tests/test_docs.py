@@ -17,7 +17,7 @@ from tests.public import STEMS, functions, users_call
 
 ROOT = Path(pykv.__file__).parent
 # The last runs the command line.
-NEEDS_EXTRA = ("pykv.llm", "pykv.serve", "pykv.__main__")
+NEEDS_EXTRA = ("pykv.llm", "pykv.serve", "pykv.integrations", "pykv.__main__")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(pykv.__path__, "pykv.")

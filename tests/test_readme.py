@@ -32,15 +32,16 @@ def python_blocks():
             if "localhost:8000" in code:
                 continue  # needs a server; tests/serve/test_examples.py has one
             marks = pytest.mark.model if "LLM" in code else ()
-            needs = "torch" if re.search(r"^import .*\btorch\b", code, re.MULTILINE) else ""
+            imported = re.findall(r"^import .*", code, re.MULTILINE)
+            needs = " ".join(x for x in ("torch", "transformers") if x in " ".join(imported))
             label = f"{name}:{number}{needs and ' with ' + needs}"
             yield pytest.param(name, code, needs, marks=marks, id=label)
 
 
 @pytest.mark.parametrize("name, code, needs", list(python_blocks()))
 def test_python_blocks_run(name, code, needs):
-    if needs:
-        pytest.importorskip(needs)
+    for library in needs.split():
+        pytest.importorskip(library)
     exec(compile(code, name, "exec"), {})
 
 

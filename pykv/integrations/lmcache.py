@@ -1,0 +1,140 @@
+"""A serde of LMCache that stores keys and values as int8 or int4 codes.
+
+LMCache's storage adapters pass chunks through a serde on their way to a disk or another machine.
+`Int8`, `Int4` are its Serializer and Deserializer in one; `register()` makes them known to LMCache
+as "pykv-int8" and "pykv-int4", for `"serde": {"type": "pykv-int8"}` of an adapter. Each row of D
+elements gets codes and a float16 scale, as in pykv.kinds: D + 2 bytes, or D / 2 + 2.
+
+Chunks say neither at which positions their tokens stand nor how they were rotated, and a serde is
+given an object's key, which is a hash. KVTC's components need the positions, so it is not offered.
+
+Interface: lmcache.v1.distributed.serde of LMCache 0.5, whose package brings torch for CUDA; tests
+hold these classes against its documented signatures, without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from pykv import kinds
+from pykv.arrays import FLOATS
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError
+from pykv.foreign import named_array
+from pykv.integrations.tensors import place_of  # names the extra that is missing
+from pykv.options import check_whole
+
+SCALE_BYTES = 2  # a float16
+
+
+class Serde:
+    """Codes of one kind for LMCache's memory objects, of which `tensor` is looked at.
+
+    Args:
+        kind: "int8" or "int4".
+
+    Raises:
+        ParameterError: another kind.
+
+    Codes of all rows come first, then their scales. A row is the last dimension: the head size, or
+    heads side by side, which then share a scale. Works on the CPU, where LMCache's adapters are:
+    tensors elsewhere are a DeviceError. May be called from several threads.
+
+    >>> Serde("int4").nbytes([(2, 4, 256, 1024)])  # K and V, layers, tokens, heads * D
+    1052672
+    """
+
+    def __init__(self, kind: str):
+        if kind not in ("int8", "int4"):
+            raise ParameterError(f"lmcache.Serde: kind is {kind!r}, expected int8 or int4")
+        self._kind = kinds.KINDS[kind]
+
+    def serialize(self, src: Any, dst: Any, key: Any = None) -> int:
+        """Write codes of `src`, floats of any shape, to the bytes of `dst`, and return how many.
+
+        Raises:
+            DtypeError: `src` has no floats, or `dst` no bytes.
+            ShapeError: rows are of an odd size.
+            CapacityError: `dst` is smaller than `estimate_serialized_size`.
+        """
+        op = "lmcache.serialize"
+        with _on_host(op, src, dst):
+            x, out = (named_array(op, name, y.tensor) for name, y in (("src", src), ("dst", dst)))
+            codes, scales = self._parts(op, "src", _bytes_of(op, "dst", out), x)
+            codes[...], scales[...] = kinds.quantize(x.reshape(-1, x.shape[-1]), self._kind)
+        return int(codes.nbytes + scales.nbytes)
+
+    def deserialize(self, src: Any, dst: Any, key: Any = None) -> None:
+        """Fill `dst`, floats of the shape that was serialized, from the bytes of `src`.
+
+        Raises: as `serialize`; CapacityError where `src` has too few bytes.
+        """
+        op = "lmcache.deserialize"
+        with _on_host(op, src, dst):
+            x, out = (named_array(op, name, y.tensor) for name, y in (("src", src), ("dst", dst)))
+            codes, scales = self._parts(op, "dst", _bytes_of(op, "src", x), out)
+            out[...] = kinds.dequantize(codes, self._kind, scales).reshape(out.shape)
+
+    def estimate_serialized_size(self, layout_desc: Any) -> int:
+        """Bytes that objects of a MemoryLayoutDesc take, exactly."""
+        return self.nbytes(layout_desc.shapes)
+
+    def nbytes(self, shapes: Iterable[Any]) -> int:
+        """Bytes that arrays of these shapes take."""
+        return sum(self._size(tuple(map(int, shape))) for shape in shapes)
+
+    def _size(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[:-1]) * (self._kind.row_bytes(shape[-1]) + SCALE_BYTES)
+
+    def _parts(self, op: str, name: str, raw: Any, floats: Any) -> tuple[Any, Any]:
+        """Codes [rows, W] and scales [rows] in bytes, for an array of floats that is called so."""
+        if floats.dtype not in FLOATS:
+            expected = " or ".join(map(str, FLOATS))
+            raise DtypeError(f"{op}: {name} has dtype {floats.dtype}, expected {expected}")
+        shape = floats.shape
+        if len(shape) < 1 or shape[-1] % 2:
+            raise ShapeError(f"{op}: {name} has shape {shape}, expected an even last dimension")
+        size, rows = self._size(shape), math.prod(shape[:-1])
+        if raw.size < size:
+            raise CapacityError(f"{op}: {raw.size} bytes are given, expected {size} for {shape}")
+        end = size - rows * SCALE_BYTES
+        codes = raw[:end].view(self._kind.dtype).reshape(rows, -1)
+        return codes, raw[end:size].view(np.float16)
+
+
+def _on_host(op: str, src: Any, dst: Any) -> Any:
+    for name, x in (("src", src), ("dst", dst)):
+        if getattr(x, "tensor", None) is None:
+            raise DtypeError(f"{op}: {name} has no tensor, expected a MemoryObj that holds one")
+    return place_of(op, src=src.tensor, dst=dst.tensor)
+
+
+def _bytes_of(op: str, name: str, array: Any) -> Any:
+    if not isinstance(array, np.ndarray) or array.itemsize != 1 or not array.flags.c_contiguous:
+        raise DtypeError(f"{op}: {name} is not of contiguous bytes on the host")
+    return array.reshape(-1).view(np.uint8)
+
+
+def register() -> None:
+    """Make the kinds known to LMCache, as "pykv-int8" and "pykv-int4"; `max_workers` beside `type`
+    in an adapter's "serde" says how many threads work at once.
+
+    Raises:
+        ImportError: LMCache is not installed, or has no such interface.
+        ParameterError: later, an adapter gives words that are not known.
+    """
+    from lmcache.v1.distributed.serde import async_processor, factory
+
+    for kind in ("int8", "int4"):
+
+        def make(words: dict[str, Any], kind: str = kind) -> Any:
+            if unknown := words.keys() - {"max_workers"}:
+                raise ParameterError(f"lmcache: {', '.join(unknown)} unknown, expected max_workers")
+            serde, workers = Serde(kind), words.get("max_workers", 1)
+            workers = check_whole("lmcache", "max_workers", workers, 1)
+            return async_processor.AsyncSerdeProcessor(serde, serde, max_workers=workers)
+
+        factory.register_serde_factory(f"pykv-{kind}", make)

@@ -1,0 +1,154 @@
+"""transformers over paged caches: `Cache` holds keys and values in pages of any kind, and
+attn_implementation="pykv" attends to them where they lie.
+
+With another implementation ("sdpa", "eager") each layer reads all of its keys and values back as
+floats, in each step. Importing this module registers "pykv" with transformers.
+
+Dimensions: B sequences, n new tokens of each, S all of them, H KV heads, HQ query heads, D head
+size.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from pykv import install
+from pykv.errors import ParameterError, UnsupportedError
+from pykv.options import check_whole
+from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec, as_spec
+
+install.require("transformers", "torch", "transformers")
+
+from transformers import cache_utils  # noqa: E402
+
+import pykv.integrations.transformers_attention  # noqa: E402, F401  registers "pykv"
+from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
+
+LAYERS = ("full_attention", "sliding_attention")  # of a model's config that a `Cache` can hold
+TAKES_LENGTH = "max_length" in signature(cache_utils.Cache.crop).parameters
+
+
+class Cache(cache_utils.Cache):  # type: ignore[misc]
+    """A cache for models of transformers, in pages that grow with its sequences.
+
+    Args:
+        config: of the model, `model.config`: how many layers, and which attention it uses.
+        spec: a KVSpec or its text, "int8", "k8v4", ...; None: as the model's keys are, in which
+            case the model says the same as with a DynamicCache.
+        page_size: P, tokens a page.
+        pages: of each layer; None: as many as it takes, doubled when they are used up.
+        margin: for scales that heads or tensors share, see PagedKVCache.
+
+    Attributes:
+        pool: the PagedKVCache; None before the first tokens.
+
+    Raises:
+        UnsupportedError: a layer's attention is of another sort than full or sliding; or later, in
+            a call of the model, keys and values are of different head sizes, or need gradients.
+        ParameterError: the spec is unknown, or a size is out of its range.
+        ShapeError: later; D is no multiple of 8, or the batch has another size.
+        DeviceError: later; layers are on several devices.
+        CapacityError: later; all `pages` are used up, or memory is.
+
+    What methods of transformers do with batches costs no copies here: `reorder_cache` of a beam
+    search, `batch_repeat_interleave` of a prompt, and `copy.deepcopy` of a prefix share pages until
+    one side writes to them. Padding takes no room with "pykv". A window of sliding attention hides
+    keys, but frees no pages.
+
+    >>> import torch, transformers
+    >>> cache = Cache(transformers.LlamaConfig(num_hidden_layers=2), "int8")
+    >>> k = v = torch.ones(1, 2, 20, 16)  # B H n D; a model calls this in each of its layers
+    >>> keys, values = cache.update(k, v, 0)
+    >>> keys.shape, cache.get_seq_length(), cache.pool.bytes_per_token
+    (torch.Size([1, 2, 20, 16]), 20, 144)
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        spec: KVSpec | str | None = None,
+        *,
+        page_size: int = 16,
+        pages: int | None = None,
+        margin: float | None = None,
+    ):
+        op = "Cache"
+        config = config.get_text_config(decoder=True)
+        for i, kind in enumerate(getattr(config, "layer_types", None) or ()):
+            if kind not in LAYERS:
+                raise UnsupportedError(
+                    f"{op}: layer {i} of the model has {kind}, expected {' or '.join(LAYERS)}"
+                )
+        if pages is not None:
+            pages = check_whole(op, "pages", pages, 1)
+        self._store = Store(
+            config.num_hidden_layers,
+            config,
+            None if spec is None else as_spec(op, spec),
+            check_whole(op, "page_size", page_size, 1),
+            pages,
+            margin,
+        )
+        layers = [Layer(self._store, i) for i in range(self._store.layers)]
+        super().__init__(layers=layers)
+
+    def __repr__(self) -> str:
+        batch = self._store.batch
+        if batch is None:
+            return "Cache(empty)"
+        return f"Cache({max(batch.columns)} tokens of {batch.size} sequences, {batch.pool})"
+
+    @property
+    def pool(self) -> PagedKVCache | None:
+        return self._store.pool
+
+    def __deepcopy__(self, memo: Any) -> Cache:
+        """A cache of the same tokens, which shares pages until either writes to them."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        other._store = self._store.fork()
+        other.layers = [Layer(other._store, i) for i in range(len(self.layers))]
+        return other
+
+    def reset(self) -> None:
+        """Forget all tokens; their pages stay with the cache, for other sequences."""
+        self._store.batch = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every sequence.
+
+        Args:
+            tokens_to_remove: minus how many go. Where transformers' own caches take a length, as
+                before 5.24, also how many stay.
+
+        Raises:
+            ParameterError: it is positive, and transformers takes no lengths.
+        """
+        batch, most = self._store.batch, 2**31
+        count = check_whole("Cache.crop", "tokens_to_remove", tokens_to_remove, -most, most)
+        if count > 0 and not TAKES_LENGTH:
+            raise ParameterError(f"Cache.crop: tokens_to_remove is {count}, expected minus that")
+        if batch is not None:
+            is_length = TAKES_LENGTH and count >= 0
+            batch.crop(count if is_length else max(max(batch.columns) + count, 0))
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Let sequence i go on from sequence beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these sequences, in this order."""
+        if self._store.batch is not None:
+            self._store.batch.select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let each sequence stand `repeats` times, one after the other."""
+        if self._store.batch is not None:
+            self._store.batch.select(np.arange(self._store.batch.size).repeat(repeats).tolist())
+
+    def offload(self, *_: Any, **__: Any) -> None:
+        raise UnsupportedError("Cache.offload: pages stay where they are, see pykv.tiers")

@@ -1,0 +1,223 @@
+"""attn_implementation="pykv": attention of transformers' models to keys and values in pages.
+
+Models make a mask once for all layers, by `mask`, then each layer calls `attention`. Dimensions: B
+sequences, n new tokens of each, S all of them, HQ query heads, H KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pykv import install
+from pykv.errors import ShapeError, UnsupportedError
+from pykv.foreign import named_array
+
+install.require("transformers", "torch", "transformers")
+
+import torch  # noqa: E402
+from transformers import AttentionInterface, masking_utils  # noqa: E402
+
+from pykv.integrations.batch import Step  # noqa: E402
+from pykv.integrations.tensors import place_of  # noqa: E402
+from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
+
+# Words that models pass on to every implementation, and that say nothing about attention.
+IGNORED = {
+    *("position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "position_embeddings", "layer_idx", "num_items_in_batch"),
+}
+
+
+def mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Any = masking_utils.causal_mask_function,
+    attention_mask: Any = None,
+    **_: Any,
+) -> Any:
+    """What `attention` is told of a call's tokens, made once for all layers: the mask function that
+    transformers calls for "pykv".
+
+    Args:
+        batch_size, kv_length: B and S.
+        kv_offset: of the first key; 0.
+        mask_function: which keys a query sees, as transformers.masking_utils has it.
+        attention_mask: [B, S] bool; False for padding, on whichever side. None: there is none.
+
+    Returns:
+        [B, S] bool on the CPU, with attributes `window`, and `seen`, the mask as an array.
+
+    Raises:
+        UnsupportedError: keys are hidden in another way than causally, with or without a window; or
+            there are windows, and padding between tokens.
+        ShapeError: `attention_mask` has another shape.
+
+    Waits for the GPU if there is an `attention_mask`.
+    """
+    op = "mask"
+    window = _window_of(op, mask_function)
+    shape = batch_size, kv_length
+    if kv_offset:
+        raise UnsupportedError(f"{op}: kv_offset is {kv_offset}, expected 0: all keys in pages")
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.bool)
+    if tuple(attention_mask.shape) != shape:
+        given = tuple(attention_mask.shape)
+        raise ShapeError(f"{op}: attention_mask has shape {given}, expected [B, S] = {shape}")
+    told = attention_mask.to("cpu", torch.bool)
+    told.seen, told.window = told.numpy(), window
+    if window is not None and (np.diff(told.seen.astype(np.int8)) < 0).any():
+        raise UnsupportedError(
+            f"{op}: attention_mask has padding behind tokens, expected it before them where "
+            "attention is sliding"
+        )
+    return told
+
+
+def _window_of(op: str, function: Any) -> int | None:
+    """The window of a mask function, which must be causal: parts of it are looked at, since no
+    sample of its results could show that it hides nothing else."""
+    window, parts = None, _parts(function)
+    is_known = any(part is masking_utils.causal_mask_function for part in parts)
+    for part in parts:
+        made_by = getattr(part, "__qualname__", "").partition(".")[0]
+        if made_by == "sliding_window_overlay" and window is None:
+            window = int(_closure(part)["sliding_window"])
+        elif made_by == "packed_sequence_mask_function":  # before 5.0 also where there is one each
+            packed = _closure(part)["packed_sequence_mask"]
+            is_known &= packed is not None and bool((packed == packed[:, :1]).all())
+        elif part is not masking_utils.causal_mask_function:
+            is_known = False
+    if is_known:
+        return window
+    name = getattr(function, "__qualname__", function)
+    raise UnsupportedError(
+        f"{op}: mask_function is {name}, expected a causal one, with or without a sliding window: "
+        "pykv knows no chunks, blocks, packed sequences or attention to both sides"
+    )
+
+
+def _parts(function: Any) -> list[Any]:
+    """The functions all of which must show a key."""
+    if getattr(function, "__qualname__", "").partition(".")[0] != "and_masks":
+        return [function]
+    return [part for each in _closure(function)["mask_functions"] for part in _parts(each)]
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return {n: x.cell_contents for n, x in zip(names, function.__closure__ or (), strict=True)}
+
+
+def attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Any = None,
+    is_causal: bool | None = None,
+    **words: Any,
+) -> tuple[Any, None]:
+    """Append a layer's new keys and values to its pages, and attend to all that these hold: what
+    transformers calls for "pykv".
+
+    Args:
+        module: the attention layer.
+        query: [B, HQ, n, D].
+        key, value: what `Cache.update` gave; without a cache [B, H, n, D].
+        attention_mask: what `mask` made.
+        scaling: factor of q.k; 1 / sqrt(D) if None.
+        dropout: 0.
+        softcap, sliding_window: see prefill; None for none.
+        s_aux: [HQ] a score for each head that has no value, attention's sink.
+        is_causal: True or None.
+        words: none that changes the result.
+
+    Returns:
+        [B, n, HQ, D] of the dtype of `query`, zeros where tokens are padding; and None for weights.
+
+    Raises:
+        UnsupportedError: an argument asks for what pykv has not, or tensors need gradients.
+        Others as the ops.
+
+    Runs where the tensors are; on a GPU it only enqueues, on torch's current stream.
+    """
+    op = "attention"
+    refused = {n: x for n, x in words.items() if n not in IGNORED and x not in (None, False)}
+    if dropout:
+        refused["dropout"] = dropout
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        refused["is_causal"] = False
+    if refused:
+        raise UnsupportedError(f"{op}: given {refused}, expected none of them with 'pykv'")
+    seen = getattr(attention_mask, "seen", None)
+    if seen is None:
+        given = getattr(attention_mask, "shape", attention_mask)
+        raise UnsupportedError(
+            f"{op}: attention_mask is {given}, expected one of the model's own making, from a mask "
+            "[B, S] of its tokens"
+        )
+    if sliding_window != attention_mask.window:
+        raise UnsupportedError(
+            f"{op}: sliding_window is {sliding_window}, expected {attention_mask.window} as the "
+            "mask has it"
+        )
+    options = dict(scale=scaling, window=sliding_window, logits_soft_cap=softcap)
+    layer = getattr(key, "pykv_layer", None)
+    if layer is None:
+        layer = _without_cache(key, value)
+    with place_of(op, query=query, sinks=s_aux):
+        return _attend(layer, query, seen, s_aux, options), None
+
+
+def _without_cache(key: Any, value: Any) -> Layer:
+    """A layer of its own for keys and values that are in no cache."""
+    if key.device.type == "meta":
+        raise UnsupportedError(
+            "attention: key was changed behind Cache.update, expected what that gave"
+        )
+    layer = Layer(Store(1), 0)
+    layer.new = key, value
+    return layer
+
+
+def _attend(layer: Layer, query: Any, seen: Any, sinks: Any, options: dict[str, Any]) -> Any:
+    """The output [B, n, HQ, D] of queries [B, HQ, n, D] behind a layer's keys and its new ones."""
+    op, (B, HQ, n, D) = "attention", query.shape
+    step = layer.append(op, n, seen)
+    q = named_array(op, "query", query.transpose(1, 2).flatten(0, 1))
+    make = query.new_empty if step.rows is None else query.new_zeros
+    out, lse = make((B * n, HQ, D)), make((B * n, HQ), dtype=torch.float32)
+    arrays = [named_array(op, "out", x) for x in (out, lse)]
+    if step.rows is None:
+        given = dict(out=arrays[0], lse=None if sinks is None else arrays[1])
+        _attend_rows(layer, q, step, given | options)
+    else:
+        results = _attend_rows(layer, q[step.rows], step, dict(return_lse=True) | options)
+        for array, result in zip(arrays, results, strict=True):
+            array[step.rows] = result
+    if sinks is not None:  # one more term of each row's sum
+        out *= torch.sigmoid(lse - sinks.float())[..., None]
+    return out.view(B, n, HQ, D)
+
+
+def _attend_rows(layer: Layer, q: Any, step: Step, options: dict[str, Any]) -> Any:
+    """Attention of rows [T, HQ, D] of a step."""
+    pool, places = layer.pool, (step.table, step.lengths)
+    if step.rows is None and len(q) == len(step.lengths):
+        return pool.decode(layer.index, q, *places, **options)
+    return pool.prefill(layer.index, q, *places, step.starts, **options)
+
+
+AttentionInterface.register("pykv", attention)
+masking_utils.AttentionMaskInterface.register("pykv", mask)

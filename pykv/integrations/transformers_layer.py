@@ -1,0 +1,181 @@
+"""The layers of a transformers cache: what models call, one layer after the other.
+
+Dimensions: B sequences, n new tokens of each, S all of them, H KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from pykv import install
+from pykv.arrays import load_cupy
+from pykv.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
+from pykv.foreign import named_array
+from pykv.integrations.batch import Batch, Step
+from pykv.pool import PagedKVCache
+from pykv.specs import KVSpec
+
+install.require("transformers", "torch", "transformers")
+
+import torch  # noqa: E402
+from transformers.cache_utils import CacheLayerMixin  # noqa: E402
+
+from pykv.integrations.tensors import place_of  # noqa: E402
+
+FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Store:
+    """What layers of a cache share: how the pool is to be, and the sequences once there are any.
+
+    Args:
+        layers: L.
+        config: of the model, which says what its attention is; None: "pykv".
+        spec, page_size, pages, margin: as of transformers.Cache.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        config: Any = None,
+        spec: KVSpec | None = None,
+        page_size: int = 16,
+        pages: int | None = None,
+        margin: float | None = None,
+    ):
+        self.layers, self.config, self.spec = layers, config, spec
+        self.page_size, self.pages, self.margin = page_size, pages, margin
+        self.pool: PagedKVCache | None = None
+        self.batch: Batch | None = None
+        self.device: Any = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether the model's attention takes pages."""
+        return bool(self.config._attn_implementation == "pykv")
+
+    def fork(self) -> Store:
+        other = copy(self)
+        other.batch = None if self.batch is None else self.batch.fork()
+        return other
+
+    def batch_for(self, k: Any, v: Any) -> Batch:
+        """The batch that keys and values [B, H, n, D] go to, made for the first of them."""
+        op = "Cache.update"
+        B, H, n, D = k.shape
+        if k.shape != v.shape:
+            raise UnsupportedError(
+                f"{op}: value_states are {tuple(v.shape)}, expected {tuple(k.shape)} as keys"
+            )
+        if k.dtype not in FLOATS:
+            raise DtypeError(f"{op}: key_states are {k.dtype}, expected one of {list(FLOATS)}")
+        if self.pool is None:
+            num_pages = B * -(-(n + 1) // self.page_size) if self.pages is None else self.pages
+            self.device, self.pool = (
+                k.device,
+                PagedKVCache(
+                    *(self.layers, num_pages, H, D),
+                    page_size=self.page_size,
+                    spec=FLOATS[k.dtype] if self.spec is None else self.spec,
+                    margin=self.margin,
+                    xp=np if k.device.type == "cpu" else load_cupy(),
+                ),
+            )
+        if k.device != self.device:
+            raise DeviceError(f"{op}: key_states are on {k.device}, expected {self.device}")
+        if self.batch is None:
+            self.batch = Batch(self.pool, B, grows=self.pages is None)
+        expected = (self.batch.size, *self.pool.sizes[1:])
+        if (B, H, D) != expected:
+            raise ShapeError(
+                f"{op}: key_states have B, H, D = {B, H, D}, expected {expected} as the cache has"
+            )
+        return self.batch
+
+
+class Layer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `Cache`, as transformers calls it."""
+
+    is_croppable = True  # asked for since 5.24
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, store: Store, index: int):
+        super().__init__()
+        self.store, self.index = store, index
+        self.new: tuple[Any, Any] | None = None  # keys and values that `attention` will append
+        self.step: Step | None = None  # of what was appended last
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Nothing: pools are made for the first keys."""
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Append [B, H, n, D], and give what the model's attention takes: all keys and values, or
+        for "pykv" tensors without memory that lead to this layer."""
+        k, v, store = key_states, value_states, self.store
+        with place_of("Cache.update", key_states=k, value_states=v):
+            batch = store.batch_for(k, v)
+            B, H, n, D = k.shape
+            if store.attends:
+                self.new = k, v
+                handle = torch.empty((B, H, 0, D), dtype=k.dtype, device="meta")
+                handle.pykv_layer = self
+                return handle, handle
+            step = batch.begin("Cache.update", self.index, n)
+            batch.append(self.index, *_rows(k, v, None), step)
+            P = batch.pool.page_size
+            out = [k.new_empty((B, -(-step.stop // P), P, H, D)) for _ in range(2)]
+            k_out, v_out = (named_array("Cache.update", "out", x) for x in out)
+            batch.gather("Cache.update", self.index, k_out, v_out, step)
+        keys, values = (x.flatten(1, 2)[:, : step.stop].transpose(1, 2) for x in out)
+        return keys, values
+
+    def append(self, op: str, n: int, seen: Any) -> Step:
+        """Append the keys and values that `update` left, of which `seen` [B, S] tells padding. A
+        layer that shares its keys with this one comes behind it, and finds nothing left."""
+        if self.new is None and self.step is not None and np.array_equal(seen, self.step.seen):
+            return self.step
+        if self.new is None:
+            raise UnsupportedError(f"{op}: key was used before, expected one of Cache.update")
+        batch = self.store.batch_for(*self.new)
+        start = batch.columns[self.index]
+        if seen.shape != (batch.size, start + n):
+            raise ShapeError(
+                f"{op}: attention_mask has shape {seen.shape}, expected "
+                f"{batch.size, start + n} for {n} tokens behind {start}"
+            )
+        step = batch.begin(op, self.index, n, seen[:, start:], past=seen[:, :start])
+        batch.append(self.index, *_rows(*self.new, step.rows), step)
+        self.new, self.step = None, step
+        return step
+
+    @property
+    def pool(self) -> PagedKVCache:
+        assert self.store.pool is not None  # made for the first keys
+        return self.store.pool
+
+    def get_seq_length(self, *_: Any) -> int:
+        batch = self.store.batch
+        return 0 if batch is None else batch.columns[self.index]
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """Keys and the first of them, for so many queries, or for their positions (before 5.0)."""
+        return self.get_seq_length() + (query if isinstance(query, int) else len(query)), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before 5.0
+
+
+def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:
+    """Arrays [T, H, D] of keys and values [B, H, n, D]; all rows if None."""
+
+    def some(name: str, x: Any) -> Any:
+        array = named_array("Cache.update", name, x.transpose(1, 2).flatten(0, 1))
+        return array if rows is None else array[rows]
+
+    return some("key_states", k), some("value_states", v)

@@ -1,0 +1,269 @@
+"""Caches and attention of pykv in models of transformers: what the models say is held to what they
+say with transformers' own caches and attention."""
+
+import copy
+from inspect import signature
+
+import pytest
+
+from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from pykv.integrations import transformers as ours  # noqa: E402
+from pykv.integrations.transformers import Cache  # noqa: E402
+
+# The argument that models and `generate` take caches by.
+CACHE = (
+    "cache"
+    if "cache" in signature(transformers.LlamaForCausalLM.forward).parameters
+    else "past_key_values"
+)
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+    max_position_embeddings=128,
+)
+IMPLEMENTATIONS = ("sdpa", "pykv")
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# Largest difference of a logit, of about 0.3: what keys and values lose at half a step of a kind.
+LOSSES = {None: 1e-6, "fp16": 5e-4, "bf16": 4e-3, "int8": 1e-2, "e4m3": 4e-2, "e5m2": 8e-2}
+LOSSES |= {"int4": 0.25, "k8v4": 0.25, "fp32:HND": 1e-6, "int8:head": 2e-2}
+
+
+def model_of(name="Llama", implementation="sdpa", dtype=torch.float32, **sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().to(dtype)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    torch.manual_seed(1)
+    with torch.no_grad():
+        yield
+
+
+def prompts(B=2, n=20, padding=0):
+    ids = torch.randint(5, 99, (B, n))
+    mask = torch.ones_like(ids)
+    mask[1:, :padding] = 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+def generate(model, cache, inputs, **options):
+    words = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return model.generate(**inputs, **words | options, **{CACHE: cache})
+
+
+def logits(model, cache, ids, **options):
+    return model(ids, **{CACHE: cache}, **options).logits
+
+
+def both(implementation, name="Llama", spec=None, **sizes):
+    """A model with its own attention, and the same with `implementation` and one of our caches."""
+    own, other = model_of(name, "eager", **sizes), model_of(name, implementation, **sizes)
+    return own, transformers.DynamicCache(), other, Cache(other.config, spec)
+
+
+@implementations
+@pytest.mark.parametrize("padding", [0, 7])
+def test_generate_says_the_same(implementation, padding):
+    own, dynamic, model, cache = both(implementation)
+    inputs = prompts(padding=padding)
+    want = generate(own, dynamic, inputs)
+    assert torch.equal(generate(model, cache, inputs), want)
+    rows = 2 * 39 - (padding if implementation == "pykv" else 0)
+    assert int(cache._store.batch.seen.sum()) == rows  # padding takes no room
+
+
+@implementations
+@pytest.mark.parametrize("spec", LOSSES)
+def test_kinds(implementation, spec):
+    """Two chunks and single tokens, whose logits differ by no more than what a kind loses."""
+    own, dynamic, model, _ = both(implementation)
+    cache = Cache(model.config, spec, margin=1.5 if ":head" in str(spec) else None)
+    ids = torch.randint(0, 99, (2, 40))
+    for part in (ids[:, :17], ids[:, 17:36], ids[:, 36:37], ids[:, 37:38]):
+        want, got = logits(own, dynamic, part), logits(model, cache, part)
+        assert (got - want).abs().max() <= LOSSES[spec]
+    assert cache.pool.spec == ours.as_spec("", spec or "fp32")
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes(implementation, dtype):
+    model = model_of("Llama", implementation, dtype)
+    want = logits(
+        model_of("Llama", "eager", dtype),
+        transformers.DynamicCache(),
+        ids := torch.arange(30)[None],
+    )
+    got = logits(model, cache := Cache(model.config), ids)
+    assert got.dtype == dtype and (got - want).abs().max() < 0.03
+    assert cache.pool.k.dtype.itemsize == 2
+
+
+@implementations
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("Mistral", dict(sliding_window=9)),
+        ("Gemma2", dict(head_dim=16, sliding_window=9, query_pre_attn_scalar=16)),
+        ("GptOss", dict(head_dim=16, sliding_window=9, num_local_experts=2, num_experts_per_tok=1)),
+    ],
+)
+def test_windows_caps_and_sinks(implementation, name, sizes):
+    if name != "Mistral" and implementation == "sdpa":
+        implementation = "eager"  # the only one of transformers' that these have on a CPU
+    own, dynamic, model, cache = both(implementation, name, **sizes)
+    for parameter, other in zip(own.parameters(), model.parameters(), strict=True):
+        if parameter.shape == (4,):  # sinks, which are not initialised
+            other.copy_(parameter.copy_(torch.randn(4)))
+    inputs = prompts(padding=5)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    want = logits(own, dynamic, ids, attention_mask=mask)
+    got = logits(model, cache, ids, attention_mask=mask)
+    real = mask.bool()
+    assert (got - want)[real].abs().max() < 2e-5
+    mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)
+    want, got = (
+        logits(*x, ids[:, :1], attention_mask=mask) for x in ((own, dynamic), (model, cache))
+    )
+    assert (got - want).abs().max() < 2e-5
+
+
+@implementations
+def test_beams(implementation):
+    own, dynamic, model, cache = both(implementation)
+    options = dict(num_beams=3, num_return_sequences=3)
+    inputs = prompts(padding=3)
+    want = generate(own, dynamic, inputs, **options)
+    assert torch.equal(generate(model, cache, inputs, **options), want)
+
+
+@implementations
+def test_prefix_of_several_prompts(implementation):
+    """A copy shares pages, and neither side sees what the other writes."""
+    own, dynamic, model, cache = both(implementation)
+    ids = torch.randint(0, 99, (1, 37))
+    logits(own, dynamic, ids), logits(model, cache, ids)
+    free = cache.pool.manager.num_free
+    for _ in range(3):
+        end = torch.randint(0, 99, (1, 5))
+        want, got = copy.deepcopy(dynamic), copy.deepcopy(cache)
+        assert cache.pool.manager.num_free >= free  # not one page was copied
+        assert torch.allclose(logits(model, got, end), logits(own, want, end), atol=1e-6)
+        del got
+    end = torch.randint(0, 99, (1, 5))
+    assert torch.allclose(logits(model, cache, end), logits(own, dynamic, end), atol=1e-6)
+
+
+@implementations
+def test_crop_repeat_select_and_reset(implementation):
+    own, dynamic, model, cache = both(implementation)
+    ids = torch.randint(0, 99, (2, 37))
+
+    def same(new):
+        want, got = logits(own, dynamic, new), logits(model, cache, new)
+        assert torch.allclose(got, want, atol=1e-6)
+
+    same(ids)
+    for each in (dynamic, cache):
+        each.crop(-9)
+    assert cache.get_seq_length() == 28
+    same(ids[:, :3])
+    for each in (dynamic, cache):
+        each.batch_repeat_interleave(2)
+        each.reorder_cache(torch.tensor([3, 3, 0, 1]))
+        each.batch_select_indices(torch.tensor([3, 0, 1]))
+    same(torch.randint(0, 99, (3, 2)))
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.pool.manager.num_free == cache.pool.k.shape[1]
+    dynamic = transformers.DynamicCache()
+    same(ids[:1, :4])
+
+
+def test_no_cache_and_transformers_own():
+    own, model = model_of("Llama", "eager"), model_of("Llama", "pykv")
+    ids = torch.randint(0, 99, (2, 12))
+    want, got = (m(ids, use_cache=False).logits for m in (own, model))
+    assert torch.allclose(got, want, atol=1e-6)
+    dynamic = transformers.DynamicCache()
+    logits(model, dynamic, ids)
+    with pytest.raises(ShapeError, match="attention_mask has shape"):
+        logits(model, dynamic, ids[:, :1])  # keys from elsewhere, of which pykv knows no order
+
+
+def test_full_cache():
+    model = model_of("Llama", "pykv")
+    cache = Cache(model.config, pages=3)
+    logits(model, cache, torch.arange(40)[None])
+    with pytest.raises(CapacityError, match="pool exhausted"):
+        logits(model, cache, torch.arange(9)[None])
+    assert cache.get_seq_length() == 40
+    logits(model, cache, torch.arange(8)[None])  # what fits still goes in
+
+
+def test_refusals():
+    model = model_of("Llama", "pykv")
+    ids = torch.arange(12)[None]
+    with pytest.raises(ParameterError, match="Cache: spec: 'int9' is no kind"):
+        Cache(model.config, "int9")
+    with pytest.raises(UnsupportedError, match="layer 0 of the model has chunked_attention"):
+        Cache(transformers.LlamaConfig(**SIZES, layer_types=["chunked_attention"] * 2))
+    with pytest.raises(UnsupportedError, match=r"attention_mask is torch.Size\(\[1, 1, 12, 12\]\)"):
+        logits(model, Cache(model.config), ids, attention_mask=torch.zeros(1, 1, 12, 12))
+    with pytest.raises(ShapeError, match=r"attention_mask has shape \(1, 5\), expected"):
+        logits(model, Cache(model.config), ids, attention_mask=torch.ones(1, 5))
+    with torch.enable_grad(), pytest.raises(UnsupportedError, match="requires a gradient"):
+        logits(model, Cache(model.config), ids)
+    cache = Cache(model.config)
+    logits(model, cache, ids)
+    with pytest.raises(UnsupportedError, match="attention_mask shows or hides tokens"):
+        logits(model, cache, ids[:, :1], attention_mask=torch.tensor([[0] + [1] * 12]))
+    with pytest.raises(ShapeError, match=r"B, H, D = \(2, 2, 16\), expected \(1, 2, 16\)"):
+        logits(model, cache, ids.repeat(2, 1))
+    with pytest.raises(ParameterError, match="head_dim is 12, expected a multiple of 8"):
+        odd = model_of("Llama", "pykv", head_dim=12)
+        logits(odd, Cache(odd.config), ids)
+    model.train()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(UnsupportedError, match="given {'dropout': 0.5}"):
+        logits(model, Cache(model.config), ids)
+
+
+def test_masks_of_other_forms():
+    """Mask functions that are not causal are refused, whoever makes them."""
+    from transformers import masking_utils
+
+    attention = ours.pykv.integrations.transformers_attention
+    causal = masking_utils.causal_mask_function
+    mask = attention.mask(batch_size=1, kv_length=3)
+    assert mask.window is None and mask.seen.all()
+    sliding = masking_utils.sliding_window_causal_mask_function(5)
+    assert attention.mask(batch_size=1, kv_length=3, mask_function=sliding).window == 5
+    both_ways = masking_utils.or_masks(causal, lambda b, h, q, kv: kv < 2)
+    sorts = [torch.tensor([[0, 0, 0], [1, 1, 1]]), torch.tensor([[0, 0, 1]])]
+    of = masking_utils.packed_sequence_mask_function
+    whole, packed = (masking_utils.and_masks(sliding, of(x)) for x in sorts)
+    assert attention.mask(batch_size=1, kv_length=3, mask_function=whole).window == 5
+    for function in (both_ways, packed, lambda b, h, q, kv: q >= kv):
+        with pytest.raises(UnsupportedError, match="mask_function is .*expected a causal one"):
+            attention.mask(batch_size=1, kv_length=3, mask_function=function)
+    with pytest.raises(UnsupportedError, match="has padding behind tokens"):
+        attention.mask(
+            batch_size=1,
+            kv_length=3,
+            mask_function=sliding,
+            attention_mask=torch.tensor([[True, False, True]]),
+        )

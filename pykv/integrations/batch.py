@@ -30,22 +30,22 @@ class Step:
     Attributes:
         start, stop: the columns.
         seen: [B, stop] bool, on the host; which columns up to `stop` each sequence has.
+        is_whole: whether they have all.
         rows: [T] which rows of [B * n] are stored; None: all.
         slots: [T] int32; where they are stored.
         table, lengths: [B, M] and [B] int32, of the sequences with these columns.
         starts: [B + 1] int32; where each sequence's rows begin among T.
-        longest: tokens of the longest sequence.
     """
 
     start: int
     stop: int
     seen: Any
+    is_whole: bool
     rows: Any
     slots: Any
     table: Any
     lengths: Any
     starts: Any
-    longest: int
 
 
 class Batch:
@@ -97,10 +97,13 @@ class Batch:
                 f"{op}: attention_mask shows or hides tokens that the cache holds, expected what "
                 "it said when they came"
             )
+        step = self._step
+        is_next = step is not None and (step.start, step.stop) == (start, start + n)
+        if step is not None and is_next and new is None and step.rows is None:
+            return step  # as for most layers
         new = np.ones((self.size, n), bool) if new is None else new
         seen = np.concatenate((self.seen[:, :start], new), axis=1)
-        step = self._step
-        if step is not None and step.start == start and np.array_equal(step.seen, seen):
+        if step is not None and is_next and np.array_equal(step.seen, seen):
             return step
         if start < max(self.columns):
             raise ParameterError(
@@ -124,12 +127,12 @@ class Batch:
             start=start,
             stop=seen.shape[1],
             seen=seen,
+            is_whole=bool(seen.all()),
             rows=None if new.all() else xp.asarray(np.flatnonzero(new)),
             slots=xp.asarray(np.concatenate(flat)),
             table=xp.asarray(page_table(self._pages, width)),
             lengths=xp.asarray(np.array(counts, np.int32)),
             starts=xp.asarray(np.append(0, np.cumsum(new.sum(1))).astype(np.int32)),
-            longest=max(counts),
         )
 
     def _extend(self, pages: list[int], start: int, stop: int) -> None:
@@ -150,7 +153,7 @@ class Batch:
     def gather(self, op: str, layer: int, k_out: Any, v_out: Any, step: Step) -> None:
         """Read a layer's first pages of each sequence, which no row of padding may have left out,
         into [B, M, P, H, D] of floats."""
-        if not step.seen.all():
+        if not step.is_whole:
             raise UnsupportedError(
                 f"{op}: the cache holds no rows of padding, expected attn_implementation='pykv' "
                 "as before"

@@ -8,7 +8,6 @@
 //   k_scales, v_scales         SCALE_T, dynamic (written) or static (read), by SCALES: strides
 //                              page, token, head, 0 where they have no such dimension. Null for
 //                              float kinds
-//                              head, 0 where they have no such dimension. Null for float kinds
 //   qkv                 const  [T, HQ + 2H, D] NEW_T: stride token; heads of Q, then K, then V
 //   slots               const  [T] ROW_T  page * PAGE + offset; negative: K and V are not written
 //   positions           const  [T] int; null where PAIRS is 0

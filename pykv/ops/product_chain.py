@@ -6,7 +6,6 @@ Kernel: kernels_cu/product_chain.cu; products are those of block_linear.multiply
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.ops import block_linear
 from pykv.ops.block_linear import PLAIN, Options
 from pykv.options import check_whole
+from pykv.ranges import Rows, rows_of
 
 OLDEST_SM = 70  # with acquire and release
 _TOKENS = 8  # at most: those that share one reading of a matrix
@@ -195,34 +195,13 @@ def _check_alike(products: list[Product]) -> None:
         if on_gpu(p.x) != on_gpu(first.x):
             raise DeviceError(f"{_OP}: products are of host and device, expected one")
     for p in products:
-        if _rows(p.x).meets(_rows(p.out)):
-            raise ParameterError(f"{_OP}: out shares memory with x, expected another array")
         for name in ("w", "bias", "norm"):  # blocks read them before they wait
             array = getattr(p, name)
-            if array is not None and any(_rows(array).meets(_rows(q.out)) for q in products):
+            if array is not None and any(rows_of(array).meets(rows_of(q.out)) for q in products):
                 raise ParameterError(f"{_OP}: a product writes {name}, expected arrays of its own")
 
 
 # --- Who needs whom -------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Memory: `rows` rows of `width` bytes from `start` on, `step` bytes apart."""
-
-    start: int
-    width: int
-    step: int
-    rows: int
-
-    def meets(self, other: Rows) -> bool:
-        """Whether they may share a byte; exact where steps are equal."""
-        end, other_end = (r.start + r.step * (r.rows - 1) + r.width for r in (self, other))
-        if self.start >= other_end or other.start >= end:
-            return False
-        if self.step != other.step or self.rows == 1 or other.rows == 1:
-            return True
-        behind = (other.start - self.start) % self.step
-        return behind < self.width or behind + other.width > self.step
 
 
 class Touched(NamedTuple):
@@ -272,16 +251,8 @@ def _check_program(stages: Sequence[int], touched: Sequence[Touched]) -> None:
 
 def _touched(product: Product) -> Touched:
     p = product
-    arrays = [_rows(array) for array in (p.x, p.w, p.bias, p.norm) if array is not None]
-    return Touched(arrays, [_rows(p.out)])  # what `accumulate` reads of out it also writes
-
-
-def _rows(array: Any) -> Rows:
-    address = array.data.ptr if on_gpu(array) else array.ctypes.data
-    *outer, last = array.shape
-    count = math.prod(outer)
-    step = array.strides[0] if outer else 0
-    return Rows(address, last * array.itemsize, step, count)
+    arrays = [rows_of(array) for array in (p.x, p.w, p.bias, p.norm) if array is not None]
+    return Touched(arrays, [rows_of(p.out)])  # what `accumulate` reads of out it also writes
 
 
 def has_kernel(kind: str) -> bool:

@@ -319,6 +319,8 @@ def test_errors_name_the_argument(xp):
         op.multiply(x, w, "Q4_K", bias=xp.zeros(4, np.float32))
     with pytest.raises(ParameterError, match="accumulate has no out to add to"):
         op.multiply(x, w, "Q4_K", accumulate=True)
+    with pytest.raises(ParameterError, match="out shares memory with x, expected another array"):
+        op.multiply(x, w, "Q4_K", out=x[:, 4:9])
     with pytest.raises(DtypeError, match="w has dtype uint8, expected float16"):
         op.multiply(x, w, "F16")
     with pytest.raises(ShapeError, match="x has I=12, expected a multiple of 8"):

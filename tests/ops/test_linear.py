@@ -326,3 +326,7 @@ def test_errors_name_the_argument(xp, rng):
         linear.linear(x, w, gemm="cutlass")
     with pytest.raises(ParameterError, match="accumulate has no out to add to"):
         linear.linear(x, w, accumulate=True)
+    both = xp.zeros((3, 24), np.float32)
+    linear.linear(both[:, :16], w, out=both[:, 16:21])  # between its rows
+    with pytest.raises(ParameterError, match="out shares memory with x, expected another array"):
+        linear.linear(both[:, :16], w, out=both[:, 12:17])

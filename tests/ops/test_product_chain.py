@@ -7,7 +7,8 @@ from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, block_rows
 from pykv.ops import product_chain as op
-from pykv.ops.product_chain import Product, ProductChain, Rows, Touched, stages_of
+from pykv.ops.product_chain import Product, ProductChain, Touched, stages_of
+from pykv.ranges import Rows
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
 from tests.simt import cupy as simt
 from tests.simt import machine
@@ -141,9 +142,9 @@ def test_wrong_products(xp):
         ([], "F16", ParameterError, "products is empty"),
         ([good, 3], "F16", DtypeError, "products has a int"),
         ([good._replace(out=None)], "F16", ParameterError, "a product has no out"),
-        ([Product(nine, w, nine)], "F16", ShapeError, r"x has shape \(9, 8\), expected 1 to 8"),
+        ([Product(nine, w, nine.copy())], "F16", ShapeError, r"x has shape \(9, 8\), expected 1 "),
         ([good, Product(x, w, xp.asarray(np.zeros((1, 7), np.float32)))], "F16", ShapeError, "out"),
-        ([good, Product(half, w, half)], "F16", DtypeError, "x has dtype float16"),
+        ([good, Product(half, w, half.copy())], "F16", DtypeError, "x has dtype float16"),
         ([good, Product(x, w, one, norm=y[0])], "F16", ParameterError, "a product writes norm"),
         ([Product(x, w, x)], "F16", ParameterError, "out shares memory with x"),
         ([good], "F17", UnsupportedError, "kind is 'F17'"),

@@ -7,6 +7,7 @@
 // apart, so a block brings x to shared memory first, with gaps that let eight lanes read 16 bytes
 // each without a conflict. `parts` warps share outputs and split I; the others of the block have
 // outputs of their own.
+#include "gate.cuh"
 #include "reduce.cuh"
 
 constexpr int WARPS = BLOCK / WARP;

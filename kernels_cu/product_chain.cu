@@ -5,7 +5,8 @@
 //                    of block_linear.cu takes, with addresses of its arrays, and its stage
 //   counters  [2] u32, zero before and behind a launch (grid_barrier.cuh)
 // Scalars:  phases = PHASES
-// Defines:  KIND, X_T, B_T, BLOCK, ROWS, OUTS as block_linear.cu has them for `gemv`; ROWS is at least T
+// Defines:  KIND = F32, F16, BF16 or a format of planes.cuh; it, X_T, B_T, BLOCK, ROWS and OUTS as
+//           block_linear.cu has them for `gemv`; ROWS is at least T
 // Launch:   cooperative, grid up to what the GPU runs at once, block (BLOCK), dynamic shared memory the
 //           most that a phase takes: parts * ROWS * 4608 bytes. From sm_70 on
 // Traffic:  that of the products
@@ -15,7 +16,6 @@
 // behind which all blocks wait for each other; meanwhile the weights of a block's next tile are on
 // their way into registers. No block may arrive for a stage before it has waited for the one ahead:
 // the counter knows how many have arrived, not who.
-#include "gate.cuh"
 #include "grid_barrier.cuh"
 #include "plain.cuh"
 

@@ -1,5 +1,7 @@
 """Calls of several launches that are found once for each layout of their arrays."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -128,3 +130,27 @@ def test_a_codec_checks_every_call(device, rng):
         codec.decompress(other.compress(cache, table, positions), cache, table)
     with pytest.raises(ParameterError, match="expected at most the 0 that the pages"):
         codec.decompress(coded, cache, table[:0])
+
+
+def test_calls_within_calls(device):
+    """Whichever of the two layouts is known first."""
+    for inner_first in (True, False):
+        add, outer = Adder(), Dims()
+        if inner_first:
+            add(*pair(device))
+        for _ in range(3):
+            x, y = pair(device)
+            want = to_numpy(x) + 6
+            key = _check(x, y).layouts
+            cuda.replayed(outer, key, (x, y), partial(add, x, y))
+            assert_same_bits(x, want)
+
+
+def test_launches_of_a_step_are_taken_once(device):
+    """As a product by cuBLAS is a step that fills and splits by kernels."""
+    kept, (x, y) = Dims(), pair(device)
+    want = to_numpy(x)
+    for _ in range(3):
+        cuda.replayed(kept, None, (x, y), lambda: cuda.enqueue(lambda: activation.add(x, y)))
+        want = want + 3
+        assert_same_bits(x, want)

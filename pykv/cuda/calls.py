@@ -72,24 +72,34 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
     _state.used_gpu = True
     if _state.captured is not None:
         _state.captured.append(step)
-    if _state.traced is not None:
-        _state.traced.append(launched or step)
-    if stream is None:
-        step()
-    else:
-        with on_stream(stream):
+    traced = _state.traced
+    if traced is not None:
+        traced.append(launched or step if stream is None else None)
+        _state.traced = None  # what a step launches is part of the step
+    try:
+        if stream is None:
             step()
+        else:
+            with on_stream(stream):
+                step()
+    finally:
+        _state.traced = traced
 
 
 @contextmanager
 def traced() -> Iterator[list[Any]]:
     """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
-    steps as they are."""
-    outer, _state.traced = _state.traced, []
+    steps as they are, None for one with a stream of its own."""
+    _state.traced = []
     try:
         yield _state.traced
     finally:
-        _state.traced = outer
+        _state.traced = None
+
+
+def is_tracing() -> bool:
+    """Whether the steps that this thread takes are listed."""
+    return _state.traced is not None
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:

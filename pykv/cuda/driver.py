@@ -119,19 +119,30 @@ def _give_context(error: Exception, config: Any) -> None:
     runtime.setDevice(runtime.getDevice())
 
 
-@lru_cache(maxsize=256)
 def active_clusters(kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int) -> int:
     """The number of clusters of a kernel's blocks that the current GPU runs at once."""
-    _, current_stream, current_device = _launcher()
+    device = load_cupy().cuda.runtime.getDevice()
+    return _active_clusters(kernel, block, cluster, shared_bytes, device)
+
+
+@lru_cache(maxsize=256)
+def _active_clusters(
+    kernel: Any, block: int, cluster: tuple[int, ...], shared_bytes: int, device: int
+) -> int:
+    _, current_stream, _ = _launcher()
     config = configure(kernel, cluster, block, shared_bytes, cluster)
-    stream = core_stream(current_stream().ptr, current_device())
+    stream = core_stream(current_stream().ptr, device)
     return int(kernel.occupancy.max_active_clusters(config, stream=stream))
 
 
-@lru_cache(maxsize=256)
 def cooperative_blocks(kernel: Any, block: int, shared_bytes: int) -> int:
     """The number of a kernel's blocks that the current GPU runs at once."""
     device = load_cupy().cuda.runtime.getDevice()
+    return _cooperative_blocks(kernel, block, shared_bytes, device)
+
+
+@lru_cache(maxsize=256)
+def _cooperative_blocks(kernel: Any, block: int, shared_bytes: int, device: int) -> int:
     if shared_bytes > SHARED_BYTES:
         _allow_shared(kernel, shared_bytes, device)
     blocks = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)

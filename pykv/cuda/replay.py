@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pykv.arrays import Dims
-from pykv.cuda.calls import enqueue, is_capturing, is_preparing, traced
+from pykv.cuda.calls import enqueue, is_capturing, is_preparing, is_tracing, traced
 from pykv.cuda.launch import Launch
 
 
@@ -23,9 +23,7 @@ class _Moved(NamedTuple):
     offsets: tuple[int, ...]  # bytes from that one's address on
 
 
-def replayed(
-    dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], None], stream: Any = None
-) -> None:
+def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], None]) -> None:
     """Enqueue on a GPU what `call` enqueues, from the second time on without calling it.
 
     Args:
@@ -34,15 +32,15 @@ def replayed(
         arrays: all arrays, or None, that launches of `call` take, whole or in parts.
         call: enqueues launches, and other steps if they touch none of the `arrays` but those that
             are the same at each call. It does nothing else: what CuPy does by itself is not seen.
-        stream: see on_stream; that of `call` as well.
 
     Raises: as `call`, which checks.
 
-    `call` is made each time where that would be wrong: while it is prepared or a graph captured; if
-    a launch takes an array that lies in none of `arrays`, such as one that `call` allocates, or in
-    two of them, so that it cannot be told which is meant.
+    `call` is made each time where that would be wrong: while it is prepared, a graph captured, or
+    a call traced that this one is part of; and if a launch has a stream of its own, or takes an
+    array that lies in none of `arrays`, such as one that `call` allocates, or in two of them, so
+    that it cannot be told which is meant.
     """
-    if is_preparing() or is_capturing():
+    if is_preparing() or is_capturing() or is_tracing():
         call()
         return
 
@@ -73,7 +71,7 @@ def replayed(
         for step in steps:
             step()
 
-    enqueue(take, stream)
+    enqueue(take)
 
 
 def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Moved | None:

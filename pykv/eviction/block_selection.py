@@ -135,7 +135,7 @@ def decode_blocks(
     blocks the first is taken. On a GPU only enqueues, on CuPy's current stream; graphs capture it.
     """
     op = "eviction.decode_blocks"
-    cuda.refuse_prepare(op, "it makes tables for each call")
+    cuda.refuse_prepare(op, "it has memory for each call")
     pages = _check(op, cache, layer, selection)
     dims = _decode_check(q, table, lengths, means)
     B, HQ, H, D, M = (dims[letter] for letter in ("B", "HQ", "H", "D", "M"))

@@ -194,6 +194,9 @@ class Codec:
             dims = _check_compress(table, positions)
             header = self.header(dims["T"], spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
+            if paged_check.enabled(op, check) or self._xp is np:
+                looks = partial(kvtc_rows.check_sequence, op, table, positions)
+                cuda.look(partial(looks, sizes["N"], sizes["P"]))
             coded = Coded(header, data)
             there = ranges.reach(op, "out", data, self._rows)
             how = partial(self._how, cache, spec, hadamard, check)
@@ -272,8 +275,7 @@ class Codec:
         with cuda.on_stream(stream, cache.k):
             if spec.has_given_scales:
                 check_given_scales(op, cache)
-            last, distinct = sizes["N"] - 1, kvtc_rows.check_distinct
-            table = self._indices(op, "table", table, last, distinct)
+            table = self._indices(op, "table", table, sizes["N"] - 1)
             dims = _check_decompress(table)
             room = dims["M"] * sizes["P"]
             if header.tokens > room:

@@ -133,7 +133,7 @@ def load(
         ids = _token_ids(op, path, tokens, llm.model.config.vocab)
         messages = _messages(op, path, more["messages"]) if "messages" in more else None
         if is_coded:
-            with shared.known(ids[:kept]):  # exact pages of a tier come first, and stay published
+            with shared.known(ids[:kept]):  # exact pages of a tier come first; `new` finds them
                 pass
         with shared.new(ids[:kept]) as pages:
             put(pages)

@@ -20,9 +20,7 @@ from pykv.options import check_number, check_whole
 BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
 _PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
 _SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLIES=_PASSES * _DIGITS)
-_LONG = (
-    32768  # scores of a group that pay for the launches of `_in_parts` (H200: a block takes 80 us)
-)
+_LONG = 32768  # scores of a group that pay for the launches of `_in_parts`: a block takes 80 us
 _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]
@@ -174,10 +172,8 @@ def _launches(
     scalars |= dict(slice=slice_tiles * tile)
 
     def launch(name: str, **more: int) -> cuda.Launch:
-        kernel, early = (
-            cuda.kernel("kv_select", f"kv_select_{name}", **_SIZES),
-            more != dict(digit=0),
-        )
+        kernel = cuda.kernel("kv_select", f"kv_select_{name}", **_SIZES)
+        early = more != dict(digit=0)  # a memset is ahead of that one
         return cuda.Launch(kernel, (parts, S, R), BLOCK, scalars | more, early=early)
 
     counting = [launch("count", digit=i) for i in range(_PASSES)]

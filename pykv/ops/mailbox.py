@@ -22,7 +22,8 @@ from pykv.testing import wrong_values
 _BLOCK = 256
 _STOP, _SCALE = 1, 2  # kinds of commands
 _DONE = 1  # verdict of a result; all others: refused
-_MOST_ITERATIONS = 1 << 16  # a job is not interrupted, and must end within a second or so
+_MOST_ITERATIONS = 1 << 16
+_MOST_STEPS = 1 << 32  # of a job, which is not interrupted: 0.1 s of one block
 _MOST_SECONDS = 3600.0
 _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
 
@@ -92,10 +93,10 @@ class Mailbox:
         launch = cuda.Launch(kernel, 1, _BLOCK, scalars, cooperative=True)
         cupy.cuda.get_current_stream().synchronize()
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        with self._stream:
-            launch(dict(x=self._x, host=self._rings.on_gpu))
         # Of a Mailbox that nobody stops: its memory must outlive the kernel.
         weakref.finalize(self, _end, self._rings, self._stream, self._x)
+        with self._stream:
+            launch(dict(x=self._x, host=self._rings.on_gpu))
 
     def submit(
         self, row: int, scale: float, bias: float, *, iterations: int = 1, n: int | None = None
@@ -106,7 +107,7 @@ class Mailbox:
         Args:
             row: of `x`.
             scale, bias: rounded to float32.
-            iterations: 0 to 65536.
+            iterations: 0 to 65536, and at most 2^32 / n.
             n: elements; None: all.
 
         Raises:
@@ -122,6 +123,11 @@ class Mailbox:
             check_whole(_OP, "iterations", iterations, 0, _MOST_ITERATIONS),
             *(_bits(name, value) for name, value in (("scale", scale), ("bias", bias))),
         ]
+        if payload[2] * payload[3] > _MOST_STEPS:
+            raise ParameterError(
+                f"{_OP}: iterations is {payload[3]}, expected at most {_MOST_STEPS // payload[2]} "
+                f"of {payload[2]} elements"
+            )
         self._check_open()
         if self._rings is None:
             values = np.float32(scale), np.float32(bias)

@@ -69,9 +69,10 @@ class ProductChain:
             behind a stage; products of one stage need nothing of each other.
 
     Made on a GPU it synchronises once; a call only enqueues. Calls of one chain must not overlap:
-    they share the counters by which blocks wait. While blocks wait for each other, the weights of
-    the next product are on their way. Idea: the megakernels of HazyResearch and Cohere; barriers of
-    a grid: Xiao and Feng, 2010.
+    they share the counters by which blocks wait. Its blocks start when all of them have room:
+    beside a kernel that stays on the GPU, such as a Mailbox's, it needs fewer `blocks`. While
+    blocks wait for each other, the weights of the next product are on their way. Idea: the
+    megakernels of HazyResearch and Cohere; barriers of a grid: Xiao and Feng, 2010.
 
     >>> x, y, z = (np.ones((1, 8), np.float32) for _ in range(3))
     >>> w = np.eye(8, dtype=np.float16)
@@ -102,6 +103,7 @@ class ProductChain:
         if self._launch is None:
             cuda.run_on_host(self._on_host, stream=stream)
         else:
+            cuda.hold(self)  # whose arrays the program has the addresses of
             self._launch(self._arrays, stream)
 
     def _on_host(self) -> None:

@@ -76,9 +76,9 @@ class CodedForm:
             )
         self._codec, self._hadamard, self._page_size = codec, hadamard, cache.page_size
         self._lock = threading.Lock()  # a codec has one workspace
-        self.name = f"kvtc {codec.artefact} {codec.ratio}"
         self.nbytes = cache.page_size * codec.row_bytes
         self.exact_pages = -(-codec.sinks // cache.page_size)
+        self.name = f"kvtc {codec.artefact} {codec.ratio} after {self.exact_pages} pages"
 
     def view(self, rows: np.ndarray, cache: Any) -> CodedRows:
         """Rows [N, nbytes] uint8 of the host."""
@@ -118,7 +118,6 @@ class CodedForm:
                 arrays["rows"].reshape(len(ids), self.nbytes)[...] = source.rows[slots]
             else:
                 arrays["positions"][...] = load_cupy().asarray(positions)
-                table = load_cupy().asarray(table)  # has pages twice where nothing is written
             how: dict[str, Any] = dict(hadamard=self._hadamard, check=False)
             self._codec.decompress(coded, target, table, **how)
 

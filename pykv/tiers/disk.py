@@ -79,7 +79,6 @@ class DiskTier:
         self._identity, self._own = digest, folder / digest[:32]
         self._own.mkdir(mode=0o700, exist_ok=True)
         check_private(self._own)
-        self._nbytes = nbytes
         self._lock = threading.Condition()  # of what follows
         self._known: set[bytes] = set()
         self._total = self._written = 0  # bytes of all files; those of ours since they were counted

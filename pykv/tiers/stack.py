@@ -131,6 +131,11 @@ class Tiers:
             of_files = form("disk_cache", limit.codec, np)
             if of_files.nbytes >= of_rows.nbytes:
                 of_files = of_rows  # what was lost on the way does not come back
+            elif isinstance(of_rows, CodedForm):
+                raise ParameterError(
+                    f"Tiers: disk_cache has the codec {limit.codec}, expected none or {own.codec}: "
+                    "what an artefact coded is not coded again"
+                )
         self._exact_pages: int = max(getattr(x, "exact_pages", 0) for x in (of_rows, of_files))
         counts = _counts(own, plain, of_rows)
         self._files: DiskTier | None = None

@@ -125,13 +125,19 @@ def test_an_error_in_the_context_drops_what_waits(device):
         (dict(row=1), ParameterError, "row is 1, expected 0 to 0"),
         (dict(n=5), ParameterError, "n is 5, expected 0 to 4"),
         (dict(iterations=1 << 17), ParameterError, "iterations is 131072, expected 0 to 65536"),
+        (
+            dict(iterations=8, n=4),  # of a job of 2^4 steps at most
+            ParameterError,
+            "iterations is 8, expected at most 4 of 4 elements",
+        ),
         (dict(scale=float("nan")), ParameterError, "scale is nan"),
         (dict(bias=1e39), ParameterError, "bias is 1e.39, expected a finite number of float32"),
         (dict(scale="2"), DtypeError, "scale"),
     ],
     ids=str,
 )
-def test_wrong_jobs(xp, change, error, text):
+def test_wrong_jobs(xp, monkeypatch, change, error, text):
+    monkeypatch.setattr(op, "_MOST_STEPS", 16)
     with Mailbox(xp.asarray(np.zeros((1, 4), np.float32)), **SLOW) as box:
         with pytest.raises(error, match=f"mailbox.Mailbox: {text}"):
             box.submit(**(dict(row=0, scale=1.0, bias=0.0) | change))

@@ -1,5 +1,8 @@
 """product_chain: products of one launch, held to those of launches of their own."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -73,6 +76,17 @@ def test_the_grid_changes_no_bit(device, rng, monkeypatch):
         results.append(to_numpy(got))
     for got in results[1:]:
         assert_same_bits(got, results[0])
+
+
+def test_prepared_calls_hold_what_the_program_points_at(xp_of_chains, rng):
+    xp, (x, matrices) = xp_of_chains, layers(rng, 1, 200, 168, 2)
+    chain, got = chain_of(xp, x, matrices)
+    call, kept = cuda.prepare(chain), weakref.ref(chain)
+    del chain
+    gc.collect()
+    assert kept() is not None
+    call()
+    assert to_numpy(got).any()
 
 
 def test_stored_weights_with_a_gate(xp_of_chains, rng):

@@ -133,8 +133,9 @@ class CodedForm:
         return self._codec.header(tokens, spec, sinks=0, window=0)
 
     def _sequence(self, ids: list[int], places: list[int]) -> tuple[Any, Any]:
-        """A page table that has pages at their places, and the positions of their tokens."""
-        table = np.zeros(places[-1] + 1, np.int32)
+        """A page table that has pages at their places, of a length that is a power of two, for few
+        layouts; and the positions of their tokens."""
+        table = np.zeros(1 << places[-1].bit_length(), np.int32)
         table[places] = ids
         offsets = np.arange(self._page_size, dtype=np.int32)
         first = np.array(places, np.int32) * np.int32(self._page_size)

@@ -43,17 +43,15 @@ def note(text: str) -> None:
 # --- Sessions ---
 
 
-def _check_session(args: argparse.Namespace) -> None:
-    """Check what can be checked before a model is read."""
+def _check_session(args: argparse.Namespace, *, chat: bool) -> None:
+    """Check what can be checked before a model is fetched and read: the file that there is, and
+    that one can be written."""
     if args.session is None:
         if args.session_codec is not None:
             raise ParameterError(
                 "--session-codec has no --session whose file it could make smaller"
             )
         return
-    path = whole_files.regular_path("--session", args.session)
-    if not os.access(path.parent, os.W_OK):
-        raise ParameterError(f"--session is {path}, expected a file in a folder to write to")
     if args.session_codec is not None:
         artefact, _, ratio = args.session_codec.rpartition(":")
         if not (ratio.isdecimal() and os.path.isfile(artefact)):
@@ -61,6 +59,19 @@ def _check_session(args: argparse.Namespace) -> None:
                 f"--session-codec is {args.session_codec!r:.200}, expected FILE:RATIO of a file "
                 "that exists"
             )
+    from pykv.llm import sessions
+
+    path = whole_files.regular_path("--session", args.session)
+    if path.exists() and sessions.holds_messages("--session", path) != chat:
+        text = "a text, which `pykv run` without --chat goes on with"
+        talk = "messages, which `pykv chat` and `pykv run --chat` go on with"
+        raise ParameterError(f"--session: {path} holds {text if chat else talk}")
+    try:
+        whole_files.try_out(path)
+    except OSError as error:
+        raise ParameterError(
+            f"--session is {path}, expected a file in a folder to write to: {error.strerror}"
+        ) from None
 
 
 @contextmanager
@@ -77,10 +88,6 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
     history: list[Any] = []
     if path.exists():
         found = llm.load(path, codec=codec)
-        if (found.messages is not None) != chat:
-            text = "a text, which `pykv run` without --chat goes on with"
-            talk = "messages, which `pykv chat` and `pykv run --chat` go on with"
-            raise ParameterError(f"--session: {path} holds {text if chat else talk}")
         history = found.messages if chat else found.token_ids
         kept = f"the first {found.cached_tokens} of {len(found.token_ids)} tokens"
         note(f"{path}: {kept} need no computing")
@@ -133,7 +140,7 @@ def _ended_by_signals() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
     conversation."""
-    _check_session(args)
+    _check_session(args, chat=args.chat)
     if "" in args.prompts:
         raise ParameterError("prompt is empty, expected at least one character")
     llm, params = open_model(args)
@@ -236,7 +243,7 @@ def _speed(stats: Any) -> str:
 
 def chat(args: argparse.Namespace) -> None:
     """`pykv chat`: talk until Ctrl-D, the end of a piped input, or /bye."""
-    _check_session(args)
+    _check_session(args, chat=True)
     llm, params = open_model(args)
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:

@@ -261,7 +261,8 @@ def test_pages_that_were_coded_do_not_reach_exact_files_by_a_session(open_llm, r
         (dict(host_cache="1KiB"), ParameterError, "host_cache is 1,024 bytes, expected at least"),
         (dict(disk_cache="1GiB"), ParameterError, "LLM: disk_cache is '1GiB', expected DIR:SIZE"),
         (dict(disk_cache="{}/file:1GiB"), ParameterError, "file, expected a folder"),
-        (dict(disk_cache="{}/file/below:1GiB"), OSError, "file"),
+        (dict(disk_cache="{}/file/below:1GiB"), ParameterError, "a folder, or a new one in a "),
+        (dict(disk_cache="{}/none/below:1GiB"), ParameterError, "which .*none is not"),
         (dict(disk_cache="{}/t:1KiB"), ParameterError, "disk_cache is 1,024 bytes, expected at"),
         (dict(host_cache="1MB:kvtc"), ParameterError, "host_cache's codec is 'kvtc', expected one"),
         (

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pykv import whole_files
+from pykv.counted import counted
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 
@@ -89,7 +90,7 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
     if path.exists():
         found = llm.load(path, codec=codec)
         history = found.messages if chat else found.token_ids
-        kept = f"the first {found.cached_tokens} of {len(found.token_ids)} tokens"
+        kept = f"the first {found.cached_tokens:,} of {counted(len(found.token_ids), 'token')}"
         note(f"{path}: {kept} need no computing")
     before = list(history)
     try:
@@ -198,9 +199,8 @@ def _ending(completion: Any, params: Any) -> list[str]:
     if completion.finish_reason != "length":
         return []
     tokens = len(completion.token_ids)
-    return [
-        f"cut at {tokens} tokens ({'--max-tokens' if tokens == params.max_tokens else '--ctx'})"
-    ]
+    limit = "--max-tokens" if tokens == params.max_tokens else "--ctx"
+    return [f"cut at {counted(tokens, 'token')} ({limit})"]
 
 
 def _record(llm: Any, prompt: str, completion: Any) -> dict[str, Any]:
@@ -226,9 +226,10 @@ def _summary(llm: Any) -> str:
     computed = stats.prompt_tokens - stats.reused_tokens
     per_token = llm.cache.bytes_per_token
     return (
-        f"{llm.device}: prompt {stats.prompt_tokens} tokens, reused {stats.reused_tokens} tokens, "
+        f"{llm.device}: prompt {counted(stats.prompt_tokens, 'token')}, "
+        f"reused {counted(stats.reused_tokens, 'token')}, "
         f"{computed / stats.prompt_seconds:.1f} tokens/s; "
-        f"decode {stats.decode_tokens} tokens, {_speed(stats)}; "
+        f"decode {counted(stats.decode_tokens, 'token')}, {_speed(stats)}; "
         f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all"
     )
 
@@ -311,15 +312,15 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
         note("stopped; the message was not sent")
         return
     if dropped := (len(messages) + 1 - len(kept)) // 2:
-        note(
-            f"the context of {llm.context} tokens is full: the oldest {dropped} turns were dropped"
-        )
+        oldest = "turn was" if dropped == 1 else f"{dropped} turns were"
+        note(f"the context of {llm.context} tokens is full: the oldest {oldest} dropped")
     stream = llm.stream(ids, params)
     with _stopped_by_ctrl_c(stream):
         _print(stream)
     completion = stream.completion
     messages[:] = [*kept, _assistant(completion)]
-    facts = [f"{len(completion.token_ids)} tokens", _speed(llm.stats), *_ending(completion, params)]
+    tokens = counted(len(completion.token_ids), "token")
+    facts = [tokens, _speed(llm.stats), *_ending(completion, params)]
     print(f"({', '.join(facts)})", file=sys.stderr, flush=True)
 
 

@@ -178,7 +178,7 @@ def test_a_full_context_drops_the_oldest_turns(capsys, monkeypatch, streams):
     lines = [letter * 20 for letter in "abcdef"]
     flags = ("--max-tokens", 6, "--system", "S")
     code, out, err = chat(capsys, monkeypatch, *lines, flags=flags)
-    assert code == 0 and "the context of 128 tokens is full: the oldest 1 turns were dropped" in err
+    assert code == 0 and "the context of 128 tokens is full: the oldest turn was dropped" in err
     turns = [f"[user:{line}][assistant:" for line in lines]
     said = [f"{stream.completion.text}]" for _, stream in streams]
     assert len(said) == 6
@@ -263,7 +263,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(capsys, monkeypatch, f
     say(monkeypatch, "a", "b")
     code, out, err = run(capsys, "chat")
     assert code == 0 and out == "one two\none two\n"
-    assert err == "(1 tokens, 16.0 tokens/s, stopped)\n(1 tokens, 16.0 tokens/s)\n"
+    assert err == "(1 token, 16.0 tokens/s, stopped)\n(1 token, 16.0 tokens/s)\n"
 
     monkeypatch.setattr(fake, "stream", lambda *_: Interrupted(2))
     say(monkeypatch, "a", "b")

@@ -494,6 +494,9 @@ def test_counters_add_up():
         "pages asked for 4: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
         "to host: 2 pages, 512 bytes, 0.00 GB/s",
     ]
+    assert Counters().as_text() == "pages asked for: none"
+    a = Counters(refused=1, damaged=2)
+    assert a.as_text().splitlines()[1:] == ["1 page refused, 2 files damaged"]
     for flat in (dict(host_hits=-1), dict(hits=1), dict(misses="1"), dict(misses=True)):
         with pytest.raises(ValueError):
             Counters.from_dict(flat)

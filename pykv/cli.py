@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install, model_options
+from pykv.counted import counted
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
@@ -278,6 +279,9 @@ def _size(args: argparse.Namespace) -> None:
     weights = {
         place: memory.weight_bytes(file, dtype, spec, place == "host") for place in ("gpu", "host")
     }
+    rotated = ""
+    if spec.wants_hadamard:
+        rotated = f"; attention's output matrices are float32, as {spec} rotates heads"
     as_what = "as stored" if dtype is None else f"in {args.weights}"
     of_head = spec.bytes_per_token(1, config.head_dim)
     per_token = config.num_layers * config.kv_heads * of_head
@@ -291,9 +295,9 @@ def _size(args: argparse.Namespace) -> None:
         f"{spec}: {per_token:,} bytes a token "
         f"({config.num_layers} layers x {config.kv_heads} heads x {of_head} bytes of K"
         f"{', V and scales' if spec.has_dynamic_scales else ' and V'}), "
-        f"{per_token * tokens:,} bytes for {tokens:,} tokens\n"
-        f"weights: {weights['gpu']:,} bytes of a GPU {as_what}, or {weights['host']:,} of "
-        "the host"
+        f"{per_token * tokens:,} bytes for {counted(tokens, 'token')}\n"
+        f"weights: {weights['gpu']:,} bytes of a GPU {as_what}, or {weights['host']:,} of the host"
+        f"{rotated}"
     )
     if tokens > config.context:
         print(f"note: the model's own context is {config.context:,} tokens", file=sys.stderr)
@@ -366,7 +370,8 @@ def _cache_info(args: argparse.Namespace) -> None:
     models = [model.path for model in model_files.kept()]
     kinds = {"kernels": cuda.cubins(), "models": models, "unfinished": model_files.unfinished()}
     for name, files in kinds.items():
-        print(f"{name:<11} {len(files)} files, {sum(f.stat().st_size for f in files):,} bytes")
+        nbytes = sum(file.stat().st_size for file in files)
+        print(f"{name:<11} {counted(len(files), 'file')}, {nbytes:,} bytes")
     if args.disk_cache is not None:
         from pykv.tiers import commands
 
@@ -393,4 +398,5 @@ def _cache_warmup(args: argparse.Namespace) -> None:
     archs = args.arch or cuda.architectures()
     if not archs:
         raise DeviceError("cache warmup: no GPU was found, expected --arch sm_75 or the like")
-    print(f"{cuda.warmup(archs, force=True)} kernels compiled for {', '.join(archs)}")
+    compiled = counted(cuda.warmup(archs, force=True), "kernel")
+    print(f"{compiled} compiled for {', '.join(archs)}")

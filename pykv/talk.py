@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pykv import whole_files
+from pykv.counted import counted
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
 
@@ -43,17 +44,15 @@ def note(text: str) -> None:
 # --- Sessions ---
 
 
-def _check_session(args: argparse.Namespace) -> None:
-    """Check what can be checked before a model is read."""
+def _check_session(args: argparse.Namespace, *, chat: bool) -> None:
+    """Check what can be checked before a model is fetched and read: the file that there is, and
+    that one can be written."""
     if args.session is None:
         if args.session_codec is not None:
             raise ParameterError(
                 "--session-codec has no --session whose file it could make smaller"
             )
         return
-    path = whole_files.regular_path("--session", args.session)
-    if not os.access(path.parent, os.W_OK):
-        raise ParameterError(f"--session is {path}, expected a file in a folder to write to")
     if args.session_codec is not None:
         artefact, _, ratio = args.session_codec.rpartition(":")
         if not (ratio.isdecimal() and os.path.isfile(artefact)):
@@ -61,6 +60,19 @@ def _check_session(args: argparse.Namespace) -> None:
                 f"--session-codec is {args.session_codec!r:.200}, expected FILE:RATIO of a file "
                 "that exists"
             )
+    from pykv.llm import sessions
+
+    path = whole_files.regular_path("--session", args.session)
+    if path.exists() and sessions.holds_messages("--session", path) != chat:
+        text = "a text, which `pykv run` without --chat goes on with"
+        talk = "messages, which `pykv chat` and `pykv run --chat` go on with"
+        raise ParameterError(f"--session: {path} holds {text if chat else talk}")
+    try:
+        whole_files.try_out(path)
+    except OSError as error:
+        raise ParameterError(
+            f"--session is {path}, expected a file in a folder to write to: {error.strerror}"
+        ) from None
 
 
 @contextmanager
@@ -77,12 +89,8 @@ def _session(llm: Any, args: argparse.Namespace, *, chat: bool) -> Iterator[list
     history: list[Any] = []
     if path.exists():
         found = llm.load(path, codec=codec)
-        if (found.messages is not None) != chat:
-            text = "a text, which `pykv run` without --chat goes on with"
-            talk = "messages, which `pykv chat` and `pykv run --chat` go on with"
-            raise ParameterError(f"--session: {path} holds {text if chat else talk}")
         history = found.messages if chat else found.token_ids
-        kept = f"the first {found.cached_tokens} of {len(found.token_ids)} tokens"
+        kept = f"the first {found.cached_tokens:,} of {counted(len(found.token_ids), 'token')}"
         note(f"{path}: {kept} need no computing")
     before = list(history)
     try:
@@ -133,7 +141,7 @@ def _ended_by_signals() -> Iterator[None]:
 def run(args: argparse.Namespace) -> None:
     """`pykv run`: continue each prompt, or answer it with --chat; with --session, as parts of one
     conversation."""
-    _check_session(args)
+    _check_session(args, chat=args.chat)
     if "" in args.prompts:
         raise ParameterError("prompt is empty, expected at least one character")
     llm, params = open_model(args)
@@ -191,9 +199,8 @@ def _ending(completion: Any, params: Any) -> list[str]:
     if completion.finish_reason != "length":
         return []
     tokens = len(completion.token_ids)
-    return [
-        f"cut at {tokens} tokens ({'--max-tokens' if tokens == params.max_tokens else '--ctx'})"
-    ]
+    limit = "--max-tokens" if tokens == params.max_tokens else "--ctx"
+    return [f"cut at {counted(tokens, 'token')} ({limit})"]
 
 
 def _record(llm: Any, prompt: str, completion: Any) -> dict[str, Any]:
@@ -219,9 +226,10 @@ def _summary(llm: Any) -> str:
     computed = stats.prompt_tokens - stats.reused_tokens
     per_token = llm.cache.bytes_per_token
     return (
-        f"{llm.device}: prompt {stats.prompt_tokens} tokens, reused {stats.reused_tokens} tokens, "
+        f"{llm.device}: prompt {counted(stats.prompt_tokens, 'token')}, "
+        f"reused {counted(stats.reused_tokens, 'token')}, "
         f"{computed / stats.prompt_seconds:.1f} tokens/s; "
-        f"decode {stats.decode_tokens} tokens, {_speed(stats)}; "
+        f"decode {counted(stats.decode_tokens, 'token')}, {_speed(stats)}; "
         f"KV {per_token:,} bytes a token, {per_token * stats.cached_tokens:,} in all"
     )
 
@@ -236,7 +244,7 @@ def _speed(stats: Any) -> str:
 
 def chat(args: argparse.Namespace) -> None:
     """`pykv chat`: talk until Ctrl-D, the end of a piped input, or /bye."""
-    _check_session(args)
+    _check_session(args, chat=True)
     llm, params = open_model(args)
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:
@@ -304,15 +312,15 @@ def _answer(llm: Any, params: Any, messages: list[dict[str, str]], message: str)
         note("stopped; the message was not sent")
         return
     if dropped := (len(messages) + 1 - len(kept)) // 2:
-        note(
-            f"the context of {llm.context} tokens is full: the oldest {dropped} turns were dropped"
-        )
+        oldest = "turn was" if dropped == 1 else f"{dropped} turns were"
+        note(f"the context of {llm.context} tokens is full: the oldest {oldest} dropped")
     stream = llm.stream(ids, params)
     with _stopped_by_ctrl_c(stream):
         _print(stream)
     completion = stream.completion
     messages[:] = [*kept, _assistant(completion)]
-    facts = [f"{len(completion.token_ids)} tokens", _speed(llm.stats), *_ending(completion, params)]
+    tokens = counted(len(completion.token_ids), "token")
+    facts = [tokens, _speed(llm.stats), *_ending(completion, params)]
     print(f"({', '.join(facts)})", file=sys.stderr, flush=True)
 
 

@@ -56,6 +56,21 @@ def replace(
             os.close(folder)
 
 
+def try_out(path: Path, nbytes: int = 1 << 20) -> None:
+    """Write so many bytes beside a file, and remove them: who computes long before `replace` learns
+    at once that the folder is closed or its disk full.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    file = _scratch(path, 0o600, clears=False)
+    try:
+        with file:
+            file.write(bytes(nbytes))
+    finally:
+        os.unlink(file.name)
+
+
 def lock(file: BinaryIO) -> bool:
     """Hold a file until it is closed; False where another process does. Systems without such locks
     say True."""

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_a_full_context_drops_the_oldest_turns(capsys, monkeypatch, streams):
     lines = [letter * 20 for letter in "abcdef"]
     flags = ("--max-tokens", 6, "--system", "S")
     code, out, err = chat(capsys, monkeypatch, *lines, flags=flags)
-    assert code == 0 and "the context of 128 tokens is full: the oldest 1 turns were dropped" in err
+    assert code == 0 and "the context of 128 tokens is full: the oldest turn was dropped" in err
     turns = [f"[user:{line}][assistant:" for line in lines]
     said = [f"{stream.completion.text}]" for _, stream in streams]
     assert len(said) == 6
@@ -262,7 +263,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_the_chat(capsys, monkeypatch, f
     say(monkeypatch, "a", "b")
     code, out, err = run(capsys, "chat")
     assert code == 0 and out == "one two\none two\n"
-    assert err == "(1 tokens, 16.0 tokens/s, stopped)\n(1 tokens, 16.0 tokens/s)\n"
+    assert err == "(1 token, 16.0 tokens/s, stopped)\n(1 token, 16.0 tokens/s)\n"
 
     monkeypatch.setattr(fake, "stream", lambda *_: Interrupted(2))
     say(monkeypatch, "a", "b")
@@ -438,9 +439,6 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
     assert run(capsys, "run", *on_chat, "--session", path, "hello")[0] == 0
     good = path.read_bytes()
     say(monkeypatch)
-    assert_one_line(
-        run(capsys, "chat", *on_chat, "--session", path), "holds a text, which `pykv run` without"
-    )
     other = ("--kv-dtype", "int8")
     done = run(capsys, "run", *on_chat, *other, "--session", path, "x")
     assert "has spec=fp16, expected int8" in done[2] and done[:2] == (2, "")
@@ -453,7 +451,10 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
         (("--session", path, "--session-codec", "a:2"), "'a:2', expected FILE:RATIO of a file"),
         (("--session", path, "--session-codec", f"{path}:x"), "expected FILE:RATIO of a file"),
         (("--session", tmp_path), "expected a regular file"),
-        (("--session", tmp_path / "no" / "x"), "expected a file in a folder to write to"),
+        (("--session", tmp_path / "no" / "x"), "expected a file in a folder to write to: No such"),
+        (("--session", "/proc/x"), "--session is /proc/x, expected a file in a folder to write to"),
+        (("--session", path), "holds a text, which `pykv run` without --chat goes on with"),
+        (("--session", Path(__file__)), "is no session: its header has"),
     ):
         assert_one_line(run(capsys, "chat", "--model", "missing.gguf", *flags), text)
     flags = ("--session", tmp_path / "new", "--session-codec", f"{path}:2")
@@ -463,3 +464,16 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
     assert run(capsys, "run", "--chat", *on_chat, "--session", chat_file, "hi")[0] == 0
     done = run(capsys, "run", *on_chat, "--session", chat_file, "hi")
     assert "holds messages, which `pykv chat`" in done[2] and done[0] == 2
+
+
+def test_a_full_disk_is_told_before_a_model_is_read(capsys, tmp_path):
+    """A process whose files may have 100 kB stands for it."""
+    resource = pytest.importorskip("resource", reason="limits of files are Unix's")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        done = run(capsys, "run", "--model", "missing.gguf", "--session", tmp_path / "x", "hi")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(done, f"--session is {tmp_path}/x, expected a file in a folder to write to: ")
+    assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from pykv.bench import Work, report
 from pykv.bench.options import MAX_COUNT, Case
 from pykv.bench.report import Record
 from pykv.errors import DeviceError
+from pykv.llm import models
 from pykv.options import check_whole
 from pykv.serve import load
 
@@ -100,6 +101,7 @@ class _Server:
     """`pykv serve` in a process of its own, which ends when nobody holds this any more."""
 
     def __init__(self, case: Case, device: str) -> None:
+        models.fetch(str(case["model"]))  # a wrong name is told here, in the words of `pykv run`
         command = [sys.executable, "-m", "pykv", "serve", str(case["model"]), "--port", "0"]
         command += ["--device", device, "--slots", str(case["clients"]), "--log-level", "warning"]
         path = os.pathsep.join(filter(None, sys.path))

@@ -128,6 +128,7 @@ class LLM:
         require_sm: int = 0,
     ):
         self.spec = as_spec("LLM", kv_dtype, "kv_dtype")
+        self._given = str(model), weights
         dtype = matrices.weights_dtype("weights", weights)
         self.weights_dtype: str = matrices.STORED if dtype is None else np.dtype(dtype).name
         check_flag("LLM", "progress", progress)
@@ -198,6 +199,13 @@ class LLM:
             prefix_cache=prefix_cache,
             tiers=self.tiers,
             most_pages=most,
+        )
+
+    def __repr__(self) -> str:
+        model, weights = self._given
+        return (
+            f'LLM({model!r}, device="{self._device}", kv_dtype="{self.spec}", weights="{weights}", '
+            f"context={self.context})"
         )
 
     @property

@@ -53,6 +53,17 @@ class Session(NamedTuple):
     cached_tokens: int
 
 
+def holds_messages(op: str, path: Path) -> bool:
+    """Whether a file of a session holds messages, by its header alone: no model is needed.
+
+    Raises:
+        FormatError: it is no session.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return "messages" in tensor_files.read_header(op, file, path, "session", FORMAT).table
+
+
 def conversation(
     llm: LLM, prompt: Any, variables: Mapping[str, Any] | None
 ) -> tuple[list[int], Sequence[Any] | None]:

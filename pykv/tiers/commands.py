@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pykv.counted import counted
 from pykv.errors import ParameterError
 from pykv.tiers import disk
 from pykv.tiers.sizes import parse_disk
@@ -32,8 +33,8 @@ def describe(given: str) -> str:
     models = {entry.path.parent.parent for entry in files}
     nbytes = sum(entry.nbytes for entry in files)
     lines = [
-        f"tiers       {folder}: {len(files):,} pages of {len(models)} models and kinds, "
-        f"{nbytes:,} bytes",
+        f"tiers       {folder}: {counted(len(files), 'page')} of "
+        f"{counted(len(models), 'pair')} of model and kind, {nbytes:,} bytes",
         *disk.read_counters(folder).as_text().splitlines(),
     ]
     return "\n            ".join(lines)

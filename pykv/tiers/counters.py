@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pykv.counted import counted
+
 _MOST = 1 << 62  # things; sums stay below
 
 
@@ -90,17 +92,22 @@ class Counters:
     def as_text(self) -> str:
         """Lines for people."""
         asked = self.host_hits + self.disk_hits + self.misses
-        share = (self.host_hits + self.disk_hits) / max(asked, 1)
-        lines = [
-            f"pages asked for {asked:,}: {self.host_hits:,} in host memory, {self.disk_hits:,} on "
-            f"disk, {self.misses:,} nowhere ({share:.0%} found)"
-        ]
+        lines = ["pages asked for: none"]
+        if asked:
+            share = (self.host_hits + self.disk_hits) / asked
+            lines = [
+                f"pages asked for {asked:,}: {self.host_hits:,} in host memory, "
+                f"{self.disk_hits:,} on disk, {self.misses:,} nowhere ({share:.0%} found)"
+            ]
         for item in fields(self):
             flow = getattr(self, item.name)
             if isinstance(flow, Flow) and flow.pages:
                 speed = flow.bytes / 1e9 / flow.seconds if flow.seconds else 0.0
                 way = item.name.replace("_", " ")
-                lines.append(f"{way}: {flow.pages:,} pages, {flow.bytes:,} bytes, {speed:.2f} GB/s")
+                lines.append(
+                    f"{way}: {counted(flow.pages, 'page')}, {flow.bytes:,} bytes, {speed:.2f} GB/s"
+                )
         if self.refused or self.damaged:
-            lines.append(f"{self.refused:,} pages refused, {self.damaged:,} files damaged")
+            refused, damaged = counted(self.refused, "page"), counted(self.damaged, "file")
+            lines.append(f"{refused} refused, {damaged} damaged")
         return "\n".join(lines)

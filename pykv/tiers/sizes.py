@@ -78,7 +78,8 @@ def parse_host(op: str, name: str, value: Any) -> Limit:
 def parse_disk(op: str, name: str, value: Any) -> Limit:
     """The limit of a folder: "DIR:50GiB" or "DIR:50GiB:int8"; ~ is the user's home.
 
-    Raises: as `parse_host`; ParameterError also where the folder is something else.
+    Raises: as `parse_host`; ParameterError also where the folder is something else, or is not
+    there, nor what it would be in.
     """
     if not isinstance(value, str):
         given = type(value).__name__
@@ -91,6 +92,11 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
     folder = Path(os.path.realpath(os.path.expanduser(found["folder"])))
     if folder.exists() and not folder.is_dir():
         raise ParameterError(f"{op}: {name} is {folder}, expected a folder")
+    if not folder.parent.is_dir():  # a slip of the pen, or a disk that is not mounted yet
+        raise ParameterError(
+            f"{op}: {name} is {folder}, expected a folder, or a new one in a folder that exists, "
+            f"which {folder.parent} is not"
+        )
     return Limit(nbytes, _codec(op, name, found["codec"]), folder)
 
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from threading import Barrier
 from typing import Any
 
 import numpy as np
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import CapacityError, FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError
 from pykv.kvtc import Codec
 from pykv.pool import PagedKVCache
+from pykv.tiers import threads
 from pykv.tiers.coded import CodedForm, rising
 from pykv.tiers.counters import Counters, Flow
 from pykv.tiers.disk import DiskTier
@@ -152,7 +152,7 @@ class Tiers:
         self.folder = None if limit is None else limit.folder
         self.is_exact = {own.codec, limit.codec if limit else "none"} == {"none"}
         self._noted = Counters()  # what the folder knows of them
-        self._threads = _start_threads(0 if self._files is None else THREADS)
+        self._threads = threads.start(0 if self._files is None else THREADS)
         self._writing: dict[bytes, tuple[Future[float], int]] = {}  # and bytes of files
         self._moving: list[tuple[Flow, int, int, Moved]] = []  # whose seconds are not known yet
         self._held: Collection[bytes] = ()  # pages that are on their way back
@@ -197,6 +197,7 @@ class Tiers:
         self._note(self.counters.to_host, rows, len(ids), moved)
         for (key, _), slot, place in zip(pages, slots, places, strict=True):
             rows.add(key, slot, place)
+        for (key, _), slot in zip(pages, slots, strict=True):
             self._write_later(rows, key, slot, moved)
 
     def flush(self) -> None:
@@ -232,8 +233,16 @@ class Tiers:
         files = self._files
         if files is not None and key not in self._writing and key not in files:
             nbytes = self._file_form(rows, rows.places[slot]).nbytes
-            written = self._threads.submit(self._write, files, rows, key, slot, moved)
-            self._writing[key] = written, nbytes
+            written: Future[float] = Future()
+            try:
+                # First: an interrupt between the two must not leave a thread with an unknown row.
+                self._writing[key] = written, nbytes
+                given = files, rows, key, slot, moved
+                self._threads.submit(threads.fulfil, written, self._write, *given)
+            except BaseException:
+                if written.cancel():  # no thread has begun, and none will
+                    self._writing.pop(key, None)
+                raise
 
     def _write(self, files: DiskTier, rows: _Rows, key: bytes, slot: int, moved: Moved) -> float:
         """Write a row to a file, of a thread. Returns seconds.
@@ -403,25 +412,6 @@ class Tiers:
         self._moving.append((flow, count, count * rows.form.nbytes, moved))
         if len(self._moving) > 64:
             self._settle()
-
-
-def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads that run already. One that the system refused later would leave its task with the
-    others, who would write a row when it holds another page.
-
-    Raises:
-        CapacityError: the system refuses.
-    """
-    threads, all_run = ThreadPoolExecutor(max(count, 1), "pykv-tiers"), Barrier(max(count, 1))
-    try:
-        wait([threads.submit(all_run.wait) for _ in range(count)])
-    except BaseException as error:
-        all_run.abort()  # or those that wait would never end
-        threads.shutdown(wait=False, cancel_futures=True)
-        if not isinstance(error, RuntimeError):
-            raise
-        raise CapacityError(f"Tiers: disk_cache asks for {count} threads: {error}") from error
-    return threads
 
 
 def _counts(limit: Limit, plain: Form, form: Form | CodedForm) -> list[int]:

@@ -108,6 +108,14 @@ def test_params_are_checked_before_any_work(open_tiny, params):
         open_tiny().generate(["a"], params)
 
 
+def test_repr_says_what_it_is(tiny_paths):
+    path = tiny_paths / "llama.gguf"
+    llm = LLM(path, device="cpu", kv_dtype="int8:head", weights="stored", context=20)
+    assert repr(llm) == (
+        f'LLM({str(path)!r}, device="cpu", kv_dtype="int8:head", weights="stored", context=20)'
+    )
+
+
 def test_a_spec_is_a_kv_dtype(open_tiny):
     """As a text is, wherever caches are made."""
     answers = [open_tiny(kv_dtype=x).generate("ab") for x in ("int8", KVSpec("int8"))]

@@ -63,6 +63,15 @@ def test_wrong_counts_are_refused_before_anything_runs(capsys, name):
     assert f"--{name} is {wrong}, expected" in capsys.readouterr().err
 
 
+def test_a_wrong_model_is_refused_before_a_server_starts(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "subprocess", None)  # which starts nothing
+    flags = ["--quick", "--device", "cpu", "--model"]
+    assert cli.main(["bench", "serve", *flags, "smollm2-135n"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pykv: model is 'smollm2-135n', expected a GGUF file or one of")
+    assert "did you mean smollm2-135m?" in err and err.count("\n") == 1
+
+
 def test_a_server_of_its_own(tmp_path, rng):
     """From its start to its end, with a tiny model."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")

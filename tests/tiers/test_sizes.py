@@ -109,3 +109,13 @@ def test_a_file_is_no_folder(tmp_path):
     with pytest.raises(ParameterError, match="x, expected a folder"):
         parse_disk("op", "name", f"{tmp_path}/x:1GiB")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_new_folder_has_a_parent(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    assert parse_disk("op", "name", f"{tmp_path}/new:1GiB").folder == tmp_path / "new"
+    for parent in ("none", "x"):
+        expected = f"{parent}/new, expected a folder, or a new one in a folder that exists, which "
+        with pytest.raises(ParameterError, match=f"{expected}{tmp_path}/{parent} is not"):
+            parse_disk("op", "name", f"{tmp_path}/{parent}/new:1GiB")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import threading
+from concurrent.futures import Future
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pykv import PagedKVCache, prefix_keys
 from pykv.errors import CapacityError, ParameterError
-from pykv.tiers import Counters, Tiers, disk, host, stack
+from pykv.tiers import Counters, Tiers, disk, host, stack, threads
 from tests.helpers import to_numpy, without_simt
 from tests.tiers.made import KVTC, P, World
 
@@ -343,6 +344,46 @@ def test_memory_that_a_thread_lacks_is_a_page_refused(monkeypatch, tmp_path):
     assert counters.to_disk.pages == 12
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path, begun):
+    """Whether it comes before or after a thread has a page: its row is busy while that writes."""
+    world = World(pages=4, host=8 * ROW, disk=f"{tmp_path}:1MB")
+    submit, write = world.tiers._threads.submit, stack.DiskTier.write
+    writing, may_go = threading.Event(), threading.Event()
+
+    def interrupted(*args):
+        if begun:
+            submit(*args)
+            assert writing.wait(60)
+        raise KeyboardInterrupt
+
+    def slow(*args):
+        writing.set()
+        assert may_go.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(stack.DiskTier, "write", slow)
+    world.ask([1] * 8)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world.tiers._threads, "submit", interrupted)
+        world.ask([2] * 8)
+    assert len(world.tiers._writing) == begun
+    found = world.tiers._rows[-1].host
+    assert len(found) + len(found._free) == 8  # no row is lost
+    may_go.set()
+    world.tiers.flush()
+    assert not world.tiers._writing and world.tiers.counters.refused == 0
+    assert world.ask([1] * 8) == 4
+
+
+def test_work_that_was_cancelled_is_not_done():
+    """An interrupt may come while a task waits in the threads' queue."""
+    future = Future()
+    assert future.cancel()
+    threads.fulfil(future, None)  # None cannot be called
+    assert future.cancelled()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_system_without_threads_is_told_at_once(monkeypatch, tmp_path, error):
     """Not when a page falls: its row would be written when it holds another one."""
@@ -453,6 +494,9 @@ def test_counters_add_up():
         "pages asked for 4: 3 in host memory, 0 on disk, 1 nowhere (75% found)",
         "to host: 2 pages, 512 bytes, 0.00 GB/s",
     ]
+    assert Counters().as_text() == "pages asked for: none"
+    a = Counters(refused=1, damaged=2)
+    assert a.as_text().splitlines()[1:] == ["1 page refused, 2 files damaged"]
     for flat in (dict(host_hits=-1), dict(hits=1), dict(misses="1"), dict(misses=True)):
         with pytest.raises(ValueError):
             Counters.from_dict(flat)

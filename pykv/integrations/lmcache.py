@@ -70,12 +70,19 @@ class Serde:
     def deserialize(self, src: Any, dst: Any, key: Any = None) -> None:
         """Fill `dst`, floats of the shape that was serialized, from the bytes of `src`.
 
-        Raises: as `serialize`; CapacityError where `src` has too few bytes.
+        Raises:
+            DtypeError: `src` has no bytes, or `dst` no floats.
+            CapacityError: `src` has too few bytes for the shape of `dst`.
+            ShapeError: it has too many, or rows are of an odd size.
         """
         op = "lmcache.deserialize"
         with _on_host(op, src, dst):
             x, out = (named_array(op, name, y.tensor) for name, y in (("src", src), ("dst", dst)))
-            codes, scales = self._parts(op, "dst", _bytes_of(op, "src", x), out)
+            raw = _bytes_of(op, "src", x)
+            codes, scales = self._parts(op, "dst", raw, out)
+            used = codes.nbytes + scales.nbytes
+            if raw.size != used:  # scales stand behind all codes
+                raise ShapeError(f"{op}: src has {raw.size} bytes, expected {used} for {out.shape}")
             out[...] = kinds.dequantize(codes, self._kind, scales).reshape(out.shape)
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
@@ -132,7 +139,8 @@ def register() -> None:
 
         def make(words: dict[str, Any], kind: str = kind) -> Any:
             if unknown := words.keys() - {"max_workers"}:
-                raise ParameterError(f"lmcache: {', '.join(unknown)} unknown, expected max_workers")
+                names = ", ".join(sorted(unknown))
+                raise ParameterError(f"lmcache: {names} unknown, expected max_workers")
             serde, workers = Serde(kind), words.get("max_workers", 1)
             workers = check_whole("lmcache", "max_workers", workers, 1)
             return async_processor.AsyncSerdeProcessor(serde, serde, max_workers=workers)

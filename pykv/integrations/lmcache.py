@@ -1,7 +1,7 @@
 """A serde of LMCache that stores keys and values as int8 or int4 codes.
 
 LMCache's storage adapters pass chunks through a serde on their way to a disk or another machine.
-`Int8`, `Int4` are its Serializer and Deserializer in one; `register()` makes them known to LMCache
+`Serde` is its Serializer and Deserializer in one; `register()` makes two of them known to LMCache,
 as "pykv-int8" and "pykv-int4", for `"serde": {"type": "pykv-int8"}` of an adapter. Each row of D
 elements gets codes and a float16 scale, as in pykv.kinds: D + 2 bytes, or D / 2 + 2.
 

@@ -117,6 +117,7 @@ def test_pages_come_back_in_another_process(made):
         dict(is_mla_model=True),
         dict(pool=Pool("page_head")),
         dict(pool=Pool(dtype=torch.float8_e5m2)),
+        dict(pool=type("Pool", (Pool,), dict(page_size=1))()),
         dict(pool=OtherPool()),
     ],
     ids=lambda words: next(iter(words)),

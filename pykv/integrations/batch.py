@@ -150,14 +150,9 @@ class Batch:
         self.pool.append(layer, k, v, step.slots)
         self.columns[layer] = step.stop
 
-    def gather(self, op: str, layer: int, k_out: Any, v_out: Any, step: Step) -> None:
-        """Read a layer's first pages of each sequence, which no row of padding may have left out,
-        into [B, M, P, H, D] of floats."""
-        if not step.is_whole:
-            raise UnsupportedError(
-                f"{op}: the cache holds no rows of padding, expected attn_implementation='pykv' "
-                "as before"
-            )
+    def gather(self, layer: int, k_out: Any, v_out: Any, step: Step) -> None:
+        """Read a layer's first pages of each sequence, of a step that is whole, into
+        [B, M, P, H, D] of floats."""
         pool, xp, outs = self.pool, module_of(step.table), (k_out, v_out)
         pages = xp.ascontiguousarray(step.table[:, : k_out.shape[1]]).reshape(-1)
         outs = tuple(x.reshape(-1, *x.shape[2:]) for x in outs)

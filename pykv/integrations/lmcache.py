@@ -1,7 +1,7 @@
 """A serde of LMCache that stores keys and values as int8 or int4 codes.
 
 LMCache's storage adapters pass chunks through a serde on their way to a disk or another machine.
-`Int8`, `Int4` are its Serializer and Deserializer in one; `register()` makes them known to LMCache
+`Serde` is its Serializer and Deserializer in one; `register()` makes two of them known to LMCache,
 as "pykv-int8" and "pykv-int4", for `"serde": {"type": "pykv-int8"}` of an adapter. Each row of D
 elements gets codes and a float16 scale, as in pykv.kinds: D + 2 bytes, or D / 2 + 2.
 
@@ -70,12 +70,19 @@ class Serde:
     def deserialize(self, src: Any, dst: Any, key: Any = None) -> None:
         """Fill `dst`, floats of the shape that was serialized, from the bytes of `src`.
 
-        Raises: as `serialize`; CapacityError where `src` has too few bytes.
+        Raises:
+            DtypeError: `src` has no bytes, or `dst` no floats.
+            CapacityError: `src` has too few bytes for the shape of `dst`.
+            ShapeError: it has too many, or rows are of an odd size.
         """
         op = "lmcache.deserialize"
         with _on_host(op, src, dst):
             x, out = (named_array(op, name, y.tensor) for name, y in (("src", src), ("dst", dst)))
-            codes, scales = self._parts(op, "dst", _bytes_of(op, "src", x), out)
+            raw = _bytes_of(op, "src", x)
+            codes, scales = self._parts(op, "dst", raw, out)
+            used = codes.nbytes + scales.nbytes
+            if raw.size != used:  # scales stand behind all codes
+                raise ShapeError(f"{op}: src has {raw.size} bytes, expected {used} for {out.shape}")
             out[...] = kinds.dequantize(codes, self._kind, scales).reshape(out.shape)
 
     def estimate_serialized_size(self, layout_desc: Any) -> int:
@@ -132,7 +139,8 @@ def register() -> None:
 
         def make(words: dict[str, Any], kind: str = kind) -> Any:
             if unknown := words.keys() - {"max_workers"}:
-                raise ParameterError(f"lmcache: {', '.join(unknown)} unknown, expected max_workers")
+                names = ", ".join(sorted(unknown))
+                raise ParameterError(f"lmcache: {names} unknown, expected max_workers")
             serde, workers = Serde(kind), words.get("max_workers", 1)
             workers = check_whole("lmcache", "max_workers", workers, 1)
             return async_processor.AsyncSerdeProcessor(serde, serde, max_workers=workers)

@@ -7,19 +7,21 @@ SGLang loads it by name, without a change of its own:
       "folder": "/var/cache/kv", "limit": "50GiB"}'
 
 Files are those of pykv.tiers.disk: renamed when whole, with a checksum, the least recently used
-going first. Interface: sglang.srt.mem_cache.hicache_storage, as of 2026; its threads end in silence
-on anything but answers, so what fails on the disk is a page that is not there.
+going first. Its threads end in silence on anything but answers, so what fails on the disk is a page
+that is not there. Interface: sglang.srt.mem_cache.hicache_storage and managers.cache_controller,
+as of 2026. Their `interface_v1` would copy pages as `get` and `set` do, so it is not offered.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pykv.errors import FormatError, ParameterError
+from pykv.errors import FormatError, ParameterError, ShapeError, UnsupportedError
 from pykv.integrations.tensors import codes_of  # first: names the extra that is missing
 from pykv.tiers.disk import DiskTier
 from pykv.tiers.sizes import parse_bytes
@@ -27,11 +29,6 @@ from pykv.tiers.sizes import parse_bytes
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage  # isort: skip
 
 LOADED_BY = {"backend_name", "module_path", "class_name"}  # words for SGLang itself
-# Of its config: what bytes of a page depend on, beside tokens.
-FACTS = (
-    *("model_name", "tp_rank", "tp_size", "pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size"),
-    *("is_mla_model", "is_page_first_layout"),
-)
 
 
 class Storage(HiCacheStorage):  # type: ignore[misc]
@@ -43,12 +40,13 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         words: ignored.
 
     Attributes:
-        refused: pages that the disk did not take, for want of room or by an error.
+        refused: pages that the disk did not take or give, for want of room or by an error.
         damaged: files that did not hold what they should.
 
     Raises:
         ParameterError: `folder` or `limit` is missing or wrong, or there is another word.
-        UnsupportedError, DtypeError: later, a page is no tensor on the host.
+        ShapeError, ParameterError: later, a page is not of the registered pool's bytes, or not in
+            one piece.
 
     Its methods wait for the disk, and may be called from several threads.
     """
@@ -63,30 +61,55 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
                 raise ParameterError(f"{op}: {name} is missing in the backend's extra config")
         self._folder = Path(given["folder"]).expanduser()
         self._limit = parse_bytes(op, "limit", given["limit"])
-        self._facts = {name: str(getattr(storage_config, name, "")) for name in FACTS}
-        self._tiers: dict[tuple[str, int], DiskTier] = {}  # by elements and bytes of a page
+        self._facts = _facts(storage_config)
+        self._tier: DiskTier | None = None
+        self._nbytes = 0  # of a page
+        self._lock = threading.Lock()  # of what follows
         self.refused = self.damaged = 0
 
-    def _opened(self, name: str, tensor: Any) -> tuple[DiskTier, Any]:
-        """The tier of pages like a tensor that lies in one piece, and its bytes, shared."""
-        array = codes_of("sglang.Storage", name, tensor)
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        """Open the folder for pages as this pool has them. Before, there are none.
+
+        Raises:
+            PermissionError: others can write in the folder.
+            OSError: it cannot be made or read.
+        """
+        super().register_mem_pool_host(mem_pool_host)
+        pool = mem_pool_host
+        facts = self._facts | dict(
+            pool=type(pool).__name__,
+            layout=pool.layout,
+            page_size=str(pool.page_size),
+            dtype=str(pool.device_pool.dtype),  # the host's is uint8 for either sort of FP8
+        )
+        self._nbytes = pool.get_dummy_flat_data_page().nbytes
+        self._tier = DiskTier(self._folder, self._limit, facts, self._nbytes)
+
+    def _row(self, name: str, page: Any) -> Any:
+        """The bytes of a page, shared."""
+        array = codes_of("sglang.Storage", name, page)
         if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
             raise ParameterError(f"sglang.Storage: {name} is not in one piece on the host")
-        sort = str(tensor.dtype), array.nbytes
-        if sort not in self._tiers:
-            facts = self._facts | dict(dtype=sort[0])
-            self._tiers[sort] = DiskTier(self._folder, self._limit, facts, sort[1])
-        return self._tiers[sort], array.reshape(-1).view(np.uint8)
+        if array.nbytes != self._nbytes:
+            raise ShapeError(
+                f"sglang.Storage: {name} has {array.nbytes:,} bytes, expected {self._nbytes:,} as "
+                "a page of the registered pool"
+            )
+        return array.reshape(-1).view(np.uint8)
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Fill `target_location` with a page and return it; None where there is none."""
-        tier, row = self._opened("target_location", target_location)
+        if self._tier is None or target_location is None:
+            return None
+        row = self._row("target_location", target_location)
         try:
-            return target_location if tier.read(_key(key), row) else None
+            return target_location if self._tier.read(_key(key), row) else None
         except FormatError:
-            self.damaged += 1
+            with self._lock:
+                self.damaged += 1
         except OSError:
-            self.refused += 1
+            with self._lock:
+                self.refused += 1
         return None
 
     def set(
@@ -97,49 +120,45 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         target_sizes: Any = None,
     ) -> bool:
         """Keep the page `value`; whether it is there now."""
-        tier, row = self._opened("value", value.contiguous())
+        if self._tier is None or value is None:
+            return False
+        row = self._row("value", value.contiguous())
         try:
-            if _key(key) not in tier:
-                tier.write(_key(key), row)
+            if _key(key) not in self._tier:
+                self._tier.write(_key(key), row)
         except OSError:
-            self.refused += 1
+            with self._lock:
+                self.refused += 1
             return False
         return True
 
     def exists(self, key: str) -> bool:
-        """Whether there is a page, of the sort of one of those that were got or set or are the
-        registered pool's."""
-        pool = getattr(self, "mem_pool_host", None)
-        if pool is not None and not self._tiers:
-            self._opened("page", pool.get_dummy_flat_data_page())
-        return any(_key(key) in tier for tier in self._tiers.values())
+        """Whether there is a page as the registered pool has them."""
+        return self._tier is not None and _key(key) in self._tier
 
     def batch_get(self, keys: Any, target_locations: Any = None, target_sizes: Any = None) -> Any:
-        return [self.get(*pair) for pair in zip(keys, target_locations, strict=True)]
+        places = [None] * len(keys) if target_locations is None else target_locations
+        return [self.get(*pair) for pair in zip(keys, places, strict=True)]
 
     def batch_set(
         self, keys: Any, values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        return all([self.set(*pair) for pair in zip(keys, values, strict=True)])
+        pages = [None] * len(keys) if values is None else values
+        return all([self.set(*pair) for pair in zip(keys, pages, strict=True)])
 
-    def batch_get_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> list[bool]:
-        """Read pages into the registered pool at host_indices[i * page_size]; which there were."""
-        found, pool = [], self.mem_pool_host
-        for key, index in zip(keys, host_indices[:: pool.page_size].tolist(), strict=True):
-            page = self.get(key, pool.get_dummy_flat_data_page())
-            if page is not None:
-                pool.set_from_flat_data_page(index, page)
-            found.append(page is not None)
-        return found
+    def clear(self) -> None:
+        """Refused, where SGLang would say that it is done."""
+        raise UnsupportedError(f"sglang.Storage.clear: delete {self._folder} while no server runs")
 
-    def batch_set_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> list[bool]:
-        """Keep pages of the registered pool; which are there now."""
-        pool = self.mem_pool_host
-        indices = host_indices[:: pool.page_size].tolist()
-        return [
-            self.set(key, pool.get_data_page(index, flat=True))
-            for key, index in zip(keys, indices, strict=True)
-        ]
+
+def _facts(config: Any) -> dict[str, str]:
+    """What bytes of a page depend on, beside tokens and the pool. Ranks of a tensor-parallel model
+    hold different heads, but each all of an MLA model's, of which rank 0 alone writes."""
+    facts = dict(model_name=str(config.model_name))
+    if not config.is_mla_model:
+        facts |= dict(tp_rank=str(config.tp_rank), tp_size=str(config.tp_size))
+    others = ("pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size")  # not in each version
+    return facts | {name: str(getattr(config, name, "")) for name in others}
 
 
 def _key(key: str) -> bytes:

@@ -51,6 +51,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             a call of the model, keys and values are of different head sizes, or need gradients.
         ParameterError: the spec is unknown, or a size is out of its range.
         ShapeError: later; D is no multiple of 8, or the batch has another size.
+        DtypeError: later; keys or values are of no kind of float; or, without a `spec`, of another
+            one than the first keys were, also after `reset`.
         DeviceError: later; layers are on several devices.
         CapacityError: later; all `pages` are used up, or memory is.
 

@@ -68,7 +68,7 @@ def mask(
     if tuple(attention_mask.shape) != shape:
         given = tuple(attention_mask.shape)
         raise ShapeError(f"{op}: attention_mask has shape {given}, expected [B, S] = {shape}")
-    told = attention_mask.to("cpu", torch.bool)
+    told = attention_mask.to("cpu", torch.bool, copy=True)  # not the caller's, nor another mask's
     told.seen, told.window = told.numpy(), window
     if window is not None and (np.diff(told.seen.astype(np.int8)) < 0).any():
         raise UnsupportedError(
@@ -153,7 +153,8 @@ def attention(
     Runs where the tensors are; on a GPU it only enqueues, on torch's current stream.
     """
     op = "attention"
-    refused = {n: x for n, x in words.items() if n not in IGNORED and x not in (None, False)}
+    given = {n: x for n, x in words.items() if n not in IGNORED}
+    refused = {n: x for n, x in given.items() if x is not None and x is not False}
     if dropout:
         refused["dropout"] = dropout
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):

@@ -72,6 +72,12 @@ class Store:
             )
         if k.dtype not in FLOATS:
             raise DtypeError(f"{op}: key_states are {k.dtype}, expected one of {list(FLOATS)}")
+        kind = FLOATS[k.dtype] if self.pool is None else self.pool.spec.k
+        if self.spec is None and not FLOATS[k.dtype] == FLOATS.get(v.dtype) == kind:
+            raise DtypeError(
+                f"{op}: key_states and value_states are {k.dtype} and {v.dtype}, expected {kind} "
+                "like the first keys, or a Cache with a spec"
+            )
         if self.pool is None:
             num_pages = B * -(-(n + 1) // self.page_size) if self.pages is None else self.pages
             self.device, self.pool = (
@@ -79,7 +85,7 @@ class Store:
                 PagedKVCache(
                     *(self.layers, num_pages, H, D),
                     page_size=self.page_size,
-                    spec=FLOATS[k.dtype] if self.spec is None else self.spec,
+                    spec=kind if self.spec is None else self.spec,
                     margin=self.margin,
                     xp=np if k.device.type == "cpu" else load_cupy(),
                 ),
@@ -125,11 +131,16 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 handle.pykv_layer = self
                 return handle, handle
             step = batch.begin("Cache.update", self.index, n)
+            if not step.is_whole:
+                raise UnsupportedError(
+                    "Cache.update: the cache holds no rows of padding, expected "
+                    "attn_implementation='pykv' as before"
+                )
             batch.append(self.index, *_rows(k, v, None), step)
             P = batch.pool.page_size
             out = [k.new_empty((B, -(-step.stop // P), P, H, D)) for _ in range(2)]
             k_out, v_out = (named_array("Cache.update", "out", x) for x in out)
-            batch.gather("Cache.update", self.index, k_out, v_out, step)
+            batch.gather(self.index, k_out, v_out, step)
         keys, values = (x.flatten(1, 2)[:, : step.stop].transpose(1, 2) for x in out)
         return keys, values
 

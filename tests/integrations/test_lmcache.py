@@ -59,6 +59,21 @@ def test_refusals():
         serde.serialize(memory(torch.ones(4, 7)), memory(torch.empty(99, dtype=torch.uint8)))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bytes_of_another_shape(kind):
+    """Their scales lie elsewhere."""
+    serde, x = Serde(kind), torch.ones(4, 8)
+    raw = torch.zeros(serde.nbytes([(4, 8)]), dtype=torch.uint8)
+    serde.serialize(memory(x), memory(raw))
+    for rows, error in ((2, ShapeError), (5, CapacityError)):
+        back, expected = torch.full((rows, 8), 7.0), serde.nbytes([(rows, 8)])
+        with pytest.raises(
+            error, match=rf"{len(raw)} bytes.*, expected {expected} for \({rows}, 8"
+        ):
+            serde.deserialize(memory(raw), memory(back))
+        assert (back == 7).all()
+
+
 def test_register(monkeypatch):
     """With modules that stand in for LMCache's: the names, and what its factory is called with."""
     made, name = {}, "lmcache.v1.distributed.serde"
@@ -73,5 +88,5 @@ def test_register(monkeypatch):
     assert sorted(made) == ["pykv-int4", "pykv-int8"]
     serializer, deserializer, workers = made["pykv-int4"]({"max_workers": 2})
     assert serializer.nbytes([(1, 8)]) == 6 and serializer is deserializer and workers == 2
-    with pytest.raises(ParameterError, match="bits unknown, expected max_workers"):
-        made["pykv-int8"]({"bits": 8})
+    with pytest.raises(ParameterError, match="bits, kind, size unknown, expected max_workers"):
+        made["pykv-int8"](dict.fromkeys(("size", "kind", "bits")))

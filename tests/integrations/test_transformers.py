@@ -6,7 +6,7 @@ from inspect import signature
 
 import pytest
 
-from pykv.errors import CapacityError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -63,8 +63,8 @@ def generate(model, cache, inputs, **options):
     return model.generate(**inputs, **words | options, **{CACHE: cache})
 
 
-def logits(model, cache, ids, **options):
-    return model(ids, **{CACHE: cache}, **options).logits
+def logits(model, cache, input_ids, **options):
+    return model(input_ids, **{CACHE: cache}, **options).logits
 
 
 def both(implementation, name="Llama", spec=None, **sizes):
@@ -129,9 +129,10 @@ def test_windows_caps_and_sinks(implementation, name, sizes):
             other.copy_(parameter.copy_(torch.randn(4)))
     inputs = prompts(padding=5)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    want = logits(own, dynamic, ids, attention_mask=mask)
-    got = logits(model, cache, ids, attention_mask=mask)
-    real = mask.bool()
+    real = mask.bool()  # given as it is, since a model makes a mask of it for each sort of layer
+    want = logits(own, dynamic, ids, attention_mask=real)
+    got = logits(model, cache, ids, attention_mask=real)
+    assert not hasattr(real, "seen")
     assert (got - want)[real].abs().max() < 2e-5
     mask = torch.cat((mask, torch.ones(2, 1, dtype=mask.dtype)), 1)
     want, got = (
@@ -202,6 +203,41 @@ def test_no_cache_and_transformers_own():
         logits(model, dynamic, ids[:, :1])  # keys from elsewhere, of which pykv knows no order
 
 
+def test_dtypes_that_come_later():
+    """A cache that is as the first keys are takes no others, which it would round; one with a spec
+    rounds as it says."""
+    models = {x: model_of("Llama", "pykv", x) for x in (torch.bfloat16, torch.float32)}
+    ids, cache = torch.arange(6)[None], Cache(models[torch.float32].config)
+    for dtype in models:
+        logits(models[dtype], Cache(models[dtype].config, "bf16"), ids)
+    logits(models[torch.bfloat16], cache, ids)
+    for _ in range(2):
+        with pytest.raises(DtypeError, match="float32 and torch.float32, expected bf16"):
+            logits(models[torch.float32], cache, ids)
+        cache.reset()
+    x = torch.ones(1, 2, 3, 16)
+    for k, v in ((x, x.bfloat16()), (x.bfloat16(), x), (x, x.double())):
+        with pytest.raises(DtypeError, match="like the first keys, or a Cache with a spec"):
+            Cache(models[torch.float32].config).update(k, v, 0)
+    logits(models[torch.bfloat16], cache, ids)
+
+
+def test_sdpa_behind_padding_appends_nothing():
+    model, inputs = model_of("Llama", "pykv"), prompts(padding=7)
+    logits(model, cache := Cache(model.config), **inputs)
+    end = torch.ones(2, 1, dtype=torch.long)
+    mask = torch.cat((inputs["attention_mask"], end), 1)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedError, match="the cache holds no rows of padding"):
+        logits(model, cache, end, attention_mask=mask)
+    assert cache._store.batch.columns == [20, 20]
+    model.set_attn_implementation("pykv")  # goes on
+    got = logits(model, cache, end, attention_mask=mask)
+    ids = torch.cat((inputs["input_ids"], end), 1)
+    want = logits(model, Cache(model.config), ids, attention_mask=mask)[:, -1:]
+    assert torch.allclose(got, want, atol=1e-6)
+
+
 def test_full_cache():
     model = model_of("Llama", "pykv")
     cache = Cache(model.config, pages=3)
@@ -234,6 +270,10 @@ def test_refusals():
     with pytest.raises(ParameterError, match="head_dim is 12, expected a multiple of 8"):
         odd = model_of("Llama", "pykv", head_dim=12)
         logits(odd, Cache(odd.config), ids)
+    attention = ours.pykv.integrations.transformers_attention.attention
+    for word in (torch.ones(2), True):  # a tensor is neither true nor false
+        with pytest.raises(UnsupportedError, match="given {'alibi': .*expected none of them"):
+            attention(model, *[None] * 4, alibi=word)
     model.train()
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:

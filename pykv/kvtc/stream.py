@@ -207,7 +207,16 @@ class Coded:
 
 
 def check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
-    """Check an array of so many bytes, or more."""
+    """Check an array of so many bytes, or more.
+
+    Args:
+        op, name: for messages.
+        x: what should be an array [nbytes] uint8, contiguous.
+        nbytes: at least.
+
+    Raises:
+        DtypeError, ShapeError, CapacityError: it is none, has another shape, or is too small.
+    """
     if not is_array(x) or x.dtype != np.uint8:
         given = getattr(x, "dtype", type(x).__name__)
         raise DtypeError(f"{op}: {name} is of {given}, expected an array of uint8")

@@ -15,7 +15,7 @@
 //                                           below num_tokens, where a page is a token
 // Strides in elements of the arrays, the same for K and V. The rows of a page are two loops, over
 // tokens and heads in either order, `inner` the faster one; with SEQUENCES tokens are the outer.
-// Divisors, below 2^31, come with magic and shift: see `divide`.
+// Divisors, below 2^31, come with magic and shift, see divide.cuh.
 // Defines:  SRC, DST = float, f16, bf16, i8, i4, e4m3 or e5m2; SRC_SCALE, DST_SCALE = f16 or float;
 //           HEAD_DIM = D, a multiple of 8 up to 512;
 //           FIND = 1: dynamic scales, one for each row of codes; 0: static scales of DST;
@@ -29,6 +29,7 @@
 // Order:    no atomics; bit-exact; undefined where a row is written twice, or is written and read,
 //           unless by itself: DST may be SRC's memory if each row and its scale keep their bytes
 #include "batch.cuh"
+#include "divide.cuh"
 #include "pool_row.cuh"
 #include "reduce.cuh"
 
@@ -36,13 +37,6 @@
     !defined(FIND) || !defined(MOVE) || !defined(SEQUENCES) || !defined(ROWS)
 #error "paged_convert.cu needs SRC, DST, SRC_SCALE, DST_SCALE, FIND, MOVE, SEQUENCES and ROWS"
 #endif
-
-struct Divisor { u32 n, magic, shift; };
-
-// x / by.n, exact for x below 2^31: shift is ceil(log2 n), magic ceil(2^(31 + shift) / n).
-__device__ __forceinline__ u32 divide(u32 x, Divisor by) {
-    return __umulhi(2 * x, by.magic) >> by.shift;
-}
 
 struct Strides { i64 page, outer, inner; };
 
@@ -89,16 +83,16 @@ paged_convert(DST* k_dst, DST* v_dst, DST_SCALE* k_dst_scales, DST_SCALE* v_dst_
               i64 dst_scales_page, i64 dst_scales_outer, i64 dst_scales_inner,
               i64 src_page, i64 src_outer, i64 src_inner,
               i64 src_scales_page, i64 src_scales_outer, i64 src_scales_inner,
-              u32 num_rows, u32 page_rows, u32 page_magic, u32 page_shift,
-              u32 inner_rows, u32 inner_magic, u32 inner_shift) {
+              u32 num_rows, u32 page_rows, u32 page_rows_magic, u32 page_rows_shift,
+              u32 inner_rows, u32 inner_rows_magic, u32 inner_rows_shift) {
     const bool is_v = blockIdx.y;
     DST* const dst = is_v ? v_dst : k_dst;
     DST_SCALE* const dst_scales = is_v ? v_dst_scales : k_dst_scales;
     const SRC* const src = is_v ? v_src : k_src;
     const SRC_SCALE* const src_scales = is_v ? v_src_scales : k_src_scales;
 
-    const Divisor by_page{page_rows, page_magic, page_shift};
-    const Divisor by_inner{inner_rows, inner_magic, inner_shift};
+    const Divisor by_page{page_rows, page_rows_magic, page_rows_shift};
+    const Divisor by_inner{inner_rows, inner_rows_magic, inner_rows_shift};
     const Strides to{dst_page, dst_outer, dst_inner};
     const Strides to_scale{dst_scales_page, dst_scales_outer, dst_scales_inner};
     const Strides from{src_page, src_outer, src_inner};

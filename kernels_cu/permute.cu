@@ -8,7 +8,7 @@
 //   entries        allocations of a block: 1, or at least its chunks
 //   offset, chunk  chunk c begins at offset + c * chunk of its allocation
 //   outer, inner   a chunk is two loops over runs, contiguous on both sides; strides of the loops
-// Scalars of both, below 2^31; those that divide come with ceil(2^63 / n), called magic:
+// Scalars of both, below 2^31; those that divide come with magic and shift, see divide.cuh:
 //   run, num_inner, tiles, num_chunks  bytes of a run, runs of an inner loop, tiles of a chunk,
 //                                      chunks of a block
 //   chunk_bytes    moved bytes of a chunk
@@ -23,18 +23,11 @@
 //           contiguous copy. Loops in the destination's order let stores fill whole sectors; loads
 //           of runs that are no multiple of 32 bytes share sectors by way of L1 and L2.
 // Order:    no atomics; bit-exact; undefined where a destination overlaps another one or a source
-#include "types.cuh"
+#include "divide.cuh"
 
 #if !defined(BLOCK) || !defined(UNROLL)
 #error "permute.cu needs BLOCK and UNROLL"
 #endif
-
-struct Divisor { u32 n; u64 magic; };
-
-// x / by.n by a multiplication, exact for x below 2^31: magic exceeds 2^63 / n by less than one.
-__device__ __forceinline__ u32 divide(u32 x, Divisor by) {
-    return (u32)__umul64hi((u64)(2 * x), by.magic);
-}
 
 // The two loops of a chunk on one side; strides in bytes.
 struct Loops { i64 outer, inner; };
@@ -68,14 +61,19 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 permute(const u64* __restrict__ dst_ptrs, const u64* __restrict__ src_ptrs,
         int dst_entries, i64 dst_offset, i64 dst_chunk, i64 dst_outer, i64 dst_inner,
         int src_entries, i64 src_offset, i64 src_chunk, i64 src_outer, i64 src_inner,
-        u32 run, u64 run_magic, u32 num_inner, u64 num_inner_magic,
-        u32 tiles, u64 tiles_magic, u32 num_chunks, u64 num_chunks_magic,
+        u32 run, u32 run_magic, u32 run_shift,
+        u32 num_inner, u32 num_inner_magic, u32 num_inner_shift,
+        u32 tiles, u32 tiles_magic, u32 tiles_shift,
+        u32 num_chunks, u32 num_chunks_magic, u32 num_chunks_shift,
         u32 chunk_bytes, u32 tile_bytes, u32 num_tiles, u32 alignment) {
-    const Divisor by_run{run, run_magic}, by_inner{num_inner, num_inner_magic};
+    const Divisor by_run{run, run_magic, run_shift};
+    const Divisor by_inner{num_inner, num_inner_magic, num_inner_shift};
+    const Divisor by_tiles{tiles, tiles_magic, tiles_shift};
+    const Divisor by_chunks{num_chunks, num_chunks_magic, num_chunks_shift};
     const Loops to{dst_outer, dst_inner}, from{src_outer, src_inner};
     for (u32 tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const u32 nth = divide(tile, Divisor{tiles, tiles_magic});  // of all chunks
-        const u32 block = divide(nth, Divisor{num_chunks, num_chunks_magic});
+        const u32 nth = divide(tile, by_tiles);  // of all chunks
+        const u32 block = divide(nth, by_chunks);
         const u32 c = nth - block * num_chunks;
         u8* dst = (u8*)dst_ptrs[(i64)block * dst_entries + (dst_entries > 1 ? c : 0)];
         const u8* src = (const u8*)src_ptrs[(i64)block * src_entries + (src_entries > 1 ? c : 0)];

@@ -18,6 +18,7 @@ from pykv.counted import counted
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
+from pykv.number_texts import Parser
 from pykv.serve import command as command_of_serve
 
 
@@ -93,7 +94,7 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pykv", description="KV-cache software for NVIDIA GPUs")
+    parser = Parser(prog="pykv", description="KV-cache software for NVIDIA GPUs")
     parser.add_argument("--version", action="version", version=f"pykv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -393,7 +394,7 @@ def _cache_warmup(args: argparse.Namespace) -> None:
     from pykv import cuda
 
     for arch in args.arch or []:
-        if not re.fullmatch(r"sm_\d+", arch):
+        if not re.fullmatch("sm_[0-9]{1,4}", arch):
             raise ParameterError(f"cache warmup: --arch is {arch!r}, expected sm_75 or the like")
     archs = args.arch or cuda.architectures()
     if not archs:

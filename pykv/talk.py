@@ -54,8 +54,10 @@ def _check_session(args: argparse.Namespace, *, chat: bool) -> None:
             )
         return
     if args.session_codec is not None:
-        artefact, _, ratio = args.session_codec.rpartition(":")
-        if not (ratio.isdecimal() and os.path.isfile(artefact)):
+        from pykv.tiers.sizes import artefact_of
+
+        found = artefact_of(args.session_codec)
+        if found is None or not os.path.isfile(found[0]):
             raise ParameterError(
                 f"--session-codec is {args.session_codec!r:.200}, expected FILE:RATIO of a file "
                 "that exists"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection
 from io import BufferedReader
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from pykv import whole_files
 from pykv.errors import FormatError
+from pykv.number_texts import whole_of
 
 _MAX_HEADER = 1 << 20  # bytes; ours take less than 2 KiB
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "U16", "int8": "I8", "uint8": "U8"}
@@ -64,9 +64,10 @@ class Header(NamedTuple):
     def number(self, op: str, path: Path, name: str) -> int:
         """A fact that is a whole number."""
         text = self.metadata.get(name, "")
-        if not re.fullmatch("[0-9]{1,9}", text):
+        number = whole_of(text, most=10**9 - 1)
+        if number is None:
             raise FormatError(f"{op}: {path} has {name}={shown(text)}, expected a whole number")
-        return int(text)
+        return number
 
     def length(self, op: str, path: Path, name: str) -> int:
         """Of an array of one dimension, no more than the file has room for; 0 if there is none."""

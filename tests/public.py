@@ -120,7 +120,7 @@ UNCHECKED = """
     eval.replay.Place.after eval.changes.code eval.coding.Judged
     eval.coding.Judged.errors eval.replay.ExactCache.append_qkv
     kvtc.stream.Section kvtc.stream.Header kvtc.stream.Header.sections kvtc.stream.Header.pack
-    kvtc.stream.Coded kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
+    kvtc.stream.check_bytes kvtc.stream.Coded.arrays kvtc.stream.Coded.to_bytes
     specs.parsed specs.KVSpec.written kinds.count_largest
     eviction.policies.Policy.counts eviction.policies.Policy eviction.steps.Evicted
     eviction.rotary.Rotary eviction.rotary.ahead eviction.rotary.check_rotary
@@ -350,6 +350,11 @@ def _decompress(xp):
 def _parse(xp):
     codec, cache = _codec(np)
     return kvtc.parse, dict(stream=codec.compress(cache, [2, 0], range(6)).to_bytes())
+
+
+def _coded(xp):
+    codec, cache = _codec(xp)
+    return kvtc.Coded, dict(vars(codec.compress(cache, [2, 0], range(6))))
 
 
 def _to(xp):
@@ -642,6 +647,7 @@ METHODS = {
         _codec, "compress", cache=..., table=[2, 0], positions=list(range(6)), sinks=1, window=2
     ),
     "kvtc.codec.Codec.decompress": _decompress,
+    "kvtc.stream.Coded": _coded,
     "kvtc.stream.Coded.to": _to,
     "kvtc.stream.parse": _parse,
     "pages.zero_pages": _with_caches(pages.zero_pages, "cache", pages=[1, 2]),

@@ -650,7 +650,7 @@ def test_bad_file(capsys, command, file, text):
         ("--max-tokens 0", "max_tokens is 0, expected at least 1"),
         ("--max-tokens -1", "max_tokens is -1, expected at least 1"),
         ("--temperature -1", "temperature is -1.0, expected 0 to "),
-        ("--temperature nan", "temperature is nan, expected 0 to "),
+        ("--temperature 1e999", "temperature is inf, expected 0 to "),
         ("--top-k -1", "top_k is -1, expected 0 to 2147483647"),
         ("--top-p 0", "top_p is 0.0, expected a positive number up to 1"),
         ("--min-p 2", "min_p is 2.0, expected 0 to 1"),

@@ -1,6 +1,8 @@
 """Eviction from paged caches: what stays, where it lies, what attention makes of it, and whose
 pages are whose."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -582,6 +584,16 @@ def test_wrong_arguments_change_nothing(xp, rng):
 def test_policies_refuse_what_they_cannot_mean(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_more_slots_than_streaming_tells_apart():
+    most = 2**24
+    of = types.SimpleNamespace
+    slots = Streaming(budget=8).score(of(capacity=most, B=1, n=1, send=np.asarray))
+    assert slots.shape == (1, 1, most) and (np.diff(slots) == 1).all()
+    text = f"Streaming: page_table has {most + 1} slots, expected at most {most}"
+    with pytest.raises(UnsupportedError, match=text):
+        Streaming(budget=8).score(of(capacity=most + 1, B=1, n=1, send=np.asarray))
 
 
 def test_texts_name_policies():

@@ -1,8 +1,13 @@
 """Every kernel file compiles for every SM that the installed NVRTC answers for, and keeps to the
 stack that its header declares; no GPU is needed."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +173,30 @@ def test_report_fails_on_a_stack_that_no_header_declares(stacked, monkeypatch, c
         assert kernel_report.main([]) == 1
         fault = f"stacked.cu indexes A=1 on {ARCHS[-1]} has 256 bytes of stack and spills 0; the"
         assert fault in capsys.readouterr().out
+
+
+def test_report_is_of_the_tree_that_it_lies_in(tmp_path):
+    """Whatever is installed, and from any folder."""
+    tool = Path(kernel_report.__file__)
+    tree = tmp_path / "tree"
+    for name in ("pykv", "kernels_cu"):
+        shutil.copytree(tool.parents[1] / name, tree / name)
+    (tree / "kernels_cu/norm.cu").rename(tree / "kernels_cu/only_here.cu")
+    (tree / "tools").mkdir()
+    shutil.copy(tool, tree / "tools")
+    others = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**others, "PYKV_COMPILE": "lazy"}
+
+    def run(*argv):
+        command = [sys.executable, str(tree / "tools" / tool.name), *argv]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    helped = run("--help")
+    assert helped.returncode == 0 and "usage:" in helped.stdout and "[STEM ...]" in helped.stdout
+    refused = run("norm").stderr
+    assert "norm: no such kernel file" in refused and "only_here" in refused
 
 
 def test_report_refuses_an_unknown_stem():

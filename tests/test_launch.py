@@ -267,3 +267,22 @@ def test_refused_launch_is_a_cuda_error():
     launch = cuda.Launch(kernel, 1, 4096, dict(M=1, page_size=1))
     with pytest.raises(CudaError, match=r"launch of grid .*4096.*: .*INVALID"):
         launch(dict.fromkeys(kernel.arrays))
+
+
+# --- Divisors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 24, 127, 128, 129, 641, 2**16 + 1, 2**30, 2**31 - 1])
+def test_division_by_multiplication(n):
+    """The division of divide.cuh, in Python's integers: exact below 2^31."""
+    scalars = cuda.divisor("n", n)
+    assert list(scalars) == ["n", "n_magic", "n_shift"]
+    by, magic, shift = scalars.values()
+    assert by == n and magic < 2**32
+    rng = np.random.default_rng(0)
+    xs = {0, 1, 2**31 - 1, *rng.integers(0, 2**31, 1000).tolist()}
+    multiples = {1, (2**31 - 1) // n, *rng.integers(0, 2**31 // n, 50).tolist()}
+    xs |= {k * n + more for k in multiples for more in (-1, 0, 1)}
+    for x in xs:
+        if 0 <= x < 2**31:
+            assert (2 * x * magic >> 32) >> shift == x // n

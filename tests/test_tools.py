@@ -1,10 +1,12 @@
-"""tools/compare_*.py, plot.py and readme_tables.py on records and CSV made by hand."""
+"""tools/compare_*.py, plot.py and readme_tables.py on records and CSV made by hand; check_extras.py
+against pyproject.toml."""
 
 import io
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,14 @@ import pytest
 from pykv import bench
 from pykv.bench import report
 from tests.bench.test_timing import Gpu
-from tools import compare_bench, compare_commits, compare_flashinfer, plot, readme_tables
+from tools import (
+    check_extras,
+    compare_bench,
+    compare_commits,
+    compare_flashinfer,
+    plot,
+    readme_tables,
+)
 
 TOOLS = Path(plot.__file__).parent
 
@@ -105,6 +114,15 @@ def test_compare_refuses_files_without_a_common_case(tmp_path, capsys):
     for path, text in (("text", "is no JSON"), ("nothing", "No such file")):
         assert compare_bench.main([str(tmp_path / path)] * 2) == 2
         assert text in capsys.readouterr().err
+
+
+# --- check_extras ---
+
+
+def test_every_extra_is_resolved():
+    project = tomllib.loads(check_extras.PYPROJECT.read_text())["project"]
+    asked = {name for _, _, extras, _ in check_extras.CASES for name in extras}
+    assert asked == set(project["optional-dependencies"]) - {"dev"}
 
 
 # --- compare_commits ---

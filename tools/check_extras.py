@@ -22,15 +22,27 @@ TORCH = {  # pins NVRTC or cuda-bindings to the CUDA line that it was built for
     "cu12": ("2.5.1", "2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0"),
     "cu13": ("2.11.0", "2.13.0", "2.15.0"),
 }
-CASES = [("", *case) for case in itertools.product(PYTHONS, TORCH, OTHERS)]
-CASES += [(torch, "3.12", extra, "2_31") for extra, found in TORCH.items() for torch in found]
+WITH_TORCH = ("torch", "transformers", "nixl")  # extras that bring torch, the newest of the line
+CASES = [
+    ("", python, (extra, *OTHERS[glibc]), glibc)
+    for python, extra, glibc in itertools.product(PYTHONS, TORCH, OTHERS)
+]
+CASES += [
+    ("", python, (extra, name), "2_28")
+    for python, extra, name in itertools.product(PYTHONS, TORCH, WITH_TORCH)
+]
+CASES += [
+    (torch, "3.12", (extra, *OTHERS["2_31"]), "2_31")
+    for extra, found in TORCH.items()
+    for torch in found
+]
 
 
-def resolve(torch, python, extra, glibc):
+def resolve(torch, python, extras, glibc):
     """None where all can be installed together, else the resolver's reason."""
     command = ["uv", "pip", "compile", "--quiet", "--only-binary", ":all:"]
     command += ["--python-version", python, "--python-platform", f"x86_64-manylinux_{glibc}"]
-    for name in (extra, *OTHERS[glibc]):
+    for name in extras:
         command += ["--extra", name]
     beside = f"torch=={torch}" if torch else ""
     command += [str(PYPROJECT), "-"]
@@ -41,9 +53,8 @@ def resolve(torch, python, extra, glibc):
 def main():
     with ThreadPoolExecutor(4) as pool:  # most of the time is the index's
         reasons = list(pool.map(lambda case: resolve(*case), CASES))
-    for (torch, python, extra, glibc), reason in zip(CASES, reasons, strict=True):
-        names = ",".join((extra, *OTHERS[glibc]))
-        what = f"[{names}] on Python {python}{torch and f' beside torch {torch}'}, glibc {glibc}"
+    for (torch, python, extras, glibc), reason in zip(CASES, reasons, strict=True):
+        what = f"[{','.join(extras)}] on Python {python}{torch and f' beside torch {torch}'}, glibc {glibc}"
         print(f"{what}: {'resolves' if reason is None else reason}")
     return int(any(reasons))
 

@@ -8,6 +8,7 @@ time. A kernel file that needs some says so in its header, `// Stack: N bytes, w
 uses more than that, the exit code is 1. A dash stands where an SM has no such kernel.
 """
 
+import argparse
 import dataclasses
 import io
 import os
@@ -15,11 +16,14 @@ import re
 import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 from cuda.core import Program  # here, because threads must not import it side by side
 
-from pykv import cuda
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels beside this file
+
+from pykv import cuda  # noqa: E402
 
 # The SMs that each line of NVRTC answers for: the oldest it targets, and every GPU we name.
 ARCHS = {
@@ -119,7 +123,12 @@ def declared_stack(stem):
     return int(found[1]) if found else 0
 
 
-def main(stems):
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stems", nargs="*", metavar="STEM", help="kernel files; all without one")
+    stems = parser.parse_args(argv).stems
     if unknown := set(stems) - set(cuda.stems()):
         sys.exit(f"{', '.join(sorted(unknown))}: no such kernel file, expected {cuda.stems()}")
     jobs = [
@@ -159,4 +168,4 @@ def main(stems):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

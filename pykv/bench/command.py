@@ -10,6 +10,7 @@ from typing import Any
 from pykv import bench, cuda
 from pykv.bench import options, report
 from pykv.errors import DeviceError
+from pykv.number_texts import Parser
 from pykv.talk import note
 
 
@@ -70,7 +71,7 @@ def _brief(doc: str) -> str:
 
 def parser_of(name: str, module: Any) -> argparse.ArgumentParser:
     """The options of a benchmark."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"pykv bench {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

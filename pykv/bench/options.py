@@ -18,6 +18,7 @@ import numpy as np
 
 from pykv.arrays import BFLOAT16
 from pykv.errors import ParameterError
+from pykv.number_texts import number_of, whole_of
 from pykv.specs import KVSpec
 
 Case = dict[str, Any]
@@ -50,11 +51,8 @@ def _count(text: str) -> int:
     Raises:
         ValueError: it is none from 1 to MAX_COUNT.
     """
-    digits = len(str(MAX_COUNT))  # int() refuses thousands of them
-    if not (text.isascii() and text.isdecimal() and len(text) <= digits):
-        raise ValueError
-    number = int(text)
-    if not 0 < number <= MAX_COUNT:
+    number = whole_of(text, 1, MAX_COUNT)
+    if number is None:
         raise ValueError
     return number
 
@@ -107,8 +105,8 @@ def _equal_heads(text: str) -> Case:
 
 
 def _fraction(text: str) -> Case:
-    keep = float(text)
-    if not 0 < keep <= 1:
+    keep = number_of(text)
+    if keep is None or not 0 < keep <= 1:
         raise ValueError
     return dict(keep=keep)
 

@@ -63,6 +63,7 @@ from pykv.cuda.launch import (
     Launch,
     active_clusters,
     cooperative_blocks,
+    divisor,
     kernel,
     signature,
 )

@@ -154,7 +154,9 @@ def use_device(device: str) -> AbstractContextManager[Any]:
 
 def _parse_device(device: Any) -> tuple[str, int | None]:
     """("cuda", 1) for "cuda:1"; the ordinal is None where the name has none."""
-    found = re.fullmatch(r"(auto|cpu|cuda)(?::(\d{1,4}))?", device) if type(device) is str else None
+    found = (
+        re.fullmatch(r"(auto|cpu|cuda)(?::([0-9]{1,4}))?", device) if type(device) is str else None
+    )
     if not found or (found[2] and found[1] != "cuda"):
         raise ParameterError(f"device is {device!r}, expected auto, cpu, cuda or cuda:N")
     return found[1], int(found[2]) if found[2] else None
@@ -182,7 +184,7 @@ def current_sm() -> int:
 @cache
 def split_arch(arch: str, name: str = "cuda.compile: arch") -> tuple[str, int]:
     """("sm", 75) for a cubin, ("compute", 75) for PTX."""
-    found = re.fullmatch(r"(sm|compute)_(\d+)", arch)
+    found = re.fullmatch("(sm|compute)_([0-9]{1,4})", arch)
     if not found:
         raise ParameterError(f"{name} is {arch!r}, expected sm_75 or the like, or compute_75")
     return found[1], int(found[2])

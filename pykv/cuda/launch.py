@@ -215,3 +215,10 @@ def cooperative_blocks(kernel: Kernel, block: int, shared_bytes: int = 0) -> int
     """The number of a kernel's blocks that the current GPU runs at once, which may wait for each
     other in a cooperative launch."""
     return int(driver.cooperative_blocks(kernel.handle, block, shared_bytes))
+
+
+def divisor(name: str, n: int) -> dict[str, int]:
+    """The scalars that a kernel divides by a number with, from 1 to 2^31 - 1: it and, with its name
+    before them, the `magic` and `shift` of kernels_cu/divide.cuh. Exact for numbers below 2^31."""
+    shift = (n - 1).bit_length()
+    return {name: n, f"{name}_magic": -(-(2 ** (31 + shift)) // n), f"{name}_shift": shift}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pykv import install
 from pykv.errors import FormatError, ParameterError
 from pykv.model_options import PLACE, open_llm
+from pykv.number_texts import whole_of
 
 if TYPE_CHECKING:
     from pykv.eval.changes import Change
@@ -227,9 +228,10 @@ def _listed(option: str, text: str) -> list[str]:
 
 
 def _whole(option: str, word: str) -> int:
-    if not word.isdecimal():
+    number = whole_of(word)
+    if number is None:
         raise ParameterError(f"eval: {option} has {word!r}, expected whole numbers")
-    return int(word)
+    return number
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Change]:

@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pykv.errors import DtypeError, ParameterError
+from pykv.errors import DtypeError, ParameterError, UnsupportedError
 from pykv.eviction.parts import Rows
 from pykv.eviction.rotary import ahead
+from pykv.number_texts import number_of, whole_of
 from pykv.ops import kv_scores
 from pykv.options import check_number, check_whole
 
 _RUN = 512  # rows whose mean is one sum, of KeyDiff
 _MOST = 2**31 - 1
+_MOST_SLOTS = 2**24  # whole numbers that float32 has all of
 _FRACTIONS = ("ratio", "threshold", "epsilon")  # fields that are no whole numbers
 _MOST_AHEAD = 1 << 16  # positions whose rotations are averaged on the host
 
@@ -114,7 +116,15 @@ class Streaming(Policy):
         super().__post_init__()
 
     def score(self, rows: Rows) -> Any:
-        """Slots: the last rows are worth most."""
+        """Slots: the last rows are worth most.
+
+        Raises:
+            UnsupportedError: there are more than float32 tells apart.
+        """
+        if rows.capacity > _MOST_SLOTS:
+            raise UnsupportedError(
+                f"Streaming: page_table has {rows.capacity} slots, expected at most {_MOST_SLOTS}"
+            )
         slots = np.arange(rows.capacity, dtype=np.float32)
         return rows.send(np.broadcast_to(slots, (rows.B, rows.n, rows.capacity)))
 
@@ -392,10 +402,7 @@ def parse(text: str) -> Policy | AdaKV:
             raise ParameterError(
                 f"{op}: text {text!r:.80} has {word!r:.80}, expected each once of {expected}"
             )
-        try:
-            given[field] = float(value) if field in _FRACTIONS else int(value)
-        except ValueError:
-            raise ParameterError(
-                f"{op}: text {text!r:.80} has {word!r:.80}, expected a number"
-            ) from None
+        given[field] = number_of(value) if field in _FRACTIONS else whole_of(value, -_MOST)
+        if given[field] is None:
+            raise ParameterError(f"{op}: text {text!r:.80} has {word!r:.80}, expected a number")
     return kind(**given)

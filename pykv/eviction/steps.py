@@ -91,7 +91,8 @@ def evict(
             a layer does not exist.
         ShapeError, DtypeError, DeviceError: an array is of another shape, dtype or device.
         CapacityError: the pool has too few free pages for copies of shared ones; nothing is lost.
-        UnsupportedError: the call is being prepared, or a CUDA graph captured.
+        UnsupportedError: the call is being prepared, or a CUDA graph captured; or sequences have
+            more than 2^24 slots, which `Streaming` does not tell apart.
 
     Copies page tables to a GPU and waits for it where lengths that are left depend on scores (a
     threshold, AdaKV). Work of other streams on freed pages must wait for this one. Two evictions in

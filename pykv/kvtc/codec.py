@@ -16,6 +16,7 @@ from pykv import cuda, ranges
 from pykv.arrays import (
     INT32,
     UINT8,
+    VECTOR_BYTES,
     Dims,
     check_module,
     check_writeable,
@@ -24,10 +25,10 @@ from pykv.arrays import (
     on_gpu,
     to_host,
 )
-from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
+from pykv.errors import DtypeError, FormatError, ParameterError
 from pykv.kvtc.artefact import Artefact, check_artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
-from pykv.kvtc.stream import Coded, Header
+from pykv.kvtc.stream import Coded, Header, check_bytes
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
 from pykv.options import check_choice, check_flag, check_whole, page_ids
 from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
@@ -166,7 +167,7 @@ class Codec:
             hadamard: the cache holds Hadamard-rotated heads, see paged_qkv.append, as that of an
                 LLM does where KVSpec.wants_hadamard.
             out: uint8 of at least `header(...).nbytes`: on the codec's device, or pinned on the
-                host; allocated on the device if None.
+                host; for a GPU at a multiple of 16 bytes. Allocated on the device if None.
             check: look for wrong entries first, see kvtc_rows.gather.
             stream: see pykv.cuda.on_stream.
 
@@ -199,10 +200,11 @@ class Codec:
                 cuda.look(partial(looks, sizes["N"], sizes["P"]))
             coded = Coded(header, data)
             there = ranges.reach(op, "out", data, self._rows)
+            reached = _check_out(there)
             how = partial(self._how, cache, spec, hadamard, check)
             call = partial(self._compress, Coded(header, there), table, positions, how)
             arrays = (*_arrays_of(cache), table, positions, there)
-            key = ("compress", layouts, dims.layouts, header, hadamard)
+            key = ("compress", layouts, dims.layouts, reached.layouts, header, hadamard)
             self._enqueue(op, key, arrays, call, check)
         return coded
 
@@ -284,6 +286,7 @@ class Codec:
                     "the pages of table hold"
                 )
             there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows))
+            reached = _check_given(there.data)
             if positions is not None:
                 _check_positions(op, there.arrays()["positions"], positions)
             if paged_check.enabled(op, check) or self._xp is np:
@@ -293,7 +296,7 @@ class Codec:
             how = partial(self._how, cache, spec, hadamard, check)
             call = partial(self._decompress, there, table, chosen, how)
             arrays = (*_arrays_of(cache), table, there.data)
-            key = ("decompress", layouts, dims.layouts, header, hadamard, chosen)
+            key = ("decompress", layouts, dims.layouts, reached.layouts, header, hadamard, chosen)
             self._enqueue(op, key, arrays, call, check)
 
     def _decompress(self, coded: Coded, table: Any, layers: range, how: _How) -> None:
@@ -332,12 +335,10 @@ class Codec:
         call: Callable[[], None],
         check: bool | None,
     ) -> None:
-        """Make a call; on a GPU what it enqueues is found once for each layout of its `arrays`, of
-        which the last is that of coded tokens."""
+        """Make a call; on a GPU what it enqueues is found once for each layout of its `arrays`."""
         if self._xp is np or paged_check.enabled(op, check):
             call()
         else:
-            key = (*key, _check_data(arrays[-1]).layouts)
             cuda.replayed(self._kept, key, (*arrays, *self._own), call)
 
     # --- Checks ---
@@ -363,7 +364,6 @@ class Codec:
                 raise FormatError(
                     f"{op}: coded has {name}={getattr(header, name)}, expected {want} as the codec"
                 )
-        _check_bytes(op, "coded", coded.data, header.nbytes)
         return wanted
 
     def _check_layers(self, op: str, layers: Any) -> range:
@@ -391,7 +391,7 @@ class Codec:
         """The first bytes of `out`, or of a new array."""
         if out is None:
             return self._xp.empty(nbytes, np.uint8)
-        _check_bytes(op, "out", out, nbytes)
+        check_bytes(op, "out", out, nbytes)
         check_writeable(op, "out", out)
         return out if out.size == nbytes else out[:nbytes]
 
@@ -437,22 +437,12 @@ class Codec:
 
 _check_compress = checker("Codec.compress", table=("M", INT32), positions=("T", INT32))
 _check_decompress = checker("Codec.decompress", table=("M", INT32))
-_check_data = checker("Codec", data=("n", UINT8))
+_check_out = checker("Codec.compress", out=("n", UINT8, VECTOR_BYTES))
+_check_given = checker("Codec.decompress", coded=("n", UINT8, VECTOR_BYTES))
 
 
 def _arrays_of(cache: Any) -> tuple[Any, ...]:
     return cache.k, cache.v, cache.k_scales, cache.v_scales
-
-
-def _check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
-    """Check an array of so many bytes, or more."""
-    if not is_array(x) or x.dtype != np.uint8:
-        given = getattr(x, "dtype", type(x).__name__)
-        raise DtypeError(f"{op}: {name} is of {given}, expected an array of uint8")
-    if x.ndim != 1 or not x.flags.c_contiguous:
-        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{nbytes}], contiguous")
-    if x.size < nbytes:
-        raise CapacityError(f"{op}: {name} has {x.size} bytes, expected at least {nbytes}")
 
 
 def _check_positions(op: str, positions: Any, expected: Ids) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 
 from pykv.errors import ParameterError
 from pykv.kvtc.artefact import Artefact
 from pykv.model_options import PLACE, open_llm
+from pykv.number_texts import whole_of
 
 OPTIONS = PLACE | {"ctx": "context"}  # of a model, whose cache is one of floats
 
@@ -37,17 +37,19 @@ def add_calibrate(calibrate: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> None:
     from pykv.kvtc.calibration import calibrate
 
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.ratio):
+    words = args.ratio.split(",")
+    ratios = tuple(n for word in words if (n := whole_of(word)) is not None)
+    if len(ratios) < len(words):
         raise ParameterError(
             f"kvtc calibrate: --ratio is {args.ratio!r}, expected 8,16 or the like"
         )
-    groups = int(args.groups) if args.groups.isdecimal() else args.groups
+    groups = whole_of(args.groups)
     artefact = calibrate(
         open_llm(args, OPTIONS),
         _texts(args.text),
         out=args.out,
-        ratios=tuple(map(int, args.ratio.split(","))),
-        groups=groups,
+        ratios=ratios,
+        groups=args.groups if groups is None else groups,
         tokens=args.tokens,
         window=args.window,
         rank=args.rank,

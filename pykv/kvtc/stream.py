@@ -24,6 +24,7 @@ Every row has B bytes and depends on no other: tokens can be read alone.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -33,9 +34,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv.arrays import check_module, to_host
-from pykv.errors import DtypeError, FormatError, PykvError
-from pykv.specs import KVSpec
+from pykv.arrays import check_module, is_array, to_host
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    FormatError,
+    ParameterError,
+    PykvError,
+    ShapeError,
+)
+from pykv.options import check_whole
+from pykv.specs import KVSpec, as_spec
 
 MAGIC = b"\x89PYKVTS\n"
 VERSION = 1
@@ -121,7 +130,26 @@ class Header:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all sections, without the header."""
+        """Bytes of all sections, without the header.
+
+        Raises:
+            ParameterError: a field is out of its range.
+            DtypeError: it has another type.
+        """
+        op = "Header"
+        if not isinstance(self.artefact, str) or not re.fullmatch("[0-9a-f]{64}", self.artefact):
+            expected = "64 hexadecimal digits"
+            raise ParameterError(f"{op}: artefact is {self.artefact!r:.80}, expected {expected}")
+        for name in ("ratio", "layers", "heads", "head_dim"):
+            check_whole(op, name, getattr(self, name), 1, _MOST)
+        for name in ("tokens", "sinks", "window", "row_bytes"):
+            check_whole(op, name, getattr(self, name), 0, 2**32 - 1)
+        if self.sinks + self.window > self.tokens:
+            raise ParameterError(
+                f"{op}: sinks and window are {self.sinks} and {self.window}, expected at most the "
+                f"{self.tokens} tokens"
+            )
+        as_spec(op, self.spec)
         last = self.sections()["rows"]
         return last.offset + last.nbytes
 
@@ -133,10 +161,21 @@ class Coded:
     Attributes:
         header: what they are.
         data: [header.nbytes] uint8, all sections, in NumPy's or CuPy's memory.
+
+    Raises:
+        DtypeError: `header` is no Header, or `data` no array of bytes.
+        ShapeError, CapacityError: `data` have another shape, or too few bytes.
+        ParameterError: a field of the header is out of its range.
     """
 
     header: Header
     data: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.header, Header):
+            given = type(self.header).__name__
+            raise DtypeError(f"Coded: header is a {given}, expected a pykv.kvtc.Header")
+        check_bytes("Coded", "data", self.data, self.header.nbytes)
 
     def arrays(self) -> dict[str, Any]:
         """Views of the sections by name."""
@@ -165,6 +204,26 @@ class Coded:
         stream[:ALIGNMENT] = header.pack(0)
         stream[:ALIGNMENT] = header.pack(_crc(stream))
         return bytes(stream)
+
+
+def check_bytes(op: str, name: str, x: Any, nbytes: int) -> None:
+    """Check an array of so many bytes, or more.
+
+    Args:
+        op, name: for messages.
+        x: what should be an array [nbytes] uint8, contiguous.
+        nbytes: at least.
+
+    Raises:
+        DtypeError, ShapeError, CapacityError: it is none, has another shape, or is too small.
+    """
+    if not is_array(x) or x.dtype != np.uint8:
+        given = getattr(x, "dtype", type(x).__name__)
+        raise DtypeError(f"{op}: {name} is of {given}, expected an array of uint8")
+    if x.ndim != 1 or not x.flags.c_contiguous:
+        raise ShapeError(f"{op}: {name} has shape {x.shape}, expected [{nbytes}], contiguous")
+    if x.size < nbytes:
+        raise CapacityError(f"{op}: {name} has {x.size} bytes, expected at least {nbytes}")
 
 
 def parse(stream: Any) -> Coded:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pykv.errors import FetchError
+from pykv.number_texts import whole_of
 
 LARGEST = 1 << 36  # bytes of a file whose size nobody states; hubs hold smaller ones
 PAGE = 1 << 26  # bytes of a page that is read into memory
@@ -74,8 +75,8 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
         stated = [tag for tag in linked if re.fullmatch("[0-9a-f]{64}", tag)]
         sha256 = sha256 or (stated[0] if stated else None)
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-        length = "" if encoded else response.headers.get("Content-Length", "")
-        if not (sha256 or length.isdecimal()):
+        length = None if encoded else whole_of(response.headers.get("Content-Length", ""))
+        if not sha256 and length is None:
             raise FetchError(
                 f"{shown(url)} comes without its size, expected that or #sha256=... behind the "
                 "address: nothing would tell a file that is cut short"
@@ -84,7 +85,7 @@ def probe(url: str, sha256: str | None = None, headers: dict[str, str] | None = 
         return Remote(
             url,
             sha256,
-            int(length) if length.isdecimal() else None,
+            length,
             tag if tag and not tag.startswith("W/") else None,  # W/: much the same, not the same
             headers or {},
         )

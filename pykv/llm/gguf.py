@@ -172,7 +172,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelFile:
     count = given.get("split.count", 1, int)
     if count in (0, 1):
         return given
-    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", given.path.name, re.DOTALL)
+    named = re.fullmatch(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", given.path.name, re.DOTALL)
     if not named or int(named[3]) != count:
         raise FormatError(
             f"{given.path}: is one of {count} parts, expected a name like "

@@ -189,7 +189,7 @@ def _split(model: str) -> tuple[str, str | None, dict[str, str]]:
     if fragment and not found:
         raise wrong("#sha256= and 64 hexadecimal digits behind the address")
     sha256 = found[1].lower() if found else None
-    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", name):
+    if re.search(r"-[0-9]{5}-of-(?!00001)[0-9]{5}\.gguf$", name):
         raise wrong("one file (fetch the parts of a split one yourself, and give a path)")
     if name.startswith("hf:"):
         names = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/(.+\.gguf)", name)

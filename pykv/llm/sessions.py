@@ -32,6 +32,7 @@ from pykv.llm.prompts import read_ids
 from pykv.llm.sequence_pages import SequencePages
 from pykv.page_arrays import check_codec, facts_of
 from pykv.pages import swap_in
+from pykv.tiers.sizes import artefact_of
 
 if TYPE_CHECKING:
     from pykv.llm.generate import LLM
@@ -193,11 +194,12 @@ def open_codec(
         FormatError, OSError: the file is none, or cannot be read.
     """
     if isinstance(codec, str):
-        path, _, ratio = codec.rpartition(":")
-        if not path or not ratio.isdecimal() or len(ratio) > 9:
+        found = artefact_of(codec)
+        if found is None:
             raise ParameterError(f"{op}: {name} is {codec!r:.80}, expected FILE:RATIO")
+        path, ratio = found
         with llm.turn():
-            codec = Codec(Artefact.load(path), int(ratio), xp or llm.xp, tokens=tokens)
+            codec = Codec(Artefact.load(path), ratio, xp or llm.xp, tokens=tokens)
     check_codec(op, codec, False)
     made: Codec | None = codec
     if made is not None:

@@ -48,7 +48,7 @@ NAMES = {
     "down_bias": ("blk.{i}.ffn_down.bias",),
     "post_ffn_norm": ("blk.{i}.post_ffw_norm.weight",),
 }
-_LAYER = re.compile(r"(?:blk|layers)\.(\d{1,9})\.")
+_LAYER = re.compile(r"(?:blk|layers)\.([0-9]{1,9})\.")
 
 
 def find(file: ModelFile, role: str, i: int = 0) -> TensorInfo | None:

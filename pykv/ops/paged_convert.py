@@ -382,7 +382,8 @@ def _launches(
     is_shared = defines[0] == defines[1] and strides[0] == strides[1]
     scalars = dict(num_rows=n * P * H, num_sequences=sizes.get("B", 0))
     scalars |= dict(num_tokens=sizes.get("T", 0), page_size=P)
-    scalars |= _divisor("page", P * H) | _divisor("inner", target.spec.page_order(P, H)[1])
+    scalars |= cuda.divisor("page_rows", P * H)
+    scalars |= cuda.divisor("inner_rows", target.spec.page_order(P, H)[1])
     launches = []
     for sides in ((0, 1),) if is_shared else ((0, 0), (1, 1)):
         chosen = defines[sides[0]]
@@ -405,13 +406,6 @@ def _strides(source: Side, target: Side, which: int, by_token: bool) -> dict[str
         outer, inner = target.spec.page_order(token, head)
         strides |= {f"{name}_page": page, f"{name}_outer": outer, f"{name}_inner": inner}
     return strides
-
-
-def _divisor(name: str, rows: int) -> dict[str, int]:
-    """A number below 2^31, and what the kernel multiplies and shifts by to divide by it."""
-    shift = (rows - 1).bit_length()
-    magic = -(-(2 ** (31 + shift)) // rows)
-    return {f"{name}_rows": rows, f"{name}_magic": magic, f"{name}_shift": shift}
 
 
 VARIANTS = [

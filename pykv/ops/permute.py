@@ -252,7 +252,7 @@ def _launch(
         }
     divisors = dict(run=run, num_inner=num_inner, tiles=tiles, num_chunks=num_chunks)
     for name, n in divisors.items():
-        scalars |= {name: n, f"{name}_magic": magic(n)}
+        scalars |= cuda.divisor(name, n)
     scalars |= dict(
         chunk_bytes=chunk_bytes,
         tile_bytes=tile_bytes,
@@ -294,11 +294,6 @@ def nest(
             loops = [(m * n, inner)]
     (m, outer), (n, inner) = [*[(1, (0, 0))] * (2 - len(loops)), *loops]
     return run, m, n, outer, inner
-
-
-def magic(n: int) -> int:
-    """What the kernel multiplies by to divide by a number."""
-    return -(-(2**63) // n)
 
 
 # --- Adapters -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from pykv.llm.generate import LLM
+from pykv.number_texts import whole_of
 from pykv.serve import front, metrics, replies
 from pykv.serve.engine import Engine, Steps, Work, make_work
 from pykv.serve.fields import ApiError, parse
@@ -263,8 +264,7 @@ async def _body(request: Request) -> bytes:
         ClientGone: the client went away before its end.
     """
     too_large = ApiError(413, f"the body is larger than {BODY_BYTES} bytes", code="too_large")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > BODY_BYTES:
+    if whole_of(request.headers.get("content-length", "0"), most=BODY_BYTES) is None:
         raise too_large
     data = bytearray()
     try:

@@ -19,6 +19,7 @@ from pykv.llm.answer import Answer
 from pykv.llm.generate import LLM
 from pykv.llm.prompts import answer_to
 from pykv.llm.sampling import SamplingParams
+from pykv.number_texts import whole_of
 from pykv.serve.constraints import Constraint, Grammars
 from pykv.serve.fields import ApiError, Fields, wrong
 from pykv.serve.tools import Rule, Tools, grammar, read_format, read_messages, read_tools
@@ -336,12 +337,12 @@ def _biases(given: dict[str, Any], vocab: int) -> dict[int, float]:
         raise wrong("logit_bias", len(given), f"up to {MAX_IDS} token ids")
     biases = {}
     for key, value in given.items():
-        is_known = key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab
-        if not is_known:
+        token = whole_of(key, most=vocab - 1)
+        if token is None:
             raise wrong("logit_bias", key, f"token ids from 0 to {vocab - 1}")
         if type(value) not in (int, float) or not -100 <= value <= 100:
             raise wrong(f"logit_bias.{key}", value, "-100 to 100")
-        biases[int(key)] = float(value)
+        biases[token] = float(value)
     return biases
 
 

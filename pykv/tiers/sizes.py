@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError
+from pykv.number_texts import whole_of
 from pykv.options import check_whole
 
 CODECS = ("none", "int8", "int4")
@@ -102,8 +103,9 @@ def parse_disk(op: str, name: str, value: Any) -> Limit:
 
 def artefact_of(codec: str) -> tuple[str, int] | None:
     """The file and the ratio that a codec names; None where it is another."""
-    path, _, ratio = codec.rpartition(":")
-    return (path, int(ratio)) if path and re.fullmatch("[0-9]{1,9}", ratio) else None
+    path, _, text = codec.rpartition(":")
+    ratio = whole_of(text)
+    return (path, ratio) if path and ratio is not None else None
 
 
 def _codec(op: str, name: str, codec: str | None) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 import pykv
 from pykv import KVSpec, PagedKVCache, cuda
-from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError
+from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.kvtc import Codec, Coded, coder, parse
 from pykv.ops import rope
 from tests.helpers import to_numpy
@@ -189,6 +189,52 @@ def test_pinned_memory(device, rng):
     np.testing.assert_array_equal(to_numpy(back.k), to_numpy(direct.k))
 
 
+def test_memory_at_odd_addresses(device, rng):
+    artefact = made.artefact(rng)
+    cache, table, positions, *_ = made.sequence(rng, device, artefact, 10)
+    codec = Codec(artefact, 4, device)
+    coded = codec.compress(cache, table, positions)
+    size = coded.header.nbytes
+    pinned = np.frombuffer(device.cuda.alloc_pinned_memory(size + 16), np.uint8, size + 16)
+    pinned[:] = 0
+    for memory in (device.zeros(size + 16, np.uint8), pinned):
+        odd = memory[8 : 8 + size]
+        text = "Codec.compress: out has address 0x.*, expected a multiple of 16 bytes"
+        with pytest.raises(ShapeError, match=text):
+            codec.compress(cache, table, positions, out=odd)
+        with pytest.raises(ShapeError, match="Codec.decompress: coded has address 0x"):
+            codec.decompress(replace(coded, data=odd), cache, table)
+        assert not to_numpy(memory).any()
+
+
+def test_coded_tokens_made_by_hand(xp, rng):
+    artefact = made.artefact(rng)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 10)
+    coded = Codec(artefact, 4, xp).compress(cache, table, positions)
+    size = coded.header.nbytes
+    for error, text, data in (
+        (CapacityError, f"data has {size - 1} bytes, expected at least {size}", coded.data[:-1]),
+        (DtypeError, "data is of int8, expected an array of uint8", coded.data.view(np.int8)),
+        (DtypeError, "data is of bytes, expected an array of uint8", b"bytes"),
+        (ShapeError, "data has shape", coded.data[None]),
+        (ShapeError, "data has shape", coded.data.repeat(2)[::2]),
+    ):
+        with pytest.raises(error, match=f"Coded: {text}"):
+            Coded(coded.header, data)
+    with pytest.raises(DtypeError, match="Coded: header is a NoneType, expected a pykv.kvtc.Head"):
+        Coded(None, coded.data)
+    for error, text, fields in (
+        (DtypeError, "tokens is a float, expected a whole number", dict(tokens=1.5)),
+        (ParameterError, "sinks is -1, expected 0 to", dict(sinks=-1)),
+        (ParameterError, "head_dim is 0, expected 1 to", dict(head_dim=0)),
+        (ParameterError, "sinks and window are 9 and 2, expected", dict(sinks=9, window=2)),
+        (ParameterError, "artefact is 'ff', expected 64 hexadecimal digits", dict(artefact="ff")),
+        (ParameterError, "spec: 'int9' is no kind", dict(spec="int9")),
+    ):
+        with pytest.raises(error, match=f"Header: {text}"):
+            Coded(replace(coded.header, **fields), coded.data)
+
+
 def test_prepared_and_captured(xp, rng):
     artefact = made.artefact(rng)
     cache, table, positions, k, v = made.sequence(rng, xp, artefact, 10)
@@ -261,8 +307,6 @@ def test_other_positions_and_codecs_are_noticed(xp, rng):
     refused(FormatError, "coded has ratio=4, expected 8", codec=Codec(artefact, 8, xp))
     small = PagedKVCache(L, 3, H, 2 * D, page_size=P, xp=xp)
     refused(ParameterError, f"cache has head_dim={2 * D}, expected {D} as", cache=small)
-    short = replace(coded, data=coded.data[:-1])
-    refused(CapacityError, "coded has .* bytes, expected at least", coded=short)
     refused(DtypeError, "coded is a bytes, expected a pykv.kvtc.Coded", coded=b"")
     refused(DtypeError, r"layers is \[0\], expected a range of step 1", layers=[0])
     refused(DtypeError, "expected a range of step 1", layers=range(0, 3, 2))

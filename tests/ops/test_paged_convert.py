@@ -396,18 +396,6 @@ def test_the_spec_of_plain_arrays_is_found(xp, rng):
             assert_same_bits(x, rows.astype(np.float16))
 
 
-def test_divisors_divide():
-    """The kernel's division, in Python's integers."""
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 3, 5, 7, 24, 127, 128, 129, 1000, 65537, 2**20 - 1, 2**30, 2**31 - 1):
-        by, magic, shift = paged_convert._divisor("page", n).values()
-        assert by == n and magic < 2**32
-        edges = [0, 1, n - 1, n, n + 1, 2 * n - 1, 2**31 - 1, (2**31 - 1) // n * n - 1]
-        for x in [*edges, *rng.integers(0, 2**31, 1000).tolist()]:
-            if 0 <= x < 2**31:
-                assert (2 * x * magic >> 32) >> shift == x // n
-
-
 @pytest.mark.slow
 def test_offsets_are_64_bit(xp, rng):
     """A page past 2^31 elements."""

@@ -421,17 +421,6 @@ def test_loops_follow_the_destination_and_melt(dst, src, want):
     assert permute.nest(*sides, shape) == want
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 641, 2**16 + 1, 2**30 + 1, 2**31 - 1])
-def test_division_by_multiplication(n, rng):
-    """The kernel's quotient, upper half of 2 * x * magic, is exact below 2^31."""
-    magic = permute.magic(n)
-    xs = {0, 1, 2**31 - 1, *rng.integers(0, 2**31, 100).tolist()}
-    xs |= {x for k in rng.integers(0, 2**31 // n, 50).tolist() for x in (k * n, k * n + n - 1)}
-    assert magic < 2**64
-    for x in xs:
-        assert 2 * x * magic >> 64 == x // n
-
-
 # --- Nothing to move ------------------------------------------------------------------------------
 
 

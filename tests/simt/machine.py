@@ -348,7 +348,8 @@ def _run(kernel, config, *args):
         values.append(_value(kernel.label, name, kind, arg))
         if isinstance(arg, cupy.ndarray):
             begin, end = byte_bounds(arg.host)
-            is_mapped = cupy.is_pinned(begin)
+            # Of other kernels the host waits for the end, so they may touch it by plain accesses.
+            is_mapped = cooperative and cupy.is_pinned(begin)
             arrays.append((name, begin, end, not kind.startswith("PK"), False, is_mapped))
             if arg.dtype == np.uint64 and not is_mapped:  # may be a table of addresses
                 found = cupy.allocations_at(arg.host)

@@ -1,0 +1,49 @@
+"""Numbers that people write, in options, policies and the like: ASCII digits alone, where Python's
+own int() and float() also take spaces, underscores, other scripts' digits, "inf" and "nan"."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+_WHOLE = re.compile("-?[0-9]{1,99}")
+_NUMBER = re.compile(r"-?([0-9]{1,99}(\.[0-9]{0,99})?|\.[0-9]{1,99})([eE][+-]?[0-9]{1,3})?")
+
+
+def whole_of(text: str, least: int = 0, most: int = 2**63 - 1) -> int | None:
+    """The whole number that a text is; None where it is none from `least` to `most`.
+
+    >>> from pykv.number_texts import whole_of
+    >>> whole_of("10"), whole_of("1_0"), whole_of(" 3"), whole_of("-1")
+    (10, None, None, None)
+    """
+    number = int(text) if _WHOLE.fullmatch(text) else None
+    return number if number is not None and least <= number <= most else None
+
+
+def number_of(text: str) -> float | None:
+    """The number that a text is, such as "0.5" or "-1e-3"; None where it is none."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose options of type int and float are such numbers."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", int, _read_int)
+        self.register("type", float, _read_float)
+
+
+def _read_int(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise ValueError  # argparse names the option
+    return int(text)
+
+
+def _read_float(text: str) -> float:
+    number = number_of(text)
+    if number is None:
+        raise ValueError
+    return number

@@ -20,7 +20,7 @@ from pykv.options import check_number, check_whole
 BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
 _PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
 _SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLIES=_PASSES * _DIGITS)
-_LONG = 32768  # scores of a group that pay for the launches of `_in_parts`: a block takes 80 us
+LONG = 32768  # scores of a group that pay for the launches of `_in_parts`: a block takes 80 us
 _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]
@@ -163,7 +163,7 @@ def _launches(
     num_sms, tile = cuda.num_sms(scores.data.device_id), BLOCK * ITEMS
     scalars: dict[str, Any] = dict(S=S, C=C, sinks=sinks, recent=recent)
     scalars |= dict(has_threshold=threshold is not None, threshold=threshold or 0.0)
-    if S * C < _LONG or max(R, S) > num_sms:
+    if S * C < LONG or max(R, S) > num_sms:
         kernel = cuda.kernel("kv_select", "kv_select", **_SIZES)
         return 0, [cuda.Launch(kernel, R, BLOCK, scalars)]
     tiles = -(-C // tile)

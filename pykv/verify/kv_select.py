@@ -12,18 +12,19 @@ from pykv.verify import Cases
 
 
 def cases(rng: np.random.Generator, xp: Any) -> Cases:
-    for name, S, C, rules in (
-        ("distinct", 1, 700, dict(sinks=2, recent=5)),
-        ("ties of four values", 3, 130, dict(sinks=1)),
-        ("above a threshold", 2, 600, dict(threshold=0.4, recent=3)),
+    for name, R, S, C, rules in (
+        ("distinct", 4, 1, 700, dict(sinks=2, recent=5)),
+        ("ties of four values", 4, 3, 130, dict(sinks=1)),
+        ("above a threshold", 4, 2, 600, dict(threshold=0.4, recent=3)),
+        ("by many blocks", 3, 1, kv_select.LONG, dict(sinks=1, recent=5)),
     ):
-        scores = rng.standard_normal((4, S, C)).astype(np.float32)
+        scores = rng.standard_normal((R, S, C)).astype(np.float32)
         if name.startswith("ties"):
             scores = np.sign(scores) * np.float32(0.5)
         scores[2, :, ::7] = -np.inf
-        lengths = rng.integers(0, C + 1, (4, S)).astype(np.int32)
+        lengths = rng.integers(0, C + 1, (R, S)).astype(np.int32)
         lengths[0] = C
-        budgets = np.array([C // 4, 0, 17, S * C], np.int32)
+        budgets = np.array([C // 4, 0, 17, S * C][:R], np.int32)
         got = kv_select.select(*(xp.asarray(x) for x in (scores, lengths, budgets)), **rules)
         want = _select(scores, lengths, budgets, **rules)
         for what, a, b in zip(("kept", "counts"), got, want, strict=True):

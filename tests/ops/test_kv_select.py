@@ -86,7 +86,7 @@ def test_counts_are_exact_and_rows_are_the_best(xp, rng, S, C, ties):
 @pytest.fixture
 def in_parts(monkeypatch):
     """Groups of any length are cut into parts of one tile."""
-    monkeypatch.setattr(op, "_LONG", 0)
+    monkeypatch.setattr(op, "LONG", 0)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Every public function and method, and a small valid call of each, for tests of all of them."""
 
+import atexit
 import functools
 import importlib
 import inspect
 import itertools
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from pykv import (
 from pykv.eval import changes, continuation, needles
 from pykv.kvtc import Codec, v0
 from pykv.ops import mailbox, permute, product_chain
+from pykv.transport import Handover, Local, Region, local, wait_for
+from pykv.transport.region import size_of
 from tests.kvtc import made
 from tests.llm import tiny
 from tests.ops.calls import OPS, RANGES, filled, zeros
@@ -40,6 +44,9 @@ PUBLIC += [
     f"eviction.{name}" for name in ("block_selection", "heads", "policies", "rotary", "steps")
 ]
 PUBLIC += [f"kvtc.{name}" for name in ("artefact", "calibration", "codec", "coder", "stream")]
+if local.fcntl:  # as systems have that run Local
+    engines = "handover interface local messages region".split()
+    PUBLIC += [f"transport.{name}" for name in engines]
 PUBLIC += [f"eval.{name}" for name in ("changes", "coding", "continuation", "needles", "replay")]
 
 
@@ -128,9 +135,19 @@ UNCHECKED = """
     kvtc.stream_v0.Range kvtc.stream_v0.row_bytes kvtc.stream_v0.check_ranges
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers
+    transport.handover.Handover.ask transport.interface.check_engine
+    transport.messages.Message transport.messages.check_name transport.messages.check_facts
+    transport.messages.check_seconds transport.messages.pack transport.messages.unpack
+    transport.region.size_of transport.region.check_region transport.region.digest
+    transport.region.Region transport.region.PeerRegion
 """.split()
 UNCHECKED += [f"eviction.policies.{policy.__name__}.score" for policy in eviction.POLICIES.values()]
 UNCHECKED += ["eviction.policies.Policy.score"]
+ENGINE = ("register", "connect", "notify", "messages", "is_alive", "close")
+UNCHECKED += [
+    "transport.interface.Transport",
+    *(f"transport.interface.Transport.{x}" for x in ENGINE),
+]
 
 
 def ints(*values):
@@ -502,6 +519,86 @@ def _session(method, **arguments):
     return call
 
 
+# --- Engines, which end when the next begins ---
+
+_engines = []
+
+
+def _close_engines():
+    while _engines:
+        _engines.pop().close()
+
+
+atexit.register(_close_engines)
+
+
+def _engine(xp):
+    """A Local without a region."""
+    _close_engines()
+    _engines.append(Local("here", Path(_folder.name) / "shm"))
+    return (_engines[-1],)
+
+
+def _registered(xp):
+    """One with a region of two rows, whose second one is offered: a peer to itself."""
+    (engine,) = _engine(xp)
+    engine.register(2, 64, dict(model="a")).put(_KEY, 1)
+    return (engine,)
+
+
+def _opened_and_closed(name: str, folder: str | os.PathLike[str] | None = None):
+    _close_engines()
+    Local(name, folder).close()
+
+
+def _region(xp):
+    return (Region(np.zeros(size_of(2, 64), np.uint8), 2, 64, dict(model="a")),)
+
+
+def _peer_region(xp):
+    region = _registered(xp)[0].connect("here")
+    region.exists([_KEY])
+    return (region,)
+
+
+def _handover(xp):
+    return Handover, dict(llm=_loaded(), transport=_engine(xp)[0], size="256KB", timeout=1.0)
+
+
+def _handed_over(xp):
+    return (Handover(**_handover(xp)[1]),)
+
+
+_KEY = b"k" * 16
+_TRANSPORT = {
+    "transport.local.default_folder": lambda xp: (local.default_folder, {}),
+    "transport.local.Local": lambda xp: (
+        _opened_and_closed,
+        dict(name="other", folder=Path(_folder.name) / "shm"),
+    ),
+    "transport.local.Local.register": _of(
+        _engine, "register", count=2, nbytes=64, facts=dict(model="a")
+    ),
+    "transport.local.Local.connect": _of(_registered, "connect", peer="here"),
+    "transport.local.Local.notify": _of(_registered, "notify", peer="here", facts=dict(a=[1])),
+    "transport.local.Local.messages": _of(_engine, "messages", timeout=0.0),
+    "transport.local.Local.is_alive": _of(_engine, "is_alive", peer="here"),
+    "transport.local.Local.close": _of(_engine, "close"),
+    "transport.interface.wait_for": lambda xp: (
+        wait_for,
+        dict(transport=_registered(xp)[0], peer="here", timeout=0.0),
+    ),
+    "transport.region.Region.drop": _of(_region, "drop", slot=1),
+    "transport.region.Region.put": _of(_region, "put", key=_KEY, slot=1),
+    "transport.region.PeerRegion.exists": _of(_peer_region, "exists", keys=[_KEY]),
+    "transport.region.PeerRegion.get": _of(
+        _peer_region, "get", keys=[_KEY], rows=[np.zeros(64, np.uint8)]
+    ),
+    "transport.handover.Handover": _handover,
+    "transport.handover.Handover.offer": _of(_handed_over, "offer", tokens=[5, 6]),
+    "transport.handover.Handover.serve": _of(_handed_over, "serve", stop=lambda: True),
+    "transport.handover.Handover.take": _of(_handed_over, "take", peer="here", tokens=[5, 6]),
+}
 _SHORT = pykv.SamplingParams(max_tokens=2)
 _MESSAGES = [dict(role="user", content="a")]
 
@@ -647,6 +744,7 @@ METHODS = {
         _codec, "compress", cache=..., table=[2, 0], positions=list(range(6)), sinks=1, window=2
     ),
     "kvtc.codec.Codec.decompress": _decompress,
+    **_TRANSPORT,
     "kvtc.stream.Coded": _coded,
     "kvtc.stream.Coded.to": _to,
     "kvtc.stream.parse": _parse,

@@ -63,9 +63,11 @@ WRONG = {
     "stop": ((3, [1], _THING, ("a", 1), b"x"), ("", ("",), "\ud800")),
 }
 
-_TEXTS = "text path out model salt".split()  # any text passes
+_TEXTS = "text path out model salt folder".split()  # any text passes
 _DTYPES = "dtype element cache_element scale_dtype q_dtype".split()
-_MAKES = "num_pages pages max_blocks width N P H layers".split()  # 2^31 would fill the memory
+_MAKES = (
+    "num_pages pages max_blocks width N P H layers count nbytes".split()
+)  # 2^31 would fill the memory
 _OF_ANY_ARRAY = re.compile(  # of any rank, strides or bytes
     r"elastic\.compaction\.|kinds\.|kvtc\.|arrays\.|transfer\.|ops\.(permute|block_copy)\.|"
     r".*hadamard_transform|.*frequencies"

@@ -54,7 +54,7 @@ def main():
     with ThreadPoolExecutor(4) as pool:  # most of the time is the index's
         reasons = list(pool.map(lambda case: resolve(*case), CASES))
     for (torch, python, extras, glibc), reason in zip(CASES, reasons, strict=True):
-        beside = torch and f" beside torch {torch}"
+        beside = f" beside torch {torch}" if torch else ""
         what = f"[{','.join(extras)}] on Python {python}{beside}, glibc {glibc}"
         print(f"{what}: {'resolves' if reason is None else reason}")
     return int(any(reasons))

@@ -200,6 +200,17 @@ class Batch:
         return self.pool.manager.fork(pages) if pages else []
 
 
+def rows_of(x: Any, rows: Any) -> Any:
+    """Rows of an array, by their numbers; as bits, since CuPy computes with no bfloat16."""
+    return x.view(f"u{x.itemsize}")[rows].view(x.dtype)
+
+
+def set_rows(x: Any, rows: Any, values: Any) -> None:
+    """Write rows of an array, by their numbers; values of its dtype, likewise."""
+    bits = f"u{x.itemsize}"
+    x.view(bits)[rows] = values.view(bits)
+
+
 def _free(manager: Any, sequences: list[list[int]]) -> None:
     for pages in sequences:
         if pages:

@@ -19,7 +19,7 @@ install.require("transformers", "torch", "transformers")
 import torch  # noqa: E402
 from transformers import AttentionInterface, masking_utils  # noqa: E402
 
-from pykv.integrations.batch import Step  # noqa: E402
+from pykv.integrations.batch import Step, rows_of, set_rows  # noqa: E402
 from pykv.integrations.tensors import place_of  # noqa: E402
 from pykv.integrations.transformers_layer import Layer, Store  # noqa: E402
 
@@ -204,9 +204,9 @@ def _attend(layer: Layer, query: Any, seen: Any, sinks: Any, options: dict[str, 
         given = dict(out=arrays[0], lse=None if sinks is None else arrays[1])
         _attend_rows(layer, q, step, given | options)
     else:
-        results = _attend_rows(layer, q[step.rows], step, dict(return_lse=True) | options)
+        results = _attend_rows(layer, rows_of(q, step.rows), step, dict(return_lse=True) | options)
         for array, result in zip(arrays, results, strict=True):
-            array[step.rows] = result
+            set_rows(array, step.rows, result)
     if sinks is not None:  # one more term of each row's sum
         out *= torch.sigmoid(lse - sinks.float())[..., None]
     return out.view(B, n, HQ, D)

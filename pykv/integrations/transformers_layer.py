@@ -14,7 +14,7 @@ from pykv import install
 from pykv.arrays import load_cupy
 from pykv.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from pykv.foreign import named_array
-from pykv.integrations.batch import Batch, Step
+from pykv.integrations.batch import Batch, Step, rows_of
 from pykv.pool import PagedKVCache
 from pykv.specs import KVSpec
 
@@ -187,6 +187,6 @@ def _rows(k: Any, v: Any, rows: Any) -> tuple[Any, Any]:
 
     def some(name: str, x: Any) -> Any:
         array = named_array("Cache.update", name, x.transpose(1, 2).flatten(0, 1))
-        return array if rows is None else array[rows]
+        return array if rows is None else rows_of(array, rows)
 
     return some("key_states", k), some("value_states", v)

@@ -14,11 +14,12 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pykv import prefix_keys
 from pykv.arrays import load_cupy, on_gpu
-from pykv.errors import CapacityError, ParameterError, PykvError, TransportError
+from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
+from pykv.llm.generate import LLM
 from pykv.llm.prompts import read_ids
 from pykv.llm.sampling import SamplingParams
 from pykv.llm.tiering import identity
@@ -27,11 +28,8 @@ from pykv.tiers.forms import form_of
 from pykv.tiers.host import HostTier
 from pykv.tiers.moves import Moves
 from pykv.tiers.sizes import parse_bytes
-from pykv.transport.interface import Transport
-from pykv.transport.messages import Message
-
-if TYPE_CHECKING:
-    from pykv.llm import LLM
+from pykv.transport.interface import Transport, check_engine
+from pykv.transport.messages import Message, check_seconds
 
 THREADS = min(8, os.cpu_count() or 1)  # that read and check pages
 _LOOK = 0.2  # seconds after which one looks whether a silent process lives
@@ -53,6 +51,7 @@ class Handover:
     Raises:
         ParameterError: the size is less than two pages, the LLM has no prefix cache, or something
             is registered.
+        DtypeError: an argument has another type.
         CapacityError: there is no such memory.
 
     Not thread-safe; calls of the LLM may run beside it. Source: disaggregated prefill, as of
@@ -67,9 +66,13 @@ class Handover:
         size: str | int = "256MiB",
         timeout: float = 60.0,
     ) -> None:
-        op, cache = "Handover", llm.cache
+        op = "Handover"
+        if not isinstance(llm, LLM):
+            raise DtypeError(f"{op}: llm is a {type(llm).__name__}, expected a pykv.LLM")
         if not llm.prefix_cache:
             raise ParameterError(f"{op}: prefix_cache is False, expected an LLM that keeps pages")
+        check_engine(op, transport)
+        timeout, cache = check_seconds(op, timeout), llm.cache
         form = form_of(op, "size", cache, "none")
         nbytes = parse_bytes(op, "size", size)
         if nbytes < 2 * form.nbytes:
@@ -92,8 +95,9 @@ class Handover:
 
     # --- To others ---
 
-    def offer(self, tokens: Sequence[int]) -> int:
-        """Let others read the full pages of tokens that the cache holds, from the first on.
+    def offer(self, tokens: str | Sequence[int]) -> int:
+        """Let others read the full pages of tokens, ids or a text, that the cache holds, from the
+        first on.
 
         Returns:
             How many pages of these tokens others can read; as many as `size` has room for.
@@ -130,6 +134,9 @@ class Handover:
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Compute prompts that others ask for, one by one, until `stop`, which is asked a few times
         a second. What is wrong with one is said to who sent it."""
+        if not callable(stop):
+            given = type(stop).__name__
+            raise DtypeError(f"Handover.serve: stop is a {given}, expected a function")
         while not stop():
             for message in self._transport.messages(_LOOK):
                 facts = self._answer(message)
@@ -188,9 +195,9 @@ class Handover:
                 raise TransportError(f"Handover.ask: {peer} has died")
         raise TransportError(f"Handover.ask: {peer} did not answer in {self._timeout:g} s")
 
-    def take(self, peer: str, tokens: Sequence[int]) -> int:
-        """Read pages of tokens that another process offers and this one lacks, from the first on,
-        and have calls find them.
+    def take(self, peer: str, tokens: str | Sequence[int]) -> int:
+        """Read pages of tokens, ids or a text, that another process offers and this one lacks, from
+        the first on, and have calls find them.
 
         Returns:
             How many of the first tokens need no computing here, because they came or were there.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from pykv.errors import TransportError
-from pykv.transport.messages import Message
+from pykv.errors import DtypeError, TransportError
+from pykv.transport.messages import Message, check_seconds
 from pykv.transport.region import PeerRegion, Region
 
 
@@ -28,7 +28,9 @@ class Transport(Protocol):
 
         Raises:
             CapacityError: there is no such memory.
-            ParameterError: there is a region already.
+            ParameterError: there is a region already, or a number is out of its range; `nbytes` are
+                a multiple of 8.
+            DtypeError: one is no whole number, or `facts` are no dict that JSON can hold.
         """
 
     def connect(self, peer: str) -> PeerRegion:
@@ -40,22 +42,38 @@ class Transport(Protocol):
         """
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
-        """Send a message.
+        """Send `peer` a message: `facts` that JSON can hold, by name.
 
         Raises:
             TransportError: there is no such process, it has died, or takes no message.
+            DtypeError: `facts` are none.
         """
 
     def messages(self, timeout: float) -> list[Message]:
-        """What has come, once something has or so many seconds have passed. A message that is none
-        is left out.
+        """What has come, once something has or `timeout` seconds have passed. A message that is
+        none is left out.
+
+        Raises:
+            DtypeError, ParameterError: `timeout` is no number from 0 to a year.
         """
 
     def is_alive(self, peer: str) -> bool:
-        """Whether a process of this name is there, as far as can be known."""
+        """Whether a process `peer` is there, as far as can be known."""
 
     def close(self) -> None:
         """Give memory and names back. Also done when the process ends, however it does."""
+
+
+def check_engine(op: str, transport: Any) -> None:
+    """Check for `op` that `transport` is an engine.
+
+    Raises:
+        DtypeError: it is something else.
+    """
+    if not all(callable(getattr(transport, name, None)) for name in ("register", "connect")):
+        given = type(transport).__name__
+        expected = "an engine such as pykv.transport.Local"
+        raise DtypeError(f"{op}: transport is a {given}, expected {expected}")
 
 
 def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegion:
@@ -63,8 +81,10 @@ def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegi
 
     Raises:
         TransportError: as Transport.connect, after so many seconds.
+        DtypeError, ParameterError: `transport` is no engine, `peer` no name, `timeout` no time.
     """
-    end = time.monotonic() + timeout
+    check_engine("wait_for", transport)
+    end = time.monotonic() + check_seconds("wait_for", timeout)
     while True:
         try:
             return transport.connect(peer)

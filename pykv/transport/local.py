@@ -29,11 +29,16 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from pykv.cache_folder import check_private
-from pykv.errors import CapacityError, ParameterError, TransportError, UnsupportedError
-from pykv.options import check_whole
+from pykv.errors import (
+    CapacityError,
+    DtypeError,
+    ParameterError,
+    TransportError,
+    UnsupportedError,
+)
 from pykv.transport import messages
-from pykv.transport.messages import MOST_BYTES, Message, check_name
-from pykv.transport.region import PeerRegion, Region, size_of
+from pykv.transport.messages import MOST_BYTES, Message, check_facts, check_name, check_seconds
+from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 SUFFIXES = (".lock", ".pages", ".socket")
 _BACKLOG = 64  # messages that wait
@@ -56,7 +61,8 @@ class Local:
             at the speed of the system's cache of files.
 
     Raises:
-        ParameterError: a living process has the name, or it is none.
+        ParameterError: a living process has the name, or it or the folder's path is none.
+        DtypeError: one of them is no text or path.
         PermissionError: others can write to the folder.
         OSError: the folder cannot be made or read, or its path is too long for a socket.
         UnsupportedError: the system has no Unix sockets.
@@ -67,7 +73,7 @@ class Local:
         if fcntl is None or not hasattr(socket, "AF_UNIX"):
             raise UnsupportedError(f"{op}: this system has no Unix sockets, or no file locks")
         self.name = check_name(op, "name", name)
-        self._folder = default_folder() if folder is None else Path(folder)
+        self._folder = default_folder() if folder is None else _as_path(op, folder)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(self._folder)
         self._facts: dict[str, str] | None = None
@@ -97,12 +103,9 @@ class Local:
     # --- Pages ---
 
     def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
-        """See Transport."""
+        """See pykv.transport.Transport.register."""
         op = "Local.register"
-        count, nbytes = (
-            check_whole(op, name, n, 1, 1 << 40)
-            for name, n in (("count", count), ("nbytes", nbytes))
-        )
+        count, nbytes = check_region(op, count, nbytes, facts)
         if self._facts is not None:
             raise ParameterError(f"{op}: there is a region, expected one alone")
         size, path = size_of(count, nbytes), self._path(self.name, ".pages")
@@ -124,7 +127,7 @@ class Local:
         return Region(memory, count, nbytes, facts)
 
     def connect(self, peer: str) -> PeerRegion:
-        """See Transport."""
+        """See pykv.transport.Transport.connect."""
         op = "Local.connect"
         if self._facts is None:
             raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
@@ -138,10 +141,10 @@ class Local:
     # --- Messages ---
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
-        """See Transport."""
+        """See pykv.transport.Transport.notify."""
         op = "Local.notify"
         self._check_alive(op, peer)
-        data = messages.pack(Message(self.name, facts))
+        data = messages.pack(Message(self.name, check_facts(op, facts)))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
             to.settimeout(_PATIENCE)
             try:
@@ -151,9 +154,9 @@ class Local:
                 raise TransportError(f"{op}: {peer} takes no message: {error}") from error
 
     def messages(self, timeout: float) -> list[Message]:
-        """See Transport."""
+        """See pykv.transport.Transport.messages."""
         found: list[Message] = []
-        end = time.monotonic() + timeout
+        end = time.monotonic() + check_seconds("Local.messages", timeout)
         while True:
             wait = 0.0 if found else max(end - time.monotonic(), 0.0)
             self._socket.settimeout(wait)
@@ -167,11 +170,11 @@ class Local:
     # --- Who lives ---
 
     def is_alive(self, peer: str) -> bool:
-        """See Transport."""
+        """See pykv.transport.Transport.is_alive."""
         return _is_held(self._path(check_name("Local.is_alive", "peer", peer), ".lock"))
 
     def close(self) -> None:
-        """See Transport. What is mapped stays readable here."""
+        """See pykv.transport.Transport.close. What is mapped stays readable here."""
         if self._lock is not None:
             self._socket.close()
             self._remove(self.name)
@@ -222,6 +225,19 @@ class _File:
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
             os.close(self._fd)
+
+
+def _as_path(op: str, folder: Any) -> Path:
+    try:
+        path = Path(folder)
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except TypeError:
+        given = type(folder).__name__
+        raise DtypeError(f"{op}: folder is a {given}, expected a path") from None
+    except ValueError:
+        raise ParameterError(f"{op}: folder is {folder!a:.80}, expected a path") from None
+    return path
 
 
 def _hold(path: Path) -> int | None:

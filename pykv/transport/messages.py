@@ -17,6 +17,7 @@ import zlib
 from typing import Any, NamedTuple
 
 from pykv.errors import DtypeError, ParameterError, TransportError
+from pykv.options import check_number
 
 MAGIC = b"\x89PYKVTM\n"
 VERSION = 1
@@ -37,7 +38,8 @@ class Message(NamedTuple):
 
 
 def check_name(op: str, argument: str, name: Any) -> str:
-    """Check the name of a process: up to 40 letters, digits, dashes, underscores and dots.
+    """Check for `op` that `argument` is the name of a process: up to 40 letters, digits,
+    dashes, underscores and dots.
 
     Raises:
         ParameterError: it is another text.
@@ -51,8 +53,32 @@ def check_name(op: str, argument: str, name: Any) -> str:
     return name
 
 
+def check_facts(op: str, facts: Any) -> dict[str, Any]:
+    """Check `facts` for `op`, before something is written or sent.
+
+    Raises:
+        DtypeError: they are no dict of names, or hold what JSON does not.
+    """
+    if not isinstance(facts, dict) or not all(isinstance(name, str) for name in facts):
+        raise DtypeError(f"{op}: facts is {facts!r:.80}, expected a dict of names")
+    try:
+        json.dumps(facts)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DtypeError(f"{op}: facts hold what JSON does not: {error}") from None
+    return facts
+
+
+def check_seconds(op: str, timeout: Any) -> float:
+    """Check for `op` a `timeout`, how long a call may wait: up to a year.
+
+    Raises:
+        DtypeError, ParameterError: it is no number, or out of its range.
+    """
+    return check_number(op, "timeout", timeout, least=0, most=365 * 86400)
+
+
 def pack(message: Message) -> bytes:
-    """Its bytes."""
+    """The bytes of a `message`."""
     name, facts = message.sender.encode(), json.dumps(message.facts).encode()
     sizes = struct.pack("<2I", len(name), len(facts))
     crc = zlib.crc32(facts, zlib.crc32(name, zlib.crc32(sizes)))
@@ -60,7 +86,7 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes) -> Message:
-    """Of its bytes.
+    """The message whose bytes `data` are.
 
     Raises:
         TransportError: they are none, damaged, or of another version.

@@ -24,8 +24,8 @@ from pykv.errors import CapacityError, InstallError, ParameterError, TransportEr
 from pykv.options import check_whole
 from pykv.ranges import address_of
 from pykv.transport import messages
-from pykv.transport.messages import Message, check_name
-from pykv.transport.region import PeerRegion, Region, size_of
+from pykv.transport.messages import Message, check_facts, check_name, check_seconds
+from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
 _SCRATCH = 1 << 20  # bytes through which a peer's header and table come
@@ -64,7 +64,7 @@ class Nixl:
         self.name = check_name(op, "name", name)
         port = check_whole(op, "port", port, 1, 65535)
         self._peers = {check_name(op, "peers", peer): at for peer, at in (peers or {}).items()}
-        self._timeout, api = timeout, _load()
+        self._timeout, api = check_seconds(op, timeout), _load()
         config = api.nixl_agent_config(
             enable_listen_thread=True, listen_port=port, backends=[backend]
         )
@@ -89,11 +89,12 @@ class Nixl:
     # --- Pages ---
 
     def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
-        """See Transport."""
+        """See pykv.transport.Transport.register."""
         op = "Nixl.register"
         if self._memory is not None:
             raise ParameterError(f"{op}: there is a region, expected one alone")
-        size = size_of(check_whole(op, "count", count, 1), check_whole(op, "nbytes", nbytes, 1))
+        count, nbytes = check_region(op, count, nbytes, facts)
+        size = size_of(count, nbytes)
         try:
             self._memory = np.zeros(size, np.uint8)
         except MemoryError as error:
@@ -103,7 +104,7 @@ class Nixl:
         return Region(self._memory, count, nbytes, facts)
 
     def connect(self, peer: str) -> PeerRegion:
-        """See Transport."""
+        """See pykv.transport.Transport.connect."""
         op = "Nixl.connect"
         if self._memory is None:
             raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
@@ -163,15 +164,15 @@ class Nixl:
     # --- Messages ---
 
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
-        """See Transport."""
+        """See pykv.transport.Transport.notify."""
         op = "Nixl.notify"
         self._reach(op, peer)
-        data = messages.pack(Message(self.name, facts))
+        data = messages.pack(Message(self.name, check_facts(op, facts)))
         _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
 
     def messages(self, timeout: float) -> list[Message]:
-        """See Transport."""
-        end = time.monotonic() + timeout
+        """See pykv.transport.Transport.messages."""
+        end = time.monotonic() + check_seconds("Nixl.messages", timeout)
         while True:
             self._poll()
             if self._inbox or time.monotonic() >= end:
@@ -212,7 +213,7 @@ class Nixl:
         return bool(self._agent.check_remote_metadata(check_name("Nixl.is_alive", "peer", peer)))
 
     def close(self) -> None:
-        """See Transport."""
+        """See pykv.transport.Transport.close."""
         self._agent = self._memory = None
 
     def _reach(self, op: str, peer: str, where: Any = None) -> None:

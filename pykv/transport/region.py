@@ -29,7 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import ParameterError, TransportError
+from pykv.arrays import check_writeable
+from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, TransportError
+from pykv.options import check_whole
+from pykv.transport.messages import check_facts
 
 MAGIC = b"\x89PYKVTR\n"
 VERSION = 1
@@ -43,8 +46,28 @@ Read = Callable[[list[tuple[int, Any]]], None]
 
 
 def size_of(count: int, nbytes: int) -> int:
-    """Bytes of a region with so many rows, of so many bytes each."""
+    """Bytes of a region with `count` rows of `nbytes` each."""
     return _begin(count) + count * nbytes
+
+
+def check_region(op: str, count: Any, nbytes: Any, facts: Any) -> tuple[int, int]:
+    """Check for `op` what a region is made of, before its memory is: `count` rows of `nbytes`, and
+    `facts`; returns the numbers.
+
+    Raises:
+        ParameterError: a number is out of its range, or `nbytes` no multiple of 8.
+        DtypeError: one is no whole number, or facts are none.
+        CapacityError: nobody has such memory.
+    """
+    count, nbytes = (
+        check_whole(op, name, n, 1, _MOST) for name, n in (("count", count), ("nbytes", nbytes))
+    )
+    if nbytes % 8:
+        raise ParameterError(f"{op}: nbytes is {nbytes}, expected a multiple of 8")
+    check_facts(op, facts)
+    if size_of(count, nbytes) >= 2**63:
+        raise CapacityError(f"{op}: count and nbytes are {count} and {nbytes}, expected less")
+    return count, nbytes
 
 
 class Region:
@@ -59,12 +82,11 @@ class Region:
         rows: [count, nbytes] uint8; whoever fills one calls `drop` before, and `put` behind.
 
     Raises:
-        ParameterError: `nbytes` is no multiple of 8.
+        As check_region.
     """
 
     def __init__(self, memory: Any, count: int, nbytes: int, facts: dict[str, str]) -> None:
-        if nbytes % 8:
-            raise ParameterError(f"Region: nbytes is {nbytes}, expected a multiple of 8")
+        count, nbytes = check_region("Region", count, nbytes, facts)
         begin = _begin(count)
         self._table = memory[HEADER_BYTES : HEADER_BYTES + count * _ENTRY.itemsize].view(_ENTRY)
         self._table[...] = np.zeros((), _ENTRY)
@@ -73,11 +95,23 @@ class Region:
         memory[:HEADER_BYTES] = np.frombuffer(header, np.uint8)
 
     def drop(self, slot: int) -> None:
-        """Say that a row holds nothing."""
+        """Say that row `slot` holds nothing.
+
+        Raises:
+            ParameterError, DtypeError: there is no such row.
+        """
+        slot = check_whole("Region.drop", "slot", slot, 0, len(self.rows) - 1)
         self._table["key"][slot] = _NO_KEY
 
     def put(self, key: bytes, slot: int) -> None:
-        """Offer what a row holds."""
+        """Offer what row `slot` holds.
+
+        Raises:
+            ParameterError, DtypeError: there is no such row, or `key` is not of 16 bytes.
+        """
+        op = "Region.put"
+        slot = check_whole(op, "slot", slot, 0, len(self.rows) - 1)
+        _check_keys(op, "key", [key])
         entry = self._table[slot : slot + 1]
         generation = int(entry["generation"][0]) + 1
         entry["generation"] = generation
@@ -110,7 +144,13 @@ class PeerRegion:
         self._slots: dict[bytes, tuple[int, int, int]] = {}
 
     def exists(self, keys: list[bytes]) -> list[bytes]:
-        """The first of these keys, until one is not there now."""
+        """The first of these keys, until one is not there now.
+
+        Raises:
+            DtypeError: they are no list of keys of 16 bytes.
+            TransportError: the region cannot be read.
+        """
+        _check_keys("PeerRegion.exists", "keys", keys)
         table = np.empty(self._count, _ENTRY)
         self._read([(HEADER_BYTES, table.view(np.uint8))])
         names, numbers = (
@@ -137,7 +177,10 @@ class PeerRegion:
 
         Raises:
             TransportError: one is not what its entry says.
+            ParameterError: `exists` has found none of a key.
+            ShapeError, DtypeError: there are not as many rows as keys, or one is no such array.
         """
+        self._check(keys, rows)
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
         at = [begin + slot * self._nbytes for slot, _, _ in known]
         self._read(list(zip(at, rows, strict=True)))
@@ -154,6 +197,32 @@ class PeerRegion:
                 "does not hold"
             )
         return len(keys)
+
+    def _check(self, keys: Any, rows: Any) -> None:
+        """Check the arguments of `get`."""
+        op = "PeerRegion.get"
+        _check_keys(op, "keys", keys)
+        for key in keys:
+            if key not in self._slots:
+                raise ParameterError(f"{op}: keys has {key.hex()}, expected those of `exists`")
+        if not isinstance(rows, list | tuple):
+            raise DtypeError(f"{op}: rows is a {type(rows).__name__}, expected a list of arrays")
+        if len(rows) != len(keys):
+            raise ShapeError(f"{op}: rows has {len(rows)} arrays, expected {len(keys)} as keys")
+        for row in rows:
+            if not isinstance(row, np.ndarray) or row.dtype != np.uint8:
+                given = getattr(row, "dtype", type(row).__name__)
+                raise DtypeError(f"{op}: rows has {given}, expected NumPy arrays of uint8")
+            if row.shape != (self._nbytes,) or not row.flags.c_contiguous:
+                expected = f"[{self._nbytes}], contiguous"
+                raise ShapeError(f"{op}: rows has shape {row.shape}, expected {expected}")
+            check_writeable(op, "rows", row)
+
+
+def _check_keys(op: str, name: str, keys: Any) -> None:
+    is_list = isinstance(keys, list | tuple)
+    if not is_list or not all(isinstance(key, bytes) and len(key) == 16 for key in keys):
+        raise DtypeError(f"{op}: {name} is {keys!r:.80}, expected 16 bytes each")
 
 
 def digest(facts: dict[str, str]) -> bytes:

@@ -124,3 +124,36 @@ def test_slots_as_torch_makes_them():
     given = made("fp32")["append"]
     ours.append(**given | dict(slots=given["slots"].long()))
     np.testing.assert_array_equal(given["k_pool"][3, 0], given["k"][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_behind_work_of_the_stream(kind):
+    """Ops run on torch's current stream: they see what it has not written yet when they are called,
+    and what reads behind them sees their results."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch is a build without CUDA")
+
+    def on_gpu(given):
+        return {name: x.cuda() if torch.is_tensor(x) else x for name, x in given.items()}
+
+    given = {name: on_gpu(some) for name, some in made(kind, torch.bfloat16).items()}
+    given["decode"] |= {n: x for n, x in given["append"].items() if n in given["decode"]}
+    own = {name: arrays(kind, some) for name, some in given.items()}
+    paged_append.append(**own["append"])
+    pools = {n: x for n, x in own["append"].items() if n in own["decode"]}
+    want = paged_decode.decode(**own["decode"] | pools)
+    k, late = given["append"]["k"].clone(), torch.zeros_like(given["append"]["k"])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # clocks; some hundredths of a second
+        late.copy_(k)
+        ours.append(**given["append"] | dict(k=late))
+        got = torch.ops.pykv.decode(**given["decode"])
+        seen = got.clone().cpu()
+    assert got.is_cuda and bool(seen.float().any())
+    assert_same_bits(pykv.asarray(got), want)
+    assert_same_bits(pykv.asarray(seen), want)
+    x = given["append"]["k_pool"]
+    codes = pykv.asarray(x.view(torch.uint8) if x.dtype in FP8.values() else x)
+    assert_same_bits(codes, own["append"]["k_pool"])

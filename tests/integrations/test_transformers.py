@@ -4,6 +4,8 @@ say with transformers' own caches and attention."""
 import copy
 from inspect import signature
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, UnsupportedError
@@ -11,6 +13,7 @@ from pykv.errors import CapacityError, DtypeError, ParameterError, ShapeError, U
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from pykv.integrations import batch  # noqa: E402
 from pykv.integrations import transformers as ours  # noqa: E402
 from pykv.integrations.transformers import Cache  # noqa: E402
 
@@ -307,3 +310,74 @@ def test_masks_of_other_forms():
             mask_function=sliding,
             attention_mask=torch.tensor([[True, False, True]]),
         )
+
+
+def test_rows_are_moved_as_bits():
+    codes = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 4)  # NaN of every payload among them
+    x, rows = codes.view(ml_dtypes.bfloat16), [16383, 0, 4094]
+    some = batch.rows_of(x, rows)
+    assert some.dtype == x.dtype and (some.view(np.uint16) == codes[rows]).all()
+    back = np.zeros_like(x)
+    batch.set_rows(back, rows, some)
+    assert (back.view(np.uint16)[rows] == codes[rows]).all() and back.view(np.uint16).any(
+        1
+    ).sum() == 3
+
+
+# --- On a GPU -------------------------------------------------------------------------------------
+
+
+def moved(inputs):
+    return {name: x.cuda() for name, x in inputs.items()}
+
+
+@pytest.fixture
+def stream():
+    """A stream of torch's own, which is not CuPy's."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch is a build without CUDA")
+    yield torch.cuda.Stream()
+
+
+@pytest.mark.gpu
+@implementations
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_models_on_a_gpu(stream, implementation, padding, dtype):
+    """A prompt, with rows of padding among those that are appended and attended, and a token."""
+    own = model_of("Llama", "eager", dtype).cuda()
+    model = model_of("Llama", implementation, dtype).cuda()
+    dynamic, cache = transformers.DynamicCache(), Cache(model.config)
+    inputs = moved(prompts(padding=padding))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    longer = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+    torch.cuda.synchronize()
+    bound = 1e-4 if dtype == torch.float32 else 0.03
+    with torch.cuda.stream(stream):
+        for some, shown in ((ids, mask), (ids[:, -1:], longer)):
+            want = logits(own, dynamic, some, attention_mask=shown)
+            got = logits(model, cache, some, attention_mask=shown)
+            real = shown[:, -some.shape[1] :].bool()
+            assert got.is_cuda and got.dtype == dtype
+            assert (got - want)[real].abs().max().item() < bound
+    assert type(cache.pool.k).__module__.startswith("cupy")
+
+
+@pytest.mark.gpu
+@implementations
+@pytest.mark.parametrize("spec", ["int8", "int4", "e4m3", "fp32:HND"])
+def test_kinds_on_a_gpu(stream, implementation, spec):
+    """Forks of a prefix, which share pages until they are written, and rows that are forgotten."""
+    own, dynamic, model, cache = both(implementation, spec=spec)
+    own, model = own.cuda(), model.cuda()
+    ids = torch.randint(0, 99, (2, 40)).cuda()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for each in ((own, dynamic), (model, cache)):
+            logits(*each, ids[:, :29])
+        for first in (29, 31):
+            want = logits(own, copy.deepcopy(dynamic), ids[:, first:])
+            got = logits(model, fork := copy.deepcopy(cache), ids[:, first:])
+            assert (got - want).abs().max().item() <= max(LOSSES[spec], 1e-4)
+            fork.crop(-3)
+            assert fork.get_seq_length() == 26 + ids[:, first:].shape[1]

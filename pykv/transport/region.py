@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import ParameterError, TransportError
+from pykv.errors import CapacityError, ParameterError, TransportError
 
 MAGIC = b"\x89PYKVTR\n"
 VERSION = 1
@@ -37,7 +37,7 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
 _NO_KEY = bytes(16)
-_MOST = 1 << 40  # rows, and bytes of one
+MOST_ROWS = 1 << 22  # whose table is 256 MiB, which a reader allocates
 
 Read = Callable[[list[tuple[int, Any]]], None]
 
@@ -110,16 +110,21 @@ class PeerRegion:
         self._slots: dict[bytes, tuple[int, int, int]] = {}
 
     def exists(self, keys: list[bytes]) -> list[bytes]:
-        """The first of these keys, until one is not there now."""
-        table = np.empty(self._count, _ENTRY)
+        """The first of these keys, until one is not there now.
+
+        Raises:
+            CapacityError: there is no memory for the peer's table.
+        """
+        try:
+            table = np.empty(self._count, _ENTRY)
+        except MemoryError as error:
+            raise CapacityError(f"PeerRegion.exists: a table of {self._count} rows") from error
         self._read([(HEADER_BYTES, table.view(np.uint8))])
-        names, numbers = (
-            table["key"].tobytes(),
-            zip(table["generation"], table["checksum"], strict=True),
-        )
+        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # a peer may have millions
+        found = np.flatnonzero(np.isin(words, np.frombuffer(b"".join(keys), "<u8")[::2]))
         self._slots = {
-            names[16 * i : 16 * i + 16]: (i, int(generation), int(checksum))
-            for i, (generation, checksum) in enumerate(numbers)
+            entry["key"].tobytes(): (i, int(entry["generation"]), int(entry["checksum"]))
+            for i, entry in zip(found.tolist(), table[found], strict=True)
         }
         self._slots.pop(_NO_KEY, None)
         there = [key in self._slots for key in keys]
@@ -129,7 +134,7 @@ class PeerRegion:
         """Fill rows with pages.
 
         Args:
-            keys: of pages that `exists` found.
+            keys: of pages that the last call of `exists` found.
             rows: [nbytes] uint8 of each; those of pages that do not come hold anything.
 
         Returns:
@@ -137,7 +142,12 @@ class PeerRegion:
 
         Raises:
             TransportError: one is not what its entry says.
+            ParameterError: that did not find one.
         """
+        if unknown := [key.hex() for key in keys if key not in self._slots]:
+            raise ParameterError(
+                f"PeerRegion.get: keys has {unknown[0]}, expected what exists found"
+            )
         begin, known = _begin(self._count), [self._slots[key] for key in keys]
         at = [begin + slot * self._nbytes for slot, _, _ in known]
         self._read(list(zip(at, rows, strict=True)))
@@ -178,8 +188,8 @@ def _check_header(peer: str, header: bytes, size: int, facts: bytes, nbytes: int
         raise wrong("pages of facts", sha256.hex()[:16], f"those of {facts.hex()[:16]}, see facts")
     if row_bytes != nbytes:
         raise wrong("rows of bytes", row_bytes, nbytes)
-    if not 0 < count < _MOST or size_of(count, nbytes) > size:
-        raise wrong("rows", count, f"as many as its {size} bytes hold")
+    if not 0 < count <= MOST_ROWS or size_of(count, nbytes) > size:
+        raise wrong("rows", count, f"as many as its {size} bytes hold, {MOST_ROWS} at most")
     return int(count)
 
 

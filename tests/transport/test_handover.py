@@ -17,8 +17,8 @@ from pykv import cuda
 from pykv.errors import CapacityError, ParameterError, TransportError
 from pykv.llm import LLM, SamplingParams
 from pykv.page_arrays import moving_arrays
-from pykv.tiers import disk
 from pykv.ranges import address_of
+from pykv.tiers import disk
 from pykv.transport import Handover, Local, PeerRegion, example, handover, local, region, wait_for
 from tests.llm import tiny
 
@@ -240,15 +240,17 @@ def test_calls_of_the_llm_wait_for_no_peer(open_side, rng, monkeypatch):
         with decode.turn():
             passed.append(what)
 
-    for owner, name in ((Local, "connect"), (PeerRegion, "exists"), (PeerRegion, "get")):
-
-        def call(*args, name=name, run=getattr(owner, name)):
+    def beside(name, run):
+        def call(*args):
             thread = threading.Thread(target=look, args=[name], daemon=True)
             thread.start()
             thread.join(5)
             return run(*args)
 
-        monkeypatch.setattr(owner, name, call)
+        return call
+
+    for owner, name in ((Local, "connect"), (PeerRegion, "exists"), (PeerRegion, "get")):
+        monkeypatch.setattr(owner, name, beside(name, getattr(owner, name)))
     assert taken.take("prefill", prompt) == 32
     assert passed[:2] == ["connect", "exists"] and set(passed[2:]) == {"get"}
 

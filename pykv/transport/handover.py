@@ -275,13 +275,14 @@ class Handover:
         for read in reads:
             read.cancel()  # what has not begun, where one has failed
         wait(reads)  # or rows would be written to that are given back
-        errors = [x.exception() for x in reads if not x.cancelled() and x.exception() is not None]
-        if errors:
+        try:
+            came = [read.result() for read in reads if not read.cancelled()]
+        except BaseException:
             self._host.release(slots)
-            raise errors[0]
+            raise
         count = 0
-        for part, read in zip(parts, reads, strict=True):
-            count += read.result()
+        for part, n in zip(parts, came, strict=True):
+            count += n
             if count < min(part.stop, len(slots)):
                 break
         self._host.release(slots[count:])

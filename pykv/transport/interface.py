@@ -17,7 +17,7 @@ class Transport(Protocol):
         name: of this process, by which others know it.
 
     What goes wrong with a peer is a pykv.errors.TransportError of the call, and of no other one.
-    Not thread-safe, but for `get`.
+    Not thread-safe, but for `get`. One that is closed does nothing any more.
     """
 
     name: str
@@ -49,6 +49,9 @@ class Transport(Protocol):
     def messages(self, timeout: float) -> list[Message]:
         """What has come, once something has or so many seconds have passed. A message that is none
         is left out.
+
+        Raises:
+            TransportError: the engine itself fails.
         """
 
     def is_alive(self, peer: str) -> bool:
@@ -59,7 +62,8 @@ class Transport(Protocol):
 
 
 def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegion:
-    """Connect to a process that may not have begun yet.
+    """Connect to a process that may not have begun yet. Whatever is wrong is tried again meanwhile,
+    another model, too.
 
     Raises:
         TransportError: as Transport.connect, after so many seconds.

@@ -203,7 +203,8 @@ class Local:
 
     def _let_go(self) -> None:
         """Close what this process holds open."""
-        for each in (self._socket, *self._coming):
+        self._socket.close()
+        for each in self._coming:
             each.close()
         if self._lock is not None:
             os.close(self._lock)

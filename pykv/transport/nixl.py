@@ -154,10 +154,10 @@ class Nixl:
             handle = agent.initialize_xfer("READ", local, remote, peer)
             state = "ERR"
             try:
-                state = agent.transfer(handle)
+                state = str(agent.transfer(handle))
                 while state == "PROC" and time.monotonic() < end:
                     state = "ERR"  # if the next line raises: the transfer has failed, and is over
-                    state = agent.check_xfer_state(handle)
+                    state = str(agent.check_xfer_state(handle))
             finally:
                 if state == "PROC":
                     self._late[peer] = handle, scratch

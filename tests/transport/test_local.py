@@ -171,6 +171,7 @@ def test_silent_senders_do_not_hold_up_the_others(here, tmp_path, monkeypatch):
         to.connect(str(tmp_path / "here.pykv-socket"))
         return to
 
+    monkeypatch.setattr(local, "_PATIENCE", 60.0)
     message = Message("other", dict(a=1))
     data = local.messages.pack(message)
     silent = [connect() for _ in range(20)]

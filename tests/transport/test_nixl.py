@@ -193,8 +193,8 @@ def test_a_transfer_that_is_late_writes_to_nothing_of_ours(made, other, here, mo
     region = here.connect("other")
     assert region.exists(KEYS) == KEYS
     own.rows[...] = 9
-    monkeypatch.setattr(here, "_timeout", 0.05)
     with monkeypatch.context() as patch:
+        patch.setattr(here, "_timeout", 0.3)
         patch.setattr(Agent, "slow", True)
         patch.setattr(Agent, "released", 0)
         with pytest.raises(TransportError, match="other gave no bytes: NIXL says PROC"):

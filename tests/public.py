@@ -136,8 +136,9 @@ UNCHECKED = """
     kvtc.stream_v0.stream_bytes kvtc.stream_v0.offsets kvtc.stream_v0.row_offsets
     kvtc.stream_v0.headers kvtc.stream_v0.check_headers
     transport.handover.Handover.ask transport.interface.check_engine
-    transport.messages.Message transport.messages.check_name transport.messages.check_facts
-    transport.messages.check_seconds transport.messages.pack transport.messages.unpack
+    transport.messages.Message transport.messages.is_name transport.messages.check_name
+    transport.messages.check_facts transport.messages.check_seconds transport.messages.pack
+    transport.messages.unpack
     transport.region.size_of transport.region.check_region transport.region.digest
     transport.region.Region transport.region.PeerRegion
 """.split()

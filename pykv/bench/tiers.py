@@ -4,7 +4,7 @@
     cache    the cache of the model, which has them
     host     the host tier: full pages are copied to the cache, see pykv.tiers
     disk     files, which are read past the system's own cache
-    process  the memory of another process of this machine, see pykv.transport
+    process  shared memory, as that of another process of this machine: see pykv.transport
 
 The last tokens, up to a page, are computed in any case. A codec makes pages smaller, and not exact.
 Times are by the clock, of a whole call. Bytes are those of the full pages in their tier. The model

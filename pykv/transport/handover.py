@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from pykv import prefix_keys
+from pykv import cuda, prefix_keys
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import CapacityError, DtypeError, ParameterError, PykvError, TransportError
 from pykv.llm.generate import LLM
@@ -43,7 +44,7 @@ class Handover:
         transport: an engine, such as pykv.transport.Local; with nothing registered.
         size: bytes of host memory for pages that others may read, or that have come: the least
             recently used go first. "256MiB", or an integer.
-        timeout: seconds that an answer may take.
+        timeout: seconds that an answer may take, and all pages of a call of `take`.
 
     Attributes:
         taken_pages, taken_bytes: what came.
@@ -52,9 +53,11 @@ class Handover:
         ParameterError: the size is less than two pages, the LLM has no prefix cache, or something
             is registered.
         DtypeError: an argument has another type.
-        CapacityError: there is no such memory.
+        CapacityError: there is no such memory, or it cannot be page-locked for a GPU: then close
+            the transport, whose region is taken.
 
-    Not thread-safe; calls of the LLM may run beside it. Source: disaggregated prefill, as of
+    Not thread-safe; calls of the LLM may run beside it, and wait for no peer. For a GPU the memory
+    is page-locked until the Handover goes. Source: disaggregated prefill, as of
     DistServe (Zhong et al., OSDI 2024), vLLM's connectors and NVIDIA Dynamo.
     """
 
@@ -88,9 +91,11 @@ class Handover:
         rows = self._region.rows
         self._host = HostTier(rows)
         with llm.turn():
-            if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
-                load_cupy().cuda.runtime.hostRegister(address_of(rows), rows.nbytes, 0)
             self._moves = Moves(cache, form, rows)
+            if on_gpu(cache.k):  # copies of a GPU want memory that stays where it is
+                device = f"cuda:{load_cupy().cuda.runtime.getDevice()}"
+                _pin(f"{op}: size", rows)
+                weakref.finalize(self, _unpin, device, rows, self._moves)
         self._threads = ThreadPoolExecutor(THREADS, "pykv-transport")
 
     # --- To others ---
@@ -133,12 +138,15 @@ class Handover:
 
     def serve(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Compute prompts that others ask for, one by one, until `stop`, which is asked a few times
-        a second. What is wrong with one is said to who sent it."""
+        a second. What is wrong with one is said to who sent it. Other messages are dropped: an
+        answer that came too late must not be answered."""
         if not callable(stop):
             given = type(stop).__name__
             raise DtypeError(f"Handover.serve: stop is a {given}, expected a function")
         while not stop():
             for message in self._transport.messages(_LOOK):
+                if "request" not in message.facts:
+                    continue
                 facts = self._answer(message)
                 try:
                     self._transport.notify(message.sender, facts)
@@ -167,11 +175,14 @@ class Handover:
             prompt: a text, or token ids.
 
         Returns:
-            How many of the first tokens need no computing here.
+            How many of the first tokens need no computing here. The last one always does.
+
+        Messages of other processes that come meanwhile are dropped: one that asks should not serve.
 
         Raises:
             TransportError: the peer died, did not answer in time, refused, is of another version,
                 or has pages that are damaged or another model's.
+            CapacityError: there is no memory for the peer's table.
             As LLM.generate for the prompt.
         """
         ids = read_ids(self._llm, "prompt", prompt)
@@ -181,7 +192,7 @@ class Handover:
         facts = self._wait_for(peer, request)
         if "error" in facts:
             raise TransportError(f"Handover.ask: {peer} says: {str(facts['error'])[:500]!r}")
-        return self.take(peer, ids)
+        return self.take(peer, ids[:-1]) if len(ids) > 1 else 0
 
     def _wait_for(self, peer: str, request: str) -> dict[str, Any]:
         """What a peer answers to a request. Answers to requests that were given up are left out."""
@@ -208,30 +219,43 @@ class Handover:
         Nothing is written to the cache unless its checksum holds. Waits for a GPU.
         """
         llm, P = self._llm, self._llm.cache.page_size
-        ids, manager = read_ids(llm, "tokens", tokens), llm.cache.manager
+        ids, end = read_ids(llm, "tokens", tokens), time.monotonic() + self._timeout
+        region = self._transport.connect(peer)
+        keys = list(prefix_keys.of_pages("Handover.take", ids, P))
+        done = self._keep(ids, [], 0)
+        there = done + len(region.exists(keys[done:]))
+        while done < there:
+            if time.monotonic() > end:
+                text = f"{peer} did not give all pages in {self._timeout:g} s"
+                raise TransportError(f"Handover.take: {text}")
+            start, most = done, min(self._moves.most, there - done)
+            slots = self._read(region, keys[start : start + most])
+            try:
+                done = self._keep(ids, slots, start)
+            finally:
+                self._host.release(slots)
+            if done < start + most:
+                break  # the peer has the next no longer, or there is no free page
+        return done * P
+
+    def _keep(self, ids: list[int], slots: list[int], start: int) -> int:
+        """Write rows to the cache, which hold the pages of tokens from page `start` on. Returns how
+        many the cache has then: others may have computed some meanwhile, or have made it forget."""
+        llm, manager, P = self._llm, self._llm.cache.manager, self._llm.cache.page_size
         with llm.turn():
-            region = self._transport.connect(peer)
-            keys = list(prefix_keys.of_pages("Handover.take", ids, P))
             pages = manager.reuse(ids)
             try:
-                there = len(pages) + len(region.exists(keys[len(pages) :]))
-                while len(pages) < there:
-                    start = len(pages)
-                    most = min(self._moves.most, there - start, self._room_for(there - start))
-                    slots = self._read(region, keys[start : start + most])
-                    stop = start + len(slots)
-                    if not slots:
-                        break  # the peer has the next no longer, or there is no free page
-                    try:
-                        manager.extend(pages, start * P, stop * P)
-                        places = list(range(start, stop))
-                        self._moves.back(slots, pages[start:], places).wait()
-                    finally:
-                        self._host.release(slots)
+                first, stop = len(pages), start + len(slots)
+                if start <= first < stop and (room := self._room_for(stop - first)):
+                    stop = first + room
+                    manager.extend(pages, first * P, stop * P)
+                    places = list(range(first, stop))
+                    rows = slots[first - start : stop - start]
+                    self._moves.back(rows, pages[first:], places).wait()
                     manager.publish(pages, ids[: stop * P])
-                    self.taken_pages += len(slots)
-                    self.taken_bytes += len(slots) * self._region.rows.shape[1]
-                return len(pages) * P
+                    self.taken_pages += len(rows)
+                    self.taken_bytes += len(rows) * self._region.rows.shape[1]
+                return len(pages)
             finally:
                 manager.free(pages)
 
@@ -254,13 +278,18 @@ class Handover:
             )
             for part in parts
         ]
-        errors = [error for read in reads if (error := read.exception()) is not None]
-        if errors:  # all have ended
+        wait(reads, return_when=FIRST_EXCEPTION)
+        for read in reads:
+            read.cancel()  # what has not begun, where one has failed
+        wait(reads)  # or rows would be written to that are given back
+        try:
+            came = [read.result() for read in reads if not read.cancelled()]
+        except BaseException:
             self._host.release(slots)
-            raise errors[0]
+            raise
         count = 0
-        for part, read in zip(parts, reads, strict=True):
-            count += read.result()
+        for part, n in zip(parts, came, strict=True):
+            count += n
             if count < min(part.stop, len(slots)):
                 break
         self._host.release(slots[count:])
@@ -273,3 +302,24 @@ class Handover:
         for slot in slots:
             self._region.drop(slot)
         return slots
+
+
+def _pin(what: str, rows: Any) -> None:
+    """Page-lock memory of the host.
+
+    Raises:
+        CapacityError: it cannot be.
+    """
+    runtime = load_cupy().cuda.runtime
+    try:
+        runtime.hostRegister(address_of(rows), rows.nbytes, 0)
+    except runtime.CUDARuntimeError as error:
+        text = f"{what} asks for {rows.nbytes:,} bytes of pinned host memory: {error}"
+        raise CapacityError(text) from error
+
+
+def _unpin(device: str, rows: Any, moves: Moves) -> None:
+    """Undo `_pin` before the memory goes, which others would get as page-locked memory."""
+    with cuda.use_device(device):
+        moves.wait()
+        load_cupy().cuda.runtime.hostUnregister(address_of(rows))

@@ -17,7 +17,7 @@ class Transport(Protocol):
         name: of this process, by which others know it.
 
     What goes wrong with a peer is a pykv.errors.TransportError of the call, and of no other one.
-    Not thread-safe, but for `get`.
+    Not thread-safe, but for `get`. One that is closed does nothing any more.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Transport(Protocol):
 
         Raises:
             DtypeError, ParameterError: `timeout` is no number from 0 to a year.
+            TransportError: the engine itself fails.
         """
 
     def is_alive(self, peer: str) -> bool:
@@ -77,7 +78,8 @@ def check_engine(op: str, transport: Any) -> None:
 
 
 def wait_for(transport: Transport, peer: str, timeout: float = 60.0) -> PeerRegion:
-    """Connect to a process that may not have begun yet.
+    """Connect to a process that may not have begun yet. Whatever is wrong is tried again meanwhile,
+    another model, too.
 
     Raises:
         TransportError: as Transport.connect, after so many seconds.

@@ -1,11 +1,12 @@
 """Processes of one machine: pages in files of shared memory, messages over Unix sockets.
 
-    FOLDER/<name>.lock    held while the process lives, by the system
-    FOLDER/<name>.pages   its region, which it maps and others read
-    FOLDER/<name>.socket  where it is told things
+    FOLDER/<name>.pykv-lock    held while the process lives, by the system
+    FOLDER/<name>.pykv-pages   its region, which it maps and others read
+    FOLDER/<name>.pykv-socket  where it is told things
 
 A process that is killed leaves files whose lock nobody holds: the next one that opens the folder
-removes them. multiprocessing.shared_memory would not do: before Python 3.13 whoever attaches a
+removes them, and no file of another name. A forked child is no such process: what its parent holds
+is closed in it. multiprocessing.shared_memory would not do: before Python 3.13 whoever attaches a
 segment deletes it when it ends.
 """
 
@@ -14,9 +15,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import select
 import socket
+import stat
 import tempfile
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,11 +41,18 @@ from pykv.errors import (
     UnsupportedError,
 )
 from pykv.transport import messages
-from pykv.transport.messages import MOST_BYTES, Message, check_facts, check_name, check_seconds
+from pykv.transport.messages import (
+    MOST_BYTES,
+    Message,
+    check_facts,
+    check_name,
+    check_seconds,
+    is_name,
+)
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
-SUFFIXES = (".lock", ".pages", ".socket")
-_BACKLOG = 64  # messages that wait
+LOCK, PAGES, SOCKET = ".pykv-lock", ".pykv-pages", ".pykv-socket"
+_BACKLOG = 64  # senders at once
 _PATIENCE = 5.0  # seconds to send or receive one message
 
 
@@ -63,7 +74,7 @@ class Local:
     Raises:
         ParameterError: a living process has the name, or it or the folder's path is none.
         DtypeError: one of them is no text or path.
-        PermissionError: others can write to the folder.
+        PermissionError: others can write to the folder, or the one of this user is a link.
         OSError: the folder cannot be made or read, or its path is too long for a socket.
         UnsupportedError: the system has no Unix sockets.
     """
@@ -75,24 +86,29 @@ class Local:
         self.name = check_name(op, "name", name)
         self._folder = default_folder() if folder is None else _as_path(op, folder)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder is None:
+            _check_own(self._folder)
         check_private(self._folder)
+        self._coming: list[_Coming] = []
         self._facts: dict[str, str] | None = None
         self._nbytes = 0
-        self._lock = _hold(self._path(name, ".lock"))
+        self._lock = _hold(self._path(name, LOCK))
         if self._lock is None:
             raise ParameterError(f"{op}: name is {name!r}, expected one that no process has")
         try:
             self._clear_dead()
-            path = self._path(name, ".socket")
+            path = self._path(name, SOCKET)
             path.unlink(missing_ok=True)
-            self._path(name, ".pages").unlink(missing_ok=True)
+            self._path(name, PAGES).unlink(missing_ok=True)
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.bind(str(path))
             self._socket.listen(_BACKLOG)
+            self._socket.setblocking(False)
         except BaseException:
             self._remove(name)
             os.close(self._lock)
             raise
+        _OPEN.add(self)
 
     def __enter__(self) -> Local:
         return self
@@ -105,10 +121,11 @@ class Local:
     def register(self, count: int, nbytes: int, facts: dict[str, str]) -> Region:
         """See pykv.transport.Transport.register."""
         op = "Local.register"
+        self._check_open(op)
         count, nbytes = check_region(op, count, nbytes, facts)
         if self._facts is not None:
             raise ParameterError(f"{op}: there is a region, expected one alone")
-        size, path = size_of(count, nbytes), self._path(self.name, ".pages")
+        size, path = size_of(count, nbytes), self._path(self.name, PAGES)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             if hasattr(os, "posix_fallocate"):  # or memory that is full would end the process later
@@ -129,11 +146,12 @@ class Local:
     def connect(self, peer: str) -> PeerRegion:
         """See pykv.transport.Transport.connect."""
         op = "Local.connect"
+        self._check_open(op)
         if self._facts is None:
             raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
         self._check_alive(op, peer)
         try:
-            file = _File(peer, self._path(peer, ".pages"))
+            file = _File(peer, self._path(peer, PAGES))
         except OSError as error:
             raise TransportError(f"{op}: {peer} has no region: {error}") from error
         return PeerRegion(peer, file.read, file.size, self._facts, self._nbytes)
@@ -143,48 +161,73 @@ class Local:
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
         """See pykv.transport.Transport.notify."""
         op = "Local.notify"
+        self._check_open(op)
         self._check_alive(op, peer)
         data = messages.pack(Message(self.name, check_facts(op, facts)))
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
             to.settimeout(_PATIENCE)
             try:
-                to.connect(str(self._path(peer, ".socket")))
+                to.connect(str(self._path(peer, SOCKET)))
                 to.sendall(data)
             except OSError as error:
                 raise TransportError(f"{op}: {peer} takes no message: {error}") from error
 
     def messages(self, timeout: float) -> list[Message]:
         """See pykv.transport.Transport.messages."""
-        found: list[Message] = []
+        self._check_open("Local.messages")
         end = time.monotonic() + check_seconds("Local.messages", timeout)
         while True:
-            wait = 0.0 if found else max(end - time.monotonic(), 0.0)
-            self._socket.settimeout(wait)
+            self._accept()
+            found = [message for each in self._coming if (message := each.read()) is not None]
+            self._coming = [each for each in self._coming if each.is_open()]
+            left = end - time.monotonic()
+            if found or left <= 0:
+                return found
+            poll = select.poll()
+            for each in (self._socket, *(each.peer for each in self._coming)):
+                poll.register(each, select.POLLIN)
+            poll.poll(1e3 * min(left, 3600))
+
+    def _accept(self) -> None:
+        """Take new senders; those that have been silent longest make room."""
+        for _ in range(_BACKLOG):
             try:
                 peer, _ = self._socket.accept()
-            except (TimeoutError, BlockingIOError):
-                return found
-            with peer, suppress(TransportError, OSError):
-                found.append(messages.unpack(_receive(peer)))
+            except BlockingIOError:
+                break
+            self._coming.append(_Coming(peer))
+        for each in self._coming[:-_BACKLOG]:
+            each.close()
 
     # --- Who lives ---
 
     def is_alive(self, peer: str) -> bool:
         """See pykv.transport.Transport.is_alive."""
-        return _is_held(self._path(check_name("Local.is_alive", "peer", peer), ".lock"))
+        return _is_held(self._path(check_name("Local.is_alive", "peer", peer), LOCK))
 
     def close(self) -> None:
         """See pykv.transport.Transport.close. What is mapped stays readable here."""
         if self._lock is not None:
-            self._socket.close()
             self._remove(self.name)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what this process holds open."""
+        self._socket.close()
+        for each in self._coming:
+            each.close()
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _check_open(self, op: str) -> None:
+        if self._lock is None:
+            raise ParameterError(f"{op}: {self.name} is closed, expected one that is open")
 
     def _check_alive(self, op: str, peer: str) -> None:
         check_name(op, "peer", peer)
         if not self.is_alive(peer):
-            has = self._path(peer, ".lock").exists()
+            has = self._path(peer, LOCK).exists()
             state = "has died" if has else "is no process that is known here"
             raise TransportError(f"{op}: {peer} {state}")
 
@@ -192,18 +235,62 @@ class Local:
         return self._folder / f"{name}{suffix}"
 
     def _remove(self, name: str) -> None:
-        for suffix in (*SUFFIXES[1:], SUFFIXES[0]):  # the lock last, which says whose they are
+        for suffix in (PAGES, SOCKET, LOCK):  # the lock last, which says whose they are
             with suppress(OSError):
                 self._path(name, suffix).unlink()
 
     def _clear_dead(self) -> None:
         """Remove what killed processes left."""
-        for path in self._folder.glob("*.lock"):
-            if path.stem != self.name and not _is_held(path):
+        for path in self._folder.glob(f"*{LOCK}"):
+            if path.stem != self.name and is_name(path.stem) and not _is_held(path):
                 held = _hold(path)
                 if held is not None:
                     self._remove(path.stem)
                     os.close(held)
+
+
+_OPEN: weakref.WeakSet[Local] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """In a forked child, or its parent's locks would outlive the parent."""
+    for each in list(_OPEN):
+        each._let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+class _Coming:
+    """A message that comes, in pieces, for _PATIENCE seconds at most."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self.peer, self._parts, self._left = peer, list[bytes](), MOST_BYTES
+        self._end = time.monotonic() + _PATIENCE
+        self.close = peer.close
+
+    def is_open(self) -> bool:
+        return self.peer.fileno() >= 0
+
+    def read(self) -> Message | None:
+        """The message, once all of it is here. Closed then, and where it is none, or late."""
+        with suppress(TransportError, OSError):
+            try:
+                while part := self.peer.recv(1 << 20):
+                    self._parts.append(part)
+                    self._left -= len(part)
+                    if self._left < 0:
+                        raise TransportError("it is too long")
+                message = messages.unpack(b"".join(self._parts))
+                self.close()
+                return message
+            except BlockingIOError:
+                if time.monotonic() < self._end:
+                    return None
+        self.close()
+        return None
 
 
 class _File:
@@ -270,21 +357,13 @@ def _is_held(path: Path) -> bool:
     return False
 
 
-def _receive(peer: socket.socket) -> bytes:
-    """All that a process sends.
+def _check_own(folder: Path) -> None:
+    """Check that a folder, whose name anybody can guess, was made by this user, and is no link to
+    another one of his.
 
     Raises:
-        OSError: it takes too long.
-        TransportError: it is too much.
+        PermissionError: it is one.
     """
-    parts: list[bytes] = []
-    end, size = time.monotonic() + _PATIENCE, 0
-    while True:
-        peer.settimeout(max(end - time.monotonic(), 0.001))
-        part = peer.recv(1 << 20)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-        size += len(part)
-        if size > MOST_BYTES:
-            raise TransportError(f"transport: a message exceeds {MOST_BYTES:,} bytes")
+    found = folder.lstat()  # once: from then on nobody else can put another in its place
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it is a link, or another user's", str(folder))

@@ -47,10 +47,15 @@ def check_name(op: str, argument: str, name: Any) -> str:
     """
     if not isinstance(name, str):
         raise DtypeError(f"{op}: {argument} is a {type(name).__name__}, expected a name")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", name):
+    if not is_name(name):
         expected = "expected up to 40 letters, digits, dashes, underscores or dots"
         raise ParameterError(f"{op}: {argument} is {name!r:.80}, {expected}")
     return name
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is the name of a process."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}", name) is not None
 
 
 def check_facts(op: str, facts: Any) -> dict[str, Any]:

@@ -5,6 +5,10 @@ nixl-cu12` is 69 MB, and enough for this. Source: https://github.com/ai-dynamo/n
 
 A process listens at a port, where NIXL's own thread hands out what peers need to reach its memory.
 A region's address is asked for by a message, and answered while the peer looks for messages.
+
+Bytes come through memory that is nobody else's: a transfer that was given up may still write to it,
+and not to a page whose checksum held. NIXL lets a peer that was reached write to what is
+registered, too.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from pykv.transport.messages import Message, check_facts, check_name, check_seco
 from pykv.transport.region import PeerRegion, Region, check_region, size_of
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first one picks one of the others, by torch
-_SCRATCH = 1 << 20  # bytes through which a peer's header and table come
+_SCRATCH = 4 << 20  # bytes of one transfer at most
 _AGAIN = 1.0  # seconds after which a peer is asked once more for what it has
 _PAUSE = 2e-4  # seconds between two looks at a transfer, or for messages
 
@@ -41,7 +45,7 @@ class Nixl:
         port: where it listens, for peers; on all addresses of the host.
         peers: host and port of each process that this one asks. One that only answers needs none.
         backend: of NIXL.
-        timeout: seconds that a peer may take to be reached, and a transfer.
+        timeout: seconds that a peer may take to be reached, or to give what one call reads.
 
     Raises:
         ParameterError: a name or port is none.
@@ -72,10 +76,11 @@ class Nixl:
         if backend not in self._agent.backends:
             raise TransportError(f"{op}: NIXL has no backend {backend!r}")
         self._lock = threading.Lock()  # of transfers
+        self._late: dict[str, tuple[Any, Any]] = {}  # transfers not over, and their memory, by peer
         self._inbox: list[Message] = []
-        self._regions: dict[str, tuple[int, int]] = {}  # address and size, by request
-        self._scratch = np.zeros(_SCRATCH, np.uint8)
-        self._register(self._scratch)
+        self._asked: dict[str, tuple[str, list[int]]] = {}  # peer; address and size; by request
+        self._spares: list[Any] = []  # memory of transfers to come
+        self._registered: list[Any] = []
         self._memory: Any = None
         self._facts: dict[str, str] = {}
         self._nbytes = 0
@@ -96,10 +101,9 @@ class Nixl:
         count, nbytes = check_region(op, count, nbytes, facts)
         size = size_of(count, nbytes)
         try:
-            self._memory = np.zeros(size, np.uint8)
+            self._memory = self._register(size)
         except MemoryError as error:
             raise CapacityError(f"{op}: {size:,} bytes of host memory: {error}") from error
-        self._register(self._memory)
         self._facts, self._nbytes = dict(facts), nbytes
         return Region(self._memory, count, nbytes, facts)
 
@@ -108,55 +112,85 @@ class Nixl:
         op = "Nixl.connect"
         if self._memory is None:
             raise ParameterError(f"{op}: nothing is registered, expected a region of this process")
-        self._reach(op, peer)
+        end = time.monotonic() + self._timeout
+        self._reach(op, peer, end)
         request = secrets.token_hex(8)
-        self.notify(peer, {"region?": request})
+        where = self._asked.setdefault(request, (peer, []))[1]
 
         def is_answered() -> bool:
             self._poll()
-            return request in self._regions
+            return bool(where)
 
-        self._wait(op, peer, is_answered)
-        address, size = self._regions.pop(request)
+        try:
+            self.notify(peer, {"region?": request})
+            self._wait(op, peer, end, is_answered)
+        finally:
+            del self._asked[request]  # whose answer may still come
+        address, size = where
         descs = _call("takes no address", lambda: self._descs([(address, size)]))
-        self._reach(op, peer, descs)
+        self._reach(op, peer, end, descs)
 
         def read(parts: list[tuple[int, Any]]) -> None:
-            pieces = [(address + offset, out.reshape(-1).view(np.uint8)) for offset, out in parts]
-            self._read(peer, pieces)
+            self._read(peer, [(address + at, out.reshape(-1).view(np.uint8)) for at, out in parts])
 
         return PeerRegion(peer, read, size, self._facts, self._nbytes)
 
     def _read(self, peer: str, parts: list[tuple[int, Any]]) -> None:
-        """Fill arrays from a peer's addresses; one that is not registered by way of another."""
-        begin, end = address_of(self._memory), address_of(self._memory) + self._memory.nbytes
-        own = [x for x in parts if begin <= address_of(x[1]) < end]
+        """Fill arrays from a peer's addresses."""
+        end = time.monotonic() + self._timeout
         with self._lock:
-            if own:
-                self._transfer(peer, own)
-            for address, out in [x for x in parts if not begin <= address_of(x[1]) < end]:
+            self._check_over(peer, end)
+            for address, out in parts:
                 for at in range(0, out.nbytes, _SCRATCH):
-                    part = out[at : at + _SCRATCH]
-                    self._transfer(peer, [(address + at, self._scratch[: part.nbytes])])
-                    part[...] = self._scratch[: part.nbytes]
+                    self._transfer(peer, address + at, out[at : at + _SCRATCH], end)
 
-    def _transfer(self, peer: str, parts: list[tuple[int, Any]]) -> None:
+    def _transfer(self, peer: str, address: int, out: Any, end: float) -> None:
         agent = self._agent
+        scratch = self._spares.pop() if self._spares else self._register(_SCRATCH)
 
         def run() -> str:
-            local = self._descs([(address_of(out), out.nbytes) for _, out in parts])
-            remote = self._descs([(address, out.nbytes) for address, out in parts])
+            local = self._descs([(address_of(scratch), out.nbytes)])
+            remote = self._descs([(address, out.nbytes)])
             handle = agent.initialize_xfer("READ", local, remote, peer)
-            state: str = agent.transfer(handle)
-            end = time.monotonic() + self._timeout
-            while state == "PROC" and time.monotonic() < end:
-                state = agent.check_xfer_state(handle)
-            agent.release_xfer_handle(handle)
+            state = "ERR"
+            try:
+                state = str(agent.transfer(handle))
+                while state == "PROC" and time.monotonic() < end:
+                    state = "ERR"  # if the next line raises: the transfer has failed, and is over
+                    state = str(agent.check_xfer_state(handle))
+            finally:
+                if state == "PROC":
+                    self._late[peer] = handle, scratch
+                else:
+                    agent.release_xfer_handle(handle)
             return state
 
-        state = _call(f"reads nothing of {peer}", run)
+        try:
+            state = _call(f"reads nothing of {peer}", run)
+        finally:
+            if peer not in self._late:
+                self._spares.append(scratch)
         if state != "DONE":
             raise TransportError(f"transport: {peer} gave no bytes: NIXL says {state}")
+        out[...] = scratch[: out.nbytes]
+
+    def _check_over(self, peer: str, end: float) -> None:
+        """Let go of a transfer that was given up, if it is over; else no other one begins."""
+        if peer in self._late:
+            handle, scratch = self._late[peer]
+            try:
+                state = _call("has no state", lambda: self._agent.check_xfer_state(handle))
+            except TransportError:
+                state = "ERR"
+            if state == "PROC":
+                raise TransportError(
+                    f"transport: {peer} gave no bytes in time, and may still do so"
+                )
+            del self._late[peer]
+            self._spares.append(scratch)
+            _call("ends no transfer", lambda: self._agent.release_xfer_handle(handle))
+        if time.monotonic() > end:
+            raise TransportError(f"transport: {peer} gave no bytes in time")
 
     def _descs(self, ranges: list[tuple[int, int]]) -> Any:
         return self._agent.get_xfer_descs([(*x, 0) for x in ranges], "DRAM")
@@ -166,7 +200,7 @@ class Nixl:
     def notify(self, peer: str, facts: dict[str, Any]) -> None:
         """See pykv.transport.Transport.notify."""
         op = "Nixl.notify"
-        self._reach(op, peer)
+        self._reach(op, peer, time.monotonic() + self._timeout)
         data = messages.pack(Message(self.name, check_facts(op, facts)))
         _call(f"brings no message to {peer}", lambda: self._agent.send_notif(peer, data))
 
@@ -182,7 +216,8 @@ class Nixl:
 
     def _poll(self) -> None:
         """Take what has come; answer who asks for the region."""
-        for sender, all_data in self._agent.get_new_notifs().items():
+        found = _call("gives no messages", lambda: self._agent.get_new_notifs())
+        for sender, all_data in found.items():
             for data in all_data:
                 try:
                     message = messages.unpack(data)
@@ -194,15 +229,15 @@ class Nixl:
     def _sort(self, message: Message) -> None:
         asked, given = message.facts.get("region?"), message.facts.get("region")
         if isinstance(asked, str) and self._memory is not None:
-            where = address_of(self._memory), self._memory.nbytes
+            own = address_of(self._memory), self._memory.nbytes
             try:
-                self.notify(message.sender, {"region": asked, "at": where})
+                self.notify(message.sender, {"region": asked, "at": own})
             except TransportError:
                 pass  # it has gone meanwhile
         elif isinstance(given, str):
-            at = message.facts.get("at")
-            if isinstance(at, list) and len(at) == 2 and all(type(n) is int for n in at):
-                self._regions[given] = at[0], at[1]
+            at, (peer, where) = message.facts.get("at"), self._asked.get(given, ("", []))
+            if peer == message.sender and isinstance(at, list):
+                where[:] = at if len(at) == 2 and all(type(n) is int for n in at) else []
         elif asked is None:
             self._inbox.append(message)
 
@@ -210,41 +245,50 @@ class Nixl:
 
     def is_alive(self, peer: str) -> bool:
         """See Transport: whether it was reached."""
-        return bool(self._agent.check_remote_metadata(check_name("Nixl.is_alive", "peer", peer)))
+        return self._is_known(check_name("Nixl.is_alive", "peer", peer))
 
     def close(self) -> None:
         """See pykv.transport.Transport.close."""
-        self._agent = self._memory = None
+        self._late = {}  # handles go before their agent does, and that before its memory
+        self._agent = None
+        self._memory, self._spares, self._registered = None, [], []
 
-    def _reach(self, op: str, peer: str, where: Any = None) -> None:
+    def _is_known(self, peer: str, where: Any = None) -> bool:
+        what = f"knows nothing of {peer}"
+        return bool(_call(what, lambda: self._agent.check_remote_metadata(peer, where)))
+
+    def _reach(self, op: str, peer: str, end: float, where: Any = None) -> None:
         """Know how to reach a peer, and its memory at `where`, and have it know this process."""
         at = self._peers.get(peer)
 
-        def is_known() -> bool:
-            return bool(self._agent.check_remote_metadata(peer, where))
-
-        def asks() -> bool:
+        def ask() -> None:
             if at is not None:
                 self._agent.fetch_remote_metadata(peer, *at)
                 self._agent.send_local_metadata(*at)
-            end = time.monotonic() + _AGAIN
-            while not is_known() and time.monotonic() < end:
+
+        def asks() -> bool:
+            _call(f"reaches no {peer}", ask)
+            again = time.monotonic() + _AGAIN
+            while not (known := self._is_known(peer, where)) and time.monotonic() < again:
                 time.sleep(_PAUSE)
-            return is_known()
+            return known
 
-        if not is_known():
-            self._wait(op, peer, asks)
+        if not self._is_known(peer, where):
+            self._wait(op, peer, end, asks)
 
-    def _wait(self, op: str, peer: str, is_done: Callable[[], bool]) -> None:
-        end = time.monotonic() + self._timeout
+    def _wait(self, op: str, peer: str, end: float, is_done: Callable[[], bool]) -> None:
         while not is_done():
             if time.monotonic() > end:
                 raise TransportError(f"{op}: {peer} did not answer in {self._timeout:g} s")
             time.sleep(_PAUSE)
 
-    def _register(self, memory: Any) -> None:
-        where = [(address_of(memory), memory.nbytes, 0, "")]
+    def _register(self, size: int) -> Any:
+        """Memory that NIXL may write to, which stays until it ends."""
+        memory = np.zeros(size, np.uint8)
+        where = [(address_of(memory), size, 0, "")]
         _call("registers no memory", lambda: self._agent.register_memory(where, "DRAM"))
+        self._registered.append(memory)
+        return memory
 
 
 def _load() -> ModuleType:

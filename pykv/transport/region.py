@@ -40,7 +40,7 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8s2I2Q32s")
 _ENTRY = np.dtype([("key", "V16"), ("generation", "<u8"), ("checksum", "<u8"), ("zeros", "V32")])
 _NO_KEY = bytes(16)
-_MOST = 1 << 40  # rows, and bytes of one
+MOST_ROWS = 1 << 22  # whose table is 256 MiB, which a reader allocates
 
 Read = Callable[[list[tuple[int, Any]]], None]
 
@@ -57,16 +57,12 @@ def check_region(op: str, count: Any, nbytes: Any, facts: Any) -> tuple[int, int
     Raises:
         ParameterError: a number is out of its range, or `nbytes` no multiple of 8.
         DtypeError: one is no whole number, or facts are none.
-        CapacityError: nobody has such memory.
     """
-    count, nbytes = (
-        check_whole(op, name, n, 1, _MOST) for name, n in (("count", count), ("nbytes", nbytes))
-    )
+    count = check_whole(op, "count", count, 1, MOST_ROWS)
+    nbytes = check_whole(op, "nbytes", nbytes, 1, 1 << 40)
     if nbytes % 8:
         raise ParameterError(f"{op}: nbytes is {nbytes}, expected a multiple of 8")
     check_facts(op, facts)
-    if size_of(count, nbytes) >= 2**63:
-        raise CapacityError(f"{op}: count and nbytes are {count} and {nbytes}, expected less")
     return count, nbytes
 
 
@@ -149,17 +145,19 @@ class PeerRegion:
         Raises:
             DtypeError: they are no list of keys of 16 bytes.
             TransportError: the region cannot be read.
+            CapacityError: there is no memory for the peer's table.
         """
         _check_keys("PeerRegion.exists", "keys", keys)
-        table = np.empty(self._count, _ENTRY)
+        try:
+            table = np.empty(self._count, _ENTRY)
+        except MemoryError as error:
+            raise CapacityError(f"PeerRegion.exists: a table of {self._count} rows") from error
         self._read([(HEADER_BYTES, table.view(np.uint8))])
-        names, numbers = (
-            table["key"].tobytes(),
-            zip(table["generation"], table["checksum"], strict=True),
-        )
+        words = np.ascontiguousarray(table["key"]).view("<u8")[::2]  # a peer may have millions
+        found = np.flatnonzero(np.isin(words, np.frombuffer(b"".join(keys), "<u8")[::2]))
         self._slots = {
-            names[16 * i : 16 * i + 16]: (i, int(generation), int(checksum))
-            for i, (generation, checksum) in enumerate(numbers)
+            entry["key"].tobytes(): (i, int(entry["generation"]), int(entry["checksum"]))
+            for i, entry in zip(found.tolist(), table[found], strict=True)
         }
         self._slots.pop(_NO_KEY, None)
         there = [key in self._slots for key in keys]
@@ -169,7 +167,7 @@ class PeerRegion:
         """Fill rows with pages.
 
         Args:
-            keys: of pages that `exists` found.
+            keys: of pages that the last call of `exists` found.
             rows: [nbytes] uint8 of each; those of pages that do not come hold anything.
 
         Returns:
@@ -247,8 +245,8 @@ def _check_header(peer: str, header: bytes, size: int, facts: bytes, nbytes: int
         raise wrong("pages of facts", sha256.hex()[:16], f"those of {facts.hex()[:16]}, see facts")
     if row_bytes != nbytes:
         raise wrong("rows of bytes", row_bytes, nbytes)
-    if not 0 < count < _MOST or size_of(count, nbytes) > size:
-        raise wrong("rows", count, f"as many as its {size} bytes hold")
+    if not 0 < count <= MOST_ROWS or size_of(count, nbytes) > size:
+        raise wrong("rows", count, f"as many as its {size} bytes hold, {MOST_ROWS} at most")
     return int(count)
 
 

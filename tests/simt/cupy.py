@@ -161,6 +161,21 @@ def is_pinned(address):
     return any(first <= address < end for first, end in list(_pinned))
 
 
+_registered = {}  # address -> memory of others that is page-locked
+
+
+def _register(address, size, flags):
+    if any(address < at + len(x) and at < address + size for at, x in _registered.items()):
+        raise CUDARuntimeError("cudaErrorHostMemoryAlreadyRegistered")
+    memory = _at(address, (size,), np.uint8, (1,))
+    _registered[address] = _live[address, address + size] = memory
+
+
+def _unregister(address):
+    if _registered.pop(address, None) is None:
+        raise CUDARuntimeError("cudaErrorHostMemoryNotRegistered")
+
+
 # --- Kernels that run while the host goes on ------------------------------------------------------
 
 _beside = []  # (thread, what it raised)
@@ -230,7 +245,7 @@ def _attributes(address):
 
 
 class CUDARuntimeError(RuntimeError):
-    """Nothing here raises it."""
+    """Raised for host memory alone."""
 
 
 def enqueue(work, *args, **options):
@@ -346,6 +361,8 @@ cuda = SimpleNamespace(
         getDeviceCount=lambda: 1,
         memGetInfo=lambda: (16 << 30, 16 << 30),
         pointerGetAttributes=_attributes,
+        hostRegister=_register,
+        hostUnregister=_unregister,
         memoryTypeUnregistered=0,
         memoryTypeHost=1,
         memoryTypeDevice=2,

@@ -7,15 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from pykv.errors import ParameterError, TransportError
+from pykv import cuda
+from pykv.errors import CapacityError, ParameterError, TransportError
 from pykv.llm import LLM, SamplingParams
 from pykv.page_arrays import moving_arrays
+from pykv.ranges import address_of
 from pykv.tiers import disk
-from pykv.transport import Handover, Local, example, handover, local, region, wait_for
+from pykv.transport import Handover, Local, PeerRegion, example, handover, local, region, wait_for
 from tests.llm import tiny
 
 pytestmark = pytest.mark.skipif(local.fcntl is None, reason="this system has no file locks")
@@ -36,10 +40,10 @@ def open_side(paths, tmp_path):
     """A name's LLM and handover, on this thread."""
     opened = []
 
-    def open_side(name, model="llama", size="256KB", timeout=20.0, **options):
+    def open_side(name, model="llama", size="256KB", timeout=20.0, device="cpu", **options):
         transport = Local(name, tmp_path / "shm")
         opened.append(transport)
-        llm = LLM(paths / f"{model}.gguf", device="cpu", **options)
+        llm = LLM(paths / f"{model}.gguf", device=device, **options)
         return llm, Handover(llm, transport, size=size, timeout=timeout)
 
     yield open_side
@@ -80,20 +84,21 @@ def test_the_text_is_that_of_one_process(open_side, serve, rng, kv_dtype):
     serve(given)
     prompts = [tokens_of(rng, n) for n in (3 * P + 5, 2 * P, 5)]
     prompts.append(prompts[0][: 2 * P] + tokens_of(rng, 20))
-    for prompt, pages in zip(prompts, (3, 2, 0, 3), strict=True):
-        assert taken.ask("prefill", prompt) == pages * P
+    for prompt, pages in zip(prompts, (3, 1, 0, 3), strict=True):
+        assert taken.ask("prefill", prompt) == pages * P  # and has the last token computed
         for name, x in pages_of(prefill, prompt).items():
             got = pages_of(decode, prompt)[name]
-            assert (got.view(np.uint8) == x.view(np.uint8)).all() and got.shape[1] == pages
+            assert (got.view(np.uint8) == x[:, :pages].view(np.uint8)).all()
+            assert got.shape[1] == pages
         assert decode.generate([prompt], GREEDY) == alone.generate([prompt], GREEDY)
-        assert decode.stats.reused_tokens == (len(prompt) - 1) // P * P
-    assert taken.taken_pages == 3 + 2 + 0 + 1  # what is there does not come again
+        assert decode.stats.reused_tokens == pages * P
+    assert taken.taken_pages == 3 + 1 + 0 + 1  # what is there does not come again
     assert decode.cache.manager.num_free == decode.cache.manager.num_pages
 
 
 def test_more_than_memory_holds(open_side, serve, rng):
     """Of either side, or the pool: what fits comes, the rest is computed."""
-    prompt = tokens_of(rng, 6 * P)
+    prompt = tokens_of(rng, 6 * P + 1)
     row = 8192  # of tiny's pages, in float16
     want = open_side("alone")[0].generate([prompt], GREEDY)
     _, given = open_side("prefill", size=3 * row)
@@ -202,6 +207,135 @@ def test_codes_do_not_reach_exact_files(open_side, serve, rng, tmp_path, monkeyp
         taken.offer(tokens_of(rng, 40))
 
 
+def test_late_answers_are_not_answered(open_side, serve, rng, monkeypatch):
+    """Or two processes that both serve would answer each other for ever."""
+    sent, notify = [], Local.notify
+
+    def count(self, peer, facts):
+        sent.append(facts)
+        notify(self, peer, facts)
+
+    _, given = open_side("prefill")
+    _, taken = open_side("decode", timeout=0.05)
+    monkeypatch.setattr(Local, "notify", count)
+    with pytest.raises(TransportError, match=r"prefill did not answer in 0.05 s"):
+        taken.ask("prefill", tokens_of(rng, 40))
+    serve(given)
+    serve(taken)
+    end = time.monotonic() + 20
+    while len(sent) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert [set(facts) for facts in sent] == [{"request", "tokens"}, {"answer", "pages"}]
+
+
+def test_calls_of_the_llm_wait_for_no_peer(open_side, rng, monkeypatch):
+    prefill, given = open_side("prefill")
+    decode, taken = open_side("decode")
+    prompt, passed = tokens_of(rng, 40), []
+    prefill.generate([prompt], GREEDY)
+    given.offer(prompt)
+
+    def look(what):
+        with decode.turn():
+            passed.append(what)
+
+    def beside(name, run):
+        def call(*args):
+            thread = threading.Thread(target=look, args=[name], daemon=True)
+            thread.start()
+            thread.join(5)
+            return run(*args)
+
+        return call
+
+    for owner, name in ((Local, "connect"), (PeerRegion, "exists"), (PeerRegion, "get")):
+        monkeypatch.setattr(owner, name, beside(name, getattr(owner, name)))
+    assert taken.take("prefill", prompt) == 32
+    assert passed[:2] == ["connect", "exists"] and set(passed[2:]) == {"get"}
+
+
+@pytest.mark.parametrize("meanwhile", ["computed", "forgotten"])
+def test_the_cache_changes_while_pages_come(open_side, rng, monkeypatch, meanwhile):
+    options = dict(pool_tokens=7 * P)
+    prefill, given = open_side("prefill")
+    decode, taken = open_side("decode", **options)
+    prompt = tokens_of(rng, 5 * P + 3)
+    prefill.generate([prompt], GREEDY)
+    given.offer(prompt)
+    decode.generate([prompt[: P + 1]], GREEDY)
+    read = Handover._read
+
+    def late(self, *args):
+        monkeypatch.setattr(Handover, "_read", read)
+        tokens = prompt[: 3 * P] if meanwhile == "computed" else tokens_of(rng, 6 * P + 5)
+        decode.generate([tokens], SamplingParams(max_tokens=1, ignore_eos=True))
+        return read(self, *args)
+
+    monkeypatch.setattr(Handover, "_read", late)
+    assert taken.take("prefill", prompt) == (5 * P if meanwhile == "computed" else 0)
+    want = open_side("alone", **options)[0].generate([prompt], GREEDY)
+    assert decode.generate([prompt], GREEDY) == want
+    assert decode.stats.reused_tokens == (5 * P if meanwhile == "computed" else 0)
+    assert decode.cache.manager.num_free == decode.cache.manager.num_pages
+    assert len(taken._host._free) == len(taken._region.rows)
+
+
+def test_pages_that_come_too_slowly(open_side, rng, monkeypatch):
+    """All of a call have one deadline; once one has failed no other is read."""
+    prefill, given = open_side("prefill")
+    _, taken = open_side("decode", timeout=0)
+    prompt = tokens_of(rng, 70)
+    prefill.generate([prompt], GREEDY)
+    given.offer(prompt)
+    with pytest.raises(TransportError, match="take: prefill did not give all pages in 0 s"):
+        taken.take("prefill", prompt)
+    taken._timeout, calls = 20.0, []
+    taken._threads = ThreadPoolExecutor(1)
+    monkeypatch.setattr(handover, "THREADS", 4)
+
+    def refuse(*args):
+        calls.append(args)
+        time.sleep(0.2)
+        raise TransportError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeerRegion, "get", refuse)
+        with pytest.raises(TransportError, match="no"):
+            taken.take("prefill", prompt)
+    assert len(calls) <= 2
+    assert taken.take("prefill", prompt) == 4 * P
+    assert len(taken._host._free) == len(taken._region.rows)
+
+
+def test_memory_is_page_locked_while_it_is_used(open_side, device, rng, monkeypatch):
+    """And not after it: whoever gets it next could not lock it, or a GPU would write past it."""
+    monkeypatch.setattr(cuda, "array_module", lambda name: device)
+    runtime = device.cuda.runtime
+    prefill, given = open_side("prefill", device="auto")
+    prompt = tokens_of(rng, 2 * P + 1)
+    want = prefill.generate([prompt], GREEDY)
+    assert given.offer(prompt) == 2
+    for i in range(2):
+        decode, taken = open_side(f"decode{i}", device="auto")
+        assert taken.take("prefill", prompt) == 2 * P
+        assert decode.generate([prompt], GREEDY) == want and decode.stats.reused_tokens == 2 * P
+        rows, is_alive = taken._region.rows, weakref.ref(taken)
+        with pytest.raises(runtime.CUDARuntimeError):
+            runtime.hostRegister(address_of(rows), rows.nbytes, 0)
+        del taken
+        assert is_alive() is None
+        runtime.hostRegister(address_of(rows), rows.nbytes, 0)
+        runtime.hostUnregister(address_of(rows))
+
+    def refuse(*args):
+        raise runtime.CUDARuntimeError(2)
+
+    monkeypatch.setattr(runtime, "hostRegister", refuse)
+    with pytest.raises(CapacityError, match="Handover: size asks for .* bytes of pinned host mem"):
+        open_side("refused", device="auto")
+
+
 def test_options(open_side, paths, tmp_path):
     with pytest.raises(ParameterError, match="Handover: size is 100 bytes, expected at least"):
         open_side("small", size=100)
@@ -242,8 +376,14 @@ def test_a_process_that_dies_while_it_is_asked(open_side, other, rng, monkeypatc
 
 
 def test_the_example(paths, tmp_path, capsys):
+    """With a prompt that ends within a page, or with one."""
     options = ["--model", str(paths / "llama.gguf"), "--folder", str(tmp_path)]
-    assert example.main([*options, "--prompt", "the rain in the time of the rain in the time"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "as of one process"
+    llm = LLM(paths / "llama.gguf", device="cpu")
+    for whole in (False, True):
+        prompt = "the rain in the time of the rain in the time"
+        while bool(len(llm.tokenize(prompt)) % P) == whole:
+            prompt += "!"
+        assert example.main([*options, "--prompt", prompt]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "as of one process"
     with Local("next", tmp_path):
         assert {path.stem for path in tmp_path.iterdir()} == {"next"}

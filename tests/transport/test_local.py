@@ -75,7 +75,7 @@ def test_a_process_that_is_killed(other, here, tmp_path):
             call()
     assert region.exists([KEY]) == [KEY]  # who reads it goes on
     left = {path.name for path in tmp_path.iterdir() if path.stem == "other"}
-    assert left == {"other.lock", "other.pages", "other.socket"}
+    assert left == {"other.pykv-lock", "other.pykv-pages", "other.pykv-socket"}
     with Local("third", tmp_path):
         assert not [path for path in tmp_path.iterdir() if path.stem == "other"]
         assert here.is_alive("here") and here.is_alive("third")
@@ -121,13 +121,13 @@ def test_a_region_that_is_cut_short(here, tmp_path):
         other.register(4, 1000, FACTS).put(KEY, 2)
         region = here.connect("other")
         assert region.exists([KEY])
-        os.truncate(tmp_path / "other.pages", 4096)
+        os.truncate(tmp_path / "other.pykv-pages", 4096)
         with pytest.raises(TransportError, match="a region that was cut short"):
             region.get([KEY], [np.zeros(1000, np.uint8)])
         with pytest.raises(TransportError, match="other has rows 4, expected as many as its 4096"):
             here.connect("other")
-        os.truncate(tmp_path / "other.pages", size_before := 4096 + 4000)
-        assert (tmp_path / "other.pages").stat().st_size == size_before
+        os.truncate(tmp_path / "other.pykv-pages", size_before := 4096 + 4000)
+        assert (tmp_path / "other.pykv-pages").stat().st_size == size_before
 
 
 def test_memory_that_cannot_be_had(tmp_path, monkeypatch):
@@ -136,9 +136,9 @@ def test_memory_that_cannot_be_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with Local("here", tmp_path) as transport:
-        with pytest.raises(CapacityError, match="Local.register: 6,096 bytes of .*here.pages"):
+        with pytest.raises(CapacityError, match="Local.register: 6,096 bytes of .*here.pykv-pages"):
             transport.register(2, 1000, FACTS)
-        assert not (tmp_path / "here.pages").exists()
+        assert not (tmp_path / "here.pykv-pages").exists()
 
 
 def test_foreign_bytes_are_left_out(here, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_foreign_bytes_are_left_out(here, tmp_path, monkeypatch):
 
     def say(data, closes=True):
         to = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        to.connect(str(tmp_path / "here.socket"))
+        to.connect(str(tmp_path / "here.pykv-socket"))
         to.sendall(data)
         if closes:
             to.close()
@@ -161,6 +161,110 @@ def test_foreign_bytes_are_left_out(here, tmp_path, monkeypatch):
     say(local.messages.pack(Message("other", dict(a=1))))
     assert here.messages(5.0) == [Message("other", dict(a=1))]
     open_end.close()
+
+
+def test_silent_senders_do_not_hold_up_the_others(here, tmp_path, monkeypatch):
+    """Nor the call, whose time is its own; they are given up after a while."""
+
+    def connect():
+        to = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        to.connect(str(tmp_path / "here.pykv-socket"))
+        return to
+
+    monkeypatch.setattr(local, "_PATIENCE", 60.0)
+    message = Message("other", dict(a=1))
+    data = local.messages.pack(message)
+    silent = [connect() for _ in range(20)]
+    slow = connect()
+    slow.sendall(data[:20])
+    began = time.monotonic()
+    assert here.messages(0.1) == []
+    with connect() as to:
+        to.sendall(data)
+    assert here.messages(5.0) == [message]
+    assert time.monotonic() - began < 2
+    slow.sendall(data[20:])
+    slow.close()
+    assert here.messages(5.0) == [message] and len(here._coming) == 20
+    silent += [connect() for _ in range(local._BACKLOG)]
+    here.messages(0.0)
+    assert len(here._coming) == local._BACKLOG
+    monkeypatch.setattr(here._coming[0], "_end", 0.0)
+    here.messages(0.0)
+    assert len(here._coming) == local._BACKLOG - 1
+    for to in silent:
+        to.close()
+    here.messages(0.0)
+    assert not here._coming
+
+
+FORKED = """
+import os, sys, time
+from pykv.transport import Local
+transport = Local("other", sys.argv[1])
+child = os.fork()
+if not child:
+    transport.close()  # which is its parent's
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_is_another_process(here, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    try:
+        assert here.is_alive("other")
+        parent.kill()
+        parent.wait()
+        assert not here.is_alive("other")
+        os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+
+
+def test_one_that_is_closed(tmp_path):
+    with Local("other", tmp_path), Local("here", tmp_path) as here:
+        here.close()
+        for call in (
+            lambda: here.register(2, 1000, FACTS),
+            lambda: here.connect("other"),
+            lambda: here.notify("other", {}),
+            lambda: here.messages(0.0),
+        ):
+            with pytest.raises(ParameterError, match="here is closed, expected one that is open"):
+                call()
+        assert here.is_alive("other")
+        assert {path.stem for path in tmp_path.iterdir()} == {"other"}
+
+
+def test_files_of_others_stay(tmp_path):
+    names = ["poetry.lock", "poetry.pages", "poetry.socket", "a b.pykv-lock", "a b.pykv-pages"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "dead.pykv-lock").write_text("")
+    with Local("here", tmp_path):
+        left = {path.name for path in tmp_path.iterdir() if path.stem != "here"}
+        assert left == set(names)
+
+
+def test_the_usual_folder_is_no_link(tmp_path, monkeypatch):
+    """Which anybody can make where it lies, to another folder of this user."""
+    (tmp_path / "home").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    monkeypatch.setattr(local, "default_folder", lambda: tmp_path / "link")
+    with pytest.raises(PermissionError, match="it is a link, or another user's"):
+        Local("here")
+    assert not list((tmp_path / "home").iterdir())
+    monkeypatch.setattr(local, "default_folder", lambda: tmp_path / "new")
+    with Local("here"):
+        assert (tmp_path / "new" / "here.pykv-lock").exists()
 
 
 def test_a_folder_where_others_can_write(tmp_path):

@@ -23,6 +23,8 @@ class Agent:
 
     ports = {}
     failing = False
+    slow = False  # transfers are not over, until they are written late
+    released = 0
 
     def __init__(self, name, config):
         self.name, self.backends = name, dict.fromkeys(config.backends)
@@ -62,13 +64,15 @@ class Agent:
     def check_xfer_state(self, handle):
         if Agent.failing:
             return "ERR"
+        if Agent.slow:
+            return "PROC"
         for (to, n, _), (source, m, _) in zip(handle.local, handle.remote, strict=True):
             assert n == m
             ranges.bytes_at(to, n)[...] = ranges.bytes_at(source, n)
         return "DONE"
 
     def release_xfer_handle(self, handle):
-        pass
+        Agent.released += 1
 
     def send_notif(self, peer, data):
         self.known[peer][0].notifs.setdefault(self.name, []).append(data)
@@ -76,6 +80,10 @@ class Agent:
     def get_new_notifs(self):
         found, self.notifs = self.notifs, {}
         return found
+
+
+def refuse(*args):
+    raise RuntimeError("no")
 
 
 def config(*, enable_listen_thread, listen_port, backends):
@@ -168,13 +176,77 @@ def test_transfers_that_fail(other, here, monkeypatch):
         monkeypatch.setattr(Agent, "failing", True)
         with pytest.raises(TransportError, match="other gave no bytes: NIXL says ERR"):
             region.exists(KEYS)
-
-        def refuse(*args):
-            raise RuntimeError("no")
-
         monkeypatch.setattr(Agent, "send_notif", refuse)
         with pytest.raises(TransportError, match="NIXL brings no message to other: RuntimeError"):
             here.notify("other", {})
+
+
+@pytest.fixture
+def made(api, request):
+    if request.node.callspec.params["api"] == "installed":
+        pytest.skip("NIXL cannot be told what to do")
+
+
+def test_a_transfer_that_is_late_writes_to_nothing_of_ours(made, other, here, monkeypatch):
+    """Its memory is not used again while it may write; then the peer can be read again."""
+    own = here.register(3, N, FACTS)
+    region = here.connect("other")
+    assert region.exists(KEYS) == KEYS
+    own.rows[...] = 9
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "_timeout", 0.3)
+        patch.setattr(Agent, "slow", True)
+        patch.setattr(Agent, "released", 0)
+        with pytest.raises(TransportError, match="other gave no bytes: NIXL says PROC"):
+            region.get(KEYS, list(own.rows))
+        with pytest.raises(TransportError, match="other gave no bytes in time, and may still"):
+            region.get(KEYS, list(own.rows))
+        assert Agent.released == 0
+        ((handle, scratch),) = here._late.values()
+    here._agent.check_xfer_state(handle)  # it writes, late
+    assert scratch[0] == 5 and (own.rows == 9).all()
+    assert all(scratch is not spare for spare in here._spares)
+    assert region.get(KEYS, list(own.rows)) == 3 and not here._late
+    assert [set(row.tolist()) for row in own.rows] == [{5}, {6}, {7}]
+    assert len(here._registered) == 2 and here._spares == [scratch]  # the region, and this
+
+
+def test_a_handle_is_let_go_whatever_happens(made, other, here, monkeypatch):
+    here.register(3, N, FACTS)
+    region = here.connect("other")
+    monkeypatch.setattr(Agent, "released", 0)
+    for name in ("transfer", "check_xfer_state"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Agent, name, refuse)
+            with pytest.raises(TransportError, match="NIXL reads nothing of other: RuntimeError"):
+                region.exists(KEYS)
+    assert Agent.released == 2 and region.exists(KEYS) == KEYS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["check_remote_metadata", "fetch_remote_metadata", "send_local_metadata", "get_new_notifs"],
+)
+def test_every_error_of_nixl_is_one_of_transport(made, ports, monkeypatch, name):
+    with Nixl("here", ports[1], {"other": ("127.0.0.1", ports[0])}, timeout=0.2) as here:
+        here.register(3, N, FACTS)
+        monkeypatch.setattr(Agent, name, refuse)
+        call = here.messages if name == "get_new_notifs" else lambda _: here.connect("other")
+        with pytest.raises(TransportError, match="transport: NIXL .*: RuntimeError: no"):
+            call(0.0)
+
+
+def test_only_answers_that_were_asked_for_are_kept(made, other, here, ports):
+    """Of the peer that was asked, and while it is."""
+    here.register(3, N, FACTS)
+    region = here.connect("other")
+    with Nixl("third", 1, {"here": ("127.0.0.1", ports[1])}) as third:
+        where = here._asked.setdefault("open", ("other", []))[1]
+        third.notify("here", {"region": "open", "at": [1, 2]})
+        third.notify("here", {"region": "never asked", "at": [1, 2]})
+        assert here.messages(0.0) == [] and where == []
+        assert list(here._asked) == ["open"]
+    assert region.exists(KEYS) == KEYS
 
 
 def test_foreign_messages_are_left_out(other, here):
@@ -184,6 +256,7 @@ def test_foreign_messages_are_left_out(other, here):
         here._agent.send_notif("other", data)
     for facts in ({"region": "x", "at": [1]}, {"region": "x", "at": [True, None]}, {"region?": 1}):
         here.notify("other", facts)
+    assert not here._asked
     here.notify("other", dict(x=1))
     assert [message.facts for message in here.messages(5.0)] == [dict(said=dict(x=1))]
 

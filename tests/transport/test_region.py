@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from pykv.errors import DtypeError, ParameterError, TransportError
+from pykv.errors import CapacityError, DtypeError, ParameterError, TransportError
 from pykv.transport import messages, region
 from pykv.transport.messages import Message
 from pykv.transport.region import PeerRegion, Region, size_of
@@ -45,7 +45,10 @@ def test_pages_come_as_they_are():
     memory, own = filled()
     peer, got = peer_of(memory), np.zeros(N, np.uint8)
     assert peer.exists(KEYS) == KEYS
-    assert peer.exists([KEYS[2], bytes(16), KEYS[0]]) == KEYS[2:]
+    assert peer.exists([KEYS[2], bytes(16), KEYS[0]]) == KEYS[2:] and len(peer._slots) == 2
+    with pytest.raises(ParameterError, match=f"get: keys has {KEYS[1].hex()}, expected those of"):
+        peer.get(KEYS[1:], [got, got])
+    assert peer.exists([]) == [] and peer.exists(KEYS) == KEYS
     for key in KEYS:
         assert peer.get([key], [got]) == 1 and (got == row(key)).all()
     own.drop(1)
@@ -102,6 +105,23 @@ def test_every_flipped_bit_is_seen():
 def test_what_does_not_fit_is_refused(change, text):
     with pytest.raises(TransportError, match=text):
         peer_of(filled()[0], **change)
+
+
+def test_a_table_that_is_too_large_is_refused(monkeypatch):
+    """Whatever the peer says that it has: nothing of that size is allocated."""
+    memory = np.frombuffer(region._pack(region.MOST_ROWS + 1, N, region.digest(FACTS)), np.uint8)
+    with pytest.raises(TransportError, match="peer has rows 4194305, expected .*, 4194304 at most"):
+        peer_of(memory, size=1 << 60)
+    peer, empty = peer_of(filled()[0]), np.empty
+
+    def refuse(shape, dtype):
+        if dtype == region._ENTRY:
+            raise MemoryError
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(np, "empty", refuse)
+    with pytest.raises(CapacityError, match="PeerRegion.exists: a table of 3 rows"):
+        peer.exists(KEYS)
 
 
 def test_another_version_is_refused(monkeypatch):

@@ -181,7 +181,8 @@ def test_one_process_makes_room_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("room", [40, 3])
 def test_threads_wait_for_room(tmp_path, monkeypatch, room):
-    """Every page is written, whoever makes room, and there is never more than the limit."""
+    """Every page is written, whoever makes room, and there is never more than the limit: the
+    last to be written stay, in whatever order threads come."""
     files = tier(tmp_path, limit=room * (N + 1024))
     write = tensor_files.write
 
@@ -195,7 +196,8 @@ def test_threads_wait_for_room(tmp_path, monkeypatch, room):
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(files.write, keys, rows))  # raises what they raise
     found = np.zeros(N, np.uint8)
-    assert files.read(keys[-1], found) and (found == rows[-1]).all()
+    kept = [i for i in range(120) if files.read(keys[i], found) and (found == rows[i]).all()]
+    assert len(kept) == sum(key in files for key in keys) > 0
 
 
 def test_folders_of_an_identity_are_private(tmp_path):

@@ -202,11 +202,9 @@ FORKED = """
 import os, sys, time
 from pykv.transport import Local
 transport = Local("other", sys.argv[1])
-child = os.fork()
-if not child:
+if not os.fork():
     transport.close()  # which is its parent's
-    time.sleep(60)
-print(child, flush=True)
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 

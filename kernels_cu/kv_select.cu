@@ -27,7 +27,7 @@
 // of those that must. The word of the last row that is kept is found digit by digit. Lanes that count
 // the same digit are left to the hardware: adding them up first took a tenth longer (H200).
 //
-// A block takes 2.5 us for 1,000 scores (H200), so groups that are few and long are cut into parts.
+// A group's time grows with its scores while other SMs idle: those that are few and long are cut.
 // Their blocks meet at the ends of launches alone, and all of them find the digits that were counted.
 #include "ptx.cuh"
 #include "types.cuh"

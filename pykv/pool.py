@@ -173,7 +173,7 @@ class PagedKVCache:
             def copy_pages() -> None:
                 for array, larger in zip(old, new, strict=True):
                     # The system has not made memory of the host's zeros yet, and huge pages are
-                    # many for the first page of each layer: 0.2 s of a server's start.
+                    # many for the first page of each layer.
                     is_blank = self._xp is np and array is not None and not array.view("u1").any()
                     if larger is not array and not is_blank:
                         larger[:, :num_pages] = array

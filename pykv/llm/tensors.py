@@ -232,7 +232,7 @@ def all_finite(xp: Any, values: Any) -> Any:
     """Whether no value is NaN or infinite: a boolean, on a GPU an array of one, not waited for."""
     if xp is np and values.dtype == np.float32:
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.vdot(values, values)):  # a fifth of the time of looking at each
+            if np.isfinite(np.vdot(values, values)):  # one pass, no copy
                 return xp.ones((), bool)
     bits = values.reshape(-1).view(f"u{values.itemsize}")
     exponent = bits.dtype.type(np.array(np.inf, values.dtype).view(bits.dtype)[()])

@@ -20,7 +20,7 @@ from pykv.options import check_number, check_whole
 BLOCK, ITEMS = 512, 4  # threads, and scores that each has at once
 _PASSES, _DIGITS = 3, 2048  # a score's 32 bits are three digits
 _SIZES = dict(BLOCK=BLOCK, ITEMS=ITEMS, TALLIES=_PASSES * _DIGITS)
-LONG = 32768  # scores of a group that pay for the launches of `_in_parts`: a block takes 80 us
+LONG = 32768  # scores of a group from which parts should pay for five launches; reckoned
 _MOST = 2**31 - 1
 
 VARIANTS = [_SIZES]

@@ -23,7 +23,7 @@ _BLOCK = 256
 _STOP, _SCALE = 1, 2  # kinds of commands
 _DONE = 1  # verdict of a result; all others: refused
 _MOST_ITERATIONS = 1 << 16
-_MOST_STEPS = 1 << 32  # of a job, which is not interrupted: 0.1 s of one block
+_MOST_STEPS = 1 << 32  # of a job, which is not interrupted: reckoned as 0.1 s
 _MOST_SECONDS = 3600.0
 _LOOKS = 64  # at the ring between two at the kernel's stream, which takes longer
 

@@ -36,8 +36,8 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
             const State found = await_command(payload, beat, host, number, limit);
             if (lane < SLOT_WORDS) command[lane] = payload;
             if (lane == 0) told = found;
-            if (found == RUNNING) post_state(host, number, RUNNING);
             __threadfence_system();  // what the host has written to x ahead of the command
+            if (found == RUNNING) post_state(host, number, RUNNING);  // on its way behind the fence
         }
         __syncthreads();
         state = told;

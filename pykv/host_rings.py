@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -52,14 +51,14 @@ class Rings:
 
     def __init__(self) -> None:
         self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
-        self._words: Any = np.frombuffer(self._memory, np.uint64, _SIZE)
-        self._words[:] = 0
-        address = self._words.ctypes.data
-        self.on_gpu = from_pointer(address, (_SIZE,), np.uint64, owner=self._memory)
+        words = np.frombuffer(self._memory, np.uint64, _SIZE)
+        words[:] = 0
+        self._words = memoryview(words)  # a word takes a tenth of the time that NumPy's takes
+        self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
 
     def beat(self) -> None:
         """Tell the kernel that the host lives."""
-        self._words[_BEAT] = (int(self._words[_BEAT]) + 1) & _LOW
+        self._words[_BEAT] = (self._words[_BEAT] + 1) & _LOW
 
     def abort(self) -> None:
         """Have the kernel end before its next command."""
@@ -67,19 +66,23 @@ class Rings:
 
     def state(self) -> tuple[State, int]:
         """The kernel's state, and the number of the last command that it has taken."""
-        word = int(self._words[_STATE])
+        word = self._words[_STATE]
         return State(word & _LOW), word >> 32
 
     def post(self, number: int, payload: Sequence[int]) -> None:
         """Write a command of up to 8 integers of 32 bits."""
         at = _COMMANDS + number % SLOTS * _WORDS
-        values = np.zeros(_WORDS, np.uint64)
-        values[: len(payload)] = payload
-        self._words[at : at + _WORDS] = values | np.uint64((number & _LOW) << 32)
+        of_message = (number & _LOW) << 32
+        for i in range(_WORDS):
+            self._words[at + i] = of_message | (payload[i] if i < len(payload) else 0)
 
-    def result(self, number: int) -> np.ndarray | None:
-        """The 8 integers of a result, uint32; None where it has not come yet."""
+    def result(self, number: int) -> list[int] | None:
+        """The 8 integers of 32 bits of a result; None where it has not come yet."""
         at = _RESULTS + number % SLOTS * _WORDS
-        words = self._words[at : at + _WORDS].copy()
-        whole = bool((words >> np.uint64(32) == number & _LOW).all())
-        return words.astype(np.uint32) if whole else None
+        number &= _LOW
+        if self._words[at] >> 32 != number:
+            return None
+        words = self._words[at : at + _WORDS].tolist()
+        if any(word >> 32 != number for word in words):
+            return None
+        return [word & _LOW for word in words]

@@ -629,7 +629,7 @@ def test_results_are_those_of_the_op(xp, rng, spec, name, gives_out, gives_lse, 
 def test_grow_keeps_zeros_of_either_sign(xp):
     """Pages of zeros are not copied, as new ones hold zeros; but -0 is no such page."""
     cache = PagedKVCache(2, 1, 1, 8, spec="fp32", xp=xp)
-    cache.k[1, 0] = -0.0
+    cache.k[1, 0] = xp.asarray(np.full((16, 1, 8), -0.0, np.float32))  # CuPy fills with +0
     cache.grow(3)
     k, v = to_numpy(cache.k), to_numpy(cache.v)
     assert (

@@ -31,11 +31,14 @@ def append(
     k_pool: Tensor,
     v_pool: Tensor,
     slots: Tensor,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     spec: str | None = None,
 ) -> None:
     """Write rows [T, H, D] to slots [T] of pools [N, P, H, W], in place; see paged_append.append.
+
+    Scales are None where the kind of the pools has none. They have no default, as torch 2.11 looks
+    for every argument that an op writes among those that it was given.
 
     Raises:
         UnsupportedError: a tensor requires a gradient.

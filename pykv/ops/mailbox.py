@@ -55,8 +55,9 @@ class Mailbox:
 
     Use it as a context, which stops the kernel; it has one SM of the GPU until then. The kernel is
     loaded and its memory pinned before it is launched, on a stream that waits for no other. What
-    waits for the whole GPU meanwhile (`cudaFree`, `cudaDeviceSynchronize`, the legacy stream) waits
-    for the end of the kernel: `silence`, if this thread is the one that waits. One thread at a time
+    waits for the whole GPU meanwhile (`cudaFree`, `cudaDeviceSynchronize`, the legacy stream, the
+    first launch of a kernel, which loads it) waits for the end of the kernel: `silence`, if this
+    thread is the one that waits. So call once before what is called beside it. One thread at a time
     may use a Mailbox. NumPy arrays have no kernel: `submit` does the job.
 
     The idea of a mailbox for a persistent kernel: the project m40-llm.
@@ -153,10 +154,13 @@ class Mailbox:
 
     def wait(self, job: int) -> None:
         """Return when a job is done; it raises what `poll` does."""
-        while not self.poll(job):
+        check_whole(_OP, "job", job, 1, self._submitted)
+        while True:
+            self.beat()
             for _ in range(_LOOKS):
                 if self._is_done(job):
                     return
+            self._check_open()
 
     def beat(self) -> None:
         """Say that the host lives, without asking for anything."""

@@ -314,8 +314,10 @@ def _pin(what: str, rows: Any) -> None:
     try:
         runtime.hostRegister(address_of(rows), rows.nbytes, 0)
     except runtime.CUDARuntimeError as error:
-        text = f"{what} asks for {rows.nbytes:,} bytes of pinned host memory: {error}"
-        raise CapacityError(text) from error
+        raise CapacityError(
+            f"{what} asks for {rows.nbytes:,} bytes of pinned host memory: {error}; files in a "
+            "folder on a disk cannot be pinned, those in memory, as in /dev/shm, can"
+        ) from error
 
 
 def _unpin(device: str, rows: Any, moves: Moves) -> None:

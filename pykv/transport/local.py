@@ -69,7 +69,8 @@ class Local:
     Args:
         name: of this process.
         folder: which all of them share; None: one of this user, in memory. On a disk it works, too,
-            at the speed of the system's cache of files.
+            at the speed of the system's cache of files, but for a cache on a GPU, which needs
+            pinned memory: systems pin none of files on a disk.
 
     Raises:
         ParameterError: a living process has the name, or it or the folder's path is none.

@@ -40,7 +40,7 @@ def made(kind, dtype=torch.float32):
     seen = dict(page_table=torch.tensor([[3, -1], [0, 2]], **int32))
     seen["lengths"] = torch.tensor([2, 3], **int32)
     return dict(
-        append=cache | new,
+        append=dict(k_scales=None, v_scales=None) | cache | new,
         decode=cache | seen | dict(q=numbers(2, 4, 16, dtype=dtype)),
         prefill=cache
         | seen

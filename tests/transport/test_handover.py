@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,12 +38,20 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture
-def open_side(paths, tmp_path):
+def folder():
+    """For files in memory, which can be pinned, as those of a disk cannot."""
+    base = local.default_folder().parent
+    with tempfile.TemporaryDirectory(prefix="pykv-test-", dir=base) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def open_side(paths, folder):
     """A name's LLM and handover, on this thread."""
     opened = []
 
     def open_side(name, model="llama", size="256KB", timeout=20.0, device="cpu", **options):
-        transport = Local(name, tmp_path / "shm")
+        transport = Local(name, folder)
         opened.append(transport)
         llm = LLM(paths / f"{model}.gguf", device=device, **options)
         return llm, Handover(llm, transport, size=size, timeout=timeout)
@@ -348,9 +358,9 @@ def test_options(open_side, paths, tmp_path):
 
 
 @pytest.fixture
-def other(paths, tmp_path):
+def other(paths, folder):
     command = [sys.executable, "-W", "error", "-m", "pykv.transport.example", "--prefill", "other"]
-    command += ["--model", str(paths / "llama.gguf"), "--folder", str(tmp_path / "shm")]
+    command += ["--model", str(paths / "llama.gguf"), "--folder", str(folder)]
     process = subprocess.Popen(command)
     yield process
     process.kill()

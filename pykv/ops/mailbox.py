@@ -6,8 +6,10 @@ Kernel: kernels_cu/mailbox.cu; pykv/host_rings.py describes what host and kernel
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,7 +151,7 @@ class Mailbox:
         self.beat()
         if self._is_done(job):
             return True
-        self._check_open()
+        self._check_open(self._has_ended)
         return False
 
     def wait(self, job: int) -> None:
@@ -160,7 +162,7 @@ class Mailbox:
             for _ in range(_LOOKS):
                 if self._is_done(job):
                     return
-            self._check_open()
+            self._check_open(self._has_ended)
 
     def beat(self) -> None:
         """Say that the host lives, without asking for anything."""
@@ -238,13 +240,14 @@ class Mailbox:
             if result[0] != _DONE:
                 self._refused.add(self._taken)
 
-    def _check_open(self) -> None:
-        """Raise where no kernel will do another job."""
+    def _check_open(self, has_ended: Callable[[], bool] = lambda: False) -> None:
+        """Raise where no kernel will do another job: by its own word, or as the driver says, which
+        takes as long as a job and is asked while one waits."""
         if not self._is_open:
             raise DeviceError(f"{_OP}: it is stopped, expected a Mailbox that is not")
         if self._rings is None:
             return
-        if self._rings.state()[0] > State.RUNNING or self._has_ended():
+        if self._rings.state()[0] > State.RUNNING or has_ended():
             self._is_open = False
             self._wait_for_end()
             self._take()
@@ -283,7 +286,8 @@ _check = checker(_OP, x=("R N", FLOAT32))
 
 
 def _bits(name: str, value: Any) -> int:
-    return int(np.float32(check_number(_OP, name, value)).view(np.uint32))
+    of_float = array("f", [check_number(_OP, name, value)])  # a third of the time of NumPy's
+    return int.from_bytes(of_float.tobytes(), sys.byteorder)
 
 
 def reference(x: Any, scale: Any, bias: Any, iterations: int) -> None:

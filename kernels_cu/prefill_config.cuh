@@ -1,19 +1,15 @@
 // prefill_config.cuh: operand types of prefill_mma, and where things lie in its shared memory.
 #include "attention.cuh"
-#include "mma.cuh"
+#include "mma_rows.cuh"
 #include "softmax.cuh"
 
 static_assert(D % 16 == 0 && D <= 256, "whole steps of mma, and sums that fit the registers");
-constexpr bool K_HAS_CODES = LARGEST<K_T> > 0.0f, V_HAS_CODES = LARGEST<V_T> > 0.0f;
+constexpr bool V_HAS_CODES = LARGEST<V_T> > 0.0f;
 constexpr bool HAS_CODES = K_HAS_CODES || V_HAS_CODES;
 
 // Terms of operands. Results of 16-bit queries are rounded to 16 bits, so their sums may stay in
 // the mma, which truncates below their last place.
-using KM = Operand<K_T>::Type;
 using VM = Operand<V_T>::Type;
-constexpr bool Q_IS_16BIT = sizeof(Q_T) == 2;
-constexpr bool Q_IS_EXACT = Q_IS_16BIT && IS_BF16<Q_T> == IS_BF16<KM>;
-constexpr int Q_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<KM> && !IS_BF16<Q_T>) : 2 + IS_BF16<KM>;
 constexpr int P_TERMS = Q_IS_16BIT ? 1 + (IS_BF16<VM> && !IS_BF16<Q_T>) : 2 + IS_BF16<VM>;
 
 constexpr float P_HEADROOM = IS_BF16<VM> ? 0.0f : HEADROOM;  // of weights
@@ -24,25 +20,6 @@ constexpr int WARP_ROWS = ROWS / WARPS;
 constexpr int ROW_TILES = WARP_ROWS / 16;  // of the matrices A of a warp
 static_assert(ROWS == WARPS * 16 * ROW_TILES && ROW_TILES <= 2, "whole tiles that registers hold");
 static_assert(KEYS % 16 == 0 && KEYS <= (D <= 128 ? 64 : 32), "whole steps of mma");
-
-// Rows of BYTES in shared memory, swizzled so that the same 16-byte chunk of eight consecutive rows
-// lies on different banks. Chunks move within lines of 128 bytes, because a copy of one line into
-// parts of two is two requests; rows of other sizes are padded instead.
-template <int BYTES> struct Swizzled {
-    static constexpr int CHUNKS = BYTES / 16;
-    static constexpr bool HAS_SWIZZLE = CHUNKS % 8 == 0;
-    static constexpr int PITCH = BYTES + (CHUNKS % 2 || HAS_SWIZZLE ? 0 : 16);
-    static_assert(BYTES % 16 == 0 && PITCH / 16 % 2 + HAS_SWIZZLE > 0, "all banks serve eight rows");
-
-    static __device__ __forceinline__ int place(int row, int chunk) {
-        return row * PITCH + (HAS_SWIZZLE ? chunk ^ row % 8 : chunk) * 16;
-    }
-    // The place of the same chunk `rows` further, where the two numbers of rows share no bit.
-    static __device__ __forceinline__ int further(int place, int rows) {
-        return (HAS_SWIZZLE ? place ^ rows % 8 * 16 : place) + rows * PITCH;
-    }
-};
-using Halves = Swizzled<2 * D>;
 
 template <typename T> constexpr int RAW_BYTES = D / PACKED<T> * (int)sizeof(T);  // of a row
 

@@ -7,22 +7,6 @@
 
 #if __CUDA_ARCH__ >= 750  // older SMs get an empty kernel, which the host never launches
 
-// The address that a lane passes to ldmatrix: row `row`, chunk `upper` of a pair of chunks. Rows of
-// other matrices are a constant offset away.
-struct Reader {
-    const u8* row;
-    u32 swizzle;
-
-    __device__ __forceinline__ Reader(const u8* rows, int row, int upper)
-        : row(rows + row * Halves::PITCH),
-          swizzle((Halves::HAS_SWIZZLE ? upper ^ row % 8 : upper) * 16) {}
-
-    __device__ __forceinline__ const u8* at(int pair) const {
-        return Halves::HAS_SWIZZLE ? row + (pair % 4 * 32 ^ swizzle) + pair / 4 * 128
-                                   : row + swizzle + pair * 32;
-    }
-};
-
 // Stores this warp's queries to shared memory, rounded to terms. A factor applies the sign of the
 // scale and, where f16 cannot hold every q, brings the largest of a row to 128 .. 256; `units` is
 // its inverse.

@@ -43,29 +43,6 @@ __device__ __forceinline__ void copy_rows(u8* to, const T* pool, i64 offset, i64
     }
 }
 
-// The codes of a word as f16, in their order.
-template <typename T> __device__ __forceinline__ void word_to_halves(u32* to, u32 word) {
-    constexpr int PAIRS = PER_WORD<T> / 2;
-    u32 pairs[PAIRS];
-    to_pairs(pairs, word, T{});
-#pragma unroll
-    for (int p = 0; p < PAIRS; p += 2) {
-        if constexpr (PAIRS_ADJACENT<T>) {
-            to[p] = pairs[p], to[p + 1] = pairs[p + 1];
-        } else {
-            to[p / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x5410);
-            to[(p + PAIRS) / 2] = __byte_perm(pairs[p], pairs[p + 1], 0x7632);
-        }
-    }
-}
-
-template <typename T> __device__ __forceinline__ uint4 to_halves(const Eight<T>& eight) {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 2 / PACKED<T>; i++) word_to_halves<T>(words + 2 * i, eight.words[i]);
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 template <typename T> __device__ __forceinline__ void decode_tile(u8* tile, const u8* raw) {
     if constexpr (LARGEST<T> > 0.0f) {
         constexpr int EIGHTS = D / 8, STEP = THREADS / EIGHTS;  // of a row; rows at a time

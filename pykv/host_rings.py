@@ -53,7 +53,7 @@ class Rings:
         self._memory = load_cupy().cuda.alloc_pinned_memory(8 * _SIZE)
         words = np.frombuffer(self._memory, np.uint64, _SIZE)
         words[:] = 0
-        self._words = memoryview(words)  # a word takes a tenth of the time that NumPy's takes
+        self._words = words.data  # a word takes a tenth of the time that NumPy's takes
         self.on_gpu = from_pointer(words.ctypes.data, (_SIZE,), np.uint64, owner=self._memory)
 
     def beat(self) -> None:

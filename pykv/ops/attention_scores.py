@@ -2,7 +2,8 @@
 
 Dimensions: B sequences, T queries of each, HQ query heads, H KV heads, G = HQ / H, D head size, W
 elements that D codes take, N pages in the pool, P tokens a page, M pages a sequence can have.
-Kernel: kernels_cu/attention_scores.cu.
+Kernels: kernels_cu/attention_scores_mma.cu on tensor cores, for the kinds, head sizes and query
+rows that `pykv.ops.attention_scores_mma` covers; kernels_cu/attention_scores.cu for all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from pykv import attention, cuda
 from pykv.arrays import FLOAT32, Dims, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
+from pykv.ops import attention_scores_mma as mma
 from pykv.ops import paged_check
 from pykv.options import check_flag
 from pykv.specs import KVSpec, spec_of
@@ -183,15 +185,21 @@ def _launch(
     lse_base: str,
 ) -> cuda.Launch:
     """The launch for arrays that are checked."""
-    H = dims["H"]
-    defines = attention.kernel_defines(spec, scores, arrays) | _SIZES
+    H, D = dims["H"], dims["D"]
+    defines = attention.kernel_defines(spec, scores, arrays)
     del defines["V_T"]
     scalars = attention.kernel_scalars(spec, scores, dims, arrays)
     scalars |= attention.query_scalars(scores, dims, arrays["q"])
     scalars |= dict(HQ=dims["HQ"], H=H, P=dims["P"], accumulate=accumulate)
+    rows = dims["HQ"] // H * dims.get("T", 1)
+    covered = mma.covers(cuda.current_sm(), spec.k, D, rows)
+    if covered and attention.whole_vectors(arrays["k_pool"]):
+        name, sizes = "attention_scores_mma", mma.block_sizes(D)
+    else:
+        name, sizes = "attention_scores", _SIZES
     return cuda.Launch(
-        cuda.kernel("attention_scores", "attention_scores", **defines),
-        grid=dims["B"] * H * -(-scalars["capacity"] // _SIZES["KEYS"]),
-        block=_SIZES["BLOCK"],
+        cuda.kernel(name, name, **defines, **sizes),
+        grid=dims["B"] * H * -(-scalars["capacity"] // sizes["KEYS"]),
+        block=sizes["BLOCK"],
         scalars=scalars | dict(lse_unit=1.0 if lse_base == "2" else attention.LOG2_E),
     )

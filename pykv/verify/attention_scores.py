@@ -24,10 +24,17 @@ def cases_of(spec: KVSpec, rng: np.random.Generator, xp: Any) -> Cases:
     yield _case(spec, 128, 4, rng, xp)
 
 
-def _case(spec: KVSpec, D: int, G: int, rng: np.random.Generator, xp: Any) -> Case:
+def case_of_many(spec: KVSpec, T: int, rng: np.random.Generator, xp: Any, **options: Any) -> Case:
+    """T queries of each sequence."""
+    return _case(spec, 64, 4, rng, xp, T, **options)
+
+
+def _case(
+    spec: KVSpec, D: int, G: int, rng: np.random.Generator, xp: Any, *T: int, **rest: Any
+) -> Case:
     cache = paged.filled(rng, spec, [1, 16, 0, 600], 16, 2, D)
-    options: Any = dict(scale=0.1, window=500)
-    q = rng.standard_normal((4, 2 * G, D)).astype(np.float32)
+    options: Any = dict(scale=0.1, window=500, **rest)
+    q = rng.standard_normal((4, *T, 2 * G, D)).astype(np.float32)
     _, lse = attention.decode(q, cache, spec, np.float64, **options)
     sent = paged.send(xp, {x: cache[x] for x in ("k_pool", "k_scales", "page_table", "lengths")})
     rounded = lse.astype(np.float32)
@@ -36,7 +43,8 @@ def _case(spec: KVSpec, D: int, G: int, rng: np.random.Generator, xp: Any) -> Ca
     )
     low = attention.score(q, cache, spec, rounded, np.float32, **options)
     exact = attention.score(q, cache, spec, lse, np.float64, **options)
-    return f"D={D} G={G} {spec}", *error_and_bound(got, low, exact)
+    name = " ".join([f"D={D} G={G} {spec}", *(f"T={n}" for n in T), *rest])
+    return name, *error_and_bound(got, low, exact)
 
 
 def _options(rng: np.random.Generator, xp: Any) -> Cases:

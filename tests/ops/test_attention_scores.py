@@ -20,6 +20,12 @@ CASES = (
     {"lengths": (1, 0, 256, 257, 600)},
     {"T": 3, "window": 20},
     {"T": 4, "causal": False},
+    # Rows enough for tensor cores.
+    *({"T": 11, "spec": spec} for spec in ("bf16", "int8:head:HND")),
+    *({"T": 7, "spec": spec, "D": 32} for spec in ("int8", "int4", "e4m3", "e5m2")),
+    *({"T": 6, "D": D, "lengths": (129, 0, 200)} for D in (16, 80, 128, 256)),
+    {"T": 17, "G": 8, "P": 17, "window": 20, "lengths": (1, 0, 128, 129, 600)},
+    {"T": 9, "causal": False, "window": None, "logits_soft_cap": 2.0},
 )
 
 

@@ -49,6 +49,7 @@ __device__ __forceinline__ void post_result(u64* host, u32 number, u32 payload) 
                (u64)number << 32 | payload);
 }
 
-__device__ __forceinline__ void post_state(u64* host, u32 number, State state) {
-    if (threadIdx.x == 0) store_host(host + STATE, (u64)number << 32 | state);
+// A store on its way to the host is what the next fence waits for: not for every job.
+__device__ __forceinline__ void post_state(u64* host, State state) {
+    if (threadIdx.x == 0) store_host(host + STATE, state);
 }

@@ -28,6 +28,7 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
     const bool talks = threadIdx.x < WARP;
     const int lane = threadIdx.x % WARP;
     State state = RUNNING;
+    post_state(host, state);
     u32 number = first;
     u64 beat = 0;
     for (; state == RUNNING; number++) {
@@ -37,7 +38,6 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
             if (lane < SLOT_WORDS) command[lane] = payload;
             if (lane == 0) told = found;
             __threadfence_system();  // what the host has written to x ahead of the command
-            if (found == RUNNING) post_state(host, number, RUNNING);  // on its way behind the fence
         }
         __syncthreads();
         state = told;
@@ -65,5 +65,5 @@ mailbox(float* x, u64* host, u32 first, int R, int N, u64 limit) {
         }
         if (is_stop) state = STOPPED;
     }
-    post_state(host, number, state);
+    post_state(host, state);
 }

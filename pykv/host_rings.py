@@ -4,7 +4,7 @@ Layout, in words of 8 bytes (kernels_cu/host_ring.cuh has the kernel's side):
 
     0    beat       counts the host's calls: where it stands still for too long, the kernel ends
     1    abort      1: the kernel ends before its next command
-    16   state      low half a `State`, high half the number of the last command it has taken
+    16   state      a `State`
     32   commands   SLOTS slots of 8 words, host to kernel
     ...  results    SLOTS slots of 8 words, kernel to host
 
@@ -64,10 +64,9 @@ class Rings:
         """Have the kernel end before its next command."""
         self._words[_ABORT] = 1
 
-    def state(self) -> tuple[State, int]:
-        """The kernel's state, and the number of the last command that it has taken."""
-        word = self._words[_STATE]
-        return State(word & _LOW), word >> 32
+    def state(self) -> State:
+        """What the kernel said last of itself."""
+        return State(self._words[_STATE])
 
     def post(self, number: int, payload: Sequence[int]) -> None:
         """Write a command of up to 8 integers of 32 bits."""

@@ -34,7 +34,8 @@ VARIANTS_SMS = range(0)  # none at import: compiled by the first Mailbox
 
 
 class Counts(NamedTuple):
-    """Jobs of a Mailbox by their states."""
+    """Jobs of a Mailbox by their states; the first that is not done is running, as the kernel does
+    one after another."""
 
     pending: int
     running: int
@@ -173,10 +174,8 @@ class Mailbox:
         """How many jobs are in which state."""
         self.beat()
         self._take()
-        reached = self._submitted
-        if self._rings is not None:
-            reached = max(self._taken, min(self._rings.state()[1], self._submitted))
-        return Counts(self._submitted - reached, reached - self._taken, self._taken)
+        left = self._submitted - self._taken
+        return Counts(max(left - 1, 0), min(left, 1), self._taken)
 
     def stop(self, *, drain: bool = True) -> None:
         """End the kernel, after the jobs that wait if `drain`; again without effect.
@@ -247,7 +246,7 @@ class Mailbox:
             raise DeviceError(f"{_OP}: it is stopped, expected a Mailbox that is not")
         if self._rings is None:
             return
-        if self._rings.state()[0] > State.RUNNING or has_ended():
+        if self._rings.state() > State.RUNNING or has_ended():
             self._is_open = False
             self._wait_for_end()
             self._take()
@@ -255,7 +254,7 @@ class Mailbox:
 
     def _why_ended(self, lost: int) -> str:
         assert self._rings is not None
-        state = self._rings.state()[0]
+        state = self._rings.state()
         why = {State.SILENT: f"it heard nothing of the host for {self._silence} s"}
         return (
             f"{_OP}: the kernel has ended, {why.get(state, state.name.lower())}; {lost} jobs are "

@@ -7,12 +7,13 @@ launch took, and from which byte on; equal layouts then cost a lookup and the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pykv import overlaps
 from pykv.arrays import Dims, limit
-from pykv.cuda.calls import enqueue, is_capturing, is_preparing, is_tracing, traced
+from pykv.cuda.calls import enqueue, is_capturing, is_preparing, state
 from pykv.cuda.launch import Launch
 
 
@@ -72,7 +73,7 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
     cannot be told which is meant; and where arrays share memory with one that is written, so that
     it is `call` which allows or refuses that.
     """
-    if is_preparing() or is_capturing() or is_tracing():
+    if is_preparing() or is_capturing() or state.traced is not None:
         call()
         return
 
@@ -81,7 +82,7 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
     def make() -> _Plan:
         nonlocal is_new
         is_new = True
-        with traced() as steps:
+        with _traced() as steps:
             call()
         found = [_moved(x[0], x[1], arrays) if isinstance(x, tuple) else x for x in steps]
         return _Plan(found, arrays)
@@ -104,6 +105,17 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
             step()
 
     enqueue(take)
+
+
+@contextmanager
+def _traced() -> Iterator[list[Any]]:
+    """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
+    steps as they are, None for one with a stream of its own."""
+    state.traced = []
+    try:
+        yield state.traced
+    finally:
+        state.traced = None
 
 
 def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Moved | None:

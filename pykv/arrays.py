@@ -171,7 +171,7 @@ class _Checker:
         """The sizes of a new layout, and which of its arrays must lie apart."""
         dims = _check(self._op, self._rules, arrays)
         for i, written in self._writes:
-            if arrays[i] is not None and overlaps.folds(arrays[i]):
+            if arrays[i] is not None and overlaps.repeats(arrays[i]):
                 raise ShapeError(
                     f"{self._op}: {written.name} has strides {arrays[i].strides} for shape "
                     f"{arrays[i].shape}, expected no two elements at one place, as it is written"

@@ -129,16 +129,11 @@ def is_same(x: Any, y: Any) -> bool:
     return bool(first == second)
 
 
-def folds(array: Any) -> bool:
-    """Whether strides may put two elements of an array at one place; of dimensions that are nested
-    in some order, as of all pools and their views, none do."""
-    end = array.itemsize
-    steps = [(abs(step), n) for n, step in zip(array.shape, array.strides, strict=True) if n > 1]
-    for step, n in sorted(steps):
-        if step < end:
-            return bool(array.size)
-        end += (n - 1) * step
-    return False
+def repeats(array: Any) -> bool:
+    """Whether elements of an array are at one place because it was broadcast. Other strides may do
+    so too, on purpose: pykv.eviction sees heads as pages, which share the rest of a page."""
+    steps = zip(array.shape, array.strides, strict=True)
+    return bool(array.size) and any(n > 1 and step == 0 for n, step in steps)
 
 
 def _bounds(array: Any) -> tuple[int, int]:

@@ -28,15 +28,13 @@ def test_sharing_is_that_of_bytes(rng):
         pairs = overlaps.pairs_of([x, y], {0: {1: False}})
         addresses = [a.__array_interface__["data"][0] for a in (x, y)]
         assert bool(overlaps.find_shared(pairs, [x, y], addresses)) == want  # by bounds first
-        places = x.ravel().tolist()
-        if not overlaps.folds(x):
-            assert len(set(places)) == len(places)
-        met.add((want, overlaps.folds(x)))
+        if overlaps.repeats(x):
+            assert len(set(x.ravel().tolist())) < x.size
+        met.add((want, overlaps.repeats(x)))
     assert len(met) == 4
 
 
-@pytest.mark.parametrize("page", [1 << 20, 100_003])
-def test_views_of_pools_lie_apart(xp, page):
+def test_views_of_pools_lie_apart(xp):
     """K and V in one pool, side by side in pages, tokens or heads, and scales behind their rows."""
     N, P, H, D = 3, 4, 2, 32
     pool = xp.zeros((N, 2, P, H, D), np.float16)
@@ -44,7 +42,7 @@ def test_views_of_pools_lie_apart(xp, page):
     of_rows = [rows[:, :, i, :, :D] for i in range(2)] + [rows[..., i, :, D:] for i in range(2)]
     for views in ([pool[:, 0], pool[:, 1]], of_rows, [rows[..., 0, :], rows[..., 1, :]]):
         for i, x in enumerate(views):
-            assert not overlaps.folds(x) and overlaps.share(x, x)
+            assert not overlaps.repeats(x) and overlaps.share(x, x)
             assert not any(overlaps.share(x, y) for y in views[:i])
     assert overlaps.share(pool[:, 0], pool[1:]) and overlaps.share(pool[1:2], pool[:, 1])
 

@@ -35,7 +35,7 @@ def counted(number: int, thing: str) -> str:
     >>> counted(1, "token"), counted(2000, "token")
     ('1 token', '2,000 tokens')
     """
-    return f"{number:,} {thing}{'s' * (number != 1)}"
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -243,10 +243,10 @@ def _check_blocks_on_host(
     of_row = np.repeat(np.maximum(rows, 0).astype(np.int64), len(chosen) // len(rows))
     if ((old < 0) | (old.astype(np.int64) * tokens > of_row)).any():
         raise ParameterError(f"{op}: old is {old}, expected 0 to the whole blocks of each sequence")
-    if (counts > chosen.shape[1]).any():
-        raise ParameterError(f"{op}: counts are {counts}, expected at most C={chosen.shape[1]}")
-    counted = np.arange(chosen.shape[1]) < counts[:, None]
-    if (counted & ((chosen < 0) | (chosen >= old[:, None]))).any():
+    if ((counts < 0) | (counts > chosen.shape[1])).any():
+        raise ParameterError(f"{op}: counts are {counts}, expected 0 to C={chosen.shape[1]}")
+    count = np.arange(chosen.shape[1]) < counts[:, None]
+    if (count & ((chosen < 0) | (chosen >= old[:, None]))).any():
         raise ParameterError(f"{op}: chosen is {chosen}, expected blocks from 0 to below old")
     pages = counts * block_pages + -(-of_row // page_size) - old * block_pages
     if pages.max() > M:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from pykv import install
+from pykv import install, overlaps
 from pykv.errors import (
     DeviceError,
     DtypeError,
@@ -24,6 +24,7 @@ from pykv.errors import (
     ShapeError,
     UnsupportedError,
 )
+from pykv.overlaps import Written
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -46,6 +47,8 @@ class Dims(dict[str, int]):
     def __init__(self) -> None:
         super().__init__()
         self.layouts = object()
+        self.pairs: list[overlaps.Pair] = []  # of which one is written, see pykv.overlaps
+        self.apart: set[tuple[int, ...]] = set()  # addresses of which these are known to be apart
         self._kept: dict[Any, Any] = {}
 
     def keep(self, options: Any, make: Callable[[], Any]) -> Any:
@@ -66,13 +69,13 @@ class Dims(dict[str, int]):
             make()  # names the option, where it is a check of options
             raise DtypeError(f"options are {options}, expected plain values: {error}") from error
         if found is None:
-            _limit(self._kept, 256)
+            limit(self._kept, 256)
             found = self._kept[options] = make()
         return found
 
 
-def _limit(kept: dict[Any, Any], most: int) -> None:
-    """Empty a dictionary that is full: layouts that keep changing must not fill the memory."""
+def limit(kept: dict[Any, Any] | set[Any], most: int) -> None:
+    """Empty a collection that is full: layouts that keep changing must not fill the memory."""
     if len(kept) >= most:
         kept.clear()
 
@@ -94,13 +97,15 @@ def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
 
 @cache
 def checker(
-    op: str, writes: tuple[str, ...] = (), **rules: tuple[Any, ...] | str
+    op: str, writes: tuple[str | Written, ...] = (), **rules: tuple[Any, ...] | str
 ) -> Callable[..., Dims]:
-    """A function that checks shapes, dtypes, strides and devices of an op's arrays.
+    """A function that checks shapes, dtypes, strides and devices of an op's arrays, and that those
+    which it writes lie apart from all others.
 
     Args:
         op: name for messages.
-        writes: names of the arrays that the op writes, of which none may be read-only.
+        writes: the arrays that the op writes, of which none may be read-only: their names, or a
+            Written where one may share memory.
         rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
             to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
             a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
@@ -114,8 +119,10 @@ def checker(
     Returns:
         A function of the arrays, in the order of their rules, that returns the sizes; shared
         between calls, so not to be changed. It raises:
-            ParameterError: an array is missing, given where None is expected, or read-only.
-            ShapeError: a rank, size, stride, or on a GPU an address, is wrong.
+            ParameterError: an array is missing, given where None is expected, or read-only; one
+                that is written shares memory with another one.
+            ShapeError: a rank, size, stride, or on a GPU an address, is wrong; elements of an array
+                that is written share a place.
             DtypeError: an element type is wrong, or the argument is no NumPy or CuPy array.
             DeviceError: host and device arrays are mixed, or a device array is not on the current
                 GPU.
@@ -127,16 +134,21 @@ class _Checker:
     """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
     most often it is that of the last call, for which a comparison is cheaper than a hash."""
 
-    def __init__(self, op: str, writes: tuple[str, ...], rules: dict[str, Any]) -> None:
+    def __init__(self, op: str, writes: tuple[str | Written, ...], rules: dict[str, Any]) -> None:
         self._op = op
-        self._written = [(name, i) for i, name in enumerate(rules) if name in writes]
         self._rules = {name: x if isinstance(x, str) else Rule(*x) for name, x in rules.items()}
+        self._names = list(rules)
+        self._writes = [
+            (self._names.index(x.name), x)
+            for x in (Written(w) if isinstance(w, str) else w for w in writes)
+            if x.name in rules
+        ]
         self._passed: dict[Any, Dims] = {}
         self._latest: tuple[Any, Dims | None] = None, None
 
     def __call__(self, *arrays: Any) -> Dims:
         try:
-            layouts = _layouts(arrays)
+            layouts, addresses = _layouts(arrays)
         except (AttributeError, KeyError):  # not arrays; _check says which
             return _check(self._op, self._rules, arrays)
         latest, dims = self._latest
@@ -144,36 +156,73 @@ class _Checker:
             key = tuple(layouts)
             dims = self._passed.get(key)
             if dims is None:
-                dims = _check(self._op, self._rules, arrays)
-                _limit(self._passed, 1024)
+                dims = self._check(arrays)
+                limit(self._passed, 1024)
                 self._passed[key] = dims
             self._latest = layouts, dims
-        if self._written and (_read_only or isinstance(arrays[0], np.ndarray)):
-            for name, i in self._written:
-                check_writeable(self._op, name, arrays[i])
+        if self._writes and (_read_only or isinstance(arrays[0], np.ndarray)):
+            for i, written in self._writes:
+                check_writeable(self._op, written.name, arrays[i])
+        if dims.pairs and (not addresses or tuple(addresses) not in dims.apart):
+            self._check_apart(dims, arrays, addresses)
         return dims
 
+    def _check(self, arrays: tuple[Any, ...]) -> Dims:
+        """The sizes of a new layout, and which of its arrays must lie apart."""
+        dims = _check(self._op, self._rules, arrays)
+        for i, written in self._writes:
+            if arrays[i] is not None and overlaps.repeats(arrays[i]):
+                raise ShapeError(
+                    f"{self._op}: {written.name} has strides {arrays[i].strides} for shape "
+                    f"{arrays[i].shape}, expected no two elements at one place, as it is written"
+                )
+        seen: set[int] = set()
+        apart = {}
+        for i, written in self._writes:
+            seen.add(i)
+            apart[i] = {
+                j: name in written.may_be
+                for j, name in enumerate(self._names)
+                if j not in seen and name not in written.may_meet
+            }
+        dims.pairs = overlaps.pairs_of(arrays, apart)
+        return dims
 
-def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
-    """All that a check depends on: some items for each array, and the current GPU. No alignment
-    exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
+    def _check_apart(self, dims: Dims, arrays: tuple[Any, ...], addresses: list[int]) -> None:
+        """Addresses that passed once pass again: a step takes the same ones each time."""
+        found = overlaps.find_shared(dims.pairs, arrays, addresses or None)
+        if found is not None:
+            names = self._names[found.written], self._names[found.other]
+            raise overlaps.not_apart(self._op, *names, may_be=found.may_be)
+        if addresses:
+            limit(dims.apart, 1024)
+            dims.apart.add(tuple(addresses))
+
+
+def _layouts(arrays: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
+    """All that a check depends on, some items for each array and the current GPU, and addresses, on
+    a GPU. No alignment exceeds VECTOR_BYTES, so of an address the remainder by that is enough."""
     layouts: list[Any] = []
+    addresses: list[int] = []
     memory = None
     first = arrays[0]
     if first is None:
         first = next((x for x in arrays if x is not None), None)
     on_host = first is None or isinstance(first, np.ndarray)
     for x in arrays:
-        if x is None:
+        if on_host:
+            layouts += (None,) if x is None else (type(x), x.shape, x.strides, x.dtype)
+        elif x is None:
             layouts.append(None)
-        elif on_host:
-            layouts += (type(x), x.shape, x.strides, x.dtype)
+            addresses.append(0)
         else:
             memory = x.data
-            layouts += (x.shape, x.strides, x.dtype, memory.device_id, memory.ptr % VECTOR_BYTES)
+            at = memory.ptr
+            layouts += (x.shape, x.strides, x.dtype, memory.device_id, at % VECTOR_BYTES)
+            addresses.append(at)
     if memory is not None:  # an array of a GPU, so there is one to ask
         layouts.append(sys.modules["cupy"].cuda.runtime.getDevice())
-    return layouts
+    return layouts, addresses
 
 
 def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Dims:

@@ -32,6 +32,7 @@ from itertools import islice
 
 from pykv import prefix_keys
 from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_whole
 from pykv.page_lists import MAX_PAGE, page_table, slots
 
@@ -120,7 +121,7 @@ class BlockManager:
         num_pages = check_whole("BlockManager.require", "num_pages", num_pages, 0)
         if num_pages > len(self._free) + len(self._idle):
             raise CapacityError(
-                f"pool exhausted: {num_pages} pages wanted, {self.num_free} free of "
+                f"pool exhausted: {counted(num_pages, 'page')} wanted, {self.num_free} free of "
                 f"{self.num_pages} ({self.page_size} tokens a page)"
             )
 

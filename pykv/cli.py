@@ -14,11 +14,10 @@ from contextlib import suppress
 from typing import Any
 
 from pykv import __version__, install, model_options
-from pykv.counted import counted
 from pykv.errors import DeviceError, InstallError, ParameterError, PykvError
 from pykv.eval import commands as commands_of_eval
 from pykv.kvtc import commands as commands_of_kvtc
-from pykv.number_texts import Parser
+from pykv.number_texts import Parser, counted
 from pykv.serve import command as command_of_serve
 
 

@@ -1,5 +1,6 @@
-"""Numbers that people write, in options, policies and the like: ASCII digits alone, where Python's
-own int() and float() also take spaces, underscores, other scripts' digits, "inf" and "nan"."""
+"""Numbers that people write and read. In options, policies and the like they write ASCII digits
+alone, where Python's own int() and float() also take spaces, underscores, other scripts' digits,
+"inf" and "nan"."""
 
 from __future__ import annotations
 
@@ -25,6 +26,16 @@ def whole_of(text: str, least: int = 0, most: int = 2**63 - 1) -> int | None:
 def number_of(text: str) -> float | None:
     """The number that a text is, such as "0.5" or "-1e-3"; None where it is none."""
     return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and what it counts.
+
+    >>> from pykv.number_texts import counted
+    >>> counted(1, "token"), counted(2000, "token")
+    ('1 token', '2,000 tokens')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 class Parser(argparse.ArgumentParser):

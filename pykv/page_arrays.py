@@ -188,24 +188,21 @@ def check_apart(op: str, source: Places, target: Places, *, in_place: bool = Fal
         return
     found = find_shared(source, target, in_place=in_place)
     if found is not None:
-        i, name, j = found[0], ("target_pages", "source_pages")[found[1]], found[2]
+        other, name = (source, "source_pages") if found[1] else (target, "target_pages")
+        i, j = found[0] % len(to_ids), found[2] % len(other.ids)
         raise not_apart(op, f"target_pages[{i}] is {to_ids[i]}, which", f"{name}[{j}]")
 
 
 def find_shared(source: Places, target: Places, *, in_place: bool) -> tuple[int, bool, int] | None:
-    """The first target whose memory is another's: which one, whether the other is a source, and
-    which one of those. `in_place`, target i may be source i, all of it."""
+    """The first target address where another's memory is: which one, whether the other is a source,
+    and which one of those. `in_place`, target i may be source i, all of it."""
     begin, end = _bounds(source)
     to_begin, to_end = _bounds(target)
     meets_source = (begin[:, None] < to_end) & (to_begin < end[:, None])
     meets_target = (to_begin[:, None] < to_end) & (to_begin < to_end[:, None])
     if not (meets_source.any() or np.triu(meets_target, 1).any()):
         return None
-    found = ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
-    if found is None:
-        return None
-    i, of_source, j = found
-    return i % len(target.ids), of_source, j % len((source if of_source else target).ids)
+    return ranges.find_overlap(source.ranges(), target.ranges(), in_place=in_place)
 
 
 def not_apart(op: str, target: str, other: str) -> ParameterError:

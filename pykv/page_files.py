@@ -16,6 +16,7 @@ import numpy as np
 from pykv import cuda, stored_pages, tensor_files, whole_files
 from pykv.arrays import load_cupy, on_gpu
 from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.number_texts import counted
 from pykv.page_arrays import (
     Ids,
     check_codec,
@@ -143,13 +144,16 @@ def load(
         count = header.number(op, path, "pages")
         if pages is None and count != facts["pages"]:
             raise FormatError(
-                f"{op}: {path} has {count} pages, expected all {facts['pages']}, or a list of pages"
+                f"{op}: {path} has {counted(count, 'page')}, expected all {facts['pages']}, or a "
+                "list of pages"
             )
         ids = page_ids(op, "pages", range(count) if pages is None else pages, facts["pages"])
         check_targets(op, ids, facts["pages"])
         check_may_write(op, "cache", cache)
         if len(ids) != count:
-            raise FormatError(f"{op}: {path} has {count} pages, expected {len(ids)} like pages")
+            raise FormatError(
+                f"{op}: {path} has {counted(count, 'page')}, expected {len(ids)} like pages"
+            )
         stored = stored_pages.take(op, file, path, header, cache, count, {})
     stored_pages.check_scales(op, path, stored, cache)
     stored_pages.put(cache, ids, stored)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pykv.errors import CapacityError, DtypeError, ParameterError
+from pykv.number_texts import counted
 from pykv.options import check_whole, page_ids
 
 MAX_PAGE = 2**31 - 1  # page tables are int32
@@ -35,7 +36,7 @@ def slots(pages: Sequence[int], start: int, stop: int, page_size: int) -> np.nda
     table = page_ids("slots", "pages", pages, -1, MAX_PAGE)
     if stop > len(table) * P:
         raise CapacityError(
-            f"slots: stop is {stop}, but {len(table)} pages hold {len(table) * P} tokens"
+            f"slots: stop is {stop}, but {counted(len(table), 'page')} of {P} tokens"
         )
     first = start // P
     page_ids("slots", "pages", table[first : -(-stop // P)], 0, 2**31 // P - 1, first=first)
@@ -68,7 +69,8 @@ def page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
         ids = page_ids("page_table", f"sequences[{b}]", pages, -1, MAX_PAGE)
         if len(ids) > width:
             raise ParameterError(
-                f"page_table: sequences[{b}] has {len(ids)} pages, expected at most width={width}"
+                f"page_table: sequences[{b}] has {counted(len(ids), 'page')}, expected at most "
+                f"width={width}"
             )
         row[: len(ids)] = ids
     return table

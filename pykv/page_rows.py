@@ -80,10 +80,10 @@ def check_apart(op: str, source: Side, target: Side, rows: tuple[Any, Any] | Non
     found = find_shared(sides[1], sides[0], in_place=True)
     if found is not None:
         i, of_source, j = found
-        page, other = sides[0].ids[i], sides[of_source].ids[j]
-        is_listed = f" is {page}, which" if target.pages is not None else ""
-        name = _entry((target, source)[of_source], other)
-        raise not_apart(op, _entry(target, page) + is_listed, name)
+        is_listed = target.pages is not None
+        which = f" is {sides[0].ids[i % len(sides[0].ids)]}, which" if is_listed else ""
+        other = _entry((target, source)[of_source], sides[of_source], j)
+        raise not_apart(op, _entry(target, sides[0], i) + which, other)
 
 
 def _rows_of(side: Side, pages: Any, offsets: Any) -> Places:
@@ -100,8 +100,9 @@ def _rows_of(side: Side, pages: Any, offsets: Any) -> Places:
     return Places(arrays, pages, addresses.view(np.uint64), sizes)
 
 
-def _entry(side: Side, page: int) -> str:
-    """What errors call a page."""
+def _entry(side: Side, places: Places, i: int) -> str:
+    """What errors call the page at an address: that of the list, or of the array."""
+    page = places.ids[i % len(places.ids)]
     if side.pages is None:
-        return f"{side.names[0]}[{page}]"
+        return f"{side.names[i // places.addresses.shape[1]]}[{page}]"
     return f"{side.names[4]}[{np.flatnonzero(side.pages == page)[0]}]"

@@ -26,6 +26,7 @@ import numpy as np
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
 from pykv.errors import ParameterError
+from pykv.number_texts import counted
 from pykv.ops import block_copy, paged_convert
 from pykv.options import check_whole
 from pykv.page_arrays import (
@@ -153,7 +154,8 @@ def copy_pages(
     to_ids = page_ids(op, "target_pages", target_pages, to_facts["pages"])
     if len(ids) != len(to_ids):
         raise ParameterError(
-            f"{op}: target_pages has {len(to_ids)} pages, expected {len(ids)} like source_pages"
+            f"{op}: target_pages has {counted(len(to_ids), 'page')}, expected {len(ids)} like "
+            "source_pages"
         )
     check_targets(op, to_ids, to_facts["pages"])
     check_may_write(op, "target", target)
@@ -222,8 +224,8 @@ def convert_pages(
         sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
     if len(sides[0].ids) != len(sides[1].ids):
         raise ParameterError(
-            f"{op}: target_pages has {len(sides[1].ids)} pages, expected {len(sides[0].ids)} like "
-            "source_pages"
+            f"{op}: target_pages has {counted(len(sides[1].ids), 'page')}, expected "
+            f"{len(sides[0].ids)} like source_pages"
         )
     check_targets(op, sides[1].ids, to_facts["pages"])
     check_may_write(op, "target", target)

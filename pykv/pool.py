@@ -15,6 +15,7 @@ from pykv.arrays import footprint, load_cupy, on_gpu, to_host
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError, ParameterError
 from pykv.kinds import SCALE_DTYPES
+from pykv.number_texts import counted
 from pykv.ops import paged_append, paged_decode, paged_qkv, prefill
 from pykv.options import check_number, check_whole, page_ids
 from pykv.specs import KVSpec, as_spec
@@ -381,8 +382,8 @@ class PagedKVCache:
             return made + [xp.zeros(scales, dtype) if kind.largest else None for kind in spec.kinds]
         except MemoryError as error:
             raise CapacityError(
-                f"PagedKVCache: {pages} pages of {self.page_size} tokens need {need:,} bytes: "
-                f"{error}"
+                f"PagedKVCache: {counted(pages, 'page')} of {self.page_size} tokens need {need:,} "
+                f"bytes: {error}"
             ) from error
 
 

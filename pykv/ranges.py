@@ -6,9 +6,8 @@ Dimensions: C ranges, or pairs of a source and a destination.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -236,42 +235,3 @@ def bytes_at(address: int, size: int) -> Any:
     """A NumPy view of host memory, which its owner must keep."""
     interface = dict(data=(address, False), shape=(size,), typestr="|u1", version=3)
     return np.asarray(SimpleNamespace(__array_interface__=interface))
-
-
-# --- Rows of arrays -------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Memory: `rows` rows of `width` bytes from `start` on, `step` bytes apart."""
-
-    start: int
-    width: int
-    step: int
-    rows: int
-
-    def meets(self, other: Rows) -> bool:
-        """Whether they may share a byte; exact where steps are equal."""
-        end, other_end = (r.start + r.step * (r.rows - 1) + r.width for r in (self, other))
-        if self.start >= other_end or other.start >= end:
-            return False
-        if self.step != other.step or self.rows == 1 or other.rows == 1:
-            return True
-        behind = (other.start - self.start) % self.step
-        return behind < self.width or behind + other.width > self.step
-
-
-def rows_of(array: Any) -> Rows:
-    """Where an array lies whose last dimension is contiguous, as are those before but the first."""
-    *outer, last = array.shape
-    step = array.strides[0] if outer else 0
-    return Rows(address_of(array), last * array.itemsize, step, prod(outer))
-
-
-def check_apart(op: str, x: Any, out: Any) -> None:
-    """Check that a product may be written while others of its elements still read `x`.
-
-    Raises:
-        ParameterError: they share memory.
-    """
-    if x.size and out.size and rows_of(x).meets(rows_of(out)):
-        raise ParameterError(f"{op}: out shares memory with x, expected another array")

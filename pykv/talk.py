@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pykv import whole_files
-from pykv.counted import counted
 from pykv.errors import CapacityError, ParameterError
 from pykv.model_options import open_llm
+from pykv.number_texts import counted
 
 HELP = """\
 /system TEXT  what the model should know first; without a text: nothing

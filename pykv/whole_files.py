@@ -67,6 +67,8 @@ def try_out(path: Path, nbytes: int = 1 << 20) -> None:
     try:
         with file:
             file.write(bytes(nbytes))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems look for room no sooner
     finally:
         os.unlink(file.name)
 

@@ -56,9 +56,10 @@ def test_names_types_and_order_come_from_the_file(declare):
     assert cuda.signature("some", "one") == (
         ("out", "x", "table"),
         dict(n="int", seed="u32", stride="i64", bits="u64", scale="float"),
+        ("out",),
     )
     assert list(cuda.signature("some", "one").scalars) == ["n", "seed", "stride", "bits", "scale"]
-    assert cuda.signature("some", "two") == (("out",), {})
+    assert cuda.signature("some", "two") == (("out",), {}, ("out",))
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,11 @@ def test_the_compiler_sees_the_same_parameters(stem, name, defines):
     from tests.simt import machine
 
     compiled = machine.load(machine.ARCH, stem, name, **defines).parameters
-    arrays, scalars = cuda.signature(stem, name)
+    arrays, scalars, written = cuda.signature(stem, name)
     assert [parameter for parameter, _ in compiled] == [*arrays, *scalars]
     kinds = [kind for _, kind in compiled]
     assert all(kind.startswith("P") for kind in kinds[: len(arrays)])
+    assert written == tuple(name for name, kind in compiled if kind[0] == "P" and kind[1] != "K")
     for kind, c_type in zip(kinds[len(arrays) :], scalars.values(), strict=True):
         assert machine.DTYPES[kind] == cuda.launch.SCALARS[c_type]
 

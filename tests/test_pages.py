@@ -423,7 +423,7 @@ def test_errors(xp, rng):
           copy, cache, cache, [0, 1, 2], [3, 4, 3])  # fmt: skip
     fails(ParameterError, r"target_pages\[1\] is 0, expected no page of source_pages",
           copy, cache, cache, [0, 1], [3, 0])  # fmt: skip
-    fails(ParameterError, "target_pages has 1 pages, expected 2 like source_pages",
+    fails(ParameterError, "target_pages has 1 page, expected 2 like source_pages",
           copy, cache, cache, [0, 1], [3])  # fmt: skip
     fails(ParameterError, r"source_pages\[0\] is 9, expected 0 to 6", copy, cache, cache, [9], [3])
     for spec, sizes, text in (

@@ -1,5 +1,6 @@
 """The commands run and chat: what they print, for people and for programs, and how a talk goes."""
 
+import errno
 import io
 import json
 import os
@@ -464,6 +465,18 @@ def test_sessions_that_are_refused(capsys, monkeypatch, tmp_path):
     assert run(capsys, "run", "--chat", *on_chat, "--session", chat_file, "hi")[0] == 0
     done = run(capsys, "run", *on_chat, "--session", chat_file, "hi")
     assert "holds messages, which `pykv chat`" in done[2] and done[0] == 2
+
+
+def test_a_disk_that_is_full_at_fsync_is_told(capsys, monkeypatch, tmp_path):
+    """As file systems say that give a file its blocks no sooner, NFS or such with a quota."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = run(capsys, "run", "--model", "missing.gguf", "--session", tmp_path / "x", "hi")
+    assert_one_line(done, "expected a file in a folder to write to: No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_before_a_model_is_read(capsys, tmp_path):

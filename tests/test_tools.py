@@ -3,6 +3,7 @@ against pyproject.toml."""
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -1043,6 +1044,26 @@ def test_compare_flashinfer_prints_a_line_a_record():
 
 
 # --- As commands ---
+
+COMMANDS = [path for path in TOOLS.glob("*.py") if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_tool_imports_its_own_tree(path):
+    """Before anything of pykv, tests or tools, its tree is where Python looks first."""
+    before, *after = re.split(
+        r"^(?:import|from) (?:pykv|tests|tools)\b", path.read_text(), flags=re.M
+    )
+    line = "\nsys.path.insert(0, str(Path(__file__).resolve().parents[1]))\n"
+    assert not after or line in before
+
+
+def test_another_pykv_is_not_taken(tmp_path):
+    (tmp_path / "pykv.py").write_text("raise SystemExit('of another tree')")
+    command = [sys.executable, TOOLS / "compare_bench.py", "--help"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "usage" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["compare_bench", "compare_commits", "compare_flashinfer", "plot"])

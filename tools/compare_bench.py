@@ -11,9 +11,12 @@ its result turned wrong; 2: the files cannot be compared.
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from pykv.bench import report
-from pykv.errors import PykvError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pykv.bench import report  # noqa: E402
+from pykv.errors import PykvError  # noqa: E402
 
 
 def compare(old, new, slack):

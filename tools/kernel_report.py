@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from cuda.core import Program  # here, because threads must not import it side by side
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels beside this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pykv import cuda  # noqa: E402
 

@@ -14,9 +14,12 @@ driver refuses PTX of an NVRTC newer than itself.
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
-from pykv import cuda
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pykv import cuda  # noqa: E402
 
 loaded = {}  # (stem, items of the defines), in the order of their first use
 

@@ -39,7 +39,7 @@ from gguf.quants import dequantize
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.llm import tiny  # noqa: E402
 

@@ -16,13 +16,16 @@ import sys
 import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-import pykv
-from pykv import cuda
-from pykv.bench import report
-from pykv.ops import paged_append, paged_decode
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pykv  # noqa: E402
+from pykv import cuda  # noqa: E402
+from pykv.bench import report  # noqa: E402
+from pykv.ops import paged_append, paged_decode  # noqa: E402
 
 PROMPT = "The capital of France is"
 IMPORT = "import time; t = time.perf_counter(); import pykv; "
@@ -40,9 +43,11 @@ def seconds(run, repeat):
 
 
 def python(code, **env):
+    """What Python code prints that finds the pykv of this tree."""
+    paths = filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **env},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pykv import cuda
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pykv import cuda  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BARRIER = re.compile(

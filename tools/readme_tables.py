@@ -22,10 +22,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from pykv.bench import report
-from pykv.errors import FormatError, PykvError
-from tools import system_tables, tables
-from tools.tables import table
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pykv.bench import report  # noqa: E402
+from pykv.errors import FormatError, PykvError  # noqa: E402
+from tools import system_tables, tables  # noqa: E402
+from tools.tables import table  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("tools/results")

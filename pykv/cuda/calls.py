@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -42,15 +41,15 @@ class _Recording:
 
 
 class _State(threading.local):
-    """The recording of this thread, if one is open, and what `graph` observes."""
+    """The recording of this thread, if one is open, and what `graph` and `replayed` observe."""
 
     recording: _Recording | None = None
     captured: list[Any] | None = None  # objects that must live as long as the graph being captured
-    traced: list[Any] | None = None  # steps that `traced` observes
+    traced: list[Any] | None = None  # steps, see pykv.cuda.replay
     used_gpu = False  # since `graph` last asked
 
 
-_state = _State()
+state = _State()
 
 
 def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
@@ -59,9 +58,9 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
     Args:
         step: enqueues work on CuPy's current stream; it may run many times, on any stream.
         stream: see `on_stream`; a recorded step runs on the stream of each call.
-        launched: the Launch that made the step and its arrays, for `traced`.
+        launched: the Launch that made the step and its arrays, for `replayed`.
     """
-    recording = _state.recording
+    recording = state.recording
     if recording is not None:
         if stream is not None:
             _refuse_stream()
@@ -69,13 +68,13 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
         recording.has_work = True
         recording.steps.append(step)
         return
-    _state.used_gpu = True
-    if _state.captured is not None:
-        _state.captured.append(step)
-    traced = _state.traced
+    state.used_gpu = True
+    if state.captured is not None:
+        state.captured.append(step)
+    traced = state.traced
     if traced is not None:
         traced.append(launched or step if stream is None else None)
-        _state.traced = None  # what a step launches is part of the step
+        state.traced = None  # what a step launches is part of the step
     try:
         if stream is None:
             step()
@@ -83,23 +82,7 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
             with on_stream(stream):
                 step()
     finally:
-        _state.traced = traced
-
-
-@contextmanager
-def traced() -> Iterator[list[Any]]:
-    """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
-    steps as they are, None for one with a stream of its own."""
-    _state.traced = []
-    try:
-        yield _state.traced
-    finally:
-        _state.traced = None
-
-
-def is_tracing() -> bool:
-    """Whether the steps that this thread takes are listed."""
-    return _state.traced is not None
+        state.traced = traced
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
@@ -117,12 +100,12 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
     """
 
     if stream is not None:
-        if _state.recording is not None:
+        if state.recording is not None:
             _refuse_stream()
         check_stream(stream)
 
     def step() -> None:
-        if _state.captured is not None:
+        if state.captured is not None:
             raise UnsupportedError(
                 "graph: the function works on NumPy arrays as well, expected arrays of a GPU alone"
             )
@@ -131,11 +114,11 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
             if out is not None:
                 out[...] = value
 
-    if _state.recording is None:
+    if state.recording is None:
         step()
     else:
-        _state.recording.has_work = True
-        _state.recording.steps.append(step)
+        state.recording.has_work = True
+        state.recording.steps.append(step)
 
 
 def look(check: Step) -> None:
@@ -146,12 +129,12 @@ def look(check: Step) -> None:
         check: raises where contents are wrong, and waits for the GPU; skipped while a CUDA graph is
             captured, which cannot wait.
     """
-    recording, _state.recording = _state.recording, None
+    recording, state.recording = state.recording, None
     try:
         if recording is None or not recording.has_work:
             _look_if_possible(check)
     finally:
-        _state.recording = recording
+        state.recording = recording
     if recording is not None:
         recording.steps.append(lambda: _look_if_possible(check))
 
@@ -165,17 +148,17 @@ def hold(*objects: Any) -> None:
     """Keep objects alive as long as the call that is being prepared, or the graph that is being
     captured: arrays behind a table of addresses, for example. A plain call leaves that to its
     caller."""
-    if _state.recording is not None:
-        _state.recording.held += objects
-    elif _state.captured is not None:
-        _state.captured += objects
+    if state.recording is not None:
+        state.recording.held += objects
+    elif state.captured is not None:
+        state.captured += objects
 
 
 def skip() -> None:
     """Say that an op has nothing to do though no argument is empty, as copies of 0 bytes: `prepare`
     then makes a call of no steps."""
-    if _state.recording is not None:
-        _state.recording.is_idle = True
+    if state.recording is not None:
+        state.recording.is_idle = True
 
 
 def refuse_capture(op: str, why: str) -> None:
@@ -198,13 +181,13 @@ def refuse_prepare(op: str, why: str) -> None:
     Raises:
         UnsupportedError: `op` is being prepared.
     """
-    if _state.recording is not None:
+    if state.recording is not None:
         raise UnsupportedError(f"{op}: cannot be prepared: {why}")
 
 
 def is_preparing() -> bool:
     """Whether a recording is open: an op may then spend time that its calls save."""
-    return _state.recording is not None
+    return state.recording is not None
 
 
 # Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: cannot be
@@ -337,11 +320,11 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
     recording = _Recording([op, args, options])
-    outer, _state.recording = _state.recording, recording
+    outer, state.recording = state.recording, recording
     try:
         result = op(*args, **options)
     finally:
-        _state.recording = outer
+        state.recording = outer
     # Without a step, an op of pykv had nothing to do, or is a function that works at once, such as
     # the reference of one.
     is_op = module.startswith("pykv.") and not str(name).startswith("reference")
@@ -398,16 +381,16 @@ class Graph:
                 )
             if self._graph is None:
                 self._capture()
-            _state.used_gpu = True
+            state.used_gpu = True
             self._graph.launch()
             return self._result
 
     def _warm_up(self) -> Any:
         """The function itself, which compiles what it needs; repeated if it fails."""
-        outer, _state.used_gpu = _state.used_gpu, False
+        outer, state.used_gpu = state.used_gpu, False
         result = self._function()
-        self._is_host = not _state.used_gpu
-        _state.used_gpu |= outer
+        self._is_host = not state.used_gpu
+        state.used_gpu |= outer
         if not self._is_host:
             self._device = current_device()
         self._is_warm = True
@@ -419,11 +402,11 @@ class Graph:
         with stream, cuda.using_allocator(self._pool.malloc):
             stream.begin_capture()
             held: list[Any] = []
-            _state.captured = held
+            state.captured = held
             try:
                 self._result = self._function()
             finally:
-                _state.captured = None
+                state.captured = None
                 captured = stream.end_capture()
         self._graph, self._held = captured, held  # a function that failed is captured again
 

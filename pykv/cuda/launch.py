@@ -39,6 +39,7 @@ class Signature(NamedTuple):
 
     arrays: tuple[str, ...]
     scalars: dict[str, str]  # name to C type
+    written: tuple[str, ...]  # of the arrays, those that are not const
 
 
 class Kernel(NamedTuple):
@@ -48,6 +49,7 @@ class Kernel(NamedTuple):
     handle: Any
     arrays: tuple[str, ...]
     scalars: dict[str, str]
+    written: tuple[str, ...]
 
 
 def kernel(stem: str, name: str, **defines: Any) -> Kernel:
@@ -82,17 +84,20 @@ def signature(stem: str, name: str) -> Signature:
         raise UnsupportedError(f"cuda.kernel: {stem}.cu has no kernel {name}")
     arrays: list[str] = []
     scalars: dict[str, str] = {}
+    written: list[str] = []
     for declared in found[1].split(","):
         *words, parameter = declared.replace("*", " * ").split()
         c_type = " ".join(words)
         if "*" in words and not scalars:
             arrays.append(parameter)
+            if "const" not in words[: words.index("*")]:
+                written.append(parameter)
         elif c_type in SCALARS:
             scalars[parameter] = c_type
         else:
             wrong = f"cuda.kernel: {stem}.cu {name}: {parameter} is a {c_type}"
             raise UnsupportedError(f"{wrong}, expected {_PARAMETERS}")
-    return Signature(tuple(arrays), scalars)
+    return Signature(tuple(arrays), scalars, tuple(written))
 
 
 class Launch:

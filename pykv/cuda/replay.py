@@ -7,11 +7,13 @@ launch took, and from which byte on; equal layouts then cost a lookup and the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pykv.arrays import Dims
-from pykv.cuda.calls import enqueue, is_capturing, is_preparing, is_tracing, traced
+from pykv import overlaps
+from pykv.arrays import Dims, limit
+from pykv.cuda.calls import enqueue, is_capturing, is_preparing, state
 from pykv.cuda.launch import Launch
 
 
@@ -21,6 +23,36 @@ class _Moved(NamedTuple):
     launch: Launch
     sources: tuple[int | None, ...]  # of each of its arrays, the index of the call's
     offsets: tuple[int, ...]  # bytes from that one's address on
+
+
+class _Plan:
+    """What a call of a layout enqueues, and which of its arrays are to lie apart: those that its
+    launches write, from all that they take. Empty where it cannot be told what is taken."""
+
+    def __init__(self, steps: list[Any], arrays: Sequence[Any]) -> None:
+        self.steps = [] if None in steps else steps
+        taken: set[int] = set()
+        written: set[int] = set()
+        for step in self.steps:
+            if type(step) is _Moved:
+                kernel = step.launch.kernel
+                for name, i in zip(kernel.arrays, step.sources, strict=True):
+                    if i is not None:
+                        taken.add(i)
+                        written |= {i} if name in kernel.written else set()
+        pairs = {i: dict.fromkeys(taken - {i}, False) for i in written}
+        self._pairs = overlaps.pairs_of(arrays, pairs)
+        self._apart: set[tuple[int, ...]] = set()  # addresses, as Dims.apart
+
+    def fits(self, arrays: Sequence[Any]) -> bool:
+        """Whether the launches may take these arrays: none that they write shares memory."""
+        addresses = tuple([0 if x is None else x.data.ptr for x in arrays])
+        if addresses not in self._apart:
+            if overlaps.find_shared(self._pairs, arrays, addresses) is not None:
+                return False
+            limit(self._apart, 1024)
+            self._apart.add(addresses)
+        return True
 
 
 def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], None]) -> None:
@@ -36,35 +68,36 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
     Raises: as `call`, which checks.
 
     `call` is made each time where that would be wrong: while it is prepared, a graph captured, or
-    a call traced that this one is part of; and if a launch has a stream of its own, or takes an
-    array that lies in none of `arrays`, such as one that `call` allocates, or in two of them, so
-    that it cannot be told which is meant.
+    a call traced that this one is part of; if a launch has a stream of its own, or takes an array
+    that lies in none of `arrays`, such as one that `call` allocates, or in two of them, so that it
+    cannot be told which is meant; and where arrays share memory with one that is written, so that
+    it is `call` which allows or refuses that.
     """
-    if is_preparing() or is_capturing() or is_tracing():
+    if is_preparing() or is_capturing() or state.traced is not None:
         call()
         return
 
     is_new = False
 
-    def make() -> list[Any]:
+    def make() -> _Plan:
         nonlocal is_new
         is_new = True
-        with traced() as steps:
+        with _traced() as steps:
             call()
         found = [_moved(x[0], x[1], arrays) if isinstance(x, tuple) else x for x in steps]
-        return [] if None in found else found
+        return _Plan(found, arrays)
 
     plan = dims.keep(key, make)
     if is_new:
         return
-    if not plan:
+    if not plan.steps or not plan.fits(arrays):
         call()
         return
     steps = [
         step.launch.bound([None if i is None else arrays[i] for i in step.sources], step.offsets)
         if type(step) is _Moved
         else step
-        for step in plan
+        for step in plan.steps
     ]
 
     def take() -> None:
@@ -72,6 +105,17 @@ def replayed(dims: Dims, key: Any, arrays: Sequence[Any], call: Callable[[], Non
             step()
 
     enqueue(take)
+
+
+@contextmanager
+def _traced() -> Iterator[list[Any]]:
+    """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
+    steps as they are, None for one with a stream of its own."""
+    state.traced = []
+    try:
+        yield state.traced
+    finally:
+        state.traced = None
 
 
 def _moved(launch: Launch, taken: Sequence[Any], arrays: Sequence[Any]) -> _Moved | None:

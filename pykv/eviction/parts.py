@@ -12,6 +12,7 @@ import numpy as np
 
 from pykv.arrays import module_of, strided
 from pykv.errors import DtypeError, ParameterError, UnsupportedError
+from pykv.number_texts import counted
 from pykv.ops import attention_scores, kv_scores, paged_decode
 from pykv.options import check_whole
 from pykv.pool import PagedKVCache
@@ -99,8 +100,8 @@ def check_size(op: str, num_pages: int, spec: KVSpec, page_size: int, heads: int
     most = most_pages(spec, page_size, heads)
     if most is not None and num_pages > most:
         raise UnsupportedError(
-            f"{op}: the cache has {num_pages} pages of {page_size} tokens and {heads} heads, "
-            f"expected at most {most} where rows are evicted"
+            f"{op}: the cache has {counted(num_pages, 'page')} of {page_size} tokens and {heads} "
+            f"heads, expected at most {most}, whose rows 32 bits tell"
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv.errors import FormatError, ParameterError, ShapeError, UnsupportedError
+from pykv.errors import FormatError, ParameterError, ShapeError
 from pykv.integrations.tensors import codes_of  # first: names the extra that is missing
 from pykv.tiers.disk import DiskTier
 from pykv.tiers.sizes import parse_bytes
@@ -147,8 +147,13 @@ class Storage(HiCacheStorage):  # type: ignore[misc]
         return all([self.set(*pair) for pair in zip(keys, pages, strict=True)])
 
     def clear(self) -> None:
-        """Refused, where SGLang would say that it is done."""
-        raise UnsupportedError(f"sglang.Storage.clear: delete {self._folder} while no server runs")
+        """Delete the pages of the model, rank and pool that are registered; of others none.
+
+        Raises:
+            OSError: the system refuses, where SGLang would say that it is done.
+        """
+        if self._tier is not None:
+            self._tier.clear()
 
 
 def _facts(config: Any) -> dict[str, str]:

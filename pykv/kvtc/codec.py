@@ -6,7 +6,7 @@ sinks, C rows, X of the window; F features of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,14 +23,15 @@ from pykv.arrays import (
     checker,
     is_array,
     on_gpu,
-    to_host,
 )
 from pykv.errors import DtypeError, FormatError, ParameterError
+from pykv.kvtc import sequences
 from pykv.kvtc.artefact import Artefact, check_artefact, problems
 from pykv.kvtc.loaded import Loaded, identify, load
 from pykv.kvtc.stream import Coded, Header, check_bytes
 from pykv.ops import kvtc_code, kvtc_project, kvtc_rows, linear, paged_check
 from pykv.options import check_choice, check_flag, check_whole, page_ids
+from pykv.overlaps import check_apart
 from pykv.page_arrays import Ids, check_cache, check_given_scales, check_may_write
 from pykv.specs import KVSpec, as_spec
 
@@ -191,29 +192,31 @@ class Codec:
         with cuda.on_stream(stream, cache.k):
             table = self._indices(op, "table", table, sizes["N"] - 1)
             last = table.size * sizes["P"] - 1
-            positions = self._indices(op, "positions", positions, last, kvtc_rows.check_rising)
+            positions = self._indices(op, "positions", positions, last, sequences.check_rising)
             dims = _check_compress(table, positions)
             header = self.header(dims["T"], spec, sinks=sinks, window=window)
             data = self._output(op, out, header.nbytes)
             if paged_check.enabled(op, check) or self._xp is np:
-                looks = partial(kvtc_rows.check_sequence, op, table, positions)
+                looks = partial(sequences.check_sequence, op, table, positions)
                 cuda.look(partial(looks, sizes["N"], sizes["P"]))
             coded = Coded(header, data)
             there = ranges.reach(op, "out", data, self._rows)
             reached = _check_out(there)
             how = partial(self._how, cache, spec, hadamard, check)
+            others = dict(table=table, positions=positions, **_named_arrays_of(cache))
+            apart = partial(check_apart, op, dict(out=there), others)
             call = partial(self._compress, Coded(header, there), table, positions, how)
             arrays = (*_arrays_of(cache), table, positions, there)
             key = ("compress", layouts, dims.layouts, reached.layouts, header, hadamard)
-            self._enqueue(op, key, arrays, call, check)
+            self._enqueue(op, key, arrays, call, apart, check)
         return coded
 
     def _compress(self, coded: Coded, table: Any, positions: Any, how: _How) -> None:
         """`compress`, of arrays that are checked and on the codec's device."""
-        header, there = coded.header, coded.arrays()
+        there = coded.arrays()
         for group in self._groups:
             coded_rows = there["rows"][:, group.begin : group.end]
-            for piece, rows, exempt in self._pieces(header, there):
+            for piece, rows, exempt in sequences.pieces(coded, self._tokens):
                 made = self._workspace(self._rows, len(rows), 2, group.mean.shape[1])
                 kvtc_rows.gather(
                     table=table,
@@ -288,26 +291,28 @@ class Codec:
             there = Coded(header, ranges.reach(op, "coded", coded.data, self._rows))
             reached = _check_given(there.data)
             if positions is not None:
-                _check_positions(op, there.arrays()["positions"], positions)
+                sequences.check_positions(op, there.arrays()["positions"], positions)
             if paged_check.enabled(op, check) or self._xp is np:
-                looks, given = kvtc_rows.check_sequence, there.arrays()["positions"]
+                looks, given = sequences.check_sequence, there.arrays()["positions"]
                 looks = partial(looks, op, table, given, sizes["N"], sizes["P"], writes=True)
                 cuda.look(looks)
             how = partial(self._how, cache, spec, hadamard, check)
+            others = dict(coded=there.data, table=table)
+            apart = partial(check_apart, op, _named_arrays_of(cache), others)
             call = partial(self._decompress, there, table, chosen, how)
             arrays = (*_arrays_of(cache), table, there.data)
             key = ("decompress", layouts, dims.layouts, reached.layouts, header, hadamard, chosen)
-            self._enqueue(op, key, arrays, call, check)
+            self._enqueue(op, key, arrays, call, apart, check)
 
     def _decompress(self, coded: Coded, table: Any, layers: range, how: _How) -> None:
         """`decompress`, of arrays that are checked and on the codec's device."""
-        header, there = coded.header, coded.arrays()
+        there = coded.arrays()
         for group in self._groups:
             part = group.part(layers, self._features)
             if not part.places.size:
                 continue
             coded_rows = there["rows"][:, group.begin : group.end]
-            for piece, rows, exempt in self._pieces(header, there):
+            for piece, rows, exempt in sequences.pieces(coded, self._tokens):
                 made = self._workspace(self._rows, len(rows), 2, part.mean.shape[1])
                 if len(rows):
                     k, v = self._coefficients_of(group, len(rows), np.float16)
@@ -333,13 +338,20 @@ class Codec:
         key: Any,
         arrays: tuple[Any, ...],
         call: Callable[[], None],
+        apart: Callable[[], None],
         check: bool | None,
     ) -> None:
-        """Make a call; on a GPU what it enqueues is found once for each layout of its `arrays`."""
-        if self._xp is np or paged_check.enabled(op, check):
+        """Make a call of arrays that are `apart`; on a GPU what it enqueues is found once for each
+        layout of its `arrays`, and those of later calls are compared by `replayed`."""
+
+        def checked() -> None:
+            apart()
             call()
+
+        if self._xp is np or paged_check.enabled(op, check):
+            checked()
         else:
-            cuda.replayed(self._kept, key, (*arrays, *self._own), call)
+            cuda.replayed(self._kept, key, (*arrays, *self._own), checked)
 
     # --- Checks ---
 
@@ -406,24 +418,6 @@ class Codec:
     def _frame(group: Loaded) -> dict[str, Any]:
         return dict(places=group.places, mean=group.mean, inv_freq=group.inv_freq)
 
-    def _pieces(
-        self, header: Header, there: dict[str, Any]
-    ) -> Iterator[tuple[slice, range, dict[str, Any]]]:
-        """Pieces of at most `tokens` rows: their tokens, their rows, and arrays of the sinks before
-        the first and of the window behind the last."""
-        T, S, X = header.tokens, header.sinks, header.window
-        C = T - S - X
-        for first in range(0, max(C, 1), self._tokens):
-            rows = range(first, min(first + self._tokens, C))
-            exempt = {}
-            begin, end = S + rows.start, S + rows.stop
-            if first == 0:
-                begin, exempt["sinks"] = 0, there["sinks"]
-            if rows.stop == C:
-                end = T
-                exempt |= {name: there[name] for name in ("window", "window_scales")}
-            yield slice(begin, end), rows, exempt
-
     @staticmethod
     def _workspace(flat: Any, n: int, sides: int, F: int) -> Any:
         return flat[: sides * n * F].reshape(sides, n, F)
@@ -445,15 +439,6 @@ def _arrays_of(cache: Any) -> tuple[Any, ...]:
     return cache.k, cache.v, cache.k_scales, cache.v_scales
 
 
-def _check_positions(op: str, positions: Any, expected: Ids) -> None:
-    """Compare coded positions with what they should be."""
-    cuda.refuse_capture(op, "positions are compared on the host")
-    has = to_host(positions)
-    given = to_host(expected) if is_array(expected) else expected
-    want = page_ids(op, "positions", given, 0, 2**31 - 1)
-    if has.shape != want.shape:
-        raise FormatError(f"{op}: coded has {len(has)} positions, expected {want.size}")
-    differ = np.flatnonzero(has != want)
-    if len(differ):
-        i = int(differ[0])
-        raise FormatError(f"{op}: coded has position {has[i]} at {i}, expected {want[i]}")
+def _named_arrays_of(cache: Any) -> dict[str, Any]:
+    names = ("cache.k", "cache.v", "cache.k_scales", "cache.v_scales")
+    return dict(zip(names, _arrays_of(cache), strict=True))

@@ -20,6 +20,7 @@ from typing import Protocol
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Sequence
 from pykv.llm.sequence_pages import Cache, SequencePages, Tiers
+from pykv.number_texts import counted
 
 PREFILL_TOKENS = 512  # tokens of one step at most; bounds the scratch memory
 
@@ -363,7 +364,7 @@ class Scheduler:
         s.finish_reason, s.error = (
             "error",
             CapacityError(
-                f"pool exhausted: {s.wanted} pages wanted, {manager.num_free} free of "
+                f"pool exhausted: {counted(s.wanted, 'page')} wanted, {manager.num_free} free of "
                 f"{manager.num_pages} ({manager.page_size} tokens a page)"
             ),
         )

@@ -13,6 +13,7 @@ from typing import Protocol
 from pykv.blocks import BlockManager
 from pykv.errors import CapacityError
 from pykv.llm.sequence import Sequence, page_keys
+from pykv.number_texts import counted
 
 
 class Cache(Protocol):
@@ -107,8 +108,8 @@ class SequencePages:
         wanted = manager.pages_for(self.rows(s))
         if wanted > manager.num_pages:
             raise CapacityError(
-                f"prompt of {len(s.prompt)} tokens needs {wanted} pages, expected at most the "
-                f"{manager.num_pages} of the pool ({manager.page_size} tokens a page)"
+                f"prompt of {len(s.prompt)} tokens needs {counted(wanted, 'page')}, expected at "
+                f"most the {manager.num_pages} of the pool ({manager.page_size} tokens a page)"
             )
 
     def grow_for(self, sequences: Iterable[Sequence]) -> None:
@@ -137,8 +138,8 @@ class SequencePages:
             pages, most = manager.num_pages + missing, self._most_pages
             if most is not None and pages > most:
                 raise CapacityError(
-                    f"the cache would grow to {pages} pages ({manager.page_size} tokens a page), "
-                    f"expected at most {most} where rows are evicted"
+                    f"the cache would grow to {counted(pages, 'page')} ({manager.page_size} tokens "
+                    f"a page), expected at most {most} where rows are evicted"
                 )
             self.cache.grow(pages)
         manager.require(wanted)

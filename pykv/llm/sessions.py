@@ -30,6 +30,7 @@ from pykv.kvtc.stream import parse
 from pykv.llm.chat import chat_ids, check_messages
 from pykv.llm.prompts import read_ids
 from pykv.llm.sequence_pages import SequencePages
+from pykv.number_texts import counted
 from pykv.page_arrays import check_codec, facts_of
 from pykv.pages import swap_in
 from pykv.tiers.sizes import artefact_of
@@ -115,7 +116,9 @@ def load(
             tokens = np.empty(header.length(op, path, "tokens"), np.int32)
             kept = count * cache.page_size
             if kept > len(tokens):
-                raise FormatError(f"{op}: {path} has {count} pages of {len(tokens)} tokens")
+                raise FormatError(
+                    f"{op}: {path} has {counted(count, 'page')} of {len(tokens)} tokens"
+                )
             if kept > llm.context:
                 raise CapacityError(
                     f"{op}: {path} has pages of {kept} tokens, expected at most the context of "

@@ -15,6 +15,7 @@ from pykv import cuda
 from pykv.arrays import FLOATS, INT32, checker, like, on_gpu, optional, row_step
 from pykv.errors import ParameterError
 from pykv.options import check_float_dtype, check_number
+from pykv.overlaps import Written
 
 _BLOCK = 128  # threads
 _PER_BLOCK = 8 * _BLOCK  # elements
@@ -61,13 +62,14 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
 
     Args:
         x: [T, E] float32, float16 or bfloat16; updated in place.
-        y: shape and dtype of `x`.
+        y: shape and dtype of `x`; may be `x` itself.
         stream: see pykv.cuda.on_stream.
 
     Raises:
         ShapeError: dimensions disagree.
         DtypeError: an array has another dtype.
         DeviceError: host and device arrays are mixed.
+        ParameterError: `y` shares memory with `x` without being it.
 
     Runs where the arrays are; on a GPU it only enqueues. Adds in float32 and rounds to nearest
     even, bit-exact.
@@ -87,7 +89,9 @@ _check_gated = {
     name: checker(f"activation.{name}", ("out",), x=("T | 2F", FLOATS), out=optional("T F", "x"))
     for name in ("swiglu", "geglu")
 }
-_check_add = checker("activation.add", ("x",), x=("T E", FLOATS), y=("T E", "x"))
+_check_add = checker(
+    "activation.add", (Written("x", may_be=("y",)),), x=("T E", FLOATS), y=("T E", "x")
+)
 _check_embed = checker(
     "activation.embed",
     ("out",),

@@ -14,6 +14,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOAT32, INT32, checker, like, on_gpu, optional
 from pykv.errors import ParameterError, ShapeError
+from pykv.overlaps import Written
 
 _BLOCK, _ITEMS = 256, 4  # threads, and tokens of each; many blocks share a row
 
@@ -129,7 +130,7 @@ def adjust(
 
 _check = checker(
     "adjust_logits.adjust",
-    ("tallies", "out"),
+    ("tallies", Written("out", may_be=("logits",))),
     logits=("B V", FLOAT32, 4),
     tallies=optional("N V", INT32),
     penalties=optional("B 3", FLOAT32, 4),

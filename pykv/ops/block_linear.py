@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import cuda, planes, ranges
+from pykv import cuda, planes
 from pykv.arrays import (
     FLOAT32,
     FLOATS,
@@ -128,8 +128,8 @@ def multiply(
         ShapeError: dimensions disagree, or I is no multiple of the block's elements.
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
-        ParameterError: `accumulate` lacks `out`, `out` shares memory with x, `gate` is unknown, or
-            `eps` not positive and finite.
+        ParameterError: `accumulate` lacks `out`, `out` shares memory with another array, `gate` is
+            unknown, or `eps` not positive and finite.
         UnsupportedError: there is no kernel for `kind`, or, where tensor cores have none, there are
             more than 524,280 tokens.
 
@@ -210,8 +210,6 @@ def checked(
     )
     if options.accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
-    if out is not None:
-        ranges.check_apart(op, x, out)
     return dims, options
 
 

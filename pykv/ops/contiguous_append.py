@@ -23,7 +23,6 @@ from pykv.arrays import (
     INT32,
     Dims,
     check_head_dim,
-    check_writeable,
     checker,
     on_gpu,
     optional,
@@ -97,19 +96,17 @@ def append(
     op = "contiguous_append.append"
     check = paged_check.enabled(op, check)
     spec = _SPECS[check_choice(op, "layout", layout, LAYOUTS)]
-    dims = _checker(spec)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
+    advance = check_flag(op, "advance", advance)
+    dims = _checker(spec, advance)(k, v, k_cache, v_cache, lengths, slots, inv_freq)
     for name, letter in (("k", "K"), ("v", "V")):
         check_head_dim(op, name, dims[letter], MAX_HEAD_DIM, letter)
     if slots is None and dims["B"] != dims["S"]:
         raise ShapeError(f"{op}: k has B={dims['B']}, expected S={dims['S']} where slots is None")
     rope.check_pairs(op, pairing, dims.get("F", 0), dims["K"])
-    advance = check_flag(op, "advance", advance)
     if slots is not None and (check or not on_gpu(k)):
         with cuda.on_stream(stream, k):
             look = paged_check.check_slots if check else paged_check.check_pages
             look(slots, dims["S"], op=op, name="slots")
-    if advance:
-        check_writeable(op, "lengths", lengths)
     if dims["B"] * dims["T"] * dims["H"] * dims["S"] == 0:
         return
     rows = dict(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -129,11 +126,11 @@ _SPECS = {layout: KVSpec(layout=layout) for layout in LAYOUTS}  # which know the
 
 
 @cache
-def _checker(spec: KVSpec) -> Callable[..., Dims]:
+def _checker(spec: KVSpec, advance: bool) -> Callable[..., Dims]:
     new, old = (" ".join((x, *spec.page_axes, "|")).replace("P", y) for x, y in ("BT", "SC"))
     return checker(
         "contiguous_append.append",
-        ("k_cache", "v_cache"),
+        ("k_cache", "v_cache", *(("lengths",) if advance else ())),
         k=(f"{new} K", FLOATS),
         v=(f"{new} V", "k"),
         k_cache=(f"{old} K", FLOATS),

@@ -61,7 +61,7 @@ def compact(
     Raises:
         ShapeError, DtypeError, DeviceError: an array does not fit the spec or the others.
         ParameterError: scales are missing or not wanted; on the host, or when checking, `kept` does
-            not ascend or a page does not exist.
+            not ascend, a page does not exist, or rows move to one that another sequence has.
         UnsupportedError: D exceeds 512.
 
     Runs where the arrays are; on a GPU it only enqueues, and allocates a word for each 32 KiB of
@@ -89,6 +89,7 @@ def compact(
     if paged_check.enabled(op, check) or not on_gpu(kept):
         with cuda.on_stream(stream, kept):
             cuda.look(lambda: _look(op, tables, dims["N"], dims["P"]))
+            cuda.look(lambda: _look_apart(op, tables, dims["P"]))
     if 0 in (dims["B"], dims["H"], dims["C"]):
         return
     pools = dict(k_pool=k_pool, v_pool=v_pool)
@@ -141,6 +142,28 @@ def _look(op: str, tables: dict[str, Any], N: int, P: int) -> None:
             if len(wrong):
                 i = wrong[0]
                 raise ParameterError(f"{op}: {name}[{b}, {i}] is {table[i]}, expected 0 to {N - 1}")
+
+
+def _look_apart(op: str, tables: dict[str, Any], P: int) -> None:
+    """Check that no row moves to a page that another entry reads or writes, of any sequence."""
+    page_table, out_table, kept, counts = map(to_host, tables.values())
+    reads: dict[int, set[tuple[int, int]]] = {}  # entries [b, i] of page_table, by page
+    writes: dict[int, set[tuple[int, int]]] = {}  # of out_table, whose rows change
+    for b, a in np.ndindex(*counts.shape):
+        slots = kept[b, a, : max(counts[b, a], 0)]
+        to, of = np.arange(len(slots)) // P, slots // P
+        changed = (slots != np.arange(len(slots))) | (out_table[b, to] != page_table[b, of])
+        for found, table, entries in ((reads, page_table, of), (writes, out_table, to[changed])):
+            for i in np.unique(entries).tolist():
+                found.setdefault(int(table[b, i]), set()).add((b, i))
+    for page, entries in writes.items():
+        (b, i), *more = sorted(entries)
+        for name, others in (("out_table", more), ("page_table", reads.get(page, set()) - entries)):
+            for other in others:
+                raise ParameterError(
+                    f"{op}: out_table[{b}, {i}] is {page}, as {name}[{other[0]}, {other[1]}] is, "
+                    "expected a page of its own"
+                )
 
 
 def reference(

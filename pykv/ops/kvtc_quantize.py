@@ -31,6 +31,7 @@ from pykv.arrays import FLOAT32, UINT8, Dims, check_shape, check_writeable, chec
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kvtc.stream_v0 import BITS, MOST, row_bytes
 from pykv.options import check_whole
+from pykv.overlaps import check_apart
 from pykv.ranges import reach
 
 BLOCK = 128  # threads
@@ -86,7 +87,7 @@ def quantize_fp8(
     """
     op = "kvtc_quantize.quantize_fp8"
     start, n = _columns(op, x, start_feature, range_features)
-    out = _codes(op, out, x, n, 8)
+    out = _codes(op, out, dict(x=x), n, 8)
     _quantize(op, x, out, None, None, start, n, 0, stream)
     return out
 
@@ -115,6 +116,7 @@ def dequantize_fp8(codes: Any, out: Any, start_feature: int = 0, *, stream: Any 
     n = _check_codes(op, "codes", codes, out)
     if n > most:
         raise ShapeError(f"{op}: codes has {n} columns, expected {most} or fewer for out")
+    check_apart(op, dict(out=out), dict(codes=codes))
     _dequantize(op, out, codes, None, None, start, n, 0, stream)
     return out
 
@@ -196,7 +198,7 @@ def quantize_intx(
     start, n = _columns(op, x, start_feature, range_features)
     bits = _bits(op, int_bits)
     _check_extremes(op, x, min_vals, max_vals)
-    out = _codes(op, out, x, n, bits)
+    out = _codes(op, out, dict(x=x, min_vals=min_vals, max_vals=max_vals), n, bits)
     _quantize(op, x, out, min_vals, max_vals, start, n, bits, stream)
     return out
 
@@ -241,6 +243,7 @@ def dequantize_intx(
             f"{op}: codes has {codes.shape[1]} bytes a row, expected {row_bytes(n, bits)} for {n} "
             f"codes of {bits} bits"
         )
+    check_apart(op, dict(out=out), dict(codes=codes, min_vals=min_vals, max_vals=max_vals))
     _dequantize(op, out, codes, min_vals, max_vals, start, n, bits, stream)
     return out
 
@@ -320,14 +323,16 @@ def _check_extremes(op: str, x: Any, min_vals: Any, max_vals: Any, written: bool
     checker(op, writes, x=("B | C", FLOAT32), **rules)(x, min_vals, max_vals)
 
 
-def _codes(op: str, out: Any, x: Any, n: int, bits: int) -> Any:
-    """The array for codes of n columns of `x`: `out` or a new one."""
+def _codes(op: str, out: Any, read: dict[str, Any], n: int, bits: int) -> Any:
+    """The array for codes of n columns of `x`: `out`, apart from what is read, or a new one."""
+    x = read["x"]
     shape = len(x), row_bytes(n, bits)
     if out is None:
         return like(x, shape, np.uint8)
     _check_codes(op, "out", out, x)
     check_writeable(op, "out", out)
     check_shape(op, "out", out, shape)
+    check_apart(op, dict(out=out), read)
     return out
 
 

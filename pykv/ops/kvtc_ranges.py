@@ -40,6 +40,7 @@ from pykv.ops.kvtc_quantize import (
     tile_bytes,
 )
 from pykv.options import check_flag, check_whole
+from pykv.overlaps import check_apart
 from pykv.ranges import reach
 
 VARIANTS = kvtc_quantize.VARIANTS
@@ -89,6 +90,9 @@ def quantize_ranges(
     ranges = check_ranges(op, ranges, dims["C"])
     if nonfinite is not None:
         checker(op, ("nonfinite",), x=("B | C", FLOAT32), nonfinite=("B", INT32))(x, nonfinite)
+    if out is not None:
+        checker(op, ("out",), out=("N", UINT8))(out)
+        check_apart(op, dict(out=out), dict(x=x, nonfinite=nonfinite))
     out = stream_for(op, ranges, dims["B"], x, out)
     if out.size == 0:
         return out
@@ -148,6 +152,8 @@ def dequantize_ranges(
         check_rows(op, out, "out")
         check_shape(op, "out", out, shape, " ([batch, C])")
     check_stream(op, codes, ranges, B, codes if out is None else out, check, stream)
+    if out is not None:
+        check_apart(op, dict(out=out), dict(codes=codes))
     out = like(codes, shape, np.float32) if out is None else out
     dims = check_rows(op, out, "out")
     if out.size == 0:

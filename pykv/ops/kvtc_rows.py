@@ -36,6 +36,7 @@ from pykv.arrays import (
 )
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.kinds import KINDS, dequantize, quantize
+from pykv.kvtc.sequences import check_entries, check_sequence
 from pykv.ops import paged_append, paged_check, rope
 from pykv.ops.paged_append import MAX_HEAD_DIM
 from pykv.ops.paged_qkv import hadamard_transform
@@ -239,68 +240,12 @@ def _check(
     return dims, spec
 
 
-def check_sequence(
-    op: str, table: Any, positions: Any, num_pages: int, page_size: int, *, writes: bool = False
-) -> None:
-    """Check where tokens lie; waits for a GPU.
-
-    Args:
-        op: for messages.
-        table, positions: as of `gather`.
-        num_pages, page_size: N and P of the pools.
-        writes: whether tokens are written there.
-
-    Raises:
-        ParameterError: positions do not rise, or lie outside of the table, or in pages that do not
-            exist, or are written to twice.
-    """
-    table, positions = to_host(table), to_host(positions)
-    check_rising(op, positions)
-    most = len(table) * page_size
-    if len(positions) and positions[-1] >= most:
-        raise ParameterError(
-            f"{op}: positions go to {positions[-1]}, expected below {most}, which the {len(table)} "
-            "pages of table hold"
-        )
-    pages = table[np.unique(positions // page_size)]
-    _check_entries(op, "table", pages, num_pages)
-    if writes:
-        check_distinct(op, pages)
-
-
-def check_rising(op: str, positions: Any) -> None:
-    """Check positions.
-
-    Raises:
-        ParameterError: they do not rise, or are negative.
-    """
-    if (np.diff(positions) <= 0).any() or (positions < 0).any():
-        raise ParameterError(f"{op}: positions fall or are negative, expected rising ones")
-
-
-def check_distinct(op: str, pages: Any) -> None:
-    """Check that pages of a table that are written to are different ones.
-
-    Raises:
-        ParameterError: one is there twice.
-    """
-    found, counts = np.unique(pages, return_counts=True)
-    if (counts > 1).any():
-        raise ParameterError(f"{op}: table has page {found[counts > 1][0]} twice, expected it once")
-
-
 def _check_contents(op: str, dims: Dims, table: Any, positions: Any, places: Any) -> None:
     writes = op == "kvtc_rows.scatter"
     check_sequence(op, table, positions, dims["N"], dims["P"], writes=writes)
     layers, rows = to_host(places).T
-    _check_entries(op, "places", layers, dims["L"])
-    _check_entries(op, "places", rows, dims["U"])
-
-
-def _check_entries(op: str, name: str, values: Any, size: int) -> None:
-    wrong = values[(values < 0) | (values >= size)]
-    if len(wrong):
-        raise ParameterError(f"{op}: {name} has {wrong[0]}, expected 0 to {size - 1}")
+    check_entries(op, "places", layers, dims["L"])
+    check_entries(op, "places", rows, dims["U"])
 
 
 def _run(

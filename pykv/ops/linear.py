@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda, ranges
+from pykv import cuda
 from pykv.arrays import BFLOAT16, FLOAT32, FLOATS, checker, like, on_gpu, optional, row_step
 from pykv.errors import ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, linear_mma
@@ -62,7 +62,8 @@ def linear(
         ShapeError: dimensions disagree, or I is no multiple of 8.
         DtypeError: an array has another dtype, or an option another type.
         DeviceError: host and device arrays are mixed.
-        ParameterError: `gemm` is unknown, `accumulate` lacks `out`, or `out` shares memory with x.
+        ParameterError: `gemm` is unknown, `accumulate` lacks `out`, or `out` shares memory
+            with another array.
         UnsupportedError: "cublas" is asked for where it is not installed, while a graph is being
             captured (CuPy refuses), or for dtypes that differ with `x` not float32; a prepared call
             that goes to cuBLAS is captured; or there are more than 4,194,240 tokens, where neither
@@ -91,8 +92,6 @@ def linear(
     accumulate = check_flag(op, "accumulate", accumulate)
     if accumulate and out is None:
         raise ParameterError(f"{op}: accumulate has no out to add to, expected out=")
-    if out is not None:
-        ranges.check_apart(op, x, out)
     out = like(x, (dims["T"], dims["O"]), x.dtype) if out is None else out
     if out.size == 0:
         return out

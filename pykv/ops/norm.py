@@ -15,6 +15,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import FLOATS, Dims, checker, like, on_gpu, optional, row_step
 from pykv.options import check_number
+from pykv.overlaps import Written
 
 _BLOCK = 256  # threads
 _WARP_MAX_D = 512  # up to here a warp takes a row: heads; above, a block: model widths
@@ -78,7 +79,11 @@ def rms_norm(
 @cache
 def _checker(rows: str) -> Callable[..., Dims]:
     return checker(
-        "norm.rms_norm", ("out",), x=(rows, FLOATS), weight=("D", FLOATS), out=optional(rows, "x")
+        "norm.rms_norm",
+        (Written("out", may_be=("x",)),),
+        x=(rows, FLOATS),
+        weight=("D", FLOATS),
+        out=optional(rows, "x"),
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from pykv import cuda
 from pykv.arrays import INT32, checker, like, on_gpu, optional
 from pykv.errors import CapacityError, ParameterError, ShapeError
+from pykv.number_texts import counted
 from pykv.ops import paged_check
 from pykv.options import check_whole
 
@@ -242,14 +243,14 @@ def _check_blocks_on_host(
     of_row = np.repeat(np.maximum(rows, 0).astype(np.int64), len(chosen) // len(rows))
     if ((old < 0) | (old.astype(np.int64) * tokens > of_row)).any():
         raise ParameterError(f"{op}: old is {old}, expected 0 to the whole blocks of each sequence")
-    if (counts > chosen.shape[1]).any():
-        raise ParameterError(f"{op}: counts are {counts}, expected at most C={chosen.shape[1]}")
-    counted = np.arange(chosen.shape[1]) < counts[:, None]
-    if (counted & ((chosen < 0) | (chosen >= old[:, None]))).any():
+    if ((counts < 0) | (counts > chosen.shape[1])).any():
+        raise ParameterError(f"{op}: counts are {counts}, expected 0 to C={chosen.shape[1]}")
+    count = np.arange(chosen.shape[1]) < counts[:, None]
+    if (count & ((chosen < 0) | (chosen >= old[:, None]))).any():
         raise ParameterError(f"{op}: chosen is {chosen}, expected blocks from 0 to below old")
     pages = counts * block_pages + -(-of_row // page_size) - old * block_pages
     if pages.max() > M:
-        raise CapacityError(f"{op}: width is {M}, but a row has {pages.max()} pages")
+        raise CapacityError(f"{op}: width is {M}, but a row has {counted(pages.max(), 'page')}")
 
 
 def _lengths(indptr: Any, last_page_len: Any, page_size: int) -> Any:
@@ -264,7 +265,7 @@ def _check_on_host(
     paged_check.check_starts(indptr, len(indices), op=op, name="indptr")
     most = int(np.diff(indptr).max())
     if most > M:
-        raise CapacityError(f"{op}: width is {M}, but a request has {most} pages")
+        raise CapacityError(f"{op}: width is {M}, but a request has {counted(most, 'page')}")
     longest = int(_lengths(indptr, last_page_len, page_size).max())
     if longest > _MOST:
         raise CapacityError(

@@ -35,7 +35,6 @@ from pykv.arrays import (
     INT32,
     Dims,
     check_head_dim,
-    check_writeable,
     checker,
     on_gpu,
 )
@@ -255,10 +254,8 @@ def _append(
     check = paged_check.enabled(op, check)
     k, _, k_pool, *others = arrays.values()
     spec = spec_of(op, spec, k_pool, *others)
-    dims = _checker(name, spec)(*arrays.values(), *where)
+    dims = _checker(name, spec, advance)(*arrays.values(), *where)
     check_head_dim(op, "k", dims["D"], MAX_HEAD_DIM)
-    if advance:
-        check_writeable(op, "positions" if name == "append_indexed" else "last_page_len", where[3])
     if check:
         with cuda.on_stream(stream, k):
             row_places.check_contents(name, op, where, dims, after)
@@ -291,10 +288,11 @@ _RULES: dict[str, dict[str, Any]] = dict(  # in the order of `where`
 
 
 @cache
-def _checker(name: str, spec: KVSpec) -> Callable[..., Dims]:
+def _checker(name: str, spec: KVSpec, advance: bool) -> Callable[..., Dims]:
     rows = ("B H | D" if name == "append_decode" else "T H | D", FLOATS)
     rules = dict(k=rows, v=(rows[0], "k")) | spec.rules() | _RULES[name]
-    return checker(f"paged_append.{name}", spec.written(), **rules)
+    writes = (*spec.written(), list(rules)[-1]) if advance else spec.written()
+    return checker(f"paged_append.{name}", writes, **rules)
 
 
 # --- Definition -----------------------------------------------------------------------------------

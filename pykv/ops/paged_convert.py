@@ -32,6 +32,7 @@ from pykv.errors import UnsupportedError
 from pykv.kinds import Kind, dequantize, quantize
 from pykv.ops import paged_check
 from pykv.options import check_float_dtype
+from pykv.overlaps import Written
 from pykv.page_rows import Side, by_token, check_apart, nhd, places
 from pykv.specs import POOLS, KVSpec, as_spec, spec_of
 
@@ -72,8 +73,8 @@ def gather(
 
     Raises:
         ShapeError, DtypeError, DeviceError: an array does not fit the spec or the others.
-        ParameterError: scales are missing or not wanted; a page does not exist, or what is written
-            shares memory with other rows that are read or written (on the host, or when checking).
+        ParameterError: scales are missing or not wanted; an array that is written shares memory
+            with another one; a page does not exist (on the host, or when checking).
         UnsupportedError: D exceeds 512, or there are 2^31 rows.
 
     On a GPU only enqueues, unless checking. Bit-exact, but for the payload of a NaN.
@@ -185,7 +186,8 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
         k_out, v_out, k_out_scales, v_out_scales: the one that is written, of `out_spec`, which has
             the same P, H and D. Scales of rows are written, those of heads or tensors are used. May
             be the memory that is read where rows keep their bytes: kinds of one width, the same
-            layout, strides and pages; likewise the scales of rows.
+            layout, strides and pages; likewise the scales of rows. That no row is written where
+            another is read is looked at on the host, and when checking.
         spec, out_spec: KVSpec, or texts that KVSpec.parse reads.
         pages, out_pages: [n] int32 each; page pages[i] becomes page out_pages[i], unless one of
             the two is negative. None: 0, 1, 2 ... No page twice in `out_pages`.
@@ -275,7 +277,10 @@ def _checker(
         rules["indices"] = ("n", INT32)
         rules |= {name: ("T H | D", FLOATS) for name in target[1][:2]}
         rules |= dict(indptr=("B+1", INT32), starts=("B+1", INT32))
-    return checker(op, target[0].written(target[1]), **rules)
+    writes: tuple[Any, ...] = target[0].written(target[1])
+    if op == "paged_convert.convert":  # within one cache: `check_apart` looks which pages are meant
+        writes = tuple(Written(x, may_meet=(y,)) for x, y in zip(writes, source[1], strict=False))
+    return checker(op, writes, **rules)
 
 
 def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None:

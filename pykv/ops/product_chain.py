@@ -17,7 +17,7 @@ from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, Uns
 from pykv.ops import block_linear
 from pykv.ops.block_linear import PLAIN, Options
 from pykv.options import check_whole
-from pykv.ranges import Rows, rows_of
+from pykv.overlaps import place_of, share
 
 OLDEST_SM = 70  # with acquire and release
 _TOKENS = 8  # at most: those that share one reading of a matrix
@@ -196,10 +196,12 @@ def _check_alike(products: list[Product]) -> None:
             raise DtypeError(f"{_OP}: x has dtype {p.x.dtype}, expected {first.x.dtype}")
         if on_gpu(p.x) != on_gpu(first.x):
             raise DeviceError(f"{_OP}: products are of host and device, expected one")
+    outs = [place_of(p.out) for p in products]
     for p in products:
         for name in ("w", "bias", "norm"):  # blocks read them before they wait
             array = getattr(p, name)
-            if array is not None and any(rows_of(array).meets(rows_of(q.out)) for q in products):
+            place = None if array is None else place_of(array)
+            if place is not None and any(share(place, out) for out in outs):
                 raise ParameterError(f"{_OP}: a product writes {name}, expected arrays of its own")
 
 
@@ -207,10 +209,10 @@ def _check_alike(products: list[Product]) -> None:
 
 
 class Touched(NamedTuple):
-    """What a phase reads, and what it writes."""
+    """Where a phase reads, and where it writes: arrays of `overlaps.place_of`."""
 
-    reads: list[Rows]
-    writes: list[Rows]
+    reads: list[Any]
+    writes: list[Any]
 
     def conflicts(self, other: Touched) -> bool:
         """Whether their order matters."""
@@ -218,7 +220,7 @@ class Touched(NamedTuple):
             (w, r) for a, b in ((self, other), (other, self)) for w in a.writes for r in b.reads
         ]
         pairs += [(w, v) for w in self.writes for v in other.writes]
-        return any(a.meets(b) for a, b in pairs)
+        return any(share(a, b) for a, b in pairs)
 
 
 def stages_of(touched: Sequence[Touched]) -> list[int]:
@@ -253,8 +255,8 @@ def _check_program(stages: Sequence[int], touched: Sequence[Touched]) -> None:
 
 def _touched(product: Product) -> Touched:
     p = product
-    arrays = [rows_of(array) for array in (p.x, p.w, p.bias, p.norm) if array is not None]
-    return Touched(arrays, [rows_of(p.out)])  # what `accumulate` reads of out it also writes
+    arrays = [place_of(array) for array in (p.x, p.w, p.bias, p.norm) if array is not None]
+    return Touched(arrays, [place_of(p.out)])  # what `accumulate` reads of out it also writes
 
 
 def has_kernel(kind: str) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pykv.counted import counted
 from pykv.errors import ParameterError
+from pykv.number_texts import counted
 from pykv.tiers import disk
 from pykv.tiers.sizes import parse_disk
 

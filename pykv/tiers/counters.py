@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pykv.counted import counted
+from pykv.number_texts import counted
 
 _MOST = 1 << 62  # things; sums stay below
 

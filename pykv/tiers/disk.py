@@ -138,6 +138,17 @@ class DiskTier:
                 self._total += size
                 self._written += size
 
+    def clear(self) -> None:
+        """Delete all pages of this identity; one that is written meanwhile may stay.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        for entry in entries(self.folder):
+            if entry.path.parent.parent == self._own:
+                entry.path.unlink(missing_ok=True)
+        self._count()
+
     def note(self, counters: Counters) -> bool:
         """Add counters to those of the folder; False where another process is at it.
 

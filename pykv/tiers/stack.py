@@ -129,8 +129,15 @@ class Tiers:
         of_files = of_rows
         if limit is not None and limit.codec != own.codec:
             of_files = form("disk_cache", limit.codec, np)
-            if of_files.nbytes >= of_rows.nbytes:
-                of_files = of_rows  # what was lost on the way does not come back
+            is_larger = of_files.nbytes >= of_rows.nbytes
+            if is_larger and limit.codec != "none":
+                raise ParameterError(
+                    f"Tiers: disk_cache has the codec {limit.codec}, {of_files.nbytes:,} bytes a "
+                    f"page, expected none or one of less than the {of_rows.nbytes:,} of "
+                    f"host_cache's {own.codec}: what that lost does not come back"
+                )
+            if is_larger:
+                of_files = of_rows  # files of no codec are as the rows are
             elif isinstance(of_rows, CodedForm):
                 raise ParameterError(
                     f"Tiers: disk_cache has the codec {limit.codec}, expected none or {own.codec}: "
@@ -334,14 +341,15 @@ class Tiers:
         right."""
         rows.moves.wait()  # for earlier copies from these rows
         read = dict(zip(places, slots, strict=False))
-        futures = {
-            key: self._threads.submit(self._read, rows, key, slot, places[key])
-            for key, slot in read.items()
-        }
+        futures: dict[bytes, Future[float | None]] = {key: Future() for key in read}
         try:
+            for key, future in futures.items():
+                given = rows, key, read[key], places[key]
+                self._threads.submit(threads.fulfil, future, self._read, *given)
             wait(futures.values())
         except BaseException:
-            wait(futures.values())  # or threads would write to rows of others
+            # Threads that have begun would write to rows of others.
+            wait([future for future in futures.values() if not future.cancel()])
             rows.host.release(slots)
             raise
         for key, future in futures.items():

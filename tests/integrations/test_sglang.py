@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pykv.errors import ParameterError, ShapeError, UnsupportedError
+from pykv.errors import ParameterError, ShapeError
 
 torch = pytest.importorskip("torch")
 
@@ -169,6 +169,18 @@ def test_a_full_disk_refuses(made):
     assert not backup(storage, ["a"], torch.tensor([0, 1])) and storage.refused == 1
 
 
+def test_clear_deletes_the_pages_of_the_registered_pool(made):
+    """In one process for all of them, and of no other sort of pages."""
+    storage, again, other = made(), made(), made(pool=OtherPool())
+    for one in (storage, other):
+        assert backup(one, ["a", "b"], torch.arange(4))
+    storage.clear()
+    assert not any(one.exists(key) for one in (storage, again) for key in "ab")
+    assert prefetch(storage, ["a"], torch.tensor([0, 1])) == 0
+    assert other.exists("a") and other.exists("b")
+    assert backup(again, ["a"], torch.tensor([0, 1])) and storage.exists("a")
+
+
 def test_refusals(made, tmp_path):
     for word in ("floder", "interface_v1"):  # which would have SGLang call what is not there
         with pytest.raises(ParameterError, match=f"sglang.Storage: {word} unknown"):
@@ -179,8 +191,6 @@ def test_refusals(made, tmp_path):
         made().get("a", torch.zeros(6, 4)[:, 1])
     with pytest.raises(ShapeError, match="value has 20 bytes, expected 24"):
         made().set("a", torch.zeros(5))
-    with pytest.raises(UnsupportedError, match="clear: delete .*kv while no server runs"):
-        made().clear()
     (tmp_path / "kv").chmod(0o777)
     with pytest.raises(PermissionError):
         made()

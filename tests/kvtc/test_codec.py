@@ -10,7 +10,7 @@ from pykv import KVSpec, PagedKVCache, cuda
 from pykv.errors import CapacityError, DtypeError, FormatError, ParameterError, ShapeError
 from pykv.kvtc import Codec, Coded, coder, parse
 from pykv.ops import rope
-from tests.helpers import to_numpy
+from tests.helpers import assert_same_bits, to_numpy
 from tests.kvtc import made
 from tests.kvtc.made import D, F, H, L, P
 
@@ -358,3 +358,22 @@ def test_size_is_what_it_says(rng):
     assert codec.row_bytes == 2 * (2 * L * F // 8)
     exempt = 2 * 2 * L * F * 2 + 3 * (2 * L * F + 2 * L * H * 2)
     assert 0 <= header.nbytes - (4 * 1000 + exempt + 995 * codec.row_bytes) < 4 * 128
+
+
+def test_codes_and_pages_share_no_memory(xp, rng):
+    """Of a first call and of one whose layout is known."""
+    artefact = made.artefact(rng)
+    cache, table, positions, *_ = made.sequence(rng, xp, artefact, 30)
+    codec = Codec(artefact, 4, xp)
+    nbytes = codec.header(30, cache.spec).nbytes
+    memory = cache.k.reshape(-1).view(np.uint8)
+    for _ in range(2):
+        with pytest.raises(ParameterError, match="Codec.compress: out shares memory with cache.k"):
+            codec.compress(cache, table, positions, out=memory[:nbytes])
+        coded = codec.compress(cache, table, positions, out=xp.zeros(nbytes, np.uint8))
+    memory[:nbytes] = coded.data
+    kept = to_numpy(cache.k).copy()
+    for _ in range(2):
+        with pytest.raises(ParameterError, match="decompress: cache.k shares memory with coded"):
+            codec.decompress(Coded(coded.header, memory[:nbytes]), cache, table)
+        assert_same_bits(cache.k, kept)

@@ -1,6 +1,7 @@
 """Options and outputs that ops must refuse; tests/test_arguments.py has what holds of all calls."""
 
 import inspect
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -8,45 +9,112 @@ import pytest
 
 from pykv.arrays import as_read_only
 from pykv.errors import DtypeError, ParameterError, PykvError
-from pykv.ops import attention_scores, kv_select, paged_decode, prefill
+from pykv.ops import (
+    activation,
+    adjust_logits,
+    attention_scores,
+    kv_select,
+    norm,
+    paged_convert,
+    paged_decode,
+    prefill,
+)
+from tests.helpers import assert_same_bits, to_numpy
 from tests.ops.calls import OPS, filled
 
 OUTPUTS = ("out", "lse", "out_lse", "q_out", "table", "lengths", "sums", "k_out", "v_out")
 OUTPUTS += ("min_vals", "max_vals", "kept", "vectors", "rows", "old", "budgets")
 
 
-@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
-def test_what_is_written_may_not_be_read_only(rng, op, arguments):
-    """Every array that a call changes, outputs that are not given among them; refused before any
-    is written."""
+def copies(given):
+    return {name: x.copy() if isinstance(x, np.ndarray) else x for name, x in given.items()}
+
+
+def with_outputs(op, arguments, rng):
+    """A call with all that may be given, arrays of 7 for outputs, and names of what it writes."""
     names = inspect.signature(op).parameters
     given = filled(arguments, rng, np)
     if "advance" in names:
         given["advance"] = True
-    result = op(
-        **{name: np.copy(x) if isinstance(x, np.ndarray) else x for name, x in given.items()}
-    )
+    result = op(**copies(given))
     results = result if isinstance(result, tuple) else (result,)
     optional = [name for name, x in names.items() if x.default is None and name not in given]
     missing = [name for name in OUTPUTS if name in optional]
     given |= {name: np.full_like(x, 7) for name, x in zip(missing, results, strict=False)}
-
-    def copies():
-        return {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in given.items()}
-
-    after = copies()
-    before = {n: x.copy() for n, x in after.items() if isinstance(x, np.ndarray)}
+    after = copies(given)
     op(**after)
-    written = [n for n, x in before.items() if after[n].tobytes() != x.tobytes()]
+    arrays = {n: x for n, x in given.items() if isinstance(x, np.ndarray)}
+    return given, [n for n, x in arrays.items() if after[n].tobytes() != x.tobytes()]
+
+
+@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_written_may_not_be_read_only(rng, op, arguments):
+    """Every array that a call changes, outputs that are not given among them; refused before any
+    is written."""
+    given, written = with_outputs(op, arguments, rng)
     assert written
     for name in written:
-        frozen = copies()
+        frozen = copies(given)
         frozen[name].flags.writeable = False
         with pytest.raises(ParameterError, match=f"{op.__name__}: {name} is read-only, expected"):
             op(**frozen)
         for n, x in given.items():
             if isinstance(x, np.ndarray):
                 assert frozen[n].tobytes() == x.tobytes()
+
+
+def overlapping(given, written, other, shift, xp):
+    """The call on a machine, with what is written `shift` bytes behind the begin of another array,
+    and the memory that both share."""
+    starts = {written: max(shift, 0), other: max(-shift, 0)}
+    memory = xp.zeros(sum(given[name].nbytes for name in starts) + 32, np.uint8)
+    call = {n: xp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
+    for name, start in starts.items():  # what is read last, so that it is right
+        x = given[name]
+        call[name] = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+        call[name][...] = xp.asarray(x)
+    return call, memory
+
+
+IN_PLACE = {  # what may be what: a docstring says each
+    (activation.add, "x", "y"),
+    (adjust_logits.adjust, "out", "logits"),
+    (norm.rms_norm, "out", "x"),
+    *((paged_convert.convert, f"{x}_out", f"{x}_pool") for x in "kv"),
+    *((paged_convert.convert, f"{x}_out_scales", f"{x}_scales") for x in "kv"),
+}
+
+
+@pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_written_shares_no_memory(xp, rng, op, arguments):
+    """Each array that a call changes, against each other one: they begin together, or overlap. The
+    same elements are refused too, unless the op takes them and then does as with arrays of its own.
+    """
+    given, written = with_outputs(op, arguments, rng)
+    if op is paged_convert.convert:  # whose pools may be one, with pages apart
+        given["check"] = True
+    for name in written:
+        others = [n for n, x in given.items() if isinstance(x, np.ndarray) and x.size and n != name]
+        for other in others:
+            x = given[other]
+            shifts = [0] + [16] * (x.nbytes > 16) + [-16] * (given[name].nbytes > 16)
+            for shift in shifts:
+                call, memory = overlapping(given, name, other, shift, xp)
+                before = to_numpy(memory).copy()
+                if shift == 0 and (op, name, other) in IN_PLACE:
+                    alone = copies(given) | {name: x.copy()}
+                    want = {
+                        n: xp.asarray(a) if isinstance(a, np.ndarray) else a
+                        for n, a in alone.items()
+                    }
+                    op(**want)
+                    op(**call)
+                    assert_same_bits(call[name], want[name])
+                    continue
+                with pytest.raises(ParameterError, match=" shares memory with ") as caught:
+                    op(**call)
+                assert {name, other} <= set(re.findall(r"\w+", str(caught.value)))
+                assert_same_bits(memory, before)
 
 
 @pytest.mark.parametrize("op, arguments", OPS, ids=lambda x: getattr(x, "__name__", ""))

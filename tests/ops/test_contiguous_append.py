@@ -188,30 +188,30 @@ def test_read_token(xp, rng):
 
 def test_errors_name_the_argument(xp):
     k, cache = xp.zeros((2, 1, 1, 8), np.float32), xp.zeros((2, 4, 1, 8), np.float16)
-    lengths = xp.zeros(2, np.int32)
+    other, lengths = xp.zeros_like(cache), xp.zeros(2, np.int32)
     append = contiguous_append.append
     with pytest.raises(ShapeError, match=r"k_cache has H=4, expected H=1 \(\[S C H \| K\]\)"):
         append(k, k, xp.zeros((2, 1, 4, 8), np.float16), cache, lengths)
     with pytest.raises(ShapeError, match="lengths has S=1, expected S=2"):
-        append(k, k, cache, cache, lengths[:1])
+        append(k, k, cache, other, lengths[:1])
     with pytest.raises(ShapeError, match="k has B=1, expected S=2 where slots is None"):
-        append(k[:1], k[:1], cache, cache, lengths)
+        append(k[:1], k[:1], cache, other, lengths)
     with pytest.raises(ShapeError, match="slots has B=1, expected B=2"):
-        append(k, k, cache, cache, lengths, slots=lengths[:1])
+        append(k, k, cache, other, lengths, slots=lengths[:1])
     with pytest.raises(ShapeError, match="inv_freq has F=5, expected at most D / 2 = 4"):
-        append(k, k, cache, cache, lengths, inv_freq=xp.zeros(5, np.float32))
+        append(k, k, cache, other, lengths, inv_freq=xp.zeros(5, np.float32))
     with pytest.raises(ShapeError, match="v has V=4, expected a multiple of 8"):
         append(k, xp.zeros((2, 1, 1, 4), "f4"), cache, xp.zeros((2, 4, 1, 4), "f4"), lengths)
     with pytest.raises(UnsupportedError, match="k has K=1032, expected at most 1024"):
         append(xp.zeros((2, 1, 1, 1032), "f4"), k, xp.zeros((2, 4, 1, 1032), "f2"), cache, lengths)
     with pytest.raises(DtypeError, match="lengths has dtype float32, expected int32 or int64"):
-        append(k, k, cache, cache, lengths.astype(np.float32))
+        append(k, k, cache, other, lengths.astype(np.float32))
     with pytest.raises(DtypeError, match="v has dtype float16, expected float32"):
-        append(k, k.astype(np.float16), cache, cache, lengths)
+        append(k, k.astype(np.float16), cache, other, lengths)
     with pytest.raises(ParameterError, match="pairing is 'both'"):
-        append(k, k, cache, cache, lengths, pairing="both")
+        append(k, k, cache, other, lengths, pairing="both")
     with pytest.raises(ParameterError, match="append: layout is 'DHN'"):
-        append(k, k, cache, cache, lengths, layout="DHN")
+        append(k, k, cache, other, lengths, layout="DHN")
 
 
 @pytest.mark.parametrize("T", [1, 3])  # lengths move in the same launch, or in a second one

@@ -137,6 +137,41 @@ def test_errors_name_the_argument(xp, rng):
             run(xp, spec, cache, tables | change)
 
 
+def test_rows_go_to_pages_of_their_own(xp, rng):
+    """No page that another sequence writes or reads, nor one twice; always on the host, on a GPU
+    when asked. Pages whose rows stay where they are may be anybody's."""
+    pools = {name: xp.zeros((6, 2, 1, 8), np.float16) for name in POOLS[:2]}
+
+    def call(table, slots, out=None):
+        tables = dict(page_table=table, out_table=table if out is None else out)
+        tables = {name: xp.asarray(np.array(x, np.int32)) for name, x in tables.items()}
+        kept = xp.asarray(np.array(slots, np.int32)[:, None])
+        counts = xp.asarray(np.full((len(slots), 1), len(slots[0]), np.int32))
+        op.compact(**pools, **tables, kept=kept, counts=counts, check=True)
+
+    moving, staying = [1, 2, 3], [0, 1, 2]
+    call([[0, 1], [2, 3]], [moving, moving])
+    call([[0, 1], [0, 1]], [staying, staying])
+    call([[0, 1], [0, 1]], [moving, moving], [[2, 3], [4, 5]])
+    for table, slots, out, text in (
+        (
+            [[0, 1], [0, 2]],
+            [moving, moving],
+            None,
+            r"out_table\[0, 0\] is 0, as out_table\[1, 0\] is",
+        ),
+        (
+            [[0, 1], [0, 2]],
+            [moving, staying],
+            None,
+            r"out_table\[0, 0\] is 0, as page_table\[1, 0\]",
+        ),
+        ([[0, 1]], [moving], [[4, 4]], r"out_table\[0, 0\] is 4, as out_table\[0, 1\] is"),
+    ):
+        with pytest.raises(ParameterError, match=f"compact: {text}"):
+            call(table, slots, out)
+
+
 def test_contents_are_looked_at(xp, rng):
     spec, cache, tables = case_of(rng, share=1.0)
     wrong = {name: x.copy() for name, x in tables.items()}

@@ -231,7 +231,7 @@ def test_wrong_arguments(xp, rng):
     refused(ShapeError, "positions has T=11, expected 12 as", sinks=sinks)
     for name, value, text in (
         ("positions", what["positions"][::-1].copy(), "positions fall"),
-        ("positions", what["positions"] + np.int32(100), "which the . pages of table hold"),
+        ("positions", what["positions"] + np.int32(100), "as the . pages? of table"),
         ("table", what["table"] + np.int32(100), "table has 10., expected 0 to"),
         ("places", what["places"] + np.int32(1), "places has 3, expected 0 to 2"),
     ):

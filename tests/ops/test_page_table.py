@@ -136,7 +136,8 @@ def test_errors_of_blocks(xp):
         (dict(rows=[5]), CapacityError, r"rows are up to 5, expected at most K \* P = 4"),
         (dict(old=[2]), ParameterError, "old is .2., expected 0 to the whole blocks"),
         (dict(chosen=[[1]]), ParameterError, "chosen is ..1.., expected blocks from 0 to below"),
-        (dict(counts=[2]), ParameterError, "counts are .2., expected at most C=1"),
+        (dict(counts=[2]), ParameterError, "counts are .2., expected 0 to C=1"),
+        (dict(counts=[-1]), ParameterError, "counts are .-1., expected 0 to C=1"),
         (dict(width=1), CapacityError, "width is 1, but a row has 2 pages"),
     ):
         with pytest.raises(error, match=text):

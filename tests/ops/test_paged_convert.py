@@ -500,10 +500,10 @@ def test_pages_that_do_not_exist(xp, rng):
         assert_same_bits(got, want)
     paged_convert.gather(**options, pages=twice)  # may read one twice
     tables = [xp.asarray(np.array(x, np.int32)) for x in ([0, 9, 1], [0, 2, 3], [0, 3, 5])]
-    k_out = xp.zeros((5, 3, 16), np.float32)
+    k_out, v_out = xp.zeros((2, 5, 3, 16), np.float32)
     with pytest.raises(ParameterError, match=r"gather_rows: indices\[1\] is 9, expected 0 to 3"):
         arrays = dict(zip(("indices", "indptr", "starts"), tables, strict=True))
-        paged_convert.gather_rows(**options, **arrays, k_out=k_out, v_out=k_out)
+        paged_convert.gather_rows(**options, **arrays, k_out=k_out, v_out=v_out)
     assert not bits(k_out).any()
 
 
@@ -528,23 +528,23 @@ def test_memory_that_is_written_is_no_other_rows(xp, rng):
     spare = Cache(xp, rng, KVSpec("int8"), 3, 2, 3, 16, strided=False)
     scales = dict(zip(("k_out_scales", "v_out_scales"), spare.scales, strict=True))
     same = dict(**scales, k_out=spare.pools[0], v_out=spare.pools[0])
-    fails(r"convert: k_out\[0\] shares memory with k_out\[0\]", convert_, **both, **same)
+    fails("convert: k_out shares memory with v_out", convert_, **both, **same)
     crossed = dict(**scales, k_out=v, v_out=spare.pools[1])
-    fails(r"convert: k_out\[0\] shares memory with k_pool\[0\]", convert_, **both, **crossed)
+    fails("convert: k_out shares memory with v_pool", convert_, **both, **crossed)
     turned = dict(outs, k_out=k.reshape(3, 3, 2, 16), v_out=v.reshape(3, 3, 2, 16))
     turned |= {name: outs[name].reshape(3, 3, 2) for name in scales}
     hnd = dict(both, out_spec="int8:HND")
     fails(r"convert: k_out\[\d\] shares memory with k_pool\[\d\]", convert_, **hnd, **turned)
     floats = [xp.zeros((4, 2, 3, 16), np.float32) for _ in "kv"]
     parts = dict(zip(("k_out", "v_out"), (x[:3] for x in floats), strict=True))
-    text = r"gather: k_out\[1\] shares memory with pages\[2\]"
-    fails(text, paged_convert.gather, *floats, one, **parts, **check)
-    text = r"scatter: pages\[2\] is 0, which shares memory with k\[0\]"
-    fails(text, paged_convert.scatter, *parts.values(), *floats, two, **check)
+    text = "gather: k_out shares memory with k_pool, expected another array"
+    fails(text, paged_convert.gather, *floats, one, **parts)
+    text = "scatter: k_pool shares memory with k, expected another array"
+    fails(text, paged_convert.scatter, *parts.values(), *floats, two)
     lists = [xp.asarray(np.array(x, np.int32)) for x in ([2, 0], [0, 2], [0, 3])]
     tokens = dict(k_out=floats[0].reshape(8, 3, 16), v_out=floats[1].reshape(8, 3, 16))
-    text = r"gather_rows: k_out\[0\] shares memory with indices\[1\]"
-    fails(text, paged_convert.gather_rows, *floats, *lists, **tokens, **check)
+    text = "gather_rows: k_out shares memory with k_pool, expected another array"
+    fails(text, paged_convert.gather_rows, *floats, *lists, **tokens)
     convert_(**both, **outs, pages=two, out_pages=two)
     for got, want in zip(cache.everything(), before, strict=True):
         assert_same_bits(got, want)

@@ -284,11 +284,21 @@ def test_prompts_of_one_length_fall_at_once(xp):
 
 def test_kvtc_keeps_what_its_artefact_keeps(tmp_path):
     """Rows of codes, and a fourth of the memory for pages as they are."""
-    tiers = World(head_dim=64, host=f"40KB:{KVTC}", disk=f"{tmp_path}:1MB:int4").tiers
+    tiers = World(head_dim=64, host=f"40KB:{KVTC}", disk=f"{tmp_path}:1MB").tiers
     whole, coded = tiers._rows
     assert (whole.form.nbytes, coded.form.nbytes) == (2 * 2 * P * 64 * 2, 2 * 2 * P * 64)
     assert (len(whole.places), len(coded.places)) == (10_000 // 1024, 30_000 // 512)
-    assert coded.file_form is coded.form  # int4 of what was coded would be larger
+    assert coded.file_form is coded.form  # without a codec files are as the rows are
+
+
+@pytest.mark.parametrize("host, disk", [(KVTC, "int4"), ("int4", "int8")])
+def test_files_larger_than_rows_are_refused(tmp_path, host, disk):
+    """Nothing would be gained by them, and a smaller codec is not taken in silence."""
+    text = (
+        f"disk_cache has the codec {disk}, .*expected none or one of less than .* of host_cache's"
+    )
+    with pytest.raises(ParameterError, match=text):
+        World(head_dim=64, host=f"40KB:{host}", disk=f"{tmp_path}:1MB:{disk}")
 
 
 def test_kvtc_of_nobody_is_refused(tmp_path):
@@ -374,6 +384,39 @@ def test_an_interrupt_leaves_no_thread_with_an_unknown_row(monkeypatch, tmp_path
     world.tiers.flush()
     assert not world.tiers._writing and world.tiers.counters.refused == 0
     assert world.ask([1] * 8) == 4
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_an_interrupt_of_reads_loses_no_row(monkeypatch, tmp_path, begun):
+    """While tasks are handed to the threads, with one that has begun or none."""
+    world = World(pages=4, host=8 * ROW, disk=f"{tmp_path}:1MB")
+    for first in range(4):
+        world.ask([first] * 8)
+    world.tiers.flush()
+    world.tiers.clear_host()
+    submit, read = world.tiers._threads.submit, stack.DiskTier.read
+    reading, may_go, done = threading.Event(), threading.Event(), []
+
+    def interrupted(*args):
+        if begun:
+            submit(*args)
+            assert reading.wait(60)
+            may_go.set()
+        raise KeyboardInterrupt
+
+    def slow(*args):
+        reading.set()
+        assert may_go.wait(60)
+        done.append(read(*args))
+        return done[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stack.DiskTier, "read", slow)
+        patch.setattr(world.tiers._threads, "submit", interrupted)
+        world.ask([0] * 8)
+    assert len(done) == begun  # whoever had begun has ended before its row is another's
+    assert len(world.tiers._rows[-1].host._free) == 8
+    assert world.ask([0] * 8) == 4
 
 
 def test_work_that_was_cancelled_is_not_done():

@@ -1,0 +1,142 @@
+"""Which arrays share memory: what an op writes lies apart from all else that it is given.
+
+Blocks of a grid run in any order, so a kernel that writes where another of its blocks still reads
+races. `pykv.arrays.checker` holds every call to that, by the names of the arrays that an op writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv.errors import ParameterError
+
+_MOST_WORK = 10_000  # candidates; pools, their views and rows at any stride take one or two
+
+
+class Written(NamedTuple):
+    """An array that an op writes, and arrays whose memory it may have.
+
+    Attributes:
+        name: of the array.
+        may_be: names of arrays that it may be itself, of equal address, shape, strides and dtype:
+            the op reads each element before, and where, it writes it.
+        may_meet: names of arrays that it may share any memory with, which the op looks at itself.
+    """
+
+    name: str
+    may_be: tuple[str, ...] = ()
+    may_meet: tuple[str, ...] = ()
+
+
+class Pair(NamedTuple):
+    """Two arrays of a layout of which one is written: their places among all, whether they may be
+    the same array, and between which differences of their addresses their bounds overlap."""
+
+    written: int
+    other: int
+    may_be: bool
+    after: int
+    before: int
+
+
+def pairs_of(arrays: Sequence[Any], written: Mapping[int, Mapping[int, bool]]) -> list[Pair]:
+    """What `share_in` compares for arrays of these layouts.
+
+    Args:
+        arrays: None for one that is not given.
+        written: of each array that is written, those that it must lie apart from, and whether it
+            may be that one itself.
+    """
+    bounds = [None if x is None or x.size == 0 else _bounds(x) for x in arrays]
+    found = []
+    for i, others in written.items():
+        for j, may_be in others.items():
+            if (one := bounds[i]) is not None and (other := bounds[j]) is not None:
+                found.append(Pair(i, j, may_be, one[0] - other[1], one[1] - other[0]))
+    return found
+
+
+def find_shared(
+    pairs: Sequence[Pair], arrays: Sequence[Any], addresses: Sequence[int] | None
+) -> Pair | None:
+    """The first of the pairs that share memory as they may not.
+
+    Args:
+        addresses: of the arrays, where they are at hand: those that lie far apart cost no look.
+    """
+    for pair in pairs:
+        i, j, may_be, after, before = pair
+        if addresses is not None and not after < addresses[j] - addresses[i] < before:
+            continue
+        if share(arrays[i], arrays[j]) and not (may_be and is_same(arrays[i], arrays[j])):
+            return pair
+    return None
+
+
+def check_apart(op: str, written: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Check arrays that no checker sees together; None: one is not given.
+
+    Raises:
+        ParameterError: one that is written shares memory with another one, or with one of `others`.
+    """
+    arrays = {name: x for name, x in {**written, **others}.items() if x is not None}
+    names = list(arrays)
+    pairs = {
+        i: dict.fromkeys(range(i + 1, len(names)), False)
+        for i, name in enumerate(names)
+        if name in written
+    }
+    given = list(arrays.values())
+    found = find_shared(pairs_of(given, pairs), given, None)
+    if found is not None:
+        raise not_apart(op, names[found.written], names[found.other])
+
+
+def not_apart(op: str, name: str, other: str, may_be: bool = False) -> ParameterError:
+    """The error of two arrays that share memory."""
+    expected = f"{other} itself or another array" if may_be else "another array"
+    return ParameterError(f"{op}: {name} shares memory with {other}, expected {expected}")
+
+
+def place_of(array: Any) -> Any:
+    """An array of NumPy at the same place; one of a GPU's must not be read."""
+    if isinstance(array, np.ndarray):
+        return array
+    interface = dict(data=(array.data.ptr, True), shape=array.shape, strides=array.strides)
+    interface |= dict(typestr=f"|V{array.itemsize}", version=3)
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+def share(x: Any, y: Any) -> bool:
+    """Whether two arrays have a byte in common, of which strides are taken into account; of a GPU
+    as of the host. True where that would take too long to say, as no layout of pools does."""
+    try:
+        one, other = place_of(x), place_of(y)
+        return bool(np.shares_memory(one, other, max_work=_MOST_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def is_same(x: Any, y: Any) -> bool:
+    """Whether two arrays are the same elements in the same order."""
+    if (x.shape, x.strides, x.dtype) != (y.shape, y.strides, y.dtype):
+        return False
+    first, second = (place_of(z).__array_interface__["data"][0] for z in (x, y))
+    return bool(first == second)
+
+
+def repeats(array: Any) -> bool:
+    """Whether elements of an array are at one place because it was broadcast. Other strides may do
+    so too, on purpose: pykv.eviction sees heads as pages, which share the rest of a page."""
+    steps = zip(array.shape, array.strides, strict=True)
+    return bool(array.size) and any(n > 1 and step == 0 for n, step in steps)
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """Where an array begins and ends, in bytes from its address."""
+    spans = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+    return sum(min(span, 0) for span in spans), sum(max(span, 0) for span in spans) + array.itemsize

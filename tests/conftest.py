@@ -1,5 +1,6 @@
 """Fixtures `xp` (one body for all machines) and `rng`; which tests are skipped or left out."""
 
+import gc
 import os
 import signal
 import sys
@@ -57,6 +58,11 @@ def pytest_addoption(parser):
     parser.addoption("--one-in", type=int, default=1, metavar="N", help=text)
 
 
+def pytest_itemcollected(item):
+    if item.get_closest_marker("rebuilt") and item.get_closest_marker("simt"):
+        item.add_marker("sweep")
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that a sample is one of what they leave
 def pytest_collection_modifyitems(config, items):
     for marker in LEFT_OUT:
@@ -69,6 +75,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{reason} ({variable}=1: error)"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # or each full collection of a test walks the objects of 20,000 others
 
 
 def leave_out(config, items, left_out):

@@ -52,10 +52,17 @@ def make_every_launch(monkeypatch):
     monkeypatch.setattr(arrays.Dims, "keep", lambda self, options, make: make())
 
 
-def swept(cases):
+def swept(cases, mark=pytest.mark.sweep):
     """Cases for the sweep, because others of their kind run always; a tuple is several values."""
     several = (case if isinstance(case, tuple) else (case,) for case in cases)
-    return [pytest.param(*case, marks=pytest.mark.sweep) for case in several]
+    return [pytest.param(*case, marks=mark) for case in several]
+
+
+def rebuilt(cases, alike):
+    """Cases, of which those of `alike` belong to the sweep on the SIMT machine, and nowhere else:
+    there each is a build of its own, of code that the others run."""
+    assert all(case in cases for case in alike), "one of the cases"
+    return [*(case for case in cases if case not in alike), *swept(alike, pytest.mark.rebuilt)]
 
 
 def product(*axes):

@@ -207,9 +207,9 @@ def run_once(name, cases, xp, *, quick):
 @pytest.mark.slow
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore::UserWarning")  # figures that nobody sees
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.nightly)])
 def test_every_kernel_of_the_tour_compiles_for_a_t4(t4, step):
-    """One in three of them, the others nightly."""
+    """One in six of them, the others nightly."""
     pytest.importorskip("cuda.core", reason="NVRTC is not installed")
     matplotlib = pytest.importorskip("matplotlib", reason="the extra `notebook` is not installed")
     scope = {}

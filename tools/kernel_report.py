@@ -1,6 +1,6 @@
 """Registers, shared memory, stack and spills of every kernel, read from its cubins.
 
-    python tools/kernel_report.py [STEM ...]
+    python tools/kernel_report.py [STEM ...] [--arch SM]
 
 Needs NVRTC, but no GPU. A line for each kernel and entry of `VARIANTS`, a column for each SM. The
 stack of a thread holds what found no register: spills, and arrays whose index is known only at run
@@ -128,13 +128,17 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stems", nargs="*", metavar="STEM", help="kernel files; all without one")
-    stems = parser.parse_args(argv).stems
+    parser.add_argument(
+        "--arch", action="append", choices=archs(), help="this SM; may be repeated; all without one"
+    )
+    given = parser.parse_args(argv)
+    stems, sms = given.stems, given.arch or archs()
     if unknown := set(stems) - set(cuda.stems()):
         sys.exit(f"{', '.join(sorted(unknown))}: no such kernel file, expected {cuda.stems()}")
     jobs = [
         (stem, arch, defines)
         for stem, defines in cuda.variants()
-        for arch in archs()
+        for arch in sms
         if not stems or stem in stems
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -159,9 +163,9 @@ def main(argv=None):
         "the first in bytes, without the zeros at the end"
     )
     cells = [cell for row in rows.values() for cell in row.values()]
-    width = max(map(len, [*archs(), *cells])) + 1
-    for row, usages in {"kernel": {arch: arch for arch in archs()}, **rows}.items():
-        print(*(f"{usages.get(arch, '-'):{width}}" for arch in archs()), row, sep="")
+    width = max(map(len, [*sms, *cells])) + 1
+    for row, usages in {"kernel": {arch: arch for arch in sms}, **rows}.items():
+        print(*(f"{usages.get(arch, '-'):{width}}" for arch in sms), row, sep="")
     print(f"{len(cells)} kernels, {len(faults)} with a stack that no header declares")
     print("\n".join(faults), end="\n" * bool(faults))
     return int(bool(faults))

@@ -77,7 +77,8 @@ def main():
             raise SystemExit(f"pykv verify does not name {stem}")
         run(tree, *pytest, "tests/test_verify.py", "-k", f"{stem} or family or public")
         run(tree, *pytest, "tests/test_docs.py")
-        run(tree, *pytest, "tests/simt/test_machine.py", "-k", "test_every_kernel_runs")
+        every_kernel = f"test_every_kernel_runs and {stem}"
+        run(tree, *pytest, "tests/simt/test_machine.py", "-k", every_kernel)
 
 
 if __name__ == "__main__":

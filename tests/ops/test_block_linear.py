@@ -13,6 +13,7 @@ from tests.helpers import (
     assert_close_to_oracle,
     assert_same_bits,
     make_every_launch,
+    rebuilt,
     swept,
     to_numpy,
 )
@@ -51,9 +52,17 @@ CHANGES = (
         )
     ),
 )
+ALIKE = (
+    *({"kind": "Q4_1", "I": 32, "T": T} for T in (4, 9)),
+    *({"kind": "BF16", "T": T} for T in (2, 8)),
+    {"kind": "BF16", "x": "float16", "T": 9},
+    *({"kind": "F16", "x": "bfloat16", "T": 5}, {"x": "float16", "T": 1}),
+    {"kind": "Q8_0", "I": 4128, "O": 20, "T": 2},
+)
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
 SWEEP = [{**BASE, "kind": kind, "T": T} for kind in KINDS for T in (2, 4, 9, 33)]
 SWEEP = [case for case in SWEEP if case not in CASES]
+CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 # Offsets of the float16 numbers in a block.
 HALVES = dict(Q4_1=(0, 2), Q5_1=(0, 2), Q4_K=(0, 2), Q5_K=(0, 2), Q2_K=(80, 82), Q3_K=(108,))
 HALVES |= dict(Q6_K=(208,), MXFP4=())

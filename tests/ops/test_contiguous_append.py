@@ -8,7 +8,7 @@ from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import contiguous_append, rope
 from pykv.testing import error_and_bound
-from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
+from tests.helpers import assert_close_to_oracle, assert_same_bits, rebuilt, to_numpy
 
 BASE = dict(
     B=4,
@@ -31,7 +31,9 @@ CHANGES = (
     *({"form": "HND"}, {"form": "loose"}, {"form": "long"}, {"slots": False}, {"advance": False}),
     {"form": "long", "T": 1},
 )
+ALIKE = (*({"K": 192, "V": 128}, {"K": 80, "V": 24}), {"H": 17, "K": 128, "V": 128, "T": 1})
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 
 
 def dtype_of(name):

@@ -11,7 +11,7 @@ from pykv.kinds import KINDS
 from pykv.ops import paged_append, paged_check, paged_decode
 from pykv.specs import KVSpec
 from pykv.testing import codes, paged
-from tests.helpers import assert_same_bits, product, swept, to_numpy
+from tests.helpers import assert_same_bits, product, rebuilt, swept, to_numpy
 
 BASE = dict(address="slots", T=9, H=2, D=64, P=4, new="float16", spec="fp16", form="two")
 INT8 = {**BASE, "spec": "int8"}
@@ -69,7 +69,16 @@ MORE = [
         for spec in ("fp16", "fp32", "bf16", "int8", "int4:fp32", "e4m3:tensor")
     ),
 ]
-CASES += swept(case for case in MORE if case not in CASES)
+MORE = [case for case in MORE if case not in CASES]
+
+
+# By their way of addressing, their head size or their kind, which other cases have with another.
+ALIKE = [
+    *({**BASE, "address": a} for a in ("decode", "decode after", "ragged", "ragged after")),
+    *({**BASE, "address": "indexed"}, {**BASE, "D": 80}, {**BASE, "D": 256}, {**INT8, "D": 24}),
+    *({**BASE, "spec": spec} for spec in ("int8:fp32", "int8:head", "int4", "e4m3:tensor:fp32")),
+    *({**BASE, "spec": spec} for spec in ("e5m2:fp32", "e5m2:head", "k8v4")),
+]
 
 
 def dtype_of(name):
@@ -214,7 +223,11 @@ def options_of(cache, whole):
     return (k_pool, v_pool), dict(k_scales=k_scales, v_scales=v_scales, spec=cache.spec)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize(
+    "case",
+    [*rebuilt(CASES, ALIKE), *swept(MORE)],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
 def test_rows_land_in_their_places(xp, rng, case):
     address, T, H, D, P, new, text, form = case.values()
     spec = KVSpec.parse(text)

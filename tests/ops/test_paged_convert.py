@@ -13,7 +13,7 @@ from pykv.ops import paged_convert
 from pykv.specs import KVSpec
 from pykv.testing import codes
 from pykv.testing.paged import SCALE_DTYPES
-from tests.helpers import assert_same_bits, bits, swept, to_numpy, without_simt
+from tests.helpers import assert_same_bits, bits, rebuilt, swept, to_numpy, without_simt
 
 CODE_NAMES = ("int8", "int4", "e4m3", "e5m2")
 
@@ -193,7 +193,13 @@ MORE = (
     *({"source": kind} for kind in ("bf16", "e5m2")),
     *({"source": "fp32", "target": kind} for kind in ("bf16", "e4m3")),
 )
+ALIKE = (
+    *({"source": source, "target": "int4"} for source in ("int8", "int4:HND")),
+    *({"source": "fp32", "target": "fp32"}, {"source": "int8", "target": "int8:fp32"}),
+    {"D": 80},
+)
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 CASES += swept({**BASE, **change} for change in MORE)
 
 

@@ -20,7 +20,14 @@ from pykv.ops import paged_decode, paged_decode_mma
 from pykv.specs import KVSpec
 from pykv.testing import attention
 from pykv.testing.paged import WILD, filled
-from tests.helpers import assert_close_to_oracle, assert_same_bits, product, swept, to_numpy
+from tests.helpers import (
+    assert_close_to_oracle,
+    assert_same_bits,
+    product,
+    rebuilt,
+    swept,
+    to_numpy,
+)
 
 BASE = dict(lengths=(5, 33, 16), G=4, H=2, D=64, P=16, window=None, q="float32", kv="float16")
 CHANGES = (
@@ -37,7 +44,9 @@ MORE = (
     {"H": 3, "G": 3, "D": 40, "P": 3, "lengths": (2, 400, 0, 7), "kv": "float32"},
     {"H": 1, "G": 1, "D": 8, "P": 1, "lengths": (600, 3)},
 )
+ALIKE = (*({"G": G} for G in (2, 3, 7, 8)), {"D": 40}, {"D": 256})
 CASES = [BASE, *({**BASE, **change} for change in CHANGES)]
+CASES = rebuilt(CASES, [{**BASE, **change} for change in ALIKE])
 CASES += swept({**BASE, **change} for change in MORE)
 
 
@@ -70,6 +79,13 @@ CODE_CASES = [
     {**CODE_BASE, "spec": "int4", "D": 8, "H": 1},
     {**CODE_BASE, "spec": "int8", "D": 512, "H": 1, "G": 3},
 ]
+CODE_CASES = rebuilt(
+    CODE_CASES,
+    [
+        *({**CODE_BASE, "spec": "int8", "G": G, "H": 1} for G in (1, 8)),
+        {**CODE_BASE, "spec": "fp16:HND"},
+    ],
+)
 CODE_CASES += swept(
     [
         *({**CODE_BASE, "spec": spec} for spec in ("fp16+int4", "int4:head:HND", "e5m2")),

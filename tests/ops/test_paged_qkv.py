@@ -10,7 +10,14 @@ from pykv import kinds
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import norm, paged_append, paged_qkv, rope
 from pykv.specs import KVSpec
-from tests.helpers import assert_close_to_oracle, assert_same_bits, product, swept, to_numpy
+from tests.helpers import (
+    assert_close_to_oracle,
+    assert_same_bits,
+    product,
+    rebuilt,
+    swept,
+    to_numpy,
+)
 from tests.ops.test_paged_append import Cache, dtype_of, on, options_of
 
 BASE = dict(
@@ -40,6 +47,12 @@ CASES = [
             *(("float16", "float16", "int8:tensor:fp32"), ("float32", "float16", "fp16+e4m3")),
         )
     ),
+]
+ALIKE = [
+    *({**BASE, "norm": None}, {**BASE, "new": "float16", "norm": "float16"}),
+    *({**BASE, "D": D, "F": D // 2, "spec": "int8"} for D in (80, 264)),
+    {**BASE, "new": "bfloat16", "spec": "bf16:HND"},
+    {**BASE, "norm": "float16", "spec": "fp16+e4m3"},
 ]
 MORE = [
     *(
@@ -73,6 +86,11 @@ MIXED = mixed(
     (8, 3, "adjacent", None, "float16", "fp32"),
     (40, 20, "adjacent", "float32", "float32", "fp16+e4m3"),
     (512, 256, "half", None, "float32", "int8"),
+)
+MIXED_ALIKE = mixed(
+    (64, 31, "half", None, "float32", "fp32"),
+    (96, 48, "half", "float32", "float32", "k8v4"),
+    (40, 20, "adjacent", "float32", "float32", "fp16+e4m3"),
 )
 MORE_MIXED = mixed(
     (128, 64, "adjacent", None, "float16", "int8:HND"),
@@ -148,8 +166,8 @@ def by_slot(spec, x):
 @pytest.mark.parametrize(
     "case, hadamard",
     [
-        *((case, False) for case in CASES),
-        *((case, True) for case in MIXED),
+        *rebuilt([(case, False) for case in CASES], [(case, False) for case in ALIKE]),
+        *rebuilt([(case, True) for case in MIXED], [(case, True) for case in MIXED_ALIKE]),
         *swept((case, False) for case in MORE),
         *swept((case, True) for case in MORE_MIXED),
     ],

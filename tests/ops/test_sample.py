@@ -8,7 +8,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import DtypeError, ParameterError, ShapeError
 from pykv.ops import sample
-from tests.helpers import assert_same_bits, product, to_numpy, without_simt
+from tests.helpers import assert_same_bits, product, swept, to_numpy, without_simt
 
 MASK = 2**64 - 1
 OFF = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -157,7 +157,7 @@ def test_weights_are_powers_of_two():
     assert sample._weights(seams).tolist() == [2**n for n in range(40, -1, -1)]
 
 
-@pytest.mark.parametrize("V", [1, 2, 3, 32, 33, 1000, 1025, 40000, 262144])
+@pytest.mark.parametrize("V", [1, 2, 3, 32, 33, 1000, 1025, 40000, *swept([262144])])
 def test_equal_logits_draw_an_exact_index(xp, V):
     """With n tokens kept, the index is floor(n * random / 2^64); the lowest indices are kept."""
     seeds = np.arange(5 if V < 10_000 else 2) + 10**12
@@ -276,7 +276,10 @@ def test_a_draw_does_not_depend_on_the_batch(xp, rng):
         assert draw(xp, logits[b : b + 1], **alone) == together[b]
 
 
-def test_unusual_logits(xp):
+@pytest.mark.parametrize(
+    "temperature, top_p", [(1.0, 1.0), (1e-45, 0.9999), *swept([(1.0, 0.9999), (1e-30, 1.0)])]
+)
+def test_unusual_logits(xp, temperature, top_p):
     nan, inf = math.nan, math.inf
     rows = [
         ([-inf, 0, -inf, 0], {1, 3}),
@@ -289,14 +292,11 @@ def test_unusual_logits(xp):
         ([1e-45, 0, -0.0, -1e-45], {0, 1, 2, 3}),
         ([0, -29, -27, -100], {0}),  # exp(-27) is 2^-39: possible, but not in 20 draws
     ]
-    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9999), (1e-30, 1.0), (1e-45, 0.9999)):
-        for row, want in rows:
-            if temperature == 1e-45 and 1e-45 in row:
-                want = {0}  # 2^26 log2(e) / temperature overflows
-            got = draw(
-                xp, repeat(row, 20), temperature=temperature, top_p=top_p, seeds=np.arange(20)
-            )
-            assert set(got.tolist()) == want, (row, temperature)
+    for row, want in rows:
+        if temperature == 1e-45 and 1e-45 in row:
+            want = {0}  # 2^26 log2(e) / temperature overflows
+        got = draw(xp, repeat(row, 20), temperature=temperature, top_p=top_p, seeds=np.arange(20))
+        assert set(got.tolist()) == want, row
 
 
 def test_out_is_filled_and_empty_batches_pass(xp):

@@ -160,7 +160,7 @@ struct Block {
 
 static Thread threads[MAX_THREADS];  // those of a block begin with a whole warp
 static Block blocks[MAX_BLOCKS];     // of the cluster, by rank
-static char handed[MAX_THREADS][VALUE_BYTES];  // what each brought to its last meeting
+alignas(16) static char handed[MAX_THREADS][VALUE_BYTES];  // what each brought to its last meeting
 static char* stacks;
 static Thread* current;
 static jmp_buf scheduler;
@@ -553,9 +553,8 @@ RARE static void hand_over() {
     wait(POLLING, "a loop", 0, "", 0);
 }
 
-static void access(u64 address, u64 bytes, const Access& by) {
+RARE static void access_memory(u64 address, u64 bytes, const Access& by) {
     if (!launch) return;  // the library is being loaded or asked for its kernels
-    if (address - (u64)stacks < MAX_THREADS * STACK_BYTES) return;  // locals
     if (address - (u64)handed < sizeof handed) return;
     Region* const region = find(address, bytes);
     if (!region) out_of_bounds(address, bytes, by);
@@ -573,6 +572,11 @@ static void access(u64 address, u64 bytes, const Access& by) {
     } else if (by.writes) {
         stop(*current, by.caller, format("writes %s, which is const", region->array.name));
     }
+}
+
+// Most accesses are to locals.
+COMMON static void access(u64 address, u64 bytes, const Access& by) {
+    if (address - (u64)stacks >= MAX_THREADS * STACK_BYTES) access_memory(address, bytes, by);
 }
 
 // --- What blocks of a cooperative launch tell each other -----------------------------------------

@@ -116,13 +116,6 @@ const T value_of(const char (*values)[VALUE_BYTES], int lane) {
     return x;
 }
 
-// What every lane of a whole warp holds, for twins of warp-wide instructions.
-template <class T>
-void all_lanes(T (&out)[WARP], const T& mine, SIMT_SITE) {
-    const auto values = meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
-    for (int i = 0; i < WARP; i++) out[i] = value_of<T>(values, i);
-}
-
 template <class T>
 T shuffle(const char* name, unsigned mask, const T& mine, int from, const char* file, int line) {
     const auto values = meet_lanes(name, mask, &mine, sizeof mine, file, line);

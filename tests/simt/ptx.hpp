@@ -119,32 +119,30 @@ inline void cp_async_commit() { simt::commit_copies(); }
 template <int N> inline void cp_async_wait() { simt::wait_for_copies(N); }
 
 namespace simt {
-struct Rows { unsigned words[WARP][4]; };  // what the 32 lanes of an ldmatrix point at
+using Rows = const char (*)[VALUE_BYTES];  // what the 32 lanes of an ldmatrix point at
 
 inline Rows rows_of_lanes(const void* row, const char* file, int line) {
-    uint4 rows[WARP];
-    all_lanes(rows, *reinterpret_cast<const uint4*>(row), file, line);
-    Rows all;
-    for (int i = 0; i < WARP; i++) {
-        all.words[i][0] = rows[i].x, all.words[i][1] = rows[i].y;
-        all.words[i][2] = rows[i].z, all.words[i][3] = rows[i].w;
-    }
-    return all;
+    const uint4 mine = *reinterpret_cast<const uint4*>(row);
+    return meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
+}
+
+__attribute__((no_sanitize("thread"))) inline unsigned word(Rows rows, int lane, int i) {
+    return reinterpret_cast<const unsigned*>(rows[lane])[i];
 }
 }  // namespace simt
 
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row, SIMT_SITE) {
-    const simt::Rows all = simt::rows_of_lanes(row, file, line);
+    const simt::Rows rows = simt::rows_of_lanes(row, file, line);
     const int g = simt::lane() / 4, t = simt::lane() % 4;
-    for (int i = 0; i < 4; i++) r[i] = all.words[8 * i + g][t];
+    for (int i = 0; i < 4; i++) r[i] = simt::word(rows, 8 * i + g, t);
 }
 
 inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, SIMT_SITE) {
-    const simt::Rows all = simt::rows_of_lanes(row, file, line);
+    const simt::Rows rows = simt::rows_of_lanes(row, file, line);
     const int g = simt::lane() / 4, t = simt::lane() % 4;
     for (int i = 0; i < 4; i++) {
-        const unsigned lower = all.words[8 * i + 2 * t][g / 2] >> g % 2 * 16 & 0xffffu;
-        const unsigned upper = all.words[8 * i + 2 * t + 1][g / 2] >> g % 2 * 16 & 0xffffu;
+        const unsigned lower = simt::word(rows, 8 * i + 2 * t, g / 2) >> g % 2 * 16 & 0xffffu;
+        const unsigned upper = simt::word(rows, 8 * i + 2 * t + 1, g / 2) >> g % 2 * 16 & 0xffffu;
         r[i] = lower | upper << 16;
     }
 }
@@ -156,17 +154,22 @@ template <int K, class ToFloat>
 __attribute__((no_sanitize("thread"), no_sanitize("undefined")))
 void mma(float (&d)[4], const unsigned (&a)[K / 4], const unsigned (&b)[K / 8], ToFloat to_float,
          const char* file, int line) {
-    struct Elements { float a[K / 2], b[K / 4]; } mine, all[WARP];
+    struct Elements { float a[K / 2], b[K / 4]; } mine;
+    static_assert(sizeof mine <= VALUE_BYTES, "fits a lane's slot");
     for (int i = 0; i < K / 2; i++) mine.a[i] = to_float((unsigned short)(a[i / 2] >> i % 2 * 16));
     for (int i = 0; i < K / 4; i++) mine.b[i] = to_float((unsigned short)(b[i / 2] >> i % 2 * 16));
-    all_lanes(all, mine, file, line);
+    const auto lanes = meet_lanes("a warp-wide instruction", ~0u, &mine, sizeof mine, file, line);
+    const int g = lane() / 4, t = lane() % 4;
     for (int i = 0; i < 4; i++) {
-        const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+        const char* const row = lanes[4 * g];  // of A, one of two in the same lanes
+        const char* const column = lanes[4 * (2 * t + i % 2)];
         double sum = d[i];
-        for (int k = 0; k < K; k++) {  // registers of A: rows by 8, then columns by 8
-            const float x = all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
-            const float y = all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
-            sum += (double)x * y;
+        for (int k = 0; k < K; k += 2) {  // registers of A: rows by 8, then columns by 8
+            const int of_lane = k % 8 / 2 * VALUE_BYTES, part = k / 8;
+            const float* const x = ((const Elements*)(row + of_lane))->a + 4 * part + i / 2 * 2;
+            const float* const y = ((const Elements*)(column + of_lane))->b + 2 * part;
+            sum += (double)x[0] * y[0];
+            sum += (double)x[1] * y[1];
         }
         d[i] = sum == sum ? (float)sum : __uint_as_float(NAN_BITS);
     }

@@ -94,13 +94,18 @@ def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
 
 @cache
 def checker(
-    op: str, writes: tuple[str, ...] = (), **rules: tuple[Any, ...] | str
+    op: str,
+    writes: tuple[str, ...] = (),
+    apart: tuple[str, ...] = (),
+    **rules: tuple[Any, ...] | str,
 ) -> Callable[..., Dims]:
     """A function that checks shapes, dtypes, strides and devices of an op's arrays.
 
     Args:
         op: name for messages.
         writes: names of the arrays that the op writes, of which none may be read-only.
+        apart: names of arrays that may be on another GPU than the rest, all of them on one; that a
+            side is on the current GPU is for the op to see.
         rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
             to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
             a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
@@ -120,15 +125,17 @@ def checker(
             DeviceError: host and device arrays are mixed, or a device array is not on the current
                 GPU.
     """
-    return _Checker(op, writes, rules)
+    return _Checker(op, writes, apart, rules)
 
 
 class _Checker:
     """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
     most often it is that of the last call, for which a comparison is cheaper than a hash."""
 
-    def __init__(self, op: str, writes: tuple[str, ...], rules: dict[str, Any]) -> None:
-        self._op = op
+    def __init__(
+        self, op: str, writes: tuple[str, ...], apart: tuple[str, ...], rules: dict[str, Any]
+    ) -> None:
+        self._op, self._apart = op, apart
         self._written = [(name, i) for i, name in enumerate(rules) if name in writes]
         self._rules = {name: x if isinstance(x, str) else Rule(*x) for name, x in rules.items()}
         self._passed: dict[Any, Dims] = {}
@@ -138,13 +145,13 @@ class _Checker:
         try:
             layouts = _layouts(arrays)
         except (AttributeError, KeyError):  # not arrays; _check says which
-            return _check(self._op, self._rules, arrays)
+            return _check(self._op, self._rules, arrays, self._apart)
         latest, dims = self._latest
         if dims is None or layouts != latest:
             key = tuple(layouts)
             dims = self._passed.get(key)
             if dims is None:
-                dims = _check(self._op, self._rules, arrays)
+                dims = _check(self._op, self._rules, arrays, self._apart)
                 _limit(self._passed, 1024)
                 self._passed[key] = dims
             self._latest = layouts, dims
@@ -176,7 +183,9 @@ def _layouts(arrays: tuple[Any, ...]) -> list[Any]:
     return layouts
 
 
-def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Dims:
+def _check(
+    op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...], apart: tuple[str, ...]
+) -> Dims:
     dims = Dims()
     given: dict[str, Any] = {}
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
@@ -187,6 +196,7 @@ def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Di
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
         if array is not None and isinstance(rule, Rule):
             _check_array(op, name, rule, array, given, dims)
+            _check_gpu(op, name, array, given, apart)
             given[name] = array
     return dims
 
@@ -199,7 +209,6 @@ def _check_array(
     def wrong(error: type[PykvError], has: str, expected: str) -> PykvError:
         return error(f"{op}: {name} {has}, expected {expected}")
 
-    cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
     if not is_array(array):
         raise not_an_array(op, name, array)
@@ -232,11 +241,26 @@ def _check_array(
     steps = () if is_whole else zip(shape[:loose], strides, strict=False)
     if any(n > 1 and stride % alignment for n, stride in steps):
         raise wrong(ShapeError, f"has strides {strides}", f"multiples of {alignment} bytes")
-    memory, current = array.data, cupy.cuda.runtime.getDevice()
-    if memory.device_id != current:
-        raise wrong(DeviceError, f"is on GPU {memory.device_id}", f"the current one, GPU {current}")
-    if memory.ptr % alignment:
-        raise wrong(ShapeError, f"has address {memory.ptr:#x}", f"a multiple of {alignment} bytes")
+    if array.data.ptr % alignment:
+        address = f"has address {array.data.ptr:#x}"
+        raise wrong(ShapeError, address, f"a multiple of {alignment} bytes")
+
+
+def _check_gpu(
+    op: str, name: str, array: Any, given: dict[str, Any], apart: tuple[str, ...]
+) -> None:
+    """Check that an array is on the current GPU, or where some may be apart, on that of the first
+    of its side."""
+    if not on_gpu(array):
+        return
+    home, text = current_device(), "the current one, "
+    if apart:
+        beside = (x for other, x in given.items() if (other in apart) == (name in apart))
+        home, text = next(beside, array).data.device_id, "like the others, "
+    if array.data.device_id != home:
+        raise DeviceError(
+            f"{op}: {name} is on GPU {array.data.device_id}, expected {text}GPU {home}"
+        )
 
 
 @cache

@@ -117,6 +117,12 @@ def second_gpu(monkeypatch):
     monkeypatch.setattr(
         runtime, "memcpyAsync", lambda to, at, size, kind, stream: copy(to, at, size)
     )
+    monkeypatch.setattr(
+        *(runtime, "memcpyPeerAsync"),
+        lambda to, target, at, source, size, stream: copy(to, at, size),
+        raising=False,
+    )
+    monkeypatch.setattr(simt.Device, "synchronize", lambda self: None, raising=False)
     monkeypatch.setattr(ranges, "end_of_allocation", _end_of_allocation)
     monkeypatch.setattr(simt, "enqueue", streams.enqueue)
     monkeypatch.setattr(simt.cuda, "get_current_stream", streams.current)

@@ -4,6 +4,7 @@ There are three ways. The kernel of pykv.ops.block_copy has the GPU's SMs copy: 
 pieces, but it takes SMs from others and cannot reach pageable memory. CUDA's batch call
 (cudaMemcpyBatchAsync, CUDA 12.8) hands all pieces to the copy engines at once, and one memcpyAsync
 for each piece is the oldest way; both cost the host and the engines some microseconds a piece.
+Between two GPUs the kernel runs on either: it pushes or pulls.
 `memcpy_batch` takes the way that its mode says; mode "auto" takes the one that was fastest for such
 pieces when this GPU was calibrated (`calibrate`). `start` does the same with arrays, and returns a
 `Transfer` to wait for.

@@ -276,6 +276,36 @@ def test_moves(gpus, rng, monkeypatch, name, outwards, side, order):
         assert gpus.driver.opened[-1] == (runner, sum(ends) - runner)
 
 
+@pytest.mark.parametrize("busy", ["source", "target"])
+def test_many_moves_of_one_buffer(gpus, busy):
+    """On streams of the caller, one of them far behind the other."""
+    xp, repeats = gpus.xp, 3 if gpus.driver else 100
+    source, target = (xp.cuda.Device(gpu) for gpu in (gpus.here, gpus.other))
+    with target:
+        dst, seen = xp.zeros(10_000, np.uint32), xp.zeros((repeats, 10_000), np.uint32)
+    src, load = xp.zeros(10_000, np.uint32), {}
+    for name, gpu in (("source", source), ("target", target)):
+        with gpu:
+            load[name] = xp.zeros(1 if gpus.driver else 1 << 26, np.uint32)
+    gpus.run()
+    streams = []
+    for gpu in (source, target):
+        with gpu:
+            streams.append(xp.cuda.Stream(non_blocking=True))
+    with target, streams[1], source, streams[0]:
+        for i in range(repeats):
+            if busy == "source":
+                load[busy][...] = i
+            src[...] = i + 1
+            block_copy.copy_arrays([src], [dst])
+            with target:
+                if busy == "target":
+                    load[busy][...] = i
+                seen[i] = dst
+        gpus.run(ORDERS[busy == "source"])
+    assert (to_numpy(seen) == np.arange(1, repeats + 1)[:, None]).all()
+
+
 def test_a_prepared_move_runs_again(gpus, rng):
     xp = gpus.xp
     (src,) = arrays(xp, rng, 5000)
@@ -414,7 +444,7 @@ def test_calibrated_sides(simt_gpus, rng, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "spec, out_spec", [("fp16", "int8"), ("int8:HND", "fp16"), ("fp16", "k8v4:head:HND")]
 )
-def test_heads_become_those_of_a_rank(xp, rng, spec, out_spec, gap):
+def test_heads_become_those_of_a_rank(xp, rng, monkeypatch, spec, out_spec, gap):
     """As the same heads of a cache of all, and nothing else changes."""
     sizes = dict(L=2, N=4, P=4, D=16)
     source, every = make(xp, rng, spec, H=6, **sizes), make(xp, rng, out_spec, H=6, **sizes)
@@ -434,8 +464,10 @@ def test_heads_become_those_of_a_rank(xp, rng, spec, out_spec, gap):
             made[letter] = room[:, : pool[0].size].reshape(pool.shape)
             made[letter][...] = pool
         source = Pages(**made, k_scales=source.k_scales, v_scales=source.v_scales, spec=spec)
-    before = host(rank)
+    before, calls, move = host(rank), [], paged_convert.convert
+    monkeypatch.setattr(paged_convert, "convert", lambda *a, **b: (calls.append(a), move(*a, **b)))
     pages.convert_pages(source, every, [3, 1], [0, 2])
+    assert len(calls) == (2 if gap or rank.spec.granularity == "head" else 1)
     pages.convert_pages(source, rank, [3, 1], [0, 2], heads=(3, 5), target_heads=(1, 3))
     after, want = host(rank), host(every)
     for name, x in after.items():

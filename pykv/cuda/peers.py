@@ -15,6 +15,7 @@ from typing import Any
 
 from pykv.arrays import current_device, is_array, load_cupy, on_gpu
 from pykv.cuda.calls import enqueue, is_preparing, prepare, refuse_capture
+from pykv.cuda.devices import on_stream
 from pykv.errors import CudaError, DeviceError
 
 # --- Access ---------------------------------------------------------------------------------------
@@ -226,7 +227,8 @@ def cross(
         UnsupportedError: a CUDA graph is being captured.
         DeviceError, CudaError: as `enable_peer_access`.
     """
-    refuse_capture(op, "it orders the streams of two GPUs; make the call outside of the graph")
+    with on_stream(stream):
+        refuse_capture(op, "it orders the streams of two GPUs; make the call outside of the graph")
     if not by_engine or can_reach(runner, peer):
         enable_peer_access(runner, peer)
     if is_preparing():

@@ -1,5 +1,6 @@
 """bench peers: every case on two GPUs of the SIMT machine, shares, and the refusal of one GPU."""
 
+import numpy as np
 import pytest
 
 from pykv import bench, calibration
@@ -41,7 +42,7 @@ def test_one_gpu_is_refused(simt, rng):
     with pytest.raises(DeviceError, match="^bench peers: GPU 1000 is the only one.*expected two"):
         bench_peers.make(bench_peers.QUICK[0], simt, rng)
     with pytest.raises(DeviceError, match="none of the cases runs on CPU"):
-        list(bench.run("peers", bench_peers.QUICK, __import__("numpy")))
+        list(bench.run("peers", bench_peers.QUICK, np))
 
 
 def test_shares_are_of_the_copy_engines():

@@ -258,7 +258,8 @@ def choose(
 ) -> tuple[str, str]:
     """Path and reason of mode "auto", between two GPUs where there is a pair of them."""
     device, count = cuda.current_device(), len(src)
-    may_predict = device in _tables or not cuda.is_capturing()  # or it would calibrate
+    is_known = device in _tables and not pair
+    may_predict = is_known or not cuda.is_capturing()  # or it would calibrate
     size = ranges.mean_size(sizes, count)
     if direction is None:
         if not pair and may_predict and _fastest_anywhere(device, size, count) == "loop":

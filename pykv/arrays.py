@@ -97,7 +97,10 @@ def optional(spec: str, dtypes: Any, alignment: int | None = None) -> Rule:
 
 @cache
 def checker(
-    op: str, writes: tuple[str | Written, ...] = (), **rules: tuple[Any, ...] | str
+    op: str,
+    writes: tuple[str | Written, ...] = (),
+    other_side: tuple[str, ...] = (),
+    **rules: tuple[Any, ...] | str,
 ) -> Callable[..., Dims]:
     """A function that checks shapes, dtypes, strides and devices of an op's arrays, and that those
     which it writes lie apart from all others.
@@ -106,6 +109,8 @@ def checker(
         op: name for messages.
         writes: the arrays that the op writes, of which none may be read-only: their names, or a
             Written where one may share memory.
+        other_side: names of arrays that may be on another GPU than the rest, all of them on one;
+            that a side is on the current GPU is for the op to see.
         rules: name=(spec, dtypes) of each array. `spec` is one word per dimension: a letter binds
             to the size it meets first and must agree later, "B+1", "2F" and "D/2" are computed from
             a letter, or bind it, a number is itself. Dimensions left of a bar, as in "T | H D", may
@@ -127,15 +132,21 @@ def checker(
             DeviceError: host and device arrays are mixed, or a device array is not on the current
                 GPU.
     """
-    return _Checker(op, writes, rules)
+    return _Checker(op, writes, other_side, rules)
 
 
 class _Checker:
     """See `checker`. A decode step makes the same 300 calls a token, so a layout is checked once;
     most often it is that of the last call, for which a comparison is cheaper than a hash."""
 
-    def __init__(self, op: str, writes: tuple[str | Written, ...], rules: dict[str, Any]) -> None:
-        self._op = op
+    def __init__(
+        self,
+        op: str,
+        writes: tuple[str | Written, ...],
+        other_side: tuple[str, ...],
+        rules: dict[str, Any],
+    ) -> None:
+        self._op, self._other_side = op, other_side
         self._rules = {name: x if isinstance(x, str) else Rule(*x) for name, x in rules.items()}
         self._names = list(rules)
         self._writes = [
@@ -150,7 +161,7 @@ class _Checker:
         try:
             layouts, addresses = _layouts(arrays)
         except (AttributeError, KeyError):  # not arrays; _check says which
-            return _check(self._op, self._rules, arrays)
+            return _check(self._op, self._rules, arrays, self._other_side)
         latest, dims = self._latest
         if dims is None or layouts != latest:
             key = tuple(layouts)
@@ -169,7 +180,7 @@ class _Checker:
 
     def _check(self, arrays: tuple[Any, ...]) -> Dims:
         """The sizes of a new layout, and which of its arrays must lie apart."""
-        dims = _check(self._op, self._rules, arrays)
+        dims = _check(self._op, self._rules, arrays, self._other_side)
         for i, written in self._writes:
             if arrays[i] is not None and overlaps.repeats(arrays[i]):
                 raise ShapeError(
@@ -225,7 +236,9 @@ def _layouts(arrays: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
     return layouts, addresses
 
 
-def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Dims:
+def _check(
+    op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...], other_side: tuple[str, ...]
+) -> Dims:
     dims = Dims()
     given: dict[str, Any] = {}
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
@@ -236,6 +249,7 @@ def _check(op: str, rules: dict[str, Rule | str], arrays: tuple[Any, ...]) -> Di
     for (name, rule), array in zip(rules.items(), arrays, strict=True):
         if array is not None and isinstance(rule, Rule):
             _check_array(op, name, rule, array, given, dims)
+            _check_gpu(op, name, array, given, other_side)
             given[name] = array
     return dims
 
@@ -248,7 +262,6 @@ def _check_array(
     def wrong(error: type[PykvError], has: str, expected: str) -> PykvError:
         return error(f"{op}: {name} {has}, expected {expected}")
 
-    cupy: Any = sys.modules.get("cupy")
     on_host = isinstance(array, np.ndarray)
     if not is_array(array):
         raise not_an_array(op, name, array)
@@ -281,11 +294,27 @@ def _check_array(
     steps = () if is_whole else zip(shape[:loose], strides, strict=False)
     if any(n > 1 and stride % alignment for n, stride in steps):
         raise wrong(ShapeError, f"has strides {strides}", f"multiples of {alignment} bytes")
-    memory, current = array.data, cupy.cuda.runtime.getDevice()
-    if memory.device_id != current:
-        raise wrong(DeviceError, f"is on GPU {memory.device_id}", f"the current one, GPU {current}")
-    if memory.ptr % alignment:
-        raise wrong(ShapeError, f"has address {memory.ptr:#x}", f"a multiple of {alignment} bytes")
+    if array.data.ptr % alignment:
+        address = f"has address {array.data.ptr:#x}"
+        raise wrong(ShapeError, address, f"a multiple of {alignment} bytes")
+
+
+def _check_gpu(
+    op: str, name: str, array: Any, given: dict[str, Any], other_side: tuple[str, ...]
+) -> None:
+    """Check that an array is on the current GPU, or where some may be on another, on that of the first
+    of its side."""
+    if not on_gpu(array):
+        return
+    home, text = current_device(), "the current one, "
+    if other_side:
+        is_other = name in other_side
+        beside = (x for other, x in given.items() if (other in other_side) == is_other)
+        home, text = next(beside, array).data.device_id, "like the others, "
+    if array.data.device_id != home:
+        raise DeviceError(
+            f"{op}: {name} is on GPU {array.data.device_id}, expected {text}GPU {home}"
+        )
 
 
 @cache

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pykv import cuda
 from pykv.arrays import checker, is_array, on_gpu
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.layout import AXES, ITEMSIZES, BlockShape, Layout, check_pair, check_shape, strides
 from pykv.ops.block_copy import ADDRESSES
-from pykv.ranges import check_device
+from pykv.ranges import gpu_pair_at
 
 Range = tuple[int, int] | None
 
@@ -252,8 +253,6 @@ def _array_side(
     if isinstance(view, np.ndarray):
         chunks = [x[i] for x, lead, _ in facts for i in np.ndindex(x.shape[: len(lead)])]
     else:
-        for x, *_ in facts:
-            check_device(op, name, x)
         table = np.concatenate([_addresses(x, len(lead)) for x, lead, _ in facts])
     sizes = dict(N=N, H=H, L=L, O=O, P=P, D=D, itemsize=itemsize)
     parts = held["heads"], held["layers"], head_stride, token_stride, 0
@@ -274,6 +273,15 @@ def _split(
         raise ShapeError(f"{op}: {name} has I={I}, expected a multiple of P * D = {P} * {D}")
     sizes = dict(H=H, P=P, D=D)
     return x.reshape(*x.shape[:-1], *(sizes[n] for n in order)), axes.replace("I", order)
+
+
+def gpus_of(op: str, to: Side, from_: Side) -> tuple[int, int] | None:
+    """The `cuda.gpu_pair` that sides of a GPU's memory lie on."""
+    if to.arrays or from_.arrays:
+        return cuda.gpu_pair(
+            op, *(cuda.homes((side.name, x) for x in side.arrays) for side in (from_, to))
+        )
+    return gpu_pair_at(op, (from_.name, from_.table, 0), (to.name, to.table, 0))
 
 
 def entry_bytes(side: Side, moved: BlockShape) -> int:

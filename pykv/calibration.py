@@ -26,9 +26,12 @@ from pykv.cache_folder import make_private
 from pykv.errors import CudaError
 
 DIRECTIONS = ("h2d", "d2h", "d2d")  # h: pinned host memory, d: memory of the current GPU
+BETWEEN = ("p2p",)  # two GPUs, in one direction: a table of its own, see `pick_runner`
+BETWEEN_WAYS = ("push", "pull", "loop")  # which every such table has, and "batch" where it can be
 
 Cells = dict[int, dict[int, float]]  # microseconds by bytes of a piece, then by number of pieces
 Table = dict[str, dict[str, Cells]]  # by direction, then by name of a way
+Pair = tuple[int, int]  # the GPU that a move reads from, and the one that it writes to
 
 # Enqueues one call on CuPy's current stream: [C] uint64 sources and destinations, bytes of a piece.
 Way = Callable[[Any, Any, int], object]
@@ -67,16 +70,56 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
 
 
+# --- The side of a kernel between two GPUs --------------------------------------------------------
+
+_pairs: dict[Pair, Table | None] = {}  # of this process; None where there is no file
+
+
+def pick_runner(source: int, destination: int, size: int, count: int) -> Pair:
+    """The GPU on which the kernel of a move should run, and the other one.
+
+    Args:
+        source, destination: ordinals of the GPUs that are read and written.
+        size, count: bytes of a piece, and number of pieces.
+
+    That is the faster one for such pieces where `transfer.calibrate(peer=)` has measured the two,
+    else the source's: what a kernel writes to another GPU it need not wait for, but what it reads
+    from there it must, so that pulling takes more warps in flight for the same rate.
+    """
+    table = pair_table((source, destination))
+    if table:
+        push, pull = (predict(table["p2p"][way], size, count) for way in ("push", "pull"))
+        if pull < push:
+            return destination, source
+    return source, destination
+
+
+def pair_table(pair: Pair) -> Table | None:
+    """The figures of two GPUs, of this process or the cache folder; None where there are none."""
+    if pair not in _pairs:
+        _pairs[pair] = load(BETWEEN_WAYS, pair)
+    return _pairs[pair]
+
+
+def keep_pair(pair: Pair, table: Table) -> Table:
+    """Let the figures of two GPUs be those of this process, and of the cache folder."""
+    _pairs[pair] = store(table, pair)
+    return table
+
+
 # --- The file -------------------------------------------------------------------------------------
 
 VERSION = 1  # part of the file's name: to be raised when what is measured changes
 
 
-def load(ways: Iterable[str]) -> Table | None:
-    """The figures of the current GPU, or None if the cache folder has none of all these ways."""
+def load(ways: Iterable[str], pair: Pair | None = None) -> Table | None:
+    """The figures of the current GPU, or between two, or None if the cache folder has none of all
+    these ways, beside which others may be between two."""
     try:
-        read = json.loads(_file().read_text(encoding="utf-8"))
-        return {where: {name: _sound(read[where][name]) for name in ways} for where in DIRECTIONS}
+        read = json.loads(_file(pair).read_text(encoding="utf-8"))
+        directions = BETWEEN if pair else DIRECTIONS
+        names = dict.fromkeys([*ways, *(read[BETWEEN[0]] if pair else ())])
+        return {where: {name: _sound(read[where][name]) for name in names} for where in directions}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -93,9 +136,10 @@ def _sound(read: Any) -> Cells:
     return cells
 
 
-def store(table: Table) -> Table:
-    """Keep the figures of the current GPU, or warn that it cannot be done, and return them."""
-    file = _file()
+def store(table: Table, pair: Pair | None = None) -> Table:
+    """Keep the figures of the current GPU, or between two, or warn that it cannot be done, and
+    return them."""
+    file = _file(pair)
     try:
         make_private(file.parent)
         # Beside its final place, so that the last step is one atomic rename.
@@ -113,20 +157,21 @@ def store(table: Table) -> Table:
     return table
 
 
-def _file() -> Path:
-    """A GPU, a driver and a version have a file of their own."""
-    name, uuid, driver = _identity()
+def _file(pair: Pair | None) -> Path:
+    """A GPU, or two in one direction, a driver and a version have a file of their own."""
+    name, uuid, driver = _identity(pair[0] if pair else cuda.current_device())
+    if pair:
+        uuid = f"{uuid} to {_identity(pair[1])[1]}"
     words = re.sub(r"\W+", "-", f"{name} {uuid} driver {driver} v{VERSION}")
     return cuda.cache_dir() / "calibration" / f"{words}.json"
 
 
-def _identity() -> tuple[str, str, str]:
-    """Name, UUID and driver of the current GPU."""
+def _identity(device: int) -> tuple[str, str, str]:
+    """Name, UUID and driver of a GPU."""
     from cuda.core import Device
 
-    cupy = cuda.array_module("cuda")
-    driver = cupy.cuda.runtime.driverGetVersion()
-    return cuda.device_name(cupy), str(Device(cuda.current_device()).uuid), str(driver)
+    gpu, runtime = Device(device), cuda.array_module("cuda").cuda.runtime
+    return gpu.name, str(gpu.uuid), str(runtime.driverGetVersion())
 
 
 # --- The measurement ------------------------------------------------------------------------------
@@ -139,8 +184,9 @@ _SAMPLES = 7  # of a cell; the shortest counts
 _ENOUGH_US = 5000.0  # after which a cell gets no further sample
 
 
-def measure(ways: Mapping[str, Way]) -> Table:
-    """Time every way in every direction, small cells first, until the budget is spent.
+def measure(ways: Mapping[str, Way], pair: Pair | None = None) -> Table:
+    """Time every way in every direction, or from one GPU to another, small cells first, until the
+    budget is spent.
 
     Raises:
         CudaError: there is no memory for the smallest cell. What a way raises goes through.
@@ -148,17 +194,21 @@ def measure(ways: Mapping[str, Way]) -> Table:
     import cupy
 
     stream, random = cupy.cuda.Stream(non_blocking=True), np.random.default_rng(0)
-    room, buffers = _buffers()
-    near, far, host = (np.uint64(buffer.ptr) for buffer in buffers)
-    places = {"h2d": (host, near), "d2h": (near, host), "d2d": (near, far)}
-    table: Table = {direction: {name: {} for name in ways} for direction in DIRECTIONS}
+    room, buffers = _buffers(pair)
+    at = [np.uint64(buffer.ptr) for buffer in buffers]
+    if pair:
+        places = {"p2p": (at[0], at[1])}
+    else:
+        near, far, host = at
+        places = {"h2d": (host, near), "d2h": (near, host), "d2d": (near, far)}
+    table: Table = {direction: {name: {} for name in ways} for direction in places}
     with stream:
         began = time.perf_counter()
         for size, count in _cells(room):
             orders = [random.permutation(count).astype(np.uint64) for _ in range(2)]
             offsets = [order * np.uint64(size) for order in orders]
-            for direction, pair in places.items():
-                src, dst = (at + offset for at, offset in zip(pair, offsets, strict=True))
+            for direction, sides in places.items():
+                src, dst = (at + offset for at, offset in zip(sides, offsets, strict=True))
                 for name, way in ways.items():
                     us = _time_us(partial(way, src, dst, size), stream.synchronize)
                     table[direction][name].setdefault(size, {})[count] = us
@@ -184,14 +234,20 @@ def _time_us(run: Callable[[], object], synchronize: Callable[[], object]) -> fl
     return min(samples)
 
 
-def _buffers() -> tuple[int, list[Any]]:
-    """Bytes of each of three buffers, two on the GPU and one pinned; and the buffers. Not from
-    CuPy's pools, which would keep the memory."""
+def _buffers(pair: Pair | None) -> tuple[int, list[Any]]:
+    """Bytes of each of three buffers, two on the GPU and one pinned, or of one on each of two GPUs;
+    and the buffers. Not from CuPy's pools, which would keep the memory."""
     import cupy
+
+    def on(device: int, size: int) -> Any:
+        with cupy.cuda.Device(device):
+            return cupy.cuda.Memory(size)
 
     room = _CELL_BYTES
     while True:
         try:
+            if pair:
+                return room, [on(device, room) for device in pair]
             memory = (cupy.cuda.Memory, cupy.cuda.Memory, cupy.cuda.PinnedMemory)
             return room, [allocate(room) for allocate in memory]
         except (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError) as failure:

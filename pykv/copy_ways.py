@@ -7,17 +7,18 @@ sources and destinations, which are checked, and bytes: an integer, or [C] int64
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from pykv import calibration, cuda
-from pykv.calibration import DIRECTIONS, Table
+from pykv import calibration, cuda, ranges
+from pykv.calibration import BETWEEN, DIRECTIONS, Pair, Table
 from pykv.errors import CudaError, DeviceError
 from pykv.ops import block_copy
+from pykv.options import check_whole
 
 # Answers that mean "not this way", by cudaError_t: invalid value, which the legacy default stream
 # gets too; a driver older than the call; not supported.
@@ -62,11 +63,11 @@ def current_handle() -> int:
 # --- Three ways -----------------------------------------------------------------------------------
 
 
-def run_kernel(op: str, src: Any, dst: Any, sizes: Any) -> None:
+def run_kernel(op: str, src: Any, dst: Any, sizes: Any, max_ctas: int | None = None) -> None:
     """The kernel of block_copy. While a graph is captured, its tables go to the GPU by a stream
     that is not; only the launch is captured."""
     if not cuda.is_capturing():
-        block_copy.copy_on_gpu(op, src, dst, sizes)
+        block_copy.copy_on_gpu(op, src, dst, sizes, max_ctas)
         return
     with _relaxed_capture(), _stream(cuda.current_device(), non_blocking=True):
         call = cuda.prepare(block_copy.copy_on_gpu, op, src, dst, sizes)
@@ -114,6 +115,15 @@ def run_loop(op: str, src: Any, dst: Any, sizes: Any) -> None:
             raise CudaError(f"{op}: copy {i} of {len(src)}: {failure}") from failure
 
 
+def run_few(op: str, src: Any, dst: Any, sizes: Any) -> None:
+    """The kernel in as many blocks as fill the link between two GPUs."""
+    run_kernel(op, src, dst, sizes, block_copy.LINK_CTAS)
+
+
+RUNS: dict[str, Callable[..., Any]] = dict(kernel=run_kernel, batch=run_batch, loop=run_loop)
+RUNS |= dict(push=run_few, pull=run_few)  # see `cross`
+
+
 def _each(sizes: Any, count: int) -> list[int]:
     return [sizes] * count if isinstance(sizes, int) else sizes.tolist()
 
@@ -154,82 +164,27 @@ def _batch(src: Sequence[int], dst: Sequence[int], sizes: Sequence[int], handle:
     return int(call(dst, src, sizes, len(src), [attributes], [0], 1, handle)[0])
 
 
-# --- Where memory lies ----------------------------------------------------------------------------
-
-
-def _direction(src: Any, dst: Any) -> tuple[str, str]:
-    """One of DIRECTIONS, "mixed", or "" where a kernel cannot reach all of it; and a
-    text for the last two."""
-    kinds = [_kinds(addresses) for addresses in (src, dst)]
-    for name, found in zip(("a source", "a destination"), kinds, strict=True):
-        for kind in found - {"h", "d"}:
-            return "", f"{name} is {kind}, which the kernel cannot reach"
-    if kinds == [{"h"}, {"h"}] or len(kinds[0]) + len(kinds[1]) > 2:
-        return "mixed", "the copies have several directions, or stay on the host"
-    return f"{kinds[0].pop()}2{kinds[1].pop()}", ""
-
-
-def _kinds(addresses: Any) -> set[str]:
-    """What `_memory_at` says of the addresses, asked once for each allocation."""
-    kind, end = _memory_at(int(addresses.min()))
-    if end > addresses.max():
-        return {kind}
-    addresses, i, found = np.sort(addresses), 0, set()
-    while i < len(addresses):
-        kind, end = _memory_at(int(addresses[i]))
-        found.add(kind)
-        i = int(np.searchsorted(addresses, np.uint64(end)))
-        if kind not in ("h", "d"):
-            break  # one such decides
-    return found
-
-
-def _memory_at(address: int) -> tuple[str, int]:
-    """What lies at an address, and where it ends: "d" for memory of the current GPU, "h" for pinned
-    host memory, or words for what the kernel cannot reach."""
-    import cupy
-
-    runtime = cupy.cuda.runtime
-    found = runtime.pointerGetAttributes(address)
-    if found.type == runtime.memoryTypeUnregistered:
-        return "pageable host memory", address + 1
-    kind = "d"
-    if found.type == runtime.memoryTypeHost:
-        kind = "h"
-    elif found.type == runtime.memoryTypeDevice and found.device != cuda.current_device():
-        kind = f"memory of GPU {found.device}"
-    return kind, max(_end_of_allocation(address), address + 1)
-
-
-def _end_of_allocation(address: int) -> int:
-    """The first address behind the allocation that an address lies in; 0 if the driver does not
-    know. Needs a context, which CuPy has made when it was asked for the address."""
-    from cuda.bindings import driver
-
-    wanted, ask = driver.CUpointer_attribute, driver.cuPointerGetAttribute
-    bad_start, start = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address)
-    bad_size, size = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address)
-    return 0 if bad_start or bad_size else int(start) + int(size)
-
-
 # --- The choice -----------------------------------------------------------------------------------
 
 _tables: dict[int, Table] = {}  # of this process, by device
 _tables_lock = threading.Lock()
 
 
-def calibrate(*, force: bool = False) -> Table:
+def calibrate(*, force: bool = False, peer: int | None = None) -> Table:
     """Measure how long each way of copying takes on the current GPU, for mode "auto".
 
     Args:
         force: measure anew, though the cache folder holds figures of this GPU, driver and version.
+        peer: the ordinal of another GPU: measure the ways from the current GPU to that one instead.
+            The kernel pushes, which is to run on the GPU that is read, or pulls; moves by the ops
+            then run on the faster side, too.
 
     Returns:
         Microseconds by direction, path, bytes of a piece and number of pieces, from the call until
         the stream is through, as a caller sees it.
 
     Raises:
-        DeviceError: no GPU is usable.
+        DeviceError: no GPU is usable, or `peer` is none that the current GPU has a direct way to.
         CudaError: the driver failed.
         UnsupportedError: the call is being prepared, and nothing is measured yet.
 
@@ -239,13 +194,17 @@ def calibrate(*, force: bool = False) -> Table:
     """
     cuda.array_module("cuda")
     device = cuda.current_device()
+    if peer is not None:
+        peer = check_whole("transfer.calibrate", "peer", peer, 0, 2**31 - 1)
+        cuda.enable_peer_access(device, peer)
+        return _calibrated_pair((device, peer), force)
     if force or device not in _tables:
         with _tables_lock:  # a second thread must not measure while the first does
             if force or device not in _tables:
                 ways = _ways()
                 kept = None if force else calibration.load(ways)
                 if kept is None:
-                    cuda.refuse_prepare("transfer.calibrate", "it measures; call it before")
+                    _refuse_to_measure()
                 _tables[device] = kept or calibration.store(calibration.measure(ways))
     if force:
         _fastest.cache_clear()
@@ -253,34 +212,89 @@ def calibrate(*, force: bool = False) -> Table:
     return _tables[device]
 
 
-def _ways() -> dict[str, calibration.Way]:
+def _calibrated_pair(pair: Pair, force: bool = False) -> Table:
+    """The figures from one GPU to another, one of which is the current one."""
+    with _tables_lock:
+        kept = None if force else calibration.pair_table(pair)
+        if kept is None:
+            _refuse_to_measure()
+            names = [*calibration.BETWEEN_WAYS, *["batch"] * is_memcpy_batch_available()]
+            ways = {name: partial(_run_between, name, pair) for name in names}
+            kept = calibration.keep_pair(pair, calibration.measure(ways, pair))
+    if force:
+        _fastest.cache_clear()
+    return kept
+
+
+def _refuse_to_measure() -> None:
+    cuda.refuse_prepare("transfer.calibrate", "it measures; call it before")
+
+
+def _ways() -> dict[str, Any]:
     """The ways that this machine has."""
-    ways: dict[str, Any] = dict(kernel=run_kernel, batch=run_batch, loop=run_loop)
-    if not is_memcpy_batch_available():
-        del ways["batch"]
-    return {name: partial(way, "transfer.calibrate") for name, way in ways.items()}
+    names = ["kernel", *["batch"] * is_memcpy_batch_available(), "loop"]
+    return {name: partial(RUNS[name], "transfer.calibrate") for name in names}
 
 
-def choose(src: Any, dst: Any, sizes: Any, direction: str | None) -> tuple[str, str]:
-    """Path and reason of mode "auto"."""
+def _run_between(path: str, pair: Pair, src: Any, dst: Any, sizes: Any) -> None:
+    op = "transfer.calibrate"
+    cross(op, path, pair, lambda: RUNS[path](op, src, dst, sizes))
+
+
+def cross(op: str, path: str, pair: Pair, call: Callable[[], object], stream: Any = None) -> None:
+    """`cuda.cross` by a path from one GPU to another: on the GPU that it keeps busy, which of copy
+    engines is the current one."""
+    runner, peer = _sides(path, pair)
+    cuda.cross(op, runner, peer, call, stream, by_engine=path in ("batch", "loop"))
+
+
+def _sides(path: str, pair: Pair) -> Pair:
+    runner = dict(push=pair[0], pull=pair[1]).get(path, cuda.current_device())
+    return runner, pair[0] if runner == pair[1] else pair[1]
+
+
+def choose(
+    src: Any, dst: Any, sizes: Any, direction: str | None, pair: Pair | None = None
+) -> tuple[str, str]:
+    """Path and reason of mode "auto", between two GPUs where there is a pair of them."""
     device, count = cuda.current_device(), len(src)
-    may_predict = device in _tables or not cuda.is_capturing()  # or it would calibrate
-    size = sizes if isinstance(sizes, int) else int(sizes.sum()) // count  # the mean is near enough
+    is_known = device in _tables and not pair
+    may_predict = is_known or not cuda.is_capturing()  # or it would calibrate
+    size = ranges.mean_size(sizes, count)
     if direction is None:
-        if may_predict and _fastest_anywhere(device, size, count) == "loop":
+        if not pair and may_predict and _fastest_anywhere(device, size, count) == "loop":
             return "loop", "calibrated: fastest in every direction"  # and reaches all memory
-        direction, why = _direction(src, dst)
-        if direction not in DIRECTIONS:
+        if pair and not cuda.can_reach(*_sides("loop", pair)):
+            return "loop", "GPU {} and GPU {} have no direct way".format(*pair)
+        direction, why = _direction(src, dst, pair)
+        if direction not in (*DIRECTIONS, *BETWEEN):
             return "kernel" if direction else "loop", why
     if not may_predict:
         return "kernel", "the stream is being captured, and nothing is calibrated"
-    return _fastest(device, direction, size, count)
+    return _fastest(device, direction, size, count, pair)
+
+
+def _direction(src: Any, dst: Any, pair: Pair | None = None) -> tuple[str, str]:
+    """One of DIRECTIONS, "p2p" from the first of a pair of GPUs to the second, "mixed", or "" where
+    a kernel cannot reach all of it; and a text for the last two."""
+    kinds = [ranges.kinds_of(addresses) for addresses in (src, dst)]
+    for name, found in zip(("a source", "a destination"), kinds, strict=True):
+        for kind in found - {"h", "d", *(pair or ())}:
+            text = kind if isinstance(kind, str) else f"memory of GPU {kind}"
+            return "", f"{name} is {text}, which the kernel cannot reach"
+    if pair and kinds == [{"d" if gpu == cuda.current_device() else gpu} for gpu in pair]:
+        return "p2p", ""
+    if pair or kinds == [{"h"}, {"h"}] or len(kinds[0]) + len(kinds[1]) > 2:
+        return "mixed", "the copies have several directions, or stay on the host"
+    return f"{kinds[0].pop()}2{kinds[1].pop()}", ""
 
 
 @lru_cache(maxsize=4096)
-def _fastest(device: int, direction: str, size: int, count: int) -> tuple[str, str]:
+def _fastest(
+    device: int, direction: str, size: int, count: int, pair: Pair | None = None
+) -> tuple[str, str]:
     """The path with the shortest predicted time, and the predictions."""
-    paths = calibrate()[direction]
+    paths = (_calibrated_pair(pair) if pair else calibrate())[direction]
     times = {path: calibration.predict(cells, size, count) for path, cells in paths.items()}
     texts = ", ".join(f"{path} {us:.0f} us" for path, us in times.items())
     return min(times, key=lambda path: times[path]), f"calibrated: {texts} predicted"

@@ -124,6 +124,7 @@ def examine() -> Report:
         if finding.mend:
             return report
     add(_cublas())
+    report.findings += _links()
     return report
 
 
@@ -304,6 +305,20 @@ def _cublas() -> Finding:
     return Finding(
         "cublas", f"not found: own kernels run (pip install {package} speeds up prompts)"
     )
+
+
+def _links() -> list[Finding]:
+    """The direct ways between GPUs, where there are two or more, as a matrix."""
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount()
+    if count < 2:
+        return []
+    rows = [["to memory of", *(f"GPU {i}" for i in range(count))]]
+    for i in range(count):
+        links = ("-" if i == j else cuda.peers.link(i, j) for j in range(count))
+        rows.append([f"from GPU {i}", *links])
+    return [Finding("peers", "\n".join("".join(f"{x:<14}" for x in row).rstrip() for row in rows))]
 
 
 # Each depends on those before it.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import cuda, options, ranges
-from pykv.arrays import Dims, check_writeable, checker, to_host
+from pykv.arrays import Dims, check_writeable, checker, strided, to_host
 from pykv.errors import DtypeError, ParameterError
 from pykv.specs import KVSpec, as_spec
 
@@ -27,6 +27,22 @@ def facts_of(op: str, name: str, cache: Any) -> dict[str, Any]:
     spec, sizes, _ = check_cache(op, name, cache)
     names = dict(layers="L", page_size="P", heads="H", head_dim="D", pages="N")
     return dict(spec=str(spec)) | {name: sizes[letter] for name, letter in names.items()}
+
+
+def facts_of_two(op: str, source: Any, target: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`facts_of` two caches, of which one may be on another GPU than the current one.
+
+    Raises:
+        DeviceError: neither is on the current GPU.
+    """
+    facts, homes = [], []
+    for name, side in (("source", source), ("target", target)):
+        pool = getattr(side, "k", None)
+        with cuda.beside(pool):
+            facts.append(facts_of(op, name, side))
+        homes.append(cuda.homes([(f"{name}.k", pool)]))
+    cuda.gpu_pair(op, *homes)
+    return facts[0], facts[1]
 
 
 def check_cache(op: str, name: str, cache: Any) -> tuple[KVSpec, Dims, tuple[Any, ...]]:
@@ -138,6 +154,59 @@ def check_codec(op: str, codec: Any, hadamard: bool, tokens: Any = None) -> None
     if not isinstance(codec, Codec):
         given = type(codec).__name__
         raise DtypeError(f"{op}: codec is a {given}, expected a pykv.kvtc.Codec")
+
+
+def heads_of(cache: Any, spec: KVSpec, heads: tuple[int, int] | None) -> list[Any]:
+    """Keys, values and their scales of heads from the first to the end, as views; None: of all."""
+
+    def part(x: Any) -> Any:
+        if x is None or heads is None or (x.ndim == 2 and spec.granularity == "tensor"):
+            return x
+        axis = 1 if x.ndim == 2 else 2 + spec.page_axes.index("H")
+        return x[(slice(None),) * axis + (slice(*heads),)]
+
+    return [part(getattr(cache, letter)) for letter in ARRAYS]
+
+
+def join_layers(sides: Sequence[list[Any]], ids: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The arrays [N, ...] of source and target for each launch, and [n] page ids of both.
+
+    Layers become pages of one pool, so that one launch does it, unless they have given scales, no
+    whole number of pages between them, or more rows than a launch takes; then it is one a layer.
+
+    Args:
+        sides: of source and target, arrays [L, N, ...], or None.
+        ids: page ids of both.
+    """
+    L = len(sides[0][0])
+    rows = L * len(ids[0]) * math.prod(sides[0][0].shape[2:-1])
+    steps = [_pages_of_layer(arrays) for arrays in sides]
+    if min(steps) < 0 or max(rows, L * max(steps)) >= 2**31:
+        alone = [[[x if x is None else x[n] for x in arrays] for arrays in sides] for n in range(L)]
+        return alone, ids
+    joined = [
+        [
+            x
+            if x is None
+            else strided(x, ((L - 1) * step + x.shape[1], *x.shape[2:]), x.strides[1:])
+            for x in arrays
+        ]
+        for arrays, step in zip(sides, steps, strict=True)
+    ]
+    layers = np.arange(L)
+    return [joined], [
+        np.add.outer(layers * step, i).reshape(-1) for i, step in zip(ids, steps, strict=True)
+    ]
+
+
+def _pages_of_layer(arrays: list[Any]) -> int:
+    """From a layer to the next, in pages; -1 if that is no whole number, or not the same in all."""
+    given = [x for x in arrays if x is not None]
+    if any(x.ndim == 2 or x.strides[1] <= 0 for x in given):
+        return -1
+    steps = {divmod(x.strides[0], x.strides[1]) for x in given}
+    step, rest = steps.pop()
+    return -1 if rest or steps else int(step)
 
 
 class Places(NamedTuple):

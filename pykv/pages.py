@@ -25,6 +25,7 @@ import numpy as np
 
 from pykv import cuda, ranges
 from pykv.arrays import footprint, load_cupy, on_gpu
+from pykv.block_memory import check_range
 from pykv.errors import ParameterError
 from pykv.number_texts import counted
 from pykv.ops import block_copy, paged_convert
@@ -38,6 +39,9 @@ from pykv.page_arrays import (
     check_may_write,
     check_targets,
     facts_of,
+    facts_of_two,
+    heads_of,
+    join_layers,
     moving_arrays,
     page_ids,
     places_of,
@@ -46,8 +50,6 @@ from pykv.specs import KVSpec, as_spec
 
 if TYPE_CHECKING:
     from pykv.kvtc import Codec
-
-LINK_CTAS = 32  # thread blocks that fill a link to the host; more keep others from the SMs
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,8 +127,9 @@ def copy_pages(
     one: fork, copy-on-write, and what `swap_out` and `swap_in` do. In all layers, bit for bit.
 
     Args:
-        source, target: caches of the same spec, layout and sizes but N; each on the GPU or, where
-            the other one is on a GPU, in pinned host memory.
+        source, target: caches of the same spec, layout and sizes but N; each on a GPU or, where
+            the other one is on a GPU, in pinned host memory. One GPU is the current one; for two,
+            see "Between GPUs" in pykv/README.md.
         source_pages, target_pages: page ids, as many of one as of the other. No page is a target
             twice, and no target shares memory with a source.
         stream: see pykv.cuda.on_stream.
@@ -135,7 +138,8 @@ def copy_pages(
         ParameterError: specs or sizes differ, a page does not exist or may not be a target, the
             target is read-only, or given scales differ (to see that, the host waits for them).
         ShapeError, DtypeError: a cache's arrays do not fit its spec.
-        DeviceError: host memory is pageable where a GPU copies.
+        DeviceError: host memory is pageable where a GPU copies, or neither cache is on the current
+            GPU.
 
     On a GPU only enqueues.
 
@@ -146,7 +150,7 @@ def copy_pages(
     True
     """
     op = "pages.copy_pages"
-    facts, to_facts = facts_of(op, "source", source), facts_of(op, "target", target)
+    facts, to_facts = facts_of_two(op, source, target)
     for name, fact in facts.items():
         if name != "pages" and to_facts[name] != fact:
             raise ParameterError(f"{op}: target has {name}={to_facts[name]}, expected {fact}")
@@ -175,7 +179,7 @@ def copy_pages(
     block_copy.vectorized_copy(
         *(src, dst, sizes),
         device="cuda" if over_link or on_gpu(source.k) else "cpu",
-        max_ctas=LINK_CTAS if over_link else None,
+        max_ctas=block_copy.LINK_CTAS if over_link else None,
         stream=stream,
     )
 
@@ -186,27 +190,43 @@ def convert_pages(
     source_pages: Ids | None = None,
     target_pages: Ids | None = None,
     *,
+    heads: tuple[int, int] | None = None,
+    target_heads: tuple[int, int] | None = None,
     stream: Any = None,
 ) -> None:
     """Write pages of one cache to pages of another of other kinds, layout or scales, in all layers.
 
     Args:
-        source, target: caches of the same L, P, H and D, on one device. `target` may be views of
-            the source's memory, to convert in place, as pykv.ops.paged_convert.convert says.
+        source, target: caches of the same L, P, H and D. `target` may be views of the source's
+            memory, to convert in place, as pykv.ops.paged_convert.convert says. Each is on the host
+            or each on a GPU, of which one is the current one; for two GPUs, see "Between GPUs" in
+            pykv/README.md.
         source_pages, target_pages: page ids, as many of one as of the other, no target twice; None:
             0, 1, 2 ... A target may share memory with the page that becomes it, and no other.
+        heads, target_heads: (first, end) of the source's heads, and of the target's that these
+            become, as many: what a rank of tensor parallelism holds. None: all. The target's other
+            heads stay as they are; with either, pages of the two share no memory.
         stream: see pykv.cuda.on_stream.
 
     Raises:
-        ParameterError: a page does not exist, a target is listed twice, shares memory with another
-            page's source or is read-only, L differs, or scales that heads or tensors of the target
-            share are unset.
+        ParameterError: a page or head does not exist, a target is listed twice, shares memory with
+            another page's source or is read-only, L differs, or scales that heads or tensors of the
+            target share are unset.
+        DeviceError: neither cache is on the current GPU.
         Others as pykv.ops.paged_convert.convert.
 
-    On a GPU only enqueues, a launch or two for each layer, but waits to see shared scales.
+    On a GPU only enqueues, a launch or two, for each layer where layers have given scales or other
+    distances than pages have, but waits to see shared scales.
     """
     op = "pages.convert_pages"
-    facts, to_facts = facts_of(op, "source", source), facts_of(op, "target", target)
+    facts, to_facts = facts_of_two(op, source, target)
+    for facts_of_one, name, given in (
+        (facts, "heads", heads),
+        (to_facts, "target_heads", target_heads),
+    ):
+        if given is not None:
+            check_range(op, name, given, (0, facts_of_one["heads"]), "")
+            facts_of_one["heads"] = given[1] - given[0]
     for name in ("layers", "page_size", "heads", "head_dim"):
         if facts[name] != to_facts[name]:
             raise ParameterError(
@@ -218,10 +238,9 @@ def convert_pages(
         ("source_pages", source, source_pages, facts["pages"]),
         ("target_pages", target, target_pages, to_facts["pages"]),
     ):
-        pages = page_ids(op, name, range(count) if ids is None else ids, count)
-        lists.append(None if ids is None else pages.astype(np.int32))
+        lists.append(page_ids(op, name, range(count) if ids is None else ids, count))
         arrays = moving_arrays(side)
-        sides.append(places_of([arrays.get(letter) for letter in ARRAYS], pages))
+        sides.append(places_of([arrays.get(letter) for letter in ARRAYS], lists[-1]))
     if len(sides[0].ids) != len(sides[1].ids):
         raise ParameterError(
             f"{op}: target_pages has {counted(len(sides[1].ids), 'page')}, expected "
@@ -233,22 +252,29 @@ def convert_pages(
         check_given_scales(op, target, stream=stream)
     # Rows of another layout have other places in a page, so that one would overwrite another.
     spec, out_spec = as_spec(op, source.spec), as_spec(op, target.spec)
-    check_apart(op, *sides, in_place=spec.layout == out_spec.layout)
-    if on_gpu(source.k) and any(ids is not None for ids in lists):
-        with cuda.on_stream(stream):
-            cuda.refuse_capture(op, cuda.UPLOADS)
-            lists = [None if ids is None else load_cupy().asarray(ids) for ids in lists]
+    in_place = spec.layout == out_spec.layout and heads is None and target_heads is None
+    check_apart(op, *sides, in_place=in_place)
+    views = heads_of(source, spec, heads), heads_of(target, out_spec, target_heads)
+    layers, ids = join_layers(views, lists)
+    from_ids = _beside(op, source.k, ids[0], source_pages is None, stream)
+    to_ids = _beside(op, target.k, ids[1], target_pages is None, stream)
     options = dict(spec=spec, out_spec=out_spec, check=False, stream=stream)
-    options |= dict(pages=lists[0], out_pages=lists[1])
-    names = ("k_pool", "v_pool", "k_scales", "v_scales")
-    outputs = ("k_out", "v_out", "k_out_scales", "v_out_scales")
-    for layer in range(facts["layers"]):
-        arrays = {
-            name: x if x is None else x[layer]
-            for side, words in ((source, names), (target, outputs))
-            for name, x in zip(words, (getattr(side, letter) for letter in ARRAYS), strict=True)
-        }
-        paged_convert.convert(**arrays, **options)
+    options |= dict(pages=from_ids, out_pages=to_ids)
+    names = "k_pool v_pool k_scales v_scales k_out v_out k_out_scales v_out_scales".split()
+    for arrays, outs in layers:
+        paged_convert.convert(**dict(zip(names, (*arrays, *outs), strict=True)), **options)
+
+
+def _beside(op: str, array: Any, ids: Any, is_all: bool, stream: Any) -> Any:
+    """[n] int32 page ids on the device of an array; None if they are all there are, in order."""
+    if is_all and len(ids) and ids[-1] + 1 == len(ids):
+        return None
+    ids = ids.astype(np.int32)
+    if not on_gpu(array):
+        return ids
+    with cuda.on_stream(stream), cuda.beside(array):
+        cuda.refuse_capture(op, cuda.UPLOADS)
+        return load_cupy().asarray(ids)
 
 
 def host_pages(cache: Any, num_pages: int) -> Pages:

@@ -145,6 +145,70 @@ def is_pageable(address: int) -> bool:
     return bool(runtime.pointerGetAttributes(address).type == runtime.memoryTypeUnregistered)
 
 
+def kinds_of(addresses: Any) -> set[str | int]:
+    """What `memory_at` says of the addresses [C], asked once for each allocation."""
+    kind, end = memory_at(int(addresses.min()))
+    if end > addresses.max():
+        return {kind}
+    addresses, i, found = np.sort(addresses), 0, set()
+    while i < len(addresses):
+        kind, end = memory_at(int(addresses[i]))
+        found.add(kind)
+        i = int(np.searchsorted(addresses, np.uint64(end)))
+        if kind == PAGEABLE:
+            break  # one such decides
+    return found
+
+
+PAGEABLE = "pageable host memory"
+
+
+def memory_at(address: int) -> tuple[str | int, int]:
+    """What lies at an address, and where it ends: "d" for memory of the current GPU, "h" for pinned
+    host memory, the ordinal of another GPU, or PAGEABLE."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    found = runtime.pointerGetAttributes(address)
+    if found.type == runtime.memoryTypeUnregistered:
+        return PAGEABLE, address + 1
+    kind: str | int = "d"
+    if found.type == runtime.memoryTypeHost:
+        kind = "h"
+    elif found.type == runtime.memoryTypeDevice and found.device != cuda.current_device():
+        kind = int(found.device)
+    return kind, max(end_of_allocation(address), address + 1)
+
+
+def end_of_allocation(address: int) -> int:
+    """The first address behind the allocation that an address lies in; 0 if the driver does not
+    know. Needs a context, which CuPy has made when it was asked for the address."""
+    from cuda.bindings import driver
+
+    wanted, ask = driver.CUpointer_attribute, driver.cuPointerGetAttribute
+    bad_start, start = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address)
+    bad_size, size = ask(wanted.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address)
+    return 0 if bad_start or bad_size else int(start) + int(size)
+
+
+def gpu_pair_at(
+    op: str, src: Ranges, dst: Ranges, *, anywhere: bool = False
+) -> tuple[int, int] | None:
+    """`cuda.gpu_pair` of addresses: a microsecond or two for each allocation, and only where the
+    process uses a second GPU. None for tables that are on a GPU, as nobody looks into them."""
+    if on_gpu(src[1]) or on_gpu(dst[1]) or not cuda.uses_others():
+        return None
+    here = cuda.current_device()
+    sides = [
+        {
+            here if kind == "d" else int(kind): f"memory of {name}"
+            for kind in kinds_of(addresses) - {"h", PAGEABLE}
+        }
+        for name, addresses, _ in (src, dst)
+    ]
+    return cuda.gpu_pair(op, *sides, anywhere=anywhere)
+
+
 def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     """The same copy with fewer pairs: none empty, and none whose source and destination both
     continue those of the pair before."""
@@ -168,11 +232,16 @@ def merge(src: Any, dst: Any, sizes: Any) -> tuple[Any, Any, Any]:
     return src, dst, sizes
 
 
+def mean_size(sizes: Any, count: int) -> int:
+    """Bytes of each of `count` ranges, above 0, in the mean, which predictions go by."""
+    return sizes if isinstance(sizes, int) else int(sizes.sum()) // count
+
+
 def addresses_of(
     op: str, sources: Sequence[Any], destinations: Sequence[Any], *, any_memory: bool = False
-) -> tuple[Any, Any, Any, str]:
+) -> tuple[Any, Any, Any, str, tuple[int, int] | None]:
     """Addresses, sizes and device of two lists of arrays, which the kernel can reach unless
-    `any_memory` will do."""
+    `any_memory` will do; and the `cuda.gpu_pair` that they lie on."""
     for name, given in (("sources", sources), ("destinations", destinations)):
         if not isinstance(given, list | tuple):
             raise DtypeError(f"{op}: {name} is a {type(given).__name__}, expected a list of arrays")
@@ -202,15 +271,16 @@ def addresses_of(
                 )
             if name == "destinations":
                 check_writeable(op, f"{name}[{i}]", array)
-            if device == "cpu" or not array.nbytes or any_memory:
-                continue
-            if on_gpu(array):
-                check_device(op, f"{name}[{i}]", array)
-            else:
+            if device == "cuda" and array.nbytes and not any_memory and not on_gpu(array):
                 check_pinned(op, f"{name}[{i}]", array)
         addresses.append(np.array([address_of(array) for array in arrays], np.uint64))
     sizes = np.array([array.nbytes for array in lists["sources"]], np.int64)
-    return addresses[0], addresses[1], sizes, device
+    named = (
+        ((f"{name}[{i}]", array) for i, array in enumerate(arrays) if array.nbytes)
+        for name, arrays in lists.items()
+    )
+    pair = cuda.gpu_pair(op, *map(cuda.homes, named), anywhere=any_memory)
+    return addresses[0], addresses[1], sizes, device, pair
 
 
 def check_device(op: str, name: str, array: Any) -> None:

@@ -4,6 +4,7 @@ There are three ways. The kernel of pykv.ops.block_copy has the GPU's SMs copy: 
 pieces, but it takes SMs from others and cannot reach pageable memory. CUDA's batch call
 (cudaMemcpyBatchAsync, CUDA 12.8) hands all pieces to the copy engines at once, and one memcpyAsync
 for each piece is the oldest way; both cost the host and the engines some microseconds a piece.
+Between two GPUs the kernel runs on either: it pushes or pulls.
 `memcpy_batch` takes the way that its mode says; mode "auto" takes the one that was fastest for such
 pieces when this GPU was calibrated (`calibrate`). `start` does the same with arrays, and returns a
 `Transfer` to wait for.
@@ -17,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,8 @@ class CopyReport:
     """What a call did.
 
     Attributes:
-        path: "kernel", "batch", "loop", "host" or "none".
+        path: "kernel", "batch", "loop", "host" or "none"; between GPUs "push" or "pull" for the
+            kernel, on the GPU that is read or on the one that is written.
         reason: why this path.
         copies: how many copies it took; "auto" counts neighbours that it merged as one.
         bytes: how many bytes were copied.
@@ -86,11 +89,10 @@ def memcpy_batch(
             driver lacks or refuses it; "fallback_only" is one call for each copy;
             "batch_without_fallback" raises instead of falling back. "auto" makes neighbours one
             copy and takes the way with the shortest predicted time: see `calibrate`, which the
-            first such call runs. Pageable host memory, and another GPU's, gets one call for each
-            copy. In a stream capture "auto" takes the kernel in place of the batch call; the
-            kernel's tables of up to 28 bytes a pair then stay for the rest of the process, since a
-            graph may be replayed for ever; a call of `pykv.prepare` keeps them no longer than
-            itself.
+            first such call runs. Pageable host memory gets one call for each copy. In a stream
+            capture "auto" takes the kernel in place of the batch call; the kernel's tables of up to
+            28 bytes a pair then stay for the rest of the process, since a graph may be replayed for
+            ever; a call of `pykv.prepare` keeps them no longer than itself.
         direction: what "auto" may rely on: "h2d" (all sources pinned host memory, all destinations
             memory of the current GPU), "d2h" or "d2d". None: it asks the driver, some microseconds
             for each allocation that the addresses lie in.
@@ -112,12 +114,14 @@ def memcpy_batch(
         UnsupportedError: "batch_without_fallback", and the batch call is missing or refuses; or
             "auto" is being prepared on a GPU that is not calibrated.
         CudaError: another error of the driver; copies before the failing one may have been queued.
-        DeviceError: no GPU is usable.
+        DeviceError: no GPU is usable, or memory of two GPUs is none of the current one's, or of a
+            third one.
 
-    On a GPU only enqueues. Copies of one call are not ordered among themselves, so no range may
-    overlap another one's destination. Nothing to copy (no pair, or all sizes 0) succeeds in every
-    mode, even without tables. Memory must live until the stream has passed. Source of the first
-    three modes: memcpy_batch of NVIDIA Dynamo's kvbm-kernels.
+    On a GPU only enqueues; between the current GPU and another, in the order of the current streams
+    of both. Copies of one call are not ordered among themselves, so no range may overlap another
+    one's destination. Nothing to copy (no pair, or all sizes 0) succeeds in every mode, even
+    without tables. Memory must live until the stream has passed. Source of the first three modes:
+    memcpy_batch of NVIDIA Dynamo's kvbm-kernels.
 
     >>> source, target = np.arange(6, dtype=np.uint8), np.zeros(6, np.uint8)
     >>> src, dst = source.ctypes.data, target.ctypes.data
@@ -138,14 +142,24 @@ def memcpy_batch(
         pairs = deepcopy(pairs)
     cuda.array_module("cuda")
     with cuda.on_stream(stream):
-        pairs, plan = _plan(pairs, mode, direction)
+        gpus = None
+        if direction is None:
+            src, dst, sizes = pairs
+            sides = ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes)
+            gpus = ranges.gpu_pair_at(op, *sides, anywhere=True)
+        pairs, plan = _plan(pairs, mode, direction, gpus)
     report = plan
 
     def copy() -> None:
         nonlocal report
         report, _ = _submit(op, pairs, plan, mode)
 
-    if plan.path == "kernel" and cuda.is_preparing():  # tables go to the GPU now, once
+    by_kernel = plan.path not in ("batch", "loop")
+    if gpus:
+        # Of the kernel, tables go to the GPU when the call is prepared, once.
+        call = copy if by_kernel else partial(cuda.enqueue, copy)
+        copy_ways.cross(op, plan.path, gpus, call, stream)
+    elif by_kernel and cuda.is_preparing():  # likewise
         block_copy.copy_on_gpu(op, *pairs, stream=stream)
     else:
         cuda.enqueue(copy, stream)
@@ -299,6 +313,7 @@ def start(
         DtypeError: an array holds Python objects.
         UnsupportedError: the stream is being captured, or the call prepared, where no one can wait:
             `memcpy_batch` is for that. Or as `memcpy_batch`.
+        DeviceError: as `memcpy_batch`.
         CudaError: the driver refused; copies before the failing one may have been queued, and the
             arrays stay alive until the stream has passed, likewise.
 
@@ -316,7 +331,7 @@ def start(
     cuda.refuse_prepare(op, "each Transfer is waited for once; memcpy_batch can be prepared")
     _check_options(op, mode, direction, validate)
     lists = [x if isinstance(x, list | tuple) else [x] for x in (sources, destinations)]
-    src, dst, sizes, device = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
+    src, dst, sizes, device, gpus = ranges.addresses_of(op, lists[0], lists[1], any_memory=True)
     if validate:
         ranges.check_overlaps(op, ("sources", src, sizes), ("destinations", dst, sizes))
     pairs = check_tables(op, src, dst, sizes)
@@ -334,12 +349,22 @@ def start(
                 f"{op}: stream is being captured, expected one that runs; memcpy_batch and calls "
                 "of pykv.prepare can be captured"
             )
-        pairs, plan = _plan(pairs, mode, direction)  # before the clock: may calibrate
+        pairs, plan = _plan(pairs, mode, direction, gpus)  # before the clock: may calibrate
         runtime, handle = cupy.cuda.runtime, copy_ways.current_handle()
         started, finished = cupy.cuda.Event(), cupy.cuda.Event()
         runtime.eventRecord(started.ptr, handle)
-        try:
+        report, used = plan, handle
+
+        def copy() -> None:
+            nonlocal report, used
             report, used = _submit(op, pairs, plan, mode)
+
+        try:
+            if gpus:  # behind which the current GPU's stream waits, whichever the copy was on
+                copy_ways.cross(op, plan.path, gpus, copy)
+                used = handle
+            else:
+                copy()
         except BaseException:
             # What was queued before is under way, unless the GPU itself has failed. The legacy
             # default stream waits for its side stream, so its own event is behind both.
@@ -382,11 +407,14 @@ def _release_buffers() -> None:
 # --- Plan and copy --------------------------------------------------------------------------------
 
 
-def _plan(pairs: Pairs, mode: str, direction: str | None) -> tuple[Pairs, CopyReport]:
-    """The pairs to copy on CuPy's current stream, and the path that is meant for them."""
+def _plan(
+    pairs: Pairs, mode: str, direction: str | None, gpus: tuple[int, int] | None
+) -> tuple[Pairs, CopyReport]:
+    """The pairs to copy on CuPy's current stream, or between two GPUs, and the path that is meant
+    for them."""
     if mode == "auto":
         pairs = ranges.merge(*pairs)
-        return pairs, _report(pairs, *copy_ways.choose(*pairs, direction))
+        return pairs, _report(pairs, *copy_ways.choose(*pairs, direction, gpus))
     if mode == "fallback_only":
         return pairs, _report(pairs, "loop", "mode is fallback_only")
     return pairs, _report(pairs, "batch", "the batch call took it")
@@ -413,8 +441,7 @@ def _submit(op: str, pairs: Pairs, plan: CopyReport, mode: str) -> tuple[CopyRep
         if mode == "batch_without_fallback":
             raise UnsupportedError(f"{op}: mode is {mode}, but {refusal}")
         path, reason = "kernel" if mode == "auto" and cuda.is_capturing() else "loop", refusal
-    run = copy_ways.run_kernel if path == "kernel" else copy_ways.run_loop
-    run(op, *pairs)
+    copy_ways.RUNS[path](op, *pairs)
     return replace(plan, path=path, reason=reason), handle
 
 

@@ -754,7 +754,12 @@ METHODS = {
         pages.copy_pages, "source", "target", source_pages=[1], target_pages=[2]
     ),
     "pages.convert_pages": _with_caches(
-        pages.convert_pages, "source", "target", source_pages=[1], target_pages=[2]
+        pages.convert_pages,
+        *("source", "target"),
+        source_pages=[1],
+        target_pages=[2],
+        heads=(0, 1),
+        target_heads=(0, 1),
     ),
     "pages.host_pages": _with_caches(pages.host_pages, "cache", num_pages=2),
     "pages.swap_out": _with_caches(pages.swap_out, "cache", pages=[1, 2]),

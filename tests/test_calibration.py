@@ -55,9 +55,10 @@ TABLE = {
 def gpu(monkeypatch, tmp_path):
     """Name, UUID and driver of a GPU, to be changed, and the folder of its figures."""
     fake = SimpleNamespace(identity=["NVIDIA H200", "GPU-1-2", "13000"])
+    monkeypatch.setattr(calibration.cuda, "current_device", lambda: 0)
     fake.folder = tmp_path / "calibration"
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(calibration, "_identity", lambda: tuple(fake.identity))
+    monkeypatch.setattr(calibration, "_identity", lambda device: tuple(fake.identity))
     return fake
 
 

@@ -146,8 +146,29 @@ def test_no_driver_is_no_fault(machine, monkeypatch):
 
 def test_two_gpus_are_both_named(machine):
     machine.runtime.getDeviceCount = lambda: 2
-    value = findings(doctor.examine())["gpu"].value
+    machine.patch.setattr(cuda.peers, "link", lambda i, j: ("NVLink", "none")[i])
+    report = doctor.examine()
+    value = findings(report)["gpu"].value
     assert value == "; ".join(["NVIDIA H100 (sm_90, 60 of 80 GiB free)"] * 2)
+    matrix = ["to memory of  GPU 0         GPU 1", "from GPU 0    -             NVLink"]
+    assert findings(report)["peers"].value.split("\n") == [*matrix, "from GPU 1    none          -"]
+
+
+def test_links_of_two_gpus(machine, monkeypatch):
+    system = pytest.importorskip("cuda.core").system
+    ends = types.SimpleNamespace(to_system_device=lambda: "a GPU")
+    monkeypatch.setattr("cuda.core.Device", lambda i: ends)
+    machine.patch.setattr(cuda.peers, "can_reach", lambda i, j: i < j)
+    for status, want in (("ok", "NVLink"), ("not supported", "PCIe"), (RuntimeError(), "direct")):
+
+        def answer(a, b, index, status=status):
+            assert (a, b, index) == ("a GPU", "a GPU", "nvlink")
+            if isinstance(status, Exception):
+                raise status
+            return system.typing.GpuP2PStatus(status)
+
+        monkeypatch.setattr(system, "get_p2p_status", answer)
+        assert cuda.peers.link(0, 1) == want and cuda.peers.link(1, 0) == "none"
 
 
 def test_cuda_12_packages_on_a_newer_driver_are_fine(machine):

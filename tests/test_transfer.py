@@ -161,7 +161,7 @@ def driver(monkeypatch):
         stream=current,
     )
 
-    def copy_on_gpu(op, src, dst, sizes, stream=None):
+    def copy_on_gpu(op, src, dst, sizes, max_ctas=None, stream=None):
         """Uploads, then launches: what is prepared is launched by each call."""
         pairs = src.tolist(), dst.tolist(), sizes
         fake.uploads.append(current.ptr)
@@ -171,7 +171,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda.calls, "current_device", lambda: 0)
     monkeypatch.setattr(cuda.calls, "synchronize", lambda: None)
     monkeypatch.setattr(cuda, "array_module", lambda device: cupy)
-    monkeypatch.setattr(copy_ways, "_memory_at", memory_at)
+    monkeypatch.setattr(ranges, "memory_at", memory_at)
     monkeypatch.setattr(block_copy, "copy_on_gpu", copy_on_gpu)
     monkeypatch.setattr(copy_ways, "_relaxed_capture", nullcontext)
     monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
@@ -378,13 +378,13 @@ def test_several_directions_take_the_kernel(driver, forced, memory):
 
 
 def test_each_allocation_is_asked_about_once(driver):
-    kinds = copy_ways._kinds(np.array([510, 120, 599, 130, 100, 500, 799], np.uint64))
+    kinds = ranges.kinds_of(np.array([510, 120, 599, 130, 100, 500, 799], np.uint64))
     assert kinds == {"d"} and driver.asked == [100, 100, 500, 799]
     driver.asked.clear()
-    assert copy_ways._kinds(np.array([199, 100, 150], np.uint64)) == {"d"}
+    assert ranges.kinds_of(np.array([199, 100, 150], np.uint64)) == {"d"}
     assert driver.asked == [100]
     driver.memory = {1: "h", 2: "pageable host memory"}
-    assert copy_ways._kinds(np.array([100, 200, 300], np.uint64)) == {"h", "pageable host memory"}
+    assert ranges.kinds_of(np.array([100, 200, 300], np.uint64)) == {"h", "pageable host memory"}
 
 
 def test_the_end_of_an_allocation(monkeypatch):
@@ -395,9 +395,9 @@ def test_the_end_of_an_allocation(monkeypatch):
     monkeypatch.setattr(
         driver, "cuPointerGetAttribute", lambda wanted, at: (status, answers[wanted.name])
     )
-    assert copy_ways._end_of_allocation(4100) == 4196
+    assert ranges.end_of_allocation(4100) == 4196
     status = driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    assert copy_ways._end_of_allocation(4100) == 0
+    assert ranges.end_of_allocation(4100) == 0
 
 
 def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
@@ -411,13 +411,13 @@ def test_memory_is_of_the_host_pinned_or_not_or_of_a_gpu(monkeypatch):
     fake = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda at: 0 if at == 3 else 50)
-    found = [copy_ways._memory_at(at) for at in kinds]
+    monkeypatch.setattr(ranges, "end_of_allocation", lambda at: 0 if at == 3 else 50)
+    found = [ranges.memory_at(at) for at in kinds]
     assert found == [
         ("pageable host memory", 2),
         ("h", 50),
         ("d", 4),  # the driver did not know the end
-        ("memory of GPU 3", 50),
+        (3, 50),
         ("d", 50),  # managed memory goes where it is wanted
     ]
 
@@ -540,7 +540,7 @@ class Array:
     """Device memory as far as `start` looks at it."""
 
     nbytes, dtype, flags = 16, np.dtype(np.uint8), SimpleNamespace(c_contiguous=True)
-    data = SimpleNamespace(ptr=160)
+    data = SimpleNamespace(ptr=160, device_id=0)
 
 
 @pytest.fixture
@@ -686,7 +686,7 @@ def gpu(monkeypatch, tmp_path, forced):
     monkeypatch.setenv("PYKV_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(copy_ways, "_tables", {})
     monkeypatch.setattr(calibration, "measure", measure)
-    monkeypatch.setattr(calibration, "_identity", lambda: ("H200", "GPU-1", "13000"))
+    monkeypatch.setattr(calibration, "_identity", lambda device: ("H200", "GPU-1", "13000"))
     monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: fake.batch)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     monkeypatch.setattr(cuda, "array_module", lambda device: None)
@@ -748,7 +748,7 @@ def test_the_ways_that_are_measured(driver):
 def machine(xp, monkeypatch):
     """`xp`, with what the SIMT machine's CuPy does not have."""
     if xp is not np and xp.__name__ != "cupy":
-        monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda address: 0)
+        monkeypatch.setattr(ranges, "end_of_allocation", lambda address: 0)
         monkeypatch.setattr(copy_ways, "is_memcpy_batch_available", lambda: False)
     return xp
 
@@ -893,7 +893,7 @@ def test_transfers_check_their_arrays(machine, forced):
 def test_pageable_memory_takes_the_loop(device, monkeypatch, rng, forced):
     """The kernel cannot reach it, so "auto" says that single copies took it."""
     if device.__name__ != "cupy":
-        monkeypatch.setattr(copy_ways, "_end_of_allocation", lambda address: 0)
+        monkeypatch.setattr(ranges, "end_of_allocation", lambda address: 0)
     forced("kernel")
     host, back = rng.integers(0, 256, 5000, np.uint8), np.zeros(5000, np.uint8)
     middle = device.zeros(5000, np.uint8)
@@ -931,9 +931,9 @@ def test_the_driver_knows_where_memory_ends():
     import cupy
 
     memory, host = cupy.cuda.Memory(1 << 20), cupy.cuda.PinnedMemory(1 << 20)
-    assert copy_ways._memory_at(memory.ptr + 5) == ("d", memory.ptr + (1 << 20))
-    assert copy_ways._memory_at(host.ptr + 5) == ("h", host.ptr + (1 << 20))
-    assert copy_ways._memory_at(np.zeros(100).ctypes.data)[0] == "pageable host memory"
+    assert ranges.memory_at(memory.ptr + 5) == ("d", memory.ptr + (1 << 20))
+    assert ranges.memory_at(host.ptr + 5) == ("h", host.ptr + (1 << 20))
+    assert ranges.memory_at(np.zeros(100).ctypes.data)[0] == "pageable host memory"
 
 
 @pytest.mark.gpu

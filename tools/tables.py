@@ -4,6 +4,7 @@ rows, which are [] where no record has what the table shows."""
 import statistics
 
 from pykv.bench import CEILINGS, blocks, copy, prefill, report
+from pykv.ops import block_copy
 from pykv.specs import KVSpec
 
 
@@ -54,7 +55,7 @@ def copies(records):
     text = (
         "Scattered blocks by the kernel, as a share of a contiguous copy of 1 GiB in the same run\n"
         f"({rates}); in brackets CUDA's batch call. Over the link the kernel takes "
-        f"{copy.LINK_CTAS} thread blocks."
+        f"{block_copy.LINK_CTAS} thread blocks."
     )
     host = found.get((4096, 20_000), {}).get(("d2d", "prepared"))
     if host:

@@ -33,7 +33,6 @@ from pykv.ranges import address_of
 from pykv.testing import caches
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-LINK_CTAS = 32  # thread blocks that a copy over the link may take
 
 DIRECTIONS = ("h2d", "d2h", "d2d")
 MODES = dict(batched="batched_with_fallback", memcpy_async="fallback_only", auto="auto")
@@ -55,7 +54,7 @@ def _cases(sizes: dict[str, list[tuple[int, int]]]) -> list[Case]:
     made = []
     for direction, of_direction in sizes.items():
         for size, count in of_direction:
-            limit = {} if direction == "d2d" else dict(max_ctas=LINK_CTAS)
+            limit = {} if direction == "d2d" else dict(max_ctas=block_copy.LINK_CTAS)
             made += [
                 _case(direction, "prepared", size, count) | limit,
                 _case(direction, "batched", size, count),

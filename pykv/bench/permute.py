@@ -59,7 +59,7 @@ CASES, QUICK = _cases(LLAMA_70B, (128, 64, 80), None), _cases(TINY, (TINY.D,), 3
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """N blocks of one layout: a row of `memory` for each chunk or block, in any order."""
 
     name: str
@@ -104,11 +104,11 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     if (xp is np and direction != "d2d") or not memory.fits(xp, 6 * size):  # checked with copies
         return None
 
-    def side(name: str, words: Any, on_host: bool) -> _Side:
+    def side(name: str, words: Any, on_host: bool) -> Side:
         rows = N * shape.L * shape.O if name in STACKS else N
         elements = words.view(f"u{shape.itemsize}").reshape(rows, -1)
         placed = memory.place(xp, elements, on_host)
-        return _Side(name, N, shape, placed, rng.permutation(rows))
+        return Side(name, N, shape, placed, rng.permutation(rows))
 
     words = caches.words(xp, size, int(rng.integers(2**32)))
     src = side(case["src"], words, direction == "h2d")

@@ -6,6 +6,7 @@
     driver     launches by cuda.core: the one seam, where tests put another machine
     calls      plain, prepared and graphed calls
     replay     calls of several launches, found once for each layout
+    peers      from GPU to GPU: access to each other's memory, order of their streams
 
 PYKV_ARCH replaces the SM of the current GPU: with compute_52 a newer GPU runs, by way of PTX, the
 code that an M40 gets, `__CUDA_ARCH__` included.
@@ -66,5 +67,14 @@ from pykv.cuda.launch import (
     divisor,
     kernel,
     signature,
+)
+from pykv.cuda.peers import (
+    beside,
+    can_reach,
+    cross,
+    enable_peer_access,
+    gpu_pair,
+    homes,
+    uses_others,
 )
 from pykv.cuda.replay import replayed

@@ -6,7 +6,9 @@ Kernel: kernels_cu/block_copy.cu.
 
 Addresses do not say where they lie, so `device` does: "cuda" for what a GPU can reach (its own
 memory and pinned host memory, on either side), "cpu" for host memory. Arrays do say it:
-`copy_arrays` takes lists of them and needs no such word.
+`copy_arrays` takes lists of them and needs no such word. Both move between the current GPU and one
+other, as pykv/README.md says; of tables that are on a GPU, nobody sees where they point to: there
+`cuda.enable_peer_access` and the order of streams are the caller's.
 
 Prepared (`pykv.prepare`), a copy takes the NumPy tables of then: they go to the GPU once, and the
 memory that they name must outlive the calls. CuPy tables are read at each call.
@@ -15,17 +17,24 @@ memory that they name must outlive the calls. CuPy tables are read at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import calibration, cuda
 from pykv.arrays import UINT64, Dims, checker, on_gpu, optional
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError
 from pykv.options import check_choice, check_flag, check_whole
-from pykv.ranges import addresses_of, bytes_at, check_memory, merge
+from pykv.ranges import (
+    addresses_of,
+    bytes_at,
+    check_memory,
+    gpu_pair_at,
+    mean_size,
+    merge,
+)
 
 # What an H200 runs fastest: many blocks of one warp with a small tile each, for the hardware to
 # deal out; but where the caller limits the blocks, each must keep more bytes in flight. Eight small
@@ -34,6 +43,7 @@ from pykv.ranges import addresses_of, bytes_at, check_memory, merge
 MANY = dict(BLOCK=32, CTAS_PER_SM=32, UNROLL=4, TILE=2048, GROUP=8)
 FEW = dict(BLOCK=128, CTAS_PER_SM=8, UNROLL=8, TILE=4096, GROUP=8)
 VARIANTS = [MANY, FEW]
+LINK_CTAS = 32  # blocks that fill a link to the host or a GPU; more keep others from the SMs
 RUNS = 4  # of pairs of equal sizes, which the kernel tells apart without tables of sizes
 
 ADDRESSES = (*UINT64, np.dtype(np.int64))  # signed: how torch tables hold data_ptr()
@@ -59,7 +69,7 @@ def vectorized_copy(
         size: bytes of every pair, an integer; or [C] int64 on the host, bytes of each.
         num_pairs: how many pairs to copy, if fewer than the tables hold; all if None.
         max_ctas: how many thread blocks may run, so that concurrent kernels keep their SMs; between
-            host and device 32 suffice. A warp for each tile if None.
+            host and device 32 suffice. None: a warp for each tile, or LINK_CTAS between GPUs.
         device: "cuda" for device or pinned host memory, "cpu" for host memory; see above.
         validate: make sure first that no destination overlaps another range and, with "cuda", that
             no address is pageable host memory. Costs about a microsecond an address, and waits
@@ -71,8 +81,8 @@ def vectorized_copy(
             1, `device` unknown; with `validate`, two ranges overlap.
         ShapeError: the tables differ in length, or have fewer than `num_pairs` addresses.
         DtypeError: a table is no array of addresses, or `size` neither integer nor int64.
-        DeviceError: the tables lie on different devices, no GPU is usable; with `validate`, an
-            address is pageable.
+        DeviceError: the tables lie on different devices, no GPU is usable, nothing is memory of the
+            current GPU, or there is a third one; with `validate`, an address is pageable.
 
     With no pairs, or sizes of zero, succeeds and launches nothing, even if tables are None. Bit
     for bit; pairs in no order; where a destination overlaps another range, what it holds is
@@ -92,7 +102,11 @@ def vectorized_copy(
     pairs = _check_pairs(op, src_ptrs, dst_ptrs, size, num_pairs)
     if len(pairs[0]) and device == "cpu" and on_gpu(pairs[0]):
         raise DeviceError(f"{op}: src_ptrs is on a GPU, expected the host like what it names")
-    _copy(op, *pairs, device, max_ctas, validate, stream)
+    gpus = None
+    if len(pairs[0]) and device == "cuda":
+        src, dst, sizes = pairs
+        gpus = gpu_pair_at(op, ("src_ptrs", src, sizes), ("dst_ptrs", dst, sizes))
+    _copy(op, *pairs, device, gpus, max_ctas, validate, stream)
 
 
 def copy_arrays(
@@ -114,7 +128,8 @@ def copy_arrays(
     Raises:
         ShapeError: the lists differ in length, two arrays in bytes, or one is not contiguous.
         DtypeError: an array holds Python objects.
-        DeviceError: a host array is pageable where a GPU copies, or an array is on another GPU.
+        DeviceError: a host array is pageable where a GPU copies, no array is on the current GPU, or
+            there is a third one.
         ParameterError: a destination is read-only, `max_ctas` below 1; with `validate`, two arrays
             overlap.
 
@@ -126,9 +141,9 @@ def copy_arrays(
     array([2., 3., 0., 1.], dtype=float32)
     """
     op = "block_copy.copy_arrays"
-    src, dst, sizes, device = addresses_of(op, sources, destinations)
+    src, dst, sizes, device, gpus = addresses_of(op, sources, destinations)
     cuda.hold(*sources, *destinations)
-    _copy(op, src, dst, sizes, device, max_ctas, validate, stream)
+    _copy(op, src, dst, sizes, device, gpus, max_ctas, validate, stream)
 
 
 def _copy(
@@ -137,11 +152,13 @@ def _copy(
     dst: Any,
     sizes: Any,
     device: str,
+    gpus: tuple[int, int] | None,
     max_ctas: int | None,
     validate: bool,
     stream: Any,
 ) -> None:
-    """Validate, and make as few pairs of NumPy tables as there can be; then copy."""
+    """Validate, and make as few pairs of NumPy tables as there can be; then copy, where
+    there are two `gpus` from the first to the second."""
     if max_ctas is not None:
         max_ctas = check_whole(op, "max_ctas", max_ctas, 1, 2**31 - 1)
     if check_flag(op, "validate", validate) and len(src):
@@ -159,8 +176,12 @@ def _copy(
     if device == "cpu":
         cuda.check_stream(stream)
         copy_on_host(src, dst, sizes)
-    else:
+    elif gpus is None:
         copy_on_gpu(op, src, dst, sizes, max_ctas, stream)
+    else:
+        sides = calibration.pick_runner(*gpus, mean_size(sizes, len(src)), len(src))
+        copy = partial(copy_on_gpu, op, src, dst, sizes, max_ctas or LINK_CTAS)
+        cuda.cross(op, *sides, copy, stream)
 
 
 def copy_on_host(src: Any, dst: Any, sizes: Any) -> None:

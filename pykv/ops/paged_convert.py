@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import cuda
+from pykv import calibration, cuda
 from pykv.arrays import (
     FLOATS,
     INT32,
@@ -193,8 +193,9 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
             the two is negative. None: 0, 1, 2 ... No page twice in `out_pages`.
         check, stream: as in `gather`.
 
-    Raises: as `gather`.
+    Raises: as `gather`; DeviceError also where neither cache is on the current GPU.
 
+    One cache may be on another GPU, with its list of pages: see "Between GPUs" in pykv/README.md.
     Codes and row scales stay as they are, bit for bit, where kind and dtype of scales agree.
     """
     op = "paged_convert.convert"
@@ -202,7 +203,7 @@ def convert(  # two caches, each of four arrays, a spec and a list of pages
     source = Side(as_spec(op, spec), (k_pool, v_pool, k_scales, v_scales), pages, _CACHE)
     outs = k_out, v_out, k_out_scales, v_out_scales
     target = Side(as_spec(op, out_spec, "out_spec"), outs, out_pages, out_names)
-    _move(op, source, target, check, stream)
+    _move(op, source, target, check, stream, two_gpus=True)
 
 
 def _dense(op: str, k: Any, v: Any, names: tuple[str, str], dims: str = "n P H | D") -> Side:
@@ -230,11 +231,15 @@ def _move(
     check: bool | None,
     stream: Any,
     rows: tuple[Any, Any] | None = None,
+    two_gpus: bool = False,
 ) -> None:
-    """Check arguments, then move pages, or with `rows` = (indptr, starts) tokens."""
+    """Check arguments, then move pages, or with `rows` = (indptr, starts) tokens; where the sides
+    between `two_gpus` as well."""
     rules = ((side.spec, side.names, side.pages is not None) for side in (source, target))
     arrays = (*source.arrays, source.pages, *target.arrays, target.pages, *(rows or ()))
-    sizes = _checker(op, *rules, rows is not None)(*arrays)
+    sizes = _checker(op, *rules, rows is not None, two_gpus)(*arrays)
+    homes = (cuda.homes([(side.names[0], side.arrays[0])]) for side in (source, target))
+    gpus = cuda.gpu_pair(op, *homes) if two_gpus else None
     n, P, H, D = (sizes[letter] for letter in "nPHD")
     check_head_dim(op, source.names[0], D, MAX_HEAD_DIM)
     if n * P * H >= 2**31:
@@ -246,17 +251,29 @@ def _move(
         with cuda.on_stream(stream, source.arrays[0]):
             _check_pages(op, source, target, rows, P)
             cuda.look(partial(check_apart, op, source, target, rows))
-    if is_on_gpu:
-        specs, by_token = (source.spec, target.spec), rows is not None
-        indptr, starts = rows or (None, None)
-        tables = dict(indptr=indptr, starts=starts, dst_pages=target.pages, src_pages=source.pages)
-        pairs = _pairs(source, target)
-        for launch, *sides in sizes.keep(specs, lambda: _launches(source, target, sizes, by_token)):
-            k_and_v = list(zip("kv", sides, strict=True))
-            moved = {f"{x}_{name}": pair[i] for name, pair in pairs.items() for x, i in k_and_v}
-            launch(moved | tables, stream)
-    else:
+    if not is_on_gpu:
         cuda.run_on_host(lambda: reference(source, target, rows), stream=stream)
+    elif gpus is None:
+        _move_on_gpu(source, target, sizes, rows, stream)
+    else:
+        cuda.hold(*arrays)
+        row_bytes = max(D * kind.bits // 8 for kind in source.spec.kinds)
+        sides = calibration.pick_runner(*gpus, row_bytes * P * H, 2 * n)
+        cuda.cross(op, *sides, partial(_move_on_gpu, source, target, sizes, rows), stream)
+
+
+def _move_on_gpu(
+    source: Side, target: Side, sizes: Dims, rows: tuple[Any, Any] | None, stream: Any = None
+) -> None:
+    """Launch on the current GPU, for arguments that are checked."""
+    options, by_token = (source.spec, target.spec, cuda.current_device()), rows is not None
+    indptr, starts = rows or (None, None)
+    tables = dict(indptr=indptr, starts=starts, dst_pages=target.pages, src_pages=source.pages)
+    pairs = _pairs(source, target)
+    for launch, *sides in sizes.keep(options, lambda: _launches(source, target, sizes, by_token)):
+        k_and_v = list(zip("kv", sides, strict=True))
+        moved = {f"{x}_{name}": pair[i] for name, pair in pairs.items() for x, i in k_and_v}
+        launch(moved | tables, stream)
 
 
 @cache
@@ -265,9 +282,10 @@ def _checker(
     source: tuple[KVSpec, tuple[str, ...], bool],
     target: tuple[KVSpec, tuple[str, ...], bool],
     by_token: bool,
+    two_gpus: bool,
 ) -> Callable[..., Dims]:
     """Of two caches, of each the spec, the names and whether pages are listed, or of a cache and
-    rows of tokens."""
+    rows of tokens; with `two_gpus` the second may be on another GPU."""
     rules: dict[str, Any] = {}
     for (spec, names, listed), letter in ((source, "N"), (target, "M")):
         pages = letter if listed or by_token else "n"  # page i is page i
@@ -280,7 +298,7 @@ def _checker(
     writes: tuple[Any, ...] = target[0].written(target[1])
     if op == "paged_convert.convert":  # within one cache: `check_apart` looks which pages are meant
         writes = tuple(Written(x, may_meet=(y,)) for x, y in zip(writes, source[1], strict=False))
-    return checker(op, writes, **rules)
+    return checker(op, writes, target[1] if two_gpus else (), **rules)
 
 
 def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None:
@@ -292,7 +310,8 @@ def _check_pages(op: str, source: Side, target: Side, rows: Any, P: int) -> None
     check_targets = partial(paged_check.check_slots, unit="page")
     for side, check in ((source, paged_check.check_pages), (target, check_targets)):
         if side.pages is not None:
-            check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
+            with cuda.beside(side.pages):
+                check(side.pages, len(side.arrays[0]), op=op, name=side.names[4])
 
 
 # --- Definition -----------------------------------------------------------------------------------

@@ -17,21 +17,25 @@ device or pinned host memory, or with `device="cpu"` in any of the host; N entri
 N * L * O, chunk l * O + o of block b at (b * L + l) * O + o. NumPy tables are uploaded, CuPy tables
 used as they are. Elements need no alignment; below 16 bytes a move gets slower with it.
 
+Memory may be the current GPU's and another one's, see "Between GPUs" in pykv/README.md; of tables
+on a GPU nobody sees it: there `cuda.enable_peer_access` and the order of streams are the caller's.
+
 Prepared (`pykv.prepare`), a move takes the NumPy tables of then: they go to the GPU once, and the
 memory that they name must outlive the calls.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from functools import lru_cache, partial
 from typing import Any, TypedDict, Unpack
 
-from pykv import block_memory, cuda
+from pykv import block_memory, calibration, cuda
 from pykv.arrays import check_writeable
 from pykv.block_memory import Given, Range, Side
 from pykv.errors import DtypeError, ShapeError, UnsupportedError
 from pykv.layout import NAMES, STACKS, BlockShape, Layout, check_layout
-from pykv.ops.block_copy import upload
+from pykv.ops.block_copy import LINK_CTAS, upload
 from pykv.options import check_choice, check_flag, check_whole
 from pykv.ranges import check_memory
 
@@ -65,7 +69,8 @@ def permute(
         heads, layers: (first, end) of what moves, counted in the whole block; all else stays as it
             is. None: what both sides hold, which must be the same unless a Layout names a part.
         num_blocks: N; None: as many as the tables have.
-        max_ctas: thread blocks at most, to leave SMs to others; 32 fill a link to the host.
+        max_ctas: thread blocks at most, to leave SMs to others; 32 fill a link to the host. None:
+            one for each tile, or LINK_CTAS of block_copy between GPUs.
         device: where addresses lie, as arrays say themselves: "cuda" for device or pinned host
             memory, "cpu" for host memory, which NumPy moves.
         validate: make sure first, of addresses, that with "cuda" none is pageable host memory and,
@@ -80,8 +85,8 @@ def permute(
         ShapeError: dimensions or lengths of tables disagree.
         DtypeError: a table is no uint64 or int64 array, elements are not of 1, 2, 4 or 8 bytes,
             differ in size, or are Python objects.
-        DeviceError: host and device arrays are mixed, or arrays are not on the current GPU; with
-            `validate`, an address is pageable.
+        DeviceError: host and device arrays are mixed, nothing is on the current GPU, or there is a
+            third one; with `validate`, an address is pageable.
         UnsupportedError: a chunk has 2 GiB or more.
 
     On a GPU only enqueues, and uploads nothing where tables are CuPy's. Nothing happens where a
@@ -158,13 +163,34 @@ def _move(
         _move_on_host(op, to, from_, moved, heads[0], layers[0], stream)
         return
     cuda.hold(*to.arrays, *from_.arrays)
+    move = partial(_move_on_gpu, op, to, from_, moved, heads[0], layers[0])
+    gpus = block_memory.gpus_of(op, to, from_)
+    if gpus is None:
+        move(max_ctas, stream)
+    else:
+        size = math.prod(moved) // (moved.L * moved.O)
+        sides = calibration.pick_runner(*gpus, size, to.N * moved.L * moved.O)
+        cuda.cross(op, *sides, partial(move, max_ctas or LINK_CTAS), stream)
+
+
+def _move_on_gpu(
+    op: str,
+    to: Side,
+    from_: Side,
+    moved: BlockShape,
+    head: int,
+    layer: int,
+    max_ctas: int | None,
+    stream: Any = None,
+) -> None:
+    """Upload tables of the host, and launch the kernel on the current GPU."""
     with cuda.on_stream(stream):
         tables = upload("permute", dict(dst_ptrs=to.table, src_ptrs=from_.table))
     places = to.without_memory(), from_.without_memory()
-    launch = _launch(cuda.current_device(), op, *places, moved, heads[0], layers[0], max_ctas)
+    launch = _launch(cuda.current_device(), op, *places, moved, head, layer, max_ctas)
     for name, side in (("dst_ptrs", to), ("src_ptrs", from_)):
         if side.chunk_stride == 0:  # the first entries of a stack may be those of layers that stay
-            tables[name] = tables[name][(layers[0] - side.layers[0]) * moved.O :]
+            tables[name] = tables[name][(layer - side.layers[0]) * moved.O :]
     launch(tables, stream)
 
 

@@ -23,7 +23,6 @@ from pykv.arrays import load_cupy
 from pykv.errors import ParameterError
 from pykv.kvtc import Codec, Coded
 from pykv.ops import block_copy
-from pykv.pages import LINK_CTAS
 from pykv.pool import PagedKVCache
 
 
@@ -127,7 +126,9 @@ class CodedForm:
             np.array(at, np.uint64) * np.uint64(self.nbytes) + np.uint64(ranges.address_of(x.rows))
             for x, at in ((source, ids), (target, slots))
         )
-        block_copy.vectorized_copy(begin, to, self.nbytes, device="cuda", max_ctas=LINK_CTAS)
+        block_copy.vectorized_copy(
+            begin, to, self.nbytes, device="cuda", max_ctas=block_copy.LINK_CTAS
+        )
 
     def _header(self, tokens: int, spec: Any) -> Any:
         return self._codec.header(tokens, spec, sinks=0, window=0)

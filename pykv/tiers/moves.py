@@ -2,8 +2,8 @@
 
 On a GPU pages go through staging memory of the device, two pieces in turn: the compute stream fills
 one, or empties it, and goes on; a stream of our own copies it over the link, between pinned memory
-and the device, with pages.LINK_CTAS blocks at most. Events order the two, and the host waits for
-neither.
+and the device, with block_copy.LINK_CTAS blocks at most. Events order the two, and the host waits
+for neither.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_elements_are_where_the_formulas_say(rng, name):
     chunk = P * H * D
     rows, width = (2 * L * O, chunk) if name in ("NHD", "HND") else (2, L * O * chunk)
     stored = np.arange(rows * width, dtype=np.uint16).reshape(rows, width)
-    side = permute._Side(name, 2, shape, stored, rng.permutation(rows))
+    side = permute.Side(name, 2, shape, stored, rng.permutation(rows))
     found = side.elements(np)
     assert found.shape == (2, H, L, O, P, D)
     for n, h, l, o, t, d in np.ndindex(found.shape):

@@ -480,6 +480,7 @@ def test_arrays_must_agree(xp):
 
 def test_tiles_fit_an_int(monkeypatch):
     monkeypatch.setattr(cuda, "kernel", None)
+    monkeypatch.setattr(cuda, "uses_others", lambda: False)
     with pytest.raises(ParameterError, match="make 4294967296 tiles of 2048 bytes"):
         block_copy.vectorized_copy(table(4096), table(8192), 2**31 * TILE)
 

@@ -699,8 +699,8 @@ def test_arrays_of_another_gpu_are_refused(device, monkeypatch):
     shape = (1, 1, 1, 1, 1, 8)
     universal, blocks = device.zeros(shape, "f2"), device.zeros(shape, "f2")
     here = cuda.current_device()
-    monkeypatch.setattr(cuda, "current_device", lambda: here + 1)
-    with pytest.raises(DeviceError, match=f"universal is on GPU {here}, expected the current one"):
+    monkeypatch.setattr(cuda.peers, "current_device", lambda: here + 1)
+    with pytest.raises(DeviceError, match=f"blocks is on GPU {here}, expected the current one"):
         permute.universal_from_block(universal, blocks)
 
 

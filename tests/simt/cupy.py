@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 DEVICE = 1000  # an ordinal that no GPU has, since pykv keeps facts by ordinal
+OTHER = DEVICE + 1  # a second GPU, whose memory is what was allocated while it was the current one
 NUM_SMS = 16
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 GUARD = 1 << 16  # bytes between arrays, so that no overflow hits the next one
@@ -24,16 +26,22 @@ _live = weakref.WeakValueDictionary()  # (first address, end) of each allocation
 class MemoryPointer:
     """The address of a NumPy array, or one within it, that keeps the memory alive."""
 
-    device_id = DEVICE
-
     def __init__(self, host):
         self.host, self.ptr = host, host.ctypes.data
+
+    @property
+    def device_id(self):
+        return device_of(self.ptr)
 
     def __add__(self, offset):
         return MemoryPointer(self.bytes()[offset:])
 
     def bytes(self):
-        return self.host.reshape(-1).view(np.uint8)
+        """From the first element on, those between rows with gaps included."""
+        if self.host.flags.c_contiguous:
+            return self.host.reshape(-1).view(np.uint8)
+        size = byte_bounds(self.host)[1] - self.ptr
+        return np.lib.stride_tricks.as_strided(self.host[..., :1].view(np.uint8), (size,), (1,))
 
     def memset_async(self, value, nbytes):
         enqueue(self.bytes().__setitem__, slice(nbytes), value)
@@ -134,8 +142,24 @@ def empty(shape, dtype=np.float32):
     start = GUARD + -(memory.ctypes.data + GUARD) % ALIGNMENT
     inside = memory[start : start + nbytes]
     inside.fill(0xFF)  # NaN in every float type
-    _live[inside.ctypes.data, inside.ctypes.data + nbytes] = memory
+    bounds = inside.ctypes.data, inside.ctypes.data + nbytes
+    _live[bounds] = memory
+    if Device.current == DEVICE:
+        _elsewhere.pop(bounds, None)
+    else:
+        _elsewhere[bounds] = Device.current
     return ndarray(inside.view(dtype).reshape(shape))
+
+
+_elsewhere = {}  # bounds of allocations that are on another GPU than DEVICE; some may be gone
+
+
+def device_of(address):
+    """The GPU whose memory an address is."""
+    if not _elsewhere:
+        return DEVICE
+    found = allocations_at(np.array([address], np.uint64))
+    return _elsewhere.get(found[0], DEVICE) if found else DEVICE
 
 
 def allocations_at(addresses):
@@ -241,7 +265,7 @@ def _attributes(address):
     """Memory that no array here holds is what a GPU calls pageable."""
     known = len(allocations_at(np.array([address], np.uint64))) > 0
     # cudaMemoryTypeDevice, cudaMemoryTypeUnregistered
-    return SimpleNamespace(type=2 if known else 0, device=DEVICE)
+    return SimpleNamespace(type=2 if known else 0, device=device_of(address))
 
 
 class CUDARuntimeError(RuntimeError):
@@ -257,7 +281,7 @@ def enqueue(work, *args, **options):
 
 
 class Device:
-    """A GPU, which a context makes the current one; all arrays are on DEVICE."""
+    """A GPU, which a context makes the current one."""
 
     current = DEVICE
     attributes = {"MultiProcessorCount": NUM_SMS}
@@ -310,6 +334,9 @@ class Event:
     """Everything is done when the call returns, so every event has happened."""
 
     ptr, done = 0, True
+
+    def __init__(self, disable_timing=False):
+        pass
 
     def record(self, stream):
         pass

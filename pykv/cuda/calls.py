@@ -1,4 +1,4 @@
-"""Three levels of calling: a plain call, `prepare`, and `graph`.
+"""Three levels of calling: a plain call, `prepare`, and `graph` of pykv.cuda.graphs.
 
 A plain call checks its arguments and does its work. An op does all work through one of three
 functions, and these alone know whether a recording is open:
@@ -45,12 +45,12 @@ class _State(threading.local):
     """The recording of this thread, if one is open, and what `graph` observes."""
 
     recording: _Recording | None = None
-    captured: list[Any] | None = None  # objects that must live as long as the graph being captured
+    captured: Any = None  # GraphMemory of the graph being captured
     traced: list[Any] | None = None  # steps that `traced` observes
     used_gpu = False  # since `graph` last asked
 
 
-_state = _State()
+state = _State()
 
 
 def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
@@ -61,7 +61,7 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
         stream: see `on_stream`; a recorded step runs on the stream of each call.
         launched: the Launch that made the step and its arrays, for `traced`.
     """
-    recording = _state.recording
+    recording = state.recording
     if recording is not None:
         if stream is not None:
             _refuse_stream()
@@ -69,13 +69,13 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
         recording.has_work = True
         recording.steps.append(step)
         return
-    _state.used_gpu = True
-    if _state.captured is not None:
-        _state.captured.append(step)
-    traced = _state.traced
+    state.used_gpu = True
+    if state.captured is not None:
+        state.captured.hold(launched[1] if launched else [step])
+    traced = state.traced
     if traced is not None:
         traced.append(launched or step if stream is None else None)
-        _state.traced = None  # what a step launches is part of the step
+        state.traced = None  # what a step launches is part of the step
     try:
         if stream is None:
             step()
@@ -83,23 +83,23 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
             with on_stream(stream):
                 step()
     finally:
-        _state.traced = traced
+        state.traced = traced
 
 
 @contextmanager
 def traced() -> Iterator[list[Any]]:
     """A context that lists the steps that are taken inside: (launch, arrays) of each Launch, other
     steps as they are, None for one with a stream of its own."""
-    _state.traced = []
+    state.traced = []
     try:
-        yield _state.traced
+        yield state.traced
     finally:
-        _state.traced = None
+        state.traced = None
 
 
 def is_tracing() -> bool:
     """Whether the steps that this thread takes are listed."""
-    return _state.traced is not None
+    return state.traced is not None
 
 
 def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
@@ -117,12 +117,12 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
     """
 
     if stream is not None:
-        if _state.recording is not None:
+        if state.recording is not None:
             _refuse_stream()
         check_stream(stream)
 
     def step() -> None:
-        if _state.captured is not None:
+        if state.captured is not None:
             raise UnsupportedError(
                 "graph: the function works on NumPy arrays as well, expected arrays of a GPU alone"
             )
@@ -131,11 +131,11 @@ def run_on_host(compute: Step, out: Any = None, stream: Any = None) -> None:
             if out is not None:
                 out[...] = value
 
-    if _state.recording is None:
+    if state.recording is None:
         step()
     else:
-        _state.recording.has_work = True
-        _state.recording.steps.append(step)
+        state.recording.has_work = True
+        state.recording.steps.append(step)
 
 
 def look(check: Step) -> None:
@@ -146,12 +146,12 @@ def look(check: Step) -> None:
         check: raises where contents are wrong, and waits for the GPU; skipped while a CUDA graph is
             captured, which cannot wait.
     """
-    recording, _state.recording = _state.recording, None
+    recording, state.recording = state.recording, None
     try:
         if recording is None or not recording.has_work:
             _look_if_possible(check)
     finally:
-        _state.recording = recording
+        state.recording = recording
     if recording is not None:
         recording.steps.append(lambda: _look_if_possible(check))
 
@@ -165,17 +165,17 @@ def hold(*objects: Any) -> None:
     """Keep objects alive as long as the call that is being prepared, or the graph that is being
     captured: arrays behind a table of addresses, for example. A plain call leaves that to its
     caller."""
-    if _state.recording is not None:
-        _state.recording.held += objects
-    elif _state.captured is not None:
-        _state.captured += objects
+    if state.recording is not None:
+        state.recording.held += objects
+    elif state.captured is not None:
+        state.captured.hold(objects)
 
 
 def skip() -> None:
     """Say that an op has nothing to do though no argument is empty, as copies of 0 bytes: `prepare`
     then makes a call of no steps."""
-    if _state.recording is not None:
-        _state.recording.is_idle = True
+    if state.recording is not None:
+        state.recording.is_idle = True
 
 
 def refuse_capture(op: str, why: str) -> None:
@@ -198,13 +198,13 @@ def refuse_prepare(op: str, why: str) -> None:
     Raises:
         UnsupportedError: `op` is being prepared.
     """
-    if _state.recording is not None:
+    if state.recording is not None:
         raise UnsupportedError(f"{op}: cannot be prepared: {why}")
 
 
 def is_preparing() -> bool:
     """Whether a recording is open: an op may then spend time that its calls save."""
-    return _state.recording is not None
+    return state.recording is not None
 
 
 # Answers of CUDA, by cudaError_t, where no GPU can be used and CuPy is only imported: cannot be
@@ -337,11 +337,11 @@ def prepare(op: Callable[..., Any], /, *args: Any, **options: Any) -> Prepared:
     if is_capturing():
         raise UnsupportedError("prepare: a graph is being captured, expected calls prepared before")
     recording = _Recording([op, args, options])
-    outer, _state.recording = _state.recording, recording
+    outer, state.recording = state.recording, recording
     try:
         result = op(*args, **options)
     finally:
-        _state.recording = outer
+        state.recording = outer
     # Without a step, an op of pykv had nothing to do, or is a function that works at once, such as
     # the reference of one.
     is_op = module.startswith("pykv.") and not str(name).startswith("reference")
@@ -365,97 +365,3 @@ def _is_empty(result: Any) -> bool:
     if isinstance(result, list | tuple):
         return all(map(_is_empty, result))
     return bool(getattr(result, "size", None) == 0)
-
-
-# --- Graphs ---------------------------------------------------------------------------------------
-
-
-class Graph:
-    """A function as a CUDA graph; see `graph`."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._is_warm = self._is_host = False
-        self._graph: Any = None
-        self._pool: Any = None  # what the graph's kernels use between them, and nobody else
-        self._device: int | None = None
-        self._result: Any = None
-        self._held: list[Any] = []  # what the captured work reads and writes
-
-    def __call__(self, stream: Any = None) -> Any:
-        """Enqueue the function's work; see `graph`."""
-        refuse_prepare("graph", "it is one call already")
-        refuse_capture("graph", "it is a graph already")
-        with on_stream(stream):
-            if not self._is_warm:
-                return self._warm_up()
-            if self._is_host:
-                return self._function()
-            if current_device() != self._device:
-                raise DeviceError(
-                    f"graph: GPU {current_device()} is the current one, expected "
-                    f"GPU {self._device}, on which the function ran first"
-                )
-            if self._graph is None:
-                self._capture()
-            _state.used_gpu = True
-            self._graph.launch()
-            return self._result
-
-    def _warm_up(self) -> Any:
-        """The function itself, which compiles what it needs; repeated if it fails."""
-        outer, _state.used_gpu = _state.used_gpu, False
-        result = self._function()
-        self._is_host = not _state.used_gpu
-        _state.used_gpu |= outer
-        if not self._is_host:
-            self._device = current_device()
-        self._is_warm = True
-        return result
-
-    def _capture(self) -> None:
-        cuda = load_cupy().cuda
-        stream, self._pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
-        with stream, cuda.using_allocator(self._pool.malloc):
-            stream.begin_capture()
-            held: list[Any] = []
-            _state.captured = held
-            try:
-                self._result = self._function()
-            finally:
-                _state.captured = None
-                captured = stream.end_capture()
-        self._graph, self._held = captured, held  # a function that failed is captured again
-
-
-def graph(function: Callable[[], Any]) -> Graph:
-    """A function as a CUDA graph, which costs the host one launch however many kernels it has.
-
-    Args:
-        function: takes nothing, enqueues the same at each call, and goes by nothing that changes
-            but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
-
-    Returns:
-        A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
-        `function` returned. The first call is `function` itself, which compiles; the second
-        captures it. From then on the arrays that it made are the same ones, filled anew by each
-        call; those that it reads and writes are held. A function in which no op of pykv works on a
-        GPU, as on NumPy arrays, is called itself each time.
-
-    Calls raise:
-        DeviceError: the current GPU is not that of the first call.
-        UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
-            host, or the call is made while another graph is captured.
-
-    Only enqueues. Checks of contents cannot wait inside of a graph and are left out.
-
-    >>> import numpy as np, pykv
-    >>> from pykv.ops import activation
-    >>> x, y = np.ones((2, 1, 8), np.float32)
-    >>> step = pykv.graph(lambda: activation.add(x, y))
-    >>> step(), step(), float(x[0, 0])
-    (None, None, 3.0)
-    """
-    if not callable(function):
-        raise DtypeError(f"graph: function is a {type(function).__name__}, expected a function")
-    return Graph(function)

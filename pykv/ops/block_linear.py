@@ -172,7 +172,7 @@ def multiply(
 
 def warm_up(kinds: Sequence[str]) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32."""
+    lacks them; of activations in float32, which up to 8 tokens are exact."""
     arch, sm = cuda.current_arch(), cuda.current_sm()
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
@@ -181,8 +181,10 @@ def warm_up(kinds: Sequence[str]) -> None:
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
-            tilings = linear_mma.tilings(kind, True, sm)
-            jobs += [("linear_mma", linear_mma.defines(kind, *floats, True, t)) for t in tilings]
+            for exact, tiling in {
+                (T <= 8, linear_mma.choose(kind, T <= 8, T, sm)) for T in (8, 16, 32, 64, 128, 512)
+            }:
+                jobs.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass

@@ -62,10 +62,10 @@ def stored_bytes(kind: str, O: int, I: int) -> int:
     return O * (planes.row_bytes(kind, I) if kind in planes.FORMATS else I * PLAIN[kind].itemsize)
 
 
-# Tokens up to which a product normalises and gates itself, and on a GPU keeps the bits of float32.
-# Of more, launches of their own do, into arrays that a model has, and tensor cores take activations
-# rounded to float16 as weights are: of SmolLM2 that moves logits, whose standard deviation is 7, by
-# 0.007 (root mean square), which weights rounded to float16 do as well, and perplexity by 1e-5.
+# Tokens up to which one launch multiplies, normalises and gates, and on a GPU keeps the bits of
+# float32. Of more, tensor cores take activations rounded to float16 as weights are. That moves the
+# logits of SmolLM2, whose standard deviation is 7, by 0.007 (root mean square), as much as weights
+# rounded to float16 do, and its perplexity by 1e-5 of it.
 FUSED_TOKENS = 8
 
 
@@ -91,7 +91,8 @@ def multiply(
     if out is None:
         out = like(x, (len(x), sum(len(rows) for _, rows in parts)), x.dtype)
     is_fused = _is_fused(x)
-    if norm is not None and not is_fused:
+    by_linear = {kind for kind, _ in parts if not is_fused and _by_linear(x, kind, gemm)}
+    if norm is not None and by_linear:
         x, norm = rms_norm(x, norm, eps=eps, out=normed), None
     first = 0
     for kind, rows in parts:
@@ -99,7 +100,7 @@ def multiply(
         if len(parts) > 1:
             part = slice(first, first + len(rows))
             options |= dict(bias=None if bias is None else bias[part], out=out[:, part])
-        if kind in PLAIN and not is_fused and not _by_tensor_cores(x, kind, gemm):
+        if kind in by_linear:
             linear.linear(x, rows, gemm=gemm, **options)
         else:
             options |= dict(norm=norm, eps=eps, early=True, exact=is_fused)
@@ -132,8 +133,11 @@ def _is_fused(x: Any) -> bool:
     return on_gpu(x) and len(x) <= FUSED_TOKENS
 
 
-def _by_tensor_cores(x: Any, kind: str, gemm: str) -> bool:
-    return on_gpu(x) and gemm != "cublas" and linear_mma.has_kernel(kind, cuda.current_sm())
+def _by_linear(x: Any, kind: str, gemm: str) -> bool:
+    """Whether linear.linear multiplies more than a few tokens."""
+    if kind not in PLAIN:
+        return False
+    return not on_gpu(x) or gemm == "cublas" or not linear_mma.has_kernel(kind, cuda.current_sm())
 
 
 def embed(table: Any, ids: Any, scale: float) -> Any:

@@ -136,7 +136,7 @@ def multiply(
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
-    more than 8 by a small matrix, in launches of their own: norm, product, gate. They take float32
+    more than 8 by a small matrix, in launches of their own: x as they want it, product, gate. They take float32
     as the sum of two float16, 22 bits of every element down to 2^-28 of the token's largest, or for
     BF16 (from sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose
     largest is 65504, and what meets between launches to the dtype of `x`. The copies of `x` take up
@@ -338,32 +338,29 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, parts: int) -> dict[str
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name and a stream that enqueues norm, product and gate, each by a
-    kernel of its own, and has memory for what they hand on."""
-    rows = products = finish = None
-    if norm is not None:
-        rows = like(x, x.shape, x.dtype)
+    """The function of arrays by name and a stream that enqueues a product by linear_mma and a gate
+    behind it, and has memory for what they hand on."""
+    products = finish = None
     if options.gate is not None:
         products = like(x, (len(x), len(w)), x.dtype)
         finish = activation.launch_gated(options.gate, products, out, options.accumulate)
     multiply_rows = linear_mma.product(
-        x if rows is None else rows,
-        *(w, kind, bias, out if products is None else products),
+        *(x, w, kind, bias, out if products is None else products),
         accumulate=options.accumulate and products is None,
         exact=options.exact and x.dtype in FLOAT32,
+        eps=options.eps,
+        early=options.early,
     )
-    sizes = [None if a is None else a.shape for a in (rows, products)]
+    shape = None if products is None else products.shape
 
     def run_all(arrays: dict[str, Any], stream: Any) -> None:
-        x, out, norm = (arrays[name] for name in ("x", "out", "norm"))
+        if shape is None or finish is None:
+            multiply_rows(arrays, stream)
+            return
         with cuda.on_stream(stream):
-            rows, products = (size and like(x, size, x.dtype) for size in sizes)
-        if rows is not None:
-            rms_norm.rms_norm(x, norm, eps=options.eps, out=rows, stream=stream)
-        given = dict(x=x if rows is None else rows, out=out if products is None else products)
-        multiply_rows(dict(given, w=arrays["w"], bias=arrays["bias"]), stream)
-        if finish is not None:
-            finish(dict(out=out, x=products), stream)
+            products = like(arrays["x"], shape, arrays["x"].dtype)
+        multiply_rows(dict(arrays, out=products), stream)
+        finish(dict(out=arrays["out"], x=products), stream)
 
     return run_all
 

@@ -136,15 +136,15 @@ def multiply(
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
-    more than 8 by a small matrix, in launches of their own: x as they want it, product, gate. They take float32
-    as the sum of two float16, 22 bits of every element down to 2^-28 of the token's largest, or for
-    BF16 (from sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose
-    largest is 65504, and what meets between launches to the dtype of `x`. The copies of `x` take up
-    to 10 bytes an element from CuPy's memory pool, and a gate's products their size. A token's
-    result depends on the number of tokens, in its last bits, but not on the other tokens. Older
-    GPUs, and F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by
-    pieces at each call, many times slower than a product with weights in float32. Source of the
-    formats: ggml-common.h of llama.cpp.
+    more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
+    and the gate. They take float32 as the sum of two float16, 22 bits of every element down to
+    2^-28 of the token's largest, or for BF16 (from sm_80 on) of three bfloat16; for 16-bit `x`
+    blocks are rounded to float16, whose largest is 65504, and a gate's products to the dtype of
+    `x`. The copies of `x` take up to 10 bytes an element from CuPy's memory pool, and a gate's
+    products their size. A token's result depends on the number of tokens, in its last bits, but not
+    on the other tokens. Older GPUs, and F32, read the matrix again for every 8 tokens. On the host
+    blocks are dequantised by pieces at each call, many times slower than a product with weights in
+    float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_rows.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")

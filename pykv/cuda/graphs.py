@@ -109,8 +109,8 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
     Args:
         function: takes nothing, enqueues the same at each call, and goes by nothing that changes
             but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
-        memory: shared with graphs that never run at the same time; the result of each of these
-            stays its own. None: memory of its own.
+        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; the
+            result of each of these stays its own. None: memory of its own.
 
     Returns:
         A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
@@ -118,6 +118,9 @@ def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Gra
         captures it. From then on the arrays that it made are the same ones, filled anew by each
         call; those that it reads and writes are held. A function in which no op of pykv works on a
         GPU, as on NumPy arrays, is called itself each time.
+
+    Raises:
+        DtypeError: `function` cannot be called, or `memory` is something else.
 
     Calls raise:
         DeviceError: the current GPU is not that of the first call.

@@ -20,7 +20,8 @@ from pykv.llm.model import Batch, graph_rows, step_of
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
 
-GRAPHS = 16  # are kept; they share the memory between their kernels, and that of their logits
+GRAPHS = 32  # are kept; they share the memory between their kernels, and that of their logits
+LEAST_TOKENS = 16  # of a graph: above matrices.FUSED_TOKENS, so that all prompts are rounded alike
 
 
 class Span(NamedTuple):
@@ -155,7 +156,7 @@ class PromptSteps:
         if self._xp is np:
             return asked
         sequences = _power(asked.sequences, 8, 1)
-        tokens = graph_rows(asked.tokens, self._xp)
+        tokens = graph_rows(max(asked.tokens, LEAST_TOKENS), self._xp)
         return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, 16))
 
     def _new(self, sizes: Sizes, asks: bool) -> tuple[Ragged, Callable[[], Any], Any]:

@@ -14,7 +14,7 @@
 // Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
 //           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
 //           up).
-//           swiglu and geglu may start early, hence their arrays are not __restrict__.
+//           All but embed may start early, hence their arrays are not __restrict__.
 //           Arrays are 16-byte aligned, and so are the rows of x and out where
 //           F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
@@ -66,6 +66,8 @@ geglu(X_T* out, const X_T* x, i64 x_stride, i64 out_stride, int F, int accumulat
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 add(X_T* x, const X_T* y, i64 count) {
+    let_next_start();
+    await_previous();
     const i64 first = ((i64)blockIdx.x * BLOCK + threadIdx.x) * 8;
     if (first + 8 <= count) {
         float a[8], b[8];

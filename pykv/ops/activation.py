@@ -77,7 +77,7 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
         return
     if on_gpu(x):
         grid, scalars = -(-x.size // _PER_BLOCK), dict(count=x.size)
-        launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars))
+        launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars, early=True))
         launch(dict(x=x, y=y), stream)
     else:
         cuda.run_on_host(lambda: reference_add(x, y), stream=stream)

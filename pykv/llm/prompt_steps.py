@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pykv import blocks, cuda
+from pykv import cuda
 from pykv.llm.model import Batch, graph_rows, step_of
 from pykv.llm.weights import Model
 from pykv.pool import PagedKVCache
@@ -71,20 +72,23 @@ class Ragged:
     def fill(self, spans: Sequence[Span], wanted: Sequence[int], page_size: int) -> None:
         """Put spans into the batch, of which those in `wanted` get logits of their last tokens."""
         ids, positions, slots, starts, lengths, rows, table = self._views(self._packed)
-        for array, nobody in ((ids, 0), (positions, 0), (slots, -1), (lengths, 0), (rows, 0)):
-            array[:] = nobody
         table[:] = -1
-        end = 0
         for i, span in enumerate(spans):
-            start, end = end, end + len(span.ids)
-            ids[start:end] = span.ids
-            positions[start:end] = np.arange(span.start, span.stop)
-            slots[start:end] = blocks.slots(span.pages, span.start, span.stop, page_size)
-            starts[i], lengths[i] = start, span.stop
             count = -(-span.stop // page_size)
             table[i, :count] = span.pages[:count]
-        starts[len(spans) :] = end
-        starts[-1] = len(ids)
+        given = np.array([(span.start, len(span.ids)) for span in spans], np.int32)
+        count, end = len(spans), int(given[:, 1].sum())
+        lengths[:count], lengths[count:] = given.sum(axis=1), 0
+        starts[0] = 0
+        np.cumsum(given[:, 1], out=starts[1 : count + 1])
+        starts[count + 1 :], starts[-1] = end, len(ids)
+        ids[:end], ids[end:] = list(chain.from_iterable(span.ids for span in spans)), 0
+        of_token = np.repeat(np.arange(count), given[:, 1])
+        positions[:end] = np.arange(end) - (starts[:count] - given[:, 0])[of_token]
+        positions[end:] = 0
+        page, row = np.divmod(positions[:end], page_size)
+        slots[:end], slots[end:] = table[of_token, page] * page_size + row, -1
+        rows[len(wanted) :] = 0
         rows[: len(wanted)] = starts[np.array(wanted, np.int32) + 1] - 1
         if self._words is not self._packed:
             self._words.set(self._packed)

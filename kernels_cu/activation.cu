@@ -14,12 +14,14 @@
 // Launch:   block (BLOCK), eight elements a thread. swiglu, geglu: grid (T, F / (8 * BLOCK) rounded
 //           up); embed: grid (T, E / (8 * BLOCK) rounded up); add: grid (count / (8 * BLOCK) rounded
 //           up).
+//           All but embed may start early, hence their arrays are not __restrict__.
 //           Arrays are 16-byte aligned, and so are the rows of x and out where
 //           F % 8 == 0
 // Traffic:  swiglu, geglu 3 * T * F * sizeof(X_T); add 3 * count * sizeof(X_T);
 //           embed T * E * (sizeof(X_T) + sizeof(TABLE_T)) bytes
 // Order:    no atomics, no sums; add and embed are bit-exact, rounded to nearest even
 #include "gate.cuh"
+#include "ptx.cuh"
 #include "vector.cuh"
 
 #if !defined(X_T) || !defined(TABLE_T) || !defined(BLOCK)
@@ -27,8 +29,10 @@
 #endif
 
 template <float (*ACTIVATION)(float)>
-__device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __restrict__ x,
-                                         i64 x_stride, i64 out_stride, int F, int accumulate) {
+__device__ __forceinline__ void gate_row(X_T* out, const X_T* x, i64 x_stride, i64 out_stride, int F,
+                                         int accumulate) {
+    let_next_start();
+    await_previous();
     const X_T* gate = x + blockIdx.x * x_stride;
     const X_T* up = gate + F;
     out += blockIdx.x * out_stride;
@@ -51,19 +55,19 @@ __device__ __forceinline__ void gate_row(X_T* __restrict__ out, const X_T* __res
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
-swiglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, i64 out_stride, int F,
-       int accumulate) {
+swiglu(X_T* out, const X_T* x, i64 x_stride, i64 out_stride, int F, int accumulate) {
     gate_row<silu>(out, x, x_stride, out_stride, F, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
-geglu(X_T* __restrict__ out, const X_T* __restrict__ x, i64 x_stride, i64 out_stride, int F,
-      int accumulate) {
+geglu(X_T* out, const X_T* x, i64 x_stride, i64 out_stride, int F, int accumulate) {
     gate_row<gelu>(out, x, x_stride, out_stride, F, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 8)
 add(X_T* x, const X_T* y, i64 count) {
+    let_next_start();
+    await_previous();
     const i64 first = ((i64)blockIdx.x * BLOCK + threadIdx.x) * 8;
     if (first + 8 <= count) {
         float a[8], b[8];

@@ -7,6 +7,8 @@
 //   w          const  [O, W] u8  rows of planes of KIND (pykv/planes.py), or of floats, 16-byte
 //                     aligned
 //   bias       const  [O]     B_T, or null
+//   norm       const  [I] float or null, 16-byte aligned: x is x / sqrt(mean(x^2) + eps) * norm, row
+//                     by row
 //   pieces            [PIECES, T', I'] f16, or bf16 if KIND is; T' is T up to whole tiles, I' is I
 //                     up to whole stages; x times a power of two for each token, permuted, as the
 //                     sum of its pieces; zeros outside
@@ -26,6 +28,8 @@
 // Launch:   split   grid (T'), block (BLOCK)
 //           gemm    grid (tiles, parts), tiles = ceil(O / (16 * OWN_TILES * BLOCK / 32)) * T' /
 //                   TILE_T, block (BLOCK), SHARED_BYTES of dynamic shared memory
+//           both may start early: before the kernel ahead has ended gemm reads w alone; what is
+//           written by others is not __restrict__, so that no load of it moves ahead of the wait
 // Traffic:  split   T * I elements of x, PIECES * T' * I' * 2 bytes written
 //           gemm    weights for each TILE_T tokens, pieces for each block of outputs, most from L2
 // Order:    EXACT: products of pieces with codes or floats exact, sums of 32 elements on tensor
@@ -36,6 +40,7 @@
 // Stack: 56 bytes, of the widest tiles as NVRTC 12.4 compiles them; newer ones need none
 #include "epilogue.cuh"
 #include "mma_weights.cuh"
+#include "ptx.cuh"
 #include "reduce.cuh"
 
 #if !defined(KIND) || !defined(X_T) || !defined(B_T) || !defined(EXACT) || !defined(PIECES)
@@ -73,32 +78,46 @@ using M = f16;
 // --- x in front of the product -------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-split(M* __restrict__ pieces, float* __restrict__ totals, float* __restrict__ units,
-      u32* __restrict__ counters, const X_T* __restrict__ x, int T, int I, int padded_I,
-      i64 x_stride, int num_counters) {
+split(M* pieces, float* totals, float* units, u32* counters, const X_T* x, const float* norm,
+      int T, int I, int padded_I, i64 x_stride, int num_counters, float eps) {
 #if __CUDA_ARCH__ >= 750
-    __shared__ float scratch[WARPS];
+    __shared__ float scratch[2][WARPS];
+    let_next_start();
+    await_previous();
     const i64 t = blockIdx.x;
     for (int i = blockIdx.x * BLOCK + threadIdx.x; i < num_counters; i += gridDim.x * BLOCK) {
         counters[i] = 0;
     }
     const X_T* row = x + t * x_stride;
-    float largest = 0.0f;
+    float largest = 0.0f, squares = 0.0f;
     if (t < T) {
         for (int i = threadIdx.x * 4; i < I; i += BLOCK * 4) {
-            float v[4];
+            float v[4], w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
             load4(v, row + i);
+            if (norm) load4(w, norm + i);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {  // NaN and infinities set no power
-                if (fabsf(v[j]) < INF) largest = fmaxf(largest, fabsf(v[j]));
+            for (int j = 0; j < 4; j++) {
+                squares = fmaf(v[j], v[j], squares);
+                const float size = fabsf(v[j] * w[j]);
+                if (size < INF) largest = fmaxf(largest, size);  // NaN and infinities set no power
             }
         }
     }
     largest = warp_max(largest);
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = largest;
+    squares = group_sum<WARP>(squares);
+    if (threadIdx.x % WARP == 0) {
+        scratch[0][threadIdx.x / WARP] = largest;
+        scratch[1][threadIdx.x / WARP] = squares;
+    }
     __syncthreads();
+    squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, scratch[i]);
+    for (int i = 0; i < WARPS; i++) {
+        largest = fmaxf(largest, scratch[0][i]);
+        squares += scratch[1][i];
+    }
+    const float factor = norm ? 1.0f / sqrtf(squares / (float)I + eps) : 1.0f;
+    largest *= factor;
     // Brings the largest to 2^14 .. 2^15; both the power and one over it are normal numbers.
     const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;
     const int power_of = min(max(14 - exponent, -113), 126);
@@ -112,10 +131,13 @@ split(M* __restrict__ pieces, float* __restrict__ totals, float* __restrict__ un
 #pragma unroll
         for (int lane = 0; lane < 4; lane++) {
             const int i = element<W::OWN>(p + 2 * lane);
-            float v[4] = {};
-            if (t < T && i < I) load4(v, row + i);
+            float v[4] = {}, w[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+            if (t < T && i < I) {
+                load4(v, row + i);
+                if (norm) load4(w, norm + i);
+            }
 #pragma unroll
-            for (int j = 0; j < 4; j++) v[j] *= power;
+            for (int j = 0; j < 4; j++) v[j] = v[j] * (factor * w[j]) * power;
             total += (v[0] + v[1]) + (v[2] + v[3]);
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
@@ -354,13 +376,13 @@ __device__ __forceinline__ bool add_parts(Sums& sums, float* partial, u32* count
 #endif
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
-gemm(X_T* __restrict__ out, float* partial, u32* counters, const M* __restrict__ pieces,
-     const float* __restrict__ totals, const float* __restrict__ units, const u8* __restrict__ w,
-     const B_T* __restrict__ bias, int T, int O, int I, int padded_I, int tiles_t, i64 w_stride,
-     i64 out_stride, int accumulate) {
+gemm(X_T* out, float* partial, u32* counters, const M* pieces, const float* totals,
+     const float* units, const u8* __restrict__ w, const B_T* __restrict__ bias, int T, int O,
+     int I, int padded_I, int tiles_t, i64 w_stride, i64 out_stride, int accumulate) {
 #if __CUDA_ARCH__ >= 750
     extern __shared__ __align__(128) u8 shared[];
     __shared__ int is_last;
+    let_next_start();
     const int lane = threadIdx.x % WARP, row = lane / 4, t = lane % 4;
     // Blocks that run together share weights and tokens: GROUP_O tiles of outputs, all of tokens.
     const int tiles_o = (O + TILE_O - 1) / TILE_O;
@@ -393,6 +415,7 @@ gemm(X_T* __restrict__ out, float* partial, u32* counters, const M* __restrict__
             if (I > 0) weights[u][r].load(own_w + offsets[r], first * UNITS + u, I, t);
         }
     }
+    await_previous();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) copy(first + i);
 

@@ -8,9 +8,10 @@
 // Defines:  X_T, W_T = float, f16 or bf16; BLOCK = threads
 // Launch:   block (BLOCK); rms_norm: grid (rows), a block for each row; rms_norm_warp: grid (rows
 //           over warps of a block, rounded up), a warp for each row. Where D % 8 == 0, rows are
-//           16-byte aligned
+//           16-byte aligned. Both may start early, hence no array is __restrict__
 // Traffic:  rows * D * 2 * sizeof(X_T) bytes; the second reading of a row hits a cache
 // Order:    no atomics; float sums, in an order that D and the alignment of weight decide
+#include "ptx.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -34,7 +35,7 @@ struct Block {
 // Every thread writes the elements that it has read, so out may be x.
 template <typename Team>
 __device__ __forceinline__ void norm_row(const Team& team, X_T* out, const X_T* x,
-                                         const W_T* __restrict__ weight, int D, float eps,
+                                         const W_T* weight, int D, float eps,
                                          float offset) {
     const bool wide = D % 8 == 0 && reinterpret_cast<u64>(weight) % 16 == 0;
     float squares = 0.0f;
@@ -70,17 +71,21 @@ __device__ __forceinline__ void norm_row(const Team& team, X_T* out, const X_T* 
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm(X_T* out, const X_T* x, const W_T* __restrict__ weight, i64 out_stride, i64 x_stride,
+rms_norm(X_T* out, const X_T* x, const W_T* weight, i64 out_stride, i64 x_stride,
          int rows, int H, int D, float eps, float offset) {
     __shared__ float scratch[BLOCK / WARP];
+    let_next_start();
+    await_previous();
     const int token = blockIdx.x / H, head = blockIdx.x % H;
     norm_row(Block{(int)threadIdx.x, scratch}, out + token * out_stride + (i64)head * D,
              x + token * x_stride + (i64)head * D, weight, D, eps, offset);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm_warp(X_T* out, const X_T* x, const W_T* __restrict__ weight, i64 out_stride, i64 x_stride,
+rms_norm_warp(X_T* out, const X_T* x, const W_T* weight, i64 out_stride, i64 x_stride,
               int rows, int H, int D, float eps, float offset) {
+    let_next_start();
+    await_previous();
     const int row = blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
     if (row >= rows) return;  // a whole warp
     const int token = row / H, head = row % H;

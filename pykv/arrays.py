@@ -302,8 +302,8 @@ def _check_array(
 def _check_gpu(
     op: str, name: str, array: Any, given: dict[str, Any], other_side: tuple[str, ...]
 ) -> None:
-    """Check that an array is on the current GPU, or where some may be on another, on that of the first
-    of its side."""
+    """Check that an array is on the current GPU, or where some may be on another, on that of the
+    first of its side."""
     if not on_gpu(array):
         return
     home, text = current_device(), "the current one, "

@@ -223,7 +223,7 @@ FUNCTIONS = {
     "elastic.rates.gpu_info": {},
     "foreign.asarray": dict(x=zeros("f4", 2)),
     "foreign.from_pointer": dict(address=256, shape=(2, 3), dtype=np.float32),
-    "cuda.calls.graph": dict(function=lambda: None),
+    "cuda.graphs.graph": dict(function=lambda: None),
     "eval.changes.evict": dict(policy="snapkv:40"),
     "eval.changes.requantise": dict(spec="int8"),
     "blocks.BlockManager": dict(num_pages=8, page_size=2),

@@ -322,6 +322,8 @@ def test_cublas_is_not_captured(device, monkeypatch):
 def test_a_graph_takes_a_function():
     with pytest.raises(DtypeError, match="^graph: function is a NoneType, expected a function"):
         cuda.graph(None)
+    with pytest.raises(DtypeError, match="^graph: memory is a int, expected a GraphMemory"):
+        cuda.graph(print, 3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pykv import blocks
+from pykv import blocks, cuda
 from pykv.arrays import module_of
 from pykv.bench import Work, memory, options, synthetic
 from pykv.bench.report import Record
@@ -30,7 +30,8 @@ from pykv.errors import ParameterError
 from pykv.kinds import dequantize
 from pykv.llm import gguf, models
 from pykv.llm.matrices import STORED, weights_dtype
-from pykv.llm.model import Batch, decode_step, forward
+from pykv.llm.model import Batch, forward, step_of
+from pykv.llm.prompt_steps import PromptSteps, Span
 from pykv.llm.scheduler import PREFILL_TOKENS
 from pykv.llm.weights import Model, load
 from pykv.ops import sample
@@ -124,14 +125,15 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     cache = PagedKVCache(*sizes, **options, xp=xp)
     table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
     prompts = rng.integers(0, config.vocab, (min(B, PROMPTS), L)).astype(np.int32)
+    steps = PromptSteps(model, cache, xp, None if xp is np else cuda.GraphMemory())
     if Q > 1:
-        return _prompt(model, cache, table, prompts)
+        return _prompt(model, cache, steps, table, prompts)
     for pages, ids in zip(table, prompts, strict=False):
-        _read(model, cache, pages, ids)
+        _read(steps, pages, ids)
     for b in range(PROMPTS, B):
         copy_pages(cache, cache, table[b % PROMPTS], table[b])
     ids = rng.integers(0, config.vocab, B).astype(np.int32)
-    decode = decode_step(model, _next(xp, ids, table, L), cache)
+    decode = step_of(model, _next(xp, ids, table, L), cache)
     logits, tokens = None, xp.full(B, -1, np.int32)
 
     def run() -> None:
@@ -162,7 +164,9 @@ def make(case: dict[str, Any], xp: Any, rng: np.random.Generator) -> Work | None
     return Work(run=run, check=check, bytes=nbytes, ceiling="read", wall=True)
 
 
-def _prompt(model: Model, cache: PagedKVCache, table: Any, prompts: Any) -> Work | None:
+def _prompt(
+    model: Model, cache: PagedKVCache, steps: PromptSteps, table: Any, prompts: Any
+) -> Work | None:
     """The work of whole prompts, one after the other."""
     xp, config = module_of(cache.k), model.config
     if len(table) > len(prompts):
@@ -172,7 +176,7 @@ def _prompt(model: Model, cache: PagedKVCache, table: Any, prompts: Any) -> Work
     def run() -> None:
         nonlocal logits
         for pages, ids in zip(table, prompts, strict=True):
-            logits = _read(model, cache, pages, ids)
+            logits = _read(steps, pages, ids)
             sample.argmax(logits, out=tokens)
 
     def check() -> bool:
@@ -225,16 +229,11 @@ class _AsWritten(PagedKVCache):
         ]
 
 
-def _read(model: Model, cache: PagedKVCache, pages: Any, ids: Any) -> Any:
+def _read(steps: PromptSteps, pages: Any, ids: Any) -> Any:
     """Fill a sequence's pages with the keys and values of its tokens; logits of the last [1, V]."""
-    xp = module_of(cache.k)
-    slots = blocks.slots(pages.tolist(), 0, len(ids), PAGE_SIZE)
+    held = pages.tolist()
     for start in range(0, len(ids), PREFILL_TOKENS):
-        stop = min(start + PREFILL_TOKENS, len(ids))
-        where, starts = np.arange(start, stop), np.array([0, stop - start])
-        columns = (ids[start:stop], where, slots[start:stop], starts, pages[None], np.array([stop]))
-        last = xp.full(1, stop - start - 1, np.int32)
-        logits = forward(model, _batch(xp, *columns), cache, last)
+        logits, _ = steps.run([Span(held, start, ids[start : start + PREFILL_TOKENS])], [0])
     return logits
 
 

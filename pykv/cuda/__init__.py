@@ -4,7 +4,8 @@
     compiler   kernels_cu/<stem>.cu to a cubin for an SM, kept in the cache folder
     launch     kernels by name and their launches, whose parameters the .cu file names
     driver     launches by cuda.core: the one seam, where tests put another machine
-    calls      plain, prepared and graphed calls
+    calls      plain and prepared calls
+    graphs     calls of many launches as CUDA graphs
     replay     calls of several launches, found once for each layout
     peers      from GPU to GPU: access to each other's memory, order of their streams
 
@@ -17,7 +18,6 @@ from pykv.cuda.calls import (
     UPLOADS,
     Prepared,
     enqueue,
-    graph,
     hold,
     is_capturing,
     is_preparing,
@@ -58,6 +58,7 @@ from pykv.cuda.devices import (
     synchronize,
     use_device,
 )
+from pykv.cuda.graphs import GraphMemory, graph
 from pykv.cuda.launch import (
     MOST_BLOCKS,
     Kernel,

@@ -1,4 +1,4 @@
-"""Three levels of calling: a plain call, `prepare`, and `graph`.
+"""Three levels of calling: a plain call, `prepare`, and `graph` of pykv.cuda.graphs.
 
 A plain call checks its arguments and does its work. An op does all work through one of three
 functions, and these alone know whether a recording is open:
@@ -44,7 +44,7 @@ class _State(threading.local):
     """The recording of this thread, if one is open, and what `graph` and `replayed` observe."""
 
     recording: _Recording | None = None
-    captured: list[Any] | None = None  # objects that must live as long as the graph being captured
+    captured: Any = None  # GraphMemory of the graph being captured
     traced: list[Any] | None = None  # steps, see pykv.cuda.replay
     used_gpu = False  # since `graph` last asked
 
@@ -70,7 +70,7 @@ def enqueue(step: Step, stream: Any = None, launched: Any = None) -> None:
         return
     state.used_gpu = True
     if state.captured is not None:
-        state.captured.append(step)
+        state.captured.hold(launched[1] if launched else [step])
     traced = state.traced
     if traced is not None:
         traced.append(launched or step if stream is None else None)
@@ -151,7 +151,7 @@ def hold(*objects: Any) -> None:
     if state.recording is not None:
         state.recording.held += objects
     elif state.captured is not None:
-        state.captured += objects
+        state.captured.hold(objects)
 
 
 def skip() -> None:
@@ -348,97 +348,3 @@ def _is_empty(result: Any) -> bool:
     if isinstance(result, list | tuple):
         return all(map(_is_empty, result))
     return bool(getattr(result, "size", None) == 0)
-
-
-# --- Graphs ---------------------------------------------------------------------------------------
-
-
-class Graph:
-    """A function as a CUDA graph; see `graph`."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
-        self._is_warm = self._is_host = False
-        self._graph: Any = None
-        self._pool: Any = None  # what the graph's kernels use between them, and nobody else
-        self._device: int | None = None
-        self._result: Any = None
-        self._held: list[Any] = []  # what the captured work reads and writes
-
-    def __call__(self, stream: Any = None) -> Any:
-        """Enqueue the function's work; see `graph`."""
-        refuse_prepare("graph", "it is one call already")
-        refuse_capture("graph", "it is a graph already")
-        with on_stream(stream):
-            if not self._is_warm:
-                return self._warm_up()
-            if self._is_host:
-                return self._function()
-            if current_device() != self._device:
-                raise DeviceError(
-                    f"graph: GPU {current_device()} is the current one, expected "
-                    f"GPU {self._device}, on which the function ran first"
-                )
-            if self._graph is None:
-                self._capture()
-            state.used_gpu = True
-            self._graph.launch()
-            return self._result
-
-    def _warm_up(self) -> Any:
-        """The function itself, which compiles what it needs; repeated if it fails."""
-        outer, state.used_gpu = state.used_gpu, False
-        result = self._function()
-        self._is_host = not state.used_gpu
-        state.used_gpu |= outer
-        if not self._is_host:
-            self._device = current_device()
-        self._is_warm = True
-        return result
-
-    def _capture(self) -> None:
-        cuda = load_cupy().cuda
-        stream, self._pool = cuda.Stream(non_blocking=True), cuda.MemoryPool()
-        with stream, cuda.using_allocator(self._pool.malloc):
-            stream.begin_capture()
-            held: list[Any] = []
-            state.captured = held
-            try:
-                self._result = self._function()
-            finally:
-                state.captured = None
-                captured = stream.end_capture()
-        self._graph, self._held = captured, held  # a function that failed is captured again
-
-
-def graph(function: Callable[[], Any]) -> Graph:
-    """A function as a CUDA graph, which costs the host one launch however many kernels it has.
-
-    Args:
-        function: takes nothing, enqueues the same at each call, and goes by nothing that changes
-            but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
-
-    Returns:
-        A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
-        `function` returned. The first call is `function` itself, which compiles; the second
-        captures it. From then on the arrays that it made are the same ones, filled anew by each
-        call; those that it reads and writes are held. A function in which no op of pykv works on a
-        GPU, as on NumPy arrays, is called itself each time.
-
-    Calls raise:
-        DeviceError: the current GPU is not that of the first call.
-        UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
-            host, or the call is made while another graph is captured.
-
-    Only enqueues. Checks of contents cannot wait inside of a graph and are left out.
-
-    >>> import numpy as np, pykv
-    >>> from pykv.ops import activation
-    >>> x, y = np.ones((2, 1, 8), np.float32)
-    >>> step = pykv.graph(lambda: activation.add(x, y))
-    >>> step(), step(), float(x[0, 0])
-    (None, None, 3.0)
-    """
-    if not callable(function):
-        raise DtypeError(f"graph: function is a {type(function).__name__}, expected a function")
-    return Graph(function)

@@ -54,6 +54,7 @@ def forward(
     gemm: str = "auto",
     queries: Any = None,
     squares: Any = None,
+    out: Any = None,
 ) -> Any:
     """Run the tokens of a batch through the model and append their keys and values to the cache.
 
@@ -66,6 +67,7 @@ def forward(
         gemm: what multiplies on a GPU, see linear.linear.
         queries: [L, T, HQ, D] float32; filled with those of each layer, as attention took them.
         squares: [L, T] float32; filled with the mean square of activations behind each attention.
+        out: [R, V] float32 for the logits; allocated if None.
 
     Returns:
         Logits [R, V] float32, on the model's device.
@@ -126,7 +128,7 @@ def forward(
     if rows is not None:
         x = activation.embed(x, rows)  # rows of a table
         normed = like(x, x.shape, np.float32)
-    logits = multiply(x, model.head, norm=model.output_norm, normed=normed)
+    logits = multiply(x, model.head, norm=model.output_norm, normed=normed, out=out)
     if config.logit_cap is not None:
         cap = partial(_soft_cap, logits, config.logit_cap)
         cuda.enqueue(cap) if on_gpu(logits) else cap()
@@ -140,26 +142,35 @@ def _soft_cap(x: Any, cap: float) -> None:
     x *= cap
 
 
-def decode_step(model: Model, batch: Batch, cache: Any, queries: Any = None) -> Callable[[], Any]:
-    """A function that does `forward` on a batch of one token a sequence; each call goes by what the
-    batch's arrays contain then. The cache must not be grown meanwhile.
+def step_of(
+    model: Model,
+    batch: Batch,
+    cache: Any,
+    rows: Any = None,
+    *,
+    queries: Any = None,
+    out: Any = None,
+    memory: cuda.GraphMemory | None = None,
+) -> Callable[[], Any]:
+    """A function that does `forward`, whose arguments these are; each call goes by what the batch's
+    arrays and `rows` contain then. The cache must not be grown meanwhile.
 
     A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU it
-    therefore is a CUDA graph, whose logits are one array, filled anew by each call from the second
-    on. Not while PYKV_CHECK asks to look at all page tables.
+    therefore is a CUDA graph, in `memory` if that is given, whose logits are one array, filled anew
+    by each call from the second on. Not while PYKV_CHECK asks to look at all page tables.
     """
     by_graph = on_gpu(batch.ids) and not paged_check.ALWAYS
     gemm = "own" if by_graph else "auto"  # CuPy captures no cuBLAS
-    step = partial(forward, model, batch, cache, gemm=gemm, queries=queries)
-    return cuda.graph(step) if by_graph else step
+    step = partial(forward, model, batch, cache, rows, gemm=gemm, queries=queries, out=out)
+    return cuda.graph(step, memory) if by_graph else step
 
 
-def decode_rows(sequences: int, xp: Any) -> int:
-    """Rows of a step that decodes so many sequences: as many, or where that is a graph a few more,
-    so that few graphs serve all. A row that nobody has costs a GPU little, and another graph as
-    much as a few steps."""
+def graph_rows(count: int, xp: Any) -> int:
+    """Rows of a step of so many tokens: as many, or where that is a graph a few more, so that few
+    graphs serve all. A row that nobody has costs a GPU little, and another graph as much as a few
+    steps."""
     if xp is np:
-        return sequences
-    if sequences > GRAPH_ROWS:
-        return -(-sequences // GRAPH_ROWS) * GRAPH_ROWS
-    return 1 << (sequences - 1).bit_length()
+        return count
+    if count > GRAPH_ROWS:
+        return -(-count // GRAPH_ROWS) * GRAPH_ROWS
+    return 1 << (count - 1).bit_length()

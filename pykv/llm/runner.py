@@ -1,7 +1,7 @@
 """The steps that a scheduler plans: tokens packed into batches, run through the model, and drawn.
 
-Answers are decoded by a step of their own, one row each, which on a GPU is a CUDA graph; pieces of
-prompts are one ragged batch. So a row of an answer is computed alike, whatever prompts come beside
+Answers are decoded by a step of their own, one row each; pieces of prompts are one ragged batch; on
+a GPU both are CUDA graphs. So a row of an answer is computed alike, whatever prompts come beside
 it.
 """
 
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from pykv import blocks
+from pykv import cuda
 from pykv.eviction import AdaKV, Policy
 from pykv.llm import scheduler
 from pykv.llm.evictor import Evictor
 from pykv.llm.head_rows import HeadRows
-from pykv.llm.model import Batch, decode_rows, decode_step, forward
+from pykv.llm.model import Batch, forward, graph_rows, step_of
+from pykv.llm.prompt_steps import PromptSteps, Span, of_spans
 from pykv.llm.sampler import Sampler
-from pykv.llm.sampling import SamplingParams
 from pykv.llm.scheduler import Piece
 from pykv.llm.sequence import Sequence
 from pykv.llm.weights import Model
@@ -55,6 +55,9 @@ class ModelRunner:
         self.last = max(1, self._evictor.asked if self._evictor else 0)
         self._decoders: OrderedDict[tuple[int, int], _Decoder] = OrderedDict()
         self._pool: Any = None  # of the decoders
+        # Steps are on one stream, so their graphs share what they need meanwhile.
+        self._memory = None if xp is np else cuda.GraphMemory()
+        self._prompts = PromptSteps(model, cache, xp, self._memory)
         self._sampler = Sampler(xp)
 
     def room(self, sequence: Sequence) -> int | None:
@@ -65,24 +68,19 @@ class ModelRunner:
 
     def prompts(self, pieces: list[Piece]) -> list[int]:
         """Compute the next tokens of prompts as one ragged batch."""
-        sequences = [s for s, _ in pieces]
-        ids = [s.tokens[s.cached : s.cached + n] for s, n in pieces]
+        spans = [Span(s.pages, s.cached, s.tokens[s.cached : s.cached + n]) for s, n in pieces]
         done = [i for i, (s, n) in enumerate(pieces) if s.due == n]
-        batch = self._ragged_batch(sequences, ids)
-        last = np.cumsum([n for _, n in pieces]) - 1
-        rows = self.xp.asarray(last[done].astype(np.int32))
         evictor = self._evictor
-        queries = None
-        if evictor is not None and (evictor.sums or (done and evictor.asked)):
-            queries = self._queries(int(last[-1]) + 1)
-        logits = forward(self.model, batch, self.cache, rows, queries=queries)
+        asks = evictor is not None and bool(evictor.sums or (done and evictor.asked))
+        logits, queries = self._prompts.run(spans, done, asks)
+        end = 0
         for i, (s, n) in enumerate(pieces):
             s.cached += n
+            start, end = end, end + n
             if evictor is not None:
-                end = int(last[i]) + 1
-                asked = None if queries is None else queries[:, end - n : end]
+                asked = None if queries is None else queries[:, start:end]
                 evictor.see_prompt(s, asked, i in done)
-        return self._draw([sequences[i] for i in done], logits)
+        return self._draw([pieces[i][0] for i in done], logits)
 
     def decode(self, sequences: list[Sequence]) -> list[int]:
         """Put the last token of every answer into the cache, and draw the next."""
@@ -90,7 +88,7 @@ class ModelRunner:
             self._decoders.clear()
             self._pool = self.cache.k
         most = max(len(s.pages) for s in sequences)
-        rows = decode_rows(len(sequences), self.xp)
+        rows = graph_rows(len(sequences), self.xp)
         size = rows, max(TABLE_PAGES, 1 << (most - 1).bit_length())
         decoder = self._decoders.pop(size, None) or self._decoder(*size)
         self._decoders[size] = decoder  # the last is the one used last
@@ -124,12 +122,10 @@ class ModelRunner:
         pages that nobody else holds."""
         most = scheduler.PREFILL_TOKENS
         step = max(1, min(most, LOGIT_BYTES // (4 * self.model.config.vocab)))
-        sequence = Sequence(ids, SamplingParams(), len(ids), pages=pages)
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            batch = self._ragged_batch([sequence], [part])
+            batch = of_spans([Span(pages, start, part)], self.cache.page_size, self.xp)
             logits = forward(self.model, batch, self.cache)
-            sequence.cached += len(part)
             yield (logits if self.xp is np else logits.get()), start
 
     def _draw(self, sequences: list[Sequence], logits: Any) -> list[int]:
@@ -151,32 +147,14 @@ class ModelRunner:
         shape = config.num_layers, tokens, config.heads, config.head_dim
         return self.xp.empty(shape, np.float32)
 
-    def _ragged_batch(self, sequences: list[Sequence], ids: list[list[int]]) -> Batch:
-        """A batch of the given tokens, which follow what each sequence has in the cache."""
-        spans = [(s.cached, s.cached + len(i)) for s, i in zip(sequences, ids, strict=True)]
-        slots = [
-            blocks.slots(s.pages, *span, self.cache.page_size)
-            for s, span in zip(sequences, spans, strict=True)
-        ]
-        starts = np.cumsum([0] + [stop - start for start, stop in spans])
-        width = max(len(s.pages) for s in sequences)
-        asarray = self.xp.asarray
-        return Batch(
-            ids=asarray(np.concatenate(ids).astype(np.int32)),
-            positions=asarray(np.concatenate([np.arange(*s) for s in spans]).astype(np.int32)),
-            slots=asarray(np.concatenate(slots)),
-            q_starts=asarray(starts.astype(np.int32)),
-            page_table=asarray(blocks.page_table([s.pages for s in sequences], width)),
-            lengths=asarray(np.array([stop for _, stop in spans], np.int32)),
-        )
-
     def _decoder(self, rows: int, width: int) -> _Decoder:
         evictor, queries, heads = self._evictor, None, None
         if evictor is not None and (evictor.asked or evictor.sums):
             queries = self._queries(rows)
         if evictor is not None and evictor.is_ragged:
             heads = HeadRows(self.cache, self.model.config.heads, rows, width, self.xp)
-        return _Decoder(self.model, self.cache, self.xp, (rows, width), queries, heads)
+        sizes = rows, width
+        return _Decoder(self.model, self.cache, self.xp, sizes, queries, heads, self._memory)
 
 
 class _Decoder:
@@ -188,6 +166,7 @@ class _Decoder:
         size: rows and width.
         queries: where the step puts those of its tokens, or None.
         heads: what stands for the cache, where heads hold different numbers of rows.
+        memory: for the graph; None on the host.
     """
 
     def __init__(
@@ -198,6 +177,7 @@ class _Decoder:
         size: tuple[int, int],
         queries: Any,
         heads: HeadRows | None,
+        memory: cuda.GraphMemory | None,
     ) -> None:
         rows, _ = size
         self.queries, self._heads = queries, heads
@@ -210,7 +190,7 @@ class _Decoder:
         self._shown: list[tuple[list[int] | None, int, int, Any]] = [(None, 0, 0, None)] * rows
         ids, positions, slots, lengths = self._inputs
         batch = Batch(ids, positions, slots, None, self._table, lengths)
-        self._step = decode_step(model, batch, heads or cache, queries)
+        self._step = step_of(model, batch, heads or cache, queries=queries, memory=memory)
 
     def run(self, sequences: list[Sequence]) -> Any:
         """Logits after the last token of each sequence, [n, V]."""

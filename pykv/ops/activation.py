@@ -79,7 +79,7 @@ def add(x: Any, y: Any, *, stream: Any = None) -> None:
         return
     if on_gpu(x):
         grid, scalars = -(-x.size // _PER_BLOCK), dict(count=x.size)
-        launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars))
+        launch = dims.keep(None, lambda: _launch("add", x.dtype, grid, scalars, early=True))
         launch(dict(x=x, y=y), stream)
     else:
         cuda.run_on_host(lambda: reference_add(x, y), stream=stream)
@@ -196,15 +196,20 @@ def launch_gated(name: str, x: Any, out: Any, accumulate: bool) -> cuda.Launch:
     T, F = out.shape
     scalars = dict(F=F, accumulate=accumulate)
     scalars |= {f"{name}_stride": row_step(a) for name, a in (("out", out), ("x", x))}
-    return _launch(name, x.dtype, (T, -(-F // _PER_BLOCK)), scalars)
+    return _launch(name, x.dtype, (T, -(-F // _PER_BLOCK)), scalars, early=True)
 
 
 def _launch(
-    name: str, dtype: Any, grid: Any, scalars: dict[str, Any], table: Any = FLOATS[1]
+    name: str,
+    dtype: Any,
+    grid: Any,
+    scalars: dict[str, Any],
+    table: Any = FLOATS[1],
+    early: bool = False,
 ) -> cuda.Launch:
     """One cubin holds all four kernels; those without a table share that of the usual one."""
     kernel = cuda.kernel("activation", name, X_T=dtype, TABLE_T=table, BLOCK=_BLOCK)
-    return cuda.Launch(kernel, grid, _BLOCK, scalars)
+    return cuda.Launch(kernel, grid, _BLOCK, scalars, early=early)
 
 
 def _launch_embed(table: Any, out: Any, scale: float) -> cuda.Launch:

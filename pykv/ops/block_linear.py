@@ -136,15 +136,15 @@ def multiply(
     Runs where the arrays are. On a GPU it only enqueues; the first call with a kind compiles its
     kernel. Codes are multiplied as the small integers that they are and summed in float32; scales
     multiply the sums of their group. From sm_75 on tensor cores multiply more than 4 tokens, or
-    more than 8 by a small matrix, in launches of their own: norm, product, gate. They take float32
-    as the sum of two float16, 22 bits of every element down to 2^-28 of the token's largest, or for
-    BF16 (from sm_80 on) of three bfloat16; for 16-bit `x` blocks are rounded to float16, whose
-    largest is 65504, and what meets between launches to the dtype of `x`. The copies of `x` take up
-    to 10 bytes an element from CuPy's memory pool, and a gate's products their size. A token's
-    result depends on the number of tokens, in its last bits, but not on the other tokens. Older
-    GPUs, and F32, read the matrix again for every 8 tokens. On the host blocks are dequantised by
-    pieces at each call, many times slower than a product with weights in float32. Source of the
-    formats: ggml-common.h of llama.cpp.
+    more than 8 by a small matrix, in launches of their own: of `x` as they want it, the product,
+    and the gate. They take float32 as the sum of two float16, 22 bits of every element down to
+    2^-28 of the token's largest, or for BF16 (from sm_80 on) of three bfloat16; for 16-bit `x`
+    blocks are rounded to float16, whose largest is 65504, and a gate's products to the dtype of
+    `x`. The copies of `x` take up to 10 bytes an element from CuPy's memory pool, and a gate's
+    products their size. A token's result depends on the number of tokens, in its last bits, but not
+    on the other tokens. Older GPUs, and F32, read the matrix again for every 8 tokens. On the host
+    blocks are dequantised by pieces at each call, many times slower than a product with weights in
+    float32. Source of the formats: ggml-common.h of llama.cpp.
 
     >>> w = pykv.ops.block_rows.pack(np.zeros((3, 18), np.uint8), "Q4_0")
     >>> pykv.ops.block_linear.multiply(np.ones((1, 32), np.float32), w, "Q4_0")
@@ -172,7 +172,7 @@ def multiply(
 
 def warm_up(kinds: Sequence[str]) -> None:
     """Compile the kernels of these kinds for the current GPU, on all cores, where the cache folder
-    lacks them; of activations in float32."""
+    lacks them; of activations in float32, which up to 8 tokens are exact."""
     arch, sm = cuda.current_arch(), cuda.current_sm()
     floats = FLOATS[0], FLOATS[0]
     jobs: list[tuple[str, dict[str, Any]]] = []
@@ -181,8 +181,10 @@ def warm_up(kinds: Sequence[str]) -> None:
         if kind in FORMATS:
             jobs.append(("block_rows", block_rows.defines(kind, FLOATS[0])))
         if linear_mma.has_kernel(kind, sm):
-            tilings = linear_mma.tilings(kind, True, sm)
-            jobs += [("linear_mma", linear_mma.defines(kind, *floats, True, t)) for t in tilings]
+            for exact, tiling in {
+                (T <= 8, linear_mma.choose(kind, T <= 8, T, sm)) for T in (8, 16, 32, 64, 128, 512)
+            }:
+                jobs.append(("linear_mma", linear_mma.defines(kind, *floats, exact, tiling)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda job: cuda.compile(job[0], arch, **job[1]), jobs):
             pass
@@ -334,32 +336,29 @@ def scalars_of(x: Any, w: Any, out: Any, asked: Options, parts: int) -> dict[str
 def _launches(
     x: Any, w: Any, kind: str, bias: Any, norm: Any, out: Any, options: Options
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name and a stream that enqueues norm, product and gate, each by a
-    kernel of its own, and has memory for what they hand on."""
-    rows = products = finish = None
-    if norm is not None:
-        rows = like(x, x.shape, x.dtype)
+    """The function of arrays by name and a stream that enqueues a product by linear_mma and a gate
+    behind it, and has memory for what they hand on."""
+    products = finish = None
     if options.gate is not None:
         products = like(x, (len(x), len(w)), x.dtype)
         finish = activation.launch_gated(options.gate, products, out, options.accumulate)
     multiply_rows = linear_mma.product(
-        x if rows is None else rows,
-        *(w, kind, bias, out if products is None else products),
+        *(x, w, kind, bias, out if products is None else products),
         accumulate=options.accumulate and products is None,
         exact=options.exact and x.dtype in FLOAT32,
+        eps=options.eps,
+        early=options.early,
     )
-    sizes = [None if a is None else a.shape for a in (rows, products)]
+    shape = None if products is None else products.shape
 
     def run_all(arrays: dict[str, Any], stream: Any) -> None:
-        x, out, norm = (arrays[name] for name in ("x", "out", "norm"))
+        if shape is None or finish is None:
+            multiply_rows(arrays, stream)
+            return
         with cuda.on_stream(stream):
-            rows, products = (size and like(x, size, x.dtype) for size in sizes)
-        if rows is not None:
-            rms_norm.rms_norm(x, norm, eps=options.eps, out=rows, stream=stream)
-        given = dict(x=x if rows is None else rows, out=out if products is None else products)
-        multiply_rows(dict(given, w=arrays["w"], bias=arrays["bias"]), stream)
-        if finish is not None:
-            finish(dict(out=out, x=products), stream)
+            products = like(arrays["x"], shape, arrays["x"].dtype)
+        multiply_rows(dict(arrays, out=products), stream)
+        finish(dict(out=arrays["out"], x=products), stream)
 
     return run_all
 

@@ -109,12 +109,15 @@ def product(
     exact: bool,
     tiling: Tiling | None = None,
     parts: int | None = None,
+    *,
+    eps: float = 1e-6,
+    early: bool = False,
 ) -> Callable[[dict[str, Any], Any], None]:
-    """The function of arrays by name (out, x, w, bias) and a stream that enqueues
+    """The function of arrays by name (out, x, w, bias, norm) and a stream that enqueues
     `x @ w.T + bias`, for arrays of the layout of these, which are checked.
 
     Args:
-        x, bias, out, accumulate: as of block_linear.multiply.
+        x, bias, out, accumulate, eps, early: as of block_linear.multiply, and so is the array norm.
         w: [O, W] bytes of blocks as block_rows.pack makes them; or float16, bfloat16.
         kind: of planes.FORMATS, "F16" or "BF16".
         exact: whether x is the sum of as many pieces as it has bits, and weights are not rounded;
@@ -135,7 +138,8 @@ def product(
         cuda.kernel("linear_mma", "split", **every),
         rows,
         tiling.BLOCK,
-        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters),
+        dict(T=T, I=I, padded_I=padded, x_stride=row_step(x), num_counters=counters, eps=eps),
+        early=True,
     )
     gemm = cuda.Launch(
         cuda.kernel("linear_mma", "gemm", **every),
@@ -144,6 +148,7 @@ def product(
         dict(T=T, O=O, I=I, padded_I=padded, tiles_t=tiles_t, w_stride=w.strides[0])
         | dict(out_stride=row_step(out), accumulate=accumulate),
         shared_bytes=every["SHARED_BYTES"],
+        early=early,
     )
     sizes: dict[str, tuple[int, Any]] = dict(
         pieces=(every["PIECES"] * rows * padded, FLOAT_KINDS.get(kind, FLOATS[1])),
@@ -160,7 +165,7 @@ def product(
                 for name, (size, dtype) in sizes.items()
             }
         given = {name: own[name] for name in ("pieces", "totals", "units", "counters")}
-        split(dict(given, x=arrays["x"]), stream)
+        split(dict(given, x=arrays["x"], norm=arrays["norm"]), stream)
         gemm(
             dict(own, out=arrays["out"], w=arrays["w"].view(np.uint8), bias=arrays["bias"]), stream
         )
@@ -177,7 +182,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(KIND=_element(kind), X_T=x, B_T=x) | cuda.by_sm(_sizes_for, kind, x, exact, number)
     for kind, x, exact, number in (
         *(("Q4_K", FLOATS[0], True, number) for number in (0, -1)),
-        *(("Q4_K", FLOATS[1], False, number) for number in (0, -1)),
+        *(("Q4_K", FLOATS[0], False, number) for number in (1, -1)),
         ("Q6_K", FLOATS[1], False, -1),
         ("F16", FLOATS[1], False, -1),
     )

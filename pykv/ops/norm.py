@@ -103,4 +103,4 @@ def _launch(x: Any, weight: Any, out: Any, eps: float, offset: float) -> cuda.La
     kernel = cuda.kernel("norm", name, X_T=x.dtype, W_T=weight.dtype, BLOCK=_BLOCK)
     scalars = dict(rows=T * H, H=H, D=D, eps=eps, offset=offset)
     scalars |= {f"{name}_stride": row_step(a) for name, a in (("out", out), ("x", x))}
-    return cuda.Launch(kernel, -(-T * H // block_rows), _BLOCK, scalars)
+    return cuda.Launch(kernel, -(-T * H // block_rows), _BLOCK, scalars, early=True)

@@ -6,6 +6,7 @@ import pytest
 from pykv import cuda
 from pykv.errors import CapacityError, NumberError
 from pykv.llm import LLM, SamplingParams, model
+from pykv.llm.prompt_steps import PromptSteps
 from pykv.ops import paged_check
 from tests.helpers import assert_same_bits, to_numpy, without_simt
 
@@ -140,7 +141,8 @@ def test_a_step_becomes_a_graph(open_llm, rng, monkeypatch):
     forward, calls, answers = model.forward, [], []
 
     def counted(*args, **options):
-        calls.append(args)
+        if args[1].q_starts is None:  # of answers
+            calls.append(args)
         return forward(*args, **options)
 
     monkeypatch.setattr(model, "forward", counted)
@@ -178,7 +180,8 @@ def test_launches_of_a_step(tiny_paths, device, monkeypatch, weights):
     def counted(of_model, batch, *args, **options):
         labels.clear()
         logits = forward(of_model, batch, *args, **options)
-        steps.append(list(labels))
+        if batch.q_starts is None:
+            steps.append(list(labels))
         return logits
 
     monkeypatch.setattr(cuda.Launch, "__call__", labelled)
@@ -192,7 +195,7 @@ def test_launches_of_a_step(tiny_paths, device, monkeypatch, weights):
 def test_rows_of_graphs(xp):
     """Powers of two, then multiples of 64; on the host as many as there are sequences."""
     counts = [1, 2, 3, 5, 33, 64, 65, 128, 129, 500]
-    rows = [model.decode_rows(n, xp) for n in counts]
+    rows = [model.graph_rows(n, xp) for n in counts]
     assert rows == (counts if xp is np else [1, 2, 4, 8, 64, 64, 128, 128, 192, 512])
 
 
@@ -201,10 +204,10 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
     """A step that ends in an error may have left its entries unwritten."""
     llm = open_llm()
     prompt = tokens_of(rng, 40)
-    from pykv.llm import runner, scheduler
+    from pykv.llm import scheduler
 
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 16)
-    forward, calls = runner.forward, []
+    forward, calls = model.forward, []
 
     def failing(*args, **options):
         calls.append(args)
@@ -212,7 +215,7 @@ def test_what_failed_is_not_reused(open_llm, rng, monkeypatch):
             raise KeyboardInterrupt
         return forward(*args, **options)
 
-    monkeypatch.setattr(runner, "forward", failing)
+    monkeypatch.setattr(model, "forward", failing)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt], greedy(4))
     assert llm.cache.manager.num_cached == 1
@@ -277,15 +280,13 @@ def test_a_repeated_call_gets_the_same_bits(open_llm, rng, monkeypatch, kv_dtype
 
 @without_simt
 def test_prompts_of_one_call_compute_a_shared_page_once(open_llm, rng, monkeypatch):
-    from pykv.llm import runner
-
     llm, plain, steps = open_llm(), open_llm(prefix_cache=False), []
-    forward = runner.forward
+    run = PromptSteps.run
     monkeypatch.setattr(
-        runner,
-        "forward",
-        lambda model, batch, *args, **options: (
-            steps.append(len(batch.ids)) or forward(model, batch, *args, **options)
+        PromptSteps,
+        "run",
+        lambda self, spans, *args: (
+            steps.append(sum(len(span.ids) for span in spans)) or run(self, spans, *args)
         ),
     )
     start = tokens_of(rng, 40)

@@ -32,7 +32,7 @@ def weights_of(rng, kind, O, I):
 def product(xp, x, w, kind, exact, tiling=None, parts=None):
     x, w, out = xp.asarray(x), xp.asarray(w), xp.full((len(x), len(w)), np.nan, x.dtype)
     run = op.product(x, w, kind, None, out, False, exact, tiling, parts)
-    run(dict(out=out, x=x, w=w, bias=None), None)
+    run(dict(out=out, x=x, w=w, bias=None, norm=None), None)
     return out
 
 

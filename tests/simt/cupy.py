@@ -380,7 +380,9 @@ cuda = SimpleNamespace(
     # Memory that another array, which keeps it alive, holds: pinned memory of the host.
     UnownedMemory=lambda address, nbytes, owner, device: _at(address, (nbytes,), np.uint8, (1,)),
     MemoryPointer=lambda memory, offset: MemoryPointer(memory[offset:]),
-    MemoryPool=lambda: SimpleNamespace(malloc=None),  # memory is never given to somebody else here
+    MemoryPool=lambda allocate: SimpleNamespace(
+        malloc=None
+    ),  # memory is never given to somebody else here
     using_allocator=lambda malloc: nullcontext(),
     get_elapsed_time=lambda started, finished: 0.001,  # milliseconds
     runtime=SimpleNamespace(

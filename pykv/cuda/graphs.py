@@ -1,0 +1,143 @@
+"""Functions as CUDA graphs, and the memory between their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pykv.arrays import is_array, load_cupy, on_gpu
+from pykv.cuda.calls import refuse_capture, refuse_prepare, state
+from pykv.cuda.devices import current_device, on_stream
+from pykv.errors import DeviceError, DtypeError
+
+
+class GraphMemory:
+    """Memory that kernels of graphs use between them: of one graph, or of several that never run at
+    the same time, as those on one stream. It stays as large as the largest of them needs.
+
+    What a capture frees it gives to later kernels, of that graph or another, so a graph keeps none
+    of it alive; but its chunks live as long as this object, also when CUDA is short of memory.
+    """
+
+    def __init__(self) -> None:
+        cuda = load_cupy().cuda
+        self._chunks: list[Any] = []
+        self._held: list[Any] = []  # by the graph being captured
+
+        def allocate(size: int) -> Any:
+            self._chunks.append(cuda.Memory(size))
+            return cuda.MemoryPointer(self._chunks[-1], 0)
+
+        self._pool = cuda.MemoryPool(allocate)
+        self._stream = cuda.Stream(non_blocking=True)  # CuPy gives memory back to its stream alone
+
+    def hold(self, objects: Iterable[Any]) -> None:
+        """Keep objects alive as long as the graph being captured, but arrays in this memory."""
+        self._held += [x for x in objects if not self._is_own(x)]
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, Any, list[Any]]:
+        """The graph of what a function enqueues, the function's result, and all that the graph
+        needs alive beside this memory and the result."""
+        cuda = load_cupy().cuda
+        with self._stream, cuda.using_allocator(self._pool.malloc):
+            self._stream.begin_capture()
+            self._held, state.captured = [], self
+            try:
+                result = function()
+            finally:
+                state.captured = None
+                captured = self._stream.end_capture()
+                held, self._held = self._held, []
+        return captured, result, held
+
+    def _is_own(self, x: Any) -> bool:
+        if not is_array(x) or not on_gpu(x):
+            return False
+        return any(chunk.ptr <= x.data.ptr < chunk.ptr + chunk.size for chunk in self._chunks)
+
+
+class Graph:
+    """A function as a CUDA graph; see `graph`."""
+
+    def __init__(self, function: Callable[[], Any], memory: GraphMemory | None) -> None:
+        self._function, self._memory = function, memory
+        self._is_warm = self._is_host = False
+        self._graph: Any = None
+        self._device: int | None = None
+        self._result: Any = None
+        self._held: list[Any] = []  # what the captured work reads and writes
+
+    def __call__(self, stream: Any = None) -> Any:
+        """Enqueue the function's work; see `graph`."""
+        refuse_prepare("graph", "it is one call already")
+        refuse_capture("graph", "it is a graph already")
+        with on_stream(stream):
+            if not self._is_warm:
+                return self._warm_up()
+            if self._is_host:
+                return self._function()
+            if current_device() != self._device:
+                raise DeviceError(
+                    f"graph: GPU {current_device()} is the current one, expected "
+                    f"GPU {self._device}, on which the function ran first"
+                )
+            if self._graph is None:
+                self._capture()
+            state.used_gpu = True
+            self._graph.launch()
+            return self._result
+
+    def _warm_up(self) -> Any:
+        """The function itself, which compiles what it needs; repeated if it fails."""
+        outer, state.used_gpu = state.used_gpu, False
+        result = self._function()
+        self._is_host = not state.used_gpu
+        state.used_gpu |= outer
+        if not self._is_host:
+            self._device = current_device()
+        self._is_warm = True
+        return result
+
+    def _capture(self) -> None:
+        self._memory = self._memory or GraphMemory()
+        self._graph, self._result, self._held = self._memory.capture(self._function)
+
+
+def graph(function: Callable[[], Any], memory: GraphMemory | None = None) -> Graph:
+    """A function as a CUDA graph, which costs the host one launch however many kernels it has.
+
+    Args:
+        function: takes nothing, enqueues the same at each call, and goes by nothing that changes
+            but the contents of arrays. cuBLAS cannot be captured: `linear` leaves it out then.
+        memory: a pykv.cuda.GraphMemory, shared with graphs that never run at the same time; the
+            result of each of these stays its own. None: memory of its own.
+
+    Returns:
+        A function of `stream` (see pykv.cuda.on_stream) that enqueues the work and returns what
+        `function` returned. The first call is `function` itself, which compiles; the second
+        captures it. From then on the arrays that it made are the same ones, filled anew by each
+        call; those that it reads and writes are held. A function in which no op of pykv works on a
+        GPU, as on NumPy arrays, is called itself each time.
+
+    Raises:
+        DtypeError: `function` cannot be called, or `memory` is something else.
+
+    Calls raise:
+        DeviceError: the current GPU is not that of the first call.
+        UnsupportedError: ops work on arrays of the host and of a GPU, an op uploads tables from the
+            host, or the call is made while another graph is captured.
+
+    Only enqueues. Checks of contents cannot wait inside of a graph and are left out.
+
+    >>> import numpy as np, pykv
+    >>> from pykv.ops import activation
+    >>> x, y = np.ones((2, 1, 8), np.float32)
+    >>> step = pykv.graph(lambda: activation.add(x, y))
+    >>> step(), step(), float(x[0, 0])
+    (None, None, 3.0)
+    """
+    if not callable(function):
+        raise DtypeError(f"graph: function is a {type(function).__name__}, expected a function")
+    if memory is not None and not isinstance(memory, GraphMemory):
+        raise DtypeError(f"graph: memory is a {type(memory).__name__}, expected a GraphMemory")
+    return Graph(function, memory)

@@ -1,0 +1,187 @@
+"""Pieces of prompts as ragged batches: on a GPU in steps of few sizes, which are CUDA graphs.
+
+Where a step is larger than what it is given, the last of its sequences has the tokens that nobody
+has: they are written nowhere, see no key, and nobody sees them. A token's sums are over its own
+row; how many tokens a step has decides their order in matrix products alone (see
+block_linear.multiply), so logits depend on that in their last bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import cuda
+from pykv.llm.model import Batch, graph_rows, step_of
+from pykv.llm.weights import Model
+from pykv.pool import PagedKVCache
+
+GRAPHS = 32  # are kept; they share the memory between their kernels, and that of their logits
+LEAST_TOKENS = 16  # of a graph: above matrices.FUSED_TOKENS, so that all prompts are rounded alike
+
+
+class Span(NamedTuple):
+    """Tokens of a sequence: its pages, the position of the first token, and their ids."""
+
+    pages: Sequence[int]
+    start: int
+    ids: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.ids)
+
+
+class Sizes(NamedTuple):
+    """Of a step: tokens, sequences, tokens whose logits are wanted, and pages of a sequence."""
+
+    tokens: int
+    sequences: int
+    rows: int
+    pages: int
+
+
+class Ragged:
+    """A batch of given sizes, whose integers lie in one array, so that one upload brings them.
+
+    Attributes:
+        batch: of model.forward.
+        rows: [R] int32, tokens whose logits are wanted.
+    """
+
+    def __init__(self, sizes: Sizes, xp: Any) -> None:
+        T, B, R, M = sizes
+        self._shapes = (T,), (T,), (T,), (B + 1,), (B,), (R,), (B, M)
+        self._packed = np.empty(sum(map(math.prod, self._shapes)), np.int32)
+        self._words: Any = self._packed if xp is np else xp.empty(self._packed.shape, np.int32)
+        ids, positions, slots, starts, lengths, self.rows, table = self._views(self._words)
+        self.batch = Batch(ids, positions, slots, starts, table, lengths)
+
+    def _views(self, words: Any) -> list[Any]:
+        views, end = [], 0
+        for shape in self._shapes:
+            start, end = end, end + math.prod(shape)
+            views.append(words[start:end].reshape(shape))
+        return views
+
+    def fill(self, spans: Sequence[Span], wanted: Sequence[int], page_size: int) -> None:
+        """Put spans into the batch, of which those in `wanted` get logits of their last tokens."""
+        ids, positions, slots, starts, lengths, rows, table = self._views(self._packed)
+        table[:] = -1
+        for i, span in enumerate(spans):
+            count = -(-span.stop // page_size)
+            table[i, :count] = span.pages[:count]
+        given = np.array([(span.start, len(span.ids)) for span in spans], np.int32)
+        count, end = len(spans), int(given[:, 1].sum())
+        lengths[:count], lengths[count:] = given.sum(axis=1), 0
+        starts[0] = 0
+        np.cumsum(given[:, 1], out=starts[1 : count + 1])
+        starts[count + 1 :], starts[-1] = end, len(ids)
+        ids[:end], ids[end:] = list(chain.from_iterable(span.ids for span in spans)), 0
+        of_token = np.repeat(np.arange(count), given[:, 1])
+        positions[:end] = np.arange(end) - (starts[:count] - given[:, 0])[of_token]
+        positions[end:] = 0
+        page, row = np.divmod(positions[:end], page_size)
+        slots[:end], slots[end:] = table[of_token, page] * page_size + row, -1
+        rows[len(wanted) :] = 0
+        rows[: len(wanted)] = starts[np.array(wanted, np.int32) + 1] - 1
+        if self._words is not self._packed:
+            self._words.set(self._packed)
+
+
+def of_spans(spans: Sequence[Span], page_size: int, xp: Any) -> Batch:
+    """A batch of these spans and nothing else."""
+    tokens = sum(len(span.ids) for span in spans)
+    pages = max(-(-span.stop // page_size) for span in spans)
+    ragged = Ragged(Sizes(tokens, len(spans), 0, pages), xp)
+    ragged.fill(spans, [], page_size)
+    return ragged.batch
+
+
+class PromptSteps:
+    """Computes pieces of prompts.
+
+    Args:
+        model, cache: weights and pages.
+        xp: the array module of both.
+        memory: for the graphs; None on the host.
+    """
+
+    def __init__(
+        self, model: Model, cache: PagedKVCache, xp: Any, memory: cuda.GraphMemory | None
+    ) -> None:
+        self._model, self._cache, self._xp, self._memory = model, cache, xp, memory
+        self._steps: OrderedDict[tuple[Sizes, bool], tuple[Ragged, Callable[[], Any], Any]]
+        self._steps = OrderedDict()
+        self._pool: Any = None  # of the steps
+        self._logits = xp.empty((0, model.config.vocab), np.float32)
+        self._queries = xp.empty(0, np.float32)
+
+    def run(
+        self, spans: Sequence[Span], wanted: Sequence[int], asks: bool = False
+    ) -> tuple[Any, Any]:
+        """Put tokens into the cache.
+
+        Args:
+            spans: one for each sequence, on pages that have room for them.
+            wanted: indices of spans that get logits of their last tokens.
+            asks: whether queries are wanted.
+
+        Returns:
+            Logits [R, V] float32, and queries [L, T, HQ, D] float32 or None; on a GPU until the
+            next call, which overwrites them.
+
+        Only enqueues on a GPU.
+        """
+        if self._pool is not self._cache.k:  # the cache has grown, or another took its place
+            self._steps.clear()
+            self._pool = self._cache.k
+        P = self._cache.page_size
+        tokens = sum(len(span.ids) for span in spans)
+        pages = max(-(-span.stop // P) for span in spans)
+        key = self._sizes(Sizes(tokens, len(spans), len(wanted), pages)), asks
+        made = self._steps.pop(key) if key in self._steps else self._new(*key)
+        if self._xp is not np:
+            self._steps[key] = made  # the last is the one used last
+            if len(self._steps) > GRAPHS:
+                self._steps.popitem(last=False)
+        ragged, step, queries = made
+        ragged.fill(spans, wanted, P)
+        logits = step()[: len(wanted)]
+        return logits, None if queries is None else queries[:, :tokens]
+
+    def _sizes(self, asked: Sizes) -> Sizes:
+        """Of the step for such spans: one for many, where it is a graph."""
+        if self._xp is np:
+            return asked
+        sequences = _power(asked.sequences, 8, 1)
+        tokens = graph_rows(max(asked.tokens, LEAST_TOKENS), self._xp)
+        return Sizes(tokens, sequences + 1, sequences, _power(asked.pages, 4, 16))
+
+    def _new(self, sizes: Sizes, asks: bool) -> tuple[Ragged, Callable[[], Any], Any]:
+        ragged, config = Ragged(sizes, self._xp), self._model.config
+        if len(self._logits) < sizes.rows:
+            self._logits = self._xp.empty((sizes.rows, config.vocab), np.float32)
+        queries = None
+        if asks:
+            shape = config.num_layers, sizes.tokens, config.heads, config.head_dim
+            count = math.prod(shape)
+            if len(self._queries) < count:
+                self._queries = self._xp.empty(count, np.float32)
+            queries = self._queries[:count].reshape(shape)
+        of_step = dict(out=self._logits[: sizes.rows], queries=queries, memory=self._memory)
+        step = step_of(self._model, ragged.batch, self._cache, ragged.rows, **of_step)
+        return ragged, step, queries
+
+
+def _power(count: int, base: int, least: int) -> int:
+    """`count` or more: `least` times a power of `base`."""
+    size = least
+    while size < count:
+        size *= base
+    return size

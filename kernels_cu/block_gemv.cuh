@@ -1,5 +1,5 @@
 // block_gemv.cuh: few tokens times a matrix, on CUDA cores; a part of block_linear.cu and
-// product_chain.cu.
+// phase_program.cu.
 //
 // A warp multiplies OUTS rows of weights by slices of 1024 elements, a lane 32 of them. Blocks: a
 // group of 32, of which a lane loads 16 bytes of nibbles, 512 bytes a warp. Plain: four times eight
@@ -8,9 +8,10 @@
 // each without a conflict. `parts` warps share outputs and split I; the others of the block have
 // outputs of their own.
 #include "gate.cuh"
+#include "plain.cuh"
 #include "reduce.cuh"
+#include "warps.cuh"
 
-constexpr int WARPS = BLOCK / WARP;
 constexpr int SUMS = ROWS * OUTS;
 constexpr int LANE = 32;  // elements of a lane
 constexpr int SLICE = WARP * LANE;
@@ -71,6 +72,7 @@ template <typename T> struct Share<Plain<T>> {
 
 // Elements i0 .. i0 + parts * SLICE - 1 of ROWS rows of x, times `norm` if there is one, zeros past
 // I; their squares are added to `squares`. Past T the last row is read again, and its sum dropped.
+template <typename K>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const X_T* x,
                                       const float* norm, i64 x_stride, int t0, int T, int i0,
                                       int I, int parts) {
@@ -112,6 +114,7 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
 
 // sums[r * OUTS + o] += the products of a lane's weights, which are of group g, and its elements of
 // row r of x.
+template <typename K>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Share<K> (&w)[OUTS], int g,
                                          const float* x, int lane) {
     constexpr int RUN = 8 / K::HALVES;  // quads that share a scale
@@ -163,7 +166,7 @@ struct WarpSums { float partial[WARPS][SUMS], squares[WARPS][ROWS]; };
 
 // The block's part of a product: outputs of one tile, for tokens t0 on. `await` comes before x and out
 // are read, and behind the first loads of w; all threads call it once.
-template <typename Await>
+template <typename K, typename Await>
 __device__ __forceinline__ void
 gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, const B_T* bias,
           const float* norm, int T, int O, int I, int W, i64 x_stride, i64 out_stride, int parts, int accumulate,
@@ -202,10 +205,10 @@ gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, 
         } else {
             __syncthreads();  // all have read the previous slices
         }
-        stage(staged, squares, x, norm, x_stride, t0, T, i0, I, parts);
+        stage<K>(staged, squares, x, norm, x_stride, t0, T, i0, I, parts);
         __syncthreads();
         const int g = min(first / GROUP + lane, I / GROUP - 1);
-        multiply(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);
+        multiply<K>(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);
     }
 
     float sum = warp_sums(sums);

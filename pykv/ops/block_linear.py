@@ -70,6 +70,11 @@ def _outs(kind: str, rows: int, sm: int) -> tuple[int, ...]:
     return (most,) if most == _FEW_OUTS else (most, _FEW_OUTS)
 
 
+def most_outs(kind: str, rows: int, sm: int) -> int:
+    """Rows of w that a warp may have at most."""
+    return _outs(kind, rows, sm)[0]
+
+
 def _sizes(kind: str, sm: int) -> list[dict[str, int]]:
     """All ways in which `gemv` cuts products on an SM."""
     return [dict(ROWS=rows, OUTS=outs) for rows in _OUTS for outs in _outs(kind, rows, sm)]

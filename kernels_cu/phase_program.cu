@@ -1,0 +1,219 @@
+// phase_program.cu: the phases of a model's step, one after another, in one launch: embedding rows,
+// products with weights, new rows of a KV cache, attention over its pages, the likeliest token.
+//
+// Arrays (letters as in pykv/ops/phase_program.py):
+//   program   const  [PHASES, 40] u64: a `Phase` each, with addresses of the arrays that it reads
+//                    and writes; 16-byte aligned
+//   counters  [2] u32, zero before and behind a launch (grid_barrier.cuh)
+// Scalars:  phases = PHASES
+// Defines:  KINDS = one or more of F32, F16, BF16 and formats of planes.cuh, with commas between: kinds
+//           of matrices; X_T, B_T, BLOCK, ROWS and OUTS as block_linear.cu has them for `gemv`; ROWS is
+//           at least T. Programs with a cache: what paged_qkv.cu and paged_decode.cu need as well,
+//           of which NEW_T and Q_T are X_T
+// Launch:   cooperative, grid up to what the GPU runs at once, block (BLOCK), dynamic shared memory the
+//           most that a product takes: parts * ROWS * 4608 bytes. From sm_70 on
+// Traffic:  that of the phases
+// Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
+//           bits as theirs where they cut products and keys alike
+//
+// Each phase has tiles, which blocks take in turn. Phases that need nothing of each other make a stage,
+// behind which all blocks wait for each other; meanwhile the weights of a block's next tile are on
+// their way into registers, and the next phase into shared memory. No block may arrive for a stage
+// before it has waited for the one ahead: the counter knows how many have arrived, not who.
+#if !defined(KINDS) || !defined(X_T) || !defined(B_T) || !defined(BLOCK) || !defined(ROWS) || \
+    !defined(OUTS)
+#error "phase_program.cu needs KINDS, X_T, B_T, BLOCK, ROWS and OUTS"
+#endif
+
+#include "block_gemv.cuh"
+#include "block_rows.cuh"
+#include "grid_barrier.cuh"
+#include "order.cuh"
+#include "ptx.cuh"
+#ifdef HEAD_DIM
+#include "paged_decode.cuh"
+#include "paged_qkv.cuh"
+#endif
+
+enum Op { PRODUCT, EMBED, APPEND, ATTEND, MERGE, PEAKS, ARGMAX };
+
+// What a phase reads and writes; the host packs the same (pykv/ops/phase_program.py).
+struct Product {
+    X_T* out;
+    const X_T* x;
+    const u8* w;
+    const B_T* bias;
+    const float* norm;
+    int T, O, I, W;
+    i64 x_stride, out_stride;
+    int parts, accumulate, gate;
+    float eps;
+};
+
+struct Embed {
+    X_T* out;
+    const u8* w;
+    const int* ids;
+    int O, I, W;  // rows of w, elements and bytes of one
+    float scale;
+};
+
+// The index of the largest of V logits: of `parts` parts of a row first.
+struct Argmax {
+    int* out;
+    const float* logits;
+    u64* keys;  // [T, parts]
+    int V, parts;
+};
+
+struct Phase {
+    int op, kind;  // of KINDS
+    int stage;     // how many are over before, 0 of the first; it grows by 1 at most
+    int tiles;
+    union {
+        u64 words[38];
+        Product product;
+        Embed embed;
+        Argmax argmax;
+#ifdef HEAD_DIM
+        Append append;
+        Attend attend;
+#endif
+    };
+};
+static_assert(sizeof(Phase) == 320, "as the host packs it");
+
+// Calls work(K{}) for kind number `kind` of several.
+template <typename K, typename... Others, typename Work>
+__device__ __forceinline__ void with_kind(int kind, Work work) {
+    if constexpr (sizeof...(Others) > 0) {
+        if (kind > 0) {
+            with_kind<Others...>(kind - 1, work);
+            return;
+        }
+    }
+    work(K{});
+}
+
+// A thread writes a quad of the row of a token.
+__device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
+    const int tiles = (p.I / 4 + BLOCK - 1) / BLOCK;  // of a row
+    const int token = tile / tiles, i = (tile % tiles * BLOCK + threadIdx.x) * 4;
+    if (i >= p.I) return;
+    const int id = p.ids[token];
+    float values[4] = {};
+    if (id >= 0 && id < p.O) {
+        with_kind<KINDS>(kind, [&](auto k) {
+            RowQuad<decltype(k)>::load(values, p.w + (i64)id * p.W, i, p.I);
+        });
+#pragma unroll
+        for (int b = 0; b < 4; b++) values[b] = __fmul_rn(values[b], p.scale);
+    }
+    store4(p.out + (i64)token * p.I + i, values);
+}
+
+// The largest of a block's keys; thread 0 gets it. `of_warps` is in use until the next barrier.
+__device__ __forceinline__ u64 block_peak(u64 key, u64* of_warps) {
+    key = warp_max(key);
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = key;
+    __syncthreads();
+    for (int i = 0; i < WARPS; i++) key = key > of_warps[i] ? key : of_warps[i];
+    return key;
+}
+
+// The largest logit of a part of a row and the lowest index that has it, as a key.
+__device__ __forceinline__ void peak_tile(const Argmax& p, int tile, u64* of_warps) {
+    const int token = tile / p.parts, share = (p.V + p.parts - 1) / p.parts;
+    const int begin = tile % p.parts * share, end = min(begin + share, p.V);
+    u64 key = 0;
+    for (int i = begin + threadIdx.x; i < end; i += BLOCK) {
+        const u64 other = (u64)ordered(p.logits[(i64)token * p.V + i]) << 32 | ~(u32)i;
+        key = key > other ? key : other;
+    }
+    key = block_peak(key, of_warps);
+    if (threadIdx.x == 0) p.keys[tile] = key;
+}
+
+// -1 where the largest logit is infinite, or all are NaN.
+__device__ __forceinline__ void argmax_tile(const Argmax& p, int token, u64* of_warps) {
+    u64 key = 0;
+    for (int i = threadIdx.x; i < p.parts; i += BLOCK) {
+        const u64 other = p.keys[(i64)token * p.parts + i];
+        key = key > other ? key : other;
+    }
+    key = block_peak(key, of_warps);
+    const u32 order = (u32)(key >> 32);
+    const bool is_finite = order > ordered(-INF) && order < ordered(INF);
+    if (threadIdx.x == 0) p.out[token] = is_finite ? (int)~(u32)key : -1;
+}
+
+#if __CUDA_ARCH__ >= 700
+// The block asks for phase i; cp_async_wait and a barrier come before it is read.
+__device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) {
+    constexpr int PIECES_OF_PHASE = sizeof(Phase) / 16;
+    if (threadIdx.x < PIECES_OF_PHASE) {
+        const u64* from = program + (i64)i * (sizeof(Phase) / 8) + threadIdx.x * 2;
+        cp_async16(reinterpret_cast<u8*>(&held) + threadIdx.x * 16, from);
+    }
+    cp_async_commit();
+}
+
+// The block's part of a phase: one tile. `await` comes before it reads what other phases write.
+template <typename Await>
+__device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, WarpSums& sums,
+                                         u64* of_warps, Await await) {
+    if (p.op == PRODUCT) {
+        with_kind<KINDS>(p.kind, [&](auto k) {
+            const Product& a = p.product;
+            gemv_tile<decltype(k)>(staged, sums, a.out, a.x, a.w, a.bias, a.norm, a.T, a.O, a.I, a.W,
+                                   a.x_stride, a.out_stride, a.parts, a.accumulate, a.gate, a.eps,
+                                   tile, 0, await);
+        });
+        return;
+    }
+    await();
+    if (p.op == EMBED) embed_tile(p.embed, p.kind, tile);
+    if (p.op == PEAKS) peak_tile(p.argmax, tile, of_warps);
+    if (p.op == ARGMAX) argmax_tile(p.argmax, tile, of_warps);
+#ifdef HEAD_DIM
+    constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
+    if (p.op == APPEND) append_heads(p.append, tile / OF_TOKEN, tile % OF_TOKEN);
+    if (p.op == ATTEND) attend_split(p.attend, tile);
+    if (p.op == MERGE) merge_splits(p.attend, tile);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+phase_program(const u64* program, u32* counters, int phases) {
+    extern __shared__ __align__(128) float staged[];
+    __shared__ WarpSums sums;
+    __shared__ u64 of_warps[WARPS];
+    __shared__ __align__(16) Phase held[2];
+    ask_for(held[0], program, 0);
+    int stage = 0;
+    for (int i = 0; i < phases; i++) {
+        cp_async_wait<0>();
+        __syncthreads();  // phase i has come, and all are done with the one ahead
+        if (i + 1 < phases) ask_for(held[(i + 1) % 2], program, i + 1);
+        const Phase& p = held[i % 2];
+        bool waits = p.stage != stage;
+        stage = p.stage;
+        if (waits) grid_arrive(counters);
+        const auto await = [&] {
+            if (waits) {
+                grid_wait(counters, stage);
+            } else {
+                __syncthreads();  // all have read what the block's last tile kept in shared memory
+            }
+            waits = false;
+        };
+        for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+            run_tile(p, tile, staged, sums, of_warps, await);
+        }
+        if (waits) await();  // also without a tile
+    }
+    grid_leave(counters);
+}
+#else
+extern "C" __global__ void phase_program(const u64* program, u32* counters, int phases) {}
+#endif

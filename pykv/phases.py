@@ -1,0 +1,336 @@
+"""Phases of a program: what each reads and writes, its check, its definition in NumPy, and what
+kernels_cu/phase_program.cu is told of it.
+
+Dimensions: T tokens, one of each sequence; the others as of the op that a phase stands for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pykv import attention, cuda
+from pykv.arrays import INT32, checker
+from pykv.errors import ParameterError
+from pykv.ops import (
+    activation,
+    block_linear,
+    block_rows,
+    paged_decode,
+    paged_decode_mma,
+    paged_qkv,
+    sample,
+)
+from pykv.ops.block_linear import PLAIN
+from pykv.options import check_number
+from pykv.ranges import rows_of
+from pykv.specs import POOLS, KVSpec, spec_of
+from pykv.stages import Touched, span_of
+
+BLOCK = 128  # threads
+OPS = ("PRODUCT", "EMBED", "APPEND", "ATTEND", "MERGE", "PEAKS", "ARGMAX")  # as in the kernel
+_PARTS = 64  # of a row of logits, whose largest are compared then
+_SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
+
+
+class Record(NamedTuple):
+    """What the kernel is told of a phase, or of a half of one.
+
+    Attributes:
+        op: one of `OPS`.
+        kind: of its matrix, if it has one.
+        tiles: that blocks take in turn.
+        values: arrays or numbers of the op's struct, by name.
+        touched: what it reads and writes.
+    """
+
+    op: str
+    kind: str | None
+    tiles: int
+    values: dict[str, Any]
+    touched: Touched
+
+
+class Scratch(NamedTuple):
+    """Arrays that phases of a program share on a GPU."""
+
+    workspace: Any  # of split keys, float32
+    keys: Any  # of the largest logits, uint64
+
+
+class Product(NamedTuple):
+    """`out = x @ w.T`, with what block_linear.multiply knows in front of it and behind it."""
+
+    x: Any
+    w: Any
+    kind: str
+    out: Any
+    bias: Any = None
+    norm: Any = None
+    gate: str | None = None
+    accumulate: bool = False
+    eps: float = 1e-6
+
+    @property
+    def inputs(self) -> Any:
+        return self.x
+
+    def constants(self) -> list[Any]:
+        """What blocks read before they wait."""
+        return [array for array in (self.w, self.bias, self.norm) if array is not None]
+
+    def checked(self, op: str) -> block_linear.Options:
+        asked = block_linear.Options(self.gate, self.eps, self.accumulate)
+        if self.out is None:
+            raise ParameterError(f"{op}: a product has no out, expected an array")
+        given = self.x, self.w, self.kind, self.bias, self.norm, self.out
+        return block_linear.checked(op, *given, asked)[1]
+
+    def touched(self) -> Touched:
+        # What `accumulate` reads of out it also writes.
+        return Touched([rows_of(x) for x in (self.x, *self.constants())], [rows_of(self.out)])
+
+    def on_host(self, op: str) -> None:
+        options = self.checked(op)
+        block_linear.reference(self.x, self.w, self.kind, self.bias, self.out, self.norm, options)
+
+    def records(self, op: str, cut: block_linear.Cut, scratch: Scratch) -> list[Record]:
+        values = {name: getattr(self, name) for name in ("out", "x", "w", "bias", "norm")}
+        options = self.checked(op)
+        values |= block_linear.scalars_of(self.x, self.w, self.out, options, cut.parts)
+        return [Record("PRODUCT", self.kind, cut.tiles, values, self.touched())]
+
+
+class Embed(NamedTuple):
+    """Rows of a table times `scale`, as of activation.embed and block_rows.take."""
+
+    ids: Any
+    w: Any
+    kind: str
+    out: Any
+    scale: float = 1.0
+
+    @property
+    def inputs(self) -> Any:
+        return self.out
+
+    def constants(self) -> list[Any]:
+        return [self.w]
+
+    def checked(self, op: str) -> None:
+        block_rows.check_kind(op, self.kind, block_linear.KINDS)
+        check_number(op, "scale", self.scale)
+        dims = _embed_checker(op, PLAIN.get(self.kind))(self.ids, self.w, self.out)
+        if self.kind not in PLAIN:
+            block_rows.check_row(op, self.kind, "out", dims["I"], dims["W"])
+
+    def touched(self) -> Touched:
+        return Touched([rows_of(self.ids), rows_of(self.w)], [rows_of(self.out)])
+
+    def on_host(self, op: str) -> None:
+        if self.kind in PLAIN:
+            activation.embed(self.w, self.ids, scale=self.scale, out=self.out)
+        else:
+            I = self.out.shape[1]
+            block_rows.take(self.w, self.kind, I, self.ids, scale=self.scale, out=self.out)
+
+    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
+        (T, I), (O, _) = self.out.shape, self.w.shape
+        values = dict(out=self.out, w=self.w, ids=self.ids, O=O, I=I, scale=self.scale)
+        values |= dict(W=self.w.shape[1] * self.w.itemsize)
+        return [Record("EMBED", self.kind, T * -(-I // (4 * BLOCK)), values, self.touched())]
+
+
+@cache
+def _embed_checker(op: str, dtype: Any) -> Any:
+    w = ("O I", (dtype,)) if dtype else ("O W", (np.dtype(np.uint8),))
+    return checker(op, ("out",), ids=("T", INT32), w=w, out=("T I", (np.dtype(np.float32),)))
+
+
+class Append(NamedTuple):
+    """A projection to queries and new rows of a cache, as of paged_qkv.append."""
+
+    qkv: Any
+    k_pool: Any
+    v_pool: Any
+    slots: Any
+    q_out: Any
+    positions: Any = None
+    inv_freq: Any = None
+    pairing: str = "half"
+    q_norm: Any = None
+    k_norm: Any = None
+    eps: float = 1e-6
+    hadamard: bool = False
+    k_scales: Any = None
+    v_scales: Any = None
+    spec: KVSpec | str | None = None
+
+    @property
+    def inputs(self) -> Any:
+        return self.qkv
+
+    def constants(self) -> list[Any]:
+        return []
+
+    def arrays(self) -> dict[str, Any]:
+        names = ("q_out", *POOLS, "qkv", "slots", "positions", "inv_freq", "q_norm", "k_norm")
+        return {name: getattr(self, name) for name in names}
+
+    def checked(self, op: str) -> Any:
+        if self.q_out is None:
+            raise ParameterError(f"{op}: an append has no q_out, expected an array")
+        options = self.spec, self.pairing, self.eps, self.hadamard
+        return paged_qkv.checked(op, self.arrays(), *options)
+
+    def touched(self) -> Touched:
+        given = self.arrays()
+        written = [given.pop(name) for name in ("q_out", *POOLS)]
+        reads, writes = (
+            [span_of(x) for x in arrays if x is not None] for arrays in (given.values(), written)
+        )
+        return Touched(reads, writes)
+
+    def on_host(self, op: str) -> None:
+        paged_qkv.append(**self._asdict())
+
+    def defines(self, op: str) -> dict[str, Any]:
+        dims, _, options = self.checked(op)
+        return paged_qkv.kernel_arguments(dims, self.arrays(), options)[0] | dict(BLOCK=BLOCK)
+
+    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
+        dims, HQ, options = self.checked(op)
+        defines, scalars = paged_qkv.kernel_arguments(dims, self.arrays(), options)
+        tiles = dims["T"] * -(-(HQ + 2 * dims["H"]) // (BLOCK // defines["LANES"]))
+        return [Record("APPEND", None, tiles, self.arrays() | scalars, self.touched())]
+
+
+class Attend(NamedTuple):
+    """Attention of the last query of each sequence over its pages, as of paged_decode.decode."""
+
+    q: Any
+    k_pool: Any
+    v_pool: Any
+    page_table: Any
+    lengths: Any
+    out: Any
+    k_scales: Any = None
+    v_scales: Any = None
+    spec: KVSpec | str | None = None
+    scale: float | None = None
+    window: int | None = None
+    logits_soft_cap: float | None = None
+
+    @property
+    def inputs(self) -> Any:
+        return self.q
+
+    def constants(self) -> list[Any]:
+        return []
+
+    def arrays(self) -> dict[str, Any]:
+        names = ("out", "q", *POOLS, "page_table", "lengths")
+        return {name: getattr(self, name) for name in names}
+
+    def checked(self, op: str) -> tuple[Any, KVSpec, attention.Scores]:
+        if self.out is None:
+            raise ParameterError(f"{op}: an attention has no out, expected an array")
+        pools = [getattr(self, name) for name in POOLS]
+        spec = spec_of(op, self.spec, *pools)
+        dims = paged_decode.check_arrays(spec, self.arrays())
+        options = self.scale, self.window, self.logits_soft_cap
+        return dims, spec, attention.check_options(op, dims, *options, True)
+
+    def touched(self) -> Touched:
+        given = self.arrays()
+        out = given.pop("out")
+        return Touched([span_of(x) for x in given.values() if x is not None], [span_of(out)])
+
+    def on_host(self, op: str) -> None:
+        paged_decode.decode(**self._asdict())
+
+    def _sizes(self, dims: Any) -> paged_decode_mma.Sizes:
+        return paged_decode_mma.Sizes(
+            dims["B"], 1, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M"))
+        )
+
+    def _splits(self, dims: Any, scores: attention.Scores) -> tuple[int, int]:
+        """Tiles of query rows, and into how many parts their keys are cut: one for each block that
+        may run beside the others, as long as it has keys."""
+        sizes = self._sizes(dims)
+        tiles = sizes.B * sizes.H * -(-sizes.rows // paged_decode.tile_rows(sizes))
+        keys = min(sizes.capacity, int(scores.scalars["window"]))
+        num_sms = cuda.num_sms(self.q.data.device_id)
+        return tiles, max(1, min(-(-2 * num_sms // tiles), -(-keys // _SPLIT_KEYS)))
+
+    def defines(self, op: str) -> dict[str, Any]:
+        dims, spec, scores = self.checked(op)
+        rows = paged_decode.tile_rows(self._sizes(dims))
+        defines = attention.kernel_defines(spec, scores, self.arrays())
+        return defines | dict(BLOCK=BLOCK, QUERY_ROWS=rows, COUNTERS=paged_decode.COUNTERS)
+
+    def workspace_size(self, op: str) -> int:
+        """Elements of scratch memory that it needs."""
+        dims, _, scores = self.checked(op)
+        splits = self._splits(dims, scores)[1]
+        states = dims["B"] * dims["HQ"] * splits * (dims["D"] + 2)
+        return paged_decode.COUNTERS + states if splits > 1 else 0
+
+    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
+        dims, spec, scores = self.checked(op)
+        tiles, splits = self._splits(dims, scores)
+        absent = dict.fromkeys(("lse", "alibi_slopes", "sinks", "tree", "key_positions"))
+        values = self.arrays() | absent | dict(workspace=scratch.workspace)
+        values |= paged_decode.kernel_arguments(self.arrays(), dims, spec, scores, "e")[1]
+        values |= dict(HQ=dims["HQ"], H=dims["H"], P=dims["P"], split_keys=0, splits=splits)
+        touched = self.touched()
+        if splits == 1:
+            return [Record("ATTEND", None, tiles, values, touched)]
+        parts = [span_of(scratch.workspace)]
+        return [
+            Record("ATTEND", None, tiles * splits, values, touched._replace(writes=parts)),
+            Record(
+                "MERGE", None, dims["B"] * dims["HQ"], values, touched._replace(reads=parts)
+            ),
+        ]
+
+
+class Argmax(NamedTuple):
+    """The index of the largest logit of each row, as of sample.argmax."""
+
+    logits: Any
+    out: Any
+
+    @property
+    def inputs(self) -> Any:
+        return self.logits
+
+    def constants(self) -> list[Any]:
+        return []
+
+    def checked(self, op: str) -> Any:
+        return sample.check_argmax(op, self.logits, self.out)
+
+    def touched(self) -> Touched:
+        return Touched([span_of(self.logits)], [span_of(self.out)])
+
+    def on_host(self, op: str) -> None:
+        sample.argmax(self.logits, out=self.out)
+
+    def keys_size(self) -> int:
+        """Keys of scratch memory that it needs."""
+        return len(self.logits) * _PARTS
+
+    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
+        T, V = self.logits.shape
+        values = dict(out=self.out, logits=self.logits, keys=scratch.keys, V=V, parts=_PARTS)
+        touched, keys = self.touched(), [span_of(scratch.keys)]
+        return [
+            Record("PEAKS", None, T * _PARTS, values, touched._replace(writes=keys)),
+            Record("ARGMAX", None, T, values, touched._replace(reads=keys)),
+        ]
+
+
+PHASES = Product, Embed, Append, Attend, Argmax

@@ -61,12 +61,15 @@ __device__ __forceinline__ float merge_lane_groups(float (&acc)[EIGHTS][8], floa
     return peak;
 }
 
+// The states of a block's warps.
+struct AttendShared {
+    __align__(16) float acc[WARPS][QUERY_ROWS][D];
+    float m[WARPS][QUERY_ROWS], l[WARPS][QUERY_ROWS];
+};
+
 // The block's part of an attention: `index` counts splits, then tiles of query rows, KV heads and
 // sequences.
-__device__ __forceinline__ void attend_split(const Attend& p, int index) {
-    __shared__ __align__(16) float warp_acc[WARPS][QUERY_ROWS][D];
-    __shared__ float warp_m[WARPS][QUERY_ROWS], warp_l[WARPS][QUERY_ROWS];
-
+__device__ __forceinline__ void attend_split(AttendShared& shared, const Attend& p, int index) {
     const int G = p.HQ / p.H;
     const int tiles = (G * p.T + QUERY_ROWS - 1) / QUERY_ROWS;
     const int split = index % p.splits, block = index / p.splits;
@@ -212,12 +215,12 @@ __device__ __forceinline__ void attend_split(const Attend& p, int index) {
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
             if (threadIdx.x % WARP < KEY_LANES && key_column(e) < D) {
-                store8(&warp_acc[warp][r][key_column(e)], acc[r][e]);
+                store8(&shared.acc[warp][r][key_column(e)], acc[r][e]);
             }
         }
         if (threadIdx.x % WARP == 0) {
-            warp_m[warp][r] = peak;
-            warp_l[warp][r] = l[r];
+            shared.m[warp][r] = peak;
+            shared.l[warp][r] = l[r];
         }
     }
     __syncthreads();
@@ -227,12 +230,12 @@ __device__ __forceinline__ void attend_split(const Attend& p, int index) {
         const int r = i / D, row = tile * QUERY_ROWS + r, head = kv_head * G + row % G;
         float peak = -INF, sum = 0.0f, value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, warp_m[w][r]);
+        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared.m[w][r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float rescale = exp2f(warp_m[w][r] - finite_base(peak));
-            sum += rescale * warp_l[w][r];
-            value += rescale * warp_acc[w][r][i % D];
+            const float rescale = exp2f(shared.m[w][r] - finite_base(peak));
+            sum += rescale * shared.l[w][r];
+            value += rescale * shared.acc[w][r][i % D];
         }
         const i64 at = ((i64)b * p.T + row / G) * p.HQ + head;
         if (p.splits > 1) {

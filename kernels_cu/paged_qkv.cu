@@ -42,11 +42,14 @@ paged_qkv(NEW_T* q_out, K_T* k_pool, V_T* v_pool,
           i64 k_scales_page, i64 k_scales_token, i64 k_scales_head,
           i64 v_scales_page, i64 v_scales_token, i64 v_scales_head,
           i64 q_token, i64 q_head, i64 qkv_token, float eps) {
+    __shared__ AppendShared shared;
     let_next_start();
     await_previous();
-    append_heads(Append{q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, positions,
-                       inv_freq, q_norm, k_norm, k_pool_page, k_pool_token, k_pool_head, v_pool_page,
-                       v_pool_token, v_pool_head, k_scales_page, k_scales_token, k_scales_head,
-                       v_scales_page, v_scales_token, v_scales_head, q_token, q_head, qkv_token, eps},
+    append_heads(shared,
+                 Append{q_out, k_pool, v_pool, k_scales, v_scales, qkv, slots, positions, inv_freq,
+                        q_norm, k_norm, k_pool_page, k_pool_token, k_pool_head, v_pool_page,
+                        v_pool_token, v_pool_head, k_scales_page, k_scales_token, k_scales_head,
+                        v_scales_page, v_scales_token, v_scales_head, q_token, q_head, qkv_token,
+                        eps},
                  blockIdx.x, blockIdx.y);
 }

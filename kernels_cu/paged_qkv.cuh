@@ -45,8 +45,15 @@ __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weig
     }
 }
 
+// What lanes of a block tell each other.
+struct AppendShared {
+    Rotation rotations[PAIRS ? PAIRS : 1];
+    __align__(16) float exchange[PAIRS && !IN_LANE ? GROUPS : 1][D];
+};
+
 // The block's part of an append: GROUPS heads of a token, from heads * GROUPS on. All threads call it.
-__device__ __forceinline__ void append_heads(const Append& p, u32 token, u32 heads) {
+__device__ __forceinline__ void append_heads(AppendShared& shared, const Append& p, u32 token,
+                                             u32 heads) {
     const u32 group = threadIdx.x / LANES;
     const u32 head = heads * GROUPS + group;
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
@@ -58,11 +65,10 @@ __device__ __forceinline__ void append_heads(const Append& p, u32 token, u32 hea
     float x[PIECES][8];
     Fragment<float> row;
 #if PAIRS > 0
-    __shared__ Rotation rotations[PAIRS];
-    __shared__ __align__(16) float exchange[IN_LANE ? 1 : GROUPS][D];
     const double position = p.positions[token];
     for (int j = threadIdx.x; j < PAIRS; j += BLOCK) {
-        sin_cos(position * p.inv_freq[j], rotations[j].sine, rotations[j].cosine);
+        Rotation& by = shared.rotations[j];
+        sin_cos(position * p.inv_freq[j], by.sine, by.cosine);
     }
     __syncthreads();
 #endif
@@ -70,7 +76,7 @@ __device__ __forceinline__ void append_heads(const Append& p, u32 token, u32 hea
     for (int i = 0; i < PIECES; i++) unpack8(x[i], loaded.pieces[i]);
     if constexpr (NORM) normalise(x, known < HQ ? p.q_norm : p.k_norm, p.eps);
 #if PAIRS > 0
-    rotate_pairs(x, rotations, exchange[IN_LANE ? 0 : group]);
+    rotate_pairs(x, shared.rotations, shared.exchange[IN_LANE ? 0 : group]);
 #endif
 #if HADAMARD
     if (is_value) {  // undo the norm and rotation that the whole warp ran

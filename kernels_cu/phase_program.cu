@@ -158,27 +158,37 @@ __device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) 
     cp_async_commit();
 }
 
+// What the threads of a block tell each other, in phases of different ops.
+union Shared {
+    WarpSums sums;
+    u64 keys[WARPS];
+#ifdef HEAD_DIM
+    AppendShared append;
+    AttendShared attend;
+#endif
+};
+
 // The block's part of a phase: one tile. `await` comes before it reads what other phases write.
 template <typename Await>
-__device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, WarpSums& sums,
-                                         u64* of_warps, Await await) {
+__device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, Shared& shared,
+                                         Await await) {
     if (p.op == PRODUCT) {
         with_kind<KINDS>(p.kind, [&](auto k) {
             const Product& a = p.product;
-            gemv_tile<decltype(k)>(staged, sums, a.out, a.x, a.w, a.bias, a.norm, a.T, a.O, a.I, a.W,
-                                   a.x_stride, a.out_stride, a.parts, a.accumulate, a.gate, a.eps,
-                                   tile, 0, await);
+            gemv_tile<decltype(k)>(staged, shared.sums, a.out, a.x, a.w, a.bias, a.norm, a.T, a.O, a.I,
+                                   a.W, a.x_stride, a.out_stride, a.parts, a.accumulate, a.gate,
+                                   a.eps, tile, 0, await);
         });
         return;
     }
     await();
     if (p.op == EMBED) embed_tile(p.embed, p.kind, tile);
-    if (p.op == PEAKS) peak_tile(p.argmax, tile, of_warps);
-    if (p.op == ARGMAX) argmax_tile(p.argmax, tile, of_warps);
+    if (p.op == PEAKS) peak_tile(p.argmax, tile, shared.keys);
+    if (p.op == ARGMAX) argmax_tile(p.argmax, tile, shared.keys);
 #ifdef HEAD_DIM
     constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
-    if (p.op == APPEND) append_heads(p.append, tile / OF_TOKEN, tile % OF_TOKEN);
-    if (p.op == ATTEND) attend_split(p.attend, tile);
+    if (p.op == APPEND) append_heads(shared.append, p.append, tile / OF_TOKEN, tile % OF_TOKEN);
+    if (p.op == ATTEND) attend_split(shared.attend, p.attend, tile);
     if (p.op == MERGE) merge_splits(p.attend, tile);
 #endif
 }
@@ -186,8 +196,7 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
 extern "C" __global__ void __launch_bounds__(BLOCK)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
-    __shared__ WarpSums sums;
-    __shared__ u64 of_warps[WARPS];
+    __shared__ Shared shared;
     __shared__ __align__(16) Phase held[2];
     ask_for(held[0], program, 0);
     int stage = 0;
@@ -208,7 +217,7 @@ phase_program(const u64* program, u32* counters, int phases) {
             waits = false;
         };
         for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-            run_tile(p, tile, staged, sums, of_warps, await);
+            run_tile(p, tile, staged, shared, await);
         }
         if (waits) await();  // also without a tile
     }

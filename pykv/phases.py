@@ -1,4 +1,4 @@
-"""Phases of a program: what each reads and writes, its check, its definition in NumPy, and what
+"""Phases of a program: what each reads and writes, its check, the op that does it alone, and what
 kernels_cu/phase_program.cu is told of it.
 
 Dimensions: T tokens, one of each sequence; the others as of the op that a phase stands for.
@@ -92,9 +92,10 @@ class Product(NamedTuple):
         # What `accumulate` reads of out it also writes.
         return Touched([rows_of(x) for x in (self.x, *self.constants())], [rows_of(self.out)])
 
-    def on_host(self, op: str) -> None:
-        options = self.checked(op)
-        block_linear.reference(self.x, self.w, self.kind, self.bias, self.out, self.norm, options)
+    def run_alone(self) -> None:
+        given = self._asdict()
+        arrays = [given.pop(name) for name in ("x", "w", "kind")]
+        block_linear.multiply(*arrays, early=True, **given)
 
     def records(self, op: str, cut: block_linear.Cut, scratch: Scratch) -> list[Record]:
         values = {name: getattr(self, name) for name in ("out", "x", "w", "bias", "norm")}
@@ -129,7 +130,7 @@ class Embed(NamedTuple):
     def touched(self) -> Touched:
         return Touched([rows_of(self.ids), rows_of(self.w)], [rows_of(self.out)])
 
-    def on_host(self, op: str) -> None:
+    def run_alone(self) -> None:
         if self.kind in PLAIN:
             activation.embed(self.w, self.ids, scale=self.scale, out=self.out)
         else:
@@ -193,7 +194,7 @@ class Append(NamedTuple):
         )
         return Touched(reads, writes)
 
-    def on_host(self, op: str) -> None:
+    def run_alone(self) -> None:
         paged_qkv.append(**self._asdict())
 
     def defines(self, op: str) -> dict[str, Any]:
@@ -248,7 +249,7 @@ class Attend(NamedTuple):
         out = given.pop("out")
         return Touched([span_of(x) for x in given.values() if x is not None], [span_of(out)])
 
-    def on_host(self, op: str) -> None:
+    def run_alone(self) -> None:
         paged_decode.decode(**self._asdict())
 
     def _sizes(self, dims: Any) -> paged_decode_mma.Sizes:
@@ -316,7 +317,7 @@ class Argmax(NamedTuple):
     def touched(self) -> Touched:
         return Touched([span_of(self.logits)], [span_of(self.out)])
 
-    def on_host(self, op: str) -> None:
+    def run_alone(self) -> None:
         sample.argmax(self.logits, out=self.out)
 
     def keys_size(self) -> int:

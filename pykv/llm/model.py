@@ -140,15 +140,17 @@ def _soft_cap(x: Any, cap: float) -> None:
     x *= cap
 
 
-def decode_step(model: Model, batch: Batch, cache: Any, queries: Any = None) -> Callable[[], Any]:
+def decode_step(
+    model: Model, batch: Batch, cache: Any, queries: Any = None, *, by_graph: bool = True
+) -> Callable[[], Any]:
     """A function that does `forward` on a batch of one token a sequence; each call goes by what the
     batch's arrays contain then. The cache must not be grown meanwhile.
 
     A step is hundreds of launches, which take the host five times as long as the GPU. On a GPU it
     therefore is a CUDA graph, whose logits are one array, filled anew by each call from the second
-    on. Not while PYKV_CHECK asks to look at all page tables.
+    on. Not while PYKV_CHECK asks to look at all page tables, nor where `by_graph` is False.
     """
-    by_graph = on_gpu(batch.ids) and not paged_check.ALWAYS
+    by_graph = by_graph and on_gpu(batch.ids) and not paged_check.ALWAYS
     gemm = "own" if by_graph else "auto"  # CuPy captures no cuBLAS
     step = partial(forward, model, batch, cache, gemm=gemm, queries=queries)
     return cuda.graph(step) if by_graph else step

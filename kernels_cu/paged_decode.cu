@@ -52,14 +52,14 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
              float score_scale, float cap, float lse_unit) {
     __shared__ AttendShared shared;
     let_next_start();
-    attend_split(shared,
-                 Attend{out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales, page_table,
-                        lengths, alibi_slopes, sinks, tree, key_positions, q_stride, q_token_stride,
-                        k_pool_page, k_pool_token, k_pool_head, v_pool_page, v_pool_token,
-                        v_pool_head, k_scales_page, k_scales_token, k_scales_head, v_scales_page,
-                        v_scales_token, v_scales_head, T, causal_offset, HQ, H, P, M, capacity,
-                        window, split_keys, splits, score_scale, cap, lse_unit},
-                 blockIdx.x);
+    const Attend p{out, lse, workspace, q, k_pool, v_pool, k_scales, v_scales, page_table,
+                   lengths, alibi_slopes, sinks, tree, key_positions, q_stride, q_token_stride,
+                   k_pool_page, k_pool_token, k_pool_head, v_pool_page, v_pool_token, v_pool_head,
+                   k_scales_page, k_scales_token, k_scales_head, v_scales_page, v_scales_token,
+                   v_scales_head, T, causal_offset, HQ, H, P, M, capacity, window, split_keys,
+                   splits, score_scale, cap, lse_unit};
+    attend_split(shared, p, blockIdx.x,
+                 [&](const KeyShare& share) { return stored_queries(p, share); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -67,9 +67,14 @@ struct AttendShared {
     float m[WARPS][QUERY_ROWS], l[WARPS][QUERY_ROWS];
 };
 
+// A block's share of an attention: a tile of query rows of a KV head, and keys begin to end - 1.
+struct KeyShare { int b, kv_head, tile, split, begin, end, length; };
+
 // The block's part of an attention: `index` counts splits, then tiles of query rows, KV heads and
-// sequences.
-__device__ __forceinline__ void attend_split(AttendShared& shared, const Attend& p, int index) {
+// sequences. queries(share) is where the queries of the KV head begin, D elements each.
+template <typename Queries>
+__device__ __forceinline__ void attend_split(AttendShared& shared, const Attend& p, int index,
+                                             Queries queries) {
     const int G = p.HQ / p.H;
     const int tiles = (G * p.T + QUERY_ROWS - 1) / QUERY_ROWS;
     const int split = index % p.splits, block = index / p.splits;
@@ -95,6 +100,7 @@ __device__ __forceinline__ void attend_split(AttendShared& shared, const Attend&
     const int warp = threadIdx.x / WARP;
     const int slot = threadIdx.x / KEY_LANES;
 
+    const Q_T* const q = queries(KeyShare{b, kv_head, tile, split, begin, end, length});
     float query[QUERY_ROWS][EIGHTS][8], acc[QUERY_ROWS][EIGHTS][8] = {}, m[QUERY_ROWS], l[QUERY_ROWS];
     int row_position[QUERY_ROWS];  // of the query in its sequence
 #pragma unroll
@@ -104,9 +110,7 @@ __device__ __forceinline__ void attend_split(AttendShared& shared, const Attend&
         l[r] = 0.0f;
         row_position[r] = length - 1 - max(p.causal_offset - row / G, 0);
         if (POSITIONS && row_position[r] >= 0) row_position[r] = positions[row_position[r]];
-        const Q_T* at = p.q + b * p.q_stride + row / G * p.q_token_stride +
-                        (i64)(kv_head * G + row % G) * D;
-        load_query(query[r], at, p.score_scale);
+        load_query(query[r], q + row / G * p.q_token_stride + row % G * D, p.score_scale);
     }
 
     const K_T* const k_at = p.k_pool + kv_head * p.k_pool_head;
@@ -252,6 +256,11 @@ __device__ __forceinline__ void attend_split(AttendShared& shared, const Attend&
             if (p.lse && i % D == 0) p.lse[at] = sum == 0.0f ? -INF : (peak + log2f(sum)) * p.lse_unit;
         }
     }
+}
+
+// Where the queries of a share begin in memory.
+__device__ __forceinline__ const Q_T* stored_queries(const Attend& p, const KeyShare& share) {
+    return p.q + share.b * p.q_stride + (i64)(share.kv_head * (p.HQ / p.H)) * D;
 }
 
 // Merges the splits of one query row.

@@ -47,18 +47,20 @@ __device__ __forceinline__ void normalise(float (&x)[PIECES][8], const W_T* weig
 
 // What lanes of a block tell each other.
 struct AppendShared {
+    static constexpr bool EXCHANGES = PAIRS > 0 && !IN_LANE;
     Rotation rotations[PAIRS ? PAIRS : 1];
-    __align__(16) float exchange[PAIRS && !IN_LANE ? GROUPS : 1][D];
+    __align__(16) float exchange[EXCHANGES ? GROUPS : 1][EXCHANGES ? D : 4];
 };
 
-// The block's part of an append: GROUPS heads of a token, from heads * GROUPS on. All threads call it.
-__device__ __forceinline__ void append_heads(AppendShared& shared, const Append& p, u32 token,
-                                             u32 heads) {
+// Makes a head of a token what queries, keys and values are: normalised, rotated and mixed. All lanes
+// of a block call it, LANES of them with one head, which is known; store(row, value, largest) gets
+// the lane's fragment of a head of Q or K, that of a head of V, and the largest magnitude where that
+// decides a scale.
+template <typename Store>
+__device__ __forceinline__ void make_head(AppendShared& shared, const Append& p, u32 token, u32 known,
+                                          Store store) {
     const u32 group = threadIdx.x / LANES;
-    const u32 head = heads * GROUPS + group;
-    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
     const Fragment<NEW_T> loaded = load_fragment(p.qkv + token * p.qkv_token + known * D);
-    const Place place = place_of_slot(p.slots[token]);
     const bool is_value = known >= HQ + H;
 
 #if NORM || PAIRS > 0 || HADAMARD
@@ -100,17 +102,36 @@ __device__ __forceinline__ void append_heads(AppendShared& shared, const Append&
     if (HAS_DYNAMIC_SCALE<K_T> && !is_value) largest[0] = max_magnitude(row);
     if (HAS_DYNAMIC_SCALE<V_T> && is_value) largest[0] = max_magnitude(value);
     if constexpr (HAS_DYNAMIC_SCALE<K_T> || HAS_DYNAMIC_SCALE<V_T>) group_max<LANES>(largest);
-    if (head < HQ) {
-        store_fragment(p.q_out + token * p.q_token + head * p.q_head, row);
-    } else if (head >= HQ + 2 * H || place.page < 0) {
-        return;
-    } else if (!is_value) {
+    store(row, value, largest[0]);
+}
+
+// Stores a head of K or V, known >= HQ, in its place.
+template <typename Row, typename Value>
+__device__ __forceinline__ void store_head(const Append& p, Place place, u32 known, const Row& row,
+                                           const Value& value, u32 largest) {
+    if (place.page < 0) return;
+    if (known < HQ + H) {
         const Pool<K_T> to{p.k_pool, p.k_pool_page, p.k_pool_token, p.k_pool_head,
                            p.k_scales, p.k_scales_page, p.k_scales_token, p.k_scales_head};
-        to.store(place, head - HQ, row, largest[0]);
+        to.store(place, known - HQ, row, largest);
     } else {
         const Pool<V_T> to{p.v_pool, p.v_pool_page, p.v_pool_token, p.v_pool_head,
                            p.v_scales, p.v_scales_page, p.v_scales_token, p.v_scales_head};
-        to.store(place, head - HQ - H, value, largest[0]);
+        to.store(place, known - HQ - H, value, largest);
     }
+}
+
+// The block's part of an append: GROUPS heads of a token, from heads * GROUPS on. All threads call it.
+__device__ __forceinline__ void append_heads(AppendShared& shared, const Append& p, u32 token,
+                                             u32 heads) {
+    const u32 head = heads * GROUPS + threadIdx.x / LANES;
+    const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
+    const Place place = place_of_slot(p.slots[token]);
+    make_head(shared, p, token, known, [&](const auto& row, const auto& value, u32 largest) {
+        if (head < HQ) {
+            store_fragment(p.q_out + token * p.q_token + head * p.q_head, row);
+        } else if (head < HQ + 2 * H) {
+            store_head(p, place, head, row, value, largest);
+        }
+    });
 }

@@ -2,7 +2,7 @@
 // products with weights, new rows of a KV cache, attention over its pages, the likeliest token.
 //
 // Arrays (letters as in pykv/ops/phase_program.py):
-//   program   const  [PHASES, 40] u64: a `Phase` each, with addresses of the arrays that it reads
+//   program   const  [PHASES, 64] u64: a `Phase` each, with addresses of the arrays that it reads
 //                    and writes; 16-byte aligned
 //   counters  [2] u32, zero before and behind a launch (grid_barrier.cuh)
 // Scalars:  phases = PHASES
@@ -35,7 +35,7 @@
 #include "paged_qkv.cuh"
 #endif
 
-enum Op { PRODUCT, EMBED, APPEND, ATTEND, MERGE, PEAKS, ARGMAX };
+enum Op { PRODUCT, EMBED, APPEND, ATTEND, PEAKS, ARGMAX };
 
 // What a phase reads and writes; the host packs the same (pykv/ops/phase_program.py).
 struct Product {
@@ -66,22 +66,33 @@ struct Argmax {
     int V, parts;
 };
 
+#ifdef HEAD_DIM
+// New rows of a cache and attention over its pages.
+struct Attention {
+    Append append;
+    Attend attend;
+};
+
+// Whether both are one phase: a block has all query rows of a KV head, and a group of lanes for each
+// of its heads. Else there is a phase for each.
+constexpr bool AT_ONCE = HQ / H <= QUERY_ROWS && GROUPS >= HQ / H + 2;
+#endif
+
 struct Phase {
     int op, kind;  // of KINDS
     int stage;     // how many are over before, 0 of the first; it grows by 1 at most
     int tiles;
     union {
-        u64 words[38];
+        u64 words[62];
         Product product;
         Embed embed;
         Argmax argmax;
 #ifdef HEAD_DIM
-        Append append;
-        Attend attend;
+        Attention attention;
 #endif
     };
 };
-static_assert(sizeof(Phase) == 320, "as the host packs it");
+static_assert(sizeof(Phase) == 512, "as the host packs it");
 
 // Calls work(K{}) for kind number `kind` of several.
 template <typename K, typename... Others, typename Work>
@@ -147,6 +158,63 @@ __device__ __forceinline__ void argmax_tile(const Argmax& p, int token, u64* of_
     if (threadIdx.x == 0) p.out[token] = is_finite ? (int)~(u32)key : -1;
 }
 
+#ifdef HEAD_DIM
+// What the threads of a block tell each other about heads of a share.
+struct AttentionShared {
+    AppendShared append;
+    AttendShared attend;
+    __align__(16) Q_T queries[QUERY_ROWS][D];
+    int is_last;
+};
+
+// Makes the queries of a share; whoever has the last key also makes its row and that of its value.
+__device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, const Append& p,
+                                                   const KeyShare& share) {
+    constexpr u32 G = HQ / H;
+    const u32 group = threadIdx.x / LANES;
+    const u32 known = group < G ? share.kv_head * G + group
+                                : HQ + share.kv_head + (group == G ? 0 : H);
+    const bool has_last = share.begin < share.end && share.end == share.length;
+    const Place place = place_of_slot(p.slots[share.b]);
+    make_head(shared.append, p, share.b, known, [&](const auto& row, const auto& value, u32 largest) {
+        if (group < G) {
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) {
+                float x[8];
+                unpack8(x, row.pieces[i]);
+                if (column(i) < D) store8(&shared.queries[group][column(i)], x);
+            }
+        } else if (has_last && group < G + 2) {
+            store_head(p, place, known, row, value, largest);
+        }
+    });
+    __syncthreads();
+    return &shared.queries[0][0];
+}
+
+// A split of an attention; the block that ends last merges those of its query rows. The workspace has
+// a counter for each tile, zero before and behind.
+__device__ __forceinline__ void attention_tile(AttentionShared& shared, const Attention& p, int tile) {
+    attend_split(shared.attend, p.attend, tile, [&](const KeyShare& share) {
+        return AT_ONCE ? make_queries(shared, p.append, share) : stored_queries(p.attend, share);
+    });
+    const int splits = p.attend.splits, G = p.attend.HQ / p.attend.H;
+    if (splits == 1) return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32* counter = reinterpret_cast<u32*>(p.attend.workspace) + tile / splits;
+        shared.is_last = atomic_inc_acq_rel(counter, splits - 1) == (u32)splits - 1;
+    }
+    __syncthreads();
+    if (!shared.is_last) return;
+    const int tiles = (G + QUERY_ROWS - 1) / QUERY_ROWS;  // of a KV head
+    const int first = tile / splits % tiles * QUERY_ROWS, heads = tile / splits / tiles * G;
+    for (int row = first; row < min(first + QUERY_ROWS, G); row++) {
+        merge_splits(p.attend, heads + row);
+    }
+}
+#endif
+
 #if __CUDA_ARCH__ >= 700
 // The block asks for phase i; cp_async_wait and a barrier come before it is read.
 __device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) {
@@ -163,8 +231,7 @@ union Shared {
     WarpSums sums;
     u64 keys[WARPS];
 #ifdef HEAD_DIM
-    AppendShared append;
-    AttendShared attend;
+    AttentionShared attention;
 #endif
 };
 
@@ -187,13 +254,15 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
     if (p.op == ARGMAX) argmax_tile(p.argmax, tile, shared.keys);
 #ifdef HEAD_DIM
     constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
-    if (p.op == APPEND) append_heads(shared.append, p.append, tile / OF_TOKEN, tile % OF_TOKEN);
-    if (p.op == ATTEND) attend_split(shared.attend, p.attend, tile);
-    if (p.op == MERGE) merge_splits(p.attend, tile);
+    const Attention& a = p.attention;
+    if (p.op == APPEND) {
+        append_heads(shared.attention.append, a.append, tile / OF_TOKEN, tile % OF_TOKEN);
+    }
+    if (p.op == ATTEND) attention_tile(shared.attention, a, tile);
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
+extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 3 : 1)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;

@@ -30,7 +30,7 @@ from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched, span_of
 
 BLOCK = 128  # threads
-OPS = ("PRODUCT", "EMBED", "APPEND", "ATTEND", "MERGE", "PEAKS", "ARGMAX")  # as in the kernel
+OPS = ("PRODUCT", "EMBED", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
 _PARTS = 64  # of a row of logits, whose largest are compared then
 _SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
 
@@ -169,43 +169,9 @@ class Append(NamedTuple):
     v_scales: Any = None
     spec: KVSpec | str | None = None
 
-    @property
-    def inputs(self) -> Any:
-        return self.qkv
-
-    def constants(self) -> list[Any]:
-        return []
-
     def arrays(self) -> dict[str, Any]:
         names = ("q_out", *POOLS, "qkv", "slots", "positions", "inv_freq", "q_norm", "k_norm")
         return {name: getattr(self, name) for name in names}
-
-    def checked(self, op: str) -> Any:
-        if self.q_out is None:
-            raise ParameterError(f"{op}: an append has no q_out, expected an array")
-        options = self.spec, self.pairing, self.eps, self.hadamard
-        return paged_qkv.checked(op, self.arrays(), *options)
-
-    def touched(self) -> Touched:
-        given = self.arrays()
-        written = [given.pop(name) for name in ("q_out", *POOLS)]
-        reads, writes = (
-            [span_of(x) for x in arrays if x is not None] for arrays in (given.values(), written)
-        )
-        return Touched(reads, writes)
-
-    def run_alone(self) -> None:
-        paged_qkv.append(**self._asdict())
-
-    def defines(self, op: str) -> dict[str, Any]:
-        dims, _, options = self.checked(op)
-        return paged_qkv.kernel_arguments(dims, self.arrays(), options)[0] | dict(BLOCK=BLOCK)
-
-    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
-        dims, HQ, options = self.checked(op)
-        defines, scalars = paged_qkv.kernel_arguments(dims, self.arrays(), options)
-        tiles = dims["T"] * -(-(HQ + 2 * dims["H"]) // (BLOCK // defines["LANES"]))
-        return [Record("APPEND", None, tiles, self.arrays() | scalars, self.touched())]
 
 
 class Attend(NamedTuple):
@@ -224,78 +190,120 @@ class Attend(NamedTuple):
     window: int | None = None
     logits_soft_cap: float | None = None
 
-    @property
-    def inputs(self) -> Any:
-        return self.q
-
-    def constants(self) -> list[Any]:
-        return []
-
     def arrays(self) -> dict[str, Any]:
         names = ("out", "q", *POOLS, "page_table", "lengths")
         return {name: getattr(self, name) for name in names}
 
-    def checked(self, op: str) -> tuple[Any, KVSpec, attention.Scores]:
-        if self.out is None:
-            raise ParameterError(f"{op}: an attention has no out, expected an array")
-        pools = [getattr(self, name) for name in POOLS]
-        spec = spec_of(op, self.spec, *pools)
-        dims = paged_decode.check_arrays(spec, self.arrays())
-        options = self.scale, self.window, self.logits_soft_cap
-        return dims, spec, attention.check_options(op, dims, *options, True)
+
+class Attention(NamedTuple):
+    """An append, then attention of its queries over the same pools. What the append's `q_out` holds
+    behind it is nobody's to read: a kernel that does both at once leaves it as it is."""
+
+    append: Append
+    attend: Attend
+
+    @property
+    def inputs(self) -> Any:
+        return self.append.qkv
+
+    def constants(self) -> list[Any]:
+        return []
+
+    def checked(self, op: str) -> _Checked:
+        append, attend = self
+        for array, name in ((append.q_out, "q_out"), (attend.out, "out")):
+            if array is None:
+                raise ParameterError(f"{op}: an attention has no {name}, expected an array")
+        if attend.q is not append.q_out:
+            raise ParameterError(f"{op}: an attention has another q, expected its append's q_out")
+        for name in POOLS:
+            if getattr(append, name) is not getattr(attend, name):
+                raise ParameterError(f"{op}: an attention has two {name}, expected one")
+        pools = [getattr(append, name) for name in POOLS]
+        spec = spec_of(op, append.spec, *pools)
+        options = spec, append.pairing, append.eps, append.hadamard
+        of_append = paged_qkv.checked(op, append.arrays(), *options)
+        dims = paged_decode.check_arrays(spec, attend.arrays())
+        asked = attend.scale, attend.window, attend.logits_soft_cap
+        scores = attention.check_options(op, dims, *asked, True)
+        return _Checked(of_append[0], of_append[2], dims, spec, scores)
 
     def touched(self) -> Touched:
-        given = self.arrays()
-        out = given.pop("out")
-        return Touched([span_of(x) for x in given.values() if x is not None], [span_of(out)])
-
-    def run_alone(self) -> None:
-        paged_decode.decode(**self._asdict())
-
-    def _sizes(self, dims: Any) -> paged_decode_mma.Sizes:
-        return paged_decode_mma.Sizes(
-            dims["B"], 1, *(dims[letter] for letter in ("HQ", "H", "D", "P", "M"))
+        append, attend = self
+        given = append.arrays() | attend.arrays()
+        writes = [given.pop(name) for name in ("q_out", "out", *POOLS)]
+        reads = [x for name, x in given.items() if x is not None and name != "q"]
+        return Touched(
+            [span_of(x) for x in reads], [span_of(x) for x in writes if x is not None]
         )
 
-    def _splits(self, dims: Any, scores: attention.Scores) -> tuple[int, int]:
-        """Tiles of query rows, and into how many parts their keys are cut: one for each block that
-        may run beside the others, as long as it has keys."""
-        sizes = self._sizes(dims)
-        tiles = sizes.B * sizes.H * -(-sizes.rows // paged_decode.tile_rows(sizes))
-        keys = min(sizes.capacity, int(scores.scalars["window"]))
-        num_sms = cuda.num_sms(self.q.data.device_id)
-        return tiles, max(1, min(-(-2 * num_sms // tiles), -(-keys // _SPLIT_KEYS)))
+    def run_alone(self) -> None:
+        paged_qkv.append(**self.append._asdict())
+        paged_decode.decode(**self.attend._asdict())
 
     def defines(self, op: str) -> dict[str, Any]:
-        dims, spec, scores = self.checked(op)
-        rows = paged_decode.tile_rows(self._sizes(dims))
-        defines = attention.kernel_defines(spec, scores, self.arrays())
+        """Of the kernel, for its cache."""
+        of_append, options, _, spec, scores = checked = self.checked(op)
+        arrays = self.append.arrays()
+        defines = paged_qkv.kernel_arguments(of_append, arrays, options)[0]
+        defines |= attention.kernel_defines(spec, scores, self.attend.arrays())
+        rows = paged_decode.tile_rows(checked.sizes)
         return defines | dict(BLOCK=BLOCK, QUERY_ROWS=rows, COUNTERS=paged_decode.COUNTERS)
+
+    def _splits(self, checked: _Checked) -> tuple[int, int]:
+        """Tiles of query rows, and into how many parts their keys are cut: one for each block that
+        may run beside the others, as long as it has keys."""
+        sizes = checked.sizes
+        tiles = sizes.B * sizes.H * -(-sizes.rows // paged_decode.tile_rows(sizes))
+        keys = min(sizes.capacity, int(checked.scores.scalars["window"]))
+        num_sms = cuda.num_sms(self.append.qkv.data.device_id)
+        splits = max(1, min(-(-2 * num_sms // tiles), -(-keys // _SPLIT_KEYS)))
+        return tiles, splits if tiles <= paged_decode.COUNTERS else 1
 
     def workspace_size(self, op: str) -> int:
         """Elements of scratch memory that it needs."""
-        dims, _, scores = self.checked(op)
-        splits = self._splits(dims, scores)[1]
-        states = dims["B"] * dims["HQ"] * splits * (dims["D"] + 2)
+        checked = self.checked(op)
+        sizes, (_, splits) = checked.sizes, self._splits(checked)
+        states = sizes.B * sizes.HQ * splits * (sizes.D + 2)
         return paged_decode.COUNTERS + states if splits > 1 else 0
 
     def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
-        dims, spec, scores = self.checked(op)
-        tiles, splits = self._splits(dims, scores)
+        checked = self.checked(op)
+        of_append, options, dims, spec, scores = checked
+        sizes, (tiles, splits) = checked.sizes, self._splits(checked)
+        defines, values = paged_qkv.kernel_arguments(of_append, self.append.arrays(), options)
+        append = self.append.arrays() | values
         absent = dict.fromkeys(("lse", "alibi_slopes", "sinks", "tree", "key_positions"))
-        values = self.arrays() | absent | dict(workspace=scratch.workspace)
-        values |= paged_decode.kernel_arguments(self.arrays(), dims, spec, scores, "e")[1]
-        values |= dict(HQ=dims["HQ"], H=dims["H"], P=dims["P"], split_keys=0, splits=splits)
+        attend = self.attend.arrays() | absent | dict(workspace=scratch.workspace)
+        attend |= paged_decode.kernel_arguments(self.attend.arrays(), dims, spec, scores, "e")[1]
+        attend |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=0, splits=splits)
+        values = {f"append.{name}": value for name, value in append.items()}
+        values |= {f"attend.{name}": value for name, value in attend.items()}
         touched = self.touched()
-        if splits == 1:
-            return [Record("ATTEND", None, tiles, values, touched)]
-        parts = [span_of(scratch.workspace)]
-        return [
-            Record("ATTEND", None, tiles * splits, values, touched._replace(writes=parts)),
-            Record(
-                "MERGE", None, dims["B"] * dims["HQ"], values, touched._replace(reads=parts)
-            ),
-        ]
+        if splits > 1:
+            touched.writes.append(span_of(scratch.workspace))
+        last = Record("ATTEND", None, tiles * splits, values, touched)
+        groups, G = BLOCK // defines["LANES"], sizes.HQ // sizes.H
+        if paged_decode.tile_rows(sizes) >= G and groups >= G + 2:  # AT_ONCE, in the kernel
+            return [last]
+        heads = sizes.HQ + 2 * sizes.H
+        return [Record("APPEND", None, sizes.B * -(-heads // groups), values, touched), last]
+
+
+class _Checked(NamedTuple):
+    """The sizes and options of an attention's append, then its own."""
+
+    of_append: Any
+    options: paged_qkv.Options
+    dims: Any
+    spec: KVSpec
+    scores: attention.Scores
+
+    @property
+    def sizes(self) -> paged_decode_mma.Sizes:
+        return paged_decode_mma.Sizes(
+            self.dims["B"], 1, *(self.dims[letter] for letter in ("HQ", "H", "D", "P", "M"))
+        )
 
 
 class Argmax(NamedTuple):
@@ -334,4 +342,4 @@ class Argmax(NamedTuple):
         ]
 
 
-PHASES = Product, Embed, Append, Attend, Argmax
+PHASES = Product, Embed, Attention, Argmax

@@ -18,7 +18,7 @@ from pykv.llm import matrices
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.phases import Append, Argmax, Attend, Embed, Product
+from pykv.phases import Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
 
 TOKENS = 8  # at most
@@ -78,7 +78,7 @@ def token_phases(model: Model, batch: Batch, cache: PagedKVCache) -> TokenPhases
     for i, layer in enumerate(model.layers):
         of_norm = dict(eps=config.eps, norm=layer.attention_norm)
         phases += _products(x, layer.qkv, qkv, bias=layer.qkv_bias, **of_norm)
-        phases += _attention(model, i, layer, batch, cache, (qkv, q, attended))
+        phases.append(_attention(model, i, layer, batch, cache, (qkv, q, attended)))
         rows, bias = attended.reshape(T, -1), layer.attention_out_bias
         phases += _products(rows, layer.attention_out, x, bias=bias, accumulate=True)
         of_gate = dict(eps=config.eps, norm=layer.ffn_norm, gate=config.kind.activation)
@@ -110,7 +110,7 @@ def _attention(
     batch: Batch,
     cache: PagedKVCache,
     arrays: tuple[Any, Any, Any],
-) -> list[Any]:
+) -> Attention:
     """Queries and new rows of a layer, and attention over its pages."""
     config, (qkv, q, attended) = model.config, arrays
     k_scales, v_scales = cache.scales[i]
@@ -121,10 +121,10 @@ def _attention(
     scores = dict(scale=config.attention_scale, window=config.windows[i])
     scores |= dict(logits_soft_cap=config.attention_cap)
     table = batch.page_table, batch.lengths
-    return [
+    return Attention(
         Append(qkv, *cache.layers[i], batch.slots, q, **rotation, **of_heads, **of_cache),
         Attend(q, *cache.layers[i], *table, attended, **of_cache, **scores),
-    ]
+    )
 
 
 def token_step(model: Model, batch: Batch, cache: PagedKVCache) -> tuple[Callable[[], Any], Any]:

@@ -15,16 +15,16 @@ from pykv import cuda
 from pykv.arrays import FLOATS, like, load_cupy, on_gpu
 from pykv.cuda.launch import SCALARS
 from pykv.errors import DeviceError, DtypeError, ParameterError, ShapeError, UnsupportedError
-from pykv.ops import block_linear, paged_qkv
+from pykv.ops import block_linear, paged_decode, paged_qkv
 from pykv.options import check_whole
-from pykv.phases import BLOCK, OPS, PHASES, Append, Argmax, Attend, Product, Record, Scratch
+from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
 from pykv.ranges import address_of, rows_of
 from pykv.specs import KVSpec
 from pykv.stages import check_stages, stages_of
 
 OLDEST_SM = 70  # with acquire and release
 _TOKENS = 8  # at most: those that share one reading of a matrix
-_PHASE_BYTES = 320
+_PHASE_BYTES = 512
 _HEAD_BYTES = 16  # op, kind, stage and tiles, in front of what the op is told
 _OP = "phase_program.PhaseProgram"
 
@@ -32,9 +32,8 @@ _OP = "phase_program.PhaseProgram"
 _STRUCT_OF = dict(
     PRODUCT=("block_linear", "gemv"),
     EMBED=("block_rows", "block_rows"),
-    APPEND=("paged_qkv", "paged_qkv"),
-    ATTEND=("paged_decode", "paged_decode"),
 )
+_ATTENTION = dict(append=("paged_qkv", "paged_qkv"), attend=("paged_decode", "paged_decode"))
 
 
 def _defines(kinds: Sequence[str], x: Any, bias: Any, rows: int, outs: int) -> dict[str, Any]:
@@ -64,9 +63,9 @@ class PhaseProgram:
     """A function that does phases in their order; each may read what others have written.
 
     Args:
-        phases: at least one of pykv.phases: Product, Embed, Append, Attend, Argmax. T is at most 8
-            and the same for all, as is the dtype of inputs, and that of biases; Append and Attend
-            come together, of caches of one kind. None writes a matrix, bias or norm.
+        phases: at least one of pykv.phases: Product, Embed, Attention, Argmax. T is at most 8 and the
+            same for all, as is the dtype of inputs, that of biases, and the kind of caches. None
+            writes a matrix, bias or norm.
             Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
@@ -76,8 +75,8 @@ class PhaseProgram:
             than sm_70.
 
     Attributes:
-        stages: the number of each phase's stage; on a GPU attention whose keys are cut, and an
-            argmax, count as two phases. All blocks of the launch wait for each other behind a
+        stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
+            does attention of more query heads a KV head than a block serves. All blocks of the launch wait for each other behind a
             stage; phases of one stage need nothing of each other.
 
     Made on a GPU it synchronises once; a call only enqueues. Calls of one program must not overlap:
@@ -203,9 +202,6 @@ def _check_alike(phases: list[Any]) -> None:
             if any(constant.meets(rows) for rows in written):
                 name = next(n for n in ("w", "bias", "norm") if getattr(p, n, None) is array)
                 raise ParameterError(f"{_OP}: a phase writes {name}, expected arrays of its own")
-    has = [any(isinstance(p, of) for p in phases) for of in (Append, Attend)]
-    if has[0] != has[1]:
-        raise ParameterError(f"{_OP}: phases has one of Append and Attend, expected both or neither")
 
 
 def _rows_and_outs(phases: list[Any], kinds: list[str], sm: int) -> tuple[int, int]:
@@ -221,12 +217,15 @@ def _rows_and_outs(phases: list[Any], kinds: list[str], sm: int) -> tuple[int, i
 
 def _scratch(phases: list[Any]) -> Scratch:
     x = phases[0].inputs
-    states = max((p.workspace_size(_OP) for p in phases if isinstance(p, Attend)), default=0)
+    states = max((p.workspace_size(_OP) for p in phases if isinstance(p, Attention)), default=0)
     keys = max((p.keys_size() for p in phases if isinstance(p, Argmax)), default=0)
-    return Scratch(
+    scratch = Scratch(
         like(x, (states,), np.float32) if states else None,
         like(x, (keys,), np.uint64) if keys else None,
     )
+    if states:
+        scratch.workspace[: paged_decode.COUNTERS] = 0
+    return scratch
 
 
 def _cache_defines(phases: list[Any]) -> dict[str, Any]:
@@ -237,7 +236,7 @@ def _cache_defines(phases: list[Any]) -> dict[str, Any]:
     """
     defines: dict[str, Any] = {}
     for p in phases:
-        if not isinstance(p, (Append, Attend)):
+        if not isinstance(p, Attention):
             continue
         for name, value in p.defines(_OP).items():
             if defines.setdefault(name, value) != value:
@@ -251,13 +250,27 @@ def _cache_defines(phases: list[Any]) -> dict[str, Any]:
 def _struct_of(op: str) -> np.dtype[Any]:
     """How the kernel lays out what an op is told."""
     if op in ("PEAKS", "ARGMAX"):
-        arrays: tuple[str, ...] = ("out", "logits", "keys")
-        scalars: dict[str, Any] = dict(V=np.int32, parts=np.int32)
-    else:
-        arrays, types = cuda.signature(*_STRUCT_OF["ATTEND" if op == "MERGE" else op])
-        scalars = {name: SCALARS[c_type] for name, c_type in types.items()}
-    fields = [(name, np.uint64) for name in arrays] + list(scalars.items())
-    return np.dtype(fields, align=True)
+        arrays = [(name, np.uint64) for name in ("out", "logits", "keys")]
+        return np.dtype([*arrays, ("V", np.int32), ("parts", np.int32)], align=True)
+    if op in _STRUCT_OF:
+        return _parameters_of(*_STRUCT_OF[op])
+    # One struct behind the other, each aligned to eight bytes.
+    names, offsets, formats, end = [], [], [], 0
+    for part, kernel in _ATTENTION.items():
+        dtype = _parameters_of(*kernel)
+        for name, (of_name, offset, *_) in (dtype.fields or {}).items():
+            names.append(f"{part}.{name}")
+            formats.append(of_name)
+            offsets.append(end + offset)
+        end += dtype.itemsize
+    return np.dtype(dict(names=names, formats=formats, offsets=offsets, itemsize=end))
+
+
+def _parameters_of(stem: str, name: str) -> np.dtype[Any]:
+    """A struct of the parameters of a kernel."""
+    arrays, types = cuda.signature(stem, name)
+    scalars = [(scalar, SCALARS[c_type]) for scalar, c_type in types.items()]
+    return np.dtype([(array, np.uint64) for array in arrays] + scalars, align=True)
 
 
 def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:

@@ -23,7 +23,7 @@ def test_each_way_agrees(xp, rng, monkeypatch, case):
     assert work.bytes == dict(all=matrices + rows, products=matrices, attention=rows)[case["parts"]]
 
 
-@pytest.mark.parametrize("phase", ["Append", "Attend", "Product", "Argmax"])
+@pytest.mark.parametrize("phase", ["Attention", "Product", "Argmax"])
 def test_a_program_that_is_wrong_is_seen(rng, monkeypatch, phase):
     """Of which one phase does nothing."""
     made = persistent.make(persistent.QUICK[0], np, rng)

@@ -6,12 +6,13 @@ import weakref
 import numpy as np
 import pytest
 
-from pykv import cuda
+from pykv import PagedKVCache, cuda
+from pykv.bench import synthetic
 from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, block_rows
 from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
-from pykv.phases import Product
+from pykv.phases import Append, Argmax, Attend, Attention, Embed, Product
 from pykv.ranges import Rows
 from pykv.stages import Touched, check_stages, stages_of
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
@@ -101,6 +102,124 @@ def test_stored_weights_with_a_gate(xp_of_programs, rng):
     PhaseProgram([Product(xp.asarray(x), w, "Q4_K", out, gate="geglu")])()
     block_linear.multiply(xp.asarray(x), w, "Q4_K", gate="geglu", out=want)
     np.testing.assert_allclose(to_numpy(out), to_numpy(want), rtol=1e-4, atol=1e-4)
+
+
+# --- Attention, embedding rows and the likeliest token --------------------------------------------
+
+
+def attention_of(xp, rng, spec, heads, D, lengths):
+    """An attention over random rows, with norms and rotation: at each call the same."""
+    (HQ, H), B, P = heads, len(lengths), 4
+    M = -(-max(lengths) // P)
+    cache = PagedKVCache(1, B * M, H, D, page_size=P, spec=spec, xp=xp)
+    table = rng.permutation(B * M).astype(np.int32).reshape(B, M)
+    at = np.arange(M * P)
+    slots = (table[:, at // P] * P + at % P).astype(np.int32)
+    k, v = (rng.standard_normal((slots.size, H, D)).astype(np.float32) for _ in range(2))
+    cache.append(0, xp.asarray(k), xp.asarray(v), xp.asarray(slots.reshape(-1)))
+    last = np.array(lengths, np.int32) - 1
+    qkv = rng.standard_normal((B, (HQ + 2 * H) * D)).astype(np.float32)
+    q, out = (xp.asarray(np.full((B, HQ, D), np.nan, np.float32)) for _ in range(2))
+    pools = dict(zip(("k_pool", "v_pool"), cache.layers[0], strict=True))
+    pools |= dict(zip(("k_scales", "v_scales"), cache.scales[0], strict=True), spec=cache.spec)
+    asarray = xp.asarray
+    append = Append(
+        qkv=asarray(qkv),
+        slots=asarray(np.where(last < 0, -1, slots[np.arange(B), last]).astype(np.int32)),
+        q_out=q,
+        positions=asarray(np.maximum(last, 0)),
+        inv_freq=asarray(rng.uniform(0, 1, D // 2).astype(np.float32)),
+        q_norm=asarray(rng.uniform(0.5, 2, D).astype(np.float32)),
+        k_norm=asarray(rng.uniform(0.5, 2, D).astype(np.float32)),
+        hadamard=cache.spec.wants_hadamard,
+        **pools,
+    )
+    where = dict(page_table=asarray(table), lengths=asarray(last + 1))
+    return Attention(append, Attend(q, out=out, **where, **pools, window=200)), cache
+
+
+@pytest.mark.parametrize(
+    "spec, heads, D, lengths",
+    [
+        ("fp16", (3, 1), 16, [5, 0, 700]),  # keys that are cut, and a row that nobody has
+        ("int8", (6, 1), 8, [40, 3]),  # more query heads than a block serves
+        ("bf16:HND", (4, 2), 72, [1, 130]),
+        ("k8v4", (1, 1), 128, [259]),
+    ],
+)
+def test_attention_appends_and_attends(xp_of_programs, rng, spec, heads, D, lengths):
+    xp = xp_of_programs
+    phase, cache = attention_of(xp, rng, spec, heads, D, lengths)
+    before = [to_numpy(x).copy() for x in (cache.k, cache.v)]
+    phase.run_alone()
+    want = [to_numpy(x).copy() for x in (cache.k, cache.v, phase.attend.out)]
+    assert any((a != b).any() for a, b in zip(before, want, strict=False))
+    for array, old in zip((cache.k, cache.v), before, strict=True):
+        array[...] = xp.asarray(old)
+    phase.attend.out.fill(np.nan)
+    program = PhaseProgram([phase], blocks=3)
+    for _ in range(2):
+        program()
+    got = [to_numpy(x) for x in (cache.k, cache.v, phase.attend.out)]
+    assert_same_bits(got[0], want[0])
+    assert_same_bits(got[1], want[1])
+    np.testing.assert_allclose(got[2], want[2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q6_K"])
+def test_embedding_rows(xp_of_programs, rng, kind):
+    """Rows outside the table are zeros on a GPU."""
+    xp, O, I = xp_of_programs, 7, 768
+    if kind == "F16":
+        w = xp.asarray(rng.standard_normal((O, I)).astype(np.float16))
+    else:
+        w = block_rows.pack(xp.asarray(synthetic.blocks(kind, O, I, rng)), kind)
+    ids = xp.asarray(np.array([6, 0, 3 if xp is np else 7], np.int32))
+    out, want = (xp.asarray(np.full((3, I), np.nan, np.float32)) for _ in range(2))
+    phase = Embed(ids, w, kind, out, 0.3)
+    PhaseProgram([phase])()
+    phase._replace(out=want).run_alone()
+    assert_same_bits(to_numpy(out), to_numpy(want))
+
+
+def test_the_likeliest_token(xp_of_programs, rng):
+    """Ties go to the lowest index, NaN to nobody, and infinity has none."""
+    xp = xp_of_programs
+    logits = rng.standard_normal((5, 1000)).astype(np.float32)
+    logits[0, [700, 3, 999]] = 9
+    logits[1, 5], logits[1, 999] = np.nan, 8
+    logits[2, 17] = np.inf
+    logits[3] = np.nan
+    logits[4] = -1.5
+    out = xp.asarray(np.full(5, -2, np.int32))
+    program = PhaseProgram([Argmax(xp.asarray(logits), out)], blocks=2)
+    for _ in range(2):
+        program()
+    assert to_numpy(out).tolist() == [3, 999, -1, -1, 0]
+
+
+def test_a_model_of_two_types(xp_of_programs, rng):
+    """Rows of several types fill columns of one array in one stage."""
+    xp = xp_of_programs
+    x = xp.asarray(rng.standard_normal((2, 256)).astype(np.float32))
+    out, want = (xp.asarray(np.full((2, 60), np.nan, np.float32)) for _ in range(2))
+    packed = {
+        kind: block_rows.pack(xp.asarray(synthetic.blocks(kind, rows, 256, rng)), kind)
+        for kind, rows in (("Q4_K", 40), ("Q6_K", 20))
+    }
+
+    def products(to):
+        columns = to[:, :40], to[:, 40:]
+        pairs = zip(packed.items(), columns, strict=True)
+        return [Product(x, w, kind, part) for (kind, w), part in pairs]
+
+    program = PhaseProgram(products(out))
+    assert program.stages == [0, 0]
+    program()
+    for phase in products(want):
+        phase.run_alone()
+    got, want = to_numpy(out), to_numpy(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 # --- The program ----------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ template <typename K>
 __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const X_T* x,
                                       const float* norm, i64 x_stride, int t0, int T, int i0,
                                       int I, int parts) {
-    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 ? 2 : 1;  // loads in flight
+    constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 && 2 * STEP <= SLICE ? 2 : 1;  // loads in flight
     static_assert(SLICE % (AHEAD * STEP) == 0, "whole steps");
     for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
         float values[AHEAD][ROWS][4], factors[AHEAD][4];

@@ -58,8 +58,8 @@ paged_decode(Q_T* __restrict__ out, float* __restrict__ lse, float* __restrict__
                    k_scales_page, k_scales_token, k_scales_head, v_scales_page, v_scales_token,
                    v_scales_head, T, causal_offset, HQ, H, P, M, capacity, window, split_keys,
                    splits, score_scale, cap, lse_unit};
-    attend_split(shared, p, blockIdx.x,
-                 [&](const KeyShare& share) { return stored_queries(p, share); });
+    const KeyShare share = share_of(p, blockIdx.x);
+    attend_split(shared, p, share, [&] { return stored_queries(p, share); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -70,18 +70,11 @@ struct AttendShared {
 // A block's share of an attention: a tile of query rows of a KV head, and keys begin to end - 1.
 struct KeyShare { int b, kv_head, tile, split, begin, end, length; };
 
-// The block's part of an attention: `index` counts splits, then tiles of query rows, KV heads and
-// sequences. queries(share) is where the queries of the KV head begin, D elements each.
-template <typename Queries>
-__device__ __forceinline__ void attend_split(AttendShared& shared, const Attend& p, int index,
-                                             Queries queries) {
-    const int G = p.HQ / p.H;
-    const int tiles = (G * p.T + QUERY_ROWS - 1) / QUERY_ROWS;
+// `index` counts splits, then tiles of query rows, KV heads and sequences.
+__device__ __forceinline__ KeyShare share_of(const Attend& p, int index) {
+    const int tiles = (p.HQ / p.H * p.T + QUERY_ROWS - 1) / QUERY_ROWS;
     const int split = index % p.splits, block = index / p.splits;
-    const int tile = block % tiles;
-    const int kv_head = block / tiles % p.H;
     const int b = block / tiles / p.H;
-    const int num_rows = min(QUERY_ROWS, G * p.T - tile * QUERY_ROWS);
 
     // This split's share of the visible keys, in whole steps of the block.
     const int length = max(0, min(p.lengths[b], p.capacity));
@@ -93,14 +86,25 @@ __device__ __forceinline__ void attend_split(AttendShared& shared, const Attend&
         first_key += positions[first_key] <= hidden;
     }
     const int steps = (length - first_key + SLOTS * AHEAD - 1) / (SLOTS * AHEAD);
-    const int share = p.split_keys ? p.split_keys : (steps + p.splits - 1) / p.splits * (SLOTS * AHEAD);
-    const int begin = (int)min(first_key + (i64)split * share, (i64)length);
-    const int end = (int)min(begin + (i64)share, (i64)length);
+    const int keys =
+        p.split_keys ? p.split_keys : (steps + p.splits - 1) / p.splits * (SLOTS * AHEAD);
+    const int begin = (int)min(first_key + (i64)split * keys, (i64)length);
+    const int end = (int)min(begin + (i64)keys, (i64)length);
+    return {b, block / tiles % p.H, block % tiles, split, begin, end, length};
+}
 
+// The block's part of an attention; queries() is where those of the share's KV head begin, D elements
+// each.
+template <typename Queries>
+__device__ __forceinline__ void attend_split(AttendShared& shared, const Attend& p,
+                                             const KeyShare& share, Queries queries) {
+    const auto [b, kv_head, tile, split, begin, end, length] = share;
+    const int G = p.HQ / p.H, num_rows = min(QUERY_ROWS, G * p.T - tile * QUERY_ROWS);
+    const int* const positions = p.key_positions + (i64)b * p.capacity;
     const int warp = threadIdx.x / WARP;
     const int slot = threadIdx.x / KEY_LANES;
 
-    const Q_T* const q = queries(KeyShare{b, kv_head, tile, split, begin, end, length});
+    const Q_T* const q = queries();
     float query[QUERY_ROWS][EIGHTS][8], acc[QUERY_ROWS][EIGHTS][8] = {}, m[QUERY_ROWS], l[QUERY_ROWS];
     int row_position[QUERY_ROWS];  // of the query in its sequence
 #pragma unroll

@@ -192,10 +192,29 @@ __device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, cons
     return &shared.queries[0][0];
 }
 
+// Asks for the rows of a share, all of which but the last were written long ago, for L2.
+__device__ __forceinline__ void ask_for_rows(const Attend& p, const KeyShare& share) {
+    constexpr int LINE = 128;
+    for (int key = share.begin + threadIdx.x; key < share.end; key += THREADS) {
+        const i64 page = p.page_table[(i64)share.b * p.M + key / p.P], token = key % p.P;
+        const K_T* k = p.k_pool + page * p.k_pool_page + token * p.k_pool_token +
+                       share.kv_head * p.k_pool_head;
+        const V_T* v = p.v_pool + page * p.v_pool_page + token * p.v_pool_token +
+                       share.kv_head * p.v_pool_head;
+        for (int i = 0; i < (int)sizeof(K_T) * D / PACKED<K_T>; i += LINE) prefetch_l2((const u8*)k + i);
+        for (int i = 0; i < (int)sizeof(V_T) * D / PACKED<V_T>; i += LINE) prefetch_l2((const u8*)v + i);
+    }
+}
+
 // A split of an attention; the block that ends last merges those of its query rows. The workspace has
 // a counter for each tile, zero before and behind.
-__device__ __forceinline__ void attention_tile(AttentionShared& shared, const Attention& p, int tile) {
-    attend_split(shared.attend, p.attend, tile, [&](const KeyShare& share) {
+template <typename Await>
+__device__ __forceinline__ void attention_tile(AttentionShared& shared, const Attention& p, int tile,
+                                               Await await) {
+    const KeyShare share = share_of(p.attend, tile);
+    ask_for_rows(p.attend, share);
+    await();
+    attend_split(shared.attend, p.attend, share, [&] {
         return AT_ONCE ? make_queries(shared, p.append, share) : stored_queries(p.attend, share);
     });
     const int splits = p.attend.splits, G = p.attend.HQ / p.attend.H;
@@ -248,21 +267,25 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
         });
         return;
     }
+#ifdef HEAD_DIM
+    if (p.op == ATTEND) {
+        attention_tile(shared.attention, p.attention, tile, await);
+        return;
+    }
+#endif
     await();
     if (p.op == EMBED) embed_tile(p.embed, p.kind, tile);
     if (p.op == PEAKS) peak_tile(p.argmax, tile, shared.keys);
     if (p.op == ARGMAX) argmax_tile(p.argmax, tile, shared.keys);
 #ifdef HEAD_DIM
     constexpr int OF_TOKEN = (HQ + 2 * H + GROUPS - 1) / GROUPS;
-    const Attention& a = p.attention;
     if (p.op == APPEND) {
-        append_heads(shared.attention.append, a.append, tile / OF_TOKEN, tile % OF_TOKEN);
+        append_heads(shared.attention.append, p.attention.append, tile / OF_TOKEN, tile % OF_TOKEN);
     }
-    if (p.op == ATTEND) attention_tile(shared.attention, a, tile);
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 3 : 1)
+extern "C" __global__ void __launch_bounds__(BLOCK, ROWS <= 2 ? 384 / BLOCK : 1)
 phase_program(const u64* program, u32* counters, int phases) {
     extern __shared__ __align__(128) float staged[];
     __shared__ Shared shared;

@@ -318,14 +318,21 @@ class Cut(NamedTuple):
     shared_bytes: int  # of dynamic shared memory
 
 
-def cut_of(x: Any, w: Any, kind: str, rows: int | None = None, outs: int | None = None) -> Cut:
-    """How `gemv` cuts a product, where it has the choice as asked."""
+def cut_of(
+    x: Any,
+    w: Any,
+    kind: str,
+    rows: int | None = None,
+    outs: int | None = None,
+    threads: int = _BLOCK,
+) -> Cut:
+    """How `gemv` cuts a product among blocks of so many threads, where it has the choice as asked."""
     (T, I), R = x.shape, len(w)
     num_sms = cuda.num_sms(x.data.device_id)
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))
     choice = (outs,) if outs else _outs(kind, rows, cuda.current_sm())
     outs, parts = _warps(R, I, choice, rows, num_sms)
-    tiles = -(-R // (outs * (_BLOCK // 32 // parts)))
+    tiles = -(-R // (outs * (threads // 32 // parts)))
     return Cut(rows, outs, parts, tiles, parts * rows * _SLICE_BYTES)
 
 

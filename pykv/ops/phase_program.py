@@ -138,7 +138,7 @@ class PhaseProgram:
         for p in self._phases:
             cut = None
             if isinstance(p, Product):
-                cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs)
+                cut = block_linear.cut_of(p.x, p.w, p.kind, rows, outs, BLOCK)
                 shared = max(shared, cut.shared_bytes)
             records += p.records(_OP, cut, scratch)
         self.stages = stages_of([record.touched for record in records])

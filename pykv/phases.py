@@ -233,9 +233,7 @@ class Attention(NamedTuple):
         given = append.arrays() | attend.arrays()
         writes = [given.pop(name) for name in ("q_out", "out", *POOLS)]
         reads = [x for name, x in given.items() if x is not None and name != "q"]
-        return Touched(
-            [span_of(x) for x in reads], [span_of(x) for x in writes if x is not None]
-        )
+        return Touched([span_of(x) for x in reads], [span_of(x) for x in writes if x is not None])
 
     def run_alone(self) -> None:
         paged_qkv.append(**self.append._asdict())

@@ -17,6 +17,7 @@ from pykv.llm.matrices import Stored
 from pykv.llm.weights import Layer, Model
 from pykv.ops import block_rows, rope
 
+
 def _shape(L: int, E: int, HQ: int, H: int, D: int, F: int, V: int) -> dict[str, Any]:
     sizes = dict(num_layers=L, embedding=E, heads=HQ, kv_heads=H, head_dim=D)
     return sizes | dict(feed_forward=F, vocab=V)

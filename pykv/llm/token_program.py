@@ -41,7 +41,8 @@ def check(op: str, model: Model) -> None:
     """
     if on_gpu(model.output_norm) and cuda.current_sm() < OLDEST_SM:
         raise UnsupportedError(
-            f"{op}: decode is 'persistent' on sm_{cuda.current_sm()}, expected sm_{OLDEST_SM} or newer"
+            f"{op}: decode is 'persistent' on sm_{cuda.current_sm()}, expected sm_{OLDEST_SM} or "
+            "newer"
         )
     lacks = "expected another decode than 'persistent', as no phase"
     if model.config.logit_cap is not None:
@@ -113,18 +114,33 @@ def _attention(
 ) -> Attention:
     """Queries and new rows of a layer, and attention over its pages."""
     config, (qkv, q, attended) = model.config, arrays
-    k_scales, v_scales = cache.scales[i]
-    of_cache = dict(k_scales=k_scales, v_scales=v_scales, spec=cache.spec)
-    of_heads = dict(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=config.eps)
-    of_heads |= dict(pairing=config.kind.pairing, hadamard=model.hadamard)
-    rotation = dict(positions=batch.positions, inv_freq=layer.inv_freq)
-    scores = dict(scale=config.attention_scale, window=config.windows[i])
-    scores |= dict(logits_soft_cap=config.attention_cap)
-    table = batch.page_table, batch.lengths
-    return Attention(
-        Append(qkv, *cache.layers[i], batch.slots, q, **rotation, **of_heads, **of_cache),
-        Attend(q, *cache.layers[i], *table, attended, **of_cache, **scores),
+    (k_pool, v_pool), (k_scales, v_scales) = cache.layers[i], cache.scales[i]
+    pools: dict[str, Any] = dict(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+    pools |= dict(spec=cache.spec)
+    append = Append(
+        qkv=qkv,
+        slots=batch.slots,
+        q_out=q,
+        positions=batch.positions,
+        inv_freq=layer.inv_freq,
+        pairing=config.kind.pairing,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        eps=config.eps,
+        hadamard=model.hadamard,
+        **pools,
     )
+    attend = Attend(
+        q=q,
+        page_table=batch.page_table,
+        lengths=batch.lengths,
+        out=attended,
+        scale=config.attention_scale,
+        window=config.windows[i],
+        logits_soft_cap=config.attention_cap,
+        **pools,
+    )
+    return Attention(append, attend)
 
 
 def token_step(model: Model, batch: Batch, cache: PagedKVCache) -> tuple[Callable[[], Any], Any]:

@@ -315,7 +315,7 @@ def kernel_arguments(
     norm_dtype = None if q_norm is None else q_norm.dtype
     defines = defines_of(qkv.dtype, spec, HQ, H, D, dims["P"], F, norm_dtype, **flags)
     q_token, q_head = (stride // q_out.itemsize for stride in q_out.strides[:2])
-    scalars = spec.pool_strides(**{name: arrays[name] for name in POOLS})
+    scalars: dict[str, Any] = spec.pool_strides(**{name: arrays[name] for name in POOLS})
     scalars |= dict(q_token=q_token, q_head=q_head, qkv_token=row_step(qkv), eps=eps)
     return defines, scalars
 

@@ -63,9 +63,9 @@ class PhaseProgram:
     """A function that does phases in their order; each may read what others have written.
 
     Args:
-        phases: at least one of pykv.phases: Product, Embed, Attention, Argmax. T is at most 8 and the
-            same for all, as is the dtype of inputs, that of biases, and the kind of caches. None
-            writes a matrix, bias or norm.
+        phases: at least one of pykv.phases: Product, Embed, Attention, Argmax. T is at most 8 and
+            the same for all, as is the dtype of inputs, that of biases, and the kind of caches.
+            None writes a matrix, bias or norm.
             Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 
@@ -76,8 +76,9 @@ class PhaseProgram:
 
     Attributes:
         stages: the number of each phase's stage; on a GPU an argmax counts as two phases, and so
-            does attention of more query heads a KV head than a block serves. All blocks of the launch wait for each other behind a
-            stage; phases of one stage need nothing of each other.
+            does attention of more query heads a KV head than a block serves. All blocks of the
+            launch wait for each other behind a stage; phases of one stage need nothing of each
+            other.
 
     Made on a GPU it synchronises once; a call only enqueues. Calls of one program must not overlap:
     they share the counters by which blocks wait. Its blocks start when all of them have room:

@@ -8,6 +8,7 @@ from pykv.ops import mailbox as box
 from tests.simt import cupy as simt
 from tests.simt import machine
 
+
 @pytest.mark.parametrize("case", persistent.QUICK, ids=report.label)
 def test_each_way_agrees(xp, rng, monkeypatch, case):
     if xp is simt:

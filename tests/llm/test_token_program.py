@@ -53,7 +53,9 @@ def test_tokens_are_those_of_steps(open_both, rng, monkeypatch, name, options, c
         monkeypatch.setattr(
             llm.runner,
             "_draw",
-            lambda s, x, *p, kept=kept, draw=draw: kept.append(to_numpy(x).copy()) or draw(s, x, *p),
+            lambda s, x, *p, kept=kept, draw=draw: (
+                kept.append(to_numpy(x).copy()) or draw(s, x, *p)
+            ),
         )
     prompts = [rng.integers(3, 200, n).tolist() for n in (5, 18, 33)[:count]]
     want, got = (llm.generate(prompts, greedy(3)) for llm in (steps, persistent))

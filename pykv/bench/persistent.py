@@ -1,5 +1,5 @@
-"""The next token of B sequences with L tokens each, by a model of noise: as one launch that stays on
-the GPU (phase_program), as a CUDA graph of a launch for each phase, and as these launches.
+"""The next token of B sequences with L tokens each, by a model of noise: as one launch that stays
+on the GPU (phase_program), as a CUDA graph of a launch for each phase, and as these launches.
 
 Bytes are those that a step cannot do without; reading is the ceiling:
 

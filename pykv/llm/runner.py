@@ -154,8 +154,8 @@ class ModelRunner:
             yield (logits if self.xp is np else logits.get()), start
 
     def _draw(self, sequences: list[Sequence], logits: Any, peaks: Any = None) -> list[int]:
-        """The next token of each sequence, from its row; `peaks` as of Sampler.draw. What it draws goes by the tokens of its
-        answer, however often these were computed."""
+        """The next token of each sequence, from its row; `peaks` as of Sampler.draw. What it draws
+        goes by the tokens of its answer, however often these were computed."""
         if not sequences:
             return []
         masks = [s.mask() if s.mask else None for s in sequences]

@@ -326,7 +326,7 @@ def cut_of(
     outs: int | None = None,
     threads: int = _BLOCK,
 ) -> Cut:
-    """How `gemv` cuts a product among blocks of so many threads, where it has the choice as asked."""
+    """How `gemv` cuts a product among blocks of `threads`, where it has the choice as asked."""
     (T, I), R = x.shape, len(w)
     num_sms = cuda.num_sms(x.data.device_id)
     rows = rows or next(rows for rows in _OUTS if rows >= T or rows == max(_OUTS))

@@ -305,7 +305,12 @@ def _launch(dims: Dims, arrays: dict[str, Any], options: Options) -> cuda.Launch
 def kernel_arguments(
     dims: Dims, arrays: dict[str, Any], options: Options
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The defines and the scalars of the kernel."""
+    """The defines and the scalars of the kernel.
+
+    Args:
+        dims, options: of `checked`.
+        arrays: all that `append` takes, by name.
+    """
     spec, pairing, eps, hadamard = options
     q_out, qkv, q_norm = arrays["q_out"], arrays["qkv"], arrays["q_norm"]
     (_, HQ, D), H, F = q_out.shape, dims["H"], dims.get("F", 0)

@@ -30,12 +30,13 @@
 #include "grid_barrier.cuh"
 #include "order.cuh"
 #include "ptx.cuh"
+#include "reduce.cuh"
 #ifdef HEAD_DIM
 #include "paged_decode.cuh"
 #include "paged_qkv.cuh"
 #endif
 
-enum Op { PRODUCT, EMBED, APPEND, ATTEND, PEAKS, ARGMAX };
+enum Op { PRODUCT, EMBED, ADD_NORM, APPEND, ATTEND, PEAKS, ARGMAX };
 
 // What a phase reads and writes; the host packs the same (pykv/ops/phase_program.py).
 struct Product {
@@ -56,6 +57,15 @@ struct Embed {
     const int* ids;
     int O, I, W;  // rows of w, elements and bytes of one
     float scale;
+};
+
+// x += y / sqrt(mean(y^2) + eps) * norm, row by row.
+struct AddNorm {
+    X_T* x;
+    const X_T* y;
+    const float* norm;
+    int I;
+    float eps;
 };
 
 // The index of the largest of V logits: of `parts` parts of a row first.
@@ -86,6 +96,7 @@ struct Phase {
         u64 words[62];
         Product product;
         Embed embed;
+        AddNorm add_norm;
         Argmax argmax;
 #ifdef HEAD_DIM
         Attention attention;
@@ -121,6 +132,27 @@ __device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
         for (int b = 0; b < 4; b++) values[b] = __fmul_rn(values[b], p.scale);
     }
     store4(p.out + (i64)token * p.I + i, values);
+}
+
+// A block adds the row of a token.
+__device__ __forceinline__ void add_norm_tile(const AddNorm& p, int token, float* of_warps) {
+    const X_T* y = p.y + (i64)token * p.I;
+    X_T* x = p.x + (i64)token * p.I;
+    float squares = 0.0f, v[4], w[4], sum[4];
+    for (int i = threadIdx.x * 4; i < p.I; i += BLOCK * 4) {
+        load4(v, y + i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) squares = fmaf(v[j], v[j], squares);
+    }
+    const float scale = 1.0f / sqrtf(block_sum<BLOCK>(squares, of_warps) / (float)p.I + p.eps);
+    for (int i = threadIdx.x * 4; i < p.I; i += BLOCK * 4) {
+        load4(v, y + i);
+        load4(w, p.norm + i);
+        load4(sum, x + i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[j] += v[j] * (scale * w[j]);
+        store4(x + i, sum);
+    }
 }
 
 // The largest of a block's keys; thread 0 gets it. `of_warps` is in use until the next barrier.
@@ -249,6 +281,7 @@ __device__ __forceinline__ void ask_for(Phase& held, const u64* program, int i) 
 union Shared {
     WarpSums sums;
     u64 keys[WARPS];
+    float of_warps[WARPS];
 #ifdef HEAD_DIM
     AttentionShared attention;
 #endif
@@ -275,6 +308,7 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
 #endif
     await();
     if (p.op == EMBED) embed_tile(p.embed, p.kind, tile);
+    if (p.op == ADD_NORM) add_norm_tile(p.add_norm, tile, shared.of_warps);
     if (p.op == PEAKS) peak_tile(p.argmax, tile, shared.keys);
     if (p.op == ARGMAX) argmax_tile(p.argmax, tile, shared.keys);
 #ifdef HEAD_DIM

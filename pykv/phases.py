@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pykv import attention, cuda
-from pykv.arrays import INT32, checker
-from pykv.errors import ParameterError
+from pykv.arrays import FLOAT32, FLOATS, INT32, VECTOR_BYTES, checker
+from pykv.errors import ParameterError, ShapeError
 from pykv.ops import (
     activation,
     block_linear,
@@ -24,13 +24,14 @@ from pykv.ops import (
     sample,
 )
 from pykv.ops.block_linear import PLAIN
+from pykv.ops.norm import rms_norm
 from pykv.options import check_number
-from pykv.ranges import rows_of
+from pykv.ranges import check_apart, rows_of
 from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched, span_of
 
 BLOCK = 128  # threads
-OPS = ("PRODUCT", "EMBED", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
+OPS = ("PRODUCT", "EMBED", "ADD_NORM", "APPEND", "ATTEND", "PEAKS", "ARGMAX")  # as in the kernel
 _PARTS = 64  # of a row of logits, whose largest are compared then
 _SPLIT_KEYS = 128  # fewest keys of a split, where some sequence can have as many
 
@@ -148,6 +149,46 @@ class Embed(NamedTuple):
 def _embed_checker(op: str, dtype: Any) -> Any:
     w = ("O I", (dtype,)) if dtype else ("O W", (np.dtype(np.uint8),))
     return checker(op, ("out",), ids=("T", INT32), w=w, out=("T I", (np.dtype(np.float32),)))
+
+
+class AddNorm(NamedTuple):
+    """`x += y / sqrt(mean(y**2) + eps) * norm`, row by row: norm.rms_norm, then activation.add."""
+
+    x: Any
+    y: Any
+    norm: Any
+    eps: float = 1e-6
+
+    @property
+    def inputs(self) -> Any:
+        return self.y
+
+    def constants(self) -> list[Any]:
+        return [self.norm]
+
+    def checked(self, op: str) -> None:
+        dims = _add_norm_checker(op)(self.x, self.y, self.norm)
+        if dims["I"] % 4:
+            raise ShapeError(f"{op}: y has I={dims['I']}, expected a multiple of 4")
+        check_number(op, "eps", self.eps, positive=True)
+        check_apart(op, self.y, self.x)
+
+    def touched(self) -> Touched:
+        return Touched([rows_of(self.y), rows_of(self.norm)], [rows_of(self.x)])
+
+    def run_alone(self) -> None:
+        activation.add(self.x, rms_norm(self.y, self.norm, eps=self.eps))
+
+    def records(self, op: str, cut: Any, scratch: Scratch) -> list[Record]:
+        T, I = self.y.shape
+        values = self._asdict() | dict(I=I)
+        return [Record("ADD_NORM", None, T, values, self.touched())]
+
+
+@cache
+def _add_norm_checker(op: str) -> Any:
+    rules = dict(x=("T I", FLOATS), y=("T I", "x"), norm=("I", FLOAT32, VECTOR_BYTES))
+    return checker(op, ("x",), **rules)
 
 
 class Append(NamedTuple):
@@ -340,4 +381,4 @@ class Argmax(NamedTuple):
         ]
 
 
-PHASES = Product, Embed, Attention, Argmax
+PHASES = Product, Embed, AddNorm, Attention, Argmax

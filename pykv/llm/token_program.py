@@ -18,7 +18,7 @@ from pykv.llm import matrices
 from pykv.llm.model import Batch
 from pykv.llm.weights import Layer, Model
 from pykv.ops.phase_program import OLDEST_SM, PhaseProgram
-from pykv.phases import Append, Argmax, Attend, Attention, Embed, Product
+from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.pool import PagedKVCache
 
 TOKENS = 8  # at most
@@ -48,10 +48,6 @@ def check(op: str, model: Model) -> None:
     if model.config.logit_cap is not None:
         raise UnsupportedError(f"{op}: the model caps its logits, {lacks} does that")
     for i, layer in enumerate(model.layers):
-        if layer.post_attention_norm is not None or layer.post_ffn_norm is not None:
-            raise UnsupportedError(
-                f"{op}: layer {i} normalises what it adds, {lacks} norms without a product"
-            )
         if len(matrices.parts_of(layer.gate_up)) > 1:
             raise UnsupportedError(
                 f"{op}: gate and up of layer {i} are of several types, {lacks} gates alone"
@@ -71,8 +67,16 @@ def token_phases(model: Model, batch: Batch, cache: PagedKVCache) -> TokenPhases
     array = partial(like, batch.ids, dtype=np.float32)
     x, qkv = array(shape=(T, config.embedding)), array(shape=(T, (HQ + 2 * H) * D))
     q, attended = array(shape=(T, HQ, D)), array(shape=(T, HQ, D))
+    normed = array(shape=x.shape)
     hidden, logits = array(shape=(T, config.feed_forward)), array(shape=(T, config.vocab))
     peaks = like(batch.ids, (T,), np.int32)
+
+    def add_product(y: Any, weight: Any, bias: Any, post_norm: Any) -> list[Any]:
+        """x += y @ weight.T + bias, normalised first where the model has a post norm."""
+        if post_norm is None:
+            return _products(y, weight, x, bias=bias, accumulate=True)
+        products = _products(y, weight, normed, bias=bias)
+        return [*products, AddNorm(x, normed, post_norm, config.eps)]
 
     ((kind, table),) = matrices.parts_of(model.embedding)
     phases: list[Any] = [Embed(batch.ids, table, kind, x, config.embedding_scale)]
@@ -81,15 +85,15 @@ def token_phases(model: Model, batch: Batch, cache: PagedKVCache) -> TokenPhases
         phases += _products(x, layer.qkv, qkv, bias=layer.qkv_bias, **of_norm)
         phases.append(_attention(model, i, layer, batch, cache, (qkv, q, attended)))
         rows, bias = attended.reshape(T, -1), layer.attention_out_bias
-        phases += _products(rows, layer.attention_out, x, bias=bias, accumulate=True)
+        phases += add_product(rows, layer.attention_out, bias, layer.post_attention_norm)
         of_gate = dict(eps=config.eps, norm=layer.ffn_norm, gate=config.kind.activation)
         phases += _products(x, layer.gate_up, hidden, bias=layer.gate_up_bias, **of_gate)
-        phases += _products(hidden, layer.down, x, bias=layer.down_bias, accumulate=True)
+        phases += add_product(hidden, layer.down, layer.down_bias, layer.post_ffn_norm)
     phases += _products(x, model.head, logits, norm=model.output_norm, eps=config.eps)
     return TokenPhases([*phases, Argmax(logits, peaks)], logits, peaks)
 
 
-def _products(x: Any, w: Any, out: Any, *, bias: Any = None, **options: Any) -> list[Product]:
+def _products(x: Any, w: Any, out: Any, *, bias: Any = None, **options: Any) -> list[Any]:
     """One for each type of a matrix's rows."""
     parts = matrices.parts_of(w)
     if len(parts) == 1:

@@ -33,6 +33,13 @@ _STRUCT_OF = dict(
     PRODUCT=("block_linear", "gemv"),
     EMBED=("block_rows", "block_rows"),
 )
+_ARGMAX = ("out", "logits", "keys"), [("V", np.int32), ("parts", np.int32)]
+# Of ops that no other kernel has: addresses, then numbers.
+_STRUCTS: dict[str, tuple[tuple[str, ...], list[Any]]] = dict(
+    ADD_NORM=(("x", "y", "norm"), [("I", np.int32), ("eps", np.float32)]),
+    PEAKS=_ARGMAX,
+    ARGMAX=_ARGMAX,
+)
 _ATTENTION = dict(append=("paged_qkv", "paged_qkv"), attend=("paged_decode", "paged_decode"))
 
 
@@ -63,8 +70,8 @@ class PhaseProgram:
     """A function that does phases in their order; each may read what others have written.
 
     Args:
-        phases: at least one of pykv.phases: Product, Embed, Attention, Argmax. T is at most 8 and
-            the same for all, as is the dtype of inputs, that of biases, and the kind of caches.
+        phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
+            most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of caches.
             None writes a matrix, bias or norm.
             Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
@@ -250,9 +257,9 @@ def _cache_defines(phases: list[Any]) -> dict[str, Any]:
 
 def _struct_of(op: str) -> np.dtype[Any]:
     """How the kernel lays out what an op is told."""
-    if op in ("PEAKS", "ARGMAX"):
-        arrays = [(name, np.uint64) for name in ("out", "logits", "keys")]
-        return np.dtype([*arrays, ("V", np.int32), ("parts", np.int32)], align=True)
+    if op in _STRUCTS:
+        arrays, scalars = _STRUCTS[op]
+        return np.dtype([(name, np.uint64) for name in arrays] + scalars, align=True)
     if op in _STRUCT_OF:
         return _parameters_of(*_STRUCT_OF[op])
     # One struct behind the other, each aligned to eight bytes.

@@ -34,12 +34,14 @@ def open_both(tmp_path, xp, monkeypatch):
     return open_
 
 
-# A model that ties its head, one with biases, one with norms of heads, and mixed types of blocks.
+# A model that ties its head, one with biases, one with norms of heads, mixed types of blocks, and
+# one with windows and norms of what layers add.
 CASES = [
     ("llama-tied", dict(weights="fp16"), 1),
     ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
     ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
     ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 1),
+    ("gemma3-keys", dict(weights="fp16"), 2),
 ]
 
 
@@ -72,11 +74,11 @@ def test_long_keys_are_cut_and_merged(open_both, rng):
     assert [a.token_ids for a in got] == [a.token_ids for a in want]
 
 
-def test_what_lacks_a_phase_is_refused(tiny_paths):
-    gemma = tiny_paths / "gemma3.gguf"
-    with pytest.raises(UnsupportedError, match="LLM: layer 0 normalises what it adds, expected"):
-        LLM(gemma, device="cpu", decode="persistent")
+def test_what_lacks_a_phase_is_refused(tmp_path, tiny_paths):
+    tiny.write(tmp_path / "gemma2.gguf", "gemma2")
+    with pytest.raises(UnsupportedError, match="LLM: the model caps its logits, expected another"):
+        LLM(tmp_path / "gemma2.gguf", device="cpu", decode="persistent")
     with pytest.raises(UnsupportedError, match="decode is 'persistent' with an eviction"):
         LLM(tiny_paths / "llama.gguf", device="cpu", decode="persistent", eviction="keydiff:0.5")
     with pytest.raises(ParameterError, match="LLM: decode is 'eager', expected one of auto, graph"):
-        LLM(gemma, device="cpu", decode="eager")
+        LLM(tiny_paths / "llama.gguf", device="cpu", decode="eager")

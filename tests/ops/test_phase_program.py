@@ -12,7 +12,7 @@ from pykv.errors import DtypeError, ParameterError, ShapeError, UnsupportedError
 from pykv.ops import block_linear, block_rows
 from pykv.ops import phase_program as op
 from pykv.ops.phase_program import PhaseProgram
-from pykv.phases import Append, Argmax, Attend, Attention, Embed, Product
+from pykv.phases import AddNorm, Append, Argmax, Attend, Attention, Embed, Product
 from pykv.ranges import Rows
 from pykv.stages import Touched, check_stages, stages_of
 from tests.helpers import assert_close_to_oracle, assert_same_bits, to_numpy
@@ -164,6 +164,20 @@ def test_attention_appends_and_attends(xp_of_programs, rng, spec, heads, D, leng
     assert_same_bits(got[0], want[0])
     assert_same_bits(got[1], want[1])
     np.testing.assert_allclose(got[2], want[2], rtol=0, atol=1e-5)
+
+
+def test_a_norm_of_what_is_added(xp_of_programs, rng):
+    xp = xp_of_programs
+    x, y = rng.standard_normal((2, 3, 1300)).astype(np.float32)
+    norm = rng.uniform(0.5, 2, 1300).astype(np.float32)
+    got = xp.asarray(x.copy())
+    PhaseProgram([AddNorm(got, xp.asarray(y), xp.asarray(norm), 1e-3)], blocks=2)()
+
+    def definition(x, y):
+        return x + y / np.sqrt((y * y).mean(axis=1, keepdims=True) + 1e-3) * norm
+
+    want = definition(x.astype(np.float64), y.astype(np.float64))
+    assert_close_to_oracle(got, definition(x, y), want)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q6_K"])

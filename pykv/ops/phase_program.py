@@ -71,8 +71,8 @@ class PhaseProgram:
 
     Args:
         phases: at least one of pykv.phases: Product, Embed, AddNorm, Attention, Argmax. T is at
-            most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of caches.
-            None writes a matrix, bias or norm.
+            most 8 and the same for all, as is the dtype of inputs, that of biases, and the kind of
+            caches. None writes a matrix, bias or norm.
             Arrays are held, and calls see what they contain then.
         blocks: of the launch at most; None: as many as the GPU runs at once and have work.
 

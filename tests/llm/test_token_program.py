@@ -6,7 +6,7 @@ import pytest
 from pykv.errors import ParameterError, UnsupportedError
 from pykv.llm import LLM, token_program
 from pykv.ops.phase_program import PhaseProgram
-from tests.helpers import to_numpy
+from tests.helpers import swept, to_numpy
 from tests.llm import tiny
 from tests.llm.test_model import greedy
 from tests.simt import cupy as simt
@@ -34,14 +34,18 @@ def open_both(tmp_path, xp, monkeypatch):
     return open_
 
 
-# A model that ties its head, one with biases, one with norms of heads, mixed types of blocks, and
-# one with windows and norms of what layers add.
+# Of mixed types of blocks; one that ties its head, with biases, with norms of heads, with windows and
+# norms of what layers add.
 CASES = [
-    ("llama-tied", dict(weights="fp16"), 1),
-    ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
-    ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
     ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 1),
-    ("gemma3-keys", dict(weights="fp16"), 2),
+    *swept(
+        [
+            ("llama-tied", dict(weights="fp16"), 1),
+            ("qwen2", dict(weights="fp32", kv_dtype="bf16"), 2),
+            ("qwen3", dict(weights="bf16", kv_dtype="int8"), 3),
+            ("gemma3-keys", dict(weights="fp16"), 2),
+        ]
+    ),
 ]
 
 
@@ -64,14 +68,6 @@ def test_tokens_are_those_of_steps(open_both, rng, monkeypatch, name, options, c
     assert [a.token_ids for a in got] == [a.token_ids for a in want]
     for a, b in zip(logits[persistent], logits[steps], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * np.abs(b).max())
-
-
-def test_long_keys_are_cut_and_merged(open_both, rng):
-    """More keys than one split takes, of a sequence whose neighbour has few."""
-    steps, persistent = open_both("llama", weights="fp32", kv_dtype="fp32", context=128)
-    prompts = [rng.integers(3, 200, n).tolist() for n in (120, 4)]
-    want, got = (llm.generate(prompts, greedy(3)) for llm in (steps, persistent))
-    assert [a.token_ids for a in got] == [a.token_ids for a in want]
 
 
 def test_what_lacks_a_phase_is_refused(tmp_path, tiny_paths):

@@ -70,12 +70,20 @@ template <typename T> struct Share<Plain<T>> {
     }
 };
 
+// Rows of x in memory: a source of four elements at a time.
+struct StoredRows {
+    const X_T* x;
+    i64 stride;
+    __device__ __forceinline__ void load(float (&values)[4], int row, int i) const {
+        load4(values, x + row * stride + i);
+    }
+};
+
 // Elements i0 .. i0 + parts * SLICE - 1 of ROWS rows of x, times `norm` if there is one, zeros past
 // I; their squares are added to `squares`. Past T the last row is read again, and its sum dropped.
-template <typename K>
-__device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const X_T* x,
-                                      const float* norm, i64 x_stride, int t0, int T, int i0,
-                                      int I, int parts) {
+template <typename K, typename Source>
+__device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], const Source& x,
+                                      const float* norm, int t0, int T, int i0, int I, int parts) {
     constexpr int STEP = BLOCK * 4, AHEAD = ROWS <= 2 && 2 * STEP <= SLICE ? 2 : 1;  // loads in flight
     static_assert(SLICE % (AHEAD * STEP) == 0, "whole steps");
     for (int first = threadIdx.x * 4; first < parts * SLICE; first += AHEAD * STEP) {
@@ -86,7 +94,7 @@ __device__ __forceinline__ void stage(float* staged, float (&squares)[ROWS], con
             if (norm) load4(factors[a], norm + i);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                load4(values[a][r], x + min(t0 + r, T - 1) * x_stride + i);
+                x.load(values[a][r], min(t0 + r, T - 1), i);
             }
         }
 #pragma unroll
@@ -166,11 +174,11 @@ struct WarpSums { float partial[WARPS][SUMS], squares[WARPS][ROWS]; };
 
 // The block's part of a product: outputs of one tile, for tokens t0 on. `await` comes before x and out
 // are read, and behind the first loads of w; all threads call it once.
-template <typename K, typename Await>
+template <typename K, typename Source, typename Await>
 __device__ __forceinline__ void
-gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, const B_T* bias,
-          const float* norm, int T, int O, int I, int W, i64 x_stride, i64 out_stride, int parts, int accumulate,
-          int gate, float eps, int tile, int t0, Await await) {
+gemv_tile(float* staged, WarpSums& shared, X_T* out, const Source& x, const u8* w,
+          const B_T* bias, const float* norm, int T, int O, int I, int W, i64 out_stride, int parts,
+          int accumulate, int gate, float eps, int tile, int t0, Await await) {
     const int lane = threadIdx.x % WARP;
     const int warp = threadIdx.x / WARP;
     const int part = warp % parts;
@@ -205,7 +213,7 @@ gemv_tile(float* staged, WarpSums& shared, X_T* out, const X_T* x, const u8* w, 
         } else {
             __syncthreads();  // all have read the previous slices
         }
-        stage<K>(staged, squares, x, norm, x_stride, t0, T, i0, I, parts);
+        stage<K>(staged, squares, x, norm, t0, T, i0, I, parts);
         __syncthreads();
         const int g = min(first / GROUP + lane, I / GROUP - 1);
         multiply<K>(sums, shares, g, staged + part * ROWS * SLICE_FLOATS, lane);

@@ -42,6 +42,7 @@ gemv(X_T* out, const X_T* x, const u8* __restrict__ w,
     extern __shared__ __align__(128) float staged[];
     __shared__ WarpSums shared;
     let_next_start();
-    gemv_tile<KIND>(staged, shared, out, x, w, bias, norm, T, O, I, W, x_stride, out_stride, parts,
-                    accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS, [] { await_previous(); });
+    gemv_tile<KIND>(staged, shared, out, StoredRows{x, x_stride}, w, bias, norm, T, O, I, W,
+                    out_stride, parts, accumulate, gate, eps, blockIdx.x, blockIdx.y * ROWS,
+                    [] { await_previous(); });
 }

@@ -2,7 +2,7 @@
 // products with weights, new rows of a KV cache, attention over its pages, the likeliest token.
 //
 // Arrays (letters as in pykv/ops/phase_program.py):
-//   program   const  [PHASES, 64] u64: a `Phase` each, with addresses of the arrays that it reads
+//   program   const  [PHASES, 66] u64: a `Phase` each, with addresses of the arrays that it reads
 //                    and writes; 16-byte aligned
 //   counters  [2] u32, zero before and behind a launch (grid_barrier.cuh)
 // Scalars:  phases = PHASES
@@ -49,6 +49,8 @@ struct Product {
     i64 x_stride, out_stride;
     int parts, accumulate, gate;
     float eps;
+    const float* states;  // of attention whose splits x is made of, or null
+    int splits;
 };
 
 struct Embed {
@@ -81,6 +83,7 @@ struct Argmax {
 struct Attention {
     Append append;
     Attend attend;
+    int merges;  // 1: the last block of a head merges its splits; 0: products do as they read them
 };
 
 // Whether both are one phase: a block has all query rows of a KV head, and a group of lanes for each
@@ -93,7 +96,7 @@ struct Phase {
     int stage;     // how many are over before, 0 of the first; it grows by 1 at most
     int tiles;
     union {
-        u64 words[62];
+        u64 words[64];
         Product product;
         Embed embed;
         AddNorm add_norm;
@@ -103,7 +106,49 @@ struct Phase {
 #endif
     };
 };
-static_assert(sizeof(Phase) == 512, "as the host packs it");
+static_assert(sizeof(Phase) == 528, "as the host packs it");
+
+// Rows of x, or those that splits of attention make.
+struct SourceRows {
+    StoredRows stored;
+    const float* states;  // [T, HQ, splits, D + 2]
+    int splits;
+
+    __device__ __forceinline__ void load(float (&values)[4], int row, int i) const {
+#ifdef HEAD_DIM
+        if (states) {
+            merge(values, states + ((i64)row * HQ + i / D) * splits * (D + 2), i % D);
+            return;
+        }
+#endif
+        stored.load(values, row, i);
+    }
+
+#ifdef HEAD_DIM
+    // As merge_splits does for all elements of a head.
+    __device__ __forceinline__ void merge(float (&values)[4], const float* state, int d) const {
+        float peak = -INF, sum = 0.0f;
+#pragma unroll 4
+        for (int s = 0; s < splits; s++) peak = fmaxf(peak, state[s * (D + 2) + D]);
+        const float base = finite_base(peak);
+#pragma unroll
+        for (int j = 0; j < 4; j++) values[j] = 0.0f;
+#pragma unroll 4
+        for (int s = 0; s < splits; s++, state += D + 2) {
+            const float weight = exp2f(state[D] - base);
+            sum += weight * state[D + 1];
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                const auto two = *reinterpret_cast<const Vector<float, 2>*>(state + d + j);
+                values[j] += weight * two.elements[0];
+                values[j + 1] += weight * two.elements[1];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) values[j] = sum == 0.0f ? 0.0f : values[j] / sum;
+    }
+#endif
+};
 
 // Calls work(K{}) for kind number `kind` of several.
 template <typename K, typename... Others, typename Work>
@@ -250,7 +295,7 @@ __device__ __forceinline__ void attention_tile(AttentionShared& shared, const At
         return AT_ONCE ? make_queries(shared, p.append, share) : stored_queries(p.attend, share);
     });
     const int splits = p.attend.splits, G = p.attend.HQ / p.attend.H;
-    if (splits == 1) return;
+    if (!p.merges) return;
     __syncthreads();
     if (threadIdx.x == 0) {
         u32* counter = reinterpret_cast<u32*>(p.attend.workspace) + tile / splits;
@@ -294,9 +339,10 @@ __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged
     if (p.op == PRODUCT) {
         with_kind<KINDS>(p.kind, [&](auto k) {
             const Product& a = p.product;
-            gemv_tile<decltype(k)>(staged, shared.sums, a.out, a.x, a.w, a.bias, a.norm, a.T, a.O, a.I,
-                                   a.W, a.x_stride, a.out_stride, a.parts, a.accumulate, a.gate,
-                                   a.eps, tile, 0, await);
+            const SourceRows x{{a.x, a.x_stride}, a.states, a.splits};
+            gemv_tile<decltype(k)>(staged, shared.sums, a.out, x, a.w, a.bias, a.norm, a.T, a.O, a.I,
+                                   a.W, a.out_stride, a.parts, a.accumulate, a.gate, a.eps, tile, 0,
+                                   await);
         });
         return;
     }

@@ -26,7 +26,7 @@ from pykv.ops import (
 from pykv.ops.block_linear import PLAIN
 from pykv.ops.norm import rms_norm
 from pykv.options import check_number
-from pykv.ranges import check_apart, rows_of
+from pykv.ranges import address_of, check_apart, rows_of
 from pykv.specs import POOLS, KVSpec, spec_of
 from pykv.stages import Touched, span_of
 
@@ -59,6 +59,7 @@ class Scratch(NamedTuple):
 
     workspace: Any  # of split keys, float32
     keys: Any  # of the largest logits, uint64
+    deferred: dict[int, int]  # splits of attention that products merge, by the address of its `out`
 
 
 class Product(NamedTuple):
@@ -102,7 +103,13 @@ class Product(NamedTuple):
         values = {name: getattr(self, name) for name in ("out", "x", "w", "bias", "norm")}
         options = self.checked(op)
         values |= block_linear.scalars_of(self.x, self.w, self.out, options, cut.parts)
-        return [Record("PRODUCT", self.kind, cut.tiles, values, self.touched())]
+        touched, splits = self.touched(), scratch.deferred.get(address_of(self.x), 0)
+        values |= dict(states=None, splits=splits)
+        if splits:
+            states = scratch.workspace[paged_decode.COUNTERS :]
+            values["states"] = states
+            touched.reads.append(span_of(states))
+        return [Record("PRODUCT", self.kind, cut.tiles, values, touched)]
 
 
 class Embed(NamedTuple):
@@ -238,7 +245,8 @@ class Attend(NamedTuple):
 
 class Attention(NamedTuple):
     """An append, then attention of its queries over the same pools. What the append's `q_out` holds
-    behind it is nobody's to read: a kernel that does both at once leaves it as it is."""
+    behind it is nobody's to read: a kernel that does both at once leaves it as it is. So is `out`
+    behind a program in which products read it, and nothing else: they make it of its parts."""
 
     append: Append
     attend: Attend
@@ -289,6 +297,10 @@ class Attention(NamedTuple):
         rows = paged_decode.tile_rows(checked.sizes)
         return defines | dict(BLOCK=BLOCK, QUERY_ROWS=rows, COUNTERS=paged_decode.COUNTERS)
 
+    def splits(self, op: str) -> int:
+        """Into how many parts keys are cut."""
+        return self._splits(self.checked(op))[1]
+
     def _splits(self, checked: _Checked) -> tuple[int, int]:
         """Tiles of query rows, and into how many parts their keys are cut: one for each block that
         may run beside the others, as long as it has keys."""
@@ -318,6 +330,7 @@ class Attention(NamedTuple):
         attend |= dict(HQ=sizes.HQ, H=sizes.H, P=sizes.P, split_keys=0, splits=splits)
         values = {f"append.{name}": value for name, value in append.items()}
         values |= {f"attend.{name}": value for name, value in attend.items()}
+        values["merges"] = splits > 1 and address_of(self.attend.out) not in scratch.deferred
         touched = self.touched()
         if splits > 1:
             touched.writes.append(span_of(scratch.workspace))

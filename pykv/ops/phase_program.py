@@ -20,17 +20,17 @@ from pykv.options import check_whole
 from pykv.phases import BLOCK, OPS, PHASES, Argmax, Attention, Product, Record, Scratch
 from pykv.ranges import address_of, rows_of
 from pykv.specs import KVSpec
-from pykv.stages import check_stages, stages_of
+from pykv.stages import check_stages, span_of, stages_of
 
 OLDEST_SM = 70  # with acquire and release
 _TOKENS = 8  # at most: those that share one reading of a matrix
-_PHASE_BYTES = 512
+_PHASE_BYTES = 528
 _HEAD_BYTES = 16  # op, kind, stage and tiles, in front of what the op is told
 _OP = "phase_program.PhaseProgram"
 
-# The kernels that have the struct of an op as their parameters.
-_STRUCT_OF = dict(
-    PRODUCT=("block_linear", "gemv"),
+# The kernels that have the struct of an op as their parameters, and what it has behind them.
+_STRUCT_OF: dict[str, Any] = dict(
+    PRODUCT=("block_linear", "gemv", ("states", np.uint64), ("splits", np.int32)),
     EMBED=("block_rows", "block_rows"),
 )
 _ARGMAX = ("out", "logits", "keys"), [("V", np.int32), ("parts", np.int32)]
@@ -230,10 +230,26 @@ def _scratch(phases: list[Any]) -> Scratch:
     scratch = Scratch(
         like(x, (states,), np.float32) if states else None,
         like(x, (keys,), np.uint64) if keys else None,
+        _deferred(phases),
     )
     if states:
         scratch.workspace[: paged_decode.COUNTERS] = 0
     return scratch
+
+
+def _deferred(phases: list[Any]) -> dict[int, int]:
+    """Splits of each attention whose `out` products alone read, as it is, by its address."""
+    read = [(p, rows) for p in phases for rows in p.touched().reads]
+    found: dict[int, int] = {}
+    for p in phases:
+        if not isinstance(p, Attention) or p.splits(_OP) == 1:
+            continue
+        out = span_of(p.attend.out)
+        readers = [reader for reader, rows in read if rows.meets(out)]
+        is_whole = [isinstance(q, Product) and span_of(q.x) == out for q in readers]
+        if readers and all(is_whole):
+            found[out.start] = p.splits(_OP)
+    return found
 
 
 def _cache_defines(phases: list[Any]) -> dict[str, Any]:
@@ -261,24 +277,26 @@ def _struct_of(op: str) -> np.dtype[Any]:
         arrays, scalars = _STRUCTS[op]
         return np.dtype([(name, np.uint64) for name in arrays] + scalars, align=True)
     if op in _STRUCT_OF:
-        return _parameters_of(*_STRUCT_OF[op])
+        stem, name, *more = _STRUCT_OF[op]
+        return np.dtype([*_parameters_of(stem, name), *more], align=True)
     # One struct behind the other, each aligned to eight bytes.
     names, offsets, formats, end = [], [], [], 0
     for part, kernel in _ATTENTION.items():
-        dtype = _parameters_of(*kernel)
+        dtype = np.dtype(_parameters_of(*kernel), align=True)
         for name, (of_name, offset, *_) in (dtype.fields or {}).items():
             names.append(f"{part}.{name}")
             formats.append(of_name)
             offsets.append(end + offset)
         end += dtype.itemsize
-    return np.dtype(dict(names=names, formats=formats, offsets=offsets, itemsize=end))
+    fields = dict(names=[*names, "merges"], formats=[*formats, np.int32], offsets=[*offsets, end])
+    return np.dtype(dict(fields, itemsize=end + 8))
 
 
-def _parameters_of(stem: str, name: str) -> np.dtype[Any]:
-    """A struct of the parameters of a kernel."""
+def _parameters_of(stem: str, name: str) -> list[Any]:
+    """The parameters of a kernel as members of a struct."""
     arrays, types = cuda.signature(stem, name)
     scalars = [(scalar, SCALARS[c_type]) for scalar, c_type in types.items()]
-    return np.dtype([(array, np.uint64) for array in arrays] + scalars, align=True)
+    return [(array, np.uint64) for array in arrays] + scalars
 
 
 def _packed(records: list[Record], stages: list[int], kinds: list[str]) -> Any:

@@ -180,6 +180,21 @@ def test_a_norm_of_what_is_added(xp_of_programs, rng):
     assert_close_to_oracle(got, definition(x, y), want)
 
 
+def test_a_product_merges_what_attention_left(xp_of_programs, rng):
+    """Of keys that are cut: no block waits for the others of its head."""
+    xp, lengths = xp_of_programs, [700, 3]
+    phase, _ = attention_of(xp, rng, "fp16", (3, 1), 16, lengths)
+    w = xp.asarray(rng.standard_normal((40, 48)).astype(np.float16))
+    out, want = (xp.asarray(np.full((2, 40), np.nan, np.float32)) for _ in range(2))
+    product = Product(phase.attend.out.reshape(2, 48), w, "F16", out)
+    PhaseProgram([phase, product], blocks=3)()
+    if xp is not np:
+        assert np.isnan(to_numpy(phase.attend.out)).all()
+    phase.run_alone()
+    product._replace(out=want).run_alone()
+    np.testing.assert_allclose(to_numpy(out), to_numpy(want), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q6_K"])
 def test_embedding_rows(xp_of_programs, rng, kind):
     """Rows outside the table are zeros on a GPU."""

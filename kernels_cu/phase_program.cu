@@ -15,6 +15,7 @@
 // Traffic:  that of the phases
 // Order:    that of the kernels which have these phases to themselves, whatever the grid is: the same
 //           bits as theirs where they cut products and keys alike
+// Stack: 192 bytes, of weights that wait for a stage: three blocks an SM have registers for most
 //
 // Each phase has tiles, which blocks take in turn. Phases that need nothing of each other make a stage,
 // behind which all blocks wait for each other; meanwhile the weights of a block's next tile are on

@@ -34,8 +34,8 @@ def open_both(tmp_path, xp, monkeypatch):
     return open_
 
 
-# Of mixed types of blocks; one that ties its head, with biases, with norms of heads, with windows and
-# norms of what layers add.
+# Of mixed types of blocks; one that ties its head, with biases, with norms of heads, with windows
+# and norms of what layers add.
 CASES = [
     ("llama-mixed", dict(weights="stored", kv_dtype="fp8"), 1),
     *swept(

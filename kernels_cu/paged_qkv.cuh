@@ -52,6 +52,17 @@ struct AppendShared {
     __align__(16) float exchange[EXCHANGES ? GROUPS : 1][EXCHANGES ? D : 4];
 };
 
+#if NORM || PAIRS > 0 || HADAMARD
+using HeadRow = Fragment<float>;  // what lanes hold of a head of Q or K
+#else
+using HeadRow = Fragment<NEW_T>;
+#endif
+#if HADAMARD
+using HeadValue = Fragment<float>;  // and of V
+#else
+using HeadValue = Fragment<NEW_T>;
+#endif
+
 // Makes a head of a token what queries, keys and values are: normalised, rotated and mixed. All lanes
 // of a block call it, LANES of them with one head, which is known; store(row, value, largest) gets
 // the lane's fragment of a head of Q or K, that of a head of V, and the largest magnitude where that
@@ -65,7 +76,7 @@ __device__ __forceinline__ void make_head(AppendShared& shared, const Append& p,
 
 #if NORM || PAIRS > 0 || HADAMARD
     float x[PIECES][8];
-    Fragment<float> row;
+    HeadRow row;
 #if PAIRS > 0
     const double position = p.positions[token];
     for (int j = threadIdx.x; j < PAIRS; j += BLOCK) {
@@ -90,12 +101,12 @@ __device__ __forceinline__ void make_head(AppendShared& shared, const Append& p,
 #pragma unroll
     for (int i = 0; i < PIECES; i++) pack8(row.pieces[i], x[i]);
 #else
-    const Fragment<NEW_T>& row = loaded;
+    const HeadRow& row = loaded;
 #endif
 #if HADAMARD
-    const auto& value = row;
+    const HeadValue& value = row;
 #else
-    const Fragment<NEW_T>& value = loaded;
+    const HeadValue& value = loaded;
 #endif
 
     u32 largest[1] = {};
@@ -106,9 +117,8 @@ __device__ __forceinline__ void make_head(AppendShared& shared, const Append& p,
 }
 
 // Stores a head of K or V, known >= HQ, in its place.
-template <typename Row, typename Value>
-__device__ __forceinline__ void store_head(const Append& p, Place place, u32 known, const Row& row,
-                                           const Value& value, u32 largest) {
+__device__ __forceinline__ void store_head(const Append& p, Place place, u32 known,
+                                           const HeadRow& row, const HeadValue& value, u32 largest) {
     if (place.page < 0) return;
     if (known < HQ + H) {
         const Pool<K_T> to{p.k_pool, p.k_pool_page, p.k_pool_token, p.k_pool_head,
@@ -127,7 +137,7 @@ __device__ __forceinline__ void append_heads(AppendShared& shared, const Append&
     const u32 head = heads * GROUPS + threadIdx.x / LANES;
     const u32 known = head < HQ + 2 * H ? head : HQ + 2 * H - 1;  // no lane leaves its warp
     const Place place = place_of_slot(p.slots[token]);
-    make_head(shared, p, token, known, [&](const auto& row, const auto& value, u32 largest) {
+    make_head(shared, p, token, known, [&](const HeadRow& row, const HeadValue& value, u32 largest) {
         if (head < HQ) {
             store_fragment(p.q_out + token * p.q_token + head * p.q_head, row);
         } else if (head < HQ + 2 * H) {

@@ -151,17 +151,27 @@ struct SourceRows {
 #endif
 };
 
-// Calls work(K{}) for kind number `kind` of several.
+// Calls work.run<K>() for kind number `kind` of several; a struct, as NVRTC 13.0 refuses lambdas that
+// are templates.
 template <typename K, typename... Others, typename Work>
-__device__ __forceinline__ void with_kind(int kind, Work work) {
+__device__ __forceinline__ void with_kind(int kind, const Work& work) {
     if constexpr (sizeof...(Others) > 0) {
         if (kind > 0) {
             with_kind<Others...>(kind - 1, work);
             return;
         }
     }
-    work(K{});
+    work.template run<K>();
 }
+
+struct Quad {
+    float (&values)[4];
+    const u8* row;
+    int i, I;
+    template <typename K> __device__ __forceinline__ void run() const {
+        RowQuad<K>::load(values, row, i, I);
+    }
+};
 
 // A thread writes a quad of the row of a token.
 __device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
@@ -171,9 +181,7 @@ __device__ __forceinline__ void embed_tile(const Embed& p, int kind, int tile) {
     const int id = p.ids[token];
     float values[4] = {};
     if (id >= 0 && id < p.O) {
-        with_kind<KINDS>(kind, [&](auto k) {
-            RowQuad<decltype(k)>::load(values, p.w + (i64)id * p.W, i, p.I);
-        });
+        with_kind<KINDS>(kind, Quad{values, p.w + (i64)id * p.W, i, p.I});
 #pragma unroll
         for (int b = 0; b < 4; b++) values[b] = __fmul_rn(values[b], p.scale);
     }
@@ -254,7 +262,8 @@ __device__ __forceinline__ const Q_T* make_queries(AttentionShared& shared, cons
                                 : HQ + share.kv_head + (group == G ? 0 : H);
     const bool has_last = share.begin < share.end && share.end == share.length;
     const Place place = place_of_slot(p.slots[share.b]);
-    make_head(shared.append, p, share.b, known, [&](const auto& row, const auto& value, u32 largest) {
+    make_head(shared.append, p, share.b, known,
+              [&](const HeadRow& row, const HeadValue& value, u32 largest) {
         if (group < G) {
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
@@ -333,18 +342,25 @@ union Shared {
 #endif
 };
 
+template <typename Await> struct ProductTile {
+    const Product& p;
+    int tile;
+    float* staged;
+    WarpSums& sums;
+    const Await& await;
+    template <typename K> __device__ __forceinline__ void run() const {
+        const SourceRows x{{p.x, p.x_stride}, p.states, p.splits};
+        gemv_tile<K>(staged, sums, p.out, x, p.w, p.bias, p.norm, p.T, p.O, p.I, p.W, p.out_stride,
+                     p.parts, p.accumulate, p.gate, p.eps, tile, 0, await);
+    }
+};
+
 // The block's part of a phase: one tile. `await` comes before it reads what other phases write.
 template <typename Await>
 __device__ __forceinline__ void run_tile(const Phase& p, int tile, float* staged, Shared& shared,
                                          Await await) {
     if (p.op == PRODUCT) {
-        with_kind<KINDS>(p.kind, [&](auto k) {
-            const Product& a = p.product;
-            const SourceRows x{{a.x, a.x_stride}, a.states, a.splits};
-            gemv_tile<decltype(k)>(staged, shared.sums, a.out, x, a.w, a.bias, a.norm, a.T, a.O, a.I,
-                                   a.W, a.out_stride, a.parts, a.accumulate, a.gate, a.eps, tile, 0,
-                                   await);
-        });
+        with_kind<KINDS>(p.kind, ProductTile<Await>{p.product, tile, staged, shared.sums, await});
         return;
     }
 #ifdef HEAD_DIM
